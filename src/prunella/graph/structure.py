@@ -1,0 +1,178 @@
+"""What the coupling engine says of a model: plain frozen data, in coordinates of named parameters.
+
+A *unit* is the smallest thing that can go: a channel, a neuron, a head. A *group* is a set of units of one shape. A
+*member* says which positions on one axis of one parameter or buffer belong to which unit of the group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+from torch import Tensor
+
+Role = Literal["out", "in", "bias", "scale", "shift", "stat", "other"]
+Kind = Literal["channel", "head"]
+Ints = np.ndarray[tuple[int, ...], np.dtype[np.int64]]
+Keep = Mapping[str, Tensor]
+"""Group name -> bool tensor over its units, True is kept. A group that is absent is kept whole."""
+
+
+@dataclass(frozen=True)
+class Entity:
+    """One parameter or buffer. Tied ones are a single entity with several names."""
+
+    name: str
+    names: tuple[str, ...]
+    shape: tuple[int, ...]
+    itemsize: int
+    parameter: bool
+    used: bool
+
+
+@dataclass(frozen=True)
+class Member:
+    """The positions `index` on `axis` of `entity`; position `index[i]` belongs to unit `unit[i]` of the group.
+
+    `role`: `out` rows of a weight that produce the unit, `in` columns of a weight that read it, `bias` of a producer,
+    `scale` and `shift` of a normalisation, `stat` its running statistics, `other` anything else that is cut along.
+    """
+
+    entity: str
+    axis: int
+    index: Ints
+    unit: Ints
+    role: Role
+
+
+@dataclass(frozen=True)
+class Group:
+    """`size` units that are alike. `name` is the first parameter that produces them, without `.weight`."""
+
+    name: str
+    size: int
+    kind: Kind
+    members: tuple[Member, ...]
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """Positions that must stay, and why. `where` is `file:line` of the model's source, or empty."""
+
+    entity: str
+    axis: int
+    count: int
+    reason: str
+    where: str
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A weight that multiplies an activation. `graph.view` turns it into a matrix `(out, in)` by these axes.
+
+    `kernel` axes are all others. With `groups` > 1 the matrix is `(out, in / groups * kernel)`.
+    """
+
+    name: str
+    entity: str
+    out_axis: int
+    in_axis: int
+    groups: int
+    op: Literal["linear", "conv", "conv_transpose"]
+    bias: str | None = None
+    module: str = ""
+    macs: float = 0.0
+
+
+@dataclass(frozen=True)
+class Extent:
+    """The size of one dimension as a function of what is kept: fixed positions plus positions of units."""
+
+    fixed: int
+    units: tuple[tuple[str, Ints], ...] = ()
+
+    def size(self, keep: Keep) -> int:
+        """How many positions remain."""
+        total = self.fixed
+        for group, count in self.units:
+            mask = keep.get(group)
+            total += int(count.sum()) if mask is None else int(count[mask.numpy()].sum())
+        return total
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Multiply-adds of one operation: `constant` times the product of the extents. `layer` is "" for attention."""
+
+    op: str
+    module: str
+    layer: str
+    constant: float
+    extents: tuple[Extent, ...]
+
+    def macs(self, keep: Keep) -> float:
+        """Multiply-adds when only `keep` remains."""
+        total = self.constant
+        for extent in self.extents:
+            total *= extent.size(keep)
+        return total
+
+
+@dataclass(frozen=True)
+class Attribute:
+    """An integer that the model keeps of its own sizes: `owner.name`, to become `extent.size(keep) * factor // divisor`.
+
+    `owner` is a module path ("" is the model itself), or `path:config` for a configuration object held by a module.
+    """
+
+    owner: str
+    name: str
+    value: int
+    extent: Extent
+    factor: int = 1
+    divisor: int = 1
+    where: str = ""
+
+    def new(self, keep: Keep) -> int:
+        """The value for what is kept."""
+        return self.extent.size(keep) * self.factor // self.divisor
+
+
+@dataclass(frozen=True)
+class Graph:
+    """Everything the pipeline needs of a model; made by `prunella.graph.couple.couple(model, inputs)`."""
+
+    entities: Mapping[str, Entity]
+    groups: tuple[Group, ...]
+    frozen: tuple[Frozen, ...]
+    layers: tuple[Layer, ...]
+    costs: tuple[Cost, ...]
+    extents: Mapping[str, tuple[Extent, ...]]
+    attributes: tuple[Attribute, ...] = ()
+    uncounted: Mapping[str, int] = field(default_factory=dict)
+    unused: tuple[str, ...] = ()
+
+    def macs(self, keep: Keep | None = None) -> float:
+        """Multiply-adds of one forward pass on the example inputs when only `keep` remains."""
+        return sum(cost.macs(keep or {}) for cost in self.costs)
+
+    def numel(self, entity: str, keep: Keep | None = None) -> int:
+        """Elements of one parameter or buffer when only `keep` remains."""
+        total = 1
+        for extent in self.extents[entity]:
+            total *= extent.size(keep or {})
+        return total
+
+    def params(self, keep: Keep | None = None) -> int:
+        """Parameters of the whole model, tied ones once, when only `keep` remains."""
+        return sum(self.numel(name, keep) for name, e in self.entities.items() if e.parameter)
+
+    def bytes(self, keep: Keep | None = None) -> int:
+        """Bytes of parameters and buffers when only `keep` remains."""
+        return sum(self.numel(name, keep) * e.itemsize for name, e in self.entities.items())
+
+    def group(self, name: str) -> Group:
+        """The group of that name."""
+        return next(g for g in self.groups if g.name == name)

@@ -1,0 +1,24 @@
+"""A weight as the matrix `(out, in)` that every method sees, and back."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from prunella.graph.structure import Layer
+from prunella.types import Weight
+
+
+def to_matrix(weight: Tensor, layer: Layer) -> Weight:
+    """The weight with its output axis first, then input, then kernel axes, flattened to `(out, in * kernel)`."""
+    order = [layer.out_axis, layer.in_axis]
+    order += [axis for axis in range(weight.dim()) if axis not in order]
+    return weight.permute(order).flatten(1)
+
+
+def from_matrix(matrix: Tensor, weight: Tensor, layer: Layer) -> Tensor:
+    """Undo `to_matrix`: the matrix in the shape and axis order of `weight`."""
+    order = [layer.out_axis, layer.in_axis]
+    order += [axis for axis in range(weight.dim()) if axis not in order]
+    shape = [weight.shape[axis] for axis in order]
+    back = [order.index(axis) for axis in range(weight.dim())]
+    return matrix.reshape(shape).permute(back).contiguous()

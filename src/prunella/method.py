@@ -1,0 +1,115 @@
+"""Decorators that record what a method is, and return the function unchanged.
+
+A criterion's positional parameters are the statistics it needs (the names of `prunella.stats.STATISTICS`), its
+keyword-only parameters are its knobs. The record is what `prunella methods`, `prunella explain` and the documentation
+print; a function that was never registered works just as well.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
+
+from prunella.errors import RequestError
+
+F = TypeVar("F", bound=Callable[..., Any])
+MethodKind = Literal["criterion", "allocation", "granularity", "schedule", "recovery", "recipe"]
+Scope = Literal["producer", "consumer", "group"]
+
+STATISTICS = ("weight", "grad", "grad_sq", "input_norm", "norm_scale", "gate_grad", "generator")
+
+
+@dataclass(frozen=True)
+class Method:
+    """What is known of one method without running it."""
+
+    name: str
+    kind: MethodKind
+    function: Callable[..., Any]
+    source: str
+    status: str
+    needs: tuple[str, ...]
+    knobs: tuple[inspect.Parameter, ...]
+    scope: Scope
+
+    @property
+    def summary(self) -> str:
+        """First sentence of the docstring."""
+        return (inspect.getdoc(self.function) or "").split("\n\n")[0].replace("\n", " ")
+
+
+REGISTRY: dict[str, Method] = {}
+
+
+def _record(kind: MethodKind, *, source: str, status: str = "stable", scope: Scope = "producer") -> Callable[[F], F]:
+    def mark(function: F) -> F:
+        parameters = inspect.signature(function).parameters.values()
+        needs = tuple(p.name for p in parameters if p.kind is not p.KEYWORD_ONLY) if kind == "criterion" else ()
+        unknown = [name for name in needs if name not in STATISTICS]
+        if unknown:
+            raise TypeError(f"{function.__name__}: unknown statistic {unknown[0]!r}; known are {', '.join(STATISTICS)}")
+        knobs = tuple(p for p in parameters if p.kind is p.KEYWORD_ONLY)
+        name = function.__name__.rstrip("_")
+        REGISTRY[name] = Method(name, kind, function, source, status, needs, knobs, scope)
+        return function
+
+    return mark
+
+
+def criterion(*, source: str, status: str = "stable", scope: Scope = "producer") -> Callable[[F], F]:
+    """Register a criterion.
+
+    `scope` says which of a unit's weights are summed into its score when units are channels or heads: the `producer`
+    rows only (filter norm), the `consumer` columns only, or the whole coupled `group`.
+    """
+    return _record("criterion", source=source, status=status, scope=scope)
+
+
+def allocation(*, source: str, status: str = "stable") -> Callable[[F], F]:
+    """Register an allocation."""
+    return _record("allocation", source=source, status=status)
+
+
+def granularity(*, source: str, status: str = "stable") -> Callable[[F], F]:
+    """Register a granularity (a frozen dataclass)."""
+    return _record("granularity", source=source, status=status)
+
+
+def schedule(*, source: str, status: str = "stable") -> Callable[[F], F]:
+    """Register a schedule."""
+    return _record("schedule", source=source, status=status)
+
+
+def recovery(*, source: str, status: str = "stable") -> Callable[[F], F]:
+    """Register a way to recover."""
+    return _record("recovery", source=source, status=status)
+
+
+def recipe(*, source: str, status: str = "stable") -> Callable[[F], F]:
+    """Register a composition that bears a paper's name; the function returns a `Recipe`."""
+    return _record("recipe", source=source, status=status)
+
+
+def needs_of(function: Callable[..., Any]) -> tuple[str, ...]:
+    """The statistics that a criterion asks for, registered or not."""
+    parameters = inspect.signature(function).parameters.values()
+    return tuple(p.name for p in parameters if p.kind is not p.KEYWORD_ONLY)
+
+
+def scope_of(function: Callable[..., Any]) -> Scope:
+    """The scope a criterion was registered with, `producer` if it was not."""
+    found = next((m for m in REGISTRY.values() if m.function is function), None)
+    return found.scope if found else "producer"
+
+
+def find(name: str, kind: MethodKind | None = None) -> Method:
+    """The method of that name, or a `RequestError` with the nearest names."""
+    known = [m.name for m in REGISTRY.values() if kind in (None, m.kind)]
+    if name in known:
+        return REGISTRY[name]
+    near = difflib.get_close_matches(name, known, 3, 0.5)
+    hint = f"did you mean {' or '.join(near)}?" if near else f"known are {', '.join(sorted(known))}"
+    raise RequestError(f"unknown {kind or 'method'} {name!r}", hint, "`prunella methods` lists them all")

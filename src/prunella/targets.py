@@ -1,0 +1,84 @@
+"""Budgets with units. A fraction is what REMAINS for `Params`, `MACs` and `Bytes`; `Sparsity` is what is REMOVED.
+
+`MACs(0.5)` keeps half of the multiply-adds of the whole model; `MACs(1.2e9)` asks for an absolute number;
+`Sparsity(0.9)` removes 90 % of the prunable weights. Values up to and including 1 are fractions.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from prunella.errors import RequestError
+
+
+@dataclass(frozen=True)
+class Target:
+    """A budget: `value` of `unit`. Use one of the four children."""
+
+    value: float
+
+    def __post_init__(self) -> None:
+        low_ok = self.value >= 0 if isinstance(self, Sparsity) else self.value > 0
+        high_ok = self.value < 1 if isinstance(self, Sparsity) else True
+        if not (low_ok and high_ok):
+            limits = "0 <= sparsity < 1" if isinstance(self, Sparsity) else "a positive number"
+            raise RequestError(
+                f"target {self.name}={self.value:g} is out of range",
+                f"{type(self).__name__} takes {limits}",
+                "for example Sparsity(0.9) removes 90 % of the weights, MACs(0.5) keeps half of the multiply-adds",
+            )
+
+    @property
+    def name(self) -> str:
+        """`sparsity`, `params`, `macs` or `bytes`."""
+        return type(self).__name__.lower()
+
+    def absolute(self, dense: float) -> float:
+        """The budget in units of `dense`, the model's own amount."""
+        if isinstance(self, Sparsity):
+            return (1 - self.value) * dense
+        return self.value * dense if self.value <= 1 else self.value
+
+    def __str__(self) -> str:
+        return f"{self.name}={self.value:g}"
+
+
+@dataclass(frozen=True)
+class Sparsity(Target):
+    """Fraction removed: of the prunable weights for masks, of the prunable units for structure."""
+
+
+@dataclass(frozen=True)
+class Params(Target):
+    """Parameters of the whole model that remain, tied ones counted once: a fraction up to 1, or a number."""
+
+
+@dataclass(frozen=True)
+class MACs(Target):
+    """Multiply-adds of one forward pass that remain: a fraction up to 1, or a number."""
+
+
+@dataclass(frozen=True)
+class Bytes(Target):
+    """Bytes of parameters and buffers that remain: a fraction up to 1, or a number."""
+
+
+_KINDS: dict[str, type[Target]] = {"sparsity": Sparsity, "params": Params, "macs": MACs, "bytes": Bytes}
+_SUFFIX = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "kb": 1e3, "mb": 1e6, "gb": 1e9, "%": 0.01}
+
+
+def parse_target(text: str) -> Target:
+    """Read `macs=0.5`, `params=2.5M`, `bytes=40MB`, `sparsity=90%`."""
+    match = re.fullmatch(r"\s*([a-zA-Z]+)\s*=\s*([0-9.eE+-]+)\s*([a-zA-Z%]*)\s*", text)
+    if not match or match[1].lower() not in _KINDS or match[3].lower() not in _SUFFIX:
+        raise RequestError(
+            f"cannot read the target {text!r}",
+            f"a target is NAME=NUMBER with NAME one of {', '.join(_KINDS)}",
+            "for example --target macs=0.5 or --target params=2.5M",
+        )
+    try:
+        number = float(match[2])
+    except ValueError:
+        raise RequestError(f"cannot read the number in {text!r}", "", "for example --target macs=0.5") from None
+    return _KINDS[match[1].lower()](number * _SUFFIX[match[3].lower()])
