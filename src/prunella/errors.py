@@ -1,13 +1,13 @@
 """The errors of prunella, each with what was asked, what was found and what to do.
 
-    PruningError                        exit code of the command line
-    |-- RequestError (ValueError)       2   the request makes no sense: unknown method, pattern that matches nothing
-    |-- MissingExtra (ImportError)      2   an optional package is needed
-    |-- TargetMissed                    1   a target cannot be met; says how far it got and what stopped it
-    |-- CheckFailed                     1   a check of the result failed: the result is not written
-    |-- BadInput (ValueError)           3   a file or a model is broken, or not to be trusted
-    |-- NotSupported                    6   this model or operation cannot be pruned exactly; says where and why
-    `-- Interrupted                     7   stopped on purpose; the run can be resumed
+PruningError                        exit code of the command line
+|-- RequestError (ValueError)       2   the request makes no sense: unknown method, pattern that matches nothing
+|-- MissingExtra (ImportError)      2   an optional package is needed
+|-- TargetMissed                    1   a target cannot be met; says how far it got and what stopped it
+|-- CheckFailed                     1   a check of the result failed: the result is not written
+|-- BadInput (ValueError)           3   a file or a model is broken, or not to be trusted
+|-- NotSupported                    6   this model or operation cannot be pruned exactly; says where and why
+`-- Interrupted                     7   stopped on purpose; the run can be resumed
 """
 
 from __future__ import annotations

@@ -5,13 +5,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
 
-from prunella.graph.structure import Attribute, Frozen
+from prunella.graph.structure import Frozen
 from prunella.targets import Target
 
 Loss = Callable[[nn.Module, Any], Tensor]
