@@ -122,7 +122,7 @@ class Cost:
 
 @dataclass(frozen=True)
 class Attribute:
-    """An integer that the model keeps of its own sizes: `owner.name`, to become `extent.size(keep) * factor // divisor`.
+    """A size that the model keeps as an integer: `owner.name` becomes `extent.size(keep) * factor // divisor`.
 
     `owner` is a module path ("" is the model itself), or `path:config` for a configuration object held by a module.
     """

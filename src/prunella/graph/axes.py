@@ -1,0 +1,170 @@
+"""Labels of tensor dimensions, and the relations between them.
+
+Each position of each dimension carries *atoms*: it exists exactly when all its atoms are kept. A `Dim` is a tuple of
+layers, each an integer vector with one atom per position; `()` means that the whole dimension always stays. Atom 0
+always stays. Operations relate atoms in two ways: they are equal, or one is the conjunction of others (a view that
+factors an axis: position `i * n + j` stays exactly when row `i` and column `j` stay).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from prunella.graph.structure import Ints
+
+Dim = tuple[Ints, ...]
+WHOLE: Dim = ()
+
+
+@dataclass(frozen=True, eq=False)
+class And:
+    """Position `i` of `whole` stays exactly when position `i` of every factor stays."""
+
+    whole: Ints
+    factors: tuple[Ints, ...]
+
+
+@dataclass(frozen=True)
+class Reason:
+    """Why something must stay, and the line of the model's source."""
+
+    text: str
+    where: str = ""
+
+
+@dataclass
+class Ledger:
+    """Atoms and their relations, filled while the model runs."""
+
+    size: int = 1
+    edges: list[tuple[Ints, Ints]] = field(default_factory=list)
+    ands: list[And] = field(default_factory=list)
+    frozen: list[tuple[Ints, Reason]] = field(default_factory=list)
+    batched: list[Ints] = field(default_factory=list)
+
+    def fresh(self, length: int) -> Dim:
+        """A new axis with an atom of its own at each position; a single position always stays."""
+        if length <= 1:
+            return WHOLE
+        start, self.size = self.size, self.size + length
+        return (np.arange(start, start + length, dtype=np.int64),)
+
+    def freeze(self, dim: Dim, reason: Reason) -> None:
+        """All positions of `dim` must stay."""
+        for layer in dim:
+            self.frozen.append((layer, reason))
+
+    def single(self, dim: Dim) -> Dim:
+        """The same axis with at most one layer."""
+        if len(dim) <= 1:
+            return dim
+        whole = self.fresh(len(dim[0]))
+        self.ands.append(And(whole[0], dim))
+        return whole
+
+    def equal(self, first: Dim, second: Dim, reason: Reason) -> Dim:
+        """Both dims keep the same positions; the simpler one is returned."""
+        if first is second or (len(first) == len(second) and all(a is b for a, b in zip(first, second, strict=True))):
+            return first
+        if not first or not second:
+            self.freeze(first or second, reason)
+            return WHOLE
+        if len(first) == len(second) and all(_alike(a, b) for a, b in zip(first, second, strict=True)):
+            self.edges += zip(first, second, strict=True)
+            return first
+        one, other = (first, second) if len(first) <= len(second) else (second, first)
+        one = self.single(one)
+        if len(other) == 1:
+            self.edges.append((one[0], other[0]))
+        else:
+            self.ands.append(And(one[0], other))
+        return one
+
+    def split(self, dim: Dim, sizes: Sequence[int]) -> tuple[Dim, ...]:
+        """Factor an axis of `prod(sizes)` positions, as `view` does."""
+        found: list[list[Ints]] = [[] for _ in sizes]
+        for layer in dim:
+            grid = layer.reshape(tuple(sizes))
+            along = [k for k in range(len(sizes)) if _varies(grid, k)]
+            if not along and layer.any():
+                along = [int(np.argmax(sizes))]
+            if len(along) == 1:
+                found[along[0]].append(np.ascontiguousarray(np.moveaxis(grid, along[0], 0).reshape(sizes[along[0]], -1)[:, 0]))
+            elif along:
+                self._factor(layer, sizes, along, found)
+        return tuple(tuple(layers) for layers in found)
+
+    def _factor(self, layer: Ints, sizes: Sequence[int], along: list[int], found: list[list[Ints]]) -> None:
+        factors = []
+        for k in along:
+            axis = self.fresh(sizes[k])[0]
+            found[k].append(axis)
+            shape = [sizes[k] if j == k else 1 for j in range(len(sizes))]
+            factors.append(np.broadcast_to(axis.reshape(shape), tuple(sizes)).reshape(-1))
+        self.ands.append(And(layer, tuple(factors)))
+
+    def concatenate(self, dims: Sequence[Dim], lengths: Sequence[int]) -> Dim:
+        """Axes one after the other."""
+        if not any(dims):
+            return WHOLE
+        single = [self.single(dim) for dim in dims]
+        parts = [d[0] if d else np.zeros(n, dtype=np.int64) for d, n in zip(single, lengths, strict=True)]
+        return (np.concatenate(parts),)
+
+
+def merge(dims: Sequence[Dim], sizes: Sequence[int]) -> Dim:
+    """Several axes as one of `prod(sizes)` positions, the last the fastest."""
+    layers = []
+    for k, dim in enumerate(dims):
+        shape = [sizes[k] if j == k else 1 for j in range(len(sizes))]
+        layers += [np.broadcast_to(layer.reshape(shape), tuple(sizes)).reshape(-1) for layer in dim]
+    return tuple(layers)
+
+
+def take(dim: Dim, index: slice | Ints) -> Dim:
+    """Some positions of an axis, in the order given; nothing is left of an axis of one position."""
+    return tuple(np.ascontiguousarray(layer[index]) for layer in dim)
+
+
+def reshape(ledger: Ledger, dims: Sequence[Dim], old: Sequence[int], new: Sequence[int]) -> list[Dim]:
+    """The dims of a tensor of shape `old` seen in shape `new`, by their common factors."""
+    result: list[Dim] = []
+    i = j = 0
+    while i < len(old) or j < len(new):
+        i_end, j_end, a, b = i, j, 1, 1
+        if i < len(old):
+            a, i_end = old[i], i + 1
+        if j < len(new):
+            b, j_end = new[j], j + 1
+        while a != b:
+            if a < b:
+                a, i_end = a * old[i_end], i_end + 1
+            else:
+                b, j_end = b * new[j_end], j_end + 1
+        if (i_end - i, j_end - j) == (1, 1):
+            result.append(dims[i])
+        else:
+            flat = merge(dims[i:i_end], old[i:i_end])
+            result += ledger.split(flat, new[j:j_end]) if flat else [WHOLE] * (j_end - j)
+        i, j = i_end, j_end
+    assert math.prod(old) == math.prod(new)
+    return result
+
+
+def _varies(grid: Ints, axis: int) -> bool:
+    first = np.take(grid, [0], axis=axis)
+    return bool((grid != first).any())
+
+
+def _alike(a: Ints, b: Ints) -> bool:
+    """True if both vectors repeat in the same places."""
+    return len(a) == len(b) and bool((_pattern(a) == _pattern(b)).all())
+
+
+def _pattern(vector: Ints) -> Ints:
+    _, first, inverse = np.unique(vector, return_index=True, return_inverse=True)
+    return np.asarray(first[inverse.reshape(-1)], dtype=np.int64)

@@ -1,0 +1,164 @@
+"""Integers that remember where they came from, so that the sizes in a model's source can follow a cut.
+
+During a capture every integer attribute of the model's modules and configurations is replaced by a `Tracked`, an `int`
+that carries an expression, and `Tensor.shape` answers with `Tracked` too. They arrive in the arguments of `view`,
+`split`, `expand` and so on, and tell a size that follows the cut (an attribute, a shape) from one typed into the source.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from prunella.graph.axes import Dim
+
+
+@dataclass(frozen=True)
+class Attr:
+    """Leaf: the integer attribute `name` of the module or configuration `owner`."""
+
+    owner: str
+    name: str
+    value: int
+
+
+@dataclass(frozen=True, eq=False)
+class Shape:
+    """Leaf: the size of a tensor's dimension, with its labels."""
+
+    dim: Dim
+    value: int
+
+
+@dataclass(frozen=True, eq=False)
+class Apply:
+    """A node: `operation(left, right)`."""
+
+    operation: Callable[[int, int], int]
+    left: Expression
+    right: Expression
+
+
+Expression = Attr | Shape | Apply | int
+Leak = Callable[[Expression], None]
+
+
+def leaves(expression: Expression) -> Iterator[Attr | Shape]:
+    """The attribute and shape leaves of an expression."""
+    if isinstance(expression, Apply):
+        yield from leaves(expression.left)
+        yield from leaves(expression.right)
+    elif isinstance(expression, Attr | Shape):
+        yield expression
+
+
+def evaluate(expression: Expression, value: Callable[[Attr | Shape], int]) -> int:
+    """The value of an expression when its leaves have the values given."""
+    if isinstance(expression, Apply):
+        return expression.operation(evaluate(expression.left, value), evaluate(expression.right, value))
+    return value(expression) if isinstance(expression, Attr | Shape) else expression
+
+
+class Tracked(int):
+    """An integer with its expression. Arithmetic that leaves the integers is reported to `leak`."""
+
+    expression: Expression
+    leak: Leak
+
+    def __new__(cls, value: int, expression: Expression, leak: Leak) -> Tracked:
+        made = super().__new__(cls, value)
+        made.expression, made.leak = expression, leak
+        return made
+
+    def __deepcopy__(self, memo: object) -> int:
+        return plain(self)
+
+    def __reduce__(self) -> tuple[type[int], tuple[int]]:
+        return int, (plain(self),)
+
+    def __float__(self) -> float:
+        self.leak(self.expression)
+        return float(plain(self))
+
+    def __truediv__(self, other: Any) -> Any:
+        self.leak(self.expression)
+        return plain(self) / other
+
+    def __rtruediv__(self, other: Any) -> Any:
+        self.leak(self.expression)
+        return other / plain(self)
+
+    def __pow__(self, other: Any, modulo: Any = None) -> Any:
+        self.leak(self.expression)
+        return plain(self) ** other
+
+
+def plain(value: int) -> int:
+    """The bare integer."""
+    return int.__add__(value, 0)
+
+
+def _install(name: str, operation: Callable[[int, int], int], reverse: bool) -> None:
+    def method(self: Tracked, other: Any) -> Any:
+        if not isinstance(other, int) or isinstance(other, bool):
+            if isinstance(other, float):
+                self.leak(self.expression)
+            return NotImplemented if isinstance(other, Tensor) else getattr(int, name)(plain(self), other)
+        mine, theirs = self.expression, (other.expression if isinstance(other, Tracked) else other)
+        left, right = (theirs, mine) if reverse else (mine, theirs)
+        value = operation(plain(other), plain(self)) if reverse else operation(plain(self), plain(other))
+        return Tracked(value, Apply(operation, left, right), self.leak)
+
+    setattr(Tracked, name, method)
+
+
+for _symbol, _operation in {
+    "add": int.__add__,
+    "sub": int.__sub__,
+    "mul": int.__mul__,
+    "floordiv": int.__floordiv__,
+    "mod": int.__mod__,
+}.items():
+    _install(f"__{_symbol}__", _operation, False)
+    _install(f"__r{_symbol}__", _operation, True)
+
+
+def _holders(model: nn.Module) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every `__dict__` that holds sizes: modules, and plain configuration objects that modules point to."""
+    seen: set[int] = set()
+    for path, module in model.named_modules():
+        yield path, vars(module)
+        for name, value in list(vars(module).items()):
+            known = isinstance(value, nn.Module | Tensor | type) or callable(value) or not hasattr(value, "__dict__")
+            if known or id(value) in seen or type(value).__module__.split(".")[0] in {"torch", "builtins"}:
+                continue
+            seen.add(id(value))
+            yield f"{path}:{name}", vars(value)
+
+
+def holder(model: nn.Module, owner: str) -> Any:
+    """The object that an `Attr.owner` names."""
+    path, _, name = owner.partition(":")
+    module = model.get_submodule(path)
+    return getattr(module, name) if name else module
+
+
+@contextmanager
+def tracked_attributes(model: nn.Module, leak: Leak) -> Iterator[None]:
+    """Replace the integers of the model's modules and configurations by `Tracked` ones, and put them back."""
+    wrapped: list[tuple[dict[str, Any], str]] = []
+    try:
+        for owner, values in _holders(model):
+            for name, value in list(values.items()):
+                if type(value) is int:
+                    values[name] = Tracked(value, Attr(owner, name, value), leak)
+                    wrapped.append((values, name))
+        yield
+    finally:
+        for values, name in wrapped:
+            if isinstance(values.get(name), Tracked):
+                values[name] = plain(values[name])

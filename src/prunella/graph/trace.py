@@ -1,0 +1,325 @@
+"""Run a model once and record what its operations say of its axes.
+
+Two modes watch the run. A `TorchFunctionMode` sees the calls with their raw Python arguments, which tell where a size
+came from; a `TorchDispatchMode` sees the ATen operations below them, a small set for which `ops.py` has rules. The
+model runs as it is, on its own device (real or meta), in eval mode and without gradients, and is left untouched.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from prunella.forward import forward, tensors
+from prunella.graph.axes import WHOLE, Dim, Ledger, Reason
+from prunella.graph.provenance import Expression, Shape, Tracked, leaves, tracked_attributes
+from prunella.graph.structure import Role
+
+log = logging.getLogger(__name__)
+_LIBRARY = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]))
+Axis = tuple[str, int]
+"""One axis of one parameter or buffer: its first name and the axis number."""
+
+
+@dataclass(frozen=True)
+class Value:
+    """What is known of one tensor: labels of each dim, and the parameter axis that each dim is, if it is one."""
+
+    dims: tuple[Dim, ...]
+    axes: tuple[Axis | None, ...]
+    weight: bool = False
+
+    @staticmethod
+    def plain(dims: tuple[Dim, ...] | list[Dim]) -> Value:
+        """A computed tensor."""
+        return Value(tuple(dims), (None,) * len(dims))
+
+
+@dataclass(frozen=True)
+class Call:
+    """The Python call on top: its function and raw arguments."""
+
+    name: str
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+
+
+@dataclass(frozen=True, eq=False)
+class Link:
+    """The size of `dim` must equal `expression` for every cut."""
+
+    expression: Expression
+    dim: Dim
+    length: int
+    where: str
+
+
+@dataclass(frozen=True)
+class Use:
+    """A parameter multiplied with an activation."""
+
+    entity: str
+    out_axis: int
+    in_axis: int
+    groups: int
+    op: str
+    bias: str | None
+    module: str
+
+
+@dataclass(frozen=True, eq=False)
+class Work:
+    """Multiply-adds of one operation: `constant` times the sizes of `dims`."""
+
+    op: str
+    module: str
+    use: Use | None
+    constant: float
+    dims: tuple[tuple[Dim, int], ...]
+
+
+@dataclass
+class Trace:
+    """The record of one run."""
+
+    names: dict[str, tuple[str, ...]]
+    tensors: dict[str, Tensor]
+    parameters: set[str]
+    ledger: Ledger = field(default_factory=Ledger)
+    values: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary)
+    aliases: dict[tuple[Any, ...], str] = field(default_factory=dict)
+    axes: dict[str, tuple[Dim, ...]] = field(default_factory=dict)
+    roles: dict[Axis, Role] = field(default_factory=dict)
+    links: list[Link] = field(default_factory=list)
+    work: list[Work] = field(default_factory=list)
+    uncounted: dict[str, int] = field(default_factory=dict)
+    fixed: list[tuple[Expression, str]] = field(default_factory=list)
+    modules: list[str] = field(default_factory=list)
+    calls: list[Call] = field(default_factory=list)
+
+    def value(self, tensor: Tensor) -> Value:
+        """The labels of a tensor; parameters and buffers get theirs when first met, unknown tensors always stay."""
+        found = self.values.get(tensor)
+        if found is None:
+            name = self.aliases.get(_storage_key(tensor))
+            found = self._entity(name) if name else Value.plain([WHOLE] * tensor.dim())
+            self.values[tensor] = found
+        return found  # type: ignore[no-any-return]
+
+    def _entity(self, name: str) -> Value:
+        shape = self.tensors[name].shape
+        if name not in self.axes:
+            self.axes[name] = tuple(self.ledger.fresh(size) for size in shape)
+        return Value(self.axes[name], tuple((name, k) for k in range(len(shape))), True)
+
+    def role(self, axis: Axis | None, role: Role) -> None:
+        """Note what an axis of a parameter is for; the first note stays, but `in` and `out` win."""
+        if axis and (role in {"in", "out"} or axis not in self.roles):
+            self.roles[axis] = role
+
+    def freeze(self, dim: Dim, text: str) -> None:
+        """All positions of `dim` stay, with the line that is running as the place."""
+        if dim:
+            self.ledger.freeze(dim, Reason(text, self.where()))
+
+    def equal(self, first: Dim, second: Dim, text: str) -> Dim:
+        """Relate two dims position by position."""
+        if first is second:
+            return first
+        return self.ledger.equal(first, second, Reason(text, self.where() if not (first and second) else ""))
+
+    def link(self, raw: object, dim: Dim, length: int) -> None:
+        """A size argument `raw` must follow `dim`: a typed one freezes it, a tracked one is checked for every cut."""
+        if not dim or raw is None or (isinstance(raw, int) and int(raw) == -1):
+            return
+        if isinstance(raw, Tracked):
+            self.links.append(Link(raw.expression, self.ledger.single(dim), length, self.where()))
+        else:
+            self.freeze(dim, f"the size {raw} is typed into the source")
+
+    def leak(self, expression: Expression) -> None:
+        """A size is used as a number: it must not change."""
+        where = self.where()
+        self.fixed.append((expression, where))
+        for leaf in leaves(expression):
+            if isinstance(leaf, Shape):
+                self.ledger.freeze(leaf.dim, Reason("the size is used in a calculation", where))
+
+    def module(self) -> str:
+        """Path of the module that is running."""
+        return self.modules[-1] if self.modules else ""
+
+    def call(self) -> Call:
+        """The Python call that is running."""
+        return self.calls[-1] if self.calls else Call("", (), {})
+
+    def where(self) -> str:
+        """`file:line` of the model's source that is running."""
+        frame = sys._getframe(1)
+        while frame is not None:
+            path = frame.f_code.co_filename
+            if not path.startswith(_LIBRARY) and not path.startswith("<"):
+                return f"{_short(path)}:{frame.f_lineno}"
+            frame = frame.f_back  # type: ignore[assignment]
+        return ""
+
+
+def _short(path: str) -> str:
+    """A path as a reader knows it: from the package on, or the file's own name."""
+    parts = Path(path).parts
+    if "site-packages" in parts:
+        return "/".join(parts[parts.index("site-packages") + 1 :])
+    return "/".join(parts[-2:])
+
+
+def _storage_key(tensor: Tensor) -> tuple[Any, ...]:
+    """The same for each Python object that stands for the same memory, as `.data` makes them."""
+    try:
+        storage = tensor.untyped_storage()._cdata
+    except (NotImplementedError, RuntimeError):
+        return (id(tensor),)
+    return (storage, tensor.storage_offset(), tuple(tensor.shape), tuple(tensor.stride()))
+
+
+class _Calls(TorchFunctionMode):
+    """Keeps the raw Python arguments, and answers `shape` with tracked integers."""
+
+    def __init__(self, trace: Trace) -> None:
+        super().__init__()
+        self.trace = trace
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", "")
+        kwargs = kwargs or {}
+        if func is Tensor.shape.__get__ or name == "size":  # type: ignore[attr-defined]
+            return self._sizes(func(*args, **kwargs), *args, **kwargs)
+        self.trace.calls.append(Call(name, args, kwargs))
+        try:
+            self._leaks(name, args, kwargs)
+            return func(*args, **kwargs)
+        finally:
+            self.trace.calls.pop()
+
+    def _sizes(self, answer: Any, tensor: Tensor, dim: int | None = None) -> Any:
+        dims = self.trace.value(tensor).dims
+        if dim is not None:
+            return self._track(answer, dims[dim])
+        return torch.Size([self._track(n, dim) for n, dim in zip(answer, dims, strict=True)])
+
+    def _track(self, size: int, dim: Dim) -> int:
+        return Tracked(size, Shape(dim, size), self.trace.leak)
+
+    def _leaks(self, name: str, args: Any, kwargs: Any) -> None:
+        if name in SIZED:
+            return
+        for argument in (*args, *kwargs.values()):
+            if isinstance(argument, Tracked):
+                self.trace.leak(argument.expression)
+
+
+class _Operations(TorchDispatchMode):
+    """Hands every ATen operation to the rules."""
+
+    def __init__(self, trace: Trace, apply_rule: Callable[..., None]) -> None:
+        super().__init__()
+        self.trace, self.apply_rule = trace, apply_rule
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        self.apply_rule(self.trace, func, args, kwargs, result)
+        return result
+
+
+SIZED = frozenset(
+    "view reshape unflatten expand repeat split split_with_sizes chunk tensor_split narrow __getitem__ __setitem__ "
+    "zeros ones empty full new_zeros new_ones new_empty new_full arange conv1d conv2d conv3d conv_transpose1d "
+    "conv_transpose2d conv_transpose3d group_norm size range linspace channel_shuffle view_as expand_as pad "
+    "broadcast_to".split()
+)
+"""Calls whose integers are sizes, looked at by the rules; elsewhere a tracked size counts as a number."""
+
+
+def _entities(model: nn.Module) -> tuple[dict[str, tuple[str, ...]], dict[str, Tensor], set[str]]:
+    """Parameters and buffers by identity: first name -> all names, first name -> tensor, and which are parameters."""
+    names: dict[int, list[str]] = {}
+    found: dict[int, Tensor] = {}
+    parameters = [*model.named_parameters(remove_duplicate=False)]
+    for name, tensor in [*parameters, *model.named_buffers(remove_duplicate=False)]:
+        names.setdefault(id(tensor), []).append(name)
+        found[id(tensor)] = tensor
+    first = {key: every[0] for key, every in names.items()}
+    kinds = {first[id(p)] for _, p in parameters}
+    return {first[k]: tuple(v) for k, v in names.items()}, {first[k]: t for k, t in found.items()}, kinds
+
+
+@contextmanager
+def _watch_modules(model: nn.Module, stack: list[str]) -> Iterator[None]:
+    paths = {id(module): path for path, module in model.named_modules()}
+    handles = [
+        nn.modules.module.register_module_forward_pre_hook(lambda m, a: stack.append(paths.get(id(m), ""))),
+        nn.modules.module.register_module_forward_hook(lambda m, a, o: _pop(stack), always_call=True),
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _pop(stack: list[str]) -> None:
+    if stack:
+        stack.pop()
+
+
+@contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Eval mode and no gradients inside; training flags, buffers and random state as before afterwards."""
+    flags = [(module, module.training) for module in model.modules()]
+    buffers = [(b, b.detach().clone()) for b in model.buffers() if b.device.type != "meta"]
+    random = torch.get_rng_state()
+    try:
+        model.eval()
+        with torch.no_grad():
+            yield
+            for buffer, before in buffers:
+                if not torch.equal(buffer, before):
+                    buffer.copy_(before)
+    finally:
+        torch.set_rng_state(random)
+        for module, training in flags:
+            module.training = training
+
+
+def trace(model: nn.Module, inputs: Any, apply_rule: Callable[..., None]) -> Trace:
+    """Run `model` on `inputs` once and record. Inputs and outputs keep all their positions."""
+    names, entities, parameters = _entities(model)
+    record = Trace(names, entities, parameters)
+    for name, tensor in entities.items():
+        record.aliases[_storage_key(tensor)] = name
+    for tensor in tensors(inputs):
+        record.values[tensor] = Value.plain([WHOLE] * tensor.dim())
+    with ExitStack() as stack:
+        stack.enter_context(undisturbed(model))
+        stack.enter_context(_watch_modules(model, record.modules))
+        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        stack.enter_context(tracked_attributes(model, record.leak))
+        stack.enter_context(_Operations(record, apply_rule))
+        stack.enter_context(_Calls(record))
+        output = forward(model, inputs)
+    for tensor in tensors(output):
+        for dim in record.value(tensor).dims:
+            record.ledger.freeze(dim, Reason("it is an output of the model"))
+    return record

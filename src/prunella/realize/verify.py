@@ -1,0 +1,134 @@
+"""The oracle that every cut passes: in float64, the smaller module gives the output of the masked one."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from prunella.errors import CheckFailed, NotSupported
+from prunella.forward import forward, tensors
+from prunella.graph.trace import undisturbed
+
+Cuts = Mapping[str, Mapping[int, Tensor]]
+TOLERANCE = 1e-9
+"""Largest difference allowed, relative to the largest output, in float64."""
+
+
+@dataclass(frozen=True)
+class Verification:
+    """How far the smaller module is from the masked one: largest difference / largest output, over all outputs."""
+
+    error: float
+    tolerance: float
+    outputs: int
+
+    @property
+    def exact(self) -> bool:
+        """Whether the error is within the tolerance."""
+        return self.error <= self.tolerance
+
+    def __str__(self) -> str:
+        word = "equals" if self.exact else "differs from"
+        return f"shrunk {word} masked: relative error {self.error:.1e} (float64, tolerance {self.tolerance:.0e})"
+
+
+def check(dense: nn.Module, small: nn.Module, cuts: Cuts, inputs: Any) -> Verification:
+    """`verify`, or a `CheckFailed` or `NotSupported` that says what is wrong. Shapes alone are checked on meta."""
+    found = verify(dense, small, cuts, inputs)
+    if not found.exact:
+        raise CheckFailed(
+            "the smaller model does not compute what the masked model computes",
+            f"relative error {found.error:.2e} where {found.tolerance:.0e} is allowed",
+            "please report the model; skip= leaves out the layers that you name",
+        )
+    return found
+
+
+def verify(dense: nn.Module, small: nn.Module, cuts: Cuts, inputs: Any) -> Verification:
+    """Compare `small` with `dense` whose removed units are zero, in float64 and eval mode, on one batch."""
+    if any(p.device.type == "meta" for p in dense.parameters()):
+        shapes = [tuple(t.shape) for t in _run(dense, inputs)], [tuple(t.shape) for t in _run(small, inputs)]
+        return Verification(0.0 if shapes[0] == shapes[1] else float("inf"), TOLERANCE, len(shapes[0]))
+    batch = as_double(inputs)
+    reference = _run(masked(dense, cuts).double(), batch)
+    if not all(torch.isfinite(t).all() for t in reference):
+        reference = _run(masked(dense, cuts, consumers=True).double(), batch)
+    return Verification(relative_error(reference, _run(copy.deepcopy(small).double(), batch)), TOLERANCE, len(reference))
+
+
+def masked(model: nn.Module, cuts: Cuts, *, consumers: bool = False) -> nn.Module:
+    """A copy whose removed positions are zero in every parameter; with `consumers`, along every axis but the first.
+
+    Zeroing only what reads a unit serves parameters that are normalised in the forward pass, where a slice of zeros
+    would divide zero by zero.
+    """
+    made = copy.deepcopy(model)
+    parameters = dict(made.named_parameters(remove_duplicate=False))
+    with torch.no_grad():
+        for name, axes in cuts.items():
+            for axis, kept in axes.items():
+                if name in parameters and not (consumers and axis == 0):
+                    gone = torch.ones(parameters[name].shape[axis], dtype=torch.bool)
+                    gone[kept] = False
+                    parameters[name].index_fill_(axis, gone.nonzero().flatten().to(parameters[name].device), 0)
+    return made
+
+
+def relative_error(reference: list[Tensor], found: list[Tensor]) -> float:
+    """Largest |difference| over the largest |reference|, over all tensors; infinite if they do not match in shape."""
+    if [t.shape for t in reference] != [t.shape for t in found]:
+        return float("inf")
+    worst = 0.0
+    for a, b in zip(reference, found, strict=True):
+        if a.numel():
+            a, b = a.double(), b.double()
+            gap = torch.where(a == b, 0.0, (a - b).abs()).max().item()
+            scale = a[torch.isfinite(a)].abs().max().item() if torch.isfinite(a).any() else 1.0
+            worst = max(worst, gap / max(scale, 1e-30) if gap == gap else float("inf"))
+    return worst
+
+
+def as_double(tree: Any) -> Any:
+    """Floating-point tensors of an input tree in float64."""
+    if isinstance(tree, Tensor):
+        return tree.double() if tree.is_floating_point() else tree
+    if isinstance(tree, Mapping):
+        return {key: as_double(value) for key, value in tree.items()}
+    return type(tree)(as_double(v) for v in tree) if isinstance(tree, tuple | list) else tree
+
+
+class _NoDownCast(TorchFunctionMode):
+    """Keeps float64 where a model's source casts to float32, so that rounding does not hide a wrong cut."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        narrow = {torch.float32, torch.float16, torch.bfloat16}
+        if getattr(func, "__name__", "") in {"float", "half", "bfloat16"} and args and args[0].dtype == torch.float64:
+            return args[0]
+        if kwargs.get("dtype") in narrow and args and _double(args[0]):
+            kwargs["dtype"] = torch.float64
+        if getattr(func, "__name__", "") == "to" and args and _double(args[0]):
+            args = tuple(torch.float64 if isinstance(a, torch.dtype) and a in narrow else a for a in args)
+        return func(*args, **kwargs)
+
+
+def _double(value: object) -> bool:
+    return isinstance(value, Tensor) and value.dtype == torch.float64
+
+
+def _run(model: nn.Module, inputs: Any) -> list[Tensor]:
+    try:
+        with undisturbed(model), _NoDownCast():
+            return tensors(forward(model, inputs))
+    except (RuntimeError, ValueError, AssertionError, IndexError, TypeError) as error:
+        raise NotSupported(
+            "the smaller model does not run",
+            f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}",
+            "a size in its source does not follow the cut; skip= leaves out the layers that you name",
+        ) from error
