@@ -8,8 +8,7 @@ factors an axis: position `i * n + j` stays exactly when row `i` and column `j` 
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -93,7 +92,9 @@ class Ledger:
             if not along and layer.any():
                 along = [int(np.argmax(sizes))]
             if len(along) == 1:
-                found[along[0]].append(np.ascontiguousarray(np.moveaxis(grid, along[0], 0).reshape(sizes[along[0]], -1)[:, 0]))
+                found[along[0]].append(
+                    np.ascontiguousarray(np.moveaxis(grid, along[0], 0).reshape(sizes[along[0]], -1)[:, 0])
+                )
             elif along:
                 self._factor(layer, sizes, along, found)
         return tuple(tuple(layers) for layers in found)
@@ -130,28 +131,46 @@ def take(dim: Dim, index: slice | Ints) -> Dim:
     return tuple(np.ascontiguousarray(layer[index]) for layer in dim)
 
 
-def reshape(ledger: Ledger, dims: Sequence[Dim], old: Sequence[int], new: Sequence[int]) -> list[Dim]:
-    """The dims of a tensor of shape `old` seen in shape `new`, by their common factors."""
-    result: list[Dim] = []
+def blocks(old: Sequence[int], new: Sequence[int]) -> Iterator[tuple[range, range]]:
+    """The dims of shape `old` and those of shape `new` that hold the same factor, block by block."""
     i = j = 0
     while i < len(old) or j < len(new):
-        i_end, j_end, a, b = i, j, 1, 1
+        first_i, first_j, a, b = i, j, 1, 1
         if i < len(old):
-            a, i_end = old[i], i + 1
+            a, i = old[i], i + 1
         if j < len(new):
-            b, j_end = new[j], j + 1
+            b, j = new[j], j + 1
         while a != b:
             if a < b:
-                a, i_end = a * old[i_end], i_end + 1
+                a, i = a * old[i], i + 1
             else:
-                b, j_end = b * new[j_end], j_end + 1
-        if (i_end - i, j_end - j) == (1, 1):
-            result.append(dims[i])
+                b, j = b * new[j], j + 1
+        yield range(first_i, i), range(first_j, j)
+
+
+def sources(old: Sequence[int], new: Sequence[int]) -> list[int | None]:
+    """For each dim of shape `new` the dim of shape `old` that it is, None if it is a mixture or of size 1."""
+    found: list[int | None] = [None] * len(new)
+    for before, after in blocks(old, new):
+        long_before, long_after = [k for k in before if old[k] != 1], [k for k in after if new[k] != 1]
+        if len(long_before) == len(long_after) == 1:
+            found[long_after[0]] = long_before[0]
+    return found
+
+
+def reshape(ledger: Ledger, dims: Sequence[Dim], old: Sequence[int], new: Sequence[int]) -> list[Dim]:
+    """The dims of a tensor of shape `old` seen in shape `new`, by their common factors."""
+    result: list[Dim] = [WHOLE] * len(new)
+    same = sources(old, new)
+    for before, after in blocks(old, new):
+        flat = merge([dims[k] for k in before], [old[k] for k in before])
+        if not flat:
+            continue
+        kept = [k for k in after if same[k] is not None]
+        if kept:
+            result[kept[0]] = dims[same[kept[0]] or 0]
         else:
-            flat = merge(dims[i:i_end], old[i:i_end])
-            result += ledger.split(flat, new[j:j_end]) if flat else [WHOLE] * (j_end - j)
-        i, j = i_end, j_end
-    assert math.prod(old) == math.prod(new)
+            result[after.start : after.stop] = ledger.split(flat, [new[k] for k in after])
     return result
 
 

@@ -9,7 +9,7 @@ each group is tried: one unit is removed, and every size in the source that woul
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,11 +20,11 @@ from scipy.sparse.csgraph import connected_components
 from torch import Tensor, nn
 
 from prunella.errors import BadInput, PruningError
-from prunella.graph.axes import And, Dim, Ledger, Reason
+from prunella.graph.axes import And, Dim, Reason
 from prunella.graph.ops import apply_rule
 from prunella.graph.provenance import Attr, Expression, Shape, evaluate, leaves
 from prunella.graph.structure import Attribute, Cost, Entity, Extent, Frozen, Graph, Group, Ints, Keep, Layer, Member
-from prunella.graph.trace import Link, Trace, Work, trace
+from prunella.graph.trace import Axis, Link, Trace, Work, trace
 
 Mark = np.ndarray[tuple[int, ...], np.dtype[np.bool_]]
 
@@ -88,6 +88,15 @@ class _Solved:
     divisor: int
 
 
+@dataclass(frozen=True, eq=False)
+class _Numbers:
+    """Component -> number of its group (-1 if it has none) and of its unit."""
+
+    groups: tuple[Group, ...]
+    group: Ints
+    unit: Ints
+
+
 class _Solver:
     """Resolves one record. Lives for one call of `couple`."""
 
@@ -112,7 +121,8 @@ class _Solver:
 
     def stays(self, atoms: Ints) -> Mark:
         """Which atoms are frozen."""
-        return self.fixed[self.part[atoms]]
+        found: Mark = self.fixed[self.part[atoms]]
+        return found
 
     def resolve(self) -> None:
         """Decide every conjunction."""
@@ -178,31 +188,37 @@ class _Solver:
                     if len(free):
                         yield name, axis, free, part[free]
 
-    def group_units(self) -> list[list[tuple[tuple[tuple[str, int], int], ...]]]:
-        raise AssertionError
-
     def groups(self) -> tuple[Group, ...]:
         """Units that cut the same axes in the same measure."""
-        table: dict[int, list[tuple[str, int, int]]] = {}
-        where: dict[tuple[str, int], tuple[Ints, Ints]] = {}
-        for name, axis, index, part in self.positions():
-            where[name, axis] = (index, part)
-            for unit, count in zip(*np.unique(part, return_counts=True), strict=True):
-                table.setdefault(int(unit), []).append((name, axis, int(count)))
-        alike: dict[tuple[tuple[str, int, int], ...], list[int]] = {}
-        for unit, signature in table.items():
-            alike.setdefault(tuple(signature), []).append(unit)
+        where = {(name, axis): (index, part) for name, axis, index, part in self.positions()}
+        keys = list(where)
+        if not keys:
+            return ()
+        counted = [np.unique(part, return_counts=True) for _, part in where.values()]
+        unit = np.concatenate([u for u, _ in counted])
+        rows = np.concatenate([np.stack([np.full(len(n), k), n]) for k, (_, n) in enumerate(counted)], axis=1).T
+        order = np.argsort(unit, kind="stable")
+        unit, rows = unit[order], np.ascontiguousarray(rows[order])
+        alike: dict[bytes, tuple[Ints, list[int]]] = {}
+        starts = np.flatnonzero(np.diff(unit, prepend=-1))
+        for start, stop in zip(starts, [*starts[1:], len(unit)], strict=True):
+            alike.setdefault(rows[start:stop].tobytes(), (rows[start:stop], []))[1].append(int(unit[start]))
         heads = {int(p) for atoms in self.ledger.batched for p in np.unique(self.part[atoms])}
-        made = [self._group(signature, units, where, heads) for signature, units in alike.items()]
+        made = []
+        for found, units in alike.values():
+            axes = [keys[k] for k in found[:, 0]]
+            if any(self.record.roles.get(axis) in {"out", "in"} for axis in axes):
+                made.append(self._group(axes, units, where, heads))
         return tuple(_unique_names(made))
 
-    def _group(self, signature: Iterable[tuple[str, int, int]], units: list[int],
-               where: Mapping[tuple[str, int], tuple[Ints, Ints]], heads: set[int]) -> Group:  # fmt: skip
+    def _group(
+        self, axes: list[Axis], units: list[int], where: Mapping[Axis, tuple[Ints, Ints]], heads: set[int]
+    ) -> Group:
         number = np.full(len(self.fixed), -1, dtype=np.int64)
-        order = self._order(signature, units, where)
+        order = self._order(axes, units, where)
         number[order] = np.arange(len(order))
         members = []
-        for name, axis, _ in signature:
+        for name, axis in axes:
             index, part = where[name, axis]
             mine = number[part] >= 0
             role = self.record.roles.get((name, axis), "other")
@@ -211,13 +227,10 @@ class _Solver:
         name = first.entity.removesuffix(".weight")
         return Group(name, len(units), "head" if units[0] in heads else "channel", tuple(members))
 
-    def _order(self, signature: Iterable[tuple[str, int, int]], units: list[int],
-               where: Mapping[tuple[str, int], tuple[Ints, Ints]]) -> Ints:  # fmt: skip
+    def _order(self, axes: list[Axis], units: list[int], where: Mapping[Axis, tuple[Ints, Ints]]) -> Ints:
         """Units by their first position on the axis that produces them."""
-        axes = [(name, axis) for name, axis, _ in signature]
         best = next((a for a in axes if self.record.roles.get(a) == "out"), axes[0])
-        _, part = where[best]
-        found, first = np.unique(part, return_index=True)
+        found, first = np.unique(where[best][1], return_index=True)
         mine = np.isin(found, units)
         return np.asarray(found[mine][np.argsort(first[mine])], dtype=np.int64)
 
@@ -235,19 +248,26 @@ class _Solver:
         return any(gone[self.part[layer]].any() for layer in dim)
 
     def solve(self) -> dict[Attr, _Solved]:
-        """The attributes that follow an axis: defined by the first link that names each, directly or with a factor."""
+        """The attributes that follow an axis: named alone as its size, or else needed for a size to follow."""
         solved: dict[Attr, _Solved] = {}
-        for direct in (True, False):
-            for link in self.record.links:
-                found = [leaf for leaf in leaves(link.expression) if isinstance(leaf, Attr)]
-                unknown = [leaf for leaf in found if leaf not in solved]
-                free = link.dim and not all(self.stays(layer).all() for layer in link.dim)
-                if free and len(unknown) == 1 and (link.expression is unknown[0]) == direct:
-                    divisor = int(np.gcd(unknown[0].value, link.length))
-                    solved[unknown[0]] = _Solved(
-                        unknown[0], link, unknown[0].value // divisor, max(link.length // divisor, 1)
-                    )
+        free = [n for n in self.record.links if n.dim and not all(self.stays(layer).all() for layer in n.dim)]
+        for link in free:
+            if isinstance(link.expression, Attr):
+                solved.setdefault(link.expression, _Solved(link.expression, link, 1, 1))
+        for link in free:
+            unknown = [e for e in leaves(link.expression) if isinstance(e, Attr) and e not in solved]
+            if len(unknown) == 1 and self.follows(self._one(link.dim), solved, [link]) is link:
+                divisor = int(np.gcd(unknown[0].value, link.length))
+                factor, divisor = unknown[0].value // divisor, link.length // divisor
+                solved[unknown[0]] = _Solved(unknown[0], link, factor, divisor)
         return solved
+
+    def _one(self, dim: Dim) -> Mark:
+        """A removal of the first component of a dim that may go."""
+        gone = np.zeros_like(self.fixed)
+        part = self.part[np.concatenate(dim)]
+        gone[part[~self.fixed[part]][:1]] = True
+        return gone
 
     def follows(self, gone: Mark, solved: Mapping[Attr, _Solved], links: Iterable[Link]) -> Link | None:
         """The first size in the source that is wrong once the components `gone` are removed."""
@@ -259,12 +279,16 @@ class _Solver:
             return self.size(known.link.dim, gone) * known.factor // known.divisor if known else leaf.value
 
         for link in links:
-            if evaluate(link.expression, value) != self.size(link.dim, gone):
+            if _outcome(link.expression, value) != self.size(link.dim, gone):
                 return link
-        for expression, where in self.record.fixed:
-            for leaf in leaves(expression):
-                if isinstance(leaf, Attr) and value(leaf) != leaf.value:
-                    return Link(leaf, (), leaf.value, where)
+        for attr, where in self.record.fixed:
+            if value(attr) != attr.value:
+                return Link(attr, (), attr.value, where)
+        for choice, where in self.record.decisions:
+            left, right = _outcome(choice.left, value), _outcome(choice.right, value)
+            today = choice.operation(evaluate(choice.left, _today), evaluate(choice.right, _today))
+            if left is None or right is None or choice.operation(left, right) != today:
+                return Link(0, (), 0, where)
         return None
 
     def try_groups(self) -> bool:
@@ -303,7 +327,7 @@ class _Solver:
         while self.try_groups():
             self.join()
         groups = self.groups()
-        units = self._unit_counts(groups)
+        units = self._number(groups)
         record = self.record
         layers = _layers(record.work)
         costs = tuple(self._cost(work, units) for work in record.work if len(work.dims) > 1)
@@ -320,41 +344,37 @@ class _Solver:
             unused=tuple(name for name in record.tensors if name not in record.axes and name in record.parameters),
         )
 
-    def _unit_counts(self, groups: Iterable[Group]) -> dict[int, tuple[str, int, int]]:
-        """Component -> (group, unit, size of the group)."""
-        found: dict[int, tuple[str, int, int]] = {}
-        for group in groups:
-            member = group.members[0]
+    def _number(self, groups: tuple[Group, ...]) -> _Numbers:
+        group = np.full(len(self.fixed), -1, dtype=np.int64)
+        unit = np.zeros(len(self.fixed), dtype=np.int64)
+        for k, found in enumerate(groups):
+            member = found.members[0]
             part = self.part[self.record.axes[member.entity][member.axis][0][member.index]]
-            for p, unit in zip(part, member.unit, strict=True):
-                found[int(p)] = (group.name, int(unit), group.size)
-        return found
+            group[part], unit[part] = k, member.unit
+        return _Numbers(groups, group, unit)
 
-    def _extent(self, dim: Dim, length: int, units: Mapping[int, tuple[str, int, int]]) -> Extent:
+    def _extent(self, dim: Dim, length: int, numbers: _Numbers) -> Extent:
         live = [layer for layer in dim if not self.stays(layer).all()]
         if not live:
             return Extent(length)
-        fixed, counts = 0, dict[str, Ints]()
-        for p, count in zip(*np.unique(self.part[live[0]], return_counts=True), strict=True):
-            if int(p) not in units:
-                fixed += int(count)
-                continue
-            name, unit, size = units[int(p)]
-            counts.setdefault(name, np.zeros(size, dtype=np.int64))[unit] += count
-        return Extent(fixed, tuple(counts.items()))
+        part = self.part[live[0]]
+        group, unit = numbers.group[part], numbers.unit[part]
+        counts = []
+        for k in np.unique(group[group >= 0]):
+            found = numbers.groups[k]
+            counts.append((found.name, np.bincount(unit[group == k], minlength=found.size).astype(np.int64)))
+        return Extent(int((group < 0).sum()), tuple(counts))
 
-    def _extents(self, name: str, units: Mapping[int, tuple[str, int, int]]) -> tuple[Extent, ...]:
+    def _extents(self, name: str, numbers: _Numbers) -> tuple[Extent, ...]:
         shape = self.record.tensors[name].shape
         dims = self.record.axes.get(name, ((),) * len(shape))
-        return tuple(self._extent(dim, int(size), units) for dim, size in zip(dims, shape, strict=True))
+        return tuple(self._extent(dim, int(size), numbers) for dim, size in zip(dims, shape, strict=True))
 
-    def _cost(self, work: Work, units: Mapping[int, tuple[str, int, int]]) -> Cost:
-        extents = tuple(self._extent(dim, size, units) for dim, size in work.dims)
-        if work.use and work.use.groups > 1 and work.use.op == "conv":
-            pass
+    def _cost(self, work: Work, numbers: _Numbers) -> Cost:
+        extents = tuple(self._extent(dim, size, numbers) for dim, size in work.dims)
         return Cost(work.op, work.module, work.use.entity if work.use else "", work.constant, extents)
 
-    def _attributes(self, units: Mapping[int, tuple[str, int, int]]) -> tuple[Attribute, ...]:
+    def _attributes(self, units: _Numbers) -> tuple[Attribute, ...]:
         made = []
         for attr, s in self.solve().items():
             extent = self._extent(s.link.dim, s.link.length, units)
@@ -372,9 +392,23 @@ class _Solver:
                 yield Frozen(name, axis, int(stays.sum()), reason.text, reason.where)
 
 
+def _outcome(expression: Expression, value: Callable[[Attr | Shape], int]) -> int | None:
+    """The value of an expression, None where it divides by zero."""
+    try:
+        return evaluate(expression, value)
+    except ZeroDivisionError:
+        return None
+
+
+def _today(leaf: Attr | Shape) -> int:
+    return leaf.value
+
+
 def _unfollowed(link: Link) -> str:
     if isinstance(link.expression, Attr) and not link.dim:
         return f"the size {link.expression.name} is used in a calculation"
+    if not link.dim:
+        return "the source decides by a size"
     return "a size in the source would not follow"
 
 
@@ -414,6 +448,3 @@ def _with_macs(layers: Iterable[Layer], costs: tuple[Cost, ...]) -> Iterator[Lay
             layer.name, layer.entity, layer.out_axis, layer.in_axis, layer.groups, layer.op, layer.bias, layer.module,
             macs.get(layer.entity, 0.0),
         )  # fmt: skip
-
-
-_ = (Expression, Ledger, nn)

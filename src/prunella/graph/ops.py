@@ -23,8 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prunella.graph.axes import WHOLE, Dim, Reason, merge, reshape, take
-from prunella.graph.provenance import Shape, Tracked
+from prunella.graph.axes import WHOLE, Dim, Reason, merge, reshape, sources, take
+from prunella.graph.provenance import Shape, Tracked, plain
 from prunella.graph.structure import Role
 from prunella.graph.trace import Axis, Trace, Use, Value, Work
 
@@ -145,8 +145,8 @@ def pointwise(trace: Trace, ctx: Context) -> Returned:
     first = trace.value(operands[0]) if operands else Value.plain(dims)
     if len(operands) == 1 and len(first.dims) == len(dims):
         return [_same(first)] * len(ctx.outputs)
-    if all(trace.value(t).weight for t in operands) and len(first.dims) == len(dims):
-        return Value(tuple(dims), first.axes, True)
+    if operands and all(trace.value(t).weight for t in operands):
+        return Value(tuple(dims), _shared_axes(trace, operands, len(dims)), True)
     return [Value.plain(dims)] * len(ctx.outputs)
 
 
@@ -158,6 +158,12 @@ def _aligned(trace: Trace, tensor: Tensor, k: int, ndim: int, size: int) -> Dim 
     return trace.value(tensor).dims[at]
 
 
+def _shared_axes(trace: Trace, operands: Sequence[Tensor], ndim: int) -> tuple[Axis | None, ...]:
+    """For a tensor computed from parameters alone: the parameter axis that each dim still is."""
+    full = [trace.value(t).axes for t in operands if t.dim() == ndim]
+    return tuple(next((axes[k] for axes in full if axes[k]), None) for k in range(ndim))
+
+
 def _pointwise_roles(trace: Trace, ctx: Context, operands: Sequence[Tensor]) -> None:
     role: Role = "scale" if ctx.name in {"mul", "div"} else "bias" if ctx.name in {"add", "sub"} else "other"
     for tensor in operands:
@@ -167,7 +173,7 @@ def _pointwise_roles(trace: Trace, ctx: Context, operands: Sequence[Tensor]) -> 
 
 
 @rule("clone", "detach", "alias", "_to_copy", "lift_fresh", "lift_fresh_copy", "contiguous", "zeros_like", "ones_like",
-      "empty_like", "full_like", "rand_like", "randn_like", "fill", "zero", "bernoulli", "dropout", "positive")  # fmt: skip
+      "empty_like", "full_like", "rand_like", "randn_like", "fill", "zero", "bernoulli", "positive")  # fmt: skip
 def identity(trace: Trace, ctx: Context) -> Returned:
     """A tensor of the same axes."""
     return _same(ctx.value(0))
@@ -185,32 +191,21 @@ def view(trace: Trace, ctx: Context) -> Returned:
     if old == new:
         dims, axes = list(value.dims), value.axes
     else:
-        dims, axes = reshape(trace.ledger, value.dims, old, new), _kept_axes(value, old, new)
+        dims, axes = (
+            reshape(trace.ledger, value.dims, old, new),
+            tuple(None if k is None else value.axes[k] for k in sources(old, new)),
+        )
     _link_sizes(trace, dims, new)
     return Value(tuple(dims), axes, value.weight)
 
 
-def _kept_axes(value: Value, old: Sequence[int], new: Sequence[int]) -> tuple[Axis | None, ...]:
-    """Parameter axes that survive a view untouched, matched from both ends."""
-    axes: list[Axis | None] = [None] * len(new)
-    for k in range(min(len(old), len(new))):
-        if old[k] != new[k]:
-            break
-        axes[k] = value.axes[k]
-    for k in range(1, min(len(old), len(new)) + 1):
-        if old[-k] != new[-k]:
-            break
-        axes[-k] = value.axes[-k]
-    return tuple(axes)
-
-
 _ADAPTS = frozenset(
-    "linear matmul __matmul__ __rmatmul__ bmm baddbmm addmm mm einsum flatten squeeze unsqueeze scaled_dot_product_attention "
-    "batch_norm instance_norm group_norm layer_norm conv1d conv2d conv3d conv_transpose1d conv_transpose2d "
+    "linear matmul __matmul__ __rmatmul__ bmm baddbmm addmm mm einsum flatten squeeze unsqueeze "
+    "scaled_dot_product_attention batch_norm instance_norm group_norm layer_norm conv1d conv2d conv3d conv_transpose1d conv_transpose2d "
     "conv_transpose3d repeat_interleave view_as reshape_as expand_as softmax bilinear interpolate pixel_shuffle "
     "pixel_unshuffle channel_shuffle dot mv tensordot ravel rms_norm max_pool1d max_pool2d max_pool3d avg_pool1d "
     "adaptive_avg_pool1d adaptive_avg_pool2d adaptive_max_pool2d adaptive_max_pool1d cosine_similarity "
-    "contiguous transpose permute __getitem__ unfold mean sum chunk split stack cat".split()
+    "prelu contiguous transpose permute __getitem__ unfold mean sum chunk split stack cat".split()
 )
 """Calls that compute inner sizes from the tensors they are given."""
 
@@ -223,7 +218,7 @@ def _link_sizes(trace: Trace, dims: Sequence[Dim], new: Sequence[int]) -> None:
             trace.link(size, dim, length)
     elif call.name == "unflatten":
         sizes = list(call.kwargs.get("sizes", call.args[2] if len(call.args) > 2 else []))
-        start = int(call.kwargs.get("dim", call.args[1] if len(call.args) > 1 else 0)) % (len(new) - len(sizes) + 1)
+        start = plain(call.kwargs.get("dim", call.args[1] if len(call.args) > 1 else 0)) % (len(new) - len(sizes) + 1)
         for k, size in enumerate(sizes):
             trace.link(size, dims[start + k], new[start + k])
     elif call.name not in _ADAPTS:
@@ -366,15 +361,18 @@ def slice_(trace: Trace, ctx: Context) -> Returned:
     start = _bound(ctx.args[2], size, 0)
     stop = _bound(ctx.args[3], size, size)
     dim = value.dims[at]
+    if dim and trace.call().name == "narrow" and (start, stop) == (0, size):
+        trace.link(trace.call().kwargs.get("length", trace.call().args[-1]), dim, size)
     if dim and (start, stop, step) != (0, size, 1):
         if step != 1:
             trace.freeze(dim, "it is sliced with a step")
-        for bound, edge in ((start, 0), (stop, size)):
+        if trace.call().name == "narrow" and any(type(n) is int and n < 0 for n in trace.call().args[2:3]):
+            trace.freeze(dim, "it is narrowed from the end by a number typed into the source")
+        for raw, bound, edge in ((ctx.args[2], start, 0), (ctx.args[3], stop, size)):
             if bound != edge:
-                trace.link(_raw_bound(trace, bound, size), take(dim, slice(0, bound)), bound)
-        for edge_dim in (take(dim, slice(0, start)), take(dim, slice(stop, size))):
-            if trace.call().name not in {"__getitem__", "narrow"}:
-                trace.freeze(edge_dim, "it is sliced")
+                _link_bound(trace, dim, int(raw), bound)
+        if trace.call().name not in {"__getitem__", "narrow", "__setitem__"}:
+            trace.freeze(dim, f"{trace.call().name} slices it")
     dims, axes = list(value.dims), list(value.axes)
     if (start, stop, step) != (0, size, 1):
         dims[at], axes[at] = take(dim, slice(start, stop, step)), None
@@ -394,14 +392,26 @@ def _bound(raw: Any, size: int, default: int) -> int:
     return min(max(value + size if value < 0 else value, 0), size)
 
 
-def _raw_bound(trace: Trace, bound: int, size: int) -> object:
+def _link_bound(trace: Trace, dim: Dim, raw: int, bound: int) -> None:
+    """As many positions as before must lie before a bound, or behind it when it is counted from the end."""
+    source = _raw_bound(trace, raw)
+    if raw >= 0:
+        trace.link(source, take(dim, slice(0, bound)), bound)
+    elif isinstance(source, Tracked):
+        trace.link(-source, take(dim, slice(bound, None)), -raw)
+    else:
+        trace.freeze(take(dim, slice(bound, None)), f"the bound {raw} is typed into the source")
+
+
+def _raw_bound(trace: Trace, bound: int) -> int:
     """The Python argument that gave a slice bound: tracked if the source computes it, else the number itself."""
     call = trace.call()
     raw: list[Any] = []
     for item in _flat(call.args[1:]):
         raw += [item.start, item.stop] if isinstance(item, slice) else [item]
-    match = [r for r in raw if isinstance(r, Tracked) and int(r) == bound]
-    return match[0] if match else bound
+    match = [r for r in raw if isinstance(r, Tracked) and plain(r) == bound]
+    literal = [r for r in raw if type(r) is int and r == bound]
+    return match[0] if match and not literal else bound
 
 
 @rule("select")
@@ -447,7 +457,9 @@ def _raw_sizes(trace: Trace, count: int) -> list[Any]:
     call = trace.call()
     if call.name not in {"split", "split_with_sizes"}:
         return []
-    raw = call.args[1] if len(call.args) > 1 else call.kwargs.get("split_size_or_sections", call.kwargs.get("split_size"))
+    raw = (
+        call.args[1] if len(call.args) > 1 else call.kwargs.get("split_size_or_sections", call.kwargs.get("split_size"))
+    )
     return list(raw) if isinstance(raw, tuple | list) else [raw] * count
 
 
@@ -470,7 +482,7 @@ def _unequal_pieces(trace: Trace, dim: Dim, sizes: Sequence[int]) -> list[Dim]:
     for k, size in enumerate(sizes):
         piece = take(dim, slice(start, start + size))
         start += size
-        if len(raw) == len(sizes) and isinstance(raw[0], Tracked | int) and len(set(map(int, raw))) > 1:
+        if len(raw) == len(sizes) and len({plain(n) for n in raw}) > 1:
             trace.link(raw[k], piece, size)
         else:
             trace.freeze(piece, "it is split into pieces that are not equal")
@@ -512,6 +524,24 @@ def pixel_shuffle(trace: Trace, ctx: Context) -> Returned:
     return Value.plain([*value.dims[:-3], channels, WHOLE, WHOLE])
 
 
+@rule("pixel_unshuffle")
+def pixel_unshuffle(trace: Trace, ctx: Context) -> Returned:
+    """`(N, C, H * r, W * r)` to `(N, C * r * r, H, W)`."""
+    value, shape, factor = ctx.value(0), ctx.shape(0), int(ctx.args[1])
+    channels = merge([value.dims[-3], WHOLE], [shape[-3], factor**2])
+    return Value.plain([*value.dims[:-3], channels, WHOLE, WHOLE])
+
+
+@rule("glu")
+def glu(trace: Trace, ctx: Context) -> Returned:
+    """The first half times the sigmoid of the second: both lose the same positions."""
+    value, shape = ctx.value(0), ctx.shape(0)
+    at = ctx.dim(1, len(shape), -1)
+    rows, columns = trace.ledger.split(value.dims[at], [2, shape[at] // 2])
+    trace.freeze(rows, "both halves of a gated unit stay")
+    return Value.plain([columns if k == at else d for k, d in enumerate(value.dims)])
+
+
 @rule("channel_shuffle", "native_channel_shuffle")
 def channel_shuffle(trace: Trace, ctx: Context) -> Returned:
     """`(g, C / g)` transposed: every part loses the same positions."""
@@ -523,6 +553,24 @@ def channel_shuffle(trace: Trace, ctx: Context) -> Returned:
 
 
 # --- look-ups --------------------------------------------------------------------------------------------------------
+
+
+@rule("tril", "triu")
+def triangle(trace: Trace, ctx: Context) -> Returned:
+    """Positions along the last two axes are compared with each other: both stay."""
+    value = ctx.value(0)
+    for dim in value.dims[-2:]:
+        trace.freeze(dim, f"{ctx.name} compares its positions")
+    return Value.plain([*value.dims[:-2], WHOLE, WHOLE])
+
+
+@rule("gather", "take_along_dim")
+def gather(trace: Trace, ctx: Context) -> Returned:
+    """Positions by number along one axis; the table and the index stay whole."""
+    for k in (0, 2):
+        for dim in ctx.value(k).dims:
+            trace.freeze(dim, "positions are taken by number")
+    return None
 
 
 @rule("embedding")
@@ -611,7 +659,7 @@ def bmm(trace: Trace, ctx: Context) -> Returned:
     trace.ledger.batched += [*a.dims[0], *b.dims[0]]
     _contract(trace, ctx, a, b, 2, 1)
     sizes = ((outer, batch), (a.dims[1], m), (a.dims[2], k), (b.dims[2], n))
-    use = _use(trace, a, b, (2, 1), 2, None) if batch == 1 else None
+    use = (_use(trace, a, b, (2, 1), 2, None) or _use(trace, b, a, (1, 2), 1, None)) if batch == 1 else None
     trace.work.append(Work(ctx.name, trace.module(), use, 1.0, sizes))
     dims = [outer, a.dims[1], b.dims[2]]
     if first:
@@ -747,7 +795,9 @@ def group_norm(trace: Trace, ctx: Context) -> Returned:
 def along(trace: Trace, ctx: Context) -> Returned:
     """Positions along one axis depend on each other: it stays."""
     value = ctx.value(0)
-    number = next(int(a) for a in ctx.args[2 if ctx.name == "topk" else 1 :] if isinstance(a, int) and not isinstance(a, bool))
+    number = next(
+        int(a) for a in ctx.args[2 if ctx.name == "topk" else 1 :] if isinstance(a, int) and not isinstance(a, bool)
+    )
     at = number % max(len(value.dims), 1)
     trace.freeze(value.dims[at], f"{ctx.name.strip('_')} runs along it")
     return [Value.plain([WHOLE if k == at else d for k, d in enumerate(value.dims)])] * len(ctx.outputs)
@@ -770,7 +820,7 @@ def reduction(trace: Trace, ctx: Context) -> Returned:
         trace.freeze(value.dims[k], f"{ctx.name} sums over it" if ctx.name != "mean" else "a mean is taken over it")
     kept = [WHOLE if k in gone else d for k, d in enumerate(value.dims)]
     dims = kept if out == ndim else [d for k, d in enumerate(kept) if k not in gone]
-    return [Value.plain(dims)] * len(ctx.outputs)
+    return [Value(tuple(dims), (None,) * len(dims), value.weight)] * len(ctx.outputs)
 
 
 def _spatial(count: int) -> Rule:
@@ -786,7 +836,8 @@ def _spatial(count: int) -> Rule:
 
 
 for _count, _names in {
-    1: "max_pool1d avg_pool1d adaptive_avg_pool1d upsample_nearest1d upsample_linear1d reflection_pad1d replication_pad1d",
+    1: "max_pool1d avg_pool1d adaptive_avg_pool1d upsample_nearest1d upsample_linear1d reflection_pad1d "
+    "replication_pad1d",
     2: "max_pool2d max_pool2d_with_indices avg_pool2d adaptive_avg_pool2d _adaptive_avg_pool2d adaptive_max_pool2d "
     "upsample_nearest2d upsample_bilinear2d upsample_bicubic2d _upsample_bilinear2d_aa _upsample_bicubic2d_aa "
     "reflection_pad2d replication_pad2d mkldnn_max_pool2d",
@@ -795,4 +846,3 @@ for _count, _names in {
 }.items():
     for _operation in _names.split():
         RULES[_operation] = _spatial(_count)
-

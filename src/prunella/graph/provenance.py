@@ -2,7 +2,8 @@
 
 During a capture every integer attribute of the model's modules and configurations is replaced by a `Tracked`, an `int`
 that carries an expression, and `Tensor.shape` answers with `Tracked` too. They arrive in the arguments of `view`,
-`split`, `expand` and so on, and tell a size that follows the cut (an attribute, a shape) from one typed into the source.
+`split`, `expand` and so on, and tell a size that follows the cut (an attribute, a shape) from one typed into the
+source.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from prunella.graph.axes import Dim
@@ -44,12 +46,23 @@ class Apply:
 
 
 Expression = Attr | Shape | Apply | int
-Leak = Callable[[Expression], None]
 
 
-def leaves(expression: Expression) -> Iterator[Attr | Shape]:
+@dataclass(frozen=True, eq=False)
+class Comparison:
+    """`operation(left, right)` decided something in the source: the outcome must not change."""
+
+    operation: Callable[[int, int], bool]
+    left: Expression
+    right: Expression
+
+
+Leak = Callable[[Expression | Comparison], None]
+
+
+def leaves(expression: Expression | Comparison) -> Iterator[Attr | Shape]:
     """The attribute and shape leaves of an expression."""
-    if isinstance(expression, Apply):
+    if isinstance(expression, Apply | Comparison):
         yield from leaves(expression.left)
         yield from leaves(expression.right)
     elif isinstance(expression, Attr | Shape):
@@ -64,7 +77,11 @@ def evaluate(expression: Expression, value: Callable[[Attr | Shape], int]) -> in
 
 
 class Tracked(int):
-    """An integer with its expression. Arithmetic that leaves the integers is reported to `leak`."""
+    """An integer with its expression.
+
+    Arithmetic that leaves the integers is reported to `leak` as a use of the size as a number; a comparison is
+    reported as `left operation right`, whose outcome must not change.
+    """
 
     expression: Expression
     leak: Leak
@@ -80,26 +97,34 @@ class Tracked(int):
     def __reduce__(self) -> tuple[type[int], tuple[int]]:
         return int, (plain(self),)
 
-    def __float__(self) -> float:
-        self.leak(self.expression)
-        return float(plain(self))
+    def __hash__(self) -> int:
+        return int.__hash__(self)
 
-    def __truediv__(self, other: Any) -> Any:
-        self.leak(self.expression)
-        return plain(self) / other
-
-    def __rtruediv__(self, other: Any) -> Any:
-        self.leak(self.expression)
-        return other / plain(self)
-
-    def __pow__(self, other: Any, modulo: Any = None) -> Any:
-        self.leak(self.expression)
-        return plain(self) ** other
+    def __neg__(self) -> Tracked:
+        return Tracked(-plain(self), Apply(int.__sub__, 0, self.expression), self.leak)
 
 
 def plain(value: int) -> int:
     """The bare integer."""
     return int.__add__(value, 0)
+
+
+def bare(tree: Any) -> Any:
+    """Arguments with plain integers in place of tracked ones."""
+    if isinstance(tree, Tracked):
+        return plain(tree)
+    if type(tree) in {tuple, list}:
+        return type(tree)(bare(item) for item in tree)
+    if isinstance(tree, torch.Size):
+        return torch.Size([bare(item) for item in tree])
+    if isinstance(tree, slice):
+        return slice(bare(tree.start), bare(tree.stop), bare(tree.step))
+    return {key: bare(item) for key, item in tree.items()} if type(tree) is dict else tree
+
+
+def expression_of(value: int) -> Expression:
+    """The expression of a tracked integer, the number itself of a plain one."""
+    return value.expression if isinstance(value, Tracked) else value
 
 
 def _install(name: str, operation: Callable[[int, int], int], reverse: bool) -> None:
@@ -108,10 +133,29 @@ def _install(name: str, operation: Callable[[int, int], int], reverse: bool) -> 
             if isinstance(other, float):
                 self.leak(self.expression)
             return NotImplemented if isinstance(other, Tensor) else getattr(int, name)(plain(self), other)
-        mine, theirs = self.expression, (other.expression if isinstance(other, Tracked) else other)
-        left, right = (theirs, mine) if reverse else (mine, theirs)
-        value = operation(plain(other), plain(self)) if reverse else operation(plain(self), plain(other))
-        return Tracked(value, Apply(operation, left, right), self.leak)
+        left, right = (other, self) if reverse else (self, other)
+        value = operation(plain(left), plain(right))
+        return Tracked(value, Apply(operation, expression_of(left), expression_of(right)), self.leak)
+
+    setattr(Tracked, name, method)
+
+
+def _install_comparison(name: str) -> None:
+    operation = getattr(int, name)
+
+    def method(self: Tracked, other: Any) -> Any:
+        outcome = operation(plain(self), other)
+        if isinstance(other, int) and not isinstance(other, bool):
+            self.leak(Comparison(operation, self.expression, expression_of(other)))
+        return outcome
+
+    setattr(Tracked, name, method)
+
+
+def _install_leak(name: str) -> None:
+    def method(self: Tracked, *others: Any) -> Any:
+        self.leak(self.expression)
+        return getattr(int, name)(plain(self), *others)
 
     setattr(Tracked, name, method)
 
@@ -125,6 +169,12 @@ for _symbol, _operation in {
 }.items():
     _install(f"__{_symbol}__", _operation, False)
     _install(f"__r{_symbol}__", _operation, True)
+for _symbol in ("eq", "ne", "lt", "le", "gt", "ge"):
+    _install_comparison(f"__{_symbol}__")
+for (
+    _symbol
+) in "float int trunc floor ceil round abs divmod rdivmod truediv rtruediv pow rpow and or xor lshift rshift".split():
+    _install_leak(f"__{_symbol}__")
 
 
 def _holders(model: nn.Module) -> Iterator[tuple[str, dict[str, Any]]]:

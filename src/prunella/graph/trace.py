@@ -8,11 +8,13 @@ model runs as it is, on its own device (real or meta), in eval mode and without 
 from __future__ import annotations
 
 import logging
+import math
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -24,7 +26,17 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from prunella.forward import forward, tensors
 from prunella.graph.axes import WHOLE, Dim, Ledger, Reason
-from prunella.graph.provenance import Expression, Shape, Tracked, leaves, tracked_attributes
+from prunella.graph.provenance import (
+    Attr,
+    Comparison,
+    Expression,
+    Shape,
+    Tracked,
+    bare,
+    leaves,
+    plain,
+    tracked_attributes,
+)
 from prunella.graph.structure import Role
 
 log = logging.getLogger(__name__)
@@ -105,18 +117,18 @@ class Trace:
     links: list[Link] = field(default_factory=list)
     work: list[Work] = field(default_factory=list)
     uncounted: dict[str, int] = field(default_factory=dict)
-    fixed: list[tuple[Expression, str]] = field(default_factory=list)
+    fixed: list[tuple[Attr, str]] = field(default_factory=list)
+    decisions: list[tuple[Comparison, str]] = field(default_factory=list)
     modules: list[str] = field(default_factory=list)
     calls: list[Call] = field(default_factory=list)
 
     def value(self, tensor: Tensor) -> Value:
         """The labels of a tensor; parameters and buffers get theirs when first met, unknown tensors always stay."""
-        found = self.values.get(tensor)
-        if found is None:
+        if tensor not in self.values:
             name = self.aliases.get(_storage_key(tensor))
-            found = self._entity(name) if name else Value.plain([WHOLE] * tensor.dim())
-            self.values[tensor] = found
-        return found  # type: ignore[no-any-return]
+            self.values[tensor] = self._entity(name) if name else Value.plain([WHOLE] * tensor.dim())
+        found: Value = self.values[tensor]
+        return found
 
     def _entity(self, name: str) -> Value:
         shape = self.tensors[name].shape
@@ -142,20 +154,35 @@ class Trace:
 
     def link(self, raw: object, dim: Dim, length: int) -> None:
         """A size argument `raw` must follow `dim`: a typed one freezes it, a tracked one is checked for every cut."""
-        if not dim or raw is None or (isinstance(raw, int) and int(raw) == -1):
+        if not dim or raw is None or (isinstance(raw, int) and plain(raw) == -1):
             return
         if isinstance(raw, Tracked):
             self.links.append(Link(raw.expression, self.ledger.single(dim), length, self.where()))
         else:
             self.freeze(dim, f"the size {raw} is typed into the source")
 
-    def leak(self, expression: Expression) -> None:
-        """A size is used as a number: it must not change."""
+    def leak(self, expression: Expression | Comparison) -> None:
+        """A size is used as a number and must not change, or it decides something and the outcome must not change."""
         where = self.where()
-        self.fixed.append((expression, where))
+        if isinstance(expression, Comparison):
+            if not self._equated(expression, where):
+                self.decisions.append((expression, where))
+            return
         for leaf in leaves(expression):
-            if isinstance(leaf, Shape):
+            if isinstance(leaf, Attr):
+                self.fixed.append((leaf, where))
+            elif leaf.dim:
                 self.ledger.freeze(leaf.dim, Reason("the size is used in a calculation", where))
+
+    def _equated(self, found: Comparison, where: str) -> bool:
+        """Note `x.shape[1] == self.size`, as checks of sizes say it, as a link between the two."""
+        if found.operation not in {int.__eq__, int.__ne__}:
+            return False
+        for one, other in ((found.left, found.right), (found.right, found.left)):
+            if isinstance(one, Shape) and one.dim and isinstance(other, Attr) and one.value == other.value:
+                self.links.append(Link(other, self.ledger.single(one.dim), one.value, where))
+                return True
+        return False
 
     def module(self) -> str:
         """Path of the module that is running."""
@@ -167,12 +194,12 @@ class Trace:
 
     def where(self) -> str:
         """`file:line` of the model's source that is running."""
-        frame = sys._getframe(1)
+        frame: FrameType | None = sys._getframe(1)
         while frame is not None:
             path = frame.f_code.co_filename
             if not path.startswith(_LIBRARY) and not path.startswith("<"):
                 return f"{_short(path)}:{frame.f_lineno}"
-            frame = frame.f_back  # type: ignore[assignment]
+            frame = frame.f_back
         return ""
 
 
@@ -203,14 +230,34 @@ class _Calls(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = getattr(func, "__name__", "")
         kwargs = kwargs or {}
-        if func is Tensor.shape.__get__ or name == "size":  # type: ignore[attr-defined]
+        if func == Tensor.shape.__get__ or name == "size":  # type: ignore[attr-defined]
             return self._sizes(func(*args, **kwargs), *args, **kwargs)
+        if name in {"numel", "nelement"}:
+            return math.prod(self._sizes(args[0].shape, args[0]))
+        if name == "__len__":
+            self.trace.freeze(self.trace.value(args[0]).dims[0], "its length is taken by len()")
+        if name in _LEAVES_TORCH and args and isinstance(args[0], Tensor):
+            for dim in self.trace.value(args[0]).dims:
+                self.trace.freeze(dim, f"{name.strip('_')} takes it out of the tensors")
         self.trace.calls.append(Call(name, args, kwargs))
         try:
             self._leaks(name, args, kwargs)
-            return func(*args, **kwargs)
+            result = func(*bare(args), **bare(kwargs))
+            if name in _OPAQUE:
+                self._freeze_all((args, kwargs, result), f"the sizes inside {name} are not visible")
+            return result
         finally:
             self.trace.calls.pop()
+
+    def _freeze_all(self, tree: Any, text: str) -> None:
+        if isinstance(tree, Mapping):
+            tree = tuple(tree.values())
+        if isinstance(tree, Tensor):
+            for dim in self.trace.value(tree).dims:
+                self.trace.freeze(dim, text)
+        elif isinstance(tree, tuple | list):
+            for item in tree:
+                self._freeze_all(item, text)
 
     def _sizes(self, answer: Any, tensor: Tensor, dim: int | None = None) -> Any:
         dims = self.trace.value(tensor).dims
@@ -222,18 +269,20 @@ class _Calls(TorchFunctionMode):
         return Tracked(size, Shape(dim, size), self.trace.leak)
 
     def _leaks(self, name: str, args: Any, kwargs: Any) -> None:
-        if name in SIZED:
+        if name == "full":
+            args = args[1:]
+        elif name in SIZED:
             return
         for argument in (*args, *kwargs.values()):
             if isinstance(argument, Tracked):
                 self.trace.leak(argument.expression)
 
 
-class _Operations(TorchDispatchMode):
+class _Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Hands every ATen operation to the rules."""
 
     def __init__(self, trace: Trace, apply_rule: Callable[..., None]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.trace, self.apply_rule = trace, apply_rule
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -244,12 +293,24 @@ class _Operations(TorchDispatchMode):
 
 
 SIZED = frozenset(
-    "view reshape unflatten expand repeat split split_with_sizes chunk tensor_split narrow __getitem__ __setitem__ "
-    "zeros ones empty full new_zeros new_ones new_empty new_full arange conv1d conv2d conv3d conv_transpose1d "
-    "conv_transpose2d conv_transpose3d group_norm size range linspace channel_shuffle view_as expand_as pad "
-    "broadcast_to".split()
+    (
+        "view reshape unflatten expand repeat split split_with_sizes chunk tensor_split narrow __getitem__ __setitem__ "
+        "zeros ones empty new_zeros new_ones new_empty new_full conv1d conv2d conv3d conv_transpose1d "
+        "conv_transpose2d conv_transpose3d group_norm channel_shuffle view_as expand_as pad broadcast_to"
+    ).split()
 )
 """Calls whose integers are sizes, looked at by the rules; elsewhere a tracked size counts as a number."""
+
+
+_LEAVES_TORCH = frozenset("numpy tolist item __array__ __float__ __int__ __bool__ __index__ __dlpack__ stride".split())
+"""Calls that turn values or sizes into plain Python, where no cut can follow."""
+
+
+_OPAQUE = frozenset(
+    "lstm gru rnn_tanh rnn_relu lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell multi_head_attention_forward "
+    "_native_multi_head_attention _transformer_encoder_layer_fwd ctc_loss".split()
+)
+"""Calls that check or compute sizes where neither mode can see them."""
 
 
 def _entities(model: nn.Module) -> tuple[dict[str, tuple[str, ...]], dict[str, Tensor], set[str]]:

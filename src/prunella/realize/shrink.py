@@ -74,8 +74,11 @@ def cut_(model: nn.Module, cuts: Cuts, attributes: Mapping[tuple[str, str], int]
 
 
 def _stranger(name: str) -> RequestError:
-    return RequestError(f"the plan cuts {name}, which the model does not have in this shape", "the plan was made for another model",
-                        "make a plan of this model with prunella.plan")  # fmt: skip
+    return RequestError(
+        f"the plan cuts {name}, which the model does not have in this shape",
+        "the plan was made for another model",
+        "make a plan of this model with prunella.plan",
+    )
 
 
 def _homes(model: nn.Module) -> dict[str, list[tuple[nn.Module, str]]]:
@@ -135,5 +138,3 @@ def _sizes(module: nn.Module) -> Iterator[tuple[str, int]]:
         yield from (("num_embeddings", weight.shape[0]), ("embedding_dim", weight.shape[1]))
     elif isinstance(module, nn.PReLU):
         yield ("num_parameters", weight.shape[0])
-
-
