@@ -9,14 +9,98 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from prunella.allocation import Normalise as Normalise
+    from prunella.allocation import erk as erk
+    from prunella.allocation import erk_densities as erk_densities
+    from prunella.allocation import global_ as global_
+    from prunella.allocation import lamp as lamp
+    from prunella.allocation import uniform as uniform
+    from prunella.apply import apply_ as apply_
+    from prunella.apply import finalize as finalize
+    from prunella.apply import masks_of as masks_of
+    from prunella.apply import reapply_ as reapply_
+    from prunella.criteria import bn_scale as bn_scale
+    from prunella.criteria import geometric_median as geometric_median
+    from prunella.criteria import group_norm as group_norm
+    from prunella.criteria import magnitude as magnitude
+    from prunella.criteria import random as random
+    from prunella.criteria import taylor as taylor
+    from prunella.criteria import taylor_sq as taylor_sq
+    from prunella.criteria import wanda as wanda
     from prunella.errors import PruningError as PruningError
+    from prunella.granularity import NM as NM
+    from prunella.granularity import Block as Block
+    from prunella.granularity import Channel as Channel
+    from prunella.granularity import Element as Element
+    from prunella.granularity import Head as Head
+    from prunella.granularity import Reduce as Reduce
+    from prunella.pipeline import Plan as Plan
+    from prunella.pipeline import Recipe as Recipe
+    from prunella.pipeline import plan as plan
+    from prunella.recovery.calibrate import recalibrate_bn as recalibrate_bn
+    from prunella.recovery.distill import distill as distill
+    from prunella.recovery.distill import distill_features as distill_features
+    from prunella.recovery.distill import distill_logits as distill_logits
+    from prunella.recovery.finetune import finetune as finetune
+    from prunella.recovery.reconstruct import reconstruct as reconstruct
+    from prunella.schedule import cosine as cosine
+    from prunella.schedule import cubic as cubic
+    from prunella.schedule import exponential as exponential
+    from prunella.schedule import linear as linear
+    from prunella.schedule import one_shot as one_shot
+    from prunella.targets import Bytes as Bytes
     from prunella.targets import MACs as MACs
+    from prunella.targets import Params as Params
+    from prunella.targets import Sparsity as Sparsity
+    from prunella.train.pruner import Pruner as Pruner
 
 __version__ = "0.1.0"
 
 _HOME = {
+    "bn_scale": "criteria",
+    "geometric_median": "criteria",
+    "group_norm": "criteria",
+    "magnitude": "criteria",
+    "random": "criteria",
+    "taylor": "criteria",
+    "taylor_sq": "criteria",
+    "wanda": "criteria",
+    "Normalise": "allocation",
+    "erk": "allocation",
+    "erk_densities": "allocation",
+    "global_": "allocation",
+    "lamp": "allocation",
+    "uniform": "allocation",
+    "Block": "granularity",
+    "Channel": "granularity",
+    "Element": "granularity",
+    "Head": "granularity",
+    "NM": "granularity",
+    "Reduce": "granularity",
+    "Plan": "pipeline",
+    "Recipe": "pipeline",
+    "plan": "pipeline",
+    "Bytes": "targets",
+    "Params": "targets",
+    "Sparsity": "targets",
     "PruningError": "errors",
     "MACs": "targets",
+    "apply_": "apply",
+    "finalize": "apply",
+    "masks_of": "apply",
+    "reapply_": "apply",
+    "Pruner": "train.pruner",
+    "cosine": "schedule",
+    "cubic": "schedule",
+    "exponential": "schedule",
+    "linear": "schedule",
+    "one_shot": "schedule",
+    "recalibrate_bn": "recovery.calibrate",
+    "reconstruct": "recovery.reconstruct",
+    "finetune": "recovery.finetune",
+    "distill": "recovery.distill",
+    "distill_features": "recovery.distill",
+    "distill_logits": "recovery.distill",
 }
 
 __all__ = sorted([*_HOME, "__version__"])

@@ -19,7 +19,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 MethodKind = Literal["criterion", "allocation", "granularity", "schedule", "recovery", "recipe"]
 Scope = Literal["producer", "consumer", "group"]
 
-STATISTICS = ("weight", "grad", "grad_sq", "input_norm", "norm_scale", "gate_grad", "generator")
+STATISTICS = ("weight", "grad", "grad_sq", "input_norm", "norm_scale", "gate_grad", "unit_weight", "noise")
 
 
 @dataclass(frozen=True)

@@ -5,41 +5,96 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
 
-from prunella.graph.structure import Frozen
-from prunella.targets import Target
+from prunella import provenance, table
+from prunella.allocation import uniform
+from prunella.budget import Allocation
+from prunella.contest import Rules, Units, Weights, obstacles, share
+from prunella.criteria import magnitude
+from prunella.errors import BadInput, NotSupported, RequestError
+from prunella.granularity import NM, Channel, Granularity, Masking, Structural
+from prunella.graph.couple import attributes, couple, cuts
+from prunella.graph.structure import Frozen, Graph, Group, Layer
+from prunella.graph.view import from_matrix
+from prunella.method import needs_of
+from prunella.names import check_patterns, chosen, names_of_group, names_of_layer
+from prunella.request import check_finite, check_function, check_granularity, check_numbers, checked_target
+from prunella.scoring import Absent, Criterion, Scorer, name_of
+from prunella.stats import Source, Subject, collect, untouched
+from prunella.stats.subject import first_seen
+from prunella.table import Amount as Amount
+from prunella.table import Row as Row
+from prunella.targets import Sparsity, Target
+from prunella.types import Mask
 
 Loss = Callable[[nn.Module, Any], Tensor]
 Inputs = Tensor | tuple[Any, ...] | Mapping[str, Any]
 
 
 @dataclass(frozen=True)
-class Amount:
-    """What a model weighs: parameters, multiply-adds of one pass over the example, bytes, non-zero prunable weights."""
+class Recipe:
+    """How to prune: parts that mix freely. Knobs of the functions are bound by `functools.partial`.
 
-    params: float
-    macs: float
-    bytes: float
-    weights: float
+    criterion: a function from statistics to scores (`prunella.criteria`, or your own).
+    granularity: what a unit is; several structural ones, as `(Channel(), Head())`, share one ranking.
+    allocation: how much each group gives (`prunella.allocation`).
+    floor: fraction in [0, 1) of every group's units (of every layer's weights) that stays; at least one always does.
+    align: widths of channel groups stay multiples of it, where they are not left whole; not for heads and masks.
+    seed: of everything random. The same seed gives the same plan.
+    """
+
+    criterion: Criterion = magnitude
+    granularity: Granularity | tuple[Granularity, ...] = Channel()  # noqa: RUF009
+    allocation: Allocation = uniform
+    floor: float = 0.0
+    align: int = 1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_function(self.criterion, "criterion")
+        check_function(self.allocation, "allocation")
+        check_granularity(self.grains)
+        check_numbers(self.grains, self.floor, self.align, self.seed)
+
+    @property
+    def grains(self) -> tuple[Granularity, ...]:
+        """The granularities as a tuple."""
+        return self.granularity if isinstance(self.granularity, tuple) else (self.granularity,)
+
+    def describe(self) -> dict[str, Any]:
+        """The recipe as plain data, all knobs with their values; `Recipe.read` gives it back."""
+        return {
+            "criterion": provenance.describe(self.criterion),
+            "granularity": [provenance.describe(grain) for grain in self.grains],
+            "allocation": provenance.describe(self.allocation),
+            "floor": self.floor,
+            "align": self.align,
+            "seed": self.seed,
+        }
+
+    @classmethod
+    def read(cls, described: Mapping[str, Any]) -> Recipe:
+        """The recipe that `describe` wrote. Errors: RequestError if it names functions that are not prunella's."""
+        try:
+            grains = tuple(provenance.read(entry, "granularity") for entry in described["granularity"])
+            numbers = float(described["floor"]), int(described["align"]), int(described["seed"])
+            criterion, allocation = described["criterion"], described["allocation"]
+        except (KeyError, TypeError) as error:
+            raise BadInput("this does not describe a recipe", f"{type(error).__name__}: {error}") from error
+        return cls(
+            provenance.read(criterion, "criterion"),
+            grains[0] if len(grains) == 1 else grains,
+            provenance.read(allocation, "allocation"),
+            *numbers,
+        )
 
 
-@dataclass(frozen=True)
-class Row:
-    """One line of a plan: a group of units, or the mask of one weight."""
-
-    name: str
-    kind: str
-    kept: int
-    total: int
-    params_before: int
-    params_after: int
-    macs_before: float
-    macs_after: float
+DEFAULT = Recipe()
 
 
 @dataclass(frozen=True)
@@ -63,3 +118,219 @@ class Plan:
     frozen: tuple[Frozen, ...]
     weights: Mapping[str, Tensor] = field(default_factory=dict)
     inputs: Inputs | None = None
+
+    @property
+    def got(self) -> float:
+        """What the target's unit comes to: a fraction where a fraction was asked, else a number."""
+        if isinstance(self.target, Sparsity):
+            total = sum(row.total for row in self.rows)
+            return 1 - sum(row.kept for row in self.rows) / total if total else 0.0
+        before, after = getattr(self.before, self.target.name), getattr(self.after, self.target.name)
+        return float(after / before if self.target.value <= 1 else after)
+
+    def __str__(self) -> str:
+        return table.render(self.rows, self.before, self.after, self._notes(), self.frozen)
+
+    def _notes(self) -> list[str]:
+        names = "by hand"
+        if self.recipe:
+            parts = [self.recipe["criterion"], *self.recipe["granularity"], self.recipe["allocation"]]
+            names = ", ".join(part["name"] for part in parts)
+        lines = [f"asked {self.target}, got {self.target.name}={self.got:.4g} ({names})"]
+        if self.masks:
+            lines.append("masks: params and MACs count kept weights only; dense kernels still multiply the zeros")
+        if self.recipe.get("align", 1) > 1:
+            lines.append(f"channel widths are multiples of {self.recipe['align']}: the last block decides what is got")
+        return lines
+
+
+def plan(
+    model: nn.Module,
+    inputs: Inputs,
+    recipe: Recipe = DEFAULT,
+    *,
+    target: Target | None = None,
+    data: Iterable[Any] | None = None,
+    loss: Loss | None = None,
+    skip: Sequence[str] = (),
+    only: Sequence[str] = (),
+) -> Plan:
+    """What to remove from `model` to meet `target`. Reads the model and changes nothing, not even a random generator.
+
+    inputs: an example batch: a tensor, a tuple of arguments or a mapping of keywords; multiply-adds are of this batch.
+    target: `Sparsity`, `Params`, `MACs` or `Bytes`. Only `NM`, whose sparsity is fixed, does without.
+    data, loss: batches, and a function of (model, batch), for criteria that need them. Without a loss a batch is passed
+        as a mapping -> `model(**batch)`, tuple -> `model(*batch)`, else `model(batch)`. The model runs in eval mode.
+    skip, only: patterns (`fnmatch`) of names of groups, parameters or modules; a module stands for all that is in it.
+
+    Errors: RequestError (the request makes no sense), BadInput (broken weights, data or inputs), NotSupported (nothing
+    can be pruned), TargetMissed (says how far it got and what stopped it).
+    """
+    target = checked_target(recipe.grains[0], target)
+    check_finite(model)
+    with untouched(model, recipe.seed):
+        graph = couple(model, inputs)
+        check_patterns(graph, skip, only)
+        job = _Job(model, graph, recipe, target, Source(data, loss), tuple(skip), tuple(only), inputs)
+        return job.structure() if isinstance(recipe.grains[0], Structural) else job.masks()
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One call of `plan`."""
+
+    model: nn.Module
+    graph: Graph
+    recipe: Recipe
+    target: Target
+    source: Source
+    skip: tuple[str, ...]
+    only: tuple[str, ...]
+    inputs: Inputs
+
+    # -- structure -----------------------------------------------------------------------------------------------
+
+    def structure(self) -> Plan:
+        """A plan that removes units."""
+        groups, frozen = self._groups()
+        scored = self._score_groups(groups, frozen)
+        contest = Units(self.graph, tuple(g for g, _ in scored), tuple(s for _, s in scored), self.target)
+        align = tuple(self.recipe.align if group.kind == "channel" else 1 for group in contest.groups)
+        rules = Rules(self.recipe.allocation, self.recipe.floor, align)
+        keep = contest.keep(share(contest, self.target, rules, frozen, self.graph))
+        rows = table.group_rows(self.graph, contest.groups, keep)
+        return self._plan(after=table.amount(self.graph, keep), rows=rows, frozen=frozen, keep=keep, masks={})
+
+    def _groups(self) -> tuple[list[Group], list[Frozen]]:
+        """Groups that take part, and what does not, with reasons."""
+        kinds = {grain.kind for grain in self.recipe.grains if isinstance(grain, Structural)}
+        mine, frozen = [], list(self.graph.frozen)
+        for group in self.graph.groups:
+            reason = f"granularity is {' and '.join(sorted(kinds))}, this is {group.kind}"
+            if group.kind in kinds:
+                reason = chosen(names_of_group(self.graph, group), self.skip, self.only)
+            if not reason and group.size == 1:
+                reason = "a single unit, which has to stay"
+            frozen += [_set_aside(group, reason)] if reason else []
+            mine += [] if reason else [group]
+        if not mine:
+            raise self._nothing("units", frozen)
+        return mine, frozen
+
+    def _score_groups(self, groups: Sequence[Group], frozen: list[Frozen]) -> list[tuple[Group, Tensor]]:
+        reduce = {grain.kind: grain.reduce for grain in self.recipe.grains if isinstance(grain, Structural)}
+        scorer = self._scorer(Subject(self.model, self.graph, groups=tuple(groups)))
+        scored = []
+        for group in groups:
+            try:
+                scored.append((group, scorer.units(group, reduce[group.kind])))
+            except Absent as error:
+                frozen.append(_set_aside(group, str(error)))
+        if not scored:
+            raise self._nothing("units", frozen)
+        return scored
+
+    # -- masks ---------------------------------------------------------------------------------------------------
+
+    def masks(self) -> Plan:
+        """A plan that zeroes weights."""
+        candidates, frozen = self._layers()
+        scored = self._score_layers(candidates, frozen)
+        layers, scores = tuple(layer for layer, _ in scored), tuple(s for _, s in scored)
+        pattern = self.recipe.grains[0]
+        if isinstance(pattern, NM):
+            matrices = _nm_masks(pattern, layers, scores)
+        else:
+            assert isinstance(pattern, Masking)
+            contest = Weights(self.graph, layers, scores, pattern)
+            rules = Rules(self.recipe.allocation, self.recipe.floor, (1,) * len(layers))
+            matrices = contest.masks(share(contest, self.target, rules, frozen, self.graph))
+        weights = Subject(self.model, self.graph).parameters
+        masks = {x.entity: from_matrix(m, weights[x.entity], x) for x, m in zip(layers, matrices, strict=True)}
+        rows = table.mask_rows(self.graph, layers, masks, _pattern_name(pattern))
+        return self._plan(after=table.masked_amount(self.graph, rows), rows=rows, frozen=frozen, keep={}, masks=masks)
+
+    def _layers(self) -> tuple[list[Layer], list[Frozen]]:
+        mine, spared = [], []
+        for layer in first_seen(self.graph.layers):
+            reason = chosen(names_of_layer(self.graph, layer), self.skip, self.only)
+            count = self.graph.entities[layer.entity].shape[layer.out_axis]
+            spared += [Frozen(layer.entity, layer.out_axis, count, reason, "")] if reason else []
+            mine += [] if reason else [layer]
+        if not mine:
+            raise self._nothing("weights", spared)
+        return mine, spared
+
+    def _score_layers(self, layers: Sequence[Layer], frozen: list[Frozen]) -> list[tuple[Layer, Tensor]]:
+        scorer = self._scorer(Subject(self.model, self.graph, layers=tuple(layers)))
+        scored = []
+        for layer in layers:
+            try:
+                scored.append((layer, scorer.weights(layer)))
+            except Absent as error:
+                count = self.graph.entities[layer.entity].shape[layer.out_axis]
+                frozen.append(Frozen(layer.entity, layer.out_axis, count, str(error), ""))
+        if not scored:
+            raise self._nothing("weights", frozen)
+        return scored
+
+    # -- both ----------------------------------------------------------------------------------------------------
+
+    def _scorer(self, subject: Subject) -> Scorer:
+        needs = needs_of(self.recipe.criterion)
+        statistics = collect(subject, needs, self.source, name_of(self.recipe.criterion))
+        return Scorer(self.recipe.criterion, subject, statistics, self.recipe.seed)
+
+    def _nothing(self, what: str, frozen: Sequence[Frozen]) -> NotSupported:
+        grains = ", ".join(name_of(type(grain)) for grain in self.recipe.grains)
+        reasons = "\n".join(obstacles(self.graph, frozen)) or "the model has no layer that multiplies by a weight"
+        return NotSupported(
+            f"there are no {what} to prune for {grains}", reasons, "`prunella inspect` shows the groups"
+        )
+
+    def _plan(
+        self,
+        *,
+        after: Amount,
+        rows: tuple[Row, ...],
+        frozen: Sequence[Frozen],
+        keep: Mapping[str, Tensor],
+        masks: Mapping[str, Tensor],
+    ) -> Plan:
+        return Plan(
+            recipe=self.recipe.describe(),
+            target=self.target,
+            before=table.amount(self.graph, {}),
+            after=after,
+            keep=keep,
+            masks=masks,
+            cuts=cuts(self.graph, keep),
+            attributes=attributes(self.graph, keep),
+            rows=rows,
+            frozen=tuple(frozen),
+            inputs=self.inputs,
+        )
+
+
+# -- helpers ----------------------------------------------------------------------------------------------------
+
+
+def _nm_masks(pattern: NM, layers: Sequence[Layer], scores: Sequence[Tensor]) -> list[Mask]:
+    odd = [layer.name for layer, matrix in zip(layers, scores, strict=True) if not pattern.fits(tuple(matrix.shape))]
+    if odd:
+        names = ", ".join(odd[:5]) + (", ..." if len(odd) > 5 else "")
+        raise RequestError(
+            f"NM({pattern.n}, {pattern.m}) does not fit {names}",
+            f"{pattern.m} does not divide the columns of the weight as a matrix (out, in * kernel)",
+            f"leave them out: skip={odd[:5]!r}",
+        )
+    return [pattern.mask(matrix) for matrix in scores]
+
+
+def _set_aside(group: Group, reason: str) -> Frozen:
+    maker = next((m for m in group.members if m.role == "out"), group.members[0])
+    return Frozen(maker.entity, maker.axis, len(maker.index), reason, "")
+
+
+def _pattern_name(pattern: Granularity) -> str:
+    return f"{pattern.n}:{pattern.m}" if isinstance(pattern, NM) else type(pattern).__name__.lower()

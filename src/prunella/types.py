@@ -11,14 +11,29 @@ from typing import Annotated
 
 from torch import Tensor
 
-type_names = ("Weight", "Grad", "GradSq", "InputNorm", "NormScale", "GateGrad", "Gram", "Saliency", "Scores", "Mask")
+type_names = (
+    "Weight",
+    "Grad",
+    "GradSq",
+    "InputNorm",
+    "NormScale",
+    "GateGrad",
+    "UnitWeight",
+    "Noise",
+    "Gram",
+    "Saliency",
+    "Scores",
+    "Mask",
+)
 
 Weight = Annotated[Tensor, "(out, in)", "the weight as a matrix"]
 Grad = Annotated[Tensor, "(out, in)", "mean gradient of the loss over the batches"]
 GradSq = Annotated[Tensor, "(out, in)", "mean over batches of the squared gradient"]
-InputNorm = Annotated[Tensor, "(in,)", "L2 norm of each input column over all calibration tokens"]
-NormScale = Annotated[Tensor, "(out,)", "scale (gamma) of the normalisation that follows"]
-GateGrad = Annotated[Tensor, "(batches, units)", "gradient of the loss to a gate of 1 on each unit, per batch"]
+InputNorm = Annotated[Tensor, "(in,)", "L2 norm of each column's input over all tokens; (out, in) where rows read apart"]
+NormScale = Annotated[Tensor, "(units,)", "mean absolute scale (gamma) of the normalisations on each unit"]
+GateGrad = Annotated[Tensor, "(batches, units)", "gradient of the loss to a gate of 1 on each unit (weight), per batch"]
+UnitWeight = Annotated[Tensor, "(units, weights)", "all weights of each unit in the criterion's scope, one row a unit"]
+Noise = Annotated[Tensor, "any", "uniform numbers in [0, 1), one for each unit (weight), from the recipe's seed"]
 Gram = Annotated[Tensor, "(in, in)", "sum over tokens of x x^T"]
 Saliency = Annotated[Tensor, "(out, in)", "one number per weight; higher is kept"]
 Scores = Annotated[Tensor, "(units,)", "one number per unit; higher is kept"]

@@ -1,1 +1,14 @@
-""""""
+"""Allocations: how much each group gives. One function each; all are solved by the same search.
+
+An allocation maps every pool's scores to removal keys. The keys of all pools are merged into one order, and the
+shortest prefix of it that meets the target is removed: any target, in any unit, is met within one step.
+"""
+
+from prunella.allocation.layerwise import erk as erk
+from prunella.allocation.layerwise import erk_densities as erk_densities
+from prunella.allocation.layerwise import uniform as uniform
+from prunella.allocation.pooled import Normalise as Normalise
+from prunella.allocation.pooled import global_ as global_
+from prunella.allocation.pooled import lamp as lamp
+
+__all__ = ["Normalise", "erk", "erk_densities", "global_", "lamp", "uniform"]

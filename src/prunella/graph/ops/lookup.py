@@ -1,0 +1,64 @@
+"""Rows and positions by number."""
+
+from __future__ import annotations
+
+import torch
+
+from prunella.graph.axes import WHOLE
+from prunella.graph.ops.registry import Context, Returned, rule
+from prunella.graph.trace import Trace, Value
+
+
+@rule("tril", "triu")
+def triangle(trace: Trace, ctx: Context) -> Returned:
+    """Positions along the last two axes are compared with each other: both stay."""
+    value = ctx.value(0)
+    for dim in value.dims[-2:]:
+        trace.freeze(dim, f"{ctx.name} compares its positions")
+    return Value.plain([*value.dims[:-2], WHOLE, WHOLE])
+
+
+@rule("gather", "take_along_dim")
+def gather(trace: Trace, ctx: Context) -> Returned:
+    """Positions by number along one axis; the table and the index stay whole."""
+    for k in (0, 2):
+        for dim in ctx.value(k).dims:
+            trace.freeze(dim, "positions are taken by number")
+    return None
+
+
+@rule("embedding")
+def embedding(trace: Trace, ctx: Context) -> Returned:
+    """Rows of a table by number: the rows stay."""
+    table, index = ctx.value(0), ctx.value(1)
+    trace.freeze(table.dims[0], "its rows are looked up by number")
+    trace.role(table.axes[1], "out")
+    return Value.plain([*index.dims, table.dims[1]])
+
+
+@rule("index_select")
+def index_select(trace: Trace, ctx: Context) -> Returned:
+    """Positions by number: the axis stays."""
+    value = ctx.value(0)
+    at = ctx.dim(1, len(value.dims))
+    trace.freeze(value.dims[at], "positions are taken by number")
+    return Value.plain([WHOLE if k == at else d for k, d in enumerate(value.dims)])
+
+
+@rule("index")
+def index(trace: Trace, ctx: Context) -> Returned:
+    """Advanced indexing: the axes that are indexed stay, the others pass."""
+    value, picked = ctx.value(0), list(ctx.args[1])
+    at = [k for k, i in enumerate(picked) if i is not None]
+    for k in at:
+        trace.freeze(value.dims[k], "positions are taken by number")
+        for dim in trace.value(picked[k]).dims:
+            trace.freeze(dim, "it is used as an index")
+    if any(picked[k].dtype in {torch.bool, torch.uint8} for k in at):
+        for dim in value.dims:
+            trace.freeze(dim, "it is indexed by a mask")
+        return None
+    wide = [WHOLE] * max(picked[k].dim() for k in at)
+    rest = [d for k, d in enumerate(value.dims) if k not in at]
+    first = at[0] if at == [*range(at[0], at[-1] + 1)] else 0
+    return Value.plain([*rest[:first], *wide, *rest[first:]])

@@ -1,0 +1,211 @@
+"""Slices, splits, paddings and shuffles: positions of an axis are picked, cut up or moved."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from prunella.graph.axes import WHOLE, Dim, Reason, merge, take
+from prunella.graph.ops.registry import Context, Returned, flat, rule
+from prunella.graph.provenance import Tracked, plain
+from prunella.graph.trace import Trace, Value
+
+
+@rule("slice")
+def slice_(trace: Trace, ctx: Context) -> Returned:
+    """Some positions; bounds that are typed into the source freeze the axis."""
+    value, ndim = ctx.value(0), len(ctx.shape(0))
+    at = ctx.dim(1, ndim)
+    size, step = ctx.shape(0)[at], int(ctx.args[4] or 1)
+    start = _bound(ctx.args[2], size, 0)
+    stop = _bound(ctx.args[3], size, size)
+    dim = value.dims[at]
+    if dim and trace.call().name == "narrow" and (start, stop) == (0, size):
+        trace.link(trace.call().kwargs.get("length", trace.call().args[-1]), dim, size)
+    if dim and (start, stop, step) != (0, size, 1):
+        if step != 1:
+            trace.freeze(dim, "it is sliced with a step")
+        if trace.call().name == "narrow" and any(type(n) is int and n < 0 for n in trace.call().args[2:3]):
+            trace.freeze(dim, "it is narrowed from the end by a number typed into the source")
+        for raw, bound, edge in ((ctx.args[2], start, 0), (ctx.args[3], stop, size)):
+            if bound != edge:
+                _link_bound(trace, dim, int(raw), bound)
+        if trace.call().name not in {"__getitem__", "narrow", "__setitem__"}:
+            trace.freeze(dim, f"{trace.call().name} slices it")
+    dims, axes = list(value.dims), list(value.axes)
+    if (start, stop, step) != (0, size, 1):
+        dims[at], axes[at] = take(dim, slice(start, stop, step)), None
+        dims[at] = dims[at] if len(range(start, stop, step)) > 1 else _only(trace, dims[at])
+    return Value(tuple(dims), tuple(axes), value.weight)
+
+
+def _only(trace: Trace, dim: Dim) -> Dim:
+    trace.freeze(dim, "a single position is taken")
+    return WHOLE
+
+
+def _bound(raw: Any, size: int, default: int) -> int:
+    if raw is None:
+        return default
+    value = int(raw)
+    return min(max(value + size if value < 0 else value, 0), size)
+
+
+def _link_bound(trace: Trace, dim: Dim, raw: int, bound: int) -> None:
+    """As many positions as before must lie before a bound, or behind it when it is counted from the end."""
+    source = _raw_bound(trace, raw)
+    if raw >= 0:
+        trace.link(source, take(dim, slice(0, bound)), bound)
+    elif isinstance(source, Tracked):
+        trace.link(-source, take(dim, slice(bound, None)), -raw)
+    else:
+        trace.freeze(take(dim, slice(bound, None)), f"the bound {raw} is typed into the source")
+
+
+def _raw_bound(trace: Trace, bound: int) -> int:
+    """The Python argument that gave a slice bound: tracked if the source computes it, else the number itself."""
+    call = trace.call()
+    raw: list[Any] = []
+    for item in flat(call.args[1:]):
+        raw += [item.start, item.stop] if isinstance(item, slice) else [item]
+    match = [r for r in raw if isinstance(r, Tracked) and plain(r) == bound]
+    literal = [r for r in raw if type(r) is int and r == bound]
+    return match[0] if match and not literal else bound
+
+
+@rule("select")
+def select(trace: Trace, ctx: Context) -> Returned:
+    """One position of an axis, which therefore stays whole."""
+    value, ndim = ctx.value(0), len(ctx.shape(0))
+    at = ctx.dim(1, ndim)
+    trace.freeze(value.dims[at], "one position is selected by number")
+    keep = [k for k in range(ndim) if k != at]
+    return Value(tuple(value.dims[k] for k in keep), tuple(value.axes[k] for k in keep), value.weight)
+
+
+@rule("unbind")
+def unbind(trace: Trace, ctx: Context) -> Returned:
+    """One tensor per position of an axis, which therefore stays whole."""
+    value, ndim = ctx.value(0), len(ctx.shape(0))
+    at = ctx.dim(1, ndim)
+    trace.freeze(value.dims[at], "it is unpacked into separate tensors")
+    keep = [k for k in range(ndim) if k != at]
+    return [Value.plain([value.dims[k] for k in keep])] * len(ctx.outputs)
+
+
+@rule("split", "split_with_sizes", "chunk")
+def split(trace: Trace, ctx: Context) -> Returned:
+    """Equal pieces lose the same positions; unequal ones follow the sizes that the source computes."""
+    value, ndim = ctx.value(0), len(ctx.shape(0))
+    at = ctx.dim(2, ndim)
+    dim, sizes = value.dims[at], [int(t.shape[at]) for t in ctx.outputs]
+    pieces: list[Dim] = [WHOLE] * len(sizes)
+    if dim:
+        pieces = _equal_pieces(trace, dim, sizes) if len(set(sizes)) == 1 else _unequal_pieces(trace, dim, sizes)
+    made = []
+    for piece in pieces:
+        dims, axes = list(value.dims), list(value.axes)
+        if len(sizes) > 1:
+            dims[at], axes[at] = piece, None
+        made.append(Value(tuple(dims), tuple(axes), value.weight))
+    return made
+
+
+def _raw_sizes(trace: Trace, count: int) -> list[Any]:
+    """Raw sizes of a split, one per piece; empty when the call gives a number of pieces instead."""
+    call = trace.call()
+    if call.name not in {"split", "split_with_sizes"}:
+        return []
+    raw = (
+        call.args[1] if len(call.args) > 1 else call.kwargs.get("split_size_or_sections", call.kwargs.get("split_size"))
+    )
+    return list(raw) if isinstance(raw, tuple | list) else [raw] * count
+
+
+def _equal_pieces(trace: Trace, dim: Dim, sizes: Sequence[int]) -> list[Dim]:
+    if len(sizes) == 1:
+        return [dim]
+    rows, columns = trace.ledger.split(dim, [len(sizes), sizes[0]])
+    trace.ledger.freeze(rows, Reason("every piece of a split stays"))
+    raw = _raw_sizes(trace, len(sizes))
+    if not raw and trace.call().name not in {"chunk", "glu"}:
+        trace.freeze(columns, f"{trace.call().name} hides where its sizes come from")
+    for size in raw:
+        trace.link(size, columns, sizes[0])
+    return [columns if sizes[0] > 1 else WHOLE] * len(sizes)
+
+
+def _unequal_pieces(trace: Trace, dim: Dim, sizes: Sequence[int]) -> list[Dim]:
+    raw = _raw_sizes(trace, len(sizes))
+    pieces, start = [], 0
+    for k, size in enumerate(sizes):
+        piece = take(dim, slice(start, start + size))
+        start += size
+        if len(raw) == len(sizes) and len({plain(n) for n in raw}) > 1:
+            trace.link(raw[k], piece, size)
+        else:
+            trace.freeze(piece, "it is split into pieces that are not equal")
+        pieces.append(piece if size > 1 else _only(trace, piece))
+    return pieces
+
+
+@rule("flip")
+def flip(trace: Trace, ctx: Context) -> Returned:
+    """Positions in reverse."""
+    value, ndim = ctx.value(0), len(ctx.shape(0))
+    gone = {int(k) % ndim for k in ctx.args[1]}
+    return Value.plain([take(d, slice(None, None, -1)) if k in gone else d for k, d in enumerate(value.dims)])
+
+
+@rule("constant_pad_nd")
+def pad(trace: Trace, ctx: Context) -> Returned:
+    """New positions of a constant, which stay, around the old ones."""
+    value, shape, amounts = ctx.value(0), ctx.shape(0), [int(n) for n in ctx.args[1]]
+    dims = list(value.dims)
+    for k in range(len(amounts) // 2):
+        at, before, after = len(shape) - 1 - k, amounts[2 * k], amounts[2 * k + 1]
+        if not dims[at] or not (before or after):
+            continue
+        if before < 0 or after < 0:
+            trace.freeze(dims[at], "it is cropped by a negative padding")
+            dims[at] = WHOLE
+        else:
+            dims[at] = trace.ledger.concatenate([WHOLE, dims[at], WHOLE], [before, shape[at], after])
+    return Value.plain(dims)
+
+
+@rule("pixel_shuffle")
+def pixel_shuffle(trace: Trace, ctx: Context) -> Returned:
+    """`(N, C * r * r, H, W)` to `(N, C, H * r, W * r)`: r * r neighbours go together."""
+    value, shape, factor = ctx.value(0), ctx.shape(0), int(ctx.args[1])
+    channels, inner = trace.ledger.split(value.dims[-3], [shape[-3] // factor**2, factor**2])
+    trace.freeze(inner, "pixel_shuffle moves it into space")
+    return Value.plain([*value.dims[:-3], channels, WHOLE, WHOLE])
+
+
+@rule("pixel_unshuffle")
+def pixel_unshuffle(trace: Trace, ctx: Context) -> Returned:
+    """`(N, C, H * r, W * r)` to `(N, C * r * r, H, W)`."""
+    value, shape, factor = ctx.value(0), ctx.shape(0), int(ctx.args[1])
+    channels = merge([value.dims[-3], WHOLE], [shape[-3], factor**2])
+    return Value.plain([*value.dims[:-3], channels, WHOLE, WHOLE])
+
+
+@rule("glu")
+def glu(trace: Trace, ctx: Context) -> Returned:
+    """The first half times the sigmoid of the second: both lose the same positions."""
+    value, shape = ctx.value(0), ctx.shape(0)
+    at = ctx.dim(1, len(shape), -1)
+    rows, columns = trace.ledger.split(value.dims[at], [2, shape[at] // 2])
+    trace.freeze(rows, "both halves of a gated unit stay")
+    return Value.plain([columns if k == at else d for k, d in enumerate(value.dims)])
+
+
+@rule("channel_shuffle", "native_channel_shuffle")
+def channel_shuffle(trace: Trace, ctx: Context) -> Returned:
+    """`(g, C / g)` transposed: every part loses the same positions."""
+    value, channels, groups = ctx.value(0), ctx.shape(0)[1], int(ctx.args[1])
+    sizes = [groups, channels // groups]
+    rows, columns = trace.ledger.split(value.dims[1], sizes)
+    trace.freeze(rows, "the number of groups of a channel shuffle stays")
+    return Value.plain([value.dims[0], merge([columns, WHOLE], sizes[::-1]), *value.dims[2:]])

@@ -1,0 +1,64 @@
+"""Operations that work position by position."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from prunella.graph.axes import WHOLE, Dim
+from prunella.graph.ops.registry import Context, Returned, rule, same, tensors_in
+from prunella.graph.structure import Role
+from prunella.graph.trace import Axis, Trace, Value
+
+
+@rule("_prelu_kernel", "hardswish", "rsub", "masked_fill", "copy", "where", "native_dropout", "log_sigmoid_forward")
+def pointwise(trace: Trace, ctx: Context) -> Returned:
+    """Same positions in every operand, with broadcasting."""
+    operands = [t for t in tensors_in(ctx.args) if t.dim()]
+    if not ctx.outputs:
+        return None
+    shape = ctx.outputs[0].shape
+    dims: list[Dim] = []
+    for k, size in enumerate(shape):
+        found = [d for t in operands if (d := _aligned(trace, t, k, len(shape), size)) is not None]
+        dim = found[0] if found else WHOLE
+        for other in found[1:]:
+            dim = trace.equal(dim, other, f"it meets a tensor that is not cut in {ctx.name}")
+        dims.append(dim)
+    _pointwise_roles(trace, ctx, operands)
+    first = trace.value(operands[0]) if operands else Value.plain(dims)
+    if len(operands) == 1 and len(first.dims) == len(dims):
+        return [same(first)] * len(ctx.outputs)
+    if operands and all(trace.value(t).weight for t in operands):
+        return Value(tuple(dims), _shared_axes(trace, operands, len(dims)), True)
+    return [Value.plain(dims)] * len(ctx.outputs)
+
+
+def _aligned(trace: Trace, tensor: Tensor, k: int, ndim: int, size: int) -> Dim | None:
+    """The dim of an operand that lines up with output dim `k`, None when it is broadcast."""
+    at = k - (ndim - tensor.dim())
+    if at < 0 or tensor.shape[at] != size:
+        return None
+    return trace.value(tensor).dims[at]
+
+
+def _shared_axes(trace: Trace, operands: Sequence[Tensor], ndim: int) -> tuple[Axis | None, ...]:
+    """For a tensor computed from parameters alone: the parameter axis that each dim still is."""
+    full = [trace.value(t).axes for t in operands if t.dim() == ndim]
+    return tuple(next((axes[k] for axes in full if axes[k]), None) for k in range(ndim))
+
+
+def _pointwise_roles(trace: Trace, ctx: Context, operands: Sequence[Tensor]) -> None:
+    role: Role = "scale" if ctx.name in {"mul", "div"} else "bias" if ctx.name in {"add", "sub"} else "other"
+    for tensor in operands:
+        value = trace.value(tensor)
+        if value.weight and tensor.dim() == 1 and len(operands) > 1:
+            trace.role(value.axes[0], role)
+
+
+@rule("clone", "detach", "alias", "_to_copy", "lift_fresh", "lift_fresh_copy", "contiguous", "zeros_like", "ones_like",
+      "empty_like", "full_like", "rand_like", "randn_like", "fill", "zero", "bernoulli", "positive")  # fmt: skip
+def identity(trace: Trace, ctx: Context) -> Returned:
+    """A tensor of the same axes."""
+    return same(ctx.value(0))

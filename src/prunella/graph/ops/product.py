@@ -1,0 +1,138 @@
+"""Matrix products and convolutions: what multiplies and sums."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from prunella.graph.axes import WHOLE, Dim, merge
+from prunella.graph.ops.registry import Context, Returned, rule
+from prunella.graph.trace import Trace, Use, Value, Work
+
+
+def _contract(trace: Trace, ctx: Context, a: Value, b: Value, i: int, j: int) -> None:
+    """Sum over dim `i` of `a` and dim `j` of `b`: exact only if removing a position removes its term."""
+    trace.equal(a.dims[i], b.dims[j], f"it is multiplied with a tensor that is not cut in {ctx.name}")
+    if not (a.weight or b.weight):
+        trace.freeze(a.dims[i], "two activations are multiplied and summed over it")
+
+
+def _use(trace: Trace, a: Value, b: Value, contracted: tuple[int, int], free: int, bias: Value | None) -> Use | None:
+    """The layer that a product is, when `b` is a parameter and `a` an activation."""
+    inner, outer = b.axes[contracted[1]], b.axes[free]
+    if a.weight or not b.weight or inner is None or outer is None or inner[0] != outer[0]:
+        return None
+    trace.role(outer, "out")
+    trace.role(inner, "in")
+    name = bias.axes[-1][0] if bias and bias.weight and bias.axes and bias.axes[-1] else None
+    if bias and name:
+        trace.role(bias.axes[-1], "bias")
+    return Use(outer[0], outer[1], inner[1], 1, "linear", name, trace.module())
+
+
+@rule("mm", "addmm")
+def mm(trace: Trace, ctx: Context) -> Returned:
+    """`(m, k) @ (k, n)`: the inner axes are equal."""
+    first = 1 if ctx.name == "addmm" else 0
+    a, b = ctx.value(first), ctx.value(first + 1)
+    (m, k), (_, n) = ctx.shape(first), ctx.shape(first + 1)
+    _contract(trace, ctx, a, b, 1, 0)
+    bias = ctx.value(0) if first else None
+    use = _use(trace, a, b, (1, 0), 1, bias) or _use(trace, b, a, (0, 1), 0, bias)
+    dims = [a.dims[0], b.dims[1]]
+    if bias and bias.dims and ctx.shape(0)[-1] == n:
+        trace.equal(dims[1], bias.dims[-1], "its bias is not cut")
+    trace.work.append(Work(ctx.name, trace.module(), use, 1.0, ((a.dims[0], m), (a.dims[1], k), (b.dims[1], n))))
+    return Value(tuple(dims), (a.axes[0], b.axes[1]), a.weight and b.weight)
+
+
+@rule("bmm", "baddbmm")
+def bmm(trace: Trace, ctx: Context) -> Returned:
+    """`(b, m, k) @ (b, k, n)`: batch and inner axes are equal."""
+    first = 1 if ctx.name == "baddbmm" else 0
+    a, b = ctx.value(first), ctx.value(first + 1)
+    (batch, m, k), n = ctx.shape(first), ctx.shape(first + 1)[2]
+    outer = trace.equal(a.dims[0], b.dims[0], "it is the batch of a product with a tensor that is not cut")
+    trace.ledger.batched += [*a.dims[0], *b.dims[0]]
+    _contract(trace, ctx, a, b, 2, 1)
+    sizes = ((outer, batch), (a.dims[1], m), (a.dims[2], k), (b.dims[2], n))
+    use = (_use(trace, a, b, (2, 1), 2, None) or _use(trace, b, a, (1, 2), 1, None)) if batch == 1 else None
+    trace.work.append(Work(ctx.name, trace.module(), use, 1.0, sizes))
+    dims = [outer, a.dims[1], b.dims[2]]
+    if first:
+        for k_out, dim in enumerate(ctx.value(0).dims[-3:]):
+            if ctx.shape(0)[k_out] == ctx.outputs[0].shape[k_out]:
+                trace.equal(dims[k_out], dim, "it is added to a tensor that is not cut")
+    return Value(tuple(dims), (None,) * 3, a.weight and b.weight)
+
+
+@rule("mv", "dot")
+def vector_product(trace: Trace, ctx: Context) -> Returned:
+    """`(m, k) @ (k)` or `(k) @ (k)`."""
+    a, b = ctx.value(0), ctx.value(1)
+    _contract(trace, ctx, a, b, len(a.dims) - 1, 0)
+    sizes = tuple(zip(a.dims, ctx.shape(0), strict=True))
+    trace.work.append(Work(ctx.name, trace.module(), None, 1.0, sizes))
+    return Value.plain(a.dims[:-1])
+
+
+@rule("convolution", "_convolution", "mkldnn_convolution", "cudnn_convolution")
+def convolution(trace: Trace, ctx: Context) -> Returned:
+    """Input channels meet the weight's, output channels are the weight's; groups balance."""
+    x, w = ctx.value(0), ctx.value(1)
+    transposed, groups = bool(ctx.args[6]), int(ctx.args[8])
+    shape, out = ctx.shape(1), ctx.outputs[0].shape
+    o, i = (1, 0) if transposed else (0, 1)
+    batched = len(x.dims) == len(shape)
+    channels = x.dims[1 if batched else 0]
+    if groups == 1:
+        trace.equal(channels, w.dims[i], "it enters a convolution whose weight is not cut")
+        outer = w.dims[o]
+    else:
+        outer = _grouped(trace, channels, w, shape, groups, transposed)
+    for dim in (*x.dims[2 if batched else 1 :], *w.dims[2:]):
+        trace.freeze(dim, "a convolution slides along it")
+    bias = ctx.value(2) if ctx.args[2] is not None else None
+    if bias:
+        trace.equal(outer, bias.dims[0], "its bias is not cut")
+    use = _convolution_use(trace, w, (o, i), groups, transposed, bias)
+    space = math.prod(ctx.shape(0)[2:] if transposed else out[2:]) * math.prod(shape[2:])
+    batch = x.dims[0] if batched else WHOLE
+    sizes = ((batch, out[0] if batched else 1), (w.dims[0], shape[0]), (w.dims[1], shape[1]))
+    trace.work.append(Work("convolution", trace.module(), use, float(space), sizes))
+    dims = [outer, *[WHOLE] * (len(shape) - 2)]
+    return Value.plain([batch, *dims] if batched else dims)
+
+
+def _grouped(trace: Trace, channels: Dim, w: Value, shape: Sequence[int], groups: int, transposed: bool) -> Dim:
+    """Channels factor into `(groups, channels of a group)` on both sides; the groups are shared."""
+    inner = shape[0] // groups if transposed else shape[1]
+    rows, columns = trace.ledger.split(channels, [groups, inner])
+    if transposed:
+        trace.equal(channels, w.dims[0], "it enters a convolution whose weight is not cut")
+        outer = merge([rows, w.dims[1]], [groups, shape[1]])
+    else:
+        out_rows, _ = trace.ledger.split(w.dims[0], [groups, shape[0] // groups])
+        rows = trace.equal(rows, out_rows, "it enters a grouped convolution whose weight is not cut")
+        trace.equal(columns, w.dims[1], "it enters a grouped convolution whose weight is not cut")
+        outer = w.dims[0]
+    call = trace.call()
+    raw = call.kwargs.get("groups", call.args[-1] if len(call.args) > 6 else groups)
+    if "transpose" in call.name and "groups" not in call.kwargs:
+        raw = call.args[6] if len(call.args) > 6 else groups
+    trace.link(raw, rows, groups)
+    return outer
+
+
+def _convolution_use(trace: Trace, w: Value, at: tuple[int, int], groups: int, transposed: bool,
+                     bias: Value | None) -> Use | None:  # fmt: skip
+    outer, inner = w.axes[at[0]], w.axes[at[1]]
+    if not w.weight or outer is None or inner is None or outer[0] != inner[0]:
+        return None
+    trace.role(outer, "out")
+    trace.role(inner, "in")
+    name = bias.axes[0][0] if bias and bias.weight and bias.axes[0] else None
+    if bias and name:
+        trace.role(bias.axes[0], "bias")
+    op = "conv_transpose" if transposed else "conv"
+    return Use(outer[0], outer[1], inner[1], groups, op, name, trace.module())

@@ -1,0 +1,116 @@
+"""Normalisation, reductions and pooling."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from prunella.graph.axes import WHOLE
+from prunella.graph.ops.pointwise import pointwise
+from prunella.graph.ops.registry import RULES, Context, Returned, Rule, flat, rule
+from prunella.graph.structure import Role
+from prunella.graph.trace import Trace, Value
+
+
+@rule("native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training", "cudnn_batch_norm",
+      "_batch_norm_with_update", "_batch_norm_no_update", "batch_norm")  # fmt: skip
+def batch_norm(trace: Trace, ctx: Context) -> Returned:
+    """Each channel by itself: scale, shift and statistics go with it."""
+    x = ctx.value(0)
+    at = min(1, len(x.dims) - 1)
+    roles: tuple[Role, ...] = ("scale", "shift", "stat", "stat")
+    for argument, role in zip(ctx.args[1:5], roles, strict=True):
+        if isinstance(argument, Tensor) and argument.dim() == 1:
+            value = trace.value(argument)
+            trace.equal(x.dims[at], value.dims[0], "it enters a batch norm that is not cut")
+            trace.role(value.axes[0], role)
+    return [Value.plain(x.dims), None, None]
+
+
+@rule("native_layer_norm", "layer_norm", "rms_norm", "_fused_rms_norm")
+def layer_norm(trace: Trace, ctx: Context) -> Returned:
+    """The axes it normalises over stay: their statistics would change."""
+    x, count = ctx.value(0), len(ctx.args[1])
+    kept = len(x.dims) - count
+    for dim in x.dims[kept:]:
+        trace.freeze(dim, "a layer norm takes its statistics over it")
+    for argument in ctx.args[2:4]:
+        if isinstance(argument, Tensor):
+            for dim in trace.value(argument).dims:
+                trace.freeze(dim, "a layer norm takes its statistics over it")
+    return [Value.plain([*x.dims[:kept], *[WHOLE] * count]), None, None]
+
+
+@rule("native_group_norm")
+def group_norm(trace: Trace, ctx: Context) -> Returned:
+    """Whole groups of channels may go, parts of a group would change its statistics."""
+    x, channels, groups = ctx.value(0), int(ctx.args[4]), int(ctx.args[6])
+    rows, columns = trace.ledger.split(x.dims[1], [groups, channels // groups])
+    trace.freeze(columns, "a group norm takes its statistics over it")
+    call = trace.call()
+    raw = call.kwargs.get("num_groups", call.args[1] if len(call.args) > 1 else groups)
+    trace.link(raw, rows, groups)
+    roles: tuple[Role, ...] = ("scale", "shift")
+    for argument, role in zip(ctx.args[1:3], roles, strict=True):
+        if isinstance(argument, Tensor):
+            value = trace.value(argument)
+            trace.equal(x.dims[1], value.dims[0], "it enters a group norm that is not cut")
+            trace.role(value.axes[0], role)
+    return [Value.plain(x.dims), None, None]
+
+
+@rule("_softmax", "_log_softmax", "cumsum", "cumprod", "sort", "topk", "logcumsumexp", "_safe_softmax", "softmax")
+def along(trace: Trace, ctx: Context) -> Returned:
+    """Positions along one axis depend on each other: it stays."""
+    value = ctx.value(0)
+    number = next(
+        int(a) for a in ctx.args[2 if ctx.name == "topk" else 1 :] if isinstance(a, int) and not isinstance(a, bool)
+    )
+    at = number % max(len(value.dims), 1)
+    trace.freeze(value.dims[at], f"{ctx.name.strip('_')} runs along it")
+    return [Value.plain([WHOLE if k == at else d for k, d in enumerate(value.dims)])] * len(ctx.outputs)
+
+
+@rule("sum", "mean", "amax", "amin", "max", "min", "prod", "var", "std", "var_mean", "std_mean", "logsumexp", "argmax",
+      "argmin", "any", "all", "norm", "linalg_vector_norm", "median", "nansum", "count_nonzero")  # fmt: skip
+def reduction(trace: Trace, ctx: Context) -> Returned:
+    """The axes that are reduced stay: fewer terms would change the result."""
+    if ctx.name in {"max", "min"} and len(ctx.args) > 1 and isinstance(ctx.args[1], Tensor):
+        return pointwise(trace, ctx)
+    value, ndim = ctx.value(0), len(ctx.shape(0))
+    out = ctx.outputs[0].dim()
+    asked = ctx.args[2] if ctx.name in {"norm", "linalg_vector_norm"} else (ctx.args[1] if len(ctx.args) > 1 else None)
+    if asked is None or isinstance(asked, bool | torch.dtype) or (isinstance(asked, list | tuple) and not asked):
+        gone = set(range(ndim))
+    else:
+        gone = {int(k) % ndim for k in flat([asked])}
+    for k in gone:
+        trace.freeze(value.dims[k], f"{ctx.name} sums over it" if ctx.name != "mean" else "a mean is taken over it")
+    kept = [WHOLE if k in gone else d for k, d in enumerate(value.dims)]
+    dims = kept if out == ndim else [d for k, d in enumerate(kept) if k not in gone]
+    return [Value(tuple(dims), (None,) * len(dims), value.weight)] * len(ctx.outputs)
+
+
+def _spatial(count: int) -> Rule:
+    def pool(trace: Trace, ctx: Context) -> Returned:
+        """Works inside each channel along the last axes, which stay."""
+        value = ctx.value(0)
+        kept = len(value.dims) - count
+        for dim in value.dims[kept:]:
+            trace.freeze(dim, f"{ctx.name} slides along it")
+        return [Value.plain([*value.dims[:kept], *[WHOLE] * count])] * len(ctx.outputs)
+
+    return pool
+
+
+for _count, _names in {
+    1: "max_pool1d avg_pool1d adaptive_avg_pool1d upsample_nearest1d upsample_linear1d reflection_pad1d "
+    "replication_pad1d",
+    2: "max_pool2d max_pool2d_with_indices avg_pool2d adaptive_avg_pool2d _adaptive_avg_pool2d adaptive_max_pool2d "
+    "upsample_nearest2d upsample_bilinear2d upsample_bicubic2d _upsample_bilinear2d_aa _upsample_bicubic2d_aa "
+    "reflection_pad2d replication_pad2d mkldnn_max_pool2d",
+    3: "max_pool3d_with_indices avg_pool3d adaptive_avg_pool3d _adaptive_avg_pool3d upsample_nearest3d "
+    "upsample_trilinear3d",
+}.items():
+    for _operation in _names.split():
+        RULES[_operation] = _spatial(_count)

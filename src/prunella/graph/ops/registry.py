@@ -1,0 +1,131 @@
+"""What each ATen operation says of the axes of its tensors: one small rule per family of operations.
+
+Movement operations are executed on the labels themselves. Compute operations relate labels. An operation without a
+rule is a barrier: every axis that enters it stays, and so does every axis that leaves it.
+
+A rule is `rule(trace, ctx)`; it reads `ctx.args`, relates labels through `trace`, and returns the `Value` of each
+output tensor (None: nothing known, all positions stay). Register one for an operation of your own with `@rule`:
+
+    @rule("mylib.scale_channels")
+    def scale_channels(trace: Trace, ctx: Context) -> Returned:
+        x, gain = ctx.value(0), ctx.value(1)
+        return Value.plain([x.dims[0], trace.equal(x.dims[1], gain.dims[0], "scale"), *x.dims[2:]])
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prunella.graph.axes import WHOLE
+from prunella.graph.trace import Trace, Value
+
+log = logging.getLogger(__name__)
+Returned = Value | Sequence[Value | None] | None
+
+
+@dataclass(frozen=True)
+class Context:
+    """One operation as it ran."""
+
+    trace: Trace
+    name: str
+    args: tuple[Any, ...]
+    outputs: tuple[Tensor, ...]
+
+    def value(self, k: int) -> Value:
+        """Labels of the tensor argument `k`."""
+        return self.trace.value(self.args[k])
+
+    def dim(self, k: int, ndim: int, default: int = 0) -> int:
+        """The dimension argument `k`, non-negative."""
+        raw = self.args[k] if k < len(self.args) else default
+        return int(raw) % max(ndim, 1)
+
+    def shape(self, k: int) -> tuple[int, ...]:
+        """Shape of the tensor argument `k`."""
+        return tuple(self.args[k].shape)
+
+
+Rule = Callable[[Trace, Context], Returned]
+RULES: dict[str, Rule] = {}
+
+
+def rule(*names: str) -> Callable[[Rule], Rule]:
+    """Register a rule for operations by name: `relu` for `aten.relu` in all forms, `mylib.op` for a custom one."""
+
+    def register(function: Rule) -> Rule:
+        for name in names:
+            RULES[name] = function
+        return function
+
+    return register
+
+
+def apply_rule(trace: Trace, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+    """Find the rule of an operation and note what it says of the outputs."""
+    name = _name(func)
+    outputs = tuple(tensors_in(result))
+    ctx = Context(trace, name, _positional(func, args, kwargs), outputs)
+    found = RULES.get(name) or (RULES["where"] if torch.Tag.pointwise in func.tags else None)
+    try:
+        returned = found(trace, ctx) if found else barrier(trace, ctx)
+    except Exception as error:
+        log.debug("rule of %s failed: %r", name, error)
+        returned = barrier(trace, ctx)
+    values = [returned] if isinstance(returned, Value) else list(returned or [])
+    for k, tensor in enumerate(outputs):
+        value = values[k] if k < len(values) else None
+        if value is not None and len(value.dims) == tensor.dim():
+            trace.values[tensor] = value
+        elif tensor not in trace.values:
+            trace.values[tensor] = Value.plain([WHOLE] * tensor.dim())
+
+
+def _name(func: Any) -> str:
+    namespace, _, name = func._schema.name.partition("::")
+    return name.removesuffix("_") if namespace == "aten" else f"{namespace}.{name}"
+
+
+def _positional(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+    """All arguments in the order of the schema, with defaults filled in."""
+    found = []
+    for k, argument in enumerate(func._schema.arguments):
+        default = argument.default_value if argument.has_default_value() else None
+        found.append(args[k] if k < len(args) else kwargs.get(argument.name, default))
+    return tuple(found)
+
+
+def tensors_in(tree: Any) -> list[Tensor]:
+    """The tensors in nested tuples and lists."""
+    if isinstance(tree, Tensor):
+        return [tree]
+    return [t for item in tree for t in tensors_in(item)] if isinstance(tree, tuple | list) else []
+
+
+def same(value: Value) -> Value:
+    """A tensor of the same axes."""
+    return Value(value.dims, value.axes, value.weight)
+
+
+@rule("_barrier")
+def barrier(trace: Trace, ctx: Context) -> Returned:
+    """Everything that enters stays."""
+    trace.uncounted[ctx.name] = trace.uncounted.get(ctx.name, 0) + 1
+    for tensor in tensors_in(ctx.args):
+        for dim in trace.value(tensor).dims:
+            trace.freeze(dim, f"the operation {ctx.name} has no rule")
+    return None
+
+
+def flat(items: Any) -> list[Any]:
+    """The leaves of nested tuples and lists."""
+    found: list[Any] = []
+    for item in items:
+        found += flat(item) if isinstance(item, tuple | list | torch.Size) else [item]
+    return found
