@@ -19,7 +19,8 @@ from prunella.criteria import magnitude
 from prunella.errors import BadInput, NotSupported, RequestError
 from prunella.granularity import NM, Channel, Granularity, Masking, Structural
 from prunella.graph.couple import attributes, couple, cuts
-from prunella.graph.structure import Frozen, Graph, Group, Layer
+from prunella.graph.oracle import unproven
+from prunella.graph.structure import Frozen, Graph, Group, Keep, Layer
 from prunella.graph.view import from_matrix
 from prunella.method import needs_of
 from prunella.names import check_patterns, chosen, names_of_group, names_of_layer
@@ -191,15 +192,26 @@ class _Job:
     # -- structure -----------------------------------------------------------------------------------------------
 
     def structure(self) -> Plan:
-        """A plan that removes units."""
+        """A plan that removes units; a group whose cut the oracle cannot prove is set aside with the reason."""
         groups, frozen = self._groups()
         scored = self._score_groups(groups, frozen)
+        while True:
+            contest, keep = self._contest(scored, frozen)
+            faults = unproven(self.model, self.graph, keep, self.inputs)
+            if not faults:
+                break
+            frozen += [_set_aside(group, faults[group.name]) for group, _ in scored if group.name in faults]
+            scored = [(group, scores) for group, scores in scored if group.name not in faults]
+            if not scored:
+                raise self._nothing("units", frozen)
+        rows = table.group_rows(self.graph, contest.groups, keep)
+        return self._plan(after=table.amount(self.graph, keep), rows=rows, frozen=frozen, keep=keep, masks={})
+
+    def _contest(self, scored: Sequence[tuple[Group, Tensor]], frozen: Sequence[Frozen]) -> tuple[Units, Keep]:
         contest = Units(self.graph, tuple(g for g, _ in scored), tuple(s for _, s in scored), self.target)
         align = tuple(self.recipe.align if group.kind == "channel" else 1 for group in contest.groups)
         rules = Rules(self.recipe.allocation, self.recipe.floor, align)
-        keep = contest.keep(share(contest, self.target, rules, frozen, self.graph))
-        rows = table.group_rows(self.graph, contest.groups, keep)
-        return self._plan(after=table.amount(self.graph, keep), rows=rows, frozen=frozen, keep=keep, masks={})
+        return contest, contest.keep(share(contest, self.target, rules, frozen, self.graph))
 
     def _groups(self) -> tuple[list[Group], list[Frozen]]:
         """Groups that take part, and what does not, with reasons."""

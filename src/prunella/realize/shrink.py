@@ -1,140 +1,34 @@
-"""A physically smaller module: surgery on the parameters of an ordinary `nn.Module`, and nothing else."""
+"""A physically smaller module, proven before it is returned."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
-from typing import Any
+from dataclasses import replace
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from prunella.errors import RequestError
-from prunella.graph.provenance import holder
+from prunella.apply import apply_, slice_masks_
+from prunella.graph.oracle import check
+from prunella.graph.surgery import cut_
 from prunella.pipeline import Inputs, Plan
-from prunella.realize.verify import check
-
-Cuts = Mapping[str, Mapping[int, Tensor]]
 
 
 def shrink(model: nn.Module, plan: Plan, *, inputs: Inputs | None = None) -> nn.Module:
     """A new, smaller module that computes what the masked `model` computes; `model` is left as it is.
 
-    New weights of the plan are copied in, masks are zeroed, cut axes are cut, and the result is compared in float64
-    with the masked model on the example inputs of the plan (or on `inputs`).
+    New weights of the plan are copied in, masks are zeroed and stay with the model, cut axes are cut, and the result is
+    compared in float64 with the masked model on the example inputs of the plan (or on `inputs`).
 
     Raises `RequestError` if the plan is not of this model, `NotSupported` if the smaller module does not run, and
     `CheckFailed` if it computes something else. No such module is ever returned.
     """
     dense = copy.deepcopy(model)
-    _write(dense, plan)
+    if plan.masks or plan.weights:
+        apply_(dense, replace(plan, cuts={}))
     small = copy.deepcopy(dense)
     cut_(small, plan.cuts, plan.attributes)
+    slice_masks_(small, plan.cuts)
     example = plan.inputs if inputs is None else inputs
     if plan.cuts and example is not None:
         check(dense, small, plan.cuts, example)
     return small
-
-
-@torch.no_grad()
-def _write(model: nn.Module, plan: Plan) -> None:
-    """New weights and masked zeros."""
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    for name, values in plan.weights.items():
-        parameters[name].copy_(values)
-    for name, mask in plan.masks.items():
-        if name not in parameters or parameters[name].shape != mask.shape:
-            raise _stranger(name)
-        parameters[name].mul_(mask.to(parameters[name].device))
-
-
-def cut_(model: nn.Module, cuts: Cuts, attributes: Mapping[tuple[str, str], int]) -> None:
-    """Cut in place: `cuts` is entity -> axis -> positions kept, `attributes` is (owner, name) -> new value.
-
-    Dtype, device, memory format, `requires_grad` and ties stay, `.grad` is cut with its parameter. Works on any
-    device, meta included. An entity that is not in the model is a `RequestError`.
-    """
-    homes = _homes(model)
-    for name, axes in cuts.items():
-        if name not in homes:
-            raise _stranger(name)
-        places = homes[name]
-        module, key = places[0]
-        old = getattr(module, key)
-        new = _cut_tensor(name, old, axes)
-        for module, key in places:
-            store = module._parameters if key in module._parameters else module._buffers
-            store[key] = new  # type: ignore[assignment]
-    for (owner, key), value in attributes.items():
-        setattr(holder(model, owner), key, value)
-    touched = {id(module) for name in cuts for module, _ in homes[name]}
-    for module in model.modules():
-        if id(module) in touched:
-            _describe(module)
-
-
-def _stranger(name: str) -> RequestError:
-    return RequestError(
-        f"the plan cuts {name}, which the model does not have in this shape",
-        "the plan was made for another model",
-        "make a plan of this model with prunella.plan",
-    )
-
-
-def _homes(model: nn.Module) -> dict[str, list[tuple[nn.Module, str]]]:
-    """Name of each parameter and buffer -> every place that holds the same tensor."""
-    places: dict[int, list[tuple[nn.Module, str]]] = {}
-    names: dict[str, int] = {}
-    for path, module in model.named_modules(remove_duplicate=False):
-        for key, tensor in [*module._parameters.items(), *module._buffers.items()]:
-            if tensor is not None:
-                names[f"{path}.{key}" if path else key] = id(tensor)
-                if (module, key) not in places.setdefault(id(tensor), []):
-                    places[id(tensor)].append((module, key))
-    return {name: places[key] for name, key in names.items()}
-
-
-@torch.no_grad()
-def _cut_tensor(name: str, old: Tensor, axes: Mapping[int, Tensor]) -> Tensor:
-    new = _select(name, old.detach(), axes)
-    if not isinstance(old, nn.Parameter):
-        return new
-    made = nn.Parameter(new, requires_grad=old.requires_grad)
-    if old.grad is not None:
-        made.grad = _select(name, old.grad, axes)
-    return made
-
-
-def _select(name: str, tensor: Tensor, axes: Mapping[int, Tensor]) -> Tensor:
-    last = tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous()
-    for axis, kept in axes.items():
-        if axis >= tensor.dim() or (len(kept) and int(kept.max()) >= tensor.shape[axis]):
-            raise _stranger(name)
-        tensor = tensor.index_select(axis, kept.to(tensor.device))
-    return tensor.contiguous(memory_format=torch.channels_last) if last else tensor.contiguous()
-
-
-def _describe(module: nn.Module) -> None:
-    """Let a module of torch say its new sizes: these attributes describe the weight and compute nothing."""
-    for key, value in _sizes(module):
-        setattr(module, key, value)
-
-
-def _sizes(module: nn.Module) -> Iterator[tuple[str, int]]:
-    weight: Any = getattr(module, "weight", None)
-    if not isinstance(weight, Tensor):
-        return
-    if isinstance(module, nn.Linear):
-        yield from (("out_features", weight.shape[0]), ("in_features", weight.shape[1]))
-    elif isinstance(module, nn.modules.conv._ConvTransposeNd):
-        yield from (("in_channels", weight.shape[0]), ("out_channels", weight.shape[1] * module.groups))
-    elif isinstance(module, nn.modules.conv._ConvNd):
-        yield from (("out_channels", weight.shape[0]), ("in_channels", weight.shape[1] * module.groups))
-    elif isinstance(module, nn.modules.batchnorm._NormBase):
-        yield ("num_features", weight.shape[0])
-    elif isinstance(module, nn.GroupNorm):
-        yield ("num_channels", weight.shape[0])
-    elif isinstance(module, nn.Embedding):
-        yield from (("num_embeddings", weight.shape[0]), ("embedding_dim", weight.shape[1]))
-    elif isinstance(module, nn.PReLU):
-        yield ("num_parameters", weight.shape[0])

@@ -13,9 +13,11 @@ from torch.overrides import TorchFunctionMode
 
 from prunella.errors import CheckFailed, NotSupported
 from prunella.forward import forward, tensors
+from prunella.graph.couple import attributes, cuts
+from prunella.graph.structure import Graph, Keep
+from prunella.graph.surgery import Cuts, cut_
 from prunella.graph.trace import undisturbed
 
-Cuts = Mapping[str, Mapping[int, Tensor]]
 TOLERANCE = 1e-9
 """Largest difference allowed, relative to the largest output, in float64."""
 SINGLE = 1e-4
@@ -41,9 +43,9 @@ class Verification:
         return f"shrunk {word} masked: relative error {self.error:.1e} ({self.dtype}, tolerance {self.tolerance:.0e})"
 
 
-def check(dense: nn.Module, small: nn.Module, cuts: Cuts, inputs: Any) -> Verification:
+def check(dense: nn.Module, small: nn.Module, cut: Cuts, inputs: Any) -> Verification:
     """`verify`, or a `CheckFailed` or `NotSupported` that says what is wrong. Shapes alone are checked on meta."""
-    found = verify(dense, small, cuts, inputs)
+    found = verify(dense, small, cut, inputs)
     if not found.exact:
         raise CheckFailed(
             "the smaller model does not compute what the masked model computes",
@@ -53,27 +55,55 @@ def check(dense: nn.Module, small: nn.Module, cuts: Cuts, inputs: Any) -> Verifi
     return found
 
 
-def verify(dense: nn.Module, small: nn.Module, cuts: Cuts, inputs: Any) -> Verification:
+def verify(dense: nn.Module, small: nn.Module, cut: Cuts, inputs: Any) -> Verification:
     """Compare `small` with `dense` whose removed units are zero, in float64 and eval mode, on one batch."""
     if any(p.device.type == "meta" for p in dense.parameters()):
         shapes = [tuple(t.shape) for t in _run(dense, inputs)], [tuple(t.shape) for t in _run(small, inputs)]
         return Verification(0.0 if shapes[0] == shapes[1] else float("inf"), TOLERANCE, len(shapes[0]))
     try:
-        return _compare(dense, small, cuts, inputs, double=True)
+        return _compare(dense, small, cut, inputs, double=True)
     except _DenseFailed:
-        return _compare(dense, small, cuts, inputs, double=False)
+        return _compare(dense, small, cut, inputs, double=False)
+
+
+def unproven(model: nn.Module, graph: Graph, keep: Keep, inputs: Any) -> dict[str, str]:
+    """Group name -> why its cut cannot be proven. Empty when the model cut by `keep` passes the oracle.
+
+    The groups at fault are found by halving: a set that fails is tried in two halves, down to single groups; where
+    only the whole set fails, all of it is named.
+    """
+    names = [name for name, mask in keep.items() if not bool(mask.all())]
+    reason = _fault(model, graph, {name: keep[name] for name in names}, inputs)
+    if reason is None:
+        return {}
+    half = len(names) // 2
+    found: dict[str, str] = {}
+    for part in (names[:half], names[half:]) if half else ():
+        found |= unproven(model, graph, {name: keep[name] for name in part}, inputs)
+    return found or dict.fromkeys(names, reason)
+
+
+def _fault(model: nn.Module, graph: Graph, keep: Keep, inputs: Any) -> str | None:
+    """What the oracle says against a cut, None if it passes."""
+    cut, small = cuts(graph, keep), copy.deepcopy(model)
+    cut_(small, cut, attributes(graph, keep))
+    try:
+        found = verify(model, small, cut, inputs)
+    except NotSupported as error:
+        return f"the smaller model does not run: {error.why}"
+    return None if found.exact else f"the cut cannot be proven: relative error {found.error:.1e} to the masked model"
 
 
 class _DenseFailed(Exception):
     """The masked model itself does not run, so the precision is to blame and not the cut."""
 
 
-def _compare(dense: nn.Module, small: nn.Module, cuts: Cuts, inputs: Any, *, double: bool) -> Verification:
+def _compare(dense: nn.Module, small: nn.Module, cut: Cuts, inputs: Any, *, double: bool) -> Verification:
     batch = as_double(inputs) if double else inputs
     try:
-        reference = _run(_precise(masked(dense, cuts), double), batch)
+        reference = _run(_precise(masked(dense, cut), double), batch)
         if not all(torch.isfinite(t).all() for t in reference):
-            reference = _run(_precise(masked(dense, cuts, consumers=True), double), batch)
+            reference = _run(_precise(masked(dense, cut, consumers=True), double), batch)
     except NotSupported as error:
         if not double:
             raise
@@ -87,7 +117,7 @@ def _precise(model: nn.Module, double: bool) -> nn.Module:
     return model.double() if double else model
 
 
-def masked(model: nn.Module, cuts: Cuts, *, consumers: bool = False) -> nn.Module:
+def masked(model: nn.Module, cut: Cuts, *, consumers: bool = False) -> nn.Module:
     """A copy whose removed positions are zero in every parameter; with `consumers`, along every axis but the first.
 
     Zeroing only what reads a unit serves parameters that are normalised in the forward pass, where a slice of zeros
@@ -96,7 +126,7 @@ def masked(model: nn.Module, cuts: Cuts, *, consumers: bool = False) -> nn.Modul
     made = copy.deepcopy(model)
     parameters = dict(made.named_parameters(remove_duplicate=False))
     with torch.no_grad():
-        for name, axes in cuts.items():
+        for name, axes in cut.items():
             for axis, kept in axes.items():
                 if name in parameters and not (consumers and axis == 0):
                     gone = torch.ones(parameters[name].shape[axis], dtype=torch.bool)
