@@ -37,12 +37,23 @@ if TYPE_CHECKING:
     from prunella.pipeline import Plan as Plan
     from prunella.pipeline import Recipe as Recipe
     from prunella.pipeline import plan as plan
+    from prunella.realize.artifact import load as load
+    from prunella.realize.artifact import save as save
+    from prunella.realize.export import export as export
+    from prunella.realize.plan_file import load_plan as load_plan
+    from prunella.realize.plan_file import save_plan as save_plan
     from prunella.recovery.calibrate import recalibrate_bn as recalibrate_bn
     from prunella.recovery.distill import distill as distill
     from prunella.recovery.distill import distill_features as distill_features
     from prunella.recovery.distill import distill_logits as distill_logits
     from prunella.recovery.finetune import finetune as finetune
     from prunella.recovery.reconstruct import reconstruct as reconstruct
+    from prunella.reporting.count import count as count
+    from prunella.reporting.latency import compare_latency as compare_latency
+    from prunella.reporting.page import write_page as write_page
+    from prunella.reporting.report import Curve as Curve
+    from prunella.reporting.report import Report as Report
+    from prunella.reporting.report import report as report
     from prunella.schedule import cosine as cosine
     from prunella.schedule import cubic as cubic
     from prunella.schedule import exponential as exponential
@@ -101,6 +112,17 @@ _HOME = {
     "distill": "recovery.distill",
     "distill_features": "recovery.distill",
     "distill_logits": "recovery.distill",
+    "export": "realize.export",
+    "load": "realize.artifact",
+    "save": "realize.artifact",
+    "load_plan": "realize.plan_file",
+    "save_plan": "realize.plan_file",
+    "count": "reporting.count",
+    "compare_latency": "reporting.latency",
+    "write_page": "reporting.page",
+    "Curve": "reporting.report",
+    "Report": "reporting.report",
+    "report": "reporting.report",
 }
 
 __all__ = sorted([*_HOME, "__version__"])

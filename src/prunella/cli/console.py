@@ -1,0 +1,156 @@
+"""Where a verb meets the terminal: results to stdout, progress and errors to stderr, errors to exit codes."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import functools
+import json
+import math
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ParamSpec
+
+import typer
+
+from prunella.errors import PruningError
+
+P = ParamSpec("P")
+DONE, MISSED, MISUSE, BAD_INPUT, RESOURCES, UNSUPPORTED, INTERRUPTED, BUG = 0, 1, 2, 3, 5, 6, 7, 70
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+
+
+def debugging() -> bool:
+    """Whether the user asked for tracebacks: `--debug` or PRUNELLA_DEBUG=1."""
+    return os.environ.get("PRUNELLA_DEBUG", "") not in ("", "0")
+
+
+@dataclass(frozen=True)
+class Trouble:
+    """An error as the user sees it."""
+
+    what: str
+    why: str
+    todo: str
+    code: int
+
+
+def _one_line(text: object) -> str:
+    return " ".join(str(text).split())[:400]
+
+
+def explain_error(error: BaseException) -> Trouble:
+    """What to say of an error, and the exit code."""
+    if isinstance(error, PruningError):
+        return Trouble(_one_line(error.what), _one_line(error.why), _one_line(error.todo), error.exit_code)
+    if isinstance(error, KeyboardInterrupt):
+        return Trouble("interrupted", "", "nothing was left half written; start it again", INTERRUPTED)
+    if _out_of_memory(error):
+        return Trouble(
+            "out of memory", _one_line(error), "use a smaller example (--inputs) or a smaller model", RESOURCES
+        )
+    if isinstance(error, OSError) and error.errno in _NO_SPACE:
+        return Trouble("the disk is full", _one_line(error), "free some space, or write elsewhere with -o", RESOURCES)
+    if isinstance(error, OSError):
+        return Trouble(_one_line(error), "", "check the path and its permissions", BAD_INPUT)
+    why = f"{type(error).__name__}: {_one_line(error)}"
+    return Trouble("this is a bug in prunella", why, "run it again with --debug and report the traceback", BUG)
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    text = str(error)
+    known = "can't allocate memory" in text or "CUDA out of memory" in text
+    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or known
+
+
+def _report_error(error: BaseException, as_json: bool) -> int:
+    trouble = explain_error(error)
+    if debugging():
+        traceback.print_exception(error, file=sys.stderr)
+    lines = [f"prunella: {trouble.what}", *(f"  {part}" for part in (trouble.why, trouble.todo) if part)]
+    print("\n".join(lines), file=sys.stderr)
+    if as_json:
+        print(json.dumps({"error": trouble.what, "why": trouble.why, "todo": trouble.todo, "exit": trouble.code}))
+    return trouble.code
+
+
+def guarded(function: Callable[P, None]) -> Callable[P, None]:
+    """A verb whose errors become a short message and an exit code, never a traceback."""
+
+    @functools.wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> None:
+        try:
+            function(*args, **kwargs)
+            sys.stdout.flush()
+        except BrokenPipeError:  # the reader (head, less) has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        except (typer.Exit, SystemExit):
+            raise
+        except BaseException as error:
+            raise typer.Exit(_report_error(error, bool(kwargs.get("as_json")))) from None
+
+    return run
+
+
+def plain(value: object) -> Any:
+    """A value as JSON can say it: numbers that are not finite become null."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, str | int | bool) or value is None:
+        return value
+    if isinstance(value, Sequence):
+        return [plain(item) for item in value]
+    return str(value)
+
+
+def emit(value: Mapping[str, Any] | Sequence[Any], text: str, *, as_json: bool) -> None:
+    """The result of a verb: JSON, or text for people."""
+    print(json.dumps(plain(value), indent=2, ensure_ascii=False) if as_json else text)
+
+
+def note(text: str) -> None:
+    """One line for people, on stderr."""
+    print(f"prunella: {text}", file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def stage(text: str) -> Iterator[None]:
+    """A step that takes a while: a spinner on a terminal, a line with its seconds anywhere."""
+    start = time.perf_counter()
+    with _spinner(text):
+        yield
+    note(f"{text} ({time.perf_counter() - start:.1f} s)")
+
+
+def _spinner(text: str) -> contextlib.AbstractContextManager[object]:
+    if not sys.stderr.isatty():
+        return contextlib.nullcontext()
+    from rich.console import Console
+
+    return Console(stderr=True).status(text)
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[object]], *, right: Sequence[int] = ()) -> str:
+    """Columns aligned with spaces; the columns in `right` are numbers."""
+    cells = [list(map(str, header)), *([str(cell) for cell in row] for row in rows)]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
+    cells.insert(1, ["-" * width for width in widths])
+    lines = []
+    for row in cells:
+        padded = [c.rjust(w) if i in right else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))]
+        lines.append("  ".join(padded).rstrip())
+    return "\n".join(lines)
+
+
+def count(number: float) -> str:
+    """A number with a suffix: 25.6 M, 4.11 G."""
+    for limit, suffix in ((1e12, " T"), (1e9, " G"), (1e6, " M"), (1e3, " k")):
+        if abs(number) >= limit:
+            return f"{number / limit:.3g}{suffix}"
+    return f"{number:.3g}" if number != int(number) else str(int(number))

@@ -1,0 +1,179 @@
+"""Verbs that only look: the machine, the methods, a model, a plan."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from prunella.cli import options
+from prunella.cli.console import count, emit, stage, table
+
+if TYPE_CHECKING:
+    from prunella.doctor import Checkup
+    from prunella.graph.structure import Graph
+
+_SHOWN = 12
+
+
+def doctor(
+    seconds: Annotated[float, typer.Option(help="How long to measure.")] = 4.0, as_json: options.Json = False
+) -> None:
+    """What this machine has, and which kinds of sparsity are faster here (measured now)."""
+    from prunella.doctor import checkup
+
+    with stage("measuring"):
+        found = checkup(seconds=seconds)
+    emit(found.as_dict(), _checkup_text(found), as_json=as_json)
+
+
+def _checkup_text(found: Checkup) -> str:
+    width = max(map(len, [*found.system, *found.extras]))
+    lines = ["machine", *(f"  {key.ljust(width)}  {value}" for key, value in found.system.items())]
+    lines += ["", "optional packages", *(f"  {key.ljust(width)}  {value}" for key, value in found.extras.items())]
+    rows = [
+        (
+            t.name,
+            t.structure,
+            f"{t.dense_ms:.2f}",
+            f"{t.pruned_ms:.2f}",
+            f"{t.ratio:.2f}x",
+            f"{t.low:.2f}-{t.high:.2f}",
+            t.verdict,
+        )
+        for t in found.trials
+    ]
+    header = ("what is removed", "granularity", "dense ms", "pruned ms", "speed-up", "95 %", "verdict")
+    return "\n".join([*lines, "", "what pays here", table(header, rows, right=(2, 3, 4, 5))])
+
+
+def methods(
+    kind: Annotated[str | None, typer.Argument(help="Only this kind: criterion, allocation ...")] = None,
+    as_json: options.Json = False,
+) -> None:
+    """All methods, with what they need and where they come from."""
+    from prunella import catalogue
+
+    found = catalogue.methods()
+    kinds = sorted({method.kind for method in found})
+    if kind is not None and kind not in kinds:
+        from prunella.errors import RequestError
+
+        raise RequestError(
+            f"unknown kind {kind!r}", f"known are {', '.join(kinds)}", "for example prunella methods criterion"
+        )
+    found = [method for method in found if kind in (None, method.kind)]
+    rows = [(m.name, m.kind, ", ".join(m.needs) or "-", m.source) for m in found]
+    data = [catalogue.describe(method) for method in found]
+    emit(data, table(("name", "kind", "needs", "source"), rows), as_json=as_json)
+
+
+def explain(name: Annotated[str, typer.Argument(help="A name of `methods`.")], as_json: options.Json = False) -> None:
+    """One method: what it computes, what it needs, its knobs and its source."""
+    from prunella import catalogue
+
+    found = catalogue.describe(catalogue.lookup(name))
+    lines = [
+        f"{found['name']} ({found['kind']}, {found['status']})",
+        "",
+        found["doc"],
+        "",
+        f"source: {found['source']}",
+    ]
+    if found["needs"]:
+        lines.append(f"needs:  {', '.join(found['needs'])}")
+    lines += [f"knob:   {knob} = {value}" for knob, value in found["knobs"].items()]
+    emit(found, "\n".join(lines), as_json=as_json)
+
+
+def inspect(
+    model: options.Model,
+    inputs: options.Inputs = None,
+    weights: options.Weights = None,
+    allow_pickle: options.AllowPickle = False,
+    everything: Annotated[bool, typer.Option("--all", help="Show all rows.")] = False,
+    as_json: options.Json = False,
+) -> None:
+    """Layers, parameters, MACs; which groups of units can go, what each unit costs, what must stay and why."""
+    from prunella.cli.request import open_model
+    from prunella.graph.couple import couple
+
+    network, example = open_model(model, inputs, weights=weights, allow_pickle=allow_pickle)
+    with stage("coupling"):
+        graph = couple(network, example)
+    data = graph_data(graph)
+    emit(data, _graph_text(data, None if everything else _SHOWN), as_json=as_json)
+
+
+def graph_data(graph: Graph) -> dict[str, Any]:
+    """What `inspect` says, as plain data."""
+    params, macs = graph.params(), graph.macs()
+    reasons = Counter[tuple[str, str]]()
+    for item in graph.frozen:
+        reasons[item.reason, item.where] += 1
+    return {
+        "params": params,
+        "macs": macs,
+        "bytes": graph.bytes(),
+        "layers": [
+            {"name": x.name, "op": x.op, "shape": graph.entities[x.entity].shape, "macs": x.macs} for x in graph.layers
+        ],
+        "groups": [_group_data(graph, index, params, macs) for index in range(len(graph.groups))],
+        "frozen": [{"reason": r, "where": w, "axes": n} for (r, w), n in reasons.most_common()],
+        "uncounted": dict(graph.uncounted),
+        "unused": list(graph.unused),
+    }
+
+
+def _group_data(graph: Graph, index: int, params: int, macs: float) -> dict[str, Any]:
+    """A group, and what goes with one unit of it (its first)."""
+    import torch
+
+    group = graph.groups[index]
+    keep = torch.ones(group.size, dtype=torch.bool)
+    keep[0] = False
+    less = {group.name: keep}
+    cost = {"unit_params": params - graph.params(less), "unit_macs": macs - graph.macs(less)}
+    return {"name": group.name, "kind": group.kind, "units": group.size, "members": len(group.members), **cost}
+
+
+def _graph_text(data: dict[str, Any], limit: int | None) -> str:
+    parts = [f"{count(data['params'])} parameters, {count(data['macs'])} MACs, {count(data['bytes'])}B"]
+    total = max(data["macs"], 1.0)
+    layers = [
+        (x["name"], x["op"], "x".join(map(str, x["shape"])), count(x["macs"]), f"{x['macs'] / total:.1%}")
+        for x in data["layers"]
+    ]
+    parts.append(_section("layers", ("name", "op", "weight", "MACs", "share"), layers, limit, right=(3, 4)))
+    groups = [
+        (g["name"], g["kind"], g["units"], g["members"], count(g["unit_params"]), count(g["unit_macs"]))
+        for g in data["groups"]
+    ]
+    header = ("group", "kind", "units", "tensors", "params/unit", "MACs/unit")
+    parts.append(_section("what can go", header, groups, limit, right=(2, 3, 4, 5)))
+    frozen = [(f["axes"], f["reason"], f["where"]) for f in data["frozen"]]
+    parts.append(_section("what must stay", ("axes", "why", "where"), frozen, limit, right=(0,)))
+    if data["uncounted"]:
+        parts.append("not counted in MACs: " + ", ".join(f"{name} ({n})" for name, n in data["uncounted"].items()))
+    if data["unused"]:
+        parts.append("never used in this pass: " + ", ".join(data["unused"]))
+    return "\n\n".join(parts)
+
+
+def _section(title: str, header: tuple[str, ...], rows: list[Any], limit: int | None, *, right: tuple[int, ...]) -> str:
+    shown = rows if limit is None else rows[:limit]
+    more = f"\n... {len(rows) - len(shown)} more (--all)" if len(rows) > len(shown) else ""
+    return f"{title} ({len(rows)})\n{table(header, shown, right=right)}{more}" if rows else f"{title}: nothing"
+
+
+def show(
+    file: Annotated[Path, typer.Argument(metavar="FILE.plan", help="A plan.")], as_json: options.Json = False
+) -> None:
+    """Print a plan: what stays of each group, and what that gives."""
+    from prunella.cli.request import plan_data
+    from prunella.realize.plan_file import load_plan
+
+    plan = load_plan(file)
+    emit(plan_data(plan), str(plan), as_json=as_json)

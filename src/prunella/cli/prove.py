@@ -1,0 +1,62 @@
+"""Verbs about a folder that `run` wrote: is it whole and right, and where is its report."""
+
+from __future__ import annotations
+
+import json
+import webbrowser
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from prunella.cli import options
+from prunella.cli.console import emit, note, stage
+
+Folder = Annotated[
+    Path, typer.Argument(metavar="FOLDER", help="A folder that `run` or `demo` wrote.", show_default=False)
+]
+
+
+def verify(
+    folder: Folder,
+    model: options.OptionalModel = None,
+    inputs: options.Inputs = None,
+    weights: options.Weights = None,
+    allow_pickle: options.AllowPickle = False,
+    as_json: options.Json = False,
+) -> None:
+    """Check digests and that the model loads; with MODEL, that it equals the dense model with the same units masked."""
+    from prunella.cli.request import factory_of, open_dense
+    from prunella.proof import check_equal, check_whole, plan_of
+
+    with stage("checking digests and loading"):
+        proof, small = check_whole(folder, factory=factory_of(model) if model else None)
+    if model is not None and small is not None:
+        plan = plan_of(folder)
+        dense, example = open_dense(model, inputs, plan.inputs, weights=weights, allow_pickle=allow_pickle)
+        with stage("comparing with the masked dense model"):
+            proof = check_equal(proof, small, dense, plan, example)
+    emit(proof.as_dict(), str(proof), as_json=as_json)
+
+
+def report(
+    folder: Folder,
+    open_page: Annotated[bool, typer.Option("--open", help="Open the page in a browser.")] = False,
+    as_json: options.Json = False,
+) -> None:
+    """Where the page is, and the numbers of the run."""
+    from prunella.cli.work import run_text
+    from prunella.errors import BadInput
+
+    page, record = folder / "report.html", folder / "run.json"
+    if not page.is_file():
+        raise BadInput(f"no report in {folder}", "there is no report.html", "give a folder that `prunella run` wrote")
+    result: dict[str, Any] = {"page": str(page.resolve())}
+    try:
+        result |= json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
+        text = run_text(result, folder) if "text" in result else f"look at {page}"
+    except (ValueError, TypeError, KeyError) as error:
+        raise BadInput(f"cannot read {record}", f"damaged: {error}", "run it again") from error
+    emit(result, text, as_json=as_json)
+    if open_page and not webbrowser.open(page.resolve().as_uri()):
+        note("no browser could be started; open the page yourself")

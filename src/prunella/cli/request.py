@@ -1,0 +1,185 @@
+"""From the words of a command line to the objects of the library."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from prunella import catalogue
+from prunella.cli.console import note, stage
+from prunella.errors import BadInput, RequestError
+from prunella.examples import check_forward, example_inputs
+from prunella.files import MARKER
+from prunella.models import call_user, load_model, load_object
+from prunella.pipeline import Inputs, Loss, Plan, Recipe
+from prunella.realize.artifact import PLAN, load
+from prunella.realize.plan_file import load_plan
+from prunella.targets import Target, parse_target
+
+
+def open_model(
+    spec: str,
+    shapes: Sequence[str] | None = None,
+    *,
+    weights: str | None = None,
+    allow_pickle: bool = False,
+    factory: str | None = None,
+    seed: int = 0,
+) -> tuple[nn.Module, Inputs]:
+    """The model, or the folder of a run, and an example that it really takes."""
+    folder = Path(spec)
+    if (folder / MARKER).is_file() and weights is None:
+        with stage(f"loading {spec}"):
+            return _open_artefact(folder, shapes, factory=factory, seed=seed)
+    return open_dense(spec, shapes, None, weights=weights, allow_pickle=allow_pickle, seed=seed)
+
+
+def open_dense(
+    spec: str,
+    shapes: Sequence[str] | None,
+    example: Inputs | None,
+    *,
+    weights: str | None = None,
+    allow_pickle: bool = False,
+    seed: int = 0,
+) -> tuple[nn.Module, Inputs]:
+    """The model, and an example: of the shapes if given, else `example`, else what the model says of itself."""
+    with stage(f"loading {spec}"):
+        model = load_model(spec, weights=weights, allow_pickle=allow_pickle)
+        if shapes or example is None:
+            example = example_inputs(model, spec, shapes, seed=seed)
+        check_forward(model, example)
+    if weights is None and spec.startswith(("timm:", "torchvision:")):
+        note(f"the weights of {spec} are random: give --weights FILE, or --weights pretrained to fetch them")
+    return model, example
+
+
+def _open_artefact(
+    folder: Path, shapes: Sequence[str] | None, *, factory: str | None, seed: int
+) -> tuple[nn.Module, Inputs]:
+    model = load(folder, factory=factory)
+    kept = load_plan(folder / PLAN).inputs if (folder / PLAN).is_file() else None
+    example = example_inputs(model, str(folder), shapes, seed=seed) if shapes or kept is None else kept
+    check_forward(model, example)
+    return model, example
+
+
+def factory_of(spec: str) -> str | None:
+    """What `save` and `load` take as the factory: MODEL itself, unless it is a file or a folder."""
+    return None if Path(spec).exists() or ":" not in spec else spec
+
+
+def check_new_file(file: Path, *, overwrite: bool) -> None:
+    """A file that exists is replaced only when asked."""
+    if file.exists() and not overwrite:
+        raise RequestError(
+            f"{file} exists", "nothing is overwritten unasked", "choose another name, or give --overwrite"
+        )
+
+
+def read_target(text: str | None) -> Target | None:
+    """`macs=0.5`; none is right for N:M alone, and `plan` says so otherwise."""
+    return None if text is None else parse_target(text)
+
+
+def build_recipe(
+    name: str,
+    *,
+    granularity: str | None = None,
+    allocation: str | None = None,
+    pattern: str | None = None,
+    seed: int = 0,
+) -> Recipe:
+    """A recipe by name, or a criterion by name; the other options replace its parts."""
+    method = catalogue.lookup(name)
+    if method.kind == "recipe":
+        recipe = call_user(method.function, f"the recipe {name}")
+        assert isinstance(recipe, Recipe)
+    elif method.kind == "criterion":
+        recipe = Recipe(criterion=method.function)
+    else:
+        todo = "`prunella methods criterion` and `prunella methods recipe` list what fits"
+        raise RequestError(f"{name} is no recipe", f"it is of the kind {method.kind}", todo)
+    if granularity and pattern:
+        raise RequestError("both --granularity and --pattern", "a pattern is a granularity", "give one of the two")
+    if granularity or pattern:
+        recipe = replace(recipe, granularity=read_pattern(pattern) if pattern else _granularity(granularity or ""))
+    if allocation:
+        recipe = replace(recipe, allocation=catalogue.lookup(allocation, "allocation").function)
+    return replace(recipe, seed=seed)
+
+
+def _granularity(text: str) -> Any:
+    """`channel`, or `channel,head`: names of the catalogue in any case."""
+    parts = tuple(_unit(part.strip()) for part in text.split(",") if part.strip())
+    return parts[0] if len(parts) == 1 else parts
+
+
+def _unit(name: str) -> Any:
+    by_case = {m.name.lower(): m.name for m in catalogue.methods() if m.kind == "granularity"}
+    method = catalogue.lookup(by_case.get(name.lower(), name), "granularity")
+    if any(knob.default is knob.empty for knob in inspect.signature(method.function).parameters.values()):
+        raise RequestError(f"{method.name} needs sizes", "", "give --pattern 2:4 for NM, --pattern 16x16 for Block")
+    return method.function()
+
+
+def read_pattern(text: str) -> Any:
+    """`2:4` is N:M, `4x4` is blocks."""
+    from prunella.granularity import NM, Block
+
+    match = re.fullmatch(r"(\d+)([:x])(\d+)", text.strip())
+    if not match:
+        why = "a pattern is N:M (N kept of every M) or ROWSxCOLUMNS (blocks)"
+        raise RequestError(f"cannot read the pattern {text!r}", why, "for example --pattern 2:4 or --pattern 16x16")
+    first, second = int(match[1]), int(match[3])
+    return NM(first, second) if match[2] == ":" else Block(first, second)
+
+
+def load_data(spec: str | None) -> Iterable[Any] | None:
+    """The batches that `module:function` returns, or `module:name` is."""
+    if spec is None:
+        return None
+    found = load_object(spec, "data")
+    batches = call_user(found, spec) if callable(found) else found
+    if not isinstance(batches, Iterable):
+        raise BadInput(f"{spec} gives no batches", f"it gave {type(batches).__name__}", "return a list or a DataLoader")
+    # a generator would be empty at the second pass
+    return batches if hasattr(batches, "__len__") or hasattr(batches, "dataset") else list(batches)
+
+
+def load_function(spec: str | None, what: str) -> Callable[..., Any] | None:
+    """The function that `module:function` names."""
+    if spec is None:
+        return None
+    found = load_object(spec, what)
+    if not callable(found):
+        raise RequestError(
+            f"{spec} is no function", f"it is a {type(found).__name__}", f"give --{what} module:function"
+        )
+    return found  # type: ignore[no-any-return]
+
+
+def load_loss(spec: str | None) -> Loss | None:
+    """The loss, a function of (model, batch)."""
+    return load_function(spec, "loss")
+
+
+def plan_data(plan: Plan) -> dict[str, Any]:
+    """A plan as plain data."""
+    kept: Mapping[str, Any] = {name: mask.nonzero().flatten().tolist() for name, mask in plan.keep.items()}
+    return {
+        "recipe": dict(plan.recipe),
+        "target": str(plan.target),
+        "before": asdict(plan.before),
+        "after": asdict(plan.after),
+        "rows": [asdict(row) for row in plan.rows],
+        "frozen": [asdict(item) for item in plan.frozen],
+        "kept": kept,
+        "masks": {name: {"kept": int(mask.sum()), "total": mask.numel()} for name, mask in plan.masks.items()},
+    }

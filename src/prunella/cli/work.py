@@ -1,0 +1,154 @@
+"""Verbs that make something: a plan, a pruned model, a file in another format."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from prunella.cli import options
+from prunella.cli.console import emit, note, stage
+
+
+def demo(
+    output: options.Output = Path("demo"),
+    overwrite: options.Overwrite = False,
+    seed: options.Seed = 0,
+    as_json: options.Json = False,
+) -> None:
+    """The main job on a real pretrained network with real data, in about a minute: table, artefact, report.html."""
+    from prunella.demo import run_demo
+
+    result = run_demo(output, overwrite=overwrite, seed=seed)
+    emit(result.as_dict(), str(result), as_json=as_json)
+
+
+def plan(
+    model: options.Model,
+    recipe: options.RecipeName = "magnitude",
+    target: options.TargetText = None,
+    inputs: options.Inputs = None,
+    weights: options.Weights = None,
+    allow_pickle: options.AllowPickle = False,
+    granularity: options.GranularityText = None,
+    allocation: options.AllocationName = None,
+    pattern: options.Pattern = None,
+    skip: options.Skip = None,
+    only: options.Only = None,
+    data: options.Data = None,
+    loss: options.LossName = None,
+    seed: options.Seed = 0,
+    output: options.OptionalOutput = None,
+    as_json: options.Json = False,
+) -> None:
+    """Decide what to keep so that the target is met; the model is only read. -o writes the plan to a file."""
+    from prunella.cli import request
+    from prunella.pipeline import plan as make_plan
+    from prunella.realize.plan_file import save_plan
+
+    parts = request.build_recipe(recipe, granularity=granularity, allocation=allocation, pattern=pattern, seed=seed)
+    budget = request.read_target(target)
+    batches, measure = request.load_data(data), request.load_loss(loss)
+    network, example = request.open_model(model, inputs, weights=weights, allow_pickle=allow_pickle, seed=seed)
+    with stage("planning"):
+        made = make_plan(
+            network,
+            example,
+            parts,
+            target=budget,
+            data=batches,
+            loss=measure,
+            skip=skip or (),
+            only=only or (),
+        )
+    if output is not None:
+        note(f"wrote {save_plan(made, output)}")
+    emit(request.plan_data(made), str(made), as_json=as_json)
+
+
+def run(
+    model: options.Model,
+    recipe: options.RecipeName = "magnitude",
+    target: options.TargetText = None,
+    inputs: options.Inputs = None,
+    weights: options.Weights = None,
+    allow_pickle: options.AllowPickle = False,
+    granularity: options.GranularityText = None,
+    allocation: options.AllocationName = None,
+    pattern: options.Pattern = None,
+    skip: options.Skip = None,
+    only: options.Only = None,
+    data: options.Data = None,
+    loss: options.LossName = None,
+    heal: Annotated[
+        str, typer.Option(metavar="H", help="bn, reconstruct, distill:STEPS, finetune:STEPS; by comma.")
+    ] = "",
+    lr: Annotated[float, typer.Option(help="Learning rate of distill and finetune.")] = 1e-4,
+    metric: Annotated[
+        str | None, typer.Option(metavar="M:F", help="module:function of (model); higher is better.")
+    ] = None,
+    max_drop: Annotated[float | None, typer.Option(help="Write nothing if --metric falls by more.")] = None,
+    seed: options.Seed = 0,
+    output: options.Output = Path("pruned"),
+    overwrite: options.Overwrite = False,
+    as_json: options.Json = False,
+) -> None:
+    """Plan, cut, heal, check, measure; write the smaller model and report.html to a folder."""
+    from prunella.cli import request
+    from prunella.files import check_free
+    from prunella.run import Job, read_heal, summary
+    from prunella.run import run as do
+
+    check_free(output, overwrite=overwrite)
+    parts = request.build_recipe(recipe, granularity=granularity, allocation=allocation, pattern=pattern, seed=seed)
+    job = Job(
+        parts,
+        request.read_target(target),
+        data=request.load_data(data),
+        loss=request.load_loss(loss),
+        heal=read_heal(heal),
+        lr=lr,
+        metric=request.load_function(metric, "metric"),
+        max_drop=max_drop,
+        skip=skip or (),
+        only=only or (),
+        factory=request.factory_of(model),
+        source=model if Path(model).is_dir() else None,
+        command=shlex.join(["prunella", *sys.argv[1:]]),
+    )
+    network, example = request.open_model(model, inputs, weights=weights, allow_pickle=allow_pickle, seed=seed)
+    outcome = do(
+        network, example, job, output, overwrite=overwrite, on_stage=lambda text, s: note(f"{text} ({s:.1f} s)")
+    )
+    result = summary(outcome, job)
+    emit(result, run_text(result, output), as_json=as_json)
+
+
+def run_text(result: dict[str, Any], folder: Path) -> str:
+    """The outcome of `run` for people."""
+    return f"{result['text']}\n\n{folder}: read it with {result['reader']}; look at {folder / 'report.html'}"
+
+
+def export(
+    model: options.Model,
+    output: options.Output,
+    factory: options.FactoryName = None,
+    inputs: options.Inputs = None,
+    weights: options.Weights = None,
+    allow_pickle: options.AllowPickle = False,
+    overwrite: options.Overwrite = False,
+    as_json: options.Json = False,
+) -> None:
+    """Write a model, or a folder of `run`, as FILE.safetensors, FILE.pt2 or FILE.onnx; read it again and compare."""
+    from prunella.cli.request import check_new_file, open_model
+    from prunella.realize.export import export as write
+
+    check_new_file(output, overwrite=overwrite)
+    network, example = open_model(model, inputs, weights=weights, allow_pickle=allow_pickle, factory=factory)
+    with stage(f"writing {output}"):
+        written = write(network, output, inputs=example)
+    emit(asdict(written), str(written), as_json=as_json)

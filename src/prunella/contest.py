@@ -1,0 +1,235 @@
+"""What competes for a budget (units of structure, or weights), how it is measured, and what stands in the way."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from prunella.budget import Allocation, Ladder, Pool, allocate, ladder, most, solve
+from prunella.errors import RequestError, TargetMissed
+from prunella.granularity import Block, Element
+from prunella.graph.structure import Frozen, Graph, Group, Layer
+from prunella.select import Counts, removal_order
+from prunella.targets import Bytes, MACs, Params, Sparsity, Target
+from prunella.types import Mask, Scores
+
+
+class Contest(Protocol):
+    """Pools that shrink, and what is left of the model when they do."""
+
+    @property
+    def pools(self) -> Sequence[Pool]:
+        """Who competes."""
+        ...
+
+    def amount(self, target: Target, removed: Counts) -> float:
+        """What remains, in the target's unit, when so many steps are removed from every pool."""
+        ...
+
+    def budget(self, target: Target) -> float:
+        """The largest amount that meets the target."""
+        ...
+
+
+@dataclass(frozen=True)
+class Rules:
+    """How a budget is shared out: see `Recipe`."""
+
+    allocation: Allocation
+    floor: float
+    align: tuple[int, ...]
+
+
+def share(contest: Contest, target: Target, rules: Rules, frozen: Sequence[Frozen], graph: Graph) -> Counts:
+    """Steps to remove from every pool: the shortest prefix of the allocation's order that meets the target.
+
+    Errors: TargetMissed when even everything that may go is not enough, or when nothing would go.
+    """
+    keys = allocate(contest.pools, rules.allocation)
+    ladders = [ladder(key, rules.floor, width) for key, width in zip(keys, rules.align, strict=True)]
+    budget = contest.budget(target)
+    counts = solve(ladders, lambda removed: contest.amount(target, removed) <= budget * (1 + 1e-12))
+    if counts is None:
+        raise _missed(contest, target, rules, ladders, frozen, graph)
+    if not any(counts) and not (isinstance(target, Sparsity) and target.value == 0):
+        raise _nothing(contest, target)
+    return counts
+
+
+# -- units of structure --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Units:
+    """Groups of units that leave the model."""
+
+    graph: Graph
+    groups: tuple[Group, ...]
+    scores: tuple[Scores, ...]
+    target: Target
+
+    @cached_property
+    def pools(self) -> list[Pool]:
+        """One pool for each group."""
+        pairs = zip(self.groups, self.scores, strict=True)
+        return [Pool(g.name, scores.sort().values, self._shape(g), self._cost(g)) for g, scores in pairs]
+
+    @cached_property
+    def _orders(self) -> list[Tensor]:
+        return [removal_order(scores) for scores in self.scores]
+
+    def keep(self, removed: Counts) -> dict[str, Tensor]:
+        """Group -> which units stay."""
+        kept = {}
+        for group, order, count in zip(self.groups, self._orders, removed, strict=True):
+            stays = torch.ones(group.size, dtype=torch.bool)
+            stays[order[:count]] = False
+            kept[group.name] = stays
+        return kept
+
+    def amount(self, target: Target, removed: Counts) -> float:
+        """What remains of the whole model, or of the units that compete for `Sparsity`."""
+        if isinstance(target, Sparsity):
+            return float(sum(group.size for group in self.groups) - sum(removed))
+        return weigh(self.graph, target, self.keep(removed))
+
+    def budget(self, target: Target) -> float:
+        """Fractions are of the whole model; `Sparsity` of the units that compete."""
+        return target.absolute(self.amount(target, (0,) * len(self.groups)))
+
+    def _cost(self, group: Group) -> float:
+        if isinstance(self.target, Sparsity):
+            return 1.0
+        one_less = torch.arange(group.size) > 0
+        return weigh(self.graph, self.target, {}) - weigh(self.graph, self.target, {group.name: one_less})
+
+    def _shape(self, group: Group) -> tuple[int, ...]:
+        maker = next((m for m in group.members if m.role == "out"), group.members[0])
+        return self.graph.entities[maker.entity].shape
+
+
+def weigh(graph: Graph, target: Target, keep: Mapping[str, Tensor]) -> float:
+    """The model in the target's unit when only `keep` remains."""
+    if isinstance(target, Params):
+        return float(graph.params(keep))
+    if isinstance(target, MACs):
+        return float(graph.macs(keep))
+    return float(graph.bytes(keep))
+
+
+# -- weights under a mask ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Layers whose weights become zero. `scores` are matrices `(out, in)`."""
+
+    graph: Graph
+    layers: tuple[Layer, ...]
+    scores: tuple[Tensor, ...]
+    pattern: Element | Block
+
+    @cached_property
+    def pools(self) -> list[Pool]:
+        """One pool for each layer."""
+        shapes = [self.graph.entities[layer.entity].shape for layer in self.layers]
+        pairs = zip(self.layers, self.scores, shapes, strict=True)
+        return [Pool(layer.name, self.pattern.ranked(scores), shape) for layer, scores, shape in pairs]
+
+    @cached_property
+    def _freed(self) -> list[int | Tensor]:
+        return [self.pattern.freed(scores) for scores in self.scores]
+
+    @cached_property
+    def _macs(self) -> dict[str, float]:
+        return macs_by_layer(self.graph)
+
+    def masks(self, removed: Counts) -> list[Mask]:
+        """What is kept of every layer's matrix."""
+        return [self.pattern.mask(scores, count) for scores, count in zip(self.scores, removed, strict=True)]
+
+    def kept(self, removed: Counts) -> list[int]:
+        """Weights that stay in every layer."""
+        gone = [_gone(freed, count) for freed, count in zip(self._freed, removed, strict=True)]
+        return [scores.numel() - lost for scores, lost in zip(self.scores, gone, strict=True)]
+
+    def amount(self, target: Target, removed: Counts) -> float:
+        """Weights, parameters or multiply-adds that remain; a pruned weight counts as nothing."""
+        kept = self.kept(removed)
+        if isinstance(target, MACs):
+            spared = [1 - k / s.numel() for k, s in zip(kept, self.scores, strict=True)]
+            macs = [self._macs.get(layer.entity, 0.0) for layer in self.layers]
+            return self.graph.macs() - sum(m * part for m, part in zip(macs, spared, strict=True))
+        if isinstance(target, Bytes):
+            todo = "ask for Sparsity, Params or MACs, or prune Channel() or Head()"
+            raise RequestError("masks do not change bytes", "zeros are stored like other weights", todo)
+        total = sum(scores.numel() for scores in self.scores)
+        return float(sum(kept) if isinstance(target, Sparsity) else self.graph.params() - total + sum(kept))
+
+    def budget(self, target: Target) -> float:
+        """For `Sparsity` exactly `round(s * N)` weights go, where the pattern allows it."""
+        dense = self.amount(target, (0,) * len(self.layers))
+        return dense - round(target.value * dense) if isinstance(target, Sparsity) else target.absolute(dense)
+
+
+def _gone(freed: int | Tensor, count: int) -> int:
+    if isinstance(freed, int):
+        return freed * count
+    return int(freed[count - 1]) if count else 0
+
+
+def macs_by_layer(graph: Graph) -> dict[str, float]:
+    """Entity of a layer -> multiply-adds by its weight in one pass, wherever it is used."""
+    entity = {name: layer.entity for layer in graph.layers for name in (layer.name, layer.entity)}
+    total: dict[str, float] = {}
+    for cost in graph.costs:
+        if cost.layer in entity:
+            total[entity[cost.layer]] = total.get(entity[cost.layer], 0.0) + cost.macs({})
+    return total
+
+
+# -- what stands in the way ----------------------------------------------------------------------------------------
+
+
+def _missed(
+    contest: Contest, target: Target, rules: Rules, ladders: Sequence[Ladder], frozen: Sequence[Frozen], graph: Graph
+) -> TargetMissed:
+    nothing = (0,) * len(ladders)
+    dense, least = contest.amount(target, nothing), contest.amount(target, most(ladders))
+    reach = 1 - least / dense if isinstance(target, Sparsity) else least / dense
+    asked = "" if isinstance(target, Sparsity) else f", asked {contest.budget(target):.6g}"
+    sizes = [pool.size for pool in contest.pools]
+    stay = [size - gone for size, gone in zip(sizes, most(ladders), strict=True)]
+    floors = f"{len(sizes)} groups are at their floor: {sum(stay)} of {sum(sizes)} stay (floor={rules.floor:g}"
+    floors += f", align={max(rules.align)})" if max(rules.align) > 1 else ")"
+    return TargetMissed(
+        f"{target} cannot be met: all that may go leaves {target.name}={reach:.4g} ({least:.6g} of {dense:.6g}{asked})",
+        "\n".join([floors, *obstacles(graph, frozen)]),
+        f"ask for {target.name}={reach:.4g} or less removal, lower floor= or align=, or skip less",
+    )
+
+
+def _nothing(contest: Contest, target: Target) -> TargetMissed:
+    dense = contest.amount(target, (0,) * len(contest.pools))
+    return TargetMissed(
+        f"{target} would remove nothing",
+        f"the model has {dense:.6g}, and up to {contest.budget(target):.6g} is allowed",
+        "ask for a smaller model",
+    )
+
+
+def obstacles(graph: Graph, frozen: Sequence[Frozen], limit: int = 6) -> list[str]:
+    """What may not be pruned and why, the layers with the most multiply-adds first."""
+    macs = {layer.entity: layer.macs for layer in graph.layers}
+    sizes = {name: graph.numel(name) for name in graph.entities}
+    ranked = sorted(frozen, key=lambda f: (macs.get(f.entity, 0.0), sizes.get(f.entity, 0)), reverse=True)
+    lines = [
+        f"frozen: {f.entity} axis {f.axis}, {f.count} positions: {f.reason}{f' ({f.where})' if f.where else ''}"
+        for f in ranked[:limit]
+    ]
+    return lines + ([f"and {len(ranked) - limit} more frozen axes"] if len(ranked) > limit else [])

@@ -1,0 +1,66 @@
+"""Criteria that need no data: they look at the parameters alone."""
+
+from __future__ import annotations
+
+import torch
+
+from prunella.errors import RequestError
+from prunella.method import criterion
+from prunella.types import Noise, NormScale, Saliency, Scores, UnitWeight, Weight
+
+
+@criterion(source="Janowsky 1989, doi:10.1103/PhysRevA.39.6600; Han et al. 2015, arXiv:1506.02626; Li et al. 2017")
+def magnitude(weight: Weight, *, p: int = 1) -> Saliency:
+    """Absolute value of a weight, or its square.
+
+    `S_ij = |W_ij|^p`, so that a filter scores its L1 norm (p=1, Li et al.) or its squared L2 norm (p=2).
+    Data: none. p: 1 or 2. Caveats: blind to what the weight multiplies; a filter in front of a normalisation has no
+    scale of its own.
+    """
+    if p not in (1, 2):
+        raise RequestError(f"magnitude takes p=1 or p=2, not {p!r}")
+    return weight.abs() if p == 1 else weight.square()
+
+
+@criterion(source="Fang et al. 2023, arXiv:2301.12900", scope="group")
+def group_norm(unit_weight: UnitWeight, *, p: float = 2.0, normalise: bool = True) -> Scores:
+    """Norm of everything that would go with a unit: producer rows, biases, normalisation, consumer columns.
+
+    `s_u = (sum_{w in u} |w|^p)^(1/p)`, divided by `size^(1/p)` if normalised: then the size of a group does not bias
+    a ranking over groups. Data: none. p: at least 1. A unit of zeros ranks last.
+    """
+    if p < 1:
+        raise RequestError(f"group_norm takes p of at least 1, not {p!r}")
+    size = unit_weight.shape[1] if normalise else 1
+    norm: Scores = torch.linalg.vector_norm(unit_weight, ord=p, dim=1)
+    return norm / float(size) ** (1 / p)
+
+
+@criterion(source="Liu et al. 2017, arXiv:1708.06519")
+def bn_scale(norm_scale: NormScale) -> Scores:
+    """Scale of the batch normalisation that follows a channel (network slimming).
+
+    `s_u = |gamma_u|`, the mean where several normalisations act on a unit. Data: none. The paper trains with an L1
+    penalty on gamma first; without it the ranking is weak. Groups without a normalisation are left alone.
+    """
+    return norm_scale
+
+
+@criterion(source="He et al. 2019, arXiv:1811.00250")
+def geometric_median(weight: Weight) -> Scores:
+    """How far a filter is from the other filters of its layer: redundant ones score low (FPGM).
+
+    `s_j = sum_k ||W_j - W_k||_2`, one number per output row. Data: none. Of two equal filters either one can be
+    replaced by the other, even if both are large. Takes `out^2 * in` operations a layer.
+    """
+    rows = weight.double()
+    return torch.cdist(rows, rows).sum(1)
+
+
+@criterion(source="Mittal et al. 2018, arXiv:1801.10447")
+def random(noise: Noise) -> Saliency:
+    """Uniform random scores: the baseline that every criterion has to beat.
+
+    `s ~ U[0, 1)` for each unit, or each weight, drawn from the recipe's seed. Data: none.
+    """
+    return noise

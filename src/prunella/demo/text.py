@@ -1,0 +1,102 @@
+"""Sections of Python's own language reference (`pydoc_data.topics`), split in calibration and held-out parts.
+
+The topics quote each other ("compound" holds all of "if"), so sections are made unique first, and a paragraph that the
+held-out part holds is never in the calibration part.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+_MARK = re.compile(
+    r"^(?P<title>\S[^\n]*)\n(?P<line>([*=\-~^])\3{2,})$"  # a heading and its underline
+    r"|^(?P<entry>[A-Za-z_][\w. ]*\([^\n]*\))\n(?:[A-Za-z_][\w. ]*\([^\n]*\)\n)*(?=\n   \S)",  # name(...) and its text
+    re.MULTILINE,
+)
+_SENTENCE = re.compile(r"(.+?[.:])\s+(?=[A-Z\"*(‘“])")
+_MIN_WORDS = {"first": 4, "rest": 15}
+
+
+@dataclass(frozen=True)
+class Section:
+    """A piece of the reference: its first sentence is the query that should find the rest."""
+
+    title: str
+    first: str
+    rest: str
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Passages to calibrate and heal with, and sections that neither has seen."""
+
+    passages: tuple[str, ...]
+    held_out: tuple[Section, ...]
+
+
+def read_sections() -> tuple[Section, ...]:
+    """All sections of the installed Python's topics with a first sentence and something after it, each once."""
+    from pydoc_data.topics import topics
+
+    found: dict[str, Section] = {}
+    for name in sorted(topics):
+        for title, body in _cut(topics[name]):
+            section = _section(title, body)
+            if section:
+                found.setdefault(section.first, section)
+    return tuple(found.values())
+
+
+def split(sections: tuple[Section, ...], *, held_out: float = 0.5, words: int = 60, seed: int = 0) -> Corpus:
+    """Shuffle by `seed`; the first `held_out` of the sections are kept apart, the others become passages.
+
+    A passage has at most about `words` words. Sentences that a held-out section also has are left out.
+    """
+    order = list(sections)
+    random.Random(seed).shuffle(order)
+    count = round(held_out * len(order))
+    apart = tuple(order[:count])
+    known = {sentence for section in apart for sentence in _sentences(f"{section.first} {section.rest}")}
+    passages: list[str] = []
+    for section in order[count:]:
+        fresh = [s for s in _sentences(f"{section.first} {section.rest}") if s not in known]
+        passages += _pack(fresh, words)
+    return Corpus(tuple(passages), apart)
+
+
+def _cut(text: str) -> Iterator[tuple[str, str]]:
+    marks = list(_MARK.finditer(text))
+    for mark, after in zip(marks, [*marks[1:], None], strict=True):
+        yield mark["title"] or mark["entry"], text[mark.end() : after.start() if after else len(text)]
+
+
+def _section(title: str, body: str) -> Section | None:
+    paragraphs = [" ".join(p.split()) for p in re.split(r"\n\s*\n", body) if "::=" not in p and ">>>" not in p]
+    paragraphs = [p for p in paragraphs if len(p.split()) >= _MIN_WORDS["first"]]
+    if not paragraphs:
+        return None
+    first, *others = _sentences(paragraphs[0])
+    rest = " ".join([*others, *paragraphs[1:]])
+    enough = len(first.split()) >= _MIN_WORDS["first"] and len(rest.split()) >= _MIN_WORDS["rest"]
+    return Section(title, first, rest) if enough else None
+
+
+def _sentences(text: str) -> list[str]:
+    """Split after a full stop or colon before a capital; joining with spaces gives the text back."""
+    ends = [m.end(1) for m in _SENTENCE.finditer(text)]
+    return [text[a:b].strip() for a, b in zip([0, *ends], [*ends, len(text)], strict=True) if text[a:b].strip()]
+
+
+def _pack(sentences: list[str], words: int) -> Iterator[str]:
+    """Join neighbouring sentences until a passage has `words` words; each passage has at least one sentence."""
+    held: list[str] = []
+    for sentence in sentences:
+        if held and sum(len(s.split()) for s in [*held, sentence]) > words:
+            yield " ".join(held)
+            held = []
+        held.append(sentence)
+    if held:
+        yield " ".join(held)

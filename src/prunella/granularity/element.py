@@ -1,0 +1,39 @@
+"""Single weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from prunella.method import granularity
+from prunella.select import keep_top
+from prunella.types import Mask, Saliency, Scores
+
+
+@granularity(source="Han et al. 2015, arXiv:1506.02626; Sun et al. 2023, arXiv:2306.11695 (per_row)")
+@dataclass(frozen=True)
+class Element:
+    """Single weights: the finest pattern, and exactly `round(s * N)` zeros at sparsity `s`.
+
+    per_row: compare weights within their output row only, and remove one from every row of a layer at a time, so that
+    all rows of a layer keep the same number; the step is then the number of rows.
+    """
+
+    per_row: bool = False
+
+    def ranked(self, scores: Saliency) -> Scores:
+        """Scores of the steps, ascending: of single weights, or the mean over rows of the r-th smallest."""
+        if self.per_row:
+            return scores.sort(-1).values.double().mean(0)
+        return scores.flatten().sort().values
+
+    def freed(self, scores: Saliency) -> int | Tensor:
+        """Weights that go with each step: one number if always the same, else the running total after each step."""
+        return scores.shape[0] if self.per_row else 1
+
+    def mask(self, scores: Saliency, removed: int) -> Mask:
+        """What is kept after so many steps."""
+        if self.per_row:
+            return keep_top(scores, scores.shape[1] - removed)
+        return keep_top(scores.flatten(), scores.numel() - removed).view_as(scores)

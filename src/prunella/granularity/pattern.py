@@ -1,0 +1,83 @@
+"""Regular patterns of weights, which hardware or sparse kernels can use."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from prunella.errors import RequestError
+from prunella.method import granularity
+from prunella.select import keep_top, removal_order
+from prunella.types import Mask, Saliency, Scores
+
+
+@granularity(source="Narang et al. 2017, arXiv:1711.02782; Gray et al. 2017")
+@dataclass(frozen=True)
+class Block:
+    """Blocks of `rows x cols` of the matrix `(out, in)`; a block scores the sum over its weights.
+
+    Ragged blocks at the edges are filled up with scores of zero, and count with the weights they really have.
+    """
+
+    rows: int
+    cols: int
+
+    def __post_init__(self) -> None:
+        if self.rows < 1 or self.cols < 1:
+            raise RequestError(f"Block({self.rows}, {self.cols}) has no weights", "rows and cols are at least 1")
+
+    def ranked(self, scores: Saliency) -> Scores:
+        """Scores of the blocks, ascending."""
+        return self._sums(scores).sort().values
+
+    def freed(self, scores: Saliency) -> int | Tensor:
+        """Weights removed in total after each step."""
+        sizes = self._sums(torch.ones_like(scores))
+        return sizes[removal_order(self._sums(scores))].cumsum(0).round().long()
+
+    def mask(self, scores: Saliency, removed: int) -> Mask:
+        """What is kept after so many blocks."""
+        sums = self._sums(scores)
+        tall = -(-scores.shape[0] // self.rows)
+        kept = keep_top(sums, len(sums) - removed).view(tall, -1)
+        full = kept.repeat_interleave(self.rows, 0).repeat_interleave(self.cols, 1)
+        return full[: scores.shape[0], : scores.shape[1]].contiguous()
+
+    def _sums(self, scores: Saliency) -> Scores:
+        out, width = scores.shape
+        padded = pad(scores.double(), (0, -width % self.cols, 0, -out % self.rows))
+        tiles = padded.reshape(-1, self.rows, padded.shape[1] // self.cols, self.cols)
+        return tiles.sum((1, 3)).flatten()
+
+
+@granularity(source="Zhou et al. 2021, arXiv:2102.04010; Mishra et al. 2021, arXiv:2104.08378")
+@dataclass(frozen=True)
+class NM:
+    """N kept of every M consecutive columns of the matrix `(out, in)`: `NM(2, 4)` is what sparse tensor cores run.
+
+    The sparsity is always `1 - n / m`, whatever the allocation. Columns of a convolution run over its kernel within an
+    input channel. A layer whose columns M does not divide is an error: leave it out with skip=.
+    """
+
+    n: int
+    m: int
+
+    def __post_init__(self) -> None:
+        if not 0 < self.n < self.m:
+            raise RequestError(f"NM({self.n}, {self.m}) is no pattern", "N are kept of every M, with 0 < N < M")
+
+    @property
+    def sparsity(self) -> float:
+        """The fraction removed."""
+        return 1 - self.n / self.m
+
+    def fits(self, shape: tuple[int, ...]) -> bool:
+        """Whether M divides the columns."""
+        return shape[1] % self.m == 0
+
+    def mask(self, scores: Saliency) -> Mask:
+        """The N highest of every M, among equal ones the first."""
+        return keep_top(scores.reshape(-1, self.m), self.n).view_as(scores)

@@ -1,0 +1,63 @@
+"""Units of structure: removing them makes the model smaller."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from prunella.graph.structure import Kind
+from prunella.method import granularity
+from prunella.types import Scores
+
+
+class Reduce(Enum):
+    """How the saliencies of a unit's weights become its score."""
+
+    SUM = "sum"
+    MEAN = "mean"
+    MAX = "max"
+
+
+@granularity(source="Li et al. 2017, arXiv:1608.08710; He et al. 2017, arXiv:1707.06168")
+@dataclass(frozen=True)
+class Channel:
+    """Channels, filters and neurons, with everything coupled to them.
+
+    reduce: how the saliencies of the weights in the criterion's scope become one score: sum (the papers' norms), mean
+    or maximum. Criteria that score units themselves are not reduced.
+    """
+
+    reduce: Reduce = Reduce.SUM
+    kind: ClassVar[Kind] = "channel"
+
+
+@granularity(source="Michel et al. 2019, arXiv:1905.10650; Voita et al. 2019, arXiv:1905.09418")
+@dataclass(frozen=True)
+class Head:
+    """Attention heads: query, key, value and output slices together; with grouped queries, a key-value group.
+
+    head_dim and the scale of the scores stay as they are. reduce: as for `Channel`.
+    """
+
+    reduce: Reduce = Reduce.SUM
+    kind: ClassVar[Kind] = "head"
+
+
+def reduce_to_units(parts: Sequence[tuple[Tensor, Tensor]], units: int, reduce: Reduce) -> Scores:
+    """One score per unit from parts `(values (positions, weights), unit (positions,))`, in float64."""
+    if reduce is Reduce.MAX:
+        top = torch.full((units,), -torch.inf, dtype=torch.float64)
+        for values, unit in parts:
+            top.scatter_reduce_(0, unit, values.amax(1).double(), "amax")
+        return top
+    total = torch.zeros(units, dtype=torch.float64)
+    count = torch.zeros(units, dtype=torch.float64)
+    for values, unit in parts:
+        total.index_add_(0, unit, values.sum(1, dtype=torch.float64))
+        count.index_add_(0, unit, torch.full(unit.shape, float(values.shape[1]), dtype=torch.float64))
+    return total / count.clamp_min(1) if reduce is Reduce.MEAN else total

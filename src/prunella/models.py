@@ -1,0 +1,271 @@
+"""MODEL on the command line: a factory, a Hugging Face folder, a name of timm or torchvision, or an exported program.
+
+Weights come from safetensors. Pickled weights are read only when asked for, and then as tensors only
+(`weights_only=True`); code that a model folder brings along is never run.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import importlib.util
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prunella.errors import BadInput, MissingExtra, NotSupported, PruningError, RequestError
+from prunella.exported import load_exported
+
+log = logging.getLogger("prunella.models")
+FORMS = "package.module:factory, a Hugging Face folder, timm:NAME, torchvision:NAME or a FILE.pt2"
+_PICKLED = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle")
+_OPERATORS = (
+    "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
+    "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
+)
+_kept_libraries: list[torch.library.Library] = []
+
+
+def load_model(spec: str, *, weights: str | None = None, allow_pickle: bool = False) -> nn.Module:
+    """The model that `spec` names, in eval mode, with finite weights.
+
+    weights: a safetensors file, or `pretrained` for the published weights of timm and torchvision names.
+    Raises RequestError for a name that does not exist, BadInput for a factory that raises or files that are broken.
+    """
+    pretrained = weights == "pretrained"
+    model = _from_name(spec, pretrained=pretrained, allow_pickle=allow_pickle)
+    if weights and not pretrained:
+        load_weights(model, Path(weights), allow_pickle=allow_pickle)
+    check_finite(model)
+    # a program from torch.export has no eval(): its mode was fixed when it was exported
+    return model if spec.endswith(".pt2") else model.eval()
+
+
+def _from_name(spec: str, *, pretrained: bool, allow_pickle: bool) -> nn.Module:
+    path = Path(spec)
+    if path.is_dir():
+        return _from_folder(path, allow_pickle=allow_pickle)
+    if path.suffix == ".pt2":
+        return load_exported(path, allow_pickle=allow_pickle)[0]
+    if path.suffix in _PICKLED and path.exists():
+        why = f"{path.suffix} files hold pickles, which can run code when read, and no description of the model"
+        raise BadInput(f"cannot take {spec} as a model", why, f"give {FORMS}, and the weights by --weights")
+    library, _, name = spec.partition(":")
+    if library in ("timm", "torchvision") and name:
+        return _from_library(library, name, pretrained=pretrained)
+    if name:
+        return _from_factory(spec)
+    raise RequestError(
+        f"cannot find the model {spec!r}", "no such file or folder, and not module:factory", f"give {FORMS}"
+    )
+
+
+def load_object(spec: str, what: str = "object") -> Any:
+    """What `package.module:name` names; the current folder is on the path, as for `python -m`."""
+    module_name, _, name = spec.partition(":")
+    if not module_name or not name:
+        raise RequestError(
+            f"cannot read the {what} {spec!r}", "it must be module:name", "for example my_package.data:loader"
+        )
+    found: Any = import_module(module_name)
+    for part in name.split("."):
+        if not hasattr(found, part):
+            near = difflib.get_close_matches(part, dir(found), 3, 0.5)
+            hint = f"did you mean {' or '.join(near)}?" if near else ""
+            raise RequestError(f"{module_name} has no {name!r}", hint, f"give the {what} as module:name")
+        found = getattr(found, part)
+    return found
+
+
+def import_module(name: str) -> Any:
+    """Import with the current folder on the path; a module that is missing or fails is the user's to mend."""
+    if os.getcwd() not in sys.path and "" not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        return _import_with_operators(name)
+    except ModuleNotFoundError as error:
+        top = name.partition(".")[0]
+        if top in ("timm", "torchvision", "transformers"):
+            raise MissingExtra(f"this model needs {top}", str(error), f"pip install 'prunella[{top}]'") from error
+        raise RequestError(f"cannot import {name!r}", str(error), "run it in the folder that holds it") from error
+    except PruningError:
+        raise
+    except Exception as error:
+        raise BadInput(f"importing {name!r} failed", f"{type(error).__name__}: {error}", "mend the module") from error
+
+
+def _import_with_operators(name: str) -> Any:
+    """Import; where torchvision's compiled operators do not fit a CPU build of torch, name them so that it imports.
+
+    Classification networks never call them; a detection network then fails at its first call, with torch's message.
+    transformers imports torchvision when a model class is asked for, so torchvision comes first.
+    """
+    if name == "transformers" and importlib.util.find_spec("torchvision") is not None:
+        _import_with_operators("torchvision")
+    try:
+        return importlib.import_module(name)
+    except RuntimeError as error:
+        if "torchvision::nms" not in str(error):
+            raise
+    library = torch.library.Library("torchvision", "FRAGMENT")
+    for operator in _OPERATORS:
+        library.define(operator)
+    _kept_libraries.append(library)
+    for stale in [key for key in sys.modules if key.partition(".")[0] in ("torchvision", name.partition(".")[0])]:
+        del sys.modules[stale]
+    return importlib.import_module(name)
+
+
+def call_user(function: Callable[..., Any], spec: str, *args: Any) -> Any:
+    """Call what the user gave; what it raises is told in one line."""
+    try:
+        return function(*args)
+    except (PruningError, MemoryError):
+        raise
+    except (Exception, SystemExit) as error:
+        why = f"{type(error).__name__}: {error}"
+        raise BadInput(f"{spec} failed", why, "call it yourself, without prunella, to see more") from error
+
+
+def _from_factory(spec: str) -> nn.Module:
+    found = load_object(spec, "model")
+    model = found if isinstance(found, nn.Module) else call_user(found, spec) if callable(found) else found
+    if not isinstance(model, nn.Module):
+        raise BadInput(f"{spec} is no model", f"it gave {type(model).__name__}, not torch.nn.Module", "return a module")
+    return model
+
+
+def _from_library(library: str, name: str, *, pretrained: bool) -> nn.Module:
+    if library == "timm":
+        module, known = import_module("timm"), lambda m: m.list_models()
+        build = lambda: module.create_model(name, pretrained=pretrained)  # noqa: E731
+        exists = lambda: module.is_model(name.partition(".")[0])  # noqa: E731
+    else:
+        module, known = import_module("torchvision.models"), lambda m: m.list_models()
+        build = lambda: module.get_model(name, weights="DEFAULT" if pretrained else None)  # noqa: E731
+        exists = lambda: name in module.list_models()  # noqa: E731
+    if not exists():
+        near = difflib.get_close_matches(name, known(module), 3, 0.5)
+        hint = f"did you mean {' or '.join(near)}?" if near else ""
+        raise RequestError(f"{library} has no model {name!r}", hint, f"see {library}'s list of models")
+    model = call_user(build, f"{library}:{name}")
+    assert isinstance(model, nn.Module)
+    return model
+
+
+def _from_folder(folder: Path, *, allow_pickle: bool) -> nn.Module:
+    config = folder / "config.json"
+    try:
+        description = json.loads(config.read_text())
+        architecture = description["architectures"][0]
+    except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
+        why = f"config.json does not name an architecture ({type(error).__name__}: {error})"
+        raise BadInput(f"{folder} is no model folder", why, "give a folder written by save_pretrained") from error
+    _check_weight_files(folder, allow_pickle=allow_pickle)
+    return _from_pretrained(folder, architecture, allow_pickle=allow_pickle)
+
+
+def _check_weight_files(folder: Path, *, allow_pickle: bool) -> None:
+    files = sorted(folder.glob("*.safetensors"))
+    for file in files:
+        _open_safetensors(file)
+    if files or (allow_pickle and any(folder.glob("*.bin"))):
+        return
+    if any(folder.glob("*.bin")) or any(folder.glob("*.pt")):
+        why = "its weights are pickles, which can run code when read"
+        raise BadInput(
+            f"{folder} has no safetensors weights", why, "convert them, or give --allow-pickle if you trust them"
+        )
+    raise BadInput(f"{folder} has no weights", "no *.safetensors file in it", "give the folder with the weights")
+
+
+def _from_pretrained(folder: Path, architecture: str, *, allow_pickle: bool) -> nn.Module:
+    transformers = import_transformers()
+    kind = getattr(transformers, str(architecture), None)
+    if kind is None or not hasattr(kind, "from_pretrained"):
+        why = f"this version of transformers has no {architecture}; code that the folder brings is never run"
+        raise NotSupported(f"cannot build {folder}", why, "use package.module:factory with --weights")
+    options = {"local_files_only": True, "trust_remote_code": False, "use_safetensors": not allow_pickle}
+    model, info = call_user(lambda: kind.from_pretrained(str(folder), output_loading_info=True, **options), str(folder))
+    missing = sorted(info.get("missing_keys", ()))
+    wrong = sorted(str(key[0] if isinstance(key, tuple) else key) for key in info.get("mismatched_keys", ()))
+    if missing or wrong:
+        why = (
+            f"{len(missing)} tensors are missing and {len(wrong)} of another shape: {', '.join([*missing, *wrong][:3])}"
+        )
+        raise BadInput(f"the weights in {folder} do not fit {architecture}", why, "give the complete folder")
+    assert isinstance(model, nn.Module)
+    return model
+
+
+def import_transformers() -> Any:
+    """transformers, quiet; MissingExtra where it is not installed."""
+    transformers = import_module("transformers")
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    return transformers
+
+
+def load_weights(model: nn.Module, file: Path, *, allow_pickle: bool = False) -> None:
+    """Put a state dict into the model: every tensor of the model, of its shape; nothing less, nothing more."""
+    state = _read_state(file, allow_pickle=allow_pickle)
+    own = model.state_dict(keep_vars=True)
+    missing = [name for name in own if name not in state and not _tied_to(own, name, state)]
+    extra = [name for name in state if name not in own]
+    if missing or extra:
+        parts = [f"{len(missing)} missing: {', '.join(missing[:3])}"] if missing else []
+        parts += [f"{len(extra)} unknown: {', '.join(extra[:3])}"] if extra else []
+        raise BadInput(f"{file} does not fit the model", "; ".join(parts), "give the weights of this architecture")
+    for name, tensor in state.items():
+        if tensor.shape != own[name].shape:
+            why = f"{name} is {tuple(tensor.shape)} in the file and {tuple(own[name].shape)} in the model"
+            raise BadInput(f"{file} does not fit the model", why, "give the weights of this architecture")
+    with torch.no_grad():
+        for name, tensor in state.items():
+            own[name].copy_(tensor)
+
+
+def _tied_to(own: Mapping[str, Tensor], name: str, state: Mapping[str, Tensor]) -> bool:
+    """Safetensors keeps a tied tensor once: a name is not missing when its twin is there."""
+    return any(own[other] is own[name] for other in state if other in own)
+
+
+def _read_state(file: Path, *, allow_pickle: bool) -> dict[str, Tensor]:
+    if not file.is_file():
+        raise BadInput(f"no weights at {file}", "the file does not exist", "give --weights FILE.safetensors")
+    if file.suffix == ".safetensors":
+        return dict(_open_safetensors(file))
+    if not allow_pickle:
+        why = f"{file.suffix or 'this'} is no safetensors file; a pickle can run code when read"
+        raise BadInput(f"refused to read {file}", why, "convert it, or give --allow-pickle (tensors only)")
+    state = call_user(lambda: torch.load(file, map_location="cpu", weights_only=True), str(file))
+    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise BadInput(f"{file} is no state dict", "it holds more than named tensors", "save model.state_dict()")
+    return dict(state)
+
+
+def _open_safetensors(file: Path) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a file; the header and the length are checked at once, before the first one is asked for."""
+    from safetensors import safe_open
+
+    try:
+        handle = safe_open(file, framework="pt")
+    except Exception as error:  # safetensors raises its own type, OSError or ValueError by version
+        raise BadInput(f"cannot read {file}", f"truncated or damaged: {error}", "fetch or write it again") from error
+    return ((name, handle.get_tensor(name)) for name in handle.keys())  # noqa: SIM118
+
+
+def check_finite(model: nn.Module) -> None:
+    """NaN and infinity in weights make every score and every comparison worthless."""
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if tensor.is_floating_point() and not name.endswith("mask") and not bool(torch.isfinite(tensor).all()):
+            bad = int((~torch.isfinite(tensor)).sum())
+            why = f"{bad} of {tensor.numel()} numbers in {name} are NaN or infinite"
+            raise BadInput("the weights are not finite", why, "give weights of a training run that did not diverge")

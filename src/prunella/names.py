@@ -1,0 +1,61 @@
+"""Which groups and layers the patterns of `skip` and `only` mean."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+from fnmatch import fnmatchcase
+
+from prunella.errors import RequestError
+from prunella.graph.structure import Graph, Group, Layer
+
+
+def names_of_group(graph: Graph, group: Group) -> set[str]:
+    """Names by which a group can be meant: its own, and the parameters and modules that produce or normalise its units.
+
+    Not those that only read them: `skip=["fc"]` spares the outputs of `fc`, not the channels in front of it.
+    """
+    entities = [member.entity for member in group.members if member.role != "in"]
+    return {group.name} | {name for entity in entities for name in _ancestry(graph, entity)}
+
+
+def names_of_layer(graph: Graph, layer: Layer) -> set[str]:
+    """Names by which a layer can be meant: its own, its module and the modules around it."""
+    return {layer.name, layer.module, *_ancestry(graph, layer.entity)} - {""}
+
+
+def chosen(names: Iterable[str], skip: Sequence[str], only: Sequence[str]) -> str:
+    """Empty if something of these names may be pruned, else why not."""
+    known = tuple(names)
+    if only and not any(_matches(pattern, known) for pattern in only):
+        return "left out by only="
+    spared = next((pattern for pattern in skip if _matches(pattern, known)), None)
+    return "" if spared is None else f"skip={spared!r}"
+
+
+def check_patterns(graph: Graph, skip: Sequence[str], only: Sequence[str]) -> None:
+    """Errors: RequestError for a pattern that matches nothing of the model, with the nearest names."""
+    known = {name for entity in graph.entities for name in _ancestry(graph, entity)}
+    known |= {group.name for group in graph.groups} | {layer.name for layer in graph.layers}
+    for option, patterns in (("skip", skip), ("only", only)):
+        if isinstance(patterns, str):
+            raise RequestError(f"{option}= is one text", "a list of patterns is needed", f"{option}=[{patterns!r}]")
+        for pattern in patterns:
+            if not _matches(pattern, known):
+                near = difflib.get_close_matches(pattern, sorted(known), 3, 0.4)
+                why = f"near: {', '.join(near)}" if near else f"names are like {', '.join(sorted(known)[:3])}"
+                todo = "`*` stands for anything; a module's name stands for all that is in it"
+                raise RequestError(f"the pattern {option}={pattern!r} matches nothing", why, todo)
+
+
+def _ancestry(graph: Graph, entity: str) -> set[str]:
+    """A parameter's names and the modules around it: `a.b.weight`, `a.b`, `a`."""
+    found = set()
+    for name in graph.entities[entity].names or (entity,):
+        parts = name.split(".")
+        found |= {".".join(parts[:end]) for end in range(1, len(parts) + 1)}
+    return found
+
+
+def _matches(pattern: str, names: Iterable[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for name in names)

@@ -1,0 +1,113 @@
+"""Is a folder that `run` wrote whole, does its model load, and is it the model that its plan describes?"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from prunella.apply import apply_
+from prunella.errors import BadInput, CheckFailed
+from prunella.forward import forward, mode, tensors
+from prunella.pipeline import Inputs, Plan
+from prunella.realize.artifact import PLAN, check_files, load, read_manifest
+from prunella.realize.plan_file import load_plan
+from prunella.realize.shrink import shrink
+from prunella.graph.oracle import relative_error
+
+TOLERANCE = 1e-4
+"""Largest relative difference between the stored model and the masked one, in the precision of the weights."""
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What was checked. `equal`: relative difference to the masked dense model, None where it was not compared.
+
+    healed: how the model was changed after the cut; it is then not expected to equal the masked one.
+    """
+
+    folder: str
+    files: int
+    rebuilt: bool
+    healed: tuple[str, ...] = ()
+    equal: float | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        lines = [f"{self.folder}: {self.files} files are as they were written"]
+        lines.append("the model loads, and its weights are finite" if self.rebuilt else "not rebuilt: give its MODEL")
+        if self.equal is not None and self.healed:
+            lines.append(
+                f"the cut equals the masked dense model; then healed by {', '.join(self.healed)}, which changed"
+            )
+            lines.append(f"the output by {self.equal:.1%} of its largest value")
+        elif self.equal is not None:
+            lines.append(f"it equals the masked dense model: relative difference {self.equal:.1e}")
+        return "\n".join(lines)
+
+
+def check_whole(folder: Path, *, factory: str | None = None) -> tuple[Proof, nn.Module | None]:
+    """Compare all digests and build the model. Without a `factory` a model that needs one is not rebuilt.
+
+    Raises BadInput for a file that is missing, changed or does not fit.
+    """
+    manifest = read_manifest(folder)
+    check_files(folder, manifest)
+    origin = manifest.get("origin", {})
+    needs = origin.get("kind") in ("factory", "unknown")
+    proof = Proof(str(folder), len(manifest["files"]), rebuilt=False, healed=_healed(folder))
+    if needs and factory is None:
+        return proof, None
+    small = load(folder, factory=factory if needs else None)
+    for name, tensor in small.named_parameters():
+        if not bool(torch.isfinite(tensor).all()):
+            raise BadInput(f"the model in {folder} is not finite", f"{name} holds NaN or infinity", "make it again")
+    return replace(proof, rebuilt=True), small
+
+
+def plan_of(folder: Path) -> Plan:
+    """The plan that the folder keeps."""
+    return load_plan(folder / PLAN)
+
+
+def check_equal(proof: Proof, small: nn.Module, dense: nn.Module, plan: Plan, inputs: Inputs) -> Proof:
+    """Cut `dense` by the plan again (compared in float64 with the masked model) and compare with the stored model.
+
+    Raises CheckFailed when shapes differ, or when outputs differ although the model was not healed.
+    """
+    expected = shrink(dense, plan, inputs=inputs) if plan.cuts else apply_(dense, plan)
+    _same_shapes(expected.state_dict(), small.state_dict())
+    with torch.no_grad(), mode(expected, training=False), mode(small, training=False):
+        error = relative_error(tensors(forward(expected, inputs)), tensors(forward(small, inputs)))
+    if error > TOLERANCE and not proof.healed:
+        why = f"its output differs by {error:.1e} of the largest value; {TOLERANCE:.0e} is allowed"
+        raise CheckFailed("the stored model is not the masked dense model", why, "is MODEL the one it was made of?")
+    return replace(proof, equal=error)
+
+
+def _same_shapes(expected: Mapping[str, torch.Tensor], found: Mapping[str, torch.Tensor]) -> None:
+    for name in sorted(expected.keys() | found.keys()):
+        sizes = [tuple(state[name].shape) if name in state else "absent" for state in (expected, found)]
+        if sizes[0] != sizes[1]:
+            why = f"{name} is {sizes[1]} in the folder and {sizes[0]} after cutting MODEL by the plan"
+            raise CheckFailed(
+                "the stored model is not what its plan makes of MODEL", why, "give the MODEL it was made of"
+            )
+
+
+def _healed(folder: Path) -> tuple[str, ...]:
+    file = folder / "run.json"
+    if not file.is_file():
+        return ()
+    try:
+        return tuple(str(item["by"]) for item in json.loads(file.read_text(encoding="utf-8"))["healed"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise BadInput(f"{file} cannot be read", f"damaged: {error}", "make the folder again") from error

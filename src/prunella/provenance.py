@@ -1,0 +1,61 @@
+"""Methods as plain data and back: what a plan file says of the recipe it was made with. Nothing is imported by name."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import fields
+from enum import Enum
+from functools import partial
+from typing import Any
+
+from prunella.errors import BadInput, RequestError
+from prunella.method import REGISTRY, Method, MethodKind, find
+from prunella.scoring import name_of, unwrap
+
+Described = dict[str, Any]
+
+
+def describe(function: Any) -> Described:
+    """A criterion, allocation or granularity as `{"name", "knobs"}`, with the values that its knobs have.
+
+    A function that is not registered is written as `module:name`, for the record; it cannot be read back.
+    """
+    bare = unwrap(function) if callable(function) else type(function)
+    method = next((m for m in REGISTRY.values() if m.function is bare), None)
+    name = method.name if method else f"{bare.__module__}:{name_of(bare)}"
+    return {"name": name, "knobs": {key: _plain(value) for key, value in _knobs(function).items()}}
+
+
+def read(described: Mapping[str, Any], kind: MethodKind) -> Any:
+    """The method that `describe` wrote. Errors: RequestError when it is not known here, BadInput when it is broken."""
+    try:
+        name, knobs = str(described["name"]), dict(described["knobs"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise BadInput(f"{described!r} does not describe a {kind}", f"{type(error).__name__}: {error}") from error
+    if ":" in name:
+        raise RequestError(f"the {kind} {name} is not part of prunella", "functions are not loaded by name from a file")
+    method = find(name, kind)
+    values = {key: _typed(method, key, value) for key, value in knobs.items()}
+    if kind == "granularity":
+        return method.function(**values)
+    changed = {knob.name: values[knob.name] for knob in method.knobs if values.get(knob.name) != knob.default}
+    return partial(method.function, **changed) if changed else method.function
+
+
+def _knobs(function: Any) -> dict[str, Any]:
+    if not callable(function):
+        return {entry.name: getattr(function, entry.name) for entry in fields(function)}
+    parameters = inspect.signature(function).parameters.values()
+    return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Enum):
+        return value.value
+    return value if value is None or isinstance(value, bool | int | float | str) else repr(value)
+
+
+def _typed(method: Method, knob: str, value: Any) -> Any:
+    default = next((p.default for p in inspect.signature(method.function).parameters.values() if p.name == knob), None)
+    return type(default)(value) if isinstance(default, Enum) else value

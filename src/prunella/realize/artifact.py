@@ -1,0 +1,338 @@
+"""Save a pruned model as a folder, and build it again from the folder: safetensors, JSON, digests; no pickle.
+
+    model.safetensors    the tensors, tied ones once           manifest.json   everything else, written last
+    buffers.safetensors  buffers that are not in the state dict, if any        plan.safetensors   the plan, if given
+    config.json          only where plain `from_pretrained` reads the folder   tokenizer files, from `source`
+
+The model is rebuilt as the dense architecture without weights, cut along the recorded positions, and filled.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+import os
+import platform
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import prunella
+from prunella.errors import BadInput, PruningError, RequestError
+from prunella.files import MARKER, digest, new_folder, plain_name
+from prunella.pipeline import Plan
+from prunella.realize import origin as origins
+from prunella.realize import pretrained
+from prunella.realize.origin import Factory
+from prunella.realize.plan_file import save_plan
+from prunella.realize.state import State, fill_, read_state, read_tensors, write_tensors
+
+FORMAT = 1
+WEIGHTS, BUFFERS, PLAN = "model.safetensors", "buffers.safetensors", "plan.safetensors"
+Cuts = Mapping[str, Mapping[int, Tensor]]
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What was written. `reader`: `from_pretrained`, or `prunella.load`; `note` says why it is not the former."""
+
+    path: Path
+    bytes: int
+    files: tuple[str, ...]
+    reader: str
+    note: str = ""
+
+    def __str__(self) -> str:
+        lines = [f"{self.path}: {len(self.files)} files, {self.bytes / 1e6:.2f} MB, read it with {self.reader}"]
+        return "\n".join([*lines, self.note] if self.note else lines)
+
+
+def save(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    plan: Plan | None = None,
+    factory: Factory | None = None,
+    kwargs: Mapping[str, Any] | None = None,
+    source: str | os.PathLike[str] | None = None,
+    dense: nn.Module | None = None,
+    overwrite: bool = False,
+) -> Saved:
+    """Write `model` to the folder `path`, atomically, and check that it can be built again from there.
+
+    plan: what was cut; needed when the model is smaller than what its factory builds. factory: how the dense model
+    is made, as a function or `package.module:function`, `timm:NAME`, `torchvision:NAME`, with JSON `kwargs`; not
+    needed for models of transformers, whose configuration is stored. source: the Hugging Face folder that the model
+    came from; its tokenizer files are copied. dense: the dense Hugging Face model, where pruning changed sizes in
+    the configuration. Errors: RequestError when the folder exists (unless `overwrite`) or cannot be written, or when
+    the model cannot be rebuilt from what was given; BadInput for NaN. An error leaves nothing behind.
+    """
+    state = read_state(model)
+    origin = _origin(model, factory, kwargs or {}, source, dense)
+    with new_folder(path, overwrite=overwrite) as folder:
+        _write_data(state, plan, folder)
+        _copy_extras(source, folder)
+        manifest = _manifest(state, origin, plan)
+        note = _make_pretrained(manifest, model, plan, folder) if origin["kind"] == "transformers" else ""
+        manifest["files"] = {f.name: {"sha256": digest(f), "bytes": f.stat().st_size} for f in sorted(folder.iterdir())}
+        text = json.dumps(manifest, indent=1, sort_keys=True, default=str)
+        (folder / MARKER).write_text(text + "\n", encoding="utf-8")
+        _check_rebuilds(folder, state, origin, factory)
+        total, names = sum(f.stat().st_size for f in folder.iterdir()), sorted(f.name for f in folder.iterdir())
+    reader = "from_pretrained" if (Path(path) / "config.json").is_file() else "prunella.load"
+    return Saved(Path(path), total, tuple(names), reader, note)
+
+
+def load(
+    path: str | os.PathLike[str], *, factory: Factory | None = None, device: str | torch.device = "cpu"
+) -> nn.Module:
+    """Build the model in the folder `path` again, in eval mode; the original weights are not needed.
+
+    Models of transformers, and those saved with a timm or torchvision name, need nothing else. For others, pass the
+    `factory`: a manifest is data, and code that it names is never imported. Errors: BadInput when a file is missing,
+    cut short, changed, of a newer format, or does not fit the model that the factory builds.
+    """
+    folder = Path(path)
+    manifest = read_manifest(folder)
+    check_files(folder, manifest, (WEIGHTS, BUFFERS))
+    state = _read_data(folder, manifest)
+    build = origins.builder(manifest["origin"], factory, str(folder))
+    model = origins.build_empty(build)
+    try:
+        _cut(model, manifest)
+        fill_(model, state)
+    except PruningError as error:
+        raise BadInput(f"cannot rebuild the model in {folder}", f"{error.what}: {error.why}", error.todo) from error
+    return model.to(device).eval()
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of an artefact. Errors: BadInput when there is none, it is broken, or of a newer format."""
+    file = folder / MARKER
+    if not file.is_file():
+        why = f"it has no {MARKER}" if folder.is_dir() else "there is no such folder"
+        raise BadInput(f"{folder} is not a finished artefact of prunella", why, "write it again with prunella.save")
+    try:
+        manifest = json.loads(file.read_text(encoding="utf-8"))
+        version = manifest["format"]
+        if not isinstance(version, int) or not isinstance(manifest["files"], dict):
+            raise TypeError("format or files is missing")
+    except (ValueError, KeyError, TypeError) as error:
+        raise BadInput(f"{file} cannot be read", f"broken or cut short: {error}", "write the artefact again") from error
+    if version > FORMAT:
+        why = f"it has format {version}, this prunella ({prunella.__version__}) reads up to {FORMAT}"
+        raise BadInput(f"{folder} was written by a newer prunella", why, "update prunella")
+    return dict(manifest)
+
+
+def check_files(folder: Path, manifest: Mapping[str, Any], names: tuple[str, ...] | None = None) -> None:
+    """`BadInput` unless the files named (all, by default) are there with the recorded size and digest."""
+    for name, entry in manifest["files"].items():
+        file = folder / plain_name(name)
+        if names is not None and name not in names:
+            continue
+        if not file.is_file():
+            raise BadInput(f"{folder} is not complete", f"{name} is missing", "copy or write it again")
+        if file.stat().st_size != entry["bytes"]:
+            why = f"{name} has {file.stat().st_size} bytes instead of {entry['bytes']}"
+            raise BadInput(f"{folder} is damaged", f"cut short or changed: {why}", "copy or write it again")
+        if digest(file) != entry["sha256"]:
+            raise BadInput(
+                f"{folder} is damaged", f"{name} does not have the recorded digest", "copy or write it again"
+            )
+    if names is None or WEIGHTS in names:
+        _require(WEIGHTS in manifest["files"], folder, f"its manifest does not list {WEIGHTS}")
+
+
+def _origin(
+    model: nn.Module, factory: Factory | None, kwargs: Mapping[str, Any], source: Any, dense: nn.Module | None
+) -> dict[str, Any]:
+    origin = origins.describe(model, factory, kwargs, dense or model)
+    config = Path(source) / "config.json" if source is not None else None
+    if origin["kind"] == "transformers" and dense is None and config is not None and config.is_file():
+        try:
+            changes = json.loads(config.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise BadInput(f"{config} cannot be read", str(error), "give the folder of the dense model") from error
+        changes.pop("auto_map", None)
+        # The folder has only what differs from the defaults; sizes that pruning changed are all among the rest.
+        origin["config"] = {**origin["config"], **changes}
+    return origin
+
+
+def _write_data(state: State, plan: Plan | None, folder: Path) -> None:
+    stored = {name: value for name, value in state.tensors.items() if name not in state.transient}
+    extra = {name: value for name, value in state.tensors.items() if name in state.transient}
+    write_tensors(stored, folder / WEIGHTS)
+    if extra:
+        write_tensors(extra, folder / BUFFERS)
+    if plan is not None:
+        save_plan(plan, folder / PLAN)
+
+
+def _read_data(folder: Path, manifest: Mapping[str, Any]) -> State:
+    try:
+        described, ties, transient = manifest["tensors"], manifest["ties"], tuple(manifest["transient"])
+        names = [name for name in (WEIGHTS, BUFFERS) if name in manifest["files"]]
+        tensors = {k: v for name in names for k, v in read_tensors(folder / name, described).items()}
+        _require(tensors.keys() == described.keys(), folder, "tensors are missing from its files")
+        _require(all(name in tensors for name in ties.values()), folder, "a tied tensor is missing")
+    except (KeyError, TypeError, AttributeError) as error:
+        raise BadInput(f"the manifest of {folder} is broken", f"{type(error).__name__}: {error}") from error
+    return State(tensors, dict(ties), transient)
+
+
+def _manifest(state: State, origin: Mapping[str, Any], plan: Plan | None) -> dict[str, Any]:
+    head = {
+        "format": FORMAT,
+        "prunella": prunella.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "origin": dict(origin),
+        "tensors": state.described(),
+        "ties": dict(state.ties),
+        "transient": list(state.transient),
+    }
+    return {**head, **_describe_plan(plan)} if plan is not None else head
+
+
+def _describe_plan(plan: Plan) -> dict[str, Any]:
+    return {
+        "cuts": encode_cuts(plan.cuts),
+        "attributes": [[owner, name, value] for (owner, name), value in plan.attributes.items()],
+        "masks": {name: {"kept": int(mask.sum()), "total": mask.numel()} for name, mask in plan.masks.items()},
+        "target": {"asked": str(plan.target), "before": asdict(plan.before), "after": asdict(plan.after)},
+        "recipe": dict(plan.recipe),
+        "rows": [asdict(row) for row in plan.rows],
+    }
+
+
+def encode_cuts(cuts: Cuts) -> dict[str, Any]:
+    """Kept positions as runs `[start, stop)`; axes that are cut alike share one list."""
+    lists: dict[tuple[tuple[int, int], ...], int] = {}
+    axes = {
+        name: {str(axis): lists.setdefault(_runs(kept.tolist()), len(lists)) for axis, kept in entry.items()}
+        for name, entry in cuts.items()
+    }
+    return {"positions": [[list(run) for run in runs] for runs in lists], "axes": axes}
+
+
+def decode_cuts(data: Mapping[str, Any]) -> dict[str, dict[int, Tensor]]:
+    """Undo `encode_cuts`."""
+    lists = [torch.tensor([i for a, b in runs for i in range(a, b)], dtype=torch.int64) for runs in data["positions"]]
+    return {name: {int(axis): lists[i] for axis, i in axes.items()} for name, axes in data["axes"].items()}
+
+
+def _runs(positions: list[int]) -> tuple[tuple[int, int], ...]:
+    runs: list[tuple[int, int]] = []
+    for position in positions:
+        if runs and runs[-1][1] == position:
+            runs[-1] = (runs[-1][0], position + 1)
+        else:
+            runs.append((position, position + 1))
+    return tuple(runs)
+
+
+def _cut(model: nn.Module, manifest: Mapping[str, Any]) -> None:
+    """Cut the dense model as the plan did; every name and position is checked first, since a manifest is only data."""
+    try:
+        cuts = decode_cuts(manifest.get("cuts") or {"positions": [], "axes": {}})
+        attributes = {(str(owner), str(name)): int(value) for owner, name, value in manifest.get("attributes") or ()}
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+        raise BadInput("the manifest is broken", f"its cuts cannot be read: {error}") from error
+    if not cuts and not attributes:
+        return
+    own = dict([*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)])
+    for name, axes in cuts.items():
+        for axis, kept in axes.items():
+            size = own[name].shape[axis] if name in own and 0 <= axis < own[name].dim() else 0
+            if kept.numel() == 0 or int(kept.min()) < 0 or int(kept.max()) >= size:
+                raise BadInput(f"axis {axis} of {name!r} cannot be cut as recorded", f"the model has {size} positions")
+    for owner, name in attributes:
+        if name.startswith("_") or type(_attribute(model, owner, name)) is not int:
+            raise BadInput(f"the size {name!r} of {owner!r} cannot be set", "the rebuilt model keeps no such integer")
+    from prunella.graph.surgery import cut_
+
+    cut_(model, cuts, attributes)
+
+
+def _attribute(model: nn.Module, owner: str, name: str) -> object:
+    path, _, part = owner.partition(":")
+    try:
+        module = model.get_submodule(path)
+    except AttributeError:
+        return None
+    holder = getattr(module, part, None) if part.isidentifier() else module
+    return getattr(holder, name, None)
+
+
+def _make_pretrained(manifest: dict[str, Any], model: nn.Module, plan: Plan | None, folder: Path) -> str:
+    """Write config.json if a configuration can describe the model, and prove it; else say why not."""
+    inputs = plan.inputs if plan is not None and plan.inputs is not None else getattr(model, "dummy_inputs", None)
+    failed = "no configuration describes these widths, which differ from layer to layer"
+    for config in _configs(manifest["origin"], model, plan):
+        pretrained.write_config(model, config, folder)
+        if inputs is not None and pretrained.reads_back(type(model), folder, model, inputs):
+            manifest["origin"]["config"] = config
+            manifest["cuts"], manifest["attributes"] = encode_cuts({}), []
+            return ""
+        (folder / "config.json").unlink()
+        failed = "what it builds does not give the same output"
+    return f"plain from_pretrained cannot read it: {failed}"
+
+
+def _configs(origin: Mapping[str, Any], model: nn.Module, plan: Plan | None) -> Iterator[dict[str, Any]]:
+    dense, small = origins.build_empty(origins.hugging_face_builder(origin)), pretrained.shapes_of(model)
+    sizes = pretrained.changed_sizes(pretrained.shapes_of(dense), small, _pairs(dense, plan))
+    return pretrained.uniform_configs(origin, small, sizes)
+
+
+def _pairs(dense: nn.Module, plan: Plan | None) -> Iterator[tuple[int, int]]:
+    if plan is None:
+        return
+    for (owner, name), new in plan.attributes.items():
+        old = _attribute(dense, owner, name)
+        if isinstance(old, int):
+            yield old, new
+    for row in plan.rows:
+        yield row.total, row.kept
+
+
+def _copy_extras(source: str | os.PathLike[str] | None, folder: Path) -> None:
+    if source is None:
+        return
+    if not Path(source).is_dir():
+        raise RequestError(f"source {source} is not a folder", "tokenizer files are copied from there", "leave it out")
+    for file in Path(source).iterdir():
+        wanted = any(fnmatch.fnmatch(file.name, pattern) for pattern in pretrained.COMPANIONS)
+        if wanted and file.is_file() and file.suffix in (".json", ".txt", ".model", ".jinja"):
+            shutil.copyfile(file, folder / file.name)
+
+
+def _check_rebuilds(folder: Path, state: State, origin: Mapping[str, Any], factory: Factory | None) -> None:
+    if origin["kind"] == "unknown":
+        return
+    try:
+        again = read_state(load(folder, factory=factory))
+    except BadInput as error:
+        todo = "pass plan= and the factory of the dense model (for transformers: dense= or source=)"
+        raise RequestError(
+            "the model cannot be rebuilt from what was given, so nothing is saved", error.why, todo
+        ) from error
+    wrong = [n for n, t in state.tensors.items() if n not in again.tensors or not _same(t, again.tensors[n])]
+    if wrong or again.ties != state.ties:
+        raise RequestError("the rebuilt model differs, so nothing is saved", f"in {(wrong or ['its ties'])[0]}")
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    return one.dtype == other.dtype and one.shape == other.shape and torch.equal(one.cpu(), other)
+
+
+def _require(condition: bool, folder: Path, why: str) -> None:
+    if not condition:
+        raise BadInput(f"{folder} is not complete", why, "write it again with prunella.save")

@@ -1,0 +1,276 @@
+"""Write a model in a format of others, open it again with that format's own reader, and compare.
+
+safetensors  the state dict            pt2  torch.export, any batch size where the model allows       onnx  torch.onnx
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import logging
+import os
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from prunella.errors import CheckFailed, MissingExtra, NotSupported, RequestError
+from prunella.exported import load_exported
+from prunella.files import write_atomic
+from prunella.forward import forward, mode, tensors
+from prunella.graph.oracle import relative_error
+from prunella.pipeline import Inputs
+from prunella.realize.state import read_state, write_tensors
+
+Format = Literal["safetensors", "pt2", "onnx"]
+FORMATS: tuple[Format, ...] = ("safetensors", "pt2", "onnx")
+TOLERANCE = 1e-4
+"""Largest difference allowed between the model and what the reader computes, relative to the largest output."""
+
+_LARGEST_PROTOBUF = 1_900_000_000
+_LOGGERS = ("torch.onnx", "onnxscript", "onnx_ir", "torch.export", "torch.fx.experimental.symbolic_shapes")
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written and how it was checked.
+
+    difference: between the model and `reader` on the example, relative; None where the format holds tensors only.
+    dynamic: any batch size is accepted. zeros: zero weights found again in place, byte for byte, of `zeros_before`.
+    """
+
+    path: Path
+    format: Format
+    bytes: int
+    reader: str
+    difference: float | None
+    dynamic: bool
+    zeros: int
+    zeros_before: int
+
+    def __str__(self) -> str:
+        same = "" if self.difference is None else f", output within {self.difference:.1e}"
+        batch = ", any batch size" if self.dynamic else ""
+        return f"{self.path}: {self.format}, {self.bytes / 1e6:.2f} MB, read by {self.reader}{same}{batch}"
+
+
+def export(
+    model: nn.Module, path: str | os.PathLike[str], *, inputs: Inputs | None = None, format: Format | None = None
+) -> Exported:
+    """Write `model` in eval mode to one file. The file appears only when its reader gave the same output.
+
+    inputs: an example, needed for pt2 and onnx. format: by the suffix of `path` unless given. Errors: RequestError
+    for an unknown format or a missing example, MissingExtra without onnx, NotSupported when torch cannot export the
+    model, CheckFailed when the reader computes something else or zeros were lost.
+    """
+    final, chosen = Path(path), _format(Path(path), format)
+    found: list[Exported] = []
+    on_cpu = _on_cpu(model)
+
+    def write(temporary: Path) -> None:
+        found.append(_write(on_cpu, temporary, final, chosen, inputs))
+
+    with mode(on_cpu, training=False), torch.no_grad(), _quiet():
+        write_atomic(final, write)
+    return found[0]
+
+
+def _write(model: nn.Module, file: Path, final: Path, chosen: Format, inputs: Inputs | None) -> Exported:
+    if chosen == "safetensors":
+        kept, total = _safetensors(model, file)
+        return _checked(Exported(final, chosen, file.stat().st_size, "safetensors", None, False, kept, total))
+    if inputs is None:
+        raise RequestError(f"{chosen} needs inputs=", "the model is traced with an example", "pass an example batch")
+    example = tree_map(lambda v: v.cpu() if isinstance(v, Tensor) else v, inputs)
+    expected = tensors(forward(model, example))
+    make = _pt2 if chosen == "pt2" else _onnx
+    dynamic, reader, got, state = make(model, file, example)
+    kept, total = _zeros(model, state)
+    size = file.stat().st_size
+    return _checked(Exported(final, chosen, size, reader, relative_error(expected, got), dynamic, kept, total))
+
+
+def _checked(made: Exported) -> Exported:
+    what = f"the {made.format} export is not written"
+    if made.difference is not None and not made.difference <= TOLERANCE:
+        raise CheckFailed(
+            what, f"{made.reader} differs from the model by {made.difference:.1e} ({TOLERANCE:g} allowed)"
+        )
+    if made.zeros != made.zeros_before:
+        raise CheckFailed(what, f"only {made.zeros} of {made.zeros_before} zero weights were found again in place")
+    return made
+
+
+def _safetensors(model: nn.Module, file: Path) -> tuple[int, int]:
+    state = read_state(model)
+    write_tensors({name: value for name, value in state.tensors.items() if name not in state.transient}, file)
+    return _zeros(model, load_file(file))
+
+
+def _pt2(model: nn.Module, file: Path, example: Inputs) -> tuple[bool, str, list[Tensor], Mapping[str, Tensor]]:
+    program, dynamic = _program(model, example)
+    # An example would be stored as a pickle, and stack traces would tell the folders of this machine.
+    program._example_inputs = None
+    for node in program.graph.nodes:
+        node.meta.pop("stack_trace", None)
+    with file.open("wb") as stream:
+        torch.export.save(program, stream)
+    again = load_exported(file)[0]
+    return dynamic, "torch.export.load", tensors(forward(again, example)), dict(again.state_dict())
+
+
+def _program(model: nn.Module, example: Inputs) -> tuple[Any, bool]:
+    """The exported program, for any batch size if it can be, and whether it is."""
+    wide = _resized(example, 2)
+    if wide is not None:
+        try:
+            program = _capture(model, wide, tree_map(_free_batch, _arguments(wide)[0] or _arguments(wide)[1]))
+            if _batch_free(program, model, example):
+                return program, True
+        except NotSupported:
+            pass  # the model fixes its batch size
+    return _capture(model, example, None), False
+
+
+def _arguments(example: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if isinstance(example, Mapping):
+        return (), dict(example)
+    return (example if isinstance(example, tuple) else (example,)), {}
+
+
+def _capture(model: nn.Module, example: Inputs, shapes: Any) -> Any:
+    args, kwargs = _arguments(example)
+    try:
+        return torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
+    except Exception as error:  # torch.export has no one error type
+        line = str(error).strip().splitlines()[0] if str(error).strip() else ""
+        todo = "export needs a forward without branches on values; safetensors always works"
+        raise NotSupported("torch.export cannot capture this model", f"{type(error).__name__}: {line}", todo) from error
+
+
+def _batch_free(program: Any, model: nn.Module, example: Inputs) -> bool:
+    """Whether the program computes what the model does for batches of 1 and 3 too; it was captured with 2."""
+    module = program.module()
+    for size in (1, 3):
+        batch = _resized(example, size)
+        try:
+            if not relative_error(tensors(forward(model, batch)), tensors(forward(module, batch))) <= TOLERANCE:
+                return False
+        except (RuntimeError, AssertionError, ValueError):
+            return False
+    return True
+
+
+def _resized(example: Inputs, size: int) -> Any:
+    """The example with `size` items in its batch, or None when its tensors do not share a first dimension."""
+    found = tensors(example)
+    first = {t.shape[0] if t.dim() else 0 for t in found}
+    if len(first) != 1 or 0 in first:
+        return None
+    return tree_map(lambda v: torch.cat([v[:1]] * size) if isinstance(v, Tensor) else v, example)
+
+
+def _free_batch(value: Any) -> Any:
+    return {0: torch.export.Dim.AUTO} if isinstance(value, Tensor) else None
+
+
+def _onnx(model: nn.Module, file: Path, example: Inputs) -> tuple[bool, str, list[Tensor], Mapping[str, Tensor]]:
+    for extra in ("onnx", "onnxscript"):
+        if importlib.util.find_spec(extra) is None:
+            raise MissingExtra("the onnx export needs onnx and onnxscript", "", "pip install 'prunella[onnx]'")
+    program, dynamic = _program(model, example)
+    size = sum(t.nbytes for t in [*model.parameters(), *model.buffers()])
+    if size > _LARGEST_PROTOBUF:
+        raise NotSupported(
+            "the onnx export is one file", f"{size / 1e9:.1f} GB is more than such a file holds", "use pt2"
+        )
+    try:
+        made: Any = torch.onnx.export(program, dynamo=True, verbose=False)
+    except Exception as error:  # the exporter has no one error type
+        why = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+        raise NotSupported("torch.onnx cannot translate this model", why, "pt2 and safetensors may work") from error
+    made.save(str(file), external_data=False)
+    reader, got = _read_onnx(file, example)
+    return dynamic, reader, got, _initializers(file)
+
+
+def _read_onnx(file: Path, example: Inputs) -> tuple[str, list[Tensor]]:
+    import onnx
+
+    onnx.checker.check_model(str(file))
+    feed = [t.numpy() for t in tensors(example)]
+    if importlib.util.find_spec("onnxruntime") is not None:
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        session = onnxruntime.InferenceSession(file.read_bytes(), options, providers=["CPUExecutionProvider"])
+        names = [entry.name for entry in session.get_inputs()]
+        return "onnxruntime", [_tensor(v) for v in session.run(None, dict(zip(names, feed, strict=True)))]
+    from onnx.reference import ReferenceEvaluator
+
+    reference = ReferenceEvaluator(str(file))
+    return "onnx", [_tensor(v) for v in reference.run(None, dict(zip(reference.input_names, feed, strict=True)))]
+
+
+def _tensor(value: Any) -> Tensor:
+    return torch.from_numpy(value.copy()) if hasattr(value, "dtype") and value.shape else torch.tensor(value)
+
+
+def _initializers(file: Path) -> dict[str, Tensor]:
+    import onnx
+
+    graph = onnx.load(str(file)).graph
+    arrays = {entry.name: onnx.numpy_helper.to_array(entry) for entry in graph.initializer}
+    return {name: torch.from_numpy(array.copy()) for name, array in arrays.items() if array.dtype.kind in "fiub"}
+
+
+def _zeros(model: nn.Module, state: Mapping[str, Tensor]) -> tuple[int, int]:
+    """Zero weights that are zero in `state` at the same place, and all of those looked for.
+
+    A weight that the format folded into another or renamed is not looked for; the output check covers it.
+    """
+    kept = total = 0
+    for name, weight in model.named_parameters():
+        other = state.get(name)
+        if other is None or other.shape != weight.shape:
+            continue
+        zero = weight.detach() == 0
+        total += int(zero.sum())
+        kept += int((zero & (other == 0)).sum())
+    return kept, total
+
+
+def _format(path: Path, chosen: Format | None) -> Format:
+    wanted = chosen or path.suffix.removeprefix(".")
+    for known in FORMATS:
+        if wanted == known:
+            return known
+    raise RequestError(f"unknown export format {wanted!r}", f"known are {', '.join(FORMATS)}", "for example small.onnx")
+
+
+def _on_cpu(model: nn.Module) -> nn.Module:
+    where = {t.device.type for t in [*model.parameters(), *model.buffers()]}
+    return model if where <= {"cpu"} else copy.deepcopy(model).cpu()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """torch's exporters warn and log about their own insides; what matters is in the result."""
+    levels = {name: logging.getLogger(name).level for name in _LOGGERS}
+    for name in levels:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)

@@ -1,0 +1,169 @@
+"""Where a model's architecture comes from, as data in a manifest, and how it is built again without weights.
+
+What a manifest may name: an architecture class of `transformers` (its own classes, never code from a folder), a name
+of timm or torchvision, or `package.module:function`. The last is never imported because a file says so: the caller
+passes it to `load`, as text or as the function.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from prunella.errors import BadInput, MissingExtra, RequestError
+from prunella.models import import_module, load_object
+
+Factory = str | Callable[..., nn.Module]
+Builder = Callable[[], nn.Module]
+LIBRARIES = ("timm", "torchvision")
+
+
+def describe(model: nn.Module, factory: Factory | None, kwargs: Mapping[str, Any], dense: nn.Module) -> dict[str, Any]:
+    """The origin as JSON data: of the factory if there is one, else of the Hugging Face class, else `unknown`."""
+    if factory is None:
+        return hugging_face(type(model), dense) if is_hugging_face(model) else {"kind": "unknown"}
+    name = factory if isinstance(factory, str) else _spelled(factory)
+    try:
+        data = json.loads(json.dumps(dict(kwargs)))
+    except (TypeError, ValueError) as error:
+        raise RequestError("kwargs= cannot be written", str(error), "use numbers, text, lists and mappings") from None
+    library, _, model_name = name.partition(":")
+    if library in LIBRARIES:
+        return {"kind": library, "name": model_name, "kwargs": data}
+    return {"kind": "factory", "name": name, "kwargs": data}
+
+
+def builder(origin: Mapping[str, Any], factory: Factory | None, where: str) -> Builder:
+    """A function that builds the dense model. Errors: BadInput when the origin cannot or may not be used."""
+    kind, kwargs = origin.get("kind"), origin.get("kwargs") or {}
+    if not isinstance(kwargs, dict):
+        raise BadInput(f"the manifest of {where} is broken", "kwargs is not a mapping")
+    if factory is not None:
+        text = isinstance(factory, str)
+        split = str(factory).partition(":") if text else ("", "", "")
+        if split[0] in LIBRARIES:
+            return _library(split[0], split[2], kwargs)
+        function = _imported(str(factory)) if isinstance(factory, str) else factory
+        return lambda: function(**kwargs)
+    if kind in LIBRARIES:
+        return _library(str(kind), str(origin.get("name")), kwargs)
+    if kind == "transformers":
+        return hugging_face_builder(origin)
+    made = f"it was made with {origin['name']!r}" if origin.get("name") else "it does not say how it was made"
+    why = f"{made}; code that a file names is never imported"
+    raise BadInput(f"loading {where} needs the model's factory", why, "pass factory=, a function or 'package.module:f'")
+
+
+def build_empty(build: Builder) -> nn.Module:
+    """The model on the meta device, or on the CPU when its constructor cannot do without data."""
+    from prunella.realize.state import has_stray_meta
+
+    with _undisturbed():
+        try:
+            with torch.device("meta"):
+                model = build()
+            if isinstance(model, nn.Module) and not has_stray_meta(model):
+                return model
+        except Exception:  # whatever it is, a build with data shows whether it is the user's mistake
+            pass
+        model = _call(build)
+    if not isinstance(model, nn.Module):
+        raise BadInput("the factory gave no model", f"it returned {type(model).__name__}", "return a torch.nn.Module")
+    return model
+
+
+def is_hugging_face(model: nn.Module) -> bool:
+    """Whether the class of `model` is one of transformers' own."""
+    return type(model).__module__.startswith("transformers.models.") and hasattr(model, "config")
+
+
+def hugging_face(kind: type, dense: nn.Module) -> dict[str, Any]:
+    """The origin of a Hugging Face model: class names and the configuration of the dense model."""
+    config: Any = dense.config
+    data = json.loads(config.to_json_string(use_diff=False))
+    data.pop("auto_map", None)
+    attention = getattr(config, "_attn_implementation", None)
+    names = {"name": kind.__name__, "config_class": type(config).__name__}
+    return {"kind": "transformers", **names, "config": data, "attention": attention}
+
+
+def hugging_face_builder(origin: Mapping[str, Any]) -> Builder:
+    """Builds a class of transformers from the configuration in the origin; nothing is looked up elsewhere."""
+    kind, config_kind = _class(origin.get("name"), "PreTrainedModel"), _class(origin.get("config_class"), None)
+    data, attention = origin.get("config"), origin.get("attention")
+    if not isinstance(data, dict):
+        raise BadInput("the manifest is broken", "it has no configuration")
+    chosen = {"attn_implementation": attention} if attention in ("eager", "sdpa") else {}
+
+    def build() -> nn.Module:
+        clean = {key: value for key, value in data.items() if key != "auto_map"}
+        model = kind._from_config(config_kind.from_dict(clean), **chosen)
+        assert isinstance(model, nn.Module)
+        return model
+
+    return build
+
+
+def _class(name: object, base: str | None) -> Any:
+    transformers = _module("transformers")
+    base_name = base or ("PreTrainedConfig" if hasattr(transformers, "PreTrainedConfig") else "PretrainedConfig")
+    found = getattr(transformers, name, None) if isinstance(name, str) and name.isidentifier() else None
+    if not isinstance(found, type) or not issubclass(found, getattr(transformers, base_name)):
+        why = f"transformers {transformers.__version__} has no such {base_name}"
+        raise BadInput(
+            f"cannot rebuild the class {name!r}", why, "pass factory=, or install the version it was made with"
+        )
+    return found
+
+
+def _library(library: str, name: str, kwargs: Mapping[str, Any]) -> Builder:
+    if not name.replace("_", "").replace(".", "").replace("-", "").isalnum():
+        raise BadInput(f"the name {library}:{name} is refused", "only names of built-in models are rebuilt")
+    options = {key: value for key, value in kwargs.items() if key not in ("pretrained", "weights", "checkpoint_path")}
+    if library == "timm":
+        create = _module("timm").create_model
+        return lambda: create(name, pretrained=False, **options)
+    _module("torchvision")
+    get_model = import_module("torchvision.models").get_model
+    return lambda: get_model(name, weights=None, **options)
+
+
+def _module(name: str) -> Any:
+    if importlib.util.find_spec(name) is None:
+        raise MissingExtra(f"this model needs {name}", "it is not installed", f"pip install 'prunella[{name}]'")
+    return import_module(name)
+
+
+def _imported(name: str) -> Callable[..., Any]:
+    found = load_object(name, "factory")
+    if not callable(found):
+        raise RequestError(f"{name} is no factory", f"it is a {type(found).__name__}", "give a function or a class")
+    return found  # type: ignore[no-any-return]
+
+
+def _spelled(function: Callable[..., Any]) -> str:
+    return f"{getattr(function, '__module__', '?')}:{getattr(function, '__qualname__', repr(function))}"
+
+
+def _call(build: Builder) -> Any:
+    try:
+        return build()
+    except Exception as error:
+        raise BadInput(
+            "the model cannot be built", f"{type(error).__name__}: {error}", "call its factory to see"
+        ) from error
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """The caller's random state and warning filters stay as they are."""
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield

@@ -1,0 +1,155 @@
+"""A plan as one safetensors file: tensors as tensors, everything else as JSON in the header. Data only, no pickle."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from prunella.errors import BadInput, RequestError
+from prunella.files import write_atomic
+from prunella.graph.structure import Frozen
+from prunella.pipeline import Amount, Plan, Row
+from prunella.targets import parse_target
+
+VERSION = 1
+_KEY = "prunella.plan"
+
+
+def save_plan(plan: Plan, path: str | os.PathLike[str]) -> Path:
+    """Write a plan to one file, atomically. `load_plan` gives back an equal plan.
+
+    Masks and kept units are packed to bits, cuts are int64 positions. Errors: RequestError when the recipe or the
+    example holds something that is not data (a function, an open file), or when the file cannot be written.
+    """
+    box = _Box()
+    body = {
+        "recipe": box.pack(plan.recipe, "recipe"),
+        "target": f"{plan.target.name}={plan.target.value!r}",
+        "before": asdict(plan.before),
+        "after": asdict(plan.after),
+        "keep": {name: box.bits(mask) for name, mask in plan.keep.items()},
+        "masks": {name: box.bits(mask) for name, mask in plan.masks.items()},
+        "cuts": {name: {str(a): box.tensor(i) for a, i in axes.items()} for name, axes in plan.cuts.items()},
+        "attributes": [[owner, name, value] for (owner, name), value in plan.attributes.items()],
+        "rows": [asdict(row) for row in plan.rows],
+        "frozen": [asdict(entry) for entry in plan.frozen],
+        "weights": {name: box.tensor(value) for name, value in plan.weights.items()},
+        "inputs": box.pack(plan.inputs, "inputs"),
+    }
+    head = json.dumps({"version": VERSION, "sha256": _fingerprint(box.tensors), "plan": body})
+    return write_atomic(path, lambda file: save_file(box.tensors, file, metadata={_KEY: head}))
+
+
+def load_plan(path: str | os.PathLike[str]) -> Plan:
+    """Read a plan. Errors: BadInput when the file is missing, broken, changed, no plan, or of a newer format."""
+    head, tensors = _read(Path(path))
+    version = head.get("version")
+    if not isinstance(version, int) or version > VERSION:
+        why = f"this prunella reads up to format {VERSION}, the file has {version!r}"
+        raise BadInput(f"{path} cannot be read", why, "update prunella, or make the plan again")
+    if head.get("sha256") != _fingerprint(tensors):
+        raise BadInput(f"{path} is damaged", "its contents do not have the recorded digest", "make the plan again")
+    try:
+        return _plan(head["plan"], tensors)
+    except (KeyError, TypeError, ValueError, IndexError) as error:
+        raise BadInput(f"{path} is not a sound plan", f"{type(error).__name__}: {error}", "make it again") from error
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    if not path.is_file():
+        raise BadInput(f"there is no plan at {path}", "no such file", "`prunella plan MODEL -o FILE` makes one")
+    try:
+        with safe_open(path, framework="pt") as file:
+            head = json.loads((file.metadata() or {})[_KEY])
+            return dict(head), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except KeyError:
+        raise BadInput(f"{path} is not a plan", "it is a safetensors file without a plan in it") from None
+    except (SafetensorError, ValueError, OSError) as error:
+        raise BadInput(f"{path} cannot be read", f"broken or cut short: {error}", "make the plan again") from error
+
+
+def _plan(body: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Plan:
+    return Plan(
+        recipe=_unpack(body["recipe"], tensors),
+        target=parse_target(body["target"]),
+        before=Amount(**body["before"]),
+        after=Amount(**body["after"]),
+        keep={name: _unbits(entry, tensors) for name, entry in body["keep"].items()},
+        masks={name: _unbits(entry, tensors) for name, entry in body["masks"].items()},
+        cuts={name: {int(a): tensors[i] for a, i in axes.items()} for name, axes in body["cuts"].items()},
+        attributes={(owner, name): int(value) for owner, name, value in body["attributes"]},
+        rows=tuple(Row(**row) for row in body["rows"]),
+        frozen=tuple(Frozen(**entry) for entry in body["frozen"]),
+        weights={name: tensors[i] for name, i in body["weights"].items()},
+        inputs=_unpack(body["inputs"], tensors),
+    )
+
+
+class _Box:
+    """Tensors on their way into the file, and JSON that refers to them by name."""
+
+    def __init__(self) -> None:
+        self.tensors: dict[str, Tensor] = {}
+
+    def tensor(self, value: Tensor) -> str:
+        name = f"t{len(self.tensors)}"
+        # A clone, since safetensors refuses two names for one storage.
+        self.tensors[name] = value.detach().cpu().contiguous().clone()
+        return name
+
+    def bits(self, mask: Tensor) -> dict[str, Any]:
+        packed = np.packbits(mask.detach().cpu().numpy().astype(bool).reshape(-1))
+        return {"shape": list(mask.shape), "bits": self.tensor(torch.from_numpy(packed))}
+
+    def pack(self, value: Any, where: str) -> Any:
+        """Data as tagged JSON, so that tuples, integer keys and tensors come back as what they were."""
+        if value is None or isinstance(value, bool | int | float | str):
+            return {"value": value}
+        if isinstance(value, Tensor):
+            return {"tensor": self.tensor(value)}
+        if isinstance(value, Mapping):
+            return {"dict": [[self.pack(k, where), self.pack(v, where)] for k, v in value.items()]}
+        if isinstance(value, list | tuple):
+            kind = "tuple" if isinstance(value, tuple) else "list"
+            return {kind: [self.pack(item, where) for item in value]}
+        what = f"the plan's {where} cannot be written: it holds a {type(value).__name__}"
+        raise RequestError(what, "a plan file is data: numbers, text, lists, mappings and tensors")
+
+
+def _unpack(entry: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Any:
+    ((kind, value),) = entry.items()
+    if kind == "value":
+        return value
+    if kind == "tensor":
+        return tensors[value]
+    if kind == "dict":
+        return {_unpack(k, tensors): _unpack(v, tensors) for k, v in value}
+    items = [_unpack(item, tensors) for item in value]
+    return tuple(items) if kind == "tuple" else items
+
+
+def _unbits(entry: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Tensor:
+    shape = tuple(int(n) for n in entry["shape"])
+    packed = tensors[entry["bits"]].numpy()
+    flat = np.unpackbits(packed, count=int(np.prod(shape, dtype=np.int64)))
+    return torch.from_numpy(flat.astype(bool)).reshape(shape)
+
+
+def _fingerprint(tensors: Mapping[str, Tensor]) -> str:
+    state = hashlib.sha256()
+    for name in sorted(tensors):
+        value = tensors[name]
+        state.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        state.update(value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return state.hexdigest()

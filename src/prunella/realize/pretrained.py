@@ -1,0 +1,178 @@
+"""A folder that plain `from_pretrained` reads, where the configuration can say what was cut.
+
+There is no table of architectures. Sizes that changed are looked for among the integers of the configuration, and a
+candidate counts only if a model built from it has exactly the tensors of the pruned one, shape for shape.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from prunella.errors import PruningError
+from prunella.forward import forward, mode, tensors
+from prunella.graph.oracle import relative_error
+from prunella.realize.origin import build_empty, hugging_face_builder
+
+Sizes = Mapping[int, frozenset[int]]
+Shapes = Mapping[str, tuple[int, ...]]
+ConfigPath = tuple[str, ...]
+
+
+class Change(NamedTuple):
+    """One entry of the configuration set to `value`, which is `ratio` of what it was."""
+
+    path: ConfigPath
+    value: int
+    ratio: Fraction | None = None
+
+
+_TOKENIZER = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.model")
+COMPANIONS = (
+    *_TOKENIZER,
+    "chat_template*",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "generation_config.json",
+)
+"""Files next to the weights that stay true of a pruned model."""
+
+
+def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Shape of every tensor in the state dict."""
+    return {name: tuple(value.shape) for name, value in model.state_dict().items()}
+
+
+def changed_sizes(dense: Shapes, small: Shapes, pairs: Iterator[tuple[int, int]]) -> Sizes:
+    """Old size -> new sizes: of the axes of tensors that differ, and of `pairs` (heads, attributes)."""
+    found: dict[int, set[int]] = {}
+    axes = ((a, b) for name in dense.keys() & small.keys() for a, b in zip(dense[name], small[name], strict=False))
+    for old, new in [*axes, *pairs]:
+        if old != new:
+            found.setdefault(old, set()).add(new)
+    return {old: frozenset(new) for old, new in found.items()}
+
+
+def uniform_configs(origin: Mapping[str, Any], small: Shapes, sizes: Sizes) -> Iterator[dict[str, Any]]:
+    """Configurations that build exactly the shapes `small`; a caller takes the first that also computes the same.
+
+    Shapes can be right and the model wrong (fewer heads, or narrower heads), so after the first solution others are
+    looked for that leave one of its changes out. A configuration has one width for all layers: it describes uniform
+    cuts only.
+    """
+    first = _search(origin, small, sizes, frozenset())
+    if first is None:
+        return
+    yield first[0]
+    for path in first[1]:
+        other = _search(origin, small, sizes, frozenset([path]))
+        if other is not None:
+            yield other[0]
+
+
+def _search(
+    origin: Mapping[str, Any], small: Shapes, sizes: Sizes, without: frozenset[ConfigPath]
+) -> tuple[dict[str, Any], tuple[ConfigPath, ...]] | None:
+    """Make the change that gets the most shapes right, until all are right or none helps."""
+    config, changed = copy.deepcopy(dict(origin["config"])), list[ConfigPath]()
+    right, useless = _right(origin, config, small), set[Change]()
+    while right < len(small):
+        singles = [c for c in _candidates(config, sizes) if c not in useless and c.path not in {*without, *changed}]
+        scores = [(_right(origin, _with(config, (c,)), small), (c,)) for c in singles]
+        useless.update(change[0] for score, change in scores if 0 <= score <= right)
+        # Sizes that depend on each other (heads and key-value heads) are invalid alone: two of one ratio together.
+        invalid = [change[0] for score, change in scores if score < 0]
+        pairs = [(a, b) for i, a in enumerate(invalid) for b in invalid[i + 1 :] if a.ratio == b.ratio]
+        scores += [(_right(origin, _with(config, pair), small), pair) for pair in pairs]  # type: ignore[misc]
+        best = max(scores, key=lambda entry: entry[0], default=(right, ()))
+        if best[0] <= right:
+            return None
+        right, config = best[0], _with(config, best[1])
+        changed += [change.path for change in best[1]]
+    return config, tuple(changed)
+
+
+def write_config(model: nn.Module, config: Mapping[str, Any], folder: Path) -> None:
+    """Write config.json for the class and the dtype of `model`."""
+    kind: Any = type(model.config)
+    described = kind.from_dict({**config, "architectures": [type(model).__name__]})
+    described.dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
+    (folder / "config.json").write_text(described.to_json_string(), encoding="utf-8")
+
+
+def reads_back(kind: type, folder: Path, model: nn.Module, inputs: Any) -> bool:
+    """Whether plain `from_pretrained` gives the same outputs as `model` on `inputs`."""
+    with _quiet(), mode(model, training=False), torch.no_grad():
+        try:
+            loader: Any = kind
+            again = loader.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+            device = next(iter(model.parameters())).device
+            got, expected = (tensors(forward(m, inputs)) for m in (again.to(device).eval(), model))
+        except Exception:  # a probe: whatever it raises, plain from_pretrained does not read this folder
+            return False
+    return relative_error(expected, got) <= 1e-5
+
+
+def _right(origin: Mapping[str, Any], config: Mapping[str, Any], small: Shapes) -> int:
+    """How many tensors of the model of this configuration have the wanted shape; -1 if it cannot be built."""
+    try:
+        built = shapes_of(build_empty(hugging_face_builder({**origin, "config": dict(config)})))
+    except PruningError:
+        return -1
+    if built.keys() != small.keys():
+        return -1
+    return sum(built[name] == shape for name, shape in small.items())
+
+
+def _candidates(config: Mapping[str, Any], sizes: Sizes, path: ConfigPath = ()) -> Iterator[Change]:
+    """Every integer that equals or divides an old size, and every unset entry, with each new value it could take."""
+    every = sorted({new for options in sizes.values() for new in options})
+    for key, value in config.items():
+        here = (*path, key)
+        if isinstance(value, dict):
+            yield from _candidates(value, sizes, here)
+        elif isinstance(value, int) and not isinstance(value, bool) and not key.endswith("_id"):
+            yield from (Change(here, new, Fraction(new, value)) for new in _scaled(value, sizes))
+        elif value is None and key.rpartition("_")[2] in ("dim", "inner", "size", "heads", "width"):
+            yield from (Change(here, new) for new in every)
+
+
+def _scaled(value: int, sizes: Sizes) -> list[int]:
+    """What `value` becomes if it is a changed size, or a count of equal parts of one (heads of 64, say)."""
+    pairs = [(old, new) for old, options in sizes.items() for new in options]
+    whole = {value * new // old for old, new in pairs if value and old % value == 0 and value * new % old == 0}
+    return sorted(whole - {value, 0})
+
+
+def _with(config: Mapping[str, Any], changes: tuple[Change, ...]) -> dict[str, Any]:
+    changed = copy.deepcopy(dict(config))
+    for change in changes:
+        place = changed
+        for key in change.path[:-1]:
+            place = place[key]
+        place[change.path[-1]] = change.value
+    return changed
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bars and no advice while transformers reads a local folder."""
+    import transformers
+
+    log: Any = transformers.utils.logging
+    level, bars = log.get_verbosity(), log.is_progress_bar_enabled()
+    log.set_verbosity_error()
+    log.disable_progress_bar()
+    try:
+        yield
+    finally:
+        log.set_verbosity(level)
+        if bars:
+            log.enable_progress_bar()

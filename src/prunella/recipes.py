@@ -1,0 +1,96 @@
+"""Named papers as compositions of parts, in order of increasing complexity.
+
+`named("fpgm")` is the recipe of that name; `named("taylor")`, the name of a criterion, is that criterion with the
+defaults of `Recipe`.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+from prunella import criteria
+from prunella.allocation import Normalise, erk, global_, lamp, uniform
+from prunella.errors import RequestError
+from prunella.granularity import NM, Channel, Element, Head
+from prunella.method import REGISTRY, find, recipe
+from prunella.pipeline import Recipe
+
+
+@recipe(source="Han et al. 2015, arXiv:1506.02626")
+def global_magnitude() -> Recipe:
+    """Single weights by magnitude, one ranking over all layers."""
+    return Recipe(criteria.magnitude, Element(), global_)
+
+
+@recipe(source="Evci et al. 2020, arXiv:1911.11134")
+def erk_magnitude() -> Recipe:
+    """Single weights by magnitude, densities by Erdos-Renyi-Kernel."""
+    return Recipe(criteria.magnitude, Element(), erk)
+
+
+@recipe(source="Lee et al. 2021, arXiv:2010.07611")
+def lamp_magnitude() -> Recipe:
+    """Single weights by layer-adaptive magnitude: the allocation of LAMP on the absolute value."""
+    return Recipe(criteria.magnitude, Element(), lamp)
+
+
+@recipe(source="Sun et al. 2023, arXiv:2306.11695")
+def wanda_rows() -> Recipe:
+    """Wanda as in the paper: weights of one output row compared, the same number from every row. Data: no labels."""
+    return Recipe(criteria.wanda, Element(per_row=True), uniform)
+
+
+@recipe(source="Sun et al. 2023, arXiv:2306.11695")
+def wanda_2_4() -> Recipe:
+    """Wanda in the pattern of sparse tensor cores: 2 kept of every 4 along the input. Data: no labels."""
+    return Recipe(criteria.wanda, NM(2, 4), uniform)
+
+
+@recipe(source="Li et al. 2017, arXiv:1608.08710")
+def l1_filter() -> Recipe:
+    """Filters by their L1 norm, the same fraction of every group."""
+    return Recipe(criteria.magnitude, Channel(), uniform)
+
+
+@recipe(source="He et al. 2019, arXiv:1811.00250")
+def fpgm() -> Recipe:
+    """Filters nearest to the geometric median of their layer, the same fraction of every group."""
+    return Recipe(criteria.geometric_median, Channel(), uniform)
+
+
+@recipe(source="Liu et al. 2017, arXiv:1708.06519")
+def network_slimming() -> Recipe:
+    """Channels by the scale of their batch normalisation, one threshold for the network.
+
+    The paper trains with an L1 penalty on the scales first. A tenth of each group stays, so that no layer collapses.
+    """
+    return Recipe(criteria.bn_scale, Channel(), global_, floor=0.1)
+
+
+@recipe(source="Fang et al. 2023, arXiv:2301.12900")
+def group_l2() -> Recipe:
+    """Channels and heads by the norm of everything that is coupled to them, compared after division by the mean."""
+    allocation = partial(global_, normalise=Normalise.MEAN)
+    return Recipe(criteria.group_norm, (Channel(), Head()), allocation, floor=0.1)
+
+
+@recipe(source="Molchanov et al. 2019, arXiv:1906.10771; Michel et al. 2019, arXiv:1905.10650")
+def taylor_fo() -> Recipe:
+    """Channels and heads by the squared first-order change of the loss, one ranking. Data: batches and a loss."""
+    return Recipe(criteria.taylor, (Channel(), Head()), global_)
+
+
+def named(name: str) -> Recipe:
+    """The recipe of that name, or the criterion of that name with the defaults. Errors: RequestError, with near names.
+
+    A criterion's default granularity is `Channel()`, its default allocation `uniform`.
+    """
+    method = find(name)
+    if method.kind == "recipe":
+        made = method.function()
+        assert isinstance(made, Recipe)
+        return made
+    if method.kind == "criterion":
+        return Recipe(method.function)
+    known = sorted(m.name for m in REGISTRY.values() if m.kind in ("recipe", "criterion"))
+    raise RequestError(f"{name} is of kind {method.kind}, not a recipe or a criterion", f"known are {', '.join(known)}")

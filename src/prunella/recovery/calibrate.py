@@ -1,0 +1,132 @@
+"""Batch normalisation after pruning: the statistics of the dense network are wrong for the pruned one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from prunella.errors import CheckFailed, RequestError
+from prunella.forward import batches, forward, mode
+from prunella.method import recovery
+from prunella.pipeline import Loss
+
+
+@dataclass
+class _Moments:
+    """Count, mean and sum of squared deviations per channel, merged exactly over batches in float64."""
+
+    count: int = 0
+    mean: Tensor | float = 0.0
+    squares: Tensor | float = 0.0
+    calls: int = 0
+
+    def add(self, value: Tensor) -> None:
+        rows = value.detach().transpose(0, 1).flatten(1).double()
+        count, mean = rows.shape[1], rows.mean(1)
+        squares = (rows - mean[:, None]).square().sum(1)
+        total = self.count + count
+        shift = mean - self.mean
+        self.squares = self.squares + squares + shift.square() * (self.count * count / total)
+        self.mean = self.mean + shift * (count / total)
+        self.count, self.calls = total, self.calls + 1
+
+
+@recovery(source="Wu and Johnson 2021, arXiv:2105.07576 (precise BN); Frantar and Alistarh 2022, arXiv:2208.11580")
+def recalibrate_bn(
+    model: nn.Module, data: Iterable[Any], *, loss: Loss | None = None, sequential: bool = False
+) -> tuple[str, ...]:
+    """Reset the running statistics of every batch normalisation and compute them anew, exactly, from data.
+
+    `running_mean` is the mean and `running_var` the unbiased variance of all values that reach the channel, pooled over
+    all batches (not a moving average, and not a mean of variances). Weights, `momentum` and training flags stay as
+    they are; everything but batch normalisation runs in evaluation mode. Returns the names of the modules changed,
+    none if the model has none.
+
+    data: batches, no labels needed; 500 to 1000 samples are usually enough. loss: how to run the model on one batch,
+    by default the model is called on the batch. sequential: False: one pass, in which each layer normalises by the
+    statistics of the batch, as in training. True: one pass per layer, in the order of execution, in which the layers
+    before it already use their new statistics: afterwards the statistics are exactly those of inference.
+
+    `CheckFailed` if the statistics are not finite; the old ones are then restored.
+    """
+    norms = {module: name for name, module in model.named_modules() if _has_statistics(module)}
+    if not norms:
+        return ()
+    with mode(model, training=False), _restored_on_error(norms), torch.no_grad():
+        if not sequential:
+            moments = _observe(model, data, list(norms), loss, training=True)
+            _write(moments, norms)
+            return tuple(norms[module] for module in moments)
+        order = list(_observe(model, data, list(norms), loss, training=False))
+        for module in order:
+            _write(_observe(model, data, [module], loss, training=False), norms)
+        return tuple(norms[module] for module in order)
+
+
+def _has_statistics(module: nn.Module) -> bool:
+    return isinstance(module, _BatchNorm) and isinstance(module.running_mean, Tensor)
+
+
+def _observe(
+    model: nn.Module, data: Iterable[Any], modules: list[nn.Module], loss: Loss | None, *, training: bool
+) -> dict[nn.Module, _Moments]:
+    """Moments of the inputs of `modules` over `data`, in the order in which the modules first ran."""
+    moments: dict[nn.Module, _Moments] = {}
+
+    def look(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        value = arguments[0]
+        if training and value.numel() == value.shape[1]:
+            raise RequestError(
+                "batch normalisation saw a batch with one value per channel",
+                "its variance over the batch is not defined",
+                "use larger batches, or sequential=True",
+            )
+        moments.setdefault(module, _Moments()).add(value)
+
+    handles = [module.register_forward_pre_hook(look) for module in modules]
+    try:
+        for module in modules:
+            module.training = training
+        for batch in batches(data):
+            loss(model, batch) if loss else forward(model, batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module in modules:
+            module.training = False
+    return moments
+
+
+def _write(moments: dict[nn.Module, _Moments], names: dict[nn.Module, str]) -> None:
+    for module, found in moments.items():
+        assert isinstance(module, _BatchNorm) and module.running_mean is not None and module.running_var is not None
+        mean, variance = torch.as_tensor(found.mean), torch.as_tensor(found.squares) / max(found.count - 1, 1)
+        if not bool(torch.isfinite(mean + variance).all()):
+            raise CheckFailed(
+                f"the inputs of {names[module]} are not finite on the calibration data",
+                "the model or the data holds NaN or infinity",
+                "check the weights before calibrating; the old statistics were kept",
+            )
+        module.running_mean.copy_(mean)
+        module.running_var.copy_(variance)
+        if module.num_batches_tracked is not None:
+            module.num_batches_tracked.fill_(found.calls)
+
+
+@contextmanager
+def _restored_on_error(norms: dict[nn.Module, str]) -> Iterator[None]:
+    """Running in training mode moves the statistics; put them back if the work is not finished, or never started."""
+    saved = {module: [buffer.clone() for buffer in module.buffers(recurse=False)] for module in norms}
+    try:
+        yield
+    except BaseException:
+        for module, old in saved.items():
+            for buffer, value in zip(module.buffers(recurse=False), old, strict=True):
+                buffer.copy_(value)
+        raise

@@ -1,0 +1,152 @@
+"""Learn from the dense model: losses for `finetune`, and the two together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from prunella.errors import RequestError
+from prunella.forward import Outputs, first_tensor, forward, mode
+from prunella.method import recovery
+from prunella.pipeline import Loss
+from prunella.recovery.finetune import Curve, OnStep, finetune
+
+
+@recovery(source="Hinton et al. 2015, arXiv:1503.02531")
+def distill_logits(teacher: nn.Module, *, temperature: float = 2.0, outputs: Outputs = forward) -> Loss:
+    """A loss that makes the logits of a model like those of `teacher`.
+
+    `T^2 * KL(softmax(teacher / T) || softmax(model / T))`, mean over everything but the last axis, which holds the
+    classes. Zero, with zero gradient, where the logits are equal. The teacher runs in evaluation mode without gradients
+    and gets its training flags back.
+
+    temperature: above 0; higher looks at the wrong classes more. outputs: how to get logits from (model, batch), by
+    default the first tensor of what the model returns for the batch; with labels in the batch for example
+    `lambda model, batch: model(batch[0])`.
+    """
+    if temperature <= 0:
+        raise RequestError(
+            f"temperature={temperature:g} is out of range", "it takes positive numbers", "usual are 1 to 10"
+        )
+
+    def loss(model: nn.Module, batch: Any) -> Tensor:
+        with mode(teacher, training=False), torch.no_grad():
+            wanted = first_tensor(outputs(teacher, batch))
+        got = first_tensor(outputs(model, batch))
+        _same_shape("the logits", got, wanted)
+        wanted, got = (F.log_softmax(t.reshape(-1, t.shape[-1]) / temperature, -1) for t in (wanted, got))
+        return F.kl_div(got, wanted, reduction="batchmean", log_target=True) * temperature**2
+
+    return loss
+
+
+@recovery(source="Romero et al. 2015, arXiv:1412.6550; Sanh et al. 2019, arXiv:1910.01108")
+def distill_features(teacher: nn.Module, names: Sequence[str] = ("",), *, outputs: Outputs = forward) -> Loss:
+    """A loss that makes the outputs of some modules like those of the same modules of `teacher`.
+
+    `mean over names of sum((f - f_teacher)^2) / sum(f_teacher^2)`: relative squared error, so that layers count alike.
+    The first tensor that a module returns is compared; its shape must be that of the teacher, so name modules whose
+    output axis was not cut. The teacher runs in evaluation mode without gradients. Hooks are removed after each call.
+
+    names: module names as in `named_modules()`; "" is the model itself. outputs: how to run (model, batch).
+    """
+    for name in names:
+        _module(teacher, name)
+
+    def loss(model: nn.Module, batch: Any) -> Tensor:
+        with mode(teacher, training=False), torch.no_grad(), _outputs_of(teacher, names) as wanted:
+            outputs(teacher, batch)
+        with _outputs_of(model, names) as got:
+            outputs(model, batch)
+        total = torch.zeros(())
+        for name in names:
+            f, t = _ran(got, name), _ran(wanted, name)
+            _same_shape(f"the output of {name or 'the model'}", f, t)
+            error = (f - t).square().sum() / t.square().sum().clamp_min(torch.finfo(t.dtype).tiny)
+            total = total.to(error) + error / len(names)
+        return total
+
+    return loss
+
+
+@recovery(source="Hinton et al. 2015, arXiv:1503.02531; Muralidharan et al. 2024, arXiv:2407.14679 (after pruning)")
+def distill(
+    model: nn.Module,
+    teacher: nn.Module,
+    data: Iterable[Any],
+    *,
+    steps: int,
+    lr: float,
+    names: Sequence[str] = (),
+    temperature: float | None = 2.0,
+    outputs: Outputs = forward,
+    on_step: OnStep | None = None,
+    seed: int = 0,
+) -> Curve:
+    """Fine-tune `model` toward `teacher` without labels: logits, features, or the sum of both.
+
+    `finetune` with `distill_logits(teacher, temperature)`, unless `temperature` is None, plus
+    `distill_features(teacher, names)`, if `names` are given. Each of the two runs both models, so choose one where time
+    matters. For other optimizers and learning-rate curves call `finetune` with these losses.
+    """
+    parts: list[Loss] = []
+    if temperature is not None:
+        parts.append(distill_logits(teacher, temperature=temperature, outputs=outputs))
+    if names:
+        parts.append(distill_features(teacher, names, outputs=outputs))
+    if not parts:
+        raise RequestError("nothing to distil", "temperature=None and names=()", "give one of them")
+
+    def loss(model: nn.Module, batch: Any) -> Tensor:
+        return torch.stack([part(model, batch) for part in parts]).sum()
+
+    return finetune(model, data, loss, steps=steps, lr=lr, on_step=on_step, seed=seed)
+
+
+def _module(model: nn.Module, name: str) -> nn.Module:
+    try:
+        return model.get_submodule(name)
+    except AttributeError:
+        raise RequestError(
+            f"no module is called {name!r}", f"found none in {type(model).__name__}", "see model.named_modules()"
+        ) from None
+
+
+@contextmanager
+def _outputs_of(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
+    """Name -> first tensor that the module returns, filled while the model runs."""
+    found: dict[str, Tensor] = {}
+
+    def keep(name: str) -> Any:
+        def hook(module: nn.Module, arguments: Any, output: Any) -> None:
+            found[name] = first_tensor(output)
+
+        return hook
+
+    modules = [_module(model, name) for name in names]
+    handles = [module.register_forward_hook(keep(name)) for module, name in zip(modules, names, strict=True)]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _ran(found: dict[str, Tensor], name: str) -> Tensor:
+    if name not in found:
+        raise RequestError(f"module {name!r} did not run", "it is not used on this batch", "name a module that runs")
+    return found[name]
+
+
+def _same_shape(what: str, got: Tensor, wanted: Tensor) -> None:
+    if got.shape != wanted.shape:
+        raise RequestError(
+            f"{what} has shape {tuple(got.shape)} in the model, {tuple(wanted.shape)} in the teacher",
+            "this axis was cut",
+            "compare outputs that both have",
+        )

@@ -1,0 +1,169 @@
+"""A small training loop for healing. A loop of the user's own works as well: attach a `prunella.Pruner` to it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
+
+from prunella.errors import CheckFailed, RequestError
+from prunella.forward import batches, mode
+from prunella.method import recovery
+from prunella.pipeline import Loss
+from prunella.train.pruner import Pruner
+
+OptimizerFactory = Callable[[list[nn.Parameter], float], Optimizer]
+"""A function of (parameters, learning rate)."""
+Rate = Callable[[float], float]
+"""Progress in [0, 1] -> factor of the learning rate."""
+OnStep = Callable[[int, float, float], None]
+"""Called after each step with its number from 0, its loss and its learning rate."""
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Loss and learning rate of every step."""
+
+    loss: tuple[float, ...]
+    lr: tuple[float, ...]
+
+    def __str__(self) -> str:
+        tenth = max(1, len(self.loss) // 10)
+        first, last = sum(self.loss[:tenth]) / tenth, sum(self.loss[-tenth:]) / tenth
+        return f"loss {first:.4g} -> {last:.4g} in {len(self.loss)} steps, learning rate up to {max(self.lr):.3g}"
+
+
+def adamw(parameters: list[nn.Parameter], lr: float) -> Optimizer:
+    """AdamW with a weight decay of 0.01 on matrices and none on biases and scales."""
+    matrices = [parameter for parameter in parameters if parameter.dim() > 1]
+    others = [parameter for parameter in parameters if parameter.dim() < 2]
+    groups: list[dict[str, Any]] = [{"params": matrices}, {"params": others, "weight_decay": 0.0}]
+    return AdamW([group for group in groups if group["params"]], lr=lr)
+
+
+def warmup_cosine(progress: float, *, warmup: float = 0.1) -> float:
+    """Rise linearly during the first part `warmup` of the steps, then fall to 0 along a half cosine."""
+    if progress < warmup:
+        return progress / warmup
+    return (1 + math.cos(math.pi * (progress - warmup) / (1 - warmup))) / 2
+
+
+@recovery(source="Han et al. 2015, arXiv:1506.02626; learning rates: Renda et al. 2020, arXiv:2003.02389")
+def finetune(
+    model: nn.Module,
+    data: Iterable[Any],
+    loss: Loss,
+    *,
+    steps: int,
+    lr: float,
+    optimizer: OptimizerFactory = adamw,
+    rate: Rate = warmup_cosine,
+    clip: float = 1.0,
+    on_step: OnStep | None = None,
+    seed: int = 0,
+) -> Curve:
+    """Train `model` in place for `steps` steps and return the curve; masks that it carries stay in force.
+
+    At step t the learning rate is `lr * rate((t + 1/2) / steps)`. The model trains in training mode, and every module
+    gets its flag back. Only parameters with `requires_grad` are trained.
+
+    data: batches, passed over again until the steps are done. clip: largest norm of the gradient, 0 for no limit.
+    seed: of dropout and shuffling; the caller's random state is left as it was.
+
+    `CheckFailed` if loss or gradient is not finite: the model then has the last weights that gave a finite loss.
+    """
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    _check(steps, lr, trained)
+    optim = optimizer(trained, lr)
+    bases = [group["lr"] for group in optim.param_groups]
+    losses: list[float] = []
+    rates: list[float] = []
+    safe = _Safe(model)
+    with mode(model, training=True), _seeded(model, seed), Pruner(model, optim):
+        for step, batch in enumerate(_cycle(data, steps)):
+            factor = rate((step + 0.5) / steps)
+            for group, base in zip(optim.param_groups, bases, strict=True):
+                group["lr"] = base * factor
+            optim.zero_grad(set_to_none=True)
+            value = _scalar(loss(model, batch))
+            safe.check(value, f"the loss became {value.item()} at step {step}", lr)
+            safe.keep()
+            value.backward()  # type: ignore[no-untyped-call]
+            norm = nn.utils.clip_grad_norm_(trained, clip or math.inf)
+            safe.check(norm, f"the gradient became {norm.item()} at step {step}", lr)
+            optim.step()
+            losses.append(value.item())
+            rates.append(lr * factor)
+            if on_step:
+                on_step(step, losses[-1], rates[-1])
+    optim.zero_grad(set_to_none=True)
+    return Curve(tuple(losses), tuple(rates))
+
+
+def _check(steps: int, lr: float, trained: list[nn.Parameter]) -> None:
+    if steps < 1 or not 0 < lr < math.inf:
+        raise RequestError(f"cannot train {steps} steps at lr={lr:g}", "both must be positive", "for example lr=1e-4")
+    if not trained:
+        raise RequestError(
+            "no parameter of the model requires a gradient", "all are frozen", "call model.requires_grad_(True)"
+        )
+
+
+def _scalar(value: Tensor) -> Tensor:
+    if value.numel() == 1:
+        return value.reshape(())
+    raise RequestError(
+        f"the loss has shape {tuple(value.shape)}", "one number is needed", "for example return losses.mean()"
+    )
+
+
+class _Safe:
+    """A copy of the last state that gave a finite loss."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.live = [*model.parameters(), *model.buffers()]
+        self.copy: list[Tensor] = [tensor.detach().clone() for tensor in self.live]
+
+    def keep(self) -> None:
+        """The present state is good: copy it."""
+        with torch.no_grad():
+            for saved, tensor in zip(self.copy, self.live, strict=True):
+                saved.copy_(tensor)
+
+    def check(self, value: Tensor, what: str, lr: float) -> None:
+        """Put the copy back and raise if `value` is not finite."""
+        if bool(torch.isfinite(value)):
+            return
+        with torch.no_grad():
+            for saved, tensor in zip(self.copy, self.live, strict=True):
+                tensor.copy_(saved)
+        raise CheckFailed(
+            what,
+            "the model has its last good weights back",
+            f"use a learning rate smaller than {lr:g}, or check the data",
+        )
+
+
+def _cycle(data: Iterable[Any], steps: int) -> Iterator[Any]:
+    """`steps` batches, starting over when the data ends."""
+    done = 0
+    while done < steps:
+        for batch in batches(data):
+            yield batch
+            done += 1
+            if done == steps:
+                return
+
+
+@contextmanager
+def _seeded(model: nn.Module, seed: int) -> Iterator[None]:
+    devices = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
+    with torch.random.fork_rng(devices=list(devices)):
+        torch.manual_seed(seed)
+        yield

@@ -1,0 +1,100 @@
+"""Ridge regression from running sums: nothing but `(in, in)` and `(in, out)` matrices is ever stored."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from prunella.types import Gram
+
+SMALLEST = 1e-12
+"""First damping tried when the matrix is singular, relative to its mean diagonal."""
+SINGULAR = 1e-13
+"""Squared ratio of Cholesky's smallest to largest pivot below which a matrix counts as singular."""
+
+
+@dataclass(frozen=True)
+class Solution:
+    """`change` `(in, out)`, `shift` `(out,)` for the bias; squared error before and after; damping used."""
+
+    change: Tensor
+    shift: Tensor
+    before: float
+    after: float
+    damping: float
+
+
+class Sums:
+    """Sums over tokens of inputs X `(tokens, in)`, residuals R and expected outputs Y `(tokens, out)`, in float64.
+
+    With `centred`, X is taken relative to the mean of its first batch, so that no digits are lost in large offsets.
+    """
+
+    def __init__(self, *, centred: bool) -> None:
+        self.centred = centred
+        self.tokens = 0
+        self.squares = 0.0
+
+    def add(self, x: Tensor, y: Tensor, residual: Tensor) -> None:
+        """Add tokens."""
+        x, y, residual = x.double(), y.double(), residual.double()
+        if not self.tokens:
+            self.x_origin = x.mean(0) if self.centred else x.new_zeros(x.shape[1])
+            self.y_origin = y.mean(0)
+            self.x, self.y, self.r = x.new_zeros(x.shape[1]), y.new_zeros(y.shape[1]), y.new_zeros(y.shape[1])
+            self.y_squares = y.new_zeros(y.shape[1])
+            self.gram: Gram = x.new_zeros(x.shape[1], x.shape[1])
+            self.cross = x.new_zeros(x.shape[1], y.shape[1])
+        x, y = x - self.x_origin, y - self.y_origin
+        self.tokens += x.shape[0]
+        self.x += x.sum(0)
+        self.r += residual.sum(0)
+        self.y += y.sum(0)
+        self.y_squares += y.square().sum(0)
+        self.gram.addmm_(x.T, x)
+        self.cross.addmm_(x.T, residual)
+        self.squares += float(residual.square().sum())
+
+    @property
+    def finite(self) -> bool:
+        """Whether every sum is finite."""
+        return bool(torch.isfinite(self.gram.sum() + self.cross.sum() + self.y_squares.sum()))
+
+    @property
+    def variation(self) -> float:
+        """Sum of squares of Y around its mean."""
+        return float((self.y_squares - self.y.square() / self.tokens).clamp_min(0).sum())
+
+    def solve(self, ridge: float) -> Solution:
+        """`min over D, s of |R - X D - s|^2 + ridge * mean(diag(X^T X)) * |D|^2`; s is 0 unless centred."""
+        gram, cross, total, shift = self.gram, self.cross, self.squares, torch.zeros_like(self.r)
+        if self.centred:
+            gram = gram - torch.outer(self.x, self.x) / self.tokens
+            cross = cross - torch.outer(self.x, self.r) / self.tokens
+            total = total - float(self.r.square().sum()) / self.tokens
+        change, damping = damped_solve(gram, cross, ridge)
+        after = total - 2 * float((change * cross).sum()) + float((change * (gram @ change)).sum())
+        if self.centred:
+            shift = self.r / self.tokens - (self.x_origin + self.x / self.tokens) @ change
+        return Solution(change, shift, self.squares, max(after, 0.0), damping)
+
+
+def damped_solve(gram: Gram, cross: Tensor, ridge: float) -> tuple[Tensor, float]:
+    """Solve `(G + damping * mean(diag(G)) I) D = C` by Cholesky, and say which damping it took.
+
+    Damping starts at `ridge` and grows tenfold from 1e-12 while the matrix is numerically singular. A zero matrix gives
+    a zero solution.
+    """
+    scale = float(gram.diagonal().mean())
+    if scale <= 0:
+        return torch.zeros_like(cross), ridge
+    damping = ridge
+    while True:
+        damped = gram + damping * scale * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+        factor, failed = torch.linalg.cholesky_ex(damped)
+        pivots = factor.diagonal()
+        if not int(failed) and float((pivots.min() / pivots.max()) ** 2) > SINGULAR:
+            return torch.cholesky_solve(cross, factor), damping
+        damping = max(10 * damping, SMALLEST)

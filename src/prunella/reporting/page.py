@@ -1,0 +1,158 @@
+"""The report as one HTML file: no scripts, nothing fetched, light and dark, desktop, phone and paper."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from prunella.files import write_atomic
+from prunella.reporting.chart import NARROW, curve_chart, latency_chart
+from prunella.reporting.report import LayerLine, Metric, Report, shown
+
+_FOLDER = Path(__file__).parent
+_FOLD_AFTER = 24
+"""Longer tables start folded."""
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One number that a reader wants first. `tone`: good, plain or none."""
+
+    label: str
+    value: str
+    detail: str
+    tone: str = "plain"
+
+
+@dataclass(frozen=True)
+class Kept:
+    """One reason why positions were not pruned, and where it applies."""
+
+    reason: str
+    where: str
+    names: tuple[str, ...]
+
+
+def write_page(report: Report, path: str | os.PathLike[str]) -> Path:
+    """Write the page, atomically. Errors: RequestError when the file cannot be written."""
+    return write_atomic(path, render_page(report).encode())
+
+
+def render_page(report: Report) -> str:
+    """The page as text. Everything that comes from a model (names above all) is escaped."""
+    environment = Environment(
+        loader=FileSystemLoader(_FOLDER),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(shown=shown, percent=_percent, shape=_shape, sentence=_sentence, minus=_minus)
+    shares = _shares(report)
+    context: dict[str, Any] = {
+        "report": report,
+        "tiles": tiles(report),
+        "style": Markup((_FOLDER / "report.css").read_text(encoding="utf-8")),
+        "latency_charts": (latency_chart(report.latency), latency_chart(report.latency, NARROW)),
+        "curve_charts": _curve_charts(report),
+        "kept": why_kept(report),
+        "shares": shares,
+        "most_share": max((share for _, *both in shares for share in both), default=0.0) or 1.0,
+        "most_macs": max((layer.macs_before for layer in report.layers), default=0) or 1,
+        "fold_after": _FOLD_AFTER,
+        "recipe": json.dumps(dict(report.recipe), indent=2, default=str) if report.recipe else "",
+        "headline": headline(report),
+    }
+    return environment.get_template("report.html").render(context)
+
+
+def headline(report: Report) -> str:
+    """The verdict in a dozen words; the interval follows below it."""
+    ratio = report.latency.ratio
+    if ratio.low > 1:
+        speed = f"{ratio.value:.2f}× faster"
+    elif ratio.high < 1:
+        speed = f"{1 / ratio.value:.2f}× slower"
+    else:
+        speed = "no faster on this device"
+    first = report.smaller[0]
+    scores = [m for m in report.metrics if m.unit == "score"]
+    quality = f", {scores[0].name} {scores[0].before:.3g} → {scores[0].after:.3g}" if scores else ""
+    joined = f"{first} and {speed}" if ratio.low > 1 and first != "not smaller" else f"{first}, {speed}"
+    return f"{_sentence(joined)}{quality}."
+
+
+def tiles(report: Report) -> tuple[Tile, ...]:
+    """Speed, size and quality, in that order."""
+    ratio = report.latency.ratio
+    speed, label = (ratio.value, "faster") if ratio.value >= 1 else (1 / ratio.value, "slower")
+    took = report.metric("latency")
+    interval = f"95 % interval {ratio.low:.2f} to {ratio.high:.2f}"
+    sure = ratio.low > 1 or ratio.high < 1
+    first = Tile(
+        "Latency" if sure else "Latency: no speed-up shown",
+        f"{speed:.2f}× {label}" if sure else f"{ratio.value:.2f}×",
+        f"{shown(took.before, 'seconds')} → {shown(took.after, 'seconds')}; {interval}",
+        "good" if ratio.low > 1 else "plain",
+    )
+    wanted = ("multiply-adds", "parameters", "non-zero weights", "size on disk")
+    sizes = [_size_tile(m) for name in wanted for m in report.metrics if m.name == name]
+    scores = [
+        Tile(m.name, f"{m.after:.4g}", f"{m.before:.4g} before, {m.change}")
+        for m in report.metrics
+        if m.unit == "score"
+    ]
+    return (first, *sizes[:2], *scores[:1]) if scores else (first, *sizes[:3])
+
+
+def why_kept(report: Report) -> tuple[Kept, ...]:
+    """What was not pruned, one entry for each reason and place in the source."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for entry in report.frozen:
+        text = f"{entry.entity}, axis {entry.axis} ({entry.count:,})"
+        found.setdefault((entry.reason, entry.where), []).append(text)
+    return tuple(Kept(reason, where, tuple(names)) for (reason, where), names in found.items())
+
+
+def _size_tile(metric: Metric) -> Tile:
+    fewer = metric.after < metric.before
+    value = f"{metric.remaining - 1:+.0%}" if metric.after != metric.before else "same"
+    detail = f"{shown(metric.before, metric.unit)} → {shown(metric.after, metric.unit)}"
+    return Tile(metric.name, _minus(value), detail, "good" if fewer else "plain")
+
+
+def _curve_charts(report: Report) -> tuple[Any, ...]:
+    if report.curve is None or not report.curve.points:
+        return ()
+    return curve_chart(report.curve), curve_chart(report.curve, NARROW)
+
+
+def _shares(report: Report) -> tuple[tuple[LayerLine, float, float], ...]:
+    """Each layer with its share of the whole pass, before and after."""
+    before, after = (seconds or 1.0 for seconds in report.pass_seconds)
+    return tuple((one, one.seconds_before / before, one.seconds_after / after) for one in report.layers)
+
+
+def _percent(value: float, digits: int = 0) -> str:
+    return f"{value:.{digits}%}"
+
+
+def _sentence(text: str) -> str:
+    """A capital first letter; the rest, names above all, as it was."""
+    return text[:1].upper() + text[1:]
+
+
+def _minus(text: str) -> str:
+    """A hyphen before a number as a minus sign."""
+    return re.sub(r"(?<![\w.])-(?=\d)", "−", text)
+
+
+def _shape(shape: tuple[int, ...]) -> str:
+    return "×".join(map(str, shape))

@@ -1,0 +1,318 @@
+"""The dense model and the pruned one side by side: counted, measured, compared, as one frozen value.
+
+`str(report)` is a table, `report.json()` is data, `page.write_page` makes the HTML page.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+import prunella
+from prunella.forward import forward, mode, tensors
+from prunella.graph.oracle import relative_error
+from prunella.graph.structure import Frozen
+from prunella.pipeline import Inputs, Plan
+from prunella.reporting.count import count, macs_by_module
+from prunella.reporting.latency import Comparison, compare_latency
+from prunella.reporting.profile import peak_memory, time_by_layer
+
+Quality = Sequence[tuple[str, float, float]]
+Unit = Literal["score", "count", "bytes", "seconds"]
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One measure before and after. `interval`: 95 %, of the ratio before / after, where it was measured."""
+
+    name: str
+    before: float
+    after: float
+    unit: Unit
+    interval: tuple[float, float] | None = None
+    note: str = ""
+
+    @property
+    def remaining(self) -> float:
+        """`after / before`."""
+        return self.after / self.before if self.before else math.nan
+
+    @property
+    def change(self) -> str:
+        """The change in words: a difference for scores, else a percentage."""
+        if self.note:
+            return self.note
+        if self.unit == "score":
+            return f"{self.after - self.before:+.3g}"
+        if not self.before:
+            return ""
+        return "same" if self.after == self.before else f"{self.remaining - 1:+.1%}"
+
+
+@dataclass(frozen=True)
+class LayerLine:
+    """One layer with a weight. `width` is what the plan keeps of it, (kept, total), where it was pruned."""
+
+    name: str
+    shape_before: tuple[int, ...]
+    shape_after: tuple[int, ...]
+    sparsity: float
+    macs_before: int
+    macs_after: int
+    seconds_before: float
+    seconds_after: float
+
+    @property
+    def changed(self) -> bool:
+        """Whether it has another shape than before."""
+        return self.shape_before != self.shape_after
+
+
+@dataclass(frozen=True)
+class Width:
+    """What a plan keeps of one group of units, or of one masked weight."""
+
+    name: str
+    kind: str
+    kept: int
+    total: int
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Quality while the model recovers. `reference`: the dense model's value."""
+
+    points: tuple[tuple[float, float], ...]
+    name: str = "quality"
+    steps: str = "step"
+    reference: float | None = None
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything that is known of a pruned model next to the one it came from."""
+
+    model: str
+    inputs: str
+    metrics: tuple[Metric, ...]
+    latency: Comparison
+    difference: float
+    layers: tuple[LayerLine, ...]
+    widths: tuple[Width, ...]
+    frozen: tuple[Frozen, ...]
+    curve: Curve | None
+    target: tuple[str, str] | None
+    recipe: Mapping[str, Any]
+    environment: Mapping[str, str]
+    command: str = ""
+    pass_seconds: tuple[float, float] = (0.0, 0.0)
+
+    def metric(self, name: str) -> Metric:
+        """The metric of that name; KeyError if there is none."""
+        found = next((metric for metric in self.metrics if metric.name == name), None)
+        if found is None:
+            raise KeyError(name)
+        return found
+
+    @property
+    def verdict(self) -> str:
+        """One sentence: smaller by, faster by with its interval, quality before and after."""
+        scores = [f"{m.name} {m.before:.4g} → {m.after:.4g}" for m in self.metrics if m.unit == "score"]
+        parts = [*self.smaller, f"{self.latency.ratio.verdict}", *scores[:2]]
+        return "; ".join(parts)
+
+    @property
+    def smaller(self) -> tuple[str, ...]:
+        """How much smaller, by what was asked first; or that it is not."""
+        named = (("multiply-adds", "multiply-adds"), ("parameters", "parameters"), ("non-zero weights", "weights"))
+        found = [(label, m) for name, label in named for m in self.metrics if m.name == name and m.after < m.before]
+        parts = [f"{1 - m.remaining:.0%} fewer {label}" for label, m in found]
+        return tuple(parts[:2]) if parts else ("not smaller",)
+
+    def data(self) -> dict[str, Any]:
+        """The report as JSON-able data."""
+        body = asdict(self)
+        body["metrics"] = [{**asdict(m), "change": m.change} for m in self.metrics]
+        ratio = self.latency.ratio
+        body["latency"] = {
+            "median_seconds": {one.name: one.median for one in self.latency.latencies},
+            "quartiles_seconds": {one.name: one.quartiles for one in self.latency.latencies},
+            "ratio": asdict(ratio),
+            **{key: getattr(self.latency, key) for key in ("rounds", "warmup", "threads", "device", "seed")},
+        }
+        return {"verdict": self.verdict, **body}
+
+    def json(self) -> str:
+        """The report as JSON text; numbers that are not finite become null."""
+        return json.dumps(_finite(self.data()), indent=2, default=str, allow_nan=False)
+
+    def __str__(self) -> str:
+        rows = [("", "dense", "pruned", "change")]
+        rows += [(m.name, shown(m.before, m.unit), shown(m.after, m.unit), m.change) for m in self.metrics]
+        widths = [max(len(row[i]) for row in rows) for i in range(4)]
+        table = [f"{a:<{widths[0]}}  {b:>{widths[1]}}  {c:>{widths[2]}}  {d}".rstrip() for a, b, c, d in rows]
+        said = f"{self.model} on {self.inputs}: {self.verdict}"
+        end = [f"outputs differ by at most {self.difference:.2g} times the largest one", *self._measured()]
+        return "\n".join([said, "", *table, "", *end])
+
+    def _measured(self) -> list[str]:
+        took = self.latency
+        how = f"medians of {took.rounds} interleaved rounds, {took.threads} threads"
+        lines = [f"latency: {how}, {self.environment['processor']}"]
+        if self.target:
+            lines.insert(0, f"asked {self.target[0]}, got {self.target[1]}")
+        return lines
+
+
+def report(
+    dense: nn.Module,
+    small: nn.Module,
+    inputs: Inputs,
+    *,
+    plan: Plan | None = None,
+    quality: Quality = (),
+    curve: Curve | None = None,
+    command: str = "",
+    rounds: int = 40,
+) -> Report:
+    """Compare `small` with `dense` on one batch: counts, latency side by side, peak memory, output difference.
+
+    plan: adds what was kept of each group, what was not pruned and why, and the target. quality: (name, before,
+    after) of your own measures. curve: how quality recovered. command: how to make this again. rounds: of the
+    latency measurement. Both models run in eval mode and are left as they were.
+    """
+    with mode(dense, training=False), mode(small, training=False), torch.no_grad():
+        latency = compare_latency(
+            {"dense": lambda: forward(dense, inputs), "pruned": lambda: forward(small, inputs)},
+            rounds=rounds,
+            device=str(_device(dense)),
+        )
+        outputs = [[t.cpu() for t in tensors(forward(model, inputs))] for model in (dense, small)]
+    seconds = time_by_layer({"dense": dense, "pruned": small}, inputs)
+    macs = macs_by_module(dense, inputs), macs_by_module(small, inputs)
+    return Report(
+        model=type(dense).__name__,
+        inputs=" + ".join("×".join(map(str, t.shape)) for t in tensors(inputs)),
+        metrics=_metrics(dense, small, inputs, quality, latency, (sum(macs[0].values()), sum(macs[1].values()))),
+        latency=latency,
+        difference=relative_error(*outputs),
+        layers=_layers(dense, small, macs, (seconds["dense"], seconds["pruned"])),
+        widths=tuple(Width(row.name, row.kind, row.kept, row.total) for row in plan.rows) if plan else (),
+        frozen=plan.frozen if plan else (),
+        curve=curve,
+        target=(str(plan.target), _got(plan)) if plan else None,
+        recipe=dict(plan.recipe) if plan else {},
+        environment=environment(latency),
+        command=command,
+        pass_seconds=(sum(seconds["dense"].values()), sum(seconds["pruned"].values())),
+    )
+
+
+def environment(latency: Comparison) -> dict[str, str]:
+    """Versions and the machine, without names of people, hosts or folders."""
+    return {
+        "prunella": prunella.__version__,
+        "torch": str(torch.__version__),
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "processor": _processor(latency.device),
+        "threads": f"{latency.threads} of {os.cpu_count()} cores",
+        "rounds": f"{latency.rounds} after {latency.warmup} warm-up calls",
+        "seed": str(latency.seed),
+    }
+
+
+def shown(value: float, unit: Unit) -> str:
+    """A number for people: 11.7 M, 44.6 MB, 12.3 ms."""
+    if not math.isfinite(value):
+        return "–"
+    if unit == "score":
+        return f"{value:.4g}"
+    if unit == "seconds":
+        return f"{value * 1e3:.3g} ms" if value < 1 else f"{value:.3g} s"
+    for power, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= power:
+            return f"{_three(value / power)} {letter}" + ("B" if unit == "bytes" else "")
+    return f"{value:.0f}" + (" B" if unit == "bytes" else "")
+
+
+def _three(value: float) -> str:
+    return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+
+
+def _metrics(
+    dense: nn.Module, small: nn.Module, inputs: Inputs, quality: Quality, latency: Comparison, macs: tuple[int, int]
+) -> tuple[Metric, ...]:
+    a, b = count(dense), count(small)
+    ratio, (first, second) = latency.ratio, latency.latencies[:2]
+    found = [Metric(name, before, after, "score") for name, before, after in quality]
+    found += [Metric("parameters", a.params, b.params, "count")]
+    if b.nonzero < b.total:
+        found.append(Metric("non-zero weights", a.nonzero, b.nonzero, "count"))
+    return (
+        *found,
+        Metric("multiply-adds", *macs, "count"),
+        Metric("size on disk", a.bytes, b.bytes, "bytes"),
+        Metric("latency", first.median, second.median, "seconds", (ratio.low, ratio.high), ratio.verdict),
+        Metric("peak memory", peak_memory(dense, inputs), peak_memory(small, inputs), "bytes"),
+    )
+
+
+def _layers(
+    dense: nn.Module,
+    small: nn.Module,
+    macs: tuple[Mapping[str, int], Mapping[str, int]],
+    seconds: tuple[Mapping[str, float], Mapping[str, float]],
+) -> tuple[LayerLine, ...]:
+    """Leaf modules of both models that have a weight of two axes or more."""
+    others, found = dict(small.named_modules()), []
+    for name, module in dense.named_modules():
+        old, new = getattr(module, "weight", None), getattr(others.get(name), "weight", None)
+        if not isinstance(old, torch.Tensor) or not isinstance(new, torch.Tensor) or old.dim() < 2:
+            continue
+        zero = 1 - int(torch.count_nonzero(new)) / new.numel() if new.numel() else 0.0
+        cost = [side.get(name, 0) for side in macs]
+        took = [side.get(name, 0.0) for side in seconds]
+        found.append(LayerLine(name, tuple(old.shape), tuple(new.shape), zero, cost[0], cost[1], took[0], took[1]))
+    return tuple(found)
+
+
+def _got(plan: Plan) -> str:
+    name = plan.target.name
+    if name == "sparsity":
+        total = sum(row.total for row in plan.rows)
+        return f"sparsity={1 - sum(row.kept for row in plan.rows) / total:.4g}" if total else "sparsity=0"
+    before, after = getattr(plan.before, name), getattr(plan.after, name)
+    return f"{name}={after / before if plan.target.value <= 1 else after:.4g}"
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next((p.device for p in model.parameters()), torch.device("cpu"))
+
+
+def _processor(device: str) -> str:
+    if device.startswith("cuda"):
+        return str(torch.cuda.get_device_name(device))
+    if sys.platform.startswith("linux"):
+        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
+            for line in file:
+                if line.startswith("model name"):
+                    return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): _finite(item) for key, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, list | tuple) else value

@@ -1,0 +1,74 @@
+"""When to prune: functions from progress in [0, 1] to the fraction in [0, 1] of the final target.
+
+Progress is `step / steps`. Every schedule runs from exactly 0 to exactly 1 and never falls. At a final sparsity `s` the
+sparsity is `s * schedule(progress)`; `prunella.Pruner` does the same for budgets of parameters, MACs and bytes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from prunella.errors import RequestError
+from prunella.method import schedule
+
+Schedule = Callable[[float], float]
+
+
+def _checked(progress: float) -> float:
+    if not 0 <= progress <= 1:
+        raise RequestError(f"progress {progress:g} is out of range", "a schedule takes a number from 0 to 1", "")
+    return progress
+
+
+@schedule(source="LeCun et al. 1990, Optimal Brain Damage; the usual setting after training")
+def one_shot(progress: float) -> float:
+    """Everything at the first update.
+
+    `f(p) = 1 for p > 0, else 0`.
+    """
+    return float(_checked(progress) > 0)
+
+
+@schedule(source="Han et al. 2015, arXiv:1506.02626 (prune in equal steps)")
+def linear(progress: float) -> float:
+    """The same amount at every update.
+
+    `f(p) = p`.
+    """
+    return _checked(progress)
+
+
+@schedule(source="Zhu and Gupta 2017, arXiv:1710.01878")
+def cubic(progress: float) -> float:
+    """Fast while there is much to remove, slow at the end (AGP).
+
+    `f(p) = 1 - (1 - p)^3`. At a final sparsity of 0.9 the sparsity is 0.2439, 0.5203, 0.7875, 0.8859 and 0.9 at
+    p = 0.1, 0.25, 0.5, 0.75 and 1.
+    """
+    return 1 - (1 - _checked(progress)) ** 3
+
+
+@schedule(source="Loshchilov and Hutter 2017, arXiv:1608.03983 (the curve, there for the learning rate)")
+def cosine(progress: float) -> float:
+    """Slow at both ends.
+
+    `f(p) = (1 - cos(pi p)) / 2`.
+    """
+    return (1 - math.cos(math.pi * _checked(progress))) / 2
+
+
+@schedule(source="Tanaka et al. 2020, arXiv:2006.05467")
+def exponential(progress: float, *, rho: float = 100.0) -> float:
+    """Remove the same fraction of the survivors at every update (SynFlow).
+
+    `f(p) = (1 - rho^-p) / (1 - 1/rho)`: at a final density of `1 / rho` the density after update k of n is
+    `rho^(-k/n)`, for rho = 100 and n = 5: 0.3981, 0.1585, 0.0631, 0.0251, 0.01.
+
+    rho: compression ratio, above 1; the reciprocal of the final density gives SynFlow's own schedule.
+    """
+    if rho <= 1:
+        raise RequestError(f"rho={rho:g} is out of range", "rho is a compression ratio, above 1", "for example rho=100")
+    if _checked(progress) == 1:
+        return 1.0
+    return float((1 - rho**-progress) / (1 - 1 / rho))

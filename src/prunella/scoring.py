@@ -1,0 +1,224 @@
+"""From a criterion to one score per unit or per weight, at whatever level the criterion speaks.
+
+The shape that a criterion returns is its level: `(out, in)` weights, `(out,)` output rows, `(units,)` units. A coarser
+granularity reduces it, a finer one is refused.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prunella.errors import BadInput, NotSupported, RequestError
+from prunella.granularity.structure import Reduce, reduce_to_units
+from prunella.graph.structure import Group, Layer, Member
+from prunella.graph.view import from_matrix, to_matrix
+from prunella.method import Scope, needs_of, scope_of
+from prunella.stats.collect import Statistics
+from prunella.stats.subject import Subject
+from prunella.types import Saliency, Scores
+
+Criterion = Callable[..., Tensor]
+PER_UNIT = frozenset({"unit_weight", "norm_scale", "gate_grad", "noise"})
+"""Statistics that exist for each unit of a group; the others exist for each weight."""
+_ONLY_UNITS = frozenset({"unit_weight", "norm_scale"})
+_ROLES: dict[Scope, tuple[str, ...]] = {
+    "producer": ("out",),
+    "consumer": ("in",),
+    "group": ("out", "in", "bias", "scale", "shift", "other"),
+}
+
+
+class Absent(Exception):
+    """A statistic that this group or layer does not have; it is left alone, with this reason."""
+
+
+def unwrap(function: Any) -> Any:
+    """The function under any `functools.partial`."""
+    while isinstance(function, partial):
+        function = function.func
+    return function
+
+
+def name_of(function: Any) -> str:
+    """A function's or class's name as users write it, without the underscore that avoids a builtin."""
+    return str(getattr(unwrap(function), "__name__", repr(function))).rstrip("_")
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """A criterion with everything that it may ask for."""
+
+    criterion: Criterion
+    subject: Subject
+    statistics: Statistics
+    seed: int = 0
+
+    @property
+    def name(self) -> str:
+        """The criterion's name, for messages."""
+        return name_of(self.criterion)
+
+    def weights(self, layer: Layer) -> Saliency:
+        """A score for every weight of a layer, as the matrix `(out, in)`, on the CPU."""
+        needs = needs_of(self.criterion)
+        lacking = next((need for need in needs if need in _ONLY_UNITS), None)
+        if lacking:
+            raise RequestError(
+                f"{self.name} scores units, not single weights",
+                f"`{lacking}` exists for each channel or head",
+                "use granularity=Channel() or Head()",
+            )
+        scores = self._on_matrix(layer.entity)
+        shape = to_matrix(self.subject.parameters[layer.entity], layer).shape
+        if scores.shape != shape:
+            raise RequestError(
+                f"{self.name} gives shape {tuple(scores.shape)} for the matrix {tuple(shape)} of {layer.name}",
+                "a mask needs one score for each weight",
+                "use granularity=Channel() or a criterion that scores weights",
+            )
+        single = torch.promote_types(scores.dtype, torch.float32)
+        return self._finite(scores, layer.name).detach().to("cpu", single)
+
+    def units(self, group: Group, reduce: Reduce) -> Scores:
+        """A score for every unit of a group, `(units,)` in float64 on the CPU. Raises Absent."""
+        needs = frozenset(needs_of(self.criterion))
+        if needs <= PER_UNIT:
+            scores = self.criterion(*[self._of_unit(need, group) for need in needs_of(self.criterion)])
+        elif needs & (PER_UNIT - {"noise"}):
+            raise RequestError(
+                f"{self.name} asks for numbers per unit and per weight together",
+                f"per unit are {', '.join(sorted(needs & PER_UNIT))}, per weight {', '.join(sorted(needs - PER_UNIT))}",
+                "a criterion for channels asks for one kind only",
+            )
+        else:
+            scores = reduce_to_units(self._parts(group), group.size, reduce)
+        if scores.shape != (group.size,):
+            raise RequestError(f"{self.name} gives shape {tuple(scores.shape)} for {group.size} units of {group.name}")
+        return self._finite(scores, group.name).detach().double().cpu()
+
+    def _finite(self, scores: Tensor, where: str) -> Tensor:
+        if not bool(torch.isfinite(scores).all()):
+            bad = int((~torch.isfinite(scores)).sum())
+            todo = "look at the calibration data and the loss, or run in float32"
+            raise BadInput(f"{self.name} gives {bad} scores for {where} that are not finite", "", todo)
+        return scores
+
+    # -- units ---------------------------------------------------------------------------------------------------
+
+    def _of_unit(self, need: str, group: Group) -> Tensor:
+        if need == "noise":
+            return self._noise(group.name, (group.size,))
+        if need == "norm_scale":
+            return self._norm_scale(group)
+        if need == "unit_weight":
+            return self._unit_weight(group)
+        value = self.statistics.get(need, group.name)
+        if value is None:
+            raise Absent(f"{self.name} needs `{need}`, which this group does not have")
+        return value
+
+    def _norm_scale(self, group: Group) -> Scores:
+        parts = [
+            (_by_position(self._parameter(m).abs(), m.axis)[torch.from_numpy(m.index)], torch.from_numpy(m.unit))
+            for m in group.members
+            if m.role == "scale" and m.entity in self.subject.parameters
+        ]
+        if not parts:
+            raise Absent(f"{self.name} needs `norm_scale`, and no normalisation with a scale acts on these units")
+        return reduce_to_units(parts, group.size, Reduce.MEAN)
+
+    def _unit_weight(self, group: Group) -> Tensor:
+        """All weights of each unit in the criterion's scope, one row a unit."""
+        blocks = []
+        for member in self._members(group):
+            index, unit = torch.from_numpy(member.index), torch.from_numpy(member.unit)
+            counts = torch.bincount(unit, minlength=group.size)
+            if bool((counts != counts[0]).any()):
+                raise NotSupported(f"units of {group.name} have different numbers of weights in {member.entity}")
+            values = _by_position(self._parameter(member), member.axis)
+            blocks.append(values[index[unit.argsort(stable=True)]].reshape(group.size, -1).double())
+        if not blocks:
+            raise Absent(f"{self.name} needs `unit_weight`, and this group has no weights in its scope")
+        return torch.cat(blocks, 1)
+
+    # -- weights -------------------------------------------------------------------------------------------------
+
+    def _parts(self, group: Group) -> list[tuple[Tensor, Tensor]]:
+        """Saliencies at the positions of every member in scope, with the unit of each position."""
+        parts, reason = [], f"no weights in the scope of {self.name}"
+        for member in self._members(group):
+            try:
+                values = self._along(member)
+            except Absent as error:
+                reason = str(error)
+                continue
+            if values is not None:
+                parts.append((values.detach().cpu()[torch.from_numpy(member.index)], torch.from_numpy(member.unit)))
+        if not parts:
+            raise Absent(reason)
+        return parts
+
+    def _along(self, member: Member) -> Tensor | None:
+        """Saliencies by position on the member's axis; None if they are per row and this axis is not the rows."""
+        layer = self.subject.layer_of.get(member.entity)
+        scores = self._on_matrix(member.entity)
+        if scores.dim() == 1:
+            return scores.unsqueeze(1) if member.axis == (layer.out_axis if layer else 0) else None
+        weight = self.subject.parameters[member.entity]
+        return _by_position(from_matrix(scores, weight, layer) if layer else scores.reshape(weight.shape), member.axis)
+
+    def _on_matrix(self, entity: str) -> Tensor:
+        """The criterion on one parameter seen as a matrix: `(out, in)` or `(out,)`."""
+        scores = self.criterion(*[self._of_matrix(need, entity) for need in needs_of(self.criterion)])
+        rows = self._matrix(entity, self.subject.parameters[entity]).shape[0]
+        if scores.dim() not in (1, 2) or scores.shape[0] != rows:
+            raise RequestError(
+                f"{self.name} gives shape {tuple(scores.shape)} for {entity}", f"({rows}, in) or ({rows},) is needed"
+            )
+        return scores
+
+    def _of_matrix(self, need: str, entity: str) -> Tensor:
+        if need == "weight":
+            return self._matrix(entity, self.subject.parameters[entity].detach())
+        if need == "noise":
+            weight = self.subject.parameters[entity]
+            return self._noise(entity, tuple(self._matrix(entity, weight).shape)).to(weight.device)
+        value = self.statistics.get(need, entity)
+        if value is None:
+            raise Absent(f"{self.name} needs `{need}`, and {entity} did not run on the data")
+        if need == "gate_grad":
+            return torch.stack([self._matrix(entity, batch) for batch in value])
+        matrix = self._matrix(entity, value)
+        if need == "input_norm" and bool((matrix == matrix[:1]).all()):
+            return matrix[0]
+        return matrix
+
+    def _matrix(self, entity: str, value: Tensor) -> Tensor:
+        layer = self.subject.layer_of.get(entity)
+        if layer is not None:
+            return to_matrix(value, layer)
+        return value.flatten(1) if value.dim() > 1 else value.reshape(-1, 1)
+
+    def _members(self, group: Group) -> list[Member]:
+        roles = _ROLES[scope_of(unwrap(self.criterion))]
+        return [m for m in group.members if m.role in roles and m.entity in self.subject.scored]
+
+    def _parameter(self, member: Member) -> Tensor:
+        return self.subject.parameters[member.entity].detach().cpu()
+
+    def _noise(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        # By name, so that leaving a group out does not change the numbers of the others. The generator takes 32 bits.
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{self.seed} {name}".encode()))
+        return torch.rand(shape, generator=generator, dtype=torch.float64)
+
+
+def _by_position(values: Tensor, axis: int) -> Tensor:
+    """A parameter's values by position on one axis: `(positions, all others)`."""
+    return values.movedim(axis, 0).reshape(values.shape[axis], -1)

@@ -1,0 +1,179 @@
+"""Statistics of what a weight multiplies.
+
+The multiplications are watched below autograd, where every one of them (linear, addmm, matmul, convolution, whatever
+module or function it came from) is one of a few operations. A weight is known by its memory, so that transposed and
+sliced views of it, and the copies that autocast makes, count as well.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from prunella.stats.subject import Subject
+
+_View = tuple[tuple[int, ...], tuple[int, ...], int]
+_Reading = tuple[Tensor, Callable[[], Tensor]]
+"""A tensor that may be a weight, and the squared norms of its inputs in a shape that broadcasts to it."""
+
+
+class InputNorm:
+    """`input_norm`: L2 norm over all tokens of the input that each weight multiplies, by entity, in the weight's shape.
+
+    Convolutions: over all patches, padding included. Transposed convolutions: over all positions of the input.
+    Sums are kept in float64, so that many batches and one large batch agree. A weight that never ran is absent.
+    """
+
+    backward = False
+
+    def __init__(self, subject: Subject) -> None:
+        layers = [subject.layer_of[name] for name in subject.scored if name in subject.layer_of]
+        self._weights = {layer.entity: subject.parameters[layer.entity] for layer in layers}
+        self._sums: dict[tuple[str, _View], Tensor] = {}
+
+    def watch(self) -> AbstractContextManager[object]:
+        """Watch one forward pass."""
+        return _Watch(self._weights, self._add)
+
+    def add(self, grads: object) -> None:
+        """Gradients say nothing of inputs."""
+
+    def result(self) -> dict[str, Tensor]:
+        """By entity."""
+        return {name: self._norms(name) for name in self._weights if any(key[0] == name for key in self._sums)}
+
+    def _add(self, name: str, view: _View, squares: Tensor) -> None:
+        known = self._sums.get((name, view))
+        self._sums[name, view] = squares if known is None else known + squares
+
+    def _norms(self, name: str) -> Tensor:
+        """Write the squares of every view where the view lies in the weight, and add up."""
+        weight = self._weights[name]
+        flat = torch.zeros(weight.numel(), dtype=torch.float64, device=weight.device)
+        places = torch.arange(weight.numel(), device=weight.device)
+        for (owner, (size, stride, offset)), squares in self._sums.items():
+            if owner == name:
+                at = places.as_strided(size, stride, offset).reshape(-1)
+                flat.index_add_(0, at, squares.expand(size).reshape(-1))
+        return flat.as_strided(weight.shape, weight.stride(), 0).sqrt().to(torch.float32)
+
+
+class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Report every multiplication by one of `weights`."""
+
+    def __init__(self, weights: dict[str, Tensor], report: Callable[[str, _View, Tensor], None]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._report = report
+        self._homes: dict[int, list[tuple[str, int, int]]] = {}
+        self._held: list[Tensor] = []
+        for name, weight in weights.items():
+            self._settle(name, weight)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        read = _READERS.get(func.overloadpacket)
+        for operand, squares in read(args, out) if read else ():
+            home = self._home(operand)
+            if home is not None:
+                name, offset = home
+                view = tuple(operand.shape), operand.stride(), int(operand.storage_offset()) - offset
+                self._report(name, view, squares())
+        if func.overloadpacket is torch.ops.aten._to_copy:
+            self._follow(args[0], out)
+        return out
+
+    def _settle(self, name: str, weight: Tensor) -> None:
+        entry = (name, int(weight.storage_offset()), weight.numel())
+        self._homes.setdefault(weight.untyped_storage().data_ptr(), []).append(entry)
+
+    def _home(self, tensor: Tensor) -> tuple[str, int] | None:
+        for name, offset, size in self._homes.get(tensor.untyped_storage().data_ptr(), ()):
+            if offset <= tensor.storage_offset() < offset + size:
+                return name, offset
+        return None
+
+    def _follow(self, source: Tensor, copy: Tensor) -> None:
+        """A whole weight in another precision is still that weight. Held, so that its memory is not used again."""
+        home = self._home(source)
+        if home is not None and source.stride() == copy.stride() and source.storage_offset() == home[1]:
+            self._settle(home[0], copy)
+            self._held.append(copy)
+
+
+def _squares(values: Tensor) -> Tensor:
+    return values.detach().to(torch.promote_types(values.dtype, torch.float32)).square()
+
+
+def _product(left: Tensor, right: Tensor) -> Iterator[_Reading]:
+    """`left @ right`, batched or not: either may be the weight, the other is its input."""
+    yield right, lambda: _squares(left).sum(-2, dtype=torch.float64).unsqueeze(-1)
+    yield left, lambda: _squares(right).sum(-1, dtype=torch.float64).unsqueeze(-2)
+
+
+def _first_two(args: Sequence[Any], _: Any) -> Iterator[_Reading]:
+    return _product(args[0], args[1])
+
+
+def _last_two(args: Sequence[Any], _: Any) -> Iterator[_Reading]:
+    return _product(args[1], args[2])
+
+
+def _vector(args: Sequence[Any], _: Any) -> Iterator[_Reading]:
+    return _product(args[-2], args[-1].unsqueeze(-1))
+
+
+def _linear(args: Sequence[Any], _: Any) -> Iterator[_Reading]:
+    yield args[1], lambda: _squares(args[0]).flatten(0, -2).sum(0, dtype=torch.float64)
+
+
+def _convolution(args: Sequence[Any], out: Any) -> Iterator[_Reading]:
+    x, weight, _, stride, padding, dilation, transposed, _, groups = args
+    if transposed:
+        sums = _squares(x).transpose(0, 1).flatten(1)
+        yield weight, lambda: sums.sum(1, dtype=torch.float64).view(-1, *[1] * (weight.dim() - 1))
+    else:
+        yield weight, lambda: _patches(x, weight, stride, padding, dilation, groups, tuple(out.shape[2:]))
+
+
+def _patches(
+    x: Tensor,
+    weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    grid: tuple[int, ...],
+) -> Tensor:
+    """Squared norm of every entry of the patches that a convolution reads, without unfolding them."""
+    sums = _squares(x).sum(0, dtype=torch.float64)
+    sums = pad(sums, [side for amount in reversed(padding) for side in (amount, amount)])
+    kernel = tuple(weight.shape[2:])
+    entries = []
+    for place in itertools.product(*map(range, kernel)):
+        starts = [p * d for p, d in zip(place, dilation, strict=True)]
+        cut = [slice(a, a + s * (n - 1) + 1, s) for a, s, n in zip(starts, stride, grid, strict=True)]
+        entries.append(sums[(slice(None), *cut)].flatten(1).sum(1))
+    patches = torch.stack(entries, 1).view(x.shape[1], *kernel)
+    if groups == 1:
+        return patches.unsqueeze(0)
+    return patches.view(groups, -1, *kernel).repeat_interleave(weight.shape[0] // groups, 0)
+
+
+_aten = torch.ops.aten
+_READERS: dict[Any, Callable[[Sequence[Any], Any], Iterator[_Reading]]] = {
+    _aten.mm: _first_two,
+    _aten.bmm: _first_two,
+    _aten.mv: _vector,
+    _aten.addmm: _last_two,
+    _aten.baddbmm: _last_two,
+    _aten.addmv: _vector,
+    _aten.linear: _linear,
+    _aten.convolution: _convolution,
+}

@@ -1,0 +1,251 @@
+"""Masks that survive training, and pruning while training.
+
+Weight decay and momentum move masked weights away from zero at every optimizer step; a hook on the optimizer puts them
+back and clears the optimizer's memory of them. The same object prunes gradually along a schedule.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Mapping
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from prunella.apply import (
+    Packed,
+    apply_,
+    forget_masks_,
+    masks_of,
+    plan_masks,
+    reapply_,
+    record_,
+    records,
+    unwrap,
+)
+from prunella.errors import RequestError
+from prunella.pipeline import Inputs, Plan, Recipe, plan
+from prunella.schedule import Schedule, cubic
+from prunella.targets import Sparsity, Target
+from prunella.types import Mask
+
+log = logging.getLogger(__name__)
+Planner = Callable[[Target], Plan]
+
+
+class Pruner:
+    """Keep masked weights at zero while `optimizer` trains `model`; with a recipe, prune along a schedule as well.
+
+    After every `optimizer.step()` masked weights are exactly 0, and so is what the optimizer remembers of them: every
+    state tensor of the parameter's shape (momentum, first and second moments). A step that a `GradScaler` skips changes
+    nothing. State-dict keys of model and optimizer stay the same. While attached, masks cost one byte a weight.
+
+        with Pruner(model, optimizer):                      # the model carries masks from apply_
+            train(model, optimizer)
+
+        pruner = Pruner(model, optimizer, recipe=recipe, target=Sparsity(0.9), inputs=batch, steps=1000, every=50)
+        for batch in loader:
+            ...; optimizer.step(); pruner.step()
+
+    optimizer: one, or several. All must train parameters of this model.
+    recipe: a `Recipe`, or a function from target to plan where planning needs data:
+        `lambda target: plan(model, batch, recipe, target=target, data=loader, loss=loss)`.
+    target, schedule: at step t the part `schedule(t / steps)` of the target is met, and at t = steps all of it.
+    every: steps between two plans; the last plan is always at `steps`.
+    nested: what was pruned stays pruned. If the criterion revives units, they stay pruned all the same, the target is
+        overshot, and a warning is logged. With `nested=False` the newest plan alone decides, and weights may come back.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer | Iterable[Optimizer] = (),
+        *,
+        recipe: Recipe | Planner | None = None,
+        target: Target | None = None,
+        inputs: Inputs | None = None,
+        schedule: Schedule = cubic,
+        steps: int = 0,
+        every: int = 1,
+        nested: bool = True,
+    ) -> None:
+        if recipe is not None and (target is None or steps < 1 or every < 1):
+            raise RequestError(
+                "gradual pruning needs target=, steps= and every=",
+                f"found target={target}, steps={steps}, every={every}",
+                "for example target=Sparsity(0.9), steps=1000, every=50",
+            )
+        self.model, self.target, self.schedule = model, target, schedule
+        self.steps, self.every, self.nested = steps, every, nested
+        self.taken = 0
+        self._planner = _planner(model, recipe, inputs)
+        self._before: float | None = None
+        self._fraction = 0.0
+        self._cache: dict[nn.Parameter, tuple[Packed, Mask]] = {}
+        self._handles: list[RemovableHandle] = []
+        self._optimizers: list[Optimizer] = []
+        for one in [optimizer] if isinstance(optimizer, Optimizer) else optimizer:
+            self.attach(one)
+        reapply_(model)
+
+    def attach(self, optimizer: Optimizer) -> Self:
+        """Apply the masks again after each step of `optimizer`."""
+        owned = set(unwrap(self.model).parameters())
+        if not any(p in owned for group in optimizer.param_groups for p in group["params"]):
+            raise RequestError(
+                "this optimizer trains no parameter of the model",
+                "it was made for another model, or before the model was copied or shrunk",
+                "make the optimizer from model.parameters() first",
+            )
+        self._optimizers.append(optimizer)
+        self._handles.append(optimizer.register_step_post_hook(self._after_step))
+        return self
+
+    def detach(self) -> None:
+        """Remove the hooks. The masks stay with the model; `finalize(model)` removes them."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._optimizers.clear()
+        self._cache.clear()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.detach()
+
+    def step(self) -> Plan | None:
+        """Count one training step; when an update is due, prune, and return the plan."""
+        if self._planner is None or self.target is None or self.taken >= self.steps:
+            return None
+        self.taken += 1
+        last = self.taken == self.steps
+        if not last and self.taken % self.every:
+            return None
+        fraction = self.schedule(self.taken / self.steps)
+        if fraction == self._fraction:
+            return None
+        made = self._planner(self.target if fraction == 1 else self._part(fraction))
+        self._update(made)
+        self._fraction = fraction
+        return made
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Step and masks as tensors (`bits.NAME`: one bit a weight), for safetensors or `torch.save`."""
+        state = {"step": torch.tensor(self.taken), "fraction": torch.tensor(self._fraction, dtype=torch.float64)}
+        seen: set[nn.Parameter] = set()
+        for name, parameter, packed in records(self.model):
+            if parameter not in seen:
+                seen.add(parameter)
+                state[f"bits.{name}"] = packed.bits.clone()
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from `state_dict()`: the masks replace those of the model, and are applied."""
+        named = dict(unwrap(self.model).named_parameters(remove_duplicate=False))
+        masks: dict[nn.Parameter, Mask] = {}
+        for key, bits in state.items():
+            if not key.startswith("bits."):
+                continue
+            parameter = named.get(key.removeprefix("bits."))
+            if parameter is None or bits.numel() != -(-parameter.numel() // 8):
+                raise RequestError(
+                    f"the saved mask {key!r} fits no parameter of this model", "", "load it into the same architecture"
+                )
+            masks[parameter] = Packed(bits, tuple(parameter.shape)).unpack()
+        self.taken, self._fraction = int(state["step"]), float(state["fraction"])
+        forget_masks_(self.model)
+        record_(self.model, masks)
+        self._mask_state()
+
+    def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        mine = {parameter for group in optimizer.param_groups for parameter in group["params"]}
+        with torch.no_grad():
+            for parameter, mask in self._masks():
+                if parameter in mine:
+                    parameter.masked_fill_(~mask, 0)
+                    _clear_state(optimizer, parameter, mask)
+
+    def _masks(self) -> Iterable[tuple[nn.Parameter, Mask]]:
+        """Each masked parameter once, its mask unpacked on its device; unpacked again only when it changed."""
+        fresh: dict[nn.Parameter, tuple[Packed, Mask]] = {}
+        for _, parameter, packed in records(self.model):
+            old = self._cache.get(parameter)
+            if old is None or old[0] is not packed or old[1].device != parameter.device:
+                old = (packed, packed.unpack(parameter.device))
+            fresh[parameter] = old
+        self._cache = fresh
+        return [(parameter, mask) for parameter, (_, mask) in fresh.items()]
+
+    def _mask_state(self) -> None:
+        reapply_(self.model)
+        for optimizer in self._optimizers:
+            for parameter, mask in self._masks():
+                _clear_state(optimizer, parameter, mask)
+
+    def _update(self, made: Plan) -> None:
+        before = masks_of(self.model) if self.nested else {}
+        apply_(self.model, made, regrow=not self.nested)
+        self._mask_state()
+        revived = _revived(self.model, before, made)
+        if revived:
+            log.warning(
+                "step %d: the plan would revive %d pruned weights; they stay pruned and the target is overshot "
+                "(nested=False lets them come back)",
+                self.taken,
+                revived,
+            )
+
+    def _part(self, fraction: float) -> Target:
+        """The target after `fraction` of the way from the dense model."""
+        assert self.target is not None and self._planner is not None
+        if isinstance(self.target, Sparsity):
+            return Sparsity(fraction * self.target.value)
+        remains = self.target.value
+        if remains > 1:
+            if self._before is None:
+                self._before = float(getattr(self._planner(self.target).before, self.target.name))
+            remains = min(1.0, remains / self._before)
+        return type(self.target)(1 - fraction * (1 - remains))
+
+
+def _planner(model: nn.Module, recipe: Recipe | Planner | None, inputs: Inputs | None) -> Planner | None:
+    if not isinstance(recipe, Recipe):
+        return recipe
+    if inputs is None:
+        raise RequestError(
+            "planning needs an example batch", "found inputs=None", "pass inputs=, or a function from target to plan"
+        )
+    return lambda target: plan(unwrap(model), inputs, recipe, target=target)
+
+
+def _clear_state(optimizer: Optimizer, parameter: nn.Parameter, mask: Mask) -> None:
+    """Zero what the optimizer remembers of masked weights."""
+    if parameter not in optimizer.state:
+        return
+    with torch.no_grad():
+        for key, value in optimizer.state[parameter].items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape and key != "step":
+                value.masked_fill_(~mask.to(value.device), 0)
+
+
+def _revived(model: nn.Module, before: Mapping[str, Mask], made: Plan) -> int:
+    """How many weights were pruned before and are kept by the plan."""
+    root = unwrap(model)
+    named = dict(root.named_parameters(remove_duplicate=False))
+    wanted = plan_masks(root, made)
+    seen: set[nn.Parameter] = set()
+    total = 0
+    for name, mask in before.items():
+        parameter = named[name]
+        if parameter not in seen:
+            seen.add(parameter)
+            total += int((~mask if parameter not in wanted else wanted[parameter].cpu() & ~mask).sum())
+    return total

@@ -1,0 +1,168 @@
+"""A user's mistake is three short lines and an exit code; nothing is lost and nothing is half written."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from prunella.cli.console import explain_error
+from prunella.errors import BadInput, CheckFailed, Interrupted, MissingExtra, NotSupported, RequestError, TargetMissed
+from tests.cli.conftest import Run
+
+IMAGE = ("--inputs", "1x3x8x8")
+HALF = ("--target", "macs=0.5")
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "say"),
+    [
+        (("plan", "{shop}:net", *IMAGE), 2, "target"),
+        (("plan", "{shop}:net", *IMAGE, "--target", "half"), 2, "cannot read the target"),
+        (("plan", "{shop}:net", *IMAGE, "--target", "sparsity=1.5"), 2, "out of range"),
+        (("plan", "{shop}:net", *IMAGE, "--target", "macs=0.0000001"), 1, "cannot be met"),
+        (("plan", "{shop}:net", *IMAGE, *HALF, "--recipe", "magnitudo"), 2, "did you mean magnitude"),
+        (("plan", "{shop}:net", *IMAGE, *HALF, "--recipe", "uniform"), 2, "is no recipe"),
+        (("plan", "{shop}:net", *IMAGE, *HALF, "--allocation", "globall"), 2, "did you mean global"),
+        (("plan", "{shop}:net", *IMAGE, *HALF, "--granularity", "chanel"), 2, "did you mean Channel"),
+        (("plan", "{shop}:net", *IMAGE, *HALF, "--granularity", "NM"), 2, "--pattern"),
+        (("plan", "{shop}:net", *IMAGE, "--pattern", "two of four"), 2, "cannot read the pattern"),
+        (("plan", "{shop}:net", *IMAGE, "--pattern", "4:2"), 2, "no pattern"),
+        (("plan", "{shop}:net", *IMAGE, *HALF, "--skip", "nothing.*"), 2, "nothing.*"),
+        (("plan", "{shop}:net", *IMAGE, *HALF, "--recipe", "taylor"), 2, "loss"),
+        (("plan", "{shop}:net", *IMAGE, *HALF, "--data", "{shop}:empty", "--recipe", "wanda"), 3, "no batches"),
+        (("plan", "{shop}:net", *IMAGE, *HALF, "--data", "{shop}:number"), 3, "no batches"),
+        (("plan", "{shop}:net", "--inputs", "1x4x8x8", *HALF), 3, "fails on the example input 1x4x8x8"),
+        (("plan", "{shop}:net", *HALF), 2, "give --inputs"),
+        (("plan", "{shop}:broken", *IMAGE, *HALF), 3, "ValueError: no weights in sight"),
+        (("plan", "{shop}:nett", *IMAGE, *HALF), 2, "did you mean net"),
+        (("plan", "{shop}:net", *IMAGE, *HALF, "--weights", "none.safetensors"), 3, "does not exist"),
+        (("plan", "{shop}:net", *IMAGE, *HALF, "-o", "no/such/folder/x.plan"), 2, "cannot write"),
+        (("show", "none.plan"), 3, "no plan"),
+        (("verify", "nowhere"), 3, "no such folder"),
+        (("report", "nowhere"), 3, "no report"),
+        (("run", "{shop}:net", *IMAGE, *HALF, "--heal", "magic"), 2, "cannot read the healing"),
+        (("run", "{shop}:net", *IMAGE, *HALF, "--heal", "distill"), 2, "distill:STEPS"),
+        (("run", "{shop}:net", *IMAGE, *HALF, "--heal", "bn"), 2, "--data"),
+        (("run", "{shop}:net", *IMAGE, *HALF, "--max-drop", "0.1"), 2, "--metric"),
+        (("run", "{shop}:hungry", *IMAGE, *HALF), 5, "out of memory"),
+        (("run", "{shop}:interrupted", *IMAGE, *HALF), 7, "interrupted"),
+    ],
+)
+def test_mistakes(prunella: Run, shop: str, words: tuple[str, ...], code: int, say: str) -> None:
+    result = prunella(*(word.replace("{shop}", shop) for word in words))
+    lines = [line for line in result.err.splitlines() if not line.endswith(" s)")]
+    assert result.code == code, result.err
+    assert say in result.err and result.out == "" and "Traceback" not in result.err
+    assert lines[0].startswith("prunella: ") and 1 <= len(lines) <= 3
+    assert sorted(path.suffix for path in Path.cwd().iterdir() if path.name != "__pycache__") == [".py"]
+
+
+def test_an_error_as_json(prunella: Run, shop: str) -> None:
+    result = prunella("plan", f"{shop}:broken", *IMAGE, *HALF, "--json")
+    assert result.code == 3
+    assert result.data["exit"] == 3 and "ValueError" in result.data["why"] and result.data["todo"]
+
+
+def test_an_unknown_option_is_misuse(prunella: Run) -> None:
+    assert prunella("plan", "x:y", "--tarket", "macs=0.5").code == 2
+    assert prunella("plam").code == 2
+
+
+def test_a_folder_that_exists_is_left_alone(prunella: Run, shop: str) -> None:
+    Path("out").mkdir()
+    Path("out/mine.txt").write_text("mine")
+    for extra in ((), ("--overwrite",)):
+        result = prunella("run", f"{shop}:net", *IMAGE, *HALF, "-o", "out", *extra)
+        assert result.code == 2 and "out" in result.err
+        assert [path.name for path in Path("out").iterdir()] == ["mine.txt"]
+
+
+def test_an_own_result_is_replaced_when_asked(prunella: Run, shop: str) -> None:
+    assert prunella("run", f"{shop}:net", *IMAGE, *HALF, "-o", "out").code == 0
+    assert prunella("run", f"{shop}:net", *IMAGE, *HALF, "-o", "out").code == 2
+    assert prunella("run", f"{shop}:net", *IMAGE, "--target", "macs=0.9", "-o", "out", "--overwrite").code == 0
+    assert prunella("report", "out", "--json").data["target"] == "macs=0.9"
+
+
+def test_a_missed_gate_writes_nothing(prunella: Run, shop: str) -> None:
+    gate = ("--metric", f"{shop}:kept_filters", "--max-drop", "0.01")
+    result = prunella("run", f"{shop}:net", *IMAGE, *HALF, *gate, "-o", "out")
+    assert result.code == 1 and "--max-drop allows 0.01" in result.err and not Path("out").exists()
+
+
+def test_data_that_can_be_read_once_is_kept(prunella: Run, shop: str) -> None:
+    data = (
+        "--data",
+        f"{shop}:endless_once",
+        "--loss",
+        f"{shop}:loss",
+        "--recipe",
+        "taylor",
+        "--heal",
+        "bn,reconstruct",
+    )
+    assert prunella("run", f"{shop}:net", *IMAGE, *HALF, *data, "-o", "out").code == 0
+
+
+def test_debug_shows_the_traceback_wherever_it_stands(prunella: Run, shop: str) -> None:
+    result = prunella("plan", f"{shop}:broken", *IMAGE, *HALF, "--debug")
+    assert result.code == 3 and "Traceback" in result.err and "prunella: " in result.err
+    os.environ.pop("PRUNELLA_DEBUG", None)
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (RequestError("x"), 2),
+        (MissingExtra("x"), 2),
+        (TargetMissed("x"), 1),
+        (CheckFailed("x"), 1),
+        (BadInput("x"), 3),
+        (NotSupported("x"), 6),
+        (Interrupted("x"), 7),
+        (KeyboardInterrupt(), 7),
+        (MemoryError(), 5),
+        (RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory"), 5),
+        (OSError(errno.ENOSPC, "No space left on device"), 5),
+        (PermissionError(errno.EACCES, "Permission denied", "x"), 3),
+        (TypeError("oh"), 70),
+        (AssertionError(), 70),
+    ],
+)
+def test_exit_codes(error: BaseException, code: int) -> None:
+    trouble = explain_error(error)
+    assert trouble.code == code and trouble.what and "\n" not in trouble.what + trouble.why + trouble.todo
+
+
+def test_ctrl_c_ends_with_7_and_leaves_nothing(shop: str, tmp_path: Path) -> None:
+    """A real signal to a real process, in the middle of the data of the user."""
+    (tmp_path / "slow.py").write_text(
+        "import time\n\ndef data():\n    print('ready', flush=True)\n    time.sleep(60)\n"
+    )
+    words = ["run", f"{shop}:net", *IMAGE, *HALF, "--data", "slow:data", "-o", "out"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "prunella", *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        cwd=tmp_path,
+        text=True,
+    )
+    assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 7 and "interrupted" in said and "Traceback" not in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_reader_that_leaves_early_is_no_error(tmp_path: Path) -> None:
+    line = f"{sys.executable} -m prunella methods --json | head -n 1"
+    done = subprocess.run(["bash", "-o", "pipefail", "-c", line], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0 and done.stderr == "" and done.stdout == "[\n"

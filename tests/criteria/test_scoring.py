@@ -1,0 +1,127 @@
+"""From a criterion to scores: the scope of a unit, the level of a criterion, and what is refused."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+
+import prunella as pr
+from prunella.granularity import reduce_to_units
+from prunella.graph.couple import couple
+from prunella.graph.structure import Layer
+from prunella.method import REGISTRY, criterion
+from prunella.scoring import Scorer
+from prunella.stats import Source, Statistics, Subject, collect, untouched
+from tests.graphs import hand_graph, mlp, square_loss
+
+
+def scorer(criterion: object, *, seed: int = 0) -> Scorer:
+    model, graph = mlp(), hand_graph()
+    subject = Subject(model, graph, groups=graph.groups)
+    return Scorer(criterion, subject, Statistics(), seed)  # type: ignore[arg-type]
+
+
+def test_a_filter_scores_the_sum_over_its_rows() -> None:
+    weight = mlp()[0].weight.detach().double()
+    score = scorer(pr.magnitude)
+    group = score.subject.groups[0]
+    assert torch.allclose(score.units(group, pr.Reduce.SUM), weight.abs().sum(1))
+    assert torch.allclose(score.units(group, pr.Reduce.MEAN), weight.abs().mean(1))
+    assert torch.allclose(score.units(group, pr.Reduce.MAX), weight.abs().amax(1))
+
+
+def test_group_norm_takes_producer_bias_and_readers() -> None:
+    model = mlp().double()
+    score = scorer(partial(pr.group_norm, normalise=False))
+    parts = [model[0].weight, model[0].bias.unsqueeze(1), model[2].weight.t()]
+    expected = torch.cat(parts, 1).norm(dim=1).float()  # type: ignore[arg-type]
+    assert torch.allclose(score.units(score.subject.groups[0], pr.Reduce.SUM).float(), expected)
+
+
+def test_a_unit_may_own_several_positions() -> None:
+    values = torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0], [7.0, 8.0]])
+    unit = torch.tensor([1, 0, 1, 0])
+    assert reduce_to_units([(values, unit)], 2, pr.Reduce.SUM).tolist() == [22, 14]
+    assert reduce_to_units([(values, unit), (values[:2, :1], unit[:2])], 2, pr.Reduce.MEAN).tolist() == [5, 3]
+    assert reduce_to_units([(values, unit)], 2, pr.Reduce.MAX).tolist() == [8, 6]
+
+
+def test_columns_of_a_convolution_are_summed_by_input_channel() -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.ReLU(), torch.nn.Conv2d(4, 5, 3))
+
+    @criterion(source="test", scope="consumer")
+    def readers(weight: torch.Tensor) -> torch.Tensor:
+        return weight.abs()
+
+    try:
+        graph = couple(model, torch.randn(1, 3, 6, 6))
+        score = Scorer(readers, Subject(model, graph, groups=graph.groups), Statistics())
+        found = score.units(graph.group("0"), pr.Reduce.SUM)
+    finally:
+        del REGISTRY["readers"]
+    assert torch.allclose(found, model[2].weight.detach().double().abs().sum((0, 2, 3)))
+
+
+def test_taylor_of_a_unit_is_not_taylor_sq() -> None:
+    model, graph = mlp(), hand_graph()
+    data = [torch.randn(6, 4) for _ in range(3)]
+    subject = Subject(model, graph, groups=graph.groups)
+    with untouched(model, 0):
+        statistics = collect(subject, ["gate_grad", "grad_sq"], Source(data, square_loss))
+    joint = Scorer(pr.taylor, subject, statistics).units(graph.groups[0], pr.Reduce.SUM)
+    each = Scorer(pr.taylor_sq, subject, statistics).units(graph.groups[0], pr.Reduce.SUM)
+    reads = torch.stack(
+        [torch.autograd.grad(square_loss(model, x), model[2].weight)[0] * model[2].weight for x in data]
+    )
+    assert torch.allclose(joint, reads.sum(1).square().mean(0).double(), rtol=1e-4)
+    assert not torch.allclose(joint, each, rtol=0.05)
+
+
+def test_noise_does_not_depend_on_which_groups_take_part() -> None:
+    one, two = scorer(pr.random, seed=1), scorer(pr.random, seed=2)
+    group = one.subject.groups[1]
+    alone = Scorer(pr.random, Subject(one.subject.model, one.subject.graph, groups=(group,)), Statistics(), 1)
+    assert one.units(group, pr.Reduce.SUM).equal(alone.units(group, pr.Reduce.SUM))
+    assert not one.units(group, pr.Reduce.SUM).equal(two.units(group, pr.Reduce.SUM))
+
+
+# -- levels --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("criterion", "message"),
+    [
+        (pr.group_norm, "group_norm scores units, not single weights"),
+        (pr.geometric_median, "geometric_median gives shape"),
+        (lambda weight: weight.sum(), "gives shape"),
+    ],
+)
+def test_a_finer_granularity_than_the_criterion_is_refused(criterion: object, message: str) -> None:
+    score = scorer(criterion)
+    with pytest.raises(pr.PruningError, match=message):
+        score.weights(score.subject.graph.layers[0])
+
+
+def test_numbers_per_unit_and_per_weight_do_not_mix() -> None:
+    def mixed(weight: torch.Tensor, gate_grad: torch.Tensor) -> torch.Tensor:
+        return weight * gate_grad.sum()
+
+    score = scorer(mixed)
+    with pytest.raises(pr.PruningError, match="per unit and per weight together"):
+        score.units(score.subject.groups[0], pr.Reduce.SUM)
+
+
+def test_scores_that_are_not_finite_are_named() -> None:
+    score = scorer(lambda weight: weight / 0)
+    with pytest.raises(pr.PruningError, match="scores for 0 that are not finite"):
+        score.units(score.subject.groups[0], pr.Reduce.SUM)
+
+
+def test_layers_are_found_by_entity() -> None:
+    graph = hand_graph()
+    twice = Layer("again", "0.weight", 0, 1, 1, "linear")
+    subject = Subject(mlp(), type(graph)(graph.entities, (), (), (*graph.layers, twice), (), {}))
+    assert subject.layer_of["0.weight"].name == "0"

@@ -1,0 +1,37 @@
+"""Plans made by hand, for tests that need no pipeline."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from prunella.pipeline import Amount, Plan
+from prunella.targets import Sparsity, Target
+
+NOTHING = Amount(0, 0, 0, 0)
+HALF = Sparsity(0.5)
+
+
+def hand_plan(
+    *,
+    masks: Mapping[str, Tensor] | None = None,
+    cuts: Mapping[str, Mapping[int, Tensor]] | None = None,
+    weights: Mapping[str, Tensor] | None = None,
+    target: Target = HALF,
+    before: Amount = NOTHING,
+) -> Plan:
+    """A plan that holds just this."""
+    return Plan(
+        recipe={},
+        target=target,
+        before=before,
+        after=NOTHING,
+        keep={},
+        masks=masks or {},
+        cuts=cuts or {},
+        attributes={},
+        rows=(),
+        frozen=(),
+        weights=weights or {},
+    )

@@ -1,0 +1,139 @@
+"""What every registered method promises, whatever it computes. A new method is picked up by being registered."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import prunella as pr
+from prunella import recipes
+from prunella.budget import Pool, allocate
+from prunella.graph.couple import couple
+from prunella.method import REGISTRY, STATISTICS, Method
+from prunella.scoring import Scorer
+from prunella.select import shortest_prefix
+from prunella.stats import Source, Subject, collect, untouched
+from tests.graphs import convnet, images, square_loss
+
+CRITERIA = [m for m in REGISTRY.values() if m.kind == "criterion"]
+ALLOCATIONS = [m for m in REGISTRY.values() if m.kind == "allocation"]
+RECIPES = [m for m in REGISTRY.values() if m.kind == "recipe"]
+PER_WEIGHT = [m for m in CRITERIA if m.name not in ("group_norm", "bn_scale", "geometric_median")]
+DATA = images()
+
+
+def ids(method: Method) -> str:
+    return method.name
+
+
+def scorer(method: Method, model: nn.Module, *, masks: bool = False) -> Scorer:
+    graph = couple(model, DATA[0])
+    whole = {"layers": graph.layers} if masks else {"groups": graph.groups}
+    subject = Subject(model, graph, **whole)  # type: ignore[arg-type]
+    with untouched(model, 0):
+        statistics = collect(subject, method.needs, Source(DATA, square_loss))
+    return Scorer(method.function, subject, statistics)
+
+
+def permuted(model: nn.Sequential, order: Tensor) -> nn.Sequential:
+    """The same function with the channels of the first convolution in another order."""
+    other = convnet()
+    other.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        for name in ("0.weight", "1.weight", "1.bias", "1.running_mean", "1.running_var"):
+            other.state_dict()[name].copy_(model.state_dict()[name][order])
+        other.state_dict()["3.weight"].copy_(model.state_dict()["3.weight"][:, order])
+    return other
+
+
+@pytest.mark.parametrize("method", CRITERIA, ids=ids)
+def test_a_criterion_scores_every_unit_the_same_each_time_and_leaves_its_inputs(method: Method) -> None:
+    model = convnet().eval()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    found = [scorer(method, model) for _ in range(2)]
+    statistics = {k: {n: v.clone() for n, v in by.items()} for k, by in found[0].statistics.values.items()}
+    for group in found[0].subject.groups:
+        first, again = (s.units(group, pr.Reduce.SUM) for s in found)
+        assert first.shape == (group.size,) and first.dtype == torch.float64
+        assert bool(torch.isfinite(first).all()) and first.equal(again)
+        assert len(first.unique()) > 1
+    assert all(value.equal(before[name]) for name, value in model.state_dict().items())
+    for name, by in found[0].statistics.values.items():
+        assert all(value.equal(statistics[name][key]) for key, value in by.items())
+
+
+@pytest.mark.parametrize("method", PER_WEIGHT, ids=ids)
+def test_a_criterion_scores_every_weight(method: Method) -> None:
+    score = scorer(method, convnet().eval(), masks=True)
+    for layer in score.subject.layers:
+        scores = score.weights(layer)
+        assert scores.numel() == score.subject.parameters[layer.entity].numel() and bool(torch.isfinite(scores).all())
+
+
+@pytest.mark.parametrize("method", [m for m in CRITERIA if m.name != "random"], ids=ids)
+def test_permuting_the_channels_permutes_their_scores(method: Method) -> None:
+    model, order = convnet().eval(), torch.randperm(8, generator=torch.Generator().manual_seed(3))
+    plain, moved = scorer(method, model), scorer(method, permuted(model, order).eval())
+    first, second = (s.units(s.subject.graph.group("0"), pr.Reduce.SUM) for s in (plain, moved))
+    assert torch.allclose(first[order], second, rtol=1e-4, atol=1e-9)
+    assert not torch.allclose(first, second, rtol=1e-2)
+    other = [s.units(s.subject.graph.group("3"), pr.Reduce.SUM) for s in (plain, moved)]
+    assert torch.allclose(other[0], other[1], rtol=1e-4, atol=1e-9)
+
+
+@pytest.mark.parametrize("method", [m for m in REGISTRY.values() if m.kind != "schedule"], ids=ids)
+def test_a_method_says_where_it_comes_from_and_what_it_does(method: Method) -> None:
+    assert method.source and method.summary.endswith((".", ")"))
+    assert set(method.needs) <= set(STATISTICS) and len(method.knobs) <= 5
+
+
+@pytest.mark.parametrize("method", CRITERIA, ids=ids)
+def test_a_criterion_has_a_formula_its_data_and_defaults_for_its_knobs(method: Method) -> None:
+    text = inspect.getdoc(method.function) or ""
+    assert "`" in text and "Data: " in text
+    assert all(knob.default is not inspect.Parameter.empty for knob in method.knobs)
+
+
+def pools(scale: float = 1.0) -> Sequence[Pool]:
+    torch.manual_seed(0)
+    sizes = {"a": (60, (6, 10)), "b": (8, (2, 4)), "c": (128, (8, 16)), "d": (1, (1, 1))}
+    scores = {name: torch.rand(n) * scale + (name == "b") for name, (n, _) in sizes.items()}
+    scores["c"][:50] = 0.25
+    return [Pool(name, scores[name].sort().values, shape) for name, (_, shape) in sizes.items()]
+
+
+@pytest.mark.parametrize("method", ALLOCATIONS, ids=ids)
+def test_an_allocation_meets_every_budget_exactly_and_only_grows(method: Method) -> None:
+    keys = allocate(pools(), method.function)
+    found = []
+    for total in range(0, 197, 7):
+        counts = shortest_prefix(keys, lambda taken, total=total: sum(taken) >= total)
+        assert counts is not None and sum(counts) == total
+        assert all(count <= pool.size for count, pool in zip(counts, pools(), strict=True))
+        found.append(counts)
+    assert all(a <= b for one, two in pairwise(found) for a, b in zip(one, two, strict=True))
+
+
+@pytest.mark.parametrize("method", ALLOCATIONS, ids=ids)
+def test_an_allocation_leaves_its_scores_and_repeats(method: Method) -> None:
+    given, other = pools(), pools()
+    first, again = allocate(given, method.function), allocate(given, method.function)
+    assert all(a.equal(b) for a, b in zip(first, again, strict=True))
+    assert all(a.scores.equal(b.scores) for a, b in zip(given, other, strict=True))
+
+
+@pytest.mark.parametrize("method", RECIPES, ids=ids)
+def test_a_recipe_makes_a_plan(method: Method) -> None:
+    recipe = recipes.named(method.name)
+    fixed = isinstance(recipe.grains[0], pr.NM)
+    model = convnet()
+    plan = pr.plan(model, DATA[0], recipe, target=None if fixed else pr.Sparsity(0.5), data=DATA, loss=square_loss,
+                   skip=["0", "7"] if fixed else [])  # fmt: skip
+    assert plan.got == pytest.approx(0.5, abs=0.1)
+    assert pr.Recipe.read(plan.recipe).describe() == recipe.describe()
+    assert bool(plan.masks) != bool(plan.keep)

@@ -1,0 +1,138 @@
+"""Each format is read by its own reader, computes the same, and keeps zeros."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from prunella.errors import BadInput, CheckFailed, MissingExtra, RequestError
+from prunella.exported import load_exported
+from prunella.realize import export as module
+from prunella.realize.export import export
+
+
+class Net(nn.Module):
+    """A convolution, a normalisation, a linear layer; half of the weights are zero."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.norm, self.fc = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Linear(4, 5)
+        with torch.no_grad():
+            self.conv.weight[:, :, 1] = 0
+            self.fc.weight[:, ::2] = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.norm(self.conv(x)).relu().mean((2, 3)))
+
+
+class Fixed(Net):
+    """Its source fixes the batch size."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert x.shape[0] == 2
+        return super().forward(x)
+
+
+BATCH = torch.linspace(-1, 1, 2 * 3 * 8 * 8).view(2, 3, 8, 8)
+
+
+def test_safetensors_keeps_every_byte(tmp_path: Path) -> None:
+    net = Net()
+    made = export(net, tmp_path / "net.safetensors")
+    state = load_file(made.path)
+    assert state.keys() == net.state_dict().keys()
+    for name, value in net.state_dict().items():
+        assert state[name].numpy().tobytes() == value.numpy().tobytes(), name
+    assert made.zeros == made.zeros_before == int((net.conv.weight == 0).sum() + (net.fc.weight == 0).sum()) + 4
+    assert made.difference is None and made.bytes == made.path.stat().st_size
+
+
+def test_pt2_takes_any_batch_and_holds_no_pickle(tmp_path: Path) -> None:
+    net = Net().train()
+    made = export(net, tmp_path / "net.pt2", inputs=BATCH[:1])
+    assert net.training and made.dynamic and made.difference is not None and made.difference <= 1e-5
+    assert made.zeros == made.zeros_before > 0
+    again, example = load_exported(made.path)
+    assert example is None
+    for size in (1, 2, 7):
+        batch = torch.randn(size, 3, 8, 8)
+        torch.testing.assert_close(again(batch), net.eval()(batch), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(dict(again.named_parameters())["fc.weight"], net.fc.weight, rtol=0, atol=0)
+    with zipfile.ZipFile(made.path) as archive:
+        parts = {name: archive.read(name) for name in archive.namelist()}
+    assert not [name for name, data in parts.items() if name.endswith(".pt") and data]
+    assert b"stack_trace" not in next(data for name, data in parts.items() if name.endswith("models/model.json"))
+    assert all(json.loads(data) is not None for name, data in parts.items() if name.endswith(".json"))
+
+
+def test_a_fixed_batch_is_exported_as_it_is(tmp_path: Path) -> None:
+    made = export(Fixed(), tmp_path / "net.pt2", inputs=BATCH)
+    assert not made.dynamic and made.difference is not None and made.difference <= 1e-5
+
+
+def test_onnx_is_read_by_its_runtime(tmp_path: Path) -> None:
+    pytest.importorskip("onnxscript")
+    onnxruntime = pytest.importorskip("onnxruntime")
+    net = Net().eval()
+    made = export(net, tmp_path / "net.onnx", inputs=(BATCH,))
+    assert made.reader == "onnxruntime" and made.dynamic and made.zeros == made.zeros_before > 0
+    session = onnxruntime.InferenceSession(str(made.path), providers=["CPUExecutionProvider"])
+    batch = torch.randn(5, 3, 8, 8)
+    (got,) = session.run(None, {session.get_inputs()[0].name: batch.numpy()})
+    torch.testing.assert_close(torch.from_numpy(got), net(batch), rtol=1e-4, atol=1e-5)
+    assert [file.name for file in tmp_path.iterdir()] == ["net.onnx"]
+
+
+def test_a_wrong_reader_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "TOLERANCE", -1.0)
+    with pytest.raises(CheckFailed, match="differs from the model by"):
+        export(Fixed(), tmp_path / "net.pt2", inputs=BATCH)
+    assert not list(tmp_path.iterdir())
+
+
+def test_lost_zeros_are_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "load_file", lambda file: {k: v + 1 for k, v in load_file(file).items()})
+    with pytest.raises(CheckFailed, match="only 0 of"):
+        export(Net(), tmp_path / "net.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
+def test_requests_that_make_no_sense(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(RequestError, match="unknown export format 'tflite'"):
+        export(Net(), tmp_path / "net.tflite", inputs=BATCH)
+    with pytest.raises(RequestError, match="needs inputs="):
+        export(Net(), tmp_path / "net.pt2")
+    monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(MissingExtra, match="onnx and onnxscript"):
+        export(Net(), tmp_path / "net.onnx", inputs=BATCH)
+
+
+@pytest.mark.parametrize("attack", ["guard", "import", "expression"])
+def test_a_program_that_could_run_code_is_refused(tmp_path: Path, attack: str) -> None:
+    path = export(Fixed(), tmp_path / "net.pt2", inputs=BATCH).path
+    evil = tmp_path / "evil.pt2"
+    with zipfile.ZipFile(path) as source, zipfile.ZipFile(evil, "w") as target:
+        for name in source.namelist():
+            data = source.read(name)
+            if name.endswith("models/model.json"):
+                body = json.loads(data)
+                if attack == "guard":
+                    body["guards_code"] = ["__import__('os').getpid() == 0"]
+                elif attack == "import":
+                    signature = body["graph_module"]["module_call_graph"][0]["signature"]
+                    signature["in_spec"] = json.dumps(
+                        [1, {"context": '{"__enum__": true, "fqn": "this:d", "name": "x"}'}]
+                    )
+                else:
+                    body["range_constraints"] = {"s0": {"expr_str": "[].append('x')"}}
+                data = json.dumps(body).encode()
+            target.writestr(name, data)
+    with pytest.raises(BadInput, match="can run code when read"):
+        load_exported(evil)

@@ -1,0 +1,102 @@
+"""A plan file gives back exactly what went in, or one clear error."""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from prunella.errors import BadInput, RequestError
+from prunella.graph.structure import Frozen
+from prunella.pipeline import Amount, Plan, Row
+from prunella.realize import plan_file
+from prunella.realize.plan_file import load_plan, save_plan
+from prunella.targets import MACs
+
+
+def make_plan() -> Plan:
+    generator = torch.Generator().manual_seed(0)
+    mask = torch.rand(3, 5, 2, generator=generator) > 0.5
+    return Plan(
+        recipe={"criterion": "wanda", "rounds": 3, "betas": (0.9, 0.999), "skip": ["fc"], "ratio": {1: 0.1}, "x": None},
+        target=MACs(1 / 3),
+        before=Amount(10.0, 1e9, 40.0, 9.0),
+        after=Amount(5.0, 1e9 / 3, 20.0, 4.0),
+        keep={"a.conv": torch.tensor([True, False, True])},
+        masks={"b.weight": mask, "scalar": torch.tensor(True)},
+        cuts={"a.conv.weight": {0: torch.tensor([0, 2]), 1: torch.tensor([], dtype=torch.int64)}},
+        attributes={("a", "num_heads"): 3, ("a:config", "intermediate_size"): 7},
+        rows=(Row("a.conv", "channel", 2, 3, 10, 5, 1e9, 0.1),),
+        frozen=(Frozen("b.weight", 0, 4, "output of the model", "net.py:12"),),
+        weights={"a.conv.weight": torch.randn(2, 3, generator=generator).to(torch.bfloat16)},
+        inputs={"ids": torch.arange(6).view(2, 3), "nested": (torch.ones(1), [None, 2])},
+    )
+
+
+def same(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor):
+        return isinstance(b, Tensor) and a.dtype == b.dtype and a.shape == b.shape and torch.equal(a, b)
+    if isinstance(a, dict):
+        return isinstance(b, dict) and list(a) == list(b) and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, list | tuple):
+        return type(a) is type(b) and len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
+    return type(a) is type(b) and bool(a == b)
+
+
+def test_round_trip_is_exact(tmp_path: Path) -> None:
+    plan = make_plan()
+    back = load_plan(save_plan(plan, tmp_path / "p.plan"))
+    for entry in fields(Plan):
+        assert same(getattr(plan, entry.name), getattr(back, entry.name)), entry.name
+
+
+def test_the_same_plan_gives_the_same_bytes_and_no_pickle(tmp_path: Path) -> None:
+    one, two = save_plan(make_plan(), tmp_path / "1"), save_plan(make_plan(), tmp_path / "2")
+    assert one.read_bytes() == two.read_bytes()
+    assert list(tmp_path.iterdir()) == [one, two] or sorted(tmp_path.iterdir()) == [one, two]
+
+
+def test_masks_are_packed_to_bits(tmp_path: Path) -> None:
+    plan = replace(make_plan(), masks={"w": torch.ones(800_000, dtype=torch.bool)})
+    assert save_plan(plan, tmp_path / "p").stat().st_size < 110_000
+
+
+@pytest.mark.parametrize("cut", [4, 100, -1])
+def test_a_truncated_file_is_refused(tmp_path: Path, cut: int) -> None:
+    path = save_plan(make_plan(), tmp_path / "p")
+    path.write_bytes(path.read_bytes()[:cut])
+    with pytest.raises(BadInput, match="broken or cut short"):
+        load_plan(path)
+
+
+def test_a_flipped_bit_is_noticed(tmp_path: Path) -> None:
+    path = save_plan(make_plan(), tmp_path / "p")
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(bytes(data))
+    with pytest.raises(BadInput, match="damaged"):
+        load_plan(path)
+
+
+def test_other_files_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(BadInput, match="no such file"):
+        load_plan(tmp_path / "absent")
+    save_file({"x": torch.ones(2)}, tmp_path / "weights")
+    with pytest.raises(BadInput, match="is not a plan"):
+        load_plan(tmp_path / "weights")
+    monkeypatch.setattr(plan_file, "VERSION", 99)
+    newer = save_plan(make_plan(), tmp_path / "newer")
+    monkeypatch.undo()
+    with pytest.raises(BadInput, match="the file has 99"):
+        load_plan(newer)
+
+
+def test_code_is_not_data(tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match="holds a builtin_function"):
+        save_plan(replace(make_plan(), recipe={"criterion": print}), tmp_path / "p")
+    assert not list(tmp_path.iterdir())

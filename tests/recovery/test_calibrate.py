@@ -1,0 +1,115 @@
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from prunella.errors import CheckFailed, RequestError
+from prunella.recovery.calibrate import recalibrate_bn
+
+
+def _net() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(0.5), nn.Conv2d(4, 5, 2), nn.BatchNorm2d(5)
+    ).double()
+
+
+def _data() -> list[Tensor]:
+    torch.manual_seed(1)
+    return [torch.randn(n, 3, 6, 6, dtype=torch.float64) * n + 2 for n in (4, 7, 2)]
+
+
+def _inputs(net: nn.Sequential, index: int, data: list[Tensor]) -> Tensor:
+    """All values that reach module `index` in evaluation mode, as (channels, values)."""
+    with torch.no_grad():
+        seen = [net[:index].eval()(x) for x in data]
+    return torch.cat([x.transpose(0, 1).flatten(1) for x in seen], 1)
+
+
+def test_statistics_of_the_first_layer_are_the_exact_pooled_ones() -> None:
+    net, data = _net(), _data()
+    values = _inputs(net, 1, data)
+    assert recalibrate_bn(net, data) == ("1", "5")
+    torch.testing.assert_close(net[1].running_mean, values.mean(1), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(net[1].running_var, values.var(1, unbiased=True), rtol=1e-12, atol=1e-12)
+
+
+def test_in_one_pass_later_layers_see_batches_normalised_by_themselves() -> None:
+    net, data = _net(), _data()
+    twin = copy.deepcopy(net).eval()
+    twin[1].train()
+    with torch.no_grad():
+        seen = torch.cat([twin[:5](x).transpose(0, 1).flatten(1) for x in data], 1)
+    recalibrate_bn(net, data)
+    torch.testing.assert_close(net[5].running_mean, seen.mean(1), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(net[5].running_var, seen.var(1), rtol=1e-12, atol=1e-12)
+
+
+def test_sequential_statistics_are_those_of_inference_in_every_layer() -> None:
+    net, data = _net(), _data()
+    recalibrate_bn(net, data, sequential=True)
+    for index in (1, 5):
+        values = _inputs(net, index, data)
+        torch.testing.assert_close(net[index].running_mean, values.mean(1), rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(net[index].running_var, values.var(1), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("sequential", [False, True])
+def test_nothing_but_the_statistics_changes(sequential: bool) -> None:
+    net = _net().train()
+    net[4].eval()
+    net[1].momentum, net[5].momentum = 0.3, None
+    weights = [p.detach().clone() for p in net.parameters()]
+    flags = [m.training for m in net.modules()]
+    recalibrate_bn(net, _data(), sequential=sequential)
+    assert all(torch.equal(a, b) for a, b in zip(net.parameters(), weights, strict=True))
+    assert [m.training for m in net.modules()] == flags
+    assert (net[1].momentum, net[5].momentum) == (0.3, None)
+    assert not any(m._forward_pre_hooks for m in net.modules())
+    assert net[1].num_batches_tracked == 3 == net[5].num_batches_tracked
+
+
+@pytest.mark.parametrize(
+    ("norm", "shape"), [(nn.BatchNorm1d, (9, 2)), (nn.BatchNorm1d, (5, 2, 3)), (nn.BatchNorm3d, (3, 2, 2, 2, 2))]
+)
+def test_every_kind_of_batch_norm(norm: type[nn.Module], shape: tuple[int, ...]) -> None:
+    net, x = norm(2), torch.randn(shape)
+    recalibrate_bn(net, [x])
+    values = x.transpose(0, 1).flatten(1)
+    torch.testing.assert_close(net.running_mean, values.mean(1))
+    torch.testing.assert_close(net.running_var, values.var(1))
+
+
+def test_the_loss_is_how_the_model_is_run() -> None:
+    net, x = nn.BatchNorm1d(2), torch.randn(9, 2)
+    recalibrate_bn(net, [(x, "label")], loss=lambda model, batch: model(batch[0]).sum())
+    torch.testing.assert_close(net.running_mean, x.mean(0))
+
+
+def test_models_without_statistics_are_left_alone() -> None:
+    assert recalibrate_bn(nn.Linear(2, 2), [torch.randn(3, 2)]) == ()
+    assert recalibrate_bn(nn.BatchNorm1d(2, track_running_stats=False), [torch.randn(3, 2)]) == ()
+
+
+@pytest.mark.parametrize("sequential", [False, True])
+def test_values_that_are_not_finite_leave_the_old_statistics(sequential: bool) -> None:
+    net, data = _net(), _data()
+    recalibrate_bn(net, data)
+    before = copy.deepcopy(net.state_dict())
+    data[1][0, 0, 0, 0] = float("nan")
+    with pytest.raises(CheckFailed, match="not finite"):
+        recalibrate_bn(net, data, sequential=sequential)
+    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+
+
+def test_no_data_and_batches_of_one_value_are_refused() -> None:
+    net = nn.BatchNorm1d(2)
+    with pytest.raises(RequestError, match="no batches"):
+        recalibrate_bn(net, [])
+    with pytest.raises(RequestError, match="one value per channel"):
+        recalibrate_bn(net, [torch.randn(1, 2)])
+    recalibrate_bn(net, [torch.zeros(1, 2), torch.ones(1, 2)], sequential=True)
+    assert net.running_mean.tolist() == [0.5, 0.5] and net.running_var.tolist() == [0.5, 0.5]

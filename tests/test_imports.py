@@ -1,0 +1,102 @@
+"""The order of imports: a module may import only what stands above it in this list (and from its own package)."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import prunella
+
+SOURCE = Path(prunella.__file__).parent
+ORDER = (
+    "errors",
+    "types",
+    "targets",
+    "files",
+    "method",
+    "forward",
+    "exported",
+    "models",
+    "graph",
+    "names",
+    "select",
+    "schedule",
+    "stats",
+    "granularity",
+    "criteria",
+    "scoring",
+    "budget",
+    "allocation",
+    "contest",
+    "table",
+    "provenance",
+    "request",
+    "pipeline",
+    "apply",
+    "train",
+    "recovery",
+    "realize",
+    "reporting",
+    "recipes",
+    "catalogue",
+    "examples",
+    "doctor",
+    "run",
+    "proof",
+    "demo",
+    "cli",
+    "__main__",
+)
+
+
+def modules() -> Iterator[tuple[str, Path]]:
+    """Part (the first name below the package) and file of every module but the package itself."""
+    for file in sorted(SOURCE.rglob("*.py")):
+        if file != SOURCE / "__init__.py":
+            yield file.relative_to(SOURCE).parts[0].removesuffix(".py"), file
+
+
+def imported(file: Path) -> Iterator[tuple[int, str]]:
+    """Line and part of every import of the package, lazy ones and those for types too."""
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}:{node.lineno}: imports are absolute"
+            base = str(node.module)
+            names = [f"{base}.{alias.name}" for alias in node.names] if base == "prunella" else [base]
+        else:
+            continue
+        for name in names:
+            if name.startswith("prunella."):
+                yield node.lineno, part_of(name.split(".")[1])
+
+
+def part_of(name: str) -> str:
+    """The part of a name imported from the package: a public name counts as the module it lives in."""
+    return prunella._HOME.get(name, name).split(".")[0]
+
+
+def test_every_part_has_its_place() -> None:
+    assert sorted({part for part, _ in modules()}) == sorted(ORDER)
+
+
+def test_imports_go_only_downwards() -> None:
+    wrong = [
+        f"{file.relative_to(SOURCE)}:{line} imports {part}, which stands below {own}"
+        for own, file in modules()
+        for line, part in imported(file)
+        if part != own and part != "__version__" and ORDER.index(part) > ORDER.index(own)
+    ]
+    assert wrong == []
+
+
+def test_no_file_is_a_drawer_for_anything() -> None:
+    assert [str(file) for _, file in modules() if file.stem in ("utils", "helpers", "misc", "common")] == []
+
+
+def test_files_are_of_a_size_that_can_be_read() -> None:
+    table = "graph/ops.py"  # one rule per operation, read by looking one up
+    sizes = {str(file.relative_to(SOURCE)): len(file.read_text(encoding="utf-8").splitlines()) for _, file in modules()}
+    assert {name: size for name, size in sizes.items() if size > 450 and name != table} == {}

@@ -1,0 +1,79 @@
+"""The examples of README, CONTRIBUTING and the documentation run, and its command lines exist."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import typer
+
+from prunella.cli.app import app
+from prunella.method import REGISTRY
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return [body for kind, body in BLOCK.findall(page.read_text(encoding="utf-8")) if kind == language]
+
+
+def with_blocks(language: str) -> list[Path]:
+    return [page for page in PAGES if blocks(page, language)]
+
+
+@pytest.mark.parametrize("page", with_blocks("python"), ids=lambda page: page.name)
+def test_python_examples_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The blocks of a page are one program."""
+    monkeypatch.chdir(tmp_path)
+    known = dict(REGISTRY)
+    program = "\n".join(blocks(page, "python"))
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        exec(compile(program, str(page), "exec"), {"__name__": page.stem})
+    REGISTRY.clear()
+    REGISTRY.update(known)  # CONTRIBUTING registers a criterion of its own
+    assert printed.getvalue().strip() or "print(" not in program
+
+
+def commands() -> list[tuple[str, str]]:
+    lines = [(page.name, line) for page in PAGES for body in blocks(page, "console") for line in body.splitlines()]
+    return [(name, line.removeprefix("$ ")) for name, line in lines if line.startswith("$ ")]
+
+
+@pytest.mark.parametrize("line", [line for _, line in commands() if line.startswith("prunella ")])
+def test_command_lines_name_real_verbs_and_options(line: str) -> None:
+    words = shlex.split(line, comments=True)
+    group = typer.main.get_command(app)
+    verb = group.commands[words[1]]  # type: ignore[attr-defined]
+    options = {text for parameter in verb.params for text in parameter.opts}
+    assert [word for word in words[2:] if word.startswith("-") and word not in options] == []
+
+
+@pytest.mark.parametrize(
+    "line", sorted({line.split("#")[0].strip() for _, line in commands() if line.startswith("make ")})
+)
+def test_make_targets_exist(line: str) -> None:
+    targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    assert line.split()[1] in targets
+
+
+def test_every_verb_is_in_the_readme() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    verbs = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    assert [verb for verb in verbs if f"`{verb}`" not in text] == []
+
+
+def test_exit_codes_are_documented() -> None:
+    from prunella import errors
+
+    text = (ROOT / "docs" / "errors.md").read_text(encoding="utf-8")
+    kinds = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, errors.PruningError)]
+    for kind in kinds:
+        if kind is not errors.PruningError:
+            row = next(line for line in text.splitlines() if line.startswith(f"| {kind.exit_code} |"))
+            assert f"`{kind.__name__}`" in row
