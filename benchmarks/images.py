@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import os
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +34,7 @@ def read_packed(name: str, *, stop: int | None = None) -> tuple[Tensor, Tensor]:
     with np.load(data_folder() / name, allow_pickle=False) as packed:
         head, rest, ends = packed["header"].tobytes(), packed["jpeg"].tobytes(), packed["offsets"]
         labels = torch.from_numpy(packed["labels"][:stop].astype(np.int64))
-    files = (head + rest[a:b] for a, b in zip(ends[: len(labels)], ends[1 : len(labels) + 1], strict=True))
+    files = (head + rest[a:b] for a, b in pairwise(ends[: len(labels) + 1]))
     pixels = np.stack([np.asarray(Image.open(io.BytesIO(file)).convert("RGB")) for file in files])
     return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(), labels
 

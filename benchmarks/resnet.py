@@ -8,11 +8,10 @@ from __future__ import annotations
 
 from typing import cast
 
+from images import data_folder
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.functional import pad, relu
-
-from images import data_folder
 
 
 class Block(nn.Module):

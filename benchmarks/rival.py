@@ -12,11 +12,9 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 import torch_pruning as tp
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-
 from training import count_macs
 
 Importance = Literal["group_norm", "taylor"]
@@ -42,9 +40,10 @@ def rival_cut(
     data: Iterable[Batch],
     inner_only: Callable[[nn.Module], list[nn.Module]],
 ) -> Cut:
-    """Prune a copy to at most `budget` MACs; if coupling breaks the network, again with the layers of `inner_only` kept.
+    """Prune a copy to at most `budget` MACs.
 
-    `inner_only` names the layers that write into the residual stream, for the second try.
+    If that breaks the network it is tried again with the layers of `inner_only` kept whole: those that write into the
+    residual stream.
     """
     data = list(data)
     try:

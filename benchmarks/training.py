@@ -6,11 +6,10 @@ import math
 from collections.abc import Callable, Iterator
 
 import torch
+from images import cifar_input, jitter
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.flop_counter import FlopCounterMode
-
-from images import cifar_input, jitter
 
 Prepare = Callable[[Tensor], Tensor]
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -277,6 +279,16 @@ def test_exported_program_with_a_pickle_is_refused(tmp_path: Path) -> None:
         archive.writestr("net/data/constants/custom_obj_0", b"cos\nsystem\n(S'true'\ntR.")
     with pytest.raises(BadInput, match="custom_obj_0"):
         load_exported(file)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_exported_program_of_transformers(tmp_path: Path) -> None:
+    """Its outputs are of a class that the reader must know, also in a fresh process."""
+    model = load_model(str(tiny_bert(tmp_path / "bert")))
+    program = torch.export.export(model, (), {"input_ids": torch.ones(1, 4, dtype=torch.int64)}, strict=False)
+    torch.export.save(program, tmp_path / "bert.pt2")
+    code = f"from prunella.models import load_model; load_model({str(tmp_path / 'bert.pt2')!r})"
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)
 
 
 @pytest.mark.parametrize("expression", ["__import__('os').system('true')", "s0.func", "'a'"])

@@ -6,6 +6,7 @@ stranger can run code. The parts are looked at first: raw tensors, JSON and tens
 
 from __future__ import annotations
 
+import importlib
 import io
 import json
 import logging
@@ -16,11 +17,12 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.export import ExportedProgram
 
 from prunella.errors import BadInput
 
 # torch logs each part it reads at warning level
-_LOGGERS = ("torch.export.pt2_archive._package", "torch._export.serde.serialize")
+_LOGGERS = ("torch.export", "torch.export.pt2_archive._package", "torch._export.serde.serialize")
 _PLAIN = re.compile(r"/(archive_format|archive_version|byteorder|\.data/[a-z_]+|.*\.json|data/weights/weight_\d+)$")
 _SAMPLES = re.compile(r"/data/sample_inputs/[^/]+\.pt$")
 _CONSTANT = re.compile(r"/data/constants/tensor_\d+$")
@@ -44,14 +46,31 @@ def load_exported(path: Path, *, allow_pickle: bool = False) -> tuple[nn.Module,
         raise BadInput(f"no file at {path}", "", "give a .pt2 file written by torch.export.save")
     if not allow_pickle:
         _refuse_pickles(path)
+    program = _read(path)
+    example, module = program.example_inputs, program.module()
+    for name in ("train", "eval"):  # they raise; without them the flags can be set, and mean nothing, as in any program
+        vars(module).pop(name, None)
+    return module, tuple(example[0]) if example and example[0] and not example[1] else None
+
+
+def _read(path: Path) -> ExportedProgram:
+    if _names(path, b"transformers.modeling_outputs."):
+        importlib.import_module("transformers.modeling_outputs")  # makes its output classes known to the reader
     for name in _LOGGERS:
-        logging.getLogger(name).setLevel(logging.ERROR)
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
-        program = torch.export.load(str(path))
+        return torch.export.load(str(path))
     except Exception as error:  # the reader has no error type of its own
-        raise BadInput(f"cannot read {path}", f"{type(error).__name__}: {error}", "export it again") from error
-    example = program.example_inputs
-    return program.module(), tuple(example[0]) if example and example[0] and not example[1] else None
+        why = f"{type(error).__name__}: {error}"
+        raise BadInput(f"cannot read {path}", why, "export it again with this version of torch") from error
+
+
+def _names(path: Path, word: bytes) -> bool:
+    """Whether a JSON part of the archive has this word."""
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return any(word in archive.read(name) for name in archive.namelist() if name.endswith(".json"))
 
 
 def _refuse_pickles(path: Path) -> None:

@@ -14,6 +14,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ _OPERATORS = (
     "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
     "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
 )
-_kept_libraries: list[torch.library.Library] = []
+_kept_libraries: list[Any] = []
 
 
 def load_model(spec: str, *, weights: str | None = None, allow_pickle: bool = False) -> nn.Module:
@@ -44,8 +45,7 @@ def load_model(spec: str, *, weights: str | None = None, allow_pickle: bool = Fa
     if weights and not pretrained:
         load_weights(model, Path(weights), allow_pickle=allow_pickle)
     check_finite(model)
-    # a program from torch.export has no eval(): its mode was fixed when it was exported
-    return model if spec.endswith(".pt2") else model.eval()
+    return model.eval()
 
 
 def _from_name(spec: str, *, pretrained: bool, allow_pickle: bool) -> nn.Module:
@@ -114,7 +114,8 @@ def _import_with_operators(name: str) -> Any:
     except RuntimeError as error:
         if "torchvision::nms" not in str(error):
             raise
-    library = torch.library.Library("torchvision", "FRAGMENT")
+    make: Any = torch.library.Library  # without types of its own
+    library = make("torchvision", "FRAGMENT")
     for operator in _OPERATORS:
         library.define(operator)
     _kept_libraries.append(library)
@@ -143,18 +144,16 @@ def _from_factory(spec: str) -> nn.Module:
 
 
 def _from_library(library: str, name: str, *, pretrained: bool) -> nn.Module:
-    if library == "timm":
-        module, known = import_module("timm"), lambda m: m.list_models()
-        build = lambda: module.create_model(name, pretrained=pretrained)  # noqa: E731
-        exists = lambda: module.is_model(name.partition(".")[0])  # noqa: E731
-    else:
-        module, known = import_module("torchvision.models"), lambda m: m.list_models()
-        build = lambda: module.get_model(name, weights="DEFAULT" if pretrained else None)  # noqa: E731
-        exists = lambda: name in module.list_models()  # noqa: E731
-    if not exists():
-        near = difflib.get_close_matches(name, known(module), 3, 0.5)
+    module: Any = import_module("timm" if library == "timm" else "torchvision.models")
+    known = module.list_models()
+    if name.partition(".")[0] not in known:  # timm: NAME.TAG
+        near = difflib.get_close_matches(name, known, 3, 0.5)
         hint = f"did you mean {' or '.join(near)}?" if near else ""
         raise RequestError(f"{library} has no model {name!r}", hint, f"see {library}'s list of models")
+    if library == "timm":
+        build = partial(module.create_model, name, pretrained=pretrained)
+    else:
+        build = partial(module.get_model, name, weights="DEFAULT" if pretrained else None)
     model = call_user(build, f"{library}:{name}")
     assert isinstance(model, nn.Module)
     return model
@@ -256,7 +255,7 @@ def _open_safetensors(file: Path) -> Iterator[tuple[str, Tensor]]:
     from safetensors import safe_open
 
     try:
-        handle = safe_open(file, framework="pt")
+        handle: Any = safe_open(file, framework="pt")
     except Exception as error:  # safetensors raises its own type, OSError or ValueError by version
         raise BadInput(f"cannot read {file}", f"truncated or damaged: {error}", "fetch or write it again") from error
     return ((name, handle.get_tensor(name)) for name in handle.keys())  # noqa: SIM118

@@ -14,11 +14,12 @@ from torch import nn
 from prunella.apply import apply_
 from prunella.errors import BadInput, CheckFailed
 from prunella.forward import forward, mode, tensors
+from prunella.graph.oracle import relative_error
 from prunella.pipeline import Inputs, Plan
 from prunella.realize.artifact import PLAN, check_files, load, read_manifest
+from prunella.realize.origin import Factory
 from prunella.realize.plan_file import load_plan
 from prunella.realize.shrink import shrink
-from prunella.graph.oracle import relative_error
 
 TOLERANCE = 1e-4
 """Largest relative difference between the stored model and the masked one, in the precision of the weights."""
@@ -54,7 +55,7 @@ class Proof:
         return "\n".join(lines)
 
 
-def check_whole(folder: Path, *, factory: str | None = None) -> tuple[Proof, nn.Module | None]:
+def check_whole(folder: Path, *, factory: Factory | None = None) -> tuple[Proof, nn.Module | None]:
     """Compare all digests and build the model. Without a `factory` a model that needs one is not rebuilt.
 
     Raises BadInput for a file that is missing, changed or does not fit.

@@ -84,6 +84,20 @@ def test_a_folder_that_exists_is_left_alone(prunella: Run, shop: str) -> None:
         assert [path.name for path in Path("out").iterdir()] == ["mine.txt"]
 
 
+def test_a_folder_of_a_run_asks_for_its_factory(prunella: Run, shop: str) -> None:
+    prunella("run", f"{shop}:net", *IMAGE, *HALF, "-o", "out")
+    result = prunella("export", "out", "-o", "x.pt2")
+    assert result.code == 2 and f"{shop}:net" in result.err and "--factory" in result.err
+    assert prunella("inspect", "out", "--factory", f"{shop}:net", "--json").data["params"] > 0
+
+
+def test_a_file_that_exists_is_not_overwritten(prunella: Run, shop: str) -> None:
+    Path("x.safetensors").write_text("mine")
+    assert prunella("export", f"{shop}:net", *IMAGE, "-o", "x.safetensors").code == 2
+    assert Path("x.safetensors").read_text() == "mine"
+    assert prunella("export", f"{shop}:net", *IMAGE, "-o", "x.safetensors", "--overwrite").code == 0
+
+
 def test_an_own_result_is_replaced_when_asked(prunella: Run, shop: str) -> None:
     assert prunella("run", f"{shop}:net", *IMAGE, *HALF, "-o", "out").code == 0
     assert prunella("run", f"{shop}:net", *IMAGE, *HALF, "-o", "out").code == 2

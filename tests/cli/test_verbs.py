@@ -117,7 +117,7 @@ def test_a_masked_run(prunella: Run, shop: str) -> None:
     assert prunella(*line).code == 0
     state = pr.load("out", factory=f"{shop}:net").state_dict()
     assert int((state["3.weight"] == 0).sum()) == 576
-    assert prunella("verify", "out", f"{shop}:net", "--json").data["equal"] == 0
+    assert prunella("verify", "out", f"{shop}:net", "--json").data["equal"] < 1e-6
 
 
 def test_verify_sees_a_changed_file(prunella: Run, shop: str) -> None:

@@ -6,6 +6,7 @@ from functools import partial
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 import prunella as pr
 from prunella.granularity import reduce_to_units
@@ -38,6 +39,47 @@ def test_group_norm_takes_producer_bias_and_readers() -> None:
     parts = [model[0].weight, model[0].bias.unsqueeze(1), model[2].weight.t()]
     expected = torch.cat(parts, 1).norm(dim=1).float()  # type: ignore[arg-type]
     assert torch.allclose(score.units(score.subject.groups[0], pr.Reduce.SUM).float(), expected)
+
+
+class TwoNorms(nn.Module):
+    """Two normalisations act on each unit, and a grouped convolution gives each unit two positions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.last = nn.Conv2d(3, 8, 1), nn.Conv2d(3, 8, 1), nn.Conv2d(8, 4, 1, groups=2)
+        self.first, self.second = nn.BatchNorm2d(8), nn.BatchNorm2d(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.last(self.first(self.a(x)) + self.second(self.b(x))).sum((2, 3))
+        assert isinstance(out, Tensor)
+        return out
+
+
+def test_the_scale_of_a_unit_is_the_mean_over_all_that_act_on_it() -> None:
+    torch.manual_seed(0)
+    model = TwoNorms()
+    for norm in (model.first, model.second):
+        nn.init.uniform_(norm.weight, -1, 1)
+    graph = couple(model, torch.randn(2, 3, 4, 4))
+    (group,) = (g for g in graph.groups if any(m.role == "scale" for m in g.members))
+    score = Scorer(pr.bn_scale, Subject(model, graph, groups=(group,)), Statistics())
+    scales = (model.first.weight.abs() + model.second.weight.abs()).detach().double() / 2
+    assert group.size == 4
+    assert torch.allclose(score.units(group, pr.Reduce.SUM), (scales[:4] + scales[4:]) / 2)
+
+
+def test_weights_of_a_unit_with_several_positions_are_gathered() -> None:
+    torch.manual_seed(0)
+    model = TwoNorms()
+    graph = couple(model, torch.randn(2, 3, 4, 4))
+    (group,) = (g for g in graph.groups if any(m.role == "scale" for m in g.members))
+    score = Scorer(partial(pr.group_norm, p=1, normalise=False), Subject(model, graph, groups=(group,)), Statistics())
+    per_channel = torch.zeros(8, dtype=torch.float64)
+    for layer, norm in ((model.a, model.first), (model.b, model.second)):
+        for values in (layer.weight.flatten(1).abs().sum(1), layer.bias.abs(), norm.weight.abs(), norm.bias.abs()):  # type: ignore[union-attr]
+            per_channel += values.detach().double()
+    readers = model.last.weight.detach().double().abs().sum((0, 2, 3))
+    assert torch.allclose(score.units(group, pr.Reduce.SUM), per_channel[:4] + per_channel[4:] + readers, rtol=1e-6)
 
 
 def test_a_unit_may_own_several_positions() -> None:

@@ -20,7 +20,7 @@ from prunella.reporting.profile import OTHER, peak_memory, time_by_layer
     [
         (Ratio(1.62, 1.55, 1.70), "1.62x faster [1.55, 1.70]"),
         (Ratio(1.02, 0.97, 1.06), "no speed-up on this device (1.02x [0.97, 1.06])"),
-        (Ratio(1.02, 1.00, 1.06), "no speed-up on this device (1.02x [1.00, 1.06])"),
+        (Ratio(1.02, 1.001, 1.06), "no speed-up on this device (1.02x [1.00, 1.06])"),
         (Ratio(0.5, 0.4, 0.8), "2.00x slower [1.25, 2.50]"),
     ],
 )

@@ -22,6 +22,7 @@ class Flat(nn.Module):
         self.first = nn.Linear(6, width)
         self.table = nn.Parameter(torch.randn(width))
         self.square = nn.Parameter(torch.randn(width, width) / 3)
+        self.long = nn.Parameter(torch.randn(width + 8))
         self.register_buffer("constant", torch.randn(width))
         with torch.no_grad():
             size = op(self, F.relu(self.first(self.example()))).shape[-1]

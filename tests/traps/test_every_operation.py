@@ -175,6 +175,61 @@ FLAT: dict[str, tuple[Between, int | None]] = {
     "checkpointed": (lambda m, x: checkpoint(lambda y: y * m.table, x), 12),
     "vmap": (lambda m, x: torch.vmap(lambda row: row * m.table)(x), None),
     "scan": (lambda m, x: x.cumsum(0), None),
+    "squared error": (lambda m, x: x * (1 + F.mse_loss(x, x.flip(0))), 0),
+    "cross entropy": (lambda m, x: x * (1 + F.cross_entropy(x, torch.tensor([0, 1, 2]))), 0),
+    "binary cross entropy": (lambda m, x: x * (1 + F.binary_cross_entropy_with_logits(x, (x > 0).to(x.dtype))), 0),
+    "divergence": (lambda m, x: x * (1 + F.kl_div(x, x.flip(0).exp(), reduction="batchmean")), None),
+    "loss without reduction": (lambda m, x: x + F.smooth_l1_loss(x, x.flip(0), reduction="none"), None),
+    "quantile": (lambda m, x: x - x.quantile(0.5, 1, keepdim=True), 0),
+    "median": (lambda m, x: x - x.median(1, keepdim=True).values, 0),
+    "covariance": (lambda m, x: torch.cov(x.t())[:3], None),
+    "bucketize": (lambda m, x: x + torch.bucketize(x, m.constant.sort().values), None),
+    "renorm": (lambda m, x: x.renorm(2, 1, 0.5), None),
+    "renorm of rows": (lambda m, x: x.renorm(2, 0, 0.5), None),
+    "batch norm of rows": (lambda m, x: F.batch_norm(x[None], None, None, training=True)[0], 0),
+    "batch norm of rows, transposed": (lambda m, x: F.batch_norm(x.t(), None, None, training=True).t(), 0),
+    "group norm, channels last": (lambda m, x: F.group_norm(x[None], 1)[0], 0),
+    "instance norm of rows": (lambda m, x: F.instance_norm(x[None])[0], 0),
+    "batch norm of a weight": (lambda m, x: x @ F.batch_norm(m.square[None], None, None, training=True)[0], None),
+    "batch norm of a weight's columns": (lambda m, x: x @ F.batch_norm(m.square, None, None, training=True), 0),
+    "kron": (lambda m, x: torch.kron(x, torch.ones(1, 2, dtype=x.dtype)), None),
+    "matrix times vector": (lambda m, x: x * (x @ m.table)[:, None], None),
+    "dot": (lambda m, x: x * (x[0] @ m.table), None),
+    "power of a weight": (lambda m, x: x @ torch.linalg.matrix_power(m.square, 2), None),
+    "singular values": (lambda m, x: x * torch.linalg.svdvals(m.square)[0], 12),
+    "attention over rows": (lambda m, x: F.scaled_dot_product_attention(x[None], x[None], x[None])[0], 0),
+    "attention with a scale": (
+        lambda m, x: F.scaled_dot_product_attention(x[None], x[None], x[None], scale=1.0)[0],
+        None,
+    ),
+    "rows meet rows": (lambda m, x: x @ x.t() @ x, None),
+    "index_put": (lambda m, x: x.index_put((torch.tensor([0, 1]), torch.tensor([3, 4])), x[0, :2]), None),
+    "index_add": (lambda m, x: x.index_add(1, torch.tensor([2, 5]), x[:, :2]), None),
+    "scatter_add": (lambda m, x: x.scatter_add(1, torch.zeros(3, 12, dtype=torch.int64), x), None),
+    "masked_select": (lambda m, x: x.masked_select(x > -1).view(3, -1), None),
+    "movedim": (lambda m, x: x[None].movedim(2, 0).swapaxes(0, 2)[0], None),
+    "rot90": (lambda m, x: x.rot90(2, (0, 1)), None),
+    "tril": (lambda m, x: x.tril(), None),
+    "mask by position": (lambda m, x: torch.where(torch.arange(x.shape[1]) < 4, x, -x), 0),
+    "table by position": (lambda m, x: x @ m.square[torch.arange(x.shape[1])], None),
+    "slice of a table": (lambda m, x: x * m.table[: x.shape[1]], None),
+    "slice of a longer table": (lambda m, x: x * m.long[: x.shape[1]], None),
+    "end of a longer table": (lambda m, x: x * m.long[-x.shape[1] :], None),
+    "slice of a longer table by literal": (lambda m, x: x * m.long[:12], None),
+    "middle of a longer table": (lambda m, x: x * m.long[4 : 4 + x.shape[1]], None),
+    "expand by literal": (lambda m, x: x * m.table.expand(3, 12), None),
+    "zeros by literal": (lambda m, x: x + torch.zeros(3, 12, dtype=x.dtype), 0),
+    "zeros by size": (lambda m, x: x + x.new_zeros(x.shape[1]), None),
+    "ones like a table": (lambda m, x: x + torch.ones_like(m.table), 12),
+    "custom function": (lambda m, x: Double.apply(x), None),
+    "sparse": (lambda m, x: torch.sparse.mm(x.t().to_sparse(), torch.eye(3, dtype=x.dtype)).t(), None),
+    "fake quantisation": (
+        lambda m, x: torch.fake_quantize_per_tensor_affine(x.float(), 0.1, 0, -128, 127).to(x.dtype),
+        None,
+    ),
+    "branch on a value": (lambda m, x: x * 2 if bool((x > 0.5).any()) else x, 0),
+    "branch on one value": (lambda m, x: x * 2 if x[0, 0] > 0.1 else x, None),
+    "loop until small": (lambda m, x: until_small(x), None),
     "map of a dictionary": (lambda m, x: {"a": x, "b": x * 2}["b"], 12),
 }
 # Sizes that no tracked integer can follow: `float.__mul__` and C code take its bare value without a call.
@@ -282,6 +337,25 @@ class Branches(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return sum(part(x * self.scales[0]) for part in self.parts.values()) * self.scales[1]
+
+
+class Double(torch.autograd.Function):
+    """An operation with a gradient of its own."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x * 2
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+        return grad * 2
+
+
+def until_small(x: torch.Tensor) -> torch.Tensor:
+    """Halve while the norm is large: the number of rounds depends on all values."""
+    while float(x.norm()) > 1.0:
+        x = x / 2
+    return x
 
 
 def set_part(x: torch.Tensor, count: int) -> torch.Tensor:

@@ -307,6 +307,54 @@ def test_standardised_filters_go_whole_and_keep_their_inputs() -> None:
     assert frozen_because(graph, "0.weight", 0, "mean", "std", "var")
 
 
+class ScaledStandardised(nn.Conv2d):
+    """The same by a batch norm of the weight, as in networks without normalisers."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = self.weight.reshape(1, self.out_channels, -1)
+        weight = F.batch_norm(flat, None, None, training=True, momentum=0.0).reshape_as(self.weight)
+        return F.conv2d(x, weight, self.bias, self.stride, self.padding)
+
+
+def test_a_batch_norm_of_a_weight_keeps_what_it_averages_over() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), ScaledStandardised(8, 10, 3), nn.Conv2d(10, 4, 1))
+    graph = check_exact(model, torch.randn(IMAGE)).graph
+    assert frozen_because(graph, "0.weight", 0)
+    assert not any(m.entity == "0.weight" for g in graph.groups for m in g.members)
+
+
+class Cached(nn.Module):
+    """Work that is done once: forward keeps a table of its own in a dictionary and in an attribute."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last, self.bias = nn.Linear(6, 12), nn.Linear(12, 4), nn.Parameter(torch.randn(12))
+        self.cache: dict[str, Tensor] = {}
+        self.kept: Tensor | None = None
+        self.calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        if "bias" not in self.cache:
+            self.cache["bias"] = self.bias * 2
+        if self.kept is None:
+            self.kept = self.bias.detach().exp()
+        self.calls += 1
+        return self.last(x * self.kept + self.cache["bias"])
+
+
+def test_what_a_run_leaves_in_the_model_is_taken_away() -> None:
+    model = settle(Cached())
+    before = snapshot(model)
+    graph = couple(model, torch.ones(3, 6))
+    assert model.cache == {} and model.kept is None and model.calls == 0 and type(model.calls) is int
+    assert_untouched(before, snapshot(model))
+    assert produced_by(graph, "first").size == 12
+    torch.testing.assert_close(
+        run(cut(model, graph, half(graph)), torch.ones(3, 6)), run(masked(model, graph, half(graph)), torch.ones(3, 6))
+    )
+
+
 def test_one_output_is_not_depthwise() -> None:
     model = nn.Sequential(nn.Conv2d(1, 8, 3), nn.Conv2d(8, 1, 3), nn.Conv2d(1, 6, 1), nn.Conv2d(6, 2, 1))
     checked = check_exact(model, torch.randn(2, 1, 8, 8))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Sequence
 
 
@@ -10,7 +11,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; always ends in `SystemExit` with the exit code of the documentation."""
     from prunella.cli.app import app, help_of
 
-    words = list(sys.argv[1:] if arguments is None else arguments)
+    if arguments is None:
+        arguments = sys.argv[1:]
+        if not sys.warnoptions:  # warnings of other libraries are not the user's to read; python -W shows them
+            warnings.simplefilter("ignore")
+    words = list(arguments)
     if "--debug" in words:  # wherever it stands
         words = ["--debug", *(word for word in words if word != "--debug")]
     if words and words[-1] == "--help" and (text := help_of(words[0])):

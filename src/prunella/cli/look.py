@@ -93,6 +93,7 @@ def inspect(
     inputs: options.Inputs = None,
     weights: options.Weights = None,
     allow_pickle: options.AllowPickle = False,
+    factory: options.FactoryName = None,
     everything: Annotated[bool, typer.Option("--all", help="Show all rows.")] = False,
     as_json: options.Json = False,
 ) -> None:
@@ -100,7 +101,7 @@ def inspect(
     from prunella.cli.request import open_model
     from prunella.graph.couple import couple
 
-    network, example = open_model(model, inputs, weights=weights, allow_pickle=allow_pickle)
+    network, example = open_model(model, inputs, weights=weights, allow_pickle=allow_pickle, factory=factory)
     with stage("coupling"):
         graph = couple(network, example)
     data = graph_data(graph)

@@ -26,11 +26,15 @@ def verify(
     as_json: options.Json = False,
 ) -> None:
     """Check digests and that the model loads; with MODEL, that it equals the dense model with the same units masked."""
+    from functools import partial
+
     from prunella.cli.request import factory_of, open_dense
+    from prunella.models import load_model
     from prunella.proof import check_equal, check_whole, plan_of
 
     with stage("checking digests and loading"):
-        proof, small = check_whole(folder, factory=factory_of(model) if model else None)
+        build = (factory_of(model) or partial(load_model, model, allow_pickle=allow_pickle)) if model else None
+        proof, small = check_whole(folder, factory=build)
     if model is not None and small is not None:
         plan = plan_of(folder)
         dense, example = open_dense(model, inputs, plan.inputs, weights=weights, allow_pickle=allow_pickle)
@@ -54,7 +58,7 @@ def report(
     result: dict[str, Any] = {"page": str(page.resolve())}
     try:
         result |= json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
-        text = run_text(result, folder) if "text" in result else f"look at {page}"
+        text = run_text(result, folder)
     except (ValueError, TypeError, KeyError) as error:
         raise BadInput(f"cannot read {record}", f"damaged: {error}", "run it again") from error
     emit(result, text, as_json=as_json)

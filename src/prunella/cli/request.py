@@ -18,7 +18,7 @@ from prunella.examples import check_forward, example_inputs
 from prunella.files import MARKER
 from prunella.models import call_user, load_model, load_object
 from prunella.pipeline import Inputs, Loss, Plan, Recipe
-from prunella.realize.artifact import PLAN, load
+from prunella.realize.artifact import PLAN, load, read_manifest
 from prunella.realize.plan_file import load_plan
 from prunella.targets import Target, parse_target
 
@@ -63,6 +63,10 @@ def open_dense(
 def _open_artefact(
     folder: Path, shapes: Sequence[str] | None, *, factory: str | None, seed: int
 ) -> tuple[nn.Module, Inputs]:
+    origin = read_manifest(folder).get("origin", {})
+    if factory is None and origin.get("kind") in ("factory", "unknown"):
+        why = f"it was made with {origin.get('name', 'a function')}; code that a file names is never imported"
+        raise RequestError(f"{folder} needs what made its dense model", why, "give --factory module:function")
     model = load(folder, factory=factory)
     kept = load_plan(folder / PLAN).inputs if (folder / PLAN).is_file() else None
     example = example_inputs(model, str(folder), shapes, seed=seed) if shapes or kept is None else kept

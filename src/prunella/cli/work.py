@@ -16,14 +16,22 @@ from prunella.cli.console import emit, note, stage
 
 def demo(
     output: options.Output = Path("demo"),
-    overwrite: options.Overwrite = False,
+    model: Annotated[str, typer.Option(help="auto, minilm (extra `demo`) or digits (extra `digits`).")] = "auto",
+    target: Annotated[float, typer.Option(help="Fraction of the multiply-adds that stays.")] = 0.5,
     seed: options.Seed = 0,
+    overwrite: options.Overwrite = False,
     as_json: options.Json = False,
 ) -> None:
     """The main job on a real pretrained network with real data, in about a minute: table, artefact, report.html."""
-    from prunella.demo import run_demo
+    from typing import get_args
 
-    result = run_demo(output, overwrite=overwrite, seed=seed)
+    from prunella.demo.run import Which, run_demo
+    from prunella.errors import RequestError
+
+    which: dict[str, Which] = {name: name for name in get_args(Which)}
+    if model not in which:
+        raise RequestError(f"there is no demo {model!r}", f"it is one of {', '.join(which)}", "leave --model out")
+    result = run_demo(output, model=which[model], target=target, seed=seed, overwrite=overwrite)
     emit(result.as_dict(), str(result), as_json=as_json)
 
 
@@ -129,8 +137,10 @@ def run(
 
 
 def run_text(result: dict[str, Any], folder: Path) -> str:
-    """The outcome of `run` for people."""
-    return f"{result['text']}\n\n{folder}: read it with {result['reader']}; look at {folder / 'report.html'}"
+    """The outcome of `run` for people; a demo has a verdict instead."""
+    said = result.get("text", result.get("verdict", ""))
+    reader = f"read it with {result['reader']}; " if "reader" in result else ""
+    return f"{said}\n\n{folder}: {reader}look at {folder / 'report.html'}".lstrip()
 
 
 def export(

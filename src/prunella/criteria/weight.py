@@ -33,7 +33,7 @@ def group_norm(unit_weight: UnitWeight, *, p: float = 2.0, normalise: bool = Tru
         raise RequestError(f"group_norm takes p of at least 1, not {p!r}")
     size = unit_weight.shape[1] if normalise else 1
     norm: Scores = torch.linalg.vector_norm(unit_weight, ord=p, dim=1)
-    return norm / float(size) ** (1 / p)
+    return torch.div(norm, float(size) ** (1 / p))
 
 
 @criterion(source="Liu et al. 2017, arXiv:1708.06519")

@@ -17,10 +17,10 @@ Outputs = Callable[[nn.Module, Any], Tensor]
 def output_probe(outputs: Outputs) -> Callable[[nn.Module, Any], Tensor]:
     """The loss `sum_i s_i y_i` with random signs `s_i` of +-1, one for each number of the output.
 
-    Against the dense model's own output every distillation loss has a zero gradient, so Taylor scores would vanish. The
-    squared gradient of this one does not: over the signs its mean is `sum_i (dy_i/dz)^2`, which is the squared change of
-    the output, to first order, when the gate z of a unit closes (Hutchinson 1990 on the Gauss-Newton matrix of the
-    squared error). The signs depend on nothing but the batch, so that the same batch gives the same number.
+    Every distillation loss has a zero gradient at the dense model itself, so Taylor scores of it would vanish. The
+    squared gradient of this one does not: over the signs its mean is `sum_i (dy_i/dz)^2`, the squared change of the
+    output, to first order, when the gate z of a unit closes (Hutchinson 1990 on the Gauss-Newton matrix of the squared
+    error). The signs depend on nothing but the batch, so that the same batch gives the same number.
     """
 
     def loss(model: nn.Module, batch: Any) -> Tensor:

@@ -39,5 +39,3 @@ class Task:
     steps: int
     lr: float
     save: Mapping[str, Any] = field(default_factory=dict)
-
-

@@ -18,6 +18,8 @@ _MARK = re.compile(
 )
 _SENTENCE = re.compile(r"(.+?[.:])\s+(?=[A-Z\"*(‘“])")
 _MIN_WORDS = {"first": 4, "rest": 15}
+_WORDS = (10, 20, 45, 90)
+"""Most words of a passage, in turn."""
 
 
 @dataclass(frozen=True)
@@ -50,10 +52,11 @@ def read_sections() -> tuple[Section, ...]:
     return tuple(found.values())
 
 
-def split(sections: tuple[Section, ...], *, held_out: float = 0.5, words: int = 60, seed: int = 0) -> Corpus:
+def split(sections: tuple[Section, ...], *, held_out: float = 0.4, seed: int = 0) -> Corpus:
     """Shuffle by `seed`; the first `held_out` of the sections are kept apart, the others become passages.
 
-    A passage has at most about `words` words. Sentences that a held-out section also has are left out.
+    Passages have 10 to 90 words, since what is fitted to long texts only is wrong for short ones. Sentences that a
+    held-out section also has are left out.
     """
     order = list(sections)
     random.Random(seed).shuffle(order)
@@ -63,7 +66,7 @@ def split(sections: tuple[Section, ...], *, held_out: float = 0.5, words: int = 
     passages: list[str] = []
     for section in order[count:]:
         fresh = [s for s in _sentences(f"{section.first} {section.rest}") if s not in known]
-        passages += _pack(fresh, words)
+        passages += _pack(fresh, len(passages))
     return Corpus(tuple(passages), apart)
 
 
@@ -90,13 +93,13 @@ def _sentences(text: str) -> list[str]:
     return [text[a:b].strip() for a, b in zip([0, *ends], [*ends, len(text)], strict=True) if text[a:b].strip()]
 
 
-def _pack(sentences: list[str], words: int) -> Iterator[str]:
-    """Join neighbouring sentences until a passage has `words` words; each passage has at least one sentence."""
+def _pack(sentences: list[str], start: int) -> Iterator[str]:
+    """Join neighbouring sentences to passages of the lengths `_WORDS` in turn; each has at least one sentence."""
     held: list[str] = []
     for sentence in sentences:
-        if held and sum(len(s.split()) for s in [*held, sentence]) > words:
+        if held and sum(len(s.split()) for s in [*held, sentence]) > _WORDS[start % len(_WORDS)]:
             yield " ".join(held)
-            held = []
+            held, start = [], start + 1
         held.append(sentence)
     if held:
         yield " ".join(held)

@@ -345,10 +345,41 @@ def _pop(stack: list[str]) -> None:
         stack.pop()
 
 
+_MACHINERY = frozenset({"_parameters", "_buffers", "_modules", "training"})
+
+
+def _held(module: nn.Module) -> dict[str, tuple[Any, Any]]:
+    """What a module keeps in plain attributes: each value, and a copy of what a list or dictionary holds."""
+    kept = {key: value for key, value in vars(module).items() if key not in _MACHINERY}
+    return {key: (value, value.copy() if type(value) in {dict, list, set} else None) for key, value in kept.items()}
+
+
+def _put_back(now: dict[str, Any], before: dict[str, tuple[Any, Any]]) -> None:
+    """Undo what a run wrote into plain attributes, so that no cache of it is left behind."""
+    for key in [key for key in now if key not in before and key not in _MACHINERY]:
+        del now[key]
+    for key, (value, copied) in before.items():
+        now[key] = value
+        if copied is not None and _differs(value, copied):
+            value.clear()
+            value.extend(copied) if type(value) is list else value.update(copied)
+
+
+def _differs(value: Any, copied: Any) -> bool:
+    if len(value) != len(copied):
+        return True
+    if isinstance(value, set):
+        return bool(value != copied)
+    if isinstance(value, dict):
+        return any(key not in value or value[key] is not kept for key, kept in copied.items())
+    return any(a is not b for a, b in zip(value, copied, strict=True))
+
+
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Eval mode and no gradients inside; training flags, buffers and random state as before afterwards."""
+    """Eval mode and no gradients inside; training flags, buffers, caches and random state as before afterwards."""
     flags = [(module, module.training) for module in model.modules()]
+    held = [(vars(module), _held(module)) for module in model.modules()]
     buffers = [(b, b.detach().clone()) for b in model.buffers() if b.device.type != "meta"]
     random = torch.get_rng_state()
     try:
@@ -362,6 +393,8 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         torch.set_rng_state(random)
         for module, training in flags:
             module.training = training
+        for attributes, values in held:
+            _put_back(attributes, values)
 
 
 def trace(model: nn.Module, inputs: Any, apply_rule: Callable[..., None]) -> Trace:

@@ -27,12 +27,22 @@ class Ratio:
     high: float
 
     @property
+    def faster(self) -> bool:
+        """Whether the whole interval is above 1, as it is shown with two digits."""
+        return round(self.low, 2) > 1
+
+    @property
+    def slower(self) -> bool:
+        """Whether the whole interval is below 1."""
+        return round(self.high, 2) < 1
+
+    @property
     def verdict(self) -> str:
         """One phrase that does not say more than the interval does."""
         interval = f"[{self.low:.2f}, {self.high:.2f}]"
-        if self.low > 1:
+        if self.faster:
             return f"{self.value:.2f}x faster {interval}"
-        if self.high < 1:
+        if self.slower:
             return f"{1 / self.value:.2f}x slower [{1 / self.high:.2f}, {1 / self.low:.2f}]"
         return f"no speed-up on this device ({self.value:.2f}x {interval})"
 

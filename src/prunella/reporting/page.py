@@ -76,16 +76,16 @@ def render_page(report: Report) -> str:
 def headline(report: Report) -> str:
     """The verdict in a dozen words; the interval follows below it."""
     ratio = report.latency.ratio
-    if ratio.low > 1:
+    if ratio.faster:
         speed = f"{ratio.value:.2f}× faster"
-    elif ratio.high < 1:
+    elif ratio.slower:
         speed = f"{1 / ratio.value:.2f}× slower"
     else:
         speed = "no faster on this device"
     first = report.smaller[0]
     scores = [m for m in report.metrics if m.unit == "score"]
     quality = f", {scores[0].name} {scores[0].before:.3g} → {scores[0].after:.3g}" if scores else ""
-    joined = f"{first} and {speed}" if ratio.low > 1 and first != "not smaller" else f"{first}, {speed}"
+    joined = f"{first} and {speed}" if ratio.faster and first != "not smaller" else f"{first}, {speed}"
     return f"{_sentence(joined)}{quality}."
 
 
@@ -95,12 +95,12 @@ def tiles(report: Report) -> tuple[Tile, ...]:
     speed, label = (ratio.value, "faster") if ratio.value >= 1 else (1 / ratio.value, "slower")
     took = report.metric("latency")
     interval = f"95 % interval {ratio.low:.2f} to {ratio.high:.2f}"
-    sure = ratio.low > 1 or ratio.high < 1
+    sure = ratio.faster or ratio.slower
     first = Tile(
         "Latency" if sure else "Latency: no speed-up shown",
         f"{speed:.2f}× {label}" if sure else f"{ratio.value:.2f}×",
         f"{shown(took.before, 'seconds')} → {shown(took.after, 'seconds')}; {interval}",
-        "good" if ratio.low > 1 else "plain",
+        "good" if ratio.faster else "plain",
     )
     wanted = ("multiply-adds", "parameters", "non-zero weights", "size on disk")
     sizes = [_size_tile(m) for name in wanted for m in report.metrics if m.name == name]

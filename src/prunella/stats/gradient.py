@@ -61,9 +61,7 @@ class MeanSquaredGrad:
 
     def add(self, grads: Grads) -> None:
         """One batch."""
-        self._mean.add(
-            {name: _single(grad).square() for name, grad in grads.items()}
-        )
+        self._mean.add({name: _single(grad).square() for name, grad in grads.items()})
 
     def result(self) -> dict[str, Tensor]:
         """By entity."""

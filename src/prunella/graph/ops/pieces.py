@@ -20,17 +20,15 @@ def slice_(trace: Trace, ctx: Context) -> Returned:
     start = _bound(ctx.args[2], size, 0)
     stop = _bound(ctx.args[3], size, size)
     dim = value.dims[at]
-    if dim and trace.call().name == "narrow" and (start, stop) == (0, size):
-        trace.link(trace.call().kwargs.get("length", trace.call().args[-1]), dim, size)
-    if dim and (start, stop, step) != (0, size, 1):
+    if dim and trace.call().name == "narrow":
+        _link_narrow(trace, dim, start, stop)
+    elif dim and (start, stop, step) != (0, size, 1):
         if step != 1:
             trace.freeze(dim, "it is sliced with a step")
-        if trace.call().name == "narrow" and any(type(n) is int and n < 0 for n in trace.call().args[2:3]):
-            trace.freeze(dim, "it is narrowed from the end by a number typed into the source")
         for raw, bound, edge in ((ctx.args[2], start, 0), (ctx.args[3], stop, size)):
             if bound != edge:
                 _link_bound(trace, dim, int(raw), bound)
-        if trace.call().name not in {"__getitem__", "narrow", "__setitem__"}:
+        if trace.call().name not in {"__getitem__", "__setitem__"}:
             trace.freeze(dim, f"{trace.call().name} slices it")
     dims, axes = list(value.dims), list(value.axes)
     if (start, stop, step) != (0, size, 1):
@@ -51,6 +49,16 @@ def _bound(raw: Any, size: int, default: int) -> int:
     return min(max(value + size if value < 0 else value, 0), size)
 
 
+def _link_narrow(trace: Trace, dim: Dim, start: int, stop: int) -> None:
+    """`narrow(dim, start, length)`: as many positions before the start and in the piece as the source says."""
+    call = trace.call()
+    raw = dict(zip(("input", "dim", "start", "length"), call.args, strict=False)) | dict(call.kwargs)
+    if isinstance(raw["start"], int) and plain(raw["start"]) < 0:
+        trace.freeze(dim, "it is narrowed from the end")
+    trace.link(raw["start"], take(dim, slice(0, start)), start)
+    trace.link(raw["length"], take(dim, slice(start, stop)), stop - start)
+
+
 def _link_bound(trace: Trace, dim: Dim, raw: int, bound: int) -> None:
     """As many positions as before must lie before a bound, or behind it when it is counted from the end."""
     source = _raw_bound(trace, raw)
@@ -67,7 +75,7 @@ def _raw_bound(trace: Trace, bound: int) -> int:
     call = trace.call()
     raw: list[Any] = []
     for item in flat(call.args[1:]):
-        raw += [item.start, item.stop] if isinstance(item, slice) else [item]
+        raw += [item.start, item.stop] if isinstance(item, slice) else []
     match = [r for r in raw if isinstance(r, Tracked) and plain(r) == bound]
     literal = [r for r in raw if type(r) is int and r == bound]
     return match[0] if match and not literal else bound

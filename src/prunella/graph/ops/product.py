@@ -71,6 +71,10 @@ def vector_product(trace: Trace, ctx: Context) -> Returned:
     """`(m, k) @ (k)` or `(k) @ (k)`."""
     a, b = ctx.value(0), ctx.value(1)
     _contract(trace, ctx, a, b, len(a.dims) - 1, 0)
+    if a.weight != b.weight:
+        trace.role(a.axes[-1] if a.weight else b.axes[0], "in")
+        if a.weight and len(a.dims) == 2:
+            trace.role(a.axes[0], "out")
     sizes = tuple(zip(a.dims, ctx.shape(0), strict=True))
     trace.work.append(Work(ctx.name, trace.module(), None, 1.0, sizes))
     return Value.plain(a.dims[:-1])

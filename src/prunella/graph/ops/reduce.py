@@ -18,6 +18,9 @@ def batch_norm(trace: Trace, ctx: Context) -> Returned:
     """Each channel by itself: scale, shift and statistics go with it."""
     x = ctx.value(0)
     at = min(1, len(x.dims) - 1)
+    if not isinstance(ctx.args[3], Tensor) or any(flag is True for flag in ctx.args[5:6]):
+        for dim in [d for k, d in enumerate(x.dims) if k != at]:
+            trace.freeze(dim, "a batch norm takes its statistics over it")
     roles: tuple[Role, ...] = ("scale", "shift", "stat", "stat")
     for argument, role in zip(ctx.args[1:5], roles, strict=True):
         if isinstance(argument, Tensor) and argument.dim() == 1:
@@ -46,7 +49,8 @@ def group_norm(trace: Trace, ctx: Context) -> Returned:
     """Whole groups of channels may go, parts of a group would change its statistics."""
     x, channels, groups = ctx.value(0), int(ctx.args[4]), int(ctx.args[6])
     rows, columns = trace.ledger.split(x.dims[1], [groups, channels // groups])
-    trace.freeze(columns, "a group norm takes its statistics over it")
+    for dim in (columns, *x.dims[2:]):
+        trace.freeze(dim, "a group norm takes its statistics over it")
     call = trace.call()
     raw = call.kwargs.get("num_groups", call.args[1] if len(call.args) > 1 else groups)
     trace.link(raw, rows, groups)

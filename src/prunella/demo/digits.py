@@ -1,0 +1,129 @@
+"""scikit-learn's handwritten digits with a small ResNet that is trained here first: needs no download at all."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, relu
+
+from prunella.allocation import global_
+from prunella.criteria import taylor
+from prunella.demo.probe import output_probe
+from prunella.demo.stages import Tick
+from prunella.demo.task import Quality, Task
+from prunella.errors import MissingExtra
+from prunella.forward import mode
+from prunella.granularity import Channel
+from prunella.pipeline import Loss, Recipe
+from prunella.recovery.distill import distill_logits
+from prunella.recovery.finetune import finetune
+
+_TEST = 397
+
+
+class Block(nn.Module):
+    """Two 3x3 convolutions with batch normalisation, and a shortcut that is a 1x1 convolution where shapes differ."""
+
+    def __init__(self, wide_in: int, wide_out: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(wide_in, wide_out, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(wide_out)
+        self.conv2 = nn.Conv2d(wide_out, wide_out, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(wide_out)
+        same = stride == 1 and wide_in == wide_out
+        self.shortcut = nn.Identity() if same else nn.Conv2d(wide_in, wide_out, 1, stride, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`relu(shortcut(x) + branch(x))`."""
+        y: Tensor = self.bn2(self.conv2(relu(self.bn1(self.conv1(x)))))
+        return relu(y + self.shortcut(x))
+
+
+class DigitsNet(nn.Module):
+    """A residual network for 8x8 images: 32, 64 and 128 channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(1, 32, 3, 1, 1, bias=False), nn.BatchNorm2d(32), nn.ReLU())
+        self.blocks = nn.Sequential(Block(32, 32, 1), Block(32, 64, 2), Block(64, 64, 1), Block(64, 128, 2))
+        self.head = nn.Linear(128, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits of 10 digits."""
+        found: Tensor = self.head(self.blocks(self.stem(x)).mean((2, 3)))
+        return found
+
+
+def digits_task(*, seed: int, steps: int, training: int, tick: Tick) -> Task:
+    """The task; `tick` is called after each of the `training` steps that make the dense network."""
+    x, y, test_x, test_y = _data(seed)
+    model = _trained(x, y, steps=training, seed=seed, tick=tick)
+    calibration = [(part,) for part in torch.split(x[:512], 64)]
+    return Task(
+        name="a small ResNet, trained here",
+        data=f"scikit-learn's digits: {len(x)} images to train, calibrate and heal, {len(test_x)} held out",
+        model=model,
+        example=(x[:64],),
+        recipe=Recipe(taylor, Channel(), functools.partial(global_, per_cost=True), floor=0.1, seed=seed),
+        calibration=calibration,
+        loss=output_probe(_logits),
+        quality=functools.partial(_quality, test_x, test_y, model),
+        quality_steps=1,
+        teach=functools.partial(_teach, [(part,) for part in torch.split(x, 64)]),
+        teach_steps=1,
+        steps=steps,
+        lr=1e-3,
+        save={"factory": DigitsNet},
+    )
+
+
+def _data(seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    if importlib.util.find_spec("sklearn") is None:
+        raise MissingExtra(
+            "the demo has no data", "scikit-learn is not installed", "pip install 'prunella[demo]', or [digits]"
+        )
+    from sklearn.datasets import load_digits
+
+    pixels, labels = load_digits(return_X_y=True)
+    x = torch.from_numpy(pixels).float().div_(8).sub_(1).view(-1, 1, 8, 8)
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
+    x, y = x[order], torch.from_numpy(labels).long()[order]
+    return x[_TEST:], y[_TEST:], x[:_TEST], y[:_TEST]
+
+
+def _trained(x: Tensor, y: Tensor, *, steps: int, seed: int, tick: Tick) -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = DigitsNet()
+    batches = list(zip(torch.split(x, 64), torch.split(y, 64), strict=True))
+    finetune(model, batches, _supervised, steps=steps, lr=3e-3, on_step=tick, seed=seed)
+    return model.eval()
+
+
+def _supervised(model: nn.Module, batch: Any) -> Tensor:
+    return cross_entropy(model(batch[0]), batch[1])
+
+
+def _logits(model: nn.Module, batch: Any) -> Tensor:
+    found: Tensor = model(batch[0])
+    return found
+
+
+def _quality(x: Tensor, y: Tensor, dense: nn.Module, model: nn.Module, tick: Tick) -> Quality:
+    with mode(model, training=False), mode(dense, training=False), torch.inference_mode():
+        found, wanted = model(x).argmax(1), dense(x).argmax(1)
+    tick()
+    return {
+        "accuracy": float((found == y).double().mean()),
+        "agreement (same digit)": float((found == wanted).double().mean()),
+    }
+
+
+def _teach(batches: list[Any], dense: nn.Module, tick: Tick) -> tuple[list[Any], Loss]:
+    """Logits are quick to compute again: the batches stay as they are."""
+    tick()
+    return batches, distill_logits(dense)

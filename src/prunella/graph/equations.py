@@ -1,0 +1,100 @@
+"""Solve the relations that a run left behind: which atoms are equal, and which must stay.
+
+Equal atoms are joined (connected components). Each conjunction (a view that factors an axis) is resolved: one factor
+may lose positions, the others stay. A factor that is frozen already decides, then the one that is the batch of a
+product (attention heads), then the longer one.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from scipy.sparse import coo_matrix
+from scipy.sparse.csgraph import connected_components
+
+from prunella.graph.axes import And, Ledger, Reason
+from prunella.graph.structure import Ints
+
+Mark = np.ndarray[tuple[int, ...], np.dtype[np.bool_]]
+
+
+class Equations:
+    """The components of a ledger: `part` is the component of each atom, `fixed` says which components stay."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        self.ledger = ledger
+        self.pending: list[And] = list(ledger.ands)
+        self.resolve()
+
+    def join(self) -> None:
+        """Connected components of equal atoms, and which of them are frozen."""
+        a = np.concatenate([np.zeros(1, np.int64), *(e[0] for e in self.ledger.edges)])
+        b = np.concatenate([np.zeros(1, np.int64), *(e[1] for e in self.ledger.edges)])
+        n = self.ledger.size
+        self.part = connected_components(coo_matrix((np.ones(len(a), np.int8), (a, b)), shape=(n, n)), False)[1]
+        self.part = self.part.astype(np.int64)
+        self.fixed: Mark = np.zeros(int(self.part.max()) + 1, dtype=bool)
+        self.fixed[self.part[0]] = True
+        for atoms, _ in self.ledger.frozen:
+            self.fixed[self.part[atoms]] = True
+
+    def stays(self, atoms: Ints) -> Mark:
+        """Which atoms are frozen."""
+        found: Mark = self.fixed[self.part[atoms]]
+        return found
+
+    def resolve(self) -> None:
+        """Decide every conjunction."""
+        self.join()
+        while self.pending:
+            if not self._forced():
+                self._choose()
+            self.join()
+
+    def _forced(self) -> bool:
+        changed = False
+        for node in list(self.pending):
+            whole = self.stays(node.whole)
+            if any((whole & ~self.stays(f)).any() for f in node.factors):
+                for factor in node.factors:
+                    self.freeze(factor[whole], self.reason(node.whole[whole]))
+                changed = True
+            live = [f for f in node.factors if not self.stays(f).all()]
+            if len(live) <= 1:
+                self.pending.remove(node)
+                changed = True
+                if live:
+                    self.ledger.edges.append((node.whole, live[0]))
+                else:
+                    self.freeze(node.whole, self.reason(np.concatenate(node.factors)))
+        return changed
+
+    def _choose(self) -> None:
+        batch = np.zeros_like(self.fixed)
+        for atoms in self.ledger.batched:
+            batch[self.part[atoms]] = True
+        heads = [n for n in self.pending if any(batch[self.part[f]].any() for f in n.factors)]
+        node = (heads or self.pending)[0]
+        live = [f for f in node.factors if not self.stays(f).all()]
+        best = max(live, key=lambda f: (bool(batch[self.part[f]].any()), len(np.unique(self.part[f]))))
+        for factor in live:
+            if factor is not best:
+                self.freeze(factor, Reason("the other axis of the same view is the one that can go"))
+
+    def freeze(self, atoms: Ints, reason: Reason) -> None:
+        """These atoms stay."""
+        if len(atoms):
+            self.ledger.frozen.append((atoms, reason))
+            self.fixed[self.part[atoms]] = True
+
+    def reason(self, atoms: Ints) -> Reason:
+        """Why these atoms stay: the first reason noted for any of their components."""
+        wanted = np.zeros_like(self.fixed)
+        wanted[self.part[atoms]] = True
+        for frozen, reason in self.ledger.frozen:
+            if wanted[self.part[frozen]].any():
+                return reason
+        return Reason("it meets a tensor that always stays" if wanted[self.part[0]] else "it always stays")
+
+    def atoms_of(self, gone: Mark) -> Ints:
+        """The atoms of the components marked."""
+        return np.flatnonzero(gone[self.part])

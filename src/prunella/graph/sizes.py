@@ -1,0 +1,136 @@
+"""Sizes in the model's source: which attributes follow a cut, and which groups the source could not follow."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from prunella.graph.axes import Dim, Reason
+from prunella.graph.equations import Equations, Mark
+from prunella.graph.provenance import Attr, Expression, Shape, evaluate, leaves
+from prunella.graph.structure import Group
+from prunella.graph.trace import Link, Trace
+
+
+@dataclass(frozen=True, eq=False)
+class Solved:
+    """An attribute with the link that defines it."""
+
+    attr: Attr
+    link: Link
+    factor: int
+    divisor: int
+
+
+def size(equations: Equations, dim: Dim, gone: Mark) -> int:
+    """Positions of a dim that remain when the components `gone` are removed."""
+    stays = np.ones(len(dim[0]), dtype=bool)
+    for layer in dim:
+        stays &= ~gone[equations.part[layer]]
+    return int(stays.sum())
+
+
+def _touched(equations: Equations, dim: Dim, gone: Mark) -> bool:
+    """Whether a dim loses positions."""
+    return any(gone[equations.part[layer]].any() for layer in dim)
+
+
+def solve(equations: Equations, record: Trace) -> dict[Attr, Solved]:
+    """The attributes that follow an axis: named alone as its size, or else needed for a size to follow."""
+    solved: dict[Attr, Solved] = {}
+    free = [n for n in record.links if n.dim and not all(equations.stays(layer).all() for layer in n.dim)]
+    for link in free:
+        if isinstance(link.expression, Attr):
+            solved.setdefault(link.expression, Solved(link.expression, link, 1, 1))
+    for link in free:
+        unknown = [e for e in leaves(link.expression) if isinstance(e, Attr) and e not in solved]
+        if len(unknown) == 1 and _unfollowed_by(equations, record, _one(equations, link.dim), solved, [link]) is link:
+            divisor = int(np.gcd(unknown[0].value, link.length))
+            factor, divisor = unknown[0].value // divisor, link.length // divisor
+            solved[unknown[0]] = Solved(unknown[0], link, factor, divisor)
+    return solved
+
+
+def _one(equations: Equations, dim: Dim) -> Mark:
+    """A removal of the first component of a dim that may go."""
+    gone = np.zeros_like(equations.fixed)
+    part = equations.part[np.concatenate(dim)]
+    gone[part[~equations.fixed[part]][:1]] = True
+    return gone
+
+
+def _unfollowed_by(
+    equations: Equations, record: Trace, gone: Mark, solved: Mapping[Attr, Solved], links: Iterable[Link]
+) -> Link | None:
+    """The first size in the source that is wrong once the components `gone` are removed."""
+
+    def value(leaf: Attr | Shape) -> int:
+        if isinstance(leaf, Shape):
+            return size(equations, leaf.dim, gone) if leaf.dim else leaf.value
+        known = solved.get(leaf)
+        return size(equations, known.link.dim, gone) * known.factor // known.divisor if known else leaf.value
+
+    for link in links:
+        if _outcome(link.expression, value) != size(equations, link.dim, gone):
+            return link
+    for attr, where in record.fixed:
+        if value(attr) != attr.value:
+            return Link(attr, (), attr.value, where)
+    for choice, where in record.decisions:
+        left, right = _outcome(choice.left, value), _outcome(choice.right, value)
+        today = choice.operation(evaluate(choice.left, _today), evaluate(choice.right, _today))
+        if left is None or right is None or choice.operation(left, right) != today:
+            return Link(0, (), 0, where)
+    return None
+
+
+def freeze_unfollowed(equations: Equations, record: Trace, groups: Iterable[Group]) -> bool:
+    """Remove one unit, then every other unit, of each group; freeze the groups that the source cannot follow."""
+    solved, frozen = solve(equations, record), False
+    for group in groups:
+        dims = [(equations.part[record.axes[m.entity][m.axis][0][m.index]], m.unit) for m in group.members]
+        for lost in ({0}, {group.size - 1}, set(range(0, group.size, 2)) if group.size > 1 else {0}):
+            gone = np.zeros_like(equations.fixed)
+            for part, unit in dims:
+                gone[part[np.isin(unit, list(lost))]] = True
+            links = [n for n in record.links if _concerns(equations, n, gone, solved)]
+            wrong = _unfollowed_by(equations, record, gone, solved, links)
+            if wrong is not None:
+                equations.freeze(np.flatnonzero(gone[equations.part]), Reason(_unfollowed(wrong), wrong.where))
+                every = np.isin(equations.part, np.concatenate([p for p, _ in dims]))
+                equations.freeze(np.flatnonzero(every), Reason(_unfollowed(wrong), wrong.where))
+                frozen = True
+                break
+    return frozen
+
+
+def _concerns(equations: Equations, link: Link, gone: Mark, solved: Mapping[Attr, Solved]) -> bool:
+    if _touched(equations, link.dim, gone):
+        return True
+    for leaf in leaves(link.expression):
+        dim = leaf.dim if isinstance(leaf, Shape) else solved[leaf].link.dim if leaf in solved else ()
+        if dim and _touched(equations, dim, gone):
+            return True
+    return False
+
+
+def _outcome(expression: Expression, value: Callable[[Attr | Shape], int]) -> int | None:
+    """The value of an expression, None where it divides by zero."""
+    try:
+        return evaluate(expression, value)
+    except ZeroDivisionError:
+        return None
+
+
+def _today(leaf: Attr | Shape) -> int:
+    return leaf.value
+
+
+def _unfollowed(link: Link) -> str:
+    if isinstance(link.expression, Attr) and not link.dim:
+        return f"the size {link.expression.name} is used in a calculation"
+    if not link.dim:
+        return "the source decides by a size"
+    return "a size in the source would not follow"
