@@ -34,7 +34,7 @@ check: $(VENV)/.stamp-check ## ruff, mypy --strict, order of imports
 
 docs: $(VENV)/.stamp-docs ## build the documentation into site/
 	$(SAY) "building the documentation into site/"
-	DISABLE_MKDOCS_2_WARNING=true $(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 DISABLE_MKDOCS_2_WARNING=true $(BIN)/mkdocs build --strict
 
 bench: $(VENV)/.stamp-bench ## compare with Torch-Pruning on the same weights and budget (long)
 	$(SAY) "running benchmarks/"

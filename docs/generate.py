@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import sys
 from collections import defaultdict
@@ -12,6 +13,7 @@ import mkdocs_gen_files
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
+import prunella
 from prunella.catalogue import methods
 from prunella.method import Method
 
@@ -78,5 +80,43 @@ def command_page() -> None:
     write("cli.md", "\n".join(lines))
 
 
+def api_page() -> None:
+    lines = ["# Python API", "", "`import prunella as pr`; every name is loaded when it is first used.", ""]
+    for name in prunella.__all__:
+        value = getattr(prunella, name)
+        if name.startswith("__") or not callable(value):
+            continue
+        kind = "class" if inspect.isclass(value) else "def"
+        lines += [f"## {name}", "", "```python", f"{kind} {name}{signature(value)}", "```", ""]
+        lines += [inspect.getdoc(value) or "", "", f"In `{value.__module__}`.", ""]
+    write("api.md", "\n".join(lines))
+
+
+def signature(value: Any) -> str:
+    """The parameters, one a line where they are many."""
+    parts: list[str] = []
+    for parameter in inspect.signature(value).parameters.values():
+        if parameter.kind is parameter.KEYWORD_ONLY and not any(part.startswith("*") for part in parts):
+            parts.append("*")
+        parts.append(
+            str(parameter).replace("'", "") if parameter.default is parameter.empty else with_default(parameter)
+        )
+    joined = ", ".join(parts)
+    return f"({joined})" if len(joined) < 90 else "(\n    " + ",\n    ".join(parts) + ",\n)"
+
+
+def with_default(parameter: inspect.Parameter) -> str:
+    kind = annotation(parameter).replace("\\|", "|")
+    return f"{parameter.name}: {kind} = {shown(parameter.default)}"
+
+
+def shown(value: Any) -> str:
+    """A default as one would write it: functions by name, dataclasses without their own defaults."""
+    if dataclasses.is_dataclass(value):
+        return f"{type(value).__name__}()"
+    return str(getattr(value, "__name__", repr(value)))
+
+
 method_pages()
 command_page()
+api_page()

@@ -274,7 +274,7 @@ def check_sizes(model: nn.Module, small: nn.Module, graph: Graph, keep: Keep) ->
     """The cut model has the sizes that the graph promised, and the names, ties, dtypes and flags of the model."""
     old, new = model.state_dict(keep_vars=True), small.state_dict(keep_vars=True)
     assert list(old) == list(new), "state-dict keys changed"
-    assert distinct(small) == graph.params(keep)
+    assert distinct(small) == graph.params(keep), f"{distinct(small)} parameters, promised {graph.params(keep)}"
     for name, entity in graph.entities.items():
         shape = tuple(extent.size(keep) for extent in graph.extents[name])
         if name in new:

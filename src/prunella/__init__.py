@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from prunella.realize.export import export as export
     from prunella.realize.plan_file import load_plan as load_plan
     from prunella.realize.plan_file import save_plan as save_plan
+    from prunella.realize.shrink import shrink as shrink
     from prunella.recovery.calibrate import recalibrate_bn as recalibrate_bn
     from prunella.recovery.distill import distill as distill
     from prunella.recovery.distill import distill_features as distill_features
@@ -117,6 +118,7 @@ _HOME = {
     "save": "realize.artifact",
     "load_plan": "realize.plan_file",
     "save_plan": "realize.plan_file",
+    "shrink": "realize.shrink",
     "count": "reporting.count",
     "compare_latency": "reporting.latency",
     "write_page": "reporting.page",

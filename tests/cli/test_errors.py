@@ -44,6 +44,7 @@ HALF = ("--target", "macs=0.5")
         (("plan", "{shop}:nett", *IMAGE, *HALF), 2, "did you mean net"),
         (("plan", "{shop}:net", *IMAGE, *HALF, "--weights", "none.safetensors"), 3, "does not exist"),
         (("plan", "{shop}:net", *IMAGE, *HALF, "-o", "no/such/folder/x.plan"), 2, "cannot write"),
+        (("demo", "--model", "imagenet"), 2, "auto, minilm, digits"),
         (("show", "none.plan"), 3, "no plan"),
         (("verify", "nowhere"), 3, "no such folder"),
         (("report", "nowhere"), 3, "no report"),

@@ -42,7 +42,7 @@ class Image(nn.Module):
 
     def __init__(self, op: Between, width: int = WIDTH) -> None:
         super().__init__()
-        self.op, self.width, self.half = op, width, width // 2
+        self.op, self.width, self.half, self.pair, self.norms = op, width, width // 2, 2, 2
         self.first = nn.Conv2d(3, width, 1)
         with torch.no_grad():
             size = op(self, F.relu(self.first(self.example()))).shape[1]

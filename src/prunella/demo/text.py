@@ -38,6 +38,10 @@ class Corpus:
     passages: tuple[str, ...]
     held_out: tuple[Section, ...]
 
+    def first(self, count: int | None) -> Corpus:
+        """At most `count` of both."""
+        return Corpus(self.passages[:count], self.held_out[:count])
+
 
 def read_sections() -> tuple[Section, ...]:
     """All sections of the installed Python's topics with a first sentence and something after it, each once."""

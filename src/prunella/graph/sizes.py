@@ -73,7 +73,8 @@ def _unfollowed_by(
         return size(equations, known.link.dim, gone) * known.factor // known.divisor if known else leaf.value
 
     for link in links:
-        if _outcome(link.expression, value) != size(equations, link.dim, gone):
+        remains = size(equations, link.dim, gone)
+        if _outcome(link.expression, value) != remains or (remains == 0 and link.length):
             return link
     for attr, where in record.fixed:
         if value(attr) != attr.value:
@@ -91,7 +92,7 @@ def freeze_unfollowed(equations: Equations, record: Trace, groups: Iterable[Grou
     solved, frozen = solve(equations, record), False
     for group in groups:
         dims = [(equations.part[record.axes[m.entity][m.axis][0][m.index]], m.unit) for m in group.members]
-        for lost in ({0}, {group.size - 1}, set(range(0, group.size, 2)) if group.size > 1 else {0}):
+        for lost in _trials(group.size):
             gone = np.zeros_like(equations.fixed)
             for part, unit in dims:
                 gone[part[np.isin(unit, list(lost))]] = True
@@ -104,6 +105,11 @@ def freeze_unfollowed(equations: Equations, record: Trace, groups: Iterable[Grou
                 frozen = True
                 break
     return frozen
+
+
+def _trials(size: int) -> list[set[int]]:
+    """Units to remove: the first, the last, every other one, and all but one."""
+    return [{0}, {size - 1}, set(range(0, size, 2)), set(range(1, size)), set(range(size - 1))] if size > 1 else [{0}]
 
 
 def _concerns(equations: Equations, link: Link, gone: Mark, solved: Mapping[Attr, Solved]) -> bool:

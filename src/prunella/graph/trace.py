@@ -281,6 +281,10 @@ class _Calls(TorchFunctionMode):
 class _Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Hands every ATen operation to the rules."""
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # the guard against the compiler would import it, which takes seconds
+
     def __init__(self, trace: Trace, apply_rule: Callable[..., None]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.trace, self.apply_rule = trace, apply_rule

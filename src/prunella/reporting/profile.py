@@ -106,6 +106,10 @@ def _all_tensors(model: nn.Module, inputs: Inputs) -> list[Tensor]:
 class _Storages(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Bytes of the storages that operations made and nobody freed yet, and the most there ever were."""
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # the guard against the compiler would import it, which takes seconds
+
     def __init__(self, known: set[int]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.live = self.peak = 0

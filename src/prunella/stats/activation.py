@@ -68,6 +68,10 @@ class InputNorm:
 class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Report every multiplication by one of `weights`."""
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # the guard against the compiler would import it, which takes seconds
+
     def __init__(self, weights: dict[str, Tensor], report: Callable[[str, _View, Tensor], None]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._report = report
