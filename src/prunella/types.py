@@ -29,7 +29,9 @@ type_names = (
 Weight = Annotated[Tensor, "(out, in)", "the weight as a matrix"]
 Grad = Annotated[Tensor, "(out, in)", "mean gradient of the loss over the batches"]
 GradSq = Annotated[Tensor, "(out, in)", "mean over batches of the squared gradient"]
-InputNorm = Annotated[Tensor, "(in,)", "L2 norm of each column's input over all tokens; (out, in) where rows read apart"]
+InputNorm = Annotated[
+    Tensor, "(in,)", "L2 norm of each column's input over all tokens; (out, in) where rows read apart"
+]
 NormScale = Annotated[Tensor, "(units,)", "mean absolute scale (gamma) of the normalisations on each unit"]
 GateGrad = Annotated[Tensor, "(batches, units)", "gradient of the loss to a gate of 1 on each unit (weight), per batch"]
 UnitWeight = Annotated[Tensor, "(units, weights)", "all weights of each unit in the criterion's scope, one row a unit"]

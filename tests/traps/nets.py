@@ -8,8 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from prunella.graph.structure import Graph
+
 Between = Callable[[nn.Module, Tensor], Tensor]
 WIDTH = 12
+SHAPE = (2, 3, 8, 8)
 
 
 class Flat(nn.Module):
@@ -55,3 +58,16 @@ class Image(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.last(self.op(self, F.relu(self.first(x))))
+
+
+def half(graph: Graph) -> dict[str, Tensor]:
+    """Keep every second unit of each group."""
+    return {g.name: torch.arange(g.size) % 2 == 0 for g in graph.groups}
+
+
+def picture(graph: Graph) -> str:
+    """A graph as text, arrays included, to compare two of them."""
+    members = [(g.name, g.size, g.kind, m.entity, m.axis, m.role, m.index.tolist(), m.unit.tolist())
+               for g in graph.groups for m in g.members]  # fmt: skip
+    sizes = {name: [e.size(half(graph)) for e in extents] for name, extents in graph.extents.items()}
+    return repr((members, graph.frozen, graph.layers, sizes, graph.macs(half(graph)), graph.uncounted, graph.unused))
