@@ -3,8 +3,8 @@
     python benchmarks/compare.py [--quick]
 
 Same pretrained weights, same MACs (torch's own counter is the referee), same fine-tuning batches, three seeds. Accuracy
-is on the 10,000 test images; calibration and fine-tuning see training images only. Latency is measured interleaved,
-one image at a time and 64 at a time, as a ratio to the dense network.
+is on the first 2,000 test images; calibration and fine-tuning see training images only. Latency is measured
+interleaved, one image at a time and 64 at a time, as a ratio to the dense network.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from prunella.reporting.latency import compare_latency
 
 EXAMPLE = torch.zeros(1, 3, 32, 32)
 BUDGET = 0.5
-STEPS = {20: 150, 56: 60}
+STEPS = {20: 60, 56: 30}
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -77,8 +77,7 @@ def ours(
     plan = pr.plan(dense, EXAMPLE, recipe, target=pr.MACs(BUDGET), data=setting.calibration, loss=_loss)
     small = pr.shrink(dense, plan)
     if heal:
-        pr.reconstruct(small, dense, [x for x, _ in setting.calibration], plan, sequential=False)
-        pr.recalibrate_bn(small, [x for x, _ in setting.calibration])
+        pr.reconstruct(small, dense, [x for x, _ in setting.calibration[:2]], plan)
     return small, ""
 
 
@@ -101,6 +100,11 @@ WAYS: dict[str, Way] = {
     "Torch-Pruning, Taylor": partial(theirs, importance="taylor"),
     "prunella, Taylor, healed first": partial(ours, criterion=pr.taylor, heal=True),
 }
+
+
+def _ways(depth: int) -> list[str]:
+    """The ways tried at that depth: least squares, a pass over the data for each layer, is left out of the deep one."""
+    return [way for way in WAYS if depth == 20 or "healed" not in way]
 
 
 def one(way: str, setting: Setting) -> tuple[Outcome, nn.Module]:
@@ -140,8 +144,8 @@ def depth_table(depth: int, seeds: int, steps: int, test_images: int) -> tuple[l
     outcomes: list[Outcome] = []
     models: dict[str, nn.Module] = {"dense": pretrained(depth)}
     for seed in range(seeds):
-        calibration = list(batches(*train, steps=8, batch=128, seed=1000 + seed))
-        for way in WAYS:
+        calibration = list(batches(*train, steps=4, batch=128, seed=1000 + seed))
+        for way in _ways(depth):
             outcome, small = one(way, Setting(depth, seed, steps, train, test, calibration))
             outcomes.append(outcome)
             models.setdefault(way, small)
@@ -156,7 +160,7 @@ def depth_table(depth: int, seeds: int, steps: int, test_images: int) -> tuple[l
         "| way | MACs | parameters | accuracy before | after fine-tuning | speed-up, 1 image | 64 images | seconds |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for way in WAYS:
+    for way in _ways(depth):
         mine = [o for o in outcomes if o.way == way]
         lines.append(
             f"| {way} | {mean(o.macs for o in mine) / 1e6:.1f} M | {mean(o.params for o in mine) / 1e3:.0f} k "
@@ -182,7 +186,7 @@ def main() -> None:
         print(f"the benchmark data is not here ({', '.join(absent)}); set PRUNELLA_DATA to the folder that holds it")
         return
     RESULTS.mkdir(exist_ok=True)
-    seeds, test_images = (1, 1000) if options.quick else (3, 10_000)
+    seeds, test_images = (1, 1000) if options.quick else (3, 2000)
     for depth in (20, 56):
         if options.only in (None, str(depth)):
             steps = 10 if options.quick else STEPS[depth]

@@ -20,7 +20,7 @@ from training import count_macs
 
 Importance = Literal["group_norm", "taylor"]
 Batch = tuple[Tensor, Tensor]
-STEPS: dict[Importance, int] = {"group_norm": 400, "taylor": 100}
+STEPS: dict[Importance, int] = {"group_norm": 400, "taylor": 20}
 
 
 @dataclass(frozen=True)

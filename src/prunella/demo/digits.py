@@ -71,6 +71,7 @@ def digits_task(*, seed: int, steps: int, training: int, tick: Tick) -> Task:
         recipe=Recipe(taylor, Channel(), functools.partial(global_, per_cost=True), floor=0.1, seed=seed),
         calibration=calibration,
         loss=output_probe(_logits),
+        outputs=_logits,
         quality=functools.partial(_quality, test_x, test_y, model),
         quality_steps=1,
         teach=functools.partial(_teach, [(part,) for part in torch.split(x, 64)]),

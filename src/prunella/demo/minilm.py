@@ -56,12 +56,13 @@ def minilm_task(folder: Path, *, seed: int, steps: int, texts: int | None = None
         recipe=Recipe(taylor, (Channel(), Head()), functools.partial(global_, per_cost=True), seed=seed),
         calibration=text.batches(sample, 16),
         loss=output_probe(_embed),
+        outputs=_embed,
         quality=judge.quality,
         quality_steps=judge.steps,
-        teach=functools.partial(_teach, text.batches(corpus.passages, 8, seed=seed)),
-        teach_steps=-(-len(corpus.passages) // 8),
+        teach=functools.partial(_teach, text.batches(corpus.passages, 16, seed=seed)),
+        teach_steps=-(-len(corpus.passages) // 16),
         steps=steps,
-        lr=5e-4,
+        lr=1e-3,
         save={"source": folder},
     )
 

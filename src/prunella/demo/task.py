@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from prunella.demo.stages import Tick
 from prunella.pipeline import Inputs, Loss, Recipe
@@ -21,8 +21,9 @@ Teach = Callable[[nn.Module, Tick], tuple[list[Any], Loss]]
 class Task:
     """A model, an example, data to calibrate and heal with, and a way to measure quality on data kept apart.
 
-    quality: of any model, by name. batches: passes over data that `quality` and `teach` take, for the progress bars.
-    heal: batches with the dense model's answers, and the loss that follows them. save: keywords for `prunella.save`.
+    outputs: what is compared of a model on a batch of `calibration`, one row a sample.
+    quality: of any model, by name. quality_steps, teach_steps: passes over data, for the progress bars.
+    save: keywords for `prunella.save`.
     """
 
     name: str
@@ -32,6 +33,7 @@ class Task:
     recipe: Recipe
     calibration: list[Any]
     loss: Loss
+    outputs: Callable[[nn.Module, Any], Tensor]
     quality: Callable[[nn.Module, Tick], Quality]
     quality_steps: int
     teach: Teach
