@@ -164,7 +164,7 @@ def _error(small: nn.Sequential, dense: nn.Sequential, x: Tensor, depth: int, ke
     return float((small[:depth](x) - dense[:depth](x)[:, kept]).detach().norm())
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25, deadline=None, derandomize=True)
 @given(
     seed=st.integers(0, 10_000),
     tokens=st.integers(2, 60),
@@ -190,7 +190,9 @@ def test_the_error_on_the_calibration_data_never_grows(
     assert after <= before * (1 + slack) + slack
     scale = float((dense(x) - dense(x).mean(0)).detach().norm())
     assert fit.before * scale == pytest.approx(before, rel=1e-3, abs=slack)
-    assert fit.after * scale == pytest.approx(after, rel=1e-3, abs=10 * slack)
+    # read off a Gram matrix, an error is a root of a difference of squares: exact to the root of the rounding only
+    root = 4 * torch.finfo(x.dtype).eps ** 0.5 * max(1.0, scale)
+    assert fit.after * scale == pytest.approx(after, rel=1e-3, abs=max(10 * slack, root))
 
 
 @pytest.mark.parametrize("sequential", [True, False])
