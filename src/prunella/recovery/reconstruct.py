@@ -98,7 +98,8 @@ def reconstruct(
 
     small: the shrunk model, or the dense one with the plan's structure masked (what is masked stays zero).
     data: batches, no labels; best a few times more tokens (or pixels) than a layer has inputs. Passed over once per
-    layer if `sequential`, else once in all: faster, but blind to what the fits before a layer changed.
+    layer if `sequential`, else once in all: faster, but blind to what the fits before a layer changed,
+        and harmful in deep networks (CIFAR ResNet-20 at 80 % of the MACs: accuracy 70 -> 20, one pass a layer: 87).
     loss: how to run a model on one batch; by default it is called on the batch. ridge: from 0 up, 1e-3 to 1e-1 is
     usual; with fewer tokens than about twice the inputs of a layer, small values fit noise.
 
