@@ -85,5 +85,4 @@ $(VENV)/.stamp-docs: $(VENV)/.stamp-base
 $(VENV)/.stamp-bench: $(VENV)/.stamp-base
 	$(SAY) "installing what the benchmarks compare with"
 	$(INSTALL) -e '.[bench]'
-	$(INSTALL) --no-deps timm torchvision
 	@touch $@
