@@ -95,6 +95,16 @@ def test_floor_and_align_hold_and_are_reported() -> None:
         assert "multiples of 8" in str(plan)
 
 
+def test_even_keeps_equal_groups_equal_and_passes_the_target_by_a_unit_of_each() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(*[layer for _ in range(4) for layer in (nn.Linear(16, 16), nn.ReLU())], nn.Linear(16, 3))
+    uneven = pr.plan(model, torch.zeros(1, 16), target=pr.MACs(0.5))
+    even = pr.plan(model, torch.zeros(1, 16), pr.Recipe(even=True), target=pr.MACs(0.5))
+    assert len({row.kept for row in uneven.rows}) == 2 and len({row.kept for row in even.rows}) == 1
+    assert even.got <= uneven.got <= 0.5
+    assert all(0 <= b.kept - a.kept <= 1 for a, b in zip(even.rows, uneven.rows, strict=True))
+
+
 def test_heads_and_neurons_share_a_ranking() -> None:
     class Block(nn.Module):
         def __init__(self) -> None:
@@ -419,6 +429,7 @@ def test_a_description_holds_every_knob() -> None:
         "floor": 0.1,
         "align": 8,
         "seed": 3,
+        "even": False,
     }
 
 

@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from prunella.recovery.distill import distill as distill
     from prunella.recovery.distill import distill_features as distill_features
     from prunella.recovery.distill import distill_logits as distill_logits
+    from prunella.recovery.finetune import Training as Training
     from prunella.recovery.finetune import finetune as finetune
     from prunella.recovery.reconstruct import reconstruct as reconstruct
     from prunella.reporting.count import count as count
@@ -109,6 +110,7 @@ _HOME = {
     "one_shot": "schedule",
     "recalibrate_bn": "recovery.calibrate",
     "reconstruct": "recovery.reconstruct",
+    "Training": "recovery.finetune",
     "finetune": "recovery.finetune",
     "distill": "recovery.distill",
     "distill_features": "recovery.distill",

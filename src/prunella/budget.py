@@ -81,14 +81,29 @@ def allocate(pools: Sequence[Pool], allocation: Allocation) -> list[Tensor]:
     return [key.double() for key in keys]
 
 
-def solve(ladders: Sequence[Ladder], met: Callable[[Counts], bool]) -> Counts | None:
-    """Units to remove from every pool: the fewest that meet the target; None if even all together do not."""
+def solve(ladders: Sequence[Ladder], met: Callable[[Counts], bool], *, even: bool = False) -> Counts | None:
+    """Units to remove from every pool: the fewest that meet the target; None if even all together do not.
+
+    even: a key that goes in one pool goes in all that have it.
+    """
 
     def reached(steps: Counts) -> bool:
         return met(removed(ladders, steps))
 
     steps = shortest_prefix([entry.keys for entry in ladders], reached)
-    return None if steps is None else removed(ladders, steps)
+    if steps is None:
+        return None
+    return removed(ladders, _evened(ladders, steps) if even else steps)
+
+
+def _evened(ladders: Sequence[Ladder], steps: Counts) -> Counts:
+    """The steps, and all others whose key is no larger than the largest among them."""
+    last = max(
+        (float(entry.keys[count - 1]) for entry, count in zip(ladders, steps, strict=True) if count), default=None
+    )
+    if last is None:
+        return steps
+    return tuple(int((entry.keys <= last).sum()) for entry in ladders)
 
 
 def removed(ladders: Sequence[Ladder], steps: Counts) -> Counts:

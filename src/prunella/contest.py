@@ -43,6 +43,7 @@ class Rules:
     allocation: Allocation
     floor: float
     align: tuple[int, ...]
+    even: bool = False
 
 
 def share(contest: Contest, target: Target, rules: Rules, frozen: Sequence[Frozen], graph: Graph) -> Counts:
@@ -53,7 +54,7 @@ def share(contest: Contest, target: Target, rules: Rules, frozen: Sequence[Froze
     keys = allocate(contest.pools, rules.allocation)
     ladders = [ladder(key, rules.floor, width) for key, width in zip(keys, rules.align, strict=True)]
     budget = contest.budget(target)
-    counts = solve(ladders, lambda removed: contest.amount(target, removed) <= budget * (1 + 1e-12))
+    counts = solve(ladders, lambda removed: contest.amount(target, removed) <= budget * (1 + 1e-12), even=rules.even)
     if counts is None:
         raise _missed(contest, target, rules, ladders, frozen, graph)
     if not any(counts) and not (isinstance(target, Sparsity) and target.value == 0):

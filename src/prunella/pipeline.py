@@ -47,6 +47,8 @@ class Recipe:
     floor: fraction in [0, 1) of every group's units (of every layer's weights) that stays; at least one always does.
     align: widths of channel groups stay multiples of it, where they are not left whole; not for heads and masks.
     seed: of everything random. The same seed gives the same plan.
+    even: units whose keys are equal go together, so that equal groups under `uniform` stay equal, and a transformers
+        model loads with plain `from_pretrained`; the target is then passed by up to one unit of every group.
     """
 
     criterion: Criterion = magnitude
@@ -55,6 +57,7 @@ class Recipe:
     floor: float = 0.0
     align: int = 1
     seed: int = 0
+    even: bool = False
 
     def __post_init__(self) -> None:
         check_function(self.criterion, "criterion")
@@ -76,6 +79,7 @@ class Recipe:
             "floor": self.floor,
             "align": self.align,
             "seed": self.seed,
+            "even": self.even,
         }
 
     @classmethod
@@ -83,7 +87,12 @@ class Recipe:
         """The recipe that `describe` wrote. Errors: RequestError if it names functions that are not prunella's."""
         try:
             grains = tuple(provenance.read(entry, "granularity") for entry in described["granularity"])
-            numbers = float(described["floor"]), int(described["align"]), int(described["seed"])
+            numbers = (
+                float(described["floor"]),
+                int(described["align"]),
+                int(described["seed"]),
+                bool(described["even"]),
+            )
             criterion, allocation = described["criterion"], described["allocation"]
         except (KeyError, TypeError) as error:
             raise BadInput("this does not describe a recipe", f"{type(error).__name__}: {error}") from error
@@ -210,7 +219,7 @@ class _Job:
     def _contest(self, scored: Sequence[tuple[Group, Tensor]], frozen: Sequence[Frozen]) -> tuple[Units, Keep]:
         contest = Units(self.graph, tuple(g for g, _ in scored), tuple(s for _, s in scored), self.target)
         align = tuple(self.recipe.align if group.kind == "channel" else 1 for group in contest.groups)
-        rules = Rules(self.recipe.allocation, self.recipe.floor, align)
+        rules = Rules(self.recipe.allocation, self.recipe.floor, align, self.recipe.even)
         return contest, contest.keep(share(contest, self.target, rules, frozen, self.graph))
 
     def _groups(self) -> tuple[list[Group], list[Frozen]]:
@@ -255,7 +264,7 @@ class _Job:
         else:
             assert isinstance(pattern, Masking)
             contest = Weights(self.graph, layers, scores, pattern)
-            rules = Rules(self.recipe.allocation, self.recipe.floor, (1,) * len(layers))
+            rules = Rules(self.recipe.allocation, self.recipe.floor, (1,) * len(layers), self.recipe.even)
             matrices = contest.masks(share(contest, self.target, rules, frozen, self.graph))
         weights = Subject(self.model, self.graph).parameters
         masks = {x.entity: from_matrix(m, weights[x.entity], x) for x, m in zip(layers, matrices, strict=True)}

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -25,8 +26,8 @@ from prunella.pipeline import Inputs, Loss, Plan, Recipe, plan
 from prunella.realize.artifact import Saved, save
 from prunella.realize.shrink import shrink
 from prunella.recovery.calibrate import recalibrate_bn
-from prunella.recovery.distill import distill
-from prunella.recovery.finetune import Curve, finetune
+from prunella.recovery.distill import distill, distill_logits
+from prunella.recovery.finetune import Curve, Training, finetune
 from prunella.recovery.reconstruct import reconstruct
 from prunella.reporting.page import write_page
 from prunella.reporting.report import Curve as Recovery
@@ -242,17 +243,18 @@ def _check_drop(before: float | None, after: float | None, limit: float | None) 
 def _heal(step: Heal, small: nn.Module, dense: nn.Module, made: Plan, job: Job, clock: _Clock) -> Healed:
     data = job.data
     assert data is not None, "checked at the start"
+    training = Training(seed=job.recipe.seed)
     with clock.stage(f"healing by {step}"):
         if step.kind == "bn":
             return Healed(step, f"{len(recalibrate_bn(small, data, loss=job.loss))} batch normalisations")
         if step.kind == "reconstruct":
             return Healed(step, str(reconstruct(small, dense, data, made, loss=job.loss)))
         if step.kind == "distill":
-            run_model = outputs_by(job.loss) if job.loss else forward
-            curve = distill(small, dense, data, steps=step.steps, lr=job.lr, outputs=run_model, seed=job.recipe.seed)
+            imitate = partial(distill_logits, outputs=outputs_by(job.loss) if job.loss else forward)
+            curve = distill(small, dense, data, steps=step.steps, lr=job.lr, imitate=imitate, training=training)
         else:
             assert job.loss is not None, "checked at the start"
-            curve = finetune(small, data, job.loss, steps=step.steps, lr=job.lr, seed=job.recipe.seed)
+            curve = finetune(small, data, job.loss, steps=step.steps, lr=job.lr, training=training)
     return Healed(step, str(curve), curve)
 
 

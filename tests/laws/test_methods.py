@@ -89,8 +89,7 @@ def test_permuting_the_channels_permutes_their_scores(method: Method) -> None:
 @pytest.mark.parametrize("method", [m for m in REGISTRY.values() if m.kind != "schedule"], ids=ids)
 def test_a_method_says_where_it_comes_from_and_what_it_does(method: Method) -> None:
     assert method.source and method.summary.endswith((".", ")"))
-    verb = method.kind == "recovery"  # finetune and distill do the work themselves; the others are formulas
-    assert set(method.needs) <= set(STATISTICS) and len(method.knobs) <= (8 if verb else 5)
+    assert set(method.needs) <= set(STATISTICS) and len(method.knobs) <= 5
 
 
 @pytest.mark.parametrize("method", CRITERIA, ids=ids)

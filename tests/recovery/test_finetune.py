@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from prunella.apply import apply_, finalize
 from prunella.errors import CheckFailed, RequestError
-from prunella.recovery.finetune import adamw, finetune, warmup_cosine
+from prunella.recovery.finetune import Training, adamw, finetune, warmup_cosine
 from tests.hand import hand_plan
 
 
@@ -55,7 +55,7 @@ def test_the_learning_rate_reaches_every_group_in_proportion() -> None:
         optimizer.register_step_pre_hook(lambda o, a, k: rates.append([g["lr"] for g in o.param_groups]))
         return optimizer
 
-    finetune(_net(), _data(), _loss, steps=2, lr=0.1, optimizer=factory, rate=lambda p: 1 - p / 2)
+    finetune(_net(), _data(), _loss, steps=2, lr=0.1, training=Training(optimizer=factory, rate=lambda p: 1 - p / 2))
     assert rates == [pytest.approx([0.0875, 0.00875]), pytest.approx([0.0625, 0.00625])]
 
 
@@ -72,15 +72,15 @@ def test_masks_stay_in_force() -> None:
 def test_the_same_seed_gives_the_same_weights_and_the_callers_random_state_is_kept() -> None:
     first, second, third = _net(), _net(), _net()
     state = torch.get_rng_state()
-    finetune(first, _data(), _loss, steps=6, lr=0.01, seed=3)
+    finetune(first, _data(), _loss, steps=6, lr=0.01, training=Training(seed=3))
     torch.set_rng_state(state)
     torch.randn(7)
     expected = torch.get_rng_state()
     data = _data()
     torch.set_rng_state(expected)
-    finetune(second, data, _loss, steps=6, lr=0.01, seed=3)
+    finetune(second, data, _loss, steps=6, lr=0.01, training=Training(seed=3))
     assert torch.equal(torch.get_rng_state(), expected)
-    finetune(third, data, _loss, steps=6, lr=0.01, seed=4)
+    finetune(third, data, _loss, steps=6, lr=0.01, training=Training(seed=4))
     assert torch.equal(first[0].weight, second[0].weight)
     assert not torch.equal(first[0].weight, third[0].weight)
 
@@ -130,7 +130,8 @@ def test_gradients_are_clipped() -> None:
         before = net.weight.detach().clone()
         sgd = lambda p, lr: torch.optim.SGD(p, lr=lr)  # noqa: E731
         loss = lambda m, b: 1000 * m(b).sum()  # noqa: E731
-        finetune(net, [torch.ones(1, 2)], loss, steps=1, lr=1.0, optimizer=sgd, rate=lambda p: 1.0, clip=clip)
+        training = Training(optimizer=sgd, rate=lambda p: 1.0, clip=clip)
+        finetune(net, [torch.ones(1, 2)], loss, steps=1, lr=1.0, training=training)
         return float((net.weight.detach() - before).norm())
 
     assert moved(0.5) == pytest.approx(0.5, rel=1e-4)

@@ -195,8 +195,7 @@ def test_the_error_on_the_calibration_data_never_grows(
     assert fit.after * scale == pytest.approx(after, rel=1e-3, abs=max(10 * slack, root))
 
 
-@pytest.mark.parametrize("sequential", [True, False])
-def test_one_pass_and_one_pass_per_layer(sequential: bool) -> None:
+def test_one_pass_per_layer_and_what_is_told() -> None:
     dense, data, seen = _mlp(), [_x(50, 6, seed=s) for s in range(2)], []
     cuts = _mlp_cuts(torch.arange(7), torch.arange(5))
     small = _shrunk(dense, cuts)
@@ -206,10 +205,9 @@ def test_one_pass_and_one_pass_per_layer(sequential: bool) -> None:
         dense,
         data,
         hand_plan(cuts=cuts),
-        sequential=sequential,
         on_fit=lambda fit, done, total: seen.append((fit.name, done, total)),
     )
-    assert (small(data[0]) - dense(data[0])).norm() < (0.7 if sequential else 0.9) * before
+    assert (small(data[0]) - dense(data[0])).norm() < 0.7 * before
     assert seen == [("2.weight", 1, 2), ("4.weight", 2, 2)]
     assert [fit.name for fit in report.fits] == ["2.weight", "4.weight"]
 
@@ -217,12 +215,12 @@ def test_one_pass_and_one_pass_per_layer(sequential: bool) -> None:
 def test_errors_made_before_a_layer_are_compensated_by_it() -> None:
     dense, x = _mlp(), _x(200, 6)
     cuts = _mlp_cuts(torch.arange(7), torch.arange(5))
-    errors = []
-    for sequential in (True, False):
-        small = _shrunk(dense, cuts)
-        reconstruct(small, dense, [x], hand_plan(cuts=cuts), ridge=1e-8, sequential=sequential)
-        errors.append(_error(small, dense, x, 5, torch.arange(4)))
-    assert errors[0] < errors[1]
+    small = _shrunk(dense, cuts)
+    reconstruct(small, dense, [x], hand_plan(cuts=cuts), ridge=1e-8)
+    with torch.no_grad():  # the best that any last layer can do on what the healed layers before it give
+        inputs = torch.cat([small[:4](x), torch.ones(len(x), 1, dtype=x.dtype)], 1)
+        best = inputs @ torch.linalg.lstsq(inputs, dense(x)).solution
+        assert (small(x) - dense(x)).norm() == pytest.approx(float((best - dense(x)).norm()), rel=1e-4)
 
 
 def test_a_great_ridge_leaves_the_weights_as_they_are() -> None:

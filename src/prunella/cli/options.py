@@ -32,6 +32,9 @@ GranularityText = Annotated[
     str | None, typer.Option("--granularity", metavar="G", help="What goes: channel, head, element; several by comma.")
 ]
 AllocationName = Annotated[str | None, typer.Option("--allocation", metavar="A", help="How layers share the budget.")]
+Floor = Annotated[float | None, typer.Option("--floor", help="Fraction of every group that stays at least.")]
+Align = Annotated[int | None, typer.Option("--align", help="Channel widths stay multiples of it.")]
+Even = Annotated[bool, typer.Option("--even", help="Equal groups stay equal: plain `from_pretrained` reads them.")]
 Pattern = Annotated[str | None, typer.Option("--pattern", metavar="P", help="A mask of 2:4 (N:M) or 4x4 (blocks).")]
 Skip = Annotated[list[str] | None, typer.Option("--skip", metavar="PATTERN", help="Leave these layers alone (glob).")]
 Only = Annotated[list[str] | None, typer.Option("--only", metavar="PATTERN", help="Cut only these layers (glob).")]

@@ -98,7 +98,6 @@ def build_recipe(
     granularity: str | None = None,
     allocation: str | None = None,
     pattern: str | None = None,
-    seed: int = 0,
 ) -> Recipe:
     """A recipe by name, or a criterion by name; the other options replace its parts."""
     method = catalogue.lookup(name)
@@ -116,7 +115,13 @@ def build_recipe(
         recipe = replace(recipe, granularity=read_pattern(pattern) if pattern else _granularity(granularity or ""))
     if allocation:
         recipe = replace(recipe, allocation=catalogue.lookup(allocation, "allocation").function)
-    return replace(recipe, seed=seed)
+    return recipe
+
+
+def with_numbers(recipe: Recipe, *, floor: float | None, align: int | None, even: bool, seed: int) -> Recipe:
+    """The recipe with these numbers in place of its own, where they are given."""
+    floor, align = recipe.floor if floor is None else floor, recipe.align if align is None else align
+    return replace(recipe, floor=floor, align=align, even=even or recipe.even, seed=seed)
 
 
 def _granularity(text: str) -> Any:

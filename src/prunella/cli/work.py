@@ -45,6 +45,9 @@ def plan(
     granularity: options.GranularityText = None,
     allocation: options.AllocationName = None,
     pattern: options.Pattern = None,
+    floor: options.Floor = None,
+    align: options.Align = None,
+    even: options.Even = False,
     skip: options.Skip = None,
     only: options.Only = None,
     data: options.Data = None,
@@ -58,7 +61,8 @@ def plan(
     from prunella.pipeline import plan as make_plan
     from prunella.realize.plan_file import save_plan
 
-    parts = request.build_recipe(recipe, granularity=granularity, allocation=allocation, pattern=pattern, seed=seed)
+    parts = request.build_recipe(recipe, granularity=granularity, allocation=allocation, pattern=pattern)
+    parts = request.with_numbers(parts, floor=floor, align=align, even=even, seed=seed)
     budget = request.read_target(target)
     batches, measure = request.load_data(data), request.load_loss(loss)
     network, example = request.open_model(model, inputs, weights=weights, allow_pickle=allow_pickle, seed=seed)
@@ -88,6 +92,9 @@ def run(
     granularity: options.GranularityText = None,
     allocation: options.AllocationName = None,
     pattern: options.Pattern = None,
+    floor: options.Floor = None,
+    align: options.Align = None,
+    even: options.Even = False,
     skip: options.Skip = None,
     only: options.Only = None,
     data: options.Data = None,
@@ -112,7 +119,8 @@ def run(
     from prunella.run import run as do
 
     check_free(output, overwrite=overwrite)
-    parts = request.build_recipe(recipe, granularity=granularity, allocation=allocation, pattern=pattern, seed=seed)
+    parts = request.build_recipe(recipe, granularity=granularity, allocation=allocation, pattern=pattern)
+    parts = request.with_numbers(parts, floor=floor, align=align, even=even, seed=seed)
     job = Job(
         parts,
         request.read_target(target),

@@ -20,7 +20,7 @@ from prunella.forward import mode
 from prunella.granularity import Channel
 from prunella.pipeline import Loss, Recipe
 from prunella.recovery.distill import distill_logits
-from prunella.recovery.finetune import finetune
+from prunella.recovery.finetune import Training, finetune
 
 _TEST = 397
 
@@ -101,7 +101,7 @@ def _trained(x: Tensor, y: Tensor, *, steps: int, seed: int, tick: Tick) -> nn.M
         torch.manual_seed(seed)
         model = DigitsNet()
     batches = list(zip(torch.split(x, 64), torch.split(y, 64), strict=True))
-    finetune(model, batches, _supervised, steps=steps, lr=3e-3, on_step=tick, seed=seed)
+    finetune(model, batches, _supervised, steps=steps, lr=3e-3, training=Training(seed=seed), on_step=tick)
     return model.eval()
 
 

@@ -28,7 +28,7 @@ from prunella.pipeline import Plan, plan
 from prunella.realize.artifact import WEIGHTS, Saved, save
 from prunella.realize.shrink import shrink
 from prunella.recovery.calibrate import recalibrate_bn
-from prunella.recovery.finetune import Curve, finetune
+from prunella.recovery.finetune import Curve, Training, finetune
 from prunella.recovery.reconstruct import reconstruct
 from prunella.reporting.page import write_page
 from prunella.reporting.report import Curve as Recovery
@@ -234,7 +234,8 @@ def _heal(task: Task, small: nn.Module, made: Plan, stages: Stages) -> tuple[tup
     with stages.stage("healing: asking the dense model", task.teach_steps) as tick:
         batches, loss = task.teach(task.model, tick)
     with stages.stage("healing: distillation", task.steps) as tick:
-        curve = finetune(small, batches, loss, steps=task.steps, lr=task.lr, on_step=tick, seed=made.recipe["seed"])
+        training = Training(seed=made.recipe["seed"])
+        curve = finetune(small, batches, loss, steps=task.steps, lr=task.lr, training=training, on_step=tick)
     normal = (("bn", f"{len(norms)} batch normalisations"),) if norms else ()
     return (("reconstruct", found), *normal, (f"distill:{task.steps}", str(curve))), curve
 

@@ -1,8 +1,8 @@
-"""Learn from the dense model: losses for `finetune`, and the two together."""
+"""Learn from the dense model: losses for `finetune`, and the loop with one of them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,7 +14,10 @@ from prunella.errors import RequestError
 from prunella.forward import Outputs, first_tensor, forward, mode
 from prunella.method import recovery
 from prunella.pipeline import Loss
-from prunella.recovery.finetune import Curve, OnStep, finetune
+from prunella.recovery.finetune import Curve, OnStep, Training, finetune
+
+
+_DEFAULT = Training()
 
 
 @recovery(source="Hinton et al. 2015, arXiv:1503.02531")
@@ -82,30 +85,16 @@ def distill(
     *,
     steps: int,
     lr: float,
-    names: Sequence[str] = (),
-    temperature: float | None = 2.0,
-    outputs: Outputs = forward,
+    imitate: Callable[[nn.Module], Loss] = distill_logits,
+    training: Training = _DEFAULT,
     on_step: OnStep | None = None,
-    seed: int = 0,
 ) -> Curve:
-    """Fine-tune `model` toward `teacher` without labels: logits, features, or the sum of both.
+    """Fine-tune `model` toward `teacher` without labels: `finetune` with the loss `imitate(teacher)`.
 
-    `finetune` with `distill_logits(teacher, temperature)`, unless `temperature` is None, plus
-    `distill_features(teacher, names)`, if `names` are given. Each of the two runs both models, so choose one where time
-    matters. For other optimizers and learning-rate curves call `finetune` with these losses.
+    imitate: a function from the teacher to a loss, by default `distill_logits`; for features bind the names, as
+    `partial(distill_features, names=["layer4"])`. training: optimizer, learning-rate curve, clipping and seed.
     """
-    parts: list[Loss] = []
-    if temperature is not None:
-        parts.append(distill_logits(teacher, temperature=temperature, outputs=outputs))
-    if names:
-        parts.append(distill_features(teacher, names, outputs=outputs))
-    if not parts:
-        raise RequestError("nothing to distil", "temperature=None and names=()", "give one of them")
-
-    def loss(model: nn.Module, batch: Any) -> Tensor:
-        return torch.stack([part(model, batch) for part in parts]).sum()
-
-    return finetune(model, data, loss, steps=steps, lr=lr, on_step=on_step, seed=seed)
+    return finetune(model, data, imitate(teacher), steps=steps, lr=lr, training=training, on_step=on_step)
 
 
 def _module(model: nn.Module, name: str) -> nn.Module:

@@ -54,6 +54,21 @@ def warmup_cosine(progress: float, *, warmup: float = 0.1) -> float:
     return (1 + math.cos(math.pi * (progress - warmup) / (1 - warmup))) / 2
 
 
+@dataclass(frozen=True)
+class Training:
+    """How to descend. optimizer: made from (parameters, learning rate). rate: progress in [0, 1] -> factor of the
+    learning rate. clip: largest norm of the gradient, 0 for no limit. seed: of dropout and shuffling.
+    """
+
+    optimizer: OptimizerFactory = adamw
+    rate: Rate = warmup_cosine
+    clip: float = 1.0
+    seed: int = 0
+
+
+_DEFAULT = Training()
+
+
 @recovery(source="Han et al. 2015, arXiv:1506.02626; learning rates: Renda et al. 2020, arXiv:2003.02389")
 def finetune(
     model: nn.Module,
@@ -62,32 +77,29 @@ def finetune(
     *,
     steps: int,
     lr: float,
-    optimizer: OptimizerFactory = adamw,
-    rate: Rate = warmup_cosine,
-    clip: float = 1.0,
+    training: Training = _DEFAULT,
     on_step: OnStep | None = None,
-    seed: int = 0,
 ) -> Curve:
     """Train `model` in place for `steps` steps and return the curve; masks that it carries stay in force.
 
-    At step t the learning rate is `lr * rate((t + 1/2) / steps)`. The model trains in training mode, and every module
+    At step t the learning rate is `lr * training.rate((t + 1/2) / steps)`. The model trains in training mode, and every module
     gets its flag back. Only parameters with `requires_grad` are trained.
 
-    data: batches, passed over again until the steps are done. clip: largest norm of the gradient, 0 for no limit.
-    seed: of dropout and shuffling; the caller's random state is left as it was.
+    data: batches, passed over again until the steps are done. training: optimizer, learning-rate curve, clipping and
+    seed; the caller's random state is left as it was. on_step: called after each step with its number, loss and rate.
 
     `CheckFailed` if loss or gradient is not finite: the model then has the last weights that gave a finite loss.
     """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     _check(steps, lr, trained)
-    optim = optimizer(trained, lr)
+    optim = training.optimizer(trained, lr)
     bases = [group["lr"] for group in optim.param_groups]
     losses: list[float] = []
     rates: list[float] = []
     safe = _Safe(model)
-    with mode(model, training=True), _seeded(model, seed), Pruner(model, optim):
+    with mode(model, training=True), _seeded(model, training.seed), Pruner(model, optim):
         for step, batch in enumerate(_cycle(data, steps)):
-            factor = rate((step + 0.5) / steps)
+            factor = training.rate((step + 0.5) / steps)
             for group, base in zip(optim.param_groups, bases, strict=True):
                 group["lr"] = base * factor
             optim.zero_grad(set_to_none=True)
@@ -95,7 +107,7 @@ def finetune(
             safe.check(value, f"the loss became {value.item()} at step {step}", lr)
             safe.keep()
             value.backward()  # type: ignore[no-untyped-call]
-            norm = nn.utils.clip_grad_norm_(trained, clip or math.inf)
+            norm = nn.utils.clip_grad_norm_(trained, training.clip or math.inf)
             safe.check(norm, f"the gradient became {norm.item()} at step {step}", lr)
             optim.step()
             losses.append(value.item())
