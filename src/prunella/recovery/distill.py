@@ -16,7 +16,6 @@ from prunella.method import recovery
 from prunella.pipeline import Loss
 from prunella.recovery.finetune import Curve, OnStep, Training, finetune
 
-
 _DEFAULT = Training()
 
 

@@ -82,8 +82,8 @@ def finetune(
 ) -> Curve:
     """Train `model` in place for `steps` steps and return the curve; masks that it carries stay in force.
 
-    At step t the learning rate is `lr * training.rate((t + 1/2) / steps)`. The model trains in training mode, and every module
-    gets its flag back. Only parameters with `requires_grad` are trained.
+    At step t the learning rate is `lr * training.rate((t + 1/2) / steps)`. The model trains in training mode, and every
+    module gets its flag back. Only parameters with `requires_grad` are trained.
 
     data: batches, passed over again until the steps are done. training: optimizer, learning-rate curve, clipping and
     seed; the caller's random state is left as it was. on_step: called after each step with its number, loss and rate.
