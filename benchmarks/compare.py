@@ -15,6 +15,7 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
 from statistics import mean, stdev
@@ -34,6 +35,8 @@ from prunella.reporting.latency import compare_latency
 EXAMPLE = torch.zeros(1, 3, 32, 32)
 BUDGET = 0.5
 STEPS = {20: 60, 56: 30}
+STREAM = ["conv1", "*.conv2"]
+"""Layers that write into the residual stream."""
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -68,13 +71,17 @@ Way = Callable[[CifarResNet, Setting], tuple[nn.Module, str]]
 
 
 def ours(
-    dense: CifarResNet, setting: Setting, *, criterion: Callable[..., Tensor], heal: bool
+    dense: CifarResNet, setting: Setting, *, criterion: Callable[..., Tensor], inner: bool = False, heal: bool = False
 ) -> tuple[nn.Module, str]:
-    """prunella: joint ranking to the budget; with `heal`, least squares without labels before the fine-tuning."""
+    """prunella: joint ranking to the budget.
+
+    inner: leave the residual stream whole, as Torch-Pruning has to. heal: least squares without labels before the
+    fine-tuning.
+    """
     recipe = pr.Recipe(
         criterion=criterion, allocation=partial(pr.global_, normalise=pr.Normalise.MEAN), seed=setting.seed
     )
-    plan = pr.plan(dense, EXAMPLE, recipe, target=pr.MACs(BUDGET), data=setting.calibration, loss=_loss)
+    plan = pr.plan(dense, EXAMPLE, recipe, target=pr.MACs(BUDGET), data=setting.calibration, loss=_loss, skip=STREAM * inner)
     small = pr.shrink(dense, plan)
     if heal:
         pr.reconstruct(small, dense, [x for x, _ in setting.calibration[:2]], plan)
@@ -84,7 +91,7 @@ def ours(
 def theirs(dense: CifarResNet, setting: Setting, *, importance: Importance) -> tuple[nn.Module, str]:
     """Torch-Pruning to the same number of MACs."""
     budget = BUDGET * count_macs(dense, EXAMPLE)
-    spare = ["conv1", *(name for name, _ in dense.named_modules() if name.endswith("conv2"))]
+    spare = [name for name, _ in dense.named_modules() if any(fnmatchcase(name, pattern) for pattern in STREAM)]
     cut = rival_cut(dense, EXAMPLE, budget=budget, importance=importance, data=setting.calibration, spare=spare)
     return cut.model, cut.scope
 
@@ -94,9 +101,11 @@ def _loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
 
 
 WAYS: dict[str, Way] = {
-    "prunella, group norm": partial(ours, criterion=pr.group_norm, heal=False),
+    "prunella, group norm": partial(ours, criterion=pr.group_norm),
+    "prunella, group norm, inner layers": partial(ours, criterion=pr.group_norm, inner=True),
     "Torch-Pruning, group norm": partial(theirs, importance="group_norm"),
-    "prunella, Taylor": partial(ours, criterion=pr.taylor, heal=False),
+    "prunella, Taylor": partial(ours, criterion=pr.taylor),
+    "prunella, Taylor, inner layers": partial(ours, criterion=pr.taylor, inner=True),
     "Torch-Pruning, Taylor": partial(theirs, importance="taylor"),
     "prunella, Taylor, healed first": partial(ours, criterion=pr.taylor, heal=True),
 }
