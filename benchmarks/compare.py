@@ -81,7 +81,9 @@ def ours(
     recipe = pr.Recipe(
         criterion=criterion, allocation=partial(pr.global_, normalise=pr.Normalise.MEAN), seed=setting.seed
     )
-    plan = pr.plan(dense, EXAMPLE, recipe, target=pr.MACs(BUDGET), data=setting.calibration, loss=_loss, skip=STREAM * inner)
+    plan = pr.plan(
+        dense, EXAMPLE, recipe, target=pr.MACs(BUDGET), data=setting.calibration, loss=_loss, skip=STREAM * inner
+    )
     small = pr.shrink(dense, plan)
     if heal:
         pr.reconstruct(small, dense, [x for x, _ in setting.calibration[:2]], plan)

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from prunella.pipeline import plan as plan
     from prunella.realize.artifact import load as load
     from prunella.realize.artifact import save as save
+    from prunella.realize.carry import carry_ as carry_
     from prunella.realize.export import export as export
     from prunella.realize.plan_file import load_plan as load_plan
     from prunella.realize.plan_file import save_plan as save_plan
@@ -115,6 +116,7 @@ _HOME = {
     "distill": "recovery.distill",
     "distill_features": "recovery.distill",
     "distill_logits": "recovery.distill",
+    "carry_": "realize.carry",
     "export": "realize.export",
     "load": "realize.artifact",
     "save": "realize.artifact",

@@ -17,7 +17,8 @@ def shrink(model: nn.Module, plan: Plan, *, inputs: Inputs | None = None) -> nn.
     """A new, smaller module that computes what the masked `model` computes; `model` is left as it is.
 
     New weights of the plan are copied in, masks are zeroed and stay with the model, cut axes are cut, and the result is
-    compared in float64 with the masked model on the example inputs of the plan (or on `inputs`).
+    compared in float64 with the masked model on the example inputs of the plan (or on `inputs`). Gradients are cut with
+    their parameters; `carry_` does the same for what an optimizer remembers.
 
     Raises `RequestError` if the plan is not of this model, `NotSupported` if the smaller module does not run, and
     `CheckFailed` if it computes something else. No such module is ever returned.
@@ -26,9 +27,17 @@ def shrink(model: nn.Module, plan: Plan, *, inputs: Inputs | None = None) -> nn.
     if plan.masks or plan.weights:
         apply_(dense, replace(plan, cuts={}))
     small = copy.deepcopy(dense)
+    _copy_gradients(model, small)
     cut_(small, plan.cuts, plan.attributes)
     slice_masks_(small, plan.cuts)
     example = plan.inputs if inputs is None else inputs
     if plan.cuts and example is not None:
         check(dense, small, plan.cuts, example)
     return small
+
+
+def _copy_gradients(model: nn.Module, twin: nn.Module) -> None:
+    """Gradients too: a deep copy leaves them out."""
+    for old, new in zip(model.parameters(), twin.parameters(), strict=True):
+        if old.grad is not None:
+            new.grad = old.grad.clone()
