@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -218,7 +219,9 @@ class _Job:
 
     def _contest(self, scored: Sequence[tuple[Group, Tensor]], frozen: Sequence[Frozen]) -> tuple[Units, Keep]:
         contest = Units(self.graph, tuple(g for g, _ in scored), tuple(s for _, s in scored), self.target)
-        align = tuple(self.recipe.align if group.kind == "channel" else 1 for group in contest.groups)
+        align = tuple(
+            math.lcm(group.multiple, self.recipe.align if group.kind == "channel" else 1) for group in contest.groups
+        )
         rules = Rules(self.recipe.allocation, self.recipe.floor, align, self.recipe.even)
         return contest, contest.keep(share(contest, self.target, rules, frozen, self.graph))
 

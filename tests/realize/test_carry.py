@@ -147,6 +147,6 @@ def test_what_cannot_be_carried_is_said_before_anything_changes() -> None:
         pr.carry_(SGD(model.parameters(), lr=0.1), model, nn.Linear(2, 2), hand_plan())
     optimizer = SGD(model.parameters(), lr=0.1)
     optimizer.state[model[4].weight] = {"sketch": torch.zeros(7, 7)}
-    with pytest.raises(NotSupported, match="'sketch' of 4.weight"):
+    with pytest.raises(NotSupported, match=r"'sketch' of 4\.weight"):
         pr.carry_(optimizer, model, small, plan)
     assert optimizer.param_groups[0]["params"][0] is model[0].weight

@@ -44,6 +44,7 @@ class Ledger:
     ands: list[And] = field(default_factory=list)
     frozen: list[tuple[Ints, Reason]] = field(default_factory=list)
     batched: list[Ints] = field(default_factory=list)
+    multiples: list[tuple[Ints, int]] = field(default_factory=list)
 
     def fresh(self, length: int) -> Dim:
         """A new axis with an atom of its own at each position; a single position always stays."""

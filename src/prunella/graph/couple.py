@@ -9,8 +9,9 @@ each group is tried: one unit is removed, and every size in the source that woul
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,20 @@ from prunella.graph.axes import Dim
 from prunella.graph.equations import Equations
 from prunella.graph.ops import apply_rule
 from prunella.graph.sizes import freeze_unfollowed, solve
-from prunella.graph.structure import Attribute, Cost, Entity, Extent, Frozen, Graph, Group, Ints, Keep, Layer, Member
+from prunella.graph.structure import (
+    Attribute,
+    Cost,
+    Entity,
+    Extent,
+    Frozen,
+    Graph,
+    Group,
+    Ints,
+    Keep,
+    Kind,
+    Layer,
+    Member,
+)
 from prunella.graph.trace import Axis, Trace, Work, trace
 
 
@@ -215,7 +229,19 @@ def _group(
         members.append(Member(name, axis, index[mine], number[part[mine]], role))
     first = next((m for m in members if m.role == "out"), members[0])
     name = first.entity.removesuffix(".weight")
-    return Group(name, len(units), "head" if units[0] in heads else "channel", tuple(members))
+    kind: Kind = "head" if units[0] in heads else "channel"
+    return Group(name, len(units), kind, tuple(members), _multiple(equations, number))
+
+
+def _multiple(equations: Equations, number: Ints) -> int:
+    """The least common multiple of what operations ask of the sizes that the units make up."""
+    found = 1
+    for layer, count in equations.ledger.multiples:
+        units = number[equations.part[layer]]
+        if (units >= 0).any():
+            per_unit = int(np.bincount(units[units >= 0]).max())
+            found = math.lcm(found, count // math.gcd(count, per_unit))
+    return found
 
 
 def _order(record: Trace, axes: list[Axis], units: list[int], where: Mapping[Axis, tuple[Ints, Ints]]) -> Ints:
@@ -231,7 +257,7 @@ def _unique_names(groups: list[Group]) -> Iterator[Group]:
     for group in groups:
         count = seen[group.name] = seen.get(group.name, 0) + 1
         name = group.name if count == 1 else f"{group.name}#{count}"
-        yield Group(name, group.size, group.kind, group.members)
+        yield replace(group, name=name)
 
 
 def _entity(record: Trace, name: str) -> Entity:

@@ -95,7 +95,7 @@ def _fault(model: nn.Module, graph: Graph, keep: Keep, inputs: Any) -> str | Non
 
 
 class _DenseFailed(Exception):
-    """The masked model itself does not run, so the precision is to blame and not the cut."""
+    """The masked model itself does not run or gives no numbers: the precision is to blame, not the cut."""
 
 
 def _compare(dense: nn.Module, small: nn.Module, cut: Cuts, inputs: Any, *, double: bool) -> Verification:
@@ -104,6 +104,8 @@ def _compare(dense: nn.Module, small: nn.Module, cut: Cuts, inputs: Any, *, doub
         reference = _run(_precise(masked(dense, cut), double), batch)
         if not all(torch.isfinite(t).all() for t in reference):
             reference = _run(_precise(masked(dense, cut, consumers=True), double), batch)
+        if double and any(torch.isnan(t).any() for t in reference):
+            raise _DenseFailed
     except NotSupported as error:
         if not double:
             raise
@@ -168,9 +170,21 @@ class _NoDownCast(TorchFunctionMode):
             return args[0]
         if kwargs.get("dtype") in narrow and args and _double(args[0]):
             kwargs["dtype"] = torch.float64
+        if getattr(func, "__name__", "") in {"grouped_mm", "_grouped_mm"} and _double(args[0]):
+            return _grouped_product(args[0], args[1], kwargs["offs"])
         if getattr(func, "__name__", "") == "to" and args and _double(args[0]):
             args = tuple(torch.float64 if isinstance(a, torch.dtype) and a in narrow else a for a in args)
         return func(*args, **kwargs)
+
+
+def _grouped_product(tokens: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
+    """`grouped_mm`, which torch does not have in float64."""
+    made = tokens.new_zeros(len(tokens), weights.shape[2])
+    start = 0
+    for expert, end in enumerate(ends.tolist()):
+        made[start:end] = tokens[start:end] @ weights[expert]
+        start = end
+    return made
 
 
 def _double(value: object) -> bool:

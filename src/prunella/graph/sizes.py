@@ -38,18 +38,21 @@ def _touched(equations: Equations, dim: Dim, gone: Mark) -> bool:
 
 
 def solve(equations: Equations, record: Trace) -> dict[Attr, Solved]:
-    """The attributes that follow an axis: named alone as its size, or else needed for a size to follow."""
+    """The attributes that follow an axis: named alone as its size, or else the only one free for a size to follow."""
     solved: dict[Attr, Solved] = {}
     free = [n for n in record.links if n.dim and not all(equations.stays(layer).all() for layer in n.dim)]
     for link in free:
         if isinstance(link.expression, Attr):
             solved.setdefault(link.expression, Solved(link.expression, link, 1, 1))
+    known = {*solved, *(attr for attr, _ in record.fixed)}
+    known |= {link.expression for link in record.links if isinstance(link.expression, Attr)}
     for link in free:
-        unknown = [e for e in leaves(link.expression) if isinstance(e, Attr) and e not in solved]
+        unknown = [e for e in leaves(link.expression) if isinstance(e, Attr) and e not in known]
         if len(unknown) == 1 and _unfollowed_by(equations, record, _one(equations, link.dim), solved, [link]) is link:
             divisor = int(np.gcd(unknown[0].value, link.length))
             factor, divisor = unknown[0].value // divisor, link.length // divisor
             solved[unknown[0]] = Solved(unknown[0], link, factor, divisor)
+            known.add(unknown[0])
     return solved
 
 

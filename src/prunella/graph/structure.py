@@ -49,12 +49,16 @@ class Member:
 
 @dataclass(frozen=True)
 class Group:
-    """`size` units that are alike. `name` is the first parameter that produces them, without `.weight`."""
+    """`size` units that are alike. `name` is the first parameter that produces them, without `.weight`.
+
+    multiple: only a multiple of so many units may stay, where an operation takes no other sizes.
+    """
 
     name: str
     size: int
     kind: Kind
     members: tuple[Member, ...]
+    multiple: int = 1
 
 
 @dataclass(frozen=True)

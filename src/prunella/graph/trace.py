@@ -152,11 +152,19 @@ class Trace:
             return first
         return self.ledger.equal(first, second, Reason(text, self.where() if not (first and second) else ""))
 
+    def multiple(self, dim: Dim, count: int) -> None:
+        """The size of `dim` stays a multiple of `count`: the operation takes no other."""
+        if count > 1:
+            self.ledger.multiples += [(layer, count) for layer in dim]
+
     def link(self, raw: object, dim: Dim, length: int) -> None:
         """A size argument `raw` must follow `dim`: a typed one freezes it, a tracked one is checked for every cut."""
-        if not dim or raw is None or (isinstance(raw, int) and plain(raw) == -1):
+        if raw is None or (isinstance(raw, int) and plain(raw) == -1):
             return
-        if isinstance(raw, Tracked):
+        if not dim:
+            if isinstance(raw, Tracked) and isinstance(raw.expression, Attr):
+                self.fixed.append((raw.expression, self.where()))
+        elif isinstance(raw, Tracked):
             self.links.append(Link(raw.expression, self.ledger.single(dim), length, self.where()))
         else:
             self.freeze(dim, f"the size {raw} is typed into the source")

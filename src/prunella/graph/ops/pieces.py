@@ -24,7 +24,7 @@ def slice_(trace: Trace, ctx: Context) -> Returned:
         _link_narrow(trace, dim, start, stop)
     elif dim and (start, stop, step) != (0, size, 1):
         if step != 1:
-            trace.freeze(dim, "it is sliced with a step")
+            return _every(trace, value, at, size, (start, stop, step))
         for raw, bound, edge in ((ctx.args[2], start, 0), (ctx.args[3], stop, size)):
             if bound != edge:
                 _link_bound(trace, dim, int(raw), bound)
@@ -35,6 +35,20 @@ def slice_(trace: Trace, ctx: Context) -> Returned:
         dims[at], axes[at] = take(dim, slice(start, stop, step)), None
         dims[at] = dims[at] if len(range(start, stop, step)) > 1 else _only(trace, dims[at])
     return Value(tuple(dims), tuple(axes), value.weight)
+
+
+def _every(trace: Trace, value: Value, at: int, size: int, bounds: tuple[int, int, int]) -> Value:
+    """Each `step`-th position: whole blocks of `step` positions may go, which keeps the rest in step."""
+    start, stop, step = bounds
+    dims = list(value.dims)
+    if size % step or start >= step or stop != size:
+        trace.freeze(dims[at], "it is sliced with a step")
+        dims[at] = take(dims[at], slice(start, stop, step))
+        return Value.plain(dims)
+    blocks, inside = trace.ledger.split(dims[at], [size // step, step])
+    trace.freeze(inside, "it is sliced with a step")
+    dims[at] = blocks
+    return Value.plain(dims)
 
 
 def _only(trace: Trace, dim: Dim) -> Dim:

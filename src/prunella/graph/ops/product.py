@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 from prunella.graph.axes import WHOLE, Dim, merge
-from prunella.graph.ops.registry import Context, Returned, rule
+from prunella.graph.ops.registry import Context, Returned, barrier, rule
 from prunella.graph.trace import Trace, Use, Value, Work
 
 
@@ -64,6 +64,23 @@ def bmm(trace: Trace, ctx: Context) -> Returned:
             if ctx.shape(0)[k_out] == ctx.outputs[0].shape[k_out]:
                 trace.equal(dims[k_out], dim, "it is added to a tensor that is not cut")
     return Value(tuple(dims), (None,) * 3, a.weight and b.weight)
+
+
+@rule("_grouped_mm", "transformers.grouped_mm_fallback")
+def grouped_mm(trace: Trace, ctx: Context) -> Returned:
+    """`(tokens, k)` by the matrix `(k, n)` of each token's expert, from `(experts, k, n)`; rows fill 16 bytes."""
+    a, b = ctx.value(0), ctx.value(1)
+    if len(a.dims) != 2 or len(b.dims) != 3:
+        return barrier(trace, ctx)
+    (tokens, k), (experts, _, n) = ctx.shape(0), ctx.shape(1)
+    trace.freeze(b.dims[0], "tokens are sent to its positions by number")
+    _contract(trace, ctx, a, b, 1, 1)
+    use = _use(trace, a, b, (1, 1), 2, None)
+    if ctx.name == "_grouped_mm":
+        for dim in (b.dims[1], b.dims[2]):
+            trace.multiple(dim, 16 // ctx.args[1].element_size())
+    trace.work.append(Work(ctx.name, trace.module(), use, 1.0, ((WHOLE, tokens), (b.dims[1], k), (b.dims[2], n))))
+    return Value.plain([WHOLE, b.dims[2]])
 
 
 @rule("mv", "dot")
