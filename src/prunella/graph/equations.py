@@ -7,6 +7,8 @@ product (attention heads), then the longer one.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
@@ -73,12 +75,24 @@ class Equations:
         for atoms in self.ledger.batched:
             batch[self.part[atoms]] = True
         heads = [n for n in self.pending if any(batch[self.part[f]].any() for f in n.factors)]
-        node = (heads or self.pending)[0]
-        live = [f for f in node.factors if not self.stays(f).all()]
-        best = max(live, key=lambda f: (bool(batch[self.part[f]].any()), len(np.unique(self.part[f]))))
-        for factor in live:
-            if factor is not best:
-                self.freeze(factor, Reason("the other axis of the same view is the one that can go"))
+        for node in self._apart(heads or self.pending):
+            live = [f for f in node.factors if not self.stays(f).all()]
+            best = max(
+                live, key=lambda f: (bool(batch[self.part[f]].any()), len(np.unique(self.part[f]))), default=None
+            )
+            for factor in live:
+                if factor is not best:
+                    self.freeze(factor, Reason("the other axis of the same view is the one that can go"))
+
+    def _apart(self, nodes: list[And]) -> Iterator[And]:
+        """The first of the nodes, and each later one that shares no component with those before it."""
+        taken = np.zeros_like(self.fixed)
+        for node in nodes:
+            parts = self.part[np.concatenate([node.whole, *node.factors])]
+            parts = parts[~self.fixed[parts]]
+            if not taken[parts].any():
+                yield node
+            taken[parts] = True
 
     def freeze(self, atoms: Ints, reason: Reason) -> None:
         """These atoms stay."""

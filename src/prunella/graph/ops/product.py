@@ -72,7 +72,7 @@ def grouped_mm(trace: Trace, ctx: Context) -> Returned:
     a, b = ctx.value(0), ctx.value(1)
     if len(a.dims) != 2 or len(b.dims) != 3:
         return barrier(trace, ctx)
-    (tokens, k), (experts, _, n) = ctx.shape(0), ctx.shape(1)
+    (tokens, k), (_, _, n) = ctx.shape(0), ctx.shape(1)
     trace.freeze(b.dims[0], "tokens are sent to its positions by number")
     _contract(trace, ctx, a, b, 1, 1)
     use = _use(trace, a, b, (1, 1), 2, None)

@@ -1,0 +1,137 @@
+"""What one model of the zoo has to pass: couple, cut 30 % of every group, compare, store, load, export."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import judge
+import torch
+from torch import nn
+
+import prunella as pr
+from prunella.graph.couple import couple
+
+Build = Callable[[], tuple[nn.Module, Any]]
+EXACT, SINGLE = 1e-9, 1e-4
+SHARE = 0.3
+
+
+@dataclass(frozen=True)
+class Exam:
+    """One model, one tool. `verdict`: exact, refused, wrong (a silent error), traceback or time."""
+
+    suite: str
+    name: str
+    tool: str
+    verdict: str = "time"
+    why: str = ""
+    params: int = 0
+    params_left: float = 1.0
+    macs_left: float = 1.0
+    reach: float = 0.0
+    groups: int = 0
+    units: int = 0
+    set_aside: int = 0
+    asked: float = SHARE
+    got: float = 0.0
+    error64: float = -1.0
+    error32: float = -1.0
+    couple_s: float = 0.0
+    prune_s: float = 0.0
+    reload: str = ""
+    exported: str = ""
+    onnx: str = ""
+    frozen: tuple[tuple[str, int], ...] = ()
+
+
+def examine(suite: str, name: str, build: Build, *, full: bool, onnx: bool, scratch: Path) -> dict[str, Any]:
+    """Try prunella on one model."""
+    model, inputs = build()
+    judge.settle(model)
+    facts: dict[str, Any] = {"params": sum(p.numel() for p in model.parameters())}
+    start = time.perf_counter()
+    try:
+        graph = couple(model, inputs)
+        facts["couple_s"] = time.perf_counter() - start
+        facts |= {"groups": len(graph.groups), "units": sum(g.size for g in graph.groups), "reach": _reach(graph)}
+        facts["frozen"] = _reasons(graph.frozen)
+        start = time.perf_counter()
+        kinds = (pr.Channel(), pr.Head())
+        plan = pr.plan(model, inputs, pr.Recipe(pr.random, kinds, pr.uniform), target=pr.Sparsity(SHARE))
+        small = pr.shrink(model, plan)
+        facts["prune_s"] = time.perf_counter() - start
+    except pr.PruningError as error:
+        return asdict(Exam(suite, name, "prunella", "refused", " ".join(str(error).split())[:300], **facts))
+    except Exception as error:
+        return asdict(Exam(suite, name, "prunella", "traceback", f"{type(error).__name__}: {error}"[:300], **facts))
+    facts |= {"got": plan.got, "macs_left": plan.after.macs / max(plan.before.macs, 1), "frozen": _reasons(plan.frozen)}
+    facts["params_left"] = sum(p.numel() for p in small.parameters()) / facts["params"]
+    facts["set_aside"] = sum("proven" in f.reason or "does not run" in f.reason for f in plan.frozen)
+    facts |= _compare(model, small, inputs)
+    if full and facts["verdict"] == "exact":
+        facts["exported"] = _export(small, inputs, scratch / "model.pt2")
+        facts["onnx"] = _export(small, inputs, scratch / "model.onnx") if onnx else ""
+        facts["reload"] = _store(small, plan, model, inputs, scratch)
+    return asdict(Exam(suite, name, "prunella", **facts))
+
+
+def _compare(model: nn.Module, small: nn.Module, inputs: Any) -> dict[str, Any]:
+    try:
+        found = {f"error{bits}": judge.error(model, small, inputs, wide=bits == 64) for bits in (64, 32)}
+    except judge.Unreadable as error:
+        return {"verdict": "wrong", "why": str(error)}
+    except Exception as error:
+        return {"verdict": "wrong", "why": f"the cut model does not run: {type(error).__name__}: {error}"[:300]}
+    exact = found["error64"] <= (EXACT if judge.runs_wide(model, inputs) else SINGLE) and found["error32"] <= SINGLE
+    return {**found, "verdict": "exact" if exact else "wrong"}
+
+
+def _reach(graph: Any) -> float:
+    """Part of the parameters that would be gone if every group kept one unit."""
+    keep = {g.name: torch.arange(g.size) == 0 for g in graph.groups}
+    return 1 - graph.params(keep) / max(graph.params(), 1)
+
+
+def _reasons(frozen: Any) -> tuple[tuple[str, int], ...]:
+    found: Counter[str] = Counter()
+    for item in frozen:
+        found[f"{item.reason} ({item.where})" if item.where else item.reason] += item.count
+    return tuple(found.most_common(5))
+
+
+def _export(small: nn.Module, inputs: Any, file: Path) -> str:
+    try:
+        pr.export(copy.deepcopy(small), file, inputs=inputs)
+        return "yes"
+    except pr.PruningError as error:
+        return f"refused: {' '.join(str(error).split())[:160]}"
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"[:160]
+    finally:
+        file.unlink(missing_ok=True)
+
+
+def _store(small: nn.Module, plan: pr.Plan, dense: nn.Module, inputs: Any, scratch: Path) -> str:
+    """Write the artefact and the outputs; `reload` reads them in a process of its own."""
+    try:
+        pr.save(small, scratch / "model", plan=plan, dense=dense, factory="zoo:model")
+        torch.save(judge.run(small, inputs), scratch / "outputs.pt")
+        return "stored"
+    except Exception as error:
+        return f"{type(error).__name__}: {' '.join(str(error).split())}"[:160]
+
+
+def reload(build: Build, scratch: Path) -> str:
+    """Load the artefact, here without the weights of the dense model, and compare the outputs."""
+    try:
+        made = pr.load(scratch / "model", factory=lambda: build()[0])
+        gap = judge.distance(judge.run(made.eval(), build()[1]), torch.load(scratch / "outputs.pt", weights_only=True))
+        return "yes" if gap <= 1e-6 else f"outputs differ by {gap:.1e}"
+    except Exception as error:
+        return f"{type(error).__name__}: {' '.join(str(error).split())}"[:160]

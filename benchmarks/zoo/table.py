@@ -1,0 +1,99 @@
+"""The results of the zoo as a page of the documentation."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+PAGE = Path(__file__).parents[2] / "docs" / "zoo.md"
+SUITES = ("torchvision", "timm", "transformers")
+Row = dict[str, Any]
+
+
+def read(folder: Path) -> list[Row]:
+    """The results of one suite."""
+    return [json.loads(file.read_text()) for file in sorted(folder.glob("*.json"))]
+
+
+def write(results: Path) -> str:
+    """Write the page and return its first table."""
+    parts = {suite: (read(results / suite), read(results / f"{suite}-rival")) for suite in SUITES}
+    summary = "\n".join(
+        [
+            "| suite | models | exact | refused with a reason | wrong without a word | traceback or time | parameters"
+            " out of reach (median) | Torch-Pruning 1.6.1: exact | differs | broken or traceback | nothing removed |",
+            "|---|---|---|---|---|---|---|---|---|---|---|",
+            *(_summary(suite, *found) for suite, found in parts.items() if found[0]),
+        ]
+    )
+    text = [HEAD, summary, *(_suite(suite, *found) for suite, found in parts.items() if found[0])]
+    PAGE.write_text("\n\n".join(text) + "\n")
+    return summary
+
+
+def _summary(suite: str, ours: list[Row], theirs: list[Row]) -> str:
+    built = [row for row in ours if row["verdict"] != "not built"]
+    count = Counter(row["verdict"] for row in built)
+    rival = Counter(row["verdict"] for row in theirs if row["verdict"] != "not built")
+    reach = [row["reach"] for row in built if row["verdict"] == "exact"]
+    share = f"{count['exact'] / max(len(built), 1):.1%}"
+    other = count["traceback"] + count["time"]
+    shown = [f"{1 - median(reach):.0%}" if reach else ""]
+    shown += [str(rival[k]) if theirs else "not run" for k in ("exact", "differs")]
+    shown += [str(rival["broken"] + rival["traceback"] + rival["time"]), str(rival["refused"])] if theirs else ["", ""]
+    return (
+        f"| {suite} | {len(built)} | {count['exact']} ({share}) | {count['refused']} | {count['wrong']} | {other} | "
+        + " | ".join(shown)
+        + " |"
+    )
+
+
+def _suite(suite: str, ours: list[Row], theirs: list[Row]) -> str:
+    rival = {row["name"]: row for row in theirs}
+    lines = [
+        f"## {suite}",
+        "",
+        "| model | verdict | error, float64 | float32 | parameters left | in reach | groups | set aside | couple, s |"
+        " plan and shrink, s | loads again | pt2 | onnx | Torch-Pruning |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in ours:
+        if row["verdict"] == "not built":
+            continue
+        other = rival.get(row["name"], {}).get("verdict", "")
+        if row["verdict"] in ("exact", "wrong") and "error64" in row:
+            numbers = (
+                f"{row['error64']:.0e} | {row['error32']:.0e} | {row['params_left']:.2f} | {row['reach']:.0%} "
+                f"| {row['groups']} | {row['set_aside']} | {row['couple_s']:.1f} | {row['prune_s']:.1f} "
+                f"| {_short(row['reload'])} | {_short(row['exported'])} | {_short(row['onnx'])}"
+            )
+        else:
+            numbers = " | " * 10
+        lines.append(f"| {row['name']} | {row['verdict']} | {numbers} | {other} |")
+    notes = [
+        f"- {row['name']}: {row['verdict']}: {row['why']}"
+        for row in ours
+        if row["verdict"] not in ("exact", "not built")
+    ]
+    return "\n".join([*lines, "", *[note.replace("|", "/").replace("<", "&lt;") for note in notes]]).rstrip()
+
+
+def _short(text: str) -> str:
+    return text if text in ("", "yes") else "no"
+
+
+HEAD = """# The zoo
+
+What the coupling engine does on models that people use, and how that was measured: `python benchmarks/zoo/run.py SUITE
+--full`, then `run.py table`. Every model has random weights and random norm statistics and runs in a process of its
+own. 30 % of the units of every group go, chosen at random; the oracle reads what was removed off the values of the
+smaller model, sets it to zero in the dense one, and compares the outputs: `exact` is a relative difference of at most
+1e-9 in float64 and 1e-4 in float32, with outputs of the same shape.
+
+*In reach* is the part of the parameters that would go if every group kept a single unit; the rest is frozen, and
+`prunella inspect` says why. *Set aside* counts groups that the tool's own check could not prove and left whole.
+Torch-Pruning is used as its documentation says for a model that one does not know, without telling it about heads;
+`differs` means that it runs but does not compute what the masked model computes (a normalisation over a pruned axis counts as that)."""
