@@ -96,4 +96,5 @@ smaller model, sets it to zero in the dense one, and compares the outputs: `exac
 *In reach* is the part of the parameters that would go if every group kept a single unit; the rest is frozen, and
 `prunella inspect` says why. *Set aside* counts groups that the tool's own check could not prove and left whole.
 Torch-Pruning is used as its documentation says for a model that one does not know, without telling it about heads;
-`differs` means that it runs but does not compute what the masked model computes (a normalisation over a pruned axis counts as that)."""
+`differs` means that it runs but does not compute what the masked model computes (a normalisation over a pruned axis
+counts as that)."""
