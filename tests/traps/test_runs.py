@@ -29,6 +29,35 @@ from tests.zoo import odd
 # --- one run does not know of another
 
 
+class _Recorder(nn.Module):
+    """Installs a hook at its first run and remembers that it did, as transformers does to collect hidden states."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.head = nn.Linear(6, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        seen: list[Tensor] = []
+        if not getattr(self, "hooked", False):
+            self.inner.register_forward_hook(lambda module, given, out: self.bag.append(out))
+            self.hooked = True
+        self.bag = seen
+        out = self.head(self.inner(x).relu())
+        assert len(seen) == 1, f"recorded {len(seen)} times"
+        return out
+
+
+def test_hooks_that_a_run_installs_go_with_the_mark_that_they_are_there() -> None:
+    torch.manual_seed(0)
+    model = _Recorder()
+    for _ in range(2):
+        couple(model, torch.randn(2, 6))
+        assert not model.inner._forward_hooks and not hasattr(model, "hooked")
+    check_exact(model, torch.randn(2, 6))
+    model(torch.randn(2, 6))
+    assert len(model.inner._forward_hooks) == 1
+
+
 def test_a_second_run_knows_nothing_of_the_first() -> None:
     torch.manual_seed(0)
     model, other = settle(conv.ShuffleNet()), settle(odd.AttentionBlock(kv_heads=2))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import math
 import sys
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -360,10 +361,14 @@ def _pop(stack: list[str]) -> None:
 _MACHINERY = frozenset({"_parameters", "_buffers", "_modules", "training"})
 
 
+_COPIED = frozenset({dict, list, set, OrderedDict})
+"""Kinds of attributes whose content is put back; hooks are kept in an `OrderedDict`."""
+
+
 def _held(module: nn.Module) -> dict[str, tuple[Any, Any]]:
     """What a module keeps in plain attributes: each value, and a copy of what a list or dictionary holds."""
     kept = {key: value for key, value in vars(module).items() if key not in _MACHINERY}
-    return {key: (value, value.copy() if type(value) in {dict, list, set} else None) for key, value in kept.items()}
+    return {key: (value, value.copy() if type(value) in _COPIED else None) for key, value in kept.items()}
 
 
 def _put_back(now: dict[str, Any], before: dict[str, tuple[Any, Any]]) -> None:
