@@ -29,6 +29,9 @@ from tests.zoo import odd
 # --- one run does not know of another
 
 
+_SEEN: list[Tensor] = []
+
+
 class _Recorder(nn.Module):
     """Installs a hook at its first run and remembers that it did, as transformers does to collect hidden states."""
 
@@ -37,13 +40,12 @@ class _Recorder(nn.Module):
         self.inner, self.head = nn.Linear(6, 8), nn.Linear(8, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        seen: list[Tensor] = []
+        _SEEN.clear()
         if not getattr(self, "hooked", False):
-            self.inner.register_forward_hook(lambda module, given, out: self.bag.append(out))
+            self.inner.register_forward_hook(lambda module, given, out: _SEEN.append(out))
             self.hooked = True
-        self.bag = seen
         out = self.head(self.inner(x).relu())
-        assert len(seen) == 1, f"recorded {len(seen)} times"
+        assert len(_SEEN) == 1, f"recorded {len(_SEEN)} times"
         return out
 
 
