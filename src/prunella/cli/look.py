@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from prunella.cli import options
-from prunella.cli.console import count, emit, stage, table
+from prunella.cli.console import count, emit, note, stage, table
 
 if TYPE_CHECKING:
     from prunella.doctor import Checkup
@@ -95,16 +95,25 @@ def inspect(
     allow_pickle: options.AllowPickle = False,
     factory: options.FactoryName = None,
     everything: Annotated[bool, typer.Option("--all", help="Show all rows.")] = False,
+    html: Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Draw the coupling as a page.")] = None,
+    overwrite: options.Overwrite = False,
     as_json: options.Json = False,
 ) -> None:
     """Layers, parameters, MACs; which groups of units can go, what each unit costs, what must stay and why."""
-    from prunella.cli.request import open_model
+    from prunella.cli.request import check_new_file, open_model
     from prunella.graph.couple import couple
 
+    if html is not None:
+        check_new_file(html, overwrite=overwrite)
     network, example = open_model(model, inputs, weights=weights, allow_pickle=allow_pickle, factory=factory)
     with stage("coupling"):
         graph = couple(network, example)
     data = graph_data(graph)
+    if html is not None:
+        from prunella.files import write_atomic
+        from prunella.reporting.coupling import render_coupling
+
+        note(f"wrote {write_atomic(html, render_coupling(graph, str(model)).encode())}")
     emit(data, _graph_text(data, None if everything else _SHOWN), as_json=as_json)
 
 

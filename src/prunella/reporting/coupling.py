@@ -1,0 +1,119 @@
+"""The coupling of a model as a picture: a row for each layer, a rail for each group from makers to readers."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from prunella.graph.structure import Graph, Group
+
+ROW, RAIL, LEFT = 26, 16, 14
+"""Height of a row, distance of two rails, margin in pixels."""
+COLOURS = 6
+"""Classes `c0` to `c5` of the style sheet, taken in turn."""
+_FOLDER = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class Stop:
+    """Where a group meets a layer: it is made there (`out`) or read there (`in`)."""
+
+    row: int
+    makes: bool
+    title: str
+
+
+@dataclass(frozen=True)
+class Rail:
+    """One group: its column, its stops in the order of execution, and a colour."""
+
+    name: str
+    column: int
+    colour: int
+    stops: tuple[Stop, ...]
+
+    @property
+    def x(self) -> int:
+        """Where it is drawn."""
+        return LEFT + self.column * RAIL
+
+
+def rails(graph: Graph) -> tuple[Rail, ...]:
+    """The groups as rails; a column is used again once the group that had it has ended."""
+    rows = {layer.entity: row for row, layer in enumerate(graph.layers)}
+    spans = [(stops, group) for group in graph.groups if (stops := _stops(graph, group, rows))]
+    free_after: list[int] = []
+    made = []
+    for number, (stops, group) in enumerate(sorted(spans, key=lambda pair: (pair[0][0].row, pair[0][-1].row))):
+        first, last = stops[0].row, stops[-1].row
+        column = next((k for k, end in enumerate(free_after) if end < first), len(free_after))
+        free_after[column:] = [last, *free_after[column + 1 :]]
+        made.append(Rail(group.name, column, number % COLOURS, stops))
+    return tuple(made)
+
+
+def _stops(graph: Graph, group: Group, rows: dict[str, int]) -> tuple[Stop, ...]:
+    found = {}
+    for member in group.members:
+        if member.entity in rows and member.role in ("in", "out"):
+            makes = member.role == "out"
+            verb = "makes" if makes else "reads"
+            found[rows[member.entity], makes] = Stop(rows[member.entity], makes, f"{member.entity} {verb} {group.name}")
+    return tuple(found[key] for key in sorted(found))
+
+
+def render_coupling(graph: Graph, title: str) -> str:
+    """The page as text: the picture, what each group holds and costs, and what must stay. All names are escaped."""
+    environment = Environment(
+        loader=FileSystemLoader(_FOLDER),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    drawn = rails(graph)
+    width = LEFT + RAIL * (1 + max((rail.column for rail in drawn), default=0))
+    context: dict[str, Any] = {
+        "title": title,
+        "graph": graph,
+        "rails": drawn,
+        "row": ROW,
+        "labels_at": width + 6,
+        "width": width + 620,
+        "height": ROW * len(graph.layers) + 8,
+        "shapes": {x.entity: "×".join(map(str, graph.entities[x.entity].shape)) for x in graph.layers},
+        "groups": [_card(graph, group) for group in graph.groups],
+        "frozen": _frozen(graph),
+        "style": Markup((_FOLDER / "report.css").read_text(encoding="utf-8")),
+    }
+    return environment.get_template("coupling.html").render(context)
+
+
+def _card(graph: Graph, group: Group) -> dict[str, Any]:
+    """A group with what goes with one unit, and its tensors by what they do."""
+    less = {group.name: torch.arange(group.size) > 0}
+    by_role: dict[str, list[str]] = {}
+    for member in group.members:
+        by_role.setdefault(member.role, []).append(f"{member.entity}[{member.axis}]")
+    return {
+        "group": group,
+        "params": graph.params() - graph.params(less),
+        "macs": graph.macs() - graph.macs(less),
+        "roles": by_role,
+    }
+
+
+def _frozen(graph: Graph) -> list[tuple[str, str, int, list[str]]]:
+    """Reason, place, positions and names, the largest first."""
+    count: Counter[tuple[str, str]] = Counter()
+    names: dict[tuple[str, str], list[str]] = {}
+    for item in graph.frozen:
+        count[item.reason, item.where] += item.count
+        names.setdefault((item.reason, item.where), []).append(f"{item.entity}[{item.axis}]")
+    return [(*key, total, names[key]) for key, total in count.most_common()]
