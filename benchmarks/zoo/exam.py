@@ -20,6 +20,8 @@ from prunella.graph.couple import couple
 Build = Callable[[], tuple[nn.Module, Any]]
 EXACT, SINGLE = 1e-9, 1e-4
 SHARE = 0.3
+SORTED = "detection."
+"""Boxes are sorted by scores that random weights make nearly equal: in float32 rounding decides, so float64 judges."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,7 @@ def examine(suite: str, name: str, build: Build, *, full: bool, onnx: bool, scra
     facts |= {"got": plan.got, "macs_left": plan.after.macs / max(plan.before.macs, 1), "frozen": _reasons(plan.frozen)}
     facts["params_left"] = sum(p.numel() for p in small.parameters()) / facts["params"]
     facts["set_aside"] = sum("proven" in f.reason or "does not run" in f.reason for f in plan.frozen)
-    facts |= _compare(model, small, inputs)
+    facts |= _compare(model, small, inputs, sorts=name.startswith(SORTED))
     if full and facts["verdict"] == "exact":
         facts["exported"] = _export(small, inputs, scratch / "model.pt2")
         facts["onnx"] = _export(small, inputs, scratch / "model.onnx") if onnx else ""
@@ -81,14 +83,15 @@ def examine(suite: str, name: str, build: Build, *, full: bool, onnx: bool, scra
     return asdict(Exam(suite, name, "prunella", **facts))
 
 
-def _compare(model: nn.Module, small: nn.Module, inputs: Any) -> dict[str, Any]:
+def _compare(model: nn.Module, small: nn.Module, inputs: Any, *, sorts: bool) -> dict[str, Any]:
     try:
         found = {f"error{bits}": judge.error(model, small, inputs, wide=bits == 64) for bits in (64, 32)}
     except judge.Unreadable as error:
         return {"verdict": "wrong", "why": str(error)}
     except Exception as error:
         return {"verdict": "wrong", "why": f"the cut model does not run: {type(error).__name__}: {error}"[:300]}
-    exact = found["error64"] <= (EXACT if judge.runs_wide(model, inputs) else SINGLE) and found["error32"] <= SINGLE
+    wide = judge.runs_wide(model, inputs)
+    exact = found["error64"] <= (EXACT if wide else SINGLE) and (found["error32"] <= SINGLE or (sorts and wide))
     return {**found, "verdict": "exact" if exact else "wrong"}
 
 

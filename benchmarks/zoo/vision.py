@@ -29,7 +29,10 @@ def build(name: str) -> tuple[nn.Module, Any]:
     torch.manual_seed(0)
     kind, _, plain = name.rpartition(".")
     if kind == "detection":
-        model = models.get_model(plain, weights=None, weights_backbone=None, min_size=96, max_size=96)
+        # random weights are sure of nothing: with the usual threshold there would be no boxes to compare
+        threshold = {"box_score_thresh": 0.0} if "rcnn" in plain else {"score_thresh": 0.0}
+        size = {} if plain.startswith("ssd") else {"min_size": 96, "max_size": 96}
+        model = models.get_model(plain, weights=None, weights_backbone=None, **size, **threshold)
         return model.eval(), ([torch.rand(3, 96, 96)],)
     extra: dict[str, Any] = SINGLE_OUTPUT.get(plain, {})
     if kind == "segmentation":
@@ -38,7 +41,7 @@ def build(name: str) -> tuple[nn.Module, Any]:
     if kind == "optical_flow":
         return model, (torch.rand(1, 3, 128, 128), torch.rand(1, 3, 128, 128))
     if kind == "video":
-        size = 224 if "mvit" in plain else 64
+        size = 224 if "mvit" in plain or plain == "s3d" else 64
         return model, torch.randn(1, 3, 16, size, size)
     size = FIXED.get(plain, 64)
     return model, torch.randn(1 if size == 224 else 2, 3, size, size)
