@@ -52,7 +52,9 @@ class Exam:
     frozen: tuple[tuple[str, int], ...] = ()
 
 
-def examine(suite: str, name: str, build: Build, *, full: bool, onnx: bool, scratch: Path) -> dict[str, Any]:
+def examine(
+    suite: str, name: str, build: Build, *, full: bool, onnx: bool, scratch: Path, factory: str
+) -> dict[str, Any]:
     """Try prunella on one model."""
     model, inputs = build()
     judge.settle(model)
@@ -79,7 +81,7 @@ def examine(suite: str, name: str, build: Build, *, full: bool, onnx: bool, scra
     if full and facts["verdict"] == "exact":
         facts["exported"] = _export(small, inputs, scratch / "model.pt2")
         facts["onnx"] = _export(small, inputs, scratch / "model.onnx") if onnx else ""
-        facts["reload"] = _store(small, plan, model, inputs, scratch)
+        facts["reload"] = _store(small, plan, model, inputs, scratch, factory)
     return asdict(Exam(suite, name, "prunella", **facts))
 
 
@@ -120,20 +122,20 @@ def _export(small: nn.Module, inputs: Any, file: Path) -> str:
         file.unlink(missing_ok=True)
 
 
-def _store(small: nn.Module, plan: pr.Plan, dense: nn.Module, inputs: Any, scratch: Path) -> str:
+def _store(small: nn.Module, plan: pr.Plan, dense: nn.Module, inputs: Any, scratch: Path, factory: str) -> str:
     """Write the artefact and the outputs; `reload` reads them in a process of its own."""
     try:
-        pr.save(small, scratch / "model", plan=plan, dense=dense, factory="zoo:model")
+        pr.save(small, scratch / "model", plan=plan, dense=dense, factory=factory)
         torch.save(judge.run(small, inputs), scratch / "outputs.pt")
         return "stored"
     except Exception as error:
         return f"{type(error).__name__}: {' '.join(str(error).split())}"[:160]
 
 
-def reload(build: Build, scratch: Path) -> str:
+def reload(build: Build, scratch: Path, factory: str) -> str:
     """Load the artefact, here without the weights of the dense model, and compare the outputs."""
     try:
-        made = pr.load(scratch / "model", factory=lambda: build()[0])
+        made = pr.load(scratch / "model", factory=factory)
         gap = judge.distance(judge.run(made.eval(), build()[1]), torch.load(scratch / "outputs.pt", weights_only=True))
         return "yes" if gap <= 1e-6 else f"outputs differ by {gap:.1e}"
     except Exception as error:

@@ -26,6 +26,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))
 
 import exam
+import made
 import torch
 
 RESULTS = Path(__file__).parent / "results"
@@ -50,7 +51,9 @@ def one(suite: str, name: str, options: argparse.Namespace, scratch: Path, out: 
             found = rival_zoo.examine(suite, name, build)
         else:
             onnx = options.full and number % EVERY == 0
-            found = exam.examine(suite, name, build, full=options.full, onnx=onnx, scratch=scratch)
+            found = exam.examine(
+                suite, name, build, full=options.full, onnx=onnx, scratch=scratch, factory=made.name(suite, number)
+            )
     except Exception as error:
         if options.trace:
             traceback.print_exc()
@@ -61,7 +64,8 @@ def one(suite: str, name: str, options: argparse.Namespace, scratch: Path, out: 
 def again(suite: str, name: str, scratch: Path, out: Path) -> None:
     """Load what `one` stored; runs in a process of its own."""
     found = json.loads(out.read_text())
-    found["reload"] = exam.reload(lambda: suite_module(suite).build(name), scratch)
+    factory = made.name(suite, suite_module(suite).names().index(name))
+    found["reload"] = exam.reload(lambda: suite_module(suite).build(name), scratch, factory)
     out.write_text(json.dumps(found, indent=1))
 
 
