@@ -289,8 +289,10 @@ def test_large_offsets_cost_no_digits() -> None:
 def test_rows_times_weight_is_the_output(layer: nn.Module, shape: tuple[int, ...]) -> None:
     layer = layer.double()
     found: list[Read] = []
-    with torch.no_grad(), Watch(layer.parameters(), found.append):
+    watch = Watch(layer.parameters(), found.append)
+    with torch.no_grad(), watch:
         layer(_x(*shape))
+    watch.finish()
     (read,) = found
     weight = read.weight.detach() if read.in_axis == 1 else read.weight.detach().T
     for positions in (None, torch.tensor([0, 2])):
@@ -305,8 +307,10 @@ def test_rows_times_weight_is_the_output(layer: nn.Module, shape: tuple[int, ...
 def test_long_convolution_inputs_are_cut_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("prunella.recovery.reads.CHUNK", 300)
     layer, found = nn.Conv2d(2, 3, 3).double(), []
-    with torch.no_grad(), Watch(layer.parameters(), found.append):
+    watch = Watch(layer.parameters(), found.append)
+    with torch.no_grad(), watch:
         layer(_x(7, 2, 5, 5))
+    watch.finish()
     parts = list(rows(found[0]))
     assert len(parts) > 3
     assert [s for _, s in parts] == [slice(i, j) for i, j in zip(range(0, 63, 9), range(9, 64, 9), strict=True)]
@@ -452,3 +456,34 @@ def test_accuracy_returns_after_half_the_channels_are_masked() -> None:
     assert dense_accuracy > 0.9 and masked < 0.8
     assert accuracy(small) > masked + 0.5 * (dense_accuracy - masked)
     assert small[0].weight[8:].abs().sum() == 0 and small[2].weight[:, 8:].abs().sum() == 0
+
+
+class _Stream(nn.Module):
+    """Two branches that are added to a stream, in either order; the second through a view."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 12), nn.Linear(12, 6)
+        self.c, self.d = nn.Linear(6, 12), nn.Linear(12, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.b(self.a(x).relu())
+        out: Tensor = self.d(self.c(x).relu()).view(x.shape) + x
+        return out
+
+
+def test_a_branch_makes_up_for_the_error_that_is_in_the_stream_already() -> None:
+    torch.manual_seed(0)
+    dense, x = _Stream().double(), _x(300, 6)
+    cuts = {
+        "a.weight": {0: torch.arange(4)}, "a.bias": {0: torch.arange(4)}, "b.weight": {1: torch.arange(4)},
+        "c.weight": {0: torch.arange(8)}, "c.bias": {0: torch.arange(8)}, "d.weight": {1: torch.arange(8)},
+    }  # fmt: skip
+    small = _shrunk(dense, cuts)
+    reconstruct(small, dense, [x], hand_plan(cuts=cuts), ridge=1e-9)
+    with torch.no_grad():  # the best last branch for the stream as it is in the small model, sum against sum
+        stream = x + small.b(small.a(x).relu())
+        given = torch.cat([small.c(stream).relu(), torch.ones(len(x), 1, dtype=x.dtype)], 1)
+        best = given @ torch.linalg.lstsq(given, dense(x) - stream).solution + stream
+        assert (stream - (x + dense.b(dense.a(x).relu()))).norm() > 0.1
+        assert (small(x) - dense(x)).norm() == pytest.approx(float((best - dense(x)).norm()), rel=1e-4)

@@ -62,7 +62,7 @@ def minilm_task(folder: Path, *, seed: int, steps: int, texts: int | None = None
         teach=functools.partial(_teach, text.batches(corpus.passages, 16, seed=seed)),
         teach_steps=-(-len(corpus.passages) // 16),
         steps=steps,
-        lr=1e-3,
+        lr=5e-4,
         save={"source": folder},
     )
 

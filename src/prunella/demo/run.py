@@ -37,6 +37,8 @@ from prunella.targets import MACs
 
 _FITTED = 4
 """Calibration batches that least squares sees: each layer takes a pass over them."""
+_RIDGE = 1.0
+"""More than usual: there are few tokens for the inputs of a layer."""
 PAGE, RECORD = "report.html", "run.json"
 Which = Literal["auto", "minilm", "digits"]
 
@@ -241,14 +243,13 @@ def _heal(task: Task, small: nn.Module, made: Plan, stages: Stages) -> tuple[tup
 
 
 def _least_squares(task: Task, small: nn.Module, made: Plan, tick: Tick) -> str:
-    """Refit the layers that read a cut axis; undone when the model then agrees less with the dense one.
+    """Refit the layers that read a cut axis; undone when the model agrees less with the dense one on other data.
 
-    Each fit lowers the error of its own layer, but pulls the layer's output towards its mean where much was cut, and a
-    model of many such layers can end up worse.
+    A fit is judged on its own data; with few tokens it can be worse on others.
     """
     held = {name: tensor.clone() for name, tensor in small.state_dict().items()}
     before = _agreement(task, small)
-    found = reconstruct(small, task.model, task.calibration[:_FITTED], made, loss=task.loss, on_fit=tick)
+    found = reconstruct(small, task.model, task.calibration[:_FITTED], made, loss=task.loss, ridge=_RIDGE, on_fit=tick)
     after = _agreement(task, small)
     if after >= before:
         return f"{found}; agreement on the calibration data {before:.3f} -> {after:.3f}"

@@ -33,7 +33,10 @@ class Conv:
 
 @dataclass(frozen=True)
 class Read:
-    """One call of a layer: its input, its output, its bias, and how the weight is laid out."""
+    """One call of a layer: its input, its output, its bias, and how the weight is laid out.
+
+    beside: what its output is added to, a residual stream for example, in the shape of `y`; None if it is not added.
+    """
 
     weight: nn.Parameter
     bias: nn.Parameter | None
@@ -42,6 +45,7 @@ class Read:
     in_axis: int
     out_axis: int
     conv: Conv | None
+    beside: Tensor | None = None
 
 
 class Stop(Exception):
@@ -58,20 +62,49 @@ class Watch(TorchFunctionMode):
         super().__init__()
         self.wanted, self.found = {id(p) for p in wanted}, found
         self.others: dict[int, str] = {}
+        self._held: tuple[Read, Tensor] | None = None
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
+        self._follow(getattr(func, "__name__", ""), args, result)
         reader = _READERS.get(func)
         read = reader(*args, **(kwargs or {})) if reader else None
         if read is not None and id(read.weight) in self.wanted:
-            self.found(replace(read, x=read.x.detach(), y=result.detach()))
+            self.finish()
+            self._held = replace(read, x=read.x.detach(), y=result.detach()), result
         elif reader or getattr(func, "__name__", "") in _NOT_UNDERSTOOD:
             for value in tensors([args, kwargs or {}]):
                 if id(value) in self.wanted:
                     self.others[id(value)] = func.__name__
         return result
+
+    def _follow(self, name: str, args: tuple[Any, ...], result: Any) -> None:
+        """Wait until the output of the last read is used: added to something, handed on unchanged, or anything else."""
+        if self._held is None or not any(argument is self._held[1] for argument in args):
+            return
+        read, output = self._held
+        if name in _ADDS and len(args) > 1:
+            other = args[1] if args[0] is output else args[0]
+            if isinstance(other, Tensor) and other.shape == output.shape and other is not output:
+                self._held = replace(read, beside=other.detach().reshape(read.y.shape)), output
+            self.finish()
+        elif name in _HANDS_ON and isinstance(result, Tensor) and result.shape[-1] == output.shape[-1]:
+            self._held = read, result
+        else:
+            self.finish()
+
+    def finish(self) -> None:
+        """Hand over the last read. To be called when the pass has ended."""
+        held, self._held = self._held, None
+        if held is not None:
+            self.found(held[0])
+
+
+_ADDS = frozenset({"add", "add_", "__add__", "__radd__", "__iadd__"})
+_HANDS_ON = frozenset({"dropout", "view", "reshape", "contiguous"})
+"""Calls between a layer and the sum that its output goes into, where the last axis stays."""
 
 
 def rows(read: Read, positions: Tensor | None = None) -> Iterable[tuple[Tensor, slice]]:
@@ -93,9 +126,10 @@ def rows(read: Read, positions: Tensor | None = None) -> Iterable[tuple[Tensor, 
         yield part, slice(start * tokens, (start + part.shape[0] // tokens) * tokens)
 
 
-def targets(read: Read, positions: Tensor | None = None) -> Tensor:
-    """The output as a matrix `(tokens, out)`; `positions` selects output channels."""
-    y = read.y.movedim(1, -1) if read.conv is not None else read.y
+def targets(read: Read, positions: Tensor | None = None, *, beside: bool = False) -> Tensor:
+    """The output as a matrix `(tokens, out)`, or what it is added to; `positions` selects output channels."""
+    y = read.beside if beside and read.beside is not None else read.y
+    y = y.movedim(1, -1) if read.conv is not None else y
     y = y.reshape(-1, y.shape[-1])
     return y if positions is None else y.index_select(1, positions)
 

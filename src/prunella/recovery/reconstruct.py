@@ -91,8 +91,10 @@ def reconstruct(
 
     `min over D, b of |Y - X (W + D)^T - b|^2 + ridge * mean(diag(X^T X)) * |D|^2`, with X the inputs that the layer has
     in the small model and Y the outputs of the dense layer for the same batch, so that each layer compensates the
-    errors made before it. The penalty pulls toward the weights the layer has: directions that `data` does not show
-    stay as they are. A layer with a bias is fitted on centred inputs and its bias refitted. Sums are gathered batch by
+    errors made before it. Where the output is added to something, as to a residual stream, the sum is fitted to the sum
+    in the dense model: the layer also makes up for the error that the stream carries by then. The penalty pulls toward
+    the weights the layer has: directions that `data` does not show stay as they are. A layer with a bias is fitted on
+    centred inputs and its bias refitted. Sums are gathered batch by
     batch in float64, no activations are stored. Where the matrix is singular the damping grows, and the report says so.
 
     small: the shrunk model, or the dense one with the plan's structure masked (what is masked stays zero).
@@ -130,6 +132,7 @@ def _layers(small: nn.Module, dense: nn.Module, batch: Any, plan: Plan, loss: Lo
     watch = Watch(cut, lambda read: seen.setdefault(read.weight, []).append(read))
     with watch:
         loss(dense, batch) if loss else forward(dense, batch)
+    watch.finish()
     result: list[_Layer | Fit] = []
     for weight, reads in seen.items():
         name, axes = cut[weight]
@@ -197,7 +200,7 @@ def _gather(layer: _Layer, small: nn.Module, dense: nn.Module, data: Iterable[An
     """One pass over the data through both models, each stopped as soon as the layer has run."""
     sums = Sums(centred=layer.bias is not None)
     for batch in batches(data):
-        wanted = [targets(read, layer.expected) for read in _reads(dense, batch, loss, layer.dense, layer.uses)]
+        wanted = _reads(dense, batch, loss, layer.dense, layer.uses)
         for read in _reads(small, batch, loss, layer.small, layer.uses):
             _add(sums, layer, read, wanted)
         if wanted:
@@ -213,20 +216,28 @@ def _reads(model: nn.Module, batch: Any, loss: Loss | None, weight: nn.Parameter
         if len(found) == calls:
             raise Stop
 
-    with suppress(Stop), Watch([weight], keep):
-        loss(model, batch) if loss else forward(model, batch)
+    watch = Watch([weight], keep)
+    with suppress(Stop):
+        with watch:
+            loss(model, batch) if loss else forward(model, batch)
+        watch.finish()
     return found
 
 
-def _add(sums: Sums, layer: _Layer, read: Read, wanted: list[Tensor]) -> None:
+def _add(sums: Sums, layer: _Layer, read: Read, wanted: list[Read]) -> None:
     got = targets(read, layer.writes)
-    if not wanted or wanted[0].shape != got.shape:
+    asked = targets(wanted[0], layer.expected) if wanted else got[:0]
+    if asked.shape != got.shape:
         raise CheckFailed(
             f"{layer.name} answers with other shapes in the small model than in the dense one",
-            f"{tuple(got.shape)} against {tuple(wanted[0].shape) if wanted else 'nothing'}",
+            f"{tuple(got.shape)} against {tuple(asked.shape) if wanted else 'nothing'}",
             "reconstruction compares the same tokens on both sides",
         )
-    y = wanted.pop(0).double()
+    y = asked.double()
+    other = wanted.pop(0)
+    if read.beside is not None and other.beside is not None:
+        # The sum is what goes on: the layer makes up for the error that is already in the other summand.
+        y = y + targets(other, layer.expected, beside=True) - targets(read, layer.writes, beside=True)
     residual = y - got.double()
     for x, tokens in rows(read, layer.reads):
         sums.add(x, y[tokens], residual[tokens])
