@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from prunella.graph.structure import Graph, Group
+from prunella.reporting.page import templates
 
 ROW, RAIL, LEFT = 26, 16, 14
 """Height of a row, distance of two rails, margin in pixels."""
@@ -70,13 +70,6 @@ def _stops(graph: Graph, group: Group, rows: dict[str, int]) -> tuple[Stop, ...]
 
 def render_coupling(graph: Graph, title: str) -> str:
     """The page as text: the picture, what each group holds and costs, and what must stay. All names are escaped."""
-    environment = Environment(
-        loader=FileSystemLoader(_FOLDER),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     drawn = rails(graph)
     width = LEFT + RAIL * (1 + max((rail.column for rail in drawn), default=0))
     context: dict[str, Any] = {
@@ -92,7 +85,7 @@ def render_coupling(graph: Graph, title: str) -> str:
         "frozen": _frozen(graph),
         "style": Markup((_FOLDER / "report.css").read_text(encoding="utf-8")),
     }
-    return environment.get_template("coupling.html").render(context)
+    return templates().get_template("coupling.html").render(context)
 
 
 def _card(graph: Graph, group: Group) -> dict[str, Any]:

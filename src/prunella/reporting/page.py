@@ -47,13 +47,7 @@ def write_page(report: Report, path: str | os.PathLike[str]) -> Path:
 
 def render_page(report: Report) -> str:
     """The page as text. Everything that comes from a model (names above all) is escaped."""
-    environment = Environment(
-        loader=FileSystemLoader(_FOLDER),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    environment = templates()
     environment.filters.update(shown=shown, percent=_percent, shape=_shape, sentence=_sentence, minus=_minus)
     shares = _shares(report)
     context: dict[str, Any] = {
@@ -71,6 +65,12 @@ def render_page(report: Report) -> str:
         "headline": headline(report),
     }
     return environment.get_template("report.html").render(context)
+
+
+def templates() -> Environment:
+    """The templates of this folder; whatever is put into them is escaped."""
+    loader = FileSystemLoader(_FOLDER)
+    return Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
 
 
 def headline(report: Report) -> str:
