@@ -97,4 +97,4 @@ smaller model, sets it to zero in the dense one, and compares the outputs: `exac
 `prunella inspect` says why. *Set aside* counts groups that the tool's own check could not prove and left whole.
 Torch-Pruning is used as its documentation says for a model that one does not know, without telling it about heads;
 `differs` means that it runs but does not compute what the masked model computes (a normalisation over a pruned axis
-counts as that)."""
+counts as that). `wrong` with a float64 error below 1e-9 is rounding: the cut is right, float32 misses its tolerance."""
