@@ -487,3 +487,40 @@ def test_a_branch_makes_up_for_the_error_that_is_in_the_stream_already() -> None
         best = given @ torch.linalg.lstsq(given, dense(x) - stream).solution + stream
         assert (stream - (x + dense.b(dense.a(x).relu()))).norm() > 0.1
         assert (small(x) - dense(x)).norm() == pytest.approx(float((best - dense(x)).norm()), rel=1e-4)
+
+
+class _InPlace(nn.Module):
+    """The stream is added in place, and so is what follows a layer."""
+
+    def __init__(self, *, in_place: bool) -> None:
+        super().__init__()
+        self.in_place = in_place
+        self.a, self.b, self.c = nn.Linear(6, 12), nn.Linear(12, 6), nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        stream = x.clone()
+        inner = self.a(stream)
+        inner = inner.relu_() if self.in_place else inner.relu()
+        for _ in range(2):  # the first output is used again before the last one is seen
+            branch = self.b(inner)
+            if self.in_place:
+                stream += branch
+                branch.zero_()
+            else:
+                stream = stream + branch
+        out = self.c(stream)
+        return out.tanh_() if self.in_place else out.tanh()
+
+
+def test_a_model_that_works_in_place_is_fitted_like_one_that_does_not() -> None:
+    cuts = {"a.weight": {0: torch.arange(4)}, "a.bias": {0: torch.arange(4)}, "b.weight": {1: torch.arange(4)}}
+    cuts |= {"b.bias": {}, "c.weight": {1: torch.arange(6)}}
+    fitted = []
+    for in_place in (False, True):
+        torch.manual_seed(0)
+        dense = _InPlace(in_place=in_place).double()
+        small = _shrunk(dense, cuts)
+        reconstruct(small, dense, [_x(80, 6)], hand_plan(cuts=cuts), ridge=1e-6)
+        fitted.append(small.state_dict())
+        assert not torch.equal(small.b.weight, dense.b.weight[:, :4])
+    assert all(torch.equal(fitted[0][name], fitted[1][name]) for name in fitted[0])

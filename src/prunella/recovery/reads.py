@@ -67,30 +67,44 @@ class Watch(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
+        handed_on = self._used(getattr(func, "__name__", ""), args)
         result = func(*args, **(kwargs or {}))
-        self._follow(getattr(func, "__name__", ""), args, result)
+        if handed_on and self._held is not None:
+            self._hand_on(result)
         reader = _READERS.get(func)
         read = reader(*args, **(kwargs or {})) if reader else None
         if read is not None and id(read.weight) in self.wanted:
             self.finish()
-            self._held = replace(read, x=read.x.detach(), y=result.detach()), result
+            # copies, since the model may go on in place
+            self._held = replace(read, x=read.x.detach().clone(), y=result.detach().clone()), result
         elif reader or getattr(func, "__name__", "") in _NOT_UNDERSTOOD:
             for value in tensors([args, kwargs or {}]):
                 if id(value) in self.wanted:
                     self.others[id(value)] = func.__name__
         return result
 
-    def _follow(self, name: str, args: tuple[Any, ...], result: Any) -> None:
-        """Wait until the output of the last read is used: added to something, handed on unchanged, or anything else."""
+    def _used(self, name: str, args: tuple[Any, ...]) -> bool:
+        """A call that is about to run: hand the last read over if the call uses its output; True if it hands it on.
+
+        Before the call, since a sum in place would change what it adds.
+        """
         if self._held is None or not any(argument is self._held[1] for argument in args):
-            return
+            return False
+        if name in _HANDS_ON:
+            return True
         read, output = self._held
         if name in _ADDS and len(args) > 1:
             other = args[1] if args[0] is output else args[0]
             if isinstance(other, Tensor) and other.shape == output.shape and other is not output:
-                self._held = replace(read, beside=other.detach().reshape(read.y.shape)), output
-            self.finish()
-        elif name in _HANDS_ON and isinstance(result, Tensor) and result.shape[-1] == output.shape[-1]:
+                self._held = replace(read, beside=other.detach().clone().reshape(read.y.shape)), output
+        self.finish()
+        return False
+
+    def _hand_on(self, result: Any) -> None:
+        """The output of the last read goes on as `result`, if that still has its last axis."""
+        assert self._held is not None
+        read, output = self._held
+        if isinstance(result, Tensor) and result.shape[-1] == output.shape[-1]:
             self._held = read, result
         else:
             self.finish()

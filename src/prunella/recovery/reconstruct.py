@@ -94,8 +94,8 @@ def reconstruct(
     errors made before it. Where the output is added to something, as to a residual stream, the sum is fitted to the sum
     in the dense model: the layer also makes up for the error that the stream carries by then. The penalty pulls toward
     the weights the layer has: directions that `data` does not show stay as they are. A layer with a bias is fitted on
-    centred inputs and its bias refitted. Sums are gathered batch by
-    batch in float64, no activations are stored. Where the matrix is singular the damping grows, and the report says so.
+    centred inputs and its bias refitted. Sums are gathered batch by batch in float64, no activations are stored. Where
+    the matrix is singular the damping grows, and the report says so.
 
     small: the shrunk model, or the dense one with the plan's structure masked (what is masked stays zero).
     data: batches, no labels; best a few times more tokens (or pixels) than a layer has inputs. Passed over once per
