@@ -170,8 +170,9 @@ class _NoDownCast(TorchFunctionMode):
             return args[0]
         if kwargs.get("dtype") in narrow and args and _double(args[0]):
             kwargs["dtype"] = torch.float64
-        if getattr(func, "__name__", "") in {"grouped_mm", "_grouped_mm"} and _double(args[0]):
-            return _grouped_product(args[0], args[1], kwargs["offs"])
+        ends = kwargs.get("offs", args[2] if len(args) > 2 else None)
+        if getattr(func, "__name__", "") in {"grouped_mm", "_grouped_mm"} and _double(args[0]) and ends is not None:
+            return _grouped_product(args[0], args[1], ends)
         if getattr(func, "__name__", "") == "to" and args and _double(args[0]):
             args = tuple(torch.float64 if isinstance(a, torch.dtype) and a in narrow else a for a in args)
         return func(*args, **kwargs)

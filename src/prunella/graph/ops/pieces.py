@@ -40,15 +40,15 @@ def slice_(trace: Trace, ctx: Context) -> Returned:
 def _every(trace: Trace, value: Value, at: int, size: int, bounds: tuple[int, int, int]) -> Value:
     """Each `step`-th position: whole blocks of `step` positions may go, which keeps the rest in step."""
     start, stop, step = bounds
-    dims = list(value.dims)
+    dims, axes = list(value.dims), list(value.axes)
+    axes[at] = None
     if size % step or start >= step or stop != size:
         trace.freeze(dims[at], "it is sliced with a step")
         dims[at] = take(dims[at], slice(start, stop, step))
-        return Value.plain(dims)
-    blocks, inside = trace.ledger.split(dims[at], [size // step, step])
-    trace.freeze(inside, "it is sliced with a step")
-    dims[at] = blocks
-    return Value.plain(dims)
+    else:
+        dims[at], inside = trace.ledger.split(dims[at], [size // step, step])
+        trace.freeze(inside, "it is sliced with a step")
+    return Value(tuple(dims), tuple(axes), value.weight)
 
 
 def _only(trace: Trace, dim: Dim) -> Dim:
