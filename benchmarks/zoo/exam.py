@@ -12,12 +12,14 @@ from typing import Any
 
 import judge
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import prunella as pr
 from prunella.graph.couple import couple
 
 Build = Callable[[], tuple[nn.Module, Any]]
+OUTPUTS = "outputs.safetensors"
 EXACT, SINGLE = 1e-9, 1e-4
 SHARE = 0.3
 SORTED = "detection."
@@ -126,7 +128,7 @@ def _store(small: nn.Module, plan: pr.Plan, dense: nn.Module, inputs: Any, scrat
     """Write the artefact and the outputs; `reload` reads them in a process of its own."""
     try:
         pr.save(small, scratch / "model", plan=plan, dense=dense, factory=factory)
-        torch.save(judge.run(small, inputs), scratch / "outputs.pt")
+        save_file({str(k): t.contiguous().clone() for k, t in enumerate(judge.run(small, inputs))}, scratch / OUTPUTS)
         return "stored"
     except Exception as error:
         return f"{type(error).__name__}: {' '.join(str(error).split())}"[:160]
@@ -136,7 +138,8 @@ def reload(build: Build, scratch: Path, factory: str) -> str:
     """Load the artefact, here without the weights of the dense model, and compare the outputs."""
     try:
         made = pr.load(scratch / "model", factory=factory)
-        gap = judge.distance(judge.run(made.eval(), build()[1]), torch.load(scratch / "outputs.pt", weights_only=True))
+        stored = load_file(scratch / OUTPUTS)
+        gap = judge.distance(judge.run(made.eval(), build()[1]), [stored[str(k)] for k in range(len(stored))])
         return "yes" if gap <= 1e-6 else f"outputs differ by {gap:.1e}"
     except Exception as error:
         return f"{type(error).__name__}: {' '.join(str(error).split())}"[:160]

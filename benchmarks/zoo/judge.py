@@ -51,18 +51,19 @@ def run(model: nn.Module, inputs: Any) -> list[Tensor]:
             output = model(**inputs)
         else:
             output = model(*inputs) if isinstance(inputs, tuple) else model(inputs)
-    return [tensor for tensor in _tensors(output) if tensor.is_floating_point()]
+    return [tensor for tensor in tensors(output) if tensor.is_floating_point()]
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
+def tensors(value: Any) -> Iterator[Tensor]:
+    """Every tensor in nested mappings and sequences."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, Mapping):
         for item in value.values():
-            yield from _tensors(item)
+            yield from tensors(item)
     elif isinstance(value, list | tuple):
         for item in value:
-            yield from _tensors(item)
+            yield from tensors(item)
 
 
 def double(value: Any) -> Any:

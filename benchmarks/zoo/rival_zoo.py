@@ -54,7 +54,7 @@ def examine(suite: str, name: str, build: Build) -> dict[str, Any]:
 
 def judge_outputs(output: Any) -> list[torch.Tensor]:
     """All tensors of an output, which is what Torch-Pruning's tracer wants."""
-    return [tensor for tensor in judge._tensors(output) if tensor.is_floating_point() and tensor.grad_fn is not None]
+    return [tensor for tensor in judge.tensors(output) if tensor.is_floating_point() and tensor.grad_fn is not None]
 
 
 def _outputs(model: nn.Module, before: list[torch.Tensor]) -> list[nn.Module]:

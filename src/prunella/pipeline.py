@@ -92,7 +92,7 @@ class Recipe:
                 float(described["floor"]),
                 int(described["align"]),
                 int(described["seed"]),
-                bool(described["even"]),
+                bool(described.get("even", False)),
             )
             criterion, allocation = described["criterion"], described["allocation"]
         except (KeyError, TypeError) as error:
