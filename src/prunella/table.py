@@ -139,7 +139,8 @@ def frozen_lines(frozen: Iterable[Frozen], limit: int = 8) -> list[str]:
     if not groups:
         return []
     ranked = sorted(groups.items(), key=lambda item: -len(item[1]))
-    lines = [f"not pruned: {sum(len(entries) for entries in groups.values())} axes"]
+    count = sum(len(entries) for entries in groups.values())
+    lines = [f"not pruned: {count} {'axis' if count == 1 else 'axes'}"]
     for (reason, where), entries in ranked[:limit]:
         names = ", ".join(dict.fromkeys(entry.entity for entry in entries[:3])) + (", ..." if len(entries) > 3 else "")
         lines.append(f"  {len(entries)} x {reason}{f' ({where})' if where else ''}: {names}")
