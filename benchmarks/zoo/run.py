@@ -113,6 +113,8 @@ def main() -> None:
         print(table.write(RESULTS))
         return
     torch.set_num_threads(1)
+    if options.full:
+        importlib.import_module("torch._dynamo")  # what every export imports: once here, not ten seconds in each process
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")
     names = [n for n in suite_module(options.suite).names() if any(fnmatch.fnmatch(n, p) for p in options.patterns)]
