@@ -19,9 +19,10 @@ from prunella.contest import Rules, Units, Weights, obstacles, share
 from prunella.criteria import magnitude
 from prunella.errors import BadInput, NotSupported, RequestError
 from prunella.granularity import NM, Channel, Granularity, Masking, Structural
-from prunella.graph.couple import attributes, couple, cuts
+from prunella.graph.couple import changes, couple
 from prunella.graph.oracle import unproven
 from prunella.graph.structure import Frozen, Graph, Group, Keep, Layer
+from prunella.graph.surgery import Changes
 from prunella.graph.view import from_matrix
 from prunella.method import needs_of
 from prunella.names import check_patterns, chosen, names_of_group, names_of_layer
@@ -129,6 +130,11 @@ class Plan:
     frozen: tuple[Frozen, ...]
     weights: Mapping[str, Tensor] = field(default_factory=dict)
     inputs: Inputs | None = None
+
+    @property
+    def changes(self) -> Changes:
+        """All that the plan does to the structure of the model."""
+        return Changes(self.cuts, self.attributes)
 
     @property
     def got(self) -> float:
@@ -321,6 +327,7 @@ class _Job:
         keep: Mapping[str, Tensor],
         masks: Mapping[str, Tensor],
     ) -> Plan:
+        done = changes(self.graph, keep)
         return Plan(
             recipe=self.recipe.describe(),
             target=self.target,
@@ -328,8 +335,8 @@ class _Job:
             after=after,
             keep=keep,
             masks=masks,
-            cuts=cuts(self.graph, keep),
-            attributes=attributes(self.graph, keep),
+            cuts=done.cuts,
+            attributes=done.attributes,
             rows=rows,
             frozen=tuple(frozen),
             inputs=self.inputs,

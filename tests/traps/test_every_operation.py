@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from prunella.errors import CheckFailed, NotSupported
-from prunella.graph.couple import couple, cuts
+from prunella.graph.couple import changes, couple
 from prunella.graph.oracle import check, unproven
 from tests.oracle import check_exact, cut, frozen_because, produced_by, random_keep, settle
 from tests.traps.nets import Flat, Image
@@ -39,7 +39,7 @@ def test_sizes_that_cannot_be_tracked_are_caught_by_the_check(name: str) -> None
         return
     keep = random_keep(graph)
     with pytest.raises((CheckFailed, NotSupported)):
-        check(model, cut(model, graph, keep), cuts(graph, keep), Flat.example())
+        check(model, cut(model, graph, keep), changes(graph, keep), Flat.example())
     assert unproven(model, graph, keep, Flat.example()).keys() == keep.keys()
 
 

@@ -37,6 +37,7 @@ from prunella.graph.structure import (
     Layer,
     Member,
 )
+from prunella.graph.surgery import Changes
 from prunella.graph.trace import Axis, Trace, Work, trace
 
 
@@ -59,6 +60,11 @@ def couple(model: nn.Module, inputs: Any) -> Graph:
         for dim, _ in work.dims:
             record.ledger.single(dim)
     return _graph(record)
+
+
+def changes(graph: Graph, keep: Keep) -> Changes:
+    """What has to be done to the model for only `keep` to remain."""
+    return Changes(cuts(graph, keep), attributes(graph, keep))
 
 
 def cuts(graph: Graph, keep: Keep) -> dict[str, dict[int, Tensor]]:

@@ -13,9 +13,9 @@ from torch.overrides import TorchFunctionMode
 
 from prunella.errors import CheckFailed, NotSupported
 from prunella.forward import forward, tensors
-from prunella.graph.couple import attributes, cuts
+from prunella.graph.couple import changes
 from prunella.graph.structure import Graph, Keep
-from prunella.graph.surgery import Cuts, cut_
+from prunella.graph.surgery import Changes, change_
 from prunella.graph.trace import undisturbed
 
 TOLERANCE = 1e-9
@@ -43,9 +43,9 @@ class Verification:
         return f"shrunk {word} masked: relative error {self.error:.1e} ({self.dtype}, tolerance {self.tolerance:.0e})"
 
 
-def check(dense: nn.Module, small: nn.Module, cut: Cuts, inputs: Any) -> Verification:
+def check(dense: nn.Module, small: nn.Module, done: Changes, inputs: Any) -> Verification:
     """`verify`, or a `CheckFailed` or `NotSupported` that says what is wrong. Shapes alone are checked on meta."""
-    found = verify(dense, small, cut, inputs)
+    found = verify(dense, small, done, inputs)
     if not found.exact:
         raise CheckFailed(
             "the smaller model does not compute what the masked model computes",
@@ -55,15 +55,15 @@ def check(dense: nn.Module, small: nn.Module, cut: Cuts, inputs: Any) -> Verific
     return found
 
 
-def verify(dense: nn.Module, small: nn.Module, cut: Cuts, inputs: Any) -> Verification:
+def verify(dense: nn.Module, small: nn.Module, done: Changes, inputs: Any) -> Verification:
     """Compare `small` with `dense` whose removed units are zero, in float64 and eval mode, on one batch."""
     if any(p.device.type == "meta" for p in dense.parameters()):
         shapes = [tuple(t.shape) for t in _run(dense, inputs)], [tuple(t.shape) for t in _run(small, inputs)]
         return Verification(0.0 if shapes[0] == shapes[1] else float("inf"), TOLERANCE, len(shapes[0]))
     try:
-        return _compare(dense, small, cut, inputs, double=True)
+        return _compare(dense, small, done, inputs, double=True)
     except _DenseFailed:
-        return _compare(dense, small, cut, inputs, double=False)
+        return _compare(dense, small, done, inputs, double=False)
 
 
 def unproven(model: nn.Module, graph: Graph, keep: Keep, inputs: Any) -> dict[str, str]:
@@ -85,10 +85,10 @@ def unproven(model: nn.Module, graph: Graph, keep: Keep, inputs: Any) -> dict[st
 
 def _fault(model: nn.Module, graph: Graph, keep: Keep, inputs: Any) -> str | None:
     """What the oracle says against a cut, None if it passes."""
-    cut, small = cuts(graph, keep), copy.deepcopy(model)
-    cut_(small, cut, attributes(graph, keep))
+    done, small = changes(graph, keep), copy.deepcopy(model)
+    change_(small, done)
     try:
-        found = verify(model, small, cut, inputs)
+        found = verify(model, small, done, inputs)
     except NotSupported as error:
         return f"the smaller model does not run: {error.why}"
     return None if found.exact else f"the cut cannot be proven: relative error {found.error:.1e} to the masked model"
@@ -98,12 +98,12 @@ class _DenseFailed(Exception):
     """The masked model itself does not run or gives no numbers: the precision is to blame, not the cut."""
 
 
-def _compare(dense: nn.Module, small: nn.Module, cut: Cuts, inputs: Any, *, double: bool) -> Verification:
+def _compare(dense: nn.Module, small: nn.Module, done: Changes, inputs: Any, *, double: bool) -> Verification:
     batch = as_double(inputs) if double else inputs
     try:
-        reference = _run(_precise(masked(dense, cut), double), batch)
+        reference = _run(_precise(masked(dense, done), double), batch)
         if not all(torch.isfinite(t).all() for t in reference):
-            reference = _run(_precise(masked(dense, cut, consumers=True), double), batch)
+            reference = _run(_precise(masked(dense, done, consumers=True), double), batch)
         if double and any(torch.isnan(t).any() for t in reference):
             raise _DenseFailed
     except NotSupported as error:
@@ -119,7 +119,7 @@ def _precise(model: nn.Module, double: bool) -> nn.Module:
     return model.double() if double else model
 
 
-def masked(model: nn.Module, cut: Cuts, *, consumers: bool = False) -> nn.Module:
+def masked(model: nn.Module, done: Changes, *, consumers: bool = False) -> nn.Module:
     """A copy whose removed positions are zero in every parameter; with `consumers`, along every axis but the first.
 
     Zeroing only what reads a unit serves parameters that are normalised in the forward pass, where a slice of zeros
@@ -128,7 +128,7 @@ def masked(model: nn.Module, cut: Cuts, *, consumers: bool = False) -> nn.Module
     made = copy.deepcopy(model)
     parameters = dict(made.named_parameters(remove_duplicate=False))
     with torch.no_grad():
-        for name, axes in cut.items():
+        for name, axes in done.cuts.items():
             for axis, kept in axes.items():
                 if name in parameters and not (consumers and axis == 0):
                     gone = torch.ones(parameters[name].shape[axis], dtype=torch.bool)

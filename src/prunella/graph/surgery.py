@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,9 +13,29 @@ from prunella.errors import RequestError
 from prunella.graph.provenance import holder
 
 Cuts = Mapping[str, Mapping[int, Tensor]]
+Sizes = Mapping[tuple[str, str], int]
 
 
-def cut_(model: nn.Module, cuts: Cuts, attributes: Mapping[tuple[str, str], int]) -> None:
+@dataclass(frozen=True)
+class Changes:
+    """All that a plan does to a model.
+
+    cuts: entity -> axis -> positions kept (int64).  attributes: (owner, name) -> new value of a size.
+    """
+
+    cuts: Cuts = field(default_factory=dict)
+    attributes: Sizes = field(default_factory=dict)
+
+    def __bool__(self) -> bool:
+        return bool(self.cuts or self.attributes)
+
+
+def change_(model: nn.Module, changes: Changes) -> None:
+    """Carry out all changes in place."""
+    cut_(model, changes.cuts, changes.attributes)
+
+
+def cut_(model: nn.Module, cuts: Cuts, attributes: Sizes) -> None:
     """Cut in place: `cuts` is entity -> axis -> positions kept, `attributes` is (owner, name) -> new value.
 
     Dtype, device, memory format, `requires_grad` and ties stay, `.grad` is cut with its parameter. Works on any

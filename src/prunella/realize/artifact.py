@@ -256,9 +256,9 @@ def _cut(model: nn.Module, manifest: Mapping[str, Any]) -> None:
     for owner, name in attributes:
         if name.startswith("_") or type(_attribute(model, owner, name)) is not int:
             raise BadInput(f"the size {name!r} of {owner!r} cannot be set", "the rebuilt model keeps no such integer")
-    from prunella.graph.surgery import cut_
+    from prunella.graph.surgery import Changes, change_
 
-    cut_(model, cuts, attributes)
+    change_(model, Changes(cuts, attributes))
 
 
 def _attribute(model: nn.Module, owner: str, name: str) -> object:

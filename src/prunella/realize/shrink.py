@@ -9,7 +9,7 @@ from torch import nn
 
 from prunella.apply import apply_, slice_masks_
 from prunella.graph.oracle import check
-from prunella.graph.surgery import cut_
+from prunella.graph.surgery import change_
 from prunella.pipeline import Inputs, Plan
 
 
@@ -28,11 +28,11 @@ def shrink(model: nn.Module, plan: Plan, *, inputs: Inputs | None = None) -> nn.
         apply_(dense, replace(plan, cuts={}))
     small = copy.deepcopy(dense)
     _copy_gradients(model, small)
-    cut_(small, plan.cuts, plan.attributes)
+    change_(small, plan.changes)
     slice_masks_(small, plan.cuts)
     example = plan.inputs if inputs is None else inputs
-    if plan.cuts and example is not None:
-        check(dense, small, plan.cuts, example)
+    if plan.changes and example is not None:
+        check(dense, small, plan.changes, example)
     return small
 
 
