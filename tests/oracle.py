@@ -103,11 +103,16 @@ def distance(found: list[Tensor], wanted: list[Tensor]) -> float:
     return worst
 
 
+def exact_groups(graph: Graph) -> list[Group]:
+    """Groups for which zeros in the place of a unit are the reference; widths and experts have tests of their own."""
+    return [group for group in graph.groups if group.kind in {"channel", "head"}]
+
+
 def random_keep(graph: Graph, *, fraction: float = 0.4, seed: int = 0) -> Keep:
     """For every group of two units or more: remove `fraction` of the units, at least one; at least one stays."""
     generator = np.random.default_rng(seed)
     keep: Keep = {}
-    for group in graph.groups:
+    for group in exact_groups(graph):
         if group.size < 2:
             continue
         gone = min(max(1, round(fraction * group.size)), group.size - 1)
@@ -308,6 +313,11 @@ def produced_by(graph: Graph, module: str) -> Group:
 
 
 def frozen_because(graph: Graph, entity: str, axis: int, *words: str) -> bool:
-    """The axis has frozen positions whose reason contains one of the words (any reason when none is given)."""
+    """The axis does not go exactly, for a reason with one of the words (any reason when none is given).
+
+    Either it has frozen positions, or it is a width or expert, where something runs along it.
+    """
     reasons = [f.reason.lower() for f in graph.frozen if f.entity == entity and f.axis == axis]
+    held = [g for g in graph.groups if g.why and any((m.entity, m.axis) == (entity, axis) for m in g.members)]
+    reasons += [group.why.lower() for group in held]
     return any(word.lower() in reason for reason in reasons for word in words) if words else bool(reasons)

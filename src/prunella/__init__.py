@@ -32,8 +32,10 @@ if TYPE_CHECKING:
     from prunella.granularity import Block as Block
     from prunella.granularity import Channel as Channel
     from prunella.granularity import Element as Element
+    from prunella.granularity import Expert as Expert
     from prunella.granularity import Head as Head
     from prunella.granularity import Reduce as Reduce
+    from prunella.granularity import Width as Width
     from prunella.pipeline import Plan as Plan
     from prunella.pipeline import Recipe as Recipe
     from prunella.pipeline import plan as plan
@@ -88,7 +90,9 @@ _HOME = {
     "Block": "granularity",
     "Channel": "granularity",
     "Element": "granularity",
+    "Expert": "granularity",
     "Head": "granularity",
+    "Width": "granularity",
     "NM": "granularity",
     "Reduce": "granularity",
     "Plan": "pipeline",

@@ -50,14 +50,14 @@ class Ladder:
         return self.first + (steps - 1) * self.stride if steps else 0
 
 
-def ladder(keys: Tensor, floor: float, align: int) -> Ladder:
+def ladder(keys: Tensor, floor: float, align: int, least: int = 1) -> Ladder:
     """Cut the keys of one pool at its floor and into blocks, such that every width on the way is a multiple of `align`.
 
-    `max(1, ceil(floor * n))` units stay, rounded up to a multiple of `align`; a pool narrower than `align` stays whole.
-    The key of a block is the mean of its units' keys, so that blocks round to the nearest width.
+    `max(least, ceil(floor * n))` units stay, rounded up to a multiple of `align`; a pool narrower than `align`
+    stays whole. The key of a block is the mean of its units' keys, so that blocks round to the nearest width.
     """
     size = len(keys)
-    stay = min(size, align * math.ceil(max(1, math.ceil(floor * size - 1e-9)) / align))
+    stay = min(size, align * math.ceil(max(least, math.ceil(floor * size - 1e-9)) / align))
     first = size % align or align
     if align == 1:
         return Ladder(keys[: size - stay], 1, 1)

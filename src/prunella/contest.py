@@ -44,6 +44,7 @@ class Rules:
     floor: float
     align: tuple[int, ...]
     even: bool = False
+    least: tuple[int, ...] = ()
 
 
 def share(contest: Contest, target: Target, rules: Rules, frozen: Sequence[Frozen], graph: Graph) -> Counts:
@@ -52,7 +53,8 @@ def share(contest: Contest, target: Target, rules: Rules, frozen: Sequence[Froze
     Errors: TargetMissed when even everything that may go is not enough, or when nothing would go.
     """
     keys = allocate(contest.pools, rules.allocation)
-    ladders = [ladder(key, rules.floor, width) for key, width in zip(keys, rules.align, strict=True)]
+    least = rules.least or (1,) * len(keys)
+    ladders = [ladder(key, rules.floor, *rest) for key, *rest in zip(keys, rules.align, least, strict=True)]
     budget = contest.budget(target)
     counts = solve(ladders, lambda removed: contest.amount(target, removed) <= budget * (1 + 1e-12), even=rules.even)
     if counts is None:

@@ -22,7 +22,7 @@ from prunella.granularity import NM, Channel, Granularity, Masking, Structural
 from prunella.graph.couple import changes, couple
 from prunella.graph.oracle import unproven
 from prunella.graph.structure import Frozen, Graph, Group, Keep, Layer
-from prunella.graph.surgery import Changes
+from prunella.graph.surgery import Along, Changes
 from prunella.graph.view import from_matrix
 from prunella.method import needs_of
 from prunella.names import check_patterns, chosen, names_of_group, names_of_layer
@@ -116,6 +116,7 @@ class Plan:
     keep: group name -> bool over its units.          masks: parameter name -> bool of its shape (True is kept).
     cuts: entity -> axis -> kept positions (int64).   attributes: (owner, name) -> new value of a size attribute.
     weights: parameter name -> new values, for methods that change them. inputs: the example, for verification.
+    along: calls (norms, routers) that run along a cut axis, and what stays of it.
     """
 
     recipe: Mapping[str, Any]
@@ -130,11 +131,12 @@ class Plan:
     frozen: tuple[Frozen, ...]
     weights: Mapping[str, Tensor] = field(default_factory=dict)
     inputs: Inputs | None = None
+    along: tuple[Along, ...] = ()
 
     @property
     def changes(self) -> Changes:
         """All that the plan does to the structure of the model."""
-        return Changes(self.cuts, self.attributes)
+        return Changes(self.cuts, self.attributes, self.along)
 
     @property
     def got(self) -> float:
@@ -226,9 +228,11 @@ class _Job:
     def _contest(self, scored: Sequence[tuple[Group, Tensor]], frozen: Sequence[Frozen]) -> tuple[Units, Keep]:
         contest = Units(self.graph, tuple(g for g, _ in scored), tuple(s for _, s in scored), self.target)
         align = tuple(
-            math.lcm(group.multiple, self.recipe.align if group.kind == "channel" else 1) for group in contest.groups
+            math.lcm(group.multiple, self.recipe.align if group.kind in ("channel", "width") else 1)
+            for group in contest.groups
         )
-        rules = Rules(self.recipe.allocation, self.recipe.floor, align, self.recipe.even)
+        least = tuple(group.least for group in contest.groups)
+        rules = Rules(self.recipe.allocation, self.recipe.floor, align, self.recipe.even, least)
         return contest, contest.keep(share(contest, self.target, rules, frozen, self.graph))
 
     def _groups(self) -> tuple[list[Group], list[Frozen]]:
@@ -237,10 +241,11 @@ class _Job:
         mine, frozen = [], list(self.graph.frozen)
         for group in self.graph.groups:
             reason = f"granularity is {' and '.join(sorted(kinds))}, this is {group.kind}"
+            reason += f": {group.why}" if group.why else ""
             if group.kind in kinds:
                 reason = chosen(names_of_group(self.graph, group), self.skip, self.only)
-            if not reason and group.size == 1:
-                reason = "a single unit, which has to stay"
+            if not reason and group.size <= group.least:
+                reason = "a single unit, which has to stay" if group.size == 1 else "all of its units are needed"
             frozen += [_set_aside(group, reason)] if reason else []
             mine += [] if reason else [group]
         if not mine:
@@ -337,6 +342,7 @@ class _Job:
             masks=masks,
             cuts=done.cuts,
             attributes=done.attributes,
+            along=done.along,
             rows=rows,
             frozen=tuple(frozen),
             inputs=self.inputs,
@@ -360,7 +366,7 @@ def _nm_masks(pattern: NM, layers: Sequence[Layer], scores: Sequence[Tensor]) ->
 
 def _set_aside(group: Group, reason: str) -> Frozen:
     maker = next((m for m in group.members if m.role == "out"), group.members[0])
-    return Frozen(maker.entity, maker.axis, len(maker.index), reason, "")
+    return Frozen(maker.entity, maker.axis, len(maker.index), reason, group.where)
 
 
 def _pattern_name(pattern: Granularity) -> str:

@@ -9,7 +9,7 @@ from torch import nn
 from prunella.errors import CheckFailed, NotSupported
 from prunella.graph.couple import changes, couple
 from prunella.graph.oracle import check, unproven
-from tests.oracle import check_exact, cut, frozen_because, produced_by, random_keep, settle
+from tests.oracle import check_exact, cut, exact_groups, frozen_because, produced_by, random_keep, settle
 from tests.traps.nets import Flat, Image
 from tests.traps.operations import BEYOND, FLAT, IMAGE, MODULES
 
@@ -21,7 +21,7 @@ def verify(model: nn.Module, inputs: torch.Tensor, units: int | None) -> None:
         assert produced_by(graph, "first").size == units
     elif units == 0:
         assert frozen_because(graph, "first.weight", 0), "the axis must stay, with a reason"
-        assert not any(m.entity == "first.weight" for g in graph.groups for m in g.members)
+        assert not any(m.entity == "first.weight" for g in exact_groups(graph) for m in g.members)
 
 
 @pytest.mark.parametrize("name", FLAT)

@@ -146,13 +146,14 @@ def test_heads_and_neurons_go_exactly(name: str, implementation: str) -> None:
             assert groups[0].name != groups[1].name, f"{part}: the layers need not go together"
     assert len({produced_by(checked.graph, f"{family.layer}.{p}").name for p in family.heads}) == 1
     assert len({produced_by(checked.graph, f"{family.layer}.{p}").name for p in family.neurons}) == 1
-    assert frozen_because(checked.graph, *family.stream, "norm", "mean", "var", "pow")
+    assert frozen_because(checked.graph, *family.stream, "norm", "mean", "var", "pow", "output of the model")
 
 
 def test_every_freezing_has_a_reason() -> None:
     checked = check_exact(FAMILIES["llama"].build(), inputs_of(FAMILIES["llama"]))
     assert checked.graph.frozen and all(f.reason and f.count > 0 for f in checked.graph.frozen)
-    assert any("modeling_llama.py:" in f.where for f in checked.graph.frozen)
+    (width,) = [group for group in checked.graph.groups if group.kind == "width"]
+    assert width.why == "a mean is taken over it" and "modeling_llama.py:" in width.where
 
 
 def test_grouped_queries_keep_whole_heads_and_their_ratio() -> None:

@@ -48,6 +48,31 @@ class Head:
     kind: ClassVar[Kind] = "head"
 
 
+@granularity(source="Muralidharan et al. 2024, arXiv:2407.14679; Ashkboos et al. 2024, arXiv:2401.15024")
+@dataclass(frozen=True)
+class Width:
+    """Positions of a residual stream or of an embedding, through every layer that writes or reads them.
+
+    Norms that run along them take their statistics over what stays (a layer norm of fewer features), and the check
+    compares with the masked model in that form. reduce: as for `Channel`.
+    """
+
+    reduce: Reduce = Reduce.SUM
+    kind: ClassVar[Kind] = "width"
+
+
+@granularity(source="Lu et al. 2024, arXiv:2402.14800; Lasby et al. 2025, arXiv:2510.13999")
+@dataclass(frozen=True)
+class Expert:
+    """Experts of a mixture, with their columns of the router, which then chooses among those that stay.
+
+    At least as many stay as the router chooses for a token. reduce: as for `Channel`.
+    """
+
+    reduce: Reduce = Reduce.SUM
+    kind: ClassVar[Kind] = "expert"
+
+
 def reduce_to_units(parts: Sequence[tuple[Tensor, Tensor]], units: int, reduce: Reduce) -> Scores:
     """One score per unit from parts `(values (positions, weights), unit (positions,))`, in float64."""
     if reduce is Reduce.MAX:

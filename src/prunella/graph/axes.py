@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 
@@ -27,12 +28,30 @@ class And:
     factors: tuple[Ints, ...]
 
 
+Soft = Literal["", "norm", "choice", "route"]
+
+
 @dataclass(frozen=True)
 class Reason:
-    """Why something must stay, and the line of the model's source."""
+    """Why something must stay, and the line of the model's source.
+
+    soft: what would have to be allowed for it to go. `norm`: statistics are taken over what stays. `choice`: it is
+    made among what stays. `route`: things are sent to what was chosen. Empty: it can never go.
+    """
 
     text: str
     where: str = ""
+    soft: Soft = ""
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """The `number`-th call of `name` runs along axis `axis` of its first tensor, whose labels are `layer`."""
+
+    name: str
+    number: int
+    axis: int
+    layer: Ints
 
 
 @dataclass
@@ -45,6 +64,8 @@ class Ledger:
     frozen: list[tuple[Ints, Reason]] = field(default_factory=list)
     batched: list[Ints] = field(default_factory=list)
     multiples: list[tuple[Ints, int]] = field(default_factory=list)
+    least: list[tuple[Ints, int]] = field(default_factory=list)
+    runs: list[Run] = field(default_factory=list)
 
     def fresh(self, length: int) -> Dim:
         """A new axis with an atom of its own at each position; a single position always stays."""

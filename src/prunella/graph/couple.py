@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from prunella.errors import BadInput, PruningError
-from prunella.graph.axes import Dim
+from prunella.graph.axes import Dim, Reason
 from prunella.graph.equations import Equations
 from prunella.graph.ops import apply_rule
 from prunella.graph.sizes import freeze_unfollowed, solve
@@ -36,8 +36,9 @@ from prunella.graph.structure import (
     Kind,
     Layer,
     Member,
+    Running,
 )
-from prunella.graph.surgery import Changes
+from prunella.graph.surgery import Along, Changes
 from prunella.graph.trace import Axis, Trace, Work, trace
 
 
@@ -64,7 +65,15 @@ def couple(model: nn.Module, inputs: Any) -> Graph:
 
 def changes(graph: Graph, keep: Keep) -> Changes:
     """What has to be done to the model for only `keep` to remain."""
-    return Changes(cuts(graph, keep), attributes(graph, keep))
+    return Changes(cuts(graph, keep), attributes(graph, keep), tuple(_along(graph, keep)))
+
+
+def _along(graph: Graph, keep: Keep) -> Iterator[Along]:
+    for run in graph.runs:
+        mask = keep.get(run.group)
+        if mask is not None and not bool(mask.all()):
+            stays = (run.unit < 0) | mask.numpy()[run.unit]
+            yield Along(run.name, run.number, run.axis, torch.from_numpy(np.flatnonzero(stays)))
 
 
 def cuts(graph: Graph, keep: Keep) -> dict[str, dict[int, Tensor]]:
@@ -107,6 +116,8 @@ class _Numbers:
 def _graph(record: Trace) -> Graph:
     """Resolve, group, try, and write it down in names."""
     equations = Equations(record.ledger)
+    equations.lift()
+    equations.refuse()
     groups = _groups(equations, record)
     while freeze_unfollowed(equations, record, groups):
         equations.join()
@@ -125,7 +136,17 @@ def _graph(record: Trace) -> Graph:
         attributes=_attributes(equations, record, numbers),
         uncounted=dict(sorted(record.uncounted.items())),
         unused=tuple(name for name in record.tensors if name not in record.axes and name in record.parameters),
+        runs=tuple(_runs(equations, record, numbers)),
     )
+
+
+def _runs(equations: Equations, record: Trace, numbers: _Numbers) -> Iterator[Running]:
+    for run in record.ledger.runs:
+        part = equations.part[run.layer]
+        for k in np.unique(numbers.group[part]):
+            if k >= 0:
+                unit = np.where(numbers.group[part] == k, numbers.unit[part], -1)
+                yield Running(run.name, run.number, run.axis, numbers.groups[k].name, unit)
 
 
 def _number(equations: Equations, record: Trace, groups: tuple[Group, ...]) -> _Numbers:
@@ -203,16 +224,17 @@ def _groups(equations: Equations, record: Trace) -> tuple[Group, ...]:
     rows = np.concatenate([np.stack([np.full(len(n), k), n]) for k, (_, n) in enumerate(counted)], axis=1).T
     order = np.argsort(unit, kind="stable")
     unit, rows = unit[order], np.ascontiguousarray(rows[order])
-    alike: dict[bytes, tuple[Ints, list[int]]] = {}
+    kinds = equations.kinds()
+    alike: dict[tuple[bytes, Kind], tuple[Ints, list[int]]] = {}
     starts = np.flatnonzero(np.diff(unit, prepend=-1))
     for start, stop in zip(starts, [*starts[1:], len(unit)], strict=True):
-        alike.setdefault(rows[start:stop].tobytes(), (rows[start:stop], []))[1].append(int(unit[start]))
-    heads = {int(p) for atoms in equations.ledger.batched for p in np.unique(equations.part[atoms])}
+        key = rows[start:stop].tobytes(), kinds.get(int(unit[start]), "channel")
+        alike.setdefault(key, (rows[start:stop], []))[1].append(int(unit[start]))
     made = []
-    for found, units in alike.values():
+    for (_, kind), (found, units) in alike.items():
         axes = [keys[k] for k in found[:, 0]]
         if any(record.roles.get(axis) in {"out", "in"} for axis in axes):
-            made.append(_group(equations, record, axes, units, where, heads))
+            made.append(_group(equations, record, axes, units, where, kind))
     return tuple(_unique_names(made))
 
 
@@ -222,7 +244,7 @@ def _group(
     axes: list[Axis],
     units: list[int],
     where: Mapping[Axis, tuple[Ints, Ints]],
-    heads: set[int],
+    kind: Kind,
 ) -> Group:
     number = np.full(len(equations.fixed), -1, dtype=np.int64)
     order = _order(record, axes, units, where)
@@ -235,8 +257,15 @@ def _group(
         members.append(Member(name, axis, index[mine], number[part[mine]], role))
     first = next((m for m in members if m.role == "out"), members[0])
     name = first.entity.removesuffix(".weight")
-    kind: Kind = "head" if units[0] in heads else "channel"
-    return Group(name, len(units), kind, tuple(members), _multiple(equations, number))
+    sizes = {"multiple": _multiple(equations, number), "least": _least(equations, number)}
+    why = equations.reason(record.axes[axes[0][0]][axes[0][1]][0]) if kind in {"width", "expert"} else Reason("")
+    return Group(name, len(units), kind, tuple(members), **sizes, why=why.text, where=why.where)
+
+
+def _least(equations: Equations, number: Ints) -> int:
+    """How many units an operation needs that chooses among them."""
+    counts = [count for layer, count in equations.ledger.least if (number[equations.part[layer]] >= 0).any()]
+    return max(counts, default=1)
 
 
 def _multiple(equations: Equations, number: Ints) -> int:

@@ -8,13 +8,14 @@ product (attention heads), then the longer one.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
 from prunella.graph.axes import And, Ledger, Reason
-from prunella.graph.structure import Ints
+from prunella.graph.structure import Ints, Kind
 
 Mark = np.ndarray[tuple[int, ...], np.dtype[np.bool_]]
 
@@ -25,6 +26,8 @@ class Equations:
     def __init__(self, ledger: Ledger) -> None:
         self.ledger = ledger
         self.pending: list[And] = list(ledger.ands)
+        self.settled: list[Ints] = []
+        self.soft = True
         self.resolve()
 
     def join(self) -> None:
@@ -36,8 +39,38 @@ class Equations:
         self.part = self.part.astype(np.int64)
         self.fixed: Mark = np.zeros(int(self.part.max()) + 1, dtype=bool)
         self.fixed[self.part[0]] = True
-        for atoms, _ in self.ledger.frozen:
+        for atoms, reason in self.ledger.frozen:
+            if self.soft or not reason.soft:
+                self.fixed[self.part[atoms]] = True
+        for atoms in () if self.soft else self.settled:
             self.fixed[self.part[atoms]] = True
+
+    def kinds(self) -> dict[int, Kind]:
+        """Components that only soft reasons hold, or that are the batch of a product: what their units are."""
+        found: dict[int, Kind] = {}
+        for atoms in self.ledger.batched:
+            found |= dict.fromkeys(self._parts(atoms), "head")
+        soft: dict[int, set[str]] = {}
+        for atoms, reason in self.ledger.frozen:
+            for part in self._parts(atoms) if reason.soft else ():
+                soft.setdefault(part, set()).add(reason.soft)
+        for part, reasons in soft.items():
+            found[part] = "width" if reasons == {"norm"} else "expert"
+        return found
+
+    def refuse(self) -> None:
+        """Freeze what is held by soft reasons that make no unit: a choice that sends nothing, a norm over experts."""
+        soft = {kind: np.zeros_like(self.fixed) for kind in ("norm", "choice", "route")}
+        for atoms, reason in self.ledger.frozen:
+            if reason.soft:
+                soft[reason.soft][self.part[atoms]] = True
+        wrong = (soft["choice"] & ~soft["route"]) | (soft["norm"] & (soft["choice"] | soft["route"]))
+        for atoms, reason in list(self.ledger.frozen):
+            if reason.soft and wrong[self.part[atoms]].any():
+                self.freeze(atoms[wrong[self.part[atoms]]], reason)
+
+    def _parts(self, atoms: Ints) -> list[int]:
+        return [int(part) for part in np.unique(self.part[atoms])]
 
     def stays(self, atoms: Ints) -> Mark:
         """Which atoms are frozen."""
@@ -64,6 +97,7 @@ class Equations:
             if len(live) <= 1:
                 self.pending.remove(node)
                 changed = True
+                self.settled += [f for f in node.factors if not live or f is not live[0]]
                 if live:
                     self.ledger.edges.append((node.whole, live[0]))
                 else:
@@ -94,19 +128,24 @@ class Equations:
                 yield node
             taken[parts] = True
 
+    def lift(self) -> None:
+        """Free what only soft reasons hold. What was concluded of conjunctions stays as it is."""
+        self.soft = False
+        self.join()
+
     def freeze(self, atoms: Ints, reason: Reason) -> None:
         """These atoms stay."""
         if len(atoms):
-            self.ledger.frozen.append((atoms, reason))
+            self.ledger.frozen.append((atoms, replace(reason, soft="")))
             self.fixed[self.part[atoms]] = True
 
     def reason(self, atoms: Ints) -> Reason:
-        """Why these atoms stay: the first reason noted for any of their components."""
+        """Why these atoms stay: the first reason noted for any of their components, one that holds always first."""
         wanted = np.zeros_like(self.fixed)
         wanted[self.part[atoms]] = True
-        for frozen, reason in self.ledger.frozen:
-            if wanted[self.part[frozen]].any():
-                return reason
+        found = [reason for frozen, reason in self.ledger.frozen if wanted[self.part[frozen]].any()]
+        if found:
+            return next((reason for reason in found if not reason.soft), found[0])
         return Reason("it meets a tensor that always stays" if wanted[self.part[0]] else "it always stays")
 
     def atoms_of(self, gone: Mark) -> Ints:

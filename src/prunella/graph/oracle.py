@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,8 +16,8 @@ from prunella.errors import CheckFailed, NotSupported
 from prunella.forward import forward, tensors
 from prunella.graph.couple import changes
 from prunella.graph.structure import Graph, Keep
-from prunella.graph.surgery import Changes, change_
-from prunella.graph.trace import undisturbed
+from prunella.graph.surgery import Along, Changes, change_
+from prunella.graph.undisturbed import undisturbed
 
 TOLERANCE = 1e-9
 """Largest difference allowed, relative to the largest output, in float64."""
@@ -101,9 +102,9 @@ class _DenseFailed(Exception):
 def _compare(dense: nn.Module, small: nn.Module, done: Changes, inputs: Any, *, double: bool) -> Verification:
     batch = as_double(inputs) if double else inputs
     try:
-        reference = _run(_precise(masked(dense, done), double), batch)
+        reference = _run(_precise(masked(dense, done), double), batch, done.along)
         if not all(torch.isfinite(t).all() for t in reference):
-            reference = _run(_precise(masked(dense, done, consumers=True), double), batch)
+            reference = _run(_precise(masked(dense, done, consumers=True), double), batch, done.along)
         if double and any(torch.isnan(t).any() for t in reference):
             raise _DenseFailed
     except NotSupported as error:
@@ -192,9 +193,59 @@ def _double(value: object) -> bool:
     return isinstance(value, Tensor) and value.dtype == torch.float64
 
 
-def _run(model: nn.Module, inputs: Any) -> list[Tensor]:
+class _Restricted(TorchFunctionMode):
+    """Lets the calls in `along` see only the positions that stay, as the smaller model's calls do."""
+
+    def __init__(self, along: Sequence[Along]) -> None:
+        super().__init__()
+        self.count: Counter[str] = Counter()
+        self.at: dict[tuple[str, int], list[Along]] = {}
+        for call in along:
+            self.at.setdefault((call.name, call.number), []).append(call)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", "")
+        number, kwargs = self.count[name], kwargs or {}
+        self.count[name] += 1
+        for call in self.at.get((name, number), ()):
+            kept = call.kept.to(args[0].device)
+            if name in _CHOICES:
+                lost = torch.ones(args[0].shape[call.axis], dtype=torch.bool, device=kept.device)
+                lost[kept] = False
+                args = (_hidden(args[0], lost, call.axis), *args[1:])
+            elif name == "mean":
+                args = (args[0].index_select(call.axis, kept), *args[1:])
+            else:
+                return _normed(func, args, kwargs, kept)
+        return func(*args, **kwargs)
+
+
+_CHOICES = frozenset({"softmax", "topk"})
+
+
+def _hidden(values: Tensor, lost: Tensor, axis: int) -> Tensor:
+    """What was lost can never be chosen."""
+    shape = [-1 if k == axis else 1 for k in range(values.dim())]
+    return values.masked_fill(lost.reshape(shape), -torch.inf)
+
+
+def _normed(func: Any, args: Any, kwargs: Any, kept: Tensor) -> Tensor:
+    """A norm of the last axis over the positions kept; zero elsewhere."""
+    names = ("input", "normalized_shape", "weight", "bias", "eps") if "layer" in func.__name__ else _RMS
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    affine = {k: given[k].index_select(0, kept) for k in ("weight", "bias") if given.get(k) is not None}
+    value = given["input"]
+    narrow = func(value.index_select(-1, kept), (len(kept),), **affine, eps=given.get("eps", _EPS.get(func.__name__)))
+    return torch.zeros_like(value).index_copy(-1, kept, narrow)
+
+
+_RMS = ("input", "normalized_shape", "weight", "eps")
+_EPS = {"layer_norm": 1e-5}
+
+
+def _run(model: nn.Module, inputs: Any, along: Sequence[Along] = ()) -> list[Tensor]:
     try:
-        with undisturbed(model), _NoDownCast():
+        with undisturbed(model), _NoDownCast(), _Restricted(along):
             return tensors(forward(model, inputs))
     except (RuntimeError, ValueError, AssertionError, IndexError, TypeError) as error:
         raise NotSupported(

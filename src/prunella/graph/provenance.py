@@ -197,9 +197,19 @@ def holder(model: nn.Module, owner: str) -> Any:
     return getattr(module, name) if name else module
 
 
+def size_of(value: object) -> int | None:
+    """The size that an attribute holds: an integer, or a tuple of one."""
+    if type(value) is tuple and len(value) == 1:
+        value = value[0]
+    return value if type(value) is int else None
+
+
 @contextmanager
 def tracked_attributes(model: nn.Module, leak: Leak) -> Iterator[None]:
-    """Replace the integers of the model's modules and configurations by `Tracked` ones, and put them back."""
+    """Replace the integers of the model's modules and configurations by `Tracked` ones, and put them back.
+
+    A tuple of one integer, as norms keep their size, counts as that integer.
+    """
     wrapped: list[tuple[dict[str, Any], str]] = []
     try:
         for owner, values in _holders(model):
@@ -207,8 +217,10 @@ def tracked_attributes(model: nn.Module, leak: Leak) -> Iterator[None]:
                 if type(value) is int:
                     values[name] = Tracked(value, Attr(owner, name, value), leak)
                     wrapped.append((values, name))
+                elif type(value) is tuple and len(value) == 1 and type(value[0]) is int:
+                    values[name] = (Tracked(value[0], Attr(owner, name, value[0]), leak),)
+                    wrapped.append((values, name))
         yield
     finally:
         for values, name in wrapped:
-            if isinstance(values.get(name), Tracked):
-                values[name] = plain(values[name])
+            values[name] = bare(values.get(name))

@@ -14,7 +14,7 @@ import numpy as np
 from torch import Tensor
 
 Role = Literal["out", "in", "bias", "scale", "shift", "stat", "other"]
-Kind = Literal["channel", "head"]
+Kind = Literal["channel", "head", "width", "expert"]
 Ints = np.ndarray[tuple[int, ...], np.dtype[np.int64]]
 Keep = Mapping[str, Tensor]
 """Group name -> bool tensor over its units, True is kept. A group that is absent is kept whole."""
@@ -51,7 +51,11 @@ class Member:
 class Group:
     """`size` units that are alike. `name` is the first parameter that produces them, without `.weight`.
 
+    kind: `channel` and `head` are exact: zeros in their place give the same output. `width` (a residual stream or an
+    embedding) and `expert` have calls that run along them (`Graph.runs`), restricted to what stays.
     multiple: only a multiple of so many units may stay, where an operation takes no other sizes.
+    least: so many units have to stay, where an operation chooses so many.
+    why, where: what runs along the units of a `width` or an `expert`, and its line of the source.
     """
 
     name: str
@@ -59,6 +63,23 @@ class Group:
     kind: Kind
     members: tuple[Member, ...]
     multiple: int = 1
+    least: int = 1
+    why: str = ""
+    where: str = ""
+
+
+@dataclass(frozen=True)
+class Running:
+    """A call that runs along an axis that units of a group make up: the `number`-th call of `name` in a run.
+
+    Position `i` on `axis` of its first tensor belongs to unit `unit[i]` of the group, to none where that is -1.
+    """
+
+    name: str
+    number: int
+    axis: int
+    group: str
+    unit: Ints
 
 
 @dataclass(frozen=True)
@@ -157,6 +178,7 @@ class Graph:
     attributes: tuple[Attribute, ...] = ()
     uncounted: Mapping[str, int] = field(default_factory=dict)
     unused: tuple[str, ...] = ()
+    runs: tuple[Running, ...] = ()
 
     def macs(self, keep: Keep | None = None) -> float:
         """Multiply-adds of one forward pass on the example inputs when only `keep` remains."""

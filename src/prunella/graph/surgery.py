@@ -17,14 +17,26 @@ Sizes = Mapping[tuple[str, str], int]
 
 
 @dataclass(frozen=True)
+class Along:
+    """The `number`-th call of `name` in a run goes over the positions `kept` on `axis` of its first tensor only."""
+
+    name: str
+    number: int
+    axis: int
+    kept: Tensor
+
+
+@dataclass(frozen=True)
 class Changes:
     """All that a plan does to a model.
 
     cuts: entity -> axis -> positions kept (int64).  attributes: (owner, name) -> new value of a size.
+    along: calls that run along a cut axis. The masked model is the one in which they see only what stays.
     """
 
     cuts: Cuts = field(default_factory=dict)
     attributes: Sizes = field(default_factory=dict)
+    along: tuple[Along, ...] = ()
 
     def __bool__(self) -> bool:
         return bool(self.cuts or self.attributes)
@@ -53,7 +65,8 @@ def cut_(model: nn.Module, cuts: Cuts, attributes: Sizes) -> None:
             store = module._parameters if key in module._parameters else module._buffers
             store[key] = new  # type: ignore[assignment]
     for (owner, key), value in attributes.items():
-        setattr(holder(model, owner), key, value)
+        place = holder(model, owner)
+        setattr(place, key, (value,) if isinstance(getattr(place, key, None), tuple) else value)
     touched = {id(module) for name in cuts for module, _ in homes[name]}
     for module in model.modules():
         if id(module) in touched:
@@ -107,7 +120,7 @@ def _describe(module: nn.Module) -> None:
         setattr(module, key, value)
 
 
-def _sizes(module: nn.Module) -> Iterator[tuple[str, int]]:
+def _sizes(module: nn.Module) -> Iterator[tuple[str, int | tuple[int, ...]]]:
     weight: Any = getattr(module, "weight", None)
     if not isinstance(weight, Tensor):
         return
@@ -119,6 +132,8 @@ def _sizes(module: nn.Module) -> Iterator[tuple[str, int]]:
         yield from (("out_channels", weight.shape[0]), ("in_channels", weight.shape[1] * module.groups))
     elif isinstance(module, nn.modules.batchnorm._NormBase):
         yield ("num_features", weight.shape[0])
+    elif isinstance(module, nn.LayerNorm | nn.RMSNorm):
+        yield ("normalized_shape", tuple(weight.shape))
     elif isinstance(module, nn.GroupNorm):
         yield ("num_channels", weight.shape[0])
     elif isinstance(module, nn.Embedding):

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import sys
-from collections import OrderedDict
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -26,7 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from prunella.forward import forward, tensors
-from prunella.graph.axes import WHOLE, Dim, Ledger, Reason
+from prunella.graph.axes import WHOLE, Dim, Ledger, Reason, Run, Soft
 from prunella.graph.provenance import (
     Attr,
     Comparison,
@@ -39,9 +40,10 @@ from prunella.graph.provenance import (
     tracked_attributes,
 )
 from prunella.graph.structure import Role
+from prunella.graph.undisturbed import undisturbed
 
 log = logging.getLogger(__name__)
-_LIBRARY = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]))
+_LIBRARY = (f"{Path(torch.__file__).parent}{os.sep}", f"{Path(__file__).parents[1]}{os.sep}")
 Axis = tuple[str, int]
 """One axis of one parameter or buffer: its first name and the axis number."""
 
@@ -62,11 +64,12 @@ class Value:
 
 @dataclass(frozen=True)
 class Call:
-    """The Python call on top: its function and raw arguments."""
+    """The Python call on top: its function and raw arguments; it is the `number`-th of its name."""
 
     name: str
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
+    number: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,6 +125,10 @@ class Trace:
     decisions: list[tuple[Comparison, str]] = field(default_factory=list)
     modules: list[str] = field(default_factory=list)
     calls: list[Call] = field(default_factory=list)
+    numbers: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary)
+    """Integer tensors that number the positions of an axis: the labels of that axis."""
+    counts: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary)
+    """Tensors that say how often each position was chosen: zero where nothing is."""
 
     def value(self, tensor: Tensor) -> Value:
         """The labels of a tensor; parameters and buffers get theirs when first met, unknown tensors always stay."""
@@ -152,6 +159,27 @@ class Trace:
         if first is second:
             return first
         return self.ledger.equal(first, second, Reason(text, self.where() if not (first and second) else ""))
+
+    def along(self, tensor: Tensor, axis: int, soft: Soft, text: str) -> bool:
+        """A call runs along one axis of `tensor`: it stays, unless the call may be restricted to what stays.
+
+        Returns whether it may.
+        """
+        dim, call = self.value(tensor).dims[axis], self.call()
+        first = call.args[0] if call.args else None
+        known = call.name in RESTRICTED and isinstance(first, Tensor) and first.shape == tensor.shape
+        if not known or len(dim) > 1:
+            self.freeze(dim, text)
+            return False
+        if dim:
+            self.ledger.freeze(dim, Reason(text, self.where(), soft))
+            self.ledger.runs.append(Run(call.name, call.number, axis, dim[0]))
+        return True
+
+    def numbered(self, tensor: Tensor) -> Dim:
+        """The labels of the axis whose positions this integer tensor numbers, if it does."""
+        found: Dim = self.numbers.get(tensor, WHOLE)  # type: ignore[no-untyped-call]
+        return found
 
     def multiple(self, dim: Dim, count: int) -> None:
         """The size of `dim` stays a multiple of `count`: the operation takes no other."""
@@ -235,6 +263,7 @@ class _Calls(TorchFunctionMode):
     def __init__(self, trace: Trace) -> None:
         super().__init__()
         self.trace = trace
+        self.count: Counter[str] = Counter()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = getattr(func, "__name__", "")
@@ -248,7 +277,8 @@ class _Calls(TorchFunctionMode):
         if name in _LEAVES_TORCH and args and isinstance(args[0], Tensor):
             for dim in self.trace.value(args[0]).dims:
                 self.trace.freeze(dim, f"{name.strip('_')} takes it out of the tensors")
-        self.trace.calls.append(Call(name, args, kwargs))
+        self.trace.calls.append(Call(name, args, kwargs, self.count[name]))
+        self.count[name] += 1
         try:
             self._leaks(name, args, kwargs)
             result = func(*bare(args), **bare(kwargs))
@@ -309,10 +339,14 @@ SIZED = frozenset(
     (
         "view reshape unflatten expand repeat split split_with_sizes chunk tensor_split narrow __getitem__ __setitem__ "
         "zeros ones empty new_zeros new_ones new_empty new_full conv1d conv2d conv3d conv_transpose1d "
-        "conv_transpose2d conv_transpose3d group_norm channel_shuffle view_as expand_as pad broadcast_to"
+        "conv_transpose2d conv_transpose3d group_norm channel_shuffle view_as expand_as pad broadcast_to histc bincount"
     ).split()
 )
 """Calls whose integers are sizes, looked at by the rules; elsewhere a tracked size counts as a number."""
+
+
+RESTRICTED = frozenset("mean layer_norm rms_norm softmax topk".split())
+"""Calls along an axis that the oracle can restrict to the positions that stay."""
 
 
 _LEAVES_TORCH = frozenset("numpy tolist item __array__ __float__ __int__ __bool__ __index__ __dlpack__ stride".split())
@@ -356,62 +390,6 @@ def _watch_modules(model: nn.Module, stack: list[str]) -> Iterator[None]:
 def _pop(stack: list[str]) -> None:
     if stack:
         stack.pop()
-
-
-_MACHINERY = frozenset({"_parameters", "_buffers", "_modules", "training"})
-
-
-_COPIED = frozenset({dict, list, set, OrderedDict})
-"""Kinds of attributes whose content is put back; hooks are kept in an `OrderedDict`."""
-
-
-def _held(module: nn.Module) -> dict[str, tuple[Any, Any]]:
-    """What a module keeps in plain attributes: each value, and a copy of what a list or dictionary holds."""
-    kept = {key: value for key, value in vars(module).items() if key not in _MACHINERY}
-    return {key: (value, value.copy() if type(value) in _COPIED else None) for key, value in kept.items()}
-
-
-def _put_back(now: dict[str, Any], before: dict[str, tuple[Any, Any]]) -> None:
-    """Undo what a run wrote into plain attributes, so that no cache of it is left behind."""
-    for key in [key for key in now if key not in before and key not in _MACHINERY]:
-        del now[key]
-    for key, (value, copied) in before.items():
-        now[key] = value
-        if copied is not None and _differs(value, copied):
-            value.clear()
-            value.extend(copied) if type(value) is list else value.update(copied)
-
-
-def _differs(value: Any, copied: Any) -> bool:
-    if len(value) != len(copied):
-        return True
-    if isinstance(value, set):
-        return bool(value != copied)
-    if isinstance(value, dict):
-        return any(key not in value or value[key] is not kept for key, kept in copied.items())
-    return any(a is not b for a, b in zip(value, copied, strict=True))
-
-
-@contextmanager
-def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Eval mode and no gradients inside; training flags, buffers, caches and random state as before afterwards."""
-    flags = [(module, module.training) for module in model.modules()]
-    held = [(vars(module), _held(module)) for module in model.modules()]
-    buffers = [(b, b.detach().clone()) for b in model.buffers() if b.device.type != "meta"]
-    random = torch.get_rng_state()
-    try:
-        model.eval()
-        with torch.no_grad():
-            yield
-            for buffer, before in buffers:
-                if not torch.equal(buffer, before):
-                    buffer.copy_(before)
-    finally:
-        torch.set_rng_state(random)
-        for module, training in flags:
-            module.training = training
-        for attributes, values in held:
-            _put_back(attributes, values)
 
 
 def trace(model: nn.Module, inputs: Any, apply_rule: Callable[..., None]) -> Trace:

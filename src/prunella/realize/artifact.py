@@ -25,6 +25,7 @@ from torch import Tensor, nn
 import prunella
 from prunella.errors import BadInput, PruningError, RequestError
 from prunella.files import MARKER, digest, new_folder, plain_name
+from prunella.graph.provenance import size_of
 from prunella.pipeline import Plan
 from prunella.realize import origin as origins
 from prunella.realize import pretrained
@@ -254,7 +255,7 @@ def _cut(model: nn.Module, manifest: Mapping[str, Any]) -> None:
             if kept.numel() == 0 or int(kept.min()) < 0 or int(kept.max()) >= size:
                 raise BadInput(f"axis {axis} of {name!r} cannot be cut as recorded", f"the model has {size} positions")
     for owner, name in attributes:
-        if name.startswith("_") or type(_attribute(model, owner, name)) is not int:
+        if name.startswith("_") or size_of(_attribute(model, owner, name)) is None:
             raise BadInput(f"the size {name!r} of {owner!r} cannot be set", "the rebuilt model keeps no such integer")
     from prunella.graph.surgery import Changes, change_
 
@@ -296,8 +297,8 @@ def _pairs(dense: nn.Module, plan: Plan | None) -> Iterator[tuple[int, int]]:
     if plan is None:
         return
     for (owner, name), new in plan.attributes.items():
-        old = _attribute(dense, owner, name)
-        if isinstance(old, int):
+        old = size_of(_attribute(dense, owner, name))
+        if old is not None:
             yield old, new
     for row in plan.rows:
         yield row.total, row.kept

@@ -19,6 +19,7 @@ from torch import Tensor
 from prunella.errors import BadInput, RequestError
 from prunella.files import write_atomic
 from prunella.graph.structure import Frozen
+from prunella.graph.surgery import Along
 from prunella.pipeline import Amount, Plan, Row
 from prunella.targets import parse_target
 
@@ -46,6 +47,7 @@ def save_plan(plan: Plan, path: str | os.PathLike[str]) -> Path:
         "frozen": [asdict(entry) for entry in plan.frozen],
         "weights": {name: box.tensor(value) for name, value in plan.weights.items()},
         "inputs": box.pack(plan.inputs, "inputs"),
+        "along": [[call.name, call.number, call.axis, box.tensor(call.kept)] for call in plan.along],
     }
     head = json.dumps({"version": VERSION, "sha256": _fingerprint(box.tensors), "plan": body})
     return write_atomic(path, lambda file: save_file(box.tensors, file, metadata={_KEY: head}))
@@ -93,6 +95,7 @@ def _plan(body: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Plan:
         frozen=tuple(Frozen(**entry) for entry in body["frozen"]),
         weights={name: tensors[i] for name, i in body["weights"].items()},
         inputs=_unpack(body["inputs"], tensors),
+        along=tuple(Along(name, number, axis, tensors[kept]) for name, number, axis, kept in body.get("along", ())),
     )
 
 

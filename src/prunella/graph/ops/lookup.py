@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
-from prunella.graph.axes import WHOLE
+from prunella.graph.axes import WHOLE, Dim, Reason
 from prunella.graph.ops.registry import Context, Returned, rule
 from prunella.graph.trace import Trace, Value
 
@@ -20,11 +21,23 @@ def triangle(trace: Trace, ctx: Context) -> Returned:
 
 @rule("gather", "take_along_dim")
 def gather(trace: Trace, ctx: Context) -> Returned:
-    """Positions by number along one axis; the table and the index stay whole."""
-    for k in (0, 2):
-        for dim in ctx.value(k).dims:
-            trace.freeze(dim, "positions are taken by number")
+    """Positions by number along one axis; the table and the index stay whole, unless the numbers follow the axis."""
+    value, at = ctx.value(0), ctx.dim(1, len(ctx.shape(0)))
+    if not _numbered(trace, value.dims[at], ctx.args[2]):
+        trace.freeze(value.dims[at], "positions are taken by number")
+    for dim in (*(d for k, d in enumerate(value.dims) if k != at), *ctx.value(2).dims):
+        trace.freeze(dim, "positions are taken by number")
     return None
+
+
+def _numbered(trace: Trace, dim: Dim, index: Tensor) -> bool:
+    """Whether `index` numbers the positions of an axis that loses the same ones as `dim`; they are related then."""
+    numbers = trace.numbered(index)
+    if len(dim) != 1 or len(numbers) != 1 or len(dim[0]) != len(numbers[0]):
+        return False
+    trace.equal(dim, numbers, "")
+    trace.ledger.freeze(dim, Reason("positions are taken by number", trace.where(), "route"))
+    return True
 
 
 @rule("embedding")
@@ -51,7 +64,8 @@ def index(trace: Trace, ctx: Context) -> Returned:
     value, picked = ctx.value(0), list(ctx.args[1])
     at = [k for k, i in enumerate(picked) if i is not None]
     for k in at:
-        trace.freeze(value.dims[k], "positions are taken by number")
+        if not _numbered(trace, value.dims[k], picked[k]):
+            trace.freeze(value.dims[k], "positions are taken by number")
         for dim in trace.value(picked[k]).dims:
             trace.freeze(dim, "it is used as an index")
     if any(picked[k].dtype in {torch.bool, torch.uint8} for k in at):

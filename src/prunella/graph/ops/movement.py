@@ -9,7 +9,7 @@ from torch import Tensor
 
 from prunella.graph.axes import WHOLE, Dim, merge, reshape, sources
 from prunella.graph.ops.registry import Context, Returned, barrier, flat, rule
-from prunella.graph.provenance import Shape, Tracked, plain
+from prunella.graph.provenance import Attr, Shape, Tracked, leaves, plain
 from prunella.graph.trace import Trace, Value
 
 
@@ -72,7 +72,7 @@ def rearrange(trace: Trace, ctx: Context) -> Returned:
         a, b = ctx.dim(1, len(shape)), ctx.dim(2, len(shape))
         order[a], order[b] = order[b], order[a]
     elif ctx.name == "squeeze":
-        asked = ctx.args[1] if len(ctx.args) > 1 else range(len(shape))
+        asked = ctx.args[1] if len(ctx.args) > 1 else list(range(len(shape)))
         gone = {int(k) % len(shape) for k in flat([asked])}
         order = [k for k in range(len(shape)) if k not in gone or shape[k] != 1]
     else:
@@ -99,7 +99,7 @@ def expand(trace: Trace, ctx: Context) -> Returned:
         elif isinstance(other, Tensor):
             dim = trace.value(other).dims[k]
         elif len(raw) == len(new):
-            dim = _asked(raw[k])
+            dim = _asked(raw[k]) or (WHOLE if any(value.dims) else _follows(trace, raw[k], size))
         else:
             dim = trace.ledger.fresh(size) if call.name in {"matmul", "__matmul__", "einsum"} else WHOLE
         dims.append(dim)
@@ -114,6 +114,15 @@ def _asked(raw: object) -> Dim:
     return WHOLE
 
 
+def _follows(trace: Trace, raw: object, size: int) -> Dim:
+    """An axis whose positions are all alike, of a size that the source computes from sizes that may change."""
+    if not isinstance(raw, Tracked) or not any(isinstance(leaf, Attr) for leaf in leaves(raw.expression)):
+        return WHOLE
+    dim = trace.ledger.fresh(size)
+    trace.link(raw, dim, size)
+    return dim
+
+
 @rule("zeros", "ones", "empty", "full", "rand", "randn", "new_zeros", "new_ones", "new_empty", "new_full", "arange",
       "scalar_tensor", "eye", "tril_indices", "triu_indices", "linspace", "empty_strided", "new_empty_strided",
       "randint", "randperm")  # fmt: skip
@@ -124,7 +133,9 @@ def factory(trace: Trace, ctx: Context) -> Returned:
     raw = flat(call.args[skip : skip + (1 if call.args[skip:] and isinstance(call.args[skip], tuple | list) else 99)])
     if len(raw) < len(shape) or call.name in {"arange", "linspace"}:
         return Value.plain([WHOLE] * len(shape))
-    return Value.plain([_asked(size) for size in raw[: len(shape)]])
+    alike = ctx.name.removeprefix("new_") in {"zeros", "ones", "full"}
+    follows = [_asked(raw[k]) or (_follows(trace, raw[k], size) if alike else WHOLE) for k, size in enumerate(shape)]
+    return Value.plain(follows)
 
 
 @rule("repeat")

@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from prunella.graph.axes import WHOLE, Dim, merge
+from torch import Tensor
+
+from prunella.graph.axes import WHOLE, Dim, Reason, merge
 from prunella.graph.ops.registry import Context, Returned, barrier, rule
 from prunella.graph.trace import Trace, Use, Value, Work
 
@@ -73,7 +75,8 @@ def grouped_mm(trace: Trace, ctx: Context) -> Returned:
     if len(a.dims) != 2 or len(b.dims) != 3:
         return barrier(trace, ctx)
     (tokens, k), (_, _, n) = ctx.shape(0), ctx.shape(1)
-    trace.freeze(b.dims[0], "tokens are sent to its positions by number")
+    _send(trace, ctx, b.dims[0])
+    trace.role(b.axes[0], "out")
     _contract(trace, ctx, a, b, 1, 1)
     use = _use(trace, a, b, (1, 1), 2, None)
     if ctx.name == "_grouped_mm":
@@ -81,6 +84,16 @@ def grouped_mm(trace: Trace, ctx: Context) -> Returned:
             trace.multiple(dim, 16 // ctx.args[1].element_size())
     trace.work.append(Work(ctx.name, trace.module(), use, 1.0, ((WHOLE, tokens), (b.dims[1], k), (b.dims[2], n))))
     return Value.plain([WHOLE, b.dims[2]])
+
+
+def _send(trace: Trace, ctx: Context, experts: Dim) -> None:
+    """Tokens go to experts by number: both stay, unless the numbers follow the experts."""
+    text, ends = "tokens are sent to its positions by number", ctx.args[2]
+    if isinstance(ends, Tensor) and ends in trace.counts:
+        trace.equal(experts, trace.value(ends).dims[0], text)
+        trace.ledger.freeze(experts, Reason(text, trace.where(), "route"))
+    else:
+        trace.freeze(experts, text)
 
 
 @rule("mv", "dot")

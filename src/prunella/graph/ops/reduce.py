@@ -5,11 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from prunella.graph.axes import WHOLE
+from prunella.graph.axes import WHOLE, Reason
 from prunella.graph.ops.pointwise import pointwise
-from prunella.graph.ops.registry import RULES, Context, Returned, Rule, flat, rule
+from prunella.graph.ops.registry import RULES, Context, Returned, Rule, flat, rule, same
 from prunella.graph.structure import Role
 from prunella.graph.trace import Trace, Value
+
+_AFFINE: tuple[Role, ...] = ("scale", "shift")
 
 
 @rule("native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training", "cudnn_batch_norm",
@@ -32,15 +34,21 @@ def batch_norm(trace: Trace, ctx: Context) -> Returned:
 
 @rule("native_layer_norm", "layer_norm", "rms_norm", "_fused_rms_norm")
 def layer_norm(trace: Trace, ctx: Context) -> Returned:
-    """The axes it normalises over stay: their statistics would change."""
-    x, count = ctx.value(0), len(ctx.args[1])
+    """Statistics over the last axes: they stay, or a single one gives statistics of what stays."""
+    x, count, text = ctx.value(0), len(ctx.args[1]), "a layer norm takes its statistics over it"
     kept = len(x.dims) - count
-    for dim in x.dims[kept:]:
-        trace.freeze(dim, "a layer norm takes its statistics over it")
-    for argument in ctx.args[2:4]:
-        if isinstance(argument, Tensor):
-            for dim in trace.value(argument).dims:
-                trace.freeze(dim, "a layer norm takes its statistics over it")
+    scales = [trace.value(a) for a in ctx.args[2:4] if isinstance(a, Tensor)]
+    if count == 1 and trace.along(ctx.args[0], kept, "norm", text):
+        dim = x.dims[kept]
+        call = trace.call()
+        raw = call.kwargs.get("normalized_shape", call.args[1] if len(call.args) > 1 else None)
+        trace.link(flat([raw])[0], dim, ctx.shape(0)[kept])
+        for value, role in zip(scales, _AFFINE, strict=False):
+            dim = trace.equal(dim, value.dims[0], "it enters a layer norm that is not cut")
+            trace.role(value.axes[0], role)
+        return [Value.plain([*x.dims[:kept], dim]), None, None]
+    for dim in (*x.dims[kept:], *(d for value in scales for d in value.dims)):
+        trace.freeze(dim, text)
     return [Value.plain([*x.dims[:kept], *[WHOLE] * count]), None, None]
 
 
@@ -54,8 +62,7 @@ def group_norm(trace: Trace, ctx: Context) -> Returned:
     call = trace.call()
     raw = call.kwargs.get("num_groups", call.args[1] if len(call.args) > 1 else groups)
     trace.link(raw, rows, groups)
-    roles: tuple[Role, ...] = ("scale", "shift")
-    for argument, role in zip(ctx.args[1:3], roles, strict=True):
+    for argument, role in zip(ctx.args[1:3], _AFFINE, strict=True):
         if isinstance(argument, Tensor):
             value = trace.value(argument)
             trace.equal(x.dims[1], value.dims[0], "it enters a group norm that is not cut")
@@ -63,16 +70,55 @@ def group_norm(trace: Trace, ctx: Context) -> Returned:
     return [Value.plain(x.dims), None, None]
 
 
-@rule("_softmax", "_log_softmax", "cumsum", "cumprod", "sort", "topk", "logcumsumexp", "_safe_softmax", "softmax")
+@rule("_softmax", "_log_softmax", "cumprod", "sort", "topk", "logcumsumexp", "_safe_softmax", "softmax")
 def along(trace: Trace, ctx: Context) -> Returned:
     """Positions along one axis depend on each other: it stays."""
     value = ctx.value(0)
     number = next(
         int(a) for a in ctx.args[2 if ctx.name == "topk" else 1 :] if isinstance(a, int) and not isinstance(a, bool)
     )
-    at = number % max(len(value.dims), 1)
-    trace.freeze(value.dims[at], f"{ctx.name.strip('_')} runs along it")
-    return [Value.plain([WHOLE if k == at else d for k, d in enumerate(value.dims)])] * len(ctx.outputs)
+    at, text = number % max(len(value.dims), 1), f"{ctx.name.strip('_')} runs along it"
+    soft = ctx.name in _CHOICES and bool(value.dims) and trace.along(ctx.args[0], at, "choice", text)
+    if not soft and value.dims:
+        trace.freeze(value.dims[at], text)
+    if ctx.name in _PICKS:
+        trace.numbers[ctx.outputs[1]] = value.dims[at] if soft else WHOLE
+    if soft and ctx.name == "topk":
+        trace.ledger.least += [(layer, int(ctx.args[1])) for layer in value.dims[at]]
+    whole = ctx.name in _PICKS or not soft
+    dims = [WHOLE if k == at and whole else d for k, d in enumerate(value.dims)]
+    return [Value.plain(dims)] * len(ctx.outputs)
+
+
+_CHOICES = frozenset({"_softmax", "softmax", "_safe_softmax", "topk"})
+"""What gives the same for the positions that stay when the others are at minus infinity."""
+_PICKS = frozenset({"topk", "sort"})
+
+
+@rule("histc", "bincount")
+def histogram(trace: Trace, ctx: Context) -> Returned:
+    """How often each number comes: one position for each position of the axis that is numbered."""
+    numbered = trace.numbered(ctx.args[0])
+    length = len(ctx.outputs[0])
+    if not numbered or len(numbered[0]) != length:
+        trace.ledger.freeze(numbered, Reason("its numbers are counted", trace.where()))
+        return None
+    bounds = dict(zip(("input", "bins", "min", "max"), trace.call().args, strict=False)) | dict(trace.call().kwargs)
+    size, last = bounds.get("bins", bounds.get("minlength")), bounds.get("max")
+    trace.link(size, numbered, length)
+    if last is not None:
+        trace.link(last + 1, numbered, length)
+    trace.counts[ctx.outputs[0]] = True
+    return Value.plain([numbered])
+
+
+@rule("cumsum")
+def running_sum(trace: Trace, ctx: Context) -> Returned:
+    """A count of what is not there adds nothing; other sums along an axis keep it whole."""
+    if ctx.args[0] not in trace.counts:
+        return along(trace, ctx)
+    trace.counts[ctx.outputs[0]] = True
+    return same(ctx.value(0))
 
 
 @rule("sum", "mean", "amax", "amin", "max", "min", "prod", "var", "std", "var_mean", "std_mean", "logsumexp", "argmax",
@@ -89,7 +135,11 @@ def reduction(trace: Trace, ctx: Context) -> Returned:
     else:
         gone = {int(k) % ndim for k in flat([asked])}
     for k in gone:
-        trace.freeze(value.dims[k], f"{ctx.name} sums over it" if ctx.name != "mean" else "a mean is taken over it")
+        if ctx.name == "mean" and len(gone) == 1:
+            trace.along(ctx.args[0], k, "norm", "a mean is taken over it")
+        else:
+            text = "a mean is taken over it" if ctx.name == "mean" else f"{ctx.name} sums over it"
+            trace.freeze(value.dims[k], text)
     kept = [WHOLE if k in gone else d for k, d in enumerate(value.dims)]
     dims = kept if out == ndim else [d for k, d in enumerate(kept) if k not in gone]
     return [Value(tuple(dims), (None,) * len(dims), value.weight)] * len(ctx.outputs)

@@ -85,6 +85,15 @@ def apply_rule(trace: Trace, func: Any, args: tuple[Any, ...], kwargs: dict[str,
             trace.values[tensor] = value
         elif tensor not in trace.values:
             trace.values[tensor] = Value.plain([WHOLE] * tensor.dim())
+    if name in _NUMBERS and outputs and isinstance(args[0], Tensor) and args[0] in trace.numbers:
+        trace.numbers[outputs[0]] = trace.numbers[args[0]]
+
+
+_NUMBERS = frozenset(
+    "view _unsafe_view reshape _reshape_alias permute t transpose squeeze unsqueeze expand clone detach alias _to_copy "
+    "slice select index index_select sort".split()
+)
+"""Operations that move numbers and change none."""
 
 
 def _name(func: Any) -> str:
