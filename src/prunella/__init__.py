@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from prunella.granularity import Expert as Expert
     from prunella.granularity import Head as Head
     from prunella.granularity import Reduce as Reduce
+    from prunella.granularity import Vocabulary as Vocabulary
     from prunella.granularity import Width as Width
     from prunella.pipeline import Plan as Plan
     from prunella.pipeline import Recipe as Recipe
@@ -92,6 +93,7 @@ _HOME = {
     "Element": "granularity",
     "Expert": "granularity",
     "Head": "granularity",
+    "Vocabulary": "granularity",
     "Width": "granularity",
     "NM": "granularity",
     "Reduce": "granularity",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Protocol
 
@@ -38,13 +38,14 @@ class Contest(Protocol):
 
 @dataclass(frozen=True)
 class Rules:
-    """How a budget is shared out: see `Recipe`."""
+    """How a budget is shared out: see `Recipe`. least: units of every pool that stay; idle: it may be met as it is."""
 
     allocation: Allocation
     floor: float
     align: tuple[int, ...]
     even: bool = False
     least: tuple[int, ...] = ()
+    idle: bool = False
 
 
 def share(contest: Contest, target: Target, rules: Rules, frozen: Sequence[Frozen], graph: Graph) -> Counts:
@@ -59,7 +60,7 @@ def share(contest: Contest, target: Target, rules: Rules, frozen: Sequence[Froze
     counts = solve(ladders, lambda removed: contest.amount(target, removed) <= budget * (1 + 1e-12), even=rules.even)
     if counts is None:
         raise _missed(contest, target, rules, ladders, frozen, graph)
-    if not any(counts) and not (isinstance(target, Sparsity) and target.value == 0):
+    if not any(counts) and not rules.idle and not (isinstance(target, Sparsity) and target.value == 0):
         raise _nothing(contest, target)
     return counts
 
@@ -75,6 +76,8 @@ class Units:
     groups: tuple[Group, ...]
     scores: tuple[Scores, ...]
     target: Target
+    decided: Mapping[str, Tensor] = field(default_factory=dict)
+    """Group -> what stays of it, whatever the budget."""
 
     @cached_property
     def pools(self) -> list[Pool]:
@@ -88,7 +91,7 @@ class Units:
 
     def keep(self, removed: Counts) -> dict[str, Tensor]:
         """Group -> which units stay."""
-        kept = {}
+        kept = dict(self.decided)
         for group, order, count in zip(self.groups, self._orders, removed, strict=True):
             stays = torch.ones(group.size, dtype=torch.bool)
             stays[order[:count]] = False
@@ -103,7 +106,10 @@ class Units:
 
     def budget(self, target: Target) -> float:
         """Fractions are of the whole model; `Sparsity` of the units that compete."""
-        return target.absolute(self.amount(target, (0,) * len(self.groups)))
+        nothing = (0,) * len(self.groups)
+        return target.absolute(
+            self.amount(target, nothing) if isinstance(target, Sparsity) else weigh(self.graph, target, {})
+        )
 
     def _cost(self, group: Group) -> float:
         if isinstance(self.target, Sparsity):

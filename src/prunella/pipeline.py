@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from prunella import provenance, table
@@ -18,12 +19,13 @@ from prunella.budget import Allocation
 from prunella.contest import Rules, Units, Weights, obstacles, share
 from prunella.criteria import magnitude
 from prunella.errors import BadInput, NotSupported, RequestError
-from prunella.granularity import NM, Channel, Granularity, Masking, Structural
+from prunella.granularity import NM, Channel, Granularity, Masking, Ranked, Structural, Vocabulary
 from prunella.graph.couple import changes, couple
 from prunella.graph.oracle import unproven
 from prunella.graph.structure import Frozen, Graph, Group, Keep, Layer
-from prunella.graph.surgery import Along, Changes
+from prunella.graph.surgery import Along, Changes, Renumbered, Sizes
 from prunella.graph.view import from_matrix
+from prunella.graph.vocabulary import known_only, renumber
 from prunella.method import needs_of
 from prunella.names import check_patterns, chosen, names_of_group, names_of_layer
 from prunella.request import check_finite, check_function, check_granularity, check_numbers, checked_target
@@ -117,6 +119,7 @@ class Plan:
     cuts: entity -> axis -> kept positions (int64).   attributes: (owner, name) -> new value of a size attribute.
     weights: parameter name -> new values, for methods that change them. inputs: the example, for verification.
     along: calls (norms, routers) that run along a cut axis, and what stays of it.
+    renumbered: inputs and outputs whose numbers (tokens) mean something else in the smaller model.
     """
 
     recipe: Mapping[str, Any]
@@ -126,24 +129,40 @@ class Plan:
     keep: Mapping[str, Tensor]
     masks: Mapping[str, Tensor]
     cuts: Mapping[str, Mapping[int, Tensor]]
-    attributes: Mapping[tuple[str, str], int]
+    attributes: Sizes
     rows: tuple[Row, ...]
     frozen: tuple[Frozen, ...]
     weights: Mapping[str, Tensor] = field(default_factory=dict)
     inputs: Inputs | None = None
     along: tuple[Along, ...] = ()
+    renumbered: tuple[Renumbered, ...] = ()
 
     @property
     def changes(self) -> Changes:
         """All that the plan does to the structure of the model."""
-        return Changes(self.cuts, self.attributes, self.along)
+        return Changes(self.cuts, self.attributes, self.along, self.renumbered)
+
+    @property
+    def small_inputs(self) -> Inputs | None:
+        """The example as the smaller model takes it: tokens have the numbers that they have there."""
+        return renumber(known_only(self.inputs, self.renumbered), self.renumbered)  # type: ignore[no-any-return]
+
+    def renumber(self, tokens: Tensor) -> Tensor:
+        """Numbers of tokens in the smaller model. RequestError for a token that is gone."""
+        for entry in self.renumbered:
+            gone = tokens[~torch.isin(tokens, entry.kept)]
+            if gone.numel():
+                raise RequestError(f"token {int(gone[0])} is gone", f"{len(entry.kept)} tokens stay", "keep it too")
+            return torch.searchsorted(entry.kept, tokens)
+        return tokens
 
     @property
     def got(self) -> float:
         """What the target's unit comes to: a fraction where a fraction was asked, else a number."""
         if isinstance(self.target, Sparsity):
-            total = sum(row.total for row in self.rows)
-            return 1 - sum(row.kept for row in self.rows) / total if total else 0.0
+            ranked = [row for row in self.rows if row.kind != "vocabulary"] or self.rows
+            total = sum(row.total for row in ranked)
+            return 1 - sum(row.kept for row in ranked) / total if total else 0.0
         before, after = getattr(self.before, self.target.name), getattr(self.after, self.target.name)
         return float(after / before if self.target.value <= 1 else after)
 
@@ -177,7 +196,7 @@ def plan(
     """What to remove from `model` to meet `target`. Reads the model and changes nothing, not even a random generator.
 
     inputs: an example batch: a tensor, a tuple of arguments or a mapping of keywords; multiply-adds are of this batch.
-    target: `Sparsity`, `Params`, `MACs` or `Bytes`. Only `NM`, whose sparsity is fixed, does without.
+    target: `Sparsity`, `Params`, `MACs` or `Bytes`. `NM`, whose sparsity is fixed, and `Vocabulary` do without.
     data, loss: batches, and a function of (model, batch), for criteria that need them. Without a loss a batch is passed
         as a mapping -> `model(**batch)`, tuple -> `model(*batch)`, else `model(batch)`. The model runs in eval mode.
     skip, only: patterns (`fnmatch`) of names of groups, parameters or modules; a module stands for all that is in it.
@@ -185,7 +204,7 @@ def plan(
     Errors: RequestError (the request makes no sense), BadInput (broken weights, data or inputs), NotSupported (nothing
     can be pruned), TargetMissed (says how far it got and what stopped it).
     """
-    target = checked_target(recipe.grains[0], target)
+    target = checked_target(recipe.grains, target)
     check_finite(model)
     with untouched(model, recipe.seed):
         graph = couple(model, inputs)
@@ -212,28 +231,48 @@ class _Job:
     def structure(self) -> Plan:
         """A plan that removes units; a group whose cut the oracle cannot prove is set aside with the reason."""
         groups, frozen = self._groups()
-        scored = self._score_groups(groups, frozen)
+        decided = self._decided(groups)
+        scored = self._score_groups([g for g in groups if g.kind != "vocabulary"], frozen)
         while True:
-            contest, keep = self._contest(scored, frozen)
+            keep = self._contest(scored, decided, frozen)
             faults = unproven(self.model, self.graph, keep, self.inputs)
             if not faults:
                 break
+            if faults.keys() & decided.keys():
+                why = next(faults[name] for name in decided if name in faults)
+                raise NotSupported("tokens cannot be removed from this model", why, "leave Vocabulary out")
             frozen += [_set_aside(group, faults[group.name]) for group, _ in scored if group.name in faults]
             scored = [(group, scores) for group, scores in scored if group.name not in faults]
             if not scored:
                 raise self._nothing("units", frozen)
-        rows = table.group_rows(self.graph, contest.groups, keep)
+        rows = table.group_rows(self.graph, [g for g in self.graph.groups if g.name in keep], keep)
         return self._plan(after=table.amount(self.graph, keep), rows=rows, frozen=frozen, keep=keep, masks={})
 
-    def _contest(self, scored: Sequence[tuple[Group, Tensor]], frozen: Sequence[Frozen]) -> tuple[Units, Keep]:
-        contest = Units(self.graph, tuple(g for g, _ in scored), tuple(s for _, s in scored), self.target)
+    def _decided(self, groups: Sequence[Group]) -> dict[str, Tensor]:
+        """The tokens that stay: those asked for and those that the model names."""
+        found = [grain for grain in self.recipe.grains if isinstance(grain, Vocabulary)]
+        table = self.graph.tokens
+        if not found or table is None or table not in groups:
+            return {}
+        named = [t for value in self.graph.specials.values() for t in (value if isinstance(value, tuple) else (value,))]
+        beyond = [token for token in found[0].tokens if token >= table.size]
+        if beyond:
+            raise RequestError(f"there is no token {beyond[0]}", f"{table.name} has {table.size} rows")
+        keep = torch.zeros(table.size, dtype=torch.bool)
+        keep[[*found[0].tokens, *(token for token in named if 0 <= token < table.size)]] = True
+        return {table.name: keep}
+
+    def _contest(self, scored: Sequence[tuple[Group, Tensor]], decided: Keep, frozen: Sequence[Frozen]) -> Keep:
+        contest = Units(self.graph, tuple(g for g, _ in scored), tuple(s for _, s in scored), self.target, decided)
+        if not scored:
+            return contest.keep(())
         align = tuple(
             math.lcm(group.multiple, self.recipe.align if group.kind in ("channel", "width") else 1)
             for group in contest.groups
         )
         least = tuple(group.least for group in contest.groups)
-        rules = Rules(self.recipe.allocation, self.recipe.floor, align, self.recipe.even, least)
-        return contest, contest.keep(share(contest, self.target, rules, frozen, self.graph))
+        rules = Rules(self.recipe.allocation, self.recipe.floor, align, self.recipe.even, least, bool(decided))
+        return contest.keep(share(contest, self.target, rules, frozen, self.graph))
 
     def _groups(self) -> tuple[list[Group], list[Frozen]]:
         """Groups that take part, and what does not, with reasons."""
@@ -244,6 +283,8 @@ class _Job:
             reason += f": {group.why}" if group.why else ""
             if group.kind in kinds:
                 reason = chosen(names_of_group(self.graph, group), self.skip, self.only)
+            if group.kind == "vocabulary" in kinds and group is not self.graph.tokens:
+                reason = "another table than that of the tokens"
             if not reason and group.size <= group.least:
                 reason = "a single unit, which has to stay" if group.size == 1 else "all of its units are needed"
             frozen += [_set_aside(group, reason)] if reason else []
@@ -253,7 +294,9 @@ class _Job:
         return mine, frozen
 
     def _score_groups(self, groups: Sequence[Group], frozen: list[Frozen]) -> list[tuple[Group, Tensor]]:
-        reduce = {grain.kind: grain.reduce for grain in self.recipe.grains if isinstance(grain, Structural)}
+        if not groups:
+            return []
+        reduce = {grain.kind: grain.reduce for grain in self.recipe.grains if isinstance(grain, Ranked)}
         scorer = self._scorer(Subject(self.model, self.graph, groups=tuple(groups)))
         scored = []
         for group in groups:
@@ -343,6 +386,7 @@ class _Job:
             cuts=done.cuts,
             attributes=done.attributes,
             along=done.along,
+            renumbered=done.renumbered,
             rows=rows,
             frozen=tuple(frozen),
             inputs=self.inputs,

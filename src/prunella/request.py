@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from prunella.errors import BadInput, RequestError
-from prunella.granularity import NM, Granularity, Masking, Structural
+from prunella.granularity import NM, Granularity, Masking, Structural, Vocabulary
 from prunella.method import REGISTRY, MethodKind, needs_of
 from prunella.scoring import name_of, unwrap
 from prunella.targets import Sparsity, Target
@@ -60,8 +60,16 @@ def check_numbers(grains: tuple[Granularity, ...], floor: float, align: int, see
         raise RequestError(f"seed={seed!r} is out of range", "a whole number, 0 <= seed < 2**31")
 
 
-def checked_target(pattern: Granularity, target: Target | None) -> Target:
-    """The target, filled in for `NM`. Errors: RequestError when it is missing, has no unit or does not fit `NM`."""
+def checked_target(grains: tuple[Granularity, ...], target: Target | None) -> Target:
+    """The target, filled in for `NM` and for `Vocabulary` alone, where nothing is left to choose.
+
+    Errors: RequestError when it is missing, has no unit or does not fit.
+    """
+    pattern = grains[0]
+    if all(isinstance(grain, Vocabulary) for grain in grains):
+        if target is not None:
+            raise RequestError(f"Vocabulary cannot meet {target}", "its tokens decide what goes", "leave target= out")
+        return Sparsity(0.0)
     if isinstance(pattern, NM):
         fixed = Sparsity(pattern.sparsity)
         if target is not None and not (isinstance(target, Sparsity) and abs(target.value - fixed.value) < 1e-9):

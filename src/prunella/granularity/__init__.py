@@ -7,12 +7,15 @@ from prunella.granularity.structure import Channel as Channel
 from prunella.granularity.structure import Expert as Expert
 from prunella.granularity.structure import Head as Head
 from prunella.granularity.structure import Reduce as Reduce
+from prunella.granularity.structure import Vocabulary as Vocabulary
 from prunella.granularity.structure import Width as Width
 from prunella.granularity.structure import reduce_to_units as reduce_to_units
 
 Masking = Element | Block | NM
 """Granularities that give masks: weights become zero, shapes stay."""
-Structural = Channel | Head | Width | Expert
+Ranked = Channel | Head | Width | Expert
+"""Granularities whose units compete."""
+Structural = Ranked | Vocabulary
 """Granularities that give smaller models."""
 Granularity = Masking | Structural
 
@@ -25,7 +28,9 @@ __all__ = [
     "Granularity",
     "Head",
     "Masking",
+    "Ranked",
     "Reduce",
     "Structural",
+    "Vocabulary",
     "Width",
 ]

@@ -10,6 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from prunella.errors import RequestError
 from prunella.graph.structure import Kind
 from prunella.method import granularity
 from prunella.types import Scores
@@ -71,6 +72,24 @@ class Expert:
 
     reduce: Reduce = Reduce.SUM
     kind: ClassVar[Kind] = "expert"
+
+
+@granularity(source="Abdaoui et al. 2020, arXiv:2010.05609; Ushio et al. 2023, arXiv:2305.15020")
+@dataclass(frozen=True)
+class Vocabulary:
+    """Rows of the token table, and what else the tokens number: these tokens stay, and those that the model names.
+
+    Nothing is ranked: `tokens` decides. The smaller model has numbers of its own: `Plan.renumber` gives them.
+    tokens: numbers of the tokens that stay, each at least 0.
+    """
+
+    tokens: tuple[int, ...]
+    kind: ClassVar[Kind] = "vocabulary"
+
+    def __post_init__(self) -> None:
+        if not self.tokens or any(type(token) is not int or token < 0 for token in self.tokens):
+            todo = "give the numbers that your texts have: Vocabulary(tuple(sorted(set(ids))))"
+            raise RequestError("Vocabulary(tokens=) takes the numbers of the tokens that stay", "", todo)
 
 
 def reduce_to_units(parts: Sequence[tuple[Tensor, Tensor]], units: int, reduce: Reduce) -> Scores:

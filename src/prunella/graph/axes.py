@@ -28,7 +28,7 @@ class And:
     factors: tuple[Ints, ...]
 
 
-Soft = Literal["", "norm", "choice", "route"]
+Soft = Literal["", "norm", "choice", "route", "lookup", "output"]
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,8 @@ class Reason:
     """Why something must stay, and the line of the model's source.
 
     soft: what would have to be allowed for it to go. `norm`: statistics are taken over what stays. `choice`: it is
-    made among what stays. `route`: things are sent to what was chosen. Empty: it can never go.
+    made among what stays. `route`: things are sent to what was chosen. `lookup`: an input of the model numbers it.
+    `output`: it is one. Empty: it can never go.
     """
 
     text: str

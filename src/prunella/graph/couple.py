@@ -36,10 +36,12 @@ from prunella.graph.structure import (
     Kind,
     Layer,
     Member,
+    Numbered,
     Running,
 )
-from prunella.graph.surgery import Along, Changes
+from prunella.graph.surgery import Along, Changes, Renumbered
 from prunella.graph.trace import Axis, Trace, Work, trace
+from prunella.graph.vocabulary import specials
 
 
 def couple(model: nn.Module, inputs: Any) -> Graph:
@@ -60,12 +62,21 @@ def couple(model: nn.Module, inputs: Any) -> Graph:
     for work in record.work:
         for dim, _ in work.dims:
             record.ledger.single(dim)
-    return _graph(record)
+    return replace(_graph(record), specials=specials(model))
 
 
 def changes(graph: Graph, keep: Keep) -> Changes:
     """What has to be done to the model for only `keep` to remain."""
-    return Changes(cuts(graph, keep), attributes(graph, keep), tuple(_along(graph, keep)))
+    return Changes(
+        cuts(graph, keep), attributes(graph, keep), tuple(_along(graph, keep)), tuple(_renumbered(graph, keep))
+    )
+
+
+def _renumbered(graph: Graph, keep: Keep) -> Iterator[Renumbered]:
+    for found in graph.numbered:
+        mask = keep.get(found.group)
+        if mask is not None and not bool(mask.all()):
+            yield Renumbered(found.inputs, found.outputs, mask.nonzero().flatten())
 
 
 def _along(graph: Graph, keep: Keep) -> Iterator[Along]:
@@ -94,10 +105,26 @@ def cuts(graph: Graph, keep: Keep) -> dict[str, dict[int, Tensor]]:
     return result
 
 
-def attributes(graph: Graph, keep: Keep) -> dict[tuple[str, str], int]:
-    """(owner, name) -> new value, for each size attribute that changes."""
+def attributes(graph: Graph, keep: Keep) -> dict[tuple[str, str], int | tuple[int, ...]]:
+    """(owner, name) -> new value, for each attribute that changes: a size, or a token."""
     new = {(a.owner, a.name): a.new(keep) for a in graph.attributes}
-    return {key: value for key, value in new.items() if value != _old(graph, key)}
+    sizes = {key: value for key, value in new.items() if value != _old(graph, key)}
+    return {**sizes, **dict(_tokens(graph, keep))}
+
+
+def _tokens(graph: Graph, keep: Keep) -> Iterator[tuple[tuple[str, str], int | tuple[int, ...]]]:
+    """The attributes that name tokens, in the new numbers."""
+    group = graph.tokens
+    mask = keep.get(group.name) if group else None
+    if group is None or mask is None or bool(mask.all()):
+        return
+    number, tables = mask.cumsum(0) - 1, {m.entity for m in group.members}
+    for (owner, name), old in graph.specials.items():
+        other = f"{owner}.weight" in graph.entities and f"{owner}.weight" not in tables
+        many = old if isinstance(old, tuple) else (old,)
+        if not other and all(0 <= k < group.size and bool(mask[k]) for k in many):
+            new = tuple(int(number[k]) for k in many)
+            yield (owner, name), new if isinstance(old, tuple) else new[0]
 
 
 def _old(graph: Graph, key: tuple[str, str]) -> int:
@@ -117,6 +144,7 @@ def _graph(record: Trace) -> Graph:
     """Resolve, group, try, and write it down in names."""
     equations = Equations(record.ledger)
     equations.lift()
+    equations.relate([layer for layer, _ in record.tables], [layer for _, _, layer in record.outputs])
     equations.refuse()
     groups = _groups(equations, record)
     while freeze_unfollowed(equations, record, groups):
@@ -137,7 +165,16 @@ def _graph(record: Trace) -> Graph:
         uncounted=dict(sorted(record.uncounted.items())),
         unused=tuple(name for name in record.tensors if name not in record.axes and name in record.parameters),
         runs=tuple(_runs(equations, record, numbers)),
+        numbered=tuple(_numbered(equations, record, numbers)),
     )
+
+
+def _numbered(equations: Equations, record: Trace, numbers: _Numbers) -> Iterator[Numbered]:
+    for k, group in enumerate(numbers.groups):
+        if group.kind == "vocabulary":
+            mine = [n for layer, n in record.tables if (numbers.group[equations.part[layer]] == k).any()]
+            ends = [(n, a) for n, a, layer in record.outputs if (numbers.group[equations.part[layer]] == k).any()]
+            yield Numbered(group.name, tuple(sorted(set(mine))), tuple(ends))
 
 
 def _runs(equations: Equations, record: Trace, numbers: _Numbers) -> Iterator[Running]:
@@ -258,8 +295,13 @@ def _group(
     first = next((m for m in members if m.role == "out"), members[0])
     name = first.entity.removesuffix(".weight")
     sizes = {"multiple": _multiple(equations, number), "least": _least(equations, number)}
-    why = equations.reason(record.axes[axes[0][0]][axes[0][1]][0]) if kind in {"width", "expert"} else Reason("")
-    return Group(name, len(units), kind, tuple(members), **sizes, why=why.text, where=why.where)
+    why = (
+        equations.reason(record.axes[axes[0][0]][axes[0][1]][0])
+        if kind in {"width", "expert", "vocabulary"}
+        else Reason("")
+    )
+    text, line = (why.text, why.where) if why else ("", "")
+    return Group(name, len(units), kind, tuple(members), **sizes, why=text, where=line)
 
 
 def _least(equations: Equations, number: Ints) -> int:

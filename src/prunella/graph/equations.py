@@ -7,7 +7,7 @@ product (attention heads), then the longer one.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -17,6 +17,9 @@ from scipy.sparse.csgraph import connected_components
 from prunella.graph.axes import And, Ledger, Reason
 from prunella.graph.structure import Ints, Kind
 
+_BIT = {"norm": 1, "choice": 2, "route": 4, "lookup": 8, "output": 16}
+_KINDS: dict[int, Kind] = {1: "width", 4: "expert", 6: "expert", 8: "vocabulary", 24: "vocabulary"}
+"""Which soft reasons hold a unit, and what it is."""
 Mark = np.ndarray[tuple[int, ...], np.dtype[np.bool_]]
 
 
@@ -46,28 +49,41 @@ class Equations:
             self.fixed[self.part[atoms]] = True
 
     def kinds(self) -> dict[int, Kind]:
-        """Components that only soft reasons hold, or that are the batch of a product: what their units are."""
+        """Components that are the batch of a product, or that only soft reasons hold: what their units are."""
         found: dict[int, Kind] = {}
         for atoms in self.ledger.batched:
             found |= dict.fromkeys(self._parts(atoms), "head")
-        soft: dict[int, set[str]] = {}
-        for atoms, reason in self.ledger.frozen:
-            for part in self._parts(atoms) if reason.soft else ():
-                soft.setdefault(part, set()).add(reason.soft)
-        for part, reasons in soft.items():
-            found[part] = "width" if reasons == {"norm"} else "expert"
+        reasons = self._reasons()
+        for held, kind in _KINDS.items():
+            found |= dict.fromkeys(np.flatnonzero(reasons == held).tolist(), kind)
         return found
 
     def refuse(self) -> None:
-        """Freeze what is held by soft reasons that make no unit: a choice that sends nothing, a norm over experts."""
-        soft = {kind: np.zeros_like(self.fixed) for kind in ("norm", "choice", "route")}
-        for atoms, reason in self.ledger.frozen:
-            if reason.soft:
-                soft[reason.soft][self.part[atoms]] = True
-        wrong = (soft["choice"] & ~soft["route"]) | (soft["norm"] & (soft["choice"] | soft["route"]))
+        """Freeze what soft reasons hold that make no unit together: a choice that sends nothing, a norm of experts."""
+        reasons = self._reasons()
+        wrong = (reasons > 0) & ~np.isin(reasons, list(_KINDS))
         for atoms, reason in list(self.ledger.frozen):
             if reason.soft and wrong[self.part[atoms]].any():
                 self.freeze(atoms[wrong[self.part[atoms]]], reason)
+
+    def relate(self, tables: Iterable[Ints], outputs: Iterable[Ints]) -> None:
+        """An output numbers the same things as a table that is looked up by an input, if it has as many positions."""
+        reasons, ends = self._reasons(), list(outputs)
+        for table in tables:
+            for end in ends:
+                alone = len(end) == len(table) and bool((reasons[self.part[end]] == _BIT["output"]).all())
+                if alone and not self.stays(end).any() and not self.stays(table).any():
+                    self.ledger.edges.append((table, end))
+        self.join()
+
+    def _reasons(self) -> Ints:
+        """The soft reasons that hold each component, a bit for each."""
+        found = np.zeros(len(self.fixed), dtype=np.int64)
+        for atoms, reason in self.ledger.frozen:
+            if reason.soft:
+                parts = self.part[atoms]
+                found[parts] |= _BIT[reason.soft]
+        return found
 
     def _parts(self, atoms: Ints) -> list[int]:
         return [int(part) for part in np.unique(self.part[atoms])]

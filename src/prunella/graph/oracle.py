@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from prunella.graph.couple import changes
 from prunella.graph.structure import Graph, Keep
 from prunella.graph.surgery import Along, Changes, change_
 from prunella.graph.undisturbed import undisturbed
+from prunella.graph.vocabulary import each, known_only, renumber
 
 TOLERANCE = 1e-9
 """Largest difference allowed, relative to the largest output, in float64."""
@@ -100,20 +101,29 @@ class _DenseFailed(Exception):
 
 
 def _compare(dense: nn.Module, small: nn.Module, done: Changes, inputs: Any, *, double: bool) -> Verification:
-    batch = as_double(inputs) if double else inputs
+    batch = known_only(as_double(inputs) if double else inputs, done.renumbered)
     try:
-        reference = _run(_precise(masked(dense, done), double), batch, done.along)
+        reference = _reference(_precise(masked(dense, done), double), batch, done)
         if not all(torch.isfinite(t).all() for t in reference):
-            reference = _run(_precise(masked(dense, done, consumers=True), double), batch, done.along)
+            reference = _reference(_precise(masked(dense, done, consumers=True), double), batch, done)
         if double and any(torch.isnan(t).any() for t in reference):
             raise _DenseFailed
     except NotSupported as error:
         if not double:
             raise
         raise _DenseFailed from error
-    found = _run(_precise(copy.deepcopy(small), double), batch)
+    found = _run(_precise(copy.deepcopy(small), double), renumber(batch, done.renumbered))
     worst = relative_error(reference, found)
     return Verification(worst, TOLERANCE if double else SINGLE, len(found), "float64" if double else "own precision")
+
+
+def _reference(model: nn.Module, batch: Any, done: Changes) -> list[Tensor]:
+    """What the masked model gives, with the positions of its outputs that stay."""
+    outputs = _run(model, batch, done.along)
+    for entry in done.renumbered:
+        for number, axis in entry.outputs:
+            outputs[number] = outputs[number].index_select(axis, entry.kept.to(outputs[number].device))
+    return outputs
 
 
 def _precise(model: nn.Module, double: bool) -> nn.Module:
@@ -154,11 +164,7 @@ def relative_error(reference: list[Tensor], found: list[Tensor]) -> float:
 
 def as_double(tree: Any) -> Any:
     """Floating-point tensors of an input tree in float64."""
-    if isinstance(tree, Tensor):
-        return tree.double() if tree.is_floating_point() else tree
-    if isinstance(tree, Mapping):
-        return {key: as_double(value) for key, value in tree.items()}
-    return type(tree)(as_double(v) for v in tree) if isinstance(tree, tuple | list) else tree
+    return each(tree, lambda tensor: tensor.double() if tensor.is_floating_point() else tensor)
 
 
 class _NoDownCast(TorchFunctionMode):

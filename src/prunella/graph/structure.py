@@ -14,7 +14,7 @@ import numpy as np
 from torch import Tensor
 
 Role = Literal["out", "in", "bias", "scale", "shift", "stat", "other"]
-Kind = Literal["channel", "head", "width", "expert"]
+Kind = Literal["channel", "head", "width", "expert", "vocabulary"]
 Ints = np.ndarray[tuple[int, ...], np.dtype[np.int64]]
 Keep = Mapping[str, Tensor]
 """Group name -> bool tensor over its units, True is kept. A group that is absent is kept whole."""
@@ -80,6 +80,15 @@ class Running:
     axis: int
     group: str
     unit: Ints
+
+
+@dataclass(frozen=True)
+class Numbered:
+    """What numbers the units of a group: inputs of the model, and the (number, axis) of outputs that have them."""
+
+    group: str
+    inputs: tuple[int, ...]
+    outputs: tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True)
@@ -179,6 +188,9 @@ class Graph:
     uncounted: Mapping[str, int] = field(default_factory=dict)
     unused: tuple[str, ...] = ()
     runs: tuple[Running, ...] = ()
+    numbered: tuple[Numbered, ...] = ()
+    specials: Mapping[tuple[str, str], int | tuple[int, ...]] = field(default_factory=dict)
+    """Attributes that name tokens."""
 
     def macs(self, keep: Keep | None = None) -> float:
         """Multiply-adds of one forward pass on the example inputs when only `keep` remains."""
@@ -198,6 +210,12 @@ class Graph:
     def bytes(self, keep: Keep | None = None) -> int:
         """Bytes of parameters and buffers when only `keep` remains."""
         return sum(self.numel(name, keep) * e.itemsize for name, e in self.entities.items())
+
+    @property
+    def tokens(self) -> Group | None:
+        """The units that tokens number: the largest table that an input looks up."""
+        tables = [group for group in self.groups if group.kind == "vocabulary"]
+        return max(tables, key=lambda group: group.size, default=None)
 
     def group(self, name: str) -> Group:
         """The group of that name."""

@@ -13,7 +13,7 @@ from prunella.errors import RequestError
 from prunella.graph.provenance import holder
 
 Cuts = Mapping[str, Mapping[int, Tensor]]
-Sizes = Mapping[tuple[str, str], int]
+Sizes = Mapping[tuple[str, str], int | tuple[int, ...]]
 
 
 @dataclass(frozen=True)
@@ -27,16 +27,27 @@ class Along:
 
 
 @dataclass(frozen=True)
+class Renumbered:
+    """Number `i` of these inputs and of the positions on these (output, axis) is what was number `kept[i]`."""
+
+    inputs: tuple[int, ...]
+    outputs: tuple[tuple[int, int], ...]
+    kept: Tensor
+
+
+@dataclass(frozen=True)
 class Changes:
     """All that a plan does to a model.
 
-    cuts: entity -> axis -> positions kept (int64).  attributes: (owner, name) -> new value of a size.
+    cuts: entity -> axis -> positions kept (int64).  attributes: (owner, name) -> new value of a size or of tokens.
     along: calls that run along a cut axis. The masked model is the one in which they see only what stays.
+    renumbered: inputs and outputs whose numbers mean something else afterwards.
     """
 
     cuts: Cuts = field(default_factory=dict)
     attributes: Sizes = field(default_factory=dict)
     along: tuple[Along, ...] = ()
+    renumbered: tuple[Renumbered, ...] = ()
 
     def __bool__(self) -> bool:
         return bool(self.cuts or self.attributes)
@@ -66,7 +77,9 @@ def cut_(model: nn.Module, cuts: Cuts, attributes: Sizes) -> None:
             store[key] = new  # type: ignore[assignment]
     for (owner, key), value in attributes.items():
         place = holder(model, owner)
-        setattr(place, key, (value,) if isinstance(getattr(place, key, None), tuple) else value)
+        old = getattr(place, key, None)
+        many = value if isinstance(value, tuple) else (value,)
+        setattr(place, key, type(old)(many) if isinstance(old, tuple | list) else value)
     touched = {id(module) for name in cuts for module, _ in homes[name]}
     for module in model.modules():
         if id(module) in touched:

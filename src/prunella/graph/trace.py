@@ -39,7 +39,7 @@ from prunella.graph.provenance import (
     plain,
     tracked_attributes,
 )
-from prunella.graph.structure import Role
+from prunella.graph.structure import Ints, Role
 from prunella.graph.undisturbed import undisturbed
 
 log = logging.getLogger(__name__)
@@ -127,6 +127,12 @@ class Trace:
     calls: list[Call] = field(default_factory=list)
     numbers: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary)
     """Integer tensors that number the positions of an axis: the labels of that axis."""
+    given: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary)
+    """Integer tensors that are an input of the model, or parts of one: which input."""
+    tables: list[tuple[Ints, int]] = field(default_factory=list)
+    """Rows that an input looks up, and which input."""
+    outputs: list[tuple[int, int, Ints]] = field(default_factory=list)
+    """Number of an output, axis and labels."""
     counts: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary)
     """Tensors that say how often each position was chosen: zero where nothing is."""
 
@@ -398,8 +404,10 @@ def trace(model: nn.Module, inputs: Any, apply_rule: Callable[..., None]) -> Tra
     record = Trace(names, entities, parameters)
     for name, tensor in entities.items():
         record.aliases[_storage_key(tensor)] = name
-    for tensor in tensors(inputs):
+    for number, tensor in enumerate(tensors(inputs)):
         record.values[tensor] = Value.plain([WHOLE] * tensor.dim())
+        if not tensor.is_floating_point():
+            record.given[tensor] = number
     with ExitStack() as stack:
         stack.enter_context(undisturbed(model))
         stack.enter_context(_watch_modules(model, record.modules))
@@ -408,7 +416,8 @@ def trace(model: nn.Module, inputs: Any, apply_rule: Callable[..., None]) -> Tra
         stack.enter_context(_Operations(record, apply_rule))
         stack.enter_context(_Calls(record))
         output = forward(model, inputs)
-    for tensor in tensors(output):
-        for dim in record.value(tensor).dims:
-            record.ledger.freeze(dim, Reason("it is an output of the model"))
+    for number, tensor in enumerate(tensors(output)):
+        for axis, dim in enumerate(record.value(tensor).dims):
+            record.ledger.freeze(dim, Reason("it is an output of the model", soft="output" if len(dim) == 1 else ""))
+            record.outputs += [(number, axis, layer) for layer in dim if len(dim) == 1]
     return record

@@ -26,11 +26,12 @@ import prunella
 from prunella.errors import BadInput, PruningError, RequestError
 from prunella.files import MARKER, digest, new_folder, plain_name
 from prunella.graph.provenance import size_of
+from prunella.graph.vocabulary import names_token
 from prunella.pipeline import Plan
 from prunella.realize import origin as origins
 from prunella.realize import pretrained
 from prunella.realize.origin import Factory
-from prunella.realize.plan_file import save_plan
+from prunella.realize.plan_file import read_size, save_plan
 from prunella.realize.state import State, fill_, read_state, read_tensors, write_tensors
 
 FORMAT = 1
@@ -243,7 +244,9 @@ def _cut(model: nn.Module, manifest: Mapping[str, Any]) -> None:
     """Cut the dense model as the plan did; every name and position is checked first, since a manifest is only data."""
     try:
         cuts = decode_cuts(manifest.get("cuts") or {"positions": [], "axes": {}})
-        attributes = {(str(owner), str(name)): int(value) for owner, name, value in manifest.get("attributes") or ()}
+        attributes = {
+            (str(owner), str(name)): read_size(value) for owner, name, value in manifest.get("attributes") or ()
+        }
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
         raise BadInput("the manifest is broken", f"its cuts cannot be read: {error}") from error
     if not cuts and not attributes:
@@ -255,7 +258,7 @@ def _cut(model: nn.Module, manifest: Mapping[str, Any]) -> None:
             if kept.numel() == 0 or int(kept.min()) < 0 or int(kept.max()) >= size:
                 raise BadInput(f"axis {axis} of {name!r} cannot be cut as recorded", f"the model has {size} positions")
     for owner, name in attributes:
-        if name.startswith("_") or size_of(_attribute(model, owner, name)) is None:
+        if name.startswith("_") or not (names_token(name) or size_of(_attribute(model, owner, name)) is not None):
             raise BadInput(f"the size {name!r} of {owner!r} cannot be set", "the rebuilt model keeps no such integer")
     from prunella.graph.surgery import Changes, change_
 
@@ -274,7 +277,7 @@ def _attribute(model: nn.Module, owner: str, name: str) -> object:
 
 def _make_pretrained(manifest: dict[str, Any], model: nn.Module, plan: Plan | None, folder: Path) -> str:
     """Write config.json if a configuration can describe the model, and prove it; else say why not."""
-    inputs = plan.inputs if plan is not None and plan.inputs is not None else getattr(model, "dummy_inputs", None)
+    inputs = plan.small_inputs if plan is not None and plan.inputs is not None else getattr(model, "dummy_inputs", None)
     failed = "no configuration describes these widths, which differ from layer to layer"
     for config in _configs(manifest["origin"], model, plan):
         pretrained.write_config(model, config, folder)
@@ -298,7 +301,7 @@ def _pairs(dense: nn.Module, plan: Plan | None) -> Iterator[tuple[int, int]]:
         return
     for (owner, name), new in plan.attributes.items():
         old = size_of(_attribute(dense, owner, name))
-        if old is not None:
+        if old is not None and isinstance(new, int) and not names_token(name):
             yield old, new
     for row in plan.rows:
         yield row.total, row.kept

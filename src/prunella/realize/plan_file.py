@@ -19,7 +19,7 @@ from torch import Tensor
 from prunella.errors import BadInput, RequestError
 from prunella.files import write_atomic
 from prunella.graph.structure import Frozen
-from prunella.graph.surgery import Along
+from prunella.graph.surgery import Along, Renumbered
 from prunella.pipeline import Amount, Plan, Row
 from prunella.targets import parse_target
 
@@ -47,6 +47,7 @@ def save_plan(plan: Plan, path: str | os.PathLike[str]) -> Path:
         "frozen": [asdict(entry) for entry in plan.frozen],
         "weights": {name: box.tensor(value) for name, value in plan.weights.items()},
         "inputs": box.pack(plan.inputs, "inputs"),
+        "renumbered": [[list(e.inputs), [list(o) for o in e.outputs], box.tensor(e.kept)] for e in plan.renumbered],
         "along": [[call.name, call.number, call.axis, box.tensor(call.kept)] for call in plan.along],
     }
     head = json.dumps({"version": VERSION, "sha256": _fingerprint(box.tensors), "plan": body})
@@ -90,13 +91,22 @@ def _plan(body: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Plan:
         keep={name: _unbits(entry, tensors) for name, entry in body["keep"].items()},
         masks={name: _unbits(entry, tensors) for name, entry in body["masks"].items()},
         cuts={name: {int(a): tensors[i] for a, i in axes.items()} for name, axes in body["cuts"].items()},
-        attributes={(owner, name): int(value) for owner, name, value in body["attributes"]},
+        attributes={(owner, name): read_size(value) for owner, name, value in body["attributes"]},
         rows=tuple(Row(**row) for row in body["rows"]),
         frozen=tuple(Frozen(**entry) for entry in body["frozen"]),
         weights={name: tensors[i] for name, i in body["weights"].items()},
         inputs=_unpack(body["inputs"], tensors),
+        renumbered=tuple(
+            Renumbered(tuple(inputs), tuple((n, a) for n, a in outputs), tensors[kept])
+            for inputs, outputs, kept in body.get("renumbered", ())
+        ),
         along=tuple(Along(name, number, axis, tensors[kept]) for name, number, axis, kept in body.get("along", ())),
     )
+
+
+def read_size(value: Any) -> int | tuple[int, ...]:
+    """The value of an attribute, as JSON has it."""
+    return tuple(int(item) for item in value) if isinstance(value, list) else int(value)
 
 
 class _Box:

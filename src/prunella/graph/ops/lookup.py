@@ -44,7 +44,9 @@ def _numbered(trace: Trace, dim: Dim, index: Tensor) -> bool:
 def embedding(trace: Trace, ctx: Context) -> Returned:
     """Rows of a table by number: the rows stay."""
     table, index = ctx.value(0), ctx.value(1)
-    trace.freeze(table.dims[0], "its rows are looked up by number")
+    given, text = ctx.args[1] in trace.given, "its rows are looked up by number"
+    trace.ledger.freeze(table.dims[0], Reason(text, trace.where(), "lookup" if given else ""))
+    trace.tables += [(layer, trace.given[ctx.args[1]]) for layer in table.dims[0] if given]
     trace.role(table.axes[1], "out")
     return Value.plain([*index.dims, table.dims[1]])
 

@@ -85,8 +85,9 @@ def apply_rule(trace: Trace, func: Any, args: tuple[Any, ...], kwargs: dict[str,
             trace.values[tensor] = value
         elif tensor not in trace.values:
             trace.values[tensor] = Value.plain([WHOLE] * tensor.dim())
-    if name in _NUMBERS and outputs and isinstance(args[0], Tensor) and args[0] in trace.numbers:
-        trace.numbers[outputs[0]] = trace.numbers[args[0]]
+    for known in (trace.numbers, trace.given):
+        if name in _NUMBERS and outputs and isinstance(args[0], Tensor) and args[0] in known:
+            known[outputs[0]] = known[args[0]]
 
 
 _NUMBERS = frozenset(

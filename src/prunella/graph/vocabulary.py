@@ -1,0 +1,66 @@
+"""Tokens: what numbers the rows of a table that an input looks up, and what changes when rows go."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prunella.graph.provenance import holders
+from prunella.graph.surgery import Renumbered
+
+Ids = int | tuple[int, ...]
+
+
+def names_token(attribute: str) -> bool:
+    """Whether an attribute of this name says a token."""
+    return attribute == "padding_idx" or (attribute.endswith("token_id") and not attribute.startswith("_"))
+
+
+def specials(model: nn.Module) -> dict[tuple[str, str], Ids]:
+    """(owner, name) -> the token or tokens that an attribute of the model names: `padding_idx`, `eos_token_id`, ...
+
+    What a number means cannot be read off a run. These names are torch's and transformers' own.
+    """
+    found: dict[tuple[str, str], Ids] = {}
+    for owner, values in holders(model):
+        for name, value in values.items():
+            if names_token(name):
+                many = isinstance(value, list | tuple) and all(type(item) is int for item in value)
+                if many or type(value) is int:
+                    found[owner, name] = tuple(value) if many else value
+    return found
+
+
+def known_only(tree: Any, renumbered: Sequence[Renumbered]) -> Any:
+    """The inputs, with a number that stays in place of each that goes."""
+
+    def known(ids: Tensor, kept: Tensor) -> Tensor:
+        return torch.where(torch.isin(ids, kept), ids, kept[ids % len(kept)])
+
+    return _at(tree, renumbered, known)
+
+
+def renumber(tree: Any, renumbered: Sequence[Renumbered]) -> Any:
+    """The inputs in the numbers of the smaller model."""
+    return _at(tree, renumbered, lambda ids, kept: torch.searchsorted(kept, ids))
+
+
+def _at(tree: Any, renumbered: Sequence[Renumbered], change: Callable[[Tensor, Tensor], Tensor]) -> Any:
+    """The inputs with the tensors changed whose numbers mean something else afterwards."""
+    for entry in renumbered:
+        count = itertools.count()
+        tree = each(tree, lambda t: change(t, entry.kept.to(t.device)) if next(count) in entry.inputs else t)  # noqa: B023
+    return tree
+
+
+def each(tree: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """The same tree with every tensor changed, in the order of `tensors`."""
+    if isinstance(tree, Tensor):
+        return change(tree)
+    if isinstance(tree, Mapping):
+        return {key: each(value, change) for key, value in tree.items()}
+    return type(tree)(each(v, change) for v in tree) if isinstance(tree, tuple | list) else tree
