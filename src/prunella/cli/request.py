@@ -134,7 +134,8 @@ def _unit(name: str) -> Any:
     by_case = {m.name.lower(): m.name for m in catalogue.methods() if m.kind == "granularity"}
     method = catalogue.lookup(by_case.get(name.lower(), name), "granularity")
     if any(knob.default is knob.empty for knob in inspect.signature(method.function).parameters.values()):
-        raise RequestError(f"{method.name} needs sizes", "", "give --pattern 2:4 for NM, --pattern 16x16 for Block")
+        todo = "give --pattern 2:4 for NM, --pattern 16x16 for Block; Vocabulary takes its tokens in Python"
+        raise RequestError(f"{method.name} needs more than its name", "", todo)
     return method.function()
 
 

@@ -70,15 +70,18 @@ def save(
     plan: what was cut; needed when the model is smaller than what its factory builds. factory: how the dense model
     is made, as a function or `package.module:function`, `timm:NAME`, `torchvision:NAME`, with JSON `kwargs`; not
     needed for models of transformers, whose configuration is stored. source: the Hugging Face folder that the model
-    came from; its tokenizer files are copied. dense: the dense Hugging Face model, where pruning changed sizes in
-    the configuration. Errors: RequestError when the folder exists (unless `overwrite`) or cannot be written, or when
-    the model cannot be rebuilt from what was given; BadInput for NaN. An error leaves nothing behind.
+    came from; its tokenizer files are copied, unless tokens went: the plan in the folder has their numbers. dense: the
+    dense Hugging Face model, where pruning changed sizes in the configuration. Errors: RequestError when the folder
+    exists (unless `overwrite`) or cannot be written, or when the model cannot be rebuilt from what was given; BadInput
+    for NaN. An error leaves nothing behind.
     """
     state = read_state(model)
     origin = _origin(model, factory, kwargs or {}, source, dense)
     with new_folder(path, overwrite=overwrite) as folder:
         _write_data(state, plan, folder)
-        _copy_extras(source, folder)
+        _copy_extras(source, folder, renumbered=bool(plan and plan.renumbered))
+        if plan and plan.renumbered and hasattr(model, "generation_config"):
+            pretrained.write_generation(model, folder)
         manifest = _manifest(state, origin, plan)
         note = _make_pretrained(manifest, model, plan, folder) if origin["kind"] == "transformers" else ""
         manifest["files"] = {f.name: {"sha256": digest(f), "bytes": f.stat().st_size} for f in sorted(folder.iterdir())}
@@ -291,6 +294,7 @@ def _make_pretrained(manifest: dict[str, Any], model: nn.Module, plan: Plan | No
 
 
 def _configs(origin: Mapping[str, Any], model: nn.Module, plan: Plan | None) -> Iterator[dict[str, Any]]:
+    origin = {**origin, "config": pretrained.with_tokens(origin["config"], model.config)}
     dense, small = origins.build_empty(origins.hugging_face_builder(origin)), pretrained.shapes_of(model)
     sizes = pretrained.changed_sizes(pretrained.shapes_of(dense), small, _pairs(dense, plan))
     return pretrained.uniform_configs(origin, small, sizes)
@@ -307,13 +311,15 @@ def _pairs(dense: nn.Module, plan: Plan | None) -> Iterator[tuple[int, int]]:
         yield row.total, row.kept
 
 
-def _copy_extras(source: str | os.PathLike[str] | None, folder: Path) -> None:
+def _copy_extras(source: str | os.PathLike[str] | None, folder: Path, *, renumbered: bool) -> None:
+    """Files that stay true of the smaller model; a tokenizer of other numbers does not."""
     if source is None:
         return
     if not Path(source).is_dir():
         raise RequestError(f"source {source} is not a folder", "tokenizer files are copied from there", "leave it out")
     for file in Path(source).iterdir():
-        wanted = any(fnmatch.fnmatch(file.name, pattern) for pattern in pretrained.COMPANIONS)
+        patterns = pretrained.WITHOUT_TOKENS if renumbered else pretrained.COMPANIONS
+        wanted = any(fnmatch.fnmatch(file.name, pattern) for pattern in patterns)
         if wanted and file.is_file() and file.suffix in (".json", ".txt", ".model", ".jinja"):
             shutil.copyfile(file, folder / file.name)
 

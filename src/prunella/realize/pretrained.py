@@ -19,6 +19,7 @@ from torch import nn
 from prunella.errors import PruningError
 from prunella.forward import forward, mode, tensors
 from prunella.graph.oracle import relative_error
+from prunella.graph.vocabulary import names_token
 from prunella.realize.origin import build_empty, hugging_face_builder
 
 Sizes = Mapping[int, frozenset[int]]
@@ -35,13 +36,8 @@ class Change(NamedTuple):
 
 
 _TOKENIZER = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.model")
-COMPANIONS = (
-    *_TOKENIZER,
-    "chat_template*",
-    "preprocessor_config.json",
-    "processor_config.json",
-    "generation_config.json",
-)
+WITHOUT_TOKENS = ("preprocessor_config.json", "processor_config.json")
+COMPANIONS = (*_TOKENIZER, "chat_template*", "generation_config.json", *WITHOUT_TOKENS)
 """Files next to the weights that stay true of a pruned model."""
 
 
@@ -97,6 +93,22 @@ def _search(
         right, config = best[0], _with(config, best[1])
         changed += [change.path for change in best[1]]
     return config, tuple(changed)
+
+
+def with_tokens(config: Mapping[str, Any], live: Any) -> dict[str, Any]:
+    """A configuration with the tokens that the live one names, which are others after a cut of the vocabulary."""
+    made = dict(config)
+    for key, value in config.items():
+        if isinstance(value, dict) and hasattr(live, key):
+            made[key] = with_tokens(value, getattr(live, key))
+        elif names_token(key) and hasattr(live, key):
+            made[key] = getattr(live, key)
+    return made
+
+
+def write_generation(model: Any, folder: Path) -> None:
+    """Write generation_config.json as the model has it."""
+    model.generation_config.to_json_file(folder / "generation_config.json")
 
 
 def write_config(model: nn.Module, config: Mapping[str, Any], folder: Path) -> None:
