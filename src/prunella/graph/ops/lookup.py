@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from prunella.graph.axes import WHOLE, Dim, Reason
-from prunella.graph.ops.registry import Context, Returned, rule
+from prunella.graph.ops.registry import Context, Returned, barrier, rule
 from prunella.graph.trace import Trace, Value
 
 
@@ -78,3 +78,25 @@ def index(trace: Trace, ctx: Context) -> Returned:
     rest = [d for k, d in enumerate(value.dims) if k not in at]
     first = at[0] if at == [*range(at[0], at[-1] + 1)] else 0
     return Value.plain([*rest[:first], *wide, *rest[first:]])
+
+
+@rule("index_put", "_index_put_impl", "_unsafe_index_put")
+def index_put(trace: Trace, ctx: Context) -> Returned:
+    """Rows written by number: the first axes stay, the others lose what the values lose."""
+    value, values, picked = ctx.value(0), ctx.value(2), list(ctx.args[1])
+    count = len(picked)
+    wide = any(i is None or i.dtype in {torch.bool, torch.uint8} for i in picked)
+    if wide or len(values.dims) < len(value.dims) - count:
+        return barrier(trace, ctx)
+    for dim in (*value.dims[:count], *(d for i in picked for d in trace.value(i).dims)):
+        trace.freeze(dim, "positions are written by number")
+    rest = list(value.dims[count:])
+    lead = len(values.dims) - len(rest)
+    for k, dim in enumerate(rest):
+        if ctx.shape(2)[lead + k] == ctx.shape(0)[count + k]:
+            rest[k] = trace.equal(dim, values.dims[lead + k], "it is written into a tensor that is not cut")
+        else:
+            trace.freeze(dim, "one value is written to all of its positions")
+    for dim in values.dims[:lead]:
+        trace.freeze(dim, "positions are written by number")
+    return Value.plain([*[WHOLE] * count, *rest])

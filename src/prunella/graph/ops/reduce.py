@@ -157,6 +157,15 @@ def _spatial(count: int) -> Rule:
     return pool
 
 
+@rule("torchvision.roi_align", "torchvision.roi_pool")
+def region(trace: Trace, ctx: Context) -> Returned:
+    """Regions of an image, pooled inside each channel: `(N, C, H, W)` and `(K, 5)` to `(K, C, h, w)`."""
+    value = ctx.value(0)
+    for dim in (*value.dims[2:], value.dims[0], *ctx.value(1).dims):
+        trace.freeze(dim, f"{ctx.name} takes regions of it")
+    return [Value.plain([WHOLE, value.dims[1], WHOLE, WHOLE])] * len(ctx.outputs)
+
+
 for _count, _names in {
     1: "max_pool1d avg_pool1d adaptive_avg_pool1d upsample_nearest1d upsample_linear1d reflection_pad1d "
     "replication_pad1d",

@@ -73,6 +73,8 @@ def apply_rule(trace: Trace, func: Any, args: tuple[Any, ...], kwargs: dict[str,
     outputs = tuple(tensors_in(result))
     ctx = Context(trace, name, _positional(func, args, kwargs), outputs)
     found = RULES.get(name) or (RULES["where"] if torch.Tag.pointwise in func.tags else None)
+    if name in _LAYERS and outputs and not outputs[0].numel():
+        found = _unseen
     try:
         returned = found(trace, ctx) if found else barrier(trace, ctx)
     except Exception as error:
@@ -88,6 +90,18 @@ def apply_rule(trace: Trace, func: Any, args: tuple[Any, ...], kwargs: dict[str,
     for known in (trace.numbers, trace.given):
         if name in _NUMBERS and outputs and isinstance(args[0], Tensor) and args[0] in known:
             known[outputs[0]] = known[args[0]]
+
+
+_LAYERS = frozenset({"convolution", "mm", "addmm", "bmm"})
+"""What torch computes in another way, or not at all, when the batch is empty."""
+
+
+def _unseen(trace: Trace, ctx: Context) -> Returned:
+    """Nothing passed through a layer, so that nothing is known of what follows it."""
+    for tensor in tensors_in(ctx.args):
+        for dim in trace.value(tensor).dims:
+            trace.freeze(dim, "nothing passed through it: the example gives it an empty batch")
+    return None
 
 
 _NUMBERS = frozenset(
