@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from prunella import provenance, table
 from prunella.allocation import uniform
 from prunella.budget import Allocation
-from prunella.contest import Rules, Units, Weights, obstacles, share
+from prunella.contest import Rules, Units, Weights, obstacles, offer, share
 from prunella.criteria import magnitude
 from prunella.errors import BadInput, NotSupported, RequestError
 from prunella.granularity import NM, Channel, Granularity, Masking, Structural
@@ -315,7 +315,9 @@ class _Job:
         grains = ", ".join(name_of(type(grain)) for grain in self.recipe.grains)
         reasons = "\n".join(obstacles(self.graph, frozen)) or "the model has no layer that multiplies by a weight"
         return NotSupported(
-            f"there are no {what} to prune for {grains}", reasons, "`prunella inspect` shows the groups"
+            f"there are no {what} to prune for {grains}",
+            reasons,
+            offer(frozen) or "`prunella inspect` shows the groups",
         )
 
     def _plan(

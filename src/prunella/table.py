@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from prunella.contest import macs_by_layer
+from prunella.contest import macs_by_layer, offer
 from prunella.graph.structure import Frozen, Graph, Group, Layer
 from prunella.stats.subject import first_seen
 from prunella.types import Mask
@@ -144,7 +144,9 @@ def frozen_lines(frozen: Iterable[Frozen], limit: int = 8) -> list[str]:
     for (reason, where), entries in ranked[:limit]:
         names = ", ".join(dict.fromkeys(entry.entity for entry in entries[:3])) + (", ..." if len(entries) > 3 else "")
         lines.append(f"  {len(entries)} x {reason}{f' ({where})' if where else ''}: {names}")
-    return lines + ([f"  and {len(ranked) - limit} other reasons"] if len(ranked) > limit else [])
+    lines += [f"  and {len(ranked) - limit} other reasons"] if len(ranked) > limit else []
+    helps = offer(entry for entries in groups.values() for entry in entries)
+    return lines + ([f"  {helps}"] if helps else [])
 
 
 def _change(before: float, after: float) -> str:

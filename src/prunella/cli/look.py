@@ -94,6 +94,7 @@ def inspect(
     weights: options.Weights = None,
     allow_pickle: options.AllowPickle = False,
     factory: options.FactoryName = None,
+    program: options.Program = False,
     everything: Annotated[bool, typer.Option("--all", help="Show all rows.")] = False,
     html: Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Draw the coupling as a page.")] = None,
     overwrite: options.Overwrite = False,
@@ -105,7 +106,9 @@ def inspect(
 
     if html is not None:
         check_new_file(html, overwrite=overwrite)
-    network, example = open_model(model, inputs, weights=weights, allow_pickle=allow_pickle, factory=factory)
+    network, example = open_model(
+        model, inputs, weights=weights, allow_pickle=allow_pickle, factory=factory, program=program
+    )
     with stage("coupling"):
         graph = couple(network, example)
     data = graph_data(graph)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from prunella.graph.axes import WHOLE, Dim, merge, reshape, sources
 from prunella.graph.ops.registry import Context, Returned, barrier, flat, rule
-from prunella.graph.provenance import Shape, Tracked, plain
+from prunella.graph.provenance import Attr, Shape, Tracked, plain
 from prunella.graph.trace import Trace, Value
 
 
@@ -45,7 +45,7 @@ _ADAPTS = frozenset(
 def _link_sizes(trace: Trace, dims: Sequence[Dim], new: Sequence[int]) -> None:
     call = trace.call()
     raw = flat(call.args[1:]) + flat(call.kwargs.values())
-    if call.name in {"view", "reshape"} and len(raw) == len(new):
+    if call.name in {"view", "reshape", "_unsafe_view"} and len(raw) == len(new):
         for size, dim, length in zip(raw, dims, new, strict=True):
             trace.link(size, dim, length)
     elif call.name == "unflatten":
@@ -99,7 +99,7 @@ def expand(trace: Trace, ctx: Context) -> Returned:
         elif isinstance(other, Tensor):
             dim = trace.value(other).dims[k]
         elif len(raw) == len(new):
-            dim = _asked(raw[k])
+            dim = _asked(trace, raw[k], size)
         else:
             dim = trace.ledger.fresh(size) if call.name in {"matmul", "__matmul__", "einsum"} else WHOLE
         dims.append(dim)
@@ -107,11 +107,24 @@ def expand(trace: Trace, ctx: Context) -> Returned:
     return Value(tuple(dims), axes, value.weight)
 
 
-def _asked(raw: object) -> Dim:
-    """The dim whose size was asked for, when it is the size of another tensor; otherwise all positions stay."""
-    if isinstance(raw, Tracked) and isinstance(raw.expression, Shape):
+def _asked(trace: Trace, raw: object, size: int) -> Dim:
+    """An axis of equal positions: that of the tensor whose size was asked for, or one that an attribute must follow.
+
+    A size that is typed into the source makes an axis that stays whole.
+    """
+    if not isinstance(raw, Tracked):
+        return WHOLE
+    if isinstance(raw.expression, Shape):
         return raw.expression.dim
-    return WHOLE
+    if not isinstance(raw.expression, Attr):
+        return WHOLE
+    dim = trace.ledger.fresh(size)
+    trace.link(raw, dim, size)
+    return dim
+
+
+_EQUAL = frozenset("zeros ones empty full new_zeros new_ones new_empty new_full".split())
+"""Calls that make tensors whose positions are all alike."""
 
 
 @rule("zeros", "ones", "empty", "full", "rand", "randn", "new_zeros", "new_ones", "new_empty", "new_full", "arange",
@@ -124,7 +137,9 @@ def factory(trace: Trace, ctx: Context) -> Returned:
     raw = flat(call.args[skip : skip + (1 if call.args[skip:] and isinstance(call.args[skip], tuple | list) else 99)])
     if len(raw) < len(shape) or call.name in {"arange", "linspace"}:
         return Value.plain([WHOLE] * len(shape))
-    return Value.plain([_asked(size) for size in raw[: len(shape)]])
+    if call.name not in _EQUAL:
+        raw = [size if isinstance(size, Tracked) and isinstance(size.expression, Shape) else None for size in raw]
+    return Value.plain([_asked(trace, size, n) for size, n in zip(raw, shape, strict=False)])
 
 
 @rule("repeat")
@@ -137,7 +152,7 @@ def repeat(trace: Trace, ctx: Context) -> Returned:
     dims: list[Dim] = []
     for k, count in enumerate(counts):
         if k < lead or old[k - lead] == 1:
-            dims.append(_asked(raw[k]) if len(raw) == len(counts) else WHOLE)
+            dims.append(_asked(trace, raw[k], count) if len(raw) == len(counts) else WHOLE)
         else:
             dims.append(merge([WHOLE, value.dims[k - lead]], [count, old[k - lead]]))
     return Value.plain(dims)
