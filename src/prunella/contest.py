@@ -241,6 +241,6 @@ _BY_SOURCE = ("typed into the source", "in the source would not follow", "used i
 
 
 def offer(frozen: Iterable[Frozen]) -> str:
-    """What helps where the source keeps sizes whole, which a program does not; empty if nothing of the kind is there."""
+    """What helps where the source keeps sizes whole, which a program does not; empty where nothing of that kind is."""
     held = any(words in item.reason for item in frozen for words in _BY_SOURCE)
     return "sizes in the source can follow in a program: prunella.as_program(model, inputs), or --program" * held

@@ -35,10 +35,13 @@ def as_program(model: nn.Module, inputs: Any) -> nn.Module:
 
     Errors: NotSupported when torch cannot capture the model, CheckFailed when what it captured computes something else.
     """
-    with mode(model, training=False), torch.no_grad(), quiet():
-        expected = tensors(forward(model, inputs))
-        program = module_of(capture(model, inputs)[0])
-        error = relative_error(expected, tensors(forward(program, inputs)))
+    with mode(model, training=False), quiet():
+        with torch.no_grad():
+            expected = tensors(forward(model, inputs))
+        with torch.enable_grad():  # else parts of the source without gradients would not be told apart
+            program = module_of(capture(model, inputs)[0])
+        with torch.no_grad():
+            error = relative_error(expected, tensors(forward(program, inputs)))
     if not error <= TOLERANCE:
         raise CheckFailed("the program does not compute what the model computes", f"relative error {error:.1e}")
     return program

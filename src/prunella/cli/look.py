@@ -122,6 +122,8 @@ def inspect(
 
 def graph_data(graph: Graph) -> dict[str, Any]:
     """What `inspect` says, as plain data."""
+    from prunella.contest import offer
+
     params, macs = graph.params(), graph.macs()
     reasons = Counter[tuple[str, str]]()
     for item in graph.frozen:
@@ -135,6 +137,7 @@ def graph_data(graph: Graph) -> dict[str, Any]:
         ],
         "groups": [_group_data(graph, index, params, macs) for index in range(len(graph.groups))],
         "frozen": [{"reason": r, "where": w, "axes": n} for (r, w), n in reasons.most_common()],
+        "offer": offer(graph.frozen),
         "uncounted": dict(graph.uncounted),
         "unused": list(graph.unused),
     }
@@ -168,6 +171,7 @@ def _graph_text(data: dict[str, Any], limit: int | None) -> str:
     parts.append(_section("what can go", header, groups, limit, right=(2, 3, 4, 5)))
     frozen = [(f["axes"], f["reason"], f["where"]) for f in data["frozen"]]
     parts.append(_section("what must stay", ("axes", "why", "where"), frozen, limit, right=(0,)))
+    parts += [data["offer"]] if data["offer"] else []
     if data["uncounted"]:
         parts.append("not counted in MACs: " + ", ".join(f"{name} ({n})" for name, n in data["uncounted"].items()))
     if data["unused"]:

@@ -108,10 +108,10 @@ def load(
     manifest = read_manifest(folder)
     check_files(folder, manifest, (WEIGHTS, BUFFERS, PROGRAM))
     state = _read_data(folder, manifest)
-    captured = manifest["origin"].get("kind") == "program" and factory is None
+    captured = manifest["origin"].get("kind") == "program"  # stored as it was cut, so no factory can make it
     model = load_exported(folder / PROGRAM)[0] if captured else _rebuilt(manifest, factory, folder)
     try:
-        if not captured:  # a program is stored as it was cut
+        if not captured:
             _cut(model, manifest)
         fill_(model, state)
     except PruningError as error:
