@@ -25,7 +25,7 @@ from prunella.graph.structure import Frozen, Graph, Group, Keep, Layer
 from prunella.graph.surgery import Changes
 from prunella.graph.view import from_matrix
 from prunella.method import needs_of
-from prunella.names import check_patterns, chosen, names_of_group, names_of_layer
+from prunella.names import check_patterns, chosen, names_of_group, names_of_layer, rank_of
 from prunella.request import check_finite, check_function, check_granularity, check_numbers, checked_target
 from prunella.scoring import Absent, Criterion, Scorer, name_of
 from prunella.stats import Source, Subject, collect, untouched
@@ -116,6 +116,7 @@ class Plan:
     keep: group name -> bool over its units.          masks: parameter name -> bool of its shape (True is kept).
     cuts: entity -> axis -> kept positions (int64).   attributes: (owner, name) -> new value of a size attribute.
     weights: parameter name -> new values, for methods that change them. inputs: the example, for verification.
+    remarks: what holds for some parameters: tied, shared, not trained, not used.
     """
 
     recipe: Mapping[str, Any]
@@ -130,6 +131,7 @@ class Plan:
     frozen: tuple[Frozen, ...]
     weights: Mapping[str, Tensor] = field(default_factory=dict)
     inputs: Inputs | None = None
+    remarks: tuple[str, ...] = ()
 
     @property
     def changes(self) -> Changes:
@@ -158,7 +160,7 @@ class Plan:
             lines.append("masks: params and MACs count kept weights only; dense kernels still multiply the zeros")
         if self.recipe.get("align", 1) > 1:
             lines.append(f"channel widths are multiples of {self.recipe['align']}: the last block decides what is got")
-        return lines
+        return [*lines, *self.remarks]
 
 
 def plan(
@@ -239,6 +241,7 @@ class _Job:
             reason = f"granularity is {' and '.join(sorted(kinds))}, this is {group.kind}"
             if group.kind in kinds:
                 reason = chosen(names_of_group(self.graph, group), self.skip, self.only)
+                reason = reason or ("" if self.only else rank_of(self.graph, group))
             if not reason and group.size == 1:
                 reason = "a single unit, which has to stay"
             frozen += [_set_aside(group, reason)] if reason else []
@@ -342,6 +345,7 @@ class _Job:
             rows=rows,
             frozen=tuple(frozen),
             inputs=self.inputs,
+            remarks=tuple(table.remarks(self.graph)),
         )
 
 

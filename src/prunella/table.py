@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -110,6 +110,26 @@ def render(rows: Sequence[Row], before: Amount, after: Amount, notes: Sequence[s
     ]
     lines = align([("name", "kind", "kept", "params", "MACs"), *cells])
     return "\n".join(line.rstrip() for line in [*lines, "", *_totals(before, after), *notes, *frozen_lines(frozen)])
+
+
+def remarks(graph: Graph, limit: int = 3) -> list[str]:
+    """What holds for some of the parameters, one line each: tied, read in several places, not trained, not used."""
+    parameters = [entity for entity in graph.entities.values() if entity.parameter]
+    tied = [" = ".join(entity.names) for entity in parameters if len(entity.names) > 1]
+    reads = Counter(cost.layer for cost in graph.costs if cost.layer)
+    shared = [f"{name} ({count} times)" for name, count in reads.items() if count > 1]
+    fixed = [entity.name for entity in parameters if not entity.trainable]
+    lines = {
+        "tied, cut as one": tied,
+        "used several times, cut as one": shared,
+        "not trained (requires_grad=False), cut like any other": fixed,
+        "not used on these inputs, left whole": list(graph.unused),
+    }
+    return [f"{text}: {_listed(names, limit)}" for text, names in lines.items() if names]
+
+
+def _listed(names: Sequence[str], limit: int) -> str:
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
 
 
 def align(rows: Sequence[Sequence[str]]) -> list[str]:

@@ -123,6 +123,7 @@ def inspect(
 def graph_data(graph: Graph) -> dict[str, Any]:
     """What `inspect` says, as plain data."""
     from prunella.contest import offer
+    from prunella.table import remarks
 
     params, macs = graph.params(), graph.macs()
     reasons = Counter[tuple[str, str]]()
@@ -140,6 +141,10 @@ def graph_data(graph: Graph) -> dict[str, Any]:
         "offer": offer(graph.frozen),
         "uncounted": dict(graph.uncounted),
         "unused": list(graph.unused),
+        "tied": [list(e.names) for e in graph.entities.values() if e.parameter and len(e.names) > 1],
+        "not_trained": [e.name for e in graph.entities.values() if e.parameter and not e.trainable],
+        "shared": {name: n for name, n in Counter(c.layer for c in graph.costs if c.layer).items() if n > 1},
+        "remarks": remarks(graph),
     }
 
 
@@ -152,7 +157,8 @@ def _group_data(graph: Graph, index: int, params: int, macs: float) -> dict[str,
     keep[0] = False
     less = {group.name: keep}
     cost = {"unit_params": params - graph.params(less), "unit_macs": macs - graph.macs(less)}
-    return {"name": group.name, "kind": group.kind, "units": group.size, "members": len(group.members), **cost}
+    sizes = {"units": group.size, "multiple": group.multiple, "members": len(group.members)}
+    return {"name": group.name, "kind": group.kind, **sizes, **cost}
 
 
 def _graph_text(data: dict[str, Any], limit: int | None) -> str:
@@ -164,7 +170,7 @@ def _graph_text(data: dict[str, Any], limit: int | None) -> str:
     ]
     parts.append(_section("layers", ("name", "op", "weight", "MACs", "share"), layers, limit, right=(3, 4)))
     groups = [
-        (g["name"], g["kind"], g["units"], g["members"], count(g["unit_params"]), count(g["unit_macs"]))
+        (g["name"], g["kind"], _units(g), g["members"], count(g["unit_params"]), count(g["unit_macs"]))
         for g in data["groups"]
     ]
     header = ("group", "kind", "units", "tensors", "params/unit", "MACs/unit")
@@ -174,9 +180,14 @@ def _graph_text(data: dict[str, Any], limit: int | None) -> str:
     parts += [data["offer"]] if data["offer"] else []
     if data["uncounted"]:
         parts.append("not counted in MACs: " + ", ".join(f"{name} ({n})" for name, n in data["uncounted"].items()))
-    if data["unused"]:
-        parts.append("never used in this pass: " + ", ".join(data["unused"]))
+    if data["remarks"]:
+        parts.append("\n".join(data["remarks"]))
     return "\n\n".join(parts)
+
+
+def _units(group: dict[str, Any]) -> str:
+    """How many units there are, and of what their number stays a multiple."""
+    return f"{group['units']}" + (f" (by {group['multiple']})" if group["multiple"] > 1 else "")
 
 
 def _section(title: str, header: tuple[str, ...], rows: list[Any], limit: int | None, *, right: tuple[int, ...]) -> str:

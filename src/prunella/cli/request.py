@@ -196,6 +196,7 @@ def plan_data(plan: Plan) -> dict[str, Any]:
         "after": asdict(plan.after),
         "rows": [asdict(row) for row in plan.rows],
         "frozen": [asdict(item) for item in plan.frozen],
+        "remarks": list(plan.remarks),
         "kept": kept,
         "masks": {name: {"kept": int(mask.sum()), "total": mask.numel()} for name, mask in plan.masks.items()},
     }

@@ -46,6 +46,7 @@ def save_plan(plan: Plan, path: str | os.PathLike[str]) -> Path:
         "frozen": [asdict(entry) for entry in plan.frozen],
         "weights": {name: box.tensor(value) for name, value in plan.weights.items()},
         "inputs": box.pack(plan.inputs, "inputs"),
+        "remarks": list(plan.remarks),
     }
     head = json.dumps({"version": VERSION, "sha256": _fingerprint(box.tensors), "plan": body})
     return write_atomic(path, lambda file: save_file(box.tensors, file, metadata={_KEY: head}))
@@ -93,6 +94,7 @@ def _plan(body: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Plan:
         frozen=tuple(Frozen(**entry) for entry in body["frozen"]),
         weights={name: tensors[i] for name, i in body["weights"].items()},
         inputs=_unpack(body["inputs"], tensors),
+        remarks=tuple(str(line) for line in body.get("remarks", ())),
     )
 
 
