@@ -130,9 +130,11 @@ def test_the_rank_is_cut_only_by_name() -> None:
     prunella.shrink(model, named)
 
 
-def test_two_trained_layers_are_no_adapter() -> None:
+def test_what_is_all_trained_or_all_frozen_is_no_adapter() -> None:
     trained = adapted().requires_grad_(True)
     graph = couple(trained, X)
+    assert not [g.name for g in graph.groups if rank_of(graph, g)]
+    graph = couple(adapted().requires_grad_(False), X)
     assert not [g.name for g in graph.groups if rank_of(graph, g)]
     bottleneck = nn.Sequential(nn.Linear(12, 3, bias=False), nn.Linear(3, 12, bias=False), nn.Linear(12, 7))
     bottleneck[2].requires_grad_(False)
