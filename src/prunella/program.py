@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from typing import Any
 
 import torch
@@ -70,7 +71,8 @@ def _arguments(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 def _capture(model: nn.Module, example: Any, shapes: Any) -> Any:
     args, kwargs = _arguments(example)
     try:
-        return torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
+        with redirect_stderr(io.StringIO()):  # where it fails it prints the whole graph
+            return torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
     except Exception as error:  # torch.export has no one error type
         line = str(error).strip().splitlines()[0] if str(error).strip() else ""
         todo = "export needs a forward without branches on values; safetensors always works"

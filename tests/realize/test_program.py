@@ -136,9 +136,10 @@ class Branching(nn.Module):
         return out if out.sum() > 0 else -out
 
 
-def test_what_cannot_be_captured_is_told() -> None:
+def test_what_cannot_be_captured_is_told(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(NotSupported, match="cannot capture this model"):
         prunella.as_program(Branching(), X)
+    assert capsys.readouterr().err == ""
 
 
 def test_a_program_that_computes_something_else_is_not_returned(monkeypatch: pytest.MonkeyPatch) -> None:
