@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from prunella.pipeline import Plan as Plan
     from prunella.pipeline import Recipe as Recipe
     from prunella.pipeline import plan as plan
+    from prunella.program import as_program as as_program
     from prunella.realize.artifact import load as load
     from prunella.realize.artifact import save as save
     from prunella.realize.carry import carry_ as carry_
@@ -122,6 +123,7 @@ _HOME = {
     "distill": "recovery.distill",
     "distill_features": "recovery.distill",
     "distill_logits": "recovery.distill",
+    "as_program": "program",
     "carry_": "realize.carry",
     "export": "realize.export",
     "load": "realize.artifact",

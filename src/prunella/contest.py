@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Protocol
@@ -216,10 +216,11 @@ def _missed(
     stay = [size - gone for size, gone in zip(sizes, most(ladders), strict=True)]
     floors = f"{len(sizes)} groups are at their floor: {sum(stay)} of {sum(sizes)} stay (floor={rules.floor:g}"
     floors += f", align={max(rules.align)})" if max(rules.align) > 1 else ")"
+    helps = [offer(frozen)] if offer(frozen) else []
     return TargetMissed(
         f"{target} cannot be met: all that may go leaves {target.name}={reach:.4g} ({least:.6g} of {dense:.6g}{asked})",
         "\n".join([floors, *obstacles(graph, frozen)]),
-        f"ask for {target.name}={reach:.4g} or less removal, lower floor= or align=, or skip less",
+        "; ".join([f"ask for {target.name}={reach:.4g} or less removal, lower floor= or align=, or skip less", *helps]),
     )
 
 
@@ -242,3 +243,12 @@ def obstacles(graph: Graph, frozen: Sequence[Frozen], limit: int = 6) -> list[st
         for f in ranked[:limit]
     ]
     return lines + ([f"and {len(ranked) - limit} more frozen axes"] if len(ranked) > limit else [])
+
+
+_BY_SOURCE = ("typed into the source", "in the source would not follow", "used in a calculation", "sizes come from")
+
+
+def offer(frozen: Iterable[Frozen]) -> str:
+    """What helps where the source keeps sizes whole, which a program does not; empty where nothing of that kind is."""
+    held = any(words in item.reason for item in frozen for words in _BY_SOURCE)
+    return "sizes in the source can follow in a program: prunella.as_program(model, inputs), or --program" * held

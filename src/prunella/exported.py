@@ -20,6 +20,7 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from prunella.errors import BadInput
+from prunella.literals import module_of
 
 # torch logs each part it reads at warning level
 _LOGGERS = ("torch.export", "torch.export.pt2_archive._package", "torch._export.serde.serialize")
@@ -38,7 +39,7 @@ _EXPRESSION = re.compile(r"(?!.*__)(?!.*\.\s*[A-Za-z_])[\w\s+\-*/%().,<>=!&|~]*"
 
 
 def load_exported(path: Path, *, allow_pickle: bool = False) -> tuple[nn.Module, tuple[Any, ...] | None]:
-    """The program as a module, and the example inputs it was exported with.
+    """The program as a module whose sizes can follow a cut, and the example inputs it was exported with.
 
     Raises BadInput for a file that is truncated, is no program, or holds pickles (unless `allow_pickle`).
     """
@@ -47,10 +48,8 @@ def load_exported(path: Path, *, allow_pickle: bool = False) -> tuple[nn.Module,
     if not allow_pickle:
         _refuse_pickles(path)
     program = _read(path)
-    example, module = program.example_inputs, program.module()
-    for name in ("train", "eval"):  # they raise; without them the flags can be set, and mean nothing, as in any program
-        vars(module).pop(name, None)
-    return module, tuple(example[0]) if example and example[0] and not example[1] else None
+    example = program.example_inputs
+    return module_of(program), tuple(example[0]) if example and example[0] and not example[1] else None
 
 
 def _read(path: Path) -> ExportedProgram:

@@ -33,6 +33,29 @@ def chosen(names: Iterable[str], skip: Sequence[str], only: Sequence[str]) -> st
     return "" if spared is None else f"skip={spared!r}"
 
 
+def rank_of(graph: Graph, group: Group) -> str:
+    """Why the units are the rank of an adapter, which is cut only by name: empty if they are not.
+
+    An adapter is a product of two trained weights, `(out, r)` by `(r, in)`, beside a frozen weight `(out, in)`. Its
+    rank is chosen by who trains it; to cut it saves next to nothing once the adapter is merged.
+    """
+    layers = {layer.entity: layer for layer in graph.layers}
+    made, read = ([layers.get(m.entity) for m in group.members if m.role == role] for role in ("out", "in"))
+    if len(group.members) != 2 or len(made) != 1 or len(read) != 1 or made[0] is None or read[0] is None:
+        return ""
+    if not all(graph.entities[x.entity].trainable for x in (made[0], read[0])):
+        return ""
+    size = _size(graph, read[0])[0], _size(graph, made[0])[1]
+    if not any(_size(graph, x) == size and not graph.entities[x.entity].trainable for x in graph.layers):
+        return ""
+    return "it is the rank of an adapter of a frozen weight, cut only where only= names it"
+
+
+def _size(graph: Graph, layer: Layer) -> tuple[int, int]:
+    shape = graph.entities[layer.entity].shape
+    return shape[layer.out_axis], shape[layer.in_axis]
+
+
 def check_patterns(graph: Graph, skip: Sequence[str], only: Sequence[str]) -> None:
     """Errors: RequestError for a pattern that matches nothing of the model, with the nearest names."""
     known = {name for entity in graph.entities for name in _ancestry(graph, entity)}

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from prunella import provenance, table
 from prunella.allocation import uniform
 from prunella.budget import Allocation
-from prunella.contest import Rules, Units, Weights, obstacles, share
+from prunella.contest import Rules, Units, Weights, obstacles, offer, share
 from prunella.criteria import magnitude
 from prunella.errors import BadInput, NotSupported, RequestError
 from prunella.granularity import NM, Channel, Granularity, Masking, Ranked, Structural, Vocabulary
@@ -27,7 +27,7 @@ from prunella.graph.surgery import Along, Changes, Renumbered, Sizes
 from prunella.graph.view import from_matrix
 from prunella.graph.vocabulary import known_only, renumber
 from prunella.method import needs_of
-from prunella.names import check_patterns, chosen, names_of_group, names_of_layer
+from prunella.names import check_patterns, chosen, names_of_group, names_of_layer, rank_of
 from prunella.request import check_finite, check_function, check_granularity, check_numbers, checked_target
 from prunella.scoring import Absent, Criterion, Scorer, name_of
 from prunella.stats import Source, Subject, collect, untouched
@@ -120,6 +120,7 @@ class Plan:
     weights: parameter name -> new values, for methods that change them. inputs: the example, for verification.
     along: calls (norms, routers) that run along a cut axis, and what stays of it.
     renumbered: inputs and outputs whose numbers (tokens) mean something else in the smaller model.
+    remarks: what holds for some parameters: tied, shared, not trained, not used.
     """
 
     recipe: Mapping[str, Any]
@@ -136,6 +137,7 @@ class Plan:
     inputs: Inputs | None = None
     along: tuple[Along, ...] = ()
     renumbered: tuple[Renumbered, ...] = ()
+    remarks: tuple[str, ...] = ()
 
     @property
     def changes(self) -> Changes:
@@ -179,7 +181,7 @@ class Plan:
             lines.append("masks: params and MACs count kept weights only; dense kernels still multiply the zeros")
         if self.recipe.get("align", 1) > 1:
             lines.append(f"channel widths are multiples of {self.recipe['align']}: the last block decides what is got")
-        return lines
+        return [*lines, *self.remarks]
 
 
 def plan(
@@ -283,6 +285,7 @@ class _Job:
             reason += f": {group.why}" if group.why else ""
             if group.kind in kinds:
                 reason = chosen(names_of_group(self.graph, group), self.skip, self.only)
+                reason = reason or ("" if self.only else rank_of(self.graph, group))
             if group.kind == "vocabulary" in kinds and group is not self.graph.tokens:
                 reason = "another table than that of the tokens"
             if not reason and group.size <= group.least:
@@ -363,7 +366,9 @@ class _Job:
         grains = ", ".join(name_of(type(grain)) for grain in self.recipe.grains)
         reasons = "\n".join(obstacles(self.graph, frozen)) or "the model has no layer that multiplies by a weight"
         return NotSupported(
-            f"there are no {what} to prune for {grains}", reasons, "`prunella inspect` shows the groups"
+            f"there are no {what} to prune for {grains}",
+            reasons,
+            offer(frozen) or "`prunella inspect` shows the groups",
         )
 
     def _plan(
@@ -390,6 +395,7 @@ class _Job:
             rows=rows,
             frozen=tuple(frozen),
             inputs=self.inputs,
+            remarks=tuple(table.remarks(self.graph)),
         )
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from prunella.contest import macs_by_layer
+from prunella.contest import macs_by_layer, offer
 from prunella.graph.structure import Frozen, Graph, Group, Layer
 from prunella.stats.subject import first_seen
 from prunella.types import Mask
@@ -112,6 +112,26 @@ def render(rows: Sequence[Row], before: Amount, after: Amount, notes: Sequence[s
     return "\n".join(line.rstrip() for line in [*lines, "", *_totals(before, after), *notes, *frozen_lines(frozen)])
 
 
+def remarks(graph: Graph, limit: int = 3) -> list[str]:
+    """What holds for some of the parameters, one line each: tied, read in several places, not trained, not used."""
+    parameters = [entity for entity in graph.entities.values() if entity.parameter]
+    tied = [" = ".join(entity.names) for entity in parameters if len(entity.names) > 1]
+    reads = Counter(cost.layer for cost in graph.costs if cost.layer)
+    shared = [f"{name} ({count} times)" for name, count in reads.items() if count > 1]
+    fixed = [entity.name for entity in parameters if not entity.trainable]
+    lines = {
+        "tied, cut as one": tied,
+        "used several times, cut as one": shared,
+        "not trained (requires_grad=False), cut like any other": fixed,
+        "not used on these inputs, left whole": list(graph.unused),
+    }
+    return [f"{text}: {_listed(names, limit)}" for text, names in lines.items() if names]
+
+
+def _listed(names: Sequence[str], limit: int) -> str:
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
+
+
 def align(rows: Sequence[Sequence[str]]) -> list[str]:
     """Columns of equal width: the first two to the left, numbers to the right."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
@@ -144,7 +164,9 @@ def frozen_lines(frozen: Iterable[Frozen], limit: int = 8) -> list[str]:
     for (reason, where), entries in ranked[:limit]:
         names = ", ".join(dict.fromkeys(entry.entity for entry in entries[:3])) + (", ..." if len(entries) > 3 else "")
         lines.append(f"  {len(entries)} x {reason}{f' ({where})' if where else ''}: {names}")
-    return lines + ([f"  and {len(ranked) - limit} other reasons"] if len(ranked) > limit else [])
+    lines += [f"  and {len(ranked) - limit} other reasons"] if len(ranked) > limit else []
+    helps = offer(entry for entries in groups.values() for entry in entries)
+    return lines + ([f"  {helps}"] if helps else [])
 
 
 def _change(before: float, after: float) -> str:

@@ -157,3 +157,44 @@ def test_doctor_measures(prunella: Run) -> None:
 
 def test_version(prunella: Run) -> None:
     assert prunella("--version").out == f"prunella {pr.__version__}\n"
+
+
+TYPED = """
+import torch
+from torch import nn
+
+
+class Typed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(8, 24), nn.Linear(8, 5)
+
+    def forward(self, x):
+        y = self.first(x).view(x.shape[0], 3, 8)
+        return self.last(y[:, 0] * y[:, 1] + y[:, 2])
+
+
+def net():
+    torch.manual_seed(0)
+    return Typed()
+"""
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_typed_sizes_follow_in_a_program(prunella: Run, shop: str, tmp_path: Path) -> None:
+    (tmp_path / f"typed_{shop}.py").write_text(TYPED)
+    asked = (f"typed_{shop}:net", "--inputs", "2x8", "--target", "params=0.6")
+    refused = prunella("run", *asked, "-o", "out")
+    assert refused.code == 6 and "typed into the source" in refused.err and "--program" in refused.err
+    seen = prunella("inspect", *asked[:3], "--program", "--json")
+    assert [(g["name"], g["units"]) for g in seen.data["groups"]] == [("first", 8)]
+    assert "--program" in prunella("inspect", *asked[:3]).out
+    planned = prunella("plan", *asked, "--program", "--json")
+    assert 0 < planned.data["rows"][0]["kept"] < 8
+    done = prunella("run", *asked, "--program", "-o", "out", "--json")
+    assert done.code == 0, done.err
+    proven = prunella("verify", "out", *asked[:3])
+    assert proven.code == 0, proven.err
+    again = prunella("export", "out", "-o", "small.pt2", "--json")
+    assert again.code == 0, again.err
+    assert prunella("plan", "small.pt2", "--inputs", "2x8", "--target", "params=0.7", "--json").code == 0

@@ -94,6 +94,7 @@ def inspect(
     weights: options.Weights = None,
     allow_pickle: options.AllowPickle = False,
     factory: options.FactoryName = None,
+    program: options.Program = False,
     everything: Annotated[bool, typer.Option("--all", help="Show all rows.")] = False,
     html: Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Draw the coupling as a page.")] = None,
     overwrite: options.Overwrite = False,
@@ -105,7 +106,9 @@ def inspect(
 
     if html is not None:
         check_new_file(html, overwrite=overwrite)
-    network, example = open_model(model, inputs, weights=weights, allow_pickle=allow_pickle, factory=factory)
+    network, example = open_model(
+        model, inputs, weights=weights, allow_pickle=allow_pickle, factory=factory, program=program
+    )
     with stage("coupling"):
         graph = couple(network, example)
     data = graph_data(graph)
@@ -119,6 +122,9 @@ def inspect(
 
 def graph_data(graph: Graph) -> dict[str, Any]:
     """What `inspect` says, as plain data."""
+    from prunella.contest import offer
+    from prunella.table import remarks
+
     params, macs = graph.params(), graph.macs()
     reasons = Counter[tuple[str, str]]()
     for item in graph.frozen:
@@ -132,8 +138,13 @@ def graph_data(graph: Graph) -> dict[str, Any]:
         ],
         "groups": [_group_data(graph, index, params, macs) for index in range(len(graph.groups))],
         "frozen": [{"reason": r, "where": w, "axes": n} for (r, w), n in reasons.most_common()],
+        "offer": offer(graph.frozen),
         "uncounted": dict(graph.uncounted),
         "unused": list(graph.unused),
+        "tied": [list(e.names) for e in graph.entities.values() if e.parameter and len(e.names) > 1],
+        "not_trained": [e.name for e in graph.entities.values() if e.parameter and not e.trainable],
+        "shared": {name: n for name, n in Counter(c.layer for c in graph.costs if c.layer).items() if n > 1},
+        "remarks": remarks(graph),
     }
 
 
@@ -146,7 +157,8 @@ def _group_data(graph: Graph, index: int, params: int, macs: float) -> dict[str,
     keep[0] = False
     less = {group.name: keep}
     cost = {"unit_params": params - graph.params(less), "unit_macs": macs - graph.macs(less)}
-    return {"name": group.name, "kind": group.kind, "units": group.size, "members": len(group.members), **cost}
+    sizes = {"units": group.size, "multiple": group.multiple, "members": len(group.members)}
+    return {"name": group.name, "kind": group.kind, **sizes, **cost}
 
 
 def _graph_text(data: dict[str, Any], limit: int | None) -> str:
@@ -158,18 +170,24 @@ def _graph_text(data: dict[str, Any], limit: int | None) -> str:
     ]
     parts.append(_section("layers", ("name", "op", "weight", "MACs", "share"), layers, limit, right=(3, 4)))
     groups = [
-        (g["name"], g["kind"], g["units"], g["members"], count(g["unit_params"]), count(g["unit_macs"]))
+        (g["name"], g["kind"], _units(g), g["members"], count(g["unit_params"]), count(g["unit_macs"]))
         for g in data["groups"]
     ]
     header = ("group", "kind", "units", "tensors", "params/unit", "MACs/unit")
     parts.append(_section("what can go", header, groups, limit, right=(2, 3, 4, 5)))
     frozen = [(f["axes"], f["reason"], f["where"]) for f in data["frozen"]]
     parts.append(_section("what must stay", ("axes", "why", "where"), frozen, limit, right=(0,)))
+    parts += [data["offer"]] if data["offer"] else []
     if data["uncounted"]:
         parts.append("not counted in MACs: " + ", ".join(f"{name} ({n})" for name, n in data["uncounted"].items()))
-    if data["unused"]:
-        parts.append("never used in this pass: " + ", ".join(data["unused"]))
+    if data["remarks"]:
+        parts.append("\n".join(data["remarks"]))
     return "\n\n".join(parts)
+
+
+def _units(group: dict[str, Any]) -> str:
+    """How many units there are, and of what their number stays a multiple."""
+    return f"{group['units']}" + (f" (by {group['multiple']})" if group["multiple"] > 1 else "")
 
 
 def _section(title: str, header: tuple[str, ...], rows: list[Any], limit: int | None, *, right: tuple[int, ...]) -> str:

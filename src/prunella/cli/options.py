@@ -46,6 +46,9 @@ LossName = Annotated[str | None, typer.Option("--loss", metavar="M:F", help="mod
 FactoryName = Annotated[
     str | None, typer.Option("--factory", metavar="M:F", help="What made the dense model of a folder of `run`.")
 ]
+Program = Annotated[
+    bool, typer.Option("--program", help="Capture MODEL as a program: sizes typed into its source follow a cut too.")
+]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an older result.")]
 Seed = Annotated[int, typer.Option("--seed", help="Same seed, same result.")]
 Output = Annotated[Path, typer.Option("-o", "--output", metavar="PATH", help="Where to write.")]

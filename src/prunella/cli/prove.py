@@ -28,8 +28,11 @@ def verify(
     """Check digests and that the model loads; with MODEL, that it equals the dense model with the same units masked."""
     from functools import partial
 
+    from torch.fx import GraphModule
+
     from prunella.cli.request import factory_of, open_dense
     from prunella.models import load_model
+    from prunella.program import as_program
     from prunella.proof import check_equal, check_whole, plan_of
 
     with stage("checking digests and loading"):
@@ -38,6 +41,8 @@ def verify(
     if model is not None and small is not None:
         plan = plan_of(folder)
         dense, example = open_dense(model, inputs, plan.inputs, weights=weights, allow_pickle=allow_pickle)
+        if isinstance(small, GraphModule) and not isinstance(dense, GraphModule):
+            dense = as_program(dense, example)
         with stage("comparing with the masked dense model"):
             proof = check_equal(proof, small, dense, plan, example)
     emit(proof.as_dict(), str(proof), as_json=as_json)

@@ -18,6 +18,7 @@ from prunella.examples import check_forward, example_inputs
 from prunella.files import MARKER
 from prunella.models import call_user, load_model, load_object
 from prunella.pipeline import Inputs, Loss, Plan, Recipe
+from prunella.program import as_program
 from prunella.realize.artifact import PLAN, load, read_manifest
 from prunella.realize.plan_file import load_plan
 from prunella.targets import Target, parse_target
@@ -31,13 +32,19 @@ def open_model(
     allow_pickle: bool = False,
     factory: str | None = None,
     seed: int = 0,
+    program: bool = False,
 ) -> tuple[nn.Module, Inputs]:
-    """The model, or the folder of a run, and an example that it really takes."""
+    """The model, or the folder of a run, and an example that it really takes; as a program if asked."""
     folder = Path(spec)
     if (folder / MARKER).is_file() and weights is None:
         with stage(f"loading {spec}"):
-            return _open_artefact(folder, shapes, factory=factory, seed=seed)
-    return open_dense(spec, shapes, None, weights=weights, allow_pickle=allow_pickle, seed=seed)
+            model, example = _open_artefact(folder, shapes, factory=factory, seed=seed)
+    else:
+        model, example = open_dense(spec, shapes, None, weights=weights, allow_pickle=allow_pickle, seed=seed)
+    if program:
+        with stage("capturing the program"):
+            model = as_program(model, example)
+    return model, example
 
 
 def open_dense(
@@ -190,6 +197,7 @@ def plan_data(plan: Plan) -> dict[str, Any]:
         "after": asdict(plan.after),
         "rows": [asdict(row) for row in plan.rows],
         "frozen": [asdict(item) for item in plan.frozen],
+        "remarks": list(plan.remarks),
         "kept": kept,
         "masks": {name: {"kept": int(mask.sum()), "total": mask.numel()} for name, mask in plan.masks.items()},
     }

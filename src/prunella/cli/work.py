@@ -52,6 +52,7 @@ def plan(
     only: options.Only = None,
     data: options.Data = None,
     loss: options.LossName = None,
+    program: options.Program = False,
     seed: options.Seed = 0,
     output: options.OptionalOutput = None,
     as_json: options.Json = False,
@@ -65,7 +66,9 @@ def plan(
     parts = request.with_numbers(parts, floor=floor, align=align, even=even, seed=seed)
     budget = request.read_target(target)
     batches, measure = request.load_data(data), request.load_loss(loss)
-    network, example = request.open_model(model, inputs, weights=weights, allow_pickle=allow_pickle, seed=seed)
+    network, example = request.open_model(
+        model, inputs, weights=weights, allow_pickle=allow_pickle, seed=seed, program=program
+    )
     with stage("planning"):
         made = make_plan(
             network,
@@ -107,6 +110,7 @@ def run(
         str | None, typer.Option(metavar="M:F", help="module:function of (model); higher is better.")
     ] = None,
     max_drop: Annotated[float | None, typer.Option(help="Write nothing if --metric falls by more.")] = None,
+    program: options.Program = False,
     seed: options.Seed = 0,
     output: options.Output = Path("pruned"),
     overwrite: options.Overwrite = False,
@@ -132,11 +136,13 @@ def run(
         max_drop=max_drop,
         skip=skip or (),
         only=only or (),
-        factory=request.factory_of(model),
-        source=model if Path(model).is_dir() else None,
+        factory=None if program else request.factory_of(model),
+        source=model if Path(model).is_dir() and not program else None,
         command=shlex.join(["prunella", *sys.argv[1:]]),
     )
-    network, example = request.open_model(model, inputs, weights=weights, allow_pickle=allow_pickle, seed=seed)
+    network, example = request.open_model(
+        model, inputs, weights=weights, allow_pickle=allow_pickle, seed=seed, program=program
+    )
     outcome = do(
         network, example, job, output, overwrite=overwrite, on_stage=lambda text, s: note(f"{text} ({s:.1f} s)")
     )

@@ -341,7 +341,8 @@ def _entity(record: Trace, name: str) -> Entity:
     tensor = record.tensors[name]
     used = name in record.axes
     shape = tuple(int(n) for n in tensor.shape)
-    return Entity(name, record.names[name], shape, tensor.element_size(), name in record.parameters, used)
+    parameter = name in record.parameters
+    return Entity(name, record.names[name], shape, tensor.element_size(), parameter, used, tensor.requires_grad)
 
 
 def _layers(work: Iterable[Work]) -> Iterator[Layer]:

@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 from prunella.errors import CheckFailed, NotSupported
 from prunella.forward import forward, tensors
 from prunella.graph.couple import changes
+from prunella.graph.lines import called
 from prunella.graph.structure import Graph, Keep
 from prunella.graph.surgery import Along, Changes, change_
 from prunella.graph.undisturbed import undisturbed
@@ -171,18 +172,23 @@ class _NoDownCast(TorchFunctionMode):
     """Keeps float64 where a model's source casts to float32, so that rounding does not hide a wrong cut."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = dict(kwargs or {})
+        kwargs, name = dict(kwargs or {}), called(func)
         narrow = {torch.float32, torch.float16, torch.bfloat16}
-        if getattr(func, "__name__", "") in {"float", "half", "bfloat16"} and args and args[0].dtype == torch.float64:
+        if name in {"float", "half", "bfloat16"} and args and args[0].dtype == torch.float64:
             return args[0]
-        if kwargs.get("dtype") in narrow and args and _double(args[0]):
+        written = isinstance(func, torch._ops.OpOverload) and name in _MAKERS  # a program has types typed in
+        if kwargs.get("dtype") in narrow and (written or (args and _double(args[0]))):
             kwargs["dtype"] = torch.float64
         ends = kwargs.get("offs", args[2] if len(args) > 2 else None)
-        if getattr(func, "__name__", "") in {"grouped_mm", "_grouped_mm"} and _double(args[0]) and ends is not None:
+        if name in {"grouped_mm", "_grouped_mm"} and _double(args[0]) and ends is not None:
             return _grouped_product(args[0], args[1], ends)
-        if getattr(func, "__name__", "") == "to" and args and _double(args[0]):
+        if name in {"to", "softmax", "log_softmax", "sum", "mean", "cumsum"} and args and _double(args[0]):
             args = tuple(torch.float64 if isinstance(a, torch.dtype) and a in narrow else a for a in args)
         return func(*args, **kwargs)
+
+
+_MAKERS = frozenset("zeros ones full empty arange scalar_tensor eye linspace new_zeros new_ones new_full".split())
+"""Operations that make a tensor of a type of their own."""
 
 
 def _grouped_product(tokens: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
@@ -210,7 +216,7 @@ class _Restricted(TorchFunctionMode):
             self.at.setdefault((call.name, call.number), []).append(call)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = getattr(func, "__name__", "")
+        name = called(func)
         number, kwargs = self.count[name], kwargs or {}
         self.count[name] += 1
         for call in self.at.get((name, number), ()):
@@ -237,11 +243,11 @@ def _hidden(values: Tensor, lost: Tensor, axis: int) -> Tensor:
 
 def _normed(func: Any, args: Any, kwargs: Any, kept: Tensor) -> Tensor:
     """A norm of the last axis over the positions kept; zero elsewhere."""
-    names = ("input", "normalized_shape", "weight", "bias", "eps") if "layer" in func.__name__ else _RMS
+    names = ("input", "normalized_shape", "weight", "bias", "eps") if called(func) == "layer_norm" else _RMS
     given = {**dict(zip(names, args, strict=False)), **kwargs}
     affine = {k: given[k].index_select(0, kept) for k in ("weight", "bias") if given.get(k) is not None}
     value = given["input"]
-    narrow = func(value.index_select(-1, kept), (len(kept),), **affine, eps=given.get("eps", _EPS.get(func.__name__)))
+    narrow = func(value.index_select(-1, kept), (len(kept),), **affine, eps=given.get("eps", _EPS.get(called(func))))
     return torch.zeros_like(value).index_copy(-1, kept, narrow)
 
 

@@ -22,7 +22,7 @@ Keep = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class Entity:
-    """One parameter or buffer. Tied ones are a single entity with several names."""
+    """One parameter or buffer. Tied ones are a single entity with several names. trainable: `requires_grad`."""
 
     name: str
     names: tuple[str, ...]
@@ -30,6 +30,7 @@ class Entity:
     itemsize: int
     parameter: bool
     used: bool
+    trainable: bool = True
 
 
 @dataclass(frozen=True)

@@ -9,13 +9,11 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -28,6 +26,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from prunella.forward import forward, tensors
 from prunella.graph.axes import WHOLE, Dim, Ledger, Reason, Run, Soft
+from prunella.graph.lines import GENERATED, LIBRARY, called, place, short
 from prunella.graph.provenance import (
     Attr,
     Comparison,
@@ -43,7 +42,6 @@ from prunella.graph.structure import Ints, Role
 from prunella.graph.undisturbed import undisturbed
 
 log = logging.getLogger(__name__)
-_LIBRARY = (f"{Path(torch.__file__).parent}{os.sep}", f"{Path(__file__).parents[1]}{os.sep}")
 Axis = tuple[str, int]
 """One axis of one parameter or buffer: its first name and the axis number."""
 
@@ -240,18 +238,12 @@ class Trace:
         frame: FrameType | None = sys._getframe(1)
         while frame is not None:
             path = frame.f_code.co_filename
-            if not path.startswith(_LIBRARY) and not path.startswith("<"):
-                return f"{_short(path)}:{frame.f_lineno}"
+            if path.startswith(GENERATED):
+                return place(frame)
+            if not path.startswith(LIBRARY) and not path.startswith("<"):
+                return f"{short(path)}:{frame.f_lineno}"
             frame = frame.f_back
         return ""
-
-
-def _short(path: str) -> str:
-    """A path as a reader knows it: from the package on, or the file's own name."""
-    parts = Path(path).parts
-    if "site-packages" in parts:
-        return "/".join(parts[parts.index("site-packages") + 1 :])
-    return "/".join(parts[-2:])
 
 
 def _storage_key(tensor: Tensor) -> tuple[Any, ...]:
@@ -272,7 +264,7 @@ class _Calls(TorchFunctionMode):
         self.count: Counter[str] = Counter()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = getattr(func, "__name__", "")
+        name = called(func)
         kwargs = kwargs or {}
         if func == Tensor.shape.__get__ or name == "size":  # type: ignore[attr-defined]
             return self._sizes(func(*args, **kwargs), *args, **kwargs)
@@ -343,8 +335,8 @@ class _Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 SIZED = frozenset(
     (
-        "view reshape unflatten expand repeat split split_with_sizes chunk tensor_split narrow __getitem__ __setitem__ "
-        "zeros ones empty new_zeros new_ones new_empty new_full conv1d conv2d conv3d conv_transpose1d "
+        "view reshape unflatten expand repeat split split_with_sizes chunk tensor_split narrow slice __getitem__ "
+        "__setitem__ zeros ones empty new_zeros new_ones new_empty new_full conv1d conv2d conv3d conv_transpose1d "
         "conv_transpose2d conv_transpose3d group_norm channel_shuffle view_as expand_as pad broadcast_to histc bincount"
     ).split()
 )

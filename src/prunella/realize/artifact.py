@@ -2,6 +2,7 @@
 
     model.safetensors    the tensors, tied ones once           manifest.json   everything else, written last
     buffers.safetensors  buffers that are not in the state dict, if any        plan.safetensors   the plan, if given
+    program.pt2          only for a program: it has no source to be rebuilt from
     config.json          only where plain `from_pretrained` reads the folder   tokenizer files, from `source`
 
 The model is rebuilt as the dense architecture without weights, cut along the recorded positions, and filled.
@@ -21,21 +22,25 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import GraphModule
 
 import prunella
 from prunella.errors import BadInput, PruningError, RequestError
+from prunella.exported import load_exported
 from prunella.files import MARKER, digest, new_folder, plain_name
 from prunella.graph.provenance import size_of
 from prunella.graph.vocabulary import names_token
 from prunella.pipeline import Plan
 from prunella.realize import origin as origins
 from prunella.realize import pretrained
+from prunella.realize.export import export
 from prunella.realize.origin import Factory
 from prunella.realize.plan_file import read_size, save_plan
 from prunella.realize.state import State, fill_, read_state, read_tensors, write_tensors
 
 FORMAT = 1
 WEIGHTS, BUFFERS, PLAN = "model.safetensors", "buffers.safetensors", "plan.safetensors"
+PROGRAM = "program.pt2"
 Cuts = Mapping[str, Mapping[int, Tensor]]
 
 
@@ -71,9 +76,9 @@ def save(
     is made, as a function or `package.module:function`, `timm:NAME`, `torchvision:NAME`, with JSON `kwargs`; not
     needed for models of transformers, whose configuration is stored. source: the Hugging Face folder that the model
     came from; its tokenizer files are copied, unless tokens went: the plan in the folder has their numbers. dense: the
-    dense Hugging Face model, where pruning changed sizes in the configuration. Errors: RequestError when the folder
-    exists (unless `overwrite`) or cannot be written, or when the model cannot be rebuilt from what was given; BadInput
-    for NaN. An error leaves nothing behind.
+    dense Hugging Face model, where pruning changed sizes in the configuration. A program (`as_program`, a .pt2 file) is
+    stored as one, with its plan. Errors: RequestError when the folder exists (unless `overwrite`) or cannot be written,
+    or when the model cannot be rebuilt from what was given; BadInput for NaN. An error leaves nothing behind.
     """
     state = read_state(model)
     origin = _origin(model, factory, kwargs or {}, source, dense)
@@ -82,6 +87,7 @@ def save(
         _copy_extras(source, folder, renumbered=bool(plan and plan.renumbered))
         if plan and plan.renumbered and hasattr(model, "generation_config"):
             pretrained.write_generation(model, folder)
+        _write_program(model, origin, plan, folder)
         manifest = _manifest(state, origin, plan)
         note = _make_pretrained(manifest, model, plan, folder) if origin["kind"] == "transformers" else ""
         manifest["files"] = {f.name: {"sha256": digest(f), "bytes": f.stat().st_size} for f in sorted(folder.iterdir())}
@@ -104,16 +110,21 @@ def load(
     """
     folder = Path(path)
     manifest = read_manifest(folder)
-    check_files(folder, manifest, (WEIGHTS, BUFFERS))
+    check_files(folder, manifest, (WEIGHTS, BUFFERS, PROGRAM))
     state = _read_data(folder, manifest)
-    build = origins.builder(manifest["origin"], factory, str(folder))
-    model = origins.build_empty(build)
+    captured = manifest["origin"].get("kind") == "program"  # stored as it was cut, so no factory can make it
+    model = load_exported(folder / PROGRAM)[0] if captured else _rebuilt(manifest, factory, folder)
     try:
-        _cut(model, manifest)
+        if not captured:
+            _cut(model, manifest)
         fill_(model, state)
     except PruningError as error:
         raise BadInput(f"cannot rebuild the model in {folder}", f"{error.what}: {error.why}", error.todo) from error
     return model.to(device).eval()
+
+
+def _rebuilt(manifest: Mapping[str, Any], factory: Factory | None, folder: Path) -> nn.Module:
+    return origins.build_empty(origins.builder(manifest["origin"], factory, str(folder)))
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -157,6 +168,8 @@ def check_files(folder: Path, manifest: Mapping[str, Any], names: tuple[str, ...
 def _origin(
     model: nn.Module, factory: Factory | None, kwargs: Mapping[str, Any], source: Any, dense: nn.Module | None
 ) -> dict[str, Any]:
+    if isinstance(model, GraphModule) and factory is None:
+        return {"kind": "program"}
     origin = origins.describe(model, factory, kwargs, dense or model)
     config = Path(source) / "config.json" if source is not None else None
     if origin["kind"] == "transformers" and dense is None and config is not None and config.is_file():
@@ -178,6 +191,14 @@ def _write_data(state: State, plan: Plan | None, folder: Path) -> None:
         write_tensors(extra, folder / BUFFERS)
     if plan is not None:
         save_plan(plan, folder / PLAN)
+
+
+def _write_program(model: nn.Module, origin: Mapping[str, Any], plan: Plan | None, folder: Path) -> None:
+    if origin["kind"] != "program":
+        return
+    if plan is None or plan.inputs is None:
+        raise RequestError("a program is saved with its plan", "it is written with the plan's example", "pass plan=")
+    export(model, folder / PROGRAM, inputs=plan.inputs)
 
 
 def _read_data(folder: Path, manifest: Mapping[str, Any]) -> State:

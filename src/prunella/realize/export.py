@@ -7,11 +7,8 @@ from __future__ import annotations
 
 import copy
 import importlib.util
-import logging
 import os
-import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -27,15 +24,12 @@ from prunella.files import write_atomic
 from prunella.forward import forward, mode, tensors
 from prunella.graph.oracle import relative_error
 from prunella.pipeline import Inputs
+from prunella.program import TOLERANCE, capture, quiet
 from prunella.realize.state import read_state, write_tensors
 
 Format = Literal["safetensors", "pt2", "onnx"]
 FORMATS: tuple[Format, ...] = ("safetensors", "pt2", "onnx")
-TOLERANCE = 1e-4
-"""Largest difference allowed between the model and what the reader computes, relative to the largest output."""
-
 _LARGEST_PROTOBUF = 1_900_000_000
-_LOGGERS = ("torch.onnx", "onnxscript", "onnx_ir", "torch.export", "torch.fx.experimental.symbolic_shapes")
 
 
 @dataclass(frozen=True)
@@ -77,7 +71,7 @@ def export(
     def write(temporary: Path) -> None:
         found.append(_write(on_cpu, temporary, final, chosen, inputs))
 
-    with mode(on_cpu, training=False), torch.no_grad(), _quiet():
+    with mode(on_cpu, training=False), torch.no_grad(), quiet():
         write_atomic(final, write)
     return found[0]
 
@@ -115,7 +109,7 @@ def _safetensors(model: nn.Module, file: Path) -> tuple[int, int]:
 
 
 def _pt2(model: nn.Module, file: Path, example: Inputs) -> tuple[bool, str, list[Tensor], Mapping[str, Tensor]]:
-    program, dynamic = _program(model, example)
+    program, dynamic = capture(model, example)
     # An example would be stored as a pickle, and stack traces would tell the folders of this machine.
     program._example_inputs = None
     for node in program.graph.nodes:
@@ -126,66 +120,11 @@ def _pt2(model: nn.Module, file: Path, example: Inputs) -> tuple[bool, str, list
     return dynamic, "torch.export.load", tensors(forward(again, example)), dict(again.state_dict())
 
 
-def _program(model: nn.Module, example: Inputs) -> tuple[Any, bool]:
-    """The exported program, for any batch size if it can be, and whether it is."""
-    wide = _resized(example, 2)
-    if wide is not None:
-        try:
-            program = _capture(model, wide, tree_map(_free_batch, _arguments(wide)[0] or _arguments(wide)[1]))
-            if _batch_free(program, model, example):
-                return program, True
-        except NotSupported:
-            pass  # the model fixes its batch size
-    return _capture(model, example, None), False
-
-
-def _arguments(example: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    if isinstance(example, Mapping):
-        return (), dict(example)
-    return (example if isinstance(example, tuple) else (example,)), {}
-
-
-def _capture(model: nn.Module, example: Inputs, shapes: Any) -> Any:
-    args, kwargs = _arguments(example)
-    try:
-        return torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
-    except Exception as error:  # torch.export has no one error type
-        line = str(error).strip().splitlines()[0] if str(error).strip() else ""
-        todo = "export needs a forward without branches on values; safetensors always works"
-        raise NotSupported("torch.export cannot capture this model", f"{type(error).__name__}: {line}", todo) from error
-
-
-def _batch_free(program: Any, model: nn.Module, example: Inputs) -> bool:
-    """Whether the program computes what the model does for batches of 1 and 3 too; it was captured with 2."""
-    module = program.module()
-    for size in (1, 3):
-        batch = _resized(example, size)
-        try:
-            if not relative_error(tensors(forward(model, batch)), tensors(forward(module, batch))) <= TOLERANCE:
-                return False
-        except (RuntimeError, AssertionError, ValueError):
-            return False
-    return True
-
-
-def _resized(example: Inputs, size: int) -> Any:
-    """The example with `size` items in its batch, or None when its tensors do not share a first dimension."""
-    found = tensors(example)
-    first = {t.shape[0] if t.dim() else 0 for t in found}
-    if len(first) != 1 or 0 in first:
-        return None
-    return tree_map(lambda v: torch.cat([v[:1]] * size) if isinstance(v, Tensor) else v, example)
-
-
-def _free_batch(value: Any) -> Any:
-    return {0: torch.export.Dim.AUTO} if isinstance(value, Tensor) else None
-
-
 def _onnx(model: nn.Module, file: Path, example: Inputs) -> tuple[bool, str, list[Tensor], Mapping[str, Tensor]]:
     for extra in ("onnx", "onnxscript"):
         if importlib.util.find_spec(extra) is None:
             raise MissingExtra("the onnx export needs onnx and onnxscript", "", "pip install 'prunella[onnx]'")
-    program, dynamic = _program(model, example)
+    program, dynamic = capture(model, example)
     size = sum(t.nbytes for t in [*model.parameters(), *model.buffers()])
     if size > _LARGEST_PROTOBUF:
         raise NotSupported(
@@ -259,18 +198,3 @@ def _format(path: Path, chosen: Format | None) -> Format:
 def _on_cpu(model: nn.Module) -> nn.Module:
     where = {t.device.type for t in [*model.parameters(), *model.buffers()]}
     return model if where <= {"cpu"} else copy.deepcopy(model).cpu()
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """torch's exporters warn and log about their own insides; what matters is in the result."""
-    levels = {name: logging.getLogger(name).level for name in _LOGGERS}
-    for name in levels:
-        logging.getLogger(name).setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for name, level in levels.items():
-            logging.getLogger(name).setLevel(level)

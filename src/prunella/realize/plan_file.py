@@ -49,6 +49,7 @@ def save_plan(plan: Plan, path: str | os.PathLike[str]) -> Path:
         "inputs": box.pack(plan.inputs, "inputs"),
         "renumbered": [[list(e.inputs), [list(o) for o in e.outputs], box.tensor(e.kept)] for e in plan.renumbered],
         "along": [[call.name, call.number, call.axis, box.tensor(call.kept)] for call in plan.along],
+        "remarks": list(plan.remarks),
     }
     head = json.dumps({"version": VERSION, "sha256": _fingerprint(box.tensors), "plan": body})
     return write_atomic(path, lambda file: save_file(box.tensors, file, metadata={_KEY: head}))
@@ -101,6 +102,7 @@ def _plan(body: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Plan:
             for inputs, outputs, kept in body.get("renumbered", ())
         ),
         along=tuple(Along(name, number, axis, tensors[kept]) for name, number, axis, kept in body.get("along", ())),
+        remarks=tuple(str(line) for line in body.get("remarks", ())),
     )
 
 

@@ -45,7 +45,7 @@ _ADAPTS = frozenset(
 def _link_sizes(trace: Trace, dims: Sequence[Dim], new: Sequence[int]) -> None:
     call = trace.call()
     raw = flat(call.args[1:]) + flat(call.kwargs.values())
-    if call.name in {"view", "reshape"} and len(raw) == len(new):
+    if call.name in {"view", "reshape", "_unsafe_view"} and len(raw) == len(new):
         for size, dim, length in zip(raw, dims, new, strict=True):
             trace.link(size, dim, length)
     elif call.name == "unflatten":
@@ -148,7 +148,7 @@ def repeat(trace: Trace, ctx: Context) -> Returned:
     dims: list[Dim] = []
     for k, count in enumerate(counts):
         if k < lead or old[k - lead] == 1:
-            dims.append(_asked(raw[k]) if len(raw) == len(counts) else WHOLE)
+            dims.append(_asked(raw[k]) or _follows(trace, raw[k], count) if len(raw) == len(counts) else WHOLE)
         else:
             dims.append(merge([WHOLE, value.dims[k - lead]], [count, old[k - lead]]))
     return Value.plain(dims)

@@ -28,7 +28,7 @@ def slice_(trace: Trace, ctx: Context) -> Returned:
         for raw, bound, edge in ((ctx.args[2], start, 0), (ctx.args[3], stop, size)):
             if bound != edge:
                 _link_bound(trace, dim, int(raw), bound)
-        if trace.call().name not in {"__getitem__", "__setitem__"}:
+        if trace.call().name not in {"__getitem__", "__setitem__", "slice"}:
             trace.freeze(dim, f"{trace.call().name} slices it")
     dims, axes = list(value.dims), list(value.axes)
     if (start, stop, step) != (0, size, 1):
@@ -87,7 +87,7 @@ def _link_bound(trace: Trace, dim: Dim, raw: int, bound: int) -> None:
 def _raw_bound(trace: Trace, bound: int) -> int:
     """The Python argument that gave a slice bound: tracked if the source computes it, else the number itself."""
     call = trace.call()
-    raw: list[Any] = []
+    raw: list[Any] = list(call.args[2:4]) if call.name == "slice" else []
     for item in flat(call.args[1:]):
         raw += [item.start, item.stop] if isinstance(item, slice) else []
     match = [r for r in raw if isinstance(r, Tracked) and plain(r) == bound]
@@ -148,12 +148,12 @@ def _equal_pieces(trace: Trace, dim: Dim, sizes: Sequence[int]) -> list[Dim]:
     if len(sizes) == 1:
         return [dim]
     rows, columns = trace.ledger.split(dim, [len(sizes), sizes[0]])
-    trace.ledger.freeze(rows, Reason("every piece of a split stays"))
     raw = _raw_sizes(trace, len(sizes))
     if not raw and trace.call().name not in {"chunk", "glu"}:
         trace.freeze(columns, f"{trace.call().name} hides where its sizes come from")
     for size in raw:
         trace.link(size, columns, sizes[0])
+    trace.ledger.freeze(rows, Reason("every piece of a split stays"))
     return [columns if sizes[0] > 1 else WHOLE] * len(sizes)
 
 

@@ -1,0 +1,61 @@
+"""What a running line is called, and where it stands: in the model's source, or in the source that a program came from.
+
+The code of a graph module is generated: its lines stand in no file. Each of its nodes may remember the line of the
+model's source that it was captured from; else the name of the node is its place.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import fx
+
+from prunella.graph.provenance import plain
+
+GENERATED = "<eval_with_key>"
+"""How the file names of generated code begin."""
+LIBRARY = (f"{Path(torch.__file__).parent}{os.sep}", f"{Path(__file__).parents[1]}{os.sep}")
+"""Folders of torch and of this package: no lines of a model."""
+_LINE = re.compile(r'File "([^"]+)", line (\d+)')
+
+
+def called(func: Any) -> str:
+    """The name of a call: `view` for `Tensor.view` and for the operation `aten.view.default` of a program."""
+    if isinstance(func, torch._ops.OpOverload):
+        namespace, _, name = func._schema.name.partition("::")
+        return _SYMBOLIC.get(name, name) if namespace == "aten" else name
+    return getattr(func, "__name__", "")
+
+
+_SYMBOLIC = {"sym_size": "size", "sym_numel": "numel", "sym_stride": "stride"}
+
+
+def place(frame: FrameType) -> str:
+    """`file:line` of the source that the running line of a graph module was captured from, or the node's name."""
+    module = frame.f_locals.get("self")
+    numbers = getattr(module, "_lineno_map", None)
+    if not isinstance(module, fx.GraphModule) or not numbers:
+        return ""
+    first = plain(getattr(module, "_prologue_start", None) or 0)  # tracked, as all integers of a module in a run
+    at = numbers.get(frame.f_lineno - first)
+    nodes = list(module.graph.nodes)
+    return _source(nodes[at]) if at is not None and at < len(nodes) else ""
+
+
+def _source(node: fx.Node) -> str:
+    found = _LINE.findall(node.meta.get("stack_trace") or "")
+    own = [(path, line) for path, line in found if not path.startswith(LIBRARY)]
+    return f"{short(own[-1][0])}:{own[-1][1]}" if own else node.name
+
+
+def short(path: str) -> str:
+    """A path as a reader knows it: from the package on, or the file's own name."""
+    parts = Path(path).parts
+    if "site-packages" in parts:
+        return "/".join(parts[parts.index("site-packages") + 1 :])
+    return "/".join(parts[-2:])

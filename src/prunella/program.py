@@ -1,0 +1,127 @@
+"""A model as a program of its own: what `torch.export` captures, whose sizes can all follow a cut."""
+
+from __future__ import annotations
+
+import io
+import logging
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, redirect_stderr
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from prunella.errors import CheckFailed, NotSupported
+from prunella.forward import forward, mode, tensors
+from prunella.graph.oracle import relative_error
+from prunella.literals import module_of
+
+TOLERANCE = 1e-4
+"""Largest difference allowed between a model and what was captured of it, relative to the largest output."""
+_LOGGERS = ("torch.onnx", "onnxscript", "onnx_ir", "torch.export", "torch.fx.experimental.symbolic_shapes")
+
+
+def as_program(model: nn.Module, inputs: Any) -> nn.Module:
+    """The model as a graph module, of which `plan` and `shrink` can cut what a size in the source would keep whole.
+
+    `view(b, 12, 64)`, `split(x, 256)` or `x[:, :128]` type a size into the source, and no cut can change source. In
+    the program each such size is an integer attribute of the module, which follows the cut like any other. Parameters
+    and buffers are those of the model (the same tensors, of the same names, with their ties and `requires_grad`).
+
+    inputs: an example; any batch size, and any length of integer inputs, is taken where the source allows it.
+    The program computes what the model does in eval mode, whatever its own training flag says: dropout is gone and
+    batch norms use their running statistics. It can be trained so. `save` and `export` store it as a .pt2 file.
+
+    Errors: NotSupported when torch cannot capture the model, CheckFailed when what it captured computes something else.
+    """
+    with mode(model, training=False), quiet():
+        with torch.no_grad():
+            expected = tensors(forward(model, inputs))
+        with torch.enable_grad():  # else parts of the source without gradients would not be told apart
+            program = module_of(capture(model, inputs)[0])
+        with torch.no_grad():
+            error = relative_error(expected, tensors(forward(program, inputs)))
+    if not error <= TOLERANCE:
+        raise CheckFailed("the program does not compute what the model computes", f"relative error {error:.1e}")
+    return program
+
+
+def capture(model: nn.Module, example: Any) -> tuple[Any, bool]:
+    """The exported program, for any batch size if it can be, and whether it is."""
+    wide = _resized(example, 2)
+    if wide is not None:
+        for free in (_free_words, _free_batch):
+            try:
+                program = _capture(model, wide, tree_map(free, _arguments(wide)[0] or _arguments(wide)[1]))
+                if _batch_free(program, model, example):
+                    return program, True
+            except NotSupported:
+                pass  # the model fixes its sizes
+    return _capture(model, example, None), False
+
+
+def _arguments(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if isinstance(example, Mapping):
+        return (), dict(example)
+    return (example if isinstance(example, tuple) else (example,)), {}
+
+
+def _capture(model: nn.Module, example: Any, shapes: Any) -> Any:
+    args, kwargs = _arguments(example)
+    try:
+        with redirect_stderr(io.StringIO()):  # where it fails it prints the whole graph
+            return torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
+    except Exception as error:  # torch.export has no one error type
+        line = str(error).strip().splitlines()[0] if str(error).strip() else ""
+        todo = "export needs a forward without branches on values; safetensors always works"
+        raise NotSupported("torch.export cannot capture this model", f"{type(error).__name__}: {line}", todo) from error
+
+
+def _batch_free(program: Any, model: nn.Module, example: Any) -> bool:
+    """Whether the program computes what the model does for batches of 1 and 3 too; it was captured with 2."""
+    module = program.module()
+    for size in (1, 3):
+        batch = _resized(example, size)
+        try:
+            if not relative_error(tensors(forward(model, batch)), tensors(forward(module, batch))) <= TOLERANCE:
+                return False
+        except (RuntimeError, AssertionError, ValueError):
+            return False
+    return True
+
+
+def _resized(example: Any, size: int) -> Any:
+    """The example with `size` items in its batch, or None when its tensors do not share a first dimension."""
+    found = tensors(example)
+    first = {t.shape[0] if t.dim() else 0 for t in found}
+    if len(first) != 1 or 0 in first:
+        return None
+    return tree_map(lambda v: torch.cat([v[:1]] * size) if isinstance(v, Tensor) else v, example)
+
+
+def _free_batch(value: Any) -> Any:
+    return {0: torch.export.Dim.AUTO} if isinstance(value, Tensor) else None
+
+
+def _free_words(value: Any) -> Any:
+    """The batch, and the length of what is counted in words."""
+    if isinstance(value, Tensor) and not value.is_floating_point():
+        return dict.fromkeys(range(value.dim()), torch.export.Dim.AUTO)
+    return _free_batch(value)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """torch's exporters warn and log about their own insides; what matters is in the result."""
+    levels = {name: logging.getLogger(name).level for name in _LOGGERS}
+    for name in levels:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
