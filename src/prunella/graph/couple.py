@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from prunella.errors import BadInput, PruningError
 from prunella.graph.axes import Dim
+from prunella.graph.depth import add_stacks, dropped
 from prunella.graph.equations import Equations
 from prunella.graph.ops import apply_rule
 from prunella.graph.sizes import freeze_unfollowed, solve
@@ -59,12 +60,22 @@ def couple(model: nn.Module, inputs: Any) -> Graph:
     for work in record.work:
         for dim, _ in work.dims:
             record.ledger.single(dim)
-    return _graph(record)
+    return add_stacks(_graph(record), model, record.flow)
 
 
 def changes(graph: Graph, keep: Keep) -> Changes:
     """What has to be done to the model for only `keep` to remain."""
-    return Changes(cuts(graph, keep), attributes(graph, keep))
+    gone = dropped(graph, keep)
+    return Changes(cuts(graph, keep), attributes(graph, keep), gone, _shortened(graph, gone))
+
+
+def _shortened(graph: Graph, gone: Mapping[str, tuple[str, ...]]) -> dict[tuple[str, str], tuple[int, ...]]:
+    """(owner, name) -> positions that go, for each list with one entry for each block."""
+    return {
+        place: tuple(graph.orders[stack].index(name) for name in names)
+        for stack, names in gone.items()
+        for place in graph.lists.get(stack, ())
+    }
 
 
 def cuts(graph: Graph, keep: Keep) -> dict[str, dict[int, Tensor]]:

@@ -1,4 +1,7 @@
-"""The oracle that every cut passes: in float64, the smaller module gives the output of the masked one."""
+"""The oracle that every cut passes: in float64, the smaller module gives the output of the masked one.
+
+Masked means: removed positions are zero, and a dropped block gives its first input tensor back as its first output.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from prunella.errors import CheckFailed, NotSupported
 from prunella.forward import forward, tensors
+from prunella.graph.blocks import bypassed
 from prunella.graph.couple import changes
 from prunella.graph.structure import Graph, Keep
 from prunella.graph.surgery import Changes, change_
@@ -101,9 +105,9 @@ class _DenseFailed(Exception):
 def _compare(dense: nn.Module, small: nn.Module, done: Changes, inputs: Any, *, double: bool) -> Verification:
     batch = as_double(inputs) if double else inputs
     try:
-        reference = _run(_precise(masked(dense, done), double), batch)
+        reference = _reference(dense, done, batch, double=double)
         if not all(torch.isfinite(t).all() for t in reference):
-            reference = _run(_precise(masked(dense, done, consumers=True), double), batch)
+            reference = _reference(dense, done, batch, double=double, consumers=True)
         if double and any(torch.isnan(t).any() for t in reference):
             raise _DenseFailed
     except NotSupported as error:
@@ -113,6 +117,13 @@ def _compare(dense: nn.Module, small: nn.Module, done: Changes, inputs: Any, *, 
     found = _run(_precise(copy.deepcopy(small), double), batch)
     worst = relative_error(reference, found)
     return Verification(worst, TOLERANCE if double else SINGLE, len(found), "float64" if double else "own precision")
+
+
+def _reference(dense: nn.Module, done: Changes, batch: Any, *, double: bool, consumers: bool = False) -> list[Tensor]:
+    """Outputs of the masked model whose dropped blocks are bypassed."""
+    made = _precise(masked(dense, done, consumers=consumers), double)
+    with bypassed(made, done.dropped):
+        return _run(made, batch)
 
 
 def _precise(model: nn.Module, double: bool) -> nn.Module:
@@ -196,7 +207,7 @@ def _run(model: nn.Module, inputs: Any) -> list[Tensor]:
     try:
         with undisturbed(model), _NoDownCast():
             return tensors(forward(model, inputs))
-    except (RuntimeError, ValueError, AssertionError, IndexError, TypeError) as error:
+    except (RuntimeError, ValueError, AssertionError, LookupError, TypeError, AttributeError) as error:
         raise NotSupported(
             "the smaller model does not run",
             f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}",

@@ -177,7 +177,7 @@ for (
     _install_leak(f"__{_symbol}__")
 
 
-def _holders(model: nn.Module) -> Iterator[tuple[str, dict[str, Any]]]:
+def holders(model: nn.Module) -> Iterator[tuple[str, dict[str, Any]]]:
     """Every `__dict__` that holds sizes: modules, and plain configuration objects that modules point to."""
     seen: set[int] = set()
     for path, module in model.named_modules():
@@ -202,7 +202,7 @@ def tracked_attributes(model: nn.Module, leak: Leak) -> Iterator[None]:
     """Replace the integers of the model's modules and configurations by `Tracked` ones, and put them back."""
     wrapped: list[tuple[dict[str, Any], str]] = []
     try:
-        for owner, values in _holders(model):
+        for owner, values in holders(model):
             for name, value in list(values.items()):
                 if type(value) is int:
                     values[name] = Tracked(value, Attr(owner, name, value), leak)

@@ -27,6 +27,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from prunella.forward import forward, tensors
 from prunella.graph.axes import WHOLE, Dim, Ledger, Reason
+from prunella.graph.flow import Flow, watched
 from prunella.graph.provenance import (
     Attr,
     Comparison,
@@ -122,6 +123,7 @@ class Trace:
     decisions: list[tuple[Comparison, str]] = field(default_factory=list)
     modules: list[str] = field(default_factory=list)
     calls: list[Call] = field(default_factory=list)
+    flow: Flow = field(default_factory=Flow)
 
     def value(self, tensor: Tensor) -> Value:
         """The labels of a tensor; parameters and buffers get theirs when first met, unknown tensors always stay."""
@@ -339,25 +341,6 @@ def _entities(model: nn.Module) -> tuple[dict[str, tuple[str, ...]], dict[str, T
     return {first[k]: tuple(v) for k, v in names.items()}, {first[k]: t for k, t in found.items()}, kinds
 
 
-@contextmanager
-def _watch_modules(model: nn.Module, stack: list[str]) -> Iterator[None]:
-    paths = {id(module): path for path, module in model.named_modules()}
-    handles = [
-        nn.modules.module.register_module_forward_pre_hook(lambda m, a: stack.append(paths.get(id(m), ""))),
-        nn.modules.module.register_module_forward_hook(lambda m, a, o: _pop(stack), always_call=True),
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _pop(stack: list[str]) -> None:
-    if stack:
-        stack.pop()
-
-
 _MACHINERY = frozenset({"_parameters", "_buffers", "_modules", "training"})
 
 
@@ -420,16 +403,18 @@ def trace(model: nn.Module, inputs: Any, apply_rule: Callable[..., None]) -> Tra
     record = Trace(names, entities, parameters)
     for name, tensor in entities.items():
         record.aliases[_storage_key(tensor)] = name
+    record.flow.start(inputs)
     for tensor in tensors(inputs):
         record.values[tensor] = Value.plain([WHOLE] * tensor.dim())
     with ExitStack() as stack:
         stack.enter_context(undisturbed(model))
-        stack.enter_context(_watch_modules(model, record.modules))
+        stack.enter_context(watched(model, record.modules, record.flow))
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         stack.enter_context(tracked_attributes(model, record.leak))
         stack.enter_context(_Operations(record, apply_rule))
         stack.enter_context(_Calls(record))
         output = forward(model, inputs)
+    record.flow.finish(output)
     for tensor in tensors(output):
         for dim in record.value(tensor).dims:
             record.ledger.freeze(dim, Reason("it is an output of the model"))
