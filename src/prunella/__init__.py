@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from prunella.granularity import NM as NM
     from prunella.granularity import Block as Block
     from prunella.granularity import Channel as Channel
+    from prunella.granularity import Depth as Depth
     from prunella.granularity import Element as Element
     from prunella.granularity import Head as Head
     from prunella.granularity import Reduce as Reduce
@@ -87,6 +88,7 @@ _HOME = {
     "uniform": "allocation",
     "Block": "granularity",
     "Channel": "granularity",
+    "Depth": "granularity",
     "Element": "granularity",
     "Head": "granularity",
     "NM": "granularity",

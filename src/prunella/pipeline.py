@@ -18,14 +18,16 @@ from prunella.budget import Allocation
 from prunella.contest import Rules, Units, Weights, obstacles, share
 from prunella.criteria import magnitude
 from prunella.errors import BadInput, NotSupported, RequestError
-from prunella.granularity import NM, Channel, Granularity, Masking, Structural
+from prunella.granularity import NM, Channel, Depth, Granularity, Masking, Structural
+from prunella.graph.counters import counted
 from prunella.graph.couple import changes, couple
+from prunella.graph.depth import narrow
 from prunella.graph.oracle import unproven
 from prunella.graph.structure import Frozen, Graph, Group, Keep, Layer
 from prunella.graph.surgery import Changes
 from prunella.graph.view import from_matrix
 from prunella.method import needs_of
-from prunella.names import check_patterns, chosen, names_of_group, names_of_layer
+from prunella.names import check_patterns, chosen, names_of_group, names_of_layer, spared_blocks
 from prunella.request import check_finite, check_function, check_granularity, check_numbers, checked_target
 from prunella.scoring import Absent, Criterion, Scorer, name_of
 from prunella.stats import Source, Subject, collect, untouched
@@ -116,6 +118,7 @@ class Plan:
     keep: group name -> bool over its units.          masks: parameter name -> bool of its shape (True is kept).
     cuts: entity -> axis -> kept positions (int64).   attributes: (owner, name) -> new value of a size attribute.
     weights: parameter name -> new values, for methods that change them. inputs: the example, for verification.
+    dropped: container -> names of the blocks that go. lists: (owner, name) -> positions that go from a plain list.
     """
 
     recipe: Mapping[str, Any]
@@ -130,11 +133,13 @@ class Plan:
     frozen: tuple[Frozen, ...]
     weights: Mapping[str, Tensor] = field(default_factory=dict)
     inputs: Inputs | None = None
+    dropped: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    lists: Mapping[tuple[str, str], tuple[int, ...]] = field(default_factory=dict)
 
     @property
     def changes(self) -> Changes:
         """All that the plan does to the structure of the model."""
-        return Changes(self.cuts, self.attributes)
+        return Changes(self.cuts, self.attributes, self.dropped, self.lists)
 
     @property
     def got(self) -> float:
@@ -188,6 +193,8 @@ def plan(
     with untouched(model, recipe.seed):
         graph = couple(model, inputs)
         check_patterns(graph, skip, only)
+        if any(isinstance(grain, Depth) for grain in recipe.grains):
+            graph = counted(model, narrow(graph, spared_blocks(graph, skip, only)), inputs)
         job = _Job(model, graph, recipe, target, Source(data, loss), tuple(skip), tuple(only), inputs)
         return job.structure() if isinstance(recipe.grains[0], Structural) else job.masks()
 
@@ -235,10 +242,12 @@ class _Job:
         """Groups that take part, and what does not, with reasons."""
         kinds = {grain.kind for grain in self.recipe.grains if isinstance(grain, Structural)}
         mine, frozen = [], list(self.graph.frozen)
-        for group in self.graph.groups:
+        if "block" in kinds:
+            frozen += self.graph.rooted
+        for group in (*self.graph.groups, *(self.graph.stacks if "block" in kinds else ())):
             reason = f"granularity is {' and '.join(sorted(kinds))}, this is {group.kind}"
             if group.kind in kinds:
-                reason = chosen(names_of_group(self.graph, group), self.skip, self.only)
+                reason = "" if group.paths else chosen(names_of_group(self.graph, group), self.skip, self.only)
             if not reason and group.size == 1:
                 reason = "a single unit, which has to stay"
             frozen += [_set_aside(group, reason)] if reason else []
@@ -340,6 +349,8 @@ class _Job:
             rows=rows,
             frozen=tuple(frozen),
             inputs=self.inputs,
+            dropped=done.dropped,
+            lists=done.lists,
         )
 
 
@@ -359,6 +370,8 @@ def _nm_masks(pattern: NM, layers: Sequence[Layer], scores: Sequence[Tensor]) ->
 
 
 def _set_aside(group: Group, reason: str) -> Frozen:
+    if group.paths:
+        return Frozen(group.name, -1, group.size, reason, "")
     maker = next((m for m in group.members if m.role == "out"), group.members[0])
     return Frozen(maker.entity, maker.axis, len(maker.index), reason, "")
 

@@ -29,7 +29,8 @@ TargetText = Annotated[
     typer.Option("--target", metavar="T", help="What must remain: macs=0.5, params=2M, bytes=40MB; or sparsity=0.9."),
 ]
 GranularityText = Annotated[
-    str | None, typer.Option("--granularity", metavar="G", help="What goes: channel, head, element; several by comma.")
+    str | None,
+    typer.Option("--granularity", metavar="G", help="What goes: channel, head, depth, element; several by comma."),
 ]
 AllocationName = Annotated[str | None, typer.Option("--allocation", metavar="A", help="How layers share the budget.")]
 Floor = Annotated[float | None, typer.Option("--floor", help="Fraction of every group that stays at least.")]

@@ -4,14 +4,15 @@ from prunella.granularity.element import Element as Element
 from prunella.granularity.pattern import NM as NM
 from prunella.granularity.pattern import Block as Block
 from prunella.granularity.structure import Channel as Channel
+from prunella.granularity.structure import Depth as Depth
 from prunella.granularity.structure import Head as Head
 from prunella.granularity.structure import Reduce as Reduce
 from prunella.granularity.structure import reduce_to_units as reduce_to_units
 
 Masking = Element | Block | NM
 """Granularities that give masks: weights become zero, shapes stay."""
-Structural = Channel | Head
+Structural = Channel | Depth | Head
 """Granularities that give smaller models."""
 Granularity = Masking | Structural
 
-__all__ = ["NM", "Block", "Channel", "Element", "Granularity", "Head", "Masking", "Reduce", "Structural"]
+__all__ = ["NM", "Block", "Channel", "Depth", "Element", "Granularity", "Head", "Masking", "Reduce", "Structural"]
