@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from prunella.granularity import NM as NM
     from prunella.granularity import Block as Block
     from prunella.granularity import Channel as Channel
+    from prunella.granularity import Depth as Depth
     from prunella.granularity import Element as Element
     from prunella.granularity import Expert as Expert
     from prunella.granularity import Head as Head
@@ -91,6 +92,7 @@ _HOME = {
     "uniform": "allocation",
     "Block": "granularity",
     "Channel": "granularity",
+    "Depth": "granularity",
     "Element": "granularity",
     "Expert": "granularity",
     "Head": "granularity",

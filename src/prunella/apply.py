@@ -158,6 +158,12 @@ def plan_masks(model: nn.Module, plan: Plan) -> dict[nn.Parameter, Mask]:
     """What a plan removes from parameters, as one bool mask per parameter; `RequestError` if it does not fit."""
     named = dict(model.named_parameters(remove_duplicate=False))
     buffers = {name for name, _ in model.named_buffers(remove_duplicate=False)}
+    if plan.dropped:
+        raise RequestError(
+            f"the plan drops blocks of {', '.join(plan.dropped)}, which no mask can do",
+            "a block of zeros is not always the identity, after a norm for example",
+            "call prunella.shrink(model, plan)",
+        )
     masks: dict[nn.Parameter, Mask] = {}
     for name, mask in plan.masks.items():
         parameter = _parameter(named, name, mask.shape)

@@ -234,14 +234,11 @@ def _nothing(contest: Contest, target: Target) -> TargetMissed:
 
 
 def obstacles(graph: Graph, frozen: Sequence[Frozen], limit: int = 6) -> list[str]:
-    """What may not be pruned and why, the layers with the most multiply-adds first."""
+    """What may not be pruned and why, blocks first, then the layers with the most multiply-adds."""
     macs = {layer.entity: layer.macs for layer in graph.layers}
     sizes = {name: graph.numel(name) for name in graph.entities}
-    ranked = sorted(frozen, key=lambda f: (macs.get(f.entity, 0.0), sizes.get(f.entity, 0)), reverse=True)
-    lines = [
-        f"frozen: {f.entity} axis {f.axis}, {f.count} positions: {f.reason}{f' ({f.where})' if f.where else ''}"
-        for f in ranked[:limit]
-    ]
+    ranked = sorted(frozen, key=lambda f: (f.axis < 0, macs.get(f.entity, 0.0), sizes.get(f.entity, 0)), reverse=True)
+    lines = [f"frozen: {f.place}: {f.reason}{f' ({f.where})' if f.where else ''}" for f in ranked[:limit]]
     return lines + ([f"and {len(ranked) - limit} more frozen axes"] if len(ranked) > limit else [])
 
 

@@ -19,6 +19,12 @@ def names_of_group(graph: Graph, group: Group) -> set[str]:
     return {group.name} | {name for entity in entities for name in _ancestry(graph, entity)}
 
 
+def spared_blocks(graph: Graph, skip: Sequence[str], only: Sequence[str]) -> dict[str, str]:
+    """Path -> why it stays, for every block that is left out; a block is meant by its path or a module around it."""
+    reasons = {path: chosen(_parts(path), skip, only) for stack in graph.stacks for path in stack.paths}
+    return {path: reason for path, reason in reasons.items() if reason}
+
+
 def names_of_layer(graph: Graph, layer: Layer) -> set[str]:
     """Names by which a layer can be meant: its own, its module and the modules around it."""
     return {layer.name, layer.module, *_ancestry(graph, layer.entity)} - {""}
@@ -75,9 +81,13 @@ def _ancestry(graph: Graph, entity: str) -> set[str]:
     """A parameter's names and the modules around it: `a.b.weight`, `a.b`, `a`."""
     found = set()
     for name in graph.entities[entity].names or (entity,):
-        parts = name.split(".")
-        found |= {".".join(parts[:end]) for end in range(1, len(parts) + 1)}
+        found |= _parts(name)
     return found
+
+
+def _parts(name: str) -> set[str]:
+    parts = name.split(".")
+    return {".".join(parts[:end]) for end in range(1, len(parts) + 1)}
 
 
 def _matches(pattern: str, names: Iterable[str]) -> bool:

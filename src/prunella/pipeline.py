@@ -19,15 +19,17 @@ from prunella.budget import Allocation
 from prunella.contest import Rules, Units, Weights, obstacles, offer, share
 from prunella.criteria import magnitude
 from prunella.errors import BadInput, NotSupported, RequestError
-from prunella.granularity import NM, Channel, Granularity, Masking, Ranked, Structural, Vocabulary
+from prunella.granularity import NM, Channel, Depth, Granularity, Masking, Ranked, Structural, Vocabulary
+from prunella.graph.counters import counted
 from prunella.graph.couple import changes, couple
+from prunella.graph.depth import narrow
 from prunella.graph.oracle import unproven
 from prunella.graph.structure import Frozen, Graph, Group, Keep, Layer
 from prunella.graph.surgery import Along, Changes, Renumbered, Sizes
 from prunella.graph.view import from_matrix
 from prunella.graph.vocabulary import known_only, renumber
 from prunella.method import needs_of
-from prunella.names import check_patterns, chosen, names_of_group, names_of_layer, rank_of
+from prunella.names import check_patterns, chosen, names_of_group, names_of_layer, rank_of, spared_blocks
 from prunella.request import check_finite, check_function, check_granularity, check_numbers, checked_target
 from prunella.scoring import Absent, Criterion, Scorer, name_of
 from prunella.stats import Source, Subject, collect, untouched
@@ -121,6 +123,7 @@ class Plan:
     along: calls (norms, routers) that run along a cut axis, and what stays of it.
     renumbered: inputs and outputs whose numbers (tokens) mean something else in the smaller model.
     remarks: what holds for some parameters: tied, shared, not trained, not used.
+    dropped: container -> names of the blocks that go. lists: (owner, name) -> positions that go from a plain list.
     """
 
     recipe: Mapping[str, Any]
@@ -138,11 +141,13 @@ class Plan:
     along: tuple[Along, ...] = ()
     renumbered: tuple[Renumbered, ...] = ()
     remarks: tuple[str, ...] = ()
+    dropped: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    lists: Mapping[tuple[str, str], tuple[int, ...]] = field(default_factory=dict)
 
     @property
     def changes(self) -> Changes:
         """All that the plan does to the structure of the model."""
-        return Changes(self.cuts, self.attributes, self.along, self.renumbered)
+        return Changes(self.cuts, self.attributes, self.along, self.renumbered, self.dropped, self.lists)
 
     @property
     def small_inputs(self) -> Inputs | None:
@@ -211,6 +216,8 @@ def plan(
     with untouched(model, recipe.seed):
         graph = couple(model, inputs)
         check_patterns(graph, skip, only)
+        if any(isinstance(grain, Depth) for grain in recipe.grains):
+            graph = counted(model, narrow(graph, spared_blocks(graph, skip, only)), inputs)
         job = _Job(model, graph, recipe, target, Source(data, loss), tuple(skip), tuple(only), inputs)
         return job.structure() if isinstance(recipe.grains[0], Structural) else job.masks()
 
@@ -247,7 +254,8 @@ class _Job:
             scored = [(group, scores) for group, scores in scored if group.name not in faults]
             if not scored:
                 raise self._nothing("units", frozen)
-        rows = table.group_rows(self.graph, [g for g in self.graph.groups if g.name in keep], keep)
+        cut = [group for group in (*self.graph.groups, *self.graph.stacks) if group.name in keep]
+        rows = table.group_rows(self.graph, cut, keep)
         return self._plan(after=table.amount(self.graph, keep), rows=rows, frozen=frozen, keep=keep, masks={})
 
     def _decided(self, groups: Sequence[Group]) -> dict[str, Tensor]:
@@ -280,12 +288,14 @@ class _Job:
         """Groups that take part, and what does not, with reasons."""
         kinds = {grain.kind for grain in self.recipe.grains if isinstance(grain, Structural)}
         mine, frozen = [], list(self.graph.frozen)
-        for group in self.graph.groups:
+        if "block" in kinds:
+            frozen += self.graph.rooted
+        for group in (*self.graph.groups, *(self.graph.stacks if "block" in kinds else ())):
             reason = f"granularity is {' and '.join(sorted(kinds))}, this is {group.kind}"
             reason += f": {group.why}" if group.why else ""
             if group.kind in kinds:
-                reason = chosen(names_of_group(self.graph, group), self.skip, self.only)
-                reason = reason or ("" if self.only else rank_of(self.graph, group))
+                reason = "" if group.paths else chosen(names_of_group(self.graph, group), self.skip, self.only)
+                reason = reason or ("" if self.only or group.paths else rank_of(self.graph, group))
             if group.kind == "vocabulary" in kinds and group is not self.graph.tokens:
                 reason = "another table than that of the tokens"
             if not reason and group.size <= group.least:
@@ -396,6 +406,8 @@ class _Job:
             frozen=tuple(frozen),
             inputs=self.inputs,
             remarks=tuple(table.remarks(self.graph)),
+            dropped=done.dropped,
+            lists=done.lists,
         )
 
 
@@ -415,6 +427,8 @@ def _nm_masks(pattern: NM, layers: Sequence[Layer], scores: Sequence[Tensor]) ->
 
 
 def _set_aside(group: Group, reason: str) -> Frozen:
+    if group.paths:
+        return Frozen(group.name, -1, group.size, reason, "")
     maker = next((m for m in group.members if m.role == "out"), group.members[0])
     return Frozen(maker.entity, maker.axis, len(maker.index), reason, group.where)
 

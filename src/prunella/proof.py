@@ -84,7 +84,7 @@ def check_equal(proof: Proof, small: nn.Module, dense: nn.Module, plan: Plan, in
 
     Raises CheckFailed when shapes differ, or when outputs differ although the model was not healed.
     """
-    expected = shrink(dense, plan, inputs=inputs) if plan.cuts else apply_(dense, plan)
+    expected = shrink(dense, plan, inputs=inputs) if plan.changes else apply_(dense, plan)
     _same_shapes(expected.state_dict(), small.state_dict())
     with torch.no_grad(), mode(expected, training=False), mode(small, training=False):
         error = relative_error(tensors(forward(expected, inputs)), tensors(forward(small, inputs)))

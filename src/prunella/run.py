@@ -140,7 +140,7 @@ def run(
     with clock.stage("planning"):
         made = _plan(model, inputs, job)
     with clock.stage("cutting and comparing with the masked model"):
-        small = shrink(model, made) if made.cuts else apply_(copy.deepcopy(model), made)
+        small = shrink(model, made) if made.changes else apply_(copy.deepcopy(model), made)
     before, cut = _quality(model, job, clock, "dense"), _quality(small, job, clock, "pruned")
     healed = tuple(_heal(step, small, model, made, job, clock) for step in job.heal)
     after = _quality(small, job, clock, "healed") if healed else cut

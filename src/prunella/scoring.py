@@ -89,6 +89,9 @@ class Scorer:
     def units(self, group: Group, reduce: Reduce) -> Scores:
         """A score for every unit of a group, `(units,)` in float64 on the CPU. Raises Absent."""
         needs = frozenset(needs_of(self.criterion))
+        if group.paths and needs & _ONLY_UNITS:
+            lacking = ", ".join(sorted(needs & _ONLY_UNITS))
+            raise Absent(f"{self.name} scores channels and heads by `{lacking}`, which a block does not have")
         if needs <= PER_UNIT:
             scores = self.criterion(*[self._of_unit(need, group) for need in needs_of(self.criterion)])
         elif needs & (PER_UNIT - {"noise"}):
@@ -207,7 +210,7 @@ class Scorer:
         return value.flatten(1) if value.dim() > 1 else value.reshape(-1, 1)
 
     def _members(self, group: Group) -> list[Member]:
-        roles = _ROLES[scope_of(unwrap(self.criterion))]
+        roles = _ROLES["group" if group.paths else scope_of(unwrap(self.criterion))]
         return [m for m in group.members if m.role in roles and m.entity in self.subject.scored]
 
     def _parameter(self, member: Member) -> Tensor:

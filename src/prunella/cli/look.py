@@ -13,7 +13,7 @@ from prunella.cli.console import count, emit, note, stage, table
 
 if TYPE_CHECKING:
     from prunella.doctor import Checkup
-    from prunella.graph.structure import Graph
+    from prunella.graph.structure import Graph, Group
 
 _SHOWN = 12
 
@@ -127,7 +127,7 @@ def graph_data(graph: Graph) -> dict[str, Any]:
 
     params, macs = graph.params(), graph.macs()
     reasons = Counter[tuple[str, str]]()
-    for item in graph.frozen:
+    for item in (*graph.frozen, *graph.rooted):
         reasons[item.reason, item.where] += 1
     return {
         "params": params,
@@ -136,7 +136,7 @@ def graph_data(graph: Graph) -> dict[str, Any]:
         "layers": [
             {"name": x.name, "op": x.op, "shape": graph.entities[x.entity].shape, "macs": x.macs} for x in graph.layers
         ],
-        "groups": [_group_data(graph, index, params, macs) for index in range(len(graph.groups))],
+        "groups": [_group_data(graph, group, params, macs) for group in (*graph.groups, *graph.stacks)],
         "frozen": [{"reason": r, "where": w, "axes": n} for (r, w), n in reasons.most_common()],
         "offer": offer(graph.frozen),
         "uncounted": dict(graph.uncounted),
@@ -148,11 +148,10 @@ def graph_data(graph: Graph) -> dict[str, Any]:
     }
 
 
-def _group_data(graph: Graph, index: int, params: int, macs: float) -> dict[str, Any]:
+def _group_data(graph: Graph, group: Group, params: int, macs: float) -> dict[str, Any]:
     """A group, and what goes with one unit of it (its first)."""
     import torch
 
-    group = graph.groups[index]
     keep = torch.ones(group.size, dtype=torch.bool)
     keep[0] = False
     less = {group.name: keep}

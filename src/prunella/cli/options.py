@@ -31,7 +31,9 @@ TargetText = Annotated[
 GranularityText = Annotated[
     str | None,
     typer.Option(
-        "--granularity", metavar="G", help="What goes: channel, head, width, expert, element; several by comma."
+        "--granularity",
+        metavar="G",
+        help="What goes: channel, head, width, expert, depth, element; several by comma.",
     ),
 ]
 AllocationName = Annotated[str | None, typer.Option("--allocation", metavar="A", help="How layers share the budget.")]

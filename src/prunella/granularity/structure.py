@@ -92,6 +92,20 @@ class Vocabulary:
             raise RequestError("Vocabulary(tokens=) takes the numbers of the tokens that stay", "", todo)
 
 
+@granularity(source="Fan et al. 2020, arXiv:1909.11556; Men et al. 2024, arXiv:2403.03853; arXiv:2403.17887")
+@dataclass(frozen=True)
+class Depth:
+    """Whole residual blocks: modules of a list whose output is their input with something added.
+
+    They are found from the data flow, leave their list, and what numbers and counts them follows. A block's score is
+    that of all parameters that it alone has, whatever the criterion's scope. reduce: as for `Channel`; with the sum a
+    larger block scores more, `Reduce.MEAN` makes blocks of different sizes comparable.
+    """
+
+    reduce: Reduce = Reduce.SUM
+    kind: ClassVar[Kind] = "block"
+
+
 def reduce_to_units(parts: Sequence[tuple[Tensor, Tensor]], units: int, reduce: Reduce) -> Scores:
     """One score per unit from parts `(values (positions, weights), unit (positions,))`, in float64."""
     if reduce is Reduce.MAX:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from prunella.errors import BadInput, PruningError
 from prunella.graph.axes import Dim, Reason
+from prunella.graph.depth import add_stacks, dropped
 from prunella.graph.equations import Equations
 from prunella.graph.ops import apply_rule
 from prunella.graph.sizes import freeze_unfollowed, solve
@@ -62,13 +63,19 @@ def couple(model: nn.Module, inputs: Any) -> Graph:
     for work in record.work:
         for dim, _ in work.dims:
             record.ledger.single(dim)
-    return replace(_graph(record), specials=specials(model))
+    return replace(add_stacks(_graph(record), model, record.flow), specials=specials(model))
 
 
 def changes(graph: Graph, keep: Keep) -> Changes:
     """What has to be done to the model for only `keep` to remain."""
+    gone = dropped(graph, keep)
     return Changes(
-        cuts(graph, keep), attributes(graph, keep), tuple(_along(graph, keep)), tuple(_renumbered(graph, keep))
+        cuts=cuts(graph, keep),
+        attributes=attributes(graph, keep),
+        along=tuple(_along(graph, keep)),
+        renumbered=tuple(_renumbered(graph, keep)),
+        dropped=gone,
+        lists=_shortened(graph, gone),
     )
 
 
@@ -85,6 +92,15 @@ def _along(graph: Graph, keep: Keep) -> Iterator[Along]:
         if mask is not None and not bool(mask.all()):
             stays = (run.unit < 0) | mask.numpy()[run.unit]
             yield Along(run.name, run.number, run.axis, torch.from_numpy(np.flatnonzero(stays)))
+
+
+def _shortened(graph: Graph, gone: Mapping[str, tuple[str, ...]]) -> dict[tuple[str, str], tuple[int, ...]]:
+    """(owner, name) -> positions that go, for each list with one entry for each block."""
+    return {
+        place: tuple(graph.orders[stack].index(name) for name in names)
+        for stack, names in gone.items()
+        for place in graph.lists.get(stack, ())
+    }
 
 
 def cuts(graph: Graph, keep: Keep) -> dict[str, dict[int, Tensor]]:
@@ -294,14 +310,14 @@ def _group(
         members.append(Member(name, axis, index[mine], number[part[mine]], role))
     first = next((m for m in members if m.role == "out"), members[0])
     name = first.entity.removesuffix(".weight")
-    sizes = {"multiple": _multiple(equations, number), "least": _least(equations, number)}
-    why = (
-        equations.reason(record.axes[axes[0][0]][axes[0][1]][0])
-        if kind in {"width", "expert", "vocabulary"}
-        else Reason("")
-    )
-    text, line = (why.text, why.where) if why else ("", "")
-    return Group(name, len(units), kind, tuple(members), **sizes, why=text, where=line)
+    why = _why(equations, record, members[0]) if kind in {"width", "expert", "vocabulary"} else Reason("")
+    multiple, least = _multiple(equations, number), _least(equations, number)
+    return Group(name, len(units), kind, tuple(members), multiple, least, why.text, why.where)
+
+
+def _why(equations: Equations, record: Trace, member: Member) -> Reason:
+    """What runs along the units, or looks them up."""
+    return equations.reason(record.axes[member.entity][member.axis][0][member.index])
 
 
 def _least(equations: Equations, number: Ints) -> int:

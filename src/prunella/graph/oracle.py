@@ -1,4 +1,7 @@
-"""The oracle that every cut passes: in float64, the smaller module gives the output of the masked one."""
+"""The oracle that every cut passes: in float64, the smaller module gives the output of the masked one.
+
+Masked means: removed positions are zero, and a dropped block gives its first input tensor back as its first output.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from prunella.errors import CheckFailed, NotSupported
 from prunella.forward import forward, tensors
+from prunella.graph.blocks import bypassed
 from prunella.graph.couple import changes
 from prunella.graph.lines import called
 from prunella.graph.structure import Graph, Keep
@@ -104,9 +108,9 @@ class _DenseFailed(Exception):
 def _compare(dense: nn.Module, small: nn.Module, done: Changes, inputs: Any, *, double: bool) -> Verification:
     batch = known_only(as_double(inputs) if double else inputs, done.renumbered)
     try:
-        reference = _reference(_precise(masked(dense, done), double), batch, done)
+        reference = _reference(dense, done, batch, double=double)
         if not all(torch.isfinite(t).all() for t in reference):
-            reference = _reference(_precise(masked(dense, done, consumers=True), double), batch, done)
+            reference = _reference(dense, done, batch, double=double, consumers=True)
         if double and any(torch.isnan(t).any() for t in reference):
             raise _DenseFailed
     except NotSupported as error:
@@ -118,9 +122,11 @@ def _compare(dense: nn.Module, small: nn.Module, done: Changes, inputs: Any, *, 
     return Verification(worst, TOLERANCE if double else SINGLE, len(found), "float64" if double else "own precision")
 
 
-def _reference(model: nn.Module, batch: Any, done: Changes) -> list[Tensor]:
-    """What the masked model gives, with the positions of its outputs that stay."""
-    outputs = _run(model, batch, done.along)
+def _reference(dense: nn.Module, done: Changes, batch: Any, *, double: bool, consumers: bool = False) -> list[Tensor]:
+    """What the masked model gives with its dropped blocks bypassed: the positions of its outputs that stay."""
+    made = _precise(masked(dense, done, consumers=consumers), double)
+    with bypassed(made, done.dropped):
+        outputs = _run(made, batch, done.along)
     for entry in done.renumbered:
         for number, axis in entry.outputs:
             outputs[number] = outputs[number].index_select(axis, entry.kept.to(outputs[number].device))
@@ -259,7 +265,7 @@ def _run(model: nn.Module, inputs: Any, along: Sequence[Along] = ()) -> list[Ten
     try:
         with undisturbed(model), _NoDownCast(), _Restricted(along):
             return tensors(forward(model, inputs))
-    except (RuntimeError, ValueError, AssertionError, IndexError, TypeError) as error:
+    except (RuntimeError, ValueError, AssertionError, LookupError, TypeError, AttributeError) as error:
         raise NotSupported(
             "the smaller model does not run",
             f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}",

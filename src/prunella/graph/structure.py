@@ -14,10 +14,17 @@ import numpy as np
 from torch import Tensor
 
 Role = Literal["out", "in", "bias", "scale", "shift", "stat", "other"]
-Kind = Literal["channel", "head", "width", "expert", "vocabulary"]
+Kind = Literal["channel", "head", "width", "expert", "vocabulary", "block"]
 Ints = np.ndarray[tuple[int, ...], np.dtype[np.int64]]
 Keep = Mapping[str, Tensor]
 """Group name -> bool tensor over its units, True is kept. A group that is absent is kept whole."""
+Place = tuple[str, int]
+"""A unit: the name of its group and its number."""
+
+
+def left(places: tuple[Place, ...], keep: Keep) -> bool:
+    """Whether something that lives in these units stays: it lives in none, or one of them stays."""
+    return not places or any(group not in keep or bool(keep[group][unit]) for group, unit in places)
 
 
 @dataclass(frozen=True)
@@ -57,6 +64,8 @@ class Group:
     multiple: only a multiple of so many units may stay, where an operation takes no other sizes.
     least: so many units have to stay, where an operation chooses so many.
     why, where: what runs along the units of a `width` or an `expert`, and its line of the source.
+    paths: of residual blocks, the module of each unit; the group's name is then the container that holds them, and
+        every parameter that only one block has is a member, all its rows belonging to that block.
     """
 
     name: str
@@ -67,6 +76,7 @@ class Group:
     least: int = 1
     why: str = ""
     where: str = ""
+    paths: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -94,13 +104,23 @@ class Numbered:
 
 @dataclass(frozen=True)
 class Frozen:
-    """Positions that must stay, and why. `where` is `file:line` of the model's source, or empty."""
+    """Positions that must stay, and why. `where` is `file:line` of the model's source, or empty.
+
+    With `axis` -1 the entity is a module: `count` residual blocks.
+    """
 
     entity: str
     axis: int
     count: int
     reason: str
     where: str
+
+    @property
+    def place(self) -> str:
+        """What stays, in words."""
+        if self.axis < 0:
+            return f"{self.entity}, {'a block' if self.count == 1 else f'{self.count} blocks'}"
+        return f"{self.entity} axis {self.axis}, {self.count} positions"
 
 
 @dataclass(frozen=True)
@@ -139,16 +159,22 @@ class Extent:
 
 @dataclass(frozen=True)
 class Cost:
-    """Multiply-adds of one operation: `constant` times the product of the extents. `layer` is "" for attention."""
+    """Multiply-adds of one operation: `constant` times the product of the extents. `layer` is "" for attention.
+
+    home: the residual block that it runs in, if any; the operation goes with it.
+    """
 
     op: str
     module: str
     layer: str
     constant: float
     extents: tuple[Extent, ...]
+    home: tuple[Place, ...] = ()
 
     def macs(self, keep: Keep) -> float:
         """Multiply-adds when only `keep` remains."""
+        if not left(self.home, keep):
+            return 0.0
         total = self.constant
         for extent in self.extents:
             total *= extent.size(keep)
@@ -177,7 +203,13 @@ class Attribute:
 
 @dataclass(frozen=True)
 class Graph:
-    """Everything the pipeline needs of a model; made by `prunella.graph.couple.couple(model, inputs)`."""
+    """Everything the pipeline needs of a model; made by `prunella.graph.couple.couple(model, inputs)`.
+
+    stacks: groups of residual blocks.  rooted: blocks that must stay, and why.  homes: entity -> the blocks that it
+    lives in; it goes with the last of them.  orders: stack -> names of all children of the container.
+    lists: stack -> (owner, name) of plain lists with one entry for each child, found together with the integers that
+    count the children by `prunella.graph.counters`.
+    """
 
     entities: Mapping[str, Entity]
     groups: tuple[Group, ...]
@@ -192,6 +224,11 @@ class Graph:
     numbered: tuple[Numbered, ...] = ()
     specials: Mapping[tuple[str, str], int | tuple[int, ...]] = field(default_factory=dict)
     """Attributes that name tokens."""
+    stacks: tuple[Group, ...] = ()
+    rooted: tuple[Frozen, ...] = ()
+    homes: Mapping[str, tuple[Place, ...]] = field(default_factory=dict)
+    lists: Mapping[str, tuple[tuple[str, str], ...]] = field(default_factory=dict)
+    orders: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def macs(self, keep: Keep | None = None) -> float:
         """Multiply-adds of one forward pass on the example inputs when only `keep` remains."""
@@ -199,6 +236,8 @@ class Graph:
 
     def numel(self, entity: str, keep: Keep | None = None) -> int:
         """Elements of one parameter or buffer when only `keep` remains."""
+        if not left(self.homes.get(entity, ()), keep or {}):
+            return 0
         total = 1
         for extent in self.extents[entity]:
             total *= extent.size(keep or {})
@@ -220,4 +259,4 @@ class Graph:
 
     def group(self, name: str) -> Group:
         """The group of that name."""
-        return next(g for g in self.groups if g.name == name)
+        return next(g for g in (*self.groups, *self.stacks) if g.name == name)

@@ -10,10 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from prunella.errors import RequestError
+from prunella.graph.blocks import drop_, shorten_
 from prunella.graph.provenance import holder
 
 Cuts = Mapping[str, Mapping[int, Tensor]]
 Sizes = Mapping[tuple[str, str], int | tuple[int, ...]]
+Dropped = Mapping[str, tuple[str, ...]]
+Lists = Mapping[tuple[str, str], tuple[int, ...]]
 
 
 @dataclass(frozen=True)
@@ -42,20 +45,26 @@ class Changes:
     cuts: entity -> axis -> positions kept (int64).  attributes: (owner, name) -> new value of a size or of tokens.
     along: calls that run along a cut axis. The masked model is the one in which they see only what stays.
     renumbered: inputs and outputs whose numbers mean something else afterwards.
+    dropped: container -> names of the blocks that go.  lists: (owner, name) -> positions that go from a plain list.
     """
 
     cuts: Cuts = field(default_factory=dict)
     attributes: Sizes = field(default_factory=dict)
     along: tuple[Along, ...] = ()
     renumbered: tuple[Renumbered, ...] = ()
+    dropped: Dropped = field(default_factory=dict)
+    lists: Lists = field(default_factory=dict)
 
     def __bool__(self) -> bool:
-        return bool(self.cuts or self.attributes)
+        return bool(self.cuts or self.attributes or self.dropped)
 
 
 def change_(model: nn.Module, changes: Changes) -> None:
-    """Carry out all changes in place."""
+    """Carry out all changes in place. Names are those of the dense model, so blocks go last."""
     cut_(model, changes.cuts, changes.attributes)
+    for (owner, name), gone in changes.lists.items():
+        shorten_(holder(model, owner), name, gone)
+    drop_(model, changes.dropped)
 
 
 def cut_(model: nn.Module, cuts: Cuts, attributes: Sizes) -> None:

@@ -11,8 +11,8 @@ import logging
 import math
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
@@ -26,6 +26,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from prunella.forward import forward, tensors
 from prunella.graph.axes import WHOLE, Dim, Ledger, Reason, Run, Soft
+from prunella.graph.flow import Flow, watched
 from prunella.graph.lines import GENERATED, LIBRARY, called, place, short
 from prunella.graph.provenance import (
     Attr,
@@ -133,6 +134,7 @@ class Trace:
     """Number of an output, axis and labels."""
     counts: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary)
     """Tensors that say how often each position was chosen: zero where nothing is."""
+    flow: Flow = field(default_factory=Flow)
 
     def value(self, tensor: Tensor) -> Value:
         """The labels of a tensor; parameters and buffers get theirs when first met, unknown tensors always stay."""
@@ -371,43 +373,26 @@ def _entities(model: nn.Module) -> tuple[dict[str, tuple[str, ...]], dict[str, T
     return {first[k]: tuple(v) for k, v in names.items()}, {first[k]: t for k, t in found.items()}, kinds
 
 
-@contextmanager
-def _watch_modules(model: nn.Module, stack: list[str]) -> Iterator[None]:
-    paths = {id(module): path for path, module in model.named_modules()}
-    handles = [
-        nn.modules.module.register_module_forward_pre_hook(lambda m, a: stack.append(paths.get(id(m), ""))),
-        nn.modules.module.register_module_forward_hook(lambda m, a, o: _pop(stack), always_call=True),
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _pop(stack: list[str]) -> None:
-    if stack:
-        stack.pop()
-
-
 def trace(model: nn.Module, inputs: Any, apply_rule: Callable[..., None]) -> Trace:
     """Run `model` on `inputs` once and record. Inputs and outputs keep all their positions."""
     names, entities, parameters = _entities(model)
     record = Trace(names, entities, parameters)
     for name, tensor in entities.items():
         record.aliases[_storage_key(tensor)] = name
+    record.flow.start(inputs)
     for number, tensor in enumerate(tensors(inputs)):
         record.values[tensor] = Value.plain([WHOLE] * tensor.dim())
         if not tensor.is_floating_point():
             record.given[tensor] = number
     with ExitStack() as stack:
         stack.enter_context(undisturbed(model))
-        stack.enter_context(_watch_modules(model, record.modules))
+        stack.enter_context(watched(model, record.modules, record.flow))
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         stack.enter_context(tracked_attributes(model, record.leak))
         stack.enter_context(_Operations(record, apply_rule))
         stack.enter_context(_Calls(record))
         output = forward(model, inputs)
+    record.flow.finish(output)
     for number, tensor in enumerate(tensors(output)):
         for axis, dim in enumerate(record.value(tensor).dims):
             record.ledger.freeze(dim, Reason("it is an output of the model", soft="output" if len(dim) == 1 else ""))

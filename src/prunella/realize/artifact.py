@@ -28,7 +28,9 @@ import prunella
 from prunella.errors import BadInput, PruningError, RequestError
 from prunella.exported import load_exported
 from prunella.files import MARKER, digest, new_folder, plain_name
+from prunella.graph.blocks import check_dropped
 from prunella.graph.provenance import size_of
+from prunella.graph.surgery import Changes, change_
 from prunella.graph.vocabulary import names_token
 from prunella.pipeline import Plan
 from prunella.realize import origin as origins
@@ -231,6 +233,8 @@ def _describe_plan(plan: Plan) -> dict[str, Any]:
     return {
         "cuts": encode_cuts(plan.cuts),
         "attributes": [[owner, name, value] for (owner, name), value in plan.attributes.items()],
+        "dropped": {path: list(names) for path, names in plan.dropped.items()},
+        "lists": [[owner, name, list(gone)] for (owner, name), gone in plan.lists.items()],
         "masks": {name: {"kept": int(mask.sum()), "total": mask.numel()} for name, mask in plan.masks.items()},
         "target": {"asked": str(plan.target), "before": asdict(plan.before), "after": asdict(plan.after)},
         "recipe": dict(plan.recipe),
@@ -273,7 +277,8 @@ def _cut(model: nn.Module, manifest: Mapping[str, Any]) -> None:
         }
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
         raise BadInput("the manifest is broken", f"its cuts cannot be read: {error}") from error
-    if not cuts and not attributes:
+    dropped, lists = _depth(manifest)
+    if not cuts and not attributes and not dropped:
         return
     own = dict([*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)])
     for name, axes in cuts.items():
@@ -284,9 +289,22 @@ def _cut(model: nn.Module, manifest: Mapping[str, Any]) -> None:
     for owner, name in attributes:
         if name.startswith("_") or not (names_token(name) or size_of(_attribute(model, owner, name)) is not None):
             raise BadInput(f"the size {name!r} of {owner!r} cannot be set", "the rebuilt model keeps no such integer")
-    from prunella.graph.surgery import Changes, change_
+    check_dropped(model, dropped)
+    for (owner, name), gone in lists.items():
+        entries = _attribute(model, owner, name)
+        if name.startswith("_") or type(entries) not in (list, tuple) or not set(gone) <= set(range(len(entries))):  # type: ignore[arg-type]
+            raise BadInput(f"the list {name!r} of {owner!r} cannot be cut", "the rebuilt model keeps no such list")
+    change_(model, Changes(cuts, attributes, dropped=dropped, lists=lists))
 
-    change_(model, Changes(cuts, attributes))
+
+def _depth(manifest: Mapping[str, Any]) -> tuple[dict[str, tuple[str, ...]], dict[tuple[str, str], tuple[int, ...]]]:
+    """The blocks that go and the lists that follow them."""
+    try:
+        dropped = {str(path): tuple(map(str, names)) for path, names in (manifest.get("dropped") or {}).items()}
+        entries = manifest.get("lists") or ()
+        return dropped, {(str(owner), str(name)): tuple(map(int, gone)) for owner, name, gone in entries}
+    except (TypeError, ValueError, AttributeError) as error:
+        raise BadInput("the manifest is broken", f"its dropped blocks cannot be read: {error}") from error
 
 
 def _attribute(model: nn.Module, owner: str, name: str) -> object:
@@ -308,6 +326,7 @@ def _make_pretrained(manifest: dict[str, Any], model: nn.Module, plan: Plan | No
         if inputs is not None and pretrained.reads_back(type(model), folder, model, inputs):
             manifest["origin"]["config"] = config
             manifest["cuts"], manifest["attributes"] = encode_cuts({}), []
+            manifest["dropped"], manifest["lists"] = {}, []
             return ""
         (folder / "config.json").unlink()
         failed = "what it builds does not give the same output"
@@ -316,6 +335,8 @@ def _make_pretrained(manifest: dict[str, Any], model: nn.Module, plan: Plan | No
 
 def _configs(origin: Mapping[str, Any], model: nn.Module, plan: Plan | None) -> Iterator[dict[str, Any]]:
     origin = {**origin, "config": pretrained.with_tokens(origin["config"], model.config)}
+    if plan is not None and plan.dropped:
+        origin = {**origin, "config": pretrained.shallower(origin["config"], plan.attributes, plan.lists)}
     dense, small = origins.build_empty(origins.hugging_face_builder(origin)), pretrained.shapes_of(model)
     sizes = pretrained.changed_sizes(pretrained.shapes_of(dense), small, _pairs(dense, plan))
     return pretrained.uniform_configs(origin, small, sizes)
@@ -329,7 +350,8 @@ def _pairs(dense: nn.Module, plan: Plan | None) -> Iterator[tuple[int, int]]:
         if old is not None and isinstance(new, int) and not names_token(name):
             yield old, new
     for row in plan.rows:
-        yield row.total, row.kept
+        if row.kind != "block":
+            yield row.total, row.kept
 
 
 def _copy_extras(source: str | os.PathLike[str] | None, folder: Path, *, renumbered: bool) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from prunella.errors import NotSupported, RequestError
+from prunella.graph.blocks import renamed
 from prunella.pipeline import Plan
 
 _Axes = Mapping[int, Tensor]
@@ -18,15 +19,19 @@ _Axes = Mapping[int, Tensor]
 def carry_(optimizer: Optimizer, dense: nn.Module, small: nn.Module, plan: Plan) -> None:
     """Let `optimizer`, which trains `dense`, train `small = shrink(dense, plan)` from here on, in place.
 
-    Every parameter of `dense` in its groups is replaced by that of `small` of the same name; state tensors (momentum,
-    first and second moments, row and column factors) are cut with the same positions as the parameter, step counts
-    stay. The next steps are those of a model that always had these sizes. Parameters of other models stay as they are.
+    Every parameter of `dense` in its groups is replaced by that of `small` of the same name (or the new number of its
+    block; those of dropped blocks leave the optimizer); state tensors (momentum, first and second moments, row and
+    column factors) are cut with the same positions as the parameter, step counts stay. The next steps are those of a
+    model that always had these sizes. Parameters of other models stay as they are.
     For a moving average of the weights cut the average too: `ema.module = shrink(ema.module, plan)`.
 
     Errors, before anything is changed: `RequestError` if no parameter of `dense` is in the optimizer or `small` lacks
     one, `NotSupported` for state whose shape does not follow the parameter's.
     """
     names = {parameter: name for name, parameter in dense.named_parameters()}
+    every: dict[Tensor, list[str]] = {}
+    for alias, tensor in dense.named_parameters(remove_duplicate=False):
+        every.setdefault(tensor, []).append(alias)
     heirs = dict(small.named_parameters(remove_duplicate=False))
     held = [p for group in optimizer.param_groups for p in group["params"] if p in names]
     if not held:
@@ -34,14 +39,22 @@ def carry_(optimizer: Optimizer, dense: nn.Module, small: nn.Module, plan: Plan)
             "the optimizer trains no parameter of the dense model", "its groups hold others", "pass its own model"
         )
     moved: dict[Tensor, tuple[Tensor, dict[str, Any]]] = {}
+    new, lost = renamed(dense, plan.dropped), list[Tensor]()
     for parameter in held:
         name = names[parameter]
-        if name not in heirs:
+        after = next((new[n] for n in every[parameter] if n in new), None)
+        if after is None:
+            lost.append(parameter)
+            continue
+        if after not in heirs:
             raise RequestError(f"the small model has no parameter {name}", "it was made from another model")
         state = optimizer.state.get(parameter, {})
-        moved[parameter] = heirs[name], _cut_state(name, parameter, state, plan.cuts.get(name, {}))
+        moved[parameter] = heirs[after], _cut_state(name, parameter, state, plan.cuts.get(name, {}))
+    gone = {id(p) for p in lost}
     for group in optimizer.param_groups:
-        group["params"] = [moved[p][0] if p in moved else p for p in group["params"]]
+        group["params"] = [moved[p][0] if p in moved else p for p in group["params"] if id(p) not in gone]
+    for parameter in lost:
+        optimizer.state.pop(parameter, None)
     for parameter, (heir, state) in moved.items():
         if optimizer.state.pop(parameter, None) is not None:
             optimizer.state[heir] = state

@@ -24,6 +24,8 @@ from prunella.pipeline import Amount, Plan, Row
 from prunella.targets import parse_target
 
 VERSION = 1
+DEEP = 2
+"""The version of a plan that drops blocks, which older releases must not read as one that does not."""
 _KEY = "prunella.plan"
 
 
@@ -50,8 +52,10 @@ def save_plan(plan: Plan, path: str | os.PathLike[str]) -> Path:
         "renumbered": [[list(e.inputs), [list(o) for o in e.outputs], box.tensor(e.kept)] for e in plan.renumbered],
         "along": [[call.name, call.number, call.axis, box.tensor(call.kept)] for call in plan.along],
         "remarks": list(plan.remarks),
+        "dropped": {path: list(names) for path, names in plan.dropped.items()},
+        "lists": [[owner, name, list(gone)] for (owner, name), gone in plan.lists.items()],
     }
-    head = json.dumps({"version": VERSION, "sha256": _fingerprint(box.tensors), "plan": body})
+    head = json.dumps({"version": DEEP if plan.dropped else VERSION, "sha256": _fingerprint(box.tensors), "plan": body})
     return write_atomic(path, lambda file: save_file(box.tensors, file, metadata={_KEY: head}))
 
 
@@ -59,8 +63,8 @@ def load_plan(path: str | os.PathLike[str]) -> Plan:
     """Read a plan. Errors: BadInput when the file is missing, broken, changed, no plan, or of a newer format."""
     head, tensors = _read(Path(path))
     version = head.get("version")
-    if not isinstance(version, int) or version > VERSION:
-        why = f"this prunella reads up to format {VERSION}, the file has {version!r}"
+    if not isinstance(version, int) or version > DEEP:
+        why = f"this prunella reads up to format {DEEP}, the file has {version!r}"
         raise BadInput(f"{path} cannot be read", why, "update prunella, or make the plan again")
     if head.get("sha256") != _fingerprint(tensors):
         raise BadInput(f"{path} is damaged", "its contents do not have the recorded digest", "make the plan again")
@@ -103,6 +107,8 @@ def _plan(body: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Plan:
         ),
         along=tuple(Along(name, number, axis, tensors[kept]) for name, number, axis, kept in body.get("along", ())),
         remarks=tuple(str(line) for line in body.get("remarks", ())),
+        dropped={path: tuple(map(str, names)) for path, names in body.get("dropped", {}).items()},
+        lists={(owner, name): tuple(map(int, gone)) for owner, name, gone in body.get("lists", ())},
     )
 
 

@@ -56,6 +56,21 @@ def changed_sizes(dense: Shapes, small: Shapes, pairs: Iterator[tuple[int, int]]
     return {old: frozenset(new) for old, new in found.items()}
 
 
+def shallower(
+    config: Mapping[str, Any], sizes: Mapping[tuple[str, str], Any], lists: Mapping[tuple[str, str], tuple[int, ...]]
+) -> dict[str, Any]:
+    """The configuration with what counts the blocks as the plan has it, where it belongs to the whole model."""
+    found = copy.deepcopy(dict(config))
+    for (owner, name), value in sizes.items():
+        if owner == ":config" and name in found:
+            found[name] = value
+    for (owner, name), gone in lists.items():
+        entries = found.get(name)
+        if owner == ":config" and isinstance(entries, list):
+            found[name] = [entry for k, entry in enumerate(entries) if k not in gone]
+    return found
+
+
 def uniform_configs(origin: Mapping[str, Any], small: Shapes, sizes: Sizes) -> Iterator[dict[str, Any]]:
     """Configurations that build exactly the shapes `small`; a caller takes the first that also computes the same.
 

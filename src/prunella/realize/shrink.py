@@ -16,8 +16,9 @@ from prunella.pipeline import Inputs, Plan
 def shrink(model: nn.Module, plan: Plan, *, inputs: Inputs | None = None) -> nn.Module:
     """A new, smaller module that computes what the masked `model` computes; `model` is left as it is.
 
-    New weights of the plan are copied in, masks are zeroed and stay with the model, cut axes are cut, and the result is
-    compared in float64 with the masked model on the example inputs of the plan (or on `inputs`). Gradients are cut with
+    New weights of the plan are copied in, masks are zeroed and stay with the model, cut axes are cut, blocks leave
+    their lists, and the result is compared in float64 with the masked model, whose dropped blocks give back what they
+    are given, on the example inputs of the plan (or on `inputs`). Gradients are cut with
     their parameters; `carry_` does the same for what an optimizer remembers.
 
     Raises `RequestError` if the plan is not of this model, `NotSupported` if the smaller module does not run, and
@@ -25,11 +26,11 @@ def shrink(model: nn.Module, plan: Plan, *, inputs: Inputs | None = None) -> nn.
     """
     dense = copy.deepcopy(model)
     if plan.masks or plan.weights:
-        apply_(dense, replace(plan, cuts={}))
+        apply_(dense, replace(plan, cuts={}, dropped={}))
     small = copy.deepcopy(dense)
     _copy_gradients(model, small)
-    change_(small, plan.changes)
     slice_masks_(small, plan.cuts)
+    change_(small, plan.changes)
     example = plan.inputs if inputs is None else inputs
     if plan.changes and example is not None:
         check(dense, small, plan.changes, example)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from prunella.apply import masks_of, reapply_, unwrap
 from prunella.errors import CheckFailed, RequestError
 from prunella.forward import batches, forward, mode
+from prunella.graph.blocks import renamed
 from prunella.method import recovery
 from prunella.pipeline import Loss, Plan
 from prunella.recovery.least_squares import Solution, Sums
@@ -134,14 +135,15 @@ def _layers(small: nn.Module, dense: nn.Module, batch: Any, plan: Plan, loss: Lo
         loss(dense, batch) if loss else forward(dense, batch)
     watch.finish()
     result: list[_Layer | Fit] = []
+    new = renamed(dense, plan.dropped)
     for weight, reads in seen.items():
         name, axes = cut[weight]
-        if reads[0].in_axis in axes:
+        if reads[0].in_axis in axes and name in new:
             reason = _unfit(reads, watch.others.get(id(weight)))
-            result.append(Fit(name, skipped=reason) if reason else _layer(small, dense, reads, name, axes))
+            result.append(Fit(name, skipped=reason) if reason else _layer(small, dense, reads, name, axes, new))
     for weight, (name, _) in cut.items():
         other = watch.others.get(id(weight), "embedding")
-        if weight not in seen and other != "embedding":
+        if weight not in seen and name in new and other != "embedding":
             result.append(Fit(name, skipped=f"{other} reads it, which is not refitted"))
     return result
 
@@ -157,20 +159,26 @@ def _unfit(reads: list[Read], other: str | None) -> str:
 
 
 def _layer(
-    small: nn.Module, dense: nn.Module, reads: list[Read], name: str, axes: Mapping[int, Tensor]
+    small: nn.Module,
+    dense: nn.Module,
+    reads: list[Read],
+    name: str,
+    axes: Mapping[int, Tensor],
+    new: Mapping[str, str],
 ) -> _Layer | Fit:
+    """A reader by its name in the dense model; `new` has its name in the small one."""
     read, named = reads[0], dict(small.named_parameters(remove_duplicate=False))
-    if name not in named:
+    if new[name] not in named:
         raise RequestError(
             f"the small model has no parameter {name!r}", "it was made from another model", "pass plan's own model"
         )
-    weight = named[name]
+    weight = named[new[name]]
     taking_part = {axis: _positions(name, axis, read.weight, weight, axes.get(axis)) for axis in (0, 1)}
-    mask = masks_of(small).get(name)
+    mask = masks_of(small).get(new[name])
     if mask is not None and not bool(_select(mask, taking_part).all()):
         return Fit(name, skipped="single weights of it are masked, and a refit would fill them")
     dense_names = {parameter: key for key, parameter in dense.named_parameters()}
-    bias = None if read.bias is None else named[dense_names[read.bias]]
+    bias = None if read.bias is None else named[new[dense_names[read.bias]]]
     ends = read.in_axis, read.out_axis
     reading, writing = taking_part[ends[0]], taking_part[ends[1]]
     return _Layer(name, read.weight, weight, bias, ends, len(reads), reading, writing, axes.get(ends[1]))

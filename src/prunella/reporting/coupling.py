@@ -81,7 +81,7 @@ def render_coupling(graph: Graph, title: str) -> str:
         "width": width + 620,
         "height": ROW * len(graph.layers) + 8,
         "shapes": {x.entity: "×".join(map(str, graph.entities[x.entity].shape)) for x in graph.layers},
-        "groups": [_card(graph, group) for group in graph.groups],
+        "groups": [_card(graph, group) for group in (*graph.groups, *graph.stacks)],
         "frozen": _frozen(graph),
         "style": Markup((_FOLDER / "report.css").read_text(encoding="utf-8")),
     }
@@ -106,7 +106,9 @@ def _frozen(graph: Graph) -> list[tuple[str, str, int, list[str]]]:
     """Reason, place, positions and names, the largest first."""
     count: Counter[tuple[str, str]] = Counter()
     names: dict[tuple[str, str], list[str]] = {}
-    for item in graph.frozen:
+    for item in (*graph.frozen, *graph.rooted):
         count[item.reason, item.where] += item.count
-        names.setdefault((item.reason, item.where), []).append(f"{item.entity}[{item.axis}]")
+        names.setdefault((item.reason, item.where), []).append(
+            item.entity if item.axis < 0 else f"{item.entity}[{item.axis}]"
+        )
     return [(*key, total, names[key]) for key, total in count.most_common()]

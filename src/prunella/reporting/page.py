@@ -116,7 +116,8 @@ def why_kept(report: Report) -> tuple[Kept, ...]:
     """What was not pruned, one entry for each reason and place in the source."""
     found: dict[tuple[str, str], list[str]] = {}
     for entry in report.frozen:
-        text = f"{entry.entity}, axis {entry.axis} ({entry.count:,})"
+        where = "" if entry.axis < 0 else f", axis {entry.axis}"
+        text = f"{entry.entity}{where} ({entry.count:,})"
         found.setdefault((entry.reason, entry.where), []).append(text)
     return tuple(Kept(reason, where, tuple(names)) for (reason, where), names in found.items())
 

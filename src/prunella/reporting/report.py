@@ -19,6 +19,7 @@ from torch import nn
 
 import prunella
 from prunella.forward import forward, mode, tensors
+from prunella.graph.blocks import new_name
 from prunella.graph.oracle import relative_error
 from prunella.graph.structure import Frozen
 from prunella.pipeline import Inputs, Plan
@@ -205,7 +206,7 @@ def report(
         metrics=_metrics(dense, small, inputs, quality, latency, (sum(macs[0].values()), sum(macs[1].values()))),
         latency=latency,
         difference=relative_error(*outputs),
-        layers=_layers(dense, small, macs, (seconds["dense"], seconds["pruned"])),
+        layers=_layers(dense, small, macs, (seconds["dense"], seconds["pruned"]), plan.dropped if plan else {}),
         widths=tuple(Width(row.name, row.kind, row.kept, row.total) for row in plan.rows) if plan else (),
         frozen=plan.frozen if plan else (),
         curve=curve,
@@ -272,16 +273,18 @@ def _layers(
     small: nn.Module,
     macs: tuple[Mapping[str, int], Mapping[str, int]],
     seconds: tuple[Mapping[str, float], Mapping[str, float]],
+    dropped: Mapping[str, tuple[str, ...]],
 ) -> tuple[LayerLine, ...]:
-    """Leaf modules of both models that have a weight of two axes or more."""
+    """Leaf modules of both models that have a weight of two axes or more, under their names in the dense one."""
     others, found = dict(small.named_modules()), []
     for name, module in dense.named_modules():
-        old, new = getattr(module, "weight", None), getattr(others.get(name), "weight", None)
+        now = new_name(dense, dropped, name) or ""
+        old, new = getattr(module, "weight", None), getattr(others.get(now), "weight", None)
         if not isinstance(old, torch.Tensor) or not isinstance(new, torch.Tensor) or old.dim() < 2:
             continue
         zero = 1 - int(torch.count_nonzero(new)) / new.numel() if new.numel() else 0.0
-        cost = [side.get(name, 0) for side in macs]
-        took = [side.get(name, 0.0) for side in seconds]
+        cost = macs[0].get(name, 0), macs[1].get(now, 0)
+        took = seconds[0].get(name, 0.0), seconds[1].get(now, 0.0)
         found.append(LayerLine(name, tuple(old.shape), tuple(new.shape), zero, cost[0], cost[1], took[0], took[1]))
     return tuple(found)
 

@@ -104,12 +104,13 @@ def gate_gradient(group: Group, weights: Mapping[str, Tensor], grads: Grads) -> 
 
     `dL/dz_u = sum over the weights that read u of w * dL/dw`, exact because a gate on the activation and the same
     factor on the columns that read it are one function. Without readers, the rows that produce the unit and its bias
-    are taken: a gate on the output of the producer.
+    are taken: a gate on the output of the producer. Of a residual block all parameters: a gate on its weights.
     """
     readers = [m for m in group.members if m.role == "in" and m.entity in weights]
     makers = [m for m in group.members if m.role in ("out", "bias") and m.entity in weights]
     total = torch.zeros(group.size, dtype=torch.float64)
-    for member in readers or makers:
+    every = [m for m in group.members if m.entity in weights]
+    for member in every if group.paths else readers or makers:
         if member.entity in grads:
             product = weights[member.entity].detach() * grads[member.entity]
             total.index_add_(0, torch.from_numpy(member.unit), _along(product, member))

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from prunella.graph.axes import WHOLE
+from prunella.graph.flow import pointwise
 from prunella.graph.trace import Trace, Value
 
 log = logging.getLogger(__name__)
@@ -71,8 +72,9 @@ def apply_rule(trace: Trace, func: Any, args: tuple[Any, ...], kwargs: dict[str,
     """Find the rule of an operation and note what it says of the outputs."""
     name = _name(func)
     outputs = tuple(tensors_in(result))
+    trace.flow.note(name, pointwise(func), tensors_in([args, list(kwargs.values())]), list(outputs))
     ctx = Context(trace, name, _positional(func, args, kwargs), outputs)
-    found = RULES.get(name) or (RULES["where"] if torch.Tag.pointwise in func.tags else None)
+    found = RULES.get(name) or (RULES["where"] if pointwise(func) else None)
     if name in _LAYERS and outputs and not outputs[0].numel():
         found = _unseen
     try:

@@ -1,0 +1,163 @@
+"""What counts the blocks of a stack: integers and plain lists of modules and configurations, each with a proof.
+
+Nothing is told by its name. A change of a configuration counts if the module, built from it anew on the meta device,
+has the tensors and the plain attributes of the one whose block was dropped. Any other integer counts if the model,
+run with one less, leaves out the last block. A plain list that the container's own parent keeps counts by its length.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from itertools import combinations, product
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from prunella.forward import forward
+from prunella.graph.blocks import drop_, shorten_
+from prunella.graph.depth import inside
+from prunella.graph.provenance import holder, holders
+from prunella.graph.structure import Attribute, Extent, Graph, Group
+from prunella.graph.undisturbed import undisturbed
+
+Place = tuple[str, str]
+"""(owner, name) of an attribute."""
+_MOST = 6
+"""Integers of one configuration that equal the number of blocks: more are not tried."""
+
+
+def counted(model: nn.Module, graph: Graph, inputs: Any) -> Graph:
+    """The graph with the attributes and lists that follow its stacks."""
+    attributes, lists = list(graph.attributes), dict(graph.lists)
+    for stack in graph.stacks:
+        taken = {(a.owner, a.name) for a in attributes}
+        ints, entries = _counters(model, stack, inputs)
+        attributes += [_attribute(model, stack, place) for place in ints if place not in taken]
+        lists[stack.name] = tuple(entries)
+    return replace(graph, attributes=tuple(attributes), lists={k: v for k, v in lists.items() if v})
+
+
+def _counters(model: nn.Module, stack: Group, inputs: Any) -> tuple[list[Place], list[Place]]:
+    ints, lists = list[Place](), list[Place]()
+    for owner, values in holders(model):
+        path, _, config = owner.partition(":")
+        if path and not inside(stack.name, path):
+            continue
+        whole = list(_whole(values, _length(model, stack)))
+        plain = list(_lists(values, _length(model, stack)))
+        proven = _proven(model.get_submodule(path), config, stack, path, whole, plain) if config else None
+        if proven is None:
+            proven = tuple(n for n in whole if _shortens(model, owner, n, stack, inputs)), ()
+            if not config and path == stack.name.rpartition(".")[0]:
+                proven = proven[0], tuple(plain)
+        ints += [(owner, name) for name in proven[0]]
+        lists += [(owner, name) for name in proven[1]]
+    return ints, lists
+
+
+def _attribute(model: nn.Module, stack: Group, place: Place) -> Attribute:
+    count = _length(model, stack)
+    extent = Extent(count - stack.size, ((stack.name, np.ones(stack.size, dtype=np.int64)),))
+    return Attribute(*place, count, extent)
+
+
+def _length(model: nn.Module, stack: Group) -> int:
+    return len(model.get_submodule(stack.name)._modules)
+
+
+def _whole(values: dict[str, Any], count: int) -> Iterator[str]:
+    """Integers that could be the number of blocks."""
+    yield from (name for name, value in values.items() if type(value) is int and value == count and name[:1] != "_")
+
+
+def _lists(values: dict[str, Any], count: int) -> Iterator[str]:
+    """Plain lists with as many entries as blocks."""
+    for name, value in values.items():
+        if name[:1] != "_" and type(value) in (list, tuple) and len(value) == count > 1:
+            yield from (name,) if all(isinstance(entry, bool | int | float | str | None) for entry in value) else ()
+
+
+# -- by building again -------------------------------------------------------------------------------------------
+
+
+def _proven(
+    module: nn.Module, config: str, stack: Group, path: str, ints: list[str], lists: list[str]
+) -> tuple[tuple[str, ...], tuple[str, ...]] | None:
+    """The fewest changes of the configuration that build the module without its first block; None if none do."""
+    container = stack.name[len(path) + 1 :] if path else stack.name
+    old = getattr(module, config)
+    base = _built(module, old) if ints and len(ints) <= _MOST else None
+    if base is None or base.state_dict().keys() != module.state_dict().keys():
+        return None
+    names = list(base.get_submodule(container)._modules)
+    first = stack.paths[0].rpartition(".")[2]
+    drop_(base, {container: (first,)})
+    wanted = _picture(base)
+    for some, others in product(_subsets(ints), _subsets(lists)):
+        changed = copy.deepcopy(old)
+        for name in some:
+            setattr(changed, name, len(names) - 1)
+        for name in others:
+            shorten_(changed, name, (names.index(first),))
+        made = _built(module, changed)
+        if made is not None and _picture(made) == wanted:
+            return some, others
+    return None
+
+
+def _subsets(names: list[str]) -> Iterable[tuple[str, ...]]:
+    return (some for size in range(min(len(names), 2) + 1) for some in combinations(names, size))
+
+
+def _built(module: nn.Module, config: Any) -> nn.Module | None:
+    """Another module of this class from this configuration, on the meta device; None if that is not how it is made."""
+    kind: Any = type(config)
+    try:
+        with torch.random.fork_rng(devices=[]), torch.device("meta"):
+            if hasattr(config, "to_dict") and hasattr(kind, "from_dict"):
+                kind.from_dict(config.to_dict())  # its own checks
+            made: Any = type(module)
+            found = made(copy.deepcopy(config))
+        return found if isinstance(found, nn.Module) else None
+    except Exception:  # a probe: whatever it raises, this does not build the module
+        return None
+
+
+def _picture(module: nn.Module) -> dict[str, Any]:
+    """Shapes of all tensors and values of all plain attributes, by name."""
+    found: dict[str, Any] = {name: tuple(t.shape) for name, t in module.state_dict().items()}
+    for path, part in module.named_modules():
+        for name, value in vars(part).items():
+            if isinstance(value, bool | int | float | str) and name[:1] != "_":
+                found[f"{path}:{name}"] = value
+    return found
+
+
+# -- by running --------------------------------------------------------------------------------------------------
+
+
+def _shortens(model: nn.Module, owner: str, name: str, stack: Group, inputs: Any) -> bool:
+    """Whether the model, run with one less here, leaves out the last block and no other."""
+    place, children = holder(model, owner), list(model.get_submodule(stack.name)._modules.values())
+    ran: list[int] = []
+    handles = [
+        child.register_forward_pre_hook(lambda *_, k=k: ran.append(k)) for k, child in enumerate(children) if child
+    ]
+    old = getattr(place, name)
+    try:
+        with undisturbed(model):
+            setattr(place, name, old - 1)
+            try:
+                forward(model, inputs)
+            finally:
+                setattr(place, name, old)
+    except Exception:  # a probe: a model that does not run with one less counts something else
+        return False
+    finally:
+        for handle in handles:
+            handle.remove()
+    return ran == list(range(len(children) - 1))
