@@ -247,12 +247,12 @@ class _Job:
             faults = unproven(self.model, self.graph, keep, self.inputs)
             if not faults:
                 break
-            if faults.keys() & decided.keys():
+            if faults.keys() <= decided.keys():
                 why = next(faults[name] for name in decided if name in faults)
                 raise NotSupported("tokens cannot be removed from this model", why, "leave Vocabulary out")
             frozen += [_set_aside(group, faults[group.name]) for group, _ in scored if group.name in faults]
             scored = [(group, scores) for group, scores in scored if group.name not in faults]
-            if not scored:
+            if not scored and not decided:
                 raise self._nothing("units", frozen)
         cut = [group for group in (*self.graph.groups, *self.graph.stacks) if group.name in keep]
         rows = table.group_rows(self.graph, cut, keep)

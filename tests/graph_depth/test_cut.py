@@ -74,7 +74,7 @@ def test_after_a_norm_it_is_not_and_the_oracle_knows() -> None:
 
 def test_numbers_of_blocks_follow_and_equal_numbers_stay() -> None:
     model = Net()
-    drop_(model, {"xyz": ("0", "2")})
+    change_(model, Changes(dropped={"xyz": ("0", "2")}))
     assert list(model.xyz._modules) == ["0", "1"]
     assert [layer.attention.number for layer in model.xyz] == [5, 6]
     assert model.xyz[0].up.out_features == 24
@@ -307,3 +307,12 @@ def test_the_report_and_the_fit_follow_the_new_numbers() -> None:
     changed = {name for name, p in small.named_parameters() if not torch.equal(p, before[name])}
     assert changed and all(name.split(".")[2] in ("down", "attention") for name in changed)
     assert {fit.name.split(".")[1] for fit in fits.fits} <= {str(k) for k in stays}
+
+
+def test_sizes_that_look_like_numbers_of_blocks_stay_sizes() -> None:
+    """Cut to 4 and 5 in the first two blocks, an integer must not count on when the first block goes."""
+    model = settle(Net())
+    model.xyz[0].size, model.xyz[1].size, model.xyz[2].size, model.xyz[3].size = 8, 8, 8, 8
+    done = Changes(attributes={(f"xyz.{k}", "size"): 4 + k for k in range(4)}, dropped={"xyz": ("0",)})
+    change_(model, done)
+    assert [block.size for block in model.xyz] == [5, 6, 7]

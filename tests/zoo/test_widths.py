@@ -286,3 +286,15 @@ def test_all_kinds_of_units_share_one_plan(tmp_path: Path) -> None:
     pr.save(small, tmp_path / "small", plan=plan, dense=model)
     loaded = pr.load(tmp_path / "small")
     assert torch.equal(loaded(**plan.small_inputs).logits, small(**plan.small_inputs).logits)
+
+
+def test_blocks_join_in() -> None:
+    torch.manual_seed(0)
+    model = mixtral()
+    grains = (pr.Channel(), pr.Head(), pr.Width(), pr.Expert(), pr.Depth(), pr.Vocabulary(tuple(range(45))))
+    plan = pr.plan(model, batch(), pr.Recipe(pr.random, grains, pr.global_, seed=2), target=pr.Params(0.4))
+    assert {row.kind for row in plan.rows} == {"channel", "head", "width", "expert", "block", "vocabulary"}
+    small = pr.shrink(model, plan)  # compared in float64 where the kernels have it
+    assert plan.dropped and len(small.model.layers) == 1
+    got = sum(p.numel() for p in small.parameters()) / sum(p.numel() for p in model.parameters())
+    assert got <= 0.4 and got == pytest.approx(plan.got)

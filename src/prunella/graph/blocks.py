@@ -15,17 +15,27 @@ from prunella.forward import tensors
 Dropped = Mapping[str, tuple[str, ...]]
 
 
-def drop_(model: nn.Module, dropped: Dropped) -> None:
-    """Take blocks out of their containers in place: `dropped` is container -> names of its children that go.
+def number_(model: nn.Module, dropped: Dropped) -> None:
+    """Number the blocks of each container as if those that go were gone already; `drop_` takes them out.
 
-    Numbered children are numbered again. An integer attribute that is `position + constant` in every block that has it
-    (two at least), as `layer_idx`, follows. Parameters shared with other places stay there. A container or a child
-    that is not in the model is a `RequestError`.
+    An integer attribute follows that is `position + constant` in every block that has it (two at least), as
+    `layer_idx`. This comes before any other size is changed, lest cut sizes look like numbers.
     """
     check_dropped(model, dropped)
     for path, gone in _deepest_first(dropped):
         container = model.get_submodule(path)
         _renumber(list(container._modules.values()), _kept(container, gone))
+
+
+def drop_(model: nn.Module, dropped: Dropped) -> None:
+    """Take blocks out of their containers in place: `dropped` is container -> names of its children that go.
+
+    Numbered children are numbered again. Parameters shared with other places stay there. A container or a child that
+    is not in the model is a `RequestError`.
+    """
+    check_dropped(model, dropped)
+    for path, gone in _deepest_first(dropped):
+        container = model.get_submodule(path)
         stays = [item for item in container._modules.items() if item[0] not in gone]
         numbered = _numbered(container)
         container._modules.clear()

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from prunella.forward import forward
-from prunella.graph.blocks import drop_, shorten_
+from prunella.graph.blocks import drop_, number_, shorten_
 from prunella.graph.depth import inside
 from prunella.graph.provenance import holder, holders
 from prunella.graph.structure import Attribute, Extent, Graph, Group
@@ -95,6 +95,7 @@ def _proven(
         return None
     names = list(base.get_submodule(container)._modules)
     first = stack.paths[0].rpartition(".")[2]
+    number_(base, {container: (first,)})
     drop_(base, {container: (first,)})
     wanted = _picture(base)
     for some, others in product(_subsets(ints), _subsets(lists)):

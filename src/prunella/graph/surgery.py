@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from prunella.errors import RequestError
-from prunella.graph.blocks import drop_, shorten_
+from prunella.graph.blocks import drop_, number_, shorten_
 from prunella.graph.provenance import holder
 
 Cuts = Mapping[str, Mapping[int, Tensor]]
@@ -61,6 +61,7 @@ class Changes:
 
 def change_(model: nn.Module, changes: Changes) -> None:
     """Carry out all changes in place. Names are those of the dense model, so blocks go last."""
+    number_(model, changes.dropped)
     cut_(model, changes.cuts, changes.attributes)
     for (owner, name), gone in changes.lists.items():
         shorten_(holder(model, owner), name, gone)

@@ -37,6 +37,7 @@ from prunella.realize import origin as origins
 from prunella.realize import pretrained
 from prunella.realize.export import export
 from prunella.realize.origin import Factory
+from prunella.realize.per_layer import per_layer_config
 from prunella.realize.plan_file import read_size, save_plan
 from prunella.realize.state import State, fill_, read_state, read_tensors, write_tensors
 
@@ -321,7 +322,9 @@ def _make_pretrained(manifest: dict[str, Any], model: nn.Module, plan: Plan | No
     """Write config.json if a configuration can describe the model, and prove it; else say why not."""
     inputs = plan.small_inputs if plan is not None and plan.inputs is not None else getattr(model, "dummy_inputs", None)
     failed = "no configuration describes these widths, which differ from layer to layer"
-    for config in _configs(manifest["origin"], model, plan):
+    origin, small, sizes = _described(manifest["origin"], model, plan)
+    kept = frozenset() if inputs is None else pretrained.steady(model, origin["config"], inputs)
+    for config in pretrained.uniform_configs(origin, small, sizes, kept):
         pretrained.write_config(model, config, folder)
         if inputs is not None and pretrained.reads_back(type(model), folder, model, inputs):
             manifest["origin"]["config"] = config
@@ -330,16 +333,19 @@ def _make_pretrained(manifest: dict[str, Any], model: nn.Module, plan: Plan | No
             return ""
         (folder / "config.json").unlink()
         failed = "what it builds does not give the same output"
+    manifest["per_layer_config"] = per_layer_config(origin, model, small, sizes, kept)
     return f"plain from_pretrained cannot read it: {failed}"
 
 
-def _configs(origin: Mapping[str, Any], model: nn.Module, plan: Plan | None) -> Iterator[dict[str, Any]]:
+def _described(
+    origin: Mapping[str, Any], model: nn.Module, plan: Plan | None
+) -> tuple[Mapping[str, Any], pretrained.Shapes, pretrained.Sizes]:
+    """The origin with tokens and depth as they are now, the shapes of the model, and the sizes that are others."""
     origin = {**origin, "config": pretrained.with_tokens(origin["config"], model.config)}
     if plan is not None and plan.dropped:
         origin = {**origin, "config": pretrained.shallower(origin["config"], plan.attributes, plan.lists)}
     dense, small = origins.build_empty(origins.hugging_face_builder(origin)), pretrained.shapes_of(model)
-    sizes = pretrained.changed_sizes(pretrained.shapes_of(dense), small, _pairs(dense, plan))
-    return pretrained.uniform_configs(origin, small, sizes)
+    return origin, small, pretrained.changed_sizes(pretrained.shapes_of(dense), small, _pairs(dense, plan))
 
 
 def _pairs(dense: nn.Module, plan: Plan | None) -> Iterator[tuple[int, int]]:

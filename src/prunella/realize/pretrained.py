@@ -46,6 +46,12 @@ def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
     return {name: tuple(value.shape) for name, value in model.state_dict().items()}
 
 
+def built_shapes(origin: Mapping[str, Any], config: Mapping[str, Any], part: str = "") -> dict[str, tuple[int, ...]]:
+    """Shape of every tensor whose name begins with `part`, of the model of this configuration."""
+    shapes = shapes_of(build_empty(hugging_face_builder({**origin, "config": dict(config)})))
+    return {name: shape for name, shape in shapes.items() if name.startswith(part)}
+
+
 def changed_sizes(dense: Shapes, small: Shapes, pairs: Iterator[tuple[int, int]]) -> Sizes:
     """Old size -> new sizes: of the axes of tensors that differ, and of `pairs` (heads, attributes)."""
     found: dict[int, set[int]] = {}
@@ -71,14 +77,42 @@ def shallower(
     return found
 
 
-def uniform_configs(origin: Mapping[str, Any], small: Shapes, sizes: Sizes) -> Iterator[dict[str, Any]]:
+def steady(model: nn.Module, config: Mapping[str, Any], inputs: Any) -> frozenset[ConfigPath]:
+    """Entries that are no other in the smaller model: its modules keep that integer, and compute with it."""
+    homes: dict[str, list[nn.Module]] = {}
+    for module in model.modules():
+        for name, value in vars(module).items():
+            if type(value) is int and config.get(name) == value:
+                homes.setdefault(name, []).append(module)
+    return frozenset((name,) for name, found in homes.items() if _matters(model, found, name, inputs))
+
+
+def _matters(model: nn.Module, homes: list[nn.Module], name: str, inputs: Any) -> bool:
+    """Whether the model gives something else, or nothing, with another integer there."""
+    with mode(model, training=False), torch.no_grad():
+        expected = tensors(forward(model, inputs))
+        old = getattr(homes[0], name)
+        for module in homes:
+            setattr(module, name, old + 1)
+        try:
+            return relative_error(expected, tensors(forward(model, inputs))) > 0
+        except Exception:  # a probe: whatever it raises, the integer is used
+            return True
+        finally:
+            for module in homes:
+                setattr(module, name, old)
+
+
+def uniform_configs(
+    origin: Mapping[str, Any], small: Shapes, sizes: Sizes, kept: frozenset[ConfigPath] = frozenset()
+) -> Iterator[dict[str, Any]]:
     """Configurations that build exactly the shapes `small`; a caller takes the first that also computes the same.
 
     Shapes can be right and the model wrong (fewer heads, or narrower heads), so after the first solution others are
     looked for that leave one of its changes out. A configuration has one width for all layers: it describes uniform
-    cuts only.
+    cuts only. Entries in `kept` are changed only if nothing else explains the shapes.
     """
-    first = _search(origin, small, sizes, frozenset())
+    first = (_search(origin, small, sizes, kept) if kept else None) or _search(origin, small, sizes, frozenset())
     if first is None:
         return
     yield first[0]
@@ -89,25 +123,33 @@ def uniform_configs(origin: Mapping[str, Any], small: Shapes, sizes: Sizes) -> I
 
 
 def _search(
-    origin: Mapping[str, Any], small: Shapes, sizes: Sizes, without: frozenset[ConfigPath]
+    origin: Mapping[str, Any], small: Shapes, sizes: Sizes, without: frozenset[ConfigPath], part: str = ""
 ) -> tuple[dict[str, Any], tuple[ConfigPath, ...]] | None:
-    """Make the change that gets the most shapes right, until all are right or none helps."""
-    config, changed = copy.deepcopy(dict(origin["config"])), list[ConfigPath]()
-    right, useless = _right(origin, config, small), set[Change]()
+    """Make the change that gets the most shapes right, until all are right or none helps; `part` limits the names."""
+    config, taken = copy.deepcopy(dict(origin["config"])), list[ConfigPath]()
+    right, useless = _right(origin, config, small, part), set[Change]()
     while right < len(small):
-        singles = [c for c in _candidates(config, sizes) if c not in useless and c.path not in {*without, *changed}]
-        scores = [(_right(origin, _with(config, (c,)), small), (c,)) for c in singles]
+        singles = [c for c in _candidates(config, sizes) if c not in useless and c.path not in {*without, *taken}]
+        scores = [(_right(origin, changed(config, c), small, part), (c,)) for c in singles]
         useless.update(change[0] for score, change in scores if 0 <= score <= right)
         # Sizes that depend on each other (heads and key-value heads) are invalid alone: two of one ratio together.
         invalid = [change[0] for score, change in scores if score < 0]
         pairs = [(a, b) for i, a in enumerate(invalid) for b in invalid[i + 1 :] if a.ratio == b.ratio]
-        scores += [(_right(origin, _with(config, pair), small), pair) for pair in pairs]  # type: ignore[misc]
+        scores += [(_right(origin, changed(config, *pair), small, part), pair) for pair in pairs]  # type: ignore[misc]
         best = max(scores, key=lambda entry: entry[0], default=(right, ()))
         if best[0] <= right:
             return None
-        right, config = best[0], _with(config, best[1])
-        changed += [change.path for change in best[1]]
-    return config, tuple(changed)
+        right, config = best[0], changed(config, *best[1])
+        taken += [change.path for change in best[1]]
+    return config, tuple(taken)
+
+
+def search_part(
+    origin: Mapping[str, Any], small: Shapes, sizes: Sizes, kept: frozenset[ConfigPath], part: str
+) -> tuple[dict[str, Any], tuple[ConfigPath, ...]] | None:
+    """A configuration that builds the tensors whose names begin with `part` as they are in `small`, and its changes."""
+    mine = {name: shape for name, shape in small.items() if name.startswith(part)}
+    return _search(origin, mine, sizes, kept, part) or _search(origin, mine, sizes, frozenset(), part)
 
 
 def with_tokens(config: Mapping[str, Any], live: Any) -> dict[str, Any]:
@@ -147,10 +189,10 @@ def reads_back(kind: type, folder: Path, model: nn.Module, inputs: Any) -> bool:
     return relative_error(expected, got) <= 1e-5
 
 
-def _right(origin: Mapping[str, Any], config: Mapping[str, Any], small: Shapes) -> int:
+def _right(origin: Mapping[str, Any], config: Mapping[str, Any], small: Shapes, part: str) -> int:
     """How many tensors of the model of this configuration have the wanted shape; -1 if it cannot be built."""
     try:
-        built = shapes_of(build_empty(hugging_face_builder({**origin, "config": dict(config)})))
+        built = built_shapes(origin, config, part)
     except PruningError:
         return -1
     if built.keys() != small.keys():
@@ -178,14 +220,15 @@ def _scaled(value: int, sizes: Sizes) -> list[int]:
     return sorted(whole - {value, 0})
 
 
-def _with(config: Mapping[str, Any], changes: tuple[Change, ...]) -> dict[str, Any]:
-    changed = copy.deepcopy(dict(config))
+def changed(config: Mapping[str, Any], *changes: Change) -> dict[str, Any]:
+    """The configuration with these entries changed."""
+    made = copy.deepcopy(dict(config))
     for change in changes:
-        place = changed
+        place = made
         for key in change.path[:-1]:
             place = place[key]
         place[change.path[-1]] = change.value
-    return changed
+    return made
 
 
 @contextmanager

@@ -1,0 +1,108 @@
+"""What a configuration would say of each layer, where layers differ: `per_layer_config`, as transformers writes it.
+
+One layer is explained by the same search that finds uniform configurations. It tells which entries matter and which
+axis of which tensor follows each; the other layers are read off their shapes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from fractions import Fraction
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from prunella.errors import PruningError
+from prunella.realize.pretrained import Change, ConfigPath, Shapes, Sizes, built_shapes, changed, search_part
+
+PerLayer = dict[str, dict[str, int]]
+
+
+class Reader(NamedTuple):
+    """An entry of the configuration is `ratio` times the size of `axis` of the tensor `name` of a layer."""
+
+    path: ConfigPath
+    name: str
+    axis: int
+    ratio: Fraction
+
+
+def per_layer_config(
+    origin: Mapping[str, Any], model: nn.Module, small: Shapes, sizes: Sizes, kept: frozenset[ConfigPath]
+) -> PerLayer:
+    """Number of each layer -> entries of the configuration that differ there. Empty where they cannot be found.
+
+    kept: entries that are changed only if nothing else explains the shapes.
+    """
+    stack = _stack(model)
+    if stack is None:
+        return {}
+    layers = [{n: s for n, s in small.items() if n.startswith(f"{stack}.{k}.")} for k in range(_count(model, stack))]
+    dense = built_shapes(origin, origin["config"], f"{stack}.")
+    probe = max(range(len(layers)), key=lambda k: sum(dense.get(n) != s for n, s in layers[k].items()))
+    found = search_part(origin, small, sizes, kept, f"{stack}.{probe}.")
+    if found is None or not found[1]:
+        return {}
+    readers = list(_readers(origin, found, dense, f"{stack}.{probe}."))
+    return {
+        str(k): values
+        for k in range(len(layers))
+        if (values := dict(_read(origin["config"], readers, layers[k], f"{stack}.{k}.")))
+    }
+
+
+def _stack(model: nn.Module) -> str | None:
+    """The list of modules with the most parameters."""
+    lists = {
+        name: sum(p.numel() for p in module.parameters())
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) > 1
+    }
+    return max(lists, key=lambda name: lists[name], default=None)
+
+
+def _count(model: nn.Module, stack: str) -> int:
+    return len(list(model.get_submodule(stack).children()))
+
+
+def _readers(
+    origin: Mapping[str, Any], found: tuple[dict[str, Any], tuple[ConfigPath, ...]], dense: Shapes, layer: str
+) -> Iterator[Reader]:
+    """Which axis follows each entry: the first that is another without this change."""
+    config, paths = found
+    full = built_shapes(origin, config, layer)
+    for path in paths:
+        old, new = _at(origin["config"], path), _at(config, path)
+        for name, axis in _moved(full, _without(origin, config, path, old, layer) or dense):
+            if old and Fraction(full[name][axis], dense[name][axis]) == Fraction(new, old):
+                yield Reader(path, name.removeprefix(layer), axis, Fraction(old, dense[name][axis]))
+                break
+
+
+def _without(
+    origin: Mapping[str, Any], config: Mapping[str, Any], path: ConfigPath, old: Any, layer: str
+) -> dict[str, tuple[int, ...]] | None:
+    """The shapes when all changes but this one are made; None if that cannot be built."""
+    try:
+        return built_shapes(origin, changed(config, Change(path, old)), layer)
+    except PruningError:
+        return None
+
+
+def _moved(one: Shapes, other: Shapes) -> Iterator[tuple[str, int]]:
+    return ((n, a) for n, shape in one.items() for a, size in enumerate(shape) if size != other[n][a])
+
+
+def _read(config: Mapping[str, Any], readers: list[Reader], layer: Shapes, prefix: str) -> Iterator[tuple[str, int]]:
+    for path, name, axis, ratio in readers:
+        shape = layer.get(prefix + name)
+        value = shape[axis] * ratio if shape else Fraction(1, 2)
+        if value.denominator == 1 and value != _at(config, path):
+            yield ".".join(path), int(value)
+
+
+def _at(config: Mapping[str, Any], path: ConfigPath) -> Any:
+    found: Any = config
+    for key in path:
+        found = found[key]
+    return found
