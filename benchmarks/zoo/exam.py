@@ -52,6 +52,8 @@ class Exam:
     exported: str = ""
     onnx: str = ""
     frozen: tuple[tuple[str, int], ...] = ()
+    others: tuple[tuple[str, str], ...] = ()
+    """Kinds of units beyond channels and heads that the model has: `exact` by the tool's own check, or why not."""
 
 
 def examine(
@@ -65,7 +67,8 @@ def examine(
     try:
         graph = couple(model, inputs)
         facts["couple_s"] = time.perf_counter() - start
-        facts |= {"groups": len(graph.groups), "units": sum(g.size for g in graph.groups), "reach": _reach(graph)}
+        plain = [group for group in graph.groups if group.kind in ("channel", "head")]
+        facts |= {"groups": len(plain), "units": sum(g.size for g in plain), "reach": _reach(graph, plain)}
         facts["frozen"] = _reasons(graph.frozen)
         start = time.perf_counter()
         kinds = (pr.Channel(), pr.Head())
@@ -80,6 +83,7 @@ def examine(
     facts["params_left"] = sum(p.numel() for p in small.parameters()) / facts["params"]
     facts["set_aside"] = sum("proven" in f.reason or "does not run" in f.reason for f in plan.frozen)
     facts |= _compare(model, small, inputs, sorts=name.startswith(SORTED))
+    facts["others"] = _others(model, inputs, graph)
     if full and facts["verdict"] == "exact":
         facts["exported"] = _export(small, inputs, scratch / "model.pt2")
         facts["onnx"] = _export(small, inputs, scratch / "model.onnx") if onnx else ""
@@ -99,9 +103,35 @@ def _compare(model: nn.Module, small: nn.Module, inputs: Any, *, sorts: bool) ->
     return {**found, "verdict": "exact" if exact else "wrong"}
 
 
-def _reach(graph: Any) -> float:
+def _others(model: nn.Module, inputs: Any, graph: Any) -> tuple[tuple[str, str], ...]:
+    """The same share of every width, of the experts, of the blocks and of the tokens, each kind alone."""
+    kinds = {group.kind for group in (*graph.groups, *graph.stacks)}
+    found = []
+    for kind in sorted(kinds - {"channel", "head"}):
+        grain = OTHERS[kind](graph)
+        target = None if kind == "vocabulary" else pr.Sparsity(SHARE)
+        try:
+            plan = pr.plan(model, inputs, pr.Recipe(pr.random, grain), target=target)
+            pr.shrink(model, plan)
+            found.append((kind, "exact"))
+        except pr.PruningError as error:
+            found.append((kind, f"refused: {' '.join(str(error).split())}"[:200]))
+        except Exception as error:
+            found.append((kind, f"traceback: {type(error).__name__}: {error}"[:200]))
+    return tuple(found)
+
+
+OTHERS: dict[str, Callable[[Any], Any]] = {
+    "width": lambda graph: pr.Width(),
+    "expert": lambda graph: pr.Expert(),
+    "block": lambda graph: pr.Depth(),
+    "vocabulary": lambda graph: pr.Vocabulary(tuple(range(0, graph.tokens.size, 2))),
+}
+
+
+def _reach(graph: Any, groups: Any) -> float:
     """Part of the parameters that would be gone if every group kept one unit."""
-    keep = {g.name: torch.arange(g.size) == 0 for g in graph.groups}
+    keep = {g.name: torch.arange(g.size) == 0 for g in groups}
     return 1 - graph.params(keep) / max(graph.params(), 1)
 
 

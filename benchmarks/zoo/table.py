@@ -29,9 +29,27 @@ def write(results: Path) -> str:
             *(_summary(suite, *found) for suite, found in parts.items() if found[0]),
         ]
     )
-    text = [HEAD, summary, *(_suite(suite, *found) for suite, found in parts.items() if found[0])]
+    text = [HEAD, summary, _others(parts), *(_suite(suite, *found) for suite, found in parts.items() if found[0])]
     PAGE.write_text("\n\n".join(text) + "\n")
     return summary
+
+
+def _others(parts: dict[str, tuple[list[Row], list[Row]]]) -> str:
+    """Widths, experts, blocks and tokens, where a model has them."""
+    lines = [
+        "The same share of other units, each kind alone, as far as a model has them. *Masked* has its own meaning for each"
+        " (`docs/units.md`), and here the tool's own check judges; the oracle of the zoo knows channels and heads only.",
+        "",
+        "| suite | unit | models that have it | exact | refused with a reason | traceback |",
+        "|---|---|---|---|---|---|",
+    ]
+    for suite, (ours, _) in parts.items():
+        found = [tuple(pair) for row in ours for pair in row.get("others", ())]
+        for kind in sorted({kind for kind, _ in found}):
+            words = Counter(text.partition(":")[0] for name, text in found if name == kind)
+            counts = " | ".join(str(words[key]) for key in ("exact", "refused", "traceback"))
+            lines.append(f"| {suite} | {kind} | {sum(words.values())} | {counts} |")
+    return "\n".join(lines)
 
 
 def _summary(suite: str, ours: list[Row], theirs: list[Row]) -> str:
