@@ -114,9 +114,7 @@ def main() -> None:
         return
     torch.set_num_threads(1)
     if options.full:
-        importlib.import_module(
-            "torch._dynamo"
-        )  # what every export imports: once here, not ten seconds in each process
+        importlib.import_module("torch._dynamo")  # every export imports it: once here, not in each process
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")
     names = [n for n in suite_module(options.suite).names() if any(fnmatch.fnmatch(n, p) for p in options.patterns)]
