@@ -162,7 +162,8 @@ class Report:
         widths = [max(len(row[i]) for row in rows) for i in range(4)]
         table = [f"{a:<{widths[0]}}  {b:>{widths[1]}}  {c:>{widths[2]}}  {d}".rstrip() for a, b, c, d in rows]
         said = f"{self.model} on {self.inputs}: {self.verdict}"
-        end = [f"outputs differ by at most {self.difference:.2g} times the largest one", *self._measured()]
+        apart = f"outputs differ by at most {self.difference:.2g} times the largest one"
+        end = [apart if math.isfinite(self.difference) else "outputs have other shapes", *self._measured()]
         return "\n".join([said, "", *table, "", *end])
 
     def _measured(self) -> list[str]:
