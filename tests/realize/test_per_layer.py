@@ -44,11 +44,12 @@ def test_each_layer_is_built_by_its_own_entries(tmp_path: Path, deep: bool) -> N
     assert torch.equal(pr.load(tmp_path / "small")(**BATCH).logits, small(**BATCH).logits)
 
 
-def test_heads_that_go_are_not_taken_for_narrower_ones(tmp_path: Path) -> None:
-    """Half of four key-value heads of four: shapes alone would allow a head_dim of two."""
+@pytest.mark.parametrize(("share", "heads", "groups"), [(0.5, 4, 2), (0.25, 6, 3)])
+def test_heads_that_go_are_not_taken_for_narrower_ones(tmp_path: Path, share: float, heads: int, groups: int) -> None:
+    """Some of four key-value heads of four: shapes alone would allow a smaller head_dim."""
     torch.manual_seed(0)
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES)).eval()
-    plan = pr.plan(model, BATCH, pr.Recipe(pr.random, pr.Head()), target=pr.Sparsity(0.5))
+    plan = pr.plan(model, BATCH, pr.Recipe(pr.random, pr.Head()), target=pr.Sparsity(share))
     pr.save(pr.shrink(model, plan), tmp_path / "small", plan=plan, dense=model)
     config = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "small").config
-    assert (config.num_attention_heads, config.num_key_value_heads, config.head_dim) == (4, 2, 4)
+    assert (config.num_attention_heads, config.num_key_value_heads, config.head_dim) == (heads, groups, 4)

@@ -213,3 +213,22 @@ def test_detached_paths_and_buffers_carry_channels() -> None:
     graph = check_exact(odd.ChannelBuffers(), torch.randn(SHAPE)).graph
     members = {(m.entity, m.axis) for m in produced_by(graph, "first").members}
     assert members >= {("mean", 0), ("mask", 1), ("scale", 0)}
+
+
+class Sometimes(nn.Module):
+    """A head that runs on what was found, which is nothing in this run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 12), nn.Linear(12, 4)
+        self.conv, self.norm = nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        found = x.new_zeros(0, 3, 4, 4)
+        return self.last(F.relu(self.first(x))), self.norm(self.conv(found)).mean((2, 3))
+
+
+def test_a_layer_that_nothing_passed_through_stays() -> None:
+    graph = couple(settle(Sometimes()), torch.randn(2, 6))
+    assert {m.entity for group in graph.groups for m in group.members} == {"first.weight", "first.bias", "last.weight"}
+    assert frozen_because(graph, "conv.weight", 0, "nothing passed through it")

@@ -161,6 +161,58 @@ def test_the_embedding_alone_can_be_narrower() -> None:
     assert small.albert.encoder.embedding_hidden_mapping_in.weight.shape == (16, 6)
 
 
+class Shaped(nn.Module):
+    """A norm that keeps its size as a tuple of its own, or has it typed into the source."""
+
+    def __init__(self, dim: int, typed: bool) -> None:
+        super().__init__()
+        self.weight, self.size, self.typed = nn.Parameter(torch.rand(dim) + 0.5), (dim,), typed
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, (12,) if self.typed else self.size, self.weight)
+
+
+@pytest.mark.parametrize("typed", [False, True])
+def test_the_size_that_a_norm_keeps_follows(typed: bool) -> None:
+    torch.manual_seed(0)
+    model = settle(Stream(lambda dim: Shaped(dim, typed)))
+    graph = couple(model, IDS)
+    assert [group.size for group in graph.groups if group.kind == "width"] == ([] if typed else [12])
+    if typed:
+        assert any("12 is typed into the source" in f.reason and "test_widths.py:" in f.where for f in graph.frozen)
+        return
+    plan = pr.plan(model, IDS, pr.Recipe(pr.random, pr.Width()), target=pr.Sparsity(0.25))
+    assert [norm.size for norm in pr.shrink(model, plan).norms] == [(9,)] * 3
+
+
+def test_a_norm_within_heads_makes_no_width() -> None:
+    """Norms over the features of each head: the heads may go, their features are no units."""
+    sizes = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "head_dim": 4}
+    model = settle(
+        transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**sizes, num_attention_heads=4, num_key_value_heads=2))
+    )
+    widths = [group.name for group in couple(model, batch()).groups if group.kind == "width"]
+    assert widths == ["model.embed_tokens"]
+
+
+class PerHead(nn.Module):
+    """Heads of five features, normalised and mixed within each head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads, self.q, self.norm = 3, nn.Linear(6, 15), nn.RMSNorm(5)
+        self.mix, self.last = nn.Linear(5, 1), nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        split = self.q(x).view(len(x), self.heads, -1)
+        return self.last(self.mix(self.norm(split)).flatten(1))
+
+
+def test_features_of_heads_are_no_width_where_heads_go() -> None:
+    groups = couple(settle(PerHead()), torch.randn(4, 6)).groups
+    assert [(group.size, group.kind) for group in groups] == [(3, "channel")]
+
+
 def test_a_stream_that_is_an_output_stays() -> None:
     model = llama().model
     assert not [group for group in couple(model, batch()).groups if group.kind == "width"]
@@ -222,10 +274,10 @@ def test_a_choice_that_sends_nothing_is_no_expert() -> None:
 @pytest.mark.parametrize("tied", [True, False])
 def test_tokens_that_stay_give_the_same_logits(tied: bool) -> None:
     torch.manual_seed(0)
-    model = llama(tie_word_embeddings=tied)
+    model = llama(tie_word_embeddings=tied, bos_token_id=44)
     plan = pr.plan(model, batch(), pr.Recipe(granularity=pr.Vocabulary((*IDS.flatten().tolist(), 30))))
     small = pr.shrink(model, plan)
-    kept = torch.tensor(sorted({*IDS.flatten().tolist(), 30, 7, 12, 1}))
+    kept = torch.tensor(sorted({*IDS.flatten().tolist(), 30, 44}))
     assert plan.keep[next(iter(plan.keep))].nonzero().flatten().equal(kept)
     got = small(input_ids=plan.renumber(IDS), use_cache=False).logits
     torch.testing.assert_close(got, model(**batch()).logits[..., kept])

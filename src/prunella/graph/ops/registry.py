@@ -100,9 +100,11 @@ _LAYERS = frozenset({"convolution", "mm", "addmm", "bmm"})
 
 def _unseen(trace: Trace, ctx: Context) -> Returned:
     """Nothing passed through a layer, so that nothing is known of what follows it."""
-    for tensor in tensors_in(ctx.args):
-        for dim in trace.value(tensor).dims:
+    for value in map(trace.value, tensors_in(ctx.args)):
+        for dim in value.dims:
             trace.freeze(dim, "nothing passed through it: the example gives it an empty batch")
+        if len(value.dims) > 1 and value.axes[0]:
+            trace.role((value.axes[0][0], 0), "out")  # to be told with the rest that stays
     return None
 
 
