@@ -33,7 +33,7 @@ _MOST = 6
 def counted(model: nn.Module, graph: Graph, inputs: Any) -> Graph:
     """The graph with the attributes and lists that follow its stacks."""
     attributes, lists = list(graph.attributes), dict(graph.lists)
-    for stack in graph.stacks:
+    for stack in [stack for stack in graph.stacks if _length(model, stack) > 1]:
         taken = {(a.owner, a.name) for a in attributes}
         ints, entries = _counters(model, stack, inputs)
         attributes += [_attribute(model, stack, place) for place in ints if place not in taken]
@@ -99,15 +99,24 @@ def _proven(
     drop_(base, {container: (first,)})
     wanted = _picture(base)
     for some, others in product(_subsets(ints), _subsets(lists)):
-        changed = copy.deepcopy(old)
-        for name in some:
-            setattr(changed, name, len(names) - 1)
-        for name in others:
-            shorten_(changed, name, (names.index(first),))
-        made = _built(module, changed)
+        changed = _changed(old, some, others, len(names), names.index(first))
+        made = _built(module, changed) if changed is not None else None
         if made is not None and _picture(made) == wanted:
             return some, others
     return None
+
+
+def _changed(old: Any, ints: Iterable[str], lists: Iterable[str], count: int, gone: int) -> Any:
+    """A configuration with one block less in these places; None if it does not take that."""
+    changed = copy.deepcopy(old)
+    try:
+        for name in ints:
+            setattr(changed, name, count - 1)
+        for name in lists:
+            shorten_(changed, name, (gone,))
+    except Exception:  # a configuration may check what it is given, in a manner of its own
+        return None
+    return changed
 
 
 def _subsets(names: list[str]) -> Iterable[tuple[str, ...]]:

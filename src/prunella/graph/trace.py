@@ -284,6 +284,10 @@ class _Calls(TorchFunctionMode):
             result = func(*bare(args), **bare(kwargs))
             if name in _OPAQUE:
                 self._freeze_all((args, kwargs, result), f"the sizes inside {name} are not visible")
+            elif name in _NEEDS_DATA and args and isinstance(args[0], Tensor) and not args[0].numel():
+                self._freeze_all(
+                    (args, kwargs, result), "nothing passed through it: the example gives it an empty batch"
+                )
             return result
         finally:
             self.trace.calls.pop()
@@ -351,6 +355,11 @@ RESTRICTED = frozenset("mean layer_norm rms_norm softmax topk".split())
 
 _LEAVES_TORCH = frozenset("numpy tolist item __array__ __float__ __int__ __bool__ __index__ __dlpack__ stride".split())
 """Calls that turn values or sizes into plain Python, where no cut can follow."""
+
+
+_UNSEEN = "nothing passed through it: the example gives it an empty batch"
+_NEEDS_DATA = frozenset("conv1d conv2d conv3d batch_norm instance_norm group_norm".split())
+"""Calls that torch computes in another way when the batch is empty, so that nothing is known of them."""
 
 
 _OPAQUE = frozenset(

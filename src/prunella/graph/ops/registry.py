@@ -75,8 +75,6 @@ def apply_rule(trace: Trace, func: Any, args: tuple[Any, ...], kwargs: dict[str,
     trace.flow.note(name, pointwise(func), tensors_in([args, list(kwargs.values())]), list(outputs))
     ctx = Context(trace, name, _positional(func, args, kwargs), outputs)
     found = RULES.get(name) or (RULES["where"] if pointwise(func) else None)
-    if name in _LAYERS and outputs and not outputs[0].numel():
-        found = _unseen
     try:
         returned = found(trace, ctx) if found else barrier(trace, ctx)
     except Exception as error:
@@ -92,20 +90,6 @@ def apply_rule(trace: Trace, func: Any, args: tuple[Any, ...], kwargs: dict[str,
     for known in (trace.numbers, trace.given):
         if name in _NUMBERS and outputs and isinstance(args[0], Tensor) and args[0] in known:
             known[outputs[0]] = known[args[0]]
-
-
-_LAYERS = frozenset({"convolution", "mm", "addmm", "bmm"})
-"""What torch computes in another way, or not at all, when the batch is empty."""
-
-
-def _unseen(trace: Trace, ctx: Context) -> Returned:
-    """Nothing passed through a layer, so that nothing is known of what follows it."""
-    for value in map(trace.value, tensors_in(ctx.args)):
-        for dim in value.dims:
-            trace.freeze(dim, "nothing passed through it: the example gives it an empty batch")
-        if len(value.dims) > 1 and value.axes[0]:
-            trace.role((value.axes[0][0], 0), "out")  # to be told with the rest that stays
-    return None
 
 
 _NUMBERS = frozenset(
