@@ -316,3 +316,24 @@ def test_sizes_that_look_like_numbers_of_blocks_stay_sizes() -> None:
     done = Changes(attributes={(f"xyz.{k}", "size"): 4 + k for k in range(4)}, dropped={"xyz": ("0",)})
     change_(model, done)
     assert [block.size for block in model.xyz] == [5, 6, 7]
+
+
+class Twice(nn.Module):
+    """Two nets one after the other; the first has a list of a single block, and a configuration counts the others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.many = Net(), Net()
+        del self.one.xyz[1:]
+        self.join = nn.Linear(3, 6)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.many(self.join(self.one(x)))
+        return out
+
+
+def test_a_list_of_a_single_block_is_no_obstacle() -> None:
+    model = settle(Twice())
+    plan = pr.plan(model, TOKENS, pr.Recipe(pr.random, pr.Depth()), target=pr.Sparsity(0.5))
+    assert {path: len(names) for path, names in plan.dropped.items()} == {"many.xyz": 2}
+    assert len(pr.shrink(model, plan).one.xyz) == 1
