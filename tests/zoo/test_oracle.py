@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from prunella.graph.couple import attributes, cuts
+from prunella.graph.couple import attributes, changes, cuts
+from prunella.graph.oracle import verify
 from prunella.graph.structure import Graph
 from tests import oracle
 from tests.zoo import convolutional as conv
@@ -82,3 +83,23 @@ def test_freezing_everything_is_found() -> None:
     with pytest.raises(AssertionError, match="no group is produced by"):
         oracle.produced_by(replace(graph, groups=()), "conv1")
     assert attributes(graph, {}) == {}
+
+
+class Casting(torch.nn.Module):
+    """A product in float32 whatever the model's type, as routers write it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = torch.nn.Linear(6, 8), torch.nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = torch.nn.functional.linear(x.type(torch.float32), self.first.weight.type(torch.float32))
+        return self.last(hidden.relu().type_as(x))
+
+
+def test_casts_do_not_round_what_is_compared() -> None:
+    model = oracle.settle(Casting())
+    graph = oracle.couple(model, torch.ones(2, 6))
+    done = changes(graph, {"first": torch.arange(8) > 3})
+    small = oracle.cut(model, graph, {"first": torch.arange(8) > 3})
+    assert verify(model, small, done, torch.randn(2, 6)).error < 1e-14

@@ -188,7 +188,7 @@ class _NoDownCast(TorchFunctionMode):
         ends = kwargs.get("offs", args[2] if len(args) > 2 else None)
         if name in {"grouped_mm", "_grouped_mm"} and _double(args[0]) and ends is not None:
             return _grouped_product(args[0], args[1], ends)
-        if name in {"to", "softmax", "log_softmax", "sum", "mean", "cumsum"} and args and _double(args[0]):
+        if name in {"to", "type", "softmax", "log_softmax", "sum", "mean", "cumsum"} and args and _double(args[0]):
             args = tuple(torch.float64 if isinstance(a, torch.dtype) and a in narrow else a for a in args)
         return func(*args, **kwargs)
 
