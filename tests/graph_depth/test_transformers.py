@@ -155,13 +155,14 @@ def test_plain_from_pretrained_reads_a_llama_without_two_of_six(tmp_path: Path) 
     assert saved.reader == "from_pretrained" and not saved.note
     torch.save({"out": run(small, IDS)[0]}, tmp_path / "expected.pt")
     code = (
-        "import torch, transformers, prunella; ids = torch.tensor({ids}); "
+        "import tests.conftest, torch, transformers, prunella; ids = torch.tensor({ids}); "
         "expected = torch.load({expected!r})['out']; "
         "plain = transformers.LlamaForCausalLM.from_pretrained({folder!r}).eval(); "
         "assert plain.config.num_hidden_layers == 4; "
         "assert all(torch.allclose(m(ids).logits, expected, atol=1e-6) for m in (plain, prunella.load({folder!r})))"
     ).format(ids=TOKENS.tolist(), expected=str(tmp_path / "expected.pt"), folder=str(tmp_path / "a"))
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    root = Path(__file__).parents[2]
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=root)
     assert done.returncode == 0, done.stderr
 
 
