@@ -262,8 +262,11 @@ class _Job:
         """The tokens that stay: those asked for and those that the model names."""
         found = [grain for grain in self.recipe.grains if isinstance(grain, Vocabulary)]
         table = self.graph.tokens
-        if not found or table is None or table not in groups:
+        if not found:
             return {}
+        if table is None or table not in groups:
+            why = "no table is looked up by an input, or it stays" if table is None else "skip= or only= leaves it out"
+            raise NotSupported("there are no tokens to remove", why, "leave Vocabulary out")
         named = [t for value in self.graph.specials.values() for t in (value if isinstance(value, tuple) else (value,))]
         beyond = [token for token in found[0].tokens if token >= table.size]
         if beyond:
@@ -274,8 +277,10 @@ class _Job:
 
     def _contest(self, scored: Sequence[tuple[Group, Tensor]], decided: Keep, frozen: Sequence[Frozen]) -> Keep:
         contest = Units(self.graph, tuple(g for g, _ in scored), tuple(s for _, s in scored), self.target, decided)
-        if not scored:
+        if not scored and all(isinstance(grain, Vocabulary) for grain in self.recipe.grains):
             return contest.keep(())
+        if not scored:
+            raise self._nothing("units", frozen)
         align = tuple(
             math.lcm(group.multiple, self.recipe.align if group.kind in ("channel", "width") else 1)
             for group in contest.groups

@@ -319,6 +319,21 @@ def test_requests_about_tokens_that_make_no_sense() -> None:
         pr.plan(llama(), batch(), pr.Recipe(granularity=pr.Vocabulary((5,))), target=pr.Sparsity(0.5))
 
 
+def test_tokens_that_were_asked_for_are_never_left_out_without_a_word() -> None:
+    plain, x = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)), torch.randn(4, 6)
+    recipe = pr.Recipe(granularity=(pr.Channel(), pr.Vocabulary((1,))))
+    with pytest.raises(pr.PruningError, match="no tokens to remove"):
+        pr.plan(plain, x, recipe, target=pr.Params(0.5))
+    with pytest.raises(pr.PruningError, match="leaves it out"):
+        pr.plan(llama(), batch(), recipe, target=pr.Params(0.5), skip=["lm_head"])
+
+
+def test_tokens_alone_do_not_pass_for_a_target() -> None:
+    recipe = pr.Recipe(granularity=(pr.Expert(), pr.Vocabulary(tuple(range(45)))))
+    with pytest.raises(pr.PruningError, match="no units to prune"):
+        pr.plan(llama(), batch(), recipe, target=pr.Params(0.5))
+
+
 # -- together ------------------------------------------------------------------------------------------------------
 
 

@@ -3,8 +3,10 @@
 1. Equal atoms are joined (connected components). 2. Each conjunction (a view that factors an axis) is resolved: one
 factor may lose positions, the others stay; a factor that is frozen already decides, then the one that is the batch of
 a product (attention heads), then the longer one. 3. What remains and is not frozen falls into units; units that cut
-the same axes of the same parameters in the same measure form a group. 4. Sizes kept as attributes are solved, and
-each group is tried: one unit is removed, and every size in the source that would not follow freezes the group.
+the same axes of the same parameters in the same measure form a group. What only norms, choices, lookups or the
+outputs hold is set free after the conjunctions are decided, and makes the groups of widths, experts and tokens.
+4. Sizes kept as attributes are solved, and each group is tried: one unit is removed, and every size in the source that
+would not follow freezes the group.
 """
 
 from __future__ import annotations

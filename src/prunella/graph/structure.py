@@ -60,10 +60,11 @@ class Group:
     """`size` units that are alike. `name` is the first parameter that produces them, without `.weight`.
 
     kind: `channel` and `head` are exact: zeros in their place give the same output. `width` (a residual stream or an
-    embedding) and `expert` have calls that run along them (`Graph.runs`), restricted to what stays.
+    embedding) and `expert` have calls that run along them (`Graph.runs`), restricted to what stays. `vocabulary` is
+    numbered by inputs and outputs (`Graph.numbered`). A `block` is bypassed, and is in `Graph.stacks`.
     multiple: only a multiple of so many units may stay, where an operation takes no other sizes.
     least: so many units have to stay, where an operation chooses so many.
-    why, where: what runs along the units of a `width` or an `expert`, and its line of the source.
+    why, where: what runs along the units of a `width` or an `expert`, or looks tokens up, and its line of the source.
     paths: of residual blocks, the module of each unit; the group's name is then the container that holds them, and
         every parameter that only one block has is a member, all its rows belonging to that block.
     """
