@@ -10,7 +10,7 @@ SAY = @printf '\n== %s\n'
 export PIP_NO_INPUT = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check docs bench clean
+.PHONY: help demo test check docs bench mutants clean
 
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/make \1 \t\2/' | expand -t 14
@@ -39,6 +39,10 @@ docs: $(VENV)/.stamp-docs ## build the documentation into site/
 bench: $(VENV)/.stamp-bench ## compare with Torch-Pruning on the same weights and budget (long)
 	$(SAY) "running benchmarks/"
 	$(BIN)/python benchmarks/compare.py
+
+mutants: $(VENV)/.stamp-test ## break every formula once and see a test go red (long)
+	$(SAY) "breaking formulas"
+	$(BIN)/python tests/mutants/run.py
 
 clean: ## remove what the other targets made, .venv too
 	rm -rf $(VENV) site build dist demo .mypy_cache .ruff_cache .pytest_cache .hypothesis

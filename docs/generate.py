@@ -18,12 +18,18 @@ from prunella.catalogue import methods
 from prunella.method import Method
 
 PLURAL = {
-    "criterion": "Criteria",
-    "allocation": "Allocations",
-    "granularity": "Granularities",
-    "schedule": "Schedules",
-    "recovery": "Recovery",
     "recipe": "Recipes",
+    "criterion": "Criteria",
+    "granularity": "Granularities",
+    "allocation": "Allocations",
+    "schedule": "Schedules",
+    "solver": "Solvers",
+    "search": "Searches",
+    "training": "Training",
+    "recovery": "Recovery",
+    "compression": "Compression",
+    "metric": "Metrics",
+    "importer": "Importers",
 }
 
 
@@ -117,6 +123,15 @@ def shown(value: Any) -> str:
     return str(getattr(value, "__name__", repr(value)))
 
 
+def concept_page() -> None:
+    sys.path.insert(0, str(Path(__file__).resolve().parent))
+    import concept_table
+
+    head = "# All concepts\n\nThe subject in 85 concepts: where each is, and the test that proves it by a number.\n\n"
+    write("concepts.md", head + concept_table.table(concept_table.read()) + "\n")
+
+
 method_pages()
 command_page()
 api_page()
+concept_page()

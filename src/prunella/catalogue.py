@@ -5,12 +5,12 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import inspect
-from typing import Any
+from typing import Any, get_args
 
 from prunella.method import REGISTRY, Method, MethodKind, find
 
 HOMES = ("criteria", "granularity", "allocation", "schedule", "recovery", "recipes")
-_ORDER = ("recipe", "criterion", "granularity", "allocation", "schedule", "recovery")
+_ORDER = get_args(MethodKind)
 
 
 def load_all() -> None:

@@ -16,7 +16,20 @@ from typing import Any, Literal, TypeVar
 from prunella.errors import RequestError
 
 F = TypeVar("F", bound=Callable[..., Any])
-MethodKind = Literal["criterion", "allocation", "granularity", "schedule", "recovery", "recipe"]
+MethodKind = Literal[
+    "recipe",
+    "criterion",
+    "granularity",
+    "allocation",
+    "schedule",
+    "solver",
+    "search",
+    "training",
+    "recovery",
+    "compression",
+    "metric",
+    "importer",
+]
 Scope = Literal["producer", "consumer", "group"]
 
 STATISTICS = ("weight", "grad", "grad_sq", "input_norm", "norm_scale", "gate_grad", "unit_weight", "noise")
@@ -86,6 +99,36 @@ def schedule(*, source: str, status: str = "stable") -> Callable[[F], F]:
 def recovery(*, source: str, status: str = "stable") -> Callable[[F], F]:
     """Register a way to recover."""
     return _record("recovery", source=source, status=status)
+
+
+def solver(*, source: str, status: str = "stable") -> Callable[[F], F]:
+    """Register a way to find new weights for what a plan keeps: a function that returns another plan."""
+    return _record("solver", source=source, status=status)
+
+
+def search(*, source: str, status: str = "stable") -> Callable[[F], F]:
+    """Register a search for how much each group gives."""
+    return _record("search", source=source, status=status)
+
+
+def training(*, source: str, status: str = "stable") -> Callable[[F], F]:
+    """Register a way to train with, or toward, sparsity: penalties, gates, drop and grow, tickets."""
+    return _record("training", source=source, status=status)
+
+
+def compression(*, source: str, status: str = "stable") -> Callable[[F], F]:
+    """Register what joins pruning to make a model smaller: quantisation, sharing, low rank, fewer tokens."""
+    return _record("compression", source=source, status=status)
+
+
+def metric(*, source: str, status: str = "stable") -> Callable[[F], F]:
+    """Register a number that says what pruning did."""
+    return _record("metric", source=source, status=status)
+
+
+def importer(*, source: str, status: str = "stable") -> Callable[[F], F]:
+    """Register a reader of what another tool pruned."""
+    return _record("importer", source=source, status=status)
 
 
 def recipe(*, source: str, status: str = "stable") -> Callable[[F], F]:

@@ -1,0 +1,99 @@
+"""The table of the 85 concepts: number, name, function, oracle test, page; and the check that nothing in it is made up.
+
+    python docs/concept_table.py            # the table as Markdown
+    python docs/concept_table.py --check    # exit 1 if a row is missing, or names what does not exist
+
+One file of rows for each part of the subject lies in `docs/concepts/`.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import sys
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+COUNT = 85
+
+
+@dataclass(frozen=True)
+class Concept:
+    """One row. `functions` are dotted paths, `tests` are `file.py::function`, `page` lies below docs/."""
+
+    number: int
+    name: str
+    functions: tuple[str, ...]
+    tests: tuple[str, ...]
+    page: str
+
+
+def read() -> list[Concept]:
+    """All rows by number."""
+    files = sorted((ROOT / "docs" / "concepts").glob("*.toml"))
+    entries = [entry for file in files for entry in tomllib.loads(file.read_text(encoding="utf-8"))["concept"]]
+    rows = [Concept(e["number"], e["name"], tuple(e["functions"]), tuple(e["tests"]), e["page"]) for e in entries]
+    return sorted(rows, key=lambda row: row.number)
+
+
+def faults(rows: list[Concept]) -> list[str]:
+    """What is missing or wrong, one line each."""
+    numbers = [row.number for row in rows]
+    found = [f"concept {n} has no row" for n in range(1, COUNT + 1) if n not in numbers]
+    found += [f"concept {n} has {numbers.count(n)} rows" for n in sorted(set(numbers)) if numbers.count(n) > 1]
+    for row in rows:
+        found += [f"concept {row.number} has no {what}" for what, some in (("function", row.functions),
+                  ("test", row.tests)) if not some]  # fmt: skip
+        found += [f"concept {row.number}: no function {name}" for name in row.functions if not _exists(name)]
+        found += [f"concept {row.number}: no test {test}" for test in row.tests if not _tested(test)]
+        if not _page(row.page):
+            found.append(f"concept {row.number}: no page {row.page}")
+    return found
+
+
+def table(rows: list[Concept]) -> str:
+    """The rows as Markdown."""
+    lines = ["| | concept | in | proven by |", "| --- | --- | --- | --- |"]
+    for row in rows:
+        functions = ", ".join(f"`{name.removeprefix('prunella.')}`" for name in row.functions)
+        tests = "<br>".join(f"`{test.removeprefix('tests/')}`" for test in row.tests)
+        lines.append(f"| {row.number} | [{row.name}]({row.page}) | {functions} | {tests} |")
+    return "\n".join(lines)
+
+
+def _exists(path: str) -> bool:
+    parts = path.split(".")
+    for cut in range(len(parts), 0, -1):
+        try:
+            thing = importlib.import_module(".".join(parts[:cut]))
+        except ModuleNotFoundError:
+            continue
+        for name in parts[cut:]:
+            thing = getattr(thing, name, None)
+        return thing is not None
+    return False
+
+
+def _tested(test: str) -> bool:
+    file, _, name = test.partition("::")
+    if not (ROOT / file).is_file():
+        return False
+    nodes = ast.walk(ast.parse((ROOT / file).read_text(encoding="utf-8")))
+    return any(isinstance(node, ast.FunctionDef) and node.name == name.split("::")[-1] for node in nodes)
+
+
+def _page(page: str) -> bool:
+    from prunella.catalogue import methods
+
+    if page.startswith("methods/"):
+        return page.removeprefix("methods/").removesuffix(".md") in {method.name for method in methods()}
+    return (ROOT / "docs" / page.partition("#")[0]).is_file()
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT / "src"))
+    wrong = faults(read())
+    print("\n".join(wrong) if "--check" in sys.argv else table(read()))
+    sys.exit(1 if wrong and "--check" in sys.argv else 0)

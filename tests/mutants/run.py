@@ -1,0 +1,99 @@
+"""Break every formula once and see a test go red.
+
+    python tests/mutants/run.py [PATTERN ...]     # of names of rows files or of source files
+
+A row says what to break: `file` below src/prunella, `find` (stands there exactly once), `replace`, and the `tests` of
+which at least one must fail. Rows are in `tests/mutants/*.toml`. The sources are copied, never changed in place.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import tomllib
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGE = ROOT / "src" / "prunella"
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One formula, broken."""
+
+    rows: str
+    file: str
+    find: str
+    replace: str
+    tests: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        """For the report."""
+        return f"{self.file}: {' '.join(self.find.split())} -> {' '.join(self.replace.split())}"
+
+
+def read(patterns: list[str]) -> list[Mutant]:
+    """The rows whose file of rows, or source file, matches a pattern."""
+    found = []
+    for rows in sorted(Path(__file__).parent.glob("*.toml")):
+        for entry in tomllib.loads(rows.read_text(encoding="utf-8"))["mutant"]:
+            mutant = Mutant(rows.stem, entry["file"], entry["find"], entry["replace"], tuple(entry["tests"]))
+            if any(fnmatch.fnmatch(name, p) for p in patterns for name in (mutant.rows, mutant.file)):
+                found.append(mutant)
+    return found
+
+
+def fault(mutant: Mutant) -> str:
+    """Why the row itself is wrong, or nothing."""
+    source = PACKAGE / mutant.file
+    if not source.is_file():
+        return "there is no such file"
+    times = source.read_text(encoding="utf-8").count(mutant.find)
+    if times != 1:
+        return f"the text stands there {times} times"
+    missing = [test for test in mutant.tests if not (ROOT / test.partition("::")[0]).is_file()]
+    return f"there is no {missing[0]}" if missing else "" if mutant.tests else "it names no test"
+
+
+def killed(mutant: Mutant) -> str:
+    """`killed` if a test goes red on the broken copy, `SURVIVED` if all stay green, else what is wrong."""
+    wrong = fault(mutant)
+    if wrong:
+        return f"BAD ROW ({wrong})"
+    with tempfile.TemporaryDirectory(prefix="mutant-") as folder:
+        copy = Path(folder) / "prunella"
+        shutil.copytree(PACKAGE, copy, ignore=shutil.ignore_patterns("__pycache__"))
+        target = copy / mutant.file
+        target.write_text(target.read_text(encoding="utf-8").replace(mutant.find, mutant.replace), encoding="utf-8")
+        paths = os.pathsep.join((folder, str(ROOT)))
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *mutant.tests]
+        done = subprocess.run(
+            command, cwd=ROOT, env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
+            capture_output=True, text=True, timeout=600, check=False,
+        )  # fmt: skip
+    if done.returncode == 0:
+        return "SURVIVED"
+    return "killed" if done.returncode == 1 else f"BAD ROW (pytest: {done.stdout.strip().splitlines()[-1:]})"
+
+
+def main() -> int:
+    """Try all; 1 if one survived."""
+    mutants = read(sys.argv[1:] or ["*"])
+    alive = 0
+    with ThreadPoolExecutor(2) as pool:
+        for mutant, verdict in zip(mutants, pool.map(killed, mutants), strict=True):
+            alive += verdict != "killed"
+            print(f"{verdict:9} {mutant.name}", flush=True)
+    print(f"{len(mutants) - alive} of {len(mutants)} killed")
+    return 1 if alive or not mutants else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
