@@ -125,7 +125,7 @@ def pareto(
     that has all its seeds is as small and as good, and better in one. Cells that cannot be made are kept with the
     reason. The same seeds give the same cells whatever `jobs` is: every cell runs on one thread with its own seed.
 
-    Data: as the criteria need, in `study`. folder: cells are kept there, and the page and a record are written; a killed
+    Data: as the criteria need, in `study`. folder: of the cells, the page and a record; a killed
     study goes on. Code behind a name is not looked at: take a new folder when you change it.
     ratios: original / new, above 1. unit: what is divided: `Params` counts weights under masks too; with `Sparsity` it
     is the weights or units that compete. jobs: processes; above 1 the functions must be importable.
@@ -159,10 +159,14 @@ def pareto(
 def _check(study: Study, ratios: Sequence[float], seeds: Sequence[int], jobs: int) -> None:
     if not ratios or not seeds or min(ratios) <= 1 or len(set(seeds)) < len(seeds) or jobs < 1:
         why = f"got ratios={tuple(ratios)}, seeds={tuple(seeds)}, jobs={jobs}"
-        raise RequestError("a study needs ratios above 1, different seeds and a process", why, "ratios=(2, 4), seeds=(0, 1)")
+        raise RequestError(
+            "a study needs ratios above 1, different seeds and a process", why, "ratios=(2, 4), seeds=(0, 1)"
+        )
     taken = sorted({*study.baselines, DENSE_NAME} & set(study.recipes))
     if taken:
-        raise RequestError(f"the name {taken[0]!r} is taken", "it is a baseline, which is always there", "name it otherwise")
+        raise RequestError(
+            f"the name {taken[0]!r} is taken", "it is a baseline, which is always there", "name it otherwise"
+        )
     for found in (study.make, study.evaluate, study.recover, study.loss):
         if isinstance(found, str):
             load_object(found, "a function of the study")
@@ -204,7 +208,9 @@ def _made(tasks: Sequence[_Task], jobs: int) -> Iterator[tuple[_Task, Cell]]:
                 yield waiting.pop(future), future.result()
     except BrokenProcessPool as error:
         why = "it was killed, ran out of memory, or its functions are in a script without `if __name__ == '__main__'`"
-        raise Interrupted("a process of the study died", why, "start it again with the same folder: it goes on") from error
+        raise Interrupted(
+            "a process of the study died", why, "start it again with the same folder: it goes on"
+        ) from error
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
 
@@ -244,7 +250,9 @@ def _run(task: _Task, empty: Cell) -> Cell:
     torch.manual_seed(task.seed)
     if task.recipe is not None:
         inputs, data = _value(study.inputs), _value(study.data)
-        made = plan(model, inputs, task.recipe, target=task.target, data=data, loss=_function(study.loss), skip=study.skip)
+        made = plan(
+            model, inputs, task.recipe, target=task.target, data=data, loss=_function(study.loss), skip=study.skip
+        )
         params, macs = made.after.params / made.before.params, made.after.macs / made.before.macs
         model = shrink(model, made) if made.changes else apply_(model, made)
         recover = _function(study.recover)

@@ -112,7 +112,9 @@ def side_effects(
     """
     unknown = [name for name in corruptions if name not in CORRUPTIONS]
     if unknown:
-        raise RequestError(f"unknown corruption {unknown[0]!r}", f"known are {', '.join(CORRUPTIONS)}", "name one of them")
+        raise RequestError(
+            f"unknown corruption {unknown[0]!r}", f"known are {', '.join(CORRUPTIONS)}", "name one of them"
+        )
     pairs = [_split(batch) for batch in batches(data)]
     labels = torch.cat([label for _, label in pairs]).cpu()
     with mode(dense, training=False), mode(pruned, training=False), torch.no_grad():
@@ -151,7 +153,9 @@ def _split(batch: Any) -> tuple[Any, Tensor]:
 def _image(inputs: Any) -> Tensor:
     if isinstance(inputs, Tensor) and inputs.dim() == 4 and inputs.is_floating_point():
         return inputs
-    raise RequestError("only images can be spoilt", "the inputs are no (batch, channels, height, width)", "corruptions=()")
+    raise RequestError(
+        "only images can be spoilt", "the inputs are no (batch, channels, height, width)", "corruptions=()"
+    )
 
 
 def _logits(model: nn.Module, inputs: Sequence[Any]) -> Tensor:

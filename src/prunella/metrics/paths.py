@@ -259,7 +259,9 @@ def _max_pool(found: _Found, func: Any, args: Args, kwargs: Kwargs) -> Tensor | 
     order = ("input", "kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
     given = dict(zip(order, args, strict=False)) | dict(kwargs)
     dilation = given.pop("dilation", 1)
-    if given.pop("return_indices", False) or any(d != 1 for d in ([dilation] if isinstance(dilation, int) else dilation)):
+    if given.pop("return_indices", False) or any(
+        d != 1 for d in ([dilation] if isinstance(dilation, int) else dilation)
+    ):
         return None
     made: Tensor = getattr(functional, called(func).replace("max", "avg"))(**given)
     return made
@@ -267,8 +269,8 @@ def _max_pool(found: _Found, func: Any, args: Args, kwargs: Kwargs) -> Tensor | 
 
 _PASS = frozenset(
     (
-        "relu relu6 gelu silu tanh leaky_relu elu selu celu mish hardswish hardtanh prelu softsign hardshrink softshrink "
-        "threshold sigmoid hardsigmoid logsigmoid softplus dropout dropout1d dropout2d dropout3d alpha_dropout "
+        "relu relu6 gelu silu tanh leaky_relu elu selu celu mish hardswish hardtanh prelu softsign "
+        "hardshrink softshrink threshold sigmoid hardsigmoid logsigmoid softplus dropout dropout1d dropout2d dropout3d alpha_dropout "
         "feature_alpha_dropout abs square sqrt rsqrt exp log log1p neg __neg__ pow __pow__ clamp clip clamp_min "
         "clamp_max erf sin cos to float double half bfloat16 type type_as detach masked_fill nan_to_num normal "
         "reciprocal round floor ceil sign"
@@ -277,10 +279,12 @@ _PASS = frozenset(
 """Calls on single numbers: what reaches the number reaches the result."""
 _MOVES = frozenset(
     (
-        "view reshape flatten unflatten transpose permute movedim swapaxes t mT expand repeat repeat_interleave cat concat "
-        "stack hstack vstack split split_with_sizes chunk tensor_split unbind narrow select __getitem__ __setitem__ "
-        "squeeze unsqueeze contiguous clone pad roll flip view_as expand_as broadcast_to gather index_select take_along_dim "
-        "sum mean avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d "
+        "view reshape flatten unflatten transpose permute movedim swapaxes t mT expand repeat repeat_interleave cat "
+        "concat stack hstack vstack split split_with_sizes chunk tensor_split unbind narrow select __getitem__ "
+        "__setitem__ "
+        "squeeze unsqueeze contiguous clone pad roll flip view_as expand_as broadcast_to gather index_select "
+        "take_along_dim sum mean avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d "
+        "adaptive_avg_pool3d "
         "pixel_shuffle pixel_unshuffle channel_shuffle unfold fold interpolate tril triu diagonal size dim numel shape "
         "copy_ zero_ requires_grad_ ones_like zeros_like full_like empty_like new_zeros new_ones is_floating_point "
         "is_complex __len__ register_hook stride data_ptr __bool__ requires_grad"

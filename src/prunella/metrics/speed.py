@@ -73,8 +73,8 @@ def speedup(dense: nn.Module, pruned: nn.Module, inputs: Inputs, *, rounds: int 
 
     rounds: 5 or more. seed: of the order of the rounds.
 
-    Use: to say what pruning gave on this machine, and how far that is from what the arithmetic promised. Avoid: carrying
-    the measured number over to another machine, batch size or number of threads.
+    Use: to say what pruning gave on this machine, and how far that is from what the arithmetic promised. Avoid:
+    carrying the measured number over to another machine, batch size or number of threads.
     """
     first = next(iter(tensors(inputs)), None)
     if first is None or not first.dim():

@@ -105,8 +105,11 @@ class Frontier:
 
     def section(self) -> Section:
         """Table and curves, for a report: `report(...).adding(frontier.section())`."""
-        lead = f"Mean over {len(self.seeds)} seeds, standard deviation, and Student's 95 % interval of the mean; ratio is "
-        lead += f"of {self.unit}, original / new. Dense: {_score(self.dense)}. * on the Pareto front."
+        lead = (
+            f"Mean over {len(self.seeds)} seeds, standard deviation, and Student's 95 % interval of the mean; ratio is "
+        )
+        lead += f"of {self.unit}, original / new. Dense: {_score(self.dense)}. * on the Pareto front; "
+        lead += "bands wider than the chart are cut off."
         if self.failures:
             lead += f" {len(self.failures)} of {len(self.cells)} models could not be made: see the reasons."
         rows = [self._row(point) for point in self.points]
@@ -120,10 +123,14 @@ class Frontier:
         for cell in self.failures:
             found.setdefault((cell.method, cell.ratio, cell.error), []).append(cell.seed)
         rows = [(m, f"{r:g}", ", ".join(map(str, seeds)), why) for (m, r, why), seeds in found.items()]
-        return Section("What could not be made", "One row for each reason.", ("Method", "Ratio", "Seeds", "Why"), tuple(rows))
+        return Section(
+            "What could not be made", "One row for each reason.", ("Method", "Ratio", "Seeds", "Why"), tuple(rows)
+        )
 
     def _row(self, p: Point) -> tuple[str, ...]:
-        got, between = (f"{p.compression:.3g}x", f"[{p.low:.4g}, {p.high:.4g}]") if p.n > 1 else (f"{p.compression:.3g}x", "-")
+        got, between = (
+            (f"{p.compression:.3g}x", f"[{p.low:.4g}, {p.high:.4g}]") if p.n > 1 else (f"{p.compression:.3g}x", "-")
+        )
         name = f"{p.method} (baseline)" if p.method in self.baselines else p.method
         if not p.n:
             return (name, f"{p.ratio:g}", "-", "failed", "-", f"0 of {p.of}", "")
@@ -200,23 +207,38 @@ def frontier_chart(frontier: Frontier, width: float = WIDE) -> Markup:
             number = baseline if based else own
             style: Any = {"linestyle": lines[(number + based) % 4], "marker": marks[number % 6]}
             baseline, own = baseline + based, own + (not based)
-            axes.plot(x, y, color=colour, linewidth=1.8, markersize=4.5, label=method, zorder=2 + (not based), **style)
+            axes.plot(
+                x, y, color=colour, linewidth=1.8, markersize=4.5, label=_short(method), zorder=2 + (not based), **style
+            )
             banded = [p for p in points if p.n > 1]
             low, high = [p.low for p in banded], [p.high for p in banded]
-            axes.fill_between([p.compression for p in banded], low, high, color=colour, alpha=0.14, linewidth=0)
+            axes.fill_between(
+                [p.compression for p in banded], low, high, color=colour, alpha=0.06 if based else 0.16, linewidth=0
+            )
             cells = [c for c in frontier.cells if c.method == method and not c.error]
-            axes.scatter([1 / c.params for c in cells], [c.score for c in cells], s=7, color=colour, alpha=0.5, linewidths=0)
+            axes.scatter(
+                [1 / c.params for c in cells], [c.score for c in cells], s=7, color=colour, alpha=0.5, linewidths=0
+            )
         axes.axhline(frontier.dense.mean, color=DENSE, linewidth=1)
         axes.annotate("dense", (1, frontier.dense.mean), xycoords=("axes fraction", "data"), xytext=(0, 3),
                       textcoords="offset points", ha="right", color=MUTED)  # fmt: skip
+        shown = [p.mean for p in (*frontier.points, frontier.dense) if p.n] + [
+            c.score for c in frontier.cells if not c.error
+        ]
+        margin = 0.08 * (max(shown) - min(shown)) or 0.1
+        axes.set_ylim(min(shown) - margin, max(shown) + margin)  # a band of few seeds may be wider than all there is
         axes.set_xscale("log", base=2)
-        ratios = sorted({p.ratio for p in frontier.points})
+        ratios = sorted({p.ratio for p in frontier.points if p.n})
         axes.set_xticks(ratios, [f"{ratio:g}x" for ratio in ratios])
         axes.minorticks_off()
         axes.set_xlabel("parameters, original / new")
         axes.set_ylabel("score")
         axes.grid(color=GRID, linewidth=0.8)
-        below = {"bbox_to_anchor": (0, -0.17 if width > 5 else -0.2), "loc": "upper left", "ncols": 2 if width > 5 else 1}
+        below = {
+            "bbox_to_anchor": (0, -0.17 if width > 5 else -0.2),
+            "loc": "upper left",
+            "ncols": 2 if width > 5 else 1,
+        }
         axes.legend(frameon=False, borderaxespad=0.0, handlelength=3.2, fontsize=8.5, **below)  # type: ignore[arg-type]
 
     return figure("frontier", draw, width, 4.2 if width > 5 else 4.4)
@@ -224,12 +246,27 @@ def frontier_chart(frontier: Frontier, width: float = WIDE) -> Markup:
 
 def write_frontier(frontier: Frontier, path: str | os.PathLike[str]) -> Path:
     """The page: curves, table, reasons, environment; written atomically. Errors: RequestError when it cannot be."""
-    best = [p for p in frontier.points if p.front]
-    names = ", ".join(dict.fromkeys(p.method for p in best)) or "no method"
-    headline = f"On the front: {names}."
-    lead = f"{len(frontier.methods)} methods, {len({p.ratio for p in frontier.points})} ratios, {len(frontier.seeds)} seeds."
+    headline = f"Highest mean: {'; '.join(_leaders(frontier)) or 'no method'}."
+    lead = f"{len(frontier.methods)} methods, {len({p.ratio for p in frontier.points})} ratios, {len(frontier.seeds)} "
+    lead += "seeds."
     parts = [frontier.section(), *([frontier.reasons()] if frontier.failures else [])]
     return write_atomic(path, render_sections(headline, lead, parts, frontier.environment).encode())
+
+
+def _short(name: str, limit: int = 40) -> str:
+    """A name that leaves room for the chart."""
+    return name if len(name) <= limit else f"{name[: limit - 1]}…"
+
+
+def _leaders(frontier: Frontier) -> list[str]:
+    """Who has the highest mean at each ratio: `lamp at 2x, 4x`; a ratio where several share it names none."""
+    found: dict[str, list[str]] = {}
+    for ratio in dict.fromkeys(p.ratio for p in frontier.points):
+        there = [p for p in frontier.points if p.ratio == ratio and p.n == p.of]
+        best = [p for p in there if p.mean == max(q.mean for q in there)]
+        if len(best) == 1:
+            found.setdefault(best[0].method, []).append(f"{ratio:g}x")
+    return [f"{method} at {', '.join(ratios)}" for method, ratios in found.items()]
 
 
 def _finite(value: Any) -> Any:

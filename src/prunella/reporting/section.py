@@ -9,7 +9,7 @@ from markupsafe import Markup
 
 @dataclass(frozen=True)
 class Section:
-    """header and rows: text, escaped on the page; the first column names the row. charts: for a wide page and a phone."""
+    """header and rows: text, escaped on the page; the first column names the row. charts: wide and narrow."""
 
     title: str
     lead: str
