@@ -239,7 +239,8 @@ def frontier_chart(frontier: Frontier, width: float = WIDE) -> Markup:
             "loc": "upper left",
             "ncols": 2 if width > 5 else 1,
         }
-        axes.legend(frameon=False, borderaxespad=0.0, handlelength=3.2, fontsize=8.5, **below)  # type: ignore[arg-type]
+        if ratios:
+            axes.legend(frameon=False, borderaxespad=0.0, handlelength=3.2, fontsize=8.5, **below)  # type: ignore[arg-type]
 
     return figure("frontier", draw, width, 4.2 if width > 5 else 4.4)
 
