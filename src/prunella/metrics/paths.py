@@ -269,11 +269,11 @@ def _max_pool(found: _Found, func: Any, args: Args, kwargs: Kwargs) -> Tensor | 
 
 _PASS = frozenset(
     (
-        "relu relu6 gelu silu tanh leaky_relu elu selu celu mish hardswish hardtanh prelu softsign "
-        "hardshrink softshrink threshold sigmoid hardsigmoid logsigmoid softplus dropout dropout1d dropout2d "
-        "dropout3d alpha_dropout feature_alpha_dropout abs square sqrt rsqrt exp log log1p neg __neg__ pow __pow__ clamp clip clamp_min "
-        "clamp_max erf sin cos to float double half bfloat16 type type_as detach masked_fill nan_to_num normal "
-        "reciprocal round floor ceil sign"
+        "relu relu6 gelu silu tanh leaky_relu elu selu celu mish hardswish hardtanh prelu softsign hardshrink "
+        "softshrink threshold sigmoid hardsigmoid logsigmoid softplus dropout dropout1d dropout2d dropout3d "
+        "alpha_dropout feature_alpha_dropout abs square sqrt rsqrt exp log log1p neg __neg__ pow __pow__ clamp "
+        "clip clamp_min clamp_max erf sin cos to float double half bfloat16 type type_as detach masked_fill "
+        "nan_to_num reciprocal round floor ceil sign"
     ).split()
 )
 """Calls on single numbers: what reaches the number reaches the result."""
