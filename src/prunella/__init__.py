@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from prunella.apply import reapply_ as reapply_
     from prunella.blockwise import OneShot as OneShot
     from prunella.blockwise import Refine as Refine
+    from prunella.blockwise import rescale_ as rescale_
+    from prunella.blockwise import rotate as rotate
     from prunella.blockwise import solve_ as solve_
     from prunella.criteria import bn_scale as bn_scale
     from prunella.criteria import geometric_median as geometric_median
@@ -136,6 +138,8 @@ _HOME = {
     "distill_logits": "recovery.distill",
     "OneShot": "blockwise",
     "Refine": "blockwise",
+    "rescale_": "blockwise",
+    "rotate": "blockwise",
     "solve_": "blockwise",
     "admm": "solvers",
     "by_score": "solvers",
