@@ -14,11 +14,17 @@ if TYPE_CHECKING:
     from prunella.allocation import erk_densities as erk_densities
     from prunella.allocation import global_ as global_
     from prunella.allocation import lamp as lamp
+    from prunella.allocation import owl as owl
     from prunella.allocation import uniform as uniform
     from prunella.apply import apply_ as apply_
     from prunella.apply import finalize as finalize
     from prunella.apply import masks_of as masks_of
     from prunella.apply import reapply_ as reapply_
+    from prunella.blockwise import OneShot as OneShot
+    from prunella.blockwise import Refine as Refine
+    from prunella.blockwise import rescale_ as rescale_
+    from prunella.blockwise import rotate as rotate
+    from prunella.blockwise import solve_ as solve_
     from prunella.criteria import bn_scale as bn_scale
     from prunella.criteria import geometric_median as geometric_median
     from prunella.criteria import group_norm as group_norm
@@ -84,6 +90,10 @@ if TYPE_CHECKING:
     from prunella.schedule import exponential as exponential
     from prunella.schedule import linear as linear
     from prunella.schedule import one_shot as one_shot
+    from prunella.solvers import admm as admm
+    from prunella.solvers import by_score as by_score
+    from prunella.solvers import refit as refit
+    from prunella.solvers import sparsegpt as sparsegpt
     from prunella.study import Study as Study
     from prunella.study import pareto as pareto
     from prunella.targets import Bytes as Bytes
@@ -108,6 +118,7 @@ _HOME = {
     "erk_densities": "allocation",
     "global_": "allocation",
     "lamp": "allocation",
+    "owl": "allocation",
     "uniform": "allocation",
     "Block": "granularity",
     "Channel": "granularity",
@@ -144,6 +155,15 @@ _HOME = {
     "distill": "recovery.distill",
     "distill_features": "recovery.distill",
     "distill_logits": "recovery.distill",
+    "OneShot": "blockwise",
+    "Refine": "blockwise",
+    "rescale_": "blockwise",
+    "rotate": "blockwise",
+    "solve_": "blockwise",
+    "admm": "solvers",
+    "by_score": "solvers",
+    "refit": "solvers",
+    "sparsegpt": "solvers",
     "as_program": "program",
     "carry_": "realize.carry",
     "export": "realize.export",

@@ -9,7 +9,18 @@ from typing import Any, get_args
 
 from prunella.method import REGISTRY, Method, MethodKind, find
 
-HOMES = ("criteria", "granularity", "allocation", "schedule", "recovery", "recipes", "metrics", "study")
+HOMES = (
+    "criteria",
+    "granularity",
+    "allocation",
+    "schedule",
+    "solvers",
+    "recovery",
+    "blockwise",
+    "recipes",
+    "metrics",
+    "study",
+)
 _ORDER = get_args(MethodKind)
 
 

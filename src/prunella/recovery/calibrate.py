@@ -54,6 +54,8 @@ def recalibrate_bn(
     before it already use their new statistics: afterwards the statistics are exactly those of inference.
 
     `CheckFailed` if the statistics are not finite; the old ones are then restored.
+
+    Use: after every cut of a network with batch normalisation; it costs seconds. Avoid: batches of a few samples.
     """
     norms = {module: name for name, module in model.named_modules() if _has_statistics(module)}
     if not norms:

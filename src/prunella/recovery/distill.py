@@ -30,6 +30,8 @@ def distill_logits(teacher: nn.Module, *, temperature: float = 2.0, outputs: Out
     temperature: above 0; higher looks at the wrong classes more. outputs: how to get logits from (model, batch), by
     default the first tensor of what the model returns for the batch; with labels in the batch for example
     `lambda model, batch: model(batch[0])`.
+
+    Use: classifiers and language models: the first choice. Avoid: models whose last axis is not classes.
     """
     if temperature <= 0:
         raise RequestError(
@@ -56,6 +58,9 @@ def distill_features(teacher: nn.Module, names: Sequence[str] = ("",), *, output
     output axis was not cut. The teacher runs in evaluation mode without gradients. Hooks are removed after each call.
 
     names: module names as in `named_modules()`; "" is the model itself. outputs: how to run (model, batch).
+
+    Use: matching inner layers whose outputs were not cut. Avoid: layers whose output axis is smaller now: shapes
+    differ.
     """
     for name in names:
         _module(teacher, name)
@@ -92,6 +97,9 @@ def distill(
 
     imitate: a function from the teacher to a loss, by default `distill_logits`; for features bind the names, as
     `partial(distill_features, names=["layer4"])`. training: optimizer, learning-rate curve, clipping and seed.
+
+    Use: healing without labels, with the dense model at hand. Avoid: when the dense model is poor on the data that
+    matters.
     """
     return finetune(model, data, imitate(teacher), steps=steps, lr=lr, training=training, on_step=on_step)
 

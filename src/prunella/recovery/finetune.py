@@ -89,6 +89,8 @@ def finetune(
     seed; the caller's random state is left as it was. on_step: called after each step with its number, loss and rate.
 
     `CheckFailed` if loss or gradient is not finite: the model then has the last weights that gave a finite loss.
+
+    Use: when labels are at hand. Avoid: a handful of samples: it forgets the rest; `reconstruct` needs fewer.
     """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     _check(steps, lr, trained)
