@@ -146,6 +146,7 @@ def pareto(
             write_atomic(_file(journal, task), (json.dumps(asdict(cell), default=str) + "\n").encode())
         if on_cell:
             on_cell(cell, count, len(tasks))
+    _dense.cache_clear()
     cells = [replace(done[task.key], method=task.method) for task in tasks]
     found = summarise(
         cells, unit=unit.__name__.lower(), baselines=tuple(study.baselines), environment=_environment(study, seeds)

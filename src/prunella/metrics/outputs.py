@@ -102,7 +102,7 @@ def per_class_drop(dense: Tensor, pruned: Tensor, labels: Tensor) -> tuple[Class
 
     first, second = (x.argmax(1) == labels for x in (dense, pruned))
     found = []
-    for label in labels.unique().tolist():
+    for label in sorted(set(labels.tolist())):
         mine = labels == label
         a, b, n = int(first[mine].sum()), int(second[mine].sum()), int(mine.sum())
         lost, won = int((first & ~second & mine).sum()), int((~first & second & mine).sum())

@@ -88,7 +88,7 @@ class _Saturate(torch.autograd.Function):
         return (value > 0).to(value.dtype)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
         return (grad > 0).to(grad.dtype)
 
 
@@ -159,7 +159,7 @@ def _matmul(found: _Found, func: Any, args: Args, kwargs: Kwargs) -> Tensor | No
 
 def _conv(found: _Found, func: Any, args: Args, kwargs: Kwargs) -> Tensor | None:
     turned = "transpose" in called(func)
-    order = ("input", "weight", "bias", "stride", "padding")
+    order: tuple[str, ...] = ("input", "weight", "bias", "stride", "padding")
     order += ("output_padding", "groups", "dilation") if turned else ("dilation", "groups")
     given = dict(zip(order, args, strict=False)) | dict(kwargs)
     value, weight, groups = given.pop("input"), given.pop("weight"), given.get("groups", 1)

@@ -104,8 +104,10 @@ def effective_macs(model: nn.Module, inputs: Inputs) -> float:
     total = 0.0
     for name, macs in macs_by_module(model, inputs).items():
         weight = getattr(modules.get(name), "weight", None)
-        dense = not isinstance(weight, torch.Tensor) or not weight.numel()
-        total += macs if dense else macs * int(torch.count_nonzero(weight)) / weight.numel()
+        if isinstance(weight, torch.Tensor) and weight.numel():
+            total += macs * int(torch.count_nonzero(weight)) / weight.numel()
+        else:
+            total += macs
     return total
 
 
