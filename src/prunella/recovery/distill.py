@@ -30,6 +30,9 @@ def distill_logits(teacher: nn.Module, *, temperature: float = 2.0, outputs: Out
     temperature: above 0; higher looks at the wrong classes more. outputs: how to get logits from (model, batch), by
     default the first tensor of what the model returns for the batch; with labels in the batch for example
     `lambda model, batch: model(batch[0])`.
+
+    Use: whenever the dense model is at hand: no labels, and more signal than labels give. Avoid: when the teacher is wrong
+    on the data at hand.
     """
     if temperature <= 0:
         raise RequestError(
@@ -56,6 +59,9 @@ def distill_features(teacher: nn.Module, names: Sequence[str] = ("",), *, output
     output axis was not cut. The teacher runs in evaluation mode without gradients. Hooks are removed after each call.
 
     names: module names as in `named_modules()`; "" is the model itself. outputs: how to run (model, batch).
+
+    Use: for deep models, whose logits say little to early layers. Avoid: for layers whose outputs were cut; there
+    `distill_attention` compares maps.
     """
     for name in names:
         _module(teacher, name)
@@ -71,6 +77,101 @@ def distill_features(teacher: nn.Module, names: Sequence[str] = ("",), *, output
             _same_shape(f"the output of {name or 'the model'}", f, t)
             error = (f - t).square().sum() / t.square().sum().clamp_min(torch.finfo(t.dtype).tiny)
             total = total.to(error) + error / len(names)
+        return total
+
+    return loss
+
+
+@recovery(source="Zagoruyko and Komodakis 2017, arXiv:1612.03928")
+def distill_attention(
+    teacher: nn.Module, names: Sequence[str], *, p: float = 2.0, axis: int = 1, outputs: Outputs = forward
+) -> Loss:
+    """A loss that makes a model look where `teacher` looks: energy maps over positions, whatever the channels.
+
+    `mean over names and samples of |q / |q| - q_t / |q_t||^2` with `q = sum_c |f_c|^p` over the channels of a module's
+    output, one number for each position of a sample. Channels are summed away, so that layers whose channels were cut
+    are compared with the whole ones. Zero where the maps are proportional.
+
+    names: modules whose first output has samples on axis 0. p: above 0. axis: of the channels, 1 for images, -1 for
+    tokens. outputs: how to run (model, batch).
+
+    Use: beside or instead of logits, after channels were cut. Avoid: for layers with one position, where every map is 1.
+    """
+    if not p > 0:
+        raise RequestError(f"p={p:g} is out of range", "it takes positive numbers", "p=2 is usual")
+    for name in names:
+        _module(teacher, name)
+
+    def maps(name: str, features: Tensor) -> Tensor:
+        if features.dim() < 3:
+            raise RequestError(f"the output of {name} has no positions", f"its shape is {tuple(features.shape)}")
+        energy = features.abs().pow(p).sum(axis).flatten(1)
+        return F.normalize(energy, dim=1, eps=torch.finfo(energy.dtype).tiny)
+
+    def loss(model: nn.Module, batch: Any) -> Tensor:
+        with mode(teacher, training=False), torch.no_grad(), _outputs_of(teacher, names) as wanted:
+            outputs(teacher, batch)
+        with _outputs_of(model, names) as got:
+            outputs(model, batch)
+        total = torch.zeros(())
+        for name in names:
+            q, t = maps(name, _ran(got, name)), maps(name, _ran(wanted, name))
+            _same_shape(f"the map of {name}", q, t)
+            error = (q - t).square().sum(1).mean()
+            total = total.to(error) + error / len(names)
+        return total
+
+    return loss
+
+
+def attentions(model: nn.Module, batch: Any) -> Sequence[Tensor]:
+    """What a model of transformers returns as `attentions` when the batch (a mapping) asks `output_attentions`."""
+    output = model(**batch, output_attentions=True)
+    found = getattr(output, "attentions", None) or getattr(output, "encoder_attentions", None)
+    if not found or any(layer is None for layer in found):
+        raise RequestError(
+            f"{type(model).__name__} returned no attention probabilities",
+            "fused attention does not compute them",
+            'build the model with attn_implementation="eager", or pass probabilities=',
+        )
+    return list(found)
+
+
+@recovery(source="Wang et al. 2020, arXiv:2002.10957 (attention distributions); Jiao et al. 2020, arXiv:1909.10351")
+def distill_attention_probabilities(
+    teacher: nn.Module, *, probabilities: Callable[[nn.Module, Any], Sequence[Tensor]] = attentions
+) -> Loss:
+    """A loss that makes the attention probabilities of a transformer like those of `teacher`.
+
+    `mean over layers, heads and queries of KL(teacher || model)`, of tensors `(samples, heads, queries, keys)`. Where a
+    layer lost heads, the mean over its heads is compared with the mean over the teacher's. Zero with zero gradient where
+    they are equal.
+
+    probabilities: the tensors of (model, batch), one for each layer, rows summing to 1; by default what models of
+    transformers return for `output_attentions=True`.
+
+    Use: after heads or neurons of a transformer were cut and labels are few. Avoid: after layers were dropped, since
+    layers are compared one to one.
+    """
+
+    def loss(model: nn.Module, batch: Any) -> Tensor:
+        with mode(teacher, training=False), torch.no_grad():
+            wanted = probabilities(teacher, batch)
+        got = probabilities(model, batch)
+        if len(got) != len(wanted) or not got:
+            raise RequestError(
+                f"the model has {len(got)} layers of attention, the teacher {len(wanted)}",
+                "they are compared one to one",
+                "pass probabilities= that picks matching layers",
+            )
+        total = torch.zeros(())
+        for layer, (p, t) in enumerate(zip(got, wanted, strict=True)):
+            if p.shape[1] != t.shape[1]:
+                p, t = p.mean(1, keepdim=True), t.mean(1, keepdim=True)
+            _same_shape(f"attention layer {layer}", p, t)
+            tiny = torch.finfo(p.dtype).tiny
+            error = (t * (t.clamp_min(tiny).log() - p.clamp_min(tiny).log())).sum(-1).mean()
+            total = total.to(error) + error / len(got)
         return total
 
     return loss
@@ -92,6 +193,9 @@ def distill(
 
     imitate: a function from the teacher to a loss, by default `distill_logits`; for features bind the names, as
     `partial(distill_features, names=["layer4"])`. training: optimizer, learning-rate curve, clipping and seed.
+
+    Use: after cutting, when data without labels and some training time are at hand. Avoid: where the task changed since
+    the teacher was trained; there `finetune` learns from labels.
     """
     return finetune(model, data, imitate(teacher), steps=steps, lr=lr, training=training, on_step=on_step)
 

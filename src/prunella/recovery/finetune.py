@@ -89,6 +89,9 @@ def finetune(
     seed; the caller's random state is left as it was. on_step: called after each step with its number, loss and rate.
 
     `CheckFailed` if loss or gradient is not finite: the model then has the last weights that gave a finite loss.
+
+    Use: when labels and training time are at hand; report the learning rate with the result. Avoid: as the first repair
+    of a network that computes noise: recalibrate or reconstruct first, in seconds.
     """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     _check(steps, lr, trained)
