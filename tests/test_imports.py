@@ -38,6 +38,7 @@ ORDER = (
     "apply",
     "train",
     "recovery",
+    "compress",
     "realize",
     "reporting",
     "recipes",

@@ -150,7 +150,7 @@ class _Features(nn.Module):
 
 
 def test_attention_maps_by_hand_over_different_channels() -> None:
-    """Two channels of two positions give (9 + 16, 0 + 0) = (25, 0); one channel gives (3, 4): maps (1, 0), (9, 16) / |.|."""
+    """Two channels at two positions give (9 + 16, 0), the map (1, 0); one channel of (3, 4) gives (9, 16) / |.|."""
     teacher = _Features(torch.tensor([[[3.0, 0.0], [4.0, 0.0]]]))
     student = _Features(torch.tensor([[[3.0, 4.0]]]))
     found = distill_attention(teacher, ["out"])(student, torch.zeros(1))

@@ -34,9 +34,9 @@ def _sparse(*, recorded: bool = True) -> nn.Sequential:
 
 def _train(model: nn.Module) -> None:
     data = [torch.randn(8, 12, generator=torch.Generator().manual_seed(1))]
-    finetune(model, data, lambda m, b: (m(b) - 1).square().mean(), steps=8, lr=0.05, training=Training(rate=constant_rate))
-
-
+    finetune(
+        model, data, lambda m, b: (m(b) - 1).square().mean(), steps=8, lr=0.05, training=Training(rate=constant_rate)
+    )
 
 
 @pytest.mark.parametrize("recorded", [True, False])

@@ -7,6 +7,8 @@ from prunella.recovery.distill import distill_attention_probabilities as distill
 from prunella.recovery.distill import distill_features as distill_features
 from prunella.recovery.distill import distill_logits as distill_logits
 from prunella.recovery.finetune import finetune as finetune
+from prunella.recovery.lora import mask_adapters_ as mask_adapters_
+from prunella.recovery.lora import merge_adapters_ as merge_adapters_
 from prunella.recovery.rates import adaptive_rate as adaptive_rate
 from prunella.recovery.rates import constant_rate as constant_rate
 from prunella.recovery.rates import linear_rate as linear_rate

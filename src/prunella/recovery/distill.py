@@ -31,8 +31,8 @@ def distill_logits(teacher: nn.Module, *, temperature: float = 2.0, outputs: Out
     default the first tensor of what the model returns for the batch; with labels in the batch for example
     `lambda model, batch: model(batch[0])`.
 
-    Use: whenever the dense model is at hand: no labels, and more signal than labels give. Avoid: when the teacher is wrong
-    on the data at hand.
+    Use: whenever the dense model is at hand: no labels, and more signal than labels give. Avoid: when the teacher is
+    wrong on the data at hand.
     """
     if temperature <= 0:
         raise RequestError(
@@ -95,7 +95,8 @@ def distill_attention(
     names: modules whose first output has samples on axis 0. p: above 0. axis: of the channels, 1 for images, -1 for
     tokens. outputs: how to run (model, batch).
 
-    Use: beside or instead of logits, after channels were cut. Avoid: for layers with one position, where every map is 1.
+    Use: beside or instead of logits, after channels were cut. Avoid: for layers with one position, where every map is
+    1.
     """
     if not p > 0:
         raise RequestError(f"p={p:g} is out of range", "it takes positive numbers", "p=2 is usual")
@@ -144,8 +145,8 @@ def distill_attention_probabilities(
     """A loss that makes the attention probabilities of a transformer like those of `teacher`.
 
     `mean over layers, heads and queries of KL(teacher || model)`, of tensors `(samples, heads, queries, keys)`. Where a
-    layer lost heads, the mean over its heads is compared with the mean over the teacher's. Zero with zero gradient where
-    they are equal.
+    layer lost heads, the mean over its heads is compared with the mean over the teacher's. Zero with zero gradient
+    where they are equal.
 
     probabilities: the tensors of (model, batch), one for each layer, rows summing to 1; by default what models of
     transformers return for `output_attentions=True`.

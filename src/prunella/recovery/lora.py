@@ -101,7 +101,7 @@ class MaskedProduct:
 
 @recovery(source="Hu et al. 2021, arXiv:2106.09685; Lu et al. 2024, arXiv:2405.16057 (products that keep the sparsity)")
 def mask_adapters_(model: nn.Module) -> tuple[str, ...]:
-    """Make every low-rank adapter in `model` respect the zeros of its base, while it trains and after; the names of them.
+    """Make every low-rank adapter in `model` respect the zeros of its base, and return their names.
 
     `y = W x + s (m * (B A)) x`, m the mask that the base carries, or else where its weight is not zero. Nothing is
     renamed or replaced: hooks on the two layers of each adapter compute the masked product, dropout in front of them
@@ -110,7 +110,8 @@ def mask_adapters_(model: nn.Module) -> tuple[str, ...]:
 
     peft's linear layers and hand-written ones with two linear layers are recognised by what they compute.
 
-    Use: before training adapters on a pruned model that shall stay sparse. Avoid: for a dense base, where it only costs.
+    Use: before training adapters on a pruned model that shall stay sparse. Avoid: for a dense base, where it only
+    costs.
     """
     model = unwrap(model)
     done = []
@@ -247,7 +248,7 @@ def _close(found: Tensor, wanted: Tensor) -> bool:
 
 
 def _added(adapter: _Adapter) -> Tensor | None:
-    """The change of the base weight that the module computes, `sum_i s_i B_i A_i`; None if it computes something else."""
+    """The change of the base weight that the module computes, `sum_i s_i B_i A_i`; None if it is something else."""
     twin = copy.deepcopy(adapter.module).double()
     weight = adapter.base.get_parameter("weight")
     x = _probe(adapter.shape[1], weight.device)

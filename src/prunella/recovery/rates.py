@@ -57,8 +57,8 @@ def linear_rate(progress: float) -> float:
 def rewind_rate(trace: Sequence[float], *, steps: int) -> Replay:
     """Retrain with the learning rates of the last steps of training, weights as they are.
 
-    `lr'[t] = lr[T - steps + t]` for a recorded trace `lr` of T steps: element by element the rates of training from step
-    `T - steps` on.
+    `lr'[t] = lr[T - steps + t]` for a recorded trace `lr` of T steps: element by element the rates of training from
+    step `T - steps` on.
 
     trace: `Curve.lr` of the training that made the model. steps: from 1 to T; more rewinds further. Pass `lr=1` to
     `finetune`, since the rates are absolute.
@@ -94,14 +94,17 @@ def scaled_rate(trace: Sequence[float], *, steps: int, warmup: float = 0.1) -> R
     return Replay(tuple(whole((t + 0.5) / steps) * min(1.0, (t + 1) / rise) for t in range(steps)))
 
 
-@recovery(source="Zimmer et al. 2023, arXiv:2111.00843 (BIMP, ALLR); Li et al. 2020, arXiv:1905.04753 (linear, budgeted)")
+@recovery(
+    source="Zimmer et al. 2023, arXiv:2111.00843 (BIMP, ALLR); Li et al. 2020, arXiv:1905.04753 (linear, budgeted)"
+)
 def adaptive_rate(
     before: Mapping[str, Tensor], after: Mapping[str, Tensor], *, peak: float, sparsity: float, budget: float
 ) -> float:
     """Where a linear decay starts, by how much pruning took and how long retraining may last (ALLR).
 
     `lr0 = peak * max(d1, d2)` with `d1 = |w - w'| / (sqrt(s) |w|)` over all weights together, at most 1, and `d2` the
-    budget. Give it to `finetune` as `lr`, with `Training(rate=linear_rate)`: the rate ends at 0 after any number of steps.
+    budget. Give it to `finetune` as `lr`, with `Training(rate=linear_rate)`: the rate ends at 0 after any number of
+    steps.
 
     before, after: weights by name (`dict(model.named_parameters())`) of the same shapes, before and after pruning.
     peak: largest learning rate of training. sparsity: the part s that this pruning removed, in (0, 1].

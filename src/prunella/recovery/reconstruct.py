@@ -107,8 +107,8 @@ def reconstruct(
     Linear layers, matrix products and convolutions in one and two dimensions are refitted. The report names what was
     skipped and why: grouped convolutions, weights masked one by one, `nn.MultiheadAttention`, einsum.
 
-    Use: after cutting channels or heads, with unlabelled data and no time to train. Avoid: with fewer tokens than a layer
-    has inputs.
+    Use: after cutting channels or heads, with unlabelled data and no time to train. Avoid: with fewer tokens than a
+    layer has inputs.
     """
     if not ridge >= 0:
         raise RequestError(

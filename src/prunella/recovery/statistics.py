@@ -75,12 +75,16 @@ def _places(model: nn.Module, names: Sequence[str], batch: Any, outputs: Outputs
         raise RequestError(
             f"{unknown[0]!r} is no module with a weight and a bias", "both take the correction", "see named_modules()"
         )
-    reads: dict[int, Read] = {}
+    axes: dict[int, tuple[int, int]] = {}
     ran: list[str] = []
     weights = [module.weight for module in owners.values()]
+
+    def see(read: Read) -> None:
+        axes.setdefault(id(read.weight), (read.out_axis, -1 if read.conv is None else 1))
+
     handles = [m.register_forward_hook(lambda *_, n=n: ran.append(n)) for n, m in owners.items()]
     try:
-        with Watch(weights, lambda read: reads.setdefault(id(read.weight), read)) as watch:
+        with Watch(weights, see) as watch:
             outputs(model, batch)
             watch.finish()
     finally:
@@ -89,9 +93,9 @@ def _places(model: nn.Module, names: Sequence[str], batch: Any, outputs: Outputs
     found = []
     for name in dict.fromkeys(ran):
         module = owners[name]
-        read = reads.get(id(module.weight))
-        if read is not None:
-            found.append(_Place(name, module.weight, module.bias, read.out_axis, -1 if read.conv is None else 1))
+        known = axes.get(id(module.weight))
+        if known is not None:
+            found.append(_Place(name, module.weight, module.bias, *known))
         elif name in names:
             if module.weight.dim() != 1:
                 raise RequestError(f"{name} cannot be corrected", "its weight is read in a way not understood here")

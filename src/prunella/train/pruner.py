@@ -42,9 +42,10 @@ class Pruner:
     """Keep masked weights at zero while `optimizer` trains `model`; with a recipe, prune along a schedule as well.
 
     After every `optimizer.step()` masked weights are exactly 0, and so is what the optimizer remembers of them: every
-    state tensor of the parameter's shape (momentum, first and second moments). Where weights do not step alone (Adafactor,
-    Muon) their gradients are set to zero before the step; LBFGS is refused. A step that a `GradScaler` skips changes
-    nothing. State-dict keys of model and optimizer stay the same. While attached, masks cost one byte a weight.
+    state tensor of the parameter's shape (momentum, first and second moments). Where weights do not step alone
+    (Adafactor, Muon) their gradients are set to zero before the step; LBFGS is refused. A step that a `GradScaler`
+    skips changes nothing. State-dict keys of model and optimizer stay the same. While attached, masks cost one byte a
+    weight.
 
         with Pruner(model, optimizer):                      # the model carries masks from apply_
             train(model, optimizer)
