@@ -114,6 +114,18 @@ def test_a_tied_weight_is_rounded_once_and_everywhere() -> None:
     assert len(round_weights_(net)) == 1
 
 
+def test_recurrent_layers_are_rounded_too() -> None:
+    torch.manual_seed(0)
+    net, x = nn.LSTM(4, 3), torch.randn(5, 2, 4)
+    twin = copy.deepcopy(net)
+    round_weights_(twin, bits=2)
+    found = quantisation_aware(lambda m, b: m(b)[0].square().sum(), bits=2)(net, x)
+    assert found.item() == pytest.approx(twin(x)[0].square().sum().item(), rel=1e-6)
+    assert found.item() != pytest.approx(net(x)[0].square().sum().item(), rel=1e-3)
+    found.backward()
+    assert net.weight_ih_l0.grad is not None and net._flat_weights[0] is net.weight_ih_l0
+
+
 @pytest.mark.parametrize("activations", [False, True])
 def test_int8_by_torchao_keeps_zeros_and_patterns(activations: bool, capfd: pytest.CaptureFixture[str]) -> None:
     _need_torchao()

@@ -166,10 +166,15 @@ def _replaced(model: nn.Module, values: dict[nn.Parameter, Tensor]) -> Iterator[
     places = [
         (m, leaf, p) for m in model.modules() for leaf, p in m._parameters.items() if p is not None and p in values
     ]
+    lists = [(m, list(flat)) for m in model.modules() if isinstance(flat := getattr(m, "_flat_weights", None), list)]
     for module, leaf, parameter in places:
         module._parameters[leaf] = values[parameter]  # type: ignore[assignment]
+    for module, flat in lists:  # recurrent layers read their weights from a list
+        module._flat_weights = [values.get(parameter, parameter) for parameter in flat]  # type: ignore[assignment]
     try:
         yield
     finally:
+        for module, flat in lists:
+            module._flat_weights = flat  # type: ignore[assignment]
         for module, leaf, parameter in places:
             module._parameters[leaf] = parameter
