@@ -14,11 +14,15 @@ if TYPE_CHECKING:
     from prunella.allocation import erk_densities as erk_densities
     from prunella.allocation import global_ as global_
     from prunella.allocation import lamp as lamp
+    from prunella.allocation import owl as owl
     from prunella.allocation import uniform as uniform
     from prunella.apply import apply_ as apply_
     from prunella.apply import finalize as finalize
     from prunella.apply import masks_of as masks_of
     from prunella.apply import reapply_ as reapply_
+    from prunella.blockwise import OneShot as OneShot
+    from prunella.blockwise import Refine as Refine
+    from prunella.blockwise import solve_ as solve_
     from prunella.compress.huffman import huffman as huffman
     from prunella.compress.huffman import relative_index as relative_index
     from prunella.compress.int8 import to_int8_ as to_int8_
@@ -89,6 +93,10 @@ if TYPE_CHECKING:
     from prunella.schedule import exponential as exponential
     from prunella.schedule import linear as linear
     from prunella.schedule import one_shot as one_shot
+    from prunella.solvers import admm as admm
+    from prunella.solvers import by_score as by_score
+    from prunella.solvers import refit as refit
+    from prunella.solvers import sparsegpt as sparsegpt
     from prunella.targets import Bytes as Bytes
     from prunella.targets import MACs as MACs
     from prunella.targets import Params as Params
@@ -111,6 +119,7 @@ _HOME = {
     "erk_densities": "allocation",
     "global_": "allocation",
     "lamp": "allocation",
+    "owl": "allocation",
     "uniform": "allocation",
     "Block": "granularity",
     "Channel": "granularity",
@@ -169,6 +178,13 @@ _HOME = {
     "merge_adapters_": "recovery.lora",
     "rewind_rate": "recovery.rates",
     "scaled_rate": "recovery.rates",
+    "OneShot": "blockwise",
+    "Refine": "blockwise",
+    "solve_": "blockwise",
+    "admm": "solvers",
+    "by_score": "solvers",
+    "refit": "solvers",
+    "sparsegpt": "solvers",
     "as_program": "program",
     "carry_": "realize.carry",
     "export": "realize.export",

@@ -18,43 +18,69 @@ from prunella.pipeline import Recipe
 
 @recipe(source="Han et al. 2015, arXiv:1506.02626")
 def global_magnitude() -> Recipe:
-    """Single weights by magnitude, one ranking over all layers."""
+    """Single weights by magnitude, one ranking over all layers.
+
+    Use: single weights after training, up to about 90 %; the baseline to beat. Avoid: very high sparsity, where it
+    empties layers: take `lamp_magnitude` or `erk_magnitude`.
+    """
     return Recipe(criteria.magnitude, Element(), global_)
 
 
 @recipe(source="Evci et al. 2020, arXiv:1911.11134")
 def erk_magnitude() -> Recipe:
-    """Single weights by magnitude, densities by Erdos-Renyi-Kernel."""
+    """Single weights by magnitude, densities by Erdos-Renyi-Kernel.
+
+    Use: masks at 90 % and more, where small layers must stay dense. Avoid: structure, or when multiply-adds are the
+    budget: the early layers stay dense.
+    """
     return Recipe(criteria.magnitude, Element(), erk)
 
 
 @recipe(source="Lee et al. 2021, arXiv:2010.07611")
 def lamp_magnitude() -> Recipe:
-    """Single weights by layer-adaptive magnitude: the allocation of LAMP on the absolute value."""
+    """Single weights by layer-adaptive magnitude: the allocation of LAMP on the absolute value.
+
+    Use: masks at high sparsity without a knob to tune. Avoid: structured units: its keys are made for single weights.
+    """
     return Recipe(criteria.magnitude, Element(), lamp)
 
 
 @recipe(source="Sun et al. 2023, arXiv:2306.11695")
 def wanda_rows() -> Recipe:
-    """Wanda as in the paper: weights of one output row compared, the same number from every row. Data: no labels."""
+    """Wanda as in the paper: weights of one output row compared, the same number from every row. Data: no labels.
+
+    Use: language models in one shot, up to about 50 %. Avoid: 60 % and more without reconstruction.
+    """
     return Recipe(criteria.wanda, Element(per_row=True), uniform)
 
 
 @recipe(source="Sun et al. 2023, arXiv:2306.11695")
 def wanda_2_4() -> Recipe:
-    """Wanda in the pattern of sparse tensor cores: 2 kept of every 4 along the input. Data: no labels."""
+    """Wanda in the pattern of sparse tensor cores: 2 kept of every 4 along the input. Data: no labels.
+
+    Use: sparse tensor cores, in one shot, with some unlabelled text. Avoid: machines without kernels for 2:4: the zeros
+    are multiplied there.
+    """
     return Recipe(criteria.wanda, NM(2, 4), uniform)
 
 
 @recipe(source="Li et al. 2017, arXiv:1608.08710")
 def l1_filter() -> Recipe:
-    """Filters by their L1 norm, the same fraction of every group."""
+    """Filters by their L1 norm, the same fraction of every group.
+
+    Use: the simplest structured baseline, no data. Avoid: high reductions: every group gives the same, whatever it is
+    worth.
+    """
     return Recipe(criteria.magnitude, Channel(), uniform)
 
 
 @recipe(source="He et al. 2019, arXiv:1811.00250")
 def fpgm() -> Recipe:
-    """Filters nearest to the geometric median of their layer, the same fraction of every group."""
+    """Filters nearest to the geometric median of their layer, the same fraction of every group.
+
+    Use: filters without data, when layers hold many that are alike. Avoid: groups with a few wide outliers, whose
+    distance hides what they are worth.
+    """
     return Recipe(criteria.geometric_median, Channel(), uniform)
 
 
@@ -63,20 +89,31 @@ def network_slimming() -> Recipe:
     """Channels by the scale of their batch normalisation, one threshold for the network.
 
     The paper trains with an L1 penalty on the scales first. A tenth of each group stays, so that no layer collapses.
+
+    Use: networks that were trained with an L1 penalty on the scales. Avoid: networks without batch normalisation, or
+    trained without the penalty.
     """
     return Recipe(criteria.bn_scale, Channel(), global_, floor=0.1)
 
 
 @recipe(source="Fang et al. 2023, arXiv:2301.12900")
 def group_l2() -> Recipe:
-    """Channels and heads by the norm of everything that is coupled to them, compared after division by the mean."""
+    """Channels and heads by the norm of everything that is coupled to them, compared after division by the mean.
+
+    Use: a fair ranking over the whole network without data. Avoid: networks whose norms were folded into the weights:
+    scales of layers then differ for no reason.
+    """
     allocation = partial(global_, normalise=Normalise.MEAN)
     return Recipe(criteria.group_norm, (Channel(), Head()), allocation, floor=0.1)
 
 
 @recipe(source="Molchanov et al. 2019, arXiv:1906.10771; Michel et al. 2019, arXiv:1905.10650")
 def taylor_fo() -> Recipe:
-    """Channels and heads by the squared first-order change of the loss, one ranking. Data: batches and a loss."""
+    """Channels and heads by the squared first-order change of the loss, one ranking. Data: batches and a loss.
+
+    Use: channels and heads when a few labelled batches are at hand; the best first choice. Avoid: no loss at hand, or
+    batches too few to average over.
+    """
     return Recipe(criteria.taylor, (Channel(), Head()), global_)
 
 

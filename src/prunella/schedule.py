@@ -26,6 +26,8 @@ def one_shot(progress: float) -> float:
     """Everything at the first update.
 
     `f(p) = 1 for p > 0, else 0`.
+
+    Use: pruning after training with one recovery at the end. Avoid: more than about 80 % without distillation.
     """
     return float(_checked(progress) > 0)
 
@@ -35,6 +37,8 @@ def linear(progress: float) -> float:
     """The same amount at every update.
 
     `f(p) = p`.
+
+    Use: a plain reference for other schedules. Avoid: high sparsity, where the last steps hurt most.
     """
     return _checked(progress)
 
@@ -45,6 +49,9 @@ def cubic(progress: float) -> float:
 
     `f(p) = 1 - (1 - p)^3`. At a final sparsity of 0.9 the sparsity is 0.2439, 0.5203, 0.7875, 0.8859 and 0.9 at
     p = 0.1, 0.25, 0.5, 0.75 and 1.
+
+    Use: pruning while training; the usual choice. Avoid: runs that start from random weights, where early scores say
+    little.
     """
     return 1 - (1 - _checked(progress)) ** 3
 
@@ -54,6 +61,8 @@ def cosine(progress: float) -> float:
     """Slow at both ends.
 
     `f(p) = (1 - cos(pi p)) / 2`.
+
+    Use: a gentle start and end. Avoid: short runs: it does little in the first tenth.
     """
     return (1 - math.cos(math.pi * _checked(progress))) / 2
 
@@ -66,6 +75,9 @@ def exponential(progress: float, *, rho: float = 100.0) -> float:
     `rho^(-k/n)`, for rho = 100 and n = 5: 0.3981, 0.1585, 0.0631, 0.0251, 0.01.
 
     rho: compression ratio, above 1; the reciprocal of the final density gives SynFlow's own schedule.
+
+    Use: reaching a very small density in many rounds, as at initialisation. Avoid: moderate sparsity: `cubic` is as
+    good and better known.
     """
     if rho <= 1:
         raise RequestError(f"rho={rho:g} is out of range", "rho is a compression ratio, above 1", "for example rho=100")

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import prunella as pr
 from prunella import recipes
 from prunella.budget import Pool, allocate
+from prunella.catalogue import methods
 from prunella.graph.couple import couple
 from prunella.method import REGISTRY, STATISTICS, Method
 from prunella.scoring import Scorer
@@ -90,6 +91,12 @@ def test_permuting_the_channels_permutes_their_scores(method: Method) -> None:
 def test_a_method_says_where_it_comes_from_and_what_it_does(method: Method) -> None:
     assert method.source and method.summary.endswith((".", ")"))
     assert set(method.needs) <= set(STATISTICS) and len(method.knobs) <= 5
+
+
+@pytest.mark.parametrize("method", methods(), ids=ids)
+def test_a_method_says_when_to_use_it_and_when_not(method: Method) -> None:
+    last = " ".join((inspect.getdoc(method.function) or "").split("\n\n")[-1].split())
+    assert last.startswith("Use: ") and " Avoid: " in last and last.endswith(".")
 
 
 @pytest.mark.parametrize("method", CRITERIA, ids=ids)

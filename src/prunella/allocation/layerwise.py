@@ -18,6 +18,8 @@ def uniform(pools: Sequence[Pool]) -> list[Tensor]:
 
     `key_r = (r + 1/2) / n` for the unit of rank `r` of `n`. Scores decide only within a group. Groups that matter much
     and groups that do not are treated alike: compare with `global_`.
+
+    Use: results that must have equal widths, and as a baseline. Avoid: networks with a few sensitive layers.
     """
     return [_middles(pool.size) for pool in pools]
 
@@ -30,6 +32,8 @@ def erk(pools: Sequence[Pool]) -> list[Tensor]:
     Small layers stay dense, wide ones give most. As a key: the `-eps` at which a unit of that rank falls,
     `-(1 - (r + 1/2) / n) * prod(dims) / sum(dims)`; the cap at 1 and the re-solving after it come by themselves.
     Meant for masks. For channels the producer's weight gives the dimensions.
+
+    Use: masks at high sparsity, and drop-and-grow training. Avoid: budgets of multiply-adds: early layers stay dense.
     """
     return [(_middles(pool.size) - 1) / _raw(pool.shape) for pool in pools]
 

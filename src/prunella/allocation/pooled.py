@@ -32,6 +32,9 @@ def global_(pools: Sequence[Pool], *, normalise: Normalise = Normalise.NONE, per
 
     per_cost: divide also by what one unit weighs in the target's unit, so that the harm for each multiply-add
     (parameter, byte) saved is compared: for units of different size that share a ranking, such as heads and neurons.
+
+    Use: scores that mean the same everywhere, such as a change of the loss. Avoid: raw norms, which grow with the size
+    of a layer: give normalise=.
     """
     costs = [pool.cost if per_cost and pool.cost > 0 else 1.0 for pool in pools]
     scales = [_scale(pool.scores.double().abs(), normalise) for pool in pools]
@@ -45,6 +48,8 @@ def lamp(pools: Sequence[Pool]) -> list[Tensor]:
     `key_u = w_u^2 / sum_{v >= u} w_v^2`, suffix sums in float64. The largest of every layer has key 1, so that no
     layer is emptied before the others. Removing in this order is the greedy choice of the smallest relative
     distortion of a layer. Made for `magnitude` with p=1; any score that is not negative takes the place of `|w|`.
+
+    Use: masks by magnitude, at any sparsity. Avoid: scores with a sign, and structure.
     """
     return [_lamp(pool) for pool in pools]
 

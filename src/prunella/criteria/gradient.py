@@ -14,6 +14,9 @@ def taylor(gate_grad: GateGrad) -> Scores:
     unit: the sum comes before the square, and the square before the mean over batches. For single weights it is
     `mean_b (g w)^2`, the same as `taylor_sq`, which needs less memory there.
     Data: batches and a loss; the score depends on the batch size, since gradients within a batch are averaged.
+
+    Use: channels, heads and blocks with a loss and some batches. Avoid: a network at a minimum of the same batches,
+    where gradients vanish.
     """
     return gate_grad.square().mean(0)
 
@@ -24,5 +27,8 @@ def taylor_sq(weight: Weight, grad_sq: GradSq) -> Saliency:
 
     `S_ij = mean_b (g_ij w_ij)^2`; a unit scores the sum over its weights, as if they were independent. This is not
     `taylor`, which adds before it squares. Data: batches and a loss.
+
+    Use: single weights with a loss, in the memory of one gradient. Avoid: channels, where signs cancel inside a unit:
+    take `taylor`.
     """
     return weight.square() * grad_sq

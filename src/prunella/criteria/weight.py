@@ -16,6 +16,9 @@ def magnitude(weight: Weight, *, p: int = 1) -> Saliency:
     `S_ij = |W_ij|^p`, so that a filter scores its L1 norm (p=1, Li et al.) or its squared L2 norm (p=2).
     Data: none. p: 1 or 2. Caveats: blind to what the weight multiplies; a filter in front of a normalisation has no
     scale of its own.
+
+    Use: masks, and as the baseline of every comparison. Avoid: channels before a normalisation, whose scale means
+    nothing.
     """
     if p not in (1, 2):
         raise RequestError(f"magnitude takes p=1 or p=2, not {p!r}")
@@ -28,6 +31,9 @@ def group_norm(unit_weight: UnitWeight, *, p: float = 2.0, normalise: bool = Tru
 
     `s_u = (sum_{w in u} |w|^p)^(1/p)`, divided by `size^(1/p)` if normalised: then the size of a group does not bias
     a ranking over groups. Data: none. p: at least 1. A unit of zeros ranks last.
+
+    Use: rankings over groups of different size, no data. Avoid: comparing layers whose scale is free, as before a
+    normalisation.
     """
     if p < 1:
         raise RequestError(f"group_norm takes p of at least 1, not {p!r}")
@@ -42,6 +48,8 @@ def bn_scale(norm_scale: NormScale) -> Scores:
 
     `s_u = |gamma_u|`, the mean where several normalisations act on a unit. Data: none. The paper trains with an L1
     penalty on gamma first; without it the ranking is weak. Groups without a normalisation are left alone.
+
+    Use: after training with a penalty on the scales. Avoid: networks trained without it: the ranking is weak.
     """
     return norm_scale
 
@@ -52,6 +60,8 @@ def geometric_median(weight: Weight) -> Scores:
 
     `s_j = sum_k ||W_j - W_k||_2`, one number per output row. Data: none. Of two equal filters either one can be
     replaced by the other, even if both are large. Takes `out^2 * in` operations a layer.
+
+    Use: layers with many similar filters, no data. Avoid: very wide layers, where `out^2 * in` is too slow.
     """
     rows = weight.double()
     return torch.cdist(rows, rows).sum(1)
@@ -62,5 +72,7 @@ def random(noise: Noise) -> Saliency:
     """Uniform random scores: the baseline that every criterion has to beat.
 
     `s ~ U[0, 1)` for each unit, or each weight, drawn from the recipe's seed. Data: none.
+
+    Use: as the control: what does not beat it is not worth its time. Avoid: anything else.
     """
     return noise

@@ -18,6 +18,8 @@ class Element:
 
     per_row: compare weights within their output row only, and remove one from every row of a layer at a time, so that
     all rows of a layer keep the same number; the step is then the number of rows.
+
+    Use: the smallest file at the best accuracy. Avoid: speed without a sparse kernel.
     """
 
     per_row: bool = False

@@ -20,6 +20,8 @@ class Block:
     """Blocks of `rows x cols` of the matrix `(out, in)`; a block scores the sum over its weights.
 
     Ragged blocks at the edges are filled up with scores of zero, and count with the weights they really have.
+
+    Use: kernels that run blocks, such as 16x1 on processors. Avoid: small layers, or when no kernel uses the pattern.
     """
 
     rows: int
@@ -60,6 +62,8 @@ class NM:
 
     The sparsity is always `1 - n / m`, whatever the allocation. Columns of a convolution run over its kernel within an
     input channel. A layer whose columns M does not divide is an error: leave it out with skip=.
+
+    Use: hardware that runs the pattern. Avoid: other hardware, where nothing gets faster.
     """
 
     n: int

@@ -31,6 +31,9 @@ class Channel:
 
     reduce: how the saliencies of the weights in the criterion's scope become one score: sum (the papers' norms), mean
     or maximum. Criteria that score units themselves are not reduced.
+
+    Use: a smaller and faster dense model on any machine. Avoid: when accuracy may not move at all and a sparse kernel
+    is at hand.
     """
 
     reduce: Reduce = Reduce.SUM
@@ -43,6 +46,8 @@ class Head:
     """Attention heads: query, key, value and output slices together; with grouped queries, a key-value group.
 
     head_dim and the scale of the scores stay as they are. reduce: as for `Channel`.
+
+    Use: transformers, together with `Channel()`. Avoid: models with few key-value heads: whole groups go at a time.
     """
 
     reduce: Reduce = Reduce.SUM
@@ -56,6 +61,8 @@ class Width:
 
     Norms that run along them take their statistics over what stays (a layer norm of fewer features), and the check
     compares with the masked model in that form. reduce: as for `Channel`.
+
+    Use: wide transformers, with healing after it. Avoid: one shot without healing: every layer loses inputs at once.
     """
 
     reduce: Reduce = Reduce.SUM
@@ -68,6 +75,8 @@ class Expert:
     """Experts of a mixture, with their columns of the router, which then chooses among those that stay.
 
     At least as many stay as the router chooses for a token. reduce: as for `Channel`.
+
+    Use: mixtures whose memory is the problem. Avoid: routers that use all experts evenly.
     """
 
     reduce: Reduce = Reduce.SUM
@@ -81,6 +90,9 @@ class Vocabulary:
 
     Nothing is ranked: `tokens` decides. The smaller model has numbers of its own: `Plan.renumber` gives them.
     tokens: numbers of the tokens that stay, each at least 0.
+
+    Use: small models with a large table and texts of one language or domain. Avoid: open-ended text: a token that is
+    gone cannot be read.
     """
 
     tokens: tuple[int, ...]
@@ -100,6 +112,9 @@ class Depth:
     They are found from the data flow, leave their list, and what numbers and counts them follows. A block's score is
     that of all parameters that it alone has, whatever the criterion's scope. reduce: as for `Channel`; with the sum a
     larger block scores more, `Reduce.MEAN` makes blocks of different sizes comparable.
+
+    Use: latency of deep networks at batch 1, since fewer layers run. Avoid: shallow networks, or without healing
+    afterwards.
     """
 
     reduce: Reduce = Reduce.SUM

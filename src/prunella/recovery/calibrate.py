@@ -55,7 +55,7 @@ def recalibrate_bn(
 
     `CheckFailed` if the statistics are not finite; the old ones are then restored.
 
-    Use: always after pruning a network with batch norm, before it is judged. Avoid: with data unlike what it will see.
+    Use: after every cut of a network with batch normalisation; it costs seconds. Avoid: batches of a few samples.
     """
     norms = {module: name for name, module in model.named_modules() if _has_statistics(module)}
     if not norms:

@@ -31,8 +31,7 @@ def distill_logits(teacher: nn.Module, *, temperature: float = 2.0, outputs: Out
     default the first tensor of what the model returns for the batch; with labels in the batch for example
     `lambda model, batch: model(batch[0])`.
 
-    Use: whenever the dense model is at hand: no labels, and more signal than labels give. Avoid: when the teacher is
-    wrong on the data at hand.
+    Use: classifiers and language models: the first choice. Avoid: models whose last axis is not classes.
     """
     if temperature <= 0:
         raise RequestError(
@@ -60,8 +59,8 @@ def distill_features(teacher: nn.Module, names: Sequence[str] = ("",), *, output
 
     names: module names as in `named_modules()`; "" is the model itself. outputs: how to run (model, batch).
 
-    Use: for deep models, whose logits say little to early layers. Avoid: for layers whose outputs were cut; there
-    `distill_attention` compares maps.
+    Use: matching inner layers whose outputs were not cut. Avoid: layers whose output axis is smaller now: shapes
+    differ.
     """
     for name in names:
         _module(teacher, name)
@@ -195,8 +194,8 @@ def distill(
     imitate: a function from the teacher to a loss, by default `distill_logits`; for features bind the names, as
     `partial(distill_features, names=["layer4"])`. training: optimizer, learning-rate curve, clipping and seed.
 
-    Use: after cutting, when data without labels and some training time are at hand. Avoid: where the task changed since
-    the teacher was trained; there `finetune` learns from labels.
+    Use: healing without labels, with the dense model at hand. Avoid: when the dense model is poor on the data that
+    matters.
     """
     return finetune(model, data, imitate(teacher), steps=steps, lr=lr, training=training, on_step=on_step)
 

@@ -90,8 +90,7 @@ def finetune(
 
     `CheckFailed` if loss or gradient is not finite: the model then has the last weights that gave a finite loss.
 
-    Use: when labels and training time are at hand; report the learning rate with the result. Avoid: as the first repair
-    of a network that computes noise: recalibrate or reconstruct first, in seconds.
+    Use: when labels are at hand. Avoid: a handful of samples: it forgets the rest; `reconstruct` needs fewer.
     """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     _check(steps, lr, trained)

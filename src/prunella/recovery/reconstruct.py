@@ -107,8 +107,8 @@ def reconstruct(
     Linear layers, matrix products and convolutions in one and two dimensions are refitted. The report names what was
     skipped and why: grouped convolutions, weights masked one by one, `nn.MultiheadAttention`, einsum.
 
-    Use: after cutting channels or heads, with unlabelled data and no time to train. Avoid: with fewer tokens than a
-    layer has inputs.
+    Use: before any training, and in its place when there are no labels and little time. Avoid: fewer tokens than about
+    twice a layer's inputs.
     """
     if not ridge >= 0:
         raise RequestError(
