@@ -156,8 +156,10 @@ def test_attention_maps_by_hand_over_different_channels() -> None:
     found = distill_attention(teacher, ["out"])(student, torch.zeros(1))
     norm = (9**2 + 16**2) ** 0.5
     assert found.item() == pytest.approx((9 / norm - 1) ** 2 + (16 / norm) ** 2, rel=1e-12)
+    teacher = _Features(torch.tensor([[[3.0, 1.0], [-4.0, 1.0]]]))  # signs do not cancel: (7, 2)
     found = distill_attention(teacher, ["out"], p=1)(student, torch.zeros(1))
-    assert found.item() == pytest.approx((3 / 5 - 1) ** 2 + (4 / 5) ** 2, rel=1e-12)
+    norm = 53**0.5
+    assert found.item() == pytest.approx((3 / 5 - 7 / norm) ** 2 + (4 / 5 - 2 / norm) ** 2, rel=1e-12)
 
 
 def test_proportional_maps_give_no_loss_and_no_gradient() -> None:

@@ -78,6 +78,8 @@ def huffman(symbols: Tensor, *, symbol_bits: int = 8) -> Encoded:
 
     symbols: whole numbers from 0 to `2^symbol_bits - 1`, any shape. symbol_bits: 1 to 16.
 
+    Data: none.
+
     Use: to store or send shared or quantised weights, whose values are far from uniform. Avoid: in memory while the
     model runs, since codes of several lengths cannot be read out of order.
     """
@@ -146,6 +148,8 @@ def relative_index(mask: Mask, *, bits: int = 4) -> Gaps:
     `positions = cumsum(steps + 1) - 1`, fillers left out.
 
     mask: bool, True is kept. bits: 1 to 16; Deep Compression has 8 for convolutions and 5 for linear layers.
+
+    Data: none.
 
     Use: above some 70 % sparsity, to store it. Avoid: for regular patterns, whose positions need fewer bits.
     """

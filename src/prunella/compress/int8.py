@@ -46,6 +46,8 @@ def to_int8_(model: nn.Module, *, activations: bool = False) -> Int8:
     `MissingExtra` without torchao; `NotSupported` if it does not import or has nothing to quantise here. Such a model
     cannot be saved by `save`, nor trained.
 
+    Data: none.
+
     Use: as the last step for transformers, for a quarter of the memory. Avoid: before pruning or training.
     """
     config, quantize_ = _torchao(activations)

@@ -54,6 +54,8 @@ def svd_factors(weight: Tensor, *, rank: int = 0, energy: float = 0.9) -> Factor
     weight: `(out, in)`. rank: from 1; 0 takes the smallest rank with `sum_{i <= r} s_i^2 >= energy * sum_i s_i^2`.
     energy: in (0, 1].
 
+    Data: none.
+
     Use: for layers whose singular values fall fast. Avoid: for sparse weights, since the factors are dense.
     """
     if weight.dim() != 2 or not 0 <= rank <= min(weight.shape) or not 0 < energy <= 1:

@@ -47,6 +47,8 @@ def quantise_weight(weight: Tensor, *, bits: int = 8) -> Quantised:
 
     weight: at least one axis. bits: 2 to 8.
 
+    Data: none.
+
     Use: for weights of linear layers and convolutions, after pruning. Avoid: below 4 bits without training
     (`quantisation_aware`).
     """
@@ -88,6 +90,8 @@ def round_weights_(model: nn.Module, *, bits: int = 8, only: Sequence[str] = ("*
 
     bits: 2 to 8. only: patterns of parameter names.
 
+    Data: none.
+
     Use: to see what quantisation costs a pruned model, and as the last step after `quantisation_aware`. Avoid: when it
     must be smaller or faster here and now.
     """
@@ -110,6 +114,8 @@ def quantisation_aware(loss: Loss, *, bits: int = 8, only: Sequence[str] = ("*",
 
     loss: of (model, batch). bits: 2 to 8. only: patterns of parameter names; weights with at least two axes are
     rounded.
+
+    Data: what the loss needs.
 
     Use: when rounding alone loses too much, at 4 bits and below. Avoid: at 8 bits, where it rarely pays for the
     training.

@@ -53,6 +53,8 @@ def share_weight(weight: Tensor, *, bits: int = 5, start: Start = Start.LINEAR, 
     weight: any shape. bits: 1 to 8. start: where the values start; linear keeps large weights best. seed: of a random
     start.
 
+    Data: none.
+
     Use: to store a pruned network in few bits, with `huffman`. Avoid: for speed, since values are looked up one by one;
     integers (`quantise_weight`) multiply faster.
     """
@@ -141,6 +143,8 @@ def deep_compression_(
     what the model now holds. The size counts codes, code books, books of values, and all other parameters as they are.
 
     bits: 1 to 8. gap_bits: 1 to 16. start, seed: of k-means. only: patterns of parameter names.
+
+    Data: none.
 
     Use: to ship a network over a slow line, at 80 % sparsity and more. Avoid: to save memory while it runs: it must be
     decoded first.

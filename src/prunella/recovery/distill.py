@@ -94,6 +94,8 @@ def distill_attention(
     names: modules whose first output has samples on axis 0. p: above 0. axis: of the channels, 1 for images, -1 for
     tokens. outputs: how to run (model, batch).
 
+    Data: batches without labels.
+
     Use: beside or instead of logits, after channels were cut. Avoid: for layers with one position, where every map is
     1.
     """
@@ -149,6 +151,8 @@ def distill_attention_probabilities(
 
     probabilities: the tensors of (model, batch), one for each layer, rows summing to 1; by default what models of
     transformers return for `output_attentions=True`.
+
+    Data: batches without labels.
 
     Use: after heads or neurons of a transformer were cut and labels are few. Avoid: after layers were dropped, since
     layers are compared one to one.

@@ -110,6 +110,8 @@ def mask_adapters_(model: nn.Module) -> tuple[str, ...]:
 
     peft's linear layers and hand-written ones with two linear layers are recognised by what they compute.
 
+    Data: none.
+
     Use: before training adapters on a pruned model that shall stay sparse. Avoid: for a dense base, where it only
     costs.
     """
@@ -145,6 +147,8 @@ def merge_adapters_(model: nn.Module, *, allow_loss: bool = False) -> tuple[Merg
 
     `CheckFailed` for such an adapter otherwise, with the part that would be lost; `NotSupported` for an adapter that
     adds something else than `s B A x` (DoRA for example). The model is then as it was.
+
+    Data: none.
 
     Use: to ship a sparse model after training adapters with `mask_adapters_`. Avoid: while the adapters still train.
     """

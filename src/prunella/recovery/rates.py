@@ -63,6 +63,8 @@ def rewind_rate(trace: Sequence[float], *, steps: int) -> Replay:
     trace: `Curve.lr` of the training that made the model. steps: from 1 to T; more rewinds further. Pass `lr=1` to
     `finetune`, since the rates are absolute.
 
+    Data: none; the curve of an earlier training.
+
     Use: after one-shot or iterative pruning, when the trace of training is at hand: better than a small constant rate.
     Avoid: when training is not your own, or for a few steps at the low end of the trace, which is plain fine-tuning.
     """
@@ -83,6 +85,8 @@ def scaled_rate(trace: Sequence[float], *, steps: int, warmup: float = 0.1) -> R
 
     trace: `Curve.lr` of training. steps: above 0. warmup: part of the steps, from 0 to 1, in which the rate rises.
     Pass `lr=1` to `finetune`, since the rates are absolute.
+
+    Data: none; the curve of an earlier training.
 
     Use: with a budget much shorter than training, which still wants the large rates at its start. Avoid: for a model
     that lost almost nothing, which large rates first harm.
@@ -109,6 +113,8 @@ def adaptive_rate(
     before, after: weights by name (`dict(model.named_parameters())`) of the same shapes, before and after pruning.
     peak: largest learning rate of training. sparsity: the part s that this pruning removed, in (0, 1].
     budget: retraining steps divided by training steps, above 0; 1 and more count as 1.
+
+    Data: none.
 
     Use: for iterative pruning with a short budget in every round. Avoid: where a rate was tuned for this budget.
     """
