@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from prunella.apply import reapply_ as reapply_
     from prunella.blockwise import OneShot as OneShot
     from prunella.blockwise import Refine as Refine
+    from prunella.blockwise import rescale_ as rescale_
+    from prunella.blockwise import rotate as rotate
     from prunella.blockwise import solve_ as solve_
     from prunella.compress.huffman import huffman as huffman
     from prunella.compress.huffman import relative_index as relative_index
@@ -180,6 +182,8 @@ _HOME = {
     "scaled_rate": "recovery.rates",
     "OneShot": "blockwise",
     "Refine": "blockwise",
+    "rescale_": "blockwise",
+    "rotate": "blockwise",
     "solve_": "blockwise",
     "admm": "solvers",
     "by_score": "solvers",
