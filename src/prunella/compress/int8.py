@@ -97,16 +97,14 @@ def _quiet() -> Iterator[None]:
         logging.disable(disabled)
 
 
+def pieces(tensor: Tensor) -> list[Tensor]:
+    """What a tensor is made of in memory: itself, or the inner tensors of a quantised one."""
+    names = getattr(tensor, "__tensor_flatten__", None)
+    if type(tensor.data) is Tensor or names is None:
+        return [tensor]
+    return [part for name in names()[0] for part in pieces(getattr(tensor, name))]
+
+
 def _bytes(model: nn.Module) -> int:
     """Of parameters and buffers, tied ones once; of quantised ones what they are made of."""
-    tensors = [*model.parameters(), *model.buffers()]
-    return sum(part.nbytes for tensor in tensors for part in _parts(tensor))
-
-
-def _parts(tensor: Tensor) -> list[Tensor]:
-    names = getattr(tensor, "tensor_data_names", None)
-    if names is None or not isinstance(getattr(tensor, "qdata", None), Tensor):
-        return [tensor]
-    every = [*names, *getattr(tensor, "optional_tensor_data_names", ())]
-    parts = [getattr(tensor, name, None) for name in every]
-    return [part for part in parts if isinstance(part, Tensor)]
+    return sum(part.nbytes for tensor in (*model.parameters(), *model.buffers()) for part in pieces(tensor))
