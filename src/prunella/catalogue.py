@@ -16,6 +16,7 @@ HOMES = (
     "schedule",
     "solvers",
     "recovery",
+    "compress",
     "blockwise",
     "recipes",
     "metrics",
