@@ -32,6 +32,8 @@ def test_five_ratios_three_seeds_and_three_baselines_by_default() -> None:
     methods = {task.method for task in tasks} - {"dense"}
     assert methods == {"lamp", "random", "magnitude, by layer", "magnitude, global"}
     assert all(task.recipe.seed == task.seed for task in tasks if task.recipe)
+    assert {task.target for task in tasks if task.ratio == 8} == {pr.Params(1 / 8)}
+    assert {task.target for task in module._tasks(STUDY, (8,), (0,), pr.Sparsity)} == {None, pr.Sparsity(7 / 8)}
     both = replace(STUDY, recipes={**STUDY.recipes, "l1": named("l1_filter")}).baselines
     assert len(both) == 6 and both[list(both)[3]].grains == (pr.Channel(),)
 
