@@ -122,7 +122,7 @@ def test_the_probability_that_a_hard_concrete_gate_is_open(log_alpha: float, ali
     gate.draw()
     value = gate.value()
     assert float((value != 0).float().mean()) == pytest.approx(alive, abs=2.5e-3)
-    assert bool((value == 0).any()) and bool((value == 1).any()) and 0 <= value.min() and value.max() <= 1
+    assert bool((value == 0).any()) and bool((value == 1).any()) and value.min() >= 0 and value.max() <= 1
     inside = value[(value > 0.2) & (value < 0.3)]
     level = (torch.tensor([0.2, 0.3]) + 0.1) / 1.2
     low, high = torch.sigmoid(2 / 3 * torch.logit(level) - log_alpha).tolist()
@@ -226,7 +226,7 @@ def test_weights_that_shrink_score_below_zero() -> None:
     for _ in range(5):
         optimizer.zero_grad()
         weight = layer.weight
-        total -= 0.1 * (weight - wanted) .detach() * layer.parametrizations.weight.original.detach()
+        total -= 0.1 * (weight - wanted).detach() * layer.parametrizations.weight.original.detach()
         (0.5 * (weight - wanted).square().sum()).backward()
         optimizer.step()
     assert torch.allclose(gate.scores, total) and gate.scores[0, 0] < 0 < gate.scores[0, 1]

@@ -85,10 +85,26 @@ def test_the_weights_of_a_coupled_unit() -> None:
     assert torch.equal(model[4].weight, before[4].weight)
 
 
+def test_the_weights_of_a_head() -> None:
+    torch.manual_seed(0)
+    model = Attention()
+    (heads,) = pr.coupled(model, torch.randn(2, 5, 8), granularity=pr.Head()).groups
+    made = [model.query, model.key, model.value]
+    rows = [torch.cat([x.weight, x.bias[:, None]], 1).unflatten(0, (4, 3)).flatten(1) for x in made]
+    rows.append(model.out.weight.T.unflatten(0, (4, 3)).flatten(1))
+    assert torch.allclose(heads.squares(dict(model.named_parameters())), torch.cat(rows, 1).square().sum(1))
+    assert heads.weights.tolist() == [3 * 27 + 24] * 4
+
+
 def test_units_of_a_convolution_hold_its_normalisation() -> None:
     units = pr.coupled(convnet(), images()[0])
     first = next(group for group in units.groups if group.name == "0")
-    assert {(s.name, s.axis) for s in first.slices} == {("0.weight", 0), ("1.weight", 0), ("1.bias", 0), ("3.weight", 1)}
+    assert {(s.name, s.axis) for s in first.slices} == {
+        ("0.weight", 0),
+        ("1.weight", 0),
+        ("1.bias", 0),
+        ("3.weight", 1),
+    }
     assert first.weights.tolist() == [27 + 2 + 54] * 8
 
 
