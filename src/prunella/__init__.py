@@ -20,6 +20,11 @@ if TYPE_CHECKING:
     from prunella.apply import finalize as finalize
     from prunella.apply import masks_of as masks_of
     from prunella.apply import reapply_ as reapply_
+    from prunella.blockwise import OneShot as OneShot
+    from prunella.blockwise import Refine as Refine
+    from prunella.blockwise import rescale_ as rescale_
+    from prunella.blockwise import rotate as rotate
+    from prunella.blockwise import solve_ as solve_
     from prunella.criteria import bn_scale as bn_scale
     from prunella.criteria import geometric_median as geometric_median
     from prunella.criteria import group_norm as group_norm
@@ -68,6 +73,10 @@ if TYPE_CHECKING:
     from prunella.schedule import exponential as exponential
     from prunella.schedule import linear as linear
     from prunella.schedule import one_shot as one_shot
+    from prunella.solvers import admm as admm
+    from prunella.solvers import by_score as by_score
+    from prunella.solvers import refit as refit
+    from prunella.solvers import sparsegpt as sparsegpt
     from prunella.targets import Bytes as Bytes
     from prunella.targets import MACs as MACs
     from prunella.targets import Params as Params
@@ -171,6 +180,15 @@ _HOME = {
     "distill": "recovery.distill",
     "distill_features": "recovery.distill",
     "distill_logits": "recovery.distill",
+    "OneShot": "blockwise",
+    "Refine": "blockwise",
+    "rescale_": "blockwise",
+    "rotate": "blockwise",
+    "solve_": "blockwise",
+    "admm": "solvers",
+    "by_score": "solvers",
+    "refit": "solvers",
+    "sparsegpt": "solvers",
     "as_program": "program",
     "carry_": "realize.carry",
     "export": "realize.export",

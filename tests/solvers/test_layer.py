@@ -164,3 +164,17 @@ def test_blocks_go_until_the_sparsity_is_reached() -> None:
     assert int((~project(scores, Block(2, 2), 0.5)).sum()) == 12
     assert int((~project(scores, Block(2, 2), 0.4)).sum()) == 12
     assert int((~project(scores, Block(2, 2), 0.0)).sum()) == 0
+
+
+def test_the_width_of_a_block_changes_nothing_where_only_columns_that_choose_together_matter() -> None:
+    weight, gram = layer()
+    one, whole = (sparsegpt(weight, gram, NM(2, 4), block=block) for block in (4, 32))
+    assert one.mask.equal(whole.mask) and torch.allclose(one.weight, whole.weight, rtol=1e-9, atol=1e-12)
+
+
+def test_a_score_sees_norms_not_their_squares() -> None:
+    weight = torch.tensor([[3.0, 1.0, 1.0, 0.1]])
+    gram = torch.diag(torch.tensor([1.0, 4.0, 16.0, 1.0]))  # norms 1, 2, 4, 1: products 3, 2, 4, 0.1
+    found = wanda(weight, gram, sparsity=0.5)
+    assert found.mask.tolist() == [[True, False, True, False]]
+    assert found.error == pytest.approx((1 * 4 + 0.01) / (9 + 4 + 16 + 0.01))
