@@ -186,16 +186,15 @@ def test_half_space_training_ends_in_a_smaller_net_that_is_the_trained_one() -> 
     assert 0 < shrunk_is_trained(model, batch).got < 1
 
 
-def plane(units: Coupled, model: nn.Module, steps: list[float], epsilon: float) -> Tensor:
+def plane(units: Coupled, model: nn.Module, steps: list[float], epsilon: float, start: int = 0) -> Tensor:
     """One half-space step after an optimizer that multiplies unit i by `steps[i]`."""
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
     first = units.groups[0]
     norms = first.squares(units.named(model)).sqrt()
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    with pr.HalfSpace(model, optimizer, units, strength=0.1, epsilon=epsilon):
+    with pr.HalfSpace(model, optimizer, units, strength=0.1, epsilon=epsilon, start=start):
         named = units.named(model)
-        optimizer.register_step_post_hook(lambda *_: None)
         for name, factor in first.factors(named, 1 - torch.tensor(steps)):
             named[name].grad = named[name].detach() * factor
         optimizer.step()
@@ -218,6 +217,7 @@ def test_a_unit_that_turns_around_is_zero_and_the_last_one_stays() -> None:
     got = plane(units, model, [0.9, -0.1, 0.5, -0.2, 0.3, 0.2], 0.0)
     assert got.eq(0).tolist() == [False, True, False, True, False, False]
     assert int(plane(units, mlp(), [-1.0] * 6, 0.0).ne(0).sum()) == 1
+    assert int(plane(units, mlp(), [-1.0] * 6, 0.0, start=1).ne(0).sum()) == 6
 
 
 def test_one_unit_of_every_group_stays() -> None:
