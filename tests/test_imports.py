@@ -39,6 +39,7 @@ ORDER = (
     "solvers",
     "train",
     "recovery",
+    "compress",
     "blockwise",
     "realize",
     "reporting",

@@ -9,7 +9,18 @@ from typing import Any, get_args
 
 from prunella.method import REGISTRY, Method, MethodKind, find
 
-HOMES = ("criteria", "granularity", "allocation", "schedule", "solvers", "train", "recovery", "blockwise", "recipes")
+HOMES = (
+    "criteria",
+    "granularity",
+    "allocation",
+    "schedule",
+    "solvers",
+    "train",
+    "recovery",
+    "compress",
+    "blockwise",
+    "recipes",
+)
 _ORDER = get_args(MethodKind)
 
 
