@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import prunella as pr
 from prunella.errors import NotSupported, RequestError
-from prunella.train.zeros import _kept
+from prunella.train.zeros import _kept, _unchanged
 from tests.graphs import Attention, hand_graph, mlp
 
 X = torch.linspace(-1, 1, 8 * 4).view(8, 4)
@@ -66,6 +66,14 @@ def test_a_cut_that_changes_the_output_is_not_made() -> None:
         model.b.weight[:, 2] = 0
     with pytest.raises(NotSupported, match="no unit is exactly zero"):
         pr.plan_zeros(model, X)
+
+
+def test_a_cut_is_compared_with_the_model_as_it_is() -> None:
+    model, keep = mlp(), {"0": torch.arange(6) != 2}
+    assert not _unchanged(model, hand_graph(), keep, X)
+    with torch.no_grad():
+        model[2].weight[:, 2] = 0
+    assert _unchanged(model, hand_graph(), keep, X)
 
 
 def test_heads() -> None:
