@@ -122,7 +122,29 @@ if TYPE_CHECKING:
     from prunella.targets import MACs as MACs
     from prunella.targets import Params as Params
     from prunella.targets import Sparsity as Sparsity
+    from prunella.train.admm import AdmmTraining as AdmmTraining
+    from prunella.train.concrete import l0_gates_ as l0_gates_
+    from prunella.train.coupled import Coupled as Coupled
+    from prunella.train.coupled import coupled as coupled
+    from prunella.train.gates import advance_ as advance_
+    from prunella.train.gates import bake_ as bake_
+    from prunella.train.gates import gate_penalty as gate_penalty
+    from prunella.train.growing import Growing as Growing
+    from prunella.train.halfspace import HalfSpace as HalfSpace
+    from prunella.train.movement import movement_ as movement_
+    from prunella.train.movement import soft_movement_ as soft_movement_
+    from prunella.train.penalties import group_lasso as group_lasso
+    from prunella.train.penalties import group_sparsity as group_sparsity
+    from prunella.train.penalties import penalised as penalised
+    from prunella.train.penalties import slimming as slimming
+    from prunella.train.proximal import Proximal as Proximal
+    from prunella.train.proximal import group_soft as group_soft
+    from prunella.train.proximal import soft as soft
+    from prunella.train.proximal import sparse_group_soft as sparse_group_soft
     from prunella.train.pruner import Pruner as Pruner
+    from prunella.train.thresholds import learned_threshold_ as learned_threshold_
+    from prunella.train.variational import variational_dropout_ as variational_dropout_
+    from prunella.train.zeros import plan_zeros as plan_zeros
 
 __version__ = "0.1.0"
 
@@ -165,6 +187,28 @@ _HOME = {
     "masks_of": "apply",
     "reapply_": "apply",
     "Pruner": "train.pruner",
+    "AdmmTraining": "train.admm",
+    "l0_gates_": "train.concrete",
+    "Coupled": "train.coupled",
+    "coupled": "train.coupled",
+    "advance_": "train.gates",
+    "bake_": "train.gates",
+    "gate_penalty": "train.gates",
+    "Growing": "train.growing",
+    "HalfSpace": "train.halfspace",
+    "movement_": "train.movement",
+    "soft_movement_": "train.movement",
+    "group_lasso": "train.penalties",
+    "group_sparsity": "train.penalties",
+    "penalised": "train.penalties",
+    "slimming": "train.penalties",
+    "Proximal": "train.proximal",
+    "group_soft": "train.proximal",
+    "soft": "train.proximal",
+    "sparse_group_soft": "train.proximal",
+    "learned_threshold_": "train.thresholds",
+    "variational_dropout_": "train.variational",
+    "plan_zeros": "train.zeros",
     "cosine": "schedule",
     "cubic": "schedule",
     "exponential": "schedule",

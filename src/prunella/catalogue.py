@@ -15,6 +15,7 @@ HOMES = (
     "allocation",
     "schedule",
     "solvers",
+    "train",
     "recovery",
     "compress",
     "blockwise",

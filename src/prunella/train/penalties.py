@@ -1,0 +1,115 @@
+"""Penalties for a loss function: functions of the model that pull weights or coupled units to zero."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prunella.errors import NotSupported, RequestError
+from prunella.method import training
+from prunella.pipeline import Loss
+from prunella.train.coupled import Coupled, Units, parameters
+
+Penalty = Callable[[nn.Module], Tensor]
+"""A function of the model: one number to add to the loss."""
+
+
+def penalised(loss: Loss, penalty: Penalty, strength: float = 1.0) -> Loss:
+    """`loss(model, batch) + strength * penalty(model)`, for `finetune`, `distill` or a loop of your own."""
+    if not strength >= 0:
+        raise RequestError(f"strength={strength:g} is out of range", "it takes numbers from 0 up", "for example 1e-4")
+
+    def total(model: nn.Module, batch: Any) -> Tensor:
+        return loss(model, batch) + strength * penalty(model)
+
+    return total
+
+
+@training(source="Liu et al. 2017, arXiv:1708.06519")
+def slimming(units: Coupled) -> Penalty:
+    """Network slimming: the L1 norm of the scales of the normalisations that act on prunable channels.
+
+    `sum |gamma|`, each scale once. Returns a function of the model; the paper adds 1e-4 or 1e-5 of it to the loss.
+    Data: none of its own. Then plan with the recipe `network_slimming`, shrink, and fine-tune.
+    Caveats: it makes small scales and not zeros, and a channel whose scale is 0 still has the constant of its shift.
+
+    Use: nets with batch norm after every convolution. Avoid: nets without, and norms that are undone by the next layer.
+    """
+    names = dict.fromkeys(part.name for group in units.groups for part in group.slices if part.role == "scale")
+    if not names:
+        raise NotSupported(
+            "slimming has no scales to pull at", "no normalisation with a scale acts on these units", "use group_lasso"
+        )
+
+    def penalty(model: nn.Module) -> Tensor:
+        return torch.stack([scale.abs().sum() for scale in parameters(model, names).values()]).sum()
+
+    return penalty
+
+
+@training(source="Yuan and Lin 2006, doi:10.1111/j.1467-9868.2005.00532.x; Wen et al. 2016, arXiv:1608.03665")
+def group_lasso(units: Coupled) -> Penalty:
+    """Group lasso on the coupled units of the model: the norm of everything that would go with a unit.
+
+    `sum over units of sqrt(p_u) ||w_u||`, with p_u the number of weights of the unit. Returns a function of the model.
+    Data: none of its own. A weight counts in the unit of its row and in that of its column.
+    Caveats: gradient descent on it makes small units and no zeros; `Proximal` makes zeros.
+
+    Use: units that are to be few, before pruning by `group_norm`. Avoid: exact zeros in training: use `Proximal`.
+    """
+    _some(units)
+
+    def penalty(model: nn.Module) -> Tensor:
+        named = units.named(model)
+        return torch.stack([(_norms(g.squares(named)) * g.weights.sqrt().to(_on(g, named))).sum()
+                            for g in units.groups]).sum()  # fmt: skip
+
+    return penalty
+
+
+@training(source="Fang et al. 2023, arXiv:2301.12900")
+def group_sparsity(units: Coupled, *, alpha: float = 4.0) -> Penalty:
+    """Squares of the coupled units, weak ones pulled more: sparsity training before pruning by the coupling graph.
+
+    `sum over units of gamma_u I_u`, with `I_u = sum of w^2` over the unit and, held fixed in the gradient,
+    `gamma_u = 2^(alpha (I_max - I_u) / (I_max - I_min))` within each group: from 1 for the largest unit of the group
+    to `2^alpha` for the smallest. Returns a function of the model. Data: none of its own.
+
+    alpha: from 0 up; 0 is plain weight decay on the units, 4 the paper's value.
+
+    Use: before one-shot pruning by `group_norm`, where coupled layers have to agree. Avoid: a trained net to be left.
+    """
+    if not alpha >= 0:
+        raise RequestError(f"alpha={alpha:g} is out of range", "it takes numbers from 0 up", "4 is usual")
+    _some(units)
+
+    def penalty(model: nn.Module) -> Tensor:
+        named = units.named(model)
+        sums = [group.squares(named) for group in units.groups]
+        return torch.stack([(strengths(squares.detach(), alpha) * squares).sum() for squares in sums]).sum()
+
+    return penalty
+
+
+def strengths(importance: Tensor, alpha: float) -> Tensor:
+    """`2^(alpha (max - I) / (max - min))` for each unit; 1 where all are equal."""
+    spread = importance.max() - importance.min()
+    part = (importance.max() - importance) / spread.clamp_min(torch.finfo(importance.dtype).tiny)
+    return torch.exp2(alpha * part)
+
+
+def _norms(squares: Tensor) -> Tensor:
+    """Norms whose gradient at 0 is 0."""
+    return squares.clamp_min(torch.finfo(squares.dtype).tiny).sqrt()
+
+
+def _on(group: Units, named: dict[str, nn.Parameter]) -> Tensor:
+    return named[group.slices[0].name]
+
+
+def _some(units: Coupled) -> None:
+    if not units.groups:
+        raise NotSupported("there are no coupled units to pull at", "no channels or heads may go", "see plan(...)")

@@ -1,0 +1,172 @@
+"""What training has made exactly zero, as a plan: where every penalty, gate and proximal step ends."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prunella import table
+from prunella.errors import NotSupported, RequestError
+from prunella.forward import forward, tensors
+from prunella.granularity import Channel, Element, Head
+from prunella.graph.couple import changes, couple
+from prunella.graph.oracle import SINGLE, TOLERANCE, as_double, relative_error, unproven
+from prunella.graph.structure import Frozen, Graph, Group, Keep, Member
+from prunella.graph.surgery import change_
+from prunella.names import check_patterns, chosen, names_of_layer
+from prunella.pipeline import Inputs, Plan
+from prunella.stats.subject import first_seen
+from prunella.stats.untouched import untouched
+from prunella.targets import Sparsity
+from prunella.train.coupled import spared
+
+Where = Channel | Head | Element | tuple[Channel | Head, ...]
+
+
+def plan_zeros(
+    model: nn.Module,
+    inputs: Inputs,
+    *,
+    granularity: Where = (Channel(), Head()),  # noqa: B008
+    skip: Sequence[str] = (),
+    only: Sequence[str] = (),
+) -> Plan:
+    """A plan that removes exactly what is zero already, so that the smaller model is the model as it is.
+
+    A unit is zero where every weight that reads it is zero, or all weights that it has where none reads it. Each group
+    is tried: if the output in float64 on `inputs` changes with its cut, it stays, and the plan says why. As many units
+    stay as have to. With `Element()` the masks are the zeros of every layer.
+
+    inputs, skip, only: as for `prunella.plan`. Errors: NotSupported where nothing is zero.
+    """
+    with untouched(model, 0):
+        graph = couple(model, inputs)
+        check_patterns(graph, skip, only)
+        if isinstance(granularity, Element):
+            return _masks(model, graph, inputs, skip, only)
+        grains = granularity if isinstance(granularity, tuple) else (granularity,)
+        if not grains or not all(isinstance(grain, Channel | Head) for grain in grains):
+            raise RequestError("plan_zeros takes Channel(), Head(), both or Element()", f"found {granularity!r}")
+        kinds = {grain.kind for grain in grains}
+        groups = [g for g in graph.groups if g.kind in kinds and not spared(graph, g, skip, only)]
+        return _structure(model, graph, inputs, groups)
+
+
+def _structure(model: nn.Module, graph: Graph, inputs: Inputs, groups: list[Group]) -> Plan:
+    dead = {group.name: _kept(model, graph, group) for group in groups}
+    wanted = {name: keep for name, keep in dead.items() if not bool(keep.all())}
+    faults = _faults(model, graph, wanted, inputs)
+    frozen = [*graph.frozen, *(_stays(g, faults[g.name]) for g in groups if g.name in faults)]
+    keep = {g.name: dead[g.name] for g in groups if g.name not in faults}
+    if all(bool(mask.all()) for mask in keep.values()):
+        why = "; ".join(f"{name}: {reason}" for name, reason in faults.items())
+        why = why or f"{sum(g.size for g in groups)} units in {len(groups)} groups were looked at"
+        raise NotSupported("no unit is exactly zero", why, "train longer or with more strength; small is not zero")
+    mine = [group for group in groups if group.name in keep]
+    rows = table.group_rows(graph, mine, keep)
+    done = changes(graph, keep)
+    return Plan(
+        recipe={},
+        target=_target(rows),
+        before=table.amount(graph, {}),
+        after=table.amount(graph, keep),
+        keep=keep,
+        masks={},
+        cuts=done.cuts,
+        attributes=done.attributes,
+        rows=rows,
+        frozen=tuple(frozen),
+        inputs=inputs,
+        along=done.along,
+        renumbered=done.renumbered,
+        remarks=tuple(table.remarks(graph)),
+        dropped=done.dropped,
+        lists=done.lists,
+    )
+
+
+def _masks(model: nn.Module, graph: Graph, inputs: Inputs, skip: Sequence[str], only: Sequence[str]) -> Plan:
+    named = dict(model.named_parameters(remove_duplicate=False))
+    layers = [x for x in first_seen(graph.layers) if not chosen(names_of_layer(graph, x), skip, only)]
+    masks = {layer.entity: (named[layer.entity].detach() != 0).cpu() for layer in layers}
+    if all(bool(mask.all()) for mask in masks.values()):
+        raise NotSupported("no weight is exactly zero", f"{len(layers)} layers were looked at", "small is not zero")
+    rows = table.mask_rows(graph, layers, masks, "element")
+    return Plan(
+        recipe={},
+        target=_target(rows),
+        before=table.amount(graph, {}),
+        after=table.masked_amount(graph, rows),
+        keep={},
+        masks=masks,
+        cuts={},
+        attributes={},
+        rows=rows,
+        frozen=graph.frozen,
+        inputs=inputs,
+        remarks=tuple(table.remarks(graph)),
+    )
+
+
+def _target(rows: Sequence[table.Row]) -> Sparsity:
+    """What is gone is what was asked for; all of the weights at most, which no `Sparsity` says."""
+    total = sum(row.total for row in rows)
+    return Sparsity(min(1 - sum(row.kept for row in rows) / total, 1 - 1 / (2 * total)))
+
+
+def _kept(model: nn.Module, graph: Graph, group: Group) -> Tensor:
+    """Units that are not zero, and as many of the zeros, lowest index first, as the group needs to stay whole."""
+    named = dict(model.named_parameters(remove_duplicate=False))
+    members = [m for m in group.members if m.entity in named and m.role != "stat"]
+    members = [m for m in members if m.role == "in"] or members
+    alive = torch.zeros(group.size, dtype=torch.bool)
+    for member in members:
+        alive[_units_alive(named[member.entity].detach(), member)] = True
+    stay = max(int(alive.sum()), group.least)
+    stay = min(-(-stay // group.multiple) * group.multiple, group.size)
+    alive[(~alive).nonzero().flatten()[: stay - int(alive.sum())]] = True
+    return alive
+
+
+def _units_alive(weight: Tensor, member: Member) -> Tensor:
+    lines = (weight != 0).movedim(member.axis, 0).flatten(1).any(1) if weight.dim() > 1 else weight != 0
+    return torch.from_numpy(member.unit)[lines.cpu()[torch.from_numpy(member.index)]]
+
+
+def _stays(group: Group, reason: str) -> Frozen:
+    maker = next((m for m in group.members if m.role == "out"), group.members[0])
+    return Frozen(maker.entity, maker.axis, len(maker.index), reason, group.where)
+
+
+def _faults(model: nn.Module, graph: Graph, keep: Keep, inputs: Any) -> dict[str, str]:
+    """Group -> why it cannot go."""
+    found = unproven(model, graph, keep, inputs)
+    left = {name: mask for name, mask in keep.items() if name not in found}
+    if not left or _unchanged(model, graph, left, inputs):
+        return found
+    worse = [name for name, mask in left.items() if not _unchanged(model, graph, {name: mask}, inputs)]
+    return found | dict.fromkeys(worse or left, "its units are zero, yet the output changes without them")
+
+
+def _unchanged(model: nn.Module, graph: Graph, keep: Keep, inputs: Any) -> bool:
+    """Whether the model without these units gives the output of the model as it is: in float64 where it can."""
+    small = copy.deepcopy(model)
+    change_(small, changes(graph, keep))
+    for double, tolerance in ((True, TOLERANCE), (False, SINGLE)):
+        batch = as_double(inputs) if double else inputs
+        try:
+            with torch.no_grad():
+                found = [tensors(forward(_cast(one, double), batch)) for one in (model, small)]
+        except (RuntimeError, ValueError, TypeError):
+            continue
+        return relative_error(*found) <= tolerance
+    return False
+
+
+def _cast(model: nn.Module, double: bool) -> nn.Module:
+    made = copy.deepcopy(model).eval()
+    return made.double() if double else made
