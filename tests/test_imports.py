@@ -38,6 +38,7 @@ ORDER = (
     "apply",
     "train",
     "recovery",
+    "tickets",
     "realize",
     "reporting",
     "recipes",

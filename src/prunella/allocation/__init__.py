@@ -10,5 +10,6 @@ from prunella.allocation.layerwise import uniform as uniform
 from prunella.allocation.pooled import Normalise as Normalise
 from prunella.allocation.pooled import global_ as global_
 from prunella.allocation.pooled import lamp as lamp
+from prunella.allocation.rounds import per_round as per_round
 
-__all__ = ["Normalise", "erk", "erk_densities", "global_", "lamp", "uniform"]
+__all__ = ["Normalise", "erk", "erk_densities", "global_", "lamp", "per_round", "uniform"]
