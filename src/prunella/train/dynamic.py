@@ -67,18 +67,15 @@ class DropGrow:
             raise RequestError(f"steps={steps}, every={every} are out of range", "both are from 1 up", "every=100")
         self.model, self.rule, self.steps, self.every, self.seed = unwrap(model), rule, steps, every, seed
         self.taken, self._due = 0, False
-        self._names, self._masks = _taking_part(self.model, layers)
-        self._seen = {parameter: mask.clone() for parameter, mask in self._masks.items()}
+        optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
+        self._owner = {p: one for one in optimizers for group in one.param_groups for p in group["params"]}
         self._grads: dict[nn.Parameter, Tensor] = {}
+        self._take(*_taking_part(self.model, layers))
+        self._seen = {parameter: mask.clone() for parameter, mask in self._masks.items()}
         self._start = self.kept
         if rule.final is not None and self.total * (1 - rule.final.value) > self._start:
             why = f"{self._start} of {self.total} weights are active"
             raise RequestError(f"the model is sparser than {rule.final} already", why, "start denser")
-        optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
-        self._owner = {p: one for one in optimizers for group in one.param_groups for p in group["params"]}
-        idle = [name for p, name in self._names.items() if p not in self._owner]
-        if idle:
-            raise RequestError(f"no optimizer trains {idle[0]}", "it takes part", "pass its optimizer too")
         self._pruner = Pruner(model, optimizers)
         self._handles: list[RemovableHandle] = []
         if rule.needs_gradient:
@@ -105,6 +102,12 @@ class DropGrow:
 
     def step(self) -> Update | None:
         """Count one training step, after `optimizer.step()`; when an update is due, move the masks and say how."""
+        if not self._masks:
+            raise RequestError(
+                "the model carries no masks",
+                "drop and grow moves masks of weights",
+                'call apply_(model, plan(...)) first, or start dense with layers=["*.weight"]',
+            )
         if self.taken >= self.steps and not self._due:
             return None
         self.taken += 1
@@ -143,19 +146,29 @@ class DropGrow:
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Go on from `state_dict()`: the masks replace those of the model, and are applied."""
-        for parameter, name in self._names.items():
-            bits = state.get(f"bits.{name}")
-            if bits is None or bits.numel() != -(-parameter.numel() // 8):
-                raise RequestError(f"the saved state has no mask for {name}", "", "load it into the same architecture")
+        named = dict(self.model.named_parameters())
+        masks: dict[str, dict[nn.Parameter, Mask]] = {"bits": {}, "seen": {}}
+        for key, bits in state.items():
+            kind, _, name = key.partition(".")
+            if kind not in masks:
+                continue
+            if name not in named or bits.numel() != -(-named[name].numel() // 8):
+                why, todo = f"{name} is not there or has another size", "load it into the same architecture"
+                raise RequestError("the saved masks do not fit this model", why, todo)
+            masks[kind][named[name]] = Packed(bits, tuple(named[name].shape)).unpack(named[name].device)
         self.taken, self._due, self._start = int(state["step"]), bool(state["due"]), int(state["start"])
-        self._grads.clear()
-        for parameter, name in self._names.items():
-            shape = tuple(parameter.shape)
-            self._masks[parameter] = Packed(state[f"bits.{name}"], shape).unpack(parameter.device)
-            self._seen[parameter] = Packed(state[f"seen.{name}"], shape).unpack(parameter.device)
-            if f"gradient.{name}" in state:
-                self._grads[parameter] = state[f"gradient.{name}"].clone().to(parameter.device)
+        self._take({p: name for name, p in named.items() if p in masks["bits"]}, masks["bits"])
+        self._seen = masks["seen"]
+        found = [(p, state.get(f"gradient.{name}")) for p, name in self._names.items()]
+        self._grads = {p: grad.clone().to(p.device) for p, grad in found if grad is not None}
         self._write(self._masks)
+
+    def _take(self, names: dict[nn.Parameter, str], masks: dict[nn.Parameter, Mask]) -> None:
+        """These parameters take part, with these masks."""
+        idle = [name for parameter, name in names.items() if parameter not in self._owner]
+        if idle:
+            raise RequestError(f"no optimizer trains {idle[0]}", "it takes part", "pass its optimizer too")
+        self._names, self._masks = names, {parameter: masks[parameter] for parameter in names}
 
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Read dense gradients: at every step if the rule has a memory, else only for the update that is due now."""
@@ -174,7 +187,8 @@ class DropGrow:
         masks = self._thinned(progress)
         part = self.rule.fraction(progress)
         active = {p: int(mask.sum()) for p, mask in masks.items()}
-        gone = {p: max(0, min(round(part * count), count - 1)) for p, count in active.items()}
+        least = int(part > 0)
+        gone = {p: max(0, min(max(least, round(part * count)), count - 1)) for p, count in active.items()}
         born = self._shares(masks, active, gone)
         survivors: dict[nn.Parameter, Mask] = {}
         for parameter, mask in masks.items():
@@ -253,10 +267,6 @@ def _taking_part(model: nn.Module, layers: Sequence[str]) -> tuple[dict[nn.Param
         if parameter.dim() > 1
         and (any(fnmatchcase(name, pattern) for pattern in layers) if layers else parameter in masks)
     }
-    if not names:
-        raise RequestError(
-            f"layers={list(layers)!r} names no weight" if layers else "the model carries no masks",
-            "drop and grow moves masks of weights",
-            'call apply_(model, plan(...)) first, or start dense with layers=["*.weight"]',
-        )
+    if layers and not names:
+        raise RequestError(f"layers={list(layers)!r} names no weight", "", "patterns are of names of parameters")
     return names, {p: masks.get(p, torch.ones(p.shape, dtype=torch.bool, device=p.device)) for p in names}

@@ -38,11 +38,11 @@ def cosine_fraction(alpha: float) -> Fraction:
 class Rule:
     """How an update moves the mask.
 
-    fraction: progress -> part of the active weights that are exchanged. drop, grow: criteria of `weight`, `grad` and
-    `noise`; the lowest are dropped, the highest grow. trade: dropped weights grow where the mean gradient of active
-    weights is largest, in any layer; else in their own. memory: in [0, 1), averaging `m <- memory m + (1 - memory) g`
-    of the dense gradient at every step, 0 for the gradient of the update's step alone. final: sparsity at the end,
-    where the whole gets sparser by magnitude along `schedule`; None keeps the number of weights.
+    fraction: progress -> part of a layer's active weights that is exchanged, one at least unless it is 0. drop, grow:
+    criteria of `weight`, `grad` and `noise`; the lowest are dropped, the highest grow. trade: dropped weights grow
+    where the mean gradient of active weights is largest, in any layer; else in their own. memory: in [0, 1), averaging
+    `m <- memory m + (1 - memory) g` of the dense gradient at every step, 0 for the gradient of the update's step alone.
+    final: sparsity at the end, where the whole gets sparser by magnitude along `schedule`; None keeps the number.
     """
 
     fraction: Fraction
