@@ -189,6 +189,8 @@ class DropGrow:
         active = {p: int(mask.sum()) for p, mask in masks.items()}
         least = int(part > 0)
         gone = {p: max(0, min(max(least, round(part * count)), count - 1)) for p, count in active.items()}
+        if not self.rule.trade:  # a layer without room would only forget what it drops
+            gone = {p: min(count, masks[p].numel() - active[p]) for p, count in gone.items()}
         born = self._shares(masks, active, gone)
         survivors: dict[nn.Parameter, Mask] = {}
         for parameter, mask in masks.items():

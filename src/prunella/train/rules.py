@@ -121,8 +121,11 @@ def granet(*, final: float = 0.9, alpha: float = 0.5, schedule: Schedule = cubic
     (1 + cos(pi t / T))` of what is left in each layer is exchanged for the places of largest gradient. Data: what you
     train on. final: sparsity at the end, in (0, 1). alpha: in [0, 1]. schedule: another curve.
 
-    Use: the best accuracy at a sparsity when early steps may be dense; start dense with layers=, or at half density.
-    Avoid: a fixed memory budget from the first step: take `rigl`.
+    Start dense, or at half density, and name the weights by `DropGrow(..., layers=["*.weight"])`: a layer that carries
+    no mask and is not named stays dense.
+
+    Use: the best accuracy at a sparsity when early steps may be denser. Avoid: a fixed memory budget from the first
+    step: take `rigl`.
     """
     if not 0 < final < 1:
         raise RequestError(f"final={final:g} is out of range", "it is in (0, 1)", "for example final=0.9")
