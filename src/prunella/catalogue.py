@@ -9,7 +9,19 @@ from typing import Any, get_args
 
 from prunella.method import REGISTRY, Method, MethodKind, find
 
-HOMES = ("criteria", "granularity", "allocation", "schedule", "train", "recovery", "tickets", "recipes")
+HOMES = (
+    "criteria",
+    "granularity",
+    "allocation",
+    "schedule",
+    "train",
+    "solvers",
+    "recovery",
+    "tickets",
+    "compress",
+    "blockwise",
+    "recipes",
+)
 _ORDER = get_args(MethodKind)
 
 

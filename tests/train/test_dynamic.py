@@ -319,6 +319,22 @@ def test_an_update_waits_for_a_step_that_was_skipped() -> None:
     assert loop.step() is not None
 
 
+def test_dense_gradients_are_seen_though_pruner_masks_them_for_some_optimizers() -> None:
+    model = net()
+    optimizer = torch.optim.Adafactor(model.parameters(), lr=0.01)
+    loop = DropGrow(model, optimizer, rule=rigl(alpha=0.4), steps=100, every=1)
+    before = masks_of(model)["0.weight"]
+    model.zero_grad()
+    model(X).square().mean().backward()
+    assert model[0].weight.grad is not None
+    grad = model[0].weight.grad.clone()
+    optimizer.step()
+    loop.step()
+    after = masks_of(model)["0.weight"]
+    born = after & ~before
+    assert int(born.sum()) > 1 and grad[born].abs().min() >= grad[~before & ~after].abs().max()
+
+
 def test_several_optimizers_train_one_model() -> None:
     model = net()
     optimizers = [torch.optim.Adam(model[0].parameters(), lr=0.01), torch.optim.SGD(model[2:].parameters(), lr=0.1)]

@@ -20,7 +20,8 @@ from prunella.errors import CheckFailed, RequestError
 from prunella.method import needs_of
 from prunella.scoring import Criterion, name_of
 from prunella.train.moves import exchange, fair_shares, thin
-from prunella.train.pruner import Pruner, _clear_state
+from prunella.train.optimizers import ELEMENTWISE, clear_state
+from prunella.train.pruner import Pruner
 from prunella.train.rules import Rule
 from prunella.types import Mask
 
@@ -76,10 +77,11 @@ class DropGrow:
         if rule.final is not None and self.total * (1 - rule.final.value) > self._start:
             why = f"{self._start} of {self.total} weights are active"
             raise RequestError(f"the model is sparser than {rule.final} already", why, "start denser")
-        self._pruner = Pruner(model, optimizers)
         self._handles: list[RemovableHandle] = []
-        if rule.needs_gradient:
-            self._handles = [one.register_step_post_hook(self._after_step) for one in optimizers]
+        for one in optimizers if rule.needs_gradient else ():  # Pruner masks gradients before the others step
+            register = one.register_step_post_hook if type(one) in ELEMENTWISE else one.register_step_pre_hook
+            self._handles.append(register(self._read))
+        self._pruner = Pruner(model, optimizers)
 
     @property
     def total(self) -> int:
@@ -170,9 +172,11 @@ class DropGrow:
             raise RequestError(f"no optimizer trains {idle[0]}", "it takes part", "pass its optimizer too")
         self._names, self._masks = names, {parameter: masks[parameter] for parameter in names}
 
-    def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _read(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Read dense gradients: at every step if the rule has a memory, else only for the update that is due now."""
-        memory = self.rule.memory
+        memory, found = self.rule.memory, getattr(optimizer, "found_inf", None)
+        if found is not None and float(found):  # a scaler lets a fused step run and do nothing
+            return
         if not memory and not self._due and (self.taken + 1) % self.every and self.taken + 1 != self.steps:
             return
         for parameter in self._masks:
@@ -256,7 +260,7 @@ class DropGrow:
         with torch.no_grad():
             for parameter, mask in survivors.items():
                 parameter.masked_fill_(~mask, 0)
-                _clear_state(self._owner[parameter], parameter, mask)
+                clear_state(self._owner[parameter], parameter, mask)
         reapply_(self.model)
 
 
