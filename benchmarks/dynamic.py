@@ -51,9 +51,7 @@ def cell(data: Digits, method: str, sparsity: float, seed: int, *, epochs: int, 
             return lambda step: None
         steps = 3 * epochs * (len(data.train_y) // 100) // 4
         how = rule(method, sparsity)
-        loops.append(
-            pr.DropGrow(net, optimizer, rule=how, steps=steps, every=every, layers=["*.weight"], seed=seed)
-        )
+        loops.append(pr.DropGrow(net, optimizer, rule=how, steps=steps, every=every, layers=["*.weight"], seed=seed))
         return lambda step: loops[0].step()
 
     train(model, data, epochs=epochs, seed=seed, setup=setup)

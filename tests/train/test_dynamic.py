@@ -98,6 +98,7 @@ def test_thinning_is_exact_and_global_and_leaves_no_layer_empty() -> None:
 def test_shares_are_whole_exact_and_never_above_the_room() -> None:
     assert fair_shares(10, [1, 1, 2], [100, 100, 100]) == [3, 2, 5]
     assert fair_shares(10, [100, 1, 1], [4, 9, 9]) == [4, 3, 3]
+    assert fair_shares(10, [100, 1, 5], [4, 9, 9]) == [4, 1, 5]
     assert fair_shares(7, [0, 0], [5, 5]) in ([4, 3], [3, 4])
     generator = torch.Generator().manual_seed(0)
     for _ in range(200):
@@ -214,6 +215,8 @@ def test_sparse_momentum_shares_by_the_mean_momentum_of_active_weights() -> None
             average[name] = 0.25 * grad + 0.75 * average.get(name, torch.zeros_like(grad))
         before = loop.masks()
         loop.step()
+    state = loop.state_dict()
+    assert all(torch.allclose(state[f"gradient.{name}"], value) for name, value in average.items())
     part = loop.rule.fraction(2 / 1000)
     gone = {name: round(part * int(mask.sum())) for name, mask in before.items()}
     means = [float(average[name].abs()[mask].double().mean()) for name, mask in before.items()]

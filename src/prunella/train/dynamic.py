@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from prunella.apply import Packed, forget_masks_, pack, reapply_, record_, records, unwrap
+from prunella.apply import Packed, forget_masks_, pack, record_, records, unwrap
 from prunella.criteria import magnitude
 from prunella.errors import CheckFailed, RequestError
 from prunella.method import needs_of
@@ -261,7 +261,6 @@ class DropGrow:
             for parameter, mask in survivors.items():
                 parameter.masked_fill_(~mask, 0)
                 clear_state(self._owner[parameter], parameter, mask)
-        reapply_(self.model)
 
 
 def _taking_part(model: nn.Module, layers: Sequence[str]) -> tuple[dict[nn.Parameter, str], dict[nn.Parameter, Mask]]:
