@@ -21,6 +21,8 @@ HOMES = (
     "compress",
     "blockwise",
     "recipes",
+    "metrics",
+    "study",
 )
 _ORDER = get_args(MethodKind)
 
