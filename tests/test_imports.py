@@ -39,6 +39,7 @@ ORDER = (
     "solvers",
     "train",
     "recovery",
+    "tickets",
     "compress",
     "blockwise",
     "realize",

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from prunella.allocation import global_ as global_
     from prunella.allocation import lamp as lamp
     from prunella.allocation import owl as owl
+    from prunella.allocation import per_round as per_round
     from prunella.allocation import uniform as uniform
     from prunella.apply import apply_ as apply_
     from prunella.apply import finalize as finalize
@@ -122,10 +123,28 @@ if TYPE_CHECKING:
     from prunella.targets import MACs as MACs
     from prunella.targets import Params as Params
     from prunella.targets import Sparsity as Sparsity
+    from prunella.tickets.connect import barrier as barrier
+    from prunella.tickets.connect import instability as instability
+    from prunella.tickets.controls import Control as Control
+    from prunella.tickets.controls import Controls as Controls
+    from prunella.tickets.controls import reinit_ as reinit_
+    from prunella.tickets.controls import shuffle_masks_ as shuffle_masks_
+    from prunella.tickets.course import Course as Course
+    from prunella.tickets.course import descent as descent
+    from prunella.tickets.early_bird import EarlyBird as EarlyBird
+    from prunella.tickets.early_bird import mask_distance as mask_distance
+    from prunella.tickets.find import RateRewind as RateRewind
+    from prunella.tickets.find import WeightRewind as WeightRewind
+    from prunella.tickets.find import find_ticket as find_ticket
+    from prunella.tickets.imp import imp as imp
+    from prunella.tickets.lap import Lap as Lap
+    from prunella.tickets.supermask import finalize_supermask as finalize_supermask
+    from prunella.tickets.supermask import supermask_ as supermask_
     from prunella.train.admm import AdmmTraining as AdmmTraining
     from prunella.train.concrete import l0_gates_ as l0_gates_
     from prunella.train.coupled import Coupled as Coupled
     from prunella.train.coupled import coupled as coupled
+    from prunella.train.dynamic import DropGrow as DropGrow
     from prunella.train.gates import advance_ as advance_
     from prunella.train.gates import bake_ as bake_
     from prunella.train.gates import gate_penalty as gate_penalty
@@ -142,7 +161,15 @@ if TYPE_CHECKING:
     from prunella.train.proximal import soft as soft
     from prunella.train.proximal import sparse_group_soft as sparse_group_soft
     from prunella.train.pruner import Pruner as Pruner
+    from prunella.train.rules import Rule as Rule
+    from prunella.train.rules import granet as granet
+    from prunella.train.rules import itop as itop
+    from prunella.train.rules import rigl as rigl
+    from prunella.train.rules import rigl_flops as rigl_flops
+    from prunella.train.rules import set_ as set_
+    from prunella.train.rules import sparse_momentum as sparse_momentum
     from prunella.train.thresholds import learned_threshold_ as learned_threshold_
+    from prunella.train.top_kast import top_kast_ as top_kast_
     from prunella.train.variational import variational_dropout_ as variational_dropout_
     from prunella.train.zeros import plan_zeros as plan_zeros
 
@@ -209,6 +236,33 @@ _HOME = {
     "learned_threshold_": "train.thresholds",
     "variational_dropout_": "train.variational",
     "plan_zeros": "train.zeros",
+    "per_round": "allocation",
+    "DropGrow": "train.dynamic",
+    "Rule": "train.rules",
+    "granet": "train.rules",
+    "itop": "train.rules",
+    "rigl": "train.rules",
+    "rigl_flops": "train.rules",
+    "set_": "train.rules",
+    "sparse_momentum": "train.rules",
+    "top_kast_": "train.top_kast",
+    "Control": "tickets.controls",
+    "Controls": "tickets.controls",
+    "Course": "tickets.course",
+    "descent": "tickets.course",
+    "Lap": "tickets.lap",
+    "EarlyBird": "tickets.early_bird",
+    "mask_distance": "tickets.early_bird",
+    "RateRewind": "tickets.find",
+    "WeightRewind": "tickets.find",
+    "find_ticket": "tickets.find",
+    "imp": "tickets.imp",
+    "barrier": "tickets.connect",
+    "instability": "tickets.connect",
+    "supermask_": "tickets.supermask",
+    "finalize_supermask": "tickets.supermask",
+    "reinit_": "tickets.controls",
+    "shuffle_masks_": "tickets.controls",
     "cosine": "schedule",
     "cubic": "schedule",
     "exponential": "schedule",

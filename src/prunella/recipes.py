@@ -9,7 +9,7 @@ from __future__ import annotations
 from functools import partial
 
 from prunella import criteria
-from prunella.allocation import Normalise, erk, global_, lamp, uniform
+from prunella.allocation import Normalise, erk, global_, lamp, per_round, uniform
 from prunella.errors import RequestError
 from prunella.granularity import NM, Channel, Element, Head
 from prunella.method import REGISTRY, find, recipe
@@ -34,6 +34,26 @@ def erk_magnitude() -> Recipe:
     budget: the early layers stay dense.
     """
     return Recipe(criteria.magnitude, Element(), erk)
+
+
+@recipe(source="Mocanu et al. 2018, arXiv:1707.04780; Evci et al. 2020, arXiv:1911.11134")
+def erk_random() -> Recipe:
+    """Single weights at random, densities by Erdos-Renyi-Kernel: the masks from which dynamic sparse training starts.
+
+    Use: the first masks of `DropGrow` with `set_` or `rigl`, and as its static control. Avoid: a trained network: it
+    throws weights away blindly.
+    """
+    return Recipe(criteria.random, Element(), erk)
+
+
+@recipe(source="Frankle and Carbin 2019, arXiv:1803.03635")
+def ticket_magnitude() -> Recipe:
+    """Single weights by magnitude within each layer, the last layer at half the rate: one round of a lottery ticket.
+
+    Use: the masks of tickets at any sparsity; `imp` calls it round by round. Avoid: networks whose layers differ much
+    in what they can spare: take `global_magnitude`.
+    """
+    return Recipe(criteria.magnitude, Element(), per_round)
 
 
 @recipe(source="Lee et al. 2021, arXiv:2010.07611")

@@ -11,5 +11,6 @@ from prunella.allocation.outlier import owl as owl
 from prunella.allocation.pooled import Normalise as Normalise
 from prunella.allocation.pooled import global_ as global_
 from prunella.allocation.pooled import lamp as lamp
+from prunella.allocation.rounds import per_round as per_round
 
-__all__ = ["Normalise", "erk", "erk_densities", "global_", "lamp", "owl", "uniform"]
+__all__ = ["Normalise", "erk", "erk_densities", "global_", "lamp", "owl", "per_round", "uniform"]

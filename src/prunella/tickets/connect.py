@@ -1,0 +1,124 @@
+"""How far two trained networks are apart along the straight line between them, and when training stops to care."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prunella.errors import RequestError
+from prunella.forward import mode
+from prunella.method import metric
+from prunella.recovery.calibrate import recalibrate_bn
+from prunella.tickets.course import Course
+from prunella.tickets.lap import Lap, State, snapshot
+from prunella.tickets.store import equal
+
+
+@dataclass(frozen=True)
+class Barrier:
+    """Errors along the line: at `positions` a in [0, 1] of `a first + (1 - a) second`."""
+
+    positions: tuple[float, ...]
+    errors: tuple[float, ...]
+
+    @property
+    def height(self) -> float:
+        """`max_a E(a) - (E(0) + E(1)) / 2`."""
+        return max(self.errors) - (self.errors[0] + self.errors[-1]) / 2
+
+    def __str__(self) -> str:
+        return f"barrier {self.height:.4g} between errors {self.errors[0]:.4g} and {self.errors[-1]:.4g}"
+
+
+@metric(source="Frankle et al. 2020, arXiv:1912.05671")
+def barrier(
+    model: nn.Module,
+    first: State,
+    second: State,
+    evaluate: Callable[[nn.Module], float],
+    *,
+    points: int = 11,
+    data: Iterable[Any] | None = None,
+) -> Barrier:
+    """Rise of the error on the straight line between two networks.
+
+    `max_a E(a t1 + (1 - a) t2) - (E(t1) + E(t2)) / 2`: 0 for a network and itself, near 0 where both lie in one basin.
+    Parameters and floating buffers are interpolated, integer buffers are those of `second`. The model stays as it was.
+
+    first, second: state dicts of this model. evaluate: error of a model, lower is better, such as 1 - accuracy; it runs
+    in evaluation mode. points: positions on the line, ends included, from 3 up. data: batches on which batch
+    normalisation is measured anew at every point, ends too; without it the averages of the ends are mixed, which
+    overstates the barrier.
+
+    Use: telling how early a run is settled, and whether two sparse networks are one solution. Avoid: networks with
+    permuted neurons: the line between them says nothing.
+    """
+    if points < 3:
+        raise RequestError(f"{points} points are too few", "both ends and something between are needed", "points=11")
+    before = snapshot(model)
+    if not before.keys() == first.keys() == second.keys():
+        raise RequestError("the states are not of this model", "their names differ", "pass model.state_dict() of both")
+    positions = tuple(index / (points - 1) for index in range(points))
+    errors = []
+    try:
+        with mode(model, training=False), torch.no_grad():
+            for position in positions:
+                model.load_state_dict({name: _between(first[name], second[name], position) for name in before})
+                if data is not None:
+                    recalibrate_bn(model, data)
+                errors.append(float(evaluate(model)))
+    finally:
+        model.load_state_dict(before)
+    return Barrier(positions, tuple(errors))
+
+
+@metric(source="Frankle et al. 2020, arXiv:1912.05671")
+def instability(
+    model: nn.Module,
+    course: Course,
+    error: Callable[[nn.Module], float],
+    *,
+    step: int = 0,
+    seeds: tuple[int, int] = (1, 2),
+    points: int = 11,
+    data: Iterable[Any] | None = None,
+) -> Barrier:
+    """Barrier between two trainings that share the first `step` steps and see different data orders after them.
+
+    Both copies start from one `theta_k`, moments and learning rate included; only the random generators differ. Masks
+    of the model stay in force, so that a ticket can be tested. `model` is not changed. Data: what the course trains on.
+
+    error: of a model, lower is better. step: k, from 0 up to one below the steps of the course. seeds: of the two data
+    orders. points, data: as for `barrier`.
+
+    Use: choosing k for `WeightRewind`: the smallest that gives a barrier near 0. Avoid: data in a fixed order: both
+    copies are then the same, which is refused.
+    """
+    if not 0 <= step < course.steps:
+        raise RequestError(f"cannot branch at step {step} of {course.steps}", "it lies outside the training")
+    trunk = copy.deepcopy(model)
+    kept = course.run(trunk, Lap(trunk, course.steps, keep_at=step, stop=step)).kept
+    ends = []
+    for seed in seeds:
+        branch = copy.deepcopy(trunk)
+        course.run(branch, Lap(branch, course.steps, start=kept, reseed=seed))
+        ends.append(snapshot(branch))
+    if equal(ends[0], ends[1]):
+        raise RequestError(
+            "both copies ended with the same weights",
+            "the order of the data does not depend on the random generators, or the seeds are equal",
+            "pass a shuffling loader and two seeds",
+        )
+    return barrier(trunk, ends[0], ends[1], error, points=points, data=data)
+
+
+def _between(first: Tensor, second: Tensor, position: float) -> Tensor:
+    """`a first + (1 - a) second`; exact where both are equal, and at the ends."""
+    if not first.is_floating_point():
+        return second
+    return torch.lerp(second, first, position)

@@ -1,0 +1,249 @@
+"""Lottery tickets: train, prune, rewind, and again; beside their controls, and resumable after a kill."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import nn
+
+from prunella.apply import apply_, forget_masks_, masks_of, plan_masks, reapply_, record_, records, unwrap
+from prunella.errors import RequestError
+from prunella.method import training
+from prunella.tickets.controls import Control, Controls, reinit_, shuffle_masks_
+from prunella.tickets.course import Course
+from prunella.tickets.dice import seeded
+from prunella.tickets.folder import Folder, digest
+from prunella.tickets.imp import Prune
+from prunella.tickets.lap import Point, put_, snapshot
+from prunella.types import Mask
+
+M = TypeVar("M", bound=nn.Module)
+
+
+@training(source="Frankle and Carbin 2019, arXiv:1803.03635; Frankle et al. 2020, arXiv:1912.05671")
+@dataclass(frozen=True)
+class WeightRewind:
+    """After each round survivors go back to the weights they had at step `step`, and everything else with them.
+
+    `theta <- m * theta_k`; moments, learning rate, data order and random generators are those of step k too. step: from
+    0 (the original ticket) up to one below the steps of the training.
+
+    Use: step 0 for the original question; a few hundred steps where the network is deep. Avoid: when only accuracy
+    counts: `RateRewind` is as good or better.
+    """
+
+    step: int = 0
+
+
+@training(source="Renda et al. 2020, arXiv:2003.02389")
+@dataclass(frozen=True)
+class RateRewind:
+    """After each round survivors keep their weights, and the learning rates of steps `step` to the end are replayed.
+
+    `lr[step:T]` again, with the data order and generators of that step and empty moments. step: from 0 up to one below
+    the steps of the training; 0 replays all of it.
+
+    Use: the most accurate sparse network for the same retraining. Avoid: asking whether early weights were a ticket.
+    """
+
+    step: int = 0
+
+
+Rewind = WeightRewind | RateRewind
+
+
+@dataclass(frozen=True)
+class Round:
+    """One training: which round, weights kept of all that may go, quality, learning rate of every step, controls."""
+
+    number: int
+    kept: int
+    total: int
+    score: float | None
+    rates: tuple[float, ...] = field(repr=False)
+    controls: Mapping[Control, float | None] = field(default_factory=dict)
+
+    @property
+    def density(self) -> float:
+        """Part that is kept."""
+        return self.kept / self.total if self.total else 1.0
+
+
+@dataclass(frozen=True)
+class Tickets(Generic[M]):
+    """What a search found. ticket: the rewound weights under the last mask, as they were before the last training.
+    trained: the same after it. Both carry their masks. rounds: the dense training first.
+    """
+
+    rounds: tuple[Round, ...]
+    ticket: M
+    trained: M
+
+    def __str__(self) -> str:
+        kinds = [kind for kind in Control if any(kind in one.controls for one in self.rounds)]
+        lines = ["  ".join(["round", "density", "    ticket", *(f"{kind.value:>10}" for kind in kinds)])]
+        for one in self.rounds:
+            cells = [_cell(one.score), *(_cell(one.controls.get(kind)) for kind in kinds)]
+            lines.append("  ".join([f"{one.number:5d}", f"{100 * one.density:6.2f}%", *cells]))
+        return "\n".join(lines)
+
+
+@training(source="Frankle and Carbin 2019, arXiv:1803.03635; Frankle et al. 2020, arXiv:1912.05671")
+def find_ticket(
+    model: M,
+    course: Course,
+    *,
+    prune: Prune,
+    rounds: int,
+    rewind: Rewind = WeightRewind(0),
+    controls: Controls = Controls(),  # noqa: B008
+    folder: str | os.PathLike[str] | None = None,
+) -> Tickets[M]:
+    """Train, prune, rewind and train again, `rounds` times, and train the controls of the last mask the same way.
+
+    `f(x; m * theta_k)`: survivors are bit-equal to `theta_k`. `model` itself is not changed: it gives `theta_0`. Data:
+    what the course trains on.
+
+    course: how to train, for how long, by what to judge, and the seed. prune: which weights go, `imp(batch)` or your
+    own function of (model, round). rounds: at least 1. rewind: `WeightRewind(k)` or `RateRewind(k)`. controls: which
+    controls after which rounds; `REINIT` trains the mask on new weights from step 0, `SHUFFLE` permutes the mask inside
+    each layer. folder: every training that is done is kept there as a complete file; called again with the same
+    arguments, a run that was killed goes on from the last and ends with the same bits.
+
+    Errors: RequestError when the folder holds another run or the request makes no sense.
+
+    Use: studying when sparse training works; small networks. Avoid: budgets below `rounds + 1` trainings: `Pruner` with
+    `cubic` prunes within one.
+    """
+    return _Search(model, course, prune, rewind, controls, folder).run(rounds)
+
+
+class _Search(Generic[M]):
+    """One call of `find_ticket`."""
+
+    def __init__(
+        self,
+        model: M,
+        course: Course,
+        prune: Prune,
+        rewind: Rewind,
+        controls: Controls,
+        folder: str | os.PathLike[str] | None,
+    ) -> None:
+        if not 0 <= rewind.step < course.steps:
+            raise RequestError(f"cannot rewind to step {rewind.step} of {course.steps}", "it lies outside the training")
+        if masks_of(model):
+            raise RequestError("the model carries masks already", "a ticket starts from a dense model", "finalize it")
+        self.course, self.prune, self.rewind, self.controls = course, prune, rewind, controls
+        self.work = copy.deepcopy(model)
+        self.first = snapshot(model)
+        settings = {
+            "steps": course.steps,
+            "seed": course.seed,
+            "rewind": repr(rewind),
+            "prune": prune.describe() if hasattr(prune, "describe") else "",
+            "weights": digest(self.first),
+        }
+        self.folder = Folder(folder, settings)
+
+    def run(self, rounds: int) -> Tickets[M]:
+        if rounds < 1:
+            raise RequestError(f"cannot prune {rounds} rounds", "at least one is needed", "for example rounds=15")
+        done = self.folder.once("round-00", self._dense)
+        self.point = Point(**done["point"])
+        found = [_round(0, done, {})]
+        for number in range(1, rounds + 1):
+            before = done
+            done = self.folder.once(f"round-{number:02d}", partial(self._train, number, before))
+            scores = self._controls(number, done) if self.controls.due(number, rounds) else {}
+            found.append(_round(number, done, scores))
+        self._load(before["model"], done["masks"])
+        ticket = copy.deepcopy(self._rewound())
+        self._load(done["model"], done["masks"])
+        return Tickets(tuple(found), ticket, self.work)
+
+    def _dense(self) -> dict[str, Any]:
+        lap = self.course.run(self.work, self.course.lap(self.work, keep_at=self.rewind.step))
+        assert lap.kept is not None
+        return {**self._result(lap.rates, 0, 0), "point": lap.kept.plain()}
+
+    def _train(self, number: int, before: Mapping[str, Any]) -> dict[str, Any]:
+        """Prune what the round before left, rewind, train."""
+        work = self._load(before["model"], before["masks"])
+        with seeded(self.course.seed + number):
+            made = self.prune(work, number)
+        if made.cuts and Control.SHUFFLE in self.controls.kinds:
+            raise RequestError(
+                "masks of whole channels cannot be shuffled weight by weight",
+                "the control would not be structured any more",
+                "pass controls=Controls(kinds=(Control.REINIT,))",
+            )
+        total = sum(parameter.numel() for parameter in plan_masks(unwrap(work), made))
+        apply_(work, made)
+        gone = sum({p: int((~k.unpack()).sum()) for _, p, k in records(work)}.values())
+        self._rewound()
+        fresh = isinstance(self.rewind, RateRewind)
+        lap = self.course.lap(work, start=self.point)
+        lap.fresh = fresh
+        self.course.run(work, lap)
+        return self._result(lap.rates, total - gone, total)
+
+    def _rewound(self) -> M:
+        """The weights from which the next training starts, under the masks that the model carries."""
+        if isinstance(self.rewind, WeightRewind):
+            put_(self.work, self.point.model)
+        return reapply_(self.work)
+
+    def _controls(self, number: int, done: Mapping[str, Any]) -> dict[Control, float | None]:
+        found: dict[Control, float | None] = {}
+        for kind in self.controls.kinds:
+            name = f"control-{kind.value}-{number:02d}"
+            made = self.folder.once(name, partial(self._control, kind, number, done))
+            found[kind] = made["score"]
+        return found
+
+    def _control(self, kind: Control, number: int, done: Mapping[str, Any]) -> dict[str, Any]:
+        """Train a control as the ticket was. New weights have no earlier step: they are trained from step 0."""
+        work, seed = self._load(self.first, done["masks"]), self.course.seed + number
+        start = None
+        if kind is Control.REINIT:
+            reinit_(work, seed + 1, self.controls.fresh)
+        else:
+            shuffle_masks_(work, seed)
+            if isinstance(self.rewind, WeightRewind):
+                put_(work, self.point.model)
+                start = self.point
+        reapply_(work)
+        lap = self.course.run(work, self.course.lap(work, start=start))
+        return self._result(lap.rates, int(done["kept"]), int(done["total"]))
+
+    def _load(self, state: dict[str, Any], masks: Mapping[str, Mask]) -> M:
+        forget_masks_(self.work)
+        put_(self.work, state)
+        named = dict(unwrap(self.work).named_parameters(remove_duplicate=False))
+        record_(self.work, {named[name]: mask.to(named[name].device) for name, mask in masks.items()})
+        return reapply_(self.work)
+
+    def _result(self, rates: list[float], kept: int, total: int) -> dict[str, Any]:
+        return {
+            "model": snapshot(self.work),
+            "masks": masks_of(self.work),
+            "rates": torch.tensor(rates, dtype=torch.float64),
+            "kept": kept,
+            "total": total,
+            "score": self.course.score(self.work),
+        }
+
+
+def _round(number: int, done: Mapping[str, Any], scores: Mapping[Control, float | None]) -> Round:
+    return Round(number, done["kept"], done["total"], done["score"], tuple(done["rates"].tolist()), scores)
+
+
+def _cell(score: float | None) -> str:
+    return f"{'-' if score is None else f'{score:.4g}':>10}"

@@ -1,0 +1,172 @@
+"""One training run that can start from any step of an earlier one, with everything that decides it rewound.
+
+The weights are the smaller part of it: optimizer moments, the position of the learning rate, the order of the data and
+every random generator go back too, so that a run from step k repeats the run that passed it, bit for bit.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from prunella.apply import unwrap
+from prunella.errors import RequestError
+from prunella.tickets.dice import Dice, dice, seed_all, throw
+from prunella.train.pruner import Pruner
+
+State = dict[str, Tensor]
+
+
+class Stateful(Protocol):
+    """An optimizer, a learning-rate schedule, a gradient scaler."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state_dict: dict[str, Any], /) -> Any: ...
+
+
+@dataclass(frozen=True)
+class Point:
+    """A run at one step: the model, what else has a state, and where the data and the generators are.
+
+    dice: now. epoch: when the present pass over the data began. offset: batches of it that were taken.
+    """
+
+    step: int
+    model: State
+    others: list[dict[str, Any]]
+    dice: Dice
+    epoch: Dice
+    offset: int
+
+    def plain(self) -> dict[str, Any]:
+        """As nested data, for a file."""
+        return {**vars(self)}
+
+
+class Lap:
+    """One run of `total` steps, or the part of it from a `Point` on. A training function takes its batches from it.
+
+        def train(model, lap):
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+            schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, lap.total)
+            for x, y in lap.steps(loader, optimizer, schedule):
+                optimizer.zero_grad()
+                cross_entropy(model(x), y).backward()
+                optimizer.step()
+                schedule.step()
+
+    `steps` keeps the masks of the model in force, rewinds what it is given where the lap starts later than step 0, and
+    passes over the data as often as it takes. Whatever decides the run must be among its arguments or come from the
+    global generators of torch, numpy and Python, or the loader's own.
+
+    fresh: start the optimizers with empty moments; the settings (learning rate, decay) are those of the point.
+    reseed: shuffle anew from this seed instead of going on in the data.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        total: int,
+        *,
+        start: Point | None = None,
+        keep_at: int | None = None,
+        stop: int | None = None,
+        fresh: bool = False,
+        reseed: int | None = None,
+    ) -> None:
+        self.model, self.total = unwrap(model), total
+        self.start, self.keep_at, self.fresh, self.reseed = start, keep_at, fresh, reseed
+        self.end = total if stop is None else stop
+        self.kept: Point | None = None
+        self.rates: list[float] = []
+        self.done = False
+
+    def steps(self, data: Iterable[Any], *stateful: Stateful) -> Iterator[Any]:
+        """The batches of the lap. stateful: every optimizer, learning-rate schedule and scaler that the loop uses."""
+        optimizers = [one for one in stateful if isinstance(one, Optimizer)]
+        if not optimizers:
+            raise RequestError("lap.steps() needs the optimizer", "", "for example lap.steps(loader, optimizer)")
+        handle = optimizers[0].register_step_pre_hook(self._note_rate)
+        try:
+            with Pruner(self.model, optimizers):
+                yield from self._walk(data, stateful)
+        finally:
+            handle.remove()
+
+    def check(self) -> None:
+        """`RequestError` if the training function did not take all steps."""
+        if not self.done:
+            raise RequestError(
+                f"the training function took {len(self.rates)} steps and stopped before step {self.end}",
+                "it left the loop early, or did not use lap.steps()",
+                "loop over all of lap.steps(loader, optimizer), and stop by steps=",
+            )
+
+    def _walk(self, data: Iterable[Any], stateful: tuple[Stateful, ...]) -> Iterator[Any]:
+        step = self._rewind(stateful)
+        if self.reseed is not None:
+            seed_all(self.reseed, data)
+        epoch, offset, skip = dice(data), 0, 0
+        if self.start is not None and self.reseed is None:
+            epoch, skip = self.start.epoch, self.start.offset
+            throw(epoch, data)
+        stream = iter(data)
+        for _ in range(skip):
+            next(stream)
+        if self.start is not None and self.reseed is None:
+            throw(self.start.dice, data)
+            offset = skip
+        while True:
+            if step == self.keep_at:
+                self.kept = self._point(step, stateful, dice(data), epoch, offset)
+            if step == self.end:
+                break
+            try:
+                batch = next(stream)
+            except StopIteration:
+                if offset == 0:
+                    raise RequestError("the data holds no batches", "", "pass a list of batches or a loader") from None
+                epoch, offset, stream = dice(data), 0, iter(data)
+                continue
+            offset += 1
+            yield batch
+            step += 1
+        self.done = True
+
+    def _rewind(self, stateful: tuple[Stateful, ...]) -> int:
+        """Give everything with a state the state it had, and return the step."""
+        if self.start is None:
+            return 0
+        if len(stateful) != len(self.start.others):
+            raise RequestError(f"lap.steps() got {len(stateful)} states to rewind, {len(self.start.others)} before")
+        for one, state in zip(stateful, self.start.others, strict=True):
+            state = copy.deepcopy(state)
+            if self.fresh and isinstance(one, Optimizer):
+                state["state"] = {}
+            one.load_state_dict(state)
+        return self.start.step
+
+    def _point(self, step: int, stateful: tuple[Stateful, ...], now: Dice, epoch: Dice, offset: int) -> Point:
+        others = [copy.deepcopy(one.state_dict()) for one in stateful]
+        return Point(step, snapshot(self.model), others, now, epoch, offset)
+
+    def _note_rate(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        self.rates.append(float(optimizer.param_groups[0]["lr"]))
+
+
+def snapshot(model: nn.Module) -> State:
+    """A copy of all parameters and buffers, on the CPU."""
+    return {name: value.detach().cpu().clone() for name, value in unwrap(model).state_dict().items()}
+
+
+def put_(model: nn.Module, state: State) -> None:
+    """Copy a snapshot into the model, bit for bit."""
+    with torch.no_grad():
+        unwrap(model).load_state_dict(state)

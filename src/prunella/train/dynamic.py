@@ -1,0 +1,277 @@
+"""Dynamic sparse training: drop some weights and grow others while training; the number of non-zeros stays exact."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from prunella.apply import Packed, forget_masks_, pack, record_, records, unwrap
+from prunella.criteria import magnitude
+from prunella.errors import CheckFailed, RequestError
+from prunella.method import needs_of
+from prunella.scoring import Criterion, name_of
+from prunella.train.moves import exchange, fair_shares, thin
+from prunella.train.optimizers import ELEMENTWISE, clear_state
+from prunella.train.pruner import Pruner
+from prunella.train.rules import Rule
+from prunella.types import Mask
+
+
+@dataclass(frozen=True)
+class Update:
+    """What one update did: weights dropped and grown, and active weights after it."""
+
+    step: int
+    dropped: int
+    grown: int
+    kept: int
+
+
+class DropGrow:
+    """Move the masks of a model while `optimizer` trains it, by a rule; the number of non-zeros stays exact.
+
+        apply_(model, plan(model, batch, named("erk_random"), target=Sparsity(0.98)))      # the first masks
+        moving = DropGrow(model, optimizer, rule=rigl(), steps=7500, every=100)
+        for batch in loader:
+            ...; optimizer.step(); moving.step()
+
+    Masks are kept as `Pruner` keeps them: masked weights and what the optimizer remembers of them are exactly 0 after
+    every step. Weights that grow start at 0 with empty moments. A step that a `GradScaler` skips changes nothing; an
+    update that was due then comes with the next step that is taken.
+
+    optimizer: one, or several; together they train all that takes part. steps: T_end; no update comes after it. Three
+    quarters of the run is usual. every: steps between updates. layers: patterns of parameters that take part, for a
+    rule that starts dense; by default those that carry masks. seed: of random growth.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer | Iterable[Optimizer],
+        *,
+        rule: Rule,
+        steps: int,
+        every: int = 100,
+        layers: Sequence[str] = (),
+        seed: int = 0,
+    ) -> None:
+        if steps < 1 or every < 1:
+            raise RequestError(f"steps={steps}, every={every} are out of range", "both are from 1 up", "every=100")
+        self.model, self.rule, self.steps, self.every, self.seed = unwrap(model), rule, steps, every, seed
+        self.taken, self._due = 0, False
+        optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
+        self._owner = {p: one for one in optimizers for group in one.param_groups for p in group["params"]}
+        self._grads: dict[nn.Parameter, Tensor] = {}
+        self._take(*_taking_part(self.model, layers))
+        self._seen = {parameter: mask.clone() for parameter, mask in self._masks.items()}
+        self._start = self.kept
+        if rule.final is not None and self.total * (1 - rule.final.value) > self._start:
+            why = f"{self._start} of {self.total} weights are active"
+            raise RequestError(f"the model is sparser than {rule.final} already", why, "start denser")
+        self._handles: list[RemovableHandle] = []
+        for one in optimizers if rule.needs_gradient else ():  # Pruner masks gradients before the others step
+            register = one.register_step_post_hook if type(one) in ELEMENTWISE else one.register_step_pre_hook
+            self._handles.append(register(self._read))
+        self._pruner = Pruner(model, optimizers)
+
+    @property
+    def total(self) -> int:
+        """Weights that take part."""
+        return sum(mask.numel() for mask in self._masks.values())
+
+    @property
+    def kept(self) -> int:
+        """Active weights among them."""
+        return sum(int(mask.sum()) for mask in self._masks.values())
+
+    @property
+    def explored(self) -> float:
+        """Part of the weights that was active at some time (`itop`)."""
+        return sum(int(mask.sum()) for mask in self._seen.values()) / self.total
+
+    def masks(self) -> dict[str, Mask]:
+        """Name -> mask of everything that takes part, dense layers too."""
+        return {name: self._masks[parameter].clone() for parameter, name in self._names.items()}
+
+    def step(self) -> Update | None:
+        """Count one training step, after `optimizer.step()`; when an update is due, move the masks and say how."""
+        if not self._masks:
+            raise RequestError(
+                "the model carries no masks",
+                "drop and grow moves masks of weights",
+                'call apply_(model, plan(...)) first, or start dense with layers=["*.weight"]',
+            )
+        if self.taken >= self.steps and not self._due:
+            return None
+        self.taken += 1
+        last = self.taken == self.steps and self.rule.final is not None
+        self._due = self._due or (self.taken <= self.steps and (last or self.taken % self.every == 0))
+        ready = not self.rule.needs_gradient or self._grads.keys() >= self._masks.keys()
+        if not self._due or not ready:
+            return None
+        self._due = False
+        return self._update(min(1.0, self.taken / self.steps))
+
+    def detach(self) -> None:
+        """Remove the hooks. The masks stay with the model; `finalize(model)` removes them."""
+        self._pruner.detach()
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.detach()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Everything that decides the next updates, as tensors: step, masks, what was active, averages."""
+        state = {"step": torch.tensor(self.taken), "due": torch.tensor(self._due), "start": torch.tensor(self._start)}
+        for parameter, name in self._names.items():
+            state[f"bits.{name}"] = pack(self._masks[parameter]).bits
+            state[f"seen.{name}"] = pack(self._seen[parameter]).bits
+            if parameter in self._grads:
+                state[f"gradient.{name}"] = self._grads[parameter].clone()
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from `state_dict()`: the masks replace those of the model, and are applied."""
+        named = dict(self.model.named_parameters())
+        masks: dict[str, dict[nn.Parameter, Mask]] = {"bits": {}, "seen": {}}
+        for key, bits in state.items():
+            kind, _, name = key.partition(".")
+            if kind not in masks:
+                continue
+            if name not in named or bits.numel() != -(-named[name].numel() // 8):
+                why, todo = f"{name} is not there or has another size", "load it into the same architecture"
+                raise RequestError("the saved masks do not fit this model", why, todo)
+            masks[kind][named[name]] = Packed(bits, tuple(named[name].shape)).unpack(named[name].device)
+        self.taken, self._due, self._start = int(state["step"]), bool(state["due"]), int(state["start"])
+        self._take({p: name for name, p in named.items() if p in masks["bits"]}, masks["bits"])
+        self._seen = masks["seen"]
+        found = [(p, state.get(f"gradient.{name}")) for p, name in self._names.items()]
+        self._grads = {p: grad.clone().to(p.device) for p, grad in found if grad is not None}
+        self._write(self._masks)
+
+    def _take(self, names: dict[nn.Parameter, str], masks: dict[nn.Parameter, Mask]) -> None:
+        """These parameters take part, with these masks."""
+        idle = [name for parameter, name in names.items() if parameter not in self._owner]
+        if idle:
+            raise RequestError(f"no optimizer trains {idle[0]}", "it takes part", "pass its optimizer too")
+        self._names, self._masks = names, {parameter: masks[parameter] for parameter in names}
+
+    def _read(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Read dense gradients: at every step if the rule has a memory, else only for the update that is due now."""
+        memory, found = self.rule.memory, getattr(optimizer, "found_inf", None)
+        if found is not None and float(found):  # a scaler lets a fused step run and do nothing
+            return
+        if not memory and not self._due and (self.taken + 1) % self.every and self.taken + 1 != self.steps:
+            return
+        for parameter in self._masks:
+            if self._owner[parameter] is optimizer:
+                grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.detach()
+                old = self._grads.get(parameter)
+                fresh = (1 - memory) * grad
+                self._grads[parameter] = fresh if not memory or old is None else old.mul_(memory).add_(fresh)
+
+    def _update(self, progress: float) -> Update:
+        before = {parameter: mask.clone() for parameter, mask in self._masks.items()}
+        masks = self._thinned(progress)
+        part = self.rule.fraction(progress)
+        active = {p: int(mask.sum()) for p, mask in masks.items()}
+        least = int(part > 0)
+        gone = {p: max(0, min(max(least, round(part * count)), count - 1)) for p, count in active.items()}
+        if not self.rule.trade:  # a layer without room would only forget what it drops
+            gone = {p: min(count, masks[p].numel() - active[p]) for p, count in gone.items()}
+        born = self._shares(masks, active, gone)
+        survivors: dict[nn.Parameter, Mask] = {}
+        for parameter, mask in masks.items():
+            drop, grow = (self._scores(f, parameter) for f in (self.rule.drop, self.rule.grow))
+            new, kept = exchange(mask, gone[parameter], born[parameter], drop, grow)
+            self._masks[parameter], survivors[parameter] = new, kept
+            self._seen[parameter] |= new
+        self._write(survivors)
+        if not self.rule.memory:
+            self._grads.clear()
+        moved = [(before[p], self._masks[p]) for p in before]
+        dropped, grown = (sum(int((a & ~b).sum()) for a, b in pairs) for pairs in (moved, [(b, a) for a, b in moved]))
+        return Update(self.taken, dropped, grown, self.kept)
+
+    def _thinned(self, progress: float) -> dict[nn.Parameter, Mask]:
+        """The masks after the part of an update that makes the whole sparser."""
+        if self.rule.final is None:
+            return dict(self._masks)
+        first = 1 - self._start / self.total
+        sparsity = first + (self.rule.final.value - first) * self.rule.schedule(progress)
+        count = min(self.kept, max(len(self._masks), self.total - round(sparsity * self.total)))
+        scores = [magnitude(parameter.detach()) for parameter in self._masks]
+        return dict(zip(self._masks, thin(list(self._masks.values()), scores, count), strict=True))
+
+    def _shares(
+        self, masks: Mapping[nn.Parameter, Mask], active: Mapping[nn.Parameter, int], gone: Mapping[nn.Parameter, int]
+    ) -> dict[nn.Parameter, int]:
+        """How many grow in each layer: as many as it dropped, or its share of all."""
+        if not self.rule.trade:
+            return dict(gone)
+        means = [float(self._grads[p].abs()[mask].double().mean()) if active[p] else 0.0 for p, mask in masks.items()]
+        rooms = [mask.numel() - active[p] + gone[p] for p, mask in masks.items()]
+        return dict(zip(masks, fair_shares(sum(gone.values()), means, rooms), strict=True))
+
+    def _scores(self, function: Criterion, parameter: nn.Parameter) -> Tensor:
+        scores: Tensor = function(*[self._statistic(need, parameter) for need in needs_of(function)])
+        if scores.numel() != parameter.numel():
+            raise RequestError(
+                f"{name_of(function)} gives {scores.numel()} scores for {parameter.numel()} weights",
+                "drop and grow need one for each weight",
+                "take a criterion that scores weights",
+            )
+        if not bool(torch.isfinite(scores).all()):
+            raise CheckFailed(
+                f"{name_of(function)} of {self._names[parameter]} is not finite", "", "check the training"
+            )
+        return scores
+
+    def _statistic(self, need: str, parameter: nn.Parameter) -> Tensor:
+        if need == "grad":
+            return self._grads[parameter].flatten(1)
+        if need == "weight":
+            return parameter.detach().flatten(1)
+        name = self._names[parameter]
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{self.seed} {self.taken} {name}".encode()))
+        return torch.rand(parameter.shape, generator=generator, dtype=torch.float64).to(parameter.device).flatten(1)
+
+    def _write(self, survivors: Mapping[nn.Parameter, Mask]) -> None:
+        """Put the masks into the model; whatever is no survivor is 0, and the optimizer remembers nothing of it."""
+        others = {p: packed.unpack(p.device) for _, p, packed in records(self.model) if p not in self._masks}
+        forget_masks_(self.model)
+        record_(self.model, {**others, **self._masks})
+        with torch.no_grad():
+            for parameter, mask in survivors.items():
+                parameter.masked_fill_(~mask, 0)
+                clear_state(self._owner[parameter], parameter, mask)
+
+
+def _taking_part(model: nn.Module, layers: Sequence[str]) -> tuple[dict[nn.Parameter, str], dict[nn.Parameter, Mask]]:
+    """Names and masks of the parameters that take part."""
+    masks = {parameter: packed.unpack(parameter.device) for _, parameter, packed in records(model)}
+    names = {
+        parameter: name
+        for name, parameter in model.named_parameters()
+        if parameter.dim() > 1
+        and (any(fnmatchcase(name, pattern) for pattern in layers) if layers else parameter in masks)
+    }
+    if layers and not names:
+        raise RequestError(f"layers={list(layers)!r} names no weight", "", "patterns are of names of parameters")
+    return names, {p: masks.get(p, torch.ones(p.shape, dtype=torch.bool, device=p.device)) for p in names}

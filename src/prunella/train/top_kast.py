@@ -1,0 +1,131 @@
+"""Top-KAST: always sparse forward and backward, over weights that are kept dense at rest."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from prunella.apply import plan_masks, reapply_, record_, unwrap
+from prunella.errors import RequestError
+from prunella.method import training
+from prunella.pipeline import Plan
+from prunella.select import keep_top
+from prunella.train.onto import put_on, take_off, weights
+
+M = TypeVar("M", bound=nn.Module)
+
+
+class _Two(torch.autograd.Function):
+    """One mask on the way forward, a wider one on the way back."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, forward: Tensor, backward: Tensor) -> Tensor:
+        ctx.save_for_backward(backward)
+        return weight * forward
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        (mask,) = ctx.saved_tensors
+        return grads[0] * mask, None, None
+
+
+class TwoMasks(nn.Module):
+    """The parametrisation of a weight: `active` acts forward, `reached`, which contains it, gets gradients."""
+
+    active: Tensor
+    reached: Tensor
+
+    def __init__(self, weight: Tensor, active: int, reached: int) -> None:
+        super().__init__()
+        self.counts = active, reached
+        self.register_buffer("active", torch.ones(weight.shape, dtype=torch.bool, device=weight.device))
+        self.register_buffer("reached", torch.ones(weight.shape, dtype=torch.bool, device=weight.device))
+        self.choose(weight)
+
+    def choose(self, weight: Tensor) -> None:
+        """Take the largest magnitudes anew, exactly so many."""
+        sizes = weight.detach().abs().flatten()
+        self.active.copy_(keep_top(sizes, self.counts[0]).view_as(weight))
+        self.reached.copy_(keep_top(sizes, self.counts[1]).view_as(weight))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """The weight as the network uses it."""
+        used: Tensor = _Two.apply(weight, self.active, self.reached)  # type: ignore[no-untyped-call]
+        return used
+
+
+class TopKast(Generic[M]):
+    """The loop of `top_kast_`: call `step()` after each `optimizer.step()`, and `finalize()` at the end."""
+
+    def __init__(self, model: M, names: Mapping[str, tuple[int, int]], every: int) -> None:
+        self.model, self.every, self.taken = model, every, 0
+        root = unwrap(model)
+        self._weights = {name: root.get_parameter(name) for name in names}
+        counts = {parameter: names[name] for name, parameter in self._weights.items()}
+        self._masks = put_on(root, list(names), lambda parameter: TwoMasks(parameter, *counts[parameter]))
+
+    def step(self) -> bool:
+        """Count one training step; whether the masks were chosen anew."""
+        self.taken += 1
+        if self.taken % self.every:
+            return False
+        for parameter, masks in zip(self._weights.values(), self._masks, strict=True):
+            masks.choose(parameter)
+        return True
+
+    def penalty(self) -> Tensor:
+        """`sum_A w^2 + sum_{B - A} w^2 / D`, D the density of A: to be scaled and added to the loss.
+
+        What gets gradients without acting is pulled down harder, so that it comes in only where the loss insists.
+        """
+        parts = []
+        for parameter, masks in zip(self._weights.values(), self._masks, strict=True):
+            density = masks.counts[0] / parameter.numel()
+            squares = parameter.square()
+            parts.append((squares * masks.active).sum() + (squares * (masks.reached & ~masks.active)).sum() / density)
+        return torch.stack(parts).sum()
+
+    def finalize(self) -> M:
+        """Leave a plain model: the largest weights as they are, the others zero and masked; keys as before."""
+        found = dict(take_off(self.model, TwoMasks))
+        if not found:
+            raise RequestError("the model is finalized already", "", "")
+        for parameter, masks in found.items():
+            masks.choose(parameter)
+        record_(self.model, {parameter: masks.active for parameter, masks in found.items()})
+        return reapply_(self.model)
+
+
+@training(source="Jayakumar et al. 2020, arXiv:2106.03517")
+def top_kast_(model: M, plan: Plan, *, extra: float = 0.1, every: int = 1) -> TopKast[M]:
+    """Use the largest weights forward, give gradients to some more, and leave the rest alone.
+
+    Forward `w * [|w| in the top D]`, backward `g * [|w| in the top D + M]`: a weight outside both keeps its value and
+    its gradient is exactly 0. The masks follow the magnitudes, so that weights come and go. Data: what you train on.
+
+        loop = top_kast_(model, plan(model, batch, named("erk_magnitude"), target=Sparsity(0.9)), extra=0.1)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        ...; (loss + 1e-4 * loop.penalty()).backward(); optimizer.step(); loop.step()
+        model = loop.finalize()
+
+    plan: of masks; it says how many weights of each layer act, `D`. It is not applied. extra: M, in [0, 1), the part
+    of a layer's weights that gets gradients beyond those that act. every: steps between two choices of the masks.
+    Momentum and decoupled weight decay act on all weights: take plain SGD, or decay by `penalty()`.
+
+    Use: gradients as sparse as the weights, where a dense gradient is never to be formed. Avoid: tight memory at rest:
+    all weights are kept; take `rigl`.
+    """
+    if not 0 <= extra < 1 or every < 1:
+        raise RequestError(f"extra={extra:g}, every={every} are out of range", "extra is in [0, 1), every from 1 up")
+    if not plan.masks or plan.cuts:
+        raise RequestError("the plan has no masks of weights", "Top-KAST ranks single weights", "take Element()")
+    root = unwrap(model)
+    masks = plan_masks(root, plan)
+    counts = {}
+    for name, parameter in weights(root, list(plan.masks)):
+        active, size = int(masks[parameter].sum()), parameter.numel()
+        counts[name] = active, min(size, active + round(extra * size))
+    return TopKast(model, counts, every)
