@@ -36,6 +36,7 @@ ORDER = (
     "request",
     "pipeline",
     "apply",
+    "solvers",
     "train",
     "recovery",
     "realize",

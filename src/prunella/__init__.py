@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from prunella.allocation import erk_densities as erk_densities
     from prunella.allocation import global_ as global_
     from prunella.allocation import lamp as lamp
+    from prunella.allocation import owl as owl
     from prunella.allocation import uniform as uniform
     from prunella.apply import apply_ as apply_
     from prunella.apply import finalize as finalize
@@ -89,6 +90,7 @@ _HOME = {
     "erk_densities": "allocation",
     "global_": "allocation",
     "lamp": "allocation",
+    "owl": "allocation",
     "uniform": "allocation",
     "Block": "granularity",
     "Channel": "granularity",

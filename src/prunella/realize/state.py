@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,8 +75,10 @@ def read_tensors(file: Path, described: Mapping[str, Mapping[str, Any]]) -> dict
 def fill_(model: nn.Module, state: State) -> None:
     """Give the model these tensors, tie what was tied. Errors: BadInput when a name or a shape does not fit."""
     full = {**state.tensors, **{alias: state.tensors[name] for alias, name in state.ties.items()}}
-    persistent = {name: value for name, value in full.items() if name not in state.transient}
-    _check_fit(model.state_dict(), persistent)
+    own = model.state_dict()
+    persistent = OrderedDict((name, value) for name, value in full.items() if name not in state.transient)
+    persistent._metadata = own._metadata  # type: ignore[attr-defined]  # versions, which some modules insist on
+    _check_fit(own, persistent)
     model.load_state_dict(persistent, strict=True, assign=True)
     for name in state.transient:
         owner, leaf = _place(model, name)
