@@ -78,9 +78,9 @@ class Scorer:
     def weights(self, layer: Layer) -> Saliency:
         """A score for every weight of a layer, as the matrix `(out, in)`, on the CPU."""
         if isinstance(self.criterion, Controlled):
-            return self.criterion.change(
-                replace(self, criterion=self.criterion.of).weights(layer), self._dice(layer.name)
-            )
+            scores = replace(self, criterion=self.criterion.of).weights(layer)
+            return self.criterion.change(scores, self._dice(layer.name))
+        needs = needs_of(self.criterion)
         lacking = next((need for need in needs if need in _ONLY_UNITS or need == "influence"), None)
         if lacking:
             blocks = lacking == "influence"

@@ -86,7 +86,7 @@ def activation_norm(unit_norm: UnitNorm) -> Scores:
     return unit_norm
 
 
-@criterion(source="Polyak and Wolf 2015, doi:10.1109/ACCESS.2015.2494536; Molchanov et al. 2017, arXiv:1611.06440")
+@criterion(source="Polyak and Wolf 2015; Molchanov et al. 2017, arXiv:1611.06440")
 def activation_variance(unit_var: UnitVar) -> Scores:
     """Variance of the activation of a unit: one that hardly varies carries no information.
 

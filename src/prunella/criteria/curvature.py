@@ -41,14 +41,14 @@ def fisher(weight: Weight, fisher_diag: FisherDiag) -> Saliency:
     return weight.square() * fisher_diag / 2
 
 
-@criterion(source="Hassibi and Stork 1992; Singh and Alistarh 2020, arXiv:2004.14340")
+@criterion(source="Hassibi and Stork 1993, Optimal Brain Surgeon; Singh and Alistarh 2020, arXiv:2004.14340")
 def obs_saliency(
     weight: Weight, fisher_inverse_diag: FisherInverseDiag, *, damping: float = 1e-5, block: int = 32
 ) -> Saliency:
     """Change of the loss when a weight is removed and the others in its block make up for it (OBS, WoodFisher).
 
-    `S_q = w_q^2 / (2 [F^-1]_qq)` with `F = damping * I + mean_n g_n g_n^T` over samples, for every `block` neighbours in
-    a row of the matrix `(out, in)`. At block 1 it is half of `w^2 * (mean g^2 + damping)`.
+    `S_q = w_q^2 / (2 [F^-1]_qq)` with `F = damping * I + mean_n g_n g_n^T` over samples, for every `block` neighbours
+    in a row of the matrix `(out, in)`. At block 1 it is half of `w^2 * (mean g^2 + damping)`.
     Data: batches, split into samples, and a loss. damping: above 0; where it is far above the squared gradients the
     order is that of `magnitude`. block: weights, 1 to 128; memory is `8 * block` bytes a weight.
 

@@ -57,7 +57,7 @@ def head_importance(gate_grad: GateGrad) -> Scores:
     """Expected sensitivity of the loss to the mask of a head.
 
     `I_h = mean_b |dL_b/dxi_h|` at a mask `xi_h = 1`, which is `mean_b |<A_h, dL_b/dA_h>|` with `A_h` the output of the
-    head before the projection that mixes the heads. Works for every unit that can be gated; heads of one query-key-value
+    head before the projection that mixes the heads. Works for every unit that can be gated; heads of one key-value
     group count together. Data: batches and a loss; batches of one sample give the mean over samples.
 
     Use: `Head()` with a loss. Avoid: comparing heads with channels in one ranking: `taylor` for both adds up.
