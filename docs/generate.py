@@ -20,6 +20,7 @@ from prunella.method import Method
 PLURAL = {
     "recipe": "Recipes",
     "criterion": "Criteria",
+    "control": "Controls of criteria",
     "granularity": "Granularities",
     "allocation": "Allocations",
     "schedule": "Schedules",

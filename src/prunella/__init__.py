@@ -20,12 +20,28 @@ if TYPE_CHECKING:
     from prunella.apply import finalize as finalize
     from prunella.apply import masks_of as masks_of
     from prunella.apply import reapply_ as reapply_
+    from prunella.criteria import activation_norm as activation_norm
+    from prunella.criteria import activation_variance as activation_variance
+    from prunella.criteria import apoz as apoz
+    from prunella.criteria import block_influence as block_influence
     from prunella.criteria import bn_scale as bn_scale
+    from prunella.criteria import fisher as fisher
+    from prunella.criteria import fluctuation as fluctuation
     from prunella.criteria import geometric_median as geometric_median
     from prunella.criteria import group_norm as group_norm
+    from prunella.criteria import head_importance as head_importance
+    from prunella.criteria import hrank as hrank
+    from prunella.criteria import inverted as inverted
     from prunella.criteria import magnitude as magnitude
+    from prunella.criteria import mfac_saliency as mfac_saliency
+    from prunella.criteria import movement as movement
+    from prunella.criteria import obd as obd
+    from prunella.criteria import obert as obert
+    from prunella.criteria import obs_saliency as obs_saliency
     from prunella.criteria import random as random
+    from prunella.criteria import shuffled as shuffled
     from prunella.criteria import taylor as taylor
+    from prunella.criteria import taylor_abs as taylor_abs
     from prunella.criteria import taylor_sq as taylor_sq
     from prunella.criteria import wanda as wanda
     from prunella.errors import PruningError as PruningError
@@ -77,6 +93,22 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
+    "activation_norm": "criteria",
+    "activation_variance": "criteria",
+    "apoz": "criteria",
+    "block_influence": "criteria",
+    "fisher": "criteria",
+    "fluctuation": "criteria",
+    "head_importance": "criteria",
+    "hrank": "criteria",
+    "inverted": "criteria",
+    "mfac_saliency": "criteria",
+    "movement": "criteria",
+    "obd": "criteria",
+    "obert": "criteria",
+    "obs_saliency": "criteria",
+    "shuffled": "criteria",
+    "taylor_abs": "criteria",
     "bn_scale": "criteria",
     "geometric_median": "criteria",
     "group_norm": "criteria",

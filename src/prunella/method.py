@@ -19,6 +19,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 MethodKind = Literal[
     "recipe",
     "criterion",
+    "control",
     "granularity",
     "allocation",
     "schedule",
@@ -32,7 +33,27 @@ MethodKind = Literal[
 ]
 Scope = Literal["producer", "consumer", "group"]
 
-STATISTICS = ("weight", "grad", "grad_sq", "input_norm", "norm_scale", "gate_grad", "unit_weight", "noise")
+STATISTICS = (
+    "weight",
+    "grad",
+    "grad_sq",
+    "input_norm",
+    "norm_scale",
+    "gate_grad",
+    "unit_weight",
+    "noise",
+    "fisher_diag",
+    "fisher_inverse",
+    "fisher_inverse_diag",
+    "hessian_diag",
+    "sample_grad",
+    "input_var",
+    "unit_norm",
+    "unit_rank",
+    "unit_var",
+    "unit_zeros",
+    "influence",
+)
 
 
 @dataclass(frozen=True)
@@ -79,6 +100,11 @@ def criterion(*, source: str, status: str = "stable", scope: Scope = "producer")
     rows only (filter norm), the `consumer` columns only, or the whole coupled `group`.
     """
     return _record("criterion", source=source, status=status, scope=scope)
+
+
+def control(*, source: str, status: str = "stable") -> Callable[[F], F]:
+    """Register a control: a function that makes one criterion of another."""
+    return _record("control", source=source, status=status)
 
 
 def allocation(*, source: str, status: str = "stable") -> Callable[[F], F]:
@@ -140,6 +166,12 @@ def needs_of(function: Callable[..., Any]) -> tuple[str, ...]:
     """The statistics that a criterion asks for, registered or not."""
     parameters = inspect.signature(function).parameters.values()
     return tuple(p.name for p in parameters if p.kind is not p.KEYWORD_ONLY)
+
+
+def knobs_of(function: Callable[..., Any]) -> dict[str, Any]:
+    """The knobs of a method with the values that they have, those that `functools.partial` bound included."""
+    parameters = inspect.signature(function).parameters.values()
+    return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
 
 
 def scope_of(function: Callable[..., Any]) -> Scope:

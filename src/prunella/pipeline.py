@@ -28,7 +28,7 @@ from prunella.graph.structure import Frozen, Graph, Group, Keep, Layer
 from prunella.graph.surgery import Along, Changes, Renumbered, Sizes
 from prunella.graph.view import from_matrix
 from prunella.graph.vocabulary import known_only, renumber
-from prunella.method import needs_of
+from prunella.method import knobs_of, needs_of
 from prunella.names import check_patterns, chosen, names_of_group, names_of_layer, rank_of, spared_blocks
 from prunella.request import check_finite, check_function, check_granularity, check_numbers, checked_target
 from prunella.scoring import Absent, Criterion, Scorer, name_of
@@ -180,7 +180,7 @@ class Plan:
         names = "by hand"
         if self.recipe:
             parts = [self.recipe["criterion"], *self.recipe["granularity"], self.recipe["allocation"]]
-            names = ", ".join(part["name"] for part in parts)
+            names = ", ".join(map(provenance.title, parts))
         lines = [f"asked {self.target}, got {self.target.name}={self.got:.4g} ({names})"]
         if self.masks:
             lines.append("masks: params and MACs count kept weights only; dense kernels still multiply the zeros")
@@ -374,7 +374,8 @@ class _Job:
 
     def _scorer(self, subject: Subject) -> Scorer:
         needs = needs_of(self.recipe.criterion)
-        statistics = collect(subject, needs, self.source, name_of(self.recipe.criterion))
+        name, knobs = name_of(self.recipe.criterion), knobs_of(self.recipe.criterion)
+        statistics = collect(subject, needs, self.source, name, knobs)
         return Scorer(self.recipe.criterion, subject, statistics, self.recipe.seed)
 
     def _nothing(self, what: str, frozen: Sequence[Frozen]) -> NotSupported:
