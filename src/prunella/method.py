@@ -53,6 +53,9 @@ STATISTICS = (
     "unit_var",
     "unit_zeros",
     "influence",
+    "hessian_grad",
+    "total_slope",
+    "flow",
 )
 
 

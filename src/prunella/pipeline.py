@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from prunella import provenance, table
 from prunella.allocation import uniform
 from prunella.budget import Allocation
-from prunella.contest import Rules, Units, Weights, obstacles, offer, share
+from prunella.contest import Rules, Units, Weights, fixed_masks, obstacles, offer, share
 from prunella.criteria import magnitude
 from prunella.errors import BadInput, NotSupported, RequestError
-from prunella.granularity import NM, Channel, Depth, Granularity, Masking, Ranked, Structural, Vocabulary
+from prunella.granularity import NM, Channel, Competing, Depth, Fixed, Granularity, Ranked, Structural, Vocabulary
 from prunella.graph.counters import counted
 from prunella.graph.couple import changes, couple
 from prunella.graph.depth import narrow
@@ -37,7 +37,6 @@ from prunella.stats.subject import first_seen
 from prunella.table import Amount as Amount
 from prunella.table import Row as Row
 from prunella.targets import Sparsity, Target
-from prunella.types import Mask
 
 Loss = Callable[[nn.Module, Any], Tensor]
 Inputs = Tensor | tuple[Any, ...] | Mapping[str, Any]
@@ -315,7 +314,7 @@ class _Job:
         if not groups:
             return []
         reduce = {grain.kind: grain.reduce for grain in self.recipe.grains if isinstance(grain, Ranked)}
-        scorer = self._scorer(Subject(self.model, self.graph, groups=tuple(groups)))
+        scorer = self._scorer(Subject(self.model, self.graph, groups=tuple(groups), inputs=self.inputs))
         scored = []
         for group in groups:
             try:
@@ -334,10 +333,10 @@ class _Job:
         scored = self._score_layers(candidates, frozen)
         layers, scores = tuple(layer for layer, _ in scored), tuple(s for _, s in scored)
         pattern = self.recipe.grains[0]
-        if isinstance(pattern, NM):
-            matrices = _nm_masks(pattern, layers, scores)
+        if isinstance(pattern, Fixed):
+            matrices = fixed_masks(pattern, self.graph, layers, scores)
         else:
-            assert isinstance(pattern, Masking)
+            assert isinstance(pattern, Competing)
             contest = Weights(self.graph, layers, scores, pattern)
             rules = Rules(self.recipe.allocation, self.recipe.floor, (1,) * len(layers), self.recipe.even)
             matrices = contest.masks(share(contest, self.target, rules, frozen, self.graph))
@@ -358,7 +357,7 @@ class _Job:
         return mine, spared
 
     def _score_layers(self, layers: Sequence[Layer], frozen: list[Frozen]) -> list[tuple[Layer, Tensor]]:
-        scorer = self._scorer(Subject(self.model, self.graph, layers=tuple(layers)))
+        scorer = self._scorer(Subject(self.model, self.graph, layers=tuple(layers), inputs=self.inputs))
         scored = []
         for layer in layers:
             try:
@@ -418,18 +417,6 @@ class _Job:
 
 
 # -- helpers ----------------------------------------------------------------------------------------------------
-
-
-def _nm_masks(pattern: NM, layers: Sequence[Layer], scores: Sequence[Tensor]) -> list[Mask]:
-    odd = [layer.name for layer, matrix in zip(layers, scores, strict=True) if not pattern.fits(tuple(matrix.shape))]
-    if odd:
-        names = ", ".join(odd[:5]) + (", ..." if len(odd) > 5 else "")
-        raise RequestError(
-            f"NM({pattern.n}, {pattern.m}) does not fit {names}",
-            f"{pattern.m} does not divide the columns of the weight as a matrix (out, in * kernel)",
-            f"leave them out: skip={odd[:5]!r}",
-        )
-    return [pattern.mask(matrix) for matrix in scores]
 
 
 def _set_aside(group: Group, reason: str) -> Frozen:

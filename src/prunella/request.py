@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from prunella.errors import BadInput, RequestError
-from prunella.granularity import NM, Granularity, Masking, Structural, Vocabulary
+from prunella.granularity import Fixed, Granularity, Masking, Structural, Vocabulary
 from prunella.method import REGISTRY, MethodKind, needs_of
 from prunella.scoring import name_of, unwrap
 from prunella.targets import Sparsity, Target
@@ -61,7 +61,7 @@ def check_numbers(grains: tuple[Granularity, ...], floor: float, align: int, see
 
 
 def checked_target(grains: tuple[Granularity, ...], target: Target | None) -> Target:
-    """The target, filled in for `NM` and for `Vocabulary` alone, where nothing is left to choose.
+    """The target, filled in for fixed patterns and for `Vocabulary` alone, where nothing is left to choose.
 
     Errors: RequestError when it is missing, has no unit or does not fit.
     """
@@ -70,11 +70,11 @@ def checked_target(grains: tuple[Granularity, ...], target: Target | None) -> Ta
         if target is not None:
             raise RequestError(f"Vocabulary cannot meet {target}", "its tokens decide what goes", "leave target= out")
         return Sparsity(0.0)
-    if isinstance(pattern, NM):
+    if isinstance(pattern, Fixed):
         fixed = Sparsity(pattern.sparsity)
         if target is not None and not (isinstance(target, Sparsity) and abs(target.value - fixed.value) < 1e-9):
             todo = f"leave target= out, or ask for Sparsity({fixed.value:g})"
-            raise RequestError(f"NM({pattern.n}, {pattern.m}) cannot meet {target}", f"it gives {fixed}", todo)
+            raise RequestError(f"{pattern.title} cannot meet {target}", f"it gives {fixed}", todo)
         return fixed
     if not isinstance(target, Target):
         found = "target= is missing" if target is None else f"target={target!r} has no unit"

@@ -31,6 +31,9 @@ type_names = (
     "UnitVar",
     "UnitZeros",
     "Influence",
+    "HessianGrad",
+    "TotalSlope",
+    "Flow",
     "Gram",
     "Saliency",
     "Scores",
@@ -60,6 +63,9 @@ UnitRank = Annotated[Tensor, "(units,)", "mean rank of each unit's feature maps 
 UnitVar = Annotated[Tensor, "(units,)", "variance of each unit's activation where it is read"]
 UnitZeros = Annotated[Tensor, "(units,)", "part of each unit's activations that are exactly 0 where it is read"]
 Influence = Annotated[Tensor, "(units,)", "one minus the mean cosine of a residual block's input and output"]
+HessianGrad = Annotated[Tensor, "(out, in)", "Hessian of the mean loss times its gradient"]
+TotalSlope = Annotated[Tensor, "(out, in)", "sum of |grad * weight| over everything scored, the same everywhere"]
+Flow = Annotated[Tensor, "(out, in)", "gradient of the sum over all paths of products of absolute weights"]
 Gram = Annotated[Tensor, "(in, in)", "sum over tokens of x x^T"]
 Saliency = Annotated[Tensor, "(out, in)", "one number per weight; higher is kept"]
 Scores = Annotated[Tensor, "(units,)", "one number per unit; higher is kept"]

@@ -19,6 +19,9 @@ from prunella.criteria.gradient import movement as movement
 from prunella.criteria.gradient import taylor as taylor
 from prunella.criteria.gradient import taylor_abs as taylor_abs
 from prunella.criteria.gradient import taylor_sq as taylor_sq
+from prunella.criteria.initial import grasp as grasp
+from prunella.criteria.initial import snip as snip
+from prunella.criteria.initial import synflow as synflow
 from prunella.criteria.weight import bn_scale as bn_scale
 from prunella.criteria.weight import geometric_median as geometric_median
 from prunella.criteria.weight import group_norm as group_norm
@@ -34,6 +37,7 @@ __all__ = [
     "fisher",
     "fluctuation",
     "geometric_median",
+    "grasp",
     "group_norm",
     "head_importance",
     "hrank",
@@ -46,6 +50,8 @@ __all__ = [
     "obs_saliency",
     "random",
     "shuffled",
+    "snip",
+    "synflow",
     "taylor",
     "taylor_abs",
     "taylor_sq",

@@ -18,6 +18,7 @@ from prunella.stats.activation import InputNorm
 from prunella.stats.curvature import FisherDiag, FisherInverse, HessianDiag, SampleGrad, fisher_inverse_diag
 from prunella.stats.gradient import GateGrad, MeanGrad, MeanSquaredGrad
 from prunella.stats.influence import Influence
+from prunella.stats.initial import HessianGrad, TotalSlope, flow
 from prunella.stats.reading import InputVar, unit_norm, unit_rank, unit_var, unit_zeros
 from prunella.stats.subject import Subject
 
@@ -61,7 +62,11 @@ SLOTS: dict[str, Callable[..., Slot]] = {
     "unit_var": unit_var,
     "unit_zeros": unit_zeros,
     "influence": Influence,
+    "hessian_grad": HessianGrad,
+    "total_slope": TotalSlope,
 }
+DATALESS: dict[str, Callable[[Subject], dict[str, Tensor]]] = {"flow": flow}
+"""Statistics that need to run the model, but no data."""
 _BACKWARD = (
     "grad",
     "grad_sq",
@@ -71,6 +76,8 @@ _BACKWARD = (
     "fisher_inverse_diag",
     "hessian_diag",
     "sample_grad",
+    "hessian_grad",
+    "total_slope",
 )
 
 
@@ -122,9 +129,10 @@ def collect(
     knobs: of the asker; a slot that has a knob of the same name takes the value.
     Errors: RequestError when data or a loss is missing; BadInput when there is no batch or the loss is not finite.
     """
+    values = {name: DATALESS[name](subject) for name in needs if name in DATALESS}
     wanted = [name for name in needs if name in SLOTS]
     if not wanted:
-        return Statistics()
+        return Statistics(values)
     data = _checked(source, wanted, asker)
     slots = {name: SLOTS[name](subject, **_knobs(SLOTS[name], knobs or {})) for name in wanted}
     whole = [slot for slot in slots.values() if not getattr(slot, "each", False)]
@@ -145,7 +153,7 @@ def collect(
             "the loader is empty, or it is a generator that was used up before",
             "pass a list of batches or a DataLoader",
         )
-    return Statistics({name: slot.result() for name, slot in slots.items()}, batches)
+    return Statistics(values | {name: slot.result() for name, slot in slots.items()}, batches)
 
 
 def _knobs(slot: Callable[..., Slot], given: Mapping[str, Any]) -> dict[str, Any]:
