@@ -23,6 +23,7 @@ MethodKind = Literal[
     "granularity",
     "allocation",
     "schedule",
+    "cycle",
     "solver",
     "search",
     "training",
@@ -123,6 +124,11 @@ def granularity(*, source: str, status: str = "stable") -> Callable[[F], F]:
 def schedule(*, source: str, status: str = "stable") -> Callable[[F], F]:
     """Register a schedule."""
     return _record("schedule", source=source, status=status)
+
+
+def cycle(*, source: str, status: str = "stable") -> Callable[[F], F]:
+    """Register a schedule that falls on its way: weights come back. It still runs from exactly 0 to exactly 1."""
+    return _record("cycle", source=source, status=status)
 
 
 def recovery(*, source: str, status: str = "stable") -> Callable[[F], F]:

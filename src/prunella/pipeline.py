@@ -26,13 +26,21 @@ from prunella.graph.depth import narrow
 from prunella.graph.oracle import unproven
 from prunella.graph.structure import Frozen, Graph, Group, Keep, Layer
 from prunella.graph.surgery import Along, Changes, Renumbered, Sizes
-from prunella.graph.view import from_matrix
+from prunella.graph.view import from_matrix, to_matrix
 from prunella.graph.vocabulary import known_only, renumber
 from prunella.method import knobs_of, needs_of
 from prunella.names import check_patterns, chosen, names_of_group, names_of_layer, rank_of, spared_blocks
-from prunella.request import check_finite, check_function, check_granularity, check_numbers, checked_target
+from prunella.request import (
+    check_finite,
+    check_function,
+    check_granularity,
+    check_least,
+    check_numbers,
+    checked_target,
+)
 from prunella.scoring import Absent, Criterion, Scorer, name_of
 from prunella.stats import Source, Subject, collect, untouched
+from prunella.stats.masked import Before, behind, masked
 from prunella.stats.subject import first_seen
 from prunella.table import Amount as Amount
 from prunella.table import Row as Row
@@ -49,9 +57,10 @@ class Recipe:
     criterion: a function from statistics to scores (`prunella.criteria`, or your own).
     granularity: what a unit is; several structural ones, as `(Channel(), Head())`, share one ranking.
     allocation: how much each group gives (`prunella.allocation`).
-    floor: fraction in [0, 1) of every group's units (of every layer's weights) that stays; at least one always does.
+    floor: fraction in [0, 1) of every group's units (of every layer's weights) that stays.
     align: widths of channel groups stay multiples of it, where they are not left whole; not for heads and masks.
     seed: of everything random. The same seed gives the same plan.
+    least: units (weights) that stay in every group (layer) whatever the floor: 1, or 0 for masks that may empty layers.
     even: units whose keys are equal go together, so that equal groups under `uniform` stay equal, and a transformers
         model loads with plain `from_pretrained`; the target is then passed by up to one unit of every group.
     """
@@ -63,12 +72,14 @@ class Recipe:
     align: int = 1
     seed: int = 0
     even: bool = False
+    least: int = 1
 
     def __post_init__(self) -> None:
         check_function(self.criterion, "criterion")
         check_function(self.allocation, "allocation")
         check_granularity(self.grains)
         check_numbers(self.grains, self.floor, self.align, self.seed)
+        check_least(self.grains, self.least)
 
     @property
     def grains(self) -> tuple[Granularity, ...]:
@@ -85,6 +96,7 @@ class Recipe:
             "align": self.align,
             "seed": self.seed,
             "even": self.even,
+            "least": self.least,
         }
 
     @classmethod
@@ -97,6 +109,7 @@ class Recipe:
                 int(described["align"]),
                 int(described["seed"]),
                 bool(described.get("even", False)),
+                int(described.get("least", 1)),
             )
             criterion, allocation = described["criterion"], described["allocation"]
         except (KeyError, TypeError) as error:
@@ -217,13 +230,13 @@ def plan(
         check_patterns(graph, skip, only)
         if any(isinstance(grain, Depth) for grain in recipe.grains):
             graph = counted(model, narrow(graph, spared_blocks(graph, skip, only)), inputs)
-        job = _Job(model, graph, recipe, target, Source(data, loss), tuple(skip), tuple(only), inputs)
+        job = Job(model, graph, recipe, target, Source(data, loss), tuple(skip), tuple(only), inputs)
         return job.structure() if isinstance(recipe.grains[0], Structural) else job.masks()
 
 
 @dataclass(frozen=True)
-class _Job:
-    """One call of `plan`."""
+class Job:
+    """One call of `plan`, or one round of `iterate`, which says what is masked already."""
 
     model: nn.Module
     graph: Graph
@@ -233,6 +246,7 @@ class _Job:
     skip: tuple[str, ...]
     only: tuple[str, ...]
     inputs: Inputs
+    before: Before | None = None
 
     # -- structure -----------------------------------------------------------------------------------------------
 
@@ -338,7 +352,15 @@ class _Job:
         else:
             assert isinstance(pattern, Competing)
             contest = Weights(self.graph, layers, scores, pattern)
-            rules = Rules(self.recipe.allocation, self.recipe.floor, (1,) * len(layers), self.recipe.even)
+            least = (self.recipe.least,) * len(layers)
+            rules = Rules(
+                self.recipe.allocation,
+                self.recipe.floor,
+                (1,) * len(layers),
+                self.recipe.even,
+                least,
+                idle=self.before is not None,
+            )
             matrices = contest.masks(share(contest, self.target, rules, frozen, self.graph))
         weights = Subject(self.model, self.graph).parameters
         masks = {x.entity: from_matrix(m, weights[x.entity], x) for x, m in zip(layers, matrices, strict=True)}
@@ -367,14 +389,21 @@ class _Job:
                 frozen.append(Frozen(layer.entity, layer.out_axis, count, str(error), ""))
         if not scored:
             raise self._nothing("weights", frozen)
-        return scored
+        if self.before is None or not self.before.nested:
+            return scored
+        masks = {
+            x.entity: to_matrix(self.before.masks[x.entity], x) for x, _ in scored if x.entity in self.before.masks
+        }
+        ranked = behind({layer.entity: scores for layer, scores in scored}, masks)
+        return [(layer, ranked[layer.entity]) for layer, _ in scored]
 
     # -- both ----------------------------------------------------------------------------------------------------
 
     def _scorer(self, subject: Subject) -> Scorer:
         needs = needs_of(self.recipe.criterion)
         name, knobs = name_of(self.recipe.criterion), knobs_of(self.recipe.criterion)
-        statistics = collect(subject, needs, self.source, name, knobs)
+        with masked(subject.parameters, self.before.masks if self.before else {}):
+            statistics = collect(subject, needs, self.source, name, knobs)
         return Scorer(self.recipe.criterion, subject, statistics, self.recipe.seed)
 
     def _nothing(self, what: str, frozen: Sequence[Frozen]) -> NotSupported:
@@ -410,7 +439,7 @@ class _Job:
             rows=rows,
             frozen=tuple(frozen),
             inputs=self.inputs,
-            remarks=tuple(table.remarks(self.graph)),
+            remarks=(*table.remarks(self.graph), *table.emptied(rows)),
             dropped=done.dropped,
             lists=done.lists,
         )

@@ -60,6 +60,14 @@ def check_numbers(grains: tuple[Granularity, ...], floor: float, align: int, see
         raise RequestError(f"seed={seed!r} is out of range", "a whole number, 0 <= seed < 2**31")
 
 
+def check_least(grains: tuple[Granularity, ...], least: int) -> None:
+    """Errors: RequestError for a number of units that is not 0 or 1, or empty groups of structure."""
+    if least not in (0, 1):
+        raise RequestError(f"least={least!r} is out of range", "0 or 1", "use floor= to keep more")
+    if least == 0 and isinstance(grains[0], Structural):
+        raise RequestError("least=0 is for masks", "a layer without units is no layer", "leave it at 1")
+
+
 def checked_target(grains: tuple[Granularity, ...], target: Target | None) -> Target:
     """The target, filled in for fixed patterns and for `Vocabulary` alone, where nothing is left to choose.
 
