@@ -20,6 +20,11 @@ if TYPE_CHECKING:
     from prunella.apply import finalize as finalize
     from prunella.apply import masks_of as masks_of
     from prunella.apply import reapply_ as reapply_
+    from prunella.at_init import Rounds as Rounds
+    from prunella.at_init import force as force
+    from prunella.at_init import iterate as iterate
+    from prunella.at_init import iterative_snip as iterative_snip
+    from prunella.at_init import synflow_rounds as synflow_rounds
     from prunella.criteria import activation_norm as activation_norm
     from prunella.criteria import activation_variance as activation_variance
     from prunella.criteria import apoz as apoz
@@ -28,6 +33,7 @@ if TYPE_CHECKING:
     from prunella.criteria import fisher as fisher
     from prunella.criteria import fluctuation as fluctuation
     from prunella.criteria import geometric_median as geometric_median
+    from prunella.criteria import grasp as grasp
     from prunella.criteria import group_norm as group_norm
     from prunella.criteria import head_importance as head_importance
     from prunella.criteria import hrank as hrank
@@ -40,6 +46,8 @@ if TYPE_CHECKING:
     from prunella.criteria import obs_saliency as obs_saliency
     from prunella.criteria import random as random
     from prunella.criteria import shuffled as shuffled
+    from prunella.criteria import snip as snip
+    from prunella.criteria import synflow as synflow
     from prunella.criteria import taylor as taylor
     from prunella.criteria import taylor_abs as taylor_abs
     from prunella.criteria import taylor_sq as taylor_sq
@@ -51,10 +59,15 @@ if TYPE_CHECKING:
     from prunella.granularity import Depth as Depth
     from prunella.granularity import Element as Element
     from prunella.granularity import Expert as Expert
+    from prunella.granularity import Filter as Filter
     from prunella.granularity import Head as Head
+    from prunella.granularity import Kernel as Kernel
+    from prunella.granularity import KernelPattern as KernelPattern
     from prunella.granularity import Reduce as Reduce
+    from prunella.granularity import Vector as Vector
     from prunella.granularity import Vocabulary as Vocabulary
     from prunella.granularity import Width as Width
+    from prunella.permutation import permute as permute
     from prunella.pipeline import Plan as Plan
     from prunella.pipeline import Recipe as Recipe
     from prunella.pipeline import plan as plan
@@ -79,16 +92,23 @@ if TYPE_CHECKING:
     from prunella.reporting.report import Curve as Curve
     from prunella.reporting.report import Report as Report
     from prunella.reporting.report import report as report
+    from prunella.sanity import collapsed as collapsed
+    from prunella.sanity import reinitialised as reinitialised
+    from prunella.sanity import shuffled_plan as shuffled_plan
+    from prunella.schedule import acdc as acdc
     from prunella.schedule import cosine as cosine
     from prunella.schedule import cubic as cubic
     from prunella.schedule import exponential as exponential
     from prunella.schedule import linear as linear
     from prunella.schedule import one_shot as one_shot
+    from prunella.schedule import rounds as rounds
     from prunella.targets import Bytes as Bytes
     from prunella.targets import MACs as MACs
     from prunella.targets import Params as Params
     from prunella.targets import Sparsity as Sparsity
     from prunella.train.pruner import Pruner as Pruner
+    from prunella.train.soft import SoftPruner as SoftPruner
+    from prunella.train.soft import Surgery as Surgery
 
 __version__ = "0.1.0"
 
@@ -173,6 +193,26 @@ _HOME = {
     "Curve": "reporting.report",
     "Report": "reporting.report",
     "report": "reporting.report",
+    "Vector": "granularity",
+    "Kernel": "granularity",
+    "Filter": "granularity",
+    "KernelPattern": "granularity",
+    "snip": "criteria",
+    "grasp": "criteria",
+    "synflow": "criteria",
+    "acdc": "schedule",
+    "rounds": "schedule",
+    "iterate": "at_init",
+    "Rounds": "at_init",
+    "iterative_snip": "at_init",
+    "force": "at_init",
+    "synflow_rounds": "at_init",
+    "collapsed": "sanity",
+    "shuffled_plan": "sanity",
+    "reinitialised": "sanity",
+    "SoftPruner": "train.soft",
+    "Surgery": "train.soft",
+    "permute": "permutation",
 }
 
 __all__ = sorted([*_HOME, "__version__"])

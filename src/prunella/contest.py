@@ -12,7 +12,7 @@ from torch import Tensor
 
 from prunella.budget import Allocation, Ladder, Pool, allocate, ladder, most, solve
 from prunella.errors import RequestError, TargetMissed
-from prunella.granularity import Block, Competing, Element, Fixed
+from prunella.granularity import NM, Block, Competing, Element, Fixed, Masking
 from prunella.graph.structure import Frozen, Graph, Group, Layer
 from prunella.graph.view import kernel_shape
 from prunella.select import Counts, removal_order
@@ -206,6 +206,11 @@ def fixed_masks(pattern: Fixed, graph: Graph, layers: Sequence[Layer], scores: S
             f"{pattern.title} does not fit {names}", reasons[odd[0]], f"leave them out: skip={odd[:5]!r}"
         )
     return pattern.masks(scores)
+
+
+def pattern_name(pattern: Masking) -> str:
+    """What a row of a table calls the pattern."""
+    return f"{pattern.n}:{pattern.m}" if isinstance(pattern, NM) else type(pattern).__name__.lower()
 
 
 def shape_of(graph: Graph, layer: Layer) -> tuple[int, ...]:

@@ -107,7 +107,7 @@ def criterion(*, source: str, status: str = "stable", scope: Scope = "producer")
 
 
 def control(*, source: str, status: str = "stable") -> Callable[[F], F]:
-    """Register a control: a function that makes one criterion of another."""
+    """Register a control: a function that makes of a criterion, a plan or a model one that should do worse."""
     return _record("control", source=source, status=status)
 
 

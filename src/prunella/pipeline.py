@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from prunella import provenance, table
 from prunella.allocation import uniform
 from prunella.budget import Allocation
-from prunella.contest import Rules, Units, Weights, fixed_masks, obstacles, offer, share
+from prunella.contest import Rules, Units, Weights, fixed_masks, obstacles, offer, pattern_name, share
 from prunella.criteria import magnitude
 from prunella.errors import BadInput, NotSupported, RequestError
-from prunella.granularity import NM, Channel, Competing, Depth, Fixed, Granularity, Ranked, Structural, Vocabulary
+from prunella.granularity import Channel, Competing, Depth, Fixed, Granularity, Ranked, Structural, Vocabulary
 from prunella.graph.counters import counted
 from prunella.graph.couple import changes, couple
 from prunella.graph.depth import narrow
@@ -30,14 +30,7 @@ from prunella.graph.view import from_matrix, to_matrix
 from prunella.graph.vocabulary import known_only, renumber
 from prunella.method import knobs_of, needs_of
 from prunella.names import check_patterns, chosen, names_of_group, names_of_layer, rank_of, spared_blocks
-from prunella.request import (
-    check_finite,
-    check_function,
-    check_granularity,
-    check_least,
-    check_numbers,
-    checked_target,
-)
+from prunella.request import check_finite, check_function, check_granularity, check_numbers, checked_target
 from prunella.scoring import Absent, Criterion, Scorer, name_of
 from prunella.stats import Source, Subject, collect, untouched
 from prunella.stats.masked import Before, behind, masked
@@ -78,8 +71,7 @@ class Recipe:
         check_function(self.criterion, "criterion")
         check_function(self.allocation, "allocation")
         check_granularity(self.grains)
-        check_numbers(self.grains, self.floor, self.align, self.seed)
-        check_least(self.grains, self.least)
+        check_numbers(self.grains, self.floor, self.align, self.seed, self.least)
 
     @property
     def grains(self) -> tuple[Granularity, ...]:
@@ -364,7 +356,7 @@ class Job:
             matrices = contest.masks(share(contest, self.target, rules, frozen, self.graph))
         weights = Subject(self.model, self.graph).parameters
         masks = {x.entity: from_matrix(m, weights[x.entity], x) for x, m in zip(layers, matrices, strict=True)}
-        rows = table.mask_rows(self.graph, layers, masks, _pattern_name(pattern))
+        rows = table.mask_rows(self.graph, layers, masks, pattern_name(pattern))
         return self._plan(after=table.masked_amount(self.graph, rows), rows=rows, frozen=frozen, keep={}, masks=masks)
 
     def _layers(self) -> tuple[list[Layer], list[Frozen]]:
@@ -453,7 +445,3 @@ def _set_aside(group: Group, reason: str) -> Frozen:
         return Frozen(group.name, -1, group.size, reason, "")
     maker = next((m for m in group.members if m.role == "out"), group.members[0])
     return Frozen(maker.entity, maker.axis, len(maker.index), reason, group.where)
-
-
-def _pattern_name(pattern: Granularity) -> str:
-    return f"{pattern.n}:{pattern.m}" if isinstance(pattern, NM) else type(pattern).__name__.lower()

@@ -48,8 +48,8 @@ def check_granularity(grains: tuple[Granularity, ...]) -> None:
         )
 
 
-def check_numbers(grains: tuple[Granularity, ...], floor: float, align: int, seed: int) -> None:
-    """Errors: RequestError for a floor, align or seed out of range."""
+def check_numbers(grains: tuple[Granularity, ...], floor: float, align: int, seed: int, least: int) -> None:
+    """Errors: RequestError for a floor, align, seed or least out of range."""
     if not 0 <= floor < 1:
         raise RequestError(f"floor={floor!r} is out of range", "a fraction of each group, 0 <= floor < 1")
     if not isinstance(align, int) or align < 1:
@@ -58,10 +58,6 @@ def check_numbers(grains: tuple[Granularity, ...], floor: float, align: int, see
         raise RequestError("align= is for widths of channels", "masks leave widths alone", "use Block(rows, cols)")
     if not isinstance(seed, int) or not 0 <= seed < 2**31:
         raise RequestError(f"seed={seed!r} is out of range", "a whole number, 0 <= seed < 2**31")
-
-
-def check_least(grains: tuple[Granularity, ...], least: int) -> None:
-    """Errors: RequestError for a number of units that is not 0 or 1, or empty groups of structure."""
     if least not in (0, 1):
         raise RequestError(f"least={least!r} is out of range", "0 or 1", "use floor= to keep more")
     if least == 0 and isinstance(grains[0], Structural):

@@ -35,7 +35,7 @@ def ids(method: Method) -> str:
 def scorer(method: Method, model: nn.Module, *, masks: bool = False) -> Scorer:
     graph = couple(model, DATA[0])
     whole = {"layers": graph.layers} if masks else {"groups": graph.groups}
-    subject = Subject(model, graph, **whole)  # type: ignore[arg-type]
+    subject = Subject(model, graph, inputs=DATA[0], **whole)  # type: ignore[arg-type]
     with untouched(model, 0):
         statistics = collect(subject, method.needs, Source(DATA, square_loss))
     return Scorer(method.function, subject, statistics)

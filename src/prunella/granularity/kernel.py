@@ -131,9 +131,10 @@ def library(kernels: Sequence[Tensor], entries: int, patterns: int) -> Mask:
     cells = torch.cat(list(kernels)).clone()
     cells[:, _CENTRE] = torch.inf
     natural = keep_top(cells, entries)
-    found, counts = natural.flip(1).long().unique(dim=0, return_counts=True)
+    found, counts = torch.unique(natural.flip(1).long(), dim=0, return_counts=True)
     order = torch.argsort(counts.flip(0), descending=True, stable=True)[:patterns]
-    return found.flip(0)[order].flip(1).bool()
+    shapes: Mask = found.flip(0)[order].flip(1).bool()
+    return shapes
 
 
 def _cells(shape: tuple[int, ...]) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -177,7 +177,7 @@ def _ones(inputs: Any) -> Any:
     return tuple(map(one, inputs)) if isinstance(inputs, tuple) else one(inputs)
 
 
-def _check(total: float, weights: list[Tensor]) -> None:
+def _check(total: float, weights: Sequence[Tensor]) -> None:
     if not torch.isfinite(torch.tensor(total)):
         raise BadInput(f"the flow through the model is {total:g}", "its weights are too large", "scale them down")
     if total == 0 and not any(bool((weight == 0).any()) for weight in weights):

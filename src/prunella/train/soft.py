@@ -21,15 +21,15 @@ from prunella.types import Mask
 
 @training(source="He et al. 2018, arXiv:1808.06866 (soft filter pruning)")
 class SoftPruner:
-    """Set what the newest plan removes to zero after every epoch, and let it learn on: nothing is decided before the end.
+    """Set what the newest plan removes to zero after every epoch, and let it learn on; the end decides.
 
         soft = SoftPruner(model, batch, recipe=Recipe(), target=Sparsity(0.3))
         for epoch in range(epochs):
             train(model); soft.step()
         small = shrink(model, soft.finish())
 
-    Channels: only the rows that produce a unit are zeroed, `W_j = 0`; bias, normalisation and readers stay, since a unit
-    with nothing on either side would get no gradient and could never come back. Masks of weights: the weights are
+    Channels: only the rows that produce a unit are zeroed, `W_j = 0`; bias, normalisation and readers stay, since a
+    unit with nothing on either side would get no gradient and could never come back. Masks of weights: the weights are
     zeroed and no mask is kept. At the end `finish` plans once more, and zeroes everything that the plan removes, for
     good; `shrink` is then exact.
     recipe: a `Recipe`, or a function from target to plan where planning needs data.
