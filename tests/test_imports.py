@@ -42,6 +42,8 @@ ORDER = (
     "permutation",
     "train",
     "recovery",
+    "compress",
+    "blockwise",
     "realize",
     "reporting",
     "recipes",

@@ -20,6 +20,8 @@ HOMES = (
     "permutation",
     "train",
     "recovery",
+    "compress",
+    "blockwise",
     "recipes",
 )
 _ORDER = get_args(MethodKind)
