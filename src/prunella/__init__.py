@@ -66,6 +66,8 @@ if TYPE_CHECKING:
     from prunella.realize.plan_file import load_plan as load_plan
     from prunella.realize.plan_file import save_plan as save_plan
     from prunella.realize.shrink import shrink as shrink
+    from prunella.recovery.bias import Folded as Folded
+    from prunella.recovery.bias import fold_means as fold_means
     from prunella.recovery.calibrate import recalibrate_bn as recalibrate_bn
     from prunella.recovery.distill import distill as distill
     from prunella.recovery.distill import distill_features as distill_features
@@ -84,6 +86,9 @@ if TYPE_CHECKING:
     from prunella.schedule import exponential as exponential
     from prunella.schedule import linear as linear
     from prunella.schedule import one_shot as one_shot
+    from prunella.solvers import mfac as mfac
+    from prunella.solvers import obs as obs
+    from prunella.solvers import woodfisher as woodfisher
     from prunella.targets import Bytes as Bytes
     from prunella.targets import MACs as MACs
     from prunella.targets import Params as Params
@@ -152,6 +157,11 @@ _HOME = {
     "exponential": "schedule",
     "linear": "schedule",
     "one_shot": "schedule",
+    "mfac": "solvers",
+    "obs": "solvers",
+    "woodfisher": "solvers",
+    "fold_means": "recovery.bias",
+    "Folded": "recovery.bias",
     "recalibrate_bn": "recovery.calibrate",
     "reconstruct": "recovery.reconstruct",
     "Training": "recovery.finetune",
