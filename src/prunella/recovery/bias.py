@@ -91,7 +91,8 @@ def _fold(item: Layer | Fit, sums: dict[nn.Parameter, tuple[Tensor, int]], plan:
     in_axis, out_axis = item.axes
     gone = torch.ones(item.dense.shape[in_axis], dtype=torch.bool, device=item.dense.device)
     gone[plan.cuts[item.name][in_axis].to(gone.device)] = False
-    weight = item.dense.double().movedim((out_axis, in_axis), (0, 1)).flatten(2).sum(-1)
+    weight = item.dense.double().movedim((out_axis, in_axis), (0, 1))
+    weight = weight.reshape(*weight.shape[:2], -1).sum(-1)
     shift = weight @ (total / count * gone)
     shift = shift if item.expected is None else shift[item.expected.to(shift.device)]
     places = torch.arange(len(shift)) if item.writes is None else item.writes
