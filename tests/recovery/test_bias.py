@@ -87,6 +87,7 @@ def test_a_channel_of_scale_zero_is_the_constant_that_its_activation_makes_of_th
 def test_fluctuation_removes_what_the_bias_can_replace_exactly() -> None:
     model, x = constant_mlp(), torch.randn(40, 4, dtype=torch.float64)
     with torch.no_grad():
+        model[0].weight[1], model[0].bias[1] = 5, -1000  # dead, not for want of weights
         model[2].weight[:, 1] *= 100
     plan = cut(model, x, 1 / 3, pr.fluctuation, data=[x], only=["0"])
     assert plan.keep["0"].tolist() == [True, False, True, True, False, True]
