@@ -39,6 +39,7 @@ ORDER = (
     "solvers",
     "train",
     "recovery",
+    "blockwise",
     "realize",
     "reporting",
     "recipes",

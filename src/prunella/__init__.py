@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from prunella.apply import finalize as finalize
     from prunella.apply import masks_of as masks_of
     from prunella.apply import reapply_ as reapply_
+    from prunella.blockwise import OneShot as OneShot
+    from prunella.blockwise import Refine as Refine
+    from prunella.blockwise import solve_ as solve_
     from prunella.criteria import activation_norm as activation_norm
     from prunella.criteria import activation_variance as activation_variance
     from prunella.criteria import apoz as apoz
@@ -86,8 +89,12 @@ if TYPE_CHECKING:
     from prunella.schedule import exponential as exponential
     from prunella.schedule import linear as linear
     from prunella.schedule import one_shot as one_shot
+    from prunella.solvers import admm as admm
+    from prunella.solvers import by_score as by_score
     from prunella.solvers import mfac as mfac
     from prunella.solvers import obs as obs
+    from prunella.solvers import refit as refit
+    from prunella.solvers import sparsegpt as sparsegpt
     from prunella.solvers import woodfisher as woodfisher
     from prunella.targets import Bytes as Bytes
     from prunella.targets import MACs as MACs
@@ -169,6 +176,13 @@ _HOME = {
     "distill": "recovery.distill",
     "distill_features": "recovery.distill",
     "distill_logits": "recovery.distill",
+    "OneShot": "blockwise",
+    "Refine": "blockwise",
+    "solve_": "blockwise",
+    "admm": "solvers",
+    "by_score": "solvers",
+    "refit": "solvers",
+    "sparsegpt": "solvers",
     "as_program": "program",
     "carry_": "realize.carry",
     "export": "realize.export",

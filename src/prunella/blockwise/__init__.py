@@ -1,0 +1,6 @@
+"""Prune a trained model block by block, each from the outputs of the pruned blocks before it: `solve_`."""
+
+from prunella.blockwise.one_shot import OneShot as OneShot
+from prunella.blockwise.one_shot import Solving as Solving
+from prunella.blockwise.one_shot import solve_ as solve_
+from prunella.blockwise.refine import Refine as Refine
