@@ -95,6 +95,8 @@ if TYPE_CHECKING:
     from prunella.realize.plan_file import load_plan as load_plan
     from prunella.realize.plan_file import save_plan as save_plan
     from prunella.realize.shrink import shrink as shrink
+    from prunella.recovery.bias import Folded as Folded
+    from prunella.recovery.bias import fold_means as fold_means
     from prunella.recovery.calibrate import recalibrate_bn as recalibrate_bn
     from prunella.recovery.distill import distill as distill
     from prunella.recovery.distill import distill_attention as distill_attention
@@ -131,8 +133,11 @@ if TYPE_CHECKING:
     from prunella.schedule import rounds as rounds
     from prunella.solvers import admm as admm
     from prunella.solvers import by_score as by_score
+    from prunella.solvers import mfac as mfac
+    from prunella.solvers import obs as obs
     from prunella.solvers import refit as refit
     from prunella.solvers import sparsegpt as sparsegpt
+    from prunella.solvers import woodfisher as woodfisher
     from prunella.targets import Bytes as Bytes
     from prunella.targets import MACs as MACs
     from prunella.targets import Params as Params
@@ -203,6 +208,11 @@ _HOME = {
     "exponential": "schedule",
     "linear": "schedule",
     "one_shot": "schedule",
+    "mfac": "solvers",
+    "obs": "solvers",
+    "woodfisher": "solvers",
+    "fold_means": "recovery.bias",
+    "Folded": "recovery.bias",
     "recalibrate_bn": "recovery.calibrate",
     "reconstruct": "recovery.reconstruct",
     "Training": "recovery.finetune",

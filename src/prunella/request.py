@@ -8,6 +8,7 @@ from typing import get_args
 import torch
 from torch import nn
 
+from prunella.criteria.control import Controlled
 from prunella.errors import BadInput, RequestError
 from prunella.granularity import Fixed, Granularity, Masking, Structural, Vocabulary
 from prunella.method import REGISTRY, MethodKind, needs_of
@@ -22,6 +23,12 @@ def check_function(function: object, kind: MethodKind) -> None:
         found = f"{known.name} is of kind {known.kind}" if known else f"{function!r} is not a function"
         raise RequestError(
             f"Recipe({kind}=) takes a function of that kind", found, f"see `prunella methods` for {kind}s"
+        )
+    if isinstance(unwrap(function), Controlled) and not isinstance(function, Controlled):
+        raise RequestError(
+            f"{name_of(function)} takes no knobs itself",
+            "the criterion that it is made of has them",
+            "bind them inside: inverted(partial(magnitude, p=2))",
         )
     try:
         inspect.signature(function)
