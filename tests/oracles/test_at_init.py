@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from itertools import pairwise
 
 import pytest
 import torch
@@ -129,7 +130,7 @@ def test_grasp_refuses_outputs_that_have_no_temperature() -> None:
 def test_every_layer_of_a_chain_has_the_same_synflow() -> None:
     torch.manual_seed(0)
     sizes = (12, 9, 30, 7, 5)
-    layers = [part for a, b in zip(sizes, sizes[1:], strict=False) for part in (nn.Linear(a, b), nn.ReLU())]
+    layers = [part for a, b in pairwise(sizes) for part in (nn.Linear(a, b), nn.ReLU())]
     model, x = nn.Sequential(*layers), torch.randn(3, 12)
     flow = statistic(model, "flow", x)
     product = torch.ones(3, 12, dtype=torch.float64)
@@ -166,7 +167,7 @@ def deep(seed: int = 0) -> nn.Sequential:
     """784-100x6-10 with torch's own initial weights and biases of zero."""
     torch.manual_seed(seed)
     sizes = (784, *[100] * 6, 10)
-    layers = [part for a, b in zip(sizes, sizes[1:], strict=False) for part in (nn.Linear(a, b), nn.ReLU())]
+    layers = [part for a, b in pairwise(sizes) for part in (nn.Linear(a, b), nn.ReLU())]
     for part in layers:
         if isinstance(part, nn.Linear):
             nn.init.zeros_(part.bias)
@@ -175,7 +176,6 @@ def deep(seed: int = 0) -> nn.Sequential:
 
 def test_only_synflow_in_rounds_keeps_all_layers_at_ten_thousand_times() -> None:
     model = deep()
-    torch.manual_seed(1)
     x = torch.randn(2, 784)
     data = [(torch.randn(50, 784), torch.randint(0, 10, (50,))) for _ in range(2)]
     far, near = pr.Sparsity(1 - 1e-4), pr.Sparsity(0.9)

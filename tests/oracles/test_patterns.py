@@ -1,4 +1,4 @@
-"""Granularities of masks against definitions and brute force: the ladder, kernel patterns, blocks, N:M and its order."""
+"""Granularities of masks against definitions and brute force: the ladder, kernel patterns, blocks, N:M, its order."""
 
 from __future__ import annotations
 
@@ -93,10 +93,9 @@ def test_a_kernel_pattern_refuses_other_kernels_and_scores_with_a_sign() -> None
         pr.KernelPattern(9)
 
 
-@pytest.mark.parametrize(("rows", "cols"), [(4, 4), (3, 5)])
-def test_a_product_with_stored_blocks_equals_the_dense_product_with_ragged_edges_filled_up(
-    rows: int, cols: int
-) -> None:
+@pytest.mark.filterwarnings("ignore:Sparse BSR")
+@pytest.mark.parametrize(("rows", "cols"), [(4, 4), (3, 3)])
+def test_a_product_with_stored_blocks_equals_the_dense_product_with_ragged_edges(rows: int, cols: int) -> None:
     torch.manual_seed(0)
     weight, x = torch.randn(10, 13), torch.randn(13, 6)
     block = pr.Block(rows, cols)
@@ -159,7 +158,7 @@ def test_a_permuted_network_computes_the_same_and_keeps_at_least_as_much(pattern
     recipe = pr.Recipe(granularity=pattern)
     totals = []
     for net in (model, found.model):
-        plan = pr.plan(net, IMAGE, recipe)
+        plan = pr.plan(net, IMAGE, recipe, skip=["0"])
         weights = dict(net.named_parameters())
         totals.append(sum(float(weights[n].detach().abs()[m].sum()) for n, m in plan.masks.items()))
     assert totals[1] - totals[0] == pytest.approx(found.after - found.before, rel=1e-3)
