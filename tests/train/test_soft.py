@@ -98,6 +98,7 @@ def test_the_same_pruner_prunes_before_during_and_after_training(when: str) -> N
 
 def test_a_soft_filter_gets_gradient_revives_and_the_end_is_exact() -> None:
     model, data = convnet().train(), images()
+    nn.init.uniform_(model[1].bias, 0.1, 0.5)  # a shift below zero is cut off by the ReLU, and passes no gradient
     optimizer = torch.optim.SGD(model.parameters(), lr=0.2)
     soft = pr.SoftPruner(model, data[0], recipe=pr.Recipe(), target=pr.Sparsity(0.5))
     plan = soft.step()

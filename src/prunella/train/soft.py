@@ -31,7 +31,7 @@ class SoftPruner:
     Channels: only the rows that produce a unit are zeroed, `W_j = 0`; bias, normalisation and readers stay, since a
     unit with nothing on either side would get no gradient and could never come back. Masks of weights: the weights are
     zeroed and no mask is kept. At the end `finish` plans once more, and zeroes everything that the plan removes, for
-    good; `shrink` is then exact.
+    good; `shrink` is then exact. A unit whose bias or shift is not positive gets no gradient behind a ReLU, and stays.
     recipe: a `Recipe`, or a function from target to plan where planning needs data.
 
     Use: training from scratch, or long fine-tuning, to channels that go. Avoid: short recoveries: a unit that was
