@@ -45,6 +45,7 @@ def test_units_of_a_kernel_layer_are_rows_kernels_and_filters() -> None:
 
 def test_units_of_a_linear_layer_are_runs_weights_and_rows() -> None:
     assert pr.Vector(3).on((5, 8)) == pr.Block(1, 3)
+    assert pr.Vector().on((12, 4, 5, 3)) == pr.Block(1, 3)
     assert pr.Kernel().on((5, 8)) == pr.Block(1, 1)
     assert pr.Filter().on((5, 8)) == pr.Block(1, 8)
     assert pr.Vector(3).on((5, 8, 1, 1)) == pr.Block(1, 3)
