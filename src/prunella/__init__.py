@@ -83,6 +83,21 @@ if TYPE_CHECKING:
     from prunella.granularity import Vector as Vector
     from prunella.granularity import Vocabulary as Vocabulary
     from prunella.granularity import Width as Width
+    from prunella.metrics.effects import SideEffects as SideEffects
+    from prunella.metrics.effects import side_effects as side_effects
+    from prunella.metrics.outputs import calibration_error as calibration_error
+    from prunella.metrics.outputs import flip_rate as flip_rate
+    from prunella.metrics.outputs import kl_divergence as kl_divergence
+    from prunella.metrics.outputs import per_class_drop as per_class_drop
+    from prunella.metrics.outputs import pruning_identified_exemplars as pruning_identified_exemplars
+    from prunella.metrics.reach import EffectiveSparsity as EffectiveSparsity
+    from prunella.metrics.reach import effective_sparsity as effective_sparsity
+    from prunella.metrics.size import Compression as Compression
+    from prunella.metrics.size import compression_ratio as compression_ratio
+    from prunella.metrics.speed import Speedup as Speedup
+    from prunella.metrics.speed import effective_macs as effective_macs
+    from prunella.metrics.speed import energy as energy
+    from prunella.metrics.speed import speedup as speedup
     from prunella.permutation import permute as permute
     from prunella.pipeline import Plan as Plan
     from prunella.pipeline import Recipe as Recipe
@@ -116,6 +131,8 @@ if TYPE_CHECKING:
     from prunella.recovery.reconstruct import reconstruct as reconstruct
     from prunella.recovery.statistics import correct_statistics as correct_statistics
     from prunella.reporting.count import count as count
+    from prunella.reporting.frontier import Frontier as Frontier
+    from prunella.reporting.frontier import write_frontier as write_frontier
     from prunella.reporting.latency import compare_latency as compare_latency
     from prunella.reporting.page import write_page as write_page
     from prunella.reporting.report import Curve as Curve
@@ -138,6 +155,8 @@ if TYPE_CHECKING:
     from prunella.solvers import refit as refit
     from prunella.solvers import sparsegpt as sparsegpt
     from prunella.solvers import woodfisher as woodfisher
+    from prunella.study import Study as Study
+    from prunella.study import pareto as pareto
     from prunella.targets import Bytes as Bytes
     from prunella.targets import MACs as MACs
     from prunella.targets import Params as Params
@@ -285,6 +304,25 @@ _HOME = {
     "SoftPruner": "train.soft",
     "Surgery": "train.soft",
     "permute": "permutation",
+    "Compression": "metrics.size",
+    "EffectiveSparsity": "metrics.reach",
+    "Frontier": "reporting.frontier",
+    "SideEffects": "metrics.effects",
+    "Speedup": "metrics.speed",
+    "Study": "study",
+    "calibration_error": "metrics.outputs",
+    "compression_ratio": "metrics.size",
+    "effective_macs": "metrics.speed",
+    "effective_sparsity": "metrics.reach",
+    "energy": "metrics.speed",
+    "flip_rate": "metrics.outputs",
+    "kl_divergence": "metrics.outputs",
+    "pareto": "study",
+    "per_class_drop": "metrics.outputs",
+    "pruning_identified_exemplars": "metrics.outputs",
+    "side_effects": "metrics.effects",
+    "speedup": "metrics.speed",
+    "write_frontier": "reporting.frontier",
 }
 
 __all__ = sorted([*_HOME, "__version__"])
