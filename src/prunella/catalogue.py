@@ -15,22 +15,16 @@ HOMES = (
     "allocation",
     "schedule",
     "solvers",
-HOMES = (
     "at_init",
     "sanity",
     "permutation",
     "train",
-    "recipes",
-)
     "recovery",
     "compress",
     "blockwise",
-    "recipes",
-HOMES = (
     "metrics",
     "study",
     "recipes",
-)
 )
 _ORDER = get_args(MethodKind)
 
