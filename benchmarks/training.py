@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from images import cifar_input, jitter
@@ -12,6 +13,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.flop_counter import FlopCounterMode
 
 Prepare = Callable[[Tensor], Tensor]
+Guard = Callable[[nn.Module, torch.optim.Optimizer], AbstractContextManager[object]]
 
 
 def count_macs(model: nn.Module, example: Tensor) -> int:
@@ -49,16 +51,32 @@ def batches(pixels: Tensor, labels: Tensor, *, steps: int, batch: int, seed: int
         yield cifar_input(jitter(pixels[chosen], generator)), labels[chosen]
 
 
+def _free(model: nn.Module, optimizer: torch.optim.Optimizer) -> AbstractContextManager[object]:
+    return nullcontext()
+
+
 def fine_tune(
-    model: nn.Module, pixels: Tensor, labels: Tensor, *, steps: int, batch: int, rate: float, seed: int
+    model: nn.Module,
+    pixels: Tensor,
+    labels: Tensor,
+    *,
+    steps: int,
+    batch: int,
+    rate: float,
+    seed: int,
+    guard: Guard = _free,
 ) -> nn.Module:
-    """SGD with Nesterov momentum 0.9, weight decay 5e-4, cosine from `rate` to 0; changes `model`."""
+    """SGD with Nesterov momentum 0.9, weight decay 5e-4, cosine from `rate` to 0; changes `model`.
+
+    guard: (model, optimizer) -> what holds while it trains, as `prunella.Pruner` does for masks.
+    """
     model.train()
     optimizer = torch.optim.SGD(model.parameters(), lr=rate, momentum=0.9, nesterov=True, weight_decay=5e-4)
-    for step, (x, y) in enumerate(batches(pixels, labels, steps=steps, batch=batch, seed=seed)):
-        for part in optimizer.param_groups:
-            part["lr"] = rate * 0.5 * (1 + math.cos(math.pi * step / steps))
-        optimizer.zero_grad()
-        cross_entropy(model(x), y).backward()
-        optimizer.step()
+    with guard(model, optimizer):
+        for step, (x, y) in enumerate(batches(pixels, labels, steps=steps, batch=batch, seed=seed)):
+            for part in optimizer.param_groups:
+                part["lr"] = rate * 0.5 * (1 + math.cos(math.pi * step / steps))
+            optimizer.zero_grad()
+            cross_entropy(model(x), y).backward()
+            optimizer.step()
     return model.eval()

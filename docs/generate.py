@@ -20,9 +20,11 @@ from prunella.method import Method
 PLURAL = {
     "recipe": "Recipes",
     "criterion": "Criteria",
+    "control": "Controls",
     "granularity": "Granularities",
     "allocation": "Allocations",
     "schedule": "Schedules",
+    "cycle": "Schedules that fall on their way",
     "solver": "Solvers",
     "search": "Searches",
     "training": "Training",

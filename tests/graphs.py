@@ -31,6 +31,24 @@ def convnet(seed: int = 0) -> nn.Sequential:
     return model
 
 
+class Residual(nn.Module):
+    """`x + scale * relu(conv(x))`, shape kept."""
+
+    def __init__(self, width: int, scale: float = 1.0) -> None:
+        super().__init__()
+        self.conv, self.scale = nn.Conv2d(width, width, 3, padding=1), scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.scale * torch.relu(self.conv(x))
+
+
+def blocks(scales: tuple[float, ...] = (1.0, 0.5, 0.25), seed: int = 0) -> nn.Sequential:
+    """Residual blocks on images of 3 channels, then a linear layer on the mean."""
+    torch.manual_seed(seed)
+    stack = nn.Sequential(*(Residual(3, scale) for scale in scales))
+    return nn.Sequential(stack, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 4))
+
+
 IMAGE = (2, 3, 8, 8)
 
 

@@ -430,6 +430,7 @@ def test_a_description_holds_every_knob() -> None:
         "align": 8,
         "seed": 3,
         "even": False,
+        "least": 1,
     }
 
 

@@ -61,3 +61,23 @@ def test_rho_of_1_is_refused() -> None:
 def test_all_are_registered() -> None:
     known = {m.function for m in REGISTRY.values() if m.kind == "schedule"}
     assert known >= set(SCHEDULES)
+
+
+def test_acdc_goes_up_and_down_and_ends_sparse() -> None:
+    curve = [schedule.acdc(k / 20, cycles=2, warmup=0.2, last=0.2) for k in range(21)]
+    assert curve == [0] * 4 + [1] * 3 + [0] * 3 + [1] * 3 + [0] * 3 + [1] * 5
+    assert schedule.acdc(0.0) == 0 and schedule.acdc(1.0) == 1 and REGISTRY["acdc"].kind == "cycle"
+    with pytest.raises(RequestError, match="no cycle"):
+        schedule.acdc(0.5, warmup=0.6, last=0.5)
+
+
+def test_rounds_say_whether_the_part_is_of_the_survivors_or_of_all() -> None:
+    left = [1 - target.value for target in schedule.rounds(5, of_survivors=0.2)]
+    assert left == pytest.approx([0.8, 0.64, 0.512, 0.4096, 0.32768])
+    end = 1 - left[-1]
+    assert left == pytest.approx([1 - end * schedule.exponential(k / 5, rho=0.8**-5) for k in range(1, 6)])
+    assert [t.value for t in schedule.rounds(4, of_all=0.2)] == pytest.approx([0.2, 0.4, 0.6, 0.8])
+    with pytest.raises(RequestError, match="either"):
+        schedule.rounds(3)
+    with pytest.raises(RequestError, match="leave nothing"):
+        schedule.rounds(5, of_all=0.2)

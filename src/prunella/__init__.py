@@ -21,6 +21,11 @@ if TYPE_CHECKING:
     from prunella.apply import finalize as finalize
     from prunella.apply import masks_of as masks_of
     from prunella.apply import reapply_ as reapply_
+    from prunella.at_init import Rounds as Rounds
+    from prunella.at_init import force as force
+    from prunella.at_init import iterate as iterate
+    from prunella.at_init import iterative_snip as iterative_snip
+    from prunella.at_init import synflow_rounds as synflow_rounds
     from prunella.blockwise import OneShot as OneShot
     from prunella.blockwise import Refine as Refine
     from prunella.blockwise import rescale_ as rescale_
@@ -37,12 +42,31 @@ if TYPE_CHECKING:
     from prunella.compress.share import Start as Start
     from prunella.compress.share import deep_compression_ as deep_compression_
     from prunella.compress.share import share_weight as share_weight
+    from prunella.criteria import activation_norm as activation_norm
+    from prunella.criteria import activation_variance as activation_variance
+    from prunella.criteria import apoz as apoz
+    from prunella.criteria import block_influence as block_influence
     from prunella.criteria import bn_scale as bn_scale
+    from prunella.criteria import fisher as fisher
+    from prunella.criteria import fluctuation as fluctuation
     from prunella.criteria import geometric_median as geometric_median
+    from prunella.criteria import grasp as grasp
     from prunella.criteria import group_norm as group_norm
+    from prunella.criteria import head_importance as head_importance
+    from prunella.criteria import hrank as hrank
+    from prunella.criteria import inverted as inverted
     from prunella.criteria import magnitude as magnitude
+    from prunella.criteria import mfac_saliency as mfac_saliency
+    from prunella.criteria import movement as movement
+    from prunella.criteria import obd as obd
+    from prunella.criteria import obert as obert
+    from prunella.criteria import obs_saliency as obs_saliency
     from prunella.criteria import random as random
+    from prunella.criteria import shuffled as shuffled
+    from prunella.criteria import snip as snip
+    from prunella.criteria import synflow as synflow
     from prunella.criteria import taylor as taylor
+    from prunella.criteria import taylor_abs as taylor_abs
     from prunella.criteria import taylor_sq as taylor_sq
     from prunella.criteria import wanda as wanda
     from prunella.errors import PruningError as PruningError
@@ -52,8 +76,12 @@ if TYPE_CHECKING:
     from prunella.granularity import Depth as Depth
     from prunella.granularity import Element as Element
     from prunella.granularity import Expert as Expert
+    from prunella.granularity import Filter as Filter
     from prunella.granularity import Head as Head
+    from prunella.granularity import Kernel as Kernel
+    from prunella.granularity import KernelPattern as KernelPattern
     from prunella.granularity import Reduce as Reduce
+    from prunella.granularity import Vector as Vector
     from prunella.granularity import Vocabulary as Vocabulary
     from prunella.granularity import Width as Width
     from prunella.metrics.effects import SideEffects as SideEffects
@@ -71,6 +99,7 @@ if TYPE_CHECKING:
     from prunella.metrics.speed import effective_macs as effective_macs
     from prunella.metrics.speed import energy as energy
     from prunella.metrics.speed import speedup as speedup
+    from prunella.permutation import permute as permute
     from prunella.pipeline import Plan as Plan
     from prunella.pipeline import Recipe as Recipe
     from prunella.pipeline import plan as plan
@@ -82,6 +111,8 @@ if TYPE_CHECKING:
     from prunella.realize.plan_file import load_plan as load_plan
     from prunella.realize.plan_file import save_plan as save_plan
     from prunella.realize.shrink import shrink as shrink
+    from prunella.recovery.bias import Folded as Folded
+    from prunella.recovery.bias import fold_means as fold_means
     from prunella.recovery.calibrate import recalibrate_bn as recalibrate_bn
     from prunella.recovery.distill import distill as distill
     from prunella.recovery.distill import distill_attention as distill_attention
@@ -108,15 +139,23 @@ if TYPE_CHECKING:
     from prunella.reporting.report import Curve as Curve
     from prunella.reporting.report import Report as Report
     from prunella.reporting.report import report as report
+    from prunella.sanity import collapsed as collapsed
+    from prunella.sanity import reinitialised as reinitialised
+    from prunella.sanity import shuffled_plan as shuffled_plan
+    from prunella.schedule import acdc as acdc
     from prunella.schedule import cosine as cosine
     from prunella.schedule import cubic as cubic
     from prunella.schedule import exponential as exponential
     from prunella.schedule import linear as linear
     from prunella.schedule import one_shot as one_shot
+    from prunella.schedule import rounds as rounds
     from prunella.solvers import admm as admm
     from prunella.solvers import by_score as by_score
+    from prunella.solvers import mfac as mfac
+    from prunella.solvers import obs as obs
     from prunella.solvers import refit as refit
     from prunella.solvers import sparsegpt as sparsegpt
+    from prunella.solvers import woodfisher as woodfisher
     from prunella.study import Study as Study
     from prunella.study import pareto as pareto
     from prunella.targets import Bytes as Bytes
@@ -168,6 +207,8 @@ if TYPE_CHECKING:
     from prunella.train.rules import rigl_flops as rigl_flops
     from prunella.train.rules import set_ as set_
     from prunella.train.rules import sparse_momentum as sparse_momentum
+    from prunella.train.soft import SoftPruner as SoftPruner
+    from prunella.train.soft import Surgery as Surgery
     from prunella.train.thresholds import learned_threshold_ as learned_threshold_
     from prunella.train.top_kast import top_kast_ as top_kast_
     from prunella.train.variational import variational_dropout_ as variational_dropout_
@@ -176,6 +217,22 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
+    "activation_norm": "criteria",
+    "activation_variance": "criteria",
+    "apoz": "criteria",
+    "block_influence": "criteria",
+    "fisher": "criteria",
+    "fluctuation": "criteria",
+    "head_importance": "criteria",
+    "hrank": "criteria",
+    "inverted": "criteria",
+    "mfac_saliency": "criteria",
+    "movement": "criteria",
+    "obd": "criteria",
+    "obert": "criteria",
+    "obs_saliency": "criteria",
+    "shuffled": "criteria",
+    "taylor_abs": "criteria",
     "bn_scale": "criteria",
     "geometric_median": "criteria",
     "group_norm": "criteria",
@@ -268,6 +325,11 @@ _HOME = {
     "exponential": "schedule",
     "linear": "schedule",
     "one_shot": "schedule",
+    "mfac": "solvers",
+    "obs": "solvers",
+    "woodfisher": "solvers",
+    "fold_means": "recovery.bias",
+    "Folded": "recovery.bias",
     "recalibrate_bn": "recovery.calibrate",
     "reconstruct": "recovery.reconstruct",
     "Training": "recovery.finetune",
@@ -320,6 +382,26 @@ _HOME = {
     "Curve": "reporting.report",
     "Report": "reporting.report",
     "report": "reporting.report",
+    "Vector": "granularity",
+    "Kernel": "granularity",
+    "Filter": "granularity",
+    "KernelPattern": "granularity",
+    "snip": "criteria",
+    "grasp": "criteria",
+    "synflow": "criteria",
+    "acdc": "schedule",
+    "rounds": "schedule",
+    "iterate": "at_init",
+    "Rounds": "at_init",
+    "iterative_snip": "at_init",
+    "force": "at_init",
+    "synflow_rounds": "at_init",
+    "collapsed": "sanity",
+    "shuffled_plan": "sanity",
+    "reinitialised": "sanity",
+    "SoftPruner": "train.soft",
+    "Surgery": "train.soft",
+    "permute": "permutation",
     "Compression": "metrics.size",
     "EffectiveSparsity": "metrics.reach",
     "Frontier": "reporting.frontier",

@@ -16,14 +16,16 @@ HOMES = (
     "schedule",
     "train",
     "solvers",
-    "train",
+    "at_init",
+    "sanity",
+    "permutation",
     "recovery",
     "tickets",
     "compress",
     "blockwise",
-    "recipes",
     "metrics",
     "study",
+    "recipes",
 )
 _ORDER = get_args(MethodKind)
 

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from prunella.budget import Allocation, Ladder, Pool, allocate, ladder, most, solve
 from prunella.errors import RequestError, TargetMissed
-from prunella.granularity import Block, Element
+from prunella.granularity import NM, Block, Competing, Element, Fixed, Masking
 from prunella.graph.structure import Frozen, Graph, Group, Layer
+from prunella.graph.view import kernel_shape
 from prunella.select import Counts, removal_order
 from prunella.targets import Bytes, MACs, Params, Sparsity, Target
 from prunella.types import Mask, Scores
@@ -141,18 +142,26 @@ class Weights:
     graph: Graph
     layers: tuple[Layer, ...]
     scores: tuple[Tensor, ...]
-    pattern: Element | Block
+    pattern: Competing
 
     @cached_property
     def pools(self) -> list[Pool]:
         """One pool for each layer."""
         shapes = [self.graph.entities[layer.entity].shape for layer in self.layers]
-        pairs = zip(self.layers, self.scores, shapes, strict=True)
-        return [Pool(layer.name, self.pattern.ranked(scores), shape) for layer, scores, shape in pairs]
+        ranked = [pattern.ranked(scores) for pattern, scores in zip(self._patterns, self.scores, strict=True)]
+        return [
+            Pool(layer.name, scores, shape) for layer, scores, shape in zip(self.layers, ranked, shapes, strict=True)
+        ]
+
+    @cached_property
+    def _patterns(self) -> list[Element | Block]:
+        if isinstance(self.pattern, Element | Block):
+            return [self.pattern] * len(self.layers)
+        return [self.pattern.on(shape_of(self.graph, layer)) for layer in self.layers]
 
     @cached_property
     def _freed(self) -> list[int | Tensor]:
-        return [self.pattern.freed(scores) for scores in self.scores]
+        return [pattern.freed(scores) for pattern, scores in zip(self._patterns, self.scores, strict=True)]
 
     @cached_property
     def _macs(self) -> dict[str, float]:
@@ -160,7 +169,8 @@ class Weights:
 
     def masks(self, removed: Counts) -> list[Mask]:
         """What is kept of every layer's matrix."""
-        return [self.pattern.mask(scores, count) for scores, count in zip(self.scores, removed, strict=True)]
+        each = zip(self._patterns, self.scores, removed, strict=True)
+        return [pattern.mask(scores, count) for pattern, scores, count in each]
 
     def kept(self, removed: Counts) -> list[int]:
         """Weights that stay in every layer."""
@@ -184,6 +194,28 @@ class Weights:
         """For `Sparsity` exactly `round(s * N)` weights go, where the pattern allows it."""
         dense = self.amount(target, (0,) * len(self.layers))
         return dense - round(target.value * dense) if isinstance(target, Sparsity) else target.absolute(dense)
+
+
+def fixed_masks(pattern: Fixed, graph: Graph, layers: Sequence[Layer], scores: Sequence[Tensor]) -> list[Mask]:
+    """Masks of a pattern that leaves nothing to share out, by layer. RequestError for layers it does not fit."""
+    reasons = {layer.name: pattern.misfit(shape_of(graph, layer)) for layer in layers}
+    odd = [name for name, reason in reasons.items() if reason]
+    if odd:
+        names = ", ".join(odd[:5]) + (", ..." if len(odd) > 5 else "")
+        raise RequestError(
+            f"{pattern.title} does not fit {names}", reasons[odd[0]], f"leave them out: skip={odd[:5]!r}"
+        )
+    return pattern.masks(scores)
+
+
+def pattern_name(pattern: Masking) -> str:
+    """What a row of a table calls the pattern."""
+    return f"{pattern.n}:{pattern.m}" if isinstance(pattern, NM) else type(pattern).__name__.lower()
+
+
+def shape_of(graph: Graph, layer: Layer) -> tuple[int, ...]:
+    """The weight of a layer as `(out, in, *kernel)`."""
+    return kernel_shape(graph.entities[layer.entity].shape, layer)
 
 
 def _gone(freed: int | Tensor, count: int) -> int:

@@ -64,6 +64,31 @@ def batches(data: Iterable[Any]) -> Iterator[Any]:
         )
 
 
+def samples(batch: Any) -> Iterator[Any]:
+    """A batch as batches of one: every tensor in it that has axes is split along its first one, the rest is shared."""
+    found = [tensor for tensor in tensors(batch) if tensor.dim()]
+    sizes = {tensor.shape[0] for tensor in found}
+    if len(sizes) != 1:
+        raise RequestError(
+            "this batch cannot be split into samples",
+            f"the first axes of its tensors have {', '.join(map(str, sorted(sizes))) or 'no'} positions",
+            "pass batches of one sample, or tensors whose first axis numbers the samples",
+        )
+    for number in range(sizes.pop()):
+        yield _sample(batch, number)
+
+
+def _sample(batch: Any, number: int) -> Any:
+    if isinstance(batch, Tensor):
+        return batch[number : number + 1] if batch.dim() else batch
+    if isinstance(batch, Mapping):
+        return {key: _sample(value, number) for key, value in batch.items()}
+    if isinstance(batch, tuple | list):
+        parts = [_sample(value, number) for value in batch]
+        return tuple(parts) if isinstance(batch, tuple) else parts
+    return batch
+
+
 @contextmanager
 def mode(model: nn.Module, *, training: bool) -> Iterator[nn.Module]:
     """Put every module of `model` in training or evaluation mode, and give each its own flag back afterwards."""

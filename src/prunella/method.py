@@ -19,9 +19,11 @@ F = TypeVar("F", bound=Callable[..., Any])
 MethodKind = Literal[
     "recipe",
     "criterion",
+    "control",
     "granularity",
     "allocation",
     "schedule",
+    "cycle",
     "solver",
     "search",
     "training",
@@ -32,7 +34,30 @@ MethodKind = Literal[
 ]
 Scope = Literal["producer", "consumer", "group"]
 
-STATISTICS = ("weight", "grad", "grad_sq", "input_norm", "norm_scale", "gate_grad", "unit_weight", "noise")
+STATISTICS = (
+    "weight",
+    "grad",
+    "grad_sq",
+    "input_norm",
+    "norm_scale",
+    "gate_grad",
+    "unit_weight",
+    "noise",
+    "fisher_diag",
+    "fisher_inverse",
+    "fisher_inverse_diag",
+    "hessian_diag",
+    "sample_grad",
+    "input_var",
+    "unit_norm",
+    "unit_rank",
+    "unit_var",
+    "unit_zeros",
+    "influence",
+    "hessian_grad",
+    "total_slope",
+    "flow",
+)
 
 
 @dataclass(frozen=True)
@@ -81,6 +106,11 @@ def criterion(*, source: str, status: str = "stable", scope: Scope = "producer")
     return _record("criterion", source=source, status=status, scope=scope)
 
 
+def control(*, source: str, status: str = "stable") -> Callable[[F], F]:
+    """Register a control: a function that makes of a criterion, a plan or a model one that should do worse."""
+    return _record("control", source=source, status=status)
+
+
 def allocation(*, source: str, status: str = "stable") -> Callable[[F], F]:
     """Register an allocation."""
     return _record("allocation", source=source, status=status)
@@ -94,6 +124,11 @@ def granularity(*, source: str, status: str = "stable") -> Callable[[F], F]:
 def schedule(*, source: str, status: str = "stable") -> Callable[[F], F]:
     """Register a schedule."""
     return _record("schedule", source=source, status=status)
+
+
+def cycle(*, source: str, status: str = "stable") -> Callable[[F], F]:
+    """Register a schedule that falls on its way: weights come back. It still runs from exactly 0 to exactly 1."""
+    return _record("cycle", source=source, status=status)
 
 
 def recovery(*, source: str, status: str = "stable") -> Callable[[F], F]:
@@ -140,6 +175,12 @@ def needs_of(function: Callable[..., Any]) -> tuple[str, ...]:
     """The statistics that a criterion asks for, registered or not."""
     parameters = inspect.signature(function).parameters.values()
     return tuple(p.name for p in parameters if p.kind is not p.KEYWORD_ONLY)
+
+
+def knobs_of(function: Callable[..., Any]) -> dict[str, Any]:
+    """The knobs of a method with the values that they have, those that `functools.partial` bound included."""
+    parameters = inspect.signature(function).parameters.values()
+    return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
 
 
 def scope_of(function: Callable[..., Any]) -> Scope:

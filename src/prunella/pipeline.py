@@ -16,28 +16,28 @@ from torch import Tensor, nn
 from prunella import provenance, table
 from prunella.allocation import uniform
 from prunella.budget import Allocation
-from prunella.contest import Rules, Units, Weights, obstacles, offer, share
+from prunella.contest import Rules, Units, Weights, fixed_masks, obstacles, offer, pattern_name, share
 from prunella.criteria import magnitude
 from prunella.errors import BadInput, NotSupported, RequestError
-from prunella.granularity import NM, Channel, Depth, Granularity, Masking, Ranked, Structural, Vocabulary
+from prunella.granularity import Channel, Competing, Depth, Fixed, Granularity, Ranked, Structural, Vocabulary
 from prunella.graph.counters import counted
 from prunella.graph.couple import changes, couple
 from prunella.graph.depth import narrow
 from prunella.graph.oracle import unproven
 from prunella.graph.structure import Frozen, Graph, Group, Keep, Layer
 from prunella.graph.surgery import Along, Changes, Renumbered, Sizes
-from prunella.graph.view import from_matrix
+from prunella.graph.view import from_matrix, to_matrix
 from prunella.graph.vocabulary import known_only, renumber
-from prunella.method import needs_of
+from prunella.method import knobs_of, needs_of
 from prunella.names import check_patterns, chosen, names_of_group, names_of_layer, rank_of, spared_blocks
 from prunella.request import check_finite, check_function, check_granularity, check_numbers, checked_target
 from prunella.scoring import Absent, Criterion, Scorer, name_of
 from prunella.stats import Source, Subject, collect, untouched
+from prunella.stats.masked import Before, behind, masked
 from prunella.stats.subject import first_seen
 from prunella.table import Amount as Amount
 from prunella.table import Row as Row
 from prunella.targets import Sparsity, Target
-from prunella.types import Mask
 
 Loss = Callable[[nn.Module, Any], Tensor]
 Inputs = Tensor | tuple[Any, ...] | Mapping[str, Any]
@@ -50,9 +50,10 @@ class Recipe:
     criterion: a function from statistics to scores (`prunella.criteria`, or your own).
     granularity: what a unit is; several structural ones, as `(Channel(), Head())`, share one ranking.
     allocation: how much each group gives (`prunella.allocation`).
-    floor: fraction in [0, 1) of every group's units (of every layer's weights) that stays; at least one always does.
+    floor: fraction in [0, 1) of every group's units (of every layer's weights) that stays.
     align: widths of channel groups stay multiples of it, where they are not left whole; not for heads and masks.
     seed: of everything random. The same seed gives the same plan.
+    least: units (weights) that stay in every group (layer) whatever the floor: 1, or 0 for masks that may empty layers.
     even: units whose keys are equal go together, so that equal groups under `uniform` stay equal, and a transformers
         model loads with plain `from_pretrained`; the target is then passed by up to one unit of every group.
     """
@@ -64,12 +65,13 @@ class Recipe:
     align: int = 1
     seed: int = 0
     even: bool = False
+    least: int = 1
 
     def __post_init__(self) -> None:
         check_function(self.criterion, "criterion")
         check_function(self.allocation, "allocation")
         check_granularity(self.grains)
-        check_numbers(self.grains, self.floor, self.align, self.seed)
+        check_numbers(self.grains, self.floor, self.align, self.seed, self.least)
 
     @property
     def grains(self) -> tuple[Granularity, ...]:
@@ -86,6 +88,7 @@ class Recipe:
             "align": self.align,
             "seed": self.seed,
             "even": self.even,
+            "least": self.least,
         }
 
     @classmethod
@@ -98,6 +101,7 @@ class Recipe:
                 int(described["align"]),
                 int(described["seed"]),
                 bool(described.get("even", False)),
+                int(described.get("least", 1)),
             )
             criterion, allocation = described["criterion"], described["allocation"]
         except (KeyError, TypeError) as error:
@@ -180,7 +184,7 @@ class Plan:
         names = "by hand"
         if self.recipe:
             parts = [self.recipe["criterion"], *self.recipe["granularity"], self.recipe["allocation"]]
-            names = ", ".join(part["name"] for part in parts)
+            names = ", ".join(map(provenance.title, parts))
         lines = [f"asked {self.target}, got {self.target.name}={self.got:.4g} ({names})"]
         if self.masks:
             lines.append("masks: params and MACs count kept weights only; dense kernels still multiply the zeros")
@@ -218,13 +222,13 @@ def plan(
         check_patterns(graph, skip, only)
         if any(isinstance(grain, Depth) for grain in recipe.grains):
             graph = counted(model, narrow(graph, spared_blocks(graph, skip, only)), inputs)
-        job = _Job(model, graph, recipe, target, Source(data, loss), tuple(skip), tuple(only), inputs)
+        job = Job(model, graph, recipe, target, Source(data, loss), tuple(skip), tuple(only), inputs)
         return job.structure() if isinstance(recipe.grains[0], Structural) else job.masks()
 
 
 @dataclass(frozen=True)
-class _Job:
-    """One call of `plan`."""
+class Job:
+    """One call of `plan`, or one round of `iterate`, which says what is masked already."""
 
     model: nn.Module
     graph: Graph
@@ -234,6 +238,7 @@ class _Job:
     skip: tuple[str, ...]
     only: tuple[str, ...]
     inputs: Inputs
+    before: Before | None = None
 
     # -- structure -----------------------------------------------------------------------------------------------
 
@@ -315,7 +320,7 @@ class _Job:
         if not groups:
             return []
         reduce = {grain.kind: grain.reduce for grain in self.recipe.grains if isinstance(grain, Ranked)}
-        scorer = self._scorer(Subject(self.model, self.graph, groups=tuple(groups)))
+        scorer = self._scorer(Subject(self.model, self.graph, groups=tuple(groups), inputs=self.inputs))
         scored = []
         for group in groups:
             try:
@@ -334,16 +339,24 @@ class _Job:
         scored = self._score_layers(candidates, frozen)
         layers, scores = tuple(layer for layer, _ in scored), tuple(s for _, s in scored)
         pattern = self.recipe.grains[0]
-        if isinstance(pattern, NM):
-            matrices = _nm_masks(pattern, layers, scores)
+        if isinstance(pattern, Fixed):
+            matrices = fixed_masks(pattern, self.graph, layers, scores)
         else:
-            assert isinstance(pattern, Masking)
+            assert isinstance(pattern, Competing)
             contest = Weights(self.graph, layers, scores, pattern)
-            rules = Rules(self.recipe.allocation, self.recipe.floor, (1,) * len(layers), self.recipe.even)
+            least = (self.recipe.least,) * len(layers)
+            rules = Rules(
+                self.recipe.allocation,
+                self.recipe.floor,
+                (1,) * len(layers),
+                self.recipe.even,
+                least,
+                idle=self.before is not None,
+            )
             matrices = contest.masks(share(contest, self.target, rules, frozen, self.graph))
         weights = Subject(self.model, self.graph).parameters
         masks = {x.entity: from_matrix(m, weights[x.entity], x) for x, m in zip(layers, matrices, strict=True)}
-        rows = table.mask_rows(self.graph, layers, masks, _pattern_name(pattern))
+        rows = table.mask_rows(self.graph, layers, masks, pattern_name(pattern))
         return self._plan(after=table.masked_amount(self.graph, rows), rows=rows, frozen=frozen, keep={}, masks=masks)
 
     def _layers(self) -> tuple[list[Layer], list[Frozen]]:
@@ -358,7 +371,7 @@ class _Job:
         return mine, spared
 
     def _score_layers(self, layers: Sequence[Layer], frozen: list[Frozen]) -> list[tuple[Layer, Tensor]]:
-        scorer = self._scorer(Subject(self.model, self.graph, layers=tuple(layers)))
+        scorer = self._scorer(Subject(self.model, self.graph, layers=tuple(layers), inputs=self.inputs))
         scored = []
         for layer in layers:
             try:
@@ -368,13 +381,21 @@ class _Job:
                 frozen.append(Frozen(layer.entity, layer.out_axis, count, str(error), ""))
         if not scored:
             raise self._nothing("weights", frozen)
-        return scored
+        if self.before is None or not self.before.nested:
+            return scored
+        masks = {
+            x.entity: to_matrix(self.before.masks[x.entity], x) for x, _ in scored if x.entity in self.before.masks
+        }
+        ranked = behind({layer.entity: scores for layer, scores in scored}, masks)
+        return [(layer, ranked[layer.entity]) for layer, _ in scored]
 
     # -- both ----------------------------------------------------------------------------------------------------
 
     def _scorer(self, subject: Subject) -> Scorer:
         needs = needs_of(self.recipe.criterion)
-        statistics = collect(subject, needs, self.source, name_of(self.recipe.criterion))
+        name, knobs = name_of(self.recipe.criterion), knobs_of(self.recipe.criterion)
+        with masked(subject.parameters, self.before.masks if self.before else {}):
+            statistics = collect(subject, needs, self.source, name, knobs)
         return Scorer(self.recipe.criterion, subject, statistics, self.recipe.seed)
 
     def _nothing(self, what: str, frozen: Sequence[Frozen]) -> NotSupported:
@@ -410,7 +431,7 @@ class _Job:
             rows=rows,
             frozen=tuple(frozen),
             inputs=self.inputs,
-            remarks=tuple(table.remarks(self.graph)),
+            remarks=(*table.remarks(self.graph), *table.emptied(rows)),
             dropped=done.dropped,
             lists=done.lists,
         )
@@ -419,24 +440,8 @@ class _Job:
 # -- helpers ----------------------------------------------------------------------------------------------------
 
 
-def _nm_masks(pattern: NM, layers: Sequence[Layer], scores: Sequence[Tensor]) -> list[Mask]:
-    odd = [layer.name for layer, matrix in zip(layers, scores, strict=True) if not pattern.fits(tuple(matrix.shape))]
-    if odd:
-        names = ", ".join(odd[:5]) + (", ..." if len(odd) > 5 else "")
-        raise RequestError(
-            f"NM({pattern.n}, {pattern.m}) does not fit {names}",
-            f"{pattern.m} does not divide the columns of the weight as a matrix (out, in * kernel)",
-            f"leave them out: skip={odd[:5]!r}",
-        )
-    return [pattern.mask(matrix) for matrix in scores]
-
-
 def _set_aside(group: Group, reason: str) -> Frozen:
     if group.paths:
         return Frozen(group.name, -1, group.size, reason, "")
     maker = next((m for m in group.members if m.role == "out"), group.members[0])
     return Frozen(maker.entity, maker.axis, len(maker.index), reason, group.where)
-
-
-def _pattern_name(pattern: Granularity) -> str:
-    return f"{pattern.n}:{pattern.m}" if isinstance(pattern, NM) else type(pattern).__name__.lower()

@@ -9,6 +9,7 @@ from enum import Enum
 from functools import partial
 from typing import Any
 
+from prunella.criteria.control import Controlled
 from prunella.errors import BadInput, RequestError
 from prunella.method import REGISTRY, Method, MethodKind, find
 from prunella.scoring import name_of, unwrap
@@ -19,8 +20,11 @@ Described = dict[str, Any]
 def describe(function: Any) -> Described:
     """A criterion, allocation or granularity as `{"name", "knobs"}`, with the values that its knobs have.
 
-    A function that is not registered is written as `module:name`, for the record; it cannot be read back.
+    A function that is not registered is written as `module:name`, for the record; it cannot be read back. Of a
+    criterion made of another by a control, `"of"` describes the other.
     """
+    if isinstance(function, Controlled):
+        return {**describe(function.control), "of": describe(function.of)}
     bare = unwrap(function) if callable(function) else type(function)
     method = next((m for m in REGISTRY.values() if m.function is bare), None)
     name = method.name if method else f"{bare.__module__}:{name_of(bare)}"
@@ -35,12 +39,22 @@ def read(described: Mapping[str, Any], kind: MethodKind) -> Any:
         raise BadInput(f"{described!r} does not describe a {kind}", f"{type(error).__name__}: {error}") from error
     if ":" in name:
         raise RequestError(f"the {kind} {name} is not part of prunella", "functions are not loaded by name from a file")
+    if "of" in described:
+        made = find(name, "control").function(read(described["of"], kind))
+        if not isinstance(made, Controlled):
+            raise BadInput(f"{name} is not a control")
+        return made
     method = find(name, kind)
     values = {key: _typed(method, key, value) for key, value in knobs.items()}
     if kind == "granularity":
         return method.function(**values)
     changed = {knob.name: values[knob.name] for knob in method.knobs if values.get(knob.name) != knob.default}
     return partial(method.function, **changed) if changed else method.function
+
+
+def title(described: Mapping[str, Any]) -> str:
+    """What `describe` wrote in a word, a control with what it is of."""
+    return f"{described['name']}({title(described['of'])})" if "of" in described else str(described["name"])
 
 
 def _knobs(function: Any) -> dict[str, Any]:

@@ -137,6 +137,33 @@ def taylor_fo() -> Recipe:
     return Recipe(criteria.taylor, (Channel(), Head()), global_)
 
 
+@recipe(source="Lee et al. 2019, arXiv:1810.02340")
+def snip_global() -> Recipe:
+    """SNIP as in the paper: single weights, one ranking, layers may empty. Data: batches and a loss.
+
+    Use: one cut before training. Avoid: beyond about 95 %: `iterative_snip` and `force` take many rounds.
+    """
+    return Recipe(criteria.snip, Element(), global_, least=0)
+
+
+@recipe(source="Wang et al. 2020, arXiv:2002.07376")
+def grasp_global() -> Recipe:
+    """GraSP as in the paper: single weights, one ranking, layers may empty. Data: few batches and a loss.
+
+    Use: one cut before training at high sparsity. Avoid: much data at once: the graphs of all batches are kept.
+    """
+    return Recipe(criteria.grasp, Element(), global_, least=0)
+
+
+@recipe(source="Tanaka et al. 2020, arXiv:2006.05467")
+def synflow_global() -> Recipe:
+    """SynFlow in a single round: single weights, one ranking, layers may empty. Data: none.
+
+    Use: to see why the paper takes a hundred rounds. Avoid: pruning with it: take `synflow_rounds`.
+    """
+    return Recipe(criteria.synflow, Element(), global_, least=0)
+
+
 def named(name: str) -> Recipe:
     """The recipe of that name, or the criterion of that name with the defaults. Errors: RequestError, with near names.
 

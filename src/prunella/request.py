@@ -8,8 +8,9 @@ from typing import get_args
 import torch
 from torch import nn
 
+from prunella.criteria.control import Controlled
 from prunella.errors import BadInput, RequestError
-from prunella.granularity import NM, Granularity, Masking, Structural, Vocabulary
+from prunella.granularity import Fixed, Granularity, Masking, Structural, Vocabulary
 from prunella.method import REGISTRY, MethodKind, needs_of
 from prunella.scoring import name_of, unwrap
 from prunella.targets import Sparsity, Target
@@ -22,6 +23,12 @@ def check_function(function: object, kind: MethodKind) -> None:
         found = f"{known.name} is of kind {known.kind}" if known else f"{function!r} is not a function"
         raise RequestError(
             f"Recipe({kind}=) takes a function of that kind", found, f"see `prunella methods` for {kind}s"
+        )
+    if isinstance(unwrap(function), Controlled) and not isinstance(function, Controlled):
+        raise RequestError(
+            f"{name_of(function)} takes no knobs itself",
+            "the criterion that it is made of has them",
+            "bind them inside: inverted(partial(magnitude, p=2))",
         )
     try:
         inspect.signature(function)
@@ -48,8 +55,8 @@ def check_granularity(grains: tuple[Granularity, ...]) -> None:
         )
 
 
-def check_numbers(grains: tuple[Granularity, ...], floor: float, align: int, seed: int) -> None:
-    """Errors: RequestError for a floor, align or seed out of range."""
+def check_numbers(grains: tuple[Granularity, ...], floor: float, align: int, seed: int, least: int) -> None:
+    """Errors: RequestError for a floor, align, seed or least out of range."""
     if not 0 <= floor < 1:
         raise RequestError(f"floor={floor!r} is out of range", "a fraction of each group, 0 <= floor < 1")
     if not isinstance(align, int) or align < 1:
@@ -58,10 +65,14 @@ def check_numbers(grains: tuple[Granularity, ...], floor: float, align: int, see
         raise RequestError("align= is for widths of channels", "masks leave widths alone", "use Block(rows, cols)")
     if not isinstance(seed, int) or not 0 <= seed < 2**31:
         raise RequestError(f"seed={seed!r} is out of range", "a whole number, 0 <= seed < 2**31")
+    if least not in (0, 1):
+        raise RequestError(f"least={least!r} is out of range", "0 or 1", "use floor= to keep more")
+    if least == 0 and isinstance(grains[0], Structural):
+        raise RequestError("least=0 is for masks", "a layer without units is no layer", "leave it at 1")
 
 
 def checked_target(grains: tuple[Granularity, ...], target: Target | None) -> Target:
-    """The target, filled in for `NM` and for `Vocabulary` alone, where nothing is left to choose.
+    """The target, filled in for fixed patterns and for `Vocabulary` alone, where nothing is left to choose.
 
     Errors: RequestError when it is missing, has no unit or does not fit.
     """
@@ -70,11 +81,11 @@ def checked_target(grains: tuple[Granularity, ...], target: Target | None) -> Ta
         if target is not None:
             raise RequestError(f"Vocabulary cannot meet {target}", "its tokens decide what goes", "leave target= out")
         return Sparsity(0.0)
-    if isinstance(pattern, NM):
+    if isinstance(pattern, Fixed):
         fixed = Sparsity(pattern.sparsity)
         if target is not None and not (isinstance(target, Sparsity) and abs(target.value - fixed.value) < 1e-9):
             todo = f"leave target= out, or ask for Sparsity({fixed.value:g})"
-            raise RequestError(f"NM({pattern.n}, {pattern.m}) cannot meet {target}", f"it gives {fixed}", todo)
+            raise RequestError(f"{pattern.title} cannot meet {target}", f"it gives {fixed}", todo)
         return fixed
     if not isinstance(target, Target):
         found = "target= is missing" if target is None else f"target={target!r} has no unit"

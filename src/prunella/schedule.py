@@ -1,7 +1,8 @@
 """When to prune: functions from progress in [0, 1] to the fraction in [0, 1] of the final target.
 
-Progress is `step / steps`. Every schedule runs from exactly 0 to exactly 1 and never falls. At a final sparsity `s` the
-sparsity is `s * schedule(progress)`; `prunella.Pruner` does the same for budgets of parameters, MACs and bytes.
+Progress is `step / steps`. Every schedule runs from exactly 0 to exactly 1 and never falls; a cycle (`acdc`) does so
+too, but falls on its way, so that weights come back. At a final sparsity `s` the sparsity is `s * schedule(progress)`;
+`prunella.Pruner` does the same for budgets of parameters, MACs and bytes.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ import math
 from collections.abc import Callable
 
 from prunella.errors import RequestError
-from prunella.method import schedule
+from prunella.method import cycle, schedule
+from prunella.targets import Sparsity
 
 Schedule = Callable[[float], float]
 
@@ -84,3 +86,44 @@ def exponential(progress: float, *, rho: float = 100.0) -> float:
     if _checked(progress) == 1:
         return 1.0
     return float((1 - rho**-progress) / (1 - 1 / rho))
+
+
+@cycle(source="Peste et al. 2021, arXiv:2106.12379")
+def acdc(progress: float, *, cycles: int = 8, warmup: float = 0.1, last: float = 0.15) -> float:
+    """Sparse and dense phases in turn (AC/DC): every dense phase lets all weights train, the last phase is sparse.
+
+    `f(p) = 0` for `p < warmup`, `1` for `p >= 1 - last`, and in between `2 * cycles` phases of equal length, `1` in the
+    first, `0` in the second and so on. For a `Pruner` with `nested=False`: weights come back as zeros, with an empty
+    memory in the optimizer; when a sparse phase starts, the whole target is planned anew.
+
+    cycles: pairs of phases, at least 1. warmup, last: parts of the run, each above 0, together below 1.
+
+    Use: training from scratch to one sparse and one dense network at once. Avoid: short runs and fine-tuning: half of
+    the steps train weights that go.
+    """
+    if cycles < 1 or warmup <= 0 or last <= 0 or warmup + last >= 1:
+        what = f"cycles={cycles}, warmup={warmup:g}, last={last:g} are no cycle"
+        raise RequestError(what, "cycles >= 1, warmup > 0, last > 0, warmup + last < 1", "for example acdc's defaults")
+    if _checked(progress) < warmup:
+        return 0.0
+    # Steps lie on edges of phases, where rounding of p must not decide.
+    phase = int((progress - warmup) / (1 - warmup - last) * 2 * cycles + 1e-9)
+    return float(phase >= 2 * cycles or phase % 2 == 0)
+
+
+def rounds(count: int, *, of_survivors: float | None = None, of_all: float | None = None) -> tuple[Sparsity, ...]:
+    """The targets of so many rounds that remove the same part each: of what is left, or of all weights.
+
+    `of_survivors=p`: `1 - (1 - p)^k` after round k, the curve of `exponential(k / count, rho=(1 - p)^-count)`: LeNet's
+    20 % a round leaves 80, 64, 51.2 % and so on. `of_all=p`: `k p`, the curve of `linear`. Exactly one of both.
+    """
+    if count < 1 or (of_survivors is None) == (of_all is None):
+        what = f"count={count}, of_survivors={of_survivors}, of_all={of_all} are no rounds"
+        raise RequestError(what, "count >= 1, and either of_survivors= or of_all=", "for example of_survivors=0.2")
+    part = of_all if of_survivors is None else of_survivors
+    assert part is not None
+    if not 0 < part < 1 or (of_all is not None and of_all * count >= 1):
+        why = f"{count} rounds of {part:g} leave nothing" if 0 < part < 1 else "a part is above 0 and below 1"
+        raise RequestError(f"a part of {part:g} a round is out of range", why, "remove less a round, or of_survivors=")
+    gone = [1 - (1 - part) ** k if of_all is None else part * k for k in range(1, count + 1)]
+    return tuple(map(Sparsity, gone))

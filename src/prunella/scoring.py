@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from prunella.criteria.control import Controlled
 from prunella.errors import BadInput, NotSupported, RequestError
 from prunella.granularity.structure import Reduce, reduce_to_units
 from prunella.graph.structure import Group, Layer, Member
@@ -25,13 +26,20 @@ from prunella.stats.subject import Subject
 from prunella.types import Saliency, Scores
 
 Criterion = Callable[..., Tensor]
-PER_UNIT = frozenset({"unit_weight", "norm_scale", "gate_grad", "noise"})
+_MEASURED = frozenset({"unit_norm", "unit_rank", "unit_var", "unit_zeros"})
+PER_UNIT = frozenset({"unit_weight", "norm_scale", "gate_grad", "noise", "influence"}) | _MEASURED
 """Statistics that exist for each unit of a group; the others exist for each weight."""
-_ONLY_UNITS = frozenset({"unit_weight", "norm_scale"})
+_ONLY_UNITS = frozenset({"unit_weight", "norm_scale"}) | _MEASURED
 _ROLES: dict[Scope, tuple[str, ...]] = {
     "producer": ("out",),
     "consumer": ("in",),
     "group": ("out", "in", "bias", "scale", "shift", "other"),
+}
+
+
+_WHY = {
+    "unit_rank": "and no convolution reads these units as maps",
+    "influence": "and only residual blocks have it: use granularity=Depth()",
 }
 
 
@@ -48,6 +56,8 @@ def unwrap(function: Any) -> Any:
 
 def name_of(function: Any) -> str:
     """A function's or class's name as users write it, without the underscore that avoids a builtin."""
+    if isinstance(function, Controlled):
+        return f"{name_of(function.control)}({name_of(function.of)})"
     return str(getattr(unwrap(function), "__name__", repr(function))).rstrip("_")
 
 
@@ -67,13 +77,17 @@ class Scorer:
 
     def weights(self, layer: Layer) -> Saliency:
         """A score for every weight of a layer, as the matrix `(out, in)`, on the CPU."""
+        if isinstance(self.criterion, Controlled):
+            scores = replace(self, criterion=self.criterion.of).weights(layer)
+            return self.criterion.change(scores, self._dice(layer.name))
         needs = needs_of(self.criterion)
-        lacking = next((need for need in needs if need in _ONLY_UNITS), None)
+        lacking = next((need for need in needs if need in _ONLY_UNITS or need == "influence"), None)
         if lacking:
+            blocks = lacking == "influence"
             raise RequestError(
                 f"{self.name} scores units, not single weights",
-                f"`{lacking}` exists for each channel or head",
-                "use granularity=Channel() or Head()",
+                f"`{lacking}` exists for each {'residual block' if blocks else 'channel or head'}",
+                f"use granularity={'Depth()' if blocks else 'Channel() or Head()'}",
             )
         scores = self._on_matrix(layer.entity)
         shape = to_matrix(self.subject.parameters[layer.entity], layer).shape
@@ -88,6 +102,9 @@ class Scorer:
 
     def units(self, group: Group, reduce: Reduce) -> Scores:
         """A score for every unit of a group, `(units,)` in float64 on the CPU. Raises Absent."""
+        if isinstance(self.criterion, Controlled):
+            scores = replace(self, criterion=self.criterion.of).units(group, reduce)
+            return self.criterion.change(scores, self._dice(group.name))
         needs = frozenset(needs_of(self.criterion))
         if group.paths and needs & _ONLY_UNITS:
             lacking = ", ".join(sorted(needs & _ONLY_UNITS))
@@ -124,7 +141,8 @@ class Scorer:
             return self._unit_weight(group)
         value = self.statistics.get(need, group.name)
         if value is None:
-            raise Absent(f"{self.name} needs `{need}`, which this group does not have")
+            why = _WHY.get(need, "which this group does not have")
+            raise Absent(f"{self.name} needs `{need}`, {why}")
         return value
 
     def _norm_scale(self, group: Group) -> Scores:
@@ -196,7 +214,9 @@ class Scorer:
         value = self.statistics.get(need, entity)
         if value is None:
             raise Absent(f"{self.name} needs `{need}`, and {entity} did not run on the data")
-        if need == "gate_grad":
+        if need == "fisher_inverse":
+            return value
+        if need in ("gate_grad", "sample_grad"):
             return torch.stack([self._matrix(entity, batch) for batch in value])
         matrix = self._matrix(entity, value)
         if need == "input_norm" and bool((matrix == matrix[:1]).all()):
@@ -217,9 +237,11 @@ class Scorer:
         return self.subject.parameters[member.entity].detach().cpu()
 
     def _noise(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        return torch.rand(shape, generator=self._dice(name), dtype=torch.float64)
+
+    def _dice(self, name: str) -> torch.Generator:
         # By name, so that leaving a group out does not change the numbers of the others. The generator takes 32 bits.
-        generator = torch.Generator().manual_seed(zlib.crc32(f"{self.seed} {name}".encode()))
-        return torch.rand(shape, generator=generator, dtype=torch.float64)
+        return torch.Generator().manual_seed(zlib.crc32(f"{self.seed} {name}".encode()))
 
 
 def _by_position(values: Tensor, axis: int) -> Tensor:

@@ -128,6 +128,17 @@ def remarks(graph: Graph, limit: int = 3) -> list[str]:
     return [f"{text}: {_listed(names, limit)}" for text, names in lines.items() if names]
 
 
+def emptied(rows: Sequence[Row], limit: int = 5) -> list[str]:
+    """A line that names the layers of which a mask keeps nothing, if there are any."""
+    names = empty(rows)
+    return [f"collapsed, nothing of these layers is left: {_listed(names, limit)}"] if names else []
+
+
+def empty(rows: Sequence[Row]) -> list[str]:
+    """Names of layers of which nothing is kept."""
+    return [row.name for row in rows if row.kept == 0 and row.total]
+
+
 def _listed(names: Sequence[str], limit: int) -> str:
     return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
 

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from prunella.errors import RequestError
@@ -62,6 +63,14 @@ class MACs(Target):
 @dataclass(frozen=True)
 class Bytes(Target):
     """Bytes of parameters and buffers that remain: a fraction up to 1, or a number."""
+
+
+def part_of(target: Target, fraction: float, dense: Callable[[], float]) -> Target:
+    """The target after `fraction` of the way from the dense model, whose amount `dense` gives where it is needed."""
+    if isinstance(target, Sparsity):
+        return Sparsity(fraction * target.value)
+    remains = target.value if target.value <= 1 else min(1.0, target.value / dense())
+    return type(target)(1 - fraction * (1 - remains))
 
 
 _KINDS: dict[str, type[Target]] = {"sparsity": Sparsity, "params": Params, "macs": MACs, "bytes": Bytes}

@@ -20,6 +20,20 @@ type_names = (
     "GateGrad",
     "UnitWeight",
     "Noise",
+    "FisherDiag",
+    "FisherInverse",
+    "FisherInverseDiag",
+    "HessianDiag",
+    "SampleGrad",
+    "InputVar",
+    "UnitNorm",
+    "UnitRank",
+    "UnitVar",
+    "UnitZeros",
+    "Influence",
+    "HessianGrad",
+    "TotalSlope",
+    "Flow",
     "Gram",
     "Saliency",
     "Scores",
@@ -36,6 +50,22 @@ NormScale = Annotated[Tensor, "(units,)", "mean absolute scale (gamma) of the no
 GateGrad = Annotated[Tensor, "(batches, units)", "gradient of the loss to a gate of 1 on each unit (weight), per batch"]
 UnitWeight = Annotated[Tensor, "(units, weights)", "all weights of each unit in the criterion's scope, one row a unit"]
 Noise = Annotated[Tensor, "any", "uniform numbers in [0, 1), one for each unit (weight), from the recipe's seed"]
+FisherDiag = Annotated[Tensor, "(out, in)", "mean over samples of the squared gradient"]
+FisherInverse = Annotated[
+    Tensor, "(out, blocks, block, block)", "inverse of the damped Fisher of every block of neighbours in a row"
+]
+FisherInverseDiag = Annotated[Tensor, "(out, in)", "diagonal of FisherInverse"]
+HessianDiag = Annotated[Tensor, "(out, in)", "estimate of the second derivative of the loss to each weight"]
+SampleGrad = Annotated[Tensor, "(samples, out, in)", "gradient of the loss of each sample"]
+InputVar = Annotated[Tensor, "(out, in)", "variance over all tokens of the input that each weight multiplies"]
+UnitNorm = Annotated[Tensor, "(units,)", "root mean square of each unit's activation where it is read"]
+UnitRank = Annotated[Tensor, "(units,)", "mean rank of each unit's feature maps where convolutions read it"]
+UnitVar = Annotated[Tensor, "(units,)", "variance of each unit's activation where it is read"]
+UnitZeros = Annotated[Tensor, "(units,)", "part of each unit's activations that are exactly 0 where it is read"]
+Influence = Annotated[Tensor, "(units,)", "one minus the mean cosine of a residual block's input and output"]
+HessianGrad = Annotated[Tensor, "(out, in)", "Hessian of the mean loss times its gradient"]
+TotalSlope = Annotated[Tensor, "(out, in)", "sum of |grad * weight| over everything scored, the same everywhere"]
+Flow = Annotated[Tensor, "(out, in)", "gradient of the sum over all paths of products of absolute weights"]
 Gram = Annotated[Tensor, "(in, in)", "sum over tokens of x x^T"]
 Saliency = Annotated[Tensor, "(out, in)", "one number per weight; higher is kept"]
 Scores = Annotated[Tensor, "(units,)", "one number per unit; higher is kept"]

@@ -3,7 +3,18 @@
 from __future__ import annotations
 
 from prunella.method import criterion
-from prunella.types import InputNorm, Saliency, Weight
+from prunella.types import (
+    Influence,
+    InputNorm,
+    InputVar,
+    Saliency,
+    Scores,
+    UnitNorm,
+    UnitRank,
+    UnitVar,
+    UnitZeros,
+    Weight,
+)
 
 
 @criterion(source="Sun et al. 2023, arXiv:2306.11695")
@@ -18,3 +29,84 @@ def wanda(weight: Weight, input_norm: InputNorm) -> Saliency:
     pruned with retraining: `magnitude` does as well there.
     """
     return weight.abs() * input_norm
+
+
+@criterion(source="An et al. 2024, arXiv:2312.11983", scope="consumer")
+def fluctuation(weight: Weight, input_var: InputVar) -> Saliency:
+    """Variance of an input times the squared weight that reads it: what a constant cannot replace (FLAP).
+
+    `S_ij = Var(x_j) * W_ij^2`; a unit scores the sum over the weights that read it, `Var(x_j) * ||W_:j||^2`. An input
+    that never varies scores 0 however large it is, since `fold_means` puts it into the bias without any error.
+    Data: forward passes only. A convolution takes the variance of a channel over samples and pixels.
+
+    Use: units and heads without training, followed by `fold_means`. Avoid: without that compensation: removing a large
+    constant input does harm.
+    """
+    return input_var * weight.square()
+
+
+@criterion(source="Hu et al. 2016, arXiv:1607.03250")
+def apoz(unit_zeros: UnitZeros) -> Scores:
+    """How often the activation of a unit is not zero: one minus the average percentage of zeros (APoZ).
+
+    `s_u = 1 - mean [a_u = 0]`, so that higher is kept: a dead unit, whose APoZ is 1, scores 0. `a_u` is what the layers
+    that read the unit multiply, after any activation, module or function; behind an average pooling a value is zero
+    only where the whole window is. Data: forward passes only.
+
+    Use: networks with ReLU, to find dead and nearly dead units. Avoid: GELU, SiLU and other activations that are never
+    exactly 0: all units tie.
+    """
+    return 1 - unit_zeros
+
+
+@criterion(source="Lin et al. 2020, arXiv:2002.10179")
+def hrank(unit_rank: UnitRank) -> Scores:
+    """Mean rank of the feature maps of a channel.
+
+    `s_u = mean over samples of rank(A_u)`, `A_u` the map `(height, width)` that the convolutions read, after activation
+    and pooling. The rank is that of `torch.linalg.matrix_rank` with its default tolerance. Data: forward passes only; a
+    singular value decomposition for each map. Channels that no 2-D convolution reads are left alone.
+
+    Use: convolutions on maps of 8x8 and more; a few batches are enough. Avoid: small maps, where nearly all ranks are
+    equal, and linear layers.
+    """
+    return unit_rank
+
+
+@criterion(source="Molchanov et al. 2017, arXiv:1611.06440, section 2.2 (activation)")
+def activation_norm(unit_norm: UnitNorm) -> Scores:
+    """Size of the activation of a unit.
+
+    `s_u = sqrt(mean a_u^2)` over samples, pixels and the positions of the unit, where the layers that read it multiply
+    it. Data: forward passes only.
+
+    Use: rankings without labels in networks whose readers have weights of like size. Avoid: units with a large constant
+    part, which a bias could replace: see `activation_variance`.
+    """
+    return unit_norm
+
+
+@criterion(source="Polyak and Wolf 2015; Molchanov et al. 2017, arXiv:1611.06440")
+def activation_variance(unit_var: UnitVar) -> Scores:
+    """Variance of the activation of a unit: one that hardly varies carries no information.
+
+    `s_u = mean a_u^2 - (mean a_u)^2` over samples and pixels, the mean over the positions of a unit, where the layers
+    that read it multiply it. Data: forward passes only.
+
+    Use: before `fold_means` or `reconstruct`, which put the constant part back. Avoid: when how the unit is read
+    matters too: `fluctuation` has the weights.
+    """
+    return unit_var
+
+
+@criterion(source="Men et al. 2024, arXiv:2403.03853")
+def block_influence(influence: Influence) -> Scores:
+    """How much a residual block turns the stream that runs through it (ShortGPT's block influence).
+
+    `s_l = 1 - mean cos(x_l, x_{l+1})` over tokens and samples, between what enters and what leaves the block; the
+    vectors are along the last axis, or along the channels where the block begins with a convolution. An identity block
+    scores 0 and goes first; so does one that only scales the stream. Data: forward passes only. For `Depth()`.
+
+    Use: whole layers of language models without training. Avoid: short stacks, or blocks that change the width.
+    """
+    return influence

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import torch
+
 from prunella.method import criterion
-from prunella.types import GateGrad, GradSq, Saliency, Scores, Weight
+from prunella.types import GateGrad, Grad, GradSq, Saliency, Scores, Weight
 
 
 @criterion(source="Molchanov et al. 2019, arXiv:1906.10771; Michel et al. 2019, arXiv:1905.10650")
@@ -32,3 +34,46 @@ def taylor_sq(weight: Weight, grad_sq: GradSq) -> Saliency:
     take `taylor`.
     """
     return weight.square() * grad_sq
+
+
+@criterion(source="Molchanov et al. 2017, arXiv:1611.06440")
+def taylor_abs(gate_grad: GateGrad, *, normalise: bool = True) -> Scores:
+    """Absolute change of the loss, to first order, when a unit is gated off, rescaled within each layer.
+
+    `s_u = mean_b |dL_b/dz_u|` at a gate `z_u = 1`: the sum over the unit's activations (or, the same, over the weights
+    that read it) comes before the absolute value, and that before the mean over batches. Batches of one sample give the
+    paper's mean over examples. normalise: divide by the L2 norm of the scores of the group, as the paper does to
+    compare layers. Data: batches and a loss.
+
+    Use: rankings over layers of very different scale. Avoid: where the sum of squares is wanted that adds up over
+    groups: `taylor`.
+    """
+    scores = gate_grad.abs().mean(0)
+    return scores / scores.norm().clamp_min(torch.finfo(scores.dtype).tiny) if normalise else scores
+
+
+@criterion(source="Michel et al. 2019, arXiv:1905.10650")
+def head_importance(gate_grad: GateGrad) -> Scores:
+    """Expected sensitivity of the loss to the mask of a head.
+
+    `I_h = mean_b |dL_b/dxi_h|` at a mask `xi_h = 1`, which is `mean_b |<A_h, dL_b/dA_h>|` with `A_h` the output of the
+    head before the projection that mixes the heads. Works for every unit that can be gated; heads of one key-value
+    group count together. Data: batches and a loss; batches of one sample give the mean over samples.
+
+    Use: `Head()` with a loss. Avoid: comparing heads with channels in one ranking: `taylor` for both adds up.
+    """
+    return gate_grad.abs().mean(0)
+
+
+@criterion(source="Sanh et al. 2020, arXiv:2005.07683")
+def movement(weight: Weight, grad: Grad) -> Saliency:
+    """Whether a step down the gradient would move a weight away from zero.
+
+    `S_ij = -W_ij * mean_b (dL_b/dW_ij)`: positive where the weight would grow in size, negative where it would shrink.
+    This is one summand of the paper's score, which adds it up over fine-tuning; here the data is passed over once and
+    the weights stay. Data: batches and a loss, of the task that the model is to be adapted to.
+
+    Use: pretrained models on a new task, before or during fine-tuning. Avoid: a model at a minimum of the same task,
+    where every gradient is noise.
+    """
+    return -weight * grad

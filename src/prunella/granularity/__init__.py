@@ -1,6 +1,10 @@
 """Granularities: what a unit is. Frozen dataclasses, of two kinds: masks of weights, and units of structure."""
 
 from prunella.granularity.element import Element as Element
+from prunella.granularity.kernel import Filter as Filter
+from prunella.granularity.kernel import Kernel as Kernel
+from prunella.granularity.kernel import KernelPattern as KernelPattern
+from prunella.granularity.kernel import Vector as Vector
 from prunella.granularity.pattern import NM as NM
 from prunella.granularity.pattern import Block as Block
 from prunella.granularity.structure import Channel as Channel
@@ -12,7 +16,13 @@ from prunella.granularity.structure import Vocabulary as Vocabulary
 from prunella.granularity.structure import Width as Width
 from prunella.granularity.structure import reduce_to_units as reduce_to_units
 
-Masking = Element | Block | NM
+Fixed = NM | KernelPattern
+"""Granularities of masks whose sparsity is fixed, whatever the allocation."""
+Shaped = Vector | Kernel | Filter
+"""Granularities of masks whose blocks depend on the shape of the weight."""
+Competing = Element | Block | Shaped
+"""Granularities of masks whose units compete."""
+Masking = Competing | Fixed
 """Granularities that give masks: weights become zero, shapes stay."""
 Ranked = Channel | Head | Width | Expert | Depth
 """Granularities whose units compete."""
@@ -24,15 +34,22 @@ __all__ = [
     "NM",
     "Block",
     "Channel",
+    "Competing",
     "Depth",
     "Element",
     "Expert",
+    "Filter",
+    "Fixed",
     "Granularity",
     "Head",
+    "Kernel",
+    "KernelPattern",
     "Masking",
     "Ranked",
     "Reduce",
+    "Shaped",
     "Structural",
+    "Vector",
     "Vocabulary",
     "Width",
 ]

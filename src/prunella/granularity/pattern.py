@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -61,27 +62,47 @@ class NM:
     """N kept of every M consecutive columns of the matrix `(out, in)`: `NM(2, 4)` is what sparse tensor cores run.
 
     The sparsity is always `1 - n / m`, whatever the allocation. Columns of a convolution run over its kernel within an
-    input channel. A layer whose columns M does not divide is an error: leave it out with skip=.
+    input channel. A layer whose columns M does not divide is an error: leave it out with skip=, or pass ragged=True:
+    then the columns are thought of as filled up to a multiple of M with columns that go first, so that the last r
+    columns of a row keep `min(N, r)`, and the sparsity is a little less.
 
     Use: hardware that runs the pattern. Avoid: other hardware, where nothing gets faster.
     """
 
     n: int
     m: int
+    ragged: bool = False
 
     def __post_init__(self) -> None:
         if not 0 < self.n < self.m:
             raise RequestError(f"NM({self.n}, {self.m}) is no pattern", "N are kept of every M, with 0 < N < M")
 
     @property
+    def title(self) -> str:
+        """As a user writes it."""
+        return f"NM({self.n}, {self.m})"
+
+    @property
     def sparsity(self) -> float:
-        """The fraction removed."""
+        """The fraction removed where M divides the columns."""
         return 1 - self.n / self.m
 
+    def misfit(self, shape: tuple[int, ...]) -> str:
+        """Why a weight of shape `(out, in, *kernel)` cannot have this pattern; nothing if it can."""
+        fits = self.ragged or torch.Size(shape[1:]).numel() % self.m == 0
+        return "" if fits else f"{self.m} does not divide the columns of the weight as a matrix (out, in * kernel)"
+
     def fits(self, shape: tuple[int, ...]) -> bool:
-        """Whether M divides the columns."""
-        return shape[1] % self.m == 0
+        """Whether a weight of this shape can have the pattern."""
+        return not self.misfit(shape)
 
     def mask(self, scores: Saliency) -> Mask:
         """The N highest of every M, among equal ones the first."""
-        return keep_top(scores.reshape(-1, self.m), self.n).view_as(scores)
+        width = scores.shape[1]
+        filled = pad(scores, (0, -width % self.m), value=-torch.inf)
+        kept = keep_top(filled.reshape(-1, self.m), self.n).view_as(filled)
+        return kept[:, :width].contiguous()
+
+    def masks(self, scores: Sequence[Saliency]) -> list[Mask]:
+        """What is kept of every layer's matrix."""
+        return [self.mask(matrix) for matrix in scores]

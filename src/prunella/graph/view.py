@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from prunella.graph.structure import Layer
@@ -13,6 +15,12 @@ def to_matrix(weight: Tensor, layer: Layer) -> Weight:
     order = [layer.out_axis, layer.in_axis]
     order += [axis for axis in range(weight.dim()) if axis not in order]
     return weight.permute(order).flatten(1)
+
+
+def kernel_shape(shape: Sequence[int], layer: Layer) -> tuple[int, ...]:
+    """The shape of a layer's weight as `(out, in, *kernel)`, whatever its own order of axes."""
+    first = (layer.out_axis, layer.in_axis)
+    return tuple(shape[axis] for axis in (*first, *(axis for axis in range(len(shape)) if axis not in first)))
 
 
 def from_matrix(matrix: Tensor, weight: Tensor, layer: Layer) -> Tensor:

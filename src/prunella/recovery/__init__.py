@@ -1,5 +1,6 @@
 """Heal a pruned model: statistics, least squares, training, distillation."""
 
+from prunella.recovery.bias import fold_means as fold_means
 from prunella.recovery.calibrate import recalibrate_bn as recalibrate_bn
 from prunella.recovery.distill import distill as distill
 from prunella.recovery.distill import distill_attention as distill_attention

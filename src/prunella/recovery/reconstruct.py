@@ -59,7 +59,7 @@ OnFit = Callable[[Fit, int, int], None]
 
 
 @dataclass(frozen=True)
-class _Layer:
+class Layer:
     """One layer in both models, and which positions of its weight take part.
 
     `reads`, `writes`: positions on the input and output axis of the small weight (None: all of them).
@@ -116,8 +116,8 @@ def reconstruct(
         )
     small_, dense_ = unwrap(small), unwrap(dense)
     with mode(small_, training=False), mode(dense_, training=False), torch.no_grad():
-        found = _layers(small_, dense_, next(batches(data)), plan, loss)
-        layers = [layer for layer in found if isinstance(layer, _Layer)]
+        found = layers_of(small_, dense_, next(batches(data)), plan, loss)
+        layers = [layer for layer in found if isinstance(layer, Layer)]
         fits = {item.name: item for item in found if isinstance(item, Fit)}
         for done, layer in enumerate(layers, start=1):
             fits[layer.name] = _refit(layer, _gather(layer, small_, dense_, data, loss), ridge)
@@ -128,8 +128,8 @@ def reconstruct(
     return Reconstruction(tuple(fits[item.name] for item in found))
 
 
-def _layers(small: nn.Module, dense: nn.Module, batch: Any, plan: Plan, loss: Loss | None) -> list[_Layer | Fit]:
-    """Every reader of a cut axis in the order of execution: a `_Layer`, or a `Fit` that says why it is skipped."""
+def layers_of(small: nn.Module, dense: nn.Module, batch: Any, plan: Plan, loss: Loss | None) -> list[Layer | Fit]:
+    """Every reader of a cut axis in the order of execution: a `Layer`, or a `Fit` that says why it is skipped."""
     named = dict(dense.named_parameters(remove_duplicate=False))
     cut = {named[name]: (name, axes) for name, axes in plan.cuts.items() if name in named and named[name].dim() > 1}
     seen: dict[nn.Parameter, list[Read]] = {}
@@ -137,7 +137,7 @@ def _layers(small: nn.Module, dense: nn.Module, batch: Any, plan: Plan, loss: Lo
     with watch:
         loss(dense, batch) if loss else forward(dense, batch)
     watch.finish()
-    result: list[_Layer | Fit] = []
+    result: list[Layer | Fit] = []
     new = renamed(dense, plan.dropped)
     for weight, reads in seen.items():
         name, axes = cut[weight]
@@ -168,7 +168,7 @@ def _layer(
     name: str,
     axes: Mapping[int, Tensor],
     new: Mapping[str, str],
-) -> _Layer | Fit:
+) -> Layer | Fit:
     """A reader by its name in the dense model; `new` has its name in the small one."""
     read, named = reads[0], dict(small.named_parameters(remove_duplicate=False))
     if new[name] not in named:
@@ -184,7 +184,7 @@ def _layer(
     bias = None if read.bias is None else named[new[dense_names[read.bias]]]
     ends = read.in_axis, read.out_axis
     reading, writing = taking_part[ends[0]], taking_part[ends[1]]
-    return _Layer(name, read.weight, weight, bias, ends, len(reads), reading, writing, axes.get(ends[1]))
+    return Layer(name, read.weight, weight, bias, ends, len(reads), reading, writing, axes.get(ends[1]))
 
 
 def _positions(name: str, axis: int, dense: Tensor, small: Tensor, kept: Tensor | None) -> Tensor | None:
@@ -207,7 +207,7 @@ def _select(tensor: Tensor, positions: Mapping[int, Tensor | None]) -> Tensor:
     return tensor
 
 
-def _gather(layer: _Layer, small: nn.Module, dense: nn.Module, data: Iterable[Any], loss: Loss | None) -> Sums:
+def _gather(layer: Layer, small: nn.Module, dense: nn.Module, data: Iterable[Any], loss: Loss | None) -> Sums:
     """One pass over the data through both models, each stopped as soon as the layer has run."""
     sums = Sums(centred=layer.bias is not None)
     for batch in batches(data):
@@ -235,7 +235,7 @@ def _reads(model: nn.Module, batch: Any, loss: Loss | None, weight: nn.Parameter
     return found
 
 
-def _add(sums: Sums, layer: _Layer, read: Read, wanted: list[Read]) -> None:
+def _add(sums: Sums, layer: Layer, read: Read, wanted: list[Read]) -> None:
     got = targets(read, layer.writes)
     asked = targets(wanted[0], layer.expected) if wanted else got[:0]
     if asked.shape != got.shape:
@@ -254,7 +254,7 @@ def _add(sums: Sums, layer: _Layer, read: Read, wanted: list[Read]) -> None:
         sums.add(x, y[tokens], residual[tokens])
 
 
-def _refit(layer: _Layer, sums: Sums, ridge: float) -> Fit:
+def _refit(layer: Layer, sums: Sums, ridge: float) -> Fit:
     if not sums.finite:
         raise CheckFailed(
             f"the inputs or outputs of {layer.name} are not finite on the calibration data",
@@ -270,7 +270,7 @@ def _refit(layer: _Layer, sums: Sums, ridge: float) -> Fit:
     return Fit(layer.name, sums.tokens, before, after, solution.damping)
 
 
-def _write(layer: _Layer, solution: Solution) -> None:
+def _write(layer: Layer, solution: Solution) -> None:
     """Add the change to the block of the weight that takes part, and the shift to the bias."""
     weight, (in_axis, out_axis) = layer.small, layer.axes
     reads = _all(weight, in_axis) if layer.reads is None else layer.reads.to(weight.device)

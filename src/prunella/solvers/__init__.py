@@ -1,9 +1,13 @@
 """Methods that find the mask and the weights together, or new weights for a mask.
 
 Layer solvers take one layer as a quadratic, `(weight, gram, pattern)`, and know no model: `sparsegpt`, `admm`, `refit`.
+Plan solvers take a plan and give it back with weights, from the curvature of the loss: `obs`, `woodfisher`, `mfac`.
 """
 
 from prunella.solvers.admm import admm as admm
+from prunella.solvers.curvature import mfac as mfac
+from prunella.solvers.curvature import obs as obs
+from prunella.solvers.curvature import woodfisher as woodfisher
 from prunella.solvers.layer import Solved as Solved
 from prunella.solvers.layer import by_score as by_score
 from prunella.solvers.refit import refit as refit

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
@@ -9,16 +10,26 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from prunella.errors import BadInput, RequestError
-from prunella.forward import forward
+from prunella.forward import forward, samples
 from prunella.stats.activation import InputNorm
+from prunella.stats.curvature import FisherDiag, FisherInverse, HessianDiag, SampleGrad, fisher_inverse_diag
 from prunella.stats.gradient import GateGrad, MeanGrad, MeanSquaredGrad
+from prunella.stats.influence import Influence
+from prunella.stats.initial import HessianGrad, TotalSlope, flow
+from prunella.stats.reading import InputVar, unit_norm, unit_rank, unit_var, unit_zeros
 from prunella.stats.subject import Subject
 
 
 class Slot(Protocol):
-    """Collects one statistic. `backward` says whether it needs gradients."""
+    """Collects one statistic. `backward` says whether it needs gradients.
+
+    A slot with `each = True` sees the gradients of one sample at a time: every batch is split along its first axis. One
+    with `twice = True` has `second(weights, grads)`, called with gradients that can be differentiated again.
+    Keyword-only parameters of a slot are knobs: a criterion that has a knob of the same name sets it.
+    """
 
     backward: bool
 
@@ -35,13 +46,39 @@ class Slot(Protocol):
         ...
 
 
-SLOTS: dict[str, Callable[[Subject], Slot]] = {
+SLOTS: dict[str, Callable[..., Slot]] = {
     "grad": MeanGrad,
     "grad_sq": MeanSquaredGrad,
     "gate_grad": GateGrad,
+    "fisher_diag": FisherDiag,
+    "fisher_inverse": FisherInverse,
+    "fisher_inverse_diag": fisher_inverse_diag,
+    "hessian_diag": HessianDiag,
+    "sample_grad": SampleGrad,
     "input_norm": InputNorm,
+    "input_var": InputVar,
+    "unit_norm": unit_norm,
+    "unit_rank": unit_rank,
+    "unit_var": unit_var,
+    "unit_zeros": unit_zeros,
+    "influence": Influence,
+    "hessian_grad": HessianGrad,
+    "total_slope": TotalSlope,
 }
-_BACKWARD = ("grad", "grad_sq", "gate_grad")
+DATALESS: dict[str, Callable[[Subject], dict[str, Tensor]]] = {"flow": flow}
+"""Statistics that need to run the model, but no data."""
+_BACKWARD = (
+    "grad",
+    "grad_sq",
+    "gate_grad",
+    "fisher_diag",
+    "fisher_inverse",
+    "fisher_inverse_diag",
+    "hessian_diag",
+    "sample_grad",
+    "hessian_grad",
+    "total_slope",
+)
 
 
 @dataclass(frozen=True)
@@ -80,24 +117,35 @@ class Statistics:
         return self.values.get(statistic, {}).get(name)
 
 
-def collect(subject: Subject, needs: Sequence[str], source: Source, asker: str = "the criterion") -> Statistics:
+def collect(
+    subject: Subject,
+    needs: Sequence[str],
+    source: Source,
+    asker: str = "the criterion",
+    knobs: Mapping[str, Any] | None = None,
+) -> Statistics:
     """Run once over the data, if `needs` names a statistic that takes data. Use it inside `untouched`.
 
+    knobs: of the asker; a slot that has a knob of the same name takes the value.
     Errors: RequestError when data or a loss is missing; BadInput when there is no batch or the loss is not finite.
     """
+    values = {name: DATALESS[name](subject) for name in needs if name in DATALESS}
     wanted = [name for name in needs if name in SLOTS]
     if not wanted:
-        return Statistics()
+        return Statistics(values)
     data = _checked(source, wanted, asker)
-    slots = {name: SLOTS[name](subject) for name in wanted}
+    slots = {name: SLOTS[name](subject, **_knobs(SLOTS[name], knobs or {})) for name in wanted}
+    whole = [slot for slot in slots.values() if not getattr(slot, "each", False)]
+    each = [slot for slot in slots.values() if getattr(slot, "each", False)]
     backward = any(slot.backward for slot in slots.values())
     batches = 0
     with torch.set_grad_enabled(backward):
         weights = _differentiable(subject) if backward else {}
         for batch in data:
-            grads = _one(subject.model, batch, source, slots, weights, batches)
-            for slot in slots.values():
-                slot.add(grads)
+            if whole:
+                _one(subject.model, batch, source, whole, weights, batches)
+            for sample in samples(batch) if each else ():
+                _one(subject.model, sample, source, each, weights, batches)
             batches += 1
     if not batches:
         raise BadInput(
@@ -105,27 +153,35 @@ def collect(subject: Subject, needs: Sequence[str], source: Source, asker: str =
             "the loader is empty, or it is a generator that was used up before",
             "pass a list of batches or a DataLoader",
         )
-    return Statistics({name: slot.result() for name, slot in slots.items()}, batches)
+    return Statistics(values | {name: slot.result() for name, slot in slots.items()}, batches)
+
+
+def _knobs(slot: Callable[..., Slot], given: Mapping[str, Any]) -> dict[str, Any]:
+    mine = [p.name for p in inspect.signature(slot).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    return {name: given[name] for name in mine if name in given}
 
 
 def _one(
-    model: nn.Module,
-    batch: Any,
-    source: Source,
-    slots: Mapping[str, Slot],
-    weights: Mapping[str, Tensor],
-    number: int,
-) -> dict[str, Tensor]:
-    """Forward under the slots' eyes, then the gradients; `.grad` is never written."""
+    model: nn.Module, batch: Any, source: Source, slots: Sequence[Slot], weights: Mapping[str, Tensor], number: int
+) -> None:
+    """Forward under the slots' eyes, then the gradients, if any; `.grad` is never written."""
+    second = [slot for slot in slots if getattr(slot, "twice", False)]
     with ExitStack() as watched:
-        for slot in slots.values():
+        if second:  # the fused kernels of attention have no second derivative
+            watched.enter_context(sdpa_kernel(SDPBackend.MATH))
+        for slot in slots:
             watched.enter_context(slot.watch())
         value = source.run(model, batch)
-    if not weights:
-        return {}
-    _check_loss(value, number)
-    found = torch.autograd.grad(value, list(weights.values()), allow_unused=True)
-    return {name: grad.detach() for name, grad in zip(weights, found, strict=True) if grad is not None}
+    grads: dict[str, Tensor] = {}
+    if weights:
+        _check_loss(value, number)
+        found = torch.autograd.grad(value, list(weights.values()), allow_unused=True, create_graph=bool(second))
+        grads = {name: grad for name, grad in zip(weights, found, strict=True) if grad is not None}
+    for slot in second:
+        slot.second(weights, grads)  # type: ignore[attr-defined]
+    grads = {name: grad.detach() for name, grad in grads.items()}
+    for slot in slots:
+        slot.add(grads)
 
 
 def _differentiable(subject: Subject) -> dict[str, Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -13,12 +14,16 @@ from prunella.graph.structure import Graph, Group, Layer
 
 @dataclass(frozen=True)
 class Subject:
-    """A model, its graph, and the groups (structure) or layers (masks) that are to be scored; one of both is empty."""
+    """A model, its graph, and the groups (structure) or layers (masks) that are to be scored; one of both is empty.
+
+    inputs: the example batch, for statistics that run the model without data.
+    """
 
     model: nn.Module
     graph: Graph
     groups: tuple[Group, ...] = ()
     layers: tuple[Layer, ...] = ()
+    inputs: Any = None
 
     @cached_property
     def parameters(self) -> dict[str, Tensor]:

@@ -30,7 +30,7 @@ from prunella.apply import (
 from prunella.errors import RequestError
 from prunella.pipeline import Inputs, Plan, Recipe, plan
 from prunella.schedule import Schedule, cubic
-from prunella.targets import Sparsity, Target
+from prunella.targets import Target, part_of
 from prunella.train.optimizers import check_optimizer, clear_state, mask_gradients
 from prunella.types import Mask
 
@@ -85,7 +85,7 @@ class Pruner:
         self.model, self.target, self.schedule = model, target, schedule
         self.steps, self.every, self.nested = steps, every, nested
         self.taken = 0
-        self._planner = _planner(model, recipe, inputs)
+        self._planner = planner_of(model, recipe, inputs)
         self._before: float | None = None
         self._fraction = 0.0
         self._cache: dict[nn.Parameter, tuple[Packed, Mask]] = {}
@@ -127,7 +127,10 @@ class Pruner:
         self.detach()
 
     def step(self) -> Plan | None:
-        """Count one training step; when an update is due, prune, and return the plan."""
+        """Count one training step; when an update is due, prune, and return the plan.
+
+        Where a cycle has fallen to 0, all masks are forgotten, and there is no plan.
+        """
         if self._planner is None or self.target is None or self.taken >= self.steps:
             return None
         self.taken += 1
@@ -137,7 +140,17 @@ class Pruner:
         fraction = self.schedule(self.taken / self.steps)
         if fraction == self._fraction:
             return None
-        made = self._planner(self.target if fraction == 1 else self._part(fraction))
+        if fraction < self._fraction and self.nested:
+            raise RequestError(
+                f"the schedule falls from {self._fraction:g} to {fraction:g} at step {self.taken}",
+                "with nested=True what was pruned stays pruned",
+                "pass nested=False, so that weights come back",
+            )
+        if fraction == 0:
+            forget_masks_(self.model)
+            self._fraction = fraction
+            return None
+        made = self._planner(self.target if fraction == 1 else part_of(self.target, fraction, self._dense))
         self._update(made)
         self._fraction = fraction
         return made
@@ -211,20 +224,16 @@ class Pruner:
                 revived,
             )
 
-    def _part(self, fraction: float) -> Target:
-        """The target after `fraction` of the way from the dense model."""
+    def _dense(self) -> float:
+        """The dense model in the target's unit, asked for once."""
         assert self.target is not None and self._planner is not None
-        if isinstance(self.target, Sparsity):
-            return Sparsity(fraction * self.target.value)
-        remains = self.target.value
-        if remains > 1:
-            if self._before is None:
-                self._before = float(getattr(self._planner(self.target).before, self.target.name))
-            remains = min(1.0, remains / self._before)
-        return type(self.target)(1 - fraction * (1 - remains))
+        if self._before is None:
+            self._before = float(getattr(self._planner(self.target).before, self.target.name))
+        return self._before
 
 
-def _planner(model: nn.Module, recipe: Recipe | Planner | None, inputs: Inputs | None) -> Planner | None:
+def planner_of(model: nn.Module, recipe: Recipe | Planner | None, inputs: Inputs | None) -> Planner | None:
+    """A function from target to plan: the one that is given, or that of a recipe without data."""
     if not isinstance(recipe, Recipe):
         return recipe
     if inputs is None:

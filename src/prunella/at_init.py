@@ -1,0 +1,140 @@
+"""Pruning before training: a target approached in many rounds, each with scores of the network as it is by then."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+from prunella.allocation import global_
+from prunella.criteria import snip, synflow
+from prunella.errors import RequestError
+from prunella.granularity import Competing, Element
+from prunella.graph.couple import couple
+from prunella.method import search
+from prunella.names import check_patterns
+from prunella.pipeline import Inputs, Job, Loss, Plan, Recipe
+from prunella.request import check_finite, checked_target
+from prunella.schedule import Schedule, exponential
+from prunella.scoring import name_of
+from prunella.stats import Source, untouched
+from prunella.stats.masked import Before
+from prunella.table import amount
+from prunella.targets import Sparsity, Target, part_of
+
+
+@dataclass(frozen=True)
+class Rounds:
+    """How a target is approached.
+
+    count: rounds, at least 1. schedule: progress in (0, 1] -> part of the target; if left out, every round removes the
+    same part of the survivors. nested: what one round masks stays masked.
+    """
+
+    count: int = 100
+    schedule: Schedule | None = None
+    nested: bool = True
+
+    def __post_init__(self) -> None:
+        if self.count < 1:
+            raise RequestError(f"count={self.count} rounds do nothing", "at least 1 is needed", "for example 100")
+
+    def targets(self, target: Target, dense: float) -> list[Target]:
+        """The target of every round, the last one `target` itself. dense: the whole model in the target's unit."""
+        density = 1 - target.value if isinstance(target, Sparsity) else target.absolute(dense) / dense
+        curve = self.schedule or (
+            partial(exponential, rho=1 / density) if 0 < density < 1 else lambda progress: progress
+        )
+        parts = [part_of(target, curve(k / self.count), lambda: dense) for k in range(1, self.count)]
+        return [*parts, target]
+
+
+@search(source="Tanaka et al. 2020, arXiv:2006.05467; Verdenius et al. 2020, arXiv:2006.00896")
+def iterate(
+    model: nn.Module,
+    inputs: Inputs,
+    recipe: Recipe,
+    *,
+    target: Target,
+    rounds: Rounds = Rounds(),
+    data: Iterable[Any] | None = None,
+    loss: Loss | None = None,
+    skip: Sequence[str] = (),
+) -> Plan:
+    """Approach a target in rounds, each with statistics of the network masked so far; `model` is left as it is.
+
+    Round k of n meets the part `schedule(k / n)` of the target, exactly as `plan` does; without a schedule the density
+    after it is `d^(k/n)`. Statistics are of the masked network, weights that a criterion multiplies by are the dense
+    ones. With `nested` a masked weight ranks behind all others; without it the weight competes, and may come back. The
+    plan is that of the last round. Data: what the criterion needs, passed over once a round.
+    For masks whose units compete; `least=0` in the recipe lets layers empty, as the papers do.
+
+    Use: more than about 95 % before training, with any criterion. Avoid: criteria that do not change when other weights
+    go, such as magnitude: one round gives the same.
+    """
+    if not isinstance(recipe.grains[0], Competing):
+        what = f"{name_of(type(recipe.grains[0]))} cannot be approached in rounds"
+        raise RequestError(what, "rounds mask weights that compete", "use Element(), Block, Vector, Kernel or Filter")
+    target = checked_target(recipe.grains, target)
+    check_finite(model)
+    twin = copy.deepcopy(model)
+    with untouched(twin, recipe.seed):
+        graph = couple(twin, inputs)
+    check_patterns(graph, skip, ())
+    job = Job(twin, graph, recipe, target, Source(data, loss), tuple(skip), (), inputs)
+    dense = 1.0 if isinstance(target, Sparsity) else float(getattr(amount(graph, {}), target.name))
+    before = Before(nested=rounds.nested)
+    for part in rounds.targets(target, dense):
+        with untouched(twin, recipe.seed):
+            made = replace(job, target=part, before=before).masks()
+        before = Before(made.masks, rounds.nested)
+    how = {"count": rounds.count, "nested": rounds.nested, "schedule": name_of(rounds.schedule or exponential)}
+    return replace(made, recipe={**made.recipe, "rounds": how})
+
+
+@search(source="Tanaka et al. 2020, arXiv:2006.05467")
+def synflow_rounds(model: nn.Module, inputs: Inputs, *, target: Target, count: int = 100) -> Plan:
+    """SynFlow as in the paper: `count` rounds, the same part of the survivors each, one ranking, layers may empty.
+
+    `S = |w| dR/d|w|` of the network masked so far; density `d^(k/n)` after round k of n. Data: none. count: at least 1;
+    with one round layers collapse.
+
+    Use: densities below 1 % before training, where every other score empties layers. Avoid: networks with layer norm or
+    token tables, through which ones do not flow.
+    """
+    return iterate(model, inputs, Recipe(synflow, Element(), global_, least=0), target=target, rounds=Rounds(count))
+
+
+@search(source="de Jorge et al. 2021, arXiv:2006.09081; Verdenius et al. 2020, arXiv:2006.00896")
+def iterative_snip(
+    model: nn.Module, inputs: Inputs, *, target: Target, data: Iterable[Any], loss: Loss, count: int = 50
+) -> Plan:
+    """SNIP in rounds: gradients of the network masked so far, and what is masked stays masked.
+
+    `S = |g w|` with `g` at the masked weights; density `d^(k/n)` after round k of n. Data: batches and a loss, once a
+    round. count: at least 1; with one round it is `snip`.
+
+    Use: 95 % and more before training, with labels. Avoid: when early mistakes should be mended: take `force`.
+    """
+    recipe = Recipe(snip, Element(), global_, least=0)
+    return iterate(model, inputs, recipe, target=target, rounds=Rounds(count), data=data, loss=loss)
+
+
+@search(source="de Jorge et al. 2021, arXiv:2006.09081")
+def force(
+    model: nn.Module, inputs: Inputs, *, target: Target, data: Iterable[Any], loss: Loss, count: int = 50
+) -> Plan:
+    """Progressive sparsification: as `iterative_snip`, but masked weights compete in every round and may come back.
+
+    `S = |g(m * w) w|`: the gradient at the masked weights, times the dense weight. Density `d^(k/n)` after round k.
+    Data: batches and a loss, once a round. count: at least 1.
+
+    Use: 95 % and more before training, with labels. Avoid: one round or two, where it is `snip` with more work.
+    """
+    recipe = Recipe(snip, Element(), global_, least=0)
+    rounds = Rounds(count, nested=False)
+    return iterate(model, inputs, recipe, target=target, rounds=rounds, data=data, loss=loss)

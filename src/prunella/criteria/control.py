@@ -1,0 +1,75 @@
+"""Controls: one criterion made of another, to see whether its order, and not only its sparsities, does the work."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from prunella.errors import RequestError
+from prunella.method import control
+
+Criterion = Callable[..., Tensor]
+
+
+@dataclass(frozen=True)
+class Controlled:
+    """A criterion whose finished scores are changed: it asks for the same statistics and has the same knobs.
+
+    control: the function that made it. change: (scores of one layer or group, dice) -> scores.
+    """
+
+    control: Callable[[Criterion], Controlled]
+    of: Criterion
+    change: Callable[[Tensor, torch.Generator], Tensor]
+    __signature__: inspect.Signature = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if not callable(self.of):
+            name = getattr(self.control, "__name__", "a control")
+            raise RequestError(
+                f"{name} takes a criterion, not {type(self.of).__name__}", "", f"for example {name}(magnitude)"
+            )
+        object.__setattr__(self, "__signature__", inspect.signature(self.of))
+
+    def __call__(self, *statistics: Tensor) -> Tensor:
+        """The changed scores of one layer. A recipe changes the scores of units after they are summed up."""
+        return self.change(self.of(*statistics), torch.Generator().manual_seed(0))
+
+
+def _negated(scores: Tensor, dice: torch.Generator) -> Tensor:
+    return -scores
+
+
+def _permuted(scores: Tensor, dice: torch.Generator) -> Tensor:
+    order = torch.randperm(scores.numel(), generator=dice).to(scores.device)
+    return scores.flatten()[order].view(scores.shape)
+
+
+@control(source="Frankle et al. 2021, arXiv:2009.08576")
+def inverted(of: Criterion) -> Controlled:
+    """Another criterion with its order reversed: what it would remove first is kept.
+
+    `s' = -s`, of the finished scores of units or weights. Data: what the other criterion needs. A criterion whose
+    inverse prunes as well as itself orders nothing that matters.
+
+    Use: as the control of a criterion that beats random. Avoid: with allocations that divide by scores, as `lamp`,
+    which mean nothing below zero.
+    """
+    return Controlled(inverted, of, _negated)
+
+
+@control(source="Frankle et al. 2021, arXiv:2009.08576; Su et al. 2020, arXiv:2009.11094")
+def shuffled(of: Criterion) -> Controlled:
+    """Another criterion with its scores dealt out anew within each layer or group.
+
+    `s'_i = s_pi(i)` with `pi` drawn from the recipe's seed, one permutation for each layer or group: every layer loses
+    exactly as many units (weights) as under the other criterion, but other ones. Data: what the other one needs.
+
+    Use: to tell whether a criterion finds good weights or only good sparsities per layer. Avoid: with `uniform` on
+    plain layers, where it is the same as `random`.
+    """
+    return Controlled(shuffled, of, _permuted)

@@ -1,0 +1,188 @@
+"""Statistics for pruning at initialisation: products with the Hessian, total sensitivity, and flow without data."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prunella.errors import BadInput, NotSupported, RequestError
+from prunella.forward import forward, tensors
+from prunella.stats.gradient import MeanGrad
+from prunella.stats.subject import Subject
+
+Grads = Mapping[str, Tensor]
+
+
+class TotalSlope:
+    """`total_slope`: `sum |g w|` over all weights that are scored, one number, in the shape of each parameter.
+
+    The gradient is the mean over batches, taken before the absolute value.
+    """
+
+    backward = True
+
+    def __init__(self, subject: Subject) -> None:
+        self._subject = subject
+        self._mean = MeanGrad(subject)
+
+    def watch(self) -> AbstractContextManager[object]:
+        """Nothing to watch in the forward pass."""
+        return nullcontext()
+
+    def add(self, grads: Grads) -> None:
+        """One batch."""
+        self._mean.add(grads)
+
+    def result(self) -> dict[str, Tensor]:
+        """By entity."""
+        weights, grads = self._subject.parameters, self._mean.result()
+        total = sum(
+            float((weights[name].detach() * grad).abs().sum(dtype=torch.float64)) for name, grad in grads.items()
+        )
+        return {name: torch.full((), total, dtype=grad.dtype).expand(grad.shape) for name, grad in grads.items()}
+
+
+class HessianGrad:
+    """`hessian_grad`: `H g`, the Hessian of the loss times its gradient, by entity; both of the mean over batches.
+
+    The output of the model is divided by `temperature` before the loss sees it. The graphs of all batches are kept
+    until the end, since `g` is known only then: memory grows with the number of batches.
+    """
+
+    backward = True
+    twice = True
+
+    def __init__(self, subject: Subject, *, temperature: float = 200.0) -> None:
+        if not temperature > 0:
+            raise RequestError(f"temperature={temperature:g} is out of range", "a positive number", "use 200")
+        self._subject, self._temperature = subject, temperature
+        self._batches: list[Grads] = []
+
+    def watch(self) -> AbstractContextManager[object]:
+        """Divide what the model gives by the temperature."""
+        return _Cooled(self._subject.model, self._temperature)
+
+    def second(self, weights: Grads, grads: Grads) -> None:
+        """Gradients of one batch that can be differentiated again."""
+        self._batches.append(grads)
+
+    def add(self, grads: Grads) -> None:
+        """What is needed is kept by `second`."""
+
+    def result(self) -> dict[str, Tensor]:
+        """By entity."""
+        mean = {name: torch.zeros_like(self._subject.parameters[name]) for name in self._subject.scored}
+        for grads in self._batches:
+            for name, grad in grads.items():
+                mean[name] += grad.detach() / len(self._batches)
+        total = {name: torch.zeros_like(grad) for name, grad in mean.items()}
+        weights = {name: self._subject.parameters[name] for name in self._subject.scored}
+        for grads in self._batches:
+            smooth = [name for name, grad in grads.items() if grad.requires_grad]
+            if not smooth:
+                continue
+            found = torch.autograd.grad(
+                [grads[n] for n in smooth], list(weights.values()), [mean[n] for n in smooth], allow_unused=True
+            )
+            for name, product in zip(weights, found, strict=True):
+                if product is not None:
+                    total[name] += product.detach() / len(self._batches)
+        self._batches.clear()
+        return total
+
+
+class _Cooled:
+    """While entered, the model's output is divided by a temperature."""
+
+    def __init__(self, model: nn.Module, temperature: float) -> None:
+        self._model, self._temperature = model, temperature
+
+    def __enter__(self) -> None:
+        self._handle = self._model.register_forward_hook(self._divide)
+
+    def __exit__(self, *error: object) -> None:
+        self._handle.remove()
+
+    def _divide(self, module: nn.Module, args: Any, output: Any) -> Tensor:
+        if not isinstance(output, Tensor) or not output.is_floating_point():
+            raise NotSupported(
+                f"`hessian_grad` divides the model's output by a temperature, and it is a {type(output).__name__}",
+                "one tensor of floating-point numbers is needed, on which the loss depends",
+                "wrap the model so that it returns the logits alone",
+            )
+        return output / self._temperature
+
+
+def flow(subject: Subject) -> dict[str, Tensor]:
+    """`flow`: gradient of `R` to the absolute value of each parameter, by entity, in float64.
+
+    `R` is the sum of the outputs of a copy of the model whose weights are replaced by their absolute values, for an
+    input of ones in the shape of the example. In the copy biases are zero, and batch normalisation has mean 0,
+    variance 1 and shift 0. With ReLU or identity between the layers `R` adds up the products of weights along all
+    paths from input to output. The model itself is not run.
+    """
+    twin = _positive(subject)
+    ones = _ones(subject.inputs)
+    weights = dict(twin.named_parameters(remove_duplicate=False))
+    wanted = [weights[name] for name in subject.scored]
+    with torch.enable_grad():
+        total = sum((t.sum() for t in tensors(forward(twin, ones)) if t.is_floating_point()), torch.zeros(()))
+        found: Any = (None,) * len(wanted)
+        if total.requires_grad:
+            found = torch.autograd.grad(total, wanted, allow_unused=True)
+    _check(float(total.detach()), wanted)
+    return {
+        name: torch.zeros_like(weight) if grad is None else grad
+        for name, weight, grad in zip(subject.scored, wanted, found, strict=True)
+    }
+
+
+@torch.no_grad()
+def _positive(subject: Subject) -> nn.Module:
+    twin = copy.deepcopy(subject.model).double().eval()
+    weights = dict(twin.named_parameters(remove_duplicate=False))
+    biases = {layer.bias for layer in subject.graph.layers if layer.bias}
+    for name, weight in weights.items():
+        weight.copy_(torch.zeros_like(weight) if name in biases else weight.abs())
+        weight.requires_grad_(True)
+    for module in twin.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.reset_running_stats()
+            if module.bias is not None:
+                module.bias.zero_()
+    return twin
+
+
+def _ones(inputs: Any) -> Any:
+    def one(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        if not value.is_floating_point():
+            raise NotSupported(
+                "`flow` runs the model on an input of ones",
+                f"the example is of {value.dtype}: numbers of tokens or classes have no size",
+                "use snip, grasp or magnitude for models that look their inputs up",
+            )
+        return torch.ones_like(value, dtype=torch.float64)
+
+    if inputs is None:
+        raise RequestError("`flow` needs an example input", "", "pass inputs=")
+    if isinstance(inputs, Mapping):
+        return {name: one(value) for name, value in inputs.items()}
+    return tuple(map(one, inputs)) if isinstance(inputs, tuple) else one(inputs)
+
+
+def _check(total: float, weights: Sequence[Tensor]) -> None:
+    if not torch.isfinite(torch.tensor(total)):
+        raise BadInput(f"the flow through the model is {total:g}", "its weights are too large", "scale them down")
+    if total == 0 and not any(bool((weight == 0).any()) for weight in weights):
+        raise NotSupported(
+            "nothing flows through this model on an input of ones",
+            "a normalisation takes the mean of its input away, as layer norm does",
+            "use snip or grasp",
+        )

@@ -1,0 +1,180 @@
+"""Statistics of the activation of a unit, taken where it is read.
+
+The input of the layers that read a unit *is* its activation: whatever nonlinearity, normalisation or pooling stands
+between the layer that produces the unit and the layers that read it has been applied by then, be it a module or a
+function, and no name of either is needed. Behind an average pooling the activation is the pooled one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+
+import torch
+from torch import Tensor
+
+from prunella.graph.structure import Group, Member
+from prunella.stats.activation import Reading, View, Watch, lay_out
+from prunella.stats.subject import Subject
+
+Measure = Callable[[Reading], Tensor | None]
+"""Numbers in the shape of what is read, to be added up over tokens; None where there are none for such a reading."""
+
+
+class _Sums:
+    """Totals over all tokens of some measures of what weights multiply, and how many tokens, in float64."""
+
+    def __init__(self, weights: dict[str, Tensor], measures: Sequence[Measure]) -> None:
+        self.weights = weights
+        self._measures = (_one, *measures)
+        self._totals: list[dict[tuple[str, View], Tensor]] = [{} for _ in self._measures]
+
+    def watch(self) -> AbstractContextManager[object]:
+        return Watch(self.weights, self._add)
+
+    def seen(self, name: str) -> bool:
+        return any(key[0] == name for key in self._totals[0])
+
+    def of(self, name: str) -> list[Tensor]:
+        """Number of tokens and the total of each measure, in the shape of the weight."""
+        return [lay_out(self.weights[name], name, totals) for totals in self._totals]
+
+    def _add(self, name: str, view: View, reading: Reading) -> None:
+        found = [measure(reading) for measure in self._measures]
+        if any(values is None for values in found):
+            return
+        for totals, values in zip(self._totals, found, strict=True):
+            assert values is not None
+            total = reading.once(values)
+            totals[name, view] = totals[name, view] + total if (name, view) in totals else total
+
+
+Parts = Sequence[tuple[Tensor, list[Tensor]]]
+"""For each place that reads a group: the unit of every position, and the sums at the positions, tokens first."""
+
+
+class PerUnit:
+    """Numbers for each unit of each group, from the sums at the places that read it. `finish`: (units, parts)."""
+
+    backward = False
+
+    def __init__(self, subject: Subject, measures: Sequence[Measure], finish: Callable[[int, Parts], Tensor]) -> None:
+        self._groups, self._finish = subject.groups, finish
+        names = {m.entity for group in subject.groups for m in _readers(group)}
+        self._sums = _Sums({n: subject.parameters[n] for n in subject.scored if n in names}, measures)
+
+    def watch(self) -> AbstractContextManager[object]:
+        """Watch one forward pass."""
+        return self._sums.watch()
+
+    def add(self, grads: object) -> None:
+        """Gradients say nothing of activations."""
+
+    def result(self) -> dict[str, Tensor]:
+        """By name of the group; one that nothing reads is absent."""
+        found = {}
+        for group in self._groups:
+            parts = [(torch.from_numpy(m.unit), self._at(m)) for m in _readers(group) if self._sums.seen(m.entity)]
+            if parts:
+                found[group.name] = self._finish(group.size, parts)
+        return found
+
+    def _at(self, member: Member) -> list[Tensor]:
+        """Sums at the member's positions."""
+        index = torch.from_numpy(member.index)
+        return [_along(values, member.axis)[index] for values in self._sums.of(member.entity)]
+
+
+def unit_zeros(subject: Subject) -> PerUnit:
+    """`unit_zeros`: how often the activation of each unit is exactly 0, a part of all values that are read."""
+    return PerUnit(subject, [lambda reading: (reading.x.detach() == 0).double()], _mean)
+
+
+def unit_rank(subject: Subject) -> PerUnit:
+    """`unit_rank`: mean rank of the feature maps of each unit, over samples and over the convolutions that read it."""
+    return PerUnit(subject, [_ranks], _mean)
+
+
+def unit_norm(subject: Subject) -> PerUnit:
+    """`unit_norm`: root of the mean square of the activation of each unit."""
+    return PerUnit(subject, [_square], lambda units, parts: _mean(units, parts).sqrt())
+
+
+def unit_var(subject: Subject) -> PerUnit:
+    """`unit_var`: variance of the activation over samples (and pixels), the mean over the positions of a unit."""
+    return PerUnit(subject, [_value, _square], _mean_variance)
+
+
+class InputVar:
+    """`input_var`: variance over all tokens of the input that each weight multiplies, by entity, in its shape.
+
+    Convolutions: over all samples and pixels of a channel, padding left out, the same for every place of the kernel.
+    """
+
+    backward = False
+
+    def __init__(self, subject: Subject) -> None:
+        names = [name for name in subject.scored if name in subject.layer_of]
+        self._sums = _Sums({name: subject.parameters[name] for name in names}, [_value, _square])
+
+    def watch(self) -> AbstractContextManager[object]:
+        """Watch one forward pass."""
+        return self._sums.watch()
+
+    def add(self, grads: object) -> None:
+        """Gradients say nothing of inputs."""
+
+    def result(self) -> dict[str, Tensor]:
+        """By entity."""
+        found = {name: self._sums.of(name) for name in self._sums.weights if self._sums.seen(name)}
+        return {name: _variance(*sums).to(torch.float32) for name, sums in found.items()}
+
+
+def _mean(units: int, parts: Parts) -> Tensor:
+    """Mean of the only measure over everything read."""
+    count = total = torch.zeros(units, dtype=torch.float64)
+    for unit, (tokens, values) in parts:
+        count, total = count.index_add(0, unit, tokens), total.index_add(0, unit, values)
+    return total / count.clamp_min(1)
+
+
+def _mean_variance(units: int, parts: Parts) -> Tensor:
+    """Variance of each position, then the mean over the positions."""
+    count = total = torch.zeros(units, dtype=torch.float64)
+    for unit, sums in parts:
+        total = total.index_add(0, unit, _variance(*sums))
+        count = count.index_add(0, unit, torch.ones(len(unit), dtype=torch.float64))
+    return total / count.clamp_min(1)
+
+
+def _variance(tokens: Tensor, total: Tensor, squares: Tensor) -> Tensor:
+    mean = total / tokens.clamp_min(1)
+    return (squares / tokens.clamp_min(1) - mean.square()).clamp_min(0)
+
+
+def _readers(group: Group) -> list[Member]:
+    return [] if group.paths else [m for m in group.members if m.role == "in"]
+
+
+def _along(values: Tensor, axis: int) -> Tensor:
+    return values.movedim(axis, 0).reshape(values.shape[axis], -1).sum(1).cpu()
+
+
+def _one(reading: Reading) -> Tensor:
+    return reading.x.new_ones((), dtype=torch.float64).expand(reading.x.shape)
+
+
+def _value(reading: Reading) -> Tensor:
+    return reading.x.detach().double()
+
+
+def _square(reading: Reading) -> Tensor:
+    return reading.x.detach().double().square()
+
+
+def _ranks(reading: Reading) -> Tensor | None:
+    """The rank of every map of `(samples, channels, height, width)`, written all over the map; of nothing else."""
+    if reading.operand.dim() != 4 or reading.x.dim() != 4:
+        return None
+    maps = reading.x.detach().to(torch.promote_types(reading.x.dtype, torch.float32))
+    return torch.linalg.matrix_rank(maps).double()[..., None, None].expand(reading.x.shape)

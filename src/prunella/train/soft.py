@@ -1,0 +1,182 @@
+"""Pruning that can be taken back: filters that are zeroed and keep learning, connections that are cut and spliced."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from prunella.apply import apply_, forget_masks_, plan_masks, unwrap
+from prunella.errors import RequestError
+from prunella.graph.couple import couple
+from prunella.graph.structure import Graph
+from prunella.method import training
+from prunella.pipeline import Inputs, Plan, Recipe
+from prunella.targets import Sparsity
+from prunella.train.pruner import Planner, planner_of
+from prunella.types import Mask
+
+
+@training(source="He et al. 2018, arXiv:1808.06866 (soft filter pruning)")
+class SoftPruner:
+    """Set what the newest plan removes to zero after every epoch, and let it learn on; the end decides.
+
+        soft = SoftPruner(model, batch, recipe=Recipe(), target=Sparsity(0.3))
+        for epoch in range(epochs):
+            train(model); soft.step()
+        small = shrink(model, soft.finish())
+
+    Channels: only the rows that produce a unit are zeroed, `W_j = 0`; bias, normalisation and readers stay, since a
+    unit with nothing on either side would get no gradient and could never come back. Masks of weights: the weights are
+    zeroed and no mask is kept. At the end `finish` plans once more, and zeroes everything that the plan removes, for
+    good; `shrink` is then exact. A unit whose bias or shift is not positive gets no gradient behind a ReLU, and stays.
+    recipe: a `Recipe`, or a function from target to plan where planning needs data.
+
+    Use: training from scratch, or long fine-tuning, to channels that go. Avoid: short recoveries: a unit that was
+    zeroed needs epochs to come back.
+    """
+
+    def __init__(self, model: nn.Module, inputs: Inputs, *, recipe: Recipe | Planner, target: Sparsity) -> None:
+        self.model, self.target = model, target
+        self._inputs = inputs
+        self._graph: Graph | None = None
+        self._planner = planner_of(model, recipe, inputs)
+
+    def step(self) -> Plan:
+        """After an epoch: plan, and zero what goes. The masks that the model carries are not touched."""
+        made = self._plan()
+        root = unwrap(self.model)
+        named = dict(root.named_parameters(remove_duplicate=False))
+        with torch.no_grad():
+            for parameter, mask in plan_masks(root, replace(made, cuts={})).items():
+                parameter.masked_fill_(~mask, 0)
+            for entity, axis, gone in self._rows(made):
+                named[entity].index_fill_(axis, gone.to(named[entity].device), 0)
+        return made
+
+    def finish(self) -> Plan:
+        """After the last epoch: plan, zero what goes with everything coupled to it, keep the masks; the plan."""
+        made = self._plan()
+        apply_(self.model, made, regrow=True)
+        return made
+
+    def _plan(self) -> Plan:
+        assert self._planner is not None
+        return self._planner(self.target)
+
+    def _rows(self, made: Plan) -> list[tuple[str, int, Tensor]]:
+        """Entity, axis and positions of the rows that produce what the plan removes."""
+        if not made.keep:
+            return []
+        if self._graph is None:
+            self._graph = couple(unwrap(self.model), self._inputs)
+        rows = []
+        for name, kept in made.keep.items():
+            for member in self._graph.group(name).members:
+                gone = torch.from_numpy(member.index)[~kept[torch.from_numpy(member.unit)]]
+                if member.role == "out" and len(gone):
+                    rows.append((member.entity, member.axis, gone))
+        return rows
+
+
+@training(source="Guo et al. 2016, arXiv:1608.04493 (dynamic network surgery)")
+class Surgery:
+    """Cut connections, and splice them back when they have grown: the mask changes while the dense weights learn.
+
+        surgery = Surgery(model, optimizer, recipe=Recipe(granularity=Element()), target=Sparsity(0.9), inputs=batch)
+        for batch in loader:
+            ...; optimizer.step(); surgery.step()
+        surgery.finish()
+
+    The model computes with `m * W`; the gradient at these weights moves the dense `W`, whether masked or not. Every
+    `every` steps the mask is renewed by two thresholds: `m = 0` where the plan for sparsity `s - band` removes the
+    weight, `m = 1` where the plan for `s + band` keeps it, unchanged in between. With `magnitude` these are two
+    thresholds on `|W|`, of a layer or of all, as the allocation says. Between renewals the parameters hold `m * W`; the
+    dense values are put in place during `optimizer.step()` only. State-dict keys stay the same.
+
+    target: the sparsity `s`. band: 0 up to what keeps `s - band` and `s + band` in [0, 1). every: steps.
+    `finish` plans for exactly `s` on the dense weights, zeroes the rest for good, and lets go of the optimizer.
+
+    Use: masks of single weights in a long training. Avoid: channels: both sides of a masked unit are zero and get no
+    gradient; take `SoftPruner`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        *,
+        recipe: Recipe | Planner,
+        target: Sparsity,
+        inputs: Inputs | None = None,
+        band: float = 0.05,
+        every: int = 100,
+    ) -> None:
+        if not 0 <= band <= target.value or target.value + band >= 1 or every < 1:
+            what = f"band={band:g} and every={every} do not go with {target}"
+            raise RequestError(what, "0 <= band, s - band >= 0, s + band < 1, every >= 1", "for example band=0.05")
+        self.model, self.target, self.band, self.every = model, target, band, every
+        self.taken = 0
+        self._planner = planner_of(model, recipe, inputs)
+        self._dense: dict[nn.Parameter, Tensor] = {}
+        self._masks: dict[nn.Parameter, Mask] = {}
+        self._handles = [
+            optimizer.register_step_pre_hook(lambda *_: self._restore()),
+            optimizer.register_step_post_hook(lambda *_: self._hide()),
+        ]
+
+    def step(self) -> None:
+        """Count one training step; renew the mask when it is due."""
+        self.taken += 1
+        if self.taken % self.every == 0:
+            self._restore()
+            self._renew()
+            self._hide()
+
+    def finish(self) -> Plan:
+        """Cut for good: exactly the target, chosen on the dense weights; masks are kept by the model."""
+        self._restore()
+        for handle in self._handles:
+            handle.remove()
+        made = self._made(self.target.value)
+        forget_masks_(self.model)
+        apply_(self.model, made)
+        return made
+
+    def _renew(self) -> None:
+        mild, harsh = self._made(self.target.value - self.band), self._made(self.target.value + self.band)
+        root = unwrap(self.model)
+        may_stay, must_stay = plan_masks(root, mild), plan_masks(root, harsh)
+        self._masks = {p: spliced(self._masks.get(p), may_stay[p], must_stay[p]) for p in must_stay}
+
+    def _made(self, sparsity: float) -> Plan:
+        assert self._planner is not None
+        made = self._planner(Sparsity(sparsity))
+        if made.cuts or made.dropped:
+            raise RequestError(
+                "surgery is for masks of weights",
+                "a masked channel gets no gradient, so that it could never be spliced back",
+                "use Element(), Block or Vector, or SoftPruner for channels",
+            )
+        return made
+
+    def _restore(self) -> None:
+        """The dense weights back in place."""
+        with torch.no_grad():
+            for parameter, value in self._dense.items():
+                parameter.copy_(value)
+        self._dense.clear()
+
+    def _hide(self) -> None:
+        """Remember the dense weights, and leave only what the mask keeps."""
+        with torch.no_grad():
+            for parameter, mask in self._masks.items():
+                self._dense[parameter] = parameter.detach().clone()
+                parameter.masked_fill_(~mask, 0)
+
+
+def spliced(old: Mask | None, may_stay: Mask, must_stay: Mask) -> Mask:
+    """The renewed mask: False below the lower threshold, True above the upper one, in between as it was."""
+    return must_stay | (may_stay if old is None else old & may_stay)
