@@ -12,10 +12,14 @@ if TYPE_CHECKING:
     from prunella.allocation import Normalise as Normalise
     from prunella.allocation import erk as erk
     from prunella.allocation import erk_densities as erk_densities
+    from prunella.allocation import fixed as fixed
+    from prunella.allocation import from_scan as from_scan
     from prunella.allocation import global_ as global_
+    from prunella.allocation import isomorphic as isomorphic
     from prunella.allocation import lamp as lamp
     from prunella.allocation import owl as owl
     from prunella.allocation import uniform as uniform
+    from prunella.allocation import uniform_plus as uniform_plus
     from prunella.apply import apply_ as apply_
     from prunella.apply import finalize as finalize
     from prunella.apply import masks_of as masks_of
@@ -58,7 +62,6 @@ if TYPE_CHECKING:
     from prunella.recovery.finetune import finetune as finetune
     from prunella.recovery.reconstruct import reconstruct as reconstruct
     from prunella.reporting.count import count as count
-    from prunella.reporting.latency import compare_latency as compare_latency
     from prunella.reporting.page import write_page as write_page
     from prunella.reporting.report import Curve as Curve
     from prunella.reporting.report import Report as Report
@@ -68,10 +71,27 @@ if TYPE_CHECKING:
     from prunella.schedule import exponential as exponential
     from prunella.schedule import linear as linear
     from prunella.schedule import one_shot as one_shot
+    from prunella.search import Found as Found
+    from prunella.search import LatencyTable as LatencyTable
+    from prunella.search import Option as Option
+    from prunella.search import Scan as Scan
+    from prunella.search import Space as Space
+    from prunella.search import agreement as agreement
+    from prunella.search import amc_reward as amc_reward
+    from prunella.search import cheapest as cheapest
+    from prunella.search import evolve as evolve
+    from prunella.search import evolve_front as evolve_front
+    from prunella.search import knapsack as knapsack
+    from prunella.search import latency_table as latency_table
+    from prunella.search import netadapt as netadapt
+    from prunella.search import scan as scan
+    from prunella.search import space as space
     from prunella.targets import Bytes as Bytes
+    from prunella.targets import Latency as Latency
     from prunella.targets import MACs as MACs
     from prunella.targets import Params as Params
     from prunella.targets import Sparsity as Sparsity
+    from prunella.timing import compare_latency as compare_latency
     from prunella.train.pruner import Pruner as Pruner
 
 __version__ = "0.1.0"
@@ -91,6 +111,10 @@ _HOME = {
     "global_": "allocation",
     "lamp": "allocation",
     "owl": "allocation",
+    "fixed": "allocation",
+    "from_scan": "allocation",
+    "isomorphic": "allocation",
+    "uniform_plus": "allocation",
     "uniform": "allocation",
     "Block": "granularity",
     "Channel": "granularity",
@@ -109,6 +133,7 @@ _HOME = {
     "Params": "targets",
     "Sparsity": "targets",
     "PruningError": "errors",
+    "Latency": "targets",
     "MACs": "targets",
     "apply_": "apply",
     "finalize": "apply",
@@ -135,8 +160,23 @@ _HOME = {
     "load_plan": "realize.plan_file",
     "save_plan": "realize.plan_file",
     "shrink": "realize.shrink",
+    "Found": "search",
+    "Space": "search",
+    "space": "search",
+    "Scan": "search",
+    "scan": "search",
+    "LatencyTable": "search",
+    "latency_table": "search",
+    "netadapt": "search",
+    "agreement": "search",
+    "amc_reward": "search",
+    "knapsack": "search",
+    "cheapest": "search",
+    "Option": "search",
+    "evolve": "search",
+    "evolve_front": "search",
     "count": "reporting.count",
-    "compare_latency": "reporting.latency",
+    "compare_latency": "timing",
     "write_page": "reporting.page",
     "Curve": "reporting.report",
     "Report": "reporting.report",

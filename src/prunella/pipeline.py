@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -30,13 +30,14 @@ from prunella.graph.view import from_matrix
 from prunella.graph.vocabulary import known_only, renumber
 from prunella.method import needs_of
 from prunella.names import check_patterns, chosen, names_of_group, names_of_layer, rank_of, spared_blocks
+from prunella.pace import Stopwatch
 from prunella.request import check_finite, check_function, check_granularity, check_numbers, checked_target
 from prunella.scoring import Absent, Criterion, Scorer, name_of
 from prunella.stats import Source, Subject, collect, untouched
 from prunella.stats.subject import first_seen
 from prunella.table import Amount as Amount
 from prunella.table import Row as Row
-from prunella.targets import Sparsity, Target
+from prunella.targets import Latency, Sparsity, Target
 from prunella.types import Mask
 
 Loss = Callable[[nn.Module, Any], Tensor]
@@ -203,7 +204,7 @@ def plan(
     """What to remove from `model` to meet `target`. Reads the model and changes nothing, not even a random generator.
 
     inputs: an example batch: a tensor, a tuple of arguments or a mapping of keywords; multiply-adds are of this batch.
-    target: `Sparsity`, `Params`, `MACs` or `Bytes`. `NM`, whose sparsity is fixed, and `Vocabulary` do without.
+    target: `Sparsity`, `Params`, `MACs`, `Bytes` or `Latency`. `NM`, of fixed sparsity, and `Vocabulary` do without.
     data, loss: batches, and a function of (model, batch), for criteria that need them. Without a loss a batch is passed
         as a mapping -> `model(**batch)`, tuple -> `model(*batch)`, else `model(batch)`. The model runs in eval mode.
     skip, only: patterns (`fnmatch`) of names of groups, parameters or modules; a module stands for all that is in it.
@@ -218,7 +219,8 @@ def plan(
         check_patterns(graph, skip, only)
         if any(isinstance(grain, Depth) for grain in recipe.grains):
             graph = counted(model, narrow(graph, spared_blocks(graph, skip, only)), inputs)
-        job = _Job(model, graph, recipe, target, Source(data, loss), tuple(skip), tuple(only), inputs)
+        clock = Stopwatch(model, graph, inputs)
+        job = _Job(model, graph, recipe, target, Source(data, loss), tuple(skip), tuple(only), inputs, clock)
         return job.structure() if isinstance(recipe.grains[0], Structural) else job.masks()
 
 
@@ -234,6 +236,7 @@ class _Job:
     skip: tuple[str, ...]
     only: tuple[str, ...]
     inputs: Inputs
+    clock: Stopwatch
 
     # -- structure -----------------------------------------------------------------------------------------------
 
@@ -256,7 +259,12 @@ class _Job:
                 raise self._nothing("units", frozen)
         cut = [group for group in (*self.graph.groups, *self.graph.stacks) if group.name in keep]
         rows = table.group_rows(self.graph, cut, keep)
-        return self._plan(after=table.amount(self.graph, keep), rows=rows, frozen=frozen, keep=keep, masks={})
+        made = self._plan(after=table.amount(self.graph, keep), rows=rows, frozen=frozen, keep=keep, masks={})
+        if not isinstance(self.target, Latency):
+            return made
+        found, line = self.clock.says(self.target, keep)
+        before, after = replace(made.before, latency=found.dense), replace(made.after, latency=found.small)
+        return replace(made, before=before, after=after, remarks=(*made.remarks, line))
 
     def _decided(self, groups: Sequence[Group]) -> dict[str, Tensor]:
         """The tokens that stay: those asked for and those that the model names."""
@@ -276,7 +284,8 @@ class _Job:
         return {table.name: keep}
 
     def _contest(self, scored: Sequence[tuple[Group, Tensor]], decided: Keep, frozen: Sequence[Frozen]) -> Keep:
-        contest = Units(self.graph, tuple(g for g, _ in scored), tuple(s for _, s in scored), self.target, decided)
+        groups, scores = tuple(g for g, _ in scored), tuple(s for _, s in scored)
+        contest = Units(self.graph, groups, scores, self.target, decided, self.clock)
         if not scored and all(isinstance(grain, Vocabulary) for grain in self.recipe.grains):
             return contest.keep(())
         if not scored:
@@ -343,7 +352,7 @@ class _Job:
             matrices = contest.masks(share(contest, self.target, rules, frozen, self.graph))
         weights = Subject(self.model, self.graph).parameters
         masks = {x.entity: from_matrix(m, weights[x.entity], x) for x, m in zip(layers, matrices, strict=True)}
-        rows = table.mask_rows(self.graph, layers, masks, _pattern_name(pattern))
+        rows = table.mask_rows(self.graph, layers, masks, table.pattern_name(pattern))
         return self._plan(after=table.masked_amount(self.graph, rows), rows=rows, frozen=frozen, keep={}, masks=masks)
 
     def _layers(self) -> tuple[list[Layer], list[Frozen]]:
@@ -436,7 +445,3 @@ def _set_aside(group: Group, reason: str) -> Frozen:
         return Frozen(group.name, -1, group.size, reason, "")
     maker = next((m for m in group.members if m.role == "out"), group.members[0])
     return Frozen(maker.entity, maker.axis, len(maker.index), reason, group.where)
-
-
-def _pattern_name(pattern: Granularity) -> str:
-    return f"{pattern.n}:{pattern.m}" if isinstance(pattern, NM) else type(pattern).__name__.lower()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from types import TracebackType
 from typing import Any, Self
 
@@ -213,7 +214,7 @@ class Pruner:
             if self._before is None:
                 self._before = float(getattr(self._planner(self.target).before, self.target.name))
             remains = min(1.0, remains / self._before)
-        return type(self.target)(1 - fraction * (1 - remains))
+        return replace(self.target, value=1 - fraction * (1 - remains))
 
 
 def _planner(model: nn.Module, recipe: Recipe | Planner | None, inputs: Inputs | None) -> Planner | None:
