@@ -56,7 +56,8 @@ def isomorphic(pools: Sequence[Pool]) -> list[Tensor]:
     for index, pool in enumerate(pools):
         kinds.setdefault(pool.alike, []).append(index)
     keys: dict[int, Tensor] = {}
-    for members in kinds.values():
+    for alike in kinds.values():
+        members = alike[::-1]  # of equal scores the last group's go first, as everywhere
         scores = torch.cat([pools[index].scores.double() for index in members])
         ranks = torch.empty(len(scores), dtype=torch.float64)
         ranks[scores.argsort(stable=True)] = (torch.arange(len(scores), dtype=torch.float64) + 0.5) / len(scores)

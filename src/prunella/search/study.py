@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,18 +42,19 @@ def evolve(
     Use: many groups that depend on each other, and an evaluation of seconds. Avoid: fewer than some fifty evaluations:
     take `knapsack` or `netadapt`.
     """
-    study = _study(space, storage, ["maximize"], f"evolve {target}", seed)
+    cost = predict or partial(space.cost, target)
 
     def objective(trial: Any) -> float:
         counts = space.scaled(_suggested(trial, space), target, predict)
         if counts is None:
             raise TargetMissed(f"{target} cannot be met", "all that may go is not enough", "lower floor=, skip less")
         trial.set_user_attr("counts", list(counts))
-        trial.set_user_attr("cost", (predict or (lambda c: space.cost(target, c)))(counts))
+        trial.set_user_attr("cost", cost(counts))
         return space.evaluate(evaluate, counts)
 
-    done = _run(study, objective, trials)
-    best = study.best_trial
+    with _study(space, storage, ["maximize"], f"evolve {target}", seed) as study:
+        done = _run(study, objective, trials)
+        best = study.best_trial
     shares = space.shares(tuple(best.user_attrs["counts"]))
     return Found(shares, float(best.value), float(best.user_attrs["cost"]), done)
 
@@ -78,19 +81,17 @@ def evolve_front(
     Use: the budget is not fixed yet, and the whole trade-off is wanted. Avoid: a fixed budget: `evolve` spends all its
     trials there.
     """
-    target = unit(0.5)
-    study = _study(space, storage, ["maximize", "minimize"], f"front {unit.__name__}", seed)
+    cost = predict or partial(space.cost, unit(0.5))
 
     def objective(trial: Any) -> tuple[float, float]:
         counts = space.removed({name: MOST_GONE * share for name, share in _suggested(trial, space).items()})
         trial.set_user_attr("counts", list(counts))
-        return space.evaluate(evaluate, counts), (predict or (lambda c: space.cost(target, c)))(counts)
+        return space.evaluate(evaluate, counts), cost(counts)
 
-    done = _run(study, objective, trials)
-    found = [
-        Found(space.shares(tuple(trial.user_attrs["counts"])), float(trial.values[0]), float(trial.values[1]), done)
-        for trial in study.best_trials
-    ]
+    with _study(space, storage, ["maximize", "minimize"], f"front {unit.__name__}", seed) as study:
+        done = _run(study, objective, trials)
+        best = [(space.shares(tuple(trial.user_attrs["counts"])), *trial.values) for trial in study.best_trials]
+    found = [Found(shares, float(value), float(spent), done) for shares, value, spent in best]
     alone = {(one.cost, one.value): one for one in found}
     return tuple(alone[key] for key in sorted(alone))
 
@@ -100,7 +101,11 @@ def _suggested(trial: Any, space: Space) -> dict[str, float]:
     return shares if any(shares.values()) else dict.fromkeys(shares, 0.5)
 
 
-def _study(space: Space, storage: str | os.PathLike[str] | None, directions: Any, question: str, seed: int) -> Any:
+@contextmanager
+def _study(
+    space: Space, storage: str | os.PathLike[str] | None, directions: Any, question: str, seed: int
+) -> Iterator[Any]:
+    """The study of this question about this space; connections are closed at the end."""
     try:
         import optuna
     except ImportError as error:
@@ -108,10 +113,29 @@ def _study(space: Space, storage: str | os.PathLike[str] | None, directions: Any
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     sampler = optuna.samplers.NSGAIISampler(seed=seed, population_size=20)
     name = f"{question} {space.fingerprint[:16]}"
+    kept = _open(storage)
     try:
         study = optuna.create_study(
-            storage=_url(storage), sampler=sampler, study_name=name, directions=directions, load_if_exists=True
+            storage=kept, sampler=sampler, study_name=name, directions=directions, load_if_exists=True
         )
+        if not study.get_trials(deepcopy=False):
+            study.enqueue_trial(dict.fromkeys(space.names, 0.5), skip_if_exists=True)
+            if len(directions) > 1:
+                study.enqueue_trial(dict.fromkeys(space.names, 0.0), skip_if_exists=True)
+        yield study
+    finally:
+        if kept is not None:
+            kept.remove_session()
+            kept.engine.dispose()
+
+
+def _open(storage: str | os.PathLike[str] | None) -> Any:
+    from optuna.storages import RDBStorage
+
+    if (url := _url(storage)) is None:
+        return None
+    try:
+        return RDBStorage(url)
     except ImportError as error:
         why = f"{storage} needs a driver: {error}"
         raise MissingExtra("the storage cannot be opened", why, "pip install 'prunella[postgresql]'") from error
@@ -120,11 +144,6 @@ def _study(space: Space, storage: str | os.PathLike[str] | None, directions: Any
             raise
         why = " ".join(str(error).split())[:200]
         raise RequestError("the storage cannot be opened", why, "an SQLite file, or a URL that answers") from error
-    if not study.get_trials(deepcopy=False):
-        study.enqueue_trial(dict.fromkeys(space.names, 0.5), skip_if_exists=True)
-        if len(directions) > 1:
-            study.enqueue_trial(dict.fromkeys(space.names, 0.0), skip_if_exists=True)
-    return study
 
 
 def _url(storage: str | os.PathLike[str] | None) -> str | None:
