@@ -53,7 +53,7 @@ STRAIGHT = functools.partial(left, SIZES)
 
 
 @settings(deadline=None)
-@given(st.floats(0.05, 0.97), st.sampled_from([1.0, 2.0, 0.5]))
+@given(st.floats(0.15, 0.97), st.sampled_from([1.0, 2.0, 0.5]))
 def test_it_is_hit_within_the_tolerance_in_few_measurements(asked: float, power: float) -> None:
     clock = Clock(lambda counts: 0.01 + 0.99 * STRAIGHT(counts) ** power)
     found = paced(rungs(*SIZES), clock, STRAIGHT, Latency(asked))
@@ -93,7 +93,7 @@ def test_no_speed_up_is_said_with_the_numbers() -> None:
     with pytest.raises(pr.PruningError, match=r"all that may go is gone, 1.02 .* no speed-up to be had") as caught:
         paced(rungs(*SIZES), Clock(lambda counts: 1.02), STRAIGHT, Latency(0.6))
     assert "asked 0.6; measured 1.02 [1.01, 1.03]" in str(caught.value)
-    with pytest.raises(pr.PruningError, match=r"0.7 of the dense time remains$") as caught:
+    with pytest.raises(pr.PruningError, match=r"0.703 of the dense time remains\n") as caught:
         paced(rungs(*SIZES), Clock(lambda counts: 0.7 + 0.3 * STRAIGHT(counts)), STRAIGHT, Latency(0.6))
     with pytest.raises(pr.PruningError, match="would remove nothing"):
         paced(rungs(*SIZES), Clock(STRAIGHT), STRAIGHT, Latency(12.0))

@@ -91,6 +91,7 @@ if TYPE_CHECKING:
     from prunella.targets import MACs as MACs
     from prunella.targets import Params as Params
     from prunella.targets import Sparsity as Sparsity
+    from prunella.timing import Timing as Timing
     from prunella.timing import compare_latency as compare_latency
     from prunella.train.pruner import Pruner as Pruner
 
@@ -176,6 +177,7 @@ _HOME = {
     "evolve": "search",
     "evolve_front": "search",
     "count": "reporting.count",
+    "Timing": "timing",
     "compare_latency": "timing",
     "write_page": "reporting.page",
     "Curve": "reporting.report",

@@ -30,7 +30,7 @@ import prunella as pr
 from tests.graphs import convnet, images
 from tests.search.test_netadapt import quality
 cuts = pr.space(convnet().eval(), images()[0], pr.Recipe())
-found = pr.evolve(cuts, pr.MACs(0.4), quality, trials=16, storage=sys.argv[1], seed=int(sys.argv[2]))
+found = pr.evolve(cuts, pr.MACs(0.4), quality, trials=10, storage=sys.argv[1], seed=int(sys.argv[2]))
 print(found.tried, found.value, found.cost)
 """
 
@@ -97,10 +97,11 @@ def check(found: list[list[float]], storage: str) -> None:
     trials, best = len(study.trials), study.best_value
     kept.remove_session()
     kept.engine.dispose()
-    assert min(tried) >= 1 and 15 <= sum(tried) <= 17 and trials == 1 + sum(tried)
+    assert min(tried) >= 1 and 9 <= sum(tried) <= 11 and trials == 1 + sum(tried)
     assert max(row[1] for row in found) == best
 
 
+@pytest.mark.slow
 def test_two_processes_share_one_file(tmp_path: Path) -> None:
     file = tmp_path / "study.db"
     evolve(cuts(), pr.MACs(0.4), quality, trials=1, storage=file)  # makes the tables
@@ -158,6 +159,7 @@ def server() -> Iterator[str]:
             do(str(binaries / "pg_ctl"), "-D", str(folder / "data"), "-m", "immediate", "stop")
 
 
+@pytest.mark.slow
 def test_two_processes_share_a_postgresql_server(server: str) -> None:
     evolve(cuts(), pr.MACs(0.4), quality, trials=1, storage=server)
     check(workers(server), server)
