@@ -106,10 +106,10 @@ def paced(
     found, sure = {0: 1.0, last: full.ratio}, set[int]()
     limit = asked * (1 + TOLERANCE)
     for _ in range(MOST):
-        quick = [stop for stop, ratio in found.items() if ratio <= limit]
+        quick = [stop for stop, ratio in found.items() if ratio <= limit and stop]
         if not quick:
             break
-        near = min(found, key=lambda stop: (abs(found[stop] - asked), stop))
+        near = min(filter(None, found), key=lambda stop: (abs(found[stop] - asked), stop))  # 0 is the dense model
         hit = abs(found[near] - asked) <= TOLERANCE * asked
         high = near if hit else min(quick)
         low = max(stop for stop in found if stop < high)
