@@ -41,6 +41,8 @@ ORDER = (
     "solvers",
     "train",
     "recovery",
+    "compress",
+    "blockwise",
     "realize",
     "reporting",
     "recipes",

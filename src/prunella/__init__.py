@@ -24,6 +24,22 @@ if TYPE_CHECKING:
     from prunella.apply import finalize as finalize
     from prunella.apply import masks_of as masks_of
     from prunella.apply import reapply_ as reapply_
+    from prunella.blockwise import OneShot as OneShot
+    from prunella.blockwise import Refine as Refine
+    from prunella.blockwise import rescale_ as rescale_
+    from prunella.blockwise import rotate as rotate
+    from prunella.blockwise import solve_ as solve_
+    from prunella.compress.huffman import huffman as huffman
+    from prunella.compress.huffman import relative_index as relative_index
+    from prunella.compress.int8 import to_int8_ as to_int8_
+    from prunella.compress.low_rank import low_rank as low_rank
+    from prunella.compress.low_rank import svd_factors as svd_factors
+    from prunella.compress.quantise import quantisation_aware as quantisation_aware
+    from prunella.compress.quantise import quantise_weight as quantise_weight
+    from prunella.compress.quantise import round_weights_ as round_weights_
+    from prunella.compress.share import Start as Start
+    from prunella.compress.share import deep_compression_ as deep_compression_
+    from prunella.compress.share import share_weight as share_weight
     from prunella.criteria import bn_scale as bn_scale
     from prunella.criteria import geometric_median as geometric_median
     from prunella.criteria import group_norm as group_norm
@@ -56,11 +72,22 @@ if TYPE_CHECKING:
     from prunella.realize.shrink import shrink as shrink
     from prunella.recovery.calibrate import recalibrate_bn as recalibrate_bn
     from prunella.recovery.distill import distill as distill
+    from prunella.recovery.distill import distill_attention as distill_attention
+    from prunella.recovery.distill import distill_attention_probabilities as distill_attention_probabilities
     from prunella.recovery.distill import distill_features as distill_features
     from prunella.recovery.distill import distill_logits as distill_logits
     from prunella.recovery.finetune import Training as Training
     from prunella.recovery.finetune import finetune as finetune
+    from prunella.recovery.lora import mask_adapters_ as mask_adapters_
+    from prunella.recovery.lora import merge_adapters_ as merge_adapters_
+    from prunella.recovery.rates import Replay as Replay
+    from prunella.recovery.rates import adaptive_rate as adaptive_rate
+    from prunella.recovery.rates import constant_rate as constant_rate
+    from prunella.recovery.rates import linear_rate as linear_rate
+    from prunella.recovery.rates import rewind_rate as rewind_rate
+    from prunella.recovery.rates import scaled_rate as scaled_rate
     from prunella.recovery.reconstruct import reconstruct as reconstruct
+    from prunella.recovery.statistics import correct_statistics as correct_statistics
     from prunella.reporting.count import count as count
     from prunella.reporting.page import write_page as write_page
     from prunella.reporting.report import Curve as Curve
@@ -86,6 +113,10 @@ if TYPE_CHECKING:
     from prunella.search import netadapt as netadapt
     from prunella.search import scan as scan
     from prunella.search import space as space
+    from prunella.solvers import admm as admm
+    from prunella.solvers import by_score as by_score
+    from prunella.solvers import refit as refit
+    from prunella.solvers import sparsegpt as sparsegpt
     from prunella.targets import Bytes as Bytes
     from prunella.targets import Latency as Latency
     from prunella.targets import MACs as MACs
@@ -153,6 +184,37 @@ _HOME = {
     "distill": "recovery.distill",
     "distill_features": "recovery.distill",
     "distill_logits": "recovery.distill",
+    "Start": "compress.share",
+    "deep_compression_": "compress.share",
+    "huffman": "compress.huffman",
+    "low_rank": "compress.low_rank",
+    "quantisation_aware": "compress.quantise",
+    "quantise_weight": "compress.quantise",
+    "relative_index": "compress.huffman",
+    "round_weights_": "compress.quantise",
+    "share_weight": "compress.share",
+    "svd_factors": "compress.low_rank",
+    "to_int8_": "compress.int8",
+    "Replay": "recovery.rates",
+    "adaptive_rate": "recovery.rates",
+    "constant_rate": "recovery.rates",
+    "correct_statistics": "recovery.statistics",
+    "distill_attention": "recovery.distill",
+    "distill_attention_probabilities": "recovery.distill",
+    "linear_rate": "recovery.rates",
+    "mask_adapters_": "recovery.lora",
+    "merge_adapters_": "recovery.lora",
+    "rewind_rate": "recovery.rates",
+    "scaled_rate": "recovery.rates",
+    "OneShot": "blockwise",
+    "Refine": "blockwise",
+    "rescale_": "blockwise",
+    "rotate": "blockwise",
+    "solve_": "blockwise",
+    "admm": "solvers",
+    "by_score": "solvers",
+    "refit": "solvers",
+    "sparsegpt": "solvers",
     "as_program": "program",
     "carry_": "realize.carry",
     "export": "realize.export",

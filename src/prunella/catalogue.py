@@ -9,7 +9,18 @@ from typing import Any, get_args
 
 from prunella.method import REGISTRY, Method, MethodKind, find
 
-HOMES = ("criteria", "granularity", "allocation", "schedule", "solvers", "recovery", "recipes", "search")
+HOMES = (
+    "criteria",
+    "granularity",
+    "allocation",
+    "schedule",
+    "solvers",
+    "recovery",
+    "compress",
+    "blockwise",
+    "recipes",
+    "search",
+)
 _ORDER = get_args(MethodKind)
 
 
