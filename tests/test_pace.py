@@ -78,15 +78,13 @@ def test_where_the_time_jumps_the_point_behind_the_jump_is_taken() -> None:
 
 def test_the_number_that_counts_is_the_second_one() -> None:
     """The first measurement of every point is a lie: the search goes on from what the second one says."""
-    truth, seen = STRAIGHT, set[tuple[int, ...]]()
+    clock = Clock(STRAIGHT)
 
     def lying(counts: tuple[int, ...], again: bool) -> Timing:
-        first = counts not in seen and len(seen) == 1
-        seen.add(counts)
-        return timing(truth(counts) * (0.8 if first else 1.0))
+        return timing(clock(counts, again).ratio * (1.0 if again else 0.93))
 
     found = paced(rungs(*SIZES), lying, STRAIGHT, Latency(0.5))
-    assert abs(truth(found) / 0.5 - 1) <= TOLERANCE
+    assert abs(STRAIGHT(found) / 0.5 - 1) <= TOLERANCE
 
 
 def test_no_speed_up_is_said_with_the_numbers() -> None:

@@ -110,9 +110,9 @@ if TYPE_CHECKING:
     from prunella.search import evolve_front as evolve_front
     from prunella.search import knapsack as knapsack
     from prunella.search import latency_table as latency_table
-    from prunella.search import netadapt as netadapt
-    from prunella.search import scan as scan
-    from prunella.search import space as space
+    from prunella.search.netadapt import netadapt as netadapt
+    from prunella.search.scan import scan as scan
+    from prunella.search.space import space as space
     from prunella.solvers import admm as admm
     from prunella.solvers import by_score as by_score
     from prunella.solvers import refit as refit
@@ -225,12 +225,12 @@ _HOME = {
     "shrink": "realize.shrink",
     "Found": "search",
     "Space": "search",
-    "space": "search",
+    "space": "search.space",
     "Scan": "search",
-    "scan": "search",
+    "scan": "search.scan",
     "LatencyTable": "search",
     "latency_table": "search",
-    "netadapt": "search",
+    "netadapt": "search.netadapt",
     "agreement": "search",
     "amc_reward": "search",
     "knapsack": "search",
