@@ -59,6 +59,21 @@ if TYPE_CHECKING:
     from prunella.granularity import Reduce as Reduce
     from prunella.granularity import Vocabulary as Vocabulary
     from prunella.granularity import Width as Width
+    from prunella.metrics.effects import SideEffects as SideEffects
+    from prunella.metrics.effects import side_effects as side_effects
+    from prunella.metrics.outputs import calibration_error as calibration_error
+    from prunella.metrics.outputs import flip_rate as flip_rate
+    from prunella.metrics.outputs import kl_divergence as kl_divergence
+    from prunella.metrics.outputs import per_class_drop as per_class_drop
+    from prunella.metrics.outputs import pruning_identified_exemplars as pruning_identified_exemplars
+    from prunella.metrics.reach import EffectiveSparsity as EffectiveSparsity
+    from prunella.metrics.reach import effective_sparsity as effective_sparsity
+    from prunella.metrics.size import Compression as Compression
+    from prunella.metrics.size import compression_ratio as compression_ratio
+    from prunella.metrics.speed import Speedup as Speedup
+    from prunella.metrics.speed import effective_macs as effective_macs
+    from prunella.metrics.speed import energy as energy
+    from prunella.metrics.speed import speedup as speedup
     from prunella.pipeline import Plan as Plan
     from prunella.pipeline import Recipe as Recipe
     from prunella.pipeline import plan as plan
@@ -89,6 +104,8 @@ if TYPE_CHECKING:
     from prunella.recovery.reconstruct import reconstruct as reconstruct
     from prunella.recovery.statistics import correct_statistics as correct_statistics
     from prunella.reporting.count import count as count
+    from prunella.reporting.frontier import Frontier as Frontier
+    from prunella.reporting.frontier import write_frontier as write_frontier
     from prunella.reporting.page import write_page as write_page
     from prunella.reporting.report import Curve as Curve
     from prunella.reporting.report import Report as Report
@@ -117,6 +134,8 @@ if TYPE_CHECKING:
     from prunella.solvers import by_score as by_score
     from prunella.solvers import refit as refit
     from prunella.solvers import sparsegpt as sparsegpt
+    from prunella.study import Study as Study
+    from prunella.study import pareto as pareto
     from prunella.targets import Bytes as Bytes
     from prunella.targets import Latency as Latency
     from prunella.targets import MACs as MACs
@@ -245,6 +264,25 @@ _HOME = {
     "Curve": "reporting.report",
     "Report": "reporting.report",
     "report": "reporting.report",
+    "Compression": "metrics.size",
+    "EffectiveSparsity": "metrics.reach",
+    "Frontier": "reporting.frontier",
+    "SideEffects": "metrics.effects",
+    "Speedup": "metrics.speed",
+    "Study": "study",
+    "calibration_error": "metrics.outputs",
+    "compression_ratio": "metrics.size",
+    "effective_macs": "metrics.speed",
+    "effective_sparsity": "metrics.reach",
+    "energy": "metrics.speed",
+    "flip_rate": "metrics.outputs",
+    "kl_divergence": "metrics.outputs",
+    "pareto": "study",
+    "per_class_drop": "metrics.outputs",
+    "pruning_identified_exemplars": "metrics.outputs",
+    "side_effects": "metrics.effects",
+    "speedup": "metrics.speed",
+    "write_frontier": "reporting.frontier",
 }
 
 __all__ = sorted([*_HOME, "__version__"])

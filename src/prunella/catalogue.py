@@ -20,6 +20,8 @@ HOMES = (
     "blockwise",
     "recipes",
     "search",
+    "metrics",
+    "study",
 )
 _ORDER = get_args(MethodKind)
 
