@@ -12,11 +12,15 @@ if TYPE_CHECKING:
     from prunella.allocation import Normalise as Normalise
     from prunella.allocation import erk as erk
     from prunella.allocation import erk_densities as erk_densities
+    from prunella.allocation import fixed as fixed
+    from prunella.allocation import from_scan as from_scan
     from prunella.allocation import global_ as global_
+    from prunella.allocation import isomorphic as isomorphic
     from prunella.allocation import lamp as lamp
     from prunella.allocation import owl as owl
     from prunella.allocation import per_round as per_round
     from prunella.allocation import uniform as uniform
+    from prunella.allocation import uniform_plus as uniform_plus
     from prunella.apply import apply_ as apply_
     from prunella.apply import finalize as finalize
     from prunella.apply import masks_of as masks_of
@@ -134,7 +138,6 @@ if TYPE_CHECKING:
     from prunella.reporting.count import count as count
     from prunella.reporting.frontier import Frontier as Frontier
     from prunella.reporting.frontier import write_frontier as write_frontier
-    from prunella.reporting.latency import compare_latency as compare_latency
     from prunella.reporting.page import write_page as write_page
     from prunella.reporting.report import Curve as Curve
     from prunella.reporting.report import Report as Report
@@ -149,16 +152,32 @@ if TYPE_CHECKING:
     from prunella.schedule import linear as linear
     from prunella.schedule import one_shot as one_shot
     from prunella.schedule import rounds as rounds
-    from prunella.solvers import admm as admm
+    from prunella.search import Found as Found
+    from prunella.search import LatencyTable as LatencyTable
+    from prunella.search import Option as Option
+    from prunella.search import Scan as Scan
+    from prunella.search import Space as Space
+    from prunella.search import agreement as agreement
+    from prunella.search import amc_reward as amc_reward
+    from prunella.search import cheapest as cheapest
+    from prunella.search import evolve as evolve
+    from prunella.search import evolve_front as evolve_front
+    from prunella.search import knapsack as knapsack
+    from prunella.search import latency_table as latency_table
+    from prunella.search.netadapt import netadapt as netadapt
+    from prunella.search.scan import scan as scan
+    from prunella.search.space import space as space
+    from prunella.solvers.admm import admm as admm
     from prunella.solvers import by_score as by_score
     from prunella.solvers import mfac as mfac
     from prunella.solvers import obs as obs
-    from prunella.solvers import refit as refit
-    from prunella.solvers import sparsegpt as sparsegpt
+    from prunella.solvers.refit import refit as refit
+    from prunella.solvers.sparsegpt import sparsegpt as sparsegpt
     from prunella.solvers import woodfisher as woodfisher
     from prunella.study import Study as Study
     from prunella.study import pareto as pareto
     from prunella.targets import Bytes as Bytes
+    from prunella.targets import Latency as Latency
     from prunella.targets import MACs as MACs
     from prunella.targets import Params as Params
     from prunella.targets import Sparsity as Sparsity
@@ -179,6 +198,8 @@ if TYPE_CHECKING:
     from prunella.tickets.lap import Lap as Lap
     from prunella.tickets.supermask import finalize_supermask as finalize_supermask
     from prunella.tickets.supermask import supermask_ as supermask_
+    from prunella.timing import Timing as Timing
+    from prunella.timing import compare_latency as compare_latency
     from prunella.train.admm import AdmmTraining as AdmmTraining
     from prunella.train.concrete import l0_gates_ as l0_gates_
     from prunella.train.coupled import Coupled as Coupled
@@ -247,6 +268,10 @@ _HOME = {
     "global_": "allocation",
     "lamp": "allocation",
     "owl": "allocation",
+    "fixed": "allocation",
+    "from_scan": "allocation",
+    "isomorphic": "allocation",
+    "uniform_plus": "allocation",
     "uniform": "allocation",
     "Block": "granularity",
     "Channel": "granularity",
@@ -265,6 +290,7 @@ _HOME = {
     "Params": "targets",
     "Sparsity": "targets",
     "PruningError": "errors",
+    "Latency": "targets",
     "MACs": "targets",
     "apply_": "apply",
     "finalize": "apply",
@@ -364,10 +390,10 @@ _HOME = {
     "rescale_": "blockwise",
     "rotate": "blockwise",
     "solve_": "blockwise",
-    "admm": "solvers",
+    "admm": "solvers.admm",
     "by_score": "solvers",
-    "refit": "solvers",
-    "sparsegpt": "solvers",
+    "refit": "solvers.refit",
+    "sparsegpt": "solvers.sparsegpt",
     "as_program": "program",
     "carry_": "realize.carry",
     "export": "realize.export",
@@ -376,8 +402,24 @@ _HOME = {
     "load_plan": "realize.plan_file",
     "save_plan": "realize.plan_file",
     "shrink": "realize.shrink",
+    "Found": "search",
+    "Space": "search",
+    "space": "search.space",
+    "Scan": "search",
+    "scan": "search.scan",
+    "LatencyTable": "search",
+    "latency_table": "search",
+    "netadapt": "search.netadapt",
+    "agreement": "search",
+    "amc_reward": "search",
+    "knapsack": "search",
+    "cheapest": "search",
+    "Option": "search",
+    "evolve": "search",
+    "evolve_front": "search",
     "count": "reporting.count",
-    "compare_latency": "reporting.latency",
+    "Timing": "timing",
+    "compare_latency": "timing",
     "write_page": "reporting.page",
     "Curve": "reporting.report",
     "Report": "reporting.report",

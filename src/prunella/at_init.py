@@ -17,6 +17,7 @@ from prunella.granularity import Competing, Element
 from prunella.graph.couple import couple
 from prunella.method import search
 from prunella.names import check_patterns
+from prunella.pace import Stopwatch
 from prunella.pipeline import Inputs, Job, Loss, Plan, Recipe
 from prunella.request import check_finite, checked_target
 from prunella.schedule import Schedule, exponential
@@ -85,7 +86,8 @@ def iterate(
     with untouched(twin, recipe.seed):
         graph = couple(twin, inputs)
     check_patterns(graph, skip, ())
-    job = Job(twin, graph, recipe, target, Source(data, loss), tuple(skip), (), inputs)
+    clock = Stopwatch(twin, graph, inputs)
+    job = Job(twin, graph, recipe, target, Source(data, loss), tuple(skip), (), inputs, clock)
     dense = 1.0 if isinstance(target, Sparsity) else float(getattr(amount(graph, {}), target.name))
     before = Before(nested=rounds.nested)
     for part in rounds.targets(target, dense):

@@ -20,12 +20,14 @@ class Pool:
 
     scores: `(n,)` ascending.     shape: of the weight that produces them, output first, as `erk` needs it.
     cost: what one unit weighs in the target's unit while all others are there; 1 for weights and for `Sparsity`.
+    alike: of what structure the group is, whatever its width; `isomorphic` compares groups where it is the same.
     """
 
     name: str
     scores: Scores
     shape: tuple[int, ...]
     cost: float = 1.0
+    alike: str = ""
 
     @property
     def size(self) -> int:

@@ -23,6 +23,7 @@ HOMES = (
     "tickets",
     "compress",
     "blockwise",
+    "search",
     "metrics",
     "study",
     "recipes",

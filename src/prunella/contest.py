@@ -12,11 +12,13 @@ from torch import Tensor
 
 from prunella.budget import Allocation, Ladder, Pool, allocate, ladder, most, solve
 from prunella.errors import RequestError, TargetMissed
-from prunella.granularity import NM, Block, Competing, Element, Fixed, Masking
+from prunella.granularity import Block, Competing, Element, Fixed
 from prunella.graph.structure import Frozen, Graph, Group, Layer
 from prunella.graph.view import kernel_shape
+from prunella.pace import Stopwatch, paced
 from prunella.select import Counts, removal_order
-from prunella.targets import Bytes, MACs, Params, Sparsity, Target
+from prunella.targets import Bytes, Latency, MACs, Params, Sparsity, Target
+from prunella.timing import Timing
 from prunella.types import Mask, Scores
 
 
@@ -57,6 +59,8 @@ def share(contest: Contest, target: Target, rules: Rules, frozen: Sequence[Froze
     keys = allocate(contest.pools, rules.allocation)
     least = rules.least or (1,) * len(keys)
     ladders = [ladder(key, rules.floor, *rest) for key, *rest in zip(keys, rules.align, least, strict=True)]
+    if isinstance(target, Latency) and isinstance(contest, Units):
+        return paced(ladders, contest.time, lambda gone: contest.amount(MACs(1), gone), target, even=rules.even)
     budget = contest.budget(target)
     counts = solve(ladders, lambda removed: contest.amount(target, removed) <= budget * (1 + 1e-12), even=rules.even)
     if counts is None:
@@ -79,12 +83,14 @@ class Units:
     target: Target
     decided: Mapping[str, Tensor] = field(default_factory=dict)
     """Group -> what stays of it, whatever the budget."""
+    clock: Stopwatch | None = None
+    """Times the model, for `Latency`."""
 
     @cached_property
     def pools(self) -> list[Pool]:
         """One pool for each group."""
         pairs = zip(self.groups, self.scores, strict=True)
-        return [Pool(g.name, scores.sort().values, self._shape(g), self._cost(g)) for g, scores in pairs]
+        return [Pool(g.name, s.sort().values, self._shape(g), self._cost(g), self._alike(g)) for g, s in pairs]
 
     @cached_property
     def _orders(self) -> list[Tensor]:
@@ -103,7 +109,15 @@ class Units:
         """What remains of the whole model, or of the units that compete for `Sparsity`."""
         if isinstance(target, Sparsity):
             return float(sum(group.size for group in self.groups) - sum(removed))
+        if isinstance(target, Latency):
+            return self.time(removed, False).small
         return weigh(self.graph, target, self.keep(removed))
+
+    def time(self, removed: Counts, again: bool) -> Timing:
+        """What is left against the dense model, for `Latency`."""
+        if self.clock is None or not isinstance(self.target, Latency):
+            raise RequestError("nothing times this model", f"the target is {self.target}", "ask for Latency")
+        return self.clock.time(self.target, self.keep(removed), again=again)
 
     def budget(self, target: Target) -> float:
         """Fractions are of the whole model; `Sparsity` of the units that compete."""
@@ -118,6 +132,12 @@ class Units:
         one_less = torch.arange(group.size) > 0
         return weigh(self.graph, self.target, {}) - weigh(self.graph, self.target, {group.name: one_less})
 
+    def _alike(self, group: Group) -> str:
+        """What takes part in the group and in which role; not how wide it is."""
+        entities = self.graph.entities
+        roles = sorted(f"{m.role}{len(entities[m.entity].shape)}" for m in group.members if m.role != "stat")
+        return " ".join([group.kind, *roles])
+
     def _shape(self, group: Group) -> tuple[int, ...]:
         maker = next((m for m in group.members if m.role == "out"), group.members[0])
         return self.graph.entities[maker.entity].shape
@@ -127,7 +147,7 @@ def weigh(graph: Graph, target: Target, keep: Mapping[str, Tensor]) -> float:
     """The model in the target's unit when only `keep` remains."""
     if isinstance(target, Params):
         return float(graph.params(keep))
-    if isinstance(target, MACs):
+    if isinstance(target, MACs | Latency):  # a latency is measured; between measurements multiply-adds guide
         return float(graph.macs(keep))
     return float(graph.bytes(keep))
 
@@ -149,9 +169,8 @@ class Weights:
         """One pool for each layer."""
         shapes = [self.graph.entities[layer.entity].shape for layer in self.layers]
         ranked = [pattern.ranked(scores) for pattern, scores in zip(self._patterns, self.scores, strict=True)]
-        return [
-            Pool(layer.name, scores, shape) for layer, scores, shape in zip(self.layers, ranked, shapes, strict=True)
-        ]
+        found = zip(self.layers, ranked, shapes, strict=True)
+        return [Pool(x.name, scores, shape, alike=f"{x.op}{shape[2:]}") for x, scores, shape in found]
 
     @cached_property
     def _patterns(self) -> list[Element | Block]:
@@ -187,6 +206,9 @@ class Weights:
         if isinstance(target, Bytes):
             todo = "ask for Sparsity, Params or MACs, or prune Channel() or Head()"
             raise RequestError("masks do not change bytes", "zeros are stored like other weights", todo)
+        if isinstance(target, Latency):
+            todo = "prune Channel(), Head() or Depth(), or ask for Sparsity, Params or MACs"
+            raise RequestError("masks do not make a model faster", "dense kernels multiply the zeros too", todo)
         total = sum(scores.numel() for scores in self.scores)
         return float(sum(kept) if isinstance(target, Sparsity) else self.graph.params() - total + sum(kept))
 
@@ -208,11 +230,6 @@ def fixed_masks(pattern: Fixed, graph: Graph, layers: Sequence[Layer], scores: S
     return pattern.masks(scores)
 
 
-def pattern_name(pattern: Masking) -> str:
-    """What a row of a table calls the pattern."""
-    return f"{pattern.n}:{pattern.m}" if isinstance(pattern, NM) else type(pattern).__name__.lower()
-
-
 def shape_of(graph: Graph, layer: Layer) -> tuple[int, ...]:
     """The weight of a layer as `(out, in, *kernel)`."""
     return kernel_shape(graph.entities[layer.entity].shape, layer)
@@ -224,13 +241,13 @@ def _gone(freed: int | Tensor, count: int) -> int:
     return int(freed[count - 1]) if count else 0
 
 
-def macs_by_layer(graph: Graph) -> dict[str, float]:
-    """Entity of a layer -> multiply-adds by its weight in one pass, wherever it is used."""
+def macs_by_layer(graph: Graph, keep: Mapping[str, Tensor] | None = None) -> dict[str, float]:
+    """Entity of a layer -> multiply-adds by its weight in one pass, wherever it is used, when only `keep` remains."""
     entity = {name: layer.entity for layer in graph.layers for name in (layer.name, layer.entity)}
     total: dict[str, float] = {}
     for cost in graph.costs:
         if cost.layer in entity:
-            total[entity[cost.layer]] = total.get(entity[cost.layer], 0.0) + cost.macs({})
+            total[entity[cost.layer]] = total.get(entity[cost.layer], 0.0) + cost.macs(keep or {})
     return total
 
 

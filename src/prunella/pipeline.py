@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from prunella import provenance, table
 from prunella.allocation import uniform
 from prunella.budget import Allocation
-from prunella.contest import Rules, Units, Weights, fixed_masks, obstacles, offer, pattern_name, share
+from prunella.contest import Rules, Units, Weights, fixed_masks, obstacles, offer, share
 from prunella.criteria import magnitude
 from prunella.errors import BadInput, NotSupported, RequestError
 from prunella.granularity import Channel, Competing, Depth, Fixed, Granularity, Ranked, Structural, Vocabulary
@@ -30,6 +30,7 @@ from prunella.graph.view import from_matrix, to_matrix
 from prunella.graph.vocabulary import known_only, renumber
 from prunella.method import knobs_of, needs_of
 from prunella.names import check_patterns, chosen, names_of_group, names_of_layer, rank_of, spared_blocks
+from prunella.pace import Stopwatch
 from prunella.request import check_finite, check_function, check_granularity, check_numbers, checked_target
 from prunella.scoring import Absent, Criterion, Scorer, name_of
 from prunella.stats import Source, Subject, collect, untouched
@@ -37,7 +38,7 @@ from prunella.stats.masked import Before, behind, masked
 from prunella.stats.subject import first_seen
 from prunella.table import Amount as Amount
 from prunella.table import Row as Row
-from prunella.targets import Sparsity, Target
+from prunella.targets import Latency, Sparsity, Target
 
 Loss = Callable[[nn.Module, Any], Tensor]
 Inputs = Tensor | tuple[Any, ...] | Mapping[str, Any]
@@ -207,7 +208,7 @@ def plan(
     """What to remove from `model` to meet `target`. Reads the model and changes nothing, not even a random generator.
 
     inputs: an example batch: a tensor, a tuple of arguments or a mapping of keywords; multiply-adds are of this batch.
-    target: `Sparsity`, `Params`, `MACs` or `Bytes`. `NM`, whose sparsity is fixed, and `Vocabulary` do without.
+    target: `Sparsity`, `Params`, `MACs`, `Bytes` or `Latency`. `NM`, of fixed sparsity, and `Vocabulary` do without.
     data, loss: batches, and a function of (model, batch), for criteria that need them. Without a loss a batch is passed
         as a mapping -> `model(**batch)`, tuple -> `model(*batch)`, else `model(batch)`. The model runs in eval mode.
     skip, only: patterns (`fnmatch`) of names of groups, parameters or modules; a module stands for all that is in it.
@@ -222,7 +223,8 @@ def plan(
         check_patterns(graph, skip, only)
         if any(isinstance(grain, Depth) for grain in recipe.grains):
             graph = counted(model, narrow(graph, spared_blocks(graph, skip, only)), inputs)
-        job = Job(model, graph, recipe, target, Source(data, loss), tuple(skip), tuple(only), inputs)
+        clock = Stopwatch(model, graph, inputs)
+        job = Job(model, graph, recipe, target, Source(data, loss), tuple(skip), tuple(only), inputs, clock)
         return job.structure() if isinstance(recipe.grains[0], Structural) else job.masks()
 
 
@@ -238,6 +240,7 @@ class Job:
     skip: tuple[str, ...]
     only: tuple[str, ...]
     inputs: Inputs
+    clock: Stopwatch
     before: Before | None = None
 
     # -- structure -----------------------------------------------------------------------------------------------
@@ -261,7 +264,12 @@ class Job:
                 raise self._nothing("units", frozen)
         cut = [group for group in (*self.graph.groups, *self.graph.stacks) if group.name in keep]
         rows = table.group_rows(self.graph, cut, keep)
-        return self._plan(after=table.amount(self.graph, keep), rows=rows, frozen=frozen, keep=keep, masks={})
+        made = self._plan(after=table.amount(self.graph, keep), rows=rows, frozen=frozen, keep=keep, masks={})
+        if not isinstance(self.target, Latency):
+            return made
+        found, line = self.clock.says(self.target, keep)
+        before, after = replace(made.before, latency=found.dense), replace(made.after, latency=found.small)
+        return replace(made, before=before, after=after, remarks=(*made.remarks, line))
 
     def _decided(self, groups: Sequence[Group]) -> dict[str, Tensor]:
         """The tokens that stay: those asked for and those that the model names."""
@@ -281,7 +289,8 @@ class Job:
         return {table.name: keep}
 
     def _contest(self, scored: Sequence[tuple[Group, Tensor]], decided: Keep, frozen: Sequence[Frozen]) -> Keep:
-        contest = Units(self.graph, tuple(g for g, _ in scored), tuple(s for _, s in scored), self.target, decided)
+        groups, scores = tuple(g for g, _ in scored), tuple(s for _, s in scored)
+        contest = Units(self.graph, groups, scores, self.target, decided, self.clock)
         if not scored and all(isinstance(grain, Vocabulary) for grain in self.recipe.grains):
             return contest.keep(())
         if not scored:
@@ -356,7 +365,7 @@ class Job:
             matrices = contest.masks(share(contest, self.target, rules, frozen, self.graph))
         weights = Subject(self.model, self.graph).parameters
         masks = {x.entity: from_matrix(m, weights[x.entity], x) for x, m in zip(layers, matrices, strict=True)}
-        rows = table.mask_rows(self.graph, layers, masks, pattern_name(pattern))
+        rows = table.mask_rows(self.graph, layers, masks, table.pattern_name(pattern))
         return self._plan(after=table.masked_amount(self.graph, rows), rows=rows, frozen=frozen, keep={}, masks=masks)
 
     def _layers(self) -> tuple[list[Layer], list[Frozen]]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from prunella.contest import macs_by_layer, offer
+from prunella.granularity import NM, Granularity
 from prunella.graph.structure import Frozen, Graph, Group, Layer
 from prunella.stats.subject import first_seen
 from prunella.types import Mask
@@ -16,12 +17,16 @@ from prunella.types import Mask
 
 @dataclass(frozen=True)
 class Amount:
-    """What a model weighs: parameters, multiply-adds of one pass over the example, bytes, non-zero prunable weights."""
+    """What a model weighs: parameters, multiply-adds of one pass over the example, bytes, non-zero prunable weights.
+
+    latency: milliseconds of one pass, where the target was a `Latency`; else 0.
+    """
 
     params: float
     macs: float
     bytes: float
     weights: float
+    latency: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -81,6 +86,11 @@ def _group_row(
         macs_before=sum(cost.macs({}) for cost in costs),
         macs_after=sum(cost.macs(keep) for cost in costs),
     )
+
+
+def pattern_name(pattern: Granularity) -> str:
+    """`2:4`, `block`, `element`."""
+    return f"{pattern.n}:{pattern.m}" if isinstance(pattern, NM) else type(pattern).__name__.lower()
 
 
 def mask_rows(graph: Graph, layers: Sequence[Layer], masks: Mapping[str, Mask], kind: str) -> tuple[Row, ...]:
@@ -189,6 +199,7 @@ def _totals(before: Amount, after: Amount) -> list[str]:
         "params": (before.params, after.params),
         "MACs": (before.macs, after.macs),
         "bytes": (before.bytes, after.bytes),
+        "ms": (before.latency, after.latency),
     }
     return [
         f"{label:<7}{short(old):>8} -> {short(new):<8} ({new / old:.1%} stays)"

@@ -1,4 +1,4 @@
-"""Budgets with units. A fraction is what REMAINS for `Params`, `MACs` and `Bytes`; `Sparsity` is what is REMOVED.
+"""Budgets with units. A fraction is what REMAINS; for `Sparsity` it is what is REMOVED.
 
 `MACs(0.5)` keeps half of the multiply-adds of the whole model; `MACs(1.2e9)` asks for an absolute number;
 `Sparsity(0.9)` removes 90 % of the prunable weights. Values up to and including 1 are fractions.
@@ -8,14 +8,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
 from prunella.errors import RequestError
+
+if TYPE_CHECKING:
+    from prunella.timing import Timing
 
 
 @dataclass(frozen=True)
 class Target:
-    """A budget: `value` of `unit`. Use one of the four children."""
+    """A budget: `value` of `unit`. Use one of the five children."""
 
     value: float
 
@@ -32,7 +36,7 @@ class Target:
 
     @property
     def name(self) -> str:
-        """`sparsity`, `params`, `macs` or `bytes`."""
+        """`sparsity`, `params`, `macs`, `bytes` or `latency`."""
         return type(self).__name__.lower()
 
     def absolute(self, dense: float) -> float:
@@ -65,22 +69,50 @@ class Bytes(Target):
     """Bytes of parameters and buffers that remain: a fraction up to 1, or a number."""
 
 
+@dataclass(frozen=True)
+class Latency(Target):
+    """Time of one forward pass on this machine that remains: a fraction up to 1, or milliseconds above 1.
+
+    The smaller model itself is built and timed beside the dense one while the plan is made, and the plan says what was
+    measured; it is hit within `TOLERANCE` where the steps of the machine's speed allow it. Not for masks: dense kernels
+    multiply the zeros. The weights are not timed again after healing: widths decide the time, values do not.
+
+    measure: what times them instead, a function of (dense, small, inputs, inputs of the small one) that returns a
+        `prunella.timing.Timing`: another device, for example.
+    """
+
+    measure: Callable[[Any, Any, Any, Any], Timing] | None = field(default=None, compare=False, repr=False)
+
+
+TOLERANCE = 0.05
+"""How far from what was asked a measured latency may be."""
+
+
 def part_of(target: Target, fraction: float, dense: Callable[[], float]) -> Target:
     """The target after `fraction` of the way from the dense model, whose amount `dense` gives where it is needed."""
     if isinstance(target, Sparsity):
         return Sparsity(fraction * target.value)
     remains = target.value if target.value <= 1 else min(1.0, target.value / dense())
-    return type(target)(1 - fraction * (1 - remains))
+    return replace(target, value=1 - fraction * (1 - remains))
 
 
-_KINDS: dict[str, type[Target]] = {"sparsity": Sparsity, "params": Params, "macs": MACs, "bytes": Bytes}
+_KINDS: dict[str, type[Target]] = {
+    "sparsity": Sparsity,
+    "params": Params,
+    "macs": MACs,
+    "bytes": Bytes,
+    "latency": Latency,
+}
+_TIMES = {"us": 1e-3, "ms": 1.0, "s": 1e3}
 _SUFFIX = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "kb": 1e3, "mb": 1e6, "gb": 1e9, "%": 0.01}
 
 
 def parse_target(text: str) -> Target:
-    """Read `macs=0.5`, `params=2.5M`, `bytes=40MB`, `sparsity=90%`."""
+    """Read `macs=0.5`, `params=2.5M`, `bytes=40MB`, `sparsity=90%`, `latency=0.6`, `latency=12ms`."""
     match = re.fullmatch(r"\s*([a-zA-Z]+)\s*=\s*([0-9.eE+-]+)\s*([a-zA-Z%]*)\s*", text)
-    if not match or match[1].lower() not in _KINDS or match[3].lower() not in _SUFFIX:
+    name, suffix = (match[1].lower(), match[3].lower()) if match else ("", "")
+    suffixes = {"": 1.0, "%": 0.01, **_TIMES} if name == "latency" else _SUFFIX
+    if not match or name not in _KINDS or suffix not in suffixes:
         raise RequestError(
             f"cannot read the target {text!r}",
             f"a target is NAME=NUMBER with NAME one of {', '.join(_KINDS)}",
@@ -90,4 +122,7 @@ def parse_target(text: str) -> Target:
         number = float(match[2])
     except ValueError:
         raise RequestError(f"cannot read the number in {text!r}", "", "for example --target macs=0.5") from None
-    return _KINDS[match[1].lower()](number * _SUFFIX[match[3].lower()])
+    if suffix in _TIMES and number * _TIMES[suffix] <= 1:
+        why = "up to 1 a latency is a fraction of the dense one, above it milliseconds"
+        raise RequestError(f"a latency of {text.partition('=')[2].strip()} is too short to ask for", why, "latency=0.6")
+    return _KINDS[name](number * suffixes[suffix])

@@ -12,7 +12,7 @@ import typer
 from prunella.cli.app import app
 from tests.cli.conftest import Run
 
-VERBS = ("demo", "doctor", "methods", "explain", "inspect", "plan", "show", "run", "pareto", "export", "verify",
+VERBS = ("demo", "doctor", "methods", "explain", "inspect", "scan", "plan", "show", "run", "pareto", "export", "verify",
          "report")  # fmt: skip
 HEAVY = ("torch", "numpy", "scipy", "rich", "matplotlib", "pydantic", "transformers")
 LIMIT = 0.3

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from prunella.budget import Pool
+from prunella.errors import RequestError
 from prunella.method import allocation
 
 
@@ -22,6 +23,32 @@ def uniform(pools: Sequence[Pool]) -> list[Tensor]:
     Use: results that must have equal widths, and as a baseline. Avoid: networks with a few sensitive layers.
     """
     return [_middles(pool.size) for pool in pools]
+
+
+@allocation(source="Gale et al. 2019, arXiv:1902.09574")
+def uniform_plus(pools: Sequence[Pool], *, last: float = 0.8) -> list[Tensor]:
+    """Uniform, but the first convolution stays dense and the last layer gives a bounded part.
+
+    `s_first = 0`, `s_last = min(s, last)`, `s_l = s` for all others, with `s` such that the target is met. As keys:
+    those of `uniform`; what is spared comes after everything else, the last layer before the first convolution, so that
+    targets beyond what the others can give are still met. The first convolution is the first pool whose weight has a
+    kernel, if any; the last layer is the last pool, where there are at least two.
+
+    last: in [0, 1], the fraction that the last layer gives at most.
+
+    Use: masks on convolutional networks, where it costs nothing and beats `uniform`. Avoid: structure, where the last
+    pool is no classifier.
+    """
+    if not 0 <= last <= 1:
+        raise RequestError(f"uniform_plus cannot use last={last:g}", "it is a fraction", "last=0.8")
+    keys = [_middles(pool.size) for pool in pools]
+    if len(pools) < 2:
+        return keys
+    keys[-1] = torch.where(keys[-1] < last, keys[-1], keys[-1] + 1)
+    first = next((i for i, pool in enumerate(pools[:-1]) if len(pool.shape) > 2), None)
+    if first is not None:
+        keys[first] = keys[first] + 2
+    return keys
 
 
 @allocation(source="Mocanu et al. 2018, arXiv:1707.04780; Evci et al. 2020, arXiv:1911.11134")

@@ -41,6 +41,31 @@ def global_(pools: Sequence[Pool], *, normalise: Normalise = Normalise.NONE, per
     return [pool.scores.double() / (scale * cost) for pool, scale, cost in zip(pools, scales, costs, strict=True)]
 
 
+@allocation(source="Fang et al. 2024, arXiv:2407.04616")
+def isomorphic(pools: Sequence[Pool]) -> list[Tensor]:
+    """One ranking for each kind of structure: only groups of equal topology are compared, and all kinds give alike.
+
+    `key = (rank + 1/2) / N_k`, the rank among all N_k units of the kind k of group. The kind is what takes part in the
+    group and in which role (convolutions, norms, how many of each), not how wide it is, so that norms are compared only
+    where they mean the same. With one kind this is `global_`, with as many kinds as groups `uniform`.
+
+    Use: networks that mix attention, depthwise and plain convolutions. Avoid: networks of one kind of layer: it is
+    `global_` there.
+    """
+    kinds: dict[str, list[int]] = {}
+    for index, pool in enumerate(pools):
+        kinds.setdefault(pool.alike, []).append(index)
+    keys: dict[int, Tensor] = {}
+    for alike in kinds.values():
+        members = alike[::-1]  # of equal scores the last group's go first, as everywhere
+        scores = torch.cat([pools[index].scores.double() for index in members])
+        ranks = torch.empty(len(scores), dtype=torch.float64)
+        ranks[scores.argsort(stable=True)] = (torch.arange(len(scores), dtype=torch.float64) + 0.5) / len(scores)
+        parts = torch.split(ranks, [pools[index].size for index in members])
+        keys.update(zip(members, parts, strict=True))
+    return [keys[index] for index in range(len(pools))]
+
+
 @allocation(source="Lee et al. 2021, arXiv:2010.07611")
 def lamp(pools: Sequence[Pool]) -> list[Tensor]:
     """Layer-adaptive magnitude: a weight against all weights of its layer that are at least as large.

@@ -49,6 +49,7 @@ for verb in (
     look.methods,
     look.explain,
     look.inspect,
+    work.scan,
     work.plan,
     look.show,
     work.run,

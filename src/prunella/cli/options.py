@@ -26,7 +26,9 @@ AllowPickle = Annotated[bool, typer.Option("--allow-pickle", help="Read pickled 
 RecipeName = Annotated[str, typer.Option("--recipe", metavar="NAME", help="A recipe or a criterion of `methods`.")]
 TargetText = Annotated[
     str | None,
-    typer.Option("--target", metavar="T", help="What must remain: macs=0.5, params=2M, bytes=40MB; or sparsity=0.9."),
+    typer.Option(
+        "--target", metavar="T", help="What remains: macs=0.5, params=2M, bytes=40MB, latency=0.6; or sparsity=0.9."
+    ),
 ]
 GranularityText = Annotated[
     str | None,

@@ -94,6 +94,14 @@ def check_new_file(file: Path, *, overwrite: bool) -> None:
         )
 
 
+def read_ratios(text: str) -> tuple[float, ...]:
+    """`0.25,0.5`."""
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise RequestError(f"cannot read the ratios {text!r}", "numbers by comma", "for example 0.25,0.5") from None
+
+
 def read_target(text: str | None) -> Target | None:
     """`macs=0.5`; none is right for N:M alone, and `plan` says so otherwise."""
     return None if text is None else parse_target(text)

@@ -85,6 +85,56 @@ def plan(
     emit(request.plan_data(made), str(made), as_json=as_json)
 
 
+def scan(
+    model: options.Model,
+    metric: Annotated[
+        str | None,
+        typer.Option(metavar="M:F", help="module:function of (model); higher is better. Default: agreement on --data."),
+    ] = None,
+    recipe: options.RecipeName = "magnitude",
+    ratios: Annotated[str, typer.Option(metavar="R", help="Fractions removed, by comma.")] = "0.1,0.25,0.5,0.75,0.9",
+    inputs: options.Inputs = None,
+    weights: options.Weights = None,
+    allow_pickle: options.AllowPickle = False,
+    granularity: options.GranularityText = None,
+    floor: options.Floor = None,
+    align: options.Align = None,
+    skip: options.Skip = None,
+    only: options.Only = None,
+    data: options.Data = None,
+    loss: options.LossName = None,
+    program: options.Program = False,
+    seed: options.Seed = 0,
+    output: options.OptionalOutput = None,
+    as_json: options.Json = False,
+) -> None:
+    """Sensitivity: cut each group alone, for real, and evaluate. -o is a folder in which a killed scan goes on."""
+    from prunella.cli import request
+    from prunella.search import agreement, space
+    from prunella.search import scan as measure
+
+    parts = request.with_numbers(
+        request.build_recipe(recipe, granularity=granularity), floor=floor, align=align, even=False, seed=seed
+    )
+    fractions = request.read_ratios(ratios)
+    batches, evaluate = request.load_data(data), request.load_function(metric, "metric")
+    network, example = request.open_model(
+        model, inputs, weights=weights, allow_pickle=allow_pickle, seed=seed, program=program
+    )
+    with stage("coupling and scoring"):
+        groups = space(
+            network, example, parts, data=batches, loss=request.load_loss(loss), skip=skip or (), only=only or ()
+        )
+    found = measure(
+        groups,
+        evaluate or agreement(network, [example] if batches is None else batches),
+        ratios=fractions,
+        folder=output,
+        on_point=lambda name, x, value: note(f"{name} {x:.0%}: {value:.4g}" if name else f"dense: {value:.4g}"),
+    )
+    emit({**found.as_dict(), "measured": found.measured}, str(found), as_json=as_json)
+
+
 def run(
     model: options.Model,
     recipe: options.RecipeName = "magnitude",

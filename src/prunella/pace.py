@@ -1,0 +1,148 @@
+"""How far to prune for a `Latency`: smaller models are built and timed beside the dense one until one hits."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prunella.budget import Ladder, removed
+from prunella.errors import NotSupported, TargetMissed
+from prunella.forward import forward
+from prunella.graph.couple import changes
+from prunella.graph.structure import Graph, Keep
+from prunella.graph.surgery import change_
+from prunella.graph.vocabulary import known_only, renumber
+from prunella.select import Counts
+from prunella.targets import TOLERANCE, Latency
+from prunella.timing import Timing, side_by_side
+
+MOST = 16
+"""Measurements of one search; a binary search of 4096 widths takes 12."""
+Widths = tuple[tuple[str, int], ...]
+
+
+@dataclass(frozen=True)
+class Stopwatch:
+    """Times what is left of a model. `known` has the latest timing of each set of widths, `taken` all of them."""
+
+    model: nn.Module
+    graph: Graph
+    inputs: Any
+    known: dict[Widths, Timing] = field(default_factory=dict)
+    taken: list[Timing] = field(default_factory=list)
+
+    def time(self, target: Latency, keep: Keep, *, again: bool = False) -> Timing:
+        """The model that keeps `keep` against the dense one: widths alone decide. again: measured anew."""
+        widths = tuple(sorted((name, int(mask.sum())) for name, mask in keep.items()))
+        if again or widths not in self.known:
+            small, example = self._small(keep)
+            self.known[widths] = (target.measure or side_by_side)(self.model, small, self.inputs, example)
+            self.taken.append(self.known[widths])
+        return self.known[widths]
+
+    def says(self, target: Latency, keep: Keep) -> tuple[Timing, str]:
+        """What was measured of the model that is left, and a line for the plan."""
+        found = self.time(target, keep)
+        asked = target.value if target.value <= 1 else target.value / found.dense
+        below = "; the time jumps over what was asked" if found.ratio < asked * (1 - TOLERANCE) else ""
+        return found, f"measured: {found}; {len(self.taken)} measurements in all{below}"
+
+    def _small(self, keep: Keep) -> tuple[nn.Module, Any]:
+        small, done = copy.deepcopy(self.model), changes(self.graph, keep)
+        try:
+            change_(small, done)
+            example = renumber(known_only(self.inputs, done.renumbered), done.renumbered)
+            with torch.no_grad():
+                forward(small, example)
+        except Exception as error:
+            why = f"the smaller model does not run: {type(error).__name__}: {error}"
+            raise NotSupported("the latency cannot be measured", why, "ask for MACs") from error
+        return small, example
+
+
+def in_order(ladders: Sequence[Ladder]) -> tuple[Tensor, Tensor]:
+    """All steps in the order of removal: which ladder each is of, and its key. Equal keys: the last ladder first."""
+    keys = torch.cat([entry.keys for entry in reversed(ladders)])
+    owner = torch.cat([torch.full((len(ladders[i].keys),), i) for i in reversed(range(len(ladders)))])
+    order = keys.argsort(stable=True)
+    return owner[order], keys[order]
+
+
+def paced(
+    ladders: Sequence[Ladder],
+    time: Callable[[Counts, bool], Timing],
+    cost: Callable[[Counts], float],
+    target: Latency,
+    *,
+    even: bool = False,
+) -> Counts:
+    """Units to remove from every pool such that what is left takes the asked time, as `time(counts, again)` measures.
+
+    One point of the order of removal is measured at a time: between the slowest that is quick enough and the quickest
+    that is too slow, where a straight line in `cost` (multiply-adds) expects the target. A point that hits is measured
+    once more, since the luckiest of several noisy numbers is too good; that second number counts, and where it misses
+    the search goes on from it. Where the time jumps over the target, the point behind the jump is taken.
+
+    Errors: TargetMissed when the target is the dense time or more, or when all that may go is not enough.
+    """
+    owner, keys = in_order(ladders)
+    stops = [p for p in range(len(owner) + 1) if not even or p in (0, len(owner)) or keys[p] > keys[p - 1]]
+
+    def counts(stop: int) -> Counts:
+        return removed(ladders, tuple(torch.bincount(owner[: stops[stop]], minlength=len(ladders)).tolist()))
+
+    last = len(stops) - 1
+    full = time(counts(last), False)
+    asked = target.value if target.value <= 1 else target.value / full.dense
+    if asked >= 1:
+        raise TargetMissed(
+            f"{target} would remove nothing", f"the dense model takes {full.dense:.3g} ms", "ask for less"
+        )
+    found, sure = {0: 1.0, last: full.ratio}, set[int]()
+    limit = asked * (1 + TOLERANCE)
+    for _ in range(MOST):
+        quick = [stop for stop, ratio in found.items() if ratio <= limit and stop]
+        if not quick:
+            break
+        near = min(filter(None, found), key=lambda stop: (abs(found[stop] - asked), stop))  # 0 is the dense model
+        hit = abs(found[near] - asked) <= TOLERANCE * asked
+        high = near if hit else min(quick)
+        low = max(stop for stop in found if stop < high)
+        if hit or high - low == 1:
+            if high in sure:
+                break
+            found[high] = time(counts(high), True).ratio
+            sure.add(high)
+        else:
+            stop = _between(low, high, found, asked, lambda stop: cost(counts(stop)))
+            found[stop] = time(counts(stop), False).ratio
+    quick = [stop for stop, ratio in found.items() if ratio <= limit and stop]
+    if not quick:
+        raise _missed(target, asked, time(counts(last), False))
+    return counts(min(quick, key=lambda stop: (abs(found[stop] - asked), stop)))
+
+
+def _between(low: int, high: int, found: dict[int, float], asked: float, cost: Callable[[int], float]) -> int:
+    """The stop between two where the line through both expects the asked ratio, kept away from the ends."""
+    drop = found[low] - found[high]
+    part = min(0.85, max(0.15, (found[low] - asked) / drop)) if drop > 0 else 0.5
+    wanted = cost(low) + part * (cost(high) - cost(low))
+    first, last = low + 1, high - 1
+    while first < last:
+        middle = (first + last) // 2
+        first, last = (first, middle) if cost(middle) <= wanted else (middle + 1, last)
+    return first
+
+
+def _missed(target: Latency, asked: float, full: Timing) -> TargetMissed:
+    none = "; there is no speed-up to be had here" if full.high >= 1 else ""
+    return TargetMissed(
+        f"{target} cannot be met: when all that may go is gone, {full.ratio:.3g} of the dense time remains{none}",
+        f"asked {asked:.3g}; measured {full}",
+        "ask for more time, lower floor=, skip less, or take larger inputs: small ones are bound by overhead",
+    )

@@ -1,0 +1,97 @@
+"""Sensitivity: what the quality is when one group alone is cut, by the real cut."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from prunella.allocation import from_scan
+from prunella.budget import Allocation
+from prunella.errors import RequestError
+from prunella.method import search
+from prunella.search.journal import Journal
+from prunella.search.space import Evaluate, Space
+
+RATIOS = (0.1, 0.25, 0.5, 0.75, 0.9)
+
+
+@dataclass(frozen=True)
+class Scan:
+    """Curves of sensitivity. base: quality of the dense model.
+
+    curves: group -> points (fraction really removed, quality), ascending in the fraction.  measured: new evaluations.
+    """
+
+    base: float
+    curves: Mapping[str, tuple[tuple[float, float], ...]]
+    measured: int
+
+    @property
+    def drops(self) -> dict[str, tuple[tuple[float, float], ...]]:
+        """Group -> points (fraction removed, quality lost)."""
+        return {name: tuple((x, self.base - value) for x, value in curve) for name, curve in self.curves.items()}
+
+    @property
+    def allocation(self) -> Allocation:
+        """`from_scan` with these curves."""
+        return partial(from_scan, drops=self.drops)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data."""
+        return {"base": self.base, "curves": {name: [list(p) for p in curve] for name, curve in self.curves.items()}}
+
+    def __str__(self) -> str:
+        width = max((len(name) for name in self.curves), default=0)
+        lines = [f"quality of the dense model: {self.base:.4g}; of the model with one group cut:"]
+        # the most sensitive first
+        for name, curve in sorted(self.curves.items(), key=lambda item: min(value for _, value in item[1])):
+            points = "  ".join(f"{x:.0%}: {value:.4g}" for x, value in curve)
+            lines.append(f"{name.ljust(width)}  {points}")
+        return "\n".join(lines)
+
+
+@search(source="Li et al. 2017, arXiv:1608.08710; Han et al. 2015, arXiv:1506.02626")
+def scan(
+    space: Space,
+    evaluate: Evaluate,
+    *,
+    ratios: Sequence[float] = RATIOS,
+    folder: str | os.PathLike[str] | None = None,
+    on_point: Callable[[str, float, float], None] | None = None,
+) -> Scan:
+    """Cut one group after another to several ratios, alone, and evaluate the model that is left.
+
+    `curve_l(x) = evaluate(model with round(x n_l) units of group l really gone)`, by the order of the space's scores.
+    Each point cuts a copy; the model and its buffers stay bit for bit as they were.
+
+    ratios: fractions in (0, 1); rounded to what floor and align leave, equal ones once. `space(only=...)` takes fewer
+    groups. folder: evaluations go to a journal there as they are made; a scan that was killed goes on with the next
+    one. The journal knows model, recipe and groups; it cannot know the evaluation: take another folder for another.
+    on_point: called with the group (empty for the dense model), the fraction and the quality of each new point.
+
+    Use: to see which layers are sensitive, and as options for `knapsack`. Avoid: as the only truth at high reductions:
+    losses of several cuts do not add up.
+    """
+    wrong = next((ratio for ratio in ratios if not 0 < ratio < 1), None)
+    if wrong is not None or not ratios:
+        raise RequestError("scan needs ratios between 0 and 1", f"got {wrong}", "for example ratios=(0.25, 0.5)")
+    journal = Journal(folder, f"scan {space.fingerprint}")
+    nothing = (0,) * len(space.names)
+
+    def point(name: str, counts: tuple[int, ...]) -> float:
+        key = f"{name}:{sum(counts)}"
+        if key not in journal:
+            journal[key] = space.evaluate(evaluate, counts)
+            if on_point:
+                on_point(name, sum(counts) / space.sizes[space.names.index(name)] if name else 0.0, journal[key])
+        return journal[key]
+
+    base, curves = point("", nothing), {}
+    for index, name in enumerate(space.names):
+        wanted = sorted({space.removed({name: ratio})[index] for ratio in ratios} - {0})
+        points = {gone: point(name, (*nothing[:index], gone, *nothing[index + 1 :])) for gone in wanted}
+        curves[name] = tuple((gone / space.sizes[index], value) for gone, value in points.items())
+    return Scan(base, {name: curve for name, curve in curves.items() if curve}, journal.added)

@@ -1,0 +1,228 @@
+"""What a search may cut: the groups of a model in the order of their scores, cut for real, and weighed."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from prunella.allocation import fixed
+from prunella.apply import record_
+from prunella.budget import Allocation, Ladder, ladder, most, solve
+from prunella.contest import Units, Weights
+from prunella.errors import NotSupported, RequestError
+from prunella.forward import mode
+from prunella.granularity import Block, Channel, Element, Expert, Head, Width
+from prunella.graph.couple import changes, couple
+from prunella.graph.oracle import unproven
+from prunella.graph.surgery import change_
+from prunella.graph.view import from_matrix
+from prunella.names import check_patterns
+from prunella.pace import Stopwatch
+from prunella.pipeline import Inputs, Job, Loss, Recipe
+from prunella.select import Counts
+from prunella.stats import Source, Subject, untouched
+from prunella.targets import Latency, Sparsity, Target
+
+Evaluate = Callable[[nn.Module], float]
+"""Quality of a model; higher is better."""
+Predict = Callable[[Counts], float]
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a search found. shares: group -> fraction of its units removed; `allocation` puts them into a `Recipe`.
+
+    value: quality that the search saw.  cost: what remains, in the target's unit.  tried: evaluations in this process.
+    model: the tuned model of a search that tunes, else None.
+    """
+
+    shares: Mapping[str, float]
+    value: float
+    cost: float
+    tried: int
+    model: nn.Module | None = None
+
+    @property
+    def allocation(self) -> Allocation:
+        """`fixed` with these shares."""
+        return partial(fixed, shares=dict(self.shares))
+
+
+@dataclass(frozen=True)
+class Space:
+    """Groups that may be cut, by the scores of a recipe. `counts` below are units removed from each, in order."""
+
+    model: nn.Module
+    recipe: Recipe
+    contest: Units | Weights
+    inputs: Inputs
+    source: Source
+    skip: tuple[str, ...]
+    only: tuple[str, ...]
+
+    @cached_property
+    def ladders(self) -> tuple[Ladder, ...]:
+        """The steps that floor, align and the operations leave to each group."""
+        ranks = (torch.arange(size, dtype=torch.float64) for size in self.sizes)
+        return tuple(self._ladder(index, keys) for index, keys in enumerate(ranks))
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The groups."""
+        return tuple(pool.name for pool in self.contest.pools)
+
+    @cached_property
+    def sizes(self) -> tuple[int, ...]:
+        """Units of each."""
+        return tuple(pool.size for pool in self.contest.pools)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of the recipe, the groups and the weights, so that a journal is not taken for another's."""
+        digest = hashlib.sha256(json.dumps([self.recipe.describe(), self.names, self.sizes], sort_keys=True).encode())
+        for name, value in self.model.state_dict().items():
+            digest.update(name.encode())
+            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+    def cut(self, counts: Counts) -> nn.Module:
+        """A copy of the model with these units really cut away, or these weights zeroed under masks."""
+        small = copy.deepcopy(self.model)
+        if isinstance(self.contest, Units):
+            change_(small, changes(self.contest.graph, self.contest.keep(counts)))
+            return small
+        parameters = Subject(small, self.contest.graph).parameters
+        for layer, matrix in zip(self.contest.layers, self.contest.masks(counts), strict=True):
+            parameter = parameters[layer.entity]
+            assert isinstance(parameter, nn.Parameter)
+            mask = from_matrix(matrix, parameter, layer)
+            with torch.no_grad():
+                parameter.masked_fill_(~mask, 0)
+            record_(small, {parameter: mask})
+        return small
+
+    def evaluate(self, evaluate: Evaluate, counts: Counts) -> float:
+        """The quality of the cut model in eval mode, every random generator at the recipe's seed."""
+        small = self.cut(counts)
+        with untouched(small, self.recipe.seed), mode(small, training=False):
+            return float(evaluate(small))
+
+    def cost(self, target: Target, counts: Counts) -> float:
+        """What remains, in the target's unit; a `Latency` is measured, in milliseconds."""
+        contest = self.contest
+        if isinstance(target, Latency) and isinstance(contest, Units) and contest.clock is not None:
+            return contest.clock.time(target, contest.keep(counts)).small
+        return contest.amount(target, counts)
+
+    def budget(self, target: Target, predict: Predict | None = None) -> float:
+        """The most that meets the target."""
+        if predict is not None or isinstance(target, Latency):
+            dense = (predict or partial(self.cost, target))((0,) * len(self.sizes))
+            return target.absolute(dense)
+        return self.contest.budget(target)
+
+    def removed(self, shares: Mapping[str, float]) -> Counts:
+        """The steps nearest to these fractions, on the ladders that floor and align leave."""
+        wanted = [round(shares.get(name, 0.0) * size) for name, size in zip(self.names, self.sizes, strict=True)]
+        levels = [self.levels(index) for index in range(len(wanted))]
+        return tuple(min(level, key=lambda c: (abs(c - want), c)) for level, want in zip(levels, wanted, strict=True))
+
+    def levels(self, index: int) -> list[int]:
+        """How many units may be removed from one group: 0 and every step of its ladder."""
+        steps = self.ladders[index]
+        return [steps.removed(step) for step in range(len(steps.keys) + 1)]
+
+    def shares(self, counts: Counts) -> dict[str, float]:
+        """As fractions."""
+        return {name: gone / size for name, gone, size in zip(self.names, counts, self.sizes, strict=True)}
+
+    def scaled(self, shares: Mapping[str, float], target: Target, predict: Predict | None = None) -> Counts | None:
+        """These shares times the factor that meets the target, as `fixed` will do in the plan; None if none does."""
+        cost = predict or partial(self.cost, target)
+        budget = self.budget(target, predict) * (1 + 1e-12)
+        keys = fixed(self.contest.pools, shares=shares)
+        rungs = [self._ladder(index, key) for index, key in enumerate(keys)]
+        if cost(most(rungs)) > budget:
+            return None
+        return solve(rungs, lambda gone: cost(gone) <= budget)
+
+    def of(self, small: nn.Module) -> Space:
+        """The space of a model that was cut from this one: the same groups, narrower, with scores of its weights."""
+        return space(
+            small,
+            self.inputs,
+            self.recipe,
+            data=self.source.data,
+            loss=self.source.loss,
+            skip=self.skip,
+            only=self.only,
+        )
+
+    def _ladder(self, index: int, keys: torch.Tensor) -> Ladder:
+        align, least = _limits(self.contest, self.recipe, index)
+        return ladder(keys, self.recipe.floor, align, least)
+
+
+def space(
+    model: nn.Module,
+    inputs: Inputs,
+    recipe: Recipe,
+    *,
+    data: Iterable[Any] | None = None,
+    loss: Loss | None = None,
+    skip: Sequence[str] = (),
+    only: Sequence[str] = (),
+) -> Space:
+    """The groups that `recipe` may cut, scored once; its allocation is what is searched and plays no part here.
+
+    Parameters and errors are those of `plan`. The model is only read. Units of structure, or weights under a mask;
+    patterns of fixed sparsity, blocks and tokens have nothing to search.
+    """
+    grains = recipe.grains
+    odd = next((g for g in grains if not isinstance(g, Channel | Head | Width | Expert | Element | Block)), None)
+    if odd is not None:
+        why = "it leaves no choice of how many, or takes whole blocks of layers"
+        raise RequestError(f"there is nothing to search for {odd}", why, "Channel, Head, Width, Expert, Element, Block")
+    with untouched(model, recipe.seed):
+        graph = couple(model, inputs)
+        check_patterns(graph, skip, only)
+        clock = Stopwatch(model, graph, inputs)
+        source = Source(data, loss)
+        job = Job(model, graph, recipe, Sparsity(0.5), source, tuple(skip), tuple(only), inputs, clock)
+        contest = _weights(job, grains[0]) if isinstance(grains[0], Element | Block) else _units(job)
+    return Space(model, recipe, contest, inputs, source, tuple(skip), tuple(only))
+
+
+def _units(job: Job) -> Units:
+    groups, frozen = job._groups()
+    scored = job._score_groups(groups, frozen)
+    half = {g.name: torch.arange(g.size) >= min(g.size // 2, g.size - max(1, g.least)) for g, _ in scored}
+    faults = unproven(job.model, job.graph, half, job.inputs)
+    scored = [(group, scores) for group, scores in scored if group.name not in faults]
+    if not scored:
+        raise NotSupported("there is nothing to search", next(iter(faults.values())), "`prunella inspect` shows why")
+    return Units(job.graph, tuple(g for g, _ in scored), tuple(s for _, s in scored), job.target, {}, job.clock)
+
+
+def _weights(job: Job, pattern: Element | Block) -> Weights:
+    layers, frozen = job._layers()
+    scored = job._score_layers(layers, frozen)
+    return Weights(job.graph, tuple(x for x, _ in scored), tuple(s for _, s in scored), pattern)
+
+
+def _limits(contest: Units | Weights, recipe: Recipe, index: int) -> tuple[int, int]:
+    """Width multiple and least width of one group, as in a plan."""
+    if isinstance(contest, Weights):
+        return 1, 1
+    group = contest.groups[index]
+    align = recipe.align if group.kind in ("channel", "width") else 1
+    return math.lcm(group.multiple, align), group.least

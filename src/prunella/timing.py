@@ -1,0 +1,233 @@
+"""Is it faster? Measured side by side, with an interval, and with the answer "no" where that is the answer."""
+
+from __future__ import annotations
+
+import random
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from prunella.errors import RequestError
+from prunella.forward import forward, mode
+
+Run = Callable[[], object]
+_SHORTEST = 2e-3
+"""A sample lasts at least this many seconds; quicker functions are called several times a sample."""
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """How many times quicker the other is than the base, and a 95 % interval of that number."""
+
+    value: float
+    low: float
+    high: float
+
+    @property
+    def faster(self) -> bool:
+        """Whether the whole interval is above 1, as it is shown with two digits."""
+        return round(self.low, 2) > 1
+
+    @property
+    def slower(self) -> bool:
+        """Whether the whole interval is below 1."""
+        return round(self.high, 2) < 1
+
+    @property
+    def verdict(self) -> str:
+        """One phrase that does not say more than the interval does."""
+        interval = f"[{self.low:.2f}, {self.high:.2f}]"
+        if self.faster:
+            return f"{self.value:.2f}x faster {interval}"
+        if self.slower:
+            return f"{1 / self.value:.2f}x slower [{1 / self.high:.2f}, {1 / self.low:.2f}]"
+        return f"no speed-up on this device ({self.value:.2f}x {interval})"
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Seconds of one call: every sample of one candidate, in the order of the rounds."""
+
+    name: str
+    samples: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        """The middle sample, which one slow round does not move."""
+        return statistics.median(self.samples)
+
+    @property
+    def quartiles(self) -> tuple[float, float]:
+        """A quarter of the samples is below the first, a quarter above the second."""
+        low, high = np.percentile(self.samples, [25, 75])
+        return float(low), float(high)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Candidates measured in the same rounds; the first is the base of all ratios."""
+
+    latencies: tuple[Latency, ...]
+    ratios: tuple[Ratio, ...]
+    threads: int
+    device: str
+    rounds: int
+    warmup: int
+    seed: int
+
+    @property
+    def ratio(self) -> Ratio:
+        """The second candidate against the first."""
+        return self.ratios[0]
+
+    def __str__(self) -> str:
+        base = self.latencies[0]
+        lines = [f"{base.name}  {base.median * 1e3:.3f} ms"]
+        for latency, ratio in zip(self.latencies[1:], self.ratios, strict=True):
+            lines.append(f"{latency.name}  {latency.median * 1e3:.3f} ms  {ratio.verdict}")
+        return "\n".join(
+            [*lines, f"medians of {self.rounds} interleaved rounds, {self.threads} threads, {self.device}"]
+        )
+
+
+@dataclass(frozen=True)
+class Timing:
+    """A smaller model against the dense one: milliseconds of both, and what part of the dense time remains.
+
+    low, high: a 95 % interval of `ratio`.  how: how it was measured, in words.
+    """
+
+    dense: float
+    small: float
+    low: float
+    high: float
+    how: str
+
+    @property
+    def ratio(self) -> float:
+        """Part of the dense time that remains."""
+        return self.small / self.dense
+
+    def __str__(self) -> str:
+        shares = f"{self.ratio:.3g} [{self.low:.3g}, {self.high:.3g}] of the dense time"
+        return f"{shares}, {self.dense:.3g} ms -> {self.small:.3g} ms, {self.how}"
+
+
+def side_by_side(dense: nn.Module, small: nn.Module, inputs: Any, small_inputs: Any, *, seconds: float = 5.0) -> Timing:
+    """One forward pass of both models in eval mode, in interleaved rounds, until the number is sure.
+
+    Rounds are added until the 95 % interval of the median of `small / dense`, round by round, is within 2 % of it: a
+    fraction of a second on a quiet machine. A busy one stops after `seconds`, with the interval that it has.
+    """
+    device = next((str(p.device) for p in dense.parameters()), "cpu")
+    runs = {"dense": partial(forward, dense, inputs), "small": partial(forward, small, small_inputs)}
+    base, other, threads = list[float](), list[float](), 1
+    with mode(dense, training=False), mode(small, training=False), torch.no_grad():
+        start = time.perf_counter()
+        while True:
+            found = compare_latency(runs, rounds=15, warmup=1, device=device, seed=len(base))
+            base += found.latencies[0].samples
+            other += found.latencies[1].samples
+            threads = found.threads
+            low, middle, high = _share(base, other)
+            if high - low <= 0.04 * middle or time.perf_counter() - start > seconds:
+                break
+    how = f"median of {len(base)} interleaved rounds, {threads} thread{'s' * (threads > 1)}, {device}"
+    milliseconds = statistics.median(base) * 1e3
+    return Timing(milliseconds, milliseconds * middle, low, high, how)
+
+
+def _share(base: Sequence[float], other: Sequence[float]) -> tuple[float, float, float]:
+    """The median of `other / base` between the ends of its 95 % bootstrap interval.
+
+    Of pairs of neighbours, not of medians: what slows a part of the rounds slows both of a pair.
+    """
+    shares = np.asarray(other) / np.asarray(base)
+    draws = np.random.default_rng(0).integers(0, len(shares), (1000, len(shares)))
+    low, high = np.percentile(np.median(shares[draws], axis=1), [2.5, 97.5])
+    return float(low), float(np.median(shares)), float(high)
+
+
+def compare_latency(
+    candidates: Mapping[str, Run],
+    *,
+    rounds: int = 40,
+    warmup: int = 5,
+    threads: int | None = None,
+    device: str = "cpu",
+    seed: int = 0,
+) -> Comparison:
+    """Time several functions in interleaved rounds, each round in a new random order.
+
+    Whatever the machine does meanwhile (clock, caches, other programs) then meets all candidates alike. The ratio is
+    of medians, its interval the 2.5 and 97.5 percentiles of a bootstrap over rounds.
+    rounds: at least 5; an interval of fewer means nothing. threads: of torch, for the time of the measurement.
+    """
+    if rounds < 5 or len(candidates) < 2 or warmup < 0:
+        why = f"got {rounds} rounds, {len(candidates)} candidates, {warmup} warm-up calls"
+        raise RequestError(
+            "a comparison needs at least 5 rounds of at least 2 candidates", why, "for example rounds=40"
+        )
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads or before)
+    try:
+        samples = _measure(candidates, rounds, warmup, device, random.Random(seed))
+        used = torch.get_num_threads()
+    finally:
+        torch.set_num_threads(before)
+    latencies = tuple(Latency(name, tuple(times)) for name, times in samples.items())
+    ratios = tuple(paired_ratio(latencies[0].samples, other.samples, seed=seed) for other in latencies[1:])
+    return Comparison(latencies, ratios, used, device, rounds, warmup, seed)
+
+
+def paired_ratio(base: Sequence[float], other: Sequence[float], *, resamples: int = 2000, seed: int = 0) -> Ratio:
+    """`median(base) / median(other)` and its 95 % bootstrap interval (Efron 1979).
+
+    Whole rounds are drawn, both samples of a round together, so what slowed both in a round cancels.
+    """
+    if len(base) != len(other) or not base or min(*base, *other) <= 0:
+        raise RequestError("a paired ratio needs as many positive samples of both", f"got {len(base)} and {len(other)}")
+    first, second = np.asarray(base, float), np.asarray(other, float)
+    draws = np.random.default_rng(seed).integers(0, len(first), (resamples, len(first)))
+    spread = np.median(first[draws], axis=1) / np.median(second[draws], axis=1)
+    low, high = np.percentile(spread, [2.5, 97.5])
+    return Ratio(float(np.median(first) / np.median(second)), float(low), float(high))
+
+
+def _measure(
+    candidates: Mapping[str, Run], rounds: int, warmup: int, device: str, order: random.Random
+) -> dict[str, list[float]]:
+    calls = {name: _calls(run, warmup, device) for name, run in candidates.items()}
+    samples: dict[str, list[float]] = {name: [] for name in candidates}
+    for _ in range(rounds):
+        for name in order.sample(list(candidates), len(candidates)):
+            samples[name].append(_sample(candidates[name], calls[name], device))
+    return samples
+
+
+def _calls(run: Run, warmup: int, device: str) -> int:
+    """Warm up, and find how many calls make a sample long enough for the clock."""
+    for _ in range(warmup):
+        run()
+    return max(1, round(_SHORTEST / max(_sample(run, 1, device), 1e-7)))
+
+
+def _sample(run: Run, calls: int, device: str) -> float:
+    _wait(device)
+    start = time.perf_counter()
+    for _ in range(calls):
+        run()
+    _wait(device)
+    return (time.perf_counter() - start) / calls
+
+
+def _wait(device: str) -> None:
+    if device.startswith("cuda"):
+        torch.cuda.synchronize(device)
