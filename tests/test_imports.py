@@ -38,6 +38,7 @@ ORDER = (
     "apply",
     "train",
     "recovery",
+    "importers",
     "realize",
     "reporting",
     "recipes",

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from prunella.granularity import Reduce as Reduce
     from prunella.granularity import Vocabulary as Vocabulary
     from prunella.granularity import Width as Width
+    from prunella.importers import import_plan as import_plan
     from prunella.pipeline import Plan as Plan
     from prunella.pipeline import Recipe as Recipe
     from prunella.pipeline import plan as plan
@@ -103,6 +104,7 @@ _HOME = {
     "Plan": "pipeline",
     "Recipe": "pipeline",
     "plan": "pipeline",
+    "import_plan": "importers",
     "Bytes": "targets",
     "Params": "targets",
     "Sparsity": "targets",

@@ -50,13 +50,13 @@ def apply_(model: M, plan: Plan, *, regrow: bool = False) -> M:
     """Zero in place everything that `plan` removes, remember the masks, and return the model.
 
     New values of `plan.weights` are copied in first. Masked weights are then set to zero, and so is every position that
-    `plan.cuts` does not keep on any axis of a parameter. Buffers are left as they are. The plan is checked against the
-    model before anything is written.
+    `plan.cuts` does not keep on any axis of a parameter. Buffers are left as they are, unless `plan.weights` has them.
+    The plan is checked against the model before anything is written.
 
     regrow: forget the masks of earlier plans, so that this plan alone says what is masked. By default masks add up.
     """
     root = unwrap(model)
-    named = dict(root.named_parameters(remove_duplicate=False))
+    named = dict(root.named_buffers(remove_duplicate=False)) | dict(root.named_parameters(remove_duplicate=False))
     weights = [(_parameter(named, name, new.shape), new) for name, new in plan.weights.items()]
     masks = plan_masks(root, plan)
     with torch.no_grad():

@@ -9,7 +9,7 @@ from typing import Any, get_args
 
 from prunella.method import REGISTRY, Method, MethodKind, find
 
-HOMES = ("criteria", "granularity", "allocation", "schedule", "recovery", "recipes")
+HOMES = ("criteria", "granularity", "allocation", "schedule", "recovery", "importers", "recipes")
 _ORDER = get_args(MethodKind)
 
 

@@ -12,7 +12,20 @@ import typer
 from prunella.cli.app import app
 from tests.cli.conftest import Run
 
-VERBS = ("demo", "doctor", "methods", "explain", "inspect", "plan", "show", "run", "export", "verify", "report")
+VERBS = (
+    "demo",
+    "doctor",
+    "methods",
+    "explain",
+    "inspect",
+    "plan",
+    "import",
+    "show",
+    "run",
+    "export",
+    "verify",
+    "report",
+)
 HEAVY = ("torch", "numpy", "scipy", "rich", "matplotlib", "pydantic", "transformers")
 LIMIT = 0.3
 

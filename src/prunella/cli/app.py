@@ -50,13 +50,14 @@ for verb in (
     look.explain,
     look.inspect,
     work.plan,
+    work.import_,
     look.show,
     work.run,
     work.export,
     prove.verify,
     prove.report,
 ):
-    app.command(verb.__name__)(guarded(verb))
+    app.command(verb.__name__.rstrip("_"))(guarded(verb))
 
 
 def help_of(verb: str) -> str | None:
