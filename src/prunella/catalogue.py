@@ -9,7 +9,20 @@ from typing import Any, get_args
 
 from prunella.method import REGISTRY, Method, MethodKind, find
 
-HOMES = ("criteria", "granularity", "allocation", "schedule", "recovery", "importers", "recipes")
+HOMES = (
+    "criteria",
+    "granularity",
+    "allocation",
+    "schedule",
+    "solvers",
+    "recovery",
+    "compress",
+    "blockwise",
+    "importers",
+    "recipes",
+    "metrics",
+    "study",
+)
 _ORDER = get_args(MethodKind)
 
 

@@ -102,7 +102,7 @@ def recovery(*, source: str, status: str = "stable") -> Callable[[F], F]:
 
 
 def solver(*, source: str, status: str = "stable") -> Callable[[F], F]:
-    """Register a way to find new weights for what a plan keeps: a function that returns another plan."""
+    """Register a method that finds new weights, alone or together with the mask."""
     return _record("solver", source=source, status=status)
 
 

@@ -126,7 +126,7 @@ def test_torch_ao_in_all_its_forms(form: str) -> None:
 def test_a_sparsifier_alone_masks_the_models_own_weights() -> None:
     _, sparsifier = sparsified()
     ours = mlp(width=8)
-    with pytest.raises(BadInput, match="mask of 0.weight has another shape"):  # blocks are another tool's
+    with pytest.raises(BadInput, match=r"mask of 0\.weight has another shape"):  # blocks are another tool's
         pr.import_plan(mlp(width=16), X, sparsifier.state_dict())
     plan = pr.import_plan(ours, X, sparsifier.state_dict())
     assert not plan.weights and torch.equal(masked(ours, plan)[0].weight != 0, plan.masks["0.weight"])

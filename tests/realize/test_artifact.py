@@ -93,6 +93,24 @@ def test_a_cut_model_comes_back(tmp_path: Path) -> None:
     assert load_plan(saved.path / "plan.safetensors").cuts.keys() == plan.cuts.keys()
 
 
+class Versioned(Net):
+    """Refuses a state without a version, as MNASNet does."""
+
+    _version = 2
+
+    def _load_from_state_dict(self, state: Any, prefix: str, metadata: dict[str, Any], *rest: Any) -> None:
+        if metadata.get("version") != 2:
+            raise ValueError("a version is needed")
+        super()._load_from_state_dict(state, prefix, metadata, *rest)
+
+
+def test_modules_that_insist_on_a_version_find_it(tmp_path: Path) -> None:
+    model = Versioned().eval()
+    cut_(model, CUTS, {("", "width"): 3})
+    saved = save(model, tmp_path / "small", plan=make_plan(CUTS, {("", "width"): 3}, X), factory=Versioned)
+    assert torch.equal(load(saved.path, factory=Versioned)(X), model(X))
+
+
 def test_tied_weights_are_stored_once_and_there_is_no_pickle(folder: Path) -> None:
     manifest = json.loads((folder / "manifest.json").read_text())
     assert manifest["ties"] == {"tail.weight": "head.weight"} and "tail.weight" not in manifest["tensors"]

@@ -8,7 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from prunella.errors import RequestError
-from prunella.recovery.distill import distill, distill_features, distill_logits
+from prunella.recovery.distill import (
+    distill,
+    distill_attention,
+    distill_attention_probabilities,
+    distill_features,
+    distill_logits,
+)
 
 
 class _Fixed(nn.Module):
@@ -128,3 +134,109 @@ def test_wrong_requests() -> None:
     unused.forward = lambda x: x  # type: ignore[method-assign, assignment]
     with pytest.raises(RequestError, match="did not run"):
         distill_features(unused, ["a"])(unused, torch.zeros(2))
+
+
+class _Features(nn.Module):
+    """Returns its features through a named module, whatever the batch."""
+
+    def __init__(self, features: Tensor) -> None:
+        super().__init__()
+        self.features = nn.Parameter(features.double())
+        self.out = nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.out(self.features)
+        return out
+
+
+def test_attention_maps_by_hand_over_different_channels() -> None:
+    """Two channels at two positions give (9 + 16, 0), the map (1, 0); one channel of (3, 4) gives (9, 16) / |.|."""
+    teacher = _Features(torch.tensor([[[3.0, 0.0], [4.0, 0.0]]]))
+    student = _Features(torch.tensor([[[3.0, 4.0]]]))
+    found = distill_attention(teacher, ["out"])(student, torch.zeros(1))
+    norm = (9**2 + 16**2) ** 0.5
+    assert found.item() == pytest.approx((9 / norm - 1) ** 2 + (16 / norm) ** 2, rel=1e-12)
+    teacher = _Features(torch.tensor([[[3.0, 1.0], [-4.0, 1.0]]]))  # signs do not cancel: (7, 2)
+    found = distill_attention(teacher, ["out"], p=1)(student, torch.zeros(1))
+    norm = 53**0.5
+    assert found.item() == pytest.approx((3 / 5 - 7 / norm) ** 2 + (4 / 5 - 2 / norm) ** 2, rel=1e-12)
+
+
+def test_proportional_maps_give_no_loss_and_no_gradient() -> None:
+    features = torch.randn(3, 4, 5, 5, generator=torch.Generator().manual_seed(0))
+    student = _Features(2 * features)
+    value = distill_attention(_Features(features), ["out"])(student, torch.zeros(1))
+    value.backward()
+    assert value.item() < 1e-28 and student.features.grad is not None and student.features.grad.abs().max() < 1e-14
+
+
+def test_tokens_have_their_channels_last() -> None:
+    features = torch.randn(2, 6, 3, generator=torch.Generator().manual_seed(0))
+    first, last = _Features(features.transpose(1, 2)), _Features(features)
+    other = torch.rand(2, 6, 3)
+    one = distill_attention(first, ["out"])(_Features(other.transpose(1, 2)), torch.zeros(1))
+    two = distill_attention(last, ["out"], axis=-1)(_Features(other), torch.zeros(1))
+    assert one.item() == pytest.approx(two.item(), rel=1e-12)
+
+
+def _as_probabilities(model: nn.Module, batch: Tensor) -> list[Tensor]:
+    return [model(batch).softmax(-1)]
+
+
+def test_attention_probabilities_by_hand() -> None:
+    logits = torch.tensor([[[[0.0, 0.0]], [[2.0, 1.0]]]])
+    teacher, student = _Features(logits), _Features(logits.flip(-1))
+    make = partial(distill_attention_probabilities, probabilities=_as_probabilities)
+    p = torch.tensor([2.0, 1.0], dtype=torch.float64).softmax(-1)
+    expected = float((p * (p / p.flip(0)).log()).sum()) / 2
+    assert make(teacher)(student, torch.zeros(1)).item() == pytest.approx(expected, rel=1e-12)
+    one = _Features(logits[:, :1])
+    mean = (p + 0.5) / 2
+    expected = float((mean * (mean / 0.5).log()).sum())
+    assert make(teacher)(one, torch.zeros(1)).item() == pytest.approx(expected, rel=1e-12)
+    same = _Features(logits)
+    value = make(teacher)(same, torch.zeros(1))
+    value.backward()
+    assert abs(value.item()) < 1e-15 and same.features.grad is not None and same.features.grad.abs().max() < 1e-15
+    with pytest.raises(RequestError, match="one to one"):
+        distill_attention_probabilities(teacher, probabilities=lambda m, b: [torch.ones(1)] * (1 + (m is teacher)))(
+            student, torch.zeros(1)
+        )
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_attention_probabilities_of_transformers() -> None:
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 20}
+    config = transformers.BertConfig(vocab_size=30, **sizes)
+    torch.manual_seed(0)
+    teacher = transformers.BertModel._from_config(config, attn_implementation="eager").eval()
+    student = transformers.BertModel._from_config(config, attn_implementation="eager").train()
+    batch = {"input_ids": torch.arange(12).view(2, 6)}
+    loss = distill_attention_probabilities(teacher)
+    assert loss(teacher, batch).item() == pytest.approx(0, abs=1e-7)
+    value = loss(student, batch)
+    value.backward()
+    assert value > 1e-6 and student.encoder.layer[0].attention.self.query.weight.grad.abs().sum() > 0
+    fused = transformers.BertModel._from_config(config, attn_implementation="sdpa")
+    with pytest.raises(RequestError, match="no attention probabilities"):
+        loss(_Blind(fused), batch)
+
+
+class _Blind(nn.Module):
+    """A model that returns no attentions, whatever is asked."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor, output_attentions: bool = False) -> object:
+        return self.model(input_ids=input_ids)
+
+
+def test_maps_of_what_has_no_positions_are_refused() -> None:
+    teacher = _net(0)
+    with pytest.raises(RequestError, match="no positions"):
+        distill_attention(teacher, ["0"])(teacher, torch.randn(2, 4))
+    with pytest.raises(RequestError, match="out of range"):
+        distill_attention(teacher, ["0"], p=0)

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from prunella.apply import apply_
 from prunella.errors import CheckFailed, RequestError
 from prunella.pipeline import Plan
-from prunella.recovery.least_squares import damped_solve
 from prunella.recovery.reads import Read, Watch, rows, targets
 from prunella.recovery.reconstruct import reconstruct
+from prunella.solvers.linear import damped_solve
 from tests.hand import hand_plan
 
 Cuts = Mapping[str, Mapping[int, Tensor]]

@@ -47,6 +47,13 @@ OPTIMIZERS: dict[str, Callable[[Any], Optimizer]] = {
     "amsgrad": lambda p: torch.optim.Adam(p, lr=0.1, amsgrad=True),
     "sgd": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, nesterov=True, weight_decay=0.1),
     "rmsprop": lambda p: torch.optim.RMSprop(p, lr=0.1, momentum=0.9, centered=True),
+    "adagrad": lambda p: torch.optim.Adagrad(p, lr=0.1, weight_decay=0.1, initial_accumulator_value=0.1),
+    "adadelta": lambda p: torch.optim.Adadelta(p, lr=1.0, weight_decay=0.1),
+    "adamax": lambda p: torch.optim.Adamax(p, lr=0.1, weight_decay=0.1),
+    "nadam": lambda p: torch.optim.NAdam(p, lr=0.1, weight_decay=0.1),
+    "radam": lambda p: torch.optim.RAdam(p, lr=0.1, weight_decay=0.1),
+    "rprop": lambda p: torch.optim.Rprop(p, lr=0.1),
+    "asgd": lambda p: torch.optim.ASGD(p, lr=0.1, weight_decay=0.1),
 }
 
 
@@ -67,6 +74,76 @@ def test_pruned_weights_and_moments_stay_exactly_zero(kind: str) -> None:
             assert all(torch.count_nonzero(m[mask]) > 0 for m in moments)
     assert torch.all(net[0].weight[mask] != start[mask])
     finalize(net)
+
+
+def _adafactor(p: Any) -> Optimizer:
+    return torch.optim.Adafactor(p, lr=0.1, weight_decay=0.1)
+
+
+def test_factored_state_sees_masked_weights_as_if_they_had_no_gradient() -> None:
+    """Row and column means hold nothing of masked weights, so that the survivors step as with masked gradients."""
+    net, mask = _net(), _mask()
+    mask[2], mask[:, 3] = False, False
+    apply_(net, hand_plan(masks={NAME: mask}))
+    twin = copy.deepcopy(net)
+    ours, theirs = _adafactor(net.parameters()), _adafactor(twin.parameters())
+    with Pruner(net, ours):
+        for seed in range(4):
+            for model, optimizer in ((net, ours), (twin, theirs)):
+                torch.manual_seed(seed)
+                optimizer.zero_grad()
+                model(torch.randn(16, 10)).square().mean().backward()
+                if model is twin:
+                    twin[0].weight.grad.mul_(mask)
+                optimizer.step()
+                with torch.no_grad():
+                    twin[0].weight.mul_(mask)
+            assert torch.count_nonzero(net[0].weight[~mask]) == 0
+    assert all(torch.equal(a, b) for a, b in zip(net.parameters(), twin.parameters(), strict=True))
+    state = ours.state[net[0].weight]
+    assert state["row_var"].shape == (8, 1) and state["row_var"][2] == 0 and (state["row_var"] > 0).sum() == 7
+    assert state["col_var"].shape == (1, 10) and state["col_var"][0, 3] == 0 and (state["col_var"] > 0).sum() == 9
+
+
+def test_factored_state_from_before_the_masks_is_cleared_where_nothing_is_left_of_it() -> None:
+    net, mask = _net(), _mask()
+    mask[2] = False
+    optimizer = _adafactor(net.parameters())
+    _step(net, optimizer)
+    state = optimizer.state[net[0].weight]
+    old = state["row_var"].clone()
+    apply_(net, hand_plan(masks={NAME: mask}))
+    with Pruner(net, optimizer) as pruner:
+        pruner._mask_state()
+        assert state["row_var"][2] == 0 and torch.equal(state["row_var"][mask.any(1)], old[mask.any(1)])
+
+
+def test_a_step_of_the_whole_matrix_leaves_masked_weights_out() -> None:
+    torch.manual_seed(0)
+    weight, mask = nn.Linear(6, 4, bias=False), torch.rand(4, 6) > 0.5
+    apply_(weight, hand_plan(masks={"weight": mask}))
+    optimizer = torch.optim.Muon(weight.parameters(), lr=0.1)
+    with Pruner(weight, optimizer):
+        weight(torch.randn(8, 6)).square().mean().backward()
+        wanted = weight.weight.grad * mask
+        optimizer.step()
+    assert torch.equal(weight.weight.grad, wanted)
+    assert torch.count_nonzero(weight.weight[~mask]) == 0 and torch.count_nonzero(weight.weight[mask]) == mask.sum()
+
+
+def test_element_wise_optimizers_keep_dense_gradients_for_who_reads_them() -> None:
+    net, mask = _net(), _mask()
+    apply_(net, hand_plan(masks={NAME: mask}))
+    optimizer = OPTIMIZERS["adamw"](net.parameters())
+    with Pruner(net, optimizer):
+        _step(net, optimizer)
+    assert torch.count_nonzero(net[0].weight.grad[~mask]) > 0
+
+
+def test_an_optimizer_without_memory_per_weight_is_refused() -> None:
+    net = _net()
+    with pytest.raises(RequestError, match="LBFGS"):
+        Pruner(net, torch.optim.LBFGS(net.parameters()))
 
 
 def test_without_a_pruner_the_optimizer_revives_them() -> None:
@@ -127,7 +204,7 @@ def test_detach_removes_the_hook_and_keeps_the_masks() -> None:
     apply_(net, hand_plan(masks={NAME: mask}))
     with Pruner(net, optimizer):
         _step(net, optimizer)
-    assert not optimizer._optimizer_step_post_hooks
+    assert not optimizer._optimizer_step_post_hooks and not optimizer._optimizer_step_pre_hooks
     assert torch.equal(masks_of(net)[NAME], mask)
     _step(net, optimizer)
     assert torch.count_nonzero(net[0].weight[~mask]) > 0

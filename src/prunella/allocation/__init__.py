@@ -7,8 +7,9 @@ shortest prefix of it that meets the target is removed: any target, in any unit,
 from prunella.allocation.layerwise import erk as erk
 from prunella.allocation.layerwise import erk_densities as erk_densities
 from prunella.allocation.layerwise import uniform as uniform
+from prunella.allocation.outlier import owl as owl
 from prunella.allocation.pooled import Normalise as Normalise
 from prunella.allocation.pooled import global_ as global_
 from prunella.allocation.pooled import lamp as lamp
 
-__all__ = ["Normalise", "erk", "erk_densities", "global_", "lamp", "uniform"]
+__all__ = ["Normalise", "erk", "erk_densities", "global_", "lamp", "owl", "uniform"]

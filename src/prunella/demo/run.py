@@ -5,6 +5,7 @@ Nothing here knows what is inside the model: the task says how to run it, the li
 
 from __future__ import annotations
 
+import copy
 import json
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -247,7 +248,7 @@ def _least_squares(task: Task, small: nn.Module, made: Plan, tick: Tick) -> str:
 
     A fit is judged on its own data; with few tokens it can be worse on others.
     """
-    held = {name: tensor.clone() for name, tensor in small.state_dict().items()}
+    held = copy.deepcopy(small.state_dict())
     before = _agreement(task, small)
     found = reconstruct(small, task.model, task.calibration[:_FITTED], made, loss=task.loss, ridge=_RIDGE, on_fit=tick)
     after = _agreement(task, small)

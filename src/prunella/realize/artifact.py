@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 import prunella
+from prunella.compress.low_rank import ranks_of, rebuild_
 from prunella.errors import BadInput, PruningError, RequestError
 from prunella.exported import load_exported
 from prunella.files import MARKER, digest, new_folder, plain_name
@@ -92,7 +93,11 @@ def save(
             pretrained.write_generation(model, folder)
         _write_program(model, origin, plan, folder)
         manifest = _manifest(state, origin, plan)
-        note = _make_pretrained(manifest, model, plan, folder) if origin["kind"] == "transformers" else ""
+        if ranks := ranks_of(model):
+            manifest["low_rank"] = ranks
+            note = "plain from_pretrained cannot read it: layers of low rank are two layers"
+        else:
+            note = _make_pretrained(manifest, model, plan, folder) if origin["kind"] == "transformers" else ""
         manifest["files"] = {f.name: {"sha256": digest(f), "bytes": f.stat().st_size} for f in sorted(folder.iterdir())}
         text = json.dumps(manifest, indent=1, sort_keys=True, default=str)
         (folder / MARKER).write_text(text + "\n", encoding="utf-8")
@@ -120,6 +125,7 @@ def load(
     try:
         if not captured:
             _cut(model, manifest)
+            rebuild_(model, manifest.get("low_rank") or {})
         fill_(model, state)
     except PruningError as error:
         raise BadInput(f"cannot rebuild the model in {folder}", f"{error.what}: {error.why}", error.todo) from error

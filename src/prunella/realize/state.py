@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,8 +75,10 @@ def read_tensors(file: Path, described: Mapping[str, Mapping[str, Any]]) -> dict
 def fill_(model: nn.Module, state: State) -> None:
     """Give the model these tensors, tie what was tied. Errors: BadInput when a name or a shape does not fit."""
     full = {**state.tensors, **{alias: state.tensors[name] for alias, name in state.ties.items()}}
-    persistent = {name: value for name, value in full.items() if name not in state.transient}
-    _check_fit(model.state_dict(), persistent)
+    own = model.state_dict()
+    persistent = OrderedDict((name, value) for name, value in full.items() if name not in state.transient)
+    persistent._metadata = own._metadata  # type: ignore[attr-defined]  # versions, which some modules insist on
+    _check_fit(own, persistent)
     model.load_state_dict(persistent, strict=True, assign=True)
     for name in state.transient:
         owner, leaf = _place(model, name)
@@ -96,6 +99,9 @@ def has_stray_meta(model: nn.Module) -> bool:
 def _checked(name: str, value: Any) -> Tensor:
     if not isinstance(value, Tensor):
         raise NotSupported(f"{name} cannot be saved", f"it is a {type(value).__name__}, not a tensor")
+    if type(value.data) is not Tensor:
+        why = f"it is a {type(value.data).__name__}, which only its own library reads"
+        raise NotSupported(f"{name} cannot be saved", why, "save the model before it is quantised")
     if value.is_meta:
         raise NotSupported(f"{name} cannot be saved", "it is on the meta device and has no data")
     if value.layout is not torch.strided or value.is_quantized:

@@ -2,7 +2,17 @@
 
 from prunella.recovery.calibrate import recalibrate_bn as recalibrate_bn
 from prunella.recovery.distill import distill as distill
+from prunella.recovery.distill import distill_attention as distill_attention
+from prunella.recovery.distill import distill_attention_probabilities as distill_attention_probabilities
 from prunella.recovery.distill import distill_features as distill_features
 from prunella.recovery.distill import distill_logits as distill_logits
 from prunella.recovery.finetune import finetune as finetune
+from prunella.recovery.lora import mask_adapters_ as mask_adapters_
+from prunella.recovery.lora import merge_adapters_ as merge_adapters_
+from prunella.recovery.rates import adaptive_rate as adaptive_rate
+from prunella.recovery.rates import constant_rate as constant_rate
+from prunella.recovery.rates import linear_rate as linear_rate
+from prunella.recovery.rates import rewind_rate as rewind_rate
+from prunella.recovery.rates import scaled_rate as scaled_rate
 from prunella.recovery.reconstruct import reconstruct as reconstruct
+from prunella.recovery.statistics import correct_statistics as correct_statistics

@@ -18,7 +18,7 @@ from prunella.pipeline import Loss
 
 
 @dataclass
-class _Moments:
+class Moments:
     """Count, mean and sum of squared deviations per channel, merged exactly over batches in float64."""
 
     count: int = 0
@@ -77,9 +77,9 @@ def _has_statistics(module: nn.Module) -> bool:
 
 def _observe(
     model: nn.Module, data: Iterable[Any], modules: list[nn.Module], loss: Loss | None, *, training: bool
-) -> dict[nn.Module, _Moments]:
+) -> dict[nn.Module, Moments]:
     """Moments of the inputs of `modules` over `data`, in the order in which the modules first ran."""
-    moments: dict[nn.Module, _Moments] = {}
+    moments: dict[nn.Module, Moments] = {}
 
     def look(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
         value = arguments[0]
@@ -89,7 +89,7 @@ def _observe(
                 "its variance over the batch is not defined",
                 "use larger batches, or sequential=True",
             )
-        moments.setdefault(module, _Moments()).add(value)
+        moments.setdefault(module, Moments()).add(value)
 
     handles = [module.register_forward_pre_hook(look) for module in modules]
     try:
@@ -105,7 +105,7 @@ def _observe(
     return moments
 
 
-def _write(moments: dict[nn.Module, _Moments], names: dict[nn.Module, str]) -> None:
+def _write(moments: dict[nn.Module, Moments], names: dict[nn.Module, str]) -> None:
     for module, found in moments.items():
         assert isinstance(module, _BatchNorm) and module.running_mean is not None and module.running_var is not None
         mean, variance = torch.as_tensor(found.mean), torch.as_tensor(found.squares) / max(found.count - 1, 1)

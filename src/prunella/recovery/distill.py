@@ -81,6 +81,106 @@ def distill_features(teacher: nn.Module, names: Sequence[str] = ("",), *, output
     return loss
 
 
+@recovery(source="Zagoruyko and Komodakis 2017, arXiv:1612.03928")
+def distill_attention(
+    teacher: nn.Module, names: Sequence[str], *, p: float = 2.0, axis: int = 1, outputs: Outputs = forward
+) -> Loss:
+    """A loss that makes a model look where `teacher` looks: energy maps over positions, whatever the channels.
+
+    `mean over names and samples of |q / |q| - q_t / |q_t||^2` with `q = sum_c |f_c|^p` over the channels of a module's
+    output, one number for each position of a sample. Channels are summed away, so that layers whose channels were cut
+    are compared with the whole ones. Zero where the maps are proportional.
+
+    names: modules whose first output has samples on axis 0. p: above 0. axis: of the channels, 1 for images, -1 for
+    tokens. outputs: how to run (model, batch).
+
+    Data: batches without labels.
+
+    Use: beside or instead of logits, after channels were cut. Avoid: for layers with one position, where every map is
+    1.
+    """
+    if not p > 0:
+        raise RequestError(f"p={p:g} is out of range", "it takes positive numbers", "p=2 is usual")
+    for name in names:
+        _module(teacher, name)
+
+    def maps(name: str, features: Tensor) -> Tensor:
+        if features.dim() < 3:
+            raise RequestError(f"the output of {name} has no positions", f"its shape is {tuple(features.shape)}")
+        energy = features.abs().pow(p).sum(axis).flatten(1)
+        return F.normalize(energy, dim=1, eps=torch.finfo(energy.dtype).tiny)
+
+    def loss(model: nn.Module, batch: Any) -> Tensor:
+        with mode(teacher, training=False), torch.no_grad(), _outputs_of(teacher, names) as wanted:
+            outputs(teacher, batch)
+        with _outputs_of(model, names) as got:
+            outputs(model, batch)
+        total = torch.zeros(())
+        for name in names:
+            q, t = maps(name, _ran(got, name)), maps(name, _ran(wanted, name))
+            _same_shape(f"the map of {name}", q, t)
+            error = (q - t).square().sum(1).mean()
+            total = total.to(error) + error / len(names)
+        return total
+
+    return loss
+
+
+def attentions(model: nn.Module, batch: Any) -> Sequence[Tensor]:
+    """What a model of transformers returns as `attentions` when the batch (a mapping) asks `output_attentions`."""
+    output = model(**batch, output_attentions=True)
+    found = getattr(output, "attentions", None) or getattr(output, "encoder_attentions", None)
+    if not found or any(layer is None for layer in found):
+        raise RequestError(
+            f"{type(model).__name__} returned no attention probabilities",
+            "fused attention does not compute them",
+            'build the model with attn_implementation="eager", or pass probabilities=',
+        )
+    return list(found)
+
+
+@recovery(source="Wang et al. 2020, arXiv:2002.10957 (attention distributions); Jiao et al. 2020, arXiv:1909.10351")
+def distill_attention_probabilities(
+    teacher: nn.Module, *, probabilities: Callable[[nn.Module, Any], Sequence[Tensor]] = attentions
+) -> Loss:
+    """A loss that makes the attention probabilities of a transformer like those of `teacher`.
+
+    `mean over layers, heads and queries of KL(teacher || model)`, of tensors `(samples, heads, queries, keys)`. Where a
+    layer lost heads, the mean over its heads is compared with the mean over the teacher's. Zero with zero gradient
+    where they are equal.
+
+    probabilities: the tensors of (model, batch), one for each layer, rows summing to 1; by default what models of
+    transformers return for `output_attentions=True`.
+
+    Data: batches without labels.
+
+    Use: after heads or neurons of a transformer were cut and labels are few. Avoid: after layers were dropped, since
+    layers are compared one to one.
+    """
+
+    def loss(model: nn.Module, batch: Any) -> Tensor:
+        with mode(teacher, training=False), torch.no_grad():
+            wanted = probabilities(teacher, batch)
+        got = probabilities(model, batch)
+        if len(got) != len(wanted) or not got:
+            raise RequestError(
+                f"the model has {len(got)} layers of attention, the teacher {len(wanted)}",
+                "they are compared one to one",
+                "pass probabilities= that picks matching layers",
+            )
+        total = torch.zeros(())
+        for layer, (p, t) in enumerate(zip(got, wanted, strict=True)):
+            if p.shape[1] != t.shape[1]:
+                p, t = p.mean(1, keepdim=True), t.mean(1, keepdim=True)
+            _same_shape(f"attention layer {layer}", p, t)
+            tiny = torch.finfo(p.dtype).tiny
+            error = (t * (t.clamp_min(tiny).log() - p.clamp_min(tiny).log())).sum(-1).mean()
+            total = total.to(error) + error / len(got)
+        return total
+
+    return loss
+
+
 @recovery(source="Hinton et al. 2015, arXiv:1503.02531; Muralidharan et al. 2024, arXiv:2407.14679 (after pruning)")
 def distill(
     model: nn.Module,

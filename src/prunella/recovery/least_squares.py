@@ -7,12 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from prunella.solvers.linear import damped_solve
 from prunella.types import Gram
-
-SMALLEST = 1e-12
-"""First damping tried when the matrix is singular, relative to its mean diagonal."""
-SINGULAR = 1e-13
-"""Squared ratio of Cholesky's smallest to largest pivot below which a matrix counts as singular."""
 
 
 @dataclass(frozen=True)
@@ -79,22 +75,3 @@ class Sums:
         if self.centred:
             shift = self.r / self.tokens - (self.x_origin + self.x / self.tokens) @ change
         return Solution(change, shift, self.squares, max(after, 0.0), damping)
-
-
-def damped_solve(gram: Gram, cross: Tensor, ridge: float) -> tuple[Tensor, float]:
-    """Solve `(G + damping * mean(diag(G)) I) D = C` by Cholesky, and say which damping it took.
-
-    Damping starts at `ridge` and grows tenfold from 1e-12 while the matrix is numerically singular. A zero matrix gives
-    a zero solution.
-    """
-    scale = float(gram.diagonal().mean())
-    if scale <= 0:
-        return torch.zeros_like(cross), ridge
-    damping = ridge
-    while True:
-        damped = gram + damping * scale * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-        factor, failed = torch.linalg.cholesky_ex(damped)
-        pivots = factor.diagonal()
-        if not int(failed) and float((pivots.min() / pivots.max()) ** 2) > SINGULAR:
-            return torch.cholesky_solve(cross, factor), damping
-        damping = max(10 * damping, SMALLEST)

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 # Colours that no one would choose, which become the page's own, light or dark.
-_INK, _MUTED, _GRID, _DENSE, _PRUNED = "#010203", "#010204", "#010205", "#010206", "#010207"
-_VARIABLES = {_INK: "ink", _MUTED: "muted", _GRID: "line", _DENSE: "dense", _PRUNED: "pruned"}
+INK, MUTED, GRID, DENSE, PRUNED = "#010203", "#010204", "#010205", "#010206", "#010207"
+_VARIABLES = {INK: "ink", MUTED: "muted", GRID: "line", DENSE: "dense", PRUNED: "pruned"}
 _SVG = "{http://www.w3.org/2000/svg}"
 _HREF = "{http://www.w3.org/1999/xlink}href"
 _ELEMENTS = frozenset(("svg", "g", "path", "use", "defs", "text", "tspan", "clipPath", "rect"))
@@ -32,7 +32,7 @@ def latency_chart(latency: Comparison, width: float = WIDE) -> Markup:
     """Every sample of both models as a dot, with the median and the middle half."""
 
     def draw(axes: Axes) -> None:
-        pairs = list(zip(latency.latencies[:2], (_DENSE, _PRUNED), strict=True))
+        pairs = list(zip(latency.latencies[:2], (DENSE, PRUNED), strict=True))
         for row, (one, colour) in enumerate(pairs):
             times = [1e3 * t for t in one.samples]
             # Samples follow each other upwards, so that a drift of the machine shows as a slope.
@@ -40,15 +40,15 @@ def latency_chart(latency: Comparison, width: float = WIDE) -> Markup:
             axes.scatter(times, lift, s=14, color=colour, alpha=0.45, linewidths=0)
             low, high = (1e3 * t for t in one.quartiles)
             axes.plot([low, high], [row, row], color=colour, linewidth=5, alpha=0.5, solid_capstyle="butt")
-            axes.plot([1e3 * one.median] * 2, [row - 0.38, row + 0.38], color=_INK, linewidth=1.6)
+            axes.plot([1e3 * one.median] * 2, [row - 0.38, row + 0.38], color=INK, linewidth=1.6)
         axes.set_yticks([0, 1], [one.name for one, _ in pairs])
         axes.set_ylim(1.6, -0.6)
         _, most = _range([1e3 * t for one, _ in pairs for t in one.samples])
         axes.set_xlim(0, most)
         axes.set_xlabel("milliseconds a pass")
-        axes.grid(axis="x", color=_GRID, linewidth=0.8)
+        axes.grid(axis="x", color=GRID, linewidth=0.8)
 
-    return _figure("latency", draw, width, 1.9)
+    return figure("latency", draw, width, 1.9)
 
 
 def curve_chart(curve: Curve, width: float = WIDE) -> Markup:
@@ -57,19 +57,20 @@ def curve_chart(curve: Curve, width: float = WIDE) -> Markup:
     def draw(axes: Axes) -> None:
         x, y = [p[0] for p in curve.points], [p[1] for p in curve.points]
         if curve.reference is not None:
-            axes.axhline(curve.reference, color=_DENSE, linewidth=1.4, linestyle=(0, (4, 3)))
-            above = {"xytext": (0, 4), "textcoords": "offset points", "ha": "right", "color": _MUTED}
+            axes.axhline(curve.reference, color=DENSE, linewidth=1.4, linestyle=(0, (4, 3)))
+            above = {"xytext": (0, 4), "textcoords": "offset points", "ha": "right", "color": MUTED}
             axes.annotate(f"dense {curve.reference:.4g}", (x[-1], curve.reference), **above)  # type: ignore[arg-type]
-        axes.plot(x, y, color=_PRUNED, linewidth=2, marker="o", markersize=3.5, clip_on=False)
+        axes.plot(x, y, color=PRUNED, linewidth=2, marker="o", markersize=3.5, clip_on=False)
         axes.set_xlabel(curve.steps)
         axes.set_ylabel(curve.name)
         axes.margins(x=0.02, y=0.15)
-        axes.grid(color=_GRID, linewidth=0.8)
+        axes.grid(color=GRID, linewidth=0.8)
 
-    return _figure("curve", draw, width, 2.6)
+    return figure("curve", draw, width, 2.6)
 
 
-def _figure(tag: str, draw: Callable[[Axes], None], width: float, height: float) -> Markup:
+def figure(tag: str, draw: Callable[[Axes], None], width: float, height: float) -> Markup:
+    """What `draw` draws, as clean SVG of so many inches. tag: unlike that of any other chart of a page."""
     import matplotlib as mpl
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
@@ -78,11 +79,11 @@ def _figure(tag: str, draw: Callable[[Axes], None], width: float, height: float)
         "svg.fonttype": "none",
         "svg.hashsalt": f"prunella-{tag}-{width}",
         "font.size": 9.0,
-        "axes.edgecolor": _GRID,
-        "axes.labelcolor": _MUTED,
-        "xtick.color": _MUTED,
-        "ytick.color": _INK,
-        "text.color": _INK,
+        "axes.edgecolor": GRID,
+        "axes.labelcolor": MUTED,
+        "xtick.color": MUTED,
+        "ytick.color": INK,
+        "text.color": INK,
         "text.parse_math": False,
     }
     with mpl.rc_context(style):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from prunella.compress.int8 import pieces
 from prunella.errors import RequestError
 from prunella.forward import forward, mode
 from prunella.pipeline import Inputs
@@ -50,11 +51,16 @@ def count(model: nn.Module, *, scope: Scope = "weights") -> Count:
     looked_at = [p for p in parameters if scope == "parameters" or p.dim() >= 2]
     return Count(
         params=sum(p.numel() for p in parameters),
-        bytes=sum(t.nbytes for t in _once(model.state_dict(keep_vars=True).values())),
-        nonzero=sum(int(torch.count_nonzero(p)) for p in looked_at),
+        bytes=sum(part.nbytes for t in _once(model.state_dict(keep_vars=True).values()) for part in pieces(t)),
+        nonzero=sum(int(torch.count_nonzero(_values(p))) for p in looked_at),
         total=sum(p.numel() for p in looked_at),
         scope=scope,
     )
+
+
+def _values(parameter: Tensor) -> Tensor:
+    """A quantised weight as the numbers it stands for."""
+    return parameter if type(parameter.data) is Tensor else parameter.detach().dequantize()
 
 
 def compression(before: float, after: float) -> float:

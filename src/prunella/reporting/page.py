@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from markupsafe import Markup
 from prunella.files import write_atomic
 from prunella.reporting.chart import NARROW, curve_chart, latency_chart
 from prunella.reporting.report import LayerLine, Metric, Report, shown
+from prunella.reporting.section import Section
 
 _FOLDER = Path(__file__).parent
 _FOLD_AFTER = 24
@@ -48,12 +50,11 @@ def write_page(report: Report, path: str | os.PathLike[str]) -> Path:
 def render_page(report: Report) -> str:
     """The page as text. Everything that comes from a model (names above all) is escaped."""
     environment = templates()
-    environment.filters.update(shown=shown, percent=_percent, shape=_shape, sentence=_sentence, minus=_minus)
     shares = _shares(report)
     context: dict[str, Any] = {
         "report": report,
         "tiles": tiles(report),
-        "style": Markup((_FOLDER / "report.css").read_text(encoding="utf-8")),
+        "style": _style(),
         "latency_charts": (latency_chart(report.latency), latency_chart(report.latency, NARROW)),
         "curve_charts": _curve_charts(report),
         "kept": why_kept(report),
@@ -67,10 +68,22 @@ def render_page(report: Report) -> str:
     return environment.get_template("report.html").render(context)
 
 
+def render_sections(headline: str, lead: str, sections: Sequence[Section], facts: Mapping[str, str]) -> str:
+    """A page of sections alone, in the look of the report; all text is escaped."""
+    context: dict[str, Any] = {"headline": headline, "lead": lead, "sections": sections, "environment": facts}
+    return templates().get_template("study.html").render(context, style=_style(), fold_after=2 * _FOLD_AFTER)
+
+
+def _style() -> Markup:
+    return Markup((_FOLDER / "report.css").read_text(encoding="utf-8"))
+
+
 def templates() -> Environment:
     """The templates of this folder; whatever is put into them is escaped."""
     loader = FileSystemLoader(_FOLDER)
-    return Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    made = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    made.filters.update(shown=shown, percent=_percent, shape=_shape, sentence=_sentence, minus=_minus)
+    return made
 
 
 def headline(report: Report) -> str:

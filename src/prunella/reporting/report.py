@@ -11,7 +11,7 @@ import os
 import platform
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -26,6 +26,7 @@ from prunella.pipeline import Inputs, Plan
 from prunella.reporting.count import count, macs_by_module
 from prunella.reporting.latency import Comparison, compare_latency
 from prunella.reporting.profile import peak_memory, time_by_layer
+from prunella.reporting.section import Section
 
 Quality = Sequence[tuple[str, float, float]]
 Unit = Literal["score", "count", "bytes", "seconds"]
@@ -116,6 +117,11 @@ class Report:
     environment: Mapping[str, str]
     command: str = ""
     pass_seconds: tuple[float, float] = (0.0, 0.0)
+    sections: tuple[Section, ...] = ()
+
+    def adding(self, *sections: Section) -> Report:
+        """This report with further parts: side effects, the curves of a study."""
+        return replace(self, sections=(*self.sections, *sections))
 
     def metric(self, name: str) -> Metric:
         """The metric of that name; KeyError if there is none."""
@@ -142,6 +148,7 @@ class Report:
     def data(self) -> dict[str, Any]:
         """The report as JSON-able data."""
         body = asdict(self)
+        body["sections"] = [asdict(replace(section, charts=())) for section in self.sections]
         body["metrics"] = [{**asdict(m), "change": m.change} for m in self.metrics]
         ratio = self.latency.ratio
         body["latency"] = {
@@ -164,7 +171,8 @@ class Report:
         said = f"{self.model} on {self.inputs}: {self.verdict}"
         apart = f"outputs differ by at most {self.difference:.2g} times the largest one"
         end = [apart if math.isfinite(self.difference) else "outputs have other shapes", *self._measured()]
-        return "\n".join([said, "", *table, "", *end])
+        parts = [line for section in self.sections for line in ("", str(section))]
+        return "\n".join([said, "", *table, "", *end, *parts])
 
     def _measured(self) -> list[str]:
         took = self.latency

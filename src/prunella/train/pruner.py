@@ -31,6 +31,7 @@ from prunella.errors import RequestError
 from prunella.pipeline import Inputs, Plan, Recipe, plan
 from prunella.schedule import Schedule, cubic
 from prunella.targets import Sparsity, Target
+from prunella.train.optimizers import check_optimizer, clear_state, mask_gradients
 from prunella.types import Mask
 
 log = logging.getLogger(__name__)
@@ -41,8 +42,10 @@ class Pruner:
     """Keep masked weights at zero while `optimizer` trains `model`; with a recipe, prune along a schedule as well.
 
     After every `optimizer.step()` masked weights are exactly 0, and so is what the optimizer remembers of them: every
-    state tensor of the parameter's shape (momentum, first and second moments). A step that a `GradScaler` skips changes
-    nothing. State-dict keys of model and optimizer stay the same. While attached, masks cost one byte a weight.
+    state tensor of the parameter's shape (momentum, first and second moments). Where weights do not step alone
+    (Adafactor, Muon) their gradients are set to zero before the step; LBFGS is refused. A step that a `GradScaler`
+    skips changes nothing. State-dict keys of model and optimizer stay the same. While attached, masks cost one byte a
+    weight.
 
         with Pruner(model, optimizer):                      # the model carries masks from apply_
             train(model, optimizer)
@@ -101,7 +104,9 @@ class Pruner:
                 "it was made for another model, or before the model was copied or shrunk",
                 "make the optimizer from model.parameters() first",
             )
+        check_optimizer(optimizer)
         self._optimizers.append(optimizer)
+        self._handles.append(optimizer.register_step_pre_hook(self._before_step))
         self._handles.append(optimizer.register_step_post_hook(self._after_step))
         return self
 
@@ -165,13 +170,16 @@ class Pruner:
         record_(self.model, masks)
         self._mask_state()
 
+    def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        mask_gradients(optimizer, self._masks())
+
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         mine = {parameter for group in optimizer.param_groups for parameter in group["params"]}
         with torch.no_grad():
             for parameter, mask in self._masks():
                 if parameter in mine:
                     parameter.masked_fill_(~mask, 0)
-                    _clear_state(optimizer, parameter, mask)
+                    clear_state(optimizer, parameter, mask)
 
     def _masks(self) -> Iterable[tuple[nn.Parameter, Mask]]:
         """Each masked parameter once, its mask unpacked on its device; unpacked again only when it changed."""
@@ -188,7 +196,7 @@ class Pruner:
         reapply_(self.model)
         for optimizer in self._optimizers:
             for parameter, mask in self._masks():
-                _clear_state(optimizer, parameter, mask)
+                clear_state(optimizer, parameter, mask)
 
     def _update(self, made: Plan) -> None:
         before = masks_of(self.model) if self.nested else {}
@@ -224,16 +232,6 @@ def _planner(model: nn.Module, recipe: Recipe | Planner | None, inputs: Inputs |
             "planning needs an example batch", "found inputs=None", "pass inputs=, or a function from target to plan"
         )
     return lambda target: plan(unwrap(model), inputs, recipe, target=target)
-
-
-def _clear_state(optimizer: Optimizer, parameter: nn.Parameter, mask: Mask) -> None:
-    """Zero what the optimizer remembers of masked weights."""
-    if parameter not in optimizer.state:
-        return
-    with torch.no_grad():
-        for key, value in optimizer.state[parameter].items():
-            if isinstance(value, Tensor) and value.shape == parameter.shape and key != "step":
-                value.masked_fill_(~mask.to(value.device), 0)
 
 
 def _revived(model: nn.Module, before: Mapping[str, Mask], made: Plan) -> int:

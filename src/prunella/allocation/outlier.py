@@ -1,0 +1,40 @@
+"""Allocations by how uneven the scores of a layer are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from prunella.allocation.layerwise import _middles
+from prunella.budget import Pool
+from prunella.errors import RequestError
+from prunella.method import allocation
+
+
+@allocation(source="Yin et al. 2024, arXiv:2310.05175")
+def owl(pools: Sequence[Pool], *, m: float = 5.0, limit: float = 0.08) -> list[Tensor]:
+    """Layers with more outliers give less (OWL).
+
+    `D_l = fraction of the scores above m * mean(scores of l)`; at sparsity S layer l gives
+    `s_l = S - t (D_l - D)`, with D the mean over weights and t such that the largest `|s_l - S|` is `limit`: the mean
+    over weights is S. As keys: rank r of n falls at the S where `(r + 1/2) / n = s_l`.
+
+    m: above 0, the paper uses 5 to 10 with `wanda`. limit: in [0, 1), by how much a layer may differ from the mean.
+    Layers that are alike in this give the same, as under `uniform`.
+
+    Use: single weights of language models above 60 %, with `wanda`. Avoid: N:M, whose sparsity is fixed, and structure.
+    """
+    if m <= 0 or not 0 <= limit < 1:
+        raise RequestError(f"owl cannot use m={m:g}, limit={limit:g}", "m is above 0 and limit in [0, 1)", "m=5")
+    ratios = torch.stack([_outliers(pool, m) for pool in pools])
+    sizes = torch.tensor([float(pool.size) for pool in pools], dtype=torch.float64)
+    offsets = ratios - (ratios * sizes).sum() / sizes.sum()
+    widest = offsets.abs().max()
+    shifts = -limit * offsets / widest if widest > 1e-12 else torch.zeros_like(offsets)
+    return [_middles(pool.size) - shift for pool, shift in zip(pools, shifts, strict=True)]
+
+
+def _outliers(pool: Pool, m: float) -> Tensor:
+    return (pool.scores.double() > m * pool.scores.double().mean()).double().mean()

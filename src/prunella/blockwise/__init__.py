@@ -1,0 +1,9 @@
+"""Prune a trained model block by block, each from the outputs of the pruned blocks before it: `solve_`."""
+
+from prunella.blockwise.one_shot import OneShot as OneShot
+from prunella.blockwise.one_shot import Solving as Solving
+from prunella.blockwise.one_shot import solve_ as solve_
+from prunella.blockwise.refine import Refine as Refine
+from prunella.blockwise.rotation import Rotated as Rotated
+from prunella.blockwise.rotation import rescale_ as rescale_
+from prunella.blockwise.rotation import rotate as rotate

@@ -1,0 +1,290 @@
+"""Prune a trained model in one shot, block by block, with a layer solver."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prunella.apply import record_, unwrap
+from prunella.blockwise.chain import Block, Call, Feed, blocks_of
+from prunella.blockwise.refine import Refine, refine_
+from prunella.errors import RequestError
+from prunella.forward import batches, mode, tensors
+from prunella.granularity import NM, Element
+from prunella.graph.couple import couple
+from prunella.graph.structure import Layer
+from prunella.graph.view import from_matrix, to_matrix
+from prunella.method import solver
+from prunella.names import check_patterns, chosen, names_of_layer
+from prunella.pipeline import Inputs, Loss
+from prunella.recovery.reads import Read, Stop, Watch, rows
+from prunella.solvers import Solved, admm
+from prunella.solvers.layer import Pattern
+from prunella.stats import Source
+from prunella.stats.subject import first_seen
+from prunella.types import Gram, Mask
+
+log = logging.getLogger(__name__)
+LayerSolver = Callable[..., Solved]
+"""`(weight, gram, pattern, sparsity=)` -> `Solved`: `admm`, `sparsegpt`, `partial(by_score, score=wanda)`."""
+
+
+@dataclass(frozen=True)
+class OneShot:
+    """How to prune in one shot.
+
+    pattern: `Element()`, `Element(per_row=True)`, `NM(2, 4)` or `Block(r, c)`. sparsity: of every layer in [0, 1), or a
+    mapping of layer names, which leaves the others whole; `NM` has its own. method: a layer solver, knobs bound by
+    `functools.partial`. refine: gradient steps for each block after its layers, or None.
+    """
+
+    pattern: Pattern = field(default_factory=Element)
+    sparsity: float | Mapping[str, float] = 0.5
+    method: LayerSolver = admm
+    refine: Refine | None = None
+
+    def __post_init__(self) -> None:
+        for value in self.sparsity.values() if isinstance(self.sparsity, Mapping) else [self.sparsity]:
+            if not 0 <= value < 1:
+                raise RequestError(f"sparsity={value:g} is out of range", "0 <= sparsity < 1", "for example 0.5")
+
+    def of(self, layer: Layer) -> float | None:
+        """The sparsity of a layer, None if it stays whole."""
+        if isinstance(self.pattern, NM):
+            return self.pattern.sparsity
+        return self.sparsity.get(layer.name) if isinstance(self.sparsity, Mapping) else self.sparsity
+
+
+@dataclass(frozen=True)
+class Fit:
+    """One layer: relative error of its outputs, weights that went and were there, tokens seen, damping, seconds."""
+
+    name: str
+    error: float = 0.0
+    removed: int = 0
+    total: int = 0
+    tokens: int = 0
+    damping: float = 0.0
+    seconds: float = 0.0
+    skipped: str = ""
+
+    def __str__(self) -> str:
+        if self.skipped:
+            return f"{self.name}: left whole, {self.skipped}"
+        return f"{self.name}: {self.removed / self.total:.1%} removed, error {self.error:.3%} ({self.tokens} tokens)"
+
+
+@dataclass(frozen=True)
+class Solving:
+    """What `solve_` did: every layer in the order of execution, and the blocks' errors before and after refining."""
+
+    fits: tuple[Fit, ...]
+    refined: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+
+    @property
+    def sparsity(self) -> float:
+        """Of the layers that were pruned."""
+        total = sum(fit.total for fit in self.fits)
+        return sum(fit.removed for fit in self.fits) / total if total else 0.0
+
+    def __str__(self) -> str:
+        done = [fit for fit in self.fits if not fit.skipped]
+        lines = [*map(str, self.fits), f"{len(done)} layers, sparsity {self.sparsity:.4f} of their weights"]
+        return "\n".join(lines)
+
+
+OnLayer = Callable[[Fit, int, int], None]
+"""Called after each layer with its fit, how many are done, and how many there are."""
+
+
+@solver(source="Frantar and Alistarh 2023, arXiv:2301.00774 (block by block); Boza 2024, arXiv:2401.02938")
+def solve_(
+    model: nn.Module,
+    inputs: Inputs,
+    how: OneShot,
+    *,
+    data: Iterable[Any],
+    loss: Loss | None = None,
+    skip: Sequence[str] = (),
+    on_layer: OnLayer | None = None,
+) -> Solving:
+    """Prune `model` in place, layer by layer, from the inputs that each layer has in the pruned model.
+
+    Residual blocks are found from the data flow. In each, layers that share an input are solved together from one Gram
+    matrix `H = sum x x^T` of what reaches them once everything before is pruned, by `how.method`, which minimises
+    `tr((V - W) H (V - W)^T)` under the pattern. Memory: the Gram matrix of one input at a time, and the stream between
+    two blocks for all batches (twice with `refine`). Masks are remembered as by `apply_`: a `Pruner` holds them.
+    Data: batches, no labels.
+
+    inputs: an example batch, as for `plan`. loss: how to run the model on a batch. skip: patterns of layers that stay
+    whole. Layers outside the blocks (heads, embeddings) stay whole too, and so do grouped convolutions and weights that
+    are read in other ways; the result names them. Errors: RequestError when no layer is left.
+
+    Use: large pretrained models without training. Avoid: small networks that can be trained: `Pruner` does better.
+    """
+    root = unwrap(model)
+    source = Source(None, loss)
+    held = list(batches(data))
+    with mode(root, training=False), torch.no_grad():
+        graph = couple(root, inputs)
+        check_patterns(graph, skip, ())
+        feed = Feed(root, held, source.run, blocks_of(root, graph, held[0], source.run))
+        layers = {
+            layer.entity: layer
+            for layer in first_seen(graph.layers)
+            if not chosen(names_of_layer(graph, layer), skip, ()) and how.of(layer) is not None
+        }
+        inside = [[x for x in layers.values() if _within(graph.entities[x.entity].names, b)] for b in feed.blocks]
+        if not any(inside):
+            raise RequestError("there is no layer to prune", "skip=, or the mapping of sparsities, leaves none", "")
+        job = _Job(root, how, feed, on_layer, sum(map(len, inside)))
+        for block, some in zip(feed.blocks, inside, strict=True):
+            job.block(block, some)
+    within = {layer.entity for some in inside for layer in some}
+    outside = [Fit(x.name, skipped="it is outside the blocks") for x in layers.values() if x.entity not in within]
+    return Solving((*job.fits, *outside), job.refined)
+
+
+def _within(names: Iterable[str], block: Block) -> bool:
+    """Whether a parameter lives in the block; one that is shared with the outside does not."""
+    return all(name.startswith(f"{block.path}.") or not block.path for name in names)
+
+
+@dataclass
+class _Job:
+    """One call of `solve_`."""
+
+    model: nn.Module
+    how: OneShot
+    feed: Feed
+    on_layer: OnLayer | None
+    count: int
+    fits: list[Fit] = field(default_factory=list)
+    refined: dict[str, tuple[float, float]] = field(default_factory=dict)
+    dense: list[Call] = field(default_factory=list)
+
+    def block(self, block: Block, layers: Sequence[Layer]) -> None:
+        """Prune the layers of one block, refine it, and pass its outputs on."""
+        calls = self.feed.calls(block)
+        wanted = self._wanted(block, calls)
+        masks: dict[nn.Parameter, Mask] = {}
+        named = dict(self.model.named_parameters(remove_duplicate=False))
+        mine = {named[layer.entity]: layer for layer in layers}
+        for shared, uses in self._shared(block, calls, mine):
+            gram, tokens = self._gram(block, calls, shared[0], uses)
+            for weight in shared:
+                masks |= self._solve(weight, mine[weight], gram, tokens)
+        record_(self.model, masks)
+        if self.how.refine is not None and block.path and masks:
+            runs = [partial(self._output, block, call) for call in calls]
+            self.refined[block.path] = refine_(
+                self.model.get_submodule(block.path), runs, wanted, masks, self.how.refine
+            )
+        self.feed.advance(block)
+
+    def _output(self, block: Block, call: Call) -> Tensor:
+        return tensors(self.feed.call(block, call))[0]
+
+    def _wanted(self, block: Block, calls: Sequence[Call]) -> list[Tensor]:
+        """The outputs of the dense block on the dense stream, which is kept from block to block."""
+        if self.how.refine is None or not block.path:
+            return []
+        if block.linked and self.dense:
+            calls = [call.fed(before.stream) for call, before in zip(calls, self.dense, strict=True)]
+        twin = copy.deepcopy(self.model.get_submodule(block.path))
+        found = [tensors(call.run(twin))[0] for call in calls]
+        self.dense = [call.fed(stream) for call, stream in zip(calls, found, strict=True)]
+        return found
+
+    def _shared(
+        self, block: Block, calls: Sequence[Call], mine: Mapping[nn.Parameter, Layer]
+    ) -> list[tuple[list[nn.Parameter], int]]:
+        """The weights in the order in which they are first read, those with one input together; reads in a pass."""
+        reads: dict[nn.Parameter, list[Read]] = {}
+        watch = Watch(mine, lambda read: reads.setdefault(read.weight, []).append(read))
+        with watch:
+            self.feed.call(block, calls[0])
+        watch.finish()
+        groups: list[tuple[list[nn.Parameter], int]] = []
+        last: Tensor | None = None
+        for weight, layer in mine.items():
+            reason = _unfit(reads.get(weight, []), watch.others.get(id(weight)), layer, self.how.pattern, weight)
+            if reason:
+                self._done(Fit(layer.name, skipped=reason))
+                reads.pop(weight, None)
+        for weight, some in reads.items():
+            if last is not None and some[0].x.shape == last.shape and some[0].conv is None and some[0].x.equal(last):
+                groups[-1][0].append(weight)
+            else:
+                groups.append(([weight], len(some)))
+            last = some[0].x if len(some) == 1 else None
+        return groups
+
+    def _gram(self, block: Block, calls: Sequence[Call], weight: nn.Parameter, uses: int) -> tuple[Gram, int]:
+        """`sum x x^T` over all reads of a weight, and how many tokens; each pass ends when it was read so often."""
+        total: list[Tensor] = []
+        tokens, left = 0, uses
+
+        def add(read: Read) -> None:
+            nonlocal tokens, left
+            with torch.autocast(read.x.device.type, enabled=False):
+                for x, _ in rows(read):
+                    single = x.to(torch.promote_types(x.dtype, torch.float32))
+                    if not total:
+                        total.append(single.new_zeros(single.shape[1], single.shape[1]))
+                    total[0].addmm_(single.T, single)
+                    tokens += len(single)
+            left -= 1
+            if not left:
+                raise Stop
+
+        for call in calls:
+            left = uses
+            watch = Watch([weight], add)
+            with suppress(Stop):
+                with watch:
+                    self.feed.call(block, call)
+                watch.finish()
+        return total[0], tokens
+
+    def _solve(self, weight: nn.Parameter, layer: Layer, gram: Gram, tokens: int) -> dict[nn.Parameter, Mask]:
+        start = time.perf_counter()
+        sparsity = self.how.of(layer)
+        assert sparsity is not None
+        matrix = to_matrix(weight.detach(), layer)
+        wide = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
+        with torch.autocast(weight.device.type, enabled=False):
+            found = self.how.method(wide, gram, self.how.pattern, sparsity=sparsity)
+        weight.copy_(from_matrix(found.weight, weight, layer))
+        gone = int((~found.mask).sum())
+        taken = time.perf_counter() - start
+        self._done(Fit(layer.name, found.error, gone, found.mask.numel(), tokens, found.damping, taken))
+        return {weight: from_matrix(found.mask, weight, layer)}
+
+    def _done(self, fit: Fit) -> None:
+        self.fits.append(fit)
+        log.info("%s", fit)
+        if self.on_layer:
+            self.on_layer(fit, len(self.fits), self.count)
+
+
+def _unfit(reads: Sequence[Read], other: str | None, layer: Layer, pattern: Pattern, weight: Tensor) -> str:
+    """Why a layer stays whole, or nothing."""
+    if not reads:
+        return f"{other} reads it, which is not solved" if other else "it does not run on the data"
+    if other is not None:
+        return f"{other} reads the same weight"
+    if reads[0].conv is not None and reads[0].conv.groups > 1:
+        return f"a convolution with {reads[0].conv.groups} groups is not solved"
+    if isinstance(pattern, NM) and not pattern.fits(tuple(to_matrix(weight, layer).shape)):
+        return f"{pattern.m} does not divide its columns"
+    return ""

@@ -1,0 +1,67 @@
+"""The verb that compares methods with each other and with baselines."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from prunella.cli import options
+from prunella.cli.console import emit, note, stage
+
+Make = Annotated[
+    str, typer.Argument(metavar="MAKE", help="module:function that takes a seed and returns the trained dense model.",
+                        show_default=False)
+]  # fmt: skip
+
+
+def pareto(
+    make: Make,
+    metric: Annotated[
+        str, typer.Option("--metric", metavar="M:F", help="module:function of (model); higher is better.")
+    ],
+    inputs: Annotated[str, typer.Option("--inputs", metavar="M:F", help="module:function that returns a batch.")],
+    recipe: Annotated[
+        list[str] | None, typer.Option("--recipe", metavar="NAME", help="A recipe or a criterion; several are allowed.")
+    ] = None,
+    granularity: options.GranularityText = None,
+    allocation: options.AllocationName = None,
+    ratios: Annotated[str, typer.Option(help="Original / new, by comma.")] = "2,4,8,16,32",
+    seeds: Annotated[int, typer.Option(help="How many seeds, from 0.")] = 3,
+    unit: Annotated[str, typer.Option(help="What is divided: params, macs, bytes or sparsity.")] = "params",
+    data: options.Data = None,
+    loss: options.LossName = None,
+    recover: Annotated[
+        str | None, typer.Option(metavar="M:F", help="module:function of (model, plan, seed) that heals.")
+    ] = None,
+    skip: options.Skip = None,
+    jobs: Annotated[int, typer.Option(help="Processes.")] = 1,
+    output: options.Output = Path("pareto"),
+    as_json: options.Json = False,
+) -> None:
+    """Quality against size: recipes beside random and magnitude baselines, several ratios and seeds; resumable."""
+    from prunella.cli.request import build_recipe
+    from prunella.study import PAGE, Study
+    from prunella.study import pareto as run
+    from prunella.targets import parse_target
+
+    recipes = {name: build_recipe(name, granularity=granularity, allocation=allocation) for name in recipe or ()}
+    study = Study(make, metric, inputs, recipes, data, loss, recover, tuple(skip or ()))
+    divided = type(parse_target(f"{unit}=0.5"))
+    with stage("comparing"):
+        found = run(
+            study, output, ratios=_numbers(ratios), seeds=tuple(range(seeds)), unit=divided, jobs=jobs,
+            on_cell=lambda cell, n, total: note(f"{n} of {total}: {cell.method}, {cell.ratio:g}x, seed {cell.seed}"),
+        )  # fmt: skip
+    emit({**json.loads(found.json()), "page": str(output / PAGE)}, f"{found}\n\nwrote {output / PAGE}", as_json=as_json)
+
+
+def _numbers(text: str) -> tuple[float, ...]:
+    from prunella.errors import RequestError
+
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise RequestError(f"cannot read the ratios {text!r}", "numbers above 1, by comma", "--ratios 2,4,8") from None

@@ -1,0 +1,14 @@
+"""What joins pruning to make a model smaller: integers, shared values, lossless codes, low rank."""
+
+from prunella.compress.huffman import decode as decode
+from prunella.compress.huffman import huffman as huffman
+from prunella.compress.huffman import relative_index as relative_index
+from prunella.compress.int8 import to_int8_ as to_int8_
+from prunella.compress.low_rank import low_rank as low_rank
+from prunella.compress.low_rank import svd_factors as svd_factors
+from prunella.compress.quantise import quantisation_aware as quantisation_aware
+from prunella.compress.quantise import quantise_weight as quantise_weight
+from prunella.compress.quantise import round_weights_ as round_weights_
+from prunella.compress.share import Start as Start
+from prunella.compress.share import deep_compression_ as deep_compression_
+from prunella.compress.share import share_weight as share_weight

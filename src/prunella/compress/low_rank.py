@@ -1,0 +1,211 @@
+"""Two thin layers in place of a thick one: truncated singular value decomposition of linear layers and convolutions."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+
+from prunella.apply import records, unwrap
+from prunella.errors import BadInput, RequestError
+from prunella.method import compression
+
+
+@final
+class LowRank(nn.Module):
+    """`second(first(x))`: what a layer became. `rank` outputs of the first feed the second, which has the bias."""
+
+    def __init__(self, first: nn.Module, second: nn.Module) -> None:
+        super().__init__()
+        self.first, self.second = first, second
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The first layer, then the second."""
+        out: Tensor = self.second(self.first(x))
+        return out
+
+
+@dataclass(frozen=True)
+class Factors:
+    """`weight ~ second @ first` as matrices `(out, rank)`, `(rank, in)`. error: `|W - BA|^2 / |W|^2`."""
+
+    first: Tensor
+    second: Tensor
+    error: float
+
+    @property
+    def rank(self) -> int:
+        """Columns of the second factor."""
+        return self.second.shape[1]
+
+
+@compression(source="Denton et al. 2014, arXiv:1404.0736; Eckart and Young 1936, doi:10.1007/BF02288367")
+def svd_factors(weight: Tensor, *, rank: int = 0, energy: float = 0.9) -> Factors:
+    """The best product of two thin matrices for a matrix, by its largest singular values.
+
+    `W = U S V^T`, `B = U_r sqrt(S_r)`, `A = sqrt(S_r) V_r^T`: `|W - B A|^2 = sum_{i > r} s_i^2`, the smallest error
+    that any matrix of rank r has. Computed in float64; both factors have the same norm.
+
+    weight: `(out, in)`. rank: from 1; 0 takes the smallest rank with `sum_{i <= r} s_i^2 >= energy * sum_i s_i^2`.
+    energy: in (0, 1].
+
+    Data: none.
+
+    Use: for layers whose singular values fall fast. Avoid: for sparse weights, since the factors are dense.
+    """
+    if weight.dim() != 2 or not 0 <= rank <= min(weight.shape) or not 0 < energy <= 1:
+        raise RequestError(
+            f"rank={rank}, energy={energy:g} is out of range for a weight of shape {tuple(weight.shape)}",
+            "a matrix has ranks from 1 to its smaller side; energy is a part of the whole",
+            "pass rank=, or energy= in (0, 1]",
+        )
+    u, s, v = torch.linalg.svd(weight.detach().double(), full_matrices=False)
+    squares = s.square()
+    total = float(squares.sum())
+    if not rank:
+        reached = squares.cumsum(0) >= energy * total * (1 - 1e-12)
+        rank = int(reached.int().argmax()) + 1
+    root = s[:rank].sqrt()
+    first, second = root[:, None] * v[:rank], u[:, :rank] * root
+    error = float(squares[rank:].sum()) / total if total else 0.0
+    return Factors(first.to(weight.dtype), second.to(weight.dtype), error)
+
+
+@dataclass(frozen=True)
+class Factored:
+    """One layer that became two. error: `|W - BA|^2 / |W|^2`, the energy lost. before, after: numbers of weights."""
+
+    name: str
+    rank: int
+    full: int
+    error: float
+    before: int
+    after: int
+
+    def __str__(self) -> str:
+        size = f"{self.before} -> {self.after} weights"
+        return f"{self.name}: rank {self.rank} of {self.full}, {size}, {self.error:.2%} lost"
+
+
+@compression(source="Denton et al. 2014, arXiv:1404.0736; Zhang et al. 2015, arXiv:1411.4229 (convolutions)")
+def low_rank(
+    model: nn.Module, *, rank: int = 0, energy: float = 0.9, only: Sequence[str] = ("*",), skip: Sequence[str] = ()
+) -> tuple[nn.Module, tuple[Factored, ...]]:
+    """A new model in which linear layers and convolutions are two thinner ones each, where that makes them smaller.
+
+    A linear layer `(out, in)` becomes `(rank, in)` and `(out, rank)`; a convolution the same kernel with `rank`
+    outputs, with its stride, padding and dilation, and a 1x1 convolution to `out`. The energy lost is `sum_{i > r}
+    s_i^2 / sum_i s_i^2` of the weight as a matrix `(out, in * kernel)`. A layer is left alone where `rank (in * kernel
+    + out) >= in * kernel * out`, and so are grouped convolutions and weights that are shared. `model` is not changed.
+
+    rank: of every layer, 0 for the smallest with the energy. energy: part of the squared weights that stays, (0, 1].
+    only, skip: patterns of module names. Data: none.
+
+    `RequestError` where no layer gets smaller, or where a chosen layer carries masks, which the factors would fill.
+
+    Use: after `shrink`, for large linear layers; `finetune` afterwards. Avoid: for networks pruned weight by weight.
+    """
+    small = copy.deepcopy(unwrap(model))
+    masked = {name.rpartition(".")[0] for name, _, _ in records(small)}
+    done = []
+    for name, layer in _layers(small, only, skip):
+        if name in masked:
+            raise RequestError(
+                f"{name} carries masks, and the product of two factors has no zeros",
+                "low rank and single pruned weights do not go together",
+                f"leave it out: skip=[{name!r}], or call finalize(model) first if the zeros may go",
+            )
+        matrix = layer.weight.detach().flatten(1)
+        factors = svd_factors(matrix, rank=min(rank, *matrix.shape) if rank else 0, energy=energy)
+        after = factors.first.numel() + factors.second.numel()
+        if after >= matrix.numel():
+            continue
+        replace_(small, name, factors.rank)
+        with torch.no_grad():
+            _fill(small.get_submodule(name), factors, layer)
+        done.append(Factored(name, factors.rank, min(matrix.shape), factors.error, matrix.numel(), after))
+    if not done:
+        raise RequestError(
+            "no layer gets smaller at this rank",
+            f"rank={rank}, energy={energy:g}: two factors would have as many weights as the layer, or none was chosen",
+            "ask for a smaller rank or energy",
+        )
+    return small, tuple(done)
+
+
+def ranks_of(model: nn.Module) -> dict[str, int]:
+    """Module name -> rank, of every layer that became two: how a manifest describes it."""
+    found = {name: module for name, module in model.named_modules() if isinstance(module, LowRank)}
+    return {name: int(module.first.get_parameter("weight").shape[0]) for name, module in found.items()}
+
+
+def replace_(model: nn.Module, name: str, rank: int) -> None:
+    """Put two layers of this rank, not filled, in the place of a layer. `BadInput` if there is no such layer."""
+    try:
+        layer: Any = model.get_submodule(name)
+    except AttributeError:
+        raise BadInput(f"{name!r} cannot be made of low rank", "the model has no such module") from None
+    kind = type(layer)
+    if kind not in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d) or not 1 <= rank <= min(layer.weight.flatten(1).shape):
+        raise BadInput(
+            f"{name!r} cannot have rank {rank}", f"it is a {kind.__name__}", "give the factory it was made with"
+        )
+    like: dict[str, Any] = {"device": layer.weight.device, "dtype": layer.weight.dtype}
+    bias = layer.bias is not None
+    if kind is nn.Linear:
+        pair = nn.Linear(layer.in_features, rank, bias=False, **like), nn.Linear(rank, layer.out_features, bias, **like)
+    else:
+        how = {n: getattr(layer, n) for n in ("kernel_size", "stride", "padding", "dilation", "padding_mode")}
+        pair = (
+            kind(layer.in_channels, rank, bias=False, **how, **like),
+            kind(rank, layer.out_channels, 1, bias=bias, **like),
+        )
+    made = LowRank(*pair).train(layer.training)
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, made)
+
+
+def rebuild_(model: nn.Module, ranks: Mapping[str, Any]) -> None:
+    """Make the layers that a manifest names of low rank, to be filled. `BadInput` where they do not fit."""
+    for name, rank in ranks.items():
+        if not isinstance(rank, int):
+            raise BadInput("the manifest is broken", f"the rank of {name!r} is no whole number")
+        replace_(model, name, rank)
+
+
+def _layers(model: nn.Module, only: Sequence[str], skip: Sequence[str]) -> list[tuple[str, Any]]:
+    """The layers that can be two, by name, read by their module alone."""
+    for option, patterns in (("only", only), ("skip", skip)):
+        if isinstance(patterns, str):
+            raise RequestError(f"{option}= is one text", "a list of patterns is needed", f"{option}=[{patterns!r}]")
+    owners: dict[int, int] = {}
+    for module in model.modules():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                owners[id(parameter)] = owners.get(id(parameter), 0) + 1
+    paths = [id(module) for _, module in model.named_modules(remove_duplicate=False)]
+    found = []
+    for name, layer in model.named_modules():
+        kind: Any = type(layer)
+        fits = kind is nn.Linear or (kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d) and layer.groups == 1)
+        if not fits or not name or owners[id(layer.weight)] > 1 or paths.count(id(layer)) > 1:
+            continue
+        if any(fnmatchcase(name, p) for p in only) and not any(fnmatchcase(name, p) for p in skip):
+            found.append((name, layer))
+    return found
+
+
+def _fill(pair: nn.Module, factors: Factors, layer: Any) -> None:
+    assert isinstance(pair, LowRank)
+    first, second = pair.first.get_parameter("weight"), pair.second.get_parameter("weight")
+    first.copy_(factors.first.reshape(first.shape))
+    second.copy_(factors.second.reshape(second.shape))
+    if layer.bias is not None:
+        pair.second.get_parameter("bias").copy_(layer.bias)
+    for parameter in pair.parameters():
+        parameter.requires_grad_(layer.weight.requires_grad)

@@ -1,0 +1,213 @@
+"""Weights that share a few values, and the size of a network stored so: prune, share, Huffman."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+from fnmatch import fnmatchcase
+
+import torch
+from torch import Tensor, nn
+
+from prunella.apply import unwrap
+from prunella.compress.huffman import Encoded, Gaps, decode, huffman, positions, relative_index
+from prunella.errors import RequestError
+from prunella.method import compression
+
+ROUNDS = 100
+
+
+class Start(Enum):
+    """Where the values of k-means start."""
+
+    LINEAR = "linear"
+    """Equal steps from the smallest to the largest weight: large weights get values of their own."""
+    DENSITY = "density"
+    """Equal numbers of weights for each value."""
+    RANDOM = "random"
+    """Weights drawn by the seed."""
+
+
+@dataclass(frozen=True)
+class Shared:
+    """A weight as numbers of a book: 0 is zero, `i` is `book[i - 1]`. bits: the book has at most `2^bits` values."""
+
+    codes: Tensor
+    book: Tensor
+    bits: int
+
+    def weight(self) -> Tensor:
+        """The weight that the codes stand for."""
+        values = torch.cat([self.book.new_zeros(1), self.book])
+        return values[self.codes]
+
+
+@compression(source="Han et al. 2016, arXiv:1510.00149 (trained quantisation: weight sharing)")
+def share_weight(weight: Tensor, *, bits: int = 5, start: Start = Start.LINEAR, seed: int = 0) -> Shared:
+    """Round the non-zero weights of a layer to at most `2^bits` values by k-means; zeros stay zeros.
+
+    `min over values c and codes of sum (w - c[code])^2` by Lloyd's rounds on the sorted weights until nothing moves,
+    100 at most; the error never grows in a round. A weight lies at the nearest value, the lower one in between.
+
+    weight: any shape. bits: 1 to 8. start: where the values start; linear keeps large weights best. seed: of a random
+    start.
+
+    Data: none.
+
+    Use: to store a pruned network in few bits, with `huffman`. Avoid: for speed, since values are looked up one by one;
+    integers (`quantise_weight`) multiply faster.
+    """
+    if not 1 <= bits <= 8:
+        raise RequestError(f"bits={bits} is out of range", "a book has 2 to 256 values", "bits from 1 to 8")
+    flat = weight.detach().flatten()
+    alive = flat != 0
+    values = flat[alive].double().sort().values
+    codes = torch.zeros(flat.shape, dtype=torch.int64, device=flat.device)
+    if not len(values):
+        return Shared(codes.reshape(weight.shape), flat.new_zeros(0), bits)
+    book: Tensor = torch.unique(_lloyd(values, _first(values, 2**bits, start, seed)).to(flat.dtype))
+    book = book[book != 0] if bool((book != 0).any()) else flat[alive][:1]
+    middles = (book[1:] + book[:-1]) / 2
+    codes[alive] = torch.searchsorted(middles, flat[alive]) + 1
+    return Shared(codes.reshape(weight.shape), book, bits)
+
+
+@dataclass(frozen=True)
+class Stored:
+    """One layer as it is stored: Huffman codes of the values and of the gaps between them, and the book of values.
+
+    Fillers of long gaps have value 0. error: `|w - w'| / |w|` of sharing; nothing else loses anything.
+    """
+
+    name: str
+    values: Encoded
+    gaps: Encoded
+    book: Tensor
+    shape: tuple[int, ...]
+    gap_bits: int
+    error: float
+
+    @property
+    def bits(self) -> int:
+        """Everything that is needed to decode."""
+        return self.values.bits + self.gaps.bits + self.book.numel() * self.book.element_size() * 8
+
+    def weight(self) -> Tensor:
+        """The weight, decoded."""
+        codes, steps = decode(self.values), decode(self.gaps)
+        mask = positions(Gaps(steps, codes == 0, self.shape, self.gap_bits))
+        full = self.book.new_zeros(self.shape)
+        full[mask] = self.book[codes[codes > 0] - 1]
+        return full
+
+
+@dataclass(frozen=True)
+class DeepCompression:
+    """A network stored by Deep Compression. other_bits: what is not shared, biases and norms, as it is."""
+
+    layers: tuple[Stored, ...]
+    other_bits: int
+    dense_bits: int
+
+    @property
+    def bytes(self) -> int:
+        """What it takes to store it."""
+        return -(-(sum(layer.bits for layer in self.layers) + self.other_bits) // 8)
+
+    @property
+    def ratio(self) -> float:
+        """Bytes of the parameters as they are, divided by the bytes stored."""
+        return self.dense_bits / 8 / self.bytes
+
+    def __str__(self) -> str:
+        lines = [f"{self.dense_bits / 8e6:.3f} MB -> {self.bytes / 1e6:.3f} MB, {self.ratio:.1f} times smaller"]
+        lines += [f"{x.name}: {x.bits / 8:,.0f} bytes, {len(x.book)} values, error {x.error:.2%}" for x in self.layers]
+        return "\n".join(lines)
+
+
+@compression(source="Han et al. 2016, arXiv:1510.00149")
+def deep_compression_(
+    model: nn.Module,
+    *,
+    bits: int = 5,
+    gap_bits: int = 4,
+    start: Start = Start.LINEAR,
+    seed: int = 0,
+    only: Sequence[str] = ("*",),
+) -> DeepCompression:
+    """Share the weights of a pruned model in place, and store them as Huffman codes of values and of gaps.
+
+    Every parameter with at least two axes gets at most `2^bits` values beside zero (`share_weight`), its non-zeros are
+    found by gaps of `gap_bits` bits (`relative_index`), and both go through `huffman`. `layer.weight()` decodes exactly
+    what the model now holds. The size counts codes, code books, books of values, and all other parameters as they are.
+
+    bits: 1 to 8. gap_bits: 1 to 16. start, seed: of k-means. only: patterns of parameter names.
+
+    Data: none.
+
+    Use: to ship a network over a slow line, at 80 % sparsity and more. Avoid: to save memory while it runs: it must be
+    decoded first.
+    """
+    bare = unwrap(model)
+    every = list(bare.named_parameters())
+    chosen = [(n, p) for n, p in every if p.dim() > 1 and any(fnmatchcase(n, pattern) for pattern in only)]
+    if not chosen:
+        raise RequestError(
+            f"only={list(only)!r} names no weight", "weights have two axes or more", "see named_parameters()"
+        )
+    shared = [share_weight(p, bits=bits, start=start, seed=seed) for _, p in chosen]
+    layers = tuple(_store(n, p, x, gap_bits) for (n, p), x in zip(chosen, shared, strict=True))
+    with torch.no_grad():
+        for (_, parameter), one in zip(chosen, shared, strict=True):
+            parameter.copy_(one.weight())
+    names = {name for name, _ in chosen}
+    other = sum(p.nbytes * 8 for n, p in every if n not in names)
+    return DeepCompression(layers, other, sum(p.nbytes * 8 for _, p in every))
+
+
+def _store(name: str, parameter: nn.Parameter, shared: Shared, gap_bits: int) -> Stored:
+    gaps = relative_index(shared.codes > 0, bits=gap_bits)
+    values = torch.zeros(len(gaps.steps), dtype=torch.int64)
+    codes = shared.codes.cpu().flatten()
+    values[~gaps.filler] = codes[codes > 0]
+    size = float(parameter.detach().double().norm())
+    error = float((parameter.detach().double() - shared.weight().double()).norm()) / size if size else 0.0
+    book_bits = max(1, len(shared.book).bit_length())
+    return Stored(
+        name,
+        huffman(values, symbol_bits=book_bits),
+        huffman(gaps.steps, symbol_bits=gap_bits),
+        shared.book.cpu(),
+        tuple(parameter.shape),
+        gap_bits,
+        error,
+    )
+
+
+def _first(values: Tensor, count: int, start: Start, seed: int) -> Tensor:
+    """Where k-means starts, on sorted values."""
+    if start is Start.LINEAR:
+        return torch.linspace(float(values[0]), float(values[-1]), count, dtype=values.dtype, device=values.device)
+    if start is Start.DENSITY:
+        at = ((torch.arange(count, dtype=values.dtype) + 0.5) / count * len(values)).long().clamp_max(len(values) - 1)
+    else:
+        generator = torch.Generator().manual_seed(seed)
+        at = torch.randperm(len(values), generator=generator)[:count].sort().values
+    return values[at.to(values.device)]
+
+
+def _lloyd(values: Tensor, book: Tensor) -> Tensor:
+    """Means of the nearest weights, again and again; a value that no weight is near stays where it is."""
+    sums = torch.cat([values.new_zeros(1), values.cumsum(0)])
+    for _ in range(ROUNDS):
+        ends = torch.searchsorted(values, (book[1:] + book[:-1]) / 2, right=True)
+        edges = torch.cat([ends.new_zeros(1), ends, ends.new_full((1,), len(values))])
+        counts = edges.diff()
+        means = torch.where(counts > 0, sums[edges].diff() / counts.clamp_min(1), book)
+        if torch.equal(means, book):
+            break
+        book = means.sort().values
+    ends = torch.searchsorted(values, (book[1:] + book[:-1]) / 2, right=True)
+    used = torch.cat([ends.new_zeros(1), ends, ends.new_full((1,), len(values))]).diff() > 0
+    return book[used]

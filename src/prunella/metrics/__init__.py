@@ -1,0 +1,17 @@
+"""Numbers that say what pruning did: size, speed, what still takes part, and side effects."""
+
+from prunella.metrics.effects import SideEffects as SideEffects
+from prunella.metrics.effects import side_effects as side_effects
+from prunella.metrics.outputs import calibration_error as calibration_error
+from prunella.metrics.outputs import flip_rate as flip_rate
+from prunella.metrics.outputs import kl_divergence as kl_divergence
+from prunella.metrics.outputs import per_class_drop as per_class_drop
+from prunella.metrics.outputs import pruning_identified_exemplars as pruning_identified_exemplars
+from prunella.metrics.reach import EffectiveSparsity as EffectiveSparsity
+from prunella.metrics.reach import effective_sparsity as effective_sparsity
+from prunella.metrics.size import Compression as Compression
+from prunella.metrics.size import compression_ratio as compression_ratio
+from prunella.metrics.speed import Speedup as Speedup
+from prunella.metrics.speed import effective_macs as effective_macs
+from prunella.metrics.speed import energy as energy
+from prunella.metrics.speed import speedup as speedup

@@ -1,0 +1,311 @@
+"""Follow which units are reached from the inputs and which reach an output, through a model's own forward.
+
+Values are positive where something arrives and zero where nothing does; gradients say the same of the outputs. Every
+call is replaced by one that keeps this meaning: activations become the identity, a maximum a mean, a product of
+activations a sum. What no rule knows connects everything that goes in with everything that comes out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+from prunella.forward import tensors
+from prunella.graph.lines import called
+from prunella.types import Mask
+
+Args = tuple[Any, ...]
+Kwargs = Mapping[str, Any]
+
+
+@dataclass
+class Met:
+    """What is known of one weight after the run: (first axis, second axis) pairs on a path, and its live outputs."""
+
+    pairs: Mask
+    live: Mask
+
+
+@dataclass
+class _Found:
+    """The weights that were met, by name, and the calls without a rule."""
+
+    names: Mapping[int, str]
+    met: dict[str, Met] = field(default_factory=dict)
+    unfollowed: set[str] = field(default_factory=set)
+
+    def parameter(self, value: object) -> bool:
+        """Whether it is a parameter of the model, which carries no input."""
+        return id(value) in self.names
+
+
+class Paths(TorchFunctionMode):
+    """The mode under which the model runs. names: of parameters, by identity."""
+
+    def __init__(self, names: Mapping[int, str]) -> None:
+        super().__init__()
+        self._found = _Found(names)
+
+    @property
+    def met(self) -> dict[str, Met]:
+        """Weights that multiplied an activation."""
+        return self._found.met
+
+    @property
+    def unfollowed(self) -> set[str]:
+        """Calls that no rule knows."""
+        return self._found.unfollowed
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name, kwargs = called(func), kwargs or {}
+        carried = [t for t in tensors([*args, *kwargs.values()]) if t.requires_grad]
+        weighted = any(self._found.parameter(a) for a in args) and name in _RULES
+        if (not carried and not weighted) or name in _MOVES or name.startswith("__get") or name == "__set__":
+            return func(*args, **kwargs)
+        base = name.removesuffix("_") if not name.startswith("__") else name
+        if base in _PASS:
+            return args[0] if args else kwargs["input"]
+        rule = _RULES.get(base)
+        made = rule(self._found, func, args, kwargs) if rule else None
+        if made is None:
+            return _connect(self._found, name, func(*args, **kwargs), carried)
+        if name == "__iadd__" or (base != name and made.shape == args[0].shape):
+            return args[0].copy_(made)
+        return made
+
+
+class _Saturate(torch.autograd.Function):
+    """Ones and zeros in both directions, so that numbers neither grow nor vanish with the depth."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor) -> Tensor:
+        return (value > 0).to(value.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return (grad > 0).to(grad.dtype)
+
+
+def _saturate(value: Tensor) -> Tensor:
+    made: Tensor = _Saturate.apply(value)  # type: ignore[no-untyped-call]
+    return made
+
+
+def _connect(found: _Found, name: str, result: Any, carried: list[Tensor]) -> Any:
+    """Everything that comes out hangs on everything that goes in."""
+    outputs = [t for t in tensors(result) if t.is_floating_point()]
+    if not outputs or not carried:
+        return result
+    found.unfollowed.add(name)
+    total = _saturate(torch.stack([t.sum() for t in carried]).sum())
+    made = [total.expand(t.shape) for t in outputs]
+    if isinstance(result, Tensor):
+        return made[0]
+    swap = dict(zip(map(id, outputs), made, strict=True))
+    rebuilt = [swap.get(id(t), t) for t in result] if isinstance(result, tuple | list) else result
+    return tuple(rebuilt) if isinstance(result, tuple) else rebuilt
+
+
+# -- weights ------------------------------------------------------------------------------------------------------
+
+
+def _any(value: Tensor, axis: int) -> Mask:
+    return (value.detach() > 0).movedim(axis, 0).flatten(1).any(1)
+
+
+def _watch(found: _Found, weight: Tensor, output: Tensor, axis: int, pairs: Callable[[Mask], Mask]) -> Tensor:
+    """Note, when the gradient comes back, which pairs of units the weight joins on a path."""
+    name = found.names[id(weight)]
+    if not output.requires_grad:
+        output = output.detach().requires_grad_()
+    made = _saturate(output)
+    reached = _any(made, axis)
+    zero = torch.zeros_like(reached)
+    known = found.met.setdefault(name, Met(torch.zeros(weight.shape[:2], dtype=torch.bool), zero))
+
+    def needed(grad: Tensor) -> None:
+        need = _any(grad, axis)
+        known.pairs |= pairs(need)
+        known.live |= need & reached
+
+    made.register_hook(needed)  # type: ignore[no-untyped-call]
+    return made
+
+
+def _linear(found: _Found, func: Any, args: Args, kwargs: Kwargs) -> Tensor | None:
+    given = dict(zip(("input", "weight", "bias"), args, strict=False)) | dict(kwargs)
+    value, weight = given["input"], given["weight"]
+    if not found.parameter(weight):
+        return None
+    alive = _any(value, -1)
+    return _watch(found, weight, value @ weight.detach().T, -1, lambda need: need[:, None] & alive)
+
+
+def _matmul(found: _Found, func: Any, args: Args, kwargs: Kwargs) -> Tensor | None:
+    value, weight = args[-2], args[-1]
+    if found.parameter(weight) and weight.dim() == 2:
+        alive = _any(value, -1)
+        return _watch(found, weight, value @ weight.detach(), -1, lambda need: alive[:, None] & need)
+    if len(args) > 2 or found.parameter(value) or value.dim() < 2 or weight.dim() < 2:
+        return None
+    return _saturate(value.sum(-1, keepdim=True) + weight.sum(-2, keepdim=True))
+
+
+def _conv(found: _Found, func: Any, args: Args, kwargs: Kwargs) -> Tensor | None:
+    turned = "transpose" in called(func)
+    order: tuple[str, ...] = ("input", "weight", "bias", "stride", "padding")
+    order += ("output_padding", "groups", "dilation") if turned else ("dilation", "groups")
+    given = dict(zip(order, args, strict=False)) | dict(kwargs)
+    value, weight, groups = given.pop("input"), given.pop("weight"), given.get("groups", 1)
+    if not found.parameter(weight):
+        return None
+    given["bias"], axis = None, 1 if value.dim() == weight.dim() else 0
+    alive = _any(value, axis)
+
+    def pairs(need: Mask) -> Mask:
+        if turned:
+            return alive[:, None] & need.view(groups, -1).repeat_interleave(len(alive) // groups, 0)
+        return need[:, None] & alive.view(groups, -1).repeat_interleave(len(need) // groups, 0)
+
+    return _watch(found, weight, func(value, weight.detach(), **given), axis, pairs)
+
+
+def _embedding(found: _Found, func: Any, args: Args, kwargs: Kwargs) -> Tensor | None:
+    given = dict(zip(("input", "weight"), args, strict=False)) | dict(kwargs)
+    weight = given["weight"]
+    if not found.parameter(weight):
+        return None
+    output = functional.embedding(given["input"], weight.detach())
+    return _watch(found, weight, output, -1, lambda need: need.expand(weight.shape))
+
+
+# -- the rest -----------------------------------------------------------------------------------------------------
+
+
+def _sum(found: _Found, func: Any, args: Args, kwargs: Kwargs) -> Tensor | None:
+    """Sums and products of activations: reached by what reaches either; a constant adds nothing."""
+    name = called(func)
+    operands = [*args, *(kwargs[key] for key in ("input", "other") if key in kwargs)]
+    parts = [a for a in operands if isinstance(a, Tensor) and a.dim() + 1]
+    live = [a for a in parts if a.requires_grad and not found.parameter(a)]
+    if not live:
+        return None
+    total = live[0]
+    for other in live[1:]:
+        total = total + other
+    for constant in (p for p in parts if not any(p is one for one in live)):
+        factor = (constant.detach() != 0) if "mul" in name else torch.ones_like(constant, dtype=torch.bool)
+        total = total * factor
+    return total
+
+
+def _where(found: _Found, func: Any, args: Args, kwargs: Kwargs) -> Tensor | None:
+    return _sum(found, torch.add, args[1:], kwargs) if len(args) == 3 else None
+
+
+def _scaled(position: int) -> Callable[..., Tensor]:
+    """A normalisation of each channel by itself: the channel passes where its scale is not zero."""
+
+    def rule(found: _Found, func: Any, args: Args, kwargs: Kwargs) -> Tensor:
+        value = args[0] if args else kwargs["input"]
+        scale = kwargs.get("weight", args[position] if len(args) > position else None)
+        if scale is None:
+            return value  # type: ignore[no-any-return]
+        return value * (scale.detach() != 0).reshape(-1, *[1] * (value.dim() - 2))  # type: ignore[no-any-return]
+
+    return rule
+
+
+def _layer_norm(found: _Found, func: Any, args: Args, kwargs: Kwargs) -> Tensor:
+    given = dict(zip(("input", "normalized_shape", "weight"), args, strict=False)) | dict(kwargs)
+    axes = tuple(range(-len(given["normalized_shape"]), 0))
+    return _mixed(given["input"], axes, given.get("weight"))
+
+
+def _group_norm(found: _Found, func: Any, args: Args, kwargs: Kwargs) -> Tensor:
+    given = dict(zip(("input", "num_groups", "weight"), args, strict=False)) | dict(kwargs)
+    value, scale = given["input"], given.get("weight")
+    parted = value.unflatten(1, (given["num_groups"], -1))
+    mixed = _mixed(parted, tuple(range(2, parted.dim()))).flatten(1, 2)
+    return mixed if scale is None else mixed * (scale.detach() != 0).reshape(-1, *[1] * (value.dim() - 2))
+
+
+def _mixed(value: Tensor, axes: tuple[int, ...], scale: Tensor | None = None) -> Tensor:
+    made = _saturate(value.sum(axes, keepdim=True)).expand(value.shape)
+    return made if scale is None else made * (scale.detach() != 0)
+
+
+def _softmax(found: _Found, func: Any, args: Args, kwargs: Kwargs) -> Tensor | None:
+    axis = kwargs.get("dim", args[1] if len(args) > 1 else None)
+    return None if axis is None else _mixed(args[0] if args else kwargs["input"], (axis,))
+
+
+def _attention(found: _Found, func: Any, args: Args, kwargs: Kwargs) -> Tensor | None:
+    if len(args) < 3 or kwargs.get("enable_gqa"):
+        return None
+    query, key, value = args[:3]
+    scores = query.sum(-1, keepdim=True) + key.sum((-1, -2), keepdim=True)
+    return _saturate(scores + value.sum(-2, keepdim=True))
+
+
+def _max_pool(found: _Found, func: Any, args: Args, kwargs: Kwargs) -> Tensor | None:
+    """A mean over the same places: what reaches any of them reaches the maximum."""
+    order = ("input", "kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
+    given = dict(zip(order, args, strict=False)) | dict(kwargs)
+    dilation = given.pop("dilation", 1)
+    if given.pop("return_indices", False) or any(
+        d != 1 for d in ([dilation] if isinstance(dilation, int) else dilation)
+    ):
+        return None
+    made: Tensor = getattr(functional, called(func).replace("max", "avg"))(**given)
+    return made
+
+
+_PASS = frozenset(
+    (
+        "relu relu6 gelu silu tanh leaky_relu elu selu celu mish hardswish hardtanh prelu softsign hardshrink "
+        "softshrink threshold sigmoid hardsigmoid logsigmoid softplus dropout dropout1d dropout2d dropout3d "
+        "alpha_dropout feature_alpha_dropout abs square sqrt rsqrt exp log log1p neg __neg__ pow __pow__ clamp "
+        "clip clamp_min clamp_max erf sin cos to float double half bfloat16 type type_as detach masked_fill "
+        "nan_to_num reciprocal round floor ceil sign"
+    ).split()
+)
+"""Calls on single numbers: what reaches the number reaches the result."""
+_MOVES = frozenset(
+    (
+        "view reshape flatten unflatten transpose permute movedim swapaxes t mT expand repeat repeat_interleave cat "
+        "concat stack hstack vstack split split_with_sizes chunk tensor_split unbind narrow select __getitem__ "
+        "__setitem__ "
+        "squeeze unsqueeze contiguous clone pad roll flip view_as expand_as broadcast_to gather index_select "
+        "take_along_dim sum mean avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d "
+        "adaptive_avg_pool3d "
+        "pixel_shuffle pixel_unshuffle channel_shuffle unfold fold interpolate tril triu diagonal size dim numel shape "
+        "copy_ zero_ requires_grad_ ones_like zeros_like full_like empty_like new_zeros new_ones is_floating_point "
+        "is_complex __len__ register_hook stride data_ptr __bool__ requires_grad"
+    ).split()
+)
+"""Calls that move or add up what is there, and those that only look: run as they are."""
+_RULES: dict[str, Callable[[_Found, Any, Args, Kwargs], Tensor | None]] = {
+    "linear": _linear,
+    **dict.fromkeys(("matmul", "__matmul__", "mm", "bmm", "addmm"), _matmul),
+    **dict.fromkeys([f"conv{turned}{n}d" for n in (1, 2, 3) for turned in ("", "_transpose")], _conv),
+    "embedding": _embedding,
+    **dict.fromkeys("add sub mul div true_divide maximum minimum rsub".split(), _sum),
+    **dict.fromkeys([f"__{i}{op}__" for op in ("add", "sub", "mul", "truediv") for i in ("", "r", "i")], _sum),
+    "where": _where,
+    "batch_norm": _scaled(3),
+    "instance_norm": _scaled(3),
+    "layer_norm": _layer_norm,
+    "rms_norm": _layer_norm,
+    "group_norm": _group_norm,
+    "softmax": _softmax,
+    "log_softmax": _softmax,
+    "scaled_dot_product_attention": _attention,
+    **{f"max_pool{n}d": _max_pool for n in (1, 2, 3)},
+}

@@ -1,0 +1,144 @@
+"""What of a sparse network still takes part: weights on a path from an input to an output, and dead units."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from prunella.errors import BadInput, NotSupported
+from prunella.forward import forward, tensors
+from prunella.graph.undisturbed import undisturbed
+from prunella.graph.vocabulary import each
+from prunella.method import metric
+from prunella.metrics.paths import Paths
+from prunella.pipeline import Inputs
+from prunella.reporting.count import compression
+from prunella.types import Mask
+
+
+@dataclass(frozen=True)
+class Reached:
+    """One weight. total, kept, effective: elements, non-zeros, and non-zeros on a path; dead: output units on none."""
+
+    name: str
+    total: int
+    kept: int
+    effective: int
+    units: int
+    dead: int
+
+
+@dataclass(frozen=True)
+class EffectiveSparsity:
+    """Direct and effective sparsity of all weights that multiply an activation.
+
+    masks: parameter name -> which weights are on a path. unfollowed: calls (or weights) through which no path can be
+    followed; they count as connected, so the true effective sparsity may be higher.
+    """
+
+    rows: tuple[Reached, ...]
+    masks: Mapping[str, Mask]
+    unfollowed: tuple[str, ...] = ()
+
+    @property
+    def direct(self) -> float:
+        """Fraction of the weights that are zero."""
+        return 1 - sum(row.kept for row in self.rows) / sum(row.total for row in self.rows)
+
+    @property
+    def effective(self) -> float:
+        """Fraction of the weights that are zero or on no path."""
+        return 1 - sum(row.effective for row in self.rows) / sum(row.total for row in self.rows)
+
+    @property
+    def compression(self) -> float:
+        """All weights over those on a path. Errors: RequestError where there are none."""
+        return compression(sum(row.total for row in self.rows), sum(row.effective for row in self.rows))
+
+    @property
+    def dead(self) -> int:
+        """Output units, over all layers, that are on no path."""
+        return sum(row.dead for row in self.rows)
+
+    def __str__(self) -> str:
+        width = max(len(row.name) for row in self.rows)
+        lines = [f"{'':{width}}  {'weights':>9} {'non-zero':>9} {'on a path':>9} {'dead units':>12}"]
+        for row in self.rows:
+            dead = f"{row.dead} of {row.units}"
+            lines.append(f"{row.name:{width}}  {row.total:>9,} {row.kept:>9,} {row.effective:>9,} {dead:>12}")
+        lines.append(f"sparsity {self.direct:.2%} direct, {self.effective:.2%} effective; {self.dead} dead units")
+        if self.unfollowed:
+            lines.append(f"not followed, taken as connected: {', '.join(self.unfollowed)}")
+        return "\n".join(lines)
+
+
+@metric(source="Vysogorets and Kempe 2023, Connectivity matters: neural network pruning through effective sparsity")
+def effective_sparsity(model: nn.Module, inputs: Inputs) -> EffectiveSparsity:
+    """Sparsity when a weight that lies on no path from an input to an output counts as removed.
+
+    `w_oi` is effective if it is not zero, unit `i` is reached from an input and unit `o` reaches an output, over
+    weights that are not zero: the model's own forward runs once, forward and backward, on zeros and ones, with all
+    weights positive, so that branches, residual sums and shared layers are followed as they are. A unit is a channel;
+    a bias reaches nothing, since it carries no input. A normalisation over units, a product of activations and
+    attention connect all that they mix. A call without a rule connects everything and is named in `unfollowed`.
+
+    Data: one batch, whose shapes alone matter (integers are looked up as they are). The model is not changed.
+
+    Use: from about 95 % sparsity on, where whole units go silent and the direct number flatters. Avoid: as a measure of
+    a structured cut, after which nothing is disconnected.
+    """
+    twin = _positive(model)
+    names = {id(parameter): name for name, parameter in twin.named_parameters()}
+    paths = Paths(names)
+    try:
+        with undisturbed(twin), torch.enable_grad():
+            with paths:
+                outputs = tensors(forward(twin, each(inputs, _ones)))
+            ends = [out.sum() for out in outputs if out.requires_grad]
+            if ends:
+                torch.stack(ends).sum().backward()  # type: ignore[no-untyped-call]
+    except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
+        why = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        raise NotSupported("no path can be followed in this model", why, "measure the part that can be run") from error
+    return _summary(twin, paths)
+
+
+def _summary(twin: nn.Module, paths: Paths) -> EffectiveSparsity:
+    rows, masks, unseen = [], {}, []
+    for name, parameter in twin.named_parameters():
+        if parameter.dim() < 2:
+            continue
+        kept = parameter.detach() != 0
+        met = paths.met.get(name)
+        if met is None:
+            unseen.append(f"weight {name}")
+            rows.append(Reached(name, kept.numel(), int(kept.sum()), int(kept.sum()), 0, 0))
+            masks[name] = kept.cpu()
+            continue
+        mask = kept & met.pairs.reshape(met.pairs.shape + (1,) * (kept.dim() - met.pairs.dim()))
+        row = (int(kept.sum()), int(mask.sum()), len(met.live), int((~met.live).sum()))
+        rows.append(Reached(name, kept.numel(), *row))
+        masks[name] = mask.cpu()
+    if not rows:
+        raise BadInput("the model has no weights", "no parameter has two axes or more", "pass another model")
+    return EffectiveSparsity(tuple(rows), masks, (*sorted(paths.unfollowed), *unseen))
+
+
+def _positive(model: nn.Module) -> nn.Module:
+    """A copy whose parameters are 1 where they are not zero, in float64."""
+    twin = copy.deepcopy(model).double()
+    for parameter in twin.parameters():
+        parameter.data = (parameter.data != 0).double()
+        parameter.grad = None
+        parameter.requires_grad_(False)
+    return twin
+
+
+def _ones(tensor: Tensor) -> Tensor:
+    if not tensor.is_floating_point():
+        return tensor
+    return torch.ones_like(tensor, dtype=torch.float64).requires_grad_()

@@ -1,0 +1,51 @@
+"""How much smaller: a ratio, and what it is a ratio of."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from prunella.errors import RequestError
+from prunella.method import metric
+from prunella.reporting.count import compression, count
+
+
+@dataclass(frozen=True)
+class Compression:
+    """`original / new` in three scopes; 4 means that a quarter remains.
+
+    weights: elements of parameters with two axes or more, against those that are there and not zero.
+    parameters: the same of all parameters, biases and scales among them.
+    disk: bytes of parameters and buffers as a file stores them; zeros take as much room there as other numbers.
+    """
+
+    weights: float
+    parameters: float
+    disk: float
+
+    def __str__(self) -> str:
+        scopes = ((self.weights, "weights"), (self.parameters, "parameters"), (self.disk, "bytes on disk"))
+        return "compression " + ", ".join(f"{ratio:.3g}x of the {scope}" for ratio, scope in scopes)
+
+
+@metric(source="Blalock et al. 2020, arXiv:2003.03033 (which definition, and why it has to be said)")
+def compression_ratio(dense: nn.Module, pruned: nn.Module) -> Compression:
+    """How many times smaller a pruned model is, counted on both models.
+
+    `CR = original / new`, never the fraction saved: 0.75 saved is 4. Original counts every element of the dense model;
+    new counts the elements of the pruned one that are not zero, so masks and smaller shapes are on one scale. Tied
+    parameters count once; buffers count in bytes only, since nothing prunes them.
+
+    Data: none. Errors: RequestError where nothing remains, or there are no weights.
+
+    Use: whenever a size is told; say which of the three scopes it is. Avoid: as a claim about time, for which there is
+    `speedup`.
+    """
+    pairs = []
+    for scope in ("weights", "parameters"):
+        old, new = count(dense, scope=scope), count(pruned, scope=scope)
+        if not old.total:
+            raise RequestError(f"the dense model has no {scope}", "there is nothing to compress", "pass another model")
+        pairs.append(compression(old.total, new.nonzero))
+    return Compression(pairs[0], pairs[1], compression(old.bytes, new.bytes))

@@ -1,0 +1,152 @@
+"""How much faster: what the arithmetic promises next to what the clock says."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from prunella.errors import NotSupported, RequestError
+from prunella.forward import forward, mode, tensors
+from prunella.method import metric
+from prunella.pipeline import Inputs
+from prunella.reporting.count import compression, macs_by_module, measured_macs
+from prunella.reporting.latency import Comparison, compare_latency
+from prunella.reporting.profile import peak_memory
+
+_RAPL = Path("/sys/class/powercap")
+
+
+@dataclass(frozen=True)
+class Speedup:
+    """Multiply-adds before, after, and after with zeros left out; the measured latencies; counted memory in bytes."""
+
+    macs: tuple[int, int]
+    effective: float
+    latency: Comparison
+    batch: int
+    memory: tuple[int, int]
+
+    @property
+    def theoretical(self) -> float:
+        """Ratio of the multiply-adds that are done."""
+        return compression(self.macs[0], self.macs[1])
+
+    @property
+    def ideal(self) -> float:
+        """The ratio if no zero were multiplied: what a perfect sparse kernel could reach."""
+        return compression(self.macs[0], self.effective)
+
+    @property
+    def measured(self) -> float:
+        """Ratio of the median latencies; its interval is `latency.ratio`."""
+        return self.latency.ratio.value
+
+    @property
+    def throughput(self) -> tuple[float, float]:
+        """Examples a second, dense and pruned."""
+        first, second = self.latency.latencies[:2]
+        return self.batch / first.median, self.batch / second.median
+
+    def __str__(self) -> str:
+        rate = "{:.4g} -> {:.4g} examples a second".format(*self.throughput)
+        return "\n".join((
+            f"multiply-adds: {self.theoretical:.3g}x fewer, {self.ideal:.3g}x without the zeros",
+            f"measured: {self.latency.ratio.verdict}, {rate} (medians of {self.latency.rounds} interleaved rounds, "
+            f"{self.latency.threads} threads, {self.latency.device})",
+            f"peak memory, counted tensors: {self.memory[0] / 1e6:.3g} -> {self.memory[1] / 1e6:.3g} MB",
+        ))  # fmt: skip
+
+
+@metric(source="Blalock et al. 2020, arXiv:2003.03033; interval: Efron 1979, doi:10.1214/aos/1176344552")
+def speedup(dense: nn.Module, pruned: nn.Module, inputs: Inputs, *, rounds: int = 40, seed: int = 0) -> Speedup:
+    """Theoretical speed-up (multiply-adds) beside the measured one (latency, with its interval).
+
+    `C_out * (C_in / g) * k^2 * H_out * W_out` a convolution, from its real padding, stride, dilation and groups;
+    effective multiply-adds are a layer's times the density of its weight. Latency is measured in turn, in random order,
+    warmed up, as medians. Peak memory is counted over the tensors of a pass (`reporting.profile.peak_memory`): scratch
+    memory inside kernels is not seen. Data: one batch; its first axis is taken as the number of examples.
+
+    rounds: 5 or more. seed: of the order of the rounds.
+
+    Use: to say what pruning gave on this machine, and how far that is from what the arithmetic promised. Avoid:
+    carrying the measured number over to another machine, batch size or number of threads.
+    """
+    first = next(iter(tensors(inputs)), None)
+    if first is None or not first.dim():
+        raise RequestError("the inputs hold no batch", "no tensor with an axis is in them", "pass an example batch")
+    with mode(dense, training=False), mode(pruned, training=False), torch.no_grad():
+        latency = compare_latency(
+            {"dense": lambda: forward(dense, inputs), "pruned": lambda: forward(pruned, inputs)},
+            rounds=rounds,
+            seed=seed,
+            device=str(first.device),
+        )
+    memory = peak_memory(dense, inputs), peak_memory(pruned, inputs)
+    macs = measured_macs(dense, inputs), measured_macs(pruned, inputs)
+    return Speedup(macs, effective_macs(pruned, inputs), latency, len(first), memory)
+
+
+@metric(source="Evci et al. 2020, arXiv:1911.11134 (cost of a sparse layer, as a part of the dense one)")
+def effective_macs(model: nn.Module, inputs: Inputs) -> float:
+    """Multiply-adds of one forward pass that do not multiply by a zero of a weight.
+
+    `sum over layers of MACs * (non-zeros / weights)`; work without a weight, such as attention products, counts in
+    full. Data: one batch.
+
+    Use: to compare masks, which leave the shapes as they are. Avoid: as a speed; dense kernels multiply zeros too.
+    """
+    modules = dict(model.named_modules())
+    total = 0.0
+    for name, macs in macs_by_module(model, inputs).items():
+        weight = getattr(modules.get(name), "weight", None)
+        if isinstance(weight, torch.Tensor) and weight.numel():
+            total += macs * int(torch.count_nonzero(weight)) / weight.numel()
+        else:
+            total += macs
+    return total
+
+
+@metric(source="Intel running average power limit, by Linux's powercap interface")
+def energy(run: Callable[[], object], *, seconds: float = 2.0, root: Path = _RAPL) -> float:
+    """Joules that the processor packages took for one call, everything else on the machine included.
+
+    `(counter after - counter before) / calls`, over as many calls as fit into `seconds`; a counter that starts over is
+    corrected once. Data: none. root: where Linux shows the counters.
+
+    Errors: NotSupported, "not measurable here", where there are no counters or they may not be read (a virtual machine,
+    another system, or no permission).
+
+    Use: on a machine that does nothing else. Avoid: for short calls, or for a share of a busy machine.
+    """
+    before, start = _counters(root), time.perf_counter()
+    calls = 0
+    while not calls or time.perf_counter() - start < seconds:
+        run()
+        calls += 1
+    after = _counters(root)
+    spent = sum(after[at][0] - now + (limit if after[at][0] < now else 0) for at, (now, limit) in before.items())
+    return spent / 1e6 / calls
+
+
+def _counters(root: Path) -> dict[Path, tuple[int, int]]:
+    """Each package's counter in microjoules, and where it starts over."""
+    found = {}
+    for package in sorted(root.glob("*-rapl:[0-9]*")):
+        if package.name.count(":") == 1:  # what is in a package has a name with a second number
+            try:
+                limit = int((package / "max_energy_range_uj").read_text())
+                found[package] = int((package / "energy_uj").read_text()), limit
+            except (OSError, ValueError) as error:
+                raise _unmeasurable(f"{package.name} cannot be read: {error}") from error
+    if not found:
+        raise _unmeasurable("this machine shows no energy counters")
+    return found
+
+
+def _unmeasurable(why: str) -> NotSupported:
+    return NotSupported("energy is not measurable here", why, "use a bare machine with RAPL, or an external meter")

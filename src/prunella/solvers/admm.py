@@ -1,0 +1,70 @@
+"""Mask and weights of one layer by alternating directions."""
+
+from __future__ import annotations
+
+import torch
+
+from prunella.errors import RequestError
+from prunella.granularity import NM, Element
+from prunella.method import solver
+from prunella.schedule import cubic
+from prunella.solvers.layer import Pattern, Solved, checked, project, relative_error
+from prunella.solvers.linear import damped_factor
+from prunella.types import Gram, Weight
+
+
+@solver(source="Boza 2024, arXiv:2401.02938; Meng et al. 2024, arXiv:2406.07831 (ALPS)")
+def admm(
+    weight: Weight,
+    gram: Gram,
+    pattern: Pattern = Element(),  # noqa: B008
+    *,
+    sparsity: float = 0.5,
+    steps: int = 20,
+    damping: float = 0.01,
+) -> Solved:
+    """Alternate between the best weights near a mask and the best mask near the weights, pruning gradually.
+
+    With inputs scaled to unit norm (`A` the damped Gram matrix of them, `W` the weights times the norms):
+    `V = (W A + Z - U)(A + I)^-1`, `Z = P(V + U)`, `U = U + V - Z`, where `P` keeps the largest entries of the pattern.
+    In the first three quarters of the steps the sparsity grows along `cubic`, then the mask is held and the weights
+    settle close to least squares on it. One inverse, then two matrix products a step.
+    weight `(out, in)`, gram `(in, in)`. Data: the Gram matrix of the layer's inputs.
+
+    sparsity: in [0, 1), not used by `NM`. steps: at least 4; 20 is close to the end. damping: from 0 up, relative to
+    the mean diagonal; it grows while the matrix is singular, and the result says so.
+
+    Use: the best layer error for its time, for any pattern, N:M above all. Avoid: very wide layers in little memory.
+    """
+    checked(weight, gram, pattern, sparsity)
+    if steps < 4:
+        raise RequestError(f"steps={steps} is too few", "the mask grows in the first and settles in the last", "20")
+    _, used = damped_factor(gram.double(), damping)
+    mean = gram.double().diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny)
+    damped = gram.double() + used * mean * torch.eye(len(gram), dtype=torch.float64, device=gram.device)
+    norms = damped.diagonal().clamp_min(torch.finfo(torch.float64).tiny).sqrt()
+    scaled = damped / torch.outer(norms, norms)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(scaled + torch.eye(len(gram), dtype=torch.float64)))
+    goal = weight.double() * norms
+    pull, heard = goal @ scaled, gram.diagonal() > 0
+    free, dual, growing = goal, torch.zeros_like(goal), max(1, 3 * steps // 4)
+    mask = torch.ones_like(goal, dtype=torch.bool)
+    for step in range(1, steps + 1):
+        if step <= growing:
+            mask = _grown((free + dual) * heard, pattern, sparsity, cubic(step / growing))
+        target = (free + dual) * mask
+        dual = dual + free - target
+        free = (pull + target - dual) @ inverse
+    found = ((free + dual) * mask / norms).to(weight.dtype)
+    return Solved(found, mask, relative_error(weight, found, gram), used)
+
+
+def _grown(values: torch.Tensor, pattern: Pattern, sparsity: float, part: float) -> torch.Tensor:
+    """The mask at a part of the way: of an N:M pattern so many of the weights that it would remove."""
+    if not isinstance(pattern, NM):
+        return project(values.abs(), pattern, part * sparsity)
+    whole = pattern.mask(values.abs())
+    if part == 1:
+        return whole
+    doomed = torch.where(whole, torch.inf, values.abs())
+    return Element().mask(doomed, round(part * int((~whole).sum())))

@@ -1,0 +1,42 @@
+"""Linear algebra of Gram matrices that may be singular."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from prunella.types import Gram
+
+SMALLEST = 1e-12
+"""First damping tried when the matrix is singular, relative to its mean diagonal."""
+SINGULAR = 1e-13
+"""Squared ratio of Cholesky's smallest to largest pivot below which a matrix counts as singular."""
+
+
+def damped_factor(gram: Gram, damping: float) -> tuple[Tensor, float]:
+    """The lower Cholesky factor of `G + damping * mean(diag(G)) I`, and the damping that it took.
+
+    The damping starts as asked and grows tenfold, from 1e-12, while the matrix is numerically singular. A matrix
+    without a positive diagonal is taken for the identity: nothing is known of its layer.
+    """
+    scale = float(gram.diagonal().mean())
+    eye = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    if not scale > 0:
+        return eye, damping
+    while True:
+        factor, failed = torch.linalg.cholesky_ex(gram + damping * scale * eye)
+        pivots = factor.diagonal()
+        if not int(failed) and float((pivots.min() / pivots.max()) ** 2) > SINGULAR:
+            return factor, damping
+        damping = max(10 * damping, SMALLEST)
+
+
+def damped_solve(gram: Gram, cross: Tensor, ridge: float) -> tuple[Tensor, float]:
+    """Solve `(G + damping * mean(diag(G)) I) D = C`, and say which damping it took: see `damped_factor`.
+
+    A zero matrix gives a zero solution.
+    """
+    if float(gram.diagonal().mean()) <= 0:
+        return torch.zeros_like(cross), ridge
+    factor, damping = damped_factor(gram, ridge)
+    return torch.cholesky_solve(cross, factor), damping

@@ -1,0 +1,176 @@
+"""One-shot pruning block by block, against the same done by hand."""
+
+from __future__ import annotations
+
+import copy
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import prunella as pr
+from prunella.apply import masks_of
+from prunella.blockwise.chain import Block, blocks_of
+from prunella.errors import RequestError
+from prunella.forward import forward
+from prunella.graph.couple import couple
+from prunella.solvers import admm, by_score, sparsegpt
+
+
+class Half(nn.Module):
+    """A residual block of two layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(12, 20), nn.Linear(20, 12)
+
+    def forward(self, x: Tensor, shift: Tensor) -> Tensor:
+        return x + self.down(torch.relu(self.up(x + shift)))
+
+
+class Net(nn.Module):
+    """Three blocks between an embedding and a head."""
+
+    def __init__(self, *, scaled: bool = False) -> None:
+        super().__init__()
+        self.first = nn.Linear(6, 12)
+        self.blocks = nn.ModuleList(Half() for _ in range(3))
+        self.last, self.scaled = nn.Linear(12, 4), scaled
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        for block in self.blocks:
+            x = block(x * 1.0 if self.scaled else x, torch.ones(12))
+        out: Tensor = self.last(x)
+        return out
+
+
+def net(**kwargs: Any) -> Net:
+    torch.manual_seed(0)
+    return Net(**kwargs).eval()
+
+
+def batches() -> list[Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(30, 6, generator=generator) for _ in range(3)]
+
+
+HOW = pr.OneShot(pr.Element(), 0.5, partial(admm, damping=0.01))
+
+
+def test_it_is_the_layer_solver_on_what_reaches_each_layer_in_the_pruned_model() -> None:
+    model, hand = net(), net()
+    done = pr.solve_(model, batches()[0], HOW, data=batches())
+    with torch.no_grad():
+        stream = [hand.first(batch) for batch in batches()]
+        for block in hand.blocks:
+            assert isinstance(block, Half)
+            for layer, inputs in (
+                (block.up, lambda x: x + 1),
+                (block.down, lambda x, b=block: torch.relu(b.up(x + 1))),
+            ):
+                x = torch.cat([inputs(part) for part in stream])
+                layer.weight.copy_(admm(layer.weight, x.T @ x, sparsity=0.5).weight)
+            stream = [block(part, torch.ones(12)) for part in stream]
+    for name, value in model.state_dict().items():
+        assert torch.allclose(value, hand.state_dict()[name], atol=1e-5), name
+    assert done.sparsity == 0.5 and [fit.tokens for fit in done.fits[:6]] == [90] * 6
+    assert [fit.name for fit in done.fits if fit.skipped] == ["first", "last"]
+
+
+def test_a_linked_chain_and_whole_passes_give_the_same() -> None:
+    linked, whole = net(), net(scaled=True)
+    found = [blocks_of(m, couple(m, batches()[0]), batches()[0], forward) for m in (linked, whole)]
+    assert found[0] == tuple(Block(f"blocks.{k}", k > 0) for k in range(3))
+    assert found[1] == tuple(Block(f"blocks.{k}", False) for k in range(3))
+    for model in (linked, whole):
+        pr.solve_(model, batches()[0], HOW, data=batches())
+    for a, b in zip(linked.parameters(), whole.parameters(), strict=True):
+        assert torch.allclose(a, b, atol=1e-6)
+
+
+def test_masks_are_remembered_and_survive_training() -> None:
+    model = net()
+    pr.solve_(model, batches()[0], HOW, data=batches())
+    masks = masks_of(model)
+    assert sorted(masks) == sorted(f"blocks.{k}.{part}.weight" for k in range(3) for part in ("up", "down"))
+    assert all(int((~mask).sum()) == 120 for mask in masks.values())
+    pr.finetune(model, batches(), lambda m, b: m(b).square().mean(), steps=3, lr=1e-2)
+    assert all(not bool(model.get_parameter(name)[~mask].any()) for name, mask in masks.items())
+
+
+def test_refining_brings_the_blocks_closer_and_keeps_the_zeros() -> None:
+    dense, plain, refined = net(), net(), net()
+    how = pr.OneShot(pr.NM(2, 4), method=sparsegpt, refine=pr.Refine(epochs=20, lr=5e-3))
+    pr.solve_(plain, batches()[0], pr.OneShot(pr.NM(2, 4), method=sparsegpt), data=batches())
+    done = pr.solve_(refined, batches()[0], how, data=batches())
+    assert len(done.refined) == 3 and all(after < before for before, after in done.refined.values())
+    x = torch.cat(batches())
+    with torch.no_grad():
+        gaps = [float((model(x) - dense(x)).square().mean()) for model in (plain, refined)]
+    assert gaps[1] < 0.7 * gaps[0]
+    for name, mask in masks_of(refined).items():
+        assert mask.view(-1, 4).sum(1).tolist() == [2] * (mask.numel() // 4)
+        assert not bool(refined.get_parameter(name)[~mask].any())
+    assert all(p.requires_grad and p.grad is None for p in refined.parameters())
+
+
+def test_a_model_without_blocks_is_one_block() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=2), nn.Flatten(), nn.Linear(32, 4))
+    data = [torch.randn(5, 3, 6, 6) for _ in range(2)]
+    before = copy.deepcopy(model)
+    done = pr.solve_(model, data[0], pr.OneShot(sparsity=0.4), data=data)
+    fits = {fit.name: fit for fit in done.fits}
+    assert "2 groups" in fits["2"].skipped and not fits["0"].skipped and not fits["4"].skipped
+    assert fits["0"].tokens == 2 * 5 * 16 and int((model[0].weight == 0).sum()) == round(0.4 * 8 * 27)
+    assert model[2].weight.equal(before[2].weight)
+
+
+def test_a_sparsity_for_each_layer_and_what_is_skipped() -> None:
+    model = net()
+    how = pr.OneShot(sparsity={"blocks.0.up": 0.25, "blocks.1.down": 0.75}, method=partial(by_score, score=pr.wanda))
+    done = pr.solve_(model, batches()[0], how, data=batches())
+    assert {fit.name: fit.removed for fit in done.fits if not fit.skipped} == {"blocks.0.up": 60, "blocks.1.down": 180}
+    with pytest.raises(RequestError, match="no layer"):
+        pr.solve_(net(), batches()[0], HOW, data=batches(), skip=["blocks"])
+    with pytest.raises(RequestError, match="matches nothing"):
+        pr.solve_(net(), batches()[0], HOW, data=batches(), skip=["block_s"])
+
+
+def test_a_shared_block_sees_all_its_inputs() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList([Half(), Half()])
+
+        def forward(self, x: Tensor) -> Tensor:
+            for block in (*self.blocks, *self.blocks):
+                x = block(x, torch.ones(12))
+            return x
+
+    torch.manual_seed(0)
+    model = Twice().eval()
+    data = [torch.randn(7, 12) for _ in range(2)]
+    done = pr.solve_(model, data[0], HOW, data=data)
+    assert {fit.tokens for fit in done.fits if not fit.skipped} == {28}
+
+
+def test_a_language_model_is_pruned_and_still_generates() -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(config).eval()
+    tokens = [torch.randint(0, 64, (2, 16)) for _ in range(3)]
+    found = blocks_of(model, couple(model, {"input_ids": tokens[0]}), {"input_ids": tokens[0]}, forward)
+    assert [block.path for block in found] == [f"model.layers.{k}" for k in range(3)]
+    assert [block.linked for block in found] == [False, True, True]
+    done = pr.solve_(model, {"input_ids": tokens[0]}, HOW, data=[{"input_ids": t} for t in tokens])
+    assert done.sparsity == pytest.approx(0.5, abs=1e-3) and len([f for f in done.fits if not f.skipped]) == 21
+    assert "lm_head" in str(done)
+    assert model.generate(tokens[0][:1, :4], max_new_tokens=3, do_sample=False).shape == (1, 7)
