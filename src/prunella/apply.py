@@ -25,6 +25,7 @@ from prunella.pipeline import Plan
 from prunella.types import Mask
 
 M = TypeVar("M", bound=nn.Module)
+T = TypeVar("T", bound=Tensor)
 RECORD = "_prunella_masks"
 
 
@@ -56,7 +57,8 @@ def apply_(model: M, plan: Plan, *, regrow: bool = False) -> M:
     regrow: forget the masks of earlier plans, so that this plan alone says what is masked. By default masks add up.
     """
     root = unwrap(model)
-    named = dict(root.named_buffers(remove_duplicate=False)) | dict(root.named_parameters(remove_duplicate=False))
+    named: dict[str, Tensor] = dict(root.named_buffers(remove_duplicate=False))
+    named |= dict(root.named_parameters(remove_duplicate=False))
     weights = [(_parameter(named, name, new.shape), new) for name, new in plan.weights.items()]
     masks = plan_masks(root, plan)
     with torch.no_grad():
@@ -191,7 +193,7 @@ def _both(first: Mask | None, second: Mask) -> Mask:
     return second if first is None else first & second
 
 
-def _parameter(named: Mapping[str, nn.Parameter], name: str, shape: torch.Size | None) -> nn.Parameter:
+def _parameter(named: Mapping[str, T], name: str, shape: torch.Size | None) -> T:
     parameter = named.get(name)
     if parameter is None:
         raise RequestError(

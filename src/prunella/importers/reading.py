@@ -31,7 +31,7 @@ def read_source(source: Source, *, allow_pickle: bool = False) -> State:
     if isinstance(source, Mapping):
         return source
     if not isinstance(source, str | os.PathLike):
-        todo = "give a module, a state dict, a file or a folder"
+        todo = "give a module, a state dict, a file or a folder"  # type: ignore[unreachable]
         raise RequestError(f"a {type(source).__name__} cannot be imported", "it is no checkpoint", todo)
     path = Path(source)
     if path.is_dir():
