@@ -45,6 +45,7 @@ ORDER = (
     "train",
     "recovery",
     "tickets",
+    "importers",
     "compress",
     "blockwise",
     "realize",

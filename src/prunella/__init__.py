@@ -88,6 +88,7 @@ if TYPE_CHECKING:
     from prunella.granularity import Vector as Vector
     from prunella.granularity import Vocabulary as Vocabulary
     from prunella.granularity import Width as Width
+    from prunella.importers import import_plan as import_plan
     from prunella.metrics.effects import SideEffects as SideEffects
     from prunella.metrics.effects import side_effects as side_effects
     from prunella.metrics.outputs import calibration_error as calibration_error
@@ -167,13 +168,13 @@ if TYPE_CHECKING:
     from prunella.search.netadapt import netadapt as netadapt
     from prunella.search.scan import scan as scan
     from prunella.search.space import space as space
-    from prunella.solvers.admm import admm as admm
     from prunella.solvers import by_score as by_score
     from prunella.solvers import mfac as mfac
     from prunella.solvers import obs as obs
+    from prunella.solvers import woodfisher as woodfisher
+    from prunella.solvers.admm import admm as admm
     from prunella.solvers.refit import refit as refit
     from prunella.solvers.sparsegpt import sparsegpt as sparsegpt
-    from prunella.solvers import woodfisher as woodfisher
     from prunella.study import Study as Study
     from prunella.study import pareto as pareto
     from prunella.targets import Bytes as Bytes
@@ -286,6 +287,7 @@ _HOME = {
     "Plan": "pipeline",
     "Recipe": "pipeline",
     "plan": "pipeline",
+    "import_plan": "importers",
     "Bytes": "targets",
     "Params": "targets",
     "Sparsity": "targets",

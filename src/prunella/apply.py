@@ -25,6 +25,7 @@ from prunella.pipeline import Plan
 from prunella.types import Mask
 
 M = TypeVar("M", bound=nn.Module)
+T = TypeVar("T", bound=Tensor)
 RECORD = "_prunella_masks"
 
 
@@ -50,13 +51,14 @@ def apply_(model: M, plan: Plan, *, regrow: bool = False) -> M:
     """Zero in place everything that `plan` removes, remember the masks, and return the model.
 
     New values of `plan.weights` are copied in first. Masked weights are then set to zero, and so is every position that
-    `plan.cuts` does not keep on any axis of a parameter. Buffers are left as they are. The plan is checked against the
-    model before anything is written.
+    `plan.cuts` does not keep on any axis of a parameter. Buffers are left as they are, unless `plan.weights` has them.
+    The plan is checked against the model before anything is written.
 
     regrow: forget the masks of earlier plans, so that this plan alone says what is masked. By default masks add up.
     """
     root = unwrap(model)
-    named = dict(root.named_parameters(remove_duplicate=False))
+    named: dict[str, Tensor] = dict(root.named_buffers(remove_duplicate=False))
+    named |= dict(root.named_parameters(remove_duplicate=False))
     weights = [(_parameter(named, name, new.shape), new) for name, new in plan.weights.items()]
     masks = plan_masks(root, plan)
     with torch.no_grad():
@@ -191,7 +193,7 @@ def _both(first: Mask | None, second: Mask) -> Mask:
     return second if first is None else first & second
 
 
-def _parameter(named: Mapping[str, nn.Parameter], name: str, shape: torch.Size | None) -> nn.Parameter:
+def _parameter(named: Mapping[str, T], name: str, shape: torch.Size | None) -> T:
     parameter = named.get(name)
     if parameter is None:
         raise RequestError(

@@ -24,6 +24,7 @@ HOMES = (
     "compress",
     "blockwise",
     "search",
+    "importers",
     "metrics",
     "study",
     "recipes",

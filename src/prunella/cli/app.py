@@ -51,6 +51,7 @@ for verb in (
     look.inspect,
     work.scan,
     work.plan,
+    work.import_,
     look.show,
     work.run,
     trials.pareto,
@@ -58,7 +59,7 @@ for verb in (
     prove.verify,
     prove.report,
 ):
-    app.command(verb.__name__)(guarded(verb))
+    app.command(verb.__name__.rstrip("_"))(guarded(verb))
 
 
 def help_of(verb: str) -> str | None:

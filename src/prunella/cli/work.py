@@ -135,6 +135,34 @@ def scan(
     emit({**found.as_dict(), "measured": found.measured}, str(found), as_json=as_json)
 
 
+def import_(
+    model: options.Model,
+    source: Annotated[str, typer.Argument(metavar="FILE", help="What was pruned: safetensors, or a folder of them.")],
+    masks: Annotated[str | None, typer.Option(metavar="FILE", help="Masks that are kept apart.")] = None,
+    importer: Annotated[
+        str | None, typer.Option(metavar="I", help="An importer of `methods`; found out if left.")
+    ] = None,
+    inputs: options.Inputs = None,
+    weights: options.Weights = None,
+    allow_pickle: options.AllowPickle = False,
+    output: options.OptionalOutput = None,
+    as_json: options.Json = False,
+) -> None:
+    """Turn what another tool pruned into a plan for the dense MODEL. -o writes the plan to a file."""
+    from prunella import catalogue
+    from prunella.cli import request
+    from prunella.importers import import_plan
+    from prunella.realize.plan_file import save_plan
+
+    reader = catalogue.lookup(importer, "importer").function if importer else None
+    network, example = request.open_model(model, inputs, weights=weights, allow_pickle=allow_pickle)
+    with stage(f"importing {source}"):
+        made = import_plan(network, example, source, masks=masks, importer=reader, allow_pickle=allow_pickle)
+    if output is not None:
+        note(f"wrote {save_plan(made, output)}")
+    emit(request.plan_data(made), str(made), as_json=as_json)
+
+
 def run(
     model: options.Model,
     recipe: options.RecipeName = "magnitude",

@@ -1,0 +1,80 @@
+"""What an importer makes of another tool's tensors, before it meets a model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prunella.errors import BadInput, RequestError
+from prunella.types import Mask
+
+State = Mapping[str, Any]
+"""A checkpoint as it was read: names and tensors, and whatever else the tool keeps beside them."""
+
+
+@dataclass(frozen=True)
+class Imported:
+    """Masks (True is kept) and weights by the tool's names of parameters, without the tool's own suffixes.
+
+    origin: the tool.  remarks: what the tool says of itself, such as the sparsity that its recipe asked for.
+    implied: masks are where weights are zero, as nothing else says what was pruned.
+    """
+
+    origin: str
+    masks: Mapping[str, Mask]
+    weights: Mapping[str, Tensor] = field(default_factory=dict)
+    remarks: tuple[str, ...] = ()
+    implied: bool = False
+
+
+def tensors_of(state: State) -> dict[str, Tensor]:
+    """The named tensors of a checkpoint; those of the entry that holds the weights if they are one level down.
+
+    Errors: BadInput if there are none.
+    """
+    flat = {str(name): value for name, value in state.items() if isinstance(value, Tensor)}
+    if flat:
+        return flat
+    for key in ("state_dict", "model_state_dict", "model", "ema"):
+        inner = state.get(key)
+        if isinstance(inner, Mapping) and any(isinstance(value, Tensor) for value in inner.values()):
+            return tensors_of(inner)
+    names = ", ".join(map(str, list(state)[:4])) or "nothing"
+    raise BadInput("there are no tensors in the checkpoint", f"it holds {names}", "give model.state_dict()")
+
+
+def as_mask(value: object, name: str) -> Mask:
+    """A mask that a tool keeps as numbers: 1 is kept, 0 is not. Errors: BadInput for anything else."""
+    if not isinstance(value, Tensor):
+        raise BadInput(f"the mask of {name} is no tensor", f"it is a {type(value).__name__}", "give the masks as saved")
+    if value.dtype is torch.bool:
+        return value.detach().cpu()
+    mask = value.detach().cpu() != 0
+    if not bool(((value.detach().cpu() == 1) | ~mask).all()):
+        odd = float(value.detach().cpu()[mask & (value.detach().cpu() != 1)][0])
+        raise BadInput(f"the mask of {name} is not made of 0 and 1", f"it holds {odd:g}", "give the masks as saved")
+    return mask
+
+
+def zero_masks(weights: Mapping[str, Tensor], least: float = 0.0) -> dict[str, Mask]:
+    """Masks of the tensors of two axes or more with zeros in them, and more than the fraction `least` of zeros."""
+    if not 0 <= least < 1:
+        raise RequestError(f"least={least:g} is out of range", "a fraction in [0, 1) is needed")
+    found = {}
+    for name, value in weights.items():
+        if value.dim() >= 2 and value.is_floating_point():
+            mask = nonzero(value)
+            share = int((~mask).sum()) / max(mask.numel(), 1)
+            if share > least:
+                found[name] = mask
+    return found
+
+
+def nonzero(value: Tensor) -> Mask:
+    """Where a tensor is not zero; formats of eight bits have no comparison of their own."""
+    wide = value.detach().cpu()
+    return (wide.float() if wide.element_size() < 2 else wide) != 0

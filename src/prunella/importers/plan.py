@@ -1,0 +1,221 @@
+"""From another tool's checkpoint to a plan: which tool it is, whose names are whose, and what the masks amount to."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from prunella import table
+from prunella.errors import BadInput, RequestError
+from prunella.graph.couple import couple
+from prunella.graph.structure import Graph, Layer
+from prunella.importers.checkpoint import neural_compressor, repeated, sparseml, zeros
+from prunella.importers.compressed import PARTS, compressed_tensors
+from prunella.importers.imported import Imported, State, tensors_of
+from prunella.importers.patterns import pattern_of
+from prunella.importers.reading import Source, read_source
+from prunella.importers.torch_masks import needs_masks, torch_ao, torch_prune
+from prunella.pipeline import Inputs, Plan
+from prunella.stats import untouched
+from prunella.stats.subject import first_seen
+from prunella.table import Amount, Row
+from prunella.targets import Sparsity
+from prunella.types import Mask
+
+Importer = Callable[[State], Imported]
+_WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+
+
+def import_plan(
+    model: nn.Module,
+    inputs: Inputs,
+    source: Source,
+    *,
+    masks: Source | None = None,
+    importer: Importer | None = None,
+    allow_pickle: bool = False,
+) -> Plan:
+    """A plan that makes `model` what another tool pruned: its masks and, where they differ, its weights and buffers.
+
+    source: a module that the other tool holds, its state dict, a file (safetensors; torch's only with `allow_pickle`,
+        and then tensors and plain data only) or a folder of safetensors. `model` is a fresh one of the same shapes.
+    masks: masks that are kept apart: the `state_dict()` of a sparsifier of torch.ao, or a mapping of masks.
+    importer: a function of `prunella.importers`, where the kind of checkpoint is not to be found out.
+
+    Only masks are imported: the shapes stay. `module.`, `_orig_mod.` and `model.` in front of names are seen through.
+    Errors: BadInput names what is missing, of another shape, or contradicts itself; also if nothing is pruned.
+    """
+    if source is model:
+        todo = "build the model anew and pass the pruned one as the source"
+        raise RequestError("the model and the source are one module", "a plan is made for a plain model", todo)
+    state = read_source(source, allow_pickle=allow_pickle)
+    found = (importer or importer_of(state, apart=masks is not None))(state)
+    if masks is not None:
+        found = _joined(found, read_source(masks, allow_pickle=allow_pickle))
+    with untouched(model, 0):
+        return _Fit(model, couple(model, inputs), found).plan(inputs)
+
+
+def importer_of(state: State, *, apart: bool = False) -> Importer:
+    """The importer for a checkpoint, from its names. `apart`: its masks come from elsewhere."""
+    if isinstance(state.get("state"), Mapping) and "groups" in state:
+        return torch_ao
+    if isinstance(state.get("recipe"), str):
+        return sparseml
+    tensors = tensors_of(state)
+    if needs_masks(tensors) and not apart:
+        why = "torch.ao keeps them in the sparsifier, and leaves them out of the model's state dict"
+        raise BadInput("the masks are not in this checkpoint", why, "pass masks=sparsifier.state_dict() as well")
+    if any(".parametrizations." in f".{name}" for name in tensors):
+        return torch_ao
+    if any(f"{name.removesuffix('_orig')}_mask" in tensors for name in tensors if name.endswith("_orig")):
+        return torch_prune
+    if any(name.rpartition(".")[2] in PARTS[1:] for name in tensors) or _compressed(state.get("config")):
+        return compressed_tensors
+    if all(value.dtype is torch.bool for value in tensors.values()):
+        return neural_compressor
+    return zeros
+
+
+def _compressed(config: object) -> bool:
+    inner = config.get("quantization_config", config.get("compression_config")) if isinstance(config, Mapping) else None
+    return isinstance(inner, Mapping) and inner.get("quant_method", "compressed-tensors") == "compressed-tensors"
+
+
+def _joined(found: Imported, state: State) -> Imported:
+    """Weights of one source with the masks of another."""
+    apart = torch_ao(state) if isinstance(state.get("state"), Mapping) else neural_compressor(_flat(state))
+    origin = apart.origin if found.implied else f"{found.origin} and {apart.origin}"
+    both = apart.masks if found.implied else {**found.masks, **apart.masks}
+    return replace(found, origin=origin, masks=both, implied=False)
+
+
+def _flat(state: State) -> dict[str, Tensor]:
+    return {name.removesuffix("_mask"): value for name, value in tensors_of(state).items()}
+
+
+@dataclass(frozen=True)
+class _Fit:
+    """What was imported, held against a model."""
+
+    model: nn.Module
+    graph: Graph
+    found: Imported
+
+    def plan(self, inputs: Inputs) -> Plan:
+        """The plan, if everything fits."""
+        own = self._own()
+        rename = self._renaming(own)
+        weights = self._weights(own, rename)
+        masks = self._masks(own, rename)
+        layers = [layer for layer in first_seen(self.graph.layers) if layer.entity in masks]
+        rows = tuple(row for layer in layers for row in self._row(layer, masks))
+        after, before = self._after(rows, masks), table.amount(self.graph, {})
+        total, kept = sum(row.total for row in rows), sum(row.kept for row in rows)
+        if total and not kept:
+            raise BadInput("everything is zero", f"all {total} weights are pruned", "give a checkpoint with weights")
+        return Plan(
+            recipe={},
+            target=Sparsity(1 - kept / total if total else 0.0),
+            before=before,
+            after=after,
+            keep={},
+            masks=masks,
+            cuts={},
+            attributes={},
+            rows=rows,
+            frozen=(),
+            weights=weights,
+            inputs=inputs,
+            remarks=(f"imported from {self.found.origin}: {len(masks)} masks", *self.found.remarks),
+        )
+
+    def _own(self) -> dict[str, Tensor]:
+        """Parameters and buffers of the model under all their names."""
+        named = dict(self.model.named_buffers(remove_duplicate=False))
+        return named | dict(self.model.named_parameters(remove_duplicate=False))
+
+    def _renaming(self, own: Mapping[str, Tensor]) -> Callable[[str], str]:
+        """The first way to read names under which most of them are names of the model."""
+        names = {**self.found.masks, **self.found.weights}
+        ways: list[Callable[[str], str]] = [str, _bare, lambda n: _bare(n).removeprefix("model.")]
+        ways.append(lambda name: f"model.{_bare(name)}")
+        return max(ways, key=lambda way: sum(way(name) in own for name in names))
+
+    def _weights(self, own: Mapping[str, Tensor], rename: Callable[[str], str]) -> dict[str, Tensor]:
+        given = {rename(name): value for name, value in self.found.weights.items()}
+        if len(given) < len(self.found.weights):
+            raise BadInput("two names of the checkpoint mean one weight", "they differ in what wraps the model only")
+        if not given:
+            return {}
+        aliases = {alias: e.names for e in self.graph.entities.values() for alias in e.names}
+        kept = self.model.state_dict(keep_vars=True)
+        missing = [n for n in kept if n in own and not any(a in given for a in aliases.get(n, (n,)))]
+        extra = [name for name in given if name not in own]
+        if missing or extra:
+            raise _unfit(missing, extra, own)
+        for name, value in given.items():
+            _check_shape(name, value.shape, own[name].shape, "weight")
+            if value.is_floating_point() and not bool(torch.isfinite(value.float()).all()):
+                raise BadInput(f"{name} is not finite", "it holds NaN or infinity", "give a checkpoint that is sound")
+        return {n: v.detach().cpu() for n, v in given.items() if not _equal(v, own[n])}
+
+    def _masks(self, own: Mapping[str, Tensor], rename: Callable[[str], str]) -> dict[str, Mask]:
+        entity = {alias: e.name for e in self.graph.entities.values() for alias in e.names}
+        layers = {layer.entity for layer in self.graph.layers}
+        masks: dict[str, Mask] = {}
+        for name, given in self.found.masks.items():
+            here = rename(name)
+            if here not in own:
+                raise _unfit([], [here], own)
+            blocks, owner = "neural-compressor" in self.found.origin, entity.get(here, here)
+            mask = repeated(given, tuple(own[here].shape)) if blocks else given
+            _check_shape(here, mask.shape, own[here].shape, "mask")
+            if self.found.implied and owner not in layers:
+                continue  # zeros of a table or of a buffer are no pruning
+            if owner in masks and not masks[owner].equal(mask):
+                raise BadInput(f"the masks of {here} and {owner} differ", "the model ties these weights")
+            if not bool(mask.all()):
+                masks[owner] = mask.contiguous()
+        if not masks:
+            raise BadInput("nothing is pruned in this checkpoint", "no mask and no zero in a weight", "give another")
+        return masks
+
+    def _row(self, layer: Layer, masks: Mapping[str, Mask]) -> tuple[Row, ...]:
+        return table.mask_rows(self.graph, [layer], masks, pattern_of(masks[layer.entity], layer))
+
+    def _after(self, rows: Iterable[Row], masks: Mapping[str, Mask]) -> Amount:
+        """Masks of what does not multiply, a bias for instance, are parameters that go, and no multiply-adds."""
+        amount = table.masked_amount(self.graph, tuple(rows))
+        layers = {layer.entity for layer in self.graph.layers}
+        beside = sum(int((~mask).sum()) for name, mask in masks.items() if name not in layers)
+        return replace(amount, params=amount.params - beside)
+
+
+def _bare(name: str) -> str:
+    for wrapper in _WRAPPERS:
+        name = name.replace(wrapper, "")
+    return name.removeprefix("module.")
+
+
+def _equal(new: Tensor, old: Tensor) -> bool:
+    return new.dtype == old.dtype and new.detach().cpu().equal(old.detach().cpu())
+
+
+def _check_shape(name: str, found: tuple[int, ...], wanted: tuple[int, ...], what: str) -> None:
+    if tuple(found) != tuple(wanted):
+        why = f"{tuple(found)} in the checkpoint, {tuple(wanted)} in the model"
+        raise BadInput(f"the {what} of {name} has another shape", why, "give the model that was pruned")
+
+
+def _unfit(missing: list[str], extra: list[str], own: Mapping[str, Tensor]) -> BadInput:
+    parts = [f"{len(missing)} are missing: {', '.join(missing[:3])}"] if missing else []
+    if extra:
+        near = difflib.get_close_matches(extra[0], list(own), 1, 0.6)
+        parts.append(f"{len(extra)} are not of this model: {', '.join(extra[:3])}")
+        parts += [f"near {extra[0]} is {near[0]}"] if near else []
+    return BadInput("the checkpoint does not fit the model", "; ".join(parts), "give the model that was pruned")
