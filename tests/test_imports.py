@@ -48,6 +48,7 @@ ORDER = (
     "importers",
     "compress",
     "blockwise",
+    "tokens",
     "realize",
     "reporting",
     "metrics",

@@ -201,6 +201,9 @@ if TYPE_CHECKING:
     from prunella.tickets.supermask import supermask_ as supermask_
     from prunella.timing import Timing as Timing
     from prunella.timing import compare_latency as compare_latency
+    from prunella.tokens import TokenMerging as TokenMerging
+    from prunella.tokens import bipartite_match as bipartite_match
+    from prunella.tokens import merge_tokens_ as merge_tokens_
     from prunella.train.admm import AdmmTraining as AdmmTraining
     from prunella.train.concrete import l0_gates_ as l0_gates_
     from prunella.train.coupled import Coupled as Coupled
@@ -465,6 +468,9 @@ _HOME = {
     "side_effects": "metrics.effects",
     "speedup": "metrics.speed",
     "write_frontier": "reporting.frontier",
+    "TokenMerging": "tokens",
+    "bipartite_match": "tokens",
+    "merge_tokens_": "tokens",
 }
 
 __all__ = sorted([*_HOME, "__version__"])

@@ -1,0 +1,10 @@
+"""Less work for each input: tokens that are merged on the way through the blocks."""
+
+from prunella.tokens.matching import Matching as Matching
+from prunella.tokens.matching import bipartite_match as bipartite_match
+from prunella.tokens.matching import merge as merge
+from prunella.tokens.matching import unmerge as unmerge
+from prunella.tokens.merging import TokenMerging as TokenMerging
+from prunella.tokens.merging import merge_tokens_ as merge_tokens_
+
+__all__ = ["Matching", "TokenMerging", "bipartite_match", "merge", "merge_tokens_", "unmerge"]
