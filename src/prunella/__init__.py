@@ -66,6 +66,9 @@ if TYPE_CHECKING:
     from prunella.criteria import obert as obert
     from prunella.criteria import obs_saliency as obs_saliency
     from prunella.criteria import random as random
+    from prunella.criteria import reap as reap
+    from prunella.criteria import router_frequency as router_frequency
+    from prunella.criteria import router_weight as router_weight
     from prunella.criteria import shuffled as shuffled
     from prunella.criteria import snip as snip
     from prunella.criteria import synflow as synflow
@@ -244,6 +247,9 @@ __version__ = "0.1.0"
 _HOME = {
     "activation_norm": "criteria",
     "activation_variance": "criteria",
+    "reap": "criteria",
+    "router_frequency": "criteria",
+    "router_weight": "criteria",
     "apoz": "criteria",
     "block_influence": "criteria",
     "fisher": "criteria",
