@@ -206,6 +206,7 @@ if TYPE_CHECKING:
     from prunella.timing import compare_latency as compare_latency
     from prunella.tokens import TokenMerging as TokenMerging
     from prunella.tokens import bipartite_match as bipartite_match
+    from prunella.tokens import contextual_ as contextual_
     from prunella.tokens import merge_tokens_ as merge_tokens_
     from prunella.train.admm import AdmmTraining as AdmmTraining
     from prunella.train.concrete import l0_gates_ as l0_gates_
@@ -476,6 +477,7 @@ _HOME = {
     "write_frontier": "reporting.frontier",
     "TokenMerging": "tokens",
     "bipartite_match": "tokens",
+    "contextual_": "tokens",
     "merge_tokens_": "tokens",
 }
 
