@@ -1,4 +1,4 @@
-"""Heads and neurons of a language model: everything that belongs to a unit is cut together, and nothing else changes."""
+"""Heads and neurons of a language model: all that belongs to a unit is cut together, and nothing else changes."""
 
 from __future__ import annotations
 
