@@ -36,6 +36,7 @@ ORDER = (
     "table",
     "provenance",
     "request",
+    "recipe",
     "pipeline",
     "apply",
     "solvers",

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import typer
 
+from prunella.catalogue import load_all
 from prunella.cli.app import app
 from prunella.method import REGISTRY
 
@@ -31,6 +32,7 @@ def with_blocks(language: str) -> list[Path]:
 def test_python_examples_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The blocks of a page are one program."""
     monkeypatch.chdir(tmp_path)
+    load_all()
     known = dict(REGISTRY)
     program = "\n".join(blocks(page, "python"))
     with contextlib.redirect_stdout(io.StringIO()) as printed:

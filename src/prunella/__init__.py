@@ -236,6 +236,7 @@ if TYPE_CHECKING:
     from prunella.train.rules import rigl_flops as rigl_flops
     from prunella.train.rules import set_ as set_
     from prunella.train.rules import sparse_momentum as sparse_momentum
+    from prunella.train.shape import TargetShape as TargetShape
     from prunella.train.soft import SoftPruner as SoftPruner
     from prunella.train.soft import Surgery as Surgery
     from prunella.train.thresholds import learned_threshold_ as learned_threshold_
@@ -246,6 +247,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
+    "TargetShape": "train.shape",
     "activation_norm": "criteria",
     "activation_variance": "criteria",
     "reap": "criteria",

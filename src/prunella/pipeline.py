@@ -14,12 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from prunella import provenance, table
-from prunella.allocation import uniform
-from prunella.budget import Allocation
 from prunella.contest import Rules, Units, Weights, fixed_masks, obstacles, offer, share
-from prunella.criteria import magnitude
-from prunella.errors import BadInput, NotSupported, RequestError
-from prunella.granularity import Channel, Competing, Depth, Fixed, Granularity, Ranked, Structural, Vocabulary
+from prunella.errors import NotSupported, RequestError
+from prunella.granularity import Competing, Depth, Fixed, Ranked, Structural, Vocabulary
 from prunella.graph.counters import counted
 from prunella.graph.couple import changes, couple
 from prunella.graph.depth import narrow
@@ -31,8 +28,9 @@ from prunella.graph.vocabulary import known_only, renumber
 from prunella.method import knobs_of, needs_of
 from prunella.names import check_patterns, chosen, names_of_group, names_of_layer, rank_of, spared_blocks
 from prunella.pace import Stopwatch
-from prunella.request import check_finite, check_function, check_granularity, check_numbers, checked_target
-from prunella.scoring import Absent, Criterion, Scorer, name_of
+from prunella.recipe import Recipe as Recipe
+from prunella.request import check_finite, checked_target
+from prunella.scoring import Absent, Scorer, name_of
 from prunella.stats import Source, Subject, collect, untouched
 from prunella.stats.masked import Before, behind, masked
 from prunella.stats.subject import first_seen
@@ -42,77 +40,6 @@ from prunella.targets import Latency, Sparsity, Target
 
 Loss = Callable[[nn.Module, Any], Tensor]
 Inputs = Tensor | tuple[Any, ...] | Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How to prune: parts that mix freely. Knobs of the functions are bound by `functools.partial`.
-
-    criterion: a function from statistics to scores (`prunella.criteria`, or your own).
-    granularity: what a unit is; several structural ones, as `(Channel(), Head())`, share one ranking.
-    allocation: how much each group gives (`prunella.allocation`).
-    floor: fraction in [0, 1) of every group's units (of every layer's weights) that stays.
-    align: widths of channel groups stay multiples of it, where they are not left whole; not for heads and masks.
-    seed: of everything random. The same seed gives the same plan.
-    least: units (weights) that stay in every group (layer) whatever the floor: 1, or 0 for masks that may empty layers.
-    even: units whose keys are equal go together, so that equal groups under `uniform` stay equal, and a transformers
-        model loads with plain `from_pretrained`; the target is then passed by up to one unit of every group.
-    """
-
-    criterion: Criterion = magnitude
-    granularity: Granularity | tuple[Granularity, ...] = Channel()  # noqa: RUF009
-    allocation: Allocation = uniform
-    floor: float = 0.0
-    align: int = 1
-    seed: int = 0
-    even: bool = False
-    least: int = 1
-
-    def __post_init__(self) -> None:
-        check_function(self.criterion, "criterion")
-        check_function(self.allocation, "allocation")
-        check_granularity(self.grains)
-        check_numbers(self.grains, self.floor, self.align, self.seed, self.least)
-
-    @property
-    def grains(self) -> tuple[Granularity, ...]:
-        """The granularities as a tuple."""
-        return self.granularity if isinstance(self.granularity, tuple) else (self.granularity,)
-
-    def describe(self) -> dict[str, Any]:
-        """The recipe as plain data, all knobs with their values; `Recipe.read` gives it back."""
-        return {
-            "criterion": provenance.describe(self.criterion),
-            "granularity": [provenance.describe(grain) for grain in self.grains],
-            "allocation": provenance.describe(self.allocation),
-            "floor": self.floor,
-            "align": self.align,
-            "seed": self.seed,
-            "even": self.even,
-            "least": self.least,
-        }
-
-    @classmethod
-    def read(cls, described: Mapping[str, Any]) -> Recipe:
-        """The recipe that `describe` wrote. Errors: RequestError if it names functions that are not prunella's."""
-        try:
-            grains = tuple(provenance.read(entry, "granularity") for entry in described["granularity"])
-            numbers = (
-                float(described["floor"]),
-                int(described["align"]),
-                int(described["seed"]),
-                bool(described.get("even", False)),
-                int(described.get("least", 1)),
-            )
-            criterion, allocation = described["criterion"], described["allocation"]
-        except (KeyError, TypeError) as error:
-            raise BadInput("this does not describe a recipe", f"{type(error).__name__}: {error}") from error
-        return cls(
-            provenance.read(criterion, "criterion"),
-            grains[0] if len(grains) == 1 else grains,
-            provenance.read(allocation, "allocation"),
-            *numbers,
-        )
 
 
 DEFAULT = Recipe()

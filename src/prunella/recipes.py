@@ -164,6 +164,18 @@ def synflow_global() -> Recipe:
     return Recipe(criteria.synflow, Element(), global_, least=0)
 
 
+@recipe(source="Ma et al. 2023, arXiv:2305.11627")
+def llm_pruner() -> Recipe:
+    """Heads and neurons of a transformer by the absolute first-order change of the loss, the same share of each layer.
+
+    Query, key, value and output slices go together, and so do gate, up and down. The paper takes the gradient of a few
+    short texts, leaves the first and last blocks whole (skip=) and heals with LoRA. Data: batches and a loss.
+
+    Use: language models that have to stay in an ordinary format. Avoid: without healing beyond about a fifth.
+    """
+    return Recipe(criteria.taylor_abs, (Channel(), Head()), uniform, even=True)
+
+
 def named(name: str) -> Recipe:
     """The recipe of that name, or the criterion of that name with the defaults. Errors: RequestError, with near names.
 

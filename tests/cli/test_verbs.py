@@ -24,7 +24,7 @@ def test_methods_lists_the_registry(prunella: Run) -> None:
 
 def test_methods_of_no_kind(prunella: Run) -> None:
     result = prunella("methods", "criteria")
-    assert result.code == 2 and "known are allocation, criterion" in result.err
+    assert result.code == 2 and "known are allocation, compression" in result.err
 
 
 def test_explain_has_the_formula_needs_and_source(prunella: Run) -> None:

@@ -28,10 +28,11 @@ class Controlled:
     __signature__: inspect.Signature = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        if not callable(self.of):
+        given: object = self.of
+        if not callable(given):
             name = getattr(self.control, "__name__", "a control")
             raise RequestError(
-                f"{name} takes a criterion, not {type(self.of).__name__}", "", f"for example {name}(magnitude)"
+                f"{name} takes a criterion, not {type(given).__name__}", "", f"for example {name}(magnitude)"
             )
         object.__setattr__(self, "__signature__", inspect.signature(self.of))
 

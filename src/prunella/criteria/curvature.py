@@ -73,7 +73,7 @@ def mfac_saliency(weight: Weight, sample_grad: SampleGrad, *, damping: float = 1
         raise RequestError(f"damping={damping:g} gives no inverse", "it is a number above 0", "use damping=1e-5")
     g = sample_grad.flatten(1).double()
     kernel = g @ g.T + damping * len(g) * torch.eye(len(g), dtype=g.dtype, device=g.device)
-    half = torch.linalg.solve_triangular(torch.linalg.cholesky(kernel), g, upper=False)
+    half: torch.Tensor = torch.linalg.solve_triangular(torch.linalg.cholesky(kernel), g, upper=False)
     inverse = (1 - half.square().sum(0)) / damping
     return weight.double().square() / (2 * inverse.view(weight.shape))
 
@@ -94,8 +94,9 @@ def obert(
         raise RequestError(f"group={group} does not divide block={block}", "", "for example group=4, block=32")
     padded = torch.nn.functional.pad(weight.double(), (0, -weight.shape[1] % block))
     w = padded.view(len(weight), -1, block // group, group, 1)
-    tiles = fisher_inverse.unflatten(-1, (-1, group)).unflatten(-3, (-1, group))
+    rows, blocks = fisher_inverse.shape[:2]
+    tiles = fisher_inverse.reshape(rows, blocks, block // group, group, block // group, group)
     inverse = tiles.diagonal(dim1=2, dim2=4).permute(0, 1, 4, 2, 3)
-    joint = (w * torch.linalg.solve(inverse, w)).sum((-2, -1)) / 2
+    joint: torch.Tensor = (w * torch.linalg.solve(inverse, w)).sum((-2, -1)) / 2
     shares = (joint / group).unsqueeze(-1).expand(*joint.shape, group)
     return shares.reshape(len(weight), -1)[:, : weight.shape[1]]

@@ -198,7 +198,7 @@ def as_matrix(subject: Subject, name: str, value: Tensor) -> Tensor:
 def in_blocks(matrix: Tensor, block: int) -> Tensor:
     """`(out, in)` as `(out, blocks, block)`, rows filled up with zeros."""
     padded = torch.nn.functional.pad(matrix, (0, -matrix.shape[1] % block))
-    return padded.unflatten(1, (-1, block))
+    return padded.reshape(len(matrix), -1, block)
 
 
 def check_damping(damping: float, block: int = 1) -> None:

@@ -177,4 +177,5 @@ def _ranks(reading: Reading) -> Tensor | None:
     if reading.operand.dim() != 4 or reading.x.dim() != 4:
         return None
     maps = reading.x.detach().to(torch.promote_types(reading.x.dtype, torch.float32))
-    return torch.linalg.matrix_rank(maps).double()[..., None, None].expand(reading.x.shape)
+    ranks: Tensor = torch.linalg.matrix_rank(maps)
+    return ranks.double()[..., None, None].expand(reading.x.shape)

@@ -27,6 +27,7 @@ from prunella.train.rules import itop as itop
 from prunella.train.rules import rigl as rigl
 from prunella.train.rules import set_ as set_
 from prunella.train.rules import sparse_momentum as sparse_momentum
+from prunella.train.shape import TargetShape as TargetShape
 from prunella.train.soft import SoftPruner as SoftPruner
 from prunella.train.soft import Surgery as Surgery
 from prunella.train.thresholds import learned_threshold_ as learned_threshold_
