@@ -25,6 +25,7 @@ HOMES = (
     "blockwise",
     "search",
     "importers",
+    "realize.storage",
     "metrics",
     "study",
     "recipes",
