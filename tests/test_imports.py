@@ -49,6 +49,7 @@ ORDER = (
     "importers",
     "compress",
     "blockwise",
+    "tokens",
     "realize",
     "reporting",
     "metrics",

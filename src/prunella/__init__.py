@@ -66,6 +66,9 @@ if TYPE_CHECKING:
     from prunella.criteria import obert as obert
     from prunella.criteria import obs_saliency as obs_saliency
     from prunella.criteria import random as random
+    from prunella.criteria import reap as reap
+    from prunella.criteria import router_frequency as router_frequency
+    from prunella.criteria import router_weight as router_weight
     from prunella.criteria import shuffled as shuffled
     from prunella.criteria import snip as snip
     from prunella.criteria import synflow as synflow
@@ -203,6 +206,10 @@ if TYPE_CHECKING:
     from prunella.tickets.supermask import supermask_ as supermask_
     from prunella.timing import Timing as Timing
     from prunella.timing import compare_latency as compare_latency
+    from prunella.tokens import TokenMerging as TokenMerging
+    from prunella.tokens import bipartite_match as bipartite_match
+    from prunella.tokens import contextual_ as contextual_
+    from prunella.tokens import merge_tokens_ as merge_tokens_
     from prunella.train.admm import AdmmTraining as AdmmTraining
     from prunella.train.concrete import l0_gates_ as l0_gates_
     from prunella.train.coupled import Coupled as Coupled
@@ -247,6 +254,9 @@ _HOME = {
     "TargetShape": "train.shape",
     "activation_norm": "criteria",
     "activation_variance": "criteria",
+    "reap": "criteria",
+    "router_frequency": "criteria",
+    "router_weight": "criteria",
     "apoz": "criteria",
     "block_influence": "criteria",
     "fisher": "criteria",
@@ -471,6 +481,10 @@ _HOME = {
     "side_effects": "metrics.effects",
     "speedup": "metrics.speed",
     "write_frontier": "reporting.frontier",
+    "TokenMerging": "tokens",
+    "bipartite_match": "tokens",
+    "contextual_": "tokens",
+    "merge_tokens_": "tokens",
 }
 
 __all__ = sorted([*_HOME, "__version__"])

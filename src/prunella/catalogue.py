@@ -23,6 +23,7 @@ HOMES = (
     "tickets",
     "compress",
     "blockwise",
+    "tokens",
     "search",
     "importers",
     "realize.storage",

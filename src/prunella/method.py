@@ -57,6 +57,9 @@ STATISTICS = (
     "hessian_grad",
     "total_slope",
     "flow",
+    "expert_share",
+    "expert_gate",
+    "expert_output",
 )
 
 

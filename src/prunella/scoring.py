@@ -26,7 +26,8 @@ from prunella.stats.subject import Subject
 from prunella.types import Saliency, Scores
 
 Criterion = Callable[..., Tensor]
-_MEASURED = frozenset({"unit_norm", "unit_rank", "unit_var", "unit_zeros"})
+_ROUTED = frozenset({"expert_share", "expert_gate", "expert_output"})
+_MEASURED = frozenset({"unit_norm", "unit_rank", "unit_var", "unit_zeros"}) | _ROUTED
 PER_UNIT = frozenset({"unit_weight", "norm_scale", "gate_grad", "noise", "influence"}) | _MEASURED
 """Statistics that exist for each unit of a group; the others exist for each weight."""
 _ONLY_UNITS = frozenset({"unit_weight", "norm_scale"}) | _MEASURED
@@ -39,6 +40,7 @@ _ROLES: dict[Scope, tuple[str, ...]] = {
 
 _WHY = {
     "unit_rank": "and no convolution reads these units as maps",
+    **dict.fromkeys(_ROUTED, "and no router was seen to choose among these units: use granularity=Expert()"),
     "influence": "and only residual blocks have it: use granularity=Depth()",
 }
 

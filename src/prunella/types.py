@@ -34,6 +34,9 @@ type_names = (
     "HessianGrad",
     "TotalSlope",
     "Flow",
+    "ExpertShare",
+    "ExpertGate",
+    "ExpertOutput",
     "Gram",
     "Saliency",
     "Scores",
@@ -66,6 +69,9 @@ Influence = Annotated[Tensor, "(units,)", "one minus the mean cosine of a residu
 HessianGrad = Annotated[Tensor, "(out, in)", "Hessian of the mean loss times its gradient"]
 TotalSlope = Annotated[Tensor, "(out, in)", "sum of |grad * weight| over everything scored, the same everywhere"]
 Flow = Annotated[Tensor, "(out, in)", "gradient of the sum over all paths of products of absolute weights"]
+ExpertShare = Annotated[Tensor, "(units,)", "part of the tokens for which the router chooses each expert"]
+ExpertGate = Annotated[Tensor, "(units,)", "mean weight of each expert where it is chosen, the weights summing to 1"]
+ExpertOutput = Annotated[Tensor, "(units,)", "mean norm of what each expert adds, weight included, where it is chosen"]
 Gram = Annotated[Tensor, "(in, in)", "sum over tokens of x x^T"]
 Saliency = Annotated[Tensor, "(out, in)", "one number per weight; higher is kept"]
 Scores = Annotated[Tensor, "(units,)", "one number per unit; higher is kept"]

@@ -6,6 +6,9 @@ from prunella.criteria.activation import apoz as apoz
 from prunella.criteria.activation import block_influence as block_influence
 from prunella.criteria.activation import fluctuation as fluctuation
 from prunella.criteria.activation import hrank as hrank
+from prunella.criteria.activation import reap as reap
+from prunella.criteria.activation import router_frequency as router_frequency
+from prunella.criteria.activation import router_weight as router_weight
 from prunella.criteria.activation import wanda as wanda
 from prunella.criteria.control import inverted as inverted
 from prunella.criteria.control import shuffled as shuffled
@@ -49,6 +52,9 @@ __all__ = [
     "obert",
     "obs_saliency",
     "random",
+    "reap",
+    "router_frequency",
+    "router_weight",
     "shuffled",
     "snip",
     "synflow",

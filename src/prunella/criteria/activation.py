@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from prunella.method import criterion
 from prunella.types import (
+    ExpertGate,
+    ExpertOutput,
+    ExpertShare,
     Influence,
     InputNorm,
     InputVar,
@@ -110,3 +113,46 @@ def block_influence(influence: Influence) -> Scores:
     Use: whole layers of language models without training. Avoid: short stacks, or blocks that change the width.
     """
     return influence
+
+
+@criterion(source="Chen et al. 2022, arXiv:2206.00277 (experts by the tokens that they get)")
+def router_frequency(expert_share: ExpertShare) -> Scores:
+    """How often the router chooses an expert.
+
+    `s_j = (tokens sent to j) / (all tokens)`, so that the scores of a layer sum to k, the experts that a token gets. An
+    expert that no token is sent to scores 0: without it the outputs on this data stay. Data: forward passes only.
+    For `Expert()`; the router is seen where it calls `topk` along the experts.
+
+    Use: a first look at how evenly experts are used; data like that of the task. Avoid: as the only word: rare experts
+    may matter most for rare tokens; `reap` looks at what they add.
+    """
+    return expert_share
+
+
+@criterion(source="Lasby et al. 2025, arXiv:2510.13999 (the router's part of REAP)")
+def router_weight(expert_gate: ExpertGate) -> Scores:
+    """Mean weight that the router gives an expert when it chooses it.
+
+    `s_j = mean of g_j(x) over the tokens sent to j`, `g` the softmax over the experts chosen for a token, whether the
+    source takes it before or after the choice. Data: forward passes only. For `Expert()`. Routers without a softmax
+    are left alone.
+
+    Use: a check on `reap`, at the cost of plain forward passes. Avoid: where outputs of experts differ in size.
+    """
+    return expert_gate
+
+
+@criterion(source="Lasby et al. 2025, arXiv:2510.13999")
+def reap(expert_output: ExpertOutput) -> Scores:
+    """What an expert adds to the tokens that are sent to it, weight included (router-weighted expert activation).
+
+    `s_j = mean of ||g_j(x) f_j(x)||_2 over the tokens sent to j`. It is measured, not read out of a known model: the
+    layer runs once more for each expert with the expert's parameters at zero, and the difference is what it added. This
+    needs that the router's weights do not depend on the experts and that a zero expert gives zero, and it takes the
+    output of the smallest module that holds router and experts. Data: forward passes only, one of each layer for each
+    of its experts. For `Expert()`.
+
+    Use: removing experts in one shot, without training. Avoid: hundreds of experts on much data: try `router_frequency`
+    first.
+    """
+    return expert_output

@@ -20,6 +20,7 @@ from prunella.stats.gradient import GateGrad, MeanGrad, MeanSquaredGrad
 from prunella.stats.influence import Influence
 from prunella.stats.initial import HessianGrad, TotalSlope, flow
 from prunella.stats.reading import InputVar, unit_norm, unit_rank, unit_var, unit_zeros
+from prunella.stats.routing import ExpertOutput, expert_gate, expert_share
 from prunella.stats.subject import Subject
 
 
@@ -64,6 +65,9 @@ SLOTS: dict[str, Callable[..., Slot]] = {
     "influence": Influence,
     "hessian_grad": HessianGrad,
     "total_slope": TotalSlope,
+    "expert_share": expert_share,
+    "expert_gate": expert_gate,
+    "expert_output": ExpertOutput,
 }
 DATALESS: dict[str, Callable[[Subject], dict[str, Tensor]]] = {"flow": flow}
 """Statistics that need to run the model, but no data."""

@@ -1,0 +1,21 @@
+"""Less work for each input: tokens that are merged on the way through the blocks."""
+
+from prunella.tokens.contextual import contextual_ as contextual_
+from prunella.tokens.contextual import keep_top as keep_top
+from prunella.tokens.matching import Matching as Matching
+from prunella.tokens.matching import bipartite_match as bipartite_match
+from prunella.tokens.matching import merge as merge
+from prunella.tokens.matching import unmerge as unmerge
+from prunella.tokens.merging import TokenMerging as TokenMerging
+from prunella.tokens.merging import merge_tokens_ as merge_tokens_
+
+__all__ = [
+    "Matching",
+    "TokenMerging",
+    "bipartite_match",
+    "contextual_",
+    "keep_top",
+    "merge",
+    "merge_tokens_",
+    "unmerge",
+]

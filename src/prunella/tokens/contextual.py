@@ -1,0 +1,100 @@
+"""Neurons that are left out for one token and used for the next, to see how sparse a network is in context."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prunella.errors import NotSupported, RequestError
+from prunella.graph.couple import couple
+from prunella.graph.structure import Graph, Group
+from prunella.method import compression
+
+Predictor = Callable[[Tensor], Tensor]
+"""From what enters a block of neurons, `(..., width)`, to a score for each neuron, `(..., neurons)`."""
+
+
+def keep_top(hidden: Tensor, keep: float, scores: Tensor | None = None) -> Tensor:
+    """The `ceil(keep * neurons)` neurons of each token with the largest score, the others at zero.
+
+    hidden, scores: `(..., neurons)`; without scores it is the absolute activation. keep: in (0, 1]; 1 is `hidden`.
+    """
+    if not 0 < keep <= 1:
+        raise RequestError(f"keep={keep} is not a part of the neurons", "", "give a number above 0 and up to 1")
+    count = -int(-keep * hidden.shape[-1] // 1)
+    if count == hidden.shape[-1]:
+        return hidden
+    ranks = hidden.abs() if scores is None else scores
+    chosen = ranks.topk(count, -1).indices
+    return hidden * torch.zeros_like(hidden).scatter(-1, chosen, 1)
+
+
+def neurons(graph: Graph) -> dict[str, str]:
+    """Module that reads a whole set of neurons -> a module that makes them: linear layers, both of them."""
+    layers = {layer.entity: layer for layer in graph.layers}
+    found: dict[str, str] = {}
+    for group in graph.groups:
+        made = [layers[m.entity] for m in group.members if m.role == "out" and m.entity in layers]
+        read = [layers[m.entity] for m in group.members if m.role == "in" and m.entity in layers]
+        linear = all(layer.op == "linear" for layer in (*made, *read))
+        if linear and group.kind == "channel" and len(read) == 1 and made and _alone(group, graph):
+            found[read[0].module] = made[0].module
+    return found
+
+
+@compression(source="Liu et al. 2023, arXiv:2310.17157 (Deja Vu; here a mask, not a kernel)")
+@contextmanager
+def contextual_(
+    model: nn.Module, inputs: Any, *, keep: float, predictors: Mapping[str, Predictor] | None = None
+) -> Iterator[tuple[str, ...]]:
+    """Inside, every token uses only the part `keep` of the neurons of each MLP, another part for each token.
+
+    `y = W_down (a * m(x))`, `m(x)` the top neurons by `|a|` (what an oracle would keep), or by what a predictor makes
+    of the input of the MLP, before the neurons are known. The neurons are the units between two linear layers that the
+    engine finds; gives the paths of the layers that read them. keep = 1 is the dense model, bit for bit.
+    Data: none. keep: in (0, 1]. predictors: by path of the reading layer; others keep what the oracle does.
+    It measures how sparse the model is in context. Nothing gets faster: all neurons are computed, and a dense kernel
+    does not gain from zeros; the paper's gain is its own kernels and a predictor that runs ahead.
+    Errors: NotSupported where there are no such neurons.
+
+    Use: to see what a sparse kernel could save, before it is written. Avoid: as a way to a faster model.
+    """
+    found = {path: made for path, made in neurons(couple(model, inputs)).items() if path}
+    if not found:
+        raise NotSupported("no neurons were found", "none stand between two linear layers that are modules", "")
+    unknown = sorted(set(predictors or {}) - set(found))
+    if unknown:
+        raise RequestError(f"{unknown[0]} reads no neurons", f"known are {', '.join(found)}", "")
+    keep_top(torch.zeros(1, 1), keep)  # says what is wrong with keep before anything is changed
+    entered: dict[str, Tensor] = {}
+    handles = []
+    for path, source in found.items():
+        predictor = (predictors or {}).get(path)
+
+        def enter(module: nn.Module, args: tuple[Any, ...], path: str = path) -> None:
+            entered[path] = args[0]
+
+        def mask(
+            module: nn.Module, args: tuple[Any, ...], path: str = path, predictor: Predictor | None = predictor
+        ) -> tuple[Any, ...]:
+            scores = None if predictor is None else predictor(entered[path])
+            return (keep_top(args[0], keep, scores), *args[1:])
+
+        if predictor is not None:
+            handles.append(model.get_submodule(source).register_forward_pre_hook(enter))
+        handles.append(model.get_submodule(path).register_forward_pre_hook(mask))
+    try:
+        yield tuple(found)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _alone(group: Group, graph: Graph) -> bool:
+    """Whether the layer that reads the group reads nothing else."""
+    member = next(m for m in group.members if m.role == "in")
+    return len(member.index) == group.size == graph.entities[member.entity].shape[member.axis]

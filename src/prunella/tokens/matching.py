@@ -1,0 +1,90 @@
+"""Which tokens are alike, and one token out of two that are: bipartite soft matching, as pure functions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from prunella.errors import RequestError
+
+
+@dataclass(frozen=True, eq=False)
+class Matching:
+    """Of `tokens` tokens, `source[b, i]` goes into `target[b, i]`; `kept[b]` are the others in their old order.
+
+    source, target: `(batch, r)`. kept: `(batch, tokens - r)`. A target is never a source, and may have several.
+    """
+
+    tokens: int
+    source: Tensor
+    target: Tensor
+    kept: Tensor
+
+    @property
+    def r(self) -> int:
+        """How many tokens go."""
+        return int(self.source.shape[1])
+
+
+def most(tokens: int, protected: int) -> int:
+    """The largest r: every token at an even place may go where an odd place may take it; protected ones do neither."""
+    first = protected + protected % 2
+    takes = protected + 1 - protected % 2 < tokens
+    return len(range(first, tokens, 2)) if takes else 0
+
+
+def bipartite_match(metric: Tensor, r: int, *, protected: int = 0) -> Matching:
+    """Match the r tokens that have the most similar partner: tokens at even places with tokens at odd ones.
+
+    Every even token draws one edge to the odd token of the largest cosine similarity, and the `r` edges of largest
+    similarity are taken; ties go to the first. metric: `(batch, tokens, width)`. r: from 0 to half of the tokens.
+    protected: so many tokens at the front (a class token) neither go nor take another in.
+    Errors: RequestError where r is more than there are tokens that may go.
+    """
+    tokens = metric.shape[1]
+    if not 0 <= r <= most(tokens, protected):
+        why = f"of {tokens} tokens with {protected} protected, at most {most(tokens, protected)} may go"
+        raise RequestError(f"{r} tokens cannot be merged", why, "give a smaller r, or merge in several rounds")
+    unit = normalize(metric.detach().to(torch.promote_types(metric.dtype, torch.float32)), dim=-1)
+    similarity = unit[:, ::2] @ unit[:, 1::2].transpose(1, 2)
+    even, odd = torch.arange(0, tokens, 2, device=metric.device), torch.arange(1, tokens, 2, device=metric.device)
+    similarity = similarity.masked_fill((even < protected)[:, None] | (odd < protected)[None], -torch.inf)
+    if not r:  # there may be no odd token at all
+        nothing = even.new_zeros(len(metric), 0)
+        return Matching(tokens, nothing, nothing, torch.arange(tokens, device=metric.device).expand(len(metric), -1))
+    best, partner = similarity.max(2)
+    edges = best.argsort(dim=1, descending=True, stable=True)[:, :r]
+    source, target = even[edges], odd[partner.gather(1, edges)]
+    stays = torch.ones(metric.shape[:2], dtype=torch.bool, device=metric.device).scatter(1, source, False)
+    return Matching(tokens, source, target, stays.nonzero()[:, 1].view(len(metric), tokens - r))
+
+
+def merge(x: Tensor, sizes: Tensor, matching: Matching) -> tuple[Tensor, Tensor]:
+    """The tokens that stay, each the average of what went into it, weighted by size; and their sizes.
+
+    `y_t = sum s_i x_i / sum s_i` over the target and its sources. x: `(batch, tokens, width)`. sizes: `(batch,
+    tokens)`, how many tokens each stands for already. A token that takes none in keeps its bits; with r = 0 all do.
+    """
+    if not matching.r:
+        return x, sizes
+    weighted = x * sizes[..., None].to(x.dtype)
+    wide = matching.source[..., None].expand(-1, -1, x.shape[2])
+    coming = matching.target[..., None].expand_as(wide)
+    total = weighted.scatter_add(1, coming, weighted.gather(1, wide))
+    size = sizes.scatter_add(1, matching.target, sizes.gather(1, matching.source))
+    taken = torch.zeros_like(sizes, dtype=torch.bool).scatter(1, matching.target, True)
+    mixed = torch.where(taken[..., None], total / size[..., None].to(x.dtype), x)
+    return mixed.gather(1, matching.kept[..., None].expand(-1, -1, x.shape[2])), size.gather(1, matching.kept)
+
+
+def unmerge(x: Tensor, matching: Matching) -> Tensor:
+    """Every token again, `(batch, tokens, width)`: one that went has the value of the token that it went into."""
+    if not matching.r:
+        return x
+    order = torch.arange(x.shape[1], device=x.device).expand(len(x), -1)
+    place = order.new_zeros(len(x), matching.tokens).scatter(1, matching.kept, order)
+    place = place.scatter(1, matching.source, place.gather(1, matching.target))
+    return x.gather(1, place[..., None].expand(-1, -1, x.shape[2]))

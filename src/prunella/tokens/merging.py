@@ -1,0 +1,145 @@
+"""Tokens that are merged before every residual block of a model, by hooks that come off again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prunella.blockwise.chain import Block, Call, blocks_of
+from prunella.errors import NotSupported, RequestError
+from prunella.forward import forward, tensors
+from prunella.graph.couple import couple
+from prunella.graph.depth import inside
+from prunella.graph.structure import Graph
+from prunella.graph.undisturbed import undisturbed
+from prunella.method import compression
+from prunella.tokens.matching import bipartite_match, merge, most
+
+
+class TokenMerging:
+    """The hooks that `merge_tokens_` put on a model; `remove()`, or the end of a `with`, takes them off.
+
+    sizes: after a pass, how many tokens each token of the last block stood for, `(batch, tokens)`.
+    """
+
+    def __init__(self, model: nn.Module, paths: tuple[str, ...], *, r: int, protected: int) -> None:
+        self.r, self.protected, self.paths = r, protected, paths
+        self.sizes: Tensor | None = None
+        self._handles = [model.register_forward_pre_hook(self._begin)]
+        blocks = [model.get_submodule(path) for path in paths]
+        self._handles += [block.register_forward_pre_hook(self._before, with_kwargs=True) for block in blocks]
+
+    def remove(self) -> None:
+        """Give the model its old computation back."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def __enter__(self) -> TokenMerging:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.remove()
+
+    def _begin(self, module: nn.Module, args: Any) -> None:
+        self.sizes = None
+
+    def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        call = Call(args, kwargs)
+        x = call.stream
+        sizes = torch.ones(x.shape[:2], device=x.device) if self.sizes is None else self.sizes
+        found = bipartite_match(x, min(self.r, most(x.shape[1], self.protected)), protected=self.protected)
+        merged, self.sizes = merge(x, sizes, found)
+        fed = call.fed(merged)
+        return fed.args, fed.kwargs
+
+
+@compression(source="Bolya et al. 2023, arXiv:2210.09461 (ToMe), without its proportional attention")
+def merge_tokens_(model: nn.Module, inputs: Any, *, r: int, protected: int = 1) -> TokenMerging:
+    """Merge the r most similar pairs of tokens before every residual block: fewer tokens, the same parameters.
+
+    Each block gets `tokens - r` of the tokens that the block before it gave, from `bipartite_match` and `merge`: a
+    merged token is the average of its tokens, weighted by how many each stands for. The blocks are those that the
+    engine finds. The paper compares the keys of the attention and merges between attention and MLP, and adds the log of
+    the sizes to the attention (a large token counts as many). Here the input of the block is compared and merged, and
+    the attention is as it was: nothing of the model's own code has to be known, and a large token counts as one. With
+    r = 0 nothing changes, bit for bit. A mean over tokens at the end is one over merged tokens.
+    Data: none; `inputs` is one batch, to find the blocks and to try. r: tokens that go before each block, at least 0;
+    a block with fewer that may go loses those (at most about half). protected: tokens at the front that stay alone (1:
+    a class token, 0: none, 2: class and distillation).
+    Errors: NotSupported where no residual blocks are found, a block runs twice, its stream is not `(batch, tokens,
+    width)`, it takes other tensors (masks, positions), or the model does not run with fewer tokens.
+
+    Use: classification by vision transformers with hundreds of tokens; throughput without training. Avoid: dense
+    outputs, where every token is needed at the end, windowed attention, and causal models, where it mixes in what
+    comes later.
+    """
+    if r < 0 or protected < 0:
+        raise RequestError(f"r={r} and protected={protected} count tokens", "one is negative", "give numbers from 0 on")
+    graph = couple(model, inputs)
+    with undisturbed(model):
+        calls = _calls(model, blocks := blocks_of(model, graph, inputs, forward), inputs)
+    samples = next((len(tensor) for tensor in tensors(inputs) if tensor.dim()), 0)
+    for block in blocks:
+        _check(block, calls.get(block.path), graph, samples)
+    made = TokenMerging(model, tuple(block.path for block in blocks), r=r, protected=protected)
+    try:
+        with undisturbed(model):
+            forward(model, inputs)
+    except (RuntimeError, ValueError, AssertionError, LookupError) as error:
+        made.remove()
+        why = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
+        todo = "something in it is made for all tokens; the model cannot lose any on its way"
+        raise NotSupported("the model does not run with fewer tokens", why, todo) from error
+    made.sizes = None
+    return made
+
+
+def _calls(model: nn.Module, blocks: tuple[Block, ...], inputs: Any) -> dict[str, Call]:
+    """What each block is called with."""
+    found: dict[str, Call] = {}
+
+    def look(path: str) -> Callable[..., None]:
+        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            found[path] = Call(args, kwargs)
+
+        return before
+
+    handles = [
+        model.get_submodule(block.path).register_forward_pre_hook(look(block.path), with_kwargs=True)
+        for block in blocks
+        if block.path
+    ]
+    try:
+        forward(model, inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+def _check(block: Block, call: Call | None, graph: Graph, samples: int) -> None:
+    """Whether tokens can be merged before this block; one sentence where not."""
+    if not block.path or call is None:
+        todo = "tokens are merged before the blocks of a ModuleList or Sequential that add to their input"
+        raise NotSupported("no residual blocks were found", "", todo)
+    stream = call.stream
+    first = next((layer for layer in graph.layers if inside(layer.entity, block.path)), None)
+    if not isinstance(stream, Tensor) or stream.dim() != 3 or (first is not None and first.op != "linear"):
+        shape = tuple(stream.shape) if isinstance(stream, Tensor) else type(stream).__name__
+        why = f"it takes {shape}, and (batch, tokens, width) is needed"
+        raise NotSupported(f"{block.path} has no stream of tokens", why, "convolutions have no tokens to merge")
+    if len(stream) != samples:
+        why = f"its input begins with {len(stream)}, and the batch has {samples} samples"
+        raise NotSupported(f"{block.path} does not take (batch, tokens, width)", why, "build it with batch_first=True")
+    if any(tensor is not stream for tensor in tensors([list(call.args), call.kwargs])):
+        why = "masks, positions and biases are made for all tokens, and would not fit fewer"
+        raise NotSupported(f"{block.path} takes another tensor beside its stream", why, "leave masks out, if you can")
+    if not block.once:
+        raise NotSupported(f"{block.path} runs several times in a pass", "its tokens would go several times", "")
