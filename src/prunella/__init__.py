@@ -119,6 +119,8 @@ if TYPE_CHECKING:
     from prunella.realize.plan_file import load_plan as load_plan
     from prunella.realize.plan_file import save_plan as save_plan
     from prunella.realize.shrink import shrink as shrink
+    from prunella.realize.storage import Format as Format
+    from prunella.realize.storage import stored_bytes as stored_bytes
     from prunella.recovery.bias import Folded as Folded
     from prunella.recovery.bias import fold_means as fold_means
     from prunella.recovery.calibrate import recalibrate_bn as recalibrate_bn
@@ -247,6 +249,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
+    "Format": "realize.storage",
+    "stored_bytes": "realize.storage",
     "TargetShape": "train.shape",
     "activation_norm": "criteria",
     "activation_variance": "criteria",

@@ -26,6 +26,7 @@ HOMES = (
     "tokens",
     "search",
     "importers",
+    "realize.storage",
     "metrics",
     "study",
     "recipes",
