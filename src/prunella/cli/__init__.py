@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import warnings
 from collections.abc import Sequence
@@ -16,6 +17,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         arguments = sys.argv[1:]
         if not sys.warnoptions:  # warnings of other libraries are not the user's to read; python -W shows them
             warnings.simplefilter("ignore")
+            for library in ("torchao", "torch.utils._pytree"):
+                logging.getLogger(library).setLevel(logging.ERROR)
     words = list(arguments)
     if "--debug" in words:  # wherever it stands
         words = ["--debug", *(word for word in words if word != "--debug")]
