@@ -162,6 +162,11 @@ def _part(stored: Stored, name: str, size: int | None = None) -> Tensor:
         raise BadInput(f"a weight in {stored.form.value} has no {name} of its type", "the parts were mixed up", "")
     if size is not None and part.numel() != size:
         raise BadInput(f"{name} of a weight in {stored.form.value} has {part.numel()} entries", f"{size} fit")
+    blocks = name == "values" and stored.form in (Format.BSR, Format.DENSE, Format.TWO_OF_FOUR)
+    if part.dim() != 1 and not blocks:
+        raise BadInput(f"{name} of a weight in {stored.form.value} has {part.dim()} axes", "one is needed")
+    if name in ("rows", "cols", "starts") and part.dtype not in (torch.int32, torch.int64):
+        raise BadInput(f"{name} of a weight in {stored.form.value} are {part.dtype}", "whole numbers are needed")
     return part
 
 
@@ -182,8 +187,8 @@ def _rows(stored: Stored, rows: int, count: int) -> Tensor:
 
 def _put(stored: Stored, matrix: Tensor, rows: Tensor, cols: Tensor, values: Tensor) -> None:
     places = rows * matrix.shape[1] + cols
-    if len(places) and int(torch.bincount(places).max()) > 1:
-        raise BadInput(f"a weight in {stored.form.value} has two values in one place", "indices repeat")
+    if bool((places.diff() <= 0).any()):
+        raise BadInput(f"indices of a weight in {stored.form.value} do not rise", "they repeat, or are out of order")
     matrix.view(-1)[places] = values
 
 
@@ -206,8 +211,8 @@ def _from_bsr(stored: Stored, matrix: Tensor) -> None:
     tiles = torch.zeros_like(_blocks(matrix))
     tall, wide = tiles.shape[:2]
     rows, cols = _rows(stored, tall, len(values)), _indices(stored, "cols", len(values), wide)
-    if len(rows) and int(torch.bincount(rows * wide + cols).max()) > 1:
-        raise BadInput("a weight in bsr has two blocks in one place", "indices repeat")
+    if bool(((rows * wide + cols).diff() <= 0).any()):
+        raise BadInput("indices of a weight in bsr do not rise", "they repeat, or are out of order")
     tiles[rows, cols] = values
     full = tiles.transpose(1, 2).reshape(tall * BLOCK, wide * BLOCK)
     matrix.copy_(full[: matrix.shape[0], : matrix.shape[1]])
