@@ -108,3 +108,8 @@ def test_parts_that_contradict_each_other_are_refused(form: Format, name: str, v
 def test_what_is_not_two_of_four_is_refused() -> None:
     with pytest.raises(RequestError, match="2:4"):
         encode(torch.ones(2, 4), Format.TWO_OF_FOUR)
+
+
+def test_an_empty_weight_is_refused() -> None:
+    with pytest.raises(RequestError, match="holds nothing"):
+        encode(torch.ones(0, 4), Format.CSR)

@@ -50,8 +50,10 @@ class Stored:
 def encode(weight: Tensor, form: Format) -> Stored:
     """A weight in a format; `decode` gives back every bit but the sign of zeros.
 
-    Errors: RequestError for 2:4 where some four consecutive columns hold more than two values.
+    Errors: RequestError for an empty weight, and for 2:4 where four consecutive columns hold more than two values.
     """
+    if not weight.numel():
+        raise RequestError(f"a weight of shape {tuple(weight.shape)} holds nothing", "", "leave it out")
     matrix = _matrix(weight.detach().cpu())
     parts = _ENCODERS[form](matrix)
     return Stored(form, tuple(weight.shape), weight.dtype, parts)
@@ -91,7 +93,8 @@ def best_format(weight: Tensor) -> Format:
 
 def stored_model(model: nn.Module) -> dict[str, tuple[Format, int]]:
     """Parameter, tied ones once -> its best format and the bytes in it."""
-    return {name: (best_format(p), stored_bytes(p, best_format(p))) for name, p in model.named_parameters()}
+    best = {name: best_format(parameter) for name, parameter in model.named_parameters()}
+    return {name: (form, stored_bytes(model.get_parameter(name), form)) for name, form in best.items()}
 
 
 # -- each format -----------------------------------------------------------------------------------------------------
