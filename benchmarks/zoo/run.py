@@ -104,7 +104,7 @@ def main() -> None:
     parser.add_argument("--full", action="store_true", help="store, load and export too")
     parser.add_argument("--rival", action="store_true", help="Torch-Pruning in place of prunella")
     parser.add_argument("--trace", action="store_true", help="print tracebacks")
-    parser.add_argument("--missing", action="store_true", help="only models without a result")
+    parser.add_argument("--missing", action="store_true", help="only models without a result of this kind")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--limit", type=float, default=300.0)
     options = parser.parse_args()
@@ -121,8 +121,16 @@ def main() -> None:
     names = [n for n in suite_module(options.suite).names() if any(fnmatch.fnmatch(n, p) for p in options.patterns)]
     if options.missing:
         folder = RESULTS / (f"{options.suite}-rival" if options.rival else options.suite)
-        names = [n for n in names if not (folder / f"{n}.json").exists()]
+        names = [n for n in names if not _known(folder / f"{n}.json", full=options.full)]
     _all(options, names)
+
+
+def _known(result: Path, *, full: bool) -> bool:
+    """Whether a model has its result, and with `full` was loaded again too, unless it was refused."""
+    if not result.exists():
+        return False
+    found = json.loads(result.read_text())
+    return not full or bool(found.get("reload")) or found["verdict"] != "exact"
 
 
 def _all(options: argparse.Namespace, names: list[str]) -> None:
