@@ -57,7 +57,7 @@ class Kind(Enum):
     CSR = "csr"
 
 
-_MANY = {Kind.ROWS: 0, Kind.BLOCK16: 2, Kind.BLOCK8: 3, Kind.BLOCK4: 4}
+_MANY = {Kind.ROWS: 0, Kind.GROUPS: 1, Kind.BLOCK16: 2, Kind.BLOCK8: 3, Kind.BLOCK4: 4}
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "prunella_check": (_INT, (_LONG, _LONG, _LONG, _POINTER, _POINTER)),
     "prunella_many_pack": (
         _INT,
-        (_LONG, _LONG, _LONG, _POINTER, _POINTER, _POINTER, _INT, _INT, _INT, ctypes.POINTER(_POINTER)),
+        (_LONG, _LONG, _LONG, _POINTER, _POINTER, _POINTER, _INT, _INT, _INT, _INT, ctypes.POINTER(_POINTER)),
     ),
     "prunella_many_free": (None, (_POINTER,)),
     "prunella_many_bytes": (_LONG, (_POINTER,)),
@@ -185,7 +185,7 @@ def configs(shape: tuple[int, int], density: float, tokens: int) -> tuple[Config
 
 def pack(weight: Tensor, config: Config) -> Packed:
     """A weight (M, K) in the layout of a kernel. Zeros are left out, so what x holds there is never read."""
-    if config.kind not in _MANY or config.precision is not Precision.FP32:
+    if config.kind not in _MANY or config.precision is Precision.INT8:
         raise NotSupported(f"no kernel packs {config.kind.value} in {config.precision.value}", "", "")
     if weight.dim() != 2:
         raise RequestError(f"a weight of {weight.dim()} axes cannot be packed", "two are needed", "")
@@ -212,7 +212,7 @@ def pack_rows(shape: tuple[int, int], starts: Tensor, columns: Tensor, values: T
         )
     made, parts = _POINTER(), [part.contiguous() for part in (starts, columns, values)]
     pointers = [part.data_ptr() for part in parts]
-    sizes = (_MANY[config.kind], config.rows, config.depth)
+    sizes = (_MANY[config.kind], config.rows, config.depth, int(config.precision is Precision.BF16))
     _done(_library().prunella_many_pack(*shape, len(values), *pointers, *sizes, ctypes.byref(made)))
     handle = int(made.value or 0)
     return Packed(shape, len(values), int(_library().prunella_many_bytes(made)), config, handle)
