@@ -19,7 +19,7 @@ bool sensible(const FewHeader& h) {
 int check_starts(const FewView& w) {
   if (w.starts[0] != 0 || w.starts[w.h.rows] != w.h.nonzeros) return PRUNELLA_BAD_STARTS;
   for (int64_t row = 0; row < w.h.rows; row++)
-    if (w.starts[row + 1] < w.starts[row] || w.starts[row + 1] > w.h.nonzeros) return PRUNELLA_BAD_STARTS;
+    if (w.starts[row + 1] < w.starts[row]) return PRUNELLA_BAD_STARTS;
   return PRUNELLA_OK;
 }
 

@@ -4,7 +4,7 @@
 // they have there and run side by side in groups of `rows`; the shorter ones of a group are padded. A padded place
 // points at a row of zeros of the panel (one behind every block of columns), so that no value of x is ever multiplied
 // by a padding zero. A 16-bit index counts from the first column of its block.
-// Blocks: `rows` neighbouring rows share their columns; for each there are `rows` values.
+// Blocks: `rows` neighbouring rows share their columns; each column has `rows` values, and four rows run at a time.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -20,7 +20,7 @@ constexpr int kAlign = 64;
 struct ManyGroup {
   int64_t at;      // first of its entries in index and value
   int32_t count;   // steps
-  int32_t row[4];  // rows of the band; -1: none
+  int32_t row[4];  // rows of the band, -1: none; of a block: its first row, and where its values begin in a column
 };
 
 // One packed weight; every array is owned by the packing code and checked when it was made.

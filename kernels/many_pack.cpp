@@ -77,10 +77,7 @@ void pack_shared(prunella_many& made, const Source& source, int64_t row, int64_t
   }
 }
 
-int64_t band_rows(int32_t kind, int64_t side) {
-  // The sums of a band stay in the second cache. Wide blocks need no sums, and a band of one block splits best.
-  return kind == prunella::kBlock16 || kind == prunella::kBlock8 ? side : 192;
-}
+constexpr int64_t kBandRows = 192;  // a multiple of 16; the sums of a band stay in the second cache
 
 }  // namespace
 
@@ -106,10 +103,9 @@ extern "C" int prunella_many_pack(int64_t m, int64_t k, int64_t nnz, const int64
     auto made = std::make_unique<prunella_many>();
     auto& w = made->weight;
     if (shared) side = kind == prunella::kBlock16 ? 16 : kind == prunella::kBlock8 ? 8 : 4;
-    if (side > 4) depth = 65535;  // x is read where it lies: one block of columns, if they fit an index
     w.kind = kind, w.rows = side, w.depth = depth, w.m = m, w.k = k, w.nnz = nnz;
     w.blocks = int32_t(std::max<int64_t>(1, (k + depth - 1) / depth));
-    int64_t tall = band_rows(kind, side);
+    const int64_t tall = kBandRows;
     w.bands = int32_t((m + tall - 1) / tall);
     Source source{m, k, starts, columns, values};
     made->group_start.push_back(0);

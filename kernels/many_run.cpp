@@ -11,7 +11,7 @@ using prunella::ManyWeight;
 
 namespace {
 
-constexpr int64_t kBandFloats = 192;
+constexpr int64_t kBandRows = 192 + 16;
 
 struct Job {
   ManyTask task;
@@ -44,7 +44,7 @@ void run_one(void* given, int64_t number) {
   if (task.end.residual) task.end.residual += image * job.y_stride;
   int width = task.tile * job.tier->lanes;
   task.panel = prunella::scratch(0, prunella::many_panel(w, width));
-  task.sums = prunella::scratch(1, std::max<int64_t>(kBandFloats, w.rows) * width);
+  task.sums = prunella::scratch(1, kBandRows * width);
   if (!task.panel || !task.sums) {
     job.failed = true;
   } else if (task.band_first < task.band_last) {

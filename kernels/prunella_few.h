@@ -17,14 +17,14 @@ enum { PRUNELLA_FP32 = 0, PRUNELLA_BF16 = 1, PRUNELLA_INT8 = 2 };
 typedef struct prunella_few prunella_few;
 
 // Pack rows (as in prunella_check, which is called here). CSR has no int8 and at most 65536 columns.
-int prunella_few_pack(int64_t m, int64_t k, int64_t nnz, const int64_t* starts, const int64_t* columns,
+PRUNELLA_API int prunella_few_pack(int64_t m, int64_t k, int64_t nnz, const int64_t* starts, const int64_t* columns,
                       const float* values, int32_t kind, int32_t precision, prunella_few** made);
-void prunella_few_free(prunella_few* weight);
-int64_t prunella_few_bytes(const prunella_few* weight);
+PRUNELLA_API void prunella_few_free(prunella_few* weight);
+PRUNELLA_API int64_t prunella_few_bytes(const prunella_few* weight);
 
 // y (tokens, m) = activation(x (tokens, k) W' + bias + residual). bias and residual may be null. activation: 0, 1 ReLU.
 // y overlaps neither x nor residual. More than 8 tokens run as several passes.
-int prunella_few_linear(const prunella_few* weight, const float* x, int64_t tokens, const float* bias,
+PRUNELLA_API int prunella_few_linear(const prunella_few* weight, const float* x, int64_t tokens, const float* bias,
                         const float* residual, int32_t activation, int32_t threads, float* y);
 
 #ifdef __cplusplus

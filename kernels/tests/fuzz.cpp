@@ -66,7 +66,7 @@ float number(Bytes& in) {
 
 // Well-formed rows whose density and places come from the input.
 Rows good_rows(Bytes& in) {
-  const int64_t m = in.below(24), k = in.below(in.next(1) % 32 ? 150 : 3000);
+  const int64_t m = in.below(9), k = in.below(in.next(1) % 64 ? 150 : 3000);
   const uint64_t keep = in.next(1);
   uint64_t state = in.next(4) * 2 + 1;
   std::vector<int64_t> starts(1, 0), columns;
@@ -86,20 +86,57 @@ Rows good_rows(Bytes& in) {
   return rows;
 }
 
-int64_t hostile(Bytes& in) {
-  switch (in.next(1) % 5) {
+// A number instead of `now`, often just across the `limit`.
+int64_t hostile(Bytes& in, int64_t now, int64_t limit) {
+  switch (in.next(1) % 8) {
     case 0: return static_cast<int64_t>(in.next(8));
     case 1: return -static_cast<int64_t>(in.next(1));
     case 2: return INT64_MIN;
     case 3: return INT64_MAX;
-    default: return static_cast<int64_t>(in.next(2));
+    case 4: return static_cast<int64_t>(static_cast<uint64_t>(now) + 1);
+    case 5: return static_cast<int64_t>(static_cast<uint64_t>(now) - 1);
+    case 6: return limit;
+    default: return limit - 1;
   }
 }
 
 void spoil(Bytes& in, Rows& rows) {
-  for (int64_t times = in.below(4); times > 0; times--) {
-    Exact<int64_t>& some = in.next(1) % 2 || rows.columns.size == 0 ? rows.starts : rows.columns;
-    some[in.below(some.size)] = hostile(in);
+  for (int64_t times = 1 + in.below(3); times > 0; times--) {
+    const bool starts = in.next(1) % 2 || rows.columns.size == 0;
+    Exact<int64_t>& some = starts ? rows.starts : rows.columns;
+    int64_t& one = some[in.next(1) % 4 ? in.below(some.size) : some.size - 1];
+    one = hostile(in, one, starts ? rows.columns.size : rows.k);
+  }
+}
+
+template <class T>
+void spoil_one(Bytes& in, void* section, int64_t count, int64_t limit) {
+  if (!count) return;
+  T& one = static_cast<T*>(section)[in.below(count)];
+  one = static_cast<T>(hostile(in, static_cast<int64_t>(one), limit));
+}
+
+// Two bits of a word change places or flip: often the count of the row stays what it was.
+void spoil_mask(Bytes& in, uint64_t* mask, int64_t words) {
+  if (!words) return;
+  uint64_t& word = mask[in.below(words)];
+  const uint64_t first = in.next(1) % 64, second = in.next(1) % 64;
+  word ^= uint64_t(1) << first | uint64_t(1) << second;
+}
+
+void spoil_buffer(Bytes& in, void* data, int64_t length) {
+  const prunella::FewView w = prunella::few_view(data);
+  switch (in.next(1) % 5) {
+    case 0: return spoil_one<int64_t>(in, data, 5, w.h.nonzeros);
+    case 1: return spoil_one<int64_t>(in, const_cast<int64_t*>(w.starts), w.h.rows + 1, w.h.nonzeros);
+    case 2:
+      if (w.h.kind == prunella::kCsr)
+        return spoil_one<uint16_t>(in, const_cast<uint16_t*>(w.index), w.h.nonzeros, w.h.columns);
+      return spoil_mask(in, const_cast<uint64_t*>(w.mask), w.h.rows * prunella::few_words(w.h.columns));
+    case 3:
+      if (w.h.value != prunella::kInt8) return;
+      return spoil_one<int32_t>(in, const_cast<int32_t*>(w.sums), w.h.rows, 0);
+    default: static_cast<uint8_t*>(data)[static_cast<int64_t>(in.next(4)) % length] = static_cast<uint8_t>(in.next(1));
   }
 }
 
@@ -164,37 +201,34 @@ double int8_slack(Rows& rows, Product& out) {
   return double(rows.k) * weight * x * 1.1 / 127.0;
 }
 
-void try_few(Rows& rows, Product& out, int32_t threads) {
-  for (int32_t kind = -1; kind <= 2; kind++)
-    for (int32_t precision = -1; precision <= 3; precision++) {
-      const bool there = kind >= 0 && kind <= 1 && precision >= 0 && precision <= 2 - kind;
-      prunella_few* packed = nullptr;
-      const int code = prunella_few_pack(rows.m, rows.k, rows.columns.size, rows.starts.get(), rows.columns.get(),
-                                         rows.values.get(), kind, precision, &packed);
-      const bool accepted = there && (precision != PRUNELLA_INT8 || finite(rows.values));
-      must((code == PRUNELLA_OK) == accepted, "a form is packed if there is one");
-      if (code) continue;
-      must(prunella::few_check(packed->data, packed->bytes) == PRUNELLA_OK, "what was packed passes its check");
-      must(prunella_few_linear(packed, out.x.get(), out.tokens, nullptr, nullptr, 0, threads, out.y.get()) == 0, "it runs");
-      const double slack = precision == PRUNELLA_INT8 ? int8_slack(rows, out) : 0.0;
-      compare(out, precision == PRUNELLA_BF16 ? 0.01 : 1e-5, 1e-30 + slack);
-      prunella_few_free(packed);
-    }
+void try_few(Bytes& in, Rows& rows, Product& out, int32_t threads) {
+  const int32_t kind = static_cast<int32_t>(in.next(1) % 8) % 3 - (in.next(1) % 16 == 0);
+  const int32_t precision = static_cast<int32_t>(in.next(1) % 16) % 4 - (in.next(1) % 16 == 0);
+  const bool there = kind >= 0 && kind <= 1 && precision >= 0 && precision <= 2 - kind;
+  prunella_few* packed = nullptr;
+  const int code = prunella_few_pack(rows.m, rows.k, rows.columns.size, rows.starts.get(), rows.columns.get(),
+                                     rows.values.get(), kind, precision, &packed);
+  const bool accepted = there && (precision != PRUNELLA_INT8 || finite(rows.values));
+  must((code == PRUNELLA_OK) == accepted, "a form is packed if there is one");
+  if (code) return;
+  must(prunella::few_check(packed->data, packed->bytes) == PRUNELLA_OK, "what was packed passes its check");
+  must(prunella_few_linear(packed, out.x.get(), out.tokens, nullptr, nullptr, 0, threads, out.y.get()) == 0, "it runs");
+  const double slack = precision == PRUNELLA_INT8 ? int8_slack(rows, out) : 0.0;
+  compare(out, precision == PRUNELLA_BF16 ? 0.01 : 1e-5, 1e-30 + slack);
+  prunella_few_free(packed);
 }
 
 void try_many(Bytes& in, Rows& rows, Product& out, int32_t threads) {
   static const int32_t kinds[] = {0, 2, 3, 4}, sides[] = {1, 2, 4};
-  const int32_t side = sides[in.next(1) % 3], tile = 1 + static_cast<int32_t>(in.next(1) % 8);
+  const int32_t kind = kinds[in.next(1) % 4], side = sides[in.next(1) % 3], tile = 1 + static_cast<int32_t>(in.next(1) % 8);
   const int32_t depth = 1 + static_cast<int32_t>(in.below(600));
-  for (int32_t kind : kinds) {
-    prunella_many* packed = nullptr;
-    const int code = prunella_many_pack(rows.m, rows.k, rows.columns.size, rows.starts.get(), rows.columns.get(),
-                                        rows.values.get(), kind, side, depth, &packed);
-    if (code) continue;
-    const int done = prunella_many_linear(packed, out.x.get(), out.tokens, nullptr, nullptr, 0, tile, threads, out.y.get());
-    if (done == PRUNELLA_OK && (kind == 0 || finite(out.x))) compare(out, 1e-5, 1e-30);
-    prunella_many_free(packed);
-  }
+  prunella_many* packed = nullptr;
+  if (prunella_many_pack(rows.m, rows.k, rows.columns.size, rows.starts.get(), rows.columns.get(), rows.values.get(), kind,
+                         side, depth, &packed))
+    return;
+  const int done = prunella_many_linear(packed, out.x.get(), out.tokens, nullptr, nullptr, 0, tile, threads, out.y.get());
+  if (done == PRUNELLA_OK && (kind == 0 || finite(out.x))) compare(out, 1e-5, 1e-30);
+  prunella_many_free(packed);
 }
 
 void round_of_rows(Bytes& in) {
@@ -207,7 +241,7 @@ void round_of_rows(Bytes& in) {
   if (right) {
     Product out = product(in, rows, how % 4 == 0);
     const int32_t threads = how % 64 == 0 ? 3 : 1;
-    try_few(rows, out, threads);
+    try_few(in, rows, out, threads);
     try_many(in, rows, out, threads);
     return;
   }
@@ -235,17 +269,15 @@ void round_of_buffer(Bytes& in) {
   if (posix_memalign(&data, 64, static_cast<size_t>(length ? length : 1))) std::abort();
   std::memcpy(data, packed->data, static_cast<size_t>(length));
   prunella_few_free(packed);
-  const int64_t head = length < 512 ? length : 512;
-  for (int64_t times = in.below(5); times > 0 && length; times--) {
-    const bool front = in.next(1) % 2 != 0;
-    static_cast<uint8_t*>(data)[static_cast<int64_t>(in.next(4)) % (front ? head : length)] = static_cast<uint8_t>(in.next(1));
-  }
+  for (int64_t times = in.below(3); times > 0 && prunella::few_check(data, length) == PRUNELLA_OK; times--)
+    spoil_buffer(in, data, length);
   prunella_few taken{data, length};
   if (prunella::few_check(data, length) == PRUNELLA_OK) {
     must(length == full, "a cut buffer is refused");
     const prunella::FewHeader& h = *static_cast<prunella::FewHeader*>(data);
     const int64_t tokens = 1 + in.below(8);
     Exact<float> x(tokens * h.columns), y(tokens * h.rows);
+    if (x.size && in.next(1) % 2) x[in.below(x.size)] = NAN;
     must(prunella_few_linear(&taken, x.get(), tokens, nullptr, nullptr, 1, 1, y.get()) == 0, "a checked buffer runs");
   }
   std::free(data);

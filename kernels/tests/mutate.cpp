@@ -1,11 +1,12 @@
 // Without libFuzzer: inputs from a seed, half of them fresh, half of them earlier ones with a few bytes changed.
 //
-//   mutate SECONDS SEED     says how many inputs were tried; the last line on a failure names seed and number
+//   fuzz -max_total_time=SECONDS -seed=NUMBER     as libFuzzer is called; says how many inputs were tried
 #include <chrono>
+#include <csignal>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
-#include <csignal>
+#include <cstring>
 #include <random>
 #include <vector>
 
@@ -35,11 +36,18 @@ std::vector<uint8_t> changed(std::vector<uint8_t> bytes, std::mt19937_64& random
   return bytes;
 }
 
+// The number of an option -name=number, or `otherwise`.
+unsigned long long option(int count, char** given, const char* name, unsigned long long otherwise) {
+  for (int i = 1; i < count; i++)
+    if (!std::strncmp(given[i], name, std::strlen(name))) otherwise = std::strtoull(given[i] + std::strlen(name), nullptr, 10);
+  return otherwise;
+}
+
 }  // namespace
 
 int main(int count, char** given) {
-  const double seconds = count > 1 ? std::atof(given[1]) : 20.0;
-  seed = count > 2 ? std::strtoull(given[2], nullptr, 10) : 0;
+  const auto seconds = static_cast<double>(option(count, given, "-max_total_time=", 20));
+  seed = option(count, given, "-seed=", 1);
   std::signal(SIGABRT, say_where);
   std::mt19937_64 random(seed);
   std::vector<std::vector<uint8_t>> kept;

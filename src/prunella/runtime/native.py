@@ -223,7 +223,7 @@ def pack(weight: Tensor, config: Config) -> Packed:
 
 
 def pack_rows(shape: tuple[int, int], starts: Tensor, columns: Tensor, values: Tensor, config: Config) -> Packed:
-    """The same from compressed rows: starts (M + 1) and columns int64, values float32. All is checked before it is used."""
+    """The same from compressed rows: starts (M + 1) and columns int64, values float32; all is checked first."""
     fits = (
         starts.shape == (shape[0] + 1,)
         and columns.shape == values.shape
@@ -262,7 +262,7 @@ def linear(
     residual: Tensor | None = None,
     activation: Activation = Activation.NONE,
 ) -> Tensor:
-    """`activation(x W' + bias + residual)`: x (..., K) -> (..., M), float32 on the CPU; bfloat16 x is read as float32."""
+    """`activation(x W' + bias + residual)`: x (..., K) -> (..., M), float32 on the CPU; bfloat16 is read as float32."""
     x = _input(x).contiguous()
     if x.shape[-1:] != packed.shape[1:]:
         raise RequestError(f"x has {tuple(x.shape)[-1:]} columns", f"the weight has {packed.shape[1]}", "")
