@@ -57,7 +57,7 @@ class Kind(Enum):
     CSR = "csr"
 
 
-_MANY = {Kind.ROWS: 0, Kind.BLOCK16: 2, Kind.BLOCK8: 3, Kind.BLOCK4: 4}
+_MANY = {Kind.ROWS: 0, Kind.GROUPS: 1, Kind.BLOCK16: 2, Kind.BLOCK8: 3, Kind.BLOCK4: 4}
 _FEW = {Kind.DECODE: 0, Kind.CSR: 1}
 _FEW_PRECISIONS = {Precision.FP32: 0, Precision.BF16: 1, Precision.INT8: 2}
 _FEW_TOKENS = 8
@@ -105,7 +105,7 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "prunella_check": (_INT, (_LONG, _LONG, _LONG, _POINTER, _POINTER)),
     "prunella_many_pack": (
         _INT,
-        (_LONG, _LONG, _LONG, _POINTER, _POINTER, _POINTER, _INT, _INT, _INT, ctypes.POINTER(_POINTER)),
+        (_LONG, _LONG, _LONG, _POINTER, _POINTER, _POINTER, _INT, _INT, _INT, _INT, ctypes.POINTER(_POINTER)),
     ),
     "prunella_many_free": (None, (_POINTER,)),
     "prunella_many_bytes": (_LONG, (_POINTER,)),
@@ -242,7 +242,7 @@ def pack_rows(shape: tuple[int, int], starts: Tensor, columns: Tensor, values: T
         sizes: tuple[int, ...] = (_FEW[config.kind], _FEW_PRECISIONS[config.precision])
         make, measure = library.prunella_few_pack, library.prunella_few_bytes
     else:
-        sizes = (_MANY[config.kind], config.rows, config.depth)
+        sizes = (_MANY[config.kind], config.rows, config.depth, int(config.precision is Precision.BF16))
         make, measure = library.prunella_many_pack, library.prunella_many_bytes
     _done(make(*shape, len(values), *pointers, *sizes, ctypes.byref(made)))
     return Packed(shape, len(values), int(measure(made)), config, int(made.value or 0))
@@ -250,9 +250,7 @@ def pack_rows(shape: tuple[int, int], starts: Tensor, columns: Tensor, values: T
 
 def _has(config: Config) -> bool:
     """Whether there is a kernel of that kind and precision."""
-    if config.kind in _MANY:
-        return config.precision is Precision.FP32
-    return config.kind in _FEW and (config.kind is Kind.DECODE or config.precision is not Precision.INT8)
+    return config.kind is Kind.DECODE or config.precision is not Precision.INT8
 
 
 def linear(
