@@ -192,10 +192,18 @@ def configs(shape: tuple[int, int], density: float, tokens: int) -> tuple[Config
     if tokens <= _FEW_TOKENS:
         few = _few_configs(shape[1], density, tokens)
         return few if tokens == 1 else (*few, Config(Kind.ROWS, rows=4, tile=1, depth=512))
-    rows = [
-        Config(Kind.ROWS, rows=r, tile=t, depth=d) for r, t, d in ((2, 4, 256), (4, 2, 512), (4, 2, 256), (2, 4, 512))
-    ]
-    return tuple(rows if density > 0.15 else [rows[1], rows[0], *rows[2:]])
+    return _MUCH if density > 0.35 else _LITTLE
+
+
+_MUCH = tuple(
+    Config(kind, rows=r, tile=t, depth=d)
+    for kind, r, t, d in (
+        (Kind.GROUPS, 4, 3, 256), (Kind.ROWS, 1, 8, 128), (Kind.ROWS, 2, 4, 256), (Kind.ROWS, 4, 3, 256)
+    )
+)  # fmt: skip
+_LITTLE = tuple(
+    Config(Kind.ROWS, rows=r, tile=t, depth=d) for r, t, d in ((2, 4, 256), (4, 3, 256), (4, 2, 512), (1, 8, 128))
+)
 
 
 def _few_configs(columns: int, density: float, tokens: int) -> tuple[Config, ...]:
@@ -250,7 +258,9 @@ def pack_rows(shape: tuple[int, int], starts: Tensor, columns: Tensor, values: T
 
 def _has(config: Config) -> bool:
     """Whether there is a kernel of that kind and precision."""
-    return config.kind is Kind.DECODE or config.precision is not Precision.INT8
+    if config.kind in _MANY:
+        return config.precision is Precision.FP32 or (config.precision is Precision.BF16 and config.tile % 2 == 0)
+    return config.kind in _FEW and (config.kind is Kind.DECODE or config.precision is not Precision.INT8)
 
 
 def linear(
