@@ -51,6 +51,7 @@ ORDER = (
     "blockwise",
     "tokens",
     "realize",
+    "streaming",
     "reporting",
     "metrics",
     "recipes",

@@ -160,15 +160,26 @@ def _from_library(library: str, name: str, *, pretrained: bool) -> nn.Module:
 
 
 def _from_folder(folder: Path, *, allow_pickle: bool) -> nn.Module:
-    config = folder / "config.json"
+    kind = class_of(folder)
+    _check_weight_files(folder, allow_pickle=allow_pickle)
+    return _from_pretrained(folder, kind, allow_pickle=allow_pickle)
+
+
+def class_of(folder: Path) -> Any:
+    """The class of transformers that the config.json of a folder names; never code that the folder brings.
+
+    Errors: BadInput for a folder without one, NotSupported for a class that this version does not have.
+    """
     try:
-        description = json.loads(config.read_text())
-        architecture = description["architectures"][0]
+        architecture = json.loads((folder / "config.json").read_text())["architectures"][0]
     except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
         why = f"config.json does not name an architecture ({type(error).__name__}: {error})"
         raise BadInput(f"{folder} is no model folder", why, "give a folder written by save_pretrained") from error
-    _check_weight_files(folder, allow_pickle=allow_pickle)
-    return _from_pretrained(folder, architecture, allow_pickle=allow_pickle)
+    kind = getattr(import_transformers(), str(architecture), None)
+    if kind is None or not hasattr(kind, "from_pretrained"):
+        why = f"this version of transformers has no {architecture}; code that the folder brings is never run"
+        raise NotSupported(f"cannot build {folder}", why, "use package.module:factory with --weights")
+    return kind
 
 
 def _check_weight_files(folder: Path, *, allow_pickle: bool) -> None:
@@ -185,12 +196,7 @@ def _check_weight_files(folder: Path, *, allow_pickle: bool) -> None:
     raise BadInput(f"{folder} has no weights", "no *.safetensors file in it", "give the folder with the weights")
 
 
-def _from_pretrained(folder: Path, architecture: str, *, allow_pickle: bool) -> nn.Module:
-    transformers = import_transformers()
-    kind = getattr(transformers, str(architecture), None)
-    if kind is None or not hasattr(kind, "from_pretrained"):
-        why = f"this version of transformers has no {architecture}; code that the folder brings is never run"
-        raise NotSupported(f"cannot build {folder}", why, "use package.module:factory with --weights")
+def _from_pretrained(folder: Path, kind: Any, *, allow_pickle: bool) -> nn.Module:
     options = {"local_files_only": True, "trust_remote_code": False, "use_safetensors": not allow_pickle}
     model, info = call_user(lambda: kind.from_pretrained(str(folder), output_loading_info=True, **options), str(folder))
     missing = sorted(info.get("missing_keys", ()))
@@ -199,7 +205,7 @@ def _from_pretrained(folder: Path, architecture: str, *, allow_pickle: bool) -> 
         why = (
             f"{len(missing)} tensors are missing and {len(wrong)} of another shape: {', '.join([*missing, *wrong][:3])}"
         )
-        raise BadInput(f"the weights in {folder} do not fit {architecture}", why, "give the complete folder")
+        raise BadInput(f"the weights in {folder} do not fit {kind.__name__}", why, "give the complete folder")
     assert isinstance(model, nn.Module)
     return model
 
