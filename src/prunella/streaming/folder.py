@@ -89,7 +89,7 @@ def solve_folder(
 
     memory: most bytes of the process, as `"4GB"`; the stream goes to disk when it does not fit, and a run that would
     take more is refused before it starts. None: the stream in memory, no check. Errors: RequestError for a folder that
-    is taken or another run's, or too little memory; NotSupported for a model whose blocks are not one list run in order.
+    is taken or another run's, or too little memory; NotSupported where the blocks are not one list run in order.
 
     Use: models larger than memory. Avoid: models that fit, when they have to be evaluated next: `solve_`.
     """

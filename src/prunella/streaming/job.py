@@ -189,7 +189,8 @@ class Prepared:
 
     def _moments(self, first: Captured, on_disk: bool) -> list[amounts.Peak]:
         """What is in memory while what surrounds the blocks runs, and while each kind of block is solved."""
-        base, stream, refining = amounts.resident(), 0 if on_disk else self.stream_bytes, self.how.refine is not None
+        base = amounts.resident() + amounts.BUFFERS
+        stream, refining = 0 if on_disk else self.stream_bytes, self.how.refine is not None
         around = sum(stored.size for stored in self.skeleton.around())
         found = [amounts.Peak({"process": base, "around the blocks": around, "stream": stream}, on_disk)]
         seen = set()

@@ -32,6 +32,8 @@ _SMALL = 192
 """Largest side of the layer that a solver is tried on."""
 MARGIN = 1.2
 """For what operations take inside, and for memory that was let go but is not reused."""
+BUFFERS = 64_000_000
+"""What the libraries take at their first work and keep: 45 MB were measured for the matrix products of one thread."""
 
 
 def parse_bytes(text: str | int) -> int:
