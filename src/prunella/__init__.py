@@ -143,6 +143,7 @@ if TYPE_CHECKING:
     from prunella.recovery.rates import rewind_rate as rewind_rate
     from prunella.recovery.rates import scaled_rate as scaled_rate
     from prunella.recovery.reconstruct import reconstruct as reconstruct
+    from prunella.recovery.sharded import hold_sharded_ as hold_sharded_
     from prunella.recovery.statistics import correct_statistics as correct_statistics
     from prunella.reporting.count import count as count
     from prunella.reporting.frontier import Frontier as Frontier
@@ -413,6 +414,7 @@ _HOME = {
     "rescale_": "blockwise",
     "rotate": "blockwise",
     "processes": "blockwise",
+    "hold_sharded_": "recovery.sharded",
     "solve_": "blockwise",
     "forecast": "streaming",
     "solve_folder": "streaming",

@@ -6,7 +6,7 @@ The blocks are the module list that holds the most weights. Each must run once, 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -76,6 +76,7 @@ class _Stage:
     order: list[str] = field(default_factory=list)
     stream: Tensor | None = None
     first: Tensor | None = None
+    past: bool = False
 
     @contextmanager
     def set(self) -> Iterator[None]:
@@ -94,16 +95,30 @@ class _Stage:
         """The stream into the first block for each batch."""
         for batch in batches:
             self.order, self.stream, self.first = [], None, None
-            with suppress(Stop):
-                run(self.model, batch)
+            self._run(batch, run)
             if self.order != self.paths or self.first is None:
                 why = f"{len(self.order)} calls of its {len(self.paths)} blocks, not each once and in order"
                 raise NotSupported("the blocks of the model do not run one after the other", why, _TODO)
             yield self.first
 
+    def _run(self, batch: Any, run: Runner) -> None:
+        """Until the last block; the first time to the end without values, to see whether a block runs again there."""
+        self.past = False
+        try:
+            run(self.model, batch)
+        except (Stop, PruningError) as ended:
+            if not isinstance(ended, Stop):
+                raise
+        except Exception:
+            if not self.past:  # what comes after the blocks has no weights here, and may well fail
+                raise
+
     def _stand_in(self, path: str, block: Callable[..., Any]) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
             call = Call(args, kwargs)
+            if self.past:
+                why = "it runs again after the last one" if path in self.order else "it runs after the last one"
+                raise NotSupported("the blocks of the model do not run one after the other", f"{path}: {why}", _TODO)
             if not isinstance(call.stream, Tensor) or not (self.stream is None or call.stream is self.stream):
                 why = "its first argument is not what the block before it returned"
                 raise NotSupported(f"{path} is not fed by the block before it", why, _TODO)
@@ -116,11 +131,12 @@ class _Stage:
             self.order.append(path)
             bare = call.fed(call.stream.new_empty(0))
             self.calls[path].append(Call(self._shared(bare.args), self._shared(bare.kwargs)))
-            if path == self.paths[-1]:
+            known, self.past = path in self.trees, path == self.paths[-1]
+            if self.past and known:
                 raise Stop
-            if path not in self.trees:
+            if not known:
                 self.trees[path] = _on_meta(path, block, call)
-            return swap(self.trees[path], call.stream)
+            return swap(self.trees[path], call.stream.to("meta") if self.past else call.stream)
 
         return forward
 

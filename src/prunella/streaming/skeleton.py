@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from prunella.errors import BadInput, NotSupported
+from prunella.forward import tensors
 from prunella.models import call_user, class_of, import_transformers
 from prunella.streaming.shards import Stored
 
@@ -100,8 +101,10 @@ class Skeleton:
         inside = tuple(f"{path}." for path in blocks)
         used: list[str] = []
 
-        def enter(prefix: str) -> Callable[[nn.Module, Any], None]:
-            def fill(module: nn.Module, args: Any) -> None:
+        def enter(prefix: str) -> Callable[[nn.Module, Any, Any], None]:
+            def fill(module: nn.Module, args: Any, kwargs: Any) -> None:
+                if any(_is_empty(t) for t in tensors([list(args), kwargs])):
+                    return  # past the last block, where nothing has values
                 slots = {**module._parameters, **module._buffers}
                 names = [f"{prefix}.{leaf}" if prefix else leaf for leaf, t in slots.items() if _is_empty(t)]
                 used.extend(names)
@@ -110,7 +113,7 @@ class Skeleton:
             return fill
 
         handles = [
-            module.register_forward_pre_hook(enter(path))
+            module.register_forward_pre_hook(enter(path), with_kwargs=True)
             for path, module in self.model.named_modules()
             if not f"{path}.".startswith(inside)
         ]
