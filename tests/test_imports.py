@@ -52,6 +52,7 @@ ORDER = (
     "tokens",
     "realize",
     "streaming",
+    "runtime",
     "reporting",
     "metrics",
     "recipes",
