@@ -74,7 +74,11 @@ def test_streams_are_kept_and_constants_once() -> None:
 
 @pytest.mark.parametrize(
     ("order", "said"),
-    [("twice", "runs again after the last one"), ("back", "do not run one after the other"), ("scaled", "is not fed by the block")],
+    [
+        ("twice", "runs again after the last one"),
+        ("back", "do not run one after the other"),
+        ("scaled", "is not fed by the block"),
+    ],
 )
 def test_blocks_in_another_order_are_refused(order: str, said: str) -> None:
     with pytest.raises(NotSupported) as refused:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +13,7 @@ from prunella.cli.console import emit, note, stage
 
 if TYPE_CHECKING:
     from prunella.blockwise import OneShot
-    from prunella.streaming import Step
+    from prunella.streaming import Step, Streamed
 
 RECIPES = ("one_shot", "admm", "sparsegpt")
 """Names of `prunella.streaming.preset`, known without importing torch."""
@@ -47,22 +49,46 @@ def forecast(asked: Asked, *, as_json: bool) -> None:
 def run(asked: Asked, output: Path, *, overwrite: bool, as_json: bool) -> None:
     """Prune, and print what was done."""
     from prunella.streaming import solve_folder
+
+    with _joined() as speaks:
+        folder, how, data = _read(asked)
+        if speaks:
+            note(f"{len(data)} batches; a run that is killed goes on when it is started again")
+        done = solve_folder(
+            folder, output, how, data=data, memory=asked.memory, skip=asked.skip, overwrite=overwrite,
+            on_block=_told() if speaks else None,
+        )  # fmt: skip
+    if speaks:
+        _said(done, as_json=as_json)
+
+
+def _said(done: Streamed, *, as_json: bool) -> None:
     from prunella.streaming.convertible import gguf_obstacle
 
-    folder, how, data = _read(asked)
-    note(f"{len(data)} batches; a run that is killed goes on when it is started again")
-    done = solve_folder(
-        folder, output, how, data=data, memory=asked.memory, skip=asked.skip, overwrite=overwrite, on_block=_told()
-    )
-    obstacle = gguf_obstacle(output)
+    obstacle = gguf_obstacle(done.path)
     gguf = f"not for converters to GGUF: {obstacle}" if obstacle else "its shapes and files suit converters to GGUF"
     text = f"{done}\nread it with from_pretrained; {gguf}"
     result = {
-        "folder": str(output), "sparsity": done.solving.sparsity, "seconds": done.seconds, "replayed": done.replayed,
-        "predicted_bytes": done.peak.bytes, "most_bytes": done.most, "reader": "from_pretrained",
-        "gguf_obstacle": obstacle, "layers": [asdict(fit) for fit in done.solving.fits],
+        "folder": str(done.path), "sparsity": done.solving.sparsity, "seconds": done.seconds,
+        "replayed": done.replayed, "predicted_bytes": done.peak.bytes, "most_bytes": done.most,
+        "reader": "from_pretrained", "gguf_obstacle": obstacle, "layers": [asdict(fit) for fit in done.solving.fits],
     }  # fmt: skip
     emit(result, text, as_json=as_json)
+
+
+@contextmanager
+def _joined() -> Iterator[bool]:
+    """Under torchrun, with the other processes; whether this is the one that speaks."""
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+        yield True
+        return
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo")
+    try:
+        yield dist.get_rank() == 0
+    finally:
+        dist.destroy_process_group()
 
 
 def _told() -> Callable[[Step], None]:
