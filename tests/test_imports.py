@@ -51,6 +51,7 @@ ORDER = (
     "blockwise",
     "tokens",
     "realize",
+    "streaming",
     "runtime",
     "reporting",
     "metrics",

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from prunella.at_init import synflow_rounds as synflow_rounds
     from prunella.blockwise import OneShot as OneShot
     from prunella.blockwise import Refine as Refine
+    from prunella.blockwise import processes as processes
     from prunella.blockwise import rescale_ as rescale_
     from prunella.blockwise import rotate as rotate
     from prunella.blockwise import solve_ as solve_
@@ -114,6 +115,8 @@ if TYPE_CHECKING:
     from prunella.program import as_program as as_program
     from prunella.realize.artifact import load as load
     from prunella.realize.artifact import save as save
+    from prunella.realize.card import Card as Card
+    from prunella.realize.card import write_card as write_card
     from prunella.realize.carry import carry_ as carry_
     from prunella.realize.export import export as export
     from prunella.realize.plan_file import load_plan as load_plan
@@ -140,6 +143,7 @@ if TYPE_CHECKING:
     from prunella.recovery.rates import rewind_rate as rewind_rate
     from prunella.recovery.rates import scaled_rate as scaled_rate
     from prunella.recovery.reconstruct import reconstruct as reconstruct
+    from prunella.recovery.sharded import hold_sharded_ as hold_sharded_
     from prunella.recovery.statistics import correct_statistics as correct_statistics
     from prunella.reporting.count import count as count
     from prunella.reporting.frontier import Frontier as Frontier
@@ -180,6 +184,8 @@ if TYPE_CHECKING:
     from prunella.solvers.admm import admm as admm
     from prunella.solvers.refit import refit as refit
     from prunella.solvers.sparsegpt import sparsegpt as sparsegpt
+    from prunella.streaming import forecast as forecast
+    from prunella.streaming import solve_folder as solve_folder
     from prunella.study import Study as Study
     from prunella.study import pareto as pareto
     from prunella.targets import Bytes as Bytes
@@ -407,7 +413,13 @@ _HOME = {
     "Refine": "blockwise",
     "rescale_": "blockwise",
     "rotate": "blockwise",
+    "processes": "blockwise",
+    "hold_sharded_": "recovery.sharded",
     "solve_": "blockwise",
+    "forecast": "streaming",
+    "solve_folder": "streaming",
+    "Card": "realize.card",
+    "write_card": "realize.card",
     "admm": "solvers.admm",
     "by_score": "solvers",
     "refit": "solvers.refit",

@@ -27,6 +27,7 @@ HOMES = (
     "search",
     "importers",
     "realize.storage",
+    "streaming",
     "metrics",
     "study",
     "recipes",
