@@ -55,6 +55,7 @@ ORDER = (
     "metrics",
     "recipes",
     "search",
+    "comparison",
     "catalogue",
     "examples",
     "doctor",

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from prunella.blockwise import rotate as rotate
     from prunella.blockwise import slice_stream as slice_stream
     from prunella.blockwise import solve_ as solve_
+    from prunella.comparison import compare as compare
     from prunella.compress.huffman import huffman as huffman
     from prunella.compress.huffman import relative_index as relative_index
     from prunella.compress.int8 import to_int8_ as to_int8_
@@ -264,6 +265,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
+    "compare": "comparison",
     "with_biases": "realize.biases",
     "slice_stream": "blockwise",
     "throughput": "metrics",
