@@ -5,9 +5,11 @@
 Model, text and windows as in benchmarks/llm.py: WikiText-2 raw test, windows of 1024 without overlap, the first
 --windows; calibration: --calibration random windows of 512 tokens of the validation split, chosen by --seed; healing:
 --steps windows of 256 tokens, other ones of that split. Everything in float32; each cell records these numbers.
-depth:WAY:N drops N of 30 blocks; width:WAY:P removes P % of the feed-forward neurons, the same in every layer. A cell
-that has its JSON is not run again, and the search by loss keeps a journal. `--quick` takes 2 windows and 2 steps, for a
-look that the script works. PRUNELLA_TEXT names the folder of the text, ../shared/data/text by default.
+depth:WAY:N drops N of 30 blocks; width:WAY:P removes P % of the feed-forward neurons, the same in every layer;
+heal:CELL is the same cut after the one healing, rate:CELL its tokens a second. A cell that has its JSON is not run
+again, and the searches (by loss, or by divergence from the dense model: kl) keep a journal. `--quick` takes 2 windows
+and 2 steps, for a look that the script works. PRUNELLA_TEXT names the folder
+of the text, ../shared/data/text by default.
 """
 
 from __future__ import annotations
@@ -29,11 +31,13 @@ from torch import Tensor, nn
 import prunella as pr
 
 FOLDER = RESULTS / "llm_structured"
-PARTS = ("depth:influence:4", "depth:loss:4", "depth:loss+match:4", "width:l2:20", "width:flap:20", "width:ours:20")
+PARTS = ("depth:influence:4", "depth:kl+match:4", "width:l2:20", "width:flap:20", "width:ours:20")
+HEALED = tuple(f"heal:{name}" for name in PARTS[2:])
+RATES = ("rate:depth:influence:8", "rate:width:flap:20")
 DEPTHS = (8, 2, 6, 4)
-WAYS = ("influence", "loss", "loss+match", "angular", "streamline", "influence+match")
-CELLS = list(dict.fromkeys(["dense:", *PARTS, *(f"depth:{way}:{n}" for n in DEPTHS for way in WAYS)]))
-RATES = ("depth:influence:8", "width:flap:20")
+WAYS = ("influence", "kl", "kl+match", "influence+match", "loss", "loss+match", "angular", "streamline")
+DEPTH = tuple(f"depth:{way}:{n}" for n in DEPTHS for way in WAYS)
+CELLS = list(dict.fromkeys(["dense:", *PARTS, *HEALED, *RATES, *DEPTH]))
 ANCHORS = {"dense:": 22.88, "depth:influence:2": 30.15, "depth:influence:4": 43.86, "depth:influence:8": 107.8}
 """What other code gave in the same protocol in bfloat16; influence from 8 k tokens of other windows."""
 
@@ -77,7 +81,8 @@ class Bench:
             done = pr.replace_run(self.dense, self.example, self.data, count=count, refine=pr.Refine(5, 2e-4))
             return done.model, done.plan
         how, _, after = way.partition("+")
-        plan = {"influence": self.by_influence, "angular": self.by_angle, "loss": self.by_loss}[how](count)
+        plan = {"influence": self.by_influence, "angular": self.by_angle, "loss": self.by_loss,
+                "kl": self.by_divergence}[how](count)  # fmt: skip
         return self.finished(plan, after)
 
     def by_influence(self, count: int) -> pr.Plan:
@@ -91,8 +96,16 @@ class Bench:
 
     def by_loss(self, count: int) -> pr.Plan:
         """Ours: one at a time by measured loss, among the 6 of least influence; one journal for all counts."""
-        folder = FOLDER / f"journal{'-quick' if self.quick else ''}-{self.seed}"
-        return pr.greedy_blocks(self.dense, self.example, self.quality, count=count, data=self.data, among=6,
+        return self.searched("loss", self.quality, count)
+
+    def by_divergence(self, count: int) -> pr.Plan:
+        """Ours: the same by the divergence from the dense model, which is less noisy on few tokens."""
+        return self.searched("kl", pr.agreement(self.dense, self.judged, logits=True, outputs=uncached), count)
+
+    def searched(self, name: str, quality: Callable[[nn.Module], float], count: int) -> pr.Plan:
+        """The greedy search, with a journal of its own."""
+        folder = FOLDER / f"journal{'-quick' if self.quick else ''}-{name}-{self.seed}"
+        return pr.greedy_blocks(self.dense, self.example, quality, count=count, data=self.data, among=6,
                                 folder=folder).plan  # fmt: skip
 
     def width(self, way: str, percent: int) -> tuple[nn.Module, pr.Plan]:
@@ -122,7 +135,7 @@ def seconds(run: Callable[[], Any]) -> tuple[float, Any]:
     return time.process_time() - start, found
 
 
-def cell(bench: Bench, name: str, *, heal: bool) -> dict[str, Any]:
+def cell(bench: Bench, name: str) -> dict[str, Any]:
     """One cell."""
     protocol = {"windows": bench.windows, "calibration": len(bench.data), "seed": bench.seed}
     if name == "dense:":
@@ -133,9 +146,15 @@ def cell(bench: Bench, name: str, *, heal: bool) -> dict[str, Any]:
     params = sum(p.numel() for p in small.parameters()) / sum(p.numel() for p in bench.dense.parameters())
     found = {"cell": name, "ppl": bench.perplexity(small), "params": params, "dropped": gone, "cpu_s": spent,
              **protocol}  # fmt: skip
-    if heal:
-        found |= {"heal_cpu_s": bench.heal(small), "healed_ppl": bench.perplexity(small), "steps": bench.steps}
     return found
+
+
+def healed(bench: Bench, name: str) -> dict[str, Any]:
+    """A cell after the healing."""
+    small, _ = bench.cut(*name.split(":")[:2], int(name.split(":")[2]))
+    spent = bench.heal(small)
+    return {"cell": name, "ppl": bench.perplexity(small), "cpu_s": spent, "windows": bench.windows,
+            "steps": bench.steps, "seed": bench.seed}  # fmt: skip
 
 
 def rates(bench: Bench, name: str) -> dict[str, Any]:
@@ -149,14 +168,13 @@ def rates(bench: Bench, name: str) -> dict[str, Any]:
 def table(folder: Path) -> str:
     """The cells that were run, as Markdown."""
     lines = ["| cut | way | parameters | perplexity | healed | blocks | CPU s |", "|---|---|---|---|---|---|---|"]
-    for name in sorted(CELLS, key=lambda c: (c.split(":")[0], c.split(":")[-1])):
-        file = folder / f"{name.replace(':', '_')}.json"
-        if file.exists():
-            found = json.loads(file.read_text())
+    for name in sorted(["dense:", *PARTS, *DEPTH], key=lambda c: (c.split(":")[0], c.split(":")[-1])):
+        found, after = (_read(folder, cell) for cell in (name, f"heal:{name}"))
+        if found:
             kind, way, amount = (*name.split(":"), "", "")[:3]
-            healed = f"{found['healed_ppl']:.2f}" if "healed_ppl" in found else ""
             gone, size = ", ".join(found.get("dropped", ())), f"{found.get('params', 1):.1%}"
-            lines.append(f"| {kind} {amount} | {way} | {size} | {found['ppl']:.2f} | {healed} | {gone} "
+            better = f"{after['ppl']:.2f}" if after else ""
+            lines.append(f"| {kind} {amount} | {way} | {size} | {found['ppl']:.2f} | {better} | {gone} "
                          f"| {found.get('cpu_s', 0):.0f} |")  # fmt: skip
     for file in sorted(folder.glob("rate_*.json")):
         found = json.loads(file.read_text())
@@ -164,11 +182,15 @@ def table(folder: Path) -> str:
     return "\n".join(lines)
 
 
+def _read(folder: Path, name: str) -> dict[str, Any]:
+    file = folder / f"{name.replace(':', '_')}.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+
+
 def main() -> None:
     """Run the cells that are missing, then print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cells", nargs="*", default=[*CELLS, *(f"rate:{name}" for name in RATES)])
-    parser.add_argument("--heal", nargs="*", default=["width:l2:20", "width:flap:20", "width:ours:20"])
+    parser.add_argument("--cells", nargs="*", default=CELLS)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--windows", type=int, default=16)
     parser.add_argument("--calibration", type=int, default=16)
@@ -183,7 +205,8 @@ def main() -> None:
         if not file.exists():
             bench = bench or Bench(options)
             what, _, rest = name.partition(":")
-            found = rates(bench, rest) if what == "rate" else cell(bench, name, heal=name in options.heal)
+            other = {"rate": rates, "heal": healed}.get(what)
+            found = other(bench, rest) if other else cell(bench, name)
             write(file, json.dumps(found, indent=1) + "\n")
             print({k: round(v, 4) if isinstance(v, float) else v for k, v in found.items()}, flush=True)
     print(table(folder))
