@@ -51,6 +51,7 @@ ORDER = (
     "realize",
     "blockwise",
     "tokens",
+    "runtime",
     "reporting",
     "metrics",
     "recipes",
