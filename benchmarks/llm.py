@@ -28,7 +28,7 @@ import prunella as pr
 from prunella.files import write_atomic
 
 ROOT = Path(__file__).resolve().parents[1]
-TEXT = ROOT.parent / "shared" / "data" / "text"
+TEXT = Path(os.environ.get("PRUNELLA_TEXT", ROOT.parent / "shared" / "data" / "text"))
 RESULTS = Path(__file__).parent / "results" / "llm"
 CACHE = Path(os.environ.get("PRUNELLA_BENCH_CACHE", tempfile.gettempdir())) / "prunella-smollm2"
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"

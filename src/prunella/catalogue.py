@@ -26,6 +26,7 @@ HOMES = (
     "tokens",
     "search",
     "importers",
+    "realize.biases",
     "realize.storage",
     "streaming",
     "metrics",

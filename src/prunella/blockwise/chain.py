@@ -116,12 +116,13 @@ class Feed:
             return self.run(self.model, call.args[0])
         return call.run(self.model.get_submodule(block.path))
 
-    def advance(self, block: Block) -> None:
-        """Run a block that is done, so that the one linked to it has its inputs."""
+    def advance(self, block: Block, outputs: Sequence[Tensor] | None = None) -> None:
+        """Run a block that is done, or take its `outputs`, so that the one linked to it has its inputs."""
         place = self.blocks.index(block)
         if place + 1 < len(self.blocks) and self.blocks[place + 1].linked:
             later = self._later.pop(self.blocks[place + 1].path)
-            self._calls = Calls(later, self.keep(tensors(self.call(block, call))[0] for call in self._calls))
+            streams = outputs or (tensors(self.call(block, call))[0] for call in self._calls)
+            self._calls = Calls(later, self.keep(streams))
 
     def _followers(self, block: Block) -> list[Block]:
         after = self.blocks[self.blocks.index(block) + 1 :]
@@ -131,9 +132,18 @@ class Feed:
 
 def blocks_of(model: nn.Module, graph: Graph, batch: Any, run: Runner) -> tuple[Block, ...]:
     """The blocks in the order in which they run on `batch`, outermost only; the model itself where it has none."""
+    return blocks_at(model, block_paths(model, graph), batch, run)
+
+
+def block_paths(model: nn.Module, graph: Graph) -> list[str]:
+    """The paths of all residual blocks, those that must stay too, outermost only."""
     paths = [path for stack in graph.stacks for path in stack.paths]
     paths += [frozen.entity for frozen in graph.rooted if isinstance(_module(model, frozen.entity), nn.Module)]
-    paths = [path for path in dict.fromkeys(paths) if not any(path.startswith(f"{other}.") for other in paths)]
+    return [path for path in dict.fromkeys(paths) if not any(path.startswith(f"{other}.") for other in paths)]
+
+
+def blocks_at(model: nn.Module, paths: Sequence[str], batch: Any, run: Runner) -> tuple[Block, ...]:
+    """The blocks at these paths in the order in which they run on `batch`; the model itself where none does."""
     order: list[str] = []
     made: dict[int, Tensor] = {}  # held, so that no number is used twice
     previous: list[Tensor] = []

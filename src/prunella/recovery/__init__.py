@@ -1,5 +1,8 @@
 """Heal a pruned model: statistics, least squares, training, distillation."""
 
+from prunella.recovery.adapters import Adapters as Adapters
+from prunella.recovery.adapters import add_adapters_ as add_adapters_
+from prunella.recovery.adapters import heal_ as heal_
 from prunella.recovery.bias import fold_means as fold_means
 from prunella.recovery.calibrate import recalibrate_bn as recalibrate_bn
 from prunella.recovery.distill import distill as distill

@@ -4,6 +4,7 @@ All of them work on a `Space`, made once from model and recipe, and return `Foun
 `Recipe`: the plan then meets its target exactly, is proven, and can be written to a file.
 """
 
+from prunella.search.depth import greedy_blocks as greedy_blocks
 from prunella.search.lookup import LatencyTable as LatencyTable
 from prunella.search.lookup import latency_table as latency_table
 from prunella.search.netadapt import netadapt as netadapt
@@ -31,6 +32,7 @@ __all__ = [
     "cheapest",
     "evolve",
     "evolve_front",
+    "greedy_blocks",
     "knapsack",
     "latency_table",
     "netadapt",
