@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from prunella.blockwise import drop_blocks as drop_blocks
     from prunella.blockwise import drop_run as drop_run
     from prunella.blockwise import match_stream_ as match_stream_
-    from prunella.blockwise import processes as processes
+    from prunella.blockwise.processes import processes as processes
     from prunella.blockwise import replace_run as replace_run
     from prunella.blockwise import rescale_ as rescale_
     from prunella.blockwise import rotate as rotate
@@ -101,7 +101,7 @@ if TYPE_CHECKING:
     from prunella.granularity import Width as Width
     from prunella.importers import import_plan as import_plan
     from prunella.metrics import perplexity as perplexity
-    from prunella.metrics import throughput as throughput
+    from prunella.metrics.throughput import throughput as throughput
     from prunella.metrics import token_agreement as token_agreement
     from prunella.metrics import zero_shot as zero_shot
     from prunella.metrics.effects import SideEffects as SideEffects
@@ -274,7 +274,7 @@ _HOME = {
     "compare": "comparison",
     "with_biases": "realize.biases",
     "slice_stream": "blockwise",
-    "throughput": "metrics",
+    "throughput": "metrics.throughput",
     "zero_shot": "metrics",
     "token_agreement": "metrics",
     "perplexity": "metrics",
@@ -445,7 +445,7 @@ _HOME = {
     "Refine": "blockwise",
     "rescale_": "blockwise",
     "rotate": "blockwise",
-    "processes": "blockwise",
+    "processes": "blockwise.processes",
     "hold_sharded_": "recovery.sharded",
     "solve_": "blockwise",
     "forecast": "streaming",
