@@ -36,12 +36,12 @@ if TYPE_CHECKING:
     from prunella.blockwise import drop_blocks as drop_blocks
     from prunella.blockwise import drop_run as drop_run
     from prunella.blockwise import match_stream_ as match_stream_
-    from prunella.blockwise.processes import processes as processes
     from prunella.blockwise import replace_run as replace_run
     from prunella.blockwise import rescale_ as rescale_
     from prunella.blockwise import rotate as rotate
     from prunella.blockwise import slice_stream as slice_stream
     from prunella.blockwise import solve_ as solve_
+    from prunella.blockwise.processes import processes as processes
     from prunella.comparison import compare as compare
     from prunella.compress.huffman import huffman as huffman
     from prunella.compress.huffman import relative_index as relative_index
@@ -101,7 +101,6 @@ if TYPE_CHECKING:
     from prunella.granularity import Width as Width
     from prunella.importers import import_plan as import_plan
     from prunella.metrics import perplexity as perplexity
-    from prunella.metrics.throughput import throughput as throughput
     from prunella.metrics import token_agreement as token_agreement
     from prunella.metrics import zero_shot as zero_shot
     from prunella.metrics.effects import SideEffects as SideEffects
@@ -119,6 +118,7 @@ if TYPE_CHECKING:
     from prunella.metrics.speed import effective_macs as effective_macs
     from prunella.metrics.speed import energy as energy
     from prunella.metrics.speed import speedup as speedup
+    from prunella.metrics.throughput import throughput as throughput
     from prunella.permutation import permute as permute
     from prunella.pipeline import Plan as Plan
     from prunella.pipeline import Recipe as Recipe
