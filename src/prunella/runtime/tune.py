@@ -1,0 +1,199 @@
+"""Which choice is quickest for a layer, measured here and now, the best dense operation always among the candidates."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from prunella.errors import PruningError
+from prunella.runtime import native
+from prunella.runtime.choice import Choice, Geometry, Problem, Route, is_dense
+from prunella.runtime.native import Activation, Config, Kind, Precision
+from prunella.runtime.store import laid_out, run_conv, run_linear
+from prunella.timing import Ratio, compare_latency
+
+Run = Callable[[], object]
+BLOCKS = {16: Kind.BLOCK16, 8: Kind.BLOCK8, 4: Kind.BLOCK4}
+DECODE = 8
+"""Up to so many tokens a weight is read once and the kernels for decoding are worth a try."""
+_CLOSE = 1.3
+_LEAST_ROUNDS = 9
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What won for one problem. ratio: of the best candidate that skips zeros, against the best dense one."""
+
+    problem: Problem
+    choice: Choice
+    best: Choice | None = None
+    ratio: Ratio | None = None
+
+
+@dataclass
+class Tuner:
+    """Measures each kind of layer once: those of one shape, density and problem share a verdict.
+
+    precision: candidates are of float32 and of this. seconds: of one kind of layer, for all its problems.
+    """
+
+    precision: Precision = Precision.FP32
+    seconds: float = 1.0
+    seed: int = 0
+    known: dict[tuple[object, ...], Verdict] = field(default_factory=dict)
+
+    def linear(self, weight: Tensor, bias: Tensor | None, problems: tuple[Problem, ...]) -> tuple[Verdict, ...]:
+        """The verdicts on a linear layer with this weight `(out, in)`."""
+        return tuple(self._once(weight, bias, problem, None, self.seconds / len(problems)) for problem in problems)
+
+    def conv(
+        self, weight: Tensor, bias: Tensor | None, geometry: Geometry, problems: tuple[Problem, ...]
+    ) -> tuple[Verdict, ...]:
+        """The verdicts on a convolution with this weight `(out, in, h, w)`."""
+        return tuple(self._once(weight, bias, problem, geometry, self.seconds / len(problems)) for problem in problems)
+
+    def _once(
+        self, weight: Tensor, bias: Tensor | None, problem: Problem, geometry: Geometry | None, seconds: float
+    ) -> Verdict:
+        matrix = weight.reshape(len(weight), -1)
+        like = (tuple(weight.shape), round(density(matrix), 2), blocks_of(matrix), bias is None, geometry, problem)
+        if like not in self.known:
+            runs = candidates(weight, bias, problem, geometry, self.precision, self.seed)
+            self.known[like] = decide(runs, problem, seconds, self.seed)
+        return self.known[like]
+
+
+def density(matrix: Tensor) -> float:
+    """Part of the weights that is not zero."""
+    return int(torch.count_nonzero(matrix)) / max(1, matrix.numel())
+
+
+def blocks_of(matrix: Tensor) -> int:
+    """The largest of 16, 8, 4 such that so many rows below each other have their zeros in the same columns, else 1."""
+    some = matrix != 0
+    for rows in BLOCKS:
+        if len(matrix) % rows == 0:
+            tiles = some.reshape(-1, rows, some.shape[1])
+            if bool((tiles == tiles[:, :1]).all()):
+                return rows
+    return 1
+
+
+def configs(matrix: Tensor, tokens: int, precision: Precision) -> list[Config]:
+    """The kernels to try for a matrix `(out, in)`."""
+    if not native.available():
+        return []
+    rows, wide = matrix.shape
+    found = list(native.configs((rows, wide), density(matrix), tokens))
+    fits = blocks_of(matrix)
+    found = [c for c in found if c.kind not in BLOCKS.values() or c.kind is BLOCKS.get(fits)]
+    if fits > 1 and not any(c.kind is BLOCKS[fits] for c in found):
+        found.insert(0, Config(BLOCKS[fits]))
+    if precision is Precision.FP32:
+        return [c for c in found if c.precision is Precision.FP32]
+    exact = [c for c in found if c.precision is Precision.FP32]
+    coarse = [replace(c, precision=precision) for c in exact if _has(c.kind, precision)]
+    return list(dict.fromkeys([*coarse, *exact]))
+
+
+def _has(kind: Kind, precision: Precision) -> bool:
+    """int8 is for reading weights when decoding: elsewhere it gains nothing."""
+    return precision is not Precision.INT8 or kind is Kind.DECODE
+
+
+def candidates(
+    weight: Tensor, bias: Tensor | None, problem: Problem, geometry: Geometry | None, precision: Precision, seed: int
+) -> dict[Choice, Run]:
+    """Choice -> a call of the layer on noise of the problem's size. What cannot be laid out is left out."""
+    generator = torch.Generator().manual_seed(seed)
+    matrix = weight.detach().reshape(len(weight), -1)
+    bias = None if bias is None else bias.detach()
+    shape = problem.image or (problem.size, matrix.shape[1])
+    x = torch.randn(shape, generator=generator)
+    routes = [Route.TORCH] if geometry else [Route.TORCH, *_onednn(), Route.CSR]
+    made: dict[Choice, Run] = {}
+    for choice in (*routes, *configs(matrix, problem.size, precision)):
+        run = _call(choice, weight.detach(), matrix, x, bias, geometry)
+        try:
+            run()
+        except PruningError:  # a kernel says that it does not do this
+            continue
+        made[choice] = run
+    return made
+
+
+def _call(
+    choice: Choice, weight: Tensor, matrix: Tensor, x: Tensor, bias: Tensor | None, geometry: Geometry | None
+) -> Run:
+    if geometry is None:
+        if choice is Route.TORCH:
+            return partial(functional.linear, x, matrix, bias)
+        return _Late(choice, matrix, lambda held: run_linear(choice, held, x, bias, None, Activation.NONE))
+    if choice is Route.TORCH:
+        return partial(functional.conv2d, x, weight, bias, geometry.stride, geometry.padding, geometry.dilation)
+    run = partial(run_conv, geometry=geometry, channels=weight.shape[1], residual=None, activation=Activation.NONE)
+    return _Late(choice, matrix, lambda held: run(choice, held, x, bias))
+
+
+class _Late:
+    """A call whose weight is laid out at the first time, outside of what is measured."""
+
+    def __init__(self, choice: Choice, matrix: Tensor, run: Callable[[object], object]) -> None:
+        self.choice, self.matrix, self.run = choice, matrix, run
+        self.held: object = None
+
+    def __call__(self) -> object:
+        if self.held is None:
+            self.held = laid_out(self.matrix, self.choice)
+        return self.run(self.held)
+
+
+def _onednn() -> Iterator[Route]:
+    """oneDNN's linear, where this build of torch has it."""
+    if torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        yield Route.ONEDNN
+
+
+def decide(runs: Mapping[Choice, Run], problem: Problem, seconds: float, seed: int) -> Verdict:
+    """The quickest candidate; one that skips zeros wins only where that is sure.
+
+    Slow candidates are dropped early; the best that skips zeros and the best dense one then meet in interleaved rounds.
+    """
+    with torch.inference_mode():
+        best = _sieve(runs, seconds / 2)
+        dense = min((c for c in best if is_dense(c)), key=best.__getitem__)
+        skip = min((c for c in best if not is_dense(c)), key=best.__getitem__, default=None)
+        if skip is None or best[skip] > _CLOSE * best[dense]:
+            ratio = None if skip is None else Ratio(*[best[dense] / best[skip]] * 3)
+            return Verdict(problem, dense, skip, ratio)
+        pair = {"dense": runs[dense], "skip": runs[skip]}
+        spent = best[dense] + best[skip]
+        rounds = min(101, max(_LEAST_ROUNDS, round(seconds / 2 / max(spent, 4e-3))))
+        ratio = compare_latency(pair, rounds=rounds, warmup=1, seed=seed).ratio
+    return Verdict(problem, skip if ratio.faster else dense, skip, ratio)
+
+
+def _sieve(runs: Mapping[Choice, Run], seconds: float) -> dict[Choice, float]:
+    """Seconds of the best call of each candidate, measured in turns; those far behind get fewer turns."""
+    best = {choice: min(_seconds(run), _seconds(run)) for choice, run in runs.items()}
+    start = time.perf_counter()
+    for _ in range(50):
+        near = {dense: min(t for c, t in best.items() if is_dense(c) == dense) for dense in map(is_dense, best)}
+        alive = [c for c, t in best.items() if t < _CLOSE * near[is_dense(c)]]
+        for choice in alive:
+            best[choice] = min(best[choice], _seconds(runs[choice]))
+        if time.perf_counter() - start > seconds:
+            break
+    return best
+
+
+def _seconds(run: Run) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
