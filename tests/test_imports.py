@@ -51,6 +51,7 @@ ORDER = (
     "blockwise",
     "tokens",
     "realize",
+    "runtime",
     "reporting",
     "metrics",
     "recipes",

@@ -74,6 +74,10 @@ class Sparsified:
     machine: str
     kernels: str
     seconds: float
+    precision: Precision = Precision.FP32
+    traced: tuple[tuple[tuple[int, ...], str], ...] = ()
+    """Shape and type of each input of the trace that layers were fused by; none, if none were."""
+    does: str = "skip their zeros"
 
     @property
     def replaced(self) -> tuple[str, ...]:
@@ -82,7 +86,7 @@ class Sparsified:
 
     def __str__(self) -> str:
         speed = "not measured" if self.whole is None else self.whole.verdict
-        head = f"{len(self.replaced)} of {len(self.layers)} layers skip their zeros; the whole model: {speed}"
+        head = f"{len(self.replaced)} of {len(self.layers)} layers {self.does}; the whole model: {speed}"
         where = f"{self.threads} thread{'s' * (self.threads > 1)}, {self.machine}, kernels: {self.kernels}"
         return "\n".join([head, *([self.why] if self.why else []), where, *map(str, self.layers)])
 
@@ -109,7 +113,7 @@ def sparse(
     which then becomes a graph module. seconds: of measurement for each kind of layer. Errors: RequestError for sizes
     out of range or an example that the model does not take, CheckFailed if the output differs.
     """
-    _check(tokens, seconds)
+    check_request(tokens, seconds)
     begin, dense = time.perf_counter(), copied(unwrap(model))
     met = sizes(dense, example)
     tuner = Tuner(precision, seconds, seed)
@@ -121,7 +125,8 @@ def sparse(
     kept = not why
     record = Sparsified(
         found, kept, why, ratio, difference, torch.get_num_threads(), cpu_name(),
-        native.isa() if native.available() else "none, only those of torch", time.perf_counter() - begin,
+        kernels(), time.perf_counter() - begin, precision,
+        described(example) if isinstance(made, GraphModule) else (),
     )  # fmt: skip
     return noted(made if kept else dense, record)
 
@@ -133,6 +138,17 @@ def sparsified(model: nn.Module) -> Sparsified:
     if not isinstance(found, Sparsified):
         raise RequestError("this model has no record", "prunella.sparse did not make it", "call prunella.sparse first")
     return found
+
+
+def kernels() -> str:
+    """The instruction-set tier of the compiled kernels, or that there are none."""
+    return native.isa() if native.available() else "none, only those of torch"
+
+
+def described(example: Inputs) -> tuple[tuple[tuple[int, ...], str], ...]:
+    """Shape and type of each tensor of an example that a trace was made with."""
+    parts = example if isinstance(example, tuple) else (example,)
+    return tuple((tuple(part.shape), str(part.dtype)[6:]) for part in parts if isinstance(part, Tensor))
 
 
 def noted(model: nn.Module, record: Sparsified) -> nn.Module:
@@ -300,7 +316,8 @@ def replaced(layer: nn.Module, table: Table, fused: Fused, norm: nn.Module | Non
         ).eval()
     joined = norm if isinstance(norm, nn.BatchNorm2d) else None
     return SparseConv2d(
-        weight, bias, geometry=geometry_of(layer), table=table, norm=joined, activation=fused.activation
+        weight, bias, geometry=geometry_of(layer), table=table, norm=joined, norm_path=fused.norm or "",
+        activation=fused.activation,
     ).eval()
 
 
@@ -343,7 +360,8 @@ def _phrase(verdict: Verdict) -> str:
     return f"{verdict.problem.size}: {spell(verdict.best or verdict.choice)}{best}"
 
 
-def _check(tokens: Sequence[int], seconds: float) -> None:
+def check_request(tokens: Sequence[int], seconds: float) -> None:
+    """Errors: RequestError for sizes or seconds out of range."""
     if any(type(number) is not int or number < 1 for number in tokens):
         raise RequestError(f"tokens={list(tokens)!r} is out of range", "whole numbers of at least 1")
     if not 0 < seconds < math.inf:

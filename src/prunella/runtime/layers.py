@@ -104,6 +104,7 @@ class SparseConv2d(nn.Module):
     """`y = activation(norm(conv(x, W) + b) + residual)` without the zeros of `W (out, in, h, w)`, for one group.
 
     norm: a batch norm in eval mode, multiplied into the weight where the kernel gets it; its own tensors stay.
+    norm_path: where the dense model has it.
     """
 
     bits: Tensor
@@ -116,6 +117,7 @@ class SparseConv2d(nn.Module):
         geometry: Geometry,
         table: Table,
         norm: nn.BatchNorm2d | None = None,
+        norm_path: str = "",
         activation: Activation = Activation.NONE,
     ) -> None:
         super().__init__()
@@ -123,7 +125,7 @@ class SparseConv2d(nn.Module):
         self.values, bits = canonical(weight.reshape(len(weight), -1))
         self.register_buffer("bits", bits)
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
-        self.norm, self.activation, self.geometry = norm, activation, geometry
+        self.norm, self.norm_path, self.activation, self.geometry = norm, norm_path, activation, geometry
         self.store = Store(self.shape, table, activation, geometry)
 
     @property

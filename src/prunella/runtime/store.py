@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import warnings
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, final
@@ -96,7 +97,9 @@ def laid_out(weight: Tensor, choice: Choice) -> Any:
     if choice is Route.ONEDNN:
         return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), None)
     if choice is Route.CSR:
-        return weight.to_sparse_csr()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch says that its sparse tensors are in beta
+            return weight.to_sparse_csr()
     return weight
 
 

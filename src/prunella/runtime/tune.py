@@ -128,6 +128,13 @@ def candidates(
     return made
 
 
+def candidates_dense(weight: Tensor, bias: Tensor | None, problem: Problem, seed: int) -> dict[Choice, Run]:
+    """The dense candidates of a linear layer."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn((problem.size, weight.shape[1]), generator=generator)
+    return {choice: _call(choice, weight, weight, x, bias, None) for choice in (Route.TORCH, *_onednn())}
+
+
 def _call(
     choice: Choice, weight: Tensor, matrix: Tensor, x: Tensor, bias: Tensor | None, geometry: Geometry | None
 ) -> Run:
@@ -160,32 +167,38 @@ def _onednn() -> Iterator[Route]:
         yield Route.ONEDNN
 
 
-def decide(runs: Mapping[Choice, Run], problem: Problem, seconds: float, seed: int) -> Verdict:
-    """The quickest candidate; one that skips zeros wins only where that is sure.
+def decide(
+    runs: Mapping[Choice, Run],
+    problem: Problem,
+    seconds: float,
+    seed: int,
+    base: Callable[[Choice], bool] = is_dense,
+) -> Verdict:
+    """The quickest candidate; one that is not of the base (dense, unless said otherwise) wins only where that is sure.
 
-    Slow candidates are dropped early; the best that skips zeros and the best dense one then meet in interleaved rounds.
+    Slow candidates are dropped early; the best of the base and the best of the others then meet in interleaved rounds.
     """
     with torch.inference_mode():
-        best = _sieve(runs, seconds / 2)
-        dense = min((c for c in best if is_dense(c)), key=best.__getitem__)
-        skip = min((c for c in best if not is_dense(c)), key=best.__getitem__, default=None)
-        if skip is None or best[skip] > _CLOSE * best[dense]:
-            ratio = None if skip is None else Ratio(*[best[dense] / best[skip]] * 3)
-            return Verdict(problem, dense, skip, ratio)
-        pair = {"dense": runs[dense], "skip": runs[skip]}
-        spent = best[dense] + best[skip]
+        best = _sieve(runs, seconds / 2, base)
+        first = min((c for c in best if base(c)), key=best.__getitem__)
+        rival = min((c for c in best if not base(c)), key=best.__getitem__, default=None)
+        if rival is None or best[rival] > _CLOSE * best[first]:
+            ratio = None if rival is None else Ratio(*[best[first] / best[rival]] * 3)
+            return Verdict(problem, first, rival, ratio)
+        pair = {"base": runs[first], "rival": runs[rival]}
+        spent = best[first] + best[rival]
         rounds = min(101, max(_LEAST_ROUNDS, round(seconds / 2 / max(spent, 4e-3))))
         ratio = compare_latency(pair, rounds=rounds, warmup=1, seed=seed).ratio
-    return Verdict(problem, skip if ratio.faster else dense, skip, ratio)
+    return Verdict(problem, rival if ratio.faster else first, rival, ratio)
 
 
-def _sieve(runs: Mapping[Choice, Run], seconds: float) -> dict[Choice, float]:
-    """Seconds of the best call of each candidate, measured in turns; those far behind get fewer turns."""
+def _sieve(runs: Mapping[Choice, Run], seconds: float, base: Callable[[Choice], bool]) -> dict[Choice, float]:
+    """Seconds of the best call of each candidate, measured in turns; those far behind get no more turns."""
     best = {choice: min(_seconds(run), _seconds(run)) for choice, run in runs.items()}
     start = time.perf_counter()
     for _ in range(50):
-        near = {dense: min(t for c, t in best.items() if is_dense(c) == dense) for dense in map(is_dense, best)}
-        alive = [c for c, t in best.items() if t < _CLOSE * near[is_dense(c)]]
+        near = {side: min(t for c, t in best.items() if base(c) == side) for side in set(map(base, best))}
+        alive = [c for c, t in best.items() if t < _CLOSE * near[base(c)]]
         for choice in alive:
             best[choice] = min(best[choice], _seconds(runs[choice]))
         if time.perf_counter() - start > seconds:
