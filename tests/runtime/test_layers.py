@@ -122,7 +122,9 @@ def test_the_state_is_canonical_and_goes_round(kernels: Calls) -> None:
 def test_other_types_run_dense(kernels: Calls) -> None:
     weight, x = holes(7, 13), noise(5, 13)
     layer = SparseLinear(weight, table=always(ROWS))
-    torch.testing.assert_close(copy.deepcopy(layer).double()(x.double()), functional.linear(x.double(), weight.double()))
+    torch.testing.assert_close(
+        copy.deepcopy(layer).double()(x.double()), functional.linear(x.double(), weight.double())
+    )
     with torch.autocast("cpu", torch.bfloat16):
         assert layer(x).dtype is torch.bfloat16
     assert not any("linear" in call for call in kernels)
@@ -159,8 +161,12 @@ def test_a_convolution_with_its_norm(
     conv.weight.copy_(weight)
     norm = filled(nn.BatchNorm2d(6))
     geometry = Geometry((3, 2), stride, padding, dilation)
-    layer = SparseConv2d(weight, conv.bias, geometry=geometry, table=always(ROWS), norm=norm, activation=Activation.RELU)
-    expected = norm.double()(functional.conv2d(x.double(), weight.double(), conv.bias.double(), stride, padding, dilation))
+    layer = SparseConv2d(
+        weight, conv.bias, geometry=geometry, table=always(ROWS), norm=norm, activation=Activation.RELU
+    )
+    expected = norm.double()(
+        functional.conv2d(x.double(), weight.double(), conv.bias.double(), stride, padding, dilation)
+    )
     residual = noise(*expected.shape, seed=5)
     norm.float()
     got = layer(x, residual)

@@ -23,7 +23,17 @@ from prunella.apply import unwrap
 from prunella.errors import BadInput, RequestError
 from prunella.files import MARKER, digest, new_folder
 from prunella.pipeline import Inputs, Plan
-from prunella.realize.artifact import BUFFERS, PROGRAM, WEIGHTS, Saved, check_files, read_data, read_manifest, rebuild, save
+from prunella.realize.artifact import (
+    BUFFERS,
+    PROGRAM,
+    WEIGHTS,
+    Saved,
+    check_files,
+    read_data,
+    read_manifest,
+    rebuild,
+    save,
+)
 from prunella.realize.origin import Factory
 from prunella.realize.state import State, read_tensors, write_tensors
 from prunella.realize.storage import Format, Stored, decode, encode
@@ -96,14 +106,20 @@ def load_sparse(
     folder = Path(path)
     manifest = read_manifest(folder)
     if "sparse" not in manifest:
-        raise RequestError(f"{folder} holds a dense model", "save_sparse did not write it", "read it with prunella.load")
+        raise RequestError(
+            f"{folder} holds a dense model", "save_sparse did not write it", "read it with prunella.load"
+        )
     check_files(folder, manifest, (WEIGHTS, BUFFERS, PROGRAM))
     told = _read(manifest["sparse"])
     state = _unpacked(folder, manifest, told)
     model = copied(rebuild(folder, manifest, state, factory))
     tuner = Tuner(told.precision, seconds, seed)
     with torch.inference_mode(False), torch.no_grad():
-        layers = tuple(_layer(model, name, entries, told, tuner) for name, entries in told.layers.items())
+        order = [
+            *(name for name in targets(model) if name in told.layers),
+            *sorted(told.layers.keys() - targets(model).keys()),
+        ]
+        layers = tuple(_layer(model, name, told.layers[name], told, tuner) for name in order)
         tables = {layer.name: layer.table for layer in layers if layer.table.sparse}
         made = assembled(model, tables, _example(told)) if tables else model
     why = "" if tables else "no layer is faster without its zeros here"
@@ -172,7 +188,9 @@ class _Told:
 def _read(data: Any) -> _Told:
     try:
         layers = {
-            str(name): tuple((Problem(_whole(size), _whole_numbers(image)), from_json(choice)) for size, image, choice in rows)
+            str(name): tuple(
+                (Problem(_whole(size), _whole_numbers(image)), from_json(choice)) for size, image, choice in rows
+            )
             for name, rows in data["layers"].items()
         }
         traced = tuple((_whole_numbers(shape), str(dtype)) for shape, dtype in data["traced"])
@@ -209,9 +227,7 @@ def _unpacked(folder: Path, manifest: dict[str, Any], told: _Told) -> State:
     return State(tensors, state.ties, state.transient)
 
 
-def _layer(
-    model: nn.Module, name: str, rows: tuple[tuple[Problem, Choice], ...], told: _Told, tuner: Tuner
-) -> Layer:
+def _layer(model: nn.Module, name: str, rows: tuple[tuple[Problem, Choice], ...], told: _Told, tuner: Tuner) -> Layer:
     """The choices of a layer: as recorded if they were measured here, else measured now."""
     module = targets(model).get(name)
     if module is None or not rows:

@@ -311,12 +311,15 @@ def replaced(layer: nn.Module, table: Table, fused: Fused, norm: nn.Module | Non
     """The layer that skips zeros in place of a dense one."""
     weight, bias = matrix_of(layer), bias_of(layer)
     if not isinstance(layer, nn.Conv2d):
-        return SparseLinear(
-            weight, bias, table=table, activation=fused.activation, transposed=is_conv1d(layer)
-        ).eval()
+        return SparseLinear(weight, bias, table=table, activation=fused.activation, transposed=is_conv1d(layer)).eval()
     joined = norm if isinstance(norm, nn.BatchNorm2d) else None
     return SparseConv2d(
-        weight, bias, geometry=geometry_of(layer), table=table, norm=joined, norm_path=fused.norm or "",
+        weight,
+        bias,
+        geometry=geometry_of(layer),
+        table=table,
+        norm=joined,
+        norm_path=fused.norm or "",
         activation=fused.activation,
     ).eval()
 
@@ -333,7 +336,9 @@ def _compared(
         if not difference <= _TOLERANCE[precision]:
             why = f"by {difference:.1e} of the largest, {_TOLERANCE[precision]:g} is allowed"
             raise CheckFailed("the output of the sparse model differs", why, "report this with the model's name")
-        ratio = interleaved({"dense": partial(forward, dense, example), "sparse": partial(forward, made, example)}).ratio
+        ratio = interleaved(
+            {"dense": partial(forward, dense, example), "sparse": partial(forward, made, example)}
+        ).ratio
     elsewhere = any(not is_dense(v.choice) for layer in layers for v in layer.verdicts[:-1] if not v.problem.image)
     if ratio.faster or (elsewhere and not ratio.slower and ratio.value > 0.97):
         return ratio, difference, ""

@@ -148,7 +148,12 @@ def _added(node: Node, one: Node) -> Node | None:
     if not (plain or method) or node.kwargs or len(node.args) != 2:
         return None
     other = node.args[1] if node.args[0] is one else node.args[0]
-    if not isinstance(other, Node) or other is one or node.args[0] is not one and node.target in ("add_", operator.iadd):
+    if (
+        not isinstance(other, Node)
+        or other is one
+        or node.args[0] is not one
+        and node.target in ("add_", operator.iadd)
+    ):
         return None  # in place, the other term would have to change too
     return other if other.meta.get("shape") is not None and other.meta["shape"] == one.meta.get("shape") else None
 

@@ -23,7 +23,9 @@ def _quick(x: Tensor, *others: Tensor | None) -> bool:
     if x.dtype is not torch.float32 or x.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
         return False
     wanted, tensors = torch.is_grad_enabled(), [x, *(other for other in others if other is not None)]
-    return not any(t.dtype is not torch.float32 or t.device.type != "cpu" or (wanted and t.requires_grad) for t in tensors)
+    return not any(
+        t.dtype is not torch.float32 or t.device.type != "cpu" or (wanted and t.requires_grad) for t in tensors
+    )
 
 
 def _direct(x: Tensor) -> bool:

@@ -50,9 +50,7 @@ def conv2d(
     return run_conv(choice, weight, x, shift, residual, held.activation, geometry, held.shape[1])
 
 
-def folded(
-    matrix: Tensor, bias: Tensor | None, norm: Sequence[Tensor], eps: float
-) -> tuple[Tensor, Tensor | None]:
+def folded(matrix: Tensor, bias: Tensor | None, norm: Sequence[Tensor], eps: float) -> tuple[Tensor, Tensor | None]:
     """A batch norm in eval mode multiplied into the weight and bias before it: `s = scale / sqrt(variance + eps)`."""
     if not norm:
         return matrix, bias
