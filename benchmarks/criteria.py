@@ -1,6 +1,6 @@
 """Every criterion on ResNet-20 for CIFAR-10 under the same budgets: one shot, and after a few steps of fine-tuning.
 
-    python benchmarks/criteria.py [--quick] [--seeds 3] [--steps 40] [--part masks] [--only magnitude ...]
+    python benchmarks/criteria.py [--quick] [--seeds 3] [--steps 10] [--part masks] [--only magnitude ...]
 
 Three parts: single weights under masks, compressed 2, 4, 8, 16 and 32 times; channels, at five fractions of the
 multiply-adds; residual blocks, one to five of them. Masks and channels have a uniform allocation, so that nothing but
@@ -29,12 +29,13 @@ from torch.nn.functional import cross_entropy
 from training import accuracy, batches, fine_tune
 
 import prunella as pr
-from prunella.method import REGISTRY
+from prunella.catalogue import methods
 from prunella.scoring import name_of
 
 EXAMPLE = torch.zeros(1, 3, 32, 32)
 RESULTS = Path(__file__).parent / "results"
 CELLS = RESULTS / "cells"
+BATCH = 64
 BLOCKS = 7
 """Residual blocks of ResNet-20 that keep the shape of the stream."""
 RATIOS: dict[str, tuple[float, ...]] = {
@@ -45,7 +46,10 @@ RATIOS: dict[str, tuple[float, ...]] = {
 HEADS = {"masks": "{:g}x smaller", "channels": "{:.0%} of the MACs", "blocks": "{:g} blocks gone"}
 ONLY_BLOCKS = {"block_influence"}
 ONLY_UNITS = {"bn_scale", "geometric_median", "group_norm", "apoz", "hrank", "activation_norm", "activation_variance"}
-NOT_HERE = {"head_importance": "the same as taylor_abs without its rescaling, and there are no heads"}
+NOT_HERE = {
+    "head_importance": "the same as taylor_abs without its rescaling, and there are no heads",
+    **dict.fromkeys(("router_frequency", "router_weight", "reap"), "there are no experts"),
+}
 
 Criterion = Callable[..., Tensor]
 
@@ -73,8 +77,7 @@ class Cell:
 
 def criteria(part: str) -> dict[str, Criterion]:
     """All registered criteria that can score the units of a part, and the controls of magnitude."""
-    pr.magnitude  # noqa: B018 (loads the module that registers criteria)
-    found = {m.name: m.function for m in REGISTRY.values() if m.kind == "criterion" and m.name not in NOT_HERE}
+    found = {m.name: m.function for m in methods() if m.kind == "criterion" and m.name not in NOT_HERE}
     no = {"masks": ONLY_BLOCKS | ONLY_UNITS, "channels": ONLY_BLOCKS, "blocks": ONLY_UNITS - {"group_norm"}}[part]
     for control in (pr.inverted(pr.magnitude), pr.shuffled(pr.magnitude)):
         found[name_of(control)] = control
@@ -95,7 +98,7 @@ def recipe(cell: Cell) -> tuple[pr.Recipe, object]:
 
 def measure(cell: Cell) -> Cell:
     """Plan, test, fine-tune, test."""
-    train, test = pictures(max(128 * cell.steps, 4096), cell.test_images)
+    train, test = pictures(max(BATCH * cell.steps, 4096), cell.test_images)
     calibration = list(batches(*train, steps=2, batch=128, seed=1000 + cell.seed))
     dense = pretrained(20)
     asked, target = recipe(cell)
@@ -105,9 +108,9 @@ def measure(cell: Cell) -> Cell:
     except pr.PruningError as error:
         return Cell(**{**asdict(cell), "note": str(error).splitlines()[0]})
     seconds = time.perf_counter() - start
-    small = pr.shrink(dense, plan)
+    small = pr.shrink(dense, plan).to(memory_format=torch.channels_last)  # trains 1.4 times as fast on a CPU
     before = accuracy(small, *test)
-    fine_tune(small, *train, steps=cell.steps, batch=128, rate=0.02, seed=cell.seed, guard=pr.Pruner)
+    fine_tune(small, *train, steps=cell.steps, batch=BATCH, rate=0.02, seed=cell.seed, guard=pr.Pruner)
     return Cell(**{**asdict(cell), "seconds": seconds, "before": before, "after": accuracy(small, *test)})
 
 
@@ -154,7 +157,7 @@ def table(done: Sequence[Cell]) -> str:
         mine = [cell for cell in done if cell.part == part]
         ratios = list(dict.fromkeys(cell.ratio for cell in mine))
         seeds = len({cell.seed for cell in mine})
-        about = f"{seeds} seeds, {mine[0].steps} steps of 128 images, {mine[0].test_images} test images."
+        about = f"{seeds} seeds, {mine[0].steps} steps of {BATCH} images, {mine[0].test_images} test images."
         lines += [f"### Criteria, {part}", "", f"{about} One shot / after fine-tuning, top-1 in percent.", ""]
         lines += [f"| criterion | {' | '.join(HEADS[part].format(ratio) for ratio in ratios)} | seconds to plan |"]
         lines += ["|---" * (len(ratios) + 2) + "|"]
@@ -178,8 +181,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one seed, one ratio, few steps: to see that it runs")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=40, help="of fine-tuning, 128 images each")
-    parser.add_argument("--test-images", type=int, default=2000)
+    parser.add_argument("--steps", type=int, default=10, help=f"of fine-tuning, {BATCH} images each")
+    parser.add_argument("--test-images", type=int, default=1000)
     parser.add_argument("--part", nargs="*", choices=list(RATIOS), help="some parts alone")
     parser.add_argument("--only", nargs="*", help="some criteria alone")
     parser.add_argument("--cells", type=Path, default=CELLS, help="folder of the finished cells")

@@ -3,11 +3,13 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+import prunella as pr
 from prunella.apply import apply_, finalize, masks_of, pack, reapply_, records, slice_masks_
 from prunella.errors import CheckFailed, RequestError
 from tests.hand import hand_plan
@@ -186,6 +188,26 @@ def test_compile_and_wrappers_see_the_same_names() -> None:
     assert torch.equal(masks_of(net)["0.bias"], other)
     assert torch.allclose(compiled(x), net(x)) and not torch.equal(compiled(x), expected)
     assert finalize(compiled) is compiled and not masks_of(net)
+
+
+def test_masks_hold_while_a_distributed_wrapper_trains(tmp_path: Path) -> None:
+    net, mask = _net(), _mask(5, 16)
+    names = list(net.state_dict())
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
+    try:
+        wrapped = nn.parallel.DistributedDataParallel(net)
+        apply_(wrapped, hand_plan(masks={"3.weight": mask}))
+        optimizer = torch.optim.AdamW(wrapped.parameters(), lr=0.1)
+        with pr.Pruner(wrapped, optimizer):
+            for _ in range(3):
+                optimizer.zero_grad()
+                wrapped(torch.randn(2, 3, 4, 4)).square().mean().backward()
+                optimizer.step()
+        del wrapped
+    finally:
+        torch.distributed.destroy_process_group()
+    assert list(net.state_dict()) == names and list(masks_of(net)) == ["3.weight"]
+    assert not bool(net[3].weight[~mask].any()) and bool(net[3].weight[mask].all())
 
 
 def test_a_replaced_submodule_takes_its_mask_away() -> None:

@@ -227,8 +227,8 @@ if TYPE_CHECKING:
     from prunella.train.gates import gate_penalty as gate_penalty
     from prunella.train.growing import Growing as Growing
     from prunella.train.halfspace import HalfSpace as HalfSpace
-    from prunella.train.movement import movement_ as movement_
     from prunella.train.movement import soft_movement_ as soft_movement_
+    from prunella.train.movement import top_movement_ as top_movement_
     from prunella.train.penalties import group_lasso as group_lasso
     from prunella.train.penalties import group_sparsity as group_sparsity
     from prunella.train.penalties import penalised as penalised
@@ -331,7 +331,7 @@ _HOME = {
     "gate_penalty": "train.gates",
     "Growing": "train.growing",
     "HalfSpace": "train.halfspace",
-    "movement_": "train.movement",
+    "top_movement_": "train.movement",
     "soft_movement_": "train.movement",
     "group_lasso": "train.penalties",
     "group_sparsity": "train.penalties",

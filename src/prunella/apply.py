@@ -135,6 +135,21 @@ def records(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, Packed]]:
             yield name, parameter, packed
 
 
+def saved_masks(model: nn.Module, state: Mapping[str, Tensor], kind: str = "bits") -> dict[nn.Parameter, Mask]:
+    """The masks in a state: entries `KIND.NAME` of one bit a weight. Errors: RequestError where one fits no weight."""
+    named = dict(unwrap(model).named_parameters(remove_duplicate=False))
+    masks: dict[nn.Parameter, Mask] = {}
+    for key, bits in state.items():
+        start, _, name = key.partition(".")
+        if start != kind:
+            continue
+        if name not in named or bits.dtype != torch.uint8 or bits.numel() != -(-named[name].numel() // 8):
+            why, todo = f"{name} is not there or has another size", "load it into the same architecture"
+            raise RequestError("the saved masks do not fit this model", why, todo)
+        masks[named[name]] = Packed(bits, tuple(named[name].shape)).unpack(named[name].device)
+    return masks
+
+
 def slice_masks_(model: M, cuts: Mapping[str, Mapping[int, Tensor]]) -> M:
     """After the parameters of a masked model were cut physically, cut their masks by the same positions."""
     root = unwrap(model)

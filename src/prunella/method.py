@@ -94,6 +94,8 @@ def _record(kind: MethodKind, *, source: str, status: str = "stable", scope: Sco
             raise TypeError(f"{function.__name__}: unknown statistic {unknown[0]!r}; known are {', '.join(STATISTICS)}")
         knobs = tuple(p for p in parameters if p.kind is p.KEYWORD_ONLY)
         name = function.__name__.rstrip("_")
+        if name in REGISTRY and REGISTRY[name].function.__module__ != function.__module__:
+            raise TypeError(f"two methods are called {name!r}: one in {REGISTRY[name].function.__module__}")
         REGISTRY[name] = Method(name, kind, function, source, status, needs, knobs, scope)
         return function
 

@@ -174,9 +174,9 @@ class Job:
 
     def structure(self) -> Plan:
         """A plan that removes units; a group whose cut the oracle cannot prove is set aside with the reason."""
-        groups, frozen = self._groups()
+        groups, frozen = self.groups()
         decided = self._decided(groups)
-        scored = self._score_groups([g for g in groups if g.kind != "vocabulary"], frozen)
+        scored = self.score_groups([g for g in groups if g.kind != "vocabulary"], frozen)
         while True:
             keep = self._contest(scored, decided, frozen)
             faults = unproven(self.model, self.graph, keep, self.inputs)
@@ -230,7 +230,7 @@ class Job:
         rules = Rules(self.recipe.allocation, self.recipe.floor, align, self.recipe.even, least, bool(decided))
         return contest.keep(share(contest, self.target, rules, frozen, self.graph))
 
-    def _groups(self) -> tuple[list[Group], list[Frozen]]:
+    def groups(self) -> tuple[list[Group], list[Frozen]]:
         """Groups that take part, and what does not, with reasons."""
         kinds = {grain.kind for grain in self.recipe.grains if isinstance(grain, Structural)}
         mine, frozen = [], list(self.graph.frozen)
@@ -252,7 +252,8 @@ class Job:
             raise self._nothing("units", frozen)
         return mine, frozen
 
-    def _score_groups(self, groups: Sequence[Group], frozen: list[Frozen]) -> list[tuple[Group, Tensor]]:
+    def score_groups(self, groups: Sequence[Group], frozen: list[Frozen]) -> list[tuple[Group, Tensor]]:
+        """Groups with a score for each unit; those that cannot be scored join `frozen` with the reason."""
         if not groups:
             return []
         reduce = {grain.kind: grain.reduce for grain in self.recipe.grains if isinstance(grain, Ranked)}
@@ -271,8 +272,8 @@ class Job:
 
     def masks(self) -> Plan:
         """A plan that zeroes weights."""
-        candidates, frozen = self._layers()
-        scored = self._score_layers(candidates, frozen)
+        candidates, frozen = self.layers()
+        scored = self.score_layers(candidates, frozen)
         layers, scores = tuple(layer for layer, _ in scored), tuple(s for _, s in scored)
         pattern = self.recipe.grains[0]
         if isinstance(pattern, Fixed):
@@ -295,7 +296,8 @@ class Job:
         rows = table.mask_rows(self.graph, layers, masks, table.pattern_name(pattern))
         return self._plan(after=table.masked_amount(self.graph, rows), rows=rows, frozen=frozen, keep={}, masks=masks)
 
-    def _layers(self) -> tuple[list[Layer], list[Frozen]]:
+    def layers(self) -> tuple[list[Layer], list[Frozen]]:
+        """Layers that take part, each weight once, and what does not, with reasons."""
         mine, spared = [], []
         for layer in first_seen(self.graph.layers):
             reason = chosen(names_of_layer(self.graph, layer), self.skip, self.only)
@@ -306,7 +308,8 @@ class Job:
             raise self._nothing("weights", spared)
         return mine, spared
 
-    def _score_layers(self, layers: Sequence[Layer], frozen: list[Frozen]) -> list[tuple[Layer, Tensor]]:
+    def score_layers(self, layers: Sequence[Layer], frozen: list[Frozen]) -> list[tuple[Layer, Tensor]]:
+        """Layers with a score for each weight; those that cannot be scored join `frozen` with the reason."""
         scorer = self._scorer(Subject(self.model, self.graph, layers=tuple(layers), inputs=self.inputs))
         scored = []
         for layer in layers:

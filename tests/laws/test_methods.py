@@ -16,7 +16,7 @@ from prunella.budget import Pool, allocate
 from prunella.catalogue import methods
 from prunella.graph.couple import couple
 from prunella.graph.structure import Group
-from prunella.method import REGISTRY, STATISTICS, Method
+from prunella.method import REGISTRY, STATISTICS, Method, criterion
 from prunella.scoring import Absent, Scorer
 from prunella.select import shortest_prefix
 from prunella.stats import Source, Subject, collect, untouched
@@ -164,3 +164,12 @@ def test_a_recipe_makes_a_plan(method: Method) -> None:
     assert plan.got == pytest.approx(0.5, abs=0.1)
     assert pr.Recipe.read(plan.recipe).describe() == recipe.describe()
     assert bool(plan.masks) != bool(plan.keep)
+
+
+def test_two_methods_cannot_have_one_name() -> None:
+    def magnitude(weight: torch.Tensor) -> torch.Tensor:
+        return weight
+
+    with pytest.raises(TypeError, match=r"two methods are called 'magnitude': one in prunella\.criteria"):
+        criterion(source="nobody")(magnitude)
+    assert REGISTRY["magnitude"].function is pr.magnitude

@@ -18,6 +18,23 @@ def test_magnitude() -> None:
         pr.magnitude(W, p=3)
 
 
+@pytest.mark.parametrize("fill", ["random", "ties", "equal", "zero"])
+@pytest.mark.parametrize("sparsity", [0.0, 0.1, 0.37, 0.5, 0.99])
+def test_single_weights_go_exactly_whatever_the_weights_are(fill: str, sparsity: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    layer = torch.nn.Linear(23, 17)
+    values = torch.randn(17, 23, generator=generator)
+    made = {"random": values, "ties": values.round(), "equal": torch.ones(17, 23), "zero": torch.zeros(17, 23)}[fill]
+    with torch.no_grad():
+        layer.weight.copy_(made)
+    recipe = pr.Recipe(pr.magnitude, pr.Element())
+    mask = pr.plan(layer, torch.ones(1, 23), recipe, target=pr.Sparsity(sparsity)).masks["weight"]
+    gone = int((~mask).sum())
+    assert gone == round(sparsity * 17 * 23)
+    if 0 < gone < mask.numel():
+        assert float(made[mask].abs().min()) >= float(made[~mask].abs().max())
+
+
 def test_group_norm() -> None:
     assert pr.group_norm(torch.tensor([[3.0, 4.0], [0.0, 0.0]]), normalise=False).tolist() == [5, 0]
     assert pr.group_norm(torch.tensor([[3.0, 4.0]])).item() == pytest.approx(5 / 2**0.5)

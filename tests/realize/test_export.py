@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+import prunella as pr
 from prunella.errors import BadInput, CheckFailed, MissingExtra, RequestError
 from prunella.exported import load_exported
 from prunella.realize import export as module
@@ -88,6 +89,18 @@ def test_onnx_is_read_by_its_runtime(tmp_path: Path) -> None:
     (got,) = session.run(None, {session.get_inputs()[0].name: batch.numpy()})
     torch.testing.assert_close(torch.from_numpy(got), net(batch), rtol=1e-4, atol=1e-5)
     assert [file.name for file in tmp_path.iterdir()] == ["net.onnx"]
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "pt2"])
+def test_what_was_removed_is_in_no_file(tmp_path: Path, suffix: str) -> None:
+    net = Fixed()
+    small = pr.shrink(net, pr.plan(net, BATCH, pr.Recipe(pr.group_norm), target=pr.Sparsity(0.5)))
+    made = export(small, tmp_path / f"net.{suffix}", inputs=BATCH)
+    state = load_file(made.path) if suffix == "safetensors" else load_exported(made.path)[0].state_dict()
+    sizes = {name: tuple(value.shape) for name, value in state.items()}
+    assert all(sizes[name] == tuple(value.shape) for name, value in small.state_dict().items())
+    assert sum(v.numel() for v in small.parameters()) < 0.8 * sum(v.numel() for v in net.parameters())
+    assert made.difference is None or made.difference <= 1e-4
 
 
 def test_a_wrong_reader_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

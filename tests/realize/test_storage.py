@@ -113,3 +113,18 @@ def test_what_is_not_two_of_four_is_refused() -> None:
 def test_an_empty_weight_is_refused() -> None:
     with pytest.raises(RequestError, match="holds nothing"):
         encode(torch.ones(0, 4), Format.CSR)
+
+
+@pytest.mark.parametrize("shape", [(), (0, 4), (-1, 4)])
+def test_a_stored_shape_without_weights_is_refused(shape: tuple[int, ...]) -> None:
+    with pytest.raises(BadInput, match="every size"):
+        decode(replace(encode(torch.ones(1, 4), Format.CSR), shape=shape))
+
+
+def test_nothing_beyond_the_last_weight_is_dropped_in_silence() -> None:
+    weight = torch.ones(3, 3)
+    bits, blocks = encode(weight, Format.BITMASK), encode(weight, Format.BSR)
+    with pytest.raises(BadInput, match="go on after the last"):
+        decode(replace(bits, parts={**bits.parts, "bits": torch.full((2,), 255, dtype=torch.uint8)}))
+    with pytest.raises(BadInput, match="outside its shape"):
+        decode(replace(blocks, parts={**blocks.parts, "values": torch.ones(1, 4, 4)}))

@@ -30,7 +30,7 @@ FAST = Training(optimizer=lambda p, lr: torch.optim.Adam(p, lr=lr), rate=lambda 
 KINDS: dict[str, Callable[[nn.Module, Coupled], nn.Module]] = {
     "l0": lambda m, u: pr.l0_gates_(m, u),
     "l0 of weights": lambda m, u: pr.l0_gates_(m, u, per_weight=True),
-    "movement": lambda m, u: pr.movement_(m, u, sparsity=0.5),
+    "movement": lambda m, u: pr.top_movement_(m, u, sparsity=0.5),
     "soft movement": lambda m, u: pr.soft_movement_(m, u),
     "threshold": lambda m, u: pr.learned_threshold_(m, u),
     "variational": lambda m, u: pr.variational_dropout_(m, u),
@@ -95,7 +95,7 @@ def test_weights_that_cannot_bear_a_gate() -> None:
     with pytest.raises(RequestError, match="no gates"):
         pr.gate_penalty(mlp())
     with pytest.raises(RequestError, match="no parameter"):
-        pr.coupled(pr.bake_(model), X) and pr.movement_(nn.Linear(2, 2), units, sparsity=0.5)
+        pr.coupled(pr.bake_(model), X) and pr.top_movement_(nn.Linear(2, 2), units, sparsity=0.5)
     tied = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
     tied[2].weight = tied[0].weight
     with pytest.raises(RequestError, match=r"it is tied: 0\.weight = 2\.weight"):
@@ -103,10 +103,10 @@ def test_weights_that_cannot_bear_a_gate() -> None:
     pruned = mlp()
     pr.apply_(pruned, pr.plan(pruned, X, pr.Recipe(granularity=pr.Element()), target=pr.Sparsity(0.5)))
     with pytest.raises(RequestError, match="carries masks"):
-        pr.movement_(pruned, units, sparsity=0.5)
+        pr.top_movement_(pruned, units, sparsity=0.5)
     for wrong in (-0.1, 1.0):
         with pytest.raises(RequestError, match="out of range"):
-            pr.movement_(mlp(), units, sparsity=wrong)
+            pr.top_movement_(mlp(), units, sparsity=wrong)
     with pytest.raises(RequestError, match="out of range"):
         pr.advance_(model, 1.5)
 
@@ -219,7 +219,7 @@ def test_weights_that_shrink_score_below_zero() -> None:
     layer = nn.Linear(2, 1, bias=False)
     with torch.no_grad():
         layer.weight.copy_(torch.tensor([[1.0, 1.0]]))
-    pr.movement_(layer, pr.coupled(layer, torch.ones(1, 2)), sparsity=0.5)
+    pr.top_movement_(layer, pr.coupled(layer, torch.ones(1, 2)), sparsity=0.5)
     gate = next(m for m in layer.modules() if isinstance(m, Moved))
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
     wanted, total = torch.tensor([[0.2, 2.0]]), torch.zeros(1, 2)
@@ -235,7 +235,7 @@ def test_weights_that_shrink_score_below_zero() -> None:
 
 
 def test_movement_follows_its_schedule_exactly() -> None:
-    model = pr.movement_(mlp(), pr.coupled(mlp(), X), sparsity=0.8, schedule=linear)
+    model = pr.top_movement_(mlp(), pr.coupled(mlp(), X), sparsity=0.8, schedule=linear)
     with torch.no_grad():
         for gate, _ in gates_of(model):
             gate.scores.normal_()  # type: ignore[operator,union-attr]
@@ -250,7 +250,7 @@ def test_movement_follows_its_schedule_exactly() -> None:
 
 def test_movement_in_a_training_loop() -> None:
     model, batch = mlp(), X
-    pr.movement_(model, pr.coupled(model, batch), sparsity=0.5)
+    pr.top_movement_(model, pr.coupled(model, batch), sparsity=0.5)
     pr.finetune(
         model, [batch], penalty_loss(0.0), steps=20, lr=0.02, training=FAST,
         on_step=lambda step, *_: pr.advance_(model, (step + 1) / 20) and None,

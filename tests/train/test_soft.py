@@ -182,6 +182,32 @@ def test_a_connection_that_was_cut_is_spliced_back() -> None:
     assert model[0].weight.tolist() == [[pytest.approx(2.1), 0, 0, pytest.approx(0.9)]]
 
 
+def test_surgery_that_was_stopped_goes_on_with_the_same_bits() -> None:
+    def start(model: nn.Module) -> tuple[torch.optim.Optimizer, pr.Surgery]:
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        recipe = pr.Recipe(granularity=pr.Element())
+        return optimizer, pr.Surgery(model, optimizer, recipe=recipe, target=pr.Sparsity(0.5), inputs=X, every=2)
+
+    def go(model: nn.Module, optimizer: torch.optim.Optimizer, surgery: pr.Surgery, steps: int) -> None:
+        for _ in range(steps):
+            descend(model, optimizer)
+            surgery.step()
+
+    whole, halted = net(), net()
+    straight, first = start(whole), start(halted)
+    go(whole, *straight, 7)
+    go(halted, *first, 3)
+    fresh = net()
+    fresh.load_state_dict(halted.state_dict())
+    second = start(fresh)
+    second[1].load_state_dict(first[1].state_dict())
+    go(fresh, *second, 4)
+    assert straight[1].finish().masks.keys() == second[1].finish().masks.keys()
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), fresh.parameters(), strict=True))
+    with pytest.raises(RequestError, match="do not fit"):
+        first[1].load_state_dict({"step": torch.tensor(1), "dense.0.weight": torch.ones(1)})
+
+
 def test_surgery_refuses_channels_and_bands_out_of_range() -> None:
     model = net()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

@@ -61,6 +61,8 @@ def encode(weight: Tensor, form: Format) -> Stored:
 
 def decode(stored: Stored) -> Tensor:
     """The weight. Errors: BadInput for parts that contradict each other or the shape."""
+    if not stored.shape or min(stored.shape) < 1:
+        raise BadInput(f"a stored weight has the shape {stored.shape}", "every size is 1 or more")
     rows = stored.shape[0] if len(stored.shape) > 1 else 1
     size = int(np.prod(stored.shape))
     matrix = torch.zeros(rows, size // max(rows, 1), dtype=stored.dtype)
@@ -218,6 +220,8 @@ def _from_bsr(stored: Stored, matrix: Tensor) -> None:
         raise BadInput("indices of a weight in bsr do not rise", "they repeat, or are out of order")
     tiles[rows, cols] = values
     full = tiles.transpose(1, 2).reshape(tall * BLOCK, wide * BLOCK)
+    if bool(full[matrix.shape[0] :].any()) or bool(full[:, matrix.shape[1] :].any()):
+        raise BadInput("a weight in bsr has values outside its shape", f"{tuple(matrix.shape)} is inside")
     matrix.copy_(full[: matrix.shape[0], : matrix.shape[1]])
 
 
@@ -225,7 +229,10 @@ def _bits(stored: Stored, count: int) -> np.ndarray[tuple[int, ...], np.dtype[np
     packed = _part(stored, "bits", -(-count // 8))
     if packed.dtype != torch.uint8:
         raise BadInput(f"bits of a weight in {stored.form.value} are {packed.dtype}", "bytes are needed")
-    return np.unpackbits(packed.numpy(), count=count)
+    bits = np.unpackbits(packed.numpy())
+    if bits[count:].any():
+        raise BadInput(f"bits of a weight in {stored.form.value} go on after the last weight", f"{count} fit")
+    return bits[:count]
 
 
 def _from_bitmask(stored: Stored, matrix: Tensor) -> None:

@@ -203,8 +203,8 @@ def space(
 
 
 def _units(job: Job) -> Units:
-    groups, frozen = job._groups()
-    scored = job._score_groups(groups, frozen)
+    groups, frozen = job.groups()
+    scored = job.score_groups(groups, frozen)
     half = {g.name: torch.arange(g.size) >= min(g.size // 2, g.size - max(1, g.least)) for g, _ in scored}
     faults = unproven(job.model, job.graph, half, job.inputs)
     scored = [(group, scores) for group, scores in scored if group.name not in faults]
@@ -214,8 +214,8 @@ def _units(job: Job) -> Units:
 
 
 def _weights(job: Job, pattern: Element | Block) -> Weights:
-    layers, frozen = job._layers()
-    scored = job._score_layers(layers, frozen)
+    layers, frozen = job.layers()
+    scored = job.score_layers(layers, frozen)
     return Weights(job.graph, tuple(x for x, _ in scored), tuple(s for _, s in scored), pattern)
 
 

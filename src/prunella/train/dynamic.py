@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from prunella.apply import Packed, forget_masks_, pack, record_, records, unwrap
+from prunella.apply import forget_masks_, pack, record_, records, saved_masks, unwrap
 from prunella.criteria import magnitude
 from prunella.errors import CheckFailed, RequestError
 from prunella.method import needs_of
@@ -149,18 +149,10 @@ class DropGrow:
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Go on from `state_dict()`: the masks replace those of the model, and are applied."""
         named = dict(self.model.named_parameters())
-        masks: dict[str, dict[nn.Parameter, Mask]] = {"bits": {}, "seen": {}}
-        for key, bits in state.items():
-            kind, _, name = key.partition(".")
-            if kind not in masks:
-                continue
-            if name not in named or bits.numel() != -(-named[name].numel() // 8):
-                why, todo = f"{name} is not there or has another size", "load it into the same architecture"
-                raise RequestError("the saved masks do not fit this model", why, todo)
-            masks[kind][named[name]] = Packed(bits, tuple(named[name].shape)).unpack(named[name].device)
+        masks, seen = saved_masks(self.model, state), saved_masks(self.model, state, "seen")
         self.taken, self._due, self._start = int(state["step"]), bool(state["due"]), int(state["start"])
-        self._take({p: name for name, p in named.items() if p in masks["bits"]}, masks["bits"])
-        self._seen = masks["seen"]
+        self._take({p: name for name, p in named.items() if p in masks}, masks)
+        self._seen = seen
         found = [(p, state.get(f"gradient.{name}")) for p, name in self._names.items()]
         self._grads = {p: grad.clone().to(p.device) for p, grad in found if grad is not None}
         self._write(self._masks)

@@ -83,7 +83,7 @@ class SoftlyMoved(Gate):
 
 
 @training(source="Sanh et al. 2020, arXiv:2005.07683")
-def movement_(model: M, units: Coupled, *, sparsity: float, schedule: Schedule = cubic) -> M:
+def top_movement_(model: M, units: Coupled, *, sparsity: float, schedule: Schedule = cubic) -> M:
     """Movement pruning, in place: scores on every weight learn which ones training moves away from zero.
 
     `W' = W * mask`, the mask keeps the highest scores S of each layer, and `dL/dS = dL/dW' * W` straight through, so
@@ -110,7 +110,7 @@ def soft_movement_(model: M, units: Coupled, *, threshold: float = 0.1) -> M:
 
     threshold: in (0, 0.5), of the sigmoid.
 
-    Use: movement pruning that shares the budget among layers by itself. Avoid: an exact sparsity: use `movement_`.
+    Use: movement pruning that shares the budget among layers by itself. Avoid: an exact sparsity: use `top_movement_`.
     """
     if not 0 < threshold < 0.5:
         raise RequestError(f"threshold={threshold:g} is out of range", "0 < threshold < 0.5", "0.1 is usual")

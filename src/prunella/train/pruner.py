@@ -25,6 +25,7 @@ from prunella.apply import (
     reapply_,
     record_,
     records,
+    saved_masks,
     unwrap,
 )
 from prunella.errors import RequestError
@@ -167,17 +168,7 @@ class Pruner:
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Go on from `state_dict()`: the masks replace those of the model, and are applied."""
-        named = dict(unwrap(self.model).named_parameters(remove_duplicate=False))
-        masks: dict[nn.Parameter, Mask] = {}
-        for key, bits in state.items():
-            if not key.startswith("bits."):
-                continue
-            parameter = named.get(key.removeprefix("bits."))
-            if parameter is None or bits.numel() != -(-parameter.numel() // 8):
-                raise RequestError(
-                    f"the saved mask {key!r} fits no parameter of this model", "", "load it into the same architecture"
-                )
-            masks[parameter] = Packed(bits, tuple(parameter.shape)).unpack()
+        masks = saved_masks(self.model, state)
         self.taken, self._fraction = int(state["step"]), float(state["fraction"])
         forget_masks_(self.model)
         record_(self.model, masks)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from prunella.apply import apply_, forget_masks_, plan_masks, unwrap
+from prunella.apply import apply_, forget_masks_, pack, plan_masks, saved_masks, unwrap
 from prunella.errors import RequestError
 from prunella.graph.couple import couple
 from prunella.graph.structure import Graph
@@ -144,6 +145,27 @@ class Surgery:
         forget_masks_(self.model)
         apply_(self.model, made)
         return made
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Step, masks (`bits.NAME`) and dense weights (`dense.NAME`): the parameters themselves hold `m * W` only."""
+        state = {"step": torch.tensor(self.taken)}
+        for name, parameter in unwrap(self.model).named_parameters():
+            if parameter in self._masks:
+                state[f"bits.{name}"] = pack(self._masks[parameter]).bits
+                state[f"dense.{name}"] = self._dense[parameter].clone()
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from `state_dict()`: dense weights and masks replace those of the model."""
+        masks = saved_masks(self.model, state)
+        named = dict(unwrap(self.model).named_parameters())
+        dense = {named[key.removeprefix("dense.")]: value for key, value in state.items() if key.startswith("dense.")}
+        if dense.keys() != masks.keys() or any(p.shape != value.shape for p, value in dense.items()):
+            raise RequestError("the saved weights do not fit their masks", "", "load what state_dict() gave")
+        self.taken, self._masks = int(state["step"]), masks
+        self._dense = {p: value.to(p.device, p.dtype).clone() for p, value in dense.items()}
+        self._restore()
+        self._hide()
 
     def _renew(self) -> None:
         mild, harsh = self._made(self.target.value - self.band), self._made(self.target.value + self.band)
