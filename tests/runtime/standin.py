@@ -47,7 +47,8 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Calls:
         return ACTIVATE[activation](y if residual is None else y + residual)
 
     def conv2d(packed: Held, x: Tensor, kernel: Any, bias: Any = None, residual: Any = None,
-               activation: Activation = Activation.NONE, *, stride: Any, padding: Any, dilation: Any) -> Tensor:  # fmt: skip
+               activation: Activation = Activation.NONE, *, stride: Any, padding: Any,
+               dilation: Any) -> Tensor:  # fmt: skip
         calls.append(f"conv2d {packed.config.kind.value}")
         weight = packed.matrix.reshape(len(packed.matrix), -1, *kernel)
         y = functional.conv2d(x, weight, bias, stride, padding, dilation)

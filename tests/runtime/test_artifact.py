@@ -19,6 +19,7 @@ from prunella.runtime import artifact
 from prunella.runtime.choice import Problem, Route
 from prunella.runtime.layers import SparseConv2d, SparseLinear
 from prunella.runtime.machine import fingerprint
+from prunella.runtime.restore import restored
 from tests.runtime.standin import Calls
 from tests.runtime.test_sparse import IMAGE, X, mlp, net, sown
 
@@ -120,6 +121,28 @@ def test_a_hugging_face_model_needs_no_factory(tmp_path: Path, kernels: Calls) -
     assert again.lm_head.weight is again.transformer.wte.weight
 
 
+def test_activations_that_joined_come_back(tmp_path: Path, kernels: Calls) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.BertConfig(
+        vocab_size=40, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24,
+        max_position_embeddings=32,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = sown(transformers.BertModel(config), 0.5)
+    ids = torch.arange(7)[None]
+    made = pr.sparse(model, {"input_ids": ids})
+    joined = [m.activation.value for m in made.modules() if isinstance(m, SparseLinear) and m.activation_path]
+    assert joined == ["gelu", "gelu"]
+    torch.testing.assert_close(made(ids).last_hidden_state, model(ids).last_hidden_state)
+    again = pr.load_sparse(pr.save_sparse(made, tmp_path / "small").path)
+    assert torch.equal(again(ids).last_hidden_state, made(ids).last_hidden_state)
+    assert [m.activation_path for m in again.modules() if isinstance(m, SparseLinear)] == [
+        m.activation_path for m in made.modules() if isinstance(m, SparseLinear)
+    ]
+    dense = restored(again)
+    assert torch.equal(dense(ids).last_hidden_state, model(ids).last_hidden_state)
+
+
 def test_a_dense_result_is_stored_dense(tmp_path: Path, kernels: Calls) -> None:
     def full() -> nn.Module:
         torch.manual_seed(0)
@@ -167,6 +190,8 @@ SPARSE = [
     (lambda s: s.update(precision="fp4"), "cannot be read"),
     (lambda s: s.update(traced=[[[2, 8, 5, 5], "system"]]), "no type of numbers"),
     (lambda s: s.pop("machine"), "cannot be read"),
+    (lambda s: s.update(joined={"0.one": "0.first"}), "no activation at"),
+    (lambda s: s.update(joined=[1]), "cannot be read"),
 ]
 ROW = {"kind": "rows", "precision": "fp32", "rows": 4, "tile": 4, "depth": 256}
 

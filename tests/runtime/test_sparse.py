@@ -30,7 +30,7 @@ def sown(model: nn.Module, part: float = 0.8, seed: int = 0) -> nn.Module:
         for name, parameter in model.named_parameters():
             if parameter.dim() > 1 and "embed" not in name and "wte" not in name:
                 parameter.mul_(torch.rand(parameter.shape, generator=generator) > part)
-        for name, tensor in [*model.named_buffers(), *model.named_parameters()]:
+        for _, tensor in [*model.named_buffers(), *model.named_parameters()]:
             if tensor.is_floating_point() and tensor.dim() == 1:
                 tensor.copy_(torch.rand(tensor.shape, generator=generator) + 0.5)
     return model.eval()
@@ -145,17 +145,30 @@ def test_gelu_by_tanh_is_another_function() -> None:
     assert seen == [Fused()]
 
 
-def test_a_model_that_cannot_be_followed_keeps_its_modules() -> None:
-    class Branch(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.up = nn.Linear(12, 12)
+class Branch(nn.Module):
+    """A feed-forward block behind a branch that only eager code takes; `leak` lets the middle out."""
 
-        def forward(self, x: Tensor) -> Tensor:
-            return self.up(x) if x.sum() > 0 else -self.up(x)
+    def __init__(self, leak: str = "") -> None:
+        super().__init__()
+        self.up, self.act, self.down, self.leak = nn.Linear(12, 16), nn.SiLU(), nn.Linear(16, 12), leak
 
-    model = Branch()
-    assert traced(model, {"up": model.up}, X) is None
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = self.up(x if x.sum() < 1e9 else -x)
+        z = self.act(y)
+        z = self.act(self.down(z)) if self.leak == "twice" else self.down(z)
+        z = z + y[:, :12] if self.leak == "read" else z
+        return z, y if self.leak == "returned" else z
+
+
+@pytest.mark.parametrize(("leak", "joined"), [("", ["act"]), ("twice", []), ("read", []), ("returned", [])])
+@pytest.mark.usefixtures("eager_to_skip", "kernels")
+def test_an_activation_that_alone_reads_a_layer_joins_it(leak: str, joined: list[str]) -> None:
+    torch.manual_seed(0)
+    model = sown(Branch(leak))
+    made = pr.sparse(model, X)
+    assert [m.activation_path for m in made.modules() if isinstance(m, SparseLinear) and m.activation_path] == joined
+    for one, other in zip(made(X), model(X), strict=True):
+        torch.testing.assert_close(one, other)
 
 
 def test_nothing_is_kept_that_is_not_faster(kernels: Calls, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -238,6 +251,11 @@ def test_layers_that_cannot_be_replaced_say_why() -> None:
         "hooked": "it has hooks or a parametrisation", "tied": "its weight is tied to another layer's",
         "twin": "its weight is tied to another layer's", "wide": "",
     }  # fmt: skip
+
+
+def test_a_model_that_cannot_be_followed_keeps_its_modules() -> None:
+    model = Branch()
+    assert traced(model, {"up": model.up}, X) is None
 
 
 def test_requests_that_make_no_sense() -> None:

@@ -50,7 +50,8 @@ from prunella.runtime.convert import (
     sparsified,
     targets,
 )
-from prunella.runtime.fuse import copied
+from prunella.runtime.fuse import activation_of, copied
+from prunella.runtime.layers import SparseLinear
 from prunella.runtime.machine import cpu_name, fingerprint
 from prunella.runtime.native import Precision
 from prunella.runtime.restore import restored, sparse_layers
@@ -87,7 +88,9 @@ def save_sparse(
         manifest = json.loads((inner / MARKER).read_text(encoding="utf-8"))
         shutil.rmtree(inner)
         manifest["tensors"] = names.described
-        manifest["sparse"] = {"weights": names.shapes, **_measured(record)}
+        joined = {name: m.activation_path for name, m in sparse_layers(bare).items() if isinstance(m, SparseLinear)}
+        joined = {name: path for name, path in joined.items() if path}
+        manifest["sparse"] = {"weights": names.shapes, "joined": joined, **_measured(record)}
         manifest["files"] = {f.name: {"sha256": digest(f), "bytes": f.stat().st_size} for f in sorted(folder.iterdir())}
         (folder / MARKER).write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n", encoding="utf-8")
         total, files = sum(f.stat().st_size for f in folder.iterdir()), sorted(f.name for f in folder.iterdir())
@@ -121,7 +124,7 @@ def load_sparse(
         ]
         layers = tuple(_layer(model, name, told.layers[name], told, tuner) for name in order)
         tables = {layer.name: layer.table for layer in layers if layer.table.sparse}
-        made = assembled(model, tables, _example(told)) if tables else model
+        made = assembled(model, tables, _example(told), _joined(model, told)) if tables else model
     why = "" if tables else "no layer is faster without its zeros here"
     threads = torch.get_num_threads()
     record = Sparsified(layers, not why, why, None, 0.0, threads, cpu_name(), kernels(), 0.0, told.precision)
@@ -183,6 +186,7 @@ class _Told:
     traced: tuple[tuple[tuple[int, ...], str], ...]
     layers: Mapping[str, tuple[tuple[Problem, Choice], ...]]
     weights: Mapping[str, tuple[int, ...]]
+    joined: Mapping[str, str]
 
 
 def _read(data: Any) -> _Told:
@@ -195,7 +199,8 @@ def _read(data: Any) -> _Told:
         }
         traced = tuple((_whole_numbers(shape), str(dtype)) for shape, dtype in data["traced"])
         weights = {str(name): _whole_numbers(shape) for name, shape in data["weights"].items()}
-        return _Told(data["machine"] == fingerprint(), Precision(data["precision"]), traced, layers, weights)
+        joined = {str(name): str(module) for name, module in data["joined"].items()}
+        return _Told(data["machine"] == fingerprint(), Precision(data["precision"]), traced, layers, weights, joined)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         why = f"what it says of sparse layers cannot be read: {type(error).__name__}: {error}"
         raise BadInput("the manifest is broken", why, "write the folder again") from error
@@ -253,6 +258,15 @@ def _check_problems(name: str, module: nn.Module, asked: tuple[Problem, ...]) ->
             fits = not problem.image and problem.size * matrix_of(module).shape[1] <= _LARGEST
         if not fits:
             raise BadInput(f"the manifest names an input that {name!r} does not take", f"{problem}", "write it again")
+
+
+def _joined(model: nn.Module, told: _Told) -> Mapping[str, str]:
+    modules = dict(model.named_modules())
+    for name, path in told.joined.items():
+        if name not in told.layers or path not in modules or activation_of(modules[path]) is None:
+            why = f"the rebuilt model has no activation at {path!r}"
+            raise BadInput(f"the manifest says that {name!r} takes over an activation", why, "write the folder again")
+    return told.joined
 
 
 def _example(told: _Told) -> Inputs | None:

@@ -21,10 +21,11 @@ from prunella.graph.oracle import relative_error
 from prunella.pipeline import Inputs
 from prunella.runtime import native
 from prunella.runtime.choice import Geometry, Problem, Table, is_dense, spell
-from prunella.runtime.fuse import Fused, copied, fuse_, traced
+from prunella.runtime.fuse import Fused, activation_of, copied, fuse_, traced
 from prunella.runtime.layers import SparseConv2d, SparseLinear
 from prunella.runtime.machine import cpu_name
-from prunella.runtime.native import Precision
+from prunella.runtime.native import Activation, Precision
+from prunella.runtime.pair import pairs
 from prunella.runtime.tune import Tuner, Verdict, density
 from prunella.timing import Comparison, Ratio, compare_latency
 
@@ -110,8 +111,9 @@ def sparse(
 
     precision: BF16 and INT8 (weights when decoding) also try kernels that round. tokens: further numbers of tokens.
     fuse: let batch norms, activations and residuals join the layer before them where `torch.fx` can follow the model,
-    which then becomes a graph module. seconds: of measurement for each kind of layer. Errors: RequestError for sizes
-    out of range or an example that the model does not take, CheckFailed if the output differs.
+    which then becomes a graph module; elsewhere only activation modules that nothing else reads from. seconds: of
+    measurement for each kind of layer. Errors: RequestError for sizes out of range or an example that the model does
+    not take, CheckFailed if the output differs.
     """
     check_request(tokens, seconds)
     begin, dense = time.perf_counter(), copied(unwrap(model))
@@ -285,18 +287,18 @@ def _hooked(module: nn.Module) -> bool:
 # -- the model with its layers replaced -------------------------------------------------------------------------------
 
 
-def assembled(model: nn.Module, tables: Mapping[str, Table], example: Inputs | None) -> nn.Module:
-    """`model`, changed in place, with these layers replaced; fused if there is an example to prove it with."""
+def assembled(
+    model: nn.Module, tables: Mapping[str, Table], example: Inputs | None, joined: Mapping[str, str] | None = None
+) -> nn.Module:
+    """`model`, changed in place, with these layers replaced; fused if there is an example to prove it with.
+
+    joined: layer -> the activation module that it takes over, where that was proven before.
+    """
     layers = {name: model.get_submodule(name) for name in tables}
     program = None if example is None else traced(model, layers, example)
     if program is None:
-        for name, layer in layers.items():
-            parent, _, leaf = name.rpartition(".")
-            made = replaced(layer, tables[name], Fused())
-            if not name:
-                return made
-            setattr(model.get_submodule(parent), leaf, made)
-        return model
+        joined = joined if joined is not None else {} if example is None else pairs(model, layers, example)
+        return _in_place(model, layers, tables, joined)
     modules = dict(program.named_modules())
 
     def make(name: str, fused: Fused) -> nn.Module:
@@ -305,6 +307,28 @@ def assembled(model: nn.Module, tables: Mapping[str, Table], example: Inputs | N
 
     fuse_(program, make, layers)
     return program.eval()
+
+
+def _in_place(
+    model: nn.Module, layers: Mapping[str, nn.Module], tables: Mapping[str, Table], joined: Mapping[str, str]
+) -> nn.Module:
+    for name, layer in layers.items():
+        path = "" if isinstance(layer, nn.Conv2d) else joined.get(name, "")
+        activation = activation_of(model.get_submodule(path)) if path else None
+        made = replaced(layer, tables[name], Fused(None, activation or Activation.NONE))
+        if isinstance(made, SparseLinear) and activation is not None:
+            made.activation_path = path
+            put(model, path, nn.Identity())
+        if not name:
+            return made
+        put(model, name, made)
+    return model
+
+
+def put(model: nn.Module, path: str, module: nn.Module) -> None:
+    """Set the submodule of that path."""
+    parent, _, leaf = path.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, module)
 
 
 def replaced(layer: nn.Module, table: Table, fused: Fused, norm: nn.Module | None = None) -> nn.Module:

@@ -24,6 +24,7 @@ from prunella.runtime.native import Activation
 _MODULES: dict[type[nn.Module], Activation] = {
     nn.ReLU: Activation.RELU, nn.SiLU: Activation.SILU, nn.GELU: Activation.GELU,
 }  # fmt: skip
+_NAMES = {"GELUActivation": Activation.GELU, "SiLUActivation": Activation.SILU}
 _FUNCTIONS: dict[object, Activation] = {
     functional.relu: Activation.RELU, torch.relu: Activation.RELU, torch.relu_: Activation.RELU,
     functional.silu: Activation.SILU, functional.gelu: Activation.GELU,
@@ -43,9 +44,13 @@ class Fused:
 
 def activation_of(module: nn.Module) -> Activation | None:
     """The activation that a module is, exactly, or None."""
-    if type(module) is nn.GELU and module.approximate != "none":
+    kind = type(module)
+    if isinstance(module, nn.GELU) and module.approximate != "none":
         return None
-    return _MODULES.get(type(module))
+    if kind.__module__ == "transformers.activations":
+        plain = kind.__name__ != "GELUActivation" or getattr(module, "act", None) is functional.gelu
+        return _NAMES.get(kind.__name__) if plain else None
+    return _MODULES.get(kind)
 
 
 def traced(model: nn.Module, layers: Mapping[str, nn.Module], example: Any) -> GraphModule | None:
@@ -151,8 +156,7 @@ def _added(node: Node, one: Node) -> Node | None:
     if (
         not isinstance(other, Node)
         or other is one
-        or node.args[0] is not one
-        and node.target in ("add_", operator.iadd)
+        or (node.args[0] is not one and node.target in ("add_", operator.iadd))
     ):
         return None  # in place, the other term would have to change too
     return other if other.meta.get("shape") is not None and other.meta["shape"] == one.meta.get("shape") else None

@@ -47,6 +47,7 @@ class SparseLinear(nn.Module):
 
     `values` and `bits` are what a state dict has. The kernel depends on the number of tokens (`table`). Dense code runs
     instead where gradients are wanted, for other types and devices, and where x is not finite.
+    activation_path: where the dense model has it, if a module does it there.
     """
 
     bits: Tensor
@@ -58,6 +59,7 @@ class SparseLinear(nn.Module):
         *,
         table: Table,
         activation: Activation = Activation.NONE,
+        activation_path: str = "",
         transposed: bool = False,
     ) -> None:
         super().__init__()
@@ -65,7 +67,7 @@ class SparseLinear(nn.Module):
         self.values, bits = canonical(weight)
         self.register_buffer("bits", bits)
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
-        self.activation, self.transposed = activation, transposed
+        self.activation, self.activation_path, self.transposed = activation, activation_path, transposed
         self.store = Store((self.out_features, self.in_features), table, activation)
 
     @property
@@ -76,7 +78,7 @@ class SparseLinear(nn.Module):
     def matrix(self) -> Tensor:
         """The weight `(out, in)`."""
         shape = (self.out_features, self.in_features)
-        if torch.is_grad_enabled() and self.values.requires_grad or torch.compiler.is_compiling():
+        if (torch.is_grad_enabled() and self.values.requires_grad) or torch.compiler.is_compiling():
             return unpacked(self.values, self.bits, shape)
         made: Tensor = self.store.get(
             Route.TORCH, (self.values, self.bits), lambda: unpacked(self.values, self.bits, shape)

@@ -9,6 +9,9 @@ from torch.fx import GraphModule
 from prunella.models import import_module
 from prunella.runtime.fuse import copied
 from prunella.runtime.layers import SparseConv2d, SparseLinear
+from prunella.runtime.native import Activation
+
+_ACTIVATIONS = {Activation.RELU: nn.ReLU, Activation.GELU: nn.GELU, Activation.SILU: nn.SiLU}
 
 
 def restored(model: nn.Module) -> nn.Module:
@@ -20,6 +23,8 @@ def restored(model: nn.Module) -> nn.Module:
     for name, module in list(made.named_modules()):
         if isinstance(module, SparseLinear):
             _put(made, name, _linear(module))
+            if module.activation_path:
+                _put(made, module.activation_path, _ACTIVATIONS[module.activation]())
         elif isinstance(module, SparseConv2d):
             _put(made, name, _conv(module))
             if module.norm is not None:

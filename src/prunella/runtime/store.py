@@ -131,11 +131,12 @@ def run_conv(
     channels: int,
 ) -> Tensor:
     """`activation(conv(x, W) + bias + residual)` by a choice; `held` is the weight in its layout."""
-    how = {"stride": geometry.stride, "padding": geometry.padding, "dilation": geometry.dilation}
+    stride, padding, dilation = geometry.stride, geometry.padding, geometry.dilation
     if isinstance(choice, Config):
+        how = {"stride": stride, "padding": padding, "dilation": dilation}
         return native.conv2d(held, x, geometry.kernel, bias, residual, activation, **how)
     weight = held.reshape(held.shape[0], channels, *geometry.kernel)
-    y = functional.conv2d(x, weight, bias, **how)
+    y = functional.conv2d(x, weight, bias, stride, padding, dilation)
     return ACTIVATE[activation](y if residual is None else y + residual)
 
 

@@ -116,9 +116,10 @@ def candidates(
     bias = None if bias is None else bias.detach()
     shape = problem.image or (problem.size, matrix.shape[1])
     x = torch.randn(shape, generator=generator)
-    routes = [Route.TORCH] if geometry else [Route.TORCH, *_onednn(), Route.CSR]
+    routes: list[Route] = [Route.TORCH] if geometry else [Route.TORCH, *_onednn(), Route.CSR]
     made: dict[Choice, Run] = {}
-    for choice in (*routes, *configs(matrix, problem.size, precision)):
+    choices: list[Choice] = [*routes, *configs(matrix, problem.size, precision)]
+    for choice in choices:
         run = _call(choice, weight.detach(), matrix, x, bias, geometry)
         try:
             run()
@@ -163,7 +164,7 @@ class _Late:
 
 def _onednn() -> Iterator[Route]:
     """oneDNN's linear, where this build of torch has it."""
-    if torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+    if torch._C._has_mkldnn and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         yield Route.ONEDNN
 
 
