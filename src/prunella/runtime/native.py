@@ -1,17 +1,31 @@
-"""The compiled kernels, as Python sees them. Here without the library: nothing is available."""
+"""The compiled kernels, as Python sees them: a weight is packed once, then multiplied.
+
+The library has no torch and no Python in it; it gets addresses. Without it (no compiler at installation) `available()`
+is False, and everything here that multiplies refuses.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import ctypes
+import os
+import weakref
+from dataclasses import dataclass, field
 from enum import Enum
+from functools import cache
+from pathlib import Path
+from typing import Any
 
+import torch
 from torch import Tensor
+from torch.nn.functional import gelu, silu
 
-from prunella.errors import NotSupported
+from prunella.errors import NotSupported, PruningError, RequestError
+
+_NAME = "libprunella.so"
 
 
 class Activation(Enum):
-    """What is applied to the sum."""
+    """What is applied to the sum, the bias and the residual."""
 
     NONE = "none"
     RELU = "relu"
@@ -20,7 +34,7 @@ class Activation(Enum):
 
 
 class Precision(Enum):
-    """The type that values are multiplied in."""
+    """The type that values are multiplied in; sums are float32."""
 
     FP32 = "fp32"
     BF16 = "bf16"
@@ -28,7 +42,11 @@ class Precision(Enum):
 
 
 class Kind(Enum):
-    """How the nonzeros are laid out."""
+    """How the nonzeros are laid out.
+
+    ROWS: rows side by side, each with its own columns. GROUPS: four rows, columns by the pattern of their nonzeros.
+    BLOCK16, BLOCK8, BLOCK4: so many neighbouring rows share their columns. DECODE, CSR: for a few tokens.
+    """
 
     ROWS = "rows"
     GROUPS = "groups"
@@ -39,9 +57,12 @@ class Kind(Enum):
     CSR = "csr"
 
 
+_MANY = {Kind.ROWS: 0, Kind.BLOCK16: 2, Kind.BLOCK8: 3, Kind.BLOCK4: 4}
+
+
 @dataclass(frozen=True)
 class Config:
-    """One kernel and its sizes."""
+    """One kernel and its sizes: rows side by side, vectors of tokens side by side, columns of a block."""
 
     kind: Kind
     precision: Precision = Precision.FP32
@@ -52,37 +73,145 @@ class Config:
 
 @dataclass(frozen=True)
 class Packed:
-    """A weight in the private layout of a kernel."""
+    """A weight in the private layout of a kernel; the memory behind it goes with this object."""
 
     shape: tuple[int, int]
     nnz: int
     nbytes: int
     config: Config
+    handle: int = field(repr=False)
+
+    def __post_init__(self) -> None:
+        weakref.finalize(self, _library().prunella_many_free, ctypes.c_void_p(self.handle))
+
+
+class _Image(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("channels", "height", "width", "batch")),
+        *((name, ctypes.c_int32) for name in ("kernel_h", "kernel_w", "stride_h", "stride_w", "pad_h", "pad_w")),
+        *((name, ctypes.c_int32) for name in ("dilation_h", "dilation_w", "last")),
+    )
+
+
+_POINTER, _LONG, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
+_SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
+    "prunella_tiers": (ctypes.c_char_p, ()),
+    "prunella_tier": (ctypes.c_char_p, ()),
+    "prunella_use": (_INT, (ctypes.c_char_p,)),
+    "prunella_check": (_INT, (_LONG, _LONG, _LONG, _POINTER, _POINTER)),
+    "prunella_many_pack": (
+        _INT,
+        (_LONG, _LONG, _LONG, _POINTER, _POINTER, _POINTER, _INT, _INT, _INT, ctypes.POINTER(_POINTER)),
+    ),
+    "prunella_many_free": (None, (_POINTER,)),
+    "prunella_many_bytes": (_LONG, (_POINTER,)),
+    "prunella_many_linear": (
+        _INT,
+        (_POINTER, _POINTER, _LONG, _POINTER, _POINTER, _INT, _INT, _INT, _POINTER),
+    ),
+    "prunella_many_conv": (
+        _INT,
+        (_POINTER, ctypes.POINTER(_Image), _POINTER, _POINTER, _POINTER, _INT, _INT, _INT, _POINTER),
+    ),
+}
+_WRONG = {
+    1: ("the kernels cannot do this", "a size or an option is out of range"),
+    2: ("the rows of a sparse weight are not well formed", "their starts do not rise to the number of nonzeros"),
+    3: ("the columns of a sparse weight are not well formed", "they point outside, or do not rise"),
+    4: ("there is no memory left for the sparse kernels", "the packed weight or its scratch does not fit"),
+}
+
+
+@cache
+def _found() -> ctypes.CDLL | None:
+    """The library beside this file, with the tier that PRUNELLA_ISA asks for; None if it was not built."""
+    file = Path(__file__).with_name(_NAME)
+    if not file.exists():
+        return None
+    library = ctypes.CDLL(str(file))
+    for name, (result, arguments) in _SIGNATURES.items():
+        function = getattr(library, name)
+        function.restype, function.argtypes = result, arguments
+    asked = os.environ.get("PRUNELLA_ISA", "")
+    if asked and library.prunella_use(asked.encode()):
+        has = library.prunella_tiers().decode()
+        raise RequestError(f"PRUNELLA_ISA={asked!r} cannot be used", f"this processor has {has}", "choose one, or none")
+    return library
+
+
+def _library() -> ctypes.CDLL:
+    found = _found()
+    if found is None:
+        raise NotSupported(
+            "the compiled kernels are not here",
+            "prunella was installed without a compiler",
+            "install a wheel, or install again where a C++ compiler is (from a checkout: make kernels)",
+        )
+    return found
 
 
 def available() -> bool:
     """Whether the compiled library is here."""
-    return False
+    return _found() is not None
 
 
 def isa() -> str:
-    """The instruction-set tier that is used."""
-    return "none"
+    """The tier of instructions in use; "none" without the library."""
+    found = _found()
+    return str(found.prunella_tier().decode()) if found else "none"
 
 
 def tiers() -> tuple[str, ...]:
-    """The tiers that this processor can run."""
-    return ()
+    """The tiers that this processor can run, the best last."""
+    found = _found()
+    return tuple(found.prunella_tiers().decode().split(",")) if found else ()
+
+
+def use_tier(name: str = "") -> None:
+    """Run everything from now on with this tier; the best one without a name. Errors: RequestError for one not here."""
+    if _library().prunella_use(name.encode()):
+        raise RequestError(f"the tier {name!r} cannot be used", f"this processor has {', '.join(tiers())}", "")
 
 
 def configs(shape: tuple[int, int], density: float, tokens: int) -> tuple[Config, ...]:
-    """Candidates, best guess first."""
-    return ()
+    """Kernels worth trying for a weight (M, K) with this part of nonzeros and so many tokens, best guess first."""
+    if not available() or tokens < 1 or not all(shape):
+        return ()
+    rows = [Config(Kind.ROWS, rows=r, tile=t, depth=d) for r, t, d in ((2, 4, 256), (4, 2, 512), (4, 2, 256), (2, 4, 512))]
+    return tuple(rows if density > 0.15 else [rows[1], rows[0], *rows[2:]])
 
 
 def pack(weight: Tensor, config: Config) -> Packed:
-    """A weight in the layout of a kernel."""
-    raise NotSupported("the compiled kernels are not here", "", "pip install prunella from a wheel")
+    """A weight (M, K) in the layout of a kernel. Zeros are left out, so what x holds there is never read."""
+    if config.kind not in _MANY or config.precision is not Precision.FP32:
+        raise NotSupported(f"no kernel packs {config.kind.value} in {config.precision.value}", "", "")
+    if weight.dim() != 2:
+        raise RequestError(f"a weight of {weight.dim()} axes cannot be packed", "two are needed", "")
+    dense = weight.detach().to("cpu", torch.float32)
+    rows, columns = dense.nonzero(as_tuple=True)
+    values = dense[rows, columns].contiguous()
+    starts = torch.zeros(dense.shape[0] + 1, dtype=torch.int64)
+    starts[1:] = torch.bincount(rows, minlength=dense.shape[0]).cumsum(0)
+    return pack_rows((dense.shape[0], dense.shape[1]), starts, columns.contiguous(), values, config)
+
+
+def pack_rows(shape: tuple[int, int], starts: Tensor, columns: Tensor, values: Tensor, config: Config) -> Packed:
+    """The same from compressed rows: starts (M + 1) and columns int64, values float32. All is checked before it is used."""
+    fits = (
+        starts.shape == (shape[0] + 1,)
+        and columns.shape == values.shape
+        and columns.dim() == 1
+        and starts.dtype == columns.dtype == torch.int64
+        and values.dtype == torch.float32
+    )
+    if not fits:
+        raise RequestError("compressed rows do not fit their shape", "", "starts is (M + 1,), columns and values are 1-D")
+    made, parts = _POINTER(), [part.contiguous() for part in (starts, columns, values)]
+    pointers = [part.data_ptr() for part in parts]
+    sizes = (_MANY[config.kind], config.rows, config.depth)
+    _done(_library().prunella_many_pack(*shape, len(values), *pointers, *sizes, ctypes.byref(made)))
+    handle = int(made.value or 0)
+    return Packed(shape, len(values), int(_library().prunella_many_bytes(made)), config, handle)
 
 
 def linear(
@@ -92,8 +221,19 @@ def linear(
     residual: Tensor | None = None,
     activation: Activation = Activation.NONE,
 ) -> Tensor:
-    """x (..., K) -> (..., M)."""
-    raise NotSupported("the compiled kernels are not here", "", "pip install prunella from a wheel")
+    """`activation(x W' + bias + residual)`: x (..., K) -> (..., M), float32 on the CPU; bfloat16 x is read as float32."""
+    x = _input(x).contiguous()
+    if x.shape[-1:] != packed.shape[1:]:
+        raise RequestError(f"x has {tuple(x.shape)[-1:]} columns", f"the weight has {packed.shape[1]}", "")
+    y = x.new_empty(*x.shape[:-1], packed.shape[0])
+    tokens = y.numel() // max(packed.shape[0], 1)
+    extra = _extra(packed, y, bias, residual, torch.contiguous_format)
+    threads = torch.get_num_threads()
+    done = _library().prunella_many_linear(
+        packed.handle, x.data_ptr(), tokens, *map(_address, extra), _fused(activation), packed.config.tile, threads, y.data_ptr()
+    )
+    _done(done)
+    return _after(y, activation)
 
 
 def conv2d(
@@ -104,9 +244,68 @@ def conv2d(
     residual: Tensor | None = None,
     activation: Activation = Activation.NONE,
     *,
-    stride: tuple[int, int],
-    padding: tuple[int, int],
-    dilation: tuple[int, int],
+    stride: tuple[int, int] = (1, 1),
+    padding: tuple[int, int] = (0, 0),
+    dilation: tuple[int, int] = (1, 1),
 ) -> Tensor:
-    """Weight packed as (O, C*kh*kw)."""
-    raise NotSupported("the compiled kernels are not here", "", "pip install prunella from a wheel")
+    """The same over patches: x (B, C, H, W), the weight packed as (O, C kh kw); y has the memory format of x."""
+    x = _input(x)
+    if x.dim() != 4 or x.shape[1] * kernel[0] * kernel[1] != packed.shape[1]:
+        what = f"x {tuple(x.shape)} with a kernel {kernel} does not fit a weight of {packed.shape[1]} columns"
+        raise RequestError(what, "", "x is (B, C, H, W) and the weight (O, C kh kw)")
+    last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    layout = torch.channels_last if last else torch.contiguous_format
+    x = x.contiguous(memory_format=layout)
+    batch, channels, height, width = x.shape
+    sides = zip((height, width), kernel, stride, padding, dilation, strict=True)
+    out = [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in sides]
+    if min(out) < 1:
+        raise RequestError(f"x {tuple(x.shape)} is smaller than the kernel {kernel}", "", "")
+    y = torch.empty(batch, packed.shape[0], *out, memory_format=layout)
+    image = _Image(channels, height, width, batch, *kernel, *stride, *padding, *dilation, int(last))
+    extra = _extra(packed, y, bias, residual, layout)
+    threads = torch.get_num_threads()
+    done = _library().prunella_many_conv(
+        packed.handle, ctypes.byref(image), x.data_ptr(), *map(_address, extra), _fused(activation), packed.config.tile, threads, y.data_ptr()
+    )
+    _done(done)
+    return _after(y, activation)
+
+
+def _input(x: Tensor) -> Tensor:
+    if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.bfloat16):
+        raise RequestError(f"the kernels cannot read {x.dtype} on {x.device}", "float32 on the CPU is needed", "")
+    return x.detach().float()
+
+
+def _extra(packed: Packed, y: Tensor, bias: Tensor | None, residual: Tensor | None, layout: Any) -> list[Tensor | None]:
+    """Bias and residual as the kernels read them."""
+    if bias is not None and bias.shape != packed.shape[:1]:
+        raise RequestError(f"a bias of shape {tuple(bias.shape)} does not fit", f"{packed.shape[0]} rows", "")
+    if residual is not None and residual.shape != y.shape:
+        raise RequestError(f"a residual of shape {tuple(residual.shape)} does not fit", f"y is {tuple(y.shape)}", "")
+    return [
+        None if bias is None else _input(bias).contiguous(),
+        None if residual is None else _input(residual).contiguous(memory_format=layout),
+    ]
+
+
+def _address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _fused(activation: Activation) -> int:
+    return 1 if activation is Activation.RELU else 0
+
+
+def _after(y: Tensor, activation: Activation) -> Tensor:
+    """What the kernels do not apply themselves: torch's own are vectorised too."""
+    if activation is Activation.GELU:
+        return gelu(y)
+    return silu(y, inplace=True) if activation is Activation.SILU else y
+
+
+def _done(code: int) -> None:
+    if code:
+        what, why = _WRONG.get(code, ("the sparse kernels failed", f"code {code}"))
+        raise RequestError(what, why, "") if code < 4 else PruningError(what, why)

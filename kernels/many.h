@@ -1,0 +1,81 @@
+// Packed weights for many tokens at a time, and what one tier's kernels are given.
+//
+// Rows: the columns are cut into blocks of `depth`. Inside a block the rows of a band are sorted by how many nonzeros
+// they have there and run side by side in groups of `rows`; the shorter ones of a group are padded. A padded place
+// points at a row of zeros of the panel (one behind every block of columns), so that no value of x is ever multiplied
+// by a padding zero. A 16-bit index counts from the first column of its block.
+// Blocks: `rows` neighbouring rows share their columns; for each there are `rows` values.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+namespace prunella {
+
+enum ManyKind : int32_t { kRows = 0, kGroups = 1, kBlock16 = 2, kBlock8 = 3, kBlock4 = 4 };
+enum ManyActivation : int32_t { kNone = 0, kRelu = 1 };
+
+constexpr int kAlign = 64;
+
+// A group of rows in one block of columns.
+struct ManyGroup {
+  int64_t at;      // first of its entries in index and value
+  int32_t count;   // steps
+  int32_t row[4];  // rows of the band; -1: none
+};
+
+// One packed weight; every array is owned by the packing code and checked when it was made.
+struct ManyWeight {
+  int32_t kind, rows, depth;
+  int64_t m, k, nnz, bytes;
+  int32_t bands, blocks;         // bands of rows, blocks of columns
+  const int32_t* band_start;     // bands + 1 rows
+  const int64_t* group_start;    // bands * blocks + 1
+  const ManyGroup* group;
+  const uint16_t* index;
+  const float* value;
+  const int64_t* band_nnz;       // bands + 1: nonzeros before each band, for an even split
+};
+
+// Where x comes from: tokens in rows, or the patches of an image.
+struct ManyImage {
+  int64_t channels, height, width, out_height, out_width;
+  int32_t kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w;
+  int32_t last;  // channels are the last axis
+};
+
+// What comes after the sum.
+struct ManyEnd {
+  const float* bias;      // m, or null
+  const float* residual;  // the shape of y, or null
+  int32_t activation;
+};
+
+// One task: some tokens of one image or matrix, and some bands.
+struct ManyTask {
+  const ManyWeight* weight;
+  const ManyImage* image;  // null: rows of tokens
+  const float* x;          // of this image or matrix
+  float* y;
+  ManyEnd end;             // residual of this image or matrix
+  int64_t tokens;          // of this image or matrix
+  int64_t first, count;    // tokens of this task
+  int32_t band_first, band_last;
+  int32_t tile;            // vectors side by side
+  float* panel;            // scratch
+  float* sums;
+};
+
+struct ManyTier {
+  const char* name;
+  int lanes;
+  void (*run)(const ManyTask& task);
+};
+
+extern const ManyTier many_portable;
+extern const ManyTier many_avx2;
+extern const ManyTier many_avx512;
+
+// Floats of scratch that a task needs.
+static inline int64_t many_panel(const ManyWeight& w, int width) { return (w.k + w.blocks) * int64_t(width); }
+
+}  // namespace prunella

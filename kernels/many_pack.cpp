@@ -1,0 +1,138 @@
+// Rows of nonzeros to the private layouts of many.h. Built without the flags of any tier.
+#include "many_pack.h"
+
+#include <algorithm>
+#include <numeric>
+
+using prunella::ManyGroup;
+
+namespace {
+
+// The nonzeros of a row inside [from, to).
+struct Piece {
+  int64_t first, last;
+};
+
+Piece piece(const int64_t* columns, int64_t first, int64_t last, int64_t from, int64_t to) {
+  return {std::lower_bound(columns + first, columns + last, from) - columns,
+          std::lower_bound(columns + first, columns + last, to) - columns};
+}
+
+struct Source {
+  int64_t m, k;
+  const int64_t* starts;
+  const int64_t* columns;
+  const float* values;
+
+  Piece row(int64_t i, int64_t from, int64_t to) const { return piece(columns, starts[i], starts[i + 1], from, to); }
+};
+
+// Rows of a band sorted by what they have in this block of columns, `side` of them in a group.
+void pack_rows(prunella_many& made, const Source& source, int64_t row, int64_t rows, int64_t from, int64_t to) {
+  int side = made.weight.rows;
+  std::vector<Piece> pieces(rows);
+  for (int64_t i = 0; i < rows; i++) pieces[i] = source.row(row + i, from, to);
+  std::vector<int32_t> order(rows);
+  std::iota(order.begin(), order.end(), 0);
+  std::stable_sort(order.begin(), order.end(), [&](int32_t a, int32_t b) {
+    return pieces[a].last - pieces[a].first > pieces[b].last - pieces[b].first;
+  });
+  for (int64_t i = 0; i < rows; i += side) {
+    const Piece& longest = pieces[order[i]];
+    ManyGroup group{int64_t(made.index.size()), int32_t(longest.last - longest.first), {-1, -1, -1, -1}};
+    for (int q = 0; q < side && i + q < rows; q++) group.row[q] = order[i + q];
+    for (int32_t s = 0; s < group.count; s++)
+      for (int q = 0; q < side; q++) {
+        int64_t at = group.row[q] < 0 ? 0 : pieces[group.row[q]].first + s;
+        bool here = group.row[q] >= 0 && at < pieces[group.row[q]].last;
+        made.index.push_back(uint16_t(here ? source.columns[at] - from : to - from));
+        made.value.push_back(here ? source.values[at] : 0.0f);
+      }
+    made.group.push_back(group);
+  }
+}
+
+// Blocks of `side` neighbouring rows: the columns that any of them has, and a value for each of them.
+void pack_shared(prunella_many& made, const Source& source, int64_t row, int64_t rows, int64_t from, int64_t to) {
+  int side = made.weight.rows;
+  for (int64_t i = 0; i < rows; i += side) {
+    std::vector<int64_t> shared;
+    std::vector<Piece> pieces;
+    for (int64_t q = i; q < std::min<int64_t>(i + side, rows); q++) {
+      pieces.push_back(source.row(row + q, from, to));
+      shared.insert(shared.end(), source.columns + pieces.back().first, source.columns + pieces.back().last);
+    }
+    std::sort(shared.begin(), shared.end());
+    shared.erase(std::unique(shared.begin(), shared.end()), shared.end());
+    int64_t at = int64_t(made.index.size());
+    for (int64_t column : shared) {
+      made.index.push_back(uint16_t(column - from));
+      for (int q = 0; q < side; q++) {
+        bool here = q < int(pieces.size()) && pieces[q].first < pieces[q].last && source.columns[pieces[q].first] == column;
+        made.value.push_back(here ? source.values[pieces[q].first++] : 0.0f);
+      }
+    }
+    for (int q = 0; q < side; q += 4)
+      made.group.push_back(ManyGroup{at, int32_t(shared.size()), {int32_t(i) + q, q, 0, 0}});
+  }
+}
+
+int64_t band_rows(int32_t kind, int64_t side) {
+  // The sums of a band stay in the second cache. Wide blocks need no sums, and a band of one block splits best.
+  return kind == prunella::kBlock16 || kind == prunella::kBlock8 ? side : 192;
+}
+
+}  // namespace
+
+void prunella_many::seal() {
+  weight.band_start = band_start.data();
+  weight.group_start = group_start.data();
+  weight.group = group.data();
+  index.resize(index.size() + 32);
+  value.resize(value.size() + 32);
+  weight.index = index.data();
+  weight.value = value.data();
+  weight.band_nnz = band_nnz.data();
+  weight.bytes = int64_t(index.size() * 2 + value.size() * 4 + group.size() * sizeof(ManyGroup));
+}
+
+extern "C" int prunella_many_pack(int64_t m, int64_t k, int64_t nnz, const int64_t* starts, const int64_t* columns,
+                                  const float* values, int32_t kind, int32_t side, int32_t depth, prunella_many** out) {
+  if (int wrong = prunella_check(m, k, nnz, starts, columns)) return wrong;
+  bool rows = kind == prunella::kRows, shared = kind >= prunella::kBlock16 && kind <= prunella::kBlock4;
+  if (!out || (nnz && !values) || depth < 1 || depth > 65535) return PRUNELLA_BAD_ARGUMENT;
+  if (!(rows && (side == 1 || side == 2 || side == 4)) && !shared) return PRUNELLA_BAD_ARGUMENT;
+  try {
+    auto made = std::make_unique<prunella_many>();
+    auto& w = made->weight;
+    if (shared) side = kind == prunella::kBlock16 ? 16 : kind == prunella::kBlock8 ? 8 : 4;
+    if (side > 4) depth = 65535;  // x is read where it lies: one block of columns, if they fit an index
+    w.kind = kind, w.rows = side, w.depth = depth, w.m = m, w.k = k, w.nnz = nnz;
+    w.blocks = int32_t(std::max<int64_t>(1, (k + depth - 1) / depth));
+    int64_t tall = band_rows(kind, side);
+    w.bands = int32_t((m + tall - 1) / tall);
+    Source source{m, k, starts, columns, values};
+    made->group_start.push_back(0);
+    made->band_nnz.push_back(0);
+    for (int32_t band = 0; band < w.bands; band++) {
+      int64_t row = band * tall, here = std::min(tall, m - row);
+      made->band_start.push_back(int32_t(row));
+      for (int32_t b = 0; b < w.blocks; b++) {
+        int64_t from = int64_t(b) * depth, to = std::min<int64_t>(k, from + depth);
+        (rows ? pack_rows : pack_shared)(*made, source, row, here, from, to);
+        made->group_start.push_back(int64_t(made->group.size()));
+      }
+      made->band_nnz.push_back(starts[row + here]);
+    }
+    made->band_start.push_back(int32_t(m));
+    made->seal();
+    *out = made.release();
+  } catch (const std::bad_alloc&) {
+    return PRUNELLA_NO_MEMORY;
+  }
+  return PRUNELLA_OK;
+}
+
+extern "C" void prunella_many_free(prunella_many* weight) { delete weight; }
+
+extern "C" int64_t prunella_many_bytes(const prunella_many* weight) { return weight ? weight->weight.bytes : 0; }

@@ -1,0 +1,114 @@
+// Cuts a product into tasks and runs them.
+#include <algorithm>
+
+#include "many_pack.h"
+#include "threads.h"
+#include "tiers.h"
+
+using prunella::ManyImage;
+using prunella::ManyTask;
+using prunella::ManyWeight;
+
+namespace {
+
+constexpr int64_t kBandFloats = 192;
+
+struct Job {
+  ManyTask task;
+  int64_t batch, x_stride, y_stride;
+  int64_t tokens_each, parts;     // tokens of a task, tasks of one image
+  int32_t splits;                 // bands are split in so many
+  const prunella::ManyTier* tier;
+  bool failed = false;
+};
+
+// The first band of a split, with the nonzeros shared evenly.
+int32_t band_at(const ManyWeight& w, int32_t split, int32_t splits) {
+  if (split == splits) return w.bands;
+  int64_t wanted = w.band_nnz[w.bands] * split / splits;
+  return int32_t(std::lower_bound(w.band_nnz, w.band_nnz + w.bands, wanted) - w.band_nnz);
+}
+
+void run_one(void* given, int64_t number) {
+  Job& job = *static_cast<Job*>(given);
+  ManyTask task = job.task;
+  const ManyWeight& w = *task.weight;
+  int32_t split = int32_t(number % job.splits);
+  int64_t part = number / job.splits % job.parts, image = number / job.splits / job.parts;
+  task.band_first = band_at(w, split, job.splits);
+  task.band_last = band_at(w, split + 1, job.splits);
+  task.first = part * job.tokens_each;
+  task.count = std::min(job.tokens_each, task.tokens - task.first);
+  task.x += image * job.x_stride;
+  task.y += image * job.y_stride;
+  if (task.end.residual) task.end.residual += image * job.y_stride;
+  int width = task.tile * job.tier->lanes;
+  task.panel = prunella::scratch(0, prunella::many_panel(w, width));
+  task.sums = prunella::scratch(1, std::max<int64_t>(kBandFloats, w.rows) * width);
+  if (!task.panel || !task.sums) {
+    job.failed = true;
+  } else if (task.band_first < task.band_last) {
+    job.tier->run(task);
+  }
+}
+
+int run(Job& job, int32_t threads) {
+  const ManyWeight& w = *job.task.weight;
+  job.tier = prunella::tier().many;
+  int64_t width = int64_t(job.task.tile) * job.tier->lanes;
+  int64_t tiles = (job.task.tokens + width - 1) / width;
+  // Whole tiles for each thread where there are enough; else rows are split too.
+  int64_t wanted = std::max<int64_t>(1, threads) * 4;
+  int64_t per_image = std::min(tiles, std::max<int64_t>(1, wanted / std::max<int64_t>(1, job.batch)));
+  job.tokens_each = (tiles + per_image - 1) / per_image * width;
+  job.parts = (job.task.tokens + job.tokens_each - 1) / job.tokens_each;
+  int64_t tasks = job.parts * job.batch;
+  job.splits = tasks >= threads ? 1 : int32_t(std::min<int64_t>(w.bands, (threads + tasks - 1) / tasks));
+  prunella::for_each(tasks * job.splits, threads, run_one, &job);
+  return job.failed ? PRUNELLA_NO_MEMORY : PRUNELLA_OK;
+}
+
+bool has_tile(int32_t tile) { return (tile >= 1 && tile <= 4) || tile == 6 || tile == 8; }
+
+}  // namespace
+
+extern "C" int prunella_many_linear(const prunella_many* weight, const float* x, int64_t tokens, const float* bias,
+                                    const float* residual, int32_t activation, int32_t tile, int32_t threads,
+                                    float* y) {
+  if (!weight || tokens < 0 || !has_tile(tile) || activation < 0 || activation > 1 || threads < 1)
+    return PRUNELLA_BAD_ARGUMENT;
+  const ManyWeight& w = weight->weight;
+  if (!tokens || !w.m) return PRUNELLA_OK;
+  if (!y || (w.k && !x)) return PRUNELLA_BAD_ARGUMENT;
+  Job job{};
+  job.task = {&w, nullptr, x, y, {bias, residual, activation}, tokens, 0, 0, 0, 0, tile, nullptr, nullptr};
+  job.batch = 1;
+  return run(job, threads);
+}
+
+extern "C" int prunella_many_conv(const prunella_many* weight, const prunella_image* image, const float* x,
+                                  const float* bias, const float* residual, int32_t activation, int32_t tile,
+                                  int32_t threads, float* y) {
+  if (!weight || !image || !has_tile(tile) || activation < 0 || activation > 1 || threads < 1)
+    return PRUNELLA_BAD_ARGUMENT;
+  const ManyWeight& w = weight->weight;
+  const prunella_image& g = *image;
+  bool sizes = g.channels >= 0 && g.height >= 0 && g.width >= 0 && g.batch >= 0 && g.kernel_h > 0 && g.kernel_w > 0 &&
+               g.stride_h > 0 && g.stride_w > 0 && g.pad_h >= 0 && g.pad_w >= 0 && g.dilation_h > 0 && g.dilation_w > 0;
+  if (!sizes || g.channels * g.kernel_h * g.kernel_w != w.k) return PRUNELLA_BAD_ARGUMENT;
+  int64_t tall = g.height + 2 * g.pad_h - int64_t(g.dilation_h) * (g.kernel_h - 1) - 1;
+  int64_t wide = g.width + 2 * g.pad_w - int64_t(g.dilation_w) * (g.kernel_w - 1) - 1;
+  if (tall < 0 || wide < 0) return PRUNELLA_BAD_ARGUMENT;
+  ManyImage shape{g.channels, g.height,   g.width,    tall / g.stride_h + 1, wide / g.stride_w + 1,
+                  g.kernel_h, g.kernel_w, g.stride_h, g.stride_w,            g.pad_h,
+                  g.pad_w,    g.dilation_h, g.dilation_w, g.last};
+  int64_t tokens = shape.out_height * shape.out_width;
+  if (!g.batch || !tokens || !w.m) return PRUNELLA_OK;
+  if (!y || (w.k && g.height && g.width && !x)) return PRUNELLA_BAD_ARGUMENT;
+  Job job{};
+  job.task = {&w, &shape, x, y, {bias, residual, activation}, tokens, 0, 0, 0, 0, tile, nullptr, nullptr};
+  job.batch = g.batch;
+  job.x_stride = g.channels * g.height * g.width;
+  job.y_stride = tokens * w.m;
+  return run(job, threads);
+}

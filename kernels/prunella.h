@@ -1,0 +1,52 @@
+// The C interface of the kernels: plain pointers, no torch, no Python. Functions give 0, or one of the codes below.
+#pragma once
+#include <stdint.h>
+
+#define PRUNELLA_API __attribute__((visibility("default")))
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+enum {
+  PRUNELLA_OK = 0,
+  PRUNELLA_BAD_ARGUMENT = 1,  // a size or an option that no kernel has
+  PRUNELLA_BAD_STARTS = 2,    // row starts do not rise from 0 to the number of nonzeros
+  PRUNELLA_BAD_INDEX = 3,     // a column outside, or columns of a row that do not rise
+  PRUNELLA_NO_MEMORY = 4,
+  PRUNELLA_NO_TIER = 5,       // this processor cannot run the tier
+};
+
+typedef struct prunella_many prunella_many;
+
+typedef struct {
+  int64_t channels, height, width, batch;
+  int32_t kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w;
+  int32_t last;  // 1: the channels are the last axis
+} prunella_image;
+
+// Tiers: names that this processor can run, joined by commas; the one in use; choose another ("" for the best).
+PRUNELLA_API const char* prunella_tiers(void);
+PRUNELLA_API const char* prunella_tier(void);
+PRUNELLA_API int prunella_use(const char* name);
+
+// Whether rows of a matrix m x k are well formed: starts (m + 1), columns rising inside a row. O(nonzeros).
+PRUNELLA_API int prunella_check(int64_t m, int64_t k, int64_t nnz, const int64_t* starts, const int64_t* columns);
+
+// Pack rows checked by prunella_check. kind: 0 rows, 2 16x1, 3 8x1, 4 4x1. side: rows side by side (1, 2, 4; for kind 0).
+PRUNELLA_API int prunella_many_pack(int64_t m, int64_t k, int64_t nnz, const int64_t* starts, const int64_t* columns,
+                       const float* values, int32_t kind, int32_t side, int32_t depth, prunella_many** made);
+PRUNELLA_API void prunella_many_free(prunella_many* weight);
+PRUNELLA_API int64_t prunella_many_bytes(const prunella_many* weight);
+
+// y (tokens, m) = activation(x (tokens, k) W' + bias + residual). bias and residual may be null. activation: 0, 1 ReLU.
+PRUNELLA_API int prunella_many_linear(const prunella_many* weight, const float* x, int64_t tokens, const float* bias,
+                         const float* residual, int32_t activation, int32_t tile, int32_t threads, float* y);
+
+// The same over the patches of images; W is (m, channels * kernel_h * kernel_w). y has the layout of x.
+PRUNELLA_API int prunella_many_conv(const prunella_many* weight, const prunella_image* image, const float* x, const float* bias,
+                       const float* residual, int32_t activation, int32_t tile, int32_t threads, float* y);
+
+#ifdef __cplusplus
+}
+#endif

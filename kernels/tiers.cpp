@@ -1,0 +1,75 @@
+#include "tiers.h"
+
+#include <atomic>
+#include <cstring>
+#include <string>
+
+#include "prunella.h"
+
+namespace prunella {
+namespace {
+
+bool always() { return true; }
+
+#if defined(__x86_64__)
+bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+bool has_avx512() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+         __builtin_cpu_supports("avx512dq");
+}
+#endif
+
+// The best last.
+const Tier kTiers[] = {
+    {"portable", &many_portable, always},
+#if defined(__x86_64__)
+    {"avx2", &many_avx2, has_avx2},
+    {"avx512", &many_avx512, has_avx512},
+#endif
+};
+
+const Tier* best() {
+  const Tier* found = &kTiers[0];
+  for (const Tier& one : kTiers)
+    if (one.supported()) found = &one;
+  return found;
+}
+
+std::atomic<const Tier*> in_use{nullptr};
+
+}  // namespace
+
+const Tier& tier() {
+  const Tier* now = in_use.load();
+  if (!now) in_use.store(now = best());
+  return *now;
+}
+
+}  // namespace prunella
+
+extern "C" const char* prunella_tiers(void) {
+  static const std::string names = [] {
+    std::string all;
+    for (const auto& one : prunella::kTiers)
+      if (one.supported()) all += (all.empty() ? "" : ",") + std::string(one.name);
+    return all;
+  }();
+  return names.c_str();
+}
+
+extern "C" const char* prunella_tier(void) { return prunella::tier().name; }
+
+extern "C" int prunella_use(const char* name) {
+  if (!name) return PRUNELLA_BAD_ARGUMENT;
+  if (!*name) {
+    prunella::in_use.store(prunella::best());
+    return PRUNELLA_OK;
+  }
+  for (const auto& one : prunella::kTiers)
+    if (!strcmp(one.name, name)) {
+      if (!one.supported()) return PRUNELLA_NO_TIER;
+      prunella::in_use.store(&one);
+      return PRUNELLA_OK;
+    }
+  return PRUNELLA_BAD_ARGUMENT;
+}

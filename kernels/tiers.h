@@ -1,0 +1,15 @@
+// Which tier runs: the best that processor and system support, or the one that was asked for.
+#pragma once
+#include "many.h"
+
+namespace prunella {
+
+struct Tier {
+  const char* name;
+  const ManyTier* many;
+  bool (*supported)();
+};
+
+const Tier& tier();  // the one in use
+
+}  // namespace prunella
