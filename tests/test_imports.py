@@ -59,6 +59,7 @@ ORDER = (
     "catalogue",
     "examples",
     "doctor",
+    "bench",
     "run",
     "study",
     "proof",

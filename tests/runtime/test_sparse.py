@@ -281,9 +281,10 @@ def test_coarser_kernels_only_if_asked(kernels: Calls) -> None:
     assert not any(c.precision is Precision.INT8 for c in configs(matrix, 64, Precision.INT8))
 
 
-def test_powers_of_two_below_what_the_example_brings() -> None:
+def test_fewer_tokens_than_the_example_brings_are_measured_too() -> None:
     layer = nn.Linear(12, 12)
     assert [p.size for p in convert.problems(layer, {(2, 3, 12)}, [100])] == [1, 2, 4, 6, 100]
+    assert [p.size for p in convert.problems(layer, {(200, 12)}, [])] == [1, 2, 4, 8, 32, 128, 200]
     conv = nn.Conv2d(8, 8, 3, stride=2)
     assert convert.problems(conv, {(2, 8, 5, 5)}, [7]) == (Problem(2 * 2 * 2, (2, 8, 5, 5)),)
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from prunella import __version__
-from prunella.cli import look, prove, trials, work
+from prunella.cli import look, prove, speed, trials, work
 from prunella.cli.console import guarded
 
 _HELP = """Prune a neural network, and heal it: smaller, measurably faster, and proven.
@@ -55,6 +55,7 @@ for verb in (
     look.show,
     work.run,
     trials.pareto,
+    speed.bench,
     work.export,
     prove.verify,
     prove.report,

@@ -27,8 +27,9 @@ from prunella.runtime.machine import cpu_name
 from prunella.runtime.native import Activation, Precision
 from prunella.runtime.pair import pairs
 from prunella.runtime.tune import Tuner, Verdict, density
-from prunella.timing import Comparison, Ratio, compare_latency
+from prunella.timing import Comparison, Ratio, compare_latency, own_clock
 
+_BUCKETS = (1, 2, 4, 8, *(8 * 4**k for k in range(1, 10)))
 LEAST = 0.1
 """A layer with a smaller part of zeros is not even measured."""
 _TOLERANCE = {Precision.FP32: 1e-3, Precision.BF16: 0.1, Precision.INT8: 0.3}
@@ -104,10 +105,10 @@ def sparse(
 ) -> nn.Module:
     """A copy of `model` for inference in which linear layers and convolutions skip their zeros, where that is faster.
 
-    Every layer is measured for the sizes that `example` brings and, if linear, for powers of two of tokens, against the
-    best dense operation of torch, with the current number of threads. Then the whole model is, on the example: if it is
-    not faster, the copy is dense. `sparsified(model)` says what was chosen and why. Run it without gradients
-    (`torch.inference_mode()`); its parameters ask for none. `torch.compile` and `copy.deepcopy` work.
+    Every layer is measured for the sizes that `example` brings and, if linear, for fewer tokens too (1, 2, 4, 8, 32,
+    128 ...), against the best dense operation of torch, with the current number of threads. Then the whole model is, on
+    the example: if it is not faster, the copy is dense. `sparsified(model)` says what was chosen and why. Run it without
+    gradients (`torch.inference_mode()`); its parameters ask for none. `torch.compile` and `copy.deepcopy` work.
 
     precision: BF16 and INT8 (weights when decoding) also try kernels that round. tokens: further numbers of tokens.
     fuse: let batch norms, activations and residuals join the layer before them where `torch.fx` can follow the model,
@@ -229,13 +230,13 @@ def _noting(layers: Mapping[str, nn.Module], met: dict[str, set[tuple[int, ...]]
 
 
 def problems(module: nn.Module, shapes: set[tuple[int, ...]], tokens: Sequence[int]) -> tuple[Problem, ...]:
-    """What to measure for a layer: the shapes that it met and, if linear, powers of two of tokens below, and more."""
+    """What to measure for a layer: the shapes that it met and, if linear, fewer tokens and more."""
     if isinstance(module, nn.Conv2d):
         geometry = geometry_of(module)
         made = {Problem(s[0] * math.prod(geometry.positions((s[2], s[3]))), s) for s in shapes if len(s) == 4}
         return tuple(sorted((p for p in made if p.size), key=lambda problem: problem.size))
     met = {math.prod(shape[:-1]) for shape in shapes} - {0}
-    powers = {1 << k for k in range(max(met, default=0).bit_length())}
+    powers = {n for n in _BUCKETS if n <= max(met, default=0)}
     return tuple(Problem(size) for size in sorted(met | powers | set(tokens)))
 
 
@@ -371,11 +372,12 @@ def _compared(
 
 def interleaved(runs: Mapping[str, Callable[[], object]], *, seconds: float = 4.0) -> Comparison:
     """A comparison of at least 9 rounds, and of more while a call is quick."""
-    start = time.perf_counter()
+    clock = own_clock()
+    start = clock()
     for run in runs.values():
         run()
-    once = time.perf_counter() - start
-    return compare_latency(runs, rounds=min(41, max(9, round(seconds / max(once, 1e-3)))), warmup=1)
+    once = clock() - start
+    return compare_latency(runs, rounds=min(41, max(9, round(seconds / max(once, 1e-3)))), warmup=1, clock=clock)
 
 
 def _none(layers: tuple[Layer, ...]) -> str:

@@ -177,7 +177,9 @@ def configs(shape: tuple[int, int], density: float, tokens: int) -> tuple[Config
     """Kernels worth trying for a weight (M, K) with this part of nonzeros and so many tokens, best guess first."""
     if not available() or tokens < 1 or not all(shape):
         return ()
-    rows = [Config(Kind.ROWS, rows=r, tile=t, depth=d) for r, t, d in ((2, 4, 256), (4, 2, 512), (4, 2, 256), (2, 4, 512))]
+    rows = [
+        Config(Kind.ROWS, rows=r, tile=t, depth=d) for r, t, d in ((2, 4, 256), (4, 2, 512), (4, 2, 256), (2, 4, 512))
+    ]
     return tuple(rows if density > 0.15 else [rows[1], rows[0], *rows[2:]])
 
 
@@ -205,7 +207,9 @@ def pack_rows(shape: tuple[int, int], starts: Tensor, columns: Tensor, values: T
         and values.dtype == torch.float32
     )
     if not fits:
-        raise RequestError("compressed rows do not fit their shape", "", "starts is (M + 1,), columns and values are 1-D")
+        raise RequestError(
+            "compressed rows do not fit their shape", "", "starts is (M + 1,), columns and values are 1-D"
+        )
     made, parts = _POINTER(), [part.contiguous() for part in (starts, columns, values)]
     pointers = [part.data_ptr() for part in parts]
     sizes = (_MANY[config.kind], config.rows, config.depth)
@@ -230,7 +234,14 @@ def linear(
     extra = _extra(packed, y, bias, residual, torch.contiguous_format)
     threads = torch.get_num_threads()
     done = _library().prunella_many_linear(
-        packed.handle, x.data_ptr(), tokens, *map(_address, extra), _fused(activation), packed.config.tile, threads, y.data_ptr()
+        packed.handle,
+        x.data_ptr(),
+        tokens,
+        *map(_address, extra),
+        _fused(activation),
+        packed.config.tile,
+        threads,
+        y.data_ptr(),
     )
     _done(done)
     return _after(y, activation)
@@ -266,7 +277,14 @@ def conv2d(
     extra = _extra(packed, y, bias, residual, layout)
     threads = torch.get_num_threads()
     done = _library().prunella_many_conv(
-        packed.handle, ctypes.byref(image), x.data_ptr(), *map(_address, extra), _fused(activation), packed.config.tile, threads, y.data_ptr()
+        packed.handle,
+        ctypes.byref(image),
+        x.data_ptr(),
+        *map(_address, extra),
+        _fused(activation),
+        packed.config.tile,
+        threads,
+        y.data_ptr(),
     )
     _done(done)
     return _after(y, activation)

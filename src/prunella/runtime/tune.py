@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,14 +17,14 @@ from prunella.runtime import native
 from prunella.runtime.choice import Choice, Geometry, Problem, Route, is_dense
 from prunella.runtime.native import Activation, Config, Kind, Precision
 from prunella.runtime.store import laid_out, run_conv, run_linear
-from prunella.timing import Ratio, compare_latency
+from prunella.timing import Ratio, compare_latency, own_clock
 
 Run = Callable[[], object]
 BLOCKS = {16: Kind.BLOCK16, 8: Kind.BLOCK8, 4: Kind.BLOCK4}
 DECODE = 8
 """Up to so many tokens a weight is read once and the kernels for decoding are worth a try."""
 _CLOSE = 1.3
-_LEAST_ROUNDS = 9
+_LEAST_ROUNDS, _FEW = 9, 5
 
 
 @dataclass(frozen=True)
@@ -50,21 +51,29 @@ class Tuner:
 
     def linear(self, weight: Tensor, bias: Tensor | None, problems: tuple[Problem, ...]) -> tuple[Verdict, ...]:
         """The verdicts on a linear layer with this weight `(out, in)`."""
-        return tuple(self._once(weight, bias, problem, None, self.seconds / len(problems)) for problem in problems)
+        each, held = self.seconds / len(problems), dict[Choice, Any]()
+        return tuple(self._once(weight, bias, problem, None, each, held) for problem in problems)
 
     def conv(
         self, weight: Tensor, bias: Tensor | None, geometry: Geometry, problems: tuple[Problem, ...]
     ) -> tuple[Verdict, ...]:
         """The verdicts on a convolution with this weight `(out, in, h, w)`."""
-        return tuple(self._once(weight, bias, problem, geometry, self.seconds / len(problems)) for problem in problems)
+        each, held = self.seconds / len(problems), dict[Choice, Any]()
+        return tuple(self._once(weight, bias, problem, geometry, each, held) for problem in problems)
 
     def _once(
-        self, weight: Tensor, bias: Tensor | None, problem: Problem, geometry: Geometry | None, seconds: float
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+        problem: Problem,
+        geometry: Geometry | None,
+        seconds: float,
+        held: dict[Choice, Any],
     ) -> Verdict:
         matrix = weight.reshape(len(weight), -1)
         like = (tuple(weight.shape), round(density(matrix), 2), blocks_of(matrix), bias is None, geometry, problem)
         if like not in self.known:
-            runs = candidates(weight, bias, problem, geometry, self.precision, self.seed)
+            runs = candidates(weight, bias, problem, geometry, self.precision, self.seed, held)
             self.known[like] = decide(runs, problem, seconds, self.seed)
         return self.known[like]
 
@@ -108,9 +117,18 @@ def _has(kind: Kind, precision: Precision) -> bool:
 
 
 def candidates(
-    weight: Tensor, bias: Tensor | None, problem: Problem, geometry: Geometry | None, precision: Precision, seed: int
+    weight: Tensor,
+    bias: Tensor | None,
+    problem: Problem,
+    geometry: Geometry | None,
+    precision: Precision,
+    seed: int,
+    held: dict[Choice, Any],
 ) -> dict[Choice, Run]:
-    """Choice -> a call of the layer on noise of the problem's size. What cannot be laid out is left out."""
+    """Choice -> a call of the layer on noise of the problem's size. What cannot be laid out is left out.
+
+    held: the weight in the layouts made so far; further ones are added.
+    """
     generator = torch.Generator().manual_seed(seed)
     matrix = weight.detach().reshape(len(weight), -1)
     bias = None if bias is None else bias.detach()
@@ -120,7 +138,7 @@ def candidates(
     made: dict[Choice, Run] = {}
     choices: list[Choice] = [*routes, *configs(matrix, problem.size, precision)]
     for choice in choices:
-        run = _call(choice, weight.detach(), matrix, x, bias, geometry)
+        run = _call(choice, weight.detach(), matrix, x, bias, geometry, held)
         try:
             run()
         except PruningError:  # a kernel says that it does not do this
@@ -133,33 +151,28 @@ def candidates_dense(weight: Tensor, bias: Tensor | None, problem: Problem, seed
     """The dense candidates of a linear layer."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn((problem.size, weight.shape[1]), generator=generator)
-    return {choice: _call(choice, weight, weight, x, bias, None) for choice in (Route.TORCH, *_onednn())}
+    return {choice: _call(choice, weight, weight, x, bias, None, {}) for choice in (Route.TORCH, *_onednn())}
 
 
 def _call(
-    choice: Choice, weight: Tensor, matrix: Tensor, x: Tensor, bias: Tensor | None, geometry: Geometry | None
-) -> Run:
+    choice: Choice, weight: Tensor, matrix: Tensor, x: Tensor, bias: Tensor | None, geometry: Geometry | None,
+    held: dict[Choice, Any],
+) -> Run:  # fmt: skip
     if geometry is None:
         if choice is Route.TORCH:
             return partial(functional.linear, x, matrix, bias)
-        return _Late(choice, matrix, lambda held: run_linear(choice, held, x, bias, None, Activation.NONE))
+        return lambda: run_linear(choice, _held(held, choice, matrix), x, bias, None, Activation.NONE)
     if choice is Route.TORCH:
         return partial(functional.conv2d, x, weight, bias, geometry.stride, geometry.padding, geometry.dilation)
     run = partial(run_conv, geometry=geometry, channels=weight.shape[1], residual=None, activation=Activation.NONE)
-    return _Late(choice, matrix, lambda held: run(choice, held, x, bias))
+    return lambda: run(choice, _held(held, choice, matrix), x, bias)
 
 
-class _Late:
-    """A call whose weight is laid out at the first time, outside of what is measured."""
-
-    def __init__(self, choice: Choice, matrix: Tensor, run: Callable[[object], object]) -> None:
-        self.choice, self.matrix, self.run = choice, matrix, run
-        self.held: object = None
-
-    def __call__(self) -> object:
-        if self.held is None:
-            self.held = laid_out(self.matrix, self.choice)
-        return self.run(self.held)
+def _held(held: dict[Choice, Any], choice: Choice, matrix: Tensor) -> Any:
+    """The weight in the layout of a choice, made at the first call."""
+    if choice not in held:
+        held[choice] = laid_out(matrix, choice)
+    return held[choice]
 
 
 def _onednn() -> Iterator[Route]:
@@ -188,26 +201,27 @@ def decide(
             return Verdict(problem, first, rival, ratio)
         pair = {"base": runs[first], "rival": runs[rival]}
         spent = best[first] + best[rival]
-        rounds = min(101, max(_LEAST_ROUNDS, round(seconds / 2 / max(spent, 4e-3))))
-        ratio = compare_latency(pair, rounds=rounds, warmup=1, seed=seed).ratio
+        plain = best[first] > _CLOSE * best[rival]  # then few rounds are enough
+        rounds = _FEW if plain else min(101, max(_LEAST_ROUNDS, round(seconds / 2 / max(spent, 4e-3))))
+        ratio = compare_latency(pair, rounds=rounds, warmup=1, seed=seed, clock=own_clock()).ratio
     return Verdict(problem, rival if ratio.faster else first, rival, ratio)
 
 
 def _sieve(runs: Mapping[Choice, Run], seconds: float, base: Callable[[Choice], bool]) -> dict[Choice, float]:
     """Seconds of the best call of each candidate, measured in turns; those far behind get no more turns."""
-    best = {choice: min(_seconds(run), _seconds(run)) for choice, run in runs.items()}
+    clock = own_clock()
+
+    def once(run: Run) -> float:
+        start = clock()
+        run()
+        return max(clock() - start, 1e-9)
+
+    best = {choice: min(once(run), once(run)) for choice, run in runs.items()}
     start = time.perf_counter()
     for _ in range(50):
         near = {side: min(t for c, t in best.items() if base(c) == side) for side in set(map(base, best))}
-        alive = [c for c, t in best.items() if t < _CLOSE * near[base(c)]]
-        for choice in alive:
-            best[choice] = min(best[choice], _seconds(runs[choice]))
+        for choice in [c for c, t in best.items() if t < _CLOSE * near[base(c)]]:
+            best[choice] = min(best[choice], once(runs[choice]))
         if time.perf_counter() - start > seconds:
             break
     return best
-
-
-def _seconds(run: Run) -> float:
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
