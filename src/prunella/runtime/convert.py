@@ -107,8 +107,8 @@ def sparse(
 
     Every layer is measured for the sizes that `example` brings and, if linear, for fewer tokens too (1, 2, 4, 8, 32,
     128 ...), against the best dense operation of torch, with the current number of threads. Then the whole model is, on
-    the example: if it is not faster, the copy is dense. `sparsified(model)` says what was chosen and why. Run it without
-    gradients (`torch.inference_mode()`); its parameters ask for none. `torch.compile` and `copy.deepcopy` work.
+    the example: if it is not faster, the copy is dense. `sparsified(model)` says what was chosen and why. Run it
+    without gradients (`torch.inference_mode()`); its parameters ask for none. `torch.compile` and `copy.deepcopy` work.
 
     precision: BF16 and INT8 (weights when decoding) also try kernels that round. tokens: further numbers of tokens.
     fuse: let batch norms, activations and residuals join the layer before them where `torch.fx` can follow the model,

@@ -18,14 +18,19 @@ from prunella.runtime.store import ACTIVATE, Store, laid_out, run_linear, unpack
 _PLAIN = (Tensor, nn.Parameter)
 
 
-def _quick(x: Tensor, *others: Tensor | None) -> bool:
-    """Whether a kernel may run: float32 on the CPU, no gradient wanted, no autocast."""
-    if x.dtype is not torch.float32 or x.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
+def _quick(x: Tensor, values: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> bool:
+    """Whether a kernel may run: float32 on the CPU, no gradient wanted, no autocast. Called for every token, so short."""
+    if x.dtype is not torch.float32 or values.dtype is not torch.float32 or not (x.is_cpu and values.is_cpu):
         return False
-    wanted, tensors = torch.is_grad_enabled(), [x, *(other for other in others if other is not None)]
-    return not any(
-        t.dtype is not torch.float32 or t.device.type != "cpu" or (wanted and t.requires_grad) for t in tensors
-    )
+    if residual is not None and (residual.dtype is not torch.float32 or not residual.is_cpu):
+        return False
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, values, bias, residual)):
+        return False
+    return not torch.is_autocast_enabled("cpu")
+
+
+def _wanted(parts: list[Tensor]) -> bool:
+    return torch.is_grad_enabled() and any(part.requires_grad for part in parts)
 
 
 def _direct(x: Tensor) -> bool:
@@ -143,7 +148,7 @@ class SparseConv2d(nn.Module):
         """x `(batch, in, h, w)`, residual as the output."""
         parts = self.parts()
         norm_in_training = self.norm is not None and self.norm.training
-        if norm_in_training or x.dim() != 4 or not _quick(x, self.values, self.bias, residual, *parts):
+        if norm_in_training or _wanted(parts) or x.dim() != 4 or not _quick(x, self.values, self.bias, residual):
             return self._dense(x, residual)
         eps = 0.0 if self.norm is None else self.norm.eps
         if _direct(x):

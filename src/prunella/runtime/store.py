@@ -62,7 +62,7 @@ class Store:
 
     def get(self, choice: Choice, parts: Sequence[Tensor | None], make: Callable[[], Any]) -> Any:
         """What `choice` needs, from `make` if there is none yet. parts: the tensors that it is made from."""
-        stamp = tuple(_version(part) for part in parts)
+        stamp = tuple(map(_version, parts))
         if stamp != self._stamp:
             self._made, self._stamp = {}, stamp
         found = self._made.get(choice)
@@ -87,7 +87,10 @@ def store(key: int) -> Store:
 def _version(part: Tensor | None) -> tuple[int, int]:
     if part is None:
         return (0, 0)
-    return (part.data_ptr(), 0 if part.is_inference() else part._version)
+    try:
+        return (part.data_ptr(), part._version)
+    except RuntimeError:  # a tensor made in inference mode counts no changes
+        return (part.data_ptr(), 0)
 
 
 def laid_out(weight: Tensor, choice: Choice) -> Any:

@@ -6,17 +6,16 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from prunella.errors import PruningError
 from prunella.runtime import native
-from prunella.runtime.choice import Choice, Geometry, Problem, Route, is_dense
-from prunella.runtime.native import Activation, Config, Kind, Precision
-from prunella.runtime.store import laid_out, run_conv, run_linear
+from prunella.runtime.choice import Choice, Geometry, Problem, Route, Table, is_dense
+from prunella.runtime.layers import FastLinear, SparseConv2d, SparseLinear
+from prunella.runtime.native import Config, Kind, Precision
 from prunella.timing import Ratio, compare_latency, own_clock
 
 Run = Callable[[], object]
@@ -51,14 +50,14 @@ class Tuner:
 
     def linear(self, weight: Tensor, bias: Tensor | None, problems: tuple[Problem, ...]) -> tuple[Verdict, ...]:
         """The verdicts on a linear layer with this weight `(out, in)`."""
-        each, held = self.seconds / len(problems), dict[Choice, Any]()
+        each, held = self.seconds / len(problems), dict[Choice, nn.Module]()
         return tuple(self._once(weight, bias, problem, None, each, held) for problem in problems)
 
     def conv(
         self, weight: Tensor, bias: Tensor | None, geometry: Geometry, problems: tuple[Problem, ...]
     ) -> tuple[Verdict, ...]:
         """The verdicts on a convolution with this weight `(out, in, h, w)`."""
-        each, held = self.seconds / len(problems), dict[Choice, Any]()
+        each, held = self.seconds / len(problems), dict[Choice, nn.Module]()
         return tuple(self._once(weight, bias, problem, geometry, each, held) for problem in problems)
 
     def _once(
@@ -68,7 +67,7 @@ class Tuner:
         problem: Problem,
         geometry: Geometry | None,
         seconds: float,
-        held: dict[Choice, Any],
+        held: dict[Choice, nn.Module],
     ) -> Verdict:
         matrix = weight.reshape(len(weight), -1)
         like = (tuple(weight.shape), round(density(matrix), 2), blocks_of(matrix), bias is None, geometry, problem)
@@ -123,11 +122,11 @@ def candidates(
     geometry: Geometry | None,
     precision: Precision,
     seed: int,
-    held: dict[Choice, Any],
+    held: dict[Choice, nn.Module],
 ) -> dict[Choice, Run]:
     """Choice -> a call of the layer on noise of the problem's size. What cannot be laid out is left out.
 
-    held: the weight in the layouts made so far; further ones are added.
+    held: the layers made so far; further ones are added.
     """
     generator = torch.Generator().manual_seed(seed)
     matrix = weight.detach().reshape(len(weight), -1)
@@ -138,7 +137,7 @@ def candidates(
     made: dict[Choice, Run] = {}
     choices: list[Choice] = [*routes, *configs(matrix, problem.size, precision)]
     for choice in choices:
-        run = _call(choice, weight.detach(), matrix, x, bias, geometry, held)
+        run = _call(choice, weight.detach(), x, bias, geometry, held)
         try:
             run()
         except PruningError:  # a kernel says that it does not do this
@@ -151,28 +150,31 @@ def candidates_dense(weight: Tensor, bias: Tensor | None, problem: Problem, seed
     """The dense candidates of a linear layer."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn((problem.size, weight.shape[1]), generator=generator)
-    return {choice: _call(choice, weight, weight, x, bias, None, {}) for choice in (Route.TORCH, *_onednn())}
+    return {choice: _call(choice, weight, x, bias, None, {}) for choice in (Route.TORCH, *_onednn())}
 
 
 def _call(
-    choice: Choice, weight: Tensor, matrix: Tensor, x: Tensor, bias: Tensor | None, geometry: Geometry | None,
-    held: dict[Choice, Any],
-) -> Run:  # fmt: skip
-    if geometry is None:
-        if choice is Route.TORCH:
-            return partial(functional.linear, x, matrix, bias)
-        return lambda: run_linear(choice, _held(held, choice, matrix), x, bias, None, Activation.NONE)
-    if choice is Route.TORCH:
+    choice: Choice,
+    weight: Tensor,
+    x: Tensor,
+    bias: Tensor | None,
+    geometry: Geometry | None,
+    held: dict[Choice, nn.Module],
+) -> Run:
+    """The layer by a choice, as a model would call it: all that a module costs is measured too."""
+    if choice is Route.TORCH and geometry is None:
+        return partial(functional.linear, x, weight, bias)
+    if choice is Route.TORCH and geometry is not None:
         return partial(functional.conv2d, x, weight, bias, geometry.stride, geometry.padding, geometry.dilation)
-    run = partial(run_conv, geometry=geometry, channels=weight.shape[1], residual=None, activation=Activation.NONE)
-    return lambda: run(choice, _held(held, choice, matrix), x, bias)
-
-
-def _held(held: dict[Choice, Any], choice: Choice, matrix: Tensor) -> Any:
-    """The weight in the layout of a choice, made at the first call."""
     if choice not in held:
-        held[choice] = laid_out(matrix, choice)
-    return held[choice]
+        table = Table(((1, choice),))
+        if geometry is not None:
+            held[choice] = SparseConv2d(weight, bias, geometry=geometry, table=table).eval()
+        elif is_dense(choice):
+            held[choice] = FastLinear(weight, bias, table=table).eval()
+        else:
+            held[choice] = SparseLinear(weight, bias, table=table).eval()
+    return partial(held[choice], x)
 
 
 def _onednn() -> Iterator[Route]:
