@@ -10,7 +10,7 @@ SAY = @printf '\n== %s\n'
 export PIP_NO_INPUT = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check docs bench mutants clean
+.PHONY: help demo test check docs bench mutants kernels clean
 
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/make \1 \t\2/' | expand -t 14
@@ -44,8 +44,14 @@ mutants: $(VENV)/.stamp-test ## break every formula once and see a test go red (
 	$(SAY) "breaking formulas"
 	$(BIN)/python tests/mutants/run.py
 
+kernels: ## build the sparse kernels into src/, as an installation does (needs cmake and a C++ compiler)
+	$(SAY) "building the kernels"
+	cmake -S . -B build/kernels
+	cmake --build build/kernels --parallel 2
+
 clean: ## remove what the other targets made, .venv too
 	rm -rf $(VENV) site build dist demo .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -f src/prunella/runtime/*.so
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 $(VENV)/.stamp-venv:
@@ -58,7 +64,7 @@ $(VENV)/.stamp-venv:
 	    touch $@; exit 0; fi; done; \
 	echo "no Python 3.11 or newer found; say which by: make PYTHON=/path/to/python3.12" >&2; exit 1
 
-$(VENV)/.stamp-base: $(VENV)/.stamp-venv pyproject.toml constraints.txt
+$(VENV)/.stamp-base: $(VENV)/.stamp-venv pyproject.toml constraints.txt CMakeLists.txt $(wildcard kernels/*)
 	$(SAY) "installing prunella into $(VENV) (torch is large: a few minutes the first time)"
 	$(INSTALL) -e .
 	@touch $@

@@ -57,7 +57,7 @@ class Kind(Enum):
     CSR = "csr"
 
 
-_MANY = {Kind.ROWS: 0, Kind.BLOCK16: 2, Kind.BLOCK8: 3, Kind.BLOCK4: 4}
+_MANY = {Kind.ROWS: 0, Kind.GROUPS: 1, Kind.BLOCK16: 2, Kind.BLOCK8: 3, Kind.BLOCK4: 4}
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "prunella_check": (_INT, (_LONG, _LONG, _LONG, _POINTER, _POINTER)),
     "prunella_many_pack": (
         _INT,
-        (_LONG, _LONG, _LONG, _POINTER, _POINTER, _POINTER, _INT, _INT, _INT, ctypes.POINTER(_POINTER)),
+        (_LONG, _LONG, _LONG, _POINTER, _POINTER, _POINTER, _INT, _INT, _INT, _INT, ctypes.POINTER(_POINTER)),
     ),
     "prunella_many_free": (None, (_POINTER,)),
     "prunella_many_bytes": (_LONG, (_POINTER,)),
@@ -185,7 +185,7 @@ def configs(shape: tuple[int, int], density: float, tokens: int) -> tuple[Config
 
 def pack(weight: Tensor, config: Config) -> Packed:
     """A weight (M, K) in the layout of a kernel. Zeros are left out, so what x holds there is never read."""
-    if config.kind not in _MANY or config.precision is not Precision.FP32:
+    if config.kind not in _MANY or config.precision is Precision.INT8:
         raise NotSupported(f"no kernel packs {config.kind.value} in {config.precision.value}", "", "")
     if weight.dim() != 2:
         raise RequestError(f"a weight of {weight.dim()} axes cannot be packed", "two are needed", "")
@@ -198,7 +198,7 @@ def pack(weight: Tensor, config: Config) -> Packed:
 
 
 def pack_rows(shape: tuple[int, int], starts: Tensor, columns: Tensor, values: Tensor, config: Config) -> Packed:
-    """The same from compressed rows: starts (M + 1) and columns int64, values float32. All is checked before it is used."""
+    """The same from compressed rows: starts (M + 1) and columns int64, values float32; all is checked first."""
     fits = (
         starts.shape == (shape[0] + 1,)
         and columns.shape == values.shape
@@ -212,7 +212,7 @@ def pack_rows(shape: tuple[int, int], starts: Tensor, columns: Tensor, values: T
         )
     made, parts = _POINTER(), [part.contiguous() for part in (starts, columns, values)]
     pointers = [part.data_ptr() for part in parts]
-    sizes = (_MANY[config.kind], config.rows, config.depth)
+    sizes = (_MANY[config.kind], config.rows, config.depth, int(config.precision is Precision.BF16))
     _done(_library().prunella_many_pack(*shape, len(values), *pointers, *sizes, ctypes.byref(made)))
     handle = int(made.value or 0)
     return Packed(shape, len(values), int(_library().prunella_many_bytes(made)), config, handle)
@@ -225,7 +225,7 @@ def linear(
     residual: Tensor | None = None,
     activation: Activation = Activation.NONE,
 ) -> Tensor:
-    """`activation(x W' + bias + residual)`: x (..., K) -> (..., M), float32 on the CPU; bfloat16 x is read as float32."""
+    """`activation(x W' + bias + residual)`: x (..., K) -> (..., M), float32 on the CPU; bfloat16 is read as float32."""
     x = _input(x).contiguous()
     if x.shape[-1:] != packed.shape[1:]:
         raise RequestError(f"x has {tuple(x.shape)[-1:]} columns", f"the weight has {packed.shape[1]}", "")

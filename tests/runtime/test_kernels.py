@@ -1,0 +1,198 @@
+"""The compiled kernels against float64, in every tier that this processor has, at odd sizes."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from prunella.errors import NotSupported, PruningError, RequestError
+from prunella.runtime import native
+from prunella.runtime.native import Activation, Config, Kind
+
+pytestmark = pytest.mark.skipif(
+    not native.available(), reason="the kernels were not built: no compiler at installation"
+)
+KINDS = [Kind.ROWS, Kind.BLOCK16, Kind.BLOCK8, Kind.BLOCK4]
+SHAPES = [(1, 1, 1), (5, 3, 7), (33, 70, 19), (200, 300, 65), (17, 1000, 3), (0, 4, 3), (4, 0, 3), (4, 5, 0)]
+SIZES = [(1, 1, 64), (2, 4, 100), (4, 2, 256), (4, 3, 64), (2, 6, 33), (1, 8, 512)]
+
+
+@pytest.fixture(params=native.tiers() or ("none",), autouse=True)
+def tier(request: pytest.FixtureRequest) -> Iterator[str]:
+    native.use_tier(request.param)
+    yield request.param
+    native.use_tier()
+
+
+def sparse(*shape: int, density: float, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator) * (torch.rand(*shape, generator=generator) < density)
+
+
+def close(found: Tensor, wanted: Tensor) -> None:
+    torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=2e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("density", [0.0, 0.1, 0.6, 1.0])
+@pytest.mark.parametrize(("m", "k", "n"), SHAPES)
+def test_linear_is_that_of_float64(kind: Kind, density: float, m: int, k: int, n: int) -> None:
+    weight, x, bias, residual = sparse(m, k, density=density), torch.randn(n, k), torch.randn(m), torch.randn(n, m)
+    wanted = x.double() @ weight.double().T
+    for rows, tile, depth in SIZES:
+        packed = native.pack(weight, Config(kind, rows=rows, tile=tile, depth=depth))
+        assert packed.nnz == int((weight != 0).sum()) and packed.shape == (m, k)
+        close(native.linear(packed, x), wanted)
+        full = wanted + bias.double() + residual.double()
+        close(native.linear(packed, x, bias, residual, Activation.RELU), full.clamp(min=0))
+
+
+CONVOLUTIONS = [
+    ((1, 3, 8, 8), 5, (3, 3), (1, 1), (1, 1), (1, 1)),
+    ((2, 16, 9, 7), 33, (1, 1), (1, 1), (0, 0), (1, 1)),
+    ((2, 5, 13, 11), 20, (3, 3), (2, 2), (1, 1), (1, 1)),
+    ((1, 4, 12, 12), 6, (5, 3), (1, 2), (2, 1), (2, 1)),
+    ((2, 4, 9, 9), 6, (1, 1), (2, 2), (0, 0), (1, 1)),
+    ((1, 4, 9, 9), 6, (1, 1), (1, 1), (1, 1), (1, 1)),
+    ((1, 2, 7, 7), 3, (7, 7), (3, 3), (3, 3), (1, 1)),
+    ((0, 2, 7, 7), 3, (3, 3), (1, 1), (1, 1), (1, 1)),
+]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize(("shape", "out", "kernel", "stride", "padding", "dilation"), CONVOLUTIONS)
+def test_convolution_is_that_of_float64(
+    kind: Kind, layout: torch.memory_format, shape: tuple[int, ...], out: int, kernel: tuple[int, int],
+    stride: tuple[int, int], padding: tuple[int, int], dilation: tuple[int, int],
+) -> None:  # fmt: skip
+    weight, bias = sparse(out, shape[1], *kernel, density=0.4), torch.randn(out)
+    x = torch.randn(shape).to(memory_format=layout)
+    wanted = torch.nn.functional.conv2d(x.double(), weight.double(), bias.double(), stride, padding, dilation)
+    residual = torch.randn(wanted.shape).to(memory_format=layout)
+    for rows, tile, depth in SIZES[1:4]:
+        packed = native.pack(weight.flatten(1), Config(kind, rows=rows, tile=tile, depth=depth))
+        found = native.conv2d(
+            packed, x, kernel, bias, residual, Activation.RELU, stride=stride, padding=padding, dilation=dilation
+        )
+        close(found, (wanted + residual.double()).clamp(min=0))
+        assert not shape[0] or found.is_contiguous(memory_format=layout)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_columns_beyond_sixteen_bits_are_found(kind: Kind) -> None:
+    weight = torch.zeros(3, 70_000)
+    weight[0, 0], weight[1, 65_535], weight[1, 65_536], weight[2, 69_999] = 1, 2, 3, 4
+    x = torch.randn(2, 70_000)
+    for depth in (512, 65_535):
+        packed = native.pack(weight, Config(kind, rows=2, tile=2, depth=depth))
+        close(native.linear(packed, x), x.double() @ weight.double().T)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_token_that_is_not_finite_stays_alone(kind: Kind) -> None:
+    weight, x = sparse(40, 50, density=0.3), torch.randn(9, 50)
+    packed = native.pack(weight, Config(kind, rows=2, tile=2, depth=16))
+    clean = native.linear(packed, x)
+    x[4] = float("nan")
+    x[5] = float("inf")
+    found = native.linear(packed, x)
+    others = [0, 1, 2, 3, 6, 7, 8]
+    assert torch.equal(found[others], clean[others])
+    assert not found[4][weight.any(1)].isfinite().any() and not found[5][weight.any(1)].isfinite().any()
+
+
+def test_what_stands_at_a_zero_is_not_read() -> None:
+    weight = torch.tensor([[1.0, 0.0], [0.0, 2.0], [0.0, 0.0]])
+    x = torch.tensor([[float("inf"), 3.0]])
+    found = native.linear(native.pack(weight, Config(Kind.ROWS, rows=4, tile=1, depth=64)), x)
+    assert found.tolist() == [[float("inf"), 6.0, 0.0]]
+
+
+def test_relu_keeps_what_is_no_number() -> None:
+    x = torch.tensor([[float("nan")], [-1.0]])
+    packed = native.pack(torch.ones(9, 1), Config(Kind.ROWS, rows=1, tile=1, depth=64))
+    found = native.linear(packed, x, activation=Activation.RELU)
+    assert bool(found[0].isnan().all()) and found[1].tolist() == [0.0] * 9
+
+
+@pytest.mark.parametrize("activation", [Activation.GELU, Activation.SILU])
+def test_other_activations_are_those_of_torch(activation: Activation) -> None:
+    weight, x = sparse(12, 20, density=0.5), torch.randn(2, 3, 20)
+    function = torch.nn.functional.gelu if activation is Activation.GELU else torch.nn.functional.silu
+    found = native.linear(native.pack(weight, Config(Kind.ROWS)), x, activation=activation)
+    close(found, function(x.double() @ weight.double().T))
+    assert found.shape == (2, 3, 12)
+
+
+@pytest.mark.parametrize("tokens", [3, 200])
+def test_threads_change_no_bit(tokens: int) -> None:
+    weight, x = sparse(500, 96, density=0.2), torch.randn(tokens, 96)
+    packed, before = native.pack(weight, Config(Kind.ROWS, rows=2, tile=2, depth=32)), torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        alone = native.linear(packed, x)
+        torch.set_num_threads(2)
+        assert torch.equal(native.linear(packed, x), alone)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_calls_from_several_threads_do_not_meet() -> None:
+    jobs = [(sparse(64 + i, 80, density=0.3, seed=i), torch.randn(50, 80)) for i in range(6)]
+    packed = [native.pack(weight, Config(Kind.ROWS, depth=32)) for weight, _ in jobs]
+    wrong: list[int] = []
+
+    def work(i: int) -> None:
+        found = [native.linear(packed[i], jobs[i][1]) for _ in range(20)]
+        wrong.extend(i for y in found if not torch.allclose(y, jobs[i][1] @ jobs[i][0].T, atol=1e-4))
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+@pytest.mark.parametrize(
+    ("starts", "columns"),
+    [
+        ([0, 2, 1, 3], [0, 1, 2]),
+        ([0, 1, 2, 4], [0, 1, 2]),
+        ([1, 1, 2, 3], [0, 1, 2]),
+        ([0, 9, 2, 3], [0, 1, 2]),
+        ([0, 1, 2, 3], [0, 4, 2]),
+        ([0, 1, 2, 3], [0, -1, 2]),
+        ([0, 2, 2, 3], [1, 1, 2]),
+        ([0, 2, 2, 3], [2, 1, 2]),
+        ([0, 1, 3], [0, 1, 2]),
+    ],
+)
+def test_rows_that_are_not_well_formed_are_refused(starts: list[int], columns: list[int]) -> None:
+    with pytest.raises(RequestError, match=r"well formed|do not fit"):
+        native.pack_rows((3, 4), torch.tensor(starts), torch.tensor(columns), torch.ones(3), Config(Kind.ROWS))
+
+
+def test_requests_that_make_no_sense_are_refused() -> None:
+    packed = native.pack(torch.ones(4, 6), Config(Kind.ROWS))
+    with pytest.raises(RequestError, match="has 6"):
+        native.linear(packed, torch.ones(2, 5))
+    with pytest.raises(RequestError, match="bias"):
+        native.linear(packed, torch.ones(2, 6), torch.ones(3))
+    with pytest.raises(RequestError, match="residual"):
+        native.linear(packed, torch.ones(2, 6), None, torch.ones(2, 3))
+    with pytest.raises(RequestError, match="cannot read"):
+        native.linear(packed, torch.ones(2, 6, dtype=torch.float64))
+    with pytest.raises(RequestError, match="out of range"):
+        native.pack(torch.ones(4, 6), Config(Kind.ROWS, rows=3))
+    with pytest.raises(RequestError, match="smaller than the kernel"):
+        native.conv2d(native.pack(torch.ones(2, 9), Config(Kind.ROWS)), torch.ones(1, 1, 2, 2), (3, 3))
+    with pytest.raises(NotSupported):
+        native.pack(torch.ones(4, 6), Config(Kind.GROUPS))
+    with pytest.raises(PruningError, match="cannot be used"):
+        native.use_tier("sse9")
