@@ -15,6 +15,7 @@ enum {
   PRUNELLA_BAD_INDEX = 3,     // a column outside, or columns of a row that do not rise
   PRUNELLA_NO_MEMORY = 4,
   PRUNELLA_NO_TIER = 5,       // this processor cannot run the tier
+  PRUNELLA_NOT_FINITE = 6,    // NaN or infinity in a weight that is to become int8
 };
 
 typedef struct prunella_many prunella_many;
