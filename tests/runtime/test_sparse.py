@@ -313,6 +313,19 @@ def test_the_quickest_of_each_side_meet() -> None:
     assert again.choice is Route.TORCH and again.best == Config(Kind.ROWS)
 
 
+@pytest.mark.parametrize(("ratio", "wins"), [(Ratio(1.2, 1.1, 1.3), True), (Ratio(1.2, 0.9, 1.3), False)])
+def test_only_a_sure_gain_wins(monkeypatch: pytest.MonkeyPatch, ratio: Ratio, wins: bool) -> None:
+    class Measured:
+        def __init__(self) -> None:
+            self.ratio = ratio
+
+    monkeypatch.setattr(tune, "compare_latency", lambda *args, **kwargs: Measured())
+    monkeypatch.setattr(tune, "_sieve", lambda runs, seconds, base: dict.fromkeys(runs, 1.0))
+    rival = Config(Kind.ROWS)
+    verdict = decide({Route.TORCH: lambda: None, rival: lambda: None}, Problem(4), 0.1, 0)
+    assert verdict.choice == (rival if wins else Route.TORCH) and verdict.best == rival
+
+
 def test_alike_layers_are_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
     monkeypatch.setattr(tune, "candidates", lambda *args: asked.append(args) or {})
