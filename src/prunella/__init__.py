@@ -167,6 +167,13 @@ if TYPE_CHECKING:
     from prunella.reporting.report import Curve as Curve
     from prunella.reporting.report import Report as Report
     from prunella.reporting.report import report as report
+    from prunella.runtime.artifact import load_sparse as load_sparse
+    from prunella.runtime.artifact import save_sparse as save_sparse
+    from prunella.runtime.convert import Sparsified as Sparsified
+    from prunella.runtime.convert import sparse as sparse
+    from prunella.runtime.convert import sparsified as sparsified
+    from prunella.runtime.fast import dense_fast as dense_fast
+    from prunella.runtime.native import Precision as Precision
     from prunella.sanity import collapsed as collapsed
     from prunella.sanity import reinitialised as reinitialised
     from prunella.sanity import shuffled_plan as shuffled_plan
@@ -464,6 +471,13 @@ _HOME = {
     "load_plan": "realize.plan_file",
     "save_plan": "realize.plan_file",
     "shrink": "realize.shrink",
+    "Precision": "runtime.native",
+    "Sparsified": "runtime.convert",
+    "dense_fast": "runtime.fast",
+    "load_sparse": "runtime.artifact",
+    "save_sparse": "runtime.artifact",
+    "sparse": "runtime.convert",
+    "sparsified": "runtime.convert",
     "Found": "search",
     "Space": "search",
     "space": "search.space",
