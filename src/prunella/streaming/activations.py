@@ -11,6 +11,8 @@ from typing import IO, overload
 import torch
 from torch import Tensor
 
+from prunella.streaming.shards import bytes_of
+
 
 class OnDisk(Sequence[Tensor]):
     """Tensors in a file without a name, which is gone with this object or its process.
@@ -25,7 +27,7 @@ class OnDisk(Sequence[Tensor]):
         self._places: list[tuple[int, torch.dtype, torch.Size]] = []
         for tensor in tensors:
             self._places.append((self._file.tell(), tensor.dtype, tensor.shape))
-            view = _bytes_of(tensor.detach().contiguous())
+            view = bytes_of(tensor.detach().contiguous())
             while view:
                 view = view[self._file.write(view) :]
 
@@ -41,7 +43,7 @@ class OnDisk(Sequence[Tensor]):
             return [self[n] for n in range(*k.indices(len(self)))]
         start, dtype, shape = self._places[k]
         found = torch.empty(shape, dtype=dtype)
-        view = _bytes_of(found)
+        view = bytes_of(found)
         self._file.seek(start)
         while view:
             view = view[self._file.readinto(view) :]  # type: ignore[attr-defined]

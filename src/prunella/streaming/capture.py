@@ -99,7 +99,7 @@ class _Stage:
             if self.order != self.paths or self.first is None:
                 why = f"{len(self.order)} calls of its {len(self.paths)} blocks, not each once and in order"
                 raise NotSupported("the blocks of the model do not run one after the other", why, _TODO)
-            yield self.first
+            yield first
 
     def _forget(self) -> None:
         self.order, self.stream, self.first = [], None, None
@@ -115,6 +115,7 @@ class _Stage:
         except Exception:
             if not self.past:  # what comes after the blocks has no weights here, and may well fail
                 raise
+        return self.first
 
     def _stand_in(self, path: str, block: Callable[..., Any]) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
