@@ -48,7 +48,3 @@ class OnDisk(Sequence[Tensor]):
         while view:
             view = view[self._file.readinto(view) :]  # type: ignore[attr-defined]
         return found
-
-
-def _bytes_of(tensor: Tensor) -> memoryview:
-    return tensor.reshape(-1).view(torch.uint8).numpy().data

@@ -94,19 +94,18 @@ class _Stage:
     def streams(self, batches: Sequence[Any], run: Runner) -> Iterator[Tensor]:
         """The stream into the first block for each batch."""
         for batch in batches:
-            self._forget()
-            self._run(batch, run)
-            if self.order != self.paths or self.first is None:
+            first = self._run(batch, run)
+            if self.order != self.paths or first is None:
                 why = f"{len(self.order)} calls of its {len(self.paths)} blocks, not each once and in order"
                 raise NotSupported("the blocks of the model do not run one after the other", why, _TODO)
             yield first
 
-    def _forget(self) -> None:
-        self.order, self.stream, self.first = [], None, None
+    def _run(self, batch: Any, run: Runner) -> Tensor | None:
+        """Run until the last block, and say what came into the first.
 
-    def _run(self, batch: Any, run: Runner) -> None:
-        """Until the last block; the first time to the end without values, to see whether a block runs again there."""
-        self.past = False
+        The first time the model runs to its end without values, to see whether a block runs again there.
+        """
+        self.order, self.stream, self.first, self.past = [], None, None, False
         try:
             run(self.model, batch)
         except (Stop, PruningError) as ended:

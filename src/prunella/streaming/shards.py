@@ -55,7 +55,7 @@ class Stored:
         raw = torch.empty(self.size, dtype=torch.uint8)
         with self.file.open("rb", buffering=0) as file:
             file.seek(self.start)
-            if _fill(file, raw.numpy().data) < self.size:
+            if _fill(file, bytes_of(raw)) < self.size:
                 raise BadInput(f"{self.file} is cut short", "it became shorter while it was read", "fetch it again")
         return raw.view(self.dtype).reshape(self.shape)
 
@@ -162,4 +162,10 @@ def _pieces(value: Tensor | Stored) -> Iterable[bytes | memoryview]:
                 left -= len(part)
                 yield part
     elif value.numel():
-        yield value.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data
+        yield bytes_of(value.detach().contiguous())
+
+
+def bytes_of(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous tensor, without a copy."""
+    held: Any = tensor.reshape(-1).view(torch.uint8).numpy()
+    return memoryview(held)
