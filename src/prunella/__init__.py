@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from prunella.blockwise import rotate as rotate
     from prunella.blockwise import slice_stream as slice_stream
     from prunella.blockwise import solve_ as solve_
+    from prunella.blockwise.processes import processes as processes
     from prunella.comparison import compare as compare
     from prunella.compress.huffman import huffman as huffman
     from prunella.compress.huffman import relative_index as relative_index
@@ -100,7 +101,6 @@ if TYPE_CHECKING:
     from prunella.granularity import Width as Width
     from prunella.importers import import_plan as import_plan
     from prunella.metrics import perplexity as perplexity
-    from prunella.metrics import throughput as throughput
     from prunella.metrics import token_agreement as token_agreement
     from prunella.metrics import zero_shot as zero_shot
     from prunella.metrics.effects import SideEffects as SideEffects
@@ -110,6 +110,7 @@ if TYPE_CHECKING:
     from prunella.metrics.outputs import kl_divergence as kl_divergence
     from prunella.metrics.outputs import per_class_drop as per_class_drop
     from prunella.metrics.outputs import pruning_identified_exemplars as pruning_identified_exemplars
+    from prunella.metrics.rate import throughput as throughput
     from prunella.metrics.reach import EffectiveSparsity as EffectiveSparsity
     from prunella.metrics.reach import effective_sparsity as effective_sparsity
     from prunella.metrics.size import Compression as Compression
@@ -126,6 +127,8 @@ if TYPE_CHECKING:
     from prunella.realize.artifact import load as load
     from prunella.realize.artifact import save as save
     from prunella.realize.biases import with_biases as with_biases
+    from prunella.realize.card import Card as Card
+    from prunella.realize.card import write_card as write_card
     from prunella.realize.carry import carry_ as carry_
     from prunella.realize.export import export as export
     from prunella.realize.plan_file import load_plan as load_plan
@@ -155,6 +158,7 @@ if TYPE_CHECKING:
     from prunella.recovery.rates import rewind_rate as rewind_rate
     from prunella.recovery.rates import scaled_rate as scaled_rate
     from prunella.recovery.reconstruct import reconstruct as reconstruct
+    from prunella.recovery.sharded import hold_sharded_ as hold_sharded_
     from prunella.recovery.statistics import correct_statistics as correct_statistics
     from prunella.reporting.count import count as count
     from prunella.reporting.frontier import Frontier as Frontier
@@ -163,6 +167,13 @@ if TYPE_CHECKING:
     from prunella.reporting.report import Curve as Curve
     from prunella.reporting.report import Report as Report
     from prunella.reporting.report import report as report
+    from prunella.runtime.artifact import load_sparse as load_sparse
+    from prunella.runtime.artifact import save_sparse as save_sparse
+    from prunella.runtime.convert import Sparsified as Sparsified
+    from prunella.runtime.convert import sparse as sparse
+    from prunella.runtime.convert import sparsified as sparsified
+    from prunella.runtime.fast import dense_fast as dense_fast
+    from prunella.runtime.native import Precision as Precision
     from prunella.sanity import collapsed as collapsed
     from prunella.sanity import reinitialised as reinitialised
     from prunella.sanity import shuffled_plan as shuffled_plan
@@ -196,6 +207,8 @@ if TYPE_CHECKING:
     from prunella.solvers.admm import admm as admm
     from prunella.solvers.refit import refit as refit
     from prunella.solvers.sparsegpt import sparsegpt as sparsegpt
+    from prunella.streaming import forecast as forecast
+    from prunella.streaming import solve_folder as solve_folder
     from prunella.study import Study as Study
     from prunella.study import pareto as pareto
     from prunella.targets import Bytes as Bytes
@@ -268,7 +281,7 @@ _HOME = {
     "compare": "comparison",
     "with_biases": "realize.biases",
     "slice_stream": "blockwise",
-    "throughput": "metrics",
+    "throughput": "metrics.rate",
     "zero_shot": "metrics",
     "token_agreement": "metrics",
     "perplexity": "metrics",
@@ -439,7 +452,13 @@ _HOME = {
     "Refine": "blockwise",
     "rescale_": "blockwise",
     "rotate": "blockwise",
+    "processes": "blockwise.processes",
+    "hold_sharded_": "recovery.sharded",
     "solve_": "blockwise",
+    "forecast": "streaming",
+    "solve_folder": "streaming",
+    "Card": "realize.card",
+    "write_card": "realize.card",
     "admm": "solvers.admm",
     "by_score": "solvers",
     "refit": "solvers.refit",
@@ -452,6 +471,13 @@ _HOME = {
     "load_plan": "realize.plan_file",
     "save_plan": "realize.plan_file",
     "shrink": "realize.shrink",
+    "Precision": "runtime.native",
+    "Sparsified": "runtime.convert",
+    "dense_fast": "runtime.fast",
+    "load_sparse": "runtime.artifact",
+    "save_sparse": "runtime.artifact",
+    "sparse": "runtime.convert",
+    "sparsified": "runtime.convert",
     "Found": "search",
     "Space": "search",
     "space": "search.space",

@@ -28,6 +28,7 @@ HOMES = (
     "importers",
     "realize.biases",
     "realize.storage",
+    "streaming",
     "metrics",
     "study",
     "recipes",

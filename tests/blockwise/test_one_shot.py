@@ -174,3 +174,17 @@ def test_a_language_model_is_pruned_and_still_generates() -> None:
     assert done.sparsity == pytest.approx(0.5, abs=1e-3) and len([f for f in done.fits if not f.skipped]) == 21
     assert "lm_head" in str(done)
     assert model.generate(tokens[0][:1, :4], max_new_tokens=3, do_sample=False).shape == (1, 7)
+
+
+def test_a_cache_of_keys_and_values_does_not_reach_the_next_run_of_a_block() -> None:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+    config = transformers.LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=2, use_cache=True)
+    model = transformers.LlamaForCausalLM(config).eval()
+    other = copy.deepcopy(model)
+    tokens = [torch.randint(0, 64, (2, 12)) for _ in range(2)]
+    pr.solve_(model, {"input_ids": tokens[0]}, HOW, data=[{"input_ids": t} for t in tokens])
+    pr.solve_(other, {"input_ids": tokens[0]}, HOW, data=[{"input_ids": t, "use_cache": False} for t in tokens])
+    assert all(a.equal(b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+    assert model.config.use_cache

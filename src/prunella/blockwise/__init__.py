@@ -3,6 +3,7 @@
 from prunella.blockwise.one_shot import OneShot as OneShot
 from prunella.blockwise.one_shot import Solving as Solving
 from prunella.blockwise.one_shot import solve_ as solve_
+from prunella.blockwise.processes import processes as processes
 from prunella.blockwise.refine import Refine as Refine
 from prunella.blockwise.rotation import Rotated as Rotated
 from prunella.blockwise.rotation import rescale_ as rescale_

@@ -26,9 +26,6 @@ from prunella.pipeline import Inputs, Loss, Plan
 from prunella.stats import Source, untouched
 from prunella.targets import Sparsity
 
-_TOKENS = 256
-"""Tokens whose angles are taken at a time."""
-
 
 @dataclass(frozen=True)
 class Blocks:
@@ -167,9 +164,8 @@ def turns(blocks: Blocks, data: Iterable[Any], *, last: bool = False, loss: Loss
         for batch in batches(data):
             source.run(blocks.model, batch)
             one, other = (torch.stack([_unit(kept[p], last) for p in stack.paths], 1) for kept in (enters, leaves))
-            for k in range(0, len(one), _TOKENS):
-                a, b = (rows[k : k + _TOKENS].double() for rows in (one, other))
-                cosine = torch.einsum("tld,tmd->lmt", a, b).clamp(-1, 1)
+            for a, b in zip(torch.split(one, 256), torch.split(other, 256), strict=True):
+                cosine = torch.einsum("tld,tmd->lmt", a.double(), b.double()).clamp(-1, 1)
                 total += (cosine.arccos() / math.pi).sum(-1).cpu()
             count += len(one)
     angle = total / max(1, count)

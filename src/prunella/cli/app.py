@@ -8,8 +8,9 @@ from typing import Annotated, Any
 import typer
 
 from prunella import __version__
-from prunella.cli import look, prove, trials, work
+from prunella.cli import look, prove, speed, trials, work
 from prunella.cli.console import guarded
+from prunella.cli.run import run
 
 _HELP = """Prune a neural network, and heal it: smaller, measurably faster, and proven.
 
@@ -53,8 +54,9 @@ for verb in (
     work.plan,
     work.import_,
     look.show,
-    work.run,
+    run,
     trials.pareto,
+    speed.bench,
     work.export,
     prove.verify,
     prove.report,

@@ -19,4 +19,5 @@ from prunella.recovery.rates import linear_rate as linear_rate
 from prunella.recovery.rates import rewind_rate as rewind_rate
 from prunella.recovery.rates import scaled_rate as scaled_rate
 from prunella.recovery.reconstruct import reconstruct as reconstruct
+from prunella.recovery.sharded import hold_sharded_ as hold_sharded_
 from prunella.recovery.statistics import correct_statistics as correct_statistics
