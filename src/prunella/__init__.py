@@ -110,6 +110,7 @@ if TYPE_CHECKING:
     from prunella.metrics.outputs import kl_divergence as kl_divergence
     from prunella.metrics.outputs import per_class_drop as per_class_drop
     from prunella.metrics.outputs import pruning_identified_exemplars as pruning_identified_exemplars
+    from prunella.metrics.rate import throughput as throughput
     from prunella.metrics.reach import EffectiveSparsity as EffectiveSparsity
     from prunella.metrics.reach import effective_sparsity as effective_sparsity
     from prunella.metrics.size import Compression as Compression
@@ -118,7 +119,6 @@ if TYPE_CHECKING:
     from prunella.metrics.speed import effective_macs as effective_macs
     from prunella.metrics.speed import energy as energy
     from prunella.metrics.speed import speedup as speedup
-    from prunella.metrics.throughput import throughput as throughput
     from prunella.permutation import permute as permute
     from prunella.pipeline import Plan as Plan
     from prunella.pipeline import Recipe as Recipe
@@ -281,7 +281,7 @@ _HOME = {
     "compare": "comparison",
     "with_biases": "realize.biases",
     "slice_stream": "blockwise",
-    "throughput": "metrics.throughput",
+    "throughput": "metrics.rate",
     "zero_shot": "metrics",
     "token_agreement": "metrics",
     "perplexity": "metrics",

@@ -101,8 +101,8 @@ def match_stream_(
     small: what `shrink(dense, plan)` gave, for any plan of structure: depth, width or both. loss: how to run a model on
     a batch. Layers under masks are left to refining, which holds the masks. Errors: NotSupported without blocks.
 
-    Use: right after a cut of depth or width, before any training, or in its place. Avoid: fewer tokens than about twice
-    the inputs of the layers that are solved.
+    Use: right after a cut of depth or width, with many tokens, and keep it only if held-out text says so. Avoid: fewer
+    tokens than several times the inputs of the layers that are solved: it then fits the calibration data.
     """
     small_, dense_ = unwrap(small), unwrap(dense)
     held, source = list(batches(data)), Source(None, loss)

@@ -12,6 +12,8 @@ from prunella.metrics.outputs import flip_rate as flip_rate
 from prunella.metrics.outputs import kl_divergence as kl_divergence
 from prunella.metrics.outputs import per_class_drop as per_class_drop
 from prunella.metrics.outputs import pruning_identified_exemplars as pruning_identified_exemplars
+from prunella.metrics.rate import Throughput as Throughput
+from prunella.metrics.rate import throughput as throughput
 from prunella.metrics.reach import EffectiveSparsity as EffectiveSparsity
 from prunella.metrics.reach import effective_sparsity as effective_sparsity
 from prunella.metrics.size import Compression as Compression
@@ -20,5 +22,3 @@ from prunella.metrics.speed import Speedup as Speedup
 from prunella.metrics.speed import effective_macs as effective_macs
 from prunella.metrics.speed import energy as energy
 from prunella.metrics.speed import speedup as speedup
-from prunella.metrics.throughput import Throughput as Throughput
-from prunella.metrics.throughput import throughput as throughput
