@@ -19,7 +19,7 @@ _PLAIN = (Tensor, nn.Parameter)
 
 
 def _quick(x: Tensor, values: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> bool:
-    """Whether a kernel may run: float32 on the CPU, no gradient wanted, no autocast. Called for every token, so short."""
+    """Whether a kernel may run: float32 on the CPU, no gradient, no autocast. Called for every token, so short."""
     if x.dtype is not torch.float32 or values.dtype is not torch.float32 or not (x.is_cpu and values.is_cpu):
         return False
     if residual is not None and (residual.dtype is not torch.float32 or not residual.is_cpu):
