@@ -198,11 +198,11 @@ def configs(shape: tuple[int, int], density: float, tokens: int) -> tuple[Config
 _MUCH = tuple(
     Config(kind, rows=r, tile=t, depth=d)
     for kind, r, t, d in (
-        (Kind.GROUPS, 4, 3, 256), (Kind.ROWS, 1, 8, 128), (Kind.ROWS, 2, 4, 256), (Kind.ROWS, 4, 3, 256)
+        (Kind.ROWS, 2, 6, 64), (Kind.GROUPS, 4, 3, 256), (Kind.ROWS, 1, 8, 64), (Kind.ROWS, 2, 6, 128)
     )
 )  # fmt: skip
 _LITTLE = tuple(
-    Config(Kind.ROWS, rows=r, tile=t, depth=d) for r, t, d in ((2, 4, 256), (4, 3, 256), (4, 2, 512), (1, 8, 128))
+    Config(Kind.ROWS, rows=r, tile=t, depth=d) for r, t, d in ((2, 6, 64), (4, 3, 256), (1, 8, 64), (4, 2, 512))
 )
 
 
