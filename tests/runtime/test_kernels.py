@@ -146,6 +146,17 @@ def test_other_activations_are_those_of_torch(activation: Activation) -> None:
     assert found.shape == (2, 3, 12)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("precision", [Precision.FP32, Precision.BF16])
+def test_what_stands_beside_a_token_changes_no_bit_of_it(kind: Kind, precision: Precision) -> None:
+    weight, x, bias = sparse(21, 45, density=0.4), torch.randn(161, 45), torch.randn(21)
+    for rows, tile in ((1, 8), (2, 6), (4, 4), (4, 2)):
+        packed = native.pack(weight, Config(kind, precision, rows=rows, tile=tile, depth=20))
+        alone = torch.cat([native.linear(packed, token, bias) for token in x.split(1)])
+        for tokens in (2, 5, 9, 33, 40, 41, 56, 72, 81, 113, 161):  # tails of every number of vectors
+            assert torch.equal(native.linear(packed, x[:tokens], bias), alone[:tokens])
+
+
 @pytest.mark.parametrize("tokens", [3, 200])
 def test_threads_change_no_bit(tokens: int) -> None:
     weight, x = sparse(500, 96, density=0.2), torch.randn(tokens, 96)

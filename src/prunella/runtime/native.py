@@ -192,17 +192,22 @@ def configs(shape: tuple[int, int], density: float, tokens: int) -> tuple[Config
     if tokens <= _FEW_TOKENS:
         few = _few_configs(shape[1], density, tokens)
         return few if tokens == 1 else (*few, Config(Kind.ROWS, rows=4, tile=1, depth=512))
-    return _MUCH if density > 0.35 else _LITTLE
+    if density > 0.35:
+        return _MUCH
+    return _SOME if density > 0.15 else _LITTLE
 
 
 _MUCH = tuple(
     Config(kind, rows=r, tile=t, depth=d)
     for kind, r, t, d in (
-        (Kind.GROUPS, 4, 3, 256), (Kind.ROWS, 1, 8, 128), (Kind.ROWS, 2, 4, 256), (Kind.ROWS, 4, 3, 256)
+        (Kind.ROWS, 2, 6, 64), (Kind.GROUPS, 4, 3, 256), (Kind.ROWS, 1, 8, 64), (Kind.ROWS, 2, 6, 128)
     )
 )  # fmt: skip
+_SOME = tuple(
+    Config(Kind.ROWS, rows=r, tile=t, depth=d) for r, t, d in ((2, 6, 64), (4, 3, 256), (1, 8, 64), (2, 4, 256))
+)
 _LITTLE = tuple(
-    Config(Kind.ROWS, rows=r, tile=t, depth=d) for r, t, d in ((2, 4, 256), (4, 3, 256), (4, 2, 512), (1, 8, 128))
+    Config(Kind.ROWS, rows=r, tile=t, depth=d) for r, t, d in ((2, 4, 256), (4, 3, 256), (2, 6, 128), (4, 2, 512))
 )
 
 
