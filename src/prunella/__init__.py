@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from prunella.at_init import synflow_rounds as synflow_rounds
     from prunella.blockwise import OneShot as OneShot
     from prunella.blockwise import Refine as Refine
+    from prunella.blockwise import alpha_sparsities as alpha_sparsities
+    from prunella.blockwise import one_shot_recipe as one_shot_recipe
     from prunella.blockwise import rescale_ as rescale_
     from prunella.blockwise import rotate as rotate
     from prunella.blockwise import solve_ as solve_
@@ -67,6 +69,7 @@ if TYPE_CHECKING:
     from prunella.criteria import obs_saliency as obs_saliency
     from prunella.criteria import random as random
     from prunella.criteria import reap as reap
+    from prunella.criteria import ria as ria
     from prunella.criteria import router_frequency as router_frequency
     from prunella.criteria import router_weight as router_weight
     from prunella.criteria import shuffled as shuffled
@@ -160,6 +163,7 @@ if TYPE_CHECKING:
     from prunella.schedule import rounds as rounds
     from prunella.search import Found as Found
     from prunella.search import LatencyTable as LatencyTable
+    from prunella.search import Levels as Levels
     from prunella.search import Option as Option
     from prunella.search import Scan as Scan
     from prunella.search import Space as Space
@@ -168,18 +172,23 @@ if TYPE_CHECKING:
     from prunella.search import cheapest as cheapest
     from prunella.search import evolve as evolve
     from prunella.search import evolve_front as evolve_front
+    from prunella.search import evolve_levels as evolve_levels
     from prunella.search import knapsack as knapsack
     from prunella.search import latency_table as latency_table
     from prunella.search.netadapt import netadapt as netadapt
     from prunella.search.scan import scan as scan
     from prunella.search.space import space as space
+    from prunella.solvers import Grid as Grid
     from prunella.solvers import by_score as by_score
     from prunella.solvers import mfac as mfac
     from prunella.solvers import obs as obs
+    from prunella.solvers import prune_and_quantise as prune_and_quantise
     from prunella.solvers import woodfisher as woodfisher
     from prunella.solvers.admm import admm as admm
+    from prunella.solvers.alps import alps as alps
     from prunella.solvers.refit import refit as refit
     from prunella.solvers.sparsegpt import sparsegpt as sparsegpt
+    from prunella.solvers.swap import swap as swap
     from prunella.study import Study as Study
     from prunella.study import pareto as pareto
     from prunella.targets import Bytes as Bytes
@@ -278,6 +287,7 @@ _HOME = {
     "random": "criteria",
     "taylor": "criteria",
     "taylor_sq": "criteria",
+    "ria": "criteria",
     "wanda": "criteria",
     "Normalise": "allocation",
     "erk": "allocation",
@@ -405,13 +415,19 @@ _HOME = {
     "scaled_rate": "recovery.rates",
     "OneShot": "blockwise",
     "Refine": "blockwise",
+    "alpha_sparsities": "blockwise",
+    "one_shot_recipe": "blockwise",
     "rescale_": "blockwise",
     "rotate": "blockwise",
     "solve_": "blockwise",
     "admm": "solvers.admm",
+    "alps": "solvers.alps",
+    "Grid": "solvers",
     "by_score": "solvers",
+    "prune_and_quantise": "solvers",
     "refit": "solvers.refit",
     "sparsegpt": "solvers.sparsegpt",
+    "swap": "solvers.swap",
     "as_program": "program",
     "carry_": "realize.carry",
     "export": "realize.export",
@@ -433,7 +449,9 @@ _HOME = {
     "knapsack": "search",
     "cheapest": "search",
     "Option": "search",
+    "Levels": "search",
     "evolve": "search",
+    "evolve_levels": "search",
     "evolve_front": "search",
     "count": "reporting.count",
     "Timing": "timing",

@@ -3,7 +3,9 @@
 from prunella.blockwise.one_shot import OneShot as OneShot
 from prunella.blockwise.one_shot import Solving as Solving
 from prunella.blockwise.one_shot import solve_ as solve_
+from prunella.blockwise.preset import one_shot_recipe as one_shot_recipe
 from prunella.blockwise.refine import Refine as Refine
 from prunella.blockwise.rotation import Rotated as Rotated
 from prunella.blockwise.rotation import rescale_ as rescale_
 from prunella.blockwise.rotation import rotate as rotate
+from prunella.blockwise.spectrum import alpha_sparsities as alpha_sparsities

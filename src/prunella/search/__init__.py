@@ -4,6 +4,8 @@ All of them work on a `Space`, made once from model and recipe, and return `Foun
 `Recipe`: the plan then meets its target exactly, is proven, and can be written to a file.
 """
 
+from prunella.search.levels import Levels as Levels
+from prunella.search.levels import evolve_levels as evolve_levels
 from prunella.search.lookup import LatencyTable as LatencyTable
 from prunella.search.lookup import latency_table as latency_table
 from prunella.search.netadapt import netadapt as netadapt
@@ -23,6 +25,7 @@ from prunella.search.study import evolve_front as evolve_front
 __all__ = [
     "Found",
     "LatencyTable",
+    "Levels",
     "Option",
     "Scan",
     "Space",
@@ -31,6 +34,7 @@ __all__ = [
     "cheapest",
     "evolve",
     "evolve_front",
+    "evolve_levels",
     "knapsack",
     "latency_table",
     "netadapt",
