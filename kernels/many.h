@@ -4,6 +4,8 @@
 // they have there and run side by side in groups of `rows`; the shorter ones of a group are padded. A padded place
 // points at a row of zeros of the panel (one behind every block of columns), so that no value of x is ever multiplied
 // by a padding zero. A 16-bit index counts from the first column of its block.
+// Groups: four neighbouring rows; their columns are sorted by which of the four have a nonzero there (15 patterns), so
+// that x is loaded once for all of them. The index of a group begins with how many columns each pattern has.
 // Blocks: `rows` neighbouring rows share their columns; each column has `rows` values, and four rows run at a time.
 #pragma once
 #include <cstddef>
@@ -12,20 +14,22 @@
 namespace prunella {
 
 enum ManyKind : int32_t { kRows = 0, kGroups = 1, kBlock16 = 2, kBlock8 = 3, kBlock4 = 4 };
+enum ManyPrecision : int32_t { kFloat = 0, kHalf = 1 };  // of x in the panel: fp32, or bf16
 enum ManyActivation : int32_t { kNone = 0, kRelu = 1 };
 
 constexpr int kAlign = 64;
 
 // A group of rows in one block of columns.
 struct ManyGroup {
-  int64_t at;      // first of its entries in index and value
+  int64_t at;      // first of its entries in index
+  int64_t value;   // first of its entries in value
   int32_t count;   // steps
-  int32_t row[4];  // rows of the band, -1: none; of a block: its first row, and where its values begin in a column
+  int32_t row[4];  // rows of the band, -1: none
 };
 
 // One packed weight; every array is owned by the packing code and checked when it was made.
 struct ManyWeight {
-  int32_t kind, rows, depth;
+  int32_t kind, rows, depth, precision;
   int64_t m, k, nnz, bytes;
   int32_t bands, blocks;         // bands of rows, blocks of columns
   const int32_t* band_start;     // bands + 1 rows

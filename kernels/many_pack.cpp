@@ -39,7 +39,8 @@ void pack_rows(prunella_many& made, const Source& source, int64_t row, int64_t r
   });
   for (int64_t i = 0; i < rows; i += side) {
     const Piece& longest = pieces[order[i]];
-    ManyGroup group{int64_t(made.index.size()), int32_t(longest.last - longest.first), {-1, -1, -1, -1}};
+    ManyGroup group{int64_t(made.index.size()), int64_t(made.value.size()), int32_t(longest.last - longest.first),
+                    {-1, -1, -1, -1}};
     for (int q = 0; q < side && i + q < rows; q++) group.row[q] = order[i + q];
     for (int32_t s = 0; s < group.count; s++)
       for (int q = 0; q < side; q++) {
@@ -64,7 +65,7 @@ void pack_shared(prunella_many& made, const Source& source, int64_t row, int64_t
     }
     std::sort(shared.begin(), shared.end());
     shared.erase(std::unique(shared.begin(), shared.end()), shared.end());
-    int64_t at = int64_t(made.index.size());
+    int64_t at = int64_t(made.index.size()), value = int64_t(made.value.size());
     for (int64_t column : shared) {
       made.index.push_back(uint16_t(column - from));
       for (int q = 0; q < side; q++) {
@@ -73,7 +74,42 @@ void pack_shared(prunella_many& made, const Source& source, int64_t row, int64_t
       }
     }
     for (int q = 0; q < side; q += 4)
-      made.group.push_back(ManyGroup{at, int32_t(shared.size()), {int32_t(i) + q, q, 0, 0}});
+      made.group.push_back(ManyGroup{at, value + q, int32_t(shared.size()), {int32_t(i) + q, 0, 0, 0}});
+  }
+}
+
+// Four rows: for each of the 15 patterns of nonzeros the columns that have it, and their values.
+void pack_groups(prunella_many& made, const Source& source, int64_t row, int64_t rows, int64_t from, int64_t to) {
+  for (int64_t i = 0; i < rows; i += 4) {
+    std::vector<int64_t> columns[16];
+    Piece pieces[4] = {};
+    int side = int(std::min<int64_t>(4, rows - i));
+    for (int q = 0; q < side; q++) pieces[q] = source.row(row + i + q, from, to);
+    std::vector<float> values[16];
+    for (;;) {
+      int64_t next = to;
+      for (int q = 0; q < side; q++)
+        if (pieces[q].first < pieces[q].last) next = std::min(next, source.columns[pieces[q].first]);
+      if (next == to) break;
+      int pattern = 0;
+      float here[4];
+      int count = 0;
+      for (int q = 0; q < side; q++)
+        if (pieces[q].first < pieces[q].last && source.columns[pieces[q].first] == next) {
+          pattern |= 1 << q;
+          here[count++] = source.values[pieces[q].first++];
+        }
+      columns[pattern].push_back(next);
+      values[pattern].insert(values[pattern].end(), here, here + count);
+    }
+    ManyGroup group{int64_t(made.index.size()), int64_t(made.value.size()), 15, {-1, -1, -1, -1}};
+    for (int q = 0; q < side; q++) group.row[q] = int32_t(i) + q;
+    for (int pattern = 1; pattern < 16; pattern++) made.index.push_back(uint16_t(columns[pattern].size()));
+    for (int pattern = 1; pattern < 16; pattern++) {
+      for (int64_t column : columns[pattern]) made.index.push_back(uint16_t(column - from));
+      made.value.insert(made.value.end(), values[pattern].begin(), values[pattern].end());
+    }
+    made.group.push_back(group);
   }
 }
 
@@ -94,15 +130,19 @@ void prunella_many::seal() {
 }
 
 extern "C" int prunella_many_pack(int64_t m, int64_t k, int64_t nnz, const int64_t* starts, const int64_t* columns,
-                                  const float* values, int32_t kind, int32_t side, int32_t depth, prunella_many** out) {
+                                  const float* values, int32_t kind, int32_t side, int32_t depth,
+                                  int32_t precision, prunella_many** out) {
   if (int wrong = prunella_check(m, k, nnz, starts, columns)) return wrong;
   bool rows = kind == prunella::kRows, shared = kind >= prunella::kBlock16 && kind <= prunella::kBlock4;
+  bool known = (rows && (side == 1 || side == 2 || side == 4)) || shared || kind == prunella::kGroups;
   if (!out || (nnz && !values) || depth < 1 || depth > 65535) return PRUNELLA_BAD_ARGUMENT;
-  if (!(rows && (side == 1 || side == 2 || side == 4)) && !shared) return PRUNELLA_BAD_ARGUMENT;
+  if (!known || precision < 0 || precision > 1) return PRUNELLA_BAD_ARGUMENT;
   try {
     auto made = std::make_unique<prunella_many>();
     auto& w = made->weight;
     if (shared) side = kind == prunella::kBlock16 ? 16 : kind == prunella::kBlock8 ? 8 : 4;
+    if (kind == prunella::kGroups) side = 4;
+    w.precision = precision;
     w.kind = kind, w.rows = side, w.depth = depth, w.m = m, w.k = k, w.nnz = nnz;
     w.blocks = int32_t(std::max<int64_t>(1, (k + depth - 1) / depth));
     const int64_t tall = kBandRows;
@@ -115,7 +155,8 @@ extern "C" int prunella_many_pack(int64_t m, int64_t k, int64_t nnz, const int64
       made->band_start.push_back(int32_t(row));
       for (int32_t b = 0; b < w.blocks; b++) {
         int64_t from = int64_t(b) * depth, to = std::min<int64_t>(k, from + depth);
-        (rows ? pack_rows : pack_shared)(*made, source, row, here, from, to);
+        auto one = rows ? pack_rows : kind == prunella::kGroups ? pack_groups : pack_shared;
+        one(*made, source, row, here, from, to);
         made->group_start.push_back(int64_t(made->group.size()));
       }
       made->band_nnz.push_back(starts[row + here]);

@@ -68,14 +68,17 @@ int run(Job& job, int32_t threads) {
   return job.failed ? PRUNELLA_NO_MEMORY : PRUNELLA_OK;
 }
 
-bool has_tile(int32_t tile) { return (tile >= 1 && tile <= 4) || tile == 6 || tile == 8; }
+bool has_tile(const prunella_many* weight, int32_t tile) {
+  if (weight && weight->weight.precision == prunella::kHalf && tile % 2) return false;
+  return (tile >= 1 && tile <= 4) || tile == 6 || tile == 8;
+}
 
 }  // namespace
 
 extern "C" int prunella_many_linear(const prunella_many* weight, const float* x, int64_t tokens, const float* bias,
                                     const float* residual, int32_t activation, int32_t tile, int32_t threads,
                                     float* y) {
-  if (!weight || tokens < 0 || !has_tile(tile) || activation < 0 || activation > 1 || threads < 1)
+  if (!weight || tokens < 0 || !has_tile(weight, tile) || activation < 0 || activation > 1 || threads < 1)
     return PRUNELLA_BAD_ARGUMENT;
   const ManyWeight& w = weight->weight;
   if (!tokens || !w.m) return PRUNELLA_OK;
@@ -89,7 +92,7 @@ extern "C" int prunella_many_linear(const prunella_many* weight, const float* x,
 extern "C" int prunella_many_conv(const prunella_many* weight, const prunella_image* image, const float* x,
                                   const float* bias, const float* residual, int32_t activation, int32_t tile,
                                   int32_t threads, float* y) {
-  if (!weight || !image || !has_tile(tile) || activation < 0 || activation > 1 || threads < 1)
+  if (!weight || !image || !has_tile(weight, tile) || activation < 0 || activation > 1 || threads < 1)
     return PRUNELLA_BAD_ARGUMENT;
   const ManyWeight& w = weight->weight;
   const prunella_image& g = *image;

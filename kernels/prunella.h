@@ -15,6 +15,7 @@ enum {
   PRUNELLA_BAD_INDEX = 3,     // a column outside, or columns of a row that do not rise
   PRUNELLA_NO_MEMORY = 4,
   PRUNELLA_NO_TIER = 5,       // this processor cannot run the tier
+  PRUNELLA_NOT_FINITE = 6,    // NaN or infinity in a weight that is to become int8
 };
 
 typedef struct prunella_many prunella_many;
@@ -33,9 +34,11 @@ PRUNELLA_API int prunella_use(const char* name);
 // Whether rows of a matrix m x k are well formed: starts (m + 1), columns rising inside a row. O(nonzeros).
 PRUNELLA_API int prunella_check(int64_t m, int64_t k, int64_t nnz, const int64_t* starts, const int64_t* columns);
 
-// Pack rows checked by prunella_check. kind: 0 rows, 2 16x1, 3 8x1, 4 4x1. side: rows side by side (1, 2, 4; for kind 0).
+// Pack rows checked by prunella_check. kind: 0 rows, 1 groups, 2 16x1, 3 8x1, 4 4x1. side: rows side by side (1, 2, 4;
+// for kind 0). precision: 0 fp32, 1 x is rounded to bf16 (sums and values stay fp32; takes an even tile).
 PRUNELLA_API int prunella_many_pack(int64_t m, int64_t k, int64_t nnz, const int64_t* starts, const int64_t* columns,
-                       const float* values, int32_t kind, int32_t side, int32_t depth, prunella_many** made);
+                       const float* values, int32_t kind, int32_t side, int32_t depth,
+                                    int32_t precision, prunella_many** made);
 PRUNELLA_API void prunella_many_free(prunella_many* weight);
 PRUNELLA_API int64_t prunella_many_bytes(const prunella_many* weight);
 

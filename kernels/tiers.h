@@ -1,5 +1,6 @@
 // Which tier runs: the best that processor and system support, or the one that was asked for.
 #pragma once
+#include "few.h"
 #include "many.h"
 
 namespace prunella {
@@ -7,6 +8,7 @@ namespace prunella {
 struct Tier {
   const char* name;
   const ManyTier* many;
+  const FewTier* few;
   bool (*supported)();
 };
 

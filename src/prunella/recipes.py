@@ -11,7 +11,7 @@ from functools import partial
 from prunella import criteria
 from prunella.allocation import Normalise, erk, global_, lamp, per_round, uniform
 from prunella.errors import RequestError
-from prunella.granularity import NM, Channel, Element, Head
+from prunella.granularity import NM, Channel, Element, Expert, Head, Width
 from prunella.method import REGISTRY, find, recipe
 from prunella.pipeline import Recipe
 
@@ -174,6 +174,43 @@ def llm_pruner() -> Recipe:
     Use: language models that have to stay in an ordinary format. Avoid: without healing beyond about a fifth.
     """
     return Recipe(criteria.taylor_abs, (Channel(), Head()), uniform, even=True)
+
+
+@recipe(source="An et al. 2024, arXiv:2312.11983 (WIFV, the same share of every layer)")
+def flap() -> Recipe:
+    """Heads and neurons of a transformer by the fluctuation of what reads them, the same share of each layer.
+
+    What goes is replaced by its mean: plan and shrink a model `with_biases`, then `fold_means`; or refit by
+    `match_stream_`. The paper's other form ranks standardised scores over all layers, which then differ in width.
+    Data: no labels.
+
+    Use: language models without training. Avoid: without either compensation.
+    """
+    return Recipe(criteria.fluctuation, (Channel(), Head()), uniform, even=True)
+
+
+@recipe(source="Muralidharan et al. 2024, arXiv:2407.14679")
+def minitron() -> Recipe:
+    """Neurons, heads (key-value groups) and the residual stream by the size of their activations, the same share each.
+
+    One pass without labels ranks all three: root mean square where the layers that read a unit multiply it; the paper
+    takes norms over the batch and means over positions. For its depth, `block_influence` or `greedy_blocks`. The paper
+    distils afterwards: `heal_`. Data: no labels.
+
+    Use: a smaller model of the same architecture, to be healed on much text. Avoid: without healing.
+    """
+    return Recipe(criteria.activation_norm, (Channel(), Head(), Width()), uniform, even=True)
+
+
+@recipe(source="Lasby et al. 2025, arXiv:2510.13999")
+def reap_experts() -> Recipe:
+    """Experts of a mixture by what they add to the tokens that are sent to them, the same share of each layer.
+
+    The router chooses among those that stay. Data: no labels.
+
+    Use: mixtures in one shot. Avoid: fewer tokens than a few hundred for each expert.
+    """
+    return Recipe(criteria.reap, Expert(), uniform, even=True)
 
 
 def named(name: str) -> Recipe:

@@ -38,6 +38,7 @@ type_names = (
     "ExpertGate",
     "ExpertOutput",
     "Gram",
+    "TokenIds",
     "Saliency",
     "Scores",
     "Mask",
@@ -73,6 +74,7 @@ ExpertShare = Annotated[Tensor, "(units,)", "part of the tokens for which the ro
 ExpertGate = Annotated[Tensor, "(units,)", "mean weight of each expert where it is chosen, the weights summing to 1"]
 ExpertOutput = Annotated[Tensor, "(units,)", "mean norm of what each expert adds, weight included, where it is chosen"]
 Gram = Annotated[Tensor, "(in, in)", "sum over tokens of x x^T"]
+TokenIds = Annotated[Tensor, "(tokens,) or (batch, tokens)", "numbers of tokens, int64"]
 Saliency = Annotated[Tensor, "(out, in)", "one number per weight; higher is kept"]
 Scores = Annotated[Tensor, "(units,)", "one number per unit; higher is kept"]
 Mask = Annotated[Tensor, "any", "bool; True is kept"]

@@ -187,3 +187,17 @@ def test_the_recipe_is_the_solver_and_the_refinement_together() -> None:
         with torch.no_grad():
             gaps.append(float((model(x) - dense(x)).square().mean()))
     assert gaps[2] < 0.7 * gaps[0] and gaps[2] < 0.7 * gaps[1]
+
+
+def test_a_cache_of_keys_and_values_does_not_reach_the_next_run_of_a_block() -> None:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+    config = transformers.LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=2, use_cache=True)
+    model = transformers.LlamaForCausalLM(config).eval()
+    other = copy.deepcopy(model)
+    tokens = [torch.randint(0, 64, (2, 12)) for _ in range(2)]
+    pr.solve_(model, {"input_ids": tokens[0]}, HOW, data=[{"input_ids": t} for t in tokens])
+    pr.solve_(other, {"input_ids": tokens[0]}, HOW, data=[{"input_ids": t, "use_cache": False} for t in tokens])
+    assert all(a.equal(b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+    assert model.config.use_cache

@@ -11,12 +11,12 @@ from torch import Tensor
 
 from prunella.errors import NotSupported, PruningError, RequestError
 from prunella.runtime import native
-from prunella.runtime.native import Activation, Config, Kind
+from prunella.runtime.native import Activation, Config, Kind, Precision
 
 pytestmark = pytest.mark.skipif(
     not native.available(), reason="the kernels were not built: no compiler at installation"
 )
-KINDS = [Kind.ROWS, Kind.BLOCK16, Kind.BLOCK8, Kind.BLOCK4]
+KINDS = [Kind.ROWS, Kind.GROUPS, Kind.BLOCK16, Kind.BLOCK8, Kind.BLOCK4]
 SHAPES = [(1, 1, 1), (5, 3, 7), (33, 70, 19), (200, 300, 65), (17, 1000, 3), (0, 4, 3), (4, 0, 3), (4, 5, 0)]
 SIZES = [(1, 1, 64), (2, 4, 100), (4, 2, 256), (4, 3, 64), (2, 6, 33), (1, 8, 512)]
 
@@ -81,6 +81,23 @@ def test_convolution_is_that_of_float64(
         )
         close(found, (wanted + residual.double()).clamp(min=0))
         assert not shape[0] or found.is_contiguous(memory_format=layout)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("tile", [2, 4, 6, 8])
+def test_in_bf16_only_x_is_rounded(kind: Kind, tile: int) -> None:
+    weight, x, bias = sparse(37, 90, density=0.3), torch.randn(41, 90), torch.randn(37)
+    x[3, 5] = float("nan")
+    packed = native.pack(weight, Config(kind, Precision.BF16, rows=2, tile=tile, depth=40))
+    wanted = x.bfloat16().double() @ weight.double().T + bias
+    found = native.linear(packed, x, bias)
+    kept = [t for t in range(41) if t != 3]
+    close(found[kept], wanted[kept])
+    assert bool(found[3][weight[:, 5] != 0].isnan().all())
+    if kind in (Kind.ROWS, Kind.GROUPS):  # a block multiplies the zeros inside it too
+        assert found[3].isnan().tolist() == (weight[:, 5] != 0).tolist()
+    with pytest.raises(NotSupported):
+        native.pack(weight, Config(kind, Precision.BF16, tile=3))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -193,6 +210,6 @@ def test_requests_that_make_no_sense_are_refused() -> None:
     with pytest.raises(RequestError, match="smaller than the kernel"):
         native.conv2d(native.pack(torch.ones(2, 9), Config(Kind.ROWS)), torch.ones(1, 1, 2, 2), (3, 3))
     with pytest.raises(NotSupported):
-        native.pack(torch.ones(4, 6), Config(Kind.GROUPS))
+        native.pack(torch.ones(4, 6), Config(Kind.GROUPS, Precision.INT8))
     with pytest.raises(PruningError, match="cannot be used"):
         native.use_tier("sse9")

@@ -8,10 +8,10 @@ to the block: slower, and the same. A model without blocks is one block, fed by 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, overload
 
 from torch import Tensor, nn
 
@@ -48,6 +48,30 @@ class Call:
         return Call((), {**self.kwargs, first: stream})
 
 
+class Calls(Sequence[Call]):
+    """Calls that differ in their first argument alone; it is looked up in `streams` when one is asked for."""
+
+    def __init__(self, calls: Sequence[Call], streams: Sequence[Tensor]) -> None:
+        self.calls: Sequence[Call] = calls.calls if isinstance(calls, Calls) else calls
+        self.streams = streams
+
+    def __len__(self) -> int:
+        return len(self.streams)
+
+    @overload
+    def __getitem__(self, k: int) -> Call: ...
+    @overload
+    def __getitem__(self, k: slice) -> Calls: ...
+    def __getitem__(self, k: int | slice) -> Call | Calls:
+        if isinstance(k, slice):
+            return Calls(self.calls[k], self.streams[k])
+        return self.calls[k].fed(self.streams[k])
+
+
+Keep = Callable[[Iterable[Tensor]], Sequence[Tensor]]
+"""Keeps the tensors of a stream, one a batch, in memory or elsewhere."""
+
+
 @dataclass(frozen=True)
 class Block:
     """A module that is pruned at a time; `path` "" is the model itself.
@@ -68,10 +92,11 @@ class Feed:
     batches: Sequence[Any]
     run: Runner
     blocks: tuple[Block, ...]
+    keep: Keep = list
     _later: dict[str, list[Call]] = field(default_factory=dict)
-    _calls: list[Call] = field(default_factory=list)
+    _calls: Sequence[Call] = ()
 
-    def calls(self, block: Block) -> list[Call]:
+    def calls(self, block: Block) -> Sequence[Call]:
         """What the block is called with, over all batches, with everything before it as it is now."""
         if not block.path:
             return [Call((batch,), {}) for batch in self.batches]
@@ -91,13 +116,13 @@ class Feed:
             return self.run(self.model, call.args[0])
         return call.run(self.model.get_submodule(block.path))
 
-    def advance(self, block: Block) -> None:
-        """Run a block that is done, so that the one linked to it has its inputs."""
+    def advance(self, block: Block, outputs: Sequence[Tensor] | None = None) -> None:
+        """Run a block that is done, or take its `outputs`, so that the one linked to it has its inputs."""
         place = self.blocks.index(block)
         if place + 1 < len(self.blocks) and self.blocks[place + 1].linked:
             later = self._later.pop(self.blocks[place + 1].path)
-            streams = [tensors(self.call(block, call))[0] for call in self._calls]
-            self._calls = [call.fed(stream) for call, stream in zip(later, streams, strict=True)]
+            streams = outputs or (tensors(self.call(block, call))[0] for call in self._calls)
+            self._calls = Calls(later, self.keep(streams))
 
     def _followers(self, block: Block) -> list[Block]:
         after = self.blocks[self.blocks.index(block) + 1 :]
@@ -107,9 +132,18 @@ class Feed:
 
 def blocks_of(model: nn.Module, graph: Graph, batch: Any, run: Runner) -> tuple[Block, ...]:
     """The blocks in the order in which they run on `batch`, outermost only; the model itself where it has none."""
+    return blocks_at(model, block_paths(model, graph), batch, run)
+
+
+def block_paths(model: nn.Module, graph: Graph) -> list[str]:
+    """The paths of all residual blocks, those that must stay too, outermost only."""
     paths = [path for stack in graph.stacks for path in stack.paths]
     paths += [frozen.entity for frozen in graph.rooted if isinstance(_module(model, frozen.entity), nn.Module)]
-    paths = [path for path in dict.fromkeys(paths) if not any(path.startswith(f"{other}.") for other in paths)]
+    return [path for path in dict.fromkeys(paths) if not any(path.startswith(f"{other}.") for other in paths)]
+
+
+def blocks_at(model: nn.Module, paths: Sequence[str], batch: Any, run: Runner) -> tuple[Block, ...]:
+    """The blocks at these paths in the order in which they run on `batch`; the model itself where none does."""
     order: list[str] = []
     made: dict[int, Tensor] = {}  # held, so that no number is used twice
     previous: list[Tensor] = []
@@ -145,6 +179,22 @@ def blocks_of(model: nn.Module, graph: Graph, batch: Any, run: Runner) -> tuple[
     fed = [linked[path] and not {path, *ran[max(0, place - 1) : place]} & twice for place, path in enumerate(ran)]
     found = [Block(path, link, path not in twice) for path, link in zip(ran, fed, strict=True)]
     return tuple(found) or (Block("", False, False),)
+
+
+@contextmanager
+def uncached(model: nn.Module) -> Iterator[None]:
+    """Inside, the model does not fill a cache of keys and values unless a batch asks for one.
+
+    A block that is run again on its own would attend to what the runs before left in the cache.
+    """
+    configs = {id(c): c for m in model.modules() if getattr(c := getattr(m, "config", None), "use_cache", False)}
+    for config in configs.values():
+        config.use_cache = False
+    try:
+        yield
+    finally:
+        for config in configs.values():
+            config.use_cache = True
 
 
 def _module(model: nn.Module, path: str) -> nn.Module | None:

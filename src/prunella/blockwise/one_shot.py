@@ -9,13 +9,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from prunella.apply import record_, unwrap
-from prunella.blockwise.chain import Block, Call, Feed, blocks_of
+from prunella.blockwise.chain import Block, Call, Calls, Feed, Keep, blocks_of, uncached
+from prunella.blockwise.processes import ALONE, Processes
 from prunella.blockwise.refine import Refine, refine_
 from prunella.errors import RequestError
 from prunella.forward import batches, mode, tensors
@@ -116,6 +117,7 @@ def solve_(
     loss: Loss | None = None,
     skip: Sequence[str] = (),
     on_layer: OnLayer | None = None,
+    processes: Processes = ALONE,
 ) -> Solving:
     """Prune `model` in place, layer by layer, from the inputs that each layer has in the pruned model.
 
@@ -127,14 +129,16 @@ def solve_(
 
     inputs: an example batch, as for `plan`. loss: how to run the model on a batch. skip: patterns of layers that stay
     whole. Layers outside the blocks (heads, embeddings) stay whole too, and so do grouped convolutions and weights that
-    are read in other ways; the result names them. Errors: RequestError when no layer is left.
+    are read in other ways; the result names them. processes: `processes()` under torchrun, where `data` is this
+    process's share: Gram matrices are summed over all, layers are solved in turn and handed round, and `refine` works
+    with the share of the first. Errors: RequestError when no layer is left.
 
     Use: large pretrained models without training. Avoid: small networks that can be trained: `Pruner` does better.
     """
     root = unwrap(model)
     source = Source(None, loss)
     held = list(batches(data))
-    with mode(root, training=False), torch.no_grad():
+    with mode(root, training=False), uncached(root), torch.no_grad():
         graph = couple(root, inputs)
         check_patterns(graph, skip, ())
         feed = Feed(root, held, source.run, blocks_of(root, graph, held[0], source.run))
@@ -146,7 +150,7 @@ def solve_(
         inside = [[x for x in layers.values() if _within(graph.entities[x.entity].names, b)] for b in feed.blocks]
         if not any(inside):
             raise RequestError("there is no layer to prune", "skip=, or the mapping of sparsities, leaves none", "")
-        job = _Job(root, how, feed, on_layer, sum(map(len, inside)))
+        job = Job(root, how, feed, on_layer, sum(map(len, inside)), processes)
         for block, some in zip(feed.blocks, inside, strict=True):
             job.block(block, some)
     within = {layer.entity for some in inside for layer in some}
@@ -159,23 +163,39 @@ def _within(names: Iterable[str], block: Block) -> bool:
     return all(name.startswith(f"{block.path}.") or not block.path for name in names)
 
 
+class Feeding(Protocol):
+    """Where the calls of the blocks come from, in turn: `Feed`, or one that reads the blocks from files."""
+
+    keep: Keep
+
+    def calls(self, block: Block) -> Sequence[Call]:
+        """What the block is called with."""
+
+    def call(self, block: Block, call: Call) -> Any:
+        """The block on one of its calls."""
+
+    def advance(self, block: Block) -> None:
+        """Make the inputs of the next block."""
+
+
 @dataclass
-class _Job:
-    """One call of `solve_`."""
+class Job:
+    """One call of `solve_`: blocks go in one after the other."""
 
     model: nn.Module
     how: OneShot
-    feed: Feed
+    feed: Feeding
     on_layer: OnLayer | None
     count: int
+    processes: Processes = ALONE
     fits: list[Fit] = field(default_factory=list)
     refined: dict[str, tuple[float, float]] = field(default_factory=dict)
-    dense: list[Call] = field(default_factory=list)
+    dense_stream: Sequence[Tensor] = ()
 
     def block(self, block: Block, layers: Sequence[Layer]) -> None:
         """Prune the layers of one block, refine it, and pass its outputs on."""
         calls = self.feed.calls(block)
-        wanted = self._wanted(block, calls)
+        wanted = self.wanted(block, calls)
         masks: dict[nn.Parameter, Mask] = {}
         named = dict(self.model.named_parameters(remove_duplicate=False))
         mine = {named[layer.entity]: layer for layer in layers}
@@ -185,25 +205,25 @@ class _Job:
                 masks |= self._solve(weight, mine[weight], gram, tokens)
         record_(self.model, masks)
         if self.how.refine is not None and block.path and masks:
-            runs = [partial(self._output, block, call) for call in calls]
-            self.refined[block.path] = refine_(
-                self.model.get_submodule(block.path), runs, wanted, masks, self.how.refine
-            )
+            runs = [partial(self._output, block, calls, k) for k in range(len(calls))]
+            module = self.model.get_submodule(block.path)
+            if self.processes.first:
+                self.refined[block.path] = refine_(module, runs, wanted, masks, self.how.refine)
+            self.processes.copy_first_(module)
         self.feed.advance(block)
 
-    def _output(self, block: Block, call: Call) -> Tensor:
-        return tensors(self.feed.call(block, call))[0]
+    def _output(self, block: Block, calls: Sequence[Call], k: int) -> Tensor:
+        return tensors(self.feed.call(block, calls[k]))[0]
 
-    def _wanted(self, block: Block, calls: Sequence[Call]) -> list[Tensor]:
+    def wanted(self, block: Block, calls: Sequence[Call]) -> Sequence[Tensor]:
         """The outputs of the dense block on the dense stream, which is kept from block to block."""
         if self.how.refine is None or not block.path:
             return []
-        if block.linked and self.dense:
-            calls = [call.fed(before.stream) for call, before in zip(calls, self.dense, strict=True)]
+        if block.linked and len(self.dense_stream):
+            calls = Calls(calls, self.dense_stream)
         twin = copy.deepcopy(self.model.get_submodule(block.path))
-        found = [tensors(call.run(twin))[0] for call in calls]
-        self.dense = [call.fed(stream) for call, stream in zip(calls, found, strict=True)]
-        return found
+        self.dense_stream = self.feed.keep(tensors(call.run(twin))[0] for call in calls)
+        return self.dense_stream
 
     def _shared(
         self, block: Block, calls: Sequence[Call], mine: Mapping[nn.Parameter, Layer]
@@ -227,10 +247,15 @@ class _Job:
             else:
                 groups.append(([weight], len(some)))
             last = some[0].x if len(some) == 1 else None
+        self.processes.agree(len(groups) * 10_000 + sum(uses for _, uses in groups), f"the layers of {block.path}")
         return groups
 
     def _gram(self, block: Block, calls: Sequence[Call], weight: nn.Parameter, uses: int) -> tuple[Gram, int]:
-        """`sum x x^T` over all reads of a weight, and how many tokens; each pass ends when it was read so often."""
+        """`sum x x^T` over all reads of a weight, and how many tokens; each pass ends when it was read so often.
+
+        The products are added up in float64, so that the order of the batches, and with it the number of processes,
+        leaves no trace that a mask could show.
+        """
         total: list[Tensor] = []
         tokens, left = 0, uses
 
@@ -240,8 +265,8 @@ class _Job:
                 for x, _ in rows(read):
                     single = x.to(torch.promote_types(x.dtype, torch.float32))
                     if not total:
-                        total.append(single.new_zeros(single.shape[1], single.shape[1]))
-                    total[0].addmm_(single.T, single)
+                        total.append(single.new_zeros(single.shape[1], single.shape[1], dtype=torch.float64))
+                    total[0] += single.T @ single
                     tokens += len(single)
             left -= 1
             if not left:
@@ -254,7 +279,9 @@ class _Job:
                 with watch:
                     self.feed.call(block, call)
                 watch.finish()
-        return total[0], tokens
+        seen = torch.tensor(tokens)
+        self.processes.sum_(total[0], seen)
+        return total[0].to(torch.promote_types(weight.dtype, torch.float32)), int(seen)
 
     def _solve(self, weight: nn.Parameter, layer: Layer, gram: Gram, tokens: int) -> dict[nn.Parameter, Mask]:
         start = time.perf_counter()
@@ -262,8 +289,11 @@ class _Job:
         assert sparsity is not None
         matrix = to_matrix(weight.detach(), layer)
         wide = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
-        with torch.autocast(weight.device.type, enabled=False):
-            found = self.how.method(wide, gram, self.how.pattern, sparsity=sparsity)
+        owner, mine = len(self.fits) % self.processes.count, None
+        if owner == self.processes.rank:
+            with torch.autocast(weight.device.type, enabled=False):
+                mine = self.how.method(wide, gram, self.how.pattern, sparsity=sparsity)
+        found = self.processes.told(mine, wide, owner)
         weight.copy_(from_matrix(found.weight, weight, layer))
         gone = int((~found.mask).sum())
         taken = time.perf_counter() - start

@@ -15,8 +15,8 @@ from prunella.solvers.layer import Pattern
 @solver(source="Boza 2024, arXiv:2401.02938 (solver); Li et al. 2021, arXiv:2102.05426 (blocks after it)")
 def one_shot_recipe(
     pattern: Pattern = Element(),  # noqa: B008
-    *,
     sparsity: float | Mapping[str, float] = 0.5,
+    *,
     epochs: int = 3,
     lr: float = 5e-4,
 ) -> OneShot:

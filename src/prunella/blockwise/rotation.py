@@ -12,16 +12,20 @@ import torch
 from torch import Tensor, nn
 
 from prunella.apply import unwrap
+from prunella.criteria import activation_norm
 from prunella.errors import CheckFailed, NotSupported
 from prunella.forward import batches, mode
+from prunella.granularity import Width
 from prunella.graph.couple import couple
 from prunella.graph.oracle import verify
 from prunella.graph.structure import Graph, Group, Member
 from prunella.graph.surgery import Changes
 from prunella.method import solver
-from prunella.pipeline import Inputs, Loss
+from prunella.pipeline import Inputs, Loss, Plan, Recipe, plan
+from prunella.realize.shrink import shrink
 from prunella.recovery.reads import Read, Watch, rows
 from prunella.stats import Source
+from prunella.targets import Sparsity
 
 
 @dataclass(frozen=True)
@@ -204,6 +208,44 @@ def _order(member: Member) -> Tensor:
     found = torch.empty(len(member.index), dtype=torch.int64)
     found[torch.from_numpy(member.unit)] = torch.from_numpy(member.index)
     return found
+
+
+@dataclass(frozen=True)
+class Sliced:
+    """A model with a narrower stream: `model`, the plan that sliced it, and the rotated model that it was cut from."""
+
+    model: nn.Module
+    plan: Plan
+    rotated: Rotated
+
+    def __str__(self) -> str:
+        kept = int(self.plan.keep[self.rotated.group].sum())
+        share = float(self.rotated.energy[:kept].sum() / self.rotated.energy.sum())
+        return f"{self.rotated.group}: {kept} of {len(self.rotated.energy)} directions stay, {share:.2%} of the energy"
+
+
+@solver(source="Ashkboos et al. 2024, arXiv:2401.15024 (SliceGPT)")
+def slice_stream(
+    model: nn.Module, inputs: Inputs, data: Iterable[Any], *, sparsity: float, loss: Loss | None = None
+) -> Sliced:
+    """Turn the residual stream onto its principal directions, slice off those of least energy, and rescale the norms.
+
+    `rotate`, then `plan(..., Width())` by the size of each direction, then `shrink` and `rescale_`. With nothing sliced
+    (`rotate` alone) the model computes the same. One rotation for all blocks, so that the model stays of its
+    architecture and loads with plain `from_pretrained`; one for each block, as in the paper, would need a product of
+    two rotations in every residual path, which no configuration can say. Data: batches, no labels.
+
+    sparsity: fraction of the directions that go, above 0 and below 1. loss: how to run the model on a batch.
+
+    Use: wide language models, before healing. Avoid: small ones, whose stream has no empty directions.
+    """
+    held = list(batches(data))
+    turned = rotate(model, inputs, held, loss=loss)
+    recipe = Recipe(activation_norm, Width())
+    done = plan(turned.model, inputs, recipe, target=Sparsity(sparsity), data=held, loss=loss, only=[turned.group])
+    small = shrink(turned.model, done)
+    rescale_(small, turned)
+    return Sliced(small, done, turned)
 
 
 def rescale_(small: nn.Module, rotated: Rotated) -> None:

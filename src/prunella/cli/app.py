@@ -10,6 +10,7 @@ import typer
 from prunella import __version__
 from prunella.cli import look, prove, trials, work
 from prunella.cli.console import guarded
+from prunella.cli.run import run
 
 _HELP = """Prune a neural network, and heal it: smaller, measurably faster, and proven.
 
@@ -53,7 +54,7 @@ for verb in (
     work.plan,
     work.import_,
     look.show,
-    work.run,
+    run,
     trials.pareto,
     work.export,
     prove.verify,

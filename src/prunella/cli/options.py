@@ -7,7 +7,9 @@ from typing import Annotated
 
 import typer
 
-_MODEL = "package.module:factory, a Hugging Face folder, timm:NAME, torchvision:NAME or a FILE.pt2"
+_MODEL = (
+    "package.module:factory, a Hugging Face folder, a FILE.gguf, smollm2, timm:NAME, torchvision:NAME or a FILE.pt2"
+)
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help=_MODEL, show_default=False)]
 OptionalModel = Annotated[str | None, typer.Argument(metavar="[MODEL]", help=_MODEL, show_default=False)]

@@ -54,7 +54,7 @@ def report(
     as_json: options.Json = False,
 ) -> None:
     """Where the page is, and the numbers of the run."""
-    from prunella.cli.work import run_text
+    from prunella.cli.run import run_text
     from prunella.errors import BadInput
 
     page, record = folder / "report.html", folder / "run.json"

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -161,78 +159,6 @@ def import_(
     if output is not None:
         note(f"wrote {save_plan(made, output)}")
     emit(request.plan_data(made), str(made), as_json=as_json)
-
-
-def run(
-    model: options.Model,
-    recipe: options.RecipeName = "magnitude",
-    target: options.TargetText = None,
-    inputs: options.Inputs = None,
-    weights: options.Weights = None,
-    allow_pickle: options.AllowPickle = False,
-    granularity: options.GranularityText = None,
-    allocation: options.AllocationName = None,
-    pattern: options.Pattern = None,
-    floor: options.Floor = None,
-    align: options.Align = None,
-    even: options.Even = False,
-    skip: options.Skip = None,
-    only: options.Only = None,
-    data: options.Data = None,
-    loss: options.LossName = None,
-    heal: Annotated[
-        str, typer.Option(metavar="H", help="bn, reconstruct, distill:STEPS, finetune:STEPS; by comma.")
-    ] = "",
-    lr: Annotated[float, typer.Option(help="Learning rate of distill and finetune.")] = 1e-4,
-    metric: Annotated[
-        str | None, typer.Option(metavar="M:F", help="module:function of (model); higher is better.")
-    ] = None,
-    max_drop: Annotated[float | None, typer.Option(help="Write nothing if --metric falls by more.")] = None,
-    program: options.Program = False,
-    seed: options.Seed = 0,
-    output: options.Output = Path("pruned"),
-    overwrite: options.Overwrite = False,
-    as_json: options.Json = False,
-) -> None:
-    """Plan, cut, heal, check, measure; write the smaller model and report.html to a folder."""
-    from prunella.cli import request
-    from prunella.files import check_free
-    from prunella.run import Job, read_heal, summary
-    from prunella.run import run as do
-
-    check_free(output, overwrite=overwrite)
-    parts = request.build_recipe(recipe, granularity=granularity, allocation=allocation, pattern=pattern)
-    parts = request.with_numbers(parts, floor=floor, align=align, even=even, seed=seed)
-    job = Job(
-        parts,
-        request.read_target(target),
-        data=request.load_data(data),
-        loss=request.load_loss(loss),
-        heal=read_heal(heal),
-        lr=lr,
-        metric=request.load_function(metric, "metric"),
-        max_drop=max_drop,
-        skip=skip or (),
-        only=only or (),
-        factory=None if program else request.factory_of(model),
-        source=model if Path(model).is_dir() and not program else None,
-        command=shlex.join(["prunella", *sys.argv[1:]]),
-    )
-    network, example = request.open_model(
-        model, inputs, weights=weights, allow_pickle=allow_pickle, seed=seed, program=program
-    )
-    outcome = do(
-        network, example, job, output, overwrite=overwrite, on_stage=lambda text, s: note(f"{text} ({s:.1f} s)")
-    )
-    result = summary(outcome, job)
-    emit(result, run_text(result, output), as_json=as_json)
-
-
-def run_text(result: dict[str, Any], folder: Path) -> str:
-    """The outcome of `run` for people; a demo has a verdict instead."""
-    said = result.get("text", result.get("verdict", ""))
-    reader = f"read it with {result['reader']}; " if "reader" in result else ""
-    return f"{said}\n\n{folder}: {reader}look at {folder / 'report.html'}".lstrip()
 
 
 def export(

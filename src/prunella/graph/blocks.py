@@ -98,24 +98,24 @@ def _bypass(block: nn.Module) -> list[Any]:
 
     def enter(module: nn.Module, args: Any, kwargs: Any) -> Any:
         given.append(tensors((args, kwargs))[0])
-        return _swap((args, kwargs), given[-1].clone())
+        return swap((args, kwargs), given[-1].clone())
 
     def leave(module: nn.Module, args: Any, output: Any) -> Any:
-        return _swap(output, given.pop())
+        return swap(output, given.pop())
 
     return [block.register_forward_pre_hook(enter, with_kwargs=True), block.register_forward_hook(leave)]
 
 
-def _swap(tree: Any, new: Tensor) -> Any:
+def swap(tree: Any, new: Tensor) -> Any:
     """The tree with `new` in place of its first tensor."""
     if isinstance(tree, Tensor):
         return new
     if isinstance(tree, Mapping):
         key = next(k for k, value in tree.items() if tensors(value))
-        made: Any = {**tree, key: _swap(tree[key], new)}
+        made: Any = {**tree, key: swap(tree[key], new)}
         return made if type(tree) is dict else type(tree)(**made)
     k = next(k for k, value in enumerate(tree) if tensors(value))
-    items = [*tree[:k], _swap(tree[k], new), *tree[k + 1 :]]
+    items = [*tree[:k], swap(tree[k], new), *tree[k + 1 :]]
     return type(tree)(*items) if hasattr(tree, "_fields") else type(tree)(items)
 
 

@@ -2,6 +2,11 @@
 
 from prunella.metrics.effects import SideEffects as SideEffects
 from prunella.metrics.effects import side_effects as side_effects
+from prunella.metrics.language import Perplexity as Perplexity
+from prunella.metrics.language import TokenAgreement as TokenAgreement
+from prunella.metrics.language import perplexity as perplexity
+from prunella.metrics.language import token_agreement as token_agreement
+from prunella.metrics.language import zero_shot as zero_shot
 from prunella.metrics.outputs import calibration_error as calibration_error
 from prunella.metrics.outputs import flip_rate as flip_rate
 from prunella.metrics.outputs import kl_divergence as kl_divergence
@@ -15,3 +20,5 @@ from prunella.metrics.speed import Speedup as Speedup
 from prunella.metrics.speed import effective_macs as effective_macs
 from prunella.metrics.speed import energy as energy
 from prunella.metrics.speed import speedup as speedup
+from prunella.metrics.throughput import Throughput as Throughput
+from prunella.metrics.throughput import throughput as throughput

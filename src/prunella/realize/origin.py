@@ -89,6 +89,8 @@ def hugging_face(kind: type, dense: nn.Module) -> dict[str, Any]:
     config: Any = dense.config
     data = json.loads(config.to_json_string(use_diff=False))
     data.pop("auto_map", None)
+    if (data.get("quantization_config") or {}).get("quant_method") == "gguf":
+        del data["quantization_config"]  # the file was quantised; the weights in the model are not
     attention = getattr(config, "_attn_implementation", None)
     names = {"name": kind.__name__, "config_class": type(config).__name__}
     return {"kind": "transformers", **names, "config": data, "attention": attention}

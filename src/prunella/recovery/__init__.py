@@ -1,5 +1,8 @@
 """Heal a pruned model: statistics, least squares, training, distillation."""
 
+from prunella.recovery.adapters import Adapters as Adapters
+from prunella.recovery.adapters import add_adapters_ as add_adapters_
+from prunella.recovery.adapters import heal_ as heal_
 from prunella.recovery.bias import fold_means as fold_means
 from prunella.recovery.calibrate import recalibrate_bn as recalibrate_bn
 from prunella.recovery.distill import distill as distill
@@ -16,4 +19,5 @@ from prunella.recovery.rates import linear_rate as linear_rate
 from prunella.recovery.rates import rewind_rate as rewind_rate
 from prunella.recovery.rates import scaled_rate as scaled_rate
 from prunella.recovery.reconstruct import reconstruct as reconstruct
+from prunella.recovery.sharded import hold_sharded_ as hold_sharded_
 from prunella.recovery.statistics import correct_statistics as correct_statistics

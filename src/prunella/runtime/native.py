@@ -57,7 +57,10 @@ class Kind(Enum):
     CSR = "csr"
 
 
-_MANY = {Kind.ROWS: 0, Kind.BLOCK16: 2, Kind.BLOCK8: 3, Kind.BLOCK4: 4}
+_MANY = {Kind.ROWS: 0, Kind.GROUPS: 1, Kind.BLOCK16: 2, Kind.BLOCK8: 3, Kind.BLOCK4: 4}
+_FEW = {Kind.DECODE: 0, Kind.CSR: 1}
+_FEW_PRECISIONS = {Precision.FP32: 0, Precision.BF16: 1, Precision.INT8: 2}
+_FEW_TOKENS = 8
 
 
 @dataclass(frozen=True)
@@ -82,7 +85,8 @@ class Packed:
     handle: int = field(repr=False)
 
     def __post_init__(self) -> None:
-        weakref.finalize(self, _library().prunella_many_free, ctypes.c_void_p(self.handle))
+        free = _library().prunella_few_free if self.config.kind in _FEW else _library().prunella_many_free
+        weakref.finalize(self, free, ctypes.c_void_p(self.handle))
 
 
 class _Image(ctypes.Structure):
@@ -101,7 +105,7 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "prunella_check": (_INT, (_LONG, _LONG, _LONG, _POINTER, _POINTER)),
     "prunella_many_pack": (
         _INT,
-        (_LONG, _LONG, _LONG, _POINTER, _POINTER, _POINTER, _INT, _INT, _INT, ctypes.POINTER(_POINTER)),
+        (_LONG, _LONG, _LONG, _POINTER, _POINTER, _POINTER, _INT, _INT, _INT, _INT, ctypes.POINTER(_POINTER)),
     ),
     "prunella_many_free": (None, (_POINTER,)),
     "prunella_many_bytes": (_LONG, (_POINTER,)),
@@ -113,12 +117,20 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
         _INT,
         (_POINTER, ctypes.POINTER(_Image), _POINTER, _POINTER, _POINTER, _INT, _INT, _INT, _POINTER),
     ),
+    "prunella_few_pack": (
+        _INT,
+        (_LONG, _LONG, _LONG, _POINTER, _POINTER, _POINTER, _INT, _INT, ctypes.POINTER(_POINTER)),
+    ),
+    "prunella_few_free": (None, (_POINTER,)),
+    "prunella_few_bytes": (_LONG, (_POINTER,)),
+    "prunella_few_linear": (_INT, (_POINTER, _POINTER, _LONG, _POINTER, _POINTER, _INT, _INT, _POINTER)),
 }
 _WRONG = {
     1: ("the kernels cannot do this", "a size or an option is out of range"),
     2: ("the rows of a sparse weight are not well formed", "their starts do not rise to the number of nonzeros"),
     3: ("the columns of a sparse weight are not well formed", "they point outside, or do not rise"),
     4: ("there is no memory left for the sparse kernels", "the packed weight or its scratch does not fit"),
+    6: ("a weight with NaN or infinity has no int8 form", "its scale is its largest number"),
 }
 
 
@@ -177,15 +189,36 @@ def configs(shape: tuple[int, int], density: float, tokens: int) -> tuple[Config
     """Kernels worth trying for a weight (M, K) with this part of nonzeros and so many tokens, best guess first."""
     if not available() or tokens < 1 or not all(shape):
         return ()
-    rows = [
-        Config(Kind.ROWS, rows=r, tile=t, depth=d) for r, t, d in ((2, 4, 256), (4, 2, 512), (4, 2, 256), (2, 4, 512))
-    ]
-    return tuple(rows if density > 0.15 else [rows[1], rows[0], *rows[2:]])
+    if tokens <= _FEW_TOKENS:
+        few = _few_configs(shape[1], density, tokens)
+        return few if tokens == 1 else (*few, Config(Kind.ROWS, rows=4, tile=1, depth=512))
+    return _MUCH if density > 0.35 else _LITTLE
+
+
+_MUCH = tuple(
+    Config(kind, rows=r, tile=t, depth=d)
+    for kind, r, t, d in (
+        (Kind.GROUPS, 4, 3, 256), (Kind.ROWS, 1, 8, 128), (Kind.ROWS, 2, 4, 256), (Kind.ROWS, 4, 3, 256)
+    )
+)  # fmt: skip
+_LITTLE = tuple(
+    Config(Kind.ROWS, rows=r, tile=t, depth=d) for r, t, d in ((2, 4, 256), (4, 3, 256), (4, 2, 512), (1, 8, 128))
+)
+
+
+def _few_configs(columns: int, density: float, tokens: int) -> tuple[Config, ...]:
+    """One token of a dense enough weight is quickest with a bit a weight; else 16-bit columns are, where they reach."""
+    bits, columns16 = Config(Kind.DECODE), Config(Kind.CSR)
+    if columns > 1 << 16:
+        return (bits,)
+    if density < 0.12:
+        return (columns16,)
+    return (bits, columns16) if tokens == 1 and density > 0.4 else (columns16, bits)
 
 
 def pack(weight: Tensor, config: Config) -> Packed:
     """A weight (M, K) in the layout of a kernel. Zeros are left out, so what x holds there is never read."""
-    if config.kind not in _MANY or config.precision is not Precision.FP32:
+    if not _has(config):
         raise NotSupported(f"no kernel packs {config.kind.value} in {config.precision.value}", "", "")
     if weight.dim() != 2:
         raise RequestError(f"a weight of {weight.dim()} axes cannot be packed", "two are needed", "")
@@ -212,10 +245,22 @@ def pack_rows(shape: tuple[int, int], starts: Tensor, columns: Tensor, values: T
         )
     made, parts = _POINTER(), [part.contiguous() for part in (starts, columns, values)]
     pointers = [part.data_ptr() for part in parts]
-    sizes = (_MANY[config.kind], config.rows, config.depth)
-    _done(_library().prunella_many_pack(*shape, len(values), *pointers, *sizes, ctypes.byref(made)))
-    handle = int(made.value or 0)
-    return Packed(shape, len(values), int(_library().prunella_many_bytes(made)), config, handle)
+    library = _library()
+    if config.kind in _FEW:
+        sizes: tuple[int, ...] = (_FEW[config.kind], _FEW_PRECISIONS[config.precision])
+        make, measure = library.prunella_few_pack, library.prunella_few_bytes
+    else:
+        sizes = (_MANY[config.kind], config.rows, config.depth, int(config.precision is Precision.BF16))
+        make, measure = library.prunella_many_pack, library.prunella_many_bytes
+    _done(make(*shape, len(values), *pointers, *sizes, ctypes.byref(made)))
+    return Packed(shape, len(values), int(measure(made)), config, int(made.value or 0))
+
+
+def _has(config: Config) -> bool:
+    """Whether there is a kernel of that kind and precision."""
+    if config.kind in _MANY:
+        return config.precision is Precision.FP32 or (config.precision is Precision.BF16 and config.tile % 2 == 0)
+    return config.kind in _FEW and (config.kind is Kind.DECODE or config.precision is not Precision.INT8)
 
 
 def linear(
@@ -232,17 +277,12 @@ def linear(
     y = x.new_empty(*x.shape[:-1], packed.shape[0])
     tokens = y.numel() // max(packed.shape[0], 1)
     extra = _extra(packed, y, bias, residual, torch.contiguous_format)
+    given = (packed.handle, x.data_ptr(), tokens, *map(_address, extra), _fused(activation))
     threads = torch.get_num_threads()
-    done = _library().prunella_many_linear(
-        packed.handle,
-        x.data_ptr(),
-        tokens,
-        *map(_address, extra),
-        _fused(activation),
-        packed.config.tile,
-        threads,
-        y.data_ptr(),
-    )
+    if packed.config.kind in _FEW:
+        done = _library().prunella_few_linear(*given, threads, y.data_ptr())
+    else:
+        done = _library().prunella_many_linear(*given, packed.config.tile, threads, y.data_ptr())
     _done(done)
     return _after(y, activation)
 
@@ -260,6 +300,8 @@ def conv2d(
     dilation: tuple[int, int] = (1, 1),
 ) -> Tensor:
     """The same over patches: x (B, C, H, W), the weight packed as (O, C kh kw); y has the memory format of x."""
+    if packed.config.kind in _FEW:
+        raise NotSupported(f"no convolution runs on {packed.config.kind.value}", "it is for a few tokens", "")
     x = _input(x)
     if x.dim() != 4 or x.shape[1] * kernel[0] * kernel[1] != packed.shape[1]:
         what = f"x {tuple(x.shape)} with a kernel {kernel} does not fit a weight of {packed.shape[1]} columns"
@@ -326,4 +368,4 @@ def _after(y: Tensor, activation: Activation) -> Tensor:
 def _done(code: int) -> None:
     if code:
         what, why = _WRONG.get(code, ("the sparse kernels failed", f"code {code}"))
-        raise RequestError(what, why, "") if code < 4 else PruningError(what, why)
+        raise PruningError(what, why) if code in (4, 5) else RequestError(what, why, "")

@@ -4,6 +4,7 @@ All of them work on a `Space`, made once from model and recipe, and return `Foun
 `Recipe`: the plan then meets its target exactly, is proven, and can be written to a file.
 """
 
+from prunella.search.depth import greedy_blocks as greedy_blocks
 from prunella.search.levels import Levels as Levels
 from prunella.search.levels import evolve_levels as evolve_levels
 from prunella.search.lookup import LatencyTable as LatencyTable
@@ -35,6 +36,7 @@ __all__ = [
     "evolve",
     "evolve_front",
     "evolve_levels",
+    "greedy_blocks",
     "knapsack",
     "latency_table",
     "netadapt",

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
-import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,6 +26,7 @@ from prunella.graph.view import from_matrix
 from prunella.names import check_patterns
 from prunella.pace import Stopwatch
 from prunella.pipeline import Inputs, Job, Loss, Recipe
+from prunella.search.journal import digest_of
 from prunella.select import Counts
 from prunella.stats import Source, Subject, untouched
 from prunella.targets import Latency, Sparsity, Target
@@ -88,11 +87,7 @@ class Space:
     @cached_property
     def fingerprint(self) -> str:
         """Of the recipe, the groups and the weights, so that a journal is not taken for another's."""
-        digest = hashlib.sha256(json.dumps([self.recipe.describe(), self.names, self.sizes], sort_keys=True).encode())
-        for name, value in self.model.state_dict().items():
-            digest.update(name.encode())
-            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()
+        return digest_of(self.model, [self.recipe.describe(), self.names, self.sizes])
 
     def cut(self, counts: Counts) -> nn.Module:
         """A copy of the model with these units really cut away, or these weights zeroed under masks."""

@@ -1,0 +1,217 @@
+"""Depth and width pruning of SmolLM2-135M: perplexity of every way in one protocol, before and after one healing.
+
+    python benchmarks/llm_structured.py [--cells depth:influence:4 ...] [--windows 16] [--quick] [--table] [--seed 0]
+
+Model, text and windows as in benchmarks/llm.py: WikiText-2 raw test, windows of 1024 without overlap, the first
+--windows; calibration: --calibration random windows of 512 tokens of the validation split, chosen by --seed; healing:
+--steps windows of 256 tokens, other ones of that split. Everything in float32; each cell records these numbers.
+depth:WAY:N drops N of 30 blocks; width:WAY:P removes P % of the feed-forward neurons, the same in every layer;
+heal:CELL is the same cut after the one healing, rate:CELL its tokens a second. A cell that has its JSON is not run
+again, and the searches (by loss, or by divergence from the dense model: kl) keep a journal. `--quick` takes 2 windows
+and 2 steps, for a look that the script works. PRUNELLA_TEXT names the folder
+of the text, ../shared/data/text by default.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import llm
+import torch
+from cells import RESULTS, write
+from torch import Tensor, nn
+
+import prunella as pr
+
+FOLDER = RESULTS / "llm_structured"
+PARTS = ("depth:influence:4", "depth:kl+match:4", "width:l2:20", "width:flap:20", "width:ours:20")
+HEALED = tuple(f"heal:{name}" for name in PARTS[2:])
+RATES = ("rate:depth:influence:8", "rate:width:flap:20")
+DEPTHS = (8, 2, 6, 4)
+WAYS = ("influence", "kl", "kl+match", "influence+match", "loss", "loss+match", "angular", "streamline")
+DEPTH = tuple(f"depth:{way}:{n}" for n in DEPTHS for way in WAYS)
+CELLS = list(dict.fromkeys(["dense:", *PARTS, *HEALED, *RATES, *DEPTH]))
+ANCHORS = {"dense:": 22.88, "depth:influence:2": 30.15, "depth:influence:4": 43.86, "depth:influence:8": 107.8}
+"""What other code gave in the same protocol in bfloat16; influence from 8 k tokens of other windows."""
+
+
+def uncached(model: nn.Module, batch: Any) -> Tensor:
+    """Logits without a cache."""
+    return model(**batch, use_cache=False).logits  # type: ignore[no-any-return]
+
+
+class Bench:
+    """The model, its texts, and what all cells share."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.quick, self.seed, self.windows, self.steps = options.quick, options.seed, options.windows, options.steps
+        self.dense, tokenizer = llm.load()
+        self.test, held = (llm.tokens(tokenizer, f"wikitext2_{name}.txt") for name in ("test", "valid"))
+        count, length = (2, 64) if self.quick else (options.calibration, 512)
+        self.data = llm.calibration(held, count=count, length=length, seed=self.seed)
+        self.healing = llm.calibration(held, count=self.steps, length=min(length, 256), seed=self.seed + 100)
+        self.judged = [{**b, "input_ids": b["input_ids"][:, :256]} for b in self.data[: 2 if self.quick else 4]]
+        self.example = {**self.data[0], "input_ids": self.data[0]["input_ids"][:, :16]}
+
+    def perplexity(self, model: nn.Module) -> float:
+        """The protocol."""
+        window, limit = (128, 2) if self.quick else (1024, self.windows)
+        return pr.perplexity(model, self.test, window=window, limit=limit, outputs=uncached).value
+
+    def quality(self, model: nn.Module) -> float:
+        """Minus the loss on calibration text."""
+        losses = [pr.perplexity(model, b["input_ids"][0], window=b["input_ids"].shape[1], outputs=uncached).loss
+                  for b in self.judged]  # fmt: skip
+        return -sum(losses) / len(losses)
+
+    def cut(self, kind: str, way: str, amount: int) -> tuple[nn.Module, pr.Plan]:
+        """The pruned model."""
+        return (self.depth if kind == "depth" else self.width)(way, amount)
+
+    def depth(self, way: str, count: int) -> tuple[nn.Module, pr.Plan]:
+        """Without `count` blocks."""
+        if way == "streamline":
+            done = pr.replace_run(self.dense, self.example, self.data, count=count, refine=pr.Refine(5, 2e-4))
+            return done.model, done.plan
+        how, _, after = way.partition("+")
+        plan = {"influence": self.by_influence, "angular": self.by_angle, "loss": self.by_loss,
+                "kl": self.by_divergence}[how](count)  # fmt: skip
+        return self.finished(plan, after)
+
+    def by_influence(self, count: int) -> pr.Plan:
+        """ShortGPT."""
+        recipe = pr.Recipe(pr.block_influence, pr.Depth())
+        return pr.plan(self.dense, self.example, recipe, target=pr.Sparsity(count / 30), data=self.data)
+
+    def by_angle(self, count: int) -> pr.Plan:
+        """Gromov et al."""
+        return pr.drop_run(self.dense, self.example, self.data, count=count)
+
+    def by_loss(self, count: int) -> pr.Plan:
+        """Ours: one at a time by measured loss, among the 6 of least influence; one journal for all counts."""
+        return self.searched("loss", self.quality, count)
+
+    def by_divergence(self, count: int) -> pr.Plan:
+        """Ours: the same by the divergence from the dense model, which is less noisy on few tokens."""
+        return self.searched("kl", pr.agreement(self.dense, self.judged, logits=True, outputs=uncached), count)
+
+    def searched(self, name: str, quality: Callable[[nn.Module], float], count: int) -> pr.Plan:
+        """The greedy search, with a journal of its own."""
+        folder = FOLDER / f"journal{'-quick' if self.quick else ''}-{name}-{self.seed}"
+        return pr.greedy_blocks(self.dense, self.example, quality, count=count, data=self.data, among=6,
+                                folder=folder).plan  # fmt: skip
+
+    def width(self, way: str, percent: int) -> tuple[nn.Module, pr.Plan]:
+        """With so many per cent fewer neurons in every feed-forward layer."""
+        criterion = {"l2": partial(pr.group_norm), "flap": pr.fluctuation, "ours": pr.fluctuation}[way]
+        plan = pr.plan(self.dense, self.example, pr.Recipe(criterion, even=True), target=pr.Sparsity(percent / 100),
+                       data=self.data, only=["model.layers.*.mlp.*"])  # fmt: skip
+        return self.finished(plan, "match" if way == "ours" else "")
+
+    def finished(self, plan: pr.Plan, after: str) -> tuple[nn.Module, pr.Plan]:
+        """Shrunk, and matched to the dense stream where that is asked."""
+        small = pr.shrink(self.dense, plan)
+        if after == "match":
+            pr.match_stream_(small, self.dense, self.data, plan)
+        return small, plan
+
+    def heal(self, model: nn.Module) -> float:
+        """The same healing for all: adapters of rank 16, a window a step, toward the dense logits; CPU seconds."""
+        return seconds(lambda: pr.heal_(model, self.dense, self.healing, steps=self.steps, lr=1e-3,
+                                        adapters=pr.Adapters(rank=16, only=("model.layers.*",))))[0]  # fmt: skip
+
+
+def seconds(run: Callable[[], Any]) -> tuple[float, Any]:
+    """CPU seconds, and what came back."""
+    start = time.process_time()
+    found = run()
+    return time.process_time() - start, found
+
+
+def cell(bench: Bench, name: str) -> dict[str, Any]:
+    """One cell."""
+    protocol = {"windows": bench.windows, "calibration": len(bench.data), "seed": bench.seed}
+    if name == "dense:":
+        return {"cell": name, "ppl": bench.perplexity(bench.dense), **protocol}
+    kind, way, amount = name.split(":")
+    spent, (small, plan) = seconds(lambda: bench.cut(kind, way, int(amount)))
+    gone = [name for names in plan.dropped.values() for name in names]
+    params = sum(p.numel() for p in small.parameters()) / sum(p.numel() for p in bench.dense.parameters())
+    found = {"cell": name, "ppl": bench.perplexity(small), "params": params, "dropped": gone, "cpu_s": spent,
+             **protocol}  # fmt: skip
+    return found
+
+
+def healed(bench: Bench, name: str) -> dict[str, Any]:
+    """A cell after the healing."""
+    small, _ = bench.cut(*name.split(":")[:2], int(name.split(":")[2]))
+    spent = bench.heal(small)
+    return {"cell": name, "ppl": bench.perplexity(small), "cpu_s": spent, "windows": bench.windows,
+            "steps": bench.steps, "seed": bench.seed}  # fmt: skip
+
+
+def rates(bench: Bench, name: str) -> dict[str, Any]:
+    """Tokens a second of a pruned model beside the dense one."""
+    small, _ = bench.cut(*name.split(":")[:2], int(name.split(":")[2]))
+    found = pr.throughput(bench.dense, small, bench.test[None, : 32 if bench.quick else 256],
+                          new=4 if bench.quick else 16, rounds=5 if bench.quick else 15)  # fmt: skip
+    return {"cell": name, "text": str(found), **found.data()}
+
+
+def table(folder: Path) -> str:
+    """The cells that were run, as Markdown."""
+    lines = ["| cut | way | parameters | perplexity | healed | blocks | CPU s |", "|---|---|---|---|---|---|---|"]
+    for name in sorted(["dense:", *PARTS, *DEPTH], key=lambda c: (c.split(":")[0], c.split(":")[-1])):
+        found, after = (_read(folder, cell) for cell in (name, f"heal:{name}"))
+        if found:
+            kind, way, amount = (*name.split(":"), "", "")[:3]
+            gone, size = ", ".join(found.get("dropped", ())), f"{found.get('params', 1):.1%}"
+            better = f"{after['ppl']:.2f}" if after else ""
+            lines.append(f"| {kind} {amount} | {way} | {size} | {found['ppl']:.2f} | {better} | {gone} "
+                         f"| {found.get('cpu_s', 0):.0f} |")  # fmt: skip
+    for file in sorted(folder.glob("rate_*.json")):
+        found = json.loads(file.read_text())
+        lines += ["", f"{found['cell']}:", "", *(f"    {line}" for line in found["text"].split("\n"))]
+    return "\n".join(lines)
+
+
+def _read(folder: Path, name: str) -> dict[str, Any]:
+    file = folder / f"{name.replace(':', '_')}.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+
+
+def main() -> None:
+    """Run the cells that are missing, then print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cells", nargs="*", default=CELLS)
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--windows", type=int, default=16)
+    parser.add_argument("--calibration", type=int, default=16)
+    parser.add_argument("--steps", type=int, default=32)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--table", action="store_true", help="only print what is there")
+    options = parser.parse_args()
+    folder = FOLDER / ("quick" if options.quick else "") / (f"seed{options.seed}" if options.seed else "")
+    bench = None
+    for name in [] if options.table else options.cells:
+        file = folder / f"{name.replace(':', '_')}.json"
+        if not file.exists():
+            bench = bench or Bench(options)
+            what, _, rest = name.partition(":")
+            other = {"rate": rates, "heal": healed}.get(what)
+            found = other(bench, rest) if other else cell(bench, name)
+            write(file, json.dumps(found, indent=1) + "\n")
+            print({k: round(v, 4) if isinstance(v, float) else v for k, v in found.items()}, flush=True)
+    print(table(folder))
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    main()

@@ -1,0 +1,97 @@
+"""Several ways to prune one model in one table: every measure, over seeds, with the seconds that each way took."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import mean, stdev
+
+import torch
+from torch import nn
+
+from prunella.errors import RequestError
+from prunella.forward import mode
+from prunella.search.journal import Journal, digest_of
+from prunella.stats import untouched
+
+Way = Callable[[int], nn.Module]
+"""Seed -> a pruned model, the same for the same seed."""
+Measure = Callable[[nn.Module], float]
+SECONDS = "seconds"
+
+
+@dataclass(frozen=True)
+class Compared:
+    """`values[way][measure]`: one number a seed, in the order of `seeds`; `seconds` (wall) is a measure of each way."""
+
+    values: Mapping[str, Mapping[str, tuple[float, ...]]]
+    seeds: tuple[int, ...]
+
+    def spread(self, way: str, measure: str) -> tuple[float, float]:
+        """Mean and standard deviation (n - 1) over seeds; the deviation of a single seed is not a number."""
+        found = self.values[way][measure]
+        return mean(found), stdev(found) if len(found) > 1 else math.nan
+
+    def markdown(self) -> str:
+        """As a table."""
+        names = list(next(iter(self.values.values())))
+        lines = [f"| way | {' | '.join(names)} |", f"|---|{'---|' * len(names)}"]
+        for way in self.values:
+            cells = [_text(*self.spread(way, name)) for name in names]
+            lines.append(f"| {way} | {' | '.join(cells)} |")
+        return "\n".join([*lines, "", f"seeds {', '.join(map(str, self.seeds))}: mean ± standard deviation"])
+
+    def __str__(self) -> str:
+        return self.markdown()
+
+
+def compare(
+    dense: nn.Module,
+    ways: Mapping[str, Way],
+    measures: Mapping[str, Measure],
+    *,
+    seeds: Sequence[int] = (0, 1, 2),
+    folder: str | os.PathLike[str] | None = None,
+) -> Compared:
+    """Run every way with every seed, and measure what comes out; the dense model is the first row.
+
+    A way is a function of a seed that returns a pruned model: it draws its calibration data by the seed, so that the
+    spread is that of the method. Measures run in eval mode without gradients, with every random generator at 0. The
+    ways are run in turn, seed by seed, so that a slow hour of the machine meets all of them.
+
+    measures: name -> function of a model, for example perplexity or agreement on text that no way has seen.
+    folder: of a journal, one line for each number, so that a comparison that was stopped goes on; the functions behind
+    names are not watched, choose another folder when they change. Errors: RequestError for an empty or repeated name.
+    """
+    if not ways or not measures or not seeds or "dense" in ways or SECONDS in measures:
+        why = "a way, a measure and a seed are needed, and dense and seconds are names of its own"
+        raise RequestError("there is nothing to compare", why, "compare(model, {name: function of a seed}, {...})")
+    journal = Journal(folder, digest_of(dense, ["compare"]))
+    names = [*measures, SECONDS]
+    for seed in seeds:
+        for way, make in {"dense": lambda seed: dense, **ways}.items():
+            keys = {name: f"{way} / {seed} / {name}" for name in names}
+            if not all(key in journal for key in keys.values()):
+                start = time.perf_counter()
+                model = make(seed)
+                taken = 0.0 if model is dense else time.perf_counter() - start
+                for name, measure in measures.items():
+                    journal[keys[name]] = _measured(model, measure)
+                journal[keys[SECONDS]] = taken
+    found = {
+        way: {name: tuple(journal[f"{way} / {seed} / {name}"] for seed in seeds) for name in names}
+        for way in ("dense", *ways)
+    }
+    return Compared(found, tuple(seeds))
+
+
+def _measured(model: nn.Module, measure: Measure) -> float:
+    with untouched(model, 0), mode(model, training=False), torch.no_grad():
+        return float(measure(model))
+
+
+def _text(middle: float, spread: float) -> str:
+    return f"{middle:.4g}" if math.isnan(spread) else f"{middle:.4g} ± {spread:.2g}"

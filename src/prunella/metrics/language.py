@@ -1,0 +1,186 @@
+"""How well a language model predicts text, and how near a pruned one is to the dense one, on windows of tokens."""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from prunella.errors import BadInput, MissingExtra, RequestError
+from prunella.forward import Outputs, batches, first_tensor, forward, mode
+from prunella.method import metric
+from prunella.types import TokenIds
+
+_ROWS = 1024
+"""Positions whose logits are in double precision at a time."""
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """`value` is `exp(loss)`, `loss` the mean in nats over `scored` tokens, in windows of `window` every `stride`.
+
+    The first token of the text is not scored, nor any token without one before it in its window.
+    """
+
+    value: float
+    loss: float
+    scored: int
+    windows: int
+    window: int
+    stride: int
+
+    def __str__(self) -> str:
+        rule = "all scored once but the first of the text" if self.stride < self.window else "first of each not scored"
+        where = f"{self.windows} windows of {self.window} every {self.stride}, {rule}"
+        return f"perplexity {self.value:.4g} over {self.scored} tokens ({where})"
+
+
+@metric(source="Jelinek et al. 1977, doi:10.1121/1.2016299")
+def perplexity(
+    model: nn.Module,
+    tokens: TokenIds,
+    *,
+    window: int = 1024,
+    stride: int | None = None,
+    limit: int | None = None,
+    outputs: Outputs = forward,
+) -> Perplexity:
+    """exp of the mean negative log-likelihood of a text, in windows.
+
+    `exp(-1/N sum_t log p(x_t | x_s .. x_{t-1}))`, s the start of the window in which t is scored. Window k begins at
+    `k * stride`. Without overlap (the default) every token but the first of each window is scored, and a rest shorter
+    than a window is left out, as is usual for pruned language models; with a stride below the window every token but
+    the first of the text is scored exactly once, in the first window that reaches it, the last window being shorter.
+    Data: one row of token ids `(tokens,)`, no first token added. Losses are in float64.
+
+    window: at least 2 tokens. stride: 1 to `window`. limit: at most so many windows. outputs: how to get logits
+    `(1, tokens, words)` from the model and `{"input_ids": (1, tokens)}`.
+
+    Use: one text and one protocol for all models that are compared. Avoid: across tokenizers, or against numbers of
+    another window: both move it.
+    """
+    stride = window if stride is None else stride
+    if window < 2 or not 0 < stride <= window or (limit is not None and limit < 1):
+        why = f"got window={window}, stride={stride}, limit={limit}"
+        raise RequestError("perplexity needs windows of 2 tokens or more", why, "0 < stride <= window, limit >= 1")
+    spans = list(_spans(len(tokens), window, stride))[:limit]
+    if not spans:
+        why = f"it has {len(tokens)} tokens, a window {window}"
+        raise RequestError("the text is shorter than one window", why, "pass more text, or a smaller window")
+    total, scored = 0.0, 0
+    with mode(model, training=False), torch.no_grad():
+        for start, new, end in spans:
+            part = tokens[start:end][None]
+            logits = first_tensor(outputs(model, {"input_ids": part}))[0]
+            first = max(new, start + 1) - start
+            total += _loss(logits[first - 1 : end - start - 1], part[0, first:])
+            scored += end - start - first
+    loss = total / scored
+    if not math.isfinite(loss):
+        raise BadInput("the loss of the model on this text is not finite", f"it is {loss}", "check weights and tokens")
+    return Perplexity(math.exp(min(loss, 700.0)), loss, scored, len(spans), window, stride)
+
+
+def _spans(size: int, window: int, stride: int) -> Iterator[tuple[int, int, int]]:
+    """(start, first new token, end) of each window."""
+    reached = 0
+    for start in range(0, size, stride):
+        end = min(start + window, size)
+        if stride == window and end - start < window:
+            return
+        if end - max(reached, start + 1) > 0:
+            yield start, reached, end
+        reached = end
+        if end == size:
+            return
+
+
+def _loss(logits: Tensor, wanted: Tensor) -> float:
+    pairs = zip(logits.split(_ROWS), wanted.to(logits.device).split(_ROWS), strict=True)
+    return sum(float(F.cross_entropy(rows.double(), ids, reduction="sum")) for rows, ids in pairs)
+
+
+@dataclass(frozen=True)
+class TokenAgreement:
+    """A pruned language model against the dense one. kl: mean KL(dense || pruned) in nats a token.
+
+    top1: part of the tokens for which both find the same word most likely.
+    """
+
+    kl: float
+    top1: float
+    tokens: int
+
+    def __str__(self) -> str:
+        return f"KL {self.kl:.4g} nats, same first choice {self.top1:.2%}, over {self.tokens} tokens"
+
+
+@metric(source="Kullback and Leibler 1951, doi:10.1214/aoms/1177729694; Hooker et al. 2019, arXiv:1911.05248 (top-1)")
+def token_agreement(
+    dense: nn.Module, pruned: nn.Module, data: Iterable[Any], *, outputs: Outputs = forward
+) -> TokenAgreement:
+    """How near the distributions of a pruned language model are to the dense one's, token by token.
+
+    `kl = mean_t sum_w p_tw (log p_tw - log q_tw)`, p of the dense logits and q of the pruned ones, in float64;
+    `top1 = mean_t [argmax p_t = argmax q_t]`, ties to the lowest word. Data: batches of token windows, no labels; every
+    position counts. outputs: how to get logits from (model, batch).
+
+    Use: beside perplexity: it needs no text that is right, and sees what perplexity averages away. Avoid: for models
+    with other vocabularies.
+    """
+    kl, same, count = 0.0, 0, 0
+    with mode(dense, training=False), mode(pruned, training=False), torch.no_grad():
+        for batch in batches(data):
+            one, other = (_logits(first_tensor(outputs(model, batch))) for model in (dense, pruned))
+            if one.shape != other.shape:
+                why = f"{tuple(one.shape)} against {tuple(other.shape)}"
+                raise RequestError("the models give logits of other shapes", why, "compare models of one vocabulary")
+            for p, q in zip(one.split(_ROWS), other.split(_ROWS), strict=True):
+                first, second = p.double().log_softmax(-1), q.double().log_softmax(-1)
+                kl += float((first.exp() * (first - second)).sum())
+                same += int((p.argmax(-1) == q.argmax(-1)).sum())
+            count += len(one)
+    return TokenAgreement(kl / count, same / count, count)
+
+
+def _logits(found: Tensor) -> Tensor:
+    return found.reshape(-1, found.shape[-1])
+
+
+@metric(source="Gao et al. 2024, doi:10.5281/zenodo.12608602 (lm-evaluation-harness)")
+def zero_shot(
+    model: nn.Module, tokenizer: Any, tasks: Sequence[str], *, limit: int | None = None, shots: int = 0, batch: int = 8
+) -> Mapping[str, Mapping[str, float]]:
+    """Scores of a transformers model on tasks of lm-evaluation-harness: task -> metric -> number.
+
+    What the package reports for each task, without its standard errors. Data: the package downloads that of the tasks.
+    limit: examples of each task, all of them by default. shots: solved examples in front of each question. batch:
+    questions at a time. Errors: MissingExtra where `lm-eval` is not installed, RequestError without a task.
+
+    Use: the numbers that papers print. Avoid: small `limit` for a ranking: a hundred questions are worth 5 points.
+    """
+    if not tasks:
+        raise RequestError("zero_shot needs a task", "the list is empty", 'for example tasks=["arc_easy", "piqa"]')
+    try:
+        harness: Any = importlib.import_module("lm_eval")
+        wrapper: Any = importlib.import_module("lm_eval.models.huggingface")
+    except ImportError as error:
+        raise MissingExtra("zero-shot tasks need lm-eval", str(error), "pip install lm-eval") from error
+    wrapped = wrapper.HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch)
+    with mode(model, training=False):
+        done = harness.simple_evaluate(model=wrapped, tasks=list(tasks), num_fewshot=shots, limit=limit)
+    return {task: dict(_numbers(found)) for task, found in done["results"].items()}
+
+
+def _numbers(found: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+    """`acc,none` -> `acc`; standard errors and names are left out."""
+    for key, value in found.items():
+        name, _, how = key.partition(",")
+        if isinstance(value, int | float) and "stderr" not in key:
+            yield (name if how in ("", "none") else key), float(value)

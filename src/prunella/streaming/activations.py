@@ -1,0 +1,52 @@
+"""The stream between two blocks, one tensor a batch: in memory, or in a file that is read batch by batch."""
+
+from __future__ import annotations
+
+import tempfile
+import weakref
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import IO, overload
+
+import torch
+from torch import Tensor
+
+
+class OnDisk(Sequence[Tensor]):
+    """Tensors in a file without a name, which is gone with this object or its process.
+
+    Each is read when it is asked for, into memory of its own: a mapped file would count as address space, and its
+    tensors would not be aligned as those of a run in memory are.
+    """
+
+    def __init__(self, tensors: Iterable[Tensor], folder: Path) -> None:
+        self._file: IO[bytes] = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115
+        weakref.finalize(self, self._file.close)
+        self._places: list[tuple[int, torch.dtype, torch.Size]] = []
+        for tensor in tensors:
+            self._places.append((self._file.tell(), tensor.dtype, tensor.shape))
+            view = _bytes_of(tensor.detach().contiguous())
+            while view:
+                view = view[self._file.write(view) :]
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    @overload
+    def __getitem__(self, k: int) -> Tensor: ...
+    @overload
+    def __getitem__(self, k: slice) -> list[Tensor]: ...
+    def __getitem__(self, k: int | slice) -> Tensor | list[Tensor]:
+        if isinstance(k, slice):
+            return [self[n] for n in range(*k.indices(len(self)))]
+        start, dtype, shape = self._places[k]
+        found = torch.empty(shape, dtype=dtype)
+        view = _bytes_of(found)
+        self._file.seek(start)
+        while view:
+            view = view[self._file.readinto(view) :]  # type: ignore[attr-defined]
+        return found
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())

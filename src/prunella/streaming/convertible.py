@@ -1,0 +1,41 @@
+"""Whether other readers of language models can take a folder: what converters to GGUF ask for."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import torch
+
+from prunella.streaming.shards import read_folder
+
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def gguf_obstacle(folder: str | Path) -> str:
+    """Why a converter to GGUF would refuse the folder, in one sentence; empty if nothing speaks against it.
+
+    Looked at: every block has tensors of the same names and shapes (GGUF has one width for all), dtypes are float32,
+    float16 or bfloat16, and config.json and a tokenizer are there. Whether a converter knows the architecture is its
+    own affair.
+    """
+    place = Path(folder)
+    blocks: dict[str, dict[str, tuple[int, ...]]] = {}
+    for name, stored in read_folder(place).items():
+        if stored.dtype not in _FLOATS:
+            return f"{name} is {str(stored.dtype).removeprefix('torch.')}, and converters take float tensors only"
+        if match := re.match(r"(.*?\.\d+)\.(.*)", name):
+            blocks.setdefault(match[1], {})[match[2]] = stored.shape
+    first = next(iter(blocks.items()), ("", {}))
+    for path, shapes in blocks.items():
+        if path.rpartition(".")[0] == first[0].rpartition(".")[0] and shapes != first[1]:
+            odd = min(key for key in shapes.keys() | first[1].keys() if shapes.get(key) != first[1].get(key))
+            return f"{path}.{odd} is {shapes.get(odd)} and {first[0]}.{odd} is {first[1].get(odd)}: one width is needed"
+    try:
+        named = bool(json.loads((place / "config.json").read_text(encoding="utf-8"))["architectures"])
+    except (OSError, ValueError, KeyError):
+        named = False
+    if not named:
+        return "config.json names no architecture"
+    return "" if any(place.glob("tokenizer*")) else "it has no tokenizer"

@@ -1,0 +1,165 @@
+"""How much memory a run will take, before it takes it.
+
+Nothing is guessed from the names of methods: a block runs without data, and the solver on a layer of the same shape
+made small, while every tensor that comes and goes is counted.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import sys
+import weakref
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from prunella.blockwise.chain import Call
+from prunella.blockwise.one_shot import OneShot
+from prunella.errors import RequestError
+from prunella.granularity import NM, Block, Element
+
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+_SMALL = 192
+"""Largest side of the layer that a solver is tried on."""
+MARGIN = 1.2
+"""For what operations take inside, and for memory that was let go but is not reused."""
+BUFFERS = 64_000_000
+"""What the libraries take at their first work and keep: 45 MB were measured for the matrix products of one thread."""
+
+
+def parse_bytes(text: str | int) -> int:
+    """`4GB` is 4 * 10^9, `4GiB` 4 * 2^30, a number is bytes. Errors: RequestError for anything else, and for 0."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?I?B?)\s*", str(text).upper())
+    unit = match[2] + "B" if match and match[2] and not match[2].endswith("B") else match[2] if match else "?"
+    if match is None or unit not in _UNITS or not float(match[1]):
+        raise RequestError(f"cannot read the amount of memory {text!r}", "a number and a unit", "for example 4GB")
+    return int(float(match[1]) * _UNITS[unit])
+
+
+def shown(size: float) -> str:
+    """1.5 GB, 800 MB."""
+    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"
+
+
+def resident() -> int:
+    """Bytes of this process in memory; the most it ever had where the system does not say what it has now."""
+    status = Path("/proc/self/statm")
+    if status.is_file():
+        import resource
+
+        return int(status.read_text().split()[1]) * resource.getpagesize()
+    return most_resident()
+
+
+def most_resident() -> int:
+    """The most bytes that this process has had in memory; 0 on Windows."""
+    if sys.platform == "win32":
+        return 0
+    import resource
+
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else most * 1024
+
+
+class Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts the bytes of tensors made inside that are there at the same time; `peak` is the most."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._seen: dict[int, weakref.ref[Any]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for tensor in pytree.tree_leaves((args, kwargs)):
+            if isinstance(tensor, Tensor):  # what was there before, and views of it, do not count
+                self._note(tensor, 0)
+        result = func(*args, **(kwargs or {}))
+        for tensor in pytree.tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                self._note(tensor, tensor.untyped_storage().nbytes())
+        return result
+
+    def _note(self, tensor: Tensor, size: int) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._seen:
+            return
+
+        def gone(_: Any) -> None:
+            self.now -= size
+            self._seen.pop(key, None)
+
+        self._seen[key] = weakref.ref(storage, gone)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+
+
+def forward_bytes(block: nn.Module, call: Call, *, trained: bool) -> int:
+    """The most that one run of the block holds beside its weights and inputs; with what a gradient needs if trained."""
+    with FakeTensorMode(allow_non_fake_inputs=True) as fake:
+
+        def made(tensor: Tensor) -> Tensor:
+            return torch.empty(tensor.shape, dtype=tensor.dtype, requires_grad=trained and tensor.is_floating_point())
+
+        state = {name: made(t) for name, t in [*block.named_parameters(), *block.named_buffers()]}
+        args, kwargs = pytree.tree_map_only(Tensor, made, (call.args, call.kwargs))
+        with Live() as live, torch.set_grad_enabled(trained):
+            held = torch.func.functional_call(block, state, args, kwargs)
+        del held
+    assert fake is not None
+    return live.peak
+
+
+def solver_bytes(how: OneShot, rows: int, columns: int) -> int:
+    """The most that solving a layer takes, its weight and Gram matrix in float32 included, from a small one."""
+    unit = math.lcm(16, how.pattern.m if isinstance(how.pattern, NM) else 1)
+    pattern = Element() if isinstance(how.pattern, Block) else how.pattern
+    scale = max(1.0, max(rows, columns) / _SMALL)
+    small = [max(unit, round(size / scale / unit) * unit) for size in (rows, columns)]
+    random = torch.Generator().manual_seed(0)
+    inputs = torch.randn(2 * small[1], small[1], generator=random)
+    with Live() as live:
+        weight = torch.randn(*small, generator=random)
+        gram = inputs.T @ inputs
+        how.method(weight, gram, pattern, sparsity=0.5)
+    return math.ceil(live.peak * max(rows * columns / math.prod(small), (columns / small[1]) ** 2))
+
+
+@dataclass(frozen=True)
+class Peak:
+    """The parts of the largest moment of a run, in bytes, by what they are for."""
+
+    parts: Mapping[str, int]
+    on_disk: bool = False
+
+    @property
+    def bytes(self) -> int:
+        """Together."""
+        return sum(self.parts.values())
+
+    def __str__(self) -> str:
+        said = ", ".join(f"{what} {shown(size)}" for what, size in self.parts.items() if size)
+        return f"{shown(self.bytes)} ({said})"
+
+
+def largest(moments: Callable[[bool], list[Peak]], budget: int | None) -> Peak:
+    """The peak with the stream in memory if that is within the budget, else with the stream on disk.
+
+    Errors: RequestError, with the numbers, where neither is.
+    """
+    for on_disk in (False, True):
+        found = max(moments(on_disk), key=lambda peak: peak.bytes)
+        if budget is None or found.bytes <= budget:
+            return found
+    why = f"it would take {found}; that is without the stream, which would be on disk"
+    todo = f"give at least {shown(found.bytes * 1.02)}, or smaller batches, or a solver that takes less (by_score)"
+    raise RequestError(f"{shown(budget or 0)} of memory are not enough", why, todo)

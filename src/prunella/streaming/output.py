@@ -1,0 +1,82 @@
+"""What makes a folder of shards a model: index, configuration, tokenizer, card; written when all shards are there."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import prunella
+from prunella.blockwise.one_shot import Solving
+from prunella.files import write_atomic
+from prunella.realize.card import Card, write_card
+from prunella.realize.pretrained import COMPANIONS
+from prunella.streaming.job import Prepared
+from prunella.streaming.journal import described
+from prunella.streaming.shards import INDEX, read_header, shard_name, write_shard
+
+RECORD, CONFIG = "run.json", "config.json"
+
+
+def finish(job: Prepared, folder: Path, solving: Solving, seconds: float) -> None:
+    """Write the shard of what is outside the blocks, then all that is no weight, config.json last."""
+    _around(job, folder)
+    _index(folder, len(job.paths) + 1)
+    for pattern in COMPANIONS:
+        for file in sorted(job.source.glob(pattern)):
+            if file.is_file() and file.suffix != ".safetensors":
+                shutil.copyfile(file, folder / file.name)
+    record = {
+        "prunella": prunella.__version__,
+        "source": job.source.name,
+        "recipe": described(job.how),
+        "sparsity": solving.sparsity,
+        "layers": [asdict(fit) for fit in solving.fits],
+        "refined": {path: list(pair) for path, pair in solving.refined.items()},
+        "calibration": {"batches": job.batches, "tokens": job.tokens},
+        "predicted_peak": job.peak.bytes,
+        "seconds": seconds,
+    }
+    write_atomic(folder / RECORD, (json.dumps(record, indent=1) + "\n").encode())
+    config: dict[str, Any] = json.loads((job.source / CONFIG).read_text(encoding="utf-8"))
+    config.pop("auto_map", None)  # code that a folder brings is not carried on
+    write_card(folder, card_of(job, solving))
+    write_atomic(folder / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
+
+
+def card_of(job: Prepared, solving: Solving) -> Card:
+    """What the README of the folder says."""
+    method = described(job.how.method)["name"]
+    pattern = described(job.how.pattern)
+    kind = {key: value for key, value in pattern.items() if key != "kind"}
+    knobs = ", ".join(f"{key}={value}" for key, value in kind.items())
+    return Card(
+        base=job.source.name,
+        kind=type(job.skeleton.model).__name__,
+        method=method + (" and gradient steps for each block" if job.how.refine else ""),
+        pattern=f"{pattern['kind']}({knobs})",
+        sparsity=solving.sparsity,
+        calibration=f"{job.batches} batches, {job.tokens} tokens",
+    )
+
+
+def _around(job: Prepared, folder: Path) -> None:
+    """Copy what is outside the blocks; of tied tensors that the files hold twice, the first."""
+    inside = tuple(f"{path}." for path in job.paths)
+    stored, aliases = job.skeleton.stored, job.skeleton.aliases
+    first = {name: next(a for a in aliases.get(name, (name,)) if a in stored) for name in stored}
+    rest = {name: found for name, found in stored.items() if not name.startswith(inside) and first[name] == name}
+    write_shard(folder / shard_name(len(job.paths) + 1, len(job.paths) + 1), rest)
+
+
+def _index(folder: Path, count: int) -> None:
+    places: dict[str, str] = {}
+    total = 0
+    for number in range(1, count + 1):
+        name = shard_name(number, count)
+        for key, found in read_header(folder / name).items():
+            places[key], total = name, total + found.size
+    content = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
+    write_atomic(folder / INDEX, (json.dumps(content, indent=1) + "\n").encode())

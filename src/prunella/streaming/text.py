@@ -1,0 +1,45 @@
+"""Calibration text: windows of tokens, drawn with a seed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from prunella.errors import BadInput, RequestError
+from prunella.models import import_transformers
+
+
+def text_windows(
+    folder: str | Path, text: str | Path, *, count: int = 128, length: int = 512, seed: int = 0
+) -> list[dict[str, Tensor]]:
+    """`count` random windows of `length` tokens of a text file, as batches of one, by the tokenizer in `folder`.
+
+    Windows may overlap. No first token is added, so that every window looks like the middle of a text. Errors: BadInput
+    for a folder without a tokenizer or a file that is no text, RequestError for a text shorter than one window.
+    """
+    if count < 1 or length < 2:
+        raise RequestError(f"{count} windows of {length} tokens are no data", "at least 1 of 2", "128 of 512")
+    try:
+        content = Path(text).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput(f"cannot read {text}", f"{type(error).__name__}: {error}", "give a UTF-8 text file") from error
+    ids = _tokens(Path(folder), content)
+    if len(ids) < length:
+        why = f"it has {len(ids)} tokens, and a window has {length}"
+        raise RequestError(f"the text in {text} is too short", why, "give more text, or a smaller --length")
+    random = torch.Generator().manual_seed(seed)
+    starts = torch.randint(0, len(ids) - length + 1, (count,), generator=random).tolist()
+    return [{"input_ids": ids[start : start + length][None]} for start in starts]
+
+
+def _tokens(folder: Path, text: str) -> Tensor:
+    kind = import_transformers().AutoTokenizer
+    try:
+        tokenizer = kind.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # transformers raises OSError, ValueError or its own by what is missing
+        why = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise BadInput(f"{folder} has no tokenizer", why, "give batches instead: --data module:function") from error
+    found: Tensor = tokenizer(text, return_tensors="pt", add_special_tokens=False, verbose=False).input_ids[0]
+    return found

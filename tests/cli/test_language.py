@@ -1,0 +1,129 @@
+"""`prunella run --recipe one_shot`: from a folder and a text file to a folder, and what is refused on the way."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from prunella import models
+from prunella.cli import language
+from prunella.streaming.preset import PRESETS
+from tests.cli.conftest import Run
+from tests.streaming.models import read, write
+
+WORDS = "the cat sat on a mat and saw that fat rat run at bat hat pat vat".split()
+
+
+@pytest.fixture
+def story(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A model with a tokenizer of words in `in`, and a text of 170 words."""
+    monkeypatch.chdir(tmp_path)
+    model = write(tmp_path / "in")
+    tokenizers, transformers = pytest.importorskip("tokenizers"), pytest.importorskip("transformers")
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({w: k for k, w in enumerate([*WORDS, "?"])}, "?"))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    transformers.PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained("in")
+    Path("text.txt").write_text(" ".join(WORDS * 10))
+    return model
+
+
+LINE = ("run", "in", "--recipe", "one_shot", "--pattern", "2:4", "--data", "text.txt", "--windows", "3")
+
+
+def test_a_model_is_pruned_by_a_text(prunella: Run, story: Any) -> None:
+    done = prunella(*LINE, "--length", "12", "--sparsity", "0.5", "--memory", "64GB", "-o", "out")
+    assert done.code == 0, done.err
+    assert "21 layers, sparsity 0.5000" in done.out and "suit converters to GGUF" in done.out
+    assert "block 3 of 3, model.layers.2: 7 layers" in done.err and "s left" in done.err
+    pruned = read(Path("out"), story)
+    for name, value in pruned.named_parameters():
+        if name.endswith("proj.weight"):
+            assert value.view(-1, 4).eq(0).sum(1).tolist() == [2] * (value.numel() // 4)
+    assert Path("out/tokenizer.json").read_text() == Path("in/tokenizer.json").read_text()
+    card = Path("out/README.md").read_text()
+    assert "| method | admm |" in card and "3 batches, 36 tokens" in card and "LlamaForCausalLM.from_pretrained" in card
+    assert json.loads(Path("out/run.json").read_text())["recipe"]["pattern"] == {
+        "kind": "NM", "n": 2, "m": 4, "ragged": False,
+    }  # fmt: skip
+    assert prunella("inspect", "out", "--inputs", "1x8:int64", "--json").code == 0
+    assert "not empty" in prunella(*LINE, "--length", "12", "-o", "out").err
+
+
+def test_a_dry_run_says_what_it_will_take_and_writes_nothing(prunella: Run, story: Any) -> None:
+    data = prunella(*LINE, "--length", "12", "--dry-run", "--json", "-o", "out").data
+    assert data["blocks"] == 3 and data["layers"] == 21 and data["seconds"] > 0
+    assert data["weights"] == 3 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48)
+    assert data["peak"]["together"] == sum(v for k, v in data["peak"].items() if k != "together")
+    assert not Path("out").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--length", "500"), "has 170 tokens"),
+        (("--length", "12", "--target", "macs=0.5"), "does not use --target"),
+        (("--length", "12", "--sparsity", "0.7"), "2:4 removes 0.5"),
+        (("--length", "12", "--memory", "20MB"), "20 MB of memory are not enough"),
+        (("--length", "12", "--memory", "some"), "cannot read the amount"),
+        (("--length", "12", "--skip", "nothing"), "matches nothing"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(prunella: Run, story: Any, words: tuple[str, ...], said: str) -> None:
+    done = prunella(*LINE, *words, "-o", "out")
+    assert done.code == 2 and said in done.err and not Path("out").exists()
+
+
+def test_a_model_without_data_a_folder_or_a_tokenizer(prunella: Run, story: Any) -> None:
+    assert "no calibration data" in prunella("run", "in", "--recipe", "one_shot").err
+    assert "block by block" in prunella("run", "nowhere", "--recipe", "one_shot", "--data", "text.txt").err
+    for file in Path("in").glob("tokenizer*"):
+        file.unlink()
+    assert prunella(*LINE, "--length", "12").code == 3
+    assert prunella("run", "in", "--memory", "1GB", "--target", "macs=0.5").err.startswith(
+        "prunella: --recipe magnitude does not use --memory"
+    )
+
+
+def test_names_of_recipes_are_those_of_the_library() -> None:
+    assert set(language.RECIPES) == set(PRESETS)
+
+
+def test_a_package_is_unpacked_once_into_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Path] = []
+
+    def unpack(file: Path, folder: Path) -> Path:
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text("{}")
+        made.append(file)
+        return folder
+
+    package = tmp_path / "packed_llm"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    (package / "tiny.gguf").write_bytes(b"GGUF")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("PRUNELLA_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setitem(models.PACKAGES, "tiny", ("packed_llm", "tiny.gguf", "packed-llm"))
+    monkeypatch.setattr(models, "_unpack_gguf", unpack)
+    folder = models.model_folder("tiny")
+    assert folder == models.model_folder("tiny") == models.model_folder(str(package / "tiny.gguf"))
+    assert folder.parent == tmp_path / "cache" and made == [package / "tiny.gguf"]
+    (package / "tiny.gguf").write_bytes(b"GGUF, another")
+    assert models.model_folder("tiny") != folder and len(made) == 2
+
+
+def test_a_dequantised_model_is_saved_as_what_it_is(tmp_path: Path) -> None:
+    import prunella as pr
+
+    model: Any = write(tmp_path / "in")
+    model.config.quantization_config = {"quant_method": "gguf"}
+    model.hf_quantizer = object()
+    pr.save(model, tmp_path / "out", source=tmp_path / "in")
+    assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
+    again = read(tmp_path / "out", model)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+    assert models.unquantise_(model).hf_quantizer is None and not hasattr(model.config, "quantization_config")

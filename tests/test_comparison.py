@@ -1,0 +1,62 @@
+"""Ways and measures in one table, resumed where it was stopped."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import prunella as pr
+from prunella.errors import RequestError
+
+
+def scaled(factor: float) -> nn.Linear:
+    layer = nn.Linear(2, 1, bias=False)
+    with torch.no_grad():
+        layer.weight.fill_(factor)
+    return layer
+
+
+def weight(model: nn.Module) -> float:
+    assert not model.training and not torch.is_grad_enabled()
+    return float(next(model.parameters())[0, 0])
+
+
+def test_means_and_deviations_over_seeds_with_the_dense_model_first() -> None:
+    found = pr.compare(scaled(9.0), {"a": lambda seed: scaled(seed), "b": lambda seed: scaled(2.0)}, {"weight": weight},
+                       seeds=(1, 2, 6))  # fmt: skip
+    assert list(found.values) == ["dense", "a", "b"] and found.values["a"]["weight"] == (1, 2, 6)
+    assert found.spread("a", "weight") == pytest.approx((3, math.sqrt(7)))
+    assert found.spread("dense", "weight") == (9, 0) and found.spread("dense", "seconds")[0] == 0
+    assert all(second > 0 for second in found.values["a"]["seconds"])
+    assert "| a | 3 ± 2.6 |" in str(found) and "| dense | 9 ± 0 | 0 ± 0 |" in str(found)
+    one = pr.compare(scaled(9.0), {"a": lambda seed: scaled(seed)}, {"weight": weight}, seeds=(4,))
+    assert "| a | 4 |" in one.markdown()
+
+
+def test_what_is_known_is_not_run_again(tmp_path: Path) -> None:
+    calls: list[int] = []
+
+    def way(seed: int) -> nn.Module:
+        calls.append(seed)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return scaled(seed)
+
+    dense = scaled(9.0)
+    with pytest.raises(KeyboardInterrupt):
+        pr.compare(dense, {"a": way}, {"weight": weight}, seeds=(1, 2), folder=tmp_path)
+    found = pr.compare(dense, {"a": way}, {"weight": weight}, seeds=(1, 2), folder=tmp_path)
+    assert calls == [1, 2, 2] and found.values["a"]["weight"] == (1, 2)
+    with pytest.raises(RequestError, match="not continued"):
+        pr.compare(scaled(8.0), {"a": way}, {"weight": weight}, seeds=(1,), folder=tmp_path)
+
+
+def test_nothing_to_compare_is_said() -> None:
+    for ways, measures in (({}, {"w": weight}), ({"a": scaled}, {}), ({"dense": scaled}, {"w": weight}),
+                           ({"a": scaled}, {"seconds": weight})):  # fmt: skip
+        with pytest.raises(RequestError, match="nothing to compare"):
+            pr.compare(scaled(1.0), ways, measures)
