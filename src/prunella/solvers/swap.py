@@ -52,7 +52,11 @@ def swap(
     pull = (wide * ~mask) @ inputs
     rows = torch.arange(len(wide), device=wide.device)
     for _ in range(steps):
-        back, away, change = (_in_groups if isinstance(pattern, NM) else _in_rows)(wide, inputs, mask, pull, pattern)
+        back, away, change = (
+            _in_groups(wide, inputs, mask, pull, pattern)
+            if isinstance(pattern, NM)
+            else _in_rows(wide, inputs, mask, pull)
+        )
         better = change < -enough[rows]
         if not bool(better.any()):
             break
@@ -69,7 +73,7 @@ def _alone(weight: Tensor, gram: Gram, mask: Mask, pull: Tensor) -> tuple[Tensor
     return (energy - cross).masked_fill(mask, torch.inf), (energy + cross).masked_fill(~mask, torch.inf)
 
 
-def _in_rows(weight: Tensor, gram: Gram, mask: Mask, pull: Tensor, _: Element) -> tuple[Tensor, Tensor, Tensor]:
+def _in_rows(weight: Tensor, gram: Gram, mask: Mask, pull: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """For each row the one to come back, the one to go, and the change of the error."""
     grow, drop = _alone(weight, gram, mask, pull)
     gain, back = grow.min(1)
