@@ -61,6 +61,7 @@ ORDER = (
     "catalogue",
     "examples",
     "doctor",
+    "bench",
     "run",
     "study",
     "proof",

@@ -38,12 +38,12 @@ if TYPE_CHECKING:
     from prunella.blockwise import drop_run as drop_run
     from prunella.blockwise import match_stream_ as match_stream_
     from prunella.blockwise import one_shot_recipe as one_shot_recipe
-    from prunella.blockwise import processes as processes
     from prunella.blockwise import replace_run as replace_run
     from prunella.blockwise import rescale_ as rescale_
     from prunella.blockwise import rotate as rotate
     from prunella.blockwise import slice_stream as slice_stream
     from prunella.blockwise import solve_ as solve_
+    from prunella.blockwise.processes import processes as processes
     from prunella.comparison import compare as compare
     from prunella.compress.huffman import huffman as huffman
     from prunella.compress.huffman import relative_index as relative_index
@@ -104,7 +104,6 @@ if TYPE_CHECKING:
     from prunella.granularity import Width as Width
     from prunella.importers import import_plan as import_plan
     from prunella.metrics import perplexity as perplexity
-    from prunella.metrics import throughput as throughput
     from prunella.metrics import token_agreement as token_agreement
     from prunella.metrics import zero_shot as zero_shot
     from prunella.metrics.effects import SideEffects as SideEffects
@@ -122,6 +121,7 @@ if TYPE_CHECKING:
     from prunella.metrics.speed import effective_macs as effective_macs
     from prunella.metrics.speed import energy as energy
     from prunella.metrics.speed import speedup as speedup
+    from prunella.metrics.throughput import throughput as throughput
     from prunella.permutation import permute as permute
     from prunella.pipeline import Plan as Plan
     from prunella.pipeline import Recipe as Recipe
@@ -170,6 +170,13 @@ if TYPE_CHECKING:
     from prunella.reporting.report import Curve as Curve
     from prunella.reporting.report import Report as Report
     from prunella.reporting.report import report as report
+    from prunella.runtime.artifact import load_sparse as load_sparse
+    from prunella.runtime.artifact import save_sparse as save_sparse
+    from prunella.runtime.convert import Sparsified as Sparsified
+    from prunella.runtime.convert import sparse as sparse
+    from prunella.runtime.convert import sparsified as sparsified
+    from prunella.runtime.fast import dense_fast as dense_fast
+    from prunella.runtime.native import Precision as Precision
     from prunella.sanity import collapsed as collapsed
     from prunella.sanity import reinitialised as reinitialised
     from prunella.sanity import shuffled_plan as shuffled_plan
@@ -283,7 +290,7 @@ _HOME = {
     "compare": "comparison",
     "with_biases": "realize.biases",
     "slice_stream": "blockwise",
-    "throughput": "metrics",
+    "throughput": "metrics.throughput",
     "zero_shot": "metrics",
     "token_agreement": "metrics",
     "perplexity": "metrics",
@@ -457,7 +464,7 @@ _HOME = {
     "one_shot_recipe": "blockwise",
     "rescale_": "blockwise",
     "rotate": "blockwise",
-    "processes": "blockwise",
+    "processes": "blockwise.processes",
     "hold_sharded_": "recovery.sharded",
     "solve_": "blockwise",
     "forecast": "streaming",
@@ -480,6 +487,13 @@ _HOME = {
     "load_plan": "realize.plan_file",
     "save_plan": "realize.plan_file",
     "shrink": "realize.shrink",
+    "Precision": "runtime.native",
+    "Sparsified": "runtime.convert",
+    "dense_fast": "runtime.fast",
+    "load_sparse": "runtime.artifact",
+    "save_sparse": "runtime.artifact",
+    "sparse": "runtime.convert",
+    "sparsified": "runtime.convert",
     "Found": "search",
     "Space": "search",
     "space": "search.space",

@@ -17,6 +17,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from prunella.reporting.latency import compare_latency
+from prunella.runtime import native
+from prunella.runtime.machine import cpu_info, cpu_name
+from prunella.runtime.survey import LOST, Pattern, survey
 
 _FLAGS = (
     "sse4_2",
@@ -76,16 +79,21 @@ class Checkup:
     system: Mapping[str, str]
     extras: Mapping[str, str]
     trials: tuple[Trial, ...]
+    patterns: tuple[Pattern, ...] = ()
+    """What the sparse runtime gains by each pattern of zeros."""
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
         trials = [asdict(trial) | {"verdict": trial.verdict} for trial in self.trials]
-        return {"system": dict(self.system), "extras": dict(self.extras), "trials": trials}
+        patterns = [asdict(pattern) | {"pays_from": pattern.pays_from} for pattern in self.patterns]
+        found = {"system": dict(self.system), "extras": dict(self.extras), "trials": trials, "patterns": patterns}
+        return found | ({} if native.available() else {"lost": LOST})
 
 
 def checkup(*, seconds: float = 4.0, seed: int = 0) -> Checkup:
     """Look at the machine, and measure for about `seconds` seconds which structures pay."""
-    return Checkup(system(), extras(), trials(seconds=seconds, seed=seed))
+    measured = trials(seconds=seconds / 2, seed=seed)
+    return Checkup(system(), extras(), measured, survey(seconds=seconds / 2, seed=seed))
 
 
 def system() -> dict[str, str]:
@@ -94,9 +102,10 @@ def system() -> dict[str, str]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "platform": platform.platform(terse=True),
-        "cpu": _cpu_info().get("model name", platform.processor() or platform.machine()),
+        "cpu": cpu_name(),
         "isa": " ".join(_isa()) or "unknown",
         "torch cpu capability": torch.backends.cpu.get_cpu_capability(),
+        "sparse kernels": f"{native.isa()} of {', '.join(native.tiers())}" if native.available() else "not built",
         "cores": f"{len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()} usable",
         "threads": str(torch.get_num_threads()),
         "memory": _memory(),
@@ -106,16 +115,8 @@ def system() -> dict[str, str]:
     return found
 
 
-def _cpu_info() -> dict[str, str]:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
-    except OSError:  # not Linux
-        return {}
-    return {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
-
-
 def _isa() -> list[str]:
-    info = _cpu_info()
+    info = cpu_info()
     flags = set(info.get("flags", info.get("Features", "")).split())
     return [flag for flag in _FLAGS if flag in flags]
 

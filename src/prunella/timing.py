@@ -163,12 +163,14 @@ def compare_latency(
     threads: int | None = None,
     device: str = "cpu",
     seed: int = 0,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> Comparison:
     """Time several functions in interleaved rounds, each round in a new random order.
 
     Whatever the machine does meanwhile (clock, caches, other programs) then meets all candidates alike. The ratio is
     of medians, its interval the 2.5 and 97.5 percentiles of a bootstrap over rounds.
     rounds: at least 5; an interval of fewer means nothing. threads: of torch, for the time of the measurement.
+    clock: seconds; `own_clock()` does not count what other programs take where one thread does all the work.
     """
     if rounds < 5 or len(candidates) < 2 or warmup < 0:
         why = f"got {rounds} rounds, {len(candidates)} candidates, {warmup} warm-up calls"
@@ -178,13 +180,20 @@ def compare_latency(
     before = torch.get_num_threads()
     torch.set_num_threads(threads or before)
     try:
-        samples = _measure(candidates, rounds, warmup, device, random.Random(seed))
+        samples = _measure(
+            candidates, rounds, warmup, partial(_sample, device=device, clock=clock), random.Random(seed)
+        )
         used = torch.get_num_threads()
     finally:
         torch.set_num_threads(before)
     latencies = tuple(Latency(name, tuple(times)) for name, times in samples.items())
     ratios = tuple(paired_ratio(latencies[0].samples, other.samples, seed=seed) for other in latencies[1:])
     return Comparison(latencies, ratios, used, device, rounds, warmup, seed)
+
+
+def own_clock() -> Callable[[], float]:
+    """Processor time of this thread if torch has one thread, so that a busy machine does not decide; else wall time."""
+    return time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
 
 
 def paired_ratio(base: Sequence[float], other: Sequence[float], *, resamples: int = 2000, seed: int = 0) -> Ratio:
@@ -201,31 +210,34 @@ def paired_ratio(base: Sequence[float], other: Sequence[float], *, resamples: in
     return Ratio(float(np.median(first) / np.median(second)), float(low), float(high))
 
 
+_Sample = Callable[[Run, int], float]
+
+
 def _measure(
-    candidates: Mapping[str, Run], rounds: int, warmup: int, device: str, order: random.Random
+    candidates: Mapping[str, Run], rounds: int, warmup: int, sample: _Sample, order: random.Random
 ) -> dict[str, list[float]]:
-    calls = {name: _calls(run, warmup, device) for name, run in candidates.items()}
+    calls = {name: _calls(run, warmup, sample) for name, run in candidates.items()}
     samples: dict[str, list[float]] = {name: [] for name in candidates}
     for _ in range(rounds):
         for name in order.sample(list(candidates), len(candidates)):
-            samples[name].append(_sample(candidates[name], calls[name], device))
+            samples[name].append(sample(candidates[name], calls[name]))
     return samples
 
 
-def _calls(run: Run, warmup: int, device: str) -> int:
+def _calls(run: Run, warmup: int, sample: _Sample) -> int:
     """Warm up, and find how many calls make a sample long enough for the clock."""
     for _ in range(warmup):
         run()
-    return max(1, round(_SHORTEST / max(_sample(run, 1, device), 1e-7)))
+    return max(1, round(_SHORTEST / max(sample(run, 1), 1e-7)))
 
 
-def _sample(run: Run, calls: int, device: str) -> float:
+def _sample(run: Run, calls: int, device: str, clock: Callable[[], float]) -> float:
     _wait(device)
-    start = time.perf_counter()
+    start = clock()
     for _ in range(calls):
         run()
     _wait(device)
-    return (time.perf_counter() - start) / calls
+    return max(clock() - start, 1e-9) / calls
 
 
 def _wait(device: str) -> None:

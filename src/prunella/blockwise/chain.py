@@ -187,7 +187,9 @@ def uncached(model: nn.Module) -> Iterator[None]:
 
     A block that is run again on its own would attend to what the runs before left in the cache.
     """
-    configs = {id(c): c for m in model.modules() if getattr(c := getattr(m, "config", None), "use_cache", False)}
+    configs: dict[int, Any] = {
+        id(c): c for m in model.modules() if getattr(c := getattr(m, "config", None), "use_cache", False)
+    }
     for config in configs.values():
         config.use_cache = False
     try:

@@ -166,7 +166,9 @@ def _within(names: Iterable[str], block: Block) -> bool:
 class Feeding(Protocol):
     """Where the calls of the blocks come from, in turn: `Feed`, or one that reads the blocks from files."""
 
-    keep: Keep
+    @property
+    def keep(self) -> Keep:
+        """Keeps a stream, one tensor a batch."""
 
     def calls(self, block: Block) -> Sequence[Call]:
         """What the block is called with."""

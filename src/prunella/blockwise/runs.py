@@ -164,7 +164,7 @@ def turns(blocks: Blocks, data: Iterable[Any], *, last: bool = False, loss: Loss
         for batch in batches(data):
             source.run(blocks.model, batch)
             one, other = (torch.stack([_unit(kept[p], last) for p in stack.paths], 1) for kept in (enters, leaves))
-            for a, b in zip(one.split(256), other.split(256), strict=True):
+            for a, b in zip(torch.split(one, 256), torch.split(other, 256), strict=True):
                 cosine = torch.einsum("tld,tmd->lmt", a.double(), b.double()).clamp(-1, 1)
                 total += (cosine.arccos() / math.pi).sum(-1).cpu()
             count += len(one)

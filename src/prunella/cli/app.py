@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from prunella import __version__
-from prunella.cli import look, prove, trials, work
+from prunella.cli import look, prove, speed, trials, work
 from prunella.cli.console import guarded
 from prunella.cli.run import run
 
@@ -56,6 +56,7 @@ for verb in (
     look.show,
     run,
     trials.pareto,
+    speed.bench,
     work.export,
     prove.verify,
     prove.report,

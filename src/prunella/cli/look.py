@@ -46,7 +46,22 @@ def _checkup_text(found: Checkup) -> str:
         for t in found.trials
     ]
     header = ("what is removed", "granularity", "dense ms", "pruned ms", "speed-up", "95 %", "verdict")
-    return "\n".join([*lines, "", "what pays here", table(header, rows, right=(2, 3, 4, 5))])
+    lines += ["", "what pays here", table(header, rows, right=(2, 3, 4, 5))]
+    return "\n".join([*lines, "", "zeros that prunella.sparse skips, against the best dense kernel", *_patterns(found)])
+
+
+def _patterns(found: Checkup) -> list[str]:
+    from prunella.runtime import native
+    from prunella.runtime.survey import LOST
+
+    rows = [
+        (p.name, p.granularity, "x".join(map(str, p.shape)), p.tokens,
+         "  ".join(f"{t.sparsity:.0%}: {t.ratio:.1f}x" for t in p.tries) or "-",
+         "no" if p.pays_from is None else f"from {p.pays_from:.0%}")
+        for p in found.patterns
+    ]  # fmt: skip
+    header = ("zeros", "granularity", "weight", "tokens", "speed-up at each sparsity", "pays")
+    return [table(header, rows, right=(3,)), *([] if native.available() else [LOST])]
 
 
 def methods(

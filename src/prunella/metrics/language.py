@@ -102,7 +102,7 @@ def _spans(size: int, window: int, stride: int) -> Iterator[tuple[int, int, int]
 
 
 def _loss(logits: Tensor, wanted: Tensor) -> float:
-    pairs = zip(logits.split(_ROWS), wanted.to(logits.device).split(_ROWS), strict=True)
+    pairs = zip(torch.split(logits, _ROWS), torch.split(wanted.to(logits.device), _ROWS), strict=True)
     return sum(float(F.cross_entropy(rows.double(), ids, reduction="sum")) for rows, ids in pairs)
 
 
@@ -141,7 +141,7 @@ def token_agreement(
             if one.shape != other.shape:
                 why = f"{tuple(one.shape)} against {tuple(other.shape)}"
                 raise RequestError("the models give logits of other shapes", why, "compare models of one vocabulary")
-            for p, q in zip(one.split(_ROWS), other.split(_ROWS), strict=True):
+            for p, q in zip(torch.split(one, _ROWS), torch.split(other, _ROWS), strict=True):
                 first, second = p.double().log_softmax(-1), q.double().log_softmax(-1)
                 kl += float((first.exp() * (first - second)).sum())
                 same += int((p.argmax(-1) == q.argmax(-1)).sum())

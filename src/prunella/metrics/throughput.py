@@ -84,13 +84,13 @@ def throughput(
 def _writer(model: nn.Module, tokens: Tensor, new: int) -> Callable[[], Tensor]:
     """A function that writes `new` tokens behind the prompt, and leaves the cache as it was."""
     first: Any = model(input_ids=tokens, use_cache=True)
-    cache = getattr(first, "past_key_values", None)
+    cache: Any = getattr(first, "past_key_values", None)
     if not hasattr(cache, "crop"):
         why = f"{type(model).__name__} keeps {type(cache).__name__}, which cannot be cut back"
         raise NotSupported("decode cannot be timed", why, "time generate() with compare_latency")
 
     def run() -> Tensor:
-        word = first.logits[:, -1:].argmax(-1)
+        word: Tensor = first.logits[:, -1:].argmax(-1)
         for _ in range(new):
             found: Any = model(input_ids=word, past_key_values=cache, use_cache=True)
             word = found.logits[:, -1:].argmax(-1)

@@ -118,8 +118,15 @@ def load(
     """
     folder = Path(path)
     manifest = read_manifest(folder)
+    if "sparse" in manifest:
+        todo = "read it with prunella.load_sparse"
+        raise RequestError(f"{folder} holds a model that skips its zeros", "its weights are packed", todo)
     check_files(folder, manifest, (WEIGHTS, BUFFERS, PROGRAM))
-    state = _read_data(folder, manifest)
+    return rebuild(folder, manifest, read_data(folder, manifest), factory).to(device).eval()
+
+
+def rebuild(folder: Path, manifest: Mapping[str, Any], state: State, factory: Factory | None) -> nn.Module:
+    """The model that a manifest describes, cut as it says, with these tensors. Errors: BadInput if they do not fit."""
     captured = manifest["origin"].get("kind") == "program"  # stored as it was cut, so no factory can make it
     model = load_exported(folder / PROGRAM)[0] if captured else _rebuilt(manifest, factory, folder)
     try:
@@ -129,7 +136,7 @@ def load(
         fill_(model, state)
     except PruningError as error:
         raise BadInput(f"cannot rebuild the model in {folder}", f"{error.what}: {error.why}", error.todo) from error
-    return model.to(device).eval()
+    return model
 
 
 def _rebuilt(manifest: Mapping[str, Any], factory: Factory | None, folder: Path) -> nn.Module:
@@ -210,7 +217,8 @@ def _write_program(model: nn.Module, origin: Mapping[str, Any], plan: Plan | Non
     export(model, folder / PROGRAM, inputs=plan.inputs)
 
 
-def _read_data(folder: Path, manifest: Mapping[str, Any]) -> State:
+def read_data(folder: Path, manifest: Mapping[str, Any]) -> State:
+    """The tensors of a folder. Errors: BadInput unless they are what the manifest lists."""
     try:
         described, ties, transient = manifest["tensors"], manifest["ties"], tuple(manifest["transient"])
         names = [name for name in (WEIGHTS, BUFFERS) if name in manifest["files"]]

@@ -1,1 +1,1 @@
-"""The sparse CPU runtime: kernels for weights with zeros, and the modules that run them."""
+"""Run unstructured zeros faster than dense on an ordinary CPU: kernels, layers that use them, and what to choose."""

@@ -94,12 +94,15 @@ class _Stage:
     def streams(self, batches: Sequence[Any], run: Runner) -> Iterator[Tensor]:
         """The stream into the first block for each batch."""
         for batch in batches:
-            self.order, self.stream, self.first = [], None, None
+            self._forget()
             self._run(batch, run)
             if self.order != self.paths or self.first is None:
                 why = f"{len(self.order)} calls of its {len(self.paths)} blocks, not each once and in order"
                 raise NotSupported("the blocks of the model do not run one after the other", why, _TODO)
             yield self.first
+
+    def _forget(self) -> None:
+        self.order, self.stream, self.first = [], None, None
 
     def _run(self, batch: Any, run: Runner) -> None:
         """Until the last block; the first time to the end without values, to see whether a block runs again there."""

@@ -74,7 +74,7 @@ class Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the bytes of tensors made inside that are there at the same time; `peak` is the most."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.now = self.peak = 0
         self._seen: dict[int, weakref.ref[Any]] = {}
 
@@ -116,7 +116,7 @@ def forward_bytes(block: nn.Module, call: Call, *, trained: bool) -> int:
             held = torch.func.functional_call(block, state, args, kwargs)
         del held
     assert fake is not None
-    return live.peak
+    return int(live.peak)
 
 
 def solver_bytes(how: OneShot, rows: int, columns: int) -> int:
@@ -131,7 +131,7 @@ def solver_bytes(how: OneShot, rows: int, columns: int) -> int:
         weight = torch.randn(*small, generator=random)
         gram = inputs.T @ inputs
         how.method(weight, gram, pattern, sparsity=0.5)
-    return math.ceil(live.peak * max(rows * columns / math.prod(small), (columns / small[1]) ** 2))
+    return math.ceil(int(live.peak) * max(rows * columns / math.prod(small), (columns / small[1]) ** 2))
 
 
 @dataclass(frozen=True)

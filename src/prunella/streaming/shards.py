@@ -55,7 +55,7 @@ class Stored:
         raw = torch.empty(self.size, dtype=torch.uint8)
         with self.file.open("rb", buffering=0) as file:
             file.seek(self.start)
-            if _fill(file, memoryview(raw.numpy())) < self.size:
+            if _fill(file, raw.numpy().data) < self.size:
                 raise BadInput(f"{self.file} is cut short", "it became shorter while it was read", "fetch it again")
         return raw.view(self.dtype).reshape(self.shape)
 
@@ -162,4 +162,4 @@ def _pieces(value: Tensor | Stored) -> Iterable[bytes | memoryview]:
                 left -= len(part)
                 yield part
     elif value.numel():
-        yield memoryview(value.detach().contiguous().reshape(-1).view(torch.uint8).numpy())
+        yield value.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data

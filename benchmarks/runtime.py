@@ -1,0 +1,316 @@
+"""The sparse runtime against the best dense code that torch has, and against plain eager torch, both in one run.
+
+    python benchmarks/runtime.py [--only linear bert ...] [--quick] [--table]
+
+One thread unless said otherwise, measured in processor time of that thread, so that other programs do not decide; all
+candidates of a cell in interleaved rounds. Masks and weights are random unless said otherwise. A cell that has its
+JSON is not run again; the table says which instructions were used. Frozen: torch.compile with inductor's freezing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import math
+import os
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from cells import RESULTS, once
+from torch import Tensor, nn
+from torch.nn import functional
+
+import prunella as pr
+from prunella.runtime import native
+from prunella.runtime.choice import Problem, Route, is_dense, spell
+from prunella.runtime.machine import cpu_name
+from prunella.runtime.native import Precision
+from prunella.runtime.tune import _sieve, candidates
+from prunella.timing import compare_latency, own_clock, paired_ratio
+
+SHAPES = ((512, 512, 196), (2048, 512, 49), (1024, 1024, 64), (768, 3072, 128), (3072, 768, 128), (3072, 768, 16))
+SPARSITIES = (50, 80, 90, 95)
+Cell = Callable[[], dict[str, Any]]
+
+
+def weight(rows: int, wide: int, percent: int, *, block: int = 1, seed: int = 0) -> Tensor:
+    """Normal noise with so many zeros, whole blocks of rows alike."""
+    g = torch.Generator().manual_seed(seed)
+    mask = torch.rand((rows // block, wide), generator=g) >= percent / 100
+    return torch.randn((rows, wide), generator=g) * mask.repeat_interleave(block, 0)
+
+
+def linear(m: int, k: int, n: int, percent: int, *, block: int = 1, precision: Precision = Precision.FP32,
+           rounds: int = 15) -> dict[str, Any]:  # fmt: skip
+    """One layer: the best kernel, the best dense operation, F.linear."""
+    matrix, bias, held = weight(m, k, percent, block=block), torch.zeros(m), dict[Any, Any]()
+    runs = candidates(matrix, bias, Problem(n), None, precision, 0, held)
+    with torch.inference_mode():
+        best = _sieve(runs, 0.5, is_dense)
+        skips = [c for c in best if not is_dense(c) and (precision is Precision.FP32 or _is(c, precision))]
+        if not skips:
+            return {"missing": f"no kernel of {precision.value} here", **where()}
+        skip = min(skips, key=best.__getitem__)
+        pairs: dict[str, Any] = {"eager": runs[Route.TORCH], "sparse": runs[skip]}
+        if Route.ONEDNN in runs:
+            pairs["onednn"] = runs[Route.ONEDNN]
+        if precision is not Precision.FP32:
+            x, low = torch.randn(n, k, dtype=torch.bfloat16), matrix.to(torch.bfloat16)
+            pairs["bf16"] = partial(functional.linear, x, low, bias.to(torch.bfloat16))
+        return {**compared(pairs, rounds), "kernel": spell(skip), "config": str(skip), **where()}
+
+
+def _is(choice: Any, precision: Precision) -> bool:
+    return getattr(choice, "precision", None) is precision
+
+
+def compared(runs: Mapping[str, Any], rounds: int) -> dict[str, Any]:
+    """Milliseconds of each run, and how often sparse is as fast as each other one, with its interval."""
+    found = compare_latency(runs, rounds=rounds, warmup=2, clock=own_clock())
+    times = {latency.name: latency for latency in found.latencies}
+    data: dict[str, Any] = {"ms": {name: latency.median * 1e3 for name, latency in times.items()}}
+    for name in times.keys() - {"sparse"}:
+        ratio = paired_ratio(times[name].samples, times["sparse"].samples)
+        data[name] = [ratio.value, ratio.low, ratio.high]
+    return data
+
+
+def where() -> dict[str, Any]:
+    """What the numbers depend on."""
+    tier = native.isa() if native.available() else "none"
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else math.nan
+    return {
+        "isa": tier,
+        "cpu": cpu_name(),
+        "threads": torch.get_num_threads(),
+        "load": load,
+        "torch": torch.__version__,
+    }
+
+
+# -- whole models ------------------------------------------------------------------------------------------------------
+
+
+class Bottleneck(nn.Module):
+    """1x1, 3x3, 1x1 and a shortcut, as in ResNet-50 v1.5."""
+
+    def __init__(self, before: int, wide: int, stride: int) -> None:
+        super().__init__()
+        sizes = ((before, wide, 1, 1), (wide, wide, 3, stride), (wide, 4 * wide, 1, 1))
+        for number, (a, b, kernel, step) in enumerate(sizes, 1):
+            setattr(self, f"conv{number}", nn.Conv2d(a, b, kernel, step, kernel // 2, bias=False))
+            setattr(self, f"norm{number}", nn.BatchNorm2d(b))
+        self.relu = nn.ReLU()
+        same = before == 4 * wide and stride == 1
+        side = nn.Sequential(nn.Conv2d(before, 4 * wide, 1, stride, bias=False), nn.BatchNorm2d(4 * wide))
+        self.side = nn.Identity() if same else side
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.relu(self.norm1(self.conv1(x)))
+        y = self.relu(self.norm2(self.conv2(y)))
+        return self.relu(self.norm3(self.conv3(y)) + self.side(x))
+
+
+def resnet50() -> nn.Module:
+    """ResNet-50 with random weights."""
+    torch.manual_seed(0)
+    layers: list[nn.Module] = [
+        nn.Conv2d(3, 64, 7, 2, 3, bias=False),
+        nn.BatchNorm2d(64),
+        nn.ReLU(),
+        nn.MaxPool2d(3, 2, 1),
+    ]
+    before = 64
+    for stage, depth in enumerate((3, 4, 6, 3)):
+        for number in range(depth):
+            layers.append(Bottleneck(before, 64 << stage, 2 if stage and not number else 1))
+            before = 256 << stage
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2048, 1000)).eval()
+
+
+def bert(layers: int = 12) -> nn.Module:
+    """The encoder of BERT-base with random weights."""
+    from transformers import BertConfig, BertModel
+
+    torch.manual_seed(0)
+    return BertModel(BertConfig(num_hidden_layers=layers), add_pooling_layer=False).eval()
+
+
+def sown(model: nn.Module, percent: int) -> nn.Module:
+    """Random zeros in every linear layer and convolution but the first and the last; what stays is scaled up."""
+    layers = [m for m in model.modules() if type(m) in (nn.Linear, nn.Conv2d)]
+    g = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for layer in layers[1:-1]:
+            keep = torch.rand(layer.weight.shape, generator=g) >= percent / 100
+            layer.weight.mul_(keep).div_(math.sqrt(1 - percent / 100))
+    return model
+
+
+def frozen(model: nn.Module, example: Any) -> Callable[[], object]:
+    """The model by inductor with frozen weights."""
+    import torch._inductor.config as settings
+
+    torch._dynamo.reset()
+    with settings.patch(freezing=True), torch.inference_mode(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        made = torch.compile(copy.deepcopy(model), dynamic=False)
+        made(example)
+    return partial(made, example)
+
+
+def network(make: Callable[[], nn.Module], example: Tensor, percent: int, *, precision: Precision = Precision.FP32,
+            rounds: int = 9, with_frozen: bool = True, last: bool = False) -> dict[str, Any]:  # fmt: skip
+    """A whole model: eager, dense by the quicker kernel, frozen, sparse."""
+    model = sown(make(), percent).requires_grad_(False)
+    made = pr.sparse(model, example, precision=precision, seconds=1.0)
+    record = pr.sparsified(made)
+    runs: dict[str, Any] = {"eager": partial(model, example), "sparse": partial(made, example)}
+    fast = pr.dense_fast(model, example)
+    if pr.sparsified(fast).kept:
+        runs["dense fast"] = partial(fast, example)
+    if last:
+        layout = torch.channels_last
+        twin, turned = copy.deepcopy(model).to(memory_format=layout), example.contiguous(memory_format=layout)
+        runs["eager channels last"] = partial(twin, turned)
+    if with_frozen:
+        runs["frozen"] = frozen(model, example)
+    with torch.inference_mode():
+        found = compared(runs, rounds)
+    layers = {layer.name: str(layer) for layer in record.layers}
+    return {**found, "replaced": len(record.replaced), "difference": record.difference, "layers": layers, **where()}
+
+
+def two_threads(rounds: int = 15) -> dict[str, Any]:
+    """One thread against two on one layer, in wall time: a number for an idle machine only."""
+    matrix, times = weight(3072, 768, 90), dict[int, float]()
+    for count in (1, 2):
+        torch.set_num_threads(count)
+        runs = candidates(matrix, None, Problem(512), None, Precision.FP32, 0, {})
+        with torch.inference_mode():
+            best = _sieve(runs, 0.5, is_dense)
+            skip = min((c for c in best if not is_dense(c)), key=best.__getitem__)
+            found = compare_latency({"sparse": runs[skip], "again": runs[skip]}, rounds=rounds, warmup=3)
+        times[count] = min(found.latencies[0].samples)
+    torch.set_num_threads(1)
+    return {"ms": {str(n): t * 1e3 for n, t in times.items()}, "ratio": times[1] / times[2], **where()}
+
+
+def smollm2(percent: int, new: int = 24, rounds: int = 5) -> dict[str, Any]:
+    """Tokens a second of greedy decoding: SmolLM2-135M, its own weights, the smallest of each layer zero."""
+    from llm import load
+
+    model, tokenizer = load()
+    with torch.no_grad():
+        for name, module in model.named_modules():
+            if type(module) is nn.Linear and "lm_head" not in name:
+                flat = module.weight.abs().flatten()
+                module.weight.mul_(module.weight.abs() > flat.kthvalue(int(len(flat) * percent / 100)).values)
+    ids = tokenizer("The city of Paris is", return_tensors="pt").input_ids
+    made = pr.sparse(model, {"input_ids": ids}, seconds=1.0)
+    low = copy.deepcopy(model).to(torch.bfloat16)
+    runs, words, speed = {"eager": model, "bf16": low, "sparse": made}, dict[str, list[int]](), dict[str, list[float]]()
+    for _ in range(rounds):
+        for name, one in runs.items():
+            clock = own_clock()
+            start = clock()
+            with torch.inference_mode():
+                out = one.generate(ids, max_new_tokens=new, min_new_tokens=new, do_sample=False)
+            speed.setdefault(name, []).append(new / (clock() - start))
+            words[name] = out[0].tolist()
+    rate = {name: sorted(values)[len(values) // 2] for name, values in speed.items()}
+    against = {name: rate["sparse"] / rate[name] for name in ("eager", "bf16")}
+    return {"tokens_s": rate, **against, "same_tokens": words["eager"] == words["sparse"], **where()}
+
+
+def cells(quick: bool) -> Iterator[tuple[str, Cell]]:
+    """Name and work of each cell."""
+    rounds = 5 if quick else 15
+    for m, k, n in SHAPES[:2] if quick else SHAPES:
+        for percent in SPARSITIES:
+            yield f"linear-{m}x{k}x{n}-{percent}", partial(linear, m, k, n, percent, rounds=rounds)
+    for m, k, n in SHAPES[:1] if quick else SHAPES:
+        yield f"block16-{m}x{k}x{n}-90", partial(linear, m, k, n, 90, block=16, rounds=rounds)
+        yield f"bf16-{m}x{k}x{n}-90", partial(linear, m, k, n, 90, precision=Precision.BF16, rounds=rounds)
+    size = 1024 if quick else 4096
+    for precision in Precision:
+        for percent in (50, 70, 80, 90):
+            name = f"decode-{size}x{size}-{precision.value}-{percent}"
+            yield name, partial(linear, size, size, 1, percent, precision=precision, rounds=rounds)
+    yield "threads", two_threads
+    pixels, ids = (
+        torch.randn(1, 3, 64 if quick else 224, 64 if quick else 224),
+        torch.arange(16 if quick else 128)[None],
+    )
+    yield (
+        "resnet50-90",
+        partial(network, resnet50, pixels, 90, last=True, with_frozen=not quick, rounds=max(5, rounds - 4)),
+    )
+    yield "bert-90", partial(network, partial(bert, 1 if quick else 12), ids, 90, with_frozen=not quick)
+    yield "smollm2-70", partial(smollm2, 70, 4 if quick else 24)
+
+
+def table(folder: Path) -> str:
+    """The cells as Markdown, and the geometric means."""
+    found = {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob("*.json"))}
+    lines = ["| cell | kernels | kernel | ms | against eager | against the best dense |", "|---|---|---|---|---|---|"]
+    best: dict[str, list[float]] = {}
+    for name, cell in found.items():
+        if "missing" in cell or "failed" in cell:
+            lines.append(f"| {name} | {cell['isa']} | {cell.get('missing') or cell['failed']} | | | |")
+            continue
+        if "eager" not in cell:
+            lines.append(f"| {name} | {cell['isa']} | | | | {cell['ratio']:.2f} |")
+            continue
+        rivals = [c for c in ("eager", "onednn", "frozen", "dense fast", "bf16", "eager channels last") if c in cell]
+        strongest = min(rivals, key=lambda rival: value(cell[rival]))
+        low = f" ({strongest})" if strongest != "eager" else ""
+        spent = f"{cell['ms']['sparse']:.3g}" if "ms" in cell else f"{cell['tokens_s']['sparse']:.1f} tokens/s"
+        row = (name, cell["isa"], cell.get("kernel", ""), spent, say(cell["eager"]), say(cell[strongest]) + low)
+        lines.append(f"| {' | '.join(row)} |")
+        best.setdefault(name.split("-")[0] + " " + name.split("-")[-1], []).append(value(cell[strongest]))
+    means = [f"{group} %: {math.exp(sum(map(math.log, v)) / len(v)):.2f}" for group, v in best.items() if len(v) > 1]
+    return "\n".join([*lines, "", "Geometric means against the best dense: " + ", ".join(means) + "."])
+
+
+def value(cell: Any) -> float:
+    """The number of a ratio, with or without an interval."""
+    return float(cell[0] if isinstance(cell, list) else cell)
+
+
+def say(cell: Any) -> str:
+    """A ratio with its interval."""
+    return f"{cell[0]:.2f} [{cell[1]:.2f}, {cell[2]:.2f}]" if isinstance(cell, list) else f"{cell:.2f}"
+
+
+def main() -> None:
+    """Run the cells that are not there, and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="*", default=[], help="beginnings of names of cells")
+    parser.add_argument("--quick", action="store_true", help="small sizes, to see that it runs")
+    parser.add_argument("--table", action="store_true", help="only print what there is")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    tier = native.isa() if native.available() else "none"
+    folder = RESULTS / ("runtime-quick" if args.quick else "runtime") / tier
+    for name, cell in cells(args.quick):
+        if args.table or (args.only and not name.startswith(tuple(args.only))):
+            continue
+        start = time.perf_counter()
+        try:
+            once(folder / f"{name}.json", cell)
+        except (pr.PruningError, ImportError, FileNotFoundError) as error:
+            print(f"{name}: {error}", flush=True)
+            continue
+        print(f"{name} ({time.perf_counter() - start:.0f} s)", flush=True)
+    print(table(folder))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,229 @@
+"""How fast a pruned model runs by each road there is: eager, compiled, ONNX Runtime, and skipping its zeros.
+
+All candidates of a batch size and number of threads meet in the same interleaved rounds; wall time, with intervals.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import os
+import shutil
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from prunella.errors import PruningError, RequestError
+from prunella.forward import forward, tensors
+from prunella.pipeline import Inputs
+from prunella.realize.export import export
+from prunella.reporting.chart import figure
+from prunella.runtime import native
+from prunella.runtime.convert import sparse, sparsified
+from prunella.runtime.fast import dense_fast
+from prunella.runtime.machine import cpu_name
+from prunella.runtime.native import Precision
+from prunella.timing import Comparison, compare_latency
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+ROADS = ("eager", "dense fast", "compiled", "onnxruntime", "sparse")
+_COLOURS = {"eager": "#8d8799", "dense fast": "#b7a98a", "compiled": "#4f7cac", "onnxruntime": "#7aa36f",
+            "sparse": "#6b3fa0"}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Timed:
+    """One road for one batch size and number of threads. ratio, low, high: against eager; above 1 is faster."""
+
+    road: str
+    batch: int
+    threads: int
+    milliseconds: float
+    ratio: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What was measured, and what was left out and why."""
+
+    rows: tuple[Timed, ...]
+    left_out: Mapping[str, str]
+    sparse: str
+    machine: str
+    kernels: str
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return asdict(self)
+
+
+def bench(
+    model: nn.Module,
+    example: Inputs,
+    *,
+    roads: Sequence[str] = ROADS,
+    batches: Sequence[int] = (1,),
+    threads: Sequence[int] = (),
+    precision: Precision = Precision.FP32,
+    rounds: int = 15,
+    seed: int = 0,
+) -> Bench:
+    """Time the roads side by side on the CPU, in eval mode and without gradients.
+
+    roads: of `ROADS`; eager is always the base. batches: the first sample of the example is repeated. threads: 1 and
+    all, unless given. precision: of the kernels that `sparse` may choose. A road that does not exist here is left out,
+    and the result says why. Errors: RequestError for an unknown road, or numbers out of range.
+    """
+    unknown = sorted(set(roads) - set(ROADS))
+    if unknown or min([*batches, *threads, 1]) < 1 or not batches:
+        why = f"got {', '.join(unknown) or 'a batch or thread number below 1'}"
+        raise RequestError("this cannot be measured", why, f"roads are {', '.join(ROADS)}")
+    rows, left, said = list[Timed](), dict[str, str](), ""
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    model = copy.deepcopy(model).cpu().eval().requires_grad_(False)
+    for count in sorted(set(threads) or {1, usable}):
+        with _threads(count), tempfile.TemporaryDirectory() as folder:
+            for batch in batches:
+                given = repeated(example, batch)
+                runs = {"eager": partial(forward, model, given)}
+                for road in ROADS:
+                    if road in roads and road != "eager":
+                        try:
+                            runs[road] = _MAKERS[road](model, given, precision, Path(folder), seed)
+                        except PruningError as error:
+                            left[road] = f"{error.what}: {error.why}" if error.why else error.what
+                if "sparse" in runs:
+                    said = str(sparsified(runs["sparse"].args[0]))  # type: ignore[attr-defined]
+                with torch.inference_mode():
+                    rows += _rows(runs, batch, count, rounds, seed)
+    kernels = native.isa() if native.available() else "none"
+    return Bench(tuple(rows), left, said, cpu_name(), kernels)
+
+
+def _rows(
+    runs: Mapping[str, Callable[[], object]], batch: int, threads: int, rounds: int, seed: int
+) -> Iterator[Timed]:
+    if len(runs) == 1:
+        runs = {**runs, "eager again": runs["eager"]}
+    found: Comparison = compare_latency(runs, rounds=rounds, warmup=2, seed=seed)
+    base = found.latencies[0].median * 1e3
+    yield Timed("eager", batch, threads, base, 1.0, 1.0, 1.0)
+    for latency, ratio in zip(found.latencies[1:], found.ratios, strict=True):
+        if latency.name in ROADS:
+            yield Timed(latency.name, batch, threads, latency.median * 1e3, ratio.value, ratio.low, ratio.high)
+
+
+def repeated(example: Inputs, batch: int) -> Inputs:
+    """The first sample of every tensor, `batch` times."""
+
+    def one(value: Any) -> Any:
+        if not isinstance(value, Tensor) or not value.dim():
+            return value
+        return value[:1].repeat(batch, *[1] * (value.dim() - 1)).cpu()
+
+    made: Inputs = tree_map(one, dict(example) if isinstance(example, Mapping) else example)
+    return made
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+# -- the roads ---------------------------------------------------------------------------------------------------------
+
+
+def _sparse(model: nn.Module, given: Inputs, precision: Precision, folder: Path, seed: int) -> Callable[[], object]:
+    return partial(forward, sparse(model, given, precision=precision, seed=seed, seconds=0.5), given)
+
+
+def _fast(model: nn.Module, given: Inputs, precision: Precision, folder: Path, seed: int) -> Callable[[], object]:
+    return partial(forward, dense_fast(model, given, seed=seed), given)
+
+
+def _compiled(model: nn.Module, given: Inputs, precision: Precision, folder: Path, seed: int) -> Callable[[], object]:
+    if not any(shutil.which(name) for name in (os.environ.get("CXX", "c++"), "g++", "clang++")):
+        raise RequestError("compiled needs a C++ compiler", "there is none", "install g++")
+    import torch._inductor.config as settings
+
+    torch._dynamo.reset()
+    with settings.patch(freezing=True), torch.inference_mode(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the compiler's own
+        made = torch.compile(copy.deepcopy(model), dynamic=False)
+        try:
+            forward(made, given)
+        except Exception as error:  # the compiler has no error type of its own
+            raise RequestError("torch.compile failed", _first(error)) from error
+    return partial(forward, made, given)
+
+
+def _onnx(model: nn.Module, given: Inputs, precision: Precision, folder: Path, seed: int) -> Callable[[], object]:
+    if importlib.util.find_spec("onnxruntime") is None:
+        raise RequestError("onnxruntime is not installed", "", "pip install 'prunella[onnx]'")
+    import onnxruntime
+
+    file = folder / "model.onnx"
+    export(model, file, inputs=given, format="onnx")
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.log_severity_level = torch.get_num_threads(), 3
+    session = onnxruntime.InferenceSession(file.read_bytes(), options, providers=["CPUExecutionProvider"])
+    file.unlink()
+    names = [entry.name for entry in session.get_inputs()]
+    feed = dict(zip(names, (tensor.numpy() for tensor in tensors(given)), strict=True))
+    return partial(session.run, None, feed)
+
+
+_MAKERS = {"dense fast": _fast, "compiled": _compiled, "onnxruntime": _onnx, "sparse": _sparse}
+
+
+def _first(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"
+
+
+# -- the plot ----------------------------------------------------------------------------------------------------------
+
+
+def plot(found: Bench, width: float = 7.6) -> str:
+    """Speed-up of each road against eager as an SVG, with 95 % intervals."""
+    groups = sorted({(row.threads, row.batch) for row in found.rows})
+    roads = [road for road in ROADS if any(row.road == road for row in found.rows)]
+
+    def draw(axes: Axes) -> None:
+        for number, road in enumerate(roads):
+            rows = {(row.threads, row.batch): row for row in found.rows if row.road == road}
+            places = [k + (number - (len(roads) - 1) / 2) * 0.8 / len(roads) for k, g in enumerate(groups) if g in rows]
+            mine = [rows[g] for g in groups if g in rows]
+            reach = [[row.ratio - row.low for row in mine], [row.high - row.ratio for row in mine]]
+            axes.bar(
+                places, [row.ratio for row in mine], 0.75 / len(roads), yerr=reach, color=_COLOURS[road], label=road
+            )
+        axes.axhline(1.0, color="#777777", linewidth=0.8)
+        plural = [f"batch {batch}\n{threads} thread{'s' * (threads > 1)}" for threads, batch in groups]
+        axes.set_xticks(range(len(groups)), plural)
+        axes.set_ylabel("times as fast as eager")
+        axes.legend(frameon=False, fontsize=8, ncols=len(roads), loc="lower left", bbox_to_anchor=(0, 1))
+
+    drawn = str(figure("bench", draw, width, 3.2))
+    # Alone in a file there is no page to give these colours.
+    for name, colour in {"ink": "#444444", "muted": "#666666", "line": "#dddddd"}.items():
+        drawn = drawn.replace(f"var(--{name})", colour)
+    return drawn

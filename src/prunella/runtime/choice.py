@@ -1,0 +1,119 @@
+"""What a layer runs for a number of tokens: a compiled kernel, or a dense or sparse operation of torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+from prunella.errors import BadInput
+from prunella.runtime.native import Config, Kind, Precision
+
+
+class Route(Enum):
+    """Operations of torch itself, always there."""
+
+    TORCH = "torch"
+    """`F.linear` or `F.conv2d`."""
+    ONEDNN = "onednn"
+    """oneDNN's linear with its own copy of the weight."""
+    CSR = "torch.csr"
+    """`torch.sparse` CSR times dense."""
+
+    @property
+    def dense(self) -> bool:
+        """Whether the zeros are multiplied too."""
+        return self is not Route.CSR
+
+
+Choice = Route | Config
+
+
+@dataclass(frozen=True)
+class Table:
+    """Number of tokens (of output positions, for a convolution) -> choice; other numbers take the nearest, by ratio."""
+
+    entries: tuple[tuple[int, Choice], ...]
+
+    def at(self, size: int) -> Choice:
+        """The choice for `size` tokens."""
+        if not self.entries or size < 1:
+            return Route.TORCH
+        return min(self.entries, key=lambda entry: abs(math.log(entry[0] / size)))[1]
+
+    @property
+    def sparse(self) -> bool:
+        """Whether zeros are skipped anywhere."""
+        return any(not is_dense(choice) for _, choice in self.entries)
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Sizes of a convolution."""
+
+    kernel: tuple[int, int]
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (0, 0)
+    dilation: tuple[int, int] = (1, 1)
+
+    def positions(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Height and width of the output."""
+        high, wide = (
+            (n + 2 * p - d * (k - 1) - 1) // s + 1
+            for n, k, s, p, d in zip(size, self.kernel, self.stride, self.padding, self.dilation, strict=True)
+        )
+        return max(high, 0), max(wide, 0)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What was measured: the sizes of an input. `()` stands for tokens of a linear layer."""
+
+    size: int
+    image: tuple[int, ...] = field(default=())
+
+
+def is_dense(choice: Choice) -> bool:
+    """Whether the zeros are multiplied too."""
+    return isinstance(choice, Route) and choice.dense
+
+
+def spell(choice: Choice) -> str:
+    """A choice in a few words."""
+    if isinstance(choice, Route):
+        return {Route.TORCH: "dense", Route.ONEDNN: "dense (oneDNN)", Route.CSR: "torch CSR"}[choice]
+    return f"{choice.kind.value} {choice.precision.value}"
+
+
+def to_json(choice: Choice) -> Any:
+    """A choice as plain data."""
+    if isinstance(choice, Route):
+        return choice.value
+    return {
+        "kind": choice.kind.value,
+        "precision": choice.precision.value,
+        "rows": choice.rows,
+        "tile": choice.tile,
+        "depth": choice.depth,
+    }
+
+
+def from_json(data: Any) -> Choice:
+    """Undo `to_json`. Errors: BadInput for anything else."""
+    try:
+        if isinstance(data, str):
+            return Route(data)
+        if not isinstance(data, Mapping):
+            raise TypeError(f"a {type(data).__name__}")
+        numbers = {name: _small(data[name]) for name in ("rows", "tile", "depth")}
+        return Config(Kind(data["kind"]), Precision(data["precision"]), **numbers)
+    except (KeyError, TypeError, ValueError) as error:
+        raise BadInput("the manifest names a kernel that there is not", str(error), "write the folder again") from error
+
+
+def _small(value: Any) -> int:
+    if type(value) is not int or not 0 <= value <= 1 << 20:
+        raise ValueError(f"{value!r} is no size of a kernel")
+    return value

@@ -1,0 +1,399 @@
+"""`prunella.sparse`: replace the layers whose zeros pay, and only those; measured, and said honestly."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+
+from prunella.apply import unwrap
+from prunella.errors import CheckFailed, RequestError
+from prunella.forward import forward, tensors
+from prunella.graph.oracle import relative_error
+from prunella.pipeline import Inputs
+from prunella.runtime import native
+from prunella.runtime.choice import Geometry, Problem, Table, is_dense, spell
+from prunella.runtime.fuse import Fused, activation_of, copied, fuse_, traced
+from prunella.runtime.layers import SparseConv2d, SparseLinear
+from prunella.runtime.machine import cpu_name
+from prunella.runtime.native import Activation, Precision
+from prunella.runtime.pair import pairs
+from prunella.runtime.tune import Tuner, Verdict, density
+from prunella.timing import Comparison, Ratio, compare_latency, own_clock
+
+_BUCKETS = (1, 2, 4, 8, *(8 * 4**k for k in range(1, 10)))
+LEAST = 0.1
+"""A layer with a smaller part of zeros is not even measured."""
+_TOLERANCE = {Precision.FP32: 1e-3, Precision.BF16: 0.1, Precision.INT8: 0.3}
+_RECORD = "prunella_sparsified"
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What a layer runs and why. sparsity: part of its weights that is zero.
+
+    verdicts: one for each number of tokens that was measured; the ratio is of the best kernel that skips zeros against
+    the best dense operation. why: empty where zeros are skipped for some number of tokens.
+    """
+
+    name: str
+    sparsity: float
+    verdicts: tuple[Verdict, ...] = ()
+    why: str = ""
+
+    @property
+    def table(self) -> Table:
+        """Number of tokens -> choice."""
+        return Table(tuple((verdict.problem.size, verdict.choice) for verdict in self.verdicts))
+
+    def __str__(self) -> str:
+        head = f"{self.name}  {self.sparsity:.0%} zeros"
+        return f"{head}  dense: {self.why}" if self.why else "  ".join([head, *map(_phrase, self.verdicts)])
+
+
+@dataclass(frozen=True)
+class Sparsified:
+    """What `sparse` did. kept: whether the layers were replaced; `why` says why not. seconds: that it took.
+
+    whole: the model against the dense one on the example, interleaved; above 1 is faster. difference: between their
+    outputs, relative to the largest.
+    """
+
+    layers: tuple[Layer, ...]
+    kept: bool
+    why: str
+    whole: Ratio | None
+    difference: float
+    threads: int
+    machine: str
+    kernels: str
+    seconds: float
+    precision: Precision = Precision.FP32
+    traced: tuple[tuple[tuple[int, ...], str], ...] = ()
+    """Shape and type of each input of the trace that layers were fused by; none, if none were."""
+    does: str = "skip their zeros"
+
+    @property
+    def replaced(self) -> tuple[str, ...]:
+        """Names of the layers that skip zeros."""
+        return tuple(layer.name for layer in self.layers if not layer.why) if self.kept else ()
+
+    def __str__(self) -> str:
+        speed = "not measured" if self.whole is None else self.whole.verdict
+        head = f"{len(self.replaced)} of {len(self.layers)} layers {self.does}; the whole model: {speed}"
+        where = f"{self.threads} thread{'s' * (self.threads > 1)}, {self.machine}, kernels: {self.kernels}"
+        return "\n".join([head, *([self.why] if self.why else []), where, *map(str, self.layers)])
+
+
+def sparse(
+    model: nn.Module,
+    example: Inputs,
+    *,
+    precision: Precision = Precision.FP32,
+    tokens: Sequence[int] = (),
+    fuse: bool = True,
+    seconds: float = 1.0,
+    seed: int = 0,
+) -> nn.Module:
+    """A copy of `model` for inference in which linear layers and convolutions skip their zeros, where that is faster.
+
+    Every layer is measured for the sizes that `example` brings and, if linear, for fewer tokens too (1, 2, 4, 8, 32,
+    128 ...), against the best dense operation of torch, with the current number of threads. Then the whole model is, on
+    the example: if it is not faster, the copy is dense. `sparsified(model)` says what was chosen and why. Run it
+    without gradients (`torch.inference_mode()`); its parameters ask for none. `torch.compile` and `copy.deepcopy` work.
+
+    precision: BF16 and INT8 (weights when decoding) also try kernels that round. tokens: further numbers of tokens.
+    fuse: let batch norms, activations and residuals join the layer before them where `torch.fx` can follow the model,
+    which then becomes a graph module; elsewhere only activation modules that nothing else reads from. seconds: of
+    measurement for each kind of layer. Errors: RequestError for sizes out of range or an example that the model does
+    not take, CheckFailed if the output differs.
+    """
+    check_request(tokens, seconds)
+    begin, dense = time.perf_counter(), copied(unwrap(model))
+    met = sizes(dense, example)
+    tuner = Tuner(precision, seconds, seed)
+    with torch.inference_mode(False), torch.no_grad():
+        found = tuple(_layer(dense, name, layer, met, tokens, tuner) for name, layer in targets(dense).items())
+        tables = {layer.name: layer.table for layer in found if not layer.why}
+        made = assembled(copied(dense), tables, example if fuse else None) if tables else dense
+    ratio, difference, why = _compared(dense, made, example, found, precision) if tables else (None, 0.0, _none(found))
+    kept = not why
+    record = Sparsified(
+        found, kept, why, ratio, difference, torch.get_num_threads(), cpu_name(),
+        kernels(), time.perf_counter() - begin, precision,
+        described(example) if isinstance(made, GraphModule) else (),
+    )  # fmt: skip
+    return noted(made if kept else dense, record)
+
+
+def sparsified(model: nn.Module) -> Sparsified:
+    """What `sparse` did to this model. Errors: RequestError for a model that it did not make."""
+    bare = unwrap(model)
+    found = getattr(bare, _RECORD, None) or getattr(bare, "meta", {}).get(_RECORD)
+    if not isinstance(found, Sparsified):
+        raise RequestError("this model has no record", "prunella.sparse did not make it", "call prunella.sparse first")
+    return found
+
+
+def kernels() -> str:
+    """The instruction-set tier of the compiled kernels, or that there are none."""
+    return native.isa() if native.available() else "none, only those of torch"
+
+
+def described(example: Inputs) -> tuple[tuple[tuple[int, ...], str], ...]:
+    """Shape and type of each tensor of an example that a trace was made with."""
+    parts = example if isinstance(example, tuple) else (example,)
+    return tuple((tuple(part.shape), str(part.dtype)[6:]) for part in parts if isinstance(part, Tensor))
+
+
+def noted(model: nn.Module, record: Sparsified) -> nn.Module:
+    """The model, with the record that `sparsified` reads; copies keep it."""
+    if isinstance(model, GraphModule):
+        model.meta[_RECORD] = record
+    else:
+        setattr(model, _RECORD, record)
+    return model
+
+
+# -- which layers, and what they meet ---------------------------------------------------------------------------------
+
+
+def targets(model: nn.Module) -> dict[str, nn.Module]:
+    """The layers that could skip zeros: linear ones, those of GPT-2, and convolutions of one group."""
+    return {name: module for name, module in model.named_modules() if _fits(module)}
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether it is the linear layer of transformers that keeps its weight transposed."""
+    return type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"
+
+
+def _fits(module: nn.Module) -> bool:
+    if type(module) is nn.Conv2d:
+        return module.groups == 1 and module.padding_mode == "zeros" and not isinstance(module.padding, str)
+    return type(module) is nn.Linear or is_conv1d(module)
+
+
+def matrix_of(module: nn.Module) -> Tensor:
+    """The weight of a target as `(out, in)`, or `(out, in, h, w)`."""
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return weight.detach().t() if is_conv1d(module) else weight.detach()
+
+
+def bias_of(module: nn.Module) -> Tensor | None:
+    """The bias of a target."""
+    bias = module.bias
+    return bias.detach() if isinstance(bias, Tensor) else None
+
+
+def geometry_of(module: nn.Conv2d) -> Geometry:
+    """The sizes of a convolution."""
+    kernel, stride, padding, dilation = (
+        (int(pair[0]), int(pair[1])) for pair in (module.kernel_size, module.stride, module.padding, module.dilation)
+    )
+    return Geometry(kernel, stride, padding, dilation)
+
+
+def sizes(model: nn.Module, example: Inputs) -> dict[str, set[tuple[int, ...]]]:
+    """Layer -> shapes of its inputs when the example runs."""
+    met: dict[str, set[tuple[int, ...]]] = {}
+    with _noting(targets(model), met), torch.no_grad():
+        try:
+            forward(model, example)
+        except Exception as error:  # whatever the user's model raises
+            why = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            raise RequestError("the model does not run on the example", why, "give one that it takes") from error
+    return met
+
+
+@contextmanager
+def _noting(layers: Mapping[str, nn.Module], met: dict[str, set[tuple[int, ...]]]) -> Iterator[None]:
+    def note(name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
+        if args and isinstance(args[0], Tensor):
+            met.setdefault(name, set()).add(tuple(args[0].shape))
+
+    handles = [layer.register_forward_pre_hook(partial(note, name)) for name, layer in layers.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def problems(module: nn.Module, shapes: set[tuple[int, ...]], tokens: Sequence[int]) -> tuple[Problem, ...]:
+    """What to measure for a layer: the shapes that it met and, if linear, fewer tokens and more."""
+    if isinstance(module, nn.Conv2d):
+        geometry = geometry_of(module)
+        made = {Problem(s[0] * math.prod(geometry.positions((s[2], s[3]))), s) for s in shapes if len(s) == 4}
+        return tuple(sorted((p for p in made if p.size), key=lambda problem: problem.size))
+    met = {math.prod(shape[:-1]) for shape in shapes} - {0}
+    powers = {n for n in _BUCKETS if n <= max(met, default=0)}
+    return tuple(Problem(size) for size in sorted(met | powers | set(tokens)))
+
+
+def _layer(
+    model: nn.Module,
+    name: str,
+    module: nn.Module,
+    met: Mapping[str, set[tuple[int, ...]]],
+    tokens: Sequence[int],
+    tuner: Tuner,
+) -> Layer:
+    weight = matrix_of(module)
+    zeros = 1 - density(weight.reshape(len(weight), -1)) if weight.numel() else 0.0
+    why = _stays(model, name, module, zeros, name in met)
+    todo = () if why else problems(module, met[name], tokens)
+    if why or not todo:
+        return Layer(name, zeros, (), why or "it met no input of a known size")
+    bias = bias_of(module)
+    if isinstance(module, nn.Conv2d):
+        verdicts = tuner.conv(weight, bias, geometry_of(module), todo)
+    else:
+        verdicts = tuner.linear(weight, bias, todo)
+    wins = any(not is_dense(verdict.choice) for verdict in verdicts)
+    return Layer(name, zeros, verdicts, "" if wins else f"nothing is faster ({_phrase(verdicts[-1])})")
+
+
+def _stays(model: nn.Module, name: str, module: nn.Module, zeros: float, ran: bool) -> str:
+    """Why a layer stays dense without a measurement, or nothing."""
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    if weight.dtype is not torch.float32 or weight.device.type != "cpu":
+        return f"its weight is {str(weight.dtype)[6:]} on {weight.device.type}"
+    if zeros < LEAST:
+        return "it has hardly any zeros"
+    if not ran:
+        return "the example does not call it"
+    if sum(p is weight for _, p in model.named_parameters(remove_duplicate=False)) > 1:
+        return "its weight is tied to another layer's"
+    if _hooked(module):
+        return "it has hooks or a parametrisation"
+    return ""
+
+
+def _hooked(module: nn.Module) -> bool:
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(hooks) or "parametrizations" in module._modules
+
+
+# -- the model with its layers replaced -------------------------------------------------------------------------------
+
+
+def assembled(
+    model: nn.Module, tables: Mapping[str, Table], example: Inputs | None, joined: Mapping[str, str] | None = None
+) -> nn.Module:
+    """`model`, changed in place, with these layers replaced; fused if there is an example to prove it with.
+
+    joined: layer -> the activation module that it takes over, where that was proven before.
+    """
+    layers = {name: model.get_submodule(name) for name in tables}
+    program = None if example is None else traced(model, layers, example)
+    if program is None:
+        joined = joined if joined is not None else {} if example is None else pairs(model, layers, example)
+        return _in_place(model, layers, tables, joined)
+    modules = dict(program.named_modules())
+
+    def make(name: str, fused: Fused) -> nn.Module:
+        norm = modules[fused.norm] if fused.norm is not None else None
+        return replaced(layers[name], tables[name], fused, norm)
+
+    fuse_(program, make, layers)
+    return program.eval()
+
+
+def _in_place(
+    model: nn.Module, layers: Mapping[str, nn.Module], tables: Mapping[str, Table], joined: Mapping[str, str]
+) -> nn.Module:
+    for name, layer in layers.items():
+        path = "" if isinstance(layer, nn.Conv2d) else joined.get(name, "")
+        activation = activation_of(model.get_submodule(path)) if path else None
+        made = replaced(layer, tables[name], Fused(None, activation or Activation.NONE))
+        if isinstance(made, SparseLinear) and activation is not None:
+            made.activation_path = path
+            put(model, path, nn.Identity())
+        if not name:
+            return made
+        put(model, name, made)
+    return model
+
+
+def put(model: nn.Module, path: str, module: nn.Module) -> None:
+    """Set the submodule of that path."""
+    parent, _, leaf = path.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, module)
+
+
+def replaced(layer: nn.Module, table: Table, fused: Fused, norm: nn.Module | None = None) -> nn.Module:
+    """The layer that skips zeros in place of a dense one."""
+    weight, bias = matrix_of(layer), bias_of(layer)
+    if not isinstance(layer, nn.Conv2d):
+        return SparseLinear(weight, bias, table=table, activation=fused.activation, transposed=is_conv1d(layer)).eval()
+    joined = norm if isinstance(norm, nn.BatchNorm2d) else None
+    return SparseConv2d(
+        weight,
+        bias,
+        geometry=geometry_of(layer),
+        table=table,
+        norm=joined,
+        norm_path=fused.norm or "",
+        activation=fused.activation,
+    ).eval()
+
+
+# -- the whole model --------------------------------------------------------------------------------------------------
+
+
+def _compared(
+    dense: nn.Module, made: nn.Module, example: Inputs, layers: tuple[Layer, ...], precision: Precision
+) -> tuple[Ratio, float, str]:
+    """Speed and difference against the dense model, and why the layers should not be kept, or nothing."""
+    with torch.inference_mode():
+        difference = relative_error(tensors(forward(dense, example)), tensors(forward(made, example)))
+        if not difference <= _TOLERANCE[precision]:
+            why = f"by {difference:.1e} of the largest, {_TOLERANCE[precision]:g} is allowed"
+            raise CheckFailed("the output of the sparse model differs", why, "report this with the model's name")
+        ratio = interleaved(
+            {"dense": partial(forward, dense, example), "sparse": partial(forward, made, example)}
+        ).ratio
+    elsewhere = any(not is_dense(v.choice) for layer in layers for v in layer.verdicts[:-1] if not v.problem.image)
+    if ratio.faster or (elsewhere and not ratio.slower and ratio.value > 0.97):
+        return ratio, difference, ""
+    return ratio, difference, f"the whole model stays dense: {ratio.verdict} on the example"
+
+
+def interleaved(runs: Mapping[str, Callable[[], object]], *, seconds: float = 4.0) -> Comparison:
+    """A comparison of at least 9 rounds, and of more while a call is quick."""
+    clock = own_clock()
+    start = clock()
+    for run in runs.values():
+        run()
+    once = clock() - start
+    return compare_latency(runs, rounds=min(41, max(9, round(seconds / max(once, 1e-3)))), warmup=1, clock=clock)
+
+
+def _none(layers: tuple[Layer, ...]) -> str:
+    if not layers:
+        return "the model has no linear layer and no convolution that could skip zeros"
+    return "no layer is faster without its zeros" if any(layer.verdicts for layer in layers) else layers[0].why
+
+
+def _phrase(verdict: Verdict) -> str:
+    best = "" if verdict.ratio is None else f" {verdict.ratio.value:.2f}x"
+    return f"{verdict.problem.size}: {spell(verdict.best or verdict.choice)}{best}"
+
+
+def check_request(tokens: Sequence[int], seconds: float) -> None:
+    """Errors: RequestError for sizes or seconds out of range."""
+    if any(type(number) is not int or number < 1 for number in tokens):
+        raise RequestError(f"tokens={list(tokens)!r} is out of range", "whole numbers of at least 1")
+    if not 0 < seconds < math.inf:
+        raise RequestError(f"seconds={seconds!r} is out of range", "a positive number")

@@ -1,0 +1,208 @@
+"""Layers whose zeros are skipped. Modules like any other: copied, saved, compiled, and dense where they have to be."""
+
+from __future__ import annotations
+
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from prunella.errors import RequestError
+from prunella.realize.storage import Format, encode
+from prunella.runtime import operators
+from prunella.runtime.choice import Geometry, Route, Table, is_dense
+from prunella.runtime.native import Activation
+from prunella.runtime.store import ACTIVATE, Store, laid_out, run_linear, unpacked
+
+_PLAIN = (Tensor, nn.Parameter)
+
+
+def _quick(x: Tensor, values: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> bool:
+    """Whether a kernel may run: float32 on the CPU, no gradient wanted, no autocast. Called for every token, so short."""
+    if x.dtype is not torch.float32 or values.dtype is not torch.float32 or not (x.is_cpu and values.is_cpu):
+        return False
+    if residual is not None and (residual.dtype is not torch.float32 or not residual.is_cpu):
+        return False
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, values, bias, residual)):
+        return False
+    return not torch.is_autocast_enabled("cpu")
+
+
+def _wanted(parts: list[Tensor]) -> bool:
+    return torch.is_grad_enabled() and any(part.requires_grad for part in parts)
+
+
+def _direct(x: Tensor) -> bool:
+    """Whether the call may go round the dispatcher: no compiler, and no tensor that only pretends."""
+    return type(x) in _PLAIN and not torch.compiler.is_compiling()
+
+
+def canonical(weight: Tensor) -> tuple[nn.Parameter, Tensor]:
+    """The values of a matrix that are not zero, and one bit for each weight."""
+    if not weight.numel() or weight.dim() != 2:
+        raise RequestError(f"a weight of shape {tuple(weight.shape)} has no zeros to skip", "a matrix is needed")
+    parts = encode(weight, Format.BITMASK).parts
+    return nn.Parameter(parts["values"].clone(), requires_grad=False), parts["bits"]
+
+
+@final
+class SparseLinear(nn.Module):
+    """`y = activation(x W^T + b + residual)` without the zeros of `W (out, in)`; x `(..., in)`.
+
+    `values` and `bits` are what a state dict has. The kernel depends on the number of tokens (`table`). Dense code runs
+    instead where gradients are wanted, for other types and devices, and where x is not finite.
+    activation_path: where the dense model has it, if a module does it there.
+    """
+
+    bits: Tensor
+
+    def __init__(
+        self,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        *,
+        table: Table,
+        activation: Activation = Activation.NONE,
+        activation_path: str = "",
+        transposed: bool = False,
+    ) -> None:
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        self.values, bits = canonical(weight)
+        self.register_buffer("bits", bits)
+        self.bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
+        self.activation, self.activation_path, self.transposed = activation, activation_path, transposed
+        self.store = Store((self.out_features, self.in_features), table, activation)
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight with its zeros, as the dense layer has it."""
+        return self.matrix().t() if self.transposed else self.matrix()
+
+    def matrix(self) -> Tensor:
+        """The weight `(out, in)`."""
+        shape = (self.out_features, self.in_features)
+        if (torch.is_grad_enabled() and self.values.requires_grad) or torch.compiler.is_compiling():
+            return unpacked(self.values, self.bits, shape)
+        made: Tensor = self.store.get(
+            Route.TORCH, (self.values, self.bits), lambda: unpacked(self.values, self.bits, shape)
+        )
+        return made
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """x `(..., in)`, residual `(..., out)` -> `(..., out)`."""
+        if not _quick(x, self.values, self.bias, residual):
+            y = functional.linear(x, self.matrix(), self.bias)
+            return ACTIVATE[self.activation](y if residual is None else y + residual)
+        if _direct(x):
+            return operators.linear(self.store, x, self.values, self.bits, self.bias, residual)
+        made: Tensor = operators.sparse_linear(
+            x, self.values, self.bits, self.bias, residual, self.out_features, self.store.key
+        )
+        return made
+
+    def extra_repr(self) -> str:
+        """Sizes and the part of the weight that is zero."""
+        part = 1 - self.values.numel() / (self.in_features * self.out_features)
+        return f"{self.in_features}, {self.out_features}, {part:.1%} zeros, activation={self.activation.value}"
+
+
+@final
+class SparseConv2d(nn.Module):
+    """`y = activation(norm(conv(x, W) + b) + residual)` without the zeros of `W (out, in, h, w)`, for one group.
+
+    norm: a batch norm in eval mode, multiplied into the weight where the kernel gets it; its own tensors stay.
+    norm_path: where the dense model has it.
+    """
+
+    bits: Tensor
+
+    def __init__(
+        self,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        *,
+        geometry: Geometry,
+        table: Table,
+        norm: nn.BatchNorm2d | None = None,
+        norm_path: str = "",
+        activation: Activation = Activation.NONE,
+    ) -> None:
+        super().__init__()
+        self.shape = tuple(weight.shape)
+        self.values, bits = canonical(weight.reshape(len(weight), -1))
+        self.register_buffer("bits", bits)
+        self.bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
+        self.norm, self.norm_path, self.activation, self.geometry = norm, norm_path, activation, geometry
+        self.store = Store(self.shape, table, activation, geometry)
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight with its zeros, as the dense layer has it."""
+        out, *rest = self.shape
+        wide = rest[0] * rest[1] * rest[2]
+        return unpacked(self.values, self.bits, (out, wide)).reshape(self.shape)
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """x `(batch, in, h, w)`, residual as the output."""
+        parts = self.parts()
+        norm_in_training = self.norm is not None and self.norm.training
+        if norm_in_training or _wanted(parts) or x.dim() != 4 or not _quick(x, self.values, self.bias, residual):
+            return self._dense(x, residual)
+        eps = 0.0 if self.norm is None else self.norm.eps
+        if _direct(x):
+            return operators.conv2d(self.store, x, self.values, self.bits, self.bias, residual, parts, eps)
+        made: Tensor = operators.sparse_conv2d(
+            x, self.values, self.bits, self.bias, residual, parts, eps, self.shape[0], self.store.key,
+            operators.numbers(self.geometry),
+        )  # fmt: skip
+        return made
+
+    def parts(self) -> list[Tensor]:
+        """Mean, variance, scale and shift of the batch norm, or nothing."""
+        norm = self.norm
+        if norm is None:
+            return []
+        mean, variance = norm.running_mean, norm.running_var
+        assert mean is not None and variance is not None  # fusing looked
+        scale = torch.ones_like(mean) if norm.weight is None else norm.weight
+        return [mean, variance, scale, torch.zeros_like(mean) if norm.bias is None else norm.bias]
+
+    def _dense(self, x: Tensor, residual: Tensor | None) -> Tensor:
+        g = self.geometry
+        y = functional.conv2d(x, self.weight, self.bias, g.stride, g.padding, g.dilation)
+        y = y if self.norm is None else self.norm(y)
+        return ACTIVATE[self.activation](y if residual is None else y + residual)
+
+    def extra_repr(self) -> str:
+        """Sizes and the part of the weight that is zero."""
+        out, wide, *kernel = self.shape
+        part = 1 - self.values.numel() / (out * wide * kernel[0] * kernel[1])
+        return f"{wide}, {out}, kernel={tuple(kernel)}, {part:.1%} zeros, activation={self.activation.value}"
+
+
+@final
+class FastLinear(nn.Module):
+    """A dense linear layer by the quicker of torch's two kernels for each number of tokens; keys as in nn.Linear."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None, *, table: Table) -> None:
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        self.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)
+        self.bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
+        if not all(is_dense(choice) for _, choice in table.entries):
+            raise RequestError("a dense layer runs no sparse kernel", "the table names one", "use SparseLinear")
+        self.store = Store((self.out_features, self.in_features), table, Activation.NONE)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x `(..., in)` -> `(..., out)`."""
+        if not (_direct(x) and x.numel() and _quick(x, self.weight, self.bias)):
+            return functional.linear(x, self.weight, self.bias)
+        choice = self.store.choice(x.numel() // self.in_features)
+        held: Any = self.store.get(choice, (self.weight,), lambda: laid_out(self.weight, choice))
+        return run_linear(choice, held, x, self.bias, None, Activation.NONE)
+
+    def extra_repr(self) -> str:
+        """Sizes."""
+        return f"{self.in_features}, {self.out_features}"

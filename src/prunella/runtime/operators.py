@@ -1,0 +1,123 @@
+"""What the layers run: a plain call in eager mode, and a custom operator under compilers and fake tensors.
+
+The operators take the canonical weight as tensors, so that a compiled graph knows what it reads; the number of a store
+leads to the layout that a kernel wants.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prunella.runtime.choice import Geometry, Route, is_dense
+from prunella.runtime.store import Store, finite, laid_out, run_conv, run_linear, store, unpacked
+
+
+def linear(
+    held: Store, x: Tensor, values: Tensor, bits: Tensor, bias: Tensor | None, residual: Tensor | None
+) -> Tensor:
+    """A linear layer by the choice for this number of tokens."""
+    rows, wide = held.matrix
+    size = x.numel() // wide if x.dim() and x.shape[-1] == wide else 0
+    choice = held.choice(size)
+    if not is_dense(choice) and not finite(x):
+        choice = Route.TORCH
+    weight = held.get(choice, (values, bits), lambda: laid_out(unpacked(values, bits, (rows, wide)), choice))
+    return run_linear(choice, weight, x, bias, residual, held.activation)
+
+
+def conv2d(
+    held: Store, x: Tensor, values: Tensor, bits: Tensor, bias: Tensor | None, residual: Tensor | None,
+    norm: Sequence[Tensor], eps: float,
+) -> Tensor:  # fmt: skip
+    """A convolution by the choice for this number of output positions."""
+    geometry = held.geometry
+    assert geometry is not None  # a convolution's store has one
+    high, wide = geometry.positions((x.shape[2], x.shape[3]))
+    size = x.shape[0] * high * wide if x.shape[1] == held.shape[1] else 0
+    choice = held.choice(size)
+    if not is_dense(choice) and not finite(x):
+        choice = Route.TORCH
+
+    def make() -> tuple[Any, Tensor | None]:
+        matrix, shift = folded(unpacked(values, bits, held.matrix), bias, norm, eps)
+        return laid_out(matrix, choice), shift
+
+    weight, shift = held.get(choice, (values, bits, bias, *norm), make)
+    return run_conv(choice, weight, x, shift, residual, held.activation, geometry, held.shape[1])
+
+
+def folded(matrix: Tensor, bias: Tensor | None, norm: Sequence[Tensor], eps: float) -> tuple[Tensor, Tensor | None]:
+    """A batch norm in eval mode multiplied into the weight and bias before it: `s = scale / sqrt(variance + eps)`."""
+    if not norm:
+        return matrix, bias
+    mean, variance, scale, shift = (part.double() for part in norm)
+    factor = scale / (variance + eps).sqrt()
+    start = -mean if bias is None else bias.double() - mean
+    return (matrix.double() * factor[:, None]).to(matrix.dtype), (start * factor + shift).to(matrix.dtype)
+
+
+def _sparse_linear(
+    x: torch.Tensor,
+    values: torch.Tensor,
+    bits: torch.Tensor,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    rows: int,
+    key: int,
+) -> torch.Tensor:
+    return linear(store(key), x, values, bits, bias, residual).contiguous()
+
+
+def _sparse_conv2d(
+    x: torch.Tensor,
+    values: torch.Tensor,
+    bits: torch.Tensor,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    norm: Sequence[torch.Tensor],
+    eps: float,
+    rows: int,
+    key: int,
+    geometry: Sequence[int],
+) -> torch.Tensor:
+    y = conv2d(store(key), x, values, bits, bias, residual, norm, eps)
+    return y.contiguous(memory_format=_format(x))
+
+
+sparse_linear: Any = torch.library.custom_op("prunella::sparse_linear", _sparse_linear, mutates_args=())
+sparse_conv2d: Any = torch.library.custom_op("prunella::sparse_conv2d", _sparse_conv2d, mutates_args=())
+
+
+@sparse_linear.register_fake  # type: ignore[untyped-decorator]
+def _(
+    x: Tensor, values: Tensor, bits: Tensor, bias: Tensor | None, residual: Tensor | None, rows: int, key: int
+) -> Tensor:
+    return x.new_empty((*x.shape[:-1], rows))
+
+
+@sparse_conv2d.register_fake  # type: ignore[untyped-decorator]
+def _(
+    x: Tensor, values: Tensor, bits: Tensor, bias: Tensor | None, residual: Tensor | None, norm: Sequence[Tensor],
+    eps: float, rows: int, key: int, geometry: Sequence[int],
+) -> Tensor:  # fmt: skip
+    high, wide = _geometry(geometry).positions((x.shape[2], x.shape[3]))
+    return x.new_empty((x.shape[0], rows, high, wide)).contiguous(memory_format=_format(x))
+
+
+def numbers(geometry: Geometry) -> list[int]:
+    """A geometry as the operator takes it."""
+    return [*geometry.kernel, *geometry.stride, *geometry.padding, *geometry.dilation]
+
+
+def _geometry(given: Sequence[int]) -> Geometry:
+    a, b, c, d, e, f, g, h = given
+    return Geometry((a, b), (c, d), (e, f), (g, h))
+
+
+def _format(x: Tensor) -> torch.memory_format:
+    last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    return torch.channels_last if last else torch.contiguous_format

@@ -1,0 +1,229 @@
+"""Which choice is quickest for a layer, measured here and now, the best dense operation always among the candidates."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from prunella.errors import PruningError
+from prunella.runtime import native
+from prunella.runtime.choice import Choice, Geometry, Problem, Route, Table, is_dense
+from prunella.runtime.layers import FastLinear, SparseConv2d, SparseLinear
+from prunella.runtime.native import Config, Kind, Precision
+from prunella.timing import Ratio, compare_latency, own_clock
+
+Run = Callable[[], object]
+BLOCKS = {16: Kind.BLOCK16, 8: Kind.BLOCK8, 4: Kind.BLOCK4}
+DECODE = 8
+"""Up to so many tokens a weight is read once and the kernels for decoding are worth a try."""
+_CLOSE = 1.3
+_LEAST_ROUNDS, _FEW = 9, 5
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What won for one problem. ratio: of the best candidate that skips zeros, against the best dense one."""
+
+    problem: Problem
+    choice: Choice
+    best: Choice | None = None
+    ratio: Ratio | None = None
+
+
+@dataclass
+class Tuner:
+    """Measures each kind of layer once: those of one shape, density and problem share a verdict.
+
+    precision: candidates are of float32 and of this. seconds: of one kind of layer, for all its problems.
+    """
+
+    precision: Precision = Precision.FP32
+    seconds: float = 1.0
+    seed: int = 0
+    known: dict[tuple[object, ...], Verdict] = field(default_factory=dict)
+
+    def linear(self, weight: Tensor, bias: Tensor | None, problems: tuple[Problem, ...]) -> tuple[Verdict, ...]:
+        """The verdicts on a linear layer with this weight `(out, in)`."""
+        each, held = self.seconds / len(problems), dict[Choice, nn.Module]()
+        return tuple(self._once(weight, bias, problem, None, each, held) for problem in problems)
+
+    def conv(
+        self, weight: Tensor, bias: Tensor | None, geometry: Geometry, problems: tuple[Problem, ...]
+    ) -> tuple[Verdict, ...]:
+        """The verdicts on a convolution with this weight `(out, in, h, w)`."""
+        each, held = self.seconds / len(problems), dict[Choice, nn.Module]()
+        return tuple(self._once(weight, bias, problem, geometry, each, held) for problem in problems)
+
+    def _once(
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+        problem: Problem,
+        geometry: Geometry | None,
+        seconds: float,
+        held: dict[Choice, nn.Module],
+    ) -> Verdict:
+        matrix = weight.reshape(len(weight), -1)
+        like = (tuple(weight.shape), round(density(matrix), 2), blocks_of(matrix), bias is None, geometry, problem)
+        if like not in self.known:
+            runs = candidates(weight, bias, problem, geometry, self.precision, self.seed, held)
+            self.known[like] = decide(runs, problem, seconds, self.seed)
+        return self.known[like]
+
+
+def density(matrix: Tensor) -> float:
+    """Part of the weights that is not zero."""
+    return int(torch.count_nonzero(matrix)) / max(1, matrix.numel())
+
+
+def blocks_of(matrix: Tensor) -> int:
+    """The largest of 16, 8, 4 such that so many rows below each other have their zeros in the same columns, else 1."""
+    some = matrix != 0
+    for rows in BLOCKS:
+        if len(matrix) % rows == 0:
+            tiles = some.reshape(-1, rows, some.shape[1])
+            if bool((tiles == tiles[:, :1]).all()):
+                return rows
+    return 1
+
+
+def configs(matrix: Tensor, tokens: int, precision: Precision) -> list[Config]:
+    """The kernels to try for a matrix `(out, in)`."""
+    if not native.available():
+        return []
+    rows, wide = matrix.shape
+    found = list(native.configs((rows, wide), density(matrix), tokens))
+    fits = blocks_of(matrix)
+    found = [c for c in found if c.kind not in BLOCKS.values() or c.kind is BLOCKS.get(fits)]
+    if fits > 1 and not any(c.kind is BLOCKS[fits] for c in found):
+        found.insert(0, Config(BLOCKS[fits]))
+    if precision is Precision.FP32:
+        return [c for c in found if c.precision is Precision.FP32]
+    exact = [c for c in found if c.precision is Precision.FP32]
+    coarse = [replace(c, precision=precision) for c in exact if _has(c.kind, precision)]
+    return list(dict.fromkeys([*coarse, *exact]))
+
+
+def _has(kind: Kind, precision: Precision) -> bool:
+    """int8 is for reading weights when decoding: elsewhere it gains nothing."""
+    return precision is not Precision.INT8 or kind is Kind.DECODE
+
+
+def candidates(
+    weight: Tensor,
+    bias: Tensor | None,
+    problem: Problem,
+    geometry: Geometry | None,
+    precision: Precision,
+    seed: int,
+    held: dict[Choice, nn.Module],
+) -> dict[Choice, Run]:
+    """Choice -> a call of the layer on noise of the problem's size. What cannot be laid out is left out.
+
+    held: the layers made so far; further ones are added.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    matrix = weight.detach().reshape(len(weight), -1)
+    bias = None if bias is None else bias.detach()
+    shape = problem.image or (problem.size, matrix.shape[1])
+    x = torch.randn(shape, generator=generator)
+    routes: list[Route] = [Route.TORCH] if geometry else [Route.TORCH, *_onednn(), Route.CSR]
+    made: dict[Choice, Run] = {}
+    choices: list[Choice] = [*routes, *configs(matrix, problem.size, precision)]
+    for choice in choices:
+        run = _call(choice, weight.detach(), x, bias, geometry, held)
+        try:
+            run()
+        except PruningError:  # a kernel says that it does not do this
+            continue
+        made[choice] = run
+    return made
+
+
+def candidates_dense(weight: Tensor, bias: Tensor | None, problem: Problem, seed: int) -> dict[Choice, Run]:
+    """The dense candidates of a linear layer."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn((problem.size, weight.shape[1]), generator=generator)
+    return {choice: _call(choice, weight, x, bias, None, {}) for choice in (Route.TORCH, *_onednn())}
+
+
+def _call(
+    choice: Choice,
+    weight: Tensor,
+    x: Tensor,
+    bias: Tensor | None,
+    geometry: Geometry | None,
+    held: dict[Choice, nn.Module],
+) -> Run:
+    """The layer by a choice, as a model would call it: all that a module costs is measured too."""
+    if choice is Route.TORCH and geometry is None:
+        return partial(functional.linear, x, weight, bias)
+    if choice is Route.TORCH and geometry is not None:
+        return partial(functional.conv2d, x, weight, bias, geometry.stride, geometry.padding, geometry.dilation)
+    if choice not in held:
+        table = Table(((1, choice),))
+        if geometry is not None:
+            held[choice] = SparseConv2d(weight, bias, geometry=geometry, table=table).eval()
+        elif is_dense(choice):
+            held[choice] = FastLinear(weight, bias, table=table).eval()
+        else:
+            held[choice] = SparseLinear(weight, bias, table=table).eval()
+    return partial(held[choice], x)
+
+
+def _onednn() -> Iterator[Route]:
+    """oneDNN's linear, where this build of torch has it."""
+    if torch._C._has_mkldnn and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        yield Route.ONEDNN
+
+
+def decide(
+    runs: Mapping[Choice, Run],
+    problem: Problem,
+    seconds: float,
+    seed: int,
+    base: Callable[[Choice], bool] = is_dense,
+) -> Verdict:
+    """The quickest candidate; one that is not of the base (dense, unless said otherwise) wins only where that is sure.
+
+    Slow candidates are dropped early; the best of the base and the best of the others then meet in interleaved rounds.
+    """
+    with torch.inference_mode():
+        best = _sieve(runs, seconds / 2, base)
+        first = min((c for c in best if base(c)), key=best.__getitem__)
+        rival = min((c for c in best if not base(c)), key=best.__getitem__, default=None)
+        if rival is None or best[rival] > _CLOSE * best[first]:
+            ratio = None if rival is None else Ratio(*[best[first] / best[rival]] * 3)
+            return Verdict(problem, first, rival, ratio)
+        pair = {"base": runs[first], "rival": runs[rival]}
+        spent = best[first] + best[rival]
+        plain = best[first] > _CLOSE * best[rival]  # then few rounds are enough
+        rounds = _FEW if plain else min(101, max(_LEAST_ROUNDS, round(seconds / 2 / max(spent, 4e-3))))
+        ratio = compare_latency(pair, rounds=rounds, warmup=1, seed=seed, clock=own_clock()).ratio
+    return Verdict(problem, rival if ratio.faster else first, rival, ratio)
+
+
+def _sieve(runs: Mapping[Choice, Run], seconds: float, base: Callable[[Choice], bool]) -> dict[Choice, float]:
+    """Seconds of the best call of each candidate, measured in turns; those far behind get no more turns."""
+    clock = own_clock()
+
+    def once(run: Run) -> float:
+        start = clock()
+        run()
+        return max(clock() - start, 1e-9)
+
+    best = {choice: min(once(run), once(run)) for choice, run in runs.items()}
+    start = time.perf_counter()
+    for _ in range(50):
+        near = {side: min(t for c, t in best.items() if base(c) == side) for side in set(map(base, best))}
+        for choice in [c for c, t in best.items() if t < _CLOSE * near[base(c)]]:
+            best[choice] = min(best[choice], once(runs[choice]))
+        if time.perf_counter() - start > seconds:
+            break
+    return best

@@ -1,0 +1,41 @@
+"""The stand-in for the kernels, and a decision that needs no clock."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pytest
+
+from prunella.runtime import convert, fast, tune
+from prunella.runtime.choice import Choice, Problem, is_dense
+from prunella.runtime.tune import Verdict
+from prunella.timing import Ratio
+from tests.runtime import standin
+
+
+@pytest.fixture
+def kernels(monkeypatch: pytest.MonkeyPatch) -> standin.Calls:
+    """Kernels are there, and what they were called for."""
+    return standin.install(monkeypatch)
+
+
+@pytest.fixture
+def eager_to_skip(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first candidate that is not of the base always wins, and the whole model is always faster."""
+
+    def decide(
+        runs: Mapping[Choice, Any], problem: Problem, seconds: float, seed: int,
+        base: Callable[[Choice], bool] = is_dense,
+    ) -> Verdict:  # fmt: skip
+        others = [choice for choice in runs if not base(choice)]
+        best = others[-1] if others else next(iter(runs))
+        return Verdict(problem, best, best, Ratio(2.0, 1.9, 2.1))
+
+    class Always:
+        ratio = Ratio(2.0, 1.9, 2.1)
+
+    for module in (tune, fast):
+        monkeypatch.setattr(module, "decide", decide)
+    for module in (convert, fast):
+        monkeypatch.setattr(module, "interleaved", lambda runs: Always())

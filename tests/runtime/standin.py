@@ -1,0 +1,70 @@
+"""The kernels' interface in a few lines of torch, so that the layers above it are tested without the library.
+
+A packed weight here is the dense one, and zeros are multiplied; only infinities show it, which is what a test wants.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from prunella.runtime import native
+from prunella.runtime.native import Activation, Config, Kind, Precision
+from prunella.runtime.store import ACTIVATE
+
+
+@dataclass(frozen=True)
+class Held:
+    """A packed weight."""
+
+    matrix: Tensor
+    config: Config
+    nbytes: int = 0
+
+
+class Calls(list[str]):
+    """Names of what was called, in order."""
+
+
+def install(monkeypatch: pytest.MonkeyPatch) -> Calls:
+    """Put the stand-in in place of the library, and list the calls."""
+    calls = Calls()
+
+    def pack(weight: Tensor, config: Config) -> Any:
+        calls.append(f"pack {config.kind.value}")
+        return Held(weight.detach().clone(), config)
+
+    def linear(packed: Held, x: Tensor, bias: Any = None, residual: Any = None,
+               activation: Activation = Activation.NONE) -> Tensor:  # fmt: skip
+        calls.append(f"linear {packed.config.kind.value} {packed.config.precision.value}")
+        assert torch.isfinite(x).all()
+        y = functional.linear(x, packed.matrix, bias)
+        return ACTIVATE[activation](y if residual is None else y + residual)
+
+    def conv2d(packed: Held, x: Tensor, kernel: Any, bias: Any = None, residual: Any = None,
+               activation: Activation = Activation.NONE, *, stride: Any, padding: Any,
+               dilation: Any) -> Tensor:  # fmt: skip
+        calls.append(f"conv2d {packed.config.kind.value}")
+        weight = packed.matrix.reshape(len(packed.matrix), -1, *kernel)
+        y = functional.conv2d(x, weight, bias, stride, padding, dilation)
+        return ACTIVATE[activation](y if residual is None else y + residual)
+
+    def configs(shape: tuple[int, int], density: float, tokens: int) -> tuple[Config, ...]:
+        return (Config(Kind.DECODE),) if tokens <= 8 else (Config(Kind.ROWS), Config(Kind.GROUPS))
+
+    for name, value in {
+        "available": lambda: True, "isa": lambda: "standin", "tiers": lambda: ("standin",),
+        "configs": configs, "pack": pack, "linear": linear, "conv2d": conv2d,
+    }.items():  # fmt: skip
+        monkeypatch.setattr(native, name, value)
+    return calls
+
+
+def bf16(config: Config) -> Config:
+    """The same kernel in bfloat16."""
+    return Config(config.kind, Precision.BF16, config.rows, config.tile, config.depth)

@@ -1,0 +1,393 @@
+"""`sparse` keeps what is faster, says so, and gives a model that computes the same."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+
+import prunella as pr
+from prunella.errors import CheckFailed, RequestError
+from prunella.runtime import convert, native, tune
+from prunella.runtime.choice import Problem, Route, from_json, spell, to_json
+from prunella.runtime.fuse import Fused, fuse_, traced
+from prunella.runtime.layers import FastLinear, SparseConv2d, SparseLinear
+from prunella.runtime.native import Activation, Config, Kind, Precision
+from prunella.runtime.tune import Tuner, blocks_of, configs, decide
+from prunella.timing import Ratio
+from tests.runtime.standin import Calls
+
+
+def sown(model: nn.Module, part: float = 0.8, seed: int = 0) -> nn.Module:
+    """The model in eval mode with so many of its weights zero, and batch norms that do something."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() > 1 and "embed" not in name and "wte" not in name:
+                parameter.mul_(torch.rand(parameter.shape, generator=generator) > part)
+        for _, tensor in [*model.named_buffers(), *model.named_parameters()]:
+            if tensor.is_floating_point() and tensor.dim() == 1:
+                tensor.copy_(torch.rand(tensor.shape, generator=generator) + 0.5)
+    return model.eval()
+
+
+def mlp() -> nn.Module:
+    torch.manual_seed(0)
+    return sown(nn.Sequential(nn.Linear(12, 16), nn.GELU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 5)))
+
+
+class Block(nn.Module):
+    """A residual block as ResNet has it: convolution, norm, in-place ReLU, a shortcut that is added in place."""
+
+    def __init__(self, wide: int = 8, *, tangled: bool = False) -> None:
+        super().__init__()
+        self.one, self.first = nn.Conv2d(wide, wide, 3, padding=1, bias=False), nn.BatchNorm2d(wide)
+        self.two, self.second = nn.Conv2d(wide, wide, 1), nn.BatchNorm2d(wide)
+        self.side, self.act, self.tangled = nn.Conv2d(wide, wide, 1), nn.ReLU(inplace=True), tangled
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.act(self.first(self.one(x)))
+        z = self.second(self.two(y))
+        z += self.side(x)
+        return self.act(z) + y if self.tangled else self.act(z)
+
+
+def net(*, tangled: bool = False) -> nn.Module:
+    torch.manual_seed(0)
+    return sown(nn.Sequential(Block(tangled=tangled), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4)))
+
+
+X, IMAGE = torch.linspace(-1, 1, 6 * 12).view(6, 12), torch.linspace(-2, 2, 2 * 8 * 25).view(2, 8, 5, 5)
+
+
+@pytest.mark.usefixtures("eager_to_skip", "kernels")
+@pytest.mark.parametrize(("make", "x"), [(mlp, X), (net, IMAGE), (lambda: net(tangled=True), IMAGE)])
+@pytest.mark.parametrize("fuse", [True, False])
+def test_the_output_is_that_of_the_dense_model(make: Callable[[], nn.Module], x: Tensor, fuse: bool) -> None:
+    model = make()
+    before = copy.deepcopy(model.state_dict())
+    made = pr.sparse(model, x, fuse=fuse)
+    other = x.flip(0).repeat(2, *[1] * (x.dim() - 1))
+    for given in (x, other):
+        with torch.no_grad():
+            want = copy.deepcopy(model).double()(given.double())
+            torch.testing.assert_close(made(given).double(), want, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(copy.deepcopy(made)(given), made(given))
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in before.items())
+    record = pr.sparsified(made)
+    assert record.kept and record.difference < 1e-5 and len(record.replaced) == len(record.layers) >= 3
+    assert isinstance(made, GraphModule) == fuse and pr.sparsified(copy.deepcopy(made)) == record
+    assert not any(isinstance(module, nn.Linear | nn.Conv2d) for module in made.modules())
+
+
+@pytest.mark.usefixtures("eager_to_skip", "kernels")
+def test_what_follows_a_layer_alone_joins_it() -> None:
+    made = pr.sparse(net(), IMAGE)
+    block = made.get_submodule("0")
+    one, two, side = (getattr(block, name) for name in ("one", "two", "side"))
+    assert one.norm_path == "0.first" and one.activation is Activation.RELU
+    assert two.norm_path == "0.second" and two.activation is Activation.RELU
+    assert side.norm is None and side.activation is Activation.NONE
+    steps = [str(node.target) for node in made.graph.nodes if node.op == "call_module"]  # type: ignore[union-attr]
+    assert steps == ["0.one", "0.side", "0.two", "1", "2", "3"]
+
+
+@pytest.mark.usefixtures("eager_to_skip", "kernels")
+def test_what_is_read_twice_does_not_join() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = nn.Linear(12, 12), nn.Linear(12, 12)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.up(x)
+            return torch.relu(y) + self.down(torch.relu(self.down(y)))
+
+    torch.manual_seed(0)
+    model = sown(Twice())
+    made = pr.sparse(model, X)
+    assert made.get_submodule("up").activation is Activation.NONE  # `y` has two readers
+    assert made.get_submodule("down").activation is Activation.NONE  # called twice
+    torch.testing.assert_close(made(X), model(X))
+
+
+@pytest.mark.usefixtures("eager_to_skip", "kernels")
+def test_a_residual_of_another_shape_or_a_changed_input_does_not_join() -> None:
+    class Wide(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.other = nn.Linear(12, 12), nn.Linear(12, 12)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.up(x) + x[:1]
+            x = x * 1
+            z = self.other(x)
+            x.add_(1)
+            return torch.relu(y + (z + x))
+
+    torch.manual_seed(0)
+    model = sown(Wide())
+    torch.testing.assert_close(pr.sparse(model, X)(X), model(X))
+    torch.testing.assert_close(pr.sparse(model, X[:1])(X), model(X))
+
+
+def test_gelu_by_tanh_is_another_function() -> None:
+    layers = nn.Sequential(nn.Linear(12, 12), nn.GELU(approximate="tanh")).eval()
+    program = traced(layers, {"0": layers[0]}, X)
+    assert program is not None
+    seen: list[Fused] = []
+    fuse_(program, lambda name, fused: seen.append(fused), {"0": layers[0]})  # type: ignore[func-returns-value]
+    assert seen == [Fused()]
+
+
+class Branch(nn.Module):
+    """A feed-forward block behind a branch that only eager code takes; `leak` lets the middle out."""
+
+    def __init__(self, leak: str = "") -> None:
+        super().__init__()
+        self.up, self.act, self.down, self.leak = nn.Linear(12, 16), nn.SiLU(), nn.Linear(16, 12), leak
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = self.up(x if x.sum() < 1e9 else -x)
+        z = self.act(y)
+        z = self.act(self.down(z)) if self.leak == "twice" else self.down(z)
+        z = z + y[:, :12] if self.leak == "read" else z
+        return z, y if self.leak == "returned" else z
+
+
+@pytest.mark.parametrize(("leak", "joined"), [("", ["act"]), ("twice", []), ("read", []), ("returned", [])])
+@pytest.mark.usefixtures("eager_to_skip", "kernels")
+def test_an_activation_that_alone_reads_a_layer_joins_it(leak: str, joined: list[str]) -> None:
+    torch.manual_seed(0)
+    model = sown(Branch(leak))
+    made = pr.sparse(model, X)
+    assert [m.activation_path for m in made.modules() if isinstance(m, SparseLinear) and m.activation_path] == joined
+    for one, other in zip(made(X), model(X), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_nothing_is_kept_that_is_not_faster(kernels: Calls, monkeypatch: pytest.MonkeyPatch) -> None:
+    def slow(packed: Any, x: Tensor, *rest: Any) -> Tensor:
+        return x.new_zeros(*x.shape[:-1], len(packed.matrix)).add(sum(float(x.sum()) for _ in range(300)))
+
+    monkeypatch.setattr(native, "linear", slow)
+    monkeypatch.setattr(tune, "_onednn", lambda: iter(()))
+    made = pr.sparse(mlp(), X, seconds=0.05)
+    record = pr.sparsified(made)
+    skips = {v.choice for layer in record.layers for v in layer.verdicts} - {Route.TORCH, Route.CSR}
+    assert not skips and all(layer.verdicts for layer in record.layers)
+
+
+FASTER, SAME, SLOWER = Ratio(1.2, 1.1, 1.3), Ratio(1.0, 0.9, 1.1), Ratio(0.8, 0.7, 0.9)
+
+
+@pytest.mark.usefixtures("eager_to_skip", "kernels")
+@pytest.mark.parametrize(("make", "x", "ratio", "kept"), [
+    (lambda: sown(Block()), IMAGE, FASTER, True), (lambda: sown(Block()), IMAGE, SAME, False),
+    (lambda: sown(Block()), IMAGE, SLOWER, False),
+    (mlp, X, SAME, True),  # other numbers of tokens gain, this one loses nothing
+    (mlp, X, SLOWER, False), (mlp, X[:1], SAME, False),
+])  # fmt: skip
+def test_a_whole_model_that_is_not_faster_stays_dense(
+    monkeypatch: pytest.MonkeyPatch, make: Callable[[], nn.Module], x: Tensor, ratio: Ratio, kept: bool
+) -> None:
+    class Measured:
+        def __init__(self) -> None:
+            self.ratio = ratio
+
+    monkeypatch.setattr(convert, "interleaved", lambda runs: Measured())
+    made = pr.sparse(make(), x, fuse=False)
+    record = pr.sparsified(made)
+    assert record.kept == kept == any(isinstance(module, SparseConv2d | SparseLinear) for module in made.modules())
+    assert kept or ("the whole model stays dense" in record.why and record.replaced == ())
+
+
+@pytest.mark.usefixtures("eager_to_skip")
+def test_a_kernel_that_computes_something_else_is_an_error(kernels: Calls, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = native.linear
+    monkeypatch.setattr(native, "linear", lambda *args: right(*args) * 1.1)
+    with pytest.raises(CheckFailed, match="the output of the sparse model differs"):
+        pr.sparse(mlp(), X)
+
+
+def test_without_kernels_torch_does_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "available", lambda: False)
+    torch.manual_seed(0)
+    model = sown(nn.Sequential(nn.Linear(256, 512), nn.ReLU(), nn.Linear(512, 64)), 0.98)
+    x = torch.randn(32, 256)
+    made = pr.sparse(model, x, seconds=0.1)
+    torch.testing.assert_close(made(x), model(x), rtol=1e-4, atol=1e-5)
+    record = pr.sparsified(made)
+    assert "none, only those of torch" in str(record)
+    choices = {v.choice for layer in record.layers for v in layer.verdicts}
+    assert choices <= {Route.TORCH, Route.ONEDNN, Route.CSR}
+
+
+@pytest.mark.usefixtures("eager_to_skip", "kernels")
+def test_layers_that_cannot_be_replaced_say_why() -> None:
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.full, self.idle, self.hooked = (nn.Linear(12, 12) for _ in range(3))
+            self.tied, self.twin = nn.Linear(12, 12), nn.Linear(12, 12)
+            self.wide = nn.Linear(12, 12)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.wide(self.twin(self.tied(self.hooked(self.full(x)))))
+
+    model = sown(Odd())
+    nn.init.ones_(model.full.weight)
+    model.twin.weight = model.tied.weight
+    model.hooked.register_forward_hook(lambda module, args, output: None)
+    record = pr.sparsified(pr.sparse(model, X))
+    why = {layer.name: layer.why for layer in record.layers}
+    assert why == {
+        "full": "it has hardly any zeros", "idle": "the example does not call it",
+        "hooked": "it has hooks or a parametrisation", "tied": "its weight is tied to another layer's",
+        "twin": "its weight is tied to another layer's", "wide": "",
+    }  # fmt: skip
+
+
+def test_a_model_that_cannot_be_followed_keeps_its_modules() -> None:
+    model = Branch()
+    assert traced(model, {"up": model.up}, X) is None
+
+
+def test_requests_that_make_no_sense() -> None:
+    with pytest.raises(RequestError, match="tokens"):
+        pr.sparse(mlp(), X, tokens=[0])
+    with pytest.raises(RequestError, match="seconds"):
+        pr.sparse(mlp(), X, seconds=-1.0)
+    with pytest.raises(RequestError, match="does not run on the example"):
+        pr.sparse(mlp(), X[:, :5])
+    with pytest.raises(RequestError, match="has no record"):
+        pr.sparsified(mlp())
+
+
+@pytest.mark.usefixtures("eager_to_skip")
+def test_coarser_kernels_only_if_asked(kernels: Calls) -> None:
+    pr.sparse(mlp(), X)
+    assert not any("bf16" in call or "int8" in call for call in kernels)
+    pr.sparse(mlp(), X, precision=Precision.INT8)
+    assert any("int8" in call for call in kernels)
+    matrix = torch.eye(32)
+    wanted = {(c.kind, c.precision) for c in configs(matrix, 64, Precision.BF16)}
+    assert (Kind.ROWS, Precision.BF16) in wanted and (Kind.ROWS, Precision.FP32) in wanted
+    assert not any(c.precision is Precision.INT8 for c in configs(matrix, 64, Precision.INT8))
+
+
+def test_fewer_tokens_than_the_example_brings_are_measured_too() -> None:
+    layer = nn.Linear(12, 12)
+    assert [p.size for p in convert.problems(layer, {(2, 3, 12)}, [100])] == [1, 2, 4, 6, 100]
+    assert [p.size for p in convert.problems(layer, {(200, 12)}, [])] == [1, 2, 4, 8, 32, 128, 200]
+    conv = nn.Conv2d(8, 8, 3, stride=2)
+    assert convert.problems(conv, {(2, 8, 5, 5)}, [7]) == (Problem(2 * 2 * 2, (2, 8, 5, 5)),)
+
+
+def test_blocks_are_seen(kernels: Calls) -> None:
+    mask = (torch.arange(6) % 2 == 0).expand(16, 6)
+    assert blocks_of(mask * 1.0) == 16
+    broken = mask.clone()
+    broken[8:, 1] = True
+    assert blocks_of(broken * 1.0) == 8
+    broken[3, 3] = True
+    assert blocks_of(broken * 1.0) == 1
+    kinds = [c.kind for c in configs(mask * 1.0, 64, Precision.FP32)]
+    assert kinds[0] is Kind.BLOCK16 and Kind.BLOCK8 not in kinds
+
+
+def test_the_quickest_of_each_side_meet() -> None:
+    def work(size: int) -> Callable[[], object]:
+        matrix = torch.ones(size, size)
+        return lambda: matrix @ matrix
+
+    runs = {Route.TORCH: work(200), Route.ONEDNN: work(260), Config(Kind.ROWS): work(280), Config(Kind.CSR): work(40)}
+    verdict = decide(runs, Problem(4), 0.1, 0)
+    assert verdict.choice == verdict.best == Config(Kind.CSR) and verdict.ratio is not None and verdict.ratio.low > 1
+    again = decide({c: runs[c] for c in (Route.TORCH, Config(Kind.ROWS))}, Problem(4), 0.1, 0)
+    assert again.choice is Route.TORCH and again.best == Config(Kind.ROWS)
+
+
+@pytest.mark.parametrize(("ratio", "wins"), [(Ratio(1.2, 1.1, 1.3), True), (Ratio(1.2, 0.9, 1.3), False)])
+def test_only_a_sure_gain_wins(monkeypatch: pytest.MonkeyPatch, ratio: Ratio, wins: bool) -> None:
+    class Measured:
+        def __init__(self) -> None:
+            self.ratio = ratio
+
+    monkeypatch.setattr(tune, "compare_latency", lambda *args, **kwargs: Measured())
+    monkeypatch.setattr(tune, "_sieve", lambda runs, seconds, base: dict.fromkeys(runs, 1.0))
+    rival = Config(Kind.ROWS)
+    verdict = decide({Route.TORCH: lambda: None, rival: lambda: None}, Problem(4), 0.1, 0)
+    assert verdict.choice == (rival if wins else Route.TORCH) and verdict.best == rival
+
+
+def test_alike_layers_are_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(tune, "candidates", lambda *args: asked.append(args) or {})
+    monkeypatch.setattr(tune, "decide", lambda runs, problem, seconds, seed: problem)
+    tuner, weight = Tuner(), torch.eye(8)
+    tuner.linear(weight, None, (Problem(1), Problem(2)))
+    tuner.linear(weight.flip(0), None, (Problem(2),))
+    tuner.linear(weight, torch.ones(8), (Problem(2),))
+    assert len(asked) == 3
+
+
+def test_choices_are_plain_data() -> None:
+    for choice in (*Route, Config(Kind.DECODE, Precision.INT8, 2, 8, 64)):
+        assert from_json(to_json(choice)) == choice and spell(choice)
+
+
+@pytest.mark.usefixtures("eager_to_skip")
+def test_gpt2_layers_and_generation_give_the_dense_tokens(kernels: Calls) -> None:
+    transformers = pytest.importorskip("transformers")
+    llama = transformers.LlamaConfig(
+        vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, max_position_embeddings=64, bos_token_id=0, eos_token_id=39, pad_token_id=39,
+    )  # fmt: skip
+    gpt2 = transformers.GPT2Config(
+        vocab_size=40, n_embd=16, n_layer=2, n_head=2, n_positions=64, bos_token_id=0, eos_token_id=39
+    )
+    for kind, config in ((transformers.LlamaForCausalLM, llama), (transformers.GPT2LMHeadModel, gpt2)):
+        torch.manual_seed(0)
+        model = sown(kind(config), 0.5)
+        ids = torch.arange(1, 8)[None]
+        kernels.clear()
+        made = pr.sparse(model, {"input_ids": ids, "use_cache": False})
+        assert type(made) is kind and sum(isinstance(m, SparseLinear) for m in made.modules()) >= 8
+        kernels.clear()
+        want, got = (m.generate(ids, max_new_tokens=6, do_sample=False, pad_token_id=39) for m in (model, made))
+        assert torch.equal(want, got) and any("linear decode" in call for call in kernels)
+
+
+@pytest.mark.usefixtures("eager_to_skip")
+def test_dense_fast_changes_linear_layers_only() -> None:
+    model = net()
+    x = IMAGE
+    made = pr.dense_fast(model, x)
+    assert isinstance(made.get_submodule("3"), FastLinear) and not any(
+        isinstance(m, SparseConv2d) for m in made.modules()
+    )
+    torch.testing.assert_close(made(x), model(x))
+    record = pr.sparsified(made)
+    assert record.replaced == ("3",) and "dense kernel" in str(record)
+    assert made.state_dict().keys() == model.state_dict().keys()
+
+
+def test_dense_fast_leaves_a_model_that_gains_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tune, "_onednn", lambda: iter(()))
+    record = pr.sparsified(pr.dense_fast(mlp(), X, seconds=0.02))
+    assert not record.replaced and "by itself" in record.why
+
+
+def test_a_compiler_takes_the_whole_model(kernels: Calls, eager_to_skip: None) -> None:
+    for make, x in ((mlp, X), (net, IMAGE)):
+        made = pr.sparse(make(), x)
+        with torch.inference_mode():
+            compiled = torch.compile(made, fullgraph=True, backend="aot_eager")
+            torch.testing.assert_close(compiled(x), made(x))
+    torch._dynamo.reset()

@@ -1,0 +1,71 @@
+"""`bench` times every road in the same rounds, and says what it left out."""
+
+from __future__ import annotations
+
+import importlib.util
+from xml.etree import ElementTree
+
+import pytest
+import torch
+from torch import nn
+
+from prunella import bench as benching
+from prunella.bench import Bench, Timed, bench, plot, repeated
+from prunella.errors import RequestError
+from prunella.runtime import native
+
+
+def net() -> nn.Module:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 96), nn.ReLU(), nn.Linear(96, 8))
+    for layer in (model[0], model[2]):
+        layer.weight.data *= torch.rand_like(layer.weight) > 0.8  # type: ignore[operator]
+    return model.train()
+
+
+def test_roads_batches_and_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, before = net(), torch.get_num_threads()
+    found = bench(model, torch.randn(4, 64), roads=("eager", "sparse"), batches=(1, 3), threads=(1,), rounds=5)
+    assert [(r.road, r.batch, r.threads) for r in found.rows] == [
+        ("eager", 1, 1), ("sparse", 1, 1), ("eager", 3, 1), ("sparse", 3, 1),
+    ]  # fmt: skip
+    assert all(r.milliseconds > 0 and r.low <= r.ratio <= r.high for r in found.rows)
+    assert "layers skip their zeros" in found.sparse and model.training and torch.get_num_threads() == before
+    assert (
+        found.kernels == (native.isa() if native.available() else "none") and found.as_dict()["rows"][0]["batch"] == 1
+    )
+
+
+@pytest.mark.skipif(importlib.util.find_spec("onnxscript") is None, reason="needs onnxscript")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_onnxruntime_gets_the_same_input() -> None:
+    found = bench(net(), torch.randn(2, 64), roads=("onnxruntime",), threads=(1,), rounds=5)
+    assert [r.road for r in found.rows] == ["eager", "onnxruntime"] or "onnxruntime" in found.left_out
+
+
+def test_a_road_that_is_not_here_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(benching.shutil, "which", lambda name: None)
+    found = bench(net(), torch.randn(2, 64), roads=("compiled",), threads=(1,), rounds=5)
+    assert [r.road for r in found.rows] == ["eager"] and "there is none" in found.left_out["compiled"]
+
+
+def test_a_batch_repeats_the_first_sample() -> None:
+    given = {"ids": torch.arange(6).view(2, 3), "flag": torch.tensor(1.0), "use_cache": False}
+    made = repeated(given, 3)
+    assert made["ids"].tolist() == [[0, 1, 2]] * 3 and made["flag"].item() == 1 and made["use_cache"] is False
+
+
+@pytest.mark.parametrize("wrong", [{"roads": ("walk",)}, {"batches": (0,)}, {"batches": ()}, {"threads": (0,)}])
+def test_requests_that_make_no_sense(wrong: dict[str, tuple[object, ...]]) -> None:
+    with pytest.raises(RequestError, match="cannot be measured"):
+        bench(net(), torch.randn(2, 64), **wrong)  # type: ignore[arg-type]
+
+
+def test_the_plot_is_a_picture_that_stands_alone() -> None:
+    rows = tuple(
+        Timed(road, b, 1, 1.0, r, r - 0.1, r + 0.1) for b in (1, 8) for road, r in (("eager", 1.0), ("sparse", 3.0))
+    )
+    text = plot(Bench(rows, {}, "", "x", "avx2"))
+    root = ElementTree.fromstring(text)
+    words = {"".join(node.itertext()).strip() for node in root.iter() if node.tag.endswith("text")}
+    assert {"batch 1", "batch 8", "sparse", "eager"} <= words and "var(--" not in text
