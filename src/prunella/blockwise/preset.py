@@ -18,7 +18,7 @@ def one_shot_recipe(
     sparsity: float | Mapping[str, float] = 0.5,
     *,
     epochs: int = 3,
-    lr: float = 5e-4,
+    lr: float = 1e-3,
 ) -> OneShot:
     """The default way to prune a language model in one shot, for `solve_`: `admm`, then each block is refined.
 
