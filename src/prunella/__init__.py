@@ -33,9 +33,11 @@ if TYPE_CHECKING:
     from prunella.blockwise import Match as Match
     from prunella.blockwise import OneShot as OneShot
     from prunella.blockwise import Refine as Refine
+    from prunella.blockwise import alpha_sparsities as alpha_sparsities
     from prunella.blockwise import drop_blocks as drop_blocks
     from prunella.blockwise import drop_run as drop_run
     from prunella.blockwise import match_stream_ as match_stream_
+    from prunella.blockwise import one_shot_recipe as one_shot_recipe
     from prunella.blockwise import replace_run as replace_run
     from prunella.blockwise import rescale_ as rescale_
     from prunella.blockwise import rotate as rotate
@@ -75,6 +77,7 @@ if TYPE_CHECKING:
     from prunella.criteria import obs_saliency as obs_saliency
     from prunella.criteria import random as random
     from prunella.criteria import reap as reap
+    from prunella.criteria import ria as ria
     from prunella.criteria import router_frequency as router_frequency
     from prunella.criteria import router_weight as router_weight
     from prunella.criteria import shuffled as shuffled
@@ -186,6 +189,7 @@ if TYPE_CHECKING:
     from prunella.schedule import rounds as rounds
     from prunella.search import Found as Found
     from prunella.search import LatencyTable as LatencyTable
+    from prunella.search import Levels as Levels
     from prunella.search import Option as Option
     from prunella.search import Scan as Scan
     from prunella.search import Space as Space
@@ -194,19 +198,24 @@ if TYPE_CHECKING:
     from prunella.search import cheapest as cheapest
     from prunella.search import evolve as evolve
     from prunella.search import evolve_front as evolve_front
+    from prunella.search import evolve_levels as evolve_levels
     from prunella.search import greedy_blocks as greedy_blocks
     from prunella.search import knapsack as knapsack
     from prunella.search import latency_table as latency_table
     from prunella.search.netadapt import netadapt as netadapt
     from prunella.search.scan import scan as scan
     from prunella.search.space import space as space
+    from prunella.solvers import Grid as Grid
     from prunella.solvers import by_score as by_score
     from prunella.solvers import mfac as mfac
     from prunella.solvers import obs as obs
+    from prunella.solvers import prune_and_quantise as prune_and_quantise
     from prunella.solvers import woodfisher as woodfisher
     from prunella.solvers.admm import admm as admm
+    from prunella.solvers.alps import alps as alps
     from prunella.solvers.refit import refit as refit
     from prunella.solvers.sparsegpt import sparsegpt as sparsegpt
+    from prunella.solvers.swap import swap as swap
     from prunella.streaming import forecast as forecast
     from prunella.streaming import solve_folder as solve_folder
     from prunella.study import Study as Study
@@ -323,6 +332,7 @@ _HOME = {
     "random": "criteria",
     "taylor": "criteria",
     "taylor_sq": "criteria",
+    "ria": "criteria",
     "wanda": "criteria",
     "Normalise": "allocation",
     "erk": "allocation",
@@ -450,6 +460,8 @@ _HOME = {
     "scaled_rate": "recovery.rates",
     "OneShot": "blockwise",
     "Refine": "blockwise",
+    "alpha_sparsities": "blockwise",
+    "one_shot_recipe": "blockwise",
     "rescale_": "blockwise",
     "rotate": "blockwise",
     "processes": "blockwise.processes",
@@ -460,9 +472,13 @@ _HOME = {
     "Card": "realize.card",
     "write_card": "realize.card",
     "admm": "solvers.admm",
+    "alps": "solvers.alps",
+    "Grid": "solvers",
     "by_score": "solvers",
+    "prune_and_quantise": "solvers",
     "refit": "solvers.refit",
     "sparsegpt": "solvers.sparsegpt",
+    "swap": "solvers.swap",
     "as_program": "program",
     "carry_": "realize.carry",
     "export": "realize.export",
@@ -491,7 +507,9 @@ _HOME = {
     "knapsack": "search",
     "cheapest": "search",
     "Option": "search",
+    "Levels": "search",
     "evolve": "search",
+    "evolve_levels": "search",
     "evolve_front": "search",
     "count": "reporting.count",
     "Timing": "timing",

@@ -27,7 +27,8 @@ def _checked(progress: float) -> float:
 def one_shot(progress: float) -> float:
     """Everything at the first update.
 
-    `f(p) = 1 for p > 0, else 0`.
+    `f(p) = 1 for p > 0, else 0`. The recipe for language models that bears this name on the command line is
+    `one_shot_recipe`.
 
     Use: pruning after training with one recovery at the end. Avoid: more than about 80 % without distillation.
     """

@@ -176,6 +176,19 @@ def test_a_language_model_is_pruned_and_still_generates() -> None:
     assert model.generate(tokens[0][:1, :4], max_new_tokens=3, do_sample=False).shape == (1, 7)
 
 
+def test_the_recipe_is_the_solver_and_the_refinement_together() -> None:
+    how = pr.one_shot_recipe(pr.NM(2, 4), epochs=20, lr=5e-3)
+    assert how == pr.OneShot(pr.NM(2, 4), 0.5, admm, pr.Refine(20, 5e-3))
+    assert pr.one_shot_recipe(epochs=0, sparsity=0.7) == pr.OneShot(pr.Element(), 0.7, admm)
+    dense, x, gaps = net(), torch.cat(batches()), []
+    for way in (pr.OneShot(pr.NM(2, 4), method=sparsegpt), pr.one_shot_recipe(pr.NM(2, 4), epochs=0), how):
+        model = net()
+        pr.solve_(model, batches()[0], way, data=batches())
+        with torch.no_grad():
+            gaps.append(float((model(x) - dense(x)).square().mean()))
+    assert gaps[2] < 0.7 * gaps[0] and gaps[2] < 0.7 * gaps[1]
+
+
 def test_a_cache_of_keys_and_values_does_not_reach_the_next_run_of_a_block() -> None:
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)

@@ -72,6 +72,16 @@ def test_wanda() -> None:
     assert pr.wanda(W, torch.tensor([2.0, 1.0, 0.0])).tolist() == [[2, 2, 0], [0, 3, 0]]
 
 
+def test_ria_is_the_share_of_the_row_plus_that_of_the_column() -> None:
+    weight = torch.tensor([[1.0, -3.0], [0.0, 1.0]])
+    wanted = [[1 / 4 + 1, 3 / 4 + 3 / 4], [0, 1 + 1 / 4]]
+    assert pr.ria(weight, torch.ones(2)).tolist() == wanted
+    louder = pr.ria(weight, torch.tensor([4.0, 9.0]))
+    assert louder.tolist() == [[2 * wanted[0][0], 3 * wanted[0][1]], [0, 3 * wanted[1][1]]]
+    assert pr.ria(weight, torch.tensor([4.0, 9.0]), a=0.0).tolist() == wanted
+    assert pr.ria(torch.zeros(2, 2), torch.ones(2)).tolist() == [[0, 0], [0, 0]]
+
+
 def test_bn_scale_is_the_scale() -> None:
     assert pr.bn_scale(torch.tensor([0.5, 0.0])).tolist() == [0.5, 0]
 

@@ -3,6 +3,7 @@
 from prunella.blockwise.one_shot import OneShot as OneShot
 from prunella.blockwise.one_shot import Solving as Solving
 from prunella.blockwise.one_shot import solve_ as solve_
+from prunella.blockwise.preset import one_shot_recipe as one_shot_recipe
 from prunella.blockwise.processes import processes as processes
 from prunella.blockwise.refine import Refine as Refine
 from prunella.blockwise.rotation import Rotated as Rotated
@@ -11,6 +12,7 @@ from prunella.blockwise.rotation import rotate as rotate
 from prunella.blockwise.rotation import slice_stream as slice_stream
 from prunella.blockwise.runs import drop_blocks as drop_blocks
 from prunella.blockwise.runs import drop_run as drop_run
+from prunella.blockwise.spectrum import alpha_sparsities as alpha_sparsities
 from prunella.blockwise.stream import Match as Match
 from prunella.blockwise.stream import match_stream_ as match_stream_
 from prunella.blockwise.stream import replace_run as replace_run

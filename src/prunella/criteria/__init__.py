@@ -7,6 +7,7 @@ from prunella.criteria.activation import block_influence as block_influence
 from prunella.criteria.activation import fluctuation as fluctuation
 from prunella.criteria.activation import hrank as hrank
 from prunella.criteria.activation import reap as reap
+from prunella.criteria.activation import ria as ria
 from prunella.criteria.activation import router_frequency as router_frequency
 from prunella.criteria.activation import router_weight as router_weight
 from prunella.criteria.activation import wanda as wanda
@@ -53,6 +54,7 @@ __all__ = [
     "obs_saliency",
     "random",
     "reap",
+    "ria",
     "router_frequency",
     "router_weight",
     "shuffled",

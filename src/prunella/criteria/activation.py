@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from prunella.method import criterion
 from prunella.types import (
     ExpertGate,
@@ -32,6 +34,24 @@ def wanda(weight: Weight, input_norm: InputNorm) -> Saliency:
     pruned with retraining: `magnitude` does as well there.
     """
     return weight.abs() * input_norm
+
+
+@criterion(source="Zhang et al. 2024, Plug-and-Play: an efficient post-training pruning method (ICLR)")
+def ria(weight: Weight, input_norm: InputNorm, *, a: float = 0.5) -> Saliency:
+    """Each weight as a share of its row and of its column, times a power of the norm of its input (RIA).
+
+    `S_ij = (|W_ij| / sum_j |W_ij| + |W_ij| / sum_i |W_ij|) * ||x_j||_2^a`, norms over all tokens of the calibration
+    data. Shares keep a whole row or column from being emptied; rows and columns of zeros score 0.
+    Data: forward passes only.
+
+    a: from 0 up; 0 leaves the inputs out.
+
+    Use: as `wanda`, at N:M and above 50 %. Avoid: units of structure, whose shares hardly differ.
+    """
+    size = weight.abs()
+    tiny = torch.finfo(weight.dtype).tiny
+    rows, columns = (size.sum(axis, keepdim=True).clamp_min(tiny) for axis in (1, 0))
+    return (size / rows + size / columns) * input_norm.to(weight.dtype) ** a
 
 
 @criterion(source="An et al. 2024, arXiv:2312.11983", scope="consumer")

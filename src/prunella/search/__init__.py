@@ -5,6 +5,8 @@ All of them work on a `Space`, made once from model and recipe, and return `Foun
 """
 
 from prunella.search.depth import greedy_blocks as greedy_blocks
+from prunella.search.levels import Levels as Levels
+from prunella.search.levels import evolve_levels as evolve_levels
 from prunella.search.lookup import LatencyTable as LatencyTable
 from prunella.search.lookup import latency_table as latency_table
 from prunella.search.netadapt import netadapt as netadapt
@@ -24,6 +26,7 @@ from prunella.search.study import evolve_front as evolve_front
 __all__ = [
     "Found",
     "LatencyTable",
+    "Levels",
     "Option",
     "Scan",
     "Space",
@@ -32,6 +35,7 @@ __all__ = [
     "cheapest",
     "evolve",
     "evolve_front",
+    "evolve_levels",
     "greedy_blocks",
     "knapsack",
     "latency_table",

@@ -1,14 +1,20 @@
 """Methods that find the mask and the weights together, or new weights for a mask.
 
-Layer solvers take one layer as a quadratic, `(weight, gram, pattern)`, and know no model: `sparsegpt`, `admm`, `refit`.
+Layer solvers take one layer as a quadratic, `(weight, gram, pattern)`, and know no model: `sparsegpt`, `admm`, `alps`,
+`swap`, `prune_and_quantise`, `refit`.
 Plan solvers take a plan and give it back with weights, from the curvature of the loss: `obs`, `woodfisher`, `mfac`.
 """
 
 from prunella.solvers.admm import admm as admm
+from prunella.solvers.alps import alps as alps
 from prunella.solvers.curvature import mfac as mfac
 from prunella.solvers.curvature import obs as obs
 from prunella.solvers.curvature import woodfisher as woodfisher
 from prunella.solvers.layer import Solved as Solved
 from prunella.solvers.layer import by_score as by_score
+from prunella.solvers.quantised import Grid as Grid
+from prunella.solvers.quantised import OnGrid as OnGrid
+from prunella.solvers.quantised import prune_and_quantise as prune_and_quantise
 from prunella.solvers.refit import refit as refit
 from prunella.solvers.sparsegpt import sparsegpt as sparsegpt
+from prunella.solvers.swap import swap as swap

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
+
 import torch
 from torch import Tensor
 
 from prunella.types import Gram
 
+log = logging.getLogger(__name__)
 SMALLEST = 1e-12
 """First damping tried when the matrix is singular, relative to its mean diagonal."""
 SINGULAR = 1e-13
@@ -16,17 +19,21 @@ SINGULAR = 1e-13
 def damped_factor(gram: Gram, damping: float) -> tuple[Tensor, float]:
     """The lower Cholesky factor of `G + damping * mean(diag(G)) I`, and the damping that it took.
 
-    The damping starts as asked and grows tenfold, from 1e-12, while the matrix is numerically singular. A matrix
-    without a positive diagonal is taken for the identity: nothing is known of its layer.
+    The damping starts as asked and grows tenfold, from 1e-12, while the matrix is numerically singular; a line in the
+    log says so. A matrix without a positive diagonal is taken for the identity: nothing is known of its layer.
     """
     scale = float(gram.diagonal().mean())
     eye = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     if not scale > 0:
+        log.warning("a Gram matrix of %d inputs is zero: taken for the identity", len(gram))
         return eye, damping
+    asked = damping
     while True:
         factor, failed = torch.linalg.cholesky_ex(gram + damping * scale * eye)
         pivots = factor.diagonal()
         if not int(failed) and float((pivots.min() / pivots.max()) ** 2) > SINGULAR:
+            if damping > asked:
+                log.warning("a Gram matrix of %d inputs is singular: damping %g, not %g", len(gram), damping, asked)
             return factor, damping
         damping = max(10 * damping, SMALLEST)
 

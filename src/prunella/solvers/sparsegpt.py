@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -13,6 +13,13 @@ from prunella.method import solver
 from prunella.solvers.layer import Pattern, Solved, checked, project, relative_error
 from prunella.solvers.linear import damped_factor
 from prunella.types import Gram, Mask, Saliency, Weight
+
+Settle = Callable[[Tensor, int], Tensor]
+"""The weights as they are by now, and the number of a column -> what its weights become if they stay."""
+
+
+def _as_is(weight: Tensor, column: int) -> Tensor:
+    return weight[:, column]
 
 
 @solver(source="Frantar and Alistarh 2023, arXiv:2301.00774")
@@ -39,8 +46,16 @@ def sparsegpt(
     Use: large layers when time matters. Avoid: the best accuracy: `admm` has less error for a few times the work.
     """
     checked(weight, gram, pattern, sparsity)
+    found, mask, used = by_columns(weight, gram, pattern, sparsity, block, damping)
+    return Solved(found, mask, relative_error(weight, found, gram), used)
+
+
+def by_columns(
+    weight: Weight, gram: Gram, pattern: Pattern, sparsity: float, block: int, damping: float, settle: Settle = _as_is
+) -> tuple[Tensor, Mask, float]:
+    """Weights, mask and the damping it took; `settle` says what becomes of the weights of a column that stay."""
     if isinstance(pattern, Block):
-        raise RequestError("sparsegpt chooses single weights or N:M", "blocks span columns", "use admm")
+        raise RequestError("columns in turn take single weights or N:M", "blocks span columns", "use admm")
     if block < 1:
         raise RequestError(f"block={block} has no columns", "at least one is needed", "128 is usual")
     factor, used = damped_factor(gram.double(), damping)
@@ -49,9 +64,8 @@ def sparsegpt(
     mask = torch.ones_like(left, dtype=torch.bool)
     pivots = torch.where(gram.diagonal() > 0, upper.diagonal(), torch.inf)  # what multiplies only zeros goes first
     for start, stop in _spans(left.shape[1], block, pattern):
-        _columns(left, mask, upper, pivots, slice(start, stop), pattern, sparsity)
-    found = (left * mask).to(weight.dtype)
-    return Solved(found, mask, relative_error(weight, found, gram), used)
+        _columns(left, mask, upper, pivots, slice(start, stop), pattern, sparsity, settle)
+    return (left * mask).to(weight.dtype), mask, used
 
 
 def _spans(columns: int, block: int, pattern: Pattern) -> Iterator[tuple[int, int]]:
@@ -60,7 +74,14 @@ def _spans(columns: int, block: int, pattern: Pattern) -> Iterator[tuple[int, in
 
 
 def _columns(
-    left: Tensor, mask: Mask, upper: Tensor, pivots: Tensor, span: slice, pattern: Pattern, sparsity: float
+    left: Tensor,
+    mask: Mask,
+    upper: Tensor,
+    pivots: Tensor,
+    span: slice,
+    pattern: Pattern,
+    sparsity: float,
+    settle: Settle,
 ) -> None:
     """Prune the columns of `span`, then pass their errors on to all columns after them."""
     part, corner, own = left[:, span], upper[span, span], pivots[span]
@@ -71,9 +92,10 @@ def _columns(
         if isinstance(pattern, NM) and column % pattern.m == 0:
             ahead = slice(column, column + pattern.m)
             mask[:, span][:, ahead] = pattern.mask((part[:, ahead] / own[ahead]).square())
-        value = part[:, column]
-        errors[:, column] = torch.where(mask[:, span.start + column], 0.0, value) / corner[column, column]
+        kept = settle(left, span.start + column) * mask[:, span.start + column]
+        errors[:, column] = (part[:, column] - kept) / corner[column, column]
         part[:, column:] -= errors[:, column : column + 1] * corner[column, column:]
+        part[:, column] = kept
     left[:, span.stop :] -= errors @ upper[span, span.stop :]
 
 

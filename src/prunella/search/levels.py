@@ -1,0 +1,140 @@
+"""An evolution over stored levels of sparsity, judged by the model itself."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import os
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+
+import torch
+from torch import nn
+
+from prunella.apply import masks_of, record_
+from prunella.errors import RequestError
+from prunella.forward import mode
+from prunella.method import search
+from prunella.search.journal import Journal
+from prunella.search.space import Evaluate, Found
+
+Choice = tuple[int, ...]
+"""For each weight the number of its level."""
+
+
+@dataclass(frozen=True)
+class Levels:
+    """One model pruned to several sparsities, from which each weight may be taken apart.
+
+    models: sparsity -> the model at it, as `solve_` leaves it; the same weights are masked in all.
+    """
+
+    models: Mapping[float, nn.Module]
+
+    def __post_init__(self) -> None:
+        names = [sorted(masks_of(model)) for model in self.models.values()]
+        if len(names) < 2 or not names[0] or any(other != names[0] for other in names):
+            why = "the same weights must be masked at each of at least two sparsities"
+            raise RequestError("these models are no levels", why, "prune copies of one model with solve_")
+
+    @property
+    def sparsities(self) -> tuple[float, ...]:
+        """From the least."""
+        return tuple(sorted(self.models))
+
+    def masked(self) -> dict[str, int]:
+        """The weights that are masked, and their sizes."""
+        return {name: mask.numel() for name, mask in sorted(masks_of(self.models[self.sparsities[0]]).items())}
+
+    def fingerprint(self) -> str:
+        """Of the stored weights, so that a journal is not taken for another's."""
+        digest = hashlib.sha256()
+        for sparsity, name in product(self.sparsities, self.masked()):
+            value = self.models[sparsity].get_parameter(name).detach().cpu().contiguous()
+            digest.update(value.flatten().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+    @torch.no_grad()
+    def put_(self, model: nn.Module, choice: Choice) -> None:
+        """Give `model` every masked weight at its level, with the mask; all else as at the lowest level."""
+        masks = {}
+        for name, level in zip(self.masked(), choice, strict=True):
+            source, parameter = self.models[self.sparsities[level]], model.get_parameter(name)
+            parameter.copy_(source.get_parameter(name))
+            masks[parameter] = masks_of(source)[name]
+        record_(model, masks)
+
+
+@search(source="Sieberling et al. 2024, arXiv:2410.14649 (EvoPress)")
+def evolve_levels(
+    levels: Levels,
+    sparsity: float,
+    evaluate: Evaluate,
+    *,
+    generations: int = 20,
+    offspring: int = 8,
+    folder: str | os.PathLike[str] | None = None,
+    seed: int = 0,
+) -> Found:
+    """Evolve which weight takes which level, by what `evaluate` says of the model put together.
+
+    It begins at the level `sparsity` everywhere. Each child of the best so far has up to three weights a level
+    lower and others higher, such that at least `sparsity` of all weights goes; the best of `offspring` children
+    replaces its parent if it is better. What was evaluated once is not evaluated again.
+    Data: what `evaluate` needs; a few thousand tokens that were not used to prune.
+
+    levels: the stored weights. sparsity: one of theirs. evaluate: quality of a model, higher is better. generations,
+    offspring: at least 1. folder: for the journal, from which a search that was stopped goes on to the same result.
+    `shares` of the result: weight -> sparsity; `model` is the best model, with its masks.
+
+    Use: single weights of language models above 60 %. Avoid: a sum of layer errors as evaluate: it misleads.
+    """
+    if sparsity not in levels.models or generations < 1 or offspring < 1:
+        known = ", ".join(f"{s:g}" for s in levels.sparsities)
+        raise RequestError(f"cannot search at {sparsity:g}, {generations} x {offspring}", f"levels are {known}", "")
+    sizes = levels.masked()
+    asked = json.dumps([list(levels.sparsities), list(sizes), levels.fingerprint(), sparsity, seed])
+    journal, dice = Journal(folder, asked), random.Random(seed)
+    model = copy.deepcopy(levels.models[levels.sparsities[0]])
+
+    def quality(choice: Choice) -> float:
+        key = json.dumps(choice)
+        if key not in journal:
+            levels.put_(model, choice)
+            with mode(model, training=False):
+                journal[key] = float(evaluate(model))
+        return journal[key]
+
+    best: Choice = (levels.sparsities.index(sparsity),) * len(sizes)
+    ladder = _Ladder(levels.sparsities, tuple(sizes.values()))
+    for _ in range(generations):
+        children = [ladder.child(best, sparsity, dice) for _ in range(offspring)]
+        best = max([best, *children], key=quality)
+    levels.put_(model, best)
+    shares = {name: levels.sparsities[level] for name, level in zip(sizes, best, strict=True)}
+    return Found(shares, quality(best), sum(sizes.values()) - ladder.removed(best), journal.added, model)
+
+
+@dataclass(frozen=True)
+class _Ladder:
+    """Levels and sizes of the weights, as numbers."""
+
+    sparsities: tuple[float, ...]
+    sizes: tuple[int, ...]
+
+    def removed(self, choice: Sequence[int]) -> float:
+        """Over all weights."""
+        return sum(self.sparsities[level] * size for level, size in zip(choice, self.sizes, strict=True))
+
+    def child(self, parent: Choice, sparsity: float, dice: random.Random) -> Choice:
+        """The parent with one to three weights a level lower, then others raised until enough is removed again."""
+        child, top = list(parent), len(self.sparsities) - 1
+        for _ in range(dice.randint(1, 3)):
+            place = dice.randrange(len(child))
+            child[place] = max(0, child[place] - 1)
+        while self.removed(child) < sparsity * sum(self.sizes) - 1e-6:
+            child[dice.choice([k for k, level in enumerate(child) if level < top])] += 1
+        return tuple(child)
