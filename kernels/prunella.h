@@ -26,6 +26,10 @@ typedef struct {
   int32_t last;  // 1: the channels are the last axis
 } prunella_image;
 
+// Changes with every change of this interface: a library of another number is not used.
+#define PRUNELLA_ABI 3
+PRUNELLA_API int prunella_abi(void);
+
 // Tiers: names that this processor can run, joined by commas; the one in use; choose another ("" for the best).
 PRUNELLA_API const char* prunella_tiers(void);
 PRUNELLA_API const char* prunella_tier(void);

@@ -55,6 +55,8 @@ const Tier& tier() {
 
 }  // namespace prunella
 
+extern "C" int prunella_abi(void) { return PRUNELLA_ABI; }
+
 extern "C" const char* prunella_tiers(void) {
   static const std::string names = [] {
     std::string all;

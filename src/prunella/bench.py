@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -98,7 +98,7 @@ def bench(
         with _threads(count), tempfile.TemporaryDirectory() as folder:
             for batch in batches:
                 given = repeated(example, batch)
-                runs = {"eager": partial(forward, model, given)}
+                runs: dict[str, Callable[[], object]] = {"eager": partial(forward, model, given)}
                 for road in ROADS:
                     if road in roads and road != "eager":
                         try:
@@ -106,7 +106,7 @@ def bench(
                         except PruningError as error:
                             left[road] = f"{error.what}: {error.why}" if error.why else error.what
                 if "sparse" in runs:
-                    said = str(sparsified(runs["sparse"].args[0]))  # type: ignore[attr-defined]
+                    said = str(sparsified(cast("partial[object]", runs["sparse"]).args[0]))
                 with torch.inference_mode():
                     rows += _rows(runs, batch, count, rounds, seed)
     kernels = native.isa() if native.available() else "none"
@@ -167,7 +167,7 @@ def _compiled(model: nn.Module, given: Inputs, precision: Precision, folder: Pat
     torch._dynamo.reset()
     with settings.patch(freezing=True), torch.inference_mode(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the compiler's own
-        made = torch.compile(copy.deepcopy(model), dynamic=False)
+        made = cast(nn.Module, torch.compile(copy.deepcopy(model), dynamic=False))
         try:
             forward(made, given)
         except Exception as error:  # the compiler has no error type of its own

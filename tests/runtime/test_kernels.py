@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -35,6 +36,13 @@ def sparse(*shape: int, density: float, seed: int = 0) -> Tensor:
 
 def close(found: Tensor, wanted: Tensor) -> None:
     torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=2e-4)
+
+
+def test_a_library_of_another_version_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    header = Path(__file__).parents[2] / "kernels" / "prunella.h"
+    assert not header.exists() or f"#define PRUNELLA_ABI {native._ABI}\n" in header.read_text(encoding="utf-8")
+    monkeypatch.setattr(native, "_ABI", -1)
+    assert native._found.__wrapped__() is None
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -7,6 +7,7 @@ is False, and everything here that multiplies refuses.
 from __future__ import annotations
 
 import ctypes
+import logging
 import os
 import weakref
 from dataclasses import dataclass, field
@@ -22,6 +23,9 @@ from torch.nn.functional import gelu, silu
 from prunella.errors import NotSupported, PruningError, RequestError
 
 _NAME = "libprunella.so"
+_ABI = 3
+"""`PRUNELLA_ABI` of kernels/prunella.h."""
+_log = logging.getLogger(__name__)
 
 
 class Activation(Enum):
@@ -141,6 +145,9 @@ def _found() -> ctypes.CDLL | None:
     if not file.exists():
         return None
     library = ctypes.CDLL(str(file))
+    if not hasattr(library, "prunella_abi") or library.prunella_abi() != _ABI:
+        _log.warning("the kernels in %s are of another version and are not used: install prunella again", file)
+        return None
     for name, (result, arguments) in _SIGNATURES.items():
         function = getattr(library, name)
         function.restype, function.argtypes = result, arguments
