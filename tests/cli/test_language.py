@@ -45,7 +45,7 @@ def test_a_model_is_pruned_by_a_text(prunella: Run, story: Any) -> None:
             assert value.view(-1, 4).eq(0).sum(1).tolist() == [2] * (value.numel() // 4)
     assert Path("out/tokenizer.json").read_text() == Path("in/tokenizer.json").read_text()
     card = Path("out/README.md").read_text()
-    assert "| method | admm |" in card and "3 batches, 36 tokens" in card and "LlamaForCausalLM.from_pretrained" in card
+    assert "| method | admm" in card and "3 batches, 36 tokens" in card and "LlamaForCausalLM.from_pretrained" in card
     assert json.loads(Path("out/run.json").read_text())["recipe"]["pattern"] == {
         "kind": "NM", "n": 2, "m": 4, "ragged": False,
     }  # fmt: skip
