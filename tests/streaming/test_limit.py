@@ -18,6 +18,7 @@ from benchmarks.streaming import check, write_model
 
 SCRIPT = """
 import json, resource, sys
+import tests.conftest  # before transformers: what it does is for every process
 import torch
 import prunella as pr
 from prunella.solvers import Solved

@@ -22,6 +22,7 @@ SCRIPT = """
 import sys
 from pathlib import Path
 
+import tests.conftest  # before transformers: what it does is for every process
 import torch.distributed as dist
 from safetensors.torch import save_file
 from torch.distributed.fsdp import fully_shard
