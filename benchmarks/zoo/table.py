@@ -122,6 +122,7 @@ random weights make nearly equal, are judged in float64 alone.
 `prunella inspect` says why. *Set aside* counts groups that the tool's own check could not prove and left whole.
 Torch-Pruning is used as its documentation says for a model that one does not know, without telling it about heads;
 `differs` means that it runs but does not compute what the masked model computes (a normalisation over a pruned axis
-counts as that). Its time limit was 20 to 90 seconds a model on a shared machine; what passed it counts as broken.
+counts as that). Its time limit was 20 to 90 seconds a model
+on a shared and often overloaded machine (of processor time in the newer rows): a model that ran into it was not judged.
 A row is the last
 run of its model; the engine has gone on since some of them."""
