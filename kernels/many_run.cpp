@@ -99,8 +99,8 @@ extern "C" int prunella_many_conv(const prunella_many* weight, const prunella_im
   bool sizes = g.channels >= 0 && g.height >= 0 && g.width >= 0 && g.batch >= 0 && g.kernel_h > 0 && g.kernel_w > 0 &&
                g.stride_h > 0 && g.stride_w > 0 && g.pad_h >= 0 && g.pad_w >= 0 && g.dilation_h > 0 && g.dilation_w > 0;
   if (!sizes || g.channels * g.kernel_h * g.kernel_w != w.k) return PRUNELLA_BAD_ARGUMENT;
-  int64_t tall = g.height + 2 * g.pad_h - int64_t(g.dilation_h) * (g.kernel_h - 1) - 1;
-  int64_t wide = g.width + 2 * g.pad_w - int64_t(g.dilation_w) * (g.kernel_w - 1) - 1;
+  int64_t tall = g.height + 2 * int64_t(g.pad_h) - int64_t(g.dilation_h) * (g.kernel_h - 1) - 1;
+  int64_t wide = g.width + 2 * int64_t(g.pad_w) - int64_t(g.dilation_w) * (g.kernel_w - 1) - 1;
   if (tall < 0 || wide < 0) return PRUNELLA_BAD_ARGUMENT;
   ManyImage shape{g.channels, g.height,   g.width,    tall / g.stride_h + 1, wide / g.stride_w + 1,
                   g.kernel_h, g.kernel_w, g.stride_h, g.stride_w,            g.pad_h,

@@ -214,6 +214,14 @@ def test_rows_that_are_not_well_formed_are_refused(starts: list[int], columns: l
         native.pack_rows((3, 4), torch.tensor(starts), torch.tensor(columns), torch.ones(3), Config(Kind.ROWS))
 
 
+@pytest.mark.parametrize("name", ["stride", "padding", "dilation"])
+@pytest.mark.parametrize("value", [-1, (1 << 32) + 1])
+def test_sizes_that_the_kernels_cannot_hold_are_refused(name: str, value: int) -> None:
+    packed = native.pack(torch.ones(2, 9), Config(Kind.ROWS))
+    with pytest.raises(RequestError, match="out of range"):
+        native.conv2d(packed, torch.ones(1, 1, 8, 8), (3, 3), **{name: (value, 1)})  # type: ignore[arg-type]
+
+
 def test_requests_that_make_no_sense_are_refused() -> None:
     packed = native.pack(torch.ones(4, 6), Config(Kind.ROWS))
     with pytest.raises(RequestError, match="has 6"):

@@ -25,6 +25,8 @@ from prunella.errors import NotSupported, PruningError, RequestError
 _NAME = "libprunella.so"
 _ABI = 3
 """`PRUNELLA_ABI` of kernels/prunella.h."""
+_MOST = 1 << 30
+"""Of strides and the like: larger ones would not fit the 32 bits that the kernels are given."""
 _log = logging.getLogger(__name__)
 
 
@@ -318,6 +320,9 @@ def conv2d(
     if x.dim() != 4 or x.shape[1] * kernel[0] * kernel[1] != packed.shape[1]:
         what = f"x {tuple(x.shape)} with a kernel {kernel} does not fit a weight of {packed.shape[1]} columns"
         raise RequestError(what, "", "x is (B, C, H, W) and the weight (O, C kh kw)")
+    if min(*kernel, *stride, *dilation) < 1 or min(padding) < 0 or max(*kernel, *stride, *padding, *dilation) > _MOST:
+        what = f"stride {stride}, padding {padding}, dilation {dilation} or kernel {kernel} is out of range"
+        raise RequestError(what, f"the kernels count from 1 to {_MOST}, padding from 0", "")
     last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
     layout = torch.channels_last if last else torch.contiguous_format
     x = x.contiguous(memory_format=layout)

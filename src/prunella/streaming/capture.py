@@ -24,7 +24,7 @@ from prunella.recovery.reads import Stop
 from prunella.stats.subject import first_seen
 from prunella.streaming.skeleton import Skeleton
 
-_TODO = "load it whole, and use solve_"
+_INSTEAD = "load it whole, and use solve_"
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ def paths_of(model: nn.Module) -> list[str]:
     """Paths of the blocks. Errors: NotSupported where there is no list of modules."""
     lists = [(path, m) for path, m in model.named_modules() if isinstance(m, nn.ModuleList | nn.Sequential) and len(m)]
     if not lists:
-        raise NotSupported("the model has no list of blocks", "blocks are the entries of a module list", _TODO)
+        raise NotSupported("the model has no list of blocks", "blocks are the entries of a module list", _INSTEAD)
     path, found = max(lists, key=lambda entry: sum(p.numel() for p in entry[1].parameters()))
     return [f"{path}.{name}" for name, _ in found.named_children()]
 
@@ -97,7 +97,7 @@ class _Stage:
             first = self._run(batch, run)
             if self.order != self.paths or first is None:
                 why = f"{len(self.order)} calls of its {len(self.paths)} blocks, not each once and in order"
-                raise NotSupported("the blocks of the model do not run one after the other", why, _TODO)
+                raise NotSupported("the blocks of the model do not run one after the other", why, _INSTEAD)
             yield first
 
     def _run(self, batch: Any, run: Runner) -> Tensor | None:
@@ -121,13 +121,13 @@ class _Stage:
             call = Call(args, kwargs)
             if self.past:
                 why = "it runs again after the last one" if path in self.order else "it runs after the last one"
-                raise NotSupported("the blocks of the model do not run one after the other", f"{path}: {why}", _TODO)
+                raise NotSupported("the blocks of the model do not run one after the other", f"{path}: {why}", _INSTEAD)
             if not isinstance(call.stream, Tensor) or not (self.stream is None or call.stream is self.stream):
                 why = "its first argument is not what the block before it returned"
-                raise NotSupported(f"{path} is not fed by the block before it", why, _TODO)
+                raise NotSupported(f"{path} is not fed by the block before it", why, _INSTEAD)
             others = tensors([list(args), kwargs])
             if any(t.device.type == "meta" for t in others):
-                raise NotSupported(f"{path} is given more than the stream by a block", "it depends on them", _TODO)
+                raise NotSupported(f"{path} is given more than the stream by a block", "it depends on them", _INSTEAD)
             if self.stream is None:
                 self.first = call.stream
             self.stream = call.stream
@@ -162,7 +162,7 @@ def _on_meta(path: str, block: Callable[..., Any], call: Call) -> Any:
         return block(*args, **kwargs)
     except (RuntimeError, NotImplementedError) as error:
         why = f"what it does depends on values: {error}".splitlines()[0]
-        raise NotSupported(f"{path} cannot be run without its weights", why, _TODO) from error
+        raise NotSupported(f"{path} cannot be run without its weights", why, _INSTEAD) from error
 
 
 class _Called(nn.Module):
@@ -182,7 +182,7 @@ def layers_of(model: nn.Module, path: str, call: Call, skip: Sequence[str]) -> l
     try:
         graph = couple(_Called(model.get_submodule(path)), inputs)
     except PruningError as error:
-        raise NotSupported(f"{path} cannot be traced without its weights", str(error), _TODO) from error
+        raise NotSupported(f"{path} cannot be traced without its weights", str(error), _INSTEAD) from error
     found = []
     for layer in first_seen(graph.layers):
         name, entity = (f"{path}.{text.removeprefix('block.')}" for text in (layer.name, layer.entity))
