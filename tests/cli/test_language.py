@@ -127,3 +127,8 @@ def test_a_dequantised_model_is_saved_as_what_it_is(tmp_path: Path) -> None:
     again = read(tmp_path / "out", model)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
     assert models.unquantise_(model).hf_quantizer is None and not hasattr(model.config, "quantization_config")
+
+
+def test_a_text_that_is_not_there_is_named(prunella: Run, story: Any) -> None:
+    done = prunella("run", "in", "--recipe", "one_shot", "--data", "nothere.txt", "-o", "out")
+    assert done.code == 2 and "there is no text file nothere.txt" in done.err

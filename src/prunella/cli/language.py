@@ -128,6 +128,8 @@ def _read(asked: Asked) -> tuple[Path, OneShot, list[Any]]:
         count = 128 if asked.windows is None else asked.windows
         length = 512 if asked.length is None else asked.length
         return folder, how, text_windows(folder, asked.data, count=count, length=length, seed=asked.seed)
+    if ":" not in asked.data:
+        raise RequestError(f"there is no text file {asked.data}", "", "give --data FILE.txt, or --data module:function")
     if asked.windows is not None or asked.length is not None:
         raise RequestError("--windows and --length are of a text file", f"{asked.data} is none", "give --data FILE.txt")
     return folder, how, list(load_data(asked.data) or ())
