@@ -93,6 +93,17 @@ def test_a_cut_model_comes_back(tmp_path: Path) -> None:
     assert load_plan(saved.path / "plan.safetensors").cuts.keys() == plan.cuts.keys()
 
 
+def test_a_loaded_model_does_not_live_in_its_file(folder: Path) -> None:
+    again = load(folder, factory=Net)
+    before = again(X)
+    file = next(folder.glob("model*.safetensors"))
+    with file.open("r+b") as stream:
+        stream.seek(-8, os.SEEK_END)
+        stream.write(b"\xff" * 8)
+    assert torch.equal(again(X), before)
+    assert all(tensor.data_ptr() % 64 == 0 for tensor in again.state_dict().values())
+
+
 class Versioned(Net):
     """Refuses a state without a version, as MNASNet does."""
 

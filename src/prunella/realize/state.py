@@ -58,7 +58,11 @@ def write_tensors(tensors: Mapping[str, Tensor], file: Path) -> None:
 
 
 def read_tensors(file: Path, described: Mapping[str, Mapping[str, Any]]) -> dict[str, Tensor]:
-    """Read a safetensors file and undo the byte encoding. Errors: BadInput when it is broken or not as described."""
+    """Read a safetensors file and undo the byte encoding. Errors: BadInput when it is broken or not as described.
+
+    Tensors are copies: a mapped file would change or end under a loaded model, and its tensors begin at any byte, for
+    which CPU libraries choose other kernels with other rounding.
+    """
     try:
         raw = load_file(file)
     except (SafetensorError, OSError, ValueError) as error:
@@ -68,7 +72,7 @@ def read_tensors(file: Path, described: Mapping[str, Mapping[str, Any]]) -> dict
         entry = described.get(name)
         if entry is None:
             raise BadInput(f"{file} does not fit its manifest", f"unknown tensor {name!r}")
-        found[name] = _decoded(value, entry, name)
+        found[name] = _decoded(value, entry, name).clone()
     return found
 
 
