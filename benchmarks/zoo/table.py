@@ -24,9 +24,9 @@ def write(results: Path) -> str:
     summary = "\n".join(
         [
             "| suite | models | exact | refused with a reason | wrong without a word | traceback or time | parameters"
-            " out of reach (median) | Torch-Pruning 1.6.1: tried | exact | differs | broken, traceback or time"
-            " | nothing removed |",
-            "|---|---|---|---|---|---|---|---|---|---|---|---|",
+            " out of reach (median) | Torch-Pruning 1.6.1: tried | exact | differs | broken or traceback"
+            " | nothing removed | not judged: time |",
+            "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
             *(_summary(suite, *found) for suite, found in parts.items() if found[0]),
         ]
     )
@@ -63,7 +63,8 @@ def _summary(suite: str, ours: list[Row], theirs: list[Row]) -> str:
     shown = [f"{1 - median(reach):.0%}" if reach else ""]
     shown.append(str(sum(rival.values())) if theirs else "not run")
     shown += [str(rival[k]) if theirs else "" for k in ("exact", "differs")]
-    shown += [str(rival["broken"] + rival["traceback"] + rival["time"]), str(rival["refused"])] if theirs else ["", ""]
+    judged = (rival["broken"] + rival["traceback"], rival["refused"], rival["time"])
+    shown += [str(number) if theirs else "" for number in judged]
     return (
         f"| {suite} | {len(built)} | {count['exact']} ({share}) | {count['refused']} | {count['wrong']} | {other} | "
         + " | ".join(shown)
@@ -122,7 +123,5 @@ random weights make nearly equal, are judged in float64 alone.
 `prunella inspect` says why. *Set aside* counts groups that the tool's own check could not prove and left whole.
 Torch-Pruning is used as its documentation says for a model that one does not know, without telling it about heads;
 `differs` means that it runs but does not compute what the masked model computes (a normalisation over a pruned axis
-counts as that). Its time limit was 20 to 90 seconds a model
-on a shared and often overloaded machine (of processor time in the newer rows): a model that ran into it was not judged.
-A row is the last
-run of its model; the engine has gone on since some of them."""
+counts as that). Its limit was 60 seconds of processor time a model: one that ran into it was not judged, and has a
+column of its own. A row is the last run of its model; the engine has gone on since some of them."""

@@ -181,12 +181,23 @@ def flap() -> Recipe:
     """Heads and neurons of a transformer by the fluctuation of what reads them, the same share of each layer.
 
     What goes is replaced by its mean: plan and shrink a model `with_biases`, then `fold_means`; or refit by
-    `match_stream_`. The paper's other form ranks standardised scores over all layers, which then differ in width.
-    Data: no labels.
+    `match_stream_`. The paper's other form, whose layers differ in width, is `flap_global`. Data: no labels.
 
     Use: language models without training. Avoid: without either compensation.
     """
     return Recipe(criteria.fluctuation, (Channel(), Head()), uniform, even=True)
+
+
+@recipe(source="An et al. 2024, arXiv:2312.11983 (WIFV, adaptive over layers)")
+def flap_global() -> Recipe:
+    """Heads and neurons by fluctuation, standardised in each group and ranked together: layers differ in width.
+
+    No group loses more than nine tenths. What goes is replaced by its mean, as in `flap`. Data: no labels.
+
+    Use: the better form of FLAP where layers may differ. Avoid: where plain `from_pretrained` has to read the result.
+    """
+    allocation = partial(global_, normalise=Normalise.STANDARD)
+    return Recipe(criteria.fluctuation, (Channel(), Head()), allocation, floor=0.1)
 
 
 @recipe(source="Muralidharan et al. 2024, arXiv:2407.14679")

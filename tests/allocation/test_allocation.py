@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 import prunella as pr
 from prunella.budget import Allocation, Pool, allocate, ladder, removed, solve
+from prunella.errors import RequestError
 from prunella.select import shortest_prefix
 
 LENET = [(300, 784), (100, 300), (10, 100)]
@@ -79,7 +80,7 @@ def test_global_per_cost_compares_the_harm_for_each_thing_saved() -> None:
     assert counts(pools, pr.global_, 1) == (0, 1)
 
 
-@pytest.mark.parametrize("normalise", [pr.Normalise.MEAN, pr.Normalise.MAX, pr.Normalise.NORM])
+@pytest.mark.parametrize("normalise", [mode for mode in pr.Normalise if mode is not pr.Normalise.NONE])
 def test_normalised_global_does_not_see_scale(normalise: pr.Normalise) -> None:
     a, b = [1.0, 2.0, 3.0, 4.5], [1.5, 2.5, 3.25, 4.0]
 
@@ -94,6 +95,15 @@ def test_normalisation_divides_by_what_it_says() -> None:
     values = [1.0, 3.0, 8.0]
     for normalise, by in ((pr.Normalise.MEAN, 4.0), (pr.Normalise.MAX, 8.0), (pr.Normalise.NORM, math.sqrt(74))):
         assert pr.global_([pool(values)], normalise=normalise)[0].tolist() == pytest.approx([v / by for v in values])
+
+
+def test_standard_scores_have_mean_zero_and_deviation_one() -> None:
+    found = pr.global_([pool([1.0, 3.0, 8.0]), pool([5.0, 5.0], "b")], normalise=pr.Normalise.STANDARD)
+    deviation = math.sqrt((9 + 1 + 16) / 3)
+    assert found[0].tolist() == pytest.approx([-3 / deviation, -1 / deviation, 4 / deviation])
+    assert found[1].tolist() == [0.0, 0.0]
+    with pytest.raises(RequestError, match="cannot be compared per cost"):
+        pr.global_([pool([1.0, 3.0])], normalise=pr.Normalise.STANDARD, per_cost=True)
 
 
 def test_lamp_by_hand() -> None:

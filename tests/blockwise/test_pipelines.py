@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -42,6 +43,22 @@ def test_means_go_into_biases_that_the_configuration_gains(tmp_path: Any) -> Non
     assert pr.save(small, tmp_path / "out", plan=plan, dense=model).reader == "from_pretrained"
     again = type(plain).from_pretrained(tmp_path / "out")
     assert again.config.mlp_bias and torch.equal(logits(again, other), logits(small, other))
+
+
+def test_flap_over_all_layers_does_not_see_the_scale_of_a_layer() -> None:
+    model, data = language_model(), windows(3)
+
+    def kept(recipe: pr.Recipe) -> list[list[bool]]:
+        target = pr.Sparsity(0.3)
+        plan = pr.plan(model, data[0], recipe, target=target, data=data, only=["model.layers.*.mlp.*"])
+        return [keep.tolist() for keep in plan.keep.values()]
+
+    plain = replace(recipes.flap_global(), allocation=pr.global_)
+    before, raw = kept(recipes.flap_global()), kept(plain)
+    with torch.no_grad():
+        model.model.layers[-1].mlp.down_proj.weight *= 10  # nothing but the output comes after it
+    assert kept(recipes.flap_global()) == before and kept(plain) != raw
+    assert len({sum(keep) for keep in before}) > 1  # layers differ in width
 
 
 def test_only_the_switch_that_is_needed_is_turned_on() -> None:

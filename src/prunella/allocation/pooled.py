@@ -14,20 +14,25 @@ from prunella.method import allocation
 
 
 class Normalise(Enum):
-    """By what a group's scores are divided before groups are compared."""
+    """How a group's scores are brought to a common scale before groups are compared."""
 
     NONE = "none"
     MEAN = "mean"
     MAX = "max"
     NORM = "norm"
+    STANDARD = "standard"
 
 
-@allocation(source="Han et al. 2015, arXiv:1506.02626; Molchanov et al. 2017, arXiv:1611.06440 (`NORM`)")
+@allocation(
+    source="Han et al. 2015, arXiv:1506.02626; Molchanov et al. 2017, arXiv:1611.06440 (`NORM`); "
+    "An et al. 2024, arXiv:2312.11983 (`STANDARD`)"
+)
 def global_(pools: Sequence[Pool], *, normalise: Normalise = Normalise.NONE, per_cost: bool = False) -> list[Tensor]:
     """One ranking over all groups: the lowest scores go, wherever they are.
 
-    `key = score / c_l`. normalise: `c_l` is 1 (`NONE`), the mean, the maximum or the L2 norm of the group's absolute
-    scores. Scaling a layer by 10 moves the split unless scores are normalised; norms and sums over more weights are
+    `key = (score - a_l) / c_l`. normalise: `c_l` is 1 (`NONE`), the mean, the maximum or the L2 norm of the group's
+    absolute scores, with `a_l = 0`; or (`STANDARD`) `a_l` is the mean and `c_l` the standard deviation of its scores
+    over all units (population), 1 where all are equal. Scaling a layer by 10 moves the split unless scores are normalised; norms and sums over more weights are
     larger, so that wide consumers are spared. May take a group down to its floor: set `floor=`.
 
     per_cost: divide also by what one unit weighs in the target's unit, so that the harm for each multiply-add
@@ -37,8 +42,15 @@ def global_(pools: Sequence[Pool], *, normalise: Normalise = Normalise.NONE, per
     of a layer: give normalise=.
     """
     costs = [pool.cost if per_cost and pool.cost > 0 else 1.0 for pool in pools]
-    scales = [_scale(pool.scores.double().abs(), normalise) for pool in pools]
-    return [pool.scores.double() / (scale * cost) for pool, scale, cost in zip(pools, scales, costs, strict=True)]
+    if normalise is Normalise.STANDARD and per_cost:
+        raise RequestError(
+            "standardised scores cannot be compared per cost",
+            "half of them are negative, and dividing them makes what is dear go first",
+            "take another normalise=, or per_cost=False",
+        )
+    shifted = [_centred(pool.scores.double(), normalise) for pool in pools]
+    scales = [_scale(values.abs(), normalise) for values in shifted]
+    return [values / (scale * cost) for values, scale, cost in zip(shifted, scales, costs, strict=True)]
 
 
 @allocation(source="Fang et al. 2024, arXiv:2407.04616")
@@ -93,9 +105,22 @@ def _lamp(pool: Pool) -> Tensor:
     return torch.where(suffix > 0, squares / suffix.clamp_min(torch.finfo(torch.float64).tiny), 0.0).cummax(0).values
 
 
+def _centred(scores: Tensor, normalise: Normalise) -> Tensor:
+    return scores - scores.mean() if normalise is Normalise.STANDARD and len(scores) else scores
+
+
 def _scale(values: Tensor, normalise: Normalise) -> Tensor:
     if normalise is Normalise.NONE or not len(values):
         return torch.ones((), dtype=values.dtype)
-    by = {Normalise.MEAN: torch.mean, Normalise.MAX: torch.max, Normalise.NORM: torch.linalg.vector_norm}
+    by = {
+        Normalise.MEAN: torch.mean,
+        Normalise.MAX: torch.max,
+        Normalise.NORM: torch.linalg.vector_norm,
+        Normalise.STANDARD: _root_mean_square,
+    }
     scale: Tensor = by[normalise](values)
     return torch.where(scale > 0, scale, torch.ones_like(scale))
+
+
+def _root_mean_square(values: Tensor) -> Tensor:
+    return values.square().mean().sqrt()

@@ -37,7 +37,7 @@ def load_state(path: str | os.PathLike[str]) -> Any:
     try:
         with safe_open(str(path), framework="pt") as file:
             head = json.loads((file.metadata() or {})[_KEY])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
         if head["version"] != VERSION:
             raise BadInput(f"{path} cannot be read", f"its format is {head['version']}, not {VERSION}")
         return _unpack(head["state"], tensors)
