@@ -93,7 +93,13 @@ def test_normalised_global_does_not_see_scale(normalise: pr.Normalise) -> None:
 
 def test_normalisation_divides_by_what_it_says() -> None:
     values = [1.0, 3.0, 8.0]
-    for normalise, by in ((pr.Normalise.MEAN, 4.0), (pr.Normalise.MAX, 8.0), (pr.Normalise.NORM, math.sqrt(74))):
+    scales = {
+        pr.Normalise.MEAN: 4.0,
+        pr.Normalise.MAX: 8.0,
+        pr.Normalise.NORM: math.sqrt(74),
+        pr.Normalise.RMS: math.sqrt(74 / 3),
+    }
+    for normalise, by in scales.items():
         assert pr.global_([pool(values)], normalise=normalise)[0].tolist() == pytest.approx([v / by for v in values])
 
 

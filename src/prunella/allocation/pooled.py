@@ -20,6 +20,7 @@ class Normalise(Enum):
     MEAN = "mean"
     MAX = "max"
     NORM = "norm"
+    RMS = "rms"
     STANDARD = "standard"
 
 
@@ -30,8 +31,9 @@ class Normalise(Enum):
 def global_(pools: Sequence[Pool], *, normalise: Normalise = Normalise.NONE, per_cost: bool = False) -> list[Tensor]:
     """One ranking over all groups: the lowest scores go, wherever they are.
 
-    `key = (score - a_l) / c_l`. normalise: `c_l` is 1 (`NONE`), the mean, the maximum or the L2 norm of the group's
-    absolute scores, with `a_l = 0`; or (`STANDARD`) `a_l` is the mean and `c_l` the standard deviation of its scores
+    `key = (score - a_l) / c_l`. normalise: `c_l` is 1 (`NONE`), the mean, the maximum, the L2 norm or the root mean
+    square of the absolute scores of the group, with `a_l = 0`; or (`STANDARD`) `a_l` is the mean and `c_l` the standard
+    deviation of its scores
     over all units (population), 1 where all are equal. Scaling a layer by 10 moves the split unless scores are
     normalised; norms and sums over more weights are larger, so that wide consumers are spared. May take a group down
     to its floor: set `floor=`.
@@ -117,6 +119,7 @@ def _scale(values: Tensor, normalise: Normalise) -> Tensor:
         Normalise.MEAN: torch.mean,
         Normalise.MAX: torch.max,
         Normalise.NORM: torch.linalg.vector_norm,
+        Normalise.RMS: _root_mean_square,
         Normalise.STANDARD: _root_mean_square,
     }
     scale: Tensor = by[normalise](values)
