@@ -57,6 +57,29 @@ def test_a_block_is_solved_toward_what_leaves_the_blocks_that_it_stands_for() ->
     assert [bool(f.skipped) for f in report.fits] == [True, False, True] and "stands for 2 more" in str(report)
 
 
+def test_the_ridge_is_chosen_on_batches_that_the_least_squares_does_not_see() -> None:
+    model, data = language_model(), windows(4, length=10)
+    plan = pr.drop_blocks(model, data[0], ["model.layers.2", "model.layers.3"])
+    small = pr.shrink(model, plan)
+    pairs = [inner(small, 1, batch) for batch in data]
+    goals = [streams(model, batch)[4].flatten(0, -2).double() for batch in data]
+    weight = small.model.layers[1].mlp.down_proj.weight.detach().double()
+    x, residual = (torch.cat(parts[:3]) for parts in ([p[0] for p in pairs],
+                   [y - s - x @ weight.T for (x, s), y in zip(pairs, goals, strict=True)]))  # fmt: skip
+    judge_x, judge_s = pairs[3]
+    scale, errors = float(x.square().sum(0).mean()), {}
+    for ridge in (1e-2, 1e-1, 1.0, 1e1, 1e2):
+        change = torch.linalg.solve(x.T @ x + ridge * scale * torch.eye(48, dtype=torch.float64), x.T @ residual)
+        left = goals[3] - judge_s - judge_x @ (weight.T + change)
+        errors[float(left.square().sum())] = change
+    best = min(errors)
+    assert best != max(errors) and errors[best] is not next(iter(errors.values()))  # the least ridge fits too closely
+    fit = pr.match_stream_(small, model, data, plan, how=pr.Match(gaps=True)).fits[1]
+    assert torch.allclose(small.model.layers[1].mlp.down_proj.weight.double(), weight + errors[best].T, atol=1e-5)
+    assert fit.after == pytest.approx((best / float(goals[3].square().sum())) ** 0.5, rel=1e-4)
+    assert fit.after < fit.before
+
+
 def test_every_block_behind_a_gap_makes_up_for_what_is_lost_before_it() -> None:
     model, data = language_model(), windows(6)
     plan = pr.drop_blocks(model, data[0], ["model.layers.2"])

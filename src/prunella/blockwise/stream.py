@@ -24,35 +24,41 @@ from prunella.graph.depth import inside
 from prunella.method import solver
 from prunella.pipeline import Inputs, Loss, Plan
 from prunella.realize.shrink import shrink
-from prunella.recovery.least_squares import Sums
+from prunella.recovery.least_squares import Solution, Sums
 from prunella.recovery.reads import Read, Watch, rows, targets
 from prunella.stats import Source, untouched
 
 log = logging.getLogger(__name__)
 SAME = 1e-6
 """A relative error that is no more than rounding: there is nothing to make up for."""
+RIDGES = (1e-2, 1e-1, 1.0, 1e1, 1e2)
+"""Tried where none is given. The layers write into a sum that others read: what is fitted too closely does harm."""
 
 
 @dataclass(frozen=True)
 class Match:
     """How a block is matched. ridge: of the least squares, relative to the mean square of the inputs, from 0 up.
 
-    refine: gradient steps for the whole block after the least squares, or None. gaps: only blocks behind which others
-    were dropped.
+    None: of five between 0.01 and 100 the one that is best on every fourth batch (the last one of fewer), which the
+    least squares then does not see; where none is better than nothing, the layer stays as it was. refine: gradient
+    steps for the whole block after the least squares, or None. gaps: only blocks behind which others were dropped.
     """
 
-    ridge: float = 1e-2
+    ridge: float | None = None
     refine: Refine | None = None
     gaps: bool = False
 
     def __post_init__(self) -> None:
-        if not self.ridge >= 0:
-            raise RequestError(f"ridge={self.ridge:g} is out of range", "it takes numbers from 0 up", "ridge=1e-2")
+        if self.ridge is not None and not self.ridge >= 0:
+            raise RequestError(f"ridge={self.ridge:g} is out of range", "it takes numbers from 0 up", "leave it out")
 
 
 @dataclass(frozen=True)
 class BlockFit:
-    """One block: `|B'(x') - y| / |y|` before and after, y the dense stream. instead: blocks that it stands for too."""
+    """One block: `|B'(x') - y| / |y|` before and after, y the dense stream. instead: blocks that it stands for too.
+
+    Measured on the batches that chose the ridge, where none was given.
+    """
 
     name: str
     layer: str = ""
@@ -94,15 +100,16 @@ def match_stream_(
     them in the dense model. The last layer in it whose output is added to the stream is solved by least squares,
     `min over D, b of |y - s - X (W + D)^T - b|^2 + ridge * mean(diag(X^T X)) * |D|^2`, with X its inputs and s the
     stream beside it in the small model, so that it also makes up for what the blocks before it lost; `how.refine` then
-    moves all weights of the block toward the same goal. A change is kept only if the error on the data falls.
+    moves all weights of the block toward the same goal. A least-squares change is kept only if the error falls, on
+    batches that it was not fitted to where `how.ridge` is not given.
     The data pass through both models once, block by block: three runs of each block, and one more for each step of
     refining. Memory: the stream between two blocks in both models, for all batches. Data: batches, no labels.
 
     small: what `shrink(dense, plan)` gave, for any plan of structure: depth, width or both. loss: how to run a model on
     a batch. Layers under masks are left to refining, which holds the masks. Errors: NotSupported without blocks.
 
-    Use: right after a cut of depth or width, with many tokens, and keep it only if held-out text says so. Avoid: fewer
-    tokens than several times the inputs of the layers that are solved: it then fits the calibration data.
+    Use: right after a cut of depth or width. Avoid: a ridge of your own with fewer tokens than many times the inputs
+    of the layers that are solved: it then fits the calibration data.
     """
     small_, dense_ = unwrap(small), unwrap(dense)
     held, source = list(batches(data)), Source(None, loss)
@@ -177,17 +184,20 @@ class _Job:
         names = {p: name for name, p in self.model.named_parameters()}
         if read is None or names[read.weight] in self.masks:
             return BlockFit(block.path, skipped=reason or "single weights of its last layer are masked")
-        sums, size = Sums(centred=read.bias is not None), 0.0
-        for call, goal in zip(calls, wanted, strict=True):
+        fitted, judge = (Sums(centred=read.bias is not None) for _ in range(2))
+        apart = _apart(len(calls)) if self.how.ridge is None else set[int]()
+        sizes = {False: 0.0, True: 0.0}
+        for number, (call, goal) in enumerate(zip(calls, wanted, strict=True)):
             found = self._last_read(block, call, read.weight)
             y = _rows_of(found, goal).double() - targets(found, beside=True).double()
-            size += float(goal.double().square().sum())
+            sizes[number in apart] += float(goal.double().square().sum())
             for x, some in rows(found):
+                sums = judge if number in apart else fitted
                 sums.add(x, y[some], (y - targets(found).double())[some])
-        if not sums.finite:
+        if not fitted.finite or (apart and not judge.finite):
             raise CheckFailed(f"the stream in {block.path} is not finite", "on the calibration data", "check the data")
-        solution = sums.solve(self.how.ridge)
-        before, after = (math.sqrt(square / (size or 1.0)) for square in (solution.before, solution.after))
+        solution, *errors = self._chosen(fitted, judge if apart else fitted)
+        before, after = (math.sqrt(square / (sizes[bool(apart)] or 1.0)) for square in errors)
         if after >= before or before <= SAME:
             return BlockFit(block.path, names[read.weight], before, before)
         change = solution.change.T if read.out_axis == 0 else solution.change
@@ -195,6 +205,13 @@ class _Job:
         if read.bias is not None:
             read.bias.copy_((read.bias.double() + solution.shift).to(read.bias.dtype))
         return BlockFit(block.path, names[read.weight], before, after)
+
+    def _chosen(self, fitted: Sums, judge: Sums) -> tuple[Solution, float, float]:
+        """The solution that errs least on `judge`, and its error without and with it."""
+        given = self.how.ridge
+        ridges = (given,) if given is not None else RIDGES if judge is not fitted else RIDGES[:1]
+        best = min((fitted.solve(ridge) for ridge in ridges), key=judge.error)
+        return best, judge.squares, judge.error(best)
 
     def _refined(
         self, block: Block, outputs: Sequence[Callable[[], Tensor]], wanted: Sequence[Tensor], fit: BlockFit
@@ -230,6 +247,11 @@ class _Job:
             self.feed.call(block, call)
         watch.finish()
         return found[-1]
+
+
+def _apart(batches: int) -> set[int]:
+    """The batches that judge what was fitted to the others."""
+    return set(range(3, batches, 4)) or ({batches - 1} if batches > 1 else set())
 
 
 def _is_sum(read: Read, output: Tensor) -> bool:

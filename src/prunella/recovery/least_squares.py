@@ -75,3 +75,11 @@ class Sums:
         if self.centred:
             shift = self.r / self.tokens - (self.x_origin + self.x / self.tokens) @ change
         return Solution(change, shift, self.squares, max(after, 0.0), damping)
+
+    def error(self, found: Solution) -> float:
+        """`|R - X D - s|^2` of a solution of other sums on these tokens."""
+        shift = found.shift + self.x_origin @ found.change
+        explained = 2 * float((found.change * self.cross).sum())
+        explained -= float((found.change * (self.gram @ found.change)).sum())
+        offset = 2 * float((shift * (self.x @ found.change - self.r)).sum())
+        return max(self.squares - explained + offset + self.tokens * float(shift.square().sum()), 0.0)
