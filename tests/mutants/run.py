@@ -9,9 +9,9 @@ which at least one must fail. Rows are in `tests/mutants/*.toml`. The sources ar
 from __future__ import annotations
 
 import fnmatch
+import multiprocessing
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 import tomllib
@@ -19,8 +19,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
+import torch
+
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "src" / "prunella"
+LIMIT = 600
+"""Most seconds for the tests of one row."""
 
 
 @dataclass(frozen=True)
@@ -72,19 +77,37 @@ def killed(mutant: Mutant) -> str:
         shutil.copytree(PACKAGE, copy, ignore=shutil.ignore_patterns("__pycache__"))
         target = copy / mutant.file
         target.write_text(target.read_text(encoding="utf-8").replace(mutant.find, mutant.replace), encoding="utf-8")
-        paths = os.pathsep.join((folder, str(ROOT)))
-        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *mutant.tests]
-        done = subprocess.run(
-            command, cwd=ROOT, env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
-            capture_output=True, text=True, timeout=600, check=False,
-        )  # fmt: skip
-    if done.returncode == 0:
-        return "SURVIVED"
-    return "killed" if done.returncode == 1 else f"BAD ROW (pytest: {done.stdout.strip().splitlines()[-1:]})"
+        log = Path(folder) / "log"
+        process = multiprocessing.get_context("fork").Process(target=_try, args=(mutant.tests, folder, log))
+        process.start()
+        process.join(LIMIT)
+        if process.is_alive():
+            process.kill()
+            process.join()
+            return f"BAD ROW (no end within {LIMIT} s)"
+        if process.exitcode == 0:
+            return "SURVIVED"
+        return "killed" if process.exitcode == 1 else f"BAD ROW (pytest: {log.read_text().strip().splitlines()[-1:]})"
+
+
+def _try(tests: tuple[str, ...], folder: str, log: Path) -> None:
+    """Run the tests on the copy in `folder`, in a process that has torch already but not prunella."""
+    with log.open("w") as stream:
+        os.dup2(stream.fileno(), 1)
+        os.dup2(stream.fileno(), 2)
+    sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
+    sys.path[:0] = [folder, str(ROOT)]
+    os.environ["PYTHONPATH"] = os.pathsep.join((folder, str(ROOT)))  # for tests that start processes
+    os.chdir(ROOT)
+    code = pytest.main(["-x", "-q", "-p", "no:cacheprovider", *tests])
+    sys.stdout.flush()
+    os._exit(int(code))
 
 
 def main() -> int:
     """Try all; 1 if one survived."""
+    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"
     mutants = read(sys.argv[1:] or ["*"])
     alive = 0
     with ThreadPoolExecutor(2) as pool:
