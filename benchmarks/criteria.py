@@ -3,10 +3,10 @@
     python benchmarks/criteria.py [--quick] [--seeds 3] [--steps 10] [--part masks] [--only magnitude ...]
 
 Three parts: single weights under masks, compressed 2, 4, 8, 16 and 32 times; channels, at five fractions of the
-multiply-adds; residual blocks, one to five of them. Masks and channels have a uniform allocation, so that nothing but
-the order that a criterion gives decides; blocks are ranked together. Data for criteria are 256 training images, other
-ones for each seed. A cell (part, criterion, ratio, seed) is a file written at once when it is done; a run that was
-stopped goes on where it was.
+multiply-adds; residual blocks, one to four of them, since every stage keeps one. Masks and channels have a uniform
+allocation, so that nothing but the order that a criterion gives decides; blocks are ranked together. Data for criteria
+are 256 training images, other ones for each seed. A cell (part, criterion, ratio, seed) is a file written at once when
+it is done; a run that was stopped goes on where it was.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ BLOCKS = 7
 RATIOS: dict[str, tuple[float, ...]] = {
     "masks": (2, 4, 8, 16, 32),
     "channels": (0.8, 0.65, 0.5, 0.35, 0.25),
-    "blocks": (1, 2, 3, 4, 5),
+    "blocks": (1, 2, 3, 4),
 }
 HEADS = {"masks": "{:g}x smaller", "channels": "{:.0%} of the MACs", "blocks": "{:g} blocks gone"}
 ONLY_BLOCKS = {"block_influence"}
@@ -78,7 +78,7 @@ class Cell:
 def criteria(part: str) -> dict[str, Criterion]:
     """All registered criteria that can score the units of a part, and the controls of magnitude."""
     found = {m.name: m.function for m in methods() if m.kind == "criterion" and m.name not in NOT_HERE}
-    no = {"masks": ONLY_BLOCKS | ONLY_UNITS, "channels": ONLY_BLOCKS, "blocks": ONLY_UNITS - {"group_norm"}}[part]
+    no = {"masks": ONLY_BLOCKS | ONLY_UNITS, "channels": ONLY_BLOCKS, "blocks": ONLY_UNITS}[part]
     for control in (pr.inverted(pr.magnitude), pr.shuffled(pr.magnitude)):
         found[name_of(control)] = control
     return {name: found[name] for name in sorted(found) if name not in no}
@@ -185,6 +185,7 @@ def main() -> None:
     parser.add_argument("--test-images", type=int, default=1000)
     parser.add_argument("--part", nargs="*", choices=list(RATIOS), help="some parts alone")
     parser.add_argument("--only", nargs="*", help="some criteria alone")
+    parser.add_argument("--table", action="store_true", help="only write the tables from the cells that there are")
     parser.add_argument("--cells", type=Path, default=CELLS, help="folder of the finished cells")
     options = parser.parse_args()
     absent = missing("cifar10_train.npz", "cifar10_test.npz", weights_name(20))
@@ -194,7 +195,8 @@ def main() -> None:
     if options.quick:
         options.seeds, options.steps, options.test_images = 1, 2, 500
     options.cells.mkdir(parents=True, exist_ok=True)
-    done = [settled(cell, options.cells) for cell in cells(options)]
+    asked = [cell for cell in cells(options) if not options.table or (options.cells / cell.file).is_file()]
+    done = [settled(cell, options.cells) for cell in asked]
     text = table(done)
     print(text, flush=True)
     if not options.quick and not options.only and not options.part:
