@@ -132,7 +132,10 @@ def test_a_residual_of_another_shape_or_a_changed_input_does_not_join() -> None:
 
     torch.manual_seed(0)
     model = sown(Wide())
-    torch.testing.assert_close(pr.sparse(model, X)(X), model(X))
+    made = pr.sparse(model, X)
+    torch.testing.assert_close(made(X), model(X))
+    inputs = {str(node.target): len(node.args) for node in made.graph.nodes if node.op == "call_module"}  # type: ignore[union-attr]
+    assert inputs["up"] == 1
     torch.testing.assert_close(pr.sparse(model, X[:1])(X), model(X))
 
 

@@ -43,9 +43,16 @@ def test_the_error_falls_and_counts_stay(pattern: Element | NM) -> None:
     assert errors == sorted(errors, reverse=True) and errors[0] < before.error
 
 
-@pytest.mark.parametrize("seed", range(4))
+def alike(gram: Tensor) -> Tensor:
+    """The same inputs with a large common part, so that what two weights do together counts."""
+    scale = 4 * gram.diagonal().mean()
+    return gram + scale * torch.ones_like(gram)
+
+
+@pytest.mark.parametrize("seed", range(12))
 def test_within_groups_the_best_exchange_of_all_is_taken(seed: int) -> None:
     weight, gram = layer(out=1, width=12, seed=seed)
+    gram = alike(gram) if seed > 3 else gram
     start = wanda(weight, gram, NM(2, 4)).mask
     one = swap(weight, gram, NM(2, 4), start=start, steps=1)
     assert one.error == pytest.approx(best_exchange(weight, gram, start, 4), rel=1e-9)
@@ -53,9 +60,10 @@ def test_within_groups_the_best_exchange_of_all_is_taken(seed: int) -> None:
     assert end.error == pytest.approx(best_exchange(weight, gram, end.mask, 4), rel=1e-9)
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(12))
 def test_in_a_row_the_partner_of_the_one_that_returns_is_the_best(seed: int) -> None:
     weight, gram = layer(out=1, width=10, seed=seed)
+    gram = alike(gram) if seed > 3 else gram
     start = wanda(weight, gram).mask
     alone = {i: error(weight, gram, start | (torch.arange(10) == i)) for i in range(10) if not start[0, i]}
     back = min(alone, key=alone.__getitem__)
