@@ -40,8 +40,9 @@ class Match:
     """How a block is matched. ridge: of the least squares, relative to the mean square of the inputs, from 0 up.
 
     None: of five between 0.01 and 100 the one that is best on every fourth batch (the last one of fewer), which the
-    least squares then does not see; where none is better than nothing, the layer stays as it was. refine: gradient
-    steps for the whole block after the least squares, or None. gaps: only blocks behind which others were dropped.
+    least squares then does not see; where none is better than nothing, the layer stays as it was. A single batch
+    cannot judge: 0.01. refine: gradient steps for the whole block after the least squares, or None. gaps: only blocks
+    behind which others were dropped.
     """
 
     ridge: float | None = None
