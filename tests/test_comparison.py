@@ -55,6 +55,19 @@ def test_what_is_known_is_not_run_again(tmp_path: Path) -> None:
         pr.compare(scaled(8.0), {"a": way}, {"weight": weight}, seeds=(1,), folder=tmp_path)
 
 
+def test_a_function_that_measures_two_things_and_what_names_depend_on(tmp_path: Path) -> None:
+    ways, both = {"a": lambda seed: scaled(seed)}, {("weight", "half"): lambda m: (weight(m), weight(m) / 2)}
+    found = pr.compare(scaled(9.0), ways, both, seeds=(1, 2), folder=tmp_path, asked={"lr": 1})
+    assert found.values["a"] == {"weight": (1, 2), "half": (0.5, 1), "seconds": found.values["a"]["seconds"]}
+    assert pr.compare(scaled(9.0), ways, both, seeds=(1, 2), folder=tmp_path, asked={"lr": 1}) == found
+    with pytest.raises(RequestError, match="not continued"):
+        pr.compare(scaled(9.0), ways, both, seeds=(1, 2), folder=tmp_path, asked={"lr": 2})
+    with pytest.raises(RequestError, match="gave 1 numbers"):
+        pr.compare(scaled(9.0), ways, {("weight", "half"): weight}, seeds=(1,))
+    with pytest.raises(RequestError, match="nothing to compare"):
+        pr.compare(scaled(9.0), ways, {"weight": weight, ("weight", "half"): weight}, seeds=(1,))
+
+
 def test_nothing_to_compare_is_said() -> None:
     for ways, measures in (({}, {"w": weight}), ({"a": scaled}, {}), ({"dense": scaled}, {"w": weight}),
                            ({"a": scaled}, {"seconds": weight})):  # fmt: skip

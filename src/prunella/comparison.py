@@ -19,7 +19,9 @@ from prunella.stats import untouched
 
 Way = Callable[[int], nn.Module]
 """Seed -> a pruned model, the same for the same seed."""
-Measure = Callable[[nn.Module], float]
+Measure = Callable[[nn.Module], float | Sequence[float]]
+Measures = Mapping[str | tuple[str, ...], Measure]
+"""Name -> function of a model that gives a number; a tuple of names -> one that gives as many."""
 SECONDS = "seconds"
 
 
@@ -51,10 +53,11 @@ class Compared:
 def compare(
     dense: nn.Module,
     ways: Mapping[str, Way],
-    measures: Mapping[str, Measure],
+    measures: Measures,
     *,
     seeds: Sequence[int] = (0, 1, 2),
     folder: str | os.PathLike[str] | None = None,
+    asked: object = (),
 ) -> Compared:
     """Run every way with every seed, and measure what comes out; the dense model is the first row.
 
@@ -62,15 +65,19 @@ def compare(
     spread is that of the method. Measures run in eval mode without gradients, with every random generator at 0. The
     ways are run in turn, seed by seed, so that a slow hour of the machine meets all of them.
 
-    measures: name -> function of a model, for example perplexity or agreement on text that no way has seen.
-    folder: of a journal, one line for each number, so that a comparison that was stopped goes on; the functions behind
-    names are not watched, choose another folder when they change. Errors: RequestError for an empty or repeated name.
+    measures: name -> function of a model, for example perplexity or agreement on text that no way has seen; a tuple of
+    names -> a function that gives a number for each.
+    folder: of a journal, one line for each number, so that a comparison that was stopped goes on. The functions behind
+    names are not watched: choose another folder when they change, or pass what they depend on as `asked` (data that
+    JSON can say), and the folder is refused for any other. Errors: RequestError for an empty or repeated name.
     """
-    if not ways or not measures or not seeds or "dense" in ways or SECONDS in measures:
+    groups = {(key,) if isinstance(key, str) else key: measure for key, measure in measures.items()}
+    names = [name for group in groups for name in group]
+    if not ways or not names or not seeds or "dense" in ways or len({SECONDS, *names}) <= len(names):
         why = "a way, a measure and a seed are needed, and dense and seconds are names of its own"
         raise RequestError("there is nothing to compare", why, "compare(model, {name: function of a seed}, {...})")
-    journal = Journal(folder, digest_of(dense, ["compare"]))
-    names = [*measures, SECONDS]
+    journal = Journal(folder, digest_of(dense, ["compare", asked]))
+    names.append(SECONDS)
     for seed in seeds:
         for way, make in {"dense": lambda seed: dense, **ways}.items():
             keys = {name: f"{way} / {seed} / {name}" for name in names}
@@ -78,8 +85,9 @@ def compare(
                 start = time.perf_counter()
                 model = make(seed)
                 taken = 0.0 if model is dense else time.perf_counter() - start
-                for name, measure in measures.items():
-                    journal[keys[name]] = _measured(model, measure)
+                for group, measure in groups.items():
+                    for name, value in zip(group, _measured(model, measure, len(group)), strict=True):
+                        journal[keys[name]] = value
                 journal[keys[SECONDS]] = taken
     found = {
         way: {name: tuple(journal[f"{way} / {seed} / {name}"] for seed in seeds) for name in names}
@@ -88,9 +96,13 @@ def compare(
     return Compared(found, tuple(seeds))
 
 
-def _measured(model: nn.Module, measure: Measure) -> float:
+def _measured(model: nn.Module, measure: Measure, count: int) -> list[float]:
     with untouched(model, 0), mode(model, training=False), torch.no_grad():
-        return float(measure(model))
+        found = measure(model)
+    values = [float(value) for value in found] if isinstance(found, Sequence) else [float(found)]
+    if len(values) != count:
+        raise RequestError(f"a measure gave {len(values)} numbers", f"it has {count} names", "give each number a name")
+    return values
 
 
 def _text(middle: float, spread: float) -> str:

@@ -12,7 +12,7 @@ import typer
 from prunella.cli.app import app
 from tests.cli.conftest import Run
 
-VERBS = ("demo", "doctor", "methods", "explain", "inspect", "scan", "plan", "import", "show", "run", "pareto", "bench",
+VERBS = ("demo", "doctor", "methods", "explain", "inspect", "scan", "plan", "import", "show", "run", "pareto", "compare", "bench",
          "export",
          "verify", "report")  # fmt: skip
 HEAVY = ("torch", "numpy", "scipy", "rich", "matplotlib", "pydantic", "transformers")

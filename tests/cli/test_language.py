@@ -89,7 +89,66 @@ def test_a_model_without_data_a_folder_or_a_tokenizer(prunella: Run, story: Any)
 
 
 def test_names_of_recipes_are_those_of_the_library() -> None:
-    assert set(language.RECIPES) == set(PRESETS)
+    assert set(language.RECIPES + language.SCORES) == set(PRESETS)
+
+
+def test_a_score_goes_block_by_block_where_the_data_is_a_text(prunella: Run, story: Any) -> None:
+    line = ("run", "in", "--recipe", "wanda", "--data", "text.txt", "--windows", "3", "--length", "12")
+    done = prunella(*line, "--sparsity", "0.25", "-o", "out")
+    assert done.code == 0 and "21 layers, sparsity 0.2500" in done.out, done.err
+    pruned = read(Path("out"), story)
+    for name, value in pruned.named_parameters():
+        if name.endswith("proj.weight"):  # every row alike, and no weight has moved
+            assert value.eq(0).sum(1).tolist() == [value.shape[1] // 4] * len(value)
+            assert torch.equal(value[value != 0], story.get_parameter(name)[value != 0])
+    assert "does not use --sparsity" in prunella("run", "in", "--recipe", "wanda", "--sparsity", "0.25").err
+
+
+COMPARE = ("compare", "in", "--data", "text.txt", "--text", "other.txt", "--recipe", "sparsegpt", "--recipe", "wanda",
+           "--windows", "3", "--length", "12", "--window", "10", "--seeds", "2", "-o", "table")  # fmt: skip
+
+
+def test_recipes_in_one_table_of_a_model(prunella: Run, story: Any) -> None:
+    Path("other.txt").write_text(" ".join(WORDS[::-1] * 5))
+    data = prunella(*COMPARE, "--json").data
+    assert list(data["values"]) == ["dense", "sparsegpt", "wanda"] and data["seeds"] == [0, 1]
+    assert data["values"]["dense"]["KL"] == [0, 0] and data["values"]["dense"]["top-1"] == [1, 1]
+    assert all(value > 0 for value in data["values"]["wanda"]["KL"] + data["values"]["sparsegpt"]["seconds"])
+    assert "8 windows of 10 tokens of other.txt" in data["protocol"] and "2 of them for KL" in data["protocol"]
+    again = prunella(*COMPARE)
+    assert "| sparsegpt |" in again.out and "seed" not in again.err  # nothing was made again
+    assert "not continued" in prunella(*COMPARE, "--sparsity", "0.7").err
+    Path("other.txt").write_text(" ".join(WORDS * 5))
+    assert "not continued" in prunella(*COMPARE).err
+
+
+def test_a_table_of_the_model_by_the_library(prunella: Run, story: Any) -> None:
+    import prunella as pr
+    from prunella.streaming.text import text_tokens, text_windows
+
+    Path("other.txt").write_text(" ".join(WORDS[::-1] * 5))
+    data = prunella(*COMPARE, "--json").data
+    batches = text_windows("in", "text.txt", count=3, length=12, seed=1)
+    pr.solve_(story, batches[0], PRESETS["wanda"](pr.Element(), 0.5), data=batches)
+    tokens = text_tokens("in", "other.txt")
+    assert data["values"]["wanda"]["perplexity"][1] == pytest.approx(pr.perplexity(story, tokens, window=10).value)
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        (("--recipe", "nothing"), 2, "no recipe 'nothing' for language models"),
+        (("--seeds", "0"), 2, "compare nothing"),
+        (("--window", "500"), 2, "shorter than one window"),
+        (("--text", "nothere.txt"), 3, "cannot read nothere.txt"),
+    ],
+)
+def test_a_comparison_that_makes_no_sense(
+    prunella: Run, story: Any, words: tuple[str, ...], code: int, said: str
+) -> None:
+    Path("other.txt").write_text(" ".join(WORDS[::-1] * 5))
+    done = prunella(*COMPARE, *words)
+    assert done.code == code and said in done.err
 
 
 def test_a_package_is_unpacked_once_into_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -176,8 +176,8 @@ class Feeding(Protocol):
     def call(self, block: Block, call: Call) -> Any:
         """The block on one of its calls."""
 
-    def advance(self, block: Block) -> None:
-        """Make the inputs of the next block."""
+    def advance(self, block: Block, outputs: Sequence[Tensor] | None = None) -> None:
+        """Make the inputs of the next block, or take the `outputs` of this one for them."""
 
 
 @dataclass
@@ -206,13 +206,15 @@ class Job:
             for weight in shared:
                 masks |= self._solve(weight, mine[weight], gram, tokens)
         record_(self.model, masks)
+        outputs: Sequence[Tensor] | None = None
         if self.how.refine is not None and block.path and masks:
             runs = [partial(self._output, block, calls, k) for k in range(len(calls))]
             module = self.model.get_submodule(block.path)
             if self.processes.first:
-                self.refined[block.path] = refine_(module, runs, wanted, masks, self.how.refine)
+                done = refine_(module, runs, wanted, masks, self.how.refine, self.feed.keep)
+                self.refined[block.path], outputs = (done.before, done.after), done.outputs
             self.processes.copy_first_(module)
-        self.feed.advance(block)
+        self.feed.advance(block, outputs)
 
     def _output(self, block: Block, calls: Sequence[Call], k: int) -> Tensor:
         return tensors(self.feed.call(block, calls[k]))[0]

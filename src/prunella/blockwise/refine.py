@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -31,16 +31,27 @@ class Refine:
             raise RequestError(f"cannot refine {self.epochs} epochs at lr={self.lr:g}", "both must be positive")
 
 
+@dataclass(frozen=True)
+class Refined:
+    """The relative squared error of a block before and after, and its outputs after, None if it stays as it was."""
+
+    before: float
+    after: float
+    outputs: Sequence[Tensor] | None = None
+
+
 def refine_(
     block: nn.Module,
     outputs: Sequence[Callable[[], Tensor]],
     wanted: Sequence[Tensor],
     masks: Mapping[nn.Parameter, Mask],
     how: Refine,
-) -> tuple[float, float]:
-    """Refine in place; relative squared error before and after. Kept only if the error fell.
+    keep: Callable[[Iterable[Tensor]], Sequence[Tensor]] = list,
+) -> Refined:
+    """Refine in place; the new weights are kept only if the error fell.
 
-    outputs: one function a batch that runs the block and gives its output. wanted: the dense outputs.
+    outputs: one function a batch that runs the block and gives its output. wanted: the dense outputs. keep: where the
+    outputs of the refined block go.
     """
     trained = [p for p in block.parameters() if p.is_floating_point()]
     asked = [(p, p.requires_grad) for p in block.parameters()]
@@ -67,15 +78,17 @@ def refine_(
         for p, flag in asked:
             p.grad = None
             p.requires_grad_(flag)
-    after = _error(outputs, wanted, scale)
+    errors: list[float] = []
+    made = keep(_told(outputs, wanted, errors))
+    after = sum(errors) / scale
     if not after < before:
         with torch.no_grad():
             for p, value in zip(trained, saved, strict=True):
                 p.copy_(value)
         if not math.isfinite(before):
             raise CheckFailed("the outputs of a block are not finite", "before it was refined", "check the data")
-        return before, before
-    return before, after
+        return Refined(before, before)
+    return Refined(before, after, made)
 
 
 @torch.no_grad()
@@ -84,7 +97,17 @@ def _hold(masks: Mapping[nn.Parameter, Mask]) -> None:
         parameter.masked_fill_(~mask, 0)
 
 
-@torch.no_grad()
 def _error(outputs: Sequence[Callable[[], Tensor]], wanted: Sequence[Tensor], scale: float) -> float:
-    pairs = zip(outputs, wanted, strict=True)
-    return sum(float((output().float() - goal.float()).square().sum()) for output, goal in pairs) / scale
+    errors: list[float] = []
+    for _ in _told(outputs, wanted, errors):
+        pass
+    return sum(errors) / scale
+
+
+def _told(outputs: Sequence[Callable[[], Tensor]], wanted: Sequence[Tensor], errors: list[float]) -> Iterator[Tensor]:
+    """The outputs in turn; their squared errors go to `errors`."""
+    for output, goal in zip(outputs, wanted, strict=True):
+        with torch.no_grad():
+            found = output()
+            errors.append(float((found.float() - goal.float()).square().sum()))
+        yield found

@@ -221,9 +221,9 @@ class _Job:
         assert self.how.refine is not None
         named = dict(self.model.named_parameters(remove_duplicate=False))
         held = {named[name]: mask for name, mask in self.masks.items() if inside(name, block.path)}
-        before, after = refine_(self.model.get_submodule(block.path), outputs, wanted, held, self.how.refine)
-        start = math.sqrt(before) if fit.skipped else fit.before
-        return BlockFit(fit.name, fit.layer or "all", start, math.sqrt(after))
+        done = refine_(self.model.get_submodule(block.path), outputs, wanted, held, self.how.refine)
+        start = math.sqrt(done.before) if fit.skipped else fit.before
+        return BlockFit(fit.name, fit.layer or "all", start, math.sqrt(done.after))
 
     def _writer(self, block: Block, call: Call) -> tuple[Read | None, str]:
         """The last layer in the block whose output, added to the stream beside it, is the block's output."""

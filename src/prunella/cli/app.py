@@ -56,6 +56,7 @@ for verb in (
     look.show,
     run,
     trials.pareto,
+    trials.compare,
     speed.bench,
     work.export,
     prove.verify,

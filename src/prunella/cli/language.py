@@ -1,22 +1,35 @@
-"""`run` on a language model: a text file in, block by block, a Hugging Face folder out."""
+"""`run` and `compare` on a language model: a text file in, block by block, a Hugging Face folder or a table out."""
 
 from __future__ import annotations
 
+import copy
+import hashlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prunella.cli.console import emit, note, stage
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from prunella.blockwise import OneShot
+    from prunella.comparison import Compared
     from prunella.streaming import Step, Streamed
 
-RECIPES = ("one_shot", "admm", "sparsegpt")
+RECIPES = ("one_shot", "admm", "alps", "sparsegpt")
 """Names of `prunella.streaming.preset`, known without importing torch."""
+SCORES = ("wanda", "ria", "magnitude")
+"""Names of it that are criteria as well: `run` takes them block by block where the data is a text file."""
+
+
+def asked_for(recipe: str, data: str | None) -> bool:
+    """Whether `run` means a language model, block by block."""
+    return recipe in RECIPES or (recipe in SCORES and data is not None and Path(data).is_file())
 
 
 @dataclass(frozen=True)
@@ -106,24 +119,14 @@ def _told() -> Callable[[Step], None]:
 
 def _read(asked: Asked) -> tuple[Path, OneShot, list[Any]]:
     """The folder, the recipe and the batches."""
-    from prunella.cli.request import load_data, read_pattern
+    from prunella.cli.request import load_data
     from prunella.errors import RequestError
-    from prunella.granularity import NM, Element
-    from prunella.models import model_folder
-    from prunella.streaming.preset import PRESETS
     from prunella.streaming.text import text_windows
 
-    pattern = read_pattern(asked.pattern) if asked.pattern else Element()
-    if isinstance(pattern, NM) and asked.sparsity not in (None, pattern.sparsity):
-        why = f"{asked.pattern} removes {pattern.sparsity:g} of every layer"
-        raise RequestError(f"--sparsity {asked.sparsity:g} and --pattern {asked.pattern}", why, "leave one of them out")
+    how = recipe_of(asked.recipe, asked.pattern, asked.sparsity)
     if asked.data is None:
         raise RequestError("there is no calibration data", "layers are solved for their inputs", "give --data FILE.txt")
-    how = PRESETS[asked.recipe](pattern, 0.5 if asked.sparsity is None else asked.sparsity)
-    folder = model_folder(asked.model)
-    if not folder.is_dir():
-        why = "it is not a folder, a FILE.gguf or smollm2"
-        raise RequestError(f"cannot prune {asked.model} block by block", why, "give a Hugging Face folder")
+    folder = folder_of(asked.model)
     if Path(asked.data).is_file():
         count = 128 if asked.windows is None else asked.windows
         length = 512 if asked.length is None else asked.length
@@ -133,3 +136,86 @@ def _read(asked: Asked) -> tuple[Path, OneShot, list[Any]]:
     if asked.windows is not None or asked.length is not None:
         raise RequestError("--windows and --length are of a text file", f"{asked.data} is none", "give --data FILE.txt")
     return folder, how, list(load_data(asked.data) or ())
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """What all rows of a comparison share. data, text: files; the numbers of windows and the tokens in each."""
+
+    data: str
+    text: str
+    windows: int
+    length: int
+    judged: int
+    window: int
+    skip: tuple[str, ...]
+
+
+def compare(
+    folder: Path, recipes: Mapping[str, OneShot], protocol: Protocol, seeds: int, output: Path
+) -> tuple[Compared, str]:
+    """The table, and a sentence on how its numbers were made."""
+    from prunella import comparison, metrics
+    from prunella.blockwise import solve_
+    from prunella.errors import RequestError
+    from prunella.models import load_model
+    from prunella.streaming.journal import described
+    from prunella.streaming.text import text_tokens, text_windows
+
+    if min(seeds, protocol.judged) < 1:
+        raise RequestError(f"{seeds} seeds on {protocol.judged} windows compare nothing", "at least 1 of each", "")
+    dense, tokens, window = load_model(str(folder)), text_tokens(folder, protocol.text), protocol.window
+    count = min(protocol.judged, len(tokens) // window)
+    few = [{"input_ids": tokens[k * window :][:window][None]} for k in range(-(-count // 4))]
+
+    def perplexity(model: nn.Module) -> float:
+        return metrics.perplexity(model, tokens, window=window, limit=protocol.judged).value
+
+    def agreement(model: nn.Module) -> tuple[float, float]:
+        found = metrics.token_agreement(dense, model, few)
+        return found.kl, found.top1
+
+    def way(name: str, seed: int) -> nn.Module:
+        batches = text_windows(folder, protocol.data, count=protocol.windows, length=protocol.length, seed=seed)
+        model = copy.deepcopy(dense)
+        with stage(f"{name}, seed {seed}"):
+            solve_(model, batches[0], recipes[name], data=batches, skip=protocol.skip)
+        return model
+
+    files = [hashlib.sha256(Path(file).read_bytes()).hexdigest() for file in (protocol.data, protocol.text)]
+    asked = [asdict(protocol), files, {name: described(how) for name, how in recipes.items()}]
+    ways = {name: partial(way, name) for name in recipes}
+    measures: comparison.Measures = {"perplexity": perplexity, ("KL", "top-1"): agreement}
+    found = comparison.compare(dense, ways, measures, seeds=range(seeds), folder=output, asked=asked)
+    return found, (
+        f"judged on {count} windows of {window} tokens of {protocol.text} without overlap, {len(few)} of them for "
+        f"KL (in nats) and top-1; calibrated on {protocol.windows} windows of {protocol.length} of {protocol.data}"
+    )
+
+
+def recipe_of(name: str, pattern: str | None, sparsity: float | None) -> OneShot:
+    """A preset at what the command line asks for; half of the weights if it says nothing."""
+    from prunella.cli.request import read_pattern
+    from prunella.errors import RequestError
+    from prunella.granularity import NM, Element
+    from prunella.streaming.preset import PRESETS
+
+    if name not in PRESETS:
+        raise RequestError(f"there is no recipe {name!r} for language models", "", f"one of {', '.join(PRESETS)}")
+    read = read_pattern(pattern) if pattern else Element()
+    if isinstance(read, NM) and sparsity not in (None, read.sparsity):
+        why = f"{pattern} removes {read.sparsity:g} of every layer"
+        raise RequestError(f"--sparsity {sparsity:g} and --pattern {pattern}", why, "leave one of them out")
+    return PRESETS[name](read, 0.5 if sparsity is None else sparsity)
+
+
+def folder_of(model: str) -> Path:
+    """The Hugging Face folder of a model."""
+    from prunella.errors import RequestError
+    from prunella.models import model_folder
+
+    folder = model_folder(model)
+    if not folder.is_dir():
+        why = "it is not a folder, a FILE.gguf or smollm2"
+        raise RequestError(f"cannot prune {model} block by block", why, "give a Hugging Face folder")
+    return folder

@@ -67,7 +67,7 @@ def run(
     """
     from prunella.cli import language
 
-    if recipe in language.RECIPES:
+    if language.asked_for(recipe, data):
         _refuse(f"--recipe {recipe}", {
             "--target": target, "--inputs": inputs, "--weights": weights, "--allow-pickle": allow_pickle,
             "--granularity": granularity, "--allocation": allocation, "--floor": floor, "--align": align,

@@ -1,4 +1,4 @@
-"""The verb that compares methods with each other and with baselines."""
+"""The verbs that compare methods with each other and with baselines."""
 
 from __future__ import annotations
 
@@ -56,6 +56,37 @@ def pareto(
             on_cell=lambda cell, n, total: note(f"{n} of {total}: {cell.method}, {cell.ratio:g}x, seed {cell.seed}"),
         )  # fmt: skip
     emit({**json.loads(found.json()), "page": str(output / PAGE)}, f"{found}\n\nwrote {output / PAGE}", as_json=as_json)
+
+
+def compare(
+    model: options.Model,
+    data: Annotated[str, typer.Option("--data", metavar="FILE", help="Text to calibrate with.")],
+    text: Annotated[str, typer.Option("--text", metavar="FILE", help="Other text, to judge by.")],
+    recipe: Annotated[
+        list[str] | None, typer.Option("--recipe", metavar="NAME", help="one_shot, admm, alps, sparsegpt, wanda ...")
+    ] = None,
+    sparsity: Annotated[float | None, typer.Option(help="Fraction removed from every layer (0.5).")] = None,
+    pattern: options.Pattern = None,
+    seeds: Annotated[int, typer.Option(help="How many seeds, from 0: each draws other windows of --data.")] = 3,
+    windows: Annotated[int, typer.Option(help="Windows to calibrate with.")] = 32,
+    length: Annotated[int, typer.Option(help="Tokens in one of them.")] = 512,
+    judged: Annotated[int, typer.Option(help="Windows of --text at most; a quarter of them for KL and top-1.")] = 16,
+    window: Annotated[int, typer.Option(help="Tokens in one of them.")] = 1024,
+    skip: options.Skip = None,
+    output: options.Output = Path("compared"),
+    as_json: options.Json = False,
+) -> None:
+    """Language models: recipes over seeds in one table, with perplexity, agreement with the dense model and seconds.
+
+    The dense model and a pruned one are in memory together. A comparison that was stopped goes on with the same line.
+    """
+    from prunella.cli import language
+
+    asked = {name: language.recipe_of(name, pattern, sparsity) for name in recipe or ("one_shot", "sparsegpt", "wanda")}
+    protocol = language.Protocol(data, text, windows, length, judged, window, tuple(skip or ()))
+    found, said = language.compare(language.folder_of(model), asked, protocol, seeds, output)
+    values = {way: {name: list(v) for name, v in by.items()} for way, by in found.values.items()}
+    emit({"values": values, "seeds": list(found.seeds), "protocol": said}, f"{found}\n\n{said}", as_json=as_json)
 
 
 def _numbers(text: str) -> tuple[float, ...]:

@@ -45,8 +45,11 @@ def admm(
     norms = damped.diagonal().clamp_min(torch.finfo(torch.float64).tiny).sqrt()
     scaled = damped / torch.outer(norms, norms)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(scaled + torch.eye(len(gram), dtype=torch.float64)))
-    goal = weight.double() * norms
-    pull, heard = goal @ scaled, gram.diagonal() > 0
+    # Factors in float64; the steps in float32 where the weights are no finer: A + I has no eigenvalue below 1.
+    working = torch.promote_types(weight.dtype, torch.float32)
+    inverse, norms = inverse.to(working), norms.to(working)
+    goal = weight.to(working) * norms
+    pull, heard = goal @ scaled.to(working), gram.diagonal() > 0
     free, dual, growing = goal, torch.zeros_like(goal), max(1, 3 * steps // 4)
     mask = torch.ones_like(goal, dtype=torch.bool)
     for step in range(1, steps + 1):

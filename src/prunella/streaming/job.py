@@ -71,10 +71,11 @@ class FromFiles:
         """The block on one of its calls."""
         return call.run(self._model.get_submodule(block.path))
 
-    def advance(self, block: Block) -> None:
-        """Run a block that is done on all its calls; nothing after the last one."""
+    def advance(self, block: Block, outputs: Sequence[Tensor] | None = None) -> None:
+        """Run a block that is done on all its calls, or take its `outputs`; nothing after the last one."""
         if block != self._captured.blocks[-1]:
-            self._streams = self.keep(tensors(self.call(block, call))[0] for call in self.calls(block))
+            made = (tensors(self.call(block, call))[0] for call in self.calls(block))
+            self._streams = self.keep(made) if outputs is None else outputs
 
 
 class Prepared:

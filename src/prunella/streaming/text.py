@@ -21,11 +21,7 @@ def text_windows(
     """
     if count < 1 or length < 2:
         raise RequestError(f"{count} windows of {length} tokens are no data", "at least 1 of 2", "128 of 512")
-    try:
-        content = Path(text).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadInput(f"cannot read {text}", f"{type(error).__name__}: {error}", "give a UTF-8 text file") from error
-    ids = _tokens(Path(folder), content)
+    ids = text_tokens(folder, text)
     if len(ids) < length:
         why = f"it has {len(ids)} tokens, and a window has {length}"
         raise RequestError(f"the text in {text} is too short", why, "give more text, or a smaller --length")
@@ -34,12 +30,17 @@ def text_windows(
     return [{"input_ids": ids[start : start + length][None]} for start in starts]
 
 
-def _tokens(folder: Path, text: str) -> Tensor:
+def text_tokens(folder: str | Path, text: str | Path) -> Tensor:
+    """All tokens `(tokens,)` of a text file by the tokenizer in `folder`, none added. Errors: as `text_windows`."""
+    try:
+        content = Path(text).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput(f"cannot read {text}", f"{type(error).__name__}: {error}", "give a UTF-8 text file") from error
     kind = import_transformers().AutoTokenizer
     try:
         tokenizer = kind.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers raises OSError, ValueError or its own by what is missing
         why = f"{type(error).__name__}: {error}".splitlines()[0]
         raise BadInput(f"{folder} has no tokenizer", why, "give batches instead: --data module:function") from error
-    found: Tensor = tokenizer(text, return_tensors="pt", add_special_tokens=False, verbose=False).input_ids[0]
+    found: Tensor = tokenizer(content, return_tensors="pt", add_special_tokens=False, verbose=False).input_ids[0]
     return found
