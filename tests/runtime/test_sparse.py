@@ -304,14 +304,22 @@ def test_blocks_are_seen(kernels: Calls) -> None:
     assert kinds[0] is Kind.BLOCK16 and Kind.BLOCK8 not in kinds
 
 
-def test_the_quickest_of_each_side_meet() -> None:
-    def work(size: int) -> Callable[[], object]:
-        matrix = torch.ones(size, size)
-        return lambda: matrix @ matrix
+def test_the_quickest_of_each_side_meet(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(tune, "own_clock", lambda: lambda: now[0])
 
-    runs = {Route.TORCH: work(200), Route.ONEDNN: work(260), Config(Kind.ROWS): work(280), Config(Kind.CSR): work(40)}
+    def work(seconds: float) -> Callable[[], object]:
+        return lambda: now.__setitem__(0, now[0] + seconds)
+
+    runs = {
+        Route.TORCH: work(0.20),
+        Route.ONEDNN: work(0.26),
+        Config(Kind.ROWS): work(0.28),
+        Config(Kind.CSR): work(0.17),
+    }
     verdict = decide(runs, Problem(4), 0.1, 0)
-    assert verdict.choice == verdict.best == Config(Kind.CSR) and verdict.ratio is not None and verdict.ratio.low > 1
+    assert verdict.choice == verdict.best == Config(Kind.CSR) and verdict.ratio is not None
+    assert verdict.ratio.value == pytest.approx(0.20 / 0.17)
     again = decide({c: runs[c] for c in (Route.TORCH, Config(Kind.ROWS))}, Problem(4), 0.1, 0)
     assert again.choice is Route.TORCH and again.best == Config(Kind.ROWS)
 

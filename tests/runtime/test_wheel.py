@@ -1,4 +1,7 @@
-"""The source distribution builds with a compiler and without one. `make wheel` tests what such a wheel does."""
+"""The source distribution builds with a compiler and without one, and what is installed from its wheels works.
+
+With `PRUNELLA_DIST` the wheel with the kernels is left in that folder: `make wheel`.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import zipfile
 from pathlib import Path
@@ -14,6 +18,8 @@ import pytest
 
 pytest.importorskip("scikit_build_core", reason="the build backend is not installed here")
 ROOT = Path(__file__).parents[2]
+KERNELS = tuple(f"tests/runtime/test_{name}.py" for name in ("kernels", "decode", "layers", "sparse", "artifact"))
+NO_KERNELS = ("tests/runtime/test_survey.py", "-k", "without_kernels")
 SOURCES = ("CMakeLists.txt", "pyproject.toml", "README.md", "LICENSE", "kernels", "src")
 
 
@@ -44,6 +50,35 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return next(path for path in made.iterdir() if path.is_dir())
 
 
+def installed(wheel: Path, folder: Path, *words: str, kernels: bool) -> str:
+    """The last line of pytest over the installed wheel, in an environment that has nothing of the sources.
+
+    Its dependencies are those of this environment, by a path: a .pth file in there is not followed, so that a prunella
+    which is installed in place stays out.
+    """
+    inside = folder / "environment"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", inside], check=True)
+    python = inside / "bin" / "python"
+    ask = "import sysconfig; print(sysconfig.get_path('purelib'))"
+    packages = Path(subprocess.run([python, "-c", ask], capture_output=True, text=True, check=True).stdout.strip())
+    (packages / "dependencies.pth").write_text(sysconfig.get_path("purelib"))
+    install = ("--quiet", "--disable-pip-version-check", "--python", python, "install", "--no-deps", "--no-index")
+    # the dependencies may hold prunella too, in place: it is not to be taken for an older version
+    subprocess.run([sys.executable, "-m", "pip", *install, "--ignore-installed", wheel], check=True)
+    work = folder / "work"
+    shutil.copytree(ROOT / "tests", work / "tests", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", work)
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("PYTHONPATH", "PYTEST"))}
+    found = "import prunella; from prunella.runtime import native; print(prunella.__file__, native.isa())"
+    where = subprocess.run([python, "-c", found], cwd=work, env=environment, capture_output=True, text=True, check=True)
+    file, isa = where.stdout.split()
+    assert Path(file).is_relative_to(packages) and (isa != "none") is kernels
+    command = [python, "-m", "pytest", "-p", "no:cacheprovider", *words]
+    done = subprocess.run(command, cwd=work, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    return done.stdout.splitlines()[-1]
+
+
 @pytest.mark.slow
 def test_without_a_compiler_it_is_pure_python(sources: Path, tmp_path: Path) -> None:
     wheel = build("wheel", sources, tmp_path, CC="/nonexistent", CXX="/nonexistent")
@@ -53,6 +88,7 @@ def test_without_a_compiler_it_is_pure_python(sources: Path, tmp_path: Path) -> 
     assert "prunella/py.typed" in names
     assert any(name.startswith("prunella/reporting/") and name.endswith(".html") for name in names)
     assert not any(name.endswith(".so") or name.startswith(("kernels", "tests")) for name in names)
+    assert "1 passed" in installed(wheel, tmp_path, *NO_KERNELS, kernels=False)
 
 
 @pytest.mark.slow
@@ -63,3 +99,7 @@ def test_with_a_compiler_the_library_lies_beside_its_binding(sources: Path, tmp_
     assert "-py3-none-" in wheel.name
     assert not wheel.name.endswith("-any.whl")
     assert "prunella/runtime/libprunella.so" in zipfile.ZipFile(wheel).namelist()
+    assert " passed" in installed(wheel, tmp_path, *KERNELS, kernels=True)
+    if folder := os.environ.get("PRUNELLA_DIST"):
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        shutil.copy(wheel, folder)

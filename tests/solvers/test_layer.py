@@ -122,12 +122,33 @@ def test_the_exact_refit_is_where_no_kept_weight_can_improve() -> None:
     assert float(slope[mask].abs().max()) < 1e-9 * float((weight @ gram).abs().max())
 
 
+def test_blocks_of_one_are_weights() -> None:
+    weight, gram = layer()
+    one, other = sparsegpt(weight, gram, Block(1, 1)), sparsegpt(weight, gram)
+    assert one.mask.equal(other.mask) and one.weight.equal(other.weight)
+
+
+@pytest.mark.parametrize("shape", [(4, 1), (2, 2), (5, 3), (12, 4)])
+def test_column_by_column_blocks_that_cost_least_go(shape: tuple[int, int]) -> None:
+    weight, gram = layer()
+    damped = gram + 0.01 * gram.diagonal().mean() * torch.eye(32, dtype=torch.float64)
+    # What a weight costs, given the columns before it: w^2 / inv(H of the columns from it on), its first entry.
+    given = torch.stack([torch.linalg.inv(damped[j:, j:])[0, 0] for j in range(32)])
+    pattern = Block(*shape)
+    found = sparsegpt(weight, gram, pattern, block=32)
+    assert found.mask.equal(project(weight.square() / given, pattern, 0.5))
+    # In spans the share is met over all of them, at most one block over.
+    for sparsity in (0.3, 0.5, 0.8):
+        gone = int((~sparsegpt(weight, gram, pattern, sparsity=sparsity, block=8).mask).sum())
+        assert 0 <= gone - round(sparsity * 384) < shape[0] * shape[1]
+    assert found.error < by_score(weight, gram, pattern, score=lambda w, n: w.square() / given).error
+
+
 def test_blocks_and_patterns_that_do_not_fit_are_refused() -> None:
     weight, gram = layer()
     mask = admm(weight, gram, Block(4, 1), sparsity=0.5).mask
     assert bool((mask.view(3, 4, 32).sum(1) % 4 == 0).all())
     for wrong in (
-        lambda: sparsegpt(weight, gram, Block(4, 1)),
         lambda: sparsegpt(weight, gram[:3, :3]),
         lambda: admm(weight, gram, NM(3, 7)),
         lambda: admm(weight, gram, sparsity=1.0),

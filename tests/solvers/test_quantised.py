@@ -89,12 +89,22 @@ def test_finer_scales_lose_less_and_what_does_not_fit_is_refused() -> None:
     for wrong in (
         lambda: Grid(1),
         lambda: Grid(8, 0),
-        lambda: prune_and_quantise(weight, gram, Block(2, 2)),
         lambda: prune_and_quantise(weight, gram, sparsity=1.0),
         lambda: prune_and_quantise(weight, gram, block=0),
     ):
         with pytest.raises(pr.PruningError):
             wrong()
+
+
+def test_blocks_go_whole_and_the_rest_is_on_the_grid() -> None:
+    weight, gram = layer(out=24, width=64)
+    found = prune_and_quantise(weight, gram, Block(4, 2), grid=Grid(8, 16))
+    tiles = found.mask.view(6, 4, 32, 2)
+    assert bool((tiles == tiles[:, :1, :, :1]).all()) and int((~found.mask).sum()) == 24 * 32
+    assert torch.allclose(found.codes * found.scale.repeat_interleave(16, 1), found.weight)
+    assert bool((found.codes[~found.mask] == 0).all())
+    apart = sparsegpt(weight, gram, Block(4, 2))
+    assert apart.error < found.error < 1.1 * apart.error
 
 
 def test_a_model_is_pruned_and_rounded_block_by_block() -> None:

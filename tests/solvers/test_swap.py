@@ -76,6 +76,39 @@ def test_in_a_row_the_partner_of_the_one_that_returns_is_the_best(seed: int) -> 
     assert found.error == pytest.approx(min(*options, error(weight, gram, start)), rel=1e-9)
 
 
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("shape", [(2, 10, 2, 2), (3, 9, 3, 1), (1, 11, 1, 3), (3, 10, 4, 3)])
+def test_blocks_are_exchanged_whole(shape: tuple[int, int, int, int], seed: int) -> None:
+    """One step in one row of blocks, the last one ragged in some: the best to return, then its best partner."""
+    out, width, rows, cols = shape
+    weight, gram = layer(out=out, width=width, seed=seed)
+    gram = alike(gram) if seed > 3 else gram
+    start = wanda(weight, gram, Block(rows, cols)).mask
+    spans = [slice(k, k + cols) for k in range(0, width, cols)]
+
+    def after(back: slice, away: slice | None = None) -> float:
+        other = start.clone()
+        other[:, back] = True
+        if away is not None:
+            other[:, away] = False
+        return error(weight, gram, other)
+
+    back = min((span for span in spans if not start[0, span.start]), key=after)
+    least = min(after(back, away) for away in spans if start[0, away.start])
+    found = swap(weight, gram, Block(rows, cols), start=start, steps=1)
+    assert found.error == pytest.approx(min(least, error(weight, gram, start)), rel=1e-9)
+
+
+def test_rows_of_blocks_do_not_touch_each_other() -> None:
+    weight, gram = layer()
+    whole = swap(weight, gram, Block(4, 2))
+    starts = wanda(weight, gram, Block(4, 2)).mask
+    assert whole.error < 0.97 * error(weight, gram, starts)
+    for rows in (slice(0, 4), slice(4, 8), slice(8, 12)):
+        alone = swap(weight[rows], gram, Block(4, 2), start=starts[rows])
+        assert alone.mask.equal(whole.mask[rows]) and bool((alone.mask.sum(1) == starts[rows].sum(1)).all())
+
+
 def test_on_inputs_that_do_not_correlate_wanda_stays() -> None:
     weight, gram = layer()
     gram = torch.diag(gram.diagonal())
@@ -89,7 +122,7 @@ def test_a_refit_afterwards_gains_and_what_does_not_fit_is_refused() -> None:
     before = wanda(weight, gram, Element(per_row=True))
     assert refit(weight, gram, found.mask).error < refit(weight, gram, before.mask).error < before.error
     for wrong in (
-        lambda: swap(weight, gram, Block(2, 2)),
+        lambda: swap(weight, gram, Block(2, 2), start=before.mask),
         lambda: swap(weight, gram, steps=0),
         lambda: swap(weight, gram, start=torch.ones(2, 2, dtype=torch.bool)),
     ):

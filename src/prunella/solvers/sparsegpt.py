@@ -36,12 +36,12 @@ def sparsegpt(
 
     With `U` the upper Cholesky factor of `(H + damping * mean(diag(H)) I)^-1`, a weight of column j costs
     `w_j^2 / U_jj^2` given the columns before it, and the rest of its row changes by `-(w_j / U_jj) U_j,j+1:`. Masks are
-    chosen once for each block of columns, from the weights as they are by then.
+    chosen once for each block of columns, from the weights as they are by then; a `Block` costs what its weights do.
     weight `(out, in)`, gram `(in, in)`. Data: the Gram matrix of the layer's inputs.
 
-    sparsity: in [0, 1), not used by `NM`; exactly `round(s * N)` weights go, none more for ties. block: columns that
-    choose together, at least 1; with `NM` a multiple of m is taken. damping: from 0 up, relative to the mean diagonal;
-    it grows while the matrix is singular, and the result says so.
+    sparsity: in [0, 1), not used by `NM`; exactly `round(s * N)` weights go, none more for ties, and as few blocks as
+    reach it. block: columns that choose together, at least 1; a multiple of what the pattern spans is taken. damping:
+    from 0 up, relative to the mean diagonal; it grows while the matrix is singular, and the result says so.
 
     Use: large layers when time matters. Avoid: the best accuracy: `admm` has less error for a few times the work.
     """
@@ -54,8 +54,6 @@ def by_columns(
     weight: Weight, gram: Gram, pattern: Pattern, sparsity: float, block: int, damping: float, settle: Settle = _as_is
 ) -> tuple[Tensor, Mask, float]:
     """Weights, mask and the damping it took; `settle` says what becomes of the weights of a column that stay."""
-    if isinstance(pattern, Block):
-        raise RequestError("columns in turn take single weights or N:M", "blocks span columns", "use admm")
     if block < 1:
         raise RequestError(f"block={block} has no columns", "at least one is needed", "128 is usual")
     factor, used = damped_factor(gram.double(), damping)
@@ -69,7 +67,8 @@ def by_columns(
 
 
 def _spans(columns: int, block: int, pattern: Pattern) -> Iterator[tuple[int, int]]:
-    size = -(-block // pattern.m) * pattern.m if isinstance(pattern, NM) else block
+    span = pattern.m if isinstance(pattern, NM) else pattern.cols if isinstance(pattern, Block) else 1
+    size = -(-block // span) * span
     return ((start, min(start + size, columns)) for start in range(0, columns, size))
 
 
@@ -87,7 +86,7 @@ def _columns(
     part, corner, own = left[:, span], upper[span, span], pivots[span]
     errors = torch.zeros_like(part)
     if not isinstance(pattern, NM):
-        mask[:, span] = _chosen((part / own).square(), span.start, span.stop, pattern, sparsity)
+        mask[:, span] = _chosen((part / own).square(), mask[:, : span.start], pattern, sparsity)
     for column in range(part.shape[1]):
         if isinstance(pattern, NM) and column % pattern.m == 0:
             ahead = slice(column, column + pattern.m)
@@ -99,9 +98,9 @@ def _columns(
     left[:, span.stop :] -= errors @ upper[span, span.stop :]
 
 
-def _chosen(costs: Saliency, start: int, stop: int, pattern: Pattern, sparsity: float) -> Mask:
-    """What stays of some columns, such that all columns up to `stop` have lost exactly their share."""
+def _chosen(costs: Saliency, before: Mask, pattern: Pattern, sparsity: float) -> Mask:
+    """What stays of some columns, such that they and those before them have lost their share."""
     rows, width = costs.shape
     each = 1 if isinstance(pattern, Element) and pattern.per_row else rows
-    gone = round(sparsity * each * stop) - round(sparsity * each * start)
-    return project(costs, pattern, gone / (each * width))
+    goal, gone = round(sparsity * each * (before.shape[1] + width)), int((~before[:each]).sum())
+    return project(costs, pattern, max(0, goal - gone) / (each * width))
