@@ -4,8 +4,8 @@
 // they have there and run side by side in groups of `rows`; the shorter ones of a group are padded. A padded place
 // points at a row of zeros of the panel (one behind every block of columns), so that no value of x is ever multiplied
 // by a padding zero. A 16-bit index counts from the first column of its block.
-// Groups: four neighbouring rows; their columns are sorted by which of the four have a nonzero there (15 patterns), so
-// that x is loaded once for all of them. The index of a group begins with how many columns each pattern has.
+// Groups: `rows` neighbouring rows; their columns are sorted by which of them have a nonzero there (2^rows - 1 patterns),
+// so that x is loaded once for all. The index of a group begins with how many columns each pattern has.
 // Blocks: `rows` neighbouring rows share their columns; each column has `rows` values, and four rows run at a time.
 #pragma once
 #include <cstddef>

@@ -78,12 +78,13 @@ void pack_shared(prunella_many& made, const Source& source, int64_t row, int64_t
   }
 }
 
-// Four rows: for each of the 15 patterns of nonzeros the columns that have it, and their values.
+// R rows: for each of their 2^R - 1 patterns of nonzeros the columns that have it, and their values.
 void pack_groups(prunella_many& made, const Source& source, int64_t row, int64_t rows, int64_t from, int64_t to) {
-  for (int64_t i = 0; i < rows; i += 4) {
+  const int patterns = (1 << made.weight.rows) - 1;
+  for (int64_t i = 0; i < rows; i += made.weight.rows) {
     std::vector<int64_t> columns[16];
     Piece pieces[4] = {};
-    int side = int(std::min<int64_t>(4, rows - i));
+    int side = int(std::min<int64_t>(made.weight.rows, rows - i));
     for (int q = 0; q < side; q++) pieces[q] = source.row(row + i + q, from, to);
     std::vector<float> values[16];
     for (;;) {
@@ -102,10 +103,10 @@ void pack_groups(prunella_many& made, const Source& source, int64_t row, int64_t
       columns[pattern].push_back(next);
       values[pattern].insert(values[pattern].end(), here, here + count);
     }
-    ManyGroup group{int64_t(made.index.size()), int64_t(made.value.size()), 15, {-1, -1, -1, -1}};
+    ManyGroup group{int64_t(made.index.size()), int64_t(made.value.size()), patterns, {-1, -1, -1, -1}};
     for (int q = 0; q < side; q++) group.row[q] = int32_t(i) + q;
-    for (int pattern = 1; pattern < 16; pattern++) made.index.push_back(uint16_t(columns[pattern].size()));
-    for (int pattern = 1; pattern < 16; pattern++) {
+    for (int pattern = 1; pattern <= patterns; pattern++) made.index.push_back(uint16_t(columns[pattern].size()));
+    for (int pattern = 1; pattern <= patterns; pattern++) {
       for (int64_t column : columns[pattern]) made.index.push_back(uint16_t(column - from));
       made.value.insert(made.value.end(), values[pattern].begin(), values[pattern].end());
     }
@@ -134,14 +135,14 @@ extern "C" int prunella_many_pack(int64_t m, int64_t k, int64_t nnz, const int64
                                   int32_t precision, prunella_many** out) {
   if (int wrong = prunella_check(m, k, nnz, starts, columns)) return wrong;
   bool rows = kind == prunella::kRows, shared = kind >= prunella::kBlock16 && kind <= prunella::kBlock4;
-  bool known = (rows && (side == 1 || side == 2 || side == 4)) || shared || kind == prunella::kGroups;
+  bool grouped = kind == prunella::kGroups;
+  bool known = ((rows || grouped) && (side == 1 || side == 2 || side == 4)) || shared;
   if (!out || (nnz && !values) || depth < 1 || depth > 65535) return PRUNELLA_BAD_ARGUMENT;
   if (!known || precision < 0 || precision > 1) return PRUNELLA_BAD_ARGUMENT;
   try {
     auto made = std::make_unique<prunella_many>();
     auto& w = made->weight;
     if (shared) side = kind == prunella::kBlock16 ? 16 : kind == prunella::kBlock8 ? 8 : 4;
-    if (kind == prunella::kGroups) side = 4;
     w.precision = precision;
     w.kind = kind, w.rows = side, w.depth = depth, w.m = m, w.k = k, w.nnz = nnz;
     w.blocks = int32_t(std::max<int64_t>(1, (k + depth - 1) / depth));
@@ -155,7 +156,7 @@ extern "C" int prunella_many_pack(int64_t m, int64_t k, int64_t nnz, const int64
       made->band_start.push_back(int32_t(row));
       for (int32_t b = 0; b < w.blocks; b++) {
         int64_t from = int64_t(b) * depth, to = std::min<int64_t>(k, from + depth);
-        auto one = rows ? pack_rows : kind == prunella::kGroups ? pack_groups : pack_shared;
+        auto one = rows ? pack_rows : grouped ? pack_groups : pack_shared;
         one(*made, source, row, here, from, to);
         made->group_start.push_back(int64_t(made->group.size()));
       }

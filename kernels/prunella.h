@@ -27,7 +27,7 @@ typedef struct {
 } prunella_image;
 
 // Changes with every change of this interface: a library of another number is not used.
-#define PRUNELLA_ABI 3
+#define PRUNELLA_ABI 4
 PRUNELLA_API int prunella_abi(void);
 
 // Tiers: names that this processor can run, joined by commas; the one in use; choose another ("" for the best).
@@ -39,7 +39,7 @@ PRUNELLA_API int prunella_use(const char* name);
 PRUNELLA_API int prunella_check(int64_t m, int64_t k, int64_t nnz, const int64_t* starts, const int64_t* columns);
 
 // Pack rows checked by prunella_check. kind: 0 rows, 1 groups, 2 16x1, 3 8x1, 4 4x1. side: rows side by side (1, 2, 4;
-// for kind 0). precision: 0 fp32, 1 x is rounded to bf16 (sums and values stay fp32; takes an even tile).
+// for kinds 0 and 1). precision: 0 fp32, 1 x is rounded to bf16 (sums and values stay fp32; takes an even tile).
 PRUNELLA_API int prunella_many_pack(int64_t m, int64_t k, int64_t nnz, const int64_t* starts, const int64_t* columns,
                        const float* values, int32_t kind, int32_t side, int32_t depth,
                                     int32_t precision, prunella_many** made);

@@ -23,7 +23,7 @@ from torch.nn.functional import gelu, silu
 from prunella.errors import NotSupported, PruningError, RequestError
 
 _NAME = "libprunella.so"
-_ABI = 3
+_ABI = 4
 """`PRUNELLA_ABI` of kernels/prunella.h."""
 _MOST = 1 << 30
 """Of strides and the like: larger ones would not fit the 32 bits that the kernels are given."""
@@ -50,7 +50,7 @@ class Precision(Enum):
 class Kind(Enum):
     """How the nonzeros are laid out.
 
-    ROWS: rows side by side, each with its own columns. GROUPS: four rows, columns by the pattern of their nonzeros.
+    ROWS: rows side by side, each with its own columns. GROUPS: rows whose columns go by the pattern of their nonzeros.
     BLOCK16, BLOCK8, BLOCK4: so many neighbouring rows share their columns. DECODE, CSR: for a few tokens.
     """
 
@@ -209,7 +209,7 @@ def configs(shape: tuple[int, int], density: float, tokens: int) -> tuple[Config
 _MUCH = tuple(
     Config(kind, rows=r, tile=t, depth=d)
     for kind, r, t, d in (
-        (Kind.ROWS, 2, 6, 64), (Kind.GROUPS, 4, 3, 256), (Kind.ROWS, 1, 8, 64), (Kind.ROWS, 2, 6, 128)
+        (Kind.ROWS, 2, 6, 64), (Kind.GROUPS, 4, 3, 256), (Kind.GROUPS, 2, 4, 128), (Kind.ROWS, 1, 8, 64), (Kind.ROWS, 2, 6, 128)
     )
 )  # fmt: skip
 _SOME = tuple(
