@@ -209,7 +209,8 @@ def configs(shape: tuple[int, int], density: float, tokens: int) -> tuple[Config
 _MUCH = tuple(
     Config(kind, rows=r, tile=t, depth=d)
     for kind, r, t, d in (
-        (Kind.ROWS, 2, 6, 64), (Kind.GROUPS, 4, 3, 256), (Kind.GROUPS, 2, 4, 128), (Kind.ROWS, 1, 8, 64), (Kind.ROWS, 2, 6, 128)
+        (Kind.ROWS, 2, 6, 64), (Kind.GROUPS, 4, 3, 256), (Kind.GROUPS, 2, 4, 128), (Kind.ROWS, 1, 8, 64),
+        (Kind.ROWS, 2, 6, 128),
     )
 )  # fmt: skip
 _SOME = tuple(
