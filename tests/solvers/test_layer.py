@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -120,6 +121,16 @@ def test_the_exact_refit_is_where_no_kept_weight_can_improve() -> None:
     found = exact(weight, gram, mask, damping=0.0)
     slope = (found - weight) @ gram
     assert float(slope[mask].abs().max()) < 1e-9 * float((weight @ gram).abs().max())
+
+
+@pytest.mark.parametrize("pattern", [Element(), NM(2, 4)])
+def test_an_edge_found_by_a_sample_costs_no_error(pattern: Element | NM, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, gram = layer(out=96, width=128)
+    exact_edges = admm(weight, gram, pattern).error
+    monkeypatch.setattr(sys.modules["prunella.solvers.admm"], "SAMPLE", 3000)
+    found = admm(weight, gram, pattern)
+    assert exact_edges < 0.9 * sparsegpt(weight, gram, pattern).error
+    assert found.error < 1.03 * exact_edges and int((~found.mask).sum()) == 96 * 64
 
 
 def test_blocks_of_one_are_weights() -> None:

@@ -76,12 +76,15 @@ def _grown(values: Tensor, pattern: Pattern, sparsity: float, part: float) -> Ma
     if part == 1 or isinstance(pattern, Block) or (isinstance(pattern, Element) and pattern.per_row):
         return project(size, pattern, part * sparsity)
     if isinstance(pattern, NM):
-        return _roughly(size.masked_fill(pattern.mask(size), torch.inf), part * pattern.sparsity)
+        return _roughly(size.masked_fill(pattern.mask(size), torch.inf), part)
     return _roughly(size, part * sparsity)
 
 
 def _roughly(scores: Saliency, share: float) -> Mask:
-    """About this share goes, the lowest: the edge is that of every n-th score, n odd so that all columns are heard."""
+    """Of the finite scores about this share goes, the lowest: the edge is that of every n-th score.
+
+    n is odd, so that all columns are heard.
+    """
     some = scores.flatten()[:: (scores.numel() // SAMPLE) | 1]
-    count = round(share * len(some))
+    count = round(share * int(some.isfinite().sum()))
     return scores > some.kthvalue(count).values if count else torch.ones_like(scores, dtype=torch.bool)
