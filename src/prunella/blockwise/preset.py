@@ -18,7 +18,7 @@ def one_shot_recipe(
     sparsity: float | Mapping[str, float] = 0.5,
     *,
     epochs: int = 3,
-    lr: float = 1e-3,
+    lr: float = 2e-3,
 ) -> OneShot:
     """The default way to prune a language model in one shot, for `solve_`: `admm`, then each block is refined.
 
@@ -28,7 +28,9 @@ def one_shot_recipe(
     outputs that the dense block has on the dense stream: `min |B'(x') - B(x)|^2`.
     Data: batches, no labels; 16 thousand tokens are a start.
 
-    pattern, sparsity: as in `OneShot`. epochs, lr: as in `Refine`; epochs=0 leaves the refinement out.
+    pattern, sparsity: as in `OneShot`. epochs, lr: as in `Refine`; epochs=0 leaves the refinement out. 2e-3 was better
+    than 1e-3 for models of 0.3 and 135 million parameters; wider layers usually want less. A block whose error would not
+    fall keeps what was solved.
 
     Use: pretrained language models, any pattern, when a few minutes for a hundred million weights can be spent. Avoid:
     a first look: `OneShot(method=sparsegpt)` takes about a third of the time.
