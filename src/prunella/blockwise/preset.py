@@ -29,8 +29,8 @@ def one_shot_recipe(
     Data: batches, no labels; 16 thousand tokens are a start.
 
     pattern, sparsity: as in `OneShot`. epochs, lr: as in `Refine`; epochs=0 leaves the refinement out. 2e-3 was better
-    than 1e-3 for models of 0.3 and 135 million parameters; wider layers usually want less. A block whose error would not
-    fall keeps what was solved.
+    than 1e-3 for models of 0.3 and 135 million parameters; wider layers usually want less. A block whose error would
+    not fall keeps what was solved.
 
     Use: pretrained language models, any pattern, when a few minutes for a hundred million weights can be spent. Avoid:
     a first look: `OneShot(method=sparsegpt)` takes about a third of the time.
