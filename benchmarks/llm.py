@@ -24,6 +24,7 @@ import math
 import os
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -217,14 +218,16 @@ def results(protocol: Protocol) -> dict[str, list[dict[str, Any]]]:
 
 def table(protocol: Protocol) -> str:
     """The cells that were run, as Markdown. Won back: of the log perplexity that SparseGPT loses against dense."""
-    lines = ["| method | sparsity | perplexity | won back | CPU s | of SparseGPT's | elsewhere | seeds |"]
-    lines += ["|---|---|---|---|---|---|---|---|"]
+    lines = [
+        "| method | sparsity | perplexity | Python's help | won back | CPU s | of SparseGPT's | elsewhere | seeds |"
+    ]
+    lines += ["|---|---|---|---|---|---|---|---|---|"]
     found = results(protocol)
-    full = protocol == Protocol()
+    full = protocol == Protocol()  # the anchors' own
     for cell, runs in found.items():
         method, _, amount = cell.partition(":")
         mean = math.exp(fmean(math.log(one["ppl"]) for one in runs))
-        shown = spread([one["ppl"] for one in runs]) if len(runs) > 1 else f"{mean:.2f}"
+        shown, other = (_shown([one[key] for one in runs if key in one]) for key in ("ppl", "ppl_python"))
         seconds = fmean(one.get("cpu_s", 0.0) for one in runs)
         base = found.get(f"sparsegpt:{amount}")
         back = slower = ""
@@ -233,8 +236,13 @@ def table(protocol: Protocol) -> str:
             back = f"{(worst - math.log(mean)) / (worst - best):.0%}"
             slower = f"{seconds / fmean(one['cpu_s'] for one in base):.2f}"
         anchor = ANCHORS.get(cell, "") if full else ""
-        lines.append(f"| {method} | {amount} | {shown} | {back} | {seconds:.0f} | {slower} | {anchor} | {len(runs)} |")
+        row = (method, amount, shown, other, back, f"{seconds:.0f}", slower, anchor, len(runs))
+        lines.append(f"| {' | '.join(map(str, row))} |")
     return "\n".join(lines)
+
+
+def _shown(values: list[float]) -> str:
+    return spread(values) if len(values) > 1 else "".join(f"{value:.2f}" for value in values)
 
 
 def draw(protocol: Protocol, amount: str) -> str:
@@ -256,17 +264,32 @@ def draw(protocol: Protocol, amount: str) -> str:
     return str(figure("llm", axes_of, 6.5, 3.5))
 
 
-def publish(protocol: Protocol) -> None:
-    """Write the table into docs/llm.md, between the marks, and the picture beside it."""
+def protocols() -> list[Protocol]:
+    """All that have results, the largest model and the most seeds first."""
+    runs = [json.loads(file.read_text(encoding="utf-8")) for file in RESULTS.glob("*.json")]
+    counts = Counter(Protocol(run["windows"], run["batches"], run["model"]) for run in runs)
+    return sorted(counts, key=lambda p: (p.model != "smollm2", -counts[p]))
+
+
+def section(protocol: Protocol) -> str:
+    """One table under what its rows share."""
+    runs = [run for some in results(protocol).values() for run in some]
+    how = ", ".join(sorted({f"{run['precision']}, {run['threads']} thread" for run in runs}))
+    said = f"{protocol.model}: {protocol.windows} test windows, {protocol.batches} calibration windows, {how}."
+    return f"{said}\n\n{table(protocol)}"
+
+
+def publish() -> None:
+    """Write all tables into docs/llm.md, between the marks, and a picture of the first beside it."""
     before, _, rest = PAGE.read_text(encoding="utf-8").partition(MARKS[0])
-    after = rest.partition(MARKS[1])[2]
-    amounts = [a for a in SETS if sum(cell.partition(":")[2] == a for cell in results(protocol)) > 1]
+    after, found = rest.partition(MARKS[1])[2], protocols()
+    amounts = [a for a in SETS if sum(cell.partition(":")[2] == a for cell in results(found[0])) > 1]
     picture = ""
     if amounts:
-        write(PICTURE, draw(protocol, amounts[-1]))
+        write(PICTURE, draw(found[0], amounts[-1]))
         picture = f"\n\n![Perplexity against seconds at {amounts[-1]}]({PICTURE.name})"
-    said = f"{protocol.model}, {protocol.windows} test windows, {protocol.batches} calibration windows."
-    write(PAGE, f"{before}{MARKS[0]}\n{said}\n\n{table(protocol)}{picture}\n{MARKS[1]}{after}")
+    tables = "\n\n".join(map(section, found))
+    write(PAGE, f"{before}{MARKS[0]}\n{tables}{picture}\n{MARKS[1]}{after or chr(10)}")
 
 
 def main() -> None:
@@ -286,8 +309,8 @@ def main() -> None:
                 found = once(protocol.file(name, seed), partial(run, name, protocol, seed))
                 print({k: round(v, 4) if isinstance(v, float) else v for k, v in found.items()}, flush=True)
     if options.table:
-        publish(protocol)
-    print(table(protocol))
+        publish()
+    print("\n\n".join(map(section, protocols())) if options.table else table(protocol))
 
 
 if __name__ == "__main__":
