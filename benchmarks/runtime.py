@@ -16,13 +16,13 @@ import math
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from cells import RESULTS, once
+from cells import RESULTS, once, write
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -37,6 +37,23 @@ from prunella.timing import compare_latency, own_clock, paired_ratio
 SHAPES = ((512, 512, 196), (2048, 512, 49), (1024, 1024, 64), (768, 3072, 128), (3072, 768, 128), (3072, 768, 16))
 SPARSITIES = (50, 80, 90, 95)
 Cell = Callable[[], dict[str, Any]]
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "sparse.md"
+MARKS = "<!-- measured: runtime -->", "<!-- end: runtime -->"
+MANY = [f"{m}x{k}x{n}" for m, k, n in SHAPES if n >= 64]
+GOALS: tuple[tuple[str, list[str], str, str], ...] = (
+    *((f"linear layers in float32, 64 tokens or more, {p} % zeros", [f"linear-{s}-{p}" for s in MANY], "", goal)
+      for p, goal in ((50, "1.5, aim 1.8"), (80, "2.8, aim 3.8"), (90, "4.6, aim 7"), (95, "8, aim 11"))),
+    ("the same in blocks of 16x1, 90 %", [f"block16-{s}-90" for s in MANY], "", "8, aim 10"),
+    ("the same in bf16 against torch's bf16, 90 %", [f"bf16-{s}-90" for s in MANY], "bf16", "3.8, aim 6"),
+    ("decode 4096x4096 in bf16, 50 %", ["decode-4096x4096-bf16-50"], "", "1.8, aim 1.9"),
+    ("decode 4096x4096 in bf16, 70 %", ["decode-4096x4096-bf16-70"], "", "2.4, aim 2.7"),
+    ("ResNet-50, 90 %, batch 1", ["resnet50-90"], "", "2.5 (eager 5), aim 3.3 (7)"),
+    ("BERT-base, 128 tokens, 90 %", ["bert-90"], "", "eager 7, aim 9"),
+    ("the same with bf16 kernels", ["bertbf16-90"], "", "eager 9, aim 13"),
+    ("two threads against one", ["threads"], "", "1.8, aim 1.95"),
+    ("SmolLM2-135M, generate(), 70 %, against dense bf16", ["smollm2-70"], "bf16", "2, aim 3"),
+)  # fmt: skip
+"""What, cells, rival (the best dense one if none is named), and the goal: set on a processor with AVX-512."""
 
 
 def weight(rows: int, wide: int, percent: int, *, block: int = 1, seed: int = 0) -> Tensor:
@@ -272,14 +289,15 @@ def cells(quick: bool) -> Iterator[tuple[str, Cell]]:
         partial(network, resnet50, pixels, 90, last=True, with_frozen=not quick, rounds=max(5, rounds - 4)),
     )
     yield "bert-90", partial(network, partial(bert, 1 if quick else 12), ids, 90, with_frozen=not quick)
+    yield "bertbf16-90", partial(network, partial(bert, 1 if quick else 12), ids, 90, precision=Precision.BF16,
+                                 with_frozen=not quick)  # fmt: skip
     yield "smollm2-70", partial(smollm2, 70, 4 if quick else 24)
 
 
 def table(folder: Path) -> str:
-    """The cells as Markdown, and the geometric means."""
+    """The cells as Markdown."""
     found = {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob("*.json"))}
     lines = ["| cell | kernels | kernel | ms | against eager | against the best dense |", "|---|---|---|---|---|---|"]
-    best: dict[str, list[float]] = {}
     for name, cell in found.items():
         if "missing" in cell or "failed" in cell:
             lines.append(f"| {name} | {cell['isa']} | {cell.get('missing') or cell['failed']} | | | |")
@@ -287,15 +305,47 @@ def table(folder: Path) -> str:
         if "eager" not in cell:
             lines.append(f"| {name} | {cell['isa']} | | | | {cell['ratio']:.2f} |")
             continue
-        rivals = [c for c in ("eager", "onednn", "frozen", "dense fast", "bf16", "eager channels last") if c in cell]
-        strongest = min(rivals, key=lambda rival: value(cell[rival]))
-        low = f" ({strongest})" if strongest != "eager" else ""
+        rival = strongest(cell)
+        low = f" ({rival})" if rival != "eager" else ""
         spent = f"{cell['ms']['sparse']:.3g}" if "ms" in cell else f"{cell['tokens_s']['sparse']:.1f} tokens/s"
-        row = (name, cell["isa"], cell.get("kernel", ""), spent, say(cell["eager"]), say(cell[strongest]) + low)
+        row = (name, cell["isa"], cell.get("kernel", ""), spent, say(cell["eager"]), say(cell[rival]) + low)
         lines.append(f"| {' | '.join(row)} |")
-        best.setdefault(name.split("-")[0] + " " + name.split("-")[-1], []).append(value(cell[strongest]))
-    means = [f"{group} %: {math.exp(sum(map(math.log, v)) / len(v)):.2f}" for group, v in best.items() if len(v) > 1]
-    return "\n".join([*lines, "", "Geometric means against the best dense: " + ", ".join(means) + "."])
+    return "\n".join(lines)
+
+
+def summary(folder: Path) -> str:
+    """The cells of each goal together: geometric means against the best dense code and against eager torch."""
+    lines = ["| what | against the best dense | against eager | goal | cells |", "|---|---|---|---|---|"]
+    for what, names, rival, goal in GOALS:
+        found = [json.loads((folder / f"{n}.json").read_text()) for n in names if (folder / f"{n}.json").exists()]
+        some = [cell for cell in found if "missing" not in cell]
+        if some:
+            ratios = [value(cell["ratio"] if "ratio" in cell else cell[rival or strongest(cell)]) for cell in some]
+            eager = [value(cell["eager"]) for cell in some if "eager" in cell]
+            plain = f"{geometric(eager):.2f}" if eager else ""
+            lines.append(f"| {what} | {geometric(ratios):.2f} | {plain} | {goal} | {len(some)} |")
+    return "\n".join(lines)
+
+
+def geometric(values: Sequence[float]) -> float:
+    """The geometric mean."""
+    return math.exp(sum(map(math.log, values)) / len(values))
+
+
+def strongest(cell: Mapping[str, Any]) -> str:
+    """The best dense rival that a cell was measured against: the one that sparse gains least on."""
+    rivals = [c for c in ("eager", "onednn", "frozen", "dense fast", "bf16", "eager channels last") if c in cell]
+    return min(rivals, key=lambda rival: value(cell[rival]))
+
+
+def publish(folder: Path) -> None:
+    """Write both tables into docs/sparse.md, between the marks."""
+    before, _, rest = PAGE.read_text(encoding="utf-8").partition(MARKS[0])
+    found = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob("*.json"))]
+    how = f"One thread unless it says two, {found[0]['cpu']} with {found[0]['isa']} kernels, torch {found[0]['torch']}."
+    whole = f"<details markdown><summary>Every cell</summary>\n\n{table(folder)}\n\n</details>"
+    text = f"{MARKS[0]}\n{summary(folder)}\n\n{how}\n\n{whole}\n{MARKS[1]}"
+    write(PAGE, f"{before}{text}{rest.partition(MARKS[1])[2]}")
 
 
 def value(cell: Any) -> float:
@@ -313,7 +363,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="*", default=[], help="beginnings of names of cells")
     parser.add_argument("--quick", action="store_true", help="small sizes, to see that it runs")
-    parser.add_argument("--table", action="store_true", help="only print what there is")
+    parser.add_argument("--table", action="store_true", help="run nothing, write what there is into docs/sparse.md")
     args = parser.parse_args()
     torch.set_num_threads(1)
     tier = native.isa() if native.available() else "none"
@@ -328,7 +378,9 @@ def main() -> None:
             print(f"{name}: {error}", flush=True)
             continue
         print(f"{name} ({time.perf_counter() - start:.0f} s)", flush=True)
-    print(table(folder))
+    if args.table and not args.quick:
+        publish(folder)
+    print(f"{table(folder)}\n\n{summary(folder)}")
 
 
 if __name__ == "__main__":
