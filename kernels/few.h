@@ -76,7 +76,6 @@ int few_check(const void* data, int64_t length);
 struct FewTask {
   FewView weight;
   int tokens;        // 1 to kFewTokens
-  int64_t block;     // columns of one pass over x, a multiple of 64
   const void* x;     // as prepare() wrote it
   float* x_scale;    // int8: one a token
   float* y;          // sums go here, tokens x rows

@@ -108,16 +108,12 @@ const float* ordinary_tokens(Call& call) {
   return copy;
 }
 
-// So much of x that it stays in a first cache of 32 KB beside the tables; an int8 block may not exceed 2048 (few_avx2.inc).
-int64_t block_columns(int tokens) { return tokens <= 2 ? 2048 : tokens <= 4 ? 1024 : 512; }
-
 int run_pass(Call& call, int threads) {
   const int64_t columns = call.task.weight.h.columns;
   float* converted = scratch(0, few_words(columns) * 64 * kFewTokens + kFewTokens);
   const float* x = converted ? ordinary_tokens(call) : nullptr;
   if (!x) return PRUNELLA_NO_MEMORY;
   call.task.x_scale = converted + few_words(columns) * 64 * kFewTokens;
-  call.task.block = block_columns(call.task.tokens);
   call.tier->prepare(x, &call.task, converted);
   for_each(call.parts, threads, run_part, &call);
   return PRUNELLA_OK;
