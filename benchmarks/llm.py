@@ -280,14 +280,15 @@ def section(protocol: Protocol) -> str:
 
 
 def publish() -> None:
-    """Write all tables into docs/llm.md, between the marks, and a picture of the first beside it."""
+    """Write all tables into docs/llm.md, between the marks, and a picture of the one with the most rows beside it."""
     before, _, rest = PAGE.read_text(encoding="utf-8").partition(MARKS[0])
     after, found = rest.partition(MARKS[1])[2], protocols()
-    amounts = [a for a in SETS if sum(cell.partition(":")[2] == a for cell in results(found[0])) > 1]
+    widest = max(found, key=lambda protocol: len(results(protocol)))
+    amounts = [a for a in SETS if sum(cell.partition(":")[2] == a for cell in results(widest)) > 1]
     picture = ""
     if amounts:
-        write(PICTURE, draw(found[0], amounts[-1]))
-        picture = f"\n\n![Perplexity against seconds at {amounts[-1]}]({PICTURE.name})"
+        write(PICTURE, draw(widest, amounts[-1]))
+        picture = f"\n\n![Perplexity against seconds at {amounts[-1]}, {widest.model}]({PICTURE.name})"
     tables = "\n\n".join(map(section, found))
     write(PAGE, f"{before}{MARKS[0]}\n{tables}{picture}\n{MARKS[1]}{after or chr(10)}")
 
