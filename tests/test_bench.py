@@ -67,5 +67,6 @@ def test_the_plot_is_a_picture_that_stands_alone() -> None:
     )
     text = plot(Bench(rows, {}, "", "x", "avx2"))
     root = ElementTree.fromstring(text)
+    assert root.tag == "{http://www.w3.org/2000/svg}svg"  # else no browser draws the file
     words = {"".join(node.itertext()).strip() for node in root.iter() if node.tag.endswith("text")}
     assert {"batch 1", "batch 8", "sparse", "eager"} <= words and "var(--" not in text

@@ -37,6 +37,17 @@ def test_means_and_deviations_over_seeds_with_the_dense_model_first() -> None:
     assert "| a | 4 |" in one.markdown()
 
 
+def test_the_dense_model_is_measured_once() -> None:
+    seen: list[float] = []
+
+    def look(model: nn.Module) -> float:
+        seen.append(weight(model))
+        return 1.0
+
+    found = pr.compare(scaled(9.0), {"a": lambda seed: scaled(seed)}, {"weight": look}, seeds=(1, 2, 6))
+    assert seen == [9, 1, 2, 6] and found.values["dense"]["weight"] == (1, 1, 1)
+
+
 def test_what_is_known_is_not_run_again(tmp_path: Path) -> None:
     calls: list[int] = []
 

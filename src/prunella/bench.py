@@ -26,7 +26,7 @@ from prunella.errors import PruningError, RequestError
 from prunella.forward import forward, tensors
 from prunella.pipeline import Inputs
 from prunella.realize.export import export
-from prunella.reporting.chart import figure
+from prunella.reporting.chart import alone, figure
 from prunella.runtime import native
 from prunella.runtime.convert import sparse, sparsified
 from prunella.runtime.fast import dense_fast
@@ -222,8 +222,4 @@ def plot(found: Bench, width: float = 7.6) -> str:
         axes.set_ylabel("times as fast as eager")
         axes.legend(frameon=False, fontsize=8, ncols=len(roads), loc="lower left", bbox_to_anchor=(0, 1))
 
-    drawn = str(figure("bench", draw, width, 3.2))
-    # Alone in a file there is no page to give these colours.
-    for name, colour in {"ink": "#444444", "muted": "#666666", "line": "#dddddd"}.items():
-        drawn = drawn.replace(f"var(--{name})", colour)
-    return drawn
+    return alone(figure("bench", draw, width, 3.2))

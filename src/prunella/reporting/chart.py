@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 # Colours that no one would choose, which become the page's own, light or dark.
 INK, MUTED, GRID, DENSE, PRUNED = "#010203", "#010204", "#010205", "#010206", "#010207"
 _VARIABLES = {INK: "ink", MUTED: "muted", GRID: "line", DENSE: "dense", PRUNED: "pruned"}
+_ALONE = {"ink": "#444444", "muted": "#666666", "line": "#dddddd", "dense": "#777777", "pruned": "#1f77b4"}
 _SVG = "{http://www.w3.org/2000/svg}"
 _HREF = "{http://www.w3.org/1999/xlink}href"
 _ELEMENTS = frozenset(("svg", "g", "path", "use", "defs", "text", "tspan", "clipPath", "rect"))
@@ -97,6 +98,14 @@ def figure(tag: str, draw: Callable[[Axes], None], width: float, height: float) 
         stream = io.BytesIO()
         figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     return clean_svg(stream.getvalue(), f"{tag}{int(width * 10)}")
+
+
+def alone(chart: Markup) -> str:
+    """A chart as a file of its own: it says that it is SVG, and has colours that no page gives it."""
+    text = str(chart).replace("<svg ", f'<svg xmlns="{_SVG[1:-1]}" ', 1)
+    for name, colour in _ALONE.items():
+        text = text.replace(f"var(--{name})", colour)
+    return text
 
 
 def clean_svg(source: bytes, prefix: str) -> Markup:
