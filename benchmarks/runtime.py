@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import prunella as pr
+from prunella.models import import_module
 from prunella.runtime import native
 from prunella.runtime.choice import Problem, Route, is_dense, spell
 from prunella.runtime.machine import cpu_name
@@ -153,10 +154,10 @@ def resnet50() -> nn.Module:
 
 def bert(layers: int = 12) -> nn.Module:
     """The encoder of BERT-base with random weights."""
-    from transformers import BertConfig, BertModel
+    transformers = import_module("transformers")
 
     torch.manual_seed(0)
-    return BertModel(BertConfig(num_hidden_layers=layers), add_pooling_layer=False).eval()
+    return transformers.BertModel(transformers.BertConfig(num_hidden_layers=layers), add_pooling_layer=False).eval()
 
 
 def sown(model: nn.Module, percent: int) -> nn.Module:

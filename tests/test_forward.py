@@ -56,6 +56,18 @@ def test_mode_gives_every_module_its_own_flag_back() -> None:
     assert [m.training for m in model.modules()] == [True, True, False, False]
 
 
+def test_weights_that_change_under_autocast_are_not_read_from_its_copies() -> None:
+    model = nn.Linear(4, 4, bias=False)
+    x = torch.ones(1, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        model(x)  # autocast keeps a copy from here to the end
+        with mode(model, training=False):
+            model(x)
+            model.weight.data.fill_(1.0)
+            assert model(x).tolist() == [[4.0] * 4]
+        assert torch.is_autocast_cache_enabled()
+
+
 def test_forward_passes_gradients() -> None:
     x = torch.ones(2, requires_grad=True)
     out: Tensor = forward(nn.Linear(2, 1), x)

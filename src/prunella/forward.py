@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from prunella.errors import NotSupported, RequestError
@@ -91,11 +92,28 @@ def _sample(batch: Any, number: int) -> Any:
 
 @contextmanager
 def mode(model: nn.Module, *, training: bool) -> Iterator[nn.Module]:
-    """Put every module of `model` in training or evaluation mode, and give each its own flag back afterwards."""
+    """Put every module of `model` in training or evaluation mode, and give each its own flag back afterwards.
+
+    Weights may change in between, under the caller's autocast too.
+    """
     flags = [(module, module.training) for module in model.modules()]
     model.train(training)
     try:
-        yield model
+        with _fresh_casts():
+            yield model
     finally:
         for module, flag in flags:
             module.training = flag
+
+
+@contextmanager
+def _fresh_casts() -> Iterator[None]:
+    """Autocast keeps its copy of a weight to the end of the block, also when the weight has changed: here it keeps none."""
+    kept = torch.is_autocast_cache_enabled()
+    torch.clear_autocast_cache()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(kept)
+        torch.clear_autocast_cache()

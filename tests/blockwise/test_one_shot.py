@@ -117,6 +117,17 @@ def test_refining_brings_the_blocks_closer_and_keeps_the_zeros() -> None:
     assert all(p.requires_grad and p.grad is None for p in refined.parameters())
 
 
+def test_under_autocast_layers_meet_the_pruned_model_too() -> None:
+    plain, coarse = net(), net()
+    how = pr.OneShot(pr.NM(2, 4), method=sparsegpt, refine=pr.Refine(epochs=20, lr=5e-3))
+    first = pr.solve_(plain, batches()[0], how, data=batches())
+    with torch.autocast("cpu", torch.bfloat16):
+        second = pr.solve_(coarse, batches()[0], how, data=batches())
+    for name, (before, after) in first.refined.items():
+        rough_before, rough_after = second.refined[name]
+        assert abs(rough_before / before - 1) < 0.3 and abs(rough_after / after - 1) < 0.5
+
+
 def test_a_model_without_blocks_is_one_block() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=2), nn.Flatten(), nn.Linear(32, 4))
