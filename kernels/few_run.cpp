@@ -125,13 +125,15 @@ int run_pass(Call& call, int threads) {
 using namespace prunella;
 
 extern "C" int prunella_few_linear(const prunella_few* weight, const float* x, int64_t tokens, const float* bias,
-                                   const float* residual, int32_t activation, int32_t threads, float* y) {
-  if (!weight || tokens < 0 || activation < 0 || activation > 1) return PRUNELLA_BAD_ARGUMENT;
+                                   const float* residual, int32_t activation, int32_t strict, int32_t threads,
+                                   float* y) {
+  if (!weight || tokens < 0 || activation < 0 || activation > 1 || strict < 0 || strict > 1) return PRUNELLA_BAD_ARGUMENT;
   Call call = {};
   call.task.weight = few_view(weight->data);
   const FewHeader& h = call.task.weight.h;
   if (tokens == 0 || h.rows == 0) return PRUNELLA_OK;
   if (!y || (h.columns && !x)) return PRUNELLA_BAD_ARGUMENT;
+  if (strict && !ordinary(x, tokens * h.columns)) return PRUNELLA_ODD_INPUT;
   static const float none = 0.0f;
   call.tier = tier().few;
   call.bias = bias;

@@ -16,6 +16,7 @@ enum {
   PRUNELLA_NO_MEMORY = 4,
   PRUNELLA_NO_TIER = 5,       // this processor cannot run the tier
   PRUNELLA_NOT_FINITE = 6,    // NaN or infinity in a weight that is to become int8
+  PRUNELLA_ODD_INPUT = 7,     // a token with NaN, infinity or nearly, where the caller wants to know
 };
 
 typedef struct prunella_many prunella_many;
@@ -27,7 +28,7 @@ typedef struct {
 } prunella_image;
 
 // Changes with every change of this interface: a library of another number is not used.
-#define PRUNELLA_ABI 4
+#define PRUNELLA_ABI 5
 PRUNELLA_API int prunella_abi(void);
 
 // Tiers: names that this processor can run, joined by commas; the one in use; choose another ("" for the best).

@@ -23,9 +23,10 @@ PRUNELLA_API void prunella_few_free(prunella_few* weight);
 PRUNELLA_API int64_t prunella_few_bytes(const prunella_few* weight);
 
 // y (tokens, m) = activation(x (tokens, k) W' + bias + residual). bias and residual may be null. activation: 0, 1 ReLU.
-// y overlaps neither x nor residual. More than 8 tokens run as several passes.
+// y overlaps neither x nor residual. More than 8 tokens run as several passes. strict: 1 gives PRUNELLA_ODD_INPUT, and
+// nothing in y, for x with a number that bf16 cannot hold, so that the caller can let dense code spread it.
 PRUNELLA_API int prunella_few_linear(const prunella_few* weight, const float* x, int64_t tokens, const float* bias,
-                        const float* residual, int32_t activation, int32_t threads, float* y);
+                        const float* residual, int32_t activation, int32_t strict, int32_t threads, float* y);
 
 #ifdef __cplusplus
 }

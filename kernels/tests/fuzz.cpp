@@ -212,7 +212,7 @@ void try_few(Bytes& in, Rows& rows, Product& out, int32_t threads) {
   must((code == PRUNELLA_OK) == accepted, "a form is packed if there is one");
   if (code) return;
   must(prunella::few_check(packed->data, packed->bytes) == PRUNELLA_OK, "what was packed passes its check");
-  must(prunella_few_linear(packed, out.x.get(), out.tokens, nullptr, nullptr, 0, threads, out.y.get()) == 0, "it runs");
+  must(prunella_few_linear(packed, out.x.get(), out.tokens, nullptr, nullptr, 0, 0, threads, out.y.get()) == 0, "it runs");
   const double slack = precision == PRUNELLA_INT8 ? int8_slack(rows, out) : 0.0;
   compare(out, precision == PRUNELLA_BF16 ? 0.01 : 1e-5, 1e-30 + slack);
   prunella_few_free(packed);
@@ -278,7 +278,7 @@ void round_of_buffer(Bytes& in) {
     const int64_t tokens = 1 + in.below(8);
     Exact<float> x(tokens * h.columns), y(tokens * h.rows);
     if (x.size && in.next(1) % 2) x[in.below(x.size)] = NAN;
-    must(prunella_few_linear(&taken, x.get(), tokens, nullptr, nullptr, 1, 1, y.get()) == 0, "a checked buffer runs");
+    must(prunella_few_linear(&taken, x.get(), tokens, nullptr, nullptr, 1, 0, 1, y.get()) == 0, "a checked buffer runs");
   }
   std::free(data);
 }

@@ -108,7 +108,7 @@ def mode(model: nn.Module, *, training: bool) -> Iterator[nn.Module]:
 
 @contextmanager
 def _fresh_casts() -> Iterator[None]:
-    """Autocast keeps its copy of a weight to the end of the block, also when the weight has changed: here it keeps none."""
+    """Autocast keeps copies of weights to the end of its block, also when a weight has changed: here it keeps none."""
     kept = torch.is_autocast_cache_enabled()
     torch.clear_autocast_cache()
     torch.set_autocast_cache_enabled(False)

@@ -164,6 +164,7 @@ def compare_latency(
     device: str = "cpu",
     seed: int = 0,
     clock: Callable[[], float] = time.perf_counter,
+    before: Run | None = None,
 ) -> Comparison:
     """Time several functions in interleaved rounds, each round in a new random order.
 
@@ -171,21 +172,27 @@ def compare_latency(
     of medians, its interval the 2.5 and 97.5 percentiles of a bootstrap over rounds.
     rounds: at least 5; an interval of fewer means nothing. threads: of torch, for the time of the measurement.
     clock: seconds; `own_clock()` does not count what other programs take where one thread does all the work.
+    before: done ahead of each call and not timed; a sample is then one call.
     """
     if rounds < 5 or len(candidates) < 2 or warmup < 0:
         why = f"got {rounds} rounds, {len(candidates)} candidates, {warmup} warm-up calls"
         raise RequestError(
             "a comparison needs at least 5 rounds of at least 2 candidates", why, "for example rounds=40"
         )
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads or before)
+    found = torch.get_num_threads()
+    torch.set_num_threads(threads or found)
     try:
         samples = _measure(
-            candidates, rounds, warmup, partial(_sample, device=device, clock=clock), random.Random(seed)
+            candidates,
+            rounds,
+            warmup,
+            partial(_sample, device=device, clock=clock, before=before),
+            random.Random(seed),
+            single=before is not None,
         )
         used = torch.get_num_threads()
     finally:
-        torch.set_num_threads(before)
+        torch.set_num_threads(found)
     latencies = tuple(Latency(name, tuple(times)) for name, times in samples.items())
     ratios = tuple(paired_ratio(latencies[0].samples, other.samples, seed=seed) for other in latencies[1:])
     return Comparison(latencies, ratios, used, device, rounds, warmup, seed)
@@ -214,9 +221,10 @@ _Sample = Callable[[Run, int], float]
 
 
 def _measure(
-    candidates: Mapping[str, Run], rounds: int, warmup: int, sample: _Sample, order: random.Random
+    candidates: Mapping[str, Run], rounds: int, warmup: int, sample: _Sample, order: random.Random, single: bool
 ) -> dict[str, list[float]]:
     calls = {name: _calls(run, warmup, sample) for name, run in candidates.items()}
+    calls = dict.fromkeys(calls, 1) if single else calls
     samples: dict[str, list[float]] = {name: [] for name in candidates}
     for _ in range(rounds):
         for name in order.sample(list(candidates), len(candidates)):
@@ -231,7 +239,9 @@ def _calls(run: Run, warmup: int, sample: _Sample) -> int:
     return max(1, round(_SHORTEST / max(sample(run, 1), 1e-7)))
 
 
-def _sample(run: Run, calls: int, device: str, clock: Callable[[], float]) -> float:
+def _sample(run: Run, calls: int, device: str, clock: Callable[[], float], before: Run | None) -> float:
+    if before is not None:
+        before()
     _wait(device)
     start = clock()
     for _ in range(calls):

@@ -26,7 +26,7 @@ def eager_to_skip(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def decide(
         runs: Mapping[Choice, Any], problem: Problem, seconds: float, seed: int,
-        base: Callable[[Choice], bool] = is_dense,
+        base: Callable[[Choice], bool] = is_dense, before: Any = None,
     ) -> Verdict:  # fmt: skip
         others = [choice for choice in runs if not base(choice)]
         best = others[-1] if others else next(iter(runs))

@@ -46,6 +46,9 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Calls:
         y = functional.linear(x, packed.matrix, bias)
         return ACTIVATE[activation](y if residual is None else y + residual)
 
+    def few_linear(packed: Held, x: Tensor, bias: Any, residual: Any, activation: Activation) -> Tensor | None:
+        return linear(packed, x, bias, residual, activation) if torch.isfinite(x).all() else None
+
     def conv2d(packed: Held, x: Tensor, kernel: Any, bias: Any = None, residual: Any = None,
                activation: Activation = Activation.NONE, *, stride: Any, padding: Any,
                dilation: Any) -> Tensor:  # fmt: skip
@@ -59,7 +62,7 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Calls:
 
     for name, value in {
         "available": lambda: True, "isa": lambda: "standin", "tiers": lambda: ("standin",),
-        "configs": configs, "pack": pack, "linear": linear, "conv2d": conv2d,
+        "configs": configs, "pack": pack, "linear": linear, "few_linear": few_linear, "conv2d": conv2d,
     }.items():  # fmt: skip
         monkeypatch.setattr(native, name, value)
     return calls

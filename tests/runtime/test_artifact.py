@@ -15,10 +15,11 @@ from torch import Tensor, nn
 
 import prunella as pr
 from prunella.errors import BadInput, RequestError
-from prunella.runtime import artifact
+from prunella.runtime import artifact, convert
 from prunella.runtime.choice import Problem, Route
-from prunella.runtime.layers import SparseConv2d, SparseLinear
+from prunella.runtime.layers import FastLinear, SparseConv2d, SparseLinear
 from prunella.runtime.machine import fingerprint
+from prunella.runtime.native import Config, Kind
 from prunella.runtime.restore import restored
 from tests.runtime.standin import Calls
 from tests.runtime.test_sparse import IMAGE, X, mlp, net, sown
@@ -106,7 +107,11 @@ def test_a_choice_that_this_library_would_not_make_is_measured_again(folder: Pat
     assert {getattr(v.choice, "rows", 4) for layer in record.layers for v in layer.verdicts} == {4}
 
 
-def test_a_hugging_face_model_needs_no_factory(tmp_path: Path, kernels: Calls) -> None:
+@pytest.mark.parametrize("cache", [1 << 40, 0])
+def test_a_hugging_face_model_needs_no_factory(
+    tmp_path: Path, kernels: Calls, cache: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(convert, "last_cache", lambda: cache)
     transformers = pytest.importorskip("transformers")
     config = transformers.GPT2Config(vocab_size=40, n_embd=16, n_layer=1, n_head=2, n_positions=64)
     torch.manual_seed(0)
@@ -119,6 +124,9 @@ def test_a_hugging_face_model_needs_no_factory(tmp_path: Path, kernels: Calls) -
     assert torch.equal(again(ids).logits, made(ids).logits)
     assert sum(isinstance(m, SparseLinear) for m in again.modules()) == 4
     assert again.lm_head.weight is again.transformer.wte.weight
+    head = again.lm_head
+    assert type(head) is (nn.Linear if cache else FastLinear)
+    assert cache or head.store.choice(1) == made.lm_head.store.choice(1) == Config(Kind.DECODE)
 
 
 def test_activations_that_joined_come_back(tmp_path: Path, kernels: Calls) -> None:

@@ -157,6 +157,21 @@ def test_what_is_not_finite_meets_stored_weights_only(config: Config, tier: str,
     assert float(got[2, 4]) == 0.0
 
 
+def test_the_short_way_is_the_same_and_refuses_what_is_not_finite(config: Config, tier: str) -> None:
+    weight, x = sparse(30, 200, 0.3, seed=10), tokens(6, 200, seed=11)
+    bias, residual = tokens(1, 30, seed=8)[0], tokens(6, 30, seed=9)
+    packed = native.pack(weight, config)
+    for more in ((None, None), (bias, None), (bias, residual)):
+        for activation in Activation:
+            short = native.few_linear(packed, x.t().contiguous().t(), *more, activation)
+            assert short is not None and torch.equal(short, native.linear(packed, x, *more, activation))
+    for bad in (NAN, INF, -INF, 3.4e38):
+        x[5, 199] = bad
+        assert native.few_linear(packed, x, bias, None, Activation.NONE) is None
+    with pytest.raises(RequestError, match="residual"):
+        native.few_linear(packed, x, bias, residual[:5], Activation.NONE)
+
+
 @pytest.mark.parametrize("bad", [NAN, INF])
 def test_a_weight_that_is_not_finite_reaches_its_row_only(config: Config, tier: str, bad: float) -> None:
     weight = sparse(8, 100, 0.5, seed=12)

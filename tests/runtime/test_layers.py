@@ -18,7 +18,7 @@ from prunella.runtime.operators import folded
 from prunella.runtime.store import ACTIVATE, mask_of, unpacked
 from tests.runtime.standin import Calls
 
-ROWS = Config(Kind.ROWS)
+ROWS, DECODE = Config(Kind.ROWS), Config(Kind.DECODE)
 
 
 def noise(*shape: int, seed: int = 0) -> Tensor:
@@ -33,7 +33,7 @@ def always(choice: Choice) -> Table:
     return Table(((8, choice),))
 
 
-CHOICES = [Route.TORCH, Route.ONEDNN, Route.CSR, ROWS]
+CHOICES = [Route.TORCH, Route.ONEDNN, Route.CSR, ROWS, DECODE]
 
 
 @pytest.mark.parametrize("choice", CHOICES)
@@ -64,7 +64,7 @@ def test_a_wrong_size_is_the_error_of_dense_code(kernels: Calls) -> None:
 
 
 @pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
-@pytest.mark.parametrize("choice", [Route.CSR, ROWS])
+@pytest.mark.parametrize("choice", [Route.CSR, ROWS, DECODE])
 def test_what_is_not_finite_spreads_as_in_dense_code(kernels: Calls, choice: Choice, value: float) -> None:
     weight, x = holes(7, 13), noise(3, 13)
     weight[:, 2] = 0
@@ -223,7 +223,7 @@ def test_a_fast_dense_layer_is_a_dense_layer(kernels: Calls) -> None:
     layer = FastLinear(weight, bias, table=always(Route.ONEDNN))
     torch.testing.assert_close(layer(x), functional.linear(x, weight, bias))
     assert set(layer.state_dict()) == {"weight", "bias"}
-    with pytest.raises(RequestError, match="no sparse kernel"):
+    with pytest.raises(RequestError, match="no kernel for many tokens"):
         FastLinear(weight, table=always(ROWS))
 
 

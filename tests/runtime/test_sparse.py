@@ -14,10 +14,11 @@ from torch.fx import GraphModule
 import prunella as pr
 from prunella.errors import CheckFailed, RequestError
 from prunella.runtime import convert, native, tune
-from prunella.runtime.choice import Problem, Route, from_json, spell, to_json
+from prunella.runtime.choice import Problem, Route, from_json, is_dense, spell, to_json
 from prunella.runtime.fuse import Fused, fuse_, traced
 from prunella.runtime.layers import FastLinear, SparseConv2d, SparseLinear
 from prunella.runtime.native import Activation, Config, Kind, Precision
+from prunella.runtime.restore import restored
 from prunella.runtime.tune import Tuner, blocks_of, configs, decide
 from prunella.timing import Ratio
 from tests.runtime.standin import Calls
@@ -214,6 +215,7 @@ def test_a_whole_model_that_is_not_faster_stays_dense(
 def test_a_kernel_that_computes_something_else_is_an_error(kernels: Calls, monkeypatch: pytest.MonkeyPatch) -> None:
     right = native.linear
     monkeypatch.setattr(native, "linear", lambda *args: right(*args) * 1.1)
+    monkeypatch.setattr(native, "few_linear", lambda *args: right(*args) * 1.1)
     with pytest.raises(CheckFailed, match="the output of the sparse model differs"):
         pr.sparse(mlp(), X)
 
@@ -331,7 +333,7 @@ def test_only_a_sure_gain_wins(monkeypatch: pytest.MonkeyPatch, ratio: Ratio, wi
             self.ratio = ratio
 
     monkeypatch.setattr(tune, "compare_latency", lambda *args, **kwargs: Measured())
-    monkeypatch.setattr(tune, "_sieve", lambda runs, seconds, base: dict.fromkeys(runs, 1.0))
+    monkeypatch.setattr(tune, "_sieve", lambda runs, seconds, base, before: dict.fromkeys(runs, 1.0))
     rival = Config(Kind.ROWS)
     verdict = decide({Route.TORCH: lambda: None, rival: lambda: None}, Problem(4), 0.1, 0)
     assert verdict.choice == (rival if wins else Route.TORCH) and verdict.best == rival
@@ -339,8 +341,8 @@ def test_only_a_sure_gain_wins(monkeypatch: pytest.MonkeyPatch, ratio: Ratio, wi
 
 def test_alike_layers_are_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
-    monkeypatch.setattr(tune, "candidates", lambda *args: asked.append(args) or {})
-    monkeypatch.setattr(tune, "decide", lambda runs, problem, seconds, seed: problem)
+    monkeypatch.setattr(tune, "candidates", lambda *args, whole: asked.append(args) or {})
+    monkeypatch.setattr(tune, "decide", lambda runs, problem, seconds, seed, before: problem)
     tuner, weight = Tuner(), torch.eye(8)
     tuner.linear(weight, None, (Problem(1), Problem(2)))
     tuner.linear(weight.flip(0), None, (Problem(2),))
@@ -351,6 +353,85 @@ def test_alike_layers_are_measured_once(monkeypatch: pytest.MonkeyPatch) -> None
 def test_choices_are_plain_data() -> None:
     for choice in (*Route, Config(Kind.DECODE, Precision.INT8, 2, 8, 64)):
         assert from_json(to_json(choice)) == choice and spell(choice)
+
+
+def test_weights_come_from_memory_where_the_model_exceeds_the_caches(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = mlp()
+    weights = sum(p.nbytes for p in model.parameters())
+    for cache, cold in ((weights, False), (weights - 1, True)):
+        monkeypatch.setattr(convert, "last_cache", lambda cache=cache: cache)
+        assert (convert.tuner_for(model, Precision.FP32, 1.0, 0).before is not None) == cold
+    order: list[str] = []
+    runs = {Route.TORCH: lambda: order.append("dense"), Config(Kind.ROWS): lambda: order.append("sparse")}
+    decide(runs, Problem(4), 0.01, 0, before=lambda: order.append("forget"))
+    timed = order[order.index("forget") :]
+    calls = [k for k, name in enumerate(timed) if name != "forget"]
+    ahead = sum(timed[k - 1] == "forget" for k in calls)
+    assert ahead >= len(calls) - 2  # the last comparison warms up each of the two once
+
+
+def test_a_single_token_is_cut_from_an_example_where_that_can_be() -> None:
+    class Tokens(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.words, self.up = nn.Embedding(9, 4), nn.Linear(4, 4)
+
+        def forward(self, ids: Tensor, weight: Tensor | None = None) -> Tensor:
+            out: Tensor = self.up(self.words(ids))
+            return out
+
+    ids, model = torch.arange(6).reshape(2, 3), Tokens()
+    met = convert.sizes(model, ids)
+    assert torch.equal(convert.shortened(model, ids, met), ids[:1, :1])
+    named = {"ids": ids, "weight": None}
+    assert torch.equal(convert.shortened(model, named, met)["ids"], ids[:1, :1])
+    assert convert.shortened(model, ids[:1, :1], convert.sizes(model, ids[:1, :1])) is None  # one token already
+    assert convert.shortened(mlp(), X, convert.sizes(mlp(), X)) is None  # the second axis holds features
+
+
+@pytest.mark.usefixtures("eager_to_skip", "kernels")
+def test_a_model_that_is_slower_for_one_token_runs_dense_code_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    slower = Ratio(0.8, 0.7, 0.9)
+    monkeypatch.setattr(convert, "_faster", lambda a, b, x: slower if x.shape[1] == 1 else Ratio(2.0, 1.9, 2.1))
+    torch.manual_seed(0)
+    model = sown(nn.Sequential(nn.Embedding(9, 16), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16)))
+    made = pr.sparse(model, torch.arange(9)[None].repeat(4, 1))
+    record = pr.sparsified(made)
+    assert record.kept and record.one is slower and "1.25x slower" in str(record)
+    for layer in record.layers:
+        few = {v.problem.size: is_dense(v.choice) for v in layer.verdicts}
+        assert few == {1: True, 2: True, 4: True, 8: True, 32: False, 36: False}
+    tiny = pr.sparsified(pr.sparse(model, torch.arange(8)[None]))
+    assert not tiny.kept and "slower for one token" in tiny.why
+
+
+@pytest.mark.usefixtures("eager_to_skip", "kernels")
+def test_a_tied_head_of_a_large_model_runs_a_kernel_for_a_few_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.words, self.up, self.head = nn.Embedding(9, 16), nn.Linear(16, 16), nn.Linear(16, 9, bias=False)
+            self.head.weight = self.words.weight
+
+        def forward(self, ids: Tensor) -> Tensor:
+            out: Tensor = self.head(self.up(self.words(ids)))
+            return out
+
+    torch.manual_seed(0)
+    model, ids = Tied(), torch.arange(9).repeat(2)[None]
+    sown(model.up)
+    assert pr.sparsified(pr.sparse(model, ids)).replaced == ("up",)
+    monkeypatch.setattr(convert, "last_cache", lambda: 0)
+    for fuse in (True, False):
+        made = pr.sparse(model, ids, fuse=fuse)
+        record, head = pr.sparsified(made), made.get_submodule("head")
+        assert record.replaced == ("up", "head") and isinstance(head, FastLinear)
+        assert head.weight is made.get_submodule("words").weight and "head  0% zeros  1: decode fp32" in str(record)
+        for some in (ids, ids[:, :1]):
+            torch.testing.assert_close(made(some), model(some))
+        assert head.store.choice(1) == Config(Kind.DECODE) and head.store.choice(9) is Route.TORCH
+        back = restored(made)
+        assert type(back.get_submodule("head")) is nn.Linear and set(back.state_dict()) == set(model.state_dict())
 
 
 @pytest.mark.usefixtures("eager_to_skip")

@@ -48,14 +48,16 @@ from prunella.runtime.convert import (
     matrix_of,
     noted,
     sparsified,
+    stays_whole,
     targets,
+    tuner_for,
 )
 from prunella.runtime.fuse import activation_of, copied
 from prunella.runtime.layers import SparseLinear
 from prunella.runtime.machine import cpu_name, fingerprint
 from prunella.runtime.native import Precision
 from prunella.runtime.restore import restored, sparse_layers
-from prunella.runtime.tune import Tuner, Verdict, configs, density
+from prunella.runtime.tune import Tuner, Verdict, configs, density, whole_configs
 
 _LARGEST = 1 << 28
 """Elements of an input that a manifest may ask to be measured with."""
@@ -116,7 +118,7 @@ def load_sparse(
     told = _read(manifest["sparse"])
     state = _unpacked(folder, manifest, told)
     model = copied(rebuild(folder, manifest, state, factory))
-    tuner = Tuner(told.precision, seconds, seed)
+    tuner = tuner_for(model, told.precision, seconds, seed)
     with torch.inference_mode(False), torch.no_grad():
         order = [
             *(name for name in targets(model) if name in told.layers),
@@ -241,8 +243,12 @@ def _layer(model: nn.Module, name: str, rows: tuple[tuple[Problem, Choice], ...]
     _check_problems(name, module, asked)
     matrix = weight.reshape(len(weight), -1)
     zeros = 1 - density(matrix)
-    if told.here and all(isinstance(c, Route) or c in configs(matrix, p.size, told.precision) for p, c in rows):
+    whole = bool(stays_whole(model, module))
+    known = whole_configs if whole else configs
+    if told.here and all(isinstance(c, Route) or c in known(matrix, p.size, told.precision) for p, c in rows):
         return Layer(name, zeros, tuple(Verdict(problem, choice) for problem, choice in rows))
+    if whole:
+        return Layer(name, zeros, tuner.whole(weight, bias_of(module), asked))
     if isinstance(module, nn.Conv2d):
         return Layer(name, zeros, tuner.conv(weight, bias_of(module), geometry_of(module), asked))
     return Layer(name, zeros, tuner.linear(weight, bias_of(module), asked))

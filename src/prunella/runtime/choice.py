@@ -9,7 +9,7 @@ from enum import Enum
 from typing import Any
 
 from prunella.errors import BadInput
-from prunella.runtime.native import Config, Kind, Precision
+from prunella.runtime.native import FEW, Config, Kind, Precision
 
 
 class Route(Enum):
@@ -78,6 +78,11 @@ class Problem:
 def is_dense(choice: Choice) -> bool:
     """Whether the zeros are multiplied too."""
     return isinstance(choice, Route) and choice.dense
+
+
+def is_few(choice: Choice) -> bool:
+    """Whether it is a kernel for a few tokens."""
+    return isinstance(choice, Config) and choice.kind in FEW
 
 
 def spell(choice: Choice) -> str:

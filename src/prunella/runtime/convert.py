@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -20,18 +20,18 @@ from prunella.forward import forward, tensors
 from prunella.graph.oracle import relative_error
 from prunella.pipeline import Inputs
 from prunella.runtime import native
-from prunella.runtime.choice import Geometry, Problem, Table, is_dense, spell
+from prunella.runtime.choice import Geometry, Problem, Route, Table, is_dense, spell
 from prunella.runtime.fuse import Fused, activation_of, copied, fuse_, traced
-from prunella.runtime.layers import SparseConv2d, SparseLinear
-from prunella.runtime.machine import cpu_name
+from prunella.runtime.layers import FastLinear, SparseConv2d, SparseLinear
+from prunella.runtime.machine import cpu_name, last_cache
 from prunella.runtime.native import Activation, Precision
 from prunella.runtime.pair import pairs
-from prunella.runtime.tune import Tuner, Verdict, density
+from prunella.runtime.tune import DECODE, Tuner, Verdict, density, forgetting
 from prunella.timing import Comparison, Ratio, compare_latency, own_clock
 
 _BUCKETS = (1, 2, 4, 8, *(8 * 4**k for k in range(1, 10)))
 LEAST = 0.1
-"""A layer with a smaller part of zeros is not even measured."""
+"""A layer with a smaller part of zeros stays whole; measured for a few tokens, if the model exceeds the caches."""
 _TOLERANCE = {Precision.FP32: 1e-3, Precision.BF16: 0.1, Precision.INT8: 0.3}
 _RECORD = "prunella_sparsified"
 
@@ -80,6 +80,8 @@ class Sparsified:
     traced: tuple[tuple[tuple[int, ...], str], ...] = ()
     """Shape and type of each input of the trace that layers were fused by; none, if none were."""
     does: str = "skip their zeros"
+    one: Ratio | None = None
+    """As `whole`, for one token, where the example can be cut to that."""
 
     @property
     def replaced(self) -> tuple[str, ...]:
@@ -89,6 +91,7 @@ class Sparsified:
     def __str__(self) -> str:
         speed = "not measured" if self.whole is None else self.whole.verdict
         head = f"{len(self.replaced)} of {len(self.layers)} layers {self.does}; the whole model: {speed}"
+        head = head if self.one is None else f"{head}; for one token: {self.one.verdict}"
         where = f"{self.threads} thread{'s' * (self.threads > 1)}, {self.machine}, kernels: {self.kernels}"
         return "\n".join([head, *([self.why] if self.why else []), where, *map(str, self.layers)])
 
@@ -106,8 +109,10 @@ def sparse(
     """A copy of `model` for inference in which linear layers and convolutions skip their zeros, where that is faster.
 
     Every layer is measured for the sizes that `example` brings and, if linear, for fewer tokens too (1, 2, 4, 8, 32,
-    128 ...), against the best dense operation of torch, with the current number of threads. Then the whole model is, on
-    the example: if it is not faster, the copy is dense. `sparsified(model)` says what was chosen and why. Run it
+    128 ...), against the best dense operation of torch, with the current number of threads; with its weights in memory,
+    not in a cache, if the model exceeds these. Then the whole model is, on the example and on its first token: if it is
+    not faster, the copy is dense. In a model that exceeds the caches other linear layers, and those whose weight is
+    tied, may run a kernel too where there are a few tokens. `sparsified(model)` says what was chosen and why. Run it
     without gradients (`torch.inference_mode()`); its parameters ask for none. `torch.compile` and `copy.deepcopy` work.
 
     precision: BF16 and INT8 (weights when decoding) also try kernels that round. tokens: further numbers of tokens.
@@ -119,19 +124,46 @@ def sparse(
     check_request(tokens, seconds)
     begin, dense = time.perf_counter(), copied(unwrap(model))
     met = sizes(dense, example)
-    tuner = Tuner(precision, seconds, seed)
+    tuner = tuner_for(dense, precision, seconds, seed)
     with torch.inference_mode(False), torch.no_grad():
         found = tuple(_layer(dense, name, layer, met, tokens, tuner) for name, layer in targets(dense).items())
-        tables = {layer.name: layer.table for layer in found if not layer.why}
-        made = assembled(copied(dense), tables, example if fuse else None) if tables else dense
-    ratio, difference, why = _compared(dense, made, example, found, precision) if tables else (None, 0.0, _none(found))
-    kept = not why
+    build = partial(_built, dense, example if fuse else None)
+    made, one = build(found), None
+    ratio, difference, why = _compared(dense, made, example, found, precision) if made else (None, 0.0, _none(found))
+    short = shortened(dense, example, met) if made and not why else None
+    if made and short is not None:
+        one = _faster(dense, made, short)
+        if one.slower:
+            found = tuple(map(_dense_for_few, found))
+            made = build(found)
+            why = "" if made else "the whole model stays dense: it is slower for one token, and nothing else is faster"
+    kept = made if made and not why else None
     record = Sparsified(
-        found, kept, why, ratio, difference, torch.get_num_threads(), cpu_name(),
+        found, kept is not None, why, ratio, difference, torch.get_num_threads(), cpu_name(),
         kernels(), time.perf_counter() - begin, precision,
-        described(example) if isinstance(made, GraphModule) else (),
+        described(example) if isinstance(kept, GraphModule) else (), one=one,
     )  # fmt: skip
-    return noted(made if kept else dense, record)
+    return noted(kept or dense, record)
+
+
+def tuner_for(model: nn.Module, precision: Precision, seconds: float, seed: int) -> Tuner:
+    """Measures layers as the model meets them: with their weights in memory if all together exceed the caches."""
+    cache, weights = last_cache(), sum(p.nbytes for p in model.parameters())
+    return Tuner(precision, seconds, seed, forgetting(cache) if weights > cache else None)
+
+
+def _built(dense: nn.Module, example: Inputs | None, layers: Sequence[Layer]) -> nn.Module | None:
+    """A copy with the layers that win replaced; None if none does."""
+    tables = {layer.name: layer.table for layer in layers if not layer.why}
+    with torch.inference_mode(False), torch.no_grad():
+        return assembled(copied(dense), tables, example) if tables else None
+
+
+def _dense_for_few(layer: Layer) -> Layer:
+    """The layer with dense code for a few tokens."""
+    kept = tuple(replace(v, choice=Route.TORCH) if v.problem.size <= DECODE else v for v in layer.verdicts)
+    wins = layer.why or any(not is_dense(verdict.choice) for verdict in kept)
+    return replace(layer, verdicts=kept, why=layer.why if wins else "the whole model is slower for one token with it")
 
 
 def sparsified(model: nn.Module) -> Sparsified:
@@ -250,31 +282,42 @@ def _layer(
 ) -> Layer:
     weight = matrix_of(module)
     zeros = 1 - density(weight.reshape(len(weight), -1)) if weight.numel() else 0.0
-    why = _stays(model, name, module, zeros, name in met)
+    why = _stays(module, name in met)
     todo = () if why else problems(module, met[name], tokens)
     if why or not todo:
         return Layer(name, zeros, (), why or "it met no input of a known size")
-    bias = bias_of(module)
-    if isinstance(module, nn.Conv2d):
+    bias, whole = bias_of(module), stays_whole(model, module)
+    if whole:
+        few = tuple(problem for problem in todo if problem.size <= DECODE)
+        if tuner.before is None or type(module) is not nn.Linear or not few:
+            return Layer(name, zeros, (), whole)
+        verdicts = (*tuner.whole(weight, bias, few), Verdict(Problem(DECODE + 1), Route.TORCH))
+    elif isinstance(module, nn.Conv2d):
         verdicts = tuner.conv(weight, bias, geometry_of(module), todo)
     else:
         verdicts = tuner.linear(weight, bias, todo)
     wins = any(not is_dense(verdict.choice) for verdict in verdicts)
-    return Layer(name, zeros, verdicts, "" if wins else f"nothing is faster ({_phrase(verdicts[-1])})")
+    return Layer(name, zeros, verdicts, "" if wins else whole or f"nothing is faster ({_phrase(verdicts[-1])})")
 
 
-def _stays(model: nn.Module, name: str, module: nn.Module, zeros: float, ran: bool) -> str:
+def stays_whole(model: nn.Module, module: nn.Module) -> str:
+    """Why the dense weight of a layer has to stay as it is, or nothing."""
+    weight = matrix_of(module)
+    if not weight.numel() or 1 - density(weight.reshape(len(weight), -1)) < LEAST:
+        return "it has hardly any zeros"
+    if sum(p is module.weight for _, p in model.named_parameters(remove_duplicate=False)) > 1:
+        return "its weight is tied to another layer's"
+    return ""
+
+
+def _stays(module: nn.Module, ran: bool) -> str:
     """Why a layer stays dense without a measurement, or nothing."""
     weight = module.weight
     assert isinstance(weight, Tensor)
     if weight.dtype is not torch.float32 or weight.device.type != "cpu":
         return f"its weight is {str(weight.dtype)[6:]} on {weight.device.type}"
-    if zeros < LEAST:
-        return "it has hardly any zeros"
     if not ran:
         return "the example does not call it"
-    if sum(p is weight for _, p in model.named_parameters(remove_duplicate=False)) > 1:
-        return "its weight is tied to another layer's"
     if _hooked(module):
         return "it has hooks or a parametrisation"
     return ""
@@ -296,7 +339,15 @@ def assembled(
     joined: layer -> the activation module that it takes over, where that was proven before.
     """
     layers = {name: model.get_submodule(name) for name in tables}
-    program = None if example is None else traced(model, layers, example)
+    whole = {name: layer for name, layer in layers.items() if stays_whole(model, layer)}
+    for name, layer in whole.items():
+        fast = FastLinear(layer.weight, bias_of(layer), table=tables[name]).eval()  # type: ignore[arg-type]
+        if not name:
+            return fast
+        put(model, name, fast)
+        whole[name] = fast
+    layers = {name: layer for name, layer in layers.items() if name not in whole}
+    program = None if example is None else traced(model, {**layers, **whole}, example)
     if program is None:
         joined = joined if joined is not None else {} if example is None else pairs(model, layers, example)
         return _in_place(model, layers, tables, joined)
@@ -361,13 +412,40 @@ def _compared(
         if not difference <= _TOLERANCE[precision]:
             why = f"by {difference:.1e} of the largest, {_TOLERANCE[precision]:g} is allowed"
             raise CheckFailed("the output of the sparse model differs", why, "report this with the model's name")
-        ratio = interleaved(
-            {"dense": partial(forward, dense, example), "sparse": partial(forward, made, example)}
-        ).ratio
+    ratio = _faster(dense, made, example)
     elsewhere = any(not is_dense(v.choice) for layer in layers for v in layer.verdicts[:-1] if not v.problem.image)
     if ratio.faster or (elsewhere and not ratio.slower and ratio.value > 0.97):
         return ratio, difference, ""
     return ratio, difference, f"the whole model stays dense: {ratio.verdict} on the example"
+
+
+def _faster(dense: nn.Module, made: nn.Module, example: Inputs) -> Ratio:
+    with torch.inference_mode():
+        return interleaved({"dense": partial(forward, dense, example), "sparse": partial(forward, made, example)}).ratio
+
+
+def shortened(model: nn.Module, example: Inputs, met: Mapping[str, set[tuple[int, ...]]]) -> Inputs | None:
+    """The first token of an example of several: None unless every linear layer then meets one token."""
+    short = _cut(example)
+    try:
+        less = sizes(model, short)
+    except RequestError:  # its second axis does not count tokens
+        return None
+    linear = [name for name, layer in targets(model).items() if not isinstance(layer, nn.Conv2d)]
+    counts = [(_most(met[name]), _most(less[name])) for name in linear if name in met and name in less]
+    return short if counts and all(few == 1 for _, few in counts) and any(many > 1 for many, _ in counts) else None
+
+
+def _cut(part: Any) -> Any:
+    if isinstance(part, Tensor):
+        return part[:1, :1] if part.dim() > 1 else part[:1] if part.dim() else part
+    if isinstance(part, Mapping):
+        return {name: _cut(value) for name, value in part.items()}
+    return type(part)(map(_cut, part)) if isinstance(part, tuple | list) else part
+
+
+def _most(shapes: set[tuple[int, ...]]) -> int:
+    return max((math.prod(shape[:-1]) for shape in shapes), default=0)
 
 
 def interleaved(runs: Mapping[str, Callable[[], object]], *, seconds: float = 4.0) -> Comparison:

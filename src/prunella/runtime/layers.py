@@ -10,8 +10,8 @@ from torch.nn import functional
 
 from prunella.errors import RequestError
 from prunella.realize.storage import Format, encode
-from prunella.runtime import operators
-from prunella.runtime.choice import Geometry, Route, Table, is_dense
+from prunella.runtime import native, operators
+from prunella.runtime.choice import Geometry, Route, Table, is_dense, is_few
 from prunella.runtime.native import Activation
 from prunella.runtime.store import ACTIVATE, Store, laid_out, run_linear, unpacked
 
@@ -56,6 +56,7 @@ class SparseLinear(nn.Module):
     """
 
     bits: Tensor
+    bias: nn.Parameter | None
 
     def __init__(
         self,
@@ -71,7 +72,7 @@ class SparseLinear(nn.Module):
         self.out_features, self.in_features = weight.shape
         self.values, bits = canonical(weight)
         self.register_buffer("bits", bits)
-        self.bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
+        self.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach().clone(), False))
         self.activation, self.activation_path, self.transposed = activation, activation_path, transposed
         self.store = Store((self.out_features, self.in_features), table, activation)
 
@@ -92,14 +93,17 @@ class SparseLinear(nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """x `(..., in)`, residual `(..., out)` -> `(..., out)`."""
-        if not _quick(x, self.values, self.bias, residual):
-            y = functional.linear(x, self.matrix(), self.bias)
+        # Straight from where nn.Module keeps them: its __getattr__ costs more than the kernel of a small layer.
+        values, bias = self._parameters["values"], self._parameters["bias"]
+        assert values is not None
+        if not _quick(x, values, bias, residual):
+            y = functional.linear(x, self.matrix(), bias)
             return ACTIVATE[self.activation](y if residual is None else y + residual)
+        bits = self._buffers["bits"]
+        assert bits is not None
         if _direct(x):
-            return operators.linear(self.store, x, self.values, self.bits, self.bias, residual)
-        made: Tensor = operators.sparse_linear(
-            x, self.values, self.bits, self.bias, residual, self.out_features, self.store.key
-        )
+            return operators.linear(self.store, x, values, bits, bias, residual)
+        made: Tensor = operators.sparse_linear(x, values, bits, bias, residual, self.out_features, self.store.key)
         return made
 
     def extra_repr(self) -> str:
@@ -184,24 +188,38 @@ class SparseConv2d(nn.Module):
 
 @final
 class FastLinear(nn.Module):
-    """A dense linear layer by the quicker of torch's two kernels for each number of tokens; keys as in nn.Linear."""
+    """A dense linear layer by the quickest way for each number of tokens: one of torch's two, or a kernel for a few.
+
+    Its keys are those of nn.Linear, and a weight that is a Parameter stays the same one, tied to what it is tied to.
+    """
+
+    bias: nn.Parameter | None
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None, *, table: Table) -> None:
         super().__init__()
         self.out_features, self.in_features = weight.shape
-        self.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)
-        self.bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
-        if not all(is_dense(choice) for _, choice in table.entries):
-            raise RequestError("a dense layer runs no sparse kernel", "the table names one", "use SparseLinear")
+        mine = isinstance(weight, nn.Parameter)
+        self.weight = weight if mine else nn.Parameter(weight.detach().clone(), requires_grad=False)
+        self.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach().clone(), False))
+        if not all(is_dense(choice) or is_few(choice) for _, choice in table.entries):
+            raise RequestError(
+                "a dense layer runs no kernel for many tokens", "the table names one", "use SparseLinear"
+            )
         self.store = Store((self.out_features, self.in_features), table, Activation.NONE)
 
     def forward(self, x: Tensor) -> Tensor:
         """x `(..., in)` -> `(..., out)`."""
-        if not (_direct(x) and x.numel() and _quick(x, self.weight, self.bias)):
-            return functional.linear(x, self.weight, self.bias)
+        weight, bias = self._parameters["weight"], self._parameters["bias"]
+        assert weight is not None
+        fits = x.dim() > 0 and x.shape[-1] == self.in_features and x.numel() > 0
+        if not (_direct(x) and fits and _quick(x, weight, bias)):
+            return functional.linear(x, weight, bias)
         choice = self.store.choice(x.numel() // self.in_features)
-        held: Any = self.store.get(choice, (self.weight,), lambda: laid_out(self.weight, choice))
-        return run_linear(choice, held, x, self.bias, None, Activation.NONE)
+        held: Any = self.store.get(choice, (weight,), lambda: laid_out(weight.detach(), choice))
+        if is_few(choice):
+            y = native.few_linear(held, x, bias, None, Activation.NONE)
+            return functional.linear(x, weight, bias) if y is None else y
+        return run_linear(choice, held, x, bias, None, Activation.NONE)
 
     def extra_repr(self) -> str:
         """Sizes."""

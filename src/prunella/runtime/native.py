@@ -23,8 +23,9 @@ from torch.nn.functional import gelu, silu
 from prunella.errors import NotSupported, PruningError, RequestError
 
 _NAME = "libprunella.so"
-_ABI = 4
+_ABI = 5
 """`PRUNELLA_ABI` of kernels/prunella.h."""
+_ODD_INPUT = 7
 _MOST = 1 << 30
 """Of strides and the like: larger ones would not fit the 32 bits that the kernels are given."""
 _log = logging.getLogger(__name__)
@@ -65,6 +66,8 @@ class Kind(Enum):
 
 _MANY = {Kind.ROWS: 0, Kind.GROUPS: 1, Kind.BLOCK16: 2, Kind.BLOCK8: 3, Kind.BLOCK4: 4}
 _FEW = {Kind.DECODE: 0, Kind.CSR: 1}
+FEW = frozenset(_FEW)
+"""The kinds for a few tokens."""
 _FEW_PRECISIONS = {Precision.FP32: 0, Precision.BF16: 1, Precision.INT8: 2}
 _FEW_TOKENS = 8
 
@@ -129,7 +132,7 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     ),
     "prunella_few_free": (None, (_POINTER,)),
     "prunella_few_bytes": (_LONG, (_POINTER,)),
-    "prunella_few_linear": (_INT, (_POINTER, _POINTER, _LONG, _POINTER, _POINTER, _INT, _INT, _POINTER)),
+    "prunella_few_linear": (_INT, (_POINTER, _POINTER, _LONG, _POINTER, _POINTER, _INT, _INT, _INT, _POINTER)),
 }
 _WRONG = {
     1: ("the kernels cannot do this", "a size or an option is out of range"),
@@ -201,9 +204,12 @@ def configs(shape: tuple[int, int], density: float, tokens: int) -> tuple[Config
     if tokens <= _FEW_TOKENS:
         few = _few_configs(shape[1], density, tokens)
         return few if tokens == 1 else (*few, Config(Kind.ROWS, rows=4, tile=1, depth=512))
+    wide = _wide()
     if density > 0.35:
-        return _MUCH
-    return _SOME if density > 0.15 else _LITTLE
+        return _WIDE_MUCH if wide else _MUCH
+    if density > 0.15:
+        return _WIDE_SOME if wide else _SOME
+    return _WIDE_LITTLE if wide else _LITTLE
 
 
 _MUCH = tuple(
@@ -219,6 +225,29 @@ _SOME = tuple(
 _LITTLE = tuple(
     Config(Kind.ROWS, rows=r, tile=t, depth=d) for r, t, d in ((2, 4, 256), (4, 3, 256), (2, 6, 128), (4, 2, 512))
 )
+_WIDE_MUCH = tuple(
+    Config(kind, rows=r, tile=t, depth=d)
+    for kind, r, t, d in (
+        (Kind.GROUPS, 4, 4, 128), (Kind.GROUPS, 4, 4, 256), (Kind.GROUPS, 4, 8, 512), (Kind.GROUPS, 2, 8, 64),
+        (Kind.GROUPS, 4, 6, 256), (Kind.ROWS, 2, 2, 128), (Kind.ROWS, 2, 8, 64),
+    )
+)  # fmt: skip
+_WIDE_SOME = tuple(
+    Config(kind, rows=r, tile=t, depth=d)
+    for kind, r, t, d in (
+        (Kind.ROWS, 2, 4, 128), (Kind.GROUPS, 4, 4, 128), (Kind.GROUPS, 2, 8, 64), (Kind.ROWS, 4, 4, 128),
+        (Kind.GROUPS, 2, 8, 128), (Kind.GROUPS, 4, 8, 128), (Kind.ROWS, 2, 6, 128), (Kind.ROWS, 4, 2, 256),
+    )
+)  # fmt: skip
+_WIDE_LITTLE = tuple(
+    Config(Kind.ROWS, rows=r, tile=t, depth=d)
+    for r, t, d in ((4, 3, 256), (4, 4, 128), (2, 4, 128), (4, 2, 512), (2, 6, 128), (4, 6, 128), (2, 2, 512))
+)
+
+
+def _wide() -> bool:
+    """Whether the tier in use has 32 registers of 16 lanes."""
+    return isa().startswith("avx512")
 
 
 def _few_configs(columns: int, density: float, tokens: int) -> tuple[Config, ...]:
@@ -228,6 +257,8 @@ def _few_configs(columns: int, density: float, tokens: int) -> tuple[Config, ...
         return (bits,)
     if density < 0.12:
         return (columns16,)
+    if _wide() and tokens == 1 and density > 0.16:  # an expand a cycle: columns were never quicker there
+        return (bits,)
     return (bits, columns16) if tokens == 1 and density > 0.4 else (columns16, bits)
 
 
@@ -295,11 +326,46 @@ def linear(
     given = (packed.handle, x.data_ptr(), tokens, *map(_address, extra), _fused(activation))
     threads = torch.get_num_threads()
     if packed.config.kind in _FEW:
-        done = _library().prunella_few_linear(*given, threads, y.data_ptr())
+        done = _library().prunella_few_linear(*given, 0, threads, y.data_ptr())
     else:
         done = _library().prunella_many_linear(*given, packed.config.tile, threads, y.data_ptr())
     _done(done)
     return _after(y, activation)
+
+
+def few_linear(
+    packed: Packed, x: Tensor, bias: Tensor | None, residual: Tensor | None, activation: Activation
+) -> Tensor | None:
+    """`linear` for a weight of a kind in FEW, with little around the kernel; None if x is not finite.
+
+    x, bias and residual are known to be float32 on the CPU, and x to have the columns of the weight.
+    """
+    x = x if x.is_contiguous() else x.contiguous()
+    rows, columns = packed.shape
+    y = torch.empty((*x.shape[:-1], rows))
+    if bias is not None or residual is not None:
+        bias, residual = _extra(packed, y, bias, residual, torch.contiguous_format)
+    done = _run_few()(
+        packed.handle,
+        x.data_ptr(),
+        x.numel() // columns,
+        None if bias is None else bias.data_ptr(),
+        None if residual is None else residual.data_ptr(),
+        1 if activation is Activation.RELU else 0,
+        1,
+        torch.get_num_threads(),
+        y.data_ptr(),
+    )
+    if done:
+        if done == _ODD_INPUT:
+            return None
+        _done(done)
+    return y if activation is Activation.NONE else _after(y, activation)
+
+
+@cache
+def _run_few() -> Any:
+    return _library().prunella_few_linear
 
 
 def conv2d(

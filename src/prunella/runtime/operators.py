@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prunella.runtime.choice import Geometry, Route, is_dense
+from prunella.runtime import native
+from prunella.runtime.choice import Geometry, Route, is_dense, is_few
 from prunella.runtime.store import Store, finite, laid_out, run_conv, run_linear, store, unpacked
 
 
@@ -22,11 +23,19 @@ def linear(
     """A linear layer by the choice for this number of tokens."""
     rows, wide = held.matrix
     size = x.numel() // wide if x.dim() and x.shape[-1] == wide else 0
-    choice = held.choice(size)
-    if not is_dense(choice) and not finite(x):
+    choice, parts = held.choice(size), (values, bits)
+
+    def make() -> Any:
+        return laid_out(unpacked(values, bits, (rows, wide)), choice)
+
+    if is_few(choice):
+        y = native.few_linear(held.get(choice, parts, make), x, bias, residual, held.activation)
+        if y is not None:
+            return y
         choice = Route.TORCH
-    weight = held.get(choice, (values, bits), lambda: laid_out(unpacked(values, bits, (rows, wide)), choice))
-    return run_linear(choice, weight, x, bias, residual, held.activation)
+    elif not is_dense(choice) and not finite(x):
+        choice = Route.TORCH
+    return run_linear(choice, held.get(choice, parts, make), x, bias, residual, held.activation)
 
 
 def conv2d(

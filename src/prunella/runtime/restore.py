@@ -8,7 +8,7 @@ from torch.fx import GraphModule
 
 from prunella.models import import_module
 from prunella.runtime.fuse import copied
-from prunella.runtime.layers import SparseConv2d, SparseLinear
+from prunella.runtime.layers import FastLinear, SparseConv2d, SparseLinear
 from prunella.runtime.native import Activation
 
 _ACTIVATIONS = {Activation.RELU: nn.ReLU, Activation.GELU: nn.GELU, Activation.SILU: nn.SiLU}
@@ -25,6 +25,8 @@ def restored(model: nn.Module) -> nn.Module:
             _put(made, name, _linear(module))
             if module.activation_path:
                 _put(made, module.activation_path, _ACTIVATIONS[module.activation]())
+        elif isinstance(module, FastLinear):
+            _put(made, name, _whole(module))
         elif isinstance(module, SparseConv2d):
             _put(made, name, _conv(module))
             if module.norm is not None:
@@ -46,6 +48,15 @@ def _linear(module: SparseLinear) -> nn.Module:
         with torch.device("meta"):
             made = nn.Linear(module.in_features, module.out_features, bias=bias is not None)
     return _filled(made, weight, bias)
+
+
+def _whole(module: FastLinear) -> nn.Module:
+    """The same parameters, so that what is tied stays so."""
+    with torch.device("meta"):
+        made = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None)
+    made.weight = module.weight
+    made.register_parameter("bias", module.bias)
+    return made.eval()
 
 
 def _conv(module: SparseConv2d) -> nn.Module:

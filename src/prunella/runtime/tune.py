@@ -42,18 +42,25 @@ class Verdict:
 class Tuner:
     """Measures each kind of layer once: those of one shape, density and problem share a verdict.
 
-    precision: candidates are of float32 and of this. seconds: of one kind of layer, for all its problems.
+    precision: candidates are of float32 and of this. seconds: of one kind of layer, for all its problems. before: done
+    ahead of each call and not timed; `forgetting()` for a model whose weights come from memory, not from a cache.
     """
 
     precision: Precision = Precision.FP32
     seconds: float = 1.0
     seed: int = 0
+    before: Run | None = None
     known: dict[tuple[object, ...], Verdict] = field(default_factory=dict)
 
     def linear(self, weight: Tensor, bias: Tensor | None, problems: tuple[Problem, ...]) -> tuple[Verdict, ...]:
         """The verdicts on a linear layer with this weight `(out, in)`."""
         each, held = self.seconds / len(problems), dict[Choice, nn.Module]()
         return tuple(self._once(weight, bias, problem, None, each, held) for problem in problems)
+
+    def whole(self, weight: Tensor, bias: Tensor | None, problems: tuple[Problem, ...]) -> tuple[Verdict, ...]:
+        """The same for a layer that keeps its dense weight: `F.linear`, or a kernel for a few tokens."""
+        each, held = self.seconds / len(problems), dict[Choice, nn.Module]()
+        return tuple(self._once(weight, bias, problem, None, each, held, whole=True) for problem in problems)
 
     def conv(
         self, weight: Tensor, bias: Tensor | None, geometry: Geometry, problems: tuple[Problem, ...]
@@ -70,13 +77,22 @@ class Tuner:
         geometry: Geometry | None,
         seconds: float,
         held: dict[Choice, nn.Module],
+        *,
+        whole: bool = False,
     ) -> Verdict:
         matrix = weight.reshape(len(weight), -1)
-        like = (tuple(weight.shape), round(density(matrix), 2), blocks_of(matrix), bias is None, geometry, problem)
+        sown = (round(density(matrix), 2), blocks_of(matrix))
+        like = (tuple(weight.shape), sown, bias is None, geometry, problem, whole)
         if like not in self.known:
-            runs = candidates(weight, bias, problem, geometry, self.precision, self.seed, held)
-            self.known[like] = decide(runs, problem, seconds, self.seed)
+            runs = candidates(weight, bias, problem, geometry, self.precision, self.seed, held, whole=whole)
+            self.known[like] = decide(runs, problem, seconds, self.seed, before=self.before)
         return self.known[like]
+
+
+def forgetting(cache: int) -> Run:
+    """A call that reads twice as much as the largest cache has, so that nothing else is left there."""
+    other = torch.ones(max(1, cache // 2))  # ones: pages of zeros may all be the same page
+    return other.sum
 
 
 def density(matrix: Tensor) -> float:
@@ -112,6 +128,11 @@ def configs(matrix: Tensor, tokens: int, precision: Precision) -> list[Config]:
     return list(dict.fromkeys([*coarse, *exact]))
 
 
+def whole_configs(matrix: Tensor, tokens: int, precision: Precision) -> list[Config]:
+    """The kernels to try for a matrix that stays dense as a whole: those that read a bit for each weight."""
+    return [c for c in configs(matrix, tokens, precision) if c.kind is Kind.DECODE]
+
+
 def _has(kind: Kind, precision: Precision) -> bool:
     """int8 is for reading weights when decoding: elsewhere it gains nothing."""
     return precision is not Precision.INT8 or kind is Kind.DECODE
@@ -125,10 +146,12 @@ def candidates(
     precision: Precision,
     seed: int,
     held: dict[Choice, nn.Module],
+    *,
+    whole: bool = False,
 ) -> dict[Choice, Run]:
     """Choice -> a call of the layer on noise of the problem's size. What cannot be laid out is left out.
 
-    held: the layers made so far; further ones are added.
+    held: the layers made so far; further ones are added. whole: as in `Tuner.whole`.
     """
     generator = torch.Generator().manual_seed(seed)
     matrix = weight.detach().reshape(len(weight), -1)
@@ -138,8 +161,10 @@ def candidates(
     routes: list[Route] = [Route.TORCH] if geometry else [Route.TORCH, *_onednn(), Route.CSR]
     made: dict[Choice, Run] = {}
     choices: list[Choice] = [*routes, *configs(matrix, problem.size, precision)]
+    if whole:
+        choices = [Route.TORCH, *whole_configs(matrix, problem.size, precision)]
     for choice in choices:
-        run = _call(choice, weight.detach(), x, bias, geometry, held)
+        run = _call(choice, weight.detach(), x, bias, geometry, held, whole=whole)
         try:
             run()
         except PruningError:  # a kernel says that it does not do this
@@ -162,21 +187,31 @@ def _call(
     bias: Tensor | None,
     geometry: Geometry | None,
     held: dict[Choice, nn.Module],
+    *,
+    whole: bool = False,
 ) -> Run:
     """The layer by a choice, as a model would call it: all that a module costs is measured too."""
     if choice is Route.TORCH and geometry is None:
-        return partial(functional.linear, x, weight, bias)
+        return partial(_dense_layer(weight, bias), x)
     if choice is Route.TORCH and geometry is not None:
         return partial(functional.conv2d, x, weight, bias, geometry.stride, geometry.padding, geometry.dilation)
     if choice not in held:
         table = Table(((1, choice),))
         if geometry is not None:
             held[choice] = SparseConv2d(weight, bias, geometry=geometry, table=table).eval()
-        elif is_dense(choice):
+        elif whole or is_dense(choice):
             held[choice] = FastLinear(weight, bias, table=table).eval()
         else:
             held[choice] = SparseLinear(weight, bias, table=table).eval()
     return partial(held[choice], x)
+
+
+def _dense_layer(weight: Tensor, bias: Tensor | None) -> nn.Module:
+    with torch.device("meta"):
+        made = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
+    made.weight = nn.Parameter(weight, requires_grad=False)
+    made.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
+    return made.eval()
 
 
 def _onednn() -> Iterator[Route]:
@@ -191,31 +226,45 @@ def decide(
     seconds: float,
     seed: int,
     base: Callable[[Choice], bool] = is_dense,
+    before: Run | None = None,
 ) -> Verdict:
     """The quickest candidate; one that is not of the base (dense, unless said otherwise) wins only where that is sure.
 
     Slow candidates are dropped early; the best of the base and the best of the others then meet in interleaved rounds.
     """
     with torch.inference_mode():
-        best = _sieve(runs, seconds / 2, base)
+        best = _sieve(runs, seconds / 2, base, before)
         first = min((c for c in best if base(c)), key=best.__getitem__)
         rival = min((c for c in best if not base(c)), key=best.__getitem__, default=None)
         if rival is None or best[rival] > _CLOSE * best[first]:
             ratio = None if rival is None else Ratio(*[best[first] / best[rival]] * 3)
             return Verdict(problem, first, rival, ratio)
         pair = {"base": runs[first], "rival": runs[rival]}
-        spent = best[first] + best[rival]
+        spent = best[first] + best[rival] + 2 * _seconds(before)
         plain = best[first] > _CLOSE * best[rival]  # then few rounds are enough
         rounds = _FEW if plain else min(101, max(_LEAST_ROUNDS, round(seconds / 2 / max(spent, 4e-3))))
-        ratio = compare_latency(pair, rounds=rounds, warmup=1, seed=seed, clock=own_clock()).ratio
+        ratio = compare_latency(pair, rounds=rounds, warmup=1, seed=seed, clock=own_clock(), before=before).ratio
     return Verdict(problem, rival if ratio.faster else first, rival, ratio)
 
 
-def _sieve(runs: Mapping[Choice, Run], seconds: float, base: Callable[[Choice], bool]) -> dict[Choice, float]:
+def _seconds(before: Run | None) -> float:
+    """How long what comes ahead of a call takes."""
+    clock = own_clock()
+    start = clock()
+    if before is not None:
+        before()
+    return clock() - start
+
+
+def _sieve(
+    runs: Mapping[Choice, Run], seconds: float, base: Callable[[Choice], bool], before: Run | None = None
+) -> dict[Choice, float]:
     """Seconds of the best call of each candidate, measured in turns; those far behind get no more turns."""
     clock = own_clock()
 
     def once(run: Run) -> float:
+        if before is not None:
+            before()
         start = clock()
         run()
         return max(clock() - start, 1e-9)
