@@ -48,11 +48,15 @@ GOALS: tuple[tuple[str, list[str], str, str], ...] = (
     ("the same in bf16 against torch's bf16, 90 %", [f"bf16-{s}-90" for s in MANY], "bf16", "3.8, aim 6"),
     ("decode 4096x4096 in bf16, 50 %", ["decode-4096x4096-bf16-50"], "", "1.8, aim 1.9"),
     ("decode 4096x4096 in bf16, 70 %", ["decode-4096x4096-bf16-70"], "", "2.4, aim 2.7"),
+    ("50 % against only reading the dense bf16 weights", ["decode-4096x4096-bf16-50"], "read", ""),
+    ("70 % against only reading the dense bf16 weights", ["decode-4096x4096-bf16-70"], "read", ""),
     ("ResNet-50, 90 %, batch 1", ["resnet50-90"], "", "2.5 (eager 5), aim 3.3 (7)"),
     ("BERT-base, 128 tokens, 90 %", ["bert-90"], "", "eager 7, aim 9"),
     ("the same with bf16 kernels", ["bertbf16-90"], "", "eager 9, aim 13"),
     ("two threads against one", ["threads"], "", "1.8, aim 1.95"),
     ("SmolLM2-135M, generate(), 70 %, against dense bf16", ["smollm2-70"], "bf16", "2, aim 3"),
+    ("the same with bf16 kernels", ["smollm2-70"], "bf16 kernels", "2, aim 3"),
+    ("the same with int8 kernels", ["smollm2-70"], "int8 kernels", ""),
 )  # fmt: skip
 """What, cells, rival (the best dense one if none is named), and the goal: set on a processor with AVX-512."""
 
@@ -81,6 +85,8 @@ def linear(m: int, k: int, n: int, percent: int, *, block: int = 1, precision: P
         if precision is not Precision.FP32:
             x, low = torch.randn(n, k, dtype=torch.bfloat16), matrix.to(torch.bfloat16)
             pairs["bf16"] = partial(functional.linear, x, low, bias.to(torch.bfloat16))
+            if n == 1:  # no dense kernel of bf16 can take less time than this
+                pairs["read"] = low.view(torch.int64).sum
         return {**compared(pairs, rounds), "kernel": spell(skip), "config": str(skip), **where()}
 
 
@@ -161,11 +167,12 @@ def bert(layers: int = 12) -> nn.Module:
 
 
 def sown(model: nn.Module, percent: int) -> nn.Module:
-    """Random zeros in every linear layer and convolution but the first and the last; what stays is scaled up."""
-    layers = [m for m in model.modules() if type(m) in (nn.Linear, nn.Conv2d)]
+    """Random zeros in every linear layer, or every convolution but the first; what stays is scaled up."""
+    convolutions = [m for m in model.modules() if type(m) is nn.Conv2d]
+    layers = convolutions[1:] or [m for m in model.modules() if type(m) is nn.Linear]
     g = torch.Generator().manual_seed(1)
     with torch.no_grad():
-        for layer in layers[1:-1]:
+        for layer in layers:
             keep = torch.rand(layer.weight.shape, generator=g) >= percent / 100
             layer.weight.mul_(keep).div_(math.sqrt(1 - percent / 100))
     return model
@@ -253,6 +260,7 @@ def smollm2(percent: int, new: int = 24, rounds: int = 5) -> dict[str, Any]:
             words[name] = out[0].tolist()
     rate = {name: sorted(values)[len(values) // 2] for name, values in speed.items()}
     against = {name: rate["sparse"] / rate[name] for name in ("eager", "bf16", "int8")}
+    against |= {f"{how} kernels": rate[f"sparse {how}"] / rate["bf16"] for how in ("bf16", "int8")}
     same = {name: words["eager"] == words[name] for name in runs}
     return {"tokens_s": rate, **against, "same_tokens": same, "sparsity": pruned, **where()}
 
@@ -339,14 +347,19 @@ def strongest(cell: Mapping[str, Any]) -> str:
     return min(rivals, key=lambda rival: value(cell[rival]))
 
 
-def publish(folder: Path) -> None:
-    """Write both tables into docs/sparse.md, between the marks."""
+def publish(folders: Sequence[Path]) -> None:
+    """Write the tables of every tier that was measured into docs/sparse.md, between the marks."""
     before, _, rest = PAGE.read_text(encoding="utf-8").partition(MARKS[0])
-    found = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob("*.json"))]
-    how = f"One thread unless it says two, {found[0]['cpu']} with {found[0]['isa']} kernels, torch {found[0]['torch']}."
-    whole = f"<details markdown><summary>Every cell</summary>\n\n{table(folder)}\n\n</details>"
-    text = f"{MARKS[0]}\n{summary(folder)}\n\n{how}\n\n{whole}\n{MARKS[1]}"
-    write(PAGE, f"{before}{text}{rest.partition(MARKS[1])[2]}")
+    text = "\n\n".join(map(section, folders))
+    write(PAGE, f"{before}{MARKS[0]}\n{text}\n{MARKS[1]}{rest.partition(MARKS[1])[2]}")
+
+
+def section(folder: Path) -> str:
+    """What was measured with the kernels of one tier."""
+    cell = json.loads(next(folder.glob("*.json")).read_text(encoding="utf-8"))
+    how = f"One thread unless it says two, {cell['cpu']}, torch {cell['torch']}."
+    whole = f"<details markdown><summary>Every cell, {folder.name}</summary>\n\n{table(folder)}\n\n</details>"
+    return f"### {folder.name}\n\n{how}\n\n{summary(folder)}\n\n{whole}"
 
 
 def value(cell: Any) -> float:
@@ -380,7 +393,7 @@ def main() -> None:
             continue
         print(f"{name} ({time.perf_counter() - start:.0f} s)", flush=True)
     if args.table and not args.quick:
-        publish(folder)
+        publish(sorted((RESULTS / "runtime").iterdir(), reverse=True))
     print(f"{table(folder)}\n\n{summary(folder)}")
 
 

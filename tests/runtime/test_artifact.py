@@ -21,6 +21,7 @@ from prunella.runtime.layers import FastLinear, SparseConv2d, SparseLinear
 from prunella.runtime.machine import fingerprint
 from prunella.runtime.native import Config, Kind
 from prunella.runtime.restore import restored
+from prunella.timing import Ratio
 from tests.runtime.standin import Calls
 from tests.runtime.test_sparse import IMAGE, X, mlp, net, sown
 
@@ -56,6 +57,17 @@ def test_a_sparse_model_comes_back(
         n: t.tolist() for n, t in made.state_dict().items()
     }
     pr.save_sparse(again, tmp_path / "again", factory=make)
+
+
+def test_the_layout_of_images_comes_back(tmp_path: Path, kernels: Calls, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(convert, "_faster", lambda a, b, x: Ratio(2.0, 1.9, 2.1))
+    made = pr.sparse(net(), IMAGE)
+    saved = pr.save_sparse(made, tmp_path / "small", factory=net)
+    again = pr.load_sparse(saved.path, factory=net)
+    assert pr.sparsified(made).last and pr.sparsified(again).last
+    torch.testing.assert_close(again(IMAGE), made(IMAGE))
+    edit(saved.path, lambda manifest: manifest["sparse"].pop("last"))  # as an older version wrote it
+    assert not pr.sparsified(pr.load_sparse(saved.path, factory=net)).last
 
 
 def test_zeros_take_a_bit(tmp_path: Path, kernels: Calls) -> None:

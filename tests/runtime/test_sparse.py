@@ -370,6 +370,32 @@ def test_weights_come_from_memory_where_the_model_exceeds_the_caches(monkeypatch
     assert ahead >= len(calls) - 2  # the last comparison warms up each of the two once
 
 
+@pytest.mark.usefixtures("eager_to_skip", "kernels")
+@pytest.mark.parametrize("head", [True, False])
+def test_images_run_with_their_channels_last_where_that_is_faster(monkeypatch: pytest.MonkeyPatch, head: bool) -> None:
+    model = net() if head else nn.Sequential(*list(net().children())[:1])
+    seen: list[bool] = []
+    for faster in (True, False):
+        ratio = Ratio(1.2, 1.1, 1.3) if faster else Ratio(1.0, 0.9, 1.1)
+        monkeypatch.setattr(convert, "_faster", lambda a, b, x, r=ratio: r if is_traced(a) else Ratio(2.0, 1.9, 2.1))
+        made = pr.sparse(model, IMAGE)
+        record = pr.sparsified(made)
+        assert record.last == faster == ("channels last" in str(record))
+        layer = next(m for m in made.modules() if isinstance(m, SparseConv2d))
+        layer.register_forward_pre_hook(
+            lambda m, args: seen.append(args[0].is_contiguous(memory_format=torch.channels_last))
+        )
+        y = made(IMAGE)
+        torch.testing.assert_close(y, model(IMAGE), rtol=1e-4, atol=1e-4)
+        assert y.is_contiguous()
+    assert seen == [True, False]
+
+
+def is_traced(model: nn.Module) -> bool:
+    """Whether it is the sparse model already."""
+    return isinstance(model, GraphModule)
+
+
 def test_a_single_token_is_cut_from_an_example_where_that_can_be() -> None:
     class Tokens(nn.Module):
         def __init__(self) -> None:

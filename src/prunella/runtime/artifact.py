@@ -52,7 +52,7 @@ from prunella.runtime.convert import (
     targets,
     tuner_for,
 )
-from prunella.runtime.fuse import activation_of, copied
+from prunella.runtime.fuse import activation_of, channels_last_, copied
 from prunella.runtime.layers import SparseLinear
 from prunella.runtime.machine import cpu_name, fingerprint
 from prunella.runtime.native import Precision
@@ -127,10 +127,12 @@ def load_sparse(
         layers = tuple(_layer(model, name, told.layers[name], told, tuner) for name in order)
         tables = {layer.name: layer.table for layer in layers if layer.table.sparse}
         made = assembled(model, tables, _example(told), _joined(model, told)) if tables else model
+        last = told.last and isinstance(made, GraphModule) and channels_last_(made)
     why = "" if tables else "no layer is faster without its zeros here"
     threads = torch.get_num_threads()
     record = Sparsified(layers, not why, why, None, 0.0, threads, cpu_name(), kernels(), 0.0, told.precision)
-    return noted(made.eval(), replace(record, traced=told.traced if isinstance(made, GraphModule) else ()))
+    traced = told.traced if isinstance(made, GraphModule) else ()
+    return noted(made.eval(), replace(record, traced=traced, last=last))
 
 
 # -- writing ----------------------------------------------------------------------------------------------------------
@@ -168,6 +170,7 @@ def _measured(record: Sparsified) -> dict[str, Any]:
     return {
         "machine": fingerprint(),
         "precision": record.precision.value,
+        "last": record.last,
         "traced": [[list(shape), dtype] for shape, dtype in record.traced],
         "layers": {
             name: [[v.problem.size, list(v.problem.image), to_json(v.choice)] for v in verdicts]
@@ -189,6 +192,7 @@ class _Told:
     layers: Mapping[str, tuple[tuple[Problem, Choice], ...]]
     weights: Mapping[str, tuple[int, ...]]
     joined: Mapping[str, str]
+    last: bool
 
 
 def _read(data: Any) -> _Told:
@@ -202,7 +206,8 @@ def _read(data: Any) -> _Told:
         traced = tuple((_whole_numbers(shape), str(dtype)) for shape, dtype in data["traced"])
         weights = {str(name): _whole_numbers(shape) for name, shape in data["weights"].items()}
         joined = {str(name): str(module) for name, module in data["joined"].items()}
-        return _Told(data["machine"] == fingerprint(), Precision(data["precision"]), traced, layers, weights, joined)
+        here, last = data["machine"] == fingerprint(), data.get("last", False) is True
+        return _Told(here, Precision(data["precision"]), traced, layers, weights, joined, last)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         why = f"what it says of sparse layers cannot be read: {type(error).__name__}: {error}"
         raise BadInput("the manifest is broken", why, "write the folder again") from error

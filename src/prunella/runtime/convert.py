@@ -21,7 +21,7 @@ from prunella.graph.oracle import relative_error
 from prunella.pipeline import Inputs
 from prunella.runtime import native
 from prunella.runtime.choice import Geometry, Problem, Route, Table, is_dense, spell
-from prunella.runtime.fuse import Fused, activation_of, copied, fuse_, traced
+from prunella.runtime.fuse import Fused, activation_of, channels_last_, copied, fuse_, traced
 from prunella.runtime.layers import FastLinear, SparseConv2d, SparseLinear
 from prunella.runtime.machine import cpu_name, last_cache
 from prunella.runtime.native import Activation, Precision
@@ -82,6 +82,8 @@ class Sparsified:
     does: str = "skip their zeros"
     one: Ratio | None = None
     """As `whole`, for one token, where the example can be cut to that."""
+    last: bool = False
+    """Whether images run with their channels as the last axis."""
 
     @property
     def replaced(self) -> tuple[str, ...]:
@@ -92,7 +94,8 @@ class Sparsified:
         speed = "not measured" if self.whole is None else self.whole.verdict
         head = f"{len(self.replaced)} of {len(self.layers)} layers {self.does}; the whole model: {speed}"
         head = head if self.one is None else f"{head}; for one token: {self.one.verdict}"
-        where = f"{self.threads} thread{'s' * (self.threads > 1)}, {self.machine}, kernels: {self.kernels}"
+        turned = ", channels last" if self.last else ""
+        where = f"{self.threads} thread{'s' * (self.threads > 1)}, {self.machine}, kernels: {self.kernels}{turned}"
         return "\n".join([head, *([self.why] if self.why else []), where, *map(str, self.layers)])
 
 
@@ -137,11 +140,12 @@ def sparse(
             found = tuple(map(_dense_for_few, found))
             made = build(found)
             why = "" if made else "the whole model stays dense: it is slower for one token, and nothing else is faster"
-    kept = made if made and not why else None
+    kept, last = (made, False) if made is None or why else turned(made, example)
+    kept = None if why else kept
     record = Sparsified(
         found, kept is not None, why, ratio, difference, torch.get_num_threads(), cpu_name(),
         kernels(), time.perf_counter() - begin, precision,
-        described(example) if isinstance(kept, GraphModule) else (), one=one,
+        described(example) if isinstance(kept, GraphModule) else (), one=one, last=last,
     )  # fmt: skip
     return noted(kept or dense, record)
 
@@ -157,6 +161,19 @@ def _built(dense: nn.Module, example: Inputs | None, layers: Sequence[Layer]) ->
     tables = {layer.name: layer.table for layer in layers if not layer.why}
     with torch.inference_mode(False), torch.no_grad():
         return assembled(copied(dense), tables, example) if tables else None
+
+
+def turned(made: nn.Module, example: Inputs) -> tuple[nn.Module, bool]:
+    """The model with the channels of its images as the last axis, if it was traced and that is faster."""
+    if not isinstance(made, GraphModule) or not any(isinstance(m, SparseConv2d) for m in made.modules()):
+        return made, False
+    twin = copied(made)
+    assert isinstance(twin, GraphModule)  # a copy of one
+    if not channels_last_(twin) or not _faster(made, twin, example).faster:
+        return made, False
+    with torch.inference_mode():
+        difference = relative_error(tensors(forward(made, example)), tensors(forward(twin, example)))
+    return (twin, True) if difference <= _TOLERANCE[Precision.FP32] else (made, False)
 
 
 def _dense_for_few(layer: Layer) -> Layer:

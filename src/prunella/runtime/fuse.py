@@ -116,6 +116,30 @@ def fuse_(program: GraphModule, make: Callable[[str, Fused], nn.Module | None], 
     program.recompile()
 
 
+def channels_last_(program: GraphModule) -> bool:
+    """Let images run with their channels as the last axis; whether there is one, and the result can be turned back.
+
+    Strides of what comes out stay as they were.
+    """
+    graph = program.graph
+    images = [node for node in graph.nodes if node.op == "placeholder" and len(node.meta.get("shape") or ()) == 4]
+    (result,) = (node.args[0] for node in graph.nodes if node.op == "output")
+    shape = result.meta.get("shape") if isinstance(result, Node) else None
+    if not images or shape is None:
+        return False
+    for node in images:
+        with graph.inserting_after(node):
+            turned = graph.call_method("contiguous", (node,), {"memory_format": torch.channels_last})
+        node.replace_all_uses_with(turned, delete_user_cb=lambda user, turned=turned: user is not turned)
+    if len(shape) == 4:
+        with graph.inserting_after(result):
+            back = graph.call_method("contiguous", (result,))
+        result.replace_all_uses_with(back, delete_user_cb=lambda user: user is not back)
+    graph.lint()
+    program.recompile()
+    return True
+
+
 def _join(layer: Node, modules: Mapping[str, nn.Module]) -> tuple[Fused, Node, Node | None]:
     """What can join a layer, the last step that is part of it then, and what is added."""
     node, norm, other = layer, None, None
