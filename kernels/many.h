@@ -65,6 +65,7 @@ struct ManyTask {
   int64_t first, count;    // tokens of this task
   int32_t band_first, band_last;
   int32_t tile;            // vectors side by side
+  int32_t strict;          // look for numbers of x that bf16 cannot hold
   float* panel;            // scratch
   float* sums;
 };
@@ -72,7 +73,7 @@ struct ManyTask {
 struct ManyTier {
   const char* name;
   int lanes;
-  void (*run)(const ManyTask& task);
+  bool (*run)(const ManyTask& task);  // false: strict, and x has such a number
 };
 
 extern const ManyTier many_portable;

@@ -1,5 +1,6 @@
 // Cuts a product into tasks and runs them.
 #include <algorithm>
+#include <atomic>
 
 #include "many_pack.h"
 #include "threads.h"
@@ -19,7 +20,7 @@ struct Job {
   int64_t tokens_each, parts;     // tokens of a task, tasks of one image
   int32_t splits;                 // bands are split in so many
   const prunella::ManyTier* tier;
-  bool failed = false;
+  std::atomic<bool> failed{false}, odd{false};
 };
 
 // The first band of a split, with the nonzeros shared evenly.
@@ -48,7 +49,7 @@ void run_one(void* given, int64_t number) {
   if (!task.panel || !task.sums) {
     job.failed = true;
   } else if (task.band_first < task.band_last) {
-    job.tier->run(task);
+    if (!job.tier->run(task)) job.odd = true;
   }
 }
 
@@ -65,7 +66,7 @@ int run(Job& job, int32_t threads) {
   int64_t tasks = job.parts * job.batch;
   job.splits = tasks >= threads ? 1 : int32_t(std::min<int64_t>(w.bands, (threads + tasks - 1) / tasks));
   prunella::for_each(tasks * job.splits, threads, run_one, &job);
-  return job.failed ? PRUNELLA_NO_MEMORY : PRUNELLA_OK;
+  return job.failed ? PRUNELLA_NO_MEMORY : job.odd ? PRUNELLA_ODD_INPUT : PRUNELLA_OK;
 }
 
 bool has_tile(const prunella_many* weight, int32_t tile) {
@@ -76,24 +77,24 @@ bool has_tile(const prunella_many* weight, int32_t tile) {
 }  // namespace
 
 extern "C" int prunella_many_linear(const prunella_many* weight, const float* x, int64_t tokens, const float* bias,
-                                    const float* residual, int32_t activation, int32_t tile, int32_t threads,
-                                    float* y) {
-  if (!weight || tokens < 0 || !has_tile(weight, tile) || activation < 0 || activation > 1 || threads < 1)
-    return PRUNELLA_BAD_ARGUMENT;
+                                    const float* residual, int32_t activation, int32_t strict, int32_t tile,
+                                    int32_t threads, float* y) {
+  if (!weight || tokens < 0 || !has_tile(weight, tile) || threads < 1) return PRUNELLA_BAD_ARGUMENT;
+  if (activation < 0 || activation > 1 || strict < 0 || strict > 1) return PRUNELLA_BAD_ARGUMENT;
   const ManyWeight& w = weight->weight;
   if (!tokens || !w.m) return PRUNELLA_OK;
   if (!y || (w.k && !x)) return PRUNELLA_BAD_ARGUMENT;
   Job job{};
-  job.task = {&w, nullptr, x, y, {bias, residual, activation}, tokens, 0, 0, 0, 0, tile, nullptr, nullptr};
+  job.task = {&w, nullptr, x, y, {bias, residual, activation}, tokens, 0, 0, 0, 0, tile, strict, nullptr, nullptr};
   job.batch = 1;
   return run(job, threads);
 }
 
 extern "C" int prunella_many_conv(const prunella_many* weight, const prunella_image* image, const float* x,
-                                  const float* bias, const float* residual, int32_t activation, int32_t tile,
-                                  int32_t threads, float* y) {
-  if (!weight || !image || !has_tile(weight, tile) || activation < 0 || activation > 1 || threads < 1)
-    return PRUNELLA_BAD_ARGUMENT;
+                                  const float* bias, const float* residual, int32_t activation, int32_t strict,
+                                  int32_t tile, int32_t threads, float* y) {
+  if (!weight || !image || !has_tile(weight, tile) || threads < 1) return PRUNELLA_BAD_ARGUMENT;
+  if (activation < 0 || activation > 1 || strict < 0 || strict > 1) return PRUNELLA_BAD_ARGUMENT;
   const ManyWeight& w = weight->weight;
   const prunella_image& g = *image;
   bool sizes = g.channels >= 0 && g.height >= 0 && g.width >= 0 && g.batch >= 0 && g.kernel_h > 0 && g.kernel_w > 0 &&
@@ -109,7 +110,7 @@ extern "C" int prunella_many_conv(const prunella_many* weight, const prunella_im
   if (!g.batch || !tokens || !w.m) return PRUNELLA_OK;
   if (!y || (w.k && g.height && g.width && !x)) return PRUNELLA_BAD_ARGUMENT;
   Job job{};
-  job.task = {&w, &shape, x, y, {bias, residual, activation}, tokens, 0, 0, 0, 0, tile, nullptr, nullptr};
+  job.task = {&w, &shape, x, y, {bias, residual, activation}, tokens, 0, 0, 0, 0, tile, strict, nullptr, nullptr};
   job.batch = g.batch;
   job.x_stride = g.channels * g.height * g.width;
   job.y_stride = tokens * w.m;

@@ -48,12 +48,15 @@ PRUNELLA_API void prunella_many_free(prunella_many* weight);
 PRUNELLA_API int64_t prunella_many_bytes(const prunella_many* weight);
 
 // y (tokens, m) = activation(x (tokens, k) W' + bias + residual). bias and residual may be null. activation: 0, 1 ReLU.
+// strict: 1 gives PRUNELLA_ODD_INPUT, and nothing of use in y, where x has a number that bf16 cannot hold.
 PRUNELLA_API int prunella_many_linear(const prunella_many* weight, const float* x, int64_t tokens, const float* bias,
-                         const float* residual, int32_t activation, int32_t tile, int32_t threads, float* y);
+                         const float* residual, int32_t activation, int32_t strict, int32_t tile,
+                                      int32_t threads, float* y);
 
 // The same over the patches of images; W is (m, channels * kernel_h * kernel_w). y has the layout of x.
 PRUNELLA_API int prunella_many_conv(const prunella_many* weight, const prunella_image* image, const float* x, const float* bias,
-                       const float* residual, int32_t activation, int32_t tile, int32_t threads, float* y);
+                       const float* residual, int32_t activation, int32_t strict, int32_t tile,
+                                    int32_t threads, float* y);
 
 #ifdef __cplusplus
 }

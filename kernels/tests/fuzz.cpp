@@ -226,7 +226,7 @@ void try_many(Bytes& in, Rows& rows, Product& out, int32_t threads) {
   if (prunella_many_pack(rows.m, rows.k, rows.columns.size, rows.starts.get(), rows.columns.get(), rows.values.get(), kind,
                          side, depth, half, &packed))
     return;
-  const int done = prunella_many_linear(packed, out.x.get(), out.tokens, nullptr, nullptr, 0, tile, threads, out.y.get());
+  const int done = prunella_many_linear(packed, out.x.get(), out.tokens, nullptr, nullptr, 0, 0, tile, threads, out.y.get());
   if (done == PRUNELLA_OK && (kind <= 1 || finite(out.x))) compare(out, half ? 0.01 : 1e-5, 1e-30);
   prunella_many_free(packed);
 }

@@ -46,7 +46,7 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Calls:
         y = functional.linear(x, packed.matrix, bias)
         return ACTIVATE[activation](y if residual is None else y + residual)
 
-    def few_linear(packed: Held, x: Tensor, bias: Any, residual: Any, activation: Activation) -> Tensor | None:
+    def finite_linear(packed: Held, x: Tensor, bias: Any, residual: Any, activation: Activation) -> Tensor | None:
         return linear(packed, x, bias, residual, activation) if torch.isfinite(x).all() else None
 
     def conv2d(packed: Held, x: Tensor, kernel: Any, bias: Any = None, residual: Any = None,
@@ -57,12 +57,16 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Calls:
         y = functional.conv2d(x, weight, bias, stride, padding, dilation)
         return ACTIVATE[activation](y if residual is None else y + residual)
 
+    def finite_conv2d(packed: Held, x: Tensor, *args: Any, **kwargs: Any) -> Tensor | None:
+        return conv2d(packed, x, *args, **kwargs) if torch.isfinite(x).all() else None
+
     def configs(shape: tuple[int, int], density: float, tokens: int) -> tuple[Config, ...]:
         return (Config(Kind.DECODE),) if tokens <= 8 else (Config(Kind.ROWS), Config(Kind.GROUPS))
 
     for name, value in {
         "available": lambda: True, "isa": lambda: "standin", "tiers": lambda: ("standin",),
-        "configs": configs, "pack": pack, "linear": linear, "few_linear": few_linear, "conv2d": conv2d,
+        "configs": configs, "pack": pack, "linear": linear, "finite_linear": finite_linear, "conv2d": conv2d,
+        "finite_conv2d": finite_conv2d,
     }.items():  # fmt: skip
         monkeypatch.setattr(native, name, value)
     return calls

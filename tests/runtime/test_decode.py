@@ -163,13 +163,13 @@ def test_the_short_way_is_the_same_and_refuses_what_is_not_finite(config: Config
     packed = native.pack(weight, config)
     for more in ((None, None), (bias, None), (bias, residual)):
         for activation in Activation:
-            short = native.few_linear(packed, x.t().contiguous().t(), *more, activation)
+            short = native.finite_linear(packed, x.t().contiguous().t(), *more, activation)
             assert short is not None and torch.equal(short, native.linear(packed, x, *more, activation))
     for bad in (NAN, INF, -INF, 3.4e38):
         x[5, 199] = bad
-        assert native.few_linear(packed, x, bias, None, Activation.NONE) is None
+        assert native.finite_linear(packed, x, bias, None, Activation.NONE) is None
     with pytest.raises(RequestError, match="residual"):
-        native.few_linear(packed, x, bias, residual[:5], Activation.NONE)
+        native.finite_linear(packed, x, bias, residual[:5], Activation.NONE)
 
 
 @pytest.mark.parametrize("bad", [NAN, INF])

@@ -131,6 +131,34 @@ def test_a_token_that_is_not_finite_stays_alone(kind: Kind) -> None:
     assert not found[4][weight.any(1)].isfinite().any() and not found[5][weight.any(1)].isfinite().any()
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("precision", [Precision.FP32, Precision.BF16])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf, 3.4e38])
+def test_the_short_way_is_the_same_and_refuses_what_is_not_finite(kind: Kind, precision: Precision, bad: float) -> None:
+    weight, x = sparse(33, 70, density=0.3), torch.randn(21, 70)
+    packed = native.pack(weight, Config(kind, precision, tile=2, depth=32))
+    bias, residual = torch.randn(33), torch.randn(21, 33)
+    for more in ((None, None), (bias, residual)):
+        short = native.finite_linear(packed, x, *more, Activation.RELU)
+        assert short is not None and torch.equal(short, native.linear(packed, x, *more, Activation.RELU))
+    for row, column in ((0, 0), (20, 69), (7, 31)):
+        odd = x.clone()
+        odd[row, column] = bad
+        assert native.finite_linear(packed, odd, None, None, Activation.NONE) is None
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_only_pixels_that_a_convolution_reads_have_to_be_finite(layout: torch.memory_format) -> None:
+    x = torch.randn(2, 3, 7, 7).contiguous(memory_format=layout)
+    packed = native.pack(sparse(5, 3, density=0.9), Config(Kind.ROWS, tile=1))
+    wanted = native.conv2d(packed, x, (1, 1), stride=(2, 2))
+    x[1, 2, 1, 3] = torch.nan  # every second line is left out
+    found = native.finite_conv2d(packed, x, (1, 1), stride=(2, 2))
+    assert found is not None and torch.equal(found, wanted)
+    x[1, 2, 6, 6] = torch.nan
+    assert native.finite_conv2d(packed, x, (1, 1), stride=(2, 2)) is None
+
+
 def test_what_stands_at_a_zero_is_not_read() -> None:
     weight = torch.tensor([[1.0, 0.0], [0.0, 2.0], [0.0, 0.0]])
     x = torch.tensor([[float("inf"), 3.0]])

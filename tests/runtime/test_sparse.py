@@ -215,7 +215,7 @@ def test_a_whole_model_that_is_not_faster_stays_dense(
 def test_a_kernel_that_computes_something_else_is_an_error(kernels: Calls, monkeypatch: pytest.MonkeyPatch) -> None:
     right = native.linear
     monkeypatch.setattr(native, "linear", lambda *args: right(*args) * 1.1)
-    monkeypatch.setattr(native, "few_linear", lambda *args: right(*args) * 1.1)
+    monkeypatch.setattr(native, "finite_linear", lambda *args: right(*args) * 1.1)
     with pytest.raises(CheckFailed, match="the output of the sparse model differs"):
         pr.sparse(mlp(), X)
 

@@ -217,7 +217,7 @@ class FastLinear(nn.Module):
         choice = self.store.choice(x.numel() // self.in_features)
         held: Any = self.store.get(choice, (weight,), lambda: laid_out(weight.detach(), choice))
         if is_few(choice):
-            y = native.few_linear(held, x, bias, None, Activation.NONE)
+            y = native.finite_linear(held, x, bias, None, Activation.NONE)
             return functional.linear(x, weight, bias) if y is None else y
         return run_linear(choice, held, x, bias, None, Activation.NONE)
 

@@ -120,11 +120,11 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "prunella_many_bytes": (_LONG, (_POINTER,)),
     "prunella_many_linear": (
         _INT,
-        (_POINTER, _POINTER, _LONG, _POINTER, _POINTER, _INT, _INT, _INT, _POINTER),
+        (_POINTER, _POINTER, _LONG, _POINTER, _POINTER, _INT, _INT, _INT, _INT, _POINTER),
     ),
     "prunella_many_conv": (
         _INT,
-        (_POINTER, ctypes.POINTER(_Image), _POINTER, _POINTER, _POINTER, _INT, _INT, _INT, _POINTER),
+        (_POINTER, ctypes.POINTER(_Image), _POINTER, _POINTER, _POINTER, _INT, _INT, _INT, _INT, _POINTER),
     ),
     "prunella_few_pack": (
         _INT,
@@ -328,15 +328,15 @@ def linear(
     if packed.config.kind in _FEW:
         done = _library().prunella_few_linear(*given, 0, threads, y.data_ptr())
     else:
-        done = _library().prunella_many_linear(*given, packed.config.tile, threads, y.data_ptr())
+        done = _library().prunella_many_linear(*given, 0, packed.config.tile, threads, y.data_ptr())
     _done(done)
     return _after(y, activation)
 
 
-def few_linear(
+def finite_linear(
     packed: Packed, x: Tensor, bias: Tensor | None, residual: Tensor | None, activation: Activation
 ) -> Tensor | None:
-    """`linear` for a weight of a kind in FEW, with little around the kernel; None if x is not finite.
+    """`linear` with little around the kernel; None if x is not finite, or would not be in bfloat16.
 
     x, bias and residual are known to be float32 on the CPU, and x to have the columns of the weight.
     """
@@ -345,7 +345,8 @@ def few_linear(
     y = torch.empty((*x.shape[:-1], rows))
     if bias is not None or residual is not None:
         bias, residual = _extra(packed, y, bias, residual, torch.contiguous_format)
-    done = _run_few()(
+    run, few = _runs(), packed.config.kind in FEW
+    done = (run[0] if few else run[1])(
         packed.handle,
         x.data_ptr(),
         x.numel() // columns,
@@ -353,6 +354,7 @@ def few_linear(
         None if residual is None else residual.data_ptr(),
         1 if activation is Activation.RELU else 0,
         1,
+        *(() if few else (packed.config.tile,)),
         torch.get_num_threads(),
         y.data_ptr(),
     )
@@ -364,8 +366,8 @@ def few_linear(
 
 
 @cache
-def _run_few() -> Any:
-    return _library().prunella_few_linear
+def _runs() -> tuple[Any, Any]:
+    return _library().prunella_few_linear, _library().prunella_many_linear
 
 
 def conv2d(
@@ -381,6 +383,26 @@ def conv2d(
     dilation: tuple[int, int] = (1, 1),
 ) -> Tensor:
     """The same over patches: x (B, C, H, W), the weight packed as (O, C kh kw); y has the memory format of x."""
+    how = {"stride": stride, "padding": padding, "dilation": dilation}
+    made = finite_conv2d(packed, x, kernel, bias, residual, activation, strict=False, **how)
+    assert made is not None  # only `strict` gives that
+    return made
+
+
+def finite_conv2d(
+    packed: Packed,
+    x: Tensor,
+    kernel: tuple[int, int],
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    activation: Activation = Activation.NONE,
+    *,
+    stride: tuple[int, int] = (1, 1),
+    padding: tuple[int, int] = (0, 0),
+    dilation: tuple[int, int] = (1, 1),
+    strict: bool = True,
+) -> Tensor | None:
+    """`conv2d`; None, if strict, where a patch of x is not finite, or would not be in bfloat16."""
     if packed.config.kind in _FEW:
         raise NotSupported(f"no convolution runs on {packed.config.kind.value}", "it is for a few tokens", "")
     x = _input(x)
@@ -408,10 +430,13 @@ def conv2d(
         x.data_ptr(),
         *map(_address, extra),
         _fused(activation),
+        int(strict),
         packed.config.tile,
         threads,
         y.data_ptr(),
     )
+    if done == _ODD_INPUT:
+        return None
     _done(done)
     return _after(y, activation)
 

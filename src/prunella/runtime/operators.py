@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from prunella.runtime import native
-from prunella.runtime.choice import Geometry, Route, is_dense, is_few
-from prunella.runtime.store import Store, finite, laid_out, run_conv, run_linear, store, unpacked
+from prunella.runtime.choice import Geometry, Route
+from prunella.runtime.native import Config
+from prunella.runtime.store import Store, dense_conv, finite, laid_out, run_linear, store, unpacked
 
 
 def linear(
@@ -28,12 +29,12 @@ def linear(
     def make() -> Any:
         return laid_out(unpacked(values, bits, (rows, wide)), choice)
 
-    if is_few(choice):
-        y = native.few_linear(held.get(choice, parts, make), x, bias, residual, held.activation)
+    if isinstance(choice, Config):
+        y = native.finite_linear(held.get(choice, parts, make), x, bias, residual, held.activation)
         if y is not None:
             return y
         choice = Route.TORCH
-    elif not is_dense(choice) and not finite(x):
+    elif choice is Route.CSR and not finite(x):
         choice = Route.TORCH
     return run_linear(choice, held.get(choice, parts, make), x, bias, residual, held.activation)
 
@@ -47,16 +48,23 @@ def conv2d(
     assert geometry is not None  # a convolution's store has one
     high, wide = geometry.positions((x.shape[2], x.shape[3]))
     size = x.shape[0] * high * wide if x.shape[1] == held.shape[1] else 0
-    choice = held.choice(size)
-    if not is_dense(choice) and not finite(x):
-        choice = Route.TORCH
+    choice, parts = held.choice(size), (values, bits, bias, *norm)
 
     def make() -> tuple[Any, Tensor | None]:
         matrix, shift = folded(unpacked(values, bits, held.matrix), bias, norm, eps)
         return laid_out(matrix, choice), shift
 
-    weight, shift = held.get(choice, (values, bits, bias, *norm), make)
-    return run_conv(choice, weight, x, shift, residual, held.activation, geometry, held.shape[1])
+    weight, shift = held.get(choice, parts, make)
+    if isinstance(choice, Config):
+        y = native.finite_conv2d(
+            weight, x, geometry.kernel, shift, residual, held.activation,
+            stride=geometry.stride, padding=geometry.padding, dilation=geometry.dilation,
+        )  # fmt: skip
+        if y is not None:
+            return y
+        choice = Route.TORCH
+        weight, shift = held.get(choice, parts, make)
+    return dense_conv(weight, x, shift, residual, held.activation, geometry, held.shape[1])
 
 
 def folded(matrix: Tensor, bias: Tensor | None, norm: Sequence[Tensor], eps: float) -> tuple[Tensor, Tensor | None]:

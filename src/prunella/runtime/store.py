@@ -109,9 +109,7 @@ def laid_out(weight: Tensor, choice: Choice) -> Any:
 def run_linear(
     choice: Choice, held: Any, x: Tensor, bias: Tensor | None, residual: Tensor | None, activation: Activation
 ) -> Tensor:
-    """`activation(x W^T + bias + residual)` by a choice; `held` is the weight in its layout."""
-    if isinstance(choice, Config):
-        return native.linear(held, x, bias, residual, activation)
+    """`activation(x W^T + bias + residual)` by an operation of torch; `held` is the weight in its layout."""
     if choice is Route.CSR:
         flat = (held @ x.reshape(-1, x.shape[-1]).t()).t()
         y = flat.reshape(*x.shape[:-1], held.shape[0])
@@ -123,9 +121,8 @@ def run_linear(
     return ACTIVATE[activation](y if residual is None else y + residual)
 
 
-def run_conv(
-    choice: Choice,
-    held: Any,
+def dense_conv(
+    matrix: Tensor,
     x: Tensor,
     bias: Tensor | None,
     residual: Tensor | None,
@@ -133,13 +130,9 @@ def run_conv(
     geometry: Geometry,
     channels: int,
 ) -> Tensor:
-    """`activation(conv(x, W) + bias + residual)` by a choice; `held` is the weight in its layout."""
-    stride, padding, dilation = geometry.stride, geometry.padding, geometry.dilation
-    if isinstance(choice, Config):
-        how = {"stride": stride, "padding": padding, "dilation": dilation}
-        return native.conv2d(held, x, geometry.kernel, bias, residual, activation, **how)
-    weight = held.reshape(held.shape[0], channels, *geometry.kernel)
-    y = functional.conv2d(x, weight, bias, stride, padding, dilation)
+    """`activation(conv(x, W) + bias + residual)`, with W as a matrix."""
+    weight = matrix.reshape(matrix.shape[0], channels, *geometry.kernel)
+    y = functional.conv2d(x, weight, bias, geometry.stride, geometry.padding, geometry.dilation)
     return ACTIVATE[activation](y if residual is None else y + residual)
 
 
