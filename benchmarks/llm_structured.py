@@ -31,8 +31,9 @@ from torch import Tensor, nn
 import prunella as pr
 
 FOLDER = RESULTS / "llm_structured"
-PARTS = ("depth:influence:4", "depth:kl+match:4", "width:l2:20", "width:flap:20", "width:ours:20")
-HEALED = tuple(f"heal:{name}" for name in PARTS[2:])
+WIDTHS = ("width:l2:20", "width:first:20", "width:flap:20", "width:ours:20")
+PARTS = ("depth:influence:4", "depth:kl+match:4", *WIDTHS)
+HEALED = tuple(f"heal:{name}" for name in WIDTHS)
 RATES = ("rate:depth:influence:8", "rate:width:flap:20")
 DEPTHS = (8, 2, 6, 4)
 WAYS = ("influence", "kl", "kl+match", "influence+match", "loss", "loss+match", "angular", "streamline")
@@ -40,6 +41,12 @@ DEPTH = tuple(f"depth:{way}:{n}" for n in DEPTHS for way in WAYS)
 CELLS = list(dict.fromkeys(["dense:", *PARTS, *HEALED, *RATES, *DEPTH]))
 ANCHORS = {"dense:": 22.88, "depth:influence:2": 30.15, "depth:influence:4": 43.86, "depth:influence:8": 107.8}
 """What other code gave in the same protocol in bfloat16; influence from 8 k tokens of other windows."""
+
+
+def next_token(model: nn.Module, batch: Any) -> Tensor:
+    """The loss of a language model on a batch."""
+    ids = batch["input_ids"]
+    return nn.functional.cross_entropy(uncached(model, batch)[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
 
 
 def uncached(model: nn.Module, batch: Any) -> Tensor:
@@ -109,10 +116,15 @@ class Bench:
                                 folder=folder).plan  # fmt: skip
 
     def width(self, way: str, percent: int) -> tuple[nn.Module, pr.Plan]:
-        """With so many per cent fewer neurons in every feed-forward layer."""
-        criterion = {"l2": partial(pr.group_norm), "flap": pr.fluctuation, "ours": pr.fluctuation}[way]
-        plan = pr.plan(self.dense, self.example, pr.Recipe(criterion, even=True), target=pr.Sparsity(percent / 100),
-                       data=self.data, only=["model.layers.*.mlp.*"])  # fmt: skip
+        """With so many per cent fewer neurons in every feed-forward layer.
+
+        l2, first: LLM-Pruner's sums over gate, up and down of squared weights, and of |weight * gradient|, which `snip`
+        only divides by one number for all.
+        """
+        ways = {"l2": partial(pr.group_norm), "first": pr.snip, "flap": pr.fluctuation, "ours": pr.fluctuation}
+        plan = pr.plan(self.dense, self.example, pr.Recipe(ways[way], even=True), target=pr.Sparsity(percent / 100),
+                       data=self.data, loss=next_token if way == "first" else None,
+                       only=["model.layers.*.mlp.*"])  # fmt: skip
         return self.finished(plan, "match" if way == "ours" else "")
 
     def finished(self, plan: pr.Plan, after: str) -> tuple[nn.Module, pr.Plan]:

@@ -276,7 +276,7 @@ def int8(model: nn.Module) -> nn.Module:
 
 def cells(quick: bool) -> Iterator[tuple[str, Cell]]:
     """Name and work of each cell."""
-    rounds = 5 if quick else 15
+    rounds = 5 if quick else 41
     for m, k, n in SHAPES[:2] if quick else SHAPES:
         for percent in SPARSITIES:
             yield f"linear-{m}x{k}x{n}-{percent}", partial(linear, m, k, n, percent, rounds=rounds)
@@ -295,7 +295,7 @@ def cells(quick: bool) -> Iterator[tuple[str, Cell]]:
     )
     yield (
         "resnet50-90",
-        partial(network, resnet50, pixels, 90, last=True, with_frozen=not quick, rounds=max(5, rounds - 4)),
+        partial(network, resnet50, pixels, 90, last=True, with_frozen=not quick, rounds=5 if quick else 11),
     )
     yield "bert-90", partial(network, partial(bert, 1 if quick else 12), ids, 90, with_frozen=not quick)
     yield "bertbf16-90", partial(network, partial(bert, 1 if quick else 12), ids, 90, precision=Precision.BF16,

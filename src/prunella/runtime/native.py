@@ -225,6 +225,9 @@ _SOME = tuple(
 _LITTLE = tuple(
     Config(Kind.ROWS, rows=r, tile=t, depth=d) for r, t, d in ((2, 4, 256), (4, 3, 256), (2, 6, 128), (4, 2, 512))
 )
+_BLOCKS = ((2, 128), (4, 256), (3, 256))
+"""Four rows of sums fit 16 registers with two or three vectors of tokens, and 32 with more."""
+_WIDE_BLOCKS = ((2, 1024), (3, 512), (4, 512), (2, 512))
 _WIDE_MUCH = tuple(
     Config(kind, rows=r, tile=t, depth=d)
     for kind, r, t, d in (
@@ -248,6 +251,19 @@ _WIDE_LITTLE = tuple(
 def _wide() -> bool:
     """Whether the tier in use has 32 registers of 16 lanes."""
     return isa().startswith("avx512")
+
+
+def block_configs(kind: Kind) -> tuple[Config, ...]:
+    """Kernels worth trying for blocks of rows that share their columns."""
+    return tuple(Config(kind, tile=tile, depth=depth) for tile, depth in (_WIDE_BLOCKS if _wide() else _BLOCKS))
+
+
+def half_configs(density: float) -> tuple[Config, ...]:
+    """Further kernels worth trying for many tokens in bfloat16, where a panel takes half the room."""
+    if not _wide() or density > 0.35:
+        return ()
+    sizes = ((2, 8, 256), (2, 6, 256), (4, 4, 512), (1, 8, 256), (2, 2, 512))
+    return tuple(Config(Kind.ROWS, Precision.BF16, rows=r, tile=t, depth=d) for r, t, d in sizes)
 
 
 def _few_configs(columns: int, density: float, tokens: int) -> tuple[Config, ...]:

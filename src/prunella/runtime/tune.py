@@ -22,8 +22,6 @@ Run = Callable[[], object]
 BLOCKS = {16: Kind.BLOCK16, 8: Kind.BLOCK8, 4: Kind.BLOCK4}
 DECODE = 8
 """Up to so many tokens a weight is read once and the kernels for decoding are worth a try."""
-_BLOCK_TILES = ((2, 128), (4, 256), (3, 256))
-"""Four rows of sums fit 16 registers with two or three vectors of tokens, and 32 with more."""
 _CLOSE = 1.3
 _LEAST_ROUNDS, _FEW = 9, 5
 
@@ -120,11 +118,13 @@ def configs(matrix: Tensor, tokens: int, precision: Precision) -> list[Config]:
     fits = blocks_of(matrix)
     found = [c for c in found if c.kind not in BLOCKS.values() or c.kind is BLOCKS.get(fits)]
     if fits > 1 and not any(c.kind is BLOCKS[fits] for c in found):
-        found = [*(Config(BLOCKS[fits], tile=tile, depth=depth) for tile, depth in _BLOCK_TILES), *found]
+        found = [*native.block_configs(BLOCKS[fits]), *found]
     if precision is Precision.FP32:
         return [c for c in found if c.precision is Precision.FP32]
     exact = [c for c in found if c.precision is Precision.FP32]
     coarse = [replace(c, precision=precision) for c in exact if _has(c.kind, precision)]
+    if precision is Precision.BF16 and tokens > DECODE:
+        coarse = [*native.half_configs(density(matrix)), *coarse]
     return list(dict.fromkeys([*coarse, *exact]))
 
 
