@@ -6,6 +6,7 @@
 
 #include "few.h"
 #include "few_weight.h"
+#include "half.h"
 #include "prunella_few.h"
 
 namespace prunella {
@@ -37,14 +38,6 @@ Writer writer(void* data) {
           const_cast<void*>(w.values),
           const_cast<float*>(w.scales),
           const_cast<int32_t*>(w.sums)};
-}
-
-// Ties to even; what is NaN stays NaN.
-uint16_t to_bf16(float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, 4);
-  if (std::isnan(value)) return static_cast<uint16_t>(bits >> 16 | 0x40);
-  return static_cast<uint16_t>((bits + 0x7fffu + (bits >> 16 & 1)) >> 16);
 }
 
 float largest(const float* values, int64_t count) {

@@ -6,6 +6,8 @@
 // by a padding zero. A 16-bit index counts from the first column of its block.
 // Groups: `rows` neighbouring rows; their columns are sorted by which of them have a nonzero there (2^rows - 1 patterns),
 // so that x is loaded once for all. The index of a group begins with how many columns each pattern has.
+// Pairs: as Rows, but two nonzeros of a row go together: two indices, and the two values as bf16 in one word, the first
+// below. x is bf16 in the panel.
 // Blocks: `rows` neighbouring rows share their columns; each column has `rows` values, and four rows run at a time.
 #pragma once
 #include <cstddef>
@@ -13,7 +15,7 @@
 
 namespace prunella {
 
-enum ManyKind : int32_t { kRows = 0, kGroups = 1, kBlock16 = 2, kBlock8 = 3, kBlock4 = 4 };
+enum ManyKind : int32_t { kRows = 0, kGroups = 1, kBlock16 = 2, kBlock8 = 3, kBlock4 = 4, kPairs = 5 };
 enum ManyPrecision : int32_t { kFloat = 0, kHalf = 1 };  // of x in the panel: fp32, or bf16
 enum ManyActivation : int32_t { kNone = 0, kRelu = 1 };
 
@@ -79,6 +81,7 @@ struct ManyTier {
 extern const ManyTier many_portable;
 extern const ManyTier many_avx2;
 extern const ManyTier many_avx512;
+extern const ManyTier many_avx512bf16;
 
 // Floats of scratch that a task needs.
 static inline int64_t many_panel(const ManyWeight& w, int width) { return (w.k + w.blocks) * int64_t(width); }

@@ -2,7 +2,10 @@
 #include "many_pack.h"
 
 #include <algorithm>
+#include <cstring>
 #include <numeric>
+
+#include "half.h"
 
 using prunella::ManyGroup;
 
@@ -27,9 +30,18 @@ struct Source {
   Piece row(int64_t i, int64_t from, int64_t to) const { return piece(columns, starts[i], starts[i + 1], from, to); }
 };
 
-// Rows of a band sorted by what they have in this block of columns, `side` of them in a group.
+// Two values as bf16 in the bits of one float, the first below.
+float together(float low, float high) {
+  const uint32_t word = prunella::to_bf16(low) | uint32_t(prunella::to_bf16(high)) << 16;
+  float out;
+  std::memcpy(&out, &word, 4);
+  return out;
+}
+
+// Rows of a band sorted by what they have in this block of columns, `side` of them in a group; two nonzeros of a row
+// go together in kPairs.
 void pack_rows(prunella_many& made, const Source& source, int64_t row, int64_t rows, int64_t from, int64_t to) {
-  int side = made.weight.rows;
+  const int side = made.weight.rows, step = made.weight.kind == prunella::kPairs ? 2 : 1;
   std::vector<Piece> pieces(rows);
   for (int64_t i = 0; i < rows; i++) pieces[i] = source.row(row + i, from, to);
   std::vector<int32_t> order(rows);
@@ -39,15 +51,19 @@ void pack_rows(prunella_many& made, const Source& source, int64_t row, int64_t r
   });
   for (int64_t i = 0; i < rows; i += side) {
     const Piece& longest = pieces[order[i]];
-    ManyGroup group{int64_t(made.index.size()), int64_t(made.value.size()), int32_t(longest.last - longest.first),
-                    {-1, -1, -1, -1}};
+    ManyGroup group{int64_t(made.index.size()), int64_t(made.value.size()),
+                    int32_t((longest.last - longest.first + step - 1) / step), {-1, -1, -1, -1}};
     for (int q = 0; q < side && i + q < rows; q++) group.row[q] = order[i + q];
     for (int32_t s = 0; s < group.count; s++)
       for (int q = 0; q < side; q++) {
-        int64_t at = group.row[q] < 0 ? 0 : pieces[group.row[q]].first + s;
-        bool here = group.row[q] >= 0 && at < pieces[group.row[q]].last;
-        made.index.push_back(uint16_t(here ? source.columns[at] - from : to - from));
-        made.value.push_back(here ? source.values[at] : 0.0f);
+        float here[2] = {0.0f, 0.0f};
+        for (int e = 0; e < step; e++) {
+          const int64_t at = group.row[q] < 0 ? 0 : pieces[group.row[q]].first + s * step + e;
+          const bool some = group.row[q] >= 0 && at < pieces[group.row[q]].last;
+          made.index.push_back(uint16_t(some ? source.columns[at] - from : to - from));
+          here[e] = some ? source.values[at] : 0.0f;
+        }
+        made.value.push_back(step == 2 ? together(here[0], here[1]) : here[0]);
       }
     made.group.push_back(group);
   }
@@ -134,11 +150,11 @@ extern "C" int prunella_many_pack(int64_t m, int64_t k, int64_t nnz, const int64
                                   const float* values, int32_t kind, int32_t side, int32_t depth,
                                   int32_t precision, prunella_many** out) {
   if (int wrong = prunella_check(m, k, nnz, starts, columns)) return wrong;
-  bool rows = kind == prunella::kRows, shared = kind >= prunella::kBlock16 && kind <= prunella::kBlock4;
+  bool pairs = kind == prunella::kPairs, rows = kind == prunella::kRows || pairs, shared = kind >= prunella::kBlock16 && kind <= prunella::kBlock4;
   bool grouped = kind == prunella::kGroups;
   bool known = ((rows || grouped) && (side == 1 || side == 2 || side == 4)) || shared;
   if (!out || (nnz && !values) || depth < 1 || depth > 65535) return PRUNELLA_BAD_ARGUMENT;
-  if (!known || precision < 0 || precision > 1) return PRUNELLA_BAD_ARGUMENT;
+  if (!known || precision < 0 || precision > 1 || (pairs && !precision)) return PRUNELLA_BAD_ARGUMENT;
   try {
     auto made = std::make_unique<prunella_many>();
     auto& w = made->weight;

@@ -39,8 +39,9 @@ PRUNELLA_API int prunella_use(const char* name);
 // Whether rows of a matrix m x k are well formed: starts (m + 1), columns rising inside a row. O(nonzeros).
 PRUNELLA_API int prunella_check(int64_t m, int64_t k, int64_t nnz, const int64_t* starts, const int64_t* columns);
 
-// Pack rows checked by prunella_check. kind: 0 rows, 1 groups, 2 16x1, 3 8x1, 4 4x1. side: rows side by side (1, 2, 4;
-// for kinds 0 and 1). precision: 0 fp32, 1 x is rounded to bf16 (sums and values stay fp32; takes an even tile).
+// Pack rows checked by prunella_check. kind: 0 rows, 1 groups, 2 16x1, 3 8x1, 4 4x1, 5 rows by pairs of nonzeros.
+// side: rows side by side (1, 2, 4; for kinds 0, 1 and 5). precision: 0 fp32, 1 x is rounded to bf16 (sums and values
+// stay fp32; takes an even tile). Kind 5 has only the latter, and rounds its values to bf16 too.
 PRUNELLA_API int prunella_many_pack(int64_t m, int64_t k, int64_t nnz, const int64_t* starts, const int64_t* columns,
                        const float* values, int32_t kind, int32_t side, int32_t depth,
                                     int32_t precision, prunella_many** made);

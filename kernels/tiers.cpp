@@ -32,7 +32,7 @@ const Tier kTiers[] = {
 #if defined(__x86_64__)
     {"avx2", &many_avx2, &few_avx2, has_avx2},
     {"avx512", &many_avx512, &few_avx512, has_avx512},
-    {"avx512bf16", &many_avx512, &few_avx512bf16, has_avx512bf16},
+    {"avx512bf16", &many_avx512bf16, &few_avx512bf16, has_avx512bf16},
 #endif
 };
 

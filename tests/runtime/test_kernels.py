@@ -108,6 +108,46 @@ def test_in_bf16_only_x_is_rounded(kind: Kind, tile: int) -> None:
         native.pack(weight, Config(kind, Precision.BF16, tile=3))
 
 
+@pytest.mark.parametrize("density", [0.0, 0.1, 0.6, 1.0])
+@pytest.mark.parametrize(("m", "k", "n"), [*SHAPES, (37, 90, 41)])
+def test_pairs_round_x_and_the_weight(density: float, m: int, k: int, n: int) -> None:
+    weight, x, bias = sparse(m, k, density=density), torch.randn(n, k), torch.randn(m)
+    wanted = x.bfloat16().double() @ weight.bfloat16().double().T
+    for rows, tile, depth in [(1, 2, 64), (2, 4, 100), (4, 2, 256), (4, 6, 33), (1, 8, 512), (2, 8, 1)]:
+        packed = native.pack(weight, Config(Kind.PAIRS, Precision.BF16, rows=rows, tile=tile, depth=depth))
+        assert packed.nnz == int((weight != 0).sum())
+        close(native.linear(packed, x), wanted)
+        close(native.linear(packed, x, bias, None, Activation.RELU), (wanted + bias).clamp(min=0))
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_pairs_of_a_convolution(layout: torch.memory_format) -> None:
+    x, weight = torch.randn(2, 5, 9, 8).contiguous(memory_format=layout), sparse(20, 45, density=0.3)
+    packed = native.pack(weight, Config(Kind.PAIRS, Precision.BF16, rows=2, tile=4, depth=20))
+    exact = torch.nn.functional.conv2d(x.bfloat16().double(), weight.bfloat16().double().view(20, 5, 3, 3), padding=1)
+    close(native.conv2d(packed, x, (3, 3), padding=(1, 1)), exact)
+
+
+def test_a_token_and_a_weight_that_are_not_finite_stay_alone_in_pairs() -> None:
+    weight, x = sparse(37, 90, density=0.3), torch.randn(41, 90)
+    x[3, 5] = torch.nan
+    packed = native.pack(weight, Config(Kind.PAIRS, Precision.BF16, rows=4, tile=2, depth=40))
+    found = native.linear(packed, x)
+    assert found.isnan().any(1).nonzero().tolist() == [[3]]
+    assert found[3].isnan().tolist() == (weight[:, 5] != 0).tolist()
+    assert native.finite_linear(packed, x, None, None, Activation.NONE) is None
+    weight[7, 11] = torch.inf
+    x[3, 5] = 1.0
+    packed = native.pack(weight, Config(Kind.PAIRS, Precision.BF16, rows=4, tile=2, depth=40))
+    assert (~native.linear(packed, x).isfinite()).any(0).nonzero().tolist() == [[7]]
+
+
+def test_pairs_are_of_bf16_and_have_even_tiles() -> None:
+    for config in (Config(Kind.PAIRS), Config(Kind.PAIRS, Precision.BF16, tile=3)):
+        with pytest.raises(NotSupported):
+            native.pack(torch.ones(4, 6), config)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_columns_beyond_sixteen_bits_are_found(kind: Kind) -> None:
     weight = torch.zeros(3, 70_000)

@@ -52,7 +52,8 @@ class Kind(Enum):
     """How the nonzeros are laid out.
 
     ROWS: rows side by side, each with its own columns. GROUPS: rows whose columns go by the pattern of their nonzeros.
-    BLOCK16, BLOCK8, BLOCK4: so many neighbouring rows share their columns. DECODE, CSR: for a few tokens.
+    BLOCK16, BLOCK8, BLOCK4: so many neighbouring rows share their columns. PAIRS: as ROWS, two nonzeros of a row at a
+    time, their values in bfloat16 as x is. DECODE, CSR: for a few tokens.
     """
 
     ROWS = "rows"
@@ -60,11 +61,12 @@ class Kind(Enum):
     BLOCK16 = "block16"
     BLOCK8 = "block8"
     BLOCK4 = "block4"
+    PAIRS = "pairs"
     DECODE = "decode"
     CSR = "csr"
 
 
-_MANY = {Kind.ROWS: 0, Kind.GROUPS: 1, Kind.BLOCK16: 2, Kind.BLOCK8: 3, Kind.BLOCK4: 4}
+_MANY = {Kind.ROWS: 0, Kind.GROUPS: 1, Kind.BLOCK16: 2, Kind.BLOCK8: 3, Kind.BLOCK4: 4, Kind.PAIRS: 5}
 _FEW = {Kind.DECODE: 0, Kind.CSR: 1}
 FEW = frozenset(_FEW)
 """The kinds for a few tokens."""
@@ -258,12 +260,12 @@ def block_configs(kind: Kind) -> tuple[Config, ...]:
     return tuple(Config(kind, tile=tile, depth=depth) for tile, depth in (_WIDE_BLOCKS if _wide() else _BLOCKS))
 
 
-def half_configs(density: float) -> tuple[Config, ...]:
-    """Further kernels worth trying for many tokens in bfloat16, where a panel takes half the room."""
-    if not _wide() or density > 0.35:
+def half_configs() -> tuple[Config, ...]:
+    """Further kernels worth trying for many tokens in bfloat16: pairs, where the processor multiplies such at once."""
+    if isa() != "avx512bf16":
         return ()
-    sizes = ((2, 8, 256), (2, 6, 256), (4, 4, 512), (1, 8, 256), (2, 2, 512))
-    return tuple(Config(Kind.ROWS, Precision.BF16, rows=r, tile=t, depth=d) for r, t, d in sizes)
+    sizes = ((4, 2, 512), (4, 4, 512), (4, 4, 256), (2, 4, 512), (4, 2, 1024), (4, 4, 1024))
+    return tuple(Config(Kind.PAIRS, Precision.BF16, rows=r, tile=t, depth=d) for r, t, d in sizes)
 
 
 def _few_configs(columns: int, density: float, tokens: int) -> tuple[Config, ...]:
@@ -321,7 +323,8 @@ def pack_rows(shape: tuple[int, int], starts: Tensor, columns: Tensor, values: T
 def _has(config: Config) -> bool:
     """Whether there is a kernel of that kind and precision."""
     if config.kind in _MANY:
-        return config.precision is Precision.FP32 or (config.precision is Precision.BF16 and config.tile % 2 == 0)
+        half = config.precision is Precision.BF16 and config.tile % 2 == 0
+        return half or (config.precision is Precision.FP32 and config.kind is not Kind.PAIRS)
     return config.kind in _FEW and (config.kind is Kind.DECODE or config.precision is not Precision.INT8)
 
 

@@ -124,7 +124,7 @@ def configs(matrix: Tensor, tokens: int, precision: Precision) -> list[Config]:
     exact = [c for c in found if c.precision is Precision.FP32]
     coarse = [replace(c, precision=precision) for c in exact if _has(c.kind, precision)]
     if precision is Precision.BF16 and tokens > DECODE:
-        coarse = [*native.half_configs(density(matrix)), *coarse]
+        coarse = [*native.half_configs(), *coarse]
     return list(dict.fromkeys([*coarse, *exact]))
 
 
