@@ -9,6 +9,7 @@ which at least one must fail. Rows are in `tests/mutants/*.toml`. The sources ar
 from __future__ import annotations
 
 import fnmatch
+import importlib.util
 import multiprocessing
 import os
 import shutil
@@ -99,6 +100,13 @@ def _try(tests: tuple[str, ...], folder: str, log: Path) -> None:
     sys.path[:0] = [folder, str(ROOT)]
     os.environ["PYTHONPATH"] = os.pathsep.join((folder, str(ROOT)))  # for tests that start processes
     os.chdir(ROOT)
+    # An installation that is edited in place finds its own sources before any path is looked at.
+    sys.meta_path[:] = [finder for finder in sys.meta_path if "editable" not in type(finder).__module__]
+    spec = importlib.util.find_spec("prunella")
+    if spec is None or not str(spec.origin).startswith(folder):
+        print(f"the tests would not run on the broken copy but on {spec and spec.origin}")
+        sys.stdout.flush()
+        os._exit(9)
     code = pytest.main(["-x", "-q", "-p", "no:cacheprovider", *tests])
     sys.stdout.flush()
     os._exit(int(code))
