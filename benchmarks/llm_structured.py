@@ -46,7 +46,7 @@ ANCHORS = {"dense:": 22.88, "depth:influence:2": 30.15, "depth:influence:4": 43.
 def next_token(model: nn.Module, batch: Any) -> Tensor:
     """The loss of a language model on a batch."""
     ids = batch["input_ids"]
-    return nn.functional.cross_entropy(uncached(model, batch)[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    return nn.functional.cross_entropy(model(**batch).logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
 
 
 def uncached(model: nn.Module, batch: Any) -> Tensor:
