@@ -54,7 +54,7 @@ def test_the_interval_covers_the_truth() -> None:
 
 def test_equal_candidates_are_no_speed_up(monkeypatch: pytest.MonkeyPatch) -> None:
     ticks = itertools.cycle([1.0, 1.1, 0.9, 1.2, 0.8])
-    monkeypatch.setattr(latency, "_sample", lambda run, calls, device, clock: next(ticks))
+    monkeypatch.setattr(latency, "_sample", lambda run, calls, device, clock, before: next(ticks))
     assert compare_latency({"a": bool, "b": bool}, rounds=30).ratio.verdict.startswith("no speed-up")
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from prunella.runtime import convert, fast, tune
+from prunella.runtime import fast, tune, whole
 from prunella.runtime.choice import Choice, Problem, is_dense
 from prunella.runtime.tune import Verdict
 from prunella.timing import Ratio
@@ -37,5 +37,5 @@ def eager_to_skip(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for module in (tune, fast):
         monkeypatch.setattr(module, "decide", decide)
-    for module in (convert, fast):
+    for module in (whole, fast):
         monkeypatch.setattr(module, "interleaved", lambda runs: Always())

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from prunella.runtime import native
+from prunella.runtime import native, tiles
 from prunella.runtime.native import Activation, Config, Kind, Precision
 from prunella.runtime.store import ACTIVATE
 
@@ -65,10 +65,11 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Calls:
 
     for name, value in {
         "available": lambda: True, "isa": lambda: "standin", "tiers": lambda: ("standin",),
-        "configs": configs, "pack": pack, "linear": linear, "finite_linear": finite_linear, "conv2d": conv2d,
+        "pack": pack, "linear": linear, "finite_linear": finite_linear, "conv2d": conv2d,
         "finite_conv2d": finite_conv2d,
     }.items():  # fmt: skip
         monkeypatch.setattr(native, name, value)
+    monkeypatch.setattr(tiles, "configs", configs)
     return calls
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import prunella as pr
 from prunella.errors import BadInput, RequestError
-from prunella.runtime import artifact, convert
+from prunella.runtime import artifact, convert, whole
 from prunella.runtime.choice import Problem, Route
 from prunella.runtime.layers import FastLinear, SparseConv2d, SparseLinear
 from prunella.runtime.machine import fingerprint
@@ -60,7 +60,7 @@ def test_a_sparse_model_comes_back(
 
 
 def test_the_layout_of_images_comes_back(tmp_path: Path, kernels: Calls, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(convert, "_faster", lambda a, b, x: Ratio(2.0, 1.9, 2.1))
+    monkeypatch.setattr(whole, "faster", lambda a, b, x: Ratio(2.0, 1.9, 2.1))
     made = pr.sparse(net(), IMAGE)
     saved = pr.save_sparse(made, tmp_path / "small", factory=net)
     again = pr.load_sparse(saved.path, factory=net)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from prunella.errors import NotSupported, RequestError
-from prunella.runtime import native
+from prunella.runtime import native, tiles
 from prunella.runtime.native import Activation, Config, Kind, Precision
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="the kernels were not built here")
@@ -247,7 +247,7 @@ def test_hostile_rows_are_refused(config: Config, starts: list[int], columns: li
 def test_what_to_try_is_for_few_tokens() -> None:
     for density in (0.05, 0.1, 0.2, 0.3, 0.5):
         for count in range(1, 9):
-            tried = native.configs((512, 512), density, count)
+            tried = tiles.configs((512, 512), density, count)
             assert {c.kind for c in tried} & {Kind.DECODE, Kind.CSR}
-        assert not {c.kind for c in native.configs((512, 512), density, 64)} & {Kind.DECODE, Kind.CSR}
-    assert Config(Kind.CSR) not in native.configs((8, 70000), 0.05, 1)
+        assert not {c.kind for c in tiles.configs((512, 512), density, 64)} & {Kind.DECODE, Kind.CSR}
+    assert Config(Kind.CSR) not in tiles.configs((8, 70000), 0.05, 1)

@@ -13,7 +13,7 @@ from torch.fx import GraphModule
 
 import prunella as pr
 from prunella.errors import CheckFailed, RequestError
-from prunella.runtime import convert, native, tune
+from prunella.runtime import convert, native, tune, whole
 from prunella.runtime.choice import Problem, Route, from_json, is_dense, spell, to_json
 from prunella.runtime.fuse import Fused, fuse_, traced
 from prunella.runtime.layers import FastLinear, SparseConv2d, SparseLinear
@@ -204,7 +204,7 @@ def test_a_whole_model_that_is_not_faster_stays_dense(
         def __init__(self) -> None:
             self.ratio = ratio
 
-    monkeypatch.setattr(convert, "interleaved", lambda runs: Measured())
+    monkeypatch.setattr(whole, "interleaved", lambda runs: Measured())
     made = pr.sparse(make(), x, fuse=False)
     record = pr.sparsified(made)
     assert record.kept == kept == any(isinstance(module, SparseConv2d | SparseLinear) for module in made.modules())
@@ -377,7 +377,7 @@ def test_images_run_with_their_channels_last_where_that_is_faster(monkeypatch: p
     seen: list[bool] = []
     for faster in (True, False):
         ratio = Ratio(1.2, 1.1, 1.3) if faster else Ratio(1.0, 0.9, 1.1)
-        monkeypatch.setattr(convert, "_faster", lambda a, b, x, r=ratio: r if is_traced(a) else Ratio(2.0, 1.9, 2.1))
+        monkeypatch.setattr(whole, "faster", lambda a, b, x, r=ratio: r if is_traced(a) else Ratio(2.0, 1.9, 2.1))
         made = pr.sparse(model, IMAGE)
         record = pr.sparsified(made)
         assert record.last == faster == ("channels last" in str(record))
@@ -418,7 +418,7 @@ def test_a_single_token_is_cut_from_an_example_where_that_can_be() -> None:
 @pytest.mark.usefixtures("eager_to_skip", "kernels")
 def test_a_model_that_is_slower_for_one_token_runs_dense_code_there(monkeypatch: pytest.MonkeyPatch) -> None:
     slower = Ratio(0.8, 0.7, 0.9)
-    monkeypatch.setattr(convert, "_faster", lambda a, b, x: slower if x.shape[1] == 1 else Ratio(2.0, 1.9, 2.1))
+    monkeypatch.setattr(whole, "faster", lambda a, b, x: slower if x.shape[1] == 1 else Ratio(2.0, 1.9, 2.1))
     torch.manual_seed(0)
     model = sown(nn.Sequential(nn.Embedding(9, 16), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16)))
     made = pr.sparse(model, torch.arange(9)[None].repeat(4, 1))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -15,24 +15,23 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from prunella.apply import unwrap
-from prunella.errors import CheckFailed, RequestError
-from prunella.forward import forward, tensors
-from prunella.graph.oracle import relative_error
+from prunella.errors import RequestError
+from prunella.forward import forward
 from prunella.pipeline import Inputs
-from prunella.runtime import native
+from prunella.runtime import native, whole
 from prunella.runtime.choice import Geometry, Problem, Route, Table, is_dense, spell
-from prunella.runtime.fuse import Fused, activation_of, channels_last_, copied, fuse_, traced
+from prunella.runtime.fuse import Fused, activation_of, copied, fuse_, traced
 from prunella.runtime.layers import FastLinear, SparseConv2d, SparseLinear
 from prunella.runtime.machine import cpu_name, last_cache
 from prunella.runtime.native import Activation, Precision
 from prunella.runtime.pair import pairs
-from prunella.runtime.tune import DECODE, Tuner, Verdict, density, forgetting
-from prunella.timing import Comparison, Ratio, compare_latency, own_clock
+from prunella.runtime.tiles import FEW_TOKENS
+from prunella.runtime.tune import Tuner, Verdict, density, forgetting
+from prunella.timing import Ratio
 
 _BUCKETS = (1, 2, 4, 8, *(8 * 4**k for k in range(1, 10)))
 LEAST = 0.1
 """A layer with a smaller part of zeros stays whole; measured for a few tokens, if the model exceeds the caches."""
-_TOLERANCE = {Precision.FP32: 1e-3, Precision.BF16: 0.1, Precision.INT8: 0.3}
 _RECORD = "prunella_sparsified"
 
 
@@ -132,15 +131,18 @@ def sparse(
         found = tuple(_layer(dense, name, layer, met, tokens, tuner) for name, layer in targets(dense).items())
     build = partial(_built, dense, example if fuse else None)
     made, one = build(found), None
-    ratio, difference, why = _compared(dense, made, example, found, precision) if made else (None, 0.0, _none(found))
+    ratio, difference, why = None, 0.0, _none(found)
+    if made:
+        elsewhere = any(not is_dense(v.choice) for layer in found for v in layer.verdicts[:-1] if not v.problem.image)
+        ratio, difference, why = whole.compared(dense, made, example, precision, elsewhere=elsewhere)
     short = shortened(dense, example, met) if made and not why else None
     if made and short is not None:
-        one = _faster(dense, made, short)
+        one = whole.faster(dense, made, short)
         if one.slower:
             found = tuple(map(_dense_for_few, found))
             made = build(found)
             why = "" if made else "the whole model stays dense: it is slower for one token, and nothing else is faster"
-    kept, last = (made, False) if made is None or why else turned(made, example)
+    kept, last = (made, False) if made is None or why else whole.turned(made, example)
     kept = None if why else kept
     record = Sparsified(
         found, kept is not None, why, ratio, difference, torch.get_num_threads(), cpu_name(),
@@ -163,22 +165,9 @@ def _built(dense: nn.Module, example: Inputs | None, layers: Sequence[Layer]) ->
         return assembled(copied(dense), tables, example) if tables else None
 
 
-def turned(made: nn.Module, example: Inputs) -> tuple[nn.Module, bool]:
-    """The model with the channels of its images as the last axis, if it was traced and that is faster."""
-    if not isinstance(made, GraphModule) or not any(isinstance(m, SparseConv2d) for m in made.modules()):
-        return made, False
-    twin = copied(made)
-    assert isinstance(twin, GraphModule)  # a copy of one
-    if not channels_last_(twin) or not _faster(made, twin, example).faster:
-        return made, False
-    with torch.inference_mode():
-        difference = relative_error(tensors(forward(made, example)), tensors(forward(twin, example)))
-    return (twin, True) if difference <= _TOLERANCE[Precision.FP32] else (made, False)
-
-
 def _dense_for_few(layer: Layer) -> Layer:
     """The layer with dense code for a few tokens."""
-    kept = tuple(replace(v, choice=Route.TORCH) if v.problem.size <= DECODE else v for v in layer.verdicts)
+    kept = tuple(replace(v, choice=Route.TORCH) if v.problem.size <= FEW_TOKENS else v for v in layer.verdicts)
     wins = layer.why or any(not is_dense(verdict.choice) for verdict in kept)
     return replace(layer, verdicts=kept, why=layer.why if wins else "the whole model is slower for one token with it")
 
@@ -305,10 +294,10 @@ def _layer(
         return Layer(name, zeros, (), why or "it met no input of a known size")
     bias, whole = bias_of(module), stays_whole(model, module)
     if whole:
-        few = tuple(problem for problem in todo if problem.size <= DECODE)
+        few = tuple(problem for problem in todo if problem.size <= FEW_TOKENS)
         if tuner.before is None or type(module) is not nn.Linear or not few:
             return Layer(name, zeros, (), whole)
-        verdicts = (*tuner.whole(weight, bias, few), Verdict(Problem(DECODE + 1), Route.TORCH))
+        verdicts = (*tuner.whole(weight, bias, few), Verdict(Problem(FEW_TOKENS + 1), Route.TORCH))
     elif isinstance(module, nn.Conv2d):
         verdicts = tuner.conv(weight, bias, geometry_of(module), todo)
     else:
@@ -420,30 +409,9 @@ def replaced(layer: nn.Module, table: Table, fused: Fused, norm: nn.Module | Non
 # -- the whole model --------------------------------------------------------------------------------------------------
 
 
-def _compared(
-    dense: nn.Module, made: nn.Module, example: Inputs, layers: tuple[Layer, ...], precision: Precision
-) -> tuple[Ratio, float, str]:
-    """Speed and difference against the dense model, and why the layers should not be kept, or nothing."""
-    with torch.inference_mode():
-        difference = relative_error(tensors(forward(dense, example)), tensors(forward(made, example)))
-        if not difference <= _TOLERANCE[precision]:
-            why = f"by {difference:.1e} of the largest, {_TOLERANCE[precision]:g} is allowed"
-            raise CheckFailed("the output of the sparse model differs", why, "report this with the model's name")
-    ratio = _faster(dense, made, example)
-    elsewhere = any(not is_dense(v.choice) for layer in layers for v in layer.verdicts[:-1] if not v.problem.image)
-    if ratio.faster or (elsewhere and not ratio.slower and ratio.value > 0.97):
-        return ratio, difference, ""
-    return ratio, difference, f"the whole model stays dense: {ratio.verdict} on the example"
-
-
-def _faster(dense: nn.Module, made: nn.Module, example: Inputs) -> Ratio:
-    with torch.inference_mode():
-        return interleaved({"dense": partial(forward, dense, example), "sparse": partial(forward, made, example)}).ratio
-
-
 def shortened(model: nn.Module, example: Inputs, met: Mapping[str, set[tuple[int, ...]]]) -> Inputs | None:
     """The first token of an example of several: None unless every linear layer then meets one token."""
-    short = _cut(example)
+    short = whole.first_token(example)
     try:
         less = sizes(model, short)
     except RequestError:  # its second axis does not count tokens
@@ -453,26 +421,8 @@ def shortened(model: nn.Module, example: Inputs, met: Mapping[str, set[tuple[int
     return short if counts and all(few == 1 for _, few in counts) and any(many > 1 for many, _ in counts) else None
 
 
-def _cut(part: Any) -> Any:
-    if isinstance(part, Tensor):
-        return part[:1, :1] if part.dim() > 1 else part[:1] if part.dim() else part
-    if isinstance(part, Mapping):
-        return {name: _cut(value) for name, value in part.items()}
-    return type(part)(map(_cut, part)) if isinstance(part, tuple | list) else part
-
-
 def _most(shapes: set[tuple[int, ...]]) -> int:
     return max((math.prod(shape[:-1]) for shape in shapes), default=0)
-
-
-def interleaved(runs: Mapping[str, Callable[[], object]], *, seconds: float = 4.0) -> Comparison:
-    """A comparison of at least 9 rounds, and of more while a call is quick."""
-    clock = own_clock()
-    start = clock()
-    for run in runs.values():
-        run()
-    once = clock() - start
-    return compare_latency(runs, rounds=min(41, max(9, round(seconds / max(once, 1e-3)))), warmup=1, clock=clock)
 
 
 def _none(layers: tuple[Layer, ...]) -> str:

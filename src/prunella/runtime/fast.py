@@ -18,7 +18,6 @@ from prunella.runtime.convert import (
     Sparsified,
     bias_of,
     check_request,
-    interleaved,
     kernels,
     matrix_of,
     noted,
@@ -29,6 +28,7 @@ from prunella.runtime.fuse import copied
 from prunella.runtime.layers import FastLinear
 from prunella.runtime.machine import cpu_name
 from prunella.runtime.tune import Verdict, candidates_dense, decide, density
+from prunella.runtime.whole import interleaved
 
 
 def dense_fast(

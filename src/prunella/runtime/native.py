@@ -71,7 +71,6 @@ _FEW = {Kind.DECODE: 0, Kind.CSR: 1}
 FEW = frozenset(_FEW)
 """The kinds for a few tokens."""
 _FEW_PRECISIONS = {Precision.FP32: 0, Precision.BF16: 1, Precision.INT8: 2}
-_FEW_TOKENS = 8
 
 
 @dataclass(frozen=True)
@@ -197,87 +196,6 @@ def use_tier(name: str = "") -> None:
     """Run everything from now on with this tier; the best one without a name. Errors: RequestError for one not here."""
     if _library().prunella_use(name.encode()):
         raise RequestError(f"the tier {name!r} cannot be used", f"this processor has {', '.join(tiers())}", "")
-
-
-def configs(shape: tuple[int, int], density: float, tokens: int) -> tuple[Config, ...]:
-    """Kernels worth trying for a weight (M, K) with this part of nonzeros and so many tokens, best guess first."""
-    if not available() or tokens < 1 or not all(shape):
-        return ()
-    if tokens <= _FEW_TOKENS:
-        few = _few_configs(shape[1], density, tokens)
-        return few if tokens == 1 else (*few, Config(Kind.ROWS, rows=4, tile=1, depth=512))
-    wide = _wide()
-    if density > 0.35:
-        return _WIDE_MUCH if wide else _MUCH
-    if density > 0.15:
-        return _WIDE_SOME if wide else _SOME
-    return _WIDE_LITTLE if wide else _LITTLE
-
-
-_MUCH = tuple(
-    Config(kind, rows=r, tile=t, depth=d)
-    for kind, r, t, d in (
-        (Kind.ROWS, 2, 6, 64), (Kind.GROUPS, 4, 3, 256), (Kind.GROUPS, 2, 4, 128), (Kind.ROWS, 1, 8, 64),
-        (Kind.ROWS, 2, 6, 128),
-    )
-)  # fmt: skip
-_SOME = tuple(
-    Config(Kind.ROWS, rows=r, tile=t, depth=d) for r, t, d in ((2, 6, 64), (4, 3, 256), (1, 8, 64), (2, 4, 256))
-)
-_LITTLE = tuple(
-    Config(Kind.ROWS, rows=r, tile=t, depth=d) for r, t, d in ((2, 4, 256), (4, 3, 256), (2, 6, 128), (4, 2, 512))
-)
-_BLOCKS = ((2, 128), (4, 256), (3, 256))
-"""Four rows of sums fit 16 registers with two or three vectors of tokens, and 32 with more."""
-_WIDE_BLOCKS = ((2, 1024), (3, 512), (4, 512), (2, 512))
-_WIDE_MUCH = tuple(
-    Config(kind, rows=r, tile=t, depth=d)
-    for kind, r, t, d in (
-        (Kind.GROUPS, 4, 4, 128), (Kind.GROUPS, 4, 4, 256), (Kind.GROUPS, 4, 8, 512), (Kind.GROUPS, 2, 8, 64),
-        (Kind.GROUPS, 4, 6, 256), (Kind.ROWS, 2, 2, 128), (Kind.ROWS, 2, 8, 64),
-    )
-)  # fmt: skip
-_WIDE_SOME = tuple(
-    Config(kind, rows=r, tile=t, depth=d)
-    for kind, r, t, d in (
-        (Kind.ROWS, 2, 4, 128), (Kind.GROUPS, 4, 4, 128), (Kind.GROUPS, 2, 8, 64), (Kind.ROWS, 4, 4, 128),
-        (Kind.GROUPS, 2, 8, 128), (Kind.GROUPS, 4, 8, 128), (Kind.ROWS, 2, 6, 128), (Kind.ROWS, 4, 2, 256),
-    )
-)  # fmt: skip
-_WIDE_LITTLE = tuple(
-    Config(Kind.ROWS, rows=r, tile=t, depth=d)
-    for r, t, d in ((4, 3, 256), (4, 4, 128), (2, 4, 128), (4, 2, 512), (2, 6, 128), (4, 6, 128), (2, 2, 512))
-)
-
-
-def _wide() -> bool:
-    """Whether the tier in use has 32 registers of 16 lanes."""
-    return isa().startswith("avx512")
-
-
-def block_configs(kind: Kind) -> tuple[Config, ...]:
-    """Kernels worth trying for blocks of rows that share their columns."""
-    return tuple(Config(kind, tile=tile, depth=depth) for tile, depth in (_WIDE_BLOCKS if _wide() else _BLOCKS))
-
-
-def half_configs() -> tuple[Config, ...]:
-    """Further kernels worth trying for many tokens in bfloat16: pairs, where the processor multiplies such at once."""
-    if isa() != "avx512bf16":
-        return ()
-    sizes = ((4, 2, 512), (4, 4, 512), (4, 4, 256), (2, 4, 512), (4, 2, 1024), (4, 4, 1024))
-    return tuple(Config(Kind.PAIRS, Precision.BF16, rows=r, tile=t, depth=d) for r, t, d in sizes)
-
-
-def _few_configs(columns: int, density: float, tokens: int) -> tuple[Config, ...]:
-    """One token of a dense enough weight is quickest with a bit a weight; else 16-bit columns are, where they reach."""
-    bits, columns16 = Config(Kind.DECODE), Config(Kind.CSR)
-    if columns > 1 << 16:
-        return (bits,)
-    if density < 0.12:
-        return (columns16,)
-    if _wide() and tokens == 1 and density > 0.16:  # an expand a cycle: columns were never quicker there
-        return (bits,)
-    return (bits, columns16) if tokens == 1 and density > 0.4 else (columns16, bits)
 
 
 def pack(weight: Tensor, config: Config) -> Packed:

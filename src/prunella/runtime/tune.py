@@ -12,16 +12,15 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from prunella.errors import PruningError
-from prunella.runtime import native
+from prunella.runtime import native, tiles
 from prunella.runtime.choice import Choice, Geometry, Problem, Route, Table, is_dense
 from prunella.runtime.layers import FastLinear, SparseConv2d, SparseLinear
 from prunella.runtime.native import Config, Kind, Precision
+from prunella.runtime.tiles import FEW_TOKENS
 from prunella.timing import Ratio, compare_latency, own_clock
 
 Run = Callable[[], object]
 BLOCKS = {16: Kind.BLOCK16, 8: Kind.BLOCK8, 4: Kind.BLOCK4}
-DECODE = 8
-"""Up to so many tokens a weight is read once and the kernels for decoding are worth a try."""
 _CLOSE = 1.3
 _LEAST_ROUNDS, _FEW = 9, 5
 
@@ -114,17 +113,17 @@ def configs(matrix: Tensor, tokens: int, precision: Precision) -> list[Config]:
     if not native.available():
         return []
     rows, wide = matrix.shape
-    found = list(native.configs((rows, wide), density(matrix), tokens))
+    found = list(tiles.configs((rows, wide), density(matrix), tokens))
     fits = blocks_of(matrix)
     found = [c for c in found if c.kind not in BLOCKS.values() or c.kind is BLOCKS.get(fits)]
     if fits > 1 and not any(c.kind is BLOCKS[fits] for c in found):
-        found = [*native.block_configs(BLOCKS[fits]), *found]
+        found = [*tiles.block_configs(BLOCKS[fits]), *found]
     if precision is Precision.FP32:
         return [c for c in found if c.precision is Precision.FP32]
     exact = [c for c in found if c.precision is Precision.FP32]
     coarse = [replace(c, precision=precision) for c in exact if _has(c.kind, precision)]
-    if precision is Precision.BF16 and tokens > DECODE:
-        coarse = [*native.half_configs(), *coarse]
+    if precision is Precision.BF16 and tokens > FEW_TOKENS:
+        coarse = [*tiles.half_configs(), *coarse]
     return list(dict.fromkeys([*coarse, *exact]))
 
 
