@@ -132,24 +132,25 @@ def sparse(
     build = partial(_built, dense, example if fuse else None)
     made, one = build(found), None
     ratio, difference, why = None, 0.0, _none(found)
-    if made:
+    if made is not None:
         elsewhere = any(not is_dense(v.choice) for layer in found for v in layer.verdicts[:-1] if not v.problem.image)
         ratio, difference, why = whole.compared(dense, made, example, precision, elsewhere=elsewhere)
-    short = shortened(dense, example, met) if made and not why else None
-    if made and short is not None:
+    short = None if made is None or why else shortened(dense, example, met)
+    if made is not None and short is not None:
         one = whole.faster(dense, made, short)
         if one.slower:
             found = tuple(map(_dense_for_few, found))
             made = build(found)
-            why = "" if made else "the whole model stays dense: it is slower for one token, and nothing else is faster"
-    kept, last = (made, False) if made is None or why else whole.turned(made, example)
-    kept = None if why else kept
+            why = "the whole model stays dense: it is slower for one token, and nothing else is faster"
+            if made is not None:  # what it runs on the example may have changed
+                ratio, difference, why = whole.compared(dense, made, example, precision, elsewhere=False)
+    kept, last = (None, False) if made is None or why else whole.turned(made, example)
     record = Sparsified(
         found, kept is not None, why, ratio, difference, torch.get_num_threads(), cpu_name(),
         kernels(), time.perf_counter() - begin, precision,
         described(example) if isinstance(kept, GraphModule) else (), one=one, last=last,
     )  # fmt: skip
-    return noted(kept or dense, record)
+    return noted(dense if kept is None else kept, record)
 
 
 def tuner_for(model: nn.Module, precision: Precision, seconds: float, seed: int) -> Tuner:
