@@ -80,7 +80,7 @@ class Sparsified:
     """Shape and type of each input of the trace that layers were fused by; none, if none were."""
     does: str = "skip their zeros"
     one: Ratio | None = None
-    """As `whole`, for one token, where the example can be cut to that."""
+    """As `whole`, for one token, where the example can be cut to that; if slower, it is why dense code runs there."""
     last: bool = False
     """Whether images run with their channels as the last axis."""
 
@@ -92,7 +92,9 @@ class Sparsified:
     def __str__(self) -> str:
         speed = "not measured" if self.whole is None else self.whole.verdict
         head = f"{len(self.replaced)} of {len(self.layers)} layers {self.does}; the whole model: {speed}"
-        head = head if self.one is None else f"{head}; for one token: {self.one.verdict}"
+        if self.one is not None:
+            so = ", so dense code runs there" if self.one.slower else ""
+            head = f"{head}; for one token: {self.one.verdict}{so}"
         turned = ", channels last" if self.last else ""
         where = f"{self.threads} thread{'s' * (self.threads > 1)}, {self.machine}, kernels: {self.kernels}{turned}"
         return "\n".join([head, *([self.why] if self.why else []), where, *map(str, self.layers)])
