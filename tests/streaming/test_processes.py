@@ -108,10 +108,20 @@ def test_masks_are_those_of_one_process(two: Path) -> None:
 
 
 @pytest.mark.slow
-def test_refining_by_the_first_process_reaches_all(two: Path) -> None:
+def test_refining_gives_the_weights_of_one_process(two: Path) -> None:
     model = write(two / "fresh")
-    both = weights(two / "refined")
+    pr.solve_folder(two / "in", two / "one_refined", REFINED, data=data(5))
+    one, both = weights(two / "one_refined"), weights(two / "refined")
     assert all(v.view(-1, 4).eq(0).sum(1).eq(2).all() for k, v in both.items() if k.endswith("proj.weight"))
+    for name in one:
+        assert one[name].ne(0).equal(both[name].ne(0)), name
+        assert torch.allclose(one[name], both[name], atol=1e-5), name
+    unrefined = pr.OneShot(REFINED.pattern)
+    pr.solve_folder(two / "in", two / "one_unrefined", unrefined, data=data(5))
+    plain = weights(two / "one_unrefined")
+    assert (
+        max(float((plain[name] - one[name]).abs().max()) for name in one) > 1e-3
+    )  # what would be seen if a step were lost
     read(two / "refined", model)
 
 

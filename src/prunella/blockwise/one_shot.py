@@ -130,8 +130,8 @@ def solve_(
     inputs: an example batch, as for `plan`. loss: how to run the model on a batch. skip: patterns of layers that stay
     whole. Layers outside the blocks (heads, embeddings) stay whole too, and so do grouped convolutions and weights that
     are read in other ways; the result names them. processes: `processes()` under torchrun, where `data` is this
-    process's share: Gram matrices are summed over all, layers are solved in turn and handed round, and `refine` works
-    with the share of the first. Errors: RequestError when no layer is left.
+    process's share: Gram matrices are summed over all, layers are solved in turn and handed round, and each step of
+    `refine` is that of the process whose batch it is. Errors: RequestError when no layer is left.
 
     Use: large pretrained models without training. Avoid: small networks that can be trained: `Pruner` does better.
     """
@@ -210,10 +210,8 @@ class Job:
         if self.how.refine is not None and block.path and masks:
             runs = [partial(self._output, block, calls, k) for k in range(len(calls))]
             module = self.model.get_submodule(block.path)
-            if self.processes.first:
-                done = refine_(module, runs, wanted, masks, self.how.refine, self.feed.keep)
-                self.refined[block.path], outputs = (done.before, done.after), done.outputs
-            self.processes.copy_first_(module)
+            done = refine_(module, runs, wanted, masks, self.how.refine, self.feed.keep, self.processes)
+            self.refined[block.path], outputs = (done.before, done.after), done.outputs
         self.feed.advance(block, outputs)
 
     def _output(self, block: Block, calls: Sequence[Call], k: int) -> Tensor:
@@ -283,9 +281,8 @@ class Job:
                 with watch:
                     self.feed.call(block, call)
                 watch.finish()
-        seen = torch.tensor(tokens)
-        self.processes.sum_(total[0], seen)
-        return total[0].to(torch.promote_types(weight.dtype, torch.float32)), int(seen)
+        self.processes.sum_(total[0])
+        return total[0].to(torch.promote_types(weight.dtype, torch.float32)), self.processes.total(tokens)
 
     def _solve(self, weight: nn.Parameter, layer: Layer, gram: Gram, tokens: int) -> dict[nn.Parameter, Mask]:
         start = time.perf_counter()

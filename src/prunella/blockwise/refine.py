@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from prunella.blockwise.processes import ALONE, Processes
 from prunella.errors import CheckFailed, RequestError
 from prunella.types import Mask
 
@@ -47,40 +48,41 @@ def refine_(
     masks: Mapping[nn.Parameter, Mask],
     how: Refine,
     keep: Callable[[Iterable[Tensor]], Sequence[Tensor]] = list,
+    processes: Processes = ALONE,
 ) -> Refined:
     """Refine in place; the new weights are kept only if the error fell.
 
     outputs: one function a batch that runs the block and gives its output. wanted: the dense outputs. keep: where the
-    outputs of the refined block go.
+    outputs of the refined block go. processes: each has the batches of its share; the gradient of a step comes from
+    the process that has the batch whose turn it is, and all take the step, so that the result is that of one process.
     """
     trained = [p for p in block.parameters() if p.is_floating_point()]
     asked = [(p, p.requires_grad) for p in block.parameters()]
     saved = [p.detach().clone() for p in trained]
-    scale = sum(float(w.float().square().sum()) for w in wanted) or 1.0
-    before = _error(outputs, wanted, scale)
-    optimizer = torch.optim.Adam(trained, lr=how.lr)
-    steps, taken = how.epochs * len(wanted), 0
+    scale = sum(processes.in_order([float(w.float().square().sum()) for w in wanted])) or 1.0
+    before = _error(outputs, wanted, processes) / scale
+    optimizer, count = torch.optim.Adam(trained, lr=how.lr), processes.total(len(wanted))
+    steps = how.epochs * count
     for p in trained:
         p.requires_grad_(True)
     try:
-        for _ in range(how.epochs):
-            for output, goal in zip(outputs, wanted, strict=True):
-                optimizer.param_groups[0]["lr"] = how.lr * (1 + math.cos(math.pi * taken / steps)) / 2
-                with torch.enable_grad():
-                    loss = (output().float() - goal.float()).square().sum() / scale * len(wanted)
-                grads = torch.autograd.grad(loss, trained, allow_unused=True)
-                for p, grad in zip(trained, grads, strict=True):
-                    p.grad = grad
-                optimizer.step()
-                _hold(masks)
-                taken += 1
+        for step in range(steps):
+            optimizer.param_groups[0]["lr"] = how.lr * (1 + math.cos(math.pi * step / steps)) / 2
+            place, owner = divmod(step % count, processes.count)
+            mine = (
+                _gradients(outputs[place], wanted[place], trained, count / scale) if owner == processes.rank else None
+            )
+            for p, grad in zip(trained, processes.gradients(mine, trained, owner), strict=True):
+                p.grad = grad
+            optimizer.step()
+            _hold(masks)
     finally:
         for p, flag in asked:
             p.grad = None
             p.requires_grad_(flag)
     errors: list[float] = []
     made = keep(_told(outputs, wanted, errors))
-    after = sum(errors) / scale
+    after = sum(processes.in_order(errors)) / scale
     if not after < before:
         with torch.no_grad():
             for p, value in zip(trained, saved, strict=True):
@@ -91,17 +93,26 @@ def refine_(
     return Refined(before, after, made)
 
 
+def _gradients(
+    output: Callable[[], Tensor], goal: Tensor, trained: Sequence[Tensor], weight: float
+) -> tuple[Tensor | None, ...]:
+    """Of the squared error of one batch, times a weight."""
+    with torch.enable_grad():
+        loss = (output().float() - goal.float()).square().sum() * weight
+    return torch.autograd.grad(loss, trained, allow_unused=True)
+
+
 @torch.no_grad()
 def _hold(masks: Mapping[nn.Parameter, Mask]) -> None:
     for parameter, mask in masks.items():
         parameter.masked_fill_(~mask, 0)
 
 
-def _error(outputs: Sequence[Callable[[], Tensor]], wanted: Sequence[Tensor], scale: float) -> float:
+def _error(outputs: Sequence[Callable[[], Tensor]], wanted: Sequence[Tensor], processes: Processes) -> float:
     errors: list[float] = []
     for _ in _told(outputs, wanted, errors):
         pass
-    return sum(errors) / scale
+    return sum(processes.in_order(errors))
 
 
 def _told(outputs: Sequence[Callable[[], Tensor]], wanted: Sequence[Tensor], errors: list[float]) -> Iterator[Tensor]:
