@@ -20,6 +20,8 @@ from prunella.forward import forward, mode
 Run = Callable[[], object]
 _SHORTEST = 2e-3
 """A sample lasts at least this many seconds; quicker functions are called several times a sample."""
+_SLOW = 20e-3
+"""Functions that take longer have no untimed call ahead of a sample: starting up is a small part of them."""
 
 
 @dataclass(frozen=True)
@@ -168,8 +170,10 @@ def compare_latency(
 ) -> Comparison:
     """Time several functions in interleaved rounds, each round in a new random order.
 
-    Whatever the machine does meanwhile (clock, caches, other programs) then meets all candidates alike. The ratio is
-    of medians, its interval the 2.5 and 97.5 percentiles of a bootstrap over rounds.
+    Whatever the machine does meanwhile (clock, caches, other programs) then meets all candidates alike. A call that is
+    not timed goes ahead of each sample of a quick function, whose code would else have to come from memory after the
+    others ran: on a busy machine that took longer than a small layer. The ratio is of medians, its interval the 2.5 and
+    97.5 percentiles of a bootstrap over rounds.
     rounds: at least 5; an interval of fewer means nothing. threads: of torch, for the time of the measurement.
     clock: seconds; `own_clock()` does not count what other programs take where one thread does all the work.
     before: done ahead of each call and not timed; a sample is then one call.
@@ -217,31 +221,34 @@ def paired_ratio(base: Sequence[float], other: Sequence[float], *, resamples: in
     return Ratio(float(np.median(first) / np.median(second)), float(low), float(high))
 
 
-_Sample = Callable[[Run, int], float]
+_Sample = Callable[[Run, int, bool], float]
 
 
 def _measure(
     candidates: Mapping[str, Run], rounds: int, warmup: int, sample: _Sample, order: random.Random, single: bool
 ) -> dict[str, list[float]]:
-    calls = {name: _calls(run, warmup, sample) for name, run in candidates.items()}
-    calls = dict.fromkeys(calls, 1) if single else calls
+    found = {name: _calls(run, warmup, sample) for name, run in candidates.items()}
+    calls = dict.fromkeys(found, (1, False)) if single else found
     samples: dict[str, list[float]] = {name: [] for name in candidates}
     for _ in range(rounds):
         for name in order.sample(list(candidates), len(candidates)):
-            samples[name].append(sample(candidates[name], calls[name]))
+            samples[name].append(sample(candidates[name], *calls[name]))
     return samples
 
 
-def _calls(run: Run, warmup: int, sample: _Sample) -> int:
-    """Warm up, and find how many calls make a sample long enough for the clock."""
+def _calls(run: Run, warmup: int, sample: _Sample) -> tuple[int, bool]:
+    """Warm up, find how many calls make a sample long enough for the clock, and whether one goes ahead of it."""
     for _ in range(warmup):
         run()
-    return max(1, round(_SHORTEST / max(sample(run, 1), 1e-7)))
+    once = sample(run, 1, True)
+    return max(1, round(_SHORTEST / max(once, 1e-7))), once < _SLOW
 
 
-def _sample(run: Run, calls: int, device: str, clock: Callable[[], float], before: Run | None) -> float:
+def _sample(run: Run, calls: int, ahead: bool, device: str, clock: Callable[[], float], before: Run | None) -> float:
     if before is not None:
         before()
+    elif ahead:
+        run()
     _wait(device)
     start = clock()
     for _ in range(calls):

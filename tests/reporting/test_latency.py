@@ -54,7 +54,7 @@ def test_the_interval_covers_the_truth() -> None:
 
 def test_equal_candidates_are_no_speed_up(monkeypatch: pytest.MonkeyPatch) -> None:
     ticks = itertools.cycle([1.0, 1.1, 0.9, 1.2, 0.8])
-    monkeypatch.setattr(latency, "_sample", lambda run, calls, device, clock, before: next(ticks))
+    monkeypatch.setattr(latency, "_sample", lambda *_, **__: next(ticks))
     assert compare_latency({"a": bool, "b": bool}, rounds=30).ratio.verdict.startswith("no speed-up")
 
 
@@ -68,6 +68,19 @@ def test_rounds_are_interleaved_in_random_order() -> None:
     runs = [name for name, _ in itertools.groupby(called)][3:]  # the first three calls find how many make a sample
     assert set(runs) == set("abc") and "".join(runs) != "abc" * 6
     assert found.threads == 1 and "interleaved rounds, 1 threads, cpu" in str(found)
+
+
+def test_starting_up_after_another_candidate_is_not_timed() -> None:
+    now, last = [0.0], [""]
+
+    def call(name: str, seconds: float) -> None:
+        now[0] += seconds if last[0] == name else seconds + 0.01
+        last[0] = name
+
+    runs = {"a": lambda: call("a", 0.002), "b": lambda: call("b", 0.001), "slow": lambda: call("slow", 0.04)}
+    found = compare_latency(runs, rounds=9, clock=lambda: now[0])
+    assert [round(one.median, 6) for one in found.latencies] == [0.002, 0.001, 0.05]
+    assert found.ratio.value == pytest.approx(2)
 
 
 def test_threads_are_put_back() -> None:

@@ -213,13 +213,38 @@ def test_relu_keeps_what_is_no_number() -> None:
     assert bool(found[0].isnan().all()) and found[1].tolist() == [0.0] * 9
 
 
-@pytest.mark.parametrize("activation", [Activation.GELU, Activation.SILU])
-def test_other_activations_are_those_of_torch(activation: Activation) -> None:
-    weight, x = sparse(12, 20, density=0.5), torch.randn(2, 3, 20)
-    function = torch.nn.functional.gelu if activation is Activation.GELU else torch.nn.functional.silu
-    found = native.linear(native.pack(weight, Config(Kind.ROWS)), x, activation=activation)
-    close(found, function(x.double() @ weight.double().T))
-    assert found.shape == (2, 3, 12)
+SMOOTH = {Activation.GELU: torch.nn.functional.gelu, Activation.SILU: torch.nn.functional.silu}
+
+
+@pytest.mark.parametrize("activation", SMOOTH)
+def test_smooth_activations_are_those_of_torch(activation: Activation) -> None:
+    weight, x = sparse(21, 20, density=0.5), torch.randn(2, 3, 20)
+    packed, function = native.pack(weight, Config(Kind.ROWS)), SMOOTH[activation]
+    dense = x.double() @ weight.double().T
+    found = native.linear(packed, x, activation=activation)
+    close(found, function(dense))
+    assert found.shape == (2, 3, 21)
+    bias, residual = torch.randn(21), torch.randn(2, 3, 21)
+    found = native.linear(packed, x, bias, residual, activation)
+    close(found, function(dense + bias + residual))
+    image = torch.randn(2, 20, 3, 7)
+    for layout in (torch.contiguous_format, torch.channels_last):
+        found = native.conv2d(packed, image.contiguous(memory_format=layout), (1, 1), activation=activation)
+        close(found, function(torch.einsum("bchw,oc->bohw", image.double(), weight.double())))
+
+
+@pytest.mark.parametrize("activation", SMOOTH)
+def test_smooth_activations_everywhere(activation: Activation) -> None:
+    """From where they vanish to where they change nothing, and beyond what float32 has."""
+    packed, function = native.pack(torch.ones(37, 1), Config(Kind.ROWS, rows=1, tile=1, depth=64)), SMOOTH[activation]
+    x = torch.cat([torch.linspace(-100, 100, 4001), torch.tensor([0.0, 88.5, 88.9, -88.9, 1e-30, 3e38, -1e30])])
+    found, exact = native.linear(packed, x[:, None], activation=activation), function(x.double())
+    assert bool((found == found[:, :1]).all())  # whole vectors, and rows that fill none
+    off = (found[:, 0] - exact).abs()
+    assert float(off[x.abs() < 10].max()) < 1e-6
+    assert float((off / exact.abs().clamp(min=1)).max()) < 3e-7
+    odd = native.linear(packed, torch.tensor([[torch.nan], [torch.inf]]), activation=activation)[:, 0]
+    assert bool(odd[0].isnan()) and float(odd[1]) == torch.inf
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -23,7 +23,7 @@ from torch.nn.functional import gelu, silu
 from prunella.errors import NotSupported, PruningError, RequestError
 
 _NAME = "libprunella.so"
-_ABI = 5
+_ABI = 6
 """`PRUNELLA_ABI` of kernels/prunella.h."""
 _ODD_INPUT = 7
 _MOST = 1 << 30
@@ -67,6 +67,7 @@ class Kind(Enum):
 
 
 _MANY = {Kind.ROWS: 0, Kind.GROUPS: 1, Kind.BLOCK16: 2, Kind.BLOCK8: 3, Kind.BLOCK4: 4, Kind.PAIRS: 5}
+_NUMBERS = {Activation.NONE: 0, Activation.RELU: 1, Activation.GELU: 2, Activation.SILU: 3}
 _FEW = {Kind.DECODE: 0, Kind.CSR: 1}
 FEW = frozenset(_FEW)
 """The kinds for a few tokens."""
@@ -260,14 +261,14 @@ def linear(
     y = x.new_empty(*x.shape[:-1], packed.shape[0])
     tokens = y.numel() // max(packed.shape[0], 1)
     extra = _extra(packed, y, bias, residual, torch.contiguous_format)
-    given = (packed.handle, x.data_ptr(), tokens, *map(_address, extra), _fused(activation))
+    given = (packed.handle, x.data_ptr(), tokens, *map(_address, extra), _fused(packed.config.kind, activation))
     threads = torch.get_num_threads()
     if packed.config.kind in _FEW:
         done = _library().prunella_few_linear(*given, 0, threads, y.data_ptr())
     else:
         done = _library().prunella_many_linear(*given, 0, packed.config.tile, threads, y.data_ptr())
     _done(done)
-    return _after(y, activation)
+    return _after(y, activation) if packed.config.kind in _FEW else y
 
 
 def finite_linear(
@@ -289,7 +290,7 @@ def finite_linear(
         x.numel() // columns,
         None if bias is None else bias.data_ptr(),
         None if residual is None else residual.data_ptr(),
-        1 if activation is Activation.RELU else 0,
+        _fused(packed.config.kind, activation),
         1,
         *(() if few else (packed.config.tile,)),
         torch.get_num_threads(),
@@ -299,7 +300,7 @@ def finite_linear(
         if done == _ODD_INPUT:
             return None
         _done(done)
-    return y if activation is Activation.NONE else _after(y, activation)
+    return _after(y, activation) if few else y
 
 
 @cache
@@ -366,7 +367,7 @@ def finite_conv2d(
         ctypes.byref(image),
         x.data_ptr(),
         *map(_address, extra),
-        _fused(activation),
+        _NUMBERS[activation],
         int(strict),
         packed.config.tile,
         threads,
@@ -375,7 +376,7 @@ def finite_conv2d(
     if done == _ODD_INPUT:
         return None
     _done(done)
-    return _after(y, activation)
+    return y
 
 
 def _input(x: Tensor) -> Tensor:
@@ -400,12 +401,13 @@ def _address(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
-def _fused(activation: Activation) -> int:
-    return 1 if activation is Activation.RELU else 0
+def _fused(kind: Kind, activation: Activation) -> int:
+    """What a kernel is asked for; those for a few tokens know ReLU alone."""
+    return _NUMBERS[activation] if kind not in _FEW or activation is Activation.RELU else 0
 
 
 def _after(y: Tensor, activation: Activation) -> Tensor:
-    """What the kernels do not apply themselves: torch's own are vectorised too."""
+    """What the kernels for a few tokens do not apply themselves."""
     if activation is Activation.GELU:
         return gelu(y)
     return silu(y, inplace=True) if activation is Activation.SILU else y
