@@ -33,3 +33,8 @@ def write(path: Path, text: str) -> None:
 def spread(values: Sequence[float]) -> str:
     """Mean and standard deviation: `97.31 ± 0.12`."""
     return f"{mean(values):.2f} ± {stdev(values) if len(values) > 1 else math.nan:.2f}"
+
+
+def shown(values: Sequence[float]) -> str:
+    """The same; one value as it is, and nothing for none."""
+    return spread(values) if len(values) > 1 else "".join(f"{value:.2f}" for value in values)

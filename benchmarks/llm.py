@@ -10,7 +10,7 @@ random windows of 512 tokens of the validation split, other ones for each seed; 
 windows of 256: the first half of a text file calibrates, the second tests.
 All linear layers of the decoder are pruned. Blocks run in bf16 by autocast where the processor multiplies bf16 in
 hardware, else in float32; Gram matrices are float32. Every run is one JSON, which says all of this, and is not made
-again. `--table` writes docs/llm.md between its marks, and the picture.
+again. `--table` writes docs/llm.md between its marks, and two pictures.
 Data: wikitext2_test.txt, wikitext2_valid.txt and tinystories.txt in `PRUNELLA_TEXT`, else in `text` of `PRUNELLA_DATA`
 or ../shared/data, where stories260k is too.
 """
@@ -25,7 +25,7 @@ import os
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.util import find_spec
@@ -34,7 +34,7 @@ from statistics import fmean
 from typing import Any
 
 import torch
-from cells import once, spread, write
+from cells import once, shown, write
 from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 from torch import Tensor, nn
 
@@ -48,7 +48,7 @@ DATA = Path(os.environ.get("PRUNELLA_DATA", ROOT.parent / "shared" / "data"))
 TEXT = Path(os.environ.get("PRUNELLA_TEXT", DATA / "text"))
 RESULTS = Path(__file__).parent / "results" / "llm"
 PAGE = ROOT / "docs" / "llm.md"
-PICTURE = ROOT / "docs" / "llm.svg"
+PICTURES = ROOT / "docs" / "llm.svg", ROOT / "docs" / "llm_ablation.svg"
 MARKS = "<!-- measured: one-shot -->", "<!-- end: one-shot -->"
 CACHE = Path(os.environ.get("PRUNELLA_BENCH_CACHE", tempfile.gettempdir())) / "prunella-smollm2"
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -230,7 +230,7 @@ def table(protocol: Protocol) -> str:
     for cell, runs in found.items():
         method, _, amount = cell.partition(":")
         mean = math.exp(fmean(math.log(one["ppl"]) for one in runs))
-        shown, other = (_shown([one[key] for one in runs if key in one]) for key in ("ppl", "ppl_python"))
+        said, other = (shown([one[key] for one in runs if key in one]) for key in ("ppl", "ppl_python"))
         seconds = fmean(one.get("cpu_s", 0.0) for one in runs)
         base = found.get(f"sparsegpt:{amount}")
         back = slower = ""
@@ -239,36 +239,45 @@ def table(protocol: Protocol) -> str:
             back = f"{(worst - math.log(mean)) / (worst - best):.0%}"
             slower = f"{seconds / fmean(one['cpu_s'] for one in base):.2f}"
         anchor = ANCHORS.get(cell, "") if full else ""
-        row = (method, amount, shown, other, back, f"{seconds:.0f}", slower, anchor, len(runs))
+        row = (method, amount, said, other, back, f"{seconds:.0f}", slower, anchor, len(runs))
         lines.append(f"| {' | '.join(map(str, row))} |")
     return "\n".join(lines)
 
 
-def _shown(values: list[float]) -> str:
-    return spread(values) if len(values) > 1 else "".join(f"{value:.2f}" for value in values)
+Point = tuple[float, float, str]
 
 
-def draw(protocol: Protocol, amount: str) -> str:
-    """Perplexity against seconds at one sparsity, the front as a line."""
+def points(protocol: Protocol, amount: str) -> list[Point]:
+    """CPU seconds, perplexity and name of each method at one sparsity, the quickest first."""
     found = {cell: runs for cell, runs in results(protocol).items() if cell.partition(":")[2] == amount}
-    points = sorted(
+    return sorted(
         (fmean(one["cpu_s"] for one in runs), fmean(one["ppl"] for one in runs), cell.partition(":")[0])
         for cell, runs in found.items()
     )
-    front = [p for k, p in enumerate(points) if all(p[1] < other[1] for other in points[:k])]
+
+
+def draw(protocol: Protocol, amounts: Sequence[str]) -> str:
+    """Perplexity against seconds, for each sparsity the front as a line."""
 
     def axes_of(axes: Any) -> None:
-        axes.plot([p[0] for p in front], [p[1] for p in front], linewidth=1.5)
-        axes.scatter([p[0] for p in points], [p[1] for p in points], s=20)
-        for seconds, value, name in points:
-            axes.annotate(name, (seconds, value), xytext=(4, 4), textcoords="offset points")
-        axes.set(xlabel=f"CPU seconds to prune to {amount}", ylabel="perplexity", xscale="log", yscale="log")
-        for axis in (axes.xaxis, axes.yaxis):  # 2, 5, 10, 20 as they are written, not as powers
-            axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        for amount in amounts:
+            found = points(protocol, amount)
+            front = [p for k, p in enumerate(found) if all(p[1] < other[1] for other in found[:k])]
+            line = axes.plot([p[0] for p in front], [p[1] for p in front], linewidth=1.5)[0]
+            axes.scatter([p[0] for p in found], [p[1] for p in found], s=20, color=line.get_color())
+            for seconds, value, name in found:
+                said = name if len(amounts) == 1 else f"{name} {amount}"
+                below = name == "wanda"  # beside others of its perplexity
+                axes.annotate(said, (seconds, value), xytext=(4, -12 if below else 4), textcoords="offset points")
+        to = f" to {amounts[0]}" if len(amounts) == 1 else ""
+        axes.set(xlabel=f"CPU seconds to prune{to}", ylabel="perplexity", xscale="log", yscale="log")
+        axes.margins(x=0.2, y=0.1)  # room for the names
+        for axis in (axes.xaxis, axes.yaxis):  # 2, 3, 5, 10 as they are written, not as powers
+            axis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
             axis.set_major_formatter(StrMethodFormatter("{x:g}"))
             axis.set_minor_locator(NullLocator())
 
-    return alone(figure("llm", axes_of, 6.5, 3.5))
+    return alone(figure("llm", axes_of, 6.5, 4))
 
 
 def protocols() -> list[Protocol]:
@@ -287,18 +296,23 @@ def section(protocol: Protocol) -> str:
     return f"{said}\n\n{table(protocol)}"
 
 
+def pictures(found: Sequence[Protocol]) -> Iterator[str]:
+    """Draw the first protocol at all its sparsities, and the one with the most methods at one; Markdown of both."""
+    widest = max(found, key=lambda protocol: len(results(protocol)))
+    amounts = [amount for amount in SETS if len(points(found[0], amount)) > 1]
+    pairs = [(found[0], amounts)] + [(widest, SETS[-1:])] * (widest != found[0])
+    for file, (protocol, some) in zip(PICTURES, pairs, strict=False):
+        if some:
+            write(file, draw(protocol, some))
+            yield f"![Perplexity against seconds, {protocol.model}, {', '.join(some)}]({file.name})"
+
+
 def publish() -> None:
-    """Write all tables into docs/llm.md, between the marks, and a picture of the one with the most rows beside it."""
+    """Write all tables into docs/llm.md, between the marks, and the pictures beside it."""
     before, _, rest = PAGE.read_text(encoding="utf-8").partition(MARKS[0])
     after, found = rest.partition(MARKS[1])[2], protocols()
-    widest = max(found, key=lambda protocol: len(results(protocol)))
-    amounts = [a for a in SETS if sum(cell.partition(":")[2] == a for cell in results(widest)) > 1]
-    picture = ""
-    if amounts:
-        write(PICTURE, draw(widest, amounts[-1]))
-        picture = f"\n\n![Perplexity against seconds at {amounts[-1]}, {widest.model}]({PICTURE.name})"
-    tables = "\n\n".join(map(section, found))
-    write(PAGE, f"{before}{MARKS[0]}\n{tables}{picture}\n{MARKS[1]}{after or chr(10)}")
+    parts = "\n\n".join((*map(section, found), *pictures(found)))
+    write(PAGE, f"{before}{MARKS[0]}\n{parts}\n{MARKS[1]}{after or chr(10)}")
 
 
 def main() -> None:

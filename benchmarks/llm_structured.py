@@ -25,7 +25,7 @@ from typing import Any
 
 import llm
 import torch
-from cells import RESULTS, write
+from cells import RESULTS, shown, write
 from torch import Tensor, nn
 
 import prunella as pr
@@ -178,25 +178,30 @@ def rates(bench: Bench, name: str) -> dict[str, Any]:
 
 
 def table(folder: Path) -> str:
-    """The cells that were run, as Markdown."""
-    lines = ["| cut | way | parameters | perplexity | healed | blocks | CPU s |", "|---|---|---|---|---|---|---|"]
-    for name in sorted(["dense:", *PARTS, *DEPTH], key=lambda c: (c.split(":")[0], c.split(":")[-1])):
+    """The cells that were run, as Markdown: means over seeds with their spread, blocks and seconds of the first."""
+    lines = ["| cut | way | parameters | perplexity | healed | blocks | CPU s | seeds |", "|" + "---|" * 8]
+    for name in sorted({"dense:", *PARTS, *DEPTH}, key=lambda c: (c.split(":")[0], c.split(":")[-1], c)):
         found, after = (_read(folder, cell) for cell in (name, f"heal:{name}"))
         if found:
             kind, way, amount = (*name.split(":"), "", "")[:3]
-            gone, size = ", ".join(found.get("dropped", ())), f"{found.get('params', 1):.1%}"
-            better = f"{after['ppl']:.2f}" if after else ""
-            lines.append(f"| {kind} {amount} | {way} | {size} | {found['ppl']:.2f} | {better} | {gone} "
-                         f"| {found.get('cpu_s', 0):.0f} |")  # fmt: skip
+            gone, size = ", ".join(found[0].get("dropped", ())), f"{found[0].get('params', 1):.1%}"
+            lines.append(f"| {kind} {amount} | {way} | {size} | {_perplexity(found)} | {_perplexity(after)} | {gone} "
+                         f"| {found[0].get('cpu_s', 0):.0f} | {len(found)} |")  # fmt: skip
     for file in sorted(folder.glob("rate_*.json")):
         found = json.loads(file.read_text())
         lines += ["", f"{found['cell']}:", "", *(f"    {line}" for line in found["text"].split("\n"))]
     return "\n".join(lines)
 
 
-def _read(folder: Path, name: str) -> dict[str, Any]:
-    file = folder / f"{name.replace(':', '_')}.json"
-    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+def _read(folder: Path, name: str) -> list[dict[str, Any]]:
+    """The cell for every seed that has it."""
+    leaf = f"{name.replace(':', '_')}.json"
+    files = [folder / leaf, *sorted(folder.glob(f"seed*/{leaf}"))]
+    return [json.loads(file.read_text(encoding="utf-8")) for file in files if file.exists()]
+
+
+def _perplexity(found: list[dict[str, Any]]) -> str:
+    return shown([one["ppl"] for one in found])
 
 
 def main() -> None:
@@ -210,7 +215,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--table", action="store_true", help="only print what is there")
     options = parser.parse_args()
-    folder = FOLDER / ("quick" if options.quick else "") / (f"seed{options.seed}" if options.seed else "")
+    home = FOLDER / "quick" if options.quick else FOLDER
+    folder = home / f"seed{options.seed}" if options.seed else home
     bench = None
     for name in [] if options.table else options.cells:
         file = folder / f"{name.replace(':', '_')}.json"
@@ -221,7 +227,7 @@ def main() -> None:
             found = other(bench, rest) if other else cell(bench, name)
             write(file, json.dumps(found, indent=1) + "\n")
             print({k: round(v, 4) if isinstance(v, float) else v for k, v in found.items()}, flush=True)
-    print(table(folder))
+    print(table(home))
 
 
 if __name__ == "__main__":
