@@ -48,6 +48,15 @@ def test_a_linear_layer_is_the_sum_in_float64(kernels: Calls, choice: Choice, ac
     assert got.shape == (2, 5, 7) and any("linear rows" in call for call in kernels) == (choice is ROWS)
 
 
+def test_a_layer_made_in_inference_mode_is_laid_out_once(kernels: Calls) -> None:
+    with torch.inference_mode():
+        layer = SparseLinear(holes(7, 13), noise(7), table=always(ROWS))
+        first = layer(noise(4, 13))
+        held = dict(layer.store._made)
+        assert torch.equal(layer(noise(4, 13)), first)
+    assert layer.values.is_inference() and held and all(layer.store._made[choice] is it for choice, it in held.items())
+
+
 @pytest.mark.parametrize("shape", [(13,), (0, 13), (1, 13), (3, 0, 13)])
 @pytest.mark.parametrize("choice", CHOICES)
 def test_odd_numbers_of_tokens(kernels: Calls, choice: Choice, shape: tuple[int, ...]) -> None:
