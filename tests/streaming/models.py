@@ -18,6 +18,11 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "Llama": ("ForCausalLM", SIZES),
     "Qwen2": ("ForCausalLM", {**SIZES, "tie_word_embeddings": True}),
     "GPT2": ("LMHeadModel", {**OLD, "eos_token_id": 1}),
+    "Mixtral": (
+        "ForCausalLM",
+        {**SIZES, "num_local_experts": 4},
+    ),  # experts one by one in the files, stacked in the model
+    "GptOss": ("ForCausalLM", {**SIZES, "num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8}),
     "Bert": ("ForMaskedLM", {k: v for k, v in SIZES.items() if k != "num_key_value_heads"}),
 }
 

@@ -18,6 +18,7 @@ from prunella.apply import record_, unwrap
 from prunella.blockwise.chain import Block, Call, Calls, Feed, Keep, blocks_of, uncached
 from prunella.blockwise.processes import ALONE, Processes
 from prunella.blockwise.refine import Refine, refine_
+from prunella.blockwise.stacks import experts_run, in_turns, matrix_of, routers, stack_axis
 from prunella.errors import RequestError
 from prunella.forward import batches, mode, tensors
 from prunella.granularity import NM, Element
@@ -128,10 +129,12 @@ def solve_(
     Data: batches, no labels.
 
     inputs: an example batch, as for `plan`. loss: how to run the model on a batch. skip: patterns of layers that stay
-    whole. Layers outside the blocks (heads, embeddings) stay whole too, and so do grouped convolutions and weights that
-    are read in other ways; the result names them. processes: `processes()` under torchrun, where `data` is this
-    process's share: Gram matrices are summed over all, layers are solved in turn and handed round, and each step of
-    `refine` is that of the process whose batch it is. Errors: RequestError when no layer is left.
+    whole. Layers outside the blocks (heads, embeddings) stay whole too, and so do grouped convolutions, routers of a
+    mixture, and weights that are read in other ways; the result names them. Experts that lie in one stacked weight are
+    solved one by one, each from its own tokens; one that gets none goes by magnitude. processes: `processes()` under
+    torchrun, where `data` is this process's share: Gram matrices are summed over all, each solves some layers and hands
+    them round, and each step of `refine` is that of the process whose batch it is. Errors: RequestError when no layer
+    is left.
 
     Use: large pretrained models without training. Avoid: small networks that can be trained: `Pruner` does better.
     """
@@ -140,6 +143,7 @@ def solve_(
     held = list(batches(data))
     with mode(root, training=False), uncached(root), torch.no_grad():
         graph = couple(root, inputs)
+    with mode(root, training=False), uncached(root), experts_run(root, "eager"), torch.no_grad():
         check_patterns(graph, skip, ())
         feed = Feed(root, held, source.run, blocks_of(root, graph, held[0], source.run))
         layers = {
@@ -147,6 +151,8 @@ def solve_(
             for layer in first_seen(graph.layers)
             if not chosen(names_of_layer(graph, layer), skip, ()) and how.of(layer) is not None
         }
+        named = isinstance(how.sparsity, Mapping)  # then a router is there on purpose
+        routing = [] if named else [layers.pop(entity) for entity in routers(graph) if entity in layers]
         inside = [[x for x in layers.values() if _within(graph.entities[x.entity].names, b)] for b in feed.blocks]
         if not any(inside):
             raise RequestError("there is no layer to prune", "skip=, or the mapping of sparsities, leaves none", "")
@@ -154,8 +160,9 @@ def solve_(
         for block, some in zip(feed.blocks, inside, strict=True):
             job.block(block, some)
     within = {layer.entity for some in inside for layer in some}
-    outside = [Fit(x.name, skipped="it is outside the blocks") for x in layers.values() if x.entity not in within]
-    return Solving((*job.fits, *outside), job.refined)
+    whole = [Fit(x.name, skipped="it is outside the blocks") for x in layers.values() if x.entity not in within]
+    whole += [Fit(x.name, skipped="it chooses experts") for x in routing]
+    return Solving((*job.fits, *whole), job.refined)
 
 
 def _within(names: Iterable[str], block: Block) -> bool:
@@ -180,6 +187,28 @@ class Feeding(Protocol):
         """Make the inputs of the next block, or take the `outputs` of this one for them."""
 
 
+Part = int | None
+"""The place of a matrix in a stack of them, None for a plain weight."""
+Piece = tuple[nn.Parameter, Layer, Part]
+
+
+@dataclass
+class Made:
+    """What became of a weight: its mask, and for each of its matrices the error, tokens, damping and seconds."""
+
+    mask: Mask
+    solved: list[tuple[float, int, float, float]] = field(default_factory=list)
+
+    def fit(self, name: str) -> Fit:
+        """All matrices together: the error is their mean by tokens."""
+        errors, tokens, damping, seconds = zip(*self.solved, strict=True)
+        error = errors[0]
+        if len(errors) > 1:
+            error = sum(e * n for e, n in zip(errors, tokens, strict=True)) / max(sum(tokens), 1)
+        removed = int((~self.mask).sum())
+        return Fit(name, error, removed, self.mask.numel(), sum(tokens), max(damping), sum(seconds))
+
+
 @dataclass
 class Job:
     """One call of `solve_`: blocks go in one after the other."""
@@ -192,6 +221,7 @@ class Job:
     processes: Processes = ALONE
     fits: list[Fit] = field(default_factory=list)
     refined: dict[str, tuple[float, float]] = field(default_factory=dict)
+    solved: int = 0
     dense_stream: Sequence[Tensor] = ()
 
     def block(self, block: Block, layers: Sequence[Layer]) -> None:
@@ -202,9 +232,14 @@ class Job:
         named = dict(self.model.named_parameters(remove_duplicate=False))
         mine = {named[layer.entity]: layer for layer in layers}
         for shared, uses in self._shared(block, calls, mine):
-            gram, tokens = self._gram(block, calls, shared[0], uses)
+            made = {weight: Made(torch.ones_like(weight, dtype=torch.bool)) for weight in shared}
+            for parts in in_turns(shared[0], mine[shared[0]]):
+                grams = self._grams(block, calls, shared[0], mine[shared[0]], uses, parts)
+                pieces = [(weight, mine[weight], part) for weight in shared for part in parts]
+                self._solve_(pieces, grams, made)
             for weight in shared:
-                masks |= self._solve(weight, mine[weight], gram, tokens)
+                self._done(made[weight].fit(mine[weight].name))
+                masks[weight] = made[weight].mask
         record_(self.model, masks)
         outputs: Sequence[Tensor] | None = None
         if self.how.refine is not None and block.path and masks:
@@ -232,7 +267,7 @@ class Job:
     ) -> list[tuple[list[nn.Parameter], int]]:
         """The weights in the order in which they are first read, those with one input together; reads in a pass."""
         reads: dict[nn.Parameter, list[Read]] = {}
-        watch = Watch(mine, lambda read: reads.setdefault(read.weight, []).append(read))
+        watch = Watch(mine, lambda read: reads.setdefault(read.weight, []).append(read), stacks=True)
         with watch:
             self.feed.call(block, calls[0])
         watch.finish()
@@ -244,68 +279,96 @@ class Job:
                 self._done(Fit(layer.name, skipped=reason))
                 reads.pop(weight, None)
         for weight, some in reads.items():
-            if last is not None and some[0].x.shape == last.shape and some[0].conv is None and some[0].x.equal(last):
+            plain = some[0].conv is None and some[0].part is None
+            if last is not None and plain and some[0].x.shape == last.shape and some[0].x.equal(last):
                 groups[-1][0].append(weight)
             else:
-                groups.append(([weight], len(some)))
-            last = some[0].x if len(some) == 1 else None
+                groups.append(([weight], len(some) if some[0].part is None else 0))
+            last = some[0].x if len(some) == 1 and some[0].part is None else None
         self.processes.agree(len(groups) * 10_000 + sum(uses for _, uses in groups), f"the layers of {block.path}")
         return groups
 
-    def _gram(self, block: Block, calls: Sequence[Call], weight: nn.Parameter, uses: int) -> tuple[Gram, int]:
-        """`sum x x^T` over all reads of a weight, and how many tokens; each pass ends when it was read so often.
+    def _grams(
+        self, block: Block, calls: Sequence[Call], weight: nn.Parameter, layer: Layer, uses: int, parts: Sequence[Part]
+    ) -> dict[Part, tuple[Gram, int]]:
+        """`sum x x^T` over all reads of these parts of a weight, and how many tokens each had.
 
-        The products are added up in float64, so that the order of the batches, and with it the number of processes,
-        leaves no trace that a mask could show.
+        A pass ends when a plain weight was read so often as it is. The products are added up in float64, so that the
+        order of the batches, and with it the number of processes, leaves no trace that a mask could show. The inputs of
+        an expert that no token chose are taken to be independent: what is kept then goes by magnitude.
         """
-        total: list[Tensor] = []
-        tokens, left = 0, uses
+        wide = to_matrix(*matrix_of(weight, layer, parts[0])).shape[1]
+        total = {part: weight.new_zeros(wide, wide, dtype=torch.float64) for part in parts}
+        tokens, left = dict.fromkeys(parts, 0), uses
 
         def add(read: Read) -> None:
-            nonlocal tokens, left
+            nonlocal left
+            if read.part not in total:
+                return
             with torch.autocast(read.x.device.type, enabled=False):
                 for x, _ in rows(read):
                     single = x.to(torch.promote_types(x.dtype, torch.float32))
-                    if not total:
-                        total.append(single.new_zeros(single.shape[1], single.shape[1], dtype=torch.float64))
-                    total[0] += single.T @ single
-                    tokens += len(single)
+                    total[read.part] += single.T @ single
+                    tokens[read.part] += len(single)
             left -= 1
-            if not left:
+            if not left and read.part is None:
                 raise Stop
 
         for call in calls:
             left = uses
-            watch = Watch([weight], add)
+            watch = Watch([weight], add, stacks=True)
             with suppress(Stop):
                 with watch:
                     self.feed.call(block, call)
                 watch.finish()
-        self.processes.sum_(total[0])
-        return total[0].to(torch.promote_types(weight.dtype, torch.float32)), self.processes.total(tokens)
+        seen = torch.tensor([tokens[part] for part in parts], device=weight.device)
+        self.processes.sum_(*total.values(), seen)
+        kind = torch.promote_types(weight.dtype, torch.float32)
+        counted = dict(zip(parts, seen.tolist(), strict=True))
+        return {
+            p: (g.to(kind) if counted[p] else torch.eye(wide).to(g.device, kind), counted[p]) for p, g in total.items()
+        }
 
-    def _solve(self, weight: nn.Parameter, layer: Layer, gram: Gram, tokens: int) -> dict[nn.Parameter, Mask]:
-        start = time.perf_counter()
+    def _solve_(
+        self, pieces: Sequence[Piece], grams: Mapping[Part, tuple[Gram, int]], made: Mapping[nn.Parameter, Made]
+    ) -> None:
+        """Solve these matrices, each by the process whose turn it is, and write them to the weights."""
+        team, start = self.processes, time.perf_counter()
+        owners = [(self.solved + k) % team.count for k in range(len(pieces))]
+        self.solved += len(pieces)
+        # In several processes each solves all of its own before it waits for others; one process holds one at a time.
+        mine = [k for k, owner in enumerate(owners) if owner == team.rank and team.count > 1]
+        ahead = {k: self._matrix(pieces[k], grams) for k in mine}
+        for k, (weight, layer, part) in enumerate(pieces):
+            view, axes = matrix_of(weight.detach(), layer, part)
+            if team.count == 1:
+                found = self._matrix(pieces[k], grams)
+            else:
+                found = team.told(ahead.pop(k, None), _wide(to_matrix(view, axes)), owners[k])
+            view.copy_(from_matrix(found.weight, view, axes))
+            matrix_of(made[weight].mask, layer, part)[0].copy_(from_matrix(found.mask, view, axes))
+            end = time.perf_counter()
+            made[weight].solved.append((found.error, grams[part][1], found.damping, end - start))
+            start = end
+
+    def _matrix(self, piece: Piece, grams: Mapping[Part, tuple[Gram, int]]) -> Solved:
+        """One matrix by the method."""
+        weight, layer, part = piece
         sparsity = self.how.of(layer)
         assert sparsity is not None
-        matrix = to_matrix(weight.detach(), layer)
-        wide = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
-        owner, mine = len(self.fits) % self.processes.count, None
-        if owner == self.processes.rank:
-            with torch.autocast(weight.device.type, enabled=False):
-                mine = self.how.method(wide, gram, self.how.pattern, sparsity=sparsity)
-        found = self.processes.told(mine, wide, owner)
-        weight.copy_(from_matrix(found.weight, weight, layer))
-        gone = int((~found.mask).sum())
-        taken = time.perf_counter() - start
-        self._done(Fit(layer.name, found.error, gone, found.mask.numel(), tokens, found.damping, taken))
-        return {weight: from_matrix(found.mask, weight, layer)}
+        wide = _wide(to_matrix(*matrix_of(weight.detach(), layer, part)))
+        with torch.autocast(weight.device.type, enabled=False):
+            return self.how.method(wide, grams[part][0], self.how.pattern, sparsity=sparsity)
 
     def _done(self, fit: Fit) -> None:
         self.fits.append(fit)
         log.info("%s", fit)
         if self.on_layer:
             self.on_layer(fit, len(self.fits), self.count)
+
+
+def _wide(matrix: Tensor) -> Tensor:
+    return matrix.to(torch.promote_types(matrix.dtype, torch.float32))
 
 
 def _unfit(reads: Sequence[Read], other: str | None, layer: Layer, pattern: Pattern, weight: Tensor) -> str:
@@ -316,6 +379,8 @@ def _unfit(reads: Sequence[Read], other: str | None, layer: Layer, pattern: Patt
         return f"{other} reads the same weight"
     if reads[0].conv is not None and reads[0].conv.groups > 1:
         return f"a convolution with {reads[0].conv.groups} groups is not solved"
-    if isinstance(pattern, NM) and not pattern.fits(tuple(to_matrix(weight, layer).shape)):
+    if (reads[0].part is None) != (stack_axis(weight, layer) is None):
+        return "it is read in two ways"
+    if isinstance(pattern, NM) and not pattern.fits(tuple(to_matrix(*matrix_of(weight, layer, reads[0].part)).shape)):
         return f"{pattern.m} does not divide its columns"
     return ""

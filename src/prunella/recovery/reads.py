@@ -35,6 +35,7 @@ class Conv:
 class Read:
     """One call of a layer: its input, its output, its bias, and how the weight is laid out.
 
+    part: where a stack of matrices is read one at a time, the place of this one; the axes are those of the matrix.
     beside: what its output is added to, a residual stream for example, in the shape of `y`; None if it is not added.
     """
 
@@ -46,6 +47,7 @@ class Read:
     out_axis: int
     conv: Conv | None
     beside: Tensor | None = None
+    part: int | None = None
 
 
 class Stop(Exception):
@@ -56,12 +58,15 @@ class Watch(TorchFunctionMode):
     """Hand every `Read` of the parameters `wanted` to `found`; pass everything else through.
 
     `others`: parameter id -> name of a contraction that reads it and is not understood here.
+    stacks: see parameters of three axes, the experts of a mixture for example, of which `p[k]` takes single matrices.
     """
 
-    def __init__(self, wanted: Iterable[nn.Parameter], found: Callable[[Read], None]) -> None:
+    def __init__(self, wanted: Iterable[nn.Parameter], found: Callable[[Read], None], *, stacks: bool = False) -> None:
         super().__init__()
-        self.wanted, self.found = {id(p) for p in wanted}, found
+        self.wanted, self.found = {id(p): p for p in wanted}, found
+        self.stacks = {id(p) for p in self.wanted.values() if stacks and p.dim() == 3}
         self.others: dict[int, str] = {}
+        self._slices: dict[int, tuple[nn.Parameter, int, Tensor]] = {}
         self._held: tuple[Read, Tensor] | None = None
 
     def __torch_function__(
@@ -71,8 +76,13 @@ class Watch(TorchFunctionMode):
         result = func(*args, **(kwargs or {}))
         if handed_on and self._held is not None:
             self._hand_on(result)
+        if self.stacks and func is Tensor.__getitem__ and id(args[0]) in self.stacks:
+            self._slice(args[0], args[1], result)
         reader = _READERS.get(func)
         read = reader(*args, **(kwargs or {})) if reader else None
+        if read is not None and id(read.weight) in self._slices:
+            weight, part, _ = self._slices[id(read.weight)]
+            read = replace(read, weight=weight, part=part)
         if read is not None and id(read.weight) in self.wanted:
             self.finish()
             # copies, since the model may go on in place
@@ -82,6 +92,12 @@ class Watch(TorchFunctionMode):
                 if id(value) in self.wanted:
                     self.others[id(value)] = func.__name__
         return result
+
+    def _slice(self, stack: nn.Parameter, index: Any, result: Any) -> None:
+        """Remember which matrix of a stack was taken."""
+        scalar = isinstance(index, Tensor) and index.dim() == 0 and not index.is_floating_point()
+        if isinstance(result, Tensor) and result.dim() == 2 and (isinstance(index, int) or scalar):
+            self._slices[id(result)] = stack, int(index) % len(stack), result  # held, so that no number is used twice
 
     def _used(self, name: str, args: tuple[Any, ...]) -> bool:
         """A call that is about to run: hand the last read over if the call uses its output; True if it hands it on.
@@ -205,9 +221,9 @@ def _tuple(value: Any, n: int) -> tuple[int, ...]:
 def _call(
     weight: Tensor, bias: Tensor | None, x: Tensor, in_axis: int, out_axis: int, conv: Conv | None
 ) -> Read | None:
-    if not isinstance(weight, nn.Parameter) or (bias is not None and not isinstance(bias, nn.Parameter)):
+    if bias is not None and not isinstance(bias, nn.Parameter):
         return None
-    return Read(weight, bias, x, x, in_axis, out_axis, conv)
+    return Read(weight, bias, x, x, in_axis, out_axis, conv)  # type: ignore[arg-type]  # `Watch` looks at the weight
 
 
 _READERS: dict[Any, Callable[..., Read | None]] = {

@@ -5,15 +5,18 @@ The blocks are the module list that holds the most weights. Each must run once, 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from prunella.blockwise.chain import Block, Call, Keep, Runner
+from prunella.blockwise.stacks import routers
 from prunella.errors import NotSupported, PruningError
 from prunella.forward import tensors
 from prunella.graph.blocks import swap
@@ -165,6 +168,10 @@ def _on_meta(path: str, block: Callable[..., Any], call: Call) -> Any:
         raise NotSupported(f"{path} cannot be run without its weights", why, _INSTEAD) from error
 
 
+def _light(tensor: Tensor) -> Tensor:
+    return tensor.to("meta", torch.bfloat16 if tensor.is_floating_point() else tensor.dtype)
+
+
 class _Called(nn.Module):
     """A block as a model of one argument for all that it is given."""
 
@@ -177,15 +184,17 @@ class _Called(nn.Module):
 
 
 def layers_of(model: nn.Module, path: str, call: Call, skip: Sequence[str]) -> list[Layer]:
-    """The layers of a block that hold no data yet, under their names in the model."""
-    inputs = pytree.tree_map_only(Tensor, lambda t: t.to("meta"), (call.args, call.kwargs))
+    """The layers of a block that hold no data yet but for routers, under their names in the model."""
+    # The type does not matter without values, and torch multiplies the experts of a mixture in this one alone then.
+    block = copy.deepcopy(model.get_submodule(path)).to(torch.bfloat16)
+    inputs = pytree.tree_map_only(Tensor, _light, (call.args, call.kwargs))
     try:
-        graph = couple(_Called(model.get_submodule(path)), inputs)
+        graph = couple(_Called(block), inputs)
     except PruningError as error:
         raise NotSupported(f"{path} cannot be traced without its weights", str(error), _INSTEAD) from error
-    found = []
+    found, routing = [], routers(graph)
     for layer in first_seen(graph.layers):
         name, entity = (f"{path}.{text.removeprefix('block.')}" for text in (layer.name, layer.entity))
-        if not chosen(parts(entity), skip, ()):
+        if layer.entity not in routing and not chosen(parts(entity), skip, ()):
             found.append(replace(layer, name=name, entity=entity))
     return found

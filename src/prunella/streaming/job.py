@@ -18,6 +18,7 @@ from prunella.apply import forget_masks_
 from prunella.blockwise.chain import Block, Call, Calls, Keep, uncached
 from prunella.blockwise.one_shot import Fit, Job, OneShot, Solving
 from prunella.blockwise.processes import Processes
+from prunella.blockwise.stacks import experts_run, in_turns, matrix_of
 from prunella.errors import RequestError
 from prunella.forward import forward, mode, tensors
 from prunella.graph.structure import Layer
@@ -139,7 +140,7 @@ class Prepared:
         return len(self.paths) * (solving / self.team.count + by_batch * len(self.data))
 
     def _captured(self, batches: Sequence[Any], keep: Keep) -> Captured:
-        with self._quiet():
+        with self._quiet(), experts_run(self.skeleton.model, "batched_mm"):
             return capture(self.skeleton, batches, forward, keep)
 
     def _job(self, captured: Captured, keep: Keep) -> Job:
@@ -150,7 +151,7 @@ class Prepared:
         """Read, prune and write one block."""
         names = self.skeleton.names_in(block.path)
         self.skeleton.fill_(names)
-        with self._quiet():
+        with self._quiet(), experts_run(self.skeleton.model, "eager"):
             job.block(block, self.layers[block.path])
         if self.team.first:
             write_shard(shard, self.skeleton.values(names))
@@ -160,7 +161,7 @@ class Prepared:
     def _replay(self, job: Job, block: Block, shard: Path) -> None:
         """Run a block of an earlier run for its outputs."""
         names, stored = self.skeleton.names_in(block.path), read_header(shard)
-        with self._quiet():
+        with self._quiet(), experts_run(self.skeleton.model, "eager"):
             if self.how.refine is not None:
                 self.skeleton.fill_(names)
                 job.wanted(block, job.feed.calls(block))
@@ -204,21 +205,28 @@ class Prepared:
                     "process": base,
                     "block": size * (1 if not refining else _TRAINED),
                     "stream": stream * self.copies,
+                    "conversion": 2 * self.skeleton.converted(self.skeleton.names_in(path)),
                     "constants": first.constants,
                     "work": self._work(path, Calls(first.calls[path], first.streams)[0]),
                 }
                 found.append(amounts.Peak(sizes, on_disk))
         return found
 
+    def _likes(self, path: str) -> Iterator[tuple[Layer, Tensor]]:
+        """The layers of a block, each with a weight of its shape."""
+        for layer in self.layers[path]:
+            yield layer, self.skeleton.like[layer.entity]
+
     def _work(self, path: str, call: Call) -> int:
         """The most beside the weights: a pass with what the layers read and give, or a solver with its Gram matrix."""
         stream = call.stream
         module = self.skeleton.model.get_submodule(path)
-        with self._quiet():
+        with self._quiet(), experts_run(self.skeleton.model, "batched_mm"):
             passing = amounts.forward_bytes(module, call, trained=self.how.refine is not None)
-        sides = [to_matrix(self.skeleton.like[layer.entity], layer).shape for layer in self.layers[path]]
+        turns = [(like, layer, next(in_turns(like, layer))) for layer, like in self._likes(path)]
+        sides = [to_matrix(*matrix_of(like, layer, parts[0])).shape for like, layer, parts in turns]
         reads = stream.shape[:-1].numel() * sum(map(sum, sides)) * stream.element_size()
-        gram = max((16 * columns**2 for _, columns in sides), default=0)
+        gram = max((16 * s[1] ** 2 * len(parts) for s, (_, _, parts) in zip(sides, turns, strict=True)), default=0)
         solving = max((amounts.solver_bytes(self.how, *side) for side in set(sides)), default=0)
         return int(amounts.MARGIN * max(passing + max(reads, gram), solving))
 

@@ -65,10 +65,11 @@ def card_of(job: Prepared, solving: Solving) -> Card:
 def _around(job: Prepared, folder: Path) -> None:
     """Copy what is outside the blocks; of tied tensors that the files hold twice, the first."""
     inside = tuple(f"{path}." for path in job.paths)
-    stored, aliases = job.skeleton.stored, job.skeleton.aliases
+    stored, aliases, files = job.skeleton.stored, job.skeleton.aliases, job.skeleton.files
     first = {name: next(a for a in aliases.get(name, (name,)) if a in stored) for name in stored}
-    rest = {name: found for name, found in stored.items() if not name.startswith(inside) and first[name] == name}
-    write_shard(folder / shard_name(len(job.paths) + 1, len(job.paths) + 1), rest)
+    rest = {name for name in stored if not name.startswith(inside) and first[name] == name}
+    kept = {key: found for key, found in files.raw.items() if rest.issuperset(files.names[key])}
+    write_shard(folder / shard_name(len(job.paths) + 1, len(job.paths) + 1), kept)
 
 
 def _index(folder: Path, count: int) -> None:

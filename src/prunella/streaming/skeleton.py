@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 from prunella.errors import BadInput, NotSupported
 from prunella.forward import tensors
 from prunella.models import call_user, class_of, import_transformers
+from prunella.streaming.converted import Converted, Files
 from prunella.streaming.shards import Stored
 
 
@@ -33,7 +34,7 @@ class Skeleton:
     """The model, and where each of its tensors lies. Ties stay ties, whichever of the names the files have."""
 
     def __init__(self, folder: Path, stored: Mapping[str, Stored]) -> None:
-        self.model, self.stored = _built(folder), stored
+        self.model = _built(folder)
         named = dict(_named(self.model))
         groups: dict[int, list[str]] = {}
         for name, tensor in named.items():
@@ -41,6 +42,8 @@ class Skeleton:
         self.aliases = {name: tuple(groups[id(tensor)]) for name, tensor in named.items()}
         self.like = {name: tensor.detach().to("meta") for name, tensor in named.items()}
         self.persistent = frozenset(self.model.state_dict(keep_vars=True)) & named.keys()
+        self.files = Files(self.model, stored)
+        self.stored = self.files.stored
         self.used: set[str] = set()
         self._check(folder)
         self.empty_(self.persistent)
@@ -60,7 +63,7 @@ class Skeleton:
             why = f"{virtual[0]} is in no file, and its constructor leaves it empty"
             raise NotSupported(f"{folder} cannot be read block by block", why, "load it whole, and use solve_")
 
-    def source_of(self, name: str) -> Stored | None:
+    def source_of(self, name: str) -> Stored | Converted | None:
         """Where the tensor of this name, or one that it is tied to, lies."""
         return next((self.stored[alias] for alias in self.aliases[name] if alias in self.stored), None)
 
@@ -68,18 +71,26 @@ class Skeleton:
         """Names of the stored tensors of a module."""
         return [name for name in self.like if name in self.persistent and name.startswith(f"{path}.")]
 
-    def around(self) -> list[Stored]:
+    def around(self) -> list[Stored | Converted]:
         """What was read for the modules outside the blocks when they ran."""
         return [found for name in sorted(self.used) if (found := self.source_of(name)) is not None]
 
-    def values(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """These tensors as they are now, each under the names that the files have for it."""
-        return {name: _slots(self.model, name)[_leaf(name)].detach() for name in names if name in self.stored}
+    def converted(self, names: Iterable[str]) -> int:
+        """Bytes of the largest of these tensors that is made of others when it is read."""
+        sources = map(self.source_of, names)
+        return max((found.size for found in sources if isinstance(found, Converted)), default=0)
 
-    def fill_(self, names: Iterable[str], other: Mapping[str, Stored] | None = None) -> None:
-        """Read these tensors, from `other` where it has them, and put each wherever it is used."""
+    def values(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """These tensors as they are now, each under the names and in the pieces that the files have for it."""
+        return self.files.written(
+            {name: _slots(self.model, name)[_leaf(name)].detach() for name in names if name in self.stored}
+        )
+
+    def fill_(self, names: Iterable[str], shard: Mapping[str, Stored] | None = None) -> None:
+        """Read these tensors, from `shard` where it has them, and put each wherever it is used."""
+        other = self.files.read(shard)[0] if shard else {}
         for name in names:
-            source = next((other[alias] for alias in self.aliases[name] if other and alias in other), None)
+            source = next((other[alias] for alias in self.aliases[name] if alias in other), None)
             source = source or self.source_of(name)
             if source is not None:
                 self._place(name, source.read())

@@ -1,0 +1,119 @@
+"""Files that hold the weights of a model under other names or in other pieces, experts one by one for example.
+
+What becomes what is transformers' own table of conversions; here it is done tensor by tensor, when one is asked for.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prunella.streaming.shards import Stored
+
+
+@dataclass(frozen=True)
+class Converted:
+    """A tensor of the model that is made of others when it is read."""
+
+    name: str
+    group: Group
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    size: int
+
+    def read(self) -> Tensor:
+        """The tensor, in memory of its own."""
+        made = self.group.convert({key: stored.read() for key, stored in self.group.sources.items()})
+        return made[self.name].contiguous()
+
+
+@dataclass(frozen=True)
+class Group:
+    """Tensors of files that are converted together, under the name of the first of what they become.
+
+    patterns: which part of the conversion each belongs to.
+    """
+
+    name: str
+    conversion: Any
+    sources: Mapping[str, Stored]
+    patterns: Mapping[str, str]
+
+    def convert(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What these tensors become."""
+        conversion = copy.deepcopy(self.conversion)
+        for key, value in values.items():
+            conversion.add_tensor(self.name, key, self.patterns[key], value)
+        made = conversion.convert(self.name)
+        return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
+
+
+class Files:
+    """The tensors of a model by their names in it, `stored`; `raw` has them as the files do.
+
+    back: whether what is written gets the names and pieces of the files again.
+    """
+
+    def __init__(self, model: nn.Module, raw: Mapping[str, Stored]) -> None:
+        self._model, self.raw = model, raw
+        self._table = _table(model)
+        self.stored, self.names = self.read(raw)
+        self.back = self._table is not None and self._goes_back()
+
+    def read(self, raw: Mapping[str, Stored]) -> tuple[dict[str, Stored | Converted], dict[str, tuple[str, ...]]]:
+        """The tensors of files by their names in the model, and for each tensor of a file the names that it becomes."""
+        if self._table is None:
+            return dict(raw), {key: (key,) for key in raw}
+        renamings, converters, loading = self._table
+        found: dict[str, Stored | Converted] = {}
+        names: dict[str, tuple[str, ...]] = {}
+        groups: dict[str, tuple[Any, dict[str, str]]] = {}
+        expected = dict.fromkeys(self._model.state_dict())
+        for key in sorted(raw, key=loading.dot_natural_key):
+            prefix = self._model.base_model_prefix
+            name, pattern = loading.rename_source_key(key, renamings, converters, prefix, {k: k for k in expected})
+            if key in expected or pattern is None:
+                name = key if key in expected else name
+                found[name], names[key] = raw[key], (name,)
+            else:
+                conversion = next(c for c in converters if pattern in c.source_patterns)
+                groups.setdefault(name, (conversion, {}))[1][key] = pattern
+        for name, (conversion, patterns) in groups.items():
+            group = Group(name, conversion, {key: raw[key] for key in patterns}, patterns)
+            bare = {k: torch.empty(s.shape, dtype=s.dtype, device="meta") for k, s in group.sources.items()}
+            made = group.convert(bare)
+            for other, like in made.items():
+                size = like.numel() * like.element_size()
+                found[other] = Converted(other, group, like.dtype, tuple(like.shape), size)
+            names |= dict.fromkeys(patterns, tuple(made))
+        return found, names
+
+    def written(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Tensors of the model as the files have them."""
+        if not self.back or self._table is None:
+            return dict(values)
+        reverted: dict[str, Tensor] = self._table[2].revert_weight_conversion(self._model, dict(values))
+        return reverted
+
+    def _goes_back(self) -> bool:
+        bare = {k: torch.empty(s.shape, dtype=s.dtype, device="meta") for k, s in self.stored.items()}
+        self.back = True
+        return set(self.written(bare)) == set(self.raw)
+
+
+def _table(model: nn.Module) -> tuple[list[Any], list[Any], Any] | None:
+    """transformers' renamings and conversions for this model, and the module that applies them; None if it has none."""
+    try:
+        loading = import_module("transformers.core_model_loading")
+        mapping = import_module("transformers.conversion_mapping").get_model_conversion_mapping(model)
+    except (ImportError, AttributeError):  # an older transformers, or no model of it
+        return None
+    renamings = [one for one in mapping if isinstance(one, loading.WeightRenaming)]
+    converters = [one for one in mapping if isinstance(one, loading.WeightConverter)]
+    return renamings, converters, loading
