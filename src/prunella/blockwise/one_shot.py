@@ -325,9 +325,8 @@ class Job:
         self.processes.sum_(*total.values(), seen)
         kind = torch.promote_types(weight.dtype, torch.float32)
         counted = dict(zip(parts, seen.tolist(), strict=True))
-        return {
-            p: (g.to(kind) if counted[p] else torch.eye(wide).to(g.device, kind), counted[p]) for p, g in total.items()
-        }
+        alone = torch.eye(wide, dtype=kind, device=weight.device)
+        return {part: (gram.to(kind) if counted[part] else alone, counted[part]) for part, gram in total.items()}
 
     def _solve_(
         self, pieces: Sequence[Piece], grams: Mapping[Part, tuple[Gram, int]], made: Mapping[nn.Parameter, Made]
