@@ -94,6 +94,25 @@ def test_an_expert_that_no_token_chooses_goes_by_magnitude() -> None:
     assert torch.equal(model.up[1].detach(), expected)
 
 
+def test_experts_that_run_in_one_product_are_named_as_left_whole() -> None:
+    class Batched(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.before, self.experts = nn.Linear(8, 12), nn.Parameter(torch.randn(4, 12, 8))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.bmm(self.before(x).expand(4, -1, -1), self.experts).sum(0)
+
+    model = Batched()
+    before = model.experts.detach().clone()
+    done = pr.solve_(model, batches()[0], HOW, data=batches())
+    assert {fit.name: fit.skipped for fit in done.fits if fit.skipped} == {
+        "experts": "its matrices are read all at once"
+    }
+    assert torch.equal(model.experts.detach(), before)
+
+
 def test_few_grams_at_a_time_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     whole, turns = Mixture(), Mixture()
     pr.solve_(whole, batches()[0], HOW, data=batches())

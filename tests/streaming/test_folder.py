@@ -125,6 +125,14 @@ def test_a_model_whose_tensors_are_not_in_the_files_is_refused(tmp_path: Path) -
         pr.solve_folder(tmp_path / "in", tmp_path / "out", WANDA, data=data())
 
 
+def test_a_model_that_asks_for_values_before_its_blocks_is_refused(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.Llama4TextConfig(**{**KINDS["Mixtral"][1], "intermediate_size_mlp": 48, "head_dim": 8})
+    transformers.Llama4ForCausalLM(config).save_pretrained(tmp_path / "in")
+    with pytest.raises(NotSupported, match="surrounds the blocks"):
+        pr.solve_folder(tmp_path / "in", tmp_path / "out", WANDA, data=data())
+
+
 STOPPED = """
 import os, signal, sys
 from functools import partial

@@ -18,7 +18,7 @@ from prunella.apply import record_, unwrap
 from prunella.blockwise.chain import Block, Call, Calls, Feed, Keep, blocks_of, uncached
 from prunella.blockwise.processes import ALONE, Processes
 from prunella.blockwise.refine import Refine, refine_
-from prunella.blockwise.stacks import experts_run, in_turns, matrix_of, routers, stack_axis
+from prunella.blockwise.stacks import experts_run, in_turns, matrix_of, routers, stack_axis, unread_stacks
 from prunella.errors import RequestError
 from prunella.forward import batches, mode, tensors
 from prunella.granularity import NM, Element
@@ -162,6 +162,7 @@ def solve_(
     within = {layer.entity for some in inside for layer in some}
     whole = [Fit(x.name, skipped="it is outside the blocks") for x in layers.values() if x.entity not in within]
     whole += [Fit(x.name, skipped="it chooses experts") for x in routing]
+    whole += [Fit(name, skipped="its matrices are read all at once") for name in unread_stacks(root, graph)]
     return Solving((*job.fits, *whole), job.refined)
 
 

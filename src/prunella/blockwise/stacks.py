@@ -51,6 +51,12 @@ def routers(graph: Graph) -> set[str]:
     return {m.entity for m in members if m.role == "out" and out.get(m.entity) == m.axis}
 
 
+def unread_stacks(model: nn.Module, graph: Graph) -> list[str]:
+    """Parameters of three axes that no layer is known to multiply with, such as experts that run in one product."""
+    known = {name for layer in graph.layers for name in graph.entities[layer.entity].names}
+    return [name for name, p in model.named_parameters() if p.dim() == 3 and min(p.shape) > 1 and name not in known]
+
+
 @contextmanager
 def experts_run(model: nn.Module, how: Literal["eager", "batched_mm"]) -> Iterator[None]:
     """Inside, models of transformers run the experts of a mixture in one way.

@@ -114,9 +114,13 @@ class _Stage:
         except (Stop, PruningError) as ended:
             if not isinstance(ended, Stop):
                 raise
-        except Exception:
-            if not self.past:  # what comes after the blocks has no weights here, and may well fail
-                raise
+        except Exception as error:
+            if self.past:  # what comes after the blocks has no weights here, and may well fail
+                return self.first
+            if "meta tensor" in str(error):
+                what = "what surrounds the blocks cannot be run without all weights"
+                raise NotSupported(what, f"it depends on values: {error}".splitlines()[0], _INSTEAD) from error
+            raise
         return self.first
 
     def _stand_in(self, path: str, block: Callable[..., Any]) -> Callable[..., Any]:
