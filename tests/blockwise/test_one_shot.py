@@ -190,6 +190,10 @@ def test_a_language_model_is_pruned_and_still_generates() -> None:
 def test_the_recipe_is_the_solver_and_the_refinement_together() -> None:
     how = pr.one_shot_recipe(pr.NM(2, 4), epochs=20, lr=5e-3)
     assert how == pr.OneShot(pr.NM(2, 4), 0.5, admm, pr.Refine(20, 5e-3))
+    rates = [pr.one_shot_recipe(pr.Element(), sparsity).refine for sparsity in (0.5, 0.6, 0.7, {"a": 0.5, "b": 0.8})]
+    assert [rate and rate.lr for rate in (*rates, pr.one_shot_recipe(pr.NM(2, 8)).refine)] == [
+        2e-3, 2e-3, 3e-3, 3e-3, 3e-3
+    ]  # fmt: skip
     assert pr.one_shot_recipe(epochs=0, sparsity=0.7) == pr.OneShot(pr.Element(), 0.7, admm)
     dense, x, gaps = net(), torch.cat(batches()), []
     for way in (pr.OneShot(pr.NM(2, 4), method=sparsegpt), pr.one_shot_recipe(pr.NM(2, 4), epochs=0), how):

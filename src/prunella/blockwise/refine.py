@@ -20,7 +20,7 @@ class Refine:
 
     `min over the weights of |B'(x') - B(x)|^2 / |B(x)|^2`, with x the dense stream and x' the pruned one, so that the
     block also makes up for what the blocks before it lost (where a block is not fed by the one before, x is x'). Every
-    parameter of the block moves; what the masks remove stays zero. lr: about 1e-4 to 2e-3. Source: block
+    parameter of the block moves; what the masks remove stays zero. lr: about 1e-4 to 3e-3. Source: block
     reconstruction as in Li et al. 2021 (BRECQ), arXiv:2102.05426.
     """
 
