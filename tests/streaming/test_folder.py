@@ -117,6 +117,17 @@ def test_experts_that_lie_apart_in_the_files_are_pruned_and_written_apart(tmp_pa
     assert sum("experts" in fit.name for step in steps for fit in step.fits) == 6
 
 
+def test_a_router_that_a_mapping_names_is_pruned_in_both_ways(tmp_path: Path) -> None:
+    model = write(tmp_path / "in", "Mixtral")
+    how = pr.OneShot(pr.Element(), {"model.layers.1.mlp.gate": 0.5, "model.layers.2.self_attn.q_proj": 0.5})
+    pr.solve_folder(tmp_path / "in", tmp_path / "out", how, data=data())
+    pr.solve_(model, data()[0], how, data=data())
+    again = read(tmp_path / "out", model)
+    gates = [found.get_parameter(f"model.layers.{k}.mlp.gate.weight") for found in (model, again) for k in range(3)]
+    assert [float(gate.eq(0).float().mean()) for gate in gates] == [0, 0.5, 0] * 2
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values(), strict=True))
+
+
 def test_a_model_whose_tensors_are_not_in_the_files_is_refused(tmp_path: Path) -> None:
     write(tmp_path / "in")
     for file in (tmp_path / "in").glob("*.safetensors"):

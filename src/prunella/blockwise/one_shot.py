@@ -65,6 +65,10 @@ class OneShot:
             return self.pattern.sparsity
         return self.sparsity.get(layer.name) if isinstance(self.sparsity, Mapping) else self.sparsity
 
+    def names(self, layer: Layer) -> bool:
+        """Whether a mapping of sparsities has the layer, on purpose then."""
+        return isinstance(self.sparsity, Mapping) and layer.name in self.sparsity
+
 
 @dataclass(frozen=True)
 class Fit:
@@ -151,8 +155,9 @@ def solve_(
             for layer in first_seen(graph.layers)
             if not chosen(names_of_layer(graph, layer), skip, ()) and how.of(layer) is not None
         }
-        named = isinstance(how.sparsity, Mapping)  # then a router is there on purpose
-        routing = [] if named else [layers.pop(entity) for entity in routers(graph) if entity in layers]
+        routing = [
+            layers.pop(entity) for entity in routers(graph) if entity in layers and not how.names(layers[entity])
+        ]
         inside = [[x for x in layers.values() if _within(graph.entities[x.entity].names, b)] for b in feed.blocks]
         if not any(inside):
             raise RequestError("there is no layer to prune", "skip=, or the mapping of sparsities, leaves none", "")
@@ -326,8 +331,10 @@ class Job:
         self.processes.sum_(*total.values(), seen)
         kind = torch.promote_types(weight.dtype, torch.float32)
         counted = dict(zip(parts, seen.tolist(), strict=True))
-        alone = torch.eye(wide, dtype=kind, device=weight.device)
-        return {part: (gram.to(kind) if counted[part] else alone, counted[part]) for part, gram in total.items()}
+        for part, count in counted.items():
+            if not count:
+                total[part].fill_diagonal_(1.0)
+        return {part: (gram.to(kind), counted[part]) for part, gram in total.items()}
 
     def _solve_(
         self, pieces: Sequence[Piece], grams: Mapping[Part, tuple[Gram, int]], made: Mapping[nn.Parameter, Made]

@@ -187,8 +187,8 @@ class _Called(nn.Module):
         return self.block(*args, **kwargs)
 
 
-def layers_of(model: nn.Module, path: str, call: Call, skip: Sequence[str]) -> list[Layer]:
-    """The layers of a block that hold no data yet but for routers, under their names in the model."""
+def layers_of(model: nn.Module, path: str, call: Call, skip: Sequence[str]) -> dict[Layer, bool]:
+    """The layers of a block without data, under their names in the model, and whether each routes to experts."""
     # The type does not matter without values, and torch multiplies the experts of a mixture in this one alone then.
     block = copy.deepcopy(model.get_submodule(path)).to(torch.bfloat16)
     inputs = pytree.tree_map_only(Tensor, _light, (call.args, call.kwargs))
@@ -196,9 +196,9 @@ def layers_of(model: nn.Module, path: str, call: Call, skip: Sequence[str]) -> l
         graph = couple(_Called(block), inputs)
     except PruningError as error:
         raise NotSupported(f"{path} cannot be traced without its weights", str(error), _INSTEAD) from error
-    found, routing = [], routers(graph)
+    found, routing = dict[Layer, bool](), routers(graph)
     for layer in first_seen(graph.layers):
         name, entity = (f"{path}.{text.removeprefix('block.')}" for text in (layer.name, layer.entity))
-        if layer.entity not in routing and not chosen(parts(entity), skip, ()):
-            found.append(replace(layer, name=name, entity=entity))
+        if not chosen(parts(entity), skip, ()):
+            found[replace(layer, name=name, entity=entity)] = layer.entity in routing
     return found

@@ -180,7 +180,13 @@ class Prepared:
             call = Calls(first.calls[path], first.streams)[0]
             with self._quiet():
                 some = layers_of(self.skeleton.model, path, call, self.skip)
-            found[path] = [layer for layer in some if self._within(layer, path) and self.how.of(layer) is not None]
+            found[path] = [
+                layer
+                for layer, routes in some.items()
+                if self._within(layer, path)
+                and self.how.of(layer) is not None
+                and (not routes or self.how.names(layer))
+            ]
         if not any(found.values()):
             raise RequestError("there is no layer to prune", "skip=, or the mapping of sparsities, leaves none", "")
         return found
