@@ -57,7 +57,7 @@ def build(name: str) -> Any:
     torch.manual_seed(0)
     model = settle(getattr(hf, kind)(getattr(hf, config)(**sizes)))
     with torch.no_grad():
-        for parameter in {p for p in model.parameters() if p.dim() > 1}:
+        for parameter in (p for p in model.parameters() if p.dim() > 1):  # in their order: a set has another each time
             parameter.copy_(torch.randn(parameter.shape) / 4)  # wide enough for words that are not all the same
     return model
 
