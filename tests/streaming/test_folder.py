@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import prunella as pr
-from prunella.errors import NotSupported, RequestError
+from prunella.errors import BadInput, NotSupported, RequestError
 from prunella.streaming import Step, memory
 from prunella.streaming.folder import WORK
 from prunella.streaming.shards import INDEX
@@ -115,6 +115,18 @@ def test_experts_that_lie_apart_in_the_files_are_pruned_and_written_apart(tmp_pa
     gates = [name for name in after if name.endswith(".gate.weight")]
     assert len(gates) == 3 and all(after[name].equal(before[name]) for name in gates)
     assert sum("experts" in fit.name for step in steps for fit in step.fits) == 6
+
+
+@pytest.mark.parametrize("shape", [None, (3, 5)], ids=["missing", "another shape"])
+def test_experts_that_do_not_fit_together_are_a_clear_error(tmp_path: Path, shape: tuple[int, int] | None) -> None:
+    write(tmp_path / "in", "Mixtral", shard="1GB")
+    (file,) = (tmp_path / "in").glob("*.safetensors")
+    held = load_file(file)
+    name = "model.layers.1.block_sparse_moe.experts.2.w1.weight"
+    held = {k: v for k, v in held.items() if k != name} | ({name: torch.zeros(shape)} if shape else {})
+    save_file(held, file)
+    with pytest.raises(BadInput, match=r"make up model.layers.1.mlp.experts.gate_up_proj do not fit together"):
+        pr.solve_folder(tmp_path / "in", tmp_path / "out", WANDA, data=data())
 
 
 def test_a_router_that_a_mapping_names_is_pruned_in_both_ways(tmp_path: Path) -> None:

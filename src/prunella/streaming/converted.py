@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from prunella.errors import BadInput
 from prunella.streaming.shards import Stored
 
 
@@ -46,11 +47,16 @@ class Group:
     patterns: Mapping[str, str]
 
     def convert(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """What these tensors become."""
+        """What these tensors become. Errors: BadInput where one is missing or has another shape than the rest."""
         conversion = copy.deepcopy(self.conversion)
         for key, value in values.items():
             conversion.add_tensor(self.name, key, self.patterns[key], value)
-        made = conversion.convert(self.name)
+        try:
+            made = conversion.convert(self.name)
+        except (RuntimeError, ValueError, KeyError) as error:
+            what = f"the tensors that make up {self.name} do not fit together"
+            why = f"{next(iter(values))} and {len(values) - 1} others: {error}".splitlines()[0]
+            raise BadInput(what, why, "fetch the folder again") from error
         return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
 
 
