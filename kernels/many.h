@@ -70,6 +70,7 @@ struct ManyTask {
   int32_t strict;          // look for numbers of x that bf16 cannot hold
   float* panel;            // scratch
   float* sums;
+  const float* zeros;      // as many as an image has channels
 };
 
 struct ManyTier {

@@ -46,7 +46,11 @@ void run_one(void* given, int64_t number) {
   int width = task.tile * job.tier->lanes;
   task.panel = prunella::scratch(0, prunella::many_panel(w, width));
   task.sums = prunella::scratch(1, kBandRows * width);
-  if (!task.panel || !task.sums) {
+  const int64_t channels = std::max<int64_t>(1, task.image ? task.image->channels : 0);
+  float* zeros = prunella::scratch(2, channels);
+  if (zeros) std::fill_n(zeros, channels, 0.0f);
+  task.zeros = zeros;
+  if (!task.panel || !task.sums || !zeros) {
     job.failed = true;
   } else if (task.band_first < task.band_last) {
     if (!job.tier->run(task)) job.odd = true;
@@ -85,7 +89,8 @@ extern "C" int prunella_many_linear(const prunella_many* weight, const float* x,
   if (!tokens || !w.m) return PRUNELLA_OK;
   if (!y || (w.k && !x)) return PRUNELLA_BAD_ARGUMENT;
   Job job{};
-  job.task = {&w, nullptr, x, y, {bias, residual, activation}, tokens, 0, 0, 0, 0, tile, strict, nullptr, nullptr};
+  job.task = {&w, nullptr, x, y, {bias, residual, activation}, tokens, 0, 0, 0, 0, tile, strict, nullptr, nullptr,
+              nullptr};
   job.batch = 1;
   return run(job, threads);
 }
@@ -109,8 +114,14 @@ extern "C" int prunella_many_conv(const prunella_many* weight, const prunella_im
   int64_t tokens = shape.out_height * shape.out_width;
   if (!g.batch || !tokens || !w.m) return PRUNELLA_OK;
   if (!y || (w.k && g.height && g.width && !x)) return PRUNELLA_BAD_ARGUMENT;
+  const bool flat = g.kernel_h == 1 && g.kernel_w == 1 && g.stride_h == 1 && g.stride_w == 1 && !g.pad_h && !g.pad_w;
+  if (flat) {  // every pixel is a token: one long line
+    shape.width = shape.out_width = tokens;
+    shape.height = shape.out_height = 1;
+  }
   Job job{};
-  job.task = {&w, &shape, x, y, {bias, residual, activation}, tokens, 0, 0, 0, 0, tile, strict, nullptr, nullptr};
+  job.task = {&w, flat && g.last ? nullptr : &shape, x, y, {bias, residual, activation}, tokens, 0, 0, 0, 0, tile, strict,
+              nullptr, nullptr, nullptr};
   job.batch = g.batch;
   job.x_stride = g.channels * g.height * g.width;
   job.y_stride = tokens * w.m;
