@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import llm
@@ -178,7 +179,7 @@ def rates(bench: Bench, name: str) -> dict[str, Any]:
 
 
 def table(folder: Path) -> str:
-    """The cells that were run, as Markdown: means over seeds with their spread, blocks and seconds of the first."""
+    """The cells that were run, as Markdown: means over seeds, with the spread of perplexity; blocks of the first."""
     lines = ["| cut | way | parameters | perplexity | healed | blocks | CPU s | seeds |", "|" + "---|" * 8]
     for name in sorted({"dense:", *PARTS, *DEPTH}, key=lambda c: (c.split(":")[0], c.split(":")[-1], c)):
         found, after = (_read(folder, cell) for cell in (name, f"heal:{name}"))
@@ -186,7 +187,7 @@ def table(folder: Path) -> str:
             kind, way, amount = (*name.split(":"), "", "")[:3]
             gone, size = ", ".join(found[0].get("dropped", ())), f"{found[0].get('params', 1):.1%}"
             lines.append(f"| {kind} {amount} | {way} | {size} | {_perplexity(found)} | {_perplexity(after)} | {gone} "
-                         f"| {found[0].get('cpu_s', 0):.0f} | {len(found)} |")  # fmt: skip
+                         f"| {fmean(one.get('cpu_s', 0) for one in found):.0f} | {len(found)} |")  # fmt: skip
     for file in sorted(folder.glob("rate_*.json")):
         found = json.loads(file.read_text())
         lines += ["", f"{found['cell']}:", "", *(f"    {line}" for line in found["text"].split("\n"))]
