@@ -10,13 +10,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
+from torch.nn import functional
 
 import prunella as pr
 from prunella.errors import CheckFailed, RequestError
 from prunella.runtime import convert, native, tune, whole
 from prunella.runtime.choice import Problem, Route, from_json, is_dense, spell, to_json
 from prunella.runtime.fuse import Fused, fuse_, traced
-from prunella.runtime.layers import FastLinear, SparseConv2d, SparseLinear
+from prunella.runtime.layers import FastLinear, FoldedConv2d, SparseConv2d, SparseLinear
 from prunella.runtime.native import Activation, Config, Kind, Precision
 from prunella.runtime.restore import restored
 from prunella.runtime.tune import Tuner, blocks_of, configs, decide
@@ -63,6 +64,32 @@ def net(*, tangled: bool = False) -> nn.Module:
     return sown(nn.Sequential(Block(tangled=tangled), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4)))
 
 
+class Stem(nn.Module):
+    """Dense convolutions with batch norms, one in groups and one with a shortcut, ahead of a layer with zeros."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm = nn.Conv2d(8, 8, 3, padding="same", groups=4, bias=False), nn.BatchNorm2d(8)
+        self.second, self.other = nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8)
+        self.last = nn.Conv2d(8, 8, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = functional.silu(self.norm(self.first(x)))
+        made: Tensor = self.last(torch.relu(self.other(self.second(y)) + y))
+        return made
+
+
+def stem() -> nn.Module:
+    torch.manual_seed(0)
+    model = Stem()
+    whole = copy.deepcopy([model.first.weight, model.second.weight])
+    sown(model)
+    with torch.no_grad():
+        for layer, weight in zip((model.first, model.second), whole, strict=True):
+            layer.weight.copy_(weight)
+    return model
+
+
 X, IMAGE = torch.linspace(-1, 1, 6 * 12).view(6, 12), torch.linspace(-2, 2, 2 * 8 * 25).view(2, 8, 5, 5)
 
 
@@ -96,6 +123,49 @@ def test_what_follows_a_layer_alone_joins_it() -> None:
     assert side.norm is None and side.activation is Activation.NONE
     steps = [str(node.target) for node in made.graph.nodes if node.op == "call_module"]  # type: ignore[union-attr]
     assert steps == ["0.one", "0.side", "0.two", "1", "2", "3"]
+
+
+@pytest.mark.usefixtures("eager_to_skip", "kernels")
+def test_batch_norms_join_the_dense_convolutions_of_a_trace_too() -> None:
+    model = stem()
+    made = pr.sparse(model, IMAGE)
+    first, second = made.get_submodule("first"), made.get_submodule("second")
+    assert isinstance(first, FoldedConv2d) and isinstance(second, FoldedConv2d)
+    assert first.activation is Activation.SILU and second.activation is Activation.RELU and first.groups == 4
+    steps = [str(node.target) for node in made.graph.nodes if node.op == "call_module"]  # type: ignore[union-attr]
+    assert steps == ["first", "second", "last"] and pr.sparsified(made).replaced == ("last",)
+    torch.testing.assert_close(made(IMAGE), model(IMAGE), rtol=1e-4, atol=1e-5)
+    assert torch.equal(first.weight, model.get_parameter("first.weight"))
+    again = restored(made)
+    assert {n: t.tolist() for n, t in again.state_dict().items()} == {
+        n: t.tolist() for n, t in model.state_dict().items()
+    }
+    assert pr.sparse(model, IMAGE, fuse=False).get_submodule("first").weight.shape == (8, 2, 3, 3)
+
+
+@pytest.mark.usefixtures("eager_to_skip", "kernels")
+def test_a_folded_norm_follows_its_tensors_and_its_mode() -> None:
+    model = stem()
+    made = pr.sparse(model, IMAGE)
+    made(IMAGE)
+    for part in (model, made):
+        with torch.no_grad():
+            part.get_parameter("first.weight").mul_(-2)
+            (part.norm if part is model else part.first.norm).running_mean.add_(1.5)  # type: ignore[union-attr,operator]
+    torch.testing.assert_close(made(IMAGE), model(IMAGE), rtol=1e-4, atol=1e-5)
+    made.requires_grad_(True)
+    y = made.get_submodule("first")(IMAGE)  # with gradients it is the convolution and the norm that it was made from
+    want = functional.silu(model.norm(model.first(IMAGE)))  # type: ignore[operator]
+    torch.testing.assert_close(y, want, rtol=1e-5, atol=1e-6)
+    grads = [torch.autograd.grad(out.square().sum(), part.get_parameter("first.weight"))[0] for out, part in
+             ((y, made), (want, model))]  # fmt: skip
+    torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-4)
+    with torch.no_grad():
+        mean = functional.batch_norm(
+            functional.conv2d(IMAGE, model.first.weight, None, padding="same", groups=4),  # type: ignore[arg-type,union-attr]
+            None, None, model.norm.weight, model.norm.bias, training=True,  # type: ignore[arg-type,union-attr]
+        )  # fmt: skip
+        torch.testing.assert_close(made.train().get_submodule("first")(IMAGE), functional.silu(mean))
 
 
 @pytest.mark.usefixtures("eager_to_skip", "kernels")

@@ -20,7 +20,7 @@ from prunella.forward import forward
 from prunella.pipeline import Inputs
 from prunella.runtime import native, whole
 from prunella.runtime.choice import Geometry, Problem, Route, Table, is_dense, spell
-from prunella.runtime.fuse import Fused, activation_of, copied, fuse_, traced
+from prunella.runtime.fuse import Fused, activation_of, copied, fold_, fuse_, hooked, traced
 from prunella.runtime.layers import FastLinear, SparseConv2d, SparseLinear
 from prunella.runtime.machine import cpu_name, last_cache
 from prunella.runtime.native import Activation, Precision
@@ -327,14 +327,9 @@ def _stays(module: nn.Module, ran: bool) -> str:
         return f"its weight is {str(weight.dtype)[6:]} on {weight.device.type}"
     if not ran:
         return "the example does not call it"
-    if _hooked(module):
+    if hooked(module):
         return "it has hooks or a parametrisation"
     return ""
-
-
-def _hooked(module: nn.Module) -> bool:
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return any(hooks) or "parametrizations" in module._modules
 
 
 # -- the model with its layers replaced -------------------------------------------------------------------------------
@@ -367,6 +362,7 @@ def assembled(
         return replaced(layers[name], tables[name], fused, norm)
 
     fuse_(program, make, layers)
+    fold_(program)
     return program.eval()
 
 

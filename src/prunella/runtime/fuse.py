@@ -19,6 +19,7 @@ from torch.fx import GraphModule, Interpreter, Node, Tracer
 from torch.nn import functional
 
 from prunella.forward import tensors
+from prunella.runtime.layers import FoldedConv2d
 from prunella.runtime.native import Activation
 
 _MODULES: dict[type[nn.Module], Activation] = {
@@ -114,6 +115,30 @@ def fuse_(program: GraphModule, make: Callable[[str, Fused], nn.Module | None], 
     program.delete_all_unused_submodules()
     program.graph.lint()
     program.recompile()
+
+
+def fold_(program: GraphModule) -> None:
+    """Multiply batch norms into the dense convolutions before them; what follows joins as in `fuse_`."""
+    modules = dict(program.named_modules())
+    convolutions = {name: m for name, m in modules.items() if type(m) is nn.Conv2d and _foldable(m)}
+
+    def make(name: str, fused: Fused) -> nn.Module | None:
+        norm = modules.get(fused.norm or "")
+        if fused.norm is None or not isinstance(norm, nn.BatchNorm2d):
+            return None
+        return FoldedConv2d(convolutions[name], norm, fused.norm, fused.activation).eval()
+
+    fuse_(program, make, convolutions)
+
+
+def _foldable(conv: nn.Conv2d) -> bool:
+    return conv.padding_mode == "zeros" and conv.weight.dtype is torch.float32 and not hooked(conv)
+
+
+def hooked(module: nn.Module) -> bool:
+    """Whether a call of the module does more than its forward, or its weight is computed."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(hooks) or "parametrizations" in module._modules
 
 
 def channels_last_(program: GraphModule) -> bool:

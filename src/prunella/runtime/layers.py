@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, final
 
 import torch
@@ -13,7 +14,7 @@ from prunella.realize.storage import Format, encode
 from prunella.runtime import native, operators
 from prunella.runtime.choice import Geometry, Route, Table, is_dense, is_few
 from prunella.runtime.native import Activation
-from prunella.runtime.store import ACTIVATE, Store, laid_out, run_linear, unpacked
+from prunella.runtime.store import ACTIVATE, Store, finished, laid_out, run_linear, unpacked
 
 _PLAIN = (Tensor, nn.Parameter)
 
@@ -29,8 +30,8 @@ def _quick(x: Tensor, values: Tensor, bias: Tensor | None = None, residual: Tens
     return not torch.is_autocast_enabled("cpu")
 
 
-def _wanted(parts: list[Tensor]) -> bool:
-    return torch.is_grad_enabled() and any(part.requires_grad for part in parts)
+def _wanted(parts: Sequence[Tensor | None]) -> bool:
+    return torch.is_grad_enabled() and any(part is not None and part.requires_grad for part in parts)
 
 
 def _direct(x: Tensor) -> bool:
@@ -165,13 +166,7 @@ class SparseConv2d(nn.Module):
 
     def parts(self) -> list[Tensor]:
         """Mean, variance, scale and shift of the batch norm, or nothing."""
-        norm = self.norm
-        if norm is None:
-            return []
-        mean, variance = norm.running_mean, norm.running_var
-        assert mean is not None and variance is not None  # fusing looked
-        scale = torch.ones_like(mean) if norm.weight is None else norm.weight
-        return [mean, variance, scale, torch.zeros_like(mean) if norm.bias is None else norm.bias]
+        return [] if self.norm is None else norm_parts(self.norm)
 
     def _dense(self, x: Tensor, residual: Tensor | None) -> Tensor:
         g = self.geometry
@@ -184,6 +179,51 @@ class SparseConv2d(nn.Module):
         out, wide, *kernel = self.shape
         part = 1 - self.values.numel() / (out * wide * kernel[0] * kernel[1])
         return f"{wide}, {out}, kernel={tuple(kernel)}, {part:.1%} zeros, activation={self.activation.value}"
+
+
+def norm_parts(norm: nn.BatchNorm2d) -> list[Tensor]:
+    """Mean, variance, scale and shift of a batch norm that keeps running means."""
+    mean, variance = norm.running_mean, norm.running_var
+    assert mean is not None and variance is not None  # fusing looked
+    scale = torch.ones_like(mean) if norm.weight is None else norm.weight
+    return [mean, variance, scale, torch.zeros_like(mean) if norm.bias is None else norm.bias]
+
+
+@final
+class FoldedConv2d(nn.Module):
+    """`y = activation(norm(conv(x, W) + b) + residual)`, dense, with a batch norm in eval mode multiplied into W and b.
+
+    weight and bias are those of the nn.Conv2d, and the tensors of the batch norm stay: only a private copy is folded.
+    """
+
+    def __init__(self, conv: nn.Conv2d, norm: nn.BatchNorm2d, norm_path: str, activation: Activation) -> None:
+        super().__init__()
+        self.weight, self.bias, self.norm = conv.weight, conv.bias, norm
+        self.norm_path, self.activation, self.groups = norm_path, activation, conv.groups
+        self.stride, self.padding, self.dilation = conv.stride, conv.padding, conv.dilation
+        self.store = Store(tuple(conv.weight.shape), Table(((1, Route.TORCH),)), activation)
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """x `(batch, in, h, w)`, residual as the output."""
+        weight, bias, norm = self.weight, self.bias, self.norm
+        parts = norm_parts(norm)
+        own = [weight, bias, *parts]
+        if norm.training or not _direct(x) or not _quick(x, weight, bias, residual) or _wanted(own):
+            y = norm(functional.conv2d(x, weight, bias, self.stride, self.padding, self.dilation, self.groups))
+            return ACTIVATE[self.activation](y if residual is None else y + residual)
+
+        def make() -> tuple[Tensor, Tensor | None]:
+            matrix, shift = operators.folded(weight.reshape(len(weight), -1), bias, parts, norm.eps)
+            return matrix.reshape(weight.shape), shift
+
+        folded, shift = self.store.get(Route.TORCH, own, make)
+        y = functional.conv2d(x, folded, shift, self.stride, self.padding, self.dilation, self.groups)
+        return finished(y, residual, self.activation)
+
+    def extra_repr(self) -> str:
+        """Sizes."""
+        out, wide, *kernel = self.weight.shape
+        return f"{wide * self.groups}, {out}, kernel={tuple(kernel)}, activation={self.activation.value}"
 
 
 @final

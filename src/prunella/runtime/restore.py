@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from prunella.models import import_module
 from prunella.runtime.fuse import copied
-from prunella.runtime.layers import FastLinear, SparseConv2d, SparseLinear
+from prunella.runtime.layers import FastLinear, FoldedConv2d, SparseConv2d, SparseLinear
 from prunella.runtime.native import Activation
 
 _ACTIVATIONS = {Activation.RELU: nn.ReLU, Activation.GELU: nn.GELU, Activation.SILU: nn.SiLU}
@@ -27,7 +29,7 @@ def restored(model: nn.Module) -> nn.Module:
                 _put(made, module.activation_path, _ACTIVATIONS[module.activation]())
         elif isinstance(module, FastLinear):
             _put(made, name, _whole(module))
-        elif isinstance(module, SparseConv2d):
+        elif isinstance(module, SparseConv2d | FoldedConv2d):
             _put(made, name, _conv(module))
             if module.norm is not None:
                 _put(made, module.norm_path, module.norm)
@@ -59,12 +61,14 @@ def _whole(module: FastLinear) -> nn.Module:
     return made.eval()
 
 
-def _conv(module: SparseConv2d) -> nn.Module:
-    out, wide = module.shape[:2]
-    g = module.geometry
+def _conv(module: SparseConv2d | FoldedConv2d) -> nn.Module:
+    how, groups = (module.geometry, 1) if isinstance(module, SparseConv2d) else (module, module.groups)
+    weight = module.weight.detach()
+    out, wide, *kernel = weight.shape
+    sizes: Any = (wide * groups, out, kernel, how.stride, how.padding, how.dilation, groups, module.bias is not None)
     with torch.device("meta"):
-        made = nn.Conv2d(wide, out, g.kernel, g.stride, g.padding, g.dilation, bias=module.bias is not None)
-    return _filled(made, module.weight.detach(), module.bias)
+        made = nn.Conv2d(*sizes)
+    return _filled(made, weight, module.bias)
 
 
 def _filled(made: nn.Module, weight: Tensor, bias: Tensor | None) -> nn.Module:

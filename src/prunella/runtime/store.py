@@ -116,7 +116,7 @@ def run_linear(
         y = torch.ops.mkldnn._linear_pointwise(x.contiguous(), held, bias, "none", [], "")
     else:
         y = functional.linear(x, held, bias)
-    return ACTIVATE[activation](y if residual is None else y + residual)
+    return finished(y, residual, activation)
 
 
 def dense_conv(
@@ -131,7 +131,13 @@ def dense_conv(
     """`activation(conv(x, W) + bias + residual)`, with W as a matrix."""
     weight = matrix.reshape(matrix.shape[0], channels, *geometry.kernel)
     y = functional.conv2d(x, weight, bias, geometry.stride, geometry.padding, geometry.dilation)
-    return ACTIVATE[activation](y if residual is None else y + residual)
+    return finished(y, residual, activation)
+
+
+def finished(y: Tensor, residual: Tensor | None, activation: Activation) -> Tensor:
+    """`activation(y + residual)`, in the memory of y, which nobody else has."""
+    y = y if residual is None else y.add_(residual)
+    return y.relu_() if activation is Activation.RELU else ACTIVATE[activation](y)
 
 
 def finite(x: Tensor) -> bool:
