@@ -148,11 +148,15 @@ def test_a_folded_norm_follows_its_tensors_and_its_mode() -> None:
     model = stem()
     made = pr.sparse(model, IMAGE)
     made(IMAGE)
-    for part in (model, made):
+    for change in (
+        lambda part, norm: part.get_parameter("first.weight").mul_(-2),
+        lambda part, norm: norm.running_mean.add_(1.5),
+        lambda part, norm: norm.bias.sub_(0.5),
+    ):
         with torch.no_grad():
-            part.get_parameter("first.weight").mul_(-2)
-            (part.norm if part is model else part.first.norm).running_mean.add_(1.5)  # type: ignore[union-attr,operator]
-    torch.testing.assert_close(made(IMAGE), model(IMAGE), rtol=1e-4, atol=1e-5)
+            change(model, model.norm)
+            change(made, made.get_submodule("first").norm)
+        torch.testing.assert_close(made(IMAGE), model(IMAGE), rtol=1e-4, atol=1e-5)
     made.requires_grad_(True)
     y = made.get_submodule("first")(IMAGE)  # with gradients it is the convolution and the norm that it was made from
     want = functional.silu(model.norm(model.first(IMAGE)))  # type: ignore[operator]
