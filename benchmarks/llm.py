@@ -60,6 +60,12 @@ def plain(method: Any) -> Make:
     return lambda pattern, sparsity: pr.OneShot(pattern, sparsity, method)
 
 
+def scored(score: Any) -> Make:
+    """A score that changes no weight, the layers of a block at once as in the reference codes."""
+    method = partial(pr.by_score, score=score)
+    return lambda pattern, sparsity: pr.OneShot(pattern, sparsity, method, true_sequential=False)
+
+
 def magnitude(w: Tensor, g: Tensor, p: Any, *, sparsity: float) -> Any:
     """Magnitude over the whole matrix."""
     return pr.by_score(w, g, p, sparsity=sparsity, score=lambda v, _: v.abs())
@@ -67,8 +73,8 @@ def magnitude(w: Tensor, g: Tensor, p: Any, *, sparsity: float) -> Any:
 
 METHODS: dict[str, Make] = {
     "magnitude": plain(magnitude),
-    "wanda": plain(partial(pr.by_score, score=pr.wanda)),
-    "ria": plain(partial(pr.by_score, score=pr.ria)),
+    "wanda": scored(pr.wanda),
+    "ria": scored(pr.ria),
     "sparsegpt": plain(pr.sparsegpt),
     "admm": plain(pr.admm),
     "alps": plain(pr.alps),

@@ -87,7 +87,8 @@ resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 from functools import partial
 import torch
 import prunella as pr
-from transformers import LlamaForCausalLM  # what the libraries take is taken
+from prunella.models import import_module
+import_module("transformers").LlamaForCausalLM  # what the libraries take is taken
 try:
     torch.empty(size, dtype=torch.uint8)
     sys.exit("the whole model fits under this limit: nothing is shown")

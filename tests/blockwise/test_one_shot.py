@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -60,23 +61,27 @@ def batches() -> list[Tensor]:
 HOW = pr.OneShot(pr.Element(), 0.5, partial(admm, damping=0.01))
 
 
-def test_it_is_the_layer_solver_on_what_reaches_each_layer_in_the_pruned_model() -> None:
+@pytest.mark.parametrize("true_sequential", [True, False])
+def test_it_is_the_layer_solver_on_what_reaches_each_layer_in_the_pruned_model(true_sequential: bool) -> None:
     model, hand = net(), net()
-    done = pr.solve_(model, batches()[0], HOW, data=batches())
+    how = replace(HOW, true_sequential=true_sequential)
+    done = pr.solve_(model, batches()[0], how, data=batches())
     with torch.no_grad():
         stream = [hand.first(batch) for batch in batches()]
         for block in hand.blocks:
             assert isinstance(block, Half)
+            dense = copy.deepcopy(block)
             for layer, inputs in (
-                (block.up, lambda x: x + 1),
-                (block.down, lambda x, b=block: torch.relu(b.up(x + 1))),
+                (block.up, lambda x, b: x + 1),
+                (block.down, lambda x, b: torch.relu(b.up(x + 1))),
             ):
-                x = torch.cat([inputs(part) for part in stream])
+                x = torch.cat([inputs(part, block if true_sequential else dense) for part in stream])
                 layer.weight.copy_(admm(layer.weight, x.T @ x, sparsity=0.5).weight)
             stream = [block(part, torch.ones(12)) for part in stream]
     for name, value in model.state_dict().items():
         assert torch.allclose(value, hand.state_dict()[name], atol=1e-5), name
     assert done.sparsity == 0.5 and [fit.tokens for fit in done.fits[:6]] == [90] * 6
+    assert [fit.name for fit in done.fits[:6]] == [f"blocks.{k}.{part}" for k in range(3) for part in ("up", "down")]
     assert [fit.name for fit in done.fits if fit.skipped] == ["first", "last"]
 
 

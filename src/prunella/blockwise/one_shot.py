@@ -46,13 +46,16 @@ class OneShot:
 
     pattern: `Element()`, `Element(per_row=True)`, `NM(2, 4)` or `Block(r, c)`. sparsity: of every layer in [0, 1), or a
     mapping of layer names, which leaves the others whole; `NM` has its own. method: a layer solver, knobs bound by
-    `functools.partial`. refine: gradient steps for each block after its layers, or None.
+    `functools.partial`. refine: gradient steps for each block after its layers, or None. true_sequential: a layer sees
+    those before it in its block pruned; else, as in the reference codes of Wanda and SparseGPT, it sees them dense, and
+    only the blocks before are pruned.
     """
 
     pattern: Pattern = field(default_factory=Element)
     sparsity: float | Mapping[str, float] = 0.5
     method: LayerSolver = admm
     refine: Refine | None = None
+    true_sequential: bool = True
 
     def __post_init__(self) -> None:
         for value in self.sparsity.values() if isinstance(self.sparsity, Mapping) else [self.sparsity]:
@@ -237,7 +240,9 @@ class Job:
         masks: dict[nn.Parameter, Mask] = {}
         named = dict(self.model.named_parameters(remove_duplicate=False))
         mine = {named[layer.entity]: layer for layer in layers}
-        for shared, uses in self._shared(block, calls, mine):
+        groups = self._shared(block, calls, mine)
+        order = [mine[weight].name for shared, _ in groups for weight in shared]
+        for shared, uses in groups if self.how.true_sequential else reversed(groups):  # the last one disturbs no other
             made = {weight: Made(torch.ones_like(weight, dtype=torch.bool)) for weight in shared}
             for parts in in_turns(shared[0], mine[shared[0]]):
                 grams = self._grams(block, calls, shared[0], mine[shared[0]], uses, parts)
@@ -246,6 +251,8 @@ class Job:
             for weight in shared:
                 self._done(made[weight].fit(mine[weight].name))
                 masks[weight] = made[weight].mask
+        if order:
+            self.fits[-len(order) :] = sorted(self.fits[-len(order) :], key=lambda fit: order.index(fit.name))
         record_(self.model, masks)
         outputs: Sequence[Tensor] | None = None
         if self.how.refine is not None and block.path and masks:

@@ -18,9 +18,9 @@ def _magnitude(weight: Weight, norm: InputNorm) -> Saliency:
 
 
 def _by_rows(score: Callable[[Weight, InputNorm], Saliency], pattern: Pattern, sparsity: float) -> OneShot:
-    """Single weights compete within their row, as in the papers of these scores."""
+    """Single weights compete within their row, and a block is scored as a whole, as in the papers of these scores."""
     rows = Element(per_row=True) if isinstance(pattern, Element) else pattern
-    return OneShot(rows, sparsity, partial(by_score, score=score))
+    return OneShot(rows, sparsity, partial(by_score, score=score), true_sequential=False)
 
 
 PRESETS: Mapping[str, Callable[..., OneShot]] = {
