@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -30,7 +31,9 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return {k: v for file in sorted(folder.glob("*.safetensors")) for k, v in load_file(file).items()}
 
 
-@pytest.mark.parametrize("how", [pr.OneShot(), PATTERN], ids=["admm", "2:4 refined"])
+@pytest.mark.parametrize(
+    "how", [pr.OneShot(), PATTERN, replace(WANDA, true_sequential=False)], ids=["admm", "2:4 refined", "blocks at once"]
+)
 @pytest.mark.parametrize("kind", KINDS)
 def test_it_is_the_model_pruned_in_memory_bit_for_bit(tmp_path: Path, kind: str, how: pr.OneShot) -> None:
     model = write(tmp_path / "in", kind)
