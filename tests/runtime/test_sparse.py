@@ -577,7 +577,7 @@ def test_dense_fast_leaves_a_model_that_gains_nothing(monkeypatch: pytest.Monkey
 
 
 def test_a_compiler_takes_the_whole_model(kernels: Calls, eager_to_skip: None) -> None:
-    for make, x in ((mlp, X), (net, IMAGE)):
+    for make, x in ((mlp, X), (net, IMAGE), (stem, IMAGE)):
         made = pr.sparse(make(), x)
         with torch.inference_mode():
             compiled = torch.compile(made, fullgraph=True, backend="aot_eager")
