@@ -14,7 +14,7 @@ from torch.nn import functional
 
 import prunella as pr
 from prunella.errors import CheckFailed, RequestError
-from prunella.runtime import convert, native, tune, whole
+from prunella.runtime import convert, native, operators, tune, whole
 from prunella.runtime.choice import Problem, Route, from_json, is_dense, spell, to_json
 from prunella.runtime.fuse import Fused, fuse_, traced
 from prunella.runtime.layers import FastLinear, FoldedConv2d, SparseConv2d, SparseLinear
@@ -141,6 +141,22 @@ def test_batch_norms_join_the_dense_convolutions_of_a_trace_too() -> None:
         n: t.tolist() for n, t in model.state_dict().items()
     }
     assert pr.sparse(model, IMAGE, fuse=False).get_submodule("first").weight.shape == (8, 2, 3, 3)
+
+
+@pytest.mark.usefixtures("eager_to_skip", "kernels")
+@pytest.mark.parametrize("affine", [True, False])
+def test_a_norm_is_folded_once_and_one_without_a_scale_stays(monkeypatch: pytest.MonkeyPatch, affine: bool) -> None:
+    torch.manual_seed(0)
+    whole, part = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 3)
+    model = nn.Sequential(whole, nn.BatchNorm2d(8, affine=affine), sown(part), nn.BatchNorm2d(8, affine=affine)).eval()
+    made, folds = pr.sparse(model, IMAGE), list[int]()
+    folded = operators.folded
+    monkeypatch.setattr(operators, "folded", lambda *args: folds.append(1) or folded(*args))
+    fresh = copy.deepcopy(made)
+    held = [fresh(IMAGE) for _ in range(3)]  # held, so that no memory is used again
+    torch.testing.assert_close(held[-1], model(IMAGE), rtol=1e-4, atol=1e-5)
+    joined = [isinstance(made.get_submodule("0"), FoldedConv2d), made.get_submodule("2").norm is not None]
+    assert joined == [affine, affine] and len(folds) == (2 if affine else 1)  # without a norm the weight as it is
 
 
 @pytest.mark.usefixtures("eager_to_skip", "kernels")

@@ -192,7 +192,10 @@ def _is_norm(node: Node, modules: Mapping[str, nn.Module]) -> bool:
         return False
     norm, path = modules[str(node.target)], str(node.target)
     alone = sum(n.op == "call_module" and n.target == path for n in node.graph.nodes) == 1
-    return type(norm) is nn.BatchNorm2d and norm.running_mean is not None and not norm.training and alone
+    if type(norm) is not nn.BatchNorm2d or norm.training or not alone:
+        return False
+    # One without a scale would have to make ones in each call, and the layer would be folded and packed again for them.
+    return all(part is not None for part in (norm.running_mean, norm.running_var, norm.weight, norm.bias))
 
 
 def _added(node: Node, one: Node) -> Node | None:
