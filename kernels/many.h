@@ -66,7 +66,7 @@ struct ManyTask {
   int64_t tokens;          // of this image or matrix
   int64_t first, count;    // tokens of this task
   int32_t band_first, band_last;
-  int32_t tile;            // vectors side by side
+  int32_t tile;            // vectors of tokens side by side; 0: 16 rows are the lanes (many_direct.inc)
   int32_t strict;          // look for numbers of x that bf16 cannot hold
   float* panel;            // scratch
   float* sums;
@@ -85,6 +85,6 @@ extern const ManyTier many_avx512;
 extern const ManyTier many_avx512bf16;
 
 // Floats of scratch that a task needs.
-static inline int64_t many_panel(const ManyWeight& w, int width) { return (w.k + w.blocks) * int64_t(width); }
+static inline int64_t many_panel(const ManyWeight& w, int64_t width) { return (w.k + w.blocks) * width; }
 
 }  // namespace prunella

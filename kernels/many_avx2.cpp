@@ -1,3 +1,4 @@
+#include <immintrin.h>
 #define LANES 8
 #include "many_body.inc"
 

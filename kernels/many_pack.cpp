@@ -51,8 +51,9 @@ void pack_rows(prunella_many& made, const Source& source, int64_t row, int64_t r
   });
   for (int64_t i = 0; i < rows; i += side) {
     const Piece& longest = pieces[order[i]];
-    ManyGroup group{int64_t(made.index.size()), int64_t(made.value.size()),
-                    int32_t((longest.last - longest.first + step - 1) / step), {-1, -1, -1, -1}};
+    int32_t count = int32_t((longest.last - longest.first + step - 1) / step);
+    if (step == 1) count = (count * side + 3) / 4 * 4 / side;  // the kernels take four entries at a time
+    ManyGroup group{int64_t(made.index.size()), int64_t(made.value.size()), count, {-1, -1, -1, -1}};
     for (int q = 0; q < side && i + q < rows; q++) group.row[q] = order[i + q];
     for (int32_t s = 0; s < group.count; s++)
       for (int q = 0; q < side; q++) {
@@ -89,8 +90,7 @@ void pack_shared(prunella_many& made, const Source& source, int64_t row, int64_t
         made.value.push_back(here ? source.values[pieces[q].first++] : 0.0f);
       }
     }
-    for (int q = 0; q < side; q += 4)
-      made.group.push_back(ManyGroup{at, value + q, int32_t(shared.size()), {int32_t(i) + q, 0, 0, 0}});
+    made.group.push_back(ManyGroup{at, value, int32_t(shared.size()), {int32_t(i), 0, 0, 0}});
   }
 }
 

@@ -13,6 +13,7 @@ using prunella::ManyWeight;
 namespace {
 
 constexpr int64_t kBandRows = 192 + 16;
+constexpr int64_t kDirectTokens = 24;  // tile 0: whole passes of all tiers
 
 struct Job {
   ManyTask task;
@@ -43,9 +44,9 @@ void run_one(void* given, int64_t number) {
   task.x += image * job.x_stride;
   task.y += image * job.y_stride;
   if (task.end.residual) task.end.residual += image * job.y_stride;
-  int width = task.tile * job.tier->lanes;
-  task.panel = prunella::scratch(0, prunella::many_panel(w, width));
-  task.sums = prunella::scratch(1, kBandRows * width);
+  const int64_t width = int64_t(task.tile) * job.tier->lanes;
+  task.panel = prunella::scratch(0, std::max<int64_t>(1, prunella::many_panel(w, width)));
+  task.sums = prunella::scratch(1, std::max<int64_t>(1, kBandRows * width));
   const int64_t channels = std::max<int64_t>(1, task.image ? task.image->channels : 0);
   float* zeros = prunella::scratch(2, channels);
   if (zeros) std::fill_n(zeros, channels, 0.0f);
@@ -60,7 +61,8 @@ void run_one(void* given, int64_t number) {
 int run(Job& job, int32_t threads) {
   const ManyWeight& w = *job.task.weight;
   job.tier = prunella::tier().many;
-  int64_t width = int64_t(job.task.tile) * job.tier->lanes;
+  if (!job.task.tile && (job.task.image || w.precision == prunella::kHalf)) job.task.tile = 2;
+  int64_t width = job.task.tile ? int64_t(job.task.tile) * job.tier->lanes : kDirectTokens;
   int64_t tiles = (job.task.tokens + width - 1) / width;
   // Whole tiles for each thread where there are enough; else rows are split too.
   int64_t wanted = std::max<int64_t>(1, threads) * 4;
@@ -74,7 +76,8 @@ int run(Job& job, int32_t threads) {
 }
 
 bool has_tile(const prunella_many* weight, int32_t tile) {
-  if (weight && weight->weight.precision == prunella::kHalf && tile % 2) return false;
+  if (!weight || (weight->weight.precision == prunella::kHalf && tile % 2)) return false;
+  if (tile == 0) return weight->weight.kind == prunella::kBlock16;
   return (tile >= 1 && tile <= 4) || tile == 6 || tile == 8;
 }
 
@@ -83,7 +86,7 @@ bool has_tile(const prunella_many* weight, int32_t tile) {
 extern "C" int prunella_many_linear(const prunella_many* weight, const float* x, int64_t tokens, const float* bias,
                                     const float* residual, int32_t activation, int32_t strict, int32_t tile,
                                     int32_t threads, float* y) {
-  if (!weight || tokens < 0 || !has_tile(weight, tile) || threads < 1) return PRUNELLA_BAD_ARGUMENT;
+  if (tokens < 0 || !has_tile(weight, tile) || threads < 1) return PRUNELLA_BAD_ARGUMENT;
   if (activation < 0 || activation > prunella::kSilu || strict < 0 || strict > 1) return PRUNELLA_BAD_ARGUMENT;
   const ManyWeight& w = weight->weight;
   if (!tokens || !w.m) return PRUNELLA_OK;
@@ -98,7 +101,7 @@ extern "C" int prunella_many_linear(const prunella_many* weight, const float* x,
 extern "C" int prunella_many_conv(const prunella_many* weight, const prunella_image* image, const float* x,
                                   const float* bias, const float* residual, int32_t activation, int32_t strict,
                                   int32_t tile, int32_t threads, float* y) {
-  if (!weight || !image || !has_tile(weight, tile) || threads < 1) return PRUNELLA_BAD_ARGUMENT;
+  if (!image || !has_tile(weight, tile) || threads < 1) return PRUNELLA_BAD_ARGUMENT;
   if (activation < 0 || activation > prunella::kSilu || strict < 0 || strict > 1) return PRUNELLA_BAD_ARGUMENT;
   const ManyWeight& w = weight->weight;
   const prunella_image& g = *image;

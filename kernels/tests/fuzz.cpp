@@ -220,7 +220,7 @@ void try_few(Bytes& in, Rows& rows, Product& out, int32_t threads) {
 
 void try_many(Bytes& in, Rows& rows, Product& out, int32_t threads) {
   static const int32_t sides[] = {1, 2, 4};
-  const int32_t kind = static_cast<int32_t>(in.next(1) % 6), side = sides[in.next(1) % 3], tile = 1 + static_cast<int32_t>(in.next(1) % 8);
+  const int32_t kind = static_cast<int32_t>(in.next(1) % 6), side = sides[in.next(1) % 3], tile = static_cast<int32_t>(in.next(1) % 9);
   const int32_t depth = 1 + static_cast<int32_t>(in.below(600)), half = in.next(1) % 4 == 0;
   prunella_many* packed = nullptr;
   if (prunella_many_pack(rows.m, rows.k, rows.columns.size, rows.starts.get(), rows.columns.get(), rows.values.get(), kind,

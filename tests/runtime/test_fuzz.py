@@ -1,4 +1,4 @@
-"""Hostile input to the compiled kernels under AddressSanitizer and UBSan. PRUNELLA_FUZZ_SECONDS: for how long (20)."""
+"""Hostile input to the compiled kernels under AddressSanitizer and UBSan. PRUNELLA_FUZZ_SECONDS: for how long (60)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-SECONDS = int(os.environ.get("PRUNELLA_FUZZ_SECONDS", "20"))
+SECONDS = int(os.environ.get("PRUNELLA_FUZZ_SECONDS", "60"))
 FLAGS = ("-DPRUNELLA_SANITIZE=ON", "-DPRUNELLA_FUZZ=ON")
 
 

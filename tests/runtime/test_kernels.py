@@ -20,6 +20,8 @@ pytestmark = pytest.mark.skipif(
 KINDS = [Kind.ROWS, Kind.GROUPS, Kind.BLOCK16, Kind.BLOCK8, Kind.BLOCK4]
 SHAPES = [(1, 1, 1), (5, 3, 7), (33, 70, 19), (200, 300, 65), (17, 1000, 3), (0, 4, 3), (4, 0, 3), (4, 5, 0)]
 SIZES = [(1, 1, 64), (2, 4, 100), (4, 2, 256), (4, 3, 64), (2, 6, 33), (1, 8, 512)]
+DIRECT = [(4, 0, 100), (4, 0, 512)]
+"""Sizes of blocks of 16 rows only."""
 
 
 @pytest.fixture(params=native.tiers() or ("none",), autouse=True)
@@ -51,7 +53,7 @@ def test_a_library_of_another_version_is_not_used(monkeypatch: pytest.MonkeyPatc
 def test_linear_is_that_of_float64(kind: Kind, density: float, m: int, k: int, n: int) -> None:
     weight, x, bias, residual = sparse(m, k, density=density), torch.randn(n, k), torch.randn(m), torch.randn(n, m)
     wanted = x.double() @ weight.double().T
-    for rows, tile, depth in SIZES:
+    for rows, tile, depth in [*SIZES, *(DIRECT if kind is Kind.BLOCK16 else ())]:
         packed = native.pack(weight, Config(kind, rows=rows, tile=tile, depth=depth))
         assert packed.nnz == int((weight != 0).sum()) and packed.shape == (m, k)
         close(native.linear(packed, x), wanted)
@@ -82,7 +84,7 @@ def test_convolution_is_that_of_float64(
     x = torch.randn(shape).to(memory_format=layout)
     wanted = torch.nn.functional.conv2d(x.double(), weight.double(), bias.double(), stride, padding, dilation)
     residual = torch.randn(wanted.shape).to(memory_format=layout)
-    for rows, tile, depth in SIZES[1:4]:
+    for rows, tile, depth in [*SIZES[1:4], *(DIRECT[:1] if kind is Kind.BLOCK16 else ())]:
         packed = native.pack(weight.flatten(1), Config(kind, rows=rows, tile=tile, depth=depth))
         found = native.conv2d(
             packed, x, kernel, bias, residual, Activation.RELU, stride=stride, padding=padding, dilation=dilation
@@ -174,9 +176,12 @@ def test_a_token_that_is_not_finite_stays_alone(kind: Kind) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("precision", [Precision.FP32, Precision.BF16])
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf, 3.4e38])
-def test_the_short_way_is_the_same_and_refuses_what_is_not_finite(kind: Kind, precision: Precision, bad: float) -> None:
+@pytest.mark.parametrize("tile", [2, 0])
+def test_the_short_way_is_the_same_and_refuses_what_is_not_finite(
+    kind: Kind, precision: Precision, bad: float, tile: int
+) -> None:
     weight, x = sparse(33, 70, density=0.3), torch.randn(21, 70)
-    packed = native.pack(weight, Config(kind, precision, tile=2, depth=32))
+    packed = native.pack(weight, Config(kind, precision, tile=tile if kind is Kind.BLOCK16 else 2, depth=32))
     bias, residual = torch.randn(33), torch.randn(21, 33)
     for more in ((None, None), (bias, residual)):
         short = native.finite_linear(packed, x, *more, Activation.RELU)
@@ -234,6 +239,31 @@ def test_smooth_activations_are_those_of_torch(activation: Activation) -> None:
 
 
 @pytest.mark.parametrize("activation", SMOOTH)
+def test_smooth_activations_where_rows_are_the_lanes(activation: Activation) -> None:
+    weight, x, bias, residual = sparse(39, 70, density=0.3), torch.randn(13, 70), torch.randn(39), torch.randn(13, 39)
+    wanted = SMOOTH[activation](x.double() @ weight.double().T + bias + residual)
+    close(
+        native.linear(native.pack(weight, Config(Kind.BLOCK16, tile=0, depth=32)), x, bias, residual, activation),
+        wanted,
+    )
+
+
+def test_a_thread_that_has_run_nothing_yet_may_begin_with_rows_as_lanes() -> None:
+    weight, x, found = sparse(32, 40, density=0.3), torch.randn(5, 40), list[Tensor]()
+    packed = native.pack(weight, Config(Kind.BLOCK16, tile=0))
+    thread = threading.Thread(target=lambda: found.append(native.linear(packed, x)))
+    thread.start()
+    thread.join()
+    close(found[0], x.double() @ weight.double().T)
+
+
+@pytest.mark.parametrize("kind", [Kind.ROWS, Kind.GROUPS, Kind.BLOCK8])
+def test_only_16_rows_may_be_the_lanes(kind: Kind) -> None:
+    with pytest.raises(RequestError):
+        native.linear(native.pack(sparse(8, 8, density=0.5), Config(kind, tile=0)), torch.randn(3, 8))
+
+
+@pytest.mark.parametrize("activation", SMOOTH)
 def test_smooth_activations_everywhere(activation: Activation) -> None:
     """From where they vanish to where they change nothing, and beyond what float32 has."""
     packed, function = native.pack(torch.ones(37, 1), Config(Kind.ROWS, rows=1, tile=1, depth=64)), SMOOTH[activation]
@@ -251,7 +281,7 @@ def test_smooth_activations_everywhere(activation: Activation) -> None:
 @pytest.mark.parametrize("precision", [Precision.FP32, Precision.BF16])
 def test_what_stands_beside_a_token_changes_no_bit_of_it(kind: Kind, precision: Precision) -> None:
     weight, x, bias = sparse(21, 45, density=0.4), torch.randn(161, 45), torch.randn(21)
-    for rows, tile in ((1, 8), (2, 6), (4, 4), (4, 2)):
+    for rows, tile in ((1, 8), (2, 6), (4, 4), (4, 2), *([(4, 0)] if kind is Kind.BLOCK16 else ())):
         packed = native.pack(weight, Config(kind, precision, rows=rows, tile=tile, depth=20))
         alone = torch.cat([native.linear(packed, token, bias) for token in x.split(1)])
         for tokens in (2, 5, 9, 33, 40, 41, 56, 72, 81, 113, 161):  # tails of every number of vectors

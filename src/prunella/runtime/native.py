@@ -23,7 +23,7 @@ from torch.nn.functional import gelu, silu
 from prunella.errors import NotSupported, PruningError, RequestError
 
 _NAME = "libprunella.so"
-_ABI = 6
+_ABI = 7
 """`PRUNELLA_ABI` of kernels/prunella.h."""
 _ODD_INPUT = 7
 _MOST = 1 << 30
@@ -76,7 +76,10 @@ _FEW_PRECISIONS = {Precision.FP32: 0, Precision.BF16: 1, Precision.INT8: 2}
 
 @dataclass(frozen=True)
 class Config:
-    """One kernel and its sizes: rows side by side, vectors of tokens side by side, columns of a block."""
+    """One kernel and its sizes: rows side by side, vectors of tokens side by side, columns of a block.
+
+    tile 0, for blocks of 16 rows: these are the lanes, and nothing is turned over; 2 where the layout forbids that.
+    """
 
     kind: Kind
     precision: Precision = Precision.FP32

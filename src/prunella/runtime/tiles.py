@@ -27,19 +27,19 @@ def configs(shape: tuple[int, int], density: float, tokens: int) -> tuple[Config
 _MUCH = tuple(
     Config(kind, rows=r, tile=t, depth=d)
     for kind, r, t, d in (
-        (Kind.ROWS, 2, 6, 64), (Kind.GROUPS, 4, 3, 256), (Kind.GROUPS, 2, 4, 128), (Kind.ROWS, 1, 8, 64),
-        (Kind.ROWS, 2, 6, 128),
+        (Kind.ROWS, 2, 4, 128), (Kind.ROWS, 2, 6, 64), (Kind.ROWS, 1, 8, 64), (Kind.ROWS, 4, 3, 256),
+        (Kind.GROUPS, 4, 3, 512),
     )
 )  # fmt: skip
 _SOME = tuple(
-    Config(Kind.ROWS, rows=r, tile=t, depth=d) for r, t, d in ((2, 6, 64), (4, 3, 256), (1, 8, 64), (2, 4, 256))
+    Config(Kind.ROWS, rows=r, tile=t, depth=d) for r, t, d in ((2, 4, 128), (4, 3, 256), (1, 8, 128), (2, 6, 64))
 )
 _LITTLE = tuple(
-    Config(Kind.ROWS, rows=r, tile=t, depth=d) for r, t, d in ((2, 4, 256), (4, 3, 256), (2, 6, 128), (4, 2, 512))
+    Config(Kind.ROWS, rows=r, tile=t, depth=d) for r, t, d in ((2, 4, 256), (4, 3, 256), (2, 4, 512), (4, 2, 512))
 )
-_BLOCKS = ((2, 128), (4, 256), (3, 256))
-"""Four rows of sums fit 16 registers with two or three vectors of tokens, and 32 with more."""
-_WIDE_BLOCKS = ((2, 1024), (3, 512), (4, 512), (2, 512))
+_BLOCKS = ((0, 1024), (2, 128), (0, 512), (3, 256))
+"""Four rows of sums fit 16 registers with two or three vectors of tokens, and 32 with more; 0: 16 rows as lanes."""
+_WIDE_BLOCKS = ((2, 1024), (0, 1024), (3, 512), (4, 512), (2, 512))
 _WIDE_MUCH = tuple(
     Config(kind, rows=r, tile=t, depth=d)
     for kind, r, t, d in (
@@ -67,7 +67,8 @@ def _wide() -> bool:
 
 def block_configs(kind: Kind) -> tuple[Config, ...]:
     """Kernels worth trying for blocks of rows that share their columns."""
-    return tuple(Config(kind, tile=tile, depth=depth) for tile, depth in (_WIDE_BLOCKS if _wide() else _BLOCKS))
+    sizes = _WIDE_BLOCKS if _wide() else _BLOCKS
+    return tuple(Config(kind, tile=t, depth=d) for t, d in sizes if t or kind is Kind.BLOCK16)
 
 
 def half_configs() -> tuple[Config, ...]:
