@@ -166,7 +166,7 @@ def compare_latency(
     device: str = "cpu",
     seed: int = 0,
     clock: Callable[[], float] = time.perf_counter,
-    before: Run | None = None,
+    before: Callable[[str], object] | None = None,
 ) -> Comparison:
     """Time several functions in interleaved rounds, each round in a new random order.
 
@@ -176,7 +176,7 @@ def compare_latency(
     97.5 percentiles of a bootstrap over rounds.
     rounds: at least 5; an interval of fewer means nothing. threads: of torch, for the time of the measurement.
     clock: seconds; `own_clock()` does not count what other programs take where one thread does all the work.
-    before: done ahead of each call and not timed; a sample is then one call.
+    before: called with the name of a candidate ahead of each of its calls and not timed; a sample is then one call.
     """
     if rounds < 5 or len(candidates) < 2 or warmup < 0:
         why = f"got {rounds} rounds, {len(candidates)} candidates, {warmup} warm-up calls"
@@ -190,9 +190,9 @@ def compare_latency(
             candidates,
             rounds,
             warmup,
-            partial(_sample, device=device, clock=clock, before=before),
+            partial(_sample, device=device, clock=clock),
             random.Random(seed),
-            single=before is not None,
+            before,
         )
         used = torch.get_num_threads()
     finally:
@@ -225,13 +225,20 @@ _Sample = Callable[[Run, int, bool], float]
 
 
 def _measure(
-    candidates: Mapping[str, Run], rounds: int, warmup: int, sample: _Sample, order: random.Random, single: bool
+    candidates: Mapping[str, Run],
+    rounds: int,
+    warmup: int,
+    sample: _Sample,
+    order: random.Random,
+    before: Callable[[str], object] | None,
 ) -> dict[str, list[float]]:
     found = {name: _calls(run, warmup, sample) for name, run in candidates.items()}
-    calls = dict.fromkeys(found, (1, False)) if single else found
+    calls = found if before is None else dict.fromkeys(found, (1, False))
     samples: dict[str, list[float]] = {name: [] for name in candidates}
     for _ in range(rounds):
         for name in order.sample(list(candidates), len(candidates)):
+            if before is not None:
+                before(name)
             samples[name].append(sample(candidates[name], *calls[name]))
     return samples
 
@@ -244,10 +251,8 @@ def _calls(run: Run, warmup: int, sample: _Sample) -> tuple[int, bool]:
     return max(1, round(_SHORTEST / max(once, 1e-7))), once < _SLOW
 
 
-def _sample(run: Run, calls: int, ahead: bool, device: str, clock: Callable[[], float], before: Run | None) -> float:
-    if before is not None:
-        before()
-    elif ahead:
+def _sample(run: Run, calls: int, ahead: bool, device: str, clock: Callable[[], float]) -> float:
+    if ahead:
         run()
     _wait(device)
     start = clock()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -453,11 +454,18 @@ def test_weights_come_from_memory_where_the_model_exceeds_the_caches(monkeypatch
         assert (convert.tuner_for(model, Precision.FP32, 1.0, 0).before is not None) == cold
     order: list[str] = []
     runs = {Route.TORCH: lambda: order.append("dense"), Config(Kind.ROWS): lambda: order.append("sparse")}
-    decide(runs, Problem(4), 0.01, 0, before=lambda: order.append("forget"))
+    monkeypatch.setattr(tune, "candidates", lambda *args, whole: dict(runs) if args[6] is not twins else dict(others))
+    others = {
+        choice: (lambda k=k: order.append(f"twin {k}"))
+        for k, choice in (("dense", Route.TORCH), ("sparse", Config(Kind.ROWS)))
+    }
+    twins: dict[Any, Any] = {}
+    monkeypatch.setattr(tune, "Held", lambda: SimpleNamespace(first={}, twins=twins))
+    Tuner(seconds=0.02, before=lambda: order.append("forget")).linear(torch.eye(8), None, (Problem(4),))
     timed = order[order.index("forget") :]
-    calls = [k for k, name in enumerate(timed) if name != "forget"]
-    ahead = sum(timed[k - 1] == "forget" for k in calls)
-    assert ahead >= len(calls) - 2  # the last comparison warms up each of the two once
+    calls = [k for k, name in enumerate(timed) if name in ("dense", "sparse")]
+    ahead = sum(timed[k - 2 : k] == ["forget", f"twin {timed[k]}"] for k in calls)
+    assert ahead >= len(calls) - 4 > 10  # the last comparison warms up each of the two
 
 
 @pytest.mark.usefixtures("eager_to_skip", "kernels")
