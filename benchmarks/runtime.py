@@ -257,19 +257,24 @@ def network(make: Callable[[], nn.Module], example: Tensor, percent: int, *, pre
     return {**found, "replaced": len(record.replaced), "difference": record.difference, "layers": layers, **where()}
 
 
-def two_threads(rounds: int = 15) -> dict[str, Any]:
-    """One thread against two on one layer, in wall time: a number for an idle machine only."""
-    matrix, times = weight(3072, 768, 90), dict[int, float]()
-    for count in (1, 2):
-        torch.set_num_threads(count)
-        runs = candidates(matrix, None, Problem(512), None, Precision.FP32, 0, {})
-        with torch.inference_mode():
-            best = _sieve(runs, 0.5, is_dense)
-            skip = min((c for c in best if not is_dense(c)), key=best.__getitem__)
-            found = compare_latency({"sparse": runs[skip], "again": runs[skip]}, rounds=rounds, warmup=3)
-        times[count] = min(found.latencies[0].samples)
+def two_threads(rounds: int = 41) -> dict[str, Any]:
+    """One thread against two on one layer, in turn, in wall time: a number for an idle machine only."""
+    matrix, best = weight(3072, 768, 90), dict[int, Callable[[], object]]()
+    with torch.inference_mode():
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            runs = candidates(matrix, None, Problem(512), None, Precision.FP32, 0, {})
+            times = _sieve(runs, 0.5, is_dense)
+            best[count] = runs[min((c for c in times if not is_dense(c)), key=times.__getitem__)]
+
+        def on(count: int) -> object:
+            torch.set_num_threads(count)
+            return best[count]()
+
+        found = compare_latency({"one": partial(on, 1), "two": partial(on, 2)}, rounds=rounds, warmup=3)
     torch.set_num_threads(1)
-    return {"ms": {str(n): t * 1e3 for n, t in times.items()}, "ratio": times[1] / times[2], **where()}
+    ms = {latency.name: latency.median * 1e3 for latency in found.latencies}
+    return {"ms": ms, "ratio": found.ratio.value, "interval": [found.ratio.low, found.ratio.high], **where()}
 
 
 def smollm2(percent: int, new: int = 24, rounds: int = 5) -> dict[str, Any]:

@@ -17,7 +17,7 @@ namespace prunella {
 
 enum ManyKind : int32_t { kRows = 0, kGroups = 1, kBlock16 = 2, kBlock8 = 3, kBlock4 = 4, kPairs = 5 };
 enum ManyPrecision : int32_t { kFloat = 0, kHalf = 1 };  // of x in the panel: fp32, or bf16
-enum ManyActivation : int32_t { kNone = 0, kRelu = 1, kGelu = 2, kSilu = 3 };
+enum ManyActivation : int32_t { kNone = 0, kRelu = 1, kGelu = 2, kSilu = 3, kRelu6 = 4, kHardswish = 5 };
 
 constexpr int kAlign = 64;
 

@@ -87,7 +87,7 @@ extern "C" int prunella_many_linear(const prunella_many* weight, const float* x,
                                     const float* residual, int32_t activation, int32_t strict, int32_t tile,
                                     int32_t threads, float* y) {
   if (tokens < 0 || !has_tile(weight, tile) || threads < 1) return PRUNELLA_BAD_ARGUMENT;
-  if (activation < 0 || activation > prunella::kSilu || strict < 0 || strict > 1) return PRUNELLA_BAD_ARGUMENT;
+  if (activation < 0 || activation > prunella::kHardswish || strict < 0 || strict > 1) return PRUNELLA_BAD_ARGUMENT;
   const ManyWeight& w = weight->weight;
   if (!tokens || !w.m) return PRUNELLA_OK;
   if (!y || (w.k && !x)) return PRUNELLA_BAD_ARGUMENT;
@@ -102,7 +102,7 @@ extern "C" int prunella_many_conv(const prunella_many* weight, const prunella_im
                                   const float* bias, const float* residual, int32_t activation, int32_t strict,
                                   int32_t tile, int32_t threads, float* y) {
   if (!image || !has_tile(weight, tile) || threads < 1) return PRUNELLA_BAD_ARGUMENT;
-  if (activation < 0 || activation > prunella::kSilu || strict < 0 || strict > 1) return PRUNELLA_BAD_ARGUMENT;
+  if (activation < 0 || activation > prunella::kHardswish || strict < 0 || strict > 1) return PRUNELLA_BAD_ARGUMENT;
   const ManyWeight& w = weight->weight;
   const prunella_image& g = *image;
   bool sizes = g.channels >= 0 && g.height >= 0 && g.width >= 0 && g.batch >= 0 && g.kernel_h > 0 && g.kernel_w > 0 &&

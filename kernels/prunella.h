@@ -28,7 +28,7 @@ typedef struct {
 } prunella_image;
 
 // Changes with every change of this interface: a library of another number is not used.
-#define PRUNELLA_ABI 7
+#define PRUNELLA_ABI 8
 PRUNELLA_API int prunella_abi(void);
 
 // Tiers: names that this processor can run, joined by commas; the one in use; choose another ("" for the best).
@@ -49,7 +49,7 @@ PRUNELLA_API void prunella_many_free(prunella_many* weight);
 PRUNELLA_API int64_t prunella_many_bytes(const prunella_many* weight);
 
 // y (tokens, m) = activation(x (tokens, k) W' + bias + residual). bias and residual may be null. activation: 0, 1 ReLU,
-// 2 GELU (by the error function), 3 SiLU.
+// 2 GELU (by the error function), 3 SiLU, 4 ReLU6, 5 Hardswish.
 // tile: vectors of tokens side by side; 0, for kind 2: its 16 rows are the lanes (for an image, and in bf16, 2 instead).
 // strict: 1 gives PRUNELLA_ODD_INPUT, and nothing of use in y, where x has a number that bf16 cannot hold.
 PRUNELLA_API int prunella_many_linear(const prunella_many* weight, const float* x, int64_t tokens, const float* bias,

@@ -432,7 +432,7 @@ def test_only_a_sure_gain_wins(monkeypatch: pytest.MonkeyPatch, ratio: Ratio, wi
 
 def test_alike_layers_are_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
-    monkeypatch.setattr(tune, "candidates", lambda *args, whole: asked.append(args) or {})
+    monkeypatch.setattr(tune, "candidates", lambda *args, **how: asked.append(args) or {})
     monkeypatch.setattr(tune, "decide", lambda runs, problem, seconds, seed, before: problem)
     tuner, weight = Tuner(), torch.eye(8)
     tuner.linear(weight, None, (Problem(1), Problem(2)))
@@ -454,7 +454,7 @@ def test_weights_come_from_memory_where_the_model_exceeds_the_caches(monkeypatch
         assert (convert.tuner_for(model, Precision.FP32, 1.0, 0).before is not None) == cold
     order: list[str] = []
     runs = {Route.TORCH: lambda: order.append("dense"), Config(Kind.ROWS): lambda: order.append("sparse")}
-    monkeypatch.setattr(tune, "candidates", lambda *args, whole: dict(runs) if args[6] is not twins else dict(others))
+    monkeypatch.setattr(tune, "candidates", lambda *args, **how: dict(runs) if args[6] is not twins else dict(others))
     others = {
         choice: (lambda k=k: order.append(f"twin {k}"))
         for k, choice in (("dense", Route.TORCH), ("sparse", Config(Kind.ROWS)))

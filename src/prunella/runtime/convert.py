@@ -20,7 +20,7 @@ from prunella.forward import forward
 from prunella.pipeline import Inputs
 from prunella.runtime import native, whole
 from prunella.runtime.choice import Geometry, Problem, Route, Table, is_dense, spell
-from prunella.runtime.fuse import Fused, activation_of, copied, fold_, fuse_, hooked, traced
+from prunella.runtime.fuse import Fused, activation_of, called, copied, fold_, fuse_, hooked, traced
 from prunella.runtime.layers import FastLinear, SparseConv2d, SparseLinear
 from prunella.runtime.machine import cpu_name, last_cache
 from prunella.runtime.native import Activation, Precision
@@ -129,10 +129,11 @@ def sparse(
     begin, dense = time.perf_counter(), copied(unwrap(model))
     met = sizes(dense, example)
     tuner = tuner_for(dense, precision, seconds, seed)
+    tuner.last = any(isinstance(m, nn.Conv2d) for m in targets(dense).values()) and whole.last(dense, example, fuse)
     with torch.inference_mode(False), torch.no_grad():
         found = tuple(_layer(dense, name, layer, met, tokens, tuner) for name, layer in targets(dense).items())
-    build = partial(_built, dense, example if fuse else None)
-    made, one = build(found), None
+    build = partial(_built, dense, example, fuse)
+    made, last, one = *build(found), None
     ratio, difference, why = None, 0.0, _none(found)
     if made is not None:
         elsewhere = any(not is_dense(v.choice) for layer in found for v in layer.verdicts[:-1] if not v.problem.image)
@@ -142,15 +143,15 @@ def sparse(
         one = whole.faster(dense, made, short)
         if one.slower:
             found = tuple(map(_dense_for_few, found))
-            made = build(found)
+            made, last = build(found)
             why = "the whole model stays dense: it is slower for one token, and nothing else is faster"
             if made is not None:  # what it runs on the example may have changed
                 ratio, difference, why = whole.compared(dense, made, example, precision, elsewhere=False)
-    kept, last = (None, False) if made is None or why else whole.turned(made, example)
+    kept = None if why else made
     record = Sparsified(
         found, kept is not None, why, ratio, difference, torch.get_num_threads(), cpu_name(),
         kernels(), time.perf_counter() - begin, precision,
-        described(example) if isinstance(kept, GraphModule) else (), one=one, last=last,
+        described(example) if isinstance(kept, GraphModule) else (), one=one, last=last and kept is not None,
     )  # fmt: skip
     return noted(dense if kept is None else kept, record)
 
@@ -161,11 +162,13 @@ def tuner_for(model: nn.Module, precision: Precision, seconds: float, seed: int)
     return Tuner(precision, seconds, seed, forgetting(cache) if weights > cache else None)
 
 
-def _built(dense: nn.Module, example: Inputs | None, layers: Sequence[Layer]) -> nn.Module | None:
-    """A copy with the layers that win replaced; None if none does."""
+def _built(dense: nn.Module, example: Inputs, fuse: bool, layers: Sequence[Layer]) -> tuple[nn.Module | None, bool]:
+    """A copy with the layers that win replaced, None if none does; and whether images have channels last there."""
     tables = {layer.name: layer.table for layer in layers if not layer.why}
+    if not tables:
+        return None, False
     with torch.inference_mode(False), torch.no_grad():
-        return assembled(copied(dense), tables, example) if tables else None
+        return whole.turned(assembled(copied(dense), tables, example if fuse else None), example)
 
 
 def _dense_for_few(layer: Layer) -> Layer:
@@ -362,6 +365,8 @@ def assembled(
         return replaced(layers[name], tables[name], fused, norm)
 
     fuse_(program, make, layers)
+    for name in layers.keys() - called(program):  # inside a step that could not be followed
+        put(program, name, replaced(layers[name], tables[name], Fused()))
     fold_(program)
     return program.eval()
 

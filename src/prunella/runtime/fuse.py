@@ -21,14 +21,17 @@ from torch.nn import functional
 from prunella.forward import tensors
 from prunella.runtime.layers import FoldedConv2d
 from prunella.runtime.native import Activation
+from prunella.runtime.tidy import tidy_
 
 _MODULES: dict[type[nn.Module], Activation] = {
-    nn.ReLU: Activation.RELU, nn.SiLU: Activation.SILU, nn.GELU: Activation.GELU,
+    nn.ReLU: Activation.RELU, nn.SiLU: Activation.SILU, nn.GELU: Activation.GELU, nn.ReLU6: Activation.RELU6,
+    nn.Hardswish: Activation.HARDSWISH,
 }  # fmt: skip
 _NAMES = {"GELUActivation": Activation.GELU, "SiLUActivation": Activation.SILU}
 _FUNCTIONS: dict[object, Activation] = {
     functional.relu: Activation.RELU, torch.relu: Activation.RELU, torch.relu_: Activation.RELU,
-    functional.silu: Activation.SILU, functional.gelu: Activation.GELU,
+    functional.silu: Activation.SILU, functional.gelu: Activation.GELU, functional.relu6: Activation.RELU6,
+    functional.hardswish: Activation.HARDSWISH,
 }  # fmt: skip
 _METHODS = {"relu": Activation.RELU, "relu_": Activation.RELU}
 _ADDITIONS = (operator.add, operator.iadd, torch.add)
@@ -64,6 +67,7 @@ def traced(model: nn.Module, layers: Mapping[str, nn.Module], example: Any) -> G
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
             program = GraphModule(model, _tracer(leaves).trace(model))
+            tidy_(program, model)
             _Shapes(program).run(*inputs)
             same = _same(program(*inputs), model(*inputs))
     except Exception:  # symbolic tracing fails in as many ways as there are models; then nothing is fused
@@ -72,9 +76,22 @@ def traced(model: nn.Module, layers: Mapping[str, nn.Module], example: Any) -> G
 
 
 def _tracer(leaves: set[int]) -> Tracer:
+    """Follows everything but these modules, torch's own, and those that cannot be followed: these stay single steps."""
+
     class Leaves(Tracer):
         def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
             return id(m) in leaves or Tracer.is_leaf_module(self, m, module_qualified_name)
+
+        def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
+            steps, depth = len(self.graph.nodes), len(self.module_stack)
+            try:
+                return Tracer.call_module(self, m, forward, args, kwargs)
+            except Exception:  # its forward asks for values, or is foreign to tracing in another way
+                for step in reversed(list(self.graph.nodes)[steps:]):
+                    self.graph.erase_node(step)
+                while len(self.module_stack) > depth:
+                    self.module_stack.popitem()
+                return self.create_proxy("call_module", self.path_of_module(m), args, kwargs)
 
     return Leaves()
 
@@ -115,6 +132,11 @@ def fuse_(program: GraphModule, make: Callable[[str, Fused], nn.Module | None], 
     program.delete_all_unused_submodules()
     program.graph.lint()
     program.recompile()
+
+
+def called(program: GraphModule) -> set[str]:
+    """Paths of the modules that the program itself calls."""
+    return {str(node.target) for node in program.graph.nodes if node.op == "call_module"}
 
 
 def fold_(program: GraphModule) -> None:

@@ -18,12 +18,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import gelu, silu
+from torch.nn.functional import gelu, hardswish, relu6, silu
 
 from prunella.errors import NotSupported, PruningError, RequestError
 
 _NAME = "libprunella.so"
-_ABI = 7
+_ABI = 8
 """`PRUNELLA_ABI` of kernels/prunella.h."""
 _ODD_INPUT = 7
 _MOST = 1 << 30
@@ -38,6 +38,8 @@ class Activation(Enum):
     RELU = "relu"
     GELU = "gelu"
     SILU = "silu"
+    RELU6 = "relu6"
+    HARDSWISH = "hardswish"
 
 
 class Precision(Enum):
@@ -67,8 +69,14 @@ class Kind(Enum):
 
 
 _MANY = {Kind.ROWS: 0, Kind.GROUPS: 1, Kind.BLOCK16: 2, Kind.BLOCK8: 3, Kind.BLOCK4: 4, Kind.PAIRS: 5}
-_NUMBERS = {Activation.NONE: 0, Activation.RELU: 1, Activation.GELU: 2, Activation.SILU: 3}
+_NUMBERS = {
+    Activation.NONE: 0, Activation.RELU: 1, Activation.GELU: 2, Activation.SILU: 3, Activation.RELU6: 4,
+    Activation.HARDSWISH: 5,
+}  # fmt: skip
 _FEW = {Kind.DECODE: 0, Kind.CSR: 1}
+_LATER: dict[Activation, Any] = {
+    Activation.SILU: silu, Activation.RELU6: relu6, Activation.HARDSWISH: hardswish,
+}  # fmt: skip
 FEW = frozenset(_FEW)
 """The kinds for a few tokens."""
 _FEW_PRECISIONS = {Precision.FP32: 0, Precision.BF16: 1, Precision.INT8: 2}
@@ -413,7 +421,8 @@ def _after(y: Tensor, activation: Activation) -> Tensor:
     """What the kernels for a few tokens do not apply themselves."""
     if activation is Activation.GELU:
         return gelu(y)
-    return silu(y, inplace=True) if activation is Activation.SILU else y
+    later = _LATER.get(activation)
+    return y if later is None else later(y, inplace=True)
 
 
 def _done(code: int) -> None:

@@ -13,7 +13,10 @@ from prunella.runtime.fuse import copied
 from prunella.runtime.layers import FastLinear, FoldedConv2d, SparseConv2d, SparseLinear
 from prunella.runtime.native import Activation
 
-_ACTIVATIONS = {Activation.RELU: nn.ReLU, Activation.GELU: nn.GELU, Activation.SILU: nn.SiLU}
+_ACTIVATIONS = {
+    Activation.RELU: nn.ReLU, Activation.GELU: nn.GELU, Activation.SILU: nn.SiLU, Activation.RELU6: nn.ReLU6,
+    Activation.HARDSWISH: nn.Hardswish,
+}  # fmt: skip
 
 
 def restored(model: nn.Module) -> nn.Module:

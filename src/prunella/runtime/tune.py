@@ -58,6 +58,8 @@ class Tuner:
     seconds: float = 1.0
     seed: int = 0
     before: Run | None = None
+    last: bool = False
+    """Whether images are measured with their channels as the last axis."""
     known: dict[tuple[object, ...], Verdict] = field(default_factory=dict)
 
     def linear(self, weight: Tensor, bias: Tensor | None, problems: tuple[Problem, ...]) -> tuple[Verdict, ...]:
@@ -92,11 +94,12 @@ class Tuner:
         sown = (round(density(matrix), 2), blocks_of(matrix))
         like = (tuple(weight.shape), sown, bias is None, geometry, problem, whole)
         if like not in self.known:
-            runs = candidates(weight, bias, problem, geometry, self.precision, self.seed, held.first, whole=whole)
+            how = {"whole": whole, "last": self.last}
+            runs = candidates(weight, bias, problem, geometry, self.precision, self.seed, held.first, **how)
             before = None
             if self.before is not None:
                 other = weight.detach().clone()
-                twins = candidates(other, bias, problem, geometry, self.precision, self.seed, held.twins, whole=whole)
+                twins = candidates(other, bias, problem, geometry, self.precision, self.seed, held.twins, **how)
                 before = partial(_far, self.before, twins)
             self.known[like] = decide(runs, problem, seconds, self.seed, before=before)
         return self.known[like]
@@ -169,16 +172,19 @@ def candidates(
     held: dict[Choice, nn.Module],
     *,
     whole: bool = False,
+    last: bool = False,
 ) -> dict[Choice, Run]:
     """Choice -> a call of the layer on noise of the problem's size. What cannot be laid out is left out.
 
-    held: the layers made so far; further ones are added. whole: as in `Tuner.whole`.
+    held: the layers made so far; further ones are added. whole: as in `Tuner.whole`. last: as in `Tuner`.
     """
     generator = torch.Generator().manual_seed(seed)
     matrix = weight.detach().reshape(len(weight), -1)
     bias = None if bias is None else bias.detach()
     shape = problem.image or (problem.size, matrix.shape[1])
     x = torch.randn(shape, generator=generator)
+    if last and geometry is not None:
+        x, weight = (part.contiguous(memory_format=torch.channels_last) for part in (x, weight))
     routes: list[Route] = [Route.TORCH] if geometry else [Route.TORCH, *_onednn(), Route.CSR]
     made: dict[Choice, Run] = {}
     choices: list[Choice] = [*routes, *configs(matrix, problem.size, precision)]

@@ -14,7 +14,7 @@ from prunella.errors import CheckFailed
 from prunella.forward import forward, tensors
 from prunella.graph.oracle import relative_error
 from prunella.pipeline import Inputs
-from prunella.runtime.fuse import channels_last_, copied
+from prunella.runtime.fuse import channels_last_, copied, traced
 from prunella.runtime.layers import SparseConv2d
 from prunella.runtime.native import Precision
 from prunella.timing import Comparison, Ratio, compare_latency, own_clock
@@ -39,6 +39,15 @@ def compared(
     if ratio.faster or (elsewhere and not ratio.slower and ratio.value > 0.97):
         return ratio, difference, ""
     return ratio, difference, f"the whole model stays dense: {ratio.verdict} on the example"
+
+
+def last(dense: nn.Module, example: Inputs, fuse: bool) -> bool:
+    """Whether images can run with their channels as the last axis, or come like that: so are their layers measured."""
+    images = [part for part in tensors(example) if part.dim() == 4]
+    if any(part.is_contiguous(memory_format=torch.channels_last) and not part.is_contiguous() for part in images):
+        return True
+    program = traced(copied(dense), {}, example) if fuse and images else None
+    return program is not None and channels_last_(program)
 
 
 def turned(made: nn.Module, example: Inputs) -> tuple[nn.Module, bool]:
