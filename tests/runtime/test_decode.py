@@ -131,6 +131,8 @@ def test_bias_residual_and_activation_come_after_the_sum(config: Config, activat
         Activation.RELU: torch.relu,
         Activation.GELU: torch.nn.functional.gelu,
         Activation.SILU: torch.nn.functional.silu,
+        Activation.RELU6: torch.nn.functional.relu6,
+        Activation.HARDSWISH: torch.nn.functional.hardswish,
     }[activation]
     torch.testing.assert_close(native.linear(packed, x, bias, residual, activation), after(plain + bias + residual))
     torch.testing.assert_close(native.linear(packed, x, bias), plain + bias)

@@ -430,6 +430,42 @@ def test_only_a_sure_gain_wins(monkeypatch: pytest.MonkeyPatch, ratio: Ratio, wi
     assert verdict.choice == (rival if wins else Route.TORCH) and verdict.best == rival
 
 
+def test_what_seems_quicker_is_measured_until_it_is_sure(monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[int] = []
+    ratios = iter([Ratio(1.5, 0.9, 2.0), Ratio(1.4, 1.2, 1.6), Ratio(1.05, 0.9, 1.2), *[Ratio(1.5, 0.9, 2.0)] * 4])
+
+    def measured(*_: Any, rounds: int, **__: Any) -> Any:
+        found.append(rounds)
+        return SimpleNamespace(ratio=next(ratios))
+
+    monkeypatch.setattr(tune, "compare_latency", measured)
+    rival = Config(Kind.ROWS)
+    monkeypatch.setattr(tune, "_sieve", lambda runs, *_: {Route.TORCH: 2.0, rival: 1.0})
+    runs = {Route.TORCH: lambda: None, rival: lambda: None}
+    assert decide(runs, Problem(4), 0.1, 0).choice == rival and found == [5, 20]
+    assert decide(runs, Problem(4), 0.1, 0).choice is Route.TORCH and found == [5, 20, 5]  # too little to look again
+    assert decide(runs, Problem(4), 0.1, 0).choice is Route.TORCH and found[3:] == [5, 20, 80, 101]
+
+
+@pytest.mark.usefixtures("eager_to_skip", "kernels")
+def test_images_are_measured_in_the_layout_that_they_will_have(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen, candidates = list[tuple[bool, ...]](), tune.candidates
+
+    def spied(*args: Any, **how: Any) -> Any:
+        runs = candidates(*args, **how)
+        inputs = [run.args[0] for run in runs.values() if run.args[0].dim() == 4]
+        seen.append(tuple(x.is_contiguous(memory_format=torch.channels_last) for x in inputs))
+        return runs
+
+    monkeypatch.setattr(tune, "candidates", spied)
+    turned = IMAGE.contiguous(memory_format=torch.channels_last)
+    for image, fuse, last in ((IMAGE, True, True), (IMAGE, False, False), (turned, False, True)):
+        seen.clear()
+        pr.sparse(net(), image, fuse=fuse)
+        flat = [one for layer in seen for one in layer]
+        assert flat and all(one is last for one in flat)
+
+
 def test_alike_layers_are_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
     monkeypatch.setattr(tune, "candidates", lambda *args, **how: asked.append(args) or {})

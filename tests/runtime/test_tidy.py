@@ -117,10 +117,6 @@ def test_no_tensor_is_lost_and_a_folder_gives_the_model_back(tmp_path: Path) -> 
     torch.testing.assert_close(again(IMAGE), made(IMAGE))
 
 
-def few(x: Tensor) -> None:
-    torch._assert(x.shape[0] < 3, "few")
-
-
 class Checked(nn.Module):
     """A batch norm as a function in the middle of other things."""
 
@@ -159,14 +155,15 @@ def test_a_norm_that_is_more_than_one_module_stays_a_function(what: str) -> None
 
 
 @pytest.mark.usefixtures("eager_to_skip", "kernels")
-def test_a_check_of_sizes_stays() -> None:
+@pytest.mark.parametrize("fits", [lambda x: x.shape[0] < 3, lambda x: x.shape == IMAGE.shape])
+def test_a_check_of_sizes_stays(fits: Callable[[Tensor], bool]) -> None:
     class Few(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.conv = nn.Conv2d(3, 3, 1)
 
         def forward(self, x: Tensor) -> Tensor:
-            few(x)
+            torch._assert(fits(x), "few")
             return self.conv(x)
 
     made = pr.sparse(sown(Few(), 0.5), IMAGE)
