@@ -15,7 +15,7 @@ from tests.cli.conftest import Run
 VERBS = ("demo", "doctor", "methods", "explain", "inspect", "scan", "plan", "import", "show", "run", "pareto",
          "compare", "bench", "export", "verify", "report")  # fmt: skip
 HEAVY = ("torch", "numpy", "scipy", "rich", "matplotlib", "pydantic", "transformers")
-LIMIT = 0.3
+MOST = 3
 
 
 def test_the_verbs() -> None:
@@ -46,13 +46,15 @@ def test_help_imports_nothing_heavy() -> None:
 
 
 @pytest.mark.parametrize("words", [("--help",), ("run", "--help")])
-def test_help_takes_less_than_a_third_of_a_second(words: tuple[str, ...]) -> None:
-    """Processor time, the best of a few: a busy machine must not decide."""
-    assert min(_seconds(words) for _ in range(5)) < LIMIT
+def test_help_takes_little_more_than_its_parser(words: tuple[str, ...]) -> None:
+    """Processor time beside that of importing typer alone, in turn, the best of a few: no machine is too slow."""
+    pairs = [(_seconds("-m", "prunella", *words), _seconds("-c", "import typer")) for _ in range(5)]
+    ours, parser = (min(times) for times in zip(*pairs, strict=True))
+    assert ours < MOST * parser
 
 
-def _seconds(words: tuple[str, ...]) -> float:
+def _seconds(*words: str) -> float:
     before = os.times()
-    subprocess.run([sys.executable, "-m", "prunella", *words], check=True, stdout=subprocess.DEVNULL)
+    subprocess.run([sys.executable, *words], check=True, stdout=subprocess.DEVNULL)
     after = os.times()
     return after.children_user + after.children_system - before.children_user - before.children_system

@@ -497,6 +497,7 @@ def test_weights_come_from_memory_where_the_model_exceeds_the_caches(monkeypatch
     }
     twins: dict[Any, Any] = {}
     monkeypatch.setattr(tune, "Held", lambda: SimpleNamespace(first={}, twins=twins))
+    monkeypatch.setattr(tune, "_WORTH", float("inf"))  # nothing is measured again
     Tuner(seconds=0.02, before=lambda: order.append("forget")).linear(torch.eye(8), None, (Problem(4),))
     timed = order[order.index("forget") :]
     calls = [k for k, name in enumerate(timed) if name in ("dense", "sparse")]
