@@ -232,8 +232,10 @@ def _measure(
     order: random.Random,
     before: Callable[[str], object] | None,
 ) -> dict[str, list[float]]:
-    found = {name: _calls(run, warmup, sample) for name, run in candidates.items()}
-    calls = found if before is None else dict.fromkeys(found, (1, False))
+    for run in candidates.values():
+        for _ in range(warmup):
+            run()
+    calls = {name: _calls(run, sample) if before is None else (1, False) for name, run in candidates.items()}
     samples: dict[str, list[float]] = {name: [] for name in candidates}
     for _ in range(rounds):
         for name in order.sample(list(candidates), len(candidates)):
@@ -243,10 +245,8 @@ def _measure(
     return samples
 
 
-def _calls(run: Run, warmup: int, sample: _Sample) -> tuple[int, bool]:
-    """Warm up, find how many calls make a sample long enough for the clock, and whether one goes ahead of it."""
-    for _ in range(warmup):
-        run()
+def _calls(run: Run, sample: _Sample) -> tuple[int, bool]:
+    """How many calls make a sample long enough for the clock, and whether one goes ahead of it."""
     once = sample(run, 1, True)
     return max(1, round(_SHORTEST / max(once, 1e-7))), once < _SLOW
 
