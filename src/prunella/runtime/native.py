@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import gelu, hardswish, relu6, silu
+from torch.nn.functional import gelu, hardswish, relu, relu6, silu
 
 from prunella.errors import NotSupported, PruningError, RequestError
 
@@ -74,9 +74,10 @@ _NUMBERS = {
     Activation.HARDSWISH: 5,
 }  # fmt: skip
 _FEW = {Kind.DECODE: 0, Kind.CSR: 1}
-_LATER: dict[Activation, Any] = {
-    Activation.SILU: silu, Activation.RELU6: relu6, Activation.HARDSWISH: hardswish,
+IN_PLACE: dict[Activation, Any] = {
+    Activation.RELU: relu, Activation.SILU: silu, Activation.RELU6: relu6, Activation.HARDSWISH: hardswish,
 }  # fmt: skip
+"""Those that torch can apply in the memory of their input."""
 FEW = frozenset(_FEW)
 """The kinds for a few tokens."""
 _FEW_PRECISIONS = {Precision.FP32: 0, Precision.BF16: 1, Precision.INT8: 2}
@@ -421,8 +422,7 @@ def _after(y: Tensor, activation: Activation) -> Tensor:
     """What the kernels for a few tokens do not apply themselves."""
     if activation is Activation.GELU:
         return gelu(y)
-    later = _LATER.get(activation)
-    return y if later is None else later(y, inplace=True)
+    return y if activation in (Activation.NONE, Activation.RELU) else IN_PLACE[activation](y, inplace=True)
 
 
 def _done(code: int) -> None:

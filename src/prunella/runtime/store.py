@@ -31,12 +31,6 @@ ACTIVATE: dict[Activation, Callable[[Tensor], Tensor]] = {
     Activation.RELU6: functional.relu6,
     Activation.HARDSWISH: functional.hardswish,
 }
-_IN_PLACE: dict[Activation, Callable[..., Tensor]] = {
-    Activation.RELU: functional.relu,
-    Activation.SILU: functional.silu,
-    Activation.RELU6: functional.relu6,
-    Activation.HARDSWISH: functional.hardswish,
-}
 
 
 @final
@@ -145,7 +139,7 @@ def dense_conv(
 def finished(y: Tensor, residual: Tensor | None, activation: Activation) -> Tensor:
     """`activation(y + residual)`, in the memory of y, which nobody else has."""
     y = y if residual is None else y.add_(residual)
-    inside = _IN_PLACE.get(activation)
+    inside = native.IN_PLACE.get(activation)
     return ACTIVATE[activation](y) if inside is None else inside(y, inplace=True)
 
 
