@@ -56,10 +56,36 @@ struct ManyEnd {
   int32_t activation;
 };
 
+constexpr int kUnit = 4;  // floats that an index of a window counts
+constexpr int kMostPhases = 8;
+
+// A panel for convolutions whose patches are not written out. A patch is one column of the kernel wider than its
+// neighbour's and one line further down: the panel holds each channel once for every column of the kernel, shifted by that
+// column, and the lines of the kernel are the same memory read a line of the output later (direct sparse convolution: Park
+// et al. 2017). So x is copied kernel_w times, not kernel_h * kernel_w times.
+//
+// Of a strip of output lines the panel has, for a channel and a column of the kernel, one row of lines: those of the image
+// that are stride_h apart follow each other, those of another remainder come behind. Line y of the output begins y * width
+// floats into all of them. Behind the last channel of each block of columns stands a row of zeros.
+struct ManyWindow {
+  int64_t width;                // floats of a line: the outputs of one, rounded up
+  int64_t lines;                // output lines of a strip
+  int64_t phases, each;         // remainders that the kernel reads; lines of each
+  int64_t row, floats;          // floats of a row, of the panel
+  int64_t buffer;               // floats of a line of the image with what is beside it
+  int32_t phase[kMostPhases];   // where the lines of a remainder stand in a row, -1: nowhere
+  int64_t ends;
+  const int64_t* channel;       // first float of each channel
+  const int64_t* block;         // first float of each block of columns
+  const int64_t* zeros;         // first floats of the rows of zeros
+  const uint16_t* index;        // that of the weight, in units from the beginning of a block
+};
+
 // One task: some tokens of one image or matrix, and some bands.
 struct ManyTask {
   const ManyWeight* weight;
   const ManyImage* image;  // null: rows of tokens
+  const ManyWindow* window;  // null: whole patches; else first and count are lines of the output
   const float* x;          // of this image or matrix
   float* y;
   ManyEnd end;             // residual of this image or matrix
@@ -71,6 +97,7 @@ struct ManyTask {
   float* panel;            // scratch
   float* sums;
   const float* zeros;      // as many as an image has channels
+  float* line;             // scratch of a window
 };
 
 struct ManyTier {

@@ -20,6 +20,8 @@ struct Aligned {
   bool operator!=(const Aligned&) const { return false; }
 };
 
+struct prunella_window;
+
 struct prunella_many {
   prunella::ManyWeight weight{};
   std::vector<int32_t> band_start;
@@ -27,6 +29,7 @@ struct prunella_many {
   std::vector<prunella::ManyGroup> group;
   std::vector<uint16_t, Aligned<uint16_t>> index;
   std::vector<float, Aligned<float>> value;
+  mutable std::shared_ptr<const prunella_window> window;  // of the last image; read and replaced atomically
 
   void seal();
 };

@@ -2,7 +2,7 @@
 #include <algorithm>
 #include <atomic>
 
-#include "many_pack.h"
+#include "many_window.h"
 #include "threads.h"
 #include "tiers.h"
 
@@ -14,6 +14,7 @@ namespace {
 
 constexpr int64_t kBandRows = 192 + 16;
 constexpr int64_t kDirectTokens = 24;  // tile 0: whole passes of all tiers
+constexpr int64_t kSlack = 8 * 16;      // a tile may read so far behind its last position
 
 struct Job {
   ManyTask task;
@@ -21,6 +22,7 @@ struct Job {
   int64_t tokens_each, parts;     // tokens of a task, tasks of one image
   int32_t splits;                 // bands are split in so many
   const prunella::ManyTier* tier;
+  std::shared_ptr<const prunella_window> window;
   std::atomic<bool> failed{false}, odd{false};
 };
 
@@ -40,39 +42,54 @@ void run_one(void* given, int64_t number) {
   task.band_first = band_at(w, split, job.splits);
   task.band_last = band_at(w, split + 1, job.splits);
   task.first = part * job.tokens_each;
-  task.count = std::min(job.tokens_each, task.tokens - task.first);
+  task.count = std::min(job.tokens_each, (task.window ? task.image->out_height : task.tokens) - task.first);
   task.x += image * job.x_stride;
   task.y += image * job.y_stride;
   if (task.end.residual) task.end.residual += image * job.y_stride;
   const int64_t width = int64_t(task.tile) * job.tier->lanes;
-  task.panel = prunella::scratch(0, std::max<int64_t>(1, prunella::many_panel(w, width)));
+  const int64_t panel = task.window ? task.window->floats + kSlack : prunella::many_panel(w, width);
+  task.panel = prunella::scratch(0, std::max<int64_t>(1, panel));
   task.sums = prunella::scratch(1, std::max<int64_t>(1, kBandRows * width));
   const int64_t channels = std::max<int64_t>(1, task.image ? task.image->channels : 0);
   float* zeros = prunella::scratch(2, channels);
   if (zeros) std::fill_n(zeros, channels, 0.0f);
   task.zeros = zeros;
-  if (!task.panel || !task.sums || !zeros) {
+  if (task.window) {
+    const int64_t lines = std::max<int64_t>(task.window->phases * task.window->each, job.tier->lanes);
+    task.line = prunella::scratch(3, lines * task.window->buffer);
+  }
+  if (!task.panel || !task.sums || !zeros || (task.window && !task.line)) {
     job.failed = true;
   } else if (task.band_first < task.band_last) {
     if (!job.tier->run(task)) job.odd = true;
   }
 }
 
-int run(Job& job, int32_t threads) {
+// Tasks for all threads; where there are too few, rows are split too.
+int share(Job& job, int32_t threads) {
   const ManyWeight& w = *job.task.weight;
-  job.tier = prunella::tier().many;
-  if (!job.task.tile && (job.task.image || w.precision == prunella::kHalf)) job.task.tile = 2;
-  int64_t width = job.task.tile ? int64_t(job.task.tile) * job.tier->lanes : kDirectTokens;
-  int64_t tiles = (job.task.tokens + width - 1) / width;
-  // Whole tiles for each thread where there are enough; else rows are split too.
-  int64_t wanted = std::max<int64_t>(1, threads) * 4;
-  int64_t per_image = std::min(tiles, std::max<int64_t>(1, wanted / std::max<int64_t>(1, job.batch)));
-  job.tokens_each = (tiles + per_image - 1) / per_image * width;
-  job.parts = (job.task.tokens + job.tokens_each - 1) / job.tokens_each;
   int64_t tasks = job.parts * job.batch;
   job.splits = tasks >= threads ? 1 : int32_t(std::min<int64_t>(w.bands, (threads + tasks - 1) / tasks));
   prunella::for_each(tasks * job.splits, threads, run_one, &job);
   return job.failed ? PRUNELLA_NO_MEMORY : job.odd ? PRUNELLA_ODD_INPUT : PRUNELLA_OK;
+}
+
+int run(Job& job, int32_t threads) {
+  const ManyWeight& w = *job.task.weight;
+  if (!job.task.tile && (job.task.image || w.precision == prunella::kHalf)) job.task.tile = 2;
+  if (job.window) {
+    job.task.window = &job.window->window;
+    job.tokens_each = job.task.window->lines;
+    job.parts = (job.task.image->out_height + job.tokens_each - 1) / job.tokens_each;
+    return share(job, threads);
+  }
+  int64_t width = job.task.tile ? int64_t(job.task.tile) * job.tier->lanes : kDirectTokens;
+  int64_t tiles = (job.task.tokens + width - 1) / width;
+  int64_t wanted = std::max<int64_t>(1, threads) * 4;
+  int64_t per_image = std::min(tiles, std::max<int64_t>(1, wanted / std::max<int64_t>(1, job.batch)));
+  job.tokens_each = (tiles + per_image - 1) / per_image * width;
+  job.parts = (job.task.tokens + job.tokens_each - 1) / job.tokens_each;
+  return share(job, threads);
 }
 
 bool has_tile(const prunella_many* weight, int32_t tile) {
@@ -92,8 +109,9 @@ extern "C" int prunella_many_linear(const prunella_many* weight, const float* x,
   if (!tokens || !w.m) return PRUNELLA_OK;
   if (!y || (w.k && !x)) return PRUNELLA_BAD_ARGUMENT;
   Job job{};
-  job.task = {&w, nullptr, x, y, {bias, residual, activation}, tokens, 0, 0, 0, 0, tile, strict, nullptr, nullptr,
-              nullptr};
+  job.tier = prunella::tier().many;
+  job.task = {&w, nullptr, nullptr, x, y, {bias, residual, activation}, tokens, 0, 0, 0, 0, tile, strict,
+              nullptr, nullptr, nullptr, nullptr};
   job.batch = 1;
   return run(job, threads);
 }
@@ -123,10 +141,16 @@ extern "C" int prunella_many_conv(const prunella_many* weight, const prunella_im
     shape.height = shape.out_height = 1;
   }
   Job job{};
-  job.task = {&w, flat && g.last ? nullptr : &shape, x, y, {bias, residual, activation}, tokens, 0, 0, 0, 0, tile, strict,
-              nullptr, nullptr, nullptr};
+  job.tier = prunella::tier().many;
+  job.task = {&w, flat && g.last ? nullptr : &shape, nullptr, x, y, {bias, residual, activation}, tokens, 0, 0, 0, 0,
+              tile, strict, nullptr, nullptr, nullptr, nullptr};
   job.batch = g.batch;
   job.x_stride = g.channels * g.height * g.width;
   job.y_stride = tokens * w.m;
+  try {
+    if (!flat) job.window = prunella::window_of(*weight, {shape, g.batch, job.tier->lanes, std::max(tile, 2), threads});
+  } catch (const std::bad_alloc&) {
+    return PRUNELLA_NO_MEMORY;
+  }
   return run(job, threads);
 }

@@ -32,8 +32,8 @@ void work(void* given) {
 }
 
 struct Arena {
-  float* memory[3] = {nullptr, nullptr, nullptr};
-  int64_t size[3] = {0, 0, 0};
+  float* memory[4] = {};
+  int64_t size[4] = {};
   ~Arena() {
     for (float* part : memory) free(part);
   }

@@ -20,7 +20,7 @@ from prunella.forward import forward
 from prunella.pipeline import Inputs
 from prunella.runtime import native, whole
 from prunella.runtime.choice import Geometry, Problem, Route, Table, is_dense, spell
-from prunella.runtime.fuse import Fused, activation_of, called, copied, fold_, fuse_, hooked, traced
+from prunella.runtime.fuse import Fused, activation_of, called, copied, fold_, fuse_, hooked, joins, traced
 from prunella.runtime.layers import FastLinear, SparseConv2d, SparseLinear
 from prunella.runtime.machine import cpu_name, last_cache
 from prunella.runtime.native import Activation, Precision
@@ -129,9 +129,12 @@ def sparse(
     begin, dense = time.perf_counter(), copied(unwrap(model))
     met = sizes(dense, example)
     tuner = tuner_for(dense, precision, seconds, seed)
-    tuner.last = any(isinstance(m, nn.Conv2d) for m in targets(dense).values()) and whole.last(dense, example, fuse)
+    tuner.last, joined = images(dense, example, fuse)
     with torch.inference_mode(False), torch.no_grad():
-        found = tuple(_layer(dense, name, layer, met, tokens, tuner) for name, layer in targets(dense).items())
+        found = tuple(
+            _layer(dense, name, layer, met, tokens, tuner, joined.get(name, Fused()))
+            for name, layer in targets(dense).items()
+        )
     build = partial(_built, dense, example, fuse)
     made, last, one = *build(found), None
     ratio, difference, why = None, 0.0, _none(found)
@@ -154,6 +157,17 @@ def sparse(
         described(example) if isinstance(kept, GraphModule) else (), one=one, last=last and kept is not None,
     )  # fmt: skip
     return noted(dense if kept is None else kept, record)
+
+
+def images(dense: nn.Module, example: Inputs | None, fuse: bool) -> tuple[bool, dict[str, Fused]]:
+    """Whether convolutions are measured with their channels as the last axis, and what joins each."""
+    convolutions = [name for name, module in targets(dense).items() if isinstance(module, nn.Conv2d)]
+    if example is None or not convolutions:
+        return False, {}
+    twin = copied(dense)
+    program = traced(twin, targets(twin), example) if fuse else None
+    joined = {} if program is None else joins(program, convolutions)
+    return whole.last(program, example), joined
 
 
 def tuner_for(model: nn.Module, precision: Precision, seconds: float, seed: int) -> Tuner:
@@ -291,6 +305,7 @@ def _layer(
     met: Mapping[str, set[tuple[int, ...]]],
     tokens: Sequence[int],
     tuner: Tuner,
+    joined: Fused,
 ) -> Layer:
     weight = matrix_of(module)
     zeros = 1 - density(weight.reshape(len(weight), -1)) if weight.numel() else 0.0
@@ -305,7 +320,7 @@ def _layer(
             return Layer(name, zeros, (), whole)
         verdicts = (*tuner.whole(weight, bias, few), Verdict(Problem(FEW_TOKENS + 1), Route.TORCH))
     elif isinstance(module, nn.Conv2d):
-        verdicts = tuner.conv(weight, bias, geometry_of(module), todo)
+        verdicts = tuner.conv(weight, bias, geometry_of(module), todo, joined)
     else:
         verdicts = tuner.linear(weight, bias, todo)
     wins = any(not is_dense(verdict.choice) for verdict in verdicts)

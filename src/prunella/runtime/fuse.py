@@ -9,7 +9,8 @@ from __future__ import annotations
 import copy
 import operator
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -132,6 +133,14 @@ def fuse_(program: GraphModule, make: Callable[[str, Fused], nn.Module | None], 
     program.delete_all_unused_submodules()
     program.graph.lint()
     program.recompile()
+
+
+def joins(program: GraphModule, layers: Collection[str]) -> dict[str, Fused]:
+    """What can join each of these layers, where the program calls it once."""
+    modules = dict(program.named_modules())
+    calls = [node for node in program.graph.nodes if node.op == "call_module" and node.target in layers]
+    times = Counter(node.target for node in calls)
+    return {str(node.target): _join(node, modules)[0] for node in calls if times[node.target] == 1}
 
 
 def called(program: GraphModule) -> set[str]:

@@ -122,6 +122,8 @@ class SparseConv2d(nn.Module):
     """
 
     bits: Tensor
+    bias: nn.Parameter | None
+    norm: nn.BatchNorm2d | None
 
     def __init__(
         self,
@@ -138,8 +140,9 @@ class SparseConv2d(nn.Module):
         self.shape = tuple(weight.shape)
         self.values, bits = canonical(weight.reshape(len(weight), -1))
         self.register_buffer("bits", bits)
-        self.bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
-        self.norm, self.norm_path, self.activation, self.geometry = norm, norm_path, activation, geometry
+        self.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach().clone(), False))
+        self.register_module("norm", norm)
+        self.norm_path, self.activation, self.geometry = norm_path, activation, geometry
         self.store = Store(self.shape, table, activation, geometry)
 
     @property
@@ -151,22 +154,23 @@ class SparseConv2d(nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """x `(batch, in, h, w)`, residual as the output."""
-        parts = self.parts()
-        norm_in_training = self.norm is not None and self.norm.training
-        if norm_in_training or _wanted(parts) or x.dim() != 4 or not _quick(x, self.values, self.bias, residual):
+        # Straight from where nn.Module keeps them: its __getattr__ costs more than the kernel of a small layer.
+        values, bias, norm = self._parameters["values"], self._parameters["bias"], self._modules["norm"]
+        assert values is not None
+        parts = [] if norm is None else norm_parts(norm)
+        norm_in_training = norm is not None and norm.training
+        if norm_in_training or _wanted(parts) or x.dim() != 4 or not _quick(x, values, bias, residual):
             return self._dense(x, residual)
-        eps = 0.0 if self.norm is None else self.norm.eps
+        eps = 0.0 if norm is None else float(norm.eps)  # type: ignore[arg-type]
+        bits = self._buffers["bits"]
+        assert bits is not None
         if _direct(x):
-            return operators.conv2d(self.store, x, self.values, self.bits, self.bias, residual, parts, eps)
+            return operators.conv2d(self.store, x, values, bits, bias, residual, parts, eps)
         made: Tensor = operators.sparse_conv2d(
-            x, self.values, self.bits, self.bias, residual, parts, eps, self.shape[0], self.store.key,
+            x, values, bits, bias, residual, parts, eps, self.shape[0], self.store.key,
             operators.numbers(self.geometry),
         )  # fmt: skip
         return made
-
-    def parts(self) -> list[Tensor]:
-        """Mean, variance, scale and shift of the batch norm, or nothing."""
-        return [] if self.norm is None else norm_parts(self.norm)
 
     def _dense(self, x: Tensor, residual: Tensor | None) -> Tensor:
         g = self.geometry
@@ -181,11 +185,12 @@ class SparseConv2d(nn.Module):
         return f"{wide}, {out}, kernel={tuple(kernel)}, {part:.1%} zeros, activation={self.activation.value}"
 
 
-def norm_parts(norm: nn.BatchNorm2d) -> list[Tensor]:
+def norm_parts(norm: nn.Module) -> list[Tensor]:
     """Mean, variance, scale and shift of a batch norm: its own tensors, by which a store knows that nothing changed."""
-    mean, variance = norm.running_mean, norm.running_var
-    assert mean is not None and variance is not None  # fusing looked
-    return [mean, variance, norm.weight, norm.bias]
+    buffers, parameters = norm._buffers, norm._parameters
+    made = [buffers["running_mean"], buffers["running_var"], parameters["weight"], parameters["bias"]]
+    assert all(part is not None for part in made)  # fusing looked
+    return made  # type: ignore[return-value]
 
 
 @final

@@ -10,6 +10,7 @@ import ctypes
 import logging
 import os
 import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from functools import cache
@@ -45,6 +46,8 @@ class Activation(Enum):
 class Precision(Enum):
     """The type that values are multiplied in; sums are float32."""
 
+    __hash__ = object.__hash__  # quicker than that of the name: choices are looked up in every call
+
     FP32 = "fp32"
     BF16 = "bf16"
     INT8 = "int8"
@@ -57,6 +60,8 @@ class Kind(Enum):
     BLOCK16, BLOCK8, BLOCK4: so many neighbouring rows share their columns. PAIRS: as ROWS, two nonzeros of a row at a
     time, their values in bfloat16 as x is. DECODE, CSR: for a few tokens.
     """
+
+    __hash__ = object.__hash__
 
     ROWS = "rows"
     GROUPS = "groups"
@@ -292,7 +297,7 @@ def finite_linear(
     """
     x = x if x.is_contiguous() else x.contiguous()
     rows, columns = packed.shape
-    y = torch.empty((*x.shape[:-1], rows))
+    y = x.new_empty((*x.shape[:-1], rows))
     if bias is not None or residual is not None:
         bias, residual = _extra(packed, y, bias, residual, torch.contiguous_format)
     run, few = _runs(), packed.config.kind in FEW
@@ -316,8 +321,9 @@ def finite_linear(
 
 
 @cache
-def _runs() -> tuple[Any, Any]:
-    return _library().prunella_few_linear, _library().prunella_many_linear
+def _runs() -> tuple[Any, Any, Any]:
+    library = _library()
+    return library.prunella_few_linear, library.prunella_many_linear, library.prunella_many_conv
 
 
 def conv2d(
@@ -353,42 +359,93 @@ def finite_conv2d(
     strict: bool = True,
 ) -> Tensor | None:
     """`conv2d`; None, if strict, where a patch of x is not finite, or would not be in bfloat16."""
-    if packed.config.kind in _FEW:
-        raise NotSupported(f"no convolution runs on {packed.config.kind.value}", "it is for a few tokens", "")
     x = _input(x)
-    if x.dim() != 4 or x.shape[1] * kernel[0] * kernel[1] != packed.shape[1]:
-        what = f"x {tuple(x.shape)} with a kernel {kernel} does not fit a weight of {packed.shape[1]} columns"
+    made = patches(packed.shape, x.shape, is_last(x), kernel, stride, padding, dilation)
+    y = torch.empty(made.out, device="meta")
+    bias, residual = _extra(packed, y, bias, residual, made.layout)
+    return run_patches(packed, made, x, bias, residual, activation, strict=strict)
+
+
+@dataclass(frozen=True)
+class Patches:
+    """The sizes of a convolution and its image, as the kernels take them: found once for all calls of one shape."""
+
+    out: tuple[int, int, int, int]
+    strides: tuple[int, int, int, int]
+    layout: torch.memory_format
+    image: Any = field(repr=False)
+
+    @property
+    def positions(self) -> int:
+        """Of all outputs of one channel."""
+        return self.out[0] * self.out[2] * self.out[3]
+
+
+def patches(
+    weight: tuple[int, int],
+    x: Sequence[int],
+    last: bool,
+    kernel: tuple[int, int],
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+) -> Patches:
+    """For a weight `(O, C kh kw)` and x `(B, C, H, W)`. Errors: RequestError for sizes that do not fit or are odd."""
+    if len(x) != 4 or x[1] * kernel[0] * kernel[1] != weight[1]:
+        what = f"x {tuple(x)} with a kernel {kernel} does not fit a weight of {weight[1]} columns"
         raise RequestError(what, "", "x is (B, C, H, W) and the weight (O, C kh kw)")
     if min(*kernel, *stride, *dilation) < 1 or min(padding) < 0 or max(*kernel, *stride, *padding, *dilation) > _MOST:
         what = f"stride {stride}, padding {padding}, dilation {dilation} or kernel {kernel} is out of range"
         raise RequestError(what, f"the kernels count from 1 to {_MOST}, padding from 0", "")
-    last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-    layout = torch.channels_last if last else torch.contiguous_format
-    x = x.contiguous(memory_format=layout)
-    batch, channels, height, width = x.shape
+    batch, channels, height, width = x
     sides = zip((height, width), kernel, stride, padding, dilation, strict=True)
-    out = [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in sides]
-    if min(out) < 1:
-        raise RequestError(f"x {tuple(x.shape)} is smaller than the kernel {kernel}", "", "")
-    y = torch.empty(batch, packed.shape[0], *out, memory_format=layout)
+    high, wide = ((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in sides)
+    if min(high, wide) < 1:
+        raise RequestError(f"x {tuple(x)} is smaller than the kernel {kernel}", "", "")
     image = _Image(channels, height, width, batch, *kernel, *stride, *padding, *dilation, int(last))
-    extra = _extra(packed, y, bias, residual, layout)
-    threads = torch.get_num_threads()
-    done = _library().prunella_many_conv(
+    layout, rows, plane = torch.channels_last if last else torch.contiguous_format, weight[0], high * wide
+    strides = (rows * plane, 1, rows * wide, rows) if last else (rows * plane, plane, wide, 1)
+    return Patches((batch, rows, high, wide), strides, layout, ctypes.pointer(image))
+
+
+def run_patches(
+    packed: Packed,
+    made: Patches,
+    x: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    activation: Activation,
+    *,
+    strict: bool = True,
+) -> Tensor | None:
+    """`finite_conv2d` with little around the kernel. All are float32 on the CPU, bias and residual of the right shape."""
+    if packed.config.kind in _FEW:
+        raise NotSupported(f"no convolution runs on {packed.config.kind.value}", "it is for a few tokens", "")
+    x = x.contiguous(memory_format=made.layout)
+    y = x.new_empty_strided(made.out, made.strides)  # quicker than naming a memory format
+    residual = None if residual is None else residual.contiguous(memory_format=made.layout)
+    done = _runs()[2](
         packed.handle,
-        ctypes.byref(image),
+        made.image,
         x.data_ptr(),
-        *map(_address, extra),
+        None if bias is None else bias.data_ptr(),
+        None if residual is None else residual.data_ptr(),
         _NUMBERS[activation],
-        int(strict),
+        strict,
         packed.config.tile,
-        threads,
+        torch.get_num_threads(),
         y.data_ptr(),
     )
     if done == _ODD_INPUT:
         return None
-    _done(done)
+    if done:
+        _done(done)
     return y
+
+
+def is_last(x: Tensor) -> bool:
+    """Whether the channels of an image are its last axis in memory, and it could not be said to have them first."""
+    return not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
 
 
 def _input(x: Tensor) -> Tensor:

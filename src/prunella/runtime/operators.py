@@ -44,27 +44,23 @@ def conv2d(
     norm: Sequence[Tensor], eps: float,
 ) -> Tensor:  # fmt: skip
     """A convolution by the choice for this number of output positions."""
-    geometry = held.geometry
-    assert geometry is not None  # a convolution's store has one
-    high, wide = geometry.positions((x.shape[2], x.shape[3]))
-    size = x.shape[0] * high * wide if x.shape[1] == held.shape[1] else 0
-    choice, parts = held.choice(size), (values, bits, bias, *norm)
+    made = held.patches(x)
+    choice, parts = Route.TORCH if made is None else held.choice(made.positions), (values, bits, bias, *norm)
 
     def make() -> tuple[Any, Tensor | None]:
         matrix, shift = folded(unpacked(values, bits, held.matrix), bias, norm, eps)
         return laid_out(matrix, choice), shift
 
     weight, shift = held.get(choice, parts, make)
-    if isinstance(choice, Config):
-        y = native.finite_conv2d(
-            weight, x, geometry.kernel, shift, residual, held.activation,
-            stride=geometry.stride, padding=geometry.padding, dilation=geometry.dilation,
-        )  # fmt: skip
+    if made is not None and isinstance(choice, Config):
+        fits = residual is None or residual.shape == made.out
+        y = native.run_patches(weight, made, x, shift, residual, held.activation) if fits else None
         if y is not None:
             return y
         choice = Route.TORCH
         weight, shift = held.get(choice, parts, make)
-    return dense_conv(weight, x, shift, residual, held.activation, geometry, held.shape[1])
+    assert held.geometry is not None  # a convolution's store has one
+    return dense_conv(weight, x, shift, residual, held.activation, held.geometry, held.shape[1])
 
 
 def folded(matrix: Tensor, bias: Tensor | None, norm: Sequence[Tensor], eps: float) -> tuple[Tensor, Tensor | None]:
@@ -136,5 +132,4 @@ def _geometry(given: Sequence[int]) -> Geometry:
 
 
 def _format(x: Tensor) -> torch.memory_format:
-    last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-    return torch.channels_last if last else torch.contiguous_format
+    return torch.channels_last if native.is_last(x) else torch.contiguous_format

@@ -17,11 +17,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from prunella.errors import RequestError
 from prunella.runtime import native
 from prunella.runtime.choice import Choice, Geometry, Route, Table
 from prunella.runtime.native import Activation, Config
 
 _KEYS = itertools.count(1)
+_MOST_SHAPES = 64
 _STORES: weakref.WeakValueDictionary[int, Store] = weakref.WeakValueDictionary()
 ACTIVATE: dict[Activation, Callable[[Tensor], Tensor]] = {
     Activation.NONE: lambda x: x,
@@ -44,7 +46,9 @@ class Store:
         self.key = next(_KEYS)
         self._made: dict[Choice, Any] = {}
         self._near: dict[int, Choice] = {}
-        self._stamp: tuple[Any, ...] = ()
+        self._patches: dict[tuple[torch.Size, bool], native.Patches | None] = {}
+        self._stamp: list[tuple[int, int]] = []
+        self._counted = True
         _STORES[self.key] = self
 
     def __reduce__(self) -> tuple[type[Store], tuple[tuple[int, ...], Table, Activation, Geometry | None]]:
@@ -62,9 +66,26 @@ class Store:
             found = self._near[size] = self.table.at(size)
         return found
 
+    def patches(self, x: Tensor) -> native.Patches | None:
+        """The sizes of a convolution of x; None where a kernel cannot take it, and dense code will say why."""
+        key = x.shape, native.is_last(x)
+        if key not in self._patches:
+            if len(self._patches) >= _MOST_SHAPES:
+                self._patches.clear()
+            self._patches[key] = self._sized(*key)
+        return self._patches[key]
+
+    def _sized(self, shape: torch.Size, last: bool) -> native.Patches | None:
+        g = self.geometry
+        assert g is not None  # a convolution's store has one
+        try:
+            return native.patches(self.matrix, shape, last, g.kernel, g.stride, g.padding, g.dilation)
+        except RequestError:
+            return None
+
     def get(self, choice: Choice, parts: Sequence[Tensor | None], make: Callable[[], Any]) -> Any:
         """What `choice` needs, from `make` if there is none yet. parts: the tensors that it is made from."""
-        stamp = tuple(map(_version, parts))
+        stamp = self._versions(parts)
         if stamp != self._stamp:
             self._made, self._stamp = {}, stamp
         found = self._made.get(choice)
@@ -73,6 +94,16 @@ class Store:
             with torch.inference_mode(False), torch.no_grad():
                 found = self._made[choice] = make()
         return found
+
+    def _versions(self, parts: Sequence[Tensor | None]) -> list[tuple[int, int]]:
+        """What tells whether a part has changed: where it lies, and how often it was written to."""
+        if self._counted:
+            try:
+                return [(part.data_ptr(), part._version) for part in parts if part is not None]
+            except RuntimeError:  # one made in inference mode counts no changes; raising takes as long as a small layer
+                self._counted = False
+        some = [part for part in parts if part is not None]
+        return [(part.data_ptr(), 0 if part.is_inference() else part._version) for part in some]
 
     @property
     def nbytes(self) -> int:
@@ -84,13 +115,6 @@ class Store:
 def store(key: int) -> Store:
     """The store of that number."""
     return _STORES[key]
-
-
-def _version(part: Tensor | None) -> tuple[int, int]:
-    if part is None:
-        return (0, 0)
-    # A tensor made in inference mode counts no changes, and asking it raises, which takes as long as a small layer.
-    return (part.data_ptr(), 0 if part.is_inference() else part._version)
 
 
 def laid_out(weight: Tensor, choice: Choice) -> Any:

@@ -6,20 +6,24 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from prunella.errors import PruningError
 from prunella.runtime import native, tiles
 from prunella.runtime.choice import Choice, Geometry, Problem, Route, Table, is_dense
-from prunella.runtime.layers import FastLinear, SparseConv2d, SparseLinear
+from prunella.runtime.fuse import Fused
+from prunella.runtime.layers import FastLinear, FoldedConv2d, SparseConv2d, SparseLinear
 from prunella.runtime.native import Config, Kind, Precision
+from prunella.runtime.store import finished
 from prunella.runtime.tiles import FEW_TOKENS
 from prunella.timing import Ratio, compare_latency, own_clock
 
 Run = Callable[[], object]
+_M = TypeVar("_M", nn.Linear, nn.Conv2d)
+_ALONE = Fused()
 BLOCKS = {16: Kind.BLOCK16, 8: Kind.BLOCK8, 4: Kind.BLOCK4}
 _CLOSE = 1.3
 _FEW, _LEAST_ROUNDS, _FAR_ROUNDS, _MOST_ROUNDS = 5, 9, 31, 101
@@ -73,11 +77,17 @@ class Tuner:
         return tuple(self._once(weight, bias, problem, None, each, held, whole=True) for problem in problems)
 
     def conv(
-        self, weight: Tensor, bias: Tensor | None, geometry: Geometry, problems: tuple[Problem, ...]
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+        geometry: Geometry,
+        problems: tuple[Problem, ...],
+        joined: Fused = _ALONE,
     ) -> tuple[Verdict, ...]:
-        """The verdicts on a convolution with this weight `(out, in, h, w)`."""
+        """The verdicts on a convolution with this weight `(out, in, h, w)`, and on what joins it."""
         each, held = self.seconds / len(problems), Held()
-        return tuple(self._once(weight, bias, problem, geometry, each, held) for problem in problems)
+        joined = replace(joined, norm=None if joined.norm is None else "norm")  # whose does not matter
+        return tuple(self._once(weight, bias, problem, geometry, each, held, joined=joined) for problem in problems)
 
     def _once(
         self,
@@ -89,12 +99,13 @@ class Tuner:
         held: Held,
         *,
         whole: bool = False,
+        joined: Fused = _ALONE,
     ) -> Verdict:
         matrix = weight.reshape(len(weight), -1)
         sown = (round(density(matrix), 2), blocks_of(matrix))
-        like = (tuple(weight.shape), sown, bias is None, geometry, problem, whole)
+        like = (tuple(weight.shape), sown, bias is None, geometry, problem, whole, joined)
         if like not in self.known:
-            how = {"whole": whole, "last": self.last}
+            how: Any = {"whole": whole, "last": self.last, "joined": joined}
             runs = candidates(weight, bias, problem, geometry, self.precision, self.seed, held.first, **how)
             before = None
             if self.before is not None:
@@ -173,10 +184,12 @@ def candidates(
     *,
     whole: bool = False,
     last: bool = False,
+    joined: Fused = _ALONE,
 ) -> dict[Choice, Run]:
     """Choice -> a call of the layer on noise of the problem's size. What cannot be laid out is left out.
 
-    held: the layers made so far; further ones are added. whole: as in `Tuner.whole`. last: as in `Tuner`.
+    held: the layers made so far; further ones are added. whole: as in `Tuner.whole`. last: as in `Tuner`. joined: to a
+    convolution, whatever runs it.
     """
     generator = torch.Generator().manual_seed(seed)
     matrix = weight.detach().reshape(len(weight), -1)
@@ -191,7 +204,7 @@ def candidates(
     if whole:
         choices = [Route.TORCH, *whole_configs(matrix, problem.size, precision)]
     for choice in choices:
-        run = _call(choice, weight.detach(), x, bias, geometry, held, whole=whole)
+        run = _call(choice, weight.detach(), x, bias, geometry, held, whole=whole, joined=joined)
         try:
             run()
         except PruningError:  # a kernel says that it does not do this
@@ -216,26 +229,64 @@ def _call(
     held: dict[Choice, nn.Module],
     *,
     whole: bool = False,
+    joined: Fused = _ALONE,
 ) -> Run:
     """The layer by a choice, as a model would call it: all that a module costs is measured too."""
     if choice is Route.TORCH and geometry is None:
         return partial(_dense_layer(weight, bias), x)
-    if choice is Route.TORCH and geometry is not None:
-        return partial(functional.conv2d, x, weight, bias, geometry.stride, geometry.padding, geometry.dilation)
+    if geometry is not None:
+        return _call_conv(choice, weight, x, bias, geometry, held, joined)
     if choice not in held:
         table = Table(((1, choice),))
-        if geometry is not None:
-            held[choice] = SparseConv2d(weight, bias, geometry=geometry, table=table).eval()
-        elif whole or is_dense(choice):
+        if whole or is_dense(choice):
             held[choice] = FastLinear(weight, bias, table=table).eval()
         else:
             held[choice] = SparseLinear(weight, bias, table=table).eval()
     return partial(held[choice], x)
 
 
+def _call_conv(
+    choice: Choice,
+    weight: Tensor,
+    x: Tensor,
+    bias: Tensor | None,
+    geometry: Geometry,
+    held: dict[Choice, nn.Module],
+    joined: Fused,
+) -> Run:
+    """A convolution and what joins it: a dense one multiplies its batch norm in, and does the rest in its own memory."""
+    high, wide = geometry.positions((x.shape[2], x.shape[3]))
+    y = torch.zeros(x.shape[0], len(weight), high, wide) if joined.residual else None
+    residual = y if y is None or not native.is_last(x) else y.contiguous(memory_format=torch.channels_last)
+    norm = None if joined.norm is None else nn.BatchNorm2d(len(weight)).eval().requires_grad_(False)
+    if choice is Route.TORCH:
+        conv = _dense_conv(weight, bias, geometry)
+        if norm is None:
+            return lambda: finished(conv(x), residual, joined.activation)
+        return partial(FoldedConv2d(conv, norm, "", joined.activation).eval(), x, residual)
+    if choice not in held:
+        table, activation = Table(((1, choice),)), joined.activation
+        held[choice] = SparseConv2d(
+            weight, bias, geometry=geometry, table=table, norm=norm, activation=activation
+        ).eval()
+    return partial(held[choice], x, residual)
+
+
+def _dense_conv(weight: Tensor, bias: Tensor | None, geometry: Geometry) -> nn.Conv2d:
+    out, wide, *kernel = weight.shape
+    how = (geometry.stride, geometry.padding, geometry.dilation)
+    with torch.device("meta"):
+        made = nn.Conv2d(wide, out, (kernel[0], kernel[1]), *how, bias=bias is not None)
+    return _filled(made, weight, bias)
+
+
 def _dense_layer(weight: Tensor, bias: Tensor | None) -> nn.Module:
     with torch.device("meta"):
         made = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
+    return _filled(made, weight, bias)
+
+
+def _filled(made: _M, weight: Tensor, bias: Tensor | None) -> _M:
     made.weight = nn.Parameter(weight, requires_grad=False)
     made.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
     return made.eval()

@@ -14,9 +14,9 @@ from prunella.errors import CheckFailed
 from prunella.forward import forward, tensors
 from prunella.graph.oracle import relative_error
 from prunella.pipeline import Inputs
-from prunella.runtime.fuse import channels_last_, copied, traced
+from prunella.runtime.fuse import channels_last_, copied
 from prunella.runtime.layers import SparseConv2d
-from prunella.runtime.native import Precision
+from prunella.runtime.native import Precision, is_last
 from prunella.timing import Comparison, Ratio, compare_latency, own_clock
 
 TOLERANCE = {Precision.FP32: 1e-3, Precision.BF16: 0.1, Precision.INT8: 0.3}
@@ -41,13 +41,15 @@ def compared(
     return ratio, difference, f"the whole model stays dense: {ratio.verdict} on the example"
 
 
-def last(dense: nn.Module, example: Inputs, fuse: bool) -> bool:
-    """Whether images can run with their channels as the last axis, or come like that: so are their layers measured."""
+def last(program: GraphModule | None, example: Inputs) -> bool:
+    """Whether images can run with their channels as the last axis, or come like that: so are their layers measured.
+
+    program: the trace of the model, changed here.
+    """
     images = [part for part in tensors(example) if part.dim() == 4]
-    if any(part.is_contiguous(memory_format=torch.channels_last) and not part.is_contiguous() for part in images):
+    if any(is_last(part) for part in images):
         return True
-    program = traced(copied(dense), {}, example) if fuse and images else None
-    return program is not None and channels_last_(program)
+    return bool(images) and program is not None and channels_last_(program)
 
 
 def turned(made: nn.Module, example: Inputs) -> tuple[nn.Module, bool]:
