@@ -58,6 +58,7 @@ struct ManyEnd {
 
 constexpr int kUnit = 4;  // floats that an index of a window counts
 constexpr int kMostPhases = 8;
+constexpr int kMostLines = 1024;  // of a row of a window
 
 // A panel for convolutions whose patches are not written out. A patch is one column of the kernel wider than its
 // neighbour's and one line further down: the panel holds each channel once for every column of the kernel, shifted by that

@@ -20,7 +20,8 @@ int64_t up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 bool ordinary(const ManyWeight& w, const ManyImage& g) {
   const int64_t most = std::max<int64_t>({g.pad_h, g.pad_w, int64_t(g.kernel_h) * g.dilation_h, int64_t(g.kernel_w) * g.dilation_w,
                                           g.stride_w});
-  return w.precision == prunella::kFloat && w.k && most <= kMost && g.stride_h <= prunella::kMostPhases && g.out_width <= 1 << 16;
+  const bool worth = g.stride_w == 1 || (!g.last && g.kernel_w > 1);
+  return worth && w.precision == prunella::kFloat && w.k && most <= kMost && g.stride_h <= prunella::kMostPhases && g.out_width <= 1 << 16;
 }
 
 // A line as long as vectors are, unless that wastes a quarter; then as short as units allow.
@@ -34,9 +35,10 @@ void size_rows(prunella_window& owner, const ManyWeight& w, int64_t lines) {
   const ManyImage& g = owner.key.image;
   auto& made = owner.window;
   const int64_t taps = int64_t(g.kernel_h) * g.kernel_w;
+  const int64_t beyond = up(made.width, owner.key.lanes) - made.width;  // the last line is filled by whole vectors too
   made.lines = lines;
   made.each = lines + int64_t(g.kernel_h - 1) * g.dilation_h / g.stride_h;
-  made.row = up(made.phases * made.each * made.width, owner.key.lanes);
+  made.row = up(made.phases * made.each * made.width + beyond, owner.key.lanes);
   if (made.row % 128 == 0) made.row += 16;  // rows of one remainder by a large power of two share their places in a cache
   int64_t ends = 0;
   for (int32_t b = 0, before = -1; b < w.blocks; b++) {
@@ -132,7 +134,7 @@ std::shared_ptr<const prunella_window> make(const prunella_many& weight, const p
   size_rows(*owner, w, strip(*owner, w));
   made.buffer = up((made.width + key.lanes) * g.stride_w + int64_t(g.kernel_w - 1) * g.dilation_w, key.lanes);
   made.buffer += up(g.pad_w, key.lanes);
-  if (made.floats > kMostPanel || made.buffer * std::max<int64_t>(made.phases * made.each, key.lanes) > kMostPanel) return nullptr;
+  if (made.phases * made.each > prunella::kMostLines || made.floats > kMostPanel || made.buffer * std::max<int64_t>(made.phases * made.each, key.lanes) > kMostPanel) return nullptr;
   std::vector<int64_t> zero_of;
   place(*owner, w, zero_of);
   if (!translate(*owner, weight, zero_of)) return nullptr;
@@ -149,7 +151,7 @@ bool same(const prunella_window_key& a, const prunella_window_key& b) {
   return a.batch == b.batch && a.lanes == b.lanes && a.tile == b.tile && a.threads == b.threads && g.channels == h.channels &&
          g.height == h.height && g.width == h.width && g.out_height == h.out_height && g.out_width == h.out_width &&
          g.kernel_h == h.kernel_h && g.kernel_w == h.kernel_w && g.stride_h == h.stride_h && g.stride_w == h.stride_w &&
-         g.pad_h == h.pad_h && g.pad_w == h.pad_w && g.dilation_h == h.dilation_h && g.dilation_w == h.dilation_w;
+         g.pad_h == h.pad_h && g.pad_w == h.pad_w && g.dilation_h == h.dilation_h && g.dilation_w == h.dilation_w && g.last == h.last;
 }
 
 }  // namespace

@@ -54,11 +54,16 @@ void for_each(int64_t count, int threads, void (*task)(void*, int64_t), void* ar
 }
 
 float* scratch(int slot, int64_t floats) {
+#ifdef __SANITIZE_ADDRESS__  // each time as much as was asked for, so that one vector too many is seen
+  constexpr int64_t kGrain = 64, kKept = 0;
+#else
+  constexpr int64_t kGrain = 4096, kKept = 1;
+#endif
   static thread_local Arena arena;
-  if (arena.size[slot] < floats) {
+  if (arena.size[slot] * kKept < floats) {
     free(arena.memory[slot]);
-    int64_t bytes = (floats * 4 + 4095) / 4096 * 4096;
-    arena.memory[slot] = static_cast<float*>(aligned_alloc(4096, size_t(bytes)));
+    int64_t bytes = (floats * 4 + kGrain - 1) / kGrain * kGrain;
+    arena.memory[slot] = static_cast<float*>(aligned_alloc(kGrain, size_t(bytes)));
     arena.size[slot] = arena.memory[slot] ? bytes / 4 : 0;
   }
   return arena.memory[slot];

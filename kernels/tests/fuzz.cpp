@@ -64,9 +64,9 @@ float number(Bytes& in) {
   return (static_cast<float>(kind) - 126.0f) / 32.0f;
 }
 
-// Well-formed rows whose density and places come from the input.
-Rows good_rows(Bytes& in) {
-  const int64_t m = in.below(9), k = in.below(in.next(1) % 64 ? 150 : 3000);
+// Well-formed rows of k columns, whose density and places come from the input.
+Rows good_rows(Bytes& in, int64_t k) {
+  const int64_t m = in.below(9);
   const uint64_t keep = in.next(1);
   uint64_t state = in.next(4) * 2 + 1;
   std::vector<int64_t> starts(1, 0), columns;
@@ -84,6 +84,11 @@ Rows good_rows(Bytes& in) {
   for (int64_t p = 0; p < rows.values.size; p++) rows.values[p] = static_cast<float>(p % 61 - 30) / 16.0f;
   for (int64_t some = in.below(4); some > 0 && rows.values.size; some--) rows.values[in.below(rows.values.size)] = number(in);
   return rows;
+}
+
+Rows good_rows(Bytes& in) {
+  const int64_t k = in.below(in.next(1) % 64 ? 150 : 3000);
+  return good_rows(in, k);
 }
 
 // A number instead of `now`, often just across the `limit`.
@@ -231,6 +236,58 @@ void try_many(Bytes& in, Rows& rows, Product& out, int32_t threads) {
   prunella_many_free(packed);
 }
 
+// The sums of a convolution by a plain loop; x and y in the layout of the image.
+Product product_of_patches(Bytes& in, Rows& rows, const prunella_image& g, int64_t high, int64_t wide, bool odd) {
+  const int64_t plane = high * wide, size = g.batch * rows.m * plane, pixels = g.height * g.width;
+  Product out{g.batch * plane, Exact<float>(g.batch * g.channels * pixels), Exact<float>(size), Exact<double>(size),
+              Exact<double>(size)};
+  for (int64_t i = 0; i < out.x.size; i++) out.x[i] = static_cast<float>(i * 7 % 97 - 48) / 32.0f;
+  if (odd && out.x.size) out.x[in.below(out.x.size)] = number(in);
+  for (int64_t b = 0; b < g.batch; b++)
+    for (int64_t i = 0; i < rows.m; i++)
+      for (int64_t at = 0; at < plane; at++)
+        for (int64_t p = rows.starts[i]; p < rows.starts[i + 1]; p++) {
+          const int64_t tap = rows.columns[p] % (int64_t(g.kernel_h) * g.kernel_w);
+          const int64_t c = rows.columns[p] / (int64_t(g.kernel_h) * g.kernel_w);
+          const int64_t y = at / wide * g.stride_h + tap / g.kernel_w * g.dilation_h - g.pad_h;
+          const int64_t x = at % wide * g.stride_w + tap % g.kernel_w * g.dilation_w - g.pad_w;
+          const bool inside = y >= 0 && y < g.height && x >= 0 && x < g.width;
+          const int64_t from = g.last ? (y * g.width + x) * g.channels + c : c * pixels + y * g.width + x;
+          const double one = double(rows.values[p]) * (inside ? out.x[b * g.channels * pixels + from] : 0.0f);
+          const int64_t to = b * rows.m * plane + (g.last ? at * rows.m + i : i * plane + at);
+          out.wanted[to] += one;
+          out.size[to] += std::fabs(one);
+        }
+  return out;
+}
+
+void round_of_images(Bytes& in) {
+  static const int32_t sides[] = {1, 2, 4};
+  const auto small = [&](int limit) { return 1 + static_cast<int32_t>(in.below(limit)); };
+  prunella_image g{in.below(12), in.below(13), in.below(21), in.below(3), small(4), small(4), small(3), small(3),
+                   small(4) - 1, small(4) - 1, small(2), small(2), static_cast<int32_t>(in.next(1) % 2)};
+  if (in.next(1) % 16 == 0) g.width *= 5;
+  Rows rows = good_rows(in, g.channels * g.kernel_h * g.kernel_w);
+  const int32_t kind = static_cast<int32_t>(in.next(1) % 6), side = sides[in.next(1) % 3], tile = static_cast<int32_t>(in.next(1) % 9);
+  const int32_t depth = 1 + static_cast<int32_t>(in.below(in.next(1) % 2 ? 40 : 600)), half = in.next(1) % 4 == 0;
+  const uint64_t how = in.next(1);
+  prunella_many* packed = nullptr;
+  if (prunella_many_pack(rows.m, rows.k, rows.columns.size, rows.starts.get(), rows.columns.get(), rows.values.get(), kind,
+                         side, depth, half, &packed))
+    return;
+  const int64_t tall = g.height + 2 * g.pad_h - g.dilation_h * (g.kernel_h - 1) - 1;
+  const int64_t long_ = g.width + 2 * g.pad_w - g.dilation_w * (g.kernel_w - 1) - 1;
+  const int64_t high = tall < 0 ? 0 : tall / g.stride_h + 1, wide = long_ < 0 ? 0 : long_ / g.stride_w + 1;
+  Product out = product_of_patches(in, rows, g, high, wide, how % 4 == 0);
+  const int32_t strict = how / 4 % 2, threads = how / 8 % 8 == 0 ? 3 : 1;
+  for (int times = 0; times < 2; times++) {  // the second time with what was kept of the first
+    const int done = prunella_many_conv(packed, &g, out.x.get(), nullptr, nullptr, 0, strict, tile, threads, out.y.get());
+    if (done == PRUNELLA_ODD_INPUT) must(strict && !finite(out.x), "only an odd number is refused");
+    if (done == PRUNELLA_OK && high && wide && (kind <= 1 || kind == 5 || finite(out.x))) compare(out, half ? 0.01 : 1e-5, 1e-30);
+  }
+  prunella_many_free(packed);
+}
+
 void round_of_rows(Bytes& in) {
   const uint64_t how = in.next(1);
   Rows rows = good_rows(in);
@@ -272,9 +329,10 @@ void round_of_buffer(Bytes& in) {
   for (int64_t times = in.below(3); times > 0 && prunella::few_check(data, length) == PRUNELLA_OK; times--)
     spoil_buffer(in, data, length);
   prunella_few taken{data, length};
-  if (prunella::few_check(data, length) == PRUNELLA_OK) {
+  const prunella::FewHeader& h = *static_cast<prunella::FewHeader*>(data);
+  // A header without rows may name any number of columns, and x for so many is not to be had.
+  if (prunella::few_check(data, length) == PRUNELLA_OK && h.columns < 1 << 20) {
     must(length == full, "a cut buffer is refused");
-    const prunella::FewHeader& h = *static_cast<prunella::FewHeader*>(data);
     const int64_t tokens = 1 + in.below(8);
     Exact<float> x(tokens * h.columns), y(tokens * h.rows);
     if (x.size && in.next(1) % 2) x[in.below(x.size)] = NAN;
@@ -295,9 +353,10 @@ void choose_tier(uint64_t number) {
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   Bytes in{data, size};
   choose_tier(in.next(1));
-  if (in.next(1) % 3)
-    round_of_rows(in);
-  else
-    round_of_buffer(in);
+  switch (in.next(1) % 4) {
+    case 0: round_of_buffer(in); break;
+    case 1: round_of_images(in); break;
+    default: round_of_rows(in);
+  }
   return 0;
 }

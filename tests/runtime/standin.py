@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from prunella.runtime import native, tiles
+from prunella.runtime import images, native, tiles
 from prunella.runtime.native import Activation, Config, Kind, Precision
 from prunella.runtime.store import ACTIVATE
 
@@ -49,26 +49,28 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Calls:
     def finite_linear(packed: Held, x: Tensor, bias: Any, residual: Any, activation: Activation) -> Tensor | None:
         return linear(packed, x, bias, residual, activation) if torch.isfinite(x).all() else None
 
-    def conv2d(packed: Held, x: Tensor, kernel: Any, bias: Any = None, residual: Any = None,
-               activation: Activation = Activation.NONE, *, stride: Any, padding: Any,
-               dilation: Any) -> Tensor:  # fmt: skip
+    def run_patches(
+        packed: Held, made: images.Patches, x: Tensor, bias: Any, residual: Any, activation: Activation
+    ) -> Tensor | None:
         calls.append(f"conv2d {packed.config.kind.value}")
-        weight = packed.matrix.reshape(len(packed.matrix), -1, *kernel)
-        y = functional.conv2d(x, weight, bias, stride, padding, dilation)
+        if not torch.isfinite(x).all():
+            return None
+        g = made.image.contents
+        weight = packed.matrix.reshape(len(packed.matrix), -1, g.kernel_h, g.kernel_w)
+        sides = ((g.stride_h, g.stride_w), (g.pad_h, g.pad_w), (g.dilation_h, g.dilation_w))
+        y = functional.conv2d(x, weight, bias, *sides)
+        assert y.shape == made.out and y.stride() == made.strides
         return ACTIVATE[activation](y if residual is None else y + residual)
-
-    def finite_conv2d(packed: Held, x: Tensor, *args: Any, **kwargs: Any) -> Tensor | None:
-        return conv2d(packed, x, *args, **kwargs) if torch.isfinite(x).all() else None
 
     def configs(shape: tuple[int, int], density: float, tokens: int) -> tuple[Config, ...]:
         return (Config(Kind.DECODE),) if tokens <= 8 else (Config(Kind.ROWS), Config(Kind.GROUPS))
 
     for name, value in {
         "available": lambda: True, "isa": lambda: "standin", "tiers": lambda: ("standin",),
-        "pack": pack, "linear": linear, "finite_linear": finite_linear, "conv2d": conv2d,
-        "finite_conv2d": finite_conv2d,
+        "pack": pack, "linear": linear, "finite_linear": finite_linear,
     }.items():  # fmt: skip
         monkeypatch.setattr(native, name, value)
+    monkeypatch.setattr(images, "run_patches", run_patches)
     monkeypatch.setattr(tiles, "configs", configs)
     return calls
 

@@ -15,13 +15,13 @@ from torch.nn import functional
 
 import prunella as pr
 from prunella.errors import CheckFailed, RequestError
-from prunella.runtime import convert, native, operators, tune, whole
-from prunella.runtime.choice import Problem, Route, from_json, is_dense, spell, to_json
+from prunella.runtime import convert, native, operators, targets, tune, whole
+from prunella.runtime.choice import Problem, Route, is_dense
 from prunella.runtime.fuse import Fused, fuse_, traced
 from prunella.runtime.layers import FastLinear, FoldedConv2d, SparseConv2d, SparseLinear
 from prunella.runtime.native import Activation, Config, Kind, Precision
 from prunella.runtime.restore import restored
-from prunella.runtime.tune import Tuner, blocks_of, configs, decide
+from prunella.runtime.tune import Tuner, configs
 from prunella.timing import Ratio
 from tests.runtime.standin import Calls
 
@@ -379,72 +379,10 @@ def test_coarser_kernels_only_if_asked(kernels: Calls) -> None:
 
 def test_fewer_tokens_than_the_example_brings_are_measured_too() -> None:
     layer = nn.Linear(12, 12)
-    assert [p.size for p in convert.problems(layer, {(2, 3, 12)}, [100])] == [1, 2, 4, 6, 100]
-    assert [p.size for p in convert.problems(layer, {(200, 12)}, [])] == [1, 2, 4, 8, 32, 128, 200]
+    assert [p.size for p in targets.problems(layer, {(2, 3, 12)}, [100])] == [1, 2, 4, 6, 100]
+    assert [p.size for p in targets.problems(layer, {(200, 12)}, [])] == [1, 2, 4, 8, 32, 128, 200]
     conv = nn.Conv2d(8, 8, 3, stride=2)
-    assert convert.problems(conv, {(2, 8, 5, 5)}, [7]) == (Problem(2 * 2 * 2, (2, 8, 5, 5)),)
-
-
-def test_blocks_are_seen(kernels: Calls) -> None:
-    mask = (torch.arange(6) % 2 == 0).expand(16, 6)
-    assert blocks_of(mask * 1.0) == 16
-    broken = mask.clone()
-    broken[8:, 1] = True
-    assert blocks_of(broken * 1.0) == 8
-    broken[3, 3] = True
-    assert blocks_of(broken * 1.0) == 1
-    kinds = [c.kind for c in configs(mask * 1.0, 64, Precision.FP32)]
-    assert kinds[0] is Kind.BLOCK16 and Kind.BLOCK8 not in kinds
-
-
-def test_the_quickest_of_each_side_meet(monkeypatch: pytest.MonkeyPatch) -> None:
-    now = [0.0]
-    monkeypatch.setattr(tune, "own_clock", lambda: lambda: now[0])
-
-    def work(seconds: float) -> Callable[[], object]:
-        return lambda: now.__setitem__(0, now[0] + seconds)
-
-    runs = {
-        Route.TORCH: work(0.20),
-        Route.ONEDNN: work(0.26),
-        Config(Kind.ROWS): work(0.28),
-        Config(Kind.CSR): work(0.17),
-    }
-    verdict = decide(runs, Problem(4), 0.1, 0)
-    assert verdict.choice == verdict.best == Config(Kind.CSR) and verdict.ratio is not None
-    assert verdict.ratio.value == pytest.approx(0.20 / 0.17)
-    again = decide({c: runs[c] for c in (Route.TORCH, Config(Kind.ROWS))}, Problem(4), 0.1, 0)
-    assert again.choice is Route.TORCH and again.best == Config(Kind.ROWS)
-
-
-@pytest.mark.parametrize(("ratio", "wins"), [(Ratio(1.2, 1.1, 1.3), True), (Ratio(1.2, 0.9, 1.3), False)])
-def test_only_a_sure_gain_wins(monkeypatch: pytest.MonkeyPatch, ratio: Ratio, wins: bool) -> None:
-    class Measured:
-        def __init__(self) -> None:
-            self.ratio = ratio
-
-    monkeypatch.setattr(tune, "compare_latency", lambda *args, **kwargs: Measured())
-    monkeypatch.setattr(tune, "_sieve", lambda runs, seconds, base, before: dict.fromkeys(runs, 1.0))
-    rival = Config(Kind.ROWS)
-    verdict = decide({Route.TORCH: lambda: None, rival: lambda: None}, Problem(4), 0.1, 0)
-    assert verdict.choice == (rival if wins else Route.TORCH) and verdict.best == rival
-
-
-def test_what_seems_quicker_is_measured_until_it_is_sure(monkeypatch: pytest.MonkeyPatch) -> None:
-    found: list[int] = []
-    ratios = iter([Ratio(1.5, 0.9, 2.0), Ratio(1.4, 1.2, 1.6), Ratio(1.05, 0.9, 1.2), *[Ratio(1.5, 0.9, 2.0)] * 4])
-
-    def measured(*_: Any, rounds: int, **__: Any) -> Any:
-        found.append(rounds)
-        return SimpleNamespace(ratio=next(ratios))
-
-    monkeypatch.setattr(tune, "compare_latency", measured)
-    rival = Config(Kind.ROWS)
-    monkeypatch.setattr(tune, "_sieve", lambda runs, *_: {Route.TORCH: 2.0, rival: 1.0})
-    runs = {Route.TORCH: lambda: None, rival: lambda: None}
-    assert decide(runs, Problem(4), 0.1, 0).choice == rival and found == [5, 20]
-    assert decide(runs, Problem(4), 0.1, 0).choice is Route.TORCH and found == [5, 20, 5]  # too little to look again
-    assert decide(runs, Problem(4), 0.1, 0).choice is Route.TORCH and found[3:] == [5, 20, 80, 101]
+    assert targets.problems(conv, {(2, 8, 5, 5)}, [7]) == (Problem(2 * 2 * 2, (2, 8, 5, 5)),)
 
 
 @pytest.mark.usefixtures("eager_to_skip", "kernels")
@@ -464,22 +402,6 @@ def test_images_are_measured_in_the_layout_that_they_will_have(monkeypatch: pyte
         pr.sparse(net(), image, fuse=fuse)
         flat = [one for layer in seen for one in layer]
         assert flat and all(one is last for one in flat)
-
-
-def test_alike_layers_are_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
-    monkeypatch.setattr(tune, "candidates", lambda *args, **how: asked.append(args) or {})
-    monkeypatch.setattr(tune, "decide", lambda runs, problem, seconds, seed, before: problem)
-    tuner, weight = Tuner(), torch.eye(8)
-    tuner.linear(weight, None, (Problem(1), Problem(2)))
-    tuner.linear(weight.flip(0), None, (Problem(2),))
-    tuner.linear(weight, torch.ones(8), (Problem(2),))
-    assert len(asked) == 3
-
-
-def test_choices_are_plain_data() -> None:
-    for choice in (*Route, Config(Kind.DECODE, Precision.INT8, 2, 8, 64)):
-        assert from_json(to_json(choice)) == choice and spell(choice)
 
 
 def test_weights_come_from_memory_where_the_model_exceeds_the_caches(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -543,12 +465,12 @@ def test_a_single_token_is_cut_from_an_example_where_that_can_be() -> None:
             return out
 
     ids, model = torch.arange(6).reshape(2, 3), Tokens()
-    met = convert.sizes(model, ids)
+    met = targets.sizes(model, ids)
     assert torch.equal(convert.shortened(model, ids, met), ids[:1, :1])
     named = {"ids": ids, "weight": None}
     assert torch.equal(convert.shortened(model, named, met)["ids"], ids[:1, :1])
-    assert convert.shortened(model, ids[:1, :1], convert.sizes(model, ids[:1, :1])) is None  # one token already
-    assert convert.shortened(mlp(), X, convert.sizes(mlp(), X)) is None  # the second axis holds features
+    assert convert.shortened(model, ids[:1, :1], targets.sizes(model, ids[:1, :1])) is None  # one token already
+    assert convert.shortened(mlp(), X, targets.sizes(mlp(), X)) is None  # the second axis holds features
 
 
 @pytest.mark.usefixtures("eager_to_skip", "kernels")

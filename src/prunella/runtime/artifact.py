@@ -42,14 +42,10 @@ from prunella.runtime.convert import (
     Layer,
     Sparsified,
     assembled,
-    bias_of,
-    geometry_of,
     kernels,
-    matrix_of,
     noted,
     sparsified,
     stays_whole,
-    targets,
     tuner_for,
 )
 from prunella.runtime.fuse import activation_of, channels_last_, copied
@@ -57,6 +53,7 @@ from prunella.runtime.layers import SparseLinear
 from prunella.runtime.machine import cpu_name, fingerprint
 from prunella.runtime.native import Precision
 from prunella.runtime.restore import restored, sparse_layers
+from prunella.runtime.targets import bias_of, geometry_of, matrix_of, targets
 from prunella.runtime.tune import Tuner, Verdict, configs, density, whole_configs
 
 _LARGEST = 1 << 28

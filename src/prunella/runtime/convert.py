@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,20 +14,19 @@ from torch.fx import GraphModule
 
 from prunella.apply import unwrap
 from prunella.errors import RequestError
-from prunella.forward import forward
 from prunella.pipeline import Inputs
 from prunella.runtime import native, whole
-from prunella.runtime.choice import Geometry, Problem, Route, Table, is_dense, spell
+from prunella.runtime.choice import Problem, Route, Table, is_dense, spell
 from prunella.runtime.fuse import Fused, activation_of, called, copied, fold_, fuse_, hooked, joins, traced
 from prunella.runtime.layers import FastLinear, SparseConv2d, SparseLinear
 from prunella.runtime.machine import cpu_name, last_cache
 from prunella.runtime.native import Activation, Precision
 from prunella.runtime.pair import pairs
+from prunella.runtime.targets import bias_of, geometry_of, is_conv1d, matrix_of, problems, sizes, targets
 from prunella.runtime.tiles import FEW_TOKENS
 from prunella.runtime.tune import Tuner, Verdict, density, forgetting
 from prunella.timing import Ratio
 
-_BUCKETS = (1, 2, 4, 8, *(8 * 4**k for k in range(1, 10)))
 LEAST = 0.1
 """A layer with a smaller part of zeros stays whole; measured for a few tokens, if the model exceeds the caches."""
 _RECORD = "prunella_sparsified"
@@ -159,15 +156,16 @@ def sparse(
     return noted(dense if kept is None else kept, record)
 
 
-def images(dense: nn.Module, example: Inputs | None, fuse: bool) -> tuple[bool, dict[str, Fused]]:
+def images(dense: nn.Module, example: Inputs, fuse: bool) -> tuple[bool, dict[str, Fused]]:
     """Whether convolutions are measured with their channels as the last axis, and what joins each."""
-    convolutions = [name for name, module in targets(dense).items() if isinstance(module, nn.Conv2d)]
-    if example is None or not convolutions:
-        return False, {}
     twin = copied(dense)
-    program = traced(twin, targets(twin), example) if fuse else None
-    joined = {} if program is None else joins(program, convolutions)
-    return whole.last(program, example), joined
+    layers = targets(twin)
+    convolutions = {name: layer for name, layer in layers.items() if isinstance(layer, nn.Conv2d)}
+    if not convolutions:
+        return False, {}
+    program = traced(twin, layers, example) if fuse else None
+    last = whole.last(program, example)
+    return last, {} if program is None else joins(program, convolutions)
 
 
 def tuner_for(model: nn.Module, precision: Precision, seconds: float, seed: int) -> Tuner:
@@ -221,83 +219,6 @@ def noted(model: nn.Module, record: Sparsified) -> nn.Module:
     return model
 
 
-# -- which layers, and what they meet ---------------------------------------------------------------------------------
-
-
-def targets(model: nn.Module) -> dict[str, nn.Module]:
-    """The layers that could skip zeros: linear ones, those of GPT-2, and convolutions of one group."""
-    return {name: module for name, module in model.named_modules() if _fits(module)}
-
-
-def is_conv1d(module: nn.Module) -> bool:
-    """Whether it is the linear layer of transformers that keeps its weight transposed."""
-    return type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"
-
-
-def _fits(module: nn.Module) -> bool:
-    if type(module) is nn.Conv2d:
-        return module.groups == 1 and module.padding_mode == "zeros" and not isinstance(module.padding, str)
-    return type(module) is nn.Linear or is_conv1d(module)
-
-
-def matrix_of(module: nn.Module) -> Tensor:
-    """The weight of a target as `(out, in)`, or `(out, in, h, w)`."""
-    weight = module.weight
-    assert isinstance(weight, Tensor)
-    return weight.detach().t() if is_conv1d(module) else weight.detach()
-
-
-def bias_of(module: nn.Module) -> Tensor | None:
-    """The bias of a target."""
-    bias = module.bias
-    return bias.detach() if isinstance(bias, Tensor) else None
-
-
-def geometry_of(module: nn.Conv2d) -> Geometry:
-    """The sizes of a convolution."""
-    kernel, stride, padding, dilation = (
-        (int(pair[0]), int(pair[1])) for pair in (module.kernel_size, module.stride, module.padding, module.dilation)
-    )
-    return Geometry(kernel, stride, padding, dilation)
-
-
-def sizes(model: nn.Module, example: Inputs) -> dict[str, set[tuple[int, ...]]]:
-    """Layer -> shapes of its inputs when the example runs."""
-    met: dict[str, set[tuple[int, ...]]] = {}
-    with _noting(targets(model), met), torch.no_grad():
-        try:
-            forward(model, example)
-        except Exception as error:  # whatever the user's model raises
-            why = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-            raise RequestError("the model does not run on the example", why, "give one that it takes") from error
-    return met
-
-
-@contextmanager
-def _noting(layers: Mapping[str, nn.Module], met: dict[str, set[tuple[int, ...]]]) -> Iterator[None]:
-    def note(name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
-        if args and isinstance(args[0], Tensor):
-            met.setdefault(name, set()).add(tuple(args[0].shape))
-
-    handles = [layer.register_forward_pre_hook(partial(note, name)) for name, layer in layers.items()]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def problems(module: nn.Module, shapes: set[tuple[int, ...]], tokens: Sequence[int]) -> tuple[Problem, ...]:
-    """What to measure for a layer: the shapes that it met and, if linear, fewer tokens and more."""
-    if isinstance(module, nn.Conv2d):
-        geometry = geometry_of(module)
-        made = {Problem(s[0] * math.prod(geometry.positions((s[2], s[3]))), s) for s in shapes if len(s) == 4}
-        return tuple(sorted((p for p in made if p.size), key=lambda problem: problem.size))
-    met = {math.prod(shape[:-1]) for shape in shapes} - {0}
-    powers = {n for n in _BUCKETS if n <= max(met, default=0)}
-    return tuple(Problem(size) for size in sorted(met | powers | set(tokens)))
-
-
 def _layer(
     model: nn.Module,
     name: str,
@@ -324,7 +245,7 @@ def _layer(
     else:
         verdicts = tuner.linear(weight, bias, todo)
     wins = any(not is_dense(verdict.choice) for verdict in verdicts)
-    return Layer(name, zeros, verdicts, "" if wins else whole or f"nothing is faster ({_phrase(verdicts[-1])})")
+    return Layer(name, zeros, verdicts, "" if wins else whole or _nothing(verdicts[-1]))
 
 
 def stays_whole(model: nn.Module, module: nn.Module) -> str:
@@ -448,6 +369,12 @@ def _none(layers: tuple[Layer, ...]) -> str:
     if not layers:
         return "the model has no linear layer and no convolution that could skip zeros"
     return "no layer is faster without its zeros" if any(layer.verdicts for layer in layers) else layers[0].why
+
+
+def _nothing(verdict: Verdict) -> str:
+    """That nothing is faster, or might be but is not sure."""
+    sure = "" if verdict.ratio is None or verdict.ratio.value <= 1 else " for sure"
+    return f"nothing is faster{sure} ({_phrase(verdict)})"
 
 
 def _phrase(verdict: Verdict) -> str:

@@ -13,20 +13,11 @@ from prunella.apply import unwrap
 from prunella.forward import forward
 from prunella.pipeline import Inputs
 from prunella.runtime.choice import Route
-from prunella.runtime.convert import (
-    Layer,
-    Sparsified,
-    bias_of,
-    check_request,
-    kernels,
-    matrix_of,
-    noted,
-    problems,
-    sizes,
-)
+from prunella.runtime.convert import Layer, Sparsified, check_request, kernels, noted
 from prunella.runtime.fuse import copied
 from prunella.runtime.layers import FastLinear
 from prunella.runtime.machine import cpu_name
+from prunella.runtime.targets import bias_of, matrix_of, problems, sizes
 from prunella.runtime.tune import Verdict, candidates_dense, decide, density
 from prunella.runtime.whole import interleaved
 

@@ -10,7 +10,6 @@ import ctypes
 import logging
 import os
 import weakref
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from functools import cache
@@ -26,9 +25,7 @@ from prunella.errors import NotSupported, PruningError, RequestError
 _NAME = "libprunella.so"
 _ABI = 8
 """`PRUNELLA_ABI` of kernels/prunella.h."""
-_ODD_INPUT = 7
-_MOST = 1 << 30
-"""Of strides and the like: larger ones would not fit the 32 bits that the kernels are given."""
+ODD_INPUT = 7
 _log = logging.getLogger(__name__)
 
 
@@ -74,7 +71,7 @@ class Kind(Enum):
 
 
 _MANY = {Kind.ROWS: 0, Kind.GROUPS: 1, Kind.BLOCK16: 2, Kind.BLOCK8: 3, Kind.BLOCK4: 4, Kind.PAIRS: 5}
-_NUMBERS = {
+NUMBERS = {
     Activation.NONE: 0, Activation.RELU: 1, Activation.GELU: 2, Activation.SILU: 3, Activation.RELU6: 4,
     Activation.HARDSWISH: 5,
 }  # fmt: skip
@@ -117,7 +114,7 @@ class Packed:
         weakref.finalize(self, free, ctypes.c_void_p(self.handle))
 
 
-class _Image(ctypes.Structure):
+class ImageSizes(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("channels", "height", "width", "batch")),
         *((name, ctypes.c_int32) for name in ("kernel_h", "kernel_w", "stride_h", "stride_w", "pad_h", "pad_w")),
@@ -143,7 +140,7 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     ),
     "prunella_many_conv": (
         _INT,
-        (_POINTER, ctypes.POINTER(_Image), _POINTER, _POINTER, _POINTER, _INT, _INT, _INT, _INT, _POINTER),
+        (_POINTER, ctypes.POINTER(ImageSizes), _POINTER, _POINTER, _POINTER, _INT, _INT, _INT, _INT, _POINTER),
     ),
     "prunella_few_pack": (
         _INT,
@@ -252,7 +249,7 @@ def pack_rows(shape: tuple[int, int], starts: Tensor, columns: Tensor, values: T
     else:
         sizes = (_MANY[config.kind], config.rows, config.depth, int(config.precision is Precision.BF16))
         make, measure = library.prunella_many_pack, library.prunella_many_bytes
-    _done(make(*shape, len(values), *pointers, *sizes, ctypes.byref(made)))
+    check_code(make(*shape, len(values), *pointers, *sizes, ctypes.byref(made)))
     return Packed(shape, len(values), int(measure(made)), config, int(made.value or 0))
 
 
@@ -272,19 +269,19 @@ def linear(
     activation: Activation = Activation.NONE,
 ) -> Tensor:
     """`activation(x W' + bias + residual)`: x (..., K) -> (..., M), float32 on the CPU; bfloat16 is read as float32."""
-    x = _input(x).contiguous()
+    x = as_float32(x).contiguous()
     if x.shape[-1:] != packed.shape[1:]:
         raise RequestError(f"x has {tuple(x.shape)[-1:]} columns", f"the weight has {packed.shape[1]}", "")
     y = x.new_empty(*x.shape[:-1], packed.shape[0])
     tokens = y.numel() // max(packed.shape[0], 1)
-    extra = _extra(packed, y, bias, residual, torch.contiguous_format)
+    extra = extras(packed, y, bias, residual, torch.contiguous_format)
     given = (packed.handle, x.data_ptr(), tokens, *map(_address, extra), _fused(packed.config.kind, activation))
     threads = torch.get_num_threads()
     if packed.config.kind in _FEW:
         done = _library().prunella_few_linear(*given, 0, threads, y.data_ptr())
     else:
         done = _library().prunella_many_linear(*given, 0, packed.config.tile, threads, y.data_ptr())
-    _done(done)
+    check_code(done)
     return _after(y, activation) if packed.config.kind in _FEW else y
 
 
@@ -299,8 +296,8 @@ def finite_linear(
     rows, columns = packed.shape
     y = x.new_empty((*x.shape[:-1], rows))
     if bias is not None or residual is not None:
-        bias, residual = _extra(packed, y, bias, residual, torch.contiguous_format)
-    run, few = _runs(), packed.config.kind in FEW
+        bias, residual = extras(packed, y, bias, residual, torch.contiguous_format)
+    run, few = entries(), packed.config.kind in FEW
     done = (run[0] if few else run[1])(
         packed.handle,
         x.data_ptr(),
@@ -314,155 +311,33 @@ def finite_linear(
         y.data_ptr(),
     )
     if done:
-        if done == _ODD_INPUT:
+        if done == ODD_INPUT:
             return None
-        _done(done)
+        check_code(done)
     return _after(y, activation) if few else y
 
 
 @cache
-def _runs() -> tuple[Any, Any, Any]:
+def entries() -> tuple[Any, Any, Any]:
     library = _library()
     return library.prunella_few_linear, library.prunella_many_linear, library.prunella_many_conv
 
 
-def conv2d(
-    packed: Packed,
-    x: Tensor,
-    kernel: tuple[int, int],
-    bias: Tensor | None = None,
-    residual: Tensor | None = None,
-    activation: Activation = Activation.NONE,
-    *,
-    stride: tuple[int, int] = (1, 1),
-    padding: tuple[int, int] = (0, 0),
-    dilation: tuple[int, int] = (1, 1),
-) -> Tensor:
-    """The same over patches: x (B, C, H, W), the weight packed as (O, C kh kw); y has the memory format of x."""
-    how = {"stride": stride, "padding": padding, "dilation": dilation}
-    made = finite_conv2d(packed, x, kernel, bias, residual, activation, strict=False, **how)
-    assert made is not None  # only `strict` gives that
-    return made
-
-
-def finite_conv2d(
-    packed: Packed,
-    x: Tensor,
-    kernel: tuple[int, int],
-    bias: Tensor | None = None,
-    residual: Tensor | None = None,
-    activation: Activation = Activation.NONE,
-    *,
-    stride: tuple[int, int] = (1, 1),
-    padding: tuple[int, int] = (0, 0),
-    dilation: tuple[int, int] = (1, 1),
-    strict: bool = True,
-) -> Tensor | None:
-    """`conv2d`; None, if strict, where a patch of x is not finite, or would not be in bfloat16."""
-    x = _input(x)
-    made = patches(packed.shape, x.shape, is_last(x), kernel, stride, padding, dilation)
-    y = torch.empty(made.out, device="meta")
-    bias, residual = _extra(packed, y, bias, residual, made.layout)
-    return run_patches(packed, made, x, bias, residual, activation, strict=strict)
-
-
-@dataclass(frozen=True)
-class Patches:
-    """The sizes of a convolution and its image, as the kernels take them: found once for all calls of one shape."""
-
-    out: tuple[int, int, int, int]
-    strides: tuple[int, int, int, int]
-    layout: torch.memory_format
-    image: Any = field(repr=False)
-
-    @property
-    def positions(self) -> int:
-        """Of all outputs of one channel."""
-        return self.out[0] * self.out[2] * self.out[3]
-
-
-def patches(
-    weight: tuple[int, int],
-    x: Sequence[int],
-    last: bool,
-    kernel: tuple[int, int],
-    stride: tuple[int, int],
-    padding: tuple[int, int],
-    dilation: tuple[int, int],
-) -> Patches:
-    """For a weight `(O, C kh kw)` and x `(B, C, H, W)`. Errors: RequestError for sizes that do not fit or are odd."""
-    if len(x) != 4 or x[1] * kernel[0] * kernel[1] != weight[1]:
-        what = f"x {tuple(x)} with a kernel {kernel} does not fit a weight of {weight[1]} columns"
-        raise RequestError(what, "", "x is (B, C, H, W) and the weight (O, C kh kw)")
-    if min(*kernel, *stride, *dilation) < 1 or min(padding) < 0 or max(*kernel, *stride, *padding, *dilation) > _MOST:
-        what = f"stride {stride}, padding {padding}, dilation {dilation} or kernel {kernel} is out of range"
-        raise RequestError(what, f"the kernels count from 1 to {_MOST}, padding from 0", "")
-    batch, channels, height, width = x
-    sides = zip((height, width), kernel, stride, padding, dilation, strict=True)
-    high, wide = ((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in sides)
-    if min(high, wide) < 1:
-        raise RequestError(f"x {tuple(x)} is smaller than the kernel {kernel}", "", "")
-    image = _Image(channels, height, width, batch, *kernel, *stride, *padding, *dilation, int(last))
-    layout, rows, plane = torch.channels_last if last else torch.contiguous_format, weight[0], high * wide
-    strides = (rows * plane, 1, rows * wide, rows) if last else (rows * plane, plane, wide, 1)
-    return Patches((batch, rows, high, wide), strides, layout, ctypes.pointer(image))
-
-
-def run_patches(
-    packed: Packed,
-    made: Patches,
-    x: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    activation: Activation,
-    *,
-    strict: bool = True,
-) -> Tensor | None:
-    """`finite_conv2d` with little around the kernel. All are float32 on the CPU, bias and residual of the right shape."""
-    if packed.config.kind in _FEW:
-        raise NotSupported(f"no convolution runs on {packed.config.kind.value}", "it is for a few tokens", "")
-    x = x.contiguous(memory_format=made.layout)
-    y = x.new_empty_strided(made.out, made.strides)  # quicker than naming a memory format
-    residual = None if residual is None else residual.contiguous(memory_format=made.layout)
-    done = _runs()[2](
-        packed.handle,
-        made.image,
-        x.data_ptr(),
-        None if bias is None else bias.data_ptr(),
-        None if residual is None else residual.data_ptr(),
-        _NUMBERS[activation],
-        strict,
-        packed.config.tile,
-        torch.get_num_threads(),
-        y.data_ptr(),
-    )
-    if done == _ODD_INPUT:
-        return None
-    if done:
-        _done(done)
-    return y
-
-
-def is_last(x: Tensor) -> bool:
-    """Whether the channels of an image are its last axis in memory, and it could not be said to have them first."""
-    return not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
-
-
-def _input(x: Tensor) -> Tensor:
+def as_float32(x: Tensor) -> Tensor:
     if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.bfloat16):
         raise RequestError(f"the kernels cannot read {x.dtype} on {x.device}", "float32 on the CPU is needed", "")
     return x.detach().float()
 
 
-def _extra(packed: Packed, y: Tensor, bias: Tensor | None, residual: Tensor | None, layout: Any) -> list[Tensor | None]:
+def extras(packed: Packed, y: Tensor, bias: Tensor | None, residual: Tensor | None, layout: Any) -> list[Tensor | None]:
     """Bias and residual as the kernels read them."""
     if bias is not None and bias.shape != packed.shape[:1]:
         raise RequestError(f"a bias of shape {tuple(bias.shape)} does not fit", f"{packed.shape[0]} rows", "")
     if residual is not None and residual.shape != y.shape:
         raise RequestError(f"a residual of shape {tuple(residual.shape)} does not fit", f"y is {tuple(y.shape)}", "")
     return [
-        None if bias is None else _input(bias).contiguous(),
-        None if residual is None else _input(residual).contiguous(memory_format=layout),
+        None if bias is None else as_float32(bias).contiguous(),
+        None if residual is None else as_float32(residual).contiguous(memory_format=layout),
     ]
 
 
@@ -472,7 +347,7 @@ def _address(tensor: Tensor | None) -> int | None:
 
 def _fused(kind: Kind, activation: Activation) -> int:
     """What a kernel is asked for; those for a few tokens know ReLU alone."""
-    return _NUMBERS[activation] if kind not in _FEW or activation is Activation.RELU else 0
+    return NUMBERS[activation] if kind not in _FEW or activation is Activation.RELU else 0
 
 
 def _after(y: Tensor, activation: Activation) -> Tensor:
@@ -482,7 +357,7 @@ def _after(y: Tensor, activation: Activation) -> Tensor:
     return y if activation in (Activation.NONE, Activation.RELU) else IN_PLACE[activation](y, inplace=True)
 
 
-def _done(code: int) -> None:
+def check_code(code: int) -> None:
     if code:
         what, why = _WRONG.get(code, ("the sparse kernels failed", f"code {code}"))
         raise PruningError(what, why) if code in (4, 5) else RequestError(what, why, "")

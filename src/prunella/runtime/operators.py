@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prunella.runtime import native
+from prunella.runtime import images, native
 from prunella.runtime.choice import Geometry, Route
 from prunella.runtime.native import Config
 from prunella.runtime.store import Store, dense_conv, finite, laid_out, run_linear, store, unpacked
@@ -54,7 +54,7 @@ def conv2d(
     weight, shift = held.get(choice, parts, make)
     if made is not None and isinstance(choice, Config):
         fits = residual is None or residual.shape == made.out
-        y = native.run_patches(weight, made, x, shift, residual, held.activation) if fits else None
+        y = images.run_patches(weight, made, x, shift, residual, held.activation) if fits else None
         if y is not None:
             return y
         choice = Route.TORCH
@@ -132,4 +132,4 @@ def _geometry(given: Sequence[int]) -> Geometry:
 
 
 def _format(x: Tensor) -> torch.memory_format:
-    return torch.channels_last if native.is_last(x) else torch.contiguous_format
+    return torch.channels_last if images.is_last(x) else torch.contiguous_format

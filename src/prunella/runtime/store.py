@@ -20,6 +20,7 @@ from torch.nn import functional
 from prunella.errors import RequestError
 from prunella.runtime import native
 from prunella.runtime.choice import Choice, Geometry, Route, Table
+from prunella.runtime.images import Patches, is_last, patches
 from prunella.runtime.native import Activation, Config
 
 _KEYS = itertools.count(1)
@@ -46,7 +47,7 @@ class Store:
         self.key = next(_KEYS)
         self._made: dict[Choice, Any] = {}
         self._near: dict[int, Choice] = {}
-        self._patches: dict[tuple[torch.Size, bool], native.Patches | None] = {}
+        self._patches: dict[tuple[torch.Size, bool], Patches | None] = {}
         self._stamp: list[tuple[int, int]] = []
         self._counted = True
         _STORES[self.key] = self
@@ -66,20 +67,20 @@ class Store:
             found = self._near[size] = self.table.at(size)
         return found
 
-    def patches(self, x: Tensor) -> native.Patches | None:
+    def patches(self, x: Tensor) -> Patches | None:
         """The sizes of a convolution of x; None where a kernel cannot take it, and dense code will say why."""
-        key = x.shape, native.is_last(x)
+        key = x.shape, is_last(x)
         if key not in self._patches:
             if len(self._patches) >= _MOST_SHAPES:
                 self._patches.clear()
             self._patches[key] = self._sized(*key)
         return self._patches[key]
 
-    def _sized(self, shape: torch.Size, last: bool) -> native.Patches | None:
+    def _sized(self, shape: torch.Size, last: bool) -> Patches | None:
         g = self.geometry
         assert g is not None  # a convolution's store has one
         try:
-            return native.patches(self.matrix, shape, last, g.kernel, g.stride, g.padding, g.dilation)
+            return patches(self.matrix, shape, last, g.kernel, g.stride, g.padding, g.dilation)
         except RequestError:
             return None
 

@@ -15,8 +15,9 @@ from prunella.errors import PruningError
 from prunella.runtime import native, tiles
 from prunella.runtime.choice import Choice, Geometry, Problem, Route, Table, is_dense
 from prunella.runtime.fuse import Fused
+from prunella.runtime.images import is_last
 from prunella.runtime.layers import FastLinear, FoldedConv2d, SparseConv2d, SparseLinear
-from prunella.runtime.native import Config, Kind, Precision
+from prunella.runtime.native import Activation, Config, Kind, Precision
 from prunella.runtime.store import finished
 from prunella.runtime.tiles import FEW_TOKENS
 from prunella.timing import Ratio, compare_latency, own_clock
@@ -254,15 +255,15 @@ def _call_conv(
     held: dict[Choice, nn.Module],
     joined: Fused,
 ) -> Run:
-    """A convolution and what joins it: a dense one multiplies its batch norm in, and does the rest in its own memory."""
+    """A convolution and what joins it: a dense one multiplies its batch norm in, and does the rest in its memory."""
     high, wide = geometry.positions((x.shape[2], x.shape[3]))
-    y = torch.zeros(x.shape[0], len(weight), high, wide) if joined.residual else None
-    residual = y if y is None or not native.is_last(x) else y.contiguous(memory_format=torch.channels_last)
+    y = torch.ones(x.shape[0], len(weight), high, wide) if joined.residual else None
+    residual = y if y is None or not is_last(x) else y.contiguous(memory_format=torch.channels_last)
     norm = None if joined.norm is None else nn.BatchNorm2d(len(weight)).eval().requires_grad_(False)
     if choice is Route.TORCH:
         conv = _dense_conv(weight, bias, geometry)
         if norm is None:
-            return lambda: finished(conv(x), residual, joined.activation)
+            return partial(_joined, x, residual, conv, joined.activation)
         return partial(FoldedConv2d(conv, norm, "", joined.activation).eval(), x, residual)
     if choice not in held:
         table, activation = Table(((1, choice),)), joined.activation
@@ -270,6 +271,10 @@ def _call_conv(
             weight, bias, geometry=geometry, table=table, norm=norm, activation=activation
         ).eval()
     return partial(held[choice], x, residual)
+
+
+def _joined(x: Tensor, residual: Tensor | None, conv: nn.Module, activation: Activation) -> Tensor:
+    return finished(conv(x), residual, activation)
 
 
 def _dense_conv(weight: Tensor, bias: Tensor | None, geometry: Geometry) -> nn.Conv2d:

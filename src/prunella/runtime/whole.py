@@ -15,8 +15,9 @@ from prunella.forward import forward, tensors
 from prunella.graph.oracle import relative_error
 from prunella.pipeline import Inputs
 from prunella.runtime.fuse import channels_last_, copied
+from prunella.runtime.images import is_last
 from prunella.runtime.layers import SparseConv2d
-from prunella.runtime.native import Precision, is_last
+from prunella.runtime.native import Precision
 from prunella.timing import Comparison, Ratio, compare_latency, own_clock
 
 TOLERANCE = {Precision.FP32: 1e-3, Precision.BF16: 0.1, Precision.INT8: 0.3}
