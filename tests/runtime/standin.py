@@ -53,6 +53,7 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Calls:
         packed: Held, made: images.Patches, x: Tensor, bias: Any, residual: Any, activation: Activation
     ) -> Tensor | None:
         calls.append(f"conv2d {packed.config.kind.value}")
+        assert residual is None or residual.shape == made.out  # a kernel would read what lies behind it
         if not torch.isfinite(x).all():
             return None
         g = made.image.contents

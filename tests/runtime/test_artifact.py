@@ -17,9 +17,10 @@ import prunella as pr
 from prunella.errors import BadInput, RequestError
 from prunella.runtime import artifact, convert, whole
 from prunella.runtime.choice import Problem, Route
+from prunella.runtime.fuse import Fused
 from prunella.runtime.layers import FastLinear, SparseConv2d, SparseLinear
 from prunella.runtime.machine import fingerprint
-from prunella.runtime.native import Config, Kind
+from prunella.runtime.native import Activation, Config, Kind
 from prunella.runtime.restore import restored
 from prunella.timing import Ratio
 from tests.runtime.standin import Calls
@@ -93,11 +94,13 @@ def test_a_fresh_process_reads_it(folder: Path, tmp_path: Path) -> None:
 
 def test_elsewhere_it_is_measured_again(folder: Path, kernels: Calls, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Problem] = []
+    joins: set[Fused] = set()
     real = artifact.Tuner.conv
 
-    def conv(self: Any, weight: Any, bias: Any, geometry: Any, problems: tuple[Problem, ...]) -> Any:
+    def conv(self: Any, weight: Any, bias: Any, geometry: Any, problems: tuple[Problem, ...], joined: Fused) -> Any:
         asked.extend(problems)
-        return real(self, weight, bias, geometry, problems)
+        joins.add(joined)
+        return real(self, weight, bias, geometry, problems, joined)
 
     monkeypatch.setattr(artifact.Tuner, "conv", conv)
     pr.load_sparse(folder, factory=net)
@@ -106,6 +109,7 @@ def test_elsewhere_it_is_measured_again(folder: Path, kernels: Calls, monkeypatc
     again = pr.load_sparse(folder, factory=net)
     assert len(asked) == 3 and {p.image for p in asked} == {tuple(IMAGE.shape)}
     assert sum(isinstance(m, SparseConv2d) for m in again.modules()) == 3
+    assert {joined.activation for joined in joins} == {Activation.RELU, Activation.NONE}  # with what joins them, as before
 
 
 def test_a_choice_that_this_library_would_not_make_is_measured_again(folder: Path, kernels: Calls) -> None:

@@ -42,13 +42,14 @@ from prunella.runtime.convert import (
     Layer,
     Sparsified,
     assembled,
+    images,
     kernels,
     noted,
     sparsified,
     stays_whole,
     tuner_for,
 )
-from prunella.runtime.fuse import activation_of, channels_last_, copied
+from prunella.runtime.fuse import Fused, activation_of, channels_last_, copied
 from prunella.runtime.layers import SparseLinear
 from prunella.runtime.machine import cpu_name, fingerprint
 from prunella.runtime.native import Precision
@@ -115,21 +116,25 @@ def load_sparse(
     told = _read(manifest["sparse"])
     state = _unpacked(folder, manifest, told)
     model = copied(rebuild(folder, manifest, state, factory))
-    tuner = tuner_for(model, told.precision, seconds, seed)
+    tuner, traced = tuner_for(model, told.precision, seconds, seed), _example(told)
+    if traced is not None and not told.here:
+        tuner.last, joined = told.last, images(model, traced, fuse=True)[1]
+    else:
+        joined = {}
     with torch.inference_mode(False), torch.no_grad():
         order = [
             *(name for name in targets(model) if name in told.layers),
             *sorted(told.layers.keys() - targets(model).keys()),
         ]
-        layers = tuple(_layer(model, name, told.layers[name], told, tuner) for name in order)
+        layers = tuple(_layer(model, name, told, tuner, joined.get(name, Fused())) for name in order)
         tables = {layer.name: layer.table for layer in layers if layer.table.sparse}
-        made = assembled(model, tables, _example(told), _joined(model, told)) if tables else model
+        made = assembled(model, tables, traced, _joined(model, told)) if tables else model
         last = told.last and isinstance(made, GraphModule) and channels_last_(made)
     why = "" if tables else "no layer is faster without its zeros here"
     threads = torch.get_num_threads()
     record = Sparsified(layers, not why, why, None, 0.0, threads, cpu_name(), kernels(), 0.0, told.precision)
-    traced = told.traced if isinstance(made, GraphModule) else ()
-    return noted(made.eval(), replace(record, traced=traced, last=last))
+    shapes = told.traced if isinstance(made, GraphModule) else ()
+    return noted(made.eval(), replace(record, traced=shapes, last=last))
 
 
 # -- writing ----------------------------------------------------------------------------------------------------------
@@ -236,9 +241,9 @@ def _unpacked(folder: Path, manifest: dict[str, Any], told: _Told) -> State:
     return State(tensors, state.ties, state.transient)
 
 
-def _layer(model: nn.Module, name: str, rows: tuple[tuple[Problem, Choice], ...], told: _Told, tuner: Tuner) -> Layer:
+def _layer(model: nn.Module, name: str, told: _Told, tuner: Tuner, joined: Fused) -> Layer:
     """The choices of a layer: as recorded if they were measured here, else measured now."""
-    module = targets(model).get(name)
+    module, rows = targets(model).get(name), told.layers[name]
     if module is None or not rows:
         raise BadInput(f"the manifest says that {name!r} skips zeros", "the rebuilt model has no such layer")
     weight, asked = matrix_of(module), tuple(problem for problem, _ in rows)
@@ -252,7 +257,7 @@ def _layer(model: nn.Module, name: str, rows: tuple[tuple[Problem, Choice], ...]
     if whole:
         return Layer(name, zeros, tuner.whole(weight, bias_of(module), asked))
     if isinstance(module, nn.Conv2d):
-        return Layer(name, zeros, tuner.conv(weight, bias_of(module), geometry_of(module), asked))
+        return Layer(name, zeros, tuner.conv(weight, bias_of(module), geometry_of(module), asked, joined))
     return Layer(name, zeros, tuner.linear(weight, bias_of(module), asked))
 
 

@@ -16,6 +16,7 @@ from prunella.apply import unwrap
 from prunella.errors import RequestError
 from prunella.pipeline import Inputs
 from prunella.runtime import native, whole
+from prunella.runtime.chain import chain_
 from prunella.runtime.choice import Problem, Route, Table, is_dense, spell
 from prunella.runtime.fuse import Fused, activation_of, called, copied, fold_, fuse_, hooked, joins, traced
 from prunella.runtime.layers import FastLinear, SparseConv2d, SparseLinear
@@ -304,6 +305,7 @@ def assembled(
     for name in layers.keys() - called(program):  # inside a step that could not be followed
         put(program, name, replaced(layers[name], tables[name], Fused()))
     fold_(program)
+    chain_(program)
     return program.eval()
 
 

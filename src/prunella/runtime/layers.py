@@ -16,7 +16,7 @@ from prunella.runtime.choice import Geometry, Route, Table, is_dense, is_few
 from prunella.runtime.native import Activation
 from prunella.runtime.store import ACTIVATE, Store, finished, laid_out, run_linear, unpacked
 
-_PLAIN = (Tensor, nn.Parameter)
+PLAIN = (Tensor, nn.Parameter)
 
 
 def _quick(x: Tensor, values: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> bool:
@@ -36,7 +36,7 @@ def _wanted(parts: Sequence[Tensor | None]) -> bool:
 
 def _direct(x: Tensor) -> bool:
     """Whether the call may go round the dispatcher: no compiler, and no tensor that only pretends."""
-    return type(x) in _PLAIN and not torch.compiler.is_compiling()
+    return type(x) in PLAIN and not torch.compiler.is_compiling()
 
 
 def canonical(weight: Tensor) -> tuple[nn.Parameter, Tensor]:
@@ -171,6 +171,21 @@ class SparseConv2d(nn.Module):
             operators.numbers(self.geometry),
         )  # fmt: skip
         return made
+
+    def parts(self) -> list[Tensor | None] | None:
+        """All that the weight of the kernel is made from, or None where no kernel may run."""
+        values, bias, norm = self._parameters["values"], self._parameters["bias"], self._modules["norm"]
+        assert values is not None
+        if (norm is not None and norm.training) or values.dtype is not torch.float32 or not values.is_cpu:
+            return None
+        return [values, self._buffers["bits"], bias, *([] if norm is None else norm_parts(norm))]
+
+    def held(self, positions: int) -> tuple[Any, Tensor | None]:
+        """Weight and bias as what runs for so many output positions wants them."""
+        norm = [] if self.norm is None else norm_parts(self.norm)
+        eps = 0.0 if self.norm is None else self.norm.eps
+        choice = self.store.choice(positions)
+        return operators.weight_for(choice, self.store, self.values, self.bits, self.bias, norm, eps)
 
     def _dense(self, x: Tensor, residual: Tensor | None) -> Tensor:
         g = self.geometry

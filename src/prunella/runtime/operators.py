@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from prunella.runtime import images, native
-from prunella.runtime.choice import Geometry, Route
+from prunella.runtime.choice import Choice, Geometry, Route
 from prunella.runtime.native import Config
 from prunella.runtime.store import Store, dense_conv, finite, laid_out, run_linear, store, unpacked
 
@@ -44,23 +44,30 @@ def conv2d(
     norm: Sequence[Tensor], eps: float,
 ) -> Tensor:  # fmt: skip
     """A convolution by the choice for this number of output positions."""
-    made = held.patches(x)
-    choice, parts = Route.TORCH if made is None else held.choice(made.positions), (values, bits, bias, *norm)
-
-    def make() -> tuple[Any, Tensor | None]:
-        matrix, shift = folded(unpacked(values, bits, held.matrix), bias, norm, eps)
-        return laid_out(matrix, choice), shift
-
-    weight, shift = held.get(choice, parts, make)
+    made = held.patches(x.shape, images.is_last(x))
+    choice = Route.TORCH if made is None else held.choice(made.positions)
+    weight, shift = weight_for(choice, held, values, bits, bias, norm, eps)
     if made is not None and isinstance(choice, Config):
         fits = residual is None or residual.shape == made.out
         y = images.run_patches(weight, made, x, shift, residual, held.activation) if fits else None
         if y is not None:
             return y
-        choice = Route.TORCH
-        weight, shift = held.get(choice, parts, make)
+        weight, shift = weight_for(Route.TORCH, held, values, bits, bias, norm, eps)
     assert held.geometry is not None  # a convolution's store has one
     return dense_conv(weight, x, shift, residual, held.activation, held.geometry, held.shape[1])
+
+
+def weight_for(
+    choice: Choice, held: Store, values: Tensor, bits: Tensor, bias: Tensor | None, norm: Sequence[Tensor], eps: float
+) -> tuple[Any, Tensor | None]:
+    """The weight of a convolution as a choice wants it, and the bias, both with the batch norm multiplied in."""
+
+    def make() -> tuple[Any, Tensor | None]:
+        matrix, shift = folded(unpacked(values, bits, held.matrix), bias, norm, eps)
+        return laid_out(matrix, choice), shift
+
+    found: tuple[Any, Tensor | None] = held.get(choice, (values, bits, bias, *norm), make)
+    return found
 
 
 def folded(matrix: Tensor, bias: Tensor | None, norm: Sequence[Tensor], eps: float) -> tuple[Tensor, Tensor | None]:

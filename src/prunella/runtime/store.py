@@ -20,7 +20,7 @@ from torch.nn import functional
 from prunella.errors import RequestError
 from prunella.runtime import native
 from prunella.runtime.choice import Choice, Geometry, Route, Table
-from prunella.runtime.images import Patches, is_last, patches
+from prunella.runtime.images import Patches, patches
 from prunella.runtime.native import Activation, Config
 
 _KEYS = itertools.count(1)
@@ -67,9 +67,9 @@ class Store:
             found = self._near[size] = self.table.at(size)
         return found
 
-    def patches(self, x: Tensor) -> Patches | None:
+    def patches(self, shape: torch.Size, last: bool) -> Patches | None:
         """The sizes of a convolution of x; None where a kernel cannot take it, and dense code will say why."""
-        key = x.shape, is_last(x)
+        key = shape, last
         if key not in self._patches:
             if len(self._patches) >= _MOST_SHAPES:
                 self._patches.clear()
@@ -86,7 +86,7 @@ class Store:
 
     def get(self, choice: Choice, parts: Sequence[Tensor | None], make: Callable[[], Any]) -> Any:
         """What `choice` needs, from `make` if there is none yet. parts: the tensors that it is made from."""
-        stamp = self._versions(parts)
+        stamp = self.versions(parts)
         if stamp != self._stamp:
             self._made, self._stamp = {}, stamp
         found = self._made.get(choice)
@@ -96,7 +96,7 @@ class Store:
                 found = self._made[choice] = make()
         return found
 
-    def _versions(self, parts: Sequence[Tensor | None]) -> list[tuple[int, int]]:
+    def versions(self, parts: Sequence[Tensor | None]) -> list[tuple[int, int]]:
         """What tells whether a part has changed: where it lies, and how often it was written to."""
         if self._counted:
             try:
@@ -162,8 +162,9 @@ def dense_conv(
 
 
 def finished(y: Tensor, residual: Tensor | None, activation: Activation) -> Tensor:
-    """`activation(y + residual)`, in the memory of y, which nobody else has."""
-    y = y if residual is None else y.add_(residual)
+    """`activation(y + residual)`, in the memory of y, which nobody else has, unless one of them is spread."""
+    if residual is not None:
+        y = y.add_(residual) if residual.shape == y.shape else y + residual
     inside = native.IN_PLACE.get(activation)
     return ACTIVATE[activation](y) if inside is None else inside(y, inplace=True)
 
