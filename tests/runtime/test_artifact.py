@@ -109,7 +109,7 @@ def test_elsewhere_it_is_measured_again(folder: Path, kernels: Calls, monkeypatc
     again = pr.load_sparse(folder, factory=net)
     assert len(asked) == 3 and {p.image for p in asked} == {tuple(IMAGE.shape)}
     assert sum(isinstance(m, SparseConv2d) for m in again.modules()) == 3
-    assert {joined.activation for joined in joins} == {Activation.RELU, Activation.NONE}  # with what joins them, as before
+    assert {joined.activation for joined in joins} == {Activation.RELU, Activation.NONE}  # with what joins them
 
 
 def test_a_choice_that_this_library_would_not_make_is_measured_again(folder: Path, kernels: Calls) -> None:
