@@ -399,3 +399,16 @@ def test_requests_that_make_no_sense_are_refused() -> None:
         native.pack(torch.ones(4, 6), Config(Kind.GROUPS, Precision.INT8))
     with pytest.raises(PruningError, match="cannot be used"):
         native.use_tier("sse9")
+
+
+@pytest.mark.parametrize("kind", [Kind.ROWS, Kind.DECODE])
+def test_a_bias_is_read_as_it_is_or_refused(kind: Kind) -> None:
+    weight, x = sparse(6, 20, density=0.5), torch.randn(5, 20)
+    packed = native.pack(weight, Config(kind))
+    for bias in (torch.arange(12.0)[::2], torch.arange(6.0), torch.arange(6.0).to(torch.bfloat16)):
+        found = native.finite_linear(packed, x, bias, None, Activation.NONE)
+        assert found is not None
+        close(found, x.double() @ weight.double().T + bias.double())
+    for count in (1, 5, 7):
+        with pytest.raises(RequestError, match="does not fit"):
+            native.finite_linear(packed, x, torch.ones(count), None, Activation.NONE)

@@ -215,6 +215,27 @@ def test_folding_is_worked_by_hand() -> None:
     assert weight.tolist() == [[4.0, 0.0]] and shift is not None and shift.tolist() == [-3.5]
 
 
+@pytest.mark.parametrize("count", [1, 5, 7])
+def test_a_bias_of_another_size_reaches_no_kernel(kernels: Calls, count: int) -> None:
+    layer = SparseConv2d(
+        torch.eye(6)[:, :, None, None], torch.ones(6), geometry=Geometry((1, 1)), table=always(ROWS)
+    ).eval()
+    layer.bias = nn.Parameter(torch.ones(count), requires_grad=False)
+    with torch.inference_mode(), pytest.raises(RequestError, match=rf"bias of shape \({count},\)"):
+        layer(torch.randn(1, 6, 3, 3))
+
+
+def test_a_bias_of_another_type_or_stride_is_read_as_it_is(kernels: Calls) -> None:
+    layer = SparseConv2d(
+        torch.eye(6)[:, :, None, None], torch.ones(6), geometry=Geometry((1, 1)), table=always(ROWS)
+    ).eval()
+    x = torch.randn(1, 6, 3, 3)
+    for bias in (torch.arange(12.0)[::2], torch.arange(6.0).to(torch.bfloat16)):
+        layer.bias = nn.Parameter(bias, requires_grad=False)
+        with torch.inference_mode():
+            torch.testing.assert_close(layer(x), x + bias.float()[:, None, None])
+
+
 def test_bits_come_highest_first() -> None:
     bits = torch.tensor([0b10100000, 0b01000000], dtype=torch.uint8)
     assert mask_of(bits, (2, 5)).tolist() == [[True, False, True, False, False], [False] * 4 + [True]]

@@ -295,7 +295,8 @@ def finite_linear(
     x = x if x.is_contiguous() else x.contiguous()
     rows, columns = packed.shape
     y = x.new_empty((*x.shape[:-1], rows))
-    if bias is not None or residual is not None:
+    plain = bias is None or (bias.dtype is torch.float32 and bias.is_contiguous() and bias.numel() == rows)
+    if residual is not None or not plain:
         bias, residual = extras(packed, y, bias, residual, torch.contiguous_format)
     run, few = entries(), packed.config.kind in FEW
     done = (run[0] if few else run[1])(

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from prunella.errors import RequestError
 from prunella.runtime import images, native
 from prunella.runtime.choice import Choice, Geometry, Route
 from prunella.runtime.native import Config
@@ -64,7 +65,10 @@ def weight_for(
 
     def make() -> tuple[Any, Tensor | None]:
         matrix, shift = folded(unpacked(values, bits, held.matrix), bias, norm, eps)
-        return laid_out(matrix, choice), shift
+        if shift is not None and shift.shape != matrix.shape[:1]:  # a kernel would read what lies behind it
+            what = f"a bias of shape {tuple(shift.shape)} does not fit"
+            raise RequestError(what, f"the layer has {len(matrix)} channels", "give one number for each")
+        return laid_out(matrix, choice), None if shift is None else shift.float().contiguous()
 
     found: tuple[Any, Tensor | None] = held.get(choice, (values, bits, bias, *norm), make)
     return found
