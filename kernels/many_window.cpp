@@ -1,4 +1,4 @@
-// Lays out the windows of many_window.h. Built without the flags of any tier.
+// Lays out windows. Built without the flags of any tier.
 #include "many_window.h"
 
 #include <algorithm>
@@ -12,7 +12,7 @@ using prunella::kUnit;
 namespace {
 
 constexpr int64_t kPanel = 48 << 10;      // floats that a panel should not exceed: the second cache
-constexpr int64_t kMostPanel = 4 << 20;   // and those that it must not
+constexpr int64_t kMostPanel = 96 << 10;  // more than these come from too far: whole patches are as quick or quicker
 constexpr int64_t kMost = 4096;           // of paddings and the like
 
 int64_t up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
@@ -126,6 +126,9 @@ std::shared_ptr<const prunella_window> make(const prunella_many& weight, const p
   owner->key = key;
   prunella::ManyWindow& made = owner->window;
   made.width = line_of(g.out_width, key.lanes);
+  // Whole patches leave no gaps between lines. With channels last, where they are gathered quickly, that decides.
+  const int64_t positions = g.out_height * made.width, dense = up(g.out_height * g.out_width, key.lanes);
+  if (g.last && 20 * positions > 21 * dense) return nullptr;
   std::fill_n(made.phase, prunella::kMostPhases, -1);
   for (int32_t v = 0; v < g.kernel_h; v++) {
     int32_t& phase = made.phase[int64_t(v) * g.dilation_h % g.stride_h];
@@ -134,7 +137,8 @@ std::shared_ptr<const prunella_window> make(const prunella_many& weight, const p
   size_rows(*owner, w, strip(*owner, w));
   made.buffer = up((made.width + key.lanes) * g.stride_w + int64_t(g.kernel_w - 1) * g.dilation_w, key.lanes);
   made.buffer += up(g.pad_w, key.lanes);
-  if (made.phases * made.each > prunella::kMostLines || made.floats > kMostPanel || made.buffer * std::max<int64_t>(made.phases * made.each, key.lanes) > kMostPanel) return nullptr;
+  const int64_t rows = std::max<int64_t>(made.phases * made.each, key.lanes);
+  if (rows > prunella::kMostLines || made.floats > kMostPanel || made.buffer * rows > kMostPanel) return nullptr;
   std::vector<int64_t> zero_of;
   place(*owner, w, zero_of);
   if (!translate(*owner, weight, zero_of)) return nullptr;
@@ -158,8 +162,14 @@ bool same(const prunella_window_key& a, const prunella_window_key& b) {
 
 std::shared_ptr<const prunella_window> prunella::window_of(const prunella_many& weight, const prunella_window_key& key) {
   auto kept = std::atomic_load(&weight.window);
-  if (kept && same(kept->key, key)) return kept;
-  auto made = make(weight, key);
-  if (made) std::atomic_store(&weight.window, made);
-  return made;
+  if (!kept || !same(kept->key, key)) {
+    kept = make(weight, key);
+    if (!kept) {  // kept too, so that the next call does not look again
+      auto none = std::make_shared<prunella_window>();
+      none->key = key;
+      kept = none;
+    }
+    std::atomic_store(&weight.window, kept);
+  }
+  return kept->window.floats ? kept : nullptr;
 }
