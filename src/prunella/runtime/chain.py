@@ -83,7 +83,8 @@ class Chain(nn.Module):
         return tuple(values[place] for place in self.outputs)
 
     def _plan(self, inputs: Sequence[Tensor], layers: Sequence[SparseConv2d]) -> tuple[_Ready, ...] | None:
-        if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
+        wanted = torch.is_grad_enabled()
+        if torch.is_autocast_enabled("cpu") or (wanted and any(x.requires_grad for x in inputs)):
             return None
         if not all(type(x) in PLAIN and x.dtype is torch.float32 and x.is_cpu and x.dim() == 4 for x in inputs):
             return None
@@ -92,7 +93,7 @@ class Chain(nn.Module):
             if type(layer) is not SparseConv2d or layer._forward_hooks or layer._forward_pre_hooks:
                 return None
             parts = layer.parts()
-            if parts is None:
+            if parts is None or (wanted and any(part is not None and part.requires_grad for part in parts)):
                 return None
             stamp += (layer.store.key, *layer.store.versions(parts))
         if stamp != self.plans.stamp or len(self.plans.made) >= _MOST_PLANS:
