@@ -18,10 +18,11 @@ constexpr int64_t kMost = 4096;           // of paddings and the like
 int64_t up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
 bool ordinary(const ManyWeight& w, const ManyImage& g) {
-  const int64_t most = std::max<int64_t>({g.pad_h, g.pad_w, int64_t(g.kernel_h) * g.dilation_h, int64_t(g.kernel_w) * g.dilation_w,
-                                          g.stride_w});
+  const int64_t tall = int64_t(g.kernel_h) * g.dilation_h, wide = int64_t(g.kernel_w) * g.dilation_w;
+  const int64_t most = std::max<int64_t>({g.pad_h, g.pad_w, tall, wide, g.stride_w});
   const bool worth = g.stride_w == 1 || (!g.last && g.kernel_w > 1);
-  return worth && w.precision == prunella::kFloat && w.k && most <= kMost && g.stride_h <= prunella::kMostPhases && g.out_width <= 1 << 16;
+  const bool small = most <= kMost && g.stride_h <= prunella::kMostPhases && g.out_width <= 1 << 16;
+  return worth && small && w.precision == prunella::kFloat && w.k;
 }
 
 // A line as long as vectors are, unless that wastes a quarter; then as short as units allow.
@@ -39,7 +40,7 @@ void size_rows(prunella_window& owner, const ManyWeight& w, int64_t lines) {
   made.lines = lines;
   made.each = lines + int64_t(g.kernel_h - 1) * g.dilation_h / g.stride_h;
   made.row = up(made.phases * made.each * made.width + beyond, owner.key.lanes);
-  if (made.row % 128 == 0) made.row += 16;  // rows of one remainder by a large power of two share their places in a cache
+  if (made.row % 128 == 0) made.row += 16;  // a large power of two apart, they would share places in a cache
   int64_t ends = 0;
   for (int32_t b = 0, before = -1; b < w.blocks; b++) {
     const int32_t last = int32_t((std::min<int64_t>(w.k, int64_t(b + 1) * w.depth) - 1) / taps);
@@ -49,7 +50,7 @@ void size_rows(prunella_window& owner, const ManyWeight& w, int64_t lines) {
   made.floats = (g.channels * g.kernel_w + ends) * made.row;
 }
 
-// As many lines as the second cache holds, at least those of a tile, in strips of about the same height for all threads.
+// As many lines as the second cache holds, at least those of a tile, in strips of about one height for all threads.
 int64_t strip(prunella_window& owner, const ManyWeight& w) {
   const prunella_window_key& key = owner.key;
   const int64_t all = key.image.out_height, width = owner.window.width;
@@ -152,15 +153,17 @@ std::shared_ptr<const prunella_window> make(const prunella_many& weight, const p
 
 bool same(const prunella_window_key& a, const prunella_window_key& b) {
   const ManyImage &g = a.image, &h = b.image;
-  return a.batch == b.batch && a.lanes == b.lanes && a.tile == b.tile && a.threads == b.threads && g.channels == h.channels &&
-         g.height == h.height && g.width == h.width && g.out_height == h.out_height && g.out_width == h.out_width &&
-         g.kernel_h == h.kernel_h && g.kernel_w == h.kernel_w && g.stride_h == h.stride_h && g.stride_w == h.stride_w &&
-         g.pad_h == h.pad_h && g.pad_w == h.pad_w && g.dilation_h == h.dilation_h && g.dilation_w == h.dilation_w && g.last == h.last;
+  return a.batch == b.batch && a.lanes == b.lanes && a.tile == b.tile && a.threads == b.threads && g.last == h.last &&
+         g.channels == h.channels && g.height == h.height && g.width == h.width && g.out_height == h.out_height &&
+         g.out_width == h.out_width && g.kernel_h == h.kernel_h && g.kernel_w == h.kernel_w && g.pad_h == h.pad_h &&
+         g.pad_w == h.pad_w && g.stride_h == h.stride_h && g.stride_w == h.stride_w && g.dilation_h == h.dilation_h &&
+         g.dilation_w == h.dilation_w;
 }
 
 }  // namespace
 
-std::shared_ptr<const prunella_window> prunella::window_of(const prunella_many& weight, const prunella_window_key& key) {
+std::shared_ptr<const prunella_window> prunella::window_of(const prunella_many& weight,
+                                                           const prunella_window_key& key) {
   auto kept = std::atomic_load(&weight.window);
   if (!kept || !same(kept->key, key)) {
     kept = make(weight, key);

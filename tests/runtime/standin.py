@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from prunella.runtime import images, native, tiles
+from prunella.runtime import convolution, native, tiles
 from prunella.runtime.native import Activation, Config, Kind, Precision
 from prunella.runtime.store import ACTIVATE
 
@@ -50,7 +50,7 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Calls:
         return linear(packed, x, bias, residual, activation) if torch.isfinite(x).all() else None
 
     def run_patches(
-        packed: Held, made: images.Patches, x: Tensor, bias: Any, residual: Any, activation: Activation
+        packed: Held, made: convolution.Patches, x: Tensor, bias: Any, residual: Any, activation: Activation
     ) -> Tensor | None:
         calls.append(f"conv2d {packed.config.kind.value}")
         assert residual is None or residual.shape == made.out  # a kernel would read what lies behind it
@@ -71,7 +71,7 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Calls:
         "pack": pack, "linear": linear, "finite_linear": finite_linear,
     }.items():  # fmt: skip
         monkeypatch.setattr(native, name, value)
-    monkeypatch.setattr(images, "run_patches", run_patches)
+    monkeypatch.setattr(convolution, "run_patches", run_patches)
     monkeypatch.setattr(tiles, "configs", configs)
     return calls
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 import prunella as pr
-from prunella.runtime import images
+from prunella.runtime import convolution
 from prunella.runtime.chain import Chain, Step
 from prunella.runtime.layers import SparseConv2d
 from tests.runtime.standin import Calls
@@ -137,13 +137,13 @@ def test_the_layers_themselves_run_under_autocast_and_with_gradients(called: Cal
 
 def test_a_kernel_that_refuses_leaves_the_rest_to_the_layers(called: Called, monkeypatch: pytest.MonkeyPatch) -> None:
     dense, made, _ = pair()
-    run, count = images.run_patches, [0]
+    run, count = convolution.run_patches, [0]
 
     def second_refuses(*args: Any) -> Tensor | None:
         count[0] += 1
         return None if count[0] == 2 else run(*args)
 
-    monkeypatch.setattr(images, "run_patches", second_refuses)
+    monkeypatch.setattr(convolution, "run_patches", second_refuses)
     del called[:]
     with torch.inference_mode():
         agree(dense, made)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from prunella.errors import NotSupported, PruningError, RequestError
-from prunella.runtime import images, native
+from prunella.runtime import convolution, native
 from prunella.runtime.native import Activation, Config, Kind, Precision
 
 pytestmark = pytest.mark.skipif(
@@ -86,7 +86,7 @@ def test_convolution_is_that_of_float64(
     residual = torch.randn(wanted.shape).to(memory_format=layout)
     for rows, tile, depth in [*SIZES[1:4], *(DIRECT[:1] if kind is Kind.BLOCK16 else ())]:
         packed = native.pack(weight.flatten(1), Config(kind, rows=rows, tile=tile, depth=depth))
-        found = images.conv2d(
+        found = convolution.conv2d(
             packed, x, kernel, bias, residual, Activation.RELU, stride=stride, padding=padding, dilation=dilation
         )
         close(found, (wanted + residual.double()).clamp(min=0))
@@ -100,6 +100,7 @@ STRIPS = [
     ((2, 33, 41, 30), 7, (3, 3), (2, 2), (1, 1), (2, 1)),
     ((1, 21, 60, 7), 6, (4, 1), (3, 1), (0, 2), (1, 1)),
     ((1, 9, 19, 200), 5, (2, 5), (9, 1), (1, 2), (1, 1)),  # more remainders than a window has
+    ((1, 11, 10, 14), 5, (3, 3), (1, 1), (0, 0), (1, 1)),  # lines of 12: the last ends where the next row begins
 ]
 
 
@@ -118,10 +119,10 @@ def test_a_large_image_is_cut_into_strips(
             torch.set_num_threads(count)
             packed = native.pack(weight.flatten(1), Config(kind, rows=rows, tile=tile, depth=depth))
             for _ in range(2):  # the second time with the places that the first one found
-                close(images.conv2d(packed, x, kernel, stride=stride, padding=padding, dilation=dilation), wanted)
+                close(convolution.conv2d(packed, x, kernel, stride=stride, padding=padding, dilation=dilation), wanted)
             less = x[:, :, : -(x.shape[2] // 3)].contiguous(memory_format=layout)  # another image, the same weight
             small = torch.nn.functional.conv2d(less.double(), weight.double(), None, stride, padding, dilation)
-            close(images.conv2d(packed, less, kernel, stride=stride, padding=padding, dilation=dilation), small)
+            close(convolution.conv2d(packed, less, kernel, stride=stride, padding=padding, dilation=dilation), small)
     finally:
         torch.set_num_threads(threads)
 
@@ -160,7 +161,7 @@ def test_pairs_of_a_convolution(layout: torch.memory_format) -> None:
     x, weight = torch.randn(2, 5, 9, 8).contiguous(memory_format=layout), sparse(20, 45, density=0.3)
     packed = native.pack(weight, Config(Kind.PAIRS, Precision.BF16, rows=2, tile=4, depth=20))
     exact = torch.nn.functional.conv2d(x.bfloat16().double(), weight.bfloat16().double().view(20, 5, 3, 3), padding=1)
-    close(images.conv2d(packed, x, (3, 3), padding=(1, 1)), exact)
+    close(convolution.conv2d(packed, x, (3, 3), padding=(1, 1)), exact)
 
 
 def test_a_token_and_a_weight_that_are_not_finite_stay_alone_in_pairs() -> None:
@@ -229,12 +230,12 @@ def test_the_short_way_is_the_same_and_refuses_what_is_not_finite(
 def test_only_pixels_that_a_convolution_reads_have_to_be_finite(layout: torch.memory_format) -> None:
     x = torch.randn(2, 3, 7, 7).contiguous(memory_format=layout)
     packed = native.pack(sparse(5, 3, density=0.9), Config(Kind.ROWS, tile=1))
-    wanted = images.conv2d(packed, x, (1, 1), stride=(2, 2))
+    wanted = convolution.conv2d(packed, x, (1, 1), stride=(2, 2))
     x[1, 2, 1, 3] = torch.nan  # every second line is left out
-    found = images.finite_conv2d(packed, x, (1, 1), stride=(2, 2))
+    found = convolution.conv2d(packed, x, (1, 1), stride=(2, 2), strict=True)
     assert found is not None and torch.equal(found, wanted)
     x[1, 2, 6, 6] = torch.nan
-    assert images.finite_conv2d(packed, x, (1, 1), stride=(2, 2)) is None
+    assert convolution.conv2d(packed, x, (1, 1), stride=(2, 2), strict=True) is None
 
 
 def test_what_stands_at_a_zero_is_not_read() -> None:
@@ -270,7 +271,7 @@ def test_smooth_activations_are_those_of_torch(activation: Activation) -> None:
     close(found, function(dense + bias + residual))
     image = torch.randn(2, 20, 3, 7)
     for layout in (torch.contiguous_format, torch.channels_last):
-        found = images.conv2d(packed, image.contiguous(memory_format=layout), (1, 1), activation=activation)
+        found = convolution.conv2d(packed, image.contiguous(memory_format=layout), (1, 1), activation=activation)
         close(found, function(torch.einsum("bchw,oc->bohw", image.double(), weight.double())))
 
 
@@ -378,7 +379,7 @@ def test_rows_that_are_not_well_formed_are_refused(starts: list[int], columns: l
 def test_sizes_that_the_kernels_cannot_hold_are_refused(name: str, value: int) -> None:
     packed = native.pack(torch.ones(2, 9), Config(Kind.ROWS))
     with pytest.raises(RequestError, match="out of range"):
-        images.conv2d(packed, torch.ones(1, 1, 8, 8), (3, 3), **{name: (value, 1)})  # type: ignore[arg-type]
+        convolution.conv2d(packed, torch.ones(1, 1, 8, 8), (3, 3), **{name: (value, 1)})  # type: ignore[arg-type]
 
 
 def test_requests_that_make_no_sense_are_refused() -> None:
@@ -394,7 +395,7 @@ def test_requests_that_make_no_sense_are_refused() -> None:
     with pytest.raises(RequestError, match="out of range"):
         native.pack(torch.ones(4, 6), Config(Kind.ROWS, rows=3))
     with pytest.raises(RequestError, match="smaller than the kernel"):
-        images.conv2d(native.pack(torch.ones(2, 9), Config(Kind.ROWS)), torch.ones(1, 1, 2, 2), (3, 3))
+        convolution.conv2d(native.pack(torch.ones(2, 9), Config(Kind.ROWS)), torch.ones(1, 1, 2, 2), (3, 3))
     with pytest.raises(NotSupported):
         native.pack(torch.ones(4, 6), Config(Kind.GROUPS, Precision.INT8))
     with pytest.raises(PruningError, match="cannot be used"):

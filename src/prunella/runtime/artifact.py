@@ -41,8 +41,8 @@ from prunella.runtime.choice import Choice, Problem, Route, from_json, to_json
 from prunella.runtime.convert import (
     Layer,
     Sparsified,
+    around_convolutions,
     assembled,
-    images,
     kernels,
     noted,
     sparsified,
@@ -118,7 +118,7 @@ def load_sparse(
     model = copied(rebuild(folder, manifest, state, factory))
     tuner, traced = tuner_for(model, told.precision, seconds, seed), _example(told)
     if traced is not None and not told.here:
-        tuner.last, joined = told.last, images(model, traced, fuse=True)[1]
+        tuner.last, joined = told.last, around_convolutions(model, traced, fuse=True)[1]
     else:
         joined = {}
     with torch.inference_mode(False), torch.no_grad():

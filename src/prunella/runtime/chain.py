@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from prunella.runtime import images
-from prunella.runtime.images import Patches, is_last
+from prunella.runtime import convolution
+from prunella.runtime.convolution import Patches, is_last
 from prunella.runtime.layers import PLAIN, SparseConv2d
 from prunella.runtime.native import Activation, Config, Packed
 
@@ -74,7 +74,7 @@ class Chain(nn.Module):
             y = None
             if plan is not None:
                 ready = plan[number]
-                y = images.run_patches(ready.packed, ready.patches, x, ready.bias, residual, ready.activation)
+                y = convolution.run_patches(ready.packed, ready.patches, x, ready.bias, residual, ready.activation)
             if y is None:
                 plan, y = None, layer(x, residual)
             values.append(y)

@@ -127,7 +127,7 @@ def sparse(
     begin, dense = time.perf_counter(), copied(unwrap(model))
     met = sizes(dense, example)
     tuner = tuner_for(dense, precision, seconds, seed)
-    tuner.last, joined = images(dense, example, fuse)
+    tuner.last, joined = around_convolutions(dense, example, fuse)
     with torch.inference_mode(False), torch.no_grad():
         found = tuple(
             _layer(dense, name, layer, met, tokens, tuner, joined.get(name, Fused()))
@@ -157,7 +157,7 @@ def sparse(
     return noted(dense if kept is None else kept, record)
 
 
-def images(dense: nn.Module, example: Inputs, fuse: bool) -> tuple[bool, dict[str, Fused]]:
+def around_convolutions(dense: nn.Module, example: Inputs, fuse: bool) -> tuple[bool, dict[str, Fused]]:
     """Whether convolutions are measured with their channels as the last axis, and what joins each."""
     twin = copied(dense)
     layers = targets(twin)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from prunella.errors import RequestError
-from prunella.runtime import images, native
+from prunella.runtime import convolution, native
 from prunella.runtime.choice import Choice, Geometry, Route
 from prunella.runtime.native import Config
 from prunella.runtime.store import Store, dense_conv, finite, laid_out, run_linear, store, unpacked
@@ -45,12 +45,12 @@ def conv2d(
     norm: Sequence[Tensor], eps: float,
 ) -> Tensor:  # fmt: skip
     """A convolution by the choice for this number of output positions."""
-    made = held.patches(x.shape, images.is_last(x))
+    made = held.patches(x.shape, convolution.is_last(x))
     choice = Route.TORCH if made is None else held.choice(made.positions)
     weight, shift = weight_for(choice, held, values, bits, bias, norm, eps)
     if made is not None and isinstance(choice, Config):
         fits = residual is None or residual.shape == made.out
-        y = images.run_patches(weight, made, x, shift, residual, held.activation) if fits else None
+        y = convolution.run_patches(weight, made, x, shift, residual, held.activation) if fits else None
         if y is not None:
             return y
         weight, shift = weight_for(Route.TORCH, held, values, bits, bias, norm, eps)
@@ -143,4 +143,4 @@ def _geometry(given: Sequence[int]) -> Geometry:
 
 
 def _format(x: Tensor) -> torch.memory_format:
-    return torch.channels_last if images.is_last(x) else torch.contiguous_format
+    return torch.channels_last if convolution.is_last(x) else torch.contiguous_format

@@ -20,7 +20,7 @@ from torch.nn import functional
 from prunella.errors import RequestError
 from prunella.runtime import native
 from prunella.runtime.choice import Choice, Geometry, Route, Table
-from prunella.runtime.images import Patches, patches
+from prunella.runtime.convolution import Patches, patches
 from prunella.runtime.native import Activation, Config
 
 _KEYS = itertools.count(1)

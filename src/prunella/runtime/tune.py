@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from prunella.errors import PruningError
 from prunella.runtime import native, tiles
 from prunella.runtime.choice import Choice, Geometry, Problem, Route, Table, is_dense
+from prunella.runtime.convolution import is_last
 from prunella.runtime.fuse import Fused
-from prunella.runtime.images import is_last
 from prunella.runtime.layers import FastLinear, FoldedConv2d, SparseConv2d, SparseLinear
 from prunella.runtime.native import Activation, Config, Kind, Precision
 from prunella.runtime.store import finished

@@ -14,8 +14,8 @@ from prunella.errors import CheckFailed
 from prunella.forward import forward, tensors
 from prunella.graph.oracle import relative_error
 from prunella.pipeline import Inputs
+from prunella.runtime.convolution import is_last
 from prunella.runtime.fuse import channels_last_, copied
-from prunella.runtime.images import is_last
 from prunella.runtime.layers import SparseConv2d
 from prunella.runtime.native import Precision
 from prunella.timing import Comparison, Ratio, compare_latency, own_clock

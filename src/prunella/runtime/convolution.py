@@ -29,28 +29,12 @@ def conv2d(
     stride: tuple[int, int] = (1, 1),
     padding: tuple[int, int] = (0, 0),
     dilation: tuple[int, int] = (1, 1),
-) -> Tensor:
-    """`activation(conv(x, W) + bias + residual)`: x (B, C, H, W), W packed as (O, C kh kw); y has the format of x."""
-    how = {"stride": stride, "padding": padding, "dilation": dilation}
-    made = finite_conv2d(packed, x, kernel, bias, residual, activation, strict=False, **how)
-    assert made is not None  # only `strict` gives that
-    return made
-
-
-def finite_conv2d(
-    packed: Packed,
-    x: Tensor,
-    kernel: tuple[int, int],
-    bias: Tensor | None = None,
-    residual: Tensor | None = None,
-    activation: Activation = Activation.NONE,
-    *,
-    stride: tuple[int, int] = (1, 1),
-    padding: tuple[int, int] = (0, 0),
-    dilation: tuple[int, int] = (1, 1),
-    strict: bool = True,
+    strict: bool = False,
 ) -> Tensor | None:
-    """`conv2d`; None, if strict, where a patch of x is not finite, or would not be in bfloat16."""
+    """`activation(conv(x, W) + bias + residual)`: x (B, C, H, W), W packed as (O, C kh kw); y has the format of x.
+
+    None, if strict, where a patch of x is not finite, or would not be in bfloat16. Errors: RequestError for sizes.
+    """
     x = native.as_float32(x)
     made = patches(packed.shape, x.shape, is_last(x), kernel, stride, padding, dilation)
     y = torch.empty(made.out, device="meta")
@@ -110,7 +94,7 @@ def run_patches(
     *,
     strict: bool = True,
 ) -> Tensor | None:
-    """`finite_conv2d` with little around the kernel: all float32 on the CPU, bias and residual of the right shape."""
+    """`conv2d`, strict, with little around the kernel: all float32 on the CPU, bias and residual of the right shape."""
     if packed.config.kind in FEW:
         raise NotSupported(f"no convolution runs on {packed.config.kind.value}", "it is for a few tokens", "")
     x = x.contiguous(memory_format=made.layout)
