@@ -127,6 +127,29 @@ def test_a_large_image_is_cut_into_strips(
         torch.set_num_threads(threads)
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_nothing_of_an_image_before_reaches_the_places_that_pad(layout: torch.memory_format) -> None:
+    wrong = torch.full((1, 16, 16, 16), torch.nan).to(memory_format=layout)
+    convolution.conv2d(native.pack(torch.ones(8, 16 * 9), Config(Kind.ROWS)), wrong, (3, 3), padding=(1, 1))
+    weight, x = sparse(7, 4, 3, 3, density=0.3), torch.randn(1, 4, 8, 8).to(memory_format=layout)
+    wanted = torch.nn.functional.conv2d(x.double(), weight.double(), padding=1)
+    for depth in (5, 20, 512):  # rows of unlike length side by side are padded
+        packed = native.pack(weight.flatten(1), Config(Kind.ROWS, rows=4, depth=depth))
+        close(convolution.conv2d(packed, x, (3, 3), padding=(1, 1)), wanted)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_a_line_that_no_patch_reads_need_not_be_finite(layout: torch.memory_format) -> None:
+    weight, x = sparse(6, 4, 3, 3, density=0.5), torch.randn(1, 4, 6, 10).to(memory_format=layout)
+    packed = native.pack(weight.flatten(1), Config(Kind.ROWS))
+    wanted = convolution.conv2d(packed, x, (3, 3), stride=(2, 1))
+    x[:, :, 5] = torch.inf
+    found = convolution.conv2d(packed, x, (3, 3), stride=(2, 1), strict=True)
+    assert wanted is not None and found is not None and torch.equal(found, wanted)
+    x[:, :, 4] = torch.inf
+    assert convolution.conv2d(packed, x, (3, 3), stride=(2, 1), strict=True) is None
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("tile", [2, 4, 6, 8])
 def test_in_bf16_only_x_is_rounded(kind: Kind, tile: int) -> None:
