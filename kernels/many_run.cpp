@@ -154,3 +154,15 @@ extern "C" int prunella_many_conv(const prunella_many* weight, const prunella_im
   }
   return run(job, threads);
 }
+
+extern "C" int prunella_many_chain(const prunella_step* steps, int32_t count, float* const* places, int32_t threads) {
+  if (count < 0 || (count && (!steps || !places))) return PRUNELLA_BAD_ARGUMENT;
+  int done = PRUNELLA_OK;
+  for (const prunella_step* s = steps; s < steps + count && done == PRUNELLA_OK; s++) {
+    if (s->x_place < 0 || s->y_place < 0) return PRUNELLA_BAD_ARGUMENT;
+    const float* residual = s->residual_place < 0 ? nullptr : places[s->residual_place] + s->residual;
+    done = prunella_many_conv(s->weight, s->image, places[s->x_place] + s->x, s->bias, residual, s->activation, 1, s->tile,
+                              threads, places[s->y_place] + s->y);
+  }
+  return done;
+}

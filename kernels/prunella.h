@@ -28,7 +28,7 @@ typedef struct {
 } prunella_image;
 
 // Changes with every change of this interface: a library of another number is not used.
-#define PRUNELLA_ABI 8
+#define PRUNELLA_ABI 9
 PRUNELLA_API int prunella_abi(void);
 
 // Tiers: names that this processor can run, joined by commas; the one in use; choose another ("" for the best).
@@ -60,6 +60,20 @@ PRUNELLA_API int prunella_many_linear(const prunella_many* weight, const float* 
 PRUNELLA_API int prunella_many_conv(const prunella_many* weight, const prunella_image* image, const float* x, const float* bias,
                        const float* residual, int32_t activation, int32_t strict, int32_t tile,
                                     int32_t threads, float* y);
+
+// One convolution of several, strict. x, residual and y: floats from the beginning of their places; residual_place -1:
+// none. y may be the residual itself.
+typedef struct {
+  const prunella_many* weight;
+  const prunella_image* image;
+  const float* bias;
+  int64_t x, residual, y;
+  int32_t x_place, residual_place, y_place, activation, tile;
+} prunella_step;
+
+// Convolutions one after another; places: memory for the inputs, the outputs and what is in between. Ends with the first
+// code that is not 0: outputs are then of no use.
+PRUNELLA_API int prunella_many_chain(const prunella_step* steps, int32_t count, float* const* places, int32_t threads);
 
 #ifdef __cplusplus
 }

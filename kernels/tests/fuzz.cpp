@@ -285,6 +285,13 @@ void round_of_images(Bytes& in) {
     if (done == PRUNELLA_ODD_INPUT) must(strict && !finite(out.x), "only an odd number is refused");
     if (done == PRUNELLA_OK && high && wide && (kind <= 1 || kind == 5 || finite(out.x))) compare(out, half ? 0.01 : 1e-5, 1e-30);
   }
+  for (int64_t i = 0; i < out.y.size; i++) out.wanted[i] *= 2.0;  // what follows adds the same to where it is
+  const prunella_step first{packed, &g, nullptr, 0, 0, 0, 0, -1, 1, 0, tile}, second{packed, &g, nullptr, 0, 0, 0, 0, 1, 1, 0, tile};
+  const prunella_step steps[] = {first, second};
+  float* const places[] = {out.x.get(), out.y.get()};
+  const int done = prunella_many_chain(steps, 2, places, threads);
+  if (done == PRUNELLA_ODD_INPUT) must(!finite(out.x), "only an odd number ends a chain");
+  if (done == PRUNELLA_OK && high && wide && (kind <= 1 || kind == 5 || finite(out.x))) compare(out, half ? 0.01 : 1e-5, 1e-30);
   prunella_many_free(packed);
 }
 

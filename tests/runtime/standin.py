@@ -5,6 +5,7 @@ A packed weight here is the dense one, and zeros are multiplied; only infinities
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from prunella.runtime import convolution, native, tiles
+from prunella.runtime import convolution, native, steps, tiles
 from prunella.runtime.native import Activation, Config, Kind, Precision
 from prunella.runtime.store import ACTIVATE
 
@@ -63,6 +64,21 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Calls:
         assert y.shape == made.out and y.stride() == made.strides
         return ACTIVATE[activation](y if residual is None else y + residual)
 
+    def prepared(todo: Sequence[steps.Step], ready: Sequence[steps.Ready], inputs: int, outputs: Sequence[int]) -> Any:
+        return tuple(todo), tuple(ready), tuple(outputs)
+
+    def run(held: Any, inputs: Sequence[Tensor]) -> tuple[Tensor, ...] | None:
+        todo, ready, outputs = held
+        values: list[Any] = list(inputs)
+        for step, one in zip(todo, ready, strict=True):
+            residual = None if step.residual is None else values[step.residual]
+            values.append(run_patches(one.packed, one.patches, values[step.x], one.bias, residual, one.activation))
+            if values[-1] is None:
+                return None
+            for place in step.free:
+                values[place] = None
+        return tuple(values[place] for place in outputs)
+
     def configs(shape: tuple[int, int], density: float, tokens: int) -> tuple[Config, ...]:
         return (Config(Kind.DECODE),) if tokens <= 8 else (Config(Kind.ROWS), Config(Kind.GROUPS))
 
@@ -72,6 +88,8 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Calls:
     }.items():  # fmt: skip
         monkeypatch.setattr(native, name, value)
     monkeypatch.setattr(convolution, "run_patches", run_patches)
+    monkeypatch.setattr(steps, "prepared", prepared)
+    monkeypatch.setattr(steps, "run", run)
     monkeypatch.setattr(tiles, "configs", configs)
     return calls
 

@@ -405,6 +405,15 @@ def test_images_are_measured_in_the_layout_that_they_will_have(monkeypatch: pyte
         assert flat and all(one is last for one in flat)
 
 
+@pytest.mark.parametrize(("ratio", "last"), [((1.2, 0.9, 1.5), True), ((0.9, 0.8, 1.2), False)])
+def test_channels_come_last_where_that_is_more_likely_faster(
+    eager_to_skip: None, kernels: Calls, monkeypatch: pytest.MonkeyPatch, ratio: tuple[float, float, float], last: bool
+) -> None:
+    made = pr.sparse(net(), IMAGE)
+    monkeypatch.setattr(whole, "interleaved", lambda runs: SimpleNamespace(ratio=Ratio(*ratio)))
+    assert whole.turned(made, IMAGE)[1] is last
+
+
 def test_weights_come_from_memory_where_the_model_exceeds_the_caches(monkeypatch: pytest.MonkeyPatch) -> None:
     model = mlp()
     weights = sum(p.nbytes for p in model.parameters())

@@ -15,39 +15,22 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from prunella.runtime import convolution
-from prunella.runtime.convolution import Patches, is_last
+from prunella.runtime import steps as together
+from prunella.runtime.convolution import is_last
 from prunella.runtime.layers import PLAIN, SparseConv2d
-from prunella.runtime.native import Activation, Config, Packed
+from prunella.runtime.native import Config
+from prunella.runtime.steps import Prepared, Ready, Step
+from prunella.runtime.store import Watch
 
 _MOST_PLANS = 16
-
-
-@dataclass(frozen=True)
-class Step:
-    """Places of what a layer reads, among the inputs and what the layers before gave; `free`: those read last here."""
-
-    x: int
-    residual: int | None
-    free: tuple[int, ...] = ()
-
-
-@dataclass(frozen=True)
-class _Ready:
-    """A layer for one size of images: its weight as the kernel wants it, and what goes with that."""
-
-    packed: Packed
-    patches: Patches
-    bias: Tensor | None
-    activation: Activation
 
 
 @dataclass(frozen=True)
 class _Plans:
     """What was found for each size of the inputs, and what tells that no layer has changed since."""
 
-    stamp: list[Any]
-    made: dict[Any, tuple[_Ready, ...] | None]
+    stamp: Any
+    made: dict[Any, Prepared | None]
 
 
 @final
@@ -60,42 +43,41 @@ class Chain(nn.Module):
     def __init__(self, steps: Sequence[Step], outputs: Sequence[int]) -> None:
         super().__init__()
         self.steps, self.outputs = tuple(steps), tuple(outputs)
-        self.plans = _Plans([], {})
+        self.plans, self.watch = _Plans(None, {}), Watch()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "plans": _Plans([], {})}  # a copy makes its own layouts
+        return {**self.__dict__, "plans": _Plans(None, {})}  # a copy makes its own layouts
 
     def forward(self, inputs: Sequence[Tensor], layers: Sequence[SparseConv2d]) -> tuple[Tensor, ...]:
         """What those layers give whose results are read elsewhere."""
         plan = None if torch.compiler.is_compiling() else self._plan(inputs, layers)
+        found = None if plan is None else together.run(plan, inputs)
+        if found is not None:
+            return found
         values: list[Any] = list(inputs)
-        for number, (step, layer) in enumerate(zip(self.steps, layers, strict=True)):
-            x, residual = values[step.x], None if step.residual is None else values[step.residual]
-            y = None
-            if plan is not None:
-                ready = plan[number]
-                y = convolution.run_patches(ready.packed, ready.patches, x, ready.bias, residual, ready.activation)
-            if y is None:
-                plan, y = None, layer(x, residual)
-            values.append(y)
+        for step, layer in zip(self.steps, layers, strict=True):
+            values.append(layer(values[step.x], None if step.residual is None else values[step.residual]))
             for place in step.free:
                 values[place] = None
         return tuple(values[place] for place in self.outputs)
 
-    def _plan(self, inputs: Sequence[Tensor], layers: Sequence[SparseConv2d]) -> tuple[_Ready, ...] | None:
+    def _plan(self, inputs: Sequence[Tensor], layers: Sequence[SparseConv2d]) -> Prepared | None:
         wanted = torch.is_grad_enabled()
         if torch.is_autocast_enabled("cpu") or (wanted and any(x.requires_grad for x in inputs)):
             return None
         if not all(type(x) in PLAIN and x.dtype is torch.float32 and x.is_cpu and x.dim() == 4 for x in inputs):
             return None
-        stamp: list[Any] = []
+        parts: list[Tensor | None] = []
         for layer in layers:
             if type(layer) is not SparseConv2d or layer._forward_hooks or layer._forward_pre_hooks:
                 return None
-            parts = layer.parts()
-            if parts is None or (wanted and any(part is not None and part.requires_grad for part in parts)):
+            some = layer.parts()
+            if some is None:
                 return None
-            stamp += (layer.store.key, *layer.store.versions(parts))
+            parts += some
+        if wanted and any(part is not None and part.requires_grad for part in parts):
+            return None
+        stamp = [layer.store.key for layer in layers], self.watch.stamp(parts)
         if stamp != self.plans.stamp or len(self.plans.made) >= _MOST_PLANS:
             self.plans = _Plans(stamp, {})
         last = any(map(is_last, inputs))
@@ -107,8 +89,8 @@ class Chain(nn.Module):
             made[key] = self._made([x.shape for x in inputs], last, layers)
         return made[key]
 
-    def _made(self, shapes: list[torch.Size], last: bool, layers: Sequence[SparseConv2d]) -> tuple[_Ready, ...] | None:
-        found = []
+    def _made(self, shapes: list[torch.Size], last: bool, layers: Sequence[SparseConv2d]) -> Prepared | None:
+        found, inputs = list[Ready](), len(shapes)
         for step, layer in zip(self.steps, layers, strict=True):
             patches = layer.store.patches(shapes[step.x], last)
             if patches is None or not isinstance(layer.store.choice(patches.positions), Config):
@@ -117,8 +99,8 @@ class Chain(nn.Module):
                 return None
             shapes.append(torch.Size(patches.out))
             packed, bias = layer.held(patches.positions)
-            found.append(_Ready(packed, patches, bias, layer.activation))
-        return tuple(found)
+            found.append(Ready(packed, patches, bias, layer.activation))
+        return together.prepared(self.steps, found, inputs, self.outputs)
 
 
 def chain_(program: GraphModule) -> None:

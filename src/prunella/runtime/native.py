@@ -23,7 +23,7 @@ from torch.nn.functional import gelu, hardswish, relu, relu6, silu
 from prunella.errors import NotSupported, PruningError, RequestError
 
 _NAME = "libprunella.so"
-_ABI = 8
+_ABI = 9
 """`PRUNELLA_ABI` of kernels/prunella.h."""
 ODD_INPUT = 7
 _log = logging.getLogger(__name__)
@@ -138,6 +138,7 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
         _INT,
         (_POINTER, _POINTER, _LONG, _POINTER, _POINTER, _INT, _INT, _INT, _INT, _POINTER),
     ),
+    "prunella_many_chain": (_INT, (_POINTER, _INT, _POINTER, _INT)),
     "prunella_many_conv": (
         _INT,
         (_POINTER, ctypes.POINTER(ImageSizes), _POINTER, _POINTER, _POINTER, _INT, _INT, _INT, _INT, _POINTER),
@@ -319,9 +320,10 @@ def finite_linear(
 
 
 @cache
-def entries() -> tuple[Any, Any, Any]:
+def entries() -> tuple[Any, Any, Any, Any]:
     library = _library()
-    return library.prunella_few_linear, library.prunella_many_linear, library.prunella_many_conv
+    few, many = library.prunella_few_linear, library.prunella_many_linear
+    return few, many, library.prunella_many_conv, library.prunella_many_chain
 
 
 def as_float32(x: Tensor) -> Tensor:

@@ -37,6 +37,24 @@ ACTIVATE: dict[Activation, Callable[[Tensor], Tensor]] = {
 
 
 @final
+class Watch:
+    """Tells whether tensors have changed."""
+
+    def __init__(self) -> None:
+        self.counted = True
+
+    def stamp(self, parts: Sequence[Tensor | None]) -> list[tuple[int, int]]:
+        """For each tensor where it lies, and how often it was written to."""
+        if self.counted:
+            try:
+                return [(part.data_ptr(), part._version) for part in parts if part is not None]
+            except RuntimeError:  # one made in inference mode counts no changes; raising takes as long as a small layer
+                self.counted = False
+        some = [part for part in parts if part is not None]
+        return [(part.data_ptr(), 0 if part.is_inference() else part._version) for part in some]
+
+
+@final
 class Store:
     """The choices of a layer, and its weight in the layouts that they need. A copy starts empty."""
 
@@ -49,7 +67,7 @@ class Store:
         self._near: dict[int, Choice] = {}
         self._patches: dict[tuple[torch.Size, bool], Patches | None] = {}
         self._stamp: list[tuple[int, int]] = []
-        self._counted = True
+        self._watch = Watch()
         _STORES[self.key] = self
 
     def __reduce__(self) -> tuple[type[Store], tuple[tuple[int, ...], Table, Activation, Geometry | None]]:
@@ -86,7 +104,7 @@ class Store:
 
     def get(self, choice: Choice, parts: Sequence[Tensor | None], make: Callable[[], Any]) -> Any:
         """What `choice` needs, from `make` if there is none yet. parts: the tensors that it is made from."""
-        stamp = self.versions(parts)
+        stamp = self._watch.stamp(parts)
         if stamp != self._stamp:
             self._made, self._stamp = {}, stamp
         found = self._made.get(choice)
@@ -95,16 +113,6 @@ class Store:
             with torch.inference_mode(False), torch.no_grad():
                 found = self._made[choice] = make()
         return found
-
-    def versions(self, parts: Sequence[Tensor | None]) -> list[tuple[int, int]]:
-        """What tells whether a part has changed: where it lies, and how often it was written to."""
-        if self._counted:
-            try:
-                return [(part.data_ptr(), part._version) for part in parts if part is not None]
-            except RuntimeError:  # one made in inference mode counts no changes; raising takes as long as a small layer
-                self._counted = False
-        some = [part for part in parts if part is not None]
-        return [(part.data_ptr(), 0 if part.is_inference() else part._version) for part in some]
 
     @property
     def nbytes(self) -> int:
