@@ -16,6 +16,7 @@ import copy
 import json
 import math
 import os
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -39,6 +40,12 @@ from prunella.timing import compare_latency, own_clock, paired_ratio
 
 SHAPES = ((512, 512, 196), (2048, 512, 49), (1024, 1024, 64), (768, 3072, 128), (3072, 768, 128), (3072, 768, 16))
 SPARSITIES = (50, 80, 90, 95)
+REAL = {
+    "first-up": "encoder.layer.0.intermediate.dense",
+    "last-down": "encoder.layer.5.output.dense",
+    "third-query": "encoder.layer.2.attention.self.query",
+}
+"""Layers of a trained network whose masks are measured beside random ones."""
 Cell = Callable[[], dict[str, Any]]
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "sparse.md"
 MARKS = "<!-- measured: runtime -->", "<!-- end: runtime -->"
@@ -46,8 +53,10 @@ MANY = [f"{m}x{k}x{n}" for m, k, n in SHAPES if n >= 64]
 GOALS: tuple[tuple[str, list[str], str, str], ...] = (
     *((f"linear layers in float32, 64 tokens or more, {p} % zeros", [f"linear-{s}-{p}" for s in MANY], "", goal)
       for p, goal in ((50, "1.5, aim 1.8"), (80, "2.8, aim 3.8"), (90, "4.6, aim 7"), (95, "8, aim 11"))),
-    ("the same in blocks of 16x1, 90 %", [f"block16-{s}-90" for s in MANY], "", "8, aim 10"),
-    ("the same in bf16 against torch's bf16, 90 %", [f"bf16-{s}-90" for s in MANY], "bf16", "3.8, aim 6"),
+    *((f"layers of MiniLM, 128 tokens, {p} % zeros in all by magnitude", [f"minilm-{n}-{p}" for n in REAL], "", "")
+      for p in SPARSITIES),
+    ("linear layers in blocks of 16x1, 90 %", [f"block16-{s}-90" for s in MANY], "", "8, aim 10"),
+    ("linear layers in bf16 against torch's bf16, 90 %", [f"bf16-{s}-90" for s in MANY], "bf16", "3.8, aim 6"),
     ("decode 4096x4096 in bf16, 50 %", ["decode-4096x4096-bf16-50"], "", "1.8, aim 1.9"),
     ("decode 4096x4096 in bf16, 70 %", ["decode-4096x4096-bf16-70"], "", "2.4, aim 2.7"),
     ("50 % against only reading the dense bf16 weights", ["decode-4096x4096-bf16-50"], "read", ""),
@@ -72,8 +81,34 @@ def weight(rows: int, wide: int, percent: int, *, block: int = 1, seed: int = 0)
 
 def linear(m: int, k: int, n: int, percent: int, *, block: int = 1, precision: Precision = Precision.FP32,
            rounds: int = 15) -> dict[str, Any]:  # fmt: skip
-    """One layer: the best kernel, the best dense operation, F.linear."""
-    matrix, bias, held = weight(m, k, percent, block=block), torch.zeros(m), dict[Any, Any]()
+    """A layer of noise: the best kernel, the best dense operation, F.linear."""
+    return layer(weight(m, k, percent, block=block), n, precision, rounds)
+
+
+@cache
+def minilm() -> nn.Module:
+    """all-MiniLM-L6-v2, as its package brings it."""
+    from prunella.demo.minilm import minilm_task
+
+    with tempfile.TemporaryDirectory() as folder:
+        return minilm_task(Path(folder), seed=0, steps=0, texts=32).model
+
+
+def trained(name: str, percent: int, rounds: int) -> dict[str, Any]:
+    """A layer of MiniLM for 128 tokens: the smallest weights of all its layers together are zero."""
+    model = copy.deepcopy(minilm())
+    example = {"input_ids": torch.arange(128)[None], "attention_mask": torch.ones(1, 128, dtype=torch.int64)}
+    plan = pr.plan(model, example, pr.Recipe(pr.magnitude, pr.Element()), target=pr.Sparsity(percent / 100))
+    pr.finalize(pr.apply_(model, plan))
+    matrix = model.get_submodule(name).weight.detach()
+    zeros = float((matrix == 0).float().mean())
+    return {**layer(matrix, 128, Precision.FP32, rounds), "zeros": zeros}
+
+
+def layer(matrix: Tensor, n: int, precision: Precision, rounds: int) -> dict[str, Any]:
+    """A linear layer for n tokens: the best kernel, the best dense operation, F.linear."""
+    m, k = matrix.shape
+    bias, held = torch.zeros(m), dict[Any, Any]()
     runs = candidates(matrix, bias, Problem(n), None, precision, 0, held)
     with torch.inference_mode():
         best = _sieve(runs, 0.5, is_dense)
@@ -333,6 +368,9 @@ def cells(quick: bool) -> Iterator[tuple[str, Cell]]:
     for m, k, n in SHAPES[:1] if quick else SHAPES:
         yield f"block16-{m}x{k}x{n}-90", partial(linear, m, k, n, 90, block=16, rounds=rounds)
         yield f"bf16-{m}x{k}x{n}-90", partial(linear, m, k, n, 90, precision=Precision.BF16, rounds=rounds)
+    for name, path in list(REAL.items())[: 1 if quick else None]:
+        for percent in SPARSITIES:
+            yield f"minilm-{name}-{percent}", partial(trained, path, percent, rounds)
     size = 1024 if quick else 4096
     for precision in Precision:
         for percent in (50, 70, 80, 90):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from functools import partial
@@ -230,7 +231,9 @@ def test_a_module_that_cannot_be_drawn_anew_is_named() -> None:
 def test_a_killed_run_ends_with_the_same_bits(rewind: Rewind, die_in: int, tmp_path: Path) -> None:
     kind = "weights" if isinstance(rewind, pr.WeightRewind) else "rates"
     arguments = [str(tmp_path / "run"), kind, str(rewind.step), str(die_in)]
-    died = subprocess.run([sys.executable, "-m", "tests.tickets.job", *arguments], cwd=ROOT, check=False)
+    threads = str(torch.get_num_threads())  # of which there must be as many for the same bits
+    same = {**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
+    died = subprocess.run([sys.executable, "-m", "tests.tickets.job", *arguments], cwd=ROOT, env=same, check=False)
     assert died.returncode == -9
     left = sorted(file.name for file in (tmp_path / "run").iterdir())
     assert len(left) == 1 + die_in  # what was done before, and the record
