@@ -21,7 +21,7 @@ from prunella.runtime.fuse import Fused, fuse_, traced
 from prunella.runtime.layers import FastLinear, FoldedConv2d, SparseConv2d, SparseLinear
 from prunella.runtime.native import Activation, Config, Kind, Precision
 from prunella.runtime.restore import restored
-from prunella.runtime.tune import Tuner, configs
+from prunella.runtime.tune import Tuner, Verdict, configs
 from prunella.timing import Ratio
 from tests.runtime.standin import Calls
 
@@ -412,6 +412,13 @@ def test_channels_come_last_where_that_is_more_likely_faster(
     made = pr.sparse(net(), IMAGE)
     monkeypatch.setattr(whole, "interleaved", lambda runs: SimpleNamespace(ratio=Ratio(*ratio)))
     assert whole.turned(made, IMAGE)[1] is last
+
+
+def test_a_layer_says_what_runs_and_what_could_have() -> None:
+    rows = Config(Kind.ROWS)
+    slower, faster = Ratio(0.8, 0.7, 0.9), Ratio(2.0, 1.9, 2.1)
+    verdicts = Verdict(Problem(1), Route.TORCH, rows, slower), Verdict(Problem(8), rows, rows, faster)
+    assert str(convert.Layer("a", 0.7, verdicts)) == "a  70% zeros  1: dense (rows fp32 0.80x)  8: rows fp32 2.00x"
 
 
 def test_weights_come_from_memory_where_the_model_exceeds_the_caches(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -376,12 +376,18 @@ def _none(layers: tuple[Layer, ...]) -> str:
 def _nothing(verdict: Verdict) -> str:
     """That nothing is faster, or might be but is not sure."""
     sure = "" if verdict.ratio is None or verdict.ratio.value <= 1 else " for sure"
-    return f"nothing is faster{sure} ({_phrase(verdict)})"
+    return f"nothing is faster{sure} ({verdict.problem.size}: {_best(verdict)})"
 
 
 def _phrase(verdict: Verdict) -> str:
-    best = "" if verdict.ratio is None else f" {verdict.ratio.value:.2f}x"
-    return f"{verdict.problem.size}: {spell(verdict.best or verdict.choice)}{best}"
+    """What runs for a size, and what could have where that is dense code."""
+    dense = is_dense(verdict.choice) and verdict.best is not None
+    return f"{verdict.problem.size}: {f'dense ({_best(verdict)})' if dense else _best(verdict)}"
+
+
+def _best(verdict: Verdict) -> str:
+    speed = "" if verdict.ratio is None else f" {verdict.ratio.value:.2f}x"
+    return f"{spell(verdict.best or verdict.choice)}{speed}"
 
 
 def check_request(tokens: Sequence[int], seconds: float) -> None:
