@@ -11,10 +11,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+import prunella as pr
 from prunella.runtime import native, steps
+from prunella.runtime.chain import Chain
 from prunella.runtime.convolution import is_last, patches
 from prunella.runtime.native import Activation, Config, Kind
 from prunella.runtime.steps import Ready, Step, laid
+from tests.runtime.test_sparse import IMAGE, net
 
 needs_kernels = pytest.mark.skipif(
     not native.available(), reason="the kernels were not built: no compiler at installation"
@@ -187,3 +190,28 @@ def test_a_number_that_is_not_finite_ends_it(tier: str, where: str) -> None:
         first = native.pack(weight, Config(Kind.ROWS))
         ready[0] = Ready(first, ready[0].patches, ready[0].bias, Activation.NONE)
     assert steps.run(steps.prepared(todo, ready, 1, outputs), [image]) is None
+
+
+@needs_kernels
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_a_model_runs_its_chain_in_one_call(
+    eager_to_skip: None, tier: str, layout: torch.memory_format, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dense = net(tangled=True)
+    made = pr.sparse(dense, IMAGE)
+    assert any(isinstance(module, Chain) for module in made.modules())
+    done, run = list[bool](), steps.run
+
+    def spied(prepared: steps.Prepared, inputs: Sequence[Tensor]) -> tuple[Tensor, ...] | None:
+        found = run(prepared, inputs)
+        done.append(found is not None)
+        return found
+
+    monkeypatch.setattr(steps, "run", spied)
+    odd = IMAGE.clone()
+    odd[0, 0, 0, 0] = torch.inf
+    with torch.inference_mode():
+        for image in (IMAGE, IMAGE[:1, :, :3], odd, IMAGE):
+            x = image.contiguous(memory_format=layout)
+            torch.testing.assert_close(made(x), dense(x), equal_nan=True, rtol=1e-4, atol=1e-4)
+    assert done == [True, True, False, True]
