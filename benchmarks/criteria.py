@@ -30,7 +30,7 @@ from training import accuracy, batches, fine_tune
 
 import prunella as pr
 from prunella.catalogue import methods
-from prunella.scoring import name_of
+from prunella.registry.controlled import name_of
 
 EXAMPLE = torch.zeros(1, 3, 32, 32)
 RESULTS = Path(__file__).parent / "results"

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from prunella.pipeline import Amount, Plan
+from prunella.planning.plan import Plan
+from prunella.table import Amount
 from prunella.targets import Sparsity, Target
 
 NOTHING = Amount(0, 0, 0, 0)

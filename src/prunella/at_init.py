@@ -18,14 +18,17 @@ from prunella.graph.couple import couple
 from prunella.method import search
 from prunella.names import check_patterns
 from prunella.pace import Stopwatch
-from prunella.pipeline import Inputs, Job, Loss, Plan, Recipe
+from prunella.pipeline import Job
+from prunella.planning.plan import Plan
+from prunella.recipe import Recipe
+from prunella.registry.controlled import name_of
 from prunella.request import check_finite, checked_target
 from prunella.schedule import Schedule, exponential
-from prunella.scoring import name_of
 from prunella.stats import Source, untouched
 from prunella.stats.masked import Before
 from prunella.table import amount
 from prunella.targets import Sparsity, Target, part_of
+from prunella.types import Inputs, Loss
 
 
 @dataclass(frozen=True)

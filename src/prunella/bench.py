@@ -24,7 +24,6 @@ from torch.utils._pytree import tree_map
 
 from prunella.errors import PruningError, RequestError
 from prunella.forward import forward, tensors
-from prunella.pipeline import Inputs
 from prunella.realize.export import export
 from prunella.reporting.chart import alone, figure
 from prunella.runtime import native
@@ -33,6 +32,7 @@ from prunella.runtime.fast import dense_fast
 from prunella.runtime.machine import cpu_name
 from prunella.runtime.native import Precision
 from prunella.timing import Comparison, compare_latency
+from prunella.types import Inputs
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -10,7 +10,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from prunella.budget import Allocation, Ladder, Pool, allocate, ladder, most, solve
+from prunella.allocation.pool import Allocation, Pool
+from prunella.budget import Ladder, allocate, ladder, most, solve
 from prunella.errors import RequestError, TargetMissed
 from prunella.granularity import Block, Competing, Element, Fixed
 from prunella.graph.structure import Frozen, Graph, Group, Layer

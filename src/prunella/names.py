@@ -98,3 +98,9 @@ def parts(name: str) -> set[str]:
 
 def _matches(pattern: str, names: Iterable[str]) -> bool:
     return any(fnmatchcase(name, pattern) for name in names)
+
+
+def spared(graph: Graph, group: Group, skip: Sequence[str], only: Sequence[str]) -> str:
+    """Why a group takes no part, empty if it does: the same rules as in `prunella.plan`."""
+    reason = chosen(names_of_group(graph, group), skip, only) or ("" if only else rank_of(graph, group))
+    return reason or ("all of its units are needed" if group.size <= group.least else "")

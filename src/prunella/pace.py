@@ -14,12 +14,13 @@ from prunella.budget import Ladder, removed
 from prunella.errors import NotSupported, TargetMissed
 from prunella.forward import forward
 from prunella.graph.couple import changes
-from prunella.graph.structure import Graph, Keep
+from prunella.graph.structure import Graph
 from prunella.graph.surgery import change_
 from prunella.graph.vocabulary import known_only, renumber
 from prunella.select import Counts
 from prunella.targets import TOLERANCE, Latency
 from prunella.timing import Timing, side_by_side
+from prunella.types import Keep
 
 MOST = 16
 """Measurements of one search; a binary search of 4096 widths takes 12."""

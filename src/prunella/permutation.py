@@ -20,9 +20,9 @@ from prunella.graph.surgery import Changes, cut_
 from prunella.graph.view import to_matrix
 from prunella.method import search
 from prunella.names import check_patterns, chosen, names_of_group
-from prunella.pipeline import Inputs
 from prunella.stats import untouched
 from prunella.stats.subject import Subject, first_seen
+from prunella.types import Inputs
 
 _EXHAUSTIVE = 4
 """Up to this M, two stripes are regrouped in all ways (35 for M=4); beyond it only single columns change places."""

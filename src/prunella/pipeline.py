@@ -6,14 +6,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from prunella import provenance, table
+from prunella import table
 from prunella.contest import Rules, Units, Weights, fixed_masks, obstacles, offer, share
 from prunella.errors import NotSupported, RequestError
 from prunella.granularity import Competing, Depth, Fixed, Ranked, Structural, Vocabulary
@@ -21,104 +21,25 @@ from prunella.graph.counters import counted
 from prunella.graph.couple import changes, couple
 from prunella.graph.depth import narrow
 from prunella.graph.oracle import unproven
-from prunella.graph.structure import Frozen, Graph, Group, Keep, Layer
-from prunella.graph.surgery import Along, Changes, Renumbered, Sizes
+from prunella.graph.structure import Frozen, Graph, Group, Layer
 from prunella.graph.view import from_matrix, to_matrix
-from prunella.graph.vocabulary import known_only, renumber
 from prunella.method import knobs_of, needs_of
 from prunella.names import check_patterns, chosen, names_of_group, names_of_layer, rank_of, spared_blocks
 from prunella.pace import Stopwatch
+from prunella.planning.plan import Plan
 from prunella.recipe import Recipe as Recipe
+from prunella.registry.controlled import name_of
 from prunella.request import check_finite, checked_target
-from prunella.scoring import Absent, Scorer, name_of
+from prunella.scoring import Absent, Scorer
 from prunella.stats import Source, Subject, collect, untouched
 from prunella.stats.masked import Before, behind, masked
 from prunella.stats.subject import first_seen
 from prunella.table import Amount as Amount
 from prunella.table import Row as Row
-from prunella.targets import Latency, Sparsity, Target
-
-Loss = Callable[[nn.Module, Any], Tensor]
-Inputs = Tensor | tuple[Any, ...] | Mapping[str, Any]
-
+from prunella.targets import Latency, Target
+from prunella.types import Inputs, Keep, Loss
 
 DEFAULT = Recipe()
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Frozen data: what to keep, where to cut, what was asked, what it will give.
-
-    keep: group name -> bool over its units.          masks: parameter name -> bool of its shape (True is kept).
-    cuts: entity -> axis -> kept positions (int64).   attributes: (owner, name) -> new value of a size attribute.
-    weights: parameter name -> new values, for methods that change them. inputs: the example, for verification.
-    along: calls (norms, routers) that run along a cut axis, and what stays of it.
-    renumbered: inputs and outputs whose numbers (tokens) mean something else in the smaller model.
-    remarks: what holds for some parameters: tied, shared, not trained, not used.
-    dropped: container -> names of the blocks that go. lists: (owner, name) -> positions that go from a plain list.
-    """
-
-    recipe: Mapping[str, Any]
-    target: Target
-    before: Amount
-    after: Amount
-    keep: Mapping[str, Tensor]
-    masks: Mapping[str, Tensor]
-    cuts: Mapping[str, Mapping[int, Tensor]]
-    attributes: Sizes
-    rows: tuple[Row, ...]
-    frozen: tuple[Frozen, ...]
-    weights: Mapping[str, Tensor] = field(default_factory=dict)
-    inputs: Inputs | None = None
-    along: tuple[Along, ...] = ()
-    renumbered: tuple[Renumbered, ...] = ()
-    remarks: tuple[str, ...] = ()
-    dropped: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    lists: Mapping[tuple[str, str], tuple[int, ...]] = field(default_factory=dict)
-
-    @property
-    def changes(self) -> Changes:
-        """All that the plan does to the structure of the model."""
-        return Changes(self.cuts, self.attributes, self.along, self.renumbered, self.dropped, self.lists)
-
-    @property
-    def small_inputs(self) -> Inputs | None:
-        """The example as the smaller model takes it: tokens have the numbers that they have there."""
-        return renumber(known_only(self.inputs, self.renumbered), self.renumbered)  # type: ignore[no-any-return]
-
-    def renumber(self, tokens: Tensor) -> Tensor:
-        """Numbers of tokens in the smaller model. RequestError for a token that is gone."""
-        for entry in self.renumbered:
-            gone = tokens[~torch.isin(tokens, entry.kept)]
-            if gone.numel():
-                raise RequestError(f"token {int(gone[0])} is gone", f"{len(entry.kept)} tokens stay", "keep it too")
-            return torch.searchsorted(entry.kept, tokens)
-        return tokens
-
-    @property
-    def got(self) -> float:
-        """What the target's unit comes to: a fraction where a fraction was asked, else a number."""
-        if isinstance(self.target, Sparsity):
-            ranked = [row for row in self.rows if row.kind != "vocabulary"] or self.rows
-            total = sum(row.total for row in ranked)
-            return 1 - sum(row.kept for row in ranked) / total if total else 0.0
-        before, after = getattr(self.before, self.target.name), getattr(self.after, self.target.name)
-        return float(after / before if self.target.value <= 1 else after)
-
-    def __str__(self) -> str:
-        return table.render(self.rows, self.before, self.after, self._notes(), self.frozen)
-
-    def _notes(self) -> list[str]:
-        names = "by hand"
-        if self.recipe:
-            parts = [self.recipe["criterion"], *self.recipe["granularity"], self.recipe["allocation"]]
-            names = ", ".join(map(provenance.title, parts))
-        lines = [f"asked {self.target}, got {self.target.name}={self.got:.4g} ({names})"]
-        if self.masks:
-            lines.append("masks: params and MACs count kept weights only; dense kernels still multiply the zeros")
-        if self.recipe.get("align", 1) > 1:
-            lines.append(f"channel widths are multiples of {self.recipe['align']}: the last block decides what is got")
-        return [*lines, *self.remarks]
 
 
 def plan(

@@ -15,11 +15,12 @@ from prunella.apply import apply_
 from prunella.errors import BadInput, CheckFailed
 from prunella.forward import forward, mode, tensors
 from prunella.graph.oracle import relative_error
-from prunella.pipeline import Inputs, Plan
+from prunella.planning.plan import Plan
 from prunella.realize.artifact import PLAN, check_files, load, read_manifest
 from prunella.realize.origin import Factory
 from prunella.realize.plan_file import load_plan
 from prunella.realize.shrink import shrink
+from prunella.types import Inputs
 
 TOLERANCE = 1e-4
 """Largest relative difference between the stored model and the masked one, in the precision of the weights."""

@@ -9,10 +9,9 @@ from enum import Enum
 from functools import partial
 from typing import Any
 
-from prunella.criteria.control import Controlled
 from prunella.errors import BadInput, RequestError
 from prunella.method import REGISTRY, Method, MethodKind, find
-from prunella.scoring import name_of, unwrap
+from prunella.registry.controlled import Controlled, name_of, plain_function
 
 Described = dict[str, Any]
 
@@ -25,7 +24,7 @@ def describe(function: Any) -> Described:
     """
     if isinstance(function, Controlled):
         return {**describe(function.control), "of": describe(function.of)}
-    bare = unwrap(function) if callable(function) else type(function)
+    bare = plain_function(function) if callable(function) else type(function)
     method = next((m for m in REGISTRY.values() if m.function is bare), None)
     name = method.name if method else f"{bare.__module__}:{name_of(bare)}"
     return {"name": name, "knobs": {key: _plain(value) for key, value in _knobs(function).items()}}

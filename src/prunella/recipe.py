@@ -8,7 +8,7 @@ from typing import Any
 
 from prunella import provenance
 from prunella.allocation import uniform
-from prunella.budget import Allocation
+from prunella.allocation.pool import Allocation
 from prunella.criteria import magnitude
 from prunella.errors import BadInput
 from prunella.granularity import Channel, Granularity

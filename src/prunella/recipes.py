@@ -13,7 +13,7 @@ from prunella.allocation import Normalise, erk, global_, lamp, per_round, unifor
 from prunella.errors import RequestError
 from prunella.granularity import NM, Channel, Element, Expert, Head, Width
 from prunella.method import REGISTRY, find, recipe
-from prunella.pipeline import Recipe
+from prunella.recipe import Recipe
 
 
 @recipe(source="Han et al. 2015, arXiv:1506.02626")

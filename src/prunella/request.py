@@ -8,23 +8,22 @@ from typing import get_args
 import torch
 from torch import nn
 
-from prunella.criteria.control import Controlled
 from prunella.errors import BadInput, RequestError
 from prunella.granularity import Fixed, Granularity, Masking, Structural, Vocabulary
 from prunella.method import REGISTRY, MethodKind, needs_of
-from prunella.scoring import name_of, unwrap
+from prunella.registry.controlled import Controlled, name_of, plain_function
 from prunella.targets import Sparsity, Target
 
 
 def check_function(function: object, kind: MethodKind) -> None:
     """Errors: RequestError for what is not a function of that kind, or was given knobs that it does not have."""
-    known = next((m for m in REGISTRY.values() if m.function is unwrap(function)), None)
+    known = next((m for m in REGISTRY.values() if m.function is plain_function(function)), None)
     if not callable(function) or isinstance(function, type) or (known and known.kind != kind):
         found = f"{known.name} is of kind {known.kind}" if known else f"{function!r} is not a function"
         raise RequestError(
             f"Recipe({kind}=) takes a function of that kind", found, f"see `prunella methods` for {kind}s"
         )
-    if isinstance(unwrap(function), Controlled) and not isinstance(function, Controlled):
+    if isinstance(plain_function(function), Controlled) and not isinstance(function, Controlled):
         raise RequestError(
             f"{name_of(function)} takes no knobs itself",
             "the criterion that it is made of has them",

@@ -22,9 +22,11 @@ from prunella.apply import apply_
 from prunella.errors import CheckFailed, RequestError
 from prunella.files import check_free, write_atomic
 from prunella.forward import Outputs, forward, mode
-from prunella.pipeline import Inputs, Loss, Plan, Recipe, plan
+from prunella.pipeline import plan
+from prunella.planning.plan import Plan
 from prunella.realize.artifact import Saved, save
 from prunella.realize.shrink import shrink
+from prunella.recipe import Recipe
 from prunella.recovery.calibrate import recalibrate_bn
 from prunella.recovery.distill import distill, distill_logits
 from prunella.recovery.finetune import Curve, Training, finetune
@@ -33,6 +35,7 @@ from prunella.reporting.page import write_page
 from prunella.reporting.report import Curve as Recovery
 from prunella.reporting.report import Report, report
 from prunella.targets import Target
+from prunella.types import Inputs, Loss
 
 PAGE, RECORD = "report.html", "run.json"
 

@@ -9,10 +9,10 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from prunella.apply import masks_of, reapply_
 from prunella.errors import NotSupported, RequestError
 from prunella.method import control, metric
-from prunella.pipeline import Plan
+from prunella.model.masks import masks_of, reapply_
+from prunella.planning.plan import Plan
 from prunella.table import empty
 from prunella.types import Mask
 

@@ -9,18 +9,16 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from prunella.criteria.control import Controlled
 from prunella.errors import BadInput, NotSupported, RequestError
 from prunella.granularity.structure import Reduce, reduce_to_units
 from prunella.graph.structure import Group, Layer, Member
 from prunella.graph.view import from_matrix, to_matrix
 from prunella.method import Scope, needs_of, scope_of
+from prunella.registry.controlled import Controlled, name_of, plain_function
 from prunella.stats.collect import Statistics
 from prunella.stats.subject import Subject
 from prunella.types import Saliency, Scores
@@ -47,20 +45,6 @@ _WHY = {
 
 class Absent(Exception):
     """A statistic that this group or layer does not have; it is left alone, with this reason."""
-
-
-def unwrap(function: Any) -> Any:
-    """The function under any `functools.partial`."""
-    while isinstance(function, partial):
-        function = function.func
-    return function
-
-
-def name_of(function: Any) -> str:
-    """A function's or class's name as users write it, without the underscore that avoids a builtin."""
-    if isinstance(function, Controlled):
-        return f"{name_of(function.control)}({name_of(function.of)})"
-    return str(getattr(unwrap(function), "__name__", repr(function))).rstrip("_")
 
 
 @dataclass(frozen=True)
@@ -232,7 +216,7 @@ class Scorer:
         return value.flatten(1) if value.dim() > 1 else value.reshape(-1, 1)
 
     def _members(self, group: Group) -> list[Member]:
-        roles = _ROLES["group" if group.paths else scope_of(unwrap(self.criterion))]
+        roles = _ROLES["group" if group.paths else scope_of(plain_function(self.criterion))]
         return [m for m in group.members if m.role in roles and m.entity in self.subject.scored]
 
     def _parameter(self, member: Member) -> Tensor:

@@ -30,16 +30,19 @@ from torch import Tensor, nn
 
 import prunella
 from prunella.allocation import global_, uniform
-from prunella.apply import apply_, finalize
+from prunella.apply import apply_
 from prunella.criteria import magnitude, random
 from prunella.errors import Interrupted, PruningError, RequestError
 from prunella.files import write_atomic
 from prunella.forward import tensors
 from prunella.granularity import Element, Granularity
 from prunella.method import metric
+from prunella.model.masks import finalize
 from prunella.models import load_object
-from prunella.pipeline import Plan, Recipe, plan
+from prunella.pipeline import plan
+from prunella.planning.plan import Plan
 from prunella.realize.shrink import shrink
+from prunella.recipe import Recipe
 from prunella.reporting.frontier import DENSE_NAME, Cell, Frontier, summarise, write_frontier
 from prunella.targets import Params, Sparsity, Target
 

@@ -7,9 +7,17 @@ statistics: a positional parameter called `input_norm` receives an `InputNorm`.
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any
 
-from torch import Tensor
+from torch import Tensor, nn
+
+Inputs = Tensor | tuple[Any, ...] | Mapping[str, Any]
+"""An example batch: one tensor, positional arguments, or keyword arguments."""
+Loss = Callable[[nn.Module, Any], Tensor]
+"""(model, batch) -> scalar loss."""
+Keep = Mapping[str, Tensor]
+"""Group name -> bool tensor over its units; True is kept. An absent group is kept dense."""
 
 type_names = (
     "Weight",

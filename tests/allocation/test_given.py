@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import prunella as pr
-from prunella.budget import Allocation, Pool, allocate
+from prunella.allocation.pool import Allocation, Pool
+from prunella.budget import allocate
 from prunella.select import shortest_prefix
 from tests.graphs import IMAGE, convnet, images
 

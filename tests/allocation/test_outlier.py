@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import prunella as pr
-from prunella.budget import Pool
+from prunella.allocation.pool import Pool
 
 
 def pools() -> list[Pool]:

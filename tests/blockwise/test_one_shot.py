@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 import prunella as pr
-from prunella.apply import masks_of
 from prunella.blockwise.chain import Block, blocks_of
 from prunella.errors import RequestError
 from prunella.forward import forward
 from prunella.graph.couple import couple
+from prunella.model.masks import masks_of
 from prunella.solvers import admm, by_score, sparsegpt
 
 

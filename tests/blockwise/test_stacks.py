@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 import prunella as pr
-from prunella.apply import masks_of
 from prunella.blockwise import stacks
+from prunella.model.masks import masks_of
 from prunella.recovery.reads import Read, Watch
 
 PATTERN = pr.NM(2, 4)

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 import prunella as pr
 from prunella import recipes
-from prunella.budget import Pool, allocate
+from prunella.allocation.pool import Pool
+from prunella.budget import allocate
 from prunella.catalogue import methods
 from prunella.graph.couple import couple
 from prunella.graph.structure import Group

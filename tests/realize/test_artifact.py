@@ -18,11 +18,13 @@ from prunella import files
 from prunella.errors import BadInput, NotSupported, RequestError
 from prunella.files import check_free, new_folder, plain_name, write_atomic
 from prunella.graph.surgery import cut_
-from prunella.pipeline import Amount, Inputs, Plan, Row
+from prunella.planning.plan import Plan
 from prunella.realize import artifact
 from prunella.realize.artifact import decode_cuts, encode_cuts, load, save
 from prunella.realize.plan_file import load_plan
+from prunella.table import Amount, Row
 from prunella.targets import Params
+from prunella.types import Inputs
 
 Cuts = Mapping[str, Mapping[int, Tensor]]
 

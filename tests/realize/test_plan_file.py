@@ -13,9 +13,10 @@ from torch import Tensor
 
 from prunella.errors import BadInput, RequestError
 from prunella.graph.structure import Frozen
-from prunella.pipeline import Amount, Plan, Row
+from prunella.planning.plan import Plan
 from prunella.realize import plan_file
 from prunella.realize.plan_file import load_plan, save_plan
+from prunella.table import Amount, Row
 from prunella.targets import MACs
 
 

@@ -18,7 +18,7 @@ from prunella.exported import load_exported
 from prunella.forward import forward
 from prunella.graph.couple import couple
 from prunella.graph.oracle import verify
-from prunella.pipeline import Plan
+from prunella.planning.plan import Plan
 from prunella.targets import Params
 from tests.oracle import check_exact, distance, produced_by, run, settle
 from tests.zoo.convolutional import ResNet

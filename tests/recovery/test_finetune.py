@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from prunella.apply import apply_, finalize
+from prunella.apply import apply_
 from prunella.errors import CheckFailed, RequestError
+from prunella.model.masks import finalize
 from prunella.recovery.finetune import Training, adamw, finetune, warmup_cosine
 from tests.hand import hand_plan
 

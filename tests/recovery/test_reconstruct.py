@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from prunella.apply import apply_
 from prunella.errors import CheckFailed, RequestError
-from prunella.pipeline import Plan
+from prunella.planning.plan import Plan
 from prunella.recovery.reads import Read, Watch, rows, targets
 from prunella.recovery.reconstruct import reconstruct
 from prunella.solvers.linear import damped_solve

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from prunella.graph.structure import Frozen
-from prunella.pipeline import Amount, Plan, Row
+from prunella.planning.plan import Plan
 from prunella.reporting.latency import Comparison, Latency, Ratio
 from prunella.reporting.report import Curve, Metric, Report, report, shown
+from prunella.table import Amount, Row
 from prunella.targets import MACs, Sparsity, Target
 
 

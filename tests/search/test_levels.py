@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import prunella as pr
-from prunella.apply import masks_of
+from prunella.model.masks import masks_of
 from prunella.search.levels import Levels, evolve_levels
 from tests.blockwise.test_one_shot import batches, net
 

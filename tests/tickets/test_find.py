@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import prunella as pr
 from prunella.allocation.rounds import densities
-from prunella.apply import masks_of
+from prunella.model.masks import masks_of
 from prunella.tickets.controls import Control, Controls
 from prunella.tickets.find import Rewind
 from prunella.tickets.folder import digest

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import prunella as pr
-from prunella.apply import masks_of
+from prunella.model.masks import masks_of
 from prunella.tickets.lap import snapshot
 from prunella.tickets.store import equal
 

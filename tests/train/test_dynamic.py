@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import prunella as pr
-from prunella.apply import masks_of, reapply_
+from prunella.model.masks import masks_of, reapply_
 from prunella.train.dynamic import DropGrow
 from prunella.train.moves import exchange, fair_shares, thin
 from prunella.train.rules import (

@@ -11,11 +11,15 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from prunella.apply import apply_, finalize, masks_of
+from prunella.apply import apply_
 from prunella.errors import RequestError
 from prunella.granularity import Element
-from prunella.pipeline import Amount, Plan, Recipe, plan
+from prunella.model.masks import finalize, masks_of
+from prunella.pipeline import plan
+from prunella.planning.plan import Plan
+from prunella.recipe import Recipe
 from prunella.schedule import cubic, linear, one_shot
+from prunella.table import Amount
 from prunella.targets import MACs, Sparsity, Target
 from prunella.train.pruner import Pruner
 from tests.hand import hand_plan

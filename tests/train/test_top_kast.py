@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import prunella as pr
-from prunella.apply import masks_of
+from prunella.model.masks import masks_of
 
 X = torch.randn(32, 12, generator=torch.Generator().manual_seed(1))
 

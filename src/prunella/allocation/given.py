@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from prunella.budget import Pool
+from prunella.allocation.pool import Pool
 from prunella.errors import RequestError
 from prunella.method import allocation
 

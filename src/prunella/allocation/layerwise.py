@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from prunella.budget import Pool
+from prunella.allocation.pool import Pool
 from prunella.errors import RequestError
 from prunella.method import allocation
 

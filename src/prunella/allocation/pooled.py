@@ -8,7 +8,7 @@ from enum import Enum
 import torch
 from torch import Tensor
 
-from prunella.budget import Pool
+from prunella.allocation.pool import Pool
 from prunella.errors import RequestError
 from prunella.method import allocation
 

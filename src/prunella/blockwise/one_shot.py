@@ -14,7 +14,6 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from prunella.apply import record_, unwrap
 from prunella.blockwise.chain import Block, Call, Calls, Feed, Keep, blocks_of, uncached
 from prunella.blockwise.processes import ALONE, Processes
 from prunella.blockwise.refine import Refine, refine_
@@ -26,14 +25,15 @@ from prunella.graph.couple import couple
 from prunella.graph.structure import Layer
 from prunella.graph.view import from_matrix, to_matrix
 from prunella.method import solver
+from prunella.model.masks import record_
+from prunella.model.unwrap import unwrap
 from prunella.names import check_patterns, chosen, names_of_layer
-from prunella.pipeline import Inputs, Loss
 from prunella.recovery.reads import Read, Stop, Watch, rows
 from prunella.solvers import Solved, admm
 from prunella.solvers.layer import Pattern
 from prunella.stats import Source
 from prunella.stats.subject import first_seen
-from prunella.types import Gram, Mask
+from prunella.types import Gram, Inputs, Loss, Mask
 
 log = logging.getLogger(__name__)
 LayerSolver = Callable[..., Solved]

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prunella.apply import unwrap
 from prunella.criteria import activation_norm
 from prunella.errors import CheckFailed, NotSupported
 from prunella.forward import batches, mode
@@ -21,11 +20,15 @@ from prunella.graph.oracle import verify
 from prunella.graph.structure import Graph, Group, Member
 from prunella.graph.surgery import Changes
 from prunella.method import solver
-from prunella.pipeline import Inputs, Loss, Plan, Recipe, plan
+from prunella.model.unwrap import unwrap
+from prunella.pipeline import plan
+from prunella.planning.plan import Plan
 from prunella.realize.shrink import shrink
+from prunella.recipe import Recipe
 from prunella.recovery.reads import Read, Watch, rows
 from prunella.stats import Source
 from prunella.targets import Sparsity
+from prunella.types import Inputs, Loss
 
 
 @dataclass(frozen=True)

@@ -13,18 +13,19 @@ import torch
 from torch import Tensor, nn
 
 from prunella import table
-from prunella.apply import unwrap
 from prunella.errors import NotSupported, RequestError
 from prunella.forward import batches, first_tensor, tensors
 from prunella.graph.counters import counted
 from prunella.graph.couple import changes, couple
 from prunella.graph.oracle import unproven
-from prunella.graph.structure import Graph, Group, Keep
+from prunella.graph.structure import Graph, Group
 from prunella.graph.surgery import change_
 from prunella.method import solver
-from prunella.pipeline import Inputs, Loss, Plan
+from prunella.model.unwrap import unwrap
+from prunella.planning.plan import Plan
 from prunella.stats import Source, untouched
 from prunella.targets import Sparsity
+from prunella.types import Inputs, Keep, Loss
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from prunella.apply import unwrap
 from prunella.blockwise.chain import blocks_of
 from prunella.blockwise.one_shot import _within
 from prunella.errors import RequestError
@@ -15,9 +14,10 @@ from prunella.forward import forward, mode
 from prunella.graph.couple import couple
 from prunella.graph.view import to_matrix
 from prunella.method import search
+from prunella.model.unwrap import unwrap
 from prunella.names import check_patterns, chosen, names_of_layer
-from prunella.pipeline import Inputs
 from prunella.stats.subject import first_seen
+from prunella.types import Inputs
 
 
 def tail_exponent(weight: Tensor) -> float:

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prunella.apply import masks_of, unwrap
 from prunella.blockwise.chain import Block, Call, Feed, block_paths, blocks_at
 from prunella.blockwise.refine import Refine, refine_
 from prunella.blockwise.runs import find_blocks, turns
@@ -22,11 +21,14 @@ from prunella.graph.blocks import new_name
 from prunella.graph.couple import couple
 from prunella.graph.depth import inside
 from prunella.method import solver
-from prunella.pipeline import Inputs, Loss, Plan
+from prunella.model.masks import masks_of
+from prunella.model.unwrap import unwrap
+from prunella.planning.plan import Plan
 from prunella.realize.shrink import shrink
 from prunella.recovery.least_squares import Solution, Sums
 from prunella.recovery.reads import Read, Watch, rows, targets
 from prunella.stats import Source, untouched
+from prunella.types import Inputs, Loss
 
 log = logging.getLogger(__name__)
 SAME = 1e-6

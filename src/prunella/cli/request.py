@@ -17,11 +17,13 @@ from prunella.errors import BadInput, RequestError
 from prunella.examples import check_forward, example_inputs
 from prunella.files import MARKER
 from prunella.models import call_user, load_model, load_object
-from prunella.pipeline import Inputs, Loss, Plan, Recipe
+from prunella.planning.plan import Plan
 from prunella.program import as_program
 from prunella.realize.artifact import PLAN, load, read_manifest
 from prunella.realize.plan_file import load_plan
+from prunella.recipe import Recipe
 from prunella.targets import Target, parse_target
+from prunella.types import Inputs, Loss
 
 
 def open_model(

@@ -16,8 +16,8 @@ from prunella.cli.console import emit, note
 if TYPE_CHECKING:
     from torch import nn
 
-    from prunella.pipeline import Inputs
     from prunella.run import Job
+    from prunella.types import Inputs
 
 
 def run(

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prunella.apply import unwrap
 from prunella.compress.quantise import Rounded, compare
 from prunella.errors import MissingExtra, NotSupported
 from prunella.method import compression
+from prunella.model.unwrap import unwrap
 
 
 @dataclass(frozen=True)

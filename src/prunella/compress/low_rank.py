@@ -11,9 +11,10 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
-from prunella.apply import records, unwrap
 from prunella.errors import BadInput, RequestError
 from prunella.method import compression
+from prunella.model.masks import records
+from prunella.model.unwrap import unwrap
 
 
 @final

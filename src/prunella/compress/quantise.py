@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prunella.apply import unwrap
 from prunella.errors import CheckFailed, RequestError
 from prunella.method import compression
-from prunella.pipeline import Loss
+from prunella.model.unwrap import unwrap
+from prunella.types import Loss
 
 
 @dataclass(frozen=True)

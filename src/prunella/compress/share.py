@@ -10,10 +10,10 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor, nn
 
-from prunella.apply import unwrap
 from prunella.compress.huffman import Encoded, Gaps, decode, huffman, positions, relative_index
 from prunella.errors import RequestError
 from prunella.method import compression
+from prunella.model.unwrap import unwrap
 
 ROUNDS = 100
 

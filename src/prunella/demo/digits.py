@@ -18,9 +18,10 @@ from prunella.demo.task import Quality, Task
 from prunella.errors import MissingExtra
 from prunella.forward import mode
 from prunella.granularity import Channel
-from prunella.pipeline import Loss, Recipe
+from prunella.recipe import Recipe
 from prunella.recovery.distill import distill_logits
 from prunella.recovery.finetune import Training, finetune
+from prunella.types import Loss
 
 _TEST = 397
 

@@ -26,7 +26,8 @@ from prunella.errors import BadInput, MissingExtra
 from prunella.forward import mode
 from prunella.granularity import Channel, Head
 from prunella.models import import_module
-from prunella.pipeline import Loss, Recipe
+from prunella.recipe import Recipe
+from prunella.types import Loss
 
 PACKAGE = "all_minilm_l6_v2"
 _FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")

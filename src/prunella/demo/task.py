@@ -9,7 +9,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from prunella.demo.stages import Tick
-from prunella.pipeline import Inputs, Loss, Recipe
+from prunella.recipe import Recipe
+from prunella.types import Inputs, Loss
 
 Quality = Mapping[str, float]
 """Name of a measure -> value; higher is better."""

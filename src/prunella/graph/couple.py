@@ -35,7 +35,6 @@ from prunella.graph.structure import (
     Graph,
     Group,
     Ints,
-    Keep,
     Kind,
     Layer,
     Member,
@@ -45,6 +44,7 @@ from prunella.graph.structure import (
 from prunella.graph.surgery import Along, Changes, Renumbered
 from prunella.graph.trace import Axis, Trace, Work, trace
 from prunella.graph.vocabulary import specials
+from prunella.types import Keep
 
 
 def couple(model: nn.Module, inputs: Any) -> Graph:

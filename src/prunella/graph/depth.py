@@ -14,7 +14,8 @@ import numpy as np
 from torch import nn
 
 from prunella.graph.flow import Flow, ModuleCall
-from prunella.graph.structure import Entity, Frozen, Graph, Group, Keep, Layer, Member, Place, Role
+from prunella.graph.structure import Entity, Frozen, Graph, Group, Layer, Member, Place, Role
+from prunella.types import Keep
 
 
 def add_stacks(graph: Graph, model: nn.Module, flow: Flow) -> Graph:

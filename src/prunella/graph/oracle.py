@@ -20,10 +20,11 @@ from prunella.forward import forward, tensors
 from prunella.graph.blocks import bypassed
 from prunella.graph.couple import changes
 from prunella.graph.lines import called
-from prunella.graph.structure import Graph, Keep
+from prunella.graph.structure import Graph
 from prunella.graph.surgery import Along, Changes, change_
 from prunella.graph.undisturbed import undisturbed
 from prunella.graph.vocabulary import each, known_only, renumber
+from prunella.types import Keep
 
 TOLERANCE = 1e-9
 """Largest difference allowed, relative to the largest output, in float64."""

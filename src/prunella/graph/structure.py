@@ -11,13 +11,12 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
-from torch import Tensor
+
+from prunella.types import Keep
 
 Role = Literal["out", "in", "bias", "scale", "shift", "stat", "other"]
 Kind = Literal["channel", "head", "width", "expert", "vocabulary", "block"]
 Ints = np.ndarray[tuple[int, ...], np.dtype[np.int64]]
-Keep = Mapping[str, Tensor]
-"""Group name -> bool tensor over its units, True is kept. A group that is absent is kept whole."""
 Place = tuple[str, int]
 """A unit: the name of its group and its number."""
 

@@ -19,12 +19,12 @@ from prunella.importers.imported import Imported, State, tensors_of
 from prunella.importers.patterns import pattern_of
 from prunella.importers.reading import Source, read_source
 from prunella.importers.torch_masks import needs_masks, torch_ao, torch_prune
-from prunella.pipeline import Inputs, Plan
+from prunella.planning.plan import Plan
 from prunella.stats import untouched
 from prunella.stats.subject import first_seen
 from prunella.table import Amount, Row
 from prunella.targets import Sparsity
-from prunella.types import Mask
+from prunella.types import Inputs, Mask
 
 Importer = Callable[[State], Imported]
 _WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")

@@ -15,9 +15,8 @@ from prunella.graph.undisturbed import undisturbed
 from prunella.graph.vocabulary import each
 from prunella.method import metric
 from prunella.metrics.paths import Paths
-from prunella.pipeline import Inputs
 from prunella.reporting.count import compression
-from prunella.types import Mask
+from prunella.types import Inputs, Mask
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,10 @@ from torch import nn
 from prunella.errors import NotSupported, RequestError
 from prunella.forward import forward, mode, tensors
 from prunella.method import metric
-from prunella.pipeline import Inputs
 from prunella.reporting.count import compression, macs_by_module, measured_macs
 from prunella.reporting.latency import Comparison, compare_latency
 from prunella.reporting.profile import peak_memory
+from prunella.types import Inputs
 
 _RAPL = Path("/sys/class/powercap")
 

@@ -33,7 +33,7 @@ from prunella.graph.blocks import check_dropped
 from prunella.graph.provenance import size_of
 from prunella.graph.surgery import Changes, change_
 from prunella.graph.vocabulary import names_token
-from prunella.pipeline import Plan
+from prunella.planning.plan import Plan
 from prunella.realize import origin as origins
 from prunella.realize import pretrained
 from prunella.realize.export import export

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from prunella.errors import NotSupported, RequestError
 from prunella.graph.blocks import renamed
-from prunella.pipeline import Plan
+from prunella.planning.plan import Plan
 
 _Axes = Mapping[int, Tensor]
 

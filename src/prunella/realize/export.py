@@ -23,9 +23,9 @@ from prunella.exported import load_exported
 from prunella.files import write_atomic
 from prunella.forward import forward, mode, tensors
 from prunella.graph.oracle import relative_error
-from prunella.pipeline import Inputs
 from prunella.program import TOLERANCE, capture, quiet
 from prunella.realize.state import read_state, write_tensors
+from prunella.types import Inputs
 
 Format = Literal["safetensors", "pt2", "onnx"]
 FORMATS: tuple[Format, ...] = ("safetensors", "pt2", "onnx")

@@ -20,7 +20,8 @@ from prunella.errors import BadInput, RequestError
 from prunella.files import write_atomic
 from prunella.graph.structure import Frozen
 from prunella.graph.surgery import Along, Renumbered
-from prunella.pipeline import Amount, Plan, Row
+from prunella.planning.plan import Plan
+from prunella.table import Amount, Row
 from prunella.targets import parse_target
 
 VERSION = 1

@@ -7,10 +7,12 @@ from dataclasses import replace
 
 from torch import nn
 
-from prunella.apply import apply_, slice_masks_
+from prunella.apply import apply_
 from prunella.graph.oracle import check
 from prunella.graph.surgery import change_
-from prunella.pipeline import Inputs, Plan
+from prunella.model.masks import slice_masks_
+from prunella.planning.plan import Plan
+from prunella.types import Inputs
 
 
 def shrink(model: nn.Module, plan: Plan, *, inputs: Inputs | None = None) -> nn.Module:

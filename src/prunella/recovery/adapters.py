@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prunella.apply import masks_of, unwrap
 from prunella.errors import RequestError
 from prunella.method import recovery
+from prunella.model.masks import masks_of
+from prunella.model.unwrap import unwrap
 from prunella.recovery.distill import distill_logits
 from prunella.recovery.finetune import Curve, OnStep, Training, finetune
 from prunella.recovery.lora import Merged, mask_adapters_, merge_adapters_

@@ -9,12 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prunella.apply import reapply_, unwrap
 from prunella.forward import batches, forward, mode
 from prunella.method import recovery
-from prunella.pipeline import Loss, Plan
+from prunella.model.masks import reapply_
+from prunella.model.unwrap import unwrap
+from prunella.planning.plan import Plan
 from prunella.recovery.reads import Read, Watch
 from prunella.recovery.reconstruct import Fit, Layer, layers_of
+from prunella.types import Loss
 
 
 @dataclass(frozen=True)

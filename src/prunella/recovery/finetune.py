@@ -15,8 +15,8 @@ from torch.optim import AdamW, Optimizer
 from prunella.errors import CheckFailed, RequestError
 from prunella.forward import batches, mode
 from prunella.method import recovery
-from prunella.pipeline import Loss
 from prunella.train.pruner import Pruner
+from prunella.types import Loss
 
 OptimizerFactory = Callable[[list[nn.Parameter], float], Optimizer]
 """A function of (parameters, learning rate)."""

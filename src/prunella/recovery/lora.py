@@ -16,10 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from prunella.apply import RECORD, Packed, pack, unwrap
 from prunella.errors import CheckFailed, NotSupported, RequestError
 from prunella.forward import first_tensor, mode
 from prunella.method import recovery
+from prunella.model.masks import RECORD, Packed, pack
+from prunella.model.unwrap import unwrap
 from prunella.types import Mask
 
 PROBES = 32

@@ -12,14 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prunella.apply import masks_of, reapply_, unwrap
 from prunella.errors import CheckFailed, RequestError
 from prunella.forward import batches, forward, mode
 from prunella.graph.blocks import renamed
 from prunella.method import recovery
-from prunella.pipeline import Loss, Plan
+from prunella.model.masks import masks_of, reapply_
+from prunella.model.unwrap import unwrap
+from prunella.planning.plan import Plan
 from prunella.recovery.least_squares import Solution, Sums
 from prunella.recovery.reads import Read, Stop, Watch, rows, targets
+from prunella.types import Loss
 
 log = logging.getLogger(__name__)
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from prunella.apply import records
 from prunella.errors import RequestError
+from prunella.model.masks import records
 
 
 def hold_sharded_(model: nn.Module, optimizer: Optimizer) -> Callable[[], None]:

@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prunella.apply import reapply_, unwrap
 from prunella.errors import CheckFailed, RequestError
 from prunella.forward import Outputs, batches, first_tensor, forward, mode
 from prunella.method import recovery
-from prunella.pipeline import Plan
+from prunella.model.masks import reapply_
+from prunella.model.unwrap import unwrap
+from prunella.planning.plan import Plan
 from prunella.recovery.calibrate import Moments
 from prunella.recovery.reads import Read, Watch
 

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from prunella.compress.int8 import pieces
 from prunella.errors import RequestError
 from prunella.forward import forward, mode
-from prunella.pipeline import Inputs
+from prunella.types import Inputs
 
 Scope = Literal["weights", "parameters"]
 _CPU_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu

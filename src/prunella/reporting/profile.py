@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from prunella.forward import forward, mode, tensors
-from prunella.pipeline import Inputs
+from prunella.types import Inputs
 
 OTHER = "(between layers)"
 """Time that no leaf module accounts for: attention products, additions, views, Python itself."""

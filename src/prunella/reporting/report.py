@@ -22,11 +22,12 @@ from prunella.forward import forward, mode, tensors
 from prunella.graph.blocks import new_name
 from prunella.graph.oracle import relative_error
 from prunella.graph.structure import Frozen
-from prunella.pipeline import Inputs, Plan
+from prunella.planning.plan import Plan
 from prunella.reporting.count import count, macs_by_module
 from prunella.reporting.latency import Comparison, compare_latency
 from prunella.reporting.profile import peak_memory, time_by_layer
 from prunella.reporting.section import Section
+from prunella.types import Inputs
 
 Quality = Sequence[tuple[str, float, float]]
 Unit = Literal["score", "count", "bytes", "seconds"]

@@ -19,10 +19,10 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from prunella.apply import unwrap
 from prunella.errors import BadInput, RequestError
 from prunella.files import MARKER, digest, new_folder
-from prunella.pipeline import Inputs, Plan
+from prunella.model.unwrap import unwrap
+from prunella.planning.plan import Plan
 from prunella.realize.artifact import (
     BUFFERS,
     PROGRAM,
@@ -56,6 +56,7 @@ from prunella.runtime.native import Precision
 from prunella.runtime.restore import restored, sparse_layers
 from prunella.runtime.targets import bias_of, geometry_of, matrix_of, targets
 from prunella.runtime.tune import Tuner, Verdict, configs, density, whole_configs
+from prunella.types import Inputs
 
 _LARGEST = 1 << 28
 """Elements of an input that a manifest may ask to be measured with."""

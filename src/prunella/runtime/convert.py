@@ -12,9 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from prunella.apply import unwrap
 from prunella.errors import RequestError
-from prunella.pipeline import Inputs
+from prunella.model.unwrap import unwrap
 from prunella.runtime import native, whole
 from prunella.runtime.chain import chain_
 from prunella.runtime.choice import Problem, Route, Table, is_dense, spell
@@ -27,6 +26,7 @@ from prunella.runtime.targets import bias_of, geometry_of, is_conv1d, matrix_of,
 from prunella.runtime.tiles import FEW_TOKENS
 from prunella.runtime.tune import Tuner, Verdict, density, forgetting
 from prunella.timing import Ratio
+from prunella.types import Inputs
 
 LEAST = 0.1
 """A layer with a smaller part of zeros stays whole; measured for a few tokens, if the model exceeds the caches."""

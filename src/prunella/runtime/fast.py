@@ -9,9 +9,8 @@ from functools import partial
 import torch
 from torch import nn
 
-from prunella.apply import unwrap
 from prunella.forward import forward
-from prunella.pipeline import Inputs
+from prunella.model.unwrap import unwrap
 from prunella.runtime.choice import Route
 from prunella.runtime.convert import Layer, Sparsified, check_request, kernels, noted
 from prunella.runtime.fuse import copied
@@ -20,6 +19,7 @@ from prunella.runtime.machine import cpu_name
 from prunella.runtime.targets import bias_of, matrix_of, problems, sizes
 from prunella.runtime.tune import Verdict, candidates_dense, decide, density
 from prunella.runtime.whole import interleaved
+from prunella.types import Inputs
 
 
 def dense_fast(

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from prunella.forward import forward, tensors
-from prunella.pipeline import Inputs
 from prunella.runtime.fuse import activation_of
+from prunella.types import Inputs
 
 
 def pairs(model: nn.Module, layers: Mapping[str, nn.Module], example: Inputs) -> dict[str, str]:

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from prunella.errors import RequestError
 from prunella.forward import forward
-from prunella.pipeline import Inputs
 from prunella.runtime.choice import Geometry, Problem
+from prunella.types import Inputs
 
 BUCKETS = (1, 2, 4, 8, *(8 * 4**k for k in range(1, 10)))
 

@@ -14,10 +14,11 @@ from prunella.blockwise.runs import Blocks, find_blocks
 from prunella.errors import CheckFailed, RequestError
 from prunella.forward import mode
 from prunella.method import search
-from prunella.pipeline import Inputs, Loss, Plan
+from prunella.planning.plan import Plan
 from prunella.search.journal import Journal, digest_of
 from prunella.search.space import Evaluate
 from prunella.stats import Source, Subject, collect, untouched
+from prunella.types import Inputs, Loss
 
 OnTry = Callable[[tuple[str, ...], float], None]
 """Called with the blocks that are gone and the quality without them, for everything that is measured."""

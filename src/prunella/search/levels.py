@@ -14,10 +14,10 @@ from itertools import product
 import torch
 from torch import nn
 
-from prunella.apply import masks_of, record_
 from prunella.errors import RequestError
 from prunella.forward import mode
 from prunella.method import search
+from prunella.model.masks import masks_of, record_
 from prunella.search.journal import Journal
 from prunella.search.space import Evaluate, Found
 

@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 from prunella.allocation import from_scan
-from prunella.budget import Allocation
+from prunella.allocation.pool import Allocation
 from prunella.errors import RequestError
 from prunella.method import search
 from prunella.search.journal import Journal

@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from prunella.allocation import fixed
-from prunella.apply import record_
-from prunella.budget import Allocation, Ladder, ladder, most, solve
+from prunella.allocation.pool import Allocation
+from prunella.budget import Ladder, ladder, most, solve
 from prunella.contest import Units, Weights
 from prunella.errors import NotSupported, RequestError
 from prunella.forward import mode
@@ -23,13 +23,16 @@ from prunella.graph.couple import changes, couple
 from prunella.graph.oracle import unproven
 from prunella.graph.surgery import change_
 from prunella.graph.view import from_matrix
+from prunella.model.masks import record_
 from prunella.names import check_patterns
 from prunella.pace import Stopwatch
-from prunella.pipeline import Inputs, Job, Loss, Recipe
+from prunella.pipeline import Job
+from prunella.recipe import Recipe
 from prunella.search.journal import digest_of
 from prunella.select import Counts
 from prunella.stats import Source, Subject, untouched
 from prunella.targets import Latency, Sparsity, Target
+from prunella.types import Inputs, Loss
 
 Evaluate = Callable[[nn.Module], float]
 """Quality of a model; higher is better."""

@@ -20,12 +20,12 @@ from prunella.graph.couple import couple
 from prunella.graph.structure import Layer
 from prunella.graph.view import from_matrix, to_matrix
 from prunella.method import solver
-from prunella.pipeline import Loss, Plan
+from prunella.planning.plan import Plan
 from prunella.solvers.surgeon import cut, cut_matrix_free, inverse_fisher
 from prunella.stats import Source, Statistics, Subject, collect, untouched
 from prunella.stats.curvature import check_damping, in_blocks
 from prunella.stats.subject import first_seen
-from prunella.types import Mask
+from prunella.types import Loss, Mask
 
 LIMIT = 4096
 """Most weights of a layer whose Hessian `obs` writes down."""

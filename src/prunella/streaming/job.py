@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prunella.apply import forget_masks_
 from prunella.blockwise.chain import Block, Call, Calls, Keep, uncached
 from prunella.blockwise.one_shot import Fit, Job, OneShot, Solving
 from prunella.blockwise.processes import Processes
@@ -23,6 +22,7 @@ from prunella.errors import RequestError
 from prunella.forward import forward, mode, tensors
 from prunella.graph.structure import Layer
 from prunella.graph.view import to_matrix
+from prunella.model.masks import forget_masks_
 from prunella.names import check_known, parts
 from prunella.streaming import memory as amounts
 from prunella.streaming.activations import OnDisk

@@ -10,8 +10,9 @@ from enum import Enum
 import torch
 from torch import nn
 
-from prunella.apply import forget_masks_, reapply_, record_, records, unwrap
 from prunella.errors import RequestError
+from prunella.model.masks import forget_masks_, reapply_, record_, records
+from prunella.model.unwrap import unwrap
 from prunella.tickets.dice import seeded
 from prunella.types import Mask
 

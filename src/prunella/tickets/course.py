@@ -11,10 +11,10 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from prunella.errors import CheckFailed, RequestError
 from prunella.forward import mode
-from prunella.pipeline import Loss
 from prunella.recovery.finetune import Training
 from prunella.tickets.dice import seeded
 from prunella.tickets.lap import Lap, Point
+from prunella.types import Loss
 
 Train = Callable[[nn.Module, Lap], object]
 """Trains a model in place on the batches of `lap.steps(loader, optimizer, ...)`."""

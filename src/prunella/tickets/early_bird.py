@@ -6,10 +6,10 @@ from collections.abc import Callable, Mapping
 
 from torch import nn
 
-from prunella.apply import unwrap
 from prunella.errors import RequestError
 from prunella.method import metric, training
-from prunella.pipeline import Plan
+from prunella.model.unwrap import unwrap
+from prunella.planning.plan import Plan
 from prunella.types import Mask
 
 

@@ -12,9 +12,11 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import nn
 
-from prunella.apply import apply_, forget_masks_, masks_of, plan_masks, reapply_, record_, records, unwrap
+from prunella.apply import apply_, plan_masks
 from prunella.errors import RequestError
 from prunella.method import training
+from prunella.model.masks import forget_masks_, masks_of, reapply_, record_, records
+from prunella.model.unwrap import unwrap
 from prunella.tickets.controls import Control, Controls, reinit_, shuffle_masks_
 from prunella.tickets.course import Course
 from prunella.tickets.dice import seeded

@@ -12,8 +12,11 @@ from prunella.allocation.rounds import check_rates, densities, per_round
 from prunella.criteria import magnitude
 from prunella.granularity import Element
 from prunella.method import training
-from prunella.pipeline import Inputs, Plan, Recipe, plan
+from prunella.pipeline import plan
+from prunella.planning.plan import Plan
+from prunella.recipe import Recipe
 from prunella.targets import Sparsity
+from prunella.types import Inputs
 
 Prune = Callable[[nn.Module, int], Plan]
 """(model as trained, number of the round from 1) -> what is removed by then, counted from the dense model."""

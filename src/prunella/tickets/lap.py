@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from prunella.apply import unwrap
 from prunella.errors import RequestError
+from prunella.model.unwrap import unwrap
 from prunella.tickets.dice import Dice, dice, seed_all, throw
 from prunella.train.pruner import Pruner
 

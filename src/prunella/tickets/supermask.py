@@ -9,9 +9,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from prunella.apply import reapply_, record_, unwrap
 from prunella.errors import RequestError
 from prunella.method import training
+from prunella.model.masks import reapply_, record_
+from prunella.model.unwrap import unwrap
 from prunella.select import keep_top
 from prunella.train.onto import put_on, take_off, weights
 from prunella.types import Mask

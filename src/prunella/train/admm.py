@@ -8,10 +8,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from prunella.apply import plan_masks, unwrap
+from prunella.apply import plan_masks
 from prunella.errors import RequestError
 from prunella.method import training
-from prunella.pipeline import Plan
+from prunella.model.unwrap import unwrap
+from prunella.planning.plan import Plan
 from prunella.train.coupled import parameters
 
 Projection = Callable[[nn.Module], Plan]

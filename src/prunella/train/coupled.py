@@ -12,15 +12,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from prunella.apply import unwrap
 from prunella.errors import NotSupported, RequestError
 from prunella.granularity import Channel, Head
 from prunella.graph.couple import couple
 from prunella.graph.structure import Graph, Group, Layer, Member, Role
-from prunella.names import check_patterns, chosen, names_of_group, names_of_layer, rank_of
-from prunella.pipeline import Inputs
+from prunella.model.unwrap import unwrap
+from prunella.names import check_patterns, chosen, names_of_layer, spared
 from prunella.stats.subject import first_seen
 from prunella.stats.untouched import untouched
+from prunella.types import Inputs
 
 Named = Mapping[str, Tensor]
 """Parameters by name."""
@@ -145,12 +145,6 @@ def coupled(
     if not groups and not layers:
         raise NotSupported("there is nothing to prune in this model", "all is left out, or multiplies by no weight")
     return Coupled(groups, layers)
-
-
-def spared(graph: Graph, group: Group, skip: Sequence[str], only: Sequence[str]) -> str:
-    """Why a group takes no part, empty if it does: the same rules as in `prunella.plan`."""
-    reason = chosen(names_of_group(graph, group), skip, only) or ("" if only else rank_of(graph, group))
-    return reason or ("all of its units are needed" if group.size <= group.least else "")
 
 
 def _units(graph: Graph, group: Group, skip: Sequence[str], only: Sequence[str]) -> Units | None:

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from prunella.apply import records, unwrap
 from prunella.errors import RequestError
 from prunella.forward import mode
+from prunella.model.masks import records
+from prunella.model.unwrap import unwrap
 
 M = TypeVar("M", bound=nn.Module)
 _ORDER = "_prunella_order"

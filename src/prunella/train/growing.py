@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from prunella.apply import plan_masks, unwrap
+from prunella.apply import plan_masks
 from prunella.errors import RequestError
 from prunella.method import training
-from prunella.pipeline import Plan
+from prunella.model.unwrap import unwrap
+from prunella.planning.plan import Plan
 from prunella.train.coupled import parameters
 from prunella.types import Mask
 

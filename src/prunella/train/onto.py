@@ -9,8 +9,8 @@ from typing import TypeVar
 from torch import nn
 from torch.nn.utils import parametrize
 
-from prunella.apply import unwrap
 from prunella.errors import RequestError
+from prunella.model.unwrap import unwrap
 
 P = TypeVar("P", bound=nn.Module)
 

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from prunella.errors import NotSupported, RequestError
 from prunella.method import training
-from prunella.pipeline import Loss
 from prunella.train.coupled import Coupled, Units, parameters
+from prunella.types import Loss
 
 Penalty = Callable[[nn.Module], Tensor]
 """A function of the model: one number to add to the loss."""

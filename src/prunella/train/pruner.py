@@ -16,24 +16,17 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from prunella.apply import (
-    Packed,
-    apply_,
-    forget_masks_,
-    masks_of,
-    plan_masks,
-    reapply_,
-    record_,
-    records,
-    saved_masks,
-    unwrap,
-)
+from prunella.apply import apply_, plan_masks
 from prunella.errors import RequestError
-from prunella.pipeline import Inputs, Plan, Recipe, plan
+from prunella.model.masks import Packed, forget_masks_, masks_of, reapply_, record_, records, saved_masks
+from prunella.model.unwrap import unwrap
+from prunella.pipeline import plan
+from prunella.planning.plan import Plan
+from prunella.recipe import Recipe
 from prunella.schedule import Schedule, cubic
 from prunella.targets import Target, part_of
 from prunella.train.optimizers import check_optimizer, clear_state, mask_gradients
-from prunella.types import Mask
+from prunella.types import Inputs, Mask
 
 log = logging.getLogger(__name__)
 Planner = Callable[[Target], Plan]

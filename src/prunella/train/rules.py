@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from prunella.criteria import magnitude, random
 from prunella.errors import RequestError
 from prunella.method import metric, needs_of, training
+from prunella.registry.controlled import name_of
 from prunella.schedule import Schedule, cubic
-from prunella.scoring import Criterion, name_of
+from prunella.scoring import Criterion
 from prunella.targets import Sparsity
 from prunella.types import Grad, Mask, Saliency
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from prunella.apply import unwrap
 from prunella.errors import RequestError
 from prunella.method import training
+from prunella.model.unwrap import unwrap
 from prunella.train.concrete import HardConcrete, Opened
 from prunella.train.coupled import Coupled, Units
 

@@ -9,15 +9,18 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from prunella.apply import apply_, forget_masks_, pack, plan_masks, saved_masks, unwrap
+from prunella.apply import apply_, plan_masks
 from prunella.errors import RequestError
 from prunella.graph.couple import couple
 from prunella.graph.structure import Graph
 from prunella.method import training
-from prunella.pipeline import Inputs, Plan, Recipe
+from prunella.model.masks import forget_masks_, pack, saved_masks
+from prunella.model.unwrap import unwrap
+from prunella.planning.plan import Plan
+from prunella.recipe import Recipe
 from prunella.targets import Sparsity
 from prunella.train.pruner import Planner, planner_of
-from prunella.types import Mask
+from prunella.types import Inputs, Mask
 
 
 @training(source="He et al. 2018, arXiv:1808.06866 (soft filter pruning)")

@@ -8,10 +8,12 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
-from prunella.apply import plan_masks, reapply_, record_, unwrap
+from prunella.apply import plan_masks
 from prunella.errors import RequestError
 from prunella.method import training
-from prunella.pipeline import Plan
+from prunella.model.masks import reapply_, record_
+from prunella.model.unwrap import unwrap
+from prunella.planning.plan import Plan
 from prunella.select import keep_top
 from prunella.train.onto import put_on, take_off, weights
 

@@ -15,14 +15,14 @@ from prunella.forward import forward, tensors
 from prunella.granularity import Channel, Element, Head
 from prunella.graph.couple import changes, couple
 from prunella.graph.oracle import SINGLE, TOLERANCE, as_double, relative_error, unproven
-from prunella.graph.structure import Frozen, Graph, Group, Keep, Member
+from prunella.graph.structure import Frozen, Graph, Group, Member
 from prunella.graph.surgery import change_
-from prunella.names import check_patterns, chosen, names_of_layer
-from prunella.pipeline import Inputs, Plan
+from prunella.names import check_patterns, chosen, names_of_layer, spared
+from prunella.planning.plan import Plan
 from prunella.stats.subject import first_seen
 from prunella.stats.untouched import untouched
 from prunella.targets import Sparsity
-from prunella.train.coupled import spared
+from prunella.types import Inputs, Keep
 
 Where = Channel | Head | Element | tuple[Channel | Head, ...]
 

@@ -1,0 +1,1 @@
+"""Whatever runs, copies, guards or reads a user's model."""

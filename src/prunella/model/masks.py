@@ -1,0 +1,153 @@
+"""Masks beside the weights of a model.
+
+How masks are kept. Each module that owns a masked parameter carries, in its plain `__dict__`, a small record: parameter
+name -> `Packed` (one bit a weight, on the CPU). It is neither parameter nor buffer, so that `state_dict()` keeps its
+keys and the bytes of the weights, and optimizers and `DistributedDataParallel` see the parameters they know. It is
+ordinary data inside the module, so that `copy.deepcopy`, pickling and wrappers (`torch.compile`, data parallel) carry
+it along, and a replaced submodule takes its masks away. A dictionary outside, keyed by module, would do none of this.
+A tied tensor has one mask, recorded at every owner.
+
+Nothing here runs during training: `prunella.Pruner` applies the masks again after each optimizer step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from prunella.errors import CheckFailed, RequestError
+from prunella.model.unwrap import unwrap
+from prunella.types import Mask
+
+M = TypeVar("M", bound=nn.Module)
+RECORD = "_prunella_masks"
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A mask at one bit a weight."""
+
+    bits: Tensor
+    shape: tuple[int, ...]
+
+    def unpack(self, device: torch.device | str = "cpu") -> Mask:
+        """The mask as a bool tensor on `device`."""
+        flat = np.unpackbits(self.bits.numpy(), count=int(np.prod(self.shape)))
+        return torch.from_numpy(flat).view(torch.bool).reshape(self.shape).to(device)
+
+
+def pack(mask: Mask) -> Packed:
+    """A bool mask at one bit a weight, on the CPU."""
+    return Packed(torch.from_numpy(np.packbits(mask.detach().cpu().numpy().ravel())), tuple(mask.shape))
+
+
+def record_(model: nn.Module, masks: Mapping[nn.Parameter, Mask]) -> None:
+    """Remember `masks` beside the parameters, on top of the masks already there. Weights are not touched."""
+    root = unwrap(model)
+    before = {parameter: packed for _, parameter, packed in records(root)}
+    for parameter, new in masks.items():
+        mask = new & before[parameter].unpack(new.device) if parameter in before else new
+        if bool(mask.all()):
+            continue
+        packed = pack(mask)
+        for module in root.modules():
+            for leaf, owned in module._parameters.items():
+                if owned is parameter:
+                    module.__dict__.setdefault(RECORD, {})[leaf] = packed
+
+
+def records(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, Packed]]:
+    """Every mask as (name, parameter, packed mask); a tied parameter comes once per name."""
+    for prefix, module in unwrap(model).named_modules(remove_duplicate=False):
+        for leaf, packed in module.__dict__.get(RECORD, {}).items():
+            parameter = module._parameters.get(leaf)
+            if parameter is None:
+                continue
+            name = f"{prefix}.{leaf}" if prefix else leaf
+            if tuple(parameter.shape) != packed.shape:
+                raise CheckFailed(
+                    f"the mask of {name} has shape {packed.shape}, the parameter {tuple(parameter.shape)}",
+                    "the parameter was cut or replaced after it was masked",
+                    "call prunella.model.masks.slice_masks_(model, plan.cuts) after cutting",
+                )
+            yield name, parameter, packed
+
+
+def masks_of(model: nn.Module) -> dict[str, Mask]:
+    """Parameter name -> bool mask (True is kept) of every masked parameter; a tied one under all its names.
+
+    Names are those of the bare model, without the prefixes of `torch.compile` and data-parallel wrappers.
+    """
+    return {name: packed.unpack() for name, _, packed in records(model)}
+
+
+def reapply_(model: M) -> M:
+    """Set every masked weight to zero again: for training loops without a `Pruner`."""
+    with torch.no_grad():
+        for _, parameter, packed in records(model):
+            parameter.masked_fill_(~packed.unpack(parameter.device), 0)
+    return model
+
+
+def finalize(model: M) -> M:
+    """Check that every masked weight is exactly zero, forget the masks, and return the model; no weight changes.
+
+    `CheckFailed` if training has revived masked weights.
+    """
+    for name, parameter, packed in records(model):
+        alive = int(torch.count_nonzero(parameter.detach()[~packed.unpack(parameter.device)]))
+        if alive:
+            raise CheckFailed(
+                f"{alive} masked weights of {name} are not zero",
+                "an optimizer step has revived them",
+                "train with prunella.Pruner attached, or call reapply_(model) first",
+            )
+    forget_masks_(model)
+    return model
+
+
+def forget_masks_(model: nn.Module) -> None:
+    """Forget all masks without a check; no weight changes."""
+    for module in unwrap(model).modules():
+        module.__dict__.pop(RECORD, None)
+
+
+def slice_masks_(model: M, cuts: Mapping[str, Mapping[int, Tensor]]) -> M:
+    """After the parameters of a masked model were cut physically, cut their masks by the same positions."""
+    root = unwrap(model)
+    done: dict[int, Packed] = {}
+    for name, axes in cuts.items():
+        prefix, _, leaf = name.rpartition(".")
+        record = root.get_submodule(prefix).__dict__.get(RECORD, {})
+        if leaf in record:
+            mask = record[leaf].unpack()
+            for axis, kept in axes.items():
+                mask = mask.index_select(axis, kept.cpu())
+            done[id(record[leaf])] = pack(mask)
+    for module in root.modules():
+        record = module.__dict__.get(RECORD, {})
+        for leaf in [leaf for leaf, packed in record.items() if id(packed) in done]:
+            record[leaf] = done[id(record[leaf])]
+            if bool(record[leaf].unpack().all()):
+                del record[leaf]
+    return model
+
+
+def saved_masks(model: nn.Module, state: Mapping[str, Tensor], kind: str = "bits") -> dict[nn.Parameter, Mask]:
+    """The masks in a state: entries `KIND.NAME` of one bit a weight. Errors: RequestError where one fits no weight."""
+    named = dict(unwrap(model).named_parameters(remove_duplicate=False))
+    masks: dict[nn.Parameter, Mask] = {}
+    for key, bits in state.items():
+        start, _, name = key.partition(".")
+        if start != kind:
+            continue
+        if name not in named or bits.dtype != torch.uint8 or bits.numel() != -(-named[name].numel() // 8):
+            why, todo = f"{name} is not there or has another size", "load it into the same architecture"
+            raise RequestError("the saved masks do not fit this model", why, todo)
+        masks[named[name]] = Packed(bits, tuple(named[name].shape)).unpack(named[name].device)
+    return masks
