@@ -17,9 +17,9 @@ import prunella as pr
 from prunella.errors import BadInput, RequestError
 from prunella.runtime import artifact, convert, whole
 from prunella.runtime.choice import Problem, Route
+from prunella.runtime.fingerprint import fingerprint
 from prunella.runtime.fuse import Fused
 from prunella.runtime.layers import FastLinear, SparseConv2d, SparseLinear
-from prunella.runtime.machine import fingerprint
 from prunella.runtime.native import Activation, Config, Kind
 from prunella.runtime.restore import restored
 from prunella.timing import Ratio

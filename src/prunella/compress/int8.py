@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from prunella.compress.quantise import Rounded, compare
 from prunella.errors import MissingExtra, NotSupported
 from prunella.method import compression
+from prunella.model.memory import stored_size
 from prunella.model.unwrap import unwrap
 
 
@@ -53,7 +54,7 @@ def to_int8_(model: nn.Module, *, activations: bool = False) -> Int8:
     config, quantize_ = _torchao(activations)
     bare = unwrap(model)
     dense = {n: p.detach().clone() for n, p in bare.named_parameters() if p.dim() == 2}
-    before = _bytes(bare)
+    before = stored_size(bare)
     with _quiet():
         quantize_(bare, config)
     rows = []
@@ -65,7 +66,7 @@ def to_int8_(model: nn.Module, *, activations: bool = False) -> Int8:
         raise NotSupported(
             "nothing was quantised", "torchao looks for nn.Linear, and the model has none", "see round_weights_"
         )
-    return Int8(tuple(rows), before, _bytes(bare))
+    return Int8(tuple(rows), before, stored_size(bare))
 
 
 def _torchao(activations: bool) -> tuple[Any, Any]:
@@ -95,16 +96,3 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         logging.disable(disabled)
-
-
-def pieces(tensor: Tensor) -> list[Tensor]:
-    """What a tensor is made of in memory: itself, or the inner tensors of a quantised one."""
-    names = getattr(tensor, "__tensor_flatten__", None)
-    if type(tensor.data) is Tensor or names is None:
-        return [tensor]
-    return [part for name in names()[0] for part in pieces(getattr(tensor, name))]
-
-
-def _bytes(model: nn.Module) -> int:
-    """Of parameters and buffers, tied ones once; of quantised ones what they are made of."""
-    return sum(part.nbytes for tensor in (*model.parameters(), *model.buffers()) for part in pieces(tensor))

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from prunella.compress.int8 import pieces
 from prunella.errors import RequestError
 from prunella.forward import forward, mode
+from prunella.model.memory import inner_tensors
 from prunella.types import Inputs
 
 Scope = Literal["weights", "parameters"]
@@ -51,7 +51,7 @@ def count(model: nn.Module, *, scope: Scope = "weights") -> Count:
     looked_at = [p for p in parameters if scope == "parameters" or p.dim() >= 2]
     return Count(
         params=sum(p.numel() for p in parameters),
-        bytes=sum(part.nbytes for t in _once(model.state_dict(keep_vars=True).values()) for part in pieces(t)),
+        bytes=sum(part.nbytes for t in _once(model.state_dict(keep_vars=True).values()) for part in inner_tensors(t)),
         nonzero=sum(int(torch.count_nonzero(_values(p))) for p in looked_at),
         total=sum(p.numel() for p in looked_at),
         scope=scope,

@@ -49,9 +49,10 @@ from prunella.runtime.convert import (
     stays_whole,
     tuner_for,
 )
+from prunella.runtime.fingerprint import fingerprint
 from prunella.runtime.fuse import Fused, activation_of, channels_last_, copied
 from prunella.runtime.layers import SparseLinear
-from prunella.runtime.machine import cpu_name, fingerprint
+from prunella.runtime.machine import cpu_name
 from prunella.runtime.native import Precision
 from prunella.runtime.restore import restored, sparse_layers
 from prunella.runtime.targets import bias_of, geometry_of, matrix_of, targets

@@ -1,14 +1,9 @@
-"""What decides which kernel is quickest: a choice measured on one machine says nothing of another."""
+"""The processor of this machine, as the operating system describes it."""
 
 from __future__ import annotations
 
 import platform
 from pathlib import Path
-
-import torch
-
-import prunella
-from prunella.runtime import native
 
 
 def cpu_info() -> dict[str, str]:
@@ -33,16 +28,3 @@ def last_cache() -> int:
         if text[:-1].isdigit() and text[-1] in "KMG":
             sizes.append(int(text[:-1]) << {"K": 10, "M": 20, "G": 30}[text[-1]])
     return max(sizes) or 32 << 20
-
-
-def fingerprint() -> dict[str, str]:
-    """Measured choices hold where all of this is the same."""
-    info = cpu_info()
-    return {
-        "cpu": cpu_name(),
-        "stepping": " ".join(info.get(key, "") for key in ("cpu family", "model", "stepping")),
-        "kernels": native.isa() if native.available() else "none",
-        "threads": str(torch.get_num_threads()),
-        "torch": torch.__version__,
-        "prunella": prunella.__version__,
-    }

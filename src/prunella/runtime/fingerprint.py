@@ -1,0 +1,22 @@
+"""What decides which kernel is quickest: a choice measured on one machine says nothing of another."""
+
+from __future__ import annotations
+
+import torch
+
+import prunella
+from prunella.runtime import native
+from prunella.runtime.machine import cpu_info, cpu_name
+
+
+def fingerprint() -> dict[str, str]:
+    """Measured choices hold where all of this is the same."""
+    info = cpu_info()
+    return {
+        "cpu": cpu_name(),
+        "stepping": " ".join(info.get(key, "") for key in ("cpu family", "model", "stepping")),
+        "kernels": native.isa() if native.available() else "none",
+        "threads": str(torch.get_num_threads()),
+        "torch": torch.__version__,
+        "prunella": prunella.__version__,
+    }
