@@ -29,7 +29,7 @@ from torch.nn.functional import cross_entropy
 from training import accuracy, batches, fine_tune
 
 import prunella as pr
-from prunella.catalogue import methods
+from prunella.registry.catalogue import methods
 from prunella.registry.controlled import name_of
 
 EXAMPLE = torch.zeros(1, 3, 32, 32)

@@ -85,7 +85,7 @@ def _tested(test: str) -> bool:
 
 
 def _page(page: str) -> bool:
-    from prunella.catalogue import methods
+    from prunella.registry.catalogue import methods
 
     if page.startswith("methods/"):
         return page.removeprefix("methods/").removesuffix(".md") in {method.name for method in methods()}

@@ -14,8 +14,8 @@ import mkdocs_gen_files
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
 import prunella
-from prunella.catalogue import methods
-from prunella.method import Method
+from prunella.registry.catalogue import methods
+from prunella.registry.method import Method
 
 PLURAL = {
     "recipe": "Recipes",

@@ -12,7 +12,6 @@ SOURCE = Path(prunella.__file__).parent
 ORDER = (
     "errors",
     "types",
-    "method",
     "registry",
     "literals",
     "exported",
@@ -36,7 +35,6 @@ ORDER = (
     "pace",
     "contest",
     "table",
-    "provenance",
     "request",
     "recipe",
     "planning",
@@ -62,7 +60,6 @@ ORDER = (
     "search",
     "comparison",
     "study",
-    "catalogue",
     "examples",
     "doctor",
     "bench",

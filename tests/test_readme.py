@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import typer
 
-from prunella.catalogue import load_all
 from prunella.cli.app import app
-from prunella.method import REGISTRY
+from prunella.registry.catalogue import load_all
+from prunella.registry.method import REGISTRY
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from prunella import schedule
 from prunella.errors import RequestError
-from prunella.method import REGISTRY
+from prunella.registry.method import REGISTRY
 
 SCHEDULES = [schedule.one_shot, schedule.linear, schedule.cubic, schedule.cosine, schedule.exponential]
 

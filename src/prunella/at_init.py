@@ -15,13 +15,13 @@ from prunella.criteria import snip, synflow
 from prunella.errors import RequestError
 from prunella.granularity import Competing, Element
 from prunella.graph.couple import couple
-from prunella.method import search
 from prunella.names import check_patterns
 from prunella.pace import Stopwatch
 from prunella.pipeline import Job
 from prunella.planning.plan import Plan
 from prunella.recipe import Recipe
 from prunella.registry.controlled import name_of
+from prunella.registry.method import search
 from prunella.request import check_finite, checked_target
 from prunella.schedule import Schedule, exponential
 from prunella.stats import Source, untouched

@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from prunella import provenance
 from prunella.allocation import uniform
 from prunella.allocation.pool import Allocation
 from prunella.criteria import magnitude
 from prunella.errors import BadInput
 from prunella.granularity import Channel, Granularity
+from prunella.registry import serialize as provenance
 from prunella.request import check_function, check_granularity, check_numbers
 from prunella.scoring import Criterion
 

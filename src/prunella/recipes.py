@@ -12,8 +12,8 @@ from prunella import criteria
 from prunella.allocation import Normalise, erk, global_, lamp, per_round, uniform
 from prunella.errors import RequestError
 from prunella.granularity import NM, Channel, Element, Expert, Head, Width
-from prunella.method import REGISTRY, find, recipe
 from prunella.recipe import Recipe
+from prunella.registry.method import REGISTRY, find, recipe
 
 
 @recipe(source="Han et al. 2015, arXiv:1506.02626")

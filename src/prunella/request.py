@@ -10,8 +10,8 @@ from torch import nn
 
 from prunella.errors import BadInput, RequestError
 from prunella.granularity import Fixed, Granularity, Masking, Structural, Vocabulary
-from prunella.method import REGISTRY, MethodKind, needs_of
 from prunella.registry.controlled import Controlled, name_of, plain_function
+from prunella.registry.method import REGISTRY, MethodKind, needs_of
 from prunella.targets import Sparsity, Target
 
 

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from prunella.errors import NotSupported, RequestError
-from prunella.method import control, metric
 from prunella.model.masks import masks_of, reapply_
 from prunella.planning.plan import Plan
+from prunella.registry.method import control, metric
 from prunella.table import empty
 from prunella.types import Mask
 

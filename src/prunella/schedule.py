@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable
 
 from prunella.errors import RequestError
-from prunella.method import cycle, schedule
+from prunella.registry.method import cycle, schedule
 from prunella.targets import Sparsity
 
 Schedule = Callable[[float], float]

@@ -17,8 +17,8 @@ from prunella.errors import BadInput, NotSupported, RequestError
 from prunella.granularity.structure import Reduce, reduce_to_units
 from prunella.graph.structure import Group, Layer, Member
 from prunella.graph.view import from_matrix, to_matrix
-from prunella.method import Scope, needs_of, scope_of
 from prunella.registry.controlled import Controlled, name_of, plain_function
+from prunella.registry.method import Scope, needs_of, scope_of
 from prunella.stats.collect import Statistics
 from prunella.stats.subject import Subject
 from prunella.types import Saliency, Scores

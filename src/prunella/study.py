@@ -36,13 +36,13 @@ from prunella.errors import Interrupted, PruningError, RequestError
 from prunella.files import write_atomic
 from prunella.forward import tensors
 from prunella.granularity import Element, Granularity
-from prunella.method import metric
 from prunella.model.masks import finalize
 from prunella.models import load_object
 from prunella.pipeline import plan
 from prunella.planning.plan import Plan
 from prunella.realize.shrink import shrink
 from prunella.recipe import Recipe
+from prunella.registry.method import metric
 from prunella.reporting.frontier import DENSE_NAME, Cell, Frontier, summarise, write_frontier
 from prunella.targets import Params, Sparsity, Target
 

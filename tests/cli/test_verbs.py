@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import prunella as pr
-from prunella.method import REGISTRY
 from prunella.realize.plan_file import load_plan
+from prunella.registry.method import REGISTRY
 from tests.cli.conftest import Run
 
 IMAGE = ("--inputs", "1x3x8x8")

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 
 import prunella as pr
-from prunella import catalogue
 from prunella.errors import RequestError
 from prunella.granularity import Granularity, Masking, Structural
-from prunella.method import Method, MethodKind
+from prunella.registry import catalogue
+from prunella.registry.method import Method, MethodKind
 from prunella.request import checked_target
 from tests.graphs import IMAGE, images, square_loss
 

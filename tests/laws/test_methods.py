@@ -14,10 +14,10 @@ import prunella as pr
 from prunella import recipes
 from prunella.allocation.pool import Pool
 from prunella.budget import allocate
-from prunella.catalogue import methods
 from prunella.graph.couple import couple
 from prunella.graph.structure import Group
-from prunella.method import REGISTRY, STATISTICS, Method, criterion
+from prunella.registry.catalogue import methods
+from prunella.registry.method import REGISTRY, STATISTICS, Method, criterion
 from prunella.scoring import Absent, Scorer
 from prunella.select import shortest_prefix
 from prunella.stats import Source, Subject, collect, untouched

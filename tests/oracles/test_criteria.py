@@ -121,7 +121,7 @@ def test_head_importance_prunes_heads() -> None:
 
 def score(model: nn.Module, criterion: object, data: list[Tensor]) -> dict[str, Tensor]:
     """Scores of all groups that have them."""
-    from prunella.method import needs_of
+    from prunella.registry.method import needs_of
     from prunella.scoring import Absent
 
     graph = couple(model, data[0])

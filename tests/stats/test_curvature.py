@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import prunella as pr
 from prunella.forward import samples
 from prunella.graph.couple import couple
-from prunella.method import knobs_of
+from prunella.registry.method import knobs_of
 from prunella.stats import SLOTS, Source, Subject, collect, untouched
 from tests.graphs import convnet, images, mlp, square_loss
 
@@ -95,7 +95,7 @@ def test_knobs_of_a_criterion_reach_the_statistic() -> None:
 
 @pytest.mark.parametrize("criterion", [pr.obd, pr.obs_saliency, pr.obert])
 def test_a_criterion_and_its_statistic_have_the_same_defaults(criterion: object) -> None:
-    from prunella.method import needs_of
+    from prunella.registry.method import needs_of
 
     for need in needs_of(criterion):  # type: ignore[arg-type]
         mine = knobs_of(SLOTS[need]) if need in SLOTS else {}

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from prunella.allocation.pool import Pool
 from prunella.errors import RequestError
-from prunella.method import allocation
+from prunella.registry.method import allocation
 
 Shares = Mapping[str, float]
 """Group -> fraction of its units removed."""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from prunella.allocation.pool import Pool
 from prunella.errors import RequestError
-from prunella.method import allocation
+from prunella.registry.method import allocation
 
 
 @allocation(source="Gale et al. 2019, arXiv:1902.09574; Li et al. 2017, arXiv:1608.08710")

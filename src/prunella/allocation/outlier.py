@@ -10,7 +10,7 @@ from torch import Tensor
 from prunella.allocation.layerwise import _middles
 from prunella.allocation.pool import Pool
 from prunella.errors import RequestError
-from prunella.method import allocation
+from prunella.registry.method import allocation
 
 
 @allocation(source="Yin et al. 2024, arXiv:2310.05175")

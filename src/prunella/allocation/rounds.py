@@ -10,7 +10,7 @@ from torch import Tensor
 
 from prunella.allocation.pool import Pool
 from prunella.errors import RequestError
-from prunella.method import allocation
+from prunella.registry.method import allocation
 
 
 @allocation(source="Frankle and Carbin 2019, arXiv:1803.03635 (the output layer at half the rate)")

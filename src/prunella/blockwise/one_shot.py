@@ -24,11 +24,11 @@ from prunella.granularity import NM, Element
 from prunella.graph.couple import couple
 from prunella.graph.structure import Layer
 from prunella.graph.view import from_matrix, to_matrix
-from prunella.method import solver
 from prunella.model.masks import record_
 from prunella.model.unwrap import unwrap
 from prunella.names import check_patterns, chosen, names_of_layer
 from prunella.recovery.reads import Read, Stop, Watch, rows
+from prunella.registry.method import solver
 from prunella.solvers import Solved, admm
 from prunella.solvers.layer import Pattern
 from prunella.stats import Source

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from prunella.blockwise.one_shot import OneShot
 from prunella.blockwise.refine import Refine
 from prunella.granularity import NM, Element
-from prunella.method import solver
+from prunella.registry.method import solver
 from prunella.solvers import admm
 from prunella.solvers.layer import Pattern
 

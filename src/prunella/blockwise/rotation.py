@@ -19,13 +19,13 @@ from prunella.graph.couple import couple
 from prunella.graph.oracle import verify
 from prunella.graph.structure import Graph, Group, Member
 from prunella.graph.surgery import Changes
-from prunella.method import solver
 from prunella.model.unwrap import unwrap
 from prunella.pipeline import plan
 from prunella.planning.plan import Plan
 from prunella.realize.shrink import shrink
 from prunella.recipe import Recipe
 from prunella.recovery.reads import Read, Watch, rows
+from prunella.registry.method import solver
 from prunella.stats import Source
 from prunella.targets import Sparsity
 from prunella.types import Inputs, Loss

@@ -20,9 +20,9 @@ from prunella.graph.couple import changes, couple
 from prunella.graph.oracle import unproven
 from prunella.graph.structure import Graph, Group
 from prunella.graph.surgery import change_
-from prunella.method import solver
 from prunella.model.unwrap import unwrap
 from prunella.planning.plan import Plan
+from prunella.registry.method import solver
 from prunella.stats import Source, untouched
 from prunella.targets import Sparsity
 from prunella.types import Inputs, Keep, Loss

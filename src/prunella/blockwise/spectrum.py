@@ -13,9 +13,9 @@ from prunella.errors import RequestError
 from prunella.forward import forward, mode
 from prunella.graph.couple import couple
 from prunella.graph.view import to_matrix
-from prunella.method import search
 from prunella.model.unwrap import unwrap
 from prunella.names import check_patterns, chosen, names_of_layer
+from prunella.registry.method import search
 from prunella.stats.subject import first_seen
 from prunella.types import Inputs
 

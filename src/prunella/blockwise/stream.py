@@ -20,13 +20,13 @@ from prunella.forward import batches, mode, tensors
 from prunella.graph.blocks import new_name
 from prunella.graph.couple import couple
 from prunella.graph.depth import inside
-from prunella.method import solver
 from prunella.model.masks import masks_of
 from prunella.model.unwrap import unwrap
 from prunella.planning.plan import Plan
 from prunella.realize.shrink import shrink
 from prunella.recovery.least_squares import Solution, Sums
 from prunella.recovery.reads import Read, Watch, rows, targets
+from prunella.registry.method import solver
 from prunella.stats import Source, untouched
 from prunella.types import Inputs, Loss
 

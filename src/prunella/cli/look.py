@@ -69,7 +69,7 @@ def methods(
     as_json: options.Json = False,
 ) -> None:
     """All methods, with what they need and where they come from."""
-    from prunella import catalogue
+    from prunella.registry import catalogue
 
     found = catalogue.methods()
     kinds = sorted({method.kind for method in found})
@@ -87,7 +87,7 @@ def methods(
 
 def explain(name: Annotated[str, typer.Argument(help="A name of `methods`.")], as_json: options.Json = False) -> None:
     """One method: what it computes, what it needs, its knobs and its source."""
-    from prunella import catalogue
+    from prunella.registry import catalogue
 
     found = catalogue.describe(catalogue.lookup(name))
     lines = [

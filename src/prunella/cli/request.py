@@ -11,7 +11,6 @@ from typing import Any
 
 from torch import nn
 
-from prunella import catalogue
 from prunella.cli.console import note, stage
 from prunella.errors import BadInput, RequestError
 from prunella.examples import check_forward, example_inputs
@@ -22,6 +21,7 @@ from prunella.program import as_program
 from prunella.realize.artifact import PLAN, load, read_manifest
 from prunella.realize.plan_file import load_plan
 from prunella.recipe import Recipe
+from prunella.registry import catalogue
 from prunella.targets import Target, parse_target
 from prunella.types import Inputs, Loss
 

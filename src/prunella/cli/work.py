@@ -147,10 +147,10 @@ def import_(
     as_json: options.Json = False,
 ) -> None:
     """Turn what another tool pruned into a plan for the dense MODEL. -o writes the plan to a file."""
-    from prunella import catalogue
     from prunella.cli import request
     from prunella.importers import import_plan
     from prunella.realize.plan_file import save_plan
+    from prunella.registry import catalogue
 
     reader = catalogue.lookup(importer, "importer").function if importer else None
     network, example = request.open_model(model, inputs, weights=weights, allow_pickle=allow_pickle)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from prunella.errors import BadInput, RequestError
-from prunella.method import compression
+from prunella.registry.method import compression
 from prunella.types import Mask
 
 LENGTH_BITS = 6

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from prunella.compress.quantise import Rounded, compare
 from prunella.errors import MissingExtra, NotSupported
-from prunella.method import compression
 from prunella.model.memory import stored_size
 from prunella.model.unwrap import unwrap
+from prunella.registry.method import compression
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from prunella.errors import BadInput, RequestError
-from prunella.method import compression
 from prunella.model.masks import records
 from prunella.model.unwrap import unwrap
+from prunella.registry.method import compression
 
 
 @final

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from prunella.errors import CheckFailed, RequestError
-from prunella.method import compression
 from prunella.model.unwrap import unwrap
+from prunella.registry.method import compression
 from prunella.types import Loss
 
 

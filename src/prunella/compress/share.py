@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from prunella.compress.huffman import Encoded, Gaps, decode, huffman, positions, relative_index
 from prunella.errors import RequestError
-from prunella.method import compression
 from prunella.model.unwrap import unwrap
+from prunella.registry.method import compression
 
 ROUNDS = 100
 

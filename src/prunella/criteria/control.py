@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from prunella.method import control
 from prunella.registry.controlled import Controlled, Criterion
+from prunella.registry.method import control
 
 
 def _negated(scores: Tensor, dice: torch.Generator) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from prunella.errors import RequestError
-from prunella.method import granularity
+from prunella.registry.method import granularity
 from prunella.select import keep_top, removal_order
 from prunella.types import Mask, Saliency, Scores
 

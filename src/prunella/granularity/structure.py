@@ -12,7 +12,7 @@ from torch import Tensor
 
 from prunella.errors import RequestError
 from prunella.graph.structure import Kind
-from prunella.method import granularity
+from prunella.registry.method import granularity
 from prunella.types import Scores
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from prunella.errors import BadInput
 from prunella.importers.imported import Imported, State, as_mask, tensors_of, zero_masks
-from prunella.method import importer
+from prunella.registry.method import importer
 
 _LONGEST_RECIPE = 1_000_000
 _SPARSITIES = ("final_sparsity", "sparsity", "target_sparsity")

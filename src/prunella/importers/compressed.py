@@ -11,7 +11,7 @@ from torch import Tensor
 
 from prunella.errors import BadInput, NotSupported
 from prunella.importers.imported import Imported, State, tensors_of, zero_masks
-from prunella.method import importer
+from prunella.registry.method import importer
 from prunella.types import Mask
 
 PARTS = ("shape", "compressed", "bitmask", "row_offsets")

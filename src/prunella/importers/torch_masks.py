@@ -9,7 +9,7 @@ from torch import Tensor
 
 from prunella.errors import BadInput
 from prunella.importers.imported import Imported, State, as_mask, tensors_of
-from prunella.method import importer
+from prunella.registry.method import importer
 
 _ORIGINAL = re.compile(r"^(?:(?P<module>.+)\.)?parametrizations\.(?P<leaf>[^.]+)\.original$")
 _FAKE = re.compile(r"^(?:(?P<module>.+)\.)?parametrizations\.(?P<leaf>[^.]+)\.\d+\.mask$")

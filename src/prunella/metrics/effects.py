@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from prunella.errors import RequestError
 from prunella.forward import batches, first_tensor, forward, mode
-from prunella.method import metric
 from prunella.metrics.corruption import CORRUPTIONS
 from prunella.metrics.outputs import ClassDrop, calibration_error, flip_rate, kl_divergence, per_class_drop
+from prunella.registry.method import metric
 from prunella.reporting.section import Section
 
 _SHOWN = 10

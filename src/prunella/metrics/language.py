@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from prunella.errors import BadInput, MissingExtra, RequestError
 from prunella.forward import Outputs, batches, first_tensor, forward, mode
-from prunella.method import metric
+from prunella.registry.method import metric
 from prunella.types import TokenIds
 
 _ROWS = 1024

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from prunella.errors import RequestError
-from prunella.method import metric
+from prunella.registry.method import metric
 from prunella.types import Mask
 
 _Z = 1.959963984540054

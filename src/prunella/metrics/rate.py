@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from prunella.errors import NotSupported, RequestError
 from prunella.forward import mode
-from prunella.method import metric
+from prunella.registry.method import metric
 from prunella.timing import Comparison, compare_latency
 from prunella.types import TokenIds
 

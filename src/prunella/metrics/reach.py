@@ -13,8 +13,8 @@ from prunella.errors import BadInput, NotSupported
 from prunella.forward import forward, tensors
 from prunella.graph.undisturbed import undisturbed
 from prunella.graph.vocabulary import each
-from prunella.method import metric
 from prunella.metrics.paths import Paths
+from prunella.registry.method import metric
 from prunella.reporting.count import compression
 from prunella.types import Inputs, Mask
 

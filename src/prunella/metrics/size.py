@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from prunella.errors import RequestError
-from prunella.method import metric
+from prunella.registry.method import metric
 from prunella.reporting.count import compression, count
 
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from prunella.errors import NotSupported, RequestError
 from prunella.forward import forward, mode, tensors
-from prunella.method import metric
+from prunella.registry.method import metric
 from prunella.reporting.count import compression, macs_by_module, measured_macs
 from prunella.reporting.latency import Comparison, compare_latency
 from prunella.reporting.profile import peak_memory

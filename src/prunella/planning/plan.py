@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prunella import provenance, table
+from prunella import table
 from prunella.errors import RequestError
 from prunella.graph.structure import Frozen
 from prunella.graph.surgery import Along, Changes, Renumbered, Sizes
 from prunella.graph.vocabulary import known_only, renumber
+from prunella.registry import serialize as provenance
 from prunella.table import Amount, Row
 from prunella.targets import Sparsity, Target
 from prunella.types import Inputs

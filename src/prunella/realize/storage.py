@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from prunella.errors import BadInput, RequestError
-from prunella.method import metric
+from prunella.registry.method import metric
 
 BLOCK = 4
 """Side of the blocks of `Format.BSR`."""

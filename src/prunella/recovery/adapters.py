@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from prunella.errors import RequestError
-from prunella.method import recovery
 from prunella.model.masks import masks_of
 from prunella.model.unwrap import unwrap
 from prunella.recovery.distill import distill_logits
 from prunella.recovery.finetune import Curve, OnStep, Training, finetune
 from prunella.recovery.lora import Merged, mask_adapters_, merge_adapters_
+from prunella.registry.method import recovery
 
 STRAY = 0.01
 """A weight with a smaller part of zeros is not sparse: they are chance, as in weights that were quantised once."""

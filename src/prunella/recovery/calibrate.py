@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from prunella.errors import CheckFailed, RequestError
 from prunella.forward import batches, forward, mode
-from prunella.method import recovery
+from prunella.registry.method import recovery
 from prunella.types import Loss
 
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from prunella.errors import RequestError
 from prunella.forward import Outputs, first_tensor, forward, mode
-from prunella.method import recovery
 from prunella.recovery.finetune import Curve, OnStep, Training, finetune
+from prunella.registry.method import recovery
 from prunella.types import Loss
 
 _DEFAULT = Training()

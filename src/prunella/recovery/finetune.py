@@ -14,7 +14,7 @@ from torch.optim import AdamW, Optimizer
 
 from prunella.errors import CheckFailed, RequestError
 from prunella.forward import batches, mode
-from prunella.method import recovery
+from prunella.registry.method import recovery
 from prunella.train.pruner import Pruner
 from prunella.types import Loss
 

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from prunella.errors import CheckFailed, NotSupported, RequestError
 from prunella.forward import first_tensor, mode
-from prunella.method import recovery
 from prunella.model.masks import RECORD, Packed, pack
 from prunella.model.unwrap import unwrap
+from prunella.registry.method import recovery
 from prunella.types import Mask
 
 PROBES = 32

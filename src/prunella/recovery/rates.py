@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from prunella.errors import RequestError
-from prunella.method import recovery
+from prunella.registry.method import recovery
 
 
 @dataclass(frozen=True)

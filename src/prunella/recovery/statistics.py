@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from prunella.errors import CheckFailed, RequestError
 from prunella.forward import Outputs, batches, first_tensor, forward, mode
-from prunella.method import recovery
 from prunella.model.masks import reapply_
 from prunella.model.unwrap import unwrap
 from prunella.planning.plan import Plan
 from prunella.recovery.calibrate import Moments
 from prunella.recovery.reads import Read, Watch
+from prunella.registry.method import recovery
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ from torch import nn
 
 from prunella.errors import RequestError
 from prunella.forward import mode
-from prunella.method import search
 from prunella.model.masks import masks_of, record_
+from prunella.registry.method import search
 from prunella.search.journal import Journal
 from prunella.search.space import Evaluate, Found
 

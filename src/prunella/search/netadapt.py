@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from prunella.errors import RequestError, TargetMissed
-from prunella.method import search
+from prunella.registry.method import search
 from prunella.search.journal import Journal
 from prunella.search.space import Evaluate, Found, Predict, Space
 from prunella.select import Counts

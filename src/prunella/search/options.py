@@ -8,7 +8,7 @@ from itertools import accumulate
 from typing import NamedTuple
 
 from prunella.errors import RequestError, TargetMissed
-from prunella.method import search
+from prunella.registry.method import search
 from prunella.search.scan import Scan
 from prunella.search.space import Found, Predict, Space
 from prunella.select import Counts

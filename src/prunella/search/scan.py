@@ -11,7 +11,7 @@ from typing import Any
 from prunella.allocation import from_scan
 from prunella.allocation.pool import Allocation
 from prunella.errors import RequestError
-from prunella.method import search
+from prunella.registry.method import search
 from prunella.search.journal import Journal
 from prunella.search.space import Evaluate, Space
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from prunella.errors import MissingExtra, RequestError, TargetMissed
-from prunella.method import search
+from prunella.registry.method import search
 from prunella.search.space import Evaluate, Found, Predict, Space
 from prunella.targets import Target
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from prunella.errors import RequestError
 from prunella.granularity import Element
-from prunella.method import solver
+from prunella.registry.method import solver
 from prunella.solvers.layer import Pattern, Solved, checked, project
 from prunella.solvers.linear import damped_factor
 from prunella.solvers.refit import refit

@@ -19,8 +19,8 @@ from prunella.forward import batches
 from prunella.graph.couple import couple
 from prunella.graph.structure import Layer
 from prunella.graph.view import from_matrix, to_matrix
-from prunella.method import solver
 from prunella.planning.plan import Plan
+from prunella.registry.method import solver
 from prunella.solvers.surgeon import cut, cut_matrix_free, inverse_fisher
 from prunella.stats import Source, Statistics, Subject, collect, untouched
 from prunella.stats.curvature import check_damping, in_blocks

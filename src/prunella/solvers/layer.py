@@ -14,7 +14,7 @@ from torch import Tensor
 
 from prunella.errors import RequestError
 from prunella.granularity import NM, Block, Element
-from prunella.method import solver
+from prunella.registry.method import solver
 from prunella.types import Gram, InputNorm, Mask, Saliency, Weight
 
 Pattern = Element | Block | NM

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from prunella.errors import RequestError
 from prunella.granularity import Element
-from prunella.method import solver
+from prunella.registry.method import solver
 from prunella.solvers.layer import Pattern, Solved, checked, relative_error
 from prunella.solvers.sparsegpt import by_columns
 from prunella.types import Gram, Weight

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from prunella.errors import RequestError
-from prunella.method import solver
+from prunella.registry.method import solver
 from prunella.solvers.layer import Solved, relative_error
 from prunella.solvers.linear import damped_factor
 from prunella.types import Gram, Mask, Weight

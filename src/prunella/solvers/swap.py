@@ -8,7 +8,7 @@ from torch.nn.functional import pad
 
 from prunella.errors import RequestError
 from prunella.granularity import NM, Block, Element
-from prunella.method import solver
+from prunella.registry.method import solver
 from prunella.solvers.layer import Pattern, Solved, checked, project, relative_error
 from prunella.types import Gram, Mask, Weight
 

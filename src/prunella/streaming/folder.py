@@ -13,7 +13,7 @@ from prunella.blockwise.one_shot import OneShot, Solving
 from prunella.blockwise.processes import processes
 from prunella.errors import RequestError
 from prunella.forward import batches
-from prunella.method import solver
+from prunella.registry.method import solver
 from prunella.streaming import memory as amounts
 from prunella.streaming.job import OnBlock, Prepared
 from prunella.streaming.journal import Journal, fingerprint

@@ -18,7 +18,7 @@ from prunella.errors import BadInput, RequestError
 from prunella.files import write_atomic
 from prunella.forward import tensors
 from prunella.models import import_transformers
-from prunella.provenance import describe
+from prunella.registry.serialize import describe
 
 
 class Journal:

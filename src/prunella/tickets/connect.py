@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from prunella.errors import RequestError
 from prunella.forward import mode
-from prunella.method import metric
 from prunella.recovery.calibrate import recalibrate_bn
+from prunella.registry.method import metric
 from prunella.tickets.course import Course
 from prunella.tickets.lap import Lap, State, snapshot
 from prunella.tickets.store import equal

@@ -7,9 +7,9 @@ from collections.abc import Callable, Mapping
 from torch import nn
 
 from prunella.errors import RequestError
-from prunella.method import metric, training
 from prunella.model.unwrap import unwrap
 from prunella.planning.plan import Plan
+from prunella.registry.method import metric, training
 from prunella.types import Mask
 
 

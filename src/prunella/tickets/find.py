@@ -14,9 +14,9 @@ from torch import nn
 
 from prunella.apply import apply_, plan_masks
 from prunella.errors import RequestError
-from prunella.method import training
 from prunella.model.masks import forget_masks_, masks_of, reapply_, record_, records
 from prunella.model.unwrap import unwrap
+from prunella.registry.method import training
 from prunella.tickets.controls import Control, Controls, reinit_, shuffle_masks_
 from prunella.tickets.course import Course
 from prunella.tickets.dice import seeded

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from prunella.errors import NotSupported, RequestError
 from prunella.graph.couple import couple
 from prunella.graph.structure import Graph, Group
-from prunella.method import compression
+from prunella.registry.method import compression
 
 Predictor = Callable[[Tensor], Tensor]
 """From what enters a block of neurons, `(..., width)`, to a score for each neuron, `(..., neurons)`."""

@@ -16,7 +16,7 @@ from prunella.graph.couple import couple
 from prunella.graph.depth import inside
 from prunella.graph.structure import Graph
 from prunella.graph.undisturbed import undisturbed
-from prunella.method import compression
+from prunella.registry.method import compression
 from prunella.tokens.matching import bipartite_match, merge, most
 
 

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from prunella.apply import plan_masks
 from prunella.errors import RequestError
-from prunella.method import training
 from prunella.model.unwrap import unwrap
 from prunella.planning.plan import Plan
+from prunella.registry.method import training
 from prunella.train.coupled import parameters
 
 Projection = Callable[[nn.Module], Plan]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from prunella.errors import NotSupported, RequestError
-from prunella.method import training
+from prunella.registry.method import training
 from prunella.train.coupled import Coupled, Slice, broadcast
 from prunella.train.gates import Gate, M, Noisy, attach_
 

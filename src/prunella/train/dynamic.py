@@ -16,10 +16,10 @@ from torch.utils.hooks import RemovableHandle
 
 from prunella.criteria import magnitude
 from prunella.errors import CheckFailed, RequestError
-from prunella.method import needs_of
 from prunella.model.masks import forget_masks_, pack, record_, records, saved_masks
 from prunella.model.unwrap import unwrap
 from prunella.registry.controlled import name_of
+from prunella.registry.method import needs_of
 from prunella.scoring import Criterion
 from prunella.train.moves import exchange, fair_shares, thin
 from prunella.train.optimizers import ELEMENTWISE, clear_state

@@ -7,9 +7,9 @@ from torch import Tensor, nn
 
 from prunella.apply import plan_masks
 from prunella.errors import RequestError
-from prunella.method import training
 from prunella.model.unwrap import unwrap
 from prunella.planning.plan import Plan
+from prunella.registry.method import training
 from prunella.train.coupled import parameters
 from prunella.types import Mask
 

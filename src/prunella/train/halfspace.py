@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from prunella.errors import RequestError
-from prunella.method import training
+from prunella.registry.method import training
 from prunella.train.coupled import Coupled, Units
 from prunella.train.proximal import rates, trained_by
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from prunella.errors import RequestError
-from prunella.method import training
+from prunella.registry.method import training
 from prunella.schedule import Schedule, cubic
 from prunella.select import keep_top
 from prunella.train.coupled import Coupled

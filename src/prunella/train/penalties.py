@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from prunella.errors import NotSupported, RequestError
-from prunella.method import training
+from prunella.registry.method import training
 from prunella.train.coupled import Coupled, Units, parameters
 from prunella.types import Loss
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 from prunella.criteria import magnitude, random
 from prunella.errors import RequestError
-from prunella.method import metric, needs_of, training
 from prunella.registry.controlled import name_of
+from prunella.registry.method import metric, needs_of, training
 from prunella.schedule import Schedule, cubic
 from prunella.scoring import Criterion
 from prunella.targets import Sparsity

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from prunella.errors import RequestError
-from prunella.method import training
 from prunella.model.unwrap import unwrap
+from prunella.registry.method import training
 from prunella.train.concrete import HardConcrete, Opened
 from prunella.train.coupled import Coupled, Units
 

@@ -13,11 +13,11 @@ from prunella.apply import apply_, plan_masks
 from prunella.errors import RequestError
 from prunella.graph.couple import couple
 from prunella.graph.structure import Graph
-from prunella.method import training
 from prunella.model.masks import forget_masks_, pack, saved_masks
 from prunella.model.unwrap import unwrap
 from prunella.planning.plan import Plan
 from prunella.recipe import Recipe
+from prunella.registry.method import training
 from prunella.targets import Sparsity
 from prunella.train.pruner import Planner, planner_of
 from prunella.types import Inputs, Mask

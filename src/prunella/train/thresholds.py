@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from prunella.errors import RequestError
-from prunella.method import training
+from prunella.registry.method import training
 from prunella.train.coupled import Coupled
 from prunella.train.gates import Gate, M, attach_
 from prunella.train.proximal import soft

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from prunella.apply import plan_masks
 from prunella.errors import RequestError
-from prunella.method import training
 from prunella.model.masks import reapply_, record_
 from prunella.model.unwrap import unwrap
 from prunella.planning.plan import Plan
+from prunella.registry.method import training
 from prunella.select import keep_top
 from prunella.train.onto import put_on, take_off, weights
 

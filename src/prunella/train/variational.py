@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from prunella.errors import RequestError
-from prunella.method import training
+from prunella.registry.method import training
 from prunella.train.coupled import Coupled
 from prunella.train.gates import Gate, M, Noisy, attach_
 

@@ -7,7 +7,7 @@ import importlib.util
 import inspect
 from typing import Any, get_args
 
-from prunella.method import REGISTRY, Method, MethodKind, find
+from prunella.registry.method import REGISTRY, Method, MethodKind, find
 
 HOMES = (
     "criteria",

@@ -10,8 +10,8 @@ from functools import partial
 from typing import Any
 
 from prunella.errors import BadInput, RequestError
-from prunella.method import REGISTRY, Method, MethodKind, find
 from prunella.registry.controlled import Controlled, name_of, plain_function
+from prunella.registry.method import REGISTRY, Method, MethodKind, find
 
 Described = dict[str, Any]
 
