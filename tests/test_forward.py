@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from prunella.errors import NotSupported, RequestError
-from prunella.forward import batches, first_tensor, forward, mode, tensors
+from prunella.model.forward import batches, first_tensor, forward, mode, tensors
 
 
 class _Takes(nn.Module):

@@ -16,7 +16,6 @@ ORDER = (
     "literals",
     "exported",
     "model",
-    "forward",
     "timing",
     "targets",
     "files",

@@ -15,6 +15,7 @@ from prunella.criteria import snip, synflow
 from prunella.errors import RequestError
 from prunella.granularity import Competing, Element
 from prunella.graph.couple import couple
+from prunella.model import state as untouched
 from prunella.names import check_patterns
 from prunella.pace import Stopwatch
 from prunella.pipeline import Job
@@ -24,7 +25,7 @@ from prunella.registry.controlled import name_of
 from prunella.registry.method import search
 from prunella.request import check_finite, checked_target
 from prunella.schedule import Schedule, exponential
-from prunella.stats import Source, untouched
+from prunella.stats import Source
 from prunella.stats.masked import Before
 from prunella.table import amount
 from prunella.targets import Sparsity, Target, part_of

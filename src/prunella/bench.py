@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from prunella.errors import PruningError, RequestError
-from prunella.forward import forward, tensors
+from prunella.model.forward import forward, tensors
 from prunella.realize.export import export
 from prunella.reporting.chart import alone, figure
 from prunella.runtime import native

@@ -13,9 +13,9 @@ import torch
 from torch import nn
 
 from prunella.errors import RequestError
-from prunella.forward import mode
+from prunella.model import state as untouched
+from prunella.model.forward import mode
 from prunella.search.journal import Journal, digest_of
-from prunella.stats import untouched
 
 Way = Callable[[int], nn.Module]
 """Seed -> a pruned model, the same for the same seed."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from prunella.errors import BadInput, RequestError
 from prunella.exported import load_exported
-from prunella.forward import forward, tensors
+from prunella.model.forward import forward, tensors
 from prunella.models import call_user
 
 Inputs = Tensor | tuple[Any, ...] | Mapping[str, Any]

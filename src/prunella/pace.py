@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from prunella.budget import Ladder, removed
 from prunella.errors import NotSupported, TargetMissed
-from prunella.forward import forward
 from prunella.graph.couple import changes
 from prunella.graph.structure import Graph
 from prunella.graph.surgery import change_
 from prunella.graph.vocabulary import known_only, renumber
+from prunella.model.forward import forward
 from prunella.select import Counts
 from prunella.targets import TOLERANCE, Latency
 from prunella.timing import Timing, side_by_side

@@ -18,9 +18,9 @@ from prunella.graph.oracle import verify
 from prunella.graph.structure import Graph, Group
 from prunella.graph.surgery import Changes, cut_
 from prunella.graph.view import to_matrix
+from prunella.model import state as untouched
 from prunella.names import check_patterns, chosen, names_of_group
 from prunella.registry.method import search
-from prunella.stats import untouched
 from prunella.stats.subject import Subject, first_seen
 from prunella.types import Inputs
 

@@ -23,6 +23,7 @@ from prunella.graph.depth import narrow
 from prunella.graph.oracle import unproven
 from prunella.graph.structure import Frozen, Graph, Group, Layer
 from prunella.graph.view import from_matrix, to_matrix
+from prunella.model import state as untouched
 from prunella.names import check_patterns, chosen, names_of_group, names_of_layer, rank_of, spared_blocks
 from prunella.pace import Stopwatch
 from prunella.planning.plan import Plan
@@ -31,7 +32,7 @@ from prunella.registry.controlled import name_of
 from prunella.registry.method import knobs_of, needs_of
 from prunella.request import check_finite, checked_target
 from prunella.scoring import Absent, Scorer
-from prunella.stats import Source, Subject, collect, untouched
+from prunella.stats import Source, Subject, collect
 from prunella.stats.masked import Before, behind, masked
 from prunella.stats.subject import first_seen
 from prunella.table import Amount as Amount

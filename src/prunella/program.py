@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from prunella.errors import CheckFailed, NotSupported
-from prunella.forward import forward, mode, tensors
 from prunella.graph.oracle import relative_error
 from prunella.literals import module_of
+from prunella.model.forward import forward, mode, tensors
 
 TOLERANCE = 1e-4
 """Largest difference allowed between a model and what was captured of it, relative to the largest output."""

@@ -13,8 +13,8 @@ from torch import nn
 
 from prunella.apply import apply_
 from prunella.errors import BadInput, CheckFailed
-from prunella.forward import forward, mode, tensors
 from prunella.graph.oracle import relative_error
+from prunella.model.forward import forward, mode, tensors
 from prunella.planning.plan import Plan
 from prunella.realize.artifact import PLAN, check_files, load, read_manifest
 from prunella.realize.origin import Factory

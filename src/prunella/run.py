@@ -21,7 +21,7 @@ from torch import nn
 from prunella.apply import apply_
 from prunella.errors import CheckFailed, RequestError
 from prunella.files import check_free, write_atomic
-from prunella.forward import Outputs, forward, mode
+from prunella.model.forward import Outputs, forward, mode
 from prunella.pipeline import plan
 from prunella.planning.plan import Plan
 from prunella.realize.artifact import Saved, save

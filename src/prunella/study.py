@@ -34,8 +34,8 @@ from prunella.apply import apply_
 from prunella.criteria import magnitude, random
 from prunella.errors import Interrupted, PruningError, RequestError
 from prunella.files import write_atomic
-from prunella.forward import tensors
 from prunella.granularity import Element, Granularity
+from prunella.model.forward import tensors
 from prunella.model.masks import finalize
 from prunella.models import load_object
 from prunella.pipeline import plan

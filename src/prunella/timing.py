@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from prunella.errors import RequestError
-from prunella.forward import forward, mode
+from prunella.model.forward import forward, mode
 
 Run = Callable[[], object]
 _SHORTEST = 2e-3

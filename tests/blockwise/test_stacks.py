@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import prunella as pr
 from prunella.blockwise import stacks
 from prunella.model.masks import masks_of
-from prunella.recovery.reads import Read, Watch
+from prunella.model.reads import Read, Watch
 
 PATTERN = pr.NM(2, 4)
 HOW = pr.OneShot(PATTERN, method=pr.sparsegpt)

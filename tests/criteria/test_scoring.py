@@ -12,9 +12,10 @@ import prunella as pr
 from prunella.granularity import reduce_to_units
 from prunella.graph.couple import couple
 from prunella.graph.structure import Layer
+from prunella.model import state as untouched
 from prunella.registry.method import REGISTRY, criterion
 from prunella.scoring import Scorer
-from prunella.stats import Source, Statistics, Subject, collect, untouched
+from prunella.stats import Source, Statistics, Subject, collect
 from tests.graphs import hand_graph, mlp, square_loss
 
 

@@ -16,11 +16,12 @@ from prunella.allocation.pool import Pool
 from prunella.budget import allocate
 from prunella.graph.couple import couple
 from prunella.graph.structure import Group
+from prunella.model import state as untouched
 from prunella.registry.catalogue import methods
 from prunella.registry.method import REGISTRY, STATISTICS, Method, criterion
 from prunella.scoring import Absent, Scorer
 from prunella.select import shortest_prefix
-from prunella.stats import Source, Subject, collect, untouched
+from prunella.stats import Source, Subject, collect
 from tests.graphs import blocks, convnet, images, square_loss
 
 ROUTED = {"router_frequency", "router_weight", "reap"}

@@ -14,8 +14,9 @@ import prunella as pr
 from prunella.at_init import Rounds
 from prunella.errors import NotSupported, RequestError
 from prunella.graph.couple import couple
+from prunella.model import state as untouched
 from prunella.recipes import named
-from prunella.stats import Source, Subject, collect, untouched
+from prunella.stats import Source, Subject, collect
 from tests.graphs import convnet, images, mlp
 
 Batch = tuple[Tensor, Tensor]

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 import prunella as pr
 from prunella.graph.couple import couple
+from prunella.model import state as untouched
 from prunella.scoring import Scorer
-from prunella.stats import Source, Subject, collect, untouched
+from prunella.stats import Source, Subject, collect
 from tests.graphs import Attention, blocks, convnet, images, mlp, square_loss
 
 W = torch.tensor([[1.0, -2.0, 0.5], [0.0, 3.0, -4.0]])

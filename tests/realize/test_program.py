@@ -15,9 +15,9 @@ from torch import Tensor, nn
 import prunella
 from prunella.errors import CheckFailed, NotSupported, RequestError
 from prunella.exported import load_exported
-from prunella.forward import forward
 from prunella.graph.couple import couple
 from prunella.graph.oracle import verify
+from prunella.model.forward import forward
 from prunella.planning.plan import Plan
 from prunella.targets import Params
 from tests.oracle import check_exact, distance, produced_by, run, settle

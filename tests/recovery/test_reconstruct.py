@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from prunella.apply import apply_
 from prunella.errors import CheckFailed, RequestError
+from prunella.model.reads import Read, Watch, rows, targets
 from prunella.planning.plan import Plan
-from prunella.recovery.reads import Read, Watch, rows, targets
 from prunella.recovery.reconstruct import reconstruct
 from prunella.solvers.linear import damped_solve
 from tests.hand import hand_plan
@@ -305,7 +305,7 @@ def test_rows_times_weight_is_the_output(layer: nn.Module, shape: tuple[int, ...
 
 
 def test_long_convolution_inputs_are_cut_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("prunella.recovery.reads.CHUNK", 300)
+    monkeypatch.setattr("prunella.model.reads.CHUNK", 300)
     layer, found = nn.Conv2d(2, 3, 3).double(), []
     watch = Watch(layer.parameters(), found.append)
     with torch.no_grad(), watch:

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from prunella.graph.structure import Entity, Graph, Layer
-from prunella.stats import Source, Subject, collect, untouched
+from prunella.model import state as untouched
+from prunella.stats import Source, Subject, collect
 
 
 def norms(model: nn.Module, data: list[Tensor], *layers: Layer, loss: bool = False) -> dict[str, Tensor]:

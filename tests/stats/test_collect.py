@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from prunella.errors import BadInput, RequestError
-from prunella.stats import Source, Subject, collect, untouched
+from prunella.model import state as untouched
+from prunella.stats import Source, Subject, collect
 from tests.graphs import hand_graph, mlp, square_loss
 
 

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 import prunella as pr
-from prunella.forward import samples
 from prunella.graph.couple import couple
+from prunella.model import state as untouched
+from prunella.model.forward import samples
 from prunella.registry.method import knobs_of
-from prunella.stats import SLOTS, Source, Subject, collect, untouched
+from prunella.stats import SLOTS, Source, Subject, collect
 from tests.graphs import convnet, images, mlp, square_loss
 
 X = torch.randn(12, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)

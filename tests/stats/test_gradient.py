@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from prunella.graph.couple import couple
 from prunella.graph.structure import Group
-from prunella.stats import Source, Subject, collect, untouched
+from prunella.model import state as untouched
+from prunella.stats import Source, Subject, collect
 from prunella.stats.gradient import gate_gradient
 from tests.graphs import Attention, convnet, hand_graph, images, mlp, square_loss
 

@@ -9,7 +9,8 @@ from torch.nn.functional import relu
 
 from prunella.graph.couple import couple
 from prunella.graph.structure import Graph
-from prunella.stats import Source, Subject, collect, untouched
+from prunella.model import state as untouched
+from prunella.stats import Source, Subject, collect
 from tests.graphs import Attention, blocks, convnet, images, mlp
 
 

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 import prunella as pr
 from prunella.graph.couple import couple
+from prunella.model import state as untouched
 from prunella.scoring import Scorer
-from prunella.stats import Source, Subject, collect, untouched
+from prunella.stats import Source, Subject, collect
 
 
 class Mixture(nn.Module):

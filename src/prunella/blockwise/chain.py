@@ -16,9 +16,9 @@ from typing import Any, overload
 from torch import Tensor, nn
 
 from prunella.errors import NotSupported
-from prunella.forward import tensors
 from prunella.graph.structure import Graph
-from prunella.recovery.reads import Stop
+from prunella.model.forward import tensors
+from prunella.model.reads import Stop
 
 Runner = Callable[[nn.Module, Any], Any]
 """Runs the model on one batch."""

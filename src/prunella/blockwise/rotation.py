@@ -13,18 +13,18 @@ from torch import Tensor, nn
 
 from prunella.criteria import activation_norm
 from prunella.errors import CheckFailed, NotSupported
-from prunella.forward import batches, mode
 from prunella.granularity import Width
 from prunella.graph.couple import couple
 from prunella.graph.oracle import verify
 from prunella.graph.structure import Graph, Group, Member
 from prunella.graph.surgery import Changes
+from prunella.model.forward import batches, mode
+from prunella.model.reads import Read, Watch, rows
 from prunella.model.unwrap import unwrap
 from prunella.pipeline import plan
 from prunella.planning.plan import Plan
 from prunella.realize.shrink import shrink
 from prunella.recipe import Recipe
-from prunella.recovery.reads import Read, Watch, rows
 from prunella.registry.method import solver
 from prunella.stats import Source
 from prunella.targets import Sparsity

@@ -14,16 +14,17 @@ from torch import Tensor, nn
 
 from prunella import table
 from prunella.errors import NotSupported, RequestError
-from prunella.forward import batches, first_tensor, tensors
 from prunella.graph.counters import counted
 from prunella.graph.couple import changes, couple
 from prunella.graph.oracle import unproven
 from prunella.graph.structure import Graph, Group
 from prunella.graph.surgery import change_
+from prunella.model import state as untouched
+from prunella.model.forward import batches, first_tensor, tensors
 from prunella.model.unwrap import unwrap
 from prunella.planning.plan import Plan
 from prunella.registry.method import solver
-from prunella.stats import Source, untouched
+from prunella.stats import Source
 from prunella.targets import Sparsity
 from prunella.types import Inputs, Keep, Loss
 

@@ -16,18 +16,19 @@ from prunella.blockwise.chain import Block, Call, Feed, block_paths, blocks_at
 from prunella.blockwise.refine import Refine, refine_
 from prunella.blockwise.runs import find_blocks, turns
 from prunella.errors import CheckFailed, NotSupported, RequestError
-from prunella.forward import batches, mode, tensors
 from prunella.graph.blocks import new_name
 from prunella.graph.couple import couple
 from prunella.graph.depth import inside
+from prunella.model import state as untouched
+from prunella.model.forward import batches, mode, tensors
 from prunella.model.masks import masks_of
+from prunella.model.reads import Read, Watch, rows, targets
 from prunella.model.unwrap import unwrap
 from prunella.planning.plan import Plan
 from prunella.realize.shrink import shrink
 from prunella.recovery.least_squares import Solution, Sums
-from prunella.recovery.reads import Read, Watch, rows, targets
 from prunella.registry.method import solver
-from prunella.stats import Source, untouched
+from prunella.stats import Source
 from prunella.types import Inputs, Loss
 
 log = logging.getLogger(__name__)

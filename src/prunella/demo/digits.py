@@ -16,8 +16,8 @@ from prunella.demo.probe import output_probe
 from prunella.demo.stages import Tick
 from prunella.demo.task import Quality, Task
 from prunella.errors import MissingExtra
-from prunella.forward import mode
 from prunella.granularity import Channel
+from prunella.model.forward import mode
 from prunella.recipe import Recipe
 from prunella.recovery.distill import distill_logits
 from prunella.recovery.finetune import Training, finetune

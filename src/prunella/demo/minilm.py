@@ -23,8 +23,8 @@ from prunella.demo.stages import Tick
 from prunella.demo.task import Quality, Task
 from prunella.demo.text import Corpus, read_sections, split
 from prunella.errors import BadInput, MissingExtra
-from prunella.forward import mode
 from prunella.granularity import Channel, Head
+from prunella.model.forward import mode
 from prunella.models import import_module
 from prunella.recipe import Recipe
 from prunella.types import Loss

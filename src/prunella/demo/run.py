@@ -24,7 +24,7 @@ from prunella.demo.stages import Stages, Tick, counted
 from prunella.demo.task import Quality, Task
 from prunella.errors import MissingExtra
 from prunella.files import check_free, write_atomic
-from prunella.forward import first_tensor, forward, mode
+from prunella.model.forward import first_tensor, forward, mode
 from prunella.pipeline import plan
 from prunella.planning.plan import Plan
 from prunella.realize.artifact import WEIGHTS, Saved, save

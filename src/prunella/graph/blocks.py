@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from prunella.errors import RequestError
-from prunella.forward import tensors
+from prunella.model.forward import tensors
 
 Dropped = Mapping[str, tuple[str, ...]]
 

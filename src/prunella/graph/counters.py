@@ -17,12 +17,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from prunella.forward import forward
 from prunella.graph.blocks import drop_, number_, shorten_
 from prunella.graph.depth import inside
 from prunella.graph.provenance import holder, holders
 from prunella.graph.structure import Attribute, Extent, Graph, Group
-from prunella.graph.undisturbed import undisturbed
+from prunella.model.forward import forward
+from prunella.model.undisturbed import undisturbed
 
 Place = tuple[str, str]
 """(owner, name) of an attribute."""

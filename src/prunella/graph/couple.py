@@ -48,7 +48,7 @@ from prunella.types import Keep
 
 
 def couple(model: nn.Module, inputs: Any) -> Graph:
-    """The coupling graph of a model, from one run on `inputs` (a batch as `prunella.forward.forward` takes it).
+    """The coupling graph of a model, from one run on `inputs` (a batch as `prunella.model.forward.forward` takes it).
 
     The model is left as it was. Raises `BadInput` if it does not run on the inputs.
     """

@@ -16,14 +16,14 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from prunella.errors import CheckFailed, NotSupported
-from prunella.forward import forward, tensors
 from prunella.graph.blocks import bypassed
 from prunella.graph.couple import changes
 from prunella.graph.lines import called
 from prunella.graph.structure import Graph
 from prunella.graph.surgery import Along, Changes, change_
-from prunella.graph.undisturbed import undisturbed
 from prunella.graph.vocabulary import each, known_only, renumber
+from prunella.model.forward import forward, tensors
+from prunella.model.undisturbed import undisturbed
 from prunella.types import Keep
 
 TOLERANCE = 1e-9

@@ -24,7 +24,6 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from prunella.forward import forward, tensors
 from prunella.graph.axes import WHOLE, Dim, Ledger, Reason, Run, Soft
 from prunella.graph.flow import Flow, watched
 from prunella.graph.lines import GENERATED, LIBRARY, called, place, short
@@ -40,7 +39,8 @@ from prunella.graph.provenance import (
     tracked_attributes,
 )
 from prunella.graph.structure import Ints, Role
-from prunella.graph.undisturbed import undisturbed
+from prunella.model.forward import forward, tensors
+from prunella.model.undisturbed import undisturbed
 
 log = logging.getLogger(__name__)
 Axis = tuple[str, int]

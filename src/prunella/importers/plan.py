@@ -19,8 +19,8 @@ from prunella.importers.imported import Imported, State, tensors_of
 from prunella.importers.patterns import pattern_of
 from prunella.importers.reading import Source, read_source
 from prunella.importers.torch_masks import needs_masks, torch_ao, torch_prune
+from prunella.model import state as untouched
 from prunella.planning.plan import Plan
-from prunella.stats import untouched
 from prunella.stats.subject import first_seen
 from prunella.table import Amount, Row
 from prunella.targets import Sparsity

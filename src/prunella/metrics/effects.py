@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from prunella.errors import RequestError
-from prunella.forward import batches, first_tensor, forward, mode
 from prunella.metrics.corruption import CORRUPTIONS
 from prunella.metrics.outputs import ClassDrop, calibration_error, flip_rate, kl_divergence, per_class_drop
+from prunella.model.forward import batches, first_tensor, forward, mode
 from prunella.registry.method import metric
 from prunella.reporting.section import Section
 

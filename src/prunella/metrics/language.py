@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from prunella.errors import BadInput, MissingExtra, RequestError
-from prunella.forward import Outputs, batches, first_tensor, forward, mode
+from prunella.model.forward import Outputs, batches, first_tensor, forward, mode
 from prunella.registry.method import metric
 from prunella.types import TokenIds
 

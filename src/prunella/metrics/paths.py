@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from prunella.forward import tensors
 from prunella.graph.lines import called
+from prunella.model.forward import tensors
 from prunella.types import Mask
 
 Args = tuple[Any, ...]

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from prunella.errors import BadInput, NotSupported
-from prunella.forward import forward, tensors
-from prunella.graph.undisturbed import undisturbed
 from prunella.graph.vocabulary import each
 from prunella.metrics.paths import Paths
+from prunella.model.forward import forward, tensors
+from prunella.model.undisturbed import undisturbed
 from prunella.registry.method import metric
 from prunella.reporting.count import compression
 from prunella.types import Inputs, Mask

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from prunella.errors import NotSupported, RequestError
-from prunella.forward import forward, mode, tensors
+from prunella.model.forward import forward, mode, tensors
 from prunella.registry.method import metric
 from prunella.reporting.count import compression, macs_by_module, measured_macs
 from prunella.reporting.latency import Comparison, compare_latency

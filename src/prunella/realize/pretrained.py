@@ -17,9 +17,9 @@ import torch
 from torch import nn
 
 from prunella.errors import PruningError
-from prunella.forward import forward, mode, tensors
 from prunella.graph.oracle import relative_error
 from prunella.graph.vocabulary import names_token
+from prunella.model.forward import forward, mode, tensors
 from prunella.realize.origin import build_empty, hugging_face_builder
 
 Sizes = Mapping[int, frozenset[int]]

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prunella.forward import batches, forward, mode
+from prunella.model.forward import batches, forward, mode
 from prunella.model.masks import reapply_
+from prunella.model.reads import Read, Watch
 from prunella.model.unwrap import unwrap
 from prunella.planning.plan import Plan
-from prunella.recovery.reads import Read, Watch
 from prunella.recovery.reconstruct import Fit, Layer, layers_of
 from prunella.registry.method import recovery
 from prunella.types import Loss

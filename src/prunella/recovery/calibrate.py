@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from prunella.errors import CheckFailed, RequestError
-from prunella.forward import batches, forward, mode
+from prunella.model.forward import batches, forward, mode
 from prunella.registry.method import recovery
 from prunella.types import Loss
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from prunella.errors import RequestError
-from prunella.forward import Outputs, first_tensor, forward, mode
+from prunella.model.forward import Outputs, first_tensor, forward, mode
 from prunella.recovery.finetune import Curve, OnStep, Training, finetune
 from prunella.registry.method import recovery
 from prunella.types import Loss

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from prunella.errors import CheckFailed, RequestError
-from prunella.forward import batches, mode
+from prunella.model.forward import batches, mode
 from prunella.registry.method import recovery
 from prunella.train.pruner import Pruner
 from prunella.types import Loss

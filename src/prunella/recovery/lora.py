@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from prunella.errors import CheckFailed, NotSupported, RequestError
-from prunella.forward import first_tensor, mode
+from prunella.model.forward import first_tensor, mode
 from prunella.model.masks import RECORD, Packed, pack
 from prunella.model.unwrap import unwrap
 from prunella.registry.method import recovery

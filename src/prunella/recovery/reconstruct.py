@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from prunella.errors import CheckFailed, RequestError
-from prunella.forward import batches, forward, mode
 from prunella.graph.blocks import renamed
+from prunella.model.forward import batches, forward, mode
 from prunella.model.masks import masks_of, reapply_
+from prunella.model.reads import Read, Stop, Watch, rows, targets
 from prunella.model.unwrap import unwrap
 from prunella.planning.plan import Plan
 from prunella.recovery.least_squares import Solution, Sums
-from prunella.recovery.reads import Read, Stop, Watch, rows, targets
 from prunella.registry.method import recovery
 from prunella.types import Loss
 

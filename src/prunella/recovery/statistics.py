@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from prunella.errors import CheckFailed, RequestError
-from prunella.forward import Outputs, batches, first_tensor, forward, mode
+from prunella.model.forward import Outputs, batches, first_tensor, forward, mode
 from prunella.model.masks import reapply_
+from prunella.model.reads import Read, Watch
 from prunella.model.unwrap import unwrap
 from prunella.planning.plan import Plan
 from prunella.recovery.calibrate import Moments
-from prunella.recovery.reads import Read, Watch
 from prunella.registry.method import recovery
 
 

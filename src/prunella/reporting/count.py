@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from prunella.errors import RequestError
-from prunella.forward import forward, mode
+from prunella.model.forward import forward, mode
 from prunella.model.memory import inner_tensors
 from prunella.types import Inputs
 

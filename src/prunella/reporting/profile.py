@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from prunella.forward import forward, mode, tensors
+from prunella.model.forward import forward, mode, tensors
 from prunella.types import Inputs
 
 OTHER = "(between layers)"

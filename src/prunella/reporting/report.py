@@ -18,10 +18,10 @@ import torch
 from torch import nn
 
 import prunella
-from prunella.forward import forward, mode, tensors
 from prunella.graph.blocks import new_name
 from prunella.graph.oracle import relative_error
 from prunella.graph.structure import Frozen
+from prunella.model.forward import forward, mode, tensors
 from prunella.planning.plan import Plan
 from prunella.reporting.count import count, macs_by_module
 from prunella.reporting.latency import Comparison, compare_latency

@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from prunella.forward import forward
+from prunella.model.forward import forward
 from prunella.model.unwrap import unwrap
 from prunella.runtime.choice import Route
 from prunella.runtime.convert import Layer, Sparsified, check_request, kernels, noted

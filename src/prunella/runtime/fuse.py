@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Interpreter, Node, Tracer
 from torch.nn import functional
 
-from prunella.forward import tensors
+from prunella.model.forward import tensors
 from prunella.runtime.layers import FoldedConv2d
 from prunella.runtime.native import Activation
 from prunella.runtime.tidy import tidy_

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from prunella.forward import forward, tensors
+from prunella.model.forward import forward, tensors
 from prunella.runtime.fuse import activation_of
 from prunella.types import Inputs
 

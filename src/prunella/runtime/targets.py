@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from prunella.errors import RequestError
-from prunella.forward import forward
+from prunella.model.forward import forward
 from prunella.runtime.choice import Geometry, Problem
 from prunella.types import Inputs
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from prunella.errors import CheckFailed
-from prunella.forward import forward, tensors
 from prunella.graph.oracle import relative_error
+from prunella.model.forward import forward, tensors
 from prunella.runtime.convolution import is_last
 from prunella.runtime.fuse import channels_last_, copied
 from prunella.runtime.layers import SparseConv2d

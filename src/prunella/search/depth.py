@@ -12,12 +12,13 @@ from torch import nn
 
 from prunella.blockwise.runs import Blocks, find_blocks
 from prunella.errors import CheckFailed, RequestError
-from prunella.forward import mode
+from prunella.model import state as untouched
+from prunella.model.forward import mode
 from prunella.planning.plan import Plan
 from prunella.registry.method import search
 from prunella.search.journal import Journal, digest_of
 from prunella.search.space import Evaluate
-from prunella.stats import Source, Subject, collect, untouched
+from prunella.stats import Source, Subject, collect
 from prunella.types import Inputs, Loss
 
 OnTry = Callable[[tuple[str, ...], float], None]

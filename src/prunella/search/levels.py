@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from prunella.errors import RequestError
-from prunella.forward import mode
+from prunella.model.forward import mode
 from prunella.model.masks import masks_of, record_
 from prunella.registry.method import search
 from prunella.search.journal import Journal

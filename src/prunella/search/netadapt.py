@@ -9,11 +9,11 @@ import torch
 from torch import nn
 
 from prunella.errors import RequestError, TargetMissed
+from prunella.model import state as untouched
 from prunella.registry.method import search
 from prunella.search.journal import Journal
 from prunella.search.space import Evaluate, Found, Predict, Space
 from prunella.select import Counts
-from prunella.stats import untouched
 from prunella.targets import Sparsity, Target
 
 Tune = Callable[[nn.Module], object]

@@ -17,12 +17,13 @@ from prunella.allocation.pool import Allocation
 from prunella.budget import Ladder, ladder, most, solve
 from prunella.contest import Units, Weights
 from prunella.errors import NotSupported, RequestError
-from prunella.forward import mode
 from prunella.granularity import Block, Channel, Element, Expert, Head, Width
 from prunella.graph.couple import changes, couple
 from prunella.graph.oracle import unproven
 from prunella.graph.surgery import change_
 from prunella.graph.view import from_matrix
+from prunella.model import state as untouched
+from prunella.model.forward import mode
 from prunella.model.masks import record_
 from prunella.names import check_patterns
 from prunella.pace import Stopwatch
@@ -30,7 +31,7 @@ from prunella.pipeline import Job
 from prunella.recipe import Recipe
 from prunella.search.journal import digest_of
 from prunella.select import Counts
-from prunella.stats import Source, Subject, untouched
+from prunella.stats import Source, Subject
 from prunella.targets import Latency, Sparsity, Target
 from prunella.types import Inputs, Loss
 

@@ -15,14 +15,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from prunella.apply import plan_masks
 from prunella.errors import CheckFailed, RequestError
-from prunella.forward import batches
 from prunella.graph.couple import couple
 from prunella.graph.structure import Layer
 from prunella.graph.view import from_matrix, to_matrix
+from prunella.model import state as untouched
+from prunella.model.forward import batches
 from prunella.planning.plan import Plan
 from prunella.registry.method import solver
 from prunella.solvers.surgeon import cut, cut_matrix_free, inverse_fisher
-from prunella.stats import Source, Statistics, Subject, collect, untouched
+from prunella.stats import Source, Statistics, Subject, collect
 from prunella.stats.curvature import check_damping, in_blocks
 from prunella.stats.subject import first_seen
 from prunella.types import Loss, Mask

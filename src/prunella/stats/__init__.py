@@ -4,11 +4,11 @@ A statistic that needs data has a slot in `SLOTS`; the others (`weight`, `unit_w
 off the parameters by `prunella.scoring`.
 """
 
+from prunella.model.state import untouched as untouched
 from prunella.stats.collect import SLOTS as SLOTS
 from prunella.stats.collect import Source as Source
 from prunella.stats.collect import Statistics as Statistics
 from prunella.stats.collect import collect as collect
 from prunella.stats.subject import Subject as Subject
-from prunella.stats.untouched import untouched as untouched
 
 __all__ = ["SLOTS", "Source", "Statistics", "Subject", "collect", "untouched"]

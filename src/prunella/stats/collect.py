@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from prunella.errors import BadInput, RequestError
-from prunella.forward import forward, samples
+from prunella.model.forward import forward, samples
 from prunella.stats.activation import InputNorm
 from prunella.stats.curvature import FisherDiag, FisherInverse, HessianDiag, SampleGrad, fisher_inverse_diag
 from prunella.stats.gradient import GateGrad, MeanGrad, MeanSquaredGrad

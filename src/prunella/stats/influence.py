@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prunella.forward import first_tensor, tensors
 from prunella.graph.depth import inside
+from prunella.model.forward import first_tensor, tensors
 from prunella.stats.subject import Subject
 
 

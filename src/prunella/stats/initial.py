@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from prunella.errors import BadInput, NotSupported, RequestError
-from prunella.forward import forward, tensors
+from prunella.model.forward import forward, tensors
 from prunella.stats.gradient import MeanGrad
 from prunella.stats.subject import Subject
 

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 
-from prunella.forward import tensors
 from prunella.graph.lines import called
 from prunella.graph.structure import Group, Running
+from prunella.model.forward import tensors
 from prunella.stats.subject import Subject
 
 Chosen = Callable[[str, Tensor, Tensor | None], None]

@@ -12,7 +12,7 @@ from typing import Any
 from prunella.blockwise.one_shot import OneShot, Solving
 from prunella.blockwise.processes import processes
 from prunella.errors import RequestError
-from prunella.forward import batches
+from prunella.model.forward import batches
 from prunella.registry.method import solver
 from prunella.streaming import memory as amounts
 from prunella.streaming.job import OnBlock, Prepared

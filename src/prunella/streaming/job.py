@@ -19,9 +19,9 @@ from prunella.blockwise.one_shot import Fit, Job, OneShot, Solving
 from prunella.blockwise.processes import Processes
 from prunella.blockwise.stacks import experts_run, in_turns, matrix_of
 from prunella.errors import RequestError
-from prunella.forward import forward, mode, tensors
 from prunella.graph.structure import Layer
 from prunella.graph.view import to_matrix
+from prunella.model.forward import forward, mode, tensors
 from prunella.model.masks import forget_masks_
 from prunella.names import check_known, parts
 from prunella.streaming import memory as amounts

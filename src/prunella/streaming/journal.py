@@ -16,7 +16,7 @@ import prunella
 from prunella.blockwise.one_shot import Fit, OneShot
 from prunella.errors import BadInput, RequestError
 from prunella.files import write_atomic
-from prunella.forward import tensors
+from prunella.model.forward import tensors
 from prunella.models import import_transformers
 from prunella.registry.serialize import describe
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from prunella.errors import BadInput, NotSupported
-from prunella.forward import tensors
+from prunella.model.forward import tensors
 from prunella.models import call_user, class_of, import_transformers
 from prunella.streaming.converted import Converted, Files
 from prunella.streaming.shards import Stored

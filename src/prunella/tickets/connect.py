@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from prunella.errors import RequestError
-from prunella.forward import mode
+from prunella.model.forward import mode
 from prunella.recovery.calibrate import recalibrate_bn
 from prunella.registry.method import metric
 from prunella.tickets.course import Course

@@ -12,8 +12,8 @@ from torch import nn
 
 from prunella.errors import RequestError
 from prunella.model.masks import forget_masks_, reapply_, record_, records
+from prunella.model.rng import seeded
 from prunella.model.unwrap import unwrap
-from prunella.tickets.dice import seeded
 from prunella.types import Mask
 
 

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from prunella.errors import RequestError
+from prunella.model.rng import Dice, dice, seed_all, throw
 from prunella.model.unwrap import unwrap
-from prunella.tickets.dice import Dice, dice, seed_all, throw
 from prunella.train.pruner import Pruner
 
 State = dict[str, Tensor]

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from prunella.blockwise.chain import Block, Call, blocks_of
 from prunella.errors import NotSupported, RequestError
-from prunella.forward import forward, tensors
 from prunella.graph.couple import couple
 from prunella.graph.depth import inside
 from prunella.graph.structure import Graph
-from prunella.graph.undisturbed import undisturbed
+from prunella.model.forward import forward, tensors
+from prunella.model.undisturbed import undisturbed
 from prunella.registry.method import compression
 from prunella.tokens.matching import bipartite_match, merge, most
 

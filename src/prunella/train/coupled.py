@@ -16,10 +16,10 @@ from prunella.errors import NotSupported, RequestError
 from prunella.granularity import Channel, Head
 from prunella.graph.couple import couple
 from prunella.graph.structure import Graph, Group, Layer, Member, Role
+from prunella.model.state import untouched
 from prunella.model.unwrap import unwrap
 from prunella.names import check_patterns, chosen, names_of_layer, spared
 from prunella.stats.subject import first_seen
-from prunella.stats.untouched import untouched
 from prunella.types import Inputs
 
 Named = Mapping[str, Tensor]

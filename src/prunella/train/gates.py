@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from prunella.errors import RequestError
-from prunella.forward import mode
+from prunella.model.forward import mode
 from prunella.model.masks import records
 from prunella.model.unwrap import unwrap
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from prunella.forward import tensors
+from prunella.model.forward import tensors
 
 CHUNK = 8_000_000
 """Most elements of an unfolded convolution input held at once, a sample at the least."""
