@@ -19,7 +19,7 @@ from cells import RESULTS
 from torch import Tensor, nn
 
 import prunella as pr
-from prunella.graph.couple import couple
+from prunella.graph.solve.groups import couple
 from prunella.models import import_module
 from prunella.tokens.contextual import Predictor, neurons
 

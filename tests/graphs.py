@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from prunella.graph.structure import Cost, Entity, Extent, Graph, Group, Layer, Member
+from prunella.graph.data import Cost, Entity, Extent, Graph, Group, Layer, Member
 
 
 def mlp(width: int = 6, seed: int = 0) -> nn.Sequential:

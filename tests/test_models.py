@@ -14,7 +14,7 @@ from torch import nn
 
 from prunella.errors import BadInput, NotSupported, RequestError
 from prunella.examples import check_forward, example_inputs
-from prunella.exported import load_exported
+from prunella.graph.program.load import load_exported
 from prunella.models import check_finite, load_model, load_object, load_weights
 from tests.vision import timm_or_skip, torchvision_or_skip
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import prunella as pr
-from prunella.graph.couple import couple
+from prunella.graph.solve.groups import couple
 
 Build = Callable[[], tuple[nn.Module, Any]]
 OUTPUTS = "outputs.safetensors"

@@ -99,6 +99,7 @@ if TYPE_CHECKING:
     from prunella.granularity import Vector as Vector
     from prunella.granularity import Vocabulary as Vocabulary
     from prunella.granularity import Width as Width
+    from prunella.graph.program.capture import as_program as as_program
     from prunella.importers import import_plan as import_plan
     from prunella.metrics import perplexity as perplexity
     from prunella.metrics import token_agreement as token_agreement
@@ -125,7 +126,6 @@ if TYPE_CHECKING:
     from prunella.permutation import permute as permute
     from prunella.pipeline import plan as plan
     from prunella.planning.plan import Plan as Plan
-    from prunella.program import as_program as as_program
     from prunella.realize.artifact import load as load
     from prunella.realize.artifact import save as save
     from prunella.realize.biases import with_biases as with_biases
@@ -377,6 +377,7 @@ _HOME = {
     "Vector": "granularity",
     "Vocabulary": "granularity",
     "Width": "granularity",
+    "as_program": "graph.program.capture",
     "import_plan": "importers",
     "perplexity": "metrics",
     "token_agreement": "metrics",
@@ -403,7 +404,6 @@ _HOME = {
     "permute": "permutation",
     "plan": "pipeline",
     "Plan": "planning.plan",
-    "as_program": "program",
     "load": "realize.artifact",
     "save": "realize.artifact",
     "with_biases": "realize.biases",

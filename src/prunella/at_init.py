@@ -14,9 +14,9 @@ from prunella.allocation import global_
 from prunella.criteria import snip, synflow
 from prunella.errors import RequestError
 from prunella.granularity import Competing, Element
-from prunella.graph.couple import couple
+from prunella.graph.match import check_patterns
+from prunella.graph.solve.groups import couple
 from prunella.model import state as untouched
-from prunella.names import check_patterns
 from prunella.pace import Stopwatch
 from prunella.pipeline import Job
 from prunella.planning.plan import Plan

@@ -14,8 +14,8 @@ from prunella.allocation.pool import Allocation, Pool
 from prunella.budget import Ladder, allocate, ladder, most, solve
 from prunella.errors import RequestError, TargetMissed
 from prunella.granularity import Block, Competing, Element, Fixed
-from prunella.graph.structure import Frozen, Graph, Group, Layer
-from prunella.graph.view import kernel_shape
+from prunella.graph.data import Frozen, Graph, Group, Layer
+from prunella.graph.matrix import kernel_shape
 from prunella.pace import Stopwatch, paced
 from prunella.select import Counts, removal_order
 from prunella.targets import Bytes, Latency, MACs, Params, Sparsity, Target

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from prunella.errors import BadInput, RequestError
-from prunella.exported import load_exported
+from prunella.graph.program.load import load_exported
 from prunella.model.forward import forward, tensors
 from prunella.models import call_user
 

@@ -23,8 +23,8 @@ import torch
 from torch import Tensor, nn
 
 from prunella.errors import BadInput, MissingExtra, NotSupported, PruningError, RequestError
-from prunella.exported import load_exported
 from prunella.files import new_folder
+from prunella.graph.program.load import load_exported
 
 log = logging.getLogger("prunella.models")
 FORMS = "package.module:factory, a Hugging Face folder, FILE.gguf, FILE.pt2, smollm2, timm:NAME or torchvision:NAME"

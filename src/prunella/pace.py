@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from prunella.budget import Ladder, removed
 from prunella.errors import NotSupported, TargetMissed
-from prunella.graph.couple import changes
-from prunella.graph.structure import Graph
-from prunella.graph.surgery import change_
-from prunella.graph.vocabulary import known_only, renumber
+from prunella.graph.cut.surgery import change_
+from prunella.graph.data import Graph
+from prunella.graph.solve.groups import changes
+from prunella.graph.solve.tokens import known_only, renumber
 from prunella.model.forward import forward
 from prunella.select import Counts
 from prunella.targets import TOLERANCE, Latency

@@ -13,13 +13,13 @@ from torch import Tensor, nn
 
 from prunella.errors import NotSupported, RequestError
 from prunella.granularity import NM
-from prunella.graph.couple import couple
-from prunella.graph.oracle import verify
-from prunella.graph.structure import Graph, Group
-from prunella.graph.surgery import Changes, cut_
-from prunella.graph.view import to_matrix
+from prunella.graph.cut.surgery import Changes, cut_
+from prunella.graph.data import Graph, Group
+from prunella.graph.match import check_patterns, chosen, names_of_group
+from prunella.graph.matrix import to_matrix
+from prunella.graph.solve.groups import couple
+from prunella.graph.verify import verify
 from prunella.model import state as untouched
-from prunella.names import check_patterns, chosen, names_of_group
 from prunella.registry.method import search
 from prunella.stats.subject import Subject, first_seen
 from prunella.types import Inputs

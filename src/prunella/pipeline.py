@@ -17,14 +17,14 @@ from prunella import table
 from prunella.contest import Rules, Units, Weights, fixed_masks, obstacles, offer, share
 from prunella.errors import NotSupported, RequestError
 from prunella.granularity import Competing, Depth, Fixed, Ranked, Structural, Vocabulary
-from prunella.graph.counters import counted
-from prunella.graph.couple import changes, couple
-from prunella.graph.depth import narrow
-from prunella.graph.oracle import unproven
-from prunella.graph.structure import Frozen, Graph, Group, Layer
-from prunella.graph.view import from_matrix, to_matrix
+from prunella.graph.data import Frozen, Graph, Group, Layer
+from prunella.graph.match import check_patterns, chosen, names_of_group, names_of_layer, rank_of, spared_blocks
+from prunella.graph.matrix import from_matrix, to_matrix
+from prunella.graph.solve.block_counters import counted
+from prunella.graph.solve.groups import changes, couple
+from prunella.graph.solve.residual_blocks import narrow
+from prunella.graph.verify import unproven
 from prunella.model import state as untouched
-from prunella.names import check_patterns, chosen, names_of_group, names_of_layer, rank_of, spared_blocks
 from prunella.pace import Stopwatch
 from prunella.planning.plan import Plan
 from prunella.recipe import Recipe as Recipe

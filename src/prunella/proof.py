@@ -13,7 +13,7 @@ from torch import nn
 
 from prunella.apply import apply_
 from prunella.errors import BadInput, CheckFailed
-from prunella.graph.oracle import relative_error
+from prunella.graph.verify import relative_error
 from prunella.model.forward import forward, mode, tensors
 from prunella.planning.plan import Plan
 from prunella.realize.artifact import PLAN, check_files, load, read_manifest

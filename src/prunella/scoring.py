@@ -15,8 +15,8 @@ from torch import Tensor
 
 from prunella.errors import BadInput, NotSupported, RequestError
 from prunella.granularity.structure import Reduce, reduce_to_units
-from prunella.graph.structure import Group, Layer, Member
-from prunella.graph.view import from_matrix, to_matrix
+from prunella.graph.data import Group, Layer, Member
+from prunella.graph.matrix import from_matrix, to_matrix
 from prunella.registry.controlled import Controlled, name_of, plain_function
 from prunella.registry.method import Scope, needs_of, scope_of
 from prunella.stats.collect import Statistics

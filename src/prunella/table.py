@@ -10,7 +10,7 @@ from torch import Tensor
 
 from prunella.contest import macs_by_layer, offer
 from prunella.granularity import NM, Granularity
-from prunella.graph.structure import Frozen, Graph, Group, Layer
+from prunella.graph.data import Frozen, Graph, Group, Layer
 from prunella.stats.subject import first_seen
 from prunella.types import Mask
 

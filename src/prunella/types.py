@@ -1,6 +1,6 @@
 """Every tensor shape of the library, named once.
 
-A weight is always seen as a matrix `(out, in)`: `graph/view.py` folds convolutions and transposed layers, so that a
+A weight is always seen as a matrix `(out, in)`: `graph/matrix.py` folds convolutions and transposed layers, so that a
 method never asks what kind of layer it looks at. The names below are also the names by which a criterion asks for its
 statistics: a positional parameter called `input_norm` receives an `InputNorm`.
 """

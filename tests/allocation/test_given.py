@@ -100,7 +100,7 @@ def test_isomorphic_of_one_kind_is_global_and_of_all_kinds_uniform(total: int) -
 
 def test_groups_of_equal_structure_are_alike_whatever_their_width() -> None:
     from prunella.contest import Units
-    from prunella.graph.couple import couple
+    from prunella.graph.solve.groups import couple
 
     torch.manual_seed(0)
     nn = torch.nn

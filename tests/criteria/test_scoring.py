@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 import prunella as pr
 from prunella.granularity import reduce_to_units
-from prunella.graph.couple import couple
-from prunella.graph.structure import Layer
+from prunella.graph.data import Layer
+from prunella.graph.solve.groups import couple
 from prunella.model import state as untouched
 from prunella.registry.method import REGISTRY, criterion
 from prunella.scoring import Scorer

@@ -12,11 +12,11 @@ from torch import nn
 
 import prunella as pr
 from prunella.errors import NotSupported, RequestError
-from prunella.graph.blocks import drop_
-from prunella.graph.counters import counted
-from prunella.graph.couple import changes, couple
-from prunella.graph.oracle import unproven, verify
-from prunella.graph.surgery import Changes, change_
+from prunella.graph.cut.block_surgery import drop_
+from prunella.graph.cut.surgery import Changes, change_
+from prunella.graph.solve.block_counters import counted
+from prunella.graph.solve.groups import changes, couple
+from prunella.graph.verify import unproven, verify
 from prunella.realize.carry import carry_
 from prunella.realize.plan_file import load_plan, save_plan
 from prunella.stats.gradient import gate_gradient

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from prunella.graph.couple import couple
-from prunella.graph.structure import Graph
+from prunella.graph.data import Graph
+from prunella.graph.solve.groups import couple
 from tests.graph_depth.nets import IMAGE, TOKENS, Calls, ConvNext, DenseNet, Layer, Lender, Net, ResNet, Wrap
 from tests.oracle import assert_untouched, distinct, snapshot
 

@@ -14,9 +14,9 @@ import torch
 from torch import nn
 
 import prunella as pr
-from prunella.graph.counters import counted
-from prunella.graph.couple import changes, couple
-from prunella.graph.surgery import change_
+from prunella.graph.cut.surgery import change_
+from prunella.graph.solve.block_counters import counted
+from prunella.graph.solve.groups import changes, couple
 from tests.graph_depth.nets import bypass
 from tests.oracle import distance, distinct, double, run, settle
 

@@ -17,7 +17,7 @@ from torch.nn.utils import prune
 
 import prunella as pr
 from prunella.errors import BadInput, NotSupported, RequestError
-from prunella.graph.couple import couple
+from prunella.graph.solve.groups import couple
 from prunella.importers import neural_compressor, sparseml, torch_prune, zeros
 from prunella.importers.checkpoint import recipe_sparsities
 from prunella.importers.compressed import decode

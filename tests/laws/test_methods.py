@@ -14,8 +14,8 @@ import prunella as pr
 from prunella import recipes
 from prunella.allocation.pool import Pool
 from prunella.budget import allocate
-from prunella.graph.couple import couple
-from prunella.graph.structure import Group
+from prunella.graph.data import Group
+from prunella.graph.solve.groups import couple
 from prunella.model import state as untouched
 from prunella.registry.catalogue import methods
 from prunella.registry.method import REGISTRY, STATISTICS, Method, criterion

@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 import prunella as pr
 from prunella.at_init import Rounds
 from prunella.errors import NotSupported, RequestError
-from prunella.graph.couple import couple
+from prunella.graph.solve.groups import couple
 from prunella.model import state as untouched
 from prunella.recipes import named
 from prunella.stats import Source, Subject, collect

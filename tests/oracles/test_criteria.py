@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import prunella as pr
-from prunella.graph.couple import couple
+from prunella.graph.solve.groups import couple
 from prunella.model import state as untouched
 from prunella.scoring import Scorer
 from prunella.stats import Source, Subject, collect

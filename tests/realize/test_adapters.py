@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 import prunella
 from prunella.errors import NotSupported
-from prunella.graph.couple import couple
-from prunella.graph.oracle import verify
-from prunella.graph.surgery import cut_
-from prunella.names import rank_of
+from prunella.graph.cut.surgery import cut_
+from prunella.graph.match import rank_of
+from prunella.graph.solve.groups import couple
+from prunella.graph.verify import verify
 from prunella.targets import Params
 from tests.oracle import check_exact, distance, produced_by, run, settle
 

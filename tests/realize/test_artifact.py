@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from prunella import files
 from prunella.errors import BadInput, NotSupported, RequestError
 from prunella.files import check_free, new_folder, plain_name, write_atomic
-from prunella.graph.surgery import cut_
+from prunella.graph.cut.surgery import cut_
 from prunella.planning.plan import Plan
 from prunella.realize import artifact
 from prunella.realize.artifact import decode_cuts, encode_cuts, load, save

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import prunella as pr
 from prunella.errors import BadInput, CheckFailed, MissingExtra, RequestError
-from prunella.exported import load_exported
+from prunella.graph.program.load import load_exported
 from prunella.realize import export as module
 from prunella.realize.export import export
 

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from prunella.errors import BadInput, RequestError
-from prunella.graph.structure import Frozen
+from prunella.graph.data import Frozen
 from prunella.planning.plan import Plan
 from prunella.realize import plan_file
 from prunella.realize.plan_file import load_plan, save_plan

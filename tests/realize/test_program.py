@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 import prunella
 from prunella.errors import CheckFailed, NotSupported, RequestError
-from prunella.exported import load_exported
-from prunella.graph.couple import couple
-from prunella.graph.oracle import verify
+from prunella.graph.program.load import load_exported
+from prunella.graph.solve.groups import couple
+from prunella.graph.verify import verify
 from prunella.model.forward import forward
 from prunella.planning.plan import Plan
 from prunella.targets import Params
@@ -143,7 +143,7 @@ def test_what_cannot_be_captured_is_told(capsys: pytest.CaptureFixture[str]) -> 
 
 
 def test_a_program_that_computes_something_else_is_not_returned(monkeypatch: pytest.MonkeyPatch) -> None:
-    from prunella import program as module
+    from prunella.graph.program import capture as module
 
     def spoilt(exported: Any) -> nn.Module:
         made = module_of(exported)
@@ -151,7 +151,7 @@ def test_a_program_that_computes_something_else_is_not_returned(monkeypatch: pyt
             next(made.parameters()).add_(1)
         return made
 
-    from prunella.literals import module_of
+    from prunella.graph.program.literals import module_of
 
     monkeypatch.setattr(module, "module_of", spoilt)
     with pytest.raises(CheckFailed, match="does not compute what the model computes"):

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 from prunella.cli.app import app
-from prunella.graph.couple import couple
-from prunella.graph.structure import Graph
+from prunella.graph.data import Graph
+from prunella.graph.solve.groups import couple
 from prunella.reporting.coupling import rails, render_coupling
 
 

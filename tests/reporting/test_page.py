@@ -14,7 +14,7 @@ from xml.etree import ElementTree
 import pytest
 
 from prunella.errors import RequestError
-from prunella.graph.structure import Frozen
+from prunella.graph.data import Frozen
 from prunella.reporting.chart import clean_svg, curve_chart, latency_chart
 from prunella.reporting.latency import Ratio
 from prunella.reporting.page import headline, render_page, tiles, why_kept, write_page

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from prunella.graph.structure import Frozen
+from prunella.graph.data import Frozen
 from prunella.planning.plan import Plan
 from prunella.reporting.latency import Comparison, Latency, Ratio
 from prunella.reporting.report import Curve, Metric, Report, report, shown

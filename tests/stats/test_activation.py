@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from prunella.graph.structure import Entity, Graph, Layer
+from prunella.graph.data import Entity, Graph, Layer
 from prunella.model import state as untouched
 from prunella.stats import Source, Subject, collect
 

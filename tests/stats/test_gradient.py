@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from prunella.graph.couple import couple
-from prunella.graph.structure import Group
+from prunella.graph.data import Group
+from prunella.graph.solve.groups import couple
 from prunella.model import state as untouched
 from prunella.stats import Source, Subject, collect
 from prunella.stats.gradient import gate_gradient

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import relu
 
-from prunella.graph.couple import couple
-from prunella.graph.structure import Graph
+from prunella.graph.data import Graph
+from prunella.graph.solve.groups import couple
 from prunella.model import state as untouched
 from prunella.stats import Source, Subject, collect
 from tests.graphs import Attention, blocks, convnet, images, mlp

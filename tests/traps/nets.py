@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from prunella.graph.structure import Graph
+from prunella.graph.data import Graph
 
 Between = Callable[[nn.Module, Tensor], Tensor]
 WIDTH = 12

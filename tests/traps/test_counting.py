@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from prunella.graph.couple import couple
+from prunella.graph.solve.groups import couple
 from tests.oracle import (
     check_exact,
     macs,

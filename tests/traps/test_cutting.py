@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from prunella.graph.couple import attributes, couple, cuts
+from prunella.graph.solve.groups import attributes, couple, cuts
 from tests.oracle import (
     check_exact,
     cut,

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from prunella.errors import CheckFailed, NotSupported
-from prunella.graph.couple import changes, couple
-from prunella.graph.oracle import check, unproven
+from prunella.graph.solve.groups import changes, couple
+from prunella.graph.verify import check, unproven
 from tests.oracle import check_exact, cut, exact_groups, frozen_because, produced_by, random_keep, settle
 from tests.traps.nets import Flat, Image
 from tests.traps.operations import BEYOND, FLAT, IMAGE, MODULES

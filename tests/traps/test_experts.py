@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import prunella as pr
-from prunella.graph.couple import couple
+from prunella.graph.solve.groups import couple
 from tests.oracle import check_exact, frozen_because, produced_by, settle
 
 

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 import prunella as pr
 from prunella.errors import NotSupported
-from prunella.graph.couple import couple
-from prunella.graph.ops import RULES, Context, Returned, rule
-from prunella.graph.trace import Trace, Value
+from prunella.graph.rules import RULES, Context, Returned, rule
+from prunella.graph.solve.groups import couple
+from prunella.graph.trace.recorder import Trace, Value
 from tests.oracle import check_exact, frozen_because, produced_by
 
 

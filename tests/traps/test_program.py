@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 import prunella
 from prunella.errors import NotSupported
-from prunella.graph.couple import couple
-from prunella.graph.oracle import verify
+from prunella.graph.solve.groups import couple
+from prunella.graph.verify import verify
 from tests.oracle import check_exact, frozen_because, produced_by, settle
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")

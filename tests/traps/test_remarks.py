@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import prunella
 from prunella.cli.look import _graph_text, graph_data
-from prunella.graph.couple import couple
+from prunella.graph.solve.groups import couple
 from prunella.targets import Params
 from tests.oracle import check_exact, exact_groups, produced_by, settle
 

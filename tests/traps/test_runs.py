@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from prunella.errors import BadInput, PruningError
-from prunella.graph.couple import attributes, couple, cuts
-from prunella.graph.surgery import cut_
+from prunella.graph.cut.surgery import cut_
+from prunella.graph.solve.groups import attributes, couple, cuts
 from tests.oracle import (
     assert_untouched,
     check_exact,

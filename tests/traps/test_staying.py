@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from prunella.graph.couple import couple
+from prunella.graph.solve.groups import couple
 from tests.oracle import (
     assert_untouched,
     check_exact,

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from prunella.graph.couple import attributes, changes, cuts
-from prunella.graph.oracle import verify
-from prunella.graph.structure import Graph
+from prunella.graph.data import Graph
+from prunella.graph.solve.groups import attributes, changes, cuts
+from prunella.graph.verify import verify
 from tests import oracle
 from tests.zoo import convolutional as conv
 from tests.zoo import odd

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import prunella as pr
-from prunella.graph.couple import couple
+from prunella.graph.solve.groups import couple
 from tests.oracle import settle
 
 transformers = pytest.importorskip("transformers")

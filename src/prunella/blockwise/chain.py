@@ -16,7 +16,7 @@ from typing import Any, overload
 from torch import Tensor, nn
 
 from prunella.errors import NotSupported
-from prunella.graph.structure import Graph
+from prunella.graph.data import Graph
 from prunella.model.forward import tensors
 from prunella.model.reads import Stop
 

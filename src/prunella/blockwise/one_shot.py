@@ -20,14 +20,14 @@ from prunella.blockwise.refine import Refine, refine_
 from prunella.blockwise.stacks import experts_run, in_turns, matrix_of, routers, stack_axis, unread_stacks
 from prunella.errors import RequestError
 from prunella.granularity import NM, Element
-from prunella.graph.couple import couple
-from prunella.graph.structure import Layer
-from prunella.graph.view import from_matrix, to_matrix
+from prunella.graph.data import Layer
+from prunella.graph.match import check_patterns, chosen, names_of_layer
+from prunella.graph.matrix import from_matrix, to_matrix
+from prunella.graph.solve.groups import couple
 from prunella.model.forward import batches, mode, tensors
 from prunella.model.masks import record_
 from prunella.model.reads import Read, Stop, Watch, rows
 from prunella.model.unwrap import unwrap
-from prunella.names import check_patterns, chosen, names_of_layer
 from prunella.registry.method import solver
 from prunella.solvers import Solved, admm
 from prunella.solvers.layer import Pattern

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from prunella.criteria import activation_norm
 from prunella.errors import CheckFailed, NotSupported
 from prunella.granularity import Width
-from prunella.graph.couple import couple
-from prunella.graph.oracle import verify
-from prunella.graph.structure import Graph, Group, Member
-from prunella.graph.surgery import Changes
+from prunella.graph.cut.surgery import Changes
+from prunella.graph.data import Graph, Group, Member
+from prunella.graph.solve.groups import couple
+from prunella.graph.verify import verify
 from prunella.model.forward import batches, mode
 from prunella.model.reads import Read, Watch, rows
 from prunella.model.unwrap import unwrap

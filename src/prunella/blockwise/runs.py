@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from prunella import table
 from prunella.errors import NotSupported, RequestError
-from prunella.graph.counters import counted
-from prunella.graph.couple import changes, couple
-from prunella.graph.oracle import unproven
-from prunella.graph.structure import Graph, Group
-from prunella.graph.surgery import change_
+from prunella.graph.cut.surgery import change_
+from prunella.graph.data import Graph, Group
+from prunella.graph.solve.block_counters import counted
+from prunella.graph.solve.groups import changes, couple
+from prunella.graph.verify import unproven
 from prunella.model import state as untouched
 from prunella.model.forward import batches, first_tensor, tensors
 from prunella.model.unwrap import unwrap

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from prunella.blockwise.chain import blocks_of
 from prunella.blockwise.one_shot import _within
 from prunella.errors import RequestError
-from prunella.graph.couple import couple
-from prunella.graph.view import to_matrix
+from prunella.graph.match import check_patterns, chosen, names_of_layer
+from prunella.graph.matrix import to_matrix
+from prunella.graph.solve.groups import couple
 from prunella.model.forward import forward, mode
 from prunella.model.unwrap import unwrap
-from prunella.names import check_patterns, chosen, names_of_layer
 from prunella.registry.method import search
 from prunella.stats.subject import first_seen
 from prunella.types import Inputs

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from prunella.graph.structure import Graph, Layer
+from prunella.graph.data import Graph, Layer
 
 _MOST = 1 << 30
 """Bytes of Gram matrices that are summed in one pass over the data."""

@@ -16,9 +16,9 @@ from prunella.blockwise.chain import Block, Call, Feed, block_paths, blocks_at
 from prunella.blockwise.refine import Refine, refine_
 from prunella.blockwise.runs import find_blocks, turns
 from prunella.errors import CheckFailed, NotSupported, RequestError
-from prunella.graph.blocks import new_name
-from prunella.graph.couple import couple
-from prunella.graph.depth import inside
+from prunella.graph.cut.block_surgery import new_name
+from prunella.graph.solve.groups import couple
+from prunella.graph.solve.residual_blocks import inside
 from prunella.model import state as untouched
 from prunella.model.forward import batches, mode, tensors
 from prunella.model.masks import masks_of

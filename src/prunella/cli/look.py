@@ -13,7 +13,7 @@ from prunella.cli.console import count, emit, note, stage, table
 
 if TYPE_CHECKING:
     from prunella.doctor import Checkup
-    from prunella.graph.structure import Graph, Group
+    from prunella.graph.data import Graph, Group
 
 _SHOWN = 12
 
@@ -117,7 +117,7 @@ def inspect(
 ) -> None:
     """Layers, parameters, MACs; which groups of units can go, what each unit costs, what must stay and why."""
     from prunella.cli.request import check_new_file, open_model
-    from prunella.graph.couple import couple
+    from prunella.graph.solve.groups import couple
 
     if html is not None:
         check_new_file(html, overwrite=overwrite)

@@ -31,8 +31,8 @@ def verify(
     from torch.fx import GraphModule
 
     from prunella.cli.request import factory_of, open_dense
+    from prunella.graph.program.capture import as_program
     from prunella.models import load_model
-    from prunella.program import as_program
     from prunella.proof import check_equal, check_whole, plan_of
 
     with stage("checking digests and loading"):

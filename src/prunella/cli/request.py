@@ -15,9 +15,9 @@ from prunella.cli.console import note, stage
 from prunella.errors import BadInput, RequestError
 from prunella.examples import check_forward, example_inputs
 from prunella.files import MARKER
+from prunella.graph.program.capture import as_program
 from prunella.models import call_user, load_model, load_object
 from prunella.planning.plan import Plan
-from prunella.program import as_program
 from prunella.realize.artifact import PLAN, load, read_manifest
 from prunella.realize.plan_file import load_plan
 from prunella.recipe import Recipe

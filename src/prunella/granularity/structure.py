@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from prunella.errors import RequestError
-from prunella.graph.structure import Kind
+from prunella.graph.data import Kind
 from prunella.registry.method import granularity
 from prunella.types import Scores
 

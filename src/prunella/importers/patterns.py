@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from prunella.graph.structure import Layer
-from prunella.graph.view import to_matrix
+from prunella.graph.data import Layer
+from prunella.graph.matrix import to_matrix
 from prunella.types import Mask
 
 GROUPS = (2, 4, 8, 16, 32)

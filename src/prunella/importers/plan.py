@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from prunella import table
 from prunella.errors import BadInput, RequestError
-from prunella.graph.couple import couple
-from prunella.graph.structure import Graph, Layer
+from prunella.graph.data import Graph, Layer
+from prunella.graph.solve.groups import couple
 from prunella.importers.checkpoint import neural_compressor, repeated, sparseml, zeros
 from prunella.importers.compressed import PARTS, compressed_tensors
 from prunella.importers.imported import Imported, State, tensors_of

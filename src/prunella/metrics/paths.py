@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from prunella.graph.lines import called
+from prunella.graph.trace.source import called
 from prunella.model.forward import tensors
 from prunella.types import Mask
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from prunella.errors import BadInput, NotSupported
-from prunella.graph.vocabulary import each
+from prunella.graph.solve.tokens import each
 from prunella.metrics.paths import Paths
 from prunella.model.forward import forward, tensors
 from prunella.model.undisturbed import undisturbed

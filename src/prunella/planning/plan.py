@@ -11,9 +11,9 @@ from torch import Tensor
 
 from prunella import table
 from prunella.errors import RequestError
-from prunella.graph.structure import Frozen
-from prunella.graph.surgery import Along, Changes, Renumbered, Sizes
-from prunella.graph.vocabulary import known_only, renumber
+from prunella.graph.cut.surgery import Along, Changes, Renumbered, Sizes
+from prunella.graph.data import Frozen
+from prunella.graph.solve.tokens import known_only, renumber
 from prunella.registry import serialize as provenance
 from prunella.table import Amount, Row
 from prunella.targets import Sparsity, Target

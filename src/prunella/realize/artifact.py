@@ -27,12 +27,12 @@ from torch.fx import GraphModule
 import prunella
 from prunella.compress.low_rank import ranks_of, rebuild_
 from prunella.errors import BadInput, PruningError, RequestError
-from prunella.exported import load_exported
 from prunella.files import MARKER, digest, new_folder, plain_name
-from prunella.graph.blocks import check_dropped
-from prunella.graph.provenance import size_of
-from prunella.graph.surgery import Changes, change_
-from prunella.graph.vocabulary import names_token
+from prunella.graph.cut.block_surgery import check_dropped
+from prunella.graph.cut.surgery import Changes, change_
+from prunella.graph.program.load import load_exported
+from prunella.graph.solve.tokens import names_token
+from prunella.graph.trace.tracked_int import size_of
 from prunella.planning.plan import Plan
 from prunella.realize import origin as origins
 from prunella.realize import pretrained

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from prunella.errors import NotSupported, RequestError
-from prunella.graph.blocks import renamed
+from prunella.graph.cut.block_surgery import renamed
 from prunella.planning.plan import Plan
 
 _Axes = Mapping[int, Tensor]

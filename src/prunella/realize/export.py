@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from prunella.errors import CheckFailed, MissingExtra, NotSupported, RequestError
-from prunella.exported import load_exported
 from prunella.files import write_atomic
-from prunella.graph.oracle import relative_error
+from prunella.graph.program.capture import TOLERANCE, capture, quiet
+from prunella.graph.program.load import load_exported
+from prunella.graph.verify import relative_error
 from prunella.model.forward import forward, mode, tensors
-from prunella.program import TOLERANCE, capture, quiet
 from prunella.realize.state import read_state, write_tensors
 from prunella.types import Inputs
 

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from prunella.errors import BadInput, RequestError
 from prunella.files import write_atomic
-from prunella.graph.structure import Frozen
-from prunella.graph.surgery import Along, Renumbered
+from prunella.graph.cut.surgery import Along, Renumbered
+from prunella.graph.data import Frozen
 from prunella.planning.plan import Plan
 from prunella.table import Amount, Row
 from prunella.targets import parse_target

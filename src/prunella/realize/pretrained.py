@@ -17,8 +17,8 @@ import torch
 from torch import nn
 
 from prunella.errors import PruningError
-from prunella.graph.oracle import relative_error
-from prunella.graph.vocabulary import names_token
+from prunella.graph.solve.tokens import names_token
+from prunella.graph.verify import relative_error
 from prunella.model.forward import forward, mode, tensors
 from prunella.realize.origin import build_empty, hugging_face_builder
 

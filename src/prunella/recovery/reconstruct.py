@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from prunella.errors import CheckFailed, RequestError
-from prunella.graph.blocks import renamed
+from prunella.graph.cut.block_surgery import renamed
 from prunella.model.forward import batches, forward, mode
 from prunella.model.masks import masks_of, reapply_
 from prunella.model.reads import Read, Stop, Watch, rows, targets

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from markupsafe import Markup
 
-from prunella.graph.structure import Graph, Group
+from prunella.graph.data import Graph, Group
 from prunella.reporting.page import templates
 
 ROW, RAIL, LEFT = 26, 16, 14

@@ -18,9 +18,9 @@ import torch
 from torch import nn
 
 import prunella
-from prunella.graph.blocks import new_name
-from prunella.graph.oracle import relative_error
-from prunella.graph.structure import Frozen
+from prunella.graph.cut.block_surgery import new_name
+from prunella.graph.data import Frozen
+from prunella.graph.verify import relative_error
 from prunella.model.forward import forward, mode, tensors
 from prunella.planning.plan import Plan
 from prunella.reporting.count import count, macs_by_module

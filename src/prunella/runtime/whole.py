@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from prunella.errors import CheckFailed
-from prunella.graph.oracle import relative_error
+from prunella.graph.verify import relative_error
 from prunella.model.forward import forward, tensors
 from prunella.runtime.convolution import is_last
 from prunella.runtime.fuse import channels_last_, copied

@@ -18,14 +18,14 @@ from prunella.budget import Ladder, ladder, most, solve
 from prunella.contest import Units, Weights
 from prunella.errors import NotSupported, RequestError
 from prunella.granularity import Block, Channel, Element, Expert, Head, Width
-from prunella.graph.couple import changes, couple
-from prunella.graph.oracle import unproven
-from prunella.graph.surgery import change_
-from prunella.graph.view import from_matrix
+from prunella.graph.cut.surgery import change_
+from prunella.graph.match import check_patterns
+from prunella.graph.matrix import from_matrix
+from prunella.graph.solve.groups import changes, couple
+from prunella.graph.verify import unproven
 from prunella.model import state as untouched
 from prunella.model.forward import mode
 from prunella.model.masks import record_
-from prunella.names import check_patterns
 from prunella.pace import Stopwatch
 from prunella.pipeline import Job
 from prunella.recipe import Recipe

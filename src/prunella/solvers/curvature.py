@@ -15,9 +15,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from prunella.apply import plan_masks
 from prunella.errors import CheckFailed, RequestError
-from prunella.graph.couple import couple
-from prunella.graph.structure import Layer
-from prunella.graph.view import from_matrix, to_matrix
+from prunella.graph.data import Layer
+from prunella.graph.matrix import from_matrix, to_matrix
+from prunella.graph.solve.groups import couple
 from prunella.model import state as untouched
 from prunella.model.forward import batches
 from prunella.planning.plan import Plan

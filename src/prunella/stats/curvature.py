@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from prunella.errors import RequestError
-from prunella.graph.view import from_matrix, to_matrix
+from prunella.graph.matrix import from_matrix, to_matrix
 from prunella.stats.gradient import MeanSquaredGrad
 from prunella.stats.subject import Subject
 

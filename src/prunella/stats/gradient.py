@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-from prunella.graph.structure import Group, Member
+from prunella.graph.data import Group, Member
 from prunella.stats.subject import Subject
 
 Grads = Mapping[str, Tensor]

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prunella.graph.depth import inside
+from prunella.graph.solve.residual_blocks import inside
 from prunella.model.forward import first_tensor, tensors
 from prunella.stats.subject import Subject
 

@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor
 
-from prunella.graph.structure import Group, Member
+from prunella.graph.data import Group, Member
 from prunella.stats.activation import Reading, View, Watch, lay_out
 from prunella.stats.subject import Subject
 

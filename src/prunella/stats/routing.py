@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 
-from prunella.graph.lines import called
-from prunella.graph.structure import Group, Running
+from prunella.graph.data import Group, Running
+from prunella.graph.trace.source import called
 from prunella.model.forward import tensors
 from prunella.stats.subject import Subject
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from prunella.graph.structure import Graph, Group, Layer
+from prunella.graph.data import Graph, Group, Layer
 
 
 @dataclass(frozen=True)

@@ -18,12 +18,12 @@ from torch.utils import _pytree as pytree
 from prunella.blockwise.chain import Block, Call, Keep, Runner
 from prunella.blockwise.stacks import routers
 from prunella.errors import NotSupported, PruningError
-from prunella.graph.blocks import swap
-from prunella.graph.couple import couple
-from prunella.graph.structure import Layer
+from prunella.graph.cut.block_surgery import swap
+from prunella.graph.data import Layer
+from prunella.graph.match import chosen, parts
+from prunella.graph.solve.groups import couple
 from prunella.model.forward import tensors
 from prunella.model.reads import Stop
-from prunella.names import chosen, parts
 from prunella.stats.subject import first_seen
 from prunella.streaming.skeleton import Skeleton
 

@@ -19,11 +19,11 @@ from prunella.blockwise.one_shot import Fit, Job, OneShot, Solving
 from prunella.blockwise.processes import Processes
 from prunella.blockwise.stacks import experts_run, in_turns, matrix_of
 from prunella.errors import RequestError
-from prunella.graph.structure import Layer
-from prunella.graph.view import to_matrix
+from prunella.graph.data import Layer
+from prunella.graph.match import check_known, parts
+from prunella.graph.matrix import to_matrix
 from prunella.model.forward import forward, mode, tensors
 from prunella.model.masks import forget_masks_
-from prunella.names import check_known, parts
 from prunella.streaming import memory as amounts
 from prunella.streaming.activations import OnDisk
 from prunella.streaming.capture import Captured, capture, layers_of, paths_of

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from prunella.errors import NotSupported, RequestError
-from prunella.graph.couple import couple
-from prunella.graph.structure import Graph, Group
+from prunella.graph.data import Graph, Group
+from prunella.graph.solve.groups import couple
 from prunella.registry.method import compression
 
 Predictor = Callable[[Tensor], Tensor]

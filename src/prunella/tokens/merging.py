@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from prunella.blockwise.chain import Block, Call, blocks_of
 from prunella.errors import NotSupported, RequestError
-from prunella.graph.couple import couple
-from prunella.graph.depth import inside
-from prunella.graph.structure import Graph
+from prunella.graph.data import Graph
+from prunella.graph.solve.groups import couple
+from prunella.graph.solve.residual_blocks import inside
 from prunella.model.forward import forward, tensors
 from prunella.model.undisturbed import undisturbed
 from prunella.registry.method import compression

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from prunella.errors import NotSupported, RequestError
 from prunella.granularity import Channel, Head
-from prunella.graph.couple import couple
-from prunella.graph.structure import Graph, Group, Layer, Member, Role
+from prunella.graph.data import Graph, Group, Layer, Member, Role
+from prunella.graph.match import check_patterns, chosen, names_of_layer, spared
+from prunella.graph.solve.groups import couple
 from prunella.model.state import untouched
 from prunella.model.unwrap import unwrap
-from prunella.names import check_patterns, chosen, names_of_layer, spared
 from prunella.stats.subject import first_seen
 from prunella.types import Inputs
 

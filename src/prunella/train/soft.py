@@ -11,8 +11,8 @@ from torch.optim import Optimizer
 
 from prunella.apply import apply_, plan_masks
 from prunella.errors import RequestError
-from prunella.graph.couple import couple
-from prunella.graph.structure import Graph
+from prunella.graph.data import Graph
+from prunella.graph.solve.groups import couple
 from prunella.model.masks import forget_masks_, pack, saved_masks
 from prunella.model.unwrap import unwrap
 from prunella.planning.plan import Plan

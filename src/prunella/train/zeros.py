@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from prunella import table
 from prunella.errors import NotSupported, RequestError
 from prunella.granularity import Channel, Element, Head
-from prunella.graph.couple import changes, couple
-from prunella.graph.oracle import SINGLE, TOLERANCE, as_double, relative_error, unproven
-from prunella.graph.structure import Frozen, Graph, Group, Member
-from prunella.graph.surgery import change_
+from prunella.graph.cut.surgery import change_
+from prunella.graph.data import Frozen, Graph, Group, Member
+from prunella.graph.match import check_patterns, chosen, names_of_layer, spared
+from prunella.graph.solve.groups import changes, couple
+from prunella.graph.verify import SINGLE, TOLERANCE, as_double, relative_error, unproven
 from prunella.model.forward import forward, tensors
 from prunella.model.state import untouched
-from prunella.names import check_patterns, chosen, names_of_layer, spared
 from prunella.planning.plan import Plan
 from prunella.stats.subject import first_seen
 from prunella.targets import Sparsity

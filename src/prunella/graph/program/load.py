@@ -20,7 +20,7 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from prunella.errors import BadInput
-from prunella.literals import module_of
+from prunella.graph.program.literals import module_of
 
 # torch logs each part it reads at warning level
 _LOGGERS = ("torch.export", "torch.export.pt2_archive._package", "torch._export.serde.serialize")

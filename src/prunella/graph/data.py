@@ -203,12 +203,12 @@ class Attribute:
 
 @dataclass(frozen=True)
 class Graph:
-    """Everything the pipeline needs of a model; made by `prunella.graph.couple.couple(model, inputs)`.
+    """Everything the pipeline needs of a model; made by `prunella.graph.solve.groups.couple(model, inputs)`.
 
     stacks: groups of residual blocks.  rooted: blocks that must stay, and why.  homes: entity -> the blocks that it
     lives in; it goes with the last of them.  orders: stack -> names of all children of the container.
     lists: stack -> (owner, name) of plain lists with one entry for each child, found together with the integers that
-    count the children by `prunella.graph.counters`.
+    count the children by `prunella.graph.solve.block_counters`.
     """
 
     entities: Mapping[str, Entity]

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from prunella.graph.axes import WHOLE, Dim, merge, reshape, sources
-from prunella.graph.ops.registry import Context, Returned, barrier, flat, rule
-from prunella.graph.provenance import Attr, Shape, Tracked, leaves, plain
-from prunella.graph.trace import Trace, Value
+from prunella.graph.rules.registry import Context, Returned, barrier, flat, rule
+from prunella.graph.solve.labels import WHOLE, Dim, merge, reshape, sources
+from prunella.graph.trace.recorder import Trace, Value
+from prunella.graph.trace.tracked_int import Attr, Shape, Tracked, leaves, plain
 
 
 @rule("view", "_unsafe_view", "reshape", "_reshape_alias", "_reshape_copy")

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 
 from prunella.errors import RequestError
-from prunella.graph.structure import Graph, Group, Layer
+from prunella.graph.data import Graph, Group, Layer
 
 
 def names_of_group(graph: Graph, group: Group) -> set[str]:

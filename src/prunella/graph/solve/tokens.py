@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prunella.graph.provenance import holders
-from prunella.graph.surgery import Renumbered
+from prunella.graph.cut.surgery import Renumbered
+from prunella.graph.trace.tracked_int import holders
 
 Ids = int | tuple[int, ...]
 

@@ -14,8 +14,8 @@ import numpy as np
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
-from prunella.graph.axes import And, Ledger, Reason
-from prunella.graph.structure import Ints, Kind
+from prunella.graph.data import Ints, Kind
+from prunella.graph.solve.labels import And, Ledger, Reason
 
 _BIT = {"norm": 1, "choice": 2, "route": 4, "lookup": 8, "output": 16}
 _KINDS: dict[int, Kind] = {1: "width", 4: "expert", 6: "expert", 8: "vocabulary", 24: "vocabulary"}

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from prunella.graph.provenance import plain
+from prunella.graph.trace.tracked_int import plain
 
 GENERATED = "<eval_with_key>"
 """How the file names of generated code begin."""

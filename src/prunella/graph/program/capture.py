@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from prunella.errors import CheckFailed, NotSupported
-from prunella.graph.oracle import relative_error
-from prunella.literals import module_of
+from prunella.graph.program.literals import module_of
+from prunella.graph.verify import relative_error
 from prunella.model.forward import forward, mode, tensors
 
 TOLERANCE = 1e-4

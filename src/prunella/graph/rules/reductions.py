@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from prunella.graph.axes import WHOLE, Reason
-from prunella.graph.ops.pointwise import pointwise
-from prunella.graph.ops.registry import RULES, Context, Returned, Rule, flat, rule, same
-from prunella.graph.structure import Role
-from prunella.graph.trace import Trace, Value
+from prunella.graph.data import Role
+from prunella.graph.rules.pointwise import pointwise
+from prunella.graph.rules.registry import RULES, Context, Returned, Rule, flat, rule, same
+from prunella.graph.solve.labels import WHOLE, Reason
+from prunella.graph.trace.recorder import Trace, Value
 
 _AFFINE: tuple[Role, ...] = ("scale", "shift")
 

@@ -13,8 +13,8 @@ from dataclasses import replace
 import numpy as np
 from torch import nn
 
-from prunella.graph.flow import Flow, ModuleCall
-from prunella.graph.structure import Entity, Frozen, Graph, Group, Layer, Member, Place, Role
+from prunella.graph.data import Entity, Frozen, Graph, Group, Layer, Member, Place, Role
+from prunella.graph.trace.dataflow import Flow, ModuleCall
 from prunella.types import Keep
 
 

@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from prunella.errors import CheckFailed, NotSupported
-from prunella.graph.blocks import bypassed
-from prunella.graph.couple import changes
-from prunella.graph.lines import called
-from prunella.graph.structure import Graph
-from prunella.graph.surgery import Along, Changes, change_
-from prunella.graph.vocabulary import each, known_only, renumber
+from prunella.graph.cut.block_surgery import bypassed
+from prunella.graph.cut.surgery import Along, Changes, change_
+from prunella.graph.data import Graph
+from prunella.graph.solve.groups import changes
+from prunella.graph.solve.tokens import each, known_only, renumber
+from prunella.graph.trace.source import called
 from prunella.model.forward import forward, tensors
 from prunella.model.undisturbed import undisturbed
 from prunella.types import Keep

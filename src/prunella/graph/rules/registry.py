@@ -22,9 +22,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prunella.graph.axes import WHOLE
-from prunella.graph.flow import pointwise
-from prunella.graph.trace import Trace, Value
+from prunella.graph.solve.labels import WHOLE
+from prunella.graph.trace.dataflow import pointwise
+from prunella.graph.trace.recorder import Trace, Value
 
 log = logging.getLogger(__name__)
 Returned = Value | Sequence[Value | None] | None

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from prunella.errors import RequestError
-from prunella.graph.blocks import drop_, number_, shorten_
-from prunella.graph.provenance import holder
+from prunella.graph.cut.block_surgery import drop_, number_, shorten_
+from prunella.graph.trace.tracked_int import holder
 
 Cuts = Mapping[str, Mapping[int, Tensor]]
 Sizes = Mapping[tuple[str, str], int | tuple[int, ...]]

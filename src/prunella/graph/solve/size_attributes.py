@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from prunella.graph.axes import Dim, Reason
-from prunella.graph.equations import Equations, Mark
-from prunella.graph.provenance import Attr, Expression, Shape, evaluate, leaves
-from prunella.graph.structure import Group
-from prunella.graph.trace import Link, Trace
+from prunella.graph.data import Group
+from prunella.graph.solve.equations import Equations, Mark
+from prunella.graph.solve.labels import Dim, Reason
+from prunella.graph.trace.recorder import Link, Trace
+from prunella.graph.trace.tracked_int import Attr, Expression, Shape, evaluate, leaves
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from prunella.graph.axes import WHOLE, Dim, Reason, merge
-from prunella.graph.ops.registry import Context, Returned, barrier, rule
-from prunella.graph.trace import Trace, Use, Value, Work
+from prunella.graph.rules.registry import Context, Returned, barrier, rule
+from prunella.graph.solve.labels import WHOLE, Dim, Reason, merge
+from prunella.graph.trace.recorder import Trace, Use, Value, Work
 
 
 def _contract(trace: Trace, ctx: Context, a: Value, b: Value, i: int, j: int) -> None:

@@ -14,7 +14,7 @@ from typing import Literal
 
 import numpy as np
 
-from prunella.graph.structure import Ints
+from prunella.graph.data import Ints
 
 Dim = tuple[Ints, ...]
 WHOLE: Dim = ()

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from prunella.graph.structure import Layer
+from prunella.graph.data import Layer
 from prunella.types import Weight
 
 

@@ -24,10 +24,11 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from prunella.graph.axes import WHOLE, Dim, Ledger, Reason, Run, Soft
-from prunella.graph.flow import Flow, watched
-from prunella.graph.lines import GENERATED, LIBRARY, called, place, short
-from prunella.graph.provenance import (
+from prunella.graph.data import Ints, Role
+from prunella.graph.solve.labels import WHOLE, Dim, Ledger, Reason, Run, Soft
+from prunella.graph.trace.dataflow import Flow, watched
+from prunella.graph.trace.source import GENERATED, LIBRARY, called, place, short
+from prunella.graph.trace.tracked_int import (
     Attr,
     Comparison,
     Expression,
@@ -38,7 +39,6 @@ from prunella.graph.provenance import (
     plain,
     tracked_attributes,
 )
-from prunella.graph.structure import Ints, Role
 from prunella.model.forward import forward, tensors
 from prunella.model.undisturbed import undisturbed
 

@@ -21,12 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from prunella.errors import BadInput, PruningError
-from prunella.graph.axes import Dim, Reason
-from prunella.graph.depth import add_stacks, dropped
-from prunella.graph.equations import Equations
-from prunella.graph.ops import apply_rule
-from prunella.graph.sizes import freeze_unfollowed, solve
-from prunella.graph.structure import (
+from prunella.graph.cut.surgery import Along, Changes, Renumbered
+from prunella.graph.data import (
     Attribute,
     Cost,
     Entity,
@@ -41,9 +37,13 @@ from prunella.graph.structure import (
     Numbered,
     Running,
 )
-from prunella.graph.surgery import Along, Changes, Renumbered
-from prunella.graph.trace import Axis, Trace, Work, trace
-from prunella.graph.vocabulary import specials
+from prunella.graph.rules import apply_rule
+from prunella.graph.solve.equations import Equations
+from prunella.graph.solve.labels import Dim, Reason
+from prunella.graph.solve.residual_blocks import add_stacks, dropped
+from prunella.graph.solve.size_attributes import freeze_unfollowed, solve
+from prunella.graph.solve.tokens import specials
+from prunella.graph.trace.recorder import Axis, Trace, Work, trace
 from prunella.types import Keep
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from prunella.graph.axes import WHOLE, Dim, Reason
-from prunella.graph.ops.registry import Context, Returned, barrier, rule
-from prunella.graph.trace import Trace, Value
+from prunella.graph.rules.registry import Context, Returned, barrier, rule
+from prunella.graph.solve.labels import WHOLE, Dim, Reason
+from prunella.graph.trace.recorder import Trace, Value
 
 
 @rule("tril", "triu")

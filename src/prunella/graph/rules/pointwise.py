@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from prunella.graph.axes import WHOLE, Dim
-from prunella.graph.ops.registry import Context, Returned, rule, same, tensors_in
-from prunella.graph.structure import Role
-from prunella.graph.trace import Axis, Trace, Value
+from prunella.graph.data import Role
+from prunella.graph.rules.registry import Context, Returned, rule, same, tensors_in
+from prunella.graph.solve.labels import WHOLE, Dim
+from prunella.graph.trace.recorder import Axis, Trace, Value
 
 
 @rule("_prelu_kernel", "hardswish", "rsub", "masked_fill", "copy", "where", "native_dropout", "log_sigmoid_forward")

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from prunella.graph.axes import WHOLE, Dim, Reason, merge, take
-from prunella.graph.ops.registry import Context, Returned, flat, rule
-from prunella.graph.provenance import Tracked, plain
-from prunella.graph.trace import Trace, Value
+from prunella.graph.rules.registry import Context, Returned, flat, rule
+from prunella.graph.solve.labels import WHOLE, Dim, Reason, merge, take
+from prunella.graph.trace.recorder import Trace, Value
+from prunella.graph.trace.tracked_int import Tracked, plain
 
 
 @rule("slice")

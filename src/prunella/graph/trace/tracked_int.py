@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prunella.graph.axes import Dim
+from prunella.graph.solve.labels import Dim
 
 
 @dataclass(frozen=True)

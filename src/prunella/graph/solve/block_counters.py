@@ -17,10 +17,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from prunella.graph.blocks import drop_, number_, shorten_
-from prunella.graph.depth import inside
-from prunella.graph.provenance import holder, holders
-from prunella.graph.structure import Attribute, Extent, Graph, Group
+from prunella.graph.cut.block_surgery import drop_, number_, shorten_
+from prunella.graph.data import Attribute, Extent, Graph, Group
+from prunella.graph.solve.residual_blocks import inside
+from prunella.graph.trace.tracked_int import holder, holders
 from prunella.model.forward import forward
 from prunella.model.undisturbed import undisturbed
 

@@ -1,0 +1,1 @@
+"""Cutting a module by kept positions."""

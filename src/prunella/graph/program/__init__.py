@@ -1,0 +1,1 @@
+"""Exported programs: capture, literals and loading."""

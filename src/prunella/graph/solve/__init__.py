@@ -1,0 +1,1 @@
+"""From a recorded pass to groups of coupled units."""

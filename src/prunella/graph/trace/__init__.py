@@ -1,0 +1,1 @@
+"""One recorded forward pass: operations, sizes and source lines."""
