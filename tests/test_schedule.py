@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prunella import schedule
+from prunella import schedules as schedule
 from prunella.errors import RequestError
 from prunella.registry.method import REGISTRY
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prunella.select import _from_ordinal, _ordinal, keep_top, removal_order, shortest_prefix
+from prunella.selection import _from_ordinal, _ordinal, keep_top, removal_order, shortest_prefix
 
 few = st.integers(-2, 2).map(float)
 

@@ -180,13 +180,13 @@ if TYPE_CHECKING:
     from prunella.sanity import collapsed as collapsed
     from prunella.sanity import reinitialised as reinitialised
     from prunella.sanity import shuffled_plan as shuffled_plan
-    from prunella.schedule import acdc as acdc
-    from prunella.schedule import cosine as cosine
-    from prunella.schedule import cubic as cubic
-    from prunella.schedule import exponential as exponential
-    from prunella.schedule import linear as linear
-    from prunella.schedule import one_shot as one_shot
-    from prunella.schedule import rounds as rounds
+    from prunella.schedules import acdc as acdc
+    from prunella.schedules import cosine as cosine
+    from prunella.schedules import cubic as cubic
+    from prunella.schedules import exponential as exponential
+    from prunella.schedules import linear as linear
+    from prunella.schedules import one_shot as one_shot
+    from prunella.schedules import rounds as rounds
     from prunella.search import Found as Found
     from prunella.search import LatencyTable as LatencyTable
     from prunella.search import Levels as Levels
@@ -458,13 +458,13 @@ _HOME = {
     "collapsed": "sanity",
     "reinitialised": "sanity",
     "shuffled_plan": "sanity",
-    "acdc": "schedule",
-    "cosine": "schedule",
-    "cubic": "schedule",
-    "exponential": "schedule",
-    "linear": "schedule",
-    "one_shot": "schedule",
-    "rounds": "schedule",
+    "acdc": "schedules",
+    "cosine": "schedules",
+    "cubic": "schedules",
+    "exponential": "schedules",
+    "linear": "schedules",
+    "one_shot": "schedules",
+    "rounds": "schedules",
     "Found": "search",
     "LatencyTable": "search",
     "Levels": "search",

@@ -24,7 +24,7 @@ from prunella.recipe import Recipe
 from prunella.registry.controlled import name_of
 from prunella.registry.method import search
 from prunella.request import check_finite, checked_target
-from prunella.schedule import Schedule, exponential
+from prunella.schedules import Schedule, exponential
 from prunella.stats import Source
 from prunella.stats.masked import Before
 from prunella.table import amount

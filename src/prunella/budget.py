@@ -11,7 +11,7 @@ from torch import Tensor
 
 from prunella.allocation.pool import Allocation, Pool
 from prunella.errors import RequestError
-from prunella.select import Counts, shortest_prefix
+from prunella.selection import Counts, shortest_prefix
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from prunella.graph.data import Graph
 from prunella.graph.solve.groups import changes
 from prunella.graph.solve.tokens import known_only, renumber
 from prunella.model.forward import forward
-from prunella.select import Counts
+from prunella.selection import Counts
 from prunella.targets import TOLERANCE, Latency
 from prunella.timing import Timing, side_by_side
 from prunella.types import Keep

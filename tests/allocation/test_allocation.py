@@ -14,7 +14,7 @@ import prunella as pr
 from prunella.allocation.pool import Allocation, Pool
 from prunella.budget import allocate, ladder, removed, solve
 from prunella.errors import RequestError
-from prunella.select import shortest_prefix
+from prunella.selection import shortest_prefix
 
 LENET = [(300, 784), (100, 300), (10, 100)]
 RESNET20 = [(16, 3, 3, 3), *[(16, 16, 3, 3)] * 6, (32, 16, 3, 3), *[(32, 32, 3, 3)] * 5,

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 import prunella as pr
 from prunella.allocation.pool import Allocation, Pool
 from prunella.budget import allocate
-from prunella.select import shortest_prefix
+from prunella.selection import shortest_prefix
 from tests.graphs import IMAGE, convnet, images
 
 

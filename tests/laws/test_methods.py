@@ -20,7 +20,7 @@ from prunella.model import state as untouched
 from prunella.registry.catalogue import methods
 from prunella.registry.method import REGISTRY, STATISTICS, Method, criterion
 from prunella.scoring import Absent, Scorer
-from prunella.select import shortest_prefix
+from prunella.selection import shortest_prefix
 from prunella.stats import Source, Subject, collect
 from tests.graphs import blocks, convnet, images, square_loss
 

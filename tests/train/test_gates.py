@@ -16,7 +16,7 @@ from torch.nn.functional import mse_loss
 import prunella as pr
 from prunella.errors import RequestError
 from prunella.recovery.finetune import Training
-from prunella.schedule import linear
+from prunella.schedules import linear
 from prunella.train.concrete import HardConcrete
 from prunella.train.coupled import Coupled
 from prunella.train.gates import gates_of

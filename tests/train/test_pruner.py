@@ -18,7 +18,7 @@ from prunella.model.masks import finalize, masks_of
 from prunella.pipeline import plan
 from prunella.planning.plan import Plan
 from prunella.recipe import Recipe
-from prunella.schedule import cubic, linear, one_shot
+from prunella.schedules import cubic, linear, one_shot
 from prunella.table import Amount
 from prunella.targets import MACs, Sparsity, Target
 from prunella.train.pruner import Pruner

@@ -4,8 +4,8 @@ An allocation maps every pool's scores to removal keys. The keys of all pools ar
 shortest prefix of it that meets the target is removed: any target, in any unit, is met within one step.
 """
 
-from prunella.allocation.given import fixed as fixed
-from prunella.allocation.given import from_scan as from_scan
+from prunella.allocation.fixed import fixed as fixed
+from prunella.allocation.fixed import from_scan as from_scan
 from prunella.allocation.layerwise import erk as erk
 from prunella.allocation.layerwise import erk_densities as erk_densities
 from prunella.allocation.layerwise import uniform as uniform

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from prunella.registry.method import granularity
-from prunella.select import keep_top
+from prunella.selection import keep_top
 from prunella.types import Mask, Saliency, Scores
 
 

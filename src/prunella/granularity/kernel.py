@@ -11,7 +11,7 @@ from torch import Tensor
 from prunella.errors import RequestError
 from prunella.granularity.pattern import Block
 from prunella.registry.method import granularity
-from prunella.select import keep_top
+from prunella.selection import keep_top
 from prunella.types import Mask, Saliency
 
 _SIDE = 3

@@ -11,7 +11,7 @@ from torch.nn.functional import pad
 
 from prunella.errors import RequestError
 from prunella.registry.method import granularity
-from prunella.select import keep_top, removal_order
+from prunella.selection import keep_top, removal_order
 from prunella.types import Mask, Saliency, Scores
 
 

@@ -13,7 +13,7 @@ from prunella.contest import Units, macs_by_layer
 from prunella.errors import RequestError
 from prunella.reporting.profile import time_by_layer
 from prunella.search.space import Space
-from prunella.select import Counts
+from prunella.selection import Counts
 
 Clock = Callable[[Mapping[str, nn.Module], Any], Mapping[str, Mapping[str, float]]]
 Curve = tuple[tuple[float, ...], tuple[float, ...]]

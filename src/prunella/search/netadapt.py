@@ -13,7 +13,7 @@ from prunella.model import state as untouched
 from prunella.registry.method import search
 from prunella.search.journal import Journal
 from prunella.search.space import Evaluate, Found, Predict, Space
-from prunella.select import Counts
+from prunella.selection import Counts
 from prunella.targets import Sparsity, Target
 
 Tune = Callable[[nn.Module], object]

@@ -11,7 +11,7 @@ from prunella.errors import RequestError, TargetMissed
 from prunella.registry.method import search
 from prunella.search.scan import Scan
 from prunella.search.space import Found, Predict, Space
-from prunella.select import Counts
+from prunella.selection import Counts
 from prunella.targets import Target
 
 ROUNDS = 30

@@ -30,7 +30,7 @@ from prunella.pace import Stopwatch
 from prunella.pipeline import Job
 from prunella.recipe import Recipe
 from prunella.search.journal import digest_of
-from prunella.select import Counts
+from prunella.selection import Counts
 from prunella.stats import Source, Subject
 from prunella.targets import Latency, Sparsity, Target
 from prunella.types import Inputs, Loss

@@ -8,7 +8,7 @@ from torch import Tensor
 from prunella.errors import RequestError
 from prunella.granularity import NM, Block, Element
 from prunella.registry.method import solver
-from prunella.schedule import cubic
+from prunella.schedules import cubic
 from prunella.solvers.layer import Pattern, Solved, checked, project, relative_error
 from prunella.solvers.linear import damped_factor
 from prunella.types import Gram, Mask, Saliency, Weight

@@ -13,7 +13,7 @@ from prunella.errors import RequestError
 from prunella.model.masks import reapply_, record_
 from prunella.model.unwrap import unwrap
 from prunella.registry.method import training
-from prunella.select import keep_top
+from prunella.selection import keep_top
 from prunella.train.onto import put_on, take_off, weights
 from prunella.types import Mask
 

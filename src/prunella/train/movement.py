@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 from prunella.errors import RequestError
 from prunella.registry.method import training
-from prunella.schedule import Schedule, cubic
-from prunella.select import keep_top
+from prunella.schedules import Schedule, cubic
+from prunella.selection import keep_top
 from prunella.train.coupled import Coupled
 from prunella.train.gates import Gate, M, Scheduled, attach_
 from prunella.types import Mask

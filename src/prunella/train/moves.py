@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from prunella.select import keep_top
+from prunella.selection import keep_top
 from prunella.types import Mask
 
 

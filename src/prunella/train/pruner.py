@@ -23,7 +23,7 @@ from prunella.model.unwrap import unwrap
 from prunella.pipeline import plan
 from prunella.planning.plan import Plan
 from prunella.recipe import Recipe
-from prunella.schedule import Schedule, cubic
+from prunella.schedules import Schedule, cubic
 from prunella.targets import Target, part_of
 from prunella.train.optimizers import check_optimizer, clear_state, mask_gradients
 from prunella.types import Inputs, Mask

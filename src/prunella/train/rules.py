@@ -13,7 +13,7 @@ from prunella.criteria import magnitude, random
 from prunella.errors import RequestError
 from prunella.registry.controlled import name_of
 from prunella.registry.method import metric, needs_of, training
-from prunella.schedule import Schedule, cubic
+from prunella.schedules import Schedule, cubic
 from prunella.scoring import Criterion
 from prunella.targets import Sparsity
 from prunella.types import Grad, Mask, Saliency

@@ -14,7 +14,7 @@ from prunella.model.masks import reapply_, record_
 from prunella.model.unwrap import unwrap
 from prunella.planning.plan import Plan
 from prunella.registry.method import training
-from prunella.select import keep_top
+from prunella.selection import keep_top
 from prunella.train.onto import put_on, take_off, weights
 
 M = TypeVar("M", bound=nn.Module)
