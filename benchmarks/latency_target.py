@@ -22,8 +22,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import prunella as pr
 from prunella.errors import TargetMissed
+from prunella.measure.timing import side_by_side
 from prunella.targets import TOLERANCE
-from prunella.timing import side_by_side
 
 
 def demo_cnn() -> tuple[nn.Module, Tensor]:

@@ -39,9 +39,9 @@ from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 from torch import Tensor, nn
 
 import prunella as pr
+from prunella.measure.machine import cpu_name
 from prunella.models import import_module
 from prunella.reporting.chart import alone, figure
-from prunella.runtime.machine import cpu_name
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = Path(os.environ.get("PRUNELLA_DATA", ROOT.parent / "shared" / "data"))

@@ -17,9 +17,9 @@ from torch import nn
 
 import prunella as pr
 from prunella.budget import ladder, solve
+from prunella.measure.timing import Timing
 from prunella.pace import MOST, in_order, paced
 from prunella.targets import TOLERANCE, Latency, parse_target
-from prunella.timing import Timing
 from tests.graphs import IMAGE, convnet, mlp
 
 Ratio = Callable[[tuple[int, ...]], float]

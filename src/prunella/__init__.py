@@ -101,6 +101,10 @@ if TYPE_CHECKING:
     from prunella.granularity import Width as Width
     from prunella.graph.program.capture import as_program as as_program
     from prunella.importers import import_plan as import_plan
+    from prunella.measure.count import count as count
+    from prunella.measure.throughput import throughput as throughput
+    from prunella.measure.timing import Timing as Timing
+    from prunella.measure.timing import compare_latency as compare_latency
     from prunella.metrics import perplexity as perplexity
     from prunella.metrics import token_agreement as token_agreement
     from prunella.metrics import zero_shot as zero_shot
@@ -111,7 +115,6 @@ if TYPE_CHECKING:
     from prunella.metrics.outputs import kl_divergence as kl_divergence
     from prunella.metrics.outputs import per_class_drop as per_class_drop
     from prunella.metrics.outputs import pruning_identified_exemplars as pruning_identified_exemplars
-    from prunella.metrics.rate import throughput as throughput
     from prunella.metrics.reach import EffectiveSparsity as EffectiveSparsity
     from prunella.metrics.reach import effective_sparsity as effective_sparsity
     from prunella.metrics.size import Compression as Compression
@@ -163,7 +166,6 @@ if TYPE_CHECKING:
     from prunella.recovery.reconstruct import reconstruct as reconstruct
     from prunella.recovery.sharded import hold_sharded_ as hold_sharded_
     from prunella.recovery.statistics import correct_statistics as correct_statistics
-    from prunella.reporting.count import count as count
     from prunella.reporting.frontier import Frontier as Frontier
     from prunella.reporting.frontier import write_frontier as write_frontier
     from prunella.reporting.page import write_page as write_page
@@ -242,8 +244,6 @@ if TYPE_CHECKING:
     from prunella.tickets.lap import Lap as Lap
     from prunella.tickets.supermask import finalize_supermask as finalize_supermask
     from prunella.tickets.supermask import supermask_ as supermask_
-    from prunella.timing import Timing as Timing
-    from prunella.timing import compare_latency as compare_latency
     from prunella.tokens import TokenMerging as TokenMerging
     from prunella.tokens import bipartite_match as bipartite_match
     from prunella.tokens import contextual_ as contextual_
@@ -379,6 +379,10 @@ _HOME = {
     "Width": "granularity",
     "as_program": "graph.program.capture",
     "import_plan": "importers",
+    "count": "measure.count",
+    "throughput": "measure.throughput",
+    "Timing": "measure.timing",
+    "compare_latency": "measure.timing",
     "perplexity": "metrics",
     "token_agreement": "metrics",
     "zero_shot": "metrics",
@@ -389,7 +393,6 @@ _HOME = {
     "kl_divergence": "metrics.outputs",
     "per_class_drop": "metrics.outputs",
     "pruning_identified_exemplars": "metrics.outputs",
-    "throughput": "metrics.rate",
     "EffectiveSparsity": "metrics.reach",
     "effective_sparsity": "metrics.reach",
     "Compression": "metrics.size",
@@ -441,7 +444,6 @@ _HOME = {
     "reconstruct": "recovery.reconstruct",
     "hold_sharded_": "recovery.sharded",
     "correct_statistics": "recovery.statistics",
-    "count": "reporting.count",
     "Frontier": "reporting.frontier",
     "write_frontier": "reporting.frontier",
     "write_page": "reporting.page",
@@ -520,8 +522,6 @@ _HOME = {
     "Lap": "tickets.lap",
     "finalize_supermask": "tickets.supermask",
     "supermask_": "tickets.supermask",
-    "Timing": "timing",
-    "compare_latency": "timing",
     "TokenMerging": "tokens",
     "bipartite_match": "tokens",
     "contextual_": "tokens",

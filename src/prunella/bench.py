@@ -23,15 +23,15 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from prunella.errors import PruningError, RequestError
+from prunella.measure.machine import cpu_name
+from prunella.measure.timing import Comparison, compare_latency
 from prunella.model.forward import forward, tensors
 from prunella.realize.export import export
 from prunella.reporting.chart import alone, figure
 from prunella.runtime import native
 from prunella.runtime.convert import sparse, sparsified
 from prunella.runtime.fast import dense_fast
-from prunella.runtime.machine import cpu_name
 from prunella.runtime.native import Precision
-from prunella.timing import Comparison, compare_latency
 from prunella.types import Inputs
 
 if TYPE_CHECKING:

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from prunella.reporting.latency import compare_latency
+from prunella.measure.latency import compare_latency
+from prunella.measure.machine import cpu_info, cpu_name
 from prunella.runtime import native
-from prunella.runtime.machine import cpu_info, cpu_name
 from prunella.runtime.survey import LOST, Pattern, survey
 
 _FLAGS = (

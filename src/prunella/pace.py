@@ -16,10 +16,10 @@ from prunella.graph.cut.surgery import change_
 from prunella.graph.data import Graph
 from prunella.graph.solve.groups import changes
 from prunella.graph.solve.tokens import known_only, renumber
+from prunella.measure.timing import Timing, side_by_side
 from prunella.model.forward import forward
 from prunella.selection import Counts
 from prunella.targets import TOLERANCE, Latency
-from prunella.timing import Timing, side_by_side
 from prunella.types import Keep
 
 MOST = 16

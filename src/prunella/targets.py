@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from prunella.errors import RequestError
 
 if TYPE_CHECKING:
-    from prunella.timing import Timing
+    from prunella.measure.timing import Timing
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class Latency(Target):
     multiply the zeros. The weights are not timed again after healing: widths decide the time, values do not.
 
     measure: what times them instead, a function of (dense, small, inputs, inputs of the small one) that returns a
-        `prunella.timing.Timing`: another device, for example.
+        `prunella.measure.timing.Timing`: another device, for example.
     """
 
     measure: Callable[[Any, Any, Any, Any], Timing] | None = field(default=None, compare=False, repr=False)

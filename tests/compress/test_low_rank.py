@@ -10,7 +10,7 @@ from torch import Tensor, nn
 import prunella as pr
 from prunella.compress.low_rank import LowRank, low_rank, ranks_of, svd_factors
 from prunella.errors import BadInput, RequestError
-from prunella.reporting.count import measured_macs
+from prunella.measure.count import measured_macs
 from tests.hand import hand_plan
 
 

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 import prunella as pr
 from prunella.errors import NotSupported, RequestError
-from prunella.metrics.rate import Throughput, _writer
-from prunella.timing import Comparison, Latency, Ratio
+from prunella.measure.throughput import Throughput, _writer
+from prunella.measure.timing import Comparison, Latency, Ratio
 from tests.blockwise.nets import language_model, windows
 
 

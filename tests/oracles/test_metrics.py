@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 import prunella as pr
+from prunella.measure.count import measured_macs
 from prunella.metrics.corruption import CORRUPTIONS
 from prunella.metrics.outputs import wilson
-from prunella.reporting.count import measured_macs
 from tests.graphs import mlp
 
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from prunella.errors import RequestError
-from prunella.reporting.count import compression, count, macs_by_module, measured_macs
+from prunella.measure.count import compression, count, macs_by_module, measured_macs
 
 
 class LeNet(nn.Module):

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from prunella import timing as latency
 from prunella.errors import RequestError
-from prunella.reporting.profile import OTHER, peak_memory, time_by_layer
-from prunella.timing import Latency, Ratio, compare_latency, paired_ratio
+from prunella.measure import timing as latency
+from prunella.measure.profile import OTHER, peak_memory, time_by_layer
+from prunella.measure.timing import Latency, Ratio, compare_latency, paired_ratio
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from prunella.graph.data import Frozen
+from prunella.measure.latency import Comparison, Latency, Ratio
 from prunella.planning.plan import Plan
-from prunella.reporting.latency import Comparison, Latency, Ratio
 from prunella.reporting.report import Curve, Metric, Report, report, shown
 from prunella.table import Amount, Row
 from prunella.targets import MACs, Sparsity, Target

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
+from prunella.measure.timing import Ratio
 from prunella.runtime import fast, tune, whole
 from prunella.runtime.choice import Choice, Problem, is_dense
 from prunella.runtime.tune import Verdict
-from prunella.timing import Ratio
 from tests.runtime import standin
 
 

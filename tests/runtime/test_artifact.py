@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import prunella as pr
 from prunella.errors import BadInput, RequestError
+from prunella.measure.timing import Ratio
 from prunella.runtime import artifact, convert, whole
 from prunella.runtime.choice import Problem, Route
 from prunella.runtime.fingerprint import fingerprint
@@ -22,7 +23,6 @@ from prunella.runtime.fuse import Fused
 from prunella.runtime.layers import FastLinear, SparseConv2d, SparseLinear
 from prunella.runtime.native import Activation, Config, Kind
 from prunella.runtime.restore import restored
-from prunella.timing import Ratio
 from tests.runtime.standin import Calls
 from tests.runtime.test_sparse import IMAGE, X, mlp, net, sown, stem
 

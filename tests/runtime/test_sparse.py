@@ -15,6 +15,7 @@ from torch.nn import functional
 
 import prunella as pr
 from prunella.errors import CheckFailed, RequestError
+from prunella.measure.timing import Ratio
 from prunella.runtime import convert, native, operators, targets, tune, whole
 from prunella.runtime.choice import Problem, Route, is_dense
 from prunella.runtime.fuse import Fused, fuse_, traced
@@ -22,7 +23,6 @@ from prunella.runtime.layers import FastLinear, FoldedConv2d, SparseConv2d, Spar
 from prunella.runtime.native import Activation, Config, Kind, Precision
 from prunella.runtime.restore import restored
 from prunella.runtime.tune import Tuner, Verdict, configs
-from prunella.timing import Ratio
 from tests.runtime.standin import Calls
 
 

@@ -1,5 +1,7 @@
 """Numbers that say what pruning did: size, speed, what still takes part, and side effects."""
 
+from prunella.measure.throughput import Throughput as Throughput
+from prunella.measure.throughput import throughput as throughput
 from prunella.metrics.effects import SideEffects as SideEffects
 from prunella.metrics.effects import side_effects as side_effects
 from prunella.metrics.language import Perplexity as Perplexity
@@ -12,8 +14,6 @@ from prunella.metrics.outputs import flip_rate as flip_rate
 from prunella.metrics.outputs import kl_divergence as kl_divergence
 from prunella.metrics.outputs import per_class_drop as per_class_drop
 from prunella.metrics.outputs import pruning_identified_exemplars as pruning_identified_exemplars
-from prunella.metrics.rate import Throughput as Throughput
-from prunella.metrics.rate import throughput as throughput
 from prunella.metrics.reach import EffectiveSparsity as EffectiveSparsity
 from prunella.metrics.reach import effective_sparsity as effective_sparsity
 from prunella.metrics.size import Compression as Compression

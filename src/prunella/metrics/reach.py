@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from prunella.errors import BadInput, NotSupported
 from prunella.graph.solve.tokens import each
+from prunella.measure.count import compression
 from prunella.metrics.paths import Paths
 from prunella.model.forward import forward, tensors
 from prunella.model.undisturbed import undisturbed
 from prunella.registry.method import metric
-from prunella.reporting.count import compression
 from prunella.types import Inputs, Mask
 
 

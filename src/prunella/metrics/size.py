@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from torch import nn
 
 from prunella.errors import RequestError
+from prunella.measure.count import compression, count
 from prunella.registry.method import metric
-from prunella.reporting.count import compression, count
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,11 @@ import torch
 from torch import nn
 
 from prunella.errors import NotSupported, RequestError
+from prunella.measure.count import compression, macs_by_module, measured_macs
+from prunella.measure.latency import Comparison, compare_latency
+from prunella.measure.profile import peak_memory
 from prunella.model.forward import forward, mode, tensors
 from prunella.registry.method import metric
-from prunella.reporting.count import compression, macs_by_module, measured_macs
-from prunella.reporting.latency import Comparison, compare_latency
-from prunella.reporting.profile import peak_memory
 from prunella.types import Inputs
 
 _RAPL = Path("/sys/class/powercap")

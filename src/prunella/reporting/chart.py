@@ -10,7 +10,7 @@ from xml.etree import ElementTree
 
 from markupsafe import Markup
 
-from prunella.reporting.latency import Comparison
+from prunella.measure.latency import Comparison
 from prunella.reporting.report import Curve
 
 if TYPE_CHECKING:

@@ -21,11 +21,11 @@ import prunella
 from prunella.graph.cut.block_surgery import new_name
 from prunella.graph.data import Frozen
 from prunella.graph.verify import relative_error
+from prunella.measure.count import count, macs_by_module
+from prunella.measure.latency import Comparison, compare_latency
+from prunella.measure.profile import peak_memory, time_by_layer
 from prunella.model.forward import forward, mode, tensors
 from prunella.planning.plan import Plan
-from prunella.reporting.count import count, macs_by_module
-from prunella.reporting.latency import Comparison, compare_latency
-from prunella.reporting.profile import peak_memory, time_by_layer
 from prunella.reporting.section import Section
 from prunella.types import Inputs
 

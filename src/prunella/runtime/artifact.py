@@ -21,6 +21,7 @@ from torch.fx import GraphModule
 
 from prunella.errors import BadInput, RequestError
 from prunella.files import MARKER, digest, new_folder
+from prunella.measure.machine import cpu_name
 from prunella.model.unwrap import unwrap
 from prunella.planning.plan import Plan
 from prunella.realize.artifact import (
@@ -52,7 +53,6 @@ from prunella.runtime.convert import (
 from prunella.runtime.fingerprint import fingerprint
 from prunella.runtime.fuse import Fused, activation_of, channels_last_, copied
 from prunella.runtime.layers import SparseLinear
-from prunella.runtime.machine import cpu_name
 from prunella.runtime.native import Precision
 from prunella.runtime.restore import restored, sparse_layers
 from prunella.runtime.targets import bias_of, geometry_of, matrix_of, targets

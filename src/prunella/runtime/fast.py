@@ -9,13 +9,13 @@ from functools import partial
 import torch
 from torch import nn
 
+from prunella.measure.machine import cpu_name
 from prunella.model.forward import forward
 from prunella.model.unwrap import unwrap
 from prunella.runtime.choice import Route
 from prunella.runtime.convert import Layer, Sparsified, check_request, kernels, noted
 from prunella.runtime.fuse import copied
 from prunella.runtime.layers import FastLinear
-from prunella.runtime.machine import cpu_name
 from prunella.runtime.targets import bias_of, matrix_of, problems, sizes
 from prunella.runtime.tune import Verdict, candidates_dense, decide, density
 from prunella.runtime.whole import interleaved

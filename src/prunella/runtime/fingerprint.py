@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 import prunella
+from prunella.measure.machine import cpu_info, cpu_name
 from prunella.runtime import native
-from prunella.runtime.machine import cpu_info, cpu_name
 
 
 def fingerprint() -> dict[str, str]:

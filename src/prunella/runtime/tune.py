@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from prunella.errors import PruningError
+from prunella.measure.timing import Ratio, compare_latency, own_clock
 from prunella.runtime import native, tiles
 from prunella.runtime.choice import Choice, Geometry, Problem, Route, Table, is_dense
 from prunella.runtime.convolution import is_last
@@ -20,7 +21,6 @@ from prunella.runtime.layers import FastLinear, FoldedConv2d, SparseConv2d, Spar
 from prunella.runtime.native import Activation, Config, Kind, Precision
 from prunella.runtime.store import finished
 from prunella.runtime.tiles import FEW_TOKENS
-from prunella.timing import Ratio, compare_latency, own_clock
 
 Run = Callable[[], object]
 _M = TypeVar("_M", nn.Linear, nn.Conv2d)

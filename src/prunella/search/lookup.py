@@ -11,7 +11,7 @@ from torch import nn
 
 from prunella.contest import Units, macs_by_layer
 from prunella.errors import RequestError
-from prunella.reporting.profile import time_by_layer
+from prunella.measure.profile import time_by_layer
 from prunella.search.space import Space
 from prunella.selection import Counts
 

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from prunella.errors import NotSupported, RequestError
+from prunella.measure.timing import Comparison, compare_latency
 from prunella.model.forward import mode
 from prunella.registry.method import metric
-from prunella.timing import Comparison, compare_latency
 from prunella.types import TokenIds
 
 

@@ -1,0 +1,1 @@
+"""Time, memory and multiply-adds of a model on this machine."""

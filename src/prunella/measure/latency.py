@@ -1,0 +1,9 @@
+"""Is it faster? The clock itself is `prunella.measure.timing`, which plans for a `Latency` use too."""
+
+from prunella.measure.timing import Comparison as Comparison
+from prunella.measure.timing import Latency as Latency
+from prunella.measure.timing import Ratio as Ratio
+from prunella.measure.timing import compare_latency as compare_latency
+from prunella.measure.timing import paired_ratio as paired_ratio
+
+__all__ = ["Comparison", "Latency", "Ratio", "compare_latency", "paired_ratio"]
