@@ -21,7 +21,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 import prunella as pr
-from prunella.recipes import erk_random
+from prunella.planning.recipes import erk_random
 
 SPARSITIES = (0.98, 0.99)
 METHODS = ("static", "set", "rigl", "sparse_momentum", "granet")

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from prunella.planning.plan import Plan
-from prunella.table import Amount
+from prunella.planning.table import Amount
 from prunella.targets import Sparsity, Target
 
 NOTHING = Amount(0, 0, 0, 0)

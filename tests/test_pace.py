@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 import prunella as pr
-from prunella.budget import ladder, solve
 from prunella.measure.timing import Timing
-from prunella.pace import MOST, in_order, paced
+from prunella.planning.budget import ladder, solve
+from prunella.planning.latency import MOST, in_order, paced
 from prunella.targets import TOLERANCE, Latency, parse_target
 from tests.graphs import IMAGE, convnet, mlp
 

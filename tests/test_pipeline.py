@@ -15,8 +15,8 @@ from torch import Tensor, nn
 import prunella as pr
 from prunella.errors import BadInput, NotSupported, PruningError, RequestError, TargetMissed
 from prunella.graph.solve.groups import couple
-from prunella.pipeline import DEFAULT
-from prunella.recipes import named
+from prunella.planning.planner import DEFAULT
+from prunella.planning.recipes import named
 from tests.graphs import IMAGE, Attention, convnet, hand_graph, images, mlp, square_loss
 
 X = torch.zeros(IMAGE)

@@ -22,11 +22,6 @@ if TYPE_CHECKING:
     from prunella.allocation import uniform as uniform
     from prunella.allocation import uniform_plus as uniform_plus
     from prunella.apply import apply_ as apply_
-    from prunella.at_init import Rounds as Rounds
-    from prunella.at_init import force as force
-    from prunella.at_init import iterate as iterate
-    from prunella.at_init import iterative_snip as iterative_snip
-    from prunella.at_init import synflow_rounds as synflow_rounds
     from prunella.blockwise import Match as Match
     from prunella.blockwise import OneShot as OneShot
     from prunella.blockwise import Refine as Refine
@@ -127,8 +122,15 @@ if TYPE_CHECKING:
     from prunella.model.masks import masks_of as masks_of
     from prunella.model.masks import reapply_ as reapply_
     from prunella.permutation import permute as permute
-    from prunella.pipeline import plan as plan
     from prunella.planning.plan import Plan as Plan
+    from prunella.planning.planner import plan as plan
+    from prunella.planning.recipe import Recipe as Recipe
+    from prunella.planning.rounds import Rounds as Rounds
+    from prunella.planning.rounds import force as force
+    from prunella.planning.rounds import iterate as iterate
+    from prunella.planning.rounds import iterative_snip as iterative_snip
+    from prunella.planning.rounds import synflow_rounds as synflow_rounds
+    from prunella.planning.zeros import plan_zeros as plan_zeros
     from prunella.realize.artifact import load as load
     from prunella.realize.artifact import save as save
     from prunella.realize.biases import with_biases as with_biases
@@ -141,7 +143,6 @@ if TYPE_CHECKING:
     from prunella.realize.shrink import shrink as shrink
     from prunella.realize.storage import Format as Format
     from prunella.realize.storage import stored_bytes as stored_bytes
-    from prunella.recipe import Recipe as Recipe
     from prunella.recovery import Adapters as Adapters
     from prunella.recovery import add_adapters_ as add_adapters_
     from prunella.recovery import heal_ as heal_
@@ -282,7 +283,6 @@ if TYPE_CHECKING:
     from prunella.train.thresholds import learned_threshold_ as learned_threshold_
     from prunella.train.top_kast import top_kast_ as top_kast_
     from prunella.train.variational import variational_dropout_ as variational_dropout_
-    from prunella.train.zeros import plan_zeros as plan_zeros
 
 __version__ = "0.1.0"
 
@@ -300,11 +300,6 @@ _HOME = {
     "uniform": "allocation",
     "uniform_plus": "allocation",
     "apply_": "apply",
-    "Rounds": "at_init",
-    "force": "at_init",
-    "iterate": "at_init",
-    "iterative_snip": "at_init",
-    "synflow_rounds": "at_init",
     "Match": "blockwise",
     "OneShot": "blockwise",
     "Refine": "blockwise",
@@ -405,8 +400,15 @@ _HOME = {
     "masks_of": "model.masks",
     "reapply_": "model.masks",
     "permute": "permutation",
-    "plan": "pipeline",
     "Plan": "planning.plan",
+    "plan": "planning.planner",
+    "Recipe": "planning.recipe",
+    "Rounds": "planning.rounds",
+    "force": "planning.rounds",
+    "iterate": "planning.rounds",
+    "iterative_snip": "planning.rounds",
+    "synflow_rounds": "planning.rounds",
+    "plan_zeros": "planning.zeros",
     "load": "realize.artifact",
     "save": "realize.artifact",
     "with_biases": "realize.biases",
@@ -419,7 +421,6 @@ _HOME = {
     "shrink": "realize.shrink",
     "Format": "realize.storage",
     "stored_bytes": "realize.storage",
-    "Recipe": "recipe",
     "Adapters": "recovery",
     "add_adapters_": "recovery",
     "heal_": "recovery",
@@ -560,7 +561,6 @@ _HOME = {
     "learned_threshold_": "train.thresholds",
     "top_kast_": "train.top_kast",
     "variational_dropout_": "train.variational",
-    "plan_zeros": "train.zeros",
 }
 
 __all__ = sorted([*_HOME, "__version__"])

@@ -22,11 +22,11 @@ from prunella.apply import apply_
 from prunella.errors import CheckFailed, RequestError
 from prunella.files import check_free, write_atomic
 from prunella.model.forward import Outputs, forward, mode
-from prunella.pipeline import plan
 from prunella.planning.plan import Plan
+from prunella.planning.planner import plan
+from prunella.planning.recipe import Recipe
 from prunella.realize.artifact import Saved, save
 from prunella.realize.shrink import shrink
-from prunella.recipe import Recipe
 from prunella.recovery.calibrate import recalibrate_bn
 from prunella.recovery.distill import distill, distill_logits
 from prunella.recovery.finetune import Curve, Training, finetune

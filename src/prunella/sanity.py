@@ -12,8 +12,8 @@ from torch import nn
 from prunella.errors import NotSupported, RequestError
 from prunella.model.masks import masks_of, reapply_
 from prunella.planning.plan import Plan
+from prunella.planning.table import empty
 from prunella.registry.method import control, metric
-from prunella.table import empty
 from prunella.types import Mask
 
 

@@ -38,10 +38,10 @@ from prunella.granularity import Element, Granularity
 from prunella.model.forward import tensors
 from prunella.model.masks import finalize
 from prunella.models import load_object
-from prunella.pipeline import plan
 from prunella.planning.plan import Plan
+from prunella.planning.planner import plan
+from prunella.planning.recipe import Recipe
 from prunella.realize.shrink import shrink
-from prunella.recipe import Recipe
 from prunella.registry.method import metric
 from prunella.reporting.frontier import DENSE_NAME, Cell, Frontier, summarise, write_frontier
 from prunella.targets import Params, Sparsity, Target

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 import prunella as pr
 from prunella.allocation.pool import Allocation, Pool
-from prunella.budget import allocate, ladder, removed, solve
 from prunella.errors import RequestError
+from prunella.planning.budget import allocate, ladder, removed, solve
 from prunella.selection import shortest_prefix
 
 LENET = [(300, 784), (100, 300), (10, 100)]

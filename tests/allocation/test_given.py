@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import prunella as pr
 from prunella.allocation.pool import Allocation, Pool
-from prunella.budget import allocate
+from prunella.planning.budget import allocate
 from prunella.selection import shortest_prefix
 from tests.graphs import IMAGE, convnet, images
 
@@ -99,8 +99,8 @@ def test_isomorphic_of_one_kind_is_global_and_of_all_kinds_uniform(total: int) -
 
 
 def test_groups_of_equal_structure_are_alike_whatever_their_width() -> None:
-    from prunella.contest import Units
     from prunella.graph.solve.groups import couple
+    from prunella.planning.candidates import Units
 
     torch.manual_seed(0)
     nn = torch.nn

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 import prunella as pr
-from prunella import recipes
 from prunella.errors import NotSupported, RequestError
+from prunella.planning import recipes
 from tests.blockwise.nets import generates_as_without_a_cache, language_model, logits, windows
 
 

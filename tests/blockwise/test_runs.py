@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import prunella as pr
-from prunella.blockwise.runs import find_blocks, turns
 from prunella.errors import NotSupported, RequestError
+from prunella.planning.depth import find_blocks, turns
 from tests.blockwise.nets import generates_as_without_a_cache, language_model, logits, silent, windows
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import prunella as pr
-from prunella.recipe import Recipe
+from prunella.planning.recipe import Recipe
 from tests.graphs import convnet, images, mlp, square_loss
 
 X = torch.randn(3, 4)

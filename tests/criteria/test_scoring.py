@@ -13,8 +13,8 @@ from prunella.granularity import reduce_to_units
 from prunella.graph.data import Layer
 from prunella.graph.solve.groups import couple
 from prunella.model import state as untouched
+from prunella.planning.scoring import Scorer
 from prunella.registry.method import REGISTRY, criterion
-from prunella.scoring import Scorer
 from prunella.stats import Source, Statistics, Subject, collect
 from tests.graphs import hand_graph, mlp, square_loss
 

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 import prunella as pr
 from prunella.errors import RequestError
 from prunella.granularity import Granularity, Masking, Structural
+from prunella.planning.checks import checked_target
 from prunella.registry import catalogue
 from prunella.registry.method import Method, MethodKind
-from prunella.request import checked_target
 from tests.graphs import IMAGE, images, square_loss
 
 DRAWS = 40

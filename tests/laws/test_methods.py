@@ -11,15 +11,15 @@ import torch
 from torch import Tensor, nn
 
 import prunella as pr
-from prunella import recipes
 from prunella.allocation.pool import Pool
-from prunella.budget import allocate
 from prunella.graph.data import Group
 from prunella.graph.solve.groups import couple
 from prunella.model import state as untouched
+from prunella.planning import recipes
+from prunella.planning.budget import allocate
+from prunella.planning.scoring import Absent, Scorer
 from prunella.registry.catalogue import methods
 from prunella.registry.method import REGISTRY, STATISTICS, Method, criterion
-from prunella.scoring import Absent, Scorer
 from prunella.selection import shortest_prefix
 from prunella.stats import Source, Subject, collect
 from tests.graphs import blocks, convnet, images, square_loss

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import prunella as pr
-from prunella.at_init import Rounds
 from prunella.errors import NotSupported, RequestError
 from prunella.graph.solve.groups import couple
 from prunella.model import state as untouched
-from prunella.recipes import named
+from prunella.planning.recipes import named
+from prunella.planning.rounds import Rounds
 from prunella.stats import Source, Subject, collect
 from tests.graphs import convnet, images, mlp
 

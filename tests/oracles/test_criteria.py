@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import prunella as pr
 from prunella.graph.solve.groups import couple
 from prunella.model import state as untouched
-from prunella.scoring import Scorer
+from prunella.planning.scoring import Scorer
 from prunella.stats import Source, Subject, collect
 from tests.graphs import Attention, blocks, convnet, images, mlp, square_loss
 
@@ -122,8 +122,8 @@ def test_head_importance_prunes_heads() -> None:
 
 def score(model: nn.Module, criterion: object, data: list[Tensor]) -> dict[str, Tensor]:
     """Scores of all groups that have them."""
+    from prunella.planning.scoring import Absent
     from prunella.registry.method import needs_of
-    from prunella.scoring import Absent
 
     graph = couple(model, data[0])
     subject = Subject(model, graph, groups=graph.groups)

@@ -19,10 +19,10 @@ from prunella.errors import BadInput, NotSupported, RequestError
 from prunella.files import check_free, new_folder, plain_name, write_atomic
 from prunella.graph.cut.surgery import cut_
 from prunella.planning.plan import Plan
+from prunella.planning.table import Amount, Row
 from prunella.realize import artifact
 from prunella.realize.artifact import decode_cuts, encode_cuts, load, save
 from prunella.realize.plan_file import load_plan
-from prunella.table import Amount, Row
 from prunella.targets import Params
 from prunella.types import Inputs
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from prunella.graph.data import Frozen
 from prunella.measure.latency import Comparison, Latency, Ratio
 from prunella.planning.plan import Plan
+from prunella.planning.table import Amount, Row
 from prunella.reporting.report import Curve, Metric, Report, report, shown
-from prunella.table import Amount, Row
 from prunella.targets import MACs, Sparsity, Target
 
 

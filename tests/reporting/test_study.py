@@ -13,7 +13,7 @@ from torch import nn
 
 import prunella as pr
 from prunella import study as module
-from prunella.recipes import named
+from prunella.planning.recipes import named
 from prunella.reporting.frontier import Cell, Point, frontier_chart, on_front, summarise
 from prunella.reporting.report import Report
 from prunella.study import CELLS, PAGE, RATIOS, Study, pareto

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 import prunella as pr
-from prunella import recipes
 from prunella.errors import NotSupported, RequestError
+from prunella.planning import recipes
 from prunella.recovery.finetune import Training
 from prunella.train.penalties import strengths
 from tests.graphs import convnet, images, mlp, square_loss

@@ -15,11 +15,11 @@ from prunella.apply import apply_
 from prunella.errors import RequestError
 from prunella.granularity import Element
 from prunella.model.masks import finalize, masks_of
-from prunella.pipeline import plan
 from prunella.planning.plan import Plan
-from prunella.recipe import Recipe
+from prunella.planning.planner import plan
+from prunella.planning.recipe import Recipe
+from prunella.planning.table import Amount
 from prunella.schedules import cubic, linear, one_shot
-from prunella.table import Amount
 from prunella.targets import MACs, Sparsity, Target
 from prunella.train.pruner import Pruner
 from tests.hand import hand_plan

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import prunella as pr
 from prunella.errors import NotSupported, RequestError
-from prunella.train.zeros import _kept, _unchanged
+from prunella.planning.zeros import _kept, _unchanged
 from tests.graphs import Attention, hand_graph, mlp
 
 X = torch.linspace(-1, 1, 8 * 4).view(8, 4)

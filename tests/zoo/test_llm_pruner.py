@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import prunella as pr
-from prunella import recipes
+from prunella.planning import recipes
 
 transformers = pytest.importorskip("transformers")
 

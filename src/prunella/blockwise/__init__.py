@@ -10,9 +10,9 @@ from prunella.blockwise.rotation import Rotated as Rotated
 from prunella.blockwise.rotation import rescale_ as rescale_
 from prunella.blockwise.rotation import rotate as rotate
 from prunella.blockwise.rotation import slice_stream as slice_stream
-from prunella.blockwise.runs import drop_blocks as drop_blocks
-from prunella.blockwise.runs import drop_run as drop_run
 from prunella.blockwise.spectrum import alpha_sparsities as alpha_sparsities
 from prunella.blockwise.stream import Match as Match
 from prunella.blockwise.stream import match_stream_ as match_stream_
 from prunella.blockwise.stream import replace_run as replace_run
+from prunella.planning.depth import drop_blocks as drop_blocks
+from prunella.planning.depth import drop_run as drop_run

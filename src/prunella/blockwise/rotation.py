@@ -21,10 +21,10 @@ from prunella.graph.verify import verify
 from prunella.model.forward import batches, mode
 from prunella.model.reads import Read, Watch, rows
 from prunella.model.unwrap import unwrap
-from prunella.pipeline import plan
 from prunella.planning.plan import Plan
+from prunella.planning.planner import plan
+from prunella.planning.recipe import Recipe
 from prunella.realize.shrink import shrink
-from prunella.recipe import Recipe
 from prunella.registry.method import solver
 from prunella.stats import Source
 from prunella.targets import Sparsity

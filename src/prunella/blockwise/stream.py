@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from prunella.blockwise.chain import Block, Call, Feed, block_paths, blocks_at
 from prunella.blockwise.refine import Refine, refine_
-from prunella.blockwise.runs import find_blocks, turns
 from prunella.errors import CheckFailed, NotSupported, RequestError
 from prunella.graph.cut.block_surgery import new_name
 from prunella.graph.solve.groups import couple
@@ -24,6 +23,7 @@ from prunella.model.forward import batches, mode, tensors
 from prunella.model.masks import masks_of
 from prunella.model.reads import Read, Watch, rows, targets
 from prunella.model.unwrap import unwrap
+from prunella.planning.depth import find_blocks, turns
 from prunella.planning.plan import Plan
 from prunella.realize.shrink import shrink
 from prunella.recovery.least_squares import Solution, Sums

@@ -137,8 +137,8 @@ def inspect(
 
 def graph_data(graph: Graph) -> dict[str, Any]:
     """What `inspect` says, as plain data."""
-    from prunella.contest import offer
-    from prunella.table import remarks
+    from prunella.planning.candidates import offer
+    from prunella.planning.table import remarks
 
     params, macs = graph.params(), graph.macs()
     reasons = Counter[tuple[str, str]]()

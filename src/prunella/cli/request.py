@@ -18,9 +18,9 @@ from prunella.files import MARKER
 from prunella.graph.program.capture import as_program
 from prunella.models import call_user, load_model, load_object
 from prunella.planning.plan import Plan
+from prunella.planning.recipe import Recipe
 from prunella.realize.artifact import PLAN, load, read_manifest
 from prunella.realize.plan_file import load_plan
-from prunella.recipe import Recipe
 from prunella.registry import catalogue
 from prunella.targets import Target, parse_target
 from prunella.types import Inputs, Loss

@@ -57,7 +57,7 @@ def plan(
 ) -> None:
     """Decide what to keep so that the target is met; the model is only read. -o writes the plan to a file."""
     from prunella.cli import request
-    from prunella.pipeline import plan as make_plan
+    from prunella.planning.planner import plan as make_plan
     from prunella.realize.plan_file import save_plan
 
     parts = request.build_recipe(recipe, granularity=granularity, allocation=allocation, pattern=pattern)

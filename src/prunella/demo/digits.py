@@ -18,7 +18,7 @@ from prunella.demo.task import Quality, Task
 from prunella.errors import MissingExtra
 from prunella.granularity import Channel
 from prunella.model.forward import mode
-from prunella.recipe import Recipe
+from prunella.planning.recipe import Recipe
 from prunella.recovery.distill import distill_logits
 from prunella.recovery.finetune import Training, finetune
 from prunella.types import Loss

@@ -26,7 +26,7 @@ from prunella.errors import BadInput, MissingExtra
 from prunella.granularity import Channel, Head
 from prunella.model.forward import mode
 from prunella.models import import_module
-from prunella.recipe import Recipe
+from prunella.planning.recipe import Recipe
 from prunella.types import Loss
 
 PACKAGE = "all_minilm_l6_v2"

@@ -25,8 +25,8 @@ from prunella.demo.task import Quality, Task
 from prunella.errors import MissingExtra
 from prunella.files import check_free, write_atomic
 from prunella.model.forward import first_tensor, forward, mode
-from prunella.pipeline import plan
 from prunella.planning.plan import Plan
+from prunella.planning.planner import plan
 from prunella.realize.artifact import WEIGHTS, Saved, save
 from prunella.realize.shrink import shrink
 from prunella.recovery.calibrate import recalibrate_bn

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from prunella.demo.stages import Tick
-from prunella.recipe import Recipe
+from prunella.planning.recipe import Recipe
 from prunella.types import Inputs, Loss
 
 Quality = Mapping[str, float]

@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from prunella import table
 from prunella.errors import BadInput, RequestError
 from prunella.graph.data import Graph, Layer
 from prunella.graph.solve.groups import couple
@@ -20,9 +19,10 @@ from prunella.importers.patterns import pattern_of
 from prunella.importers.reading import Source, read_source
 from prunella.importers.torch_masks import needs_masks, torch_ao, torch_prune
 from prunella.model import state as untouched
+from prunella.planning import table
 from prunella.planning.plan import Plan
+from prunella.planning.table import Amount, Row
 from prunella.stats.subject import first_seen
-from prunella.table import Amount, Row
 from prunella.targets import Sparsity
 from prunella.types import Inputs, Mask
 

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prunella import table
 from prunella.errors import RequestError
 from prunella.graph.cut.surgery import Along, Changes, Renumbered, Sizes
 from prunella.graph.data import Frozen
 from prunella.graph.solve.tokens import known_only, renumber
+from prunella.planning import table
+from prunella.planning.table import Amount, Row
 from prunella.registry import serialize as provenance
-from prunella.table import Amount, Row
 from prunella.targets import Sparsity, Target
 from prunella.types import Inputs
 

@@ -21,7 +21,7 @@ from prunella.files import write_atomic
 from prunella.graph.cut.surgery import Along, Renumbered
 from prunella.graph.data import Frozen
 from prunella.planning.plan import Plan
-from prunella.table import Amount, Row
+from prunella.planning.table import Amount, Row
 from prunella.targets import parse_target
 
 VERSION = 1

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from prunella.blockwise.runs import Blocks, find_blocks
 from prunella.errors import CheckFailed, RequestError
 from prunella.model import state as untouched
 from prunella.model.forward import mode
+from prunella.planning.depth import Blocks, find_blocks
 from prunella.planning.plan import Plan
 from prunella.registry.method import search
 from prunella.search.journal import Journal, digest_of

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from prunella.contest import Units, macs_by_layer
 from prunella.errors import RequestError
 from prunella.measure.profile import time_by_layer
+from prunella.planning.candidates import Units, macs_by_layer
 from prunella.search.space import Space
 from prunella.selection import Counts
 

@@ -14,8 +14,6 @@ from torch import nn
 
 from prunella.allocation import fixed
 from prunella.allocation.pool import Allocation
-from prunella.budget import Ladder, ladder, most, solve
-from prunella.contest import Units, Weights
 from prunella.errors import NotSupported, RequestError
 from prunella.granularity import Block, Channel, Element, Expert, Head, Width
 from prunella.graph.cut.surgery import change_
@@ -26,9 +24,11 @@ from prunella.graph.verify import unproven
 from prunella.model import state as untouched
 from prunella.model.forward import mode
 from prunella.model.masks import record_
-from prunella.pace import Stopwatch
-from prunella.pipeline import Job
-from prunella.recipe import Recipe
+from prunella.planning.budget import Ladder, ladder, most, solve
+from prunella.planning.candidates import Units, Weights
+from prunella.planning.latency import Stopwatch
+from prunella.planning.planner import Job
+from prunella.planning.recipe import Recipe
 from prunella.search.journal import digest_of
 from prunella.selection import Counts
 from prunella.stats import Source, Subject

@@ -1,7 +1,7 @@
 """Statistics for criteria, from one pass over the data, collecting only what is asked for.
 
 A statistic that needs data has a slot in `SLOTS`; the others (`weight`, `unit_weight`, `norm_scale`, `noise`) are read
-off the parameters by `prunella.scoring`.
+off the parameters by `prunella.planning.scoring`.
 """
 
 from prunella.model.state import untouched as untouched

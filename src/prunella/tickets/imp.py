@@ -11,9 +11,9 @@ from torch import nn
 from prunella.allocation.rounds import check_rates, densities, per_round
 from prunella.criteria import magnitude
 from prunella.granularity import Element
-from prunella.pipeline import plan
 from prunella.planning.plan import Plan
-from prunella.recipe import Recipe
+from prunella.planning.planner import plan
+from prunella.planning.recipe import Recipe
 from prunella.registry.method import training
 from prunella.targets import Sparsity
 from prunella.types import Inputs

@@ -1,5 +1,6 @@
 """Training toward zeros: masks that survive steps and gradual schedules, penalties, proximal steps, learned gates."""
 
+from prunella.planning.zeros import plan_zeros as plan_zeros
 from prunella.train.admm import AdmmTraining as AdmmTraining
 from prunella.train.concrete import l0_gates_ as l0_gates_
 from prunella.train.coupled import Coupled as Coupled
@@ -33,4 +34,3 @@ from prunella.train.soft import Surgery as Surgery
 from prunella.train.thresholds import learned_threshold_ as learned_threshold_
 from prunella.train.top_kast import top_kast_ as top_kast_
 from prunella.train.variational import variational_dropout_ as variational_dropout_
-from prunella.train.zeros import plan_zeros as plan_zeros

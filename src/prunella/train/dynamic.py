@@ -18,9 +18,9 @@ from prunella.criteria import magnitude
 from prunella.errors import CheckFailed, RequestError
 from prunella.model.masks import forget_masks_, pack, record_, records, saved_masks
 from prunella.model.unwrap import unwrap
+from prunella.planning.scoring import Criterion
 from prunella.registry.controlled import name_of
 from prunella.registry.method import needs_of
-from prunella.scoring import Criterion
 from prunella.train.moves import exchange, fair_shares, thin
 from prunella.train.optimizers import ELEMENTWISE, clear_state
 from prunella.train.pruner import Pruner

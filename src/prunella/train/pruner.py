@@ -20,9 +20,9 @@ from prunella.apply import apply_, plan_masks
 from prunella.errors import RequestError
 from prunella.model.masks import Packed, forget_masks_, masks_of, reapply_, record_, records, saved_masks
 from prunella.model.unwrap import unwrap
-from prunella.pipeline import plan
 from prunella.planning.plan import Plan
-from prunella.recipe import Recipe
+from prunella.planning.planner import plan
+from prunella.planning.recipe import Recipe
 from prunella.schedules import Schedule, cubic
 from prunella.targets import Target, part_of
 from prunella.train.optimizers import check_optimizer, clear_state, mask_gradients

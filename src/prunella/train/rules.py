@@ -11,10 +11,10 @@ from dataclasses import dataclass
 
 from prunella.criteria import magnitude, random
 from prunella.errors import RequestError
+from prunella.planning.scoring import Criterion
 from prunella.registry.controlled import name_of
 from prunella.registry.method import metric, needs_of, training
 from prunella.schedules import Schedule, cubic
-from prunella.scoring import Criterion
 from prunella.targets import Sparsity
 from prunella.types import Grad, Mask, Saliency
 

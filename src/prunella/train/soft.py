@@ -16,7 +16,7 @@ from prunella.graph.solve.groups import couple
 from prunella.model.masks import forget_masks_, pack, saved_masks
 from prunella.model.unwrap import unwrap
 from prunella.planning.plan import Plan
-from prunella.recipe import Recipe
+from prunella.planning.recipe import Recipe
 from prunella.registry.method import training
 from prunella.targets import Sparsity
 from prunella.train.pruner import Planner, planner_of

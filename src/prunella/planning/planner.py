@@ -13,8 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prunella import table
-from prunella.contest import Rules, Units, Weights, fixed_masks, obstacles, offer, share
 from prunella.errors import NotSupported, RequestError
 from prunella.granularity import Competing, Depth, Fixed, Ranked, Structural, Vocabulary
 from prunella.graph.data import Frozen, Graph, Group, Layer
@@ -25,18 +23,20 @@ from prunella.graph.solve.groups import changes, couple
 from prunella.graph.solve.residual_blocks import narrow
 from prunella.graph.verify import unproven
 from prunella.model import state as untouched
-from prunella.pace import Stopwatch
+from prunella.planning import table
+from prunella.planning.candidates import Rules, Units, Weights, fixed_masks, obstacles, offer, share
+from prunella.planning.checks import check_finite, checked_target
+from prunella.planning.latency import Stopwatch
 from prunella.planning.plan import Plan
-from prunella.recipe import Recipe as Recipe
+from prunella.planning.recipe import Recipe as Recipe
+from prunella.planning.scoring import Absent, Scorer
+from prunella.planning.table import Amount as Amount
+from prunella.planning.table import Row as Row
 from prunella.registry.controlled import name_of
 from prunella.registry.method import knobs_of, needs_of
-from prunella.request import check_finite, checked_target
-from prunella.scoring import Absent, Scorer
 from prunella.stats import Source, Subject, collect
 from prunella.stats.masked import Before, behind, masked
 from prunella.stats.subject import first_seen
-from prunella.table import Amount as Amount
-from prunella.table import Row as Row
 from prunella.targets import Latency, Target
 from prunella.types import Inputs, Keep, Loss
 

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prunella import table
 from prunella.errors import NotSupported, RequestError
 from prunella.graph.cut.surgery import change_
 from prunella.graph.data import Graph, Group
@@ -22,6 +21,7 @@ from prunella.graph.verify import unproven
 from prunella.model import state as untouched
 from prunella.model.forward import batches, first_tensor, tensors
 from prunella.model.unwrap import unwrap
+from prunella.planning import table
 from prunella.planning.plan import Plan
 from prunella.registry.method import solver
 from prunella.stats import Source

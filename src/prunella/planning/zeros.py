@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prunella import table
 from prunella.errors import NotSupported, RequestError
 from prunella.granularity import Channel, Element, Head
 from prunella.graph.cut.surgery import change_
@@ -19,6 +18,7 @@ from prunella.graph.solve.groups import changes, couple
 from prunella.graph.verify import SINGLE, TOLERANCE, as_double, relative_error, unproven
 from prunella.model.forward import forward, tensors
 from prunella.model.state import untouched
+from prunella.planning import table
 from prunella.planning.plan import Plan
 from prunella.stats.subject import first_seen
 from prunella.targets import Sparsity

@@ -11,9 +11,9 @@ from prunella.allocation.pool import Allocation
 from prunella.criteria import magnitude
 from prunella.errors import BadInput
 from prunella.granularity import Channel, Granularity
+from prunella.planning.checks import check_function, check_granularity, check_numbers
+from prunella.planning.scoring import Criterion
 from prunella.registry import serialize as provenance
-from prunella.request import check_function, check_granularity, check_numbers
-from prunella.scoring import Criterion
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from prunella import criteria
 from prunella.allocation import Normalise, erk, global_, lamp, per_round, uniform
 from prunella.errors import RequestError
 from prunella.granularity import NM, Channel, Element, Expert, Head, Width
-from prunella.recipe import Recipe
+from prunella.planning.recipe import Recipe
 from prunella.registry.method import REGISTRY, find, recipe
 
 

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prunella.budget import Ladder, removed
 from prunella.errors import NotSupported, TargetMissed
 from prunella.graph.cut.surgery import change_
 from prunella.graph.data import Graph
@@ -18,6 +17,7 @@ from prunella.graph.solve.groups import changes
 from prunella.graph.solve.tokens import known_only, renumber
 from prunella.measure.timing import Timing, side_by_side
 from prunella.model.forward import forward
+from prunella.planning.budget import Ladder, removed
 from prunella.selection import Counts
 from prunella.targets import TOLERANCE, Latency
 from prunella.types import Keep

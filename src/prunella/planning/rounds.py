@@ -17,17 +17,17 @@ from prunella.granularity import Competing, Element
 from prunella.graph.match import check_patterns
 from prunella.graph.solve.groups import couple
 from prunella.model import state as untouched
-from prunella.pace import Stopwatch
-from prunella.pipeline import Job
+from prunella.planning.checks import check_finite, checked_target
+from prunella.planning.latency import Stopwatch
 from prunella.planning.plan import Plan
-from prunella.recipe import Recipe
+from prunella.planning.planner import Job
+from prunella.planning.recipe import Recipe
+from prunella.planning.table import amount
 from prunella.registry.controlled import name_of
 from prunella.registry.method import search
-from prunella.request import check_finite, checked_target
 from prunella.schedules import Schedule, exponential
 from prunella.stats import Source
 from prunella.stats.masked import Before
-from prunella.table import amount
 from prunella.targets import Sparsity, Target, part_of
 from prunella.types import Inputs, Loss
 

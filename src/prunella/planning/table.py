@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from prunella.contest import macs_by_layer, offer
 from prunella.granularity import NM, Granularity
 from prunella.graph.data import Frozen, Graph, Group, Layer
+from prunella.planning.candidates import macs_by_layer, offer
 from prunella.stats.subject import first_seen
 from prunella.types import Mask
 

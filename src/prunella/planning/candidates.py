@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from prunella.allocation.pool import Allocation, Pool
-from prunella.budget import Ladder, allocate, ladder, most, solve
 from prunella.errors import RequestError, TargetMissed
 from prunella.granularity import Block, Competing, Element, Fixed
 from prunella.graph.data import Frozen, Graph, Group, Layer
 from prunella.graph.matrix import kernel_shape
 from prunella.measure.timing import Timing
-from prunella.pace import Stopwatch, paced
+from prunella.planning.budget import Ladder, allocate, ladder, most, solve
+from prunella.planning.latency import Stopwatch, paced
 from prunella.selection import Counts, removal_order
 from prunella.targets import Bytes, Latency, MACs, Params, Sparsity, Target
 from prunella.types import Mask, Scores
