@@ -42,12 +42,14 @@ if TYPE_CHECKING:
     from prunella.compress.int8 import to_int8_ as to_int8_
     from prunella.compress.low_rank import low_rank as low_rank
     from prunella.compress.low_rank import svd_factors as svd_factors
-    from prunella.compress.quantise import quantisation_aware as quantisation_aware
-    from prunella.compress.quantise import quantise_weight as quantise_weight
-    from prunella.compress.quantise import round_weights_ as round_weights_
-    from prunella.compress.share import Start as Start
-    from prunella.compress.share import deep_compression_ as deep_compression_
-    from prunella.compress.share import share_weight as share_weight
+    from prunella.compress.quantize import quantisation_aware as quantisation_aware
+    from prunella.compress.quantize import quantise_weight as quantise_weight
+    from prunella.compress.quantize import round_weights_ as round_weights_
+    from prunella.compress.storage import Format as Format
+    from prunella.compress.storage import stored_bytes as stored_bytes
+    from prunella.compress.weight_sharing import Start as Start
+    from prunella.compress.weight_sharing import deep_compression_ as deep_compression_
+    from prunella.compress.weight_sharing import share_weight as share_weight
     from prunella.criteria import activation_norm as activation_norm
     from prunella.criteria import activation_variance as activation_variance
     from prunella.criteria import apoz as apoz
@@ -141,8 +143,6 @@ if TYPE_CHECKING:
     from prunella.realize.plan_file import load_plan as load_plan
     from prunella.realize.plan_file import save_plan as save_plan
     from prunella.realize.shrink import shrink as shrink
-    from prunella.realize.storage import Format as Format
-    from prunella.realize.storage import stored_bytes as stored_bytes
     from prunella.recovery import Adapters as Adapters
     from prunella.recovery import add_adapters_ as add_adapters_
     from prunella.recovery import heal_ as heal_
@@ -320,12 +320,14 @@ _HOME = {
     "to_int8_": "compress.int8",
     "low_rank": "compress.low_rank",
     "svd_factors": "compress.low_rank",
-    "quantisation_aware": "compress.quantise",
-    "quantise_weight": "compress.quantise",
-    "round_weights_": "compress.quantise",
-    "Start": "compress.share",
-    "deep_compression_": "compress.share",
-    "share_weight": "compress.share",
+    "quantisation_aware": "compress.quantize",
+    "quantise_weight": "compress.quantize",
+    "round_weights_": "compress.quantize",
+    "Format": "compress.storage",
+    "stored_bytes": "compress.storage",
+    "Start": "compress.weight_sharing",
+    "deep_compression_": "compress.weight_sharing",
+    "share_weight": "compress.weight_sharing",
     "activation_norm": "criteria",
     "activation_variance": "criteria",
     "apoz": "criteria",
@@ -419,8 +421,6 @@ _HOME = {
     "load_plan": "realize.plan_file",
     "save_plan": "realize.plan_file",
     "shrink": "realize.shrink",
-    "Format": "realize.storage",
-    "stored_bytes": "realize.storage",
     "Adapters": "recovery",
     "add_adapters_": "recovery",
     "heal_": "recovery",

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 import prunella as pr
 from prunella.compress import int8
 from prunella.compress.int8 import to_int8_
-from prunella.compress.quantise import quantisation_aware, quantise_weight, round_weights_
+from prunella.compress.quantize import quantisation_aware, quantise_weight, round_weights_
 from prunella.errors import CheckFailed, MissingExtra, NotSupported, RequestError
 from prunella.recovery.finetune import Training, finetune
 from prunella.recovery.rates import constant_rate
@@ -195,7 +195,7 @@ def test_what_makes_no_sense_is_refused() -> None:
         round_weights_(_net(), only=["7.*"])
     with pytest.raises(RequestError, match="one text"):
         round_weights_(_net(), only="0.weight")
-    from prunella.compress.quantise import compare
+    from prunella.compress.quantize import compare
 
     with pytest.raises(CheckFailed, match="1 zeros of w"):
         compare("w", torch.tensor([0.0, 1.0]), torch.tensor([0.1, 1.0]), 8)

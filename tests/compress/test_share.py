@@ -17,7 +17,7 @@ from prunella.compress.huffman import (
     positions,
     relative_index,
 )
-from prunella.compress.share import Start, deep_compression_, share_weight
+from prunella.compress.weight_sharing import Start, deep_compression_, share_weight
 from prunella.errors import BadInput, RequestError
 
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 import prunella as pr
+from prunella.compress.storage import Format, best_format, decode, encode, stored_bytes, stored_model
 from prunella.errors import BadInput, RequestError
-from prunella.realize.storage import Format, best_format, decode, encode, stored_bytes, stored_model
 
 
 def sparse(rows: int, cols: int, density: float, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -16,7 +16,7 @@ from prunella.errors import CheckFailed, RequestError
 from prunella.model.reads import Read, Watch, rows, targets
 from prunella.planning.plan import Plan
 from prunella.recovery.reconstruct import reconstruct
-from prunella.solvers.linear import damped_solve
+from prunella.solvers.linalg import damped_solve
 from tests.hand import hand_plan
 
 Cuts = Mapping[str, Mapping[int, Tensor]]

@@ -14,7 +14,7 @@ import prunella as pr
 from prunella.granularity import NM, Block, Element
 from prunella.solvers import Solved, admm, alps, by_score, refit, sparsegpt
 from prunella.solvers.layer import project, relative_error
-from prunella.solvers.linear import damped_factor, damped_solve
+from prunella.solvers.linalg import damped_factor, damped_solve
 from prunella.solvers.refit import exact
 
 Solve = Callable[..., Solved]

@@ -9,14 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import prunella as pr
-from prunella.solvers.surgeon import (
-    cut,
-    cut_matrix_free,
-    cut_one_by_one,
-    inverse_fisher,
-    inverse_product,
-    saliency,
-)
+from prunella.solvers.obs import cut, cut_matrix_free, cut_one_by_one, inverse_fisher, inverse_product, saliency
 from tests.graphs import square_loss
 
 N = 8

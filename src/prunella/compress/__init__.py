@@ -6,9 +6,9 @@ from prunella.compress.huffman import relative_index as relative_index
 from prunella.compress.int8 import to_int8_ as to_int8_
 from prunella.compress.low_rank import low_rank as low_rank
 from prunella.compress.low_rank import svd_factors as svd_factors
-from prunella.compress.quantise import quantisation_aware as quantisation_aware
-from prunella.compress.quantise import quantise_weight as quantise_weight
-from prunella.compress.quantise import round_weights_ as round_weights_
-from prunella.compress.share import Start as Start
-from prunella.compress.share import deep_compression_ as deep_compression_
-from prunella.compress.share import share_weight as share_weight
+from prunella.compress.quantize import quantisation_aware as quantisation_aware
+from prunella.compress.quantize import quantise_weight as quantise_weight
+from prunella.compress.quantize import round_weights_ as round_weights_
+from prunella.compress.weight_sharing import Start as Start
+from prunella.compress.weight_sharing import deep_compression_ as deep_compression_
+from prunella.compress.weight_sharing import share_weight as share_weight

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prunella.compress.quantise import Rounded, compare
+from prunella.compress.quantize import Rounded, compare
 from prunella.errors import MissingExtra, NotSupported
 from prunella.model.memory import stored_size
 from prunella.model.unwrap import unwrap

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from prunella.solvers.linear import damped_solve
+from prunella.solvers.linalg import damped_solve
 from prunella.types import Gram
 
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
+from prunella.compress.storage import Format, Stored, decode, encode
 from prunella.errors import BadInput, RequestError
 from prunella.files import MARKER, digest, new_folder
 from prunella.measure.machine import cpu_name
@@ -37,7 +38,6 @@ from prunella.realize.artifact import (
 )
 from prunella.realize.origin import Factory
 from prunella.realize.state import State, read_tensors, write_tensors
-from prunella.realize.storage import Format, Stored, decode, encode
 from prunella.runtime.choice import Choice, Problem, Route, from_json, to_json
 from prunella.runtime.convert import (
     Layer,

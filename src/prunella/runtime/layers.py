@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from prunella.compress.storage import Format, encode
 from prunella.errors import RequestError
-from prunella.realize.storage import Format, encode
 from prunella.runtime import native, operators
 from prunella.runtime.choice import Geometry, Route, Table, is_dense, is_few
 from prunella.runtime.native import Activation

@@ -12,9 +12,9 @@ from prunella.solvers.curvature import obs as obs
 from prunella.solvers.curvature import woodfisher as woodfisher
 from prunella.solvers.layer import Solved as Solved
 from prunella.solvers.layer import by_score as by_score
-from prunella.solvers.quantised import Grid as Grid
-from prunella.solvers.quantised import OnGrid as OnGrid
-from prunella.solvers.quantised import prune_and_quantise as prune_and_quantise
+from prunella.solvers.quantized import Grid as Grid
+from prunella.solvers.quantized import OnGrid as OnGrid
+from prunella.solvers.quantized import prune_and_quantise as prune_and_quantise
 from prunella.solvers.refit import refit as refit
 from prunella.solvers.sparsegpt import sparsegpt as sparsegpt
 from prunella.solvers.swap import swap as swap

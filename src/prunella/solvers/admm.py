@@ -10,7 +10,7 @@ from prunella.granularity import NM, Block, Element
 from prunella.registry.method import solver
 from prunella.schedules import cubic
 from prunella.solvers.layer import Pattern, Solved, checked, project, relative_error
-from prunella.solvers.linear import damped_factor
+from prunella.solvers.linalg import damped_factor
 from prunella.types import Gram, Mask, Saliency, Weight
 
 SAMPLE = 1 << 16

@@ -9,7 +9,7 @@ from prunella.errors import RequestError
 from prunella.granularity import Element
 from prunella.registry.method import solver
 from prunella.solvers.layer import Pattern, Solved, checked, project
-from prunella.solvers.linear import damped_factor
+from prunella.solvers.linalg import damped_factor
 from prunella.solvers.refit import refit
 from prunella.types import Gram, Mask, Weight
 

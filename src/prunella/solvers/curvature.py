@@ -22,7 +22,7 @@ from prunella.model import state as untouched
 from prunella.model.forward import batches
 from prunella.planning.plan import Plan
 from prunella.registry.method import solver
-from prunella.solvers.surgeon import cut, cut_matrix_free, inverse_fisher
+from prunella.solvers.obs import cut, cut_matrix_free, inverse_fisher
 from prunella.stats import Source, Statistics, Subject, collect
 from prunella.stats.curvature import check_damping, in_blocks
 from prunella.stats.subject import first_seen

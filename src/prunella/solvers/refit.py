@@ -8,7 +8,7 @@ from torch import Tensor
 from prunella.errors import RequestError
 from prunella.registry.method import solver
 from prunella.solvers.layer import Solved, relative_error
-from prunella.solvers.linear import damped_factor
+from prunella.solvers.linalg import damped_factor
 from prunella.types import Gram, Mask, Weight
 
 

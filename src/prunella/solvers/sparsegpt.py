@@ -11,7 +11,7 @@ from prunella.errors import RequestError
 from prunella.granularity import NM, Block, Element
 from prunella.registry.method import solver
 from prunella.solvers.layer import Pattern, Solved, checked, project, relative_error
-from prunella.solvers.linear import damped_factor
+from prunella.solvers.linalg import damped_factor
 from prunella.types import Gram, Mask, Saliency, Weight
 
 Settle = Callable[[Tensor, int], Tensor]
