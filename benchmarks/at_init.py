@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 import prunella as pr
-from prunella.files import write_atomic
+from prunella.io.files import write_atomic
 
 RESULTS = Path(__file__).parent / "results"
 DENSITIES = (0.5, 0.2, 0.1, 0.05, 0.02, 0.01)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import prunella as pr
 from prunella.graph.solve.groups import couple
-from prunella.models import import_module
+from prunella.io.load import import_module
 from prunella.tokens.contextual import Predictor, neurons
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"

@@ -39,8 +39,8 @@ from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 from torch import Tensor, nn
 
 import prunella as pr
+from prunella.io.load import import_module
 from prunella.measure.machine import cpu_name
-from prunella.models import import_module
 from prunella.reporting.chart import alone, figure
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -30,9 +30,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import prunella as pr
+from prunella.io.load import import_module
 from prunella.measure.machine import cpu_name
 from prunella.measure.timing import compare_latency, own_clock, paired_ratio
-from prunella.models import import_module
 from prunella.runtime import native
 from prunella.runtime.choice import Problem, Route, is_dense, spell
 from prunella.runtime.native import Precision

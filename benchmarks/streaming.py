@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prunella.files import write_atomic
+from prunella.io.files import write_atomic
 from prunella.streaming.shards import INDEX, read_folder, shard_name, write_shard
 
 RESULTS = Path(__file__).parent / "results" / "streaming.json"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import warnings
 
-from prunella.models import import_module
+from prunella.io.load import import_module
 
 if importlib.util.find_spec("torchvision") is not None:
     with warnings.catch_warnings():

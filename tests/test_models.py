@@ -13,9 +13,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from prunella.errors import BadInput, NotSupported, RequestError
-from prunella.examples import check_forward, example_inputs
 from prunella.graph.program.load import load_exported
-from prunella.models import check_finite, load_model, load_object, load_weights
+from prunella.io.examples import check_forward, example_inputs
+from prunella.io.load import check_finite, load_model, load_object, load_weights
 from tests.vision import timm_or_skip, torchvision_or_skip
 
 FACTORY = """
@@ -287,7 +287,7 @@ def test_exported_program_of_transformers(tmp_path: Path) -> None:
     model = load_model(str(tiny_bert(tmp_path / "bert")))
     program = torch.export.export(model, (), {"input_ids": torch.ones(1, 4, dtype=torch.int64)}, strict=False)
     torch.export.save(program, tmp_path / "bert.pt2")
-    code = f"from prunella.models import load_model; load_model({str(tmp_path / 'bert.pt2')!r})"
+    code = f"from prunella.io.load import load_model; load_model({str(tmp_path / 'bert.pt2')!r})"
     subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)
 
 

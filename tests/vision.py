@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from prunella.errors import BadInput, MissingExtra
-from prunella.models import import_module
+from prunella.io.load import import_module
 
 
 def timm_or_skip() -> Any:

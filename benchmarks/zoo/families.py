@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from prunella.models import import_module
+from prunella.io.load import import_module
 
 LIST = Path(__file__).with_name("families.json")
 SIZES = (64, 128, 224, 256)

@@ -30,7 +30,7 @@ from hub_sizes import (
 )
 from torch import Tensor, nn
 
-from prunella.models import import_module
+from prunella.io.load import import_module
 
 
 @cache

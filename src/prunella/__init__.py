@@ -97,7 +97,15 @@ if TYPE_CHECKING:
     from prunella.granularity import Vocabulary as Vocabulary
     from prunella.granularity import Width as Width
     from prunella.graph.program.capture import as_program as as_program
-    from prunella.importers import import_plan as import_plan
+    from prunella.io.add_biases import with_biases as with_biases
+    from prunella.io.artifact import load as load
+    from prunella.io.artifact import save as save
+    from prunella.io.card import Card as Card
+    from prunella.io.card import write_card as write_card
+    from prunella.io.export import export as export
+    from prunella.io.importers import import_plan as import_plan
+    from prunella.io.plan_file import load_plan as load_plan
+    from prunella.io.plan_file import save_plan as save_plan
     from prunella.measure.count import count as count
     from prunella.measure.throughput import throughput as throughput
     from prunella.measure.timing import Timing as Timing
@@ -133,15 +141,7 @@ if TYPE_CHECKING:
     from prunella.planning.rounds import iterative_snip as iterative_snip
     from prunella.planning.rounds import synflow_rounds as synflow_rounds
     from prunella.planning.zeros import plan_zeros as plan_zeros
-    from prunella.realize.artifact import load as load
-    from prunella.realize.artifact import save as save
-    from prunella.realize.biases import with_biases as with_biases
-    from prunella.realize.card import Card as Card
-    from prunella.realize.card import write_card as write_card
     from prunella.realize.carry import carry_ as carry_
-    from prunella.realize.export import export as export
-    from prunella.realize.plan_file import load_plan as load_plan
-    from prunella.realize.plan_file import save_plan as save_plan
     from prunella.realize.shrink import shrink as shrink
     from prunella.recovery import Adapters as Adapters
     from prunella.recovery import add_adapters_ as add_adapters_
@@ -375,7 +375,15 @@ _HOME = {
     "Vocabulary": "granularity",
     "Width": "granularity",
     "as_program": "graph.program.capture",
-    "import_plan": "importers",
+    "with_biases": "io.add_biases",
+    "load": "io.artifact",
+    "save": "io.artifact",
+    "Card": "io.card",
+    "write_card": "io.card",
+    "export": "io.export",
+    "import_plan": "io.importers",
+    "load_plan": "io.plan_file",
+    "save_plan": "io.plan_file",
     "count": "measure.count",
     "throughput": "measure.throughput",
     "Timing": "measure.timing",
@@ -411,15 +419,7 @@ _HOME = {
     "iterative_snip": "planning.rounds",
     "synflow_rounds": "planning.rounds",
     "plan_zeros": "planning.zeros",
-    "load": "realize.artifact",
-    "save": "realize.artifact",
-    "with_biases": "realize.biases",
-    "Card": "realize.card",
-    "write_card": "realize.card",
     "carry_": "realize.carry",
-    "export": "realize.export",
-    "load_plan": "realize.plan_file",
-    "save_plan": "realize.plan_file",
     "shrink": "realize.shrink",
     "Adapters": "recovery",
     "add_adapters_": "recovery",

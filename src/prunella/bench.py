@@ -23,10 +23,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from prunella.errors import PruningError, RequestError
+from prunella.io.export import export
 from prunella.measure.machine import cpu_name
 from prunella.measure.timing import Comparison, compare_latency
 from prunella.model.forward import forward, tensors
-from prunella.realize.export import export
 from prunella.reporting.chart import alone, figure
 from prunella.runtime import native
 from prunella.runtime.convert import sparse, sparsified

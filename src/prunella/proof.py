@@ -14,11 +14,11 @@ from torch import nn
 from prunella.apply import apply_
 from prunella.errors import BadInput, CheckFailed
 from prunella.graph.verify import relative_error
+from prunella.io.artifact import PLAN, check_files, load, read_manifest
+from prunella.io.origin import Factory
+from prunella.io.plan_file import load_plan
 from prunella.model.forward import forward, mode, tensors
 from prunella.planning.plan import Plan
-from prunella.realize.artifact import PLAN, check_files, load, read_manifest
-from prunella.realize.origin import Factory
-from prunella.realize.plan_file import load_plan
 from prunella.realize.shrink import shrink
 from prunella.types import Inputs
 

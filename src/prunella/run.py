@@ -20,12 +20,12 @@ from torch import nn
 
 from prunella.apply import apply_
 from prunella.errors import CheckFailed, RequestError
-from prunella.files import check_free, write_atomic
+from prunella.io.artifact import Saved, save
+from prunella.io.files import check_free, write_atomic
 from prunella.model.forward import Outputs, forward, mode
 from prunella.planning.plan import Plan
 from prunella.planning.planner import plan
 from prunella.planning.recipe import Recipe
-from prunella.realize.artifact import Saved, save
 from prunella.realize.shrink import shrink
 from prunella.recovery.calibrate import recalibrate_bn
 from prunella.recovery.distill import distill, distill_logits

@@ -33,11 +33,11 @@ from prunella.allocation import global_, uniform
 from prunella.apply import apply_
 from prunella.criteria import magnitude, random
 from prunella.errors import Interrupted, PruningError, RequestError
-from prunella.files import write_atomic
 from prunella.granularity import Element, Granularity
+from prunella.io.files import write_atomic
+from prunella.io.load import load_object
 from prunella.model.forward import tensors
 from prunella.model.masks import finalize
-from prunella.models import load_object
 from prunella.planning.plan import Plan
 from prunella.planning.planner import plan
 from prunella.planning.recipe import Recipe

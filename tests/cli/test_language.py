@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from prunella import models
 from prunella.cli import language
+from prunella.io import load as models
 from prunella.streaming.preset import PRESETS
 from tests.cli.conftest import Run
 from tests.streaming.models import read, write

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import prunella as pr
-from prunella.realize.plan_file import load_plan
+from prunella.io.plan_file import load_plan
 from prunella.registry.method import REGISTRY
 from tests.cli.conftest import Run
 

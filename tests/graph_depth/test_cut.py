@@ -17,8 +17,8 @@ from prunella.graph.cut.surgery import Changes, change_
 from prunella.graph.solve.block_counters import counted
 from prunella.graph.solve.groups import changes, couple
 from prunella.graph.verify import unproven, verify
+from prunella.io.plan_file import load_plan, save_plan
 from prunella.realize.carry import carry_
-from prunella.realize.plan_file import load_plan, save_plan
 from prunella.stats.gradient import gate_gradient
 from tests.graph_depth.nets import IMAGE, TOKENS, Calls, ConvNext, Layer, Lender, Net, ResNet, Wrap, bypass
 from tests.oracle import assert_untouched, distance, distinct, double, exact_groups, macs, run, settle, snapshot
@@ -275,7 +275,7 @@ def test_a_plan_is_read_as_it_was_written(tmp_path: Any) -> None:
 
 def test_an_artefact_is_built_again_and_hostile_entries_are_refused(tmp_path: Any) -> None:
     from prunella.errors import BadInput
-    from prunella.realize.artifact import _cut
+    from prunella.io.artifact import _cut
 
     model = settle(Net(count=True))
     plan = pr.plan(model, TOKENS, pr.Recipe(granularity=pr.Depth()), target=pr.Sparsity(0.25))

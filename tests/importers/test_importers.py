@@ -18,10 +18,10 @@ from torch.nn.utils import prune
 import prunella as pr
 from prunella.errors import BadInput, NotSupported, RequestError
 from prunella.graph.solve.groups import couple
-from prunella.importers import neural_compressor, sparseml, torch_prune, zeros
-from prunella.importers.checkpoint import recipe_sparsities
-from prunella.importers.compressed import decode
-from prunella.importers.patterns import pattern_of
+from prunella.io.importers import neural_compressor, sparseml, torch_prune, zeros
+from prunella.io.importers.checkpoint import recipe_sparsities
+from prunella.io.importers.compressed import decode
+from prunella.io.importers.patterns import pattern_of
 from tests.graphs import convnet, images, mlp
 
 DATA = Path(__file__).parent / "data"

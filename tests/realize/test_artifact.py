@@ -14,15 +14,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from prunella import files
 from prunella.errors import BadInput, NotSupported, RequestError
-from prunella.files import check_free, new_folder, plain_name, write_atomic
 from prunella.graph.cut.surgery import cut_
+from prunella.io import artifact, files
+from prunella.io.artifact import decode_cuts, encode_cuts, load, save
+from prunella.io.files import check_free, new_folder, plain_name, write_atomic
+from prunella.io.plan_file import load_plan
 from prunella.planning.plan import Plan
 from prunella.planning.table import Amount, Row
-from prunella.realize import artifact
-from prunella.realize.artifact import decode_cuts, encode_cuts, load, save
-from prunella.realize.plan_file import load_plan
 from prunella.targets import Params
 from prunella.types import Inputs
 

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 import prunella as pr
 from prunella.errors import BadInput, CheckFailed, MissingExtra, RequestError
 from prunella.graph.program.load import load_exported
-from prunella.realize import export as module
-from prunella.realize.export import export
+from prunella.io import export as module
+from prunella.io.export import export
 
 
 class Net(nn.Module):

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from prunella.errors import BadInput, RequestError
 from prunella.graph.data import Frozen
+from prunella.io import plan_file
+from prunella.io.plan_file import load_plan, save_plan
 from prunella.planning.plan import Plan
 from prunella.planning.table import Amount, Row
-from prunella.realize import plan_file
-from prunella.realize.plan_file import load_plan, save_plan
 from prunella.targets import MACs
 
 

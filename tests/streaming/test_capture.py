@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 import prunella as pr
 from prunella.errors import NotSupported, RequestError
+from prunella.io.card import render_card
 from prunella.model.forward import forward
-from prunella.realize.card import render_card
 from prunella.streaming.capture import capture, paths_of
 from prunella.streaming.convertible import gguf_obstacle
 from prunella.streaming.shards import write_shard

@@ -158,7 +158,7 @@ def compare(
     from prunella import comparison, metrics
     from prunella.blockwise import solve_
     from prunella.errors import RequestError
-    from prunella.models import load_model
+    from prunella.io.load import load_model
     from prunella.streaming.journal import described
     from prunella.streaming.text import text_tokens, text_windows
 
@@ -212,7 +212,7 @@ def recipe_of(name: str, pattern: str | None, sparsity: float | None) -> OneShot
 def folder_of(model: str) -> Path:
     """The Hugging Face folder of a model."""
     from prunella.errors import RequestError
-    from prunella.models import model_folder
+    from prunella.io.load import model_folder
 
     folder = model_folder(model)
     if not folder.is_dir():

@@ -128,7 +128,7 @@ def inspect(
         graph = couple(network, example)
     data = graph_data(graph)
     if html is not None:
-        from prunella.files import write_atomic
+        from prunella.io.files import write_atomic
         from prunella.reporting.coupling import render_coupling
 
         note(f"wrote {write_atomic(html, render_coupling(graph, str(model)).encode())}")
@@ -215,7 +215,7 @@ def show(
 ) -> None:
     """Print a plan: what stays of each group, and what that gives."""
     from prunella.cli.request import plan_data
-    from prunella.realize.plan_file import load_plan
+    from prunella.io.plan_file import load_plan
 
     plan = load_plan(file)
     emit(plan_data(plan), str(plan), as_json=as_json)

@@ -32,7 +32,7 @@ def verify(
 
     from prunella.cli.request import factory_of, open_dense
     from prunella.graph.program.capture import as_program
-    from prunella.models import load_model
+    from prunella.io.load import load_model
     from prunella.proof import check_equal, check_whole, plan_of
 
     with stage("checking digests and loading"):

@@ -13,14 +13,14 @@ from torch import nn
 
 from prunella.cli.console import note, stage
 from prunella.errors import BadInput, RequestError
-from prunella.examples import check_forward, example_inputs
-from prunella.files import MARKER
 from prunella.graph.program.capture import as_program
-from prunella.models import call_user, load_model, load_object
+from prunella.io.artifact import PLAN, load, read_manifest
+from prunella.io.examples import check_forward, example_inputs
+from prunella.io.files import MARKER
+from prunella.io.load import call_user, load_model, load_object
+from prunella.io.plan_file import load_plan
 from prunella.planning.plan import Plan
 from prunella.planning.recipe import Recipe
-from prunella.realize.artifact import PLAN, load, read_manifest
-from prunella.realize.plan_file import load_plan
 from prunella.registry import catalogue
 from prunella.targets import Target, parse_target
 from prunella.types import Inputs, Loss

@@ -83,7 +83,7 @@ def run(
     of_text = {"--sparsity": sparsity, "--memory": memory, "--windows": windows, "--length": length}
     _refuse(f"--recipe {recipe}", {**of_text, "--dry-run": dry_run})
     from prunella.cli import request
-    from prunella.files import check_free
+    from prunella.io.files import check_free
     from prunella.run import Job, read_heal
 
     check_free(output, overwrite=overwrite)

@@ -42,7 +42,7 @@ def bench(
             network, example, roads=tuple(r.strip() for r in roads.split(",")), batches=sizes, threads=counts
         )
     if plot is not None:
-        from prunella.files import write_atomic
+        from prunella.io.files import write_atomic
 
         note(f"wrote {write_atomic(plot, draw(found).encode())}")
     emit(found.as_dict(), _text(found), as_json=as_json)

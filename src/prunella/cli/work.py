@@ -57,8 +57,8 @@ def plan(
 ) -> None:
     """Decide what to keep so that the target is met; the model is only read. -o writes the plan to a file."""
     from prunella.cli import request
+    from prunella.io.plan_file import save_plan
     from prunella.planning.planner import plan as make_plan
-    from prunella.realize.plan_file import save_plan
 
     parts = request.build_recipe(recipe, granularity=granularity, allocation=allocation, pattern=pattern)
     parts = request.with_numbers(parts, floor=floor, align=align, even=even, seed=seed)
@@ -148,8 +148,8 @@ def import_(
 ) -> None:
     """Turn what another tool pruned into a plan for the dense MODEL. -o writes the plan to a file."""
     from prunella.cli import request
-    from prunella.importers import import_plan
-    from prunella.realize.plan_file import save_plan
+    from prunella.io.importers import import_plan
+    from prunella.io.plan_file import save_plan
     from prunella.registry import catalogue
 
     reader = catalogue.lookup(importer, "importer").function if importer else None
@@ -173,7 +173,7 @@ def export(
 ) -> None:
     """Write a model, or a folder of `run`, as FILE.safetensors, FILE.pt2 or FILE.onnx; read it again and compare."""
     from prunella.cli.request import check_new_file, open_model
-    from prunella.realize.export import export as write
+    from prunella.io.export import export as write
 
     check_new_file(output, overwrite=overwrite)
     network, example = open_model(model, inputs, weights=weights, allow_pickle=allow_pickle, factory=factory)

@@ -24,8 +24,8 @@ from prunella.demo.task import Quality, Task
 from prunella.demo.text import Corpus, read_sections, split
 from prunella.errors import BadInput, MissingExtra
 from prunella.granularity import Channel, Head
+from prunella.io.load import import_module
 from prunella.model.forward import mode
-from prunella.models import import_module
 from prunella.planning.recipe import Recipe
 from prunella.types import Loss
 

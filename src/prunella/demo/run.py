@@ -23,11 +23,11 @@ from prunella.demo.minilm import installed, minilm_task
 from prunella.demo.stages import Stages, Tick, counted
 from prunella.demo.task import Quality, Task
 from prunella.errors import MissingExtra
-from prunella.files import check_free, write_atomic
+from prunella.io.artifact import WEIGHTS, Saved, save
+from prunella.io.files import check_free, write_atomic
 from prunella.model.forward import first_tensor, forward, mode
 from prunella.planning.plan import Plan
 from prunella.planning.planner import plan
-from prunella.realize.artifact import WEIGHTS, Saved, save
 from prunella.realize.shrink import shrink
 from prunella.recovery.calibrate import recalibrate_bn
 from prunella.recovery.finetune import Curve, Training, finetune

@@ -14,7 +14,7 @@ import numpy as np
 from markupsafe import Markup
 
 from prunella.errors import RequestError
-from prunella.files import write_atomic
+from prunella.io.files import write_atomic
 from prunella.reporting.chart import DENSE, GRID, INK, MUTED, NARROW, PRUNED, WIDE, figure
 from prunella.reporting.page import render_sections
 from prunella.reporting.section import Section

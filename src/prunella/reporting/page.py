@@ -13,7 +13,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from prunella.files import write_atomic
+from prunella.io.files import write_atomic
 from prunella.reporting.chart import NARROW, curve_chart, latency_chart
 from prunella.reporting.report import LayerLine, Metric, Report, shown
 from prunella.reporting.section import Section

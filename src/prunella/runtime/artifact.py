@@ -21,11 +21,7 @@ from torch.fx import GraphModule
 
 from prunella.compress.storage import Format, Stored, decode, encode
 from prunella.errors import BadInput, RequestError
-from prunella.files import MARKER, digest, new_folder
-from prunella.measure.machine import cpu_name
-from prunella.model.unwrap import unwrap
-from prunella.planning.plan import Plan
-from prunella.realize.artifact import (
+from prunella.io.artifact import (
     BUFFERS,
     PROGRAM,
     WEIGHTS,
@@ -36,8 +32,12 @@ from prunella.realize.artifact import (
     rebuild,
     save,
 )
-from prunella.realize.origin import Factory
-from prunella.realize.state import State, read_tensors, write_tensors
+from prunella.io.files import MARKER, digest, new_folder
+from prunella.io.origin import Factory
+from prunella.io.state import State, read_tensors, write_tensors
+from prunella.measure.machine import cpu_name
+from prunella.model.unwrap import unwrap
+from prunella.planning.plan import Plan
 from prunella.runtime.choice import Choice, Problem, Route, from_json, to_json
 from prunella.runtime.convert import (
     Layer,

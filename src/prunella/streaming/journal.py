@@ -15,9 +15,9 @@ import torch
 import prunella
 from prunella.blockwise.one_shot import Fit, OneShot
 from prunella.errors import BadInput, RequestError
-from prunella.files import write_atomic
+from prunella.io.files import write_atomic
+from prunella.io.load import import_transformers
 from prunella.model.forward import tensors
-from prunella.models import import_transformers
 from prunella.registry.serialize import describe
 
 

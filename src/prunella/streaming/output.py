@@ -10,9 +10,9 @@ from typing import Any
 
 import prunella
 from prunella.blockwise.one_shot import Solving
-from prunella.files import write_atomic
-from prunella.realize.card import Card, write_card
-from prunella.realize.pretrained import COMPANIONS
+from prunella.io.card import Card, write_card
+from prunella.io.files import write_atomic
+from prunella.io.huggingface import COMPANIONS
 from prunella.streaming.job import Prepared
 from prunella.streaming.journal import described
 from prunella.streaming.shards import INDEX, read_header, shard_name, write_shard

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from prunella.errors import BadInput
-from prunella.files import plain_name, write_atomic
+from prunella.io.files import plain_name, write_atomic
 
 INDEX = "model.safetensors.index.json"
 _TYPES = {

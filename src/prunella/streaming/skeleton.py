@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from prunella.errors import BadInput, NotSupported
+from prunella.io.load import call_user, class_of, import_transformers
 from prunella.model.forward import tensors
-from prunella.models import call_user, class_of, import_transformers
 from prunella.streaming.converted import Converted, Files
 from prunella.streaming.shards import Stored
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from prunella.errors import BadInput, RequestError
-from prunella.models import import_transformers
+from prunella.io.load import import_transformers
 
 
 def text_windows(

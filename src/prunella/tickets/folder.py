@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from prunella.errors import BadInput, RequestError
-from prunella.files import write_atomic
+from prunella.io.files import write_atomic
 from prunella.tickets.lap import State
 from prunella.tickets.store import load_state, save_state
 

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from prunella.errors import BadInput, RequestError
-from prunella.files import write_atomic
+from prunella.io.files import write_atomic
 
 VERSION = 1
 _KEY = "prunella.state"

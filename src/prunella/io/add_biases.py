@@ -10,9 +10,9 @@ from typing import Any, TypeVar
 from torch import nn
 
 from prunella.errors import NotSupported, PruningError, RequestError
+from prunella.io.huggingface import built_shapes, shapes_of
+from prunella.io.origin import describe, is_hugging_face
 from prunella.model.unwrap import unwrap
-from prunella.realize.origin import describe, is_hugging_face
-from prunella.realize.pretrained import built_shapes, shapes_of
 from prunella.registry.method import recovery
 
 M = TypeVar("M", bound=nn.Module)

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from prunella.errors import BadInput
-from prunella.importers.imported import Imported, State, as_mask, tensors_of
+from prunella.io.importers.imported import Imported, State, as_mask, tensors_of
 from prunella.registry.method import importer
 
 _ORIGINAL = re.compile(r"^(?:(?P<module>.+)\.)?parametrizations\.(?P<leaf>[^.]+)\.original$")

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from prunella.errors import BadInput
-from prunella.importers.imported import Imported, State, as_mask, tensors_of, zero_masks
+from prunella.io.importers.imported import Imported, State, as_mask, tensors_of, zero_masks
 from prunella.registry.method import importer
 
 _LONGEST_RECIPE = 1_000_000

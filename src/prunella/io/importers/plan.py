@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from prunella.errors import BadInput, RequestError
 from prunella.graph.data import Graph, Layer
 from prunella.graph.solve.groups import couple
-from prunella.importers.checkpoint import neural_compressor, repeated, sparseml, zeros
-from prunella.importers.compressed import PARTS, compressed_tensors
-from prunella.importers.imported import Imported, State, tensors_of
-from prunella.importers.patterns import pattern_of
-from prunella.importers.reading import Source, read_source
-from prunella.importers.torch_masks import needs_masks, torch_ao, torch_prune
+from prunella.io.importers.checkpoint import neural_compressor, repeated, sparseml, zeros
+from prunella.io.importers.compressed import PARTS, compressed_tensors
+from prunella.io.importers.imported import Imported, State, tensors_of
+from prunella.io.importers.patterns import pattern_of
+from prunella.io.importers.reading import Source, read_source
+from prunella.io.importers.torch_masks import needs_masks, torch_ao, torch_prune
 from prunella.model import state as untouched
 from prunella.planning import table
 from prunella.planning.plan import Plan
@@ -44,7 +44,7 @@ def import_plan(
     source: a module that the other tool holds, its state dict, a file (safetensors; torch's only with `allow_pickle`,
         and then tensors and plain data only) or a folder of safetensors. `model` is a fresh one of the same shapes.
     masks: masks that are kept apart: the `state_dict()` of a sparsifier of torch.ao, or a mapping of masks.
-    importer: a function of `prunella.importers`, where the kind of checkpoint is not to be found out.
+    importer: a function of `prunella.io.importers`, where the kind of checkpoint is not to be found out.
 
     Only masks are imported: the shapes stay. `module.`, `_orig_mod.` and `model.` in front of names are seen through.
     Errors: BadInput names what is missing, of another shape, or contradicts itself; also if nothing is pruned.

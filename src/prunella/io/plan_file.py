@@ -17,9 +17,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from prunella.errors import BadInput, RequestError
-from prunella.files import write_atomic
 from prunella.graph.cut.surgery import Along, Renumbered
 from prunella.graph.data import Frozen
+from prunella.io.files import write_atomic
 from prunella.planning.plan import Plan
 from prunella.planning.table import Amount, Row
 from prunella.targets import parse_target

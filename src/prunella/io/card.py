@@ -8,7 +8,7 @@ from importlib.resources import files
 from pathlib import Path
 
 import prunella
-from prunella.files import write_atomic
+from prunella.io.files import write_atomic
 
 CARD = "README.md"
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from prunella.errors import BadInput, NotSupported
-from prunella.importers.imported import Imported, State, tensors_of, zero_masks
+from prunella.io.importers.imported import Imported, State, tensors_of, zero_masks
 from prunella.registry.method import importer
 from prunella.types import Mask
 

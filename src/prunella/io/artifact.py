@@ -27,20 +27,20 @@ from torch.fx import GraphModule
 import prunella
 from prunella.compress.low_rank import ranks_of, rebuild_
 from prunella.errors import BadInput, PruningError, RequestError
-from prunella.files import MARKER, digest, new_folder, plain_name
 from prunella.graph.cut.block_surgery import check_dropped
 from prunella.graph.cut.surgery import Changes, change_
 from prunella.graph.program.load import load_exported
 from prunella.graph.solve.tokens import names_token
 from prunella.graph.trace.tracked_int import size_of
+from prunella.io import huggingface as pretrained
+from prunella.io import origin as origins
+from prunella.io.export import export
+from prunella.io.files import MARKER, digest, new_folder, plain_name
+from prunella.io.origin import Factory
+from prunella.io.per_layer import per_layer_config
+from prunella.io.plan_file import read_size, save_plan
+from prunella.io.state import State, fill_, read_state, read_tensors, write_tensors
 from prunella.planning.plan import Plan
-from prunella.realize import origin as origins
-from prunella.realize import pretrained
-from prunella.realize.export import export
-from prunella.realize.origin import Factory
-from prunella.realize.per_layer import per_layer_config
-from prunella.realize.plan_file import read_size, save_plan
-from prunella.realize.state import State, fill_, read_state, read_tensors, write_tensors
 
 FORMAT = 1
 WEIGHTS, BUFFERS, PLAN = "model.safetensors", "buffers.safetensors", "plan.safetensors"

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from prunella.errors import PruningError
-from prunella.realize.pretrained import Change, ConfigPath, Shapes, Sizes, built_shapes, changed, search_part
+from prunella.io.huggingface import Change, ConfigPath, Shapes, Sizes, built_shapes, changed, search_part
 
 PerLayer = dict[str, dict[str, int]]
 

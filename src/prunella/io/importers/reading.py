@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from prunella.errors import BadInput, NotSupported, RequestError
-from prunella.importers.imported import State
+from prunella.io.importers.imported import State
 
 Source = State | nn.Module | str | os.PathLike[str]
 _LARGEST_CONFIG = 10_000_000

@@ -19,8 +19,8 @@ from torch import nn
 from prunella.errors import PruningError
 from prunella.graph.solve.tokens import names_token
 from prunella.graph.verify import relative_error
+from prunella.io.origin import build_empty, hugging_face_builder
 from prunella.model.forward import forward, mode, tensors
-from prunella.realize.origin import build_empty, hugging_face_builder
 
 Sizes = Mapping[int, frozenset[int]]
 Shapes = Mapping[str, tuple[int, ...]]

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from prunella.errors import BadInput, MissingExtra, RequestError
-from prunella.models import import_module, load_object
+from prunella.io.load import import_module, load_object
 
 Factory = str | Callable[..., nn.Module]
 Builder = Callable[[], nn.Module]
@@ -63,7 +63,7 @@ def builder(origin: Mapping[str, Any], factory: Factory | None, where: str) -> B
 
 def build_empty(build: Builder) -> nn.Module:
     """The model on the meta device, or on the CPU when its constructor cannot do without data."""
-    from prunella.realize.state import has_stray_meta
+    from prunella.io.state import has_stray_meta
 
     with _undisturbed():
         try:

@@ -1,0 +1,1 @@
+"""Files and models: reading, writing, and what identifies a result."""

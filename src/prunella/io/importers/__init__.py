@@ -1,0 +1,21 @@
+"""Importers: what other tools pruned becomes a plan. Files are read as data only, and nothing of them is trusted."""
+
+from prunella.io.importers.checkpoint import neural_compressor as neural_compressor
+from prunella.io.importers.checkpoint import sparseml as sparseml
+from prunella.io.importers.checkpoint import zeros as zeros
+from prunella.io.importers.compressed import compressed_tensors as compressed_tensors
+from prunella.io.importers.imported import Imported as Imported
+from prunella.io.importers.plan import import_plan as import_plan
+from prunella.io.importers.torch_masks import torch_ao as torch_ao
+from prunella.io.importers.torch_masks import torch_prune as torch_prune
+
+__all__ = [
+    "Imported",
+    "compressed_tensors",
+    "import_plan",
+    "neural_compressor",
+    "sparseml",
+    "torch_ao",
+    "torch_prune",
+    "zeros",
+]
