@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 import prunella as pr
-from prunella.apply import apply_
 from prunella.errors import CheckFailed, RequestError
 from prunella.model.masks import finalize, masks_of, pack, reapply_, records, slice_masks_
+from prunella.transform.apply import apply_
 from tests.hand import hand_plan
 
 

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from prunella.allocation import per_round as per_round
     from prunella.allocation import uniform as uniform
     from prunella.allocation import uniform_plus as uniform_plus
-    from prunella.apply import apply_ as apply_
     from prunella.blockwise import Match as Match
     from prunella.blockwise import OneShot as OneShot
     from prunella.blockwise import Refine as Refine
@@ -131,7 +130,6 @@ if TYPE_CHECKING:
     from prunella.model.masks import finalize as finalize
     from prunella.model.masks import masks_of as masks_of
     from prunella.model.masks import reapply_ as reapply_
-    from prunella.permutation import permute as permute
     from prunella.planning.plan import Plan as Plan
     from prunella.planning.planner import plan as plan
     from prunella.planning.recipe import Recipe as Recipe
@@ -141,8 +139,6 @@ if TYPE_CHECKING:
     from prunella.planning.rounds import iterative_snip as iterative_snip
     from prunella.planning.rounds import synflow_rounds as synflow_rounds
     from prunella.planning.zeros import plan_zeros as plan_zeros
-    from prunella.realize.carry import carry_ as carry_
-    from prunella.realize.shrink import shrink as shrink
     from prunella.recovery import Adapters as Adapters
     from prunella.recovery import add_adapters_ as add_adapters_
     from prunella.recovery import heal_ as heal_
@@ -180,9 +176,6 @@ if TYPE_CHECKING:
     from prunella.runtime.convert import sparsified as sparsified
     from prunella.runtime.fast import dense_fast as dense_fast
     from prunella.runtime.native import Precision as Precision
-    from prunella.sanity import collapsed as collapsed
-    from prunella.sanity import reinitialised as reinitialised
-    from prunella.sanity import shuffled_plan as shuffled_plan
     from prunella.schedules import acdc as acdc
     from prunella.schedules import cosine as cosine
     from prunella.schedules import cubic as cubic
@@ -230,10 +223,6 @@ if TYPE_CHECKING:
     from prunella.targets import Sparsity as Sparsity
     from prunella.tickets.connect import barrier as barrier
     from prunella.tickets.connect import instability as instability
-    from prunella.tickets.controls import Control as Control
-    from prunella.tickets.controls import Controls as Controls
-    from prunella.tickets.controls import reinit_ as reinit_
-    from prunella.tickets.controls import shuffle_masks_ as shuffle_masks_
     from prunella.tickets.course import Course as Course
     from prunella.tickets.course import descent as descent
     from prunella.tickets.early_bird import EarlyBird as EarlyBird
@@ -283,6 +272,17 @@ if TYPE_CHECKING:
     from prunella.train.thresholds import learned_threshold_ as learned_threshold_
     from prunella.train.top_kast import top_kast_ as top_kast_
     from prunella.train.variational import variational_dropout_ as variational_dropout_
+    from prunella.transform.apply import apply_ as apply_
+    from prunella.transform.controls import Control as Control
+    from prunella.transform.controls import Controls as Controls
+    from prunella.transform.controls import reinit_ as reinit_
+    from prunella.transform.controls import shuffle_masks_ as shuffle_masks_
+    from prunella.transform.optimizer import carry_ as carry_
+    from prunella.transform.permute import permute as permute
+    from prunella.transform.sanity import collapsed as collapsed
+    from prunella.transform.sanity import reinitialised as reinitialised
+    from prunella.transform.sanity import shuffled_plan as shuffled_plan
+    from prunella.transform.shrink import shrink as shrink
 
 __version__ = "0.1.0"
 
@@ -299,7 +299,6 @@ _HOME = {
     "per_round": "allocation",
     "uniform": "allocation",
     "uniform_plus": "allocation",
-    "apply_": "apply",
     "Match": "blockwise",
     "OneShot": "blockwise",
     "Refine": "blockwise",
@@ -409,7 +408,6 @@ _HOME = {
     "finalize": "model.masks",
     "masks_of": "model.masks",
     "reapply_": "model.masks",
-    "permute": "permutation",
     "Plan": "planning.plan",
     "plan": "planning.planner",
     "Recipe": "planning.recipe",
@@ -419,8 +417,6 @@ _HOME = {
     "iterative_snip": "planning.rounds",
     "synflow_rounds": "planning.rounds",
     "plan_zeros": "planning.zeros",
-    "carry_": "realize.carry",
-    "shrink": "realize.shrink",
     "Adapters": "recovery",
     "add_adapters_": "recovery",
     "heal_": "recovery",
@@ -458,9 +454,6 @@ _HOME = {
     "sparsified": "runtime.convert",
     "dense_fast": "runtime.fast",
     "Precision": "runtime.native",
-    "collapsed": "sanity",
-    "reinitialised": "sanity",
-    "shuffled_plan": "sanity",
     "acdc": "schedules",
     "cosine": "schedules",
     "cubic": "schedules",
@@ -508,10 +501,6 @@ _HOME = {
     "Sparsity": "targets",
     "barrier": "tickets.connect",
     "instability": "tickets.connect",
-    "Control": "tickets.controls",
-    "Controls": "tickets.controls",
-    "reinit_": "tickets.controls",
-    "shuffle_masks_": "tickets.controls",
     "Course": "tickets.course",
     "descent": "tickets.course",
     "EarlyBird": "tickets.early_bird",
@@ -561,6 +550,17 @@ _HOME = {
     "learned_threshold_": "train.thresholds",
     "top_kast_": "train.top_kast",
     "variational_dropout_": "train.variational",
+    "apply_": "transform.apply",
+    "Control": "transform.controls",
+    "Controls": "transform.controls",
+    "reinit_": "transform.controls",
+    "shuffle_masks_": "transform.controls",
+    "carry_": "transform.optimizer",
+    "permute": "transform.permute",
+    "collapsed": "transform.sanity",
+    "reinitialised": "transform.sanity",
+    "shuffled_plan": "transform.sanity",
+    "shrink": "transform.shrink",
 }
 
 __all__ = sorted([*_HOME, "__version__"])

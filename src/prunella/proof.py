@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from prunella.apply import apply_
 from prunella.errors import BadInput, CheckFailed
 from prunella.graph.verify import relative_error
 from prunella.io.artifact import PLAN, check_files, load, read_manifest
@@ -19,7 +18,8 @@ from prunella.io.origin import Factory
 from prunella.io.plan_file import load_plan
 from prunella.model.forward import forward, mode, tensors
 from prunella.planning.plan import Plan
-from prunella.realize.shrink import shrink
+from prunella.transform.apply import apply_
+from prunella.transform.shrink import shrink
 from prunella.types import Inputs
 
 TOLERANCE = 1e-4

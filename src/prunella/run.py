@@ -18,7 +18,6 @@ from typing import Any, Literal, get_args
 import torch
 from torch import nn
 
-from prunella.apply import apply_
 from prunella.errors import CheckFailed, RequestError
 from prunella.io.artifact import Saved, save
 from prunella.io.files import check_free, write_atomic
@@ -26,7 +25,6 @@ from prunella.model.forward import Outputs, forward, mode
 from prunella.planning.plan import Plan
 from prunella.planning.planner import plan
 from prunella.planning.recipe import Recipe
-from prunella.realize.shrink import shrink
 from prunella.recovery.calibrate import recalibrate_bn
 from prunella.recovery.distill import distill, distill_logits
 from prunella.recovery.finetune import Curve, Training, finetune
@@ -35,6 +33,8 @@ from prunella.reporting.page import write_page
 from prunella.reporting.report import Curve as Recovery
 from prunella.reporting.report import Report, report
 from prunella.targets import Target
+from prunella.transform.apply import apply_
+from prunella.transform.shrink import shrink
 from prunella.types import Inputs, Loss
 
 PAGE, RECORD = "report.html", "run.json"

@@ -30,7 +30,6 @@ from torch import Tensor, nn
 
 import prunella
 from prunella.allocation import global_, uniform
-from prunella.apply import apply_
 from prunella.criteria import magnitude, random
 from prunella.errors import Interrupted, PruningError, RequestError
 from prunella.granularity import Element, Granularity
@@ -41,10 +40,11 @@ from prunella.model.masks import finalize
 from prunella.planning.plan import Plan
 from prunella.planning.planner import plan
 from prunella.planning.recipe import Recipe
-from prunella.realize.shrink import shrink
 from prunella.registry.method import metric
 from prunella.reporting.frontier import DENSE_NAME, Cell, Frontier, summarise, write_frontier
 from prunella.targets import Params, Sparsity, Target
+from prunella.transform.apply import apply_
+from prunella.transform.shrink import shrink
 
 PAGE, RECORD, CELLS = "pareto.html", "pareto.json", "cells"
 RATIOS = (2.0, 4.0, 8.0, 16.0, 32.0)

@@ -18,8 +18,8 @@ from prunella.graph.solve.block_counters import counted
 from prunella.graph.solve.groups import changes, couple
 from prunella.graph.verify import unproven, verify
 from prunella.io.plan_file import load_plan, save_plan
-from prunella.realize.carry import carry_
 from prunella.stats.gradient import gate_gradient
+from prunella.transform.optimizer import carry_
 from tests.graph_depth.nets import IMAGE, TOKENS, Calls, ConvNext, Layer, Lender, Net, ResNet, Wrap, bypass
 from tests.oracle import assert_untouched, distance, distinct, double, exact_groups, macs, run, settle, snapshot
 

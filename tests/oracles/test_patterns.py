@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import prunella as pr
 from prunella.errors import RequestError
 from prunella.granularity.kernel import library
-from prunella.permutation import Reader, best_order
+from prunella.transform.permute import Reader, best_order
 
 IMAGE = torch.randn(2, 4, 6, 6, generator=torch.Generator().manual_seed(1))
 

@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from prunella.apply import apply_
 from prunella.errors import CheckFailed, RequestError
 from prunella.model.masks import finalize
 from prunella.recovery.finetune import Training, adamw, finetune, warmup_cosine
+from prunella.transform.apply import apply_
 from tests.hand import hand_plan
 
 

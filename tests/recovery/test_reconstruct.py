@@ -11,12 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from prunella.apply import apply_
 from prunella.errors import CheckFailed, RequestError
 from prunella.model.reads import Read, Watch, rows, targets
 from prunella.planning.plan import Plan
 from prunella.recovery.reconstruct import reconstruct
 from prunella.solvers.linalg import damped_solve
+from prunella.transform.apply import apply_
 from tests.hand import hand_plan
 
 Cuts = Mapping[str, Mapping[int, Tensor]]

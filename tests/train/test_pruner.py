@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from prunella.apply import apply_
 from prunella.errors import RequestError
 from prunella.granularity import Element
 from prunella.model.masks import finalize, masks_of
@@ -22,6 +21,7 @@ from prunella.planning.table import Amount
 from prunella.schedules import cubic, linear, one_shot
 from prunella.targets import MACs, Sparsity, Target
 from prunella.train.pruner import Pruner
+from prunella.transform.apply import apply_
 from tests.hand import hand_plan
 
 NAME = "0.weight"

@@ -24,10 +24,10 @@ from prunella.model.unwrap import unwrap
 from prunella.planning.plan import Plan
 from prunella.planning.planner import plan
 from prunella.planning.recipe import Recipe
-from prunella.realize.shrink import shrink
 from prunella.registry.method import solver
 from prunella.stats import Source
 from prunella.targets import Sparsity
+from prunella.transform.shrink import shrink
 from prunella.types import Inputs, Loss
 
 

@@ -25,10 +25,10 @@ from prunella.model.reads import Read, Watch, rows, targets
 from prunella.model.unwrap import unwrap
 from prunella.planning.depth import find_blocks, turns
 from prunella.planning.plan import Plan
-from prunella.realize.shrink import shrink
 from prunella.recovery.least_squares import Solution, Sums
 from prunella.registry.method import solver
 from prunella.stats import Source
+from prunella.transform.shrink import shrink
 from prunella.types import Inputs, Loss
 
 log = logging.getLogger(__name__)

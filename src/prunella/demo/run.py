@@ -28,7 +28,6 @@ from prunella.io.files import check_free, write_atomic
 from prunella.model.forward import first_tensor, forward, mode
 from prunella.planning.plan import Plan
 from prunella.planning.planner import plan
-from prunella.realize.shrink import shrink
 from prunella.recovery.calibrate import recalibrate_bn
 from prunella.recovery.finetune import Curve, Training, finetune
 from prunella.recovery.reconstruct import reconstruct
@@ -36,6 +35,7 @@ from prunella.reporting.page import write_page
 from prunella.reporting.report import Curve as Recovery
 from prunella.reporting.report import Report, report, shown
 from prunella.targets import MACs
+from prunella.transform.shrink import shrink
 
 _FITTED = 4
 """Calibration batches that least squares sees: each layer takes a pass over them."""

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from prunella.apply import plan_masks
 from prunella.errors import CheckFailed, RequestError
 from prunella.graph.data import Layer
 from prunella.graph.matrix import from_matrix, to_matrix
@@ -26,6 +25,7 @@ from prunella.solvers.obs import cut, cut_matrix_free, inverse_fisher
 from prunella.stats import Source, Statistics, Subject, collect
 from prunella.stats.curvature import check_damping, in_blocks
 from prunella.stats.subject import first_seen
+from prunella.transform.apply import plan_masks
 from prunella.types import Loss, Mask
 
 LIMIT = 4096

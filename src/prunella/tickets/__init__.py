@@ -3,10 +3,6 @@
 from prunella.tickets.connect import Barrier as Barrier
 from prunella.tickets.connect import barrier as barrier
 from prunella.tickets.connect import instability as instability
-from prunella.tickets.controls import Control as Control
-from prunella.tickets.controls import Controls as Controls
-from prunella.tickets.controls import reinit_ as reinit_
-from prunella.tickets.controls import shuffle_masks_ as shuffle_masks_
 from prunella.tickets.course import Course as Course
 from prunella.tickets.course import descent as descent
 from prunella.tickets.early_bird import EarlyBird as EarlyBird
@@ -19,6 +15,10 @@ from prunella.tickets.imp import imp as imp
 from prunella.tickets.lap import Lap as Lap
 from prunella.tickets.supermask import finalize_supermask as finalize_supermask
 from prunella.tickets.supermask import supermask_ as supermask_
+from prunella.transform.controls import Control as Control
+from prunella.transform.controls import Controls as Controls
+from prunella.transform.controls import reinit_ as reinit_
+from prunella.transform.controls import shuffle_masks_ as shuffle_masks_
 
 __all__ = [
     "Barrier",

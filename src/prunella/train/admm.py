@@ -8,12 +8,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from prunella.apply import plan_masks
 from prunella.errors import RequestError
 from prunella.model.unwrap import unwrap
 from prunella.planning.plan import Plan
 from prunella.registry.method import training
 from prunella.train.coupled import parameters
+from prunella.transform.apply import plan_masks
 
 Projection = Callable[[nn.Module], Plan]
 """A function from a model to a plan, whose masks and cuts say which weights may be non-zero."""

@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from prunella.apply import plan_masks
 from prunella.errors import RequestError
 from prunella.model.unwrap import unwrap
 from prunella.planning.plan import Plan
 from prunella.registry.method import training
 from prunella.train.coupled import parameters
+from prunella.transform.apply import plan_masks
 from prunella.types import Mask
 
 

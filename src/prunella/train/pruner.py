@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from prunella.apply import apply_, plan_masks
 from prunella.errors import RequestError
 from prunella.model.masks import Packed, forget_masks_, masks_of, reapply_, record_, records, saved_masks
 from prunella.model.unwrap import unwrap
@@ -26,6 +25,7 @@ from prunella.planning.recipe import Recipe
 from prunella.schedules import Schedule, cubic
 from prunella.targets import Target, part_of
 from prunella.train.optimizers import check_optimizer, clear_state, mask_gradients
+from prunella.transform.apply import apply_, plan_masks
 from prunella.types import Inputs, Mask
 
 log = logging.getLogger(__name__)

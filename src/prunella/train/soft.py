@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from prunella.apply import apply_, plan_masks
 from prunella.errors import RequestError
 from prunella.graph.data import Graph
 from prunella.graph.solve.groups import couple
@@ -20,6 +19,7 @@ from prunella.planning.recipe import Recipe
 from prunella.registry.method import training
 from prunella.targets import Sparsity
 from prunella.train.pruner import Planner, planner_of
+from prunella.transform.apply import apply_, plan_masks
 from prunella.types import Inputs, Mask
 
 

@@ -8,7 +8,6 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
-from prunella.apply import plan_masks
 from prunella.errors import RequestError
 from prunella.model.masks import reapply_, record_
 from prunella.model.unwrap import unwrap
@@ -16,6 +15,7 @@ from prunella.planning.plan import Plan
 from prunella.registry.method import training
 from prunella.selection import keep_top
 from prunella.train.onto import put_on, take_off, weights
+from prunella.transform.apply import plan_masks
 
 M = TypeVar("M", bound=nn.Module)
 

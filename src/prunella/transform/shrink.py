@@ -7,11 +7,11 @@ from dataclasses import replace
 
 from torch import nn
 
-from prunella.apply import apply_
 from prunella.graph.cut.surgery import change_
 from prunella.graph.verify import check
 from prunella.model.masks import slice_masks_
 from prunella.planning.plan import Plan
+from prunella.transform.apply import apply_
 from prunella.types import Inputs
 
 
