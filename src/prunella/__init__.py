@@ -232,46 +232,46 @@ if TYPE_CHECKING:
     from prunella.tickets.find import find_ticket as find_ticket
     from prunella.tickets.imp import imp as imp
     from prunella.tickets.lap import Lap as Lap
-    from prunella.tickets.supermask import finalize_supermask as finalize_supermask
-    from prunella.tickets.supermask import supermask_ as supermask_
     from prunella.tokens import TokenMerging as TokenMerging
     from prunella.tokens import bipartite_match as bipartite_match
     from prunella.tokens import contextual_ as contextual_
     from prunella.tokens import merge_tokens_ as merge_tokens_
-    from prunella.train.admm import AdmmTraining as AdmmTraining
-    from prunella.train.concrete import l0_gates_ as l0_gates_
-    from prunella.train.coupled import Coupled as Coupled
-    from prunella.train.coupled import coupled as coupled
-    from prunella.train.dynamic import DropGrow as DropGrow
-    from prunella.train.gates import advance_ as advance_
-    from prunella.train.gates import bake_ as bake_
-    from prunella.train.gates import gate_penalty as gate_penalty
-    from prunella.train.growing import Growing as Growing
-    from prunella.train.halfspace import HalfSpace as HalfSpace
-    from prunella.train.movement import soft_movement_ as soft_movement_
-    from prunella.train.movement import top_movement_ as top_movement_
-    from prunella.train.penalties import group_lasso as group_lasso
-    from prunella.train.penalties import group_sparsity as group_sparsity
-    from prunella.train.penalties import penalised as penalised
-    from prunella.train.penalties import slimming as slimming
-    from prunella.train.proximal import Proximal as Proximal
-    from prunella.train.proximal import group_soft as group_soft
-    from prunella.train.proximal import soft as soft
-    from prunella.train.proximal import sparse_group_soft as sparse_group_soft
+    from prunella.train.dynamic.drop_grow import DropGrow as DropGrow
+    from prunella.train.dynamic.rules import Rule as Rule
+    from prunella.train.dynamic.rules import granet as granet
+    from prunella.train.dynamic.rules import itop as itop
+    from prunella.train.dynamic.rules import rigl as rigl
+    from prunella.train.dynamic.rules import rigl_flops as rigl_flops
+    from prunella.train.dynamic.rules import set_ as set_
+    from prunella.train.dynamic.rules import sparse_momentum as sparse_momentum
+    from prunella.train.gates.gate import advance_ as advance_
+    from prunella.train.gates.gate import bake_ as bake_
+    from prunella.train.gates.gate import gate_penalty as gate_penalty
+    from prunella.train.gates.hard_concrete import l0_gates_ as l0_gates_
+    from prunella.train.gates.movement import soft_movement_ as soft_movement_
+    from prunella.train.gates.movement import top_movement_ as top_movement_
+    from prunella.train.gates.supermask import finalize_supermask as finalize_supermask
+    from prunella.train.gates.supermask import supermask_ as supermask_
+    from prunella.train.gates.target_shape import TargetShape as TargetShape
+    from prunella.train.gates.thresholds import learned_threshold_ as learned_threshold_
+    from prunella.train.gates.top_kast import top_kast_ as top_kast_
+    from prunella.train.gates.variational import variational_dropout_ as variational_dropout_
+    from prunella.train.penalty.admm import AdmmTraining as AdmmTraining
+    from prunella.train.penalty.greg import Growing as Growing
+    from prunella.train.penalty.halfspace import HalfSpace as HalfSpace
+    from prunella.train.penalty.penalties import group_lasso as group_lasso
+    from prunella.train.penalty.penalties import group_sparsity as group_sparsity
+    from prunella.train.penalty.penalties import penalised as penalised
+    from prunella.train.penalty.penalties import slimming as slimming
+    from prunella.train.penalty.proximal import Proximal as Proximal
+    from prunella.train.penalty.proximal import group_soft as group_soft
+    from prunella.train.penalty.proximal import soft as soft
+    from prunella.train.penalty.proximal import sparse_group_soft as sparse_group_soft
+    from prunella.train.penalty.units import Coupled as Coupled
+    from prunella.train.penalty.units import coupled as coupled
     from prunella.train.pruner import Pruner as Pruner
-    from prunella.train.rules import Rule as Rule
-    from prunella.train.rules import granet as granet
-    from prunella.train.rules import itop as itop
-    from prunella.train.rules import rigl as rigl
-    from prunella.train.rules import rigl_flops as rigl_flops
-    from prunella.train.rules import set_ as set_
-    from prunella.train.rules import sparse_momentum as sparse_momentum
-    from prunella.train.shape import TargetShape as TargetShape
     from prunella.train.soft import SoftPruner as SoftPruner
     from prunella.train.soft import Surgery as Surgery
-    from prunella.train.thresholds import learned_threshold_ as learned_threshold_
-    from prunella.train.top_kast import top_kast_ as top_kast_
-    from prunella.train.variational import variational_dropout_ as variational_dropout_
     from prunella.transform.apply import apply_ as apply_
     from prunella.transform.controls import Control as Control
     from prunella.transform.controls import Controls as Controls
@@ -510,46 +510,46 @@ _HOME = {
     "find_ticket": "tickets.find",
     "imp": "tickets.imp",
     "Lap": "tickets.lap",
-    "finalize_supermask": "tickets.supermask",
-    "supermask_": "tickets.supermask",
     "TokenMerging": "tokens",
     "bipartite_match": "tokens",
     "contextual_": "tokens",
     "merge_tokens_": "tokens",
-    "AdmmTraining": "train.admm",
-    "l0_gates_": "train.concrete",
-    "Coupled": "train.coupled",
-    "coupled": "train.coupled",
-    "DropGrow": "train.dynamic",
-    "advance_": "train.gates",
-    "bake_": "train.gates",
-    "gate_penalty": "train.gates",
-    "Growing": "train.growing",
-    "HalfSpace": "train.halfspace",
-    "soft_movement_": "train.movement",
-    "top_movement_": "train.movement",
-    "group_lasso": "train.penalties",
-    "group_sparsity": "train.penalties",
-    "penalised": "train.penalties",
-    "slimming": "train.penalties",
-    "Proximal": "train.proximal",
-    "group_soft": "train.proximal",
-    "soft": "train.proximal",
-    "sparse_group_soft": "train.proximal",
+    "DropGrow": "train.dynamic.drop_grow",
+    "Rule": "train.dynamic.rules",
+    "granet": "train.dynamic.rules",
+    "itop": "train.dynamic.rules",
+    "rigl": "train.dynamic.rules",
+    "rigl_flops": "train.dynamic.rules",
+    "set_": "train.dynamic.rules",
+    "sparse_momentum": "train.dynamic.rules",
+    "advance_": "train.gates.gate",
+    "bake_": "train.gates.gate",
+    "gate_penalty": "train.gates.gate",
+    "l0_gates_": "train.gates.hard_concrete",
+    "soft_movement_": "train.gates.movement",
+    "top_movement_": "train.gates.movement",
+    "finalize_supermask": "train.gates.supermask",
+    "supermask_": "train.gates.supermask",
+    "TargetShape": "train.gates.target_shape",
+    "learned_threshold_": "train.gates.thresholds",
+    "top_kast_": "train.gates.top_kast",
+    "variational_dropout_": "train.gates.variational",
+    "AdmmTraining": "train.penalty.admm",
+    "Growing": "train.penalty.greg",
+    "HalfSpace": "train.penalty.halfspace",
+    "group_lasso": "train.penalty.penalties",
+    "group_sparsity": "train.penalty.penalties",
+    "penalised": "train.penalty.penalties",
+    "slimming": "train.penalty.penalties",
+    "Proximal": "train.penalty.proximal",
+    "group_soft": "train.penalty.proximal",
+    "soft": "train.penalty.proximal",
+    "sparse_group_soft": "train.penalty.proximal",
+    "Coupled": "train.penalty.units",
+    "coupled": "train.penalty.units",
     "Pruner": "train.pruner",
-    "Rule": "train.rules",
-    "granet": "train.rules",
-    "itop": "train.rules",
-    "rigl": "train.rules",
-    "rigl_flops": "train.rules",
-    "set_": "train.rules",
-    "sparse_momentum": "train.rules",
-    "TargetShape": "train.shape",
     "SoftPruner": "train.soft",
     "Surgery": "train.soft",
-    "learned_threshold_": "train.thresholds",
-    "top_kast_": "train.top_kast",
-    "variational_dropout_": "train.variational",
     "apply_": "transform.apply",
     "Control": "transform.controls",
     "Controls": "transform.controls",

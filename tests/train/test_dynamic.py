@@ -14,9 +14,9 @@ from torch.optim import Optimizer
 
 import prunella as pr
 from prunella.model.masks import masks_of, reapply_
-from prunella.train.dynamic import DropGrow
-from prunella.train.moves import exchange, fair_shares, thin
-from prunella.train.rules import (
+from prunella.train.dynamic.drop_grow import DropGrow
+from prunella.train.dynamic.exchange import exchange, fair_shares, thin
+from prunella.train.dynamic.rules import (
     Rule,
     cosine_fraction,
     dense_gradient,

@@ -17,12 +17,12 @@ import prunella as pr
 from prunella.errors import RequestError
 from prunella.recovery.finetune import Training
 from prunella.schedules import linear
-from prunella.train.concrete import HardConcrete
-from prunella.train.coupled import Coupled
-from prunella.train.gates import gates_of
-from prunella.train.movement import Moved, SoftlyMoved, masked
-from prunella.train.thresholds import Threshold
-from prunella.train.variational import Variational, divergence
+from prunella.train.gates.gate import gates_of
+from prunella.train.gates.hard_concrete import HardConcrete
+from prunella.train.gates.movement import Moved, SoftlyMoved, masked
+from prunella.train.gates.thresholds import Threshold
+from prunella.train.gates.variational import Variational, divergence
+from prunella.train.penalty.units import Coupled
 from tests.graphs import Attention, convnet, images, mlp, square_loss
 
 X = torch.linspace(-1, 1, 8 * 4).view(8, 4)

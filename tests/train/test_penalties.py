@@ -12,7 +12,7 @@ import prunella as pr
 from prunella.errors import NotSupported, RequestError
 from prunella.planning import recipes
 from prunella.recovery.finetune import Training
-from prunella.train.penalties import strengths
+from prunella.train.penalty.penalties import strengths
 from tests.graphs import convnet, images, mlp, square_loss
 from tests.hand import hand_plan
 

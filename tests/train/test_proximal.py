@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import prunella as pr
 from prunella.errors import RequestError
-from prunella.train.coupled import Coupled
+from prunella.train.penalty.units import Coupled
 from tests.graphs import Attention, convnet, images, mlp, square_loss
 
 X = torch.linspace(-1, 1, 8 * 4).view(8, 4)

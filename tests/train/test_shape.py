@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import prunella as pr
 from prunella.errors import RequestError
-from prunella.train.shape import TargetShape
+from prunella.train.gates.target_shape import TargetShape
 
 SHAPE = {"0": 5, "2": 4}
 

@@ -13,8 +13,8 @@ from prunella.tickets.find import WeightRewind as WeightRewind
 from prunella.tickets.find import find_ticket as find_ticket
 from prunella.tickets.imp import imp as imp
 from prunella.tickets.lap import Lap as Lap
-from prunella.tickets.supermask import finalize_supermask as finalize_supermask
-from prunella.tickets.supermask import supermask_ as supermask_
+from prunella.train.gates.supermask import finalize_supermask as finalize_supermask
+from prunella.train.gates.supermask import supermask_ as supermask_
 from prunella.transform.controls import Control as Control
 from prunella.transform.controls import Controls as Controls
 from prunella.transform.controls import reinit_ as reinit_

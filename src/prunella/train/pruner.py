@@ -24,7 +24,7 @@ from prunella.planning.planner import plan
 from prunella.planning.recipe import Recipe
 from prunella.schedules import Schedule, cubic
 from prunella.targets import Target, part_of
-from prunella.train.optimizers import check_optimizer, clear_state, mask_gradients
+from prunella.train.optimizer_state import check_optimizer, clear_state, mask_gradients
 from prunella.transform.apply import apply_, plan_masks
 from prunella.types import Inputs, Mask
 

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from prunella.errors import NotSupported, RequestError
 from prunella.registry.method import training
-from prunella.train.coupled import Coupled, Slice, broadcast
-from prunella.train.gates import Gate, M, Noisy, attach_
+from prunella.train.gates.gate import Gate, M, Noisy, attach_
+from prunella.train.penalty.units import Coupled, Slice, broadcast
 
 BETA, GAMMA, ZETA = 2 / 3, -0.1, 1.1
 """Temperature, and the interval that the concrete variable is stretched to before it is cut to [0, 1]."""

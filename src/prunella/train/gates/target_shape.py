@@ -12,8 +12,8 @@ from torch.nn.utils import parametrize
 from prunella.errors import RequestError
 from prunella.model.unwrap import unwrap
 from prunella.registry.method import training
-from prunella.train.concrete import HardConcrete, Opened
-from prunella.train.coupled import Coupled, Units
+from prunella.train.gates.hard_concrete import HardConcrete, Opened
+from prunella.train.penalty.units import Coupled, Units
 
 CLOSED = -20.0
 """A log_alpha at which a gate is exactly 0 in evaluation."""

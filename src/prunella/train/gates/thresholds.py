@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from prunella.errors import RequestError
 from prunella.registry.method import training
-from prunella.train.coupled import Coupled
-from prunella.train.gates import Gate, M, attach_
-from prunella.train.proximal import soft
+from prunella.train.gates.gate import Gate, M, attach_
+from prunella.train.penalty.proximal import soft
+from prunella.train.penalty.units import Coupled
 
 
 class Threshold(Gate):

@@ -11,8 +11,8 @@ from torch.optim import Optimizer
 
 from prunella.errors import RequestError
 from prunella.registry.method import training
-from prunella.train.coupled import Coupled, Units
-from prunella.train.proximal import rates, trained_by
+from prunella.train.penalty.proximal import rates, trained_by
+from prunella.train.penalty.units import Coupled, Units
 
 
 @training(source="Chen et al. 2021, arXiv:2107.07467 (OTO, HSPG)")

@@ -10,8 +10,8 @@ from torch.nn.functional import softplus
 
 from prunella.errors import RequestError
 from prunella.registry.method import training
-from prunella.train.coupled import Coupled
-from prunella.train.gates import Gate, M, Noisy, attach_
+from prunella.train.gates.gate import Gate, M, Noisy, attach_
+from prunella.train.penalty.units import Coupled
 
 K1, K2, K3 = 0.63576, 1.87320, 1.48695
 """The fit of the divergence to the log-uniform prior."""

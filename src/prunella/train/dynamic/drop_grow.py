@@ -21,10 +21,10 @@ from prunella.model.unwrap import unwrap
 from prunella.planning.scoring import Criterion
 from prunella.registry.controlled import name_of
 from prunella.registry.method import needs_of
-from prunella.train.moves import exchange, fair_shares, thin
-from prunella.train.optimizers import ELEMENTWISE, clear_state
+from prunella.train.dynamic.exchange import exchange, fair_shares, thin
+from prunella.train.dynamic.rules import Rule
+from prunella.train.optimizer_state import ELEMENTWISE, clear_state
 from prunella.train.pruner import Pruner
-from prunella.train.rules import Rule
 from prunella.types import Mask
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from prunella.errors import NotSupported, RequestError
 from prunella.registry.method import training
-from prunella.train.coupled import Coupled, Units, parameters
+from prunella.train.penalty.units import Coupled, Units, parameters
 from prunella.types import Loss
 
 Penalty = Callable[[nn.Module], Tensor]

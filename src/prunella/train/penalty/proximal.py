@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from prunella.errors import RequestError
 from prunella.registry.method import training
-from prunella.train.coupled import Coupled, Named, Units
+from prunella.train.penalty.units import Coupled, Named, Units
 
 
 @training(source="Tibshirani 1996, doi:10.1111/j.2517-6161.1996.tb02080.x; Daubechies et al. 2004, arXiv:math/0307152")

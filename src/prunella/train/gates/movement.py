@@ -9,8 +9,8 @@ from prunella.errors import RequestError
 from prunella.registry.method import training
 from prunella.schedules import Schedule, cubic
 from prunella.selection import keep_top
-from prunella.train.coupled import Coupled
-from prunella.train.gates import Gate, M, Scheduled, attach_
+from prunella.train.gates.gate import Gate, M, Scheduled, attach_
+from prunella.train.penalty.units import Coupled
 from prunella.types import Mask
 
 

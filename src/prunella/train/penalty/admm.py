@@ -12,7 +12,7 @@ from prunella.errors import RequestError
 from prunella.model.unwrap import unwrap
 from prunella.planning.plan import Plan
 from prunella.registry.method import training
-from prunella.train.coupled import parameters
+from prunella.train.penalty.units import parameters
 from prunella.transform.apply import plan_masks
 
 Projection = Callable[[nn.Module], Plan]

@@ -1,0 +1,1 @@
+"""Sparse training that drops and grows weights."""

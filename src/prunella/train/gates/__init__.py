@@ -1,0 +1,1 @@
+"""Learned gates and thresholds, and how they are merged into the weights."""

@@ -1,0 +1,1 @@
+"""Penalties and proximal steps that push whole units toward zero."""
