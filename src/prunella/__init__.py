@@ -142,9 +142,7 @@ if TYPE_CHECKING:
     from prunella.recovery import Adapters as Adapters
     from prunella.recovery import add_adapters_ as add_adapters_
     from prunella.recovery import heal_ as heal_
-    from prunella.recovery.bias import Folded as Folded
-    from prunella.recovery.bias import fold_means as fold_means
-    from prunella.recovery.calibrate import recalibrate_bn as recalibrate_bn
+    from prunella.recovery.batchnorm import recalibrate_bn as recalibrate_bn
     from prunella.recovery.distill import distill as distill
     from prunella.recovery.distill import distill_attention as distill_attention
     from prunella.recovery.distill import distill_attention_probabilities as distill_attention_probabilities
@@ -152,17 +150,19 @@ if TYPE_CHECKING:
     from prunella.recovery.distill import distill_logits as distill_logits
     from prunella.recovery.finetune import Training as Training
     from prunella.recovery.finetune import finetune as finetune
+    from prunella.recovery.fold_means import Folded as Folded
+    from prunella.recovery.fold_means import fold_means as fold_means
+    from prunella.recovery.fsdp import hold_sharded_ as hold_sharded_
     from prunella.recovery.lora import mask_adapters_ as mask_adapters_
     from prunella.recovery.lora import merge_adapters_ as merge_adapters_
-    from prunella.recovery.rates import Replay as Replay
-    from prunella.recovery.rates import adaptive_rate as adaptive_rate
-    from prunella.recovery.rates import constant_rate as constant_rate
-    from prunella.recovery.rates import linear_rate as linear_rate
-    from prunella.recovery.rates import rewind_rate as rewind_rate
-    from prunella.recovery.rates import scaled_rate as scaled_rate
+    from prunella.recovery.lr_schedules import Replay as Replay
+    from prunella.recovery.lr_schedules import adaptive_rate as adaptive_rate
+    from prunella.recovery.lr_schedules import constant_rate as constant_rate
+    from prunella.recovery.lr_schedules import linear_rate as linear_rate
+    from prunella.recovery.lr_schedules import rewind_rate as rewind_rate
+    from prunella.recovery.lr_schedules import scaled_rate as scaled_rate
+    from prunella.recovery.moments import correct_statistics as correct_statistics
     from prunella.recovery.reconstruct import reconstruct as reconstruct
-    from prunella.recovery.sharded import hold_sharded_ as hold_sharded_
-    from prunella.recovery.statistics import correct_statistics as correct_statistics
     from prunella.reporting.frontier import Frontier as Frontier
     from prunella.reporting.frontier import write_frontier as write_frontier
     from prunella.reporting.page import write_page as write_page
@@ -420,9 +420,7 @@ _HOME = {
     "Adapters": "recovery",
     "add_adapters_": "recovery",
     "heal_": "recovery",
-    "Folded": "recovery.bias",
-    "fold_means": "recovery.bias",
-    "recalibrate_bn": "recovery.calibrate",
+    "recalibrate_bn": "recovery.batchnorm",
     "distill": "recovery.distill",
     "distill_attention": "recovery.distill",
     "distill_attention_probabilities": "recovery.distill",
@@ -430,17 +428,19 @@ _HOME = {
     "distill_logits": "recovery.distill",
     "Training": "recovery.finetune",
     "finetune": "recovery.finetune",
+    "Folded": "recovery.fold_means",
+    "fold_means": "recovery.fold_means",
+    "hold_sharded_": "recovery.fsdp",
     "mask_adapters_": "recovery.lora",
     "merge_adapters_": "recovery.lora",
-    "Replay": "recovery.rates",
-    "adaptive_rate": "recovery.rates",
-    "constant_rate": "recovery.rates",
-    "linear_rate": "recovery.rates",
-    "rewind_rate": "recovery.rates",
-    "scaled_rate": "recovery.rates",
+    "Replay": "recovery.lr_schedules",
+    "adaptive_rate": "recovery.lr_schedules",
+    "constant_rate": "recovery.lr_schedules",
+    "linear_rate": "recovery.lr_schedules",
+    "rewind_rate": "recovery.lr_schedules",
+    "scaled_rate": "recovery.lr_schedules",
+    "correct_statistics": "recovery.moments",
     "reconstruct": "recovery.reconstruct",
-    "hold_sharded_": "recovery.sharded",
-    "correct_statistics": "recovery.statistics",
     "Frontier": "reporting.frontier",
     "write_frontier": "reporting.frontier",
     "write_page": "reporting.page",

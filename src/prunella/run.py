@@ -25,7 +25,7 @@ from prunella.model.forward import Outputs, forward, mode
 from prunella.planning.plan import Plan
 from prunella.planning.planner import plan
 from prunella.planning.recipe import Recipe
-from prunella.recovery.calibrate import recalibrate_bn
+from prunella.recovery.batchnorm import recalibrate_bn
 from prunella.recovery.distill import distill, distill_logits
 from prunella.recovery.finetune import Curve, Training, finetune
 from prunella.recovery.reconstruct import reconstruct

@@ -13,7 +13,7 @@ from prunella.compress.int8 import to_int8_
 from prunella.compress.quantize import quantisation_aware, quantise_weight, round_weights_
 from prunella.errors import CheckFailed, MissingExtra, NotSupported, RequestError
 from prunella.recovery.finetune import Training, finetune
-from prunella.recovery.rates import constant_rate
+from prunella.recovery.lr_schedules import constant_rate
 
 X = torch.randn(6, 16, generator=torch.Generator().manual_seed(5))
 

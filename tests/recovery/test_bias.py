@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import relu
 
 import prunella as pr
-from prunella.recovery.bias import fold_means
+from prunella.recovery.fold_means import fold_means
 from tests.graphs import mlp
 
 

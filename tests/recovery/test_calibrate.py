@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from prunella.errors import CheckFailed, RequestError
-from prunella.recovery.calibrate import recalibrate_bn
+from prunella.recovery.batchnorm import recalibrate_bn
 
 
 def _net() -> nn.Sequential:

@@ -13,7 +13,7 @@ import prunella as pr
 from prunella.errors import CheckFailed, NotSupported, RequestError
 from prunella.recovery.finetune import Training, finetune
 from prunella.recovery.lora import mask_adapters_, merge_adapters_
-from prunella.recovery.rates import constant_rate
+from prunella.recovery.lr_schedules import constant_rate
 from tests.hand import hand_plan
 from tests.realize.test_adapters import Adapted
 

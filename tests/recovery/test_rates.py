@@ -10,7 +10,7 @@ from torch import Tensor, nn
 import prunella as pr
 from prunella.errors import RequestError
 from prunella.recovery.finetune import Training, finetune, warmup_cosine
-from prunella.recovery.rates import Replay, adaptive_rate, constant_rate, linear_rate, rewind_rate, scaled_rate
+from prunella.recovery.lr_schedules import Replay, adaptive_rate, constant_rate, linear_rate, rewind_rate, scaled_rate
 
 
 def _net() -> nn.Linear:

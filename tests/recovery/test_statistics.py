@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 import prunella as pr
 from prunella.errors import CheckFailed, RequestError
-from prunella.recovery.statistics import correct_statistics
+from prunella.recovery.moments import correct_statistics
 
 
 def _net() -> nn.Sequential:

@@ -28,7 +28,7 @@ from prunella.io.files import check_free, write_atomic
 from prunella.model.forward import first_tensor, forward, mode
 from prunella.planning.plan import Plan
 from prunella.planning.planner import plan
-from prunella.recovery.calibrate import recalibrate_bn
+from prunella.recovery.batchnorm import recalibrate_bn
 from prunella.recovery.finetune import Curve, Training, finetune
 from prunella.recovery.reconstruct import reconstruct
 from prunella.reporting.page import write_page

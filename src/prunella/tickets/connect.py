@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from prunella.errors import RequestError
 from prunella.model.forward import mode
-from prunella.recovery.calibrate import recalibrate_bn
+from prunella.recovery.batchnorm import recalibrate_bn
 from prunella.registry.method import metric
 from prunella.tickets.course import Course
 from prunella.tickets.lap import Lap, State, snapshot

@@ -16,7 +16,7 @@ from prunella.model.masks import reapply_
 from prunella.model.reads import Read, Watch
 from prunella.model.unwrap import unwrap
 from prunella.planning.plan import Plan
-from prunella.recovery.calibrate import Moments
+from prunella.recovery.batchnorm import Moments
 from prunella.registry.method import recovery
 
 
