@@ -12,7 +12,7 @@ from torch import nn
 
 import prunella as pr
 from prunella.model.masks import masks_of
-from prunella.search.levels import Levels, evolve_levels
+from prunella.search.evopress import Levels, evolve_levels
 from tests.blockwise.test_one_shot import batches, net
 
 AT = (0.25, 0.5, 0.75)
