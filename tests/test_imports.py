@@ -30,7 +30,7 @@ ORDER = (
     "io",
     "train",
     "recovery",
-    "tickets",
+    "lottery",
     "blockwise",
     "tokens",
     "streaming",

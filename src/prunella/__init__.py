@@ -105,6 +105,17 @@ if TYPE_CHECKING:
     from prunella.io.importers import import_plan as import_plan
     from prunella.io.plan_file import load_plan as load_plan
     from prunella.io.plan_file import save_plan as save_plan
+    from prunella.lottery.connectivity import barrier as barrier
+    from prunella.lottery.connectivity import instability as instability
+    from prunella.lottery.early_bird import EarlyBird as EarlyBird
+    from prunella.lottery.early_bird import mask_distance as mask_distance
+    from prunella.lottery.imp import imp as imp
+    from prunella.lottery.search import RateRewind as RateRewind
+    from prunella.lottery.search import WeightRewind as WeightRewind
+    from prunella.lottery.search import find_ticket as find_ticket
+    from prunella.lottery.session import Lap as Lap
+    from prunella.lottery.training import Course as Course
+    from prunella.lottery.training import descent as descent
     from prunella.measure.count import count as count
     from prunella.measure.throughput import throughput as throughput
     from prunella.measure.timing import Timing as Timing
@@ -221,17 +232,6 @@ if TYPE_CHECKING:
     from prunella.targets import MACs as MACs
     from prunella.targets import Params as Params
     from prunella.targets import Sparsity as Sparsity
-    from prunella.tickets.connect import barrier as barrier
-    from prunella.tickets.connect import instability as instability
-    from prunella.tickets.course import Course as Course
-    from prunella.tickets.course import descent as descent
-    from prunella.tickets.early_bird import EarlyBird as EarlyBird
-    from prunella.tickets.early_bird import mask_distance as mask_distance
-    from prunella.tickets.find import RateRewind as RateRewind
-    from prunella.tickets.find import WeightRewind as WeightRewind
-    from prunella.tickets.find import find_ticket as find_ticket
-    from prunella.tickets.imp import imp as imp
-    from prunella.tickets.lap import Lap as Lap
     from prunella.tokens import TokenMerging as TokenMerging
     from prunella.tokens import bipartite_match as bipartite_match
     from prunella.tokens import contextual_ as contextual_
@@ -383,6 +383,17 @@ _HOME = {
     "import_plan": "io.importers",
     "load_plan": "io.plan_file",
     "save_plan": "io.plan_file",
+    "barrier": "lottery.connectivity",
+    "instability": "lottery.connectivity",
+    "EarlyBird": "lottery.early_bird",
+    "mask_distance": "lottery.early_bird",
+    "imp": "lottery.imp",
+    "RateRewind": "lottery.search",
+    "WeightRewind": "lottery.search",
+    "find_ticket": "lottery.search",
+    "Lap": "lottery.session",
+    "Course": "lottery.training",
+    "descent": "lottery.training",
     "count": "measure.count",
     "throughput": "measure.throughput",
     "Timing": "measure.timing",
@@ -499,17 +510,6 @@ _HOME = {
     "MACs": "targets",
     "Params": "targets",
     "Sparsity": "targets",
-    "barrier": "tickets.connect",
-    "instability": "tickets.connect",
-    "Course": "tickets.course",
-    "descent": "tickets.course",
-    "EarlyBird": "tickets.early_bird",
-    "mask_distance": "tickets.early_bird",
-    "RateRewind": "tickets.find",
-    "WeightRewind": "tickets.find",
-    "find_ticket": "tickets.find",
-    "imp": "tickets.imp",
-    "Lap": "tickets.lap",
     "TokenMerging": "tokens",
     "bipartite_match": "tokens",
     "contextual_": "tokens",

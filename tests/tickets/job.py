@@ -10,7 +10,7 @@ from pathlib import Path
 from torch import nn
 
 import prunella as pr
-from prunella.tickets.find import Rewind, Tickets
+from prunella.lottery.search import Rewind, Tickets
 from tests.tickets.nets import STEPS, batch, fit, loss_of, net
 
 

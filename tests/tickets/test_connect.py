@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 import prunella as pr
+from prunella.lottery.session import snapshot
+from prunella.lottery.store import equal
 from prunella.model.masks import masks_of
-from prunella.tickets.lap import snapshot
-from prunella.tickets.store import equal
 from tests.tickets.nets import batch, course, data, loss_of, net
 
 

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 import prunella as pr
 from prunella.allocation.rounds import densities
+from prunella.lottery.folder import digest
+from prunella.lottery.search import Rewind
+from prunella.lottery.session import Lap, Point, snapshot
+from prunella.lottery.store import equal, load_state, save_state
 from prunella.model.masks import masks_of
-from prunella.tickets.find import Rewind
-from prunella.tickets.folder import digest
-from prunella.tickets.lap import Lap, Point, snapshot
-from prunella.tickets.store import equal, load_state, save_state
 from prunella.transform.controls import Control, Controls
 from tests.tickets.job import job
 from tests.tickets.nets import STEPS, batch, course, fit, net

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 import prunella as pr
+from prunella.lottery.session import snapshot
+from prunella.lottery.store import equal
 from prunella.model.masks import masks_of
-from prunella.tickets.lap import snapshot
-from prunella.tickets.store import equal
 
 X = torch.randn(64, 10, generator=torch.Generator().manual_seed(2))
 Y = (X[:, :3].sum(1) > 0).long()

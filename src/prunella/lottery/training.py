@@ -10,10 +10,10 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from prunella.errors import CheckFailed, RequestError
+from prunella.lottery.session import Lap, Point
 from prunella.model.forward import mode
 from prunella.model.rng import seeded
 from prunella.recovery.finetune import Training
-from prunella.tickets.lap import Lap, Point
 from prunella.types import Loss
 
 Train = Callable[[nn.Module, Lap], object]

@@ -13,14 +13,14 @@ import torch
 from torch import nn
 
 from prunella.errors import RequestError
+from prunella.lottery.folder import Folder, digest
+from prunella.lottery.imp import Prune
+from prunella.lottery.session import Point, put_, snapshot
+from prunella.lottery.training import Course
 from prunella.model.masks import forget_masks_, masks_of, reapply_, record_, records
 from prunella.model.rng import seeded
 from prunella.model.unwrap import unwrap
 from prunella.registry.method import training
-from prunella.tickets.course import Course
-from prunella.tickets.folder import Folder, digest
-from prunella.tickets.imp import Prune
-from prunella.tickets.lap import Point, put_, snapshot
 from prunella.transform.apply import apply_, plan_masks
 from prunella.transform.controls import Control, Controls, reinit_, shuffle_masks_
 from prunella.types import Mask

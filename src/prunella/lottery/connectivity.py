@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from prunella.errors import RequestError
+from prunella.lottery.session import Lap, State, snapshot
+from prunella.lottery.store import equal
+from prunella.lottery.training import Course
 from prunella.model.forward import mode
 from prunella.recovery.batchnorm import recalibrate_bn
 from prunella.registry.method import metric
-from prunella.tickets.course import Course
-from prunella.tickets.lap import Lap, State, snapshot
-from prunella.tickets.store import equal
 
 
 @dataclass(frozen=True)
