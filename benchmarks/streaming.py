@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from prunella.io.files import write_atomic
-from prunella.streaming.shards import INDEX, read_folder, shard_name, write_shard
+from prunella.llm.streaming.shards import INDEX, read_folder, shard_name, write_shard
 
 RESULTS = Path(__file__).parent / "results" / "streaming.json"
 

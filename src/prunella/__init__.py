@@ -21,20 +21,6 @@ if TYPE_CHECKING:
     from prunella.allocation import per_round as per_round
     from prunella.allocation import uniform as uniform
     from prunella.allocation import uniform_plus as uniform_plus
-    from prunella.blockwise import Match as Match
-    from prunella.blockwise import OneShot as OneShot
-    from prunella.blockwise import Refine as Refine
-    from prunella.blockwise import alpha_sparsities as alpha_sparsities
-    from prunella.blockwise import drop_blocks as drop_blocks
-    from prunella.blockwise import drop_run as drop_run
-    from prunella.blockwise import match_stream_ as match_stream_
-    from prunella.blockwise import one_shot_recipe as one_shot_recipe
-    from prunella.blockwise import replace_run as replace_run
-    from prunella.blockwise import rescale_ as rescale_
-    from prunella.blockwise import rotate as rotate
-    from prunella.blockwise import slice_stream as slice_stream
-    from prunella.blockwise import solve_ as solve_
-    from prunella.blockwise.processes import processes as processes
     from prunella.comparison import compare as compare
     from prunella.compress.huffman import huffman as huffman
     from prunella.compress.huffman import relative_index as relative_index
@@ -105,6 +91,22 @@ if TYPE_CHECKING:
     from prunella.io.importers import import_plan as import_plan
     from prunella.io.plan_file import load_plan as load_plan
     from prunella.io.plan_file import save_plan as save_plan
+    from prunella.llm import Match as Match
+    from prunella.llm import OneShot as OneShot
+    from prunella.llm import Refine as Refine
+    from prunella.llm import alpha_sparsities as alpha_sparsities
+    from prunella.llm import drop_blocks as drop_blocks
+    from prunella.llm import drop_run as drop_run
+    from prunella.llm import match_stream_ as match_stream_
+    from prunella.llm import one_shot_recipe as one_shot_recipe
+    from prunella.llm import replace_run as replace_run
+    from prunella.llm import rescale_ as rescale_
+    from prunella.llm import rotate as rotate
+    from prunella.llm import slice_stream as slice_stream
+    from prunella.llm import solve_ as solve_
+    from prunella.llm.distributed import processes as processes
+    from prunella.llm.streaming import forecast as forecast
+    from prunella.llm.streaming import solve_folder as solve_folder
     from prunella.lottery.connectivity import barrier as barrier
     from prunella.lottery.connectivity import instability as instability
     from prunella.lottery.early_bird import EarlyBird as EarlyBird
@@ -223,8 +225,6 @@ if TYPE_CHECKING:
     from prunella.solvers.refit import refit as refit
     from prunella.solvers.sparsegpt import sparsegpt as sparsegpt
     from prunella.solvers.swap import swap as swap
-    from prunella.streaming import forecast as forecast
-    from prunella.streaming import solve_folder as solve_folder
     from prunella.study import Study as Study
     from prunella.study import pareto as pareto
     from prunella.targets import Bytes as Bytes
@@ -299,20 +299,6 @@ _HOME = {
     "per_round": "allocation",
     "uniform": "allocation",
     "uniform_plus": "allocation",
-    "Match": "blockwise",
-    "OneShot": "blockwise",
-    "Refine": "blockwise",
-    "alpha_sparsities": "blockwise",
-    "drop_blocks": "blockwise",
-    "drop_run": "blockwise",
-    "match_stream_": "blockwise",
-    "one_shot_recipe": "blockwise",
-    "replace_run": "blockwise",
-    "rescale_": "blockwise",
-    "rotate": "blockwise",
-    "slice_stream": "blockwise",
-    "solve_": "blockwise",
-    "processes": "blockwise.processes",
     "compare": "comparison",
     "huffman": "compress.huffman",
     "relative_index": "compress.huffman",
@@ -383,6 +369,22 @@ _HOME = {
     "import_plan": "io.importers",
     "load_plan": "io.plan_file",
     "save_plan": "io.plan_file",
+    "Match": "llm",
+    "OneShot": "llm",
+    "Refine": "llm",
+    "alpha_sparsities": "llm",
+    "drop_blocks": "llm",
+    "drop_run": "llm",
+    "match_stream_": "llm",
+    "one_shot_recipe": "llm",
+    "replace_run": "llm",
+    "rescale_": "llm",
+    "rotate": "llm",
+    "slice_stream": "llm",
+    "solve_": "llm",
+    "processes": "llm.distributed",
+    "forecast": "llm.streaming",
+    "solve_folder": "llm.streaming",
     "barrier": "lottery.connectivity",
     "instability": "lottery.connectivity",
     "EarlyBird": "lottery.early_bird",
@@ -501,8 +503,6 @@ _HOME = {
     "refit": "solvers.refit",
     "sparsegpt": "solvers.sparsegpt",
     "swap": "solvers.swap",
-    "forecast": "streaming",
-    "solve_folder": "streaming",
     "Study": "study",
     "pareto": "study",
     "Bytes": "targets",

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 import prunella as pr
-from prunella.blockwise.chain import Block, blocks_of
 from prunella.errors import RequestError
 from prunella.graph.solve.groups import couple
+from prunella.llm.blocks import Block, blocks_of
 from prunella.model.forward import forward
 from prunella.model.masks import masks_of
 from prunella.solvers import admm, by_score, sparsegpt

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import prunella as pr
-from prunella.blockwise.spectrum import tail_exponent
+from prunella.llm.alpha import tail_exponent
 from tests.blockwise.test_one_shot import Half, Net, batches, net
 
 

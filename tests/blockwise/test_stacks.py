@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import prunella as pr
-from prunella.blockwise import stacks
+from prunella.llm import experts as stacks
 from prunella.model.masks import masks_of
 from prunella.model.reads import Read, Watch
 

@@ -11,7 +11,7 @@ import torch
 
 from prunella.cli import language
 from prunella.io import load as models
-from prunella.streaming.preset import PRESETS
+from prunella.llm.streaming.preset import PRESETS
 from tests.cli.conftest import Run
 from tests.streaming.models import read, write
 
@@ -124,7 +124,7 @@ def test_recipes_in_one_table_of_a_model(prunella: Run, story: Any) -> None:
 
 def test_a_table_of_the_model_by_the_library(prunella: Run, story: Any) -> None:
     import prunella as pr
-    from prunella.streaming.text import text_tokens, text_windows
+    from prunella.llm.text import text_tokens, text_windows
 
     Path("other.txt").write_text(" ".join(WORDS[::-1] * 5))
     data = prunella(*COMPARE, "--json").data

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 import prunella as pr
 from prunella.errors import NotSupported, RequestError
 from prunella.io.card import render_card
+from prunella.llm.streaming.capture import capture, paths_of
+from prunella.llm.streaming.gguf import gguf_obstacle
+from prunella.llm.streaming.shards import write_shard
 from prunella.model.forward import forward
-from prunella.streaming.capture import capture, paths_of
-from prunella.streaming.convertible import gguf_obstacle
-from prunella.streaming.shards import write_shard
 
 
 class Part(nn.Module):
@@ -124,7 +124,7 @@ def test_a_card_quotes_what_it_is_given() -> None:
 
 def test_a_text_is_cut_into_windows_by_a_seed(tmp_path: Path) -> None:
     tokenizers, transformers = pytest.importorskip("tokenizers"), pytest.importorskip("transformers")
-    from prunella.streaming.text import text_windows
+    from prunella.llm.text import text_windows
 
     words = tokenizers.Tokenizer(tokenizers.models.WordLevel({str(k): k for k in range(50)}, "0"))
     words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()

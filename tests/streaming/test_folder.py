@@ -17,9 +17,9 @@ from safetensors.torch import load_file, save_file
 
 import prunella as pr
 from prunella.errors import BadInput, NotSupported, RequestError
-from prunella.streaming import Step, memory
-from prunella.streaming.folder import WORK
-from prunella.streaming.shards import INDEX
+from prunella.llm.streaming import Step, memory
+from prunella.llm.streaming.folder import WORK
+from prunella.llm.streaming.shards import INDEX
 from tests.streaming.models import KINDS, data, read, write
 
 WANDA = pr.OneShot(pr.Element(per_row=True), 0.5, partial(pr.by_score, score=pr.wanda))

@@ -7,10 +7,10 @@ import torch
 from torch import nn
 
 import prunella as pr
-from prunella.blockwise.chain import Call
 from prunella.errors import RequestError
+from prunella.llm.blocks import Call
+from prunella.llm.streaming.memory import Live, Peak, forward_bytes, largest, parse_bytes, solver_bytes
 from prunella.solvers import Solved
-from prunella.streaming.memory import Live, Peak, forward_bytes, largest, parse_bytes, solver_bytes
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import prunella as pr
-from prunella.blockwise.processes import Processes
+from prunella.llm.distributed import Processes
 from prunella.recovery import hold_sharded_
 from tests.streaming.models import data, read, write
 

@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from prunella.errors import BadInput
-from prunella.streaming.activations import OnDisk
-from prunella.streaming.shards import INDEX, read_folder, read_header, shard_name, write_shard
+from prunella.llm.streaming.offload import OnDisk
+from prunella.llm.streaming.shards import INDEX, read_folder, read_header, shard_name, write_shard
 
 TENSORS = {
     "a": torch.arange(12, dtype=torch.float32).view(3, 4),

@@ -17,12 +17,12 @@ from prunella.cli.console import emit, note, stage
 if TYPE_CHECKING:
     from torch import nn
 
-    from prunella.blockwise import OneShot
     from prunella.comparison import Compared
-    from prunella.streaming import Step, Streamed
+    from prunella.llm import OneShot
+    from prunella.llm.streaming import Step, Streamed
 
 RECIPES = ("one_shot", "admm", "alps", "sparsegpt")
-"""Names of `prunella.streaming.preset`, known without importing torch."""
+"""Names of `prunella.llm.streaming.preset`, known without importing torch."""
 SCORES = ("wanda", "ria", "magnitude")
 """Names of it that are criteria as well: `run` takes them block by block where the data is a text file."""
 
@@ -50,7 +50,7 @@ class Asked:
 
 def forecast(asked: Asked, *, as_json: bool) -> None:
     """Print what a run would take."""
-    from prunella.streaming import forecast as foresee
+    from prunella.llm.streaming import forecast as foresee
 
     folder, how, data = _read(asked)
     with stage("trying the first block on two batches"):
@@ -61,7 +61,7 @@ def forecast(asked: Asked, *, as_json: bool) -> None:
 
 def run(asked: Asked, output: Path, *, overwrite: bool, as_json: bool) -> None:
     """Prune, and print what was done."""
-    from prunella.streaming import solve_folder
+    from prunella.llm.streaming import solve_folder
 
     with _joined() as speaks:
         folder, how, data = _read(asked)
@@ -76,7 +76,7 @@ def run(asked: Asked, output: Path, *, overwrite: bool, as_json: bool) -> None:
 
 
 def _said(done: Streamed, *, as_json: bool) -> None:
-    from prunella.streaming.convertible import gguf_obstacle
+    from prunella.llm.streaming.gguf import gguf_obstacle
 
     obstacle = gguf_obstacle(done.path)
     gguf = f"not for converters to GGUF: {obstacle}" if obstacle else "its shapes and files suit converters to GGUF"
@@ -121,7 +121,7 @@ def _read(asked: Asked) -> tuple[Path, OneShot, list[Any]]:
     """The folder, the recipe and the batches."""
     from prunella.cli.request import load_data
     from prunella.errors import RequestError
-    from prunella.streaming.text import text_windows
+    from prunella.llm.text import text_windows
 
     how = recipe_of(asked.recipe, asked.pattern, asked.sparsity)
     if asked.data is None:
@@ -156,11 +156,11 @@ def compare(
 ) -> tuple[Compared, str]:
     """The table, and a sentence on how its numbers were made."""
     from prunella import comparison, metrics
-    from prunella.blockwise import solve_
     from prunella.errors import RequestError
     from prunella.io.load import load_model
-    from prunella.streaming.journal import described
-    from prunella.streaming.text import text_tokens, text_windows
+    from prunella.llm import solve_
+    from prunella.llm.streaming.journal import described
+    from prunella.llm.text import text_tokens, text_windows
 
     if min(seeds, protocol.judged) < 1:
         raise RequestError(f"{seeds} seeds on {protocol.judged} windows compare nothing", "at least 1 of each", "")
@@ -198,7 +198,7 @@ def recipe_of(name: str, pattern: str | None, sparsity: float | None) -> OneShot
     from prunella.cli.request import read_pattern
     from prunella.errors import RequestError
     from prunella.granularity import NM, Element
-    from prunella.streaming.preset import PRESETS
+    from prunella.llm.streaming.preset import PRESETS
 
     if name not in PRESETS:
         raise RequestError(f"there is no recipe {name!r} for language models", "", f"one of {', '.join(PRESETS)}")

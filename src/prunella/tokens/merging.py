@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prunella.blockwise.chain import Block, Call, blocks_of
 from prunella.errors import NotSupported, RequestError
 from prunella.graph.data import Graph
 from prunella.graph.solve.groups import couple
 from prunella.graph.solve.residual_blocks import inside
+from prunella.llm.blocks import Block, Call, blocks_of
 from prunella.model.forward import forward, tensors
 from prunella.model.undisturbed import undisturbed
 from prunella.registry.method import compression

@@ -7,12 +7,12 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from prunella.blockwise.chain import blocks_of
-from prunella.blockwise.one_shot import _within
 from prunella.errors import RequestError
 from prunella.graph.match import check_patterns, chosen, names_of_layer
 from prunella.graph.matrix import to_matrix
 from prunella.graph.solve.groups import couple
+from prunella.llm.blocks import blocks_of
+from prunella.llm.one_shot import _within
 from prunella.model.forward import forward, mode
 from prunella.model.unwrap import unwrap
 from prunella.registry.method import search

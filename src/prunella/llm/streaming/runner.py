@@ -14,22 +14,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prunella.blockwise.chain import Block, Call, Calls, Keep, uncached
-from prunella.blockwise.one_shot import Fit, Job, OneShot, Solving
-from prunella.blockwise.processes import Processes
-from prunella.blockwise.stacks import experts_run, in_turns, matrix_of
 from prunella.errors import RequestError
 from prunella.graph.data import Layer
 from prunella.graph.match import check_known, parts
 from prunella.graph.matrix import to_matrix
+from prunella.llm.blocks import Block, Call, Calls, Keep, uncached
+from prunella.llm.distributed import Processes
+from prunella.llm.experts import experts_run, in_turns, matrix_of
+from prunella.llm.one_shot import Fit, Job, OneShot, Solving
+from prunella.llm.streaming import memory as amounts
+from prunella.llm.streaming.capture import Captured, capture, layers_of, paths_of
+from prunella.llm.streaming.journal import Journal
+from prunella.llm.streaming.offload import OnDisk
+from prunella.llm.streaming.shards import read_folder, read_header, shard_name, write_shard
+from prunella.llm.streaming.skeleton import Skeleton
 from prunella.model.forward import forward, mode, tensors
 from prunella.model.masks import forget_masks_
-from prunella.streaming import memory as amounts
-from prunella.streaming.activations import OnDisk
-from prunella.streaming.capture import Captured, capture, layers_of, paths_of
-from prunella.streaming.journal import Journal
-from prunella.streaming.shards import read_folder, read_header, shard_name, write_shard
-from prunella.streaming.skeleton import Skeleton
 
 _TRAINED = 7
 """Copies of a block that is refined: itself, the dense one, what was saved, the gradient, Adam's two, and a sum."""

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from prunella.streaming.shards import read_folder
+from prunella.llm.streaming.shards import read_folder
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 

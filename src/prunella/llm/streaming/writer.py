@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import prunella
-from prunella.blockwise.one_shot import Solving
 from prunella.io.card import Card, write_card
 from prunella.io.files import write_atomic
 from prunella.io.huggingface import COMPANIONS
-from prunella.streaming.job import Prepared
-from prunella.streaming.journal import described
-from prunella.streaming.shards import INDEX, read_header, shard_name, write_shard
+from prunella.llm.one_shot import Solving
+from prunella.llm.streaming.journal import described
+from prunella.llm.streaming.runner import Prepared
+from prunella.llm.streaming.shards import INDEX, read_header, shard_name, write_shard
 
 RECORD, CONFIG = "run.json", "config.json"
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from prunella.errors import BadInput
-from prunella.streaming.shards import Stored
+from prunella.llm.streaming.shards import Stored
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,9 @@ from torch.overrides import TorchFunctionMode
 
 from prunella.errors import BadInput, NotSupported
 from prunella.io.load import call_user, class_of, import_transformers
+from prunella.llm.streaming.conversion import Converted, Files
+from prunella.llm.streaming.shards import Stored
 from prunella.model.forward import tensors
-from prunella.streaming.converted import Converted, Files
-from prunella.streaming.shards import Stored
 
 
 class _NothingInEmpty(TorchFunctionMode):

@@ -15,17 +15,17 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from prunella.blockwise.chain import Block, Call, Keep, Runner
-from prunella.blockwise.stacks import routers
 from prunella.errors import NotSupported, PruningError
 from prunella.graph.cut.block_surgery import swap
 from prunella.graph.data import Layer
 from prunella.graph.match import chosen, parts
 from prunella.graph.solve.groups import couple
+from prunella.llm.blocks import Block, Call, Keep, Runner
+from prunella.llm.experts import routers
+from prunella.llm.streaming.skeleton import Skeleton
 from prunella.model.forward import tensors
 from prunella.model.reads import Stop
 from prunella.stats.subject import first_seen
-from prunella.streaming.skeleton import Skeleton
 
 _INSTEAD = "load it whole, and use solve_"
 

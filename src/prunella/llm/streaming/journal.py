@@ -13,10 +13,10 @@ from typing import Any
 import torch
 
 import prunella
-from prunella.blockwise.one_shot import Fit, OneShot
 from prunella.errors import BadInput, RequestError
 from prunella.io.files import write_atomic
 from prunella.io.load import import_transformers
+from prunella.llm.one_shot import Fit, OneShot
 from prunella.model.forward import tensors
 from prunella.registry.serialize import describe
 

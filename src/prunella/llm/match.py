@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prunella.blockwise.chain import Block, Call, Feed, block_paths, blocks_at
-from prunella.blockwise.refine import Refine, refine_
 from prunella.errors import CheckFailed, NotSupported, RequestError
 from prunella.graph.cut.block_surgery import new_name
 from prunella.graph.solve.groups import couple
 from prunella.graph.solve.residual_blocks import inside
+from prunella.llm.blocks import Block, Call, Feed, block_paths, blocks_at
+from prunella.llm.refine import Refine, refine_
 from prunella.model import state as untouched
 from prunella.model.forward import batches, mode, tensors
 from prunella.model.masks import masks_of

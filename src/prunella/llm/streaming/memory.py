@@ -21,10 +21,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from prunella.blockwise.chain import Call
-from prunella.blockwise.one_shot import OneShot
 from prunella.errors import RequestError
 from prunella.granularity import NM, Block, Element
+from prunella.llm.blocks import Call
+from prunella.llm.one_shot import OneShot
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}

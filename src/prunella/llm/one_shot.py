@@ -14,16 +14,16 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from prunella.blockwise.chain import Block, Call, Calls, Feed, Keep, blocks_of, uncached
-from prunella.blockwise.processes import ALONE, Processes
-from prunella.blockwise.refine import Refine, refine_
-from prunella.blockwise.stacks import experts_run, in_turns, matrix_of, routers, stack_axis, unread_stacks
 from prunella.errors import RequestError
 from prunella.granularity import NM, Element
 from prunella.graph.data import Layer
 from prunella.graph.match import check_patterns, chosen, names_of_layer
 from prunella.graph.matrix import from_matrix, to_matrix
 from prunella.graph.solve.groups import couple
+from prunella.llm.blocks import Block, Call, Calls, Feed, Keep, blocks_of, uncached
+from prunella.llm.distributed import ALONE, Processes
+from prunella.llm.experts import experts_run, in_turns, matrix_of, routers, stack_axis, unread_stacks
+from prunella.llm.refine import Refine, refine_
 from prunella.model.forward import batches, mode, tensors
 from prunella.model.masks import record_
 from prunella.model.reads import Read, Stop, Watch, rows

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from prunella.blockwise.processes import ALONE, Processes
 from prunella.errors import CheckFailed, RequestError
+from prunella.llm.distributed import ALONE, Processes
 from prunella.types import Mask
 
 

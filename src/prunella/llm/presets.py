@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from prunella.blockwise.one_shot import OneShot
-from prunella.blockwise.refine import Refine
 from prunella.granularity import NM, Element
+from prunella.llm.one_shot import OneShot
+from prunella.llm.refine import Refine
 from prunella.registry.method import solver
 from prunella.solvers import admm
 from prunella.solvers.layer import Pattern

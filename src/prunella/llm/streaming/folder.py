@@ -9,15 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from prunella.blockwise.one_shot import OneShot, Solving
-from prunella.blockwise.processes import processes
 from prunella.errors import RequestError
+from prunella.llm.distributed import processes
+from prunella.llm.one_shot import OneShot, Solving
+from prunella.llm.streaming import memory as amounts
+from prunella.llm.streaming.journal import Journal, fingerprint
+from prunella.llm.streaming.runner import OnBlock, Prepared
+from prunella.llm.streaming.writer import RECORD, finish
 from prunella.model.forward import batches
 from prunella.registry.method import solver
-from prunella.streaming import memory as amounts
-from prunella.streaming.job import OnBlock, Prepared
-from prunella.streaming.journal import Journal, fingerprint
-from prunella.streaming.output import RECORD, finish
 
 WORK = ".prunella"
 """The folder inside the output that holds the journal while a run is not finished."""

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from functools import partial
 
-from prunella.blockwise import OneShot, one_shot_recipe
 from prunella.criteria import ria, wanda
 from prunella.granularity import Element
+from prunella.llm import OneShot, one_shot_recipe
 from prunella.solvers import admm, alps, by_score, sparsegpt
 from prunella.solvers.layer import Pattern
 from prunella.types import InputNorm, Saliency, Weight

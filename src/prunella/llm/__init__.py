@@ -1,0 +1,18 @@
+"""Prune a trained model block by block, each from the outputs of the pruned blocks before it: `solve_`."""
+
+from prunella.llm.alpha import alpha_sparsities as alpha_sparsities
+from prunella.llm.distributed import processes as processes
+from prunella.llm.match import Match as Match
+from prunella.llm.match import match_stream_ as match_stream_
+from prunella.llm.match import replace_run as replace_run
+from prunella.llm.one_shot import OneShot as OneShot
+from prunella.llm.one_shot import Solving as Solving
+from prunella.llm.one_shot import solve_ as solve_
+from prunella.llm.presets import one_shot_recipe as one_shot_recipe
+from prunella.llm.refine import Refine as Refine
+from prunella.llm.rotate import Rotated as Rotated
+from prunella.llm.rotate import rescale_ as rescale_
+from prunella.llm.rotate import rotate as rotate
+from prunella.llm.rotate import slice_stream as slice_stream
+from prunella.planning.depth import drop_blocks as drop_blocks
+from prunella.planning.depth import drop_run as drop_run

@@ -1,0 +1,7 @@
+"""Models larger than memory: a Hugging Face folder is pruned block by block into another one: `solve_folder`."""
+
+from prunella.llm.streaming.folder import Forecast as Forecast
+from prunella.llm.streaming.folder import Streamed as Streamed
+from prunella.llm.streaming.folder import forecast as forecast
+from prunella.llm.streaming.folder import solve_folder as solve_folder
+from prunella.llm.streaming.runner import Step as Step
