@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from prunella.runtime import native
-from prunella.runtime.native import Config, Kind, Precision
+from prunella.runtime.kernels import library as native
+from prunella.runtime.kernels.library import Config, Kind, Precision
 
 Call = Callable[[], object]
 KERNELS = {

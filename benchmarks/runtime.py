@@ -33,10 +33,10 @@ import prunella as pr
 from prunella.io.load import import_module
 from prunella.measure.machine import cpu_name
 from prunella.measure.timing import compare_latency, own_clock, paired_ratio
-from prunella.runtime import native
-from prunella.runtime.choice import Problem, Route, is_dense, spell
-from prunella.runtime.native import Precision
-from prunella.runtime.tune import _sieve, candidates
+from prunella.runtime.kernels import library as native
+from prunella.runtime.kernels.library import Precision
+from prunella.runtime.tuning.choice import Problem, Route, is_dense, spell
+from prunella.runtime.tuning.tune import _sieve, candidates
 
 SHAPES = ((512, 512, 196), (2048, 512, 49), (1024, 1024, 64), (768, 3072, 128), (3072, 768, 128), (3072, 768, 16))
 SPARSITIES = (50, 80, 90, 95)

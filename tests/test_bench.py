@@ -12,7 +12,7 @@ from torch import nn
 from prunella import bench as benching
 from prunella.bench import Bench, Timed, bench, plot, repeated
 from prunella.errors import RequestError
-from prunella.runtime import native
+from prunella.runtime.kernels import library as native
 
 
 def net() -> nn.Module:

@@ -187,8 +187,8 @@ if TYPE_CHECKING:
     from prunella.runtime.convert import Sparsified as Sparsified
     from prunella.runtime.convert import sparse as sparse
     from prunella.runtime.convert import sparsified as sparsified
-    from prunella.runtime.fast import dense_fast as dense_fast
-    from prunella.runtime.native import Precision as Precision
+    from prunella.runtime.dense import dense_fast as dense_fast
+    from prunella.runtime.kernels.library import Precision as Precision
     from prunella.schedules import acdc as acdc
     from prunella.schedules import cosine as cosine
     from prunella.schedules import cubic as cubic
@@ -465,8 +465,8 @@ _HOME = {
     "Sparsified": "runtime.convert",
     "sparse": "runtime.convert",
     "sparsified": "runtime.convert",
-    "dense_fast": "runtime.fast",
-    "Precision": "runtime.native",
+    "dense_fast": "runtime.dense",
+    "Precision": "runtime.kernels.library",
     "acdc": "schedules",
     "cosine": "schedules",
     "cubic": "schedules",

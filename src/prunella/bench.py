@@ -28,10 +28,10 @@ from prunella.measure.machine import cpu_name
 from prunella.measure.timing import Comparison, compare_latency
 from prunella.model.forward import forward, tensors
 from prunella.reporting.chart import alone, figure
-from prunella.runtime import native
 from prunella.runtime.convert import sparse, sparsified
-from prunella.runtime.fast import dense_fast
-from prunella.runtime.native import Precision
+from prunella.runtime.dense import dense_fast
+from prunella.runtime.kernels import library as native
+from prunella.runtime.kernels.library import Precision
 from prunella.types import Inputs
 
 if TYPE_CHECKING:

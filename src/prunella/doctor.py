@@ -17,8 +17,8 @@ from torch.nn import functional
 
 from prunella.measure.latency import compare_latency
 from prunella.measure.machine import cpu_info, cpu_name
-from prunella.runtime import native
-from prunella.runtime.survey import LOST, Pattern, survey
+from prunella.runtime.kernels import library as native
+from prunella.runtime.tuning.survey import LOST, Pattern, survey
 
 _FLAGS = (
     "sse4_2",

@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 
 from prunella.measure.timing import Ratio
-from prunella.runtime import fast, tune, whole
-from prunella.runtime.choice import Choice, Problem, is_dense
-from prunella.runtime.tune import Verdict
+from prunella.runtime import dense as fast
+from prunella.runtime.tuning import acceptance as whole
+from prunella.runtime.tuning import tune
+from prunella.runtime.tuning.choice import Choice, Problem, is_dense
+from prunella.runtime.tuning.tune import Verdict
 from tests.runtime import standin
 
 

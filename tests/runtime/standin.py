@@ -14,9 +14,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from prunella.runtime import convolution, native, steps, tiles
-from prunella.runtime.native import Activation, Config, Kind, Precision
-from prunella.runtime.store import ACTIVATE
+from prunella.runtime.kernels import chain as steps
+from prunella.runtime.kernels import convolution
+from prunella.runtime.kernels import library as native
+from prunella.runtime.kernels.library import Activation, Config, Kind, Precision
+from prunella.runtime.packed_cache import ACTIVATE
+from prunella.runtime.tuning import configs as tiles
 
 
 @dataclass(frozen=True)

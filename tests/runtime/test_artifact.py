@@ -16,13 +16,14 @@ from torch import Tensor, nn
 import prunella as pr
 from prunella.errors import BadInput, RequestError
 from prunella.measure.timing import Ratio
-from prunella.runtime import artifact, convert, whole
-from prunella.runtime.choice import Problem, Route
-from prunella.runtime.fingerprint import fingerprint
-from prunella.runtime.fuse import Fused
+from prunella.runtime import artifact, convert
+from prunella.runtime.fx.fuse import Fused
+from prunella.runtime.kernels.library import Activation, Config, Kind
 from prunella.runtime.layers import FastLinear, SparseConv2d, SparseLinear
-from prunella.runtime.native import Activation, Config, Kind
 from prunella.runtime.restore import restored
+from prunella.runtime.tuning import acceptance as whole
+from prunella.runtime.tuning.choice import Problem, Route
+from prunella.runtime.tuning.fingerprint import fingerprint
 from tests.runtime.standin import Calls
 from tests.runtime.test_sparse import IMAGE, X, mlp, net, sown, stem
 
@@ -243,7 +244,7 @@ def test_a_damaged_file_is_refused(folder: Path) -> None:
 
 
 def test_routes_of_torch_need_no_library(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from prunella.runtime import native
+    from prunella.runtime.kernels import library as native
 
     monkeypatch.setattr(native, "available", lambda: False)
     again = pr.load_sparse(folder, factory=net)

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 import prunella as pr
-from prunella.runtime import steps
-from prunella.runtime.chain import Chain
+from prunella.runtime.fx.chain import Chain
+from prunella.runtime.kernels import chain as steps
+from prunella.runtime.kernels.chain import Step
 from prunella.runtime.layers import SparseConv2d
-from prunella.runtime.steps import Step
 from tests.runtime.standin import Calls
 from tests.runtime.test_sparse import IMAGE, net, sown
 

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from prunella.errors import NotSupported, RequestError
-from prunella.runtime import native, tiles
-from prunella.runtime.native import Activation, Config, Kind, Precision
+from prunella.runtime.kernels import library as native
+from prunella.runtime.kernels.library import Activation, Config, Kind, Precision
+from prunella.runtime.tuning import configs as tiles
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="the kernels were not built here")
 TIERS = ("portable", "avx2", "avx512", "avx512bf16")

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from prunella.errors import NotSupported, PruningError, RequestError
-from prunella.runtime import convolution, native
-from prunella.runtime.native import Activation, Config, Kind, Precision
+from prunella.runtime.kernels import convolution
+from prunella.runtime.kernels import library as native
+from prunella.runtime.kernels.library import Activation, Config, Kind, Precision
 
 pytestmark = pytest.mark.skipif(
     not native.available(), reason="the kernels were not built: no compiler at installation"

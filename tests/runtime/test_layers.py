@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from prunella.errors import RequestError
-from prunella.runtime.choice import Choice, Geometry, Route, Table
+from prunella.runtime.kernels.library import Activation, Config, Kind
 from prunella.runtime.layers import FastLinear, SparseConv2d, SparseLinear
-from prunella.runtime.native import Activation, Config, Kind
 from prunella.runtime.operators import folded
-from prunella.runtime.store import ACTIVATE, mask_of, unpacked
+from prunella.runtime.packed_cache import ACTIVATE, mask_of, unpacked
+from prunella.runtime.tuning.choice import Choice, Geometry, Route, Table
 from tests.runtime.standin import Calls
 
 ROWS, DECODE = Config(Kind.ROWS), Config(Kind.DECODE)

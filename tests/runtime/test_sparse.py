@@ -16,13 +16,17 @@ from torch.nn import functional
 import prunella as pr
 from prunella.errors import CheckFailed, RequestError
 from prunella.measure.timing import Ratio
-from prunella.runtime import convert, native, operators, targets, tune, whole
-from prunella.runtime.choice import Problem, Route, is_dense
-from prunella.runtime.fuse import Fused, fuse_, traced
+from prunella.runtime import convert, operators
+from prunella.runtime.fx.fuse import Fused, fuse_, traced
+from prunella.runtime.kernels import library as native
+from prunella.runtime.kernels.library import Activation, Config, Kind, Precision
 from prunella.runtime.layers import FastLinear, FoldedConv2d, SparseConv2d, SparseLinear
-from prunella.runtime.native import Activation, Config, Kind, Precision
 from prunella.runtime.restore import restored
-from prunella.runtime.tune import Tuner, Verdict, configs
+from prunella.runtime.tuning import acceptance as whole
+from prunella.runtime.tuning import eligible as targets
+from prunella.runtime.tuning import tune
+from prunella.runtime.tuning.choice import Problem, Route, is_dense
+from prunella.runtime.tuning.tune import Tuner, Verdict, configs
 from tests.runtime.standin import Calls
 
 

@@ -12,11 +12,12 @@ from torch import Tensor
 from torch.nn import functional
 
 import prunella as pr
-from prunella.runtime import native, steps
-from prunella.runtime.chain import Chain
-from prunella.runtime.convolution import is_last, patches
-from prunella.runtime.native import Activation, Config, Kind
-from prunella.runtime.steps import Ready, Step, laid
+from prunella.runtime.fx.chain import Chain
+from prunella.runtime.kernels import chain as steps
+from prunella.runtime.kernels import library as native
+from prunella.runtime.kernels.chain import Ready, Step, laid
+from prunella.runtime.kernels.convolution import is_last, patches
+from prunella.runtime.kernels.library import Activation, Config, Kind
 from tests.runtime.test_sparse import IMAGE, net
 
 needs_kernels = pytest.mark.skipif(

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from prunella import doctor
-from prunella.runtime import native, survey
-from prunella.runtime.survey import Pattern, Try
+from prunella.runtime.kernels import library as native
+from prunella.runtime.tuning import survey
+from prunella.runtime.tuning.survey import Pattern, Try
 from tests.runtime.standin import Calls
 
 

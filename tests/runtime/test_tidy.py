@@ -13,9 +13,9 @@ from torch.fx import GraphModule
 from torch.nn import functional
 
 import prunella as pr
-from prunella.runtime.fuse import traced
+from prunella.runtime.fx.fuse import traced
+from prunella.runtime.kernels.library import Activation
 from prunella.runtime.layers import FoldedConv2d, SparseConv2d
-from prunella.runtime.native import Activation
 from prunella.runtime.restore import restored
 from tests.runtime.test_sparse import sown
 

@@ -13,12 +13,12 @@ from torch.nn import functional
 
 import prunella as pr
 from prunella.measure.timing import Ratio
-from prunella.runtime import tune
-from prunella.runtime.choice import Geometry, Problem, Route, from_json, spell, to_json
-from prunella.runtime.fuse import Fused, joins, traced
-from prunella.runtime.native import Activation, Config, Kind, Precision
-from prunella.runtime.targets import targets
-from prunella.runtime.tune import Tuner, blocks_of, configs, decide
+from prunella.runtime.fx.fuse import Fused, joins, traced
+from prunella.runtime.kernels.library import Activation, Config, Kind, Precision
+from prunella.runtime.tuning import tune
+from prunella.runtime.tuning.choice import Geometry, Problem, Route, from_json, spell, to_json
+from prunella.runtime.tuning.eligible import targets
+from prunella.runtime.tuning.tune import Tuner, blocks_of, configs, decide
 from tests.runtime.standin import Calls
 from tests.runtime.test_sparse import IMAGE, net
 

@@ -51,8 +51,8 @@ def _checkup_text(found: Checkup) -> str:
 
 
 def _patterns(found: Checkup) -> list[str]:
-    from prunella.runtime import native
-    from prunella.runtime.survey import LOST
+    from prunella.runtime.kernels import library as native
+    from prunella.runtime.tuning.survey import LOST
 
     rows = [
         (p.name, p.granularity, "x".join(map(str, p.shape)), p.tokens,

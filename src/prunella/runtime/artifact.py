@@ -38,7 +38,6 @@ from prunella.io.state import State, read_tensors, write_tensors
 from prunella.measure.machine import cpu_name
 from prunella.model.unwrap import unwrap
 from prunella.planning.plan import Plan
-from prunella.runtime.choice import Choice, Problem, Route, from_json, to_json
 from prunella.runtime.convert import (
     Layer,
     Sparsified,
@@ -50,13 +49,14 @@ from prunella.runtime.convert import (
     stays_whole,
     tuner_for,
 )
-from prunella.runtime.fingerprint import fingerprint
-from prunella.runtime.fuse import Fused, activation_of, channels_last_, copied
+from prunella.runtime.fx.fuse import Fused, activation_of, channels_last_, copied
+from prunella.runtime.kernels.library import Precision
 from prunella.runtime.layers import SparseLinear
-from prunella.runtime.native import Precision
 from prunella.runtime.restore import restored, sparse_layers
-from prunella.runtime.targets import bias_of, geometry_of, matrix_of, targets
-from prunella.runtime.tune import Tuner, Verdict, configs, density, whole_configs
+from prunella.runtime.tuning.choice import Choice, Problem, Route, from_json, to_json
+from prunella.runtime.tuning.eligible import bias_of, geometry_of, matrix_of, targets
+from prunella.runtime.tuning.fingerprint import fingerprint
+from prunella.runtime.tuning.tune import Tuner, Verdict, configs, density, whole_configs
 from prunella.types import Inputs
 
 _LARGEST = 1 << 28

@@ -16,16 +16,17 @@ from prunella.errors import RequestError
 from prunella.measure.machine import cpu_name, last_cache
 from prunella.measure.timing import Ratio
 from prunella.model.unwrap import unwrap
-from prunella.runtime import native, whole
-from prunella.runtime.chain import chain_
-from prunella.runtime.choice import Problem, Route, Table, is_dense, spell
-from prunella.runtime.fuse import Fused, activation_of, called, copied, fold_, fuse_, hooked, joins, traced
+from prunella.runtime.fx.chain import chain_
+from prunella.runtime.fx.eager_fuse import pairs
+from prunella.runtime.fx.fuse import Fused, activation_of, called, copied, fold_, fuse_, hooked, joins, traced
+from prunella.runtime.kernels import library as native
+from prunella.runtime.kernels.library import Activation, Precision
 from prunella.runtime.layers import FastLinear, SparseConv2d, SparseLinear
-from prunella.runtime.native import Activation, Precision
-from prunella.runtime.pair import pairs
-from prunella.runtime.targets import bias_of, geometry_of, is_conv1d, matrix_of, problems, sizes, targets
-from prunella.runtime.tiles import FEW_TOKENS
-from prunella.runtime.tune import Tuner, Verdict, density, forgetting
+from prunella.runtime.tuning import acceptance as whole
+from prunella.runtime.tuning.choice import Problem, Route, Table, is_dense, spell
+from prunella.runtime.tuning.configs import FEW_TOKENS
+from prunella.runtime.tuning.eligible import bias_of, geometry_of, is_conv1d, matrix_of, problems, sizes, targets
+from prunella.runtime.tuning.tune import Tuner, Verdict, density, forgetting
 from prunella.types import Inputs
 
 LEAST = 0.1

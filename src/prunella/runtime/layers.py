@@ -11,10 +11,11 @@ from torch.nn import functional
 
 from prunella.compress.storage import Format, encode
 from prunella.errors import RequestError
-from prunella.runtime import native, operators
-from prunella.runtime.choice import Geometry, Route, Table, is_dense, is_few
-from prunella.runtime.native import Activation
-from prunella.runtime.store import ACTIVATE, Store, finished, laid_out, run_linear, unpacked
+from prunella.runtime import operators
+from prunella.runtime.kernels import library as native
+from prunella.runtime.kernels.library import Activation
+from prunella.runtime.packed_cache import ACTIVATE, Store, finished, laid_out, run_linear, unpacked
+from prunella.runtime.tuning.choice import Geometry, Route, Table, is_dense, is_few
 
 PLAIN = (Tensor, nn.Parameter)
 

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from prunella.errors import RequestError
-from prunella.runtime import convolution, native
-from prunella.runtime.choice import Choice, Geometry, Route
-from prunella.runtime.native import Config
-from prunella.runtime.store import Store, dense_conv, finite, laid_out, run_linear, store, unpacked
+from prunella.runtime.kernels import convolution
+from prunella.runtime.kernels import library as native
+from prunella.runtime.kernels.library import Config
+from prunella.runtime.packed_cache import Store, dense_conv, finite, laid_out, run_linear, store, unpacked
+from prunella.runtime.tuning.choice import Choice, Geometry, Route
 
 
 def linear(

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from prunella.io.load import import_module
-from prunella.runtime.fuse import copied
+from prunella.runtime.fx.fuse import copied
+from prunella.runtime.kernels.library import Activation
 from prunella.runtime.layers import FastLinear, FoldedConv2d, SparseConv2d, SparseLinear
-from prunella.runtime.native import Activation
 
 _ACTIVATIONS = {
     Activation.RELU: nn.ReLU, Activation.GELU: nn.GELU, Activation.SILU: nn.SiLU, Activation.RELU6: nn.ReLU6,

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from prunella.runtime import native
-from prunella.runtime.native import Config, Kind, Precision
+from prunella.runtime.kernels import library as native
+from prunella.runtime.kernels.library import Config, Kind, Precision
 
 FEW_TOKENS = 8
 """Up to so many tokens a weight is read once and the kernels for decoding are worth a try."""

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from prunella.runtime import steps as together
-from prunella.runtime.convolution import is_last
+from prunella.runtime.kernels import chain as together
+from prunella.runtime.kernels.chain import Prepared, Ready, Step
+from prunella.runtime.kernels.convolution import is_last
+from prunella.runtime.kernels.library import Config
 from prunella.runtime.layers import PLAIN, SparseConv2d
-from prunella.runtime.native import Config
-from prunella.runtime.steps import Prepared, Ready, Step
-from prunella.runtime.store import Watch
+from prunella.runtime.packed_cache import Watch
 
 _MOST_PLANS = 16
 

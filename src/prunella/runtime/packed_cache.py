@@ -18,10 +18,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from prunella.errors import RequestError
-from prunella.runtime import native
-from prunella.runtime.choice import Choice, Geometry, Route, Table
-from prunella.runtime.convolution import Patches, patches
-from prunella.runtime.native import Activation, Config
+from prunella.runtime.kernels import library as native
+from prunella.runtime.kernels.convolution import Patches, patches
+from prunella.runtime.kernels.library import Activation, Config
+from prunella.runtime.tuning.choice import Choice, Geometry, Route, Table
 
 _KEYS = itertools.count(1)
 _MOST_SHAPES = 64

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from prunella.runtime import native
-from prunella.runtime.choice import Problem, spell
-from prunella.runtime.native import Precision
-from prunella.runtime.tune import Tuner
+from prunella.runtime.kernels import library as native
+from prunella.runtime.kernels.library import Precision
+from prunella.runtime.tuning.choice import Problem, spell
+from prunella.runtime.tuning.tune import Tuner
 
 LOST = (
     "the compiled kernels are not here, so zeros are skipped by torch's CSR only, which needs about 90 % of them: "

@@ -19,9 +19,9 @@ from torch.fx import GraphModule, Interpreter, Node, Tracer
 from torch.nn import functional
 
 from prunella.model.forward import tensors
+from prunella.runtime.fx.simplify import tidy_
+from prunella.runtime.kernels.library import Activation
 from prunella.runtime.layers import FoldedConv2d
-from prunella.runtime.native import Activation
-from prunella.runtime.tidy import tidy_
 
 _MODULES: dict[type[nn.Module], Activation] = {
     nn.ReLU: Activation.RELU, nn.SiLU: Activation.SILU, nn.GELU: Activation.GELU, nn.ReLU6: Activation.RELU6,

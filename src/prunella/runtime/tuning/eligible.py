@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from prunella.errors import RequestError
 from prunella.model.forward import forward
-from prunella.runtime.choice import Geometry, Problem
+from prunella.runtime.tuning.choice import Geometry, Problem
 from prunella.types import Inputs
 
 BUCKETS = (1, 2, 4, 8, *(8 * 4**k for k in range(1, 10)))

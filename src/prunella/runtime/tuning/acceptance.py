@@ -14,10 +14,10 @@ from prunella.errors import CheckFailed
 from prunella.graph.verify import relative_error
 from prunella.measure.timing import Comparison, Ratio, compare_latency, own_clock
 from prunella.model.forward import forward, tensors
-from prunella.runtime.convolution import is_last
-from prunella.runtime.fuse import channels_last_, copied
+from prunella.runtime.fx.fuse import channels_last_, copied
+from prunella.runtime.kernels.convolution import is_last
+from prunella.runtime.kernels.library import Precision
 from prunella.runtime.layers import SparseConv2d
-from prunella.runtime.native import Precision
 from prunella.types import Inputs
 
 TOLERANCE = {Precision.FP32: 1e-3, Precision.BF16: 0.1, Precision.INT8: 0.3}

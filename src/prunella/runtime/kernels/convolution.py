@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from prunella.errors import NotSupported, RequestError
-from prunella.runtime import native
-from prunella.runtime.native import FEW, Activation, Packed
+from prunella.runtime.kernels import library as native
+from prunella.runtime.kernels.library import FEW, Activation, Packed
 
 _MOST = 1 << 30
 """Of strides and the like: larger ones would not fit the 32 bits that the kernels are given."""

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prunella.runtime import native
-from prunella.runtime.convolution import Patches
-from prunella.runtime.native import Activation, Packed
+from prunella.runtime.kernels import library as native
+from prunella.runtime.kernels.convolution import Patches
+from prunella.runtime.kernels.library import Activation, Packed
 
 _LINE = 16
 """Floats of a cache line: every piece of memory begins with one."""

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from prunella.model.forward import forward, tensors
-from prunella.runtime.fuse import activation_of
+from prunella.runtime.fx.fuse import activation_of
 from prunella.types import Inputs
 
 

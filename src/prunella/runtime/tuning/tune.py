@@ -13,14 +13,15 @@ from torch import Tensor, nn
 
 from prunella.errors import PruningError
 from prunella.measure.timing import Ratio, compare_latency, own_clock
-from prunella.runtime import native, tiles
-from prunella.runtime.choice import Choice, Geometry, Problem, Route, Table, is_dense
-from prunella.runtime.convolution import is_last
-from prunella.runtime.fuse import Fused
+from prunella.runtime.fx.fuse import Fused
+from prunella.runtime.kernels import library as native
+from prunella.runtime.kernels.convolution import is_last
+from prunella.runtime.kernels.library import Activation, Config, Kind, Precision
 from prunella.runtime.layers import FastLinear, FoldedConv2d, SparseConv2d, SparseLinear
-from prunella.runtime.native import Activation, Config, Kind, Precision
-from prunella.runtime.store import finished
-from prunella.runtime.tiles import FEW_TOKENS
+from prunella.runtime.packed_cache import finished
+from prunella.runtime.tuning import configs as tiles
+from prunella.runtime.tuning.choice import Choice, Geometry, Problem, Route, Table, is_dense
+from prunella.runtime.tuning.configs import FEW_TOKENS
 
 Run = Callable[[], object]
 _M = TypeVar("_M", nn.Linear, nn.Conv2d)

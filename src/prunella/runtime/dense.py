@@ -12,13 +12,13 @@ from torch import nn
 from prunella.measure.machine import cpu_name
 from prunella.model.forward import forward
 from prunella.model.unwrap import unwrap
-from prunella.runtime.choice import Route
 from prunella.runtime.convert import Layer, Sparsified, check_request, kernels, noted
-from prunella.runtime.fuse import copied
+from prunella.runtime.fx.fuse import copied
 from prunella.runtime.layers import FastLinear
-from prunella.runtime.targets import bias_of, matrix_of, problems, sizes
-from prunella.runtime.tune import Verdict, candidates_dense, decide, density
-from prunella.runtime.whole import interleaved
+from prunella.runtime.tuning.acceptance import interleaved
+from prunella.runtime.tuning.choice import Route
+from prunella.runtime.tuning.eligible import bias_of, matrix_of, problems, sizes
+from prunella.runtime.tuning.tune import Verdict, candidates_dense, decide, density
 from prunella.types import Inputs
 
 

@@ -6,7 +6,7 @@ import torch
 
 import prunella
 from prunella.measure.machine import cpu_info, cpu_name
-from prunella.runtime import native
+from prunella.runtime.kernels import library as native
 
 
 def fingerprint() -> dict[str, str]:

@@ -1,0 +1,1 @@
+"""Rewrites of a traced program: fusion, simplification and chains of layers."""

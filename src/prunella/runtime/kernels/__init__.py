@@ -1,0 +1,1 @@
+"""The native library of sparse kernels and its calls."""

@@ -1,0 +1,1 @@
+"""Which kernel runs each layer on this machine, by measurement."""
