@@ -60,7 +60,7 @@ def resnet56(percent: int, *, quick: bool) -> dict[str, Any]:
 
 def minilm(percent: int, *, quick: bool) -> dict[str, Any]:
     """Recall at 1 of the dense and the pruned network, and the speeds."""
-    from prunella.demo.minilm import minilm_task
+    from prunella.app.demo.minilm import minilm_task
 
     with tempfile.TemporaryDirectory() as folder:
         task = minilm_task(Path(folder), seed=0, steps=0, texts=32 if quick else None)

@@ -88,7 +88,7 @@ def linear(m: int, k: int, n: int, percent: int, *, block: int = 1, precision: P
 @cache
 def minilm() -> nn.Module:
     """all-MiniLM-L6-v2, as its package brings it."""
-    from prunella.demo.minilm import minilm_task
+    from prunella.app.demo.minilm import minilm_task
 
     with tempfile.TemporaryDirectory() as folder:
         return minilm_task(Path(folder), seed=0, steps=0, texts=32).model

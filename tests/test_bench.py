@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from prunella import bench as benching
-from prunella.bench import Bench, Timed, bench, plot, repeated
+from prunella.app import backends as benching
+from prunella.app.backends import Bench, Timed, bench, plot, repeated
 from prunella.errors import RequestError
 from prunella.runtime.kernels import library as native
 

@@ -6,8 +6,8 @@ import time
 
 import pytest
 
-from prunella import doctor
-from prunella.doctor import Trial
+from prunella.app import doctor
+from prunella.app.doctor import Trial
 
 
 def trial(low: float, high: float) -> Trial:

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
+from prunella.app.run import Heal, Job, outputs_by, read_heal, run
 from prunella.errors import CheckFailed, RequestError, TargetMissed
 from prunella.planning.recipe import Recipe
-from prunella.run import Heal, Job, outputs_by, read_heal, run
 from prunella.targets import MACs
 
 

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from prunella.allocation import per_round as per_round
     from prunella.allocation import uniform as uniform
     from prunella.allocation import uniform_plus as uniform_plus
-    from prunella.comparison import compare as compare
     from prunella.compress.huffman import huffman as huffman
     from prunella.compress.huffman import relative_index as relative_index
     from prunella.compress.int8 import to_int8_ as to_int8_
@@ -67,6 +66,9 @@ if TYPE_CHECKING:
     from prunella.criteria import taylor_sq as taylor_sq
     from prunella.criteria import wanda as wanda
     from prunella.errors import PruningError as PruningError
+    from prunella.experiments.compare import compare as compare
+    from prunella.experiments.pareto import Study as Study
+    from prunella.experiments.pareto import pareto as pareto
     from prunella.granularity import NM as NM
     from prunella.granularity import Block as Block
     from prunella.granularity import Channel as Channel
@@ -125,21 +127,21 @@ if TYPE_CHECKING:
     from prunella.metrics import perplexity as perplexity
     from prunella.metrics import token_agreement as token_agreement
     from prunella.metrics import zero_shot as zero_shot
-    from prunella.metrics.effects import SideEffects as SideEffects
-    from prunella.metrics.effects import side_effects as side_effects
+    from prunella.metrics.effective_sparsity import EffectiveSparsity as EffectiveSparsity
+    from prunella.metrics.effective_sparsity import effective_sparsity as effective_sparsity
     from prunella.metrics.outputs import calibration_error as calibration_error
     from prunella.metrics.outputs import flip_rate as flip_rate
     from prunella.metrics.outputs import kl_divergence as kl_divergence
     from prunella.metrics.outputs import per_class_drop as per_class_drop
     from prunella.metrics.outputs import pruning_identified_exemplars as pruning_identified_exemplars
-    from prunella.metrics.reach import EffectiveSparsity as EffectiveSparsity
-    from prunella.metrics.reach import effective_sparsity as effective_sparsity
+    from prunella.metrics.side_effects import SideEffects as SideEffects
+    from prunella.metrics.side_effects import side_effects as side_effects
     from prunella.metrics.size import Compression as Compression
     from prunella.metrics.size import compression_ratio as compression_ratio
-    from prunella.metrics.speed import Speedup as Speedup
-    from prunella.metrics.speed import effective_macs as effective_macs
-    from prunella.metrics.speed import energy as energy
-    from prunella.metrics.speed import speedup as speedup
+    from prunella.metrics.speedup import Speedup as Speedup
+    from prunella.metrics.speedup import effective_macs as effective_macs
+    from prunella.metrics.speedup import energy as energy
+    from prunella.metrics.speedup import speedup as speedup
     from prunella.model.masks import finalize as finalize
     from prunella.model.masks import masks_of as masks_of
     from prunella.model.masks import reapply_ as reapply_
@@ -176,12 +178,12 @@ if TYPE_CHECKING:
     from prunella.recovery.lr_schedules import scaled_rate as scaled_rate
     from prunella.recovery.moments import correct_statistics as correct_statistics
     from prunella.recovery.reconstruct import reconstruct as reconstruct
-    from prunella.reporting.frontier import Frontier as Frontier
-    from prunella.reporting.frontier import write_frontier as write_frontier
-    from prunella.reporting.page import write_page as write_page
-    from prunella.reporting.report import Curve as Curve
-    from prunella.reporting.report import Report as Report
-    from prunella.reporting.report import report as report
+    from prunella.report.frontier import Frontier as Frontier
+    from prunella.report.frontier import write_frontier as write_frontier
+    from prunella.report.page import write_page as write_page
+    from prunella.report.report import Curve as Curve
+    from prunella.report.report import Report as Report
+    from prunella.report.report import report as report
     from prunella.runtime.artifact import load_sparse as load_sparse
     from prunella.runtime.artifact import save_sparse as save_sparse
     from prunella.runtime.convert import Sparsified as Sparsified
@@ -225,8 +227,6 @@ if TYPE_CHECKING:
     from prunella.solvers.refit import refit as refit
     from prunella.solvers.sparsegpt import sparsegpt as sparsegpt
     from prunella.solvers.swap import swap as swap
-    from prunella.study import Study as Study
-    from prunella.study import pareto as pareto
     from prunella.targets import Bytes as Bytes
     from prunella.targets import Latency as Latency
     from prunella.targets import MACs as MACs
@@ -299,7 +299,6 @@ _HOME = {
     "per_round": "allocation",
     "uniform": "allocation",
     "uniform_plus": "allocation",
-    "compare": "comparison",
     "huffman": "compress.huffman",
     "relative_index": "compress.huffman",
     "to_int8_": "compress.int8",
@@ -345,6 +344,9 @@ _HOME = {
     "taylor_sq": "criteria",
     "wanda": "criteria",
     "PruningError": "errors",
+    "compare": "experiments.compare",
+    "Study": "experiments.pareto",
+    "pareto": "experiments.pareto",
     "NM": "granularity",
     "Block": "granularity",
     "Channel": "granularity",
@@ -403,21 +405,21 @@ _HOME = {
     "perplexity": "metrics",
     "token_agreement": "metrics",
     "zero_shot": "metrics",
-    "SideEffects": "metrics.effects",
-    "side_effects": "metrics.effects",
+    "EffectiveSparsity": "metrics.effective_sparsity",
+    "effective_sparsity": "metrics.effective_sparsity",
     "calibration_error": "metrics.outputs",
     "flip_rate": "metrics.outputs",
     "kl_divergence": "metrics.outputs",
     "per_class_drop": "metrics.outputs",
     "pruning_identified_exemplars": "metrics.outputs",
-    "EffectiveSparsity": "metrics.reach",
-    "effective_sparsity": "metrics.reach",
+    "SideEffects": "metrics.side_effects",
+    "side_effects": "metrics.side_effects",
     "Compression": "metrics.size",
     "compression_ratio": "metrics.size",
-    "Speedup": "metrics.speed",
-    "effective_macs": "metrics.speed",
-    "energy": "metrics.speed",
-    "speedup": "metrics.speed",
+    "Speedup": "metrics.speedup",
+    "effective_macs": "metrics.speedup",
+    "energy": "metrics.speedup",
+    "speedup": "metrics.speedup",
     "finalize": "model.masks",
     "masks_of": "model.masks",
     "reapply_": "model.masks",
@@ -454,12 +456,12 @@ _HOME = {
     "scaled_rate": "recovery.lr_schedules",
     "correct_statistics": "recovery.moments",
     "reconstruct": "recovery.reconstruct",
-    "Frontier": "reporting.frontier",
-    "write_frontier": "reporting.frontier",
-    "write_page": "reporting.page",
-    "Curve": "reporting.report",
-    "Report": "reporting.report",
-    "report": "reporting.report",
+    "Frontier": "report.frontier",
+    "write_frontier": "report.frontier",
+    "write_page": "report.page",
+    "Curve": "report.report",
+    "Report": "report.report",
+    "report": "report.report",
     "load_sparse": "runtime.artifact",
     "save_sparse": "runtime.artifact",
     "Sparsified": "runtime.convert",
@@ -503,8 +505,6 @@ _HOME = {
     "refit": "solvers.refit",
     "sparsegpt": "solvers.sparsegpt",
     "swap": "solvers.swap",
-    "Study": "study",
-    "pareto": "study",
     "Bytes": "targets",
     "Latency": "targets",
     "MACs": "targets",

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from prunella.demo.run import PAGE, RECORD, Result
+from prunella.app.demo.run import PAGE, RECORD, Result
 
 _READ = """
 import sys, torch, prunella

@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from prunella.demo import run_demo
-from prunella.demo.run import Effort, Result
+from prunella.app.demo import run_demo
+from prunella.app.demo.run import Effort, Result
+from prunella.app.verify import check_whole
 from prunella.errors import RequestError
-from prunella.proof import check_whole
 from tests.demo.job import check, read_in_a_fresh_process
 
 MEASURES = ("accuracy", "agreement (same digit)")
-FACTORY = "prunella.demo.digits:DigitsNet"
+FACTORY = "prunella.app.demo.digits:DigitsNet"
 
 
 @pytest.fixture(scope="module")

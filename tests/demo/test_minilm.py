@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from prunella.demo import minilm, run_demo
-from prunella.demo.run import Effort, Result
+from prunella.app.demo import minilm, run_demo
+from prunella.app.demo.run import Effort, Result
 from prunella.errors import BadInput, MissingExtra
 from tests.demo.job import check, read_in_a_fresh_process
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from prunella.demo.stages import Stages, counted
+from prunella.app.demo.stages import Stages, counted
 
 
 def test_a_line_for_each_stage_on_stderr(capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from prunella.demo import text
-from prunella.demo.text import Section, read_sections, split
+from prunella.app.demo import text
+from prunella.app.demo.text import Section, read_sections, split
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from prunella.cli.app import app
 from prunella.graph.data import Graph
 from prunella.graph.solve.groups import couple
-from prunella.reporting.coupling import rails, render_coupling
+from prunella.report.coupling import rails, render_coupling
 
 
 class Residual(nn.Module):

@@ -12,11 +12,11 @@ import torch
 from torch import nn
 
 import prunella as pr
-from prunella import study as module
+from prunella.experiments import pareto as module
+from prunella.experiments.pareto import CELLS, PAGE, RATIOS, Study, pareto
 from prunella.planning.recipes import named
-from prunella.reporting.frontier import Cell, Point, frontier_chart, on_front, summarise
-from prunella.reporting.report import Report
-from prunella.study import CELLS, PAGE, RATIOS, Study, pareto
+from prunella.report.frontier import Cell, Point, frontier_chart, on_front, summarise
+from prunella.report.report import Report
 from tests.reporting import study_parts as parts
 from tests.reporting.test_page import HOSTILE, read
 from tests.reporting.test_report import made

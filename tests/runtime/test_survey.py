@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from prunella import doctor
+from prunella.app import doctor
 from prunella.runtime.kernels import library as native
 from prunella.runtime.tuning import survey
 from prunella.runtime.tuning.survey import Pattern, Try

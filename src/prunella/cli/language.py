@@ -17,7 +17,7 @@ from prunella.cli.console import emit, note, stage
 if TYPE_CHECKING:
     from torch import nn
 
-    from prunella.comparison import Compared
+    from prunella.experiments.compare import Compared
     from prunella.llm import OneShot
     from prunella.llm.streaming import Step, Streamed
 
@@ -155,8 +155,9 @@ def compare(
     folder: Path, recipes: Mapping[str, OneShot], protocol: Protocol, seeds: int, output: Path
 ) -> tuple[Compared, str]:
     """The table, and a sentence on how its numbers were made."""
-    from prunella import comparison, metrics
+    from prunella import metrics
     from prunella.errors import RequestError
+    from prunella.experiments import compare as comparison
     from prunella.io.load import load_model
     from prunella.llm import solve_
     from prunella.llm.streaming.journal import described

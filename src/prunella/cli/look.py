@@ -12,7 +12,7 @@ from prunella.cli import options
 from prunella.cli.console import count, emit, note, stage, table
 
 if TYPE_CHECKING:
-    from prunella.doctor import Checkup
+    from prunella.app.doctor import Checkup
     from prunella.graph.data import Graph, Group
 
 _SHOWN = 12
@@ -22,7 +22,7 @@ def doctor(
     seconds: Annotated[float, typer.Option(help="How long to measure.")] = 4.0, as_json: options.Json = False
 ) -> None:
     """What this machine has, and which kinds of sparsity are faster here (measured now)."""
-    from prunella.doctor import checkup
+    from prunella.app.doctor import checkup
 
     with stage("measuring"):
         found = checkup(seconds=seconds)
@@ -129,7 +129,7 @@ def inspect(
     data = graph_data(graph)
     if html is not None:
         from prunella.io.files import write_atomic
-        from prunella.reporting.coupling import render_coupling
+        from prunella.report.coupling import render_coupling
 
         note(f"wrote {write_atomic(html, render_coupling(graph, str(model)).encode())}")
     emit(data, _graph_text(data, None if everything else _SHOWN), as_json=as_json)

@@ -30,10 +30,10 @@ def verify(
 
     from torch.fx import GraphModule
 
+    from prunella.app.verify import check_equal, check_whole, plan_of
     from prunella.cli.request import factory_of, open_dense
     from prunella.graph.program.capture import as_program
     from prunella.io.load import load_model
-    from prunella.proof import check_equal, check_whole, plan_of
 
     with stage("checking digests and loading"):
         build = (factory_of(model) or partial(load_model, model, allow_pickle=allow_pickle)) if model else None

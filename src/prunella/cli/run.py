@@ -16,7 +16,7 @@ from prunella.cli.console import emit, note
 if TYPE_CHECKING:
     from torch import nn
 
-    from prunella.run import Job
+    from prunella.app.run import Job
     from prunella.types import Inputs
 
 
@@ -82,9 +82,9 @@ def run(
         return
     of_text = {"--sparsity": sparsity, "--memory": memory, "--windows": windows, "--length": length}
     _refuse(f"--recipe {recipe}", {**of_text, "--dry-run": dry_run})
+    from prunella.app.run import Job, read_heal
     from prunella.cli import request
     from prunella.io.files import check_free
-    from prunella.run import Job, read_heal
 
     check_free(output, overwrite=overwrite)
     parts = request.build_recipe(recipe, granularity=granularity, allocation=allocation, pattern=pattern)
@@ -108,8 +108,8 @@ def run(
 
 
 def _do(opened: tuple[nn.Module, Inputs], job: Job, folder: Path, *, overwrite: bool, as_json: bool) -> None:
-    from prunella.run import run as do
-    from prunella.run import summary
+    from prunella.app.run import run as do
+    from prunella.app.run import summary
 
     outcome = do(*opened, job, folder, overwrite=overwrite, on_stage=lambda text, s: note(f"{text} ({s:.1f} s)"))
     result = summary(outcome, job)

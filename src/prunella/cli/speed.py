@@ -11,7 +11,7 @@ from prunella.cli import options
 from prunella.cli.console import emit, note, stage, table
 
 if TYPE_CHECKING:
-    from prunella.bench import Bench
+    from prunella.app.backends import Bench
 
 
 def bench(
@@ -29,8 +29,8 @@ def bench(
     as_json: options.Json = False,
 ) -> None:
     """Time MODEL in eager mode, compiled, in ONNX Runtime and skipping its zeros, side by side."""
-    from prunella.bench import bench as measure
-    from prunella.bench import plot as draw
+    from prunella.app.backends import bench as measure
+    from prunella.app.backends import plot as draw
     from prunella.cli.request import check_new_file, open_model
 
     if plot is not None:

@@ -43,8 +43,8 @@ def pareto(
 ) -> None:
     """Quality against size: recipes beside random and magnitude baselines, several ratios and seeds; resumable."""
     from prunella.cli.request import build_recipe
-    from prunella.study import PAGE, Study
-    from prunella.study import pareto as run
+    from prunella.experiments.pareto import PAGE, Study
+    from prunella.experiments.pareto import pareto as run
     from prunella.targets import parse_target
 
     recipes = {name: build_recipe(name, granularity=granularity, allocation=allocation) for name in recipe or ()}

@@ -23,7 +23,7 @@ def demo(
     """The main job on a real pretrained network with real data, in about a minute: table, artefact, report.html."""
     from typing import get_args
 
-    from prunella.demo.run import Which, run_demo
+    from prunella.app.demo.run import Which, run_demo
     from prunella.errors import RequestError
 
     which: dict[str, Which] = {name: name for name in get_args(Which)}

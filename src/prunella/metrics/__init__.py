@@ -2,8 +2,8 @@
 
 from prunella.measure.throughput import Throughput as Throughput
 from prunella.measure.throughput import throughput as throughput
-from prunella.metrics.effects import SideEffects as SideEffects
-from prunella.metrics.effects import side_effects as side_effects
+from prunella.metrics.effective_sparsity import EffectiveSparsity as EffectiveSparsity
+from prunella.metrics.effective_sparsity import effective_sparsity as effective_sparsity
 from prunella.metrics.language import Perplexity as Perplexity
 from prunella.metrics.language import TokenAgreement as TokenAgreement
 from prunella.metrics.language import perplexity as perplexity
@@ -14,11 +14,11 @@ from prunella.metrics.outputs import flip_rate as flip_rate
 from prunella.metrics.outputs import kl_divergence as kl_divergence
 from prunella.metrics.outputs import per_class_drop as per_class_drop
 from prunella.metrics.outputs import pruning_identified_exemplars as pruning_identified_exemplars
-from prunella.metrics.reach import EffectiveSparsity as EffectiveSparsity
-from prunella.metrics.reach import effective_sparsity as effective_sparsity
+from prunella.metrics.side_effects import SideEffects as SideEffects
+from prunella.metrics.side_effects import side_effects as side_effects
 from prunella.metrics.size import Compression as Compression
 from prunella.metrics.size import compression_ratio as compression_ratio
-from prunella.metrics.speed import Speedup as Speedup
-from prunella.metrics.speed import effective_macs as effective_macs
-from prunella.metrics.speed import energy as energy
-from prunella.metrics.speed import speedup as speedup
+from prunella.metrics.speedup import Speedup as Speedup
+from prunella.metrics.speedup import effective_macs as effective_macs
+from prunella.metrics.speedup import energy as energy
+from prunella.metrics.speedup import speedup as speedup

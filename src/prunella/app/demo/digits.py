@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, relu
 
 from prunella.allocation import global_
+from prunella.app.demo.probe import output_probe
+from prunella.app.demo.stages import Tick
+from prunella.app.demo.task import Quality, Task
 from prunella.criteria import taylor
-from prunella.demo.probe import output_probe
-from prunella.demo.stages import Tick
-from prunella.demo.task import Quality, Task
 from prunella.errors import MissingExtra
 from prunella.granularity import Channel
 from prunella.model.forward import mode

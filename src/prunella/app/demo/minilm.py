@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from torch.nn.functional import mse_loss, normalize
 
 from prunella.allocation import global_
+from prunella.app.demo.probe import output_probe
+from prunella.app.demo.stages import Tick
+from prunella.app.demo.task import Quality, Task
+from prunella.app.demo.text import Corpus, read_sections, split
 from prunella.criteria import taylor
-from prunella.demo.probe import output_probe
-from prunella.demo.stages import Tick
-from prunella.demo.task import Quality, Task
-from prunella.demo.text import Corpus, read_sections, split
 from prunella.errors import BadInput, MissingExtra
 from prunella.granularity import Channel, Head
 from prunella.io.load import import_module

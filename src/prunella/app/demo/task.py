@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from prunella.demo.stages import Tick
+from prunella.app.demo.stages import Tick
 from prunella.planning.recipe import Recipe
 from prunella.types import Inputs, Loss
 

@@ -18,10 +18,10 @@ from safetensors.torch import save as as_bytes
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
-from prunella.demo.digits import digits_task
-from prunella.demo.minilm import installed, minilm_task
-from prunella.demo.stages import Stages, Tick, counted
-from prunella.demo.task import Quality, Task
+from prunella.app.demo.digits import digits_task
+from prunella.app.demo.minilm import installed, minilm_task
+from prunella.app.demo.stages import Stages, Tick, counted
+from prunella.app.demo.task import Quality, Task
 from prunella.errors import MissingExtra
 from prunella.io.artifact import WEIGHTS, Saved, save
 from prunella.io.files import check_free, write_atomic
@@ -31,9 +31,9 @@ from prunella.planning.planner import plan
 from prunella.recovery.batchnorm import recalibrate_bn
 from prunella.recovery.finetune import Curve, Training, finetune
 from prunella.recovery.reconstruct import reconstruct
-from prunella.reporting.page import write_page
-from prunella.reporting.report import Curve as Recovery
-from prunella.reporting.report import Report, report, shown
+from prunella.report.page import write_page
+from prunella.report.report import Curve as Recovery
+from prunella.report.report import Report, report, shown
 from prunella.targets import MACs
 from prunella.transform.shrink import shrink
 

@@ -1,0 +1,1 @@
+"""Whole jobs: a run from request to report, verification, the machine check, and the demo."""

@@ -1,0 +1,1 @@
+"""Many runs against each other: Pareto experiments and comparisons of methods."""
