@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from prunella.cli import language
+from prunella.cli import llm as language
 from prunella.io import load as models
 from prunella.llm.streaming.preset import PRESETS
 from tests.cli.conftest import Run

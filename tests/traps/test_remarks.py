@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import prunella
-from prunella.cli.look import _graph_text, graph_data
+from prunella.cli.info import _graph_text, graph_data
 from prunella.graph.solve.groups import couple
 from prunella.targets import Params
 from tests.oracle import check_exact, exact_groups, produced_by, settle

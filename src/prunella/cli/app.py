@@ -8,7 +8,11 @@ from typing import Annotated, Any
 import typer
 
 from prunella import __version__
-from prunella.cli import look, prove, speed, trials, work
+from prunella.cli import artifacts as prove
+from prunella.cli import bench as speed
+from prunella.cli import experiments as trials
+from prunella.cli import info as look
+from prunella.cli import make as work
 from prunella.cli.console import guarded
 from prunella.cli.run import run
 

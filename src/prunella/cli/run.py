@@ -65,7 +65,7 @@ def run(
     With --recipe one_shot, prune a language model block by block, in the memory of one block, into a folder that plain
     from_pretrained reads; a run that was killed goes on when it is started again.
     """
-    from prunella.cli import language
+    from prunella.cli import llm as language
 
     if language.asked_for(recipe, data):
         _refuse(f"--recipe {recipe}", {
@@ -83,7 +83,7 @@ def run(
     of_text = {"--sparsity": sparsity, "--memory": memory, "--windows": windows, "--length": length}
     _refuse(f"--recipe {recipe}", {**of_text, "--dry-run": dry_run})
     from prunella.app.run import Job, read_heal
-    from prunella.cli import request
+    from prunella.cli import parse as request
     from prunella.io.files import check_free
 
     check_free(output, overwrite=overwrite)

@@ -116,7 +116,7 @@ def inspect(
     as_json: options.Json = False,
 ) -> None:
     """Layers, parameters, MACs; which groups of units can go, what each unit costs, what must stay and why."""
-    from prunella.cli.request import check_new_file, open_model
+    from prunella.cli.parse import check_new_file, open_model
     from prunella.graph.solve.groups import couple
 
     if html is not None:
@@ -214,7 +214,7 @@ def show(
     file: Annotated[Path, typer.Argument(metavar="FILE.plan", help="A plan.")], as_json: options.Json = False
 ) -> None:
     """Print a plan: what stays of each group, and what that gives."""
-    from prunella.cli.request import plan_data
+    from prunella.cli.parse import plan_data
     from prunella.io.plan_file import load_plan
 
     plan = load_plan(file)

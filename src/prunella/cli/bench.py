@@ -31,7 +31,7 @@ def bench(
     """Time MODEL in eager mode, compiled, in ONNX Runtime and skipping its zeros, side by side."""
     from prunella.app.backends import bench as measure
     from prunella.app.backends import plot as draw
-    from prunella.cli.request import check_new_file, open_model
+    from prunella.cli.parse import check_new_file, open_model
 
     if plot is not None:
         check_new_file(plot, overwrite=overwrite)

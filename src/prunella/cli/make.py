@@ -56,7 +56,7 @@ def plan(
     as_json: options.Json = False,
 ) -> None:
     """Decide what to keep so that the target is met; the model is only read. -o writes the plan to a file."""
-    from prunella.cli import request
+    from prunella.cli import parse as request
     from prunella.io.plan_file import save_plan
     from prunella.planning.planner import plan as make_plan
 
@@ -107,7 +107,7 @@ def scan(
     as_json: options.Json = False,
 ) -> None:
     """Sensitivity: cut each group alone, for real, and evaluate. -o is a folder in which a killed scan goes on."""
-    from prunella.cli import request
+    from prunella.cli import parse as request
     from prunella.search import agreement, space
     from prunella.search import scan as measure
 
@@ -147,7 +147,7 @@ def import_(
     as_json: options.Json = False,
 ) -> None:
     """Turn what another tool pruned into a plan for the dense MODEL. -o writes the plan to a file."""
-    from prunella.cli import request
+    from prunella.cli import parse as request
     from prunella.io.importers import import_plan
     from prunella.io.plan_file import save_plan
     from prunella.registry import catalogue
@@ -172,7 +172,7 @@ def export(
     as_json: options.Json = False,
 ) -> None:
     """Write a model, or a folder of `run`, as FILE.safetensors, FILE.pt2 or FILE.onnx; read it again and compare."""
-    from prunella.cli.request import check_new_file, open_model
+    from prunella.cli.parse import check_new_file, open_model
     from prunella.io.export import export as write
 
     check_new_file(output, overwrite=overwrite)

@@ -31,7 +31,7 @@ def verify(
     from torch.fx import GraphModule
 
     from prunella.app.verify import check_equal, check_whole, plan_of
-    from prunella.cli.request import factory_of, open_dense
+    from prunella.cli.parse import factory_of, open_dense
     from prunella.graph.program.capture import as_program
     from prunella.io.load import load_model
 

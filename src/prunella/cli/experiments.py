@@ -42,7 +42,7 @@ def pareto(
     as_json: options.Json = False,
 ) -> None:
     """Quality against size: recipes beside random and magnitude baselines, several ratios and seeds; resumable."""
-    from prunella.cli.request import build_recipe
+    from prunella.cli.parse import build_recipe
     from prunella.experiments.pareto import PAGE, Study
     from prunella.experiments.pareto import pareto as run
     from prunella.targets import parse_target
@@ -80,7 +80,7 @@ def compare(
 
     The dense model and a pruned one are in memory together. A comparison that was stopped goes on with the same line.
     """
-    from prunella.cli import language
+    from prunella.cli import llm as language
 
     asked = {name: language.recipe_of(name, pattern, sparsity) for name in recipe or ("one_shot", "sparsegpt", "wanda")}
     protocol = language.Protocol(data, text, windows, length, judged, window, tuple(skip or ()))

@@ -119,7 +119,7 @@ def _told() -> Callable[[Step], None]:
 
 def _read(asked: Asked) -> tuple[Path, OneShot, list[Any]]:
     """The folder, the recipe and the batches."""
-    from prunella.cli.request import load_data
+    from prunella.cli.parse import load_data
     from prunella.errors import RequestError
     from prunella.llm.text import text_windows
 
@@ -196,7 +196,7 @@ def compare(
 
 def recipe_of(name: str, pattern: str | None, sparsity: float | None) -> OneShot:
     """A preset at what the command line asks for; half of the weights if it says nothing."""
-    from prunella.cli.request import read_pattern
+    from prunella.cli.parse import read_pattern
     from prunella.errors import RequestError
     from prunella.granularity import NM, Element
     from prunella.llm.streaming.preset import PRESETS
