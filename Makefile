@@ -51,7 +51,7 @@ kernels: ## build the sparse kernels into src/, as an installation does (needs c
 
 fuzz: $(VENV)/.stamp-test ## hostile input to the kernels under AddressSanitizer and UBSan, for a minute
 	$(SAY) "fuzzing the kernels"
-	PRUNELLA_FUZZ_SECONDS=$${PRUNELLA_FUZZ_SECONDS:-60} $(BIN)/python -m pytest tests/runtime/test_fuzz.py
+	PRUNELLA_FUZZ_SECONDS=$${PRUNELLA_FUZZ_SECONDS:-60} $(BIN)/python -m pytest tests/runtime/kernels/test_fuzz.py
 
 wheel: $(VENV)/.stamp-test ## build the wheel, test it installed, leave it in dist/
 	$(SAY) "building and testing the wheel"
@@ -59,7 +59,7 @@ wheel: $(VENV)/.stamp-test ## build the wheel, test it installed, leave it in di
 
 clean: ## remove what the other targets made, .venv too
 	rm -rf $(VENV) site build dist demo .mypy_cache .ruff_cache .pytest_cache .hypothesis
-	rm -f src/prunella/runtime/*.so
+	rm -f src/prunella/runtime/kernels/*.so
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 $(VENV)/.stamp-venv:

@@ -13,7 +13,7 @@ from prunella.cli import llm as language
 from prunella.io import load as models
 from prunella.llm.streaming.preset import PRESETS
 from tests.cli.conftest import Run
-from tests.streaming.models import read, write
+from tests.llm.streaming.models import read, write
 
 WORDS = "the cat sat on a mat and saw that fat rat run at bat hat pat vat".split()
 

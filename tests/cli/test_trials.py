@@ -8,7 +8,7 @@ import pytest
 
 from tests.cli.conftest import Run
 
-PARTS = "tests.reporting.study_parts"
+PARTS = "tests.experiments.study_parts"
 WORDS = ("pareto", f"{PARTS}:make", "--metric", f"{PARTS}:evaluate", "--inputs", f"{PARTS}:example")
 
 

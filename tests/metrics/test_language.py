@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import prunella as pr
 from prunella.errors import BadInput, MissingExtra, RequestError
-from tests.blockwise.nets import language_model, windows
+from tests.llm.nets import language_model, windows
 
 TEXT = torch.randint(0, 61, (50,), generator=torch.Generator().manual_seed(3))
 

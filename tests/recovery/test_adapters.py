@@ -9,7 +9,7 @@ from torch import nn
 import prunella as pr
 from prunella.errors import CheckFailed, RequestError
 from prunella.recovery.adapters import LowRank
-from tests.blockwise.nets import generates_as_without_a_cache, language_model, logits, windows
+from tests.llm.nets import generates_as_without_a_cache, language_model, logits, windows
 
 
 def test_an_adapter_is_a_low_rank_change_that_starts_at_nothing() -> None:

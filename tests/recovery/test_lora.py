@@ -15,7 +15,7 @@ from prunella.recovery.finetune import Training, finetune
 from prunella.recovery.lora import mask_adapters_, merge_adapters_
 from prunella.recovery.lr_schedules import constant_rate
 from tests.hand import hand_plan
-from tests.realize.test_adapters import Adapted
+from tests.io.test_adapters import Adapted
 
 X = torch.randn(2, 5, 12, generator=torch.Generator().manual_seed(3))
 

