@@ -41,7 +41,7 @@ from torch import Tensor, nn
 import prunella as pr
 from prunella.io.load import import_module
 from prunella.measure.machine import cpu_name
-from prunella.report.chart import alone, figure
+from prunella.reporting.chart import alone, figure
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = Path(os.environ.get("PRUNELLA_DATA", ROOT.parent / "shared" / "data"))

@@ -87,7 +87,7 @@ resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 from functools import partial
 import torch
 import prunella as pr
-from prunella.models import import_module
+from prunella.io.load import import_module
 import_module("transformers").LlamaForCausalLM  # what the libraries take is taken
 try:
     torch.empty(size, dtype=torch.uint8)

@@ -34,7 +34,7 @@ ORDER = (
     "llm",
     "tokens",
     "runtime",
-    "report",
+    "reporting",
     "metrics",
     "search",
     "experiments",

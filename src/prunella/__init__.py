@@ -178,12 +178,12 @@ if TYPE_CHECKING:
     from prunella.recovery.lr_schedules import scaled_rate as scaled_rate
     from prunella.recovery.moments import correct_statistics as correct_statistics
     from prunella.recovery.reconstruct import reconstruct as reconstruct
-    from prunella.report.frontier import Frontier as Frontier
-    from prunella.report.frontier import write_frontier as write_frontier
-    from prunella.report.page import write_page as write_page
-    from prunella.report.report import Curve as Curve
-    from prunella.report.report import Report as Report
-    from prunella.report.report import report as report
+    from prunella.reporting.frontier import Frontier as Frontier
+    from prunella.reporting.frontier import write_frontier as write_frontier
+    from prunella.reporting.page import write_page as write_page
+    from prunella.reporting.report import Curve as Curve
+    from prunella.reporting.report import Report as Report
+    from prunella.reporting.report import report as report
     from prunella.runtime.artifact import load_sparse as load_sparse
     from prunella.runtime.artifact import save_sparse as save_sparse
     from prunella.runtime.convert import Sparsified as Sparsified
@@ -456,12 +456,12 @@ _HOME = {
     "scaled_rate": "recovery.lr_schedules",
     "correct_statistics": "recovery.moments",
     "reconstruct": "recovery.reconstruct",
-    "Frontier": "report.frontier",
-    "write_frontier": "report.frontier",
-    "write_page": "report.page",
-    "Curve": "report.report",
-    "Report": "report.report",
-    "report": "report.report",
+    "Frontier": "reporting.frontier",
+    "write_frontier": "reporting.frontier",
+    "write_page": "reporting.page",
+    "Curve": "reporting.report",
+    "Report": "reporting.report",
+    "report": "reporting.report",
     "load_sparse": "runtime.artifact",
     "save_sparse": "runtime.artifact",
     "Sparsified": "runtime.convert",

@@ -15,11 +15,11 @@ import prunella as pr
 from prunella.experiments import pareto as module
 from prunella.experiments.pareto import CELLS, PAGE, RATIOS, Study, pareto
 from prunella.planning.recipes import named
-from prunella.report.frontier import Cell, Point, frontier_chart, on_front, summarise
-from prunella.report.report import Report
+from prunella.reporting.frontier import Cell, Point, frontier_chart, on_front, summarise
+from prunella.reporting.report import Report
 from tests.experiments import study_parts as parts
-from tests.report.test_page import HOSTILE, read
-from tests.report.test_report import made
+from tests.reporting.test_page import HOSTILE, read
+from tests.reporting.test_report import made
 
 NAMES = "tests.experiments.study_parts"
 STUDY = Study(parts.make, parts.evaluate, parts.example, {"lamp": named("lamp_magnitude")})

@@ -14,7 +14,7 @@ import prunella as pr
 from prunella.allocation.pool import Pool
 from prunella.graph.data import Group
 from prunella.graph.solve.groups import couple
-from prunella.model import state as untouched
+from prunella.model.state import untouched
 from prunella.planning import recipes
 from prunella.planning.budget import allocate
 from prunella.planning.scoring import Absent, Scorer

@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 import prunella as pr
 from prunella.errors import NotSupported, RequestError
 from prunella.graph.solve.groups import couple
-from prunella.model import state as untouched
+from prunella.model.state import untouched
 from prunella.planning.recipes import named
 from prunella.planning.rounds import Rounds
 from prunella.stats import Source, Subject, collect

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import prunella as pr
 from prunella.graph.solve.groups import couple
-from prunella.model import state as untouched
+from prunella.model.state import untouched
 from prunella.planning.scoring import Scorer
 from prunella.stats import Source, Subject, collect
 from tests.graphs import Attention, blocks, convnet, images, mlp, square_loss

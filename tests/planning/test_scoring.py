@@ -12,7 +12,7 @@ import prunella as pr
 from prunella.granularity import reduce_to_units
 from prunella.graph.data import Layer
 from prunella.graph.solve.groups import couple
-from prunella.model import state as untouched
+from prunella.model.state import untouched
 from prunella.planning.scoring import Scorer
 from prunella.registry.method import REGISTRY, criterion
 from prunella.stats import Source, Statistics, Subject, collect

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from prunella.graph.data import Entity, Graph, Layer
-from prunella.model import state as untouched
+from prunella.model.state import untouched
 from prunella.stats import Source, Subject, collect
 
 

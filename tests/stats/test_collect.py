@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from prunella.errors import BadInput, RequestError
-from prunella.model import state as untouched
+from prunella.model.state import untouched
 from prunella.stats import Source, Subject, collect
 from tests.graphs import hand_graph, mlp, square_loss
 

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 import prunella as pr
 from prunella.graph.solve.groups import couple
-from prunella.model import state as untouched
 from prunella.model.forward import samples
+from prunella.model.state import untouched
 from prunella.registry.method import knobs_of
 from prunella.stats import SLOTS, Source, Subject, collect
 from tests.graphs import convnet, images, mlp, square_loss

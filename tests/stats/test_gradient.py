@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from prunella.graph.data import Group
 from prunella.graph.solve.groups import couple
-from prunella.model import state as untouched
+from prunella.model.state import untouched
 from prunella.stats import Source, Subject, collect
 from prunella.stats.gradient import gate_gradient
 from tests.graphs import Attention, convnet, hand_graph, images, mlp, square_loss

@@ -9,7 +9,7 @@ from torch.nn.functional import relu
 
 from prunella.graph.data import Graph
 from prunella.graph.solve.groups import couple
-from prunella.model import state as untouched
+from prunella.model.state import untouched
 from prunella.stats import Source, Subject, collect
 from tests.graphs import Attention, blocks, convnet, images, mlp
 

@@ -27,7 +27,7 @@ from prunella.io.export import export
 from prunella.measure.machine import cpu_name
 from prunella.measure.timing import Comparison, compare_latency
 from prunella.model.forward import forward, tensors
-from prunella.report.chart import alone, figure
+from prunella.reporting.chart import alone, figure
 from prunella.runtime.convert import sparse, sparsified
 from prunella.runtime.dense import dense_fast
 from prunella.runtime.kernels import library as native

@@ -29,9 +29,9 @@ from prunella.recovery.batchnorm import recalibrate_bn
 from prunella.recovery.distill import distill, distill_logits
 from prunella.recovery.finetune import Curve, Training, finetune
 from prunella.recovery.reconstruct import reconstruct
-from prunella.report.page import write_page
-from prunella.report.report import Curve as Recovery
-from prunella.report.report import Report, report
+from prunella.reporting.page import write_page
+from prunella.reporting.report import Curve as Recovery
+from prunella.reporting.report import Report, report
 from prunella.targets import Target
 from prunella.transform.apply import apply_
 from prunella.transform.shrink import shrink

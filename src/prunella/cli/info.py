@@ -129,7 +129,7 @@ def inspect(
     data = graph_data(graph)
     if html is not None:
         from prunella.io.files import write_atomic
-        from prunella.report.coupling import render_coupling
+        from prunella.reporting.coupling import render_coupling
 
         note(f"wrote {write_atomic(html, render_coupling(graph, str(model)).encode())}")
     emit(data, _graph_text(data, None if everything else _SHOWN), as_json=as_json)

@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from prunella.errors import RequestError
-from prunella.model import state as untouched
 from prunella.model.forward import mode
+from prunella.model.state import untouched
 from prunella.search.journal import Journal, digest_of
 
 Way = Callable[[int], nn.Module]

@@ -41,7 +41,7 @@ from prunella.planning.plan import Plan
 from prunella.planning.planner import plan
 from prunella.planning.recipe import Recipe
 from prunella.registry.method import metric
-from prunella.report.frontier import DENSE_NAME, Cell, Frontier, summarise, write_frontier
+from prunella.reporting.frontier import DENSE_NAME, Cell, Frontier, summarise, write_frontier
 from prunella.targets import Params, Sparsity, Target
 from prunella.transform.apply import apply_
 from prunella.transform.shrink import shrink

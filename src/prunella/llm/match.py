@@ -18,10 +18,10 @@ from prunella.graph.solve.groups import couple
 from prunella.graph.solve.residual_blocks import inside
 from prunella.llm.blocks import Block, Call, Feed, block_paths, blocks_at
 from prunella.llm.refine import Refine, refine_
-from prunella.model import state as untouched
 from prunella.model.forward import batches, mode, tensors
 from prunella.model.masks import masks_of
 from prunella.model.reads import Read, Watch, rows, targets
+from prunella.model.state import untouched
 from prunella.model.unwrap import unwrap
 from prunella.planning.depth import find_blocks, turns
 from prunella.planning.plan import Plan

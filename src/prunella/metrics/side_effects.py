@@ -15,7 +15,7 @@ from prunella.metrics.corruption import CORRUPTIONS
 from prunella.metrics.outputs import ClassDrop, calibration_error, flip_rate, kl_divergence, per_class_drop
 from prunella.model.forward import batches, first_tensor, forward, mode
 from prunella.registry.method import metric
-from prunella.report.section import Section
+from prunella.reporting.section import Section
 
 _SHOWN = 10
 

@@ -18,8 +18,8 @@ from prunella.graph.data import Graph, Group
 from prunella.graph.solve.block_counters import counted
 from prunella.graph.solve.groups import changes, couple
 from prunella.graph.verify import unproven
-from prunella.model import state as untouched
 from prunella.model.forward import batches, first_tensor, tensors
+from prunella.model.state import untouched
 from prunella.model.unwrap import unwrap
 from prunella.planning import table
 from prunella.planning.plan import Plan

@@ -22,7 +22,7 @@ from prunella.graph.solve.block_counters import counted
 from prunella.graph.solve.groups import changes, couple
 from prunella.graph.solve.residual_blocks import narrow
 from prunella.graph.verify import unproven
-from prunella.model import state as untouched
+from prunella.model.state import untouched
 from prunella.planning import table
 from prunella.planning.candidates import Rules, Units, Weights, fixed_masks, obstacles, offer, share
 from prunella.planning.checks import check_finite, checked_target

@@ -16,7 +16,7 @@ from prunella.errors import RequestError
 from prunella.granularity import Competing, Element
 from prunella.graph.match import check_patterns
 from prunella.graph.solve.groups import couple
-from prunella.model import state as untouched
+from prunella.model.state import untouched
 from prunella.planning.checks import check_finite, checked_target
 from prunella.planning.latency import Stopwatch
 from prunella.planning.plan import Plan

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import inspect
 from typing import Any, get_args
 
@@ -13,25 +12,26 @@ HOMES = (
     "criteria",
     "granularity",
     "allocation",
-    "schedule",
-    "train",
+    "schedules",
+    "planning.rounds",
+    "planning.recipes",
     "solvers",
-    "at_init",
-    "sanity",
-    "permutation",
-    "recovery",
-    "tickets",
     "compress",
-    "blockwise",
-    "tokens",
+    "compress.storage",
+    "io.add_biases",
+    "io.importers",
+    "transform.controls",
+    "transform.permute",
+    "transform.sanity",
+    "train",
+    "recovery",
     "search",
-    "importers",
-    "realize.biases",
-    "realize.storage",
-    "streaming",
+    "lottery",
+    "llm",
+    "llm.streaming",
+    "tokens",
     "metrics",
-    "study",
-    "recipes",
+    "experiments.pareto",
 )
 _ORDER = get_args(MethodKind)
 
@@ -39,8 +39,7 @@ _ORDER = get_args(MethodKind)
 def load_all() -> None:
     """Import every module that registers methods."""
     for home in HOMES:
-        if importlib.util.find_spec(f"prunella.{home}"):
-            importlib.import_module(f"prunella.{home}")
+        importlib.import_module(f"prunella.{home}")
 
 
 def methods() -> list[Method]:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from prunella.errors import RequestError, TargetMissed
-from prunella.model import state as untouched
+from prunella.model.state import untouched
 from prunella.registry.method import search
 from prunella.search.journal import Journal
 from prunella.search.space import Evaluate, Found, Predict, Space

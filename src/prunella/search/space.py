@@ -21,9 +21,9 @@ from prunella.graph.match import check_patterns
 from prunella.graph.matrix import from_matrix
 from prunella.graph.solve.groups import changes, couple
 from prunella.graph.verify import unproven
-from prunella.model import state as untouched
 from prunella.model.forward import mode
 from prunella.model.masks import record_
+from prunella.model.state import untouched
 from prunella.planning.budget import Ladder, ladder, most, solve
 from prunella.planning.candidates import Units, Weights
 from prunella.planning.latency import Stopwatch

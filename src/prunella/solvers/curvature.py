@@ -17,8 +17,8 @@ from prunella.errors import CheckFailed, RequestError
 from prunella.graph.data import Layer
 from prunella.graph.matrix import from_matrix, to_matrix
 from prunella.graph.solve.groups import couple
-from prunella.model import state as untouched
 from prunella.model.forward import batches
+from prunella.model.state import untouched
 from prunella.planning.plan import Plan
 from prunella.registry.method import solver
 from prunella.solvers.obs import cut, cut_matrix_free, inverse_fisher

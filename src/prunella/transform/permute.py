@@ -19,7 +19,7 @@ from prunella.graph.match import check_patterns, chosen, names_of_group
 from prunella.graph.matrix import to_matrix
 from prunella.graph.solve.groups import couple
 from prunella.graph.verify import verify
-from prunella.model import state as untouched
+from prunella.model.state import untouched
 from prunella.registry.method import search
 from prunella.stats.subject import Subject, first_seen
 from prunella.types import Inputs

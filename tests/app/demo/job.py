@@ -11,8 +11,8 @@ from prunella.app.demo.run import PAGE, RECORD, Result
 
 _READ = """
 import sys, torch, prunella
-from prunella.forward import first_tensor, forward
-from prunella.proof import plan_of
+from prunella.model.forward import first_tensor, forward
+from prunella.app.verify import plan_of
 from pathlib import Path
 folder, factory = Path(sys.argv[1]), sys.argv[2] or None
 torch.set_num_threads(1)

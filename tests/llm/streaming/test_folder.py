@@ -163,8 +163,8 @@ STOPPED = """
 import os, signal, sys
 from functools import partial
 import prunella as pr
-from prunella.blockwise import one_shot
-from prunella.streaming import job
+from prunella.llm import one_shot
+from prunella.llm.streaming import runner as job
 from tests.llm.streaming.models import data
 
 source, output, moment, kind = sys.argv[1:]

@@ -31,9 +31,9 @@ from prunella.planning.planner import plan
 from prunella.recovery.batchnorm import recalibrate_bn
 from prunella.recovery.finetune import Curve, Training, finetune
 from prunella.recovery.reconstruct import reconstruct
-from prunella.report.page import write_page
-from prunella.report.report import Curve as Recovery
-from prunella.report.report import Report, report, shown
+from prunella.reporting.page import write_page
+from prunella.reporting.report import Curve as Recovery
+from prunella.reporting.report import Report, report, shown
 from prunella.targets import MACs
 from prunella.transform.shrink import shrink
 

@@ -18,7 +18,7 @@ from prunella.io.importers.imported import Imported, State, tensors_of
 from prunella.io.importers.patterns import pattern_of
 from prunella.io.importers.reading import Source, read_source
 from prunella.io.importers.torch_masks import needs_masks, torch_ao, torch_prune
-from prunella.model import state as untouched
+from prunella.model.state import untouched
 from prunella.planning import table
 from prunella.planning.plan import Plan
 from prunella.planning.table import Amount, Row

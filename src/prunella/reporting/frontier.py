@@ -15,9 +15,9 @@ from markupsafe import Markup
 
 from prunella.errors import RequestError
 from prunella.io.files import write_atomic
-from prunella.report.chart import DENSE, GRID, INK, MUTED, NARROW, PRUNED, WIDE, figure
-from prunella.report.page import render_sections
-from prunella.report.section import Section
+from prunella.reporting.chart import DENSE, GRID, INK, MUTED, NARROW, PRUNED, WIDE, figure
+from prunella.reporting.page import render_sections
+from prunella.reporting.section import Section
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

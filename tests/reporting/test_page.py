@@ -16,9 +16,9 @@ import pytest
 from prunella.errors import RequestError
 from prunella.graph.data import Frozen
 from prunella.measure.latency import Ratio
-from prunella.report.chart import clean_svg, curve_chart, latency_chart
-from prunella.report.page import headline, render_page, tiles, why_kept, write_page
-from prunella.report.report import Curve, Report, Width
+from prunella.reporting.chart import clean_svg, curve_chart, latency_chart
+from prunella.reporting.page import headline, render_page, tiles, why_kept, write_page
+from prunella.reporting.report import Curve, Report, Width
 
 from .test_report import made
 

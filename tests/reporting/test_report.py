@@ -14,7 +14,7 @@ from prunella.graph.data import Frozen
 from prunella.measure.latency import Comparison, Latency, Ratio
 from prunella.planning.plan import Plan
 from prunella.planning.table import Amount, Row
-from prunella.report.report import Curve, Metric, Report, report, shown
+from prunella.reporting.report import Curve, Metric, Report, report, shown
 from prunella.targets import MACs, Sparsity, Target
 
 

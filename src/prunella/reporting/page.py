@@ -14,9 +14,9 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from prunella.io.files import write_atomic
-from prunella.report.chart import NARROW, curve_chart, latency_chart
-from prunella.report.report import LayerLine, Metric, Report, shown
-from prunella.report.section import Section
+from prunella.reporting.chart import NARROW, curve_chart, latency_chart
+from prunella.reporting.report import LayerLine, Metric, Report, shown
+from prunella.reporting.section import Section
 
 _FOLDER = Path(__file__).parent
 _FOLD_AFTER = 24

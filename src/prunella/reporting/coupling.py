@@ -11,7 +11,7 @@ import torch
 from markupsafe import Markup
 
 from prunella.graph.data import Graph, Group
-from prunella.report.page import templates
+from prunella.reporting.page import templates
 
 ROW, RAIL, LEFT = 26, 16, 14
 """Height of a row, distance of two rails, margin in pixels."""

@@ -26,7 +26,7 @@ from prunella.measure.latency import Comparison, compare_latency
 from prunella.measure.profile import peak_memory, time_by_layer
 from prunella.model.forward import forward, mode, tensors
 from prunella.planning.plan import Plan
-from prunella.report.section import Section
+from prunella.reporting.section import Section
 from prunella.types import Inputs
 
 Quality = Sequence[tuple[str, float, float]]

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from prunella.cli.app import app
 from prunella.graph.data import Graph
 from prunella.graph.solve.groups import couple
-from prunella.report.coupling import rails, render_coupling
+from prunella.reporting.coupling import rails, render_coupling
 
 
 class Residual(nn.Module):
@@ -73,7 +73,7 @@ def test_the_page_escapes_names_and_runs_nothing() -> None:
 
 def test_inspect_writes_the_page_and_does_not_overwrite_it(tmp_path: Path) -> None:
     file = tmp_path / "map.html"
-    command = ["inspect", "tests.report.test_coupling:Residual", "--inputs", "2x4", "--html", str(file)]
+    command = ["inspect", "tests.reporting.test_coupling:Residual", "--inputs", "2x4", "--html", str(file)]
     assert CliRunner().invoke(app, command).exit_code == 0
     assert "What goes together" in file.read_text(encoding="utf-8")
     again = CliRunner().invoke(app, command)

@@ -11,7 +11,7 @@ from xml.etree import ElementTree
 from markupsafe import Markup
 
 from prunella.measure.latency import Comparison
-from prunella.report.report import Curve
+from prunella.reporting.report import Curve
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
