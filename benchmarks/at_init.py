@@ -54,11 +54,13 @@ def by(criterion: Callable[..., torch.Tensor]) -> Cut:
 
 
 METHODS: dict[str, Cut] = {
-    "snip": by(pr.snip),
-    "grasp": by(pr.grasp),
-    "synflow, 100 rounds": lambda model, data, target, seed: pr.synflow_rounds(model, data.train_x[:2], target=target),
+    "snip": by(pr.criteria.snip),
+    "grasp": by(pr.criteria.grasp),
+    "synflow, 100 rounds": lambda model, data, target, seed: pr.planning.synflow_rounds(
+        model, data.train_x[:2], target=target
+    ),
     "magnitude": by(pr.magnitude),
-    "random": by(pr.random),
+    "random": by(pr.criteria.random),
 }
 
 
@@ -75,7 +77,7 @@ def run(method: str, density: float, seed: int, data: mnist.Digits, epochs: int)
     mnist.train(model, data, epochs=epochs, seed=seed, setup=masked)
     pr.finalize(model)
     kept = [row.kept for row in plan.rows]
-    return Cell(method, density, seed, mnist.accuracy(model, data), kept, list(pr.collapsed(plan)))
+    return Cell(method, density, seed, mnist.accuracy(model, data), kept, list(pr.transform.collapsed(plan)))
 
 
 def table(cells: list[Cell]) -> str:

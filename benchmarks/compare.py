@@ -79,7 +79,7 @@ def ours(
     fine-tuning.
     """
     recipe = pr.Recipe(
-        criterion=criterion, allocation=partial(pr.global_, normalise=pr.Normalise.MEAN), seed=setting.seed
+        criterion=criterion, allocation=partial(pr.global_, normalise=pr.allocation.Normalise.MEAN), seed=setting.seed
     )
     plan = pr.plan(
         dense, EXAMPLE, recipe, target=pr.MACs(BUDGET), data=setting.calibration, loss=_loss, skip=STREAM * inner
@@ -103,8 +103,8 @@ def _loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
 
 
 WAYS: dict[str, Way] = {
-    "prunella, group norm": partial(ours, criterion=pr.group_norm),
-    "prunella, group norm, inner layers": partial(ours, criterion=pr.group_norm, inner=True),
+    "prunella, group norm": partial(ours, criterion=pr.criteria.group_norm),
+    "prunella, group norm, inner layers": partial(ours, criterion=pr.criteria.group_norm, inner=True),
     "Torch-Pruning, group norm": partial(theirs, importance="group_norm"),
     "prunella, Taylor": partial(ours, criterion=pr.taylor),
     "prunella, Taylor, inner layers": partial(ours, criterion=pr.taylor, inner=True),

@@ -90,11 +90,11 @@ def main() -> None:
     ]
     lines += ["| --- | --- | --- | --- |"]
     for keep in PARTS:
-        with pr.contextual_(model, data[0], keep=keep):
+        with pr.tokens.contextual_(model, data[0], keep=keep):
             oracle = loss(model, data)
-        with pr.contextual_(model, data[0], keep=keep, predictors=predictors):
+        with pr.tokens.contextual_(model, data[0], keep=keep, predictors=predictors):
             predicted = loss(model, data)
-        with pr.contextual_(model, data[0], keep=keep, predictors=same):
+        with pr.tokens.contextual_(model, data[0], keep=keep, predictors=same):
             control = loss(model, data)
         lines.append(f"| {keep:.0%} | {oracle:.4f} | {predicted:.4f} | {control:.4f} |")
         print(lines[-1], flush=True)

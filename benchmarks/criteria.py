@@ -79,7 +79,7 @@ def criteria(part: str) -> dict[str, Criterion]:
     """All registered criteria that can score the units of a part, and the controls of magnitude."""
     found = {m.name: m.function for m in methods() if m.kind == "criterion" and m.name not in NOT_HERE}
     no = {"masks": ONLY_BLOCKS | ONLY_UNITS, "channels": ONLY_BLOCKS, "blocks": ONLY_UNITS}[part]
-    for control in (pr.inverted(pr.magnitude), pr.shuffled(pr.magnitude)):
+    for control in (pr.criteria.inverted(pr.magnitude), pr.criteria.shuffled(pr.magnitude)):
         found[name_of(control)] = control
     return {name: found[name] for name in sorted(found) if name not in no}
 
@@ -92,7 +92,7 @@ def recipe(cell: Cell) -> tuple[pr.Recipe, object]:
         return pr.Recipe(criterion, grain, seed=cell.seed), pr.Sparsity(1 - 1 / cell.ratio)
     if cell.part == "channels":
         return pr.Recipe(criterion, seed=cell.seed), pr.MACs(cell.ratio)
-    whole = pr.Recipe(criterion, pr.Depth(pr.Reduce.MEAN), pr.global_, seed=cell.seed)
+    whole = pr.Recipe(criterion, pr.Depth(pr.granularity.Reduce.MEAN), pr.global_, seed=cell.seed)
     return whole, pr.Sparsity(cell.ratio / BLOCKS)
 
 

@@ -28,10 +28,10 @@ METHODS = ("static", "set", "rigl", "sparse_momentum", "granet")
 EVERY = 100
 
 
-def rule(method: str, sparsity: float) -> pr.Rule:
+def rule(method: str, sparsity: float) -> pr.train.Rule:
     """The rule of a method with its usual settings."""
-    made = {"set": pr.set_, "rigl": pr.rigl, "sparse_momentum": pr.sparse_momentum}
-    return pr.granet(final=sparsity) if method == "granet" else made[method]()
+    made = {"set": pr.train.set_, "rigl": pr.train.rigl, "sparse_momentum": pr.train.sparse_momentum}
+    return pr.train.granet(final=sparsity) if method == "granet" else made[method]()
 
 
 def cell(data: Digits, method: str, sparsity: float, seed: int, *, epochs: int, every: int = EVERY) -> dict[str, Any]:
@@ -43,7 +43,7 @@ def cell(data: Digits, method: str, sparsity: float, seed: int, *, epochs: int, 
         recipe = erk_random()
         recipe = pr.Recipe(recipe.criterion, recipe.granularity, recipe.allocation, seed=seed)
         pr.apply_(model, pr.plan(model, data.train_x[:1], recipe, target=pr.Sparsity(first)))
-    loops: list[pr.DropGrow] = []
+    loops: list[pr.train.DropGrow] = []
 
     def setup(net: nn.Module, optimizer: Optimizer) -> Hook:
         if method in ("dense", "static"):
@@ -51,7 +51,9 @@ def cell(data: Digits, method: str, sparsity: float, seed: int, *, epochs: int, 
             return lambda step: None
         steps = 3 * epochs * (len(data.train_y) // 100) // 4
         how = rule(method, sparsity)
-        loops.append(pr.DropGrow(net, optimizer, rule=how, steps=steps, every=every, layers=["*.weight"], seed=seed))
+        loops.append(
+            pr.train.DropGrow(net, optimizer, rule=how, steps=steps, every=every, layers=["*.weight"], seed=seed)
+        )
         return lambda step: loops[0].step()
 
     train(model, data, epochs=epochs, seed=seed, setup=setup)

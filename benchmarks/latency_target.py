@@ -52,7 +52,7 @@ def row(name: str, ratio: float) -> dict[str, object]:
     model.eval()
     start = time.perf_counter()
     try:
-        plan = pr.plan(model, inputs, pr.Recipe(criterion=pr.group_norm), target=pr.Latency(ratio))
+        plan = pr.plan(model, inputs, pr.Recipe(criterion=pr.criteria.group_norm), target=pr.Latency(ratio))
     except TargetMissed as error:
         return {"net": name, "asked": ratio, "missed": str(error).splitlines()[0]}
     spent = time.perf_counter() - start

@@ -52,34 +52,36 @@ PICTURES = ROOT / "docs" / "llm.svg", ROOT / "docs" / "llm_ablation.svg"
 MARKS = "<!-- measured: one-shot -->", "<!-- end: one-shot -->"
 CACHE = Path(os.environ.get("PRUNELLA_BENCH_CACHE", tempfile.gettempdir())) / "prunella-smollm2"
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
-Make = Callable[[pr.Element | pr.NM, float], pr.OneShot]
+Make = Callable[[pr.Element | pr.NM, float], pr.llm.OneShot]
 
 
 def plain(method: Any) -> Make:
     """A layer solver alone."""
-    return lambda pattern, sparsity: pr.OneShot(pattern, sparsity, method)
+    return lambda pattern, sparsity: pr.llm.OneShot(pattern, sparsity, method)
 
 
 def scored(score: Any) -> Make:
     """A score that changes no weight, the layers of a block at once as in the reference codes."""
-    method = partial(pr.by_score, score=score)
-    return lambda pattern, sparsity: pr.OneShot(pattern, sparsity, method, true_sequential=False)
+    method = partial(pr.solvers.by_score, score=score)
+    return lambda pattern, sparsity: pr.llm.OneShot(pattern, sparsity, method, true_sequential=False)
 
 
 def magnitude(w: Tensor, g: Tensor, p: Any, *, sparsity: float) -> Any:
     """Magnitude over the whole matrix."""
-    return pr.by_score(w, g, p, sparsity=sparsity, score=lambda v, _: v.abs())
+    return pr.solvers.by_score(w, g, p, sparsity=sparsity, score=lambda v, _: v.abs())
 
 
 METHODS: dict[str, Make] = {
     "magnitude": plain(magnitude),
     "wanda": scored(pr.wanda),
-    "ria": scored(pr.ria),
-    "sparsegpt": plain(pr.sparsegpt),
-    "admm": plain(pr.admm),
-    "alps": plain(pr.alps),
-    "sparsegpt+refine": lambda pattern, sparsity: pr.OneShot(pattern, sparsity, pr.sparsegpt, pr.Refine()),
-    "one_shot": pr.one_shot_recipe,
+    "ria": scored(pr.criteria.ria),
+    "sparsegpt": plain(pr.solvers.sparsegpt),
+    "admm": plain(pr.solvers.admm),
+    "alps": plain(pr.solvers.alps),
+    "sparsegpt+refine": lambda pattern, sparsity: pr.llm.OneShot(
+        pattern, sparsity, pr.solvers.sparsegpt, pr.llm.Refine()
+    ),
+    "one_shot": pr.llm.one_shot_recipe,
 }
 """`admm` is `one_shot` without refining, `sparsegpt+refine` is it with another solver: its ablation."""
 SETS = ("0.5", "0.6", "0.7", "2:4")
@@ -205,7 +207,7 @@ def run(name: str, protocol: Protocol, seed: int) -> dict[str, Any]:
         data = calibration(subject.held, count=protocol.batches, length=subject.calibrated, seed=seed)
         start, wall = time.process_time(), time.perf_counter()
         with precision(protocol.precision):
-            done = pr.solve_(subject.model, data[0], how, data=data)
+            done = pr.llm.solve_(subject.model, data[0], how, data=data)
         found |= {"cpu_s": time.process_time() - start, "wall_s": time.perf_counter() - wall}
         found |= {"sparsity": done.sparsity, "damping": max(fit.damping for fit in done.fits)}
     for key, ids in subject.texts.items():

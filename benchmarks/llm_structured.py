@@ -24,11 +24,11 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import llm
 import torch
 from cells import RESULTS, shown, write
 from torch import Tensor, nn
 
+import llm
 import prunella as pr
 
 FOLDER = RESULTS / "llm_structured"
@@ -71,11 +71,11 @@ class Bench:
     def perplexity(self, model: nn.Module) -> float:
         """The protocol."""
         window, limit = (128, 2) if self.quick else (1024, self.windows)
-        return pr.perplexity(model, self.test, window=window, limit=limit, outputs=uncached).value
+        return pr.metrics.perplexity(model, self.test, window=window, limit=limit, outputs=uncached).value
 
     def quality(self, model: nn.Module) -> float:
         """Minus the loss on calibration text."""
-        losses = [pr.perplexity(model, b["input_ids"][0], window=b["input_ids"].shape[1], outputs=uncached).loss
+        losses = [pr.metrics.perplexity(model, b["input_ids"][0], window=b["input_ids"].shape[1], outputs=uncached).loss
                   for b in self.judged]  # fmt: skip
         return -sum(losses) / len(losses)
 
@@ -86,7 +86,7 @@ class Bench:
     def depth(self, way: str, count: int) -> tuple[nn.Module, pr.Plan]:
         """Without `count` blocks."""
         if way == "streamline":
-            done = pr.replace_run(self.dense, self.example, self.data, count=count, refine=pr.Refine(5, 2e-4))
+            done = pr.llm.replace_run(self.dense, self.example, self.data, count=count, refine=pr.llm.Refine(5, 2e-4))
             return done.model, done.plan
         how, _, after = way.partition("+")
         plan = {"influence": self.by_influence, "angular": self.by_angle, "loss": self.by_loss,
@@ -95,12 +95,12 @@ class Bench:
 
     def by_influence(self, count: int) -> pr.Plan:
         """ShortGPT."""
-        recipe = pr.Recipe(pr.block_influence, pr.Depth())
+        recipe = pr.Recipe(pr.criteria.block_influence, pr.Depth())
         return pr.plan(self.dense, self.example, recipe, target=pr.Sparsity(count / 30), data=self.data)
 
     def by_angle(self, count: int) -> pr.Plan:
         """Gromov et al."""
-        return pr.drop_run(self.dense, self.example, self.data, count=count)
+        return pr.llm.drop_run(self.dense, self.example, self.data, count=count)
 
     def by_loss(self, count: int) -> pr.Plan:
         """Ours: one at a time by measured loss, among the 6 of least influence; one journal for all counts."""
@@ -108,12 +108,12 @@ class Bench:
 
     def by_divergence(self, count: int) -> pr.Plan:
         """Ours: the same by the divergence from the dense model, which is less noisy on few tokens."""
-        return self.searched("kl", pr.agreement(self.dense, self.judged, logits=True, outputs=uncached), count)
+        return self.searched("kl", pr.search.agreement(self.dense, self.judged, logits=True, outputs=uncached), count)
 
     def searched(self, name: str, quality: Callable[[nn.Module], float], count: int) -> pr.Plan:
         """The greedy search, with a journal of its own."""
         folder = FOLDER / f"journal{'-quick' if self.quick else ''}-{name}-{self.seed}"
-        return pr.greedy_blocks(self.dense, self.example, quality, count=count, data=self.data, among=6,
+        return pr.search.greedy_blocks(self.dense, self.example, quality, count=count, data=self.data, among=6,
                                 folder=folder).plan  # fmt: skip
 
     def width(self, way: str, percent: int) -> tuple[nn.Module, pr.Plan]:
@@ -122,7 +122,12 @@ class Bench:
         l2, first: LLM-Pruner's sums over gate, up and down of squared weights, and of |weight * gradient|, which `snip`
         only divides by one number for all.
         """
-        ways = {"l2": partial(pr.group_norm), "first": pr.snip, "flap": pr.fluctuation, "ours": pr.fluctuation}
+        ways = {
+            "l2": partial(pr.criteria.group_norm),
+            "first": pr.criteria.snip,
+            "flap": pr.criteria.fluctuation,
+            "ours": pr.criteria.fluctuation,
+        }
         plan = pr.plan(self.dense, self.example, pr.Recipe(ways[way], even=True), target=pr.Sparsity(percent / 100),
                        data=self.data, loss=next_token if way == "first" else None,
                        only=["model.layers.*.mlp.*"])  # fmt: skip
@@ -132,13 +137,21 @@ class Bench:
         """Shrunk, and matched to the dense stream where that is asked."""
         small = pr.shrink(self.dense, plan)
         if after == "match":
-            pr.match_stream_(small, self.dense, self.data, plan)
+            pr.llm.match_stream_(small, self.dense, self.data, plan)
         return small, plan
 
     def heal(self, model: nn.Module) -> float:
         """The same healing for all: adapters of rank 16, a window a step, toward the dense logits; CPU seconds."""
-        return seconds(lambda: pr.heal_(model, self.dense, self.healing, steps=self.steps, lr=1e-3,
-                                        adapters=pr.Adapters(rank=16, only=("model.layers.*",))))[0]  # fmt: skip
+        return seconds(
+            lambda: pr.recovery.heal_(
+                model,
+                self.dense,
+                self.healing,
+                steps=self.steps,
+                lr=1e-3,
+                adapters=pr.recovery.Adapters(rank=16, only=("model.layers.*",)),
+            )
+        )[0]
 
 
 def seconds(run: Callable[[], Any]) -> tuple[float, Any]:
@@ -173,7 +186,7 @@ def healed(bench: Bench, name: str) -> dict[str, Any]:
 def rates(bench: Bench, name: str) -> dict[str, Any]:
     """Tokens a second of a pruned model beside the dense one."""
     small, _ = bench.cut(*name.split(":")[:2], int(name.split(":")[2]))
-    found = pr.throughput(bench.dense, small, bench.test[None, : 32 if bench.quick else 256],
+    found = pr.metrics.throughput(bench.dense, small, bench.test[None, : 32 if bench.quick else 256],
                           new=4 if bench.quick else 16, rounds=5 if bench.quick else 15)  # fmt: skip
     return {"cell": name, "text": str(found), **found.data()}
 

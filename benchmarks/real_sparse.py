@@ -42,7 +42,7 @@ def resnet56(percent: int, *, quick: bool) -> dict[str, Any]:
     steps, images = (4, 200) if quick else (300, 2000)
     test, train = read_packed("cifar10_test.npz", stop=images), read_packed("cifar10_train.npz", stop=64 * 200)
     dense, example = pretrained(56), torch.randn(1, 3, 32, 32)
-    recipe = pr.Recipe(pr.magnitude, pr.Element(), pr.lamp)
+    recipe = pr.Recipe(pr.magnitude, pr.Element(), pr.allocation.lamp)
     plan = pr.plan(dense, example, recipe, target=pr.Sparsity(percent / 100), skip=["conv1", "linear"])
     model = copy.deepcopy(dense).to(memory_format=torch.channels_last)
     pr.apply_(model, plan)
@@ -65,7 +65,9 @@ def minilm(percent: int, *, quick: bool) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         task = minilm_task(Path(folder), seed=0, steps=0, texts=32 if quick else None)
     model, nothing = copy.deepcopy(task.model), lambda *_: None
-    pr.solve_(model, task.example, pr.OneShot(pr.Element(), percent / 100, pr.admm), data=list(task.calibration))
+    pr.llm.solve_(
+        model, task.example, pr.llm.OneShot(pr.Element(), percent / 100, pr.solvers.admm), data=list(task.calibration)
+    )
     cut = task.quality(model, nothing)
     batches, loss = task.teach(task.model, nothing)
     optimizer = torch.optim.AdamW(model.parameters(), lr=task.lr)
@@ -118,7 +120,7 @@ def speeds(model: nn.Module, example: Any, *, quick: bool) -> dict[str, Any]:
         )
     with torch.inference_mode():
         found = compared(runs, 5 if quick else 21)
-    record = pr.sparsified(made)
+    record = pr.runtime.sparsified(made)
     return {**found, "replaced": len(record.replaced), "difference": record.difference, "why": record.why, **where()}
 
 

@@ -275,10 +275,10 @@ def network(make: Callable[[], nn.Module], example: Tensor, percent: int, *, pre
     """A whole model: eager, dense by the quicker kernel, frozen, sparse."""
     model = sown(make(), percent).requires_grad_(False)
     made = pr.sparse(model, example, precision=precision, seconds=1.0)
-    record = pr.sparsified(made)
+    record = pr.runtime.sparsified(made)
     runs: dict[str, Any] = {"eager": partial(model, example), "sparse": partial(made, example)}
-    fast = pr.dense_fast(model, example)
-    if pr.sparsified(fast).kept:
+    fast = pr.runtime.dense_fast(model, example)
+    if pr.runtime.sparsified(fast).kept:
         runs["dense fast"] = partial(fast, example)
     if last:
         layout = torch.channels_last
@@ -324,8 +324,8 @@ def smollm2(percent: int, new: int = 24, rounds: int = 5) -> dict[str, Any]:
     model, tokenizer = load()
     text = tokenizer("\n\n".join(topics.values()), return_tensors="pt").input_ids[0]
     data = [{"input_ids": part[None], "use_cache": False} for part in text[:2048].split(512)]
-    how = pr.OneShot(pr.Element(per_row=True), percent / 100, partial(pr.by_score, score=pr.wanda))
-    pruned = pr.solve_(model, data[0], how, data=data).sparsity
+    how = pr.llm.OneShot(pr.Element(per_row=True), percent / 100, partial(pr.solvers.by_score, score=pr.wanda))
+    pruned = pr.llm.solve_(model, data[0], how, data=data).sparsity
     ids = tokenizer("The city of Paris is", return_tensors="pt").input_ids
     runs = {"eager": model, "bf16": copy.deepcopy(model).to(torch.bfloat16), "int8": int8(model)}
     for name, precision in (

@@ -95,11 +95,12 @@ try:
 except (RuntimeError, MemoryError):
     pass
 data = [{"input_ids": torch.randint(0, 1024, (1, 64), generator=torch.Generator().manual_seed(k))} for k in range(4)]
-solvers = {"wanda": partial(pr.by_score, score=pr.wanda), "sparsegpt": pr.sparsegpt, "admm": pr.admm}
+wanda = partial(pr.solvers.by_score, score=pr.wanda)
+solvers = {"wanda": wanda, "sparsegpt": pr.solvers.sparsegpt, "admm": pr.solvers.admm}
 def told(step):
     print(step, file=sys.stderr, flush=True)
-found = pr.solve_folder(
-    source, output, pr.OneShot(pr.NM(2, 4), method=solvers[method]), data=data, memory=limit, on_block=told
+found = pr.llm.solve_folder(
+    source, output, pr.llm.OneShot(pr.NM(2, 4), method=solvers[method]), data=data, memory=limit, on_block=told
 )
 status = dict(line.split(":", 1) for line in open("/proc/self/status"))
 print(json.dumps({

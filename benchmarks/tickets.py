@@ -39,10 +39,10 @@ class Shuffled:
             yield self.data.train_x[chosen], self.data.train_y[chosen]
 
 
-def course(data: Digits, *, epochs: int, seed: int) -> pr.Course:
+def course(data: Digits, *, epochs: int, seed: int) -> pr.lottery.Course:
     """Adam at 0.0012, as in the paper, with batches of 100."""
 
-    def train(model: nn.Module, lap: pr.Lap) -> None:
+    def train(model: nn.Module, lap: pr.lottery.Lap) -> None:
         optimizer = torch.optim.Adam(model.parameters(), lr=LR)
         for one in lap.steps(Shuffled(data), optimizer):
             optimizer.zero_grad(set_to_none=True)
@@ -50,19 +50,19 @@ def course(data: Digits, *, epochs: int, seed: int) -> pr.Course:
             optimizer.step()
 
     steps = epochs * (len(data.train_y) // BATCH)
-    return pr.Course(train, steps, lambda model: accuracy(model, data), seed=seed)
+    return pr.lottery.Course(train, steps, lambda model: accuracy(model, data), seed=seed)
 
 
 def cell(data: Digits, seed: int, *, epochs: int, rounds: int, work: Path) -> dict[str, Any]:
     """One seed: every round's density and accuracy, and those of the controls."""
     start = time.process_time()
     reported = tuple(k for k in REPORTED if k <= rounds)
-    found = pr.find_ticket(
+    found = pr.lottery.find_ticket(
         lenet(seed),
         course(data, epochs=epochs, seed=seed),
-        prune=pr.imp(data.train_x[:1]),
+        prune=pr.lottery.imp(data.train_x[:1]),
         rounds=rounds,
-        controls=pr.Controls(rounds=reported),
+        controls=pr.lottery.Controls(rounds=reported),
         folder=work / f"seed-{seed}-{epochs}",
     )
     rows = [

@@ -76,7 +76,7 @@ def examine(
         facts["frozen"] = _reasons(graph.frozen)
         start = time.perf_counter()
         kinds = (pr.Channel(), pr.Head())
-        plan = pr.plan(model, inputs, pr.Recipe(pr.random, kinds, pr.uniform), target=pr.Sparsity(SHARE))
+        plan = pr.plan(model, inputs, pr.Recipe(pr.criteria.random, kinds, pr.uniform), target=pr.Sparsity(SHARE))
         small = pr.shrink(model, plan)
         facts["prune_s"] = time.perf_counter() - start
     except pr.PruningError as error:
@@ -118,7 +118,7 @@ def _others(model: nn.Module, inputs: Any, graph: Any) -> tuple[tuple[str, str],
         grain = OTHERS[kind](graph)
         target = None if kind == "vocabulary" else pr.Sparsity(SHARE)
         try:
-            plan = pr.plan(model, inputs, pr.Recipe(pr.random, grain), target=target)
+            plan = pr.plan(model, inputs, pr.Recipe(pr.criteria.random, grain), target=target)
             pr.shrink(model, plan)
             found.append((kind, "exact"))
         except pr.PruningError as error:
@@ -132,7 +132,7 @@ OTHERS: dict[str, Callable[[Any], Any]] = {
     "width": lambda graph: pr.Width(),
     "expert": lambda graph: pr.Expert(),
     "block": lambda graph: pr.Depth(),
-    "vocabulary": lambda graph: pr.Vocabulary(tuple(range(0, graph.tokens.size, 2))),
+    "vocabulary": lambda graph: pr.granularity.Vocabulary(tuple(range(0, graph.tokens.size, 2))),
 }
 
 

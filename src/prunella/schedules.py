@@ -128,3 +128,18 @@ def rounds(count: int, *, of_survivors: float | None = None, of_all: float | Non
         raise RequestError(f"a part of {part:g} a round is out of range", why, "remove less a round, or of_survivors=")
     gone = [1 - (1 - part) ** k if of_all is None else part * k for k in range(1, count + 1)]
     return tuple(map(Sparsity, gone))
+
+
+__all__ = [
+    "acdc",
+    "cosine",
+    "cubic",
+    "exponential",
+    "linear",
+    "one_shot",
+    "rounds",
+]
+
+
+def __dir__() -> list[str]:
+    return __all__

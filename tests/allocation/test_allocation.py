@@ -33,11 +33,11 @@ def counts(pools: list[Pool], allocation: Allocation, total: int) -> tuple[int, 
 
 @pytest.mark.parametrize(("sparsity", "expected"), [(0.9, (0.07957, 0.23019, 1.0)), (0.98, (0.01539, 0.04453, 0.3674))])
 def test_erk_on_lenet_300_100(sparsity: float, expected: tuple[float, ...]) -> None:
-    assert pr.erk_densities(LENET, 1 - sparsity) == pytest.approx(expected, rel=3e-4)
+    assert pr.allocation.erk_densities(LENET, 1 - sparsity) == pytest.approx(expected, rel=3e-4)
 
 
 def test_erk_on_resnet_20() -> None:
-    found = pr.erk_densities(RESNET20, 0.1)
+    found = pr.allocation.erk_densities(RESNET20, 0.1)
     assert [found[i] for i in (0, 1, 7, 8, 13, 14, 19)] == pytest.approx(
         [1, 0.3026, 0.2150, 0.1394, 0.1015, 0.0667, 1], abs=6e-5
     )
@@ -46,7 +46,7 @@ def test_erk_on_resnet_20() -> None:
 
 
 def test_erk_densities_of_one_keep_all() -> None:
-    assert pr.erk_densities(LENET, 1.0) == [1.0, 1.0, 1.0]
+    assert pr.allocation.erk_densities(LENET, 1.0) == [1.0, 1.0, 1.0]
 
 
 @pytest.mark.parametrize("sparsity", [0.3, 0.9, 0.98])
@@ -54,9 +54,9 @@ def test_erk_keys_give_the_densities_and_the_exact_total(sparsity: float) -> Non
     shapes = [(30, 78), (10, 30), (5, 10)]
     pools = [Pool(str(i), torch.zeros(math.prod(s)), s) for i, s in enumerate(shapes)]
     size = sum(p.size for p in pools)
-    taken = counts(pools, pr.erk, round(sparsity * size))
+    taken = counts(pools, pr.allocation.erk, round(sparsity * size))
     assert sum(taken) == round(sparsity * size)
-    for count, p, density in zip(taken, pools, pr.erk_densities(shapes, 1 - sparsity), strict=True):
+    for count, p, density in zip(taken, pools, pr.allocation.erk_densities(shapes, 1 - sparsity), strict=True):
         assert abs((p.size - count) - density * p.size) <= 1
 
 
@@ -81,8 +81,10 @@ def test_global_per_cost_compares_the_harm_for_each_thing_saved() -> None:
     assert counts(pools, pr.global_, 1) == (0, 1)
 
 
-@pytest.mark.parametrize("normalise", [mode for mode in pr.Normalise if mode is not pr.Normalise.NONE])
-def test_normalised_global_does_not_see_scale(normalise: pr.Normalise) -> None:
+@pytest.mark.parametrize(
+    "normalise", [mode for mode in pr.allocation.Normalise if mode is not pr.allocation.Normalise.NONE]
+)
+def test_normalised_global_does_not_see_scale(normalise: pr.allocation.Normalise) -> None:
     a, b = [1.0, 2.0, 3.0, 4.5], [1.5, 2.5, 3.25, 4.0]
 
     def allocation(pools: list[Pool]) -> list[torch.Tensor]:
@@ -95,26 +97,26 @@ def test_normalised_global_does_not_see_scale(normalise: pr.Normalise) -> None:
 def test_normalisation_divides_by_what_it_says() -> None:
     values = [1.0, 3.0, 8.0]
     scales = {
-        pr.Normalise.MEAN: 4.0,
-        pr.Normalise.MAX: 8.0,
-        pr.Normalise.NORM: math.sqrt(74),
-        pr.Normalise.RMS: math.sqrt(74 / 3),
+        pr.allocation.Normalise.MEAN: 4.0,
+        pr.allocation.Normalise.MAX: 8.0,
+        pr.allocation.Normalise.NORM: math.sqrt(74),
+        pr.allocation.Normalise.RMS: math.sqrt(74 / 3),
     }
     for normalise, by in scales.items():
         assert pr.global_([pool(values)], normalise=normalise)[0].tolist() == pytest.approx([v / by for v in values])
 
 
 def test_standard_scores_have_mean_zero_and_deviation_one() -> None:
-    found = pr.global_([pool([1.0, 3.0, 8.0]), pool([5.0, 5.0], "b")], normalise=pr.Normalise.STANDARD)
+    found = pr.global_([pool([1.0, 3.0, 8.0]), pool([5.0, 5.0], "b")], normalise=pr.allocation.Normalise.STANDARD)
     deviation = math.sqrt((9 + 1 + 16) / 3)
     assert found[0].tolist() == pytest.approx([-3 / deviation, -1 / deviation, 4 / deviation])
     assert found[1].tolist() == [0.0, 0.0]
     with pytest.raises(RequestError, match="cannot be compared per cost"):
-        pr.global_([pool([1.0, 3.0])], normalise=pr.Normalise.STANDARD, per_cost=True)
+        pr.global_([pool([1.0, 3.0])], normalise=pr.allocation.Normalise.STANDARD, per_cost=True)
 
 
 def test_lamp_by_hand() -> None:
-    keys = pr.lamp([pool([1.0, 2.0, 3.0])])[0]
+    keys = pr.allocation.lamp([pool([1.0, 2.0, 3.0])])[0]
     assert keys.tolist() == pytest.approx([1 / 14, 4 / 13, 1.0])
 
 
@@ -128,24 +130,24 @@ def test_lamp_is_the_greedy_smallest_relative_distortion(layers: list[list[float
         left[cost.index(min(cost)) if cost.count(min(cost)) == 1 else len(cost) - 1 - cost[::-1].index(min(cost))].pop(
             0
         )
-    assert counts([pool(v, str(i)) for i, v in enumerate(layers)], pr.lamp, total) == tuple(
+    assert counts([pool(v, str(i)) for i, v in enumerate(layers)], pr.allocation.lamp, total) == tuple(
         len(full) - len(rest) for full, rest in zip(layers, left, strict=True)
     )
 
 
 def test_lamp_empties_no_layer_before_the_others_are_at_their_last_weight() -> None:
     pools = [pool([1e-6 * i for i in range(1, 50)]), pool([1e3 * i for i in range(1, 80)], "b"), pool([0.0] * 5, "c")]
-    assert counts(pools, pr.lamp, 131) == (48, 78, 5)
+    assert counts(pools, pr.allocation.lamp, 131) == (48, 78, 5)
 
 
 def test_lamp_keeps_precision_over_many_orders_of_magnitude() -> None:
-    keys = pr.lamp([pool([1e-30, 1e-25, 1e-3, 1.0])])[0]
+    keys = pr.allocation.lamp([pool([1e-30, 1e-25, 1e-3, 1.0])])[0]
     assert keys[-1] == 1 and keys[2].item() == pytest.approx(1e-6, rel=1e-4) and 0 < keys[0] < keys[1]
 
 
 def test_lamp_refuses_negative_scores() -> None:
     with pytest.raises(pr.PruningError, match="not negative"):
-        pr.lamp([pool([-1.0, 2.0])])
+        pr.allocation.lamp([pool([-1.0, 2.0])])
 
 
 @given(st.integers(1, 40), st.floats(0, 0.99), st.integers(1, 9))

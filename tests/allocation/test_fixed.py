@@ -32,25 +32,29 @@ def counts(pools: list[Pool], allocation: Allocation, total: int) -> tuple[int, 
 
 def test_uniform_plus_spares_the_first_convolution_and_bounds_the_last_layer() -> None:
     pools = [pool(10, "0", (2, 1, 3, 3)), pool(100, "1", (4, 2, 3, 3)), pool(50, "2")]
-    assert counts(pools, pr.uniform_plus, 75) == (0, 50, 25)
-    assert counts(pools, pr.uniform_plus, 130) == (0, 90, 40)  # 80 % of the last, the rest from between
-    assert counts(pools, pr.uniform_plus, 145) == (0, 100, 45)  # more than the others can give
-    assert counts(pools, pr.uniform_plus, 155) == (5, 100, 50)
-    half = functools.partial(pr.uniform_plus, last=0.5)
+    assert counts(pools, pr.allocation.uniform_plus, 75) == (0, 50, 25)
+    assert counts(pools, pr.allocation.uniform_plus, 130) == (0, 90, 40)  # 80 % of the last, the rest from between
+    assert counts(pools, pr.allocation.uniform_plus, 145) == (0, 100, 45)  # more than the others can give
+    assert counts(pools, pr.allocation.uniform_plus, 155) == (5, 100, 50)
+    half = functools.partial(pr.allocation.uniform_plus, last=0.5)
     assert counts(pools, half, 100) == (0, 75, 25)
 
 
 def test_uniform_plus_of_a_network_without_convolutions_bounds_the_last_layer_only() -> None:
-    assert counts([pool(100), pool(100, "b")], pr.uniform_plus, 190) == (100, 90)
-    assert counts([pool(100), pool(100, "b")], pr.uniform_plus, 100) == (50, 50)
-    assert counts([pool(10)], pr.uniform_plus, 9) == (9,)
+    assert counts([pool(100), pool(100, "b")], pr.allocation.uniform_plus, 190) == (100, 90)
+    assert counts([pool(100), pool(100, "b")], pr.allocation.uniform_plus, 100) == (50, 50)
+    assert counts([pool(10)], pr.allocation.uniform_plus, 9) == (9,)
     with pytest.raises(pr.PruningError, match="fraction"):
-        pr.uniform_plus([pool(3)], last=1.5)
+        pr.allocation.uniform_plus([pool(3)], last=1.5)
 
 
 def test_uniform_plus_in_a_plan_meets_the_total_exactly() -> None:
-    plan = pr.plan(convnet(), torch.randn(IMAGE), pr.Recipe(granularity=pr.Element(), allocation=pr.uniform_plus),
-                   target=pr.Sparsity(0.4))  # fmt: skip
+    plan = pr.plan(
+        convnet(),
+        torch.randn(IMAGE),
+        pr.Recipe(granularity=pr.Element(), allocation=pr.allocation.uniform_plus),
+        target=pr.Sparsity(0.4),
+    )
     kept = {row.name: row.kept / row.total for row in plan.rows}
     total = sum(row.total for row in plan.rows)
     assert kept["0"] == 1 and kept["3"] == pytest.approx(kept["7"], abs=0.01)
@@ -86,16 +90,20 @@ def test_isomorphic_ranks_within_a_kind_and_takes_alike_from_every_kind() -> Non
     pools = [
         pool(4, "a", alike="conv"), pool(4, "b", alike="conv", scale=10), pool(8, "c", alike="head", scale=1e-6),
     ]  # fmt: skip
-    assert counts(pools, pr.isomorphic, 8) == (4, 0, 4)  # half of each kind, of the convolutions the small ones
+    assert counts(pools, pr.allocation.isomorphic, 8) == (
+        4,
+        0,
+        4,
+    )  # half of each kind, of the convolutions the small ones
     assert counts(pools, pr.global_, 8) == (0, 0, 8)
 
 
 @given(st.integers(0, 16))
 def test_isomorphic_of_one_kind_is_global_and_of_all_kinds_uniform(total: int) -> None:
     one = [pool(10, "a"), pool(6, "b", scale=2.5)]
-    assert counts(one, pr.isomorphic, total) == counts(one, pr.global_, total)
+    assert counts(one, pr.allocation.isomorphic, total) == counts(one, pr.global_, total)
     many = [pool(10, "a", alike="x"), pool(6, "b", scale=2.5, alike="y")]
-    assert counts(many, pr.isomorphic, total) == counts(many, pr.uniform, total)
+    assert counts(many, pr.allocation.isomorphic, total) == counts(many, pr.uniform, total)
 
 
 def test_groups_of_equal_structure_are_alike_whatever_their_width() -> None:
@@ -118,25 +126,25 @@ def test_groups_of_equal_structure_are_alike_whatever_their_width() -> None:
 
 def test_fixed_gives_the_stated_shares_and_scales_them_together() -> None:
     pools = [pool(10, "a"), pool(20, "b"), pool(5, "c")]
-    stated = functools.partial(pr.fixed, shares={"a": 0.5, "b": 0.25})
+    stated = functools.partial(pr.allocation.fixed, shares={"a": 0.5, "b": 0.25})
     assert counts(pools, stated, 10) == (5, 5, 0)
     assert counts(pools, stated, 4) == (2, 2, 0)
     assert counts(pools, stated, 20) == (10, 10, 0)
     assert counts(pools, stated, 33) == (10, 20, 3)  # who is not named gives last
-    assert counts(pools, pr.fixed, 7) == counts(pools, pr.uniform, 7)
+    assert counts(pools, pr.allocation.fixed, 7) == counts(pools, pr.uniform, 7)
 
 
 def test_fixed_refuses_what_is_no_share() -> None:
     with pytest.raises(pr.PruningError, match="no group z"):
-        pr.fixed([pool(3)], shares={"z": 0.5})
+        pr.allocation.fixed([pool(3)], shares={"z": 0.5})
     with pytest.raises(pr.PruningError, match=r"share of a is 1\.5"):
-        pr.fixed([pool(3)], shares={"a": 1.5})
+        pr.allocation.fixed([pool(3)], shares={"a": 1.5})
 
 
 def test_a_plan_file_knows_the_shares(tmp_path: Path) -> None:
-    recipe = pr.Recipe(allocation=functools.partial(pr.fixed, shares={"0": 0.5, "3": 0.25}), align=2)
+    recipe = pr.Recipe(allocation=functools.partial(pr.allocation.fixed, shares={"0": 0.5, "3": 0.25}), align=2)
     plan = pr.plan(convnet(), images()[0], recipe, target=pr.Sparsity(0.4))
-    back = pr.load_plan(pr.save_plan(plan, tmp_path / "a.plan"))
+    back = pr.io.load_plan(pr.io.save_plan(plan, tmp_path / "a.plan"))
     assert back.recipe["allocation"] == {"name": "fixed", "knobs": {"shares": {"0": 0.5, "3": 0.25}}}
     again = pr.plan(convnet(), images()[0], pr.Recipe.read(back.recipe), target=pr.Sparsity(0.4))
     assert {k: v.tolist() for k, v in again.keep.items()} == {k: v.tolist() for k, v in plan.keep.items()}
@@ -148,13 +156,13 @@ def test_a_plan_file_knows_the_shares(tmp_path: Path) -> None:
 def test_from_scan_cuts_every_group_to_the_same_loss() -> None:
     pools = [pool(100, "a"), pool(100, "b")]
     drops = {"a": [(0.5, 1.0), (1.0, 2.0)], "b": [(0.5, 0.25), (1.0, 0.5)]}
-    allocation = functools.partial(pr.from_scan, drops=drops)
+    allocation = functools.partial(pr.allocation.from_scan, drops=drops)
     assert counts(pools, allocation, 50) == (10, 40)  # loss 0.2 is 10 % of a and 40 % of b
     keys = allocation(pools)
     assert float(keys[0][49]) == pytest.approx(2 * 0.495) and float(keys[1][49]) == pytest.approx(0.5 * 0.495)
 
 
 def test_from_scan_goes_on_beyond_the_last_point_and_never_falls() -> None:
-    keys = pr.from_scan([pool(10)], drops={"a": [(0.2, 0.4), (0.4, 0.1), (0.6, 0.5)]})[0]
+    keys = pr.allocation.from_scan([pool(10)], drops={"a": [(0.2, 0.4), (0.4, 0.1), (0.6, 0.5)]})[0]
     assert bool((keys.diff() >= 0).all()) and float(keys[3]) == pytest.approx(0.3, abs=0.05)
     assert float(keys[9]) == pytest.approx(0.5 + 0.35 * 2, abs=1e-6)

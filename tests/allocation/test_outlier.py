@@ -29,7 +29,7 @@ def net() -> nn.Sequential:
 
 
 def test_layers_with_outliers_keep_more_and_the_mean_is_exact() -> None:
-    recipe = pr.Recipe(pr.magnitude, pr.Element(), partial(pr.owl, limit=0.1))
+    recipe = pr.Recipe(pr.magnitude, pr.Element(), partial(pr.allocation.owl, limit=0.1))
     plan = pr.plan(net(), torch.randn(2, 40), recipe, target=pr.Sparsity(0.7))
     assert plan.got == pytest.approx(0.7, abs=1e-4)
     shares = [1 - row.kept / row.total for row in plan.rows]
@@ -39,7 +39,7 @@ def test_layers_with_outliers_keep_more_and_the_mean_is_exact() -> None:
 
 
 def test_ratios_by_hand() -> None:
-    keys = pr.owl(pools(), m=5.0, limit=0.08)
+    keys = pr.allocation.owl(pools(), m=5.0, limit=0.08)
     # Outliers: none of 400, 100 of 1000 (whose mean is about 5.5), 4 of 200.
     ratios, sizes = [0.0, 0.1, 0.02], [400, 1000, 200]
     mean = sum(r * n for r, n in zip(ratios, sizes, strict=True)) / 1600
@@ -49,6 +49,6 @@ def test_ratios_by_hand() -> None:
 
 def test_equal_layers_are_treated_alike_and_knobs_are_checked() -> None:
     same = [Pool(name, torch.ones(10), (2, 5)) for name in "ab"]
-    assert all(key.equal(other) for key, other in zip(pr.owl(same), pr.uniform(same), strict=True))
+    assert all(key.equal(other) for key, other in zip(pr.allocation.owl(same), pr.uniform(same), strict=True))
     with pytest.raises(pr.PruningError, match="limit"):
-        pr.owl(same, limit=1.0)
+        pr.allocation.owl(same, limit=1.0)

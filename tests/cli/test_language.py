@@ -129,9 +129,11 @@ def test_a_table_of_the_model_by_the_library(prunella: Run, story: Any) -> None:
     Path("other.txt").write_text(" ".join(WORDS[::-1] * 5))
     data = prunella(*COMPARE, "--json").data
     batches = text_windows("in", "text.txt", count=3, length=12, seed=1)
-    pr.solve_(story, batches[0], PRESETS["wanda"](pr.Element(), 0.5), data=batches)
+    pr.llm.solve_(story, batches[0], PRESETS["wanda"](pr.Element(), 0.5), data=batches)
     tokens = text_tokens("in", "other.txt")
-    assert data["values"]["wanda"]["perplexity"][1] == pytest.approx(pr.perplexity(story, tokens, window=10).value)
+    assert data["values"]["wanda"]["perplexity"][1] == pytest.approx(
+        pr.metrics.perplexity(story, tokens, window=10).value
+    )
 
 
 @pytest.mark.parametrize(

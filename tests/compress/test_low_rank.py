@@ -73,9 +73,9 @@ def test_low_rank_after_shrink_and_shrink_after_low_rank() -> None:
     net = _net()
     small = pr.shrink(net, pr.plan(net, X, target=pr.Params(0.6)))
     smaller, _ = low_rank(small, rank=3)
-    assert pr.count(smaller).params < pr.count(small).params
+    assert pr.metrics.count(smaller).params < pr.metrics.count(small).params
     again = pr.shrink(smaller, pr.plan(smaller, X, target=pr.Params(0.7)))
-    assert pr.count(again).params <= 0.7 * pr.count(smaller).params and again(X).shape == (2, 3)
+    assert pr.metrics.count(again).params <= 0.7 * pr.metrics.count(smaller).params and again(X).shape == (2, 3)
 
 
 def _factory() -> nn.Module:

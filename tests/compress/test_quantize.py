@@ -143,7 +143,7 @@ def test_int8_by_torchao_keeps_zeros_and_patterns(activations: bool, capfd: pyte
     torch.testing.assert_close(net(X), before, atol=0.05, rtol=0.05)
     assert done.after < 0.5 * done.before and "int8" in str(done)
     assert all(0 < row.error < 0.01 and row.zeros == int(zeros[row.name].sum()) for row in done.layers)
-    counted = pr.count(net)
+    counted = pr.metrics.count(net)
     assert counted.bytes == done.after and counted.total - counted.nonzero == sum(
         row.zeros + row.new_zeros for row in done.layers
     )

@@ -59,7 +59,7 @@ def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
 
 def recover(model: nn.Module, plan: pr.Plan, seed: int) -> None:
     """A few steps with the masks in force."""
-    pr.finetune(model, batches(), loss, steps=5, lr=0.01, training=pr.Training(seed=seed))
+    pr.finetune(model, batches(), loss, steps=5, lr=0.01, training=pr.recovery.Training(seed=seed))
 
 
 def revive(model: nn.Module, plan: pr.Plan, seed: int) -> None:

@@ -26,14 +26,18 @@ def weight(model: nn.Module) -> float:
 
 
 def test_means_and_deviations_over_seeds_with_the_dense_model_first() -> None:
-    found = pr.compare(scaled(9.0), {"a": lambda seed: scaled(seed), "b": lambda seed: scaled(2.0)}, {"weight": weight},
-                       seeds=(1, 2, 6))  # fmt: skip
+    found = pr.experiments.compare(
+        scaled(9.0),
+        {"a": lambda seed: scaled(seed), "b": lambda seed: scaled(2.0)},
+        {"weight": weight},
+        seeds=(1, 2, 6),
+    )
     assert list(found.values) == ["dense", "a", "b"] and found.values["a"]["weight"] == (1, 2, 6)
     assert found.spread("a", "weight") == pytest.approx((3, math.sqrt(7)))
     assert found.spread("dense", "weight") == (9, 0) and found.spread("dense", "seconds")[0] == 0
     assert all(second > 0 for second in found.values["a"]["seconds"])
     assert "| a | 3 ± 2.6 |" in str(found) and "| dense | 9 ± 0 | 0 ± 0 |" in str(found)
-    one = pr.compare(scaled(9.0), {"a": lambda seed: scaled(seed)}, {"weight": weight}, seeds=(4,))
+    one = pr.experiments.compare(scaled(9.0), {"a": lambda seed: scaled(seed)}, {"weight": weight}, seeds=(4,))
     assert "| a | 4 |" in one.markdown()
 
 
@@ -44,7 +48,7 @@ def test_the_dense_model_is_measured_once() -> None:
         seen.append(weight(model))
         return 1.0
 
-    found = pr.compare(scaled(9.0), {"a": lambda seed: scaled(seed)}, {"weight": look}, seeds=(1, 2, 6))
+    found = pr.experiments.compare(scaled(9.0), {"a": lambda seed: scaled(seed)}, {"weight": look}, seeds=(1, 2, 6))
     assert seen == [9, 1, 2, 6] and found.values["dense"]["weight"] == (1, 1, 1)
 
 
@@ -59,28 +63,28 @@ def test_what_is_known_is_not_run_again(tmp_path: Path) -> None:
 
     dense = scaled(9.0)
     with pytest.raises(KeyboardInterrupt):
-        pr.compare(dense, {"a": way}, {"weight": weight}, seeds=(1, 2), folder=tmp_path)
-    found = pr.compare(dense, {"a": way}, {"weight": weight}, seeds=(1, 2), folder=tmp_path)
+        pr.experiments.compare(dense, {"a": way}, {"weight": weight}, seeds=(1, 2), folder=tmp_path)
+    found = pr.experiments.compare(dense, {"a": way}, {"weight": weight}, seeds=(1, 2), folder=tmp_path)
     assert calls == [1, 2, 2] and found.values["a"]["weight"] == (1, 2)
     with pytest.raises(RequestError, match="not continued"):
-        pr.compare(scaled(8.0), {"a": way}, {"weight": weight}, seeds=(1,), folder=tmp_path)
+        pr.experiments.compare(scaled(8.0), {"a": way}, {"weight": weight}, seeds=(1,), folder=tmp_path)
 
 
 def test_a_function_that_measures_two_things_and_what_names_depend_on(tmp_path: Path) -> None:
     ways, both = {"a": lambda seed: scaled(seed)}, {("weight", "half"): lambda m: (weight(m), weight(m) / 2)}
-    found = pr.compare(scaled(9.0), ways, both, seeds=(1, 2), folder=tmp_path, asked={"lr": 1})
+    found = pr.experiments.compare(scaled(9.0), ways, both, seeds=(1, 2), folder=tmp_path, asked={"lr": 1})
     assert found.values["a"] == {"weight": (1, 2), "half": (0.5, 1), "seconds": found.values["a"]["seconds"]}
-    assert pr.compare(scaled(9.0), ways, both, seeds=(1, 2), folder=tmp_path, asked={"lr": 1}) == found
+    assert pr.experiments.compare(scaled(9.0), ways, both, seeds=(1, 2), folder=tmp_path, asked={"lr": 1}) == found
     with pytest.raises(RequestError, match="not continued"):
-        pr.compare(scaled(9.0), ways, both, seeds=(1, 2), folder=tmp_path, asked={"lr": 2})
+        pr.experiments.compare(scaled(9.0), ways, both, seeds=(1, 2), folder=tmp_path, asked={"lr": 2})
     with pytest.raises(RequestError, match="gave 1 numbers"):
-        pr.compare(scaled(9.0), ways, {("weight", "half"): weight}, seeds=(1,))
+        pr.experiments.compare(scaled(9.0), ways, {("weight", "half"): weight}, seeds=(1,))
     with pytest.raises(RequestError, match="nothing to compare"):
-        pr.compare(scaled(9.0), ways, {"weight": weight, ("weight", "half"): weight}, seeds=(1,))
+        pr.experiments.compare(scaled(9.0), ways, {"weight": weight, ("weight", "half"): weight}, seeds=(1,))
 
 
 def test_nothing_to_compare_is_said() -> None:
     for ways, measures in (({}, {"w": weight}), ({"a": scaled}, {}), ({"dense": scaled}, {"w": weight}),
                            ({"a": scaled}, {"seconds": weight})):  # fmt: skip
         with pytest.raises(RequestError, match="nothing to compare"):
-            pr.compare(scaled(1.0), ways, measures)
+            pr.experiments.compare(scaled(1.0), ways, measures)

@@ -143,7 +143,7 @@ def test_what_cannot_be_sent_or_named_is_refused() -> None:
         pareto(replace(STUDY, make=lambda seed: 3), ratios=(2,), seeds=(0,))  # type: ignore[arg-type, return-value]
 
 
-def frontier() -> pr.Frontier:
+def frontier() -> pr.reporting.Frontier:
     cells = [Cell("dense", 1, s, 0.9, 1, 1) for s in (0, 1)]
     cells += [Cell(HOSTILE, r, s, 0.9 - r / 20 - s / 100, 1 / r, 1 / r) for r in (2, 4) for s in (0, 1)]
     return summarise(cells, unit="params", environment={"make": HOSTILE})
@@ -151,9 +151,9 @@ def frontier() -> pr.Frontier:
 
 def test_a_report_takes_the_curves_and_the_side_effects(tmp_path: Path) -> None:
     model = nn.Linear(3, 2)
-    effects = pr.side_effects(model, model, [(torch.zeros(4, 3), torch.zeros(4, dtype=torch.long))])
+    effects = pr.metrics.side_effects(model, model, [(torch.zeros(4, 3), torch.zeros(4, dtype=torch.long))])
     found: Report = made().adding(effects.section(), frontier().section())
-    page = pr.write_page(found, tmp_path / "page.html").read_text(encoding="utf-8")
+    page = pr.reporting.write_page(found, tmp_path / "page.html").read_text(encoding="utf-8")
     reader = read(page)
     ids = [value for name, value in reader.attributes if name == "id"]
     assert (
@@ -164,9 +164,9 @@ def test_a_report_takes_the_curves_and_the_side_effects(tmp_path: Path) -> None:
 
 
 def test_the_page_is_safe_and_the_same_each_time(tmp_path: Path) -> None:
-    page = pr.write_frontier(frontier(), tmp_path / "a.html").read_text(encoding="utf-8")
+    page = pr.reporting.write_frontier(frontier(), tmp_path / "a.html").read_text(encoding="utf-8")
     assert "<img" not in page and "<script" not in page and HOSTILE in "".join(read(page).text)
-    assert page == pr.write_frontier(frontier(), tmp_path / "b.html").read_text(encoding="utf-8")
+    assert page == pr.reporting.write_frontier(frontier(), tmp_path / "b.html").read_text(encoding="utf-8")
 
 
 def test_the_chart_has_a_band_for_every_method() -> None:

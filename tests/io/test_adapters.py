@@ -158,7 +158,7 @@ def test_training_goes_on_after_the_cut() -> None:
     plan = prunella.plan(model, X, BOTH, target=Params(0.6))
     small = prunella.shrink(model, plan)
     assert {name: p.requires_grad for name, p in small.named_parameters()} == flags
-    prunella.carry_(optimizer, model, small, plan)
+    prunella.transform.carry_(optimizer, model, small, plan)
     base = small.get_parameter("gate.base.weight").detach().clone()
     loss = small(X).square().mean()
     optimizer.zero_grad()

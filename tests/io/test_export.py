@@ -94,7 +94,7 @@ def test_onnx_is_read_by_its_runtime(tmp_path: Path) -> None:
 @pytest.mark.parametrize("suffix", ["safetensors", "pt2"])
 def test_what_was_removed_is_in_no_file(tmp_path: Path, suffix: str) -> None:
     net = Fixed()
-    small = pr.shrink(net, pr.plan(net, BATCH, pr.Recipe(pr.group_norm), target=pr.Sparsity(0.5)))
+    small = pr.shrink(net, pr.plan(net, BATCH, pr.Recipe(pr.criteria.group_norm), target=pr.Sparsity(0.5)))
     made = export(small, tmp_path / f"net.{suffix}", inputs=BATCH)
     state = load_file(made.path) if suffix == "safetensors" else load_exported(made.path)[0].state_dict()
     sizes = {name: tuple(value.shape) for name, value in state.items()}

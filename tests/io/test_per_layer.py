@@ -29,7 +29,7 @@ def test_each_layer_is_built_by_its_own_entries(tmp_path: Path, deep: bool) -> N
     torch.manual_seed(0)
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES)).eval()
     grains: Any = (pr.Channel(), pr.Head(), pr.Depth()) if deep else (pr.Channel(), pr.Head())
-    plan = pr.plan(model, BATCH, pr.Recipe(pr.random, grains, pr.global_, seed=1), target=pr.Sparsity(0.4))
+    plan = pr.plan(model, BATCH, pr.Recipe(pr.criteria.random, grains, pr.global_, seed=1), target=pr.Sparsity(0.4))
     assert bool(plan.dropped) == deep
     small = pr.shrink(model, plan)
     saved = pr.save(small, tmp_path / "small", plan=plan, dense=model)
@@ -49,7 +49,7 @@ def test_heads_that_go_are_not_taken_for_narrower_ones(tmp_path: Path, share: fl
     """Some of four key-value heads of four: shapes alone would allow a smaller head_dim."""
     torch.manual_seed(0)
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES)).eval()
-    plan = pr.plan(model, BATCH, pr.Recipe(pr.random, pr.Head()), target=pr.Sparsity(share))
+    plan = pr.plan(model, BATCH, pr.Recipe(pr.criteria.random, pr.Head()), target=pr.Sparsity(share))
     pr.save(pr.shrink(model, plan), tmp_path / "small", plan=plan, dense=model)
     config = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "small").config
     assert (config.num_attention_heads, config.num_key_value_heads, config.head_dim) == (heads, groups, 4)

@@ -68,7 +68,9 @@ RECOVERIES: dict[str, Callable[[nn.Module, nn.Module, pr.Plan], object]] = {
     "finetune": lambda small, dense, plan: pr.finetune(small, DATA, square_loss, steps=2, lr=1e-3),
     "recalibrate_bn": lambda small, dense, plan: pr.recalibrate_bn(small, DATA),
     "reconstruct": lambda small, dense, plan: pr.reconstruct(small, dense, DATA, plan),
-    "distill": lambda small, dense, plan: pr.distill(small, dense, DATA, steps=2, lr=1e-3, imitate=pr.distill_logits),
+    "distill": lambda small, dense, plan: pr.distill(
+        small, dense, DATA, steps=2, lr=1e-3, imitate=pr.recovery.distill_logits
+    ),
 }
 
 
@@ -190,7 +192,7 @@ def test_every_part_is_drawn_and_most_combinations_run() -> None:
 @pytest.mark.parametrize(
     ("recipe", "said"),
     [
-        (lambda: pr.Recipe(pr.bn_scale, pr.Element()), "scores units, not single weights"),
+        (lambda: pr.Recipe(pr.criteria.bn_scale, pr.Element()), "scores units, not single weights"),
         (lambda: pr.Recipe(pr.magnitude, (pr.Channel(), pr.Element())), ""),
         (lambda: pr.Recipe(pr.magnitude, pr.Head()), "there are no"),
         (lambda: pr.Recipe(pr.magnitude, pr.NM(2, 4)), ""),

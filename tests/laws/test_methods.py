@@ -54,7 +54,7 @@ def scorer(method: Method, model: nn.Module, *, masks: bool = False) -> Scorer:
 def units(score: Scorer, group: Group) -> Tensor | None:
     """Scores of a group, None where the criterion has none for it."""
     try:
-        return score.units(group, pr.Reduce.SUM)
+        return score.units(group, pr.granularity.Reduce.SUM)
     except Absent:
         return None
 
@@ -102,7 +102,7 @@ def test_a_criterion_scores_every_weight(method: Method) -> None:
 def test_permuting_the_channels_permutes_their_scores(method: Method) -> None:
     model, order = convnet().eval(), torch.randperm(8, generator=torch.Generator().manual_seed(3))
     plain, moved = scorer(method, model), scorer(method, permuted(model, order).eval())
-    first, second = (s.units(s.subject.graph.group("0"), pr.Reduce.SUM) for s in (plain, moved))
+    first, second = (s.units(s.subject.graph.group("0"), pr.granularity.Reduce.SUM) for s in (plain, moved))
     assert torch.allclose(first[order], second, rtol=1e-4, atol=1e-9)
     assert not torch.allclose(first, second, rtol=1e-2)
     other = [units(s, s.subject.graph.group("3")) for s in (plain, moved)]

@@ -32,7 +32,7 @@ def heavy() -> Net:
 
 def test_heavy_tails_lose_less_and_the_mean_is_what_was_asked() -> None:
     model, x = heavy(), batches()[0]
-    found = pr.alpha_sparsities(model, x, sparsity=0.6, spread=0.2)
+    found = pr.llm.alpha_sparsities(model, x, sparsity=0.6, spread=0.2)
     assert set(found) == {f"blocks.{k}.{part}" for k in range(3) for part in ("up", "down")}
     sizes = {name: model.get_submodule(name).weight.numel() for name in found}
     assert sum(found[n] * sizes[n] for n in found) / sum(sizes.values()) == pytest.approx(0.6, abs=1e-12)
@@ -47,10 +47,12 @@ def test_heavy_tails_lose_less_and_the_mean_is_what_was_asked() -> None:
 
 def test_it_is_what_solve_takes() -> None:
     model, x = heavy(), batches()[0]
-    done = pr.solve_(model, x, pr.OneShot(sparsity=pr.alpha_sparsities(model, x, sparsity=0.6)), data=batches())
+    done = pr.llm.solve_(
+        model, x, pr.llm.OneShot(sparsity=pr.llm.alpha_sparsities(model, x, sparsity=0.6)), data=batches()
+    )
     assert done.sparsity == pytest.approx(0.6, abs=2e-3)
     assert len({fit.removed / fit.total for fit in done.fits if not fit.skipped}) > 1
-    assert pr.alpha_sparsities(model, x, sparsity=0.6, skip=["blocks.0"]).keys().isdisjoint(["blocks.0.up"])
+    assert pr.llm.alpha_sparsities(model, x, sparsity=0.6, skip=["blocks.0"]).keys().isdisjoint(["blocks.0.up"])
 
 
 def test_equal_blocks_are_treated_alike_and_too_much_is_refused() -> None:
@@ -58,7 +60,7 @@ def test_equal_blocks_are_treated_alike_and_too_much_is_refused() -> None:
     for block in model.blocks:
         block.load_state_dict(model.blocks[0].state_dict())
         assert isinstance(block, Half)
-    assert set(pr.alpha_sparsities(model, x, sparsity=0.5).values()) == {0.5}
+    assert set(pr.llm.alpha_sparsities(model, x, sparsity=0.5).values()) == {0.5}
     for wrong in ({"sparsity": 1.0}, {"spread": -0.1}, {"sparsity": 0.95, "spread": 0.3}, {"skip": ["blocks"]}):
         with pytest.raises(pr.PruningError):
-            pr.alpha_sparsities(heavy(), x, **wrong)  # type: ignore[arg-type]
+            pr.llm.alpha_sparsities(heavy(), x, **wrong)  # type: ignore[arg-type]

@@ -14,7 +14,7 @@ from prunella.model.masks import masks_of
 from prunella.model.reads import Read, Watch
 
 PATTERN = pr.NM(2, 4)
-HOW = pr.OneShot(PATTERN, method=pr.sparsegpt)
+HOW = pr.llm.OneShot(PATTERN, method=pr.solvers.sparsegpt)
 
 
 class Mixture(nn.Module):
@@ -63,12 +63,12 @@ def by_hand(model: Mixture, out: list[Tensor]) -> dict[str, Tensor]:
         up, down = model.up.detach().clone(), model.down.detach().clone()
         for expert in range(4):
             some = x[whose == expert]
-            up[expert] = pr.sparsegpt(
+            up[expert] = pr.solvers.sparsegpt(
                 up[expert], some.T @ some if len(some) else torch.eye(12), PATTERN, sparsity=0.5
             ).weight
             hidden = torch.relu(some @ up[expert].T)
             gram = hidden.T @ hidden if len(some) else torch.eye(16)
-            down[expert] = pr.sparsegpt(down[expert], gram, PATTERN, sparsity=0.5).weight
+            down[expert] = pr.solvers.sparsegpt(down[expert], gram, PATTERN, sparsity=0.5).weight
     return {"up": up, "down": down}
 
 
@@ -77,7 +77,7 @@ def by_hand(model: Mixture, out: list[Tensor]) -> dict[str, Tensor]:
 def test_each_expert_is_solved_from_its_own_tokens(way: str, mute: int | None) -> None:
     model = Mixture(way, mute=mute)
     expected = by_hand(model, batches())
-    done = pr.solve_(model, batches()[0], HOW, data=batches(), skip=["before", "router"])
+    done = pr.llm.solve_(model, batches()[0], HOW, data=batches(), skip=["before", "router"])
     for name, weight in expected.items():
         torch.testing.assert_close(getattr(model, name).detach(), weight, rtol=1e-4, atol=1e-5)
         assert bool(getattr(model, name).view(-1, 4).eq(0).sum(1).eq(2).all())
@@ -88,7 +88,7 @@ def test_each_expert_is_solved_from_its_own_tokens(way: str, mute: int | None) -
 def test_an_expert_that_no_token_chooses_goes_by_magnitude() -> None:
     model = Mixture(mute=1)
     before = model.up[1].detach().clone()
-    pr.solve_(model, batches()[0], HOW, data=batches(), skip=["before", "router", "down"])
+    pr.llm.solve_(model, batches()[0], HOW, data=batches(), skip=["before", "router", "down"])
     kept = before.abs().view(-1, 4).topk(2, 1).indices
     expected = torch.zeros_like(before).view(-1, 4).scatter(1, kept, before.view(-1, 4).gather(1, kept)).view_as(before)
     assert torch.equal(model.up[1].detach(), expected)
@@ -106,7 +106,7 @@ def test_experts_that_run_in_one_product_are_named_as_left_whole() -> None:
 
     model = Batched()
     before = model.experts.detach().clone()
-    done = pr.solve_(model, batches()[0], HOW, data=batches())
+    done = pr.llm.solve_(model, batches()[0], HOW, data=batches())
     assert {fit.name: fit.skipped for fit in done.fits if fit.skipped} == {
         "experts": "its matrices are read all at once"
     }
@@ -115,9 +115,9 @@ def test_experts_that_run_in_one_product_are_named_as_left_whole() -> None:
 
 def test_few_grams_at_a_time_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     whole, turns = Mixture(), Mixture()
-    pr.solve_(whole, batches()[0], HOW, data=batches())
+    pr.llm.solve_(whole, batches()[0], HOW, data=batches())
     monkeypatch.setattr(stacks, "_MOST", 2 * 8 * 12 * 12)  # two experts of `up`, one of `down`
-    pr.solve_(turns, batches()[0], HOW, data=batches())
+    pr.llm.solve_(turns, batches()[0], HOW, data=batches())
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), turns.parameters(), strict=True))
 
 
@@ -132,7 +132,7 @@ def test_mixtures_of_transformers_lose_experts_weights_and_keep_their_routers(ki
     model = getattr(transformers, f"{kind}ForCausalLM")(getattr(transformers, f"{kind}Config")(**sizes)).eval()
     way = model.config._experts_implementation
     data = [{"input_ids": torch.randint(0, 64, (1, 32))} for _ in range(3)]
-    done = pr.solve_(model, data[0], pr.OneShot(PATTERN, refine=pr.Refine(1)), data=data)
+    done = pr.llm.solve_(model, data[0], pr.llm.OneShot(PATTERN, refine=pr.llm.Refine(1)), data=data)
     whole = {fit.name: fit.skipped for fit in done.fits if fit.skipped}
     assert whole.pop("lm_head") == "it is outside the blocks"
     assert whole == {f"model.layers.{k}.mlp.{router}": "it chooses experts" for k in range(2)}

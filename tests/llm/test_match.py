@@ -37,7 +37,7 @@ def gap(small: Any, model: Any, data: list[Any], place: int, of: int) -> float:
 
 def test_a_block_is_solved_toward_what_leaves_the_blocks_that_it_stands_for() -> None:
     model, data = language_model(), windows(4)
-    plan = pr.drop_blocks(model, data[0], ["model.layers.2", "model.layers.3"])
+    plan = pr.llm.drop_blocks(model, data[0], ["model.layers.2", "model.layers.3"])
     small = pr.shrink(model, plan)
     x, s = (torch.cat(parts) for parts in zip(*(inner(small, 1, b) for b in data), strict=True))
     goal = torch.cat([streams(model, b)[4].flatten(0, -2).double() for b in data])
@@ -46,7 +46,7 @@ def test_a_block_is_solved_toward_what_leaves_the_blocks_that_it_stands_for() ->
     residual = goal - s - x @ weight.T
     change = torch.linalg.solve(x.T @ x + ridge * torch.eye(48, dtype=torch.float64), x.T @ residual)
     untouched = copy.deepcopy(small.model.layers[0]).state_dict()
-    report = pr.match_stream_(small, model, data, plan, how=pr.Match(ridge=0.1, gaps=True))
+    report = pr.llm.match_stream_(small, model, data, plan, how=pr.llm.Match(ridge=0.1, gaps=True))
     assert torch.allclose(small.model.layers[1].mlp.down_proj.weight.double(), weight + change.T, atol=1e-5)
     fit = report.fits[1]
     assert fit.instead == ("model.layers.2", "model.layers.3") and fit.layer == "model.layers.1.mlp.down_proj.weight"
@@ -59,7 +59,7 @@ def test_a_block_is_solved_toward_what_leaves_the_blocks_that_it_stands_for() ->
 
 def test_the_ridge_is_chosen_on_batches_that_the_least_squares_does_not_see() -> None:
     model, data = language_model(), windows(4, length=10)
-    plan = pr.drop_blocks(model, data[0], ["model.layers.2", "model.layers.3"])
+    plan = pr.llm.drop_blocks(model, data[0], ["model.layers.2", "model.layers.3"])
     small = pr.shrink(model, plan)
     pairs = [inner(small, 1, batch) for batch in data]
     goals = [streams(model, batch)[4].flatten(0, -2).double() for batch in data]
@@ -74,7 +74,7 @@ def test_the_ridge_is_chosen_on_batches_that_the_least_squares_does_not_see() ->
         errors[float(left.square().sum())] = change
     best = min(errors)
     assert best != max(errors) and errors[best] is not next(iter(errors.values()))  # the least ridge fits too closely
-    fit = pr.match_stream_(small, model, data, plan, how=pr.Match(gaps=True)).fits[1]
+    fit = pr.llm.match_stream_(small, model, data, plan, how=pr.llm.Match(gaps=True)).fits[1]
     assert torch.allclose(small.model.layers[1].mlp.down_proj.weight.double(), weight + errors[best].T, atol=1e-5)
     assert fit.after == pytest.approx((best / float(goals[3].square().sum())) ** 0.5, rel=1e-4)
     assert fit.after < fit.before
@@ -82,11 +82,11 @@ def test_the_ridge_is_chosen_on_batches_that_the_least_squares_does_not_see() ->
 
 def test_every_block_behind_a_gap_makes_up_for_what_is_lost_before_it() -> None:
     model, data = language_model(), windows(6)
-    plan = pr.drop_blocks(model, data[0], ["model.layers.2"])
+    plan = pr.llm.drop_blocks(model, data[0], ["model.layers.2"])
     some, all_ = pr.shrink(model, plan), pr.shrink(model, plan)
     before = gap(some, model, data, 4, 5)
-    pr.match_stream_(some, model, data, plan, how=pr.Match(gaps=True))
-    pr.match_stream_(all_, model, data, plan)
+    pr.llm.match_stream_(some, model, data, plan, how=pr.llm.Match(gaps=True))
+    pr.llm.match_stream_(all_, model, data, plan)
     assert gap(all_, model, data, 4, 5) < gap(some, model, data, 4, 5) < before
     assert gap(all_, model, data, 1, 1) == 0  # nothing went before it
 
@@ -98,7 +98,7 @@ def test_neurons_that_are_copies_of_others_are_made_up_for_exactly() -> None:
             for layer in (block.mlp.gate_proj, block.mlp.up_proj):
                 layer.weight[40:] = layer.weight[:8]
             block.mlp.down_proj.weight[:, 40:] *= 1e-3
-    plan = pr.plan(model, data[0], pr.Recipe(pr.fluctuation, even=True), target=pr.Sparsity(8 / 48), data=data,
+    plan = pr.plan(model, data[0], pr.Recipe(pr.criteria.fluctuation, even=True), target=pr.Sparsity(8 / 48), data=data,
                    only=["model.layers.*.mlp.*"])  # fmt: skip
     assert all(not bool(plan.keep[name][40:].any()) for name in plan.keep)
     with torch.no_grad():
@@ -107,16 +107,18 @@ def test_neurons_that_are_copies_of_others_are_made_up_for_exactly() -> None:
     small = pr.shrink(model, plan)
     size = float(logits(model, data[0]).norm())
     assert float((logits(small, data[0]) - logits(model, data[0])).norm()) > 0.1 * size
-    pr.match_stream_(small, model, data, plan, how=pr.Match(ridge=0.0))
+    pr.llm.match_stream_(small, model, data, plan, how=pr.llm.Match(ridge=0.0))
     assert float((logits(small, windows(1, seed=9)[0]) - logits(model, windows(1, seed=9)[0])).norm()) < 1e-3 * size
 
 
 def test_gradient_steps_go_on_from_the_least_squares() -> None:
     model, data = language_model(), windows(4)
-    plan = pr.drop_blocks(model, data[0], ["model.layers.2", "model.layers.3"])
+    plan = pr.llm.drop_blocks(model, data[0], ["model.layers.2", "model.layers.3"])
     plain, refined = pr.shrink(model, plan), pr.shrink(model, plan)
-    first = pr.match_stream_(plain, model, data, plan, how=pr.Match(gaps=True)).fits[1]
-    second = pr.match_stream_(refined, model, data, plan, how=pr.Match(refine=pr.Refine(3, 2e-3), gaps=True)).fits[1]
+    first = pr.llm.match_stream_(plain, model, data, plan, how=pr.llm.Match(gaps=True)).fits[1]
+    second = pr.llm.match_stream_(
+        refined, model, data, plan, how=pr.llm.Match(refine=pr.llm.Refine(3, 2e-3), gaps=True)
+    ).fits[1]
     assert second.before == first.before and second.after < first.after
     assert gap(refined, model, data, 2, 4) < gap(plain, model, data, 2, 4)
     assert all(p.requires_grad and p.grad is None for p in refined.parameters())
@@ -124,19 +126,19 @@ def test_gradient_steps_go_on_from_the_least_squares() -> None:
 
 def test_masked_layers_are_left_to_refining_and_their_zeros_stay() -> None:
     model, data = language_model(), windows(2)
-    plan = pr.drop_blocks(model, data[0], ["model.layers.2"])
+    plan = pr.llm.drop_blocks(model, data[0], ["model.layers.2"])
     small = pr.shrink(model, plan)
     zeros = pr.plan(
         small, data[0], pr.Recipe(pr.magnitude, pr.Element()), target=pr.Sparsity(0.5), only=["*down_proj*"]
     )
     pr.apply_(small, zeros)
-    report = pr.match_stream_(small, model, data, plan, how=pr.Match(refine=pr.Refine(2, 1e-3)))
+    report = pr.llm.match_stream_(small, model, data, plan, how=pr.llm.Match(refine=pr.llm.Refine(2, 1e-3)))
     gone = {name: ~mask for name, mask in zeros.masks.items()}
     assert all(not bool(small.get_parameter(name)[mask].any()) for name, mask in gone.items())
     assert all(fit.after < fit.before for fit in report.fits)
     kept = pr.shrink(model, plan)
     pr.apply_(kept, zeros)
-    assert all(fit.skipped for fit in pr.match_stream_(kept, model, data, plan).fits)
+    assert all(fit.skipped for fit in pr.llm.match_stream_(kept, model, data, plan).fits)
 
 
 class Biased(nn.Module):
@@ -167,9 +169,9 @@ def test_a_dropped_block_that_adds_a_constant_goes_into_the_bias() -> None:
     with torch.no_grad():
         model.blocks[2].down.weight.zero_()
     data = [torch.randn(40, 6, dtype=torch.float64) for _ in range(3)]
-    plan = pr.drop_blocks(model, data[0], ["blocks.2"])
+    plan = pr.llm.drop_blocks(model, data[0], ["blocks.2"])
     small = pr.shrink(model, plan)
-    pr.match_stream_(small, model, data, plan)
+    pr.llm.match_stream_(small, model, data, plan)
     x = torch.randn(9, 6, dtype=torch.float64)
     assert torch.allclose(small(x), model(x), atol=1e-9)
     assert torch.allclose(small.blocks[1].down.bias, model.blocks[1].down.bias + model.blocks[2].down.bias, atol=1e-9)
@@ -177,11 +179,11 @@ def test_a_dropped_block_that_adds_a_constant_goes_into_the_bias() -> None:
 
 def test_the_first_block_of_a_run_stands_for_all_of_it() -> None:
     model, data = silent(language_model(), 2, 3), windows(2)
-    done = pr.replace_run(model, data[0], data, count=1, refine=None)
+    done = pr.llm.replace_run(model, data[0], data, count=1, refine=None)
     assert done.plan.dropped == {"model.layers": ("3",)} and "stands for 1 more" in str(done)
     assert torch.allclose(logits(done.model, data[0]), logits(model, data[0]), atol=1e-5)
     model = language_model()
-    done = pr.replace_run(model, data[0], data, count=2, refine=pr.Refine(4, 2e-3))
+    done = pr.llm.replace_run(model, data[0], data, count=2, refine=pr.llm.Refine(4, 2e-3))
     start = int(done.plan.dropped["model.layers"][0])
     assert done.plan.dropped["model.layers"] == (str(start), str(start + 1))
     plain = pr.shrink(model, done.plan)
@@ -194,10 +196,10 @@ def test_the_first_block_of_a_run_stands_for_all_of_it() -> None:
 @pytest.mark.parametrize("name", ["llama", "qwen2", "mixtral"])
 def test_matched_models_generate_and_load_plainly(name: str, tmp_path: Any) -> None:
     model, data = language_model(name), windows(2)
-    plan = pr.drop_run(model, data[0], data, count=2)
+    plan = pr.llm.drop_run(model, data[0], data, count=2)
     small = pr.shrink(model, plan)
-    report = pr.match_stream_(
-        small, model, data, plan, how=pr.Match(refine=pr.Refine(1, 1e-4) if name == "mixtral" else None)
+    report = pr.llm.match_stream_(
+        small, model, data, plan, how=pr.llm.Match(refine=pr.llm.Refine(1, 1e-4) if name == "mixtral" else None)
     )
     assert any(fit.after < fit.before for fit in report.fits)
     generates_as_without_a_cache(small)
@@ -207,8 +209,8 @@ def test_matched_models_generate_and_load_plainly(name: str, tmp_path: Any) -> N
 
 def test_what_cannot_be_matched_is_said() -> None:
     with pytest.raises(RequestError, match="ridge=-1"):
-        pr.Match(ridge=-1)
+        pr.llm.Match(ridge=-1)
     model, x = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3)), torch.randn(9, 4)
     plan = pr.plan(model, x, target=pr.Sparsity(0.5))
     with pytest.raises(NotSupported, match="no stream to match"):
-        pr.match_stream_(pr.shrink(model, plan), model, [x], plan)
+        pr.llm.match_stream_(pr.shrink(model, plan), model, [x], plan)

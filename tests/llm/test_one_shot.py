@@ -58,14 +58,14 @@ def batches() -> list[Tensor]:
     return [torch.randn(30, 6, generator=generator) for _ in range(3)]
 
 
-HOW = pr.OneShot(pr.Element(), 0.5, partial(admm, damping=0.01))
+HOW = pr.llm.OneShot(pr.Element(), 0.5, partial(admm, damping=0.01))
 
 
 @pytest.mark.parametrize("true_sequential", [True, False])
 def test_it_is_the_layer_solver_on_what_reaches_each_layer_in_the_pruned_model(true_sequential: bool) -> None:
     model, hand = net(), net()
     how = replace(HOW, true_sequential=true_sequential)
-    done = pr.solve_(model, batches()[0], how, data=batches())
+    done = pr.llm.solve_(model, batches()[0], how, data=batches())
     with torch.no_grad():
         stream = [hand.first(batch) for batch in batches()]
         for block in hand.blocks:
@@ -91,14 +91,14 @@ def test_a_linked_chain_and_whole_passes_give_the_same() -> None:
     assert found[0] == tuple(Block(f"blocks.{k}", k > 0) for k in range(3))
     assert found[1] == tuple(Block(f"blocks.{k}", False) for k in range(3))
     for model in (linked, whole):
-        pr.solve_(model, batches()[0], HOW, data=batches())
+        pr.llm.solve_(model, batches()[0], HOW, data=batches())
     for a, b in zip(linked.parameters(), whole.parameters(), strict=True):
         assert torch.allclose(a, b, atol=1e-6)
 
 
 def test_masks_are_remembered_and_survive_training() -> None:
     model = net()
-    pr.solve_(model, batches()[0], HOW, data=batches())
+    pr.llm.solve_(model, batches()[0], HOW, data=batches())
     masks = masks_of(model)
     assert sorted(masks) == sorted(f"blocks.{k}.{part}.weight" for k in range(3) for part in ("up", "down"))
     assert all(int((~mask).sum()) == 120 for mask in masks.values())
@@ -108,9 +108,9 @@ def test_masks_are_remembered_and_survive_training() -> None:
 
 def test_refining_brings_the_blocks_closer_and_keeps_the_zeros() -> None:
     dense, plain, refined = net(), net(), net()
-    how = pr.OneShot(pr.NM(2, 4), method=sparsegpt, refine=pr.Refine(epochs=20, lr=5e-3))
-    pr.solve_(plain, batches()[0], pr.OneShot(pr.NM(2, 4), method=sparsegpt), data=batches())
-    done = pr.solve_(refined, batches()[0], how, data=batches())
+    how = pr.llm.OneShot(pr.NM(2, 4), method=sparsegpt, refine=pr.llm.Refine(epochs=20, lr=5e-3))
+    pr.llm.solve_(plain, batches()[0], pr.llm.OneShot(pr.NM(2, 4), method=sparsegpt), data=batches())
+    done = pr.llm.solve_(refined, batches()[0], how, data=batches())
     assert len(done.refined) == 3 and all(after < before for before, after in done.refined.values())
     x = torch.cat(batches())
     with torch.no_grad():
@@ -124,10 +124,10 @@ def test_refining_brings_the_blocks_closer_and_keeps_the_zeros() -> None:
 
 def test_under_autocast_layers_meet_the_pruned_model_too() -> None:
     plain, coarse = net(), net()
-    how = pr.OneShot(pr.NM(2, 4), method=sparsegpt, refine=pr.Refine(epochs=20, lr=5e-3))
-    first = pr.solve_(plain, batches()[0], how, data=batches())
+    how = pr.llm.OneShot(pr.NM(2, 4), method=sparsegpt, refine=pr.llm.Refine(epochs=20, lr=5e-3))
+    first = pr.llm.solve_(plain, batches()[0], how, data=batches())
     with torch.autocast("cpu", torch.bfloat16):
-        second = pr.solve_(coarse, batches()[0], how, data=batches())
+        second = pr.llm.solve_(coarse, batches()[0], how, data=batches())
     for name, (before, after) in first.refined.items():
         rough_before, rough_after = second.refined[name]
         assert abs(rough_before / before - 1) < 0.3 and abs(rough_after / after - 1) < 0.5
@@ -138,7 +138,7 @@ def test_a_model_without_blocks_is_one_block() -> None:
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=2), nn.Flatten(), nn.Linear(32, 4))
     data = [torch.randn(5, 3, 6, 6) for _ in range(2)]
     before = copy.deepcopy(model)
-    done = pr.solve_(model, data[0], pr.OneShot(sparsity=0.4), data=data)
+    done = pr.llm.solve_(model, data[0], pr.llm.OneShot(sparsity=0.4), data=data)
     fits = {fit.name: fit for fit in done.fits}
     assert "2 groups" in fits["2"].skipped and not fits["0"].skipped and not fits["4"].skipped
     assert fits["0"].tokens == 2 * 5 * 16 and int((model[0].weight == 0).sum()) == round(0.4 * 8 * 27)
@@ -147,13 +147,15 @@ def test_a_model_without_blocks_is_one_block() -> None:
 
 def test_a_sparsity_for_each_layer_and_what_is_skipped() -> None:
     model = net()
-    how = pr.OneShot(sparsity={"blocks.0.up": 0.25, "blocks.1.down": 0.75}, method=partial(by_score, score=pr.wanda))
-    done = pr.solve_(model, batches()[0], how, data=batches())
+    how = pr.llm.OneShot(
+        sparsity={"blocks.0.up": 0.25, "blocks.1.down": 0.75}, method=partial(by_score, score=pr.wanda)
+    )
+    done = pr.llm.solve_(model, batches()[0], how, data=batches())
     assert {fit.name: fit.removed for fit in done.fits if not fit.skipped} == {"blocks.0.up": 60, "blocks.1.down": 180}
     with pytest.raises(RequestError, match="no layer"):
-        pr.solve_(net(), batches()[0], HOW, data=batches(), skip=["blocks"])
+        pr.llm.solve_(net(), batches()[0], HOW, data=batches(), skip=["blocks"])
     with pytest.raises(RequestError, match="matches nothing"):
-        pr.solve_(net(), batches()[0], HOW, data=batches(), skip=["block_s"])
+        pr.llm.solve_(net(), batches()[0], HOW, data=batches(), skip=["block_s"])
 
 
 def test_a_shared_block_sees_all_its_inputs() -> None:
@@ -170,7 +172,7 @@ def test_a_shared_block_sees_all_its_inputs() -> None:
     torch.manual_seed(0)
     model = Twice().eval()
     data = [torch.randn(7, 12) for _ in range(2)]
-    done = pr.solve_(model, data[0], HOW, data=data)
+    done = pr.llm.solve_(model, data[0], HOW, data=data)
     assert {fit.tokens for fit in done.fits if not fit.skipped} == {28}
 
 
@@ -186,24 +188,26 @@ def test_a_language_model_is_pruned_and_still_generates() -> None:
     found = blocks_of(model, couple(model, {"input_ids": tokens[0]}), {"input_ids": tokens[0]}, forward)
     assert [block.path for block in found] == [f"model.layers.{k}" for k in range(3)]
     assert [block.linked for block in found] == [False, True, True]
-    done = pr.solve_(model, {"input_ids": tokens[0]}, HOW, data=[{"input_ids": t} for t in tokens])
+    done = pr.llm.solve_(model, {"input_ids": tokens[0]}, HOW, data=[{"input_ids": t} for t in tokens])
     assert done.sparsity == pytest.approx(0.5, abs=1e-3) and len([f for f in done.fits if not f.skipped]) == 21
     assert "lm_head" in str(done)
     assert model.generate(tokens[0][:1, :4], max_new_tokens=3, do_sample=False).shape == (1, 7)
 
 
 def test_the_recipe_is_the_solver_and_the_refinement_together() -> None:
-    how = pr.one_shot_recipe(pr.NM(2, 4), epochs=20, lr=5e-3)
-    assert how == pr.OneShot(pr.NM(2, 4), 0.5, admm, pr.Refine(20, 5e-3))
-    rates = [pr.one_shot_recipe(pr.Element(), sparsity).refine for sparsity in (0.5, 0.6, 0.7, {"a": 0.5, "b": 0.8})]
-    assert [rate and rate.lr for rate in (*rates, pr.one_shot_recipe(pr.NM(2, 8)).refine)] == [
+    how = pr.llm.one_shot_recipe(pr.NM(2, 4), epochs=20, lr=5e-3)
+    assert how == pr.llm.OneShot(pr.NM(2, 4), 0.5, admm, pr.llm.Refine(20, 5e-3))
+    rates = [
+        pr.llm.one_shot_recipe(pr.Element(), sparsity).refine for sparsity in (0.5, 0.6, 0.7, {"a": 0.5, "b": 0.8})
+    ]
+    assert [rate and rate.lr for rate in (*rates, pr.llm.one_shot_recipe(pr.NM(2, 8)).refine)] == [
         2e-3, 2e-3, 3e-3, 3e-3, 3e-3
     ]  # fmt: skip
-    assert pr.one_shot_recipe(epochs=0, sparsity=0.7) == pr.OneShot(pr.Element(), 0.7, admm)
+    assert pr.llm.one_shot_recipe(epochs=0, sparsity=0.7) == pr.llm.OneShot(pr.Element(), 0.7, admm)
     dense, x, gaps = net(), torch.cat(batches()), []
-    for way in (pr.OneShot(pr.NM(2, 4), method=sparsegpt), pr.one_shot_recipe(pr.NM(2, 4), epochs=0), how):
+    for way in (pr.llm.OneShot(pr.NM(2, 4), method=sparsegpt), pr.llm.one_shot_recipe(pr.NM(2, 4), epochs=0), how):
         model = net()
-        pr.solve_(model, batches()[0], way, data=batches())
+        pr.llm.solve_(model, batches()[0], way, data=batches())
         with torch.no_grad():
             gaps.append(float((model(x) - dense(x)).square().mean()))
     assert gaps[2] < 0.7 * gaps[0] and gaps[2] < 0.7 * gaps[1]
@@ -217,7 +221,7 @@ def test_a_cache_of_keys_and_values_does_not_reach_the_next_run_of_a_block() -> 
     model = transformers.LlamaForCausalLM(config).eval()
     other = copy.deepcopy(model)
     tokens = [torch.randint(0, 64, (2, 12)) for _ in range(2)]
-    pr.solve_(model, {"input_ids": tokens[0]}, HOW, data=[{"input_ids": t} for t in tokens])
-    pr.solve_(other, {"input_ids": tokens[0]}, HOW, data=[{"input_ids": t, "use_cache": False} for t in tokens])
+    pr.llm.solve_(model, {"input_ids": tokens[0]}, HOW, data=[{"input_ids": t} for t in tokens])
+    pr.llm.solve_(other, {"input_ids": tokens[0]}, HOW, data=[{"input_ids": t, "use_cache": False} for t in tokens])
     assert all(a.equal(b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
     assert model.config.use_cache

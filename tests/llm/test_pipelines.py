@@ -27,7 +27,7 @@ def constant_neurons(model: Any) -> Any:
 
 def test_means_go_into_biases_that_the_configuration_gains(tmp_path: Any) -> None:
     plain, data = language_model(), windows(3)
-    model = pr.with_biases(plain)
+    model = pr.io.with_biases(plain)
     assert torch.equal(logits(model, data[0]), logits(plain, data[0]))
     assert model.config.mlp_bias and model.config.attention_bias and not plain.config.mlp_bias
     assert model.model.layers[1].mlp.down_proj.bias.shape == (32,) and plain.model.layers[1].mlp.down_proj.bias is None
@@ -36,7 +36,7 @@ def test_means_go_into_biases_that_the_configuration_gains(tmp_path: Any) -> Non
     assert all(not bool(keep[40:].any()) for keep in plan.keep.values())
     small = pr.shrink(model, plan)
     assert not torch.allclose(logits(small, data[0]), logits(model, data[0]), atol=0.1)
-    pr.fold_means(small, model, data, plan)
+    pr.recovery.fold_means(small, model, data, plan)
     other = windows(1, seed=8)[0]
     assert torch.allclose(logits(small, other), logits(model, other), atol=1e-4)
     generates_as_without_a_cache(small)
@@ -62,24 +62,24 @@ def test_flap_over_all_layers_does_not_see_the_scale_of_a_layer() -> None:
 
 
 def test_only_the_switch_that_is_needed_is_turned_on() -> None:
-    model = pr.with_biases(language_model(), ["*down_proj"])
+    model = pr.io.with_biases(language_model(), ["*down_proj"])
     assert model.config.mlp_bias and not model.config.attention_bias
     assert model.model.layers[0].self_attn.o_proj.bias is None
 
 
 def test_models_without_a_word_for_it_are_refused() -> None:
     with pytest.raises(NotSupported, match=r"model\.layers\.0\.mlp\.down_proj cannot have a bias"):
-        pr.with_biases(language_model("qwen2"), ["*down_proj"])
+        pr.io.with_biases(language_model("qwen2"), ["*down_proj"])
     with pytest.raises(RequestError, match="matches no linear layer"):
-        pr.with_biases(language_model(), ["*nothing*"])
+        pr.io.with_biases(language_model(), ["*nothing*"])
     with pytest.raises(NotSupported, match="no model of transformers"):
-        pr.with_biases(nn.Sequential(nn.Linear(2, 2)))
+        pr.io.with_biases(nn.Sequential(nn.Linear(2, 2)))
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2"])
 def test_a_sliced_stream_loses_little_where_it_is_empty_and_generates(name: str, tmp_path: Any) -> None:
     model, data = language_model(name), windows(3)
-    done = pr.slice_stream(model, data[0], data, sparsity=0.25)
+    done = pr.llm.slice_stream(model, data[0], data, sparsity=0.25)
     assert done.model.get_input_embeddings().weight.shape == (61, 24) and "24 of 32 directions" in str(done)
     kept = done.plan.keep[done.rotated.group]
     assert bool(kept[:20].all())  # neighbours in energy may change places between two ways to measure it

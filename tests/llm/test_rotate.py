@@ -44,7 +44,7 @@ def logits(model: nn.Module, batch: Any) -> Tensor:
 def test_with_nothing_sliced_the_logits_stay(tied: bool) -> None:
     model = llama(tied=tied)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    turned = pr.rotate(model, data()[0], data())
+    turned = pr.llm.rotate(model, data()[0], data())
     assert float((logits(turned.model, data()[1]) - logits(model, data()[1])).abs().max()) < 1e-4
     assert all(value.equal(before[name]) for name, value in model.state_dict().items())
     assert not turned.model.lm_head.weight.equal(turned.model.model.embed_tokens.weight)
@@ -55,7 +55,7 @@ def test_with_nothing_sliced_the_logits_stay(tied: bool) -> None:
 
 
 def test_energy_is_that_of_what_layers_read_and_falls() -> None:
-    turned = pr.rotate(llama(), data()[0], data())
+    turned = pr.llm.rotate(llama(), data()[0], data())
     assert float(turned.energy.sum()) == pytest.approx(32, rel=1e-6)
     assert bool((turned.energy.diff() <= 1e-9).all())
     seen: list[Tensor] = []
@@ -79,15 +79,15 @@ def test_slicing_directions_that_carry_nothing_changes_nothing() -> None:
                 parameter.copy_(flat @ parameter)
             elif parameter.dim() == 1:
                 parameter.fill_(0.7)  # a scale of its own for each position would leave the subspace
-    turned = pr.rotate(model, data()[0], data())
+    turned = pr.llm.rotate(model, data()[0], data())
     assert float(turned.energy[20:].sum()) < 1e-5
     keep = torch.zeros(32, dtype=torch.bool)
     keep[:20] = True
-    plan = pr.plan(turned.model, data()[0], pr.Recipe(pr.group_norm, pr.Width()), target=pr.Sparsity(12 / 32))
+    plan = pr.plan(turned.model, data()[0], pr.Recipe(pr.criteria.group_norm, pr.Width()), target=pr.Sparsity(12 / 32))
     assert torch.equal(plan.keep[turned.group], keep)
     small = pr.shrink(turned.model, plan)
     assert small.get_parameter("model.embed_tokens.weight").shape == (64, 20)
-    pr.rescale_(small, turned)
+    pr.llm.rescale_(small, turned)
     gap = (logits(small, data()[1]) - logits(model, data()[1])).abs().max()
     assert float(gap) < 1e-3 * float(logits(model, data()[1]).abs().max())
 
@@ -95,4 +95,4 @@ def test_slicing_directions_that_carry_nothing_changes_nothing() -> None:
 def test_a_layer_norm_is_refused() -> None:
     config = transformers.GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=32)
     with pytest.raises(NotSupported, match="layer norm"):
-        pr.rotate(transformers.GPT2LMHeadModel(config).eval(), data()[0], data())
+        pr.llm.rotate(transformers.GPT2LMHeadModel(config).eval(), data()[0], data())

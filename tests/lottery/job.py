@@ -18,7 +18,7 @@ def job(folder: Path | None, rewind: Rewind, die_in: int = -1) -> Tickets[nn.Seq
     """Three rounds with controls; SIGKILL in the middle of training number `die_in`."""
     trained = 0
 
-    def train(model: nn.Module, lap: pr.Lap) -> None:
+    def train(model: nn.Module, lap: pr.lottery.Lap) -> None:
         nonlocal trained
         if trained == die_in:
             lap.end -= 3
@@ -27,10 +27,12 @@ def job(folder: Path | None, rewind: Rewind, die_in: int = -1) -> Tickets[nn.Seq
         trained += 1
         fit(model, lap)
 
-    course = pr.Course(train, STEPS, lambda model: -loss_of(model), seed=3)
-    return pr.find_ticket(net(), course, prune=pr.imp(batch(), rate=0.3), rounds=3, rewind=rewind, folder=folder)
+    course = pr.lottery.Course(train, STEPS, lambda model: -loss_of(model), seed=3)
+    return pr.lottery.find_ticket(
+        net(), course, prune=pr.lottery.imp(batch(), rate=0.3), rounds=3, rewind=rewind, folder=folder
+    )
 
 
 if __name__ == "__main__":
-    kind = {"weights": pr.WeightRewind, "rates": pr.RateRewind}[sys.argv[2]]
+    kind = {"weights": pr.lottery.WeightRewind, "rates": pr.lottery.RateRewind}[sys.argv[2]]
     job(Path(sys.argv[1]), kind(int(sys.argv[3])), int(sys.argv[4]))

@@ -30,7 +30,7 @@ def net(seed: int = 0) -> nn.Sequential:
     )  # fmt: skip
 
 
-def fit(model: nn.Module, lap: pr.Lap) -> None:
+def fit(model: nn.Module, lap: pr.lottery.Lap) -> None:
     """A loop of a user's own, which draws from every global generator."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.2, momentum=0.9)
     schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, [5, 9], gamma=0.5)
@@ -49,9 +49,11 @@ def loss_of(model: nn.Module) -> float:
     return nn.functional.cross_entropy(model(x), y).item()
 
 
-def course(**changes: int) -> pr.Course:
+def course(**changes: int) -> pr.lottery.Course:
     """The whole training; quality is minus the loss."""
-    return pr.Course(fit, changes.get("steps", STEPS), lambda model: -loss_of(model), seed=changes.get("seed", 3))
+    return pr.lottery.Course(
+        fit, changes.get("steps", STEPS), lambda model: -loss_of(model), seed=changes.get("seed", 3)
+    )
 
 
 def batch() -> Tensor:

@@ -26,20 +26,20 @@ def line() -> nn.Linear:
 def test_there_is_no_barrier_between_a_network_and_itself() -> None:
     model = net()
     state = snapshot(model)
-    found = pr.barrier(net(1), state, copy.deepcopy(state), loss_of)
+    found = pr.lottery.barrier(net(1), state, copy.deepcopy(state), loss_of)
     assert found.height == 0 and len(set(found.errors)) == 1
 
 
 def test_the_barrier_of_a_double_well() -> None:
     well = lambda model: float((model.weight**2 - 1) ** 2)  # noqa: E731
-    found = pr.barrier(line(), scalar(1), scalar(-1), well, points=5)
+    found = pr.lottery.barrier(line(), scalar(1), scalar(-1), well, points=5)
     assert found.positions == (0, 0.25, 0.5, 0.75, 1)
     assert found.errors == pytest.approx([0, 0.5625, 1, 0.5625, 0]) and found.height == pytest.approx(1)
 
 
 def test_the_barrier_is_above_the_mean_of_the_ends() -> None:
     slope = lambda model: float(model.weight)  # noqa: E731
-    found = pr.barrier(line(), scalar(3), scalar(1), slope)
+    found = pr.lottery.barrier(line(), scalar(3), scalar(1), slope)
     assert found.errors[0] == 1 and found.errors[-1] == 3  # position 1 is the first network
     assert found.height == pytest.approx(1)  # the worst end, less the mean of both
 
@@ -47,7 +47,7 @@ def test_the_barrier_is_above_the_mean_of_the_ends() -> None:
 def test_the_model_stays_as_it_was() -> None:
     model = net(4)
     before = snapshot(model)
-    pr.barrier(model, snapshot(net(1)), snapshot(net(2)), loss_of, points=3)
+    pr.lottery.barrier(model, snapshot(net(1)), snapshot(net(2)), loss_of, points=3)
     assert equal(snapshot(model), before) and model.training
 
 
@@ -61,41 +61,41 @@ def test_batch_normalisation_may_be_measured_anew() -> None:
         seen.append((model[1].running_mean - model[0](x).mean(0)).abs().max().item())
         return 0.0
 
-    pr.barrier(net(), first, second, error, points=3, data=[x])
-    pr.barrier(net(), first, second, error, points=3)
+    pr.lottery.barrier(net(), first, second, error, points=3, data=[x])
+    pr.lottery.barrier(net(), first, second, error, points=3)
     assert max(seen[:3]) < 1e-5 < min(seen[3:])
 
 
 def test_instability_branches_at_step_k_and_differs_by_data_order_only() -> None:
     model = net()
-    early = pr.instability(model, course(), loss_of, step=0, seeds=(1, 2), points=5)
+    early = pr.lottery.instability(model, course(), loss_of, step=0, seeds=(1, 2), points=5)
     assert len(early.errors) == 5 and early.errors[0] != early.errors[-1]
-    assert early == pr.instability(model, course(), loss_of, step=0, seeds=(1, 2), points=5)
+    assert early == pr.lottery.instability(model, course(), loss_of, step=0, seeds=(1, 2), points=5)
     assert equal(snapshot(model), snapshot(net()))
-    late = pr.instability(model, course(), loss_of, step=13, seeds=(1, 2), points=5)
+    late = pr.lottery.instability(model, course(), loss_of, step=13, seeds=(1, 2), points=5)
     assert abs(late.errors[0] - late.errors[-1]) < abs(early.errors[0] - early.errors[-1])
     with pytest.raises(pr.PruningError, match="same weights"):
-        pr.instability(model, course(), loss_of, step=3, seeds=(2, 2))
+        pr.lottery.instability(model, course(), loss_of, step=3, seeds=(2, 2))
 
 
 def test_instability_of_a_ticket_keeps_its_mask() -> None:
     model = net()
-    pr.apply_(model, pr.imp(batch(), rate=0.5)(model, 1))
+    pr.apply_(model, pr.lottery.imp(batch(), rate=0.5)(model, 1))
     zeros = []
 
     def error(one: nn.Module) -> float:
         zeros.append(int((one.get_parameter("0.weight") == 0).sum()))
         return loss_of(one)
 
-    pr.instability(model, course(), error, points=3)
+    pr.lottery.instability(model, course(), error, points=3)
     assert set(zeros) == {int((~masks_of(model)["0.weight"]).sum())}
 
 
 def test_what_makes_no_sense_is_refused() -> None:
     state = snapshot(net())
     with pytest.raises(pr.PruningError, match="2 points"):
-        pr.barrier(net(), state, state, loss_of, points=2)
+        pr.lottery.barrier(net(), state, state, loss_of, points=2)
     with pytest.raises(pr.PruningError, match="not of this model"):
-        pr.barrier(net(), scalar(1), state, loss_of)
+        pr.lottery.barrier(net(), scalar(1), state, loss_of)
     with pytest.raises(pr.PruningError, match="branch at step 99"):
-        pr.instability(net(), course(), loss_of, step=99)
+        pr.lottery.instability(net(), course(), loss_of, step=99)

@@ -40,7 +40,7 @@ def lenet() -> nn.Sequential:
 
 
 def test_lenet_has_the_densities_of_the_paper_after_rounds_of_a_fifth() -> None:
-    model, prune, found, last = lenet(), pr.imp(torch.zeros(1, 784)), {}, None
+    model, prune, found, last = lenet(), pr.lottery.imp(torch.zeros(1, 784)), {}, None
     for number in range(1, 16):
         made = prune(model, number)
         pr.apply_(model, made)
@@ -56,19 +56,19 @@ def test_lenet_has_the_densities_of_the_paper_after_rounds_of_a_fifth() -> None:
 
 def test_per_round_is_an_allocation_for_any_target() -> None:
     model = lenet()
-    recipe = pr.Recipe(pr.magnitude, pr.Element(), partial(pr.per_round, rate=0.2, last=0.5))
+    recipe = pr.Recipe(pr.magnitude, pr.Element(), partial(pr.allocation.per_round, rate=0.2, last=0.5))
     made = pr.plan(model, torch.zeros(1, 784), recipe, target=pr.Sparsity(0.9642))
     kept = {name: float(mask.double().mean()) for name, mask in made.masks.items()}
     assert kept["0.weight"] == pytest.approx(kept["2.weight"], abs=1e-4) == pytest.approx(0.8**15, abs=1e-3)
     assert kept["4.weight"] == pytest.approx(0.9**15, abs=2e-3)
     assert densities([10, 10], 2, rate=0.5, last=0.5) == pytest.approx([0.25, 0.5625])
     with pytest.raises(pr.PruningError, match="rate=1"):
-        pr.imp(batch(), rate=1.0)
+        pr.lottery.imp(batch(), rate=1.0)
 
 
 def test_another_recipe_prunes_the_whole_by_rounds() -> None:
     model = net()
-    prune = pr.imp(batch(), rate=0.5, recipe=pr.Recipe(pr.magnitude, pr.Element(), pr.global_), skip=["6"])
+    prune = pr.lottery.imp(batch(), rate=0.5, recipe=pr.Recipe(pr.magnitude, pr.Element(), pr.global_), skip=["6"])
     masks = prune(model, 2).masks
     assert set(masks) == {"0.weight", "4.weight"} and sum(int(m.sum()) for m in masks.values()) == (160 + 192) // 4
 
@@ -79,7 +79,7 @@ def test_another_recipe_prunes_the_whole_by_rounds() -> None:
 def test_survivors_are_bit_equal_to_the_first_weights() -> None:
     model = net()
     first = snapshot(model)
-    found = pr.find_ticket(model, course(), prune=pr.imp(batch()), rounds=2, controls=Controls(()))
+    found = pr.lottery.find_ticket(model, course(), prune=pr.lottery.imp(batch()), rounds=2, controls=Controls(()))
     assert equal(snapshot(model), first)
     masks = masks_of(found.ticket)
     assert set(masks) == {"0.weight", "4.weight", "6.weight"}
@@ -97,8 +97,13 @@ def test_weights_go_back_to_step_k(k: int) -> None:
     short = net()
     kept = course().run(short, Lap(short, STEPS, keep_at=k, stop=k)).kept
     assert kept is not None and kept.step == k and equal(kept.model, snapshot(short))
-    found = pr.find_ticket(
-        net(), course(), prune=pr.imp(batch()), rounds=1, rewind=pr.WeightRewind(k), controls=Controls(())
+    found = pr.lottery.find_ticket(
+        net(),
+        course(),
+        prune=pr.lottery.imp(batch()),
+        rounds=1,
+        rewind=pr.lottery.WeightRewind(k),
+        controls=Controls(()),
     )
     mask = masks_of(found.ticket)["0.weight"]
     assert torch.equal(snapshot(found.ticket)["0.weight"][mask], kept.model["0.weight"][mask])
@@ -131,7 +136,7 @@ def test_a_loader_with_its_own_generator_is_rewound_too() -> None:
             model(x).square().sum().backward()
             optimizer.step()
 
-    judged = pr.Course(train, 12)
+    judged = pr.lottery.Course(train, 12)
     whole, again = net(), net()
     lap = judged.run(whole, Lap(whole, 12, keep_at=8))
     assert lap.kept is not None
@@ -149,8 +154,10 @@ def test_learning_rate_rewinding_keeps_the_weights_and_replays_the_rates(k: int)
         fit(model, lap)
         seen.append(snapshot(model))
 
-    how = pr.Course(train, STEPS, seed=3)
-    found = pr.find_ticket(net(), how, prune=pr.imp(batch()), rounds=2, rewind=pr.RateRewind(k), controls=Controls(()))
+    how = pr.lottery.Course(train, STEPS, seed=3)
+    found = pr.lottery.find_ticket(
+        net(), how, prune=pr.lottery.imp(batch()), rounds=2, rewind=pr.lottery.RateRewind(k), controls=Controls(())
+    )
     dense, *others = found.rounds
     assert len(set(dense.rates)) == 3
     assert all(one.rates == dense.rates[k:] for one in others)  # lr[k:T], element by element
@@ -161,10 +168,10 @@ def test_learning_rate_rewinding_keeps_the_weights_and_replays_the_rates(k: int)
 
 def test_descent_follows_the_training_of_finetune() -> None:
     loader = torch.utils.data.DataLoader(torch.eye(10).repeat(4, 1), batch_size=5, shuffle=True)
-    how = pr.Training(rate=lambda p: 1 - p, optimizer=lambda p, lr: torch.optim.SGD(p, lr=lr))
+    how = pr.recovery.Training(rate=lambda p: 1 - p, optimizer=lambda p, lr: torch.optim.SGD(p, lr=lr))
     model = net()
-    train = pr.descent(loader, lambda m, x: m(x).square().mean(), lr=0.1, training=how)
-    lap = pr.Course(train, 10).run(model, Lap(model, 10))
+    train = pr.lottery.descent(loader, lambda m, x: m(x).square().mean(), lr=0.1, training=how)
+    lap = pr.lottery.Course(train, 10).run(model, Lap(model, 10))
     assert lap.rates == pytest.approx([0.1 * (1 - (t + 0.5) / 10) for t in range(10)])
 
 
@@ -172,13 +179,17 @@ def test_descent_follows_the_training_of_finetune() -> None:
 
 
 def test_controls_are_trained_the_same_way_and_stand_beside_the_ticket() -> None:
-    found = pr.find_ticket(net(), course(), prune=pr.imp(batch(), rate=0.5), rounds=2)
+    found = pr.lottery.find_ticket(net(), course(), prune=pr.lottery.imp(batch(), rate=0.5), rounds=2)
     assert [set(one.controls) for one in found.rounds] == [set(), set(), {Control.REINIT, Control.SHUFFLE}]
     last = found.rounds[-1]
     assert len({last.score, *last.controls.values()}) == 3 and None not in last.controls.values()
     assert f"{100 * last.density:.2f}%" in str(found) and "reinit" in str(found) and "shuffle" in str(found)
-    some = pr.find_ticket(
-        net(), course(), prune=pr.imp(batch(), rate=0.5), rounds=2, controls=Controls((Control.SHUFFLE,), (1, 2))
+    some = pr.lottery.find_ticket(
+        net(),
+        course(),
+        prune=pr.lottery.imp(batch(), rate=0.5),
+        rounds=2,
+        controls=Controls((Control.SHUFFLE,), (1, 2)),
     )
     assert [list(one.controls) for one in some.rounds] == [[], [Control.SHUFFLE], [Control.SHUFFLE]]
     assert some.rounds[2].controls[Control.SHUFFLE] == last.controls[Control.SHUFFLE]
@@ -186,30 +197,30 @@ def test_controls_are_trained_the_same_way_and_stand_beside_the_ticket() -> None
 
 def test_reinit_keeps_the_mask_and_changes_the_weights() -> None:
     model = net()
-    pr.apply_(model, pr.imp(batch(), rate=0.5)(model, 1))
+    pr.apply_(model, pr.lottery.imp(batch(), rate=0.5)(model, 1))
     before, first = masks_of(model), snapshot(model)
     state = torch.get_rng_state()
-    pr.reinit_(model, 11)
+    pr.lottery.reinit_(model, 11)
     assert torch.equal(torch.get_rng_state(), state)
     now = snapshot(model)
     for name, mask in masks_of(model).items():
         assert torch.equal(mask, before[name]) and int(torch.count_nonzero(now[name][~mask])) == 0
         assert not bool((now[name][mask] == first[name][mask]).any())
-    other = pr.reinit_(net(seed=8), 11)
+    other = pr.lottery.reinit_(net(seed=8), 11)
     assert torch.equal(snapshot(other)["0.weight"][before["0.weight"]], now["0.weight"][before["0.weight"]])
 
 
 def test_shuffling_keeps_the_number_of_every_layer_and_moves_the_mask() -> None:
     model = net()
-    pr.apply_(model, pr.imp(batch(), rate=0.5)(model, 1))
+    pr.apply_(model, pr.lottery.imp(batch(), rate=0.5)(model, 1))
     before = masks_of(model)
-    pr.shuffle_masks_(model, 4)
+    pr.lottery.shuffle_masks_(model, 4)
     after = masks_of(model)
     assert before.keys() == after.keys()
     assert all(int(after[n].sum()) == int(m.sum()) and not after[n].equal(m) for n, m in before.items())
     again = net()
-    pr.apply_(again, pr.imp(batch(), rate=0.5)(again, 1))
-    assert all(m.equal(after[n]) for n, m in masks_of(pr.shuffle_masks_(again, 4)).items())
+    pr.apply_(again, pr.lottery.imp(batch(), rate=0.5)(again, 1))
+    assert all(m.equal(after[n]) for n, m in masks_of(pr.lottery.shuffle_masks_(again, 4)).items())
 
 
 def test_a_module_that_cannot_be_drawn_anew_is_named() -> None:
@@ -219,17 +230,19 @@ def test_a_module_that_cannot_be_drawn_anew_is_named() -> None:
             self.scale = nn.Parameter(torch.ones(2))
 
     with pytest.raises(pr.PruningError, match=r"0 \(Own\) has parameters"):
-        pr.reinit_(nn.Sequential(Own()), 0)
+        pr.lottery.reinit_(nn.Sequential(Own()), 0)
 
 
 # -- runs that are killed --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("rewind", "die_in"), [(pr.WeightRewind(0), 2), (pr.WeightRewind(5), 5), (pr.RateRewind(4), 3)], ids=str
+    ("rewind", "die_in"),
+    [(pr.lottery.WeightRewind(0), 2), (pr.lottery.WeightRewind(5), 5), (pr.lottery.RateRewind(4), 3)],
+    ids=str,
 )
 def test_a_killed_run_ends_with_the_same_bits(rewind: Rewind, die_in: int, tmp_path: Path) -> None:
-    kind = "weights" if isinstance(rewind, pr.WeightRewind) else "rates"
+    kind = "weights" if isinstance(rewind, pr.lottery.WeightRewind) else "rates"
     arguments = [str(tmp_path / "run"), kind, str(rewind.step), str(die_in)]
     threads = str(torch.get_num_threads())  # of which there must be as many for the same bits
     same = {**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
@@ -249,13 +262,13 @@ def test_a_killed_run_ends_with_the_same_bits(rewind: Rewind, die_in: int, tmp_p
 
 
 def test_a_folder_of_another_run_is_refused(tmp_path: Path) -> None:
-    find: Any = partial(pr.find_ticket, course=course(), prune=pr.imp(batch()), controls=Controls(()))
+    find: Any = partial(pr.lottery.find_ticket, course=course(), prune=pr.lottery.imp(batch()), controls=Controls(()))
     done = find(net(), rounds=1, folder=tmp_path / "a")
     assert find(net(), rounds=1, folder=tmp_path / "a").rounds == done.rounds
     with pytest.raises(pr.PruningError, match="another run: its weights"):
         find(net(seed=1), rounds=1, folder=tmp_path / "a")
     with pytest.raises(pr.PruningError, match="another run: its rewind"):
-        find(net(), rounds=1, folder=tmp_path / "a", rewind=pr.WeightRewind(1))
+        find(net(), rounds=1, folder=tmp_path / "a", rewind=pr.lottery.WeightRewind(1))
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "notes.txt").write_text("mine")
     with pytest.raises(pr.PruningError, match="no ticket run"):
@@ -276,33 +289,35 @@ def test_the_caller_keeps_the_random_generators() -> None:
     torch.manual_seed(1)
     model = net()
     torch.manual_seed(1)
-    pr.find_ticket(model, course(), prune=pr.imp(batch()), rounds=1)
+    pr.lottery.find_ticket(model, course(), prune=pr.lottery.imp(batch()), rounds=1)
     assert torch.equal(torch.rand(3), expected)
 
 
 def test_what_makes_no_sense_is_refused() -> None:
-    find: Any = partial(pr.find_ticket, course=course(), prune=pr.imp(batch()))
+    find: Any = partial(pr.lottery.find_ticket, course=course(), prune=pr.lottery.imp(batch()))
     with pytest.raises(pr.PruningError, match="0 rounds"):
         find(net(), rounds=0)
     with pytest.raises(pr.PruningError, match="rewind to step 14 of 14"):
-        find(net(), rounds=1, rewind=pr.WeightRewind(STEPS))
-    masked = pr.apply_(model := net(), pr.imp(batch())(model, 1))
+        find(net(), rounds=1, rewind=pr.lottery.WeightRewind(STEPS))
+    masked = pr.apply_(model := net(), pr.lottery.imp(batch())(model, 1))
     with pytest.raises(pr.PruningError, match="masks already"):
         find(masked, rounds=1)
     with pytest.raises(pr.PruningError, match="cannot be shuffled"):
-        channels = pr.imp(batch(), recipe=pr.Recipe())
-        pr.find_ticket(net(), course(), prune=channels, rounds=1)
+        channels = pr.lottery.imp(batch(), recipe=pr.Recipe())
+        pr.lottery.find_ticket(net(), course(), prune=channels, rounds=1)
     with pytest.raises(pr.PruningError, match="stopped before step 14"):
-        pr.find_ticket(net(), pr.Course(lambda model, lap: None, STEPS), prune=pr.imp(batch()), rounds=1)
+        pr.lottery.find_ticket(
+            net(), pr.lottery.Course(lambda model, lap: None, STEPS), prune=pr.lottery.imp(batch()), rounds=1
+        )
     with pytest.raises(pr.PruningError, match="0 steps"):
-        pr.Course(fit, 0)
+        pr.lottery.Course(fit, 0)
 
 
 def test_structured_tickets_have_the_other_control() -> None:
-    found = pr.find_ticket(
+    found = pr.lottery.find_ticket(
         net(),
         course(),
-        prune=pr.imp(batch(), rate=0.4, recipe=pr.Recipe()),
+        prune=pr.lottery.imp(batch(), rate=0.4, recipe=pr.Recipe()),
         rounds=1,
         controls=Controls((Control.REINIT,)),
     )

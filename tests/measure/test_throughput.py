@@ -37,8 +37,8 @@ def test_a_round_writes_the_same_words_again() -> None:
 
 def test_both_models_are_measured_and_left_as_they_were() -> None:
     model, data = language_model().train(), windows(1)
-    small = pr.shrink(model, pr.drop_blocks(model, data[0], ["model.layers.1"]))
-    found = pr.throughput(model, small, data[0]["input_ids"][:1, :6], new=2, rounds=5)
+    small = pr.shrink(model, pr.llm.drop_blocks(model, data[0], ["model.layers.1"]))
+    found = pr.metrics.throughput(model, small, data[0]["input_ids"][:1, :6], new=2, rounds=5)
     assert found.prompt == 6 and found.batch == 1 and found.prefill.rounds == 5 and model.training
     assert all(rate > 0 for pair in found.rates().values() for rate in pair)
 
@@ -50,6 +50,6 @@ class Plain(nn.Module):
 
 def test_what_cannot_be_timed_is_said() -> None:
     with pytest.raises(NotSupported, match="decode cannot be timed"):
-        pr.throughput(Plain(), Plain(), torch.zeros(1, 3, dtype=torch.int64), rounds=5)
+        pr.metrics.throughput(Plain(), Plain(), torch.zeros(1, 3, dtype=torch.int64), rounds=5)
     with pytest.raises(RequestError, match="a prompt"):
-        pr.throughput(Plain(), Plain(), torch.zeros(3, dtype=torch.int64))
+        pr.metrics.throughput(Plain(), Plain(), torch.zeros(3, dtype=torch.int64))

@@ -71,7 +71,7 @@ def by_hand() -> nn.Sequential:
 
 
 def test_two_layers_by_hand() -> None:
-    found = pr.effective_sparsity(by_hand(), torch.randn(3, 2))
+    found = pr.metrics.effective_sparsity(by_hand(), torch.randn(3, 2))
     assert (found.direct, found.effective) == (3 / 8, 5 / 8) and found.compression == 8 / 3
     assert found.masks["2.weight"].tolist() == [[True, False], [False, False]]
     assert [(row.kept, row.effective, row.units, row.dead) for row in found.rows] == [(2, 2, 2, 1), (3, 1, 2, 1)]
@@ -83,7 +83,10 @@ def test_a_unit_that_reaches_no_output_takes_its_weights_along() -> None:
     with torch.no_grad():
         model[0].weight.fill_(1)  # type: ignore[operator, union-attr]
         model[2].weight.copy_(torch.tensor([[1.0, 0.0], [1.0, 0.0]]))  # type: ignore[operator]
-    assert pr.effective_sparsity(model, torch.randn(3, 2)).masks["0.weight"].tolist() == [[True, True], [False, False]]
+    assert pr.metrics.effective_sparsity(model, torch.randn(3, 2)).masks["0.weight"].tolist() == [
+        [True, True],
+        [False, False],
+    ]
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -92,7 +95,7 @@ def test_it_is_what_trying_every_weight_finds(make: type[Residual], seed: int) -
     torch.manual_seed(seed)
     model = masked(make(), 0.25, seed)
     x = torch.randn(2, next(model.parameters()).shape[1])
-    found, wanted = pr.effective_sparsity(model, x).masks, by_trying(model, x)
+    found, wanted = pr.metrics.effective_sparsity(model, x).masks, by_trying(model, x)
     assert found.keys() == wanted.keys() and all(found[name].equal(wanted[name]) for name in wanted)
     assert sum(int(mask.sum()) for mask in wanted.values()) < sum(int((p != 0).sum()) for p in model.parameters())
 
@@ -115,7 +118,7 @@ class Convolutions(nn.Module):
 def test_groups_transposed_and_concatenated(seed: int) -> None:
     torch.manual_seed(seed)
     model, x = masked(Convolutions(), 0.4, seed), torch.randn(1, 2, 2, 2)
-    found, wanted = pr.effective_sparsity(model, x), by_trying(model, x)
+    found, wanted = pr.metrics.effective_sparsity(model, x), by_trying(model, x)
     # a maximum hides what is smaller, so that trying finds less than there is for spatial reasons only
     assert all(bool((found.masks[name] | ~wanted[name]).all()) for name in wanted) and not found.unfollowed
     assert found.masks["first.weight"].equal(wanted["first.weight"])
@@ -124,7 +127,7 @@ def test_groups_transposed_and_concatenated(seed: int) -> None:
 def test_a_dense_network_has_no_dead_weight_and_stays_as_it_was() -> None:
     model = convnet()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    found = pr.effective_sparsity(model, images()[0])
+    found = pr.metrics.effective_sparsity(model, images()[0])
     assert found.effective == 0 and found.dead == 0 and not found.unfollowed and model.training
     assert all(value.equal(before[name]) for name, value in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())
@@ -134,13 +137,13 @@ def test_a_scale_of_zero_closes_a_channel() -> None:
     model = convnet()
     with torch.no_grad():
         model[1].weight[2] = 0  # type: ignore[union-attr, index]
-    found = pr.effective_sparsity(model, images()[0])
+    found = pr.metrics.effective_sparsity(model, images()[0])
     assert not found.masks["0.weight"][2].any() and not found.masks["3.weight"][:, 2].any()
     assert found.masks["0.weight"][[0, 1, 3]].all()
 
 
 def test_attention_connects_what_it_mixes() -> None:
-    found = pr.effective_sparsity(Attention(), torch.randn(2, 3, 8))
+    found = pr.metrics.effective_sparsity(Attention(), torch.randn(2, 3, 8))
     assert found.effective == 0 and not found.unfollowed
 
 
@@ -159,11 +162,11 @@ def test_what_cannot_be_followed_is_connected_and_named() -> None:
     model = Odd()
     with torch.no_grad():
         model.a.weight[1] = 0
-    found = pr.effective_sparsity(model, torch.randn(2, 3))
+    found = pr.metrics.effective_sparsity(model, torch.randn(2, 3))
     assert found.unfollowed == ("cumsum",) and bool(found.masks["b.weight"].all())
     assert "taken as connected: cumsum" in str(found)
 
 
 def test_a_model_without_weights_is_refused() -> None:
     with pytest.raises(pr.PruningError, match="no weights"):
-        pr.effective_sparsity(nn.ReLU(), torch.randn(2, 3))
+        pr.metrics.effective_sparsity(nn.ReLU(), torch.randn(2, 3))

@@ -60,7 +60,7 @@ def test_snip_is_the_share_of_the_slope_at_gates_of_one() -> None:
     value = sum(cross_entropy(torch.func.functional_call(model, whole, (x,)), y) for x, y in data) / len(data)
     slopes = torch.autograd.grad(value, list(gates.values()))  # the mean over batches, before the absolute value
     total = sum(float(s.abs().sum()) for s in slopes)
-    found = score(model, pr.snip, data)
+    found = score(model, pr.criteria.snip, data)
     for name, slope in zip(gates, slopes, strict=True):
         expected = (slope.abs() / total).flatten().sort().values
         assert torch.allclose(found[name.removesuffix(".weight")], expected, rtol=1e-10)
@@ -70,7 +70,7 @@ def test_snip_is_the_share_of_the_slope_at_gates_of_one() -> None:
 def test_many_batches_and_one_large_batch_agree_for_snip() -> None:
     model, data = mlp().double(), batches()
     whole = [(torch.cat([x for x, _ in data]), torch.cat([y for _, y in data]))]
-    first, second = score(model, pr.snip, data), score(model, pr.snip, whole)
+    first, second = score(model, pr.criteria.snip, data), score(model, pr.criteria.snip, whole)
     assert all(torch.allclose(first[name], second[name], rtol=1e-10) for name in first)
 
 
@@ -124,7 +124,7 @@ def test_grasp_refuses_outputs_that_have_no_temperature() -> None:
             return (self.line(x),)
 
     with pytest.raises(NotSupported, match="temperature"):
-        pr.plan(Two(), torch.randn(2, 4), pr.Recipe(pr.grasp, pr.Element()), target=pr.Sparsity(0.5),
+        pr.plan(Two(), torch.randn(2, 4), pr.Recipe(pr.criteria.grasp, pr.Element()), target=pr.Sparsity(0.5),
                 data=[torch.randn(2, 4)], loss=lambda m, b: m(b)[0].sum())  # fmt: skip
 
 
@@ -155,7 +155,7 @@ def test_synflow_of_a_convolutional_network_with_norms_is_conserved_and_leaves_n
 
 
 def test_synflow_refuses_tokens_and_norms_that_stop_the_flow() -> None:
-    recipe = pr.Recipe(pr.synflow, pr.Element())
+    recipe = pr.Recipe(pr.criteria.synflow, pr.Element())
     table = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 3))
     with pytest.raises(NotSupported, match="no size"):
         pr.plan(table, torch.tensor([[1, 2]]), recipe, target=pr.Sparsity(0.5))
@@ -180,23 +180,23 @@ def test_only_synflow_in_rounds_keeps_all_layers_at_ten_thousand_times() -> None
     x = torch.randn(2, 784)
     data = [(torch.randn(50, 784), torch.randint(0, 10, (50,))) for _ in range(2)]
     far, near = pr.Sparsity(1 - 1e-4), pr.Sparsity(0.9)
-    plan = pr.synflow_rounds(model, x, target=far)
+    plan = pr.planning.synflow_rounds(model, x, target=far)
     # Which layer has the single weight is left to the rounding of equal scores.
     assert sorted(row.kept for row in plan.rows) == [1, 2, 2, 2, 2, 2, 2]
-    assert pr.collapsed(plan) == () and not any("collapsed" in line for line in plan.remarks)
-    for criterion in (pr.synflow, pr.snip, pr.magnitude, pr.random):
+    assert pr.transform.collapsed(plan) == () and not any("collapsed" in line for line in plan.remarks)
+    for criterion in (pr.criteria.synflow, pr.criteria.snip, pr.magnitude, pr.criteria.random):
         recipe = pr.Recipe(criterion, pr.Element(), pr.global_, least=0)
         made = pr.plan(model, x, recipe, target=far, data=data, loss=loss)
-        names = pr.collapsed(made)
+        names = pr.transform.collapsed(made)
         assert len(names) >= 3 and sum(row.kept for row in made.rows) == 13
         assert all(int(made.masks[f"{name}.weight"].sum()) == 0 for name in names)
         assert all(name in str(made) for name in names[:3]) and "collapsed" in str(made)
-        assert pr.collapsed(pr.apply_(copy.deepcopy(model), made)) == names
-    for criterion in (pr.synflow, pr.magnitude):
+        assert pr.transform.collapsed(pr.apply_(copy.deepcopy(model), made)) == names
+    for criterion in (pr.criteria.synflow, pr.magnitude):
         recipe = pr.Recipe(criterion, pr.Element(), pr.global_, least=0)
-        assert "0" in pr.collapsed(pr.plan(model, x, recipe, target=near))
+        assert "0" in pr.transform.collapsed(pr.plan(model, x, recipe, target=near))
         held = pr.plan(model, x, pr.Recipe(criterion, pr.Element(), pr.global_), target=near)
-        assert pr.collapsed(held) == () and held.rows[0].kept == 1
+        assert pr.transform.collapsed(held) == () and held.rows[0].kept == 1
 
 
 def test_rounds_meet_their_targets_and_nest_where_they_should() -> None:
@@ -205,13 +205,13 @@ def test_rounds_meet_their_targets_and_nest_where_they_should() -> None:
     total = 4 * 6 + 6 * 5 + 5 * 3
     counts = [1 - t.value for t in Rounds(5).targets(pr.Sparsity(0.99), 1.0)]
     assert counts == pytest.approx([0.3981, 0.1585, 0.0631, 0.0251, 0.01], abs=5e-5)
-    for make in (pr.iterative_snip, pr.force):
+    for make in (pr.planning.iterative_snip, pr.planning.force):
         plan = make(model, x, target=target, data=data, loss=loss, count=4)
         assert sum(int(m.sum()) for m in plan.masks.values()) == total - round(0.8 * total)
-        assert plan.recipe["rounds"]["nested"] == (make is pr.iterative_snip)
-    once = pr.force(model, x, target=target, data=data, loss=loss, count=1)
+        assert plan.recipe["rounds"]["nested"] == (make is pr.planning.iterative_snip)
+    once = pr.planning.force(model, x, target=target, data=data, loss=loss, count=1)
     plain = pr.plan(
-        model, x, pr.Recipe(pr.snip, pr.Element(), pr.global_, least=0), target=target, data=data, loss=loss
+        model, x, pr.Recipe(pr.criteria.snip, pr.Element(), pr.global_, least=0), target=target, data=data, loss=loss
     )
     assert all(once.masks[n].equal(plain.masks[n]) for n in plain.masks)
 
@@ -243,7 +243,7 @@ def test_force_lets_weights_come_back_and_iterative_snip_does_not(back: bool) ->
     torch.manual_seed(3)
     model = nn.Sequential(nn.Linear(4, 12), nn.Tanh(), nn.Linear(12, 12), nn.Tanh(), nn.Linear(12, 3)).double()
     data = batches()
-    make = pr.force if back else pr.iterative_snip
+    make = pr.planning.force if back else pr.planning.iterative_snip
     found = make(model, data[0][0], target=pr.Sparsity(0.9), data=data, loss=loss, count=6)
     shares = [1 - 0.1 ** (k / 6) for k in range(1, 7)]
     expected = manual(model, data, shares, back=back)
@@ -253,7 +253,7 @@ def test_force_lets_weights_come_back_and_iterative_snip_does_not(back: bool) ->
 
 def test_rounds_are_for_masks_that_compete() -> None:
     with pytest.raises(RequestError, match="rounds mask weights that compete"):
-        pr.iterate(mlp(), torch.randn(2, 4), pr.Recipe(), target=pr.Sparsity(0.5))
+        pr.planning.iterate(mlp(), torch.randn(2, 4), pr.Recipe(), target=pr.Sparsity(0.5))
     with pytest.raises(RequestError, match="count=0"):
         Rounds(0)
     with pytest.raises(RequestError, match="least=0 is for masks"):
@@ -263,12 +263,12 @@ def test_rounds_are_for_masks_that_compete() -> None:
 def test_a_shuffled_plan_keeps_every_layers_count_and_moves_its_mask() -> None:
     model, x = mlp(16), torch.randn(2, 4)
     plan = pr.plan(model, x, pr.Recipe(granularity=pr.Element()), target=pr.Sparsity(0.7))
-    other, again, third = (pr.shuffled_plan(plan, seed=s) for s in (0, 0, 1))
+    other, again, third = (pr.transform.shuffled_plan(plan, seed=s) for s in (0, 0, 1))
     for name, mask in plan.masks.items():
         assert int(other.masks[name].sum()) == int(mask.sum()) and other.masks[name].equal(again.masks[name])
         assert not other.masks[name].equal(mask) and not other.masks[name].equal(third.masks[name])
     with pytest.raises(RequestError, match="no masks"):
-        pr.shuffled_plan(pr.plan(model, x, target=pr.Sparsity(0.5)))
+        pr.transform.shuffled_plan(pr.plan(model, x, target=pr.Sparsity(0.5)))
 
 
 def test_reinitialised_weights_are_new_and_masked_alike() -> None:
@@ -276,7 +276,7 @@ def test_reinitialised_weights_are_new_and_masked_alike() -> None:
     plan = pr.plan(model, x, pr.Recipe(granularity=pr.Element()), target=pr.Sparsity(0.7))
     pr.apply_(model, plan)
     before, dice = copy.deepcopy(model.state_dict()), torch.get_rng_state()
-    fresh, again = pr.reinitialised(model, seed=4), pr.reinitialised(model, seed=4)
+    fresh, again = pr.transform.reinitialised(model, seed=4), pr.transform.reinitialised(model, seed=4)
     assert torch.get_rng_state().equal(dice)
     for name, mask in plan.masks.items():
         weight = dict(fresh.named_parameters())[name]
@@ -285,7 +285,7 @@ def test_reinitialised_weights_are_new_and_masked_alike() -> None:
     assert all(value.equal(before[name]) for name, value in model.state_dict().items())
 
 
-@pytest.mark.parametrize("criterion", [pr.snip, pr.synflow, pr.random])
+@pytest.mark.parametrize("criterion", [pr.criteria.snip, pr.criteria.synflow, pr.criteria.random])
 def test_a_mask_at_initialisation_depends_on_weights_data_and_seed_only(criterion: object) -> None:
     def mask(seed: int, dice: int) -> Tensor:
         model, data = mlp(8, seed), batches(dtype=torch.float32)
@@ -295,4 +295,4 @@ def test_a_mask_at_initialisation_depends_on_weights_data_and_seed_only(criterio
         return torch.cat([m.flatten() for m in plan.masks.values()])
 
     assert mask(0, 1).equal(mask(0, 2))
-    assert mask(0, 1).equal(mask(1, 1)) == (criterion is pr.random)
+    assert mask(0, 1).equal(mask(1, 1)) == (criterion is pr.criteria.random)

@@ -32,9 +32,9 @@ def halved() -> nn.Sequential:
 
 def test_compression_is_original_over_new_in_each_scope() -> None:
     dense = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2))
-    found = pr.compression_ratio(dense, halved())
+    found = pr.metrics.compression_ratio(dense, halved())
     assert found.weights == 2 and found.parameters == pytest.approx(58 / 34) and found.disk == 1
-    small = pr.compression_ratio(dense, nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)))
+    small = pr.metrics.compression_ratio(dense, nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)))
     assert small.weights == 2 and small.disk == pytest.approx(58 / 30)
     assert str(found) == "compression 2x of the weights, 1.71x of the parameters, 1x of the bytes on disk"
 
@@ -43,9 +43,9 @@ def test_tied_weights_count_once_and_buffers_in_bytes_only() -> None:
     tied = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False))
     tied[1].weight = tied[0].weight
     single = nn.Sequential(nn.Linear(4, 4, bias=False))
-    assert pr.compression_ratio(tied, single).weights == 1
+    assert pr.metrics.compression_ratio(tied, single).weights == 1
     single.register_buffer("table", torch.zeros(16))
-    found = pr.compression_ratio(tied, single)
+    found = pr.metrics.compression_ratio(tied, single)
     assert found.weights == 1 and found.parameters == 1 and found.disk == 0.5
 
 
@@ -55,7 +55,7 @@ def test_nothing_left_has_no_ratio() -> None:
         for parameter in empty.parameters():
             parameter.zero_()
     with pytest.raises(pr.PruningError, match="nothing remains"):
-        pr.compression_ratio(mlp(), empty)
+        pr.metrics.compression_ratio(mlp(), empty)
 
 
 # --- 81, 82 -----------------------------------------------------------------------------------------------------------
@@ -66,7 +66,7 @@ def test_first_convolution_of_lenet() -> None:
     assert measured_macs(model, x) == 6 * 25 * 24 * 24 == 86_400
     with torch.no_grad():
         model[0].weight[:, :, 0] = 0  # type: ignore[index, union-attr]
-    assert pr.effective_macs(model, x) == pytest.approx(86_400 * 4 / 5)
+    assert pr.metrics.effective_macs(model, x) == pytest.approx(86_400 * 4 / 5)
 
 
 @pytest.mark.parametrize(
@@ -84,7 +84,7 @@ def test_multiply_adds_from_padding_stride_dilation_and_groups(layer: nn.Module,
 
 def test_theory_beside_measurement() -> None:
     dense = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2))
-    found = pr.speedup(dense, halved(), torch.zeros(16, 4), rounds=5)
+    found = pr.metrics.speedup(dense, halved(), torch.zeros(16, 4), rounds=5)
     assert found.macs == (16 * 48, 16 * 48) and found.theoretical == 1 and found.ideal == 2
     assert found.measured == found.latency.ratio.value and found.latency.ratio.low <= found.measured
     assert found.throughput[1] == pytest.approx(16 / found.latency.latencies[1].median)
@@ -101,12 +101,14 @@ def rapl(root: Path, *values: int) -> None:
 
 def test_energy_is_what_the_counters_gained_a_call(tmp_path: Path) -> None:
     rapl(tmp_path, 500_000, 900_000)
-    assert pr.energy(lambda: rapl(tmp_path, 700_000, 100_000), seconds=0, root=tmp_path) == pytest.approx(0.2 + 0.2)
+    assert pr.metrics.energy(lambda: rapl(tmp_path, 700_000, 100_000), seconds=0, root=tmp_path) == pytest.approx(
+        0.2 + 0.2
+    )
 
 
 def test_energy_is_refused_where_it_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(pr.PruningError, match="not measurable here"):
-        pr.energy(lambda: None, root=tmp_path)
+        pr.metrics.energy(lambda: None, root=tmp_path)
 
 
 # --- 85 ---------------------------------------------------------------------------------------------------------------
@@ -116,16 +118,16 @@ B = torch.tensor([[2.0, 0.0], [1.0, 0.0], [0.0, 3.0], [0.0, 2.0]])
 
 
 def test_flips() -> None:
-    assert pr.flip_rate(A, B) == 0.5 and pr.flip_rate(A, A) == 0
+    assert pr.metrics.flip_rate(A, B) == 0.5 and pr.metrics.flip_rate(A, A) == 0
     with pytest.raises(pr.PruningError, match="same examples"):
-        pr.flip_rate(A, B[:2])
+        pr.metrics.flip_rate(A, B[:2])
 
 
 def test_divergence() -> None:
     p, q = torch.tensor([[0.75, 0.25]]), torch.tensor([[0.5, 0.5]])
     wanted = 0.75 * math.log(1.5) + 0.25 * math.log(0.5)
-    assert pr.kl_divergence(p.log(), q.log()) == pytest.approx(wanted, rel=1e-6)
-    assert pr.kl_divergence(p.log() + 3, p.log()) == pytest.approx(0, abs=1e-7)
+    assert pr.metrics.kl_divergence(p.log(), q.log()) == pytest.approx(wanted, rel=1e-6)
+    assert pr.metrics.kl_divergence(p.log() + 3, p.log()) == pytest.approx(0, abs=1e-7)
 
 
 def test_calibration_by_hand() -> None:
@@ -134,10 +136,10 @@ def test_calibration_by_hand() -> None:
     labels = torch.tensor([0, 1, 0, 0, 1])
     # bins of a tenth: two of .95 with 1 right, three of .65 with 2 right
     wanted = 2 / 5 * abs(0.5 - 0.95) + 3 / 5 * abs(2 / 3 - 0.65)
-    assert pr.calibration_error(logits, labels, bins=10) == pytest.approx(wanted)
-    assert pr.calibration_error(logits, labels, bins=1) == pytest.approx(abs(3 / 5 - float(sure.mean())))
+    assert pr.metrics.calibration_error(logits, labels, bins=10) == pytest.approx(wanted)
+    assert pr.metrics.calibration_error(logits, labels, bins=1) == pytest.approx(abs(3 / 5 - float(sure.mean())))
     # two bins of equal numbers, by confidence: (.65 .65 .65), (.95 .95)
-    assert pr.calibration_error(logits, labels, bins=2, adaptive=True) == pytest.approx(wanted)
+    assert pr.metrics.calibration_error(logits, labels, bins=2, adaptive=True) == pytest.approx(wanted)
 
 
 def test_wilson_interval() -> None:
@@ -149,7 +151,7 @@ def test_classes_by_hand() -> None:
     labels = torch.tensor([0, 0, 0, 1])
     one = torch.tensor([[1.0, 0], [1, 0], [1, 0], [1, 0]])
     two = torch.tensor([[0.0, 1], [0, 1], [1, 0], [0, 1]])
-    first, second = pr.per_class_drop(one, two, labels)
+    first, second = pr.metrics.per_class_drop(one, two, labels)
     assert (first.label, first.examples, first.before) == (0, 3, 1) and first.drop == pytest.approx(2 / 3)
     assert first.p == 0.5 and (second.drop, second.p) == (-1, 1)  # 2 lost of 2; 1 won of 1
 
@@ -158,8 +160,8 @@ def test_pies_of_a_synthetic_ensemble() -> None:
     dense = torch.tensor([[0, 1, 2, 2], [0, 1, 2, 1], [1, 1, 0, 0]])
     pruned = torch.tensor([[0, 2, 2, 0], [1, 2, 2, 1], [0, 1, 1, 2]])
     # most frequent: 0 1 2 0 (tie of three) against 0 2 2 0 (tie of three)
-    assert pr.pruning_identified_exemplars(dense, pruned).tolist() == [False, True, False, False]
-    assert pr.flip_rate(torch.eye(3)[dense[0]], torch.eye(3)[pruned[0]]) == 0.5  # what a single seed would say
+    assert pr.metrics.pruning_identified_exemplars(dense, pruned).tolist() == [False, True, False, False]
+    assert pr.metrics.flip_rate(torch.eye(3)[dense[0]], torch.eye(3)[pruned[0]]) == 0.5  # what a single seed would say
 
 
 # --- corruptions ------------------------------------------------------------------------------------------------------
@@ -202,27 +204,31 @@ def labelled() -> list[tuple[Tensor, Tensor]]:
 
 def test_side_effects_are_the_parts() -> None:
     dense, pruned, data = classifier(0), classifier(1), labelled()
-    found = pr.side_effects(dense, pruned, data, bins=5, corruptions=("gaussian noise", "contrast"), severity=2)
+    found = pr.metrics.side_effects(dense, pruned, data, bins=5, corruptions=("gaussian noise", "contrast"), severity=2)
     x, y = (torch.cat(part) for part in zip(*data, strict=True))
     with torch.no_grad():
         a, b = dense(x), pruned(x)
-    assert found.flips == pr.flip_rate(a, b) and found.agreement == 1 - found.flips
-    assert found.calibration[1] == pytest.approx(pr.calibration_error(b, y, bins=5))
+    assert found.flips == pr.metrics.flip_rate(a, b) and found.agreement == 1 - found.flips
+    assert found.calibration[1] == pytest.approx(pr.metrics.calibration_error(b, y, bins=5))
     assert found.accuracy == (float((a.argmax(1) == y).double().mean()), float((b.argmax(1) == y).double().mean()))
-    assert found.classes == pr.per_class_drop(a, b, y) and [one.name for one in found.robustness][1] == "contrast"
-    assert found == pr.side_effects(dense, pruned, data, bins=5, corruptions=("gaussian noise", "contrast"), severity=2)
+    assert (
+        found.classes == pr.metrics.per_class_drop(a, b, y) and [one.name for one in found.robustness][1] == "contrast"
+    )
+    assert found == pr.metrics.side_effects(
+        dense, pruned, data, bins=5, corruptions=("gaussian noise", "contrast"), severity=2
+    )
     assert "predictions that flipped" in str(found) and '"agreement"' in found.json()
     assert dense.training and pruned.training
 
 
 def test_a_model_beside_itself_has_no_side_effects() -> None:
-    found = pr.side_effects(classifier(0), classifier(0), labelled(), corruptions=("blur",))
+    found = pr.metrics.side_effects(classifier(0), classifier(0), labelled(), corruptions=("blur",))
     assert found.flips == 0 and found.kl == 0 and all(one.drop == 0 for one in (*found.classes, *found.robustness))
 
 
 def test_side_effects_say_what_is_wrong() -> None:
     model = classifier(0)
     with pytest.raises(pr.PruningError, match="unknown corruption"):
-        pr.side_effects(model, model, labelled(), corruptions=("fog",))
+        pr.metrics.side_effects(model, model, labelled(), corruptions=("fog",))
     with pytest.raises(pr.PruningError, match="no labels"):
-        pr.side_effects(model, model, [torch.zeros(2, 3, 4, 4)])
+        pr.metrics.side_effects(model, model, [torch.zeros(2, 3, 4, 4)])

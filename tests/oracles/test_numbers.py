@@ -36,15 +36,15 @@ def test_single_weights_go_exactly_whatever_the_weights_are(fill: str, sparsity:
 
 
 def test_group_norm() -> None:
-    assert pr.group_norm(torch.tensor([[3.0, 4.0], [0.0, 0.0]]), normalise=False).tolist() == [5, 0]
-    assert pr.group_norm(torch.tensor([[3.0, 4.0]])).item() == pytest.approx(5 / 2**0.5)
-    assert pr.group_norm(torch.tensor([[3.0, -4.0]]), p=1).item() == pytest.approx(3.5)
+    assert pr.criteria.group_norm(torch.tensor([[3.0, 4.0], [0.0, 0.0]]), normalise=False).tolist() == [5, 0]
+    assert pr.criteria.group_norm(torch.tensor([[3.0, 4.0]])).item() == pytest.approx(5 / 2**0.5)
+    assert pr.criteria.group_norm(torch.tensor([[3.0, -4.0]]), p=1).item() == pytest.approx(3.5)
 
 
 def test_normalised_group_norm_does_not_see_the_size_of_the_group() -> None:
     small, large = torch.full((1, 4), 0.3), torch.full((1, 400), 0.3)
-    assert pr.group_norm(small).item() == pytest.approx(pr.group_norm(large).item())
-    assert pr.group_norm(small, normalise=False) < pr.group_norm(large, normalise=False)
+    assert pr.criteria.group_norm(small).item() == pytest.approx(pr.criteria.group_norm(large).item())
+    assert pr.criteria.group_norm(small, normalise=False) < pr.criteria.group_norm(large, normalise=False)
 
 
 def test_taylor_averages_squares_over_batches() -> None:
@@ -53,18 +53,18 @@ def test_taylor_averages_squares_over_batches() -> None:
 
 
 def test_taylor_sq() -> None:
-    assert pr.taylor_sq(W, torch.full((2, 3), 2.0)).tolist() == [[2, 8, 0.5], [0, 18, 32]]
+    assert pr.criteria.taylor_sq(W, torch.full((2, 3), 2.0)).tolist() == [[2, 8, 0.5], [0, 18, 32]]
 
 
 def test_geometric_median_of_points_on_a_line() -> None:
     rows = torch.tensor([[0.0, 0.0], [3.0, 4.0], [6.0, 8.0], [6.0, 8.0]])
-    assert pr.geometric_median(rows).tolist() == pytest.approx([25, 15, 15, 15])
+    assert pr.criteria.geometric_median(rows).tolist() == pytest.approx([25, 15, 15, 15])
 
 
 def test_a_duplicate_goes_before_a_distinct_filter_of_small_norm() -> None:
     big = torch.tensor([5.0, 5.0, 5.0])
     rows = torch.stack([big, big + 1e-9, torch.tensor([-0.1, 0.1, 0.0]), torch.tensor([5.0, -5.0, 9.0])])
-    assert pr.geometric_median(rows).argmin() in (0, 1)
+    assert pr.criteria.geometric_median(rows).argmin() in (0, 1)
     assert rows.norm(dim=1).argmin() == 2
 
 
@@ -75,15 +75,15 @@ def test_wanda() -> None:
 def test_ria_is_the_share_of_the_row_plus_that_of_the_column() -> None:
     weight = torch.tensor([[1.0, -3.0], [0.0, 1.0]])
     wanted = [[1 / 4 + 1, 3 / 4 + 3 / 4], [0, 1 + 1 / 4]]
-    assert pr.ria(weight, torch.ones(2)).tolist() == wanted
-    louder = pr.ria(weight, torch.tensor([4.0, 9.0]))
+    assert pr.criteria.ria(weight, torch.ones(2)).tolist() == wanted
+    louder = pr.criteria.ria(weight, torch.tensor([4.0, 9.0]))
     assert louder.tolist() == [[2 * wanted[0][0], 3 * wanted[0][1]], [0, 3 * wanted[1][1]]]
-    assert pr.ria(weight, torch.tensor([4.0, 9.0]), a=0.0).tolist() == wanted
-    assert pr.ria(torch.zeros(2, 2), torch.ones(2)).tolist() == [[0, 0], [0, 0]]
+    assert pr.criteria.ria(weight, torch.tensor([4.0, 9.0]), a=0.0).tolist() == wanted
+    assert pr.criteria.ria(torch.zeros(2, 2), torch.ones(2)).tolist() == [[0, 0], [0, 0]]
 
 
 def test_bn_scale_is_the_scale() -> None:
-    assert pr.bn_scale(torch.tensor([0.5, 0.0])).tolist() == [0.5, 0]
+    assert pr.criteria.bn_scale(torch.tensor([0.5, 0.0])).tolist() == [0.5, 0]
 
 
 def test_row_wise_wanda_with_unit_norms_is_row_wise_magnitude() -> None:

@@ -21,7 +21,9 @@ def convolutions(seed: int = 0) -> nn.Sequential:
     return nn.Sequential(nn.Conv2d(4, 12, 3), nn.ReLU(), nn.Conv2d(12, 12, 3))
 
 
-def kept(model: nn.Sequential, grain: pr.Element | pr.Vector | pr.Kernel | pr.Filter) -> tuple[int, float]:
+def kept(
+    model: nn.Sequential, grain: pr.Element | pr.granularity.Vector | pr.granularity.Kernel | pr.granularity.Filter
+) -> tuple[int, float]:
     plan = pr.plan(model, IMAGE, pr.Recipe(granularity=grain), target=pr.Sparsity(0.5))
     weights = dict(model.named_parameters())
     total = sum(float(weights[n].detach().double().abs()[m].sum()) for n, m in plan.masks.items())
@@ -30,7 +32,7 @@ def kept(model: nn.Sequential, grain: pr.Element | pr.Vector | pr.Kernel | pr.Fi
 
 @pytest.mark.parametrize("seed", range(3))
 def test_kept_magnitude_never_rises_from_fine_to_vector_to_kernel_to_filter(seed: int) -> None:
-    grains = (pr.Element(), pr.Vector(), pr.Kernel(), pr.Filter())
+    grains = (pr.Element(), pr.granularity.Vector(), pr.granularity.Kernel(), pr.granularity.Filter())
     counts, sums = zip(*(kept(convolutions(seed), grain) for grain in grains), strict=True)
     assert set(counts) == {(4 * 12 * 9 + 12 * 12 * 9) // 2}
     assert list(sums) == sorted(sums, reverse=True) and len(set(sums)) == 4
@@ -38,31 +40,35 @@ def test_kept_magnitude_never_rises_from_fine_to_vector_to_kernel_to_filter(seed
 
 def test_units_of_a_kernel_layer_are_rows_kernels_and_filters() -> None:
     model = convolutions()
-    for grain, axes in ((pr.Vector(), (3,)), (pr.Kernel(), (2, 3)), (pr.Filter(), (1, 2, 3))):
+    for grain, axes in (
+        (pr.granularity.Vector(), (3,)),
+        (pr.granularity.Kernel(), (2, 3)),
+        (pr.granularity.Filter(), (1, 2, 3)),
+    ):
         mask = pr.plan(model, IMAGE, pr.Recipe(granularity=grain), target=pr.Sparsity(0.5)).masks["2.weight"]
         assert mask.all(axes[0]).shape and bool((mask.float().mean(axes).frac() == 0).all()) and not mask.all()
 
 
 def test_units_of_a_linear_layer_are_runs_weights_and_rows() -> None:
-    assert pr.Vector(3).on((5, 8)) == pr.Block(1, 3)
-    assert pr.Vector().on((12, 4, 5, 3)) == pr.Block(1, 3)
-    assert pr.Kernel().on((5, 8)) == pr.Block(1, 1)
-    assert pr.Filter().on((5, 8)) == pr.Block(1, 8)
-    assert pr.Vector(3).on((5, 8, 1, 1)) == pr.Block(1, 3)
+    assert pr.granularity.Vector(3).on((5, 8)) == pr.Block(1, 3)
+    assert pr.granularity.Vector().on((12, 4, 5, 3)) == pr.Block(1, 3)
+    assert pr.granularity.Kernel().on((5, 8)) == pr.Block(1, 1)
+    assert pr.granularity.Filter().on((5, 8)) == pr.Block(1, 8)
+    assert pr.granularity.Vector(3).on((5, 8, 1, 1)) == pr.Block(1, 3)
     with pytest.raises(RequestError, match="has no weights"):
-        pr.Vector(0)
+        pr.granularity.Vector(0)
 
 
 def test_a_filter_mask_leaves_bias_and_shapes_where_a_channel_takes_all() -> None:
     model = convolutions()
-    plan = pr.plan(model, IMAGE, pr.Recipe(granularity=pr.Filter()), target=pr.Sparsity(0.5))
+    plan = pr.plan(model, IMAGE, pr.Recipe(granularity=pr.granularity.Filter()), target=pr.Sparsity(0.5))
     assert plan.masks.keys() == {"0.weight", "2.weight"} and not plan.cuts
     assert pr.plan(model, IMAGE, target=pr.Sparsity(0.5)).cuts.keys() >= {"0.bias", "2.weight"}
 
 
 def test_every_kernel_keeps_four_entries_in_one_of_eight_shapes_that_keeps_the_largest_norm() -> None:
     model = convolutions()
-    plan = pr.plan(model, IMAGE, pr.Recipe(granularity=pr.KernelPattern()))
+    plan = pr.plan(model, IMAGE, pr.Recipe(granularity=pr.granularity.KernelPattern()))
     masks = {name: mask.reshape(-1, 9) for name, mask in plan.masks.items()}
     used = torch.cat(list(masks.values())).unique(dim=0)
     assert all(bool((mask.sum(1) == 4).all()) for mask in masks.values())
@@ -87,11 +93,11 @@ def test_the_library_is_of_the_most_frequent_natural_shapes() -> None:
 def test_a_kernel_pattern_refuses_other_kernels_and_scores_with_a_sign() -> None:
     model = nn.Sequential(nn.Conv2d(4, 4, 5))
     with pytest.raises(RequestError, match="not 3x3"):
-        pr.plan(model, IMAGE, pr.Recipe(granularity=pr.KernelPattern()))
+        pr.plan(model, IMAGE, pr.Recipe(granularity=pr.granularity.KernelPattern()))
     with pytest.raises(RequestError, match="not negative"):
-        pr.KernelPattern().masks([-torch.ones(2, 9)])
+        pr.granularity.KernelPattern().masks([-torch.ones(2, 9)])
     with pytest.raises(RequestError, match="no pattern"):
-        pr.KernelPattern(9)
+        pr.granularity.KernelPattern(9)
 
 
 @pytest.mark.filterwarnings("ignore:Sparse BSR")
@@ -152,7 +158,7 @@ def blocks(seed: int = 0) -> nn.Sequential:
 def test_a_permuted_network_computes_the_same_and_keeps_at_least_as_much(pattern: pr.NM) -> None:
     model = blocks().eval()
     state = {name: value.clone() for name, value in model.state_dict().items()}
-    found = pr.permute(model, IMAGE, pattern, seed=3)
+    found = pr.transform.permute(model, IMAGE, pattern, seed=3)
     assert torch.allclose(found.model(IMAGE), model(IMAGE), atol=1e-6) and found.orders
     assert found.after > found.before
     assert all(value.equal(state[name]) for name, value in model.state_dict().items())
@@ -163,15 +169,15 @@ def test_a_permuted_network_computes_the_same_and_keeps_at_least_as_much(pattern
         weights = dict(net.named_parameters())
         totals.append(sum(float(weights[n].detach().abs()[m].sum()) for n, m in plan.masks.items()))
     assert totals[1] - totals[0] == pytest.approx(found.after - found.before, rel=1e-3)
-    again = pr.permute(model, IMAGE, pattern, seed=3)
+    again = pr.transform.permute(model, IMAGE, pattern, seed=3)
     assert all(order.equal(again.orders[name]) for name, order in found.orders.items())
 
 
 def test_groups_that_may_not_move_are_named_with_the_reason() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(4, 16, 3), nn.GroupNorm(4, 16), nn.Conv2d(16, 6, 1), nn.ReLU(), nn.Conv2d(6, 3, 1))
-    found = pr.permute(model, IMAGE, pr.NM(2, 4))
+    found = pr.transform.permute(model, IMAGE, pr.NM(2, 4))
     assert torch.allclose(found.model(IMAGE), model(IMAGE), atol=1e-6)
     assert "2" in dict(found.left) and "fewer than two stripes" in dict(found.left)["2"]
     with pytest.raises(RequestError, match="rounds=0"):
-        pr.permute(model, IMAGE, pr.NM(2, 4), rounds=0)
+        pr.transform.permute(model, IMAGE, pr.NM(2, 4), rounds=0)

@@ -47,7 +47,7 @@ def test_angles_are_those_between_what_enters_and_what_leaves(last: bool) -> Non
 
 def test_blocks_that_add_nothing_go_first_as_a_run_and_nothing_changes() -> None:
     model, data = silent(language_model(), 2, 3), windows(2)
-    plan = pr.drop_run(model, data[0], data, count=2)
+    plan = pr.llm.drop_run(model, data[0], data, count=2)
     assert plan.dropped == {"model.layers": ("2", "3")}
     small = pr.shrink(model, plan)
     assert torch.allclose(logits(small, data[1]), logits(model, data[1]), atol=1e-5)
@@ -57,7 +57,7 @@ def test_blocks_that_add_nothing_go_first_as_a_run_and_nothing_changes() -> None
 @pytest.mark.parametrize("name", ["llama", "qwen2", "mixtral"])
 def test_named_blocks_go_and_the_rest_generates(name: str, tmp_path: Any) -> None:
     model, data = language_model(name), windows(1)
-    plan = pr.drop_blocks(model, data[0], ["model.layers.3", "model.layers.1"])
+    plan = pr.llm.drop_blocks(model, data[0], ["model.layers.3", "model.layers.1"])
     small = pr.shrink(model, plan)
     twin = language_model(name)
     for k in (1, 3):
@@ -83,10 +83,10 @@ def test_a_look_without_blocks_shares_the_weights() -> None:
 def test_what_cannot_be_dropped_is_said() -> None:
     model, data = language_model(), windows(1)
     with pytest.raises(RequestError, match=r"layers\.9 is no block that may go"):
-        pr.drop_blocks(model, data[0], ["model.layers.9"])
+        pr.llm.drop_blocks(model, data[0], ["model.layers.9"])
     with pytest.raises(RequestError, match="no block is named"):
-        pr.drop_blocks(model, data[0], [])
+        pr.llm.drop_blocks(model, data[0], [])
     with pytest.raises(RequestError, match="a run of 5 blocks"):
-        pr.drop_run(model, data[0], data, count=5)
+        pr.llm.drop_run(model, data[0], data, count=5)
     with pytest.raises(NotSupported, match="no block to drop"):
-        pr.drop_blocks(torch.nn.Sequential(torch.nn.Linear(3, 3)), torch.randn(2, 3), ["0"])
+        pr.llm.drop_blocks(torch.nn.Sequential(torch.nn.Linear(3, 3)), torch.randn(2, 3), ["0"])

@@ -137,7 +137,7 @@ def test_a_plan_builds_and_measures_the_real_smaller_model() -> None:
 
 def test_a_plan_file_keeps_what_was_measured(tmp_path: Path) -> None:
     plan = pr.plan(mlp(200), torch.randn(2, 4), target=Latency(0.5, by_parameters))
-    back = pr.load_plan(pr.save_plan(plan, tmp_path / "a.plan"))
+    back = pr.io.load_plan(pr.io.save_plan(plan, tmp_path / "a.plan"))
     assert back.target == Latency(0.5) and (back.before, back.after) == (plan.before, plan.after)
     assert back.remarks == plan.remarks and str(back) == str(plan)
 
@@ -157,7 +157,7 @@ def test_gradual_pruning_keeps_the_clock_it_was_given() -> None:
     model = mlp(64)
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     pruner = pr.Pruner(model, optimizer, recipe=pr.Recipe(), target=Latency(0.5, by_parameters), steps=2, every=1,
-                       inputs=torch.randn(2, 4), schedule=pr.linear)  # fmt: skip
+                       inputs=torch.randn(2, 4), schedule=pr.schedules.linear)  # fmt: skip
     for _ in range(2):
         optimizer.step()
         pruner.step()

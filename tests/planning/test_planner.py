@@ -30,7 +30,7 @@ def masks(model: nn.Module, recipe: pr.Recipe, **more: Any) -> pr.Plan:
 
 
 @pytest.mark.parametrize("target", [pr.Params(0.6), pr.MACs(0.4), pr.Bytes(0.5), pr.Sparsity(0.3), pr.MACs(15_000)])
-@pytest.mark.parametrize("allocation", [pr.uniform, pr.global_, pr.lamp, pr.erk])
+@pytest.mark.parametrize("allocation", [pr.uniform, pr.global_, pr.allocation.lamp, pr.allocation.erk])
 def test_targets_are_met_within_one_unit(target: Any, allocation: Any) -> None:
     model = convnet()
     plan = pr.plan(model, X, pr.Recipe(allocation=allocation), target=target)
@@ -131,7 +131,7 @@ def test_heads_and_neurons_share_a_ranking() -> None:
 def test_groups_without_the_statistic_are_left_alone_with_a_reason() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 3, 3))
-    plan = pr.plan(model, X, pr.Recipe(pr.bn_scale), target=pr.Sparsity(0.5))
+    plan = pr.plan(model, X, pr.Recipe(pr.criteria.bn_scale), target=pr.Sparsity(0.5))
     assert list(plan.keep) == ["0"]
     assert any("no normalisation" in entry.reason and entry.entity == "2.weight" for entry in plan.frozen)
 
@@ -139,7 +139,7 @@ def test_groups_without_the_statistic_are_left_alone_with_a_reason() -> None:
 # -- masks ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("allocation", [pr.uniform, pr.global_, pr.lamp, pr.erk])
+@pytest.mark.parametrize("allocation", [pr.uniform, pr.global_, pr.allocation.lamp, pr.allocation.erk])
 @pytest.mark.parametrize("sparsity", [0.1, 0.5, 0.777, 0.9])
 @pytest.mark.parametrize("constant", [False, True])
 def test_masks_have_exactly_the_asked_zeros(allocation: Any, sparsity: float, constant: bool) -> None:
@@ -206,10 +206,10 @@ def test_rows_of_wanda_keep_the_same_number() -> None:
 
 
 @pytest.mark.parametrize("granularity", [pr.Element(), pr.Channel(), pr.Element(per_row=True)])
-@pytest.mark.parametrize("criterion", [pr.magnitude, pr.taylor, pr.wanda, pr.random])
+@pytest.mark.parametrize("criterion", [pr.magnitude, pr.taylor, pr.wanda, pr.criteria.random])
 def test_models_in_half_precision(granularity: Any, criterion: Any) -> None:
     model, x = mlp(width=12).bfloat16(), torch.randn(2, 4, dtype=torch.bfloat16)
-    recipe = pr.Recipe(criterion, granularity, pr.lamp)
+    recipe = pr.Recipe(criterion, granularity, pr.allocation.lamp)
     plan = pr.plan(model, x, recipe, target=pr.Sparsity(0.5), data=[x], loss=square_loss)
     assert plan.got == pytest.approx(0.5, abs=0.15)
 
@@ -262,8 +262,10 @@ def test_planning_leaves_no_trace_and_repeats() -> None:
 
 
 def test_random_follows_the_seed() -> None:
-    kept = [pr.plan(mlp(20), torch.zeros(1, 4), pr.Recipe(pr.random, seed=seed), target=pr.Sparsity(0.5)).keep["0"]
-            for seed in (0, 0, 1)]  # fmt: skip
+    kept = [
+        pr.plan(mlp(20), torch.zeros(1, 4), pr.Recipe(pr.criteria.random, seed=seed), target=pr.Sparsity(0.5)).keep["0"]
+        for seed in (0, 0, 1)
+    ]
     assert kept[0].equal(kept[1]) and not kept[0].equal(kept[2])
 
 
@@ -407,9 +409,11 @@ def test_a_recipe_that_makes_no_sense_is_refused(fields: dict[str, Any]) -> None
 
 RECIPES = [
     DEFAULT,
-    pr.Recipe(partial(pr.magnitude, p=2), (pr.Channel(pr.Reduce.MEAN), pr.Head()), pr.lamp, 0.1, 8, 3),
+    pr.Recipe(
+        partial(pr.magnitude, p=2), (pr.Channel(pr.granularity.Reduce.MEAN), pr.Head()), pr.allocation.lamp, 0.1, 8, 3
+    ),
     pr.Recipe(pr.wanda, pr.NM(2, 4)),
-    pr.Recipe(pr.taylor, pr.Block(4, 2), partial(pr.global_, normalise=pr.Normalise.NORM)),
+    pr.Recipe(pr.taylor, pr.Block(4, 2), partial(pr.global_, normalise=pr.allocation.Normalise.NORM)),
 ]
 
 
@@ -464,7 +468,7 @@ def test_the_table_is_aligned_and_complete() -> None:
 
 
 def test_named_recipes() -> None:
-    assert named("fpgm").criterion is pr.geometric_median
+    assert named("fpgm").criterion is pr.criteria.geometric_median
     assert named("taylor") == pr.Recipe(pr.taylor)
     with pytest.raises(RequestError, match="did you mean"):
         named("taylr")

@@ -29,17 +29,17 @@ def test_a_filter_scores_the_sum_over_its_rows() -> None:
     weight = mlp()[0].weight.detach().double()
     score = scorer(pr.magnitude)
     group = score.subject.groups[0]
-    assert torch.allclose(score.units(group, pr.Reduce.SUM), weight.abs().sum(1))
-    assert torch.allclose(score.units(group, pr.Reduce.MEAN), weight.abs().mean(1))
-    assert torch.allclose(score.units(group, pr.Reduce.MAX), weight.abs().amax(1))
+    assert torch.allclose(score.units(group, pr.granularity.Reduce.SUM), weight.abs().sum(1))
+    assert torch.allclose(score.units(group, pr.granularity.Reduce.MEAN), weight.abs().mean(1))
+    assert torch.allclose(score.units(group, pr.granularity.Reduce.MAX), weight.abs().amax(1))
 
 
 def test_group_norm_takes_producer_bias_and_readers() -> None:
     model = mlp().double()
-    score = scorer(partial(pr.group_norm, normalise=False))
+    score = scorer(partial(pr.criteria.group_norm, normalise=False))
     parts = [model[0].weight, model[0].bias.unsqueeze(1), model[2].weight.t()]
     expected = torch.cat(parts, 1).norm(dim=1).float()  # type: ignore[arg-type]
-    assert torch.allclose(score.units(score.subject.groups[0], pr.Reduce.SUM).float(), expected)
+    assert torch.allclose(score.units(score.subject.groups[0], pr.granularity.Reduce.SUM).float(), expected)
 
 
 class TwoNorms(nn.Module):
@@ -63,10 +63,10 @@ def test_the_scale_of_a_unit_is_the_mean_over_all_that_act_on_it() -> None:
         nn.init.uniform_(norm.weight, -1, 1)
     graph = couple(model, torch.randn(2, 3, 4, 4))
     (group,) = (g for g in graph.groups if any(m.role == "scale" for m in g.members))
-    score = Scorer(pr.bn_scale, Subject(model, graph, groups=(group,)), Statistics())
+    score = Scorer(pr.criteria.bn_scale, Subject(model, graph, groups=(group,)), Statistics())
     scales = (model.first.weight.abs() + model.second.weight.abs()).detach().double() / 2
     assert group.size == 4
-    assert torch.allclose(score.units(group, pr.Reduce.SUM), (scales[:4] + scales[4:]) / 2)
+    assert torch.allclose(score.units(group, pr.granularity.Reduce.SUM), (scales[:4] + scales[4:]) / 2)
 
 
 def test_weights_of_a_unit_with_several_positions_are_gathered() -> None:
@@ -74,21 +74,28 @@ def test_weights_of_a_unit_with_several_positions_are_gathered() -> None:
     model = TwoNorms()
     graph = couple(model, torch.randn(2, 3, 4, 4))
     (group,) = (g for g in graph.groups if any(m.role == "scale" for m in g.members))
-    score = Scorer(partial(pr.group_norm, p=1, normalise=False), Subject(model, graph, groups=(group,)), Statistics())
+    score = Scorer(
+        partial(pr.criteria.group_norm, p=1, normalise=False), Subject(model, graph, groups=(group,)), Statistics()
+    )
     per_channel = torch.zeros(8, dtype=torch.float64)
     for layer, norm in ((model.a, model.first), (model.b, model.second)):
         for values in (layer.weight.flatten(1).abs().sum(1), layer.bias.abs(), norm.weight.abs(), norm.bias.abs()):  # type: ignore[union-attr]
             per_channel += values.detach().double()
     readers = model.last.weight.detach().double().abs().sum((0, 2, 3))
-    assert torch.allclose(score.units(group, pr.Reduce.SUM), per_channel[:4] + per_channel[4:] + readers, rtol=1e-6)
+    assert torch.allclose(
+        score.units(group, pr.granularity.Reduce.SUM), per_channel[:4] + per_channel[4:] + readers, rtol=1e-6
+    )
 
 
 def test_a_unit_may_own_several_positions() -> None:
     values = torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0], [7.0, 8.0]])
     unit = torch.tensor([1, 0, 1, 0])
-    assert reduce_to_units([(values, unit)], 2, pr.Reduce.SUM).tolist() == [22, 14]
-    assert reduce_to_units([(values, unit), (values[:2, :1], unit[:2])], 2, pr.Reduce.MEAN).tolist() == [5, 3]
-    assert reduce_to_units([(values, unit)], 2, pr.Reduce.MAX).tolist() == [8, 6]
+    assert reduce_to_units([(values, unit)], 2, pr.granularity.Reduce.SUM).tolist() == [22, 14]
+    assert reduce_to_units([(values, unit), (values[:2, :1], unit[:2])], 2, pr.granularity.Reduce.MEAN).tolist() == [
+        5,
+        3,
+    ]
+    assert reduce_to_units([(values, unit)], 2, pr.granularity.Reduce.MAX).tolist() == [8, 6]
 
 
 def test_columns_of_a_convolution_are_summed_by_input_channel() -> None:
@@ -102,7 +109,7 @@ def test_columns_of_a_convolution_are_summed_by_input_channel() -> None:
     try:
         graph = couple(model, torch.randn(1, 3, 6, 6))
         score = Scorer(readers, Subject(model, graph, groups=graph.groups), Statistics())
-        found = score.units(graph.group("0"), pr.Reduce.SUM)
+        found = score.units(graph.group("0"), pr.granularity.Reduce.SUM)
     finally:
         del REGISTRY["readers"]
     assert torch.allclose(found, model[2].weight.detach().double().abs().sum((0, 2, 3)))
@@ -114,8 +121,8 @@ def test_taylor_of_a_unit_is_not_taylor_sq() -> None:
     subject = Subject(model, graph, groups=graph.groups)
     with untouched(model, 0):
         statistics = collect(subject, ["gate_grad", "grad_sq"], Source(data, square_loss))
-    joint = Scorer(pr.taylor, subject, statistics).units(graph.groups[0], pr.Reduce.SUM)
-    each = Scorer(pr.taylor_sq, subject, statistics).units(graph.groups[0], pr.Reduce.SUM)
+    joint = Scorer(pr.taylor, subject, statistics).units(graph.groups[0], pr.granularity.Reduce.SUM)
+    each = Scorer(pr.criteria.taylor_sq, subject, statistics).units(graph.groups[0], pr.granularity.Reduce.SUM)
     reads = torch.stack(
         [torch.autograd.grad(square_loss(model, x), model[2].weight)[0] * model[2].weight for x in data]
     )
@@ -124,11 +131,11 @@ def test_taylor_of_a_unit_is_not_taylor_sq() -> None:
 
 
 def test_noise_does_not_depend_on_which_groups_take_part() -> None:
-    one, two = scorer(pr.random, seed=1), scorer(pr.random, seed=2)
+    one, two = scorer(pr.criteria.random, seed=1), scorer(pr.criteria.random, seed=2)
     group = one.subject.groups[1]
-    alone = Scorer(pr.random, Subject(one.subject.model, one.subject.graph, groups=(group,)), Statistics(), 1)
-    assert one.units(group, pr.Reduce.SUM).equal(alone.units(group, pr.Reduce.SUM))
-    assert not one.units(group, pr.Reduce.SUM).equal(two.units(group, pr.Reduce.SUM))
+    alone = Scorer(pr.criteria.random, Subject(one.subject.model, one.subject.graph, groups=(group,)), Statistics(), 1)
+    assert one.units(group, pr.granularity.Reduce.SUM).equal(alone.units(group, pr.granularity.Reduce.SUM))
+    assert not one.units(group, pr.granularity.Reduce.SUM).equal(two.units(group, pr.granularity.Reduce.SUM))
 
 
 # -- levels --------------------------------------------------------------------------------------------------------
@@ -137,8 +144,8 @@ def test_noise_does_not_depend_on_which_groups_take_part() -> None:
 @pytest.mark.parametrize(
     ("criterion", "message"),
     [
-        (pr.group_norm, "group_norm scores units, not single weights"),
-        (pr.geometric_median, "geometric_median gives shape"),
+        (pr.criteria.group_norm, "group_norm scores units, not single weights"),
+        (pr.criteria.geometric_median, "geometric_median gives shape"),
         (lambda weight: weight.sum(), "gives shape"),
     ],
 )
@@ -154,13 +161,13 @@ def test_numbers_per_unit_and_per_weight_do_not_mix() -> None:
 
     score = scorer(mixed)
     with pytest.raises(pr.PruningError, match="per unit and per weight together"):
-        score.units(score.subject.groups[0], pr.Reduce.SUM)
+        score.units(score.subject.groups[0], pr.granularity.Reduce.SUM)
 
 
 def test_scores_that_are_not_finite_are_named() -> None:
     score = scorer(lambda weight: weight / 0)
     with pytest.raises(pr.PruningError, match="scores for 0 that are not finite"):
-        score.units(score.subject.groups[0], pr.Reduce.SUM)
+        score.units(score.subject.groups[0], pr.granularity.Reduce.SUM)
 
 
 def test_layers_are_found_by_entity() -> None:

@@ -21,7 +21,7 @@ def test_units_that_nothing_reads_go_and_others_stay() -> None:
     with torch.no_grad():
         model[2].weight[:, [1, 4]] = 0
         model[0].weight[2] = 0  # still a constant: its bias is read
-    plan = pr.plan_zeros(model, X)
+    plan = pr.planning.plan_zeros(model, X)
     assert {row.name: row.kept for row in plan.rows} == {"0": 4, "2": 5}
     assert plan.got == pytest.approx(2 / 11) == plan.target.value
     small = pr.shrink(model, plan)
@@ -33,7 +33,7 @@ def test_a_group_that_is_all_zero_keeps_one() -> None:
     model = mlp()
     with torch.no_grad():
         model[2].weight.zero_()
-    plan = pr.plan_zeros(model, X)
+    plan = pr.planning.plan_zeros(model, X)
     assert plan.keep["0"].tolist() == [True] + [False] * 5
     assert torch.allclose(pr.shrink(model, plan)(X), model(X), atol=1e-6)
 
@@ -65,7 +65,7 @@ def test_a_cut_that_changes_the_output_is_not_made() -> None:
     with torch.no_grad():
         model.b.weight[:, 2] = 0
     with pytest.raises(NotSupported, match="no unit is exactly zero"):
-        pr.plan_zeros(model, X)
+        pr.planning.plan_zeros(model, X)
 
 
 def test_a_cut_is_compared_with_the_model_as_it_is() -> None:
@@ -81,7 +81,7 @@ def test_heads() -> None:
     model, batch = Attention(), torch.randn(2, 5, 8)
     with torch.no_grad():
         model.out.weight[:, 3:6] = 0
-    plan = pr.plan_zeros(model, batch, granularity=pr.Head())
+    plan = pr.planning.plan_zeros(model, batch, granularity=pr.Head())
     assert plan.rows[0].kept == 3
     assert torch.allclose(pr.shrink(model, plan)(batch), model(batch), atol=1e-6)
 
@@ -90,15 +90,15 @@ def test_masks_of_single_weights() -> None:
     model = mlp()
     with torch.no_grad():
         model[0].weight[0, 1] = model[4].weight[2] = 0
-    plan = pr.plan_zeros(model, X, granularity=pr.Element())
+    plan = pr.planning.plan_zeros(model, X, granularity=pr.Element())
     assert [int((~plan.masks[f"{n}.weight"]).sum()) for n in "024"] == [1, 0, 5]
-    assert pr.plan_zeros(model, X, granularity=pr.Element(), skip=["4"]).got == pytest.approx(1 / 54)
+    assert pr.planning.plan_zeros(model, X, granularity=pr.Element(), skip=["4"]).got == pytest.approx(1 / 54)
     pr.finalize(pr.apply_(model, plan))
 
 
 def test_nothing_is_zero() -> None:
     for grain in (pr.Element(), pr.Channel()):
         with pytest.raises(NotSupported, match="is exactly zero"):
-            pr.plan_zeros(mlp(), X, granularity=grain)
+            pr.planning.plan_zeros(mlp(), X, granularity=grain)
     with pytest.raises(RequestError, match="Element"):
-        pr.plan_zeros(mlp(), X, granularity=pr.Width())  # type: ignore[arg-type]
+        pr.planning.plan_zeros(mlp(), X, granularity=pr.Width())  # type: ignore[arg-type]

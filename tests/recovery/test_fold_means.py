@@ -72,7 +72,7 @@ class Scaled(nn.Module):
 @pytest.mark.parametrize("padding", [0, 1])
 def test_a_channel_of_scale_zero_is_the_constant_that_its_activation_makes_of_the_shift(padding: int) -> None:
     model, x = Scaled(padding).double().eval(), torch.randn(2, 3, 9, 9, dtype=torch.float64)
-    plan = cut(model, x, 1 / 3, pr.bn_scale)
+    plan = cut(model, x, 1 / 3, pr.criteria.bn_scale)
     assert plan.keep["a"].tolist() == [True, False, True, True, False, True]
     small = pr.shrink(model, plan)
     fold_means(small, model, [x], plan)
@@ -89,7 +89,7 @@ def test_fluctuation_removes_what_the_bias_can_replace_exactly() -> None:
     with torch.no_grad():
         model[0].weight[1], model[0].bias[1] = 5, -1000  # dead, not for want of weights
         model[2].weight[:, 1] *= 100
-    plan = cut(model, x, 1 / 3, pr.fluctuation, data=[x], only=["0"])
+    plan = cut(model, x, 1 / 3, pr.criteria.fluctuation, data=[x], only=["0"])
     assert plan.keep["0"].tolist() == [True, False, True, True, False, True]
     small = pr.shrink(model, plan)
     fold_means(small, model, [x], plan)

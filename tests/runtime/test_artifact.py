@@ -32,7 +32,7 @@ pytestmark = pytest.mark.usefixtures("eager_to_skip")
 
 @pytest.fixture
 def folder(tmp_path: Path, kernels: Calls) -> Path:
-    return pr.save_sparse(pr.sparse(net(), IMAGE), tmp_path / "small", factory=net).path
+    return pr.runtime.save_sparse(pr.sparse(net(), IMAGE), tmp_path / "small", factory=net).path
 
 
 def edit(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
@@ -48,29 +48,29 @@ def test_a_sparse_model_comes_back(
     tmp_path: Path, kernels: Calls, make: Callable[[], nn.Module], x: Tensor, fuse: bool
 ) -> None:
     made = pr.sparse(make(), x, fuse=fuse)
-    saved = pr.save_sparse(made, tmp_path / "small", factory=make)
-    assert saved.files == ("manifest.json", "model.safetensors") and saved.reader == "prunella.load_sparse"
-    again = pr.load_sparse(saved.path, factory=make)
+    saved = pr.runtime.save_sparse(made, tmp_path / "small", factory=make)
+    assert saved.files == ("manifest.json", "model.safetensors") and saved.reader == "prunella.runtime.load_sparse"
+    again = pr.runtime.load_sparse(saved.path, factory=make)
     assert torch.equal(again(x), made(x)) and not again.training and type(again).__name__ == type(made).__name__
-    one, other = pr.sparsified(made), pr.sparsified(again)
+    one, other = pr.runtime.sparsified(made), pr.runtime.sparsified(again)
     assert other.replaced == one.replaced and other.traced == one.traced
     kept = [layer.table for layer in one.layers if not layer.why]
     assert [layer.table for layer in other.layers] == kept
     assert {n: t.tolist() for n, t in again.state_dict().items()} == {
         n: t.tolist() for n, t in made.state_dict().items()
     }
-    pr.save_sparse(again, tmp_path / "again", factory=make)
+    pr.runtime.save_sparse(again, tmp_path / "again", factory=make)
 
 
 def test_the_layout_of_images_comes_back(tmp_path: Path, kernels: Calls, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(whole, "faster", lambda a, b, x: Ratio(2.0, 1.9, 2.1))
     made = pr.sparse(net(), IMAGE)
-    saved = pr.save_sparse(made, tmp_path / "small", factory=net)
-    again = pr.load_sparse(saved.path, factory=net)
-    assert pr.sparsified(made).last and pr.sparsified(again).last
+    saved = pr.runtime.save_sparse(made, tmp_path / "small", factory=net)
+    again = pr.runtime.load_sparse(saved.path, factory=net)
+    assert pr.runtime.sparsified(made).last and pr.runtime.sparsified(again).last
     torch.testing.assert_close(again(IMAGE), made(IMAGE))
     edit(saved.path, lambda manifest: manifest["sparse"].pop("last"))  # as an older version wrote it
-    assert not pr.sparsified(pr.load_sparse(saved.path, factory=net)).last
+    assert not pr.runtime.sparsified(pr.runtime.load_sparse(saved.path, factory=net)).last
 
 
 def test_zeros_take_a_bit(tmp_path: Path, kernels: Calls) -> None:
@@ -78,7 +78,7 @@ def test_zeros_take_a_bit(tmp_path: Path, kernels: Calls) -> None:
         torch.manual_seed(0)
         return sown(nn.Sequential(nn.Linear(200, 300, bias=False)), 0.9)
 
-    saved = pr.save_sparse(pr.sparse(big(), torch.randn(4, 200)), tmp_path / "small", factory=big)
+    saved = pr.runtime.save_sparse(pr.sparse(big(), torch.randn(4, 200)), tmp_path / "small", factory=big)
     values = int(torch.count_nonzero(big().get_parameter("0.weight")))
     size = (saved.path / "model.safetensors").stat().st_size
     assert 4 * values + 200 * 300 // 8 <= size < 4 * values + 200 * 300 // 8 + 500
@@ -87,7 +87,7 @@ def test_zeros_take_a_bit(tmp_path: Path, kernels: Calls) -> None:
 def test_a_fresh_process_reads_it(folder: Path, tmp_path: Path) -> None:
     code = (
         "import sys, torch, prunella as pr\nfrom tests.runtime.test_sparse import IMAGE, net\n"
-        "made = pr.load_sparse(sys.argv[1], factory=net, seconds=0.02)\n"
+        "made = pr.runtime.load_sparse(sys.argv[1], factory=net, seconds=0.02)\n"
         "torch.testing.assert_close(made(IMAGE), net()(IMAGE), rtol=1e-4, atol=1e-5)\n"
     )
     subprocess.run([sys.executable, "-c", code, str(folder)], check=True, cwd=Path(__file__).parents[2])
@@ -104,10 +104,10 @@ def test_elsewhere_it_is_measured_again(folder: Path, kernels: Calls, monkeypatc
         return real(self, weight, bias, geometry, problems, joined)
 
     monkeypatch.setattr(artifact.Tuner, "conv", conv)
-    pr.load_sparse(folder, factory=net)
+    pr.runtime.load_sparse(folder, factory=net)
     assert asked == []
     monkeypatch.setattr(artifact, "fingerprint", lambda: {**fingerprint(), "cpu": "another"})
-    again = pr.load_sparse(folder, factory=net)
+    again = pr.runtime.load_sparse(folder, factory=net)
     assert len(asked) == 3 and {p.image for p in asked} == {tuple(IMAGE.shape)}
     assert sum(isinstance(m, SparseConv2d) for m in again.modules()) == 3
     assert {joined.activation for joined in joins} == {Activation.RELU, Activation.NONE}  # with what joins them
@@ -121,7 +121,7 @@ def test_a_choice_that_this_library_would_not_make_is_measured_again(folder: Pat
 
     edit(folder, wild)
     kernels.clear()
-    record = pr.sparsified(pr.load_sparse(folder, factory=net))
+    record = pr.runtime.sparsified(pr.runtime.load_sparse(folder, factory=net))
     assert {getattr(v.choice, "rows", 4) for layer in record.layers for v in layer.verdicts} == {4}
 
 
@@ -136,9 +136,9 @@ def test_a_hugging_face_model_needs_no_factory(
     model = sown(transformers.GPT2LMHeadModel(config), 0.5)
     ids = torch.arange(7)[None]
     made = pr.sparse(model, {"input_ids": ids, "use_cache": False})
-    saved = pr.save_sparse(made, tmp_path / "small")
+    saved = pr.runtime.save_sparse(made, tmp_path / "small")
     assert "config.json" not in saved.files  # from_pretrained would make up the weights that it does not find
-    again = pr.load_sparse(saved.path)
+    again = pr.runtime.load_sparse(saved.path)
     assert torch.equal(again(ids).logits, made(ids).logits)
     assert sum(isinstance(m, SparseLinear) for m in again.modules()) == 4
     assert again.lm_head.weight is again.transformer.wte.weight
@@ -160,7 +160,7 @@ def test_activations_that_joined_come_back(tmp_path: Path, kernels: Calls) -> No
     joined = [m.activation.value for m in made.modules() if isinstance(m, SparseLinear) and m.activation_path]
     assert joined == ["gelu", "gelu"]
     torch.testing.assert_close(made(ids).last_hidden_state, model(ids).last_hidden_state)
-    again = pr.load_sparse(pr.save_sparse(made, tmp_path / "small").path)
+    again = pr.runtime.load_sparse(pr.runtime.save_sparse(made, tmp_path / "small").path)
     assert torch.equal(again(ids).last_hidden_state, made(ids).last_hidden_state)
     assert [m.activation_path for m in again.modules() if isinstance(m, SparseLinear)] == [
         m.activation_path for m in made.modules() if isinstance(m, SparseLinear)
@@ -175,8 +175,8 @@ def test_a_dense_result_is_stored_dense(tmp_path: Path, kernels: Calls) -> None:
         return nn.Sequential(nn.Linear(3, 3)).eval()
 
     made = pr.sparse(full(), torch.ones(2, 3))
-    again = pr.load_sparse(pr.save_sparse(made, tmp_path / "small", factory=full).path, factory=full)
-    assert torch.equal(again(torch.ones(2, 3)), made(torch.ones(2, 3))) and not pr.sparsified(again).kept
+    again = pr.runtime.load_sparse(pr.runtime.save_sparse(made, tmp_path / "small", factory=full).path, factory=full)
+    assert torch.equal(again(torch.ones(2, 3)), made(torch.ones(2, 3))) and not pr.runtime.sparsified(again).kept
 
 
 def test_each_reader_names_the_other(folder: Path, tmp_path: Path) -> None:
@@ -184,14 +184,14 @@ def test_each_reader_names_the_other(folder: Path, tmp_path: Path) -> None:
         pr.load(folder, factory=net)
     dense = pr.save(net(), tmp_path / "dense", factory=net)
     with pytest.raises(RequestError, match=r"prunella\.load"):
-        pr.load_sparse(dense.path, factory=net)
+        pr.runtime.load_sparse(dense.path, factory=net)
 
 
 def test_what_cannot_be_saved(tmp_path: Path, kernels: Calls) -> None:
     with pytest.raises(RequestError, match="has no record"):
-        pr.save_sparse(net(), tmp_path / "a", factory=net)
+        pr.runtime.save_sparse(net(), tmp_path / "a", factory=net)
     with pytest.raises(RequestError, match="needs its factory"):
-        pr.save_sparse(pr.sparse(net(), IMAGE), tmp_path / "b")
+        pr.runtime.save_sparse(pr.sparse(net(), IMAGE), tmp_path / "b")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -226,7 +226,7 @@ ROW = {"kind": "rows", "precision": "fp32", "rows": 4, "tile": 4, "depth": 256}
 def test_a_hostile_manifest_is_refused(folder: Path, change: Callable[[dict[str, Any]], object], why: str) -> None:
     edit(folder, lambda manifest: change(manifest["sparse"]))
     with pytest.raises(BadInput, match=why):
-        pr.load_sparse(folder, factory=net)
+        pr.runtime.load_sparse(folder, factory=net)
 
 
 def test_a_damaged_file_is_refused(folder: Path) -> None:
@@ -234,20 +234,20 @@ def test_a_damaged_file_is_refused(folder: Path) -> None:
     data = file.read_bytes()
     file.write_bytes(data[:-5])
     with pytest.raises(BadInput, match="damaged"):
-        pr.load_sparse(folder, factory=net)
+        pr.runtime.load_sparse(folder, factory=net)
     file.write_bytes(data[:-5] + b"12345")
     with pytest.raises(BadInput, match="digest"):
-        pr.load_sparse(folder, factory=net)
+        pr.runtime.load_sparse(folder, factory=net)
     file.unlink()
     with pytest.raises(BadInput, match="missing"):
-        pr.load_sparse(folder, factory=net)
+        pr.runtime.load_sparse(folder, factory=net)
 
 
 def test_routes_of_torch_need_no_library(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from prunella.runtime.kernels import library as native
 
     monkeypatch.setattr(native, "available", lambda: False)
-    again = pr.load_sparse(folder, factory=net)
+    again = pr.runtime.load_sparse(folder, factory=net)
     torch.testing.assert_close(again(IMAGE), net()(IMAGE), rtol=1e-4, atol=1e-5)
-    choices = {v.choice for layer in pr.sparsified(again).layers for v in layer.verdicts}
+    choices = {v.choice for layer in pr.runtime.sparsified(again).layers for v in layer.verdicts}
     assert choices <= set(Route)

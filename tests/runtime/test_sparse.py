@@ -112,9 +112,9 @@ def test_the_output_is_that_of_the_dense_model(make: Callable[[], nn.Module], x:
             torch.testing.assert_close(made(given).double(), want, rtol=1e-5, atol=1e-5)
             torch.testing.assert_close(copy.deepcopy(made)(given), made(given))
     assert all(torch.equal(value, model.state_dict()[name]) for name, value in before.items())
-    record = pr.sparsified(made)
+    record = pr.runtime.sparsified(made)
     assert record.kept and record.difference < 1e-5 and len(record.replaced) == len(record.layers) >= 3
-    assert isinstance(made, GraphModule) == fuse and pr.sparsified(copy.deepcopy(made)) == record
+    assert isinstance(made, GraphModule) == fuse and pr.runtime.sparsified(copy.deepcopy(made)) == record
     assert not any(isinstance(module, nn.Linear | nn.Conv2d) for module in made.modules())
 
 
@@ -139,7 +139,7 @@ def test_batch_norms_join_the_dense_convolutions_of_a_trace_too() -> None:
     assert isinstance(first, FoldedConv2d) and isinstance(second, FoldedConv2d)
     assert first.activation is Activation.SILU and second.activation is Activation.RELU and first.groups == 4
     steps = [str(node.target) for node in made.graph.nodes if node.op == "call_module"]  # type: ignore[union-attr]
-    assert steps == ["first", "second", "last"] and pr.sparsified(made).replaced == ("last",)
+    assert steps == ["first", "second", "last"] and pr.runtime.sparsified(made).replaced == ("last",)
     torch.testing.assert_close(made(IMAGE), model(IMAGE), rtol=1e-4, atol=1e-5)
     assert torch.equal(first.weight, model.get_parameter("first.weight"))
     again = restored(made)
@@ -278,7 +278,7 @@ def test_nothing_is_kept_that_is_not_faster(kernels: Calls, monkeypatch: pytest.
     monkeypatch.setattr(native, "linear", slow)
     monkeypatch.setattr(tune, "_onednn", lambda: iter(()))
     made = pr.sparse(mlp(), X, seconds=0.05)
-    record = pr.sparsified(made)
+    record = pr.runtime.sparsified(made)
     skips = {v.choice for layer in record.layers for v in layer.verdicts} - {Route.TORCH, Route.CSR}
     assert not skips and all(layer.verdicts for layer in record.layers)
 
@@ -302,7 +302,7 @@ def test_a_whole_model_that_is_not_faster_stays_dense(
 
     monkeypatch.setattr(whole, "interleaved", lambda runs: Measured())
     made = pr.sparse(make(), x, fuse=False)
-    record = pr.sparsified(made)
+    record = pr.runtime.sparsified(made)
     assert record.kept == kept == any(isinstance(module, SparseConv2d | SparseLinear) for module in made.modules())
     assert kept or ("the whole model stays dense" in record.why and record.replaced == ())
 
@@ -323,7 +323,7 @@ def test_without_kernels_torch_does_it(monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.randn(32, 256)
     made = pr.sparse(model, x, seconds=0.1)
     torch.testing.assert_close(made(x), model(x), rtol=1e-4, atol=1e-5)
-    record = pr.sparsified(made)
+    record = pr.runtime.sparsified(made)
     assert "none, only those of torch" in str(record)
     choices = {v.choice for layer in record.layers for v in layer.verdicts}
     assert choices <= {Route.TORCH, Route.ONEDNN, Route.CSR}
@@ -345,7 +345,7 @@ def test_layers_that_cannot_be_replaced_say_why() -> None:
     nn.init.ones_(model.full.weight)
     model.twin.weight = model.tied.weight
     model.hooked.register_forward_hook(lambda module, args, output: None)
-    record = pr.sparsified(pr.sparse(model, X))
+    record = pr.runtime.sparsified(pr.sparse(model, X))
     why = {layer.name: layer.why for layer in record.layers}
     assert why == {
         "full": "it has hardly any zeros", "idle": "the example does not call it",
@@ -367,7 +367,7 @@ def test_requests_that_make_no_sense() -> None:
     with pytest.raises(RequestError, match="does not run on the example"):
         pr.sparse(mlp(), X[:, :5])
     with pytest.raises(RequestError, match="has no record"):
-        pr.sparsified(mlp())
+        pr.runtime.sparsified(mlp())
 
 
 @pytest.mark.usefixtures("eager_to_skip")
@@ -458,7 +458,7 @@ def test_images_run_with_their_channels_last_where_that_is_faster(monkeypatch: p
         ratio = Ratio(1.2, 1.1, 1.3) if faster else Ratio(1.0, 0.9, 1.1)
         monkeypatch.setattr(whole, "faster", lambda a, b, x, r=ratio: r if is_traced(a) else Ratio(2.0, 1.9, 2.1))
         made = pr.sparse(model, IMAGE)
-        record = pr.sparsified(made)
+        record = pr.runtime.sparsified(made)
         assert record.last == faster == ("channels last" in str(record))
         layer = next(m for m in made.modules() if isinstance(m, SparseConv2d))
         layer.register_forward_pre_hook(
@@ -501,12 +501,12 @@ def test_a_model_that_is_slower_for_one_token_runs_dense_code_there(monkeypatch:
     torch.manual_seed(0)
     model = sown(nn.Sequential(nn.Embedding(9, 16), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16)))
     made = pr.sparse(model, torch.arange(9)[None].repeat(4, 1))
-    record = pr.sparsified(made)
+    record = pr.runtime.sparsified(made)
     assert record.kept and record.one is slower and "1.25x slower [1.11, 1.43], so dense code runs there" in str(record)
     for layer in record.layers:
         few = {v.problem.size: is_dense(v.choice) for v in layer.verdicts}
         assert few == {1: True, 2: True, 4: True, 8: True, 32: False, 36: False}
-    tiny = pr.sparsified(pr.sparse(model, torch.arange(8)[None]))
+    tiny = pr.runtime.sparsified(pr.sparse(model, torch.arange(8)[None]))
     assert not tiny.kept and "slower for one token" in tiny.why
 
 
@@ -525,11 +525,11 @@ def test_a_tied_head_of_a_large_model_runs_a_kernel_for_a_few_tokens(monkeypatch
     torch.manual_seed(0)
     model, ids = Tied(), torch.arange(9).repeat(2)[None]
     sown(model.up)
-    assert pr.sparsified(pr.sparse(model, ids)).replaced == ("up",)
+    assert pr.runtime.sparsified(pr.sparse(model, ids)).replaced == ("up",)
     monkeypatch.setattr(convert, "last_cache", lambda: 0)
     for fuse in (True, False):
         made = pr.sparse(model, ids, fuse=fuse)
-        record, head = pr.sparsified(made), made.get_submodule("head")
+        record, head = pr.runtime.sparsified(made), made.get_submodule("head")
         assert record.replaced == ("up", "head") and isinstance(head, FastLinear)
         assert head.weight is made.get_submodule("words").weight and "head  0% zeros  1: decode fp32" in str(record)
         for some in (ids, ids[:, :1]):
@@ -565,19 +565,19 @@ def test_gpt2_layers_and_generation_give_the_dense_tokens(kernels: Calls) -> Non
 def test_dense_fast_changes_linear_layers_only() -> None:
     model = net()
     x = IMAGE
-    made = pr.dense_fast(model, x)
+    made = pr.runtime.dense_fast(model, x)
     assert isinstance(made.get_submodule("3"), FastLinear) and not any(
         isinstance(m, SparseConv2d) for m in made.modules()
     )
     torch.testing.assert_close(made(x), model(x))
-    record = pr.sparsified(made)
+    record = pr.runtime.sparsified(made)
     assert record.replaced == ("3",) and "dense kernel" in str(record)
     assert made.state_dict().keys() == model.state_dict().keys()
 
 
 def test_dense_fast_leaves_a_model_that_gains_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tune, "_onednn", lambda: iter(()))
-    record = pr.sparsified(pr.dense_fast(mlp(), X, seconds=0.02))
+    record = pr.runtime.sparsified(pr.runtime.dense_fast(mlp(), X, seconds=0.02))
     assert not record.replaced and "by itself" in record.why
 
 

@@ -29,8 +29,8 @@ import sys, warnings
 import prunella as pr
 from tests.graphs import convnet, images
 from tests.search.test_netadapt import quality
-cuts = pr.space(convnet().eval(), images()[0], pr.Recipe())
-found = pr.evolve(cuts, pr.MACs(0.4), quality, trials=10, storage=sys.argv[1], seed=int(sys.argv[2]))
+cuts = pr.search.space(convnet().eval(), images()[0], pr.Recipe())
+found = pr.search.evolve(cuts, pr.MACs(0.4), quality, trials=10, storage=sys.argv[1], seed=int(sys.argv[2]))
 print(found.tried, found.value, found.cost)
 """
 

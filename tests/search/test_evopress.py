@@ -30,7 +30,7 @@ def levels() -> Levels:
     made = {}
     for s in AT:
         model = uneven()
-        pr.solve_(model, batches()[0], pr.OneShot(sparsity=s), data=batches())
+        pr.llm.solve_(model, batches()[0], pr.llm.OneShot(sparsity=s), data=batches())
         made[s] = model
     return Levels(made)
 

@@ -16,14 +16,16 @@ from tests.llm.nets import generates_as_without_a_cache, language_model, logits,
 
 def test_each_block_is_the_one_that_costs_least_and_the_plan_drops_them() -> None:
     model, data = language_model(), windows(2)
-    quality = pr.agreement(model, data, logits=True)
+    quality = pr.search.agreement(model, data, logits=True)
     seen: dict[frozenset[str], float] = {}
-    found = pr.greedy_blocks(model, data[0], quality, count=2, on_try=lambda gone, v: seen.update({frozenset(gone): v}))
+    found = pr.search.greedy_blocks(
+        model, data[0], quality, count=2, on_try=lambda gone, v: seen.update({frozenset(gone): v})
+    )
     paths = [f"model.layers.{k}" for k in range(5)]
-    direct = {p: quality(pr.shrink(model, pr.drop_blocks(model, data[0], [p])).eval()) for p in paths}
+    direct = {p: quality(pr.shrink(model, pr.llm.drop_blocks(model, data[0], [p])).eval()) for p in paths}
     first = max(paths, key=lambda p: direct[p])
     after = {
-        p: quality(pr.shrink(model, pr.drop_blocks(model, data[0], [first, p])).eval()) for p in paths if p != first
+        p: quality(pr.shrink(model, pr.llm.drop_blocks(model, data[0], [first, p])).eval()) for p in paths if p != first
     }
     second = max(after, key=lambda p: after[p])
     assert found.paths == (first, second) and found.tried == 9
@@ -41,16 +43,19 @@ def test_a_loss_sees_what_the_influence_does_not() -> None:
         for k in (1, 2):
             model.model.layers[k].self_attn.o_proj.weight.mul_(0.05)
             model.model.layers[k].mlp.down_proj.weight.mul_(0.05)
-    few = pr.greedy_blocks(model, data[0], pr.agreement(model, data, logits=True), count=1, data=data, among=2)
+    few = pr.search.greedy_blocks(
+        model, data[0], pr.search.agreement(model, data, logits=True), count=1, data=data, among=2
+    )
     assert few.tried == 2 and few.paths[0] in ("model.layers.1", "model.layers.2")
-    worst = pr.greedy_blocks(model, data[0], lambda m: -pr.agreement(model, data, logits=True)(m), count=1, data=data,
-                             among=2)  # fmt: skip
+    worst = pr.search.greedy_blocks(
+        model, data[0], lambda m: -pr.search.agreement(model, data, logits=True)(m), count=1, data=data, among=2
+    )
     assert {few.paths[0], worst.paths[0]} == {"model.layers.1", "model.layers.2"}
 
 
 def test_a_search_that_was_stopped_goes_on_with_the_same_result(tmp_path: Path) -> None:
     model, data = language_model(), windows(1)
-    quality, calls = pr.agreement(model, data, logits=True), list[int]()
+    quality, calls = pr.search.agreement(model, data, logits=True), list[int]()
 
     def stops(small: nn.Module) -> float:
         calls.append(1)
@@ -58,33 +63,33 @@ def test_a_search_that_was_stopped_goes_on_with_the_same_result(tmp_path: Path) 
             raise KeyboardInterrupt
         return quality(small)
 
-    whole = pr.greedy_blocks(model, data[0], quality, count=2)
+    whole = pr.search.greedy_blocks(model, data[0], quality, count=2)
     with pytest.raises(KeyboardInterrupt):
-        pr.greedy_blocks(model, data[0], stops, count=2, folder=tmp_path)
-    rest = pr.greedy_blocks(model, data[0], quality, count=2, folder=tmp_path)
+        pr.search.greedy_blocks(model, data[0], stops, count=2, folder=tmp_path)
+    rest = pr.search.greedy_blocks(model, data[0], quality, count=2, folder=tmp_path)
     assert (rest.paths, rest.values, rest.tried) == (whole.paths, whole.values, 3)
-    assert pr.greedy_blocks(model, data[0], quality, count=2, folder=tmp_path).tried == 0
-    assert pr.greedy_blocks(model, data[0], quality, count=3, folder=tmp_path).tried == 3
+    assert pr.search.greedy_blocks(model, data[0], quality, count=2, folder=tmp_path).tried == 0
+    assert pr.search.greedy_blocks(model, data[0], quality, count=3, folder=tmp_path).tried == 3
     other = silent(language_model(), 1)
     with pytest.raises(RequestError, match="not continued"):
-        pr.greedy_blocks(other, data[0], quality, count=2, folder=tmp_path)
+        pr.search.greedy_blocks(other, data[0], quality, count=2, folder=tmp_path)
 
 
 def test_equal_blocks_go_in_their_order_and_the_model_is_as_it_was() -> None:
     model, data = silent(language_model(), 1, 3), windows(1)
     before = logits(model, data[0])
-    found = pr.greedy_blocks(model, data[0], lambda m: 1.0, count=2)
+    found = pr.search.greedy_blocks(model, data[0], lambda m: 1.0, count=2)
     assert found.paths == ("model.layers.0", "model.layers.1")
     assert torch.equal(logits(model, data[0]), before)
-    best = pr.greedy_blocks(model, data[0], pr.agreement(model, data, logits=True), count=2)
+    best = pr.search.greedy_blocks(model, data[0], pr.search.agreement(model, data, logits=True), count=2)
     assert set(best.paths) == {"model.layers.1", "model.layers.3"} and best.values[-1] == pytest.approx(0, abs=1e-6)
 
 
 def test_what_cannot_be_searched_is_said() -> None:
     model, data = language_model(), windows(1)
     with pytest.raises(RequestError, match="cannot drop so many"):
-        pr.greedy_blocks(model, data[0], lambda m: 1.0, count=5)
+        pr.search.greedy_blocks(model, data[0], lambda m: 1.0, count=5)
     with pytest.raises(RequestError, match="among= needs data="):
-        pr.greedy_blocks(model, data[0], lambda m: 1.0, count=1, among=2)
+        pr.search.greedy_blocks(model, data[0], lambda m: 1.0, count=1, among=2)
     with pytest.raises(CheckFailed, match="not a number"):
-        pr.greedy_blocks(model, data[0], lambda m: math.nan, count=1)
+        pr.search.greedy_blocks(model, data[0], lambda m: math.nan, count=1)

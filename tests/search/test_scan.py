@@ -29,8 +29,8 @@ def alive(model: nn.Module) -> float:
 
 
 def test_every_point_is_the_real_cut_of_one_group() -> None:
-    cuts = pr.space(convnet(), torch.randn(IMAGE), pr.Recipe())
-    found = pr.scan(cuts, size, ratios=(0.25, 0.5))
+    cuts = pr.search.space(convnet(), torch.randn(IMAGE), pr.Recipe())
+    found = pr.search.scan(cuts, size, ratios=(0.25, 0.5))
     assert found.base == 902 and found.measured == 5
     # 8 channels of 27 weights, 2 of the norm and 54 readers; 6 of 72, 2 and 36
     assert found.curves["0"] == ((0.25, 902 - 2 * (27 + 2 + 54)), (0.5, 902 - 4 * (27 + 2 + 54)))
@@ -39,7 +39,7 @@ def test_every_point_is_the_real_cut_of_one_group() -> None:
 
 def test_the_units_that_go_are_those_of_a_plan() -> None:
     model, batch = convnet().eval(), images()[0]
-    cuts = pr.space(model, batch, pr.Recipe())
+    cuts = pr.search.space(model, batch, pr.Recipe())
     plan = pr.plan(model, batch, pr.Recipe(), target=pr.Sparsity(0.5), only=["0"])
     small = pr.shrink(model, plan)
     assert all(
@@ -48,8 +48,8 @@ def test_the_units_that_go_are_those_of_a_plan() -> None:
 
 
 def test_masks_are_scanned_too() -> None:
-    cuts = pr.space(convnet(), torch.randn(IMAGE), pr.Recipe(granularity=pr.Element()))
-    found = pr.scan(cuts, alive, ratios=(0.5,))
+    cuts = pr.search.space(convnet(), torch.randn(IMAGE), pr.Recipe(granularity=pr.Element()))
+    found = pr.search.scan(cuts, alive, ratios=(0.5,))
     assert found.curves["3"] == ((0.5, found.base - 216),)
     assert alive(cuts.cut((0, 10, 0))) == found.base - 10 and len(pr.masks_of(cuts.cut((0, 10, 0)))) == 1
 
@@ -69,18 +69,18 @@ def test_model_buffers_modes_and_generators_are_restored_bit_for_bit() -> None:
             parameter.data.add_(1)
         return float(torch.rand(()))
 
-    first = pr.scan(pr.space(model, torch.randn(IMAGE), pr.Recipe()), spoil)
+    first = pr.search.scan(pr.search.space(model, torch.randn(IMAGE), pr.Recipe()), spoil)
     assert all(value.equal(before[name]) for name, value in model.state_dict().items())
     assert [module.training for module in model.modules()] == modes
     torch.set_rng_state(dice)
-    pr.scan(pr.space(model, images()[0], pr.Recipe()), spoil)
+    pr.search.scan(pr.search.space(model, images()[0], pr.Recipe()), spoil)
     assert torch.get_rng_state().equal(dice)
     assert len({value for curve in first.curves.values() for _, value in curve}) == 1  # the same seed for each
 
 
 def test_a_scan_goes_on_where_it_stopped(tmp_path: Path) -> None:
-    cuts = pr.space(convnet(), images()[0], pr.Recipe())
-    whole = pr.scan(cuts, size)
+    cuts = pr.search.space(convnet(), images()[0], pr.Recipe())
+    whole = pr.search.scan(cuts, size)
     calls = 0
 
     def dies(model: nn.Module) -> float:
@@ -91,12 +91,12 @@ def test_a_scan_goes_on_where_it_stopped(tmp_path: Path) -> None:
         return size(model)
 
     with pytest.raises(KeyboardInterrupt):
-        pr.scan(cuts, dies, folder=tmp_path)
+        pr.search.scan(cuts, dies, folder=tmp_path)
     with (tmp_path / "journal.jsonl").open("ab") as file:
         file.write(b'{"key": "3:1", "val')  # cut short by the kill
-    again = pr.scan(cuts, size, folder=tmp_path)
+    again = pr.search.scan(cuts, size, folder=tmp_path)
     assert again.curves == whole.curves and again.measured == whole.measured - 3
-    assert pr.scan(cuts, dies, folder=tmp_path).measured == 0
+    assert pr.search.scan(cuts, dies, folder=tmp_path).measured == 0
     for line in (tmp_path / "journal.jsonl").read_text().splitlines():
         json.loads(line)
 
@@ -109,7 +109,7 @@ from tests.search.test_scan import size
 def slow(model):
     time.sleep(0.2)
     return size(model)
-pr.scan(pr.space(convnet(), images()[0], pr.Recipe()), slow, folder=sys.argv[1])
+pr.search.scan(pr.search.space(convnet(), images()[0], pr.Recipe()), slow, folder=sys.argv[1])
 """
 
 
@@ -122,16 +122,16 @@ def test_a_killed_process_loses_nothing_that_was_measured(tmp_path: Path) -> Non
             time.sleep(0.1)
         os.kill(process.pid, signal.SIGKILL)
     done = journal.read_bytes().count(b"\n") - 1
-    cuts = pr.space(convnet(), images()[0], pr.Recipe())
-    whole = pr.scan(cuts, size)
-    found = pr.scan(cuts, size, folder=tmp_path)
+    cuts = pr.search.space(convnet(), images()[0], pr.Recipe())
+    whole = pr.search.scan(cuts, size)
+    found = pr.search.scan(cuts, size, folder=tmp_path)
     assert done >= 2 and found.measured == whole.measured - done and found.curves == whole.curves
 
 
 def test_another_question_does_not_get_the_answers(tmp_path: Path) -> None:
-    pr.scan(pr.space(convnet(), images()[0], pr.Recipe()), size, folder=tmp_path)
+    pr.search.scan(pr.search.space(convnet(), images()[0], pr.Recipe()), size, folder=tmp_path)
     with pytest.raises(pr.PruningError, match="another model, recipe or question"):
-        pr.scan(pr.space(convnet(seed=1), images()[0], pr.Recipe()), size, folder=tmp_path)
+        pr.search.scan(pr.search.space(convnet(seed=1), images()[0], pr.Recipe()), size, folder=tmp_path)
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "journal.jsonl").write_text('{"asked": "x"}\n{"no": 1}\n')
     with pytest.raises(pr.PruningError, match="damaged in line 2"):
@@ -139,13 +139,13 @@ def test_another_question_does_not_get_the_answers(tmp_path: Path) -> None:
 
 
 def test_ratios_follow_align_and_floor() -> None:
-    cuts = pr.space(convnet(), images()[0], pr.Recipe(align=4, floor=0.4))
+    cuts = pr.search.space(convnet(), images()[0], pr.Recipe(align=4, floor=0.4))
     assert [cuts.levels(i) for i in range(2)] == [[0, 4], [0, 2]]
-    assert [x for x, _ in pr.scan(cuts, size).curves["0"]] == [0.5]
+    assert [x for x, _ in pr.search.scan(cuts, size).curves["0"]] == [0.5]
     with pytest.raises(pr.PruningError, match="between 0 and 1"):
-        pr.scan(cuts, size, ratios=(0.5, 1.0))
+        pr.search.scan(cuts, size, ratios=(0.5, 1.0))
     with pytest.raises(pr.PruningError, match="nothing to search"):
-        pr.space(convnet(), images()[0], pr.Recipe(granularity=pr.NM(2, 4)))
+        pr.search.space(convnet(), images()[0], pr.Recipe(granularity=pr.NM(2, 4)))
 
 
 def test_agreement_by_hand() -> None:
@@ -154,17 +154,17 @@ def test_agreement_by_hand() -> None:
         dense.weight.copy_(torch.eye(2))
         other.weight.copy_(torch.tensor([[1.0, 0.0], [0.0, 0.5]]))
     batch = torch.tensor([[3.0, 4.0]])
-    assert pr.agreement(dense, [batch])(dense) == 0
-    assert pr.agreement(dense, [batch])(other) == pytest.approx(-4 / 25)
+    assert pr.search.agreement(dense, [batch])(dense) == 0
+    assert pr.search.agreement(dense, [batch])(other) == pytest.approx(-4 / 25)
     p, q = torch.softmax(torch.tensor([3.0, 4.0]), 0), torch.softmax(torch.tensor([3.0, 2.0]), 0)
-    assert pr.agreement(dense, [batch], logits=True)(other) == pytest.approx(
+    assert pr.search.agreement(dense, [batch], logits=True)(other) == pytest.approx(
         -float((p * (p / q).log()).sum()), rel=1e-5
     )
 
 
 def test_the_allocation_of_a_scan_spares_the_sensitive_group() -> None:
     model, batch = convnet().eval(), images()
-    found = pr.scan(pr.space(model, batch[0], pr.Recipe()), pr.agreement(model, batch))
+    found = pr.search.scan(pr.search.space(model, batch[0], pr.Recipe()), pr.search.agreement(model, batch))
     plan = pr.plan(model, batch[0], pr.Recipe(allocation=found.allocation), target=pr.Sparsity(0.4))
     assert sum(row.total - row.kept for row in plan.rows) == pytest.approx(0.4 * 14, abs=1)
     assert pr.Recipe.read(plan.recipe).describe() == plan.recipe

@@ -71,7 +71,7 @@ def test_on_a_diagonal_hessian_obs_is_obd_and_nothing_moves() -> None:
     w, hessian, _ = quadratic()
     diagonal = hessian.diagonal().abs()
     inverse = torch.diag(1 / diagonal)
-    assert torch.allclose(saliency(w, inverse), pr.obd(w, diagonal), rtol=1e-14)
+    assert torch.allclose(saliency(w, inverse), pr.criteria.obd(w, diagonal), rtol=1e-14)
     found = cut(w, inverse, gone(1, 4))
     assert torch.equal(found.weight, torch.where(gone(1, 4), 0.0, w))
 
@@ -162,7 +162,7 @@ def test_obs_on_a_linear_layer_is_least_squares() -> None:
         model[0].weight.copy_(least_squares(model, data, torch.ones(4, 6, dtype=torch.bool)))
     before = model[0].weight.detach().clone()
     plan = masked_plan(model, data[0][:, :6])
-    solved = pr.obs(model, plan, data, loss=fit_loss, damping=1e-12)
+    solved = pr.solvers.obs(model, plan, data, loss=fit_loss, damping=1e-12)
     mask = plan.masks["0.weight"]
     found = solved.weights["0.weight"]
     assert torch.allclose(found, least_squares(model, data, mask), rtol=1e-6, atol=1e-8)
@@ -172,7 +172,7 @@ def test_obs_on_a_linear_layer_is_least_squares() -> None:
     assert model[0].weight.detach().equal(found)
 
 
-@pytest.mark.parametrize("solver", [pr.woodfisher, pr.mfac])
+@pytest.mark.parametrize("solver", [pr.solvers.woodfisher, pr.solvers.mfac])
 def test_fisher_solvers_give_what_the_dense_fisher_says(solver: object) -> None:
     model, data = linear_problem()
     plan = masked_plan(model, data[0][:, :6])
@@ -180,7 +180,7 @@ def test_fisher_solvers_give_what_the_dense_fisher_says(solver: object) -> None:
     weight, mask = model[0].weight.detach(), plan.masks["0.weight"]
     rows = [torch.autograd.grad(fit_loss(model, x), model[0].weight)[0] for x in data[0].split(1)]
     g = torch.stack(rows)
-    if solver is pr.woodfisher:
+    if solver is pr.solvers.woodfisher:
         expected = cut(weight, inverse_fisher(g, 1e-3), ~mask).weight
     else:
         dense = inverse_fisher(g.flatten(1), 1e-3)
@@ -189,7 +189,7 @@ def test_fisher_solvers_give_what_the_dense_fisher_says(solver: object) -> None:
     assert not torch.allclose(expected, weight * mask, rtol=1e-2)
 
 
-@pytest.mark.parametrize("solver", [pr.obs, pr.woodfisher, pr.mfac])
+@pytest.mark.parametrize("solver", [pr.solvers.obs, pr.solvers.woodfisher, pr.solvers.mfac])
 def test_solvers_lower_the_loss_of_a_mask(solver: object) -> None:
     model, data = linear_problem()
     plan = masked_plan(model, data[0][:, :6])
@@ -202,7 +202,7 @@ def test_solvers_lower_the_loss_of_a_mask(solver: object) -> None:
     assert float(fit_loss(solved, data[0]).detach()) < 0.9 * float(fit_loss(plain, data[0]).detach())
 
 
-@pytest.mark.parametrize("solver", [pr.obs, pr.woodfisher, pr.mfac])
+@pytest.mark.parametrize("solver", [pr.solvers.obs, pr.solvers.woodfisher, pr.solvers.mfac])
 def test_a_plan_that_cuts_units_is_solved_and_shrunk(solver: object) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).double()
@@ -222,13 +222,13 @@ def test_what_a_solver_cannot_do_is_said() -> None:
     model, data = linear_problem()
     plan = masked_plan(model, data[0][:, :6])
     with pytest.raises(pr.PruningError, match="damping"):
-        pr.woodfisher(model, plan, data, loss=fit_loss, damping=0)
+        pr.solvers.woodfisher(model, plan, data, loss=fit_loss, damping=0)
     with pytest.raises(pr.PruningError, match="iterable of batches"):
-        pr.mfac(model, plan, data[0], loss=fit_loss)
+        pr.solvers.mfac(model, plan, data[0], loss=fit_loss)
     with pytest.raises(pr.PruningError, match="not positive definite"):
-        pr.obs(model, plan, data, loss=lambda m, b: -fit_loss(m, b))
+        pr.solvers.obs(model, plan, data, loss=lambda m, b: -fit_loss(m, b))
     wide = nn.Sequential(nn.Linear(100, 50))
     x = torch.randn(3, 100)
     big = pr.plan(wide, x, pr.Recipe(granularity=pr.Element()), target=pr.Sparsity(0.5))
     with pytest.raises(pr.PruningError, match="obs cannot take 0"):
-        pr.obs(wide, big, [x], loss=square_loss)
+        pr.solvers.obs(wide, big, [x], loss=square_loss)

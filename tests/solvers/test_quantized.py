@@ -111,7 +111,7 @@ def test_a_model_is_pruned_and_rounded_block_by_block() -> None:
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(16, 32), torch.nn.ReLU(), torch.nn.Linear(32, 8))
     data = [torch.randn(40, 16) for _ in range(2)]
-    done = pr.solve_(model, data[0], pr.OneShot(pr.NM(2, 4), method=prune_and_quantise), data=data)
+    done = pr.llm.solve_(model, data[0], pr.llm.OneShot(pr.NM(2, 4), method=prune_and_quantise), data=data)
     assert done.sparsity == 0.5
     for layer_ in (model[0], model[2]):
         assert max(len(row.unique()) for row in layer_.weight.abs()) <= 128

@@ -82,19 +82,25 @@ def test_the_blocked_inverse_is_that_of_each_dense_block() -> None:
 
 def test_knobs_of_a_criterion_reach_the_statistic() -> None:
     model = mlp()
-    recipe = pr.Recipe(criterion=partial(pr.obs_saliency, block=3), granularity=pr.Element())
+    recipe = pr.Recipe(criterion=partial(pr.criteria.obs_saliency, block=3), granularity=pr.Element())
     data = [X.float()]
     one = pr.plan(model, data[0], recipe, target=pr.Sparsity(0.5), data=data, loss=square_loss)
     assert one.recipe["criterion"]["knobs"] == {"damping": 1e-5, "block": 3}
     with pytest.raises(pr.PruningError, match="block=0"):
-        broken = pr.Recipe(criterion=partial(pr.obs_saliency, block=0), granularity=pr.Element())
+        broken = pr.Recipe(criterion=partial(pr.criteria.obs_saliency, block=0), granularity=pr.Element())
         pr.plan(model, data[0], broken, target=pr.Sparsity(0.5), data=data, loss=square_loss)
     with pytest.raises(pr.PruningError, match="probes=0"):
-        pr.plan(model, data[0], pr.Recipe(criterion=partial(pr.obd, probes=0)), target=pr.Sparsity(0.5), data=data,
-                loss=square_loss)  # fmt: skip
+        pr.plan(
+            model,
+            data[0],
+            pr.Recipe(criterion=partial(pr.criteria.obd, probes=0)),
+            target=pr.Sparsity(0.5),
+            data=data,
+            loss=square_loss,
+        )
 
 
-@pytest.mark.parametrize("criterion", [pr.obd, pr.obs_saliency, pr.obert])
+@pytest.mark.parametrize("criterion", [pr.criteria.obd, pr.criteria.obs_saliency, pr.criteria.obert])
 def test_a_criterion_and_its_statistic_have_the_same_defaults(criterion: object) -> None:
     from prunella.registry.method import needs_of
 

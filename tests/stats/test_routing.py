@@ -65,7 +65,7 @@ def scored(model: nn.Module, criterion: Any, inputs: Any, data: list[Any]) -> li
     with untouched(model, 0):
         found = collect(subject, ["expert_share", "expert_gate", "expert_output"], Source(data))
     score = Scorer(criterion, subject, found)
-    return [score.units(group, pr.Reduce.SUM) for group in groups]
+    return [score.units(group, pr.granularity.Reduce.SUM) for group in groups]
 
 
 def by_hand(mixture: Mixture, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -84,13 +84,13 @@ def test_scores_are_those_of_each_token_and_expert_by_hand(first: bool) -> None:
     model = net(first=first)
     count, gates, added = by_hand(model.mix, torch.cat(batches()))
     assert len(count.unique()) > 1
-    for criterion, wanted in ((pr.router_frequency, count / 19), (pr.router_weight, gates / count),
-                              (pr.reap, added / count)):  # fmt: skip
+    for criterion, wanted in ((pr.criteria.router_frequency, count / 19), (pr.criteria.router_weight, gates / count),
+                              (pr.criteria.reap, added / count)):  # fmt: skip
         (found,) = scored(model, criterion, batches()[0], batches())
         torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("criterion", [pr.router_frequency, pr.router_weight, pr.reap])
+@pytest.mark.parametrize("criterion", [pr.criteria.router_frequency, pr.criteria.router_weight, pr.criteria.reap])
 def test_a_score_is_the_same_each_time_and_the_model_too(criterion: Any) -> None:
     model, data = net(), batches()
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -106,7 +106,7 @@ def test_an_expert_that_no_token_gets_goes_first_and_nothing_changes() -> None:
     with torch.no_grad():
         model.mix.router.bias[2] = -50.0
     dense = [model(x) for x in data]
-    for criterion in (pr.router_frequency, pr.router_weight, pr.reap):
+    for criterion in (pr.criteria.router_frequency, pr.criteria.router_weight, pr.criteria.reap):
         plan = pr.plan(model, data[0], pr.Recipe(criterion, pr.Expert()), target=pr.Sparsity(0.25), data=data)
         (kept,) = plan.keep.values()
         assert kept.tolist() == [True, True, False, True]
@@ -117,7 +117,7 @@ def test_an_expert_that_no_token_gets_goes_first_and_nothing_changes() -> None:
 
 def test_the_router_is_renormalised_over_the_experts_that_stay() -> None:
     model, data = net(), batches()
-    plan = pr.plan(model, data[0], pr.Recipe(pr.reap, pr.Expert()), target=pr.Sparsity(0.25), data=data)
+    plan = pr.plan(model, data[0], pr.Recipe(pr.criteria.reap, pr.Expert()), target=pr.Sparsity(0.25), data=data)
     small = pr.shrink(model, plan)
     (kept,) = (mask.nonzero().flatten() for mask in plan.keep.values())
     weights, index = small.mix.route(data[0])
@@ -130,7 +130,7 @@ def test_the_router_is_renormalised_over_the_experts_that_stay() -> None:
 
 def test_all_experts_kept_is_the_dense_model() -> None:
     model, data = net(), batches()
-    plan = pr.plan(model, data[0], pr.Recipe(pr.reap, pr.Expert()), target=pr.Sparsity(0.0), data=data)
+    plan = pr.plan(model, data[0], pr.Recipe(pr.criteria.reap, pr.Expert()), target=pr.Sparsity(0.0), data=data)
     assert all(bool(mask.all()) for mask in plan.keep.values())
     assert torch.equal(pr.shrink(model, plan)(data[0]), model(data[0]))
 
@@ -138,7 +138,7 @@ def test_all_experts_kept_is_the_dense_model() -> None:
 def test_without_a_router_the_criterion_says_so() -> None:
     plain = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
     with pytest.raises(pr.PruningError, match="no router was seen"):
-        pr.plan(plain, batches()[0], pr.Recipe(pr.reap), target=pr.Sparsity(0.5), data=batches())
+        pr.plan(plain, batches()[0], pr.Recipe(pr.criteria.reap), target=pr.Sparsity(0.5), data=batches())
 
 
 def test_experts_of_a_mixtral() -> None:
@@ -155,8 +155,9 @@ def test_experts_of_a_mixtral() -> None:
     for handle in handles:
         handle.remove()
     share, gate, output = (
-        scored(model, c, batch, [batch]) for c in (pr.router_frequency, pr.router_weight, pr.reap)
-    )  # fmt: skip
+        scored(model, c, batch, [batch])
+        for c in (pr.criteria.router_frequency, pr.criteria.router_weight, pr.criteria.reap)
+    )
     for number, (x, (_, weights, index)) in enumerate(seen):
         experts = model.model.layers[number].mlp.experts
         for expert in range(6):
@@ -168,5 +169,5 @@ def test_experts_of_a_mixtral() -> None:
             if len(rows):
                 assert gate[number][expert].item() == pytest.approx(weights[rows, slots].mean().item(), rel=1e-5)
                 assert output[number][expert].item() == pytest.approx(added.mean().item(), rel=1e-3)
-    plan = pr.plan(model, batch, pr.Recipe(pr.reap, pr.Expert()), target=pr.Sparsity(0.5), data=[batch])
+    plan = pr.plan(model, batch, pr.Recipe(pr.criteria.reap, pr.Expert()), target=pr.Sparsity(0.5), data=[batch])
     assert all(int(mask.sum()) == 3 for mask in plan.keep.values()) and pr.shrink(model, plan)(**batch).logits.shape

@@ -109,7 +109,7 @@ def test_the_edges_are_the_most_similar_ones() -> None:
 def test_no_merging_is_the_dense_model_bit_for_bit() -> None:
     model, x = vision(), images()
     dense = model(x)
-    with pr.merge_tokens_(model, x, r=0):
+    with pr.tokens.merge_tokens_(model, x, r=0):
         assert torch.equal(model(x), dense)
 
 
@@ -118,7 +118,7 @@ def test_each_block_loses_r_tokens_and_all_comes_back() -> None:
     dense, before = model(x), {name: value.clone() for name, value in model.state_dict().items()}
     seen: list[int] = []
     handles = [block.up.register_forward_pre_hook(lambda m, a: seen.append(a[0].shape[1])) for block in model.blocks]
-    with pr.merge_tokens_(model, x, r=5) as merging:
+    with pr.tokens.merge_tokens_(model, x, r=5) as merging:
         seen.clear()
         model(x), model(x)
         assert seen == [12, 7, 12, 7] and merging.paths == ("blocks.0", "blocks.1")
@@ -136,7 +136,7 @@ def test_each_block_loses_r_tokens_and_all_comes_back() -> None:
 
 def test_a_block_loses_at_most_what_may_go() -> None:
     model, x = vision(), images()
-    with pr.merge_tokens_(model, x, r=100) as merging:
+    with pr.tokens.merge_tokens_(model, x, r=100) as merging:
         model(x)
         assert merging.sizes is not None and merging.sizes.shape == (3, 5)  # 17, 9, 5
 
@@ -170,9 +170,9 @@ def test_a_vision_transformer_of_transformers() -> None:
     ).eval()
     batch = {"pixel_values": images()}
     dense, cost = model(**batch).logits, macs(model, batch)
-    with pr.merge_tokens_(model, batch, r=0):
+    with pr.tokens.merge_tokens_(model, batch, r=0):
         assert torch.equal(model(**batch).logits, dense)
-    with pr.merge_tokens_(model, batch, r=4) as merging:
+    with pr.tokens.merge_tokens_(model, batch, r=4) as merging:
         assert len(merging.paths) == 2
         assert model(**batch).logits.shape == dense.shape and macs(model, batch) < 0.8 * cost
         assert not torch.equal(model(**batch).logits, dense)
@@ -181,11 +181,11 @@ def test_a_vision_transformer_of_transformers() -> None:
 
 def test_models_that_cannot_lose_tokens_are_refused_by_a_sentence() -> None:
     with pytest.raises(pr.PruningError, match="no residual blocks"):
-        pr.merge_tokens_(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)), torch.randn(2, 3, 4), r=1)
+        pr.tokens.merge_tokens_(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)), torch.randn(2, 3, 4), r=1)
     with pytest.raises(pr.PruningError, match="count tokens"):
-        pr.merge_tokens_(vision(), images(), r=-1)
+        pr.tokens.merge_tokens_(vision(), images(), r=-1)
     with pytest.raises(pr.PruningError, match=r"no stream of tokens|not take"):
-        pr.merge_tokens_(blocks().eval(), pictures()[0], r=1)
+        pr.tokens.merge_tokens_(blocks().eval(), pictures()[0], r=1)
 
 
 class Masked(nn.Module):
@@ -211,7 +211,7 @@ class Gate(nn.Module):
 def test_masks_of_tokens_are_refused() -> None:
     model = Masked().eval()
     with pytest.raises(pr.PruningError, match="another tensor"):
-        pr.merge_tokens_(model, torch.randn(2, 6, 4), r=1)
+        pr.tokens.merge_tokens_(model, torch.randn(2, 6, 4), r=1)
 
 
 class Placed(nn.Module):
@@ -231,5 +231,5 @@ def test_a_model_made_for_all_tokens_is_refused_and_left_as_it_was() -> None:
     x = torch.randn(2, 6, 4)
     dense = model(x)
     with pytest.raises(pr.PruningError, match="does not run with fewer tokens"):
-        pr.merge_tokens_(model, x, r=1)
+        pr.tokens.merge_tokens_(model, x, r=1)
     assert torch.equal(model(x), dense)

@@ -10,7 +10,7 @@ from torch import nn
 
 import prunella as pr
 from prunella.errors import RequestError
-from prunella.train.soft import spliced
+from prunella.train.soft_filter import spliced
 from tests.graphs import convnet, images, square_loss
 
 X = torch.randn(16, 10, generator=torch.Generator().manual_seed(0))
@@ -36,7 +36,7 @@ def test_a_cycle_prunes_in_turn_and_ends_sparse() -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     pruner = pr.Pruner(
         model, optimizer, recipe=pr.Recipe(granularity=pr.Element()), target=pr.Sparsity(0.75), inputs=X,
-        schedule=lambda p: pr.acdc(p, cycles=2, warmup=0.2, last=0.2), steps=20, nested=False,
+        schedule=lambda p: pr.schedules.acdc(p, cycles=2, warmup=0.2, last=0.2), steps=20, nested=False,
     )  # fmt: skip
     found = []
     for _ in range(20):
@@ -69,7 +69,7 @@ def test_all_weights_learn_again_in_a_dense_phase() -> None:
 
 def test_a_cycle_with_nested_masks_is_refused() -> None:
     pruner = pr.Pruner(net(), recipe=pr.Recipe(granularity=pr.Element()), target=pr.Sparsity(0.5), inputs=X,
-                       schedule=lambda p: pr.acdc(p, cycles=1, warmup=0.25, last=0.25), steps=4)  # fmt: skip
+                       schedule=lambda p: pr.schedules.acdc(p, cycles=1, warmup=0.25, last=0.25), steps=4)  # fmt: skip
     pruner.step()
     with pytest.raises(RequestError, match="nested=False"):
         for _ in range(3):
@@ -80,7 +80,11 @@ def test_a_cycle_with_nested_masks_is_refused() -> None:
 def test_the_same_pruner_prunes_before_during_and_after_training(when: str) -> None:
     model = net()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
-    make = {"before": (pr.one_shot, 1, 1), "during": (pr.cubic, 9, 3), "after": (pr.one_shot, 1, 1)}
+    make = {
+        "before": (pr.schedules.one_shot, 1, 1),
+        "during": (pr.schedules.cubic, 9, 3),
+        "after": (pr.schedules.one_shot, 1, 1),
+    }
     schedule, steps, every = make[when]
     recipe = pr.Recipe(granularity=pr.Element())
     pruner = pr.Pruner(model, optimizer, recipe=recipe, target=pr.Sparsity(0.75), inputs=X, schedule=schedule,
@@ -100,7 +104,7 @@ def test_a_soft_filter_gets_gradient_revives_and_the_end_is_exact() -> None:
     model, data = convnet().train(), images()
     nn.init.uniform_(model[1].bias, 0.1, 0.5)  # a shift below zero is cut off by the ReLU, and passes no gradient
     optimizer = torch.optim.SGD(model.parameters(), lr=0.2)
-    soft = pr.SoftPruner(model, data[0], recipe=pr.Recipe(), target=pr.Sparsity(0.5))
+    soft = pr.train.SoftPruner(model, data[0], recipe=pr.Recipe(), target=pr.Sparsity(0.5))
     plan = soft.step()
     gone = ~plan.keep["0"]
     weight = model[0].weight
@@ -124,7 +128,7 @@ def test_a_soft_filter_gets_gradient_revives_and_the_end_is_exact() -> None:
 def test_soft_masks_of_weights_are_forgotten_until_the_end() -> None:
     model = net()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
-    soft = pr.SoftPruner(model, X, recipe=pr.Recipe(granularity=pr.Element()), target=pr.Sparsity(0.5))
+    soft = pr.train.SoftPruner(model, X, recipe=pr.Recipe(granularity=pr.Element()), target=pr.Sparsity(0.5))
     soft.step()
     assert zeros(model) == 104 and pr.masks_of(model) == {}
     descend(model, optimizer)
@@ -143,7 +147,7 @@ def test_the_mask_is_spliced_by_two_thresholds() -> None:
 def test_surgery_moves_the_dense_weights_by_the_gradient_at_the_masked_ones() -> None:
     model = net()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    surgery = pr.Surgery(model, optimizer, recipe=pr.Recipe(granularity=pr.Element()), target=pr.Sparsity(0.5),
+    surgery = pr.train.Surgery(model, optimizer, recipe=pr.Recipe(granularity=pr.Element()), target=pr.Sparsity(0.5),
                          inputs=X, band=0.1, every=1)  # fmt: skip
     dense = copy.deepcopy(model.state_dict())
     surgery.step()
@@ -172,7 +176,7 @@ def test_a_connection_that_was_cut_is_spliced_back() -> None:
     with torch.no_grad():
         model[0].weight.copy_(torch.tensor([[0.1, 0.2, 0.8, 0.9]]))
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    surgery = pr.Surgery(model, optimizer, recipe=pr.Recipe(granularity=pr.Element()), target=pr.Sparsity(0.5),
+    surgery = pr.train.Surgery(model, optimizer, recipe=pr.Recipe(granularity=pr.Element()), target=pr.Sparsity(0.5),
                          inputs=torch.ones(1, 4), band=0.0, every=1)  # fmt: skip
     surgery.step()
     assert model[0].weight.tolist() == [[0, 0, pytest.approx(0.8), pytest.approx(0.9)]]
@@ -183,12 +187,12 @@ def test_a_connection_that_was_cut_is_spliced_back() -> None:
 
 
 def test_surgery_that_was_stopped_goes_on_with_the_same_bits() -> None:
-    def start(model: nn.Module) -> tuple[torch.optim.Optimizer, pr.Surgery]:
+    def start(model: nn.Module) -> tuple[torch.optim.Optimizer, pr.train.Surgery]:
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         recipe = pr.Recipe(granularity=pr.Element())
-        return optimizer, pr.Surgery(model, optimizer, recipe=recipe, target=pr.Sparsity(0.5), inputs=X, every=2)
+        return optimizer, pr.train.Surgery(model, optimizer, recipe=recipe, target=pr.Sparsity(0.5), inputs=X, every=2)
 
-    def go(model: nn.Module, optimizer: torch.optim.Optimizer, surgery: pr.Surgery, steps: int) -> None:
+    def go(model: nn.Module, optimizer: torch.optim.Optimizer, surgery: pr.train.Surgery, steps: int) -> None:
         for _ in range(steps):
             descend(model, optimizer)
             surgery.step()
@@ -212,7 +216,7 @@ def test_surgery_refuses_channels_and_bands_out_of_range() -> None:
     model = net()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with pytest.raises(RequestError, match="band"):
-        pr.Surgery(model, optimizer, recipe=pr.Recipe(), target=pr.Sparsity(0.5), inputs=X, band=0.6)
-    surgery = pr.Surgery(model, optimizer, recipe=pr.Recipe(), target=pr.Sparsity(0.5), inputs=X, every=1)
+        pr.train.Surgery(model, optimizer, recipe=pr.Recipe(), target=pr.Sparsity(0.5), inputs=X, band=0.6)
+    surgery = pr.train.Surgery(model, optimizer, recipe=pr.Recipe(), target=pr.Sparsity(0.5), inputs=X, every=1)
     with pytest.raises(RequestError, match="masks of weights"):
         surgery.step()

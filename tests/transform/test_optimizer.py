@@ -66,7 +66,7 @@ def test_the_trajectory_is_that_of_a_model_born_small(make: Callable[[list[nn.Pa
                 for axis, kept in plan.cuts.get(name, {}).items():
                     state[key] = state[key][kept] if axis == 0 else state[key][:, kept]
         fresh.state[parameter] = state
-    pr.carry_(optimizer, model, small, plan)
+    pr.transform.carry_(optimizer, model, small, plan)
     assert _steps(small, optimizer, 6, seed=2) == _steps(born, fresh, 6, seed=2)
     assert all(torch.equal(a, b) for a, b in zip(small.parameters(), born.parameters(), strict=True))
 
@@ -78,7 +78,7 @@ def test_without_the_moments_the_trajectory_is_another() -> None:
     plan = _plan(model)
     small = pr.shrink(model, plan)
     forgetful = copy.deepcopy(small)
-    pr.carry_(optimizer, model, small, plan)
+    pr.transform.carry_(optimizer, model, small, plan)
     kept = _steps(small, optimizer, 3, seed=2)
     assert kept != _steps(forgetful, Adam(forgetful.parameters(), lr=0.01), 3, seed=2)
 
@@ -90,7 +90,7 @@ def test_factored_moments_are_cut_along_the_axes_that_they_have() -> None:
     plan = _plan(model)
     small = pr.shrink(model, plan)
     wanted = optimizer.state[model[4].weight]["row_var"][plan.cuts["4.weight"][0]].clone()
-    pr.carry_(optimizer, model, small, plan)
+    pr.transform.carry_(optimizer, model, small, plan)
     state = optimizer.state[small[4].weight]
     assert torch.equal(state["row_var"], wanted)
     assert state["col_var"].shape == (1, small[4].in_features)
@@ -103,7 +103,7 @@ def test_groups_keep_their_settings_and_other_models_their_parameters() -> None:
     optimizer = SGD(groups, lr=0.1)
     plan = _plan(model)
     small = pr.shrink(model, plan)
-    pr.carry_(optimizer, model, small, plan)
+    pr.transform.carry_(optimizer, model, small, plan)
     first, second = optimizer.param_groups
     assert first["lr"] == 0.5 and first["params"][0] is small[0].weight
     assert [id(p) for p in second["params"]] == [id(p) for p in (*other.parameters(), small[4].weight)]
@@ -117,7 +117,7 @@ def test_the_average_of_the_weights_is_cut_by_the_same_plan() -> None:
     average.update_parameters(model)
     plan = _plan(model)
     small = pr.shrink(model, plan)
-    pr.carry_(optimizer, model, small, plan)
+    pr.transform.carry_(optimizer, model, small, plan)
     before = average.module[4].weight.detach().clone()
     average.module = pr.shrink(average.module, plan)
     assert torch.equal(average.module[4].weight, before[plan.cuts["4.weight"][0]][:, plan.cuts["4.weight"][1]])
@@ -142,11 +142,11 @@ def test_what_cannot_be_carried_is_said_before_anything_changes() -> None:
     plan = _plan(model)
     small = pr.shrink(model, plan)
     with pytest.raises(RequestError, match="no parameter of the dense model"):
-        pr.carry_(SGD(nn.Linear(2, 2).parameters(), lr=0.1), model, small, plan)
+        pr.transform.carry_(SGD(nn.Linear(2, 2).parameters(), lr=0.1), model, small, plan)
     with pytest.raises(RequestError, match="has no parameter"):
-        pr.carry_(SGD(model.parameters(), lr=0.1), model, nn.Linear(2, 2), hand_plan())
+        pr.transform.carry_(SGD(model.parameters(), lr=0.1), model, nn.Linear(2, 2), hand_plan())
     optimizer = SGD(model.parameters(), lr=0.1)
     optimizer.state[model[4].weight] = {"sketch": torch.zeros(7, 7)}
     with pytest.raises(NotSupported, match=r"'sketch' of 4\.weight"):
-        pr.carry_(optimizer, model, small, plan)
+        pr.transform.carry_(optimizer, model, small, plan)
     assert optimizer.param_groups[0]["params"][0] is model[0].weight

@@ -36,7 +36,7 @@ def test_slices_go_together_and_the_result_is_the_masked_model() -> None:
         assert mlp.down_proj.weight.shape == (32, 24)
     masked = pr.apply_(transformers.LlamaForCausalLM(config).eval(), plan)
     masked.load_state_dict(model.state_dict())
-    pr.reapply_(masked)
+    pr.transform.reapply_(masked)
     with torch.no_grad():
         assert torch.allclose(small(tokens).logits, masked(tokens).logits, atol=1e-5)
         assert not torch.allclose(small(tokens).logits, model(tokens).logits, atol=1e-3)

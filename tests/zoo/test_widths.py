@@ -92,7 +92,7 @@ def test_a_stream_loses_width_with_norms_of_what_stays(kind: Callable[[int], nn.
     graph = couple(model, IDS)
     (width,) = [group for group in graph.groups if group.kind == "width"]
     assert width.size == 12 and width.why and "test_widths.py:" in width.where
-    plan = pr.plan(model, IDS, pr.Recipe(pr.random, pr.Width()), target=pr.Sparsity(0.5))
+    plan = pr.plan(model, IDS, pr.Recipe(pr.criteria.random, pr.Width()), target=pr.Sparsity(0.5))
     small = pr.shrink(model, plan)
     kept = plan.keep[width.name].nonzero().flatten()
     assert len(kept) == 6 and small.head.weight.shape == (5, 6) and small.embed.weight.shape == (50, 6)
@@ -123,7 +123,7 @@ def test_rms_norms_are_exact_up_to_a_known_factor() -> None:
     torch.manual_seed(0)
     model = llama(rms_norm_eps=0.0, pad_token_id=None)
     graph = couple(model, batch())
-    plan = pr.plan(model, batch(), pr.Recipe(pr.random, pr.Width()), target=pr.Sparsity(0.25))
+    plan = pr.plan(model, batch(), pr.Recipe(pr.criteria.random, pr.Width()), target=pr.Sparsity(0.25))
     assert plan.got == 0.25
     small, dense = pr.shrink(model, plan).double(), zeroed(model, graph, plan)
     with torch.no_grad():
@@ -138,7 +138,7 @@ def test_rms_norms_are_exact_up_to_a_known_factor() -> None:
 def test_a_narrower_stream_is_read_by_plain_from_pretrained(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = llama()
-    plan = pr.plan(model, batch(), pr.Recipe(pr.random, pr.Width()), target=pr.Sparsity(0.25))
+    plan = pr.plan(model, batch(), pr.Recipe(pr.criteria.random, pr.Width()), target=pr.Sparsity(0.25))
     small = pr.shrink(model, plan)
     pr.save(small, tmp_path / "small", plan=plan, dense=model)
     again = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "small").eval()
@@ -181,7 +181,7 @@ def test_the_size_that_a_norm_keeps_follows(typed: bool) -> None:
     if typed:
         assert any("12 is typed into the source" in f.reason and "test_widths.py:" in f.where for f in graph.frozen)
         return
-    plan = pr.plan(model, IDS, pr.Recipe(pr.random, pr.Width()), target=pr.Sparsity(0.25))
+    plan = pr.plan(model, IDS, pr.Recipe(pr.criteria.random, pr.Width()), target=pr.Sparsity(0.25))
     assert [norm.size for norm in pr.shrink(model, plan).norms] == [(9,)] * 3
 
 
@@ -217,7 +217,7 @@ def test_a_stream_that_is_an_output_stays() -> None:
     model = llama().model
     assert not [group for group in couple(model, batch()).groups if group.kind == "width"]
     with pytest.raises(pr.PruningError, match=r"an output of the model|a mean is taken"):
-        pr.plan(model, batch(), pr.Recipe(pr.random, pr.Width()), target=pr.Sparsity(0.5))
+        pr.plan(model, batch(), pr.Recipe(pr.criteria.random, pr.Width()), target=pr.Sparsity(0.5))
 
 
 # -- experts -------------------------------------------------------------------------------------------------------
@@ -259,7 +259,7 @@ def _router_without(gate: Any, gone: Tensor) -> Callable[[Tensor], tuple[Tensor,
 def test_as_many_experts_stay_as_a_token_is_sent_to() -> None:
     torch.manual_seed(0)
     with pytest.raises(pr.PruningError, match="4 of 12 stay"):
-        pr.plan(mixtral(), batch(), pr.Recipe(pr.random, pr.Expert()), target=pr.Sparsity(0.9))
+        pr.plan(mixtral(), batch(), pr.Recipe(pr.criteria.random, pr.Expert()), target=pr.Sparsity(0.9))
 
 
 def test_a_choice_that_sends_nothing_is_no_expert() -> None:
@@ -275,7 +275,7 @@ def test_a_choice_that_sends_nothing_is_no_expert() -> None:
 def test_tokens_that_stay_give_the_same_logits(tied: bool) -> None:
     torch.manual_seed(0)
     model = llama(tie_word_embeddings=tied, bos_token_id=44)
-    plan = pr.plan(model, batch(), pr.Recipe(granularity=pr.Vocabulary((*IDS.flatten().tolist(), 30))))
+    plan = pr.plan(model, batch(), pr.Recipe(granularity=pr.granularity.Vocabulary((*IDS.flatten().tolist(), 30))))
     small = pr.shrink(model, plan)
     kept = torch.tensor(sorted({*IDS.flatten().tolist(), 30, 44}))
     assert plan.keep[next(iter(plan.keep))].nonzero().flatten().equal(kept)
@@ -293,12 +293,14 @@ def test_the_smaller_vocabulary_generates_the_same_text_and_is_read_again(tmp_pa
     torch.manual_seed(0)
     model = llama()
     free = model.generate(IDS[:1], max_new_tokens=6, do_sample=False)
-    plan = pr.plan(model, batch(), pr.Recipe(granularity=pr.Vocabulary((*IDS.flatten().tolist(), *free[0].tolist()))))
+    plan = pr.plan(
+        model, batch(), pr.Recipe(granularity=pr.granularity.Vocabulary((*IDS.flatten().tolist(), *free[0].tolist())))
+    )
     small = pr.shrink(model, plan)
     assert small.generate(plan.renumber(IDS[:1]), max_new_tokens=6, do_sample=False).equal(plan.renumber(free))
     pr.save(small, tmp_path / "small", plan=plan, dense=model)
-    pr.save_plan(plan, tmp_path / "plan")
-    assert pr.load_plan(tmp_path / "plan").renumber(free).equal(plan.renumber(free))
+    pr.io.save_plan(plan, tmp_path / "plan")
+    assert pr.io.load_plan(tmp_path / "plan").renumber(free).equal(plan.renumber(free))
     for again in (pr.load(tmp_path / "small"), transformers.LlamaForCausalLM.from_pretrained(tmp_path / "small")):
         assert again.config.eos_token_id == small.config.eos_token_id
         assert torch.equal(
@@ -309,19 +311,19 @@ def test_the_smaller_vocabulary_generates_the_same_text_and_is_read_again(tmp_pa
 @pytest.mark.parametrize("tokens", [(), (-1,), (3.0,)])
 def test_a_set_of_tokens_holds_numbers(tokens: tuple[Any, ...]) -> None:
     with pytest.raises(pr.PruningError, match="numbers of the tokens"):
-        pr.Vocabulary(tokens)
+        pr.granularity.Vocabulary(tokens)
 
 
 def test_requests_about_tokens_that_make_no_sense() -> None:
     with pytest.raises(pr.PruningError, match="no token 50"):
-        pr.plan(llama(), batch(), pr.Recipe(granularity=pr.Vocabulary((50,))))
+        pr.plan(llama(), batch(), pr.Recipe(granularity=pr.granularity.Vocabulary((50,))))
     with pytest.raises(pr.PruningError, match="leave target= out"):
-        pr.plan(llama(), batch(), pr.Recipe(granularity=pr.Vocabulary((5,))), target=pr.Sparsity(0.5))
+        pr.plan(llama(), batch(), pr.Recipe(granularity=pr.granularity.Vocabulary((5,))), target=pr.Sparsity(0.5))
 
 
 def test_tokens_that_were_asked_for_are_never_left_out_without_a_word() -> None:
     plain, x = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)), torch.randn(4, 6)
-    recipe = pr.Recipe(granularity=(pr.Channel(), pr.Vocabulary((1,))))
+    recipe = pr.Recipe(granularity=(pr.Channel(), pr.granularity.Vocabulary((1,))))
     with pytest.raises(pr.PruningError, match="no tokens to remove"):
         pr.plan(plain, x, recipe, target=pr.Params(0.5))
     with pytest.raises(pr.PruningError, match="leaves it out"):
@@ -329,7 +331,7 @@ def test_tokens_that_were_asked_for_are_never_left_out_without_a_word() -> None:
 
 
 def test_tokens_alone_do_not_pass_for_a_target() -> None:
-    recipe = pr.Recipe(granularity=(pr.Expert(), pr.Vocabulary(tuple(range(45)))))
+    recipe = pr.Recipe(granularity=(pr.Expert(), pr.granularity.Vocabulary(tuple(range(45)))))
     with pytest.raises(pr.PruningError, match="no units to prune"):
         pr.plan(llama(), batch(), recipe, target=pr.Params(0.5))
 
@@ -340,15 +342,15 @@ def test_tokens_alone_do_not_pass_for_a_target() -> None:
 def test_all_kinds_of_units_share_one_plan(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = mixtral()
-    grains = (pr.Channel(), pr.Head(), pr.Width(), pr.Expert(), pr.Vocabulary(tuple(range(45))))
+    grains = (pr.Channel(), pr.Head(), pr.Width(), pr.Expert(), pr.granularity.Vocabulary(tuple(range(45))))
     recipe = pr.Recipe(pr.magnitude, grains, pr.global_)
     plan = pr.plan(model, batch(), recipe, target=pr.Params(0.5))
     assert {row.kind for row in plan.rows} == {"channel", "head", "width", "expert", "vocabulary"}
     small = pr.shrink(model, plan)
     got = sum(p.numel() for p in small.parameters()) / sum(p.numel() for p in model.parameters())
     assert 0.4 < got <= 0.5 and got == pytest.approx(plan.got)
-    pr.save_plan(plan, tmp_path / "plan")
-    again = pr.shrink(model, pr.load_plan(tmp_path / "plan"))
+    pr.io.save_plan(plan, tmp_path / "plan")
+    again = pr.shrink(model, pr.io.load_plan(tmp_path / "plan"))
     assert all(torch.equal(a, b) for a, b in zip(small.parameters(), again.parameters(), strict=True))
     pr.save(small, tmp_path / "small", plan=plan, dense=model)
     loaded = pr.load(tmp_path / "small")
@@ -358,8 +360,8 @@ def test_all_kinds_of_units_share_one_plan(tmp_path: Path) -> None:
 def test_blocks_join_in() -> None:
     torch.manual_seed(0)
     model = mixtral()
-    grains = (pr.Channel(), pr.Head(), pr.Width(), pr.Expert(), pr.Depth(), pr.Vocabulary(tuple(range(45))))
-    plan = pr.plan(model, batch(), pr.Recipe(pr.random, grains, pr.global_, seed=2), target=pr.Params(0.4))
+    grains = (pr.Channel(), pr.Head(), pr.Width(), pr.Expert(), pr.Depth(), pr.granularity.Vocabulary(tuple(range(45))))
+    plan = pr.plan(model, batch(), pr.Recipe(pr.criteria.random, grains, pr.global_, seed=2), target=pr.Params(0.4))
     assert {row.kind for row in plan.rows} == {"channel", "head", "width", "expert", "block", "vocabulary"}
     small = pr.shrink(model, plan)  # compared in float64 where the kernels have it
     assert plan.dropped and len(small.model.layers) == 1

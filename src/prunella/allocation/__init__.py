@@ -31,3 +31,7 @@ __all__ = [
     "uniform",
     "uniform_plus",
 ]
+
+
+def __dir__() -> list[str]:
+    return __all__

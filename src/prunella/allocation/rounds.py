@@ -23,8 +23,8 @@ def per_round(pools: Sequence[Pool], *, rate: float = 0.2, last: float = 0.5) ->
 
     rate: in (0, 1), relative to what is left. last: factor in (0, 1] on the rate of the layer that runs last.
 
-    Use: iterative pruning of single weights with `prunella.imp`. Avoid: channels, where the last group is not the
-    output of the network.
+    Use: iterative pruning of single weights with `prunella.lottery.imp`. Avoid: channels, where the last group is not
+    the output of the network.
     """
     check_rates(rate, last)
     return [_key(pool.size, rate * (last if pool is pools[-1] else 1.0)) for pool in pools]

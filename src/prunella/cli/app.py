@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from prunella import __version__
+from prunella._version import __version__
 from prunella.cli import artifacts as prove
 from prunella.cli import bench as speed
 from prunella.cli import experiments as trials

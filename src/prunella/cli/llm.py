@@ -17,7 +17,7 @@ from prunella.cli.console import emit, note, stage
 if TYPE_CHECKING:
     from torch import nn
 
-    from prunella.experiments.compare import Compared
+    from prunella.experiments.comparison import Compared
     from prunella.llm import OneShot
     from prunella.llm.streaming import Step, Streamed
 
@@ -157,7 +157,7 @@ def compare(
     """The table, and a sentence on how its numbers were made."""
     from prunella import metrics
     from prunella.errors import RequestError
-    from prunella.experiments import compare as comparison
+    from prunella.experiments import comparison
     from prunella.io.load import load_model
     from prunella.llm import solve_
     from prunella.llm.streaming.journal import described

@@ -9,6 +9,29 @@ from prunella.compress.low_rank import svd_factors as svd_factors
 from prunella.compress.quantize import quantisation_aware as quantisation_aware
 from prunella.compress.quantize import quantise_weight as quantise_weight
 from prunella.compress.quantize import round_weights_ as round_weights_
+from prunella.compress.storage import Format as Format
+from prunella.compress.storage import stored_bytes as stored_bytes
 from prunella.compress.weight_sharing import Start as Start
 from prunella.compress.weight_sharing import deep_compression_ as deep_compression_
 from prunella.compress.weight_sharing import share_weight as share_weight
+
+__all__ = [
+    "Format",
+    "Start",
+    "decode",
+    "deep_compression_",
+    "huffman",
+    "low_rank",
+    "quantisation_aware",
+    "quantise_weight",
+    "relative_index",
+    "round_weights_",
+    "share_weight",
+    "stored_bytes",
+    "svd_factors",
+    "to_int8_",
+]
+
+
+def __dir__() -> list[str]:
+    return __all__

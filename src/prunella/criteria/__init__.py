@@ -65,3 +65,7 @@ __all__ = [
     "taylor_sq",
     "wanda",
 ]
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,1 +1,5 @@
 """Many runs against each other: Pareto experiments and comparisons of methods."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-import prunella
+from prunella._version import __version__
 from prunella.allocation import global_, uniform
 from prunella.criteria import magnitude, random
 from prunella.errors import Interrupted, PruningError, RequestError
@@ -106,7 +106,7 @@ class _Task:
             "target": repr(self.target),
             "seed": self.seed,
             "skip": one.skip,
-            "versions": (prunella.__version__, str(torch.__version__)),
+            "versions": (__version__, str(torch.__version__)),
         }
         return hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()[:24]
 
@@ -358,7 +358,7 @@ def _grain(grain: Granularity | tuple[Granularity, ...]) -> str:
 
 def _environment(study: Study, seeds: Sequence[int]) -> dict[str, str]:
     return {
-        "prunella": prunella.__version__,
+        "prunella": __version__,
         "torch": str(torch.__version__),
         "seeds": ", ".join(map(str, seeds)),
         "threads": "1 a model",

@@ -52,4 +52,9 @@ __all__ = [
     "Vector",
     "Vocabulary",
     "Width",
+    "reduce_to_units",
 ]
+
+
+def __dir__() -> list[str]:
+    return __all__

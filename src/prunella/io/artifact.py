@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-import prunella
+from prunella._version import __version__
 from prunella.compress.low_rank import ranks_of, rebuild_
 from prunella.errors import BadInput, PruningError, RequestError
 from prunella.graph.cut.block_surgery import check_dropped
@@ -119,7 +119,7 @@ def load(
     folder = Path(path)
     manifest = read_manifest(folder)
     if "sparse" in manifest:
-        todo = "read it with prunella.load_sparse"
+        todo = "read it with prunella.runtime.load_sparse"
         raise RequestError(f"{folder} holds a model that skips its zeros", "its weights are packed", todo)
     check_files(folder, manifest, (WEIGHTS, BUFFERS, PROGRAM))
     return rebuild(folder, manifest, read_data(folder, manifest), factory).to(device).eval()
@@ -157,7 +157,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError) as error:
         raise BadInput(f"{file} cannot be read", f"broken or cut short: {error}", "write the artefact again") from error
     if version > FORMAT:
-        why = f"it has format {version}, this prunella ({prunella.__version__}) reads up to {FORMAT}"
+        why = f"it has format {version}, this prunella ({__version__}) reads up to {FORMAT}"
         raise BadInput(f"{folder} was written by a newer prunella", why, "update prunella")
     return dict(manifest)
 
@@ -233,7 +233,7 @@ def read_data(folder: Path, manifest: Mapping[str, Any]) -> State:
 def _manifest(state: State, origin: Mapping[str, Any], plan: Plan | None) -> dict[str, Any]:
     head = {
         "format": FORMAT,
-        "prunella": prunella.__version__,
+        "prunella": __version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
         "origin": dict(origin),

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 
-import prunella
+from prunella._version import __version__
 from prunella.io.files import write_atomic
 
 CARD = "README.md"
@@ -40,9 +40,9 @@ def render_card(card: Card) -> str:
 
     environment = Environment(undefined=StrictUndefined, autoescape=True, trim_blocks=True, keep_trailing_newline=True)
     environment.filters["quoted"] = json.dumps
-    template = environment.from_string((files(prunella) / "realize" / "card.md").read_text(encoding="utf-8"))
+    template = environment.from_string((files("prunella.io") / "card.md").read_text(encoding="utf-8"))
     clean = {name: _line(value) if isinstance(value, str) else value for name, value in vars(card).items()}
-    return template.render(**clean, version=prunella.__version__)
+    return template.render(**clean, version=__version__)
 
 
 def _line(text: str) -> str:

@@ -14,5 +14,32 @@ from prunella.llm.rotate import Rotated as Rotated
 from prunella.llm.rotate import rescale_ as rescale_
 from prunella.llm.rotate import rotate as rotate
 from prunella.llm.rotate import slice_stream as slice_stream
+from prunella.llm.streaming import forecast as forecast
+from prunella.llm.streaming import solve_folder as solve_folder
 from prunella.planning.depth import drop_blocks as drop_blocks
 from prunella.planning.depth import drop_run as drop_run
+
+__all__ = [
+    "Match",
+    "OneShot",
+    "Refine",
+    "Rotated",
+    "Solving",
+    "alpha_sparsities",
+    "drop_blocks",
+    "drop_run",
+    "forecast",
+    "match_stream_",
+    "one_shot_recipe",
+    "processes",
+    "replace_run",
+    "rescale_",
+    "rotate",
+    "slice_stream",
+    "solve_",
+    "solve_folder",
+]
+
+
+def __dir__() -> list[str]:
+    return __all__

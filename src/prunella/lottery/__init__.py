@@ -41,3 +41,7 @@ __all__ = [
     "shuffle_masks_",
     "supermask_",
 ]
+
+
+def __dir__() -> list[str]:
+    return __all__

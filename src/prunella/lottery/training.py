@@ -25,7 +25,7 @@ Score = Callable[[nn.Module], float]
 class Course:
     """A complete training: a function of (model, lap), its number of steps, how its result is judged, and its seed.
 
-    train: your own loop over `lap.steps(...)` (see `prunella.Lap`), or `descent(data, loss, lr=...)`.
+    train: your own loop over `lap.steps(...)` (see `prunella.lottery.Lap`), or `descent(data, loss, lr=...)`.
     steps: of one training, at least 1. evaluate: quality of a model, higher is better. seed: of every generator.
     """
 

@@ -1,7 +1,10 @@
 """Numbers that say what pruning did: size, speed, what still takes part, and side effects."""
 
+from prunella.measure.count import count as count
 from prunella.measure.throughput import Throughput as Throughput
 from prunella.measure.throughput import throughput as throughput
+from prunella.measure.timing import Timing as Timing
+from prunella.measure.timing import compare_latency as compare_latency
 from prunella.metrics.effective_sparsity import EffectiveSparsity as EffectiveSparsity
 from prunella.metrics.effective_sparsity import effective_sparsity as effective_sparsity
 from prunella.metrics.language import Perplexity as Perplexity
@@ -22,3 +25,35 @@ from prunella.metrics.speedup import Speedup as Speedup
 from prunella.metrics.speedup import effective_macs as effective_macs
 from prunella.metrics.speedup import energy as energy
 from prunella.metrics.speedup import speedup as speedup
+
+__all__ = [
+    "Compression",
+    "EffectiveSparsity",
+    "Perplexity",
+    "SideEffects",
+    "Speedup",
+    "Throughput",
+    "Timing",
+    "TokenAgreement",
+    "calibration_error",
+    "compare_latency",
+    "compression_ratio",
+    "count",
+    "effective_macs",
+    "effective_sparsity",
+    "energy",
+    "flip_rate",
+    "kl_divergence",
+    "per_class_drop",
+    "perplexity",
+    "pruning_identified_exemplars",
+    "side_effects",
+    "speedup",
+    "throughput",
+    "token_agreement",
+    "zero_shot",
+]
+
+
+def __dir__() -> list[str]:
+    return __all__

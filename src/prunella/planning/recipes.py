@@ -238,3 +238,32 @@ def named(name: str) -> Recipe:
         return Recipe(method.function)
     known = sorted(m.name for m in REGISTRY.values() if m.kind in ("recipe", "criterion"))
     raise RequestError(f"{name} is of kind {method.kind}, not a recipe or a criterion", f"known are {', '.join(known)}")
+
+
+__all__ = [
+    "erk_magnitude",
+    "erk_random",
+    "flap",
+    "flap_global",
+    "fpgm",
+    "global_magnitude",
+    "grasp_global",
+    "group_l2",
+    "l1_filter",
+    "lamp_magnitude",
+    "llm_pruner",
+    "minitron",
+    "named",
+    "network_slimming",
+    "reap_experts",
+    "snip_global",
+    "synflow_global",
+    "taylor_fo",
+    "ticket_magnitude",
+    "wanda_2_4",
+    "wanda_rows",
+]
+
+
+def __dir__() -> list[str]:
+    return __all__

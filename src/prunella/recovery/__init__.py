@@ -9,11 +9,14 @@ from prunella.recovery.distill import distill_attention as distill_attention
 from prunella.recovery.distill import distill_attention_probabilities as distill_attention_probabilities
 from prunella.recovery.distill import distill_features as distill_features
 from prunella.recovery.distill import distill_logits as distill_logits
+from prunella.recovery.finetune import Training as Training
 from prunella.recovery.finetune import finetune as finetune
+from prunella.recovery.fold_means import Folded as Folded
 from prunella.recovery.fold_means import fold_means as fold_means
 from prunella.recovery.fsdp import hold_sharded_ as hold_sharded_
 from prunella.recovery.lora import mask_adapters_ as mask_adapters_
 from prunella.recovery.lora import merge_adapters_ as merge_adapters_
+from prunella.recovery.lr_schedules import Replay as Replay
 from prunella.recovery.lr_schedules import adaptive_rate as adaptive_rate
 from prunella.recovery.lr_schedules import constant_rate as constant_rate
 from prunella.recovery.lr_schedules import linear_rate as linear_rate
@@ -21,3 +24,34 @@ from prunella.recovery.lr_schedules import rewind_rate as rewind_rate
 from prunella.recovery.lr_schedules import scaled_rate as scaled_rate
 from prunella.recovery.moments import correct_statistics as correct_statistics
 from prunella.recovery.reconstruct import reconstruct as reconstruct
+
+__all__ = [
+    "Adapters",
+    "Folded",
+    "Replay",
+    "Training",
+    "adaptive_rate",
+    "add_adapters_",
+    "constant_rate",
+    "correct_statistics",
+    "distill",
+    "distill_attention",
+    "distill_attention_probabilities",
+    "distill_features",
+    "distill_logits",
+    "finetune",
+    "fold_means",
+    "heal_",
+    "hold_sharded_",
+    "linear_rate",
+    "mask_adapters_",
+    "merge_adapters_",
+    "recalibrate_bn",
+    "reconstruct",
+    "rewind_rate",
+    "scaled_rate",
+]
+
+
+def __dir__() -> list[str]:
+    return __all__

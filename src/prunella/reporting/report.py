@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-import prunella
+from prunella._version import __version__
 from prunella.graph.cut.block_surgery import new_name
 from prunella.graph.data import Frozen
 from prunella.graph.verify import relative_error
@@ -231,7 +231,7 @@ def report(
 def environment(latency: Comparison) -> dict[str, str]:
     """Versions and the machine, without names of people, hosts or folders."""
     return {
-        "prunella": prunella.__version__,
+        "prunella": __version__,
         "torch": str(torch.__version__),
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",

@@ -96,7 +96,7 @@ def save_sparse(
         manifest["files"] = {f.name: {"sha256": digest(f), "bytes": f.stat().st_size} for f in sorted(folder.iterdir())}
         (folder / MARKER).write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n", encoding="utf-8")
         total, files = sum(f.stat().st_size for f in folder.iterdir()), sorted(f.name for f in folder.iterdir())
-    return Saved(Path(path), total, tuple(files), "prunella.load_sparse")
+    return Saved(Path(path), total, tuple(files), "prunella.runtime.load_sparse")
 
 
 def load_sparse(

@@ -18,3 +18,23 @@ from prunella.solvers.quantized import prune_and_quantise as prune_and_quantise
 from prunella.solvers.refit import refit as refit
 from prunella.solvers.sparsegpt import sparsegpt as sparsegpt
 from prunella.solvers.swap import swap as swap
+
+__all__ = [
+    "Grid",
+    "OnGrid",
+    "Solved",
+    "admm",
+    "alps",
+    "by_score",
+    "mfac",
+    "obs",
+    "prune_and_quantise",
+    "refit",
+    "sparsegpt",
+    "swap",
+    "woodfisher",
+]
+
+
+def __dir__() -> list[str]:
+    return __all__

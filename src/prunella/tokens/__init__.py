@@ -19,3 +19,7 @@ __all__ = [
     "merge_tokens_",
     "unmerge",
 ]
+
+
+def __dir__() -> list[str]:
+    return __all__

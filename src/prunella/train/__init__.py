@@ -6,6 +6,7 @@ from prunella.train.dynamic.rules import Rule as Rule
 from prunella.train.dynamic.rules import granet as granet
 from prunella.train.dynamic.rules import itop as itop
 from prunella.train.dynamic.rules import rigl as rigl
+from prunella.train.dynamic.rules import rigl_flops as rigl_flops
 from prunella.train.dynamic.rules import set_ as set_
 from prunella.train.dynamic.rules import sparse_momentum as sparse_momentum
 from prunella.train.gates.gate import advance_ as advance_
@@ -32,5 +33,47 @@ from prunella.train.penalty.proximal import sparse_group_soft as sparse_group_so
 from prunella.train.penalty.units import Coupled as Coupled
 from prunella.train.penalty.units import coupled as coupled
 from prunella.train.pruner import Pruner as Pruner
-from prunella.train.soft import SoftPruner as SoftPruner
-from prunella.train.soft import Surgery as Surgery
+from prunella.train.soft_filter import SoftPruner as SoftPruner
+from prunella.train.soft_filter import Surgery as Surgery
+
+__all__ = [
+    "AdmmTraining",
+    "Coupled",
+    "DropGrow",
+    "Growing",
+    "HalfSpace",
+    "Proximal",
+    "Pruner",
+    "Rule",
+    "SoftPruner",
+    "Surgery",
+    "TargetShape",
+    "advance_",
+    "bake_",
+    "coupled",
+    "gate_penalty",
+    "granet",
+    "group_lasso",
+    "group_soft",
+    "group_sparsity",
+    "itop",
+    "l0_gates_",
+    "learned_threshold_",
+    "penalised",
+    "plan_zeros",
+    "rigl",
+    "rigl_flops",
+    "set_",
+    "slimming",
+    "soft",
+    "soft_movement_",
+    "sparse_group_soft",
+    "sparse_momentum",
+    "top_kast_",
+    "top_movement_",
+    "variational_dropout_",
+]
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -133,7 +133,7 @@ def test_the_score_is_the_sum_over_all_parameters_that_the_block_has() -> None:
     assert {m.entity for m in graph.stacks[0].members} == {n for n, _ in model.named_parameters() if n[:3] == "xyz"}
 
 
-@pytest.mark.parametrize("criterion", [pr.magnitude, pr.taylor, pr.random])
+@pytest.mark.parametrize("criterion", [pr.magnitude, pr.taylor, pr.criteria.random])
 def test_criteria_of_weights_score_blocks(criterion: Any) -> None:
     model = settle(Net())
     loss = lambda m, batch: m(batch).square().mean()  # noqa: E731
@@ -157,13 +157,17 @@ def test_the_gate_of_a_block_is_on_all_its_weights() -> None:
 
 def test_criteria_of_channels_have_nothing_to_say() -> None:
     with pytest.raises(NotSupported, match="which a block does not have"):
-        pr.plan(settle(Net()), TOKENS, pr.Recipe(pr.group_norm, pr.Depth()), target=pr.Sparsity(0.25))
+        pr.plan(settle(Net()), TOKENS, pr.Recipe(pr.criteria.group_norm, pr.Depth()), target=pr.Sparsity(0.25))
 
 
 @pytest.mark.parametrize("share", [0.7, 0.5, 0.3])
 def test_channels_heads_and_blocks_share_one_ranking(share: float) -> None:
     model = settle(Net(norm=nn.LayerNorm))
-    grains = pr.Channel(pr.Reduce.MEAN), pr.Head(pr.Reduce.MEAN), pr.Depth(pr.Reduce.MEAN)
+    grains = (
+        pr.Channel(pr.granularity.Reduce.MEAN),
+        pr.Head(pr.granularity.Reduce.MEAN),
+        pr.Depth(pr.granularity.Reduce.MEAN),
+    )
     recipe = pr.Recipe(pr.magnitude, grains, pr.global_)
     plan = pr.plan(model, TOKENS, recipe, target=pr.MACs(share))
     small = pr.shrink(model, plan)
@@ -293,7 +297,7 @@ def test_an_artefact_is_built_again_and_hostile_entries_are_refused(tmp_path: An
 
 def test_the_report_and_the_fit_follow_the_new_numbers() -> None:
     model = settle(Net(norm=nn.LayerNorm))
-    grains = pr.Channel(pr.Reduce.MEAN), pr.Depth(pr.Reduce.MEAN)
+    grains = pr.Channel(pr.granularity.Reduce.MEAN), pr.Depth(pr.granularity.Reduce.MEAN)
     plan = pr.plan(model, TOKENS, pr.Recipe(pr.magnitude, grains, pr.global_), target=pr.MACs(0.4))
     small = pr.shrink(model, plan)
     gone = {int(name) for name in plan.dropped["xyz"]}
@@ -334,6 +338,6 @@ class Twice(nn.Module):
 
 def test_a_list_of_a_single_block_is_no_obstacle() -> None:
     model = settle(Twice())
-    plan = pr.plan(model, TOKENS, pr.Recipe(pr.random, pr.Depth()), target=pr.Sparsity(0.5))
+    plan = pr.plan(model, TOKENS, pr.Recipe(pr.criteria.random, pr.Depth()), target=pr.Sparsity(0.5))
     assert {path: len(names) for path, names in plan.dropped.items()} == {"many.xyz": 2}
     assert len(pr.shrink(model, plan).one.xyz) == 1

@@ -32,7 +32,7 @@ def test_experts_lose_neurons_in_the_multiples_that_the_kernel_takes() -> None:
     model, x = settle(Experts(16)), torch.randn(6, 12)
     group = produced_by(couple(model, x), "first")
     assert (group.size, group.multiple) == (16, 4)  # 16 bytes a row in float32
-    plan = pr.plan(model, x, pr.Recipe(pr.random), target=pr.Sparsity(0.3))
+    plan = pr.plan(model, x, pr.Recipe(pr.criteria.random), target=pr.Sparsity(0.3))
     assert [row.kept for row in plan.rows] == [8]
     small = pr.shrink(model, plan)  # compared in float64 with the masked model
     assert small.first.shape == (3, 12, 16) and small.second.shape == (3, 8, 12)

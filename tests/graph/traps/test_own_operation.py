@@ -70,4 +70,4 @@ def test_a_wrong_rule_is_caught(rules: None) -> None:
 
     torch.manual_seed(0)
     with pytest.raises(NotSupported, match="cannot be proven"):
-        pr.plan(_Net(), torch.randn(2, 3, 8, 8), pr.Recipe(pr.random), target=pr.Sparsity(0.4))
+        pr.plan(_Net(), torch.randn(2, 3, 8, 8), pr.Recipe(pr.criteria.random), target=pr.Sparsity(0.4))

@@ -255,7 +255,7 @@ def test_a_shrunk_program_learns() -> None:
     plan = prunella.plan(program, TOKENS, target=prunella.Params(0.8))
     small = prunella.shrink(program, plan)
     assert verify(program, small, plan.changes, TOKENS).error <= 1e-9
-    prunella.carry_(optimizer, program, small, plan)
+    prunella.transform.carry_(optimizer, program, small, plan)
     before = small.get_parameter("down.weight").detach().clone()
     loss = small(TOKENS).square().mean()
     optimizer.zero_grad()

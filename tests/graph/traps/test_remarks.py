@@ -75,7 +75,7 @@ REMARKS = (
 def test_the_plan_says_so_and_keeps_it(tmp_path: Path) -> None:
     plan = prunella.plan(settle(Mixed()), TOKENS, target=Params(0.7))
     assert plan.remarks == REMARKS and all(line in str(plan) for line in REMARKS)
-    assert prunella.load_plan(prunella.save_plan(plan, tmp_path / "x.plan")).remarks == REMARKS
+    assert prunella.io.load_plan(prunella.io.save_plan(plan, tmp_path / "x.plan")).remarks == REMARKS
 
 
 def test_inspect_says_so() -> None:

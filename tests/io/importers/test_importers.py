@@ -50,7 +50,7 @@ def test_torch_prune_gives_the_same_function_and_masks(live: bool, tmp_path: Pat
     if not live:
         source = tmp_path / "theirs.safetensors"
         save_file(theirs.state_dict(), source)
-    plan = pr.import_plan(ours, X, source)
+    plan = pr.importers.import_plan(ours, X, source)
     assert torch.equal(masked(ours, plan)(X), theirs(X))
     wanted = {name.removesuffix("_mask"): m.bool() for name, m in theirs.named_buffers()}
     assert plan.masks.keys() == wanted.keys() == {"0.weight", "2.weight", "2.bias"}
@@ -62,18 +62,18 @@ def test_torch_prune_gives_the_same_function_and_masks(live: bool, tmp_path: Pat
 
 def test_what_is_under_a_mask_may_grow_back() -> None:
     theirs = pruned_mlp()
-    plan = pr.import_plan(mlp(), X, theirs)
+    plan = pr.importers.import_plan(mlp(), X, theirs)
     assert plan.weights["0.weight"].equal(theirs[0].weight_orig.detach())
     assert int((plan.weights["0.weight"] == 0).sum()) == 0
 
 
 def test_the_plan_is_saved_applied_and_reported(tmp_path: Path) -> None:
     ours = mlp()
-    plan = pr.import_plan(ours, X, pruned_mlp())
-    again = pr.load_plan(pr.save_plan(plan, tmp_path / "p.plan"))
+    plan = pr.importers.import_plan(ours, X, pruned_mlp())
+    again = pr.io.load_plan(pr.io.save_plan(plan, tmp_path / "p.plan"))
     assert again.rows == plan.rows and all(again.masks[n].equal(m) for n, m in plan.masks.items())
     small = pr.shrink(ours, again)
-    assert pr.count(small).nonzero == 30 + 15
+    assert pr.metrics.count(small).nonzero == 30 + 15
     assert "imported from torch.nn.utils.prune: 3 masks" in str(plan)
 
 
@@ -112,12 +112,12 @@ def test_torch_ao_in_all_its_forms(form: str) -> None:
     ours, wanted = mlp(width=8), theirs(X)
     masks = {name: entry["mask"].bool() for name, entry in sparsifier.state_dict()["state"].items()}
     if form == "module":
-        plan = pr.import_plan(ours, X, theirs)
+        plan = pr.importers.import_plan(ours, X, theirs)
     elif form == "state and sparsifier":
-        plan = pr.import_plan(ours, X, theirs.state_dict(), masks=sparsifier.state_dict())
+        plan = pr.importers.import_plan(ours, X, theirs.state_dict(), masks=sparsifier.state_dict())
     else:
         sparsifier.squash_mask()
-        plan = pr.import_plan(ours, X, theirs.state_dict())
+        plan = pr.importers.import_plan(ours, X, theirs.state_dict())
     assert torch.equal(masked(ours, plan)(X), wanted)
     assert plan.masks.keys() == masks.keys() and all(plan.masks[n].equal(m) for n, m in masks.items())
     assert not masks["0.weight"].all() and bool(masks["0.weight"].any())
@@ -127,15 +127,15 @@ def test_a_sparsifier_alone_masks_the_models_own_weights() -> None:
     _, sparsifier = sparsified()
     ours = mlp(width=8)
     with pytest.raises(BadInput, match=r"mask of 0\.weight has another shape"):  # blocks are another tool's
-        pr.import_plan(mlp(width=16), X, sparsifier.state_dict())
-    plan = pr.import_plan(ours, X, sparsifier.state_dict())
+        pr.importers.import_plan(mlp(width=16), X, sparsifier.state_dict())
+    plan = pr.importers.import_plan(ours, X, sparsifier.state_dict())
     assert not plan.weights and torch.equal(masked(ours, plan)[0].weight != 0, plan.masks["0.weight"])
 
 
 def test_masks_that_the_state_dict_left_out_are_asked_for() -> None:
     theirs, _ = sparsified()
     with pytest.raises(BadInput, match=r"masks are not in this checkpoint(.|\n)*masks=sparsifier"):
-        pr.import_plan(mlp(width=8), X, theirs.state_dict())
+        pr.importers.import_plan(mlp(width=8), X, theirs.state_dict())
 
 
 # -- zeros, SparseML, neural-compressor ---------------------------------------------------------------------------
@@ -153,7 +153,7 @@ def sparse_state() -> dict[str, Tensor]:
 @pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod.", "model.", "module.model."])
 def test_zeros_are_the_mask_whatever_stands_before_the_names(prefix: str) -> None:
     state, ours = sparse_state(), mlp()
-    plan = pr.import_plan(ours, X, {prefix + name: value for name, value in state.items()})
+    plan = pr.importers.import_plan(ours, X, {prefix + name: value for name, value in state.items()})
     assert plan.masks.keys() == {"0.weight", "2.weight"}
     assert all(plan.masks[name].equal(state[name] != 0) for name in plan.masks)
     assert all(value.equal(state[name]) for name, value in masked(ours, plan).state_dict().items())
@@ -162,7 +162,7 @@ def test_zeros_are_the_mask_whatever_stands_before_the_names(prefix: str) -> Non
 def test_a_prefix_that_the_model_has_and_the_file_has_not() -> None:
     wrapped = nn.ModuleDict({"model": mlp()})
     wrapped.forward = lambda x: wrapped["model"](x)  # type: ignore[method-assign]
-    plan = pr.import_plan(wrapped, X, sparse_state())
+    plan = pr.importers.import_plan(wrapped, X, sparse_state())
     assert plan.masks.keys() == {"model.0.weight", "model.2.weight"}
 
 
@@ -170,7 +170,7 @@ def test_buffers_come_along() -> None:
     theirs, ours = convnet(seed=1).eval(), convnet().eval()
     with torch.no_grad():
         theirs[0].weight[:, 0] = 0
-    plan = pr.import_plan(ours, images()[0], theirs.state_dict())
+    plan = pr.importers.import_plan(ours, images()[0], theirs.state_dict())
     assert torch.equal(masked(ours, plan)(images()[0]), theirs(images()[0])) and "1.running_mean" in plan.weights
     assert [(row.name, row.kept, row.total) for row in plan.rows] == [("0", 144, 216)]
 
@@ -179,7 +179,7 @@ def test_a_weight_that_did_not_change_is_not_stored() -> None:
     ours = mlp()
     state = {name: value.clone() for name, value in ours.state_dict().items()}
     state["2.weight"][0] = 0
-    assert pr.import_plan(ours, X, state).weights.keys() == {"2.weight"}
+    assert pr.importers.import_plan(ours, X, state).weights.keys() == {"2.weight"}
 
 
 def test_few_zeros_can_be_left_alone() -> None:
@@ -207,7 +207,7 @@ def test_sparseml_reads_its_recipe_as_data() -> None:
     pytest.importorskip("yaml")
     found = sparseml({"state_dict": sparse_state(), "recipe": RECIPE, "epoch": 3})
     assert found.remarks == ("the recipe asks for final_sparsity=0.85 (GMPruningModifier)",)
-    plan = pr.import_plan(mlp(), X, {"state_dict": sparse_state(), "recipe": RECIPE, "epoch": 3})
+    plan = pr.importers.import_plan(mlp(), X, {"state_dict": sparse_state(), "recipe": RECIPE, "epoch": 3})
     assert "final_sparsity=0.85" in str(plan) and "SparseML" in str(plan)
     staged = "pruning_stage:\n  pruning_modifiers:\n    SparseGPTModifier:\n      sparsity: 0.5\n"
     assert list(recipe_sparsities(staged)) == ["the recipe asks for sparsity=0.5 (SparseGPTModifier)"]
@@ -234,10 +234,10 @@ def test_neural_compressor_masks_of_modules_and_of_blocks() -> None:
     ours = mlp(width=8)
     masks = {"0": torch.rand(8, 4) > 0.5, "2": torch.tensor([[True, False]])}
     masks["0"][0] = torch.tensor([True, False, True, True])
-    plan = pr.import_plan(ours, X, masks)
+    plan = pr.importers.import_plan(ours, X, masks)
     assert plan.masks["0.weight"].equal(masks["0"])
     assert plan.masks["2.weight"].equal(torch.tensor([True] * 4 + [False] * 4).expand(5, 8))
-    assert pr.import_plan(ours, X, ours.state_dict(), masks=masks).masks.keys() == plan.masks.keys()
+    assert pr.importers.import_plan(ours, X, ours.state_dict(), masks=masks).masks.keys() == plan.masks.keys()
     assert neural_compressor({"0": torch.ones(2)}).masks["0.weight"].all()
 
 
@@ -255,7 +255,7 @@ def small_net(*sizes: int) -> nn.Sequential:
 ])  # fmt: skip
 def test_what_compressed_tensors_wrote(name: str, sizes: tuple[int, ...], kinds: list[str]) -> None:
     dense, ours = load_file(DATA / f"{name}_dense.safetensors"), small_net(*sizes)
-    plan = pr.import_plan(ours, torch.randn(2, sizes[0]), DATA / f"{name}.safetensors")
+    plan = pr.importers.import_plan(ours, torch.randn(2, sizes[0]), DATA / f"{name}.safetensors")
     for key, value in masked(ours, plan).state_dict().items():
         assert value.equal(dense[key].to(value.dtype))
     assert all(plan.masks[key].equal(dense[key] != 0) for key in plan.masks)
@@ -267,14 +267,14 @@ def test_a_folder_with_its_description(tmp_path: Path) -> None:
     described = {"format": "sparse-bitmask", "global_sparsity": 0.6, "sparsity_structure": "unstructured"}
     config = tmp_path / "config.json"
     config.write_text(json.dumps({"quantization_config": {"sparsity_config": described}}))
-    plan = pr.import_plan(small_net(10, 6, 3), torch.randn(2, 10), tmp_path)
+    plan = pr.importers.import_plan(small_net(10, 6, 3), torch.randn(2, 10), tmp_path)
     assert "config.json says sparse-bitmask: global_sparsity=0.6" in str(plan)
     config.write_text(json.dumps({"quantization_config": {"sparsity_config": {"format": "marlin-24"}}}))
     with pytest.raises(NotSupported, match="marlin-24"):
-        pr.import_plan(small_net(10, 6, 3), torch.randn(2, 10), tmp_path)
+        pr.importers.import_plan(small_net(10, 6, 3), torch.randn(2, 10), tmp_path)
     config.write_text("{")
     with pytest.raises(BadInput, match=r"config\.json cannot be read"):
-        pr.import_plan(small_net(10, 6, 3), torch.randn(2, 10), tmp_path)
+        pr.importers.import_plan(small_net(10, 6, 3), torch.randn(2, 10), tmp_path)
 
 
 def bitmask_parts(rows: int = 3, cols: int = 10) -> tuple[Tensor, dict[str, Tensor]]:
@@ -335,7 +335,7 @@ def test_values_that_are_not_two_of_four_are_refused() -> None:
 
 def test_quantised_weights_are_refused() -> None:
     with pytest.raises(NotSupported, match="quantised"):
-        pr.import_plan(mlp(), X, {"0.weight_packed": torch.zeros(2), "0.bitmask": torch.zeros(2)})
+        pr.importers.import_plan(mlp(), X, {"0.weight_packed": torch.zeros(2), "0.bitmask": torch.zeros(2)})
 
 
 # -- what does not fit ---------------------------------------------------------------------------------------------
@@ -345,38 +345,38 @@ def test_what_is_missing_is_named() -> None:
     state = sparse_state()
     del state["2.weight"]
     with pytest.raises(BadInput, match=r"1 are missing: 2\.weight"):
-        pr.import_plan(mlp(), X, state)
+        pr.importers.import_plan(mlp(), X, state)
     with pytest.raises(BadInput, match=r"are not of this model: 9\.weight(.|\n)*near 9\.weight"):
-        pr.import_plan(mlp(), X, {**sparse_state(), "9.weight": torch.zeros(2, 2)})
+        pr.importers.import_plan(mlp(), X, {**sparse_state(), "9.weight": torch.zeros(2, 2)})
     with pytest.raises(BadInput, match=r"mask of 0\.weight has another shape\n\(4, 4\) in the checkpoint"):
-        pr.import_plan(mlp(), X, {"0": torch.ones(4, 4, dtype=torch.bool)})
+        pr.importers.import_plan(mlp(), X, {"0": torch.ones(4, 4, dtype=torch.bool)})
     with pytest.raises(BadInput, match=r"0\.weight has another shape"):
-        pr.import_plan(mlp(), X, {**sparse_state(), "0.weight": torch.zeros(3, 4)})
+        pr.importers.import_plan(mlp(), X, {**sparse_state(), "0.weight": torch.zeros(3, 4)})
     with pytest.raises(BadInput, match="nothing is pruned"):
-        pr.import_plan(mlp(), X, mlp(seed=1).state_dict())
+        pr.importers.import_plan(mlp(), X, mlp(seed=1).state_dict())
     with pytest.raises(BadInput, match="everything is zero"):
-        pr.import_plan(mlp(), X, {name: torch.zeros_like(v) for name, v in mlp().state_dict().items()})
+        pr.importers.import_plan(mlp(), X, {name: torch.zeros_like(v) for name, v in mlp().state_dict().items()})
     with pytest.raises(BadInput, match=r"2\.bias is not finite"):
-        pr.import_plan(mlp(), X, {**sparse_state(), "2.bias": torch.full((5,), torch.nan)})
+        pr.importers.import_plan(mlp(), X, {**sparse_state(), "2.bias": torch.full((5,), torch.nan)})
     with pytest.raises(BadInput, match="no tensors in the checkpoint"):
-        pr.import_plan(mlp(), X, {"epoch": 3})
+        pr.importers.import_plan(mlp(), X, {"epoch": 3})
     with pytest.raises(BadInput, match="two names of the checkpoint"):
-        pr.import_plan(mlp(), X, {**sparse_state(), **{f"module.{n}": v for n, v in sparse_state().items()}})
+        pr.importers.import_plan(mlp(), X, {**sparse_state(), **{f"module.{n}": v for n, v in sparse_state().items()}})
 
 
 def test_sources_that_are_none(tmp_path: Path) -> None:
     model = mlp()
     with pytest.raises(RequestError, match="one module"):
-        pr.import_plan(model, X, model)
+        pr.importers.import_plan(model, X, model)
     with pytest.raises(RequestError, match="a int cannot be imported"):
-        pr.import_plan(model, X, 3)  # type: ignore[arg-type]
+        pr.importers.import_plan(model, X, 3)  # type: ignore[arg-type]
     with pytest.raises(BadInput, match="no checkpoint at"):
-        pr.import_plan(model, X, tmp_path / "none.safetensors")
+        pr.importers.import_plan(model, X, tmp_path / "none.safetensors")
     (tmp_path / "cut.safetensors").write_bytes((DATA / "bitmask.safetensors").read_bytes()[:200])
     with pytest.raises(BadInput, match="truncated or damaged"):
-        pr.import_plan(model, X, tmp_path / "cut.safetensors")
+        pr.importers.import_plan(model, X, tmp_path / "cut.safetensors")
     with pytest.raises(BadInput, match="has no weights"):
-        pr.import_plan(model, X, _empty(tmp_path))
+        pr.importers.import_plan(model, X, _empty(tmp_path))
 
 
 def _empty(folder: Path) -> Path:
@@ -395,14 +395,14 @@ def test_pickles_are_read_when_allowed_and_never_run(tmp_path: Path) -> None:
     file = tmp_path / "theirs.pth"
     torch.save({"state_dict": sparse_state(), "epoch": 3}, file)
     with pytest.raises(BadInput, match="pickle can run code"):
-        pr.import_plan(mlp(), X, file)
-    assert pr.import_plan(mlp(), X, file, allow_pickle=True).masks.keys() == {"0.weight", "2.weight"}
+        pr.importers.import_plan(mlp(), X, file)
+    assert pr.importers.import_plan(mlp(), X, file, allow_pickle=True).masks.keys() == {"0.weight", "2.weight"}
     torch.save({"state_dict": sparse_state(), "evil": Evil()}, file)
     with pytest.raises(BadInput, match="as tensors"):
-        pr.import_plan(mlp(), X, file, allow_pickle=True)
+        pr.importers.import_plan(mlp(), X, file, allow_pickle=True)
     torch.save([torch.ones(2)], file)
     with pytest.raises(NotSupported, match="holds a list"):
-        pr.import_plan(mlp(), X, file, allow_pickle=True)
+        pr.importers.import_plan(mlp(), X, file, allow_pickle=True)
 
 
 def test_tied_weights_have_one_mask() -> None:
@@ -418,13 +418,13 @@ def test_tied_weights_have_one_mask() -> None:
 
     state = {name: value.clone() for name, value in Tied().state_dict().items()}
     state["a.weight"][0] = state["b.weight"][0] = 0
-    plan = pr.import_plan(Tied(), X, state)
+    plan = pr.importers.import_plan(Tied(), X, state)
     assert len(plan.masks) == 1 and plan.before.params == 16 + 8
     only = {name: value for name, value in state.items() if name != "b.weight"}
-    assert pr.import_plan(Tied(), X, only).masks.keys() == plan.masks.keys()
+    assert pr.importers.import_plan(Tied(), X, only).masks.keys() == plan.masks.keys()
     state["b.weight"] = torch.ones(4, 4).tril()
     with pytest.raises(BadInput, match="ties these weights"):
-        pr.import_plan(Tied(), X, state)
+        pr.importers.import_plan(Tied(), X, state)
 
 
 # -- patterns ----------------------------------------------------------------------------------------------------------

@@ -114,11 +114,11 @@ def test_what_converters_ask_for(tmp_path: Path) -> None:
 def test_a_card_quotes_what_it_is_given() -> None:
     name = 'evil"\nlicense: mit\n<script>alert(1)</script>'
     text = render_card(
-        pr.Card(name, "LlamaForCausalLM", "admm", "NM(n=2, m=4)", 0.5, "8 windows", ("text", 20.0, 30.5))
+        pr.io.Card(name, "LlamaForCausalLM", "admm", "NM(n=2, m=4)", 0.5, "8 windows", ("text", 20.0, 30.5))
     )
     assert "\nlicense" not in text and "<script>" not in text.split("---")[2]
     assert "| perplexity on text | 20 dense, 30.5 pruned |" in text and "| calibration | 8 windows |" in text
-    plain = render_card(pr.Card("x", "LlamaForCausalLM", "admm", "NM(n=2, m=4)", 0.5))
+    plain = render_card(pr.io.Card("x", "LlamaForCausalLM", "admm", "NM(n=2, m=4)", 0.5))
     assert "perplexity" not in plain and "calibration" not in plain
 
 

@@ -22,8 +22,8 @@ from prunella.llm.streaming.folder import WORK
 from prunella.llm.streaming.shards import INDEX
 from tests.llm.streaming.models import KINDS, data, read, write
 
-WANDA = pr.OneShot(pr.Element(per_row=True), 0.5, partial(pr.by_score, score=pr.wanda))
-PATTERN = pr.OneShot(pr.NM(2, 4), refine=pr.Refine(epochs=2))
+WANDA = pr.llm.OneShot(pr.Element(per_row=True), 0.5, partial(pr.solvers.by_score, score=pr.wanda))
+PATTERN = pr.llm.OneShot(pr.NM(2, 4), refine=pr.llm.Refine(epochs=2))
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -32,13 +32,15 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize(
-    "how", [pr.OneShot(), PATTERN, replace(WANDA, true_sequential=False)], ids=["admm", "2:4 refined", "blocks at once"]
+    "how",
+    [pr.llm.OneShot(), PATTERN, replace(WANDA, true_sequential=False)],
+    ids=["admm", "2:4 refined", "blocks at once"],
 )
 @pytest.mark.parametrize("kind", KINDS)
-def test_it_is_the_model_pruned_in_memory_bit_for_bit(tmp_path: Path, kind: str, how: pr.OneShot) -> None:
+def test_it_is_the_model_pruned_in_memory_bit_for_bit(tmp_path: Path, kind: str, how: pr.llm.OneShot) -> None:
     model = write(tmp_path / "in", kind)
-    done = pr.solve_folder(tmp_path / "in", tmp_path / "out", how, data=data())
-    by_hand = pr.solve_(model, data()[0], how, data=data())
+    done = pr.llm.solve_folder(tmp_path / "in", tmp_path / "out", how, data=data())
+    by_hand = pr.llm.solve_(model, data()[0], how, data=data())
     again = read(tmp_path / "out", model)
     for (name, a), b in zip(model.state_dict().items(), again.state_dict().values(), strict=True):
         assert torch.equal(a, b), name
@@ -50,7 +52,7 @@ def test_it_is_the_model_pruned_in_memory_bit_for_bit(tmp_path: Path, kind: str,
 
 def test_the_dtype_of_the_file_stays_and_ties_are_written_once(tmp_path: Path) -> None:
     model = write(tmp_path / "in", "Qwen2", dtype=torch.bfloat16)
-    pr.solve_folder(tmp_path / "in", tmp_path / "out", pr.OneShot(pr.NM(2, 4)), data=data())
+    pr.llm.solve_folder(tmp_path / "in", tmp_path / "out", pr.llm.OneShot(pr.NM(2, 4)), data=data())
     before, after = weights(tmp_path / "in"), weights(tmp_path / "out")
     assert before.keys() == after.keys() and "lm_head.weight" not in after
     assert {v.dtype for v in after.values()} == {torch.bfloat16}
@@ -67,10 +69,10 @@ def test_a_stream_on_disk_gives_the_same(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(memory, "resident", lambda: 1000)
     write(tmp_path / "in")
     many = data(40)
-    roomy = pr.solve_folder(tmp_path / "in", tmp_path / "a", WANDA, data=many)
+    roomy = pr.llm.solve_folder(tmp_path / "in", tmp_path / "a", WANDA, data=many)
     stream = roomy.peak.parts["stream"]
     assert not roomy.peak.on_disk and stream == 2 * 40 * (2 * 16 * 32 * 4)  # into a block and out of it
-    tight = pr.solve_folder(tmp_path / "in", tmp_path / "b", WANDA, data=many, memory=roomy.peak.bytes - 1)
+    tight = pr.llm.solve_folder(tmp_path / "in", tmp_path / "b", WANDA, data=many, memory=roomy.peak.bytes - 1)
     assert tight.peak.on_disk and tight.peak.bytes == roomy.peak.bytes - stream
     whole, streamed = weights(tmp_path / "a"), weights(tmp_path / "b")
     assert all(whole[name].equal(streamed[name]) for name in whole)
@@ -79,39 +81,41 @@ def test_a_stream_on_disk_gives_the_same(tmp_path: Path, monkeypatch: pytest.Mon
 def test_too_little_memory_is_refused_with_the_numbers_before_anything_is_written(tmp_path: Path) -> None:
     write(tmp_path / "in")
     with pytest.raises(RequestError, match=r"1 MB of memory are not enough\nit would take .*process .*block"):
-        pr.solve_folder(tmp_path / "in", tmp_path / "out", WANDA, data=data(), memory="1MB")
+        pr.llm.solve_folder(tmp_path / "in", tmp_path / "out", WANDA, data=data(), memory="1MB")
     assert not (tmp_path / "out").exists()
     with pytest.raises(RequestError, match="cannot read the amount"):
-        pr.solve_folder(tmp_path / "in", tmp_path / "out", WANDA, data=data(), memory="much")
+        pr.llm.solve_folder(tmp_path / "in", tmp_path / "out", WANDA, data=data(), memory="much")
 
 
 def test_layers_that_are_skipped_stay_and_unknown_patterns_are_refused(tmp_path: Path) -> None:
     write(tmp_path / "in")
-    pr.solve_folder(tmp_path / "in", tmp_path / "out", WANDA, data=data(), skip=["*.mlp", "model.layers.0"])
+    pr.llm.solve_folder(tmp_path / "in", tmp_path / "out", WANDA, data=data(), skip=["*.mlp", "model.layers.0"])
     before, after = weights(tmp_path / "in"), weights(tmp_path / "out")
     changed = {name for name in before if not before[name].equal(after[name])}
     assert changed == {f"model.layers.{k}.self_attn.{x}_proj.weight" for k in (1, 2) for x in "qkvo"}
     with pytest.raises(RequestError, match="matches nothing"):
-        pr.solve_folder(tmp_path / "in", tmp_path / "b", WANDA, data=data(), skip=["layers"])
+        pr.llm.solve_folder(tmp_path / "in", tmp_path / "b", WANDA, data=data(), skip=["layers"])
 
 
 def test_what_is_there_is_not_overwritten_unless_asked(tmp_path: Path) -> None:
     write(tmp_path / "in")
-    pr.solve_folder(tmp_path / "in", tmp_path / "out", WANDA, data=data())
+    pr.llm.solve_folder(tmp_path / "in", tmp_path / "out", WANDA, data=data())
     with pytest.raises(RequestError, match="not empty"):
-        pr.solve_folder(tmp_path / "in", tmp_path / "out", WANDA, data=data())
-    pr.solve_folder(tmp_path / "in", tmp_path / "out", WANDA, data=data(), overwrite=True)
+        pr.llm.solve_folder(tmp_path / "in", tmp_path / "out", WANDA, data=data())
+    pr.llm.solve_folder(tmp_path / "in", tmp_path / "out", WANDA, data=data(), overwrite=True)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
     with pytest.raises(RequestError, match="did not write it"):
-        pr.solve_folder(tmp_path / "in", tmp_path / "mine", WANDA, data=data(), overwrite=True)
+        pr.llm.solve_folder(tmp_path / "in", tmp_path / "mine", WANDA, data=data(), overwrite=True)
     assert (tmp_path / "mine" / "thesis.txt").exists()
 
 
 def test_experts_that_lie_apart_in_the_files_are_pruned_and_written_apart(tmp_path: Path) -> None:
     write(tmp_path / "in", "Mixtral")
     steps: list[Step] = []
-    pr.solve_folder(tmp_path / "in", tmp_path / "out", pr.OneShot(pr.NM(2, 4)), data=data(), on_block=steps.append)
+    pr.llm.solve_folder(
+        tmp_path / "in", tmp_path / "out", pr.llm.OneShot(pr.NM(2, 4)), data=data(), on_block=steps.append
+    )
     before, after = weights(tmp_path / "in"), weights(tmp_path / "out")
     experts = [name for name in after if ".experts." in name]
     assert len(experts) == 3 * 4 * 3 and all(after[name].view(-1, 4).eq(0).sum(1).eq(2).all() for name in experts)
@@ -129,14 +133,14 @@ def test_experts_that_do_not_fit_together_are_a_clear_error(tmp_path: Path, shap
     held = {k: v for k, v in held.items() if k != name} | ({name: torch.zeros(shape)} if shape else {})
     save_file(held, file)
     with pytest.raises(BadInput, match=r"make up model.layers.1.mlp.experts.gate_up_proj do not fit together"):
-        pr.solve_folder(tmp_path / "in", tmp_path / "out", WANDA, data=data())
+        pr.llm.solve_folder(tmp_path / "in", tmp_path / "out", WANDA, data=data())
 
 
 def test_a_router_that_a_mapping_names_is_pruned_in_both_ways(tmp_path: Path) -> None:
     model = write(tmp_path / "in", "Mixtral")
-    how = pr.OneShot(pr.Element(), {"model.layers.1.mlp.gate": 0.5, "model.layers.2.self_attn.q_proj": 0.5})
-    pr.solve_folder(tmp_path / "in", tmp_path / "out", how, data=data())
-    pr.solve_(model, data()[0], how, data=data())
+    how = pr.llm.OneShot(pr.Element(), {"model.layers.1.mlp.gate": 0.5, "model.layers.2.self_attn.q_proj": 0.5})
+    pr.llm.solve_folder(tmp_path / "in", tmp_path / "out", how, data=data())
+    pr.llm.solve_(model, data()[0], how, data=data())
     again = read(tmp_path / "out", model)
     gates = [found.get_parameter(f"model.layers.{k}.mlp.gate.weight") for found in (model, again) for k in range(3)]
     assert [float(gate.eq(0).float().mean()) for gate in gates] == [0, 0.5, 0] * 2
@@ -148,7 +152,7 @@ def test_a_model_whose_tensors_are_not_in_the_files_is_refused(tmp_path: Path) -
     for file in (tmp_path / "in").glob("*.safetensors"):
         save_file({name.replace("mlp", "perceptron"): value for name, value in load_file(file).items()}, file)
     with pytest.raises(NotSupported, match="not in the files under their names"):
-        pr.solve_folder(tmp_path / "in", tmp_path / "out", WANDA, data=data())
+        pr.llm.solve_folder(tmp_path / "in", tmp_path / "out", WANDA, data=data())
 
 
 def test_a_model_that_asks_for_values_before_its_blocks_is_refused(tmp_path: Path) -> None:
@@ -156,7 +160,7 @@ def test_a_model_that_asks_for_values_before_its_blocks_is_refused(tmp_path: Pat
     config = transformers.Llama4TextConfig(**{**KINDS["Mixtral"][1], "intermediate_size_mlp": 48, "head_dim": 8})
     transformers.Llama4ForCausalLM(config).save_pretrained(tmp_path / "in")
     with pytest.raises(NotSupported, match="surrounds the blocks"):
-        pr.solve_folder(tmp_path / "in", tmp_path / "out", WANDA, data=data())
+        pr.llm.solve_folder(tmp_path / "in", tmp_path / "out", WANDA, data=data())
 
 
 STOPPED = """
@@ -182,9 +186,9 @@ def write(path, values, old=job.write_shard):
     return old(path, values)
 
 one_shot.Job._matrix, job.write_shard = solve, write
-refine = pr.Refine(epochs=2) if kind == "refined" else None
-how = pr.OneShot(pr.Element(per_row=True), 0.5, partial(pr.by_score, score=pr.wanda), refine)
-pr.solve_folder(source, output, how, data=data())
+refine = pr.llm.Refine(epochs=2) if kind == "refined" else None
+how = pr.llm.OneShot(pr.Element(per_row=True), 0.5, partial(pr.solvers.by_score, score=pr.wanda), refine)
+pr.llm.solve_folder(source, output, how, data=data())
 """
 
 
@@ -203,13 +207,13 @@ def test_a_killed_run_goes_on_at_its_block_with_the_same_result(
     done = {"solving": 1, "writing": 2}[moment]
     assert len(list((tmp_path / "out").glob("model-*"))) == done
     assert not (tmp_path / "out" / "config.json").exists() and not (tmp_path / "out" / INDEX).exists()
-    how = pr.OneShot(WANDA.pattern, 0.5, WANDA.method, pr.Refine(epochs=2) if kind == "refined" else None)
+    how = pr.llm.OneShot(WANDA.pattern, 0.5, WANDA.method, pr.llm.Refine(epochs=2) if kind == "refined" else None)
     with pytest.raises(RequestError, match="is not continued"):
-        pr.solve_folder(tmp_path / "in", tmp_path / "out", how, data=data(4))
+        pr.llm.solve_folder(tmp_path / "in", tmp_path / "out", how, data=data(4))
     steps: list[Step] = []
-    found = pr.solve_folder(tmp_path / "in", tmp_path / "out", how, data=data(), on_block=steps.append)
+    found = pr.llm.solve_folder(tmp_path / "in", tmp_path / "out", how, data=data(), on_block=steps.append)
     assert [step.replayed for step in steps] == [True] * done + [False] * (3 - done) and found.replayed == done
-    pr.solve_folder(tmp_path / "in", tmp_path / "whole", how, data=data())
+    pr.llm.solve_folder(tmp_path / "in", tmp_path / "whole", how, data=data())
     whole, resumed = weights(tmp_path / "whole"), weights(tmp_path / "out")
     assert whole.keys() == resumed.keys() and all(whole[name].equal(resumed[name]) for name in whole)
     assert not (tmp_path / "out" / WORK).exists()

@@ -29,7 +29,7 @@ def halve(weight, gram, pattern, *, sparsity):
     return Solved(weight * mask, mask, 0.0)
 
 data = [{"input_ids": torch.arange(k, k + 32)[None]} for k in range(6)]
-half = pr.OneShot(pr.NM(2, 4), method=halve)
+half = pr.llm.OneShot(pr.NM(2, 4), method=halve)
 source, output, size = sys.argv[1], sys.argv[2], int(sys.argv[3])
 torch.randn(64, 64) @ torch.randn(64, 64)
 now = dict(line.split(":", 1) for line in open("/proc/self/status"))["VmSize"]
@@ -40,7 +40,7 @@ try:
     whole = True
 except (RuntimeError, MemoryError):
     whole = False
-found = pr.solve_folder(source, output, half, data=data)
+found = pr.llm.solve_folder(source, output, half, data=data)
 print(json.dumps({"whole": whole, "predicted": found.peak.bytes, "most": found.most}))
 """
 

@@ -62,7 +62,7 @@ def test_a_solver_is_measured_small_and_scaled() -> None:
         held = [gram.double() for _ in range(3)]
         return Solved(weight, weight > held[0].sum(), 0.0)
 
-    how = pr.OneShot(method=squares)  # type: ignore[arg-type]
+    how = pr.llm.OneShot(method=squares)  # type: ignore[arg-type]
     found, columns = solver_bytes(how, 768, 1536), 1536**2
     assert columns * (4 + 3 * 8) <= found <= 1.5 * columns * (4 + 3 * 8) + 2 * 768 * 1536 * 4 + 2 * columns * 4
     assert solver_bytes(how, 1536, 3072) == pytest.approx(4 * found, rel=0.01)

@@ -17,7 +17,7 @@ from prunella.llm.distributed import Processes
 from prunella.recovery import hold_sharded_
 from tests.llm.streaming.models import data, read, write
 
-REFINED = pr.OneShot(pr.NM(2, 4), refine=pr.Refine(epochs=1))
+REFINED = pr.llm.OneShot(pr.NM(2, 4), refine=pr.llm.Refine(epochs=1))
 SCRIPT = """
 import sys
 from pathlib import Path
@@ -33,12 +33,12 @@ from tests.llm.streaming.test_processes import REFINED, net, train
 from transformers import LlamaForCausalLM
 
 dist.init_process_group("gloo")
-mine, source, output = pr.processes(), Path(sys.argv[1]), Path(sys.argv[2])
-pr.solve_folder(source, output / "plain", pr.OneShot(), data=data(5), memory="64GB")
-pr.solve_folder(source, output / "refined", REFINED, data=data(5))
+mine, source, output = pr.llm.processes(), Path(sys.argv[1]), Path(sys.argv[2])
+pr.llm.solve_folder(source, output / "plain", pr.llm.OneShot(), data=data(5), memory="64GB")
+pr.llm.solve_folder(source, output / "refined", REFINED, data=data(5))
 
 model = LlamaForCausalLM.from_pretrained(source).eval()
-pr.solve_(model, data()[0], pr.OneShot(), data=mine.share(data(5)), processes=mine)
+pr.llm.solve_(model, data()[0], pr.llm.OneShot(), data=mine.share(data(5)), processes=mine)
 save_file({k: v.clone() for k, v in model.state_dict().items()}, output / f"in_memory_{mine.rank}.safetensors")
 
 small = net()
@@ -97,7 +97,7 @@ def weights(folder: Path) -> dict[str, Tensor]:
 
 @pytest.mark.slow
 def test_masks_are_those_of_one_process(two: Path) -> None:
-    pr.solve_folder(two / "in", two / "one", pr.OneShot(), data=data(5))
+    pr.llm.solve_folder(two / "in", two / "one", pr.llm.OneShot(), data=data(5))
     one, both = weights(two / "one"), weights(two / "plain")
     assert one.keys() == both.keys()
     for name in one:
@@ -110,14 +110,14 @@ def test_masks_are_those_of_one_process(two: Path) -> None:
 @pytest.mark.slow
 def test_refining_gives_the_weights_of_one_process(two: Path) -> None:
     model = write(two / "fresh")
-    pr.solve_folder(two / "in", two / "one_refined", REFINED, data=data(5))
+    pr.llm.solve_folder(two / "in", two / "one_refined", REFINED, data=data(5))
     one, both = weights(two / "one_refined"), weights(two / "refined")
     assert all(v.view(-1, 4).eq(0).sum(1).eq(2).all() for k, v in both.items() if k.endswith("proj.weight"))
     for name in one:
         assert one[name].ne(0).equal(both[name].ne(0)), name
         assert torch.allclose(one[name], both[name], atol=1e-5), name
-    unrefined = pr.OneShot(REFINED.pattern)
-    pr.solve_folder(two / "in", two / "one_unrefined", unrefined, data=data(5))
+    unrefined = pr.llm.OneShot(REFINED.pattern)
+    pr.llm.solve_folder(two / "in", two / "one_unrefined", unrefined, data=data(5))
     plain = weights(two / "one_unrefined")
     assert (
         max(float((plain[name] - one[name]).abs().max()) for name in one) > 1e-3

@@ -225,6 +225,6 @@ def test_one_layer_alone_is_no_chain() -> None:
         for layer in (model[0], model[2]):
             layer.weight[:, ::2] = 0
     made = pr.sparse(model, IMAGE)
-    assert len(pr.sparsified(made).replaced) == 2 and not any(isinstance(m, Chain) for m in made.modules())
+    assert len(pr.runtime.sparsified(made).replaced) == 2 and not any(isinstance(m, Chain) for m in made.modules())
     with torch.inference_mode():
         agree(model, made)

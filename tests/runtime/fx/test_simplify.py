@@ -97,7 +97,7 @@ def test_the_output_is_that_of_the_dense_model_for_other_images_too(size: int) -
     model = net()
     made = pr.sparse(model, IMAGE)
     assert isinstance(made.get_submodule("gate.inner"), SparseConv2d)  # inside what could not be followed
-    assert set(pr.sparsified(made).replaced) == {"wide", "gate.inner", "last"}
+    assert set(pr.runtime.sparsified(made).replaced) == {"wide", "gate.inner", "last"}
     x = torch.randn(3, 3, size, size)
     with torch.no_grad():
         want = copy.deepcopy(model).double()(x.double())
@@ -111,8 +111,8 @@ def test_no_tensor_is_lost_and_a_folder_gives_the_model_back(tmp_path: Path) -> 
     made = pr.sparse(model, IMAGE)
     want = {name: tensor.tolist() for name, tensor in model.state_dict().items()}
     assert {name: tensor.tolist() for name, tensor in restored(made).state_dict().items()} == want
-    pr.save_sparse(made, tmp_path / "net", factory=net)
-    again = pr.load_sparse(tmp_path / "net", factory=net)
+    pr.runtime.save_sparse(made, tmp_path / "net", factory=net)
+    again = pr.runtime.load_sparse(tmp_path / "net", factory=net)
     assert isinstance(again.get_submodule("gate.inner"), SparseConv2d)
     torch.testing.assert_close(again(IMAGE), made(IMAGE))
 

@@ -42,7 +42,13 @@ def net(sparsity: float = 0.7, seed: int = 0) -> nn.Sequential:
     model = nn.Sequential(nn.Linear(12, 20), nn.Tanh(), nn.Linear(20, 15), nn.Tanh(), nn.Linear(15, 3))
     if sparsity:
         pr.apply_(
-            model, pr.plan(model, X[:2], pr.Recipe(pr.random, pr.Element(), pr.erk), target=pr.Sparsity(sparsity))
+            model,
+            pr.plan(
+                model,
+                X[:2],
+                pr.Recipe(pr.criteria.random, pr.Element(), pr.allocation.erk),
+                target=pr.Sparsity(sparsity),
+            ),
         )
     return model
 

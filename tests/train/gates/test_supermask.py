@@ -38,14 +38,14 @@ def test_weights_are_bit_unchanged_after_training_and_the_count_is_exact() -> No
     model = net()
     before, keys = snapshot(model), list(model.state_dict())
     model[0].bias.requires_grad_(False)
-    scores = pr.supermask_(model, 0.35)
+    scores = pr.lottery.supermask_(model, 0.35)
     losses = train(model, scores)
     assert losses[-1] < 0.9 * losses[0]
     for layer, name in ((model[0], "0.weight"), (model[2], "2.weight")):
         assert torch.equal(layer.parametrizations.weight.original, before[name])
         assert int(torch.count_nonzero(layer.weight)) == round(0.35 * before[name].numel())
     output = model(X)
-    done = pr.finalize_supermask(model)
+    done = pr.lottery.finalize_supermask(model)
     assert done is model and list(model.state_dict()) == keys and type(model[0]) is nn.Linear
     assert torch.equal(model(X), output)
     after, masks = snapshot(model), masks_of(copy.deepcopy(model))
@@ -59,7 +59,7 @@ def test_weights_are_bit_unchanged_after_training_and_the_count_is_exact() -> No
 
 def test_the_gradient_of_a_score_is_that_of_the_masked_weight_times_the_weight() -> None:
     model = net()
-    scores = pr.supermask_(model, 0.5)
+    scores = pr.lottery.supermask_(model, 0.5)
     weight = model[0].weight
     weight.retain_grad()
     hidden = nn.functional.linear(X, weight, model[0].bias).relu()
@@ -73,31 +73,31 @@ def test_the_gradient_of_a_score_is_that_of_the_masked_weight_times_the_weight()
 def test_signed_constants() -> None:
     model = net()
     weight = model[0].weight.detach().clone()
-    pr.supermask_(model, 1.0, constant=True)
+    pr.lottery.supermask_(model, 1.0, constant=True)
     assert torch.equal(model[0].weight, torch.where(weight < 0, -1.0, 1.0) * weight.std())
 
 
 def test_the_highest_scores_stay_and_the_seed_decides_the_first() -> None:
-    first, again, other = (pr.supermask_(net(), 0.5, seed=s)[0] for s in (1, 1, 2))
+    first, again, other = (pr.lottery.supermask_(net(), 0.5, seed=s)[0] for s in (1, 1, 2))
     assert torch.equal(first, again) and not torch.equal(first, other)
     model = net()
-    scores = pr.supermask_(model, 0.25, only=["2.*"])
+    scores = pr.lottery.supermask_(model, 0.25, only=["2.*"])
     assert len(scores) == 1
     with torch.no_grad():
         scores[0].copy_(torch.arange(66.0).view(2, 33))
-    pr.finalize_supermask(model)
+    pr.lottery.finalize_supermask(model)
     assert masks_of(model)["2.weight"].flatten().nonzero().flatten().tolist() == list(range(66 - 16, 66))
 
 
 def test_it_goes_on_with_a_pruner_and_through_a_state_dict() -> None:
     model = net()
-    train(model, pr.supermask_(model, 0.5), 5)
+    train(model, pr.lottery.supermask_(model, 0.5), 5)
     twin = net()
-    pr.supermask_(twin, 0.5, seed=9)
+    pr.lottery.supermask_(twin, 0.5, seed=9)
     twin.load_state_dict(model.state_dict())
     assert torch.equal(twin(X), model(X))
-    pr.finalize_supermask(model)
-    assert equal(snapshot(pr.finalize_supermask(twin)), snapshot(model))
+    pr.lottery.finalize_supermask(model)
+    assert equal(snapshot(pr.lottery.finalize_supermask(twin)), snapshot(model))
     mask = masks_of(model)["0.weight"]
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
     with pr.Pruner(model, optimizer):
@@ -108,12 +108,12 @@ def test_it_goes_on_with_a_pruner_and_through_a_state_dict() -> None:
 
 def test_what_makes_no_sense_is_refused() -> None:
     with pytest.raises(pr.PruningError, match="density=0"):
-        pr.supermask_(net(), 0.0)
+        pr.lottery.supermask_(net(), 0.0)
     with pytest.raises(pr.PruningError, match="names no weight"):
-        pr.supermask_(net(), 0.5, only=["9.*"])
+        pr.lottery.supermask_(net(), 0.5, only=["9.*"])
     with pytest.raises(pr.PruningError, match="no supermask"):
-        pr.finalize_supermask(net())
+        pr.lottery.finalize_supermask(net())
     tied = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     tied[1].weight = tied[0].weight
     with pytest.raises(pr.PruningError, match="is shared by 0 and 1"):
-        pr.supermask_(tied, 0.5)
+        pr.lottery.supermask_(tied, 0.5)

@@ -20,14 +20,14 @@ def net() -> nn.Sequential:
 
 
 def planned(model: nn.Module, sparsity: float = 0.8) -> pr.Plan:
-    return pr.plan(model, X, pr.Recipe(pr.magnitude, pr.Element(), pr.erk), target=pr.Sparsity(sparsity))
+    return pr.plan(model, X, pr.Recipe(pr.magnitude, pr.Element(), pr.allocation.erk), target=pr.Sparsity(sparsity))
 
 
 def test_forward_is_top_d_and_gradients_reach_d_plus_m_only() -> None:
     model = net()
     dense = {name: p.detach().clone() for name, p in model.named_parameters()}
     made = planned(model)
-    loop = pr.top_kast_(model, made, extra=0.1)
+    loop = pr.train.top_kast_(model, made, extra=0.1)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     for _ in range(5):
         optimizer.zero_grad()
@@ -54,7 +54,7 @@ def test_finalize_leaves_the_plain_model_masked() -> None:
     model = net()
     keys, made = list(model.state_dict()), planned(model)
     counts = {name: int(mask.sum()) for name, mask in made.masks.items()}
-    loop = pr.top_kast_(model, made, every=3)
+    loop = pr.train.top_kast_(model, made, every=3)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
     chosen = []
     for _ in range(6):
@@ -78,13 +78,13 @@ def test_the_penalty_by_hand() -> None:
     with torch.no_grad():
         model[0].weight.copy_(torch.tensor([[4.0, 3.0, 2.0, 1.0]]))
     made = pr.plan(model, torch.randn(2, 4), pr.Recipe(pr.magnitude, pr.Element()), target=pr.Sparsity(0.5))
-    loop = pr.top_kast_(model, made, extra=0.25)
+    loop = pr.train.top_kast_(model, made, extra=0.25)
     assert loop.penalty().item() == 16 + 9 + 4 / 0.5
 
 
 def test_what_cannot_be_done_is_refused() -> None:
     model = net()
     with pytest.raises(pr.PruningError, match="no masks of weights"):
-        pr.top_kast_(model, pr.plan(model, X, target=pr.Sparsity(0.5)))
+        pr.train.top_kast_(model, pr.plan(model, X, target=pr.Sparsity(0.5)))
     with pytest.raises(pr.PruningError, match="out of range"):
-        pr.top_kast_(model, planned(model), extra=1.0)
+        pr.train.top_kast_(model, planned(model), extra=1.0)

@@ -26,7 +26,7 @@ def quadratic(seed: int = 0) -> tuple[nn.Linear, Tensor, Tensor]:
     return layer, root.T @ root / 16, goal
 
 
-def solve(layer: nn.Linear, hessian: Tensor, goal: Tensor, pull: pr.AdmmTraining) -> None:
+def solve(layer: nn.Linear, hessian: Tensor, goal: Tensor, pull: pr.train.AdmmTraining) -> None:
     """The minimum over W of the loss and the penalty, whose gradient is `rho (W - Z + U)`."""
     layer.weight.grad = None
     pull(layer).backward()
@@ -42,7 +42,7 @@ GRAINS = {"element": pr.Element(), "2:4": pr.NM(2, 4), "block": pr.Block(2, 2)}
 def test_on_a_convex_quadratic_weights_and_copy_meet(grain: str) -> None:
     layer, hessian, goal = quadratic()
     recipe, x = pr.Recipe(granularity=GRAINS[grain]), torch.ones(1, 8, dtype=torch.float64)
-    pull = pr.AdmmTraining(layer, lambda m: pr.plan(m, x, recipe, target=pr.Sparsity(0.5)), rho=8.0)
+    pull = pr.train.AdmmTraining(layer, lambda m: pr.plan(m, x, recipe, target=pr.Sparsity(0.5)), rho=8.0)
     first = pull.distance
     for _ in range(220):
         solve(layer, hessian, goal, pull)
@@ -64,7 +64,7 @@ def test_one_update_by_hand() -> None:
     with torch.no_grad():
         layer.weight.copy_(torch.tensor([[4.0, 3.0, 2.0, 1.0]]))
     recipe = pr.Recipe(granularity=pr.Element())
-    pull = pr.AdmmTraining(layer, lambda m: pr.plan(m, X, recipe, target=pr.Sparsity(0.5)), rho=0.5)
+    pull = pr.train.AdmmTraining(layer, lambda m: pr.plan(m, X, recipe, target=pr.Sparsity(0.5)), rho=0.5)
     assert pull.copies["weight"].tolist() == [[4, 3, 0, 0]] and pull.distance == pytest.approx(5**0.5)
     assert pull(layer).item() == pytest.approx(0.25 * 5)
     pull.update()
@@ -77,11 +77,11 @@ def test_one_update_by_hand() -> None:
 
 def test_channels_and_the_training_loop() -> None:
     model, data = convnet(), images()
-    pull = pr.AdmmTraining(model, lambda m: pr.plan(m, data[0], target=pr.Sparsity(0.3)), rho=2.0)
+    pull = pr.train.AdmmTraining(model, lambda m: pr.plan(m, data[0], target=pr.Sparsity(0.3)), rho=2.0)
     first = pull.distance
     assert pull(copy.deepcopy(model)) == pull(model)
     for _ in range(8):
-        pr.finetune(model, data, pr.penalised(square_loss, pull), steps=10, lr=0.02)
+        pr.finetune(model, data, pr.train.penalised(square_loss, pull), steps=10, lr=0.02)
         pull.update()
     assert pull.distance < 0.5 * first
     small = pr.shrink(model, pull.plan)
@@ -91,6 +91,6 @@ def test_channels_and_the_training_loop() -> None:
 def test_requests_that_make_no_sense() -> None:
     project: Callable[[nn.Module], pr.Plan] = lambda m: pr.plan(m, X, target=pr.Sparsity(0.0))  # noqa: E731
     with pytest.raises(RequestError, match="rho=0"):
-        pr.AdmmTraining(mlp(), project, rho=0.0)
+        pr.train.AdmmTraining(mlp(), project, rho=0.0)
     with pytest.raises(RequestError, match="removes nothing"):
-        pr.AdmmTraining(mlp(), project)
+        pr.train.AdmmTraining(mlp(), project)

@@ -19,3 +19,7 @@ __all__ = [
     "torch_prune",
     "zeros",
 ]
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-import prunella
+from prunella._version import __version__
 from prunella.errors import BadInput, RequestError
 from prunella.io.files import write_atomic
 from prunella.io.load import import_transformers
@@ -58,7 +58,7 @@ def fingerprint(source: Path, data: Sequence[Any], how: OneShot, count: int, ski
     for tensor in tensors(list(data)):
         state.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
         state.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    versions = [prunella.__version__, torch.__version__, import_transformers().__version__]
+    versions = [__version__, torch.__version__, import_transformers().__version__]
     rest = [described(how), versions, count, torch.get_num_threads(), list(skip)]
     state.update(json.dumps(rest, sort_keys=True).encode())
     return state.hexdigest()

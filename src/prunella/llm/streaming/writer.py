@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import prunella
+from prunella._version import __version__
 from prunella.io.card import Card, write_card
 from prunella.io.files import write_atomic
 from prunella.io.huggingface import COMPANIONS
@@ -29,7 +29,7 @@ def finish(job: Prepared, folder: Path, solving: Solving, seconds: float) -> Non
             if file.is_file() and file.suffix != ".safetensors":
                 shutil.copyfile(file, folder / file.name)
     record = {
-        "prunella": prunella.__version__,
+        "prunella": __version__,
         "source": job.source.name,
         "recipe": described(job.how),
         "sparsity": solving.sparsity,

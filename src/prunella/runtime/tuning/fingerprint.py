@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-import prunella
+from prunella._version import __version__
 from prunella.measure.machine import cpu_info, cpu_name
 from prunella.runtime.kernels import library as native
 
@@ -18,5 +18,5 @@ def fingerprint() -> dict[str, str]:
         "kernels": native.isa() if native.available() else "none",
         "threads": str(torch.get_num_threads()),
         "torch": torch.__version__,
-        "prunella": prunella.__version__,
+        "prunella": __version__,
     }

@@ -1,6 +1,6 @@
 """Rules of dynamic sparse training: what is dropped, what grows, how many; the papers are rules of a few words.
 
-`prunella.DropGrow` carries a rule out.
+`prunella.train.DropGrow` carries a rule out.
 """
 
 from __future__ import annotations

@@ -98,7 +98,7 @@ def finalize_supermask(model: M) -> M:
     root = unwrap(model)
     found = dict(take_off(root, EdgePopup))
     if not found:
-        raise RequestError("the model has no supermask", "", "call prunella.supermask_(model, density) first")
+        raise RequestError("the model has no supermask", "", "call prunella.lottery.supermask_(model, density) first")
     trained = {name for popup in found.values() for name in popup.trained}
     for name, parameter in root.named_parameters():
         parameter.requires_grad_(name in trained)
