@@ -31,7 +31,7 @@ import prunella as pr
 from runtime import compared, frozen, say, value, where
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = (ROOT / "README.md", ROOT / "docs" / "sparse.md")
+PAGES = (ROOT / "README.md", ROOT / "docs" / "sparse_inference.md")
 MARKS = "<!-- measured: real networks -->", "<!-- end: real networks -->"
 PERCENTS = {"ResNet-56": (80,), "all-MiniLM-L6-v2": (80,)}
 DATA = {"ResNet-56": ("cifar10_train.npz", "cifar10_test.npz", weights_name(56))}

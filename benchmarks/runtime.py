@@ -47,7 +47,7 @@ REAL = {
 }
 """Layers of a trained network whose masks are measured beside random ones."""
 Cell = Callable[[], dict[str, Any]]
-PAGE = Path(__file__).resolve().parents[1] / "docs" / "sparse.md"
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "sparse_inference.md"
 MARKS = "<!-- measured: runtime -->", "<!-- end: runtime -->"
 MANY = [f"{m}x{k}x{n}" for m, k, n in SHAPES if n >= 64]
 GOALS: tuple[tuple[str, list[str], str, str], ...] = (
@@ -437,7 +437,7 @@ def strongest(cell: Mapping[str, Any]) -> str:
 
 
 def publish(folders: Sequence[Path]) -> None:
-    """Write the tables of every tier that was measured into docs/sparse.md, between the marks."""
+    """Write the tables of every tier that was measured into docs/sparse_inference.md, between the marks."""
     before, _, rest = PAGE.read_text(encoding="utf-8").partition(MARKS[0])
     text = "\n\n".join(map(section, folders))
     write(PAGE, f"{before}{MARKS[0]}\n{text}\n{MARKS[1]}{rest.partition(MARKS[1])[2]}")
@@ -467,7 +467,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=[], help="beginnings of names of cells")
     parser.add_argument("--quick", action="store_true", help="small sizes, to see that it runs")
     parser.add_argument("--wait", type=float, default=0.0, help="most seconds to wait for a quiet machine")
-    parser.add_argument("--table", action="store_true", help="run nothing, write what there is into docs/sparse.md")
+    parser.add_argument("--table", action="store_true", help="run nothing, write what there is into docs/sparse_inference.md")
     args = parser.parse_args()
     torch.set_num_threads(1)
     Probe.limit = args.wait

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 import sys
 from collections import defaultdict
@@ -88,41 +87,43 @@ def command_page() -> None:
     write("cli.md", "\n".join(lines))
 
 
-def api_page() -> None:
-    lines = ["# Python API", "", "`import prunella as pr`; every name is loaded when it is first used.", ""]
-    for name in prunella.__all__:
-        value = getattr(prunella, name)
-        if name.startswith("__") or not callable(value):
-            continue
-        kind = "class" if inspect.isclass(value) else "def"
-        lines += [f"## {name}", "", "```python", f"{kind} {name}{signature(value)}", "```", ""]
-        lines += [inspect.getdoc(value) or "", "", f"In `{value.__module__}`.", ""]
-    write("api.md", "\n".join(lines))
+def api_pages() -> None:
+    """A page for the names at first sight and one for each namespace; mkdocstrings fills them from the docstrings."""
+    values = {name: getattr(prunella, name) for name in prunella.__all__ if not name.startswith("__")}
+    namespaces = {name: value for name, value in values.items() if inspect.ismodule(value)}
+    first = {name: value for name, value in values.items() if name not in namespaces}
+    lines = ["# Python API", "", "`import prunella as pr`. Every name is loaded when it is first used.", ""]
+    lines += ["| namespace | what is in it |", "| --- | --- |"]
+    lines += [f"| [`pr.{name}`]({name}.md) | {summary(value)} |" for name, value in namespaces.items()]
+    lines += ["", "The names at first sight:", "", *entries("pr", first)]
+    write("api/index.md", "\n".join(lines))
+    for name, namespace in namespaces.items():
+        members = {entry: getattr(namespace, entry) for entry in dir(namespace)}
+        lines = [f"# pr.{name}", "", summary(namespace), "", *entries(f"pr.{name}", members)]
+        write(f"api/{name}.md", "\n".join(lines))
 
 
-def signature(value: Any) -> str:
-    """The parameters, one a line where they are many."""
-    parts: list[str] = []
-    for parameter in inspect.signature(value).parameters.values():
-        if parameter.kind is parameter.KEYWORD_ONLY and not any(part.startswith("*") for part in parts):
-            parts.append("*")
-        parts.append(
-            str(parameter).replace("'", "") if parameter.default is parameter.empty else with_default(parameter)
-        )
-    joined = ", ".join(parts)
-    return f"({joined})" if len(joined) < 90 else "(\n    " + ",\n    ".join(parts) + ",\n)"
+def summary(value: Any) -> str:
+    """The first sentence of a docstring, on one line."""
+    return (inspect.getdoc(value) or "").split("\n\n")[0].replace("\n", " ")
 
 
-def with_default(parameter: inspect.Parameter) -> str:
-    kind = annotation(parameter).replace("\\|", "|")
-    return f"{parameter.name}: {kind} = {shown(parameter.default)}"
+def entries(prefix: str, members: dict[str, Any]) -> list[str]:
+    """What mkdocstrings renders for each function and class, where it is defined."""
+    lines: list[str] = []
+    for name, value in members.items():
+        home = getattr(value, "__module__", "")
+        if (inspect.isfunction(value) or inspect.isclass(value)) and home.startswith("prunella."):
+            heading = [f"::: {home}.{value.__qualname__}", "    options:", f'      heading: "{prefix}.{name}"', ""]
+            lines += heading
+    return lines
 
 
-def shown(value: Any) -> str:
-    """A default as one would write it: functions by name, dataclasses without their own defaults."""
-    if dataclasses.is_dataclass(value):
-        return f"{type(value).__name__}()"
-    return str(getattr(value, "__name__", repr(value)))
+def copied_pages() -> None:
+    """Pages of the repository's root, so that the site has them too."""
+    for name in ("CONTRIBUTING", "SECURITY", "CHANGELOG"):
+        text = (Path(__file__).resolve().parents[1] / f"{name}.md").read_text(encoding="utf-8")
+        write(f"{name.lower()}.md", text)
 
 
 def concept_page() -> None:
@@ -135,5 +136,6 @@ def concept_page() -> None:
 
 method_pages()
 command_page()
-api_page()
+api_pages()
+copied_pages()
 concept_page()
