@@ -467,7 +467,9 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=[], help="beginnings of names of cells")
     parser.add_argument("--quick", action="store_true", help="small sizes, to see that it runs")
     parser.add_argument("--wait", type=float, default=0.0, help="most seconds to wait for a quiet machine")
-    parser.add_argument("--table", action="store_true", help="run nothing, write what there is into docs/sparse_inference.md")
+    parser.add_argument(
+        "--table", action="store_true", help="run nothing, write what there is into docs/sparse_inference.md"
+    )
     args = parser.parse_args()
     torch.set_num_threads(1)
     Probe.limit = args.wait

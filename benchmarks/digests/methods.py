@@ -160,9 +160,28 @@ def curves() -> dict[str, Any]:
                 pr.recovery.scaled_rate(trace, steps=8),
             )
         ],
+        "adaptive_rate": pr.recovery.adaptive_rate(
+            dict(NET.model().named_parameters()),
+            dict(sparse_model().named_parameters()),
+            peak=0.1,
+            sparsity=0.7,
+            budget=0.5,
+        ),
         "rigl_flops": pr.train.rigl_flops(0.1, 1, 100),
         "amc_reward": pr.search.amc_reward(0.2, 1e6),
     }
+
+
+def by_size(dense: nn.Module, small: nn.Module, *_: Any) -> pr.metrics.Timing:
+    """A clock on which parameters are milliseconds."""
+    full, size = (float(pr.metrics.count(model).params) for model in (dense, small))
+    return pr.metrics.Timing(full, size, size / full, size / full, "by size")
+
+
+@cell("latency by a clock of one's own")
+def timed() -> pr.Plan:
+    """A plan for a latency that does not depend on the machine."""
+    return pr.plan(NET.model(), DATA[0], pr.Recipe(pr.criteria.group_norm), target=pr.Latency(0.6, measure=by_size))
 
 
 # -- searches ----------------------------------------------------------------------------------------------------
