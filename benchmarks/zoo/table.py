@@ -39,7 +39,8 @@ def _others(parts: dict[str, tuple[list[Row], list[Row]]]) -> str:
     """Widths, experts, blocks and tokens, where a model has them."""
     lines = [
         "The same share of other units, each kind alone, as far as a model has them. *Masked* has its own meaning for"
-        " each (`docs/granularity.md`). Here the tool's own check judges: the oracle of the zoo knows channels and heads.",
+        " each (`docs/granularity.md`). Here the tool's own check judges: the oracle of the zoo knows channels and"
+        " heads.",
         "",
         "| suite | unit | models that have it | exact | refused with a reason | traceback |",
         "|---|---|---|---|---|---|",
