@@ -250,7 +250,6 @@ def test_gradients_masks_and_optimizer_state_stay_with_their_weights() -> None:
     optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
     model(TOKENS).square().mean().backward()
     optimizer.step()
-    pr.apply.reapply_(model) if hasattr(pr.apply, "reapply_") else None
     plan = pr.plan(model, TOKENS, pr.Recipe(granularity=pr.Depth()), target=pr.Sparsity(0.25))
     small = pr.shrink(model, plan)
     gone = int(plan.dropped["xyz"][0])
