@@ -28,7 +28,8 @@ from prunella._version import __version__
 from prunella.compress.low_rank import ranks_of, rebuild_
 from prunella.errors import BadInput, PruningError, RequestError
 from prunella.graph.cut.block_surgery import check_dropped
-from prunella.graph.cut.surgery import Changes, change_
+from prunella.graph.cut.changes import Changes
+from prunella.graph.cut.surgery import change_
 from prunella.graph.program.load import load_exported
 from prunella.graph.solve.tokens import names_token
 from prunella.graph.trace.tracked_int import size_of

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from prunella.errors import BadInput, RequestError
-from prunella.graph.cut.surgery import Along, Renumbered
+from prunella.graph.cut.changes import Along, Renumbered
 from prunella.graph.data import Frozen
 from prunella.io.files import write_atomic
 from prunella.planning.plan import Plan

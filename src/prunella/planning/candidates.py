@@ -13,6 +13,7 @@ from torch import Tensor
 from prunella.allocation.pool import Allocation, Pool
 from prunella.errors import RequestError, TargetMissed
 from prunella.granularity import Block, Competing, Element, Fixed
+from prunella.graph.cut.macs import macs_by_layer
 from prunella.graph.data import Frozen, Graph, Group, Layer
 from prunella.graph.matrix import kernel_shape
 from prunella.measure.timing import Timing
@@ -240,19 +241,6 @@ def _gone(freed: int | Tensor, count: int) -> int:
     if isinstance(freed, int):
         return freed * count
     return int(freed[count - 1]) if count else 0
-
-
-def macs_by_layer(graph: Graph, keep: Mapping[str, Tensor] | None = None) -> dict[str, float]:
-    """Entity of a layer -> multiply-adds by its weight in one pass, wherever it is used, when only `keep` remains."""
-    entity = {name: layer.entity for layer in graph.layers for name in (layer.name, layer.entity)}
-    total: dict[str, float] = {}
-    for cost in graph.costs:
-        if cost.layer in entity:
-            total[entity[cost.layer]] = total.get(entity[cost.layer], 0.0) + cost.macs(keep or {})
-    return total
-
-
-# -- what stands in the way ----------------------------------------------------------------------------------------
 
 
 def _missed(

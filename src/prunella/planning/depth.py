@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from prunella.errors import NotSupported, RequestError
+from prunella.graph.cut.changes import changes
 from prunella.graph.cut.surgery import change_
 from prunella.graph.data import Graph, Group
 from prunella.graph.solve.block_counters import counted
-from prunella.graph.solve.groups import changes, couple
+from prunella.graph.solve.groups import couple
 from prunella.graph.verify import unproven
 from prunella.model.forward import batches, first_tensor, tensors
 from prunella.model.state import untouched

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from prunella.errors import NotSupported, TargetMissed
+from prunella.graph.cut.changes import changes
 from prunella.graph.cut.surgery import change_
 from prunella.graph.data import Graph
-from prunella.graph.solve.groups import changes
 from prunella.graph.solve.tokens import known_only, renumber
 from prunella.measure.timing import Timing, side_by_side
 from prunella.model.forward import forward

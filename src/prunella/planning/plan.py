@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from prunella.errors import RequestError
-from prunella.graph.cut.surgery import Along, Changes, Renumbered, Sizes
+from prunella.graph.cut.changes import Along, Changes, Renumbered, Sizes
 from prunella.graph.data import Frozen
 from prunella.graph.solve.tokens import known_only, renumber
 from prunella.planning import table

@@ -15,11 +15,12 @@ from torch import Tensor, nn
 
 from prunella.errors import NotSupported, RequestError
 from prunella.granularity import Competing, Depth, Fixed, Ranked, Structural, Vocabulary
+from prunella.graph.cut.changes import changes
 from prunella.graph.data import Frozen, Graph, Group, Layer
 from prunella.graph.match import check_patterns, chosen, names_of_group, names_of_layer, rank_of, spared_blocks
 from prunella.graph.matrix import from_matrix, to_matrix
 from prunella.graph.solve.block_counters import counted
-from prunella.graph.solve.groups import changes, couple
+from prunella.graph.solve.groups import couple
 from prunella.graph.solve.residual_blocks import narrow
 from prunella.graph.verify import unproven
 from prunella.model.state import untouched

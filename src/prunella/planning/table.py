@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from prunella.granularity import NM, Granularity
+from prunella.graph.cut.macs import macs_by_layer
 from prunella.graph.data import Frozen, Graph, Group, Layer
-from prunella.planning.candidates import macs_by_layer, offer
+from prunella.planning.candidates import offer
 from prunella.stats.subject import first_seen
 from prunella.types import Mask
 

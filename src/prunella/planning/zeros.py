@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 from prunella.errors import NotSupported, RequestError
 from prunella.granularity import Channel, Element, Head
+from prunella.graph.cut.changes import changes
 from prunella.graph.cut.surgery import change_
 from prunella.graph.data import Frozen, Graph, Group, Member
 from prunella.graph.match import check_patterns, chosen, names_of_layer, spared
-from prunella.graph.solve.groups import changes, couple
+from prunella.graph.solve.groups import couple
 from prunella.graph.verify import SINGLE, TOLERANCE, as_double, relative_error, unproven
 from prunella.model.forward import forward, tensors
 from prunella.model.state import untouched

@@ -10,8 +10,9 @@ import numpy as np
 from torch import nn
 
 from prunella.errors import RequestError
+from prunella.graph.cut.macs import macs_by_layer
 from prunella.measure.profile import time_by_layer
-from prunella.planning.candidates import Units, macs_by_layer
+from prunella.planning.candidates import Units
 from prunella.search.space import Space
 from prunella.selection import Counts
 

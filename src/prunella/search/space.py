@@ -16,10 +16,11 @@ from prunella.allocation import fixed
 from prunella.allocation.pool import Allocation
 from prunella.errors import NotSupported, RequestError
 from prunella.granularity import Block, Channel, Element, Expert, Head, Width
+from prunella.graph.cut.changes import changes
 from prunella.graph.cut.surgery import change_
 from prunella.graph.match import check_patterns
 from prunella.graph.matrix import from_matrix
-from prunella.graph.solve.groups import changes, couple
+from prunella.graph.solve.groups import couple
 from prunella.graph.verify import unproven
 from prunella.model.forward import mode
 from prunella.model.masks import record_

@@ -15,11 +15,13 @@ from torch import nn
 import prunella as pr
 from prunella.errors import NotSupported, RequestError
 from prunella.graph.cut.block_surgery import drop_
-from prunella.graph.cut.surgery import Changes, change_
+from prunella.graph.cut.changes import Changes, changes
+from prunella.graph.cut.surgery import change_
 from prunella.graph.solve.block_counters import counted
-from prunella.graph.solve.groups import changes, couple
+from prunella.graph.solve.groups import couple
 from prunella.graph.verify import unproven, verify
 from prunella.io.plan_file import load_plan, save_plan
+from prunella.model.masks import reapply_
 from prunella.stats.gradient import gate_gradient
 from prunella.transform.optimizer import carry_
 
@@ -250,7 +252,7 @@ def test_gradients_masks_and_optimizer_state_stay_with_their_weights() -> None:
     optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
     model(TOKENS).square().mean().backward()
     optimizer.step()
-    pr.apply.reapply_(model) if hasattr(pr.apply, "reapply_") else None
+    reapply_(model)
     plan = pr.plan(model, TOKENS, pr.Recipe(granularity=pr.Depth()), target=pr.Sparsity(0.25))
     small = pr.shrink(model, plan)
     gone = int(plan.dropped["xyz"][0])
