@@ -12,11 +12,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from prunella.errors import BadInput, RequestError
-from prunella.graph.data import Frozen
+from prunella.graph.cut.changes import Along, Changes, Renumbered
+from prunella.graph.data import Frozen, ReasonKind
 from prunella.io import plan_file
 from prunella.io.plan_file import load_plan, save_plan
+from prunella.planning.accounting import Amount, Row
 from prunella.planning.plan import Plan
-from prunella.planning.table import Amount, Row
 from prunella.targets import MACs
 
 
@@ -30,10 +31,16 @@ def make_plan() -> Plan:
         after=Amount(5.0, 1e9 / 3, 20.0, 4.0),
         keep={"a.conv": torch.tensor([True, False, True])},
         masks={"b.weight": mask, "scalar": torch.tensor(True)},
-        cuts={"a.conv.weight": {0: torch.tensor([0, 2]), 1: torch.tensor([], dtype=torch.int64)}},
-        attributes={("a", "num_heads"): 3, ("a:config", "intermediate_size"): 7},
+        changes=Changes(
+            cuts={"a.conv.weight": {0: torch.tensor([0, 2]), 1: torch.tensor([], dtype=torch.int64)}},
+            attributes={("a", "num_heads"): 3, ("a:config", "intermediate_size"): 7},
+            along=(Along("layer_norm", 2, -1, torch.tensor([0, 3])),),
+            renumbered=(Renumbered((0,), ((1, 2),), torch.tensor([5, 6])),),
+            dropped={"a.blocks": ("1", "4")},
+            lists={("a", "scales"): (1, 4)},
+        ),
         rows=(Row("a.conv", "channel", 2, 3, 10, 5, 1e9, 0.1),),
-        frozen=(Frozen("b.weight", 0, 4, "output of the model", "net.py:12"),),
+        frozen=(Frozen("b.weight", 0, 4, "output of the model", "net.py:12", ReasonKind.SOURCE),),
         weights={"a.conv.weight": torch.randn(2, 3, generator=generator).to(torch.bfloat16)},
         inputs={"ids": torch.arange(6).view(2, 3), "nested": (torch.ones(1), [None, 2])},
     )

@@ -19,9 +19,9 @@ from prunella.planning import recipes
 from prunella.planning.budget import allocate
 from prunella.planning.scoring import Absent, Scorer
 from prunella.registry.catalogue import methods
-from prunella.registry.method import REGISTRY, STATISTICS, Method, criterion
+from prunella.registry.method import REGISTRY, Method, criterion
 from prunella.selection import shortest_prefix
-from prunella.stats import Source, Subject, collect
+from prunella.stats import STATISTICS, Source, Subject, collect
 from tests.graphs import blocks, convnet, images, square_loss
 
 ROUTED = {"router_frequency", "router_weight", "reap"}
@@ -159,7 +159,7 @@ def test_an_allocation_leaves_its_scores_and_repeats(method: Method) -> None:
 @pytest.mark.parametrize("method", RECIPES, ids=ids)
 def test_a_recipe_makes_a_plan(method: Method) -> None:
     recipe = recipes.named(method.name)
-    fixed = isinstance(recipe.grains[0], pr.NM)
+    fixed = isinstance(recipe.granularities[0], pr.NM)
     model = convnet()
     plan = pr.plan(model, DATA[0], recipe, target=None if fixed else pr.Sparsity(0.5), data=DATA, loss=square_loss,
                    skip=["0", "7"] if fixed else [])  # fmt: skip

@@ -1,6 +1,6 @@
 """Decorators that record what a method is, and return the function unchanged.
 
-A criterion's positional parameters are the statistics it needs (the names of `prunella.stats.STATISTICS`), its
+A criterion's positional parameters are the statistics it needs (the names of `prunella.stats.table.STATISTICS`), its
 keyword-only parameters are its knobs. The record is what `prunella methods`, `prunella explain` and the documentation
 print; a function that was never registered works just as well.
 """
@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
 from prunella.errors import RequestError
+from prunella.stats.table import STATISTICS
 
 F = TypeVar("F", bound=Callable[..., Any])
 MethodKind = Literal[
@@ -33,34 +34,6 @@ MethodKind = Literal[
     "importer",
 ]
 Scope = Literal["producer", "consumer", "group"]
-
-STATISTICS = (
-    "weight",
-    "grad",
-    "grad_sq",
-    "input_norm",
-    "norm_scale",
-    "gate_grad",
-    "unit_weight",
-    "noise",
-    "fisher_diag",
-    "fisher_inverse",
-    "fisher_inverse_diag",
-    "hessian_diag",
-    "sample_grad",
-    "input_var",
-    "unit_norm",
-    "unit_rank",
-    "unit_var",
-    "unit_zeros",
-    "influence",
-    "hessian_grad",
-    "total_slope",
-    "flow",
-    "expert_share",
-    "expert_gate",
-    "expert_output",
-)
 
 
 @dataclass(frozen=True)

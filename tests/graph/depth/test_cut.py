@@ -238,7 +238,7 @@ def test_masks_cannot_do_it() -> None:
 
 def test_plans_of_widths_know_nothing_of_blocks() -> None:
     plan = pr.plan(settle(Net(norm=nn.LayerNorm)), TOKENS, target=pr.MACs(0.7))
-    assert not plan.dropped and not plan.lists and all(f.axis >= 0 for f in plan.frozen)
+    assert not plan.dropped and not plan.changes.lists and all(f.axis >= 0 for f in plan.frozen)
 
 
 # -- what goes with the model ---------------------------------------------------------------------------------------
@@ -275,7 +275,7 @@ def test_a_plan_is_read_as_it_was_written(tmp_path: Any) -> None:
     model = settle(Net(count=True))
     plan = pr.plan(model, TOKENS, pr.Recipe(granularity=pr.Depth()), target=pr.Sparsity(0.25))
     again = load_plan(save_plan(plan, tmp_path / "a.plan"))
-    assert (again.dropped, again.lists, again.attributes) == (plan.dropped, plan.lists, plan.attributes)
+    assert (again.dropped, again.changes.lists, again.attributes) == (plan.dropped, plan.changes.lists, plan.attributes)
     assert distance(run(pr.shrink(model, again), TOKENS), run(pr.shrink(model, plan), TOKENS)) == 0
 
 

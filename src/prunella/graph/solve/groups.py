@@ -171,7 +171,7 @@ def _frozen(equations: Equations, record: Trace) -> Iterator[Frozen]:
         stays = equations.stays(dim[0])
         if stays.any():
             reason = equations.reason(dim[0][stays])
-            yield Frozen(name, axis, int(stays.sum()), reason.text, reason.where)
+            yield Frozen(name, axis, int(stays.sum()), reason.text, reason.where, reason.kind)
 
 
 def _positions(equations: Equations, record: Trace) -> Iterator[tuple[str, int, Ints, Ints]]:

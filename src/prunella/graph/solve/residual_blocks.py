@@ -13,7 +13,7 @@ from dataclasses import replace
 import numpy as np
 from torch import nn
 
-from prunella.graph.data import Entity, Frozen, Graph, Group, Layer, Member, Place, Role
+from prunella.graph.data import Entity, Frozen, Graph, Group, Layer, Member, Place, ReasonKind, Role
 from prunella.graph.trace.dataflow import Flow, ModuleCall
 
 
@@ -59,7 +59,7 @@ def narrow(graph: Graph, spared: Mapping[str, str]) -> Graph:
         stays = np.array([path not in spared for path in stack.paths])
         if stays.any():
             stacks.append(stack if stays.all() else _some(stack, stays))
-    rooted = tuple(Frozen(path, -1, 1, reason, "") for path, reason in spared.items())
+    rooted = tuple(Frozen(path, -1, 1, reason, "", ReasonKind.REQUEST) for path, reason in spared.items())
     return with_stacks(graph, stacks, graph.rooted + rooted) if spared else graph
 
 
