@@ -393,10 +393,10 @@ def test_a_target_without_unit_is_an_error(target: Any) -> None:
         {"granularity": ()},
         {"granularity": (pr.Channel(), pr.Element())},
         {"granularity": (pr.Channel(), pr.Channel())},
-        {"floor": 1.0},
-        {"floor": -0.1},
-        {"align": 0},
-        {"align": 8, "granularity": pr.Element()},
+        {"min_density": 1.0},
+        {"min_density": -0.1},
+        {"round_to": 0},
+        {"round_to": 8, "granularity": pr.Element()},
         {"seed": -1},
     ],
 )
@@ -430,12 +430,20 @@ def test_a_description_holds_every_knob() -> None:
         "criterion": {"name": "magnitude", "knobs": {"p": 2}},
         "granularity": [{"name": "Channel", "knobs": {"reduce": "mean"}}, {"name": "Head", "knobs": {"reduce": "sum"}}],
         "allocation": {"name": "lamp", "knobs": {}},
-        "floor": 0.1,
-        "align": 8,
+        "min_density": 0.1,
+        "round_to": 8,
         "seed": 3,
-        "even": False,
-        "least": 1,
+        "equal_widths": False,
+        "min_units": 1,
     }
+
+
+def test_a_recipe_that_0_1_wrote_is_read() -> None:
+    numbers = {"floor": 0.25, "align": 4, "seed": 3, "even": True, "least": 1}
+    parts = {name: DEFAULT.describe()[name] for name in ("criterion", "granularity", "allocation")}
+    back = pr.Recipe.read({**parts, **numbers})
+    assert back == pr.Recipe(min_density=0.25, round_to=4, seed=3, equal_widths=True)
+    assert pr.Recipe.read({**parts, "floor": 0.25, "align": 4, "seed": 3}).equal_widths is False
 
 
 def mine(weight: Tensor, *, power: float = 1.0) -> Tensor:

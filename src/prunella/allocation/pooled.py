@@ -26,7 +26,8 @@ class Normalise(Enum):
 
 @allocation(
     source="Han et al. 2015, arXiv:1506.02626; Molchanov et al. 2017, arXiv:1611.06440 (`NORM`); "
-    "An et al. 2024, arXiv:2312.11983 (`STANDARD`)"
+    "An et al. 2024, arXiv:2312.11983 (`STANDARD`)",
+    status="stable",
 )
 def global_(pools: Sequence[Pool], *, normalise: Normalise = Normalise.NONE, per_cost: bool = False) -> list[Tensor]:
     """One ranking over all groups: the lowest scores go, wherever they are.

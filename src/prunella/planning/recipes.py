@@ -164,7 +164,7 @@ def synflow_global() -> Recipe:
     return Recipe(criteria.synflow, Element(), global_, min_units=0)
 
 
-@recipe(source="Ma et al. 2023, arXiv:2305.11627")
+@recipe(source="Ma et al. 2023, arXiv:2305.11627", status="stable")
 def llm_pruner() -> Recipe:
     """Heads and neurons of a transformer by the absolute first-order change of the loss, the same share of each layer.
 
@@ -176,7 +176,7 @@ def llm_pruner() -> Recipe:
     return Recipe(criteria.taylor_abs, (Channel(), Head()), uniform, equal_widths=True)
 
 
-@recipe(source="An et al. 2024, arXiv:2312.11983 (WIFV, the same share of every layer)")
+@recipe(source="An et al. 2024, arXiv:2312.11983 (WIFV, the same share of every layer)", status="stable")
 def flap() -> Recipe:
     """Heads and neurons of a transformer by the fluctuation of what reads them, the same share of each layer.
 

@@ -98,7 +98,7 @@ def iterate(
     return replace(made, recipe={**made.recipe, "rounds": how})
 
 
-@search(source="Tanaka et al. 2020, arXiv:2006.05467")
+@search(source="Tanaka et al. 2020, arXiv:2006.05467", status="stable")
 def synflow_rounds(model: nn.Module, inputs: Inputs, *, target: Target, count: int = 100) -> Plan:
     """SynFlow as in the paper: `count` rounds, the same part of the survivors each, one ranking, layers may empty.
 

@@ -69,7 +69,9 @@ class Training:
 _DEFAULT = Training()
 
 
-@recovery(source="Han et al. 2015, arXiv:1506.02626; learning rates: Renda et al. 2020, arXiv:2003.02389")
+@recovery(
+    source="Han et al. 2015, arXiv:1506.02626; learning rates: Renda et al. 2020, arXiv:2003.02389", status="stable"
+)
 def finetune(
     model: nn.Module,
     data: Iterable[Any],

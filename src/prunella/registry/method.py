@@ -34,6 +34,9 @@ MethodKind = Literal[
     "importer",
 ]
 Scope = Literal["producer", "consumer", "group"]
+Status = Literal["stable", "experimental"]
+"""`stable`: an oracle proves it (`docs/concepts`), and a table of the documentation measures it. The rest is
+`experimental`."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,7 @@ class Method:
     kind: MethodKind
     function: Callable[..., Any]
     source: str
-    status: str
+    status: Status
     needs: tuple[str, ...]
     knobs: tuple[inspect.Parameter, ...]
     scope: Scope
@@ -58,7 +61,9 @@ class Method:
 REGISTRY: dict[str, Method] = {}
 
 
-def _record(kind: MethodKind, *, source: str, status: str = "stable", scope: Scope = "producer") -> Callable[[F], F]:
+def _record(
+    kind: MethodKind, *, source: str, status: Status = "experimental", scope: Scope = "producer"
+) -> Callable[[F], F]:
     def mark(function: F) -> F:
         parameters = inspect.signature(function).parameters.values()
         needs = tuple(p.name for p in parameters if p.kind is not p.KEYWORD_ONLY) if kind == "criterion" else ()
@@ -75,7 +80,7 @@ def _record(kind: MethodKind, *, source: str, status: str = "stable", scope: Sco
     return mark
 
 
-def criterion(*, source: str, status: str = "stable", scope: Scope = "producer") -> Callable[[F], F]:
+def criterion(*, source: str, status: Status = "experimental", scope: Scope = "producer") -> Callable[[F], F]:
     """Register a criterion.
 
     `scope` says which of a unit's weights are summed into its score when units are channels or heads: the `producer`
@@ -84,67 +89,67 @@ def criterion(*, source: str, status: str = "stable", scope: Scope = "producer")
     return _record("criterion", source=source, status=status, scope=scope)
 
 
-def control(*, source: str, status: str = "stable") -> Callable[[F], F]:
+def control(*, source: str, status: Status = "experimental") -> Callable[[F], F]:
     """Register a control: a function that makes of a criterion, a plan or a model one that should do worse."""
     return _record("control", source=source, status=status)
 
 
-def allocation(*, source: str, status: str = "stable") -> Callable[[F], F]:
+def allocation(*, source: str, status: Status = "experimental") -> Callable[[F], F]:
     """Register an allocation."""
     return _record("allocation", source=source, status=status)
 
 
-def granularity(*, source: str, status: str = "stable") -> Callable[[F], F]:
+def granularity(*, source: str, status: Status = "experimental") -> Callable[[F], F]:
     """Register a granularity (a frozen dataclass)."""
     return _record("granularity", source=source, status=status)
 
 
-def schedule(*, source: str, status: str = "stable") -> Callable[[F], F]:
+def schedule(*, source: str, status: Status = "experimental") -> Callable[[F], F]:
     """Register a schedule."""
     return _record("schedule", source=source, status=status)
 
 
-def cycle(*, source: str, status: str = "stable") -> Callable[[F], F]:
+def cycle(*, source: str, status: Status = "experimental") -> Callable[[F], F]:
     """Register a schedule that falls on its way: weights come back. It still runs from exactly 0 to exactly 1."""
     return _record("cycle", source=source, status=status)
 
 
-def recovery(*, source: str, status: str = "stable") -> Callable[[F], F]:
+def recovery(*, source: str, status: Status = "experimental") -> Callable[[F], F]:
     """Register a way to recover."""
     return _record("recovery", source=source, status=status)
 
 
-def solver(*, source: str, status: str = "stable") -> Callable[[F], F]:
+def solver(*, source: str, status: Status = "experimental") -> Callable[[F], F]:
     """Register a method that finds new weights, alone or together with the mask."""
     return _record("solver", source=source, status=status)
 
 
-def search(*, source: str, status: str = "stable") -> Callable[[F], F]:
+def search(*, source: str, status: Status = "experimental") -> Callable[[F], F]:
     """Register a search for how much each group gives."""
     return _record("search", source=source, status=status)
 
 
-def training(*, source: str, status: str = "stable") -> Callable[[F], F]:
+def training(*, source: str, status: Status = "experimental") -> Callable[[F], F]:
     """Register a way to train with, or toward, sparsity: penalties, gates, drop and grow, tickets."""
     return _record("training", source=source, status=status)
 
 
-def compression(*, source: str, status: str = "stable") -> Callable[[F], F]:
+def compression(*, source: str, status: Status = "experimental") -> Callable[[F], F]:
     """Register what joins pruning to make a model smaller: quantisation, sharing, low rank, fewer tokens."""
     return _record("compression", source=source, status=status)
 
 
-def metric(*, source: str, status: str = "stable") -> Callable[[F], F]:
+def metric(*, source: str, status: Status = "experimental") -> Callable[[F], F]:
     """Register a number that says what pruning did."""
     return _record("metric", source=source, status=status)
 
 
-def importer(*, source: str, status: str = "stable") -> Callable[[F], F]:
+def importer(*, source: str, status: Status = "experimental") -> Callable[[F], F]:
     """Register a reader of what another tool pruned."""
     return _record("importer", source=source, status=status)
 
 
-def recipe(*, source: str, status: str = "stable") -> Callable[[F], F]:
+def recipe(*, source: str, status: Status = "experimental") -> Callable[[F], F]:
     """Register a composition that bears a paper's name; the function returns a `Recipe`."""
     return _record("recipe", source=source, status=status)
 
