@@ -9,6 +9,7 @@ from torch import Tensor, nn
 import prunella as pr
 from prunella.errors import NotSupported
 from prunella.graph.data import Frozen, ReasonKind
+from prunella.graph.solve.groups import couple
 from prunella.planning.diagnostics import obstacles, offer
 from prunella.planning.render import frozen_lines
 from tests.graphs import convnet, hand_graph, images
@@ -44,12 +45,17 @@ class Sized(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         wide = self.typed(x).view(-1, 3, 4).flatten(1)
-        out = self.last(self.used(wide) * self.used.out_features**0.5)
+        hidden = self.used(wide)
+        out = self.last(hidden * hidden.shape[1] ** 0.5)
         assert isinstance(out, Tensor)
         return out
 
 
 def test_the_kind_comes_from_where_the_reason_is_found() -> None:
+    found = {entry.entity: entry for entry in couple(Sized(), torch.randn(2, 4)).frozen}
+    for name, words in (("typed.weight", "typed into the source"), ("used.weight", "used in a calculation")):
+        assert words in found[name].reason and found[name].kind is ReasonKind.SOURCE
+    assert found["last.weight"].kind is ReasonKind.OPERATION
     with pytest.raises(NotSupported, match="as_program"):
         pr.plan(Sized(), torch.randn(2, 4), target=pr.MACs(0.5))
     model = convnet()

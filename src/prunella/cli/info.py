@@ -80,9 +80,9 @@ def methods(
             f"unknown kind {kind!r}", f"known are {', '.join(kinds)}", "for example prunella methods criterion"
         )
     found = [method for method in found if kind in (None, method.kind)]
-    rows = [(m.name, m.kind, ", ".join(m.needs) or "-", m.source) for m in found]
+    rows = [(m.name, m.kind, m.status, ", ".join(m.needs) or "-", m.source) for m in found]
     data = [catalogue.describe(method) for method in found]
-    emit(data, table(("name", "kind", "needs", "source"), rows), as_json=as_json)
+    emit(data, table(("name", "kind", "status", "needs", "source"), rows), as_json=as_json)
 
 
 def explain(name: Annotated[str, typer.Argument(help="A name of `methods`.")], as_json: options.Json = False) -> None:

@@ -69,9 +69,7 @@ class Training:
 _DEFAULT = Training()
 
 
-@recovery(
-    source="Han et al. 2015, arXiv:1506.02626; learning rates: Renda et al. 2020, arXiv:2003.02389", status="stable"
-)
+@recovery(source="Han et al. 2015, arXiv:1506.02626; learning rates: Renda et al. 2020, arXiv:2003.02389")
 def finetune(
     model: nn.Module,
     data: Iterable[Any],
