@@ -147,10 +147,10 @@ def test_a_time_that_cannot_be_met_is_a_missed_target() -> None:
         pr.plan(convnet(), torch.randn(IMAGE), pr.Recipe(min_density=0.9), target=Latency(0.5, by_parameters))
 
 
-@pytest.mark.parametrize("grain", [pr.Element(), pr.Block(2, 2), pr.NM(2, 4)])
-def test_masks_are_refused_with_a_sentence(grain: Any) -> None:
+@pytest.mark.parametrize("granularity", [pr.Element(), pr.Block(2, 2), pr.NM(2, 4)])
+def test_masks_are_refused_with_a_sentence(granularity: Any) -> None:
     with pytest.raises(pr.PruningError, match=r"dense kernels multiply|cannot meet latency"):
-        pr.plan(mlp(8), torch.randn(2, 4), pr.Recipe(granularity=grain), target=Latency(0.5))
+        pr.plan(mlp(8), torch.randn(2, 4), pr.Recipe(granularity=granularity), target=Latency(0.5))
 
 
 def test_gradual_pruning_keeps_the_clock_it_was_given() -> None:

@@ -97,8 +97,8 @@ def test_masks_of_single_weights() -> None:
 
 
 def test_nothing_is_zero() -> None:
-    for grain in (pr.Element(), pr.Channel()):
+    for unit in (pr.Element(), pr.Channel()):
         with pytest.raises(NotSupported, match="is exactly zero"):
-            pr.planning.plan_zeros(mlp(), X, granularity=grain)
+            pr.planning.plan_zeros(mlp(), X, granularity=unit)
     with pytest.raises(RequestError, match="Element"):
         pr.planning.plan_zeros(mlp(), X, granularity=pr.Width())  # type: ignore[arg-type]

@@ -169,9 +169,9 @@ def llm_pruner() -> Recipe:
     """Heads and neurons of a transformer by the absolute first-order change of the loss, the same share of each layer.
 
     Query, key, value and output slices go together, and so do gate, up and down. The paper takes the gradient of a few
-    short texts, leaves the first and last blocks whole (skip=) and heals with LoRA. Data: batches and a loss.
+    short texts, leaves the first and last blocks dense (skip=) and recovers with LoRA. Data: batches and a loss.
 
-    Use: language models that have to stay in an ordinary format. Avoid: without healing beyond about a fifth.
+    Use: language models that have to stay in an ordinary format. Avoid: beyond about a fifth without recovery.
     """
     return Recipe(criteria.taylor_abs, (Channel(), Head()), uniform, equal_widths=True)
 
@@ -208,7 +208,7 @@ def minitron() -> Recipe:
     takes norms over the batch and means over positions. For its depth, `block_influence` or `greedy_blocks`. The paper
     distils afterwards: `heal_`. Data: no labels.
 
-    Use: a smaller model of the same architecture, to be healed on much text. Avoid: without healing.
+    Use: a smaller model of the same architecture, recovered on much text. Avoid: without recovery.
     """
     return Recipe(criteria.activation_norm, (Channel(), Head(), Width()), uniform, equal_widths=True)
 

@@ -37,7 +37,7 @@ def remarks_of(graph: Graph, limit: int = 3) -> list[str]:
         "tied, cut as one": tied,
         "used several times, cut as one": shared,
         "not trained (requires_grad=False), cut like any other": fixed,
-        "not used on these inputs, left whole": list(graph.unused),
+        "not used on these inputs, kept dense": list(graph.unused),
     }
     return [f"{text}: {_listed(names, limit)}" for text, names in lines.items() if names]
 
@@ -101,7 +101,7 @@ def _totals(before: Amount, after: Amount) -> list[str]:
         "ms": (before.latency, after.latency),
     }
     return [
-        f"{label:<7}{short(old):>8} -> {short(new):<8} ({new / old:.1%} stays)"
+        f"{label:<7}{short(old):>8} -> {short(new):<8} ({new / old:.1%} kept)"
         for label, (old, new) in pairs.items()
         if old
     ]

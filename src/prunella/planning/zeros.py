@@ -34,7 +34,7 @@ def plan_zeros(
     skip: Sequence[str] = (),
     only: Sequence[str] = (),
 ) -> Plan:
-    """A plan that removes exactly what is zero already, so that the smaller model is the model as it is.
+    """A plan that removes exactly what is zero already, so that the smaller model computes what the model computes.
 
     A unit is zero where every weight that reads it is zero, or all weights that it has where none reads it. Each group
     is tried: if the output in float64 on `inputs` changes with its cut, it stays, and the plan says why. As many units
@@ -78,16 +78,16 @@ def _masks(model: nn.Module, graph: Graph, inputs: Inputs, skip: Sequence[str], 
 
 
 def _kept(model: nn.Module, graph: Graph, group: Group) -> Tensor:
-    """Units that are not zero, and as many of the zeros, lowest index first, as the group needs to stay whole."""
+    """Units that are not zero, and as many of the zeros, lowest index first, as the group has to keep."""
     named = dict(model.named_parameters(remove_duplicate=False))
     members = [m for m in group.members if m.entity in named and m.role != "stat"]
     members = [m for m in members if m.role == "in"] or members
     alive = torch.zeros(group.size, dtype=torch.bool)
     for member in members:
         alive[_units_alive(named[member.entity].detach(), member)] = True
-    stay = max(int(alive.sum()), group.least)
-    stay = min(-(-stay // group.multiple) * group.multiple, group.size)
-    alive[(~alive).nonzero().flatten()[: stay - int(alive.sum())]] = True
+    count = max(int(alive.sum()), group.least)
+    count = min(-(-count // group.multiple) * group.multiple, group.size)
+    alive[(~alive).nonzero().flatten()[: count - int(alive.sum())]] = True
     return alive
 
 
