@@ -46,7 +46,7 @@ def by(criterion: Callable[..., torch.Tensor]) -> Cut:
     """One ranking over all layers, in one step, on a thousand images; layers may empty."""
 
     def cut(model: nn.Module, data: mnist.Digits, target: pr.Sparsity, seed: int) -> pr.Plan:
-        recipe = pr.Recipe(criterion, pr.Element(), pr.global_, seed=seed, least=0)
+        recipe = pr.Recipe(criterion, pr.Element(), pr.global_, seed=seed, min_units=0)
         batches = list(zip(data.train_x[:1000].split(200), data.train_y[:1000].split(200), strict=True))
         return pr.plan(model, data.train_x[:2], recipe, target=target, data=batches, loss=mnist.loss)
 

@@ -128,7 +128,8 @@ class Bench:
             "flap": pr.criteria.fluctuation,
             "ours": pr.criteria.fluctuation,
         }
-        plan = pr.plan(self.dense, self.example, pr.Recipe(ways[way], even=True), target=pr.Sparsity(percent / 100),
+        recipe = pr.Recipe(ways[way], equal_widths=True)
+        plan = pr.plan(self.dense, self.example, recipe, target=pr.Sparsity(percent / 100),
                        data=self.data, loss=next_token if way == "first" else None,
                        only=["model.layers.*.mlp.*"])  # fmt: skip
         return self.finished(plan, "match" if way == "ours" else "")

@@ -6,8 +6,9 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
+from prunella.graph.cut.changes import Changes
+from prunella.planning.accounting import Amount
 from prunella.planning.plan import Plan
-from prunella.planning.table import Amount
 from prunella.targets import Sparsity, Target
 
 NOTHING = Amount(0, 0, 0, 0)
@@ -24,15 +25,10 @@ def hand_plan(
 ) -> Plan:
     """A plan that holds just this."""
     return Plan(
-        recipe={},
         target=target,
         before=before,
         after=NOTHING,
-        keep={},
         masks=masks or {},
-        cuts=cuts or {},
-        attributes={},
-        rows=(),
-        frozen=(),
+        changes=Changes(cuts=cuts or {}),
         weights=weights or {},
     )

@@ -19,9 +19,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
+from prunella.graph.cut.changes import attributes, cuts
 from prunella.graph.cut.surgery import cut_
 from prunella.graph.data import Graph, Group
-from prunella.graph.solve.groups import attributes, couple, cuts
+from prunella.graph.solve.groups import couple
 
 EXACT64, EXACT32 = 1e-9, 1e-4
 Keep = dict[str, Tensor]

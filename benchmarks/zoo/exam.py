@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import prunella as pr
+from prunella.graph.data import ReasonKind
 from prunella.graph.solve.groups import couple
 
 Build = Callable[[], tuple[nn.Module, Any]]
@@ -85,7 +86,7 @@ def examine(
         return asdict(Exam(suite, name, "prunella", "traceback", f"{type(error).__name__}: {error}"[:300], **facts))
     facts |= {"got": plan.got, "macs_left": plan.after.macs / max(plan.before.macs, 1), "frozen": _reasons(plan.frozen)}
     facts["params_left"] = sum(p.numel() for p in small.parameters()) / facts["params"]
-    facts["set_aside"] = sum("proven" in f.reason or "does not run" in f.reason for f in plan.frozen)
+    facts["set_aside"] = sum(f.kind is ReasonKind.UNPROVEN for f in plan.frozen)
     facts |= _compare(model, small, inputs, sorts=name.startswith(SORTED))
     facts["others"] = _others(model, inputs, graph)
     if full and facts["verdict"] == "exact":

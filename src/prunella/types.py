@@ -1,8 +1,8 @@
 """Every tensor shape of the library, named once.
 
 A weight is always seen as a matrix `(out, in)`: `graph/matrix.py` folds convolutions and transposed layers, so that a
-method never asks what kind of layer it looks at. The names below are also the names by which a criterion asks for its
-statistics: a positional parameter called `input_norm` receives an `InputNorm`.
+method never asks what kind of layer it looks at. `prunella.stats.table` says by which name a criterion asks for which:
+a positional parameter called `input_norm` receives an `InputNorm`.
 """
 
 from __future__ import annotations
@@ -18,39 +18,6 @@ Loss = Callable[[nn.Module, Any], Tensor]
 """(model, batch) -> scalar loss."""
 Keep = Mapping[str, Tensor]
 """Group name -> bool tensor over its units; True is kept. An absent group is kept dense."""
-
-type_names = (
-    "Weight",
-    "Grad",
-    "GradSq",
-    "InputNorm",
-    "NormScale",
-    "GateGrad",
-    "UnitWeight",
-    "Noise",
-    "FisherDiag",
-    "FisherInverse",
-    "FisherInverseDiag",
-    "HessianDiag",
-    "SampleGrad",
-    "InputVar",
-    "UnitNorm",
-    "UnitRank",
-    "UnitVar",
-    "UnitZeros",
-    "Influence",
-    "HessianGrad",
-    "TotalSlope",
-    "Flow",
-    "ExpertShare",
-    "ExpertGate",
-    "ExpertOutput",
-    "Gram",
-    "TokenIds",
-    "Saliency",
-    "Scores",
-    "Mask",
-)
 
 Weight = Annotated[Tensor, "(out, in)", "the weight as a matrix"]
 Grad = Annotated[Tensor, "(out, in)", "mean gradient of the loss over the batches"]

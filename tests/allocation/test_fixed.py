@@ -73,7 +73,7 @@ def test_scaling_a_layer_moves_the_global_split_as_computed(total: int) -> None:
 
 
 def test_the_floor_of_every_layer_is_honoured() -> None:
-    recipe = pr.Recipe(granularity=pr.Element(), allocation=pr.global_, floor=0.2)
+    recipe = pr.Recipe(granularity=pr.Element(), allocation=pr.global_, min_density=0.2)
     model = convnet()
     with torch.no_grad():
         model[3].weight.mul_(1e-3)  # all of it would go first
@@ -108,7 +108,7 @@ def test_isomorphic_of_one_kind_is_global_and_of_all_kinds_uniform(total: int) -
 
 def test_groups_of_equal_structure_are_alike_whatever_their_width() -> None:
     from prunella.graph.solve.groups import couple
-    from prunella.planning.candidates import Units
+    from prunella.planning.candidates import CandidateUnits
 
     torch.manual_seed(0)
     nn = torch.nn
@@ -116,8 +116,8 @@ def test_groups_of_equal_structure_are_alike_whatever_their_width() -> None:
                           nn.Conv2d(6, 5, 3), nn.Conv2d(5, 2, 2)).eval()  # fmt: skip
     graph = couple(model, torch.randn(1, 3, 9, 9))
     groups = graph.groups
-    contest = Units(graph, groups, tuple(torch.arange(float(g.size)) for g in groups), pr.Sparsity(0.5))
-    kinds = {p.name: p.alike for p in contest.pools}
+    candidates = CandidateUnits(graph, groups, tuple(torch.arange(float(g.size)) for g in groups), pr.Sparsity(0.5))
+    kinds = {p.name: p.alike for p in candidates.pools}
     assert kinds["0"] == kinds["2"] != kinds["4"]
 
 
@@ -142,7 +142,7 @@ def test_fixed_refuses_what_is_no_share() -> None:
 
 
 def test_a_plan_file_knows_the_shares(tmp_path: Path) -> None:
-    recipe = pr.Recipe(allocation=functools.partial(pr.allocation.fixed, shares={"0": 0.5, "3": 0.25}), align=2)
+    recipe = pr.Recipe(allocation=functools.partial(pr.allocation.fixed, shares={"0": 0.5, "3": 0.25}), round_to=2)
     plan = pr.plan(convnet(), images()[0], recipe, target=pr.Sparsity(0.4))
     back = pr.io.load_plan(pr.io.save_plan(plan, tmp_path / "a.plan"))
     assert back.recipe["allocation"] == {"name": "fixed", "knobs": {"shares": {"0": 0.5, "3": 0.25}}}

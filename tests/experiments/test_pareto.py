@@ -35,7 +35,7 @@ def test_five_ratios_three_seeds_and_three_baselines_by_default() -> None:
     assert {task.target for task in tasks if task.ratio == 8} == {pr.Params(1 / 8)}
     assert {task.target for task in module._tasks(STUDY, (8,), (0,), pr.Sparsity)} == {None, pr.Sparsity(7 / 8)}
     both = replace(STUDY, recipes={**STUDY.recipes, "l1": named("l1_filter")}).baselines
-    assert len(both) == 6 and both[list(both)[3]].grains == (pr.Channel(),)
+    assert len(both) == 6 and both[list(both)[3]].granularities == (pr.Channel(),)
 
 
 def test_means_deviations_and_intervals_by_hand() -> None:

@@ -15,13 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from prunella.errors import BadInput, NotSupported, RequestError
+from prunella.graph.cut.changes import Changes
 from prunella.graph.cut.surgery import cut_
 from prunella.io import artifact, files
 from prunella.io.artifact import decode_cuts, encode_cuts, load, save
 from prunella.io.files import check_free, new_folder, plain_name, write_atomic
 from prunella.io.plan_file import load_plan
+from prunella.planning.accounting import Amount, Row
 from prunella.planning.plan import Plan
-from prunella.planning.table import Amount, Row
 from prunella.targets import Params
 from prunella.types import Inputs
 
@@ -58,7 +59,15 @@ X = torch.linspace(-1, 1, 20).view(5, 4)
 
 def make_plan(cuts: Cuts, attributes: Mapping[tuple[str, str], int], inputs: Inputs | None, rows: Any = ()) -> Plan:
     amount = Amount(2.0, 2.0, 2.0, 2.0)
-    return Plan({"criterion": "l1"}, Params(0.5), amount, amount, {}, {}, cuts, attributes, rows, (), {}, inputs)
+    return Plan(
+        recipe={"criterion": "l1"},
+        target=Params(0.5),
+        before=amount,
+        after=amount,
+        changes=Changes(cuts, attributes),
+        rows=rows,
+        inputs=inputs,
+    )
 
 
 def pruned(seed: int = 0) -> tuple[nn.Module, Plan]:

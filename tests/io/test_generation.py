@@ -101,7 +101,11 @@ def assert_same(one: Written, other: Written) -> None:
 def pruned(model: nn.Module, *, even: bool) -> tuple[prunella.Plan, Any]:
     allocation = prunella.uniform if even else prunella.global_
     recipe = prunella.Recipe(
-        prunella.criteria.random, (prunella.Channel(), prunella.Head()), allocation=allocation, even=even, seed=4
+        prunella.criteria.random,
+        (prunella.Channel(), prunella.Head()),
+        allocation=allocation,
+        equal_widths=even,
+        seed=4,
     )
     plan = prunella.plan(model, example(model), recipe, target=Params(0.75))
     return plan, prunella.shrink(model, plan)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +11,18 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from prunella.allocation import global_
 from prunella.errors import BadInput, RequestError
-from prunella.graph.data import Frozen
+from prunella.graph.cut.changes import Along, Changes, Renumbered
+from prunella.graph.data import Frozen, ReasonKind
 from prunella.io import plan_file
 from prunella.io.plan_file import load_plan, save_plan
+from prunella.planning.accounting import Amount, Row
 from prunella.planning.plan import Plan
-from prunella.planning.table import Amount, Row
+from prunella.planning.recipe import Recipe
 from prunella.targets import MACs
+
+DATA = Path(__file__).parent / "data"
 
 
 def make_plan() -> Plan:
@@ -30,10 +35,16 @@ def make_plan() -> Plan:
         after=Amount(5.0, 1e9 / 3, 20.0, 4.0),
         keep={"a.conv": torch.tensor([True, False, True])},
         masks={"b.weight": mask, "scalar": torch.tensor(True)},
-        cuts={"a.conv.weight": {0: torch.tensor([0, 2]), 1: torch.tensor([], dtype=torch.int64)}},
-        attributes={("a", "num_heads"): 3, ("a:config", "intermediate_size"): 7},
+        changes=Changes(
+            cuts={"a.conv.weight": {0: torch.tensor([0, 2]), 1: torch.tensor([], dtype=torch.int64)}},
+            attributes={("a", "num_heads"): 3, ("a:config", "intermediate_size"): 7},
+            along=(Along("layer_norm", 2, -1, torch.tensor([0, 3])),),
+            renumbered=(Renumbered((0,), ((1, 2),), torch.tensor([5, 6])),),
+            dropped={"a.blocks": ("1", "4")},
+            lists={("a", "scales"): (1, 4)},
+        ),
         rows=(Row("a.conv", "channel", 2, 3, 10, 5, 1e9, 0.1),),
-        frozen=(Frozen("b.weight", 0, 4, "output of the model", "net.py:12"),),
+        frozen=(Frozen("b.weight", 0, 4, "output of the model", "net.py:12", ReasonKind.SOURCE),),
         weights={"a.conv.weight": torch.randn(2, 3, generator=generator).to(torch.bfloat16)},
         inputs={"ids": torch.arange(6).view(2, 3), "nested": (torch.ones(1), [None, 2])},
     )
@@ -46,6 +57,8 @@ def same(a: Any, b: Any) -> bool:
         return isinstance(b, dict) and list(a) == list(b) and all(same(a[k], b[k]) for k in a)
     if isinstance(a, list | tuple):
         return type(a) is type(b) and len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
+    if is_dataclass(a):
+        return type(a) is type(b) and all(same(getattr(a, e.name), getattr(b, e.name)) for e in fields(a))
     return type(a) is type(b) and bool(a == b)
 
 
@@ -54,6 +67,27 @@ def test_round_trip_is_exact(tmp_path: Path) -> None:
     back = load_plan(save_plan(plan, tmp_path / "p.plan"))
     for entry in fields(Plan):
         assert same(getattr(plan, entry.name), getattr(back, entry.name)), entry.name
+
+
+def test_a_plan_without_a_target_is_read_without_one(tmp_path: Path) -> None:
+    assert load_plan(save_plan(replace(make_plan(), target=None), tmp_path / "p")).target is None
+
+
+def test_what_0_1_wrote_is_read() -> None:
+    plan = load_plan(DATA / "channels_0_1.plan")
+    assert plan.target == MACs(0.9) and plan.got == pytest.approx(240 / 304)
+    assert plan.keep["up"].nonzero().flatten().tolist() == [0, 3, 4, 5, 6, 7]
+    assert plan.cuts["up.weight"][0].tolist() == plan.cuts["mid.weight"][1].tolist() == [0, 3, 4, 5, 6, 7]
+    assert Recipe.read(plan.recipe) == Recipe(
+        allocation=global_, min_density=0.25, round_to=2, seed=3, equal_widths=True
+    )
+    assert "multiples of 2" in str(plan) and [entry.entity for entry in plan.frozen] == ["mid.weight", "down.weight"]
+
+
+def test_blocks_that_0_1_dropped_are_read_and_what_it_made_up_is_not() -> None:
+    plan = load_plan(DATA / "depth_0_1.plan")
+    assert plan.dropped == {"layers": ("1",)} and plan.keep["layers"].tolist() == [True, False, True]
+    assert plan.target is None and plan.got == pytest.approx(1 / 3)
 
 
 def test_the_same_plan_gives_the_same_bytes_and_no_pickle(tmp_path: Path) -> None:

@@ -130,7 +130,7 @@ REASONS = (
 def decides(recipe: pr.Recipe) -> bool:
     """Whether the granularity itself says how much goes."""
     try:
-        checked_target(recipe.grains, None)
+        checked_target(recipe.granularities, None)
     except RequestError:
         return False
     return True
@@ -142,7 +142,7 @@ def run(draw: Draw) -> nn.Module:
     model = copy.deepcopy(dense)
     fixed = decides(draw.recipe)
     # the stem has 27 columns, which no pattern of 4 divides
-    skip = ["stem"] if isinstance(draw.recipe.grains[0], get_args(Masking)) else []
+    skip = ["stem"] if isinstance(draw.recipe.granularities[0], get_args(Masking)) else []
     final = 0.5
     for progress in (0.5, 1.0):
         amount = final * draw.schedule.function(progress)
@@ -185,7 +185,7 @@ def test_every_part_is_drawn_and_most_combinations_run() -> None:
         assert len(drawn) == min(DRAWS, len([m for m in kinds(kind) if kind == "granularity" or bound(m)]))  # type: ignore[arg-type]
     assert {d.recovery for d in found} == set(RECOVERIES)
     assert [str(d) for d in found] == [str(d) for d in draws()]
-    sensible = [d for d in found if isinstance(d.recipe.grains[0], get_args(Structural))]
+    sensible = [d for d in found if isinstance(d.recipe.granularities[0], get_args(Structural))]
     assert sensible and len(sensible) < len(found)
 
 

@@ -19,18 +19,18 @@ from prunella.planning import recipes
 from prunella.planning.budget import allocate
 from prunella.planning.scoring import Absent, Scorer
 from prunella.registry.catalogue import methods
-from prunella.registry.method import REGISTRY, STATISTICS, Method, criterion
+from prunella.registry.method import REGISTRY, Method, criterion
 from prunella.selection import shortest_prefix
-from prunella.stats import Source, Subject, collect
+from prunella.stats import STATISTICS, Source, Subject, collect
+from prunella.stats.table import of_level
 from tests.graphs import blocks, convnet, images, square_loss
 
-ROUTED = {"router_frequency", "router_weight", "reap"}
+ROUTED = {m.name for m in REGISTRY.values() if any(need.startswith("expert_") for need in m.needs)}
 """Criteria of experts, which the nets here do not have: see tests/stats/test_routing.py; so `reap_experts` is out."""
 CRITERIA = [m for m in REGISTRY.values() if m.kind == "criterion" and m.name not in ROUTED]
 ALLOCATIONS = [m for m in REGISTRY.values() if m.kind == "allocation"]
 RECIPES = [m for m in REGISTRY.values() if m.kind == "recipe" and m.name != "reap_experts"]
-ONLY_UNITS = {"group_norm", "bn_scale", "geometric_median", "block_influence", "apoz", "hrank"}
-ONLY_UNITS |= {"activation_norm", "activation_variance"}
+ONLY_UNITS = {m.name for m in CRITERIA if of_level(m.needs, "unit", "block")} | {"geometric_median"}
 PER_WEIGHT = [m for m in CRITERIA if m.name not in ONLY_UNITS]
 POSITIONAL = {"random", "obd", "obs_saliency", "obert"}
 """What depends on where a weight stands: by dice, or by the block of neighbours that it is in."""
@@ -159,7 +159,7 @@ def test_an_allocation_leaves_its_scores_and_repeats(method: Method) -> None:
 @pytest.mark.parametrize("method", RECIPES, ids=ids)
 def test_a_recipe_makes_a_plan(method: Method) -> None:
     recipe = recipes.named(method.name)
-    fixed = isinstance(recipe.grains[0], pr.NM)
+    fixed = isinstance(recipe.granularities[0], pr.NM)
     model = convnet()
     plan = pr.plan(model, DATA[0], recipe, target=None if fixed else pr.Sparsity(0.5), data=DATA, loss=square_loss,
                    skip=["0", "7"] if fixed else [])  # fmt: skip

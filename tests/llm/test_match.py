@@ -98,7 +98,8 @@ def test_neurons_that_are_copies_of_others_are_made_up_for_exactly() -> None:
             for layer in (block.mlp.gate_proj, block.mlp.up_proj):
                 layer.weight[40:] = layer.weight[:8]
             block.mlp.down_proj.weight[:, 40:] *= 1e-3
-    plan = pr.plan(model, data[0], pr.Recipe(pr.criteria.fluctuation, even=True), target=pr.Sparsity(8 / 48), data=data,
+    recipe = pr.Recipe(pr.criteria.fluctuation, equal_widths=True)
+    plan = pr.plan(model, data[0], recipe, target=pr.Sparsity(8 / 48), data=data,
                    only=["model.layers.*.mlp.*"])  # fmt: skip
     assert all(not bool(plan.keep[name][40:].any()) for name in plan.keep)
     with torch.no_grad():

@@ -185,7 +185,7 @@ def test_only_synflow_in_rounds_keeps_all_layers_at_ten_thousand_times() -> None
     assert sorted(row.kept for row in plan.rows) == [1, 2, 2, 2, 2, 2, 2]
     assert pr.transform.collapsed(plan) == () and not any("collapsed" in line for line in plan.remarks)
     for criterion in (pr.criteria.synflow, pr.criteria.snip, pr.magnitude, pr.criteria.random):
-        recipe = pr.Recipe(criterion, pr.Element(), pr.global_, least=0)
+        recipe = pr.Recipe(criterion, pr.Element(), pr.global_, min_units=0)
         made = pr.plan(model, x, recipe, target=far, data=data, loss=loss)
         names = pr.transform.collapsed(made)
         assert len(names) >= 3 and sum(row.kept for row in made.rows) == 13
@@ -193,7 +193,7 @@ def test_only_synflow_in_rounds_keeps_all_layers_at_ten_thousand_times() -> None
         assert all(name in str(made) for name in names[:3]) and "collapsed" in str(made)
         assert pr.transform.collapsed(pr.apply_(copy.deepcopy(model), made)) == names
     for criterion in (pr.criteria.synflow, pr.magnitude):
-        recipe = pr.Recipe(criterion, pr.Element(), pr.global_, least=0)
+        recipe = pr.Recipe(criterion, pr.Element(), pr.global_, min_units=0)
         assert "0" in pr.transform.collapsed(pr.plan(model, x, recipe, target=near))
         held = pr.plan(model, x, pr.Recipe(criterion, pr.Element(), pr.global_), target=near)
         assert pr.transform.collapsed(held) == () and held.rows[0].kept == 1
@@ -211,7 +211,12 @@ def test_rounds_meet_their_targets_and_nest_where_they_should() -> None:
         assert plan.recipe["rounds"]["nested"] == (make is pr.planning.iterative_snip)
     once = pr.planning.force(model, x, target=target, data=data, loss=loss, count=1)
     plain = pr.plan(
-        model, x, pr.Recipe(pr.criteria.snip, pr.Element(), pr.global_, least=0), target=target, data=data, loss=loss
+        model,
+        x,
+        pr.Recipe(pr.criteria.snip, pr.Element(), pr.global_, min_units=0),
+        target=target,
+        data=data,
+        loss=loss,
     )
     assert all(once.masks[n].equal(plain.masks[n]) for n in plain.masks)
 
@@ -256,8 +261,8 @@ def test_rounds_are_for_masks_that_compete() -> None:
         pr.planning.iterate(mlp(), torch.randn(2, 4), pr.Recipe(), target=pr.Sparsity(0.5))
     with pytest.raises(RequestError, match="count=0"):
         Rounds(0)
-    with pytest.raises(RequestError, match="least=0 is for masks"):
-        pr.Recipe(least=0)
+    with pytest.raises(RequestError, match="min_units=0 is for masks"):
+        pr.Recipe(min_units=0)
 
 
 def test_a_shuffled_plan_keeps_every_layers_count_and_moves_its_mask() -> None:

@@ -18,7 +18,7 @@ from torch import nn
 import prunella as pr
 from prunella.measure.timing import Timing
 from prunella.planning.budget import ladder, solve
-from prunella.planning.latency import MOST, in_order, paced
+from prunella.planning.latency import MOST, in_order, search_latency
 from prunella.targets import TOLERANCE, Latency, parse_target
 from tests.graphs import IMAGE, convnet, mlp
 
@@ -56,14 +56,14 @@ STRAIGHT = functools.partial(left, SIZES)
 @given(st.floats(0.15, 0.97), st.sampled_from([1.0, 2.0, 0.5]))
 def test_it_is_hit_within_the_tolerance_in_few_measurements(asked: float, power: float) -> None:
     clock = Clock(lambda counts: 0.01 + 0.99 * STRAIGHT(counts) ** power)
-    found = paced(rungs(*SIZES), clock, STRAIGHT, Latency(asked))
+    found = search_latency(rungs(*SIZES), clock, STRAIGHT, Latency(asked))
     assert abs(clock.ratio(found) / asked - 1) <= TOLERANCE
     assert len(clock.asked) <= MOST + 1 and clock.asked[-1] == (found, True)
 
 
 def test_milliseconds_are_a_part_of_the_measured_dense_time() -> None:
     clock = Clock(STRAIGHT)
-    found = paced(rungs(*SIZES), clock, STRAIGHT, Latency(4.0))  # of 10
+    found = search_latency(rungs(*SIZES), clock, STRAIGHT, Latency(4.0))  # of 10
     assert abs(clock.ratio(found) / 0.4 - 1) <= TOLERANCE
 
 
@@ -71,7 +71,7 @@ def test_where_the_time_jumps_the_point_behind_the_jump_is_taken() -> None:
     def steps(counts: tuple[int, ...]) -> float:
         return math.ceil(4 * STRAIGHT(counts)) / 4 or 0.25
 
-    found = paced(rungs(*SIZES), Clock(steps), STRAIGHT, Latency(0.6))
+    found = search_latency(rungs(*SIZES), Clock(steps), STRAIGHT, Latency(0.6))
     kept = sum(SIZES) - sum(found)
     assert steps(found) == 0.5 and kept == math.floor(sum(SIZES) / 2)  # no more than the jump needs
 
@@ -83,23 +83,23 @@ def test_the_number_that_counts_is_the_second_one() -> None:
     def lying(counts: tuple[int, ...], again: bool) -> Timing:
         return timing(clock(counts, again).ratio * (1.0 if again else 0.93))
 
-    found = paced(rungs(*SIZES), lying, STRAIGHT, Latency(0.5))
+    found = search_latency(rungs(*SIZES), lying, STRAIGHT, Latency(0.5))
     assert abs(STRAIGHT(found) / 0.5 - 1) <= TOLERANCE
 
 
 def test_no_speed_up_is_said_with_the_numbers() -> None:
     with pytest.raises(pr.PruningError, match=r"all that may go is gone, 1.02 .* no speed-up to be had") as caught:
-        paced(rungs(*SIZES), Clock(lambda counts: 1.02), STRAIGHT, Latency(0.6))
+        search_latency(rungs(*SIZES), Clock(lambda counts: 1.02), STRAIGHT, Latency(0.6))
     assert "asked 0.6; measured 1.02 [1.01, 1.03]" in str(caught.value)
     with pytest.raises(pr.PruningError, match=r"0.703 of the dense time remains\n") as caught:
-        paced(rungs(*SIZES), Clock(lambda counts: 0.7 + 0.3 * STRAIGHT(counts)), STRAIGHT, Latency(0.6))
+        search_latency(rungs(*SIZES), Clock(lambda counts: 0.7 + 0.3 * STRAIGHT(counts)), STRAIGHT, Latency(0.6))
     with pytest.raises(pr.PruningError, match="would remove nothing"):
-        paced(rungs(*SIZES), Clock(STRAIGHT), STRAIGHT, Latency(12.0))
+        search_latency(rungs(*SIZES), Clock(STRAIGHT), STRAIGHT, Latency(12.0))
 
 
 def test_even_groups_stay_even() -> None:
-    found = paced(rungs(30, 30, 30), Clock(functools.partial(left, (30, 30, 30))),
-                  functools.partial(left, (30, 30, 30)), Latency(0.5), even=True)  # fmt: skip
+    found = search_latency(rungs(30, 30, 30), Clock(functools.partial(left, (30, 30, 30))),
+                  functools.partial(left, (30, 30, 30)), Latency(0.5), equal_widths=True)  # fmt: skip
     assert len(set(found)) == 1
 
 
@@ -144,13 +144,13 @@ def test_a_plan_file_keeps_what_was_measured(tmp_path: Path) -> None:
 
 def test_a_time_that_cannot_be_met_is_a_missed_target() -> None:
     with pytest.raises(pr.PruningError, match="cannot be met"):
-        pr.plan(convnet(), torch.randn(IMAGE), pr.Recipe(floor=0.9), target=Latency(0.5, by_parameters))
+        pr.plan(convnet(), torch.randn(IMAGE), pr.Recipe(min_density=0.9), target=Latency(0.5, by_parameters))
 
 
-@pytest.mark.parametrize("grain", [pr.Element(), pr.Block(2, 2), pr.NM(2, 4)])
-def test_masks_are_refused_with_a_sentence(grain: Any) -> None:
+@pytest.mark.parametrize("granularity", [pr.Element(), pr.Block(2, 2), pr.NM(2, 4)])
+def test_masks_are_refused_with_a_sentence(granularity: Any) -> None:
     with pytest.raises(pr.PruningError, match=r"dense kernels multiply|cannot meet latency"):
-        pr.plan(mlp(8), torch.randn(2, 4), pr.Recipe(granularity=grain), target=Latency(0.5))
+        pr.plan(mlp(8), torch.randn(2, 4), pr.Recipe(granularity=granularity), target=Latency(0.5))
 
 
 def test_gradual_pruning_keeps_the_clock_it_was_given() -> None:

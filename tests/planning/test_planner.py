@@ -87,7 +87,7 @@ def test_floor_and_align_hold_and_are_reported() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 40), nn.ReLU(), nn.Linear(40, 22), nn.ReLU(), nn.Linear(22, 3))
     for sparsity in (0.1, 0.5, 0.6):
-        recipe = pr.Recipe(pr.magnitude, floor=0.25, align=8, allocation=pr.global_)
+        recipe = pr.Recipe(pr.magnitude, min_density=0.25, round_to=8, allocation=pr.global_)
         plan = pr.plan(model, torch.zeros(1, 4), recipe, target=pr.Sparsity(sparsity))
         widths = [row.kept for row in plan.rows]
         assert all(row.kept == row.total or row.kept % 8 == 0 for row in plan.rows)
@@ -99,7 +99,7 @@ def test_even_keeps_equal_groups_equal_and_passes_the_target_by_a_unit_of_each()
     torch.manual_seed(0)
     model = nn.Sequential(*[layer for _ in range(4) for layer in (nn.Linear(16, 16), nn.ReLU())], nn.Linear(16, 3))
     uneven = pr.plan(model, torch.zeros(1, 16), target=pr.MACs(0.5))
-    even = pr.plan(model, torch.zeros(1, 16), pr.Recipe(even=True), target=pr.MACs(0.5))
+    even = pr.plan(model, torch.zeros(1, 16), pr.Recipe(equal_widths=True), target=pr.MACs(0.5))
     assert len({row.kept for row in uneven.rows}) == 2 and len({row.kept for row in even.rows}) == 1
     assert even.got <= uneven.got <= 0.5
     assert all(0 <= b.kept - a.kept <= 1 for a, b in zip(even.rows, uneven.rows, strict=True))
@@ -120,7 +120,7 @@ def test_heads_and_neurons_share_a_ranking() -> None:
 
     torch.manual_seed(0)
     model, x = Block(), torch.randn(2, 5, 8)
-    recipe = pr.Recipe(pr.taylor, (pr.Channel(), pr.Head()), pr.global_, floor=0.25)
+    recipe = pr.Recipe(pr.taylor, (pr.Channel(), pr.Head()), pr.global_, min_density=0.25)
     plan = pr.plan(model, x, recipe, target=pr.MACs(0.6), data=[x, -x], loss=square_loss)
     assert {row.kind for row in plan.rows} == {"channel", "head"} and 0.35 < plan.got <= 0.6
     heads = pr.plan(model, x, pr.Recipe(granularity=pr.Head()), target=pr.Sparsity(0.5))
@@ -347,15 +347,15 @@ def test_data_that_a_criterion_does_not_need_is_not_read() -> None:
 
 def test_a_target_that_cannot_be_met_says_how_far_it_got_and_what_stopped_it() -> None:
     with pytest.raises(TargetMissed) as caught:
-        pr.plan(convnet(), X, pr.Recipe(floor=0.5), target=pr.MACs(0.05), skip=["3"])
+        pr.plan(convnet(), X, pr.Recipe(min_density=0.5), target=pr.MACs(0.05), skip=["3"])
     message = str(caught.value)
-    assert "macs=0.05 cannot be met" in message and "floor=0.5" in message and "4 of 8 stay" in message
+    assert "macs=0.05 cannot be met" in message and "min_density=0.5" in message and "4 of 8 are kept" in message
     assert "skip='3'" in message and "it is an output of the model" in message
     assert message.index("3.weight") < message.index("7.weight"), "the most costly first"
     reached = float(message.split("leaves macs=")[1].split()[0])
-    assert pr.plan(convnet(), X, pr.Recipe(floor=0.5), target=pr.MACs(reached + 1e-4), skip=["3"]).got == pytest.approx(
-        reached, abs=1e-3
-    )
+    assert pr.plan(
+        convnet(), X, pr.Recipe(min_density=0.5), target=pr.MACs(reached + 1e-4), skip=["3"]
+    ).got == pytest.approx(reached, abs=1e-3)
 
 
 def test_nothing_to_remove_is_an_error_unless_asked_for() -> None:
@@ -393,10 +393,10 @@ def test_a_target_without_unit_is_an_error(target: Any) -> None:
         {"granularity": ()},
         {"granularity": (pr.Channel(), pr.Element())},
         {"granularity": (pr.Channel(), pr.Channel())},
-        {"floor": 1.0},
-        {"floor": -0.1},
-        {"align": 0},
-        {"align": 8, "granularity": pr.Element()},
+        {"min_density": 1.0},
+        {"min_density": -0.1},
+        {"round_to": 0},
+        {"round_to": 8, "granularity": pr.Element()},
         {"seed": -1},
     ],
 )
@@ -422,7 +422,7 @@ def test_a_recipe_can_be_written_and_read(recipe: pr.Recipe) -> None:
     written = json.loads(json.dumps(recipe.describe()))
     back = pr.Recipe.read(written)
     assert back.describe() == recipe.describe()
-    assert back.granularity == recipe.granularity and back.floor == recipe.floor
+    assert back.granularity == recipe.granularity and back.min_density == recipe.min_density
 
 
 def test_a_description_holds_every_knob() -> None:
@@ -430,12 +430,20 @@ def test_a_description_holds_every_knob() -> None:
         "criterion": {"name": "magnitude", "knobs": {"p": 2}},
         "granularity": [{"name": "Channel", "knobs": {"reduce": "mean"}}, {"name": "Head", "knobs": {"reduce": "sum"}}],
         "allocation": {"name": "lamp", "knobs": {}},
-        "floor": 0.1,
-        "align": 8,
+        "min_density": 0.1,
+        "round_to": 8,
         "seed": 3,
-        "even": False,
-        "least": 1,
+        "equal_widths": False,
+        "min_units": 1,
     }
+
+
+def test_a_recipe_that_0_1_wrote_is_read() -> None:
+    numbers = {"floor": 0.25, "align": 4, "seed": 3, "even": True, "least": 1}
+    parts = {name: DEFAULT.describe()[name] for name in ("criterion", "granularity", "allocation")}
+    back = pr.Recipe.read({**parts, **numbers})
+    assert back == pr.Recipe(min_density=0.25, round_to=4, seed=3, equal_widths=True)
+    assert pr.Recipe.read({**parts, "floor": 0.25, "align": 4, "seed": 3}).equal_widths is False
 
 
 def mine(weight: Tensor, *, power: float = 1.0) -> Tensor:

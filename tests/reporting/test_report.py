@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from prunella.graph.data import Frozen
 from prunella.measure.latency import Comparison, Latency, Ratio
+from prunella.planning.accounting import Amount, Row
 from prunella.planning.plan import Plan
-from prunella.planning.table import Amount, Row
 from prunella.reporting.report import Curve, Metric, Report, report, shown
 from prunella.targets import MACs, Sparsity, Target
 
@@ -36,10 +36,6 @@ def make_plan(target: Target) -> Plan:
         target=target,
         before=Amount(200.0, 1000.0, 800.0, 192.0),
         after=Amount(100.0, 480.0, 400.0, 96.0),
-        keep={},
-        masks={},
-        cuts={},
-        attributes={},
         rows=(Row("up", "channel", 8, 16, 0, 0, 0.0, 0.0),),
         frozen=(Frozen("down.weight", 0, 4, "output of the model", "net.py:7"),),
     )

@@ -139,7 +139,7 @@ def test_another_question_does_not_get_the_answers(tmp_path: Path) -> None:
 
 
 def test_ratios_follow_align_and_floor() -> None:
-    cuts = pr.search.space(convnet(), images()[0], pr.Recipe(align=4, floor=0.4))
+    cuts = pr.search.space(convnet(), images()[0], pr.Recipe(round_to=4, min_density=0.4))
     assert [cuts.levels(i) for i in range(2)] == [[0, 4], [0, 2]]
     assert [x for x, _ in pr.search.scan(cuts, size).curves["0"]] == [0.5]
     with pytest.raises(pr.PruningError, match="between 0 and 1"):

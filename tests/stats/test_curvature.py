@@ -13,7 +13,7 @@ from prunella.graph.solve.groups import couple
 from prunella.model.forward import samples
 from prunella.model.state import untouched
 from prunella.registry.method import knobs_of
-from prunella.stats import SLOTS, Source, Subject, collect
+from prunella.stats import STATISTICS, Source, Subject, collect
 from tests.graphs import convnet, images, mlp, square_loss
 
 X = torch.randn(12, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -105,7 +105,8 @@ def test_a_criterion_and_its_statistic_have_the_same_defaults(criterion: object)
     from prunella.registry.method import needs_of
 
     for need in needs_of(criterion):  # type: ignore[arg-type]
-        mine = knobs_of(SLOTS[need]) if need in SLOTS else {}
+        slot = STATISTICS[need].slot
+        mine = knobs_of(slot) if slot else {}
         assert mine.items() <= knobs_of(criterion).items()  # type: ignore[arg-type]
 
 

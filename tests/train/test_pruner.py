@@ -14,10 +14,10 @@ from torch.optim import Optimizer
 from prunella.errors import RequestError
 from prunella.granularity import Element
 from prunella.model.masks import finalize, masks_of
+from prunella.planning.accounting import Amount
 from prunella.planning.plan import Plan
 from prunella.planning.planner import plan
 from prunella.planning.recipe import Recipe
-from prunella.planning.table import Amount
 from prunella.schedules import cubic, linear, one_shot
 from prunella.targets import MACs, Sparsity, Target
 from prunella.train.pruner import Pruner

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from prunella.graph.cut.changes import attributes, changes, cuts
 from prunella.graph.data import Graph
-from prunella.graph.solve.groups import attributes, changes, cuts
 from prunella.graph.verify import verify
 from tests import oracle
 from tests.zoo import convolutional as conv

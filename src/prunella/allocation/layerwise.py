@@ -13,7 +13,7 @@ from prunella.errors import RequestError
 from prunella.registry.method import allocation
 
 
-@allocation(source="Gale et al. 2019, arXiv:1902.09574; Li et al. 2017, arXiv:1608.08710")
+@allocation(source="Gale et al. 2019, arXiv:1902.09574; Li et al. 2017, arXiv:1608.08710", status="stable")
 def uniform(pools: Sequence[Pool]) -> list[Tensor]:
     """Every group gives the same fraction.
 
@@ -51,7 +51,7 @@ def uniform_plus(pools: Sequence[Pool], *, last: float = 0.8) -> list[Tensor]:
     return keys
 
 
-@allocation(source="Mocanu et al. 2018, arXiv:1707.04780; Evci et al. 2020, arXiv:1911.11134")
+@allocation(source="Mocanu et al. 2018, arXiv:1707.04780; Evci et al. 2020, arXiv:1911.11134", status="stable")
 def erk(pools: Sequence[Pool]) -> list[Tensor]:
     """Erdos-Renyi-Kernel: density in proportion to the sum of a weight's dimensions over their product.
 

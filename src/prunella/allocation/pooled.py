@@ -26,7 +26,8 @@ class Normalise(Enum):
 
 @allocation(
     source="Han et al. 2015, arXiv:1506.02626; Molchanov et al. 2017, arXiv:1611.06440 (`NORM`); "
-    "An et al. 2024, arXiv:2312.11983 (`STANDARD`)"
+    "An et al. 2024, arXiv:2312.11983 (`STANDARD`)",
+    status="stable",
 )
 def global_(pools: Sequence[Pool], *, normalise: Normalise = Normalise.NONE, per_cost: bool = False) -> list[Tensor]:
     """One ranking over all groups: the lowest scores go, wherever they are.
@@ -35,7 +36,7 @@ def global_(pools: Sequence[Pool], *, normalise: Normalise = Normalise.NONE, per
     square of the absolute scores of the group, with `a_l = 0`; or (`STANDARD`) `a_l` is the mean and `c_l` the standard
     deviation of its scores over all units (population), 1 where all are equal. Scaling a layer by 10 moves the split
     unless scores are normalised; norms and sums over more weights are larger, so that wide consumers are spared. May
-    take a group down to its floor: set `floor=`.
+    take a group down to its minimum: set `min_density=`.
 
     per_cost: divide also by what one unit weighs in the target's unit, so that the harm for each multiply-add
     (parameter, byte) saved is compared: for units of different size that share a ranking, such as heads and neurons.

@@ -13,7 +13,7 @@ from prunella.errors import RequestError
 from prunella.registry.method import allocation
 
 
-@allocation(source="Frankle and Carbin 2019, arXiv:1803.03635 (the output layer at half the rate)")
+@allocation(source="Frankle and Carbin 2019, arXiv:1803.03635 (the output layer at half the rate)", status="stable")
 def per_round(pools: Sequence[Pool], *, rate: float = 0.2, last: float = 0.5) -> list[Tensor]:
     """Every layer gives the same part of its survivors in a round, the last layer less.
 

@@ -281,12 +281,13 @@ def outputs_by(loss: Loss) -> Outputs:
 def summary(outcome: Outcome, job: Job) -> dict[str, Any]:
     """The outcome as plain data, for `run.json` and `--json`."""
     before, after = outcome.plan.before, outcome.plan.after
+    target = job.target or outcome.plan.target
     healed = [{"by": str(item.step), "result": item.text} for item in outcome.healed]
     said = [f"healed by {item['by']}: {item['result'].splitlines()[-1]}" for item in healed]
     return {
         "text": "\n".join([str(outcome.report), *said]),
         "folder": str(outcome.saved.path),
-        "target": str(job.target or outcome.plan.target),
+        "target": str(target) if target else None,
         "params": [before.params, after.params],
         "macs": [before.macs, after.macs],
         "bytes": [before.bytes, after.bytes],

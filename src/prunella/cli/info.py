@@ -80,9 +80,9 @@ def methods(
             f"unknown kind {kind!r}", f"known are {', '.join(kinds)}", "for example prunella methods criterion"
         )
     found = [method for method in found if kind in (None, method.kind)]
-    rows = [(m.name, m.kind, ", ".join(m.needs) or "-", m.source) for m in found]
+    rows = [(m.name, m.kind, m.status, ", ".join(m.needs) or "-", m.source) for m in found]
     data = [catalogue.describe(method) for method in found]
-    emit(data, table(("name", "kind", "needs", "source"), rows), as_json=as_json)
+    emit(data, table(("name", "kind", "status", "needs", "source"), rows), as_json=as_json)
 
 
 def explain(name: Annotated[str, typer.Argument(help="A name of `methods`.")], as_json: options.Json = False) -> None:
@@ -137,8 +137,8 @@ def inspect(
 
 def graph_data(graph: Graph) -> dict[str, Any]:
     """What `inspect` says, as plain data."""
-    from prunella.planning.candidates import offer
-    from prunella.planning.table import remarks
+    from prunella.planning.diagnostics import offer
+    from prunella.planning.render import remarks_of
 
     params, macs = graph.params(), graph.macs()
     reasons = Counter[tuple[str, str]]()
@@ -159,7 +159,7 @@ def graph_data(graph: Graph) -> dict[str, Any]:
         "tied": [list(e.names) for e in graph.entities.values() if e.parameter and len(e.names) > 1],
         "not_trained": [e.name for e in graph.entities.values() if e.parameter and not e.trainable],
         "shared": {name: n for name, n in Counter(c.layer for c in graph.costs if c.layer).items() if n > 1},
-        "remarks": remarks(graph),
+        "remarks": remarks_of(graph),
     }
 
 

@@ -43,9 +43,9 @@ def plan(
     granularity: options.GranularityText = None,
     allocation: options.AllocationName = None,
     pattern: options.Pattern = None,
-    floor: options.Floor = None,
-    align: options.Align = None,
-    even: options.Even = False,
+    min_density: options.MinDensity = None,
+    round_to: options.RoundTo = None,
+    equal_widths: options.EqualWidths = False,
     skip: options.Skip = None,
     only: options.Only = None,
     data: options.Data = None,
@@ -61,7 +61,9 @@ def plan(
     from prunella.planning.planner import plan as make_plan
 
     parts = request.build_recipe(recipe, granularity=granularity, allocation=allocation, pattern=pattern)
-    parts = request.with_numbers(parts, floor=floor, align=align, even=even, seed=seed)
+    parts = request.with_numbers(
+        parts, min_density=min_density, round_to=round_to, equal_widths=equal_widths, seed=seed
+    )
     budget = request.read_target(target)
     batches, measure = request.load_data(data), request.load_loss(loss)
     network, example = request.open_model(
@@ -95,8 +97,8 @@ def scan(
     weights: options.Weights = None,
     allow_pickle: options.AllowPickle = False,
     granularity: options.GranularityText = None,
-    floor: options.Floor = None,
-    align: options.Align = None,
+    min_density: options.MinDensity = None,
+    round_to: options.RoundTo = None,
     skip: options.Skip = None,
     only: options.Only = None,
     data: options.Data = None,
@@ -112,7 +114,11 @@ def scan(
     from prunella.search import scan as measure
 
     parts = request.with_numbers(
-        request.build_recipe(recipe, granularity=granularity), floor=floor, align=align, even=False, seed=seed
+        request.build_recipe(recipe, granularity=granularity),
+        min_density=min_density,
+        round_to=round_to,
+        equal_widths=False,
+        seed=seed,
     )
     fractions = request.read_ratios(ratios)
     batches, evaluate = request.load_data(data), request.load_function(metric, "metric")

@@ -41,9 +41,13 @@ GranularityText = Annotated[
     ),
 ]
 AllocationName = Annotated[str | None, typer.Option("--allocation", metavar="A", help="How layers share the budget.")]
-Floor = Annotated[float | None, typer.Option("--floor", help="Fraction of every group that stays at least.")]
-Align = Annotated[int | None, typer.Option("--align", help="Channel widths stay multiples of it.")]
-Even = Annotated[bool, typer.Option("--even", help="Equal groups stay equal: plain `from_pretrained` reads them.")]
+MinDensity = Annotated[
+    float | None, typer.Option("--min-density", help="Fraction of every group that is kept at least.")
+]
+RoundTo = Annotated[int | None, typer.Option("--round-to", help="Channel widths are multiples of it.")]
+EqualWidths = Annotated[
+    bool, typer.Option("--equal-widths", help="Equal groups stay equal: plain `from_pretrained` reads them.")
+]
 Pattern = Annotated[str | None, typer.Option("--pattern", metavar="P", help="A mask of 2:4 (N:M) or 4x4 (blocks).")]
 Skip = Annotated[list[str] | None, typer.Option("--skip", metavar="PATTERN", help="Leave these layers alone (glob).")]
 Only = Annotated[list[str] | None, typer.Option("--only", metavar="PATTERN", help="Cut only these layers (glob).")]

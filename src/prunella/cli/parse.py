@@ -135,10 +135,17 @@ def build_recipe(
     return recipe
 
 
-def with_numbers(recipe: Recipe, *, floor: float | None, align: int | None, even: bool, seed: int) -> Recipe:
+def with_numbers(
+    recipe: Recipe, *, min_density: float | None, round_to: int | None, equal_widths: bool, seed: int
+) -> Recipe:
     """The recipe with these numbers in place of its own, where they are given."""
-    floor, align = recipe.floor if floor is None else floor, recipe.align if align is None else align
-    return replace(recipe, floor=floor, align=align, even=even or recipe.even, seed=seed)
+    return replace(
+        recipe,
+        min_density=recipe.min_density if min_density is None else min_density,
+        round_to=recipe.round_to if round_to is None else round_to,
+        equal_widths=equal_widths or recipe.equal_widths,
+        seed=seed,
+    )
 
 
 def _granularity(text: str) -> Any:
@@ -202,7 +209,7 @@ def plan_data(plan: Plan) -> dict[str, Any]:
     kept: Mapping[str, Any] = {name: mask.nonzero().flatten().tolist() for name, mask in plan.keep.items()}
     return {
         "recipe": dict(plan.recipe),
-        "target": str(plan.target),
+        "target": str(plan.target) if plan.target else None,
         "before": asdict(plan.before),
         "after": asdict(plan.after),
         "rows": [asdict(row) for row in plan.rows],

@@ -32,9 +32,9 @@ def run(
     granularity: options.GranularityText = None,
     allocation: options.AllocationName = None,
     pattern: options.Pattern = None,
-    floor: options.Floor = None,
-    align: options.Align = None,
-    even: options.Even = False,
+    min_density: options.MinDensity = None,
+    round_to: options.RoundTo = None,
+    equal_widths: options.EqualWidths = False,
     skip: options.Skip = None,
     only: options.Only = None,
     data: Annotated[
@@ -70,9 +70,9 @@ def run(
     if language.asked_for(recipe, data):
         _refuse(f"--recipe {recipe}", {
             "--target": target, "--inputs": inputs, "--weights": weights, "--allow-pickle": allow_pickle,
-            "--granularity": granularity, "--allocation": allocation, "--floor": floor, "--align": align,
-            "--even": even, "--only": only, "--loss": loss, "--heal": heal, "--metric": metric,
-            "--max-drop": max_drop, "--program": program,
+            "--granularity": granularity, "--allocation": allocation, "--min-density": min_density,
+            "--round-to": round_to, "--equal-widths": equal_widths, "--only": only, "--loss": loss, "--heal": heal,
+            "--metric": metric, "--max-drop": max_drop, "--program": program,
         })  # fmt: skip
         asked = language.Asked(model, recipe, data, sparsity, pattern, memory, windows, length, tuple(skip or ()), seed)
         if dry_run:
@@ -89,7 +89,7 @@ def run(
     check_free(output, overwrite=overwrite)
     parts = request.build_recipe(recipe, granularity=granularity, allocation=allocation, pattern=pattern)
     job = Job(
-        request.with_numbers(parts, floor=floor, align=align, even=even, seed=seed),
+        request.with_numbers(parts, min_density=min_density, round_to=round_to, equal_widths=equal_widths, seed=seed),
         request.read_target(target),
         data=request.load_data(data),
         loss=request.load_loss(loss),

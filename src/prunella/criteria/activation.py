@@ -22,7 +22,7 @@ from prunella.types import (
 )
 
 
-@criterion(source="Sun et al. 2023, arXiv:2306.11695")
+@criterion(source="Sun et al. 2023, arXiv:2306.11695", status="stable")
 def wanda(weight: Weight, input_norm: InputNorm) -> Saliency:
     """Weight magnitude times the norm of the input it multiplies.
 
@@ -54,7 +54,7 @@ def ria(weight: Weight, input_norm: InputNorm, *, a: float = 0.5) -> Saliency:
     return (size / rows + size / columns) * input_norm.to(weight.dtype) ** a
 
 
-@criterion(source="An et al. 2024, arXiv:2312.11983", scope="consumer")
+@criterion(source="An et al. 2024, arXiv:2312.11983", scope="consumer", status="stable")
 def fluctuation(weight: Weight, input_var: InputVar) -> Saliency:
     """Variance of an input times the squared weight that reads it: what a constant cannot replace (FLAP).
 
@@ -68,7 +68,7 @@ def fluctuation(weight: Weight, input_var: InputVar) -> Saliency:
     return input_var * weight.square()
 
 
-@criterion(source="Hu et al. 2016, arXiv:1607.03250")
+@criterion(source="Hu et al. 2016, arXiv:1607.03250", status="stable")
 def apoz(unit_zeros: UnitZeros) -> Scores:
     """How often the activation of a unit is not zero: one minus the average percentage of zeros (APoZ).
 
@@ -82,7 +82,7 @@ def apoz(unit_zeros: UnitZeros) -> Scores:
     return 1 - unit_zeros
 
 
-@criterion(source="Lin et al. 2020, arXiv:2002.10179")
+@criterion(source="Lin et al. 2020, arXiv:2002.10179", status="stable")
 def hrank(unit_rank: UnitRank) -> Scores:
     """Mean rank of the feature maps of a channel.
 
@@ -96,7 +96,7 @@ def hrank(unit_rank: UnitRank) -> Scores:
     return unit_rank
 
 
-@criterion(source="Molchanov et al. 2017, arXiv:1611.06440, section 2.2 (activation)")
+@criterion(source="Molchanov et al. 2017, arXiv:1611.06440, section 2.2 (activation)", status="stable")
 def activation_norm(unit_norm: UnitNorm) -> Scores:
     """Size of the activation of a unit.
 
@@ -109,7 +109,7 @@ def activation_norm(unit_norm: UnitNorm) -> Scores:
     return unit_norm
 
 
-@criterion(source="Polyak and Wolf 2015; Molchanov et al. 2017, arXiv:1611.06440")
+@criterion(source="Polyak and Wolf 2015; Molchanov et al. 2017, arXiv:1611.06440", status="stable")
 def activation_variance(unit_var: UnitVar) -> Scores:
     """Variance of the activation of a unit: one that hardly varies carries no information.
 
@@ -122,7 +122,7 @@ def activation_variance(unit_var: UnitVar) -> Scores:
     return unit_var
 
 
-@criterion(source="Men et al. 2024, arXiv:2403.03853")
+@criterion(source="Men et al. 2024, arXiv:2403.03853", status="stable")
 def block_influence(influence: Influence) -> Scores:
     """How much a residual block turns the stream that runs through it (ShortGPT's block influence).
 

@@ -18,7 +18,7 @@ def _permuted(scores: Tensor, dice: torch.Generator) -> Tensor:
     return scores.flatten()[order].view(scores.shape)
 
 
-@control(source="Frankle et al. 2021, arXiv:2009.08576")
+@control(source="Frankle et al. 2021, arXiv:2009.08576", status="stable")
 def inverted(of: Criterion) -> Controlled:
     """Another criterion with its order reversed: what it would remove first is kept.
 

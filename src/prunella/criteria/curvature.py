@@ -12,7 +12,7 @@ from prunella.registry.method import criterion
 from prunella.types import FisherDiag, FisherInverse, FisherInverseDiag, HessianDiag, Saliency, SampleGrad, Weight
 
 
-@criterion(source="LeCun et al. 1990, Optimal Brain Damage")
+@criterion(source="LeCun et al. 1990, Optimal Brain Damage", status="stable")
 def obd(weight: Weight, hessian_diag: HessianDiag, *, probes: int = 4) -> Saliency:
     """Change of the loss, to second order, when a single weight is removed and the others stay (OBD).
 
@@ -27,7 +27,7 @@ def obd(weight: Weight, hessian_diag: HessianDiag, *, probes: int = 4) -> Salien
     return weight.square() * hessian_diag / 2
 
 
-@criterion(source="Theis et al. 2018, arXiv:1801.05787; Liu et al. 2021, arXiv:2108.00708")
+@criterion(source="Theis et al. 2018, arXiv:1801.05787; Liu et al. 2021, arXiv:2108.00708", status="stable")
 def fisher(weight: Weight, fisher_diag: FisherDiag) -> Saliency:
     """Change of the loss by the diagonal of the empirical Fisher matrix.
 
@@ -41,7 +41,9 @@ def fisher(weight: Weight, fisher_diag: FisherDiag) -> Saliency:
     return weight.square() * fisher_diag / 2
 
 
-@criterion(source="Hassibi and Stork 1993, Optimal Brain Surgeon; Singh and Alistarh 2020, arXiv:2004.14340")
+@criterion(
+    source="Hassibi and Stork 1993, Optimal Brain Surgeon; Singh and Alistarh 2020, arXiv:2004.14340", status="stable"
+)
 def obs_saliency(
     weight: Weight, fisher_inverse_diag: FisherInverseDiag, *, damping: float = 1e-5, block: int = 32
 ) -> Saliency:
@@ -58,7 +60,7 @@ def obs_saliency(
     return weight.square() / (2 * fisher_inverse_diag)
 
 
-@criterion(source="Frantar et al. 2021, arXiv:2107.03356")
+@criterion(source="Frantar et al. 2021, arXiv:2107.03356", status="stable")
 def mfac_saliency(weight: Weight, sample_grad: SampleGrad, *, damping: float = 1e-5) -> Saliency:
     """The OBS score with the empirical Fisher of a whole layer, which is never formed (M-FAC).
 
@@ -78,7 +80,7 @@ def mfac_saliency(weight: Weight, sample_grad: SampleGrad, *, damping: float = 1
     return weight.double().square() / (2 * inverse.view(weight.shape))
 
 
-@criterion(source="Kurtic et al. 2022, arXiv:2203.07259")
+@criterion(source="Kurtic et al. 2022, arXiv:2203.07259", status="stable")
 def obert(
     weight: Weight, fisher_inverse: FisherInverse, *, group: int = 4, damping: float = 1e-5, block: int = 32
 ) -> Saliency:

@@ -8,7 +8,7 @@ from prunella.registry.method import criterion
 from prunella.types import GateGrad, Grad, GradSq, Saliency, Scores, Weight
 
 
-@criterion(source="Molchanov et al. 2019, arXiv:1906.10771; Michel et al. 2019, arXiv:1905.10650")
+@criterion(source="Molchanov et al. 2019, arXiv:1906.10771; Michel et al. 2019, arXiv:1905.10650", status="stable")
 def taylor(gate_grad: GateGrad) -> Scores:
     """Squared change of the loss, to first order, when a unit is gated off.
 
@@ -23,7 +23,7 @@ def taylor(gate_grad: GateGrad) -> Scores:
     return gate_grad.square().mean(0)
 
 
-@criterion(source="Molchanov et al. 2019, arXiv:1906.10771, equation 8")
+@criterion(source="Molchanov et al. 2019, arXiv:1906.10771, equation 8", status="stable")
 def taylor_sq(weight: Weight, grad_sq: GradSq) -> Saliency:
     """Squared first-order change of the loss for each weight on its own.
 
@@ -36,7 +36,7 @@ def taylor_sq(weight: Weight, grad_sq: GradSq) -> Saliency:
     return weight.square() * grad_sq
 
 
-@criterion(source="Molchanov et al. 2017, arXiv:1611.06440")
+@criterion(source="Molchanov et al. 2017, arXiv:1611.06440", status="stable")
 def taylor_abs(gate_grad: GateGrad, *, normalise: bool = True) -> Scores:
     """Absolute change of the loss, to first order, when a unit is gated off, rescaled within each layer.
 

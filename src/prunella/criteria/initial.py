@@ -8,7 +8,7 @@ from prunella.registry.method import criterion
 from prunella.types import Flow, Grad, HessianGrad, Saliency, TotalSlope, Weight
 
 
-@criterion(source="Lee et al. 2019, arXiv:1810.02340")
+@criterion(source="Lee et al. 2019, arXiv:1810.02340", status="stable")
 def snip(weight: Weight, grad: Grad, total_slope: TotalSlope) -> Saliency:
     """How strongly the loss reacts when a connection is weakened (SNIP).
 
@@ -22,7 +22,7 @@ def snip(weight: Weight, grad: Grad, total_slope: TotalSlope) -> Saliency:
     return (weight * grad).abs() / total_slope.clamp_min(torch.finfo(total_slope.dtype).tiny)
 
 
-@criterion(source="Wang et al. 2020, arXiv:2002.07376")
+@criterion(source="Wang et al. 2020, arXiv:2002.07376", status="stable")
 def grasp(weight: Weight, hessian_grad: HessianGrad, *, temperature: float = 200.0) -> Saliency:
     """What a weight does for the flow of gradients: what weakens it goes first (GraSP).
 
@@ -36,7 +36,7 @@ def grasp(weight: Weight, hessian_grad: HessianGrad, *, temperature: float = 200
     return weight * hessian_grad
 
 
-@criterion(source="Tanaka et al. 2020, arXiv:2006.05467")
+@criterion(source="Tanaka et al. 2020, arXiv:2006.05467", status="stable")
 def synflow(weight: Weight, flow: Flow) -> Saliency:
     """What part of the flow from input to output runs through a weight (SynFlow).
 

@@ -9,7 +9,10 @@ from prunella.registry.method import criterion
 from prunella.types import Noise, NormScale, Saliency, Scores, UnitWeight, Weight
 
 
-@criterion(source="Janowsky 1989, doi:10.1103/PhysRevA.39.6600; Han et al. 2015, arXiv:1506.02626; Li et al. 2017")
+@criterion(
+    source="Janowsky 1989, doi:10.1103/PhysRevA.39.6600; Han et al. 2015, arXiv:1506.02626; Li et al. 2017",
+    status="stable",
+)
 def magnitude(weight: Weight, *, p: int = 1) -> Saliency:
     """Absolute value of a weight, or its square.
 
@@ -25,7 +28,7 @@ def magnitude(weight: Weight, *, p: int = 1) -> Saliency:
     return weight.abs() if p == 1 else weight.square()
 
 
-@criterion(source="Fang et al. 2023, arXiv:2301.12900", scope="group")
+@criterion(source="Fang et al. 2023, arXiv:2301.12900", scope="group", status="stable")
 def group_norm(unit_weight: UnitWeight, *, p: float = 2.0, normalise: bool = True) -> Scores:
     """Norm of everything that would go with a unit: producer rows, biases, normalisation, consumer columns.
 
@@ -42,7 +45,7 @@ def group_norm(unit_weight: UnitWeight, *, p: float = 2.0, normalise: bool = Tru
     return torch.div(norm, float(size) ** (1 / p))
 
 
-@criterion(source="Liu et al. 2017, arXiv:1708.06519")
+@criterion(source="Liu et al. 2017, arXiv:1708.06519", status="stable")
 def bn_scale(norm_scale: NormScale) -> Scores:
     """Scale of the batch normalisation that follows a channel (network slimming).
 
@@ -54,7 +57,7 @@ def bn_scale(norm_scale: NormScale) -> Scores:
     return norm_scale
 
 
-@criterion(source="He et al. 2019, arXiv:1811.00250")
+@criterion(source="He et al. 2019, arXiv:1811.00250", status="stable")
 def geometric_median(weight: Weight) -> Scores:
     """How far a filter is from the other filters of its layer: redundant ones score low (FPGM).
 

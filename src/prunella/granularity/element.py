@@ -11,7 +11,7 @@ from prunella.selection import keep_top
 from prunella.types import Mask, Saliency, Scores
 
 
-@granularity(source="Han et al. 2015, arXiv:1506.02626; Sun et al. 2023, arXiv:2306.11695 (per_row)")
+@granularity(source="Han et al. 2015, arXiv:1506.02626; Sun et al. 2023, arXiv:2306.11695 (per_row)", status="stable")
 @dataclass(frozen=True)
 class Element:
     """Single weights: the finest pattern, and exactly `round(s * N)` zeros at sparsity `s`.

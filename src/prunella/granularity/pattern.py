@@ -56,7 +56,7 @@ class Block:
         return tiles.sum((1, 3)).flatten()
 
 
-@granularity(source="Zhou et al. 2021, arXiv:2102.04010; Mishra et al. 2021, arXiv:2104.08378")
+@granularity(source="Zhou et al. 2021, arXiv:2102.04010; Mishra et al. 2021, arXiv:2104.08378", status="stable")
 @dataclass(frozen=True)
 class NM:
     """N kept of every M consecutive columns of the matrix `(out, in)`: `NM(2, 4)` is what sparse tensor cores run.

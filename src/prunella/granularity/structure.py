@@ -24,7 +24,7 @@ class Reduce(Enum):
     MAX = "max"
 
 
-@granularity(source="Li et al. 2017, arXiv:1608.08710; He et al. 2017, arXiv:1707.06168")
+@granularity(source="Li et al. 2017, arXiv:1608.08710; He et al. 2017, arXiv:1707.06168", status="stable")
 @dataclass(frozen=True)
 class Channel:
     """Channels, filters and neurons, with everything coupled to them.
@@ -104,7 +104,9 @@ class Vocabulary:
             raise RequestError("Vocabulary(tokens=) takes the numbers of the tokens that stay", "", todo)
 
 
-@granularity(source="Fan et al. 2020, arXiv:1909.11556; Men et al. 2024, arXiv:2403.03853; arXiv:2403.17887")
+@granularity(
+    source="Fan et al. 2020, arXiv:1909.11556; Men et al. 2024, arXiv:2403.03853; arXiv:2403.17887", status="stable"
+)
 @dataclass(frozen=True)
 class Depth:
     """Whole residual blocks: modules of a list whose output is their input with something added.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from enum import StrEnum
 from typing import Literal
 
 import numpy as np
@@ -102,6 +103,25 @@ class Numbered:
     outputs: tuple[tuple[int, int], ...]
 
 
+class ReasonKind(StrEnum):
+    """What kind of reason keeps positions, for advice; the text beside it is for people."""
+
+    OPERATION = "operation"
+    """An operation of the model needs every position."""
+    SOURCE = "source"
+    """A size in the model's source would not follow the cut; in a program it does."""
+    DECISION = "decision"
+    """The model's source takes another branch for another size."""
+    REQUEST = "request"
+    """`granularity=`, `skip=` or `only=` leaves it out."""
+    MINIMUM = "minimum"
+    """No unit can be spared."""
+    UNSCORED = "unscored"
+    """The criterion has no score for it."""
+    UNPROVEN = "unproven"
+    """The smaller model does not run, or does not compute what the masked one computes."""
+
+
 @dataclass(frozen=True)
 class Frozen:
     """Positions that must stay, and why. `where` is `file:line` of the model's source, or empty.
@@ -114,6 +134,7 @@ class Frozen:
     count: int
     reason: str
     where: str
+    kind: ReasonKind = ReasonKind.OPERATION
 
     @property
     def place(self) -> str:

@@ -17,9 +17,9 @@ from torch.overrides import TorchFunctionMode
 
 from prunella.errors import CheckFailed, NotSupported
 from prunella.graph.cut.block_surgery import bypassed
-from prunella.graph.cut.surgery import Along, Changes, change_
+from prunella.graph.cut.changes import Along, Changes, changes
+from prunella.graph.cut.surgery import change_
 from prunella.graph.data import Graph
-from prunella.graph.solve.groups import changes
 from prunella.graph.solve.tokens import each, known_only, renumber
 from prunella.graph.trace.source import called
 from prunella.model.forward import forward, tensors

@@ -28,7 +28,8 @@ from prunella._version import __version__
 from prunella.compress.low_rank import ranks_of, rebuild_
 from prunella.errors import BadInput, PruningError, RequestError
 from prunella.graph.cut.block_surgery import check_dropped
-from prunella.graph.cut.surgery import Changes, change_
+from prunella.graph.cut.changes import Changes
+from prunella.graph.cut.surgery import change_
 from prunella.graph.program.load import load_exported
 from prunella.graph.solve.tokens import names_token
 from prunella.graph.trace.tracked_int import size_of
@@ -249,9 +250,13 @@ def _describe_plan(plan: Plan) -> dict[str, Any]:
         "cuts": encode_cuts(plan.cuts),
         "attributes": [[owner, name, value] for (owner, name), value in plan.attributes.items()],
         "dropped": {path: list(names) for path, names in plan.dropped.items()},
-        "lists": [[owner, name, list(gone)] for (owner, name), gone in plan.lists.items()],
+        "lists": [[owner, name, list(gone)] for (owner, name), gone in plan.changes.lists.items()],
         "masks": {name: {"kept": int(mask.sum()), "total": mask.numel()} for name, mask in plan.masks.items()},
-        "target": {"asked": str(plan.target), "before": asdict(plan.before), "after": asdict(plan.after)},
+        "target": {
+            "asked": str(plan.target) if plan.target else None,
+            "before": asdict(plan.before),
+            "after": asdict(plan.after),
+        },
         "recipe": dict(plan.recipe),
         "rows": [asdict(row) for row in plan.rows],
     }
@@ -357,7 +362,7 @@ def _described(
     """The origin with tokens and depth as they are now, the shapes of the model, and the sizes that are others."""
     origin = {**origin, "config": pretrained.with_tokens(origin["config"], model.config)}
     if plan is not None and plan.dropped:
-        origin = {**origin, "config": pretrained.shallower(origin["config"], plan.attributes, plan.lists)}
+        origin = {**origin, "config": pretrained.shallower(origin["config"], plan.attributes, plan.changes.lists)}
     dense, small = origins.build_empty(origins.hugging_face_builder(origin)), pretrained.shapes_of(model)
     return origin, small, pretrained.changed_sizes(pretrained.shapes_of(dense), small, _pairs(dense, plan))
 

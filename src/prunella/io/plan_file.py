@@ -17,16 +17,16 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from prunella.errors import BadInput, RequestError
-from prunella.graph.cut.surgery import Along, Renumbered
-from prunella.graph.data import Frozen
+from prunella.graph.cut.changes import Along, Changes, Renumbered
+from prunella.graph.data import Frozen, ReasonKind
 from prunella.io.files import write_atomic
+from prunella.planning.accounting import Amount, Row
 from prunella.planning.plan import Plan
-from prunella.planning.table import Amount, Row
+from prunella.planning.recipe import current_names
 from prunella.targets import parse_target
 
-VERSION = 1
-DEEP = 2
-"""The version of a plan that drops blocks, which older releases must not read as one that does not."""
+VERSION = 3
+"""Of the format. 1 and 2, written by 0.1, are read: 2 is 1 with blocks that are dropped."""
 _KEY = "prunella.plan"
 
 
@@ -39,38 +39,45 @@ def save_plan(plan: Plan, path: str | os.PathLike[str]) -> Path:
     box = _Box()
     body = {
         "recipe": box.pack(plan.recipe, "recipe"),
-        "target": f"{plan.target.name}={plan.target.value!r}",
+        "target": f"{plan.target.name}={plan.target.value!r}" if plan.target else None,
         "before": asdict(plan.before),
         "after": asdict(plan.after),
         "keep": {name: box.bits(mask) for name, mask in plan.keep.items()},
         "masks": {name: box.bits(mask) for name, mask in plan.masks.items()},
-        "cuts": {name: {str(a): box.tensor(i) for a, i in axes.items()} for name, axes in plan.cuts.items()},
-        "attributes": [[owner, name, value] for (owner, name), value in plan.attributes.items()],
+        "changes": _pack_changes(plan.changes, box),
         "rows": [asdict(row) for row in plan.rows],
         "frozen": [asdict(entry) for entry in plan.frozen],
         "weights": {name: box.tensor(value) for name, value in plan.weights.items()},
         "inputs": box.pack(plan.inputs, "inputs"),
-        "renumbered": [[list(e.inputs), [list(o) for o in e.outputs], box.tensor(e.kept)] for e in plan.renumbered],
-        "along": [[call.name, call.number, call.axis, box.tensor(call.kept)] for call in plan.along],
         "remarks": list(plan.remarks),
-        "dropped": {path: list(names) for path, names in plan.dropped.items()},
-        "lists": [[owner, name, list(gone)] for (owner, name), gone in plan.lists.items()],
     }
-    head = json.dumps({"version": DEEP if plan.dropped else VERSION, "sha256": _fingerprint(box.tensors), "plan": body})
+    head = json.dumps({"version": VERSION, "sha256": _fingerprint(box.tensors), "plan": body})
     return write_atomic(path, lambda file: save_file(box.tensors, file, metadata={_KEY: head}))
+
+
+def _pack_changes(changes: Changes, box: _Box) -> dict[str, Any]:
+    return {
+        "cuts": {name: {str(a): box.tensor(i) for a, i in axes.items()} for name, axes in changes.cuts.items()},
+        "attributes": [[owner, name, value] for (owner, name), value in changes.attributes.items()],
+        "along": [[call.name, call.number, call.axis, box.tensor(call.kept)] for call in changes.along],
+        "renumbered": [[list(e.inputs), [list(o) for o in e.outputs], box.tensor(e.kept)] for e in changes.renumbered],
+        "dropped": {path: list(names) for path, names in changes.dropped.items()},
+        "lists": [[owner, name, list(positions)] for (owner, name), positions in changes.lists.items()],
+    }
 
 
 def load_plan(path: str | os.PathLike[str]) -> Plan:
     """Read a plan. Errors: BadInput when the file is missing, broken, changed, no plan, or of a newer format."""
     head, tensors = _read(Path(path))
     version = head.get("version")
-    if not isinstance(version, int) or version > DEEP:
-        why = f"this prunella reads up to format {DEEP}, the file has {version!r}"
+    if version not in range(1, VERSION + 1):
+        why = f"this prunella reads up to format {VERSION}, the file has {version!r}"
         raise BadInput(f"{path} cannot be read", why, "update prunella, or make the plan again")
     if head.get("sha256") != _fingerprint(tensors):
         raise BadInput(f"{path} is damaged", "its contents do not have the recorded digest", "make the plan again")
     try:
-        return _plan(head["plan"], tensors)
+        body = head["plan"] if version == VERSION else _of_0_1(head["plan"])
+        return _plan(body, tensors)
     except (KeyError, TypeError, ValueError, IndexError) as error:
         raise BadInput(f"{path} is not a sound plan", f"{type(error).__name__}: {error}", "make it again") from error
 
@@ -88,29 +95,57 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise BadInput(f"{path} cannot be read", f"broken or cut short: {error}", "make the plan again") from error
 
 
+def _of_0_1(body: Mapping[str, Any]) -> dict[str, Any]:
+    """What format 1 or 2 holds, as format 3 does: changes in one place, today's names of a recipe's numbers.
+
+    What a plan by hand asked for was made up from what it gave.
+    """
+    names = ("cuts", "attributes", "along", "renumbered", "dropped", "lists")
+    absent = {"along": [], "renumbered": [], "dropped": {}, "lists": []}
+    changes = absent | {name: body[name] for name in names if name in body}
+    recipe = current_names({key["value"]: value for key, value in body["recipe"]["dict"]})
+    return {
+        **{name: value for name, value in body.items() if name not in names},
+        "changes": changes,
+        "recipe": {"dict": [[{"value": name}, value] for name, value in recipe.items()]},
+        "target": body["target"] if recipe else None,
+    }
+
+
 def _plan(body: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Plan:
     return Plan(
         recipe=_unpack(body["recipe"], tensors),
-        target=parse_target(body["target"]),
+        target=None if body["target"] is None else parse_target(body["target"]),
         before=Amount(**body["before"]),
         after=Amount(**body["after"]),
         keep={name: _unbits(entry, tensors) for name, entry in body["keep"].items()},
         masks={name: _unbits(entry, tensors) for name, entry in body["masks"].items()},
-        cuts={name: {int(a): tensors[i] for a, i in axes.items()} for name, axes in body["cuts"].items()},
-        attributes={(owner, name): read_size(value) for owner, name, value in body["attributes"]},
+        changes=_changes(body["changes"], tensors),
         rows=tuple(Row(**row) for row in body["rows"]),
-        frozen=tuple(Frozen(**entry) for entry in body["frozen"]),
+        frozen=tuple(map(_frozen, body["frozen"])),
         weights={name: tensors[i] for name, i in body["weights"].items()},
         inputs=_unpack(body["inputs"], tensors),
+        remarks=tuple(str(line) for line in body.get("remarks", ())),
+    )
+
+
+def _changes(body: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Changes:
+    return Changes(
+        cuts={name: {int(a): tensors[i] for a, i in axes.items()} for name, axes in body["cuts"].items()},
+        attributes={(owner, name): read_size(value) for owner, name, value in body["attributes"]},
+        along=tuple(Along(name, number, axis, tensors[kept]) for name, number, axis, kept in body["along"]),
         renumbered=tuple(
             Renumbered(tuple(inputs), tuple((n, a) for n, a in outputs), tensors[kept])
-            for inputs, outputs, kept in body.get("renumbered", ())
+            for inputs, outputs, kept in body["renumbered"]
         ),
-        along=tuple(Along(name, number, axis, tensors[kept]) for name, number, axis, kept in body.get("along", ())),
-        remarks=tuple(str(line) for line in body.get("remarks", ())),
-        dropped={path: tuple(map(str, names)) for path, names in body.get("dropped", {}).items()},
-        lists={(owner, name): tuple(map(int, gone)) for owner, name, gone in body.get("lists", ())},
+        dropped={path: tuple(map(str, names)) for path, names in body["dropped"].items()},
+        lists={(owner, name): tuple(map(int, positions)) for owner, name, positions in body["lists"]},
     )
+
+
+def _frozen(entry: Mapping[str, Any]) -> Frozen:
+    """Format 1 and 2 do not say what kind of reason it is."""
+    return Frozen(**{**entry, "kind": ReasonKind(entry.get("kind", ReasonKind.OPERATION))})
 
 
 def read_size(value: Any) -> int | tuple[int, ...]:

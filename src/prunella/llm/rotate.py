@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from prunella.criteria import activation_norm
 from prunella.errors import CheckFailed, NotSupported
 from prunella.granularity import Width
-from prunella.graph.cut.surgery import Changes
+from prunella.graph.cut.changes import Changes
 from prunella.graph.data import Graph, Group, Member
 from prunella.graph.solve.groups import couple
 from prunella.graph.verify import verify

@@ -48,7 +48,7 @@ class Rounds:
         return f"rate={self.rate!r} last={self.last!r} recipe={recipe} skip={list(self.skip)}"
 
 
-@training(source="Frankle and Carbin 2019, arXiv:1803.03635")
+@training(source="Frankle and Carbin 2019, arXiv:1803.03635", status="stable")
 def imp(
     inputs: Inputs, *, rate: float = 0.2, last: float = 0.5, recipe: Recipe | None = None, skip: Sequence[str] = ()
 ) -> Rounds:

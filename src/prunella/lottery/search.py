@@ -96,7 +96,7 @@ class Tickets(Generic[M]):
         return "\n".join(lines)
 
 
-@training(source="Frankle and Carbin 2019, arXiv:1803.03635; Frankle et al. 2020, arXiv:1912.05671")
+@training(source="Frankle and Carbin 2019, arXiv:1803.03635; Frankle et al. 2020, arXiv:1912.05671", status="stable")
 def find_ticket(
     model: M,
     course: Course,

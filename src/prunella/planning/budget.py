@@ -27,23 +27,24 @@ class Ladder:
         return self.first + (steps - 1) * self.stride if steps else 0
 
 
-def ladder(keys: Tensor, floor: float, align: int, least: int = 1) -> Ladder:
-    """Cut the keys of one pool at its floor and into blocks, such that every width on the way is a multiple of `align`.
+def ladder(keys: Tensor, min_density: float, round_to: int, min_units: int = 1) -> Ladder:
+    """Cut the keys of one pool at its minimum and into blocks, so that every width is a multiple of `round_to`.
 
-    `max(least, ceil(floor * n))` units stay, rounded up to a multiple of `align`; a pool narrower than `align`
-    stays whole. The key of a block is the mean of its units' keys, so that blocks round to the nearest width.
+    `max(min_units, ceil(min_density * n))` units are kept, rounded up to a multiple of `round_to`; a pool narrower
+    than `round_to` is kept dense. The key of a block is the mean of its units' keys, so that blocks round to the
+    nearest width.
     """
     size = len(keys)
-    stay = min(size, align * math.ceil(max(least, math.ceil(floor * size - 1e-9)) / align))
-    first = size % align or align
-    if align == 1:
-        return Ladder(keys[: size - stay], 1, 1)
-    steps = max(0, (size - stay - first) // align + 1)
+    kept = min(size, round_to * math.ceil(max(min_units, math.ceil(min_density * size - 1e-9)) / round_to))
+    first = size % round_to or round_to
+    if round_to == 1:
+        return Ladder(keys[: size - kept], 1, 1)
+    steps = max(0, (size - kept - first) // round_to + 1)
     if not steps:
-        return Ladder(keys[:0], first, align)
-    edges = range(first, first + steps * align, align)
-    means = torch.stack([keys[max(0, end - align) : end].mean() for end in edges])
-    return Ladder(means.cummax(0).values, first, align)
+        return Ladder(keys[:0], first, round_to)
+    edges = range(first, first + steps * round_to, round_to)
+    means = torch.stack([keys[max(0, end - round_to) : end].mean() for end in edges])
+    return Ladder(means.cummax(0).values, first, round_to)
 
 
 def allocate(pools: Sequence[Pool], allocation: Allocation) -> list[Tensor]:
@@ -58,10 +59,10 @@ def allocate(pools: Sequence[Pool], allocation: Allocation) -> list[Tensor]:
     return [key.double() for key in keys]
 
 
-def solve(ladders: Sequence[Ladder], met: Callable[[Counts], bool], *, even: bool = False) -> Counts | None:
+def solve(ladders: Sequence[Ladder], met: Callable[[Counts], bool], *, equal_widths: bool = False) -> Counts | None:
     """Units to remove from every pool: the fewest that meet the target; None if even all together do not.
 
-    even: a key that goes in one pool goes in all that have it.
+    equal_widths: a key that is removed in one pool is removed in all that have it.
     """
 
     def reached(steps: Counts) -> bool:
@@ -70,10 +71,10 @@ def solve(ladders: Sequence[Ladder], met: Callable[[Counts], bool], *, even: boo
     steps = shortest_prefix([entry.keys for entry in ladders], reached)
     if steps is None:
         return None
-    return removed(ladders, _evened(ladders, steps) if even else steps)
+    return removed(ladders, _equalized(ladders, steps) if equal_widths else steps)
 
 
-def _evened(ladders: Sequence[Ladder], steps: Counts) -> Counts:
+def _equalized(ladders: Sequence[Ladder], steps: Counts) -> Counts:
     """The steps, and all others whose key is no larger than the largest among them."""
     last = max(
         (float(entry.keys[count - 1]) for entry, count in zip(ladders, steps, strict=True) if count), default=None
@@ -89,5 +90,5 @@ def removed(ladders: Sequence[Ladder], steps: Counts) -> Counts:
 
 
 def most(ladders: Sequence[Ladder]) -> Counts:
-    """Units removed when every pool is at its floor."""
+    """Units removed when every pool is at its minimum."""
     return removed(ladders, tuple(len(entry.keys) for entry in ladders))

@@ -1,8 +1,8 @@
-"""What competes for a budget (units of structure, or weights), how it is measured, and what stands in the way."""
+"""What competes for a budget, units of structure or weights under a mask, and how what is left is measured."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Protocol
@@ -13,17 +13,19 @@ from torch import Tensor
 from prunella.allocation.pool import Allocation, Pool
 from prunella.errors import RequestError, TargetMissed
 from prunella.granularity import Block, Competing, Element, Fixed
+from prunella.graph.cut.macs import macs_by_layer
 from prunella.graph.data import Frozen, Graph, Group, Layer
 from prunella.graph.matrix import kernel_shape
 from prunella.measure.timing import Timing
 from prunella.planning.budget import Ladder, allocate, ladder, most, solve
-from prunella.planning.latency import Stopwatch, paced
+from prunella.planning.diagnostics import nothing_removed, target_missed
+from prunella.planning.latency import LatencyProbe, search_latency
 from prunella.selection import Counts, removal_order
 from prunella.targets import Bytes, Latency, MACs, Params, Sparsity, Target
 from prunella.types import Mask, Scores
 
 
-class Contest(Protocol):
+class Candidates(Protocol):
     """Pools that shrink, and what is left of the model when they do."""
 
     @property
@@ -41,50 +43,88 @@ class Contest(Protocol):
 
 
 @dataclass(frozen=True)
-class Rules:
-    """How a budget is shared out: see `Recipe`. least: units of every pool that stay; idle: it may be met as it is."""
+class BudgetRules:
+    """How a budget is allocated: see `Recipe`; `round_to` and `min_units` have an entry for each pool.
+
+    allow_unchanged: whether a target may be met by the model as it is.
+    """
 
     allocation: Allocation
-    floor: float
-    align: tuple[int, ...]
-    even: bool = False
-    least: tuple[int, ...] = ()
-    idle: bool = False
+    min_density: float
+    round_to: tuple[int, ...]
+    min_units: tuple[int, ...]
+    equal_widths: bool = False
+    allow_unchanged: bool = False
 
 
-def share(contest: Contest, target: Target, rules: Rules, frozen: Sequence[Frozen], graph: Graph) -> Counts:
-    """Steps to remove from every pool: the shortest prefix of the allocation's order that meets the target.
+def allocate_budget(
+    candidates: Candidates, target: Target, rules: BudgetRules, frozen: Sequence[Frozen], graph: Graph
+) -> Counts:
+    """Units to remove from every pool: the shortest prefix of the allocation's order that meets the target.
 
     Errors: TargetMissed when even everything that may go is not enough, or when nothing would go.
     """
-    keys = allocate(contest.pools, rules.allocation)
-    least = rules.least or (1,) * len(keys)
-    ladders = [ladder(key, rules.floor, *rest) for key, *rest in zip(keys, rules.align, least, strict=True)]
-    if isinstance(target, Latency) and isinstance(contest, Units):
-        return paced(ladders, contest.time, lambda gone: contest.amount(MACs(1), gone), target, even=rules.even)
-    budget = contest.budget(target)
-    counts = solve(ladders, lambda removed: contest.amount(target, removed) <= budget * (1 + 1e-12), even=rules.even)
+    keys = allocate(candidates.pools, rules.allocation)
+    limits = zip(keys, rules.round_to, rules.min_units, strict=True)
+    ladders = [ladder(key, rules.min_density, multiple, least) for key, multiple, least in limits]
+    if isinstance(target, Latency) and isinstance(candidates, CandidateUnits):
+        return search_latency(
+            ladders,
+            candidates.time,
+            lambda removed: candidates.amount(MACs(1), removed),
+            target,
+            equal_widths=rules.equal_widths,
+        )
+    budget = candidates.budget(target)
+
+    def met(removed: Counts) -> bool:
+        return candidates.amount(target, removed) <= budget * (1 + 1e-12)
+
+    counts = solve(ladders, met, equal_widths=rules.equal_widths)
     if counts is None:
-        raise _missed(contest, target, rules, ladders, frozen, graph)
-    if not any(counts) and not rules.idle and not (isinstance(target, Sparsity) and target.value == 0):
-        raise _nothing(contest, target)
+        raise _missed(candidates, target, rules, ladders, frozen, graph)
+    if not any(counts) and not rules.allow_unchanged and not (isinstance(target, Sparsity) and target.value == 0):
+        raise nothing_removed(target, dense=candidates.amount(target, (0,) * len(ladders)), budget=budget)
     return counts
+
+
+def _missed(
+    candidates: Candidates,
+    target: Target,
+    rules: BudgetRules,
+    ladders: Sequence[Ladder],
+    frozen: Sequence[Frozen],
+    graph: Graph,
+) -> TargetMissed:
+    sizes, removed = [pool.size for pool in candidates.pools], most(ladders)
+    rounding = f", round_to={max(rules.round_to)}" if max(rules.round_to) > 1 else ""
+    kept = f"{sum(sizes) - sum(removed)} of {sum(sizes)} are kept (min_density={rules.min_density:g}{rounding})"
+    return target_missed(
+        target,
+        graph,
+        frozen,
+        dense=candidates.amount(target, (0,) * len(ladders)),
+        least=candidates.amount(target, removed),
+        budget=candidates.budget(target),
+        limits=f"{len(sizes)} groups are at their minimum: {kept}",
+    )
 
 
 # -- units of structure --------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Units:
+class CandidateUnits:
     """Groups of units that leave the model."""
 
     graph: Graph
     groups: tuple[Group, ...]
     scores: tuple[Scores, ...]
-    target: Target
+    target: Target | None = None
+    """What a unit costs is in its unit; one unit costs 1 where there is none."""
     decided: Mapping[str, Tensor] = field(default_factory=dict)
-    """Group -> what stays of it, whatever the budget."""
-    clock: Stopwatch | None = None
+    """Group -> what is kept of it, whatever the budget."""
+    probe: LatencyProbe | None = None
     """Times the model, for `Latency`."""
 
     @cached_property
@@ -98,13 +138,13 @@ class Units:
         return [removal_order(scores) for scores in self.scores]
 
     def keep(self, removed: Counts) -> dict[str, Tensor]:
-        """Group -> which units stay."""
-        kept = dict(self.decided)
+        """Group -> which units are kept."""
+        keep = dict(self.decided)
         for group, order, count in zip(self.groups, self._orders, removed, strict=True):
-            stays = torch.ones(group.size, dtype=torch.bool)
-            stays[order[:count]] = False
-            kept[group.name] = stays
-        return kept
+            mask = torch.ones(group.size, dtype=torch.bool)
+            mask[order[:count]] = False
+            keep[group.name] = mask
+        return keep
 
     def amount(self, target: Target, removed: Counts) -> float:
         """What remains of the whole model, or of the units that compete for `Sparsity`."""
@@ -116,9 +156,9 @@ class Units:
 
     def time(self, removed: Counts, again: bool) -> Timing:
         """What is left against the dense model, for `Latency`."""
-        if self.clock is None or not isinstance(self.target, Latency):
+        if self.probe is None or not isinstance(self.target, Latency):
             raise RequestError("nothing times this model", f"the target is {self.target}", "ask for Latency")
-        return self.clock.time(self.target, self.keep(removed), again=again)
+        return self.probe.time(self.target, self.keep(removed), again=again)
 
     def budget(self, target: Target) -> float:
         """Fractions are of the whole model; `Sparsity` of the units that compete."""
@@ -128,7 +168,7 @@ class Units:
         )
 
     def _cost(self, group: Group) -> float:
-        if isinstance(self.target, Sparsity):
+        if self.target is None or isinstance(self.target, Sparsity):
             return 1.0
         one_less = torch.arange(group.size) > 0
         return weigh(self.graph, self.target, {}) - weigh(self.graph, self.target, {group.name: one_less})
@@ -157,7 +197,7 @@ def weigh(graph: Graph, target: Target, keep: Mapping[str, Tensor]) -> float:
 
 
 @dataclass(frozen=True)
-class Weights:
+class CandidateWeights:
     """Layers whose weights become zero. `scores` are matrices `(out, in)`."""
 
     graph: Graph
@@ -170,8 +210,8 @@ class Weights:
         """One pool for each layer."""
         shapes = [self.graph.entities[layer.entity].shape for layer in self.layers]
         ranked = [pattern.ranked(scores) for pattern, scores in zip(self._patterns, self.scores, strict=True)]
-        found = zip(self.layers, ranked, shapes, strict=True)
-        return [Pool(x.name, scores, shape, alike=f"{x.op}{shape[2:]}") for x, scores, shape in found]
+        each = zip(self.layers, ranked, shapes, strict=True)
+        return [Pool(x.name, scores, shape, alike=f"{x.op}{shape[2:]}") for x, scores, shape in each]
 
     @cached_property
     def _patterns(self) -> list[Element | Block]:
@@ -193,9 +233,9 @@ class Weights:
         return [pattern.mask(scores, count) for pattern, scores, count in each]
 
     def kept(self, removed: Counts) -> list[int]:
-        """Weights that stay in every layer."""
-        gone = [_gone(freed, count) for freed, count in zip(self._freed, removed, strict=True)]
-        return [scores.numel() - lost for scores, lost in zip(self.scores, gone, strict=True)]
+        """Weights that are kept in every layer."""
+        pruned = [_pruned(freed, count) for freed, count in zip(self._freed, removed, strict=True)]
+        return [scores.numel() - lost for scores, lost in zip(self.scores, pruned, strict=True)]
 
     def amount(self, target: Target, removed: Counts) -> float:
         """Weights, parameters or multiply-adds that remain; a pruned weight counts as nothing."""
@@ -220,7 +260,7 @@ class Weights:
 
 
 def fixed_masks(pattern: Fixed, graph: Graph, layers: Sequence[Layer], scores: Sequence[Tensor]) -> list[Mask]:
-    """Masks of a pattern that leaves nothing to share out, by layer. RequestError for layers it does not fit."""
+    """Masks of a pattern whose sparsity is fixed, by layer. RequestError for layers it does not fit."""
     reasons = {layer.name: pattern.misfit(shape_of(graph, layer)) for layer in layers}
     odd = [name for name, reason in reasons.items() if reason]
     if odd:
@@ -236,66 +276,7 @@ def shape_of(graph: Graph, layer: Layer) -> tuple[int, ...]:
     return kernel_shape(graph.entities[layer.entity].shape, layer)
 
 
-def _gone(freed: int | Tensor, count: int) -> int:
+def _pruned(freed: int | Tensor, count: int) -> int:
     if isinstance(freed, int):
         return freed * count
     return int(freed[count - 1]) if count else 0
-
-
-def macs_by_layer(graph: Graph, keep: Mapping[str, Tensor] | None = None) -> dict[str, float]:
-    """Entity of a layer -> multiply-adds by its weight in one pass, wherever it is used, when only `keep` remains."""
-    entity = {name: layer.entity for layer in graph.layers for name in (layer.name, layer.entity)}
-    total: dict[str, float] = {}
-    for cost in graph.costs:
-        if cost.layer in entity:
-            total[entity[cost.layer]] = total.get(entity[cost.layer], 0.0) + cost.macs(keep or {})
-    return total
-
-
-# -- what stands in the way ----------------------------------------------------------------------------------------
-
-
-def _missed(
-    contest: Contest, target: Target, rules: Rules, ladders: Sequence[Ladder], frozen: Sequence[Frozen], graph: Graph
-) -> TargetMissed:
-    nothing = (0,) * len(ladders)
-    dense, least = contest.amount(target, nothing), contest.amount(target, most(ladders))
-    reach = 1 - least / dense if isinstance(target, Sparsity) else least / dense
-    asked = "" if isinstance(target, Sparsity) else f", asked {contest.budget(target):.6g}"
-    sizes = [pool.size for pool in contest.pools]
-    stay = [size - gone for size, gone in zip(sizes, most(ladders), strict=True)]
-    floors = f"{len(sizes)} groups are at their floor: {sum(stay)} of {sum(sizes)} stay (floor={rules.floor:g}"
-    floors += f", align={max(rules.align)})" if max(rules.align) > 1 else ")"
-    helps = [offer(frozen)] if offer(frozen) else []
-    return TargetMissed(
-        f"{target} cannot be met: all that may go leaves {target.name}={reach:.4g} ({least:.6g} of {dense:.6g}{asked})",
-        "\n".join([floors, *obstacles(graph, frozen)]),
-        "; ".join([f"ask for {target.name}={reach:.4g} or less removal, lower floor= or align=, or skip less", *helps]),
-    )
-
-
-def _nothing(contest: Contest, target: Target) -> TargetMissed:
-    dense = contest.amount(target, (0,) * len(contest.pools))
-    return TargetMissed(
-        f"{target} would remove nothing",
-        f"the model has {dense:.6g}, and up to {contest.budget(target):.6g} is allowed",
-        "ask for a smaller model",
-    )
-
-
-def obstacles(graph: Graph, frozen: Sequence[Frozen], limit: int = 6) -> list[str]:
-    """What may not be pruned and why, blocks first, then the layers with the most multiply-adds."""
-    macs = {layer.entity: layer.macs for layer in graph.layers}
-    sizes = {name: graph.numel(name) for name in graph.entities}
-    ranked = sorted(frozen, key=lambda f: (f.axis < 0, macs.get(f.entity, 0.0), sizes.get(f.entity, 0)), reverse=True)
-    lines = [f"frozen: {f.place}: {f.reason}{f' ({f.where})' if f.where else ''}" for f in ranked[:limit]]
-    return lines + ([f"and {len(ranked) - limit} more frozen axes"] if len(ranked) > limit else [])
-
-
-_BY_SOURCE = ("typed into the source", "in the source would not follow", "used in a calculation", "sizes come from")
-
-
-def offer(frozen: Iterable[Frozen]) -> str:
-    """What helps where the source keeps sizes whole, which a program does not; empty where nothing of that kind is."""
-    held = any(words in item.reason for item in frozen for words in _BY_SOURCE)
-    return "sizes in the source can follow in a program: prunella.as_program(model, inputs), or --program" * held

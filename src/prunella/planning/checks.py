@@ -38,15 +38,16 @@ def check_function(function: object, kind: MethodKind) -> None:
         raise RequestError(f"the criterion {name_of(function)} asks for no statistic", "", todo)
 
 
-def check_granularity(grains: tuple[Granularity, ...]) -> None:
+def check_granularity(granularities: tuple[Granularity, ...]) -> None:
     """Errors: RequestError for what is no granularity, and for several that do not share a ranking."""
-    unknown = [grain for grain in grains if not isinstance(grain, get_args(Granularity))]
-    if not grains or unknown:
+    unknown = [entry for entry in granularities if not isinstance(entry, get_args(Granularity))]
+    if not granularities or unknown:
         found = f"{unknown[0]!r} is none" if unknown else "there is none"
         todo = "for example Channel(), (Channel(), Head()), Element(), NM(2, 4)"
         raise RequestError("Recipe(granularity=) takes granularity objects", found, todo)
-    names = [type(grain).__name__ for grain in grains]
-    if len(grains) > 1 and (len(set(names)) < len(names) or not all(isinstance(g, Structural) for g in grains)):
+    names = [type(entry).__name__ for entry in granularities]
+    structural = all(isinstance(entry, Structural) for entry in granularities)
+    if len(granularities) > 1 and (len(set(names)) < len(names) or not structural):
         raise RequestError(
             f"{' and '.join(names)} do not go together",
             "several granularities share one ranking of different units of structure",
@@ -54,32 +55,35 @@ def check_granularity(grains: tuple[Granularity, ...]) -> None:
         )
 
 
-def check_numbers(grains: tuple[Granularity, ...], floor: float, align: int, seed: int, least: int) -> None:
-    """Errors: RequestError for a floor, align, seed or least out of range."""
-    if not 0 <= floor < 1:
-        raise RequestError(f"floor={floor!r} is out of range", "a fraction of each group, 0 <= floor < 1")
-    if not isinstance(align, int) or align < 1:
-        raise RequestError(f"align={align!r} is out of range", "a whole number of at least 1")
-    if align > 1 and isinstance(grains[0], Masking):
-        raise RequestError("align= is for widths of channels", "masks leave widths alone", "use Block(rows, cols)")
+def check_numbers(
+    granularities: tuple[Granularity, ...], *, min_density: float, round_to: int, seed: int, min_units: int
+) -> None:
+    """Errors: RequestError for a number out of range, or one that does not go with the granularity."""
+    masks = isinstance(granularities[0], Masking)
+    if not 0 <= min_density < 1:
+        raise RequestError(f"min_density={min_density!r} is out of range", "a fraction of each group, 0 <= d < 1")
+    if not isinstance(round_to, int) or round_to < 1:
+        raise RequestError(f"round_to={round_to!r} is out of range", "a whole number of at least 1")
+    if round_to > 1 and masks:
+        raise RequestError("round_to= is for widths of channels", "masks leave widths alone", "use Block(rows, cols)")
     if not isinstance(seed, int) or not 0 <= seed < 2**31:
         raise RequestError(f"seed={seed!r} is out of range", "a whole number, 0 <= seed < 2**31")
-    if least not in (0, 1):
-        raise RequestError(f"least={least!r} is out of range", "0 or 1", "use floor= to keep more")
-    if least == 0 and isinstance(grains[0], Structural):
-        raise RequestError("least=0 is for masks", "a layer without units is no layer", "leave it at 1")
+    if min_units not in (0, 1):
+        raise RequestError(f"min_units={min_units!r} is out of range", "0 or 1", "use min_density= to keep more")
+    if min_units == 0 and isinstance(granularities[0], Structural):
+        raise RequestError("min_units=0 is for masks", "a layer without units is no layer", "leave it at 1")
 
 
-def checked_target(grains: tuple[Granularity, ...], target: Target | None) -> Target:
-    """The target, filled in for fixed patterns and for `Vocabulary` alone, where nothing is left to choose.
+def checked_target(granularities: tuple[Granularity, ...], target: Target | None) -> Target | None:
+    """The target: the sparsity of a fixed pattern, None for `Vocabulary` alone, where its tokens decide what goes.
 
     Errors: RequestError when it is missing, has no unit or does not fit.
     """
-    pattern = grains[0]
-    if all(isinstance(grain, Vocabulary) for grain in grains):
+    pattern = granularities[0]
+    if all(isinstance(entry, Vocabulary) for entry in granularities):
         if target is not None:
             raise RequestError(f"Vocabulary cannot meet {target}", "its tokens decide what goes", "leave target= out")
-        return Sparsity(0.0)
+        return None
     if isinstance(pattern, Fixed):
         fixed = Sparsity(pattern.sparsity)
         if target is not None and not (isinstance(target, Sparsity) and abs(target.value - fixed.value) < 1e-9):

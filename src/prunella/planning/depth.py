@@ -13,19 +13,18 @@ import torch
 from torch import Tensor, nn
 
 from prunella.errors import NotSupported, RequestError
+from prunella.graph.cut.changes import changes
 from prunella.graph.cut.surgery import change_
 from prunella.graph.data import Graph, Group
 from prunella.graph.solve.block_counters import counted
-from prunella.graph.solve.groups import changes, couple
+from prunella.graph.solve.groups import couple
 from prunella.graph.verify import unproven
 from prunella.model.forward import batches, first_tensor, tensors
 from prunella.model.state import untouched
 from prunella.model.unwrap import unwrap
-from prunella.planning import table
 from prunella.planning.plan import Plan
 from prunella.registry.method import solver
 from prunella.stats import Source
-from prunella.targets import Sparsity
 from prunella.types import Inputs, Keep, Loss
 
 
@@ -71,28 +70,8 @@ class Blocks:
         if faults:
             name, why = next(iter(faults.items()))
             raise NotSupported(f"blocks of {name} cannot be dropped", why, "leave them in")
-        done = changes(self.graph, keep)
-        cut = [stack for stack in self.graph.stacks if stack.name in keep]
-        rows = table.group_rows(self.graph, cut, keep)
-        lost = 1 - sum(row.kept for row in rows) / sum(row.total for row in rows)
-        return Plan(
-            recipe={},
-            target=Sparsity(lost),
-            before=table.amount(self.graph, {}),
-            after=table.amount(self.graph, keep),
-            keep=keep,
-            masks={},
-            cuts=done.cuts,
-            attributes=done.attributes,
-            along=done.along,
-            renumbered=done.renumbered,
-            rows=rows,
-            frozen=(*self.graph.frozen, *self.graph.rooted),
-            inputs=self.inputs,
-            remarks=tuple(table.remarks(self.graph)),
-            dropped=done.dropped,
-            lists=done.lists,
-        )
+        frozen = (*self.graph.frozen, *self.graph.rooted)
+        return Plan.of_structure(self.graph, keep, inputs=self.inputs, frozen=frozen)
 
 
 def find_blocks(model: nn.Module, inputs: Inputs) -> Blocks:

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from prunella.errors import NotSupported, TargetMissed
+from prunella.graph.cut.changes import changes
 from prunella.graph.cut.surgery import change_
 from prunella.graph.data import Graph
-from prunella.graph.solve.groups import changes
 from prunella.graph.solve.tokens import known_only, renumber
 from prunella.measure.timing import Timing, side_by_side
 from prunella.model.forward import forward
@@ -23,12 +23,12 @@ from prunella.targets import TOLERANCE, Latency
 from prunella.types import Keep
 
 MOST = 16
-"""Measurements of one search; a binary search of 4096 widths takes 12."""
+"""Most measurements of one search; a binary search of 4096 widths takes 12."""
 Widths = tuple[tuple[str, int], ...]
 
 
 @dataclass(frozen=True)
-class Stopwatch:
+class LatencyProbe:
     """Times what is left of a model. `known` has the latest timing of each set of widths, `taken` all of them."""
 
     model: nn.Module
@@ -46,7 +46,7 @@ class Stopwatch:
             self.taken.append(self.known[widths])
         return self.known[widths]
 
-    def says(self, target: Latency, keep: Keep) -> tuple[Timing, str]:
+    def measured(self, target: Latency, keep: Keep) -> tuple[Timing, str]:
         """What was measured of the model that is left, and a line for the plan."""
         found = self.time(target, keep)
         asked = target.value if target.value <= 1 else target.value / found.dense
@@ -74,13 +74,13 @@ def in_order(ladders: Sequence[Ladder]) -> tuple[Tensor, Tensor]:
     return owner[order], keys[order]
 
 
-def paced(
+def search_latency(
     ladders: Sequence[Ladder],
     time: Callable[[Counts, bool], Timing],
     cost: Callable[[Counts], float],
     target: Latency,
     *,
-    even: bool = False,
+    equal_widths: bool = False,
 ) -> Counts:
     """Units to remove from every pool such that what is left takes the asked time, as `time(counts, again)` measures.
 
@@ -92,7 +92,7 @@ def paced(
     Errors: TargetMissed when the target is the dense time or more, or when all that may go is not enough.
     """
     owner, keys = in_order(ladders)
-    stops = [p for p in range(len(owner) + 1) if not even or p in (0, len(owner)) or keys[p] > keys[p - 1]]
+    stops = [p for p in range(len(owner) + 1) if not equal_widths or p in (0, len(owner)) or keys[p] > keys[p - 1]]
 
     def counts(stop: int) -> Counts:
         return removed(ladders, tuple(torch.bincount(owner[: stops[stop]], minlength=len(ladders)).tolist()))
@@ -145,5 +145,5 @@ def _missed(target: Latency, asked: float, full: Timing) -> TargetMissed:
     return TargetMissed(
         f"{target} cannot be met: when all that may go is gone, {full.ratio:.3g} of the dense time remains{none}",
         f"asked {asked:.3g}; measured {full}",
-        "ask for more time, lower floor=, skip less, or take larger inputs: small ones are bound by overhead",
+        "ask for more time, lower min_density=, skip less, or take larger inputs: small ones are bound by overhead",
     )

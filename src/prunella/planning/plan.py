@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,51 +10,123 @@ import torch
 from torch import Tensor
 
 from prunella.errors import RequestError
-from prunella.graph.cut.surgery import Along, Changes, Renumbered, Sizes
-from prunella.graph.data import Frozen
+from prunella.graph.cut.changes import Changes, Cuts, Dropped, Renumbered, Sizes, changes
+from prunella.graph.data import Frozen, Graph
 from prunella.graph.solve.tokens import known_only, renumber
-from prunella.planning import table
-from prunella.planning.table import Amount, Row
-from prunella.registry import serialize as provenance
+from prunella.planning import accounting
+from prunella.planning.accounting import Amount, Pattern, Row
+from prunella.planning.render import emptied, remarks_of, render
+from prunella.registry import serialize
 from prunella.targets import Sparsity, Target
-from prunella.types import Inputs
+from prunella.types import Inputs, Keep, Mask
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Plan:
     """Frozen data: what to keep, where to cut, what was asked, what it will give.
 
-    keep: group name -> bool over its units.          masks: parameter name -> bool of its shape (True is kept).
-    cuts: entity -> axis -> kept positions (int64).   attributes: (owner, name) -> new value of a size attribute.
+    before, after: what the model weighs.               recipe: how the plan was made, as plain data; empty by hand.
+    target: what was asked, None where nothing was.     keep: group name -> bool over its units.
+    masks: parameter name -> bool of its shape (True is kept).
+    changes: all that the plan does to the structure of the model: cut axes, sizes, calls, tokens, blocks.
     weights: parameter name -> new values, for methods that change them. inputs: the example, for verification.
-    along: calls (norms, routers) that run along a cut axis, and what stays of it.
-    renumbered: inputs and outputs whose numbers (tokens) mean something else in the smaller model.
+    rows: what is kept of each group or weight.         frozen: what may not be pruned, and why.
     remarks: what holds for some parameters: tied, shared, not trained, not used.
-    dropped: container -> names of the blocks that go. lists: (owner, name) -> positions that go from a plain list.
+
+    `plan` makes one; `Plan.of_structure` and `Plan.of_masks` make one of what you decided yourself.
     """
 
-    recipe: Mapping[str, Any]
-    target: Target
     before: Amount
     after: Amount
-    keep: Mapping[str, Tensor]
-    masks: Mapping[str, Tensor]
-    cuts: Mapping[str, Mapping[int, Tensor]]
-    attributes: Sizes
-    rows: tuple[Row, ...]
-    frozen: tuple[Frozen, ...]
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+    target: Target | None = None
+    keep: Keep = field(default_factory=dict)
+    masks: Mapping[str, Mask] = field(default_factory=dict)
+    changes: Changes = field(default_factory=Changes)
     weights: Mapping[str, Tensor] = field(default_factory=dict)
     inputs: Inputs | None = None
-    along: tuple[Along, ...] = ()
-    renumbered: tuple[Renumbered, ...] = ()
+    rows: tuple[Row, ...] = ()
+    frozen: tuple[Frozen, ...] = ()
     remarks: tuple[str, ...] = ()
-    dropped: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    lists: Mapping[tuple[str, str], tuple[int, ...]] = field(default_factory=dict)
+
+    @classmethod
+    def of_structure(
+        cls,
+        graph: Graph,
+        keep: Keep,
+        *,
+        inputs: Inputs | None = None,
+        frozen: Sequence[Frozen] | None = None,
+        recipe: Mapping[str, Any] | None = None,
+        target: Target | None = None,
+    ) -> Plan:
+        """The plan that keeps `keep`, a mask over the units of each group named, with everything that follows from it.
+
+        inputs: the example, for verification. frozen: what may not be pruned; by default what the graph says.
+        recipe, target: how it was chosen and what was asked.
+        """
+        groups = [group for group in (*graph.groups, *graph.stacks) if group.name in keep]
+        return cls(
+            recipe=recipe or {},
+            target=target,
+            before=accounting.amount(graph, {}),
+            after=accounting.amount(graph, keep),
+            keep=keep,
+            changes=changes(graph, keep),
+            inputs=inputs,
+            rows=accounting.group_rows(graph, groups, keep),
+            frozen=tuple(graph.frozen if frozen is None else frozen),
+            remarks=tuple(remarks_of(graph)),
+        )
+
+    @classmethod
+    def of_masks(
+        cls,
+        graph: Graph,
+        masks: Mapping[str, Mask],
+        *,
+        pattern: Pattern = "element",
+        inputs: Inputs | None = None,
+        frozen: Sequence[Frozen] | None = None,
+        recipe: Mapping[str, Any] | None = None,
+        target: Target | None = None,
+    ) -> Plan:
+        """The plan that zeroes what `masks` (parameter name -> bool of its shape, True is kept) say.
+
+        pattern: the name of the pattern, or a function of (mask, layer) that names it. The others: see `of_structure`.
+        """
+        rows = accounting.mask_rows(graph, masks, pattern)
+        return cls(
+            recipe=recipe or {},
+            target=target,
+            before=accounting.amount(graph, {}),
+            after=accounting.masked_amount(graph, rows, masks),
+            masks=masks,
+            inputs=inputs,
+            rows=rows,
+            frozen=tuple(graph.frozen if frozen is None else frozen),
+            remarks=(*remarks_of(graph), *emptied(rows)),
+        )
 
     @property
-    def changes(self) -> Changes:
-        """All that the plan does to the structure of the model."""
-        return Changes(self.cuts, self.attributes, self.along, self.renumbered, self.dropped, self.lists)
+    def cuts(self) -> Cuts:
+        """Entity -> axis -> kept positions (int64)."""
+        return self.changes.cuts
+
+    @property
+    def attributes(self) -> Sizes:
+        """(owner, name) -> new value of a size attribute."""
+        return self.changes.attributes
+
+    @property
+    def dropped(self) -> Dropped:
+        """Container -> names of the blocks that go."""
+        return self.changes.dropped
+
+    @property
+    def renumbered(self) -> tuple[Renumbered, ...]:
+        """Inputs and outputs whose numbers (tokens) mean something else in the smaller model."""
+        return self.changes.renumbered
 
     @property
     def small_inputs(self) -> Inputs | None:
@@ -62,35 +134,43 @@ class Plan:
         return renumber(known_only(self.inputs, self.renumbered), self.renumbered)  # type: ignore[no-any-return]
 
     def renumber(self, tokens: Tensor) -> Tensor:
-        """Numbers of tokens in the smaller model. RequestError for a token that is gone."""
+        """Numbers of tokens in the smaller model. RequestError for a token that is pruned."""
         for entry in self.renumbered:
-            gone = tokens[~torch.isin(tokens, entry.kept)]
-            if gone.numel():
-                raise RequestError(f"token {int(gone[0])} is gone", f"{len(entry.kept)} tokens stay", "keep it too")
+            pruned = tokens[~torch.isin(tokens, entry.kept)]
+            if pruned.numel():
+                raise RequestError(f"token {int(pruned[0])} is gone", f"{len(entry.kept)} tokens stay", "keep it too")
             return torch.searchsorted(entry.kept, tokens)
         return tokens
 
     @property
     def got(self) -> float:
-        """What the target's unit comes to: a fraction where a fraction was asked, else a number."""
-        if isinstance(self.target, Sparsity):
-            ranked = [row for row in self.rows if row.kind != "vocabulary"] or self.rows
-            total = sum(row.total for row in ranked)
-            return 1 - sum(row.kept for row in ranked) / total if total else 0.0
+        """What the target's unit comes to: a fraction where a fraction was asked, else a number.
+
+        Without a target the sparsity: the fraction of the units (weights) that goes.
+        """
+        if self.target is None or isinstance(self.target, Sparsity):
+            return accounting.sparsity(self.rows)
         before, after = getattr(self.before, self.target.name), getattr(self.after, self.target.name)
         return float(after / before if self.target.value <= 1 else after)
 
     def __str__(self) -> str:
-        return table.render(self.rows, self.before, self.after, self._notes(), self.frozen)
+        return render(self.rows, self.before, self.after, self._notes(), self.frozen)
 
     def _notes(self) -> list[str]:
         names = "by hand"
         if self.recipe:
             parts = [self.recipe["criterion"], *self.recipe["granularity"], self.recipe["allocation"]]
-            names = ", ".join(map(provenance.title, parts))
-        lines = [f"asked {self.target}, got {self.target.name}={self.got:.4g} ({names})"]
+            names = ", ".join(map(serialize.title, parts))
+        lines = [f"{self.outcome} ({names})"]
         if self.masks:
             lines.append("masks: params and MACs count kept weights only; dense kernels still multiply the zeros")
-        if self.recipe.get("align", 1) > 1:
-            lines.append(f"channel widths are multiples of {self.recipe['align']}: the last block decides what is got")
+        if self.recipe.get("round_to", 1) > 1:
+            lines.append(f"channel widths are multiples of {self.recipe['round_to']}: the target is met to one step")
         return [*lines, *self.remarks]
+
+    @property
+    def outcome(self) -> str:
+        """`asked macs=0.5, got macs=0.4998`; only the sparsity where nothing was asked."""
+        if self.target is None:
+            return f"sparsity={self.got:.4g}, without a target"
+        return f"asked {self.target}, got {self.target.name}={self.got:.4g}"

@@ -13,7 +13,7 @@ from prunella.errors import BadInput
 from prunella.granularity import Channel, Granularity
 from prunella.planning.checks import check_function, check_granularity, check_numbers
 from prunella.planning.scoring import Criterion
-from prunella.registry import serialize as provenance
+from prunella.registry import serialize
 
 
 @dataclass(frozen=True)
@@ -23,65 +23,76 @@ class Recipe:
     criterion: a function from statistics to scores (`prunella.criteria`, or your own).
     granularity: what a unit is; several structural ones, as `(Channel(), Head())`, share one ranking.
     allocation: how much each group gives (`prunella.allocation`).
-    floor: fraction in [0, 1) of every group's units (of every layer's weights) that stays.
-    align: widths of channel groups stay multiples of it, where they are not left whole; not for heads and masks.
+    min_density: fraction in [0, 1) of every group's units (of every layer's weights) that is kept at least.
+    round_to: widths of channel groups are multiples of it, where they are not kept dense; not for heads and masks.
     seed: of everything random. The same seed gives the same plan.
-    least: units (weights) that stay in every group (layer) whatever the floor: 1, or 0 for masks that may empty layers.
-    even: units whose keys are equal go together, so that equal groups under `uniform` stay equal, and a transformers
-        model loads with plain `from_pretrained`; the target is then passed by up to one unit of every group.
+    equal_widths: units whose keys are equal go together, so that equal groups under `uniform` stay equal, and a
+        transformers model loads with plain `from_pretrained`; the target is then passed by up to one unit a group.
+    min_units: units (weights) that every group (layer) keeps at least: 1, or 0 for masks that may empty layers.
     """
 
     criterion: Criterion = magnitude
     granularity: Granularity | tuple[Granularity, ...] = Channel()  # noqa: RUF009
     allocation: Allocation = uniform
-    floor: float = 0.0
-    align: int = 1
+    min_density: float = 0.0
+    round_to: int = 1
     seed: int = 0
-    even: bool = False
-    least: int = 1
+    equal_widths: bool = False
+    min_units: int = 1
 
     def __post_init__(self) -> None:
         check_function(self.criterion, "criterion")
         check_function(self.allocation, "allocation")
-        check_granularity(self.grains)
-        check_numbers(self.grains, self.floor, self.align, self.seed, self.least)
+        check_granularity(self.granularities)
+        check_numbers(
+            self.granularities,
+            min_density=self.min_density,
+            round_to=self.round_to,
+            seed=self.seed,
+            min_units=self.min_units,
+        )
 
     @property
-    def grains(self) -> tuple[Granularity, ...]:
+    def granularities(self) -> tuple[Granularity, ...]:
         """The granularities as a tuple."""
         return self.granularity if isinstance(self.granularity, tuple) else (self.granularity,)
 
     def describe(self) -> dict[str, Any]:
         """The recipe as plain data, all knobs with their values; `Recipe.read` gives it back."""
         return {
-            "criterion": provenance.describe(self.criterion),
-            "granularity": [provenance.describe(grain) for grain in self.grains],
-            "allocation": provenance.describe(self.allocation),
-            "floor": self.floor,
-            "align": self.align,
+            "criterion": serialize.describe(self.criterion),
+            "granularity": [serialize.describe(entry) for entry in self.granularities],
+            "allocation": serialize.describe(self.allocation),
+            "min_density": self.min_density,
+            "round_to": self.round_to,
             "seed": self.seed,
-            "even": self.even,
-            "least": self.least,
+            "equal_widths": self.equal_widths,
+            "min_units": self.min_units,
         }
 
     @classmethod
     def read(cls, described: Mapping[str, Any]) -> Recipe:
-        """The recipe that `describe` wrote. Errors: RequestError if it names functions that are not prunella's."""
+        """The recipe that `describe` wrote, here or in 0.1. Errors: RequestError for unknown functions."""
         try:
-            grains = tuple(provenance.read(entry, "granularity") for entry in described["granularity"])
-            numbers = (
-                float(described["floor"]),
-                int(described["align"]),
-                int(described["seed"]),
-                bool(described.get("even", False)),
-                int(described.get("least", 1)),
+            entries = current_names(described)
+            granularities = tuple(serialize.read(entry, "granularity") for entry in entries["granularity"])
+            return cls(
+                serialize.read(entries["criterion"], "criterion"),
+                granularities[0] if len(granularities) == 1 else granularities,
+                serialize.read(entries["allocation"], "allocation"),
+                min_density=float(entries["min_density"]),
+                round_to=int(entries["round_to"]),
+                seed=int(entries["seed"]),
+                equal_widths=bool(entries.get("equal_widths", False)),
+                min_units=int(entries.get("min_units", 1)),
             )
-            criterion, allocation = described["criterion"], described["allocation"]
         except (KeyError, TypeError) as error:
             raise BadInput("this does not describe a recipe", f"{type(error).__name__}: {error}") from error
-        return cls(
-            provenance.read(criterion, "criterion"),
-            grains[0] if len(grains) == 1 else grains,
-            provenance.read(allocation, "allocation"),
-            *numbers,
-        )
+
+
+_NAMES_OF_0_1 = {"floor": "min_density", "align": "round_to", "even": "equal_widths", "least": "min_units"}
+
+
+def current_names(described: Mapping[str, Any]) -> dict[str, Any]:
+    """A recipe as plain data with the names of today, where 0.1 wrote others."""
+    return {_NAMES_OF_0_1.get(name, name): value for name, value in described.items()}

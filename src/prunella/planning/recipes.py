@@ -113,7 +113,7 @@ def network_slimming() -> Recipe:
     Use: networks that were trained with an L1 penalty on the scales. Avoid: networks without batch normalisation, or
     trained without the penalty.
     """
-    return Recipe(criteria.bn_scale, Channel(), global_, floor=0.1)
+    return Recipe(criteria.bn_scale, Channel(), global_, min_density=0.1)
 
 
 @recipe(source="Fang et al. 2023, arXiv:2301.12900")
@@ -124,7 +124,7 @@ def group_l2() -> Recipe:
     scales of layers then differ for no reason.
     """
     allocation = partial(global_, normalise=Normalise.MEAN)
-    return Recipe(criteria.group_norm, (Channel(), Head()), allocation, floor=0.1)
+    return Recipe(criteria.group_norm, (Channel(), Head()), allocation, min_density=0.1)
 
 
 @recipe(source="Molchanov et al. 2019, arXiv:1906.10771; Michel et al. 2019, arXiv:1905.10650")
@@ -143,7 +143,7 @@ def snip_global() -> Recipe:
 
     Use: one cut before training. Avoid: beyond about 95 %: `iterative_snip` and `force` take many rounds.
     """
-    return Recipe(criteria.snip, Element(), global_, least=0)
+    return Recipe(criteria.snip, Element(), global_, min_units=0)
 
 
 @recipe(source="Wang et al. 2020, arXiv:2002.07376")
@@ -152,7 +152,7 @@ def grasp_global() -> Recipe:
 
     Use: one cut before training at high sparsity. Avoid: much data at once: the graphs of all batches are kept.
     """
-    return Recipe(criteria.grasp, Element(), global_, least=0)
+    return Recipe(criteria.grasp, Element(), global_, min_units=0)
 
 
 @recipe(source="Tanaka et al. 2020, arXiv:2006.05467")
@@ -161,22 +161,22 @@ def synflow_global() -> Recipe:
 
     Use: to see why the paper takes a hundred rounds. Avoid: pruning with it: take `synflow_rounds`.
     """
-    return Recipe(criteria.synflow, Element(), global_, least=0)
+    return Recipe(criteria.synflow, Element(), global_, min_units=0)
 
 
-@recipe(source="Ma et al. 2023, arXiv:2305.11627")
+@recipe(source="Ma et al. 2023, arXiv:2305.11627", status="stable")
 def llm_pruner() -> Recipe:
     """Heads and neurons of a transformer by the absolute first-order change of the loss, the same share of each layer.
 
     Query, key, value and output slices go together, and so do gate, up and down. The paper takes the gradient of a few
-    short texts, leaves the first and last blocks whole (skip=) and heals with LoRA. Data: batches and a loss.
+    short texts, leaves the first and last blocks dense (skip=) and recovers with LoRA. Data: batches and a loss.
 
-    Use: language models that have to stay in an ordinary format. Avoid: without healing beyond about a fifth.
+    Use: language models that have to stay in an ordinary format. Avoid: beyond about a fifth without recovery.
     """
-    return Recipe(criteria.taylor_abs, (Channel(), Head()), uniform, even=True)
+    return Recipe(criteria.taylor_abs, (Channel(), Head()), uniform, equal_widths=True)
 
 
-@recipe(source="An et al. 2024, arXiv:2312.11983 (WIFV, the same share of every layer)")
+@recipe(source="An et al. 2024, arXiv:2312.11983 (WIFV, the same share of every layer)", status="stable")
 def flap() -> Recipe:
     """Heads and neurons of a transformer by the fluctuation of what reads them, the same share of each layer.
 
@@ -185,7 +185,7 @@ def flap() -> Recipe:
 
     Use: language models without training. Avoid: without either compensation.
     """
-    return Recipe(criteria.fluctuation, (Channel(), Head()), uniform, even=True)
+    return Recipe(criteria.fluctuation, (Channel(), Head()), uniform, equal_widths=True)
 
 
 @recipe(source="An et al. 2024, arXiv:2312.11983 (WIFV, adaptive over layers)")
@@ -197,7 +197,7 @@ def flap_global() -> Recipe:
     Use: the better form of FLAP where layers may differ. Avoid: where plain `from_pretrained` has to read the result.
     """
     allocation = partial(global_, normalise=Normalise.STANDARD)
-    return Recipe(criteria.fluctuation, (Channel(), Head()), allocation, floor=0.1)
+    return Recipe(criteria.fluctuation, (Channel(), Head()), allocation, min_density=0.1)
 
 
 @recipe(source="Muralidharan et al. 2024, arXiv:2407.14679")
@@ -208,9 +208,9 @@ def minitron() -> Recipe:
     takes norms over the batch and means over positions. For its depth, `block_influence` or `greedy_blocks`. The paper
     distils afterwards: `heal_`. Data: no labels.
 
-    Use: a smaller model of the same architecture, to be healed on much text. Avoid: without healing.
+    Use: a smaller model of the same architecture, recovered on much text. Avoid: without recovery.
     """
-    return Recipe(criteria.activation_norm, (Channel(), Head(), Width()), uniform, even=True)
+    return Recipe(criteria.activation_norm, (Channel(), Head(), Width()), uniform, equal_widths=True)
 
 
 @recipe(source="Lasby et al. 2025, arXiv:2510.13999")
@@ -221,7 +221,7 @@ def reap_experts() -> Recipe:
 
     Use: mixtures in one shot. Avoid: fewer tokens than a few hundred for each expert.
     """
-    return Recipe(criteria.reap, Expert(), uniform, even=True)
+    return Recipe(criteria.reap, Expert(), uniform, equal_widths=True)
 
 
 def named(name: str) -> Recipe:

@@ -14,15 +14,13 @@ from prunella.allocation import global_
 from prunella.criteria import snip, synflow
 from prunella.errors import RequestError
 from prunella.granularity import Competing, Element
-from prunella.graph.match import check_patterns
-from prunella.graph.solve.groups import couple
 from prunella.model.state import untouched
+from prunella.planning.accounting import amount
 from prunella.planning.checks import check_finite, checked_target
-from prunella.planning.latency import Stopwatch
 from prunella.planning.plan import Plan
-from prunella.planning.planner import Job
+from prunella.planning.planner import plan_masks
 from prunella.planning.recipe import Recipe
-from prunella.planning.table import amount
+from prunella.planning.request import prepare
 from prunella.registry.controlled import name_of
 from prunella.registry.method import search
 from prunella.schedules import Schedule, exponential
@@ -76,33 +74,31 @@ def iterate(
     after it is `d^(k/n)`. Statistics are of the masked network, weights that a criterion multiplies by are the dense
     ones. With `nested` a masked weight ranks behind all others; without it the weight competes, and may come back. The
     plan is that of the last round. Data: what the criterion needs, passed over once a round.
-    For masks whose units compete; `least=0` in the recipe lets layers empty, as the papers do.
+    For masks whose units compete; `min_units=0` in the recipe lets layers empty, as the papers do.
 
     Use: more than about 95 % before training, with any criterion. Avoid: criteria that do not change when other weights
     go, such as magnitude: one round gives the same.
     """
-    if not isinstance(recipe.grains[0], Competing):
-        what = f"{name_of(type(recipe.grains[0]))} cannot be approached in rounds"
+    if not isinstance(recipe.granularities[0], Competing):
+        what = f"{name_of(type(recipe.granularities[0]))} cannot be approached in rounds"
         raise RequestError(what, "rounds mask weights that compete", "use Element(), Block, Vector, Kernel or Filter")
-    target = checked_target(recipe.grains, target)
+    asked = checked_target(recipe.granularities, target)
+    assert asked is not None, "units compete, so there is a target"
     check_finite(model)
-    twin = copy.deepcopy(model)
-    with untouched(twin, recipe.seed):
-        graph = couple(twin, inputs)
-    check_patterns(graph, skip, ())
-    clock = Stopwatch(twin, graph, inputs)
-    job = Job(twin, graph, recipe, target, Source(data, loss), tuple(skip), (), inputs, clock)
-    dense = 1.0 if isinstance(target, Sparsity) else float(getattr(amount(graph, {}), target.name))
+    replica = copy.deepcopy(model)
+    with untouched(replica, recipe.seed):
+        request = prepare(replica, inputs, recipe, target=asked, source=Source(data, loss), skip=skip, only=())
+    dense = 1.0 if isinstance(asked, Sparsity) else float(getattr(amount(request.graph, {}), asked.name))
     before = Before(nested=rounds.nested)
-    for part in rounds.targets(target, dense):
-        with untouched(twin, recipe.seed):
-            made = replace(job, target=part, before=before).masks()
+    for part in rounds.targets(asked, dense):
+        with untouched(replica, recipe.seed):
+            made = plan_masks(replace(request, target=part, before=before))
         before = Before(made.masks, rounds.nested)
     how = {"count": rounds.count, "nested": rounds.nested, "schedule": name_of(rounds.schedule or exponential)}
     return replace(made, recipe={**made.recipe, "rounds": how})
 
 
-@search(source="Tanaka et al. 2020, arXiv:2006.05467")
+@search(source="Tanaka et al. 2020, arXiv:2006.05467", status="stable")
 def synflow_rounds(model: nn.Module, inputs: Inputs, *, target: Target, count: int = 100) -> Plan:
     """SynFlow as in the paper: `count` rounds, the same part of the survivors each, one ranking, layers may empty.
 
@@ -112,7 +108,7 @@ def synflow_rounds(model: nn.Module, inputs: Inputs, *, target: Target, count: i
     Use: densities below 1 % before training, where every other score empties layers. Avoid: networks with layer norm or
     token tables, through which ones do not flow.
     """
-    return iterate(model, inputs, Recipe(synflow, Element(), global_, least=0), target=target, rounds=Rounds(count))
+    return iterate(model, inputs, Recipe(synflow, Element(), global_, min_units=0), target=target, rounds=Rounds(count))
 
 
 @search(source="de Jorge et al. 2021, arXiv:2006.09081; Verdenius et al. 2020, arXiv:2006.00896")
@@ -126,7 +122,7 @@ def iterative_snip(
 
     Use: 95 % and more before training, with labels. Avoid: when early mistakes should be mended: take `force`.
     """
-    recipe = Recipe(snip, Element(), global_, least=0)
+    recipe = Recipe(snip, Element(), global_, min_units=0)
     return iterate(model, inputs, recipe, target=target, rounds=Rounds(count), data=data, loss=loss)
 
 
@@ -141,6 +137,6 @@ def force(
 
     Use: 95 % and more before training, with labels. Avoid: one round or two, where it is `snip` with more work.
     """
-    recipe = Recipe(snip, Element(), global_, least=0)
+    recipe = Recipe(snip, Element(), global_, min_units=0)
     rounds = Rounds(count, nested=False)
     return iterate(model, inputs, recipe, target=target, rounds=rounds, data=data, loss=loss)

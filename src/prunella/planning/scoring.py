@@ -21,25 +21,14 @@ from prunella.registry.controlled import Controlled, name_of, plain_function
 from prunella.registry.method import Scope, needs_of, scope_of
 from prunella.stats.collect import Statistics
 from prunella.stats.subject import Subject
+from prunella.stats.table import STATISTICS, of_level
 from prunella.types import Saliency, Scores
 
 Criterion = Callable[..., Tensor]
-_ROUTED = frozenset({"expert_share", "expert_gate", "expert_output"})
-_MEASURED = frozenset({"unit_norm", "unit_rank", "unit_var", "unit_zeros"}) | _ROUTED
-PER_UNIT = frozenset({"unit_weight", "norm_scale", "gate_grad", "noise", "influence"}) | _MEASURED
-"""Statistics that exist for each unit of a group; the others exist for each weight."""
-_ONLY_UNITS = frozenset({"unit_weight", "norm_scale"}) | _MEASURED
 _ROLES: dict[Scope, tuple[str, ...]] = {
     "producer": ("out",),
     "consumer": ("in",),
     "group": ("out", "in", "bias", "scale", "shift", "other"),
-}
-
-
-_WHY = {
-    "unit_rank": "and no convolution reads these units as maps",
-    **dict.fromkeys(_ROUTED, "and no router was seen to choose among these units: use granularity=Expert()"),
-    "influence": "and only residual blocks have it: use granularity=Depth()",
 }
 
 
@@ -67,9 +56,9 @@ class Scorer:
             scores = replace(self, criterion=self.criterion.of).weights(layer)
             return self.criterion.change(scores, self._dice(layer.name))
         needs = needs_of(self.criterion)
-        lacking = next((need for need in needs if need in _ONLY_UNITS or need == "influence"), None)
+        lacking = next(iter(of_level(needs, "unit", "block")), None)
         if lacking:
-            blocks = lacking == "influence"
+            blocks = STATISTICS[lacking].level == "block"
             raise RequestError(
                 f"{self.name} scores units, not single weights",
                 f"`{lacking}` exists for each {'residual block' if blocks else 'channel or head'}",
@@ -91,16 +80,20 @@ class Scorer:
         if isinstance(self.criterion, Controlled):
             scores = replace(self, criterion=self.criterion.of).units(group, reduce)
             return self.criterion.change(scores, self._dice(group.name))
-        needs = frozenset(needs_of(self.criterion))
-        if group.paths and needs & _ONLY_UNITS:
-            lacking = ", ".join(sorted(needs & _ONLY_UNITS))
-            raise Absent(f"{self.name} scores channels and heads by `{lacking}`, which a block does not have")
-        if needs <= PER_UNIT:
-            scores = self.criterion(*[self._of_unit(need, group) for need in needs_of(self.criterion)])
-        elif needs & (PER_UNIT - {"noise"}):
+        needs = needs_of(self.criterion)
+        lacking = sorted(of_level(needs, "unit"))
+        if group.paths and lacking:
+            raise Absent(
+                f"{self.name} scores channels and heads by `{', '.join(lacking)}`, which a block does not have"
+            )
+        per_weight = sorted(of_level(needs, "weight"))
+        per_unit = sorted(set(needs) - set(per_weight))
+        if not per_weight:
+            scores = self.criterion(*[self._of_unit(need, group) for need in needs])
+        elif set(per_unit) - {"noise"}:
             raise RequestError(
                 f"{self.name} asks for numbers per unit and per weight together",
-                f"per unit are {', '.join(sorted(needs & PER_UNIT))}, per weight {', '.join(sorted(needs - PER_UNIT))}",
+                f"per unit are {', '.join(per_unit)}, per weight {', '.join(per_weight)}",
                 "a criterion for channels asks for one kind only",
             )
         else:
@@ -127,9 +120,11 @@ class Scorer:
             return self._unit_weight(group)
         value = self.statistics.get(need, group.name)
         if value is None:
-            why = _WHY.get(need, "which this group does not have")
-            raise Absent(f"{self.name} needs `{need}`, {why}")
+            raise self._absent(need)
         return value
+
+    def _absent(self, need: str) -> Absent:
+        return Absent(f"{self.name} needs `{need}`, {STATISTICS[need].absent}")
 
     def _norm_scale(self, group: Group) -> Scores:
         parts = [
@@ -138,7 +133,7 @@ class Scorer:
             if m.role == "scale" and m.entity in self.subject.parameters
         ]
         if not parts:
-            raise Absent(f"{self.name} needs `norm_scale`, and no normalisation with a scale acts on these units")
+            raise self._absent("norm_scale")
         return reduce_to_units(parts, group.size, Reduce.MEAN)
 
     def _unit_weight(self, group: Group) -> Tensor:
@@ -152,7 +147,7 @@ class Scorer:
             values = _by_position(self._parameter(member), member.axis)
             blocks.append(values[index[unit.argsort(stable=True)]].reshape(group.size, -1).double())
         if not blocks:
-            raise Absent(f"{self.name} needs `unit_weight`, and this group has no weights in its scope")
+            raise self._absent("unit_weight")
         return torch.cat(blocks, 1)
 
     # -- weights -------------------------------------------------------------------------------------------------
@@ -200,14 +195,13 @@ class Scorer:
         value = self.statistics.get(need, entity)
         if value is None:
             raise Absent(f"{self.name} needs `{need}`, and {entity} did not run on the data")
-        if need == "fisher_inverse":
+        layout = STATISTICS[need].layout
+        if layout == "own":
             return value
-        if need in ("gate_grad", "sample_grad"):
-            return torch.stack([self._matrix(entity, batch) for batch in value])
+        if layout == "stack":
+            return torch.stack([self._matrix(entity, part) for part in value])
         matrix = self._matrix(entity, value)
-        if need == "input_norm" and bool((matrix == matrix[:1]).all()):
-            return matrix[0]
-        return matrix
+        return matrix[0] if layout == "row" and bool((matrix == matrix[:1]).all()) else matrix
 
     def _matrix(self, entity: str, value: Tensor) -> Tensor:
         layer = self.subject.layer_of.get(entity)

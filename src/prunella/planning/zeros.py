@@ -11,17 +11,16 @@ from torch import Tensor, nn
 
 from prunella.errors import NotSupported, RequestError
 from prunella.granularity import Channel, Element, Head
+from prunella.graph.cut.changes import changes
 from prunella.graph.cut.surgery import change_
-from prunella.graph.data import Frozen, Graph, Group, Member
+from prunella.graph.data import Frozen, Graph, Group, Member, ReasonKind
 from prunella.graph.match import check_patterns, chosen, names_of_layer, spared
-from prunella.graph.solve.groups import changes, couple
+from prunella.graph.solve.groups import couple
 from prunella.graph.verify import SINGLE, TOLERANCE, as_double, relative_error, unproven
 from prunella.model.forward import forward, tensors
 from prunella.model.state import untouched
-from prunella.planning import table
 from prunella.planning.plan import Plan
 from prunella.stats.subject import first_seen
-from prunella.targets import Sparsity
 from prunella.types import Inputs, Keep
 
 Where = Channel | Head | Element | tuple[Channel | Head, ...]
@@ -35,7 +34,7 @@ def plan_zeros(
     skip: Sequence[str] = (),
     only: Sequence[str] = (),
 ) -> Plan:
-    """A plan that removes exactly what is zero already, so that the smaller model is the model as it is.
+    """A plan that removes exactly what is zero already, so that the smaller model computes what the model computes.
 
     A unit is zero where every weight that reads it is zero, or all weights that it has where none reads it. Each group
     is tried: if the output in float64 on `inputs` changes with its cut, it stays, and the plan says why. As many units
@@ -48,10 +47,10 @@ def plan_zeros(
         check_patterns(graph, skip, only)
         if isinstance(granularity, Element):
             return _masks(model, graph, inputs, skip, only)
-        grains = granularity if isinstance(granularity, tuple) else (granularity,)
-        if not grains or not all(isinstance(grain, Channel | Head) for grain in grains):
+        granularities = granularity if isinstance(granularity, tuple) else (granularity,)
+        if not granularities or not all(isinstance(unit, Channel | Head) for unit in granularities):
             raise RequestError("plan_zeros takes Channel(), Head(), both or Element()", f"found {granularity!r}")
-        kinds = {grain.kind for grain in grains}
+        kinds = {unit.kind for unit in granularities}
         groups = [g for g in graph.groups if g.kind in kinds and not spared(graph, g, skip, only)]
         return _structure(model, graph, inputs, groups)
 
@@ -66,27 +65,7 @@ def _structure(model: nn.Module, graph: Graph, inputs: Inputs, groups: list[Grou
         why = "; ".join(f"{name}: {reason}" for name, reason in faults.items())
         why = why or f"{sum(g.size for g in groups)} units in {len(groups)} groups were looked at"
         raise NotSupported("no unit is exactly zero", why, "train longer or with more strength; small is not zero")
-    mine = [group for group in groups if group.name in keep]
-    rows = table.group_rows(graph, mine, keep)
-    done = changes(graph, keep)
-    return Plan(
-        recipe={},
-        target=_target(rows),
-        before=table.amount(graph, {}),
-        after=table.amount(graph, keep),
-        keep=keep,
-        masks={},
-        cuts=done.cuts,
-        attributes=done.attributes,
-        rows=rows,
-        frozen=tuple(frozen),
-        inputs=inputs,
-        along=done.along,
-        renumbered=done.renumbered,
-        remarks=tuple(table.remarks(graph)),
-        dropped=done.dropped,
-        lists=done.lists,
-    )
+    return Plan.of_structure(graph, keep, inputs=inputs, frozen=frozen)
 
 
 def _masks(model: nn.Module, graph: Graph, inputs: Inputs, skip: Sequence[str], only: Sequence[str]) -> Plan:
@@ -95,40 +74,20 @@ def _masks(model: nn.Module, graph: Graph, inputs: Inputs, skip: Sequence[str], 
     masks = {layer.entity: (named[layer.entity].detach() != 0).cpu() for layer in layers}
     if all(bool(mask.all()) for mask in masks.values()):
         raise NotSupported("no weight is exactly zero", f"{len(layers)} layers were looked at", "small is not zero")
-    rows = table.mask_rows(graph, layers, masks, "element")
-    return Plan(
-        recipe={},
-        target=_target(rows),
-        before=table.amount(graph, {}),
-        after=table.masked_amount(graph, rows),
-        keep={},
-        masks=masks,
-        cuts={},
-        attributes={},
-        rows=rows,
-        frozen=graph.frozen,
-        inputs=inputs,
-        remarks=tuple(table.remarks(graph)),
-    )
-
-
-def _target(rows: Sequence[table.Row]) -> Sparsity:
-    """What is gone is what was asked for; all of the weights at most, which no `Sparsity` says."""
-    total = sum(row.total for row in rows)
-    return Sparsity(min(1 - sum(row.kept for row in rows) / total, 1 - 1 / (2 * total)))
+    return Plan.of_masks(graph, masks, inputs=inputs)
 
 
 def _kept(model: nn.Module, graph: Graph, group: Group) -> Tensor:
-    """Units that are not zero, and as many of the zeros, lowest index first, as the group needs to stay whole."""
+    """Units that are not zero, and as many of the zeros, lowest index first, as the group has to keep."""
     named = dict(model.named_parameters(remove_duplicate=False))
     members = [m for m in group.members if m.entity in named and m.role != "stat"]
     members = [m for m in members if m.role == "in"] or members
     alive = torch.zeros(group.size, dtype=torch.bool)
     for member in members:
         alive[_units_alive(named[member.entity].detach(), member)] = True
-    stay = max(int(alive.sum()), group.least)
-    stay = min(-(-stay // group.multiple) * group.multiple, group.size)
-    alive[(~alive).nonzero().flatten()[: stay - int(alive.sum())]] = True
+    count = max(int(alive.sum()), group.least)
+    count = min(-(-count // group.multiple) * group.multiple, group.size)
+    alive[(~alive).nonzero().flatten()[: count - int(alive.sum())]] = True
     return alive
 
 
@@ -139,7 +98,7 @@ def _units_alive(weight: Tensor, member: Member) -> Tensor:
 
 def _stays(group: Group, reason: str) -> Frozen:
     maker = next((m for m in group.members if m.role == "out"), group.members[0])
-    return Frozen(maker.entity, maker.axis, len(maker.index), reason, group.where)
+    return Frozen(maker.entity, maker.axis, len(maker.index), reason, group.where, ReasonKind.UNPROVEN)
 
 
 def _faults(model: nn.Module, graph: Graph, keep: Keep, inputs: Any) -> dict[str, str]:

@@ -181,7 +181,10 @@ def distill_attention_probabilities(
     return loss
 
 
-@recovery(source="Hinton et al. 2015, arXiv:1503.02531; Muralidharan et al. 2024, arXiv:2407.14679 (after pruning)")
+@recovery(
+    source="Hinton et al. 2015, arXiv:1503.02531; Muralidharan et al. 2024, arXiv:2407.14679 (after pruning)",
+    status="stable",
+)
 def distill(
     model: nn.Module,
     teacher: nn.Module,

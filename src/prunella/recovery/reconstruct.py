@@ -79,7 +79,9 @@ class Layer:
     expected: Tensor | None
 
 
-@recovery(source="He et al. 2017, arXiv:1707.06168; Frantar and Alistarh 2023, arXiv:2301.00774 (damping)")
+@recovery(
+    source="He et al. 2017, arXiv:1707.06168; Frantar and Alistarh 2023, arXiv:2301.00774 (damping)", status="stable"
+)
 def reconstruct(
     small: nn.Module,
     dense: nn.Module,

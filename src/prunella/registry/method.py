@@ -1,6 +1,6 @@
 """Decorators that record what a method is, and return the function unchanged.
 
-A criterion's positional parameters are the statistics it needs (the names of `prunella.stats.STATISTICS`), its
+A criterion's positional parameters are the statistics it needs (the names of `prunella.stats.table.STATISTICS`), its
 keyword-only parameters are its knobs. The record is what `prunella methods`, `prunella explain` and the documentation
 print; a function that was never registered works just as well.
 """
@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
 from prunella.errors import RequestError
+from prunella.stats.table import STATISTICS
 
 F = TypeVar("F", bound=Callable[..., Any])
 MethodKind = Literal[
@@ -33,34 +34,9 @@ MethodKind = Literal[
     "importer",
 ]
 Scope = Literal["producer", "consumer", "group"]
-
-STATISTICS = (
-    "weight",
-    "grad",
-    "grad_sq",
-    "input_norm",
-    "norm_scale",
-    "gate_grad",
-    "unit_weight",
-    "noise",
-    "fisher_diag",
-    "fisher_inverse",
-    "fisher_inverse_diag",
-    "hessian_diag",
-    "sample_grad",
-    "input_var",
-    "unit_norm",
-    "unit_rank",
-    "unit_var",
-    "unit_zeros",
-    "influence",
-    "hessian_grad",
-    "total_slope",
-    "flow",
-    "expert_share",
-    "expert_gate",
-    "expert_output",
-)
+Status = Literal["stable", "experimental"]
+"""`stable`: an oracle proves it (`docs/concepts`), and a table of the documentation measures it. The rest is
+`experimental`."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +47,7 @@ class Method:
     kind: MethodKind
     function: Callable[..., Any]
     source: str
-    status: str
+    status: Status
     needs: tuple[str, ...]
     knobs: tuple[inspect.Parameter, ...]
     scope: Scope
@@ -85,7 +61,9 @@ class Method:
 REGISTRY: dict[str, Method] = {}
 
 
-def _record(kind: MethodKind, *, source: str, status: str = "stable", scope: Scope = "producer") -> Callable[[F], F]:
+def _record(
+    kind: MethodKind, *, source: str, status: Status = "experimental", scope: Scope = "producer"
+) -> Callable[[F], F]:
     def mark(function: F) -> F:
         parameters = inspect.signature(function).parameters.values()
         needs = tuple(p.name for p in parameters if p.kind is not p.KEYWORD_ONLY) if kind == "criterion" else ()
@@ -102,7 +80,7 @@ def _record(kind: MethodKind, *, source: str, status: str = "stable", scope: Sco
     return mark
 
 
-def criterion(*, source: str, status: str = "stable", scope: Scope = "producer") -> Callable[[F], F]:
+def criterion(*, source: str, status: Status = "experimental", scope: Scope = "producer") -> Callable[[F], F]:
     """Register a criterion.
 
     `scope` says which of a unit's weights are summed into its score when units are channels or heads: the `producer`
@@ -111,67 +89,67 @@ def criterion(*, source: str, status: str = "stable", scope: Scope = "producer")
     return _record("criterion", source=source, status=status, scope=scope)
 
 
-def control(*, source: str, status: str = "stable") -> Callable[[F], F]:
+def control(*, source: str, status: Status = "experimental") -> Callable[[F], F]:
     """Register a control: a function that makes of a criterion, a plan or a model one that should do worse."""
     return _record("control", source=source, status=status)
 
 
-def allocation(*, source: str, status: str = "stable") -> Callable[[F], F]:
+def allocation(*, source: str, status: Status = "experimental") -> Callable[[F], F]:
     """Register an allocation."""
     return _record("allocation", source=source, status=status)
 
 
-def granularity(*, source: str, status: str = "stable") -> Callable[[F], F]:
+def granularity(*, source: str, status: Status = "experimental") -> Callable[[F], F]:
     """Register a granularity (a frozen dataclass)."""
     return _record("granularity", source=source, status=status)
 
 
-def schedule(*, source: str, status: str = "stable") -> Callable[[F], F]:
+def schedule(*, source: str, status: Status = "experimental") -> Callable[[F], F]:
     """Register a schedule."""
     return _record("schedule", source=source, status=status)
 
 
-def cycle(*, source: str, status: str = "stable") -> Callable[[F], F]:
+def cycle(*, source: str, status: Status = "experimental") -> Callable[[F], F]:
     """Register a schedule that falls on its way: weights come back. It still runs from exactly 0 to exactly 1."""
     return _record("cycle", source=source, status=status)
 
 
-def recovery(*, source: str, status: str = "stable") -> Callable[[F], F]:
+def recovery(*, source: str, status: Status = "experimental") -> Callable[[F], F]:
     """Register a way to recover."""
     return _record("recovery", source=source, status=status)
 
 
-def solver(*, source: str, status: str = "stable") -> Callable[[F], F]:
+def solver(*, source: str, status: Status = "experimental") -> Callable[[F], F]:
     """Register a method that finds new weights, alone or together with the mask."""
     return _record("solver", source=source, status=status)
 
 
-def search(*, source: str, status: str = "stable") -> Callable[[F], F]:
+def search(*, source: str, status: Status = "experimental") -> Callable[[F], F]:
     """Register a search for how much each group gives."""
     return _record("search", source=source, status=status)
 
 
-def training(*, source: str, status: str = "stable") -> Callable[[F], F]:
+def training(*, source: str, status: Status = "experimental") -> Callable[[F], F]:
     """Register a way to train with, or toward, sparsity: penalties, gates, drop and grow, tickets."""
     return _record("training", source=source, status=status)
 
 
-def compression(*, source: str, status: str = "stable") -> Callable[[F], F]:
+def compression(*, source: str, status: Status = "experimental") -> Callable[[F], F]:
     """Register what joins pruning to make a model smaller: quantisation, sharing, low rank, fewer tokens."""
     return _record("compression", source=source, status=status)
 
 
-def metric(*, source: str, status: str = "stable") -> Callable[[F], F]:
+def metric(*, source: str, status: Status = "experimental") -> Callable[[F], F]:
     """Register a number that says what pruning did."""
     return _record("metric", source=source, status=status)
 
 
-def importer(*, source: str, status: str = "stable") -> Callable[[F], F]:
+def importer(*, source: str, status: Status = "experimental") -> Callable[[F], F]:
     """Register a reader of what another tool pruned."""
     return _record("importer", source=source, status=status)
 
 
-def recipe(*, source: str, status: str = "stable") -> Callable[[F], F]:
+def recipe(*, source: str, status: Status = "experimental") -> Callable[[F], F]:
     """Register a composition that bears a paper's name; the function returns a `Recipe`."""
     return _record("recipe", source=source, status=status)
 

@@ -27,6 +27,7 @@ from prunella.measure.profile import peak_memory, time_by_layer
 from prunella.model.forward import forward, mode, tensors
 from prunella.planning.plan import Plan
 from prunella.reporting.section import Section
+from prunella.targets import Target
 from prunella.types import Inputs
 
 Quality = Sequence[tuple[str, float, float]]
@@ -220,7 +221,7 @@ def report(
         widths=tuple(Width(row.name, row.kind, row.kept, row.total) for row in plan.rows) if plan else (),
         frozen=plan.frozen if plan else (),
         curve=curve,
-        target=(str(plan.target), _got(plan)) if plan else None,
+        target=(str(plan.target), _got(plan, plan.target)) if plan and plan.target else None,
         recipe=dict(plan.recipe) if plan else {},
         environment=environment(latency),
         command=command,
@@ -299,13 +300,13 @@ def _layers(
     return tuple(found)
 
 
-def _got(plan: Plan) -> str:
-    name = plan.target.name
+def _got(plan: Plan, target: Target) -> str:
+    name = target.name
     if name == "sparsity":
         total = sum(row.total for row in plan.rows)
         return f"sparsity={1 - sum(row.kept for row in plan.rows) / total:.4g}" if total else "sparsity=0"
     before, after = getattr(plan.before, name), getattr(plan.after, name)
-    return f"{name}={after / before if plan.target.value <= 1 else after:.4g}"
+    return f"{name}={after / before if target.value <= 1 else after:.4g}"
 
 
 def _device(model: nn.Module) -> torch.device:

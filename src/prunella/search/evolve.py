@@ -47,7 +47,9 @@ def evolve(
     def objective(trial: Any) -> float:
         counts = space.scaled(_suggested(trial, space), target, predict)
         if counts is None:
-            raise TargetMissed(f"{target} cannot be met", "all that may go is not enough", "lower floor=, skip less")
+            raise TargetMissed(
+                f"{target} cannot be met", "all that may go is not enough", "lower min_density=, skip less"
+            )
         trial.set_user_attr("counts", list(counts))
         trial.set_user_attr("cost", cost(counts))
         return space.evaluate(evaluate, counts)

@@ -42,7 +42,8 @@ class Dropped:
 
 
 @search(
-    source="Men et al. 2024, arXiv:2403.03853 (pre-filter); Zhong et al. 2024, arXiv:2406.02924 (one by one, by loss)"
+    source="Men et al. 2024, arXiv:2403.03853 (pre-filter); Zhong et al. 2024, arXiv:2406.02924 (one by one, by loss)",
+    status="stable",
 )
 def greedy_blocks(
     model: nn.Module,

@@ -10,8 +10,9 @@ import numpy as np
 from torch import nn
 
 from prunella.errors import RequestError
+from prunella.graph.cut.macs import macs_by_layer
 from prunella.measure.profile import time_by_layer
-from prunella.planning.candidates import Units, macs_by_layer
+from prunella.planning.candidates import CandidateUnits
 from prunella.search.space import Space
 from prunella.selection import Counts
 
@@ -48,8 +49,8 @@ def latency_table(
     inside the model, with its caches and its other layers around them. Times that fall where multiply-adds grow are
     noise, and are levelled out. measure: of (models by name, inputs) -> name -> module -> seconds; `time_by_layer`.
     """
-    contest = space.contest
-    if not isinstance(contest, Units):
+    candidates = space.candidates
+    if not isinstance(candidates, CandidateUnits):
         raise RequestError("masks have no latency table", "dense kernels multiply the zeros too", "take Channel()")
     if len(set(ratios)) < 2 or not all(0 <= ratio < 1 for ratio in ratios):
         raise RequestError("a latency table needs at least two ratios in [0, 1)", f"got {tuple(ratios)}")
@@ -58,7 +59,7 @@ def latency_table(
     clock = measure or time_by_layer
     times = clock(models, space.inputs)
     macs = {name: _macs(space, counts) for name, counts in cuts.items()}
-    named = {layer.entity: layer.module or layer.name for layer in contest.graph.layers}
+    named = {layer.entity: layer.module or layer.name for layer in candidates.graph.layers}
     layers, spent = {}, dict.fromkeys(cuts, 0.0)
     for entity, module in named.items():
         if not all(module in times[name] for name in cuts):
@@ -76,7 +77,7 @@ def _curve(points: Sequence[tuple[float, float]]) -> Curve:
 
 
 def _macs(space: Space, counts: Counts) -> tuple[dict[str, float], float]:
-    contest = space.contest
-    assert isinstance(contest, Units)
-    keep = contest.keep(counts)
-    return macs_by_layer(contest.graph, keep), contest.graph.macs(keep)
+    candidates = space.candidates
+    assert isinstance(candidates, CandidateUnits)
+    keep = candidates.keep(counts)
+    return macs_by_layer(candidates.graph, keep), candidates.graph.macs(keep)

@@ -66,7 +66,7 @@ def netadapt(
         if not offers:
             why = f"after {number} steps {spent:.6g} remains, and no group alone can bring it to {wanted:.6g}"
             raise TargetMissed(
-                f"{target} cannot be met in steps of {step:g}", why, "take smaller steps, or a lower floor="
+                f"{target} cannot be met in steps of {step:g}", why, "take smaller steps, or a lower min_density="
             )
         for i, new in offers.items():
             if (key := f"{number}:{space.names[i]}:{new[i]}") not in journal:

@@ -16,28 +16,27 @@ from prunella.allocation import fixed
 from prunella.allocation.pool import Allocation
 from prunella.errors import NotSupported, RequestError
 from prunella.granularity import Block, Channel, Element, Expert, Head, Width
+from prunella.graph.cut.changes import changes
 from prunella.graph.cut.surgery import change_
-from prunella.graph.match import check_patterns
 from prunella.graph.matrix import from_matrix
-from prunella.graph.solve.groups import changes, couple
 from prunella.graph.verify import unproven
 from prunella.model.forward import mode
 from prunella.model.masks import record_
 from prunella.model.state import untouched
 from prunella.planning.budget import Ladder, ladder, most, solve
-from prunella.planning.candidates import Units, Weights
-from prunella.planning.latency import Stopwatch
-from prunella.planning.planner import Job
+from prunella.planning.candidates import CandidateUnits, CandidateWeights
 from prunella.planning.recipe import Recipe
+from prunella.planning.request import Request, eligible_groups, eligible_layers, prepare, score_groups, score_layers
 from prunella.search.journal import digest_of
 from prunella.selection import Counts
 from prunella.stats import Source, Subject
-from prunella.targets import Latency, Sparsity, Target
+from prunella.targets import Latency, Target
 from prunella.types import Inputs, Loss
 
 Evaluate = Callable[[nn.Module], float]
 """Quality of a model; higher is better."""
 Predict = Callable[[Counts], float]
+Candidates = CandidateUnits | CandidateWeights
 
 
 @dataclass(frozen=True)
@@ -66,7 +65,7 @@ class Space:
 
     model: nn.Module
     recipe: Recipe
-    contest: Units | Weights
+    candidates: Candidates
     inputs: Inputs
     source: Source
     skip: tuple[str, ...]
@@ -74,19 +73,19 @@ class Space:
 
     @cached_property
     def ladders(self) -> tuple[Ladder, ...]:
-        """The steps that floor, align and the operations leave to each group."""
+        """The steps that min_density, round_to and the operations leave to each group."""
         ranks = (torch.arange(size, dtype=torch.float64) for size in self.sizes)
         return tuple(self._ladder(index, keys) for index, keys in enumerate(ranks))
 
     @property
     def names(self) -> tuple[str, ...]:
         """The groups."""
-        return tuple(pool.name for pool in self.contest.pools)
+        return tuple(pool.name for pool in self.candidates.pools)
 
     @cached_property
     def sizes(self) -> tuple[int, ...]:
         """Units of each."""
-        return tuple(pool.size for pool in self.contest.pools)
+        return tuple(pool.size for pool in self.candidates.pools)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -96,11 +95,11 @@ class Space:
     def cut(self, counts: Counts) -> nn.Module:
         """A copy of the model with these units really cut away, or these weights zeroed under masks."""
         small = copy.deepcopy(self.model)
-        if isinstance(self.contest, Units):
-            change_(small, changes(self.contest.graph, self.contest.keep(counts)))
+        if isinstance(self.candidates, CandidateUnits):
+            change_(small, changes(self.candidates.graph, self.candidates.keep(counts)))
             return small
-        parameters = Subject(small, self.contest.graph).parameters
-        for layer, matrix in zip(self.contest.layers, self.contest.masks(counts), strict=True):
+        parameters = Subject(small, self.candidates.graph).parameters
+        for layer, matrix in zip(self.candidates.layers, self.candidates.masks(counts), strict=True):
             parameter = parameters[layer.entity]
             assert isinstance(parameter, nn.Parameter)
             mask = from_matrix(matrix, parameter, layer)
@@ -117,20 +116,20 @@ class Space:
 
     def cost(self, target: Target, counts: Counts) -> float:
         """What remains, in the target's unit; a `Latency` is measured, in milliseconds."""
-        contest = self.contest
-        if isinstance(target, Latency) and isinstance(contest, Units) and contest.clock is not None:
-            return contest.clock.time(target, contest.keep(counts)).small
-        return contest.amount(target, counts)
+        candidates = self.candidates
+        if isinstance(target, Latency) and isinstance(candidates, CandidateUnits) and candidates.probe is not None:
+            return candidates.probe.time(target, candidates.keep(counts)).small
+        return candidates.amount(target, counts)
 
     def budget(self, target: Target, predict: Predict | None = None) -> float:
         """The most that meets the target."""
         if predict is not None or isinstance(target, Latency):
             dense = (predict or partial(self.cost, target))((0,) * len(self.sizes))
             return target.absolute(dense)
-        return self.contest.budget(target)
+        return self.candidates.budget(target)
 
     def removed(self, shares: Mapping[str, float]) -> Counts:
-        """The steps nearest to these fractions, on the ladders that floor and align leave."""
+        """The steps nearest to these fractions, on the ladders that min_density and round_to leave."""
         wanted = [round(shares.get(name, 0.0) * size) for name, size in zip(self.names, self.sizes, strict=True)]
         levels = [self.levels(index) for index in range(len(wanted))]
         return tuple(min(level, key=lambda c: (abs(c - want), c)) for level, want in zip(levels, wanted, strict=True))
@@ -148,7 +147,7 @@ class Space:
         """These shares times the factor that meets the target, as `fixed` will do in the plan; None if none does."""
         cost = predict or partial(self.cost, target)
         budget = self.budget(target, predict) * (1 + 1e-12)
-        keys = fixed(self.contest.pools, shares=shares)
+        keys = fixed(self.candidates.pools, shares=shares)
         rungs = [self._ladder(index, key) for index, key in enumerate(keys)]
         if cost(most(rungs)) > budget:
             return None
@@ -167,8 +166,8 @@ class Space:
         )
 
     def _ladder(self, index: int, keys: torch.Tensor) -> Ladder:
-        align, least = _limits(self.contest, self.recipe, index)
-        return ladder(keys, self.recipe.floor, align, least)
+        round_to, min_units = _limits(self.candidates, self.recipe, index)
+        return ladder(keys, self.recipe.min_density, round_to, min_units)
 
 
 def space(
@@ -186,42 +185,39 @@ def space(
     Parameters and errors are those of `plan`. The model is only read. Units of structure, or weights under a mask;
     patterns of fixed sparsity, blocks and tokens have nothing to search.
     """
-    grains = recipe.grains
-    odd = next((g for g in grains if not isinstance(g, Channel | Head | Width | Expert | Element | Block)), None)
+    searched = Channel | Head | Width | Expert | Element | Block
+    odd = next((entry for entry in recipe.granularities if not isinstance(entry, searched)), None)
     if odd is not None:
         why = "it leaves no choice of how many, or takes whole blocks of layers"
         raise RequestError(f"there is nothing to search for {odd}", why, "Channel, Head, Width, Expert, Element, Block")
     with untouched(model, recipe.seed):
-        graph = couple(model, inputs)
-        check_patterns(graph, skip, only)
-        clock = Stopwatch(model, graph, inputs)
-        source = Source(data, loss)
-        job = Job(model, graph, recipe, Sparsity(0.5), source, tuple(skip), tuple(only), inputs, clock)
-        contest = _weights(job, grains[0]) if isinstance(grains[0], Element | Block) else _units(job)
-    return Space(model, recipe, contest, inputs, source, tuple(skip), tuple(only))
+        request = prepare(model, inputs, recipe, target=None, source=Source(data, loss), skip=skip, only=only)
+        pattern = recipe.granularities[0]
+        candidates: Candidates
+        candidates = _weights(request, pattern) if isinstance(pattern, Element | Block) else _units(request)
+    return Space(model, recipe, candidates, inputs, request.source, request.skip, request.only)
 
 
-def _units(job: Job) -> Units:
-    groups, frozen = job.groups()
-    scored = job.score_groups(groups, frozen)
+def _units(request: Request) -> CandidateUnits:
+    scored, _ = score_groups(request, *eligible_groups(request))
     half = {g.name: torch.arange(g.size) >= min(g.size // 2, g.size - max(1, g.least)) for g, _ in scored}
-    faults = unproven(job.model, job.graph, half, job.inputs)
+    faults = unproven(request.model, request.graph, half, request.inputs)
     scored = [(group, scores) for group, scores in scored if group.name not in faults]
     if not scored:
         raise NotSupported("there is nothing to search", next(iter(faults.values())), "`prunella inspect` shows why")
-    return Units(job.graph, tuple(g for g, _ in scored), tuple(s for _, s in scored), job.target, {}, job.clock)
+    groups, scores = tuple(group for group, _ in scored), tuple(values for _, values in scored)
+    return CandidateUnits(request.graph, groups, scores, probe=request.probe)
 
 
-def _weights(job: Job, pattern: Element | Block) -> Weights:
-    layers, frozen = job.layers()
-    scored = job.score_layers(layers, frozen)
-    return Weights(job.graph, tuple(x for x, _ in scored), tuple(s for _, s in scored), pattern)
+def _weights(request: Request, pattern: Element | Block) -> CandidateWeights:
+    scored, _ = score_layers(request, *eligible_layers(request))
+    return CandidateWeights(request.graph, tuple(x for x, _ in scored), tuple(s for _, s in scored), pattern)
 
 
-def _limits(contest: Units | Weights, recipe: Recipe, index: int) -> tuple[int, int]:
-    """Width multiple and least width of one group, as in a plan."""
-    if isinstance(contest, Weights):
+def _limits(candidates: Candidates, recipe: Recipe, index: int) -> tuple[int, int]:
+    """Width multiple and smallest width of one group, as in a plan."""
+    if isinstance(candidates, CandidateWeights):
         return 1, 1
-    group = contest.groups[index]
-    align = recipe.align if group.kind in ("channel", "width") else 1
-    return math.lcm(group.multiple, align), group.least
+    group = candidates.groups[index]
+    round_to = recipe.round_to if group.kind in ("channel", "width") else 1
+    return math.lcm(group.multiple, round_to), group.least

@@ -17,7 +17,7 @@ SAMPLE = 1 << 16
 """Weights that tell where the edge is while the mask grows."""
 
 
-@solver(source="Boza 2024, arXiv:2401.02938; Meng et al. 2024, arXiv:2406.07831 (ALPS)")
+@solver(source="Boza 2024, arXiv:2401.02938; Meng et al. 2024, arXiv:2406.07831 (ALPS)", status="stable")
 def admm(
     weight: Weight,
     gram: Gram,

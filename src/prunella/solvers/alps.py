@@ -19,7 +19,7 @@ GROWTH = ((0.1, 1.3), (0.005, 1.2), (0.0, 1.1))
 """The penalty's factor where more than such a part of the kept weights has changed; none has: the end."""
 
 
-@solver(source="Meng et al. 2024, arXiv:2406.07831 (ALPS)")
+@solver(source="Meng et al. 2024, arXiv:2406.07831 (ALPS)", status="stable")
 def alps(
     weight: Weight,
     gram: Gram,

@@ -22,7 +22,7 @@ def _as_is(weight: Tensor, column: int) -> Tensor:
     return weight[:, column]
 
 
-@solver(source="Frantar and Alistarh 2023, arXiv:2301.00774")
+@solver(source="Frantar and Alistarh 2023, arXiv:2301.00774", status="stable")
 def sparsegpt(
     weight: Weight,
     gram: Gram,

@@ -47,8 +47,6 @@ class InputNorm:
     Sums are kept in float64, so that many batches and one large batch agree. A weight that never ran is absent.
     """
 
-    backward = False
-
     def __init__(self, subject: Subject) -> None:
         layers = [subject.layer_of[name] for name in subject.scored if name in subject.layer_of]
         self._weights = {layer.entity: subject.parameters[layer.entity] for layer in layers}

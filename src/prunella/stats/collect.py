@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,75 +14,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from prunella.errors import BadInput, RequestError
 from prunella.model.forward import forward, samples
-from prunella.stats.activation import InputNorm
-from prunella.stats.curvature import FisherDiag, FisherInverse, HessianDiag, SampleGrad, fisher_inverse_diag
-from prunella.stats.gradient import GateGrad, MeanGrad, MeanSquaredGrad
-from prunella.stats.influence import Influence
-from prunella.stats.initial import HessianGrad, TotalSlope, flow
-from prunella.stats.reading import InputVar, unit_norm, unit_rank, unit_var, unit_zeros
-from prunella.stats.routing import ExpertOutput, expert_gate, expert_share
 from prunella.stats.subject import Subject
-
-
-class Slot(Protocol):
-    """Collects one statistic. `backward` says whether it needs gradients.
-
-    A slot with `each = True` sees the gradients of one sample at a time: every batch is split along its first axis. One
-    with `twice = True` has `second(weights, grads)`, called with gradients that can be differentiated again.
-    Keyword-only parameters of a slot are knobs: a criterion that has a knob of the same name sets it.
-    """
-
-    backward: bool
-
-    def watch(self) -> AbstractContextManager[object]:
-        """Entered around each forward pass."""
-        ...
-
-    def add(self, grads: Mapping[str, Tensor]) -> None:
-        """Called once a batch, with the gradients by entity, or with nothing."""
-        ...
-
-    def result(self) -> dict[str, Tensor]:
-        """The statistic, by entity or group name."""
-        ...
-
-
-SLOTS: dict[str, Callable[..., Slot]] = {
-    "grad": MeanGrad,
-    "grad_sq": MeanSquaredGrad,
-    "gate_grad": GateGrad,
-    "fisher_diag": FisherDiag,
-    "fisher_inverse": FisherInverse,
-    "fisher_inverse_diag": fisher_inverse_diag,
-    "hessian_diag": HessianDiag,
-    "sample_grad": SampleGrad,
-    "input_norm": InputNorm,
-    "input_var": InputVar,
-    "unit_norm": unit_norm,
-    "unit_rank": unit_rank,
-    "unit_var": unit_var,
-    "unit_zeros": unit_zeros,
-    "influence": Influence,
-    "hessian_grad": HessianGrad,
-    "total_slope": TotalSlope,
-    "expert_share": expert_share,
-    "expert_gate": expert_gate,
-    "expert_output": ExpertOutput,
-}
-DATALESS: dict[str, Callable[[Subject], dict[str, Tensor]]] = {"flow": flow}
-"""Statistics that need to run the model, but no data."""
-_BACKWARD = (
-    "grad",
-    "grad_sq",
-    "gate_grad",
-    "fisher_diag",
-    "fisher_inverse",
-    "fisher_inverse_diag",
-    "hessian_diag",
-    "sample_grad",
-    "hessian_grad",
-    "total_slope",
-)
+from prunella.stats.table import STATISTICS, Slot
 
 
 @dataclass(frozen=True)
@@ -133,17 +66,21 @@ def collect(
     knobs: of the asker; a slot that has a knob of the same name takes the value.
     Errors: RequestError when data or a loss is missing; BadInput when there is no batch or the loss is not finite.
     """
-    values = {name: DATALESS[name](subject) for name in needs if name in DATALESS}
-    wanted = [name for name in needs if name in SLOTS]
-    if not wanted:
+    unknown = next((name for name in needs if name not in STATISTICS), None)
+    if unknown is not None:
+        raise RequestError(f"{asker} asks for `{unknown}`, which is no statistic", f"known are {', '.join(STATISTICS)}")
+    asked = {name: STATISTICS[name] for name in needs}
+    values = {name: entry.compute(subject) for name, entry in asked.items() if entry.compute}
+    factories = {name: entry.slot for name, entry in asked.items() if entry.slot}
+    if not factories:
         return Statistics(values)
-    data = _checked(source, wanted, asker)
-    slots = {name: SLOTS[name](subject, **_knobs(SLOTS[name], knobs or {})) for name in wanted}
+    backward = [name for name in factories if asked[name].gradients]
+    data = _checked(source, (backward or list(factories))[0], asker, backward=bool(backward))
+    slots = {name: factory(subject, **_knobs(factory, knobs or {})) for name, factory in factories.items()}
     whole = [slot for slot in slots.values() if not getattr(slot, "each", False)]
     each = [slot for slot in slots.values() if getattr(slot, "each", False)]
-    backward = any(slot.backward for slot in slots.values())
     batches = 0
-    with torch.set_grad_enabled(backward):
+    with torch.set_grad_enabled(bool(backward)):
         weights = _differentiable(subject) if backward else {}
         for batch in data:
             if whole:
@@ -193,12 +130,11 @@ def _differentiable(subject: Subject) -> dict[str, Tensor]:
     return {name: subject.parameters[name].requires_grad_(True) for name in subject.scored}
 
 
-def _checked(source: Source, wanted: Sequence[str], asker: str) -> Iterable[Any]:
-    backward = [name for name in wanted if name in _BACKWARD]
-    missing = ["data="] * (source.data is None) + ["loss="] * (bool(backward) and source.loss is None)
+def _checked(source: Source, statistic: str, asker: str, *, backward: bool) -> Iterable[Any]:
+    missing = ["data="] * (source.data is None) + ["loss="] * (backward and source.loss is None)
     if missing or source.data is None:
         raise RequestError(
-            f"{asker} needs `{(backward or wanted)[0]}`: pass {'data= and loss=' if backward else 'data='}",
+            f"{asker} needs `{statistic}`: pass {'data= and loss=' if backward else 'data='}",
             f"{' and '.join(missing)} {'are' if len(missing) > 1 else 'is'} missing",
             "data= is an iterable of batches, loss= a function of (model, batch)",
         )

@@ -29,7 +29,6 @@ class HessianDiag:
     Hessian is diagonal; elsewhere the standard error of an entry is `sqrt(sum_{j != i} H_ij^2 / probes / batches)`.
     """
 
-    backward = True
     twice = True
 
     def __init__(self, subject: Subject, *, probes: int = 4) -> None:
@@ -73,7 +72,6 @@ class HessianDiag:
 class FisherDiag:
     """`fisher_diag`: mean over samples of the squared gradient, by entity."""
 
-    backward = True
     each = True
 
     def __init__(self, subject: Subject) -> None:
@@ -95,7 +93,6 @@ class FisherDiag:
 class SampleGrad:
     """`sample_grad`: the gradient of every sample, `(samples, *shape)` by entity: as many copies as samples."""
 
-    backward = True
     each = True
 
     def __init__(self, subject: Subject) -> None:
@@ -126,7 +123,6 @@ class FisherInverse:
     is the same matrix as the rank-one recursion of `prunella.solvers` gives and needs no count of samples beforehand.
     """
 
-    backward = True
     each = True
 
     def __init__(self, subject: Subject, *, damping: float = 1e-5, block: int = 32) -> None:
@@ -157,7 +153,6 @@ class FisherInverse:
 class FisherInverseDiag:
     """`fisher_inverse_diag`: the diagonal of `fisher_inverse`, by entity in the shape of the weight."""
 
-    backward = True
     each = True
 
     def __init__(self, subject: Subject, inverse: FisherInverse) -> None:

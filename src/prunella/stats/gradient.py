@@ -17,8 +17,6 @@ Grads = Mapping[str, Tensor]
 class MeanGrad:
     """`grad`: mean over batches of the gradient, in the shape of the parameter."""
 
-    backward = True
-
     def __init__(self, subject: Subject) -> None:
         self._sums = {name: _zeros(subject.parameters[name]) for name in subject.scored}
         self._batches = 0
@@ -50,8 +48,6 @@ def _single(values: Tensor) -> Tensor:
 class MeanSquaredGrad:
     """`grad_sq`: mean over batches of the squared gradient of a batch."""
 
-    backward = True
-
     def __init__(self, subject: Subject) -> None:
         self._mean = MeanGrad(subject)
 
@@ -74,8 +70,6 @@ class GateGrad:
     Groups: by group name, `(batches, units)`. Layers: by entity, `(batches, *shape)`, which holds as many copies of
     the weights as there are batches; `grad_sq` needs one.
     """
-
-    backward = True
 
     def __init__(self, subject: Subject) -> None:
         self._subject = subject

@@ -21,8 +21,6 @@ class Influence:
     the first layer of the block is a convolution. A vector that the block leaves as it is counts as a cosine of 1.
     """
 
-    backward = False
-
     def __init__(self, subject: Subject) -> None:
         self._model = subject.model
         self._stacks = {group.name: group.paths for group in subject.groups if group.paths}

@@ -24,8 +24,6 @@ class TotalSlope:
     The gradient is the mean over batches, taken before the absolute value.
     """
 
-    backward = True
-
     def __init__(self, subject: Subject) -> None:
         self._subject = subject
         self._mean = MeanGrad(subject)
@@ -54,7 +52,6 @@ class HessianGrad:
     until the end, since `g` is known only then: memory grows with the number of batches.
     """
 
-    backward = True
     twice = True
 
     def __init__(self, subject: Subject, *, temperature: float = 200.0) -> None:

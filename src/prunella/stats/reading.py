@@ -56,8 +56,6 @@ Parts = Sequence[tuple[Tensor, list[Tensor]]]
 class PerUnit:
     """Numbers for each unit of each group, from the sums at the places that read it. `finish`: (units, parts)."""
 
-    backward = False
-
     def __init__(self, subject: Subject, measures: Sequence[Measure], finish: Callable[[int, Parts], Tensor]) -> None:
         self._groups, self._finish = subject.groups, finish
         names = {m.entity for group in subject.groups for m in _readers(group)}
@@ -110,8 +108,6 @@ class InputVar:
 
     Convolutions: over all samples and pixels of a channel, padding left out, the same for every place of the kernel.
     """
-
-    backward = False
 
     def __init__(self, subject: Subject) -> None:
         names = [name for name in subject.scored if name in subject.layer_of]

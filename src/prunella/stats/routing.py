@@ -78,8 +78,6 @@ class _Choices(TorchFunctionMode):
 class Routed:
     """`expert_share`: part of the tokens that each expert gets; `expert_gate`: mean weight where it is chosen."""
 
-    backward = False
-
     def __init__(self, subject: Subject, *, weighted: bool) -> None:
         self._subject, self._weighted = subject, weighted
         sizes = {group.name: group.size for group in subject.groups if group.kind == "expert"}
@@ -125,8 +123,6 @@ class ExpertOutput:
     as they were: `g_j(x) f_j(x)`, one run of the mixture for each expert and batch. The mixture is the smallest module
     that holds the router and the experts; its output must have one row for each token.
     """
-
-    backward = False
 
     def __init__(self, subject: Subject) -> None:
         self._subject = subject

@@ -54,7 +54,7 @@ class SoftPruner:
         root = unwrap(self.model)
         named = dict(root.named_parameters(remove_duplicate=False))
         with torch.no_grad():
-            for parameter, mask in plan_masks(root, replace(made, cuts={})).items():
+            for parameter, mask in plan_masks(root, replace(made, changes=replace(made.changes, cuts={}))).items():
                 parameter.masked_fill_(~mask, 0)
             for entity, axis, gone in self._rows(made):
                 named[entity].index_fill_(axis, gone.to(named[entity].device), 0)

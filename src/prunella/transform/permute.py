@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from prunella.errors import NotSupported, RequestError
 from prunella.granularity import NM
-from prunella.graph.cut.surgery import Changes, cut_
+from prunella.graph.cut.changes import Changes
+from prunella.graph.cut.surgery import cut_
 from prunella.graph.data import Graph, Group
 from prunella.graph.match import check_patterns, chosen, names_of_group
 from prunella.graph.matrix import to_matrix

@@ -11,8 +11,8 @@ from torch import nn
 
 from prunella.errors import NotSupported, RequestError
 from prunella.model.masks import masks_of, reapply_
+from prunella.planning.accounting import empty
 from prunella.planning.plan import Plan
-from prunella.planning.table import empty
 from prunella.registry.method import control, metric
 from prunella.types import Mask
 
@@ -23,8 +23,8 @@ def collapsed(subject: Plan | nn.Module) -> tuple[str, ...]:
 
     Of a plan: rows that keep 0. Of a model: weights with two axes or more whose values are all zero.
 
-    Use: after every plan beyond 90 %, or with `least=0`. Avoid: as the only check: paths can be cut between layers that
-    still have weights.
+    Use: after every plan beyond 90 %, or with `min_units=0`. Avoid: as the only check: paths can be cut between layers
+    that still have weights.
     """
     if isinstance(subject, Plan):
         return tuple(empty(subject.rows))

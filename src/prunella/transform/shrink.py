@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from torch import nn
 
+from prunella.graph.cut.changes import Changes
 from prunella.graph.cut.surgery import change_
 from prunella.graph.verify import check
 from prunella.model.masks import slice_masks_
@@ -28,7 +29,7 @@ def shrink(model: nn.Module, plan: Plan, *, inputs: Inputs | None = None) -> nn.
     """
     dense = copy.deepcopy(model)
     if plan.masks or plan.weights:
-        apply_(dense, replace(plan, cuts={}, dropped={}))
+        apply_(dense, replace(plan, changes=Changes()))
     small = copy.deepcopy(dense)
     _copy_gradients(model, small)
     slice_masks_(small, plan.cuts)

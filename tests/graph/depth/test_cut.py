@@ -15,11 +15,13 @@ from torch import nn
 import prunella as pr
 from prunella.errors import NotSupported, RequestError
 from prunella.graph.cut.block_surgery import drop_
-from prunella.graph.cut.surgery import Changes, change_
+from prunella.graph.cut.changes import Changes, changes
+from prunella.graph.cut.surgery import change_
 from prunella.graph.solve.block_counters import counted
-from prunella.graph.solve.groups import changes, couple
+from prunella.graph.solve.groups import couple
 from prunella.graph.verify import unproven, verify
 from prunella.io.plan_file import load_plan, save_plan
+from prunella.model.masks import reapply_
 from prunella.stats.gradient import gate_gradient
 from prunella.transform.optimizer import carry_
 
@@ -236,7 +238,7 @@ def test_masks_cannot_do_it() -> None:
 
 def test_plans_of_widths_know_nothing_of_blocks() -> None:
     plan = pr.plan(settle(Net(norm=nn.LayerNorm)), TOKENS, target=pr.MACs(0.7))
-    assert not plan.dropped and not plan.lists and all(f.axis >= 0 for f in plan.frozen)
+    assert not plan.dropped and not plan.changes.lists and all(f.axis >= 0 for f in plan.frozen)
 
 
 # -- what goes with the model ---------------------------------------------------------------------------------------
@@ -250,6 +252,7 @@ def test_gradients_masks_and_optimizer_state_stay_with_their_weights() -> None:
     optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
     model(TOKENS).square().mean().backward()
     optimizer.step()
+    reapply_(model)
     plan = pr.plan(model, TOKENS, pr.Recipe(granularity=pr.Depth()), target=pr.Sparsity(0.25))
     small = pr.shrink(model, plan)
     gone = int(plan.dropped["xyz"][0])
@@ -272,7 +275,7 @@ def test_a_plan_is_read_as_it_was_written(tmp_path: Any) -> None:
     model = settle(Net(count=True))
     plan = pr.plan(model, TOKENS, pr.Recipe(granularity=pr.Depth()), target=pr.Sparsity(0.25))
     again = load_plan(save_plan(plan, tmp_path / "a.plan"))
-    assert (again.dropped, again.lists, again.attributes) == (plan.dropped, plan.lists, plan.attributes)
+    assert (again.dropped, again.changes.lists, again.attributes) == (plan.dropped, plan.changes.lists, plan.attributes)
     assert distance(run(pr.shrink(model, again), TOKENS), run(pr.shrink(model, plan), TOKENS)) == 0
 
 

@@ -16,9 +16,10 @@ from tests.oracle import distance, distinct, double, run, settle
 from torch import nn
 
 import prunella as pr
+from prunella.graph.cut.changes import changes
 from prunella.graph.cut.surgery import change_
 from prunella.graph.solve.block_counters import counted
-from prunella.graph.solve.groups import changes, couple
+from prunella.graph.solve.groups import couple
 
 hf: Any = pytest.importorskip("transformers")
 ENDLESS = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}

@@ -19,7 +19,8 @@ from tests.zoo import convolutional as conv
 from tests.zoo import odd
 from torch import Tensor, nn
 
-from prunella.graph.solve.groups import attributes, couple, cuts
+from prunella.graph.cut.changes import attributes, cuts
+from prunella.graph.solve.groups import couple
 
 
 class ThreeChunks(nn.Module):

@@ -10,7 +10,8 @@ from tests.oracle import check_exact, cut, exact_groups, frozen_because, produce
 from torch import nn
 
 from prunella.errors import CheckFailed, NotSupported
-from prunella.graph.solve.groups import changes, couple
+from prunella.graph.cut.changes import changes
+from prunella.graph.solve.groups import couple
 from prunella.graph.verify import check, unproven
 
 

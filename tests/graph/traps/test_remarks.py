@@ -68,7 +68,7 @@ REMARKS = (
     "tied, cut as one: table.weight = head.weight",
     "used several times, cut as one: block.0.weight (2 times), block.2.weight (2 times)",
     "not trained (requires_grad=False), cut like any other: project.weight, project.bias",
-    "not used on these inputs, left whole: spare.weight, spare.bias",
+    "not used on these inputs, kept dense: spare.weight, spare.bias",
 )
 
 

@@ -23,8 +23,9 @@ from tests.zoo import odd
 from torch import Tensor, nn
 
 from prunella.errors import BadInput, PruningError
+from prunella.graph.cut.changes import attributes, cuts
 from prunella.graph.cut.surgery import cut_
-from prunella.graph.solve.groups import attributes, couple, cuts
+from prunella.graph.solve.groups import couple
 
 # --- one run does not know of another
 

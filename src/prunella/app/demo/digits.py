@@ -69,7 +69,7 @@ def digits_task(*, seed: int, steps: int, training: int, tick: Tick) -> Task:
         data=f"scikit-learn's digits: {len(x)} images to train, calibrate and heal, {len(test_x)} held out",
         model=model,
         example=(x[:64],),
-        recipe=Recipe(taylor, Channel(), functools.partial(global_, per_cost=True), floor=0.1, seed=seed),
+        recipe=Recipe(taylor, Channel(), functools.partial(global_, per_cost=True), min_density=0.1, seed=seed),
         calibration=calibration,
         loss=output_probe(_logits),
         outputs=_logits,

@@ -134,7 +134,7 @@ class Result:
                 "",
                 *lines,
                 "",
-                f"asked {self.plan.target}, got {self.plan.target.name}={self.plan.got:.4g} on {self.report.inputs}",
+                f"{self.plan.outcome} on {self.report.inputs}",
                 f"latency: medians of {took.rounds} interleaved rounds, {took.threads} threads, "
                 f"{self.report.environment['processor']}",
                 f"verdict: {self.verdict}",

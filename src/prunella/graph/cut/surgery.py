@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -11,52 +10,8 @@ from torch import Tensor, nn
 
 from prunella.errors import RequestError
 from prunella.graph.cut.block_surgery import drop_, number_, shorten_
+from prunella.graph.cut.changes import Changes, Cuts, Sizes
 from prunella.graph.trace.tracked_int import holder
-
-Cuts = Mapping[str, Mapping[int, Tensor]]
-Sizes = Mapping[tuple[str, str], int | tuple[int, ...]]
-Dropped = Mapping[str, tuple[str, ...]]
-Lists = Mapping[tuple[str, str], tuple[int, ...]]
-
-
-@dataclass(frozen=True)
-class Along:
-    """The `number`-th call of `name` in a run goes over the positions `kept` on `axis` of its first tensor only."""
-
-    name: str
-    number: int
-    axis: int
-    kept: Tensor
-
-
-@dataclass(frozen=True)
-class Renumbered:
-    """Number `i` of these inputs and of the positions on these (output, axis) is what was number `kept[i]`."""
-
-    inputs: tuple[int, ...]
-    outputs: tuple[tuple[int, int], ...]
-    kept: Tensor
-
-
-@dataclass(frozen=True)
-class Changes:
-    """All that a plan does to a model.
-
-    cuts: entity -> axis -> positions kept (int64).  attributes: (owner, name) -> new value of a size or of tokens.
-    along: calls that run along a cut axis. The masked model is the one in which they see only what stays.
-    renumbered: inputs and outputs whose numbers mean something else afterwards.
-    dropped: container -> names of the blocks that go.  lists: (owner, name) -> positions that go from a plain list.
-    """
-
-    cuts: Cuts = field(default_factory=dict)
-    attributes: Sizes = field(default_factory=dict)
-    along: tuple[Along, ...] = ()
-    renumbered: tuple[Renumbered, ...] = ()
-    dropped: Dropped = field(default_factory=dict)
-    lists: Lists = field(default_factory=dict)
-
-    def __bool__(self) -> bool:
-        return bool(self.cuts or self.attributes or self.dropped)
 
 
 def change_(model: nn.Module, changes: Changes) -> None:

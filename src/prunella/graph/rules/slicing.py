@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from prunella.graph.data import ReasonKind
 from prunella.graph.rules.registry import Context, Returned, flat, rule
 from prunella.graph.solve.labels import WHOLE, Dim, Reason, merge, take
 from prunella.graph.trace.recorder import Trace, Value
@@ -81,7 +82,7 @@ def _link_bound(trace: Trace, dim: Dim, raw: int, bound: int) -> None:
     elif isinstance(source, Tracked):
         trace.link(-source, take(dim, slice(bound, None)), -raw)
     else:
-        trace.freeze(take(dim, slice(bound, None)), f"the bound {raw} is typed into the source")
+        trace.freeze(take(dim, slice(bound, None)), f"the bound {raw} is typed into the source", ReasonKind.SOURCE)
 
 
 def _raw_bound(trace: Trace, bound: int) -> int:
@@ -150,7 +151,7 @@ def _equal_pieces(trace: Trace, dim: Dim, sizes: Sequence[int]) -> list[Dim]:
     rows, columns = trace.ledger.split(dim, [len(sizes), sizes[0]])
     raw = _raw_sizes(trace, len(sizes))
     if not raw and trace.call().name not in {"chunk", "glu"}:
-        trace.freeze(columns, f"{trace.call().name} hides where its sizes come from")
+        trace.freeze(columns, f"{trace.call().name} hides where its sizes come from", ReasonKind.SOURCE)
     for size in raw:
         trace.link(size, columns, sizes[0])
     trace.ledger.freeze(rows, Reason("every piece of a split stays"))

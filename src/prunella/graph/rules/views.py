@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from prunella.graph.data import ReasonKind
 from prunella.graph.rules.registry import Context, Returned, barrier, flat, rule
 from prunella.graph.solve.labels import WHOLE, Dim, merge, reshape, sources
 from prunella.graph.trace.recorder import Trace, Value
@@ -55,7 +56,7 @@ def _link_sizes(trace: Trace, dims: Sequence[Dim], new: Sequence[int]) -> None:
             trace.link(size, dims[start + k], new[start + k])
     elif call.name not in _ADAPTS:
         for dim in dims:
-            trace.freeze(dim, f"{call.name or 'a view'} hides where its sizes come from")
+            trace.freeze(dim, f"{call.name or 'a view'} hides where its sizes come from", ReasonKind.SOURCE)
 
 
 @rule("permute", "t", "transpose", "squeeze", "unsqueeze", "movedim", "swapaxes", "adjoint", "mT")

@@ -17,11 +17,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from prunella.errors import BadInput, PruningError
-from prunella.graph.cut.surgery import Along, Changes, Renumbered
+from prunella.graph.cut.macs import with_macs
 from prunella.graph.data import (
     Attribute,
     Cost,
@@ -40,11 +39,10 @@ from prunella.graph.data import (
 from prunella.graph.rules import apply_rule
 from prunella.graph.solve.equations import Equations
 from prunella.graph.solve.labels import Dim, Reason
-from prunella.graph.solve.residual_blocks import add_stacks, dropped
+from prunella.graph.solve.residual_blocks import add_stacks
 from prunella.graph.solve.size_attributes import freeze_unfollowed, solve
 from prunella.graph.solve.tokens import specials
 from prunella.graph.trace.recorder import Axis, Trace, Work, trace
-from prunella.types import Keep
 
 
 def couple(model: nn.Module, inputs: Any) -> Graph:
@@ -66,87 +64,6 @@ def couple(model: nn.Module, inputs: Any) -> Graph:
         for dim, _ in work.dims:
             record.ledger.single(dim)
     return replace(add_stacks(_graph(record), model, record.flow), specials=specials(model))
-
-
-def changes(graph: Graph, keep: Keep) -> Changes:
-    """What has to be done to the model for only `keep` to remain."""
-    gone = dropped(graph, keep)
-    return Changes(
-        cuts=cuts(graph, keep),
-        attributes=attributes(graph, keep),
-        along=tuple(_along(graph, keep)),
-        renumbered=tuple(_renumbered(graph, keep)),
-        dropped=gone,
-        lists=_shortened(graph, gone),
-    )
-
-
-def _renumbered(graph: Graph, keep: Keep) -> Iterator[Renumbered]:
-    for found in graph.numbered:
-        mask = keep.get(found.group)
-        if mask is not None and not bool(mask.all()):
-            yield Renumbered(found.inputs, found.outputs, mask.nonzero().flatten())
-
-
-def _along(graph: Graph, keep: Keep) -> Iterator[Along]:
-    for run in graph.runs:
-        mask = keep.get(run.group)
-        if mask is not None and not bool(mask.all()):
-            stays = (run.unit < 0) | mask.numpy()[run.unit]
-            yield Along(run.name, run.number, run.axis, torch.from_numpy(np.flatnonzero(stays)))
-
-
-def _shortened(graph: Graph, gone: Mapping[str, tuple[str, ...]]) -> dict[tuple[str, str], tuple[int, ...]]:
-    """(owner, name) -> positions that go, for each list with one entry for each block."""
-    return {
-        place: tuple(graph.orders[stack].index(name) for name in names)
-        for stack, names in gone.items()
-        for place in graph.lists.get(stack, ())
-    }
-
-
-def cuts(graph: Graph, keep: Keep) -> dict[str, dict[int, Tensor]]:
-    """Entity -> axis -> positions that remain (int64, ascending), for each axis that loses any."""
-    gone: dict[tuple[str, int], list[Ints]] = {}
-    for group in graph.groups:
-        mask = keep.get(group.name)
-        if mask is None or bool(mask.all()):
-            continue
-        lost = ~mask.numpy()
-        for member in group.members:
-            gone.setdefault((member.entity, member.axis), []).append(member.index[lost[member.unit]])
-    result: dict[str, dict[int, Tensor]] = {}
-    for (entity, axis), parts in gone.items():
-        stays = np.ones(graph.entities[entity].shape[axis], dtype=bool)
-        stays[np.concatenate(parts)] = False
-        result.setdefault(entity, {})[axis] = torch.from_numpy(np.flatnonzero(stays))
-    return result
-
-
-def attributes(graph: Graph, keep: Keep) -> dict[tuple[str, str], int | tuple[int, ...]]:
-    """(owner, name) -> new value, for each attribute that changes: a size, or a token."""
-    new = {(a.owner, a.name): a.new(keep) for a in graph.attributes}
-    sizes = {key: value for key, value in new.items() if value != _old(graph, key)}
-    return {**sizes, **dict(_tokens(graph, keep))}
-
-
-def _tokens(graph: Graph, keep: Keep) -> Iterator[tuple[tuple[str, str], int | tuple[int, ...]]]:
-    """The attributes that name tokens, in the new numbers."""
-    group = graph.tokens
-    mask = keep.get(group.name) if group else None
-    if group is None or mask is None or bool(mask.all()):
-        return
-    number, tables = mask.cumsum(0) - 1, {m.entity for m in group.members}
-    for (owner, name), old in graph.specials.items():
-        other = f"{owner}.weight" in graph.entities and f"{owner}.weight" not in tables
-        many = old if isinstance(old, tuple) else (old,)
-        if not other and all(0 <= k < group.size and bool(mask[k]) for k in many):
-            new = tuple(int(number[k]) for k in many)
-            yield (owner, name), new if isinstance(old, tuple) else new[0]
-
-
-def _old(graph: Graph, key: tuple[str, str]) -> int:
-    return next(a.value for a in graph.attributes if (a.owner, a.name) == key)
 
 
 @dataclass(frozen=True, eq=False)
@@ -176,7 +93,7 @@ def _graph(record: Trace) -> Graph:
         entities={name: _entity(record, name) for name in record.tensors},
         groups=groups,
         frozen=tuple(_frozen(equations, record)),
-        layers=tuple(_with_macs(layers, costs)),
+        layers=tuple(with_macs(layers, costs)),
         costs=costs,
         extents=extents,
         attributes=_attributes(equations, record, numbers),
@@ -254,7 +171,7 @@ def _frozen(equations: Equations, record: Trace) -> Iterator[Frozen]:
         stays = equations.stays(dim[0])
         if stays.any():
             reason = equations.reason(dim[0][stays])
-            yield Frozen(name, axis, int(stays.sum()), reason.text, reason.where)
+            yield Frozen(name, axis, int(stays.sum()), reason.text, reason.where, reason.kind)
 
 
 def _positions(equations: Equations, record: Trace) -> Iterator[tuple[str, int, Ints, Ints]]:
@@ -373,14 +290,3 @@ def _layers(work: Iterable[Work]) -> Iterator[Layer]:
         name = use.entity.removesuffix(".weight")
         op: Any = use.op
         yield Layer(name, use.entity, use.out_axis, use.in_axis, use.groups, op, use.bias, use.module)
-
-
-def _with_macs(layers: Iterable[Layer], costs: tuple[Cost, ...]) -> Iterator[Layer]:
-    macs: dict[str, float] = {}
-    for cost in costs:
-        macs[cost.layer] = macs.get(cost.layer, 0.0) + cost.macs({})
-    for layer in layers:
-        yield Layer(
-            layer.name, layer.entity, layer.out_axis, layer.in_axis, layer.groups, layer.op, layer.bias, layer.module,
-            macs.get(layer.entity, 0.0),
-        )  # fmt: skip

@@ -14,7 +14,7 @@ from typing import Literal
 
 import numpy as np
 
-from prunella.graph.data import Ints
+from prunella.graph.data import Ints, ReasonKind
 
 Dim = tuple[Ints, ...]
 WHOLE: Dim = ()
@@ -43,6 +43,7 @@ class Reason:
     text: str
     where: str = ""
     soft: Soft = ""
+    kind: ReasonKind = ReasonKind.OPERATION
 
 
 @dataclass(frozen=True, eq=False)

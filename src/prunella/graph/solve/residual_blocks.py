@@ -13,9 +13,8 @@ from dataclasses import replace
 import numpy as np
 from torch import nn
 
-from prunella.graph.data import Entity, Frozen, Graph, Group, Layer, Member, Place, Role
+from prunella.graph.data import Entity, Frozen, Graph, Group, Layer, Member, Place, ReasonKind, Role
 from prunella.graph.trace.dataflow import Flow, ModuleCall
-from prunella.types import Keep
 
 
 def add_stacks(graph: Graph, model: nn.Module, flow: Flow) -> Graph:
@@ -60,18 +59,8 @@ def narrow(graph: Graph, spared: Mapping[str, str]) -> Graph:
         stays = np.array([path not in spared for path in stack.paths])
         if stays.any():
             stacks.append(stack if stays.all() else _some(stack, stays))
-    rooted = tuple(Frozen(path, -1, 1, reason, "") for path, reason in spared.items())
+    rooted = tuple(Frozen(path, -1, 1, reason, "", ReasonKind.REQUEST) for path, reason in spared.items())
     return with_stacks(graph, stacks, graph.rooted + rooted) if spared else graph
-
-
-def dropped(graph: Graph, keep: Keep) -> dict[str, tuple[str, ...]]:
-    """Container -> names in it of the blocks that go."""
-    gone: dict[str, tuple[str, ...]] = {}
-    for stack in graph.stacks:
-        mask = keep.get(stack.name)
-        if mask is not None and not bool(mask.all()):
-            gone[stack.name] = tuple(stack.paths[k].rpartition(".")[2] for k in (~mask).nonzero().flatten().tolist())
-    return gone
 
 
 def inside(name: str, path: str) -> bool:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from prunella.graph.data import Group
+from prunella.graph.data import Group, ReasonKind
 from prunella.graph.solve.equations import Equations, Mark
 from prunella.graph.solve.labels import Dim, Reason
 from prunella.graph.trace.recorder import Link, Trace
@@ -102,9 +102,9 @@ def freeze_unfollowed(equations: Equations, record: Trace, groups: Iterable[Grou
             links = [n for n in record.links if _concerns(equations, n, gone, solved)]
             wrong = _unfollowed_by(equations, record, gone, solved, links)
             if wrong is not None:
-                equations.freeze(np.flatnonzero(gone[equations.part]), Reason(_unfollowed(wrong), wrong.where))
+                equations.freeze(np.flatnonzero(gone[equations.part]), _unfollowed(wrong))
                 every = np.isin(equations.part, np.concatenate([p for p, _ in dims]))
-                equations.freeze(np.flatnonzero(every), Reason(_unfollowed(wrong), wrong.where))
+                equations.freeze(np.flatnonzero(every), _unfollowed(wrong))
                 frozen = True
                 break
     return frozen
@@ -137,9 +137,10 @@ def _today(leaf: Attr | Shape) -> int:
     return leaf.value
 
 
-def _unfollowed(link: Link) -> str:
+def _unfollowed(link: Link) -> Reason:
     if isinstance(link.expression, Attr) and not link.dim:
-        return f"the size {link.expression.name} is used in a calculation"
+        text = f"the size {link.expression.name} is used in a calculation"
+        return Reason(text, link.where, kind=ReasonKind.SOURCE)
     if not link.dim:
-        return "the source decides by a size"
-    return "a size in the source would not follow"
+        return Reason("the source decides by a size", link.where, kind=ReasonKind.DECISION)
+    return Reason("a size in the source would not follow", link.where, kind=ReasonKind.SOURCE)

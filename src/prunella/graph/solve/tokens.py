@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prunella.graph.cut.surgery import Renumbered
+from prunella.graph.cut.changes import Renumbered
 from prunella.graph.trace.tracked_int import holders
 
 Ids = int | tuple[int, ...]

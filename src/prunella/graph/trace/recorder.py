@@ -24,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from prunella.graph.data import Ints, Role
+from prunella.graph.data import Ints, ReasonKind, Role
 from prunella.graph.solve.labels import WHOLE, Dim, Ledger, Reason, Run, Soft
 from prunella.graph.trace.dataflow import Flow, watched
 from prunella.graph.trace.source import GENERATED, LIBRARY, called, place, short
@@ -155,10 +155,10 @@ class Trace:
         if axis and (role in {"in", "out"} or axis not in self.roles):
             self.roles[axis] = role
 
-    def freeze(self, dim: Dim, text: str) -> None:
+    def freeze(self, dim: Dim, text: str, kind: ReasonKind = ReasonKind.OPERATION) -> None:
         """All positions of `dim` stay, with the line that is running as the place."""
         if dim:
-            self.ledger.freeze(dim, Reason(text, self.where()))
+            self.ledger.freeze(dim, Reason(text, self.where(), kind=kind))
 
     def equal(self, first: Dim, second: Dim, text: str) -> Dim:
         """Relate two dims position by position."""
@@ -202,7 +202,7 @@ class Trace:
         elif isinstance(raw, Tracked):
             self.links.append(Link(raw.expression, self.ledger.single(dim), length, self.where()))
         else:
-            self.freeze(dim, f"the size {raw} is typed into the source")
+            self.freeze(dim, f"the size {raw} is typed into the source", ReasonKind.SOURCE)
 
     def leak(self, expression: Expression | Comparison) -> None:
         """A size is used as a number and must not change, or it decides something and the outcome must not change."""
@@ -215,7 +215,8 @@ class Trace:
             if isinstance(leaf, Attr):
                 self.fixed.append((leaf, where))
             elif leaf.dim:
-                self.ledger.freeze(leaf.dim, Reason("the size is used in a calculation", where))
+                reason = Reason("the size is used in a calculation", where, kind=ReasonKind.SOURCE)
+                self.ledger.freeze(leaf.dim, reason)
 
     def _equated(self, found: Comparison, where: str) -> bool:
         """Note `x.shape[1] == self.size`, as checks of sizes say it, as a link between the two."""

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from prunella.errors import BadInput, RequestError
-from prunella.graph.data import Graph, Layer
+from prunella.graph.data import Graph
 from prunella.graph.solve.groups import couple
 from prunella.io.importers.checkpoint import neural_compressor, repeated, sparseml, zeros
 from prunella.io.importers.compressed import PARTS, compressed_tensors
@@ -19,11 +19,7 @@ from prunella.io.importers.patterns import pattern_of
 from prunella.io.importers.reading import Source, read_source
 from prunella.io.importers.torch_masks import needs_masks, torch_ao, torch_prune
 from prunella.model.state import untouched
-from prunella.planning import table
 from prunella.planning.plan import Plan
-from prunella.planning.table import Amount, Row
-from prunella.stats.subject import first_seen
-from prunella.targets import Sparsity
 from prunella.types import Inputs, Mask
 
 Importer = Callable[[State], Imported]
@@ -112,27 +108,12 @@ class _Fit:
         rename = self._renaming(own)
         weights = self._weights(own, rename)
         masks = self._masks(own, rename)
-        layers = [layer for layer in first_seen(self.graph.layers) if layer.entity in masks]
-        rows = tuple(row for layer in layers for row in self._row(layer, masks))
-        after, before = self._after(rows, masks), table.amount(self.graph, {})
-        total, kept = sum(row.total for row in rows), sum(row.kept for row in rows)
+        plan = Plan.of_masks(self.graph, masks, pattern=pattern_of, inputs=inputs, frozen=())
+        total, kept = sum(row.total for row in plan.rows), sum(row.kept for row in plan.rows)
         if total and not kept:
             raise BadInput("everything is zero", f"all {total} weights are pruned", "give a checkpoint with weights")
-        return Plan(
-            recipe={},
-            target=Sparsity(1 - kept / total if total else 0.0),
-            before=before,
-            after=after,
-            keep={},
-            masks=masks,
-            cuts={},
-            attributes={},
-            rows=rows,
-            frozen=(),
-            weights=weights,
-            inputs=inputs,
-            remarks=(f"imported from {self.found.origin}: {len(masks)} masks", *self.found.remarks),
-        )
+        origin = f"imported from {self.found.origin}: {len(masks)} masks"
+        return replace(plan, weights=weights, remarks=(origin, *self.found.remarks))
 
     def _own(self) -> dict[str, Tensor]:
         """Parameters and buffers of the model under all their names."""
@@ -184,16 +165,6 @@ class _Fit:
         if not masks:
             raise BadInput("nothing is pruned in this checkpoint", "no mask and no zero in a weight", "give another")
         return masks
-
-    def _row(self, layer: Layer, masks: Mapping[str, Mask]) -> tuple[Row, ...]:
-        return table.mask_rows(self.graph, [layer], masks, pattern_of(masks[layer.entity], layer))
-
-    def _after(self, rows: Iterable[Row], masks: Mapping[str, Mask]) -> Amount:
-        """Masks of what does not multiply, a bias for instance, are parameters that go, and no multiply-adds."""
-        amount = table.masked_amount(self.graph, tuple(rows))
-        layers = {layer.entity for layer in self.graph.layers}
-        beside = sum(int((~mask).sum()) for name, mask in masks.items() if name not in layers)
-        return replace(amount, params=amount.params - beside)
 
 
 def _bare(name: str) -> str:

@@ -71,7 +71,7 @@ class Rule:
         return self.trade or self.memory > 0 or "grad" in {*needs_of(self.drop), *needs_of(self.grow)}
 
 
-@training(source="Mocanu et al. 2018, arXiv:1707.04780")
+@training(source="Mocanu et al. 2018, arXiv:1707.04780", status="stable")
 def set_(*, zeta: float = 0.3) -> Rule:
     """Drop the smallest weights of each layer and grow as many at random places of it.
 
@@ -85,7 +85,7 @@ def set_(*, zeta: float = 0.3) -> Rule:
     return Rule(lambda progress: zeta)
 
 
-@training(source="Evci et al. 2020, arXiv:1911.11134")
+@training(source="Evci et al. 2020, arXiv:1911.11134", status="stable")
 def rigl(*, alpha: float = 0.3) -> Rule:
     """Drop the smallest weights of each layer and grow where the dense gradient is largest.
 
@@ -98,7 +98,7 @@ def rigl(*, alpha: float = 0.3) -> Rule:
     return Rule(cosine_fraction(alpha), grow=dense_gradient)
 
 
-@training(source="Dettmers and Zettlemoyer 2019, arXiv:1907.04840")
+@training(source="Dettmers and Zettlemoyer 2019, arXiv:1907.04840", status="stable")
 def sparse_momentum(*, alpha: float = 0.5, memory: float = 0.9) -> Rule:
     """Drop the smallest weights everywhere and grow them in the layers, and at the places, where momentum is largest.
 
@@ -114,7 +114,7 @@ def sparse_momentum(*, alpha: float = 0.5, memory: float = 0.9) -> Rule:
     return Rule(cosine_fraction(alpha), grow=dense_gradient, trade=True, memory=memory)
 
 
-@training(source="Liu et al. 2021, arXiv:2106.10404")
+@training(source="Liu et al. 2021, arXiv:2106.10404", status="stable")
 def granet(*, final: float = 0.9, alpha: float = 0.5, schedule: Schedule = cubic) -> Rule:
     """Get sparser along a cubic curve, and at every update grow as many as are dropped beyond it.
 

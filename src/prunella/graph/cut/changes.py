@@ -1,0 +1,149 @@
+"""What a plan does to the structure of a model: the kept positions on every axis, and all that follows from them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from prunella.graph.data import Graph, Ints
+from prunella.types import Keep
+
+Cuts = Mapping[str, Mapping[int, Tensor]]
+Sizes = Mapping[tuple[str, str], int | tuple[int, ...]]
+Dropped = Mapping[str, tuple[str, ...]]
+Lists = Mapping[tuple[str, str], tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Along:
+    """The `number`-th call of `name` in a run goes over the positions `kept` on `axis` of its first tensor only."""
+
+    name: str
+    number: int
+    axis: int
+    kept: Tensor
+
+
+@dataclass(frozen=True)
+class Renumbered:
+    """Number `i` of these inputs and of the positions on these (output, axis) is what was number `kept[i]`."""
+
+    inputs: tuple[int, ...]
+    outputs: tuple[tuple[int, int], ...]
+    kept: Tensor
+
+
+@dataclass(frozen=True)
+class Changes:
+    """All that a plan does to a model.
+
+    cuts: entity -> axis -> positions kept (int64).  attributes: (owner, name) -> new value of a size or of tokens.
+    along: calls that run along a cut axis. The masked model is the one in which they see only what stays.
+    renumbered: inputs and outputs whose numbers mean something else afterwards.
+    dropped: container -> names of the blocks that go.  lists: (owner, name) -> positions that go from a plain list.
+    """
+
+    cuts: Cuts = field(default_factory=dict)
+    attributes: Sizes = field(default_factory=dict)
+    along: tuple[Along, ...] = ()
+    renumbered: tuple[Renumbered, ...] = ()
+    dropped: Dropped = field(default_factory=dict)
+    lists: Lists = field(default_factory=dict)
+
+    def __bool__(self) -> bool:
+        return bool(self.cuts or self.attributes or self.dropped)
+
+
+def changes(graph: Graph, keep: Keep) -> Changes:
+    """What has to be done to the model for only `keep` to remain."""
+    gone = dropped(graph, keep)
+    return Changes(
+        cuts=cuts(graph, keep),
+        attributes=attributes(graph, keep),
+        along=tuple(_along(graph, keep)),
+        renumbered=tuple(_renumbered(graph, keep)),
+        dropped=gone,
+        lists=_shortened(graph, gone),
+    )
+
+
+def dropped(graph: Graph, keep: Keep) -> dict[str, tuple[str, ...]]:
+    """Container -> names in it of the blocks that go."""
+    gone: dict[str, tuple[str, ...]] = {}
+    for stack in graph.stacks:
+        mask = keep.get(stack.name)
+        if mask is not None and not bool(mask.all()):
+            gone[stack.name] = tuple(stack.paths[k].rpartition(".")[2] for k in (~mask).nonzero().flatten().tolist())
+    return gone
+
+
+def _renumbered(graph: Graph, keep: Keep) -> Iterator[Renumbered]:
+    for found in graph.numbered:
+        mask = keep.get(found.group)
+        if mask is not None and not bool(mask.all()):
+            yield Renumbered(found.inputs, found.outputs, mask.nonzero().flatten())
+
+
+def _along(graph: Graph, keep: Keep) -> Iterator[Along]:
+    for run in graph.runs:
+        mask = keep.get(run.group)
+        if mask is not None and not bool(mask.all()):
+            stays = (run.unit < 0) | mask.numpy()[run.unit]
+            yield Along(run.name, run.number, run.axis, torch.from_numpy(np.flatnonzero(stays)))
+
+
+def _shortened(graph: Graph, gone: Mapping[str, tuple[str, ...]]) -> dict[tuple[str, str], tuple[int, ...]]:
+    """(owner, name) -> positions that go, for each list with one entry for each block."""
+    return {
+        place: tuple(graph.orders[stack].index(name) for name in names)
+        for stack, names in gone.items()
+        for place in graph.lists.get(stack, ())
+    }
+
+
+def cuts(graph: Graph, keep: Keep) -> dict[str, dict[int, Tensor]]:
+    """Entity -> axis -> positions that remain (int64, ascending), for each axis that loses any."""
+    gone: dict[tuple[str, int], list[Ints]] = {}
+    for group in graph.groups:
+        mask = keep.get(group.name)
+        if mask is None or bool(mask.all()):
+            continue
+        lost = ~mask.numpy()
+        for member in group.members:
+            gone.setdefault((member.entity, member.axis), []).append(member.index[lost[member.unit]])
+    result: dict[str, dict[int, Tensor]] = {}
+    for (entity, axis), parts in gone.items():
+        stays = np.ones(graph.entities[entity].shape[axis], dtype=bool)
+        stays[np.concatenate(parts)] = False
+        result.setdefault(entity, {})[axis] = torch.from_numpy(np.flatnonzero(stays))
+    return result
+
+
+def attributes(graph: Graph, keep: Keep) -> dict[tuple[str, str], int | tuple[int, ...]]:
+    """(owner, name) -> new value, for each attribute that changes: a size, or a token."""
+    new = {(a.owner, a.name): a.new(keep) for a in graph.attributes}
+    sizes = {key: value for key, value in new.items() if value != _old(graph, key)}
+    return {**sizes, **dict(_tokens(graph, keep))}
+
+
+def _tokens(graph: Graph, keep: Keep) -> Iterator[tuple[tuple[str, str], int | tuple[int, ...]]]:
+    """The attributes that name tokens, in the new numbers."""
+    group = graph.tokens
+    mask = keep.get(group.name) if group else None
+    if group is None or mask is None or bool(mask.all()):
+        return
+    number, tables = mask.cumsum(0) - 1, {m.entity for m in group.members}
+    for (owner, name), old in graph.specials.items():
+        other = f"{owner}.weight" in graph.entities and f"{owner}.weight" not in tables
+        many = old if isinstance(old, tuple) else (old,)
+        if not other and all(0 <= k < group.size and bool(mask[k]) for k in many):
+            new = tuple(int(number[k]) for k in many)
+            yield (owner, name), new if isinstance(old, tuple) else new[0]
+
+
+def _old(graph: Graph, key: tuple[str, str]) -> int:
+    return next(a.value for a in graph.attributes if (a.owner, a.name) == key)

@@ -1,0 +1,56 @@
+"""What stands in the way of a budget, and what helps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from prunella.errors import TargetMissed
+from prunella.graph.data import Frozen, Graph, ReasonKind
+from prunella.targets import Sparsity, Target
+
+_ADVICE = {
+    ReasonKind.SOURCE: "sizes in the source can follow in a program: prunella.as_program(model, inputs), or --program",
+}
+"""What helps against a kind of reason; against the others nothing does, or the reason itself says it."""
+
+
+def offer(frozen: Iterable[Frozen]) -> str:
+    """What helps to prune more of what is frozen; empty where nothing does."""
+    kinds = {entry.kind for entry in frozen}
+    return "; ".join(advice for kind, advice in _ADVICE.items() if kind in kinds)
+
+
+def obstacles(graph: Graph, frozen: Sequence[Frozen], limit: int = 6) -> list[str]:
+    """What may not be pruned and why, blocks first, then the layers with the most multiply-adds."""
+    macs = {layer.entity: layer.macs for layer in graph.layers}
+    sizes = {name: graph.numel(name) for name in graph.entities}
+    ranked = sorted(frozen, key=lambda f: (f.axis < 0, macs.get(f.entity, 0.0), sizes.get(f.entity, 0)), reverse=True)
+    lines = [f"frozen: {f.place}: {f.reason}{f' ({f.where})' if f.where else ''}" for f in ranked[:limit]]
+    return lines + ([f"and {len(ranked) - limit} more frozen axes"] if len(ranked) > limit else [])
+
+
+def target_missed(
+    target: Target, graph: Graph, frozen: Sequence[Frozen], *, dense: float, least: float, budget: float, limits: str
+) -> TargetMissed:
+    """The error of a target beyond reach.
+
+    dense, least, budget: the model as it is, when all that may go is gone, and as was asked, in the target's unit.
+    limits: what the recipe keeps of every group.
+    """
+    reach = 1 - least / dense if isinstance(target, Sparsity) else least / dense
+    asked = "" if isinstance(target, Sparsity) else f", asked {budget:.6g}"
+    todo = f"ask for {target.name}={reach:.4g} or less removal, lower min_density= or round_to=, or skip less"
+    return TargetMissed(
+        f"{target} cannot be met: all that may go leaves {target.name}={reach:.4g} ({least:.6g} of {dense:.6g}{asked})",
+        "\n".join([limits, *obstacles(graph, frozen)]),
+        "; ".join(filter(None, [todo, offer(frozen)])),
+    )
+
+
+def nothing_removed(target: Target, *, dense: float, budget: float) -> TargetMissed:
+    """The error of a target that the model meets as it is."""
+    return TargetMissed(
+        f"{target} would remove nothing",
+        f"the model has {dense:.6g}, and up to {budget:.6g} is allowed",
+        "ask for a smaller model",
+    )

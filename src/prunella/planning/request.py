@@ -1,0 +1,218 @@
+"""What a plan is asked for, who takes part in it, and with which scores: plain functions over a frozen `Request`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from prunella.errors import NotSupported, RequestError
+from prunella.granularity import Depth, Ranked, Structural, Vocabulary
+from prunella.graph.data import Frozen, Graph, Group, Layer, ReasonKind
+from prunella.graph.match import check_patterns, chosen, names_of_group, names_of_layer, rank_of, spared_blocks
+from prunella.graph.matrix import to_matrix
+from prunella.graph.solve.block_counters import counted
+from prunella.graph.solve.groups import couple
+from prunella.graph.solve.residual_blocks import narrow
+from prunella.planning.diagnostics import obstacles, offer
+from prunella.planning.latency import LatencyProbe
+from prunella.planning.recipe import Recipe
+from prunella.planning.scoring import Absent, Scorer
+from prunella.registry.controlled import name_of
+from prunella.registry.method import knobs_of, needs_of
+from prunella.stats import Source, Subject, collect
+from prunella.stats.masked import Before, behind, masked
+from prunella.stats.subject import first_seen
+from prunella.targets import Target
+from prunella.types import Inputs
+
+GroupScores = tuple[Group, Tensor]
+LayerScores = tuple[Layer, Tensor]
+
+
+@dataclass(frozen=True)
+class Request:
+    """A model with its coupling graph, and what is asked of it.
+
+    target: None where the recipe alone decides, or where a search does. before: what earlier rounds have masked.
+    """
+
+    model: nn.Module
+    graph: Graph
+    recipe: Recipe
+    target: Target | None
+    source: Source
+    skip: tuple[str, ...]
+    only: tuple[str, ...]
+    inputs: Inputs
+    probe: LatencyProbe
+    before: Before | None = None
+
+
+def prepare(
+    model: nn.Module,
+    inputs: Inputs,
+    recipe: Recipe,
+    *,
+    target: Target | None,
+    source: Source,
+    skip: Sequence[str],
+    only: Sequence[str],
+) -> Request:
+    """Couple the model and check the patterns. Use it inside `untouched`. Errors: those of `couple`, RequestError."""
+    graph = couple(model, inputs)
+    check_patterns(graph, skip, only)
+    if any(isinstance(granularity, Depth) for granularity in recipe.granularities):
+        graph = counted(model, narrow(graph, spared_blocks(graph, skip, only)), inputs)
+    probe = LatencyProbe(model, graph, inputs)
+    return Request(model, graph, recipe, target, source, tuple(skip), tuple(only), inputs, probe)
+
+
+# -- groups of units ---------------------------------------------------------------------------------------------
+
+
+def eligible_groups(request: Request) -> tuple[list[Group], list[Frozen]]:
+    """Groups that take part, and what does not, with reasons. Errors: NotSupported if there are none."""
+    graph = request.graph
+    kinds = {entry.kind for entry in request.recipe.granularities if isinstance(entry, Structural)}
+    groups, frozen = list[Group](), list(graph.frozen)
+    if "block" in kinds:
+        frozen += graph.rooted
+    for group in (*graph.groups, *(graph.stacks if "block" in kinds else ())):
+        reason, kind = _excluded(request, group, kinds)
+        if reason:
+            frozen.append(set_aside(group, reason, kind))
+        else:
+            groups.append(group)
+    if not groups:
+        raise nothing_to_prune(request, "units", frozen)
+    return groups, frozen
+
+
+def _excluded(request: Request, group: Group, kinds: set[str]) -> tuple[str, ReasonKind]:
+    """Why a group takes no part, empty if it does."""
+    reason = f"granularity is {' and '.join(sorted(kinds))}, this is {group.kind}"
+    reason += f": {group.why}" if group.why else ""
+    if group.kind in kinds:
+        names = names_of_group(request.graph, group)
+        reason = "" if group.paths else chosen(names, request.skip, request.only)
+        reason = reason or ("" if request.only or group.paths else rank_of(request.graph, group))
+    if group.kind == "vocabulary" in kinds and group is not request.graph.tokens:
+        reason = "another table than that of the tokens"
+    if not reason and group.size <= group.least:
+        reason = "a single unit, which has to stay" if group.size == 1 else "all of its units are needed"
+        return reason, ReasonKind.MINIMUM
+    return reason, ReasonKind.REQUEST
+
+
+def kept_tokens(request: Request, groups: Sequence[Group]) -> dict[str, Tensor]:
+    """Group -> the tokens that are kept: those asked for and those that the model names."""
+    asked = next((entry for entry in request.recipe.granularities if isinstance(entry, Vocabulary)), None)
+    table = request.graph.tokens
+    if asked is None:
+        return {}
+    if table is None or table not in groups:
+        why = "no table is looked up by an input, or it stays" if table is None else "skip= or only= leaves it out"
+        raise NotSupported("there are no tokens to remove", why, "leave Vocabulary out")
+    specials = request.graph.specials.values()
+    named = [token for value in specials for token in (value if isinstance(value, tuple) else (value,))]
+    beyond = [token for token in asked.tokens if token >= table.size]
+    if beyond:
+        raise RequestError(f"there is no token {beyond[0]}", f"{table.name} has {table.size} rows")
+    keep = torch.zeros(table.size, dtype=torch.bool)
+    keep[[*asked.tokens, *(token for token in named if 0 <= token < table.size)]] = True
+    return {table.name: keep}
+
+
+def score_groups(
+    request: Request, groups: Sequence[Group], frozen: Sequence[Frozen]
+) -> tuple[list[GroupScores], list[Frozen]]:
+    """Groups with a score for each unit; those that cannot be scored join what is frozen, with the reason."""
+    if not groups:
+        return [], list(frozen)
+    reduce = {entry.kind: entry.reduce for entry in request.recipe.granularities if isinstance(entry, Ranked)}
+    scorer = _scorer(request, Subject(request.model, request.graph, groups=tuple(groups), inputs=request.inputs))
+    scored, aside = list[GroupScores](), list(frozen)
+    for group in groups:
+        try:
+            scored.append((group, scorer.units(group, reduce[group.kind])))
+        except Absent as error:
+            aside.append(set_aside(group, str(error), ReasonKind.UNSCORED))
+    if not scored:
+        raise nothing_to_prune(request, "units", aside)
+    return scored, aside
+
+
+def set_aside(group: Group, reason: str, kind: ReasonKind) -> Frozen:
+    """A group that takes no part, and why."""
+    if group.paths:
+        return Frozen(group.name, -1, group.size, reason, "", kind)
+    maker = next((m for m in group.members if m.role == "out"), group.members[0])
+    return Frozen(maker.entity, maker.axis, len(maker.index), reason, group.where, kind)
+
+
+# -- layers of weights -------------------------------------------------------------------------------------------
+
+
+def eligible_layers(request: Request) -> tuple[list[Layer], list[Frozen]]:
+    """Layers that take part, each weight once, and what does not, with reasons."""
+    layers, frozen = list[Layer](), list[Frozen]()
+    for layer in first_seen(request.graph.layers):
+        reason = chosen(names_of_layer(request.graph, layer), request.skip, request.only)
+        if reason:
+            frozen.append(_layer_aside(request.graph, layer, reason, ReasonKind.REQUEST))
+        else:
+            layers.append(layer)
+    if not layers:
+        raise nothing_to_prune(request, "weights", frozen)
+    return layers, frozen
+
+
+def score_layers(
+    request: Request, layers: Sequence[Layer], frozen: Sequence[Frozen]
+) -> tuple[list[LayerScores], list[Frozen]]:
+    """Layers with a score for each weight; those that cannot be scored join what is frozen, with the reason."""
+    scorer = _scorer(request, Subject(request.model, request.graph, layers=tuple(layers), inputs=request.inputs))
+    scored, aside = list[LayerScores](), list(frozen)
+    for layer in layers:
+        try:
+            scored.append((layer, scorer.weights(layer)))
+        except Absent as error:
+            aside.append(_layer_aside(request.graph, layer, str(error), ReasonKind.UNSCORED))
+    if not scored:
+        raise nothing_to_prune(request, "weights", aside)
+    return _masked_last(request.before, scored), aside
+
+
+def _masked_last(before: Before | None, scored: list[LayerScores]) -> list[LayerScores]:
+    """What earlier rounds have masked ranks behind everything else, where it may not come back."""
+    if before is None or not before.nested:
+        return scored
+    masks = {x.entity: to_matrix(before.masks[x.entity], x) for x, _ in scored if x.entity in before.masks}
+    ranked = behind({layer.entity: scores for layer, scores in scored}, masks)
+    return [(layer, ranked[layer.entity]) for layer, _ in scored]
+
+
+def _layer_aside(graph: Graph, layer: Layer, reason: str, kind: ReasonKind) -> Frozen:
+    rows = graph.entities[layer.entity].shape[layer.out_axis]
+    return Frozen(layer.entity, layer.out_axis, rows, reason, "", kind)
+
+
+# -- both --------------------------------------------------------------------------------------------------------
+
+
+def _scorer(request: Request, subject: Subject) -> Scorer:
+    criterion = request.recipe.criterion
+    with masked(subject.parameters, request.before.masks if request.before else {}):
+        statistics = collect(subject, needs_of(criterion), request.source, name_of(criterion), knobs_of(criterion))
+    return Scorer(criterion, subject, statistics, request.recipe.seed)
+
+
+def nothing_to_prune(request: Request, what: str, frozen: Sequence[Frozen]) -> NotSupported:
+    """The error of a model in which nothing takes part."""
+    names = ", ".join(name_of(type(entry)) for entry in request.recipe.granularities)
+    reasons = "\n".join(obstacles(request.graph, frozen)) or "the model has no layer that multiplies by a weight"
+    todo = offer(frozen) or "`prunella inspect` shows the groups"
+    return NotSupported(f"there are no {what} to prune for {names}", reasons, todo)
