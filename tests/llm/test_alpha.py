@@ -9,7 +9,7 @@ import torch
 
 import prunella as pr
 from prunella.llm.alpha import tail_exponent
-from tests.llm.test_one_shot import Half, Net, batches, net
+from tests.llm.test_blockwise import Half, Net, batches, net
 
 
 def test_hill_by_hand() -> None:

@@ -49,12 +49,12 @@ def test_a_block_is_solved_toward_what_leaves_the_blocks_that_it_stands_for() ->
     report = pr.llm.match_stream_(small, model, data, plan, how=pr.llm.Match(ridge=0.1, gaps=True))
     assert torch.allclose(small.model.layers[1].mlp.down_proj.weight.double(), weight + change.T, atol=1e-5)
     fit = report.fits[1]
-    assert fit.instead == ("model.layers.2", "model.layers.3") and fit.layer == "model.layers.1.mlp.down_proj.weight"
+    assert fit.replaces == ("model.layers.2", "model.layers.3") and fit.layer == "model.layers.1.mlp.down_proj.weight"
     size = float(goal.square().sum())
     assert fit.before == pytest.approx((float(residual.square().sum()) / size) ** 0.5, rel=1e-4)
     assert fit.after == pytest.approx((float((residual - x @ change).square().sum()) / size) ** 0.5, rel=1e-4)
     assert all(value.equal(untouched[name]) for name, value in small.model.layers[0].state_dict().items())
-    assert [bool(f.skipped) for f in report.fits] == [True, False, True] and "stands for 2 more" in str(report)
+    assert [bool(f.skipped) for f in report.fits] == [True, False, True] and "replaces 2 more" in str(report)
 
 
 def test_the_ridge_is_chosen_on_batches_that_the_least_squares_does_not_see() -> None:
@@ -180,7 +180,7 @@ def test_a_dropped_block_that_adds_a_constant_goes_into_the_bias() -> None:
 def test_the_first_block_of_a_run_stands_for_all_of_it() -> None:
     model, data = silent(language_model(), 2, 3), windows(2)
     done = pr.llm.replace_run(model, data[0], data, count=1, refine=None)
-    assert done.plan.dropped == {"model.layers": ("3",)} and "stands for 1 more" in str(done)
+    assert done.plan.dropped == {"model.layers": ("3",)} and "replaces 1 more" in str(done)
     assert torch.allclose(logits(done.model, data[0]), logits(model, data[0]), atol=1e-5)
     model = language_model()
     done = pr.llm.replace_run(model, data[0], data, count=2, refine=pr.llm.Refine(4, 2e-3))
@@ -212,5 +212,5 @@ def test_what_cannot_be_matched_is_said() -> None:
         pr.llm.Match(ridge=-1)
     model, x = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3)), torch.randn(9, 4)
     plan = pr.plan(model, x, target=pr.Sparsity(0.5))
-    with pytest.raises(NotSupported, match="no stream to match"):
+    with pytest.raises(NotSupported, match="no residual stream to match"):
         pr.llm.match_stream_(pr.shrink(model, plan), model, [x], plan)

@@ -167,25 +167,25 @@ STOPPED = """
 import os, signal, sys
 from functools import partial
 import prunella as pr
-from prunella.llm import one_shot
+from prunella.llm import solve_block
 from prunella.llm.streaming import runner as job
 from tests.llm.streaming.models import data
 
 source, output, moment, kind = sys.argv[1:]
 solved = []
 
-def solve(self, *given, old=one_shot.Job._matrix):
+def solve(*given, old=solve_block._solve_matrix):
     solved.append(given)
     if len(solved) == 11 and moment == "solving":  # in the middle of the second block
         os.kill(os.getpid(), signal.SIGKILL)
-    return old(self, *given)
+    return old(*given)
 
 def write(path, values, old=job.write_shard):
     if "00003" in path.name and moment == "writing":
         os.kill(os.getpid(), signal.SIGKILL)
     return old(path, values)
 
-one_shot.Job._matrix, job.write_shard = solve, write
+solve_block._solve_matrix, job.write_shard = solve, write
 refine = pr.llm.Refine(epochs=2) if kind == "refined" else None
 how = pr.llm.OneShot(pr.Element(per_row=True), 0.5, partial(pr.solvers.by_score, score=pr.wanda), refine)
 pr.llm.solve_folder(source, output, how, data=data())
