@@ -1,4 +1,4 @@
-"""Sparsities from spectra: Hill's estimate by hand, the mean exactly, heavy tails spared."""
+"""Sparsities from spectra: Hill's estimate by hand, the mean exactly, heavy tails pruned less."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def heavy() -> Net:
     return model
 
 
-def test_heavy_tails_lose_less_and_the_mean_is_what_was_asked() -> None:
+def test_heavy_tails_are_pruned_less_and_the_mean_is_the_sparsity() -> None:
     model, x = heavy(), batches()[0]
     found = pr.llm.alpha_sparsities(model, x, sparsity=0.6, spread=0.2)
     assert set(found) == {f"blocks.{k}.{part}" for k in range(3) for part in ("up", "down")}

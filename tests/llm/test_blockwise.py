@@ -194,7 +194,7 @@ def test_a_language_model_is_pruned_and_still_generates() -> None:
     assert model.generate(tokens[0][:1, :4], max_new_tokens=3, do_sample=False).shape == (1, 7)
 
 
-def test_the_recipe_is_the_solver_and_the_refinement_together() -> None:
+def test_one_shot_is_the_solver_and_the_refinement_together() -> None:
     how = pr.llm.one_shot(pr.NM(2, 4), epochs=20, lr=5e-3)
     assert how == pr.llm.OneShot(pr.NM(2, 4), 0.5, admm, pr.llm.Refine(20, 5e-3))
     rates = [pr.llm.one_shot(pr.Element(), sparsity).refine for sparsity in (0.5, 0.6, 0.7, {"a": 0.5, "b": 0.8})]

@@ -1,4 +1,4 @@
-"""Experts of a mixture are solved one by one, each from the tokens that reach it."""
+"""Experts of a mixture are solved one by one, each for the tokens that are routed to it."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_each_expert_is_solved_from_its_own_tokens(way: str, mute: int | None) -
     assert {mask.shape for mask in masks_of(model).values()} == {model.up.shape, model.down.shape}
 
 
-def test_an_expert_that_no_token_chooses_goes_by_magnitude() -> None:
+def test_an_expert_without_tokens_is_pruned_by_magnitude() -> None:
     model = Mixture(mute=1)
     before = model.up[1].detach().clone()
     pr.llm.solve_(model, batches()[0], HOW, data=batches(), skip=["before", "router", "down"])

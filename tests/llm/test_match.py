@@ -1,4 +1,4 @@
-"""The stream of a pruned model brought back to the dense one's, against least squares that are solved directly here."""
+"""The residual stream of a pruned model matched to the dense one's, against least squares solved directly here."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.planning.test_depth import streams
 
 
 def inner(model: Any, k: int, batch: Any) -> tuple[Tensor, Tensor]:
-    """What the last layer of a block multiplies, and the stream beside it."""
+    """The inputs of the last layer of a block, and the residual that its output is added to."""
     seen: dict[str, Tensor] = {}
     block = model.model.layers[k]
     hooks = [
@@ -30,12 +30,12 @@ def inner(model: Any, k: int, batch: Any) -> tuple[Tensor, Tensor]:
 
 
 def gap(small: Any, model: Any, data: list[Any], place: int, of: int) -> float:
-    """Squared distance of the small stream at `place` from the dense one at `of`."""
+    """Squared distance of the hidden states at `place` in the small model from those at `of` in the dense one."""
     pairs = [(streams(small, b)[place].double(), streams(model, b)[of].double()) for b in data]
     return sum(float((a - b).square().sum()) for a, b in pairs)
 
 
-def test_a_block_is_solved_toward_what_leaves_the_blocks_that_it_stands_for() -> None:
+def test_a_block_is_solved_toward_the_output_of_the_dropped_blocks_behind_it() -> None:
     model, data = language_model(), windows(4)
     plan = pr.llm.drop_blocks(model, data[0], ["model.layers.2", "model.layers.3"])
     small = pr.shrink(model, plan)
@@ -80,7 +80,7 @@ def test_the_ridge_is_chosen_on_batches_that_the_least_squares_does_not_see() ->
     assert fit.after < fit.before
 
 
-def test_every_block_behind_a_gap_makes_up_for_what_is_lost_before_it() -> None:
+def test_every_block_behind_a_gap_compensates_the_error_before_it() -> None:
     model, data = language_model(), windows(6)
     plan = pr.llm.drop_blocks(model, data[0], ["model.layers.2"])
     some, all_ = pr.shrink(model, plan), pr.shrink(model, plan)
@@ -91,7 +91,7 @@ def test_every_block_behind_a_gap_makes_up_for_what_is_lost_before_it() -> None:
     assert gap(all_, model, data, 1, 1) == 0  # nothing went before it
 
 
-def test_neurons_that_are_copies_of_others_are_made_up_for_exactly() -> None:
+def test_neurons_that_are_copies_of_others_are_compensated_exactly() -> None:
     model, data = language_model(), windows(6, length=40)
     with torch.no_grad():
         for block in model.model.layers:
@@ -124,7 +124,7 @@ def test_gradient_steps_go_on_from_the_least_squares() -> None:
     assert all(p.requires_grad and p.grad is None for p in refined.parameters())
 
 
-def test_masked_layers_are_left_to_refining_and_their_zeros_stay() -> None:
+def test_masked_layers_are_only_refined_and_their_zeros_stay() -> None:
     model, data = language_model(), windows(2)
     plan = pr.llm.drop_blocks(model, data[0], ["model.layers.2"])
     small = pr.shrink(model, plan)
@@ -177,7 +177,7 @@ def test_a_dropped_block_that_adds_a_constant_goes_into_the_bias() -> None:
     assert torch.allclose(small.blocks[1].down.bias, model.blocks[1].down.bias + model.blocks[2].down.bias, atol=1e-9)
 
 
-def test_the_first_block_of_a_run_stands_for_all_of_it() -> None:
+def test_the_first_block_of_a_run_replaces_the_run() -> None:
     model, data = silent(language_model(), 2, 3), windows(2)
     done = pr.llm.replace_run(model, data[0], data, count=1, refine=None)
     assert done.plan.dropped == {"model.layers": ("3",)} and "replaces 1 more" in str(done)
@@ -207,7 +207,7 @@ def test_matched_models_generate_and_load_plainly(name: str, tmp_path: Any) -> N
     generates_as_without_a_cache(type(model).from_pretrained(tmp_path / "out").eval())
 
 
-def test_what_cannot_be_matched_is_said() -> None:
+def test_what_cannot_be_matched_is_refused() -> None:
     with pytest.raises(RequestError, match="ridge=-1"):
         pr.llm.Match(ridge=-1)
     model, x = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3)), torch.randn(9, 4)
