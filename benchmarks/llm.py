@@ -81,7 +81,7 @@ METHODS: dict[str, Make] = {
     "sparsegpt+refine": lambda pattern, sparsity: pr.llm.OneShot(
         pattern, sparsity, pr.solvers.sparsegpt, pr.llm.Refine()
     ),
-    "one_shot": pr.llm.one_shot_recipe,
+    "one_shot": pr.llm.one_shot,
 }
 """`admm` is `one_shot` without refining, `sparsegpt+refine` is it with another solver: its ablation."""
 SETS = ("0.5", "0.6", "0.7", "2:4")

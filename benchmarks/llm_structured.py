@@ -144,7 +144,7 @@ class Bench:
     def heal(self, model: nn.Module) -> float:
         """The same healing for all: adapters of rank 16, a window a step, toward the dense logits; CPU seconds."""
         return seconds(
-            lambda: pr.recovery.heal_(
+            lambda: pr.recovery.distill_lm_(
                 model,
                 self.dense,
                 self.healing,

@@ -8,7 +8,7 @@ from prunella import schedules as schedule
 from prunella.errors import RequestError
 from prunella.registry.method import REGISTRY
 
-SCHEDULES = [schedule.one_shot, schedule.linear, schedule.cubic, schedule.cosine, schedule.exponential]
+SCHEDULES = [schedule.single_step, schedule.linear, schedule.cubic, schedule.cosine, schedule.exponential]
 
 
 def test_cubic_gives_the_numbers_of_zhu_and_gupta() -> None:
@@ -21,10 +21,10 @@ def test_exponential_gives_the_densities_of_synflow() -> None:
     assert found == pytest.approx([0.3981, 0.1585, 0.0631, 0.0251, 0.01], abs=5e-5)
 
 
-def test_linear_cosine_and_one_shot_by_hand() -> None:
+def test_linear_cosine_and_single_step_by_hand() -> None:
     assert [schedule.linear(p) for p in (0.25, 0.5)] == [0.25, 0.5]
     assert [schedule.cosine(p) for p in (0.25, 0.5)] == pytest.approx([0.14644660940672627, 0.5])
-    assert [schedule.one_shot(p) for p in (0, 1e-9, 0.5)] == [0, 1, 1]
+    assert [schedule.single_step(p) for p in (0, 1e-9, 0.5)] == [0, 1, 1]
 
 
 @pytest.mark.parametrize("function", SCHEDULES)

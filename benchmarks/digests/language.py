@@ -74,7 +74,7 @@ def one_shot_by(solver: Any) -> dict[str, Any]:
 
 
 HOWS = {
-    "2:4 refined": pr.llm.one_shot_recipe(pr.NM(2, 4), epochs=2),
+    "2:4 refined": pr.llm.one_shot(pr.NM(2, 4), epochs=2),
     "rows, blocks at once": pr.llm.OneShot(pr.Element(per_row=True), 0.6, true_sequential=False),
     "blocks of weights": pr.llm.OneShot(pr.Block(2, 2), 0.5, pr.solvers.sparsegpt, refine=pr.llm.Refine(1, 1e-3)),
 }
@@ -193,8 +193,8 @@ def healed() -> dict[str, Any]:
     model = LLAMA.model()
     small = pr.shrink(model, pr.llm.drop_blocks(model, DATA[0], ["model.layers.2"]))
     whole = pr.shrink(model, pr.llm.drop_blocks(model, DATA[0], ["model.layers.2"]))
-    done = pr.recovery.heal_(small, model, DATA, steps=2, lr=1e-2, adapters=pr.recovery.Adapters(rank=2))
-    pr.recovery.heal_(whole, model, DATA, steps=2, lr=1e-3, adapters=None)
+    done = pr.recovery.distill_lm_(small, model, DATA, steps=2, lr=1e-2, adapters=pr.recovery.Adapters(rank=2))
+    pr.recovery.distill_lm_(whole, model, DATA, steps=2, lr=1e-3, adapters=None)
     return {"adapters": small, "all weights": whole, "loss": done.curve.loss, "rates": done.curve.lr}
 
 

@@ -141,7 +141,7 @@ def curves() -> dict[str, Any]:
         pr.schedules.cubic,
         pr.schedules.exponential,
         pr.schedules.linear,
-        pr.schedules.one_shot,
+        pr.schedules.single_step,
     )
     trace = [0.1, 0.2, 0.1, 0.05]
     return {

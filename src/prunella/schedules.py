@@ -24,11 +24,10 @@ def _checked(progress: float) -> float:
 
 
 @schedule(source="LeCun et al. 1990, Optimal Brain Damage; the usual setting after training")
-def one_shot(progress: float) -> float:
-    """Everything at the first update.
+def single_step(progress: float) -> float:
+    """Everything at the first update: one-shot pruning.
 
-    `f(p) = 1 for p > 0, else 0`. The recipe for language models that bears this name on the command line is
-    `one_shot_recipe`.
+    `f(p) = 1 for p > 0, else 0`.
 
     Use: pruning after training with one recovery at the end. Avoid: more than about 80 % without distillation.
     """
@@ -136,8 +135,8 @@ __all__ = [
     "cubic",
     "exponential",
     "linear",
-    "one_shot",
     "rounds",
+    "single_step",
 ]
 
 

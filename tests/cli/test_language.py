@@ -11,7 +11,7 @@ import torch
 
 from prunella.cli import llm as language
 from prunella.io import load as models
-from prunella.llm.streaming.preset import PRESETS
+from prunella.llm.presets import PRESETS
 from tests.cli.conftest import Run
 from tests.llm.streaming.models import read, write
 
@@ -124,11 +124,11 @@ def test_recipes_in_one_table_of_a_model(prunella: Run, story: Any) -> None:
 
 def test_a_table_of_the_model_by_the_library(prunella: Run, story: Any) -> None:
     import prunella as pr
-    from prunella.llm.text import text_tokens, text_windows
+    from prunella.llm.text import text_samples, text_tokens
 
     Path("other.txt").write_text(" ".join(WORDS[::-1] * 5))
     data = prunella(*COMPARE, "--json").data
-    batches = text_windows("in", "text.txt", count=3, length=12, seed=1)
+    batches = text_samples("in", "text.txt", nsamples=3, seqlen=12, seed=1)
     pr.llm.solve_(story, batches[0], PRESETS["wanda"](pr.Element(), 0.5), data=batches)
     tokens = text_tokens("in", "other.txt")
     assert data["values"]["wanda"]["perplexity"][1] == pytest.approx(

@@ -1,4 +1,4 @@
-"""Sparsities from spectra: Hill's estimate by hand, the mean exactly, heavy tails spared."""
+"""Sparsities from spectra: Hill's estimate by hand, the mean exactly, heavy tails pruned less."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 import prunella as pr
 from prunella.llm.alpha import tail_exponent
-from tests.llm.test_one_shot import Half, Net, batches, net
+from tests.llm.test_blockwise import Half, Net, batches, net
 
 
 def test_hill_by_hand() -> None:
@@ -30,7 +30,7 @@ def heavy() -> Net:
     return model
 
 
-def test_heavy_tails_lose_less_and_the_mean_is_what_was_asked() -> None:
+def test_heavy_tails_are_pruned_less_and_the_mean_is_the_sparsity() -> None:
     model, x = heavy(), batches()[0]
     found = pr.llm.alpha_sparsities(model, x, sparsity=0.6, spread=0.2)
     assert set(found) == {f"blocks.{k}.{part}" for k in range(3) for part in ("up", "down")}

@@ -1,4 +1,4 @@
-"""Experts of a mixture are solved one by one, each from the tokens that reach it."""
+"""Experts of a mixture are solved one by one, each for the tokens that are routed to it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import prunella as pr
-from prunella.llm import experts as stacks
+from prunella.llm import experts
 from prunella.model.masks import masks_of
 from prunella.model.reads import Read, Watch
 
@@ -85,7 +85,7 @@ def test_each_expert_is_solved_from_its_own_tokens(way: str, mute: int | None) -
     assert {mask.shape for mask in masks_of(model).values()} == {model.up.shape, model.down.shape}
 
 
-def test_an_expert_that_no_token_chooses_goes_by_magnitude() -> None:
+def test_an_expert_without_tokens_is_pruned_by_magnitude() -> None:
     model = Mixture(mute=1)
     before = model.up[1].detach().clone()
     pr.llm.solve_(model, batches()[0], HOW, data=batches(), skip=["before", "router", "down"])
@@ -94,7 +94,7 @@ def test_an_expert_that_no_token_chooses_goes_by_magnitude() -> None:
     assert torch.equal(model.up[1].detach(), expected)
 
 
-def test_experts_that_run_in_one_product_are_named_as_left_whole() -> None:
+def test_experts_that_run_in_one_product_are_named_as_kept_dense() -> None:
     class Batched(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -116,7 +116,7 @@ def test_experts_that_run_in_one_product_are_named_as_left_whole() -> None:
 def test_few_grams_at_a_time_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     whole, turns = Mixture(), Mixture()
     pr.llm.solve_(whole, batches()[0], HOW, data=batches())
-    monkeypatch.setattr(stacks, "_MOST", 2 * 8 * 12 * 12)  # two experts of `up`, one of `down`
+    monkeypatch.setattr(experts, "_MOST", 2 * 8 * 12 * 12)  # two experts of `up`, one of `down`
     pr.llm.solve_(turns, batches()[0], HOW, data=batches())
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), turns.parameters(), strict=True))
 

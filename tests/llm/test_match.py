@@ -1,4 +1,4 @@
-"""The stream of a pruned model brought back to the dense one's, against least squares that are solved directly here."""
+"""The residual stream of a pruned model matched to the dense one's, against least squares solved directly here."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.planning.test_depth import streams
 
 
 def inner(model: Any, k: int, batch: Any) -> tuple[Tensor, Tensor]:
-    """What the last layer of a block multiplies, and the stream beside it."""
+    """The inputs of the last layer of a block, and the residual that its output is added to."""
     seen: dict[str, Tensor] = {}
     block = model.model.layers[k]
     hooks = [
@@ -30,12 +30,12 @@ def inner(model: Any, k: int, batch: Any) -> tuple[Tensor, Tensor]:
 
 
 def gap(small: Any, model: Any, data: list[Any], place: int, of: int) -> float:
-    """Squared distance of the small stream at `place` from the dense one at `of`."""
+    """Squared distance of the hidden states at `place` in the small model from those at `of` in the dense one."""
     pairs = [(streams(small, b)[place].double(), streams(model, b)[of].double()) for b in data]
     return sum(float((a - b).square().sum()) for a, b in pairs)
 
 
-def test_a_block_is_solved_toward_what_leaves_the_blocks_that_it_stands_for() -> None:
+def test_a_block_is_solved_toward_the_output_of_the_dropped_blocks_behind_it() -> None:
     model, data = language_model(), windows(4)
     plan = pr.llm.drop_blocks(model, data[0], ["model.layers.2", "model.layers.3"])
     small = pr.shrink(model, plan)
@@ -49,12 +49,12 @@ def test_a_block_is_solved_toward_what_leaves_the_blocks_that_it_stands_for() ->
     report = pr.llm.match_stream_(small, model, data, plan, how=pr.llm.Match(ridge=0.1, gaps=True))
     assert torch.allclose(small.model.layers[1].mlp.down_proj.weight.double(), weight + change.T, atol=1e-5)
     fit = report.fits[1]
-    assert fit.instead == ("model.layers.2", "model.layers.3") and fit.layer == "model.layers.1.mlp.down_proj.weight"
+    assert fit.replaces == ("model.layers.2", "model.layers.3") and fit.layer == "model.layers.1.mlp.down_proj.weight"
     size = float(goal.square().sum())
     assert fit.before == pytest.approx((float(residual.square().sum()) / size) ** 0.5, rel=1e-4)
     assert fit.after == pytest.approx((float((residual - x @ change).square().sum()) / size) ** 0.5, rel=1e-4)
     assert all(value.equal(untouched[name]) for name, value in small.model.layers[0].state_dict().items())
-    assert [bool(f.skipped) for f in report.fits] == [True, False, True] and "stands for 2 more" in str(report)
+    assert [bool(f.skipped) for f in report.fits] == [True, False, True] and "replaces 2 more" in str(report)
 
 
 def test_the_ridge_is_chosen_on_batches_that_the_least_squares_does_not_see() -> None:
@@ -80,7 +80,7 @@ def test_the_ridge_is_chosen_on_batches_that_the_least_squares_does_not_see() ->
     assert fit.after < fit.before
 
 
-def test_every_block_behind_a_gap_makes_up_for_what_is_lost_before_it() -> None:
+def test_every_block_behind_a_gap_compensates_the_error_before_it() -> None:
     model, data = language_model(), windows(6)
     plan = pr.llm.drop_blocks(model, data[0], ["model.layers.2"])
     some, all_ = pr.shrink(model, plan), pr.shrink(model, plan)
@@ -91,7 +91,7 @@ def test_every_block_behind_a_gap_makes_up_for_what_is_lost_before_it() -> None:
     assert gap(all_, model, data, 1, 1) == 0  # nothing went before it
 
 
-def test_neurons_that_are_copies_of_others_are_made_up_for_exactly() -> None:
+def test_neurons_that_are_copies_of_others_are_compensated_exactly() -> None:
     model, data = language_model(), windows(6, length=40)
     with torch.no_grad():
         for block in model.model.layers:
@@ -125,7 +125,7 @@ def test_gradient_steps_go_on_from_the_least_squares() -> None:
     assert all(p.requires_grad and p.grad is None for p in refined.parameters())
 
 
-def test_masked_layers_are_left_to_refining_and_their_zeros_stay() -> None:
+def test_masked_layers_are_only_refined_and_their_zeros_stay() -> None:
     model, data = language_model(), windows(2)
     plan = pr.llm.drop_blocks(model, data[0], ["model.layers.2"])
     small = pr.shrink(model, plan)
@@ -178,10 +178,10 @@ def test_a_dropped_block_that_adds_a_constant_goes_into_the_bias() -> None:
     assert torch.allclose(small.blocks[1].down.bias, model.blocks[1].down.bias + model.blocks[2].down.bias, atol=1e-9)
 
 
-def test_the_first_block_of_a_run_stands_for_all_of_it() -> None:
+def test_the_first_block_of_a_run_replaces_the_run() -> None:
     model, data = silent(language_model(), 2, 3), windows(2)
     done = pr.llm.replace_run(model, data[0], data, count=1, refine=None)
-    assert done.plan.dropped == {"model.layers": ("3",)} and "stands for 1 more" in str(done)
+    assert done.plan.dropped == {"model.layers": ("3",)} and "replaces 1 more" in str(done)
     assert torch.allclose(logits(done.model, data[0]), logits(model, data[0]), atol=1e-5)
     model = language_model()
     done = pr.llm.replace_run(model, data[0], data, count=2, refine=pr.llm.Refine(4, 2e-3))
@@ -208,10 +208,10 @@ def test_matched_models_generate_and_load_plainly(name: str, tmp_path: Any) -> N
     generates_as_without_a_cache(type(model).from_pretrained(tmp_path / "out").eval())
 
 
-def test_what_cannot_be_matched_is_said() -> None:
+def test_what_cannot_be_matched_is_refused() -> None:
     with pytest.raises(RequestError, match="ridge=-1"):
         pr.llm.Match(ridge=-1)
     model, x = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3)), torch.randn(9, 4)
     plan = pr.plan(model, x, target=pr.Sparsity(0.5))
-    with pytest.raises(NotSupported, match="no stream to match"):
+    with pytest.raises(NotSupported, match="no residual stream to match"):
         pr.llm.match_stream_(pr.shrink(model, plan), model, [x], plan)

@@ -1,4 +1,4 @@
-"""A rotated stream computes the same, and slicing what carries nothing changes nothing."""
+"""A rotated model is equivalent, and slicing directions without energy changes nothing."""
 
 from __future__ import annotations
 

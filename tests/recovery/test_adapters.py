@@ -50,7 +50,7 @@ def test_healing_brings_the_model_nearer_to_the_dense_one(adapters: pr.recovery.
     keys, dense = list(small.state_dict()), {n: v.clone() for n, v in model.state_dict().items()}
     small.model.embed_tokens.weight.requires_grad_(False)
     before = pr.metrics.token_agreement(model, small, data).kl
-    done = pr.recovery.heal_(small, model, data, steps=30, lr=1e-2 if adapters else 1e-3, adapters=adapters)
+    done = pr.recovery.distill_lm_(small, model, data, steps=30, lr=1e-2 if adapters else 1e-3, adapters=adapters)
     assert pr.metrics.token_agreement(model, small, data).kl < 0.9 * before
     assert len(done.curve.loss) == 30 and done.curve.loss[-1] < done.curve.loss[0]
     assert list(small.state_dict()) == keys and len(done.merged) == (3 * 7 + 1 if adapters else 0)
@@ -63,7 +63,7 @@ def test_healing_brings_the_model_nearer_to_the_dense_one(adapters: pr.recovery.
 def test_the_first_loss_is_the_divergence_from_the_teacher() -> None:
     model, data = language_model(), windows(1)
     small = pr.shrink(model, pr.llm.drop_run(model, data[0], data, count=2))
-    done = pr.recovery.heal_(small, model, data, steps=1, lr=1e-3)
+    done = pr.recovery.distill_lm_(small, model, data, steps=1, lr=1e-3)
     fresh = pr.shrink(model, pr.llm.drop_run(model, data[0], data, count=2))
     assert done.curve.loss[0] == pytest.approx(pr.metrics.token_agreement(model, fresh, data).kl, rel=1e-4)
 
@@ -76,7 +76,7 @@ def test_zeros_stay_zero_recorded_or_not(recorded: bool) -> None:
     pr.apply_(small, zeros)
     if not recorded:
         pr.finalize(small)
-    done = pr.recovery.heal_(small, model, data, steps=5, lr=1e-2)
+    done = pr.recovery.distill_lm_(small, model, data, steps=5, lr=1e-2)
     assert done.merged and all(one.lost == 0 for one in done.merged)  # what trained is what was merged
     for name, mask in zeros.masks.items():
         weight = small.get_parameter(name).detach()
@@ -88,7 +88,7 @@ def test_a_stray_zero_costs_no_masked_product_and_stays() -> None:
     with torch.no_grad():
         small.model.layers[0].mlp.down_proj.weight[0, 0] = 0
         small.model.layers[1].mlp.down_proj.weight[:, :20] *= 0.1
-    done = pr.recovery.heal_(small, model, data, steps=5, lr=1e-2)
+    done = pr.recovery.distill_lm_(small, model, data, steps=5, lr=1e-2)
     weight = small.model.layers[0].mlp.down_proj.weight.detach()
     assert float(weight[0, 0]) == 0 and int((weight == 0).sum()) == 1 and sum(m.lost > 0 for m in done.merged) == 1
 
@@ -99,7 +99,7 @@ def test_a_loss_that_breaks_leaves_plain_layers_behind() -> None:
     with torch.no_grad():
         model.lm_head.weight.fill_(float("nan"))
     with pytest.raises(CheckFailed, match="loss became nan"):
-        pr.recovery.heal_(small, model, data, steps=2, lr=1e-3)
+        pr.recovery.distill_lm_(small, model, data, steps=2, lr=1e-3)
     assert not any(isinstance(module, LowRank) for module in small.modules())
     assert all(p.requires_grad for p in small.parameters())
     assert isinstance(small.model.layers[0].mlp.down_proj, nn.Linear)

@@ -13,7 +13,7 @@ from torch import nn
 import prunella as pr
 from prunella.model.masks import masks_of
 from prunella.search.evopress import Levels, evolve_levels
-from tests.llm.test_one_shot import batches, net
+from tests.llm.test_blockwise import batches, net
 
 AT = (0.25, 0.5, 0.75)
 

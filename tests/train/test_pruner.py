@@ -18,7 +18,7 @@ from prunella.planning.accounting import Amount
 from prunella.planning.plan import Plan
 from prunella.planning.planner import plan
 from prunella.planning.recipe import Recipe
-from prunella.schedules import cubic, linear, one_shot
+from prunella.schedules import cubic, linear, single_step
 from prunella.targets import MACs, Sparsity, Target
 from prunella.train.pruner import Pruner
 from prunella.transform.apply import apply_
@@ -265,15 +265,15 @@ def test_moments_of_newly_pruned_weights_are_cleared_at_once() -> None:
     net = _net()
     optimizer = OPTIMIZERS["adamw"](net.parameters())
     _step(net, optimizer)
-    pruner = Pruner(net, optimizer, recipe=_magnitude(net), target=Sparsity(0.5), schedule=one_shot, steps=1)
+    pruner = Pruner(net, optimizer, recipe=_magnitude(net), target=Sparsity(0.5), schedule=single_step, steps=1)
     pruner.step()
     gone = ~masks_of(net)[NAME]
     assert gone.sum() == 40 and torch.count_nonzero(optimizer.state[net[0].weight]["exp_avg"][gone]) == 0
 
 
-def test_one_shot_plans_once() -> None:
+def test_a_single_step_plans_once() -> None:
     net, asked = _net(), []
-    pruner = Pruner(net, recipe=_magnitude(net, asked), target=Sparsity(0.5), schedule=one_shot, steps=6, every=2)
+    pruner = Pruner(net, recipe=_magnitude(net, asked), target=Sparsity(0.5), schedule=single_step, steps=6, every=2)
     for _ in range(8):
         pruner.step()
     assert asked == [Sparsity(0.5)]

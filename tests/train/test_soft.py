@@ -81,9 +81,9 @@ def test_the_same_pruner_prunes_before_during_and_after_training(when: str) -> N
     model = net()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
     make = {
-        "before": (pr.schedules.one_shot, 1, 1),
+        "before": (pr.schedules.single_step, 1, 1),
         "during": (pr.schedules.cubic, 9, 3),
-        "after": (pr.schedules.one_shot, 1, 1),
+        "after": (pr.schedules.single_step, 1, 1),
     }
     schedule, steps, every = make[when]
     recipe = pr.Recipe(granularity=pr.Element())

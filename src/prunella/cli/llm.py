@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from prunella.llm.streaming import Step, Streamed
 
 RECIPES = ("one_shot", "admm", "alps", "sparsegpt")
-"""Names of `prunella.llm.streaming.preset`, known without importing torch."""
+"""Names of `prunella.llm.presets`, known without importing torch."""
 SCORES = ("wanda", "ria", "magnitude")
 """Names of it that are criteria as well: `run` takes them block by block where the data is a text file."""
 
@@ -121,7 +121,7 @@ def _read(asked: Asked) -> tuple[Path, OneShot, list[Any]]:
     """The folder, the recipe and the batches."""
     from prunella.cli.parse import load_data
     from prunella.errors import RequestError
-    from prunella.llm.text import text_windows
+    from prunella.llm.text import text_samples
 
     how = recipe_of(asked.recipe, asked.pattern, asked.sparsity)
     if asked.data is None:
@@ -130,7 +130,7 @@ def _read(asked: Asked) -> tuple[Path, OneShot, list[Any]]:
     if Path(asked.data).is_file():
         count = 128 if asked.windows is None else asked.windows
         length = 512 if asked.length is None else asked.length
-        return folder, how, text_windows(folder, asked.data, count=count, length=length, seed=asked.seed)
+        return folder, how, text_samples(folder, asked.data, nsamples=count, seqlen=length, seed=asked.seed)
     if ":" not in asked.data:
         raise RequestError(f"there is no text file {asked.data}", "", "give --data FILE.txt, or --data module:function")
     if asked.windows is not None or asked.length is not None:
@@ -161,7 +161,7 @@ def compare(
     from prunella.io.load import load_model
     from prunella.llm import solve_
     from prunella.llm.streaming.journal import described
-    from prunella.llm.text import text_tokens, text_windows
+    from prunella.llm.text import text_samples, text_tokens
 
     if min(seeds, protocol.judged) < 1:
         raise RequestError(f"{seeds} seeds on {protocol.judged} windows compare nothing", "at least 1 of each", "")
@@ -177,7 +177,8 @@ def compare(
         return found.kl, found.top1
 
     def way(name: str, seed: int) -> nn.Module:
-        batches = text_windows(folder, protocol.data, count=protocol.windows, length=protocol.length, seed=seed)
+        nsamples, seqlen = protocol.windows, protocol.length
+        batches = text_samples(folder, protocol.data, nsamples=nsamples, seqlen=seqlen, seed=seed)
         model = copy.deepcopy(dense)
         with stage(f"{name}, seed {seed}"):
             solve_(model, batches[0], recipes[name], data=batches, skip=protocol.skip)
@@ -199,7 +200,7 @@ def recipe_of(name: str, pattern: str | None, sparsity: float | None) -> OneShot
     from prunella.cli.parse import read_pattern
     from prunella.errors import RequestError
     from prunella.granularity import NM, Element
-    from prunella.llm.streaming.preset import PRESETS
+    from prunella.llm.presets import PRESETS
 
     if name not in PRESETS:
         raise RequestError(f"there is no recipe {name!r} for language models", "", f"one of {', '.join(PRESETS)}")

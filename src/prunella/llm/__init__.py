@@ -1,14 +1,15 @@
-"""Prune a trained model block by block, each from the outputs of the pruned blocks before it: `solve_`."""
+"""Language models: one-shot pruning block by block, dropped blocks, rotated and matched residual streams."""
 
 from prunella.llm.alpha import alpha_sparsities as alpha_sparsities
-from prunella.llm.distributed import processes as processes
+from prunella.llm.blockwise import Solving as Solving
+from prunella.llm.blockwise import solve_ as solve_
+from prunella.llm.distributed import ProcessGroup as ProcessGroup
+from prunella.llm.distributed import process_group as process_group
 from prunella.llm.match import Match as Match
 from prunella.llm.match import match_stream_ as match_stream_
 from prunella.llm.match import replace_run as replace_run
-from prunella.llm.one_shot import OneShot as OneShot
-from prunella.llm.one_shot import Solving as Solving
-from prunella.llm.one_shot import solve_ as solve_
-from prunella.llm.presets import one_shot_recipe as one_shot_recipe
+from prunella.llm.presets import one_shot as one_shot
+from prunella.llm.recipe import OneShot as OneShot
 from prunella.llm.refine import Refine as Refine
 from prunella.llm.rotate import Rotated as Rotated
 from prunella.llm.rotate import rescale_ as rescale_
@@ -22,6 +23,7 @@ from prunella.planning.depth import drop_run as drop_run
 __all__ = [
     "Match",
     "OneShot",
+    "ProcessGroup",
     "Refine",
     "Rotated",
     "Solving",
@@ -30,8 +32,8 @@ __all__ = [
     "drop_run",
     "forecast",
     "match_stream_",
-    "one_shot_recipe",
-    "processes",
+    "one_shot",
+    "process_group",
     "replace_run",
     "rescale_",
     "rotate",

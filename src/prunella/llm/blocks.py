@@ -1,14 +1,17 @@
-"""The residual blocks of a model in the order in which they run, and what each is called with.
+"""The blocks of a model, and the inputs of each block.
 
-A block is *linked* to the one before it where its first argument is the very tensor that the other returned, and
-nothing else that it is given came out of a block: then its inputs are made by running that one block. Where that is
-not so (another order, a shared block, a position bias that the first block hands to all), the model itself is run up
-to the block: slower, and the same. A model without blocks is one block, fed by the data.
+A block is a residual block, found from the data flow (`block_paths`) or, for a model without weights, as an entry of
+its largest module list (`listed_block_paths`). A model without blocks is treated as a single block.
+
+A block is *sequential* if its first argument is the tensor that the previous block returned and no other argument was
+computed by a block: its inputs are then the outputs of that one block. Otherwise (another order, a block that runs
+twice, a position bias that the first block passes to all others) the model itself runs up to the block, which is slower
+and gives the same inputs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, overload
@@ -22,41 +25,47 @@ from prunella.model.reads import Stop
 
 Runner = Callable[[nn.Module, Any], Any]
 """Runs the model on one batch."""
+StoreActivations = Callable[[Iterable[Tensor]], Sequence[Tensor]]
+"""Stores hidden states, one tensor per batch, in memory (`list`) or on disk."""
 
 
 @dataclass
 class Call:
-    """One call of a block. `stream` is its first tensor, in `args[0]` or under `key` of `kwargs`."""
+    """The arguments of one call of a block. The first one, in `args` or else in `kwargs`, is the hidden states."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
 
     def run(self, block: nn.Module) -> Any:
-        """What the block returns."""
+        """The output of the block."""
         return block(*self.args, **self.kwargs)
 
     @property
-    def stream(self) -> Any:
+    def hidden_states(self) -> Any:
         """The first argument."""
         return self.args[0] if self.args else next(iter(self.kwargs.values()), None)
 
-    def fed(self, stream: Tensor) -> Call:
+    def with_hidden_states(self, hidden_states: Tensor) -> Call:
         """The same call with another first argument."""
         if self.args:
-            return Call((stream, *self.args[1:]), self.kwargs)
+            return Call((hidden_states, *self.args[1:]), self.kwargs)
         first = next(iter(self.kwargs))
-        return Call((), {**self.kwargs, first: stream})
+        return Call((), {**self.kwargs, first: hidden_states})
+
+    def without_hidden_states(self) -> Call:
+        """The same call with an empty first argument, which takes no memory."""
+        return self.with_hidden_states(self.hidden_states.new_empty(0))
 
 
 class Calls(Sequence[Call]):
-    """Calls that differ in their first argument alone; it is looked up in `streams` when one is asked for."""
+    """One call per batch; its hidden states are read from `hidden_states` when the call is indexed."""
 
-    def __init__(self, calls: Sequence[Call], streams: Sequence[Tensor]) -> None:
+    def __init__(self, calls: Sequence[Call], hidden_states: Sequence[Tensor]) -> None:
         self.calls: Sequence[Call] = calls.calls if isinstance(calls, Calls) else calls
-        self.streams = streams
+        self.hidden_states = hidden_states
 
     def __len__(self) -> int:
-        return len(self.streams)
+        return len(self.hidden_states)
 
     @overload
     def __getitem__(self, k: int) -> Call: ...
@@ -64,131 +73,174 @@ class Calls(Sequence[Call]):
     def __getitem__(self, k: slice) -> Calls: ...
     def __getitem__(self, k: int | slice) -> Call | Calls:
         if isinstance(k, slice):
-            return Calls(self.calls[k], self.streams[k])
-        return self.calls[k].fed(self.streams[k])
-
-
-Keep = Callable[[Iterable[Tensor]], Sequence[Tensor]]
-"""Keeps the tensors of a stream, one a batch, in memory or elsewhere."""
+            return Calls(self.calls[k], self.hidden_states[k])
+        return self.calls[k].with_hidden_states(self.hidden_states[k])
 
 
 @dataclass(frozen=True)
-class Block:
-    """A module that is pruned at a time; `path` "" is the model itself.
+class ModelBlock:
+    """A module that is pruned at once. path: of the module, "" for the model itself.
 
-    linked: fed by the block before it. once: it runs once in a pass.
+    sequential: its inputs are the outputs of the previous block. runs_once: it runs once per forward pass.
     """
 
     path: str
-    linked: bool
-    once: bool = True
+    sequential: bool
+    runs_once: bool = True
+
+    def contains(self, names: Iterable[str]) -> bool:
+        """Whether a parameter with these names lies in the block; one shared with modules outside does not."""
+        return all(name.startswith(f"{self.path}.") or not self.path for name in names)
 
 
 @dataclass
-class Feed:
-    """The inputs of every block in turn, made by the blocks before it as they are by then."""
+class BlockInputs:
+    """Inputs of each block, computed by the already pruned blocks before it.
+
+    The blocks are visited in order: `calls(block)`, then `next_block(block)` once its weights are final.
+    """
 
     model: nn.Module
     batches: Sequence[Any]
     run: Runner
-    blocks: tuple[Block, ...]
-    keep: Keep = list
-    _later: dict[str, list[Call]] = field(default_factory=dict)
+    blocks: tuple[ModelBlock, ...]
+    store: StoreActivations = list
+    _recorded: dict[str, list[Call]] = field(default_factory=dict)  # of the sequential blocks that follow
     _calls: Sequence[Call] = ()
 
-    def calls(self, block: Block) -> Sequence[Call]:
-        """What the block is called with, over all batches, with everything before it as it is now."""
+    def calls(self, block: ModelBlock) -> Sequence[Call]:
+        """The calls of the block, one or more per batch, with the current weights of the blocks before it."""
         if not block.path:
             return [Call((batch,), {}) for batch in self.batches]
-        if not block.linked:
-            linked = [later.path for later in self._followers(block)]
-            self._later = {path: [] for path in (block.path, *linked)}
+        if not block.sequential:
+            followers = [later.path for later in self._followers(block)]
+            self._recorded = {path: [] for path in (block.path, *followers)}
             for batch in self.batches:
-                stop = block.path if block.once and not linked else ""
-                with _recorded(self.model, self._later, stop), suppress(Stop):
+                stop = block.path if block.runs_once and not followers else ""
+                with _recording(self.model, self._recorded, stop), suppress(Stop):
                     self.run(self.model, batch)
-            self._calls = self._later.pop(block.path)
+            self._calls = self._recorded.pop(block.path)
         return self._calls
 
-    def call(self, block: Block, call: Call) -> Any:
-        """The block, or the model, on one of its calls."""
+    def forward(self, block: ModelBlock, call: Call) -> Any:
+        """The output of the block, or of the model, for one of its calls."""
         if not block.path:
             return self.run(self.model, call.args[0])
         return call.run(self.model.get_submodule(block.path))
 
-    def advance(self, block: Block, outputs: Sequence[Tensor] | None = None) -> None:
-        """Run a block that is done, or take its `outputs`, so that the one linked to it has its inputs."""
+    def next_block(self, block: ModelBlock, outputs: Sequence[Tensor] | None = None) -> None:
+        """Compute the inputs of the block after `block`, if it is sequential; `outputs` of `block`, if known."""
         place = self.blocks.index(block)
-        if place + 1 < len(self.blocks) and self.blocks[place + 1].linked:
-            later = self._later.pop(self.blocks[place + 1].path)
-            streams = outputs or (tensors(self.call(block, call))[0] for call in self._calls)
-            self._calls = Calls(later, self.keep(streams))
+        if place + 1 < len(self.blocks) and self.blocks[place + 1].sequential:
+            recorded = self._recorded.pop(self.blocks[place + 1].path)
+            hidden_states = outputs or (tensors(self.forward(block, call))[0] for call in self._calls)
+            self._calls = Calls(recorded, self.store(hidden_states))
 
-    def _followers(self, block: Block) -> list[Block]:
+    def _followers(self, block: ModelBlock) -> list[ModelBlock]:
+        """The sequential blocks directly after this one."""
         after = self.blocks[self.blocks.index(block) + 1 :]
-        ends = next((k for k, other in enumerate(after) if not other.linked), len(after))
-        return list(after[:ends])
+        end = next((k for k, other in enumerate(after) if not other.sequential), len(after))
+        return list(after[:end])
 
 
-def blocks_of(model: nn.Module, graph: Graph, batch: Any, run: Runner) -> tuple[Block, ...]:
-    """The blocks in the order in which they run on `batch`, outermost only; the model itself where it has none."""
+def blocks_of(model: nn.Module, graph: Graph, batch: Any, run: Runner) -> tuple[ModelBlock, ...]:
+    """The outermost residual blocks in their order of execution on `batch`; the model itself if it has none."""
     return blocks_at(model, block_paths(model, graph), batch, run)
 
 
 def block_paths(model: nn.Module, graph: Graph) -> list[str]:
-    """The paths of all residual blocks, those that must stay too, outermost only."""
+    """The paths of the outermost residual blocks, also of those that cannot be dropped."""
     paths = [path for stack in graph.stacks for path in stack.paths]
     paths += [frozen.entity for frozen in graph.rooted if isinstance(_module(model, frozen.entity), nn.Module)]
     return [path for path in dict.fromkeys(paths) if not any(path.startswith(f"{other}.") for other in paths)]
 
 
-def blocks_at(model: nn.Module, paths: Sequence[str], batch: Any, run: Runner) -> tuple[Block, ...]:
-    """The blocks at these paths in the order in which they run on `batch`; the model itself where none does."""
-    order: list[str] = []
-    made: dict[int, Tensor] = {}  # held, so that no number is used twice
-    previous: list[Tensor] = []
-    linked: dict[str, bool] = {}
+def listed_block_paths(model: nn.Module) -> list[str]:
+    """The paths of the blocks of a model that cannot run for lack of weights: the entries of its largest module list.
 
-    def before(path: str) -> Callable[..., None]:
-        def look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            call = Call(args, kwargs)
-            others = [t for t in tensors([list(args), kwargs]) if t is not call.stream]
-            fed = bool(previous) and call.stream is previous[0] and not any(id(t) in made for t in others)
-            linked[path] = fed and path not in linked
-            order.append(path)
+    For the language models of transformers these are the paths of `block_paths`. Errors: NotSupported without a list.
+    """
+    lists = [(path, m) for path, m in model.named_modules() if isinstance(m, nn.ModuleList | nn.Sequential) and len(m)]
+    if not lists:
+        todo = "load the whole model, and use solve_"
+        raise NotSupported("the model has no list of blocks", "blocks are the entries of a module list", todo)
+    path, largest = max(lists, key=lambda entry: sum(p.numel() for p in entry[1].parameters()))
+    return [f"{path}.{name}" for name, _ in largest.named_children()]
 
-        return look
 
-    def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        previous[:] = tensors(output)[:1]
-        made.update({id(t): t for t in tensors(output)})
-
-    handles = []
-    for path in paths:
-        module = model.get_submodule(path)
-        handles.append(module.register_forward_pre_hook(before(path), with_kwargs=True))
-        handles.append(module.register_forward_hook(after, with_kwargs=True))
-    try:
+def blocks_at(model: nn.Module, paths: Sequence[str], batch: Any, run: Runner) -> tuple[ModelBlock, ...]:
+    """The blocks at these paths in their order of execution on `batch`; the model itself if none of them runs."""
+    observed = _Execution()
+    with _hooked(model, {path: observed.before(path) for path in paths}, observed.after):
         run(model, batch)
+    return observed.blocks() or (ModelBlock("", False, False),)
+
+
+@dataclass
+class _Execution:
+    """The order in which blocks run in one pass, and which of them take the output of the previous one."""
+
+    order: list[str] = field(default_factory=list)
+    sequential: dict[str, bool] = field(default_factory=dict)
+    _outputs: dict[int, Tensor] = field(default_factory=dict)  # kept alive, so that no id is used twice
+    _previous: list[Tensor] = field(default_factory=list)
+
+    def before(self, path: str) -> Callable[..., None]:
+        """The hook that runs before the block at `path`."""
+
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            hidden_states = Call(args, kwargs).hidden_states
+            others = [t for t in tensors([list(args), kwargs]) if t is not hidden_states]
+            follows = bool(self._previous) and hidden_states is self._previous[0]
+            depends = any(id(t) in self._outputs for t in others)
+            self.sequential[path] = follows and not depends and path not in self.sequential
+            self.order.append(path)
+
+        return hook
+
+    def after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        """The hook that runs after each block."""
+        self._previous[:] = tensors(output)[:1]
+        self._outputs.update({id(t): t for t in tensors(output)})
+
+    def blocks(self) -> tuple[ModelBlock, ...]:
+        """The blocks that ran, in order of their first run."""
+        repeated = {path for path in self.order if self.order.count(path) > 1}
+        paths = list(dict.fromkeys(self.order))
+        blocks = []
+        for place, path in enumerate(paths):
+            # The block after one that runs twice has another predecessor each time.
+            neighbours = {path, *paths[max(0, place - 1) : place]}
+            blocks.append(ModelBlock(path, self.sequential[path] and not neighbours & repeated, path not in repeated))
+        return tuple(blocks)
+
+
+@contextmanager
+def _hooked(
+    model: nn.Module, before: Mapping[str, Callable[..., None]], after: Callable[..., None] | None = None
+) -> Iterator[None]:
+    """Inside, hooks run before the modules at these paths, and `after` behind each of them."""
+    handles = []
+    for path, hook in before.items():
+        module = model.get_submodule(path)
+        handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+        if after is not None:
+            handles.append(module.register_forward_hook(after, with_kwargs=True))
+    try:
+        yield
     finally:
         for handle in handles:
             handle.remove()
-    twice = {path for path in order if order.count(path) > 1}
-    ran = list(dict.fromkeys(order))
-    # What follows a block that runs twice has another predecessor each time.
-    fed = [linked[path] and not {path, *ran[max(0, place - 1) : place]} & twice for place, path in enumerate(ran)]
-    found = [Block(path, link, path not in twice) for path, link in zip(ran, fed, strict=True)]
-    return tuple(found) or (Block("", False, False),)
 
 
 @contextmanager
 def uncached(model: nn.Module) -> Iterator[None]:
-    """Inside, the model does not fill a cache of keys and values unless a batch asks for one.
+    """Inside, the model does not use a key-value cache unless a batch asks for one.
 
-    A block that is run again on its own would attend to what the runs before left in the cache.
+    A block that runs again on its own would attend to the keys and values that earlier runs left in the cache.
     """
-    found: list[Any] = [getattr(module, "config", None) for module in model.modules()]
-    configs = {id(config): config for config in found if getattr(config, "use_cache", False)}
+    candidates: list[Any] = [getattr(module, "config", None) for module in model.modules()]
+    configs = {id(config): config for config in candidates if getattr(config, "use_cache", False)}
     for config in configs.values():
         config.use_cache = False
     try:
@@ -206,25 +258,21 @@ def _module(model: nn.Module, path: str) -> nn.Module | None:
 
 
 @contextmanager
-def _recorded(model: nn.Module, calls: dict[str, list[Call]], stop: str) -> Iterator[None]:
-    """Write down what the blocks are called with; end the pass at `stop`, if it names one."""
+def _recording(model: nn.Module, calls: dict[str, list[Call]], stop: str) -> Iterator[None]:
+    """Record the calls of the blocks in `calls`; end the pass at the block `stop`, if it is not empty."""
     first = next(iter(calls))
 
-    def keep(path: str) -> Callable[..., None]:
-        def look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def record(path: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             call = Call(args, dict(kwargs))
-            if not isinstance(call.stream, Tensor):
+            if not isinstance(call.hidden_states, Tensor):
                 raise NotSupported(f"{path} is called without a tensor", "its first argument is not one", "")
-            # Those further on get their stream from the block before; kept here, all streams would be in memory.
-            calls[path].append(call if path == first else call.fed(call.stream.new_empty(0)))
+            # Later blocks get their hidden states from the block before; recording them all would fill the memory.
+            calls[path].append(call if path == first else call.without_hidden_states())
             if path == stop:
                 raise Stop
 
-        return look
+        return hook
 
-    handles = [model.get_submodule(path).register_forward_pre_hook(keep(path), with_kwargs=True) for path in calls]
-    try:
+    with _hooked(model, {path: record(path) for path in calls}):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()

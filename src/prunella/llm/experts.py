@@ -1,4 +1,4 @@
-"""Weights that are stacks of matrices, one for each expert of a mixture: their axis, and what routes to them."""
+"""Weights that stack one matrix per expert of a mixture (MoE): the expert axis, single matrices, and the routers."""
 
 from __future__ import annotations
 
@@ -11,37 +11,39 @@ from torch import Tensor, nn
 
 from prunella.graph.data import Graph, Layer
 
+Part = int | None
+"""A matrix of a weight: the index of an expert in a stack, None for a weight that is a single matrix."""
 _MOST = 1 << 30
-"""Bytes of Gram matrices that are summed in one pass over the data."""
+"""Bytes of Gram matrices that are accumulated in one pass over the data."""
 
 
-def matrix_of(weight: Tensor, layer: Layer, part: int | None) -> tuple[Tensor, Layer]:
-    """One matrix of a stack, as a view, and its axes; for `part` None the weight and layer as they are."""
+def matrix_of(weight: Tensor, layer: Layer, part: Part) -> tuple[Tensor, Layer]:
+    """One matrix of a weight, as a view, and the layer with its axes; weight and layer as they are for None."""
     if part is None:
         return weight, layer
-    axis = stack_axis(weight, layer)
-    assert axis is not None  # a part is of a stack
-    out, wide = (a - (a > axis) for a in (layer.out_axis, layer.in_axis))
-    return weight.select(axis, part), replace(layer, out_axis=out, in_axis=wide)
+    axis = expert_axis(weight, layer)
+    assert axis is not None  # the weight has experts
+    out_axis, in_axis = (a - (a > axis) for a in (layer.out_axis, layer.in_axis))
+    return weight.select(axis, part), replace(layer, out_axis=out_axis, in_axis=in_axis)
 
 
-def stack_axis(weight: Tensor, layer: Layer) -> int | None:
-    """The axis that counts the matrices of a stack, None for a single matrix or a convolution."""
+def expert_axis(weight: Tensor, layer: Layer) -> int | None:
+    """The axis of a stacked weight that counts experts; None for a single matrix or a convolution."""
     if layer.op != "linear" or weight.dim() != 3:
         return None
     return next(axis for axis in range(3) if axis not in (layer.out_axis, layer.in_axis))
 
 
-def in_turns(weight: Tensor, layer: Layer) -> Iterator[tuple[int | None, ...]]:
-    """The parts of a weight, as many at a time as there is memory for their Gram matrices; a plain one has None."""
-    axis = stack_axis(weight, layer)
+def expert_chunks(weight: Tensor, layer: Layer) -> Iterator[tuple[Part, ...]]:
+    """The experts of a weight, as many at a time as have room for their Gram matrices; (None,) without experts."""
+    axis = expert_axis(weight, layer)
     if axis is None:
         yield (None,)
         return
-    wide, count = weight.shape[layer.in_axis], weight.shape[axis]
-    each = max(1, _MOST // (8 * wide * wide))
-    for start in range(0, count, each):
-        yield tuple(range(start, min(start + each, count)))
+    columns, count = weight.shape[layer.in_axis], weight.shape[axis]
+    size = max(1, _MOST // (8 * columns * columns))
+    for start in range(0, count, size):
+        yield tuple(range(start, min(start + size, count)))
 
 
 def routers(graph: Graph) -> set[str]:
@@ -51,23 +53,24 @@ def routers(graph: Graph) -> set[str]:
     return {m.entity for m in members if m.role == "out" and out.get(m.entity) == m.axis}
 
 
-def unread_stacks(model: nn.Module, graph: Graph) -> list[str]:
-    """Parameters of three axes that no layer is known to multiply with, such as experts that run in one product."""
+def unread_experts(model: nn.Module, graph: Graph) -> list[str]:
+    """Stacked weights that no layer is known to multiply, such as experts that are computed in one batched product."""
     known = {name for layer in graph.layers for name in graph.entities[layer.entity].names}
     return [name for name, p in model.named_parameters() if p.dim() == 3 and min(p.shape) > 1 and name not in known]
 
 
 @contextmanager
-def experts_run(model: nn.Module, how: Literal["eager", "batched_mm"]) -> Iterator[None]:
-    """Inside, models of transformers run the experts of a mixture in one way.
+def experts_implementation(model: nn.Module, name: Literal["eager", "batched_mm"]) -> Iterator[None]:
+    """Inside, models of transformers compute the experts of a mixture in this way.
 
-    eager: one after the other, as layers that can be seen. batched_mm: in one product, whose shapes depend on no value.
+    eager: one after the other, as layers that can be observed. batched_mm: in one product, whose shapes do not depend
+    on values.
     """
-    found: list[Any] = [getattr(module, "config", None) for module in model.modules()]
-    configs = {id(config): config for config in found if getattr(config, "_experts_implementation", None)}
+    candidates: list[Any] = [getattr(module, "config", None) for module in model.modules()]
+    configs = {id(config): config for config in candidates if getattr(config, "_experts_implementation", None)}
     before = {key: config._experts_implementation for key, config in configs.items()}
     for config in configs.values():
-        config._experts_implementation = how
+        config._experts_implementation = name
     try:
         yield
     finally:

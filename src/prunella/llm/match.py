@@ -1,11 +1,11 @@
-"""Bring the residual stream of a pruned model back to that of the dense one, block by block, without labels."""
+"""Match the residual stream of a pruned model to that of the dense model, block by block, without labels."""
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -16,11 +16,12 @@ from prunella.errors import CheckFailed, NotSupported, RequestError
 from prunella.graph.cut.block_surgery import new_name
 from prunella.graph.solve.groups import couple
 from prunella.graph.solve.residual_blocks import inside
-from prunella.llm.blocks import Block, Call, Feed, block_paths, blocks_at
+from prunella.llm.blocks import BlockInputs, Call, ModelBlock, block_paths, blocks_at
 from prunella.llm.refine import Refine, refine_
 from prunella.model.forward import batches, mode, tensors
 from prunella.model.masks import masks_of
-from prunella.model.reads import Read, Watch, rows, targets
+from prunella.model.reads import Read, Watch, rows
+from prunella.model.reads import targets as outputs_of
 from prunella.model.state import untouched
 from prunella.model.unwrap import unwrap
 from prunella.planning.depth import find_blocks, turns
@@ -33,19 +34,19 @@ from prunella.types import Inputs, Loss
 
 log = logging.getLogger(__name__)
 SAME = 1e-6
-"""A relative error that is no more than rounding: there is nothing to make up for."""
+"""A relative error that is only rounding: nothing has to be compensated."""
 RIDGES = (1e-2, 1e-1, 1.0, 1e1, 1e2)
-"""Tried where none is given. The layers write into a sum that others read: what is fitted too closely does harm."""
+"""Candidates if no ridge is given. Later layers read the residual stream: an overfitted layer harms them."""
 
 
 @dataclass(frozen=True)
 class Match:
     """How a block is matched. ridge: of the least squares, relative to the mean square of the inputs, from 0 up.
 
-    None: of five between 0.01 and 100 the one that is best on every fourth batch (the last one of fewer), which the
-    least squares then does not see; where none is better than nothing, the layer stays as it was. A single batch
-    cannot judge: 0.01. refine: gradient steps for the whole block after the least squares, or None. gaps: only blocks
-    behind which others were dropped.
+    ridge=None: the best of five between 0.01 and 100 on every fourth batch (the last one of fewer), which is held out
+    of the least squares; if none reduces the error, the layer is unchanged. With a single batch: 0.01. refine: gradient
+    steps for the whole block after the least squares, or None. gaps: match only blocks behind which others were
+    dropped.
     """
 
     ridge: float | None = None
@@ -59,28 +60,29 @@ class Match:
 
 @dataclass(frozen=True)
 class BlockFit:
-    """One block: `|B'(x') - y| / |y|` before and after, y the dense stream. instead: blocks that it stands for too.
+    """One block: `|B'(x') - y| / |y|` before and after, with y the dense residual stream behind it.
 
-    Measured on the batches that chose the ridge, where none was given.
+    Measured on the held-out batches if no ridge was given. layer: the solved layer. replaces: the dropped blocks behind
+    it. skipped: why it was not matched.
     """
 
     name: str
     layer: str = ""
     before: float = 0.0
     after: float = 0.0
-    instead: tuple[str, ...] = ()
+    replaces: tuple[str, ...] = ()
     skipped: str = ""
 
     def __str__(self) -> str:
-        stands = f", stands for {len(self.instead)} more" if self.instead else ""
+        replaces = f", replaces {len(self.replaces)} more" if self.replaces else ""
         if self.skipped:
-            return f"{self.name}: as it was, {self.skipped}"
-        return f"{self.name}: {self.before:.4f} -> {self.after:.4f}{stands}"
+            return f"{self.name}: unchanged, {self.skipped}"
+        return f"{self.name}: {self.before:.4f} -> {self.after:.4f}{replaces}"
 
 
 @dataclass(frozen=True)
 class Matched:
-    """What `match_stream_` did, block by block in the order of execution."""
+    """The result of `match_stream_`, block by block in order of execution."""
 
     fits: tuple[BlockFit, ...]
 
@@ -98,110 +100,107 @@ def match_stream_(
     how: Match = Match(),
     loss: Loss | None = None,
 ) -> Matched:
-    """Refit every block of `small`, in place, so that the stream behind it is the dense model's at the same place.
+    """Refit every block of `small`, in place, so that its outputs match the residual stream of the dense model.
 
-    A block that stays answers for itself and for the dropped ones that follow it: its goal is what leaves the last of
-    them in the dense model. The last layer in it whose output is added to the stream is solved by least squares,
+    The target of a kept block is the output of the last dropped block that follows it in the dense model, or its own
+    output there. The last layer of the block whose output is added to the residual stream is solved by least squares,
     `min over D, b of |y - s - X (W + D)^T - b|^2 + ridge * mean(diag(X^T X)) * |D|^2`, with X its inputs and s the
-    stream beside it in the small model, so that it also makes up for what the blocks before it lost; `how.refine` then
-    moves all weights of the block toward the same goal. A least-squares change is kept only if the error falls, on
-    batches that it was not fitted to where `how.ridge` is not given.
-    The data pass through both models once, block by block: three runs of each block, and one more for each step of
-    refining. Memory: the stream between two blocks in both models, for all batches. Data: batches, no labels.
+    residual in the small model, so that it also compensates the error of the blocks before it; `how.refine` then trains
+    all weights of the block toward the same target. The least-squares solution is kept only if the error falls, on
+    held-out batches if `how.ridge` is not given.
+    The data pass through both models once, block by block: three passes of each block, and one more for each step of
+    refinement. Memory: the hidden states between two blocks in both models, for all batches. Data: batches, no labels.
 
-    small: what `shrink(dense, plan)` gave, for any plan of structure: depth, width or both. loss: how to run a model on
-    a batch. Layers under masks are left to refining, which holds the masks. Errors: NotSupported without blocks.
+    small: the result of `shrink(dense, plan)`, for any structured plan: depth, width or both. loss: how to run a model
+    on a batch. Masked layers are not solved, only refined with their masks. Errors: NotSupported without blocks.
 
-    Use: right after a cut of depth or width. Avoid: a ridge of your own with fewer tokens than many times the inputs
-    of the layers that are solved: it then fits the calibration data.
+    Use: right after pruning depth or width. Avoid: a fixed small ridge with fewer tokens than many times the inputs of
+    the layers: it overfits the calibration data.
     """
     small_, dense_ = unwrap(small), unwrap(dense)
-    held, source = list(batches(data)), Source(None, loss)
+    samples, source = list(batches(data)), Source(None, loss)
     assert plan.inputs is not None
     with untouched(dense_, 0):
         paths = block_paths(dense_, couple(dense_, plan.inputs))
     with mode(small_, training=False), mode(dense_, training=False), torch.no_grad():
-        feed = Feed(dense_, held, source.run, blocks_at(dense_, paths, held[0], source.run))
-        if not feed.blocks[0].path:
-            raise NotSupported("there is no stream to match", "the model has no residual blocks", "take reconstruct")
-        new = {block.path: new_name(dense_, plan.dropped, block.path) for block in feed.blocks}
-        mine = [path for path in new.values() if path is not None]
-        other = Feed(small_, held, source.run, blocks_at(small_, mine, held[0], source.run))
-        job = _Job(small_, other, how, source)
-        for some in _gathered(feed.blocks, new):
-            wanted: list[Tensor] = []
-            for block in some:
-                wanted = [tensors(feed.call(block, call))[0] for call in feed.calls(block)]
-                feed.advance(block, wanted)
-            path = new[some[0].path]
+        dense_inputs = BlockInputs(dense_, samples, source.run, blocks_at(dense_, paths, samples[0], source.run))
+        if not dense_inputs.blocks[0].path:
+            why, todo = "the model has no residual blocks", "take reconstruct"
+            raise NotSupported("there is no residual stream to match", why, todo)
+        new = {block.path: new_name(dense_, plan.dropped, block.path) for block in dense_inputs.blocks}
+        kept = [path for path in new.values() if path is not None]
+        small_inputs = BlockInputs(small_, samples, source.run, blocks_at(small_, kept, samples[0], source.run))
+        matcher = _Matcher(small_, small_inputs, how)
+        for run in _runs(dense_inputs.blocks, new):
+            targets = _outputs_behind(dense_inputs, run)
+            path = new[run[0].path]
             if path is not None:
-                job.block(next(b for b in other.blocks if b.path == path), wanted, [b.path for b in some[1:]])
-    return Matched(tuple(job.fits))
+                block = next(b for b in small_inputs.blocks if b.path == path)
+                matcher.match_(block, targets, [b.path for b in run[1:]])
+    return Matched(tuple(matcher.fits))
 
 
-def _gathered(blocks: Sequence[Block], new: dict[str, str | None]) -> list[list[Block]]:
-    """Each block that stays with the dropped ones of its own list that follow it; dropped ones without such alone."""
-    found: list[list[Block]] = []
+def _runs(blocks: Sequence[ModelBlock], new: Mapping[str, str | None]) -> list[list[ModelBlock]]:
+    """Each kept block with the dropped blocks of its own list that follow it; other dropped blocks alone."""
+    runs: list[list[ModelBlock]] = []
     for block in blocks:
-        before = found[-1][0].path if found else ""
+        before = runs[-1][0].path if runs else ""
         follows = new[block.path] is None and before and new[before] is not None
         if follows and before.rpartition(".")[0] == block.path.rpartition(".")[0]:
-            found[-1].append(block)
+            runs[-1].append(block)
         else:
-            found.append([block])
-    return found
+            runs.append([block])
+    return runs
+
+
+def _outputs_behind(inputs: BlockInputs, run: Sequence[ModelBlock]) -> list[Tensor]:
+    """The outputs of the last block of a run in the dense model, one per batch."""
+    outputs: list[Tensor] = []
+    for block in run:
+        outputs = [tensors(inputs.forward(block, call))[0] for call in inputs.calls(block)]
+        inputs.next_block(block, outputs)
+    return outputs
 
 
 @dataclass
-class _Job:
-    """One call of `match_stream_`: the small model, and what feeds its blocks."""
+class _Matcher:
+    """Matches the blocks of the small model, one after the other."""
 
     model: nn.Module
-    feed: Feed
+    inputs: BlockInputs
     how: Match
-    source: Source
 
     def __post_init__(self) -> None:
         self.fits: list[BlockFit] = []
         self.masks = masks_of(self.model)
 
-    def block(self, block: Block, wanted: list[Tensor], instead: list[str]) -> None:
-        """Match one block, and pass its outputs on."""
-        calls = self.feed.calls(block)
-        if self.how.gaps and not instead:
-            self.fits.append(BlockFit(block.path, skipped="nothing behind it was dropped"))
+    def match_(self, block: ModelBlock, targets: list[Tensor], replaces: list[str]) -> None:
+        """Match one block in place, and compute the inputs of the next one."""
+        calls = self.inputs.calls(block)
+        if self.how.gaps and not replaces:
+            fit = BlockFit(block.path, skipped="no block behind it was dropped")
         else:
-            outputs = [partial(self._output, block, call) for call in calls]
-            fit = self._solved(block, calls, wanted)
+            fit = self._solve_(block, calls, targets)
             if self.how.refine is not None:
-                fit = self._refined(block, outputs, wanted, fit)
-            self.fits.append(BlockFit(fit.name, fit.layer, fit.before, fit.after, tuple(instead), fit.skipped))
-        log.info("%s", self.fits[-1])
-        self.feed.advance(block)
+                outputs = [partial(self._output, block, call) for call in calls]
+                fit = self._refine_(block, outputs, targets, fit)
+            fit = replace(fit, replaces=tuple(replaces))
+        self.fits.append(fit)
+        log.info("%s", fit)
+        self.inputs.next_block(block)
 
-    def _output(self, block: Block, call: Call) -> Tensor:
-        return tensors(self.feed.call(block, call))[0]
+    def _output(self, block: ModelBlock, call: Call) -> Tensor:
+        return tensors(self.inputs.forward(block, call))[0]
 
-    def _solved(self, block: Block, calls: Sequence[Call], wanted: Sequence[Tensor]) -> BlockFit:
-        """The least squares of the block's last layer."""
-        read, reason = self._writer(block, calls[0])
+    def _solve_(self, block: ModelBlock, calls: Sequence[Call], targets: Sequence[Tensor]) -> BlockFit:
+        """Least squares for the last layer of the block."""
+        read, reason = self._last_layer(block, calls[0])
         names = {p: name for name, p in self.model.named_parameters()}
         if read is None or names[read.weight] in self.masks:
-            return BlockFit(block.path, skipped=reason or "single weights of its last layer are masked")
-        fitted, judge = (Sums(centred=read.bias is not None) for _ in range(2))
-        apart = _apart(len(calls)) if self.how.ridge is None else set[int]()
-        sizes = {False: 0.0, True: 0.0}
-        for number, (call, goal) in enumerate(zip(calls, wanted, strict=True)):
-            found = self._last_read(block, call, read.weight)
-            y = _rows_of(found, goal).double() - targets(found, beside=True).double()
-            sizes[number in apart] += float(goal.double().square().sum())
-            for x, some in rows(found):
-                sums = judge if number in apart else fitted
-                sums.add(x, y[some], (y - targets(found).double())[some])
-        if not fitted.finite or (apart and not judge.finite):
-            raise CheckFailed(f"the stream in {block.path} is not finite", "on the calibration data", "check the data")
-        solution, *errors = self._chosen(fitted, judge if apart else fitted)
-        before, after = (math.sqrt(square / (sizes[bool(apart)] or 1.0)) for square in errors)
+            return BlockFit(block.path, skipped=reason or "the weights of its last layer are masked")
+        sums = self._sums(block, calls, targets, read)
+        solution, *errors = self._best(sums.fitted, sums.validation or sums.fitted)
+        before, after = (math.sqrt(square / (sums.energy or 1.0)) for square in errors)
         if after >= before or before <= SAME:
             return BlockFit(block.path, names[read.weight], before, before)
         change = solution.change.T if read.out_axis == 0 else solution.change
@@ -210,77 +209,99 @@ class _Job:
             read.bias.copy_((read.bias.double() + solution.shift).to(read.bias.dtype))
         return BlockFit(block.path, names[read.weight], before, after)
 
-    def _chosen(self, fitted: Sums, judge: Sums) -> tuple[Solution, float, float]:
-        """The solution that errs least on `judge`, and its error without and with it."""
-        given = self.how.ridge
-        ridges = (given,) if given is not None else RIDGES if judge is not fitted else RIDGES[:1]
-        best = min((fitted.solve(ridge) for ridge in ridges), key=judge.error)
-        return best, judge.squares, judge.error(best)
+    def _sums(self, block: ModelBlock, calls: Sequence[Call], targets: Sequence[Tensor], layer: Read) -> _Sums:
+        """The sums of the least squares, over the batches for the fit and those for validation."""
+        fitted, validation = (Sums(centred=layer.bias is not None) for _ in range(2))
+        held_out = _validation(len(calls)) if self.how.ridge is None else set[int]()
+        energy = {False: 0.0, True: 0.0}
+        for number, (call, target) in enumerate(zip(calls, targets, strict=True)):
+            read = self._read_of(block, call, layer.weight)
+            y = target.reshape(-1, read.y.shape[-1]).double() - outputs_of(read, residual=True).double()
+            energy[number in held_out] += float(target.double().square().sum())
+            for x, tokens in rows(read):
+                sums = validation if number in held_out else fitted
+                sums.add(x, y[tokens], (y - outputs_of(read).double())[tokens])
+        if not fitted.finite or (held_out and not validation.finite):
+            what = f"the hidden states in {block.path} are not finite"
+            raise CheckFailed(what, "on the calibration data", "check the data")
+        return _Sums(fitted, validation if held_out else None, energy[bool(held_out)])
 
-    def _refined(
-        self, block: Block, outputs: Sequence[Callable[[], Tensor]], wanted: Sequence[Tensor], fit: BlockFit
+    def _best(self, fitted: Sums, validation: Sums) -> tuple[Solution, float, float]:
+        """The solution with the smallest error on `validation`, and the errors without and with it."""
+        given = self.how.ridge
+        ridges = (given,) if given is not None else RIDGES if validation is not fitted else RIDGES[:1]
+        best = min((fitted.solve(ridge) for ridge in ridges), key=validation.error)
+        return best, validation.squares, validation.error(best)
+
+    def _refine_(
+        self, block: ModelBlock, outputs: Sequence[Callable[[], Tensor]], targets: Sequence[Tensor], fit: BlockFit
     ) -> BlockFit:
         """Gradient steps for the whole block."""
         assert self.how.refine is not None
         named = dict(self.model.named_parameters(remove_duplicate=False))
-        held = {named[name]: mask for name, mask in self.masks.items() if inside(name, block.path)}
-        done = refine_(self.model.get_submodule(block.path), outputs, wanted, held, self.how.refine)
-        start = math.sqrt(done.before) if fit.skipped else fit.before
-        return BlockFit(fit.name, fit.layer or "all", start, math.sqrt(done.after))
+        masks = {named[name]: mask for name, mask in self.masks.items() if inside(name, block.path)}
+        refined = refine_(self.model.get_submodule(block.path), outputs, targets, masks, self.how.refine)
+        before = math.sqrt(refined.before) if fit.skipped else fit.before
+        return BlockFit(fit.name, fit.layer or "all", before, math.sqrt(refined.after))
 
-    def _writer(self, block: Block, call: Call) -> tuple[Read | None, str]:
-        """The last layer in the block whose output, added to the stream beside it, is the block's output."""
+    def _last_layer(self, block: ModelBlock, call: Call) -> tuple[Read | None, str]:
+        """The last layer of the block, if its output plus the residual is the output of the block; else why not."""
         module = self.model.get_submodule(block.path)
-        found: list[Read] = []
-        watch = Watch([p for p in module.parameters() if p.dim() > 1], found.append)
+        reads: list[Read] = []
+        watch = Watch([p for p in module.parameters() if p.dim() > 1], reads.append)
         with watch:
             output = self._output(block, call)
         watch.finish()
-        sums = [read for read in found if read.beside is not None and read.conv is None]
-        if not sums or not _is_sum(sums[-1], output):
-            return None, "its output is not the sum of a layer and the stream"
-        last = sums[-1]
-        if sum(read.weight is last.weight for read in found) > 1 or id(last.weight) in watch.others:
+        added = [read for read in reads if read.residual is not None and read.conv is None]
+        if not added or not _is_sum(added[-1], output):
+            return None, "its output is not the sum of a layer and the residual stream"
+        last = added[-1]
+        if sum(read.weight is last.weight for read in reads) > 1 or id(last.weight) in watch.others:
             return None, "its last layer is read more than once"
         return last, ""
 
-    def _last_read(self, block: Block, call: Call, weight: nn.Parameter) -> Read:
-        found: list[Read] = []
-        watch = Watch([weight], found.append)
+    def _read_of(self, block: ModelBlock, call: Call, weight: nn.Parameter) -> Read:
+        """The last read of a weight in one call of the block."""
+        reads: list[Read] = []
+        watch = Watch([weight], reads.append)
         with watch:
-            self.feed.call(block, call)
+            self.inputs.forward(block, call)
         watch.finish()
-        return found[-1]
+        return reads[-1]
 
 
-def _apart(batches: int) -> set[int]:
-    """The batches that judge what was fitted to the others."""
+@dataclass(frozen=True)
+class _Sums:
+    """Sums for the fit, and for validation if batches are held out. energy: `|y|^2` where the error is measured."""
+
+    fitted: Sums
+    validation: Sums | None
+    energy: float
+
+
+def _validation(batches: int) -> set[int]:
+    """The batches that are held out to choose the ridge: every fourth, the last one of fewer."""
     return set(range(3, batches, 4)) or ({batches - 1} if batches > 1 else set())
 
 
 def _is_sum(read: Read, output: Tensor) -> bool:
-    assert read.beside is not None
-    total = read.y.double() + read.beside.double()
+    assert read.residual is not None
+    total = read.y.double() + read.residual.double()
     if total.numel() != output.numel():
         return False
     return bool(torch.allclose(total.reshape(output.shape), output.double(), rtol=1e-3, atol=1e-4))
 
 
-def _rows_of(read: Read, goal: Tensor) -> Tensor:
-    """The goal as a matrix in the order of the read's outputs."""
-    return goal.reshape(-1, read.y.shape[-1])
-
-
 @dataclass(frozen=True)
 class Replaced:
-    """A model in which one block stands for a run of blocks: the plan that dropped the others, and the fit."""
+    """A model in which one block replaces a run of blocks: the plan that dropped the others, and the fit."""
 
     model: nn.Module
     plan: Plan
     matched: Matched
 
     def __str__(self) -> str:
-        return str(next(fit for fit in self.matched.fits if fit.instead))
+        return str(next(fit for fit in self.matched.fits if fit.replaces))
 
 
 @solver(source="Chen et al. 2024, arXiv:2403.19135 (LLM-Streamline)")
@@ -293,21 +314,21 @@ def replace_run(
     refine: Refine | None = Refine(epochs=5, lr=2e-4),  # noqa: B008 (frozen)
     loss: Loss | None = None,
 ) -> Replaced:
-    """A model in which one light block, trained for it, stands for a run of blocks.
+    """Replace a run of blocks by its first block, which is trained to give the output of the whole run.
 
-    The run of `count + 1` consecutive blocks that turns the stream least is found as by `drop_run`; its first block
-    stays as the light one, with its weights as a start, and is fitted to what left the run:
-    `min |B(x_l) - x_{l+n+1}|^2`, by least squares of its last layer and then gradient steps for all of it. `count`
-    blocks are gone, and the model is of the same architecture. Data: batches, no labels.
+    The run is the `count + 1` consecutive blocks with the smallest angular distance between input and output, as in
+    `drop_run`. Its first block is fitted to the output of the run, starting from its own weights:
+    `min |B(x_l) - x_{l+n+1}|^2`, by least squares for its last layer and then gradient steps for all its weights. The
+    result has `count` blocks less, and the same architecture. Data: batches, no labels.
 
     refine: the gradient steps, or None for the least squares alone. loss: how to run the model on a batch.
 
-    Use: many blocks in one shot. Avoid: one or two blocks: `greedy_blocks` with `match_stream_` fits all of them.
+    Use: many blocks at once. Avoid: one or two blocks: `greedy_blocks` with `match_stream_` fits all blocks.
     """
-    held = list(batches(data))
+    samples = list(batches(data))
     blocks = find_blocks(model, inputs)
-    plan = blocks.plan(turns(blocks, held, loss=loss).run(count + 1)[1:])
+    plan = blocks.plan(turns(blocks, samples, loss=loss).run(count + 1)[1:])
     small = shrink(model, plan)
     return Replaced(
-        small, plan, match_stream_(small, model, held, plan, how=Match(refine=refine, gaps=True), loss=loss)
+        small, plan, match_stream_(small, model, samples, plan, how=Match(refine=refine, gaps=True), loss=loss)
     )

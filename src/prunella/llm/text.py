@@ -1,4 +1,4 @@
-"""Calibration text: windows of tokens, drawn with a seed."""
+"""Calibration text: samples of consecutive tokens, drawn with a seed."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ from prunella.errors import BadInput, RequestError
 from prunella.io.load import import_transformers
 
 
-def text_windows(
-    folder: str | Path, text: str | Path, *, count: int = 128, length: int = 512, seed: int = 0
+def text_samples(
+    folder: str | Path, text: str | Path, *, nsamples: int = 128, seqlen: int = 512, seed: int = 0
 ) -> list[dict[str, Tensor]]:
-    """`count` random windows of `length` tokens of a text file, as batches of one, by the tokenizer in `folder`.
+    """`nsamples` random samples of `seqlen` tokens of a text file, as batches of one, by the tokenizer in `folder`.
 
-    Windows may overlap. No first token is added, so that every window looks like the middle of a text. Errors: BadInput
-    for a folder without a tokenizer or a file that is no text, RequestError for a text shorter than one window.
+    Samples may overlap. No first token is added: a sample is from the middle of the text. Errors: BadInput for a folder
+    without a tokenizer or a file that is not text, RequestError for a text shorter than one sample.
     """
-    if count < 1 or length < 2:
-        raise RequestError(f"{count} windows of {length} tokens are no data", "at least 1 of 2", "128 of 512")
+    if nsamples < 1 or seqlen < 2:
+        raise RequestError(f"{nsamples} samples of {seqlen} tokens are no data", "at least 1 of 2", "128 of 512")
     ids = text_tokens(folder, text)
-    if len(ids) < length:
-        why = f"it has {len(ids)} tokens, and a window has {length}"
-        raise RequestError(f"the text in {text} is too short", why, "give more text, or a smaller --length")
-    random = torch.Generator().manual_seed(seed)
-    starts = torch.randint(0, len(ids) - length + 1, (count,), generator=random).tolist()
-    return [{"input_ids": ids[start : start + length][None]} for start in starts]
+    if len(ids) < seqlen:
+        why = f"it has {len(ids)} tokens, and a sample has {seqlen}"
+        raise RequestError(f"the text in {text} is too short", why, "give more text, or a smaller seqlen")
+    generator = torch.Generator().manual_seed(seed)
+    starts = torch.randint(0, len(ids) - seqlen + 1, (nsamples,), generator=generator).tolist()
+    return [{"input_ids": ids[start : start + seqlen][None]} for start in starts]
 
 
 def text_tokens(folder: str | Path, text: str | Path) -> Tensor:
-    """All tokens `(tokens,)` of a text file by the tokenizer in `folder`, none added. Errors: as `text_windows`."""
+    """All tokens `(tokens,)` of a text file by the tokenizer in `folder`, none added. Errors: as `text_samples`."""
     try:
         content = Path(text).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -42,5 +42,5 @@ def text_tokens(folder: str | Path, text: str | Path) -> Tensor:
     except Exception as error:  # transformers raises OSError, ValueError or its own by what is missing
         why = f"{type(error).__name__}: {error}".splitlines()[0]
         raise BadInput(f"{folder} has no tokenizer", why, "give batches instead: --data module:function") from error
-    found: Tensor = tokenizer(content, return_tensors="pt", add_special_tokens=False, verbose=False).input_ids[0]
-    return found
+    tokens: Tensor = tokenizer(content, return_tensors="pt", add_special_tokens=False, verbose=False).input_ids[0]
+    return tokens

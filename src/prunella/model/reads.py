@@ -36,7 +36,7 @@ class Read:
     """One call of a layer: its input, its output, its bias, and how the weight is laid out.
 
     part: where a stack of matrices is read one at a time, the place of this one; the axes are those of the matrix.
-    beside: what its output is added to, a residual stream for example, in the shape of `y`; None if it is not added.
+    residual: what its output is added to, in the shape of `y`; None if it is not added to anything.
     """
 
     weight: nn.Parameter
@@ -46,7 +46,7 @@ class Read:
     in_axis: int
     out_axis: int
     conv: Conv | None
-    beside: Tensor | None = None
+    residual: Tensor | None = None
     part: int | None = None
 
 
@@ -112,7 +112,7 @@ class Watch(TorchFunctionMode):
         if name in _ADDS and len(args) > 1:
             other = args[1] if args[0] is output else args[0]
             if isinstance(other, Tensor) and other.shape == output.shape and other is not output:
-                self._held = replace(read, beside=other.detach().clone().reshape(read.y.shape)), output
+                self._held = replace(read, residual=other.detach().clone().reshape(read.y.shape)), output
         self.finish()
         return False
 
@@ -156,9 +156,9 @@ def rows(read: Read, positions: Tensor | None = None) -> Iterable[tuple[Tensor, 
         yield part, slice(start * tokens, (start + part.shape[0] // tokens) * tokens)
 
 
-def targets(read: Read, positions: Tensor | None = None, *, beside: bool = False) -> Tensor:
+def targets(read: Read, positions: Tensor | None = None, *, residual: bool = False) -> Tensor:
     """The output as a matrix `(tokens, out)`, or what it is added to; `positions` selects output channels."""
-    y = read.beside if beside and read.beside is not None else read.y
+    y = read.residual if residual and read.residual is not None else read.y
     y = y.movedim(1, -1) if read.conv is not None else y
     y = y.reshape(-1, y.shape[-1])
     return y if positions is None else y.index_select(1, positions)

@@ -129,7 +129,7 @@ def drop_run(
     count: blocks to drop, fewer than there are. last: the last position of each sample alone, as in the paper, which
     needs many samples; by default every position. loss: how to run the model on a batch.
 
-    Use: several layers of a language model at once, then `match_stream_` or `heal_`. Avoid: where a loss can be
+    Use: several layers of a language model at once, then `match_stream_` or `distill_lm_`. Avoid: where a loss can be
     measured: `greedy_blocks` chooses by it.
     """
     found = find_blocks(model, inputs)

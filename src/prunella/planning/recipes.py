@@ -206,7 +206,7 @@ def minitron() -> Recipe:
 
     One pass without labels ranks all three: root mean square where the layers that read a unit multiply it; the paper
     takes norms over the batch and means over positions. For its depth, `block_influence` or `greedy_blocks`. The paper
-    distils afterwards: `heal_`. Data: no labels.
+    distils afterwards: `distill_lm_`. Data: no labels.
 
     Use: a smaller model of the same architecture, recovered on much text. Avoid: without recovery.
     """

@@ -2,7 +2,7 @@
 
 from prunella.recovery.adapters import Adapters as Adapters
 from prunella.recovery.adapters import add_adapters_ as add_adapters_
-from prunella.recovery.adapters import heal_ as heal_
+from prunella.recovery.adapters import distill_lm_ as distill_lm_
 from prunella.recovery.batchnorm import recalibrate_bn as recalibrate_bn
 from prunella.recovery.distill import distill as distill
 from prunella.recovery.distill import distill_attention as distill_attention
@@ -38,10 +38,10 @@ __all__ = [
     "distill_attention",
     "distill_attention_probabilities",
     "distill_features",
+    "distill_lm_",
     "distill_logits",
     "finetune",
     "fold_means",
-    "heal_",
     "hold_sharded_",
     "linear_rate",
     "mask_adapters_",

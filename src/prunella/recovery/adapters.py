@@ -1,4 +1,4 @@
-"""Low-rank adapters beside the linear layers of a model, and healing a pruned model with them."""
+"""Low-rank adapters (LoRA) for the linear layers of a model, and distillation of a pruned language model with them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from prunella.recovery.lora import Merged, mask_adapters_, merge_adapters_
 from prunella.registry.method import recovery
 
 STRAY = 0.01
-"""A weight with a smaller part of zeros is not sparse: they are chance, as in weights that were quantised once."""
+"""A weight with a smaller fraction of zeros counts as dense: weights that were once quantized have some by chance."""
 
 
 class LowRank(nn.Module):
@@ -58,15 +58,15 @@ class Adapters:
 
 @recovery(source="Hu et al. 2021, arXiv:2106.09685")
 def add_adapters_(model: nn.Module, how: Adapters = Adapters(), *, seed: int = 0) -> tuple[str, ...]:
-    """Put a low-rank adapter beside every `nn.Linear` that `how.only` names, in place, and return their names.
+    """Add a low-rank adapter to every `nn.Linear` that `how.only` names, in place, and return their names.
 
     `y = W x + s B A x` with A `(rank, in)` uniform in `+-1 / sqrt(in)` and B `(out, rank)` zero: the model computes the
-    same until it trains. Layers whose weight is shared with another module (tied heads) get none. What requires a
-    gradient is left as it is. `merge_adapters_` makes plain layers of them. Errors: RequestError if no layer is left.
+    same until it trains. Layers whose weight is shared with another module (tied heads) get none. No parameter changes
+    its `requires_grad`. `merge_adapters_` makes plain layers of them. Errors: RequestError if no layer is left.
 
     seed: of A. Data: none.
 
-    Use: healing large models with little memory. Avoid: small models, where all weights can train.
+    Use: recovery of large models with little memory. Avoid: small models, where all weights can train.
     """
     root, generator = unwrap(model), torch.Generator().manual_seed(seed)
     places: dict[int, int] = {}
@@ -89,8 +89,8 @@ def add_adapters_(model: nn.Module, how: Adapters = Adapters(), *, seed: int = 0
 
 
 @dataclass(frozen=True)
-class Healed:
-    """What `heal_` did: the loss of every step, and the adapters that were merged, none where all weights trained."""
+class Distilled:
+    """Result of `distill_lm_`: the loss of every step, and the merged adapters (none if all weights were trained)."""
 
     curve: Curve
     merged: tuple[Merged, ...] = ()
@@ -103,7 +103,7 @@ class Healed:
 @recovery(
     source="Ma et al. 2023, arXiv:2305.11627 (LoRA after a cut); Muralidharan et al. 2024, arXiv:2407.14679 (logits)"
 )
-def heal_(
+def distill_lm_(
     small: nn.Module,
     teacher: nn.Module,
     data: Iterable[Any],
@@ -113,34 +113,34 @@ def heal_(
     adapters: Adapters | None = Adapters(),
     training: Training = Training(),  # noqa: B008 (frozen)
     on_step: OnStep | None = None,
-) -> Healed:
-    """Make a pruned language model answer as the dense one does on unlabelled text, in place.
+) -> Distilled:
+    """Distill the dense language model into the pruned one on unlabelled text, in place.
 
-    `min mean over tokens of KL(softmax(teacher) || softmax(small))`, by low-rank adapters that are merged at the end,
-    so that the model is of plain layers again, or by all weights with `adapters=None`. Masks that the model carries
-    stay in force in both ways, zeros under an adapter too. Parameters that do not train get their flags back.
-    Data: batches (token windows), no labels, passed over until the steps are done.
+    `min mean over tokens of KL(softmax(teacher) || softmax(small))`, trained through low-rank adapters,
+    which are merged at the end into plain layers, or through all weights with `adapters=None`. The masks of the model
+    hold in both cases, also for the change that an adapter makes. `requires_grad` is restored at the end.
+    Data: batches of tokens, no labels, repeated until the steps are done.
 
-    small: of any shape that takes the teacher's batches and gives its logits. lr: about 1e-3 with adapters, 1e-5 to
-    1e-4 without. training: optimizer, curve of the learning rate, clipping, seed.
-    Errors: CheckFailed where the loss is not finite; the model then has its last good weights.
+    small: any model that takes the teacher's batches and returns logits of the same shape. lr: about 1e-3 with
+    adapters, 1e-5 to 1e-4 without. training: optimizer, learning rate schedule, clipping, seed.
+    Errors: CheckFailed if the loss is not finite; the model then keeps its last good weights.
 
-    Use: after every cut of a language model, behind `match_stream_` where that applies. Avoid: when labels of the task
-    are at hand: `finetune` learns from both.
+    Use: after every structured pruning of a language model, and after `match_stream_` where that applies. Avoid: when
+    labels of the task are available: `finetune` learns from both.
     """
     root = unwrap(small)
     loss = distill_logits(teacher, temperature=1.0)
     if adapters is None:
-        return Healed(finetune(root, data, loss, steps=steps, lr=lr, training=training, on_step=on_step))
+        return Distilled(finetune(root, data, loss, steps=steps, lr=lr, training=training, on_step=on_step))
     merged: list[Merged] = []
     with _only_adapters(root, adapters, training.seed, merged):
         curve = finetune(root, data, loss, steps=steps, lr=lr, training=training, on_step=on_step)
-    return Healed(curve, tuple(merged))
+    return Distilled(curve, tuple(merged))
 
 
 @contextmanager
 def _only_adapters(model: nn.Module, how: Adapters, seed: int, merged: list[Merged]) -> Iterator[None]:
-    """The model with adapters that train, and nothing else that does; merged in the end, whatever happens."""
+    """Inside, only the adapters are trainable; they are merged on exit, also after an error."""
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     names = add_adapters_(model, how, seed=seed)
     bases = [model.get_submodule(f"{name}.base").get_parameter("weight") for name in names]
@@ -151,6 +151,6 @@ def _only_adapters(model: nn.Module, how: Adapters, seed: int, merged: list[Merg
             mask_adapters_(model)
         yield
     finally:
-        merged += merge_adapters_(model, allow_loss=True)  # of an adapter without a mask, what falls on stray zeros
+        merged += merge_adapters_(model, allow_loss=True)  # without a mask, changes on chance zeros are lost
         for parameter, flag in flags:
             parameter.requires_grad_(flag)

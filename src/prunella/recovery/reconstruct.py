@@ -250,9 +250,9 @@ def _add(sums: Sums, layer: Layer, read: Read, wanted: list[Read]) -> None:
         )
     y = asked.double()
     other = wanted.pop(0)
-    if read.beside is not None and other.beside is not None:
+    if read.residual is not None and other.residual is not None:
         # The sum is what goes on: the layer makes up for the error that is already in the other summand.
-        y = y + targets(other, layer.expected, beside=True) - targets(read, layer.writes, beside=True)
+        y = y + targets(other, layer.expected, residual=True) - targets(read, layer.writes, residual=True)
     residual = y - got.double()
     for x, tokens in rows(read, layer.reads):
         sums.add(x, y[tokens], residual[tokens])

@@ -13,7 +13,7 @@ from prunella.errors import NotSupported, RequestError
 from prunella.graph.data import Graph
 from prunella.graph.solve.groups import couple
 from prunella.graph.solve.residual_blocks import inside
-from prunella.llm.blocks import Block, Call, blocks_of
+from prunella.llm.blocks import Call, ModelBlock, blocks_of
 from prunella.model.forward import forward, tensors
 from prunella.model.undisturbed import undisturbed
 from prunella.registry.method import compression
@@ -52,12 +52,12 @@ class TokenMerging:
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         call = Call(args, kwargs)
-        x = call.stream
+        x = call.hidden_states
         sizes = torch.ones(x.shape[:2], device=x.device) if self.sizes is None else self.sizes
         found = bipartite_match(x, min(self.r, most(x.shape[1], self.protected)), protected=self.protected)
         merged, self.sizes = merge(x, sizes, found)
-        fed = call.fed(merged)
-        return fed.args, fed.kwargs
+        changed = call.with_hidden_states(merged)
+        return changed.args, changed.kwargs
 
 
 @compression(source="Bolya et al. 2023, arXiv:2210.09461 (ToMe), without its proportional attention")
@@ -101,7 +101,7 @@ def merge_tokens_(model: nn.Module, inputs: Any, *, r: int, protected: int = 1) 
     return made
 
 
-def _calls(model: nn.Module, blocks: tuple[Block, ...], inputs: Any) -> dict[str, Call]:
+def _calls(model: nn.Module, blocks: tuple[ModelBlock, ...], inputs: Any) -> dict[str, Call]:
     """What each block is called with."""
     found: dict[str, Call] = {}
 
@@ -124,12 +124,12 @@ def _calls(model: nn.Module, blocks: tuple[Block, ...], inputs: Any) -> dict[str
     return found
 
 
-def _check(block: Block, call: Call | None, graph: Graph, samples: int) -> None:
+def _check(block: ModelBlock, call: Call | None, graph: Graph, samples: int) -> None:
     """Whether tokens can be merged before this block; one sentence where not."""
     if not block.path or call is None:
         todo = "tokens are merged before the blocks of a ModuleList or Sequential that add to their input"
         raise NotSupported("no residual blocks were found", "", todo)
-    stream = call.stream
+    stream = call.hidden_states
     first = next((layer for layer in graph.layers if inside(layer.entity, block.path)), None)
     if not isinstance(stream, Tensor) or stream.dim() != 3 or (first is not None and first.op != "linear"):
         shape = tuple(stream.shape) if isinstance(stream, Tensor) else type(stream).__name__
@@ -141,5 +141,5 @@ def _check(block: Block, call: Call | None, graph: Graph, samples: int) -> None:
     if any(tensor is not stream for tensor in tensors([list(call.args), call.kwargs])):
         why = "masks, positions and biases are made for all tokens, and would not fit fewer"
         raise NotSupported(f"{block.path} takes another tensor beside its stream", why, "leave masks out, if you can")
-    if not block.once:
+    if not block.runs_once:
         raise NotSupported(f"{block.path} runs several times in a pass", "its tokens would go several times", "")

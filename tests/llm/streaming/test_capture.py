@@ -13,7 +13,8 @@ from torch import Tensor, nn
 import prunella as pr
 from prunella.errors import NotSupported, RequestError
 from prunella.io.card import render_card
-from prunella.llm.streaming.capture import capture, paths_of
+from prunella.llm.blocks import listed_block_paths
+from prunella.llm.streaming.capture import capture
 from prunella.llm.streaming.gguf import gguf_obstacle
 from prunella.llm.streaming.shards import write_shard
 from prunella.model.forward import forward
@@ -63,12 +64,12 @@ def captured(order: str) -> Any:
     return capture(bare, [torch.full((1, 4), float(k)) for k in range(3)], forward, list)
 
 
-def test_streams_are_kept_and_constants_once() -> None:
+def test_hidden_states_are_kept_and_shared_arguments_once() -> None:
     same, other = captured("same"), captured("other")
-    assert [float(stream[0, 0]) for stream in same.streams] == [0, 1, 2]
+    assert [float(first[0, 0]) for first in same.hidden_states] == [0, 1, 2]
     assert [block.path for block in same.blocks] == ["blocks.0", "blocks.1", "blocks.2"]
     assert same.constants == 8 and other.constants == 3 * 8
-    assert [float(call.kwargs["mask"][0]) for call in other.calls["blocks.1"]] == [1, 2, 3]
+    assert [float(call.kwargs["mask"][0]) for call in other.arguments["blocks.1"]] == [1, 2, 3]
     assert "forward" not in vars(Net("same").blocks[0])
 
 
@@ -88,7 +89,7 @@ def test_blocks_in_another_order_are_refused(order: str, said: str) -> None:
 
 def test_a_model_without_a_list_of_blocks() -> None:
     with pytest.raises(NotSupported, match="no list of blocks"):
-        paths_of(nn.Linear(2, 2))
+        listed_block_paths(nn.Linear(2, 2))
 
 
 def folder(place: Path, **changes: Any) -> Path:
@@ -122,23 +123,23 @@ def test_a_card_quotes_what_it_is_given() -> None:
     assert "perplexity" not in plain and "calibration" not in plain
 
 
-def test_a_text_is_cut_into_windows_by_a_seed(tmp_path: Path) -> None:
+def test_samples_of_a_text_are_drawn_with_a_seed(tmp_path: Path) -> None:
     tokenizers, transformers = pytest.importorskip("tokenizers"), pytest.importorskip("transformers")
-    from prunella.llm.text import text_windows
+    from prunella.llm.text import text_samples
 
     words = tokenizers.Tokenizer(tokenizers.models.WordLevel({str(k): k for k in range(50)}, "0"))
     words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     transformers.PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(tmp_path)
     text = tmp_path / "text.txt"
     text.write_text(" ".join(map(str, range(50))))
-    found = text_windows(tmp_path, text, count=40, length=48, seed=3)
+    found = text_samples(tmp_path, text, nsamples=40, seqlen=48, seed=3)
     starts = {int(batch["input_ids"][0, 0]) for batch in found}
     assert starts == {0, 1, 2}  # every place is possible, the last one too
     assert all(b["input_ids"][0].tolist() == list(range(int(b["input_ids"][0, 0]), 48 + int(b["input_ids"][0, 0])))
                for b in found)  # fmt: skip
-    again = text_windows(tmp_path, text, count=40, length=48, seed=3)
+    again = text_samples(tmp_path, text, nsamples=40, seqlen=48, seed=3)
     assert all(a["input_ids"].equal(b["input_ids"]) for a, b in zip(found, again, strict=True))
-    with pytest.raises(RequestError, match="has 50 tokens, and a window has 51"):
-        text_windows(tmp_path, text, length=51)
+    with pytest.raises(RequestError, match="has 50 tokens, and a sample has 51"):
+        text_samples(tmp_path, text, seqlen=51)
     with pytest.raises(RequestError, match="no data"):
-        text_windows(tmp_path, text, count=0)
+        text_samples(tmp_path, text, nsamples=0)

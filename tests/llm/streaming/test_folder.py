@@ -65,7 +65,7 @@ def test_the_dtype_of_the_file_stays_and_ties_are_written_once(tmp_path: Path) -
     assert read(tmp_path / "out", model).dtype == torch.bfloat16
 
 
-def test_a_stream_on_disk_gives_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hidden_states_on_disk_give_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "resident", lambda: 1000)
     write(tmp_path / "in")
     many = data(40)
@@ -97,7 +97,7 @@ def test_layers_that_are_skipped_stay_and_unknown_patterns_are_refused(tmp_path:
         pr.llm.solve_folder(tmp_path / "in", tmp_path / "b", WANDA, data=data(), skip=["layers"])
 
 
-def test_what_is_there_is_not_overwritten_unless_asked(tmp_path: Path) -> None:
+def test_a_folder_is_not_overwritten_unless_asked(tmp_path: Path) -> None:
     write(tmp_path / "in")
     pr.llm.solve_folder(tmp_path / "in", tmp_path / "out", WANDA, data=data())
     with pytest.raises(RequestError, match="not empty"):
@@ -167,25 +167,25 @@ STOPPED = """
 import os, signal, sys
 from functools import partial
 import prunella as pr
-from prunella.llm import one_shot
+from prunella.llm import solve_block
 from prunella.llm.streaming import runner as job
 from tests.llm.streaming.models import data
 
 source, output, moment, kind = sys.argv[1:]
 solved = []
 
-def solve(self, *given, old=one_shot.Job._matrix):
+def solve(*given, old=solve_block._solve_matrix):
     solved.append(given)
     if len(solved) == 11 and moment == "solving":  # in the middle of the second block
         os.kill(os.getpid(), signal.SIGKILL)
-    return old(self, *given)
+    return old(*given)
 
 def write(path, values, old=job.write_shard):
     if "00003" in path.name and moment == "writing":
         os.kill(os.getpid(), signal.SIGKILL)
     return old(path, values)
 
-one_shot.Job._matrix, job.write_shard = solve, write
+solve_block._solve_matrix, job.write_shard = solve, write
 refine = pr.llm.Refine(epochs=2) if kind == "refined" else None
 how = pr.llm.OneShot(pr.Element(per_row=True), 0.5, partial(pr.solvers.by_score, score=pr.wanda), refine)
 pr.llm.solve_folder(source, output, how, data=data())
@@ -196,7 +196,7 @@ pr.llm.solve_folder(source, output, how, data=data())
     ("moment", "kind", "family"),
     [("solving", "refined", "Llama"), ("writing", "plain", "Llama"), ("writing", "refined", "Mixtral")],
 )
-def test_a_killed_run_goes_on_at_its_block_with_the_same_result(
+def test_a_killed_run_resumes_at_its_block_with_the_same_result(
     tmp_path: Path, moment: str, kind: str, family: str
 ) -> None:
     model = write(tmp_path / "in", family)

@@ -68,7 +68,7 @@ def test_a_solver_is_measured_small_and_scaled() -> None:
     assert solver_bytes(how, 1536, 3072) == pytest.approx(4 * found, rel=0.01)
 
 
-def test_the_stream_goes_to_disk_before_a_run_is_refused() -> None:
+def test_hidden_states_go_to_disk_before_a_run_is_refused() -> None:
     def moments(on_disk: bool) -> list[Peak]:
         return [Peak({"process": 10}, on_disk), Peak({"process": 10, "stream": 0 if on_disk else 50}, on_disk)]
 

@@ -88,7 +88,7 @@ def test_files_that_are_cut_short(tmp_path: Path) -> None:
     assert [file.name for file in tmp_path.iterdir()] == ["x.safetensors"]
 
 
-def test_a_stream_on_disk_is_a_list_that_is_not_in_memory(tmp_path: Path) -> None:
+def test_hidden_states_on_disk_are_a_list_that_is_not_in_memory(tmp_path: Path) -> None:
     given = [TENSORS["a"], TENSORS["b"], TENSORS["a"].T]
     held = OnDisk(iter(given), tmp_path)
     assert len(held) == 3 and all(a.equal(b) and a.dtype == b.dtype for a, b in zip(held, given, strict=True))

@@ -1,4 +1,4 @@
-"""Models larger than memory: a Hugging Face folder is pruned block by block into another one: `solve_folder`."""
+"""Models larger than memory: prune a Hugging Face folder block by block into another folder, by `solve_folder`."""
 
 from prunella.llm.streaming.folder import Forecast as Forecast
 from prunella.llm.streaming.folder import Streamed as Streamed

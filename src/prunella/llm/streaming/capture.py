@@ -1,6 +1,7 @@
-"""What every block of a model is called with, found without running one: the blocks are stood in for.
+"""Capture the inputs of the first block of a model, and the other arguments of all blocks, without running a block.
 
-The blocks are the module list that holds the most weights. Each must run once, in order, fed by the one before it.
+The blocks are replaced by stubs, which return their hidden states unchanged. Each block must run once, in order, on the
+output of the one before it.
 """
 
 from __future__ import annotations
@@ -20,82 +21,86 @@ from prunella.graph.cut.block_surgery import swap
 from prunella.graph.data import Layer
 from prunella.graph.match import chosen, parts
 from prunella.graph.solve.groups import couple
-from prunella.llm.blocks import Block, Call, Keep, Runner
+from prunella.llm.blocks import Call, Calls, ModelBlock, Runner, StoreActivations, listed_block_paths
 from prunella.llm.experts import routers
 from prunella.llm.streaming.skeleton import Skeleton
 from prunella.model.forward import tensors
 from prunella.model.reads import Stop
 from prunella.stats.subject import first_seen
 
-_INSTEAD = "load it whole, and use solve_"
+_INSTEAD = "load the whole model, and use solve_"
+_KNOWN = 16
+"""Tensors of earlier calls with which those of a new one are compared."""
 
 
 @dataclass(frozen=True)
 class Captured:
-    """The blocks, what each is called with beside the stream, and the stream into the first."""
+    """The blocks, their calls without hidden states, and the hidden states that enter the first block."""
 
-    blocks: tuple[Block, ...]
-    calls: dict[str, list[Call]]
-    streams: Sequence[Tensor]
+    blocks: tuple[ModelBlock, ...]
+    arguments: dict[str, list[Call]]
+    hidden_states: Sequence[Tensor]
 
     @property
     def constants(self) -> int:
-        """Bytes of what the calls share."""
-        found = {id(t): t for calls in self.calls.values() for c in calls for t in tensors([list(c.args), c.kwargs])}
-        return sum(t.numel() * t.element_size() for t in found.values())
+        """Bytes of the arguments that the calls share."""
+        distinct = {
+            id(t): t for calls in self.arguments.values() for c in calls for t in tensors([list(c.args), c.kwargs])
+        }
+        return sum(t.numel() * t.element_size() for t in distinct.values())
+
+    def calls(self, path: str, hidden_states: Sequence[Tensor] | None = None) -> Calls:
+        """The calls of a block for these hidden states, by default those that enter the first block."""
+        return Calls(self.arguments[path], self.hidden_states if hidden_states is None else hidden_states)
 
 
-def paths_of(model: nn.Module) -> list[str]:
-    """Paths of the blocks. Errors: NotSupported where there is no list of modules."""
-    lists = [(path, m) for path, m in model.named_modules() if isinstance(m, nn.ModuleList | nn.Sequential) and len(m)]
-    if not lists:
-        raise NotSupported("the model has no list of blocks", "blocks are the entries of a module list", _INSTEAD)
-    path, found = max(lists, key=lambda entry: sum(p.numel() for p in entry[1].parameters()))
-    return [f"{path}.{name}" for name, _ in found.named_children()]
+def capture(skeleton: Skeleton, batches: Sequence[Any], run: Runner, store: StoreActivations) -> Captured:
+    """Run the model once on every batch, with stubs in place of its blocks.
 
-
-def capture(skeleton: Skeleton, batches: Sequence[Any], run: Runner, keep: Keep) -> Captured:
-    """Run the model once on every batch, with nothing in place of its blocks.
-
-    Only what runs before the last block is loaded, and let go at the end. Errors: NotSupported for another order.
+    Only the modules that run before the last block are loaded, and unloaded at the end. Errors: NotSupported if the
+    blocks run in another order.
     """
-    paths = paths_of(skeleton.model)
-    stage = _Stage(skeleton.model, paths)
-    with skeleton.on_demand(paths), stage.set():
-        streams = keep(stage.streams(batches, run))
-    blocks = tuple(Block(path, linked=place > 0) for place, path in enumerate(paths))
-    return Captured(blocks, stage.calls, streams)
+    paths = listed_block_paths(skeleton.model)
+    stubs = _Stubs(skeleton.model, paths)
+    with skeleton.on_demand(paths), stubs.installed():
+        hidden_states = store(stubs.first_inputs(batches, run))
+    blocks = tuple(ModelBlock(path, sequential=place > 0) for place, path in enumerate(paths))
+    return Captured(blocks, stubs.calls, hidden_states)
 
 
 @dataclass
-class _Stage:
-    """Stand-ins for the blocks, which hand the stream on and write down the rest."""
+class _Stubs:
+    """Stubs for the blocks, which return their hidden states and record the other arguments.
+
+    outputs: for each block the structure of its output, computed once on the meta device. known: tensors of earlier
+    calls. past: whether the last block has run in this pass.
+    """
 
     model: nn.Module
     paths: list[str]
     calls: dict[str, list[Call]] = field(default_factory=dict)
-    trees: dict[str, Any] = field(default_factory=dict)
+    outputs: dict[str, Any] = field(default_factory=dict)
     known: list[Tensor] = field(default_factory=list)
     order: list[str] = field(default_factory=list)
-    stream: Tensor | None = None
+    hidden_states: Tensor | None = None
     first: Tensor | None = None
     past: bool = False
 
     @contextmanager
-    def set(self) -> Iterator[None]:
-        """Inside, the stand-ins run."""
+    def installed(self) -> Iterator[None]:
+        """Inside, the stubs run in place of the blocks."""
         modules = [self.model.get_submodule(path) for path in self.paths]
         self.calls = {path: [] for path in self.paths}
         for path, module in zip(self.paths, modules, strict=True):
-            module.forward = self._stand_in(path, module.forward)
+            module.forward = self._stub(path, module.forward)
         try:
             yield
         finally:
             for module in modules:
                 del module.forward
 
-    def streams(self, batches: Sequence[Any], run: Runner) -> Iterator[Tensor]:
-        """The stream into the first block for each batch."""
+    def first_inputs(self, batches: Sequence[Any], run: Runner) -> Iterator[Tensor]:
+        """The hidden states that enter the first block, for each batch."""
         for batch in batches:
             first = self._run(batch, run)
             if self.order != self.paths or first is None:
@@ -104,18 +109,18 @@ class _Stage:
             yield first
 
     def _run(self, batch: Any, run: Runner) -> Tensor | None:
-        """Run until the last block, and say what came into the first.
+        """Run up to the last block, and return the hidden states that entered the first.
 
-        The first time the model runs to its end without values, to see whether a block runs again there.
+        The first pass runs to the end of the model on the meta device, to see whether a block runs again there.
         """
-        self.order, self.stream, self.first, self.past = [], None, None, False
+        self.order, self.hidden_states, self.first, self.past = [], None, None, False
         try:
             run(self.model, batch)
         except (Stop, PruningError) as ended:
             if not isinstance(ended, Stop):
                 raise
         except Exception as error:
-            if self.past:  # what comes after the blocks has no weights here, and may well fail
+            if self.past:  # the modules after the blocks have no weights here, and may fail
                 return self.first
             if "meta tensor" in str(error):
                 what = "what surrounds the blocks cannot be run without all weights"
@@ -123,47 +128,54 @@ class _Stage:
             raise
         return self.first
 
-    def _stand_in(self, path: str, block: Callable[..., Any]) -> Callable[..., Any]:
+    def _stub(self, path: str, block: Callable[..., Any]) -> Callable[..., Any]:
+        """The function that runs in place of `block`."""
+
         def forward(*args: Any, **kwargs: Any) -> Any:
             call = Call(args, kwargs)
-            if self.past:
-                why = "it runs again after the last one" if path in self.order else "it runs after the last one"
-                raise NotSupported("the blocks of the model do not run one after the other", f"{path}: {why}", _INSTEAD)
-            if not isinstance(call.stream, Tensor) or not (self.stream is None or call.stream is self.stream):
-                why = "its first argument is not what the block before it returned"
-                raise NotSupported(f"{path} is not fed by the block before it", why, _INSTEAD)
-            others = tensors([list(args), kwargs])
-            if any(t.device.type == "meta" for t in others):
-                raise NotSupported(f"{path} is given more than the stream by a block", "it depends on them", _INSTEAD)
-            if self.stream is None:
-                self.first = call.stream
-            self.stream = call.stream
+            self._check(path, call)
+            if self.hidden_states is None:
+                self.first = call.hidden_states
+            self.hidden_states = call.hidden_states
             self.order.append(path)
-            bare = call.fed(call.stream.new_empty(0))
+            bare = call.without_hidden_states()
             self.calls[path].append(Call(self._shared(bare.args), self._shared(bare.kwargs)))
-            known, self.past = path in self.trees, path == self.paths[-1]
-            if self.past and known:
+            seen, self.past = path in self.outputs, path == self.paths[-1]
+            if self.past and seen:
                 raise Stop
-            if not known:
-                self.trees[path] = _on_meta(path, block, call)
-            return swap(self.trees[path], call.stream.to("meta") if self.past else call.stream)
+            if not seen:
+                self.outputs[path] = _on_meta(path, block, call)
+            return swap(self.outputs[path], call.hidden_states.to("meta") if self.past else call.hidden_states)
 
         return forward
 
+    def _check(self, path: str, call: Call) -> None:
+        """Errors: NotSupported unless the block runs in order, on the hidden states of the one before it alone."""
+        if self.past:
+            why = "it runs again after the last one" if path in self.order else "it runs after the last one"
+            raise NotSupported("the blocks of the model do not run one after the other", f"{path}: {why}", _INSTEAD)
+        follows = self.hidden_states is None or call.hidden_states is self.hidden_states
+        if not isinstance(call.hidden_states, Tensor) or not follows:
+            why = "its first argument is not what the block before it returned"
+            raise NotSupported(f"{path} is not fed by the block before it", why, _INSTEAD)
+        if any(t.device.type == "meta" for t in tensors([list(call.args), call.kwargs])):
+            what = f"{path} takes more than the hidden states from another block"
+            raise NotSupported(what, "it depends on their values", _INSTEAD)
+
     def _shared(self, tree: Any) -> Any:
-        """The tree with tensors that are known from an earlier call in place of equal ones."""
+        """The tree with tensors of earlier calls in place of equal ones."""
         return pytree.tree_map_only(Tensor, self._known, tree)
 
     def _known(self, tensor: Tensor) -> Tensor:
-        same = (t for t in self.known if t is tensor or (t.shape == tensor.shape and t.dtype == tensor.dtype))
-        found = next((t for t in same if t is tensor or t.equal(tensor)), None)
-        if found is None:
-            self.known = [tensor, *self.known[:15]]
-        return tensor if found is None else found
+        alike = (t for t in self.known if t is tensor or (t.shape == tensor.shape and t.dtype == tensor.dtype))
+        same = next((t for t in alike if t is tensor or t.equal(tensor)), None)
+        if same is None:
+            self.known = [tensor, *self.known[: _KNOWN - 1]]
+        return tensor if same is None else same
 
 
 def _on_meta(path: str, block: Callable[..., Any], call: Call) -> Any:
-    """What the block returns, without values."""
+    """The output of the block on the meta device: its structure, without values."""
     args, kwargs = pytree.tree_map_only(Tensor, lambda t: t.to("meta"), (call.args, call.kwargs))
     try:
         return block(*args, **kwargs)
@@ -172,12 +184,12 @@ def _on_meta(path: str, block: Callable[..., Any], call: Call) -> Any:
         raise NotSupported(f"{path} cannot be run without its weights", why, _INSTEAD) from error
 
 
-def _light(tensor: Tensor) -> Tensor:
+def _to_meta(tensor: Tensor) -> Tensor:
     return tensor.to("meta", torch.bfloat16 if tensor.is_floating_point() else tensor.dtype)
 
 
-class _Called(nn.Module):
-    """A block as a model of one argument for all that it is given."""
+class _TwoArguments(nn.Module):
+    """A block as a model of two arguments, its positional and its keyword arguments."""
 
     def __init__(self, block: nn.Module) -> None:
         super().__init__()
@@ -188,17 +200,17 @@ class _Called(nn.Module):
 
 
 def layers_of(model: nn.Module, path: str, call: Call, skip: Sequence[str]) -> dict[Layer, bool]:
-    """The layers of a block without data, under their names in the model, and whether each routes to experts."""
-    # The type does not matter without values, and torch multiplies the experts of a mixture in this one alone then.
+    """The layers of a block, traced without data, by their names in the model, and whether each routes to experts."""
+    # The dtype does not matter without values, and torch has the grouped product of experts in bfloat16 alone there.
     block = copy.deepcopy(model.get_submodule(path)).to(torch.bfloat16)
-    inputs = pytree.tree_map_only(Tensor, _light, (call.args, call.kwargs))
+    inputs = pytree.tree_map_only(Tensor, _to_meta, (call.args, call.kwargs))
     try:
-        graph = couple(_Called(block), inputs)
+        graph = couple(_TwoArguments(block), inputs)
     except PruningError as error:
         raise NotSupported(f"{path} cannot be traced without its weights", str(error), _INSTEAD) from error
-    found, routing = dict[Layer, bool](), routers(graph)
+    layers, routing = dict[Layer, bool](), routers(graph)
     for layer in first_seen(graph.layers):
         name, entity = (f"{path}.{text.removeprefix('block.')}" for text in (layer.name, layer.entity))
         if not chosen(parts(entity), skip, ()):
-            found[replace(layer, name=name, entity=entity)] = layer.entity in routing
-    return found
+            layers[replace(layer, name=name, entity=entity)] = layer.entity in routing
+    return layers

@@ -1,6 +1,6 @@
-"""Files that hold the weights of a model under other names or in other pieces, experts one by one for example.
+"""Checkpoints whose tensors have other names or another layout than the model, such as one tensor per expert.
 
-What becomes what is transformers' own table of conversions; here it is done tensor by tensor, when one is asked for.
+The conversions are those of transformers; here they are applied to single tensors, when one is read.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from prunella.llm.streaming.shards import Stored
 
 @dataclass(frozen=True)
 class Converted:
-    """A tensor of the model that is made of others when it is read."""
+    """A tensor of the model that is converted from tensors of the checkpoint when it is read."""
 
     name: str
     group: Group
@@ -30,15 +30,15 @@ class Converted:
 
     def read(self) -> Tensor:
         """The tensor, in memory of its own."""
-        made = self.group.convert({key: stored.read() for key, stored in self.group.sources.items()})
-        return made[self.name].contiguous()
+        converted = self.group.convert({key: stored.read() for key, stored in self.group.sources.items()})
+        return converted[self.name].contiguous()
 
 
 @dataclass(frozen=True)
 class Group:
-    """Tensors of files that are converted together, under the name of the first of what they become.
+    """Tensors of the checkpoint that are converted together, named after the first tensor that results.
 
-    patterns: which part of the conversion each belongs to.
+    patterns: the source pattern of the conversion that each name matches.
     """
 
     name: str
@@ -47,37 +47,38 @@ class Group:
     patterns: Mapping[str, str]
 
     def convert(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """What these tensors become. Errors: BadInput where one is missing or has another shape than the rest."""
+        """The tensors of the model. Errors: BadInput if a tensor is missing or its shape differs from the others."""
         conversion = copy.deepcopy(self.conversion)
         for key, value in values.items():
             conversion.add_tensor(self.name, key, self.patterns[key], value)
         try:
-            made = conversion.convert(self.name)
+            converted = conversion.convert(self.name)
         except (RuntimeError, ValueError, KeyError) as error:
             what = f"the tensors that make up {self.name} do not fit together"
             why = f"{next(iter(values))} and {len(values) - 1} others: {error}".splitlines()[0]
             raise BadInput(what, why, "fetch the folder again") from error
-        return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
+        return {name: value[0] if isinstance(value, list) else value for name, value in converted.items()}
 
 
 class Files:
-    """The tensors of a model by their names in it, `stored`; `raw` has them as the files do.
+    """The tensors of a checkpoint: `stored` by their names in the model, `raw` by their names in the files.
 
-    back: whether what is written gets the names and pieces of the files again.
+    names: for each name in the files the names in the model. back: whether the conversion can be reverted, so that
+    tensors are written with the names and the layout of the files.
     """
 
     def __init__(self, model: nn.Module, raw: Mapping[str, Stored]) -> None:
         self._model, self.raw = model, raw
         self._table = _table(model)
         self.stored, self.names = self.read(raw)
-        self.back = self._table is not None and self._goes_back()
+        self.back = self._table is not None and self._reverts()
 
     def read(self, raw: Mapping[str, Stored]) -> tuple[dict[str, Stored | Converted], dict[str, tuple[str, ...]]]:
-        """The tensors of files by their names in the model, and for each tensor of a file the names that it becomes."""
+        """The tensors by their names in the model, and for each name in the files the names in the model."""
         if self._table is None:
             return dict(raw), {key: (key,) for key in raw}
         renamings, converters, loading = self._table
-        found: dict[str, Stored | Converted] = {}
+        tensors: dict[str, Stored | Converted] = {}
         names: dict[str, tuple[str, ...]] = {}
         groups: dict[str, tuple[Any, dict[str, str]]] = {}
         expected = dict.fromkeys(self._model.state_dict())
@@ -86,39 +87,39 @@ class Files:
             name, pattern = loading.rename_source_key(key, renamings, converters, prefix, {k: k for k in expected})
             if key in expected or pattern is None:
                 name = key if key in expected else name
-                found[name], names[key] = raw[key], (name,)
+                tensors[name], names[key] = raw[key], (name,)
             else:
                 conversion = next(c for c in converters if pattern in c.source_patterns)
                 groups.setdefault(name, (conversion, {}))[1][key] = pattern
         for name, (conversion, patterns) in groups.items():
             group = Group(name, conversion, {key: raw[key] for key in patterns}, patterns)
-            bare = {k: torch.empty(s.shape, dtype=s.dtype, device="meta") for k, s in group.sources.items()}
-            made = group.convert(bare)
-            for other, like in made.items():
+            virtual = {k: torch.empty(s.shape, dtype=s.dtype, device="meta") for k, s in group.sources.items()}
+            converted = group.convert(virtual)
+            for other, like in converted.items():
                 size = like.numel() * like.element_size()
-                found[other] = Converted(other, group, like.dtype, tuple(like.shape), size)
-            names |= dict.fromkeys(patterns, tuple(made))
-        return found, names
+                tensors[other] = Converted(other, group, like.dtype, tuple(like.shape), size)
+            names |= dict.fromkeys(patterns, tuple(converted))
+        return tensors, names
 
     def written(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Tensors of the model as the files have them."""
+        """Tensors of the model with the names and the layout of the files."""
         if not self.back or self._table is None:
             return dict(values)
         reverted: dict[str, Tensor] = self._table[2].revert_weight_conversion(self._model, dict(values))
         return reverted
 
-    def _goes_back(self) -> bool:
-        bare = {k: torch.empty(s.shape, dtype=s.dtype, device="meta") for k, s in self.stored.items()}
+    def _reverts(self) -> bool:
+        virtual = {k: torch.empty(s.shape, dtype=s.dtype, device="meta") for k, s in self.stored.items()}
         self.back = True
-        return set(self.written(bare)) == set(self.raw)
+        return set(self.written(virtual)) == set(self.raw)
 
 
 def _table(model: nn.Module) -> tuple[list[Any], list[Any], Any] | None:
-    """transformers' renamings and conversions for this model, and the module that applies them; None if it has none."""
+    """The renamings and conversions of transformers for this model, and the module that applies them, or None."""
     try:
         loading = import_module("transformers.core_model_loading")
         mapping = import_module("transformers.conversion_mapping").get_model_conversion_mapping(model)
-    except (ImportError, AttributeError):  # an older transformers, or no model of it
+    except (ImportError, AttributeError):  # an older version, or no model of transformers
         return None
     renamings = [one for one in mapping if isinstance(one, loading.WeightRenaming)]
     converters = [one for one in mapping if isinstance(one, loading.WeightConverter)]

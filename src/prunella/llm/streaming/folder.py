@@ -1,4 +1,4 @@
-"""Prune a Hugging Face folder block by block, into another folder, in the memory of one block."""
+"""Prune a Hugging Face folder block by block into another folder, with one block in memory: `solve_folder`."""
 
 from __future__ import annotations
 
@@ -10,22 +10,23 @@ from pathlib import Path
 from typing import Any
 
 from prunella.errors import RequestError
-from prunella.llm.distributed import processes
-from prunella.llm.one_shot import OneShot, Solving
+from prunella.llm.blockwise import Solving
+from prunella.llm.distributed import process_group
+from prunella.llm.recipe import OneShot
 from prunella.llm.streaming import memory as amounts
 from prunella.llm.streaming.journal import Journal, fingerprint
-from prunella.llm.streaming.runner import OnBlock, Prepared
+from prunella.llm.streaming.runner import OnBlock, StreamingRun
 from prunella.llm.streaming.writer import RECORD, finish
 from prunella.model.forward import batches
 from prunella.registry.method import solver
 
 WORK = ".prunella"
-"""The folder inside the output that holds the journal while a run is not finished."""
+"""The folder inside the output that holds the journal until the run is finished."""
 
 
 @dataclass(frozen=True)
 class Streamed:
-    """What `solve_folder` wrote. peak: predicted bytes; most: what the process has had, libraries included."""
+    """The result of `solve_folder`. peak: predicted bytes; most: the peak of the process, libraries included."""
 
     path: Path
     solving: Solving
@@ -46,7 +47,7 @@ class Streamed:
 
 @dataclass(frozen=True)
 class Forecast:
-    """What a run will take: memory, bytes on disk, and seconds where a block was measured."""
+    """Predicted cost of a run: memory, bytes on disk, and seconds if the first block was measured."""
 
     blocks: int
     layers: int
@@ -58,11 +59,11 @@ class Forecast:
     def __str__(self) -> str:
         lines = [
             f"{self.blocks} blocks, {self.layers} layers, {self.weights:,} weights in them",
-            f"memory: {self.peak}, the stream between blocks {'on disk' if self.peak.on_disk else 'in memory'}",
+            f"memory: {self.peak}, hidden states between blocks {'on disk' if self.peak.on_disk else 'in memory'}",
             f"disk: {amounts.shown(self.disk)}",
         ]
         if self.seconds is not None:
-            lines.append(f"time: about {self.seconds:.0f} s, by the first block on two batches")
+            lines.append(f"time: about {self.seconds:.0f} s, measured on the first block and two batches")
         return "\n".join(lines)
 
 
@@ -80,36 +81,38 @@ def solve_folder(
 ) -> Streamed:
     """Prune the Hugging Face folder `source` into the folder `output`, with one block in memory at a time.
 
-    The same numbers as `solve_` on the model in memory, bit for bit: the model is built without weights, what each
-    block is called with is captured once, then each block is read, pruned, run, written as a shard and let go. The
-    index and the configuration are written last, so a folder with them is complete. Killed, the same call goes on at
-    the block it was at: finished blocks are read back and run once for the stream. Under torchrun every process calls
-    this with the same `data`, takes its share of the batches, and the first one writes.
-    Data: batches, no labels, for example `windows` of a text.
+    The weights are those of `solve_` on the model in memory, bit for bit. The model is built without weights and the
+    arguments of all blocks are captured once; then each block is read, pruned, run, written as a shard and freed. The
+    index and the configuration are written last: a folder that has them is complete. After a kill, the same call
+    resumes at the unfinished block; finished blocks run forward once for the hidden states. Under torchrun every
+    process calls this with the same `data` and takes its shard of the batches, and the process of rank 0 writes.
+    Data: batches, no labels, for example samples of a text.
 
-    memory: most bytes of the process, as `"4GB"`; the stream goes to disk when it does not fit, and a run that would
-    take more is refused before it starts. None: the stream in memory, no check. Errors: RequestError for a folder that
-    is taken or another run's, or too little memory; NotSupported where the blocks are not one list run in order.
+    memory: the most bytes of the process, as `"4GB"`; hidden states are stored on disk if they do not fit, and a run
+    that would take more is refused before it starts. None: hidden states in memory, no check. Errors: RequestError if
+    the folder exists or belongs to another run, or for too little memory; NotSupported if the blocks are not entries of
+    one list, run in order.
 
-    Use: models larger than memory. Avoid: models that fit, when they have to be evaluated next: `solve_`.
+    Use: models larger than memory. Avoid: models that fit, if they are evaluated next: `solve_`.
     """
-    start, folder, held = time.perf_counter(), Path(output), list(batches(data))
+    start, folder, samples = time.perf_counter(), Path(output), list(batches(data))
     _check_output(folder, overwrite=overwrite)
-    job = Prepared(Path(source), how, held, processes(), budget=_budget(memory), skip=skip)
+    group = process_group()
+    run = StreamingRun(Path(source), how, samples, group, budget=_budget(memory), skip=skip)
     work = folder / WORK
-    if job.team.first:
+    if group.is_main:
         if overwrite and folder.exists() and not work.is_dir():
             shutil.rmtree(folder)
         work.mkdir(parents=True, exist_ok=True)
-    job.team.wait()
-    journal = Journal(work / "journal.json", fingerprint(job.source, held, how, job.team.count, skip))
-    solving, replayed = job.run(folder, journal, on_block)
+    group.barrier()
+    journal = Journal(work / "journal.json", fingerprint(run.source, samples, how, group.world_size, skip))
+    solving, replayed = run.run(folder, journal, on_block)
     seconds = time.perf_counter() - start
-    if job.team.first:
-        finish(job, folder, solving, seconds)
+    if group.is_main:
+        finish(run, folder, solving, seconds)
         shutil.rmtree(work)
-    job.team.wait()
-    return Streamed(folder, solving, job.peak, amounts.most_resident(), seconds, replayed)
+    group.barrier()
+    return Streamed(folder, solving, run.peak, amounts.most_resident(), seconds, replayed)
 
 
 def forecast(
@@ -121,18 +124,17 @@ def forecast(
     skip: Sequence[str] = (),
     measured: bool = True,
 ) -> Forecast:
-    """What `solve_folder` would take: nothing is written.
+    """Predict memory, disk and time of `solve_folder`. Nothing is written.
 
-    measured: prune the first block, on two batches, for the time: `blocks * (solving + batches * a pass)`.
-    Errors: those of `solve_folder`, too little memory above all.
+    measured: predict the time, `blocks * (solving + batches * a pass)`, by pruning the first block on two batches.
+    Errors: those of `solve_folder`, above all RequestError for too little memory.
     """
-    held = list(batches(data))
-    job = Prepared(Path(source), how, held, processes(), budget=_budget(memory), skip=skip)
-    layers = [layer for some in job.layers.values() for layer in some]
-    weights = sum(job.skeleton.like[layer.entity].numel() for layer in layers)
-    disk = sum(stored.size for stored in job.skeleton.stored.values())
-    disk += job.stream_bytes * job.copies if job.peak.on_disk else 0
-    return Forecast(len(job.paths), len(layers), weights, job.peak, disk, job.measured() if measured else None)
+    run = StreamingRun(Path(source), how, list(batches(data)), process_group(), budget=_budget(memory), skip=skip)
+    layers = [layer for some in run.layers.values() for layer in some]
+    weights = sum(run.skeleton.like[layer.entity].numel() for layer in layers)
+    disk = sum(stored.size for stored in run.skeleton.stored.values())
+    disk += run.stream_bytes * run.copies if run.peak.on_disk else 0
+    return Forecast(len(run.paths), len(layers), weights, run.peak, disk, run.measured() if measured else None)
 
 
 def _budget(memory: str | int | None) -> int | None:
@@ -140,7 +142,7 @@ def _budget(memory: str | int | None) -> int | None:
 
 
 def _check_output(folder: Path, *, overwrite: bool) -> None:
-    """RequestError unless the folder is free, or of a run that was not finished."""
+    """Errors: RequestError unless the folder is empty, belongs to an unfinished run, or may be overwritten."""
     if folder.is_file():
         raise RequestError(f"cannot write the folder {folder}", "a file of that name exists", "choose another name")
     if not folder.exists() or not any(folder.iterdir()) or (folder / WORK).is_dir():

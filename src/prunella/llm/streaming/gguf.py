@@ -1,4 +1,4 @@
-"""Whether other readers of language models can take a folder: what converters to GGUF ask for."""
+"""Whether a converter to GGUF can read a folder."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def gguf_obstacle(folder: str | Path) -> str:
-    """Why a converter to GGUF would refuse the folder, in one sentence; empty if nothing speaks against it.
+    """Why a converter to GGUF would refuse the folder, in one sentence; empty if no reason is known.
 
-    Looked at: every block has tensors of the same names and shapes (GGUF has one width for all), dtypes are float32,
-    float16 or bfloat16, and config.json and a tokenizer are there. Whether a converter knows the architecture is its
-    own affair.
+    Checked: all blocks have tensors of the same names and shapes (GGUF has one width for all blocks), dtypes are
+    float32, float16 or bfloat16, and the folder has a config.json and a tokenizer. Not checked: whether the converter
+    supports the architecture.
     """
     place = Path(folder)
     blocks: dict[str, dict[str, tuple[int, ...]]] = {}

@@ -16,7 +16,8 @@ from prunella._version import __version__
 from prunella.errors import BadInput, RequestError
 from prunella.io.files import write_atomic
 from prunella.io.load import import_transformers
-from prunella.llm.one_shot import Fit, OneShot
+from prunella.llm.recipe import OneShot
+from prunella.llm.solve_block import Fit
 from prunella.model.forward import tensors
 from prunella.registry.serialize import describe
 

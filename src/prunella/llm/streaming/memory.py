@@ -1,7 +1,7 @@
-"""How much memory a run will take, before it takes it.
+"""Predict the memory of a run before it starts.
 
-Nothing is guessed from the names of methods: a block runs without data, and the solver on a layer of the same shape
-made small, while every tensor that comes and goes is counted.
+No method is known by name: a block runs on fake tensors, the solver runs on a smaller layer of the same proportions,
+and the bytes of all live tensors are counted.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from prunella.errors import RequestError
 from prunella.granularity import NM, Block, Element
 from prunella.llm.blocks import Call
-from prunella.llm.one_shot import OneShot
+from prunella.llm.recipe import OneShot
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 _SMALL = 192
-"""Largest side of the layer that a solver is tried on."""
+"""The largest side of the layer on which a solver is measured."""
 MARGIN = 1.2
-"""For what operations take inside, and for memory that was let go but is not reused."""
+"""Factor for the workspace of operations, and for freed memory that is not reused."""
 BUFFERS = 64_000_000
-"""What the libraries take at their first work and keep: 45 MB were measured for the matrix products of one thread."""
+"""Bytes that the libraries allocate on first use and keep: 45 MB were measured for matrix products in one thread."""
 
 
 def parse_bytes(text: str | int) -> int:
@@ -51,7 +51,7 @@ def shown(size: float) -> str:
 
 
 def resident() -> int:
-    """Bytes of this process in memory; the most it ever had where the system does not say what it has now."""
+    """Resident bytes of this process; their peak if the system does not report the current value."""
     status = Path("/proc/self/statm")
     if status.is_file():
         import resource
@@ -61,9 +61,9 @@ def resident() -> int:
 
 
 def most_resident() -> int:
-    """The most bytes that this process has had in memory; 0 on Windows.
+    """Peak resident bytes of this process; 0 on Windows.
 
-    Not what `getrusage` says on Linux: there a program starts with the most of the one that started it.
+    On Linux not by `getrusage`: there a process inherits the peak of the process that started it.
     """
     status = Path("/proc/self/status")
     if status.is_file():
@@ -78,7 +78,7 @@ def most_resident() -> int:
 
 
 class Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts the bytes of tensors made inside that are there at the same time; `peak` is the most."""
+    """Counts the bytes of live tensors that were allocated inside; `peak` is the largest sum."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -87,7 +87,7 @@ class Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         for tensor in pytree.tree_leaves((args, kwargs)):
-            if isinstance(tensor, Tensor):  # what was there before, and views of it, do not count
+            if isinstance(tensor, Tensor):  # tensors from before, and views of them, do not count
                 self._note(tensor, 0)
         result = func(*args, **(kwargs or {}))
         for tensor in pytree.tree_leaves(result):
@@ -101,33 +101,33 @@ class Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if key in self._seen:
             return
 
-        def gone(_: Any) -> None:
+        def freed(_: Any) -> None:
             self.now -= size
             self._seen.pop(key, None)
 
-        self._seen[key] = weakref.ref(storage, gone)
+        self._seen[key] = weakref.ref(storage, freed)
         self.now += size
         self.peak = max(self.peak, self.now)
 
 
 def forward_bytes(block: nn.Module, call: Call, *, trained: bool) -> int:
-    """The most that one run of the block holds beside its weights and inputs; with what a gradient needs if trained."""
+    """Peak bytes of one pass of the block without weights and inputs; trained: with activations for gradients."""
     with FakeTensorMode(allow_non_fake_inputs=True) as fake:
 
-        def made(tensor: Tensor) -> Tensor:
+        def fake_like(tensor: Tensor) -> Tensor:
             return torch.empty(tensor.shape, dtype=tensor.dtype, requires_grad=trained and tensor.is_floating_point())
 
-        state = {name: made(t) for name, t in [*block.named_parameters(), *block.named_buffers()]}
-        args, kwargs = pytree.tree_map_only(Tensor, made, (call.args, call.kwargs))
+        state = {name: fake_like(t) for name, t in [*block.named_parameters(), *block.named_buffers()]}
+        args, kwargs = pytree.tree_map_only(Tensor, fake_like, (call.args, call.kwargs))
         with Live() as live, torch.set_grad_enabled(trained):
-            held = torch.func.functional_call(block, state, args, kwargs)
-        del held
+            outputs = torch.func.functional_call(block, state, args, kwargs)
+        del outputs
     assert fake is not None
     return int(live.peak)
 
 
 def solver_bytes(how: OneShot, rows: int, columns: int) -> int:
-    """The most that solving a layer takes, its weight and Gram matrix in float32 included, from a small one."""
+    """Peak bytes of solving a layer, with its weight and Gram matrix in float32, extrapolated from a smaller layer."""
     unit = math.lcm(16, how.pattern.m if isinstance(how.pattern, NM) else 1)
     pattern = Element() if isinstance(how.pattern, Block) else how.pattern
     scale = max(1.0, max(rows, columns) / _SMALL)
@@ -143,30 +143,30 @@ def solver_bytes(how: OneShot, rows: int, columns: int) -> int:
 
 @dataclass(frozen=True)
 class Peak:
-    """The parts of the largest moment of a run, in bytes, by what they are for."""
+    """Bytes in use at one moment of a run, by purpose."""
 
     parts: Mapping[str, int]
     on_disk: bool = False
 
     @property
     def bytes(self) -> int:
-        """Together."""
+        """The sum."""
         return sum(self.parts.values())
 
     def __str__(self) -> str:
-        said = ", ".join(f"{what} {shown(size)}" for what, size in self.parts.items() if size)
-        return f"{shown(self.bytes)} ({said})"
+        parts = ", ".join(f"{what} {shown(size)}" for what, size in self.parts.items() if size)
+        return f"{shown(self.bytes)} ({parts})"
 
 
 def largest(moments: Callable[[bool], list[Peak]], budget: int | None) -> Peak:
-    """The peak with the stream in memory if that is within the budget, else with the stream on disk.
+    """The peak with the hidden states in memory if it is within the budget, else with the hidden states on disk.
 
-    Errors: RequestError, with the numbers, where neither is.
+    Errors: RequestError with the numbers if both exceed the budget.
     """
     for on_disk in (False, True):
-        found = max(moments(on_disk), key=lambda peak: peak.bytes)
-        if budget is None or found.bytes <= budget:
-            return found
-    why = f"it would take {found}; that is without the stream, which would be on disk"
-    todo = f"give at least {shown(found.bytes * 1.02)}, or smaller batches, or a solver that takes less (by_score)"
+        peak = max(moments(on_disk), key=lambda moment: moment.bytes)
+        if budget is None or peak.bytes <= budget:
+            return peak
+    why = f"it would take {peak}, with the hidden states on disk"
+    todo = f"give at least {shown(peak.bytes * 1.02)}, or smaller batches, or a solver that takes less (by_score)"
     raise RequestError(f"{shown(budget or 0)} of memory are not enough", why, todo)

@@ -1,4 +1,4 @@
-"""The stream between two blocks, one tensor a batch: in memory, or in a file that is read batch by batch."""
+"""Hidden states between two blocks on disk, one tensor per batch, read back one by one."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from prunella.llm.streaming.shards import bytes_of
 
 
 class OnDisk(Sequence[Tensor]):
-    """Tensors in a file without a name, which is gone with this object or its process.
+    """Tensors in a temporary file without a name, which is deleted with this object or its process.
 
-    Each is read when it is asked for, into memory of its own: a mapped file would count as address space, and its
-    tensors would not be aligned as those of a run in memory are.
+    Each is read when it is indexed, into memory of its own: a mapped file would count as address space, and its tensors
+    would not be aligned like those of a run in memory.
     """
 
     def __init__(self, tensors: Iterable[Tensor], folder: Path) -> None:
@@ -42,9 +42,9 @@ class OnDisk(Sequence[Tensor]):
         if isinstance(k, slice):
             return [self[n] for n in range(*k.indices(len(self)))]
         start, dtype, shape = self._places[k]
-        found = torch.empty(shape, dtype=dtype)
-        view = bytes_of(found)
+        tensor = torch.empty(shape, dtype=dtype)
+        view = bytes_of(tensor)
         self._file.seek(start)
         while view:
             view = view[self._file.readinto(view) :]  # type: ignore[attr-defined]
-        return found
+        return tensor

@@ -1,7 +1,7 @@
-"""Safetensors files tensor by tensor: read without mapping a file, written without holding more than one tensor.
+"""Safetensors files, tensor by tensor: read without a memory map, written with one tensor in memory at a time.
 
-The address space that a run takes is what it asked for, whatever the size of the shards: headers are read and checked,
-then each tensor by a seek and a read.
+A memory map would add the size of the shards to the address space. Headers are read and checked, and each tensor is
+read by a seek and a read.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ _TYPES = {
 }
 _NAMES = {dtype: name for name, dtype in _TYPES.items()}
 _LONGEST = 100_000_000
-"""Most bytes of a header, as in the format's own reader."""
+"""The most bytes of a header, as in the reader of safetensors."""
 _CHUNK = 1 << 24
 
 
 @dataclass(frozen=True)
 class Stored:
-    """Where a tensor lies: `size` bytes from `start` of `file`."""
+    """Where a tensor is stored: `size` bytes from `start` of `file`."""
 
     file: Path
     dtype: torch.dtype
@@ -71,21 +71,21 @@ def _fill(file: IO[bytes], view: memoryview) -> int:
 
 
 def read_folder(folder: Path) -> dict[str, Stored]:
-    """Every tensor of a Hugging Face folder by name: of the files that its index lists, else of all its safetensors.
+    """All tensors of a Hugging Face folder by name: of the files in its index, or of all safetensors without an index.
 
-    Errors: BadInput for a file that is missing, broken, or holds a name that another one holds.
+    Errors: BadInput for a file that is missing or damaged, or a name that two files hold.
     """
     index = folder / INDEX
     names = _listed(index) if index.is_file() else sorted(file.name for file in folder.glob("*.safetensors"))
     if not names:
         raise BadInput(f"{folder} has no safetensors weights", "no *.safetensors in it", "convert its weights first")
-    found: dict[str, Stored] = {}
+    tensors: dict[str, Stored] = {}
     for name in names:
         part = read_header(folder / name)
-        if twice := next((key for key in part if key in found), None):
+        if twice := next((key for key in part if key in tensors), None):
             raise BadInput(f"{folder} holds {twice} twice", f"once more in {name}", "leave one of the files")
-        found |= part
-    return found
+        tensors |= part
+    return tensors
 
 
 def _listed(index: Path) -> list[str]:
@@ -97,24 +97,24 @@ def _listed(index: Path) -> list[str]:
 
 
 def read_header(file: Path) -> dict[str, Stored]:
-    """The tensors of one file by name. Errors: BadInput unless every one lies within the file and fills its shape."""
+    """The tensors of one file by name. Errors: BadInput unless each lies in the file and has the size of its shape."""
     try:
         with file.open("rb") as opened:
             length = int.from_bytes(opened.read(8), "little")
-            whole = file.stat().st_size
-            if not 2 <= length <= min(_LONGEST, whole - 8):
-                raise ValueError(f"a header of {length} bytes in a file of {whole}")
+            total = file.stat().st_size
+            if not 2 <= length <= min(_LONGEST, total - 8):
+                raise ValueError(f"a header of {length} bytes in a file of {total}")
             entries = json.loads(opened.read(length))
-            return {k: _stored(file, v, 8 + length, whole) for k, v in entries.items() if k != "__metadata__"}
+            return {k: _stored(file, v, 8 + length, total) for k, v in entries.items() if k != "__metadata__"}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         why = f"truncated or damaged: {type(error).__name__}: {error}"
         raise BadInput(f"cannot read {file}", why, "fetch or write it again") from error
 
 
-def _stored(file: Path, entry: Mapping[str, Any], base: int, whole: int) -> Stored:
+def _stored(file: Path, entry: Mapping[str, Any], base: int, total: int) -> Stored:
     dtype, shape = _TYPES[entry["dtype"]], tuple(int(n) for n in entry["shape"])
     start, end = (int(n) for n in entry["data_offsets"])
-    if min(shape, default=0) < 0 or not 0 <= start <= end <= whole - base:
+    if min(shape, default=0) < 0 or not 0 <= start <= end <= total - base:
         raise ValueError("a tensor lies outside of the file")
     if end - start != math.prod(shape) * dtype.itemsize:
         raise ValueError(f"{end - start} bytes for the shape {list(shape)} of {entry['dtype']}")
@@ -127,7 +127,7 @@ def shard_name(number: int, count: int) -> str:
 
 
 def write_shard(file: Path, tensors: Mapping[str, Tensor | Stored]) -> Path:
-    """Write a safetensors file, complete or not at all; what is `Stored` is copied from file to file."""
+    """Write a safetensors file atomically; `Stored` tensors are copied from file to file."""
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, value in tensors.items():
@@ -140,7 +140,7 @@ def write_shard(file: Path, tensors: Mapping[str, Tensor | Stored]) -> Path:
         with path.open("wb") as out:
             out.write(len(header).to_bytes(8, "little") + header)
             for value in tensors.values():
-                out.writelines(_pieces(value))
+                out.writelines(_chunks(value))
 
     return write_atomic(file, write)
 
@@ -150,7 +150,7 @@ def size_of(value: Tensor | Stored) -> int:
     return value.size if isinstance(value, Stored) else value.numel() * value.element_size()
 
 
-def _pieces(value: Tensor | Stored) -> Iterable[bytes | memoryview]:
+def _chunks(value: Tensor | Stored) -> Iterable[bytes | memoryview]:
     if isinstance(value, Stored):
         with value.file.open("rb") as source:
             source.seek(value.start)
@@ -167,5 +167,5 @@ def _pieces(value: Tensor | Stored) -> Iterable[bytes | memoryview]:
 
 def bytes_of(tensor: Tensor) -> memoryview:
     """The memory of a contiguous tensor, without a copy."""
-    held: Any = tensor.reshape(-1).view(torch.uint8).numpy()
-    return memoryview(held)
+    array: Any = tensor.reshape(-1).view(torch.uint8).numpy()
+    return memoryview(array)

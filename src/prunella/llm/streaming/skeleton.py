@@ -1,4 +1,4 @@
-"""A model of transformers without its weights: built from the configuration, filled and emptied module by module."""
+"""A model of transformers without weights: built from its configuration, loaded and unloaded module by module."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from prunella.llm.streaming.shards import Stored
 from prunella.model.forward import tensors
 
 
-class _NothingInEmpty(TorchFunctionMode):
-    """`torch.empty`, which weights are made of, takes no memory; what has values (rotary tables, masks) is real."""
+class _EmptyOnMeta(TorchFunctionMode):
+    """Tensors of `torch.empty`, which become weights, are on the meta device; those with values (masks) are real."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
@@ -31,7 +31,11 @@ class _NothingInEmpty(TorchFunctionMode):
 
 
 class Skeleton:
-    """The model, and where each of its tensors lies. Ties stay ties, whichever of the names the files have."""
+    """The model, and where each of its tensors is stored. Tied tensors stay tied, under whichever name the files have.
+
+    aliases: all names of a tensor. like: tensors on the meta device by name. persistent: names in the state dict.
+    used: names of the tensors that were loaded by `on_demand`.
+    """
 
     def __init__(self, folder: Path, stored: Mapping[str, Stored]) -> None:
         self.model = _built(folder)
@@ -46,25 +50,25 @@ class Skeleton:
         self.stored = self.files.stored
         self.used: set[str] = set()
         self._check(folder)
-        self.empty_(self.persistent)
+        self.unload_(self.persistent)
 
     def _check(self, folder: Path) -> None:
         missing = sorted(n for n in self.persistent if self.source_of(n) is None)
         if missing:
             why = f"{len(missing)} of its tensors are not in the files under their names: {', '.join(missing[:3])}"
-            raise NotSupported(f"{folder} cannot be read block by block", why, "load it whole, and use solve_")
+            raise NotSupported(f"{folder} cannot be read block by block", why, "load the whole model, and use solve_")
         for name, like in self.like.items():
-            found = self.source_of(name)
-            if name in self.persistent and found is not None and found.shape != tuple(like.shape):
-                why = f"{name} is {found.shape} in the file and {tuple(like.shape)} in the model"
+            source = self.source_of(name)
+            if name in self.persistent and source is not None and source.shape != tuple(like.shape):
+                why = f"{name} is {source.shape} in the file and {tuple(like.shape)} in the model"
                 raise BadInput(f"the weights in {folder} do not fit its config.json", why, "fetch the folder again")
         virtual = [n for n, b in _named(self.model) if b.device.type == "meta" and n not in self.persistent]
         if virtual:
-            why = f"{virtual[0]} is in no file, and its constructor leaves it empty"
-            raise NotSupported(f"{folder} cannot be read block by block", why, "load it whole, and use solve_")
+            why = f"{virtual[0]} is in no file, and the constructor gives it no values"
+            raise NotSupported(f"{folder} cannot be read block by block", why, "load the whole model, and use solve_")
 
     def source_of(self, name: str) -> Stored | Converted | None:
-        """Where the tensor of this name, or one that it is tied to, lies."""
+        """Where the tensor of this name, or of one of its aliases, is stored."""
         return next((self.stored[alias] for alias in self.aliases[name] if alias in self.stored), None)
 
     def names_in(self, path: str) -> list[str]:
@@ -72,22 +76,22 @@ class Skeleton:
         return [name for name in self.like if name in self.persistent and name.startswith(f"{path}.")]
 
     def around(self) -> list[Stored | Converted]:
-        """What was read for the modules outside the blocks when they ran."""
-        return [found for name in sorted(self.used) if (found := self.source_of(name)) is not None]
+        """The stored tensors that were loaded for the modules outside the blocks."""
+        return [source for name in sorted(self.used) if (source := self.source_of(name)) is not None]
 
     def converted(self, names: Iterable[str]) -> int:
-        """Bytes of the largest of these tensors that is made of others when it is read."""
+        """Bytes of the largest of these tensors that is converted from others when it is read."""
         sources = map(self.source_of, names)
-        return max((found.size for found in sources if isinstance(found, Converted)), default=0)
+        return max((source.size for source in sources if isinstance(source, Converted)), default=0)
 
     def values(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """These tensors as they are now, each under the names and in the pieces that the files have for it."""
+        """These tensors with their current values, under the names and in the layout of the files."""
         return self.files.written(
             {name: _slots(self.model, name)[_leaf(name)].detach() for name in names if name in self.stored}
         )
 
-    def fill_(self, names: Iterable[str], shard: Mapping[str, Stored] | None = None) -> None:
-        """Read these tensors, from `shard` where it has them, and put each wherever it is used."""
+    def load_(self, names: Iterable[str], shard: Mapping[str, Stored] | None = None) -> None:
+        """Read these tensors, from `shard` where it has them, and set each of them under all its names."""
         other = self.files.read(shard)[0] if shard else {}
         for name in names:
             source = next((other[alias] for alias in self.aliases[name] if alias in other), None)
@@ -95,33 +99,33 @@ class Skeleton:
             if source is not None:
                 self._place(name, source.read())
 
-    def empty_(self, names: Iterable[str]) -> None:
-        """Let the memory of these tensors go."""
+    def unload_(self, names: Iterable[str]) -> None:
+        """Free the memory of these tensors."""
         for name in names:
             self._place(name, self.like[name])
 
     def _place(self, name: str, value: Tensor) -> None:
         is_parameter = isinstance(_slots(self.model, name)[_leaf(name)], nn.Parameter)
-        made = nn.Parameter(value, requires_grad=value.is_floating_point()) if is_parameter else value
+        tensor = nn.Parameter(value, requires_grad=value.is_floating_point()) if is_parameter else value
         for alias in self.aliases[name]:
-            _slots(self.model, alias)[_leaf(alias)] = made
+            _slots(self.model, alias)[_leaf(alias)] = tensor
 
     @contextmanager
     def on_demand(self, blocks: Iterable[str]) -> Iterator[None]:
-        """Inside, modules outside the blocks are filled when they run, and emptied at the end."""
+        """Inside, modules outside the blocks are loaded when they first run, and unloaded at the end."""
         inside = tuple(f"{path}." for path in blocks)
         used: list[str] = []
 
         def enter(prefix: str) -> Callable[[nn.Module, Any, Any], None]:
-            def fill(module: nn.Module, args: Any, kwargs: Any) -> None:
+            def load(module: nn.Module, args: Any, kwargs: Any) -> None:
                 if any(_is_empty(t) for t in tensors([list(args), kwargs])):
-                    return  # past the last block, where nothing has values
+                    return  # after the last block, on the meta device
                 slots = {**module._parameters, **module._buffers}
                 names = [f"{prefix}.{leaf}" if prefix else leaf for leaf, t in slots.items() if _is_empty(t)]
                 used.extend(names)
-                self.fill_(names)
+                self.load_(names)
 
-            return fill
+            return load
 
         handles = [
             module.register_forward_pre_hook(enter(path), with_kwargs=True)
@@ -133,7 +137,7 @@ class Skeleton:
         finally:
             for handle in handles:
                 handle.remove()
-            self.empty_(used)
+            self.unload_(used)
             self.used |= set(used)
 
 
@@ -141,8 +145,10 @@ def _built(folder: Path) -> nn.Module:
     kind, transformers = class_of(folder), import_transformers()
     config = transformers.AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     if getattr(config, "quantization_config", None):
-        raise NotSupported(f"the weights in {folder} are quantised", "a block is solved in floating point", "undo it")
-    with torch.random.fork_rng(devices=[]), _NothingInEmpty():
+        raise NotSupported(
+            f"the weights in {folder} are quantized", "a block is solved in floating point", "dequantize them"
+        )
+    with torch.random.fork_rng(devices=[]), _EmptyOnMeta():
         model = call_user(kind._from_config, str(folder), config)
     assert isinstance(model, nn.Module)
     return model.eval()
@@ -154,7 +160,7 @@ def _named(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _slots(model: nn.Module, name: str) -> Any:
-    """The mapping of its module that holds a parameter or buffer."""
+    """The dictionary of its module that holds a parameter or buffer."""
     module = model.get_submodule(name.rpartition(".")[0])
     return module._parameters if _leaf(name) in module._parameters else module._buffers
 

@@ -1,4 +1,4 @@
-"""What makes a folder of shards a model: index, configuration, tokenizer, card; written when all shards are there."""
+"""Complete a folder of shards: the last shard, index, configuration, tokenizer and card."""
 
 from __future__ import annotations
 
@@ -12,72 +12,72 @@ from prunella._version import __version__
 from prunella.io.card import Card, write_card
 from prunella.io.files import write_atomic
 from prunella.io.huggingface import COMPANIONS
-from prunella.llm.one_shot import Solving
+from prunella.llm.blockwise import Solving
 from prunella.llm.streaming.journal import described
-from prunella.llm.streaming.runner import Prepared
+from prunella.llm.streaming.runner import StreamingRun
 from prunella.llm.streaming.shards import INDEX, read_header, shard_name, write_shard
 
 RECORD, CONFIG = "run.json", "config.json"
 
 
-def finish(job: Prepared, folder: Path, solving: Solving, seconds: float) -> None:
-    """Write the shard of what is outside the blocks, then all that is no weight, config.json last."""
-    _around(job, folder)
-    _index(folder, len(job.paths) + 1)
+def finish(run: StreamingRun, folder: Path, solving: Solving, seconds: float) -> None:
+    """Write the shard of the weights outside the blocks, then all files without weights, config.json last."""
+    _copy_around(run, folder)
+    _write_index(folder, len(run.paths) + 1)
     for pattern in COMPANIONS:
-        for file in sorted(job.source.glob(pattern)):
+        for file in sorted(run.source.glob(pattern)):
             if file.is_file() and file.suffix != ".safetensors":
                 shutil.copyfile(file, folder / file.name)
     record = {
         "prunella": __version__,
-        "source": job.source.name,
-        "recipe": described(job.how),
+        "source": run.source.name,
+        "recipe": described(run.how),
         "sparsity": solving.sparsity,
         "layers": [asdict(fit) for fit in solving.fits],
         "refined": {path: list(pair) for path, pair in solving.refined.items()},
-        "calibration": {"batches": job.batches, "tokens": job.tokens},
-        "predicted_peak": job.peak.bytes,
+        "calibration": {"batches": run.batches, "tokens": run.tokens},
+        "predicted_peak": run.peak.bytes,
         "seconds": seconds,
     }
     write_atomic(folder / RECORD, (json.dumps(record, indent=1) + "\n").encode())
-    config: dict[str, Any] = json.loads((job.source / CONFIG).read_text(encoding="utf-8"))
-    config.pop("auto_map", None)  # code that a folder brings is not carried on
-    write_card(folder, card_of(job, solving))
+    config: dict[str, Any] = json.loads((run.source / CONFIG).read_text(encoding="utf-8"))
+    config.pop("auto_map", None)  # no code is copied, so none is named
+    write_card(folder, card_of(run, solving))
     write_atomic(folder / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
 
 
-def card_of(job: Prepared, solving: Solving) -> Card:
-    """What the README of the folder says."""
-    method = described(job.how.method)["name"]
-    pattern = described(job.how.pattern)
+def card_of(run: StreamingRun, solving: Solving) -> Card:
+    """The model card of the folder."""
+    method = described(run.how.method)["name"]
+    pattern = described(run.how.pattern)
     kind = {key: value for key, value in pattern.items() if key != "kind"}
     knobs = ", ".join(f"{key}={value}" for key, value in kind.items())
     return Card(
-        base=job.source.name,
-        kind=type(job.skeleton.model).__name__,
-        method=method + (" and gradient steps for each block" if job.how.refine else ""),
+        base=run.source.name,
+        kind=type(run.skeleton.model).__name__,
+        method=method + (" and gradient steps for each block" if run.how.refine else ""),
         pattern=f"{pattern['kind']}({knobs})",
         sparsity=solving.sparsity,
-        calibration=f"{job.batches} batches, {job.tokens} tokens",
+        calibration=f"{run.batches} batches, {run.tokens} tokens",
     )
 
 
-def _around(job: Prepared, folder: Path) -> None:
-    """Copy what is outside the blocks; of tied tensors that the files hold twice, the first."""
-    inside = tuple(f"{path}." for path in job.paths)
-    stored, aliases, files = job.skeleton.stored, job.skeleton.aliases, job.skeleton.files
+def _copy_around(run: StreamingRun, folder: Path) -> None:
+    """Copy the weights outside the blocks; of tied tensors that the files hold twice, the first."""
+    inside = tuple(f"{path}." for path in run.paths)
+    stored, aliases, files = run.skeleton.stored, run.skeleton.aliases, run.skeleton.files
     first = {name: next(a for a in aliases.get(name, (name,)) if a in stored) for name in stored}
-    rest = {name for name in stored if not name.startswith(inside) and first[name] == name}
-    kept = {key: found for key, found in files.raw.items() if rest.issuperset(files.names[key])}
-    write_shard(folder / shard_name(len(job.paths) + 1, len(job.paths) + 1), kept)
+    outside = {name for name in stored if not name.startswith(inside) and first[name] == name}
+    kept = {key: raw for key, raw in files.raw.items() if outside.issuperset(files.names[key])}
+    write_shard(folder / shard_name(len(run.paths) + 1, len(run.paths) + 1), kept)
 
 
-def _index(folder: Path, count: int) -> None:
+def _write_index(folder: Path, count: int) -> None:
     places: dict[str, str] = {}
     total = 0
     for number in range(1, count + 1):
         name = shard_name(number, count)
-        for key, found in read_header(folder / name).items():
-            places[key], total = name, total + found.size
+        for key, stored in read_header(folder / name).items():
+            places[key], total = name, total + stored.size
     content = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
     write_atomic(folder / INDEX, (json.dumps(content, indent=1) + "\n").encode())

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import prunella as pr
 from prunella.errors import RequestError
 from prunella.graph.solve.groups import couple
-from prunella.llm.blocks import Block, blocks_of
+from prunella.llm.blocks import ModelBlock, blocks_of
 from prunella.model.forward import forward
 from prunella.model.masks import masks_of
 from prunella.solvers import admm, by_score, sparsegpt
@@ -85,14 +85,14 @@ def test_it_is_the_layer_solver_on_what_reaches_each_layer_in_the_pruned_model(t
     assert [fit.name for fit in done.fits if fit.skipped] == ["first", "last"]
 
 
-def test_a_linked_chain_and_whole_passes_give_the_same() -> None:
-    linked, whole = net(), net(scaled=True)
-    found = [blocks_of(m, couple(m, batches()[0]), batches()[0], forward) for m in (linked, whole)]
-    assert found[0] == tuple(Block(f"blocks.{k}", k > 0) for k in range(3))
-    assert found[1] == tuple(Block(f"blocks.{k}", False) for k in range(3))
-    for model in (linked, whole):
+def test_sequential_blocks_and_passes_of_the_whole_model_give_the_same() -> None:
+    sequential, whole = net(), net(scaled=True)
+    found = [blocks_of(m, couple(m, batches()[0]), batches()[0], forward) for m in (sequential, whole)]
+    assert found[0] == tuple(ModelBlock(f"blocks.{k}", k > 0) for k in range(3))
+    assert found[1] == tuple(ModelBlock(f"blocks.{k}", False) for k in range(3))
+    for model in (sequential, whole):
         pr.llm.solve_(model, batches()[0], HOW, data=batches())
-    for a, b in zip(linked.parameters(), whole.parameters(), strict=True):
+    for a, b in zip(sequential.parameters(), whole.parameters(), strict=True):
         assert torch.allclose(a, b, atol=1e-6)
 
 
@@ -187,25 +187,23 @@ def test_a_language_model_is_pruned_and_still_generates() -> None:
     tokens = [torch.randint(0, 64, (2, 16)) for _ in range(3)]
     found = blocks_of(model, couple(model, {"input_ids": tokens[0]}), {"input_ids": tokens[0]}, forward)
     assert [block.path for block in found] == [f"model.layers.{k}" for k in range(3)]
-    assert [block.linked for block in found] == [False, True, True]
+    assert [block.sequential for block in found] == [False, True, True]
     done = pr.llm.solve_(model, {"input_ids": tokens[0]}, HOW, data=[{"input_ids": t} for t in tokens])
     assert done.sparsity == pytest.approx(0.5, abs=1e-3) and len([f for f in done.fits if not f.skipped]) == 21
     assert "lm_head" in str(done)
     assert model.generate(tokens[0][:1, :4], max_new_tokens=3, do_sample=False).shape == (1, 7)
 
 
-def test_the_recipe_is_the_solver_and_the_refinement_together() -> None:
-    how = pr.llm.one_shot_recipe(pr.NM(2, 4), epochs=20, lr=5e-3)
+def test_one_shot_is_the_solver_and_the_refinement_together() -> None:
+    how = pr.llm.one_shot(pr.NM(2, 4), epochs=20, lr=5e-3)
     assert how == pr.llm.OneShot(pr.NM(2, 4), 0.5, admm, pr.llm.Refine(20, 5e-3))
-    rates = [
-        pr.llm.one_shot_recipe(pr.Element(), sparsity).refine for sparsity in (0.5, 0.6, 0.7, {"a": 0.5, "b": 0.8})
-    ]
-    assert [rate and rate.lr for rate in (*rates, pr.llm.one_shot_recipe(pr.NM(2, 8)).refine)] == [
+    rates = [pr.llm.one_shot(pr.Element(), sparsity).refine for sparsity in (0.5, 0.6, 0.7, {"a": 0.5, "b": 0.8})]
+    assert [rate and rate.lr for rate in (*rates, pr.llm.one_shot(pr.NM(2, 8)).refine)] == [
         2e-3, 2e-3, 3e-3, 3e-3, 3e-3
     ]  # fmt: skip
-    assert pr.llm.one_shot_recipe(epochs=0, sparsity=0.7) == pr.llm.OneShot(pr.Element(), 0.7, admm)
+    assert pr.llm.one_shot(epochs=0, sparsity=0.7) == pr.llm.OneShot(pr.Element(), 0.7, admm)
     dense, x, gaps = net(), torch.cat(batches()), []
-    for way in (pr.llm.OneShot(pr.NM(2, 4), method=sparsegpt), pr.llm.one_shot_recipe(pr.NM(2, 4), epochs=0), how):
+    for way in (pr.llm.OneShot(pr.NM(2, 4), method=sparsegpt), pr.llm.one_shot(pr.NM(2, 4), epochs=0), how):
         model = net()
         pr.llm.solve_(model, batches()[0], way, data=batches())
         with torch.no_grad():

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import prunella as pr
-from prunella.llm.distributed import Processes
+from prunella.llm.distributed import ProcessGroup
 from prunella.recovery import hold_sharded_
 from tests.llm.streaming.models import data, read, write
 
@@ -29,25 +29,25 @@ from torch.distributed.fsdp import fully_shard
 
 import prunella as pr
 from tests.llm.streaming.models import data
-from tests.llm.streaming.test_processes import REFINED, net, train
+from tests.llm.streaming.test_distributed import REFINED, net, train
 from transformers import LlamaForCausalLM
 
 dist.init_process_group("gloo")
-mine, source, output = pr.llm.processes(), Path(sys.argv[1]), Path(sys.argv[2])
+group, source, output = pr.llm.process_group(), Path(sys.argv[1]), Path(sys.argv[2])
 pr.llm.solve_folder(source, output / "plain", pr.llm.OneShot(), data=data(5), memory="64GB")
 pr.llm.solve_folder(source, output / "refined", REFINED, data=data(5))
 
 model = LlamaForCausalLM.from_pretrained(source).eval()
-pr.llm.solve_(model, data()[0], pr.llm.OneShot(), data=mine.share(data(5)), processes=mine)
-save_file({k: v.clone() for k, v in model.state_dict().items()}, output / f"in_memory_{mine.rank}.safetensors")
+pr.llm.solve_(model, data()[0], pr.llm.OneShot(), data=group.shard(data(5)), distributed=group)
+save_file({k: v.clone() for k, v in model.state_dict().items()}, output / f"in_memory_{group.rank}.safetensors")
 
 small = net()
 for block in (*small, small):
     if list(block.parameters()):
         fully_shard(block)
-train(small, half=mine.rank)
+train(small, half=group.rank)
 whole = {name: value.full_tensor() for name, value in small.state_dict().items()}
-if mine.first:
+if group.is_main:
     save_file(whole, output / "trained.safetensors")
 dist.destroy_process_group()
 """
@@ -137,11 +137,11 @@ def test_training_shards_is_training_whole(two: Path) -> None:
     assert sum(int(zero.sum()) for zero in zeros.values()) >= 49
 
 
-def test_each_process_has_its_share_and_none_goes_without() -> None:
-    found = [Processes(rank, 3).share(list(range(7))) for rank in range(3)]
+def test_each_process_has_a_shard_and_none_is_empty() -> None:
+    found = [ProcessGroup(rank, 3).shard(list(range(7))) for rank in range(3)]
     assert found == [[0, 3, 6], [1, 4], [2, 5]]
     with pytest.raises(pr.PruningError, match="2 batches for 3 processes"):
-        Processes(2, 3).share([0, 1])
+        ProcessGroup(2, 3).shard([0, 1])
 
 
 def test_a_model_that_is_not_sharded_or_not_masked_is_refused() -> None:

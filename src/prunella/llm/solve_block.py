@@ -1,0 +1,359 @@
+"""Prune one block: its layers by a layer solver, then the whole block by gradient steps.
+
+`solve_block_` is a function of a frozen `BlockProblem`. It writes the weights of the block and nothing else; the rest
+is in the `BlockResult`. `solve_` calls it for the blocks of a model in memory, `solve_folder` for one block at a time.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prunella.granularity import NM
+from prunella.graph.data import Layer
+from prunella.graph.matrix import from_matrix, to_matrix
+from prunella.llm.blocks import Call, Calls, ModelBlock, StoreActivations
+from prunella.llm.distributed import SINGLE_PROCESS, ProcessGroup
+from prunella.llm.experts import Part, expert_axis, expert_chunks, matrix_of
+from prunella.llm.recipe import OneShot
+from prunella.llm.refine import Refined, refine_
+from prunella.model.forward import tensors
+from prunella.model.reads import Read, Stop, Watch, rows
+from prunella.solvers import Solved
+from prunella.solvers.layer import Pattern
+from prunella.types import Gram, Mask
+
+
+@dataclass(frozen=True)
+class Fit:
+    """One layer: relative error of its outputs, pruned and total weights, calibration tokens, damping, seconds.
+
+    skipped: why the layer was kept dense, empty if it was pruned.
+    """
+
+    name: str
+    error: float = 0.0
+    removed: int = 0
+    total: int = 0
+    tokens: int = 0
+    damping: float = 0.0
+    seconds: float = 0.0
+    skipped: str = ""
+
+    def __str__(self) -> str:
+        if self.skipped:
+            return f"{self.name}: kept dense, {self.skipped}"
+        return f"{self.name}: {self.removed / self.total:.1%} pruned, error {self.error:.3%} ({self.tokens} tokens)"
+
+
+@dataclass(frozen=True)
+class BlockProblem:
+    """All that the result for one block depends on.
+
+    module: the block. layers: its layers to prune, by weight. calls: the inputs of the block in the pruned model.
+    forward: the output of the block for one of them. targets: the outputs of the dense block for the refinement, one
+    per call, empty without. store: where the outputs of the refined block are stored. first_solver: the rank that
+    solves the first matrix; the processes take turns.
+    """
+
+    block: ModelBlock
+    module: nn.Module
+    layers: Mapping[nn.Parameter, Layer]
+    calls: Sequence[Call]
+    forward: Callable[[Call], Any]
+    how: OneShot
+    targets: Sequence[Tensor] = ()
+    store: StoreActivations = list
+    distributed: ProcessGroup = SINGLE_PROCESS
+    first_solver: int = 0
+
+    def output(self, k: int) -> Tensor:
+        """The hidden states that the block returns for call `k`."""
+        return tensors(self.forward(self.calls[k]))[0]
+
+
+@dataclass(frozen=True)
+class BlockResult:
+    """What was done to one block: its layers in order of execution, and the masks of their weights.
+
+    refined: the errors of the block and its outputs, if it was refined. next_solver: the rank whose turn it is.
+    """
+
+    fits: tuple[Fit, ...]
+    masks: Mapping[nn.Parameter, Mask]
+    refined: Refined | None = None
+    next_solver: int = 0
+
+    @property
+    def outputs(self) -> Sequence[Tensor] | None:
+        """The outputs of the pruned block, if they are known already."""
+        return None if self.refined is None else self.refined.outputs
+
+
+def solve_block_(problem: BlockProblem, on_fit: Callable[[Fit], None] = lambda fit: None) -> BlockResult:
+    """Prune the layers of one block in place, group by group, and refine it. on_fit: called after each layer."""
+    plan = _read_order(problem)
+    for fit in plan.skipped:
+        on_fit(fit)
+    solved: list[_SolvedWeight] = []
+    # Not sequential: the last layer first, which changes the inputs of no other.
+    for group in plan.groups if problem.how.true_sequential else reversed(plan.groups):
+        turn = problem.first_solver + sum(len(weight.matrices) for weight in solved)
+        for weight in _solve_group_(problem, group, turn):
+            solved.append(weight)
+            on_fit(weight.fit)
+    order = [weight for group in plan.groups for weight in group.weights]
+    by_weight = {done.weight: done for done in solved}
+    masks = {done.weight: done.mask for done in solved}
+    return BlockResult(
+        (*plan.skipped, *(by_weight[weight].fit for weight in order)),
+        masks,
+        _refined(problem, masks),
+        (problem.first_solver + sum(len(done.matrices) for done in solved)) % problem.distributed.world_size,
+    )
+
+
+def layers_by_weight(model: nn.Module, layers: Sequence[Layer]) -> dict[nn.Parameter, Layer]:
+    """The layers by their parameter in the model."""
+    named = dict(model.named_parameters(remove_duplicate=False))
+    return {named[layer.entity]: layer for layer in layers}
+
+
+def dense_targets(
+    how: OneShot,
+    block: ModelBlock,
+    module: nn.Module,
+    calls: Sequence[Call],
+    previous: Sequence[Tensor],
+    store: StoreActivations,
+) -> Sequence[Tensor]:
+    """The targets of the refinement: the outputs of a block that is not pruned yet, for its inputs in the dense model.
+
+    previous: the targets of the block before, which are these inputs; a block that is not sequential takes its
+    inputs in the pruned model instead. Empty without refinement.
+    """
+    if how.refine is None or not block.path:
+        return ()
+    if block.sequential and len(previous):
+        calls = Calls(calls, previous)
+    replica = copy.deepcopy(module)  # a run may change its buffers
+    return store(tensors(call.run(replica))[0] for call in calls)
+
+
+def _refined(problem: BlockProblem, masks: Mapping[nn.Parameter, Mask]) -> Refined | None:
+    """The gradient steps for the whole block, if they are asked for and a layer was pruned."""
+    if problem.how.refine is None or not problem.block.path or not masks:
+        return None
+    outputs = [partial(problem.output, k) for k in range(len(problem.calls))]
+    return refine_(
+        problem.module, outputs, problem.targets, masks, problem.how.refine, problem.store, problem.distributed
+    )
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Weights that multiply the same input, and how often one pass reads them (0 for experts: not counted)."""
+
+    weights: list[nn.Parameter]
+    reads: int
+
+
+@dataclass(frozen=True)
+class _ReadOrder:
+    """The weights to solve in the order in which they are first read, and the layers that are kept dense."""
+
+    groups: list[_Group]
+    skipped: tuple[Fit, ...]
+
+
+def _read_order(problem: BlockProblem) -> _ReadOrder:
+    """Observe one pass of the block; weights with the same input are solved together."""
+    reads: dict[nn.Parameter, list[Read]] = {}
+    watch = Watch(problem.layers, lambda read: reads.setdefault(read.weight, []).append(read), stacks=True)
+    with watch:
+        problem.forward(problem.calls[0])
+    watch.finish()
+    skipped: list[Fit] = []
+    for weight, layer in problem.layers.items():
+        other = watch.others.get(id(weight))
+        reason = _obstacle(reads.get(weight, []), other, layer, problem.how.pattern, weight)
+        if reason:
+            skipped.append(Fit(layer.name, skipped=reason))
+            reads.pop(weight, None)
+    groups = _same_input(reads)
+    number = len(groups) * 10_000 + sum(group.reads for group in groups)
+    problem.distributed.check_equal(number, f"the layers of {problem.block.path}")
+    return _ReadOrder(groups, tuple(skipped))
+
+
+def _same_input(reads: Mapping[nn.Parameter, Sequence[Read]]) -> list[_Group]:
+    """The weights in order, consecutive ones with equal inputs in one group."""
+    groups: list[_Group] = []
+    last: Tensor | None = None
+    for weight, some in reads.items():
+        first = some[0]
+        plain = first.conv is None and first.part is None
+        if last is not None and plain and first.x.shape == last.shape and first.x.equal(last):
+            groups[-1].weights.append(weight)
+        else:
+            groups.append(_Group([weight], len(some) if first.part is None else 0))
+        last = first.x if len(some) == 1 and first.part is None else None
+    return groups
+
+
+def _obstacle(reads: Sequence[Read], other: str | None, layer: Layer, pattern: Pattern, weight: Tensor) -> str:
+    """Why a layer cannot be solved, empty if it can."""
+    if not reads:
+        return f"{other} reads it, which is not solved" if other else "it does not run on the data"
+    if other is not None:
+        return f"{other} reads the same weight"
+    if reads[0].conv is not None and reads[0].conv.groups > 1:
+        return f"a convolution with {reads[0].conv.groups} groups is not solved"
+    if (reads[0].part is None) != (expert_axis(weight, layer) is None):
+        return "it is read in two ways"
+    if isinstance(pattern, NM) and not pattern.fits(tuple(to_matrix(*matrix_of(weight, layer, reads[0].part)).shape)):
+        return f"{pattern.m} does not divide its columns"
+    return ""
+
+
+@dataclass(frozen=True)
+class _SolvedMatrix:
+    """One matrix: relative error, calibration tokens, damping, seconds."""
+
+    error: float
+    tokens: int
+    damping: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class _SolvedWeight:
+    """A weight whose matrices are all solved."""
+
+    weight: nn.Parameter
+    name: str
+    mask: Mask
+    matrices: list[_SolvedMatrix] = field(default_factory=list)
+
+    @property
+    def fit(self) -> Fit:
+        """All matrices together: the error is the mean over their tokens."""
+        error, tokens = self.matrices[0].error, sum(matrix.tokens for matrix in self.matrices)
+        if len(self.matrices) > 1:
+            error = sum(matrix.error * matrix.tokens for matrix in self.matrices) / max(tokens, 1)
+        damping = max(matrix.damping for matrix in self.matrices)
+        seconds = sum(matrix.seconds for matrix in self.matrices)
+        return Fit(self.name, error, int((~self.mask).sum()), self.mask.numel(), tokens, damping, seconds)
+
+
+@dataclass(frozen=True)
+class _Statistic:
+    """The Gram matrix of one input, and the number of tokens that it sums."""
+
+    gram: Gram
+    tokens: int
+
+
+def _solve_group_(problem: BlockProblem, group: _Group, turn: int) -> list[_SolvedWeight]:
+    """Solve the weights that share an input, from one Gram matrix per part. turn: whose turn the first matrix is."""
+    layers, first = problem.layers, group.weights[0]
+    solved = [_SolvedWeight(w, layers[w].name, torch.ones_like(w, dtype=torch.bool)) for w in group.weights]
+    for parts in expert_chunks(first, layers[first]):
+        statistics = _statistics(problem, group, parts)
+        matrices = [(weight, part) for weight in solved for part in parts]
+        _solve_matrices_(problem, matrices, statistics, turn)
+        turn += len(matrices)
+    return solved
+
+
+def _statistics(problem: BlockProblem, group: _Group, parts: Sequence[Part]) -> dict[Part, _Statistic]:
+    """`sum x x^T` over all inputs of these parts of a weight, and their tokens.
+
+    A pass stops after the last read of a plain weight. Products are summed in float64, so that the order of the batches
+    and the number of processes do not change a mask. An expert without tokens gets the identity: it is pruned by
+    magnitude.
+    """
+    weight = group.weights[0]
+    columns = to_matrix(*matrix_of(weight, problem.layers[weight], parts[0])).shape[1]
+    total = {part: weight.new_zeros(columns, columns, dtype=torch.float64) for part in parts}
+    tokens, left = dict.fromkeys(parts, 0), group.reads
+
+    def add(read: Read) -> None:
+        nonlocal left
+        if read.part not in total:
+            return
+        with torch.autocast(read.x.device.type, enabled=False):
+            for x, _ in rows(read):
+                single = x.to(torch.promote_types(x.dtype, torch.float32))
+                total[read.part] += single.T @ single
+                tokens[read.part] += len(single)
+        left -= 1
+        if not left and read.part is None:
+            raise Stop
+
+    for call in problem.calls:
+        left = group.reads
+        watch = Watch([weight], add, stacks=True)
+        with suppress(Stop):
+            with watch:
+                problem.forward(call)
+            watch.finish()
+    counts = torch.tensor([tokens[part] for part in parts], device=weight.device)
+    problem.distributed.all_reduce_(*total.values(), counts)
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    for part, count in zip(parts, counts.tolist(), strict=True):
+        tokens[part] = count
+        if not count:
+            total[part].fill_diagonal_(1.0)
+    return {part: _Statistic(gram.to(dtype), tokens[part]) for part, gram in total.items()}
+
+
+def _solve_matrices_(
+    problem: BlockProblem,
+    matrices: Sequence[tuple[_SolvedWeight, Part]],
+    statistics: Mapping[Part, _Statistic],
+    turn: int,
+) -> None:
+    """Solve these matrices, each in the process whose turn it is, and write them to the weights."""
+    group, start = problem.distributed, time.perf_counter()
+    owners = [(turn + k) % group.world_size for k in range(len(matrices))]
+    # Each of several processes solves all of its own before it waits for others; a single one holds one at a time.
+    own = [k for k, owner in enumerate(owners) if owner == group.rank and group.world_size > 1]
+    ahead = {k: _solve_matrix(problem, *matrices[k], statistics) for k in own}
+    for k, (done, part) in enumerate(matrices):
+        layer = problem.layers[done.weight]
+        view, axes = matrix_of(done.weight.detach(), layer, part)
+        if group.world_size == 1:
+            solved = _solve_matrix(problem, done, part, statistics)
+        else:
+            solved = group.broadcast_solution(ahead.pop(k, None), _single(to_matrix(view, axes)), owners[k])
+        view.copy_(from_matrix(solved.weight, view, axes))
+        matrix_of(done.mask, layer, part)[0].copy_(from_matrix(solved.mask, view, axes))
+        end = time.perf_counter()
+        done.matrices.append(_SolvedMatrix(solved.error, statistics[part].tokens, solved.damping, end - start))
+        start = end
+
+
+def _solve_matrix(
+    problem: BlockProblem, done: _SolvedWeight, part: Part, statistics: Mapping[Part, _Statistic]
+) -> Solved:
+    """One matrix by the layer solver."""
+    how, weight, layer = problem.how, done.weight, problem.layers[done.weight]
+    sparsity = how.sparsity_of(layer)
+    assert sparsity is not None
+    matrix = _single(to_matrix(*matrix_of(weight.detach(), layer, part)))
+    with torch.autocast(weight.device.type, enabled=False):
+        return how.method(matrix, statistics[part].gram, how.pattern, sparsity=sparsity)
+
+
+def _single(matrix: Tensor) -> Tensor:
+    """The matrix in float32 at least."""
+    return matrix.to(torch.promote_types(matrix.dtype, torch.float32))
