@@ -78,7 +78,14 @@ def sparse(
     output differs.
 
     ```python
-    quick = pr.sparse(model, x)
+    import torch
+    from torch import nn
+    import prunella as pr
+
+    model, x = nn.Linear(256, 256).eval(), torch.randn(32, 256)
+    with torch.no_grad():
+        model.weight.mul_(torch.rand_like(model.weight) > 0.95)
+    quick = pr.sparse(model, x, seconds=0.1)
     print(pr.runtime.sparsified(quick))
     ```
     """

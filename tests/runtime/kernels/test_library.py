@@ -19,6 +19,8 @@ from prunella.runtime.kernels.library import Config, Kind, Loaded
 from prunella.runtime.tuning.survey import without_kernels
 
 ROOT = Path(__file__).parents[3]
+WINDOWS = "the compiled kernels are not built for Windows"
+NOT_BUILT = WINDOWS if sys.platform == "win32" else "the compiled kernels were not built when prunella was installed"
 
 
 @pytest.fixture(params=["missing", "damaged", "of another platform", "without the interface"])
@@ -51,7 +53,7 @@ def pruned() -> nn.Module:
 def test_it_says_so_in_one_sentence_and_runs_by_torch(unusable: Loaded) -> None:
     assert unusable.library is None and not library.available()
     assert library.missing() == unusable.why and "\n" not in unusable.why
-    assert unusable.why.startswith(("the compiled kernels were not built", "the compiled kernels cannot be loaded: "))
+    assert unusable.why.startswith((NOT_BUILT, "the compiled kernels cannot be loaded: "))
     assert library.isa() == "none" and library.tiers() == ()
     lost = without_kernels()
     assert lost.startswith(unusable.why) and "install prunella from a wheel" in lost and "\n" not in lost
@@ -87,7 +89,7 @@ def test_the_file_is_named_as_the_platform_names_libraries(platform: str, name: 
 
 def test_windows_is_told_that_there_are_no_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(library.sys, "platform", "win32")
-    assert library._open(tmp_path / "nowhere") == Loaded(None, "the compiled kernels are not built for Windows")
+    assert library._open(tmp_path / "nowhere") == Loaded(None, WINDOWS)
 
 
 def test_a_process_without_the_library_imports_all_and_the_doctor_says_it() -> None:
@@ -101,7 +103,7 @@ def test_a_process_without_the_library_imports_all_and_the_doctor_says_it() -> N
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert found["system"]["sparse kernels"] == "not built"
-    assert found["lost"].startswith("the compiled kernels were not built when prunella was installed, so zeros are")
+    assert found["lost"].startswith(f"{NOT_BUILT}, so zeros are")
 
 
 @pytest.mark.parametrize(("platform", "cmake"), [("win32", False), ("linux", True), ("darwin", True)])

@@ -81,8 +81,8 @@ def kind(expression: Any) -> str:
 
 def test_a_compiler_lays_out_the_same(generate: ModuleType, tmp_path: Path) -> None:
     compiler = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
-    if compiler is None:
-        pytest.skip("no C++ compiler here")
+    if compiler is None or sys.platform == "win32":
+        pytest.skip("no C++ compiler for the kernels here")
     constants = [name for name, _ in generate.parse(generate.headers()).constants]
     lines = [f'  std::printf("constant {name} %d\\n", int(PRUNELLA_{name}));' for name in ["ABI", *constants]]
     lines += [f'  Signature<decltype({name})>::print("{name}");' for name in signatures.FUNCTIONS]
