@@ -94,13 +94,9 @@ def sparse(
     shapes = input_shapes(dense, example)
     tuner = tuner_for(dense, precision, seconds, seed)
     tuner.channels_last, fused = convolution_context(dense, example, fuse)
-    with torch.inference_mode(False), torch.no_grad():
-        layers = tuple(
-            _measure_layer(dense, name, module, shapes, tokens, tuner, fused.get(name, Fused()))
-            for name, module in eligible_layers(dense).items()
-        )
-    build = _Builder(dense, example, fuse, precision)
-    candidate = _for_first_token(build, build.candidate(layers), shapes)
+    builder = _Builder(dense, example, fuse, precision)
+    candidate = builder.candidate(_measure_layers(dense, shapes, tokens, tuner, fused))
+    candidate = _for_first_token(builder, candidate, shapes)
     result = candidate.model if candidate.outcome.kept and candidate.model is not None else dense
     record = Sparsified(
         candidate.layers,
@@ -140,6 +136,16 @@ def convolution_context(dense: nn.Module, example: Inputs, fuse: bool) -> tuple[
     program = traced(replica, layers, example) if fuse else None
     channels_last = acceptance.measures_channels_last(program, example)
     return channels_last, {} if program is None else fusions(program, convolutions)
+
+
+def _measure_layers(
+    model: nn.Module, shapes: InputShapes, tokens: Sequence[int], tuner: Tuner, fused: Mapping[str, Fused]
+) -> tuple[Layer, ...]:
+    with torch.inference_mode(False), torch.no_grad():
+        return tuple(
+            _measure_layer(model, name, module, shapes, tokens, tuner, fused.get(name, Fused()))
+            for name, module in eligible_layers(model).items()
+        )
 
 
 def _measure_layer(
@@ -239,17 +245,17 @@ class _Builder:
             return acceptance.with_channels_last(model, self.example)
 
 
-def _for_first_token(build: _Builder, candidate: _Candidate, shapes: InputShapes) -> _Candidate:
+def _for_first_token(builder: _Builder, candidate: _Candidate, shapes: InputShapes) -> _Candidate:
     """The candidate, with dense code for a few tokens if it is slower on the first token of the example."""
     if candidate.model is None or not candidate.outcome.kept:
         return candidate
-    token = one_token(build.dense, build.example, shapes)
+    token = one_token(builder.dense, builder.example, shapes)
     if token is None:
         return candidate
-    ratio = acceptance.speedup(build.dense, candidate.model, token)
+    ratio = acceptance.speedup(builder.dense, candidate.model, token)
     if ratio.slower:
         before = candidate.outcome
-        candidate = build.candidate(tuple(map(_dense_for_few, candidate.layers)), dense_for_few=True)
+        candidate = builder.candidate(tuple(map(_dense_for_few, candidate.layers)), dense_for_few=True)
         if candidate.model is None:  # the speed that decided was measured with the layers
             measured = replace(candidate.outcome, full_model=before.full_model, difference=before.difference)
             candidate = replace(candidate, outcome=measured)
