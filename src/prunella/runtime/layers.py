@@ -105,8 +105,8 @@ class SparseLinear(nn.Module):
         assert bits is not None
         if _is_eager(x):
             return operators.linear(self.cache, x, values, bits, bias, residual)
-        y = operators.sparse_linear(x, values, bits, bias, residual, self.out_features, self.cache.key)
-        return y
+        result: Tensor = operators.sparse_linear(x, values, bits, bias, residual, self.out_features, self.cache.key)
+        return result
 
     def extra_repr(self) -> str:
         """Sizes, and the fraction of the weights that are zero."""

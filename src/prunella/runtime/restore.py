@@ -68,9 +68,18 @@ def _conv(module: SparseConv2d | FoldedConv2d) -> nn.Module:
     geometry, groups = (module.geometry, 1) if isinstance(module, SparseConv2d) else (module, module.groups)
     weight = module.weight.detach()
     out, wide, *kernel = weight.shape
-    sizes: Any = (wide * groups, out, kernel, geometry.stride, geometry.padding, geometry.dilation, groups)
+    sizes: Any = (
+        wide * groups,
+        out,
+        kernel,
+        geometry.stride,
+        geometry.padding,
+        geometry.dilation,
+        groups,
+        module.bias is not None,
+    )
     with torch.device("meta"):
-        layer = nn.Conv2d(*sizes, bias=module.bias is not None)
+        layer = nn.Conv2d(*sizes)
     return _filled(layer, weight, module.bias)
 
 
