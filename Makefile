@@ -59,7 +59,7 @@ wheel: $(VENV)/.stamp-test ## build the wheel, test it installed, leave it in di
 
 clean: ## remove what the other targets made, .venv too
 	rm -rf $(VENV) site build dist demo .mypy_cache .ruff_cache .pytest_cache .hypothesis
-	rm -f src/prunella/runtime/kernels/*.so
+	rm -f src/prunella/runtime/kernels/libprunella.*
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 $(VENV)/.stamp-venv:

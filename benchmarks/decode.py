@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from prunella.runtime.kernels import library as native
+from prunella.runtime.kernels import library
 from prunella.runtime.kernels.library import Config, Kind, Precision
 
 Call = Callable[[], object]
@@ -41,8 +41,8 @@ def dense(weight: Tensor, x: Tensor) -> dict[str, Call]:
 def sparse(weight: Tensor, x: Tensor, sparsity: int) -> dict[str, Call]:
     """Every kernel for a few tokens, on a random part of the weight."""
     kept = weight * (torch.rand_like(weight) >= sparsity / 100)
-    packed = {name: native.pack(kept, config) for name, config in KERNELS.items()}
-    return {f"{sparsity} % {name}": lambda p=p: native.linear(p, x) for name, p in packed.items()}
+    packed = {name: library.pack(kept, config) for name, config in KERNELS.items()}
+    return {f"{sparsity} % {name}": lambda p=p: library.linear(p, x) for name, p in packed.items()}
 
 
 def seconds(run: Call, calls: int) -> float:
@@ -69,7 +69,7 @@ def table(shape: tuple[int, int], tokens: int, sparsities: list[int], rounds: in
         runs |= sparse(weight, x, sparsity)
     found = measure(runs, rounds, max(1, 4_000_000 // weight.numel()))
     bases = [found[name] for name in ("F.linear", "oneDNN", "F.linear bf16")]
-    print(f"\n{shape[0]}x{shape[1]}, {tokens} token{'s' * (tokens > 1)}, {native.isa()}")
+    print(f"\n{shape[0]}x{shape[1]}, {tokens} token{'s' * (tokens > 1)}, {library.isa()}")
     print(f"{'':20}{'us':>9}{'/ fp32':>9}{'/ oneDNN':>9}{'/ bf16':>9}")
     for name, took in found.items():
         print(f"{name:20}{took * 1e6:9.1f}" + "".join(f"{base / took:9.2f}" for base in bases))

@@ -121,7 +121,13 @@ def speeds(model: nn.Module, example: Any, *, quick: bool) -> dict[str, Any]:
     with torch.inference_mode():
         found = compared(runs, 5 if quick else 21)
     record = pr.runtime.sparsified(made)
-    return {**found, "replaced": len(record.replaced), "difference": record.difference, "why": record.why, **where()}
+    return {
+        **found,
+        "replaced": len(record.replaced),
+        "difference": record.outcome.difference,
+        "why": record.outcome.why,
+        **where(),
+    }
 
 
 class Positional(nn.Module):

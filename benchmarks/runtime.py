@@ -33,10 +33,10 @@ import prunella as pr
 from prunella.io.load import import_module
 from prunella.measure.machine import cpu_name
 from prunella.measure.timing import compare_latency, own_clock, paired_ratio
-from prunella.runtime.kernels import library as native
+from prunella.runtime.kernels import library
 from prunella.runtime.kernels.library import Precision
-from prunella.runtime.tuning.choice import Problem, Route, is_dense, spell
-from prunella.runtime.tuning.tune import _sieve, candidates
+from prunella.runtime.tuning.choice import Problem, Route, describe, is_dense
+from prunella.runtime.tuning.tune import candidates, screen
 
 SHAPES = ((512, 512, 196), (2048, 512, 49), (1024, 1024, 64), (768, 3072, 128), (3072, 768, 128), (3072, 768, 16))
 SPARSITIES = (50, 80, 90, 95)
@@ -108,10 +108,10 @@ def trained(name: str, percent: int, rounds: int) -> dict[str, Any]:
 def layer(matrix: Tensor, n: int, precision: Precision, rounds: int) -> dict[str, Any]:
     """A linear layer for n tokens: the best kernel, the best dense operation, F.linear."""
     m, k = matrix.shape
-    bias, held = torch.zeros(m), dict[Any, Any]()
-    runs = candidates(matrix, bias, Problem(n), None, precision, 0, held)
+    bias, layers = torch.zeros(m), dict[Any, Any]()
+    runs = candidates(matrix, bias, Problem(n), None, precision, 0, layers)
     with torch.inference_mode():
-        best = _sieve(runs, 0.5, is_dense)
+        best = screen(runs, 0.5, is_dense)
         skips = [c for c in best if not is_dense(c) and (precision is Precision.FP32 or _is(c, precision))]
         if not skips:
             return {"missing": f"no kernel of {precision.value} here", **where()}
@@ -124,7 +124,7 @@ def layer(matrix: Tensor, n: int, precision: Precision, rounds: int) -> dict[str
             pairs["bf16"] = partial(functional.linear, x, low, bias.to(torch.bfloat16))
             if n == 1:  # no dense kernel of bf16 can take less time than this
                 pairs["read"] = low.view(torch.int64).sum
-        return {**compared(pairs, rounds), "kernel": spell(skip), "config": str(skip), **where()}
+        return {**compared(pairs, rounds), "kernel": describe(skip), "config": str(skip), **where()}
 
 
 def _is(choice: Any, precision: Precision) -> bool:
@@ -140,7 +140,7 @@ class Probe:
     def __init__(self) -> None:
         self.best = math.inf
         matrix, x = weight(768, 768, 90), torch.randn(128, 768)
-        self.run = partial(native.linear, native.pack(matrix, native.Config(native.Kind.ROWS)), x)
+        self.run = partial(library.linear, library.pack(matrix, library.Config(library.Kind.ROWS)), x)
 
     def now(self) -> float:
         """The median time of a call."""
@@ -166,7 +166,7 @@ class Probe:
 @cache
 def probe() -> Probe | None:
     """The one of this run; None without kernels."""
-    return Probe() if native.available() else None
+    return Probe() if library.available() else None
 
 
 _NEAR = 1.05
@@ -187,7 +187,7 @@ def compared(runs: Mapping[str, Any], rounds: int) -> dict[str, Any]:
 
 def where() -> dict[str, Any]:
     """What the numbers depend on."""
-    tier = native.isa() if native.available() else "none"
+    tier = library.isa() if library.available() else "none"
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else math.nan
     return {
         "isa": tier,
@@ -198,7 +198,7 @@ def where() -> dict[str, Any]:
     }
 
 
-# -- whole models ------------------------------------------------------------------------------------------------------
+# -- full models -------------------------------------------------------------------------------------------------------
 
 
 class Bottleneck(nn.Module):
@@ -272,13 +272,13 @@ def frozen(model: nn.Module, example: Any) -> Callable[[], object]:
 
 def network(make: Callable[[], nn.Module], example: Tensor, percent: int, *, precision: Precision = Precision.FP32,
             rounds: int = 9, with_frozen: bool = True, last: bool = False) -> dict[str, Any]:  # fmt: skip
-    """A whole model: eager, dense by the quicker kernel, frozen, sparse."""
+    """A full model: eager, dense by the quicker kernel, frozen, sparse."""
     model = sown(make(), percent).requires_grad_(False)
     made = pr.sparse(model, example, precision=precision, seconds=1.0)
     record = pr.runtime.sparsified(made)
     runs: dict[str, Any] = {"eager": partial(model, example), "sparse": partial(made, example)}
     fast = pr.runtime.dense_fast(model, example)
-    if pr.runtime.sparsified(fast).kept:
+    if pr.runtime.sparsified(fast).outcome.kept:
         runs["dense fast"] = partial(fast, example)
     if last:
         layout = torch.channels_last
@@ -289,7 +289,13 @@ def network(make: Callable[[], nn.Module], example: Tensor, percent: int, *, pre
     with torch.inference_mode():
         found = compared(runs, rounds)
     layers = {layer.name: str(layer) for layer in record.layers}
-    return {**found, "replaced": len(record.replaced), "difference": record.difference, "layers": layers, **where()}
+    return {
+        **found,
+        "replaced": len(record.replaced),
+        "difference": record.outcome.difference,
+        "layers": layers,
+        **where(),
+    }
 
 
 def two_threads(rounds: int = 41) -> dict[str, Any]:
@@ -299,7 +305,7 @@ def two_threads(rounds: int = 41) -> dict[str, Any]:
         for count in (1, 2):
             torch.set_num_threads(count)
             runs = candidates(matrix, None, Problem(512), None, Precision.FP32, 0, {})
-            times = _sieve(runs, 0.5, is_dense)
+            times = screen(runs, 0.5, is_dense)
             best[count] = runs[min((c for c in times if not is_dense(c)), key=times.__getitem__)]
 
         def on(count: int) -> object:
@@ -447,8 +453,8 @@ def section(folder: Path) -> str:
     """What was measured with the kernels of one tier."""
     cell = json.loads(next(folder.glob("*.json")).read_text(encoding="utf-8"))
     how = f"One thread unless it says two, {cell['cpu']}, torch {cell['torch']}."
-    whole = f"<details markdown><summary>Every cell, {folder.name}</summary>\n\n{table(folder)}\n\n</details>"
-    return f"### {folder.name}\n\n{how}\n\n{summary(folder)}\n\n{whole}"
+    details = f"<details markdown><summary>Every cell, {folder.name}</summary>\n\n{table(folder)}\n\n</details>"
+    return f"### {folder.name}\n\n{how}\n\n{summary(folder)}\n\n{details}"
 
 
 def value(cell: Any) -> float:
@@ -473,7 +479,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     Probe.limit = args.wait
-    tier = native.isa() if native.available() else "none"
+    tier = library.isa() if library.available() else "none"
     folder = RESULTS / ("runtime-quick" if args.quick else "runtime") / tier
     for name, cell in cells(args.quick):
         if args.table or (args.only and not name.startswith(tuple(args.only))):

@@ -9,6 +9,13 @@
 
 using prunella::ManyGroup;
 
+static_assert(prunella::kRows == int(PRUNELLA_ROWS) && prunella::kGroups == int(PRUNELLA_GROUPS), "as in prunella.h");
+static_assert(prunella::kBlock16 == int(PRUNELLA_BLOCK16) && prunella::kBlock8 == int(PRUNELLA_BLOCK8), "as in prunella.h");
+static_assert(prunella::kBlock4 == int(PRUNELLA_BLOCK4) && prunella::kPairs == int(PRUNELLA_PAIRS), "as in prunella.h");
+static_assert(prunella::kNone == int(PRUNELLA_NONE) && prunella::kRelu == int(PRUNELLA_RELU), "as in prunella.h");
+static_assert(prunella::kGelu == int(PRUNELLA_GELU) && prunella::kSilu == int(PRUNELLA_SILU), "as in prunella.h");
+static_assert(prunella::kRelu6 == int(PRUNELLA_RELU6) && prunella::kHardswish == int(PRUNELLA_HARDSWISH), "as in prunella.h");
+
 namespace {
 
 // The nonzeros of a row inside [from, to).

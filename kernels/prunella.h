@@ -1,4 +1,5 @@
 // The C interface of the kernels: plain pointers, no torch, no Python. Functions give 0, or one of the codes below.
+// src/prunella/runtime/kernels/signatures.py is generated from this file: after a change run kernels/generate.py.
 #pragma once
 #include <stdint.h>
 
@@ -17,6 +18,24 @@ enum {
   PRUNELLA_NO_TIER = 5,       // this processor cannot run the tier
   PRUNELLA_NOT_FINITE = 6,    // NaN or infinity in a weight that is to become int8
   PRUNELLA_ODD_INPUT = 7,     // a token with NaN, infinity or nearly, where the caller wants to know
+};
+
+// Layouts of prunella_many_pack, and what is applied to a sum.
+enum {
+  PRUNELLA_ROWS = 0,
+  PRUNELLA_GROUPS = 1,
+  PRUNELLA_BLOCK16 = 2,
+  PRUNELLA_BLOCK8 = 3,
+  PRUNELLA_BLOCK4 = 4,
+  PRUNELLA_PAIRS = 5,
+};
+enum {
+  PRUNELLA_NONE = 0,
+  PRUNELLA_RELU = 1,
+  PRUNELLA_GELU = 2,
+  PRUNELLA_SILU = 3,
+  PRUNELLA_RELU6 = 4,
+  PRUNELLA_HARDSWISH = 5,
 };
 
 typedef struct prunella_many prunella_many;

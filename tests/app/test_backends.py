@@ -12,7 +12,7 @@ from torch import nn
 from prunella.app import backends as benching
 from prunella.app.backends import Bench, Timed, bench, plot, repeated
 from prunella.errors import RequestError
-from prunella.runtime.kernels import library as native
+from prunella.runtime.kernels import library
 
 
 def net() -> nn.Module:
@@ -32,7 +32,7 @@ def test_roads_batches_and_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(r.milliseconds > 0 and r.low <= r.ratio <= r.high for r in found.rows)
     assert "layers skip their zeros" in found.sparse and model.training and torch.get_num_threads() == before
     assert (
-        found.kernels == (native.isa() if native.available() else "none") and found.as_dict()["rows"][0]["batch"] == 1
+        found.kernels == (library.isa() if library.available() else "none") and found.as_dict()["rows"][0]["batch"] == 1
     )
 
 

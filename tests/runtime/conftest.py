@@ -1,4 +1,4 @@
-"""The stand-in for the kernels, and a decision that needs no clock."""
+"""The stand-in for the kernels, none at all, and a decision that needs no clock."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from prunella.measure.timing import Ratio
-from prunella.runtime import dense as fast
-from prunella.runtime.tuning import acceptance as whole
-from prunella.runtime.tuning import tune
+from prunella.runtime import dense
+from prunella.runtime.kernels import library
+from prunella.runtime.tuning import acceptance, tune
 from prunella.runtime.tuning.choice import Choice, Problem, is_dense
 from prunella.runtime.tuning.tune import Verdict
 from tests.runtime import standin
@@ -20,6 +20,14 @@ from tests.runtime import standin
 def kernels(monkeypatch: pytest.MonkeyPatch) -> standin.Calls:
     """Kernels are there, and what they were called for."""
     return standin.install(monkeypatch)
+
+
+@pytest.fixture
+def no_kernels(monkeypatch: pytest.MonkeyPatch) -> str:
+    """The library was not built; the sentence that says so."""
+    why = "the compiled kernels were not built when prunella was installed"
+    monkeypatch.setattr(library, "load", lambda: library.Loaded(None, why))
+    return why
 
 
 @pytest.fixture
@@ -37,7 +45,7 @@ def eager_to_skip(monkeypatch: pytest.MonkeyPatch) -> None:
     class Always:
         ratio = Ratio(2.0, 1.9, 2.1)
 
-    for module in (tune, fast):
+    for module in (tune, dense):
         monkeypatch.setattr(module, "decide", decide)
-    for module in (whole, fast):
+    for module in (acceptance, dense):
         monkeypatch.setattr(module, "interleaved", lambda runs: Always())

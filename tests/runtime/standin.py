@@ -14,16 +14,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from prunella.runtime.kernels import chain as steps
-from prunella.runtime.kernels import convolution
-from prunella.runtime.kernels import library as native
+from prunella.runtime.kernels import chain as kernel_chain
+from prunella.runtime.kernels import convolution, library
+from prunella.runtime.kernels.chain import Ready, Step
 from prunella.runtime.kernels.library import Activation, Config, Kind, Precision
 from prunella.runtime.packed_cache import ACTIVATE
-from prunella.runtime.tuning import configs as tiles
+from prunella.runtime.tuning import configs
 
 
 @dataclass(frozen=True)
-class Held:
+class StandinWeight:
     """A packed weight."""
 
     matrix: Tensor
@@ -41,59 +41,63 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Calls:
 
     def pack(weight: Tensor, config: Config) -> Any:
         calls.append(f"pack {config.kind.value}")
-        return Held(weight.detach().clone(), config)
+        return StandinWeight(weight.detach().clone(), config)
 
-    def linear(packed: Held, x: Tensor, bias: Any = None, residual: Any = None,
+    def linear(packed: StandinWeight, x: Tensor, bias: Any = None, residual: Any = None,
                activation: Activation = Activation.NONE) -> Tensor:  # fmt: skip
         calls.append(f"linear {packed.config.kind.value} {packed.config.precision.value}")
         assert torch.isfinite(x).all()
         y = functional.linear(x, packed.matrix, bias)
         return ACTIVATE[activation](y if residual is None else y + residual)
 
-    def finite_linear(packed: Held, x: Tensor, bias: Any, residual: Any, activation: Activation) -> Tensor | None:
+    def finite_linear(
+        packed: StandinWeight, x: Tensor, bias: Any, residual: Any, activation: Activation
+    ) -> Tensor | None:
         return linear(packed, x, bias, residual, activation) if torch.isfinite(x).all() else None
 
     def run_patches(
-        packed: Held, made: convolution.Patches, x: Tensor, bias: Any, residual: Any, activation: Activation
+        packed: StandinWeight, patches: convolution.Patches, x: Tensor, bias: Any, residual: Any, activation: Activation
     ) -> Tensor | None:
         calls.append(f"conv2d {packed.config.kind.value}")
-        assert residual is None or residual.shape == made.out  # a kernel would read what lies behind it
+        assert residual is None or residual.shape == patches.out  # a kernel would read beyond its end
         if not torch.isfinite(x).all():
             return None
-        g = made.image.contents
+        g = patches.image.contents
         weight = packed.matrix.reshape(len(packed.matrix), -1, g.kernel_h, g.kernel_w)
         sides = ((g.stride_h, g.stride_w), (g.pad_h, g.pad_w), (g.dilation_h, g.dilation_w))
         y = functional.conv2d(x, weight, bias, *sides)
-        assert y.shape == made.out and y.stride() == made.strides
+        assert y.shape == patches.out and y.stride() == patches.strides
         return ACTIVATE[activation](y if residual is None else y + residual)
 
-    def prepared(todo: Sequence[steps.Step], ready: Sequence[steps.Ready], inputs: int, outputs: Sequence[int]) -> Any:
-        return tuple(todo), tuple(ready), tuple(outputs)
+    def prepare(steps: Sequence[Step], layers: Sequence[Ready], inputs: int, outputs: Sequence[int]) -> Any:
+        return tuple(steps), tuple(layers), tuple(outputs)
 
-    def run(held: Any, inputs: Sequence[Tensor]) -> tuple[Tensor, ...] | None:
-        todo, ready, outputs = held
+    def run(prepared: Any, inputs: Sequence[Tensor]) -> tuple[Tensor, ...] | None:
+        steps, layers, outputs = prepared
         values: list[Any] = list(inputs)
-        for step, one in zip(todo, ready, strict=True):
+        for step, layer in zip(steps, layers, strict=True):
             residual = None if step.residual is None else values[step.residual]
-            values.append(run_patches(one.packed, one.patches, values[step.x], one.bias, residual, one.activation))
+            values.append(
+                run_patches(layer.packed, layer.patches, values[step.x], layer.bias, residual, layer.activation)
+            )
             if values[-1] is None:
                 return None
             for place in step.free:
                 values[place] = None
         return tuple(values[place] for place in outputs)
 
-    def configs(shape: tuple[int, int], density: float, tokens: int) -> tuple[Config, ...]:
+    def kernel_configs(shape: tuple[int, int], density: float, tokens: int) -> tuple[Config, ...]:
         return (Config(Kind.DECODE),) if tokens <= 8 else (Config(Kind.ROWS), Config(Kind.GROUPS))
 
     for name, value in {
         "available": lambda: True, "isa": lambda: "standin", "tiers": lambda: ("standin",),
         "pack": pack, "linear": linear, "finite_linear": finite_linear,
     }.items():  # fmt: skip
-        monkeypatch.setattr(native, name, value)
+        monkeypatch.setattr(library, name, value)
     monkeypatch.setattr(convolution, "run_patches", run_patches)
-    monkeypatch.setattr(steps, "prepared", prepared)
-    monkeypatch.setattr(steps, "run", run)
-    monkeypatch.setattr(tiles, "configs", configs)
+    monkeypatch.setattr(kernel_chain, "prepare", prepare)
+    monkeypatch.setattr(kernel_chain, "run", run)
+    monkeypatch.setattr(configs, "kernel_configs", kernel_configs)
     return calls
 
 

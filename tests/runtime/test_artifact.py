@@ -18,14 +18,15 @@ from prunella.errors import BadInput, RequestError
 from prunella.measure.timing import Ratio
 from prunella.runtime import artifact, convert
 from prunella.runtime.fx.fuse import Fused
+from prunella.runtime.kernels import library
 from prunella.runtime.kernels.library import Activation, Config, Kind
 from prunella.runtime.layers import FastLinear, SparseConv2d, SparseLinear
 from prunella.runtime.restore import restored
-from prunella.runtime.tuning import acceptance as whole
+from prunella.runtime.tuning import acceptance
 from prunella.runtime.tuning.choice import Problem, Route
 from prunella.runtime.tuning.fingerprint import fingerprint
 from tests.runtime.standin import Calls
-from tests.runtime.test_sparse import IMAGE, X, mlp, net, sown, stem
+from tests.runtime.test_sparse import IMAGE, X, mlp, net, stem, with_zeros
 
 pytestmark = pytest.mark.usefixtures("eager_to_skip")
 
@@ -52,10 +53,10 @@ def test_a_sparse_model_comes_back(
     assert saved.files == ("manifest.json", "model.safetensors") and saved.reader == "prunella.runtime.load_sparse"
     again = pr.runtime.load_sparse(saved.path, factory=make)
     assert torch.equal(again(x), made(x)) and not again.training and type(again).__name__ == type(made).__name__
-    one, other = pr.runtime.sparsified(made), pr.runtime.sparsified(again)
-    assert other.replaced == one.replaced and other.traced == one.traced
-    kept = [layer.table for layer in one.layers if not layer.why]
-    assert [layer.table for layer in other.layers] == kept
+    before, after = pr.runtime.sparsified(made), pr.runtime.sparsified(again)
+    assert after.replaced == before.replaced and after.traced == before.traced
+    kept = [layer.table for layer in before.layers if not layer.why]
+    assert [layer.table for layer in after.layers] == kept
     assert {n: t.tolist() for n, t in again.state_dict().items()} == {
         n: t.tolist() for n, t in made.state_dict().items()
     }
@@ -63,20 +64,20 @@ def test_a_sparse_model_comes_back(
 
 
 def test_the_layout_of_images_comes_back(tmp_path: Path, kernels: Calls, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(whole, "faster", lambda a, b, x: Ratio(2.0, 1.9, 2.1))
+    monkeypatch.setattr(acceptance, "speedup", lambda a, b, x: Ratio(2.0, 1.9, 2.1))
     made = pr.sparse(net(), IMAGE)
     saved = pr.runtime.save_sparse(made, tmp_path / "small", factory=net)
     again = pr.runtime.load_sparse(saved.path, factory=net)
-    assert pr.runtime.sparsified(made).last and pr.runtime.sparsified(again).last
+    assert pr.runtime.sparsified(made).channels_last and pr.runtime.sparsified(again).channels_last
     torch.testing.assert_close(again(IMAGE), made(IMAGE))
     edit(saved.path, lambda manifest: manifest["sparse"].pop("last"))  # as an older version wrote it
-    assert not pr.runtime.sparsified(pr.runtime.load_sparse(saved.path, factory=net)).last
+    assert not pr.runtime.sparsified(pr.runtime.load_sparse(saved.path, factory=net)).channels_last
 
 
 def test_zeros_take_a_bit(tmp_path: Path, kernels: Calls) -> None:
     def big() -> nn.Module:
         torch.manual_seed(0)
-        return sown(nn.Sequential(nn.Linear(200, 300, bias=False)), 0.9)
+        return with_zeros(nn.Sequential(nn.Linear(200, 300, bias=False)), 0.9)
 
     saved = pr.runtime.save_sparse(pr.sparse(big(), torch.randn(4, 200)), tmp_path / "small", factory=big)
     values = int(torch.count_nonzero(big().get_parameter("0.weight")))
@@ -95,13 +96,13 @@ def test_a_fresh_process_reads_it(folder: Path, tmp_path: Path) -> None:
 
 def test_elsewhere_it_is_measured_again(folder: Path, kernels: Calls, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Problem] = []
-    joins: set[Fused] = set()
+    fusions: set[Fused] = set()
     real = artifact.Tuner.conv
 
-    def conv(self: Any, weight: Any, bias: Any, geometry: Any, problems: tuple[Problem, ...], joined: Fused) -> Any:
+    def conv(self: Any, weight: Any, bias: Any, geometry: Any, problems: tuple[Problem, ...], fused: Fused) -> Any:
         asked.extend(problems)
-        joins.add(joined)
-        return real(self, weight, bias, geometry, problems, joined)
+        fusions.add(fused)
+        return real(self, weight, bias, geometry, problems, fused)
 
     monkeypatch.setattr(artifact.Tuner, "conv", conv)
     pr.runtime.load_sparse(folder, factory=net)
@@ -110,7 +111,7 @@ def test_elsewhere_it_is_measured_again(folder: Path, kernels: Calls, monkeypatc
     again = pr.runtime.load_sparse(folder, factory=net)
     assert len(asked) == 3 and {p.image for p in asked} == {tuple(IMAGE.shape)}
     assert sum(isinstance(m, SparseConv2d) for m in again.modules()) == 3
-    assert {joined.activation for joined in joins} == {Activation.RELU, Activation.NONE}  # with what joins them
+    assert {fused.activation for fused in fusions} == {Activation.RELU, Activation.NONE}  # with what is fused
 
 
 def test_a_choice_that_this_library_would_not_make_is_measured_again(folder: Path, kernels: Calls) -> None:
@@ -133,7 +134,7 @@ def test_a_hugging_face_model_needs_no_factory(
     transformers = pytest.importorskip("transformers")
     config = transformers.GPT2Config(vocab_size=40, n_embd=16, n_layer=1, n_head=2, n_positions=64)
     torch.manual_seed(0)
-    model = sown(transformers.GPT2LMHeadModel(config), 0.5)
+    model = with_zeros(transformers.GPT2LMHeadModel(config), 0.5)
     ids = torch.arange(7)[None]
     made = pr.sparse(model, {"input_ids": ids, "use_cache": False})
     saved = pr.runtime.save_sparse(made, tmp_path / "small")
@@ -144,21 +145,21 @@ def test_a_hugging_face_model_needs_no_factory(
     assert again.lm_head.weight is again.transformer.wte.weight
     head = again.lm_head
     assert type(head) is (nn.Linear if cache else FastLinear)
-    assert cache or head.store.choice(1) == made.lm_head.store.choice(1) == Config(Kind.DECODE)
+    assert cache or head.cache.choice(1) == made.lm_head.cache.choice(1) == Config(Kind.DECODE)
 
 
-def test_activations_that_joined_come_back(tmp_path: Path, kernels: Calls) -> None:
+def test_fused_activations_come_back(tmp_path: Path, kernels: Calls) -> None:
     transformers = pytest.importorskip("transformers")
     config = transformers.BertConfig(
         vocab_size=40, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24,
         max_position_embeddings=32,
     )  # fmt: skip
     torch.manual_seed(0)
-    model = sown(transformers.BertModel(config), 0.5)
+    model = with_zeros(transformers.BertModel(config), 0.5)
     ids = torch.arange(7)[None]
     made = pr.sparse(model, {"input_ids": ids})
-    joined = [m.activation.value for m in made.modules() if isinstance(m, SparseLinear) and m.activation_path]
-    assert joined == ["gelu", "gelu"]
+    fused = [m.activation.value for m in made.modules() if isinstance(m, SparseLinear) and m.activation_path]
+    assert fused == ["gelu", "gelu"]
     torch.testing.assert_close(made(ids).last_hidden_state, model(ids).last_hidden_state)
     again = pr.runtime.load_sparse(pr.runtime.save_sparse(made, tmp_path / "small").path)
     assert torch.equal(again(ids).last_hidden_state, made(ids).last_hidden_state)
@@ -176,7 +177,9 @@ def test_a_dense_result_is_stored_dense(tmp_path: Path, kernels: Calls) -> None:
 
     made = pr.sparse(full(), torch.ones(2, 3))
     again = pr.runtime.load_sparse(pr.runtime.save_sparse(made, tmp_path / "small", factory=full).path, factory=full)
-    assert torch.equal(again(torch.ones(2, 3)), made(torch.ones(2, 3))) and not pr.runtime.sparsified(again).kept
+    assert (
+        torch.equal(again(torch.ones(2, 3)), made(torch.ones(2, 3))) and not pr.runtime.sparsified(again).outcome.kept
+    )
 
 
 def test_each_reader_names_the_other(folder: Path, tmp_path: Path) -> None:
@@ -198,23 +201,23 @@ def test_what_cannot_be_saved(tmp_path: Path, kernels: Calls) -> None:
 SPARSE = [
     (lambda s: s.update(layers=[]), "cannot be read"),
     (lambda s: s.update(layers={"0.one": [[1, [2, 8, 5, 5]]]}), "cannot be read"),
-    (lambda s: s.update(layers={"0.one": [[50, [2, 8, 5, 5], "exec"]]}), "kernel that there is not"),
-    (lambda s: s.update(layers={"0.one": [[50, [2, 8, 5, 5], {"kind": "rows"}]]}), "kernel that there is not"),
-    (lambda s: s.update(layers={"0.one": [[50, [2, 8, 5, 5], {**ROW, "depth": 1 << 40}]]}), "kernel that there is not"),
-    (lambda s: s.update(layers={"0.one": [[True, [2, 8, 5, 5], "torch"]]}), "is no size"),
-    (lambda s: s.update(layers={"0.one": [[1 << 40, [2, 8, 5, 5], "torch"]]}), "is no size"),
+    (lambda s: s.update(layers={"0.one": [[50, [2, 8, 5, 5], "exec"]]}), "kernel that does not exist"),
+    (lambda s: s.update(layers={"0.one": [[50, [2, 8, 5, 5], {"kind": "rows"}]]}), "kernel that does not exist"),
+    (lambda s: s.update(layers={"0.one": [[50, [2, 8, 5, 5], {**ROW, "depth": 1 << 40}]]}), "that does not exist"),
+    (lambda s: s.update(layers={"0.one": [[True, [2, 8, 5, 5], "torch"]]}), "is not a size"),
+    (lambda s: s.update(layers={"0.one": [[1 << 40, [2, 8, 5, 5], "torch"]]}), "is not a size"),
     (lambda s: s.update(layers={"0.one": [[50, [1 << 20, 1 << 20], "torch"]]}), "too large"),
-    (lambda s: s.update(layers={"0.one": [[50, [2, 7, 5, 5], "torch"]]}), "does not take"),
-    (lambda s: s.update(layers={"0.one": [[49, [2, 8, 5, 5], "torch"]]}), "does not take"),
-    (lambda s: s.update(layers={"3": [[1 << 27, [], "torch"]]}), "does not take"),
+    (lambda s: s.update(layers={"0.one": [[50, [2, 7, 5, 5], "torch"]]}), "does not accept"),
+    (lambda s: s.update(layers={"0.one": [[49, [2, 8, 5, 5], "torch"]]}), "does not accept"),
+    (lambda s: s.update(layers={"3": [[1 << 27, [], "torch"]]}), "does not accept"),
     (lambda s: s.update(layers={"0.first": [[1, [], "torch"]]}), "no such layer"),
     (lambda s: s.update(layers={"../x": [[1, [], "torch"]]}), "no such layer"),
     (lambda s: s.update(layers={"0.one": []}), "no such layer"),
     (lambda s: s.update(weights={"0.one.weight": [8, 8, 3]}), "BITMASK|bitmask|fit|shape"),
     (lambda s: s.update(weights={"nowhere": [8]}), "are missing"),
-    (lambda s: s.update(weights={"0.one.weight": [-8]}), "is no size"),
+    (lambda s: s.update(weights={"0.one.weight": [-8]}), "is not a size"),
     (lambda s: s.update(precision="fp4"), "cannot be read"),
-    (lambda s: s.update(traced=[[[2, 8, 5, 5], "system"]]), "no type of numbers"),
+    (lambda s: s.update(traced=[[[2, 8, 5, 5], "system"]]), "is not a dtype"),
     (lambda s: s.pop("machine"), "cannot be read"),
     (lambda s: s.update(joined={"0.one": "0.first"}), "no activation at"),
     (lambda s: s.update(joined=[1]), "cannot be read"),
@@ -244,9 +247,7 @@ def test_a_damaged_file_is_refused(folder: Path) -> None:
 
 
 def test_routes_of_torch_need_no_library(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from prunella.runtime.kernels import library as native
-
-    monkeypatch.setattr(native, "available", lambda: False)
+    monkeypatch.setattr(library, "available", lambda: False)
     again = pr.runtime.load_sparse(folder, factory=net)
     torch.testing.assert_close(again(IMAGE), net()(IMAGE), rtol=1e-4, atol=1e-5)
     choices = {v.choice for layer in pr.runtime.sparsified(again).layers for v in layer.verdicts}

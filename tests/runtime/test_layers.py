@@ -13,8 +13,8 @@ from torch.nn import functional
 from prunella.errors import RequestError
 from prunella.runtime.kernels.library import Activation, Config, Kind
 from prunella.runtime.layers import FastLinear, SparseConv2d, SparseLinear
-from prunella.runtime.operators import folded
-from prunella.runtime.packed_cache import ACTIVATE, mask_of, unpacked
+from prunella.runtime.operators import fold_batchnorm
+from prunella.runtime.packed_cache import ACTIVATE, dense_matrix, mask_of
 from prunella.runtime.tuning.choice import Choice, Geometry, Route, Table
 from tests.runtime.standin import Calls
 
@@ -48,13 +48,14 @@ def test_a_linear_layer_is_the_sum_in_float64(kernels: Calls, choice: Choice, ac
     assert got.shape == (2, 5, 7) and any("linear rows" in call for call in kernels) == (choice is ROWS)
 
 
-def test_a_layer_made_in_inference_mode_is_laid_out_once(kernels: Calls) -> None:
+def test_a_layer_made_in_inference_mode_is_packed_once(kernels: Calls) -> None:
     with torch.inference_mode():
         layer = SparseLinear(holes(7, 13), noise(7), table=always(ROWS))
         first = layer(noise(4, 13))
-        held = dict(layer.store._made)
+        packed = dict(layer.cache._packed)
         assert torch.equal(layer(noise(4, 13)), first)
-    assert layer.values.is_inference() and held and all(layer.store._made[choice] is it for choice, it in held.items())
+    assert layer.values.is_inference() and packed
+    assert all(layer.cache._packed[choice] is weight for choice, weight in packed.items())
 
 
 @pytest.mark.parametrize("shape", [(13,), (0, 13), (1, 13), (3, 0, 13)])
@@ -97,7 +98,7 @@ def test_gradients_are_those_of_dense_code(kernels: Calls) -> None:
     assert not any("linear" in call for call in kernels)
 
 
-def test_a_changed_weight_is_laid_out_again(kernels: Calls) -> None:
+def test_a_changed_weight_is_packed_again(kernels: Calls) -> None:
     weight, x = holes(7, 13), noise(5, 13)
     layer = SparseLinear(weight, table=always(ROWS))
     layer(x)
@@ -108,13 +109,13 @@ def test_a_changed_weight_is_laid_out_again(kernels: Calls) -> None:
     assert kernels.count("pack rows") == 2
 
 
-def test_a_copy_has_its_own_layout(kernels: Calls) -> None:
+def test_a_copy_has_its_own_packed_weight(kernels: Calls) -> None:
     layer, x = SparseLinear(holes(7, 13), table=always(ROWS)), noise(5, 13)
     before = layer(x)
-    twin = copy.deepcopy(layer)
+    replica = copy.deepcopy(layer)
     with torch.no_grad():
-        twin.values.zero_()
-    assert torch.equal(layer(x), before) and not twin(x).any() and twin.store.key != layer.store.key
+        replica.values.zero_()
+    assert torch.equal(layer(x), before) and not replica(x).any() and replica.cache.key != layer.cache.key
 
 
 def test_the_state_is_canonical_and_goes_round(kernels: Calls) -> None:
@@ -152,7 +153,7 @@ def test_a_layer_compiles_whole(kernels: Calls, choice: Choice) -> None:
 
 def test_the_operators_keep_their_word(kernels: Calls) -> None:
     layer = SparseLinear(holes(7, 13), noise(7), table=always(ROWS))
-    args = (noise(5, 13), layer.values.detach(), layer.bits, layer.bias, None, 7, layer.store.key)
+    args = (noise(5, 13), layer.values.detach(), layer.bits, layer.bias, None, 7, layer.cache.key)
     torch.library.opcheck(torch.ops.prunella.sparse_linear.default, args, test_utils=("test_schema", "test_faketensor"))
 
 
@@ -160,12 +161,12 @@ CASES = list(itertools.product([(1, 1), (2, 1)], [(0, 0), (1, 2)], [(1, 1), (2, 
 
 
 @pytest.mark.parametrize(("stride", "padding", "dilation"), CASES)
-@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("channels_last", [False, True])
 def test_a_convolution_with_its_norm(
-    kernels: Calls, stride: tuple[int, int], padding: tuple[int, int], dilation: tuple[int, int], last: bool
+    kernels: Calls, stride: tuple[int, int], padding: tuple[int, int], dilation: tuple[int, int], channels_last: bool
 ) -> None:
     weight, x = holes(6, 4, 3, 2), noise(2, 4, 9, 8)
-    x = x.contiguous(memory_format=torch.channels_last) if last else x
+    x = x.contiguous(memory_format=torch.channels_last) if channels_last else x
     conv = nn.Conv2d(4, 6, (3, 2), stride, padding, dilation).eval().requires_grad_(False)
     conv.weight.copy_(weight)
     norm = filled(nn.BatchNorm2d(6))
@@ -211,7 +212,7 @@ def test_a_convolution_compiles_whole(kernels: Calls) -> None:
 def test_folding_is_worked_by_hand() -> None:
     matrix, bias = torch.tensor([[2.0, 0.0]]), torch.tensor([1.0])
     norm = [torch.tensor([v]) for v in (3.0, 3.75, 4.0, 0.5)]  # s = 4 / sqrt(3.75 + 0.25) = 2
-    weight, shift = folded(matrix, bias, norm, 0.25)
+    weight, shift = fold_batchnorm(matrix, bias, norm, 0.25)
     assert weight.tolist() == [[4.0, 0.0]] and shift is not None and shift.tolist() == [-3.5]
 
 
@@ -239,7 +240,7 @@ def test_a_bias_of_another_type_or_stride_is_read_as_it_is(kernels: Calls) -> No
 def test_bits_come_highest_first() -> None:
     bits = torch.tensor([0b10100000, 0b01000000], dtype=torch.uint8)
     assert mask_of(bits, (2, 5)).tolist() == [[True, False, True, False, False], [False] * 4 + [True]]
-    assert unpacked(torch.tensor([1.0, 2.0, 3.0]), bits, (2, 5)).tolist() == [[1, 0, 2, 0, 0], [0, 0, 0, 0, 3]]
+    assert dense_matrix(torch.tensor([1.0, 2.0, 3.0]), bits, (2, 5)).tolist() == [[1, 0, 2, 0, 0], [0, 0, 0, 0, 3]]
 
 
 def test_the_nearest_number_of_tokens_decides() -> None:

@@ -18,19 +18,18 @@ from prunella.errors import CheckFailed, RequestError
 from prunella.measure.timing import Ratio
 from prunella.runtime import convert, operators
 from prunella.runtime.fx.fuse import Fused, fuse_, traced
-from prunella.runtime.kernels import library as native
+from prunella.runtime.kernels import library
 from prunella.runtime.kernels.library import Activation, Config, Kind, Precision
 from prunella.runtime.layers import FastLinear, FoldedConv2d, SparseConv2d, SparseLinear
+from prunella.runtime.record import Layer
 from prunella.runtime.restore import restored
-from prunella.runtime.tuning import acceptance as whole
-from prunella.runtime.tuning import eligible as targets
-from prunella.runtime.tuning import tune
+from prunella.runtime.tuning import acceptance, eligible, tune
 from prunella.runtime.tuning.choice import Problem, Route, is_dense
-from prunella.runtime.tuning.tune import Tuner, Verdict, configs
+from prunella.runtime.tuning.tune import Tuner, Verdict, configs_for
 from tests.runtime.standin import Calls
 
 
-def sown(model: nn.Module, part: float = 0.8, seed: int = 0) -> nn.Module:
+def with_zeros(model: nn.Module, part: float = 0.8, seed: int = 0) -> nn.Module:
     """The model in eval mode with so many of its weights zero, and batch norms that do something."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -45,7 +44,7 @@ def sown(model: nn.Module, part: float = 0.8, seed: int = 0) -> nn.Module:
 
 def mlp() -> nn.Module:
     torch.manual_seed(0)
-    return sown(nn.Sequential(nn.Linear(12, 16), nn.GELU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 5)))
+    return with_zeros(nn.Sequential(nn.Linear(12, 16), nn.GELU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 5)))
 
 
 class Block(nn.Module):
@@ -66,7 +65,7 @@ class Block(nn.Module):
 
 def net(*, tangled: bool = False) -> nn.Module:
     torch.manual_seed(0)
-    return sown(nn.Sequential(Block(tangled=tangled), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4)))
+    return with_zeros(nn.Sequential(Block(tangled=tangled), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4)))
 
 
 class Stem(nn.Module):
@@ -87,10 +86,10 @@ class Stem(nn.Module):
 def stem() -> nn.Module:
     torch.manual_seed(0)
     model = Stem()
-    whole = copy.deepcopy([model.first.weight, model.second.weight])
-    sown(model)
+    dense = copy.deepcopy([model.first.weight, model.second.weight])
+    with_zeros(model)
     with torch.no_grad():
-        for layer, weight in zip((model.first, model.second), whole, strict=True):
+        for layer, weight in zip((model.first, model.second), dense, strict=True):
             layer.weight.copy_(weight)
     return model
 
@@ -113,13 +112,13 @@ def test_the_output_is_that_of_the_dense_model(make: Callable[[], nn.Module], x:
             torch.testing.assert_close(copy.deepcopy(made)(given), made(given))
     assert all(torch.equal(value, model.state_dict()[name]) for name, value in before.items())
     record = pr.runtime.sparsified(made)
-    assert record.kept and record.difference < 1e-5 and len(record.replaced) == len(record.layers) >= 3
+    assert record.outcome.kept and record.outcome.difference < 1e-5 and len(record.replaced) == len(record.layers) >= 3
     assert isinstance(made, GraphModule) == fuse and pr.runtime.sparsified(copy.deepcopy(made)) == record
     assert not any(isinstance(module, nn.Linear | nn.Conv2d) for module in made.modules())
 
 
 @pytest.mark.usefixtures("eager_to_skip", "kernels")
-def test_what_follows_a_layer_alone_joins_it() -> None:
+def test_the_only_reader_of_a_layer_is_fused() -> None:
     made = pr.sparse(net(), IMAGE)
     block = made.get_submodule("0")
     one, two, side = (getattr(block, name) for name in ("one", "two", "side"))
@@ -132,7 +131,7 @@ def test_what_follows_a_layer_alone_joins_it() -> None:
 
 
 @pytest.mark.usefixtures("eager_to_skip", "kernels")
-def test_batch_norms_join_the_dense_convolutions_of_a_trace_too() -> None:
+def test_batch_norms_are_folded_into_the_dense_convolutions_of_a_trace_too() -> None:
     model = stem()
     made = pr.sparse(model, IMAGE)
     first, second = made.get_submodule("first"), made.get_submodule("second")
@@ -153,11 +152,13 @@ def test_batch_norms_join_the_dense_convolutions_of_a_trace_too() -> None:
 @pytest.mark.parametrize("affine", [True, False])
 def test_a_norm_is_folded_once_and_one_without_a_scale_stays(monkeypatch: pytest.MonkeyPatch, affine: bool) -> None:
     torch.manual_seed(0)
-    whole, part = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 3)
-    model = nn.Sequential(whole, nn.BatchNorm2d(8, affine=affine), sown(part), nn.BatchNorm2d(8, affine=affine)).eval()
+    dense, part = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 3)
+    model = nn.Sequential(
+        dense, nn.BatchNorm2d(8, affine=affine), with_zeros(part), nn.BatchNorm2d(8, affine=affine)
+    ).eval()
     made, folds = pr.sparse(model, IMAGE), list[int]()
-    folded = operators.folded
-    monkeypatch.setattr(operators, "folded", lambda *args: folds.append(1) or folded(*args))
+    folded = operators.fold_batchnorm
+    monkeypatch.setattr(operators, "fold_batchnorm", lambda *args: folds.append(1) or folded(*args))
     fresh = copy.deepcopy(made)
     held = [fresh(IMAGE) for _ in range(3)]  # held, so that no memory is used again
     torch.testing.assert_close(held[-1], model(IMAGE), rtol=1e-4, atol=1e-5)
@@ -195,7 +196,7 @@ def test_a_folded_norm_follows_its_tensors_and_its_mode() -> None:
 
 
 @pytest.mark.usefixtures("eager_to_skip", "kernels")
-def test_what_is_read_twice_does_not_join() -> None:
+def test_what_is_read_twice_is_not_fused() -> None:
     class Twice(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -206,7 +207,7 @@ def test_what_is_read_twice_does_not_join() -> None:
             return torch.relu(y) + self.down(torch.relu(self.down(y)))
 
     torch.manual_seed(0)
-    model = sown(Twice())
+    model = with_zeros(Twice())
     made = pr.sparse(model, X)
     assert made.get_submodule("up").activation is Activation.NONE  # `y` has two readers
     assert made.get_submodule("down").activation is Activation.NONE  # called twice
@@ -214,7 +215,7 @@ def test_what_is_read_twice_does_not_join() -> None:
 
 
 @pytest.mark.usefixtures("eager_to_skip", "kernels")
-def test_a_residual_of_another_shape_or_a_changed_input_does_not_join() -> None:
+def test_a_residual_of_another_shape_or_a_changed_input_is_not_fused() -> None:
     class Wide(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -228,7 +229,7 @@ def test_a_residual_of_another_shape_or_a_changed_input_does_not_join() -> None:
             return torch.relu(y + (z + x))
 
     torch.manual_seed(0)
-    model = sown(Wide())
+    model = with_zeros(Wide())
     made = pr.sparse(model, X)
     torch.testing.assert_close(made(X), model(X))
     inputs = {str(node.target): len(node.args) for node in made.graph.nodes if node.op == "call_module"}  # type: ignore[union-attr]
@@ -260,13 +261,13 @@ class Branch(nn.Module):
         return z, y if self.leak == "returned" else z
 
 
-@pytest.mark.parametrize(("leak", "joined"), [("", ["act"]), ("twice", []), ("read", []), ("returned", [])])
+@pytest.mark.parametrize(("leak", "fused"), [("", ["act"]), ("twice", []), ("read", []), ("returned", [])])
 @pytest.mark.usefixtures("eager_to_skip", "kernels")
-def test_an_activation_that_alone_reads_a_layer_joins_it(leak: str, joined: list[str]) -> None:
+def test_an_activation_that_is_the_only_reader_of_a_layer_is_fused(leak: str, fused: list[str]) -> None:
     torch.manual_seed(0)
-    model = sown(Branch(leak))
+    model = with_zeros(Branch(leak))
     made = pr.sparse(model, X)
-    assert [m.activation_path for m in made.modules() if isinstance(m, SparseLinear) and m.activation_path] == joined
+    assert [m.activation_path for m in made.modules() if isinstance(m, SparseLinear) and m.activation_path] == fused
     for one, other in zip(made(X), model(X), strict=True):
         torch.testing.assert_close(one, other)
 
@@ -275,7 +276,7 @@ def test_nothing_is_kept_that_is_not_faster(kernels: Calls, monkeypatch: pytest.
     def slow(packed: Any, x: Tensor, *rest: Any) -> Tensor:
         return x.new_zeros(*x.shape[:-1], len(packed.matrix)).add(sum(float(x.sum()) for _ in range(300)))
 
-    monkeypatch.setattr(native, "linear", slow)
+    monkeypatch.setattr(library, "linear", slow)
     monkeypatch.setattr(tune, "_onednn", lambda: iter(()))
     made = pr.sparse(mlp(), X, seconds=0.05)
     record = pr.runtime.sparsified(made)
@@ -288,43 +289,44 @@ FASTER, SAME, SLOWER = Ratio(1.2, 1.1, 1.3), Ratio(1.0, 0.9, 1.1), Ratio(0.8, 0.
 
 @pytest.mark.usefixtures("eager_to_skip", "kernels")
 @pytest.mark.parametrize(("make", "x", "ratio", "kept"), [
-    (lambda: sown(Block()), IMAGE, FASTER, True), (lambda: sown(Block()), IMAGE, SAME, False),
-    (lambda: sown(Block()), IMAGE, SLOWER, False),
+    (lambda: with_zeros(Block()), IMAGE, FASTER, True), (lambda: with_zeros(Block()), IMAGE, SAME, False),
+    (lambda: with_zeros(Block()), IMAGE, SLOWER, False),
     (mlp, X, SAME, True),  # other numbers of tokens gain, this one loses nothing
     (mlp, X, SLOWER, False), (mlp, X[:1], SAME, False),
 ])  # fmt: skip
-def test_a_whole_model_that_is_not_faster_stays_dense(
+def test_a_full_model_that_is_not_faster_stays_dense(
     monkeypatch: pytest.MonkeyPatch, make: Callable[[], nn.Module], x: Tensor, ratio: Ratio, kept: bool
 ) -> None:
     class Measured:
         def __init__(self) -> None:
             self.ratio = ratio
 
-    monkeypatch.setattr(whole, "interleaved", lambda runs: Measured())
+    monkeypatch.setattr(acceptance, "interleaved", lambda runs: Measured())
     made = pr.sparse(make(), x, fuse=False)
     record = pr.runtime.sparsified(made)
-    assert record.kept == kept == any(isinstance(module, SparseConv2d | SparseLinear) for module in made.modules())
-    assert kept or ("the whole model stays dense" in record.why and record.replaced == ())
+    assert (
+        record.outcome.kept == kept == any(isinstance(module, SparseConv2d | SparseLinear) for module in made.modules())
+    )
+    assert kept or ("the full model stays dense" in record.outcome.why and record.replaced == ())
 
 
 @pytest.mark.usefixtures("eager_to_skip")
 def test_a_kernel_that_computes_something_else_is_an_error(kernels: Calls, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = native.linear
-    monkeypatch.setattr(native, "linear", lambda *args: right(*args) * 1.1)
-    monkeypatch.setattr(native, "finite_linear", lambda *args: right(*args) * 1.1)
+    right = library.linear
+    monkeypatch.setattr(library, "linear", lambda *args: right(*args) * 1.1)
+    monkeypatch.setattr(library, "finite_linear", lambda *args: right(*args) * 1.1)
     with pytest.raises(CheckFailed, match="the output of the sparse model differs"):
         pr.sparse(mlp(), X)
 
 
-def test_without_kernels_torch_does_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native, "available", lambda: False)
+def test_without_kernels_torch_does_it(no_kernels: str) -> None:
     torch.manual_seed(0)
-    model = sown(nn.Sequential(nn.Linear(256, 512), nn.ReLU(), nn.Linear(512, 64)), 0.98)
+    model = with_zeros(nn.Sequential(nn.Linear(256, 512), nn.ReLU(), nn.Linear(512, 64)), 0.98)
     x = torch.randn(32, 256)
     made = pr.sparse(model, x, seconds=0.1)
     torch.testing.assert_close(made(x), model(x), rtol=1e-4, atol=1e-5)
     record = pr.runtime.sparsified(made)
-    assert "none, only those of torch" in str(record)
+    assert f"kernels: none, only those of torch ({no_kernels})" in str(record)
     choices = {v.choice for layer in record.layers for v in layer.verdicts}
     assert choices <= {Route.TORCH, Route.ONEDNN, Route.CSR}
 
@@ -341,7 +343,7 @@ def test_layers_that_cannot_be_replaced_say_why() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.wide(self.twin(self.tied(self.hooked(self.full(x)))))
 
-    model = sown(Odd())
+    model = with_zeros(Odd())
     nn.init.ones_(model.full.weight)
     model.twin.weight = model.tied.weight
     model.hooked.register_forward_hook(lambda module, args, output: None)
@@ -349,7 +351,7 @@ def test_layers_that_cannot_be_replaced_say_why() -> None:
     why = {layer.name: layer.why for layer in record.layers}
     assert why == {
         "full": "it has hardly any zeros", "idle": "the example does not call it",
-        "hooked": "it has hooks or a parametrisation", "tied": "its weight is tied to another layer's",
+        "hooked": "it has hooks or a parametrization", "tied": "its weight is tied to another layer's",
         "twin": "its weight is tied to another layer's", "wide": "",
     }  # fmt: skip
 
@@ -377,17 +379,17 @@ def test_coarser_kernels_only_if_asked(kernels: Calls) -> None:
     pr.sparse(mlp(), X, precision=Precision.INT8)
     assert any("int8" in call for call in kernels)
     matrix = torch.eye(32)
-    wanted = {(c.kind, c.precision) for c in configs(matrix, 64, Precision.BF16)}
+    wanted = {(c.kind, c.precision) for c in configs_for(matrix, 64, Precision.BF16)}
     assert (Kind.ROWS, Precision.BF16) in wanted and (Kind.ROWS, Precision.FP32) in wanted
-    assert not any(c.precision is Precision.INT8 for c in configs(matrix, 64, Precision.INT8))
+    assert not any(c.precision is Precision.INT8 for c in configs_for(matrix, 64, Precision.INT8))
 
 
 def test_fewer_tokens_than_the_example_brings_are_measured_too() -> None:
     layer = nn.Linear(12, 12)
-    assert [p.size for p in targets.problems(layer, {(2, 3, 12)}, [100])] == [1, 2, 4, 6, 100]
-    assert [p.size for p in targets.problems(layer, {(200, 12)}, [])] == [1, 2, 4, 8, 32, 128, 200]
+    assert [p.size for p in eligible.problems(layer, {(2, 3, 12)}, [100])] == [1, 2, 4, 6, 100]
+    assert [p.size for p in eligible.problems(layer, {(200, 12)}, [])] == [1, 2, 4, 8, 32, 128, 200]
     conv = nn.Conv2d(8, 8, 3, stride=2)
-    assert targets.problems(conv, {(2, 8, 5, 5)}, [7]) == (Problem(2 * 2 * 2, (2, 8, 5, 5)),)
+    assert eligible.problems(conv, {(2, 8, 5, 5)}, [7]) == (Problem(2 * 2 * 2, (2, 8, 5, 5)),)
 
 
 @pytest.mark.usefixtures("eager_to_skip", "kernels")
@@ -414,15 +416,15 @@ def test_channels_come_last_where_that_is_more_likely_faster(
     eager_to_skip: None, kernels: Calls, monkeypatch: pytest.MonkeyPatch, ratio: tuple[float, float, float], last: bool
 ) -> None:
     made = pr.sparse(net(), IMAGE)
-    monkeypatch.setattr(whole, "interleaved", lambda runs: SimpleNamespace(ratio=Ratio(*ratio)))
-    assert whole.turned(made, IMAGE)[1] is last
+    monkeypatch.setattr(acceptance, "interleaved", lambda runs: SimpleNamespace(ratio=Ratio(*ratio)))
+    assert acceptance.with_channels_last(made, IMAGE)[1] is last
 
 
 def test_a_layer_says_what_runs_and_what_could_have() -> None:
     rows = Config(Kind.ROWS)
     slower, faster = Ratio(0.8, 0.7, 0.9), Ratio(2.0, 1.9, 2.1)
     verdicts = Verdict(Problem(1), Route.TORCH, rows, slower), Verdict(Problem(8), rows, rows, faster)
-    assert str(convert.Layer("a", 0.7, verdicts)) == "a  70% zeros  1: dense (rows fp32 0.80x)  8: rows fp32 2.00x"
+    assert str(Layer("a", 0.7, verdicts)) == "a  70% zeros  1: dense (rows fp32 0.80x)  8: rows fp32 2.00x"
 
 
 def test_weights_come_from_memory_where_the_model_exceeds_the_caches(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -430,22 +432,22 @@ def test_weights_come_from_memory_where_the_model_exceeds_the_caches(monkeypatch
     weights = sum(p.nbytes for p in model.parameters())
     for cache, cold in ((weights, False), (weights - 1, True)):
         monkeypatch.setattr(convert, "last_cache", lambda cache=cache: cache)
-        assert (convert.tuner_for(model, Precision.FP32, 1.0, 0).before is not None) == cold
+        assert (convert.tuner_for(model, Precision.FP32, 1.0, 0).evict is not None) == cold
     order: list[str] = []
     runs = {Route.TORCH: lambda: order.append("dense"), Config(Kind.ROWS): lambda: order.append("sparse")}
-    monkeypatch.setattr(tune, "candidates", lambda *args, **how: dict(runs) if args[6] is not twins else dict(others))
-    others = {
-        choice: (lambda k=k: order.append(f"twin {k}"))
+    monkeypatch.setattr(tune, "candidates", lambda *args, **how: dict(runs) if args[6] is not made else dict(replicas))
+    replicas = {
+        choice: (lambda k=k: order.append(f"replica {k}"))
         for k, choice in (("dense", Route.TORCH), ("sparse", Config(Kind.ROWS)))
     }
-    twins: dict[Any, Any] = {}
-    monkeypatch.setattr(tune, "Held", lambda: SimpleNamespace(first={}, twins=twins))
-    monkeypatch.setattr(tune, "_WORTH", float("inf"))  # nothing is measured again
+    made: dict[Any, Any] = {}
+    monkeypatch.setattr(tune, "Candidates", lambda: SimpleNamespace(layers={}, replicas=made))
+    monkeypatch.setattr(tune, "_PROMISING", float("inf"))  # nothing is measured again
     monkeypatch.setattr(tune, "_CLOSE", 1e9)  # and the two always meet
-    Tuner(seconds=0.02, before=lambda: order.append("forget")).linear(torch.eye(8), None, (Problem(4),))
-    timed = order[order.index("forget") :]
+    Tuner(seconds=0.02, evict=lambda: order.append("evict")).linear(torch.eye(8), None, (Problem(4),))
+    timed = order[order.index("evict") :]
     calls = [k for k, name in enumerate(timed) if name in ("dense", "sparse")]
-    ahead = sum(timed[k - 2 : k] == ["forget", f"twin {timed[k]}"] for k in calls)
+    ahead = sum(timed[k - 2 : k] == ["evict", f"replica {timed[k]}"] for k in calls)
     assert ahead == len(calls) - 2 > 60  # the last comparison warms up each of the two
 
 
@@ -456,10 +458,10 @@ def test_images_run_with_their_channels_last_where_that_is_faster(monkeypatch: p
     seen: list[bool] = []
     for faster in (True, False):
         ratio = Ratio(1.2, 1.1, 1.3) if faster else Ratio(1.0, 0.9, 1.1)
-        monkeypatch.setattr(whole, "faster", lambda a, b, x, r=ratio: r if is_traced(a) else Ratio(2.0, 1.9, 2.1))
+        monkeypatch.setattr(acceptance, "speedup", lambda a, b, x, r=ratio: r if is_traced(a) else Ratio(2.0, 1.9, 2.1))
         made = pr.sparse(model, IMAGE)
         record = pr.runtime.sparsified(made)
-        assert record.last == faster == ("channels last" in str(record))
+        assert record.channels_last == faster == ("channels last" in str(record))
         layer = next(m for m in made.modules() if isinstance(m, SparseConv2d))
         layer.register_forward_pre_hook(
             lambda m, args: seen.append(args[0].is_contiguous(memory_format=torch.channels_last))
@@ -486,28 +488,32 @@ def test_a_single_token_is_cut_from_an_example_where_that_can_be() -> None:
             return out
 
     ids, model = torch.arange(6).reshape(2, 3), Tokens()
-    met = targets.sizes(model, ids)
-    assert torch.equal(convert.shortened(model, ids, met), ids[:1, :1])
+    met = eligible.input_shapes(model, ids)
+    assert torch.equal(convert.one_token(model, ids, met), ids[:1, :1])
     named = {"ids": ids, "weight": None}
-    assert torch.equal(convert.shortened(model, named, met)["ids"], ids[:1, :1])
-    assert convert.shortened(model, ids[:1, :1], targets.sizes(model, ids[:1, :1])) is None  # one token already
-    assert convert.shortened(mlp(), X, targets.sizes(mlp(), X)) is None  # the second axis holds features
+    assert torch.equal(convert.one_token(model, named, met)["ids"], ids[:1, :1])
+    assert convert.one_token(model, ids[:1, :1], eligible.input_shapes(model, ids[:1, :1])) is None  # one token already
+    assert convert.one_token(mlp(), X, eligible.input_shapes(mlp(), X)) is None  # the second axis holds features
 
 
 @pytest.mark.usefixtures("eager_to_skip", "kernels")
 def test_a_model_that_is_slower_for_one_token_runs_dense_code_there(monkeypatch: pytest.MonkeyPatch) -> None:
     slower = Ratio(0.8, 0.7, 0.9)
-    monkeypatch.setattr(whole, "faster", lambda a, b, x: slower if x.shape[1] == 1 else Ratio(2.0, 1.9, 2.1))
+    monkeypatch.setattr(acceptance, "speedup", lambda a, b, x: slower if x.shape[1] == 1 else Ratio(2.0, 1.9, 2.1))
     torch.manual_seed(0)
-    model = sown(nn.Sequential(nn.Embedding(9, 16), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16)))
+    model = with_zeros(nn.Sequential(nn.Embedding(9, 16), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16)))
     made = pr.sparse(model, torch.arange(9)[None].repeat(4, 1))
     record = pr.runtime.sparsified(made)
-    assert record.kept and record.one is slower and "1.25x slower [1.11, 1.43], so dense code runs there" in str(record)
+    assert (
+        record.outcome.kept
+        and record.outcome.first_token is slower
+        and "1.25x slower [1.11, 1.43], so dense code runs there" in str(record)
+    )
     for layer in record.layers:
         few = {v.problem.size: is_dense(v.choice) for v in layer.verdicts}
         assert few == {1: True, 2: True, 4: True, 8: True, 32: False, 36: False}
     tiny = pr.runtime.sparsified(pr.sparse(model, torch.arange(8)[None]))
-    assert not tiny.kept and "slower for one token" in tiny.why
+    assert not tiny.outcome.kept and "slower for one token" in tiny.outcome.why
 
 
 @pytest.mark.usefixtures("eager_to_skip", "kernels")
@@ -524,7 +530,7 @@ def test_a_tied_head_of_a_large_model_runs_a_kernel_for_a_few_tokens(monkeypatch
 
     torch.manual_seed(0)
     model, ids = Tied(), torch.arange(9).repeat(2)[None]
-    sown(model.up)
+    with_zeros(model.up)
     assert pr.runtime.sparsified(pr.sparse(model, ids)).replaced == ("up",)
     monkeypatch.setattr(convert, "last_cache", lambda: 0)
     for fuse in (True, False):
@@ -534,7 +540,7 @@ def test_a_tied_head_of_a_large_model_runs_a_kernel_for_a_few_tokens(monkeypatch
         assert head.weight is made.get_submodule("words").weight and "head  0% zeros  1: decode fp32" in str(record)
         for some in (ids, ids[:, :1]):
             torch.testing.assert_close(made(some), model(some))
-        assert head.store.choice(1) == Config(Kind.DECODE) and head.store.choice(9) is Route.TORCH
+        assert head.cache.choice(1) == Config(Kind.DECODE) and head.cache.choice(9) is Route.TORCH
         back = restored(made)
         assert type(back.get_submodule("head")) is nn.Linear and set(back.state_dict()) == set(model.state_dict())
 
@@ -551,7 +557,7 @@ def test_gpt2_layers_and_generation_give_the_dense_tokens(kernels: Calls) -> Non
     )
     for kind, config in ((transformers.LlamaForCausalLM, llama), (transformers.GPT2LMHeadModel, gpt2)):
         torch.manual_seed(0)
-        model = sown(kind(config), 0.5)
+        model = with_zeros(kind(config), 0.5)
         ids = torch.arange(1, 8)[None]
         kernels.clear()
         made = pr.sparse(model, {"input_ids": ids, "use_cache": False})
@@ -578,7 +584,7 @@ def test_dense_fast_changes_linear_layers_only() -> None:
 def test_dense_fast_leaves_a_model_that_gains_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tune, "_onednn", lambda: iter(()))
     record = pr.runtime.sparsified(pr.runtime.dense_fast(mlp(), X, seconds=0.02))
-    assert not record.replaced and "by itself" in record.why
+    assert not record.replaced and "by itself" in record.outcome.why
 
 
 def test_a_compiler_takes_the_whole_model(kernels: Calls, eager_to_skip: None) -> None:

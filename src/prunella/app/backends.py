@@ -28,10 +28,11 @@ from prunella.measure.machine import cpu_name
 from prunella.measure.timing import Comparison, compare_latency
 from prunella.model.forward import forward, tensors
 from prunella.reporting.chart import alone, figure
-from prunella.runtime.convert import sparse, sparsified
+from prunella.runtime.convert import sparse
 from prunella.runtime.dense import dense_fast
-from prunella.runtime.kernels import library as native
+from prunella.runtime.kernels import library
 from prunella.runtime.kernels.library import Precision
+from prunella.runtime.record import sparsified
 from prunella.types import Inputs
 
 if TYPE_CHECKING:
@@ -109,7 +110,7 @@ def bench(
                     said = str(sparsified(cast("partial[object]", runs["sparse"]).args[0]))
                 with torch.inference_mode():
                     rows += _rows(runs, batch, count, rounds, seed)
-    kernels = native.isa() if native.available() else "none"
+    kernels = library.isa() if library.available() else "none"
     return Bench(tuple(rows), left, said, cpu_name(), kernels)
 
 

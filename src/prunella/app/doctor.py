@@ -17,8 +17,8 @@ from torch.nn import functional
 
 from prunella.measure.latency import compare_latency
 from prunella.measure.machine import cpu_info, cpu_name
-from prunella.runtime.kernels import library as native
-from prunella.runtime.tuning.survey import LOST, Pattern, survey
+from prunella.runtime.kernels import library
+from prunella.runtime.tuning.survey import Pattern, survey, without_kernels
 
 _FLAGS = (
     "sse4_2",
@@ -86,7 +86,8 @@ class Checkup:
         trials = [asdict(trial) | {"verdict": trial.verdict} for trial in self.trials]
         patterns = [asdict(pattern) | {"pays_from": pattern.pays_from} for pattern in self.patterns]
         found = {"system": dict(self.system), "extras": dict(self.extras), "trials": trials, "patterns": patterns}
-        return found | ({} if native.available() else {"lost": LOST})
+        lost = without_kernels()
+        return found | ({"lost": lost} if lost else {})
 
 
 def checkup(*, seconds: float = 4.0, seed: int = 0) -> Checkup:
@@ -104,7 +105,7 @@ def system() -> dict[str, str]:
         "cpu": cpu_name(),
         "isa": " ".join(_isa()) or "unknown",
         "torch cpu capability": torch.backends.cpu.get_cpu_capability(),
-        "sparse kernels": f"{native.isa()} of {', '.join(native.tiers())}" if native.available() else "not built",
+        "sparse kernels": _kernels(),
         "cores": f"{len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()} usable",
         "threads": str(torch.get_num_threads()),
         "memory": _memory(),
@@ -112,6 +113,12 @@ def system() -> dict[str, str]:
     }
     found["gpu"] = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "none"
     return found
+
+
+def _kernels() -> str:
+    if library.available():
+        return f"{library.isa()} of {', '.join(library.tiers())}"
+    return "not usable" if library.FILE.exists() else "not built"
 
 
 def _isa() -> list[str]:

@@ -51,8 +51,7 @@ def _checkup_text(found: Checkup) -> str:
 
 
 def _patterns(found: Checkup) -> list[str]:
-    from prunella.runtime.kernels import library as native
-    from prunella.runtime.tuning.survey import LOST
+    from prunella.runtime.tuning.survey import without_kernels
 
     rows = [
         (p.name, p.granularity, "x".join(map(str, p.shape)), p.tokens,
@@ -61,7 +60,7 @@ def _patterns(found: Checkup) -> list[str]:
         for p in found.patterns
     ]  # fmt: skip
     header = ("zeros", "granularity", "weight", "tokens", "speed-up at each sparsity", "pays")
-    return [table(header, rows, right=(3,)), *([] if native.available() else [LOST])]
+    return [table(header, rows, right=(3,)), *filter(None, [without_kernels()])]
 
 
 def methods(

@@ -1,4 +1,4 @@
-"""Run unstructured zeros faster than dense on an ordinary CPU: kernels, layers that use them, and what to choose."""
+"""Sparse CPU inference: kernels that skip unstructured zeros, layers that use them, and the choice by measurement."""
 
 import lazy_loader
 

@@ -1,7 +1,7 @@
-"""A model that skips zeros as a folder: bits and values in safetensors, what was measured in the manifest; no pickle.
+"""A sparse model as a folder: weights in safetensors, measured choices in the manifest; no pickle.
 
-The folder is that of `prunella.save`, with each replaced weight as `NAME.values` and `NAME.bits`. Choices are kept with
-the machine that they were measured on; on another one they are measured again when the folder is read.
+The folder is that of `prunella.save`, with each replaced weight as `NAME.values` and `NAME.bits`. The manifest says on
+which machine the choices were measured; on another machine they are measured again when the folder is loaded.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import math
 import os
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,32 +35,23 @@ from prunella.io.artifact import (
 from prunella.io.files import MARKER, digest, new_folder
 from prunella.io.origin import Factory
 from prunella.io.state import State, read_tensors, write_tensors
-from prunella.measure.machine import cpu_name
 from prunella.model.unwrap import unwrap
 from prunella.planning.plan import Plan
-from prunella.runtime.convert import (
-    Layer,
-    Sparsified,
-    around_convolutions,
-    assembled,
-    kernels,
-    noted,
-    sparsified,
-    stays_whole,
-    tuner_for,
-)
+from prunella.runtime.convert import assembled, convolution_context, tuner_for, why_kept_dense
 from prunella.runtime.fx.fuse import Fused, activation_of, channels_last_, copied
 from prunella.runtime.kernels.library import Precision
 from prunella.runtime.layers import SparseLinear
+from prunella.runtime.record import Layer, Shapes, Sparsified, sparsified, with_record
 from prunella.runtime.restore import restored, sparse_layers
+from prunella.runtime.tuning.acceptance import Outcome
 from prunella.runtime.tuning.choice import Choice, Problem, Route, from_json, to_json
-from prunella.runtime.tuning.eligible import bias_of, geometry_of, matrix_of, targets
+from prunella.runtime.tuning.eligible import bias_of, eligible_layers, geometry_of, matrix_of
 from prunella.runtime.tuning.fingerprint import fingerprint
-from prunella.runtime.tuning.tune import Tuner, Verdict, configs, density, whole_configs
+from prunella.runtime.tuning.tune import Tuner, Verdict, configs_for, density, keep_dense_configs
 from prunella.types import Inputs
 
 _LARGEST = 1 << 28
-"""Elements of an input that a manifest may ask to be measured with."""
+"""The most elements of an input that a manifest may ask to measure with."""
 
 
 def save_sparse(
@@ -73,10 +64,10 @@ def save_sparse(
     source: str | os.PathLike[str] | None = None,
     overwrite: bool = False,
 ) -> Saved:
-    """Write what `prunella.sparse` returned to the folder `path`, atomically; `load_sparse` reads it.
+    """Write a model of `prunella.sparse` to the folder `path`, atomically; `load_sparse` reads it.
 
-    plan, factory, kwargs, source, overwrite: as in `prunella.save`. A model that was fused needs its factory, since a
-    trace does not say what it was made from. Errors: RequestError as `prunella.save`, and for a model without a record.
+    plan, factory, kwargs, source, overwrite: as in `prunella.save`. A traced model needs its factory, since the trace
+    does not say how the model was built. Errors: RequestError as `prunella.save`, and for a model without a record.
     """
     bare = unwrap(model)
     record = sparsified(bare)
@@ -90,9 +81,9 @@ def save_sparse(
         manifest = json.loads((inner / MARKER).read_text(encoding="utf-8"))
         shutil.rmtree(inner)
         manifest["tensors"] = names.described
-        joined = {name: m.activation_path for name, m in sparse_layers(bare).items() if isinstance(m, SparseLinear)}
-        joined = {name: path for name, path in joined.items() if path}
-        manifest["sparse"] = {"weights": names.shapes, "joined": joined, **_measured(record)}
+        fused = {name: m.activation_path for name, m in sparse_layers(bare).items() if isinstance(m, SparseLinear)}
+        fused = {name: path for name, path in fused.items() if path}
+        manifest["sparse"] = {"weights": names.shapes, "joined": fused, **_measured(record)}
         manifest["files"] = {f.name: {"sha256": digest(f), "bytes": f.stat().st_size} for f in sorted(folder.iterdir())}
         (folder / MARKER).write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n", encoding="utf-8")
         total, files = sum(f.stat().st_size for f in folder.iterdir()), sorted(f.name for f in folder.iterdir())
@@ -104,9 +95,9 @@ def load_sparse(
 ) -> nn.Module:
     """The model of a folder of `save_sparse`, in eval mode.
 
-    On the machine that it was measured on its choices are taken over; elsewhere, or with another number of threads or
-    other versions, each kind of layer is measured again for `seconds`. Errors: BadInput for a folder that is damaged,
-    cut short, or says what cannot be; RequestError for one of `prunella.save`.
+    On the machine where the choices were measured they are used again. On another machine, with another number of
+    threads or other versions, each kind of layer is measured for `seconds`. Errors: BadInput for a folder that is
+    damaged, incomplete or inconsistent; RequestError for a folder of `prunella.save`.
     """
     folder = Path(path)
     manifest = read_manifest(folder)
@@ -115,28 +106,27 @@ def load_sparse(
             f"{folder} holds a dense model", "save_sparse did not write it", "read it with prunella.load"
         )
     check_files(folder, manifest, (WEIGHTS, BUFFERS, PROGRAM))
-    told = _read(manifest["sparse"])
-    state = _unpacked(folder, manifest, told)
+    entry = _read(manifest["sparse"])
+    state = _unpacked(folder, manifest, entry)
     model = copied(rebuild(folder, manifest, state, factory))
-    tuner, traced = tuner_for(model, told.precision, seconds, seed), _example(told)
-    if traced is not None and not told.here:
-        tuner.last, joined = told.last, around_convolutions(model, traced, fuse=True)[1]
-    else:
-        joined = {}
+    tuner, example, fused = tuner_for(model, entry.precision, seconds, seed), _example(entry), dict[str, Fused]()
+    if example is not None and not entry.same_machine:
+        tuner.channels_last, fused = entry.channels_last, convolution_context(model, example, fuse=True)[1]
     with torch.inference_mode(False), torch.no_grad():
-        order = [
-            *(name for name in targets(model) if name in told.layers),
-            *sorted(told.layers.keys() - targets(model).keys()),
-        ]
-        layers = tuple(_layer(model, name, told, tuner, joined.get(name, Fused())) for name in order)
+        known = eligible_layers(model)
+        order = [*(name for name in known if name in entry.layers), *sorted(entry.layers.keys() - known.keys())]
+        layers = tuple(_layer(model, name, entry, tuner, fused.get(name, Fused())) for name in order)
         tables = {layer.name: layer.table for layer in layers if layer.table.sparse}
-        made = assembled(model, tables, traced, _joined(model, told)) if tables else model
-        last = told.last and isinstance(made, GraphModule) and channels_last_(made)
-    why = "" if tables else "no layer is faster without its zeros here"
-    threads = torch.get_num_threads()
-    record = Sparsified(layers, not why, why, None, 0.0, threads, cpu_name(), kernels(), 0.0, told.precision)
-    shapes = told.traced if isinstance(made, GraphModule) else ()
-    return noted(made.eval(), replace(record, traced=shapes, last=last))
+        sparse = assembled(model, tables, example, _fused_activations(model, entry)) if tables else model
+        channels_last = entry.channels_last and isinstance(sparse, GraphModule) and channels_last_(sparse)
+    record = Sparsified(
+        layers,
+        Outcome("" if tables else "no layer is faster without its zeros here"),
+        precision=entry.precision,
+        traced=entry.traced if isinstance(sparse, GraphModule) else (),
+        channels_last=channels_last,
+    )
+    return with_record(sparse.eval(), record)
 
 
 # -- writing ----------------------------------------------------------------------------------------------------------
@@ -149,7 +139,7 @@ class _Names:
 
 
 def _packed(inner: Path, folder: Path, layers: Sequence[str]) -> _Names:
-    """Write the tensors of a dense folder again, those of the layers as bits and values, and copy its other files."""
+    """Copy a dense folder, with the weights of these layers as bits and values."""
     manifest = read_manifest(inner)
     described, shapes = dict(manifest["tensors"]), dict[str, list[int]]()
     tensors = read_tensors(inner / WEIGHTS, described)
@@ -162,7 +152,7 @@ def _packed(inner: Path, folder: Path, layers: Sequence[str]) -> _Names:
             tensors[f"{full}.{part}"] = value
             described[f"{full}.{part}"] = {"dtype": str(value.dtype)[6:], "shape": list(value.shape)}
     write_tensors(tensors, folder / WEIGHTS)
-    # A config.json would let from_pretrained read the folder, and make up the weights that it does not find.
+    # With a config.json, from_pretrained would read the folder, and fill the weights that it misses with noise.
     for file in inner.iterdir():
         if file.name not in (WEIGHTS, MARKER, "config.json"):
             shutil.copyfile(file, folder / file.name)
@@ -170,72 +160,70 @@ def _packed(inner: Path, folder: Path, layers: Sequence[str]) -> _Names:
 
 
 def _measured(record: Sparsified) -> dict[str, Any]:
-    kept = {layer.name: layer.verdicts for layer in record.layers if layer.name in record.replaced}
+    replaced = {layer.name: layer.verdicts for layer in record.layers if layer.name in record.replaced}
     return {
         "machine": fingerprint(),
         "precision": record.precision.value,
-        "last": record.last,
+        "last": record.channels_last,
         "traced": [[list(shape), dtype] for shape, dtype in record.traced],
         "layers": {
             name: [[v.problem.size, list(v.problem.image), to_json(v.choice)] for v in verdicts]
-            for name, verdicts in kept.items()
+            for name, verdicts in replaced.items()
         },
     }
 
 
-# -- reading: a manifest is only data ---------------------------------------------------------------------------------
+# -- reading: the manifest is not trusted -----------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class _Told:
-    """What a manifest says, its types checked."""
+class _Entry:
+    """The part of a manifest about sparse layers, with its types checked. same_machine: choices are valid here."""
 
-    here: bool
+    same_machine: bool
     precision: Precision
-    traced: tuple[tuple[tuple[int, ...], str], ...]
+    traced: Shapes
     layers: Mapping[str, tuple[tuple[Problem, Choice], ...]]
     weights: Mapping[str, tuple[int, ...]]
-    joined: Mapping[str, str]
-    last: bool
+    fused: Mapping[str, str]
+    channels_last: bool
 
 
-def _read(data: Any) -> _Told:
+def _read(data: Any) -> _Entry:
     try:
         layers = {
-            str(name): tuple(
-                (Problem(_whole(size), _whole_numbers(image)), from_json(choice)) for size, image, choice in rows
-            )
+            str(name): tuple((Problem(_size(size), _sizes(image)), from_json(choice)) for size, image, choice in rows)
             for name, rows in data["layers"].items()
         }
-        traced = tuple((_whole_numbers(shape), str(dtype)) for shape, dtype in data["traced"])
-        weights = {str(name): _whole_numbers(shape) for name, shape in data["weights"].items()}
-        joined = {str(name): str(module) for name, module in data["joined"].items()}
-        here, last = data["machine"] == fingerprint(), data.get("last", False) is True
-        return _Told(here, Precision(data["precision"]), traced, layers, weights, joined, last)
+        traced = tuple((_sizes(shape), str(dtype)) for shape, dtype in data["traced"])
+        weights = {str(name): _sizes(shape) for name, shape in data["weights"].items()}
+        fused = {str(name): str(module) for name, module in data["joined"].items()}
+        same_machine, channels_last = data["machine"] == fingerprint(), data.get("last", False) is True
+        return _Entry(same_machine, Precision(data["precision"]), traced, layers, weights, fused, channels_last)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        why = f"what it says of sparse layers cannot be read: {type(error).__name__}: {error}"
+        why = f"its entry about sparse layers cannot be read: {type(error).__name__}: {error}"
         raise BadInput("the manifest is broken", why, "write the folder again") from error
 
 
-def _whole(value: Any) -> int:
+def _size(value: Any) -> int:
     if type(value) is not int or not 0 < value <= _LARGEST:
-        raise ValueError(f"{value!r} is no size")
+        raise ValueError(f"{value!r} is not a size")
     return value
 
 
-def _whole_numbers(values: Any) -> tuple[int, ...]:
+def _sizes(values: Any) -> tuple[int, ...]:
     if not isinstance(values, list) or len(values) > 8:
-        raise TypeError("a list of sizes is needed")
-    found = tuple(_whole(value) for value in values)
-    if math.prod(found) > _LARGEST:
-        raise ValueError(f"{list(found)} is too large")
-    return found
+        raise TypeError("it has to be a list of at most 8 sizes")
+    sizes = tuple(_size(value) for value in values)
+    if math.prod(sizes) > _LARGEST:
+        raise ValueError(f"{list(sizes)} is too large")
+    return sizes
 
 
-def _unpacked(folder: Path, manifest: dict[str, Any], told: _Told) -> State:
+def _unpacked(folder: Path, manifest: dict[str, Any], entry: _Entry) -> State:
     state = read_data(folder, manifest)
     tensors = dict(state.tensors)
-    for name, shape in told.weights.items():
+    for name, shape in entry.weights.items():
         values, bits = tensors.pop(f"{name}.values", None), tensors.pop(f"{name}.bits", None)
         if values is None or bits is None or name in tensors:
             raise BadInput(f"{folder} is not complete", f"values or bits of {name!r} are missing", "write it again")
@@ -243,28 +231,30 @@ def _unpacked(folder: Path, manifest: dict[str, Any], told: _Told) -> State:
     return State(tensors, state.ties, state.transient)
 
 
-def _layer(model: nn.Module, name: str, told: _Told, tuner: Tuner, joined: Fused) -> Layer:
-    """The choices of a layer: as recorded if they were measured here, else measured now."""
-    module, rows = targets(model).get(name), told.layers[name]
+def _layer(model: nn.Module, name: str, entry: _Entry, tuner: Tuner, fused: Fused) -> Layer:
+    """The choices of a layer: those of the manifest if they are valid here, otherwise measured now."""
+    module, rows = eligible_layers(model).get(name), entry.layers[name]
     if module is None or not rows:
-        raise BadInput(f"the manifest says that {name!r} skips zeros", "the rebuilt model has no such layer")
-    weight, asked = matrix_of(module), tuple(problem for problem, _ in rows)
-    _check_problems(name, module, asked)
+        raise BadInput(
+            f"the manifest says that {name!r} skips zeros", "the rebuilt model has no such layer", "write it again"
+        )
+    weight, sizes = matrix_of(module), tuple(problem for problem, _ in rows)
+    _check_problems(name, module, sizes)
     matrix = weight.reshape(len(weight), -1)
     zeros = 1 - density(matrix)
-    whole = bool(stays_whole(model, module))
-    known = whole_configs if whole else configs
-    if told.here and all(isinstance(c, Route) or c in known(matrix, p.size, told.precision) for p, c in rows):
+    keep_dense = bool(why_kept_dense(model, module))
+    valid = keep_dense_configs if keep_dense else configs_for
+    if entry.same_machine and all(isinstance(c, Route) or c in valid(matrix, p.size, entry.precision) for p, c in rows):
         return Layer(name, zeros, tuple(Verdict(problem, choice) for problem, choice in rows))
-    if whole:
-        return Layer(name, zeros, tuner.whole(weight, bias_of(module), asked))
+    if keep_dense:
+        return Layer(name, zeros, tuner.keep_dense(weight, bias_of(module), sizes))
     if isinstance(module, nn.Conv2d):
-        return Layer(name, zeros, tuner.conv(weight, bias_of(module), geometry_of(module), asked, joined))
-    return Layer(name, zeros, tuner.linear(weight, bias_of(module), asked))
+        return Layer(name, zeros, tuner.conv(weight, bias_of(module), geometry_of(module), sizes, fused))
+    return Layer(name, zeros, tuner.linear(weight, bias_of(module), sizes))
 
 
-def _check_problems(name: str, module: nn.Module, asked: tuple[Problem, ...]) -> None:
-    for problem in asked:
+def _check_problems(name: str, module: nn.Module, sizes: tuple[Problem, ...]) -> None:
+    for problem in sizes:
         if isinstance(module, nn.Conv2d):
             image = problem.image
             fits = len(image) == 4 and image[1] == module.in_channels
@@ -272,24 +262,26 @@ def _check_problems(name: str, module: nn.Module, asked: tuple[Problem, ...]) ->
         else:
             fits = not problem.image and problem.size * matrix_of(module).shape[1] <= _LARGEST
         if not fits:
-            raise BadInput(f"the manifest names an input that {name!r} does not take", f"{problem}", "write it again")
+            raise BadInput(f"the manifest names an input that {name!r} does not accept", f"{problem}", "write it again")
 
 
-def _joined(model: nn.Module, told: _Told) -> Mapping[str, str]:
+def _fused_activations(model: nn.Module, entry: _Entry) -> Mapping[str, str]:
     modules = dict(model.named_modules())
-    for name, path in told.joined.items():
-        if name not in told.layers or path not in modules or activation_of(modules[path]) is None:
+    for name, path in entry.fused.items():
+        if name not in entry.layers or path not in modules or activation_of(modules[path]) is None:
             why = f"the rebuilt model has no activation at {path!r}"
-            raise BadInput(f"the manifest says that {name!r} takes over an activation", why, "write the folder again")
-    return told.joined
+            raise BadInput(
+                f"the manifest says that an activation is fused with {name!r}", why, "write the folder again"
+            )
+    return entry.fused
 
 
-def _example(told: _Told) -> Inputs | None:
-    """Noise of the shapes that the trace was made with."""
-    made = list[Tensor]()
-    for shape, dtype in told.traced:
-        kind = getattr(torch, dtype, None)
-        if not isinstance(kind, torch.dtype):
-            raise BadInput("the manifest is broken", f"{dtype!r} is no type of numbers", "write the folder again")
-        made.append(torch.zeros(shape, dtype=kind))
-    return None if not made else made[0] if len(made) == 1 else tuple(made)
+def _example(entry: _Entry) -> Inputs | None:
+    """Zeros of the shapes that the model was traced with; None if it was not traced."""
+    inputs = list[Tensor]()
+    for shape, name in entry.traced:
+        dtype = getattr(torch, name, None)
+        if not isinstance(dtype, torch.dtype):
+            raise BadInput("the manifest is broken", f"{name!r} is not a dtype", "write the folder again")
+        inputs.append(torch.zeros(shape, dtype=dtype))
+    return None if not inputs else inputs[0] if len(inputs) == 1 else tuple(inputs)

@@ -1,4 +1,4 @@
-"""Dense, but fast: torch has two kernels for a linear layer in float32, and takes the slower one on some processors."""
+"""A fast dense model: of its two kernels for linear layers in float32, torch runs the slower one on some processors."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from functools import partial
 import torch
 from torch import nn
 
-from prunella.measure.machine import cpu_name
 from prunella.model.forward import forward
 from prunella.model.unwrap import unwrap
-from prunella.runtime.convert import Layer, Sparsified, check_request, kernels, noted
+from prunella.runtime.convert import check_request
 from prunella.runtime.fx.fuse import copied
 from prunella.runtime.layers import FastLinear
-from prunella.runtime.tuning.acceptance import interleaved
+from prunella.runtime.record import Layer, Sparsified, with_record
+from prunella.runtime.tuning.acceptance import Outcome, interleaved
 from prunella.runtime.tuning.choice import Route
-from prunella.runtime.tuning.eligible import bias_of, matrix_of, problems, sizes
+from prunella.runtime.tuning.eligible import bias_of, input_shapes, matrix_of, problems
 from prunella.runtime.tuning.tune import Verdict, candidates_dense, decide, density
 from prunella.types import Inputs
 
@@ -25,38 +25,41 @@ from prunella.types import Inputs
 def dense_fast(
     model: nn.Module, example: Inputs, *, tokens: Sequence[int] = (), seconds: float = 0.5, seed: int = 0
 ) -> nn.Module:
-    """A copy of `model` for inference whose linear layers in float32 run by the quicker of torch's two dense kernels.
+    """A copy of `model` for inference whose linear layers in float32 run the faster of torch's two dense kernels.
 
-    No zero is skipped: it is what a claim about sparsity has to be compared with. `sparsified(model)` says which layers
-    changed. Names and shapes of the parameters stay. tokens, seconds: as in `prunella.sparse`. Errors: RequestError for
-    sizes out of range or an example that the model does not take.
+    No zeros are skipped: compare a sparse model with this one. `sparsified(model)` says which layers were replaced. The
+    names and shapes of the parameters stay the same. tokens, seconds: as in `prunella.sparse`. Errors: RequestError for
+    sizes out of range or an example that the model does not accept.
     """
     check_request(tokens, seconds)
     begin, dense = time.perf_counter(), copied(unwrap(model))
-    met, made, layers = sizes(dense, example), copied(dense), list[Layer]()
+    shapes, fast, layers = input_shapes(dense, example), copied(dense), list[Layer]()
     known: dict[object, tuple[Verdict, ...]] = {}
     with torch.inference_mode(False), torch.no_grad():
-        for name, module in list(made.named_modules()):
-            if type(module) is nn.Linear and name and name in met and _plain(made, module):
-                like = (tuple(module.weight.shape), module.bias is None, tuple(sorted(met[name])))
-                if like not in known:
-                    known[like] = _verdicts(module, met[name], tokens, seconds, seed)
-                layers.append(_swapped(made, name, module, known[like]))
-    pair = {"dense": partial(forward, dense, example), "fast": partial(forward, made, example)}
-    changed = any(not layer.why for layer in layers)
+        for name, module in list(fast.named_modules()):
+            if type(module) is nn.Linear and name and name in shapes and _is_plain(fast, module):
+                key = (tuple(module.weight.shape), module.bias is None, tuple(sorted(shapes[name])))
+                if key not in known:
+                    known[key] = _verdicts(module, shapes[name], tokens, seconds, seed)
+                layers.append(_replace(fast, name, module, known[key]))
+    outcome = _judge(dense, fast, example) if any(not layer.why for layer in layers) else Outcome(_AS_FAST)
+    record = Sparsified(tuple(layers), outcome, seconds=time.perf_counter() - begin, action="run oneDNN's dense kernel")
+    return with_record(fast if outcome.kept else dense, record)
+
+
+_AS_FAST = "torch runs the faster kernel by itself"
+
+
+def _judge(dense: nn.Module, fast: nn.Module, example: Inputs) -> Outcome:
+    """Whether the model with other kernels is kept: unless it is slower."""
+    runs = {"dense": partial(forward, dense, example), "fast": partial(forward, fast, example)}
     with torch.inference_mode():
-        ratio = interleaved(pair).ratio if changed else None
-    worse = ratio is None or ratio.slower
-    why = "torch takes the quicker kernel by itself" if ratio is None else f"{ratio.verdict}" if worse else ""
-    record = Sparsified(
-        tuple(layers), not why, why, ratio, 0.0, torch.get_num_threads(), cpu_name(), kernels(),
-        time.perf_counter() - begin, does="take oneDNN's dense kernel",
-    )  # fmt: skip
-    return noted(dense if why else made, record)
+        ratio = interleaved(runs).ratio
+    return Outcome(ratio.verdict if ratio.slower else "", ratio)
 
 
-def _plain(model: nn.Module, module: nn.Linear) -> bool:
-    """Whether the weight is float32 on the CPU and no other layer's."""
+def _is_plain(model: nn.Module, module: nn.Linear) -> bool:
+    """Whether the weight is in float32 on the CPU and not tied to another layer's."""
     weight = module.weight
     shared = sum(p is weight for _, p in model.named_parameters(remove_duplicate=False)) > 1
     return weight.dtype is torch.float32 and weight.device.type == "cpu" and not shared
@@ -66,15 +69,14 @@ def _verdicts(
     module: nn.Linear, shapes: set[tuple[int, ...]], tokens: Sequence[int], seconds: float, seed: int
 ) -> tuple[Verdict, ...]:
     todo = problems(module, shapes, tokens)
-    each = seconds / max(1, len(todo))
-    made = []
+    verdicts = []
     for problem in todo:
         runs = candidates_dense(matrix_of(module), bias_of(module), problem, seed)
-        made.append(decide(runs, problem, each, seed, lambda choice: choice is Route.TORCH))
-    return tuple(made)
+        verdicts.append(decide(runs, problem, seconds / len(todo), seed, lambda choice: choice is Route.TORCH))
+    return tuple(verdicts)
 
 
-def _swapped(model: nn.Module, name: str, module: nn.Linear, verdicts: tuple[Verdict, ...]) -> Layer:
+def _replace(model: nn.Module, name: str, module: nn.Linear, verdicts: tuple[Verdict, ...]) -> Layer:
     zeros = 1 - density(module.weight.detach())
     if all(verdict.choice is Route.TORCH for verdict in verdicts):
         return Layer(name, zeros, verdicts, "F.linear is as fast")

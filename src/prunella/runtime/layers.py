@@ -1,4 +1,4 @@
-"""Layers whose zeros are skipped. Modules like any other: copied, saved, compiled, and dense where they have to be."""
+"""Layers that skip their zeros. They can be copied, saved and compiled, and run dense code where no kernel applies."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from torch.nn import functional
 from prunella.compress.storage import Format, encode
 from prunella.errors import RequestError
 from prunella.runtime import operators
-from prunella.runtime.kernels import library as native
+from prunella.runtime.kernels import library
 from prunella.runtime.kernels.library import Activation
-from prunella.runtime.packed_cache import ACTIVATE, Store, finished, laid_out, run_linear, unpacked
+from prunella.runtime.packed_cache import ACTIVATE, PackedCache, add_and_activate, dense_matrix, packed_for, run_linear
 from prunella.runtime.tuning.choice import Geometry, Route, Table, is_dense, is_few
 
 PLAIN = (Tensor, nn.Parameter)
 
 
-def _quick(x: Tensor, values: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> bool:
-    """Whether a kernel may run: float32 on the CPU, no gradient, no autocast. Called for every token, so short."""
+def _kernels_apply(x: Tensor, values: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> bool:
+    """Whether a kernel may run: float32 on the CPU, no gradient, no autocast. It runs for every token: keep it fast."""
     if x.dtype is not torch.float32 or values.dtype is not torch.float32 or not (x.is_cpu and values.is_cpu):
         return False
     if residual is not None and (residual.dtype is not torch.float32 or not residual.is_cpu):
@@ -31,17 +31,17 @@ def _quick(x: Tensor, values: Tensor, bias: Tensor | None = None, residual: Tens
     return not torch.is_autocast_enabled("cpu")
 
 
-def _wanted(parts: Sequence[Tensor | None]) -> bool:
+def _wants_grad(parts: Sequence[Tensor | None]) -> bool:
     return torch.is_grad_enabled() and any(part is not None and part.requires_grad for part in parts)
 
 
-def _direct(x: Tensor) -> bool:
-    """Whether the call may go round the dispatcher: no compiler, and no tensor that only pretends."""
+def _is_eager(x: Tensor) -> bool:
+    """Whether the plain function may run instead of the operator: no compiler, and no subclass of Tensor."""
     return type(x) in PLAIN and not torch.compiler.is_compiling()
 
 
 def canonical(weight: Tensor) -> tuple[nn.Parameter, Tensor]:
-    """The values of a matrix that are not zero, and one bit for each weight."""
+    """The canonical form of a matrix: the values that are not zero, and one bit for each weight."""
     if not weight.numel() or weight.dim() != 2:
         raise RequestError(f"a weight of shape {tuple(weight.shape)} has no zeros to skip", "a matrix is needed")
     parts = encode(weight, Format.BITMASK).parts
@@ -52,9 +52,9 @@ def canonical(weight: Tensor) -> tuple[nn.Parameter, Tensor]:
 class SparseLinear(nn.Module):
     """`y = activation(x W^T + b + residual)` without the zeros of `W (out, in)`; x `(..., in)`.
 
-    `values` and `bits` are what a state dict has. The kernel depends on the number of tokens (`table`). Dense code runs
-    instead where gradients are wanted, for other types and devices, and where x is not finite.
-    activation_path: where the dense model has it, if a module does it there.
+    The state dict has `values` and `bits` in place of the weight. Which kernel runs depends on the number of tokens
+    (`table`). Dense code runs where a gradient is wanted, for other types and devices, and for x with NaN or infinity.
+    activation_path: path of the activation module in the dense model, if there is one.
     """
 
     bits: Tensor
@@ -76,50 +76,50 @@ class SparseLinear(nn.Module):
         self.register_buffer("bits", bits)
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach().clone(), False))
         self.activation, self.activation_path, self.transposed = activation, activation_path, transposed
-        self.store = Store((self.out_features, self.in_features), table, activation)
+        self.cache = PackedCache((self.out_features, self.in_features), table, activation)
 
     @property
     def weight(self) -> Tensor:
-        """The weight with its zeros, as the dense layer has it."""
+        """The dense weight, in the shape that it has in the dense layer."""
         return self.matrix().t() if self.transposed else self.matrix()
 
     def matrix(self) -> Tensor:
         """The weight `(out, in)`."""
         shape = (self.out_features, self.in_features)
         if (torch.is_grad_enabled() and self.values.requires_grad) or torch.compiler.is_compiling():
-            return unpacked(self.values, self.bits, shape)
-        made: Tensor = self.store.get(
-            Route.TORCH, (self.values, self.bits), lambda: unpacked(self.values, self.bits, shape)
+            return dense_matrix(self.values, self.bits, shape)
+        matrix: Tensor = self.cache.get(
+            Route.TORCH, (self.values, self.bits), lambda: dense_matrix(self.values, self.bits, shape)
         )
-        return made
+        return matrix
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """x `(..., in)`, residual `(..., out)` -> `(..., out)`."""
-        # Straight from where nn.Module keeps them: its __getattr__ costs more than the kernel of a small layer.
+        # Read from the dictionaries of nn.Module: its __getattr__ takes longer than the kernel of a small layer.
         values, bias = self._parameters["values"], self._parameters["bias"]
         assert values is not None
-        if not _quick(x, values, bias, residual):
+        if not _kernels_apply(x, values, bias, residual):
             y = functional.linear(x, self.matrix(), bias)
             return ACTIVATE[self.activation](y if residual is None else y + residual)
         bits = self._buffers["bits"]
         assert bits is not None
-        if _direct(x):
-            return operators.linear(self.store, x, values, bits, bias, residual)
-        made: Tensor = operators.sparse_linear(x, values, bits, bias, residual, self.out_features, self.store.key)
-        return made
+        if _is_eager(x):
+            return operators.linear(self.cache, x, values, bits, bias, residual)
+        result: Tensor = operators.sparse_linear(x, values, bits, bias, residual, self.out_features, self.cache.key)
+        return result
 
     def extra_repr(self) -> str:
-        """Sizes and the part of the weight that is zero."""
-        part = 1 - self.values.numel() / (self.in_features * self.out_features)
-        return f"{self.in_features}, {self.out_features}, {part:.1%} zeros, activation={self.activation.value}"
+        """Sizes, and the fraction of the weights that are zero."""
+        sparsity = 1 - self.values.numel() / (self.in_features * self.out_features)
+        return f"{self.in_features}, {self.out_features}, {sparsity:.1%} zeros, activation={self.activation.value}"
 
 
 @final
 class SparseConv2d(nn.Module):
     """`y = activation(norm(conv(x, W) + b) + residual)` without the zeros of `W (out, in, h, w)`, for one group.
 
-    norm: a batch norm in eval mode, multiplied into the weight where the kernel gets it; its own tensors stay.
-    norm_path: where the dense model has it.
+    norm: a batch norm in eval mode. It is folded into the packed weight only: its own tensors do not change.
+    norm_path: path of the batch norm in the dense model.
     """
 
     bits: Tensor
@@ -144,49 +144,49 @@ class SparseConv2d(nn.Module):
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach().clone(), False))
         self.register_module("norm", norm)
         self.norm_path, self.activation, self.geometry = norm_path, activation, geometry
-        self.store = Store(self.shape, table, activation, geometry)
+        self.cache = PackedCache(self.shape, table, activation, geometry)
 
     @property
     def weight(self) -> Tensor:
-        """The weight with its zeros, as the dense layer has it."""
+        """The dense weight, in the shape that it has in the dense layer."""
         out, *rest = self.shape
         wide = rest[0] * rest[1] * rest[2]
-        return unpacked(self.values, self.bits, (out, wide)).reshape(self.shape)
+        return dense_matrix(self.values, self.bits, (out, wide)).reshape(self.shape)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """x `(batch, in, h, w)`, residual as the output."""
-        # Straight from where nn.Module keeps them: its __getattr__ costs more than the kernel of a small layer.
+        # Read from the dictionaries of nn.Module: its __getattr__ takes longer than the kernel of a small layer.
         values, bias, norm = self._parameters["values"], self._parameters["bias"], self._modules["norm"]
         assert values is not None
         parts = [] if norm is None else norm_parts(norm)
         norm_in_training = norm is not None and norm.training
-        if norm_in_training or _wanted(parts) or x.dim() != 4 or not _quick(x, values, bias, residual):
+        if norm_in_training or _wants_grad(parts) or x.dim() != 4 or not _kernels_apply(x, values, bias, residual):
             return self._dense(x, residual)
         eps = 0.0 if norm is None else float(norm.eps)  # type: ignore[arg-type]
         bits = self._buffers["bits"]
         assert bits is not None
-        if _direct(x):
-            return operators.conv2d(self.store, x, values, bits, bias, residual, parts, eps)
-        made: Tensor = operators.sparse_conv2d(
-            x, values, bits, bias, residual, parts, eps, self.shape[0], self.store.key,
+        if _is_eager(x):
+            return operators.conv2d(self.cache, x, values, bits, bias, residual, parts, eps)
+        y: Tensor = operators.sparse_conv2d(
+            x, values, bits, bias, residual, parts, eps, self.shape[0], self.cache.key,
             operators.numbers(self.geometry),
         )  # fmt: skip
-        return made
+        return y
 
     def parts(self) -> list[Tensor | None] | None:
-        """All that the weight of the kernel is made from, or None where no kernel may run."""
+        """The tensors that the packed weight is made from; None where no kernel may run."""
         values, bias, norm = self._parameters["values"], self._parameters["bias"], self._modules["norm"]
         assert values is not None
         if (norm is not None and norm.training) or values.dtype is not torch.float32 or not values.is_cpu:
             return None
         return [values, self._buffers["bits"], bias, *([] if norm is None else norm_parts(norm))]
 
-    def held(self, positions: int) -> tuple[Any, Tensor | None]:
-        """Weight and bias as what runs for so many output positions wants them."""
+    def packed(self, positions: int) -> tuple[Any, Tensor | None]:
+        """Weight and bias in the layout of the choice for this number of output positions."""
         norm = [] if self.norm is None else norm_parts(self.norm)
         eps = 0.0 if self.norm is None else self.norm.eps
-        choice = self.store.choice(positions)
-        return operators.weight_for(choice, self.store, self.values, self.bits, self.bias, norm, eps)
+        choice = self.cache.choice(positions)
+        return operators.weight_for(choice, self.cache, self.values, self.bits, self.bias, norm, eps)
 
     def _dense(self, x: Tensor, residual: Tensor | None) -> Tensor:
         g = self.geometry
@@ -195,25 +195,25 @@ class SparseConv2d(nn.Module):
         return ACTIVATE[self.activation](y if residual is None else y + residual)
 
     def extra_repr(self) -> str:
-        """Sizes and the part of the weight that is zero."""
+        """Sizes, and the fraction of the weights that are zero."""
         out, wide, *kernel = self.shape
-        part = 1 - self.values.numel() / (out * wide * kernel[0] * kernel[1])
-        return f"{wide}, {out}, kernel={tuple(kernel)}, {part:.1%} zeros, activation={self.activation.value}"
+        sparsity = 1 - self.values.numel() / (out * wide * kernel[0] * kernel[1])
+        return f"{wide}, {out}, kernel={tuple(kernel)}, {sparsity:.1%} zeros, activation={self.activation.value}"
 
 
 def norm_parts(norm: nn.Module) -> list[Tensor]:
-    """Mean, variance, scale and shift of a batch norm: its own tensors, by which a store knows that nothing changed."""
+    """Mean, variance, scale and shift of a batch norm: its own tensors, so that a cache can see a change of them."""
     buffers, parameters = norm._buffers, norm._parameters
-    made = [buffers["running_mean"], buffers["running_var"], parameters["weight"], parameters["bias"]]
-    assert all(part is not None for part in made)  # fusing looked
-    return made  # type: ignore[return-value]
+    parts = [buffers["running_mean"], buffers["running_var"], parameters["weight"], parameters["bias"]]
+    assert all(part is not None for part in parts)  # only such norms are fused
+    return parts  # type: ignore[return-value]
 
 
 @final
 class FoldedConv2d(nn.Module):
-    """`y = activation(norm(conv(x, W) + b) + residual)`, dense, with a batch norm in eval mode multiplied into W and b.
+    """`y = activation(norm(conv(x, W) + b) + residual)`, dense, with a batch norm in eval mode folded into W and b.
 
-    weight and bias are those of the nn.Conv2d, and the tensors of the batch norm stay: only a private copy is folded.
+    weight and bias are those of the nn.Conv2d: the batch norm is folded into a cached copy.
     """
 
     def __init__(self, conv: nn.Conv2d, norm: nn.BatchNorm2d, norm_path: str, activation: Activation) -> None:
@@ -221,24 +221,22 @@ class FoldedConv2d(nn.Module):
         self.weight, self.bias, self.norm = conv.weight, conv.bias, norm
         self.norm_path, self.activation, self.groups = norm_path, activation, conv.groups
         self.stride, self.padding, self.dilation = conv.stride, conv.padding, conv.dilation
-        self.store = Store(tuple(conv.weight.shape), Table(((1, Route.TORCH),)), activation)
+        self.cache = PackedCache(tuple(conv.weight.shape), Table(((1, Route.TORCH),)), activation)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """x `(batch, in, h, w)`, residual as the output."""
         weight, bias, norm = self.weight, self.bias, self.norm
         parts = norm_parts(norm)
         own = [weight, bias, *parts]
-        if norm.training or not _direct(x) or not _quick(x, weight, bias, residual) or _wanted(own):
+        if norm.training or not _is_eager(x) or not _kernels_apply(x, weight, bias, residual) or _wants_grad(own):
             y = norm(functional.conv2d(x, weight, bias, self.stride, self.padding, self.dilation, self.groups))
             return ACTIVATE[self.activation](y if residual is None else y + residual)
 
-        def make() -> tuple[Tensor, Tensor | None]:
-            matrix, shift = operators.folded(weight.reshape(len(weight), -1), bias, parts, norm.eps)
-            return matrix.reshape(weight.shape), shift
-
-        folded, shift = self.store.get(Route.TORCH, own, make)
+        folded, shift = self.cache.get(
+            Route.TORCH, own, lambda: operators.fold_batchnorm(weight, bias, parts, norm.eps)
+        )
         y = functional.conv2d(x, folded, shift, self.stride, self.padding, self.dilation, self.groups)
-        return finished(y, residual, self.activation)
+        return add_and_activate(y, residual, self.activation)
 
     def extra_repr(self) -> str:
         """Sizes."""
@@ -248,9 +246,9 @@ class FoldedConv2d(nn.Module):
 
 @final
 class FastLinear(nn.Module):
-    """A dense linear layer by the quickest way for each number of tokens: one of torch's two, or a kernel for a few.
+    """A dense linear layer that runs the fastest operation for each number of tokens: of torch, or a kernel for a few.
 
-    Its keys are those of nn.Linear, and a weight that is a Parameter stays the same one, tied to what it is tied to.
+    Its state dict has the keys of nn.Linear. A weight that is a Parameter stays the same object, and so stays tied.
     """
 
     bias: nn.Parameter | None
@@ -258,28 +256,28 @@ class FastLinear(nn.Module):
     def __init__(self, weight: Tensor, bias: Tensor | None = None, *, table: Table) -> None:
         super().__init__()
         self.out_features, self.in_features = weight.shape
-        mine = isinstance(weight, nn.Parameter)
-        self.weight = weight if mine else nn.Parameter(weight.detach().clone(), requires_grad=False)
+        is_parameter = isinstance(weight, nn.Parameter)
+        self.weight = weight if is_parameter else nn.Parameter(weight.detach().clone(), requires_grad=False)
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach().clone(), False))
         if not all(is_dense(choice) or is_few(choice) for _, choice in table.entries):
             raise RequestError(
                 "a dense layer runs no kernel for many tokens", "the table names one", "use SparseLinear"
             )
-        self.store = Store((self.out_features, self.in_features), table, Activation.NONE)
+        self.cache = PackedCache((self.out_features, self.in_features), table, Activation.NONE)
 
     def forward(self, x: Tensor) -> Tensor:
         """x `(..., in)` -> `(..., out)`."""
         weight, bias = self._parameters["weight"], self._parameters["bias"]
         assert weight is not None
         fits = x.dim() > 0 and x.shape[-1] == self.in_features and x.numel() > 0
-        if not (_direct(x) and fits and _quick(x, weight, bias)):
+        if not (_is_eager(x) and fits and _kernels_apply(x, weight, bias)):
             return functional.linear(x, weight, bias)
-        choice = self.store.choice(x.numel() // self.in_features)
-        held: Any = self.store.get(choice, (weight,), lambda: laid_out(weight.detach(), choice))
+        choice = self.cache.choice(x.numel() // self.in_features)
+        packed: Any = self.cache.get(choice, (weight,), lambda: packed_for(weight.detach(), choice))
         if is_few(choice):
-            y = native.finite_linear(held, x, bias, None, Activation.NONE)
+            y = library.finite_linear(packed, x, bias, None, Activation.NONE)
             return functional.linear(x, weight, bias) if y is None else y
-        return run_linear(choice, held, x, bias, None, Activation.NONE)
+        return run_linear(choice, packed, x, bias, None, Activation.NONE)
 
     def extra_repr(self) -> str:
         """Sizes."""

@@ -1,7 +1,7 @@
-"""What the layers run: a plain call in eager mode, and a custom operator under compilers and fake tensors.
+"""What the layers run: plain functions in eager mode, custom operators under compilers and for fake tensors.
 
-The operators take the canonical weight as tensors, so that a compiled graph knows what it reads; the number of a store
-leads to the layout that a kernel wants.
+The operators take the weight in its canonical form, as tensors, so that a compiled graph knows what it reads. The key
+of the layer's cache leads to the packed weight.
 """
 
 from __future__ import annotations
@@ -11,78 +11,96 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from prunella.errors import RequestError
-from prunella.runtime.kernels import convolution
-from prunella.runtime.kernels import library as native
+from prunella.runtime.kernels import convolution, library
 from prunella.runtime.kernels.library import Config
-from prunella.runtime.packed_cache import Store, dense_conv, finite, laid_out, run_linear, store, unpacked
+from prunella.runtime.packed_cache import (
+    PackedCache,
+    cache_of,
+    dense_conv,
+    dense_matrix,
+    is_finite,
+    packed_for,
+    run_linear,
+)
 from prunella.runtime.tuning.choice import Choice, Geometry, Route
 
 
 def linear(
-    held: Store, x: Tensor, values: Tensor, bits: Tensor, bias: Tensor | None, residual: Tensor | None
+    cache: PackedCache, x: Tensor, values: Tensor, bits: Tensor, bias: Tensor | None, residual: Tensor | None
 ) -> Tensor:
     """A linear layer by the choice for this number of tokens."""
-    rows, wide = held.matrix
-    size = x.numel() // wide if x.dim() and x.shape[-1] == wide else 0
-    choice, parts = held.choice(size), (values, bits)
+    rows, columns = cache.matrix
+    size = x.numel() // columns if x.dim() and x.shape[-1] == columns else 0
+    choice, parts = cache.choice(size), (values, bits)
 
-    def make() -> Any:
-        return laid_out(unpacked(values, bits, (rows, wide)), choice)
+    def pack() -> Any:
+        return packed_for(dense_matrix(values, bits, (rows, columns)), choice)
 
     if isinstance(choice, Config):
-        y = native.finite_linear(held.get(choice, parts, make), x, bias, residual, held.activation)
+        y = library.finite_linear(cache.get(choice, parts, pack), x, bias, residual, cache.activation)
         if y is not None:
             return y
         choice = Route.TORCH
-    elif choice is Route.CSR and not finite(x):
+    elif choice is Route.CSR and not is_finite(x):
         choice = Route.TORCH
-    return run_linear(choice, held.get(choice, parts, make), x, bias, residual, held.activation)
+    return run_linear(choice, cache.get(choice, parts, pack), x, bias, residual, cache.activation)
 
 
 def conv2d(
-    held: Store, x: Tensor, values: Tensor, bits: Tensor, bias: Tensor | None, residual: Tensor | None,
+    cache: PackedCache, x: Tensor, values: Tensor, bits: Tensor, bias: Tensor | None, residual: Tensor | None,
     norm: Sequence[Tensor], eps: float,
 ) -> Tensor:  # fmt: skip
     """A convolution by the choice for this number of output positions."""
-    made = held.patches(x.shape, convolution.is_last(x))
-    choice = Route.TORCH if made is None else held.choice(made.positions)
-    weight, shift = weight_for(choice, held, values, bits, bias, norm, eps)
-    if made is not None and isinstance(choice, Config):
-        fits = residual is None or residual.shape == made.out
-        y = convolution.run_patches(weight, made, x, shift, residual, held.activation) if fits else None
+    patches = cache.patches(x.shape, convolution.is_channels_last(x))
+    choice = Route.TORCH if patches is None else cache.choice(patches.positions)
+    weight, shift = weight_for(choice, cache, values, bits, bias, norm, eps)
+    if patches is not None and isinstance(choice, Config):
+        fits = residual is None or residual.shape == patches.out
+        y = convolution.run_patches(weight, patches, x, shift, residual, cache.activation) if fits else None
         if y is not None:
             return y
-        weight, shift = weight_for(Route.TORCH, held, values, bits, bias, norm, eps)
-    assert held.geometry is not None  # a convolution's store has one
-    return dense_conv(weight, x, shift, residual, held.activation, held.geometry, held.shape[1])
+        weight, shift = weight_for(Route.TORCH, cache, values, bits, bias, norm, eps)
+    assert cache.geometry is not None  # the cache of a convolution has one
+    return dense_conv(weight, x, shift, residual, cache.activation, cache.geometry, cache.shape[1])
 
 
 def weight_for(
-    choice: Choice, held: Store, values: Tensor, bits: Tensor, bias: Tensor | None, norm: Sequence[Tensor], eps: float
+    choice: Choice,
+    cache: PackedCache,
+    values: Tensor,
+    bits: Tensor,
+    bias: Tensor | None,
+    norm: Sequence[Tensor],
+    eps: float,
 ) -> tuple[Any, Tensor | None]:
-    """The weight of a convolution as a choice wants it, and the bias, both with the batch norm multiplied in."""
+    """The weight of a convolution in the layout of a choice, and the bias; the batch norm is folded into both."""
 
-    def make() -> tuple[Any, Tensor | None]:
-        matrix, shift = folded(unpacked(values, bits, held.matrix), bias, norm, eps)
-        if shift is not None and shift.shape != matrix.shape[:1]:  # a kernel would read what lies behind it
+    def pack() -> tuple[Any, Tensor | None]:
+        matrix, shift = fold_batchnorm(dense_matrix(values, bits, cache.matrix), bias, norm, eps)
+        if shift is not None and shift.shape != matrix.shape[:1]:  # a kernel would read beyond its end
             what = f"a bias of shape {tuple(shift.shape)} does not fit"
             raise RequestError(what, f"the layer has {len(matrix)} channels", "give one number for each")
-        return laid_out(matrix, choice), None if shift is None else shift.float().contiguous()
+        return packed_for(matrix, choice), None if shift is None else shift.float().contiguous()
 
-    found: tuple[Any, Tensor | None] = held.get(choice, (values, bits, bias, *norm), make)
-    return found
+    packed: tuple[Any, Tensor | None] = cache.get(choice, (values, bits, bias, *norm), pack)
+    return packed
 
 
-def folded(matrix: Tensor, bias: Tensor | None, norm: Sequence[Tensor], eps: float) -> tuple[Tensor, Tensor | None]:
-    """A batch norm in eval mode multiplied into the weight and bias before it: `s = scale / sqrt(variance + eps)`."""
+def fold_batchnorm(
+    weight: Tensor, bias: Tensor | None, norm: Sequence[Tensor], eps: float
+) -> tuple[Tensor, Tensor | None]:
+    """A weight `(out, ...)` and a bias with the batch norm after them folded in, as in eval mode.
+
+    norm: mean, variance, scale and shift, or nothing. Computed in float64, so that only the result is rounded.
+    """
     if not norm:
-        return matrix, bias
-    mean, variance, scale, shift = (part.double() for part in norm)
-    factor = scale / (variance + eps).sqrt()
-    start = -mean if bias is None else bias.double() - mean
-    return (matrix.double() * factor[:, None]).to(matrix.dtype), (start * factor + shift).to(matrix.dtype)
+        return weight, bias
+    exact = [None if part is None else part.detach().double() for part in (weight, bias, *norm)]
+    new_weight, new_bias = fuse_conv_bn_weights(exact[0], exact[1], exact[2], exact[3], eps, exact[4], exact[5])  # type: ignore[arg-type]
+    return new_weight.detach().to(weight.dtype), new_bias.detach().to(weight.dtype)
 
 
 def _sparse_linear(
@@ -94,7 +112,7 @@ def _sparse_linear(
     rows: int,
     key: int,
 ) -> torch.Tensor:
-    return linear(store(key), x, values, bits, bias, residual).contiguous()
+    return linear(cache_of(key), x, values, bits, bias, residual).contiguous()
 
 
 def _sparse_conv2d(
@@ -109,7 +127,7 @@ def _sparse_conv2d(
     key: int,
     geometry: Sequence[int],
 ) -> torch.Tensor:
-    y = conv2d(store(key), x, values, bits, bias, residual, norm, eps)
+    y = conv2d(cache_of(key), x, values, bits, bias, residual, norm, eps)
     return y.contiguous(memory_format=_format(x))
 
 
@@ -134,14 +152,14 @@ def _(
 
 
 def numbers(geometry: Geometry) -> list[int]:
-    """A geometry as the operator takes it."""
+    """A geometry as the operator takes it; `_geometry` is the inverse."""
     return [*geometry.kernel, *geometry.stride, *geometry.padding, *geometry.dilation]
 
 
-def _geometry(given: Sequence[int]) -> Geometry:
-    a, b, c, d, e, f, g, h = given
-    return Geometry((a, b), (c, d), (e, f), (g, h))
+def _geometry(sizes: Sequence[int]) -> Geometry:
+    kernel, stride, padding, dilation = zip(sizes[::2], sizes[1::2], strict=True)
+    return Geometry(kernel, stride, padding, dilation)
 
 
 def _format(x: Tensor) -> torch.memory_format:
-    return torch.channels_last if convolution.is_last(x) else torch.contiguous_format
+    return torch.channels_last if convolution.is_channels_last(x) else torch.contiguous_format

@@ -1,7 +1,7 @@
-"""One weight in the layouts that kernels want: made when first needed, made again when the weight changes.
+"""A cache of one weight, packed as the kernels need it: filled on first use, and again when the weight has changed.
 
-What is stored for good is canonical: one bit for each weight, and the values that are not zero. Private layouts stay
-here, are never written to a file and are not copied with a module.
+The parameters of a layer are in the canonical form: one bit for each weight, and the values that are not zero. Packed
+weights are only in this cache: they are not saved to a file, and not copied with a module.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from torch import Tensor
 from torch.nn import functional
 
 from prunella.errors import RequestError
-from prunella.runtime.kernels import library as native
+from prunella.runtime.kernels import library
 from prunella.runtime.kernels.convolution import Patches, patches
 from prunella.runtime.kernels.library import Activation, Config
 from prunella.runtime.tuning.choice import Choice, Geometry, Route, Table
 
 _KEYS = itertools.count(1)
 _MOST_SHAPES = 64
-_STORES: weakref.WeakValueDictionary[int, Store] = weakref.WeakValueDictionary()
+_CACHES: weakref.WeakValueDictionary[int, PackedCache] = weakref.WeakValueDictionary()
 ACTIVATE: dict[Activation, Callable[[Tensor], Tensor]] = {
     Activation.NONE: lambda x: x,
     Activation.RELU: functional.relu,
@@ -37,121 +37,121 @@ ACTIVATE: dict[Activation, Callable[[Tensor], Tensor]] = {
 
 
 @final
-class Watch:
-    """Tells whether tensors have changed."""
+class ChangeTracker:
+    """Detects whether tensors have changed."""
 
     def __init__(self) -> None:
-        self.counted = True
+        self.all_have_versions = True
 
-    def stamp(self, parts: Sequence[Tensor | None]) -> list[tuple[int, int]]:
-        """For each tensor where it lies, and how often it was written to."""
-        if self.counted:
+    def version(self, parts: Sequence[Tensor | None]) -> list[tuple[int, int]]:
+        """The address of each tensor, and how often it was written to."""
+        if self.all_have_versions:
             try:
                 return [(part.data_ptr(), part._version) for part in parts if part is not None]
-            except RuntimeError:  # one made in inference mode counts no changes; raising takes as long as a small layer
-                self.counted = False
-        some = [part for part in parts if part is not None]
-        return [(part.data_ptr(), 0 if part.is_inference() else part._version) for part in some]
+            except RuntimeError:  # a tensor made in inference mode has no version; raising is as slow as a small layer
+                self.all_have_versions = False
+        given = [part for part in parts if part is not None]
+        return [(part.data_ptr(), 0 if part.is_inference() else part._version) for part in given]
 
 
 @final
-class Store:
-    """The choices of a layer, and its weight in the layouts that they need. A copy starts empty."""
+class PackedCache:
+    """The choices of a layer, and its weight in the layouts that they need. A copy of it is empty."""
 
     def __init__(
         self, shape: tuple[int, ...], table: Table, activation: Activation, geometry: Geometry | None = None
     ) -> None:
         self.shape, self.table, self.activation, self.geometry = shape, table, activation, geometry
         self.key = next(_KEYS)
-        self._made: dict[Choice, Any] = {}
-        self._near: dict[int, Choice] = {}
+        self._packed: dict[Choice, Any] = {}
+        self._choices: dict[int, Choice] = {}
         self._patches: dict[tuple[torch.Size, bool], Patches | None] = {}
-        self._stamp: list[tuple[int, int]] = []
-        self._watch = Watch()
-        _STORES[self.key] = self
+        self._version: list[tuple[int, int]] = []
+        self._tracker = ChangeTracker()
+        _CACHES[self.key] = self
 
-    def __reduce__(self) -> tuple[type[Store], tuple[tuple[int, ...], Table, Activation, Geometry | None]]:
-        return Store, (self.shape, self.table, self.activation, self.geometry)
+    def __reduce__(self) -> tuple[type[PackedCache], tuple[tuple[int, ...], Table, Activation, Geometry | None]]:
+        return PackedCache, (self.shape, self.table, self.activation, self.geometry)
 
     @property
     def matrix(self) -> tuple[int, int]:
-        """Outputs, and the weights of each."""
+        """Number of outputs, and of weights for each output."""
         return self.shape[0], math.prod(self.shape[1:])
 
     def choice(self, size: int) -> Choice:
-        """What to run for so many tokens or positions."""
-        found = self._near.get(size)
-        if found is None:
-            found = self._near[size] = self.table.at(size)
-        return found
+        """What to run for this number of tokens, or of output positions of a convolution."""
+        choice = self._choices.get(size)
+        if choice is None:
+            choice = self._choices[size] = self.table.at(size)
+        return choice
 
-    def patches(self, shape: torch.Size, last: bool) -> Patches | None:
-        """The sizes of a convolution of x; None where a kernel cannot take it, and dense code will say why."""
-        key = shape, last
+    def patches(self, shape: torch.Size, channels_last: bool) -> Patches | None:
+        """The sizes of the convolution for x of this shape; None if they do not fit, which dense code will report."""
+        key = shape, channels_last
         if key not in self._patches:
             if len(self._patches) >= _MOST_SHAPES:
                 self._patches.clear()
-            self._patches[key] = self._sized(*key)
+            self._patches[key] = self._compute_patches(*key)
         return self._patches[key]
 
-    def _sized(self, shape: torch.Size, last: bool) -> Patches | None:
+    def _compute_patches(self, shape: torch.Size, channels_last: bool) -> Patches | None:
         g = self.geometry
-        assert g is not None  # a convolution's store has one
+        assert g is not None  # the cache of a convolution has one
         try:
-            return patches(self.matrix, shape, last, g.kernel, g.stride, g.padding, g.dilation)
+            return patches(self.matrix, shape, channels_last, g.kernel, g.stride, g.padding, g.dilation)
         except RequestError:
             return None
 
-    def get(self, choice: Choice, parts: Sequence[Tensor | None], make: Callable[[], Any]) -> Any:
-        """What `choice` needs, from `make` if there is none yet. parts: the tensors that it is made from."""
-        stamp = self._watch.stamp(parts)
-        if stamp != self._stamp:
-            self._made, self._stamp = {}, stamp
-        found = self._made.get(choice)
-        if found is None:
-            # A tensor made in inference mode could not be used again where gradients are wanted.
+    def get(self, choice: Choice, parts: Sequence[Tensor | None], pack: Callable[[], Any]) -> Any:
+        """The weight as `choice` needs it, from `pack` if it is not cached. parts: the tensors that `pack` reads."""
+        version = self._tracker.version(parts)
+        if version != self._version:
+            self._packed, self._version = {}, version
+        packed = self._packed.get(choice)
+        if packed is None:
+            # A tensor made in inference mode could not be used later in a call that wants gradients.
             with torch.inference_mode(False), torch.no_grad():
-                found = self._made[choice] = make()
-        return found
+                packed = self._packed[choice] = pack()
+        return packed
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all private layouts made so far."""
-        parts = [part[0] if isinstance(part, tuple) else part for part in self._made.values()]
-        return sum(part.nbytes for part in parts if hasattr(part, "nbytes"))
+        """Bytes of all packed weights in the cache."""
+        weights = [packed[0] if isinstance(packed, tuple) else packed for packed in self._packed.values()]
+        return sum(weight.nbytes for weight in weights if hasattr(weight, "nbytes"))
 
 
-def store(key: int) -> Store:
-    """The store of that number."""
-    return _STORES[key]
+def cache_of(key: int) -> PackedCache:
+    """The cache with this key."""
+    return _CACHES[key]
 
 
-def laid_out(weight: Tensor, choice: Choice) -> Any:
+def packed_for(weight: Tensor, choice: Choice) -> Any:
     """A matrix `(out, in)` in the layout of a choice."""
     if isinstance(choice, Config):
-        return native.pack(weight.contiguous(), choice)
+        return library.pack(weight.contiguous(), choice)
     if choice is Route.ONEDNN:
         return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), None)
     if choice is Route.CSR:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch says that its sparse tensors are in beta
+            warnings.simplefilter("ignore")  # torch warns that its sparse tensors are in beta
             return weight.to_sparse_csr()
     return weight
 
 
 def run_linear(
-    choice: Choice, held: Any, x: Tensor, bias: Tensor | None, residual: Tensor | None, activation: Activation
+    choice: Choice, packed: Any, x: Tensor, bias: Tensor | None, residual: Tensor | None, activation: Activation
 ) -> Tensor:
-    """`activation(x W^T + bias + residual)` by an operation of torch; `held` is the weight in its layout."""
+    """`activation(x W^T + bias + residual)` by an operation of torch; `packed` is the weight in its layout."""
     if choice is Route.CSR:
-        flat = (held @ x.reshape(-1, x.shape[-1]).t()).t()
-        y = flat.reshape(*x.shape[:-1], held.shape[0])
+        flat = (packed @ x.reshape(-1, x.shape[-1]).t()).t()
+        y = flat.reshape(*x.shape[:-1], packed.shape[0])
         y = y if bias is None else y + bias
     elif choice is Route.ONEDNN:
-        y = torch.ops.mkldnn._linear_pointwise(x.contiguous(), held, bias, "none", [], "")
+        y = torch.ops.mkldnn._linear_pointwise(x.contiguous(), packed, bias, "none", [], "")
     else:
-        y = functional.linear(x, held, bias)
-    return finished(y, residual, activation)
+        y = functional.linear(x, packed, bias)
+    return add_and_activate(y, residual, activation)
 
 
 def dense_conv(
@@ -166,30 +166,30 @@ def dense_conv(
     """`activation(conv(x, W) + bias + residual)`, with W as a matrix."""
     weight = matrix.reshape(matrix.shape[0], channels, *geometry.kernel)
     y = functional.conv2d(x, weight, bias, geometry.stride, geometry.padding, geometry.dilation)
-    return finished(y, residual, activation)
+    return add_and_activate(y, residual, activation)
 
 
-def finished(y: Tensor, residual: Tensor | None, activation: Activation) -> Tensor:
-    """`activation(y + residual)`, in the memory of y, which nobody else has, unless one of them is spread."""
+def add_and_activate(y: Tensor, residual: Tensor | None, activation: Activation) -> Tensor:
+    """`activation(y + residual)`, in the memory of y where that is possible: nothing else may read y."""
     if residual is not None:
         y = y.add_(residual) if residual.shape == y.shape else y + residual
-    inside = native.IN_PLACE.get(activation)
-    return ACTIVATE[activation](y) if inside is None else inside(y, inplace=True)
+    in_place = library.IN_PLACE.get(activation)
+    return ACTIVATE[activation](y) if in_place is None else in_place(y, inplace=True)
 
 
-def finite(x: Tensor) -> bool:
-    """Whether a sum of all values is finite: a skipped zero times infinity is not what dense code gives."""
+def is_finite(x: Tensor) -> bool:
+    """Whether x holds no NaN or infinity, by its sum. Otherwise zeros may not be skipped: 0 * inf is NaN."""
     return math.isfinite(float(x.sum()))
 
 
-def unpacked(values: Tensor, bits: Tensor, shape: tuple[int, int]) -> Tensor:
-    """The matrix of a bit for each weight and the values that are not zero; gradients reach the values."""
-    some = mask_of(bits, shape)
-    return torch.zeros(shape, dtype=values.dtype, device=values.device).masked_scatter(some, values)
+def dense_matrix(values: Tensor, bits: Tensor, shape: tuple[int, int]) -> Tensor:
+    """The dense matrix of the canonical form; gradients reach the values."""
+    mask = mask_of(bits, shape)
+    return torch.zeros(shape, dtype=values.dtype, device=values.device).masked_scatter(mask, values)
 
 
 def mask_of(bits: Tensor, shape: tuple[int, int]) -> Tensor:
-    """Which weights are stored: bool, from bytes whose highest bit comes first."""
+    """Which weights are not zero: bool, from bytes whose highest bit is the first."""
     places = torch.arange(7, -1, -1, dtype=torch.uint8, device=bits.device)
     flat = (bits.unsqueeze(1) >> places) & 1
     return flat.reshape(-1)[: shape[0] * shape[1]].reshape(shape).to(torch.bool)

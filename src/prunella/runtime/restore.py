@@ -1,4 +1,4 @@
-"""The dense model again: what a model that skips zeros would be without, tensor for tensor."""
+"""The dense model of a sparse one: the same tensors under the same names."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ _ACTIVATIONS = {
 def restored(model: nn.Module) -> nn.Module:
     """A copy with dense layers of the same weights under the same names.
 
-    Of a model that was traced it has the tensors but not the program: batch norms are back in their place, unused.
+    A model that was traced gets its tensors back but not its program: batch norms are in their place, but not called.
     """
-    made = copied(model)
-    for name, module in list(made.named_modules()):
+    dense = copied(model)
+    for name, module in list(dense.named_modules()):
         if isinstance(module, SparseLinear):
-            _put(made, name, _linear(module))
+            _put(dense, name, _linear(module))
             if module.activation_path:
-                _put(made, module.activation_path, _ACTIVATIONS[module.activation]())
+                _put(dense, module.activation_path, _ACTIVATIONS[module.activation]())
         elif isinstance(module, FastLinear):
-            _put(made, name, _whole(module))
+            _put(dense, name, _fast(module))
         elif isinstance(module, SparseConv2d | FoldedConv2d):
-            _put(made, name, _conv(module))
+            _put(dense, name, _conv(module))
             if module.norm is not None:
-                _put(made, module.norm_path, module.norm)
-    return made
+                _put(dense, module.norm_path, module.norm)
+    return dense
 
 
 def sparse_layers(model: nn.Module) -> dict[str, SparseLinear | SparseConv2d]:
@@ -47,38 +47,47 @@ def sparse_layers(model: nn.Module) -> dict[str, SparseLinear | SparseConv2d]:
 def _linear(module: SparseLinear) -> nn.Module:
     weight, bias = module.matrix().detach(), module.bias
     if module.transposed:
-        made: nn.Module = import_module("transformers.pytorch_utils").Conv1D(*weight.shape)
+        layer: nn.Module = import_module("transformers.pytorch_utils").Conv1D(*weight.shape)
         weight = weight.t().contiguous()
     else:
         with torch.device("meta"):
-            made = nn.Linear(module.in_features, module.out_features, bias=bias is not None)
-    return _filled(made, weight, bias)
+            layer = nn.Linear(module.in_features, module.out_features, bias=bias is not None)
+    return _filled(layer, weight, bias)
 
 
-def _whole(module: FastLinear) -> nn.Module:
-    """The same parameters, so that what is tied stays so."""
+def _fast(module: FastLinear) -> nn.Module:
+    """A linear layer with the same parameter objects, so that tied weights stay tied."""
     with torch.device("meta"):
-        made = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None)
-    made.weight = module.weight
-    made.register_parameter("bias", module.bias)
-    return made.eval()
+        layer = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None)
+    layer.weight = module.weight
+    layer.register_parameter("bias", module.bias)
+    return layer.eval()
 
 
 def _conv(module: SparseConv2d | FoldedConv2d) -> nn.Module:
-    how, groups = (module.geometry, 1) if isinstance(module, SparseConv2d) else (module, module.groups)
+    geometry, groups = (module.geometry, 1) if isinstance(module, SparseConv2d) else (module, module.groups)
     weight = module.weight.detach()
     out, wide, *kernel = weight.shape
-    sizes: Any = (wide * groups, out, kernel, how.stride, how.padding, how.dilation, groups, module.bias is not None)
+    sizes: Any = (
+        wide * groups,
+        out,
+        kernel,
+        geometry.stride,
+        geometry.padding,
+        geometry.dilation,
+        groups,
+        module.bias is not None,
+    )
     with torch.device("meta"):
-        made = nn.Conv2d(*sizes)
-    return _filled(made, weight, module.bias)
+        layer = nn.Conv2d(*sizes)
+    return _filled(layer, weight, module.bias)
 
 
-def _filled(made: nn.Module, weight: Tensor, bias: Tensor | None) -> nn.Module:
-    made.weight = nn.Parameter(weight.clone(), requires_grad=False)
+def _filled(layer: nn.Module, weight: Tensor, bias: Tensor | None) -> nn.Module:
+    layer.weight = nn.Parameter(weight.clone(), requires_grad=False)
     if bias is not None:
-        made.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
-    return made.eval()
+        layer.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
+    return layer.eval()
 
 
 def _put(model: nn.Module, path: str, module: nn.Module) -> None:

@@ -13,11 +13,11 @@ from torch.fx import GraphModule
 
 import prunella as pr
 from prunella.runtime.fx.chain import Chain
-from prunella.runtime.kernels import chain as steps
+from prunella.runtime.kernels import chain as kernel_chain
 from prunella.runtime.kernels.chain import Step
 from prunella.runtime.layers import SparseConv2d
 from tests.runtime.standin import Calls
-from tests.runtime.test_sparse import IMAGE, net, sown
+from tests.runtime.test_sparse import IMAGE, net, with_zeros
 
 pytestmark = pytest.mark.usefixtures("eager_to_skip", "kernels")
 
@@ -139,7 +139,7 @@ def test_the_layers_themselves_run_under_autocast_and_with_gradients(called: Cal
 def test_kernels_that_refuse_leave_all_to_the_layers(called: Called, monkeypatch: pytest.MonkeyPatch) -> None:
     dense, made, _ = pair()
     asked = list[Any]()
-    monkeypatch.setattr(steps, "run", lambda *given: asked.append(given))
+    monkeypatch.setattr(kernel_chain, "run", lambda *given: asked.append(given))
     del called[:]
     with torch.inference_mode():
         agree(dense, made)
@@ -170,10 +170,10 @@ def test_a_copy_makes_its_own_layouts(called: Called) -> None:
     agree(dense, made)
     twin = copy.deepcopy(made)
     (other,) = (module for module in twin.modules() if isinstance(module, Chain))
-    assert chain.plans.made and not other.plans.made
+    assert chain.plans.prepared and not other.plans.prepared
     del called[:]
     agree(dense, twin)
-    assert other.plans.made and called == []
+    assert other.plans.prepared and called == []
     assert twin.state_dict().keys() == made.state_dict().keys()
 
 
@@ -182,7 +182,7 @@ def test_the_number_of_plans_has_an_end() -> None:
     dense, made, chain = pair()
     for size in range(3, 40):
         agree(dense, made, torch.randn(1, 8, size, 3))
-    assert 0 < len(chain.plans.made) <= 16
+    assert 0 < len(chain.plans.prepared) <= 16
 
 
 class Sides(nn.Module):
@@ -200,7 +200,7 @@ class Sides(nn.Module):
 def test_a_residual_of_another_size_is_spread_or_refused_as_in_dense_code() -> None:
     torch.manual_seed(0)
     with torch.inference_mode(False):
-        dense = sown(Sides())
+        dense = with_zeros(Sides())
         made = pr.sparse(dense, IMAGE)
     assert any(isinstance(module, Chain) for module in made.modules())
     agree(dense, made)

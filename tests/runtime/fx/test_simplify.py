@@ -17,7 +17,7 @@ from prunella.runtime.fx.fuse import traced
 from prunella.runtime.kernels.library import Activation
 from prunella.runtime.layers import FoldedConv2d, SparseConv2d
 from prunella.runtime.restore import restored
-from tests.runtime.test_sparse import sown
+from tests.runtime.test_sparse import with_zeros
 
 IMAGE = torch.linspace(-2, 2, 2 * 3 * 81).view(2, 3, 9, 9)
 
@@ -74,7 +74,7 @@ class Net(nn.Module):
 
 def net() -> nn.Module:
     torch.manual_seed(0)
-    return sown(Net(), 0.4)
+    return with_zeros(Net(), 0.4)
 
 
 @pytest.mark.usefixtures("eager_to_skip", "kernels")
@@ -166,7 +166,7 @@ def test_a_check_of_sizes_stays(fits: Callable[[Tensor], bool]) -> None:
             torch._assert(fits(x), "few")
             return self.conv(x)
 
-    made = pr.sparse(sown(Few(), 0.5), IMAGE)
+    made = pr.sparse(with_zeros(Few(), 0.5), IMAGE)
     assert isinstance(made, GraphModule)
     with pytest.raises(AssertionError, match="few"):
         made(IMAGE.repeat(2, 1, 1, 1))

@@ -13,23 +13,23 @@ from torch.nn import functional
 
 import prunella as pr
 from prunella.runtime.fx.chain import Chain
-from prunella.runtime.kernels import chain as steps
-from prunella.runtime.kernels import library as native
-from prunella.runtime.kernels.chain import Ready, Step, laid
-from prunella.runtime.kernels.convolution import is_last, patches
+from prunella.runtime.kernels import chain as kernel_chain
+from prunella.runtime.kernels import library
+from prunella.runtime.kernels.chain import Ready, Step, allocate
+from prunella.runtime.kernels.convolution import is_channels_last, patches
 from prunella.runtime.kernels.library import Activation, Config, Kind
 from tests.runtime.test_sparse import IMAGE, net
 
 needs_kernels = pytest.mark.skipif(
-    not native.available(), reason="the kernels were not built: no compiler at installation"
+    not library.available(), reason="the kernels were not built: no compiler at installation"
 )
 
 
-@pytest.fixture(params=native.tiers() or ("none",))
+@pytest.fixture(params=library.tiers() or ("none",))
 def tier(request: pytest.FixtureRequest) -> Iterator[str]:
-    native.use_tier(request.param)
+    library.use_tier(request.param)
     yield request.param
-    native.use_tier()
+    library.use_tier()
 
 
 # -- where results lie -------------------------------------------------------------------------------------------------
@@ -38,21 +38,21 @@ def tier(request: pytest.FixtureRequest) -> Iterator[str]:
 def test_memory_is_given_out_again_as_worked_by_hand() -> None:
     # 0 the image; 1 = a(0); 2 = b(1), then nothing reads 1; 3 = c(2), where 1 was; 4 = d(3), which comes out
     todo = [Step(0, None), Step(1, None, (1,)), Step(2, None, (2,)), Step(3, None, (3,))]
-    assert laid(todo, [20, 40, 32, 8], 1, [4]) == ({1: 0, 2: 32, 3: 0}, 80)
+    assert allocate(todo, [20, 40, 32, 8], 1, [4]) == ({1: 0, 2: 32, 3: 0}, 80)
     # 3 = c(2) + 1 takes the memory of 1, unless 1 is read later, or by c itself
     added = [Step(0, None), Step(1, None), Step(2, 1, (1, 2)), Step(3, None, (3,))]
-    assert laid(added, [32, 16, 32, 8], 1, [4]) == ({1: 0, 2: 32, 3: 0}, 48)
+    assert allocate(added, [32, 16, 32, 8], 1, [4]) == ({1: 0, 2: 32, 3: 0}, 48)
     late = [Step(0, None), Step(1, None), Step(2, 1, (2,)), Step(3, 1, (1, 3))]
-    assert laid(late, [32, 16, 32, 8], 1, [4]) == ({1: 0, 2: 32, 3: 48}, 80)
+    assert allocate(late, [32, 16, 32, 8], 1, [4]) == ({1: 0, 2: 32, 3: 48}, 80)
     itself = [Step(0, None), Step(1, 1, (1,)), Step(2, None, (2,))]
-    assert laid(itself, [32, 32, 8], 1, [3]) == ({1: 0, 2: 32}, 64)
+    assert allocate(itself, [32, 32, 8], 1, [3]) == ({1: 0, 2: 32}, 64)
 
 
 def test_pieces_that_lie_side_by_side_become_one() -> None:
     first = [Step(0, None)] * 3  # their results at 0, 16 and 32; 4 to 6 come out
     for order in ((1, 2, 3), (3, 2, 1), (1, 3, 2)):
         todo = [*first, *(Step(place, None, (place,)) for place in order), Step(0, None), Step(7, None)]
-        at, floats = laid(todo, [16, 16, 16, 8, 8, 8, 48, 8], 1, [4, 5, 6, 8])
+        at, floats = allocate(todo, [16, 16, 16, 8, 8, 8, 48, 8], 1, [4, 5, 6, 8])
         assert at == {1: 0, 2: 16, 3: 32, 7: 0} and floats == 48
 
 
@@ -79,7 +79,7 @@ def test_nothing_that_is_still_read_is_written_over(seed: int) -> None:
     rng = random.Random(seed)
     inputs, count = rng.randint(1, 3), rng.randint(2, 25)
     todo, sizes, outputs = wired(rng, count, inputs)
-    at, floats = laid(todo, sizes, inputs, outputs)
+    at, floats = allocate(todo, sizes, inputs, outputs)
     assert set(at) == set(range(inputs, inputs + count)) - set(outputs)
     memory: dict[int, int] = {}  # float -> place whose number stands there
     for number, step in enumerate(todo):
@@ -115,7 +115,7 @@ class Layer:
 
     def ready(self, shape: Sequence[int], last: bool) -> Ready:
         sides = tuple((n, n) for n in (self.weight.shape[2], self.stride, self.padding, 1))
-        packed = native.pack(self.weight.flatten(1), self.config)
+        packed = library.pack(self.weight.flatten(1), self.config)
         return Ready(packed, patches(packed.shape, shape, last, *sides), self.bias, self.activation)
 
     def exact(self, x: Tensor, residual: Tensor | None) -> Tensor:
@@ -126,7 +126,7 @@ class Layer:
 
 def chain(rng: random.Random, image: Tensor) -> tuple[list[Step], list[Ready], list[int], list[Tensor]]:
     """Blocks as those of a ResNet: three convolutions and what came before, or that through a convolution, added."""
-    last = is_last(image)
+    last = is_channels_last(image)
     reads: list[tuple[int, int | None]] = []
     ready, exact = list[Ready](), [image.double()]
 
@@ -164,10 +164,10 @@ def test_a_chain_is_that_of_float64(tier: str, seed: int, layout: torch.memory_f
     image = torch.randn(shape).contiguous(memory_format=layout)
     todo, ready, outputs, exact = chain(rng, image)
     before, held = torch.get_num_threads(), image.clone()
-    prepared = steps.prepared(todo, ready, 1, outputs)
+    prepared = kernel_chain.prepare(todo, ready, 1, outputs)
     torch.set_num_threads(threads)
     try:
-        found, again = steps.run(prepared, [image]), steps.run(prepared, [image])
+        found, again = kernel_chain.run(prepared, [image]), kernel_chain.run(prepared, [image])
     finally:
         torch.set_num_threads(before)
     assert found is not None and again is not None and torch.equal(image, held)
@@ -188,9 +188,9 @@ def test_a_number_that_is_not_finite_ends_it(tier: str, where: str) -> None:
     else:
         weight = torch.zeros(ready[0].packed.shape)
         weight[:, 0] = torch.inf
-        first = native.pack(weight, Config(Kind.ROWS))
+        first = library.pack(weight, Config(Kind.ROWS))
         ready[0] = Ready(first, ready[0].patches, ready[0].bias, Activation.NONE)
-    assert steps.run(steps.prepared(todo, ready, 1, outputs), [image]) is None
+    assert kernel_chain.run(kernel_chain.prepare(todo, ready, 1, outputs), [image]) is None
 
 
 @needs_kernels
@@ -201,14 +201,14 @@ def test_a_model_runs_its_chain_in_one_call(
     dense = net(tangled=True)
     made = pr.sparse(dense, IMAGE)
     assert any(isinstance(module, Chain) for module in made.modules())
-    done, run = list[bool](), steps.run
+    done, run = list[bool](), kernel_chain.run
 
-    def spied(prepared: steps.Prepared, inputs: Sequence[Tensor]) -> tuple[Tensor, ...] | None:
+    def spied(prepared: kernel_chain.Prepared, inputs: Sequence[Tensor]) -> tuple[Tensor, ...] | None:
         found = run(prepared, inputs)
         done.append(found is not None)
         return found
 
-    monkeypatch.setattr(steps, "run", spied)
+    monkeypatch.setattr(kernel_chain, "run", spied)
     odd = IMAGE.clone()
     odd[0, 0, 0, 0] = torch.inf
     with torch.inference_mode():

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from prunella.errors import NotSupported, RequestError
-from prunella.runtime.kernels import library as native
+from prunella.runtime.kernels import library
 from prunella.runtime.kernels.library import Activation, Config, Kind, Precision
-from prunella.runtime.tuning import configs as tiles
+from prunella.runtime.tuning import configs
 
-pytestmark = pytest.mark.skipif(not native.available(), reason="the kernels were not built here")
+pytestmark = pytest.mark.skipif(not library.available(), reason="the kernels were not built here")
 TIERS = ("portable", "avx2", "avx512", "avx512bf16")
 CONFIGS = [
     *(Config(Kind.DECODE, precision) for precision in Precision),
@@ -27,11 +27,11 @@ NAN, INF = float("nan"), float("inf")
 
 @pytest.fixture(params=TIERS)
 def tier(request: pytest.FixtureRequest) -> Iterator[str]:
-    if request.param not in native.tiers():
-        pytest.skip(f"this processor has no {request.param}: only {', '.join(native.tiers())}")
-    native.use_tier(request.param)
+    if request.param not in library.tiers():
+        pytest.skip(f"this processor has no {request.param}: only {', '.join(library.tiers())}")
+    library.use_tier(request.param)
     yield request.param
-    native.use_tier()
+    library.use_tier()
 
 
 @pytest.fixture(params=CONFIGS, ids=lambda c: f"{c.kind.value}-{c.precision.value}")
@@ -81,12 +81,12 @@ def close(got: Tensor, weight: Tensor, x: Tensor, config: Config, tier: str) -> 
 def test_every_shape_and_number_of_tokens(config: Config, tier: str, density: float) -> None:
     for shape in SHAPES:
         weight = sparse(*shape, density, seed=1)
-        packed = native.pack(weight, config)
+        packed = library.pack(weight, config)
         assert packed.shape == shape
         assert packed.nnz == int((weight != 0).sum())
         for count in (0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 17):
             x = tokens(count, shape[1], seed=count)
-            close(native.linear(packed, x), weight, x, config, tier)
+            close(library.linear(packed, x), weight, x, config, tier)
 
 
 def test_int8_is_exact(tier: str) -> None:
@@ -96,27 +96,27 @@ def test_int8_is_exact(tier: str) -> None:
     x = torch.randint(-127, 128, (8, 5000), generator=generator).float()
     weight[:, 0], x[:, 7] = 127, -127
     weight[:, 5::3] = 0
-    got = native.linear(native.pack(weight, Config(Kind.DECODE, Precision.INT8)), x)
+    got = library.linear(library.pack(weight, Config(Kind.DECODE, Precision.INT8)), x)
     assert torch.equal(got, (x.double() @ weight.double().T).float())
 
 
 def test_int8_of_the_largest_codes_does_not_overflow(tier: str) -> None:
     weight, x = torch.full((2, 9000), -127.0), torch.full((3, 9000), 127.0)
     weight[1], x[1] = 127, -127
-    got = native.linear(native.pack(weight, Config(Kind.DECODE, Precision.INT8)), x)
+    got = library.linear(library.pack(weight, Config(Kind.DECODE, Precision.INT8)), x)
     assert torch.equal(got, (x.double() @ weight.double().T).float())
 
 
 def test_rows_of_very_different_length_on_several_threads(config: Config, tier: str) -> None:
     weight = sparse(203, 517, 0.3, seed=4)
     weight[:100], weight[150] = 0, 1.5
-    x, packed = tokens(5, 517, seed=5), native.pack(weight, config)
-    one = native.linear(packed, x)
+    x, packed = tokens(5, 517, seed=5), library.pack(weight, config)
+    one = library.linear(packed, x)
     close(one, weight, x, config, tier)
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(3)
-        assert torch.equal(native.linear(packed, x), one)
+        assert torch.equal(library.linear(packed, x), one)
     finally:
         torch.set_num_threads(before)
 
@@ -125,8 +125,8 @@ def test_rows_of_very_different_length_on_several_threads(config: Config, tier: 
 def test_bias_residual_and_activation_come_after_the_sum(config: Config, activation: Activation) -> None:
     weight, x = sparse(21, 130, 0.4, seed=6), tokens(4, 130, seed=7)
     bias, residual = tokens(1, 21, seed=8)[0], tokens(4, 21, seed=9)
-    packed = native.pack(weight, config)
-    plain = native.linear(packed, x)
+    packed = library.pack(weight, config)
+    plain = library.linear(packed, x)
     after = {
         Activation.NONE: lambda y: y,
         Activation.RELU: torch.relu,
@@ -135,9 +135,9 @@ def test_bias_residual_and_activation_come_after_the_sum(config: Config, activat
         Activation.RELU6: torch.nn.functional.relu6,
         Activation.HARDSWISH: torch.nn.functional.hardswish,
     }[activation]
-    torch.testing.assert_close(native.linear(packed, x, bias, residual, activation), after(plain + bias + residual))
-    torch.testing.assert_close(native.linear(packed, x, bias), plain + bias)
-    torch.testing.assert_close(native.linear(packed, x, None, residual), plain + residual)
+    torch.testing.assert_close(library.linear(packed, x, bias, residual, activation), after(plain + bias + residual))
+    torch.testing.assert_close(library.linear(packed, x, bias), plain + bias)
+    torch.testing.assert_close(library.linear(packed, x, None, residual), plain + residual)
 
 
 @pytest.mark.parametrize("bad", [NAN, INF, -INF, 3.4e38])
@@ -147,9 +147,9 @@ def test_what_is_not_finite_meets_stored_weights_only(config: Config, tier: str,
     weight[3, 77] = 2.0
     weight[4] = 0
     x = tokens(6, 200, seed=11)
-    clean = native.linear(native.pack(weight, config), x)
+    clean = library.linear(library.pack(weight, config), x)
     x[2, 77] = bad
-    got = native.linear(native.pack(weight, config), x)
+    got = library.linear(library.pack(weight, config), x)
     others = [row for row in range(6) if row != 2]
     assert torch.equal(got[others], clean[others])
     assert not got[2, 3].isfinite()
@@ -163,16 +163,16 @@ def test_what_is_not_finite_meets_stored_weights_only(config: Config, tier: str,
 def test_the_short_way_is_the_same_and_refuses_what_is_not_finite(config: Config, tier: str) -> None:
     weight, x = sparse(30, 200, 0.3, seed=10), tokens(6, 200, seed=11)
     bias, residual = tokens(1, 30, seed=8)[0], tokens(6, 30, seed=9)
-    packed = native.pack(weight, config)
+    packed = library.pack(weight, config)
     for more in ((None, None), (bias, None), (bias, residual)):
         for activation in Activation:
-            short = native.finite_linear(packed, x.t().contiguous().t(), *more, activation)
-            assert short is not None and torch.equal(short, native.linear(packed, x, *more, activation))
+            short = library.finite_linear(packed, x.t().contiguous().t(), *more, activation)
+            assert short is not None and torch.equal(short, library.linear(packed, x, *more, activation))
     for bad in (NAN, INF, -INF, 3.4e38):
         x[5, 199] = bad
-        assert native.finite_linear(packed, x, bias, None, Activation.NONE) is None
+        assert library.finite_linear(packed, x, bias, None, Activation.NONE) is None
     with pytest.raises(RequestError, match="residual"):
-        native.finite_linear(packed, x, bias, residual[:5], Activation.NONE)
+        library.finite_linear(packed, x, bias, residual[:5], Activation.NONE)
 
 
 @pytest.mark.parametrize("bad", [NAN, INF])
@@ -181,24 +181,24 @@ def test_a_weight_that_is_not_finite_reaches_its_row_only(config: Config, tier: 
     weight[5, 40] = bad
     if config.precision is Precision.INT8:
         with pytest.raises(RequestError, match="int8"):
-            native.pack(weight, config)
+            library.pack(weight, config)
         return
-    got = native.linear(native.pack(weight, config), tokens(3, 100, seed=13))
+    got = library.linear(library.pack(weight, config), tokens(3, 100, seed=13))
     assert not got[:, 5].isfinite().any()
     assert bool(got[:, [0, 1, 2, 3, 4, 6, 7]].isfinite().all())
 
 
 def test_negative_zero_is_no_weight(config: Config) -> None:
-    packed = native.pack(torch.tensor([[-0.0, 1.0, 0.0]]), config)
+    packed = library.pack(torch.tensor([[-0.0, 1.0, 0.0]]), config)
     assert packed.nnz == 1
-    assert native.linear(packed, torch.tensor([[NAN, 2.0, INF]])).item() == pytest.approx(2.0)
+    assert library.linear(packed, torch.tensor([[NAN, 2.0, INF]])).item() == pytest.approx(2.0)
 
 
 def test_tokens_do_not_depend_on_their_neighbours(config: Config, tier: str) -> None:
     weight, x = sparse(37, 700, 0.4, seed=14), tokens(8, 700, seed=15)
-    packed = native.pack(weight, config)
-    alone = torch.cat([native.linear(packed, x[i : i + 1]) for i in range(8)])
-    torch.testing.assert_close(native.linear(packed, x), alone, rtol=1e-4, atol=1e-4)
+    packed = library.pack(weight, config)
+    alone = torch.cat([library.linear(packed, x[i : i + 1]) for i in range(8)])
+    torch.testing.assert_close(library.linear(packed, x), alone, rtol=1e-4, atol=1e-4)
 
 
 def test_bytes_are_a_bit_a_weight_and_the_nonzeros() -> None:
@@ -207,25 +207,25 @@ def test_bytes_are_a_bit_a_weight_and_the_nonzeros() -> None:
     nnz = int((weight != 0).sum())
     for precision, size in ((Precision.FP32, 4), (Precision.BF16, 2), (Precision.INT8, 1)):
         exact = 256 * 1024 // 8 + nnz * size
-        assert exact <= native.pack(weight, Config(Kind.DECODE, precision)).nbytes <= exact + rest
-    assert nnz * 6 <= native.pack(weight, Config(Kind.CSR)).nbytes <= nnz * 6 + rest
+        assert exact <= library.pack(weight, Config(Kind.DECODE, precision)).nbytes <= exact + rest
+    assert nnz * 6 <= library.pack(weight, Config(Kind.CSR)).nbytes <= nnz * 6 + rest
 
 
 def test_csr_reaches_65536_columns_and_no_further() -> None:
     weight = torch.zeros(2, 65536)
     weight[0, -1], weight[1, 0] = 3.0, 2.0
     x = torch.arange(65536.0).reshape(1, -1)
-    assert native.linear(native.pack(weight, Config(Kind.CSR)), x).tolist() == [[3.0 * 65535, 0.0]]
+    assert library.linear(library.pack(weight, Config(Kind.CSR)), x).tolist() == [[3.0 * 65535, 0.0]]
     wide = torch.zeros(1, 65537)
     wide[0, -1] = 1.0
     with pytest.raises(RequestError):
-        native.pack(wide, Config(Kind.CSR))
-    assert native.linear(native.pack(wide, Config(Kind.DECODE)), torch.ones(1, 65537)).item() == 1.0
+        library.pack(wide, Config(Kind.CSR))
+    assert library.linear(library.pack(wide, Config(Kind.DECODE)), torch.ones(1, 65537)).item() == 1.0
 
 
 def test_there_is_no_int8_with_columns() -> None:
     with pytest.raises(NotSupported):
-        native.pack(torch.eye(3), Config(Kind.CSR, Precision.INT8))
+        library.pack(torch.eye(3), Config(Kind.CSR, Precision.INT8))
 
 
 @pytest.mark.parametrize(
@@ -244,13 +244,13 @@ def test_there_is_no_int8_with_columns() -> None:
 )
 def test_hostile_rows_are_refused(config: Config, starts: list[int], columns: list[int]) -> None:
     with pytest.raises(RequestError):
-        native.pack_rows((3, 5), torch.tensor(starts), torch.tensor(columns), torch.ones(3), config)
+        library.pack_rows((3, 5), torch.tensor(starts), torch.tensor(columns), torch.ones(3), config)
 
 
 def test_what_to_try_is_for_few_tokens() -> None:
     for density in (0.05, 0.1, 0.2, 0.3, 0.5):
         for count in range(1, 9):
-            tried = tiles.configs((512, 512), density, count)
+            tried = configs.kernel_configs((512, 512), density, count)
             assert {c.kind for c in tried} & {Kind.DECODE, Kind.CSR}
-        assert not {c.kind for c in tiles.configs((512, 512), density, 64)} & {Kind.DECODE, Kind.CSR}
-    assert Config(Kind.CSR) not in tiles.configs((8, 70000), 0.05, 1)
+        assert not {c.kind for c in configs.kernel_configs((512, 512), density, 64)} & {Kind.DECODE, Kind.CSR}
+    assert Config(Kind.CSR) not in configs.kernel_configs((8, 70000), 0.05, 1)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from prunella.app import doctor
-from prunella.runtime.kernels import library as native
+from prunella.runtime.kernels import library
 from prunella.runtime.tuning import survey
 from prunella.runtime.tuning.survey import Pattern, Try
 from tests.runtime.standin import Calls
@@ -44,11 +46,12 @@ def test_every_pattern_is_tried_with_kernels(kernels: Calls, monkeypatch: pytest
 
 
 @pytest.mark.usefixtures("eager_to_skip")
-def test_without_kernels_the_doctor_says_what_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native, "available", lambda: False)
+def test_without_kernels_the_doctor_says_what_is_lost(monkeypatch: pytest.MonkeyPatch, no_kernels: str) -> None:
+    monkeypatch.setattr(library, "FILE", Path("nowhere"))
     monkeypatch.setattr(doctor, "trials", lambda seconds, seed: ())
     monkeypatch.setattr(survey, "_SIZE", 32)
     found = doctor.checkup(seconds=0.01).as_dict()
     assert found["system"]["sparse kernels"] == "not built" and "install prunella from a wheel" in found["lost"]
+    assert found["lost"].startswith(no_kernels) and found["lost"].count(".") == 0  # one sentence
     assert [p["name"] for p in found["patterns"]] == ["scattered zeros"]
     assert found["patterns"][0]["tries"][0]["kernel"] == "torch CSR"

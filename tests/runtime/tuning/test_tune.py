@@ -13,12 +13,12 @@ from torch.nn import functional
 
 import prunella as pr
 from prunella.measure.timing import Ratio
-from prunella.runtime.fx.fuse import Fused, joins, traced
+from prunella.runtime.fx.fuse import Fused, fusions, traced
 from prunella.runtime.kernels.library import Activation, Config, Kind, Precision
 from prunella.runtime.tuning import tune
-from prunella.runtime.tuning.choice import Geometry, Problem, Route, from_json, spell, to_json
-from prunella.runtime.tuning.eligible import targets
-from prunella.runtime.tuning.tune import Tuner, blocks_of, configs, decide
+from prunella.runtime.tuning.choice import Geometry, Problem, Route, describe, from_json, to_json
+from prunella.runtime.tuning.eligible import eligible_layers
+from prunella.runtime.tuning.tune import Tuner, blocks_of, configs_for, decide
 from tests.runtime.standin import Calls
 from tests.runtime.test_sparse import IMAGE, net
 
@@ -50,7 +50,7 @@ def test_only_a_sure_gain_wins(monkeypatch: pytest.MonkeyPatch, ratio: Ratio, wi
             self.ratio = ratio
 
     monkeypatch.setattr(tune, "compare_latency", lambda *args, **kwargs: Measured())
-    monkeypatch.setattr(tune, "_sieve", lambda runs, seconds, base, before: dict.fromkeys(runs, 1.0))
+    monkeypatch.setattr(tune, "screen", lambda runs, seconds, base, before: dict.fromkeys(runs, 1.0))
     rival = Config(Kind.ROWS)
     verdict = decide({Route.TORCH: lambda: None, rival: lambda: None}, Problem(4), 0.1, 0)
     assert verdict.choice == (rival if wins else Route.TORCH) and verdict.best == rival
@@ -66,7 +66,7 @@ def test_what_seems_quicker_is_measured_until_it_is_sure(monkeypatch: pytest.Mon
 
     monkeypatch.setattr(tune, "compare_latency", measured)
     rival = Config(Kind.ROWS)
-    monkeypatch.setattr(tune, "_sieve", lambda runs, *_: {Route.TORCH: 2.0, rival: 1.0})
+    monkeypatch.setattr(tune, "screen", lambda runs, *_: {Route.TORCH: 2.0, rival: 1.0})
     runs = {Route.TORCH: lambda: None, rival: lambda: None}
     assert decide(runs, Problem(4), 0.1, 0).choice == rival and found == [5, 20]
     assert decide(runs, Problem(4), 0.1, 0).choice is Route.TORCH and found == [5, 20, 5]  # too little to look again
@@ -86,7 +86,7 @@ def test_alike_layers_are_measured_once(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_choices_are_plain_data() -> None:
     for choice in (*Route, Config(Kind.DECODE, Precision.INT8, 2, 8, 64)):
-        assert from_json(to_json(choice)) == choice and spell(choice)
+        assert from_json(to_json(choice)) == choice and describe(choice)
 
 
 def test_blocks_are_seen(kernels: Calls) -> None:
@@ -97,11 +97,11 @@ def test_blocks_are_seen(kernels: Calls) -> None:
     assert blocks_of(broken * 1.0) == 8
     broken[3, 3] = True
     assert blocks_of(broken * 1.0) == 1
-    kinds = [c.kind for c in configs(mask * 1.0, 64, Precision.FP32)]
+    kinds = [c.kind for c in configs_for(mask * 1.0, 64, Precision.FP32)]
     assert kinds[0] is Kind.BLOCK16 and Kind.BLOCK8 not in kinds
 
 
-JOINED = [
+FUSED = [
     Fused(),
     Fused(None, Activation.SILU, residual=True),
     Fused("norm", Activation.RELU),
@@ -110,22 +110,22 @@ JOINED = [
 
 
 @pytest.mark.usefixtures("kernels")
-@pytest.mark.parametrize("joined", JOINED)
-@pytest.mark.parametrize("last", [False, True])
-def test_a_convolution_is_measured_with_what_joins_it(joined: Fused, last: bool) -> None:
+@pytest.mark.parametrize("fused", FUSED)
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_a_convolution_is_measured_with_what_is_fused(fused: Fused, channels_last: bool) -> None:
     torch.manual_seed(0)
     weight, bias = torch.randn(6, 4, 3, 3), torch.randn(6)
     geometry, problem = Geometry((3, 3), (2, 1), (1, 1)), Problem(2 * 4 * 8, (2, 4, 8, 8))
-    how: Any = {"last": last, "joined": joined}
-    runs = tune.candidates(weight, bias, problem, geometry, Precision.FP32, 0, {}, **how)
+    options: Any = {"channels_last": channels_last, "fused": fused}
+    runs = tune.candidates(weight, bias, problem, geometry, Precision.FP32, 0, {}, **options)
     assert set(runs) == {Route.TORCH, Config(Kind.ROWS), Config(Kind.GROUPS)}
-    inside = 1 if joined.norm is None else (1 + nn.BatchNorm2d(1).eps) ** -0.5  # of a batch norm that is new
+    inside = 1 if fused.norm is None else (1 + nn.BatchNorm2d(1).eps) ** -0.5  # of a batch norm that is new
     for run in runs.values():
         x, residual = run.args[:2]
-        assert (residual is not None) == joined.residual and x.is_contiguous() is not last
-        wanted = functional.conv2d(x, weight, bias, (2, 1), 1) * inside + (1.0 if joined.residual else 0.0)
-        wanted = functional.silu(wanted) if joined.activation is Activation.SILU else wanted
-        wanted = wanted.relu() if joined.activation is Activation.RELU else wanted
+        assert (residual is not None) == fused.residual and x.is_contiguous() is not channels_last
+        wanted = functional.conv2d(x, weight, bias, (2, 1), 1) * inside + (1.0 if fused.residual else 0.0)
+        wanted = functional.silu(wanted) if fused.activation is Activation.SILU else wanted
+        wanted = wanted.relu() if fused.activation is Activation.RELU else wanted
         with torch.inference_mode():
             found = run()
         torch.testing.assert_close(found, wanted)
@@ -134,20 +134,20 @@ def test_a_convolution_is_measured_with_what_joins_it(joined: Fused, last: bool)
 
 @pytest.mark.usefixtures("eager_to_skip", "kernels")
 @pytest.mark.parametrize("fuse", [True, False])
-def test_the_trace_says_what_joins(monkeypatch: pytest.MonkeyPatch, fuse: bool) -> None:
+def test_the_trace_says_what_is_fused(monkeypatch: pytest.MonkeyPatch, fuse: bool) -> None:
     seen, candidates = list[Fused](), tune.candidates
 
     def spied(*args: Any, **how: Any) -> Any:
-        seen.append(how["joined"])
+        seen.append(how["fused"])
         return candidates(*args, **how)
 
     monkeypatch.setattr(tune, "candidates", spied)
     pr.sparse(net(), IMAGE, fuse=fuse)
-    whole = {Fused("norm", Activation.RELU), Fused("norm", Activation.RELU, residual=True), Fused()}
-    assert set(seen) == (whole if fuse else {Fused()})
+    expected = {Fused("norm", Activation.RELU), Fused("norm", Activation.RELU, residual=True), Fused()}
+    assert set(seen) == (expected if fuse else {Fused()})
 
 
-def test_what_is_called_twice_is_joined_by_nothing() -> None:
+def test_nothing_is_fused_with_what_is_called_twice() -> None:
     class Twice(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -158,18 +158,18 @@ def test_what_is_called_twice_is_joined_by_nothing() -> None:
             return made
 
     model = Twice().eval()
-    program = traced(model, targets(model), torch.randn(1, 2, 3, 3))
+    program = traced(model, eligible_layers(model), torch.randn(1, 2, 3, 3))
     assert program is not None
-    found = joins(program, {"one": model.one, "two": model.two})
+    found = fusions(program, {"one": model.one, "two": model.two})
     assert found == {"one": Fused(), "two": Fused(None, Activation.RELU)}
 
 
-def test_layers_that_differ_in_what_joins_them_are_measured_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_layers_that_differ_in_what_is_fused_are_measured_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
-    monkeypatch.setattr(tune, "candidates", lambda *args, **how: asked.append(how["joined"]) or {})
+    monkeypatch.setattr(tune, "candidates", lambda *args, **how: asked.append(how["fused"]) or {})
     monkeypatch.setattr(tune, "decide", lambda runs, problem, seconds, seed, before: problem)
     tuner, weight, geometry = Tuner(), torch.randn(2, 2, 1, 1), Geometry((1, 1))
     problem = (Problem(9, (1, 2, 3, 3)),)
-    for joined in (Fused("a"), Fused("b"), Fused("b", Activation.RELU), Fused()):
-        tuner.conv(weight, None, geometry, problem, joined)
+    for fused in (Fused("a"), Fused("b"), Fused("b", Activation.RELU), Fused()):
+        tuner.conv(weight, None, geometry, problem, fused)
     assert len(asked) == 3  # which norm it is does not matter

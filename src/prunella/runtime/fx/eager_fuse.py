@@ -1,7 +1,7 @@
-"""Which activation modules are the only readers of a layer's output, seen in one run of the model.
+"""Fusion of activations for models that `torch.fx` cannot trace, found in one eager run of the model.
 
-For models that `torch.fx` cannot follow. Every operation of a run is watched: a pair counts if one operation reads the
-output of the layer, once, inside the activation module, and the model does not return it.
+A layer and an activation module can be fused if exactly one operation of the run reads the output of the layer, inside
+the activation module, and the model does not return that output.
 """
 
 from __future__ import annotations
@@ -21,35 +21,35 @@ from prunella.runtime.fx.fuse import activation_of
 from prunella.types import Inputs
 
 
-def pairs(model: nn.Module, layers: Mapping[str, nn.Module], example: Inputs) -> dict[str, str]:
-    """Layer -> path of the activation module that alone reads what it gives."""
+def eager_fusions(model: nn.Module, layers: Mapping[str, nn.Module], example: Inputs) -> dict[str, str]:
+    """Layer -> path of the activation module that is the only reader of its output."""
     acts = {name: module for name, module in model.named_modules() if activation_of(module) is not None}
     acts = {
         name: module for name, module in acts.items() if not module._forward_hooks and not module._forward_pre_hooks
     }
-    seen = _Seen()
-    with _watched(seen, layers, acts), torch.no_grad(), seen:
+    log = _ReadLog()
+    with _recording(log, layers, acts), torch.no_grad(), log:
         out = forward(model, example)
     for tensor in tensors(out):
-        seen.read(tensor, "")
-    found = {}
+        log.read(tensor, "")
+    fusions = {}
     for name in layers:
-        readers = seen.readers[name]
-        if seen.calls[name] == 1 and len(readers) == 1 and readers[0] in acts and seen.calls[readers[0]] == 1:
-            found[name] = readers[0]
-    return found
+        readers = log.readers[name]
+        if log.calls[name] == 1 and len(readers) == 1 and readers[0] in acts and log.calls[readers[0]] == 1:
+            fusions[name] = readers[0]
+    return fusions
 
 
-class _Seen(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Notes in which activation each output of a layer is read; "" is anywhere else."""
+class _ReadLog(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Records in which activation module each output of a layer is read; "" is any other place."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.made: dict[int, str] = {}
+        self.producers: dict[int, str] = {}
         self.readers: dict[str, list[str]] = {}
         self.calls = Counter[str]()
         self.inside: list[str] = []
-        self.kept: list[Tensor] = []  # so that no address is used twice
+        self.alive: list[Tensor] = []  # so that no two outputs share an address
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         for tensor in tensors((args, kwargs or {})):
@@ -57,16 +57,16 @@ class _Seen(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return func(*args, **(kwargs or {}))
 
     def read(self, tensor: Tensor, where: str) -> None:
-        name = self.made.get(_address(tensor))
+        name = self.producers.get(_address(tensor))
         if name is not None:
             self.readers[name].append(where)
 
-    def given(self, name: str, output: Any) -> None:
+    def produced(self, name: str, output: Any) -> None:
         self.calls[name] += 1
         self.readers.setdefault(name, [])
         if isinstance(output, Tensor):
-            self.made[_address(output)] = name
-            self.kept.append(output)
+            self.producers[_address(output)] = name
+            self.alive.append(output)
 
 
 def _address(tensor: Tensor) -> int:
@@ -74,18 +74,18 @@ def _address(tensor: Tensor) -> int:
 
 
 @contextmanager
-def _watched(seen: _Seen, layers: Mapping[str, nn.Module], acts: Mapping[str, nn.Module]) -> Iterator[None]:
-    def gave(name: str, module: nn.Module, args: Any, output: Any) -> None:
-        seen.given(name, output)
+def _recording(log: _ReadLog, layers: Mapping[str, nn.Module], acts: Mapping[str, nn.Module]) -> Iterator[None]:
+    def produced(name: str, module: nn.Module, args: Any, output: Any) -> None:
+        log.produced(name, output)
 
     def enter(name: str, module: nn.Module, args: Any) -> None:
-        seen.calls[name] += 1
-        seen.inside.append(name)
+        log.calls[name] += 1
+        log.inside.append(name)
 
     def leave(module: nn.Module, args: Any, output: Any) -> None:
-        seen.inside.pop()
+        log.inside.pop()
 
-    handles = [layer.register_forward_hook(partial(gave, name)) for name, layer in layers.items()]
+    handles = [layer.register_forward_hook(partial(produced, name)) for name, layer in layers.items()]
     for name, act in acts.items():
         handles += [act.register_forward_pre_hook(partial(enter, name)), act.register_forward_hook(leave)]
     try:
@@ -93,4 +93,4 @@ def _watched(seen: _Seen, layers: Mapping[str, nn.Module], acts: Mapping[str, nn
     finally:
         for handle in handles:
             handle.remove()
-        seen.kept.clear()
+        log.alive.clear()

@@ -1,7 +1,6 @@
-"""What may be computed in one go with a layer, where a trace of the model proves that nothing else sees the parts.
+"""Fusion of a batch norm, a residual and an activation with the layer before them, in a program that torch.fx traced.
 
-`torch.fx` follows the whole program: a batch norm, the addition of a residual and an activation join the layer before
-them if each is the only reader of what it joins. Models that `torch.fx` cannot follow keep their modules.
+A step can be fused if it is the only reader of the result before it. Models that torch.fx cannot trace are not changed.
 """
 
 from __future__ import annotations
@@ -14,12 +13,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.fx import GraphModule, Interpreter, Node, Tracer
+from torch import nn
+from torch.fx import GraphModule, Node, Tracer
+from torch.fx.passes.shape_prop import ShapeProp, TensorMetadata
 from torch.nn import functional
 
 from prunella.model.forward import tensors
-from prunella.runtime.fx.simplify import tidy_
+from prunella.runtime.fx.simplify import simplify_
 from prunella.runtime.kernels.library import Activation
 from prunella.runtime.layers import FoldedConv2d
 
@@ -35,11 +35,13 @@ _FUNCTIONS: dict[object, Activation] = {
 }  # fmt: skip
 _METHODS = {"relu": Activation.RELU, "relu_": Activation.RELU}
 _ADDITIONS = (operator.add, operator.iadd, torch.add)
+SHAPE = "tensor_meta"
+"""Key of `Node.meta` where torch.fx notes the shape and type of a step's result."""
 
 
 @dataclass(frozen=True)
 class Fused:
-    """What joins a layer: the module path of a batch norm, an activation, whether something is added before it."""
+    """What is fused with a layer. norm: path of a batch norm. residual: whether one is added before the activation."""
 
     norm: str | None = None
     activation: Activation = Activation.NONE
@@ -47,7 +49,7 @@ class Fused:
 
 
 def activation_of(module: nn.Module) -> Activation | None:
-    """The activation that a module is, exactly, or None."""
+    """The activation that a module computes, or None."""
     kind = type(module)
     if isinstance(module, nn.GELU) and module.approximate != "none":
         return None
@@ -58,7 +60,7 @@ def activation_of(module: nn.Module) -> Activation | None:
 
 
 def traced(model: nn.Module, layers: Mapping[str, nn.Module], example: Any) -> GraphModule | None:
-    """The program of `model`, with these layers as single steps, or None where it cannot be followed or differs."""
+    """The program of `model` with these layers as single steps; None if it cannot be traced or its output differs."""
     if isinstance(example, Mapping):
         return None
     inputs = example if isinstance(example, tuple) else (example,)
@@ -67,28 +69,35 @@ def traced(model: nn.Module, layers: Mapping[str, nn.Module], example: Any) -> G
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
             program = GraphModule(model, _tracer(leaves).trace(model))
-            tidy_(program, model)
-            _Shapes(program).run(*inputs)
-            same = _same(program(*inputs), model(*inputs))
-    except Exception:  # symbolic tracing fails in as many ways as there are models; then nothing is fused
+            simplify_(program, model)
+            if not _same_outputs(program(*inputs), model(*inputs)):
+                return None
+            ShapeProp(program).propagate(*inputs)  # after a run that succeeded: it prints the errors of one that fails
+    except Exception:  # tracing can fail in any way, depending on the code of the model; then nothing is fused
         return None
-    return program if same else None
+    return program
+
+
+def shape_of(node: Node) -> tuple[int, ...] | None:
+    """The shape of the tensor that a step computed on the example; None if its result is no tensor."""
+    meta = node.meta.get(SHAPE)
+    return tuple(meta.shape) if isinstance(meta, TensorMetadata) else None
 
 
 def _tracer(leaves: set[int]) -> Tracer:
-    """Follows everything but these modules, torch's own, and those that cannot be followed: these stay single steps."""
+    """A tracer for which these modules, those of torch, and those that cannot be traced are single steps."""
 
     class Leaves(Tracer):
         def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
             return id(m) in leaves or Tracer.is_leaf_module(self, m, module_qualified_name)
 
         def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
-            steps, depth = len(self.graph.nodes), len(self.module_stack)
+            before, depth = len(self.graph.nodes), len(self.module_stack)
             try:
                 return Tracer.call_module(self, m, forward, args, kwargs)
-            except Exception:  # its forward asks for values, or is foreign to tracing in another way
-                for step in reversed(list(self.graph.nodes)[steps:]):
-                    self.graph.erase_node(step)
+            except Exception:  # its forward needs values, or cannot be traced for another reason
+                for node in reversed(list(self.graph.nodes)[before:]):
+                    self.graph.erase_node(node)
                 while len(self.module_stack) > depth:
                     self.module_stack.popitem()
                 return self.create_proxy("call_module", self.path_of_module(m), args, kwargs)
@@ -96,24 +105,15 @@ def _tracer(leaves: set[int]) -> Tracer:
     return Leaves()
 
 
-class _Shapes(Interpreter):
-    """Notes the shape of what each step gives."""
-
-    def run_node(self, n: Node) -> Any:
-        made = Interpreter.run_node(self, n)
-        n.meta["shape"] = tuple(made.shape) if isinstance(made, Tensor) else None
-        return made
-
-
-def _same(one: Any, other: Any) -> bool:
-    pairs = list(zip(tensors(one), tensors(other), strict=True))
+def _same_outputs(output: Any, expected: Any) -> bool:
+    pairs = list(zip(tensors(output), tensors(expected), strict=True))
     return bool(pairs) and all(torch.allclose(a, b, equal_nan=True) for a, b in pairs)
 
 
 def fuse_(program: GraphModule, make: Callable[[str, Fused], nn.Module | None], layers: Mapping[str, Any]) -> None:
-    """Replace each layer, and what can join it, by what `make` gives for it; None leaves a layer as it is.
+    """Replace each layer, and the steps that can be fused with it, by the module that `make` returns.
 
-    A layer that is called twice is replaced with nothing joined.
+    If `make` returns None the layer stays. Nothing is fused with a layer that is called twice.
     """
     modules = dict(program.named_modules())
     calls: dict[str, list[Node]] = {}
@@ -121,38 +121,38 @@ def fuse_(program: GraphModule, make: Callable[[str, Fused], nn.Module | None], 
         if node.op == "call_module" and node.target in layers:
             calls.setdefault(str(node.target), []).append(node)
     for name, nodes in calls.items():
-        joined, last, other = _join(nodes[0], modules) if len(nodes) == 1 else (Fused(), nodes[0], None)
-        made = make(name, joined)
-        if made is None:
+        fused, last, addend = _fusable(nodes[0], modules) if len(nodes) == 1 else (Fused(), nodes[0], None)
+        module = make(name, fused)
+        if module is None:
             continue
         parent, _, leaf = name.rpartition(".")
-        setattr(program.get_submodule(parent), leaf, made)
+        setattr(program.get_submodule(parent), leaf, module)
         if last is not nodes[0]:
-            _rewrite(program, nodes[0], last, other)
+            _rewrite(program, nodes[0], last, addend)
     program.delete_all_unused_submodules()
     program.graph.lint()
     program.recompile()
 
 
-def joins(program: GraphModule, layers: Mapping[str, Any]) -> dict[str, Fused]:
-    """What `fuse_` would let join each of these layers if all were replaced. The program is of no use afterwards."""
-    found: dict[str, Fused] = {}
+def fusions(program: GraphModule, layers: Mapping[str, Any]) -> dict[str, Fused]:
+    """What `fuse_` would fuse with each of these layers. The program computes something else afterwards."""
+    by_layer: dict[str, Fused] = {}
 
     def make(name: str, fused: Fused) -> nn.Module:
-        found[name] = fused
+        by_layer[name] = fused
         return nn.Identity()
 
     fuse_(program, make, layers)
-    return found
+    return by_layer
 
 
-def called(program: GraphModule) -> set[str]:
+def called_modules(program: GraphModule) -> set[str]:
     """Paths of the modules that the program itself calls."""
     return {str(node.target) for node in program.graph.nodes if node.op == "call_module"}
 
 
 def fold_(program: GraphModule) -> None:
-    """Multiply batch norms into the dense convolutions before them; what follows joins as in `fuse_`."""
+    """Fold batch norms into the dense convolutions before them, and fuse the next steps as `fuse_` does."""
     modules = dict(program.named_modules())
     convolutions = {name: m for name, m in modules.items() if type(m) is nn.Conv2d and _foldable(m)}
 
@@ -166,30 +166,30 @@ def fold_(program: GraphModule) -> None:
 
 
 def _foldable(conv: nn.Conv2d) -> bool:
-    return conv.padding_mode == "zeros" and conv.weight.dtype is torch.float32 and not hooked(conv)
+    return conv.padding_mode == "zeros" and conv.weight.dtype is torch.float32 and not has_hooks(conv)
 
 
-def hooked(module: nn.Module) -> bool:
-    """Whether a call of the module does more than its forward, or its weight is computed."""
+def has_hooks(module: nn.Module) -> bool:
+    """Whether a call of the module does more than its forward, or its weight is parametrized."""
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     return any(hooks) or "parametrizations" in module._modules
 
 
 def channels_last_(program: GraphModule) -> bool:
-    """Let images run with their channels as the last axis; whether there is one, and the result can be turned back.
+    """Run images in the layout channels last; False if the program takes no image or returns more than one tensor.
 
-    Strides of what comes out stay as they were.
+    The output keeps the layout that it had.
     """
     graph = program.graph
-    images = [node for node in graph.nodes if node.op == "placeholder" and len(node.meta.get("shape") or ()) == 4]
+    images = [node for node in graph.nodes if node.op == "placeholder" and len(shape_of(node) or ()) == 4]
     (result,) = (node.args[0] for node in graph.nodes if node.op == "output")
-    shape = result.meta.get("shape") if isinstance(result, Node) else None
+    shape = shape_of(result) if isinstance(result, Node) else None
     if not images or shape is None:
         return False
     for node in images:
         with graph.inserting_after(node):
-            turned = graph.call_method("contiguous", (node,), {"memory_format": torch.channels_last})
-        node.replace_all_uses_with(turned, delete_user_cb=lambda user, turned=turned: user is not turned)
+            image = graph.call_method("contiguous", (node,), {"memory_format": torch.channels_last})
+        node.replace_all_uses_with(image, delete_user_cb=lambda user, image=image: user is not image)
     if len(shape) == 4:
         with graph.inserting_after(result):
             back = graph.call_method("contiguous", (result,))
@@ -199,21 +199,21 @@ def channels_last_(program: GraphModule) -> bool:
     return True
 
 
-def _join(layer: Node, modules: Mapping[str, nn.Module]) -> tuple[Fused, Node, Node | None]:
-    """What can join a layer, the last step that is part of it then, and what is added."""
-    node, norm, other = layer, None, None
+def _fusable(layer: Node, modules: Mapping[str, nn.Module]) -> tuple[Fused, Node, Node | None]:
+    """What can be fused with a layer, the last step of that, and the residual that is added."""
+    node, norm, residual = layer, None, None
     follower = _only_user(node)
     if follower is not None and _is_norm(follower, modules):
         norm, node = str(follower.target), follower
         follower = _only_user(node)
     addend = _added(follower, node) if follower is not None else None
-    if follower is not None and addend is not None and _undisturbed(layer, follower):
-        other, node = addend, follower
+    if follower is not None and addend is not None and _can_move(layer, follower):
+        residual, node = addend, follower
         follower = _only_user(node)
     activation = _activation(follower, modules) if follower is not None else None
     if follower is not None and activation is not None:
         node = follower
-    return Fused(norm, activation or Activation.NONE, other is not None), node, other
+    return Fused(norm, activation or Activation.NONE, residual is not None), node, residual
 
 
 def _only_user(node: Node) -> Node | None:
@@ -225,32 +225,29 @@ def _is_norm(node: Node, modules: Mapping[str, nn.Module]) -> bool:
     if node.op != "call_module" or len(node.args) != 1 or node.kwargs:
         return False
     norm, path = modules[str(node.target)], str(node.target)
-    alone = sum(n.op == "call_module" and n.target == path for n in node.graph.nodes) == 1
-    if type(norm) is not nn.BatchNorm2d or norm.training or not alone:
+    called_once = sum(n.op == "call_module" and n.target == path for n in node.graph.nodes) == 1
+    if type(norm) is not nn.BatchNorm2d or norm.training or not called_once:
         return False
-    # One without a scale would have to make ones in each call, and the layer would be folded and packed again for them.
+    # Without a scale, each call would make a new tensor of ones, and the cache would take it for a changed weight.
     return all(part is not None for part in (norm.running_mean, norm.running_var, norm.weight, norm.bias))
 
 
-def _added(node: Node, one: Node) -> Node | None:
-    """The other term, if this step adds two tensors of one shape."""
+def _added(node: Node, term: Node) -> Node | None:
+    """The other term of a sum with `term`, if the step adds two tensors of one shape."""
     plain = node.op == "call_function" and node.target in _ADDITIONS
     method = node.op == "call_method" and node.target in ("add", "add_")
     if not (plain or method) or node.kwargs or len(node.args) != 2:
         return None
-    other = node.args[1] if node.args[0] is one else node.args[0]
-    if (
-        not isinstance(other, Node)
-        or other is one
-        or (node.args[0] is not one and node.target in ("add_", operator.iadd))
-    ):
-        return None  # in place, the other term would have to change too
-    return other if other.meta.get("shape") is not None and other.meta["shape"] == one.meta.get("shape") else None
+    other = node.args[1] if node.args[0] is term else node.args[0]
+    in_place = node.target in ("add_", operator.iadd)
+    if not isinstance(other, Node) or other is term or (in_place and node.args[0] is not term):
+        return None  # a sum in the memory of the other term would have to change that term
+    return other if shape_of(other) is not None and shape_of(other) == shape_of(term) else None
 
 
-def _undisturbed(layer: Node, last: Node) -> bool:
-    """Whether the layer may run where `last` is: nothing between the two writes into a tensor."""
-    node, chain = layer.next, _chain(layer, last)
+def _can_move(layer: Node, last: Node) -> bool:
+    """Whether the layer can run where `last` is: no step between the two writes into a tensor."""
+    node, chain = layer.next, set(_steps(layer, last))
     while node is not last:
         writes = node.op == "placeholder" or str(node.target).endswith("_") or node.target in (operator.iadd,)
         if node.op == "call_module":
@@ -262,38 +259,30 @@ def _undisturbed(layer: Node, last: Node) -> bool:
     return True
 
 
-def _chain(layer: Node, last: Node) -> set[Node]:
-    found, node = {layer}, layer
-    while node is not last:
-        node = next(iter(node.users))
-        found.add(node)
-    return found
-
-
 def _activation(node: Node, modules: Mapping[str, nn.Module]) -> Activation | None:
     if node.op == "call_module":
         return activation_of(modules[str(node.target)])
-    extra = [value for key, value in node.kwargs.items() if key != "inplace"]
-    if len(node.args) != 1 or extra:
+    options = [value for key, value in node.kwargs.items() if key != "inplace"]
+    if len(node.args) != 1 or options:
         return None
     if node.op == "call_function":
         return _FUNCTIONS.get(node.target)
     return _METHODS.get(str(node.target)) if node.op == "call_method" else None
 
 
-def _rewrite(program: GraphModule, layer: Node, last: Node, other: Node | None) -> None:
-    """Run the layer in place of all; where something is added, as late as that is there."""
-    with program.graph.inserting_before(last if other is not None else layer):
-        args = layer.args if other is None else (*layer.args, other)
-        made = program.graph.call_module(str(layer.target), args, layer.kwargs)
-    made.meta["shape"] = last.meta.get("shape")
-    last.replace_all_uses_with(made)
-    for node in reversed(list(_backwards(layer, last))):
+def _rewrite(program: GraphModule, layer: Node, last: Node, residual: Node | None) -> None:
+    """Replace the steps from `layer` to `last` by one call; with a residual it stands where the residual is ready."""
+    with program.graph.inserting_before(last if residual is not None else layer):
+        args = layer.args if residual is None else (*layer.args, residual)
+        call = program.graph.call_module(str(layer.target), args, layer.kwargs)
+    call.meta[SHAPE] = last.meta.get(SHAPE)
+    last.replace_all_uses_with(call)
+    for node in reversed(list(_steps(layer, last))):
         program.graph.erase_node(node)
 
 
-def _backwards(layer: Node, last: Node) -> Iterator[Node]:
-    """The steps from the layer to the last one, in order."""
+def _steps(layer: Node, last: Node) -> Iterator[Node]:
+    """The steps from the layer to the last one, in order; each has one user."""
     node = layer
     yield node
     while node is not last:
@@ -304,5 +293,5 @@ def _backwards(layer: Node, last: Node) -> Iterator[Node]:
 def copied(model: nn.Module) -> nn.Module:
     """A copy of the model, in eval mode and without gradients."""
     with torch.inference_mode(False):
-        made = copy.deepcopy(model)
-    return made.eval().requires_grad_(False)
+        duplicate = copy.deepcopy(model)
+    return duplicate.eval().requires_grad_(False)

@@ -1,4 +1,4 @@
-"""Take out of a traced program what computes nothing, so that what belongs together stands side by side."""
+"""Remove from a traced program what computes nothing, so that steps that can be fused are neighbours."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ _PARTS = ("running_mean", "running_var", "weight", "bias")
 _OF_SHAPES = (getattr, operator.eq, operator.ge, operator.gt)
 
 
-def tidy_(program: GraphModule, model: nn.Module) -> None:
-    """Drop identities and checks of the number of axes, and make modules of batch norms that are called as functions.
+def simplify_(program: GraphModule, model: nn.Module) -> None:
+    """Drop identities and checks of the number of axes; turn calls of `F.batch_norm` into calls of a module.
 
-    program: traced from `model`. The names of all tensors stay.
+    program: traced from `model`. All tensors keep their names.
     """
     for node in list(program.graph.nodes):
         if node.op == "call_function" and node.target is torch._assert:
@@ -26,7 +26,7 @@ def tidy_(program: GraphModule, model: nn.Module) -> None:
         elif node.op == "call_function" and node.target is functional.batch_norm:
             _make_norm(program, model, node)
     for node in reversed(list(program.graph.nodes)):
-        if node.target is getattr and not node.users:  # for a message of a check
+        if node.target is getattr and not node.users:  # it was read for the message of a check only
             program.graph.erase_node(node)
     program.graph.lint()
     program.recompile()
@@ -39,10 +39,10 @@ def _drop_identity(node: Node, module: nn.Module) -> None:
 
 
 def _drop_check(node: Node) -> None:
-    """An assertion about the number of axes alone: whatever follows would refuse the input too."""
-    todo, steps = [node.args[0]], list[Node]()
-    while todo:
-        step = todo.pop()
+    """Drop an assertion that asks only for the number of axes: the next operations would refuse the input too."""
+    pending, steps = [node.args[0]], list[Node]()
+    while pending:
+        step = pending.pop()
         if not isinstance(step, Node):
             continue
         if step.op != "call_function" or step.target not in _OF_SHAPES or len(step.users) != 1:
@@ -52,26 +52,26 @@ def _drop_check(node: Node) -> None:
             if step.args[1] != "ndim":
                 return
         else:
-            todo += step.args
+            pending += step.args
     node.graph.erase_node(node)
     for step in steps:
         step.graph.erase_node(step)
 
 
 def _make_norm(program: GraphModule, model: nn.Module, node: Node) -> None:
-    """`F.batch_norm` with the tensors of one nn.BatchNorm2d in eval mode, called nowhere else, by a plain module.
+    """Replace `F.batch_norm` with the tensors of one nn.BatchNorm2d in eval mode, called only here, by a plain module.
 
-    Its class may do more than that (an activation, for example), which the trace shows as further steps.
+    The class of the original module may do more, for example apply an activation: those are other steps of the trace.
     """
-    given = dict(zip(("x", *_PARTS, "training", "momentum", "eps"), node.args, strict=False)) | node.kwargs
-    tensors = [given.get(part) for part in _PARTS]
-    if not all(isinstance(t, Node) and t.op == "get_attr" for t in tensors) or given.get("training") is not False:
+    arguments = dict(zip(("x", *_PARTS, "training", "momentum", "eps"), node.args, strict=False)) | node.kwargs
+    tensors = [arguments.get(part) for part in _PARTS]
+    if not all(isinstance(t, Node) and t.op == "get_attr" for t in tensors) or arguments.get("training") is not False:
         return
     owners = {str(t.target).removesuffix(f".{part}") for t, part in zip(tensors, _PARTS, strict=True)}  # type: ignore[union-attr]
     owner = next(iter(owners))
     norm = model.get_submodule(owner) if len(owners) == 1 and hasattr(model, owner.split(".")[0]) else None
     shared = any(len(t.users) != 1 for t in tensors)  # type: ignore[union-attr]
-    if not isinstance(norm, nn.BatchNorm2d) or norm.training or shared or given.get("eps", 1e-5) != norm.eps:
+    if not isinstance(norm, nn.BatchNorm2d) or norm.training or shared or arguments.get("eps", 1e-5) != norm.eps:
         return
     with torch.device("meta"):
         plain = nn.BatchNorm2d(norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats)
@@ -82,8 +82,8 @@ def _make_norm(program: GraphModule, model: nn.Module, node: Node) -> None:
     parent, _, leaf = owner.rpartition(".")
     setattr(program.get_submodule(parent), leaf, plain.eval())
     with node.graph.inserting_before(node):
-        made = node.graph.call_module(owner, (given["x"],))
-    node.replace_all_uses_with(made)
+        call = node.graph.call_module(owner, (arguments["x"],))
+    node.replace_all_uses_with(call)
     node.graph.erase_node(node)
     for tensor in tensors:
         node.graph.erase_node(tensor)  # type: ignore[arg-type]

@@ -1,1 +1,1 @@
-"""The native library of sparse kernels and its calls."""
+"""The compiled library of sparse kernels, and its calls."""

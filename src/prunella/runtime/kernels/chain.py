@@ -1,6 +1,6 @@
-"""Convolutions that follow each other, in one call of the kernels.
+"""A chain of convolutions in one call of the kernels.
 
-What is in between lies in one piece of memory, parts of which are given out again as soon as nothing reads them.
+Intermediate results share one buffer: a part of it is used again as soon as nothing reads it any more.
 """
 
 from __future__ import annotations
@@ -13,17 +13,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prunella.runtime.kernels import library as native
+from prunella.runtime.kernels import library, signatures
 from prunella.runtime.kernels.convolution import Patches
 from prunella.runtime.kernels.library import Activation, Packed
 
 _LINE = 16
-"""Floats of a cache line: every piece of memory begins with one."""
+"""Floats of a cache line. Every part of the buffer begins with one."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """Places of what a layer reads, among the inputs and what the layers before gave; `free`: those read last here."""
+    """What a layer reads, as places: the inputs come first, then the result of each layer.
+
+    free: places that no later layer reads.
+    """
 
     x: int
     residual: int | None
@@ -32,7 +35,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Ready:
-    """A layer for one size of images: its weight as the kernel wants it, and what goes with that."""
+    """A layer prepared for images of one size."""
 
     packed: Packed
     patches: Patches
@@ -42,30 +45,25 @@ class Ready:
 
 @dataclass(frozen=True)
 class Prepared:
-    """Steps as the kernels take them. floats: of the memory in between; outputs: the sizes of what comes out."""
+    """A chain as the kernels take it. floats: size of the buffer. outputs: sizes of the results that are returned.
+
+    layers: keeps alive the memory that `steps` points to.
+    """
 
     steps: Any = field(repr=False)
     floats: int
     outputs: tuple[Patches, ...]
-    kept: tuple[Ready, ...] = field(repr=False)
+    layers: tuple[Ready, ...] = field(repr=False)
 
 
-class _Step(ctypes.Structure):
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("weight", "image", "bias")),
-        *((name, ctypes.c_int64) for name in ("x", "residual", "y")),
-        *((name, ctypes.c_int32) for name in ("x_place", "residual_place", "y_place", "activation", "tile")),
-    )
-
-
-class _Memory:
-    """Gives out pieces of one memory, in whole cache lines."""
+class _Buffer:
+    """Allocates parts of one buffer, in whole cache lines."""
 
     def __init__(self) -> None:
         self.end = 0
         self.holes: list[tuple[int, int]] = []  # size, beginning
 
-    def take(self, floats: int) -> int:
+    def allocate(self, floats: int) -> int:
         size = _lines(floats)
         fitting = min((hole for hole in self.holes if hole[0] >= size), default=None)
         if fitting is None:
@@ -76,7 +74,7 @@ class _Memory:
             self.holes.append((fitting[0] - size, fitting[1] + size))
         return fitting[1]
 
-    def give(self, floats: int, begin: int) -> None:
+    def release(self, floats: int, begin: int) -> None:
         size = _lines(floats)
         for hole in list(self.holes):
             if hole[1] + hole[0] == begin or begin + size == hole[1]:
@@ -89,15 +87,15 @@ def _lines(floats: int) -> int:
     return -(-floats // _LINE) * _LINE
 
 
-def laid(
+def allocate(
     steps: Sequence[Step], sizes: Sequence[int], inputs: int, outputs: Sequence[int]
 ) -> tuple[dict[int, int], int]:
-    """Where the results lie that do not come out: place -> first float, of so many in all.
+    """Place -> first float in the buffer, for every result that is not returned; and the size of the buffer.
 
-    sizes: floats of each result. A result takes the memory of the residual that is added to it, if nothing else reads
-    that: every number is read before that which replaces it.
+    sizes: floats of each result. outputs: places of the results that are returned. A result overwrites the residual
+    that is added to it if nothing else reads the residual: each number is read before it is replaced.
     """
-    memory, at = _Memory(), dict[int, int]()
+    buffer, at = _Buffer(), dict[int, int]()
     for number, step in enumerate(steps):
         y, free = inputs + number, [place for place in step.free if place in at]
         if y not in outputs:
@@ -105,47 +103,49 @@ def laid(
                 free.remove(step.residual)
                 at[y] = at[step.residual]
             else:
-                at[y] = memory.take(sizes[number])
+                at[y] = buffer.allocate(sizes[number])
         for place in free:
-            memory.give(sizes[place - inputs], at[place])
-    return at, memory.end
+            buffer.release(sizes[place - inputs], at[place])
+    return at, buffer.end
 
 
-def prepared(steps: Sequence[Step], ready: Sequence[Ready], inputs: int, outputs: Sequence[int]) -> Prepared:
-    """Steps for one size of the inputs. inputs: how many; outputs: places of what comes out."""
-    at, floats = laid(steps, [_floats(one.patches) for one in ready], inputs, outputs)
+def prepare(steps: Sequence[Step], layers: Sequence[Ready], inputs: int, outputs: Sequence[int]) -> Prepared:
+    """A chain for one size of the inputs. inputs: how many; outputs: places of the results that are returned."""
+    at, floats = allocate(steps, [_floats(layer.patches) for layer in layers], inputs, outputs)
 
-    def where(place: int | None) -> tuple[int, int]:
-        """Number of the memory, and the first float there."""
+    def locate(place: int | None) -> tuple[int, int]:
+        """Number of the tensor (inputs, the buffer, outputs), and the first float in it."""
         if place is None:
             return -1, 0
         if place in at:
             return inputs, at[place]
         return place if place < inputs else inputs + 1 + outputs.index(place), 0
 
-    made = (_Step * len(steps))()
-    for number, (step, one) in enumerate(zip(steps, ready, strict=True)):
-        places, begins = zip(*map(where, (step.x, step.residual, inputs + number)), strict=True)
-        image, bias = ctypes.cast(one.patches.image, ctypes.c_void_p), None if one.bias is None else one.bias.data_ptr()
-        numbers = native.NUMBERS[one.activation], one.packed.config.tile
-        made[number] = _Step(one.packed.handle, image, bias, *begins, *places, *numbers)
-    return Prepared(made, floats, tuple(ready[place - inputs].patches for place in outputs), tuple(ready))
+    array = (signatures.Step * len(steps))()
+    for number, (step, layer) in enumerate(zip(steps, layers, strict=True)):
+        tensors, offsets = zip(*map(locate, (step.x, step.residual, inputs + number)), strict=True)
+        image = ctypes.cast(layer.patches.image, ctypes.c_void_p)
+        bias = None if layer.bias is None else layer.bias.data_ptr()
+        options = library.ACTIVATION_CODES[layer.activation], layer.packed.config.tile
+        array[number] = signatures.Step(layer.packed.handle, image, bias, *offsets, *tensors, *options)
+    return Prepared(array, floats, tuple(layers[place - inputs].patches for place in outputs), tuple(layers))
 
 
 def run(prepared: Prepared, inputs: Sequence[Tensor]) -> tuple[Tensor, ...] | None:
-    """What comes out, or None where a number of an input or in between is not finite, or would not be in bfloat16.
+    """The results that are returned; None if an input or an intermediate result of a layer holds NaN or infinity.
 
-    inputs: float32 on the CPU, of the sizes and in the layout that the steps were prepared for.
+    None too for a number that is infinite in bfloat16. inputs: float32 on the CPU, in the sizes and the layout that
+    the chain was prepared for.
     """
-    between = inputs[0].new_empty(prepared.floats)
-    found = tuple(inputs[0].new_empty_strided(one.out, one.strides) for one in prepared.outputs)
-    places = [tensor.data_ptr() for tensor in (*inputs, between, *found)]
-    given = (ctypes.c_void_p * len(places))(*places)
-    done = native.entries()[3](prepared.steps, len(prepared.kept), given, torch.get_num_threads())
-    if done == native.ODD_INPUT:
+    buffer = inputs[0].new_empty(prepared.floats)
+    outputs = tuple(inputs[0].new_empty_strided(sizes.out, sizes.strides) for sizes in prepared.outputs)
+    addresses = [tensor.data_ptr() for tensor in (*inputs, buffer, *outputs)]
+    places = (ctypes.c_void_p * len(addresses))(*addresses)
+    code = library.entries().many_chain(prepared.steps, len(prepared.layers), places, torch.get_num_threads())
+    if code == library.ODD_INPUT:
         return None
-    native.check_code(done)
-    return found
+    library.check_code(code)
+    return outputs
 
 
 def _floats(patches: Patches) -> int:

@@ -1,7 +1,7 @@
-"""The compiled kernels, as Python sees them: a weight is packed once, then multiplied.
+"""The compiled kernels: a weight is packed once, then multiplied.
 
-The library has no torch and no Python in it; it gets addresses. Without it (no compiler at installation) `available()`
-is False, and everything here that multiplies refuses.
+The library is plain C++ without torch and Python; it is given addresses. Where it was not built or cannot be loaded,
+`available()` is False, `missing()` says why, and packing and multiplying raise NotSupported.
 """
 
 from __future__ import annotations
@@ -9,28 +9,27 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
+import sys
 import weakref
 from dataclasses import dataclass, field
 from enum import Enum
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import gelu, hardswish, relu, relu6, silu
 
 from prunella.errors import NotSupported, PruningError, RequestError
+from prunella.runtime.kernels import signatures
 
-_NAME = "libprunella.so"
-_ABI = 9
-"""`PRUNELLA_ABI` of kernels/prunella.h."""
-ODD_INPUT = 7
+ODD_INPUT = signatures.ODD_INPUT
 _log = logging.getLogger(__name__)
 
 
 class Activation(Enum):
-    """What is applied to the sum, the bias and the residual."""
+    """The function that is applied to the sum of the product, the bias and the residual."""
 
     NONE = "none"
     RELU = "relu"
@@ -43,7 +42,7 @@ class Activation(Enum):
 class Precision(Enum):
     """The type that values are multiplied in; sums are float32."""
 
-    __hash__ = object.__hash__  # quicker than that of the name: choices are looked up in every call
+    __hash__ = object.__hash__  # faster than the hash of the name: every call of a layer looks up its choice
 
     FP32 = "fp32"
     BF16 = "bf16"
@@ -51,11 +50,11 @@ class Precision(Enum):
 
 
 class Kind(Enum):
-    """How the nonzeros are laid out.
+    """The layout of the nonzeros.
 
-    ROWS: rows side by side, each with its own columns. GROUPS: rows whose columns go by the pattern of their nonzeros.
-    BLOCK16, BLOCK8, BLOCK4: so many neighbouring rows share their columns. PAIRS: as ROWS, two nonzeros of a row at a
-    time, their values in bfloat16 as x is. DECODE, CSR: for a few tokens.
+    ROWS: each row with its own columns, several rows side by side. GROUPS: neighbouring rows, whose columns are sorted
+    by which of the rows have a nonzero there. BLOCK16, BLOCK8, BLOCK4: that many neighbouring rows share their columns.
+    PAIRS: as ROWS, but two nonzeros of a row at a time, with values and x in bfloat16. DECODE, CSR: for a few tokens.
     """
 
     __hash__ = object.__hash__
@@ -70,26 +69,33 @@ class Kind(Enum):
     CSR = "csr"
 
 
-_MANY = {Kind.ROWS: 0, Kind.GROUPS: 1, Kind.BLOCK16: 2, Kind.BLOCK8: 3, Kind.BLOCK4: 4, Kind.PAIRS: 5}
-NUMBERS = {
-    Activation.NONE: 0, Activation.RELU: 1, Activation.GELU: 2, Activation.SILU: 3, Activation.RELU6: 4,
-    Activation.HARDSWISH: 5,
+ACTIVATION_CODES = {
+    Activation.NONE: signatures.NONE, Activation.RELU: signatures.RELU, Activation.GELU: signatures.GELU,
+    Activation.SILU: signatures.SILU, Activation.RELU6: signatures.RELU6, Activation.HARDSWISH: signatures.HARDSWISH,
 }  # fmt: skip
-_FEW = {Kind.DECODE: 0, Kind.CSR: 1}
+MANY_CODES = {
+    Kind.ROWS: signatures.ROWS, Kind.GROUPS: signatures.GROUPS, Kind.BLOCK16: signatures.BLOCK16,
+    Kind.BLOCK8: signatures.BLOCK8, Kind.BLOCK4: signatures.BLOCK4, Kind.PAIRS: signatures.PAIRS,
+}  # fmt: skip
+"""Layouts for many tokens."""
+FEW_CODES = {Kind.DECODE: signatures.BITMAP, Kind.CSR: signatures.CSR}
+"""Layouts for a few tokens."""
+PRECISION_CODES = {
+    Precision.FP32: signatures.FP32, Precision.BF16: signatures.BF16, Precision.INT8: signatures.INT8,
+}  # fmt: skip
+FEW = frozenset(FEW_CODES)
 IN_PLACE: dict[Activation, Any] = {
     Activation.RELU: relu, Activation.SILU: silu, Activation.RELU6: relu6, Activation.HARDSWISH: hardswish,
 }  # fmt: skip
-"""Those that torch can apply in the memory of their input."""
-FEW = frozenset(_FEW)
-"""The kinds for a few tokens."""
-_FEW_PRECISIONS = {Precision.FP32: 0, Precision.BF16: 1, Precision.INT8: 2}
+"""Activations that torch can apply in the memory of their input."""
 
 
 @dataclass(frozen=True)
 class Config:
-    """One kernel and its sizes: rows side by side, vectors of tokens side by side, columns of a block.
+    """One kernel and its sizes. rows, tile: rows and vectors of tokens side by side. depth: columns of a block.
 
-    tile 0, for blocks of 16 rows: these are the lanes, and nothing is turned over; 2 where the layout forbids that.
+    tile 0 is for blocks of 16 rows: the rows are the lanes of a vector, and x is not transposed. Where the layout of x
+    forbids that, the kernel runs with tile 2.
     """
 
     kind: Kind
@@ -101,7 +107,7 @@ class Config:
 
 @dataclass(frozen=True)
 class Packed:
-    """A weight in the private layout of a kernel; the memory behind it goes with this object."""
+    """A weight in the private layout of a kernel. Its memory is freed with this object."""
 
     shape: tuple[int, int]
     nnz: int
@@ -110,116 +116,133 @@ class Packed:
     handle: int = field(repr=False)
 
     def __post_init__(self) -> None:
-        free = _library().prunella_few_free if self.config.kind in _FEW else _library().prunella_many_free
+        free = _library().prunella_few_free if self.config.kind in FEW else _library().prunella_many_free
         weakref.finalize(self, free, ctypes.c_void_p(self.handle))
 
 
-class ImageSizes(ctypes.Structure):
-    _fields_ = (
-        *((name, ctypes.c_int64) for name in ("channels", "height", "width", "batch")),
-        *((name, ctypes.c_int32) for name in ("kernel_h", "kernel_w", "stride_h", "stride_w", "pad_h", "pad_w")),
-        *((name, ctypes.c_int32) for name in ("dilation_h", "dilation_w", "last")),
-    )
+# -- loading ----------------------------------------------------------------------------------------------------------
 
 
-_POINTER, _LONG, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
-_SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
-    "prunella_tiers": (ctypes.c_char_p, ()),
-    "prunella_tier": (ctypes.c_char_p, ()),
-    "prunella_use": (_INT, (ctypes.c_char_p,)),
-    "prunella_check": (_INT, (_LONG, _LONG, _LONG, _POINTER, _POINTER)),
-    "prunella_many_pack": (
-        _INT,
-        (_LONG, _LONG, _LONG, _POINTER, _POINTER, _POINTER, _INT, _INT, _INT, _INT, ctypes.POINTER(_POINTER)),
+_ERRORS = {
+    signatures.BAD_ARGUMENT: ("the kernels cannot do this", "a size or an option is out of range"),
+    signatures.BAD_STARTS: (
+        "the rows of a sparse weight are not well formed", "their starts do not rise to the number of nonzeros",
     ),
-    "prunella_many_free": (None, (_POINTER,)),
-    "prunella_many_bytes": (_LONG, (_POINTER,)),
-    "prunella_many_linear": (
-        _INT,
-        (_POINTER, _POINTER, _LONG, _POINTER, _POINTER, _INT, _INT, _INT, _INT, _POINTER),
+    signatures.BAD_INDEX: (
+        "the columns of a sparse weight are not well formed", "a column is outside the matrix or out of order",
     ),
-    "prunella_many_chain": (_INT, (_POINTER, _INT, _POINTER, _INT)),
-    "prunella_many_conv": (
-        _INT,
-        (_POINTER, ctypes.POINTER(ImageSizes), _POINTER, _POINTER, _POINTER, _INT, _INT, _INT, _INT, _POINTER),
+    signatures.NO_MEMORY: (
+        "there is no memory left for the sparse kernels", "the packed weight or its scratch memory does not fit",
     ),
-    "prunella_few_pack": (
-        _INT,
-        (_LONG, _LONG, _LONG, _POINTER, _POINTER, _POINTER, _INT, _INT, ctypes.POINTER(_POINTER)),
-    ),
-    "prunella_few_free": (None, (_POINTER,)),
-    "prunella_few_bytes": (_LONG, (_POINTER,)),
-    "prunella_few_linear": (_INT, (_POINTER, _POINTER, _LONG, _POINTER, _POINTER, _INT, _INT, _INT, _POINTER)),
-}
-_WRONG = {
-    1: ("the kernels cannot do this", "a size or an option is out of range"),
-    2: ("the rows of a sparse weight are not well formed", "their starts do not rise to the number of nonzeros"),
-    3: ("the columns of a sparse weight are not well formed", "they point outside, or do not rise"),
-    4: ("there is no memory left for the sparse kernels", "the packed weight or its scratch does not fit"),
-    6: ("a weight with NaN or infinity has no int8 form", "its scale is its largest number"),
-}
+    signatures.NOT_FINITE: ("a weight with NaN or infinity has no int8 form", "its largest number sets the scale"),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """The library, or why there is none."""
+
+    library: ctypes.CDLL | None
+    why: str = ""
+
+
+def file_name(platform: str = sys.platform) -> str:
+    """The file of the library on a platform, as CMakeLists.txt names it."""
+    return "libprunella" + {"darwin": ".dylib", "win32": ".dll"}.get(platform, ".so")
+
+
+FILE = Path(__file__).with_name(file_name())
 
 
 @cache
-def _found() -> ctypes.CDLL | None:
-    """The library beside this file, with the tier that PRUNELLA_ISA asks for; None if it was not built."""
-    file = Path(__file__).with_name(_NAME)
+def load() -> Loaded:
+    """The library beside this file, with the tier that PRUNELLA_ISA asks for. Errors: RequestError for another tier."""
+    loaded = _open(FILE)
+    if loaded.library is None:
+        if FILE.exists():
+            _log.warning("%s", loaded.why)
+        return loaded
+    library, tier = loaded.library, os.environ.get("PRUNELLA_ISA", "")
+    if tier and library.prunella_use(tier.encode()):
+        why = f"this processor has {library.prunella_tiers().decode()}"
+        raise RequestError(f"PRUNELLA_ISA={tier!r} cannot be used", why, "choose one of these, or unset the variable")
+    return loaded
+
+
+def _open(file: Path) -> Loaded:
+    """The library of a file, with its functions typed."""
     if not file.exists():
-        return None
-    library = ctypes.CDLL(str(file))
-    if not hasattr(library, "prunella_abi") or library.prunella_abi() != _ABI:
-        _log.warning("the kernels in %s are of another version and are not used: install prunella again", file)
-        return None
-    for name, (result, arguments) in _SIGNATURES.items():
-        function = getattr(library, name)
-        function.restype, function.argtypes = result, arguments
-    asked = os.environ.get("PRUNELLA_ISA", "")
-    if asked and library.prunella_use(asked.encode()):
-        has = library.prunella_tiers().decode()
-        raise RequestError(f"PRUNELLA_ISA={asked!r} cannot be used", f"this processor has {has}", "choose one, or none")
-    return library
+        built = "are not built for Windows" if sys.platform == "win32" else "were not built when prunella was installed"
+        return Loaded(None, f"the compiled kernels {built}")
+    try:
+        library = ctypes.CDLL(str(file))
+        version = int(library.prunella_abi())
+        if version != signatures.ABI:
+            return Loaded(None, f"the compiled kernels in {file} are of version {version}, not {signatures.ABI}")
+        for name, (result, arguments) in signatures.FUNCTIONS.items():
+            function = getattr(library, name)
+            function.restype, function.argtypes = result, arguments
+    except (OSError, AttributeError) as error:  # a file of another platform, damaged, or without a function
+        return Loaded(None, f"the compiled kernels cannot be loaded: {str(error).splitlines()[0]}")
+    return Loaded(library)
 
 
 def _library() -> ctypes.CDLL:
-    found = _found()
-    if found is None:
-        raise NotSupported(
-            "the compiled kernels are not here",
-            "prunella was installed without a compiler",
-            "install a wheel, or install again where a C++ compiler is (from a checkout: make kernels)",
-        )
-    return found
+    loaded = load()
+    if loaded.library is None:
+        raise NotSupported("the compiled kernels cannot be used", loaded.why, INSTALL)
+    return loaded.library
+
+
+INSTALL = "install prunella from a wheel, or from source with a C++ compiler (in a checkout: make kernels)"
+"""How to get the kernels."""
 
 
 def available() -> bool:
-    """Whether the compiled library is here."""
-    return _found() is not None
+    """Whether the compiled kernels can be used."""
+    return load().library is not None
+
+
+def missing() -> str:
+    """Why the compiled kernels cannot be used, in one sentence; empty if they can."""
+    return load().why
 
 
 def isa() -> str:
     """The tier of instructions in use; "none" without the library."""
-    found = _found()
-    return str(found.prunella_tier().decode()) if found else "none"
+    library = load().library
+    return str(library.prunella_tier().decode()) if library else "none"
 
 
 def tiers() -> tuple[str, ...]:
     """The tiers that this processor can run, the best last."""
-    found = _found()
-    return tuple(found.prunella_tiers().decode().split(",")) if found else ()
+    library = load().library
+    return tuple(library.prunella_tiers().decode().split(",")) if library else ()
 
 
 def use_tier(name: str = "") -> None:
-    """Run everything from now on with this tier; the best one without a name. Errors: RequestError for one not here."""
+    """Run all kernels with this tier from now on; without a name, the best. Errors: RequestError if it is missing."""
     if _library().prunella_use(name.encode()):
         raise RequestError(f"the tier {name!r} cannot be used", f"this processor has {', '.join(tiers())}", "")
 
 
+def check_code(code: int) -> None:
+    """Errors: what a return code of the kernels means."""
+    if code:
+        what, why = _ERRORS.get(code, ("the sparse kernels failed", f"code {code}"))
+        system = code in (signatures.NO_MEMORY, signatures.NO_TIER)
+        raise PruningError(what, why) if system else RequestError(what, why, "")
+
+
+# -- packing and multiplying ------------------------------------------------------------------------------------------
+
+
 def pack(weight: Tensor, config: Config) -> Packed:
-    """A weight (M, K) in the layout of a kernel. Zeros are left out, so what x holds there is never read."""
-    if not _has(config):
+    """A weight (M, K) in the layout of a kernel, without its zeros."""
+    if not _exists(config):
         raise NotSupported(f"no kernel packs {config.kind.value} in {config.precision.value}", "", "")
     if weight.dim() != 2:
-        raise RequestError(f"a weight of {weight.dim()} axes cannot be packed", "two are needed", "")
+        raise RequestError(f"a weight of {weight.dim()} axes cannot be packed", "it needs two", "")
     dense = weight.detach().to("cpu", torch.float32)
     rows, columns = dense.nonzero(as_tuple=True)
     values = dense[rows, columns].contiguous()
@@ -229,37 +252,38 @@ def pack(weight: Tensor, config: Config) -> Packed:
 
 
 def pack_rows(shape: tuple[int, int], starts: Tensor, columns: Tensor, values: Tensor, config: Config) -> Packed:
-    """The same from compressed rows: starts (M + 1) and columns int64, values float32; all is checked first."""
-    fits = (
+    """As `pack`, from compressed rows: starts (M + 1) and columns int64, values float32. All are checked."""
+    valid = (
         starts.shape == (shape[0] + 1,)
         and columns.shape == values.shape
         and columns.dim() == 1
         and starts.dtype == columns.dtype == torch.int64
         and values.dtype == torch.float32
     )
-    if not fits:
+    if not valid:
         raise RequestError(
             "compressed rows do not fit their shape", "", "starts is (M + 1,), columns and values are 1-D"
         )
-    made, parts = _POINTER(), [part.contiguous() for part in (starts, columns, values)]
+    handle, parts = ctypes.c_void_p(), [part.contiguous() for part in (starts, columns, values)]
     pointers = [part.data_ptr() for part in parts]
     library = _library()
-    if config.kind in _FEW:
-        sizes: tuple[int, ...] = (_FEW[config.kind], _FEW_PRECISIONS[config.precision])
-        make, measure = library.prunella_few_pack, library.prunella_few_bytes
+    precision = PRECISION_CODES[config.precision]
+    if config.kind in FEW:
+        options: tuple[int, ...] = (FEW_CODES[config.kind], precision)
+        pack_, count_bytes = library.prunella_few_pack, library.prunella_few_bytes
     else:
-        sizes = (_MANY[config.kind], config.rows, config.depth, int(config.precision is Precision.BF16))
-        make, measure = library.prunella_many_pack, library.prunella_many_bytes
-    check_code(make(*shape, len(values), *pointers, *sizes, ctypes.byref(made)))
-    return Packed(shape, len(values), int(measure(made)), config, int(made.value or 0))
+        options = (MANY_CODES[config.kind], config.rows, config.depth, precision)
+        pack_, count_bytes = library.prunella_many_pack, library.prunella_many_bytes
+    check_code(pack_(*shape, len(values), *pointers, *options, ctypes.byref(handle)))
+    return Packed(shape, len(values), int(count_bytes(handle)), config, int(handle.value or 0))
 
 
-def _has(config: Config) -> bool:
+def _exists(config: Config) -> bool:
     """Whether there is a kernel of that kind and precision."""
-    if config.kind in _MANY:
+    if config.kind in MANY_CODES:
         half = config.precision is Precision.BF16 and config.tile % 2 == 0
         return half or (config.precision is Precision.FP32 and config.kind is not Kind.PAIRS)
-    return config.kind in _FEW and (config.kind is Kind.DECODE or config.precision is not Precision.INT8)
+    return config.kind is Kind.DECODE or config.precision is not Precision.INT8
 
 
 def linear(
@@ -275,65 +299,77 @@ def linear(
         raise RequestError(f"x has {tuple(x.shape)[-1:]} columns", f"the weight has {packed.shape[1]}", "")
     y = x.new_empty(*x.shape[:-1], packed.shape[0])
     tokens = y.numel() // max(packed.shape[0], 1)
-    extra = extras(packed, y, bias, residual, torch.contiguous_format)
-    given = (packed.handle, x.data_ptr(), tokens, *map(_address, extra), _fused(packed.config.kind, activation))
+    addends = checked_addends(packed, y, bias, residual, torch.contiguous_format)
+    arguments = (packed.handle, x.data_ptr(), tokens, *map(_address, addends), _in_kernel(packed, activation))
     threads = torch.get_num_threads()
-    if packed.config.kind in _FEW:
-        done = _library().prunella_few_linear(*given, 0, threads, y.data_ptr())
+    if packed.config.kind in FEW:
+        code = _library().prunella_few_linear(*arguments, 0, threads, y.data_ptr())
     else:
-        done = _library().prunella_many_linear(*given, 0, packed.config.tile, threads, y.data_ptr())
-    check_code(done)
-    return _after(y, activation) if packed.config.kind in _FEW else y
+        code = _library().prunella_many_linear(*arguments, 0, packed.config.tile, threads, y.data_ptr())
+    check_code(code)
+    return _after_kernel(y, activation) if packed.config.kind in FEW else y
 
 
 def finite_linear(
     packed: Packed, x: Tensor, bias: Tensor | None, residual: Tensor | None, activation: Activation
 ) -> Tensor | None:
-    """`linear` with little around the kernel; None if x is not finite, or would not be in bfloat16.
+    """`linear` with few checks; None if x holds NaN or infinity, or a number that is infinite in bfloat16.
 
-    x, bias and residual are known to be float32 on the CPU, and x to have the columns of the weight.
+    The caller has checked that x, bias and residual are float32 on the CPU, and that x has the columns of the weight.
     """
     x = x if x.is_contiguous() else x.contiguous()
     rows, columns = packed.shape
     y = x.new_empty((*x.shape[:-1], rows))
     plain = bias is None or (bias.dtype is torch.float32 and bias.is_contiguous() and bias.numel() == rows)
     if residual is not None or not plain:
-        bias, residual = extras(packed, y, bias, residual, torch.contiguous_format)
-    run, few = entries(), packed.config.kind in FEW
-    done = (run[0] if few else run[1])(
+        bias, residual = checked_addends(packed, y, bias, residual, torch.contiguous_format)
+    functions, few = entries(), packed.config.kind in FEW
+    code = (functions.few_linear if few else functions.many_linear)(
         packed.handle,
         x.data_ptr(),
         x.numel() // columns,
         None if bias is None else bias.data_ptr(),
         None if residual is None else residual.data_ptr(),
-        _fused(packed.config.kind, activation),
+        _in_kernel(packed, activation),
         1,
         *(() if few else (packed.config.tile,)),
         torch.get_num_threads(),
         y.data_ptr(),
     )
-    if done:
-        if done == ODD_INPUT:
+    if code:
+        if code == ODD_INPUT:
             return None
-        check_code(done)
-    return _after(y, activation) if few else y
+        check_code(code)
+    return _after_kernel(y, activation) if few else y
+
+
+class Entries(NamedTuple):
+    """The functions that layers call, looked up once."""
+
+    few_linear: Any
+    many_linear: Any
+    many_conv: Any
+    many_chain: Any
 
 
 @cache
-def entries() -> tuple[Any, Any, Any, Any]:
+def entries() -> Entries:
+    """The functions of the loaded library. Errors: NotSupported without one."""
     library = _library()
-    few, many = library.prunella_few_linear, library.prunella_many_linear
-    return few, many, library.prunella_many_conv, library.prunella_many_chain
+    return Entries(*(getattr(library, f"prunella_{name}") for name in Entries._fields))
 
 
 def as_float32(x: Tensor) -> Tensor:
+    """x in float32. Errors: RequestError for other types than float32 and bfloat16, and other devices than the CPU."""
     if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.bfloat16):
         raise RequestError(f"the kernels cannot read {x.dtype} on {x.device}", "float32 on the CPU is needed", "")
     return x.detach().float()
 
 
-def extras(packed: Packed, y: Tensor, bias: Tensor | None, residual: Tensor | None, layout: Any) -> list[Tensor | None]:
-    """Bias and residual as the kernels read them."""
+def checked_addends(
+    packed: Packed, y: Tensor, bias: Tensor | None, residual: Tensor | None, layout: torch.memory_format
+) -> list[Tensor | None]:
+    """Bias and residual as the kernels read them. Errors: RequestError for other shapes than those of y."""
     if bias is not None and bias.shape != packed.shape[:1]:
         raise RequestError(f"a bias of shape {tuple(bias.shape)} does not fit", f"{packed.shape[0]} rows", "")
     if residual is not None and residual.shape != y.shape:
@@ -348,19 +384,14 @@ def _address(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
-def _fused(kind: Kind, activation: Activation) -> int:
-    """What a kernel is asked for; those for a few tokens know ReLU alone."""
-    return NUMBERS[activation] if kind not in _FEW or activation is Activation.RELU else 0
+def _in_kernel(packed: Packed, activation: Activation) -> int:
+    """The code of the activation that the kernel applies: those for a few tokens apply only ReLU."""
+    inside = packed.config.kind not in FEW or activation is Activation.RELU
+    return ACTIVATION_CODES[activation if inside else Activation.NONE]
 
 
-def _after(y: Tensor, activation: Activation) -> Tensor:
-    """What the kernels for a few tokens do not apply themselves."""
+def _after_kernel(y: Tensor, activation: Activation) -> Tensor:
+    """The activation, where the kernels for a few tokens do not apply it."""
     if activation is Activation.GELU:
         return gelu(y)
     return y if activation in (Activation.NONE, Activation.RELU) else IN_PLACE[activation](y, inplace=True)
-
-
-def check_code(code: int) -> None:
-    if code:
-        what, why = _WRONG.get(code, ("the sparse kernels failed", f"code {code}"))
-        raise PruningError(what, why) if code in (4, 5) else RequestError(what, why, "")

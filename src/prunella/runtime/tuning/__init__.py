@@ -1,1 +1,1 @@
-"""Which kernel runs each layer on this machine, by measurement."""
+"""Which kernel runs each layer on this machine, chosen by measurement."""

@@ -1,8 +1,9 @@
-"""The whole model with its layers replaced, against the dense one: the same output, and faster?"""
+"""Whether the sparse model replaces the dense one: its output has to be the same, and it has to be faster."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -15,68 +16,91 @@ from prunella.graph.verify import relative_error
 from prunella.measure.timing import Comparison, Ratio, compare_latency, own_clock
 from prunella.model.forward import forward, tensors
 from prunella.runtime.fx.fuse import channels_last_, copied
-from prunella.runtime.kernels.convolution import is_last
+from prunella.runtime.kernels.convolution import is_channels_last
 from prunella.runtime.kernels.library import Precision
 from prunella.runtime.layers import SparseConv2d
 from prunella.types import Inputs
 
 TOLERANCE = {Precision.FP32: 1e-3, Precision.BF16: 0.1, Precision.INT8: 0.3}
-"""Largest difference of two outputs, relative to their largest number."""
+"""The largest accepted difference of two outputs, relative to their largest value."""
+_AS_FAST = 0.97
+"""A lower ratio on the example is a loss that gains for other numbers of tokens do not make good."""
 
 
-def compared(
-    dense: nn.Module, made: nn.Module, example: Inputs, precision: Precision, *, elsewhere: bool
-) -> tuple[Ratio, float, str]:
-    """Speed and difference against the dense model, and why the layers should not be kept, or nothing.
+@dataclass(frozen=True)
+class Outcome:
+    """The sparse model against the dense one. why: why the model stays dense; empty if its layers were replaced.
 
-    elsewhere: whether layers win for sizes that the example does not bring. Errors: CheckFailed if the output differs.
+    full_model: speed on the example. first_token: speed on its first token, where the example can be cut to that; if it
+    is slower, dense code runs for a few tokens. difference: of the outputs, relative to the largest value.
+    """
+
+    why: str = ""
+    full_model: Ratio | None = None
+    first_token: Ratio | None = None
+    difference: float = 0.0
+
+    @property
+    def kept(self) -> bool:
+        """Whether the layers were replaced."""
+        return not self.why
+
+
+def judge(
+    dense: nn.Module, sparse: nn.Module, example: Inputs, precision: Precision, *, gains_elsewhere: bool
+) -> Outcome:
+    """Whether the sparse model is kept: on the example it is faster, or as fast and `gains_elsewhere`.
+
+    gains_elsewhere: whether layers are faster for sizes that the example does not have. Errors: CheckFailed if the
+    outputs differ.
     """
     with torch.inference_mode():
-        difference = relative_error(tensors(forward(dense, example)), tensors(forward(made, example)))
+        difference = relative_error(tensors(forward(dense, example)), tensors(forward(sparse, example)))
         if not difference <= TOLERANCE[precision]:
-            why = f"by {difference:.1e} of the largest, {TOLERANCE[precision]:g} is allowed"
+            why = f"by {difference:.1e} of the largest value, {TOLERANCE[precision]:g} is allowed"
             raise CheckFailed("the output of the sparse model differs", why, "report this with the model's name")
-    ratio = faster(dense, made, example)
-    if ratio.faster or (elsewhere and not ratio.slower and ratio.value > 0.97):
-        return ratio, difference, ""
-    return ratio, difference, f"the whole model stays dense: {ratio.verdict} on the example"
+    ratio = speedup(dense, sparse, example)
+    if ratio.faster or (gains_elsewhere and not ratio.slower and ratio.value > _AS_FAST):
+        return Outcome("", ratio, None, difference)
+    return Outcome(f"the full model stays dense: {ratio.verdict} on the example", ratio, None, difference)
 
 
-def last(program: GraphModule | None, example: Inputs) -> bool:
-    """Whether images can run with their channels as the last axis, or come like that: so are their layers measured.
+def measures_channels_last(program: GraphModule | None, example: Inputs) -> bool:
+    """Whether convolutions are measured in the layout channels last: the images have it, or the program can use it.
 
-    program: the trace of the model, changed here.
+    program: the trace of the model; it is changed.
     """
     images = [part for part in tensors(example) if part.dim() == 4]
-    if any(is_last(part) for part in images):
+    if any(is_channels_last(image) for image in images):
         return True
     return bool(images) and program is not None and channels_last_(program)
 
 
-def turned(made: nn.Module, example: Inputs) -> tuple[nn.Module, bool]:
-    """The model with the channels of its images as the last axis, if it was traced and that is faster.
+def with_channels_last(model: nn.Module, example: Inputs) -> tuple[nn.Module, bool]:
+    """The model with its images in the layout channels last, if it was traced and is faster so; and whether it is.
 
-    More likely than not is enough: its layers were measured so, and either one has yet to win against the dense model.
+    The ratio alone decides, without its interval: both layouts still have to win against the dense model.
     """
-    if not isinstance(made, GraphModule) or not any(isinstance(m, SparseConv2d) for m in made.modules()):
-        return made, False
-    twin = copied(made)
-    assert isinstance(twin, GraphModule)  # a copy of one
-    if not channels_last_(twin) or not faster(made, twin, example).value > 1:
-        return made, False
+    if not isinstance(model, GraphModule) or not any(isinstance(m, SparseConv2d) for m in model.modules()):
+        return model, False
+    replica = copied(model)
+    assert isinstance(replica, GraphModule)  # a copy of one
+    if not channels_last_(replica) or not speedup(model, replica, example).value > 1:
+        return model, False
     with torch.inference_mode():
-        difference = relative_error(tensors(forward(made, example)), tensors(forward(twin, example)))
-    return (twin, True) if difference <= TOLERANCE[Precision.FP32] else (made, False)
+        difference = relative_error(tensors(forward(model, example)), tensors(forward(replica, example)))
+    return (replica, True) if difference <= TOLERANCE[Precision.FP32] else (model, False)
 
 
-def faster(dense: nn.Module, made: nn.Module, example: Inputs) -> Ratio:
-    """How much quicker the second is than the first on an example."""
+def speedup(base: nn.Module, other: nn.Module, example: Inputs) -> Ratio:
+    """How many times as fast the other model is as the base, on an example."""
+    runs = {"base": partial(forward, base, example), "other": partial(forward, other, example)}
     with torch.inference_mode():
-        return interleaved({"dense": partial(forward, dense, example), "sparse": partial(forward, made, example)}).ratio
+        return interleaved(runs).ratio
 
 
 def interleaved(runs: Mapping[str, Callable[[], object]], *, seconds: float = 4.0) -> Comparison:
-    """A comparison of at least 9 rounds, and of more while a call is quick."""
+    """A comparison in 9 to 41 interleaved rounds, more for fast calls."""
     clock = own_clock()
     start = clock()
     for run in runs.values():
@@ -86,7 +110,7 @@ def interleaved(runs: Mapping[str, Callable[[], object]], *, seconds: float = 4.
 
 
 def first_token(part: Any) -> Any:
-    """The first position of the first two axes of every tensor in an example."""
+    """An example cut to the first index of the first two axes of each tensor."""
     if isinstance(part, Tensor):
         return part[:1, :1] if part.dim() > 1 else part[:1] if part.dim() else part
     if isinstance(part, Mapping):

@@ -1,4 +1,4 @@
-"""What a layer runs for a number of tokens: a compiled kernel, or a dense or sparse operation of torch."""
+"""What a layer runs for each number of tokens: a compiled kernel, or a dense or sparse operation of torch."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from prunella.runtime.kernels.library import FEW, Config, Kind, Precision
 
 
 class Route(Enum):
-    """Operations of torch itself, always there."""
+    """Operations of torch."""
 
     TORCH = "torch"
     """`F.linear` or `F.conv2d`."""
     ONEDNN = "onednn"
-    """oneDNN's linear with its own copy of the weight."""
+    """The linear operation of oneDNN, with its own copy of the weight."""
     CSR = "torch.csr"
     """`torch.sparse` CSR times dense."""
 
     @property
     def dense(self) -> bool:
-        """Whether the zeros are multiplied too."""
+        """Whether the operation multiplies the zeros."""
         return self is not Route.CSR
 
 
@@ -33,7 +33,7 @@ Choice = Route | Config
 
 @dataclass(frozen=True)
 class Table:
-    """Number of tokens (of output positions, for a convolution) -> choice; other numbers take the nearest, by ratio."""
+    """Number of tokens (for a convolution, of output positions) -> choice. Other numbers take the nearest, by ratio."""
 
     entries: tuple[tuple[int, Choice], ...]
 
@@ -45,7 +45,7 @@ class Table:
 
     @property
     def sparse(self) -> bool:
-        """Whether zeros are skipped anywhere."""
+        """Whether any choice skips zeros."""
         return any(not is_dense(choice) for _, choice in self.entries)
 
 
@@ -69,31 +69,31 @@ class Geometry:
 
 @dataclass(frozen=True)
 class Problem:
-    """What was measured: the sizes of an input. `()` stands for tokens of a linear layer."""
+    """The input that a layer is measured with. size: tokens or output positions. image: shape, for a convolution."""
 
     size: int
     image: tuple[int, ...] = field(default=())
 
 
 def is_dense(choice: Choice) -> bool:
-    """Whether the zeros are multiplied too."""
+    """Whether the choice multiplies the zeros."""
     return isinstance(choice, Route) and choice.dense
 
 
 def is_few(choice: Choice) -> bool:
-    """Whether it is a kernel for a few tokens."""
+    """Whether the choice is a kernel for a few tokens."""
     return isinstance(choice, Config) and choice.kind in FEW
 
 
-def spell(choice: Choice) -> str:
-    """A choice in a few words."""
+def describe(choice: Choice) -> str:
+    """A choice in a few words, for the record."""
     if isinstance(choice, Route):
         return {Route.TORCH: "dense", Route.ONEDNN: "dense (oneDNN)", Route.CSR: "torch CSR"}[choice]
     return f"{choice.kind.value} {choice.precision.value}"
 
 
 def to_json(choice: Choice) -> Any:
-    """A choice as plain data."""
+    """A choice as JSON data; `from_json` reads it."""
     if isinstance(choice, Route):
         return choice.value
     return {
@@ -106,7 +106,7 @@ def to_json(choice: Choice) -> Any:
 
 
 def from_json(data: Any) -> Choice:
-    """Undo `to_json`. Errors: BadInput for anything else."""
+    """The choice that `to_json` wrote. Errors: BadInput for anything else."""
     try:
         if isinstance(data, str):
             return Route(data)
@@ -115,10 +115,12 @@ def from_json(data: Any) -> Choice:
         numbers = {name: _small(data[name]) for name in ("rows", "tile", "depth")}
         return Config(Kind(data["kind"]), Precision(data["precision"]), **numbers)
     except (KeyError, TypeError, ValueError) as error:
-        raise BadInput("the manifest names a kernel that there is not", str(error), "write the folder again") from error
+        raise BadInput(
+            "the manifest names a kernel that does not exist", str(error), "write the folder again"
+        ) from error
 
 
 def _small(value: Any) -> int:
     if type(value) is not int or not 0 <= value <= 1 << 20:
-        raise ValueError(f"{value!r} is no size of a kernel")
+        raise ValueError(f"{value!r} is not a size of a kernel")
     return value

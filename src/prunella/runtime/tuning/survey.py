@@ -1,4 +1,4 @@
-"""Which patterns of zeros pay on this machine, and from which sparsity: a few seconds of measurement."""
+"""Which patterns of zeros are faster on this machine, and from which sparsity: a few seconds of measurement."""
 
 from __future__ import annotations
 
@@ -8,23 +8,27 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from prunella.runtime.kernels import library as native
+from prunella.runtime.kernels import library
 from prunella.runtime.kernels.library import Precision
-from prunella.runtime.tuning.choice import Problem, spell
+from prunella.runtime.tuning.choice import Problem, describe
 from prunella.runtime.tuning.tune import Tuner
 
-LOST = (
-    "the compiled kernels are not here, so zeros are skipped by torch's CSR only, which needs about 90 % of them: "
-    "install prunella from a wheel, or from source with a C++ compiler"
-)
 _SIZE, _TOKENS = 768, 64
 _SPARSITIES = (0.3, 0.5, 0.7, 0.8, 0.9)
 Mask = Callable[[tuple[int, int], float, torch.Generator], Tensor]
 
 
+def without_kernels() -> str:
+    """One sentence on what is lost without the compiled kernels, and how to get them; empty where they are usable."""
+    if library.available():
+        return ""
+    effect = "so zeros are skipped only by torch's CSR, which is faster from about 90 % zeros"
+    return f"{library.missing()}, {effect}: {library.INSTALL}"
+
+
 @dataclass(frozen=True)
 class Try:
-    """One sparsity: the best kernel that skips zeros against the best dense one; above 1 is faster."""
+    """At one sparsity, the best kernel that skips zeros against the best dense one; a ratio above 1 is faster."""
 
     sparsity: float
     ratio: float
@@ -35,7 +39,7 @@ class Try:
 
 @dataclass(frozen=True)
 class Pattern:
-    """A pattern of zeros in a matrix of `shape`, multiplied with so many tokens."""
+    """A pattern of zeros in a matrix of `shape`, measured with this number of tokens."""
 
     name: str
     granularity: str
@@ -45,13 +49,13 @@ class Pattern:
 
     @property
     def pays_from(self) -> float | None:
-        """The lowest sparsity measured from which on it is faster, or None."""
-        found = None
-        for one in reversed(self.tries):
-            if one.low <= 1:
+        """The lowest measured sparsity from which on the kernel is faster, or None."""
+        lowest = None
+        for trial in reversed(self.tries):
+            if trial.low <= 1:
                 break
-            found = one.sparsity
-        return found
+            lowest = trial.sparsity
+        return lowest
 
 
 def survey(*, seconds: float = 4.0, seed: int = 0) -> tuple[Pattern, ...]:
@@ -68,7 +72,7 @@ Case = tuple[str, str, tuple[int, int], int, Mask, tuple[float, ...]]
 def _cases() -> Iterator[Case]:
     square = (_SIZE, _SIZE)
     yield "scattered zeros", "Element()", square, _TOKENS, _scattered, _SPARSITIES
-    if native.available():
+    if library.available():
         yield "blocks of 16 rows", "Block(16, 1)", square, _TOKENS, _blocks, _SPARSITIES
         yield "2 of 4", "NM(2, 4)", square, _TOKENS, _two_of_four, (0.5,)
         yield "scattered zeros, one token", "Element()", (2048, 2048), 1, _scattered, (0.5, 0.7, 0.9)
@@ -76,24 +80,24 @@ def _cases() -> Iterator[Case]:
 
 def _pattern(
     name: str,
-    grain: str,
+    granularity: str,
     shape: tuple[int, int],
     tokens: int,
     mask: Mask,
-    at: tuple[float, ...],
-    each: float,
+    sparsities: tuple[float, ...],
+    seconds: float,
     seed: int,
 ) -> Pattern:
     generator = torch.Generator().manual_seed(seed)
     tries = []
-    for sparsity in at:
+    for sparsity in sparsities:
         weight = torch.randn(shape, generator=generator) * mask(shape, sparsity, generator)
-        tuner = Tuner(Precision.FP32, each, seed)
+        tuner = Tuner(Precision.FP32, seconds, seed)
         verdict = tuner.linear(weight, None, (Problem(tokens),))[0]
         if verdict.ratio is not None and verdict.best is not None:
             ratio = verdict.ratio
-            tries.append(Try(sparsity, ratio.value, ratio.low, ratio.high, spell(verdict.best)))
-    return Pattern(name, grain, shape, tokens, tuple(tries))
+            tries.append(Try(sparsity, ratio.value, ratio.low, ratio.high, describe(verdict.best)))
+    return Pattern(name, granularity, shape, tokens, tuple(tries))
 
 
 def _scattered(shape: tuple[int, int], sparsity: float, generator: torch.Generator) -> Tensor:
