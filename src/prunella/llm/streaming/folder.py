@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from prunella.errors import RequestError
+from prunella.io.files import make_folder
 from prunella.llm.distributed import processes
 from prunella.llm.one_shot import OneShot, Solving
 from prunella.llm.streaming import memory as amounts
@@ -100,7 +101,7 @@ def solve_folder(
     if job.team.first:
         if overwrite and folder.exists() and not work.is_dir():
             shutil.rmtree(folder)
-        work.mkdir(parents=True, exist_ok=True)
+        make_folder(work)
     job.team.wait()
     journal = Journal(work / "journal.json", fingerprint(job.source, held, how, job.team.count, skip))
     solving, replayed = job.run(folder, journal, on_block)
