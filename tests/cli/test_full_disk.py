@@ -67,7 +67,8 @@ def test_memory_that_is_short_in_the_middle_of_a_step(prunella: Run, shop: str) 
 def test_an_error_that_is_the_last_of_two(cause: Exception) -> None:
     """What the step says is not the reason: the reason is what the system said."""
     error = NotSupported("the smaller model does not run", "a size does not follow the cut")
-    error.__cause__ = cause
+    error.__cause__ = RuntimeError("the forward failed")
+    error.__cause__.__cause__ = cause
     trouble = explain_error(error)
     assert trouble.code == 5 and trouble.what == error.what and str(cause) in trouble.why
 

@@ -15,7 +15,7 @@ from typing import Any, ParamSpec
 
 import typer
 
-from prunella.errors import PruningError, out_of_resources, system_error
+from prunella.errors import OutOfResources, PruningError, out_of_resources, system_error
 from prunella.io.json import plain
 
 P = ParamSpec("P")
@@ -44,8 +44,8 @@ def _one_line(text: object) -> str:
 def explain_error(error: BaseException) -> Trouble:
     """What to say of an error, and the exit code."""
     if isinstance(error, PruningError):
-        cause = error.__cause__
-        if cause and (full := out_of_resources(cause)) and error.exit_code != RESOURCES:
+        full = _resources_behind(error)
+        if full is not None and error.exit_code != RESOURCES:
             # The step that failed says what it was doing; that a disk or the memory is full is why.
             return Trouble(_one_line(error.what), _one_line(f"{full.what}: {full.why}"), full.todo, RESOURCES)
         return Trouble(_one_line(error.what), _one_line(error.why), _one_line(error.todo), error.exit_code)
@@ -58,6 +58,12 @@ def explain_error(error: BaseException) -> Trouble:
         return explain_error(system_error(error, what, "check the path and its permissions"))
     why = f"{type(error).__name__}: {_one_line(error)}"
     return Trouble("this is a bug in prunella", why, "run it again with --debug and report the traceback", BUG)
+
+
+def _resources_behind(error: BaseException) -> OutOfResources | None:
+    """What was used up, if that is the cause of an error, or the cause of its cause."""
+    cause = error.__cause__
+    return None if cause is None else out_of_resources(cause) or _resources_behind(cause)
 
 
 def _report_error(error: BaseException, as_json: bool) -> int:

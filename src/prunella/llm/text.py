@@ -34,10 +34,10 @@ def text_windows(
 def text_tokens(folder: str | Path, text: str | Path) -> Tensor:
     """All tokens `(tokens,)` of a text file by the tokenizer in `folder`, none added. Errors: as `text_windows`."""
     try:
-        with reading(text):
+        with reading(text, f"cannot read {text}"):
             content = Path(text).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise BadInput(f"{text} cannot be read", str(error), "give a UTF-8 text file") from error
+        raise BadInput(f"cannot read {text}", str(error), "give a UTF-8 text file") from error
     kind = import_transformers().AutoTokenizer
     try:
         tokenizer = kind.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
