@@ -6,11 +6,23 @@ PruningError                        exit code of the command line
 |-- TargetMissed                    1   a target cannot be met; says how far it got and what stopped it
 |-- CheckFailed                     1   a check of the result failed: the result is not written
 |-- BadInput (ValueError)           3   a file or a model is broken, or not to be trusted
+|-- OutOfResources                  5   the disk or the memory is full
 |-- NotSupported                    6   this model or operation cannot be pruned exactly; says where and why
 `-- Interrupted                     7   stopped on purpose; the run can be resumed
+
+`system_error` maps what the operating system refuses to these errors: a full disk is `OutOfResources` everywhere.
 """
 
 from __future__ import annotations
+
+import errno
+import re
+
+_FULL = frozenset((errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)))
+_MEMORY = ("can't allocate memory", "CUDA out of memory")
+_SYSTEM = re.compile(r"\(os error (\d+)\)")
+_SHORT_WRITE = ("unexpected pos", "database or disk is full")
+"""What torch's archive writer and SQLite say when the system wrote less than they asked for."""
 
 
 class PruningError(Exception):
@@ -53,6 +65,12 @@ class BadInput(PruningError, ValueError):
     exit_code = 3
 
 
+class OutOfResources(PruningError):
+    """The disk or the memory is full."""
+
+    exit_code = 5
+
+
 class NotSupported(PruningError):
     """This cannot be done exactly, or not on this machine."""
 
@@ -63,3 +81,37 @@ class Interrupted(PruningError):
     """Stopped on purpose; can be resumed."""
 
     exit_code = 7
+
+
+def out_of_resources(error: BaseException) -> OutOfResources | None:
+    """The error for a full disk, a quota, a limit on the size of files, or too little memory; None for all else.
+
+    Libraries hide the system's error behind a type of their own (safetensors, torch, SQLite): their text is looked at.
+    """
+    if isinstance(error, OutOfResources):
+        return error
+    text, number = str(error), error_number(error)
+    if number in _FULL or (not isinstance(error, OSError) and any(part in text for part in _SHORT_WRITE)):
+        return OutOfResources("the disk is full", text, "free some space, or write elsewhere")
+    short = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or number == errno.ENOMEM
+    if short or any(part in text for part in _MEMORY):
+        return OutOfResources("out of memory", text, "use a smaller example (--inputs) or a smaller model")
+    return None
+
+
+def error_number(error: BaseException) -> int | None:
+    """The number of the operating system's error; libraries in Rust write it into their text."""
+    if isinstance(error, OSError):
+        return error.errno
+    match = _SYSTEM.search(str(error))
+    return int(match[1]) if match else None
+
+
+def system_error(error: BaseException, what: str, todo: str, *, kind: type[PruningError] = BadInput) -> PruningError:
+    """The typed error for what the system refused: `OutOfResources` if it lacks something, else of `kind`.
+
+    `what` names the file, as in "cannot write x.plan"; the reason is the system's own sentence.
+    """
+    reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    full = out_of_resources(error)
+    return OutOfResources(what, f"{full.what}: {reason}", full.todo) if full else kind(what, reason, todo)

@@ -235,6 +235,17 @@ def test_broken_and_newer_manifests(folder: Path, tmp_path: Path) -> None:
         (lambda m: m["cuts"]["positions"].__setitem__(0, [[0, 99]]), "cannot be cut as recorded"),
         (lambda m: m["cuts"]["axes"].update(absent={"0": 0}), "cannot be cut as recorded"),
         (lambda m: m["cuts"].pop("positions"), "its cuts cannot be read"),
+        (lambda m: m["cuts"]["positions"].__setitem__(0, [[0, 1 << 60]]), "its cuts cannot be read"),
+        (lambda m: m["cuts"]["positions"].__setitem__(0, [[0, 2], [1, 3]]), "not runs of positions in order"),
+        (lambda m: m["cuts"]["axes"].update({"up.weight": {"0": 99}}), "not a whole number from 0 to"),
+        (lambda m: m["cuts"]["axes"].update({"up.weight": {"first": 0}}), "its cuts cannot be read"),
+        (lambda m: m.update(attributes=[["up", 3]]), "not a list of 3"),
+        (lambda m: m.update(dropped={"": [1]}), "not text"),
+        (lambda m: m.update(lists=[["up", "x", ["1"]]]), "not a whole number"),
+        (lambda m: m["files"]["model.safetensors"].update(bytes="9"), "bytes is '9', not a whole number"),
+        (lambda m: m["files"]["model.safetensors"].pop("sha256"), r"files\.model\.safetensors\.sha256 is missing"),
+        (lambda m: m["tensors"]["up.bias"].update(shape=[-1]), "of at least 0"),
+        (lambda m: m["tensors"].update({"up.bias": []}), "not an object"),
         (lambda m: m.update(attributes=[["up", "__class__", 3]]), "keeps no such integer"),
         (lambda m: m.update(attributes=[["up", "forward", 3]]), "keeps no such integer"),
         (lambda m: m.update(attributes=[["nowhere", "x", 3]]), "keeps no such integer"),
@@ -457,4 +468,4 @@ def test_the_marker_reaches_the_disk_last(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(files, "_flush", lambda path: flushed.append(path.name))
     save(nn.Linear(2, 2), tmp_path / "out")
     assert flushed.index("manifest.json") > flushed.index("model.safetensors")
-    assert artifact.read_manifest(tmp_path / "out")["origin"] == {"kind": "unknown"}
+    assert artifact.read_manifest(tmp_path / "out").mapping("origin") == {"kind": "unknown"}

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 import prunella as pr
 from prunella.errors import BadInput, CheckFailed, MissingExtra, RequestError
-from prunella.graph.program.load import load_exported
 from prunella.io import export as module
 from prunella.io.export import export
+from prunella.io.exported import load_exported
 
 
 class Net(nn.Module):

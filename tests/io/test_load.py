@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from prunella.errors import BadInput, NotSupported, RequestError
-from prunella.graph.program.load import load_exported
 from prunella.io.examples import check_forward, example_inputs
+from prunella.io.exported import load_exported
 from prunella.io.load import check_finite, load_model, load_object, load_weights
 from tests.vision import timm_or_skip, torchvision_or_skip
 

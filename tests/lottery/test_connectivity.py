@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 import prunella as pr
+from prunella.io.nested import equal
 from prunella.lottery.session import snapshot
-from prunella.lottery.store import equal
 from prunella.model.masks import masks_of
 from tests.lottery.nets import batch, course, data, loss_of, net
 

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 import prunella as pr
 from prunella.allocation.rounds import densities
+from prunella.io.nested import equal, load_state, save_state
 from prunella.lottery.folder import digest
 from prunella.lottery.search import Rewind
 from prunella.lottery.session import Lap, Point, snapshot
-from prunella.lottery.store import equal, load_state, save_state
 from prunella.model.masks import masks_of
 from prunella.transform.controls import Control, Controls
 from tests.lottery.job import job
@@ -326,7 +326,7 @@ def test_structured_tickets_have_the_other_control() -> None:
 
 
 def test_a_state_that_is_not_data_is_refused_and_digests_tell_states_apart(tmp_path: Path) -> None:
-    with pytest.raises(pr.PruningError, match=r"state.a\[0\] is of type function"):
+    with pytest.raises(pr.PruningError, match=r"state.a\[0\] cannot be written: it holds a function"):
         save_state({"a": [print_nothing]}, tmp_path / "x")
     with pytest.raises(pr.PruningError, match="no sound state"):
         load_state(tmp_path / "x")

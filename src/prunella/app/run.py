@@ -6,7 +6,6 @@ Nothing is written before every gate has been passed, and what is written is eit
 from __future__ import annotations
 
 import copy
-import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,7 +19,8 @@ from torch import nn
 
 from prunella.errors import CheckFailed, RequestError
 from prunella.io.artifact import Saved, save
-from prunella.io.files import check_free, write_atomic
+from prunella.io.files import check_free
+from prunella.io.json import plain, write_json
 from prunella.model.forward import Outputs, forward, mode
 from prunella.planning.plan import Plan
 from prunella.planning.planner import plan
@@ -163,7 +163,7 @@ def run(
         saved = save(small, folder, plan=made, factory=job.factory, source=job.source, dense=model, overwrite=overwrite)
         outcome = Outcome(made, small, saved, compared, healed, before, cut, after, clock.seconds)
         write_page(compared, folder / PAGE)
-        write_atomic(folder / RECORD, (json.dumps(summary(outcome, job), indent=1) + "\n").encode())
+        write_json(folder / RECORD, plain(summary(outcome, job)))
     return outcome
 
 
@@ -297,5 +297,5 @@ def summary(outcome: Outcome, job: Job) -> dict[str, Any]:
         "reader": outcome.saved.reader,
         "seconds": outcome.seconds,
         "seed": job.recipe.seed,
-        "report": json.loads(outcome.report.json()),
+        "report": plain(outcome.report.data()),
     }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -14,6 +13,7 @@ from torch import nn
 from prunella.errors import BadInput, CheckFailed
 from prunella.graph.verify import relative_error
 from prunella.io.artifact import PLAN, check_files, load, read_manifest
+from prunella.io.json import read_object
 from prunella.io.origin import Factory
 from prunella.io.plan_file import load_plan
 from prunella.model.forward import forward, mode, tensors
@@ -63,9 +63,8 @@ def check_whole(folder: Path, *, factory: Factory | None = None) -> tuple[Proof,
     """
     manifest = read_manifest(folder)
     check_files(folder, manifest)
-    origin = manifest.get("origin", {})
-    needs = origin.get("kind") in ("factory", "unknown")
-    proof = Proof(str(folder), len(manifest["files"]), rebuilt=False, healed=_healed(folder))
+    needs = manifest.section("origin").text("kind") in ("factory", "unknown")
+    proof = Proof(str(folder), len(manifest.section("files").data), rebuilt=False, healed=_healed(folder))
     if needs and factory is None:
         return proof, None
     small = load(folder, factory=factory if needs else None)
@@ -109,7 +108,5 @@ def _healed(folder: Path) -> tuple[str, ...]:
     file = folder / "run.json"
     if not file.is_file():
         return ()
-    try:
-        return tuple(str(item["by"]) for item in json.loads(file.read_text(encoding="utf-8"))["healed"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise BadInput(f"{file} cannot be read", f"damaged: {error}", "make the folder again") from error
+    record = read_object(file, todo="make the folder again", allow_nan=True)
+    return tuple(item.fields().text("by") for item in record.list_of("healed"))

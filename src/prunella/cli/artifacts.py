@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import webbrowser
 from pathlib import Path
 from typing import Annotated, Any
@@ -56,13 +55,15 @@ def report(
     """Where the page is, and the numbers of the run."""
     from prunella.cli.run import run_text
     from prunella.errors import BadInput
+    from prunella.io.json import read_object
 
     page, record = folder / "report.html", folder / "run.json"
     if not page.is_file():
         raise BadInput(f"no report in {folder}", "there is no report.html", "give a folder that `prunella run` wrote")
     result: dict[str, Any] = {"page": str(page.resolve())}
+    if record.is_file():
+        result |= read_object(record, todo="run it again", allow_nan=True).data
     try:
-        result |= json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
         text = run_text(result, folder)
     except (ValueError, TypeError, KeyError) as error:
         raise BadInput(f"cannot read {record}", f"damaged: {error}", "run it again") from error

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import functools
 import json
-import math
 import os
 import sys
 import time
@@ -17,11 +15,11 @@ from typing import Any, ParamSpec
 
 import typer
 
-from prunella.errors import PruningError
+from prunella.errors import OutOfResources, PruningError, out_of_resources, system_error
+from prunella.io.json import plain
 
 P = ParamSpec("P")
 DONE, MISSED, MISUSE, BAD_INPUT, RESOURCES, UNSUPPORTED, INTERRUPTED, BUG = 0, 1, 2, 3, 5, 6, 7, 70
-_NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 
 def debugging() -> bool:
@@ -46,25 +44,26 @@ def _one_line(text: object) -> str:
 def explain_error(error: BaseException) -> Trouble:
     """What to say of an error, and the exit code."""
     if isinstance(error, PruningError):
+        full = _resources_behind(error)
+        if full is not None and error.exit_code != RESOURCES:
+            # The step that failed says what it was doing; that a disk or the memory is full is why.
+            return Trouble(_one_line(error.what), _one_line(f"{full.what}: {full.why}"), full.todo, RESOURCES)
         return Trouble(_one_line(error.what), _one_line(error.why), _one_line(error.todo), error.exit_code)
     if isinstance(error, KeyboardInterrupt):
         return Trouble("interrupted", "", "nothing was left half written; start it again", INTERRUPTED)
-    if _out_of_memory(error):
-        return Trouble(
-            "out of memory", _one_line(error), "use a smaller example (--inputs) or a smaller model", RESOURCES
-        )
-    if isinstance(error, OSError) and error.errno in _NO_SPACE:
-        return Trouble("the disk is full", _one_line(error), "free some space, or write elsewhere with -o", RESOURCES)
+    if full := out_of_resources(error):
+        return explain_error(full)
     if isinstance(error, OSError):
-        return Trouble(_one_line(error), "", "check the path and its permissions", BAD_INPUT)
+        what = f"the system refuses {error.filename or 'a file'}"
+        return explain_error(system_error(error, what, "check the path and its permissions"))
     why = f"{type(error).__name__}: {_one_line(error)}"
     return Trouble("this is a bug in prunella", why, "run it again with --debug and report the traceback", BUG)
 
 
-def _out_of_memory(error: BaseException) -> bool:
-    text = str(error)
-    known = "can't allocate memory" in text or "CUDA out of memory" in text
-    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or known
+def _resources_behind(error: BaseException) -> OutOfResources | None:
+    """What was used up, if that is the cause of an error, or the cause of its cause."""
+    cause = error.__cause__
+    return None if cause is None else out_of_resources(cause) or _resources_behind(cause)
 
 
 def _report_error(error: BaseException, as_json: bool) -> int:
@@ -73,9 +72,18 @@ def _report_error(error: BaseException, as_json: bool) -> int:
         traceback.print_exception(error, file=sys.stderr)
     lines = [f"prunella: {trouble.what}", *(f"  {part}" for part in (trouble.why, trouble.todo) if part)]
     print("\n".join(lines), file=sys.stderr)
-    if as_json:
-        print(json.dumps({"error": trouble.what, "why": trouble.why, "todo": trouble.todo, "exit": trouble.code}))
+    try:
+        if as_json:
+            print(json.dumps({"error": trouble.what, "why": trouble.why, "todo": trouble.todo, "exit": trouble.code}))
+        sys.stdout.flush()
+    except OSError:  # stdout itself is on the full disk: the code says it
+        _drop_stdout()
     return trouble.code
+
+
+def _drop_stdout() -> None:
+    """What is left to be written goes nowhere, so that Python has nothing to report at its end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @contextlib.contextmanager
@@ -84,7 +92,7 @@ def reader_may_leave() -> Iterator[None]:
     try:
         yield
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_stdout()
 
 
 def guarded(function: Callable[P, None]) -> Callable[P, None]:
@@ -102,19 +110,6 @@ def guarded(function: Callable[P, None]) -> Callable[P, None]:
             raise typer.Exit(_report_error(error, bool(kwargs.get("as_json")))) from None
 
     return run
-
-
-def plain(value: object) -> Any:
-    """A value as JSON can say it: numbers that are not finite become null."""
-    if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, str | int | bool) or value is None:
-        return value
-    if isinstance(value, Sequence):
-        return [plain(item) for item in value]
-    return str(value)
 
 
 def emit(value: Mapping[str, Any] | Sequence[Any], text: str, *, as_json: bool) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -55,7 +54,7 @@ def pareto(
             study, output, ratios=_numbers(ratios), seeds=tuple(range(seeds)), unit=divided, jobs=jobs,
             on_cell=lambda cell, n, total: note(f"{n} of {total}: {cell.method}, {cell.ratio:g}x, seed {cell.seed}"),
         )  # fmt: skip
-    emit({**json.loads(found.json()), "page": str(output / PAGE)}, f"{found}\n\nwrote {output / PAGE}", as_json=as_json)
+    emit({**found.data(), "page": str(output / PAGE)}, f"{found}\n\nwrote {output / PAGE}", as_json=as_json)
 
 
 def compare(

@@ -72,7 +72,7 @@ def open_dense(
 def _open_artefact(
     folder: Path, shapes: Sequence[str] | None, *, factory: str | None, seed: int
 ) -> tuple[nn.Module, Inputs]:
-    origin = read_manifest(folder).get("origin", {})
+    origin = read_manifest(folder).mapping("origin")
     if factory is None and origin.get("kind") in ("factory", "unknown"):
         why = f"it was made with {origin.get('name', 'a function')}; code that a file names is never imported"
         raise RequestError(f"{folder} needs what made its dense model", why, "give --factory module:function")

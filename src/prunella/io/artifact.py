@@ -11,7 +11,6 @@ The model is rebuilt as the dense architecture without weights, cut along the re
 from __future__ import annotations
 
 import fnmatch
-import json
 import os
 import platform
 import shutil
@@ -30,13 +29,14 @@ from prunella.errors import BadInput, PruningError, RequestError
 from prunella.graph.cut.block_surgery import check_dropped
 from prunella.graph.cut.changes import Changes
 from prunella.graph.cut.surgery import change_
-from prunella.graph.program.load import load_exported
 from prunella.graph.solve.tokens import names_token
 from prunella.graph.trace.tracked_int import size_of
 from prunella.io import huggingface as pretrained
 from prunella.io import origin as origins
 from prunella.io.export import export
+from prunella.io.exported import load_exported
 from prunella.io.files import MARKER, digest, new_folder, plain_name
+from prunella.io.json import Fields, Value, plain, read_config, read_object, write_json
 from prunella.io.origin import Factory
 from prunella.io.per_layer import per_layer_config
 from prunella.io.plan_file import read_size, save_plan
@@ -46,6 +46,8 @@ from prunella.planning.plan import Plan
 FORMAT = 1
 WEIGHTS, BUFFERS, PLAN = "model.safetensors", "buffers.safetensors", "plan.safetensors"
 PROGRAM = "program.pt2"
+_LARGEST = 1 << 28
+"""Positions of an axis that a manifest may name."""
 Cuts = Mapping[str, Mapping[int, Tensor]]
 
 
@@ -100,8 +102,7 @@ def save(
         else:
             note = _make_pretrained(manifest, model, plan, folder) if origin["kind"] == "transformers" else ""
         manifest["files"] = {f.name: {"sha256": digest(f), "bytes": f.stat().st_size} for f in sorted(folder.iterdir())}
-        text = json.dumps(manifest, indent=1, sort_keys=True, default=str)
-        (folder / MARKER).write_text(text + "\n", encoding="utf-8")
+        write_json(folder / MARKER, manifest, allow_nan=True)
         _check_rebuilds(folder, state, origin, factory)
         total, names = sum(f.stat().st_size for f in folder.iterdir()), sorted(f.name for f in folder.iterdir())
     reader = "from_pretrained" if (Path(path) / "config.json").is_file() else "prunella.load"
@@ -126,60 +127,60 @@ def load(
     return rebuild(folder, manifest, read_data(folder, manifest), factory).to(device).eval()
 
 
-def rebuild(folder: Path, manifest: Mapping[str, Any], state: State, factory: Factory | None) -> nn.Module:
+def rebuild(folder: Path, manifest: Fields, state: State, factory: Factory | None) -> nn.Module:
     """The model that a manifest describes, cut as it says, with these tensors. Errors: BadInput if they do not fit."""
-    captured = manifest["origin"].get("kind") == "program"  # stored as it was cut, so no factory can make it
-    model = load_exported(folder / PROGRAM)[0] if captured else _rebuilt(manifest, factory, folder)
+    origin = manifest.mapping("origin")
+    captured = origin.get("kind") == "program"  # stored as it was cut, so no factory can make it
+    model = load_exported(folder / PROGRAM)[0] if captured else _rebuilt(origin, factory, folder)
     try:
         if not captured:
             _cut(model, manifest)
-            rebuild_(model, manifest.get("low_rank") or {})
+            rebuild_(model, manifest.mapping("low_rank", optional=True))
         fill_(model, state)
     except PruningError as error:
         raise BadInput(f"cannot rebuild the model in {folder}", f"{error.what}: {error.why}", error.todo) from error
     return model
 
 
-def _rebuilt(manifest: Mapping[str, Any], factory: Factory | None, folder: Path) -> nn.Module:
-    return origins.build_empty(origins.builder(manifest["origin"], factory, str(folder)))
+def _rebuilt(origin: Mapping[str, Any], factory: Factory | None, folder: Path) -> nn.Module:
+    return origins.build_empty(origins.builder(origin, factory, str(folder)))
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
+def read_manifest(folder: Path) -> Fields:
     """The manifest of an artefact. Errors: BadInput when there is none, it is broken, or of a newer format."""
     file = folder / MARKER
     if not file.is_file():
         why = f"it has no {MARKER}" if folder.is_dir() else "there is no such folder"
         raise BadInput(f"{folder} is not a finished artefact of prunella", why, "write it again with prunella.save")
-    try:
-        manifest = json.loads(file.read_text(encoding="utf-8"))
-        version = manifest["format"]
-        if not isinstance(version, int) or not isinstance(manifest["files"], dict):
-            raise TypeError("format or files is missing")
-    except (ValueError, KeyError, TypeError) as error:
-        raise BadInput(f"{file} cannot be read", f"broken or cut short: {error}", "write the artefact again") from error
+    # Configurations of transformers may hold infinities, so a manifest may too.
+    what, todo = f"the manifest of {folder} is broken and cannot be read", "write the artefact again with prunella.save"
+    manifest = read_object(file, what=what, todo=todo, allow_nan=True)
+    version = manifest.integer("format", low=1)
     if version > FORMAT:
         why = f"it has format {version}, this prunella ({__version__}) reads up to {FORMAT}"
         raise BadInput(f"{folder} was written by a newer prunella", why, "update prunella")
-    return dict(manifest)
+    return manifest
 
 
-def check_files(folder: Path, manifest: Mapping[str, Any], names: tuple[str, ...] | None = None) -> None:
+def check_files(folder: Path, manifest: Fields, names: tuple[str, ...] | None = None) -> None:
     """`BadInput` unless the files named (all, by default) are there with the recorded size and digest."""
-    for name, entry in manifest["files"].items():
+    for name, value in manifest.section("files").values():
         file = folder / plain_name(name)
-        if names is not None and name not in names:
-            continue
-        if not file.is_file():
-            raise BadInput(f"{folder} is not complete", f"{name} is missing", "copy or write it again")
-        if file.stat().st_size != entry["bytes"]:
-            why = f"{name} has {file.stat().st_size} bytes instead of {entry['bytes']}"
-            raise BadInput(f"{folder} is damaged", f"cut short or changed: {why}", "copy or write it again")
-        if digest(file) != entry["sha256"]:
-            raise BadInput(
-                f"{folder} is damaged", f"{name} does not have the recorded digest", "copy or write it again"
-            )
+        if names is None or name in names:
+            _check_file(folder, file, value.fields())
     if names is None or WEIGHTS in names:
-        _require(WEIGHTS in manifest["files"], folder, f"its manifest does not list {WEIGHTS}")
+        _require(WEIGHTS in manifest.section("files"), folder, f"its manifest does not list {WEIGHTS}")
+
+
+def _check_file(folder: Path, file: Path, entry: Fields) -> None:
+    todo, size, recorded = "copy or write it again", entry.integer("bytes", low=0), entry.text("sha256")
+    if not file.is_file():
+        raise BadInput(f"{folder} is not complete", f"{file.name} is missing", todo)
+    if file.stat().st_size != size:
+        why = f"{file.name} has {file.stat().st_size} bytes instead of {size}"
+        raise BadInput(f"{folder} is damaged", f"cut short or changed: {why}", todo)
+    if digest(file) != recorded:
+        raise BadInput(f"{folder} is damaged", f"{file.name} does not have the recorded digest", todo)
 
 
 def _origin(
@@ -190,10 +191,7 @@ def _origin(
     origin = origins.describe(model, factory, kwargs, dense or model)
     config = Path(source) / "config.json" if source is not None else None
     if origin["kind"] == "transformers" and dense is None and config is not None and config.is_file():
-        try:
-            changes = json.loads(config.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise BadInput(f"{config} cannot be read", str(error), "give the folder of the dense model") from error
+        changes = dict(read_config(config, todo="give the folder of the dense model").data)
         changes.pop("auto_map", None)
         # The folder has only what differs from the defaults; sizes that pruning changed are all among the rest.
         origin["config"] = {**origin["config"], **changes}
@@ -218,17 +216,16 @@ def _write_program(model: nn.Module, origin: Mapping[str, Any], plan: Plan | Non
     export(model, folder / PROGRAM, inputs=plan.inputs)
 
 
-def read_data(folder: Path, manifest: Mapping[str, Any]) -> State:
+def read_data(folder: Path, manifest: Fields) -> State:
     """The tensors of a folder. Errors: BadInput unless they are what the manifest lists."""
-    try:
-        described, ties, transient = manifest["tensors"], manifest["ties"], tuple(manifest["transient"])
-        names = [name for name in (WEIGHTS, BUFFERS) if name in manifest["files"]]
-        tensors = {k: v for name in names for k, v in read_tensors(folder / name, described).items()}
-        _require(tensors.keys() == described.keys(), folder, "tensors are missing from its files")
-        _require(all(name in tensors for name in ties.values()), folder, "a tied tensor is missing")
-    except (KeyError, TypeError, AttributeError) as error:
-        raise BadInput(f"the manifest of {folder} is broken", f"{type(error).__name__}: {error}") from error
-    return State(tensors, dict(ties), transient)
+    described = {name: value.fields() for name, value in manifest.section("tensors").values()}
+    ties = {name: value.text() for name, value in manifest.section("ties").values()}
+    transient = manifest.value("transient").texts()
+    names = [name for name in (WEIGHTS, BUFFERS) if name in manifest.section("files")]
+    tensors = {k: v for name in names for k, v in read_tensors(folder / name, described).items()}
+    _require(tensors.keys() == described.keys(), folder, "tensors are missing from its files")
+    _require(all(name in tensors for name in ties.values()), folder, "a tied tensor is missing")
+    return State(tensors, ties, transient)
 
 
 def _manifest(state: State, origin: Mapping[str, Any], plan: Plan | None) -> dict[str, Any]:
@@ -257,7 +254,7 @@ def _describe_plan(plan: Plan) -> dict[str, Any]:
             "before": asdict(plan.before),
             "after": asdict(plan.after),
         },
-        "recipe": dict(plan.recipe),
+        "recipe": plain(plan.recipe),
         "rows": [asdict(row) for row in plan.rows],
     }
 
@@ -272,10 +269,27 @@ def encode_cuts(cuts: Cuts) -> dict[str, Any]:
     return {"positions": [[list(run) for run in runs] for runs in lists], "axes": axes}
 
 
-def decode_cuts(data: Mapping[str, Any]) -> dict[str, dict[int, Tensor]]:
-    """Undo `encode_cuts`."""
-    lists = [torch.tensor([i for a, b in runs for i in range(a, b)], dtype=torch.int64) for runs in data["positions"]]
-    return {name: {int(axis): lists[i] for axis, i in axes.items()} for name, axes in data["axes"].items()}
+def decode_cuts(data: Mapping[str, Any], largest: int = _LARGEST) -> dict[str, dict[int, Tensor]]:
+    """Undo `encode_cuts`. Errors: BadInput for what it never writes, such as a position of `largest` or above."""
+    return _decoded(Fields(data, "the manifest is broken", "write it again"), largest)
+
+
+def _decoded(cuts: Fields, largest: int) -> dict[str, dict[int, Tensor]]:
+    lists = [_positions(runs, largest) for runs in cuts.list_of("positions")]
+    found: dict[str, dict[int, Tensor]] = {}
+    for name, axes in cuts.section("axes").values():
+        pairs = [(axis, value.integer(low=0, high=len(lists) - 1)) for axis, value in axes.fields().values()]
+        found[name] = {int(axis): lists[index] for axis, index in pairs}
+    return found
+
+
+def _positions(runs: Value, largest: int) -> Tensor:
+    pairs, end = [run.integers(low=0, high=largest) for run in runs.items()], 0
+    for pair in pairs:  # in order and apart, so that they are no more than `largest` whatever the file says
+        if len(pair) != 2 or not end <= pair[0] < pair[1]:
+            raise runs.refused("runs of positions in order")
+        end = pair[1]
+    return torch.cat([torch.zeros(0, dtype=torch.int64), *(torch.arange(start, stop) for start, stop in pairs)])
 
 
 def _runs(positions: list[int]) -> tuple[tuple[int, int], ...]:
@@ -288,15 +302,9 @@ def _runs(positions: list[int]) -> tuple[tuple[int, int], ...]:
     return tuple(runs)
 
 
-def _cut(model: nn.Module, manifest: Mapping[str, Any]) -> None:
+def _cut(model: nn.Module, manifest: Fields) -> None:
     """Cut the dense model as the plan did; every name and position is checked first, since a manifest is only data."""
-    try:
-        cuts = decode_cuts(manifest.get("cuts") or {"positions": [], "axes": {}})
-        attributes = {
-            (str(owner), str(name)): read_size(value) for owner, name, value in manifest.get("attributes") or ()
-        }
-    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
-        raise BadInput("the manifest is broken", f"its cuts cannot be read: {error}") from error
+    cuts, attributes = _width(manifest)
     dropped, lists = _depth(manifest)
     if not cuts and not attributes and not dropped:
         return
@@ -317,14 +325,22 @@ def _cut(model: nn.Module, manifest: Mapping[str, Any]) -> None:
     change_(model, Changes(cuts, attributes, dropped=dropped, lists=lists))
 
 
-def _depth(manifest: Mapping[str, Any]) -> tuple[dict[str, tuple[str, ...]], dict[tuple[str, str], tuple[int, ...]]]:
-    """The blocks that go and the lists that follow them."""
+def _width(manifest: Fields) -> tuple[dict[str, dict[int, Tensor]], dict[tuple[str, str], int | tuple[int, ...]]]:
+    """The cuts, and the sizes that follow them."""
     try:
-        dropped = {str(path): tuple(map(str, names)) for path, names in (manifest.get("dropped") or {}).items()}
-        entries = manifest.get("lists") or ()
-        return dropped, {(str(owner), str(name)): tuple(map(int, gone)) for owner, name, gone in entries}
-    except (TypeError, ValueError, AttributeError) as error:
-        raise BadInput("the manifest is broken", f"its dropped blocks cannot be read: {error}") from error
+        cuts = _decoded(manifest.section("cuts"), _LARGEST) if manifest.section("cuts", optional=True).data else {}
+        rows = [row.items(3) for row in manifest.list_of("attributes", default=())]
+        return cuts, {(owner.text(), name.text()): read_size(value.data) for owner, name, value in rows}
+    except (ValueError, TypeError) as error:
+        why = error.why if isinstance(error, BadInput) else str(error)
+        raise BadInput(manifest.what, f"its cuts cannot be read: {why}", manifest.todo) from error
+
+
+def _depth(manifest: Fields) -> tuple[dict[str, tuple[str, ...]], dict[tuple[str, str], tuple[int, ...]]]:
+    """The blocks that go and the lists that follow them."""
+    dropped = {path: names.texts() for path, names in manifest.section("dropped", optional=True).values()}
+    rows = [row.items(3) for row in manifest.list_of("lists", default=())]
+    return dropped, {(owner.text(), name.text()): gone.integers() for owner, name, gone in rows}
 
 
 def _attribute(model: nn.Module, owner: str, name: str) -> object:

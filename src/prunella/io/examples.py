@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from prunella.errors import BadInput, RequestError
-from prunella.graph.program.load import load_exported
+from prunella.io.exported import load_exported
 from prunella.io.load import call_user
 from prunella.model.forward import forward, tensors
 

@@ -20,9 +20,9 @@ from torch.utils._pytree import tree_map
 
 from prunella.errors import CheckFailed, MissingExtra, NotSupported, RequestError
 from prunella.graph.program.capture import TOLERANCE, capture, quiet
-from prunella.graph.program.load import load_exported
 from prunella.graph.verify import relative_error
-from prunella.io.files import write_atomic
+from prunella.io.exported import load_exported
+from prunella.io.files import ErrorDeferringStream, write_atomic
 from prunella.io.state import read_state, write_tensors
 from prunella.model.forward import forward, mode, tensors
 from prunella.types import Inputs
@@ -115,7 +115,9 @@ def _pt2(model: nn.Module, file: Path, example: Inputs) -> tuple[bool, str, list
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)
     with file.open("wb") as stream:
-        torch.export.save(program, stream)
+        deferring: Any = ErrorDeferringStream(stream)
+        torch.export.save(program, deferring)
+        deferring.check()
     again = load_exported(file)[0]
     return dynamic, "torch.export.load", tensors(forward(again, example)), dict(again.state_dict())
 

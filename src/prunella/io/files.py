@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import io
 import os
 import shutil
 import sys
@@ -14,8 +15,9 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO, Any
 
-from prunella.errors import BadInput, RequestError
+from prunella.errors import BadInput, PruningError, RequestError, error_number, out_of_resources, system_error
 
 MARKER = "manifest.json"
 """The file that makes a folder an artefact; it is written last, so a folder without it is not finished."""
@@ -40,31 +42,110 @@ def plain_name(name: object) -> str:
     return name
 
 
+@contextmanager
+def reading(path: str | os.PathLike[str], what: str = "") -> Iterator[None]:
+    """What the system refuses in the block is told as an error of the file `path`.
+
+    what: the first line of the error, "FILE cannot be read" by default. Errors: BadInput, or OutOfResources where
+    memory is short.
+    """
+    try:
+        yield
+    except (OSError, MemoryError) as error:
+        todo = "check the path and its permissions"
+        raise system_error(error, what or f"{os.fspath(path)} cannot be read", todo) from error
+
+
+@contextmanager
+def writing(path: str | os.PathLike[str]) -> Iterator[None]:
+    """What the system refuses in the block is told as an error of the file or folder `path`.
+
+    Errors: RequestError for a path that cannot be written, OutOfResources for a full disk, also where a library hides
+    the system's error in one of its own.
+    """
+    try:
+        yield
+    except PruningError:
+        raise
+    except Exception as error:
+        if isinstance(error, OSError) or error_number(error) is not None or out_of_resources(error) is not None:
+            todo = "check the folder and its permissions"
+            raise system_error(error, f"cannot write {os.fspath(path)}", todo, kind=RequestError) from error
+        raise
+
+
+class ErrorDeferringStream(io.RawIOBase):
+    """Writes to another stream; an error of the system is kept for `check`, and what is written after it is dropped.
+
+    torch's archive writer ends the process when a write raises.
+    """
+
+    def __init__(self, stream: IO[bytes]) -> None:
+        self._stream, self._errors = stream, list[OSError]()
+
+    def writable(self) -> bool:
+        """Yes."""
+        return True
+
+    def seekable(self) -> bool:
+        """As the stream is."""
+        return self._stream.seekable()
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        """Go to a place in the stream."""
+        return self._stream.seek(offset, whence)
+
+    def tell(self) -> int:
+        """The place in the stream."""
+        return self._stream.tell()
+
+    def write(self, data: Any) -> int:
+        """Write, or pass over the data after an error."""
+        try:
+            if not self._errors:
+                self._stream.write(data)
+        except OSError as error:
+            self._errors.append(error)
+        return len(data)
+
+    def check(self) -> None:
+        """Raise the error of the system if there was one."""
+        if self._errors:
+            raise self._errors[0]
+        self._stream.flush()
+
+
+def make_folder(path: str | os.PathLike[str]) -> Path:
+    """The folder `path`, made with its parents if it is not there. Errors: as `writing`."""
+    with writing(path):
+        Path(path).mkdir(parents=True, exist_ok=True)
+    return Path(path)
+
+
 def write_atomic(path: str | os.PathLike[str], content: bytes | Callable[[Path], object]) -> Path:
     """Write a file so that readers see the old one or the whole new one.
 
     `content` is the bytes, or a function that writes the file it is given. Errors: RequestError when `path` is a
-    folder or its folder cannot be written; whatever `content` raises. A failure leaves an existing file as it was.
+    folder or its folder cannot be written; OutOfResources when the disk is full; whatever else `content` raises. A
+    failure leaves an existing file as it was.
     """
     final = Path(path)
     if final.is_dir():
         raise RequestError(f"cannot write {final}", "a folder of that name exists", "choose another file name")
-    temporary = _temporary_file(final)
-    try:
-        if callable(content):
-            content(temporary)
-        else:
-            temporary.write_bytes(content)
-        temporary.chmod(0o666 & ~_umask())
-        _flush(temporary)
-        temporary.replace(final)
-        _flush(final.parent)
-    except OSError as error:  # a full disk, most of all
-        temporary.unlink(missing_ok=True)
-        raise _unwritable(final, error) from error
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    with writing(final):
+        temporary = _temporary_file(final)
+        try:
+            if callable(content):
+                content(temporary)
+            else:
+                temporary.write_bytes(content)
+            temporary.chmod(0o666 & ~_umask())
+            _flush(temporary)
+            temporary.replace(final)
+            _flush(final.parent)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
     return final
 
 
@@ -72,25 +153,21 @@ def write_atomic(path: str | os.PathLike[str], content: bytes | Callable[[Path],
 def new_folder(path: str | os.PathLike[str], *, overwrite: bool = False) -> Iterator[Path]:
     """A temporary folder next to `path`; becomes `path` when the block ends well, and vanishes when it does not.
 
-    Errors: RequestError, before the block runs, when `path` holds something or cannot be made.
+    Errors: RequestError, before the block runs, when `path` holds something or cannot be made; OutOfResources when the
+    disk is full.
     """
     final = Path(path)
     check_free(final, overwrite=overwrite)
-    try:
+    with writing(final):
         final.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{final.name}.", suffix=".part", dir=final.parent))
-    except OSError as error:
-        raise _unwritable(final, error) from error
-    try:
-        temporary.chmod(0o777 & ~_umask())
-        yield temporary
-        publish_folder(temporary, final, overwrite=overwrite)
-    except OSError as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise _unwritable(final, error) from error
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+        try:
+            temporary.chmod(0o777 & ~_umask())
+            yield temporary
+            publish_folder(temporary, final, overwrite=overwrite)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
 
 
 def publish_folder(temporary: Path, final: Path, *, overwrite: bool = False) -> Path:
@@ -153,16 +230,9 @@ def _exchange(one: Path, other: Path) -> bool:
 
 
 def _temporary_file(final: Path) -> Path:
-    try:
-        handle, name = tempfile.mkstemp(prefix=f".{final.name}.", suffix=".part", dir=final.parent)
-    except OSError as error:
-        raise _unwritable(final, error) from error
+    handle, name = tempfile.mkstemp(prefix=f".{final.name}.", suffix=".part", dir=final.parent)
     os.close(handle)
     return Path(name)
-
-
-def _unwritable(final: Path, error: OSError) -> RequestError:
-    return RequestError(f"cannot write {final}", error.strerror or str(error), "check the folder and its permissions")
 
 
 def _flush(path: Path) -> None:

@@ -10,7 +10,6 @@ import difflib
 import hashlib
 import importlib
 import importlib.util
-import json
 import logging
 import os
 import sys
@@ -20,11 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from prunella.errors import BadInput, MissingExtra, NotSupported, PruningError, RequestError
-from prunella.graph.program.load import load_exported
-from prunella.io.files import new_folder
+from prunella.errors import BadInput, MissingExtra, NotSupported, PruningError, RequestError, out_of_resources
+from prunella.io.exported import load_exported
+from prunella.io.files import new_folder, reading
+from prunella.io.json import read_config
 
 log = logging.getLogger("prunella.io.load")
 FORMS = "package.module:factory, a Hugging Face folder, FILE.gguf, FILE.pt2, smollm2, timm:NAME or torchvision:NAME"
@@ -181,11 +182,11 @@ def call_user(function: Callable[..., Any], spec: str, *args: Any) -> Any:
     """Call what the user gave; what it raises is told in one line."""
     try:
         return function(*args)
-    except (PruningError, MemoryError):
+    except PruningError:
         raise
     except (Exception, SystemExit) as error:
-        why = f"{type(error).__name__}: {error}"
-        raise BadInput(f"{spec} failed", why, "call it yourself, without prunella, to see more") from error
+        why, todo = f"{type(error).__name__}: {error}", "call it yourself, without prunella, to see more"
+        raise out_of_resources(error) or BadInput(f"{spec} failed", why, todo) from error
 
 
 def _from_factory(spec: str) -> nn.Module:
@@ -224,11 +225,11 @@ def class_of(folder: Path) -> Any:
     Errors: BadInput for a folder without one, NotSupported for a class that this version does not have.
     """
     try:
-        architecture = json.loads((folder / "config.json").read_text())["architectures"][0]
-    except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
-        why = f"config.json does not name an architecture ({type(error).__name__}: {error})"
+        architecture = read_config(folder / "config.json").value("architectures").texts()[0]
+    except (BadInput, IndexError) as error:
+        why = f"config.json does not name an architecture ({error.why if isinstance(error, BadInput) else 'no entry'})"
         raise BadInput(f"{folder} is no model folder", why, "give a folder written by save_pretrained") from error
-    kind = getattr(import_transformers(), str(architecture), None)
+    kind = getattr(import_transformers(), architecture, None)
     if kind is None or not hasattr(kind, "from_pretrained"):
         why = f"this version of transformers has no {architecture}; code that the folder brings is never run"
         raise NotSupported(f"cannot build {folder}", why, "use package.module:factory with --weights")
@@ -311,11 +312,10 @@ def _read_state(file: Path, *, allow_pickle: bool) -> dict[str, Tensor]:
 
 def _open_safetensors(file: Path) -> Iterator[tuple[str, Tensor]]:
     """The tensors of a file; the header and the length are checked at once, before the first one is asked for."""
-    from safetensors import safe_open
-
     try:
-        handle: Any = safe_open(file, framework="pt")
-    except Exception as error:  # safetensors raises its own type, OSError or ValueError by version
+        with reading(file):
+            handle: Any = safe_open(file, framework="pt")
+    except SafetensorError as error:
         raise BadInput(f"cannot read {file}", f"truncated or damaged: {error}", "fetch or write it again") from error
     return ((name, handle.get_tensor(name)) for name in handle.keys())  # noqa: SIM118
 

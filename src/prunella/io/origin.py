@@ -8,7 +8,6 @@ passes it to `load`, as text or as the function.
 from __future__ import annotations
 
 import importlib.util
-import json
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -17,7 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from prunella.errors import BadInput, MissingExtra, RequestError
+from prunella.errors import BadInput, MissingExtra, RequestError, out_of_resources
+from prunella.io.json import decode, encode
 from prunella.io.load import import_module, load_object
 
 Factory = str | Callable[..., nn.Module]
@@ -31,7 +31,7 @@ def describe(model: nn.Module, factory: Factory | None, kwargs: Mapping[str, Any
         return hugging_face(type(model), dense) if is_hugging_face(model) else {"kind": "unknown"}
     name = factory if isinstance(factory, str) else _spelled(factory)
     try:
-        data = json.loads(json.dumps(dict(kwargs)))
+        data = decode(encode(dict(kwargs), allow_nan=True), allow_nan=True)
     except (TypeError, ValueError) as error:
         raise RequestError("kwargs= cannot be written", str(error), "use numbers, text, lists and mappings") from None
     library, _, model_name = name.partition(":")
@@ -87,7 +87,7 @@ def is_hugging_face(model: nn.Module) -> bool:
 def hugging_face(kind: type, dense: nn.Module) -> dict[str, Any]:
     """The origin of a Hugging Face model: class names and the configuration of the dense model."""
     config: Any = dense.config
-    data = json.loads(config.to_json_string(use_diff=False))
+    data = decode(config.to_json_string(use_diff=False), allow_nan=True)
     data.pop("auto_map", None)
     if (data.get("quantization_config") or {}).get("quant_method") == "gguf":
         del data["quantization_config"]  # the file was quantised; the weights in the model are not
@@ -158,9 +158,8 @@ def _call(build: Builder) -> Any:
     try:
         return build()
     except Exception as error:
-        raise BadInput(
-            "the model cannot be built", f"{type(error).__name__}: {error}", "call its factory to see"
-        ) from error
+        why, todo = f"{type(error).__name__}: {error}", "call its factory to see"
+        raise out_of_resources(error) or BadInput("the model cannot be built", why, todo) from error
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import json
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -12,14 +12,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from prunella.errors import BadInput, RequestError
+from prunella.errors import BadInput
 from prunella.graph.cut.changes import Along, Changes, Renumbered
 from prunella.graph.data import Frozen, ReasonKind
-from prunella.io.files import write_atomic
+from prunella.io.nested import Packer, read_packed, unpack, write_packed
 from prunella.planning.accounting import Amount, Row
 from prunella.planning.plan import Plan
 from prunella.planning.recipe import current_names
@@ -36,31 +34,33 @@ def save_plan(plan: Plan, path: str | os.PathLike[str]) -> Path:
     Masks and kept units are packed to bits, cuts are int64 positions. Errors: RequestError when the recipe or the
     example holds something that is not data (a function, an open file), or when the file cannot be written.
     """
-    box = _Box()
+    packer = Packer()
     body = {
-        "recipe": box.pack(plan.recipe, "recipe"),
+        "recipe": packer.pack(plan.recipe, "the plan's recipe"),
         "target": f"{plan.target.name}={plan.target.value!r}" if plan.target else None,
         "before": asdict(plan.before),
         "after": asdict(plan.after),
-        "keep": {name: box.bits(mask) for name, mask in plan.keep.items()},
-        "masks": {name: box.bits(mask) for name, mask in plan.masks.items()},
-        "changes": _pack_changes(plan.changes, box),
+        "keep": {name: _bits(packer, mask) for name, mask in plan.keep.items()},
+        "masks": {name: _bits(packer, mask) for name, mask in plan.masks.items()},
+        "changes": _pack_changes(plan.changes, packer),
         "rows": [asdict(row) for row in plan.rows],
         "frozen": [asdict(entry) for entry in plan.frozen],
-        "weights": {name: box.tensor(value) for name, value in plan.weights.items()},
-        "inputs": box.pack(plan.inputs, "inputs"),
+        "weights": {name: packer.tensor(value) for name, value in plan.weights.items()},
+        "inputs": packer.pack(plan.inputs, "the plan's inputs"),
         "remarks": list(plan.remarks),
     }
-    head = json.dumps({"version": VERSION, "sha256": _fingerprint(box.tensors), "plan": body})
-    return write_atomic(path, lambda file: save_file(box.tensors, file, metadata={_KEY: head}))
+    head = {"version": VERSION, "sha256": _fingerprint(packer.tensors), "plan": body}
+    return write_packed(path, _KEY, head, packer.tensors)
 
 
-def _pack_changes(changes: Changes, box: _Box) -> dict[str, Any]:
+def _pack_changes(changes: Changes, packer: Packer) -> dict[str, Any]:
     return {
-        "cuts": {name: {str(a): box.tensor(i) for a, i in axes.items()} for name, axes in changes.cuts.items()},
+        "cuts": {name: {str(a): packer.tensor(i) for a, i in axes.items()} for name, axes in changes.cuts.items()},
         "attributes": [[owner, name, value] for (owner, name), value in changes.attributes.items()],
-        "along": [[call.name, call.number, call.axis, box.tensor(call.kept)] for call in changes.along],
-        "renumbered": [[list(e.inputs), [list(o) for o in e.outputs], box.tensor(e.kept)] for e in changes.renumbered],
+        "along": [[call.name, call.number, call.axis, packer.tensor(call.kept)] for call in changes.along],
+        "renumbered": [
+            [list(e.inputs), [list(o) for o in e.outputs], packer.tensor(e.kept)] for e in changes.renumbered
+        ],
         "dropped": {path: list(names) for path, names in changes.dropped.items()},
         "lists": [[owner, name, list(positions)] for (owner, name), positions in changes.lists.items()],
     }
@@ -68,31 +68,21 @@ def _pack_changes(changes: Changes, box: _Box) -> dict[str, Any]:
 
 def load_plan(path: str | os.PathLike[str]) -> Plan:
     """Read a plan. Errors: BadInput when the file is missing, broken, changed, no plan, or of a newer format."""
-    head, tensors = _read(Path(path))
-    version = head.get("version")
+    file = Path(path)
+    if not file.is_file():
+        raise BadInput(f"there is no plan at {file}", "no such file", "`prunella plan MODEL -o FILE` makes one")
+    head, tensors = read_packed(file, _KEY, what=f"{file} is not a plan that can be read", todo="make the plan again")
+    version = head.integer("version")
     if version not in range(1, VERSION + 1):
-        why = f"this prunella reads up to format {VERSION}, the file has {version!r}"
-        raise BadInput(f"{path} cannot be read", why, "update prunella, or make the plan again")
-    if head.get("sha256") != _fingerprint(tensors):
-        raise BadInput(f"{path} is damaged", "its contents do not have the recorded digest", "make the plan again")
+        why = f"this prunella reads up to format {VERSION}, the file has {version}"
+        raise BadInput(f"{file} cannot be read", why, "update prunella, or make the plan again")
+    if head.text("sha256") != _fingerprint(tensors):
+        raise BadInput(f"{file} is damaged", "its contents do not have the recorded digest", "make the plan again")
     try:
-        body = head["plan"] if version == VERSION else _of_0_1(head["plan"])
-        return _plan(body, tensors)
-    except (KeyError, TypeError, ValueError, IndexError) as error:
-        raise BadInput(f"{path} is not a sound plan", f"{type(error).__name__}: {error}", "make it again") from error
-
-
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    if not path.is_file():
-        raise BadInput(f"there is no plan at {path}", "no such file", "`prunella plan MODEL -o FILE` makes one")
-    try:
-        with safe_open(path, framework="pt") as file:
-            head = json.loads((file.metadata() or {})[_KEY])
-            return dict(head), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except KeyError:
-        raise BadInput(f"{path} is not a plan", "it is a safetensors file without a plan in it") from None
-    except (SafetensorError, ValueError, OSError) as error:
-        raise BadInput(f"{path} cannot be read", f"broken or cut short: {error}", "make the plan again") from error
+        data = head.section("plan").data
+        return _plan(data if version == VERSION else _of_0_1(data), tensors)
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+        raise BadInput(f"{file} is not a sound plan", f"{type(error).__name__}: {error}", "make it again") from error
 
 
 def _of_0_1(body: Mapping[str, Any]) -> dict[str, Any]:
@@ -114,7 +104,7 @@ def _of_0_1(body: Mapping[str, Any]) -> dict[str, Any]:
 
 def _plan(body: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Plan:
     return Plan(
-        recipe=_unpack(body["recipe"], tensors),
+        recipe=unpack(body["recipe"], tensors),
         target=None if body["target"] is None else parse_target(body["target"]),
         before=Amount(**body["before"]),
         after=Amount(**body["after"]),
@@ -124,7 +114,7 @@ def _plan(body: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Plan:
         rows=tuple(Row(**row) for row in body["rows"]),
         frozen=tuple(map(_frozen, body["frozen"])),
         weights={name: tensors[i] for name, i in body["weights"].items()},
-        inputs=_unpack(body["inputs"], tensors),
+        inputs=unpack(body["inputs"], tensors),
         remarks=tuple(str(line) for line in body.get("remarks", ())),
     )
 
@@ -153,53 +143,17 @@ def read_size(value: Any) -> int | tuple[int, ...]:
     return tuple(int(item) for item in value) if isinstance(value, list) else int(value)
 
 
-class _Box:
-    """Tensors on their way into the file, and JSON that refers to them by name."""
-
-    def __init__(self) -> None:
-        self.tensors: dict[str, Tensor] = {}
-
-    def tensor(self, value: Tensor) -> str:
-        name = f"t{len(self.tensors)}"
-        # A clone, since safetensors refuses two names for one storage.
-        self.tensors[name] = value.detach().cpu().contiguous().clone()
-        return name
-
-    def bits(self, mask: Tensor) -> dict[str, Any]:
-        packed = np.packbits(mask.detach().cpu().numpy().astype(bool).reshape(-1))
-        return {"shape": list(mask.shape), "bits": self.tensor(torch.from_numpy(packed))}
-
-    def pack(self, value: Any, where: str) -> Any:
-        """Data as tagged JSON, so that tuples, integer keys and tensors come back as what they were."""
-        if value is None or isinstance(value, bool | int | float | str):
-            return {"value": value}
-        if isinstance(value, Tensor):
-            return {"tensor": self.tensor(value)}
-        if isinstance(value, Mapping):
-            return {"dict": [[self.pack(k, where), self.pack(v, where)] for k, v in value.items()]}
-        if isinstance(value, list | tuple):
-            kind = "tuple" if isinstance(value, tuple) else "list"
-            return {kind: [self.pack(item, where) for item in value]}
-        what = f"the plan's {where} cannot be written: it holds a {type(value).__name__}"
-        raise RequestError(what, "a plan file is data: numbers, text, lists, mappings and tensors")
-
-
-def _unpack(entry: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Any:
-    ((kind, value),) = entry.items()
-    if kind == "value":
-        return value
-    if kind == "tensor":
-        return tensors[value]
-    if kind == "dict":
-        return {_unpack(k, tensors): _unpack(v, tensors) for k, v in value}
-    items = [_unpack(item, tensors) for item in value]
-    return tuple(items) if kind == "tuple" else items
+def _bits(packer: Packer, mask: Tensor) -> dict[str, Any]:
+    packed = np.packbits(mask.detach().cpu().numpy().astype(bool).reshape(-1))
+    return {"shape": list(mask.shape), "bits": packer.tensor(torch.from_numpy(packed))}
 
 
 def _unbits(entry: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Tensor:
     shape = tuple(int(n) for n in entry["shape"])
-    packed = tensors[entry["bits"]].numpy()
-    flat = np.unpackbits(packed, count=int(np.prod(shape, dtype=np.int64)))
+    packed, count = tensors[entry["bits"]].numpy(), math.prod(shape)
+    if min(shape, default=0) < 0 or len(packed) != -(-count // 8):
+        raise ValueError(f"{len(packed)} bytes of bits for the shape {list(shape)}")
+    flat = np.unpackbits(packed, count=count)
     return torch.from_numpy(flat.astype(bool)).reshape(shape)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from prunella.errors import BadInput, NotSupported
+from prunella.io.files import reading
+from prunella.io.json import Fields
 
 # What every release of safetensors since 0.4 can hold; all else is stored as bytes with its type in the manifest.
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -57,16 +60,13 @@ def write_tensors(tensors: Mapping[str, Tensor], file: Path) -> None:
     save_file({name: _plain(value) for name, value in tensors.items()}, file, metadata={"format": "pt"})
 
 
-def read_tensors(file: Path, described: Mapping[str, Mapping[str, Any]]) -> dict[str, Tensor]:
+def read_tensors(file: Path, described: Mapping[str, Fields]) -> dict[str, Tensor]:
     """Read a safetensors file and undo the byte encoding. Errors: BadInput when it is broken or not as described.
 
     Tensors are copies: a mapped file would change or end under a loaded model, and its tensors begin at any byte, for
     which CPU libraries choose other kernels with other rounding.
     """
-    try:
-        raw = load_file(file)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise BadInput(f"{file} cannot be read", f"broken or cut short: {error}", "write it again") from error
+    raw = load_tensors(file)
     found = {}
     for name, value in raw.items():
         entry = described.get(name)
@@ -74,6 +74,15 @@ def read_tensors(file: Path, described: Mapping[str, Mapping[str, Any]]) -> dict
             raise BadInput(f"{file} does not fit its manifest", f"unknown tensor {name!r}")
         found[name] = _decoded(value, entry, name).clone()
     return found
+
+
+def load_tensors(file: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file. Errors: BadInput when it is missing, broken or cut short."""
+    try:
+        with reading(file):
+            return load_file(file)
+    except SafetensorError as error:
+        raise BadInput(f"cannot read {file}", f"truncated or damaged: {error}", "fetch or write it again") from error
 
 
 def fill_(model: nn.Module, state: State) -> None:
@@ -137,10 +146,12 @@ def _plain(tensor: Tensor) -> Tensor:
     return value if value.dtype in _PLAIN else value.reshape(-1).view(torch.uint8)
 
 
-def _decoded(value: Tensor, entry: Mapping[str, Any], name: str) -> Tensor:
-    dtype, shape = getattr(torch, str(entry.get("dtype")), None), entry.get("shape")
-    if not isinstance(dtype, torch.dtype) or not isinstance(shape, list):
-        raise BadInput(f"the manifest does not describe {name!r}", f"found {dict(entry)}")
+def _decoded(value: Tensor, entry: Fields, name: str) -> Tensor:
+    dtype, shape = getattr(torch, entry.text("dtype"), None), list(entry.value("shape").integers(low=0))
+    if not isinstance(dtype, torch.dtype):
+        raise entry.value("dtype").refused("a type of numbers")
+    if value.dtype is torch.uint8 and dtype not in _PLAIN and value.numel() != math.prod(shape) * dtype.itemsize:
+        raise BadInput(f"the tensor {name!r} does not fit its manifest", f"{value.numel()} bytes for {shape}")
     if dtype not in _PLAIN and value.dtype is torch.uint8 and value.numel() % dtype.itemsize == 0:
         value = value.clone().view(dtype)
     if value.dtype is not dtype or (dtype in _PLAIN and list(value.shape) != shape):

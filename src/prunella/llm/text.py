@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from prunella.errors import BadInput, RequestError
+from prunella.io.files import reading
 from prunella.io.load import import_transformers
 
 
@@ -33,9 +34,10 @@ def text_samples(
 def text_tokens(folder: str | Path, text: str | Path) -> Tensor:
     """All tokens `(tokens,)` of a text file by the tokenizer in `folder`, none added. Errors: as `text_samples`."""
     try:
-        content = Path(text).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadInput(f"cannot read {text}", f"{type(error).__name__}: {error}", "give a UTF-8 text file") from error
+        with reading(text, f"cannot read {text}"):
+            content = Path(text).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise BadInput(f"cannot read {text}", str(error), "give a UTF-8 text file") from error
     kind = import_transformers().AutoTokenizer
     try:
         tokenizer = kind.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)

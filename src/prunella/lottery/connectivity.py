@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from prunella.errors import RequestError
+from prunella.io.nested import equal
 from prunella.lottery.session import Lap, State, snapshot
-from prunella.lottery.store import equal
 from prunella.lottery.training import Course
 from prunella.model.forward import mode
 from prunella.recovery.batchnorm import recalibrate_bn

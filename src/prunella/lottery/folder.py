@@ -13,8 +13,8 @@ import torch
 
 from prunella.errors import BadInput, RequestError
 from prunella.io.files import write_atomic
+from prunella.io.nested import load_state, save_state
 from prunella.lottery.session import State
-from prunella.lottery.store import load_state, save_state
 
 RECORD = "ticket.json"
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from prunella.errors import RequestError
+from prunella.io.json import encode, plain
 from prunella.metrics.corruption import CORRUPTIONS
 from prunella.metrics.outputs import ClassDrop, calibration_error, flip_rate, kl_divergence, per_class_drop
 from prunella.model.forward import batches, first_tensor, forward, mode
@@ -61,7 +61,7 @@ class SideEffects:
 
     def json(self) -> str:
         """As JSON text."""
-        return json.dumps(self.data(), indent=2)
+        return encode(plain(self.data()), indent=2, sort=False)
 
     def __str__(self) -> str:
         lines = [f"{name}  {before} -> {after}".rstrip(" ->") for name, before, after in self._rows()]

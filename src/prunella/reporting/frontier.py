@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -15,6 +14,7 @@ from markupsafe import Markup
 
 from prunella.errors import RequestError
 from prunella.io.files import write_atomic
+from prunella.io.json import encode, plain
 from prunella.reporting.chart import DENSE, GRID, INK, MUTED, NARROW, PRUNED, WIDE, figure
 from prunella.reporting.page import render_sections
 from prunella.reporting.section import Section
@@ -97,7 +97,7 @@ class Frontier:
 
     def json(self) -> str:
         """As JSON text; numbers that are not finite become null."""
-        return json.dumps(_finite(self.data()), indent=1, allow_nan=False)
+        return encode(plain(self.data()), indent=1, sort=False)
 
     def __str__(self) -> str:
         parts = [self.section(), *([self.reasons()] if self.failures else [])]
@@ -268,11 +268,3 @@ def _leaders(frontier: Frontier) -> list[str]:
         if len(best) == 1:
             found.setdefault(best[0].method, []).append(f"{ratio:g}x")
     return [f"{method} at {', '.join(ratios)}" for method, ratios in found.items()]
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {str(key): _finite(item) for key, item in value.items()}
-    return [_finite(item) for item in value] if isinstance(value, list | tuple) else value

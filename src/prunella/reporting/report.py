@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import platform
@@ -21,6 +20,7 @@ from prunella._version import __version__
 from prunella.graph.cut.block_surgery import new_name
 from prunella.graph.data import Frozen
 from prunella.graph.verify import relative_error
+from prunella.io.json import encode, plain
 from prunella.measure.count import count, macs_by_module
 from prunella.measure.latency import Comparison, compare_latency
 from prunella.measure.profile import peak_memory, time_by_layer
@@ -163,7 +163,7 @@ class Report:
 
     def json(self) -> str:
         """The report as JSON text; numbers that are not finite become null."""
-        return json.dumps(_finite(self.data()), indent=2, default=str, allow_nan=False)
+        return encode(plain(self.data()), indent=2, sort=False)
 
     def __str__(self) -> str:
         rows = [("", "dense", "pruned", "change")]
@@ -322,11 +322,3 @@ def _processor(device: str) -> str:
                 if line.startswith("model name"):
                     return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {str(key): _finite(item) for key, item in value.items()}
-    return [_finite(item) for item in value] if isinstance(value, list | tuple) else value

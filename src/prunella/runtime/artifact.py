@@ -6,7 +6,6 @@ which machine the choices were measured; on another machine they are measured ag
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import shutil
@@ -33,6 +32,7 @@ from prunella.io.artifact import (
     save,
 )
 from prunella.io.files import MARKER, digest, new_folder
+from prunella.io.json import Fields, Value, write_json
 from prunella.io.origin import Factory
 from prunella.io.state import State, read_tensors, write_tensors
 from prunella.model.unwrap import unwrap
@@ -78,14 +78,14 @@ def save_sparse(
         inner = folder / "dense"
         save(restored(bare), inner, plan=plan, factory=factory, kwargs=kwargs, source=source)
         names = _packed(inner, folder, tuple(sparse_layers(bare)))
-        manifest = json.loads((inner / MARKER).read_text(encoding="utf-8"))
+        manifest = dict(read_manifest(inner).data)
         shutil.rmtree(inner)
         manifest["tensors"] = names.described
         fused = {name: m.activation_path for name, m in sparse_layers(bare).items() if isinstance(m, SparseLinear)}
         fused = {name: path for name, path in fused.items() if path}
         manifest["sparse"] = {"weights": names.shapes, "joined": fused, **_measured(record)}
         manifest["files"] = {f.name: {"sha256": digest(f), "bytes": f.stat().st_size} for f in sorted(folder.iterdir())}
-        (folder / MARKER).write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+        write_json(folder / MARKER, manifest, allow_nan=True)
         total, files = sum(f.stat().st_size for f in folder.iterdir()), sorted(f.name for f in folder.iterdir())
     return Saved(Path(path), total, tuple(files), "prunella.runtime.load_sparse")
 
@@ -106,7 +106,7 @@ def load_sparse(
             f"{folder} holds a dense model", "save_sparse did not write it", "read it with prunella.load"
         )
     check_files(folder, manifest, (WEIGHTS, BUFFERS, PROGRAM))
-    entry = _read(manifest["sparse"])
+    entry = _read(manifest.section("sparse"))
     state = _unpacked(folder, manifest, entry)
     model = copied(rebuild(folder, manifest, state, factory))
     tuner, example, fused = tuner_for(model, entry.precision, seconds, seed), _example(entry), dict[str, Fused]()
@@ -141,8 +141,9 @@ class _Names:
 def _packed(inner: Path, folder: Path, layers: Sequence[str]) -> _Names:
     """Copy a dense folder, with the weights of these layers as bits and values."""
     manifest = read_manifest(inner)
-    described, shapes = dict(manifest["tensors"]), dict[str, list[int]]()
-    tensors = read_tensors(inner / WEIGHTS, described)
+    entries = {name: value.fields() for name, value in manifest.section("tensors").values()}
+    tensors, shapes = read_tensors(inner / WEIGHTS, entries), dict[str, list[int]]()
+    described = {name: entry.data for name, entry in entries.items()}
     for name in layers:
         full = f"{name}.weight" if name else "weight"
         weight = tensors.pop(full)
@@ -189,38 +190,36 @@ class _Entry:
     channels_last: bool
 
 
-def _read(data: Any) -> _Entry:
-    try:
-        layers = {
-            str(name): tuple((Problem(_size(size), _sizes(image)), from_json(choice)) for size, image, choice in rows)
-            for name, rows in data["layers"].items()
-        }
-        traced = tuple((_sizes(shape), str(dtype)) for shape, dtype in data["traced"])
-        weights = {str(name): _sizes(shape) for name, shape in data["weights"].items()}
-        fused = {str(name): str(module) for name, module in data["joined"].items()}
-        same_machine, channels_last = data["machine"] == fingerprint(), data.get("last", False) is True
-        return _Entry(same_machine, Precision(data["precision"]), traced, layers, weights, fused, channels_last)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        why = f"its entry about sparse layers cannot be read: {type(error).__name__}: {error}"
-        raise BadInput("the manifest is broken", why, "write the folder again") from error
+def _read(sparse: Fields) -> _Entry:
+    layers = {name: tuple(_problem(row) for row in rows.items()) for name, rows in sparse.section("layers").values()}
+    rows = [row.items(2) for row in sparse.list_of("traced")]
+    precision = sparse.text("precision")
+    if precision not in {kind.value for kind in Precision}:
+        raise sparse.value("precision").refused(f"one of {', '.join(kind.value for kind in Precision)}")
+    return _Entry(
+        same_machine=sparse.value("machine").data == fingerprint(),
+        precision=Precision(precision),
+        traced=tuple((_shape(shape), dtype.text()) for shape, dtype in rows),
+        layers=layers,
+        weights={name: _shape(shape) for name, shape in sparse.section("weights").values()},
+        fused={name: path.text() for name, path in sparse.section("joined").values()},
+        channels_last=sparse.flag("last", default=False),
+    )
 
 
-def _size(value: Any) -> int:
-    if type(value) is not int or not 0 < value <= _LARGEST:
-        raise ValueError(f"{value!r} is not a size")
-    return value
+def _problem(row: Value) -> tuple[Problem, Choice]:
+    size, image, choice = row.items(3)
+    return Problem(size.integer(low=1, high=_LARGEST), _shape(image)), from_json(choice.data)
 
 
-def _sizes(values: Any) -> tuple[int, ...]:
-    if not isinstance(values, list) or len(values) > 8:
-        raise TypeError("it has to be a list of at most 8 sizes")
-    sizes = tuple(_size(value) for value in values)
-    if math.prod(sizes) > _LARGEST:
-        raise ValueError(f"{list(sizes)} is too large")
-    return sizes
+def _shape(value: Value) -> tuple[int, ...]:
+    shape = value.integers(low=1, high=_LARGEST)
+    if len(shape) > 8 or math.prod(shape) > _LARGEST:
+        raise value.refused(f"a shape of at most 8 axes and {_LARGEST} elements")
+    return shape
 
 
-def _unpacked(folder: Path, manifest: dict[str, Any], entry: _Entry) -> State:
+def _unpacked(folder: Path, manifest: Fields, entry: _Entry) -> State:
     state = read_data(folder, manifest)
     tensors = dict(state.tensors)
     for name, shape in entry.weights.items():

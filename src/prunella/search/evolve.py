@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from prunella.errors import MissingExtra, RequestError, TargetMissed
+from prunella.io.files import make_folder
 from prunella.registry.method import search
 from prunella.search.space import Evaluate, Found, Predict, Space
 from prunella.targets import Target
@@ -152,7 +153,7 @@ def _url(storage: str | os.PathLike[str] | None) -> str | None:
     if storage is None or (isinstance(storage, str) and "://" in storage):
         return storage
     path = Path(storage)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     return f"sqlite:///{path}"
 
 

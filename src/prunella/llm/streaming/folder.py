@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from prunella.errors import RequestError
+from prunella.io.files import make_folder
 from prunella.llm.blockwise import Solving
 from prunella.llm.distributed import process_group
 from prunella.llm.recipe import OneShot
@@ -103,7 +104,7 @@ def solve_folder(
     if group.is_main:
         if overwrite and folder.exists() and not work.is_dir():
             shutil.rmtree(folder)
-        work.mkdir(parents=True, exist_ok=True)
+        make_folder(work)
     group.barrier()
     journal = Journal(work / "journal.json", fingerprint(run.source, samples, how, group.world_size, skip))
     solving, replayed = run.run(folder, journal, on_block)

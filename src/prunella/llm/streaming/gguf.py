@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 
 import torch
 
+from prunella.errors import BadInput
+from prunella.io.json import read_config
 from prunella.llm.streaming.shards import read_folder
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -33,8 +34,8 @@ def gguf_obstacle(folder: str | Path) -> str:
             odd = min(key for key in shapes.keys() | first[1].keys() if shapes.get(key) != first[1].get(key))
             return f"{path}.{odd} is {shapes.get(odd)} and {first[0]}.{odd} is {first[1].get(odd)}: one width is needed"
     try:
-        named = bool(json.loads((place / "config.json").read_text(encoding="utf-8"))["architectures"])
-    except (OSError, ValueError, KeyError):
+        named = bool(read_config(place / "config.json").list_of("architectures"))
+    except BadInput:
         named = False
     if not named:
         return "config.json names no architecture"

@@ -6,7 +6,6 @@ read by a seek and a read.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -17,7 +16,8 @@ import torch
 from torch import Tensor
 
 from prunella.errors import BadInput
-from prunella.io.files import plain_name, write_atomic
+from prunella.io.files import plain_name, reading, write_atomic
+from prunella.io.json import LARGEST, Fields, encode, parse, read_object
 
 INDEX = "model.safetensors.index.json"
 _TYPES = {
@@ -35,8 +35,6 @@ _TYPES = {
     "BOOL": torch.bool,
 }
 _NAMES = {dtype: name for name, dtype in _TYPES.items()}
-_LONGEST = 100_000_000
-"""The most bytes of a header, as in the reader of safetensors."""
 _CHUNK = 1 << 24
 
 
@@ -89,36 +87,34 @@ def read_folder(folder: Path) -> dict[str, Stored]:
 
 
 def _listed(index: Path) -> list[str]:
-    try:
-        listed = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise BadInput(f"{index} cannot be read", f"{type(error).__name__}: {error}", "fetch it again") from error
-    return sorted({plain_name(name) for name in listed})
+    places = read_object(index, todo="fetch it again").section("weight_map")
+    return sorted({plain_name(place.text()) for _, place in places.values()})
 
 
 def read_header(file: Path) -> dict[str, Stored]:
-    """The tensors of one file by name. Errors: BadInput unless each lies in the file and has the size of its shape."""
-    try:
-        with file.open("rb") as opened:
-            length = int.from_bytes(opened.read(8), "little")
-            total = file.stat().st_size
-            if not 2 <= length <= min(_LONGEST, total - 8):
-                raise ValueError(f"a header of {length} bytes in a file of {total}")
-            entries = json.loads(opened.read(length))
-            return {k: _stored(file, v, 8 + length, total) for k, v in entries.items() if k != "__metadata__"}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        why = f"truncated or damaged: {type(error).__name__}: {error}"
-        raise BadInput(f"cannot read {file}", why, "fetch or write it again") from error
+    """The tensors of one file by name. Errors: BadInput unless every one lies within the file and fills its shape."""
+    what, todo = f"cannot read {file}", "fetch or write it again"
+    with reading(file), file.open("rb") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        whole = file.stat().st_size
+        if not 2 <= length <= min(LARGEST, whole - 8):
+            raise BadInput(what, f"truncated or damaged: a header of {length} bytes in a file of {whole}", todo)
+        header = opened.read(length)
+    entries = parse(header, what, todo=todo).fields()
+    return {k: _stored(file, v.fields(), 8 + length, whole) for k, v in entries.values() if k != "__metadata__"}
 
 
-def _stored(file: Path, entry: Mapping[str, Any], base: int, total: int) -> Stored:
-    dtype, shape = _TYPES[entry["dtype"]], tuple(int(n) for n in entry["shape"])
-    start, end = (int(n) for n in entry["data_offsets"])
-    if min(shape, default=0) < 0 or not 0 <= start <= end <= total - base:
-        raise ValueError("a tensor lies outside of the file")
-    if end - start != math.prod(shape) * dtype.itemsize:
-        raise ValueError(f"{end - start} bytes for the shape {list(shape)} of {entry['dtype']}")
-    return Stored(file, dtype, shape, base + start, end - start)
+def _stored(file: Path, entry: Fields, base: int, whole: int) -> Stored:
+    kind, shape = entry.text("dtype"), entry.value("shape").integers(low=0)
+    start, end = (offset.integer() for offset in entry.value("data_offsets").items(2))
+    if kind not in _TYPES:
+        raise entry.value("dtype").refused(f"one of {', '.join(_TYPES)}")
+    if not 0 <= start <= end <= whole - base:
+        raise BadInput(entry.what, f"truncated or damaged: {entry.at} lies outside of the file", entry.todo)
+    if end - start != math.prod(shape) * _TYPES[kind].itemsize:
+        why = f"truncated or damaged: {entry.at} has {end - start} bytes for the shape {list(shape)} of {kind}"
+        raise BadInput(entry.what, why, entry.todo)
+    return Stored(file, _TYPES[kind], shape, base + start, end - start)
 
 
 def shard_name(number: int, count: int) -> str:
@@ -133,7 +129,7 @@ def write_shard(file: Path, tensors: Mapping[str, Tensor | Stored]) -> Path:
     for name, value in tensors.items():
         start, end = end, end + size_of(value)
         entries[name] = {"dtype": _NAMES[value.dtype], "shape": list(value.shape), "data_offsets": [start, end]}
-    header = json.dumps(entries).encode()
+    header = encode(entries, indent=None, sort=False).encode()
     header += b" " * (-len(header) % 8)
 
     def write(path: Path) -> None:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from prunella._version import __version__
 from prunella.io.card import Card, write_card
-from prunella.io.files import write_atomic
+from prunella.io.files import writing
 from prunella.io.huggingface import COMPANIONS
+from prunella.io.json import plain, read_config, write_json
 from prunella.llm.blockwise import Solving
 from prunella.llm.streaming.journal import described
 from prunella.llm.streaming.runner import StreamingRun
@@ -27,7 +26,8 @@ def finish(run: StreamingRun, folder: Path, solving: Solving, seconds: float) ->
     for pattern in COMPANIONS:
         for file in sorted(run.source.glob(pattern)):
             if file.is_file() and file.suffix != ".safetensors":
-                shutil.copyfile(file, folder / file.name)
+                with writing(folder / file.name):
+                    shutil.copyfile(file, folder / file.name)
     record = {
         "prunella": __version__,
         "source": run.source.name,
@@ -39,11 +39,11 @@ def finish(run: StreamingRun, folder: Path, solving: Solving, seconds: float) ->
         "predicted_peak": run.peak.bytes,
         "seconds": seconds,
     }
-    write_atomic(folder / RECORD, (json.dumps(record, indent=1) + "\n").encode())
-    config: dict[str, Any] = json.loads((run.source / CONFIG).read_text(encoding="utf-8"))
+    write_json(folder / RECORD, plain(record))
+    config = dict(read_config(run.source / CONFIG).data)
     config.pop("auto_map", None)  # no code is copied, so none is named
     write_card(folder, card_of(run, solving))
-    write_atomic(folder / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
+    write_json(folder / CONFIG, config, allow_nan=True)
 
 
 def card_of(run: StreamingRun, solving: Solving) -> Card:
@@ -80,4 +80,4 @@ def _write_index(folder: Path, count: int) -> None:
         for key, stored in read_header(folder / name).items():
             places[key], total = name, total + stored.size
     content = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
-    write_atomic(folder / INDEX, (json.dumps(content, indent=1) + "\n").encode())
+    write_json(folder / INDEX, content)

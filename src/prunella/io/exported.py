@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib
 import io
-import json
 import logging
 import re
 import zipfile
@@ -19,8 +18,9 @@ import torch
 from torch import nn
 from torch.export import ExportedProgram
 
-from prunella.errors import BadInput
+from prunella.errors import BadInput, out_of_resources
 from prunella.graph.program.literals import module_of
+from prunella.io.json import LARGEST, decode
 
 # torch logs each part it reads at warning level
 _LOGGERS = ("torch.export", "torch.export.pt2_archive._package", "torch._export.serde.serialize")
@@ -35,6 +35,8 @@ _READS = re.compile(
 )
 # names of modules in an input structure, which the reader would import
 _IMPORTS = ("__enum__", "default_factory_module")
+_DEEPEST = 300
+"""Of the JSON: programs hold programs."""
 _EXPRESSION = re.compile(r"(?!.*__)(?!.*\.\s*[A-Za-z_])[\w\s+\-*/%().,<>=!&|~]*")
 
 
@@ -61,7 +63,8 @@ def _read(path: Path) -> ExportedProgram:
         return torch.export.load(str(path))
     except Exception as error:  # the reader has no error type of its own
         why = f"{type(error).__name__}: {error}"
-        raise BadInput(f"cannot read {path}", why, "export it again with this version of torch") from error
+        todo = "export it again with this version of torch"
+        raise out_of_resources(error) or BadInput(f"cannot read {path}", why, todo) from error
 
 
 def _names(path: Path, word: bytes) -> bool:
@@ -89,10 +92,16 @@ def _refuse_pickles(path: Path) -> None:
 def _harmless(archive: zipfile.ZipFile, name: str) -> bool:
     tail = "/" + name.partition("/")[2]
     if tail.endswith(".json"):
-        return _harmless_json(json.loads(archive.read(name)))
+        # A key that is there twice could mean one thing here and another to torch's reader.
+        return _harmless_json(decode(_part(archive, name), deepest=_DEEPEST, allow_nan=True))
     if _SAMPLES.search(tail):
         return _tensors_only(archive.read(name))
     return bool(_PLAIN.search(tail) or _CONSTANT.search(tail))
+
+
+def _part(archive: zipfile.ZipFile, name: str) -> bytes:
+    with archive.open(name) as part:
+        return part.read(LARGEST + 1)  # a small archive can hold a part of any size
 
 
 def _harmless_json(value: Any) -> bool:
