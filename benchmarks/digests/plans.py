@@ -38,9 +38,8 @@ def channels() -> Iterator[Way]:
     yield Way("taylor global Params", pr.Recipe(pr.taylor, unit, pr.global_), pr.Params(0.7))
     yield Way("bn_scale uniform Sparsity", pr.Recipe(pr.criteria.bn_scale, unit, pr.uniform), pr.Sparsity(0.3))
     yield Way("random uniform MACs", pr.Recipe(pr.criteria.random, unit, pr.uniform, seed=3), pr.MACs(0.8))
-    aligned = pr.Recipe(
-        pr.criteria.group_norm, pr.Channel(pr.granularity.Reduce.MEAN), pr.allocation.isomorphic, floor=0.2, align=2
-    )
+    mean = pr.Channel(pr.granularity.Reduce.MEAN)
+    aligned = pr.Recipe(pr.criteria.group_norm, mean, pr.allocation.isomorphic, 0.2, 2)  # by place: names may change
     yield Way("group_norm isomorphic Bytes aligned", aligned, pr.Bytes(0.85))
 
 

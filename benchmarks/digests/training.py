@@ -62,7 +62,7 @@ def force() -> pr.Plan:
 
 @cell("at initialisation / iterate")
 def rounds() -> dict[str, pr.Plan]:
-    recipe = pr.Recipe(pr.criteria.grasp, pr.Element(), pr.global_, least=0)
+    recipe = pr.Recipe(pr.criteria.grasp, pr.Element(), pr.global_, 0.0, 1, 0, False, 0)  # the last 0: layers may empty
     blocks = pr.Recipe(pr.criteria.taylor_sq, pr.Block(2, 2), pr.global_)
     how = pr.planning.Rounds(3, schedule=pr.schedules.linear, nested=False)
     return {

@@ -30,7 +30,7 @@ def plan_parts(plan: pr.Plan) -> dict[str, Any]:
         "masks": plan.masks,
         "weights": plan.weights,
         "structure": structure,
-        "got": [plan.target.value, plan.got, plan.before, plan.after],
+        "got": [plan.target.value if plan.target else plan.got, plan.got, plan.before, plan.after],
         "rows": sorted((row.name, *_numbers(row)) for row in plan.rows),
         "frozen": sorted((place.entity, *_numbers(place)) for place in plan.frozen),
     }
