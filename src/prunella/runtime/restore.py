@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
@@ -68,18 +66,9 @@ def _conv(module: SparseConv2d | FoldedConv2d) -> nn.Module:
     geometry, groups = (module.geometry, 1) if isinstance(module, SparseConv2d) else (module, module.groups)
     weight = module.weight.detach()
     out, wide, *kernel = weight.shape
-    sizes: Any = (
-        wide * groups,
-        out,
-        kernel,
-        geometry.stride,
-        geometry.padding,
-        geometry.dilation,
-        groups,
-        module.bias is not None,
-    )
+    sizes = (geometry.stride, geometry.padding, geometry.dilation, groups, module.bias is not None)
     with torch.device("meta"):
-        layer = nn.Conv2d(*sizes)
+        layer = nn.Conv2d(wide * groups, out, kernel, *sizes)  # type: ignore[arg-type]
     return _filled(layer, weight, module.bias)
 
 
