@@ -417,7 +417,7 @@ def controls() -> dict[str, Any]:
     plan = scattered()
     return {
         "plan": pr.transform.shuffled_plan(plan, seed=2),
-        "model": pr.transform.reinitialised(NET.model(), seed=2),
+        "model": pr.transform.reinitialized(NET.model(), seed=2),
         "reinit": pr.lottery.reinit_(sparse_model(), 3),
         "shuffle": pr.lottery.shuffle_masks_(sparse_model(), 3),
         "distance": pr.lottery.mask_distance(plan.masks, pr.transform.shuffled_plan(plan, seed=2).masks),

@@ -316,7 +316,7 @@ def ticket(rewind: Any) -> dict[str, Any]:
 
 @cell("ticket / instability and barrier")
 def connected() -> dict[str, Any]:
-    one, other = mlp(), pr.transform.reinitialised(mlp(), seed=4)
+    one, other = mlp(), pr.transform.reinitialized(mlp(), seed=4)
     judge = lambda model: float(error(model))  # noqa: E731
     return {
         "instability": pr.lottery.instability(mlp(), course(), judge, step=2, points=3),

@@ -117,13 +117,21 @@ def test_a_lap_from_step_k_repeats_the_run_that_passed_it(k: int, tmp_path: Path
     lap = course().run(whole, Lap(whole, STEPS, keep_at=k))
     assert lap.kept is not None
     save_state(lap.kept.plain(), tmp_path / "point")
-    point = Point(**load_state(tmp_path / "point"))
+    point = Point.read(load_state(tmp_path / "point"))
     assert equal(point.plain(), lap.kept.plain())
     again = net(seed=99)
     again.load_state_dict(point.model)
     torch.rand(5)
     part = course(seed=77).run(again, Lap(again, STEPS, start=point))
     assert equal(snapshot(again), snapshot(whole)) and part.rates == lap.rates[k:]
+
+
+def test_a_point_that_the_first_version_wrote_is_read() -> None:
+    kept = course().run(model := net(), Lap(model, STEPS, keep_at=2)).kept
+    assert kept is not None
+    written = kept.plain()
+    written["dice"] = written.pop("rng")
+    assert equal(Point.read(written).plain(), kept.plain())
 
 
 def test_a_loader_with_its_own_generator_is_rewound_too() -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from prunella.errors import NotSupported, RequestError
-from prunella.model.forward import batches, first_tensor, forward, mode, tensors
+from prunella.model.forward import batches, first_tensor, forward, tensors
 
 
 class _Takes(nn.Module):
@@ -45,27 +45,6 @@ def test_no_batches_is_an_error() -> None:
     with pytest.raises(RequestError, match="no batches"):
         list(batches([]))
     assert list(batches([1, 2])) == [1, 2]
-
-
-def test_mode_gives_every_module_its_own_flag_back() -> None:
-    model = nn.Sequential(nn.Dropout(), nn.Sequential(nn.Dropout()))
-    model[1].eval()
-    with pytest.raises(KeyError), mode(model, training=False):
-        assert not any(m.training for m in model.modules())
-        raise KeyError
-    assert [m.training for m in model.modules()] == [True, True, False, False]
-
-
-def test_weights_that_change_under_autocast_are_not_read_from_its_copies() -> None:
-    model = nn.Linear(4, 4, bias=False)
-    x = torch.ones(1, 4)
-    with torch.autocast("cpu", torch.bfloat16):
-        model(x)  # autocast keeps a copy from here to the end
-        with mode(model, training=False):
-            model(x)
-            model.weight.data.fill_(1.0)
-            assert model(x).tolist() == [[4.0] * 4]
-        assert torch.is_autocast_cache_enabled()
 
 
 def test_forward_passes_gradients() -> None:

@@ -276,12 +276,12 @@ def test_a_shuffled_plan_keeps_every_layers_count_and_moves_its_mask() -> None:
         pr.transform.shuffled_plan(pr.plan(model, x, target=pr.Sparsity(0.5)))
 
 
-def test_reinitialised_weights_are_new_and_masked_alike() -> None:
+def test_reinitialized_weights_are_new_and_masked_alike() -> None:
     model, x = mlp(16), torch.randn(2, 4)
     plan = pr.plan(model, x, pr.Recipe(granularity=pr.Element()), target=pr.Sparsity(0.7))
     pr.apply_(model, plan)
     before, dice = copy.deepcopy(model.state_dict()), torch.get_rng_state()
-    fresh, again = pr.transform.reinitialised(model, seed=4), pr.transform.reinitialised(model, seed=4)
+    fresh, again = pr.transform.reinitialized(model, seed=4), pr.transform.reinitialized(model, seed=4)
     assert torch.get_rng_state().equal(dice)
     for name, mask in plan.masks.items():
         weight = dict(fresh.named_parameters())[name]

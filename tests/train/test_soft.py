@@ -10,7 +10,7 @@ from torch import nn
 
 import prunella as pr
 from prunella.errors import RequestError
-from prunella.train.soft_filter import spliced
+from prunella.train.network_surgery import spliced
 from tests.graphs import convnet, images, square_loss
 
 X = torch.randn(16, 10, generator=torch.Generator().manual_seed(0))

@@ -5,7 +5,6 @@ All candidates of a batch size and number of threads meet in the same interleave
 
 from __future__ import annotations
 
-import copy
 import importlib.util
 import os
 import shutil
@@ -26,6 +25,7 @@ from prunella.errors import PruningError, RequestError
 from prunella.io.export import export
 from prunella.measure.machine import cpu_name
 from prunella.measure.timing import Comparison, compare_latency
+from prunella.model.copying import copied
 from prunella.model.forward import forward, tensors
 from prunella.reporting.chart import alone, figure
 from prunella.runtime.convert import sparse
@@ -94,7 +94,7 @@ def bench(
         raise RequestError("this cannot be measured", why, f"roads are {', '.join(ROADS)}")
     rows, left, said = list[Timed](), dict[str, str](), ""
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    model = copy.deepcopy(model).cpu().eval().requires_grad_(False)
+    model = copied(model).cpu().eval().requires_grad_(False)
     for count in sorted(set(threads) or {1, usable}):
         with _threads(count), tempfile.TemporaryDirectory() as folder:
             for batch in batches:
@@ -168,7 +168,7 @@ def _compiled(model: nn.Module, given: Inputs, precision: Precision, folder: Pat
     torch._dynamo.reset()
     with settings.patch(freezing=True), torch.inference_mode(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the compiler's own
-        made = cast(nn.Module, torch.compile(copy.deepcopy(model), dynamic=False))
+        made = cast(nn.Module, torch.compile(copied(model), dynamic=False))
         try:
             forward(made, given)
         except Exception as error:  # the compiler has no error type of its own

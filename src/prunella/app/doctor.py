@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
-import time
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from prunella.measure.clock import now, since
 from prunella.measure.latency import compare_latency
 from prunella.measure.machine import cpu_info, cpu_name
 from prunella.runtime.kernels import library
@@ -230,6 +230,6 @@ def _measure(pair: Pair, seconds: float) -> Trial:
 
 
 def _seconds(work: Callable[[], object]) -> float:
-    start = time.perf_counter()
+    start = now()
     work()
-    return time.perf_counter() - start
+    return since(start)

@@ -5,8 +5,6 @@ Nothing is written before every gate has been passed, and what is written is eit
 
 from __future__ import annotations
 
-import copy
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -21,7 +19,10 @@ from prunella.errors import CheckFailed, RequestError
 from prunella.io.artifact import Saved, save
 from prunella.io.files import check_free
 from prunella.io.json import plain, write_json
-from prunella.model.forward import Outputs, forward, mode
+from prunella.measure.clock import now, since
+from prunella.model.copying import copied
+from prunella.model.forward import Outputs, forward
+from prunella.model.state import mode
 from prunella.planning.plan import Plan
 from prunella.planning.planner import plan
 from prunella.planning.recipe import Recipe
@@ -143,7 +144,7 @@ def run(
     with clock.stage("planning"):
         made = _plan(model, inputs, job)
     with clock.stage("cutting and comparing with the masked model"):
-        small = shrink(model, made) if made.changes else apply_(copy.deepcopy(model), made)
+        small = shrink(model, made) if made.changes else apply_(copied(model), made)
     before, cut = _quality(model, job, clock, "dense"), _quality(small, job, clock, "pruned")
     healed = tuple(_heal(step, small, model, made, job, clock) for step in job.heal)
     after = _quality(small, job, clock, "healed") if healed else cut
@@ -171,9 +172,9 @@ def _rounds(model: nn.Module, inputs: Inputs, *, seconds: float = 20.0) -> int:
     """As many rounds of both models as fit into the time: 10 at least, 40 at most."""
     with mode(model, training=False), torch.no_grad():
         forward(model, inputs)
-        start = time.perf_counter()
+        start = now()
         forward(model, inputs)
-    return min(40, max(10, int(seconds / (2 * (time.perf_counter() - start)))))
+    return min(40, max(10, int(seconds / (2 * (since(start))))))
 
 
 def _scores(before: float | None, after: float | None) -> tuple[tuple[str, float, float], ...]:
@@ -222,9 +223,9 @@ class _Clock:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        start = time.perf_counter()
+        start = now()
         yield
-        self.seconds[name] = time.perf_counter() - start
+        self.seconds[name] = since(start)
         if self._tell:
             self._tell(name, self.seconds[name])
 

@@ -16,7 +16,8 @@ from prunella.io.artifact import PLAN, check_files, load, read_manifest
 from prunella.io.json import read_object
 from prunella.io.origin import Factory
 from prunella.io.plan_file import load_plan
-from prunella.model.forward import forward, mode, tensors
+from prunella.model.forward import forward, tensors
+from prunella.model.state import mode
 from prunella.planning.plan import Plan
 from prunella.transform.apply import apply_
 from prunella.transform.shrink import shrink

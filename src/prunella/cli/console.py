@@ -7,7 +7,6 @@ import functools
 import json
 import os
 import sys
-import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ import typer
 
 from prunella.errors import OutOfResources, PruningError, out_of_resources, system_error
 from prunella.io.json import plain
+from prunella.measure.clock import now, since
 
 P = ParamSpec("P")
 DONE, MISSED, MISUSE, BAD_INPUT, RESOURCES, UNSUPPORTED, INTERRUPTED, BUG = 0, 1, 2, 3, 5, 6, 7, 70
@@ -125,10 +125,10 @@ def note(text: str) -> None:
 @contextlib.contextmanager
 def stage(text: str) -> Iterator[None]:
     """A step that takes a while: a spinner on a terminal, a line with its seconds anywhere."""
-    start = time.perf_counter()
+    start = now()
     with _spinner(text):
         yield
-    note(f"{text} ({time.perf_counter() - start:.1f} s)")
+    note(f"{text} ({since(start):.1f} s)")
 
 
 def _spinner(text: str) -> contextlib.AbstractContextManager[object]:

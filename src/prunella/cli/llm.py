@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -162,6 +161,7 @@ def compare(
     from prunella.llm import solve_
     from prunella.llm.streaming.journal import described
     from prunella.llm.text import text_samples, text_tokens
+    from prunella.model.copying import copied
 
     if min(seeds, protocol.judged) < 1:
         raise RequestError(f"{seeds} seeds on {protocol.judged} windows compare nothing", "at least 1 of each", "")
@@ -179,7 +179,7 @@ def compare(
     def way(name: str, seed: int) -> nn.Module:
         nsamples, seqlen = protocol.windows, protocol.length
         batches = text_samples(folder, protocol.data, nsamples=nsamples, seqlen=seqlen, seed=seed)
-        model = copy.deepcopy(dense)
+        model = copied(dense)
         with stage(f"{name}, seed {seed}"):
             solve_(model, batches[0], recipes[name], data=batches, skip=protocol.skip)
         return model

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -12,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from prunella.errors import BadInput, RequestError
+from prunella.model.copying import copied
 from prunella.model.masks import records
-from prunella.model.unwrap import unwrap
 from prunella.registry.method import compression
 
 
@@ -111,7 +110,7 @@ def low_rank(
 
     Use: after `shrink`, for large linear layers; `finetune` afterwards. Avoid: for networks pruned weight by weight.
     """
-    small = copy.deepcopy(unwrap(model))
+    small = copied(model)
     masked = {name.rpartition(".")[0] for name, _, _ in records(small)}
     done = []
     for name, layer in _layers(small, only, skip):

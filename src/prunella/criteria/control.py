@@ -9,12 +9,12 @@ from prunella.registry.controlled import Controlled, Criterion
 from prunella.registry.method import control
 
 
-def _negated(scores: Tensor, dice: torch.Generator) -> Tensor:
+def _negated(scores: Tensor, generator: torch.Generator) -> Tensor:
     return -scores
 
 
-def _permuted(scores: Tensor, dice: torch.Generator) -> Tensor:
-    order = torch.randperm(scores.numel(), generator=dice).to(scores.device)
+def _permuted(scores: Tensor, generator: torch.Generator) -> Tensor:
+    order = torch.randperm(scores.numel(), generator=generator).to(scores.device)
     return scores.flatten()[order].view(scores.shape)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import mean, stdev
@@ -13,8 +12,9 @@ import torch
 from torch import nn
 
 from prunella.errors import RequestError
-from prunella.model.forward import mode
-from prunella.model.state import untouched
+from prunella.measure.clock import now, since
+from prunella.model.state import mode, untouched
+from prunella.model.unwrap import unwrap
 from prunella.search.journal import Journal, digest_of
 
 Way = Callable[[int], nn.Module]
@@ -76,16 +76,16 @@ def compare(
     if not ways or not names or not seeds or "dense" in ways or len({SECONDS, *names}) <= len(names):
         why = "a way, a measure and a seed are needed, and dense and seconds are names of its own"
         raise RequestError("there is nothing to compare", why, "compare(model, {name: function of a seed}, {...})")
-    journal = Journal(folder, digest_of(dense, ["compare", asked]))
+    journal = Journal(folder, digest_of(unwrap(dense), ["compare", asked]))
     names.append(SECONDS)
     for seed in seeds:
         first = {"dense": lambda seed: dense} if seed == seeds[0] else {}  # no seed moves it: it is measured once
         for way, make in {**first, **ways}.items():
             keys = {name: f"{way} / {seed} / {name}" for name in names}
             if not all(key in journal for key in keys.values()):
-                start = time.perf_counter()
+                start = now()
                 model = make(seed)
-                taken = 0.0 if model is dense else time.perf_counter() - start
+                taken = 0.0 if model is dense else since(start)
                 for group, measure in groups.items():
                     for name, value in zip(group, _measured(model, measure, len(group)), strict=True):
                         journal[keys[name]] = value

@@ -6,14 +6,12 @@ that is a digest of all that decides it. A killed study goes on from there, and 
 
 from __future__ import annotations
 
-import copy
 import functools
 import hashlib
 import json
 import multiprocessing
 import os
 import pickle
-import random as stdlib_random
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
@@ -24,7 +22,6 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -35,8 +32,10 @@ from prunella.errors import Interrupted, PruningError, RequestError
 from prunella.granularity import Element, Granularity
 from prunella.io.files import write_atomic
 from prunella.io.load import load_object
+from prunella.model.copying import copied
 from prunella.model.forward import tensors
 from prunella.model.masks import finalize
+from prunella.model.rng import seed_rng_, seeded
 from prunella.planning.plan import Plan
 from prunella.planning.planner import plan
 from prunella.planning.recipe import Recipe
@@ -249,9 +248,9 @@ _USER = "a function of the study raised "
 
 def _run(task: _Task, empty: Cell) -> Cell:
     study = task.study
-    model = copy.deepcopy(_dense(study.make, task.seed))
+    model = copied(_dense(study.make, task.seed))
     params = macs = 1.0
-    torch.manual_seed(task.seed)
+    seed_rng_(task.seed)
     if task.recipe is not None:
         inputs, data = _value(study.inputs), _value(study.data)
         made = plan(
@@ -270,7 +269,7 @@ def _run(task: _Task, empty: Cell) -> Cell:
 
 @functools.lru_cache(maxsize=4)
 def _dense(make: Callable[[int], nn.Module] | str, seed: int) -> nn.Module:
-    torch.manual_seed(seed)
+    seed_rng_(seed)
     model = _function(make)(seed)  # type: ignore[misc]
     if not isinstance(model, nn.Module):
         raise RequestError(f"make gave {type(model).__name__}", "a model is needed", "return the trained nn.Module")
@@ -280,18 +279,13 @@ def _dense(make: Callable[[int], nn.Module] | str, seed: int) -> nn.Module:
 @contextmanager
 def _alone(seed: int) -> Iterator[None]:
     """One thread and seeded generators, as before afterwards: results do not depend on who runs beside."""
-    threads, numpy_state, python_state = torch.get_num_threads(), np.random.get_state(), stdlib_random.getstate()
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            np.random.seed(seed % 2**32)
-            stdlib_random.seed(seed)
+        with seeded(seed):
             yield
     finally:
         torch.set_num_threads(threads)
-        np.random.set_state(numpy_state)
-        stdlib_random.setstate(python_state)
 
 
 # -- names and files ----------------------------------------------------------------------------------------------

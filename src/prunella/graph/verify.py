@@ -5,7 +5,6 @@ Masked means: removed positions are zero, and a dropped block gives its first in
 
 from __future__ import annotations
 
-import copy
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,8 +21,9 @@ from prunella.graph.cut.surgery import change_
 from prunella.graph.data import Graph
 from prunella.graph.solve.tokens import each, known_only, renumber
 from prunella.graph.trace.source import called
+from prunella.model.copying import copied
 from prunella.model.forward import forward, tensors
-from prunella.model.undisturbed import undisturbed
+from prunella.model.state import untouched
 from prunella.types import Keep
 
 TOLERANCE = 1e-9
@@ -93,7 +93,7 @@ def unproven(model: nn.Module, graph: Graph, keep: Keep, inputs: Any) -> dict[st
 
 def _fault(model: nn.Module, graph: Graph, keep: Keep, inputs: Any) -> str | None:
     """What the oracle says against a cut, None if it passes."""
-    done, small = changes(graph, keep), copy.deepcopy(model)
+    done, small = changes(graph, keep), copied(model)
     change_(small, done)
     try:
         found = verify(model, small, done, inputs)
@@ -118,7 +118,7 @@ def _compare(dense: nn.Module, small: nn.Module, done: Changes, inputs: Any, *, 
         if not double:
             raise
         raise _DenseFailed from error
-    found = _run(_precise(copy.deepcopy(small), double), renumber(batch, done.renumbered))
+    found = _run(_precise(copied(small), double), renumber(batch, done.renumbered))
     worst = relative_error(reference, found)
     return Verification(worst, TOLERANCE if double else SINGLE, len(found), "float64" if double else "own precision")
 
@@ -144,7 +144,7 @@ def masked(model: nn.Module, done: Changes, *, consumers: bool = False) -> nn.Mo
     Zeroing only what reads a unit serves parameters that are normalised in the forward pass, where a slice of zeros
     would divide zero by zero.
     """
-    made = copy.deepcopy(model)
+    made = copied(model)
     parameters = dict(made.named_parameters(remove_duplicate=False))
     with torch.no_grad():
         for name, axes in done.cuts.items():
@@ -264,7 +264,7 @@ _EPS = {"layer_norm": 1e-5}
 
 def _run(model: nn.Module, inputs: Any, along: Sequence[Along] = ()) -> list[Tensor]:
     try:
-        with undisturbed(model), _NoDownCast(), _Restricted(along):
+        with untouched(model), torch.no_grad(), _NoDownCast(), _Restricted(along):
             return tensors(forward(model, inputs))
     except (RuntimeError, ValueError, AssertionError, LookupError, TypeError, AttributeError) as error:
         raise NotSupported(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, TypeVar
@@ -12,7 +11,7 @@ from torch import nn
 from prunella.errors import NotSupported, PruningError, RequestError
 from prunella.io.huggingface import built_shapes, shapes_of
 from prunella.io.origin import describe, is_hugging_face
-from prunella.model.unwrap import unwrap
+from prunella.model.copying import copied
 from prunella.registry.method import recovery
 
 M = TypeVar("M", bound=nn.Module)
@@ -34,7 +33,7 @@ def with_biases(model: M, only: Sequence[str] = ("*down_proj", "*o_proj")) -> M:
 
     Use: before a cut by `fluctuation`, so that means can be folded. Avoid: when layers are refitted anyway.
     """
-    twin: Any = copy.deepcopy(unwrap(model))
+    twin: Any = copied(model)
     wanted = {f"{name}.bias" for name in _layers(twin, only)}
     for switch in list(_switches(twin)):
         added = _added(twin, switch)

@@ -41,6 +41,7 @@ from prunella.io.origin import Factory
 from prunella.io.per_layer import per_layer_config
 from prunella.io.plan_file import read_size, save_plan
 from prunella.io.state import State, fill_, read_state, read_tensors, write_tensors
+from prunella.model.unwrap import unwrap
 from prunella.planning.plan import Plan
 
 FORMAT = 1
@@ -87,6 +88,7 @@ def save(
     stored as one, with its plan. Errors: RequestError when the folder exists (unless `overwrite`) or cannot be written,
     or when the model cannot be rebuilt from what was given; BadInput for NaN. An error leaves nothing behind.
     """
+    model = unwrap(model)
     state = read_state(model)
     origin = _origin(model, factory, kwargs or {}, source, dense)
     with new_folder(path, overwrite=overwrite) as folder:

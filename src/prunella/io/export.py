@@ -5,7 +5,6 @@ safetensors  the state dict            pt2  torch.export, any batch size where t
 
 from __future__ import annotations
 
-import copy
 import importlib.util
 import os
 from collections.abc import Mapping
@@ -24,7 +23,10 @@ from prunella.graph.verify import relative_error
 from prunella.io.exported import load_exported
 from prunella.io.files import ErrorDeferringStream, write_atomic
 from prunella.io.state import read_state, write_tensors
-from prunella.model.forward import forward, mode, tensors
+from prunella.model.copying import copied
+from prunella.model.forward import forward, tensors
+from prunella.model.state import mode
+from prunella.model.unwrap import unwrap
 from prunella.types import Inputs
 
 Format = Literal["safetensors", "pt2", "onnx"]
@@ -64,6 +66,7 @@ def export(
     for an unknown format or a missing example, MissingExtra without onnx, NotSupported when torch cannot export the
     model, CheckFailed when the reader computes something else or zeros were lost.
     """
+    model = unwrap(model)
     final, chosen = Path(path), _format(Path(path), format)
     found: list[Exported] = []
     on_cpu = _on_cpu(model)
@@ -199,4 +202,4 @@ def _format(path: Path, chosen: Format | None) -> Format:
 
 def _on_cpu(model: nn.Module) -> nn.Module:
     where = {t.device.type for t in [*model.parameters(), *model.buffers()]}
-    return model if where <= {"cpu"} else copy.deepcopy(model).cpu()
+    return model if where <= {"cpu"} else copied(model).cpu()

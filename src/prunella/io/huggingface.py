@@ -20,7 +20,8 @@ from prunella.errors import PruningError
 from prunella.graph.solve.tokens import names_token
 from prunella.graph.verify import relative_error
 from prunella.io.origin import build_empty, hugging_face_builder
-from prunella.model.forward import forward, mode, tensors
+from prunella.model.forward import forward, tensors
+from prunella.model.state import mode
 
 Sizes = Mapping[int, frozenset[int]]
 Shapes = Mapping[str, tuple[int, ...]]

@@ -19,6 +19,7 @@ from torch import nn
 from prunella.errors import BadInput, MissingExtra, RequestError, out_of_resources
 from prunella.io.json import decode, encode
 from prunella.io.load import import_module, load_object
+from prunella.model.rng import seeded
 
 Factory = str | Callable[..., nn.Module]
 Builder = Callable[[], nn.Module]
@@ -65,7 +66,7 @@ def build_empty(build: Builder) -> nn.Module:
     """The model on the meta device, or on the CPU when its constructor cannot do without data."""
     from prunella.io.state import has_stray_meta
 
-    with _undisturbed():
+    with _in_quiet():
         try:
             with torch.device("meta"):
                 model = build()
@@ -163,8 +164,8 @@ def _call(build: Builder) -> Any:
 
 
 @contextmanager
-def _undisturbed() -> Iterator[None]:
+def _in_quiet() -> Iterator[None]:
     """The caller's random state and warning filters stay as they are."""
-    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+    with seeded(None), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield

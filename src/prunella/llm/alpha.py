@@ -12,7 +12,8 @@ from prunella.graph.match import check_patterns, chosen, names_of_layer
 from prunella.graph.matrix import to_matrix
 from prunella.graph.solve.groups import couple
 from prunella.llm.blocks import blocks_of
-from prunella.model.forward import forward, mode
+from prunella.model.forward import forward
+from prunella.model.state import mode
 from prunella.model.unwrap import unwrap
 from prunella.registry.method import search
 from prunella.stats.subject import first_seen

@@ -24,8 +24,9 @@ from prunella.llm.distributed import SINGLE_PROCESS, ProcessGroup
 from prunella.llm.experts import experts_implementation, routers, unread_experts
 from prunella.llm.recipe import OneShot
 from prunella.llm.solve_block import BlockProblem, Fit, dense_targets, layers_by_weight, solve_block_
-from prunella.model.forward import batches, mode
+from prunella.model.forward import batches
 from prunella.model.masks import record_
+from prunella.model.state import mode
 from prunella.model.unwrap import unwrap
 from prunella.registry.method import solver
 from prunella.stats import Source

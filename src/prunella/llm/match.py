@@ -18,11 +18,11 @@ from prunella.graph.solve.groups import couple
 from prunella.graph.solve.residual_blocks import inside
 from prunella.llm.blocks import BlockInputs, Call, ModelBlock, block_paths, blocks_at
 from prunella.llm.refine import Refine, refine_
-from prunella.model.forward import batches, mode, tensors
+from prunella.model.forward import batches, tensors
 from prunella.model.masks import masks_of
 from prunella.model.reads import Read, Watch, rows
 from prunella.model.reads import targets as outputs_of
-from prunella.model.state import untouched
+from prunella.model.state import mode, untouched
 from prunella.model.unwrap import unwrap
 from prunella.planning.depth import find_blocks, turns
 from prunella.planning.plan import Plan

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,8 +17,10 @@ from prunella.graph.cut.changes import Changes
 from prunella.graph.data import Graph, Group, Member
 from prunella.graph.solve.groups import couple
 from prunella.graph.verify import verify
-from prunella.model.forward import batches, mode
+from prunella.model.copying import copied
+from prunella.model.forward import batches
 from prunella.model.reads import Read, Watch, rows
+from prunella.model.state import mode
 from prunella.model.unwrap import unwrap
 from prunella.planning.plan import Plan
 from prunella.planning.planner import plan
@@ -70,13 +71,13 @@ def rotate(model: nn.Module, inputs: Inputs, data: Iterable[Any], *, loss: Loss 
     root = unwrap(model)
     source = Source(None, loss)
     samples = list(batches(data))
-    rotated = copy.deepcopy(root)
+    rotated = copied(root)
     with mode(root, training=False), mode(rotated, training=False), torch.no_grad():
         graph = couple(rotated, inputs)
         if _untie_(rotated, graph, _stream(graph)):
             graph = couple(rotated, inputs)
         group = _stream(graph)
-        exact = copy.deepcopy(rotated).double()
+        exact = copied(rotated).double()
         for scale in _scales(group):
             readers = _readers(rotated, group, scale, samples[0], source)
             _fold_(rotated, scale, readers)
@@ -266,6 +267,7 @@ def rescale_(small: nn.Module, rotated: Rotated) -> None:
     A norm divides by the root mean square over the kept directions, which is larger if the sliced ones had little
     energy: its scale becomes `sqrt(width / kept)`, exact if they had none.
     """
+    small = unwrap(small)
     with torch.no_grad():
         for name in rotated.scales:
             scale = small.get_parameter(name)

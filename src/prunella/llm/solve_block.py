@@ -6,8 +6,6 @@ is in the `BlockResult`. `solve_` calls it for the blocks of a model in memory, 
 
 from __future__ import annotations
 
-import copy
-import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -25,6 +23,8 @@ from prunella.llm.distributed import SINGLE_PROCESS, ProcessGroup
 from prunella.llm.experts import Part, expert_axis, expert_chunks, matrix_of
 from prunella.llm.recipe import OneShot
 from prunella.llm.refine import Refined, refine_
+from prunella.measure.clock import now
+from prunella.model.copying import copied
 from prunella.model.forward import tensors
 from prunella.model.reads import Read, Stop, Watch, rows
 from prunella.solvers import Solved
@@ -144,7 +144,7 @@ def dense_targets(
         return ()
     if block.sequential and len(previous):
         calls = Calls(calls, previous)
-    replica = copy.deepcopy(module)  # a run may change its buffers
+    replica = copied(module)  # a run may change its buffers
     return store(tensors(call.run(replica))[0] for call in calls)
 
 
@@ -323,7 +323,7 @@ def _solve_matrices_(
     turn: int,
 ) -> None:
     """Solve these matrices, each in the process whose turn it is, and write them to the weights."""
-    group, start = problem.distributed, time.perf_counter()
+    group, start = problem.distributed, now()
     owners = [(turn + k) % group.world_size for k in range(len(matrices))]
     # Each of several processes solves all of its own before it waits for others; a single one holds one at a time.
     own = [k for k, owner in enumerate(owners) if owner == group.rank and group.world_size > 1]
@@ -337,7 +337,7 @@ def _solve_matrices_(
             solved = group.broadcast_solution(ahead.pop(k, None), _single(to_matrix(view, axes)), owners[k])
         view.copy_(from_matrix(solved.weight, view, axes))
         matrix_of(done.mask, layer, part)[0].copy_(from_matrix(solved.mask, view, axes))
-        end = time.perf_counter()
+        end = now()
         done.matrices.append(_SolvedMatrix(solved.error, statistics[part].tokens, solved.damping, end - start))
         start = end
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +13,9 @@ from prunella.errors import RequestError
 from prunella.io.nested import equal
 from prunella.lottery.session import Lap, State, snapshot
 from prunella.lottery.training import Course
-from prunella.model.forward import mode
+from prunella.model.copying import copied
+from prunella.model.state import mode
+from prunella.model.unwrap import unwrap
 from prunella.recovery.batchnorm import recalibrate_bn
 from prunella.registry.method import metric
 
@@ -60,6 +61,7 @@ def barrier(
     """
     if points < 3:
         raise RequestError(f"{points} points are too few", "both ends and something between are needed", "points=11")
+    model = unwrap(model)
     before = snapshot(model)
     if not before.keys() == first.keys() == second.keys():
         raise RequestError("the states are not of this model", "their names differ", "pass model.state_dict() of both")
@@ -101,11 +103,11 @@ def instability(
     """
     if not 0 <= step < course.steps:
         raise RequestError(f"cannot branch at step {step} of {course.steps}", "it lies outside the training")
-    trunk = copy.deepcopy(model)
+    trunk = copied(model)
     kept = course.run(trunk, Lap(trunk, course.steps, keep_at=step, stop=step)).kept
     ends = []
     for seed in seeds:
-        branch = copy.deepcopy(trunk)
+        branch = copied(trunk)
         course.run(branch, Lap(branch, course.steps, start=kept, reseed=seed))
         ends.append(snapshot(branch))
     if equal(ends[0], ends[1]):

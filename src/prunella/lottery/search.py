@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ from prunella.lottery.folder import Folder, digest
 from prunella.lottery.imp import Prune
 from prunella.lottery.session import Point, put_, snapshot
 from prunella.lottery.training import Course
+from prunella.model.copying import copied
 from prunella.model.masks import forget_masks_, masks_of, reapply_, record_, records
 from prunella.model.rng import seeded
 from prunella.model.unwrap import unwrap
@@ -143,7 +143,7 @@ class _Search(Generic[M]):
         if masks_of(model):
             raise RequestError("the model carries masks already", "a ticket starts from a dense model", "finalize it")
         self.course, self.prune, self.rewind, self.controls = course, prune, rewind, controls
-        self.work = copy.deepcopy(model)
+        self.work = copied(model)
         self.first = snapshot(model)
         settings = {
             "steps": course.steps,
@@ -158,7 +158,7 @@ class _Search(Generic[M]):
         if rounds < 1:
             raise RequestError(f"cannot prune {rounds} rounds", "at least one is needed", "for example rounds=15")
         done = self.folder.once("round-00", self._dense)
-        self.point = Point(**done["point"])
+        self.point = Point.read(done["point"])
         found = [_round(0, done, {})]
         for number in range(1, rounds + 1):
             before = done
@@ -166,7 +166,7 @@ class _Search(Generic[M]):
             scores = self._controls(number, done) if self.controls.due(number, rounds) else {}
             found.append(_round(number, done, scores))
         self._load(before["model"], done["masks"])
-        ticket = copy.deepcopy(self._rewound())
+        ticket = copied(self._rewound())
         self._load(done["model"], done["masks"])
         return Tickets(tuple(found), ticket, self.work)
 

@@ -7,16 +7,16 @@ every random generator go back too, so that a run from step k repeats the run th
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from prunella.errors import RequestError
-from prunella.model.rng import Dice, dice, seed_all, throw
+from prunella.model.rng import RngState, restore_rng_, rng_state, seed_rng_
 from prunella.model.unwrap import unwrap
 from prunella.train.pruner import Pruner
 
@@ -35,19 +35,24 @@ class Stateful(Protocol):
 class Point:
     """A run at one step: the model, what else has a state, and where the data and the generators are.
 
-    dice: now. epoch: when the present pass over the data began. offset: batches of it that were taken.
+    rng: now. epoch: when the present pass over the data began. offset: batches of it that were taken.
     """
 
     step: int
     model: State
     others: list[dict[str, Any]]
-    dice: Dice
-    epoch: Dice
+    rng: RngState
+    epoch: RngState
     offset: int
 
     def plain(self) -> dict[str, Any]:
         """As nested data, for a file."""
         return {**vars(self)}
+
+    @classmethod
+    def read(cls, plain: Mapping[str, Any]) -> Self:
+        """What `plain` gave; 0.1 wrote the states of the generators under `dice`."""
+        return cls(**{"rng" if key == "dice" else key: value for key, value in plain.items()})
 
 
 class Lap:
@@ -112,20 +117,20 @@ class Lap:
     def _walk(self, data: Iterable[Any], stateful: tuple[Stateful, ...]) -> Iterator[Any]:
         step = self._rewind(stateful)
         if self.reseed is not None:
-            seed_all(self.reseed, data)
-        epoch, offset, skip = dice(data), 0, 0
+            seed_rng_(self.reseed, data)
+        epoch, offset, skip = rng_state(data), 0, 0
         if self.start is not None and self.reseed is None:
             epoch, skip = self.start.epoch, self.start.offset
-            throw(epoch, data)
+            restore_rng_(epoch, data)
         stream = iter(data)
         for _ in range(skip):
             next(stream)
         if self.start is not None and self.reseed is None:
-            throw(self.start.dice, data)
+            restore_rng_(self.start.rng, data)
             offset = skip
         while True:
             if step == self.keep_at:
-                self.kept = self._point(step, stateful, dice(data), epoch, offset)
+                self.kept = self._point(step, stateful, rng_state(data), epoch, offset)
             if step == self.end:
                 break
             try:
@@ -133,7 +138,7 @@ class Lap:
             except StopIteration:
                 if offset == 0:
                     raise RequestError("the data holds no batches", "", "pass a list of batches or a loader") from None
-                epoch, offset, stream = dice(data), 0, iter(data)
+                epoch, offset, stream = rng_state(data), 0, iter(data)
                 continue
             offset += 1
             yield batch
@@ -153,7 +158,7 @@ class Lap:
             one.load_state_dict(state)
         return self.start.step
 
-    def _point(self, step: int, stateful: tuple[Stateful, ...], now: Dice, epoch: Dice, offset: int) -> Point:
+    def _point(self, step: int, stateful: tuple[Stateful, ...], now: RngState, epoch: RngState, offset: int) -> Point:
         others = [copy.deepcopy(one.state_dict()) for one in stateful]
         return Point(step, snapshot(self.model), others, now, epoch, offset)
 

@@ -11,8 +11,8 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from prunella.errors import CheckFailed, RequestError
 from prunella.lottery.session import Lap, Point
-from prunella.model.forward import mode
 from prunella.model.rng import seeded
+from prunella.model.state import mode
 from prunella.recovery.finetune import Training
 from prunella.types import Loss
 

@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from prunella.errors import RequestError
-from prunella.model.forward import forward, mode
+from prunella.model.forward import forward
 from prunella.model.memory import inner_tensors
+from prunella.model.state import mode
+from prunella.model.unwrap import unwrap
 from prunella.types import Inputs
 
 Scope = Literal["weights", "parameters"]
@@ -45,6 +47,7 @@ class Count:
 
 def count(model: nn.Module, *, scope: Scope = "weights") -> Count:
     """Parameters, bytes and zeros of a model, from its tensors alone."""
+    model = unwrap(model)
     if scope not in ("weights", "parameters"):
         raise RequestError(f"unknown scope {scope!r}", "known are weights, parameters", "weights have two axes or more")
     parameters = list(model.parameters())  # torch gives tied ones once

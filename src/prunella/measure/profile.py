@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -13,7 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from prunella.model.forward import forward, mode, tensors
+from prunella.measure.clock import now
+from prunella.model.forward import forward, tensors
+from prunella.model.state import mode
 from prunella.types import Inputs
 
 OTHER = "(between layers)"
@@ -96,7 +97,7 @@ def _now(model: nn.Module) -> float:
     parameter = next(model.parameters(), None)
     if parameter is not None and parameter.is_cuda:
         torch.cuda.synchronize(parameter.device)
-    return time.perf_counter()
+    return now()
 
 
 def _all_tensors(model: nn.Module, inputs: Inputs) -> list[Tensor]:

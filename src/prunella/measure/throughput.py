@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from prunella.errors import NotSupported, RequestError
 from prunella.measure.timing import Comparison, compare_latency
-from prunella.model.forward import mode
+from prunella.model.state import mode
 from prunella.registry.method import metric
 from prunella.types import TokenIds
 

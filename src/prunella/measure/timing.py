@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -15,7 +14,9 @@ import torch
 from torch import nn
 
 from prunella.errors import RequestError
-from prunella.model.forward import forward, mode
+from prunella.measure.clock import now, since, thread_time
+from prunella.model.forward import forward
+from prunella.model.state import mode
 
 Run = Callable[[], object]
 _SHORTEST = 2e-3
@@ -132,14 +133,14 @@ def side_by_side(dense: nn.Module, small: nn.Module, inputs: Any, small_inputs: 
     runs = {"dense": partial(forward, dense, inputs), "small": partial(forward, small, small_inputs)}
     base, other, threads = list[float](), list[float](), 1
     with mode(dense, training=False), mode(small, training=False), torch.no_grad():
-        start = time.perf_counter()
+        start = now()
         while True:
             found = compare_latency(runs, rounds=15, warmup=1, device=device, seed=len(base))
             base += found.latencies[0].samples
             other += found.latencies[1].samples
             threads = found.threads
             low, middle, high = _share(base, other)
-            if high - low <= 0.04 * middle or time.perf_counter() - start > seconds:
+            if high - low <= 0.04 * middle or since(start) > seconds:
                 break
     how = f"median of {len(base)} interleaved rounds, {threads} thread{'s' * (threads > 1)}, {device}"
     milliseconds = statistics.median(base) * 1e3
@@ -165,7 +166,7 @@ def compare_latency(
     threads: int | None = None,
     device: str = "cpu",
     seed: int = 0,
-    clock: Callable[[], float] = time.perf_counter,
+    clock: Callable[[], float] = now,
     before: Callable[[str], object] | None = None,
 ) -> Comparison:
     """Time several functions in interleaved rounds, each round in a new random order.
@@ -204,7 +205,7 @@ def compare_latency(
 
 def own_clock() -> Callable[[], float]:
     """Processor time of this thread if torch has one thread, so that a busy machine does not decide; else wall time."""
-    return time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
+    return thread_time if torch.get_num_threads() == 1 else now
 
 
 def paired_ratio(base: Sequence[float], other: Sequence[float], *, resamples: int = 2000, seed: int = 0) -> Ratio:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -13,8 +12,9 @@ from prunella.errors import BadInput, NotSupported
 from prunella.graph.solve.tokens import each
 from prunella.measure.count import compression
 from prunella.metrics.paths import Paths
+from prunella.model.copying import copied
 from prunella.model.forward import forward, tensors
-from prunella.model.undisturbed import undisturbed
+from prunella.model.state import untouched
 from prunella.registry.method import metric
 from prunella.types import Inputs, Mask
 
@@ -94,7 +94,7 @@ def effective_sparsity(model: nn.Module, inputs: Inputs) -> EffectiveSparsity:
     names = {id(parameter): name for name, parameter in twin.named_parameters()}
     paths = Paths(names)
     try:
-        with undisturbed(twin), torch.enable_grad():
+        with untouched(twin), torch.enable_grad():
             with paths:
                 outputs = tensors(forward(twin, each(inputs, _ones)))
             ends = [out.sum() for out in outputs if out.requires_grad]
@@ -129,7 +129,7 @@ def _summary(twin: nn.Module, paths: Paths) -> EffectiveSparsity:
 
 def _positive(model: nn.Module) -> nn.Module:
     """A copy whose parameters are 1 where they are not zero, in float64."""
-    twin = copy.deepcopy(model).double()
+    twin = copied(model).double()
     for parameter in twin.parameters():
         parameter.data = (parameter.data != 0).double()
         parameter.grad = None

@@ -13,7 +13,8 @@ from prunella.errors import RequestError
 from prunella.io.json import encode, plain
 from prunella.metrics.corruption import CORRUPTIONS
 from prunella.metrics.outputs import ClassDrop, calibration_error, flip_rate, kl_divergence, per_class_drop
-from prunella.model.forward import batches, first_tensor, forward, mode
+from prunella.model.forward import batches, first_tensor, forward
+from prunella.model.state import mode
 from prunella.registry.method import metric
 from prunella.reporting.section import Section
 

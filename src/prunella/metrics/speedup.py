@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,10 +10,13 @@ import torch
 from torch import nn
 
 from prunella.errors import NotSupported, RequestError
+from prunella.measure.clock import now, since
 from prunella.measure.count import compression, macs_by_module, measured_macs
 from prunella.measure.latency import Comparison, compare_latency
 from prunella.measure.profile import peak_memory
-from prunella.model.forward import forward, mode, tensors
+from prunella.model.forward import forward, tensors
+from prunella.model.state import mode
+from prunella.model.unwrap import unwrap
 from prunella.registry.method import metric
 from prunella.types import Inputs
 
@@ -100,6 +102,7 @@ def effective_macs(model: nn.Module, inputs: Inputs) -> float:
 
     Use: to compare masks, which leave the shapes as they are. Avoid: as a speed; dense kernels multiply zeros too.
     """
+    model = unwrap(model)
     modules = dict(model.named_modules())
     total = 0.0
     for name, macs in macs_by_module(model, inputs).items():
@@ -123,9 +126,9 @@ def energy(run: Callable[[], object], *, seconds: float = 2.0, root: Path = _RAP
 
     Use: on a machine that does nothing else. Avoid: for short calls, or for a share of a busy machine.
     """
-    before, start = _counters(root), time.perf_counter()
+    before, start = _counters(root), now()
     calls = 0
-    while not calls or time.perf_counter() - start < seconds:
+    while not calls or since(start) < seconds:
         run()
         calls += 1
     after = _counters(root)

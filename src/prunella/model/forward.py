@@ -7,10 +7,8 @@ decides how it is passed: a mapping as keywords, a tuple as positions, anything 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from prunella.errors import NotSupported, RequestError
@@ -88,32 +86,3 @@ def _sample(batch: Any, number: int) -> Any:
         parts = [_sample(value, number) for value in batch]
         return tuple(parts) if isinstance(batch, tuple) else parts
     return batch
-
-
-@contextmanager
-def mode(model: nn.Module, *, training: bool) -> Iterator[nn.Module]:
-    """Put every module of `model` in training or evaluation mode, and give each its own flag back afterwards.
-
-    Weights may change in between, under the caller's autocast too.
-    """
-    flags = [(module, module.training) for module in model.modules()]
-    model.train(training)
-    try:
-        with _fresh_casts():
-            yield model
-    finally:
-        for module, flag in flags:
-            module.training = flag
-
-
-@contextmanager
-def _fresh_casts() -> Iterator[None]:
-    """Autocast keeps copies of weights to the end of its block, also when a weight has changed: here it keeps none."""
-    kept = torch.is_autocast_cache_enabled()
-    torch.clear_autocast_cache()
-    torch.set_autocast_cache_enabled(False)
-    try:
-        yield
-    finally:
-        torch.set_autocast_cache_enabled(kept)
-        torch.clear_autocast_cache()

@@ -61,9 +61,9 @@ def record_(model: nn.Module, masks: Mapping[nn.Parameter, Mask]) -> None:
                     module.__dict__.setdefault(RECORD, {})[leaf] = packed
 
 
-def records(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, Packed]]:
-    """Every mask as (name, parameter, packed mask); a tied parameter comes once per name."""
-    for prefix, module in unwrap(model).named_modules(remove_duplicate=False):
+def records(model: nn.Module, *, sharded: bool = False) -> Iterator[tuple[str, nn.Parameter, Packed]]:
+    """Every mask as (name, parameter, packed mask); a tied parameter comes once per name. sharded: as for `unwrap`."""
+    for prefix, module in unwrap(model, sharded=sharded).named_modules(remove_duplicate=False):
         for leaf, packed in module.__dict__.get(RECORD, {}).items():
             parameter = module._parameters.get(leaf)
             if parameter is None:
@@ -83,7 +83,7 @@ def masks_of(model: nn.Module) -> dict[str, Mask]:
 
     Names are those of the bare model, without the prefixes of `torch.compile` and data-parallel wrappers.
     """
-    return {name: packed.unpack() for name, _, packed in records(model)}
+    return {name: packed.unpack() for name, _, packed in records(model, sharded=True)}
 
 
 def reapply_(model: M) -> M:
@@ -113,7 +113,7 @@ def finalize(model: M) -> M:
 
 def forget_masks_(model: nn.Module) -> None:
     """Forget all masks without a check; no weight changes."""
-    for module in unwrap(model).modules():
+    for module in unwrap(model, sharded=True).modules():
         module.__dict__.pop(RECORD, None)
 
 

@@ -1,77 +1,178 @@
-"""Look at a model without leaving a trace."""
+"""Run a model and leave no trace: one guard of training flags, and one of all that a run may change.
+
+`mode` is for work that may change weights (recovery, in-place solvers), `untouched` for a look at the model.
+"""
 
 from __future__ import annotations
 
-import random
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
+from prunella.model.rng import seeded
+
+_MACHINERY = frozenset({"_parameters", "_buffers", "_modules", "training"})
+_CONTAINERS = frozenset({dict, list, set, OrderedDict})
+"""Kinds of attributes whose content is restored; hooks are kept in an `OrderedDict`."""
+
+Undo = Callable[[], None]
+
 
 @contextmanager
-def untouched(model: nn.Module, seed: int) -> Iterator[None]:
-    """Run the body with `model` in eval mode and every random generator at `seed`; then put all back, bit for bit.
+def mode(model: nn.Module, *, training: bool) -> Iterator[nn.Module]:
+    """Put every module of `model` in training or evaluation mode, and give each its own flag back afterwards.
 
-    Kept: training flags, buffers (running statistics, also where the model replaces them), `requires_grad` and `.grad`
-    of parameters, the state of torch's, numpy's and Python's global generators. Seeding makes a shuffling loader give
-    the same batches each time.
+    Weights may change in between, under the caller's autocast too.
     """
     flags = [(module, module.training) for module in model.modules()]
-    buffers = [(m, n, b, b.detach().clone()) for m in model.modules() for n, b in m._buffers.items() if b is not None]
-    grads = [(p, p.requires_grad, p.grad) for p in model.parameters()]
-    dice = _dice()
-    fast = torch.backends.mha.get_fastpath_enabled()
+    model.train(training)
     try:
-        # The fused transformer layers hide the weights they multiply by.
-        torch.backends.mha.set_fastpath_enabled(False)
+        with _fresh_casts():
+            yield model
+    finally:
+        for module, flag in flags:
+            module.training = flag
+
+
+@contextmanager
+def untouched(model: nn.Module, seed: int | None = None) -> Iterator[None]:
+    """Run the body with `model` in evaluation mode; then restore what the body changed, bit for bit, also on errors.
+
+    Restored: training flags; buffers (running statistics, also where the model replaces them); plain attributes, and
+    what dictionaries, lists, sets and tensors among them hold (caches, hooks); `requires_grad` and `.grad` of
+    parameters; the random number generators of torch, CUDA, numpy and Python. Not restored: values of parameters.
+
+    seed: of all generators in the body, so that a shuffling loader gives the same batches again; None: as they are.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(seeded(seed))
+        stack.enter_context(_without_fast_path())
+        for parameter in model.parameters():
+            stack.callback(_gradient(parameter))
+        for undo in (*_buffers(model), *_attributes(model)):
+            stack.callback(undo)
+        for module in model.modules():
+            stack.callback(setattr, module, "training", module.training)
         model.eval()
-        _seed(seed)
+        yield
+
+
+@contextmanager
+def _fresh_casts() -> Iterator[None]:
+    """Autocast keeps copies of weights to the end of its block, also when a weight has changed: here it keeps none."""
+    kept = torch.is_autocast_cache_enabled()
+    torch.clear_autocast_cache()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(kept)
+        torch.clear_autocast_cache()
+
+
+@contextmanager
+def _without_fast_path() -> Iterator[None]:
+    """The fused transformer layers of torch hide the weights they multiply by."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
         yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
-        _throw(dice)
-        for module, training in flags:
-            module.training = training
-        for parameter, asked, grad in grads:
-            parameter.requires_grad_(asked)
-            parameter.grad = grad
-        for module, name, buffer, value in buffers:
-            _put_back(module, name, buffer, value)
 
 
-def _put_back(module: nn.Module, name: str, buffer: Tensor, value: Tensor) -> None:
-    module._buffers[name] = buffer
-    with torch.no_grad():
-        buffer.copy_(value)
+def _gradient(parameter: nn.Parameter) -> Undo:
+    asked, grad = parameter.requires_grad, parameter.grad
+
+    def undo() -> None:
+        parameter.requires_grad_(asked)
+        parameter.grad = grad
+
+    parameter.grad = None  # so that a backward pass does not add to the caller's
+    return undo
 
 
-_Dice = tuple[Tensor, list[Tensor], object, object]
+def _buffers(model: nn.Module) -> list[Undo]:
+    return [
+        _buffer(module, name, buffer)
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
 
 
-def _dice() -> _Dice:
-    cuda = torch.cuda.get_rng_state_all() if _cuda() else []
-    return torch.get_rng_state(), cuda, np.random.get_state(), random.getstate()
+def _buffer(module: nn.Module, name: str, buffer: Tensor) -> Undo:
+    value = _value_of(buffer)
+
+    def undo() -> None:
+        module._buffers[name] = buffer
+        value()
+
+    return undo
 
 
-def _throw(dice: _Dice) -> None:
-    torch.set_rng_state(dice[0])
-    if dice[1]:
-        torch.cuda.set_rng_state_all(dice[1])
-    np.random.set_state(dice[2])  # type: ignore[arg-type]
-    random.setstate(dice[3])  # type: ignore[arg-type]
+def _value_of(tensor: Tensor | None) -> Undo:
+    """Undo what is written into a tensor. One without values, on the meta device, has nothing to restore."""
+    if tensor is None or tensor.device.type == "meta":
+        return lambda: None
+    before = tensor.detach().clone()
+
+    def undo() -> None:
+        with torch.no_grad():
+            if not _equal(tensor, before):
+                tensor.copy_(before)
+
+    return undo
 
 
-def _cuda() -> bool:
-    """Whether CUDA is in use already; asking its generators would start it."""
-    return bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
+def _equal(tensor: Tensor, before: Tensor) -> bool:
+    try:
+        return torch.equal(tensor, before)
+    except (RuntimeError, TypeError):  # layouts that torch does not compare
+        return False
 
 
-def _seed(seed: int) -> None:
-    torch.default_generator.manual_seed(seed)
-    if _cuda():
-        torch.cuda.manual_seed_all(seed)
-    np.random.seed(seed % 2**32)
-    random.seed(seed)
+def _attributes(model: nn.Module) -> list[Undo]:
+    return [_plain(vars(module)) for module in model.modules()]
+
+
+def _plain(attributes: dict[str, Any]) -> Undo:
+    """Undo what a run writes into plain attributes, so that none of its caches is left behind."""
+    before = {key: value for key, value in attributes.items() if key not in _MACHINERY}
+    contents = [_content_of(value) for value in before.values() if type(value) in _CONTAINERS]
+    values = [_value_of(value) for value in before.values() if isinstance(value, Tensor)]
+
+    def undo() -> None:
+        for key in [key for key in attributes if key not in before and key not in _MACHINERY]:
+            del attributes[key]
+        attributes.update(before)
+        for restore in (*contents, *values):
+            restore()
+
+    return undo
+
+
+def _content_of(container: Any) -> Undo:
+    """Undo what is put into a list, dictionary or set, or taken out of it."""
+    before = container.copy()
+
+    def undo() -> None:
+        if _differs(container, before):
+            container.clear()
+            container.extend(before) if type(container) is list else container.update(before)
+
+    return undo
+
+
+def _differs(container: Any, before: Any) -> bool:
+    if len(container) != len(before):
+        return True
+    if isinstance(container, set):
+        return bool(container != before)
+    if isinstance(container, dict):
+        return any(key not in container or container[key] is not kept for key, kept in before.items())
+    return any(now is not kept for now, kept in zip(container, before, strict=True))

@@ -1,16 +1,43 @@
-"""The bare model inside its wrappers."""
+"""The bare model inside its wrappers, so that a parameter has one name wherever the library names it."""
 
 from __future__ import annotations
 
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
+
+from prunella.errors import NotSupported
+
+_DISTRIBUTED = ("torch.distributed.fsdp", "torch.distributed._composable", "torch.distributed.tensor")
+"""Packages of the classes of sharded modules and weights: they are not imported, which takes a third of a second."""
 
 
-def unwrap(model: nn.Module) -> nn.Module:
-    """The bare model inside `torch.compile` and data-parallel wrappers."""
-    while True:
-        if isinstance(inner := model._modules.get("_orig_mod"), nn.Module):
-            model = inner
-        elif isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
-            model = model.module
-        else:
-            return model
+def unwrap(model: nn.Module, *, sharded: bool = False) -> nn.Module:
+    """The bare model inside its wrappers, nested in any order.
+
+    Wrappers are those of `torch.compile`, `DataParallel`, `DistributedDataParallel` and `AveragedModel`. The names of
+    parameters and modules, in plans, masks, patterns and files, are those of the bare model.
+    sharded: whether weights that are sharded over processes will do. Errors: NotSupported for these otherwise.
+    """
+    while (inner := _inner(model)) is not None:
+        model = inner
+    if not sharded and _is_sharded(model):
+        raise NotSupported(
+            "the weights of this model are sharded over processes (FSDP)",
+            "a process sees a part of each weight, and units are chosen from all of it",
+            "prune the model before it is sharded; recovery.hold_sharded_ then keeps its masks while FSDP2 trains it",
+        )
+    return model
+
+
+def _inner(model: nn.Module) -> nn.Module | None:
+    """What one wrapper holds; None for a module that is no wrapper."""
+    compiled = model._modules.get("_orig_mod")
+    if compiled is not None:
+        return compiled
+    wraps = isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel | AveragedModel)
+    return model.module if wraps else None  # type: ignore[return-value]
+
+
+def _is_sharded(model: nn.Module) -> bool:
+    kinds = [type(model), *map(type, model.parameters())]
+    return any(base.__module__.startswith(_DISTRIBUTED) for kind in {*kinds} for base in kind.__mro__)

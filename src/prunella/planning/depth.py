@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ from prunella.graph.data import Graph, Group
 from prunella.graph.solve.block_counters import counted
 from prunella.graph.solve.groups import couple
 from prunella.graph.verify import unproven
+from prunella.model.copying import copied
 from prunella.model.forward import batches, first_tensor, tensors
 from prunella.model.state import untouched
 from prunella.model.unwrap import unwrap
@@ -58,7 +58,7 @@ class Blocks:
     def without(self, gone: Iterable[str]) -> nn.Module:
         """The model without these blocks, for a look: what stays shares its parameters with the model."""
         shared = (*self.model.parameters(), *self.model.buffers())
-        twin = copy.deepcopy(self.model, {id(tensor): tensor for tensor in shared})
+        twin = copied(self.model, shared=shared)
         change_(twin, changes(self.graph, self.keep(gone)))
         return twin
 

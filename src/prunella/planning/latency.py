@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,6 +15,7 @@ from prunella.graph.cut.surgery import change_
 from prunella.graph.data import Graph
 from prunella.graph.solve.tokens import known_only, renumber
 from prunella.measure.timing import Timing, side_by_side
+from prunella.model.copying import copied
 from prunella.model.forward import forward
 from prunella.planning.budget import Ladder, removed
 from prunella.selection import Counts
@@ -54,7 +54,7 @@ class LatencyProbe:
         return found, f"measured: {found}; {len(self.taken)} measurements in all{below}"
 
     def _small(self, keep: Keep) -> tuple[nn.Module, Any]:
-        small, done = copy.deepcopy(self.model), changes(self.graph, keep)
+        small, done = copied(self.model), changes(self.graph, keep)
         try:
             change_(small, done)
             example = renumber(known_only(self.inputs, done.renumbered), done.renumbered)

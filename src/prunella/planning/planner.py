@@ -18,6 +18,7 @@ from prunella.graph.data import Frozen, ReasonKind
 from prunella.graph.matrix import from_matrix
 from prunella.graph.verify import unproven
 from prunella.model.state import untouched
+from prunella.model.unwrap import unwrap
 from prunella.planning.accounting import pattern_name
 from prunella.planning.candidates import (
     BudgetRules,
@@ -71,6 +72,7 @@ def plan(
     Errors: RequestError (the request makes no sense), BadInput (broken weights, data or inputs), NotSupported (nothing
     can be pruned), TargetMissed (says how far it got and what stopped it).
     """
+    model = unwrap(model)
     target = checked_target(recipe.granularities, target)
     check_finite(model)
     with untouched(model, recipe.seed):

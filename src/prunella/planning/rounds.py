@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -14,7 +13,9 @@ from prunella.allocation import global_
 from prunella.criteria import snip, synflow
 from prunella.errors import RequestError
 from prunella.granularity import Competing, Element
+from prunella.model.copying import copied
 from prunella.model.state import untouched
+from prunella.model.unwrap import unwrap
 from prunella.planning.accounting import amount
 from prunella.planning.checks import check_finite, checked_target
 from prunella.planning.plan import Plan
@@ -79,13 +80,14 @@ def iterate(
     Use: more than about 95 % before training, with any criterion. Avoid: criteria that do not change when other weights
     go, such as magnitude: one round gives the same.
     """
+    model = unwrap(model)
     if not isinstance(recipe.granularities[0], Competing):
         what = f"{name_of(type(recipe.granularities[0]))} cannot be approached in rounds"
         raise RequestError(what, "rounds mask weights that compete", "use Element(), Block, Vector, Kernel or Filter")
     asked = checked_target(recipe.granularities, target)
     assert asked is not None, "units compete, so there is a target"
     check_finite(model)
-    replica = copy.deepcopy(model)
+    replica = copied(model)
     with untouched(replica, recipe.seed):
         request = prepare(replica, inputs, recipe, target=asked, source=Source(data, loss), skip=skip, only=())
     dense = 1.0 if isinstance(asked, Sparsity) else float(getattr(amount(request.graph, {}), asked.name))

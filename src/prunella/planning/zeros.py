@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,8 +16,10 @@ from prunella.graph.data import Frozen, Graph, Group, Member, ReasonKind
 from prunella.graph.match import check_patterns, chosen, names_of_layer, spared
 from prunella.graph.solve.groups import couple
 from prunella.graph.verify import SINGLE, TOLERANCE, as_double, relative_error, unproven
+from prunella.model.copying import copied
 from prunella.model.forward import forward, tensors
 from prunella.model.state import untouched
+from prunella.model.unwrap import unwrap
 from prunella.planning.plan import Plan
 from prunella.stats.subject import first_seen
 from prunella.types import Inputs, Keep
@@ -42,6 +43,7 @@ def plan_zeros(
 
     inputs, skip, only: as for `prunella.plan`. Errors: NotSupported where nothing is zero.
     """
+    model = unwrap(model)
     with untouched(model, 0):
         graph = couple(model, inputs)
         check_patterns(graph, skip, only)
@@ -113,7 +115,7 @@ def _faults(model: nn.Module, graph: Graph, keep: Keep, inputs: Any) -> dict[str
 
 def _unchanged(model: nn.Module, graph: Graph, keep: Keep, inputs: Any) -> bool:
     """Whether the model without these units gives the output of the model as it is: in float64 where it can."""
-    small = copy.deepcopy(model)
+    small = copied(model)
     change_(small, changes(graph, keep))
     for double, tolerance in ((True, TOLERANCE), (False, SINGLE)):
         batch = as_double(inputs) if double else inputs
@@ -127,5 +129,5 @@ def _unchanged(model: nn.Module, graph: Graph, keep: Keep, inputs: Any) -> bool:
 
 
 def _cast(model: nn.Module, double: bool) -> nn.Module:
-    made = copy.deepcopy(model).eval()
+    made = copied(model).eval()
     return made.double() if double else made

@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from prunella.errors import CheckFailed, RequestError
-from prunella.model.forward import batches, forward, mode
+from prunella.model.forward import batches, forward
+from prunella.model.state import mode
+from prunella.model.unwrap import unwrap
 from prunella.registry.method import recovery
 from prunella.types import Loss
 
@@ -57,6 +59,7 @@ def recalibrate_bn(
 
     Use: after every cut of a network with batch normalisation; it costs seconds. Avoid: batches of a few samples.
     """
+    model = unwrap(model)
     norms = {module: name for name, module in model.named_modules() if _has_statistics(module)}
     if not norms:
         return ()

@@ -11,7 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from prunella.errors import RequestError
-from prunella.model.forward import Outputs, first_tensor, forward, mode
+from prunella.model.forward import Outputs, first_tensor, forward
+from prunella.model.state import mode
+from prunella.model.unwrap import unwrap
 from prunella.recovery.finetune import Curve, OnStep, Training, finetune
 from prunella.registry.method import recovery
 from prunella.types import Loss
@@ -209,7 +211,7 @@ def distill(
 
 def _module(model: nn.Module, name: str) -> nn.Module:
     try:
-        return model.get_submodule(name)
+        return unwrap(model).get_submodule(name)
     except AttributeError:
         raise RequestError(
             f"no module is called {name!r}", f"found none in {type(model).__name__}", "see model.named_modules()"

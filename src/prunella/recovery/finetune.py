@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +12,9 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from prunella.errors import CheckFailed, RequestError
-from prunella.model.forward import batches, mode
+from prunella.model.forward import batches
+from prunella.model.rng import seeded
+from prunella.model.state import mode
 from prunella.registry.method import recovery
 from prunella.train.pruner import Pruner
 from prunella.types import Loss
@@ -99,7 +100,7 @@ def finetune(
     losses: list[float] = []
     rates: list[float] = []
     safe = _Safe(model)
-    with mode(model, training=True), _seeded(model, training.seed), Pruner(model, optim):
+    with mode(model, training=True), seeded(training.seed), Pruner(model, optim):
         for step, batch in enumerate(_cycle(data, steps)):
             factor = training.rate((step + 0.5) / steps)
             for group, base in zip(optim.param_groups, bases, strict=True):
@@ -173,11 +174,3 @@ def _cycle(data: Iterable[Any], steps: int) -> Iterator[Any]:
             done += 1
             if done == steps:
                 return
-
-
-@contextmanager
-def _seeded(model: nn.Module, seed: int) -> Iterator[None]:
-    devices = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
-    with torch.random.fork_rng(devices=list(devices)):
-        torch.manual_seed(seed)
-        yield

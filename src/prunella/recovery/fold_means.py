@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prunella.model.forward import batches, forward, mode
+from prunella.model.forward import batches, forward
 from prunella.model.masks import reapply_
 from prunella.model.reads import Read, Watch
+from prunella.model.state import mode
 from prunella.model.unwrap import unwrap
 from prunella.planning.plan import Plan
 from prunella.recovery.reconstruct import Fit, Layer, layers_of

@@ -23,7 +23,9 @@ def hold_sharded_(model: nn.Module, optimizer: Optimizer) -> Callable[[], None]:
     """
     from torch.distributed.tensor import DTensor  # takes a third of a second, and few need it
 
-    held = [(parameter, _local_mask(parameter, packed.unpack())) for _, parameter, packed in records(model)]
+    held = [
+        (parameter, _local_mask(parameter, packed.unpack())) for _, parameter, packed in records(model, sharded=True)
+    ]
     if not held:
         raise RequestError(
             "the model carries no mask", "apply_ and solve_ leave masks", "prune it before it is sharded"

@@ -7,7 +7,6 @@ inputs before anything is merged.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -17,8 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from prunella.errors import CheckFailed, NotSupported, RequestError
-from prunella.model.forward import first_tensor, mode
+from prunella.model.copying import copied
+from prunella.model.forward import first_tensor
 from prunella.model.masks import RECORD, Packed, pack
+from prunella.model.state import mode
 from prunella.model.unwrap import unwrap
 from prunella.registry.method import recovery
 from prunella.types import Mask
@@ -235,7 +236,7 @@ def _product(first: Tensor, second: Tensor, shape: tuple[int, int]) -> Tensor:
 
 def _is_linear(base: nn.Module, weight: nn.Parameter, flip: bool) -> bool:
     """Whether the base computes `W x + b`, W stored as `(in, out)` if flipped."""
-    twin = copy.deepcopy(base).double().eval()
+    twin = copied(base).double().eval()
     x = _probe(weight.shape[0] if flip else weight.shape[1], weight.device)
     matrix = weight.detach().double()
     with torch.no_grad():
@@ -254,7 +255,7 @@ def _close(found: Tensor, wanted: Tensor) -> bool:
 
 def _added(adapter: _Adapter) -> Tensor | None:
     """The change of the base weight that the module computes, `sum_i s_i B_i A_i`; None if it is something else."""
-    twin = copy.deepcopy(adapter.module).double()
+    twin = copied(adapter.module).double()
     weight = adapter.base.get_parameter("weight")
     x = _probe(adapter.shape[1], weight.device)
     try:

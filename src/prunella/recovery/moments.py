@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from prunella.errors import CheckFailed, RequestError
-from prunella.model.forward import Outputs, batches, first_tensor, forward, mode
+from prunella.model.forward import Outputs, batches, first_tensor, forward
 from prunella.model.masks import reapply_
 from prunella.model.reads import Read, Watch
+from prunella.model.state import mode
 from prunella.model.unwrap import unwrap
 from prunella.planning.plan import Plan
 from prunella.recovery.batchnorm import Moments

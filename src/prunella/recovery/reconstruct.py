@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from prunella.errors import CheckFailed, RequestError
 from prunella.graph.cut.block_surgery import renamed
-from prunella.model.forward import batches, forward, mode
+from prunella.model.forward import batches, forward
 from prunella.model.masks import masks_of, reapply_
 from prunella.model.reads import Read, Stop, Watch, rows, targets
+from prunella.model.state import mode
 from prunella.model.unwrap import unwrap
 from prunella.planning.plan import Plan
 from prunella.recovery.least_squares import Solution, Sums

@@ -22,7 +22,6 @@ HOMES = (
     "io.importers",
     "transform.controls",
     "transform.permute",
-    "transform.sanity",
     "train",
     "recovery",
     "search",

@@ -20,7 +20,7 @@ Criterion = Callable[..., Tensor]
 class Controlled:
     """A criterion whose finished scores are changed: it asks for the same statistics and has the same knobs.
 
-    control: the function that made it. change: (scores of one layer or group, dice) -> scores.
+    control: the function that made it. change: (scores of one layer or group, generator) -> scores.
     """
 
     control: Callable[[Criterion], Controlled]

@@ -24,7 +24,9 @@ from prunella.io.json import encode, plain
 from prunella.measure.count import count, macs_by_module
 from prunella.measure.latency import Comparison, compare_latency
 from prunella.measure.profile import peak_memory, time_by_layer
-from prunella.model.forward import forward, mode, tensors
+from prunella.model.forward import forward, tensors
+from prunella.model.state import mode
+from prunella.model.unwrap import unwrap
 from prunella.planning.plan import Plan
 from prunella.reporting.section import Section
 from prunella.targets import Target
@@ -209,6 +211,7 @@ def report(
             device=str(_device(dense)),
         )
         outputs = [[t.cpu() for t in tensors(forward(model, inputs))] for model in (dense, small)]
+    dense, small = unwrap(dense), unwrap(small)
     seconds = time_by_layer({"dense": dense, "pruned": small}, inputs)
     macs = macs_by_module(dense, inputs), macs_by_module(small, inputs)
     return Report(

@@ -35,10 +35,11 @@ from prunella.io.files import MARKER, digest, new_folder
 from prunella.io.json import Fields, Value, write_json
 from prunella.io.origin import Factory
 from prunella.io.state import State, read_tensors, write_tensors
+from prunella.model.copying import frozen_copy
 from prunella.model.unwrap import unwrap
 from prunella.planning.plan import Plan
 from prunella.runtime.convert import assembled, convolution_context, tuner_for, why_kept_dense
-from prunella.runtime.fx.fuse import Fused, activation_of, channels_last_, copied
+from prunella.runtime.fx.fuse import Fused, activation_of, channels_last_
 from prunella.runtime.kernels.library import Precision
 from prunella.runtime.layers import SparseLinear
 from prunella.runtime.record import Layer, Shapes, Sparsified, sparsified, with_record
@@ -108,7 +109,7 @@ def load_sparse(
     check_files(folder, manifest, (WEIGHTS, BUFFERS, PROGRAM))
     entry = _read(manifest.section("sparse"))
     state = _unpacked(folder, manifest, entry)
-    model = copied(rebuild(folder, manifest, state, factory))
+    model = frozen_copy(rebuild(folder, manifest, state, factory))
     tuner, example, fused = tuner_for(model, entry.precision, seconds, seed), _example(entry), dict[str, Fused]()
     if example is not None and not entry.same_machine:
         tuner.channels_last, fused = entry.channels_last, convolution_context(model, example, fuse=True)[1]

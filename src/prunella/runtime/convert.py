@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -12,15 +11,15 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from prunella.errors import RequestError
+from prunella.measure.clock import now, since
 from prunella.measure.machine import last_cache
-from prunella.model.unwrap import unwrap
+from prunella.model.copying import frozen_copy
 from prunella.runtime.fx.chain import chain_
 from prunella.runtime.fx.eager_fuse import eager_fusions
 from prunella.runtime.fx.fuse import (
     Fused,
     activation_of,
     called_modules,
-    copied,
     fold_,
     fuse_,
     fusions,
@@ -90,7 +89,7 @@ def sparse(
     ```
     """
     check_request(tokens, seconds)
-    begin, dense = time.perf_counter(), copied(unwrap(model))
+    begin, dense = now(), frozen_copy(model)
     shapes = input_shapes(dense, example)
     tuner = tuner_for(dense, precision, seconds, seed)
     tuner.channels_last, fused = convolution_context(dense, example, fuse)
@@ -101,7 +100,7 @@ def sparse(
     record = Sparsified(
         candidate.layers,
         candidate.outcome,
-        seconds=time.perf_counter() - begin,
+        seconds=since(begin),
         precision=precision,
         traced=shapes_of(example) if isinstance(result, GraphModule) and result is not dense else (),
         channels_last=candidate.channels_last and candidate.outcome.kept,
@@ -128,7 +127,7 @@ def tuner_for(model: nn.Module, precision: Precision, seconds: float, seed: int)
 
 def convolution_context(dense: nn.Module, example: Inputs, fuse: bool) -> tuple[bool, dict[str, Fused]]:
     """Whether convolutions are measured in the layout channels last, and what is fused with each."""
-    replica = copied(dense)
+    replica = frozen_copy(dense)
     layers = eligible_layers(replica)
     convolutions = {name: layer for name, layer in layers.items() if isinstance(layer, nn.Conv2d)}
     if not convolutions:
@@ -241,7 +240,7 @@ class _Builder:
         if not tables:
             return None, False
         with torch.inference_mode(False), torch.no_grad():
-            model = assembled(copied(self.dense), tables, self.example if self.fuse else None)
+            model = assembled(frozen_copy(self.dense), tables, self.example if self.fuse else None)
             return acceptance.with_channels_last(model, self.example)
 
 

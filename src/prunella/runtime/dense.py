@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from functools import partial
 
 import torch
 from torch import nn
 
+from prunella.measure.clock import now, since
+from prunella.model.copying import frozen_copy
 from prunella.model.forward import forward
-from prunella.model.unwrap import unwrap
 from prunella.runtime.convert import check_request
-from prunella.runtime.fx.fuse import copied
 from prunella.runtime.layers import FastLinear
 from prunella.runtime.record import Layer, Sparsified, with_record
 from prunella.runtime.tuning.acceptance import Outcome, interleaved
@@ -32,8 +31,8 @@ def dense_fast(
     sizes out of range or an example that the model does not accept.
     """
     check_request(tokens, seconds)
-    begin, dense = time.perf_counter(), copied(unwrap(model))
-    shapes, fast, layers = input_shapes(dense, example), copied(dense), list[Layer]()
+    begin, dense = now(), frozen_copy(model)
+    shapes, fast, layers = input_shapes(dense, example), frozen_copy(dense), list[Layer]()
     known: dict[object, tuple[Verdict, ...]] = {}
     with torch.inference_mode(False), torch.no_grad():
         for name, module in list(fast.named_modules()):
@@ -43,7 +42,7 @@ def dense_fast(
                     known[key] = _verdicts(module, shapes[name], tokens, seconds, seed)
                 layers.append(_replace(fast, name, module, known[key]))
     outcome = _judge(dense, fast, example) if any(not layer.why for layer in layers) else Outcome(_AS_FAST)
-    record = Sparsified(tuple(layers), outcome, seconds=time.perf_counter() - begin, action="run oneDNN's dense kernel")
+    record = Sparsified(tuple(layers), outcome, seconds=since(begin), action="run oneDNN's dense kernel")
     return with_record(fast if outcome.kept else dense, record)
 
 

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from prunella.io.load import import_module
-from prunella.runtime.fx.fuse import copied
+from prunella.model.copying import frozen_copy
 from prunella.runtime.kernels.library import Activation
 from prunella.runtime.layers import FastLinear, FoldedConv2d, SparseConv2d, SparseLinear
 
@@ -22,7 +22,7 @@ def restored(model: nn.Module) -> nn.Module:
 
     A model that was traced gets its tensors back but not its program: batch norms are in their place, but not called.
     """
-    dense = copied(model)
+    dense = frozen_copy(model)
     for name, module in list(dense.named_modules()):
         if isinstance(module, SparseLinear):
             _put(dense, name, _linear(module))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 import os
@@ -15,8 +14,9 @@ import torch
 from torch import nn
 
 from prunella.errors import RequestError
-from prunella.model.forward import mode
+from prunella.model.copying import copied
 from prunella.model.masks import masks_of, record_
+from prunella.model.state import mode
 from prunella.registry.method import search
 from prunella.search.journal import Journal
 from prunella.search.space import Evaluate, Found
@@ -97,8 +97,8 @@ def evolve_levels(
         raise RequestError(f"cannot search at {sparsity:g}, {generations} x {offspring}", f"levels are {known}", "")
     sizes = levels.masked()
     asked = json.dumps([list(levels.sparsities), list(sizes), levels.fingerprint(), sparsity, seed])
-    journal, dice = Journal(folder, asked), random.Random(seed)
-    model = copy.deepcopy(levels.models[levels.sparsities[0]])
+    journal, rng = Journal(folder, asked), random.Random(seed)
+    model = copied(levels.models[levels.sparsities[0]])
 
     def quality(choice: Choice) -> float:
         key = json.dumps(choice)
@@ -111,7 +111,7 @@ def evolve_levels(
     best: Choice = (levels.sparsities.index(sparsity),) * len(sizes)
     ladder = _Ladder(levels.sparsities, tuple(sizes.values()))
     for _ in range(generations):
-        children = [ladder.child(best, sparsity, dice) for _ in range(offspring)]
+        children = [ladder.child(best, sparsity, rng) for _ in range(offspring)]
         best = max([best, *children], key=quality)
     levels.put_(model, best)
     shares = {name: levels.sparsities[level] for name, level in zip(sizes, best, strict=True)}
@@ -129,12 +129,12 @@ class _Ladder:
         """Over all weights."""
         return sum(self.sparsities[level] * size for level, size in zip(choice, self.sizes, strict=True))
 
-    def child(self, parent: Choice, sparsity: float, dice: random.Random) -> Choice:
+    def child(self, parent: Choice, sparsity: float, rng: random.Random) -> Choice:
         """The parent with one to three weights a level lower, then others raised until enough is removed again."""
         child, top = list(parent), len(self.sparsities) - 1
-        for _ in range(dice.randint(1, 3)):
-            place = dice.randrange(len(child))
+        for _ in range(rng.randint(1, 3)):
+            place = rng.randrange(len(child))
             child[place] = max(0, child[place] - 1)
         while self.removed(child) < sparsity * sum(self.sizes) - 1e-6:
-            child[dice.choice([k for k, level in enumerate(child) if level < top])] += 1
+            child[rng.choice([k for k, level in enumerate(child) if level < top])] += 1
         return tuple(child)

@@ -11,8 +11,7 @@ import torch
 from torch import nn
 
 from prunella.errors import CheckFailed, RequestError
-from prunella.model.forward import mode
-from prunella.model.state import untouched
+from prunella.model.state import mode, untouched
 from prunella.planning.depth import Blocks, find_blocks
 from prunella.planning.plan import Plan
 from prunella.registry.method import search

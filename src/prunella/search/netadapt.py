@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 
-import torch
 from torch import nn
 
 from prunella.errors import RequestError, TargetMissed
+from prunella.model.rng import seeded
 from prunella.model.state import untouched
 from prunella.registry.method import search
 from prunella.search.journal import Journal
@@ -100,8 +100,7 @@ def _made(space: Space, current: Space, counts: Counts, new: Counts, tune: Tune 
     more = {name: b - a for name, a, b in zip(space.names, counts, new, strict=True)}
     small = current.cut(tuple(more[name] for name in current.names))
     if tune is not None:
-        with torch.random.fork_rng():
-            torch.manual_seed(current.recipe.seed)
+        with seeded(current.recipe.seed):
             tune(small)
     return small
 

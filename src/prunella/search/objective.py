@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn.functional import kl_div, log_softmax
 
 from prunella.errors import RequestError
-from prunella.model.forward import Outputs, batches, first_tensor, forward, mode
+from prunella.model.forward import Outputs, batches, first_tensor, forward
+from prunella.model.state import mode
 
 
 def agreement(

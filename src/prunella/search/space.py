@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,9 +19,10 @@ from prunella.graph.cut.changes import changes
 from prunella.graph.cut.surgery import change_
 from prunella.graph.matrix import from_matrix
 from prunella.graph.verify import unproven
-from prunella.model.forward import mode
+from prunella.model.copying import copied
 from prunella.model.masks import record_
-from prunella.model.state import untouched
+from prunella.model.state import mode, untouched
+from prunella.model.unwrap import unwrap
 from prunella.planning.budget import Ladder, ladder, most, solve
 from prunella.planning.candidates import CandidateUnits, CandidateWeights
 from prunella.planning.recipe import Recipe
@@ -94,7 +94,7 @@ class Space:
 
     def cut(self, counts: Counts) -> nn.Module:
         """A copy of the model with these units really cut away, or these weights zeroed under masks."""
-        small = copy.deepcopy(self.model)
+        small = copied(self.model)
         if isinstance(self.candidates, CandidateUnits):
             change_(small, changes(self.candidates.graph, self.candidates.keep(counts)))
             return small
@@ -185,6 +185,7 @@ def space(
     Parameters and errors are those of `plan`. The model is only read. Units of structure, or weights under a mask;
     patterns of fixed sparsity, blocks and tokens have nothing to search.
     """
+    model = unwrap(model)
     searched = Channel | Head | Width | Expert | Element | Block
     odd = next((entry for entry in recipe.granularities if not isinstance(entry, searched)), None)
     if odd is not None:

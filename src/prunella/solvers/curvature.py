@@ -19,6 +19,7 @@ from prunella.graph.matrix import from_matrix, to_matrix
 from prunella.graph.solve.groups import couple
 from prunella.model.forward import batches
 from prunella.model.state import untouched
+from prunella.model.unwrap import unwrap
 from prunella.planning.plan import Plan
 from prunella.registry.method import solver
 from prunella.solvers.obs import cut, cut_matrix_free, inverse_fisher
@@ -152,6 +153,7 @@ def _solved(
     model: nn.Module, plan: Plan, surgeon: Surgeon, about: dict[str, Any], source: Source | None = None
 ) -> Plan:
     """The plan with what the surgeon makes of every layer that loses weights."""
+    model = unwrap(model)
     if plan.inputs is None:
         raise RequestError("this plan has no example inputs", "it was read without them", "make the plan anew")
     with untouched(model, 0):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from prunella.errors import BadInput, NotSupported, RequestError
+from prunella.model.copying import copied
 from prunella.model.forward import forward, tensors
 from prunella.stats.gradient import MeanGrad
 from prunella.stats.subject import Subject
@@ -141,7 +141,7 @@ def flow(subject: Subject) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def _positive(subject: Subject) -> nn.Module:
-    twin = copy.deepcopy(subject.model).double().eval()
+    twin = copied(subject.model).double().eval()
     weights = dict(twin.named_parameters(remove_duplicate=False))
     biases = {layer.bias for layer in subject.graph.layers if layer.bias}
     for name, weight in weights.items():

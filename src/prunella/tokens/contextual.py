@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from prunella.errors import NotSupported, RequestError
 from prunella.graph.data import Graph, Group
 from prunella.graph.solve.groups import couple
+from prunella.model.unwrap import unwrap
 from prunella.registry.method import compression
 
 Predictor = Callable[[Tensor], Tensor]
@@ -63,6 +64,7 @@ def contextual_(
 
     Use: to see what a sparse kernel could save, before it is written. Avoid: as a way to a faster model.
     """
+    model = unwrap(model)
     found = {path: made for path, made in neurons(couple(model, inputs)).items() if path}
     if not found:
         raise NotSupported("no neurons were found", "none stand between two linear layers that are modules", "")

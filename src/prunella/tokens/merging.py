@@ -15,7 +15,8 @@ from prunella.graph.solve.groups import couple
 from prunella.graph.solve.residual_blocks import inside
 from prunella.llm.blocks import Call, ModelBlock, blocks_of
 from prunella.model.forward import forward, tensors
-from prunella.model.undisturbed import undisturbed
+from prunella.model.state import untouched
+from prunella.model.unwrap import unwrap
 from prunella.registry.method import compression
 from prunella.tokens.matching import bipartite_match, merge, most
 
@@ -80,17 +81,18 @@ def merge_tokens_(model: nn.Module, inputs: Any, *, r: int, protected: int = 1) 
     outputs, where every token is needed at the end, windowed attention, and causal models, where it mixes in what
     comes later.
     """
+    model = unwrap(model)
     if r < 0 or protected < 0:
         raise RequestError(f"r={r} and protected={protected} count tokens", "one is negative", "give numbers from 0 on")
     graph = couple(model, inputs)
-    with undisturbed(model):
+    with untouched(model), torch.no_grad():
         calls = _calls(model, blocks := blocks_of(model, graph, inputs, forward), inputs)
     samples = next((len(tensor) for tensor in tensors(inputs) if tensor.dim()), 0)
     for block in blocks:
         _check(block, calls.get(block.path), graph, samples)
     made = TokenMerging(model, tuple(block.path for block in blocks), r=r, protected=protected)
     try:
-        with undisturbed(model):
+        with untouched(model), torch.no_grad():
             forward(model, inputs)
     except (RuntimeError, ValueError, AssertionError, LookupError) as error:
         made.remove()

@@ -19,6 +19,7 @@ from prunella.train.gates.target_shape import TargetShape as TargetShape
 from prunella.train.gates.thresholds import learned_threshold_ as learned_threshold_
 from prunella.train.gates.top_kast import top_kast_ as top_kast_
 from prunella.train.gates.variational import variational_dropout_ as variational_dropout_
+from prunella.train.network_surgery import Surgery as Surgery
 from prunella.train.penalty.admm import AdmmTraining as AdmmTraining
 from prunella.train.penalty.greg import Growing as Growing
 from prunella.train.penalty.halfspace import HalfSpace as HalfSpace
@@ -34,7 +35,6 @@ from prunella.train.penalty.units import Coupled as Coupled
 from prunella.train.penalty.units import coupled as coupled
 from prunella.train.pruner import Pruner as Pruner
 from prunella.train.soft_filter import SoftPruner as SoftPruner
-from prunella.train.soft_filter import Surgery as Surgery
 
 __all__ = [
     "AdmmTraining",

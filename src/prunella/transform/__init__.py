@@ -4,11 +4,11 @@ from prunella.model.masks import finalize as finalize
 from prunella.model.masks import masks_of as masks_of
 from prunella.model.masks import reapply_ as reapply_
 from prunella.transform.apply import apply_ as apply_
+from prunella.transform.controls import collapsed as collapsed
+from prunella.transform.controls import reinitialized as reinitialized
+from prunella.transform.controls import shuffled_plan as shuffled_plan
 from prunella.transform.optimizer import carry_ as carry_
 from prunella.transform.permute import permute as permute
-from prunella.transform.sanity import collapsed as collapsed
-from prunella.transform.sanity import reinitialised as reinitialised
-from prunella.transform.sanity import shuffled_plan as shuffled_plan
 from prunella.transform.shrink import shrink as shrink
 
 __all__ = [
@@ -19,7 +19,7 @@ __all__ = [
     "masks_of",
     "permute",
     "reapply_",
-    "reinitialised",
+    "reinitialized",
     "shrink",
     "shuffled_plan",
 ]

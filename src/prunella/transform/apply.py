@@ -43,6 +43,7 @@ def apply_(model: M, plan: Plan, *, regrow: bool = False) -> M:
 
 def plan_masks(model: nn.Module, plan: Plan) -> dict[nn.Parameter, Mask]:
     """What a plan removes from parameters, as one bool mask per parameter; `RequestError` if it does not fit."""
+    model = unwrap(model)
     named = dict(model.named_parameters(remove_duplicate=False))
     buffers = {name for name, _ in model.named_buffers(remove_duplicate=False)}
     if plan.dropped:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +19,9 @@ from prunella.graph.match import check_patterns, chosen, names_of_group
 from prunella.graph.matrix import to_matrix
 from prunella.graph.solve.groups import couple
 from prunella.graph.verify import verify
+from prunella.model.copying import copied
 from prunella.model.state import untouched
+from prunella.model.unwrap import unwrap
 from prunella.registry.method import search
 from prunella.stats.subject import Subject, first_seen
 from prunella.types import Inputs
@@ -68,12 +69,13 @@ def permute(
     Use: before N:M masks without retraining; it costs nothing at run time. Avoid: one-layer models and the layer that
     reads the input, whose columns cannot move.
     """
+    model = unwrap(model)
     if rounds < 1:
         raise RequestError(f"rounds={rounds} searches nothing", "at least 1 is needed", "for example rounds=50")
     with untouched(model, seed):
         graph = couple(model, inputs)
         check_patterns(graph, skip, ())
-        twin = copy.deepcopy(model)
+        twin = copied(model)
         orders: dict[str, Tensor] = {}
         left: list[tuple[str, str]] = []
         before = after = 0.0
@@ -242,7 +244,7 @@ def _moved(model: nn.Module, group: Group, order: Tensor, inputs: Inputs) -> str
         axes = cuts.setdefault(member.entity, {})
         moved = axes.setdefault(member.axis, torch.arange(sizes[member.entity].shape[member.axis]))
         moved[places.flatten()] = places[order].flatten()
-    small = copy.deepcopy(model)
+    small = copied(model)
     cut_(small, cuts, {})
     try:
         found = verify(model, small, Changes(), inputs)

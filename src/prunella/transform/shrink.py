@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import replace
 
 from torch import nn
@@ -10,7 +9,9 @@ from torch import nn
 from prunella.graph.cut.changes import Changes
 from prunella.graph.cut.surgery import change_
 from prunella.graph.verify import check
+from prunella.model.copying import copied
 from prunella.model.masks import slice_masks_
+from prunella.model.unwrap import unwrap
 from prunella.planning.plan import Plan
 from prunella.transform.apply import apply_
 from prunella.types import Inputs
@@ -27,10 +28,11 @@ def shrink(model: nn.Module, plan: Plan, *, inputs: Inputs | None = None) -> nn.
     Raises `RequestError` if the plan is not of this model, `NotSupported` if the smaller module does not run, and
     `CheckFailed` if it computes something else. No such module is ever returned.
     """
-    dense = copy.deepcopy(model)
+    model = unwrap(model)
+    dense = copied(model)
     if plan.masks or plan.weights:
         apply_(dense, replace(plan, changes=Changes()))
-    small = copy.deepcopy(dense)
+    small = copied(dense)
     _copy_gradients(model, small)
     slice_masks_(small, plan.cuts)
     change_(small, plan.changes)

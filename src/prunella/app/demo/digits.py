@@ -17,7 +17,8 @@ from prunella.app.demo.task import Quality, Task
 from prunella.criteria import taylor
 from prunella.errors import MissingExtra
 from prunella.granularity import Channel
-from prunella.model.forward import mode
+from prunella.model.rng import seeded
+from prunella.model.state import mode
 from prunella.planning.recipe import Recipe
 from prunella.recovery.distill import distill_logits
 from prunella.recovery.finetune import Training, finetune
@@ -98,8 +99,7 @@ def _data(seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def _trained(x: Tensor, y: Tensor, *, steps: int, seed: int, tick: Tick) -> nn.Module:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         model = DigitsNet()
     batches = list(zip(torch.split(x, 64), torch.split(y, 64), strict=True))
     finetune(model, batches, _supervised, steps=steps, lr=3e-3, training=Training(seed=seed), on_step=tick)

@@ -26,7 +26,7 @@ from prunella.errors import BadInput, MissingExtra
 from prunella.granularity import Channel, Head
 from prunella.io.files import make_folder, reading, writing
 from prunella.io.load import import_module
-from prunella.model.forward import mode
+from prunella.model.state import mode
 from prunella.planning.recipe import Recipe
 from prunella.types import Loss
 

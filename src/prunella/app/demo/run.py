@@ -25,7 +25,8 @@ from prunella.errors import MissingExtra
 from prunella.io.artifact import WEIGHTS, Saved, save
 from prunella.io.files import check_free
 from prunella.io.json import plain, write_json
-from prunella.model.forward import first_tensor, forward, mode
+from prunella.model.forward import first_tensor, forward
+from prunella.model.state import mode
 from prunella.planning.plan import Plan
 from prunella.planning.planner import plan
 from prunella.recovery.batchnorm import recalibrate_bn

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from prunella.measure.clock import now, since
 
 T = TypeVar("T")
 Tick = Callable[..., None]
@@ -27,7 +28,7 @@ class Stages:
     @contextmanager
     def stage(self, name: str, steps: int = 1) -> Iterator[Tick]:
         """One stage of `steps` steps."""
-        start = time.perf_counter()
+        start = now()
         columns = TextColumn("{task.description:<34}"), BarColumn(24), MofNCompleteColumn(), TimeElapsedColumn()
         with Progress(*columns, console=self._console, disable=not self._live) as progress:
             task = progress.add_task(name, total=steps)
@@ -37,7 +38,7 @@ class Stages:
 
             yield tick
             progress.update(task, completed=steps)
-        self.seconds[name] = time.perf_counter() - start
+        self.seconds[name] = since(start)
         if not self._live:
             self._console.print(f"{name:<34} {self.seconds[name]:6.1f} s", highlight=False)
 

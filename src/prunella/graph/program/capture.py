@@ -16,7 +16,9 @@ from torch.utils._pytree import tree_map
 from prunella.errors import CheckFailed, NotSupported
 from prunella.graph.program.literals import module_of
 from prunella.graph.verify import relative_error
-from prunella.model.forward import forward, mode, tensors
+from prunella.model.forward import forward, tensors
+from prunella.model.state import mode
+from prunella.model.unwrap import unwrap
 
 TOLERANCE = 1e-4
 """Largest difference allowed between a model and what was captured of it, relative to the largest output."""
@@ -36,6 +38,7 @@ def as_program(model: nn.Module, inputs: Any) -> nn.Module:
 
     Errors: NotSupported when torch cannot capture the model, CheckFailed when what it captured computes something else.
     """
+    model = unwrap(model)
     with mode(model, training=False), quiet():
         with torch.no_grad():
             expected = tensors(forward(model, inputs))

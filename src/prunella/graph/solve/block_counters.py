@@ -22,7 +22,8 @@ from prunella.graph.data import Attribute, Extent, Graph, Group
 from prunella.graph.solve.residual_blocks import inside
 from prunella.graph.trace.tracked_int import holder, holders
 from prunella.model.forward import forward
-from prunella.model.undisturbed import undisturbed
+from prunella.model.rng import seeded
+from prunella.model.state import untouched
 
 Place = tuple[str, str]
 """(owner, name) of an attribute."""
@@ -127,7 +128,7 @@ def _built(module: nn.Module, config: Any) -> nn.Module | None:
     """Another module of this class from this configuration, on the meta device; None if that is not how it is made."""
     kind: Any = type(config)
     try:
-        with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        with seeded(None), torch.device("meta"):
             if hasattr(config, "to_dict") and hasattr(kind, "from_dict"):
                 kind.from_dict(config.to_dict())  # its own checks
             made: Any = type(module)
@@ -159,7 +160,7 @@ def _shortens(model: nn.Module, owner: str, name: str, stack: Group, inputs: Any
     ]
     old = getattr(place, name)
     try:
-        with undisturbed(model):
+        with untouched(model), torch.no_grad():
             setattr(place, name, old - 1)
             try:
                 forward(model, inputs)

@@ -43,6 +43,7 @@ from prunella.graph.solve.residual_blocks import add_stacks
 from prunella.graph.solve.size_attributes import freeze_unfollowed, solve
 from prunella.graph.solve.tokens import specials
 from prunella.graph.trace.recorder import Axis, Trace, Work, trace
+from prunella.model.unwrap import unwrap
 
 
 def couple(model: nn.Module, inputs: Any) -> Graph:
@@ -50,6 +51,7 @@ def couple(model: nn.Module, inputs: Any) -> Graph:
 
     The model is left as it was. Raises `BadInput` if it does not run on the inputs.
     """
+    model = unwrap(model)
     try:
         record = trace(model, inputs, apply_rule)
     except PruningError:

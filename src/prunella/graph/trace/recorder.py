@@ -40,7 +40,7 @@ from prunella.graph.trace.tracked_int import (
     tracked_attributes,
 )
 from prunella.model.forward import forward, tensors
-from prunella.model.undisturbed import undisturbed
+from prunella.model.state import untouched
 
 log = logging.getLogger(__name__)
 Axis = tuple[str, int]
@@ -395,7 +395,8 @@ def trace(model: nn.Module, inputs: Any, apply_rule: Callable[..., None]) -> Tra
         if not tensor.is_floating_point():
             record.given[tensor] = number
     with ExitStack() as stack:
-        stack.enter_context(undisturbed(model))
+        stack.enter_context(untouched(model))
+        stack.enter_context(torch.no_grad())
         stack.enter_context(watched(model, record.modules, record.flow))
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         stack.enter_context(tracked_attributes(model, record.leak))

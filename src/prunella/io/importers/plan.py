@@ -19,11 +19,14 @@ from prunella.io.importers.patterns import pattern_of
 from prunella.io.importers.reading import Source, read_source
 from prunella.io.importers.torch_masks import needs_masks, torch_ao, torch_prune
 from prunella.model.state import untouched
+from prunella.model.unwrap import unwrap
 from prunella.planning.plan import Plan
 from prunella.types import Inputs, Mask
 
 Importer = Callable[[State], Imported]
 _WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+_COUNTERS = ("n_averaged",)
+"""Buffers that a wrapper adds to the state dict of a model."""
 
 
 def import_plan(
@@ -45,6 +48,7 @@ def import_plan(
     Only masks are imported: the shapes stay. `module.`, `_orig_mod.` and `model.` in front of names are seen through.
     Errors: BadInput names what is missing, of another shape, or contradicts itself; also if nothing is pruned.
     """
+    model = unwrap(model)
     if source is model:
         todo = "build the model anew and pass the pruned one as the source"
         raise RequestError("the model and the source are one module", "a plan is made for a plain model", todo)
@@ -123,13 +127,14 @@ class _Fit:
     def _renaming(self, own: Mapping[str, Tensor]) -> Callable[[str], str]:
         """The first way to read names under which most of them are names of the model."""
         names = {**self.found.masks, **self.found.weights}
-        ways: list[Callable[[str], str]] = [str, _bare, lambda n: _bare(n).removeprefix("model.")]
+        ways: list[Callable[[str], str]] = [str, _bare, _barest, lambda n: _bare(n).removeprefix("model.")]
         ways.append(lambda name: f"model.{_bare(name)}")
         return max(ways, key=lambda way: sum(way(name) in own for name in names))
 
     def _weights(self, own: Mapping[str, Tensor], rename: Callable[[str], str]) -> dict[str, Tensor]:
-        given = {rename(name): value for name, value in self.found.weights.items()}
-        if len(given) < len(self.found.weights):
+        found = {name: value for name, value in self.found.weights.items() if name in own or name not in _COUNTERS}
+        given = {rename(name): value for name, value in found.items()}
+        if len(given) < len(found):
             raise BadInput("two names of the checkpoint mean one weight", "they differ in what wraps the model only")
         if not given:
             return {}
@@ -171,6 +176,14 @@ def _bare(name: str) -> str:
     for wrapper in _WRAPPERS:
         name = name.replace(wrapper, "")
     return name.removeprefix("module.")
+
+
+def _barest(name: str) -> str:
+    """The name without any wrapper, where several are nested."""
+    name = _bare(name)
+    while name.startswith("module."):
+        name = name.removeprefix("module.")
+    return name
 
 
 def _equal(new: Tensor, old: Tensor) -> bool:

@@ -6,7 +6,6 @@ output of the one before it.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -24,6 +23,7 @@ from prunella.graph.solve.groups import couple
 from prunella.llm.blocks import Call, Calls, ModelBlock, Runner, StoreActivations, listed_block_paths
 from prunella.llm.experts import routers
 from prunella.llm.streaming.skeleton import Skeleton
+from prunella.model.copying import copied
 from prunella.model.forward import tensors
 from prunella.model.reads import Stop
 from prunella.stats.subject import first_seen
@@ -202,7 +202,7 @@ class _TwoArguments(nn.Module):
 def layers_of(model: nn.Module, path: str, call: Call, skip: Sequence[str]) -> dict[Layer, bool]:
     """The layers of a block, traced without data, by their names in the model, and whether each routes to experts."""
     # The dtype does not matter without values, and torch has the grouped product of experts in bfloat16 alone there.
-    block = copy.deepcopy(model.get_submodule(path)).to(torch.bfloat16)
+    block = copied(model.get_submodule(path)).to(torch.bfloat16)
     inputs = pytree.tree_map_only(Tensor, _to_meta, (call.args, call.kwargs))
     try:
         graph = couple(_TwoArguments(block), inputs)

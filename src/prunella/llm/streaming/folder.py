@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from prunella.llm.streaming import memory as amounts
 from prunella.llm.streaming.journal import Journal, fingerprint
 from prunella.llm.streaming.runner import OnBlock, StreamingRun
 from prunella.llm.streaming.writer import RECORD, finish
+from prunella.measure.clock import now, since
 from prunella.model.forward import batches
 from prunella.registry.method import solver
 
@@ -96,7 +96,7 @@ def solve_folder(
 
     Use: models larger than memory. Avoid: models that fit, if they are evaluated next: `solve_`.
     """
-    start, folder, samples = time.perf_counter(), Path(output), list(batches(data))
+    start, folder, samples = now(), Path(output), list(batches(data))
     _check_output(folder, overwrite=overwrite)
     group = process_group()
     run = StreamingRun(Path(source), how, samples, group, budget=_budget(memory), skip=skip)
@@ -108,7 +108,7 @@ def solve_folder(
     group.barrier()
     journal = Journal(work / "journal.json", fingerprint(run.source, samples, how, group.world_size, skip))
     solving, replayed = run.run(folder, journal, on_block)
-    seconds = time.perf_counter() - start
+    seconds = since(start)
     if group.is_main:
         finish(run, folder, solving, seconds)
         shutil.rmtree(work)

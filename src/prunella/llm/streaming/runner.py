@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -31,7 +30,9 @@ from prunella.llm.streaming.journal import Journal
 from prunella.llm.streaming.offload import OnDisk
 from prunella.llm.streaming.shards import read_folder, read_header, shard_name, write_shard
 from prunella.llm.streaming.skeleton import Skeleton
-from prunella.model.forward import forward, mode, tensors
+from prunella.measure.clock import now, since
+from prunella.model.forward import forward, tensors
+from prunella.model.state import mode
 
 _TRAINED = 7
 """Copies of a block that is refined: itself, the dense replica, the saved weights, the gradient, Adam's two, a sum."""
@@ -93,7 +94,7 @@ class StreamingRun:
         refined: dict[str, tuple[float, float]] = {}
         replayed = 0
         for number, block in enumerate(state.captured.blocks, 1):
-            start = time.perf_counter()
+            start = now()
             shard = folder / shard_name(number, len(self.paths) + 1)
             done = journal.fits(block.path)
             if done is not None:
@@ -107,7 +108,7 @@ class StreamingRun:
                     journal.add(block.path, new)
             fits += new
             if on_block:
-                seconds = time.perf_counter() - start
+                seconds = since(start)
                 on_block(Step(block.path, number, len(self.paths), new, seconds, done is not None))
         return Solving(tuple(fits), refined), replayed
 
@@ -115,11 +116,11 @@ class StreamingRun:
         """Seconds of a whole run, predicted from the time of the solver and per batch in the first block."""
         some = self.data[:2]
         state = _State(self._capture(some, list), list)
-        start = time.perf_counter()
+        start = now()
         with tempfile.TemporaryDirectory() as folder:
             fits, _ = self._solve(state, state.captured.blocks[0], Path(folder) / "block")
         solving = sum(fit.seconds for fit in fits)
-        by_batch = (time.perf_counter() - start - solving) / len(some)
+        by_batch = (since(start) - solving) / len(some)
         return len(self.paths) * (solving / self.distributed.world_size + by_batch * len(self.data))
 
     def _capture(self, batches: Sequence[Any], store: StoreActivations) -> Captured:

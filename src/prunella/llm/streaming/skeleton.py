@@ -16,6 +16,7 @@ from prunella.io.load import call_user, class_of, import_transformers
 from prunella.llm.streaming.conversion import Converted, Files
 from prunella.llm.streaming.shards import Stored
 from prunella.model.forward import tensors
+from prunella.model.rng import seeded
 
 
 class _EmptyOnMeta(TorchFunctionMode):
@@ -148,7 +149,7 @@ def _built(folder: Path) -> nn.Module:
         raise NotSupported(
             f"the weights in {folder} are quantized", "a block is solved in floating point", "dequantize them"
         )
-    with torch.random.fork_rng(devices=[]), _EmptyOnMeta():
+    with seeded(None), _EmptyOnMeta():
         model = call_user(kind._from_config, str(folder), config)
     assert isinstance(model, nn.Module)
     return model.eval()

@@ -5,7 +5,6 @@ A step can be fused if it is the only reader of the result before it. Models tha
 
 from __future__ import annotations
 
-import copy
 import operator
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -288,10 +287,3 @@ def _steps(layer: Node, last: Node) -> Iterator[Node]:
     while node is not last:
         node = next(user for user in node.users if user.op != "output")
         yield node
-
-
-def copied(model: nn.Module) -> nn.Module:
-    """A copy of the model, in eval mode and without gradients."""
-    with torch.inference_mode(False):
-        duplicate = copy.deepcopy(model)
-    return duplicate.eval().requires_grad_(False)

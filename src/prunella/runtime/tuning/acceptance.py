@@ -14,8 +14,9 @@ from torch.fx import GraphModule
 from prunella.errors import CheckFailed
 from prunella.graph.verify import relative_error
 from prunella.measure.timing import Comparison, Ratio, compare_latency, own_clock
+from prunella.model.copying import frozen_copy
 from prunella.model.forward import forward, tensors
-from prunella.runtime.fx.fuse import channels_last_, copied
+from prunella.runtime.fx.fuse import channels_last_
 from prunella.runtime.kernels.convolution import is_channels_last
 from prunella.runtime.kernels.library import Precision
 from prunella.runtime.layers import SparseConv2d
@@ -83,7 +84,7 @@ def with_channels_last(model: nn.Module, example: Inputs) -> tuple[nn.Module, bo
     """
     if not isinstance(model, GraphModule) or not any(isinstance(m, SparseConv2d) for m in model.modules()):
         return model, False
-    replica = copied(model)
+    replica = frozen_copy(model)
     assert isinstance(replica, GraphModule)  # a copy of one
     if not channels_last_(replica) or not speedup(model, replica, example).value > 1:
         return model, False

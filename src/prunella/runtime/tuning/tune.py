@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from prunella.errors import PruningError
+from prunella.measure.clock import now, since
 from prunella.measure.timing import Ratio, compare_latency, own_clock
 from prunella.runtime.fx.fuse import Fused
 from prunella.runtime.kernels import library
@@ -376,11 +376,11 @@ def screen(
         return max(clock() - start, 1e-9)
 
     times = {choice: min(once(choice), once(choice)) for choice in runs}
-    start = time.perf_counter()
+    start = now()
     for _ in range(50):
         best = {side: min(t for c, t in times.items() if base(c) == side) for side in set(map(base, times))}
         for choice in [c for c, t in times.items() if t < _CLOSE * best[base(c)]]:
             times[choice] = min(times[choice], once(choice))
-        if time.perf_counter() - start > seconds:
+        if since(start) > seconds:
             break
     return times

@@ -14,7 +14,7 @@ from prunella.model.masks import reapply_, record_
 from prunella.model.unwrap import unwrap
 from prunella.registry.method import training
 from prunella.selection import keep_top
-from prunella.train.gates.onto import put_on, take_off, weights
+from prunella.train.gates.gate import put_on, take_off, weights
 from prunella.types import Mask
 
 M = TypeVar("M", bound=nn.Module)

@@ -14,7 +14,7 @@ from prunella.model.unwrap import unwrap
 from prunella.planning.plan import Plan
 from prunella.registry.method import training
 from prunella.selection import keep_top
-from prunella.train.gates.onto import put_on, take_off, weights
+from prunella.train.gates.gate import put_on, take_off, weights
 from prunella.transform.apply import plan_masks
 
 M = TypeVar("M", bound=nn.Module)

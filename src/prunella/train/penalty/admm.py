@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 from prunella.errors import RequestError
+from prunella.model.copying import copied
 from prunella.model.unwrap import unwrap
 from prunella.planning.plan import Plan
 from prunella.registry.method import training
@@ -72,7 +72,7 @@ class AdmmTraining:
     @torch.no_grad()
     def _project(self) -> Plan:
         """`Z = P(W + U)`; parameters that the new plan leaves whole are free again."""
-        probe = copy.deepcopy(self.model)
+        probe = copied(self.model)
         named = dict(probe.named_parameters())
         for name, dual in self.duals.items():
             named[name].add_(dual)

@@ -129,6 +129,7 @@ def coupled(
     inputs, skip, only: as for `prunella.plan`. granularity: channels, heads or both; they are exact under zeros, which
     a width that a norm runs along is not. Errors: RequestError, and NotSupported where there is nothing to prune.
     """
+    model = unwrap(model)
     grains = granularity if isinstance(granularity, tuple) else (granularity,)
     wrong = [grain for grain in grains if not isinstance(grain, Channel | Head)]
     if wrong or not grains:

@@ -1,0 +1,38 @@
+"""The one clock: every duration that is shown, or that decides something, is read here, so that tests can set it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+Clock = Callable[[], float]
+"""Seconds since a fixed point."""
+
+_clock: Clock = time.perf_counter
+
+
+def now() -> float:
+    """Seconds of wall time since a fixed point; it never runs backwards."""
+    return _clock()
+
+
+def since(start: float) -> float:
+    """Seconds from `start`, which `now` gave."""
+    return now() - start
+
+
+def thread_time() -> float:
+    """Seconds that the processor spent on this thread: other programs do not count."""
+    return time.thread_time()
+
+
+@contextmanager
+def fake_clock(clock: Clock) -> Iterator[None]:
+    """Read `clock` instead of the machine's in the body, for tests of what a duration decides."""
+    global _clock
+    before, _clock = _clock, clock
+    try:
+        yield
+    finally:
+        _clock = before
