@@ -91,7 +91,7 @@ def _of_0_1(body: Mapping[str, Any]) -> dict[str, Any]:
     What a plan by hand asked for was made up from what it gave.
     """
     names = ("cuts", "attributes", "along", "renumbered", "dropped", "lists")
-    absent = {"along": [], "renumbered": [], "dropped": {}, "lists": []}
+    absent: dict[str, Any] = {"along": [], "renumbered": [], "dropped": {}, "lists": []}
     changes = absent | {name: body[name] for name in names if name in body}
     recipe = current_names({key["value"]: value for key, value in body["recipe"]["dict"]})
     return {

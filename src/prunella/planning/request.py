@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from prunella.errors import NotSupported, RequestError
 from prunella.granularity import Depth, Ranked, Structural, Vocabulary
-from prunella.graph.data import Frozen, Graph, Group, Layer, ReasonKind
+from prunella.graph.data import Frozen, Graph, Group, Kind, Layer, ReasonKind
 from prunella.graph.match import check_patterns, chosen, names_of_group, names_of_layer, rank_of, spared_blocks
 from prunella.graph.matrix import to_matrix
 from prunella.graph.solve.block_counters import counted
@@ -91,7 +91,7 @@ def eligible_groups(request: Request) -> tuple[list[Group], list[Frozen]]:
     return groups, frozen
 
 
-def _excluded(request: Request, group: Group, kinds: set[str]) -> tuple[str, ReasonKind]:
+def _excluded(request: Request, group: Group, kinds: Set[Kind]) -> tuple[str, ReasonKind]:
     """Why a group takes no part, empty if it does."""
     reason = f"granularity is {' and '.join(sorted(kinds))}, this is {group.kind}"
     reason += f": {group.why}" if group.why else ""
