@@ -25,6 +25,7 @@ from prunella.errors import MissingExtra
 from prunella.io.artifact import WEIGHTS, Saved, save
 from prunella.io.files import check_free
 from prunella.io.json import plain, write_json
+from prunella.io.lock import locked
 from prunella.model.forward import first_tensor, forward, mode
 from prunella.planning.plan import Plan
 from prunella.planning.planner import plan
@@ -156,12 +157,13 @@ def run_demo(
     """Prune a network to `target` of its multiply-adds, heal it without labels, measure, and write the folder `out`.
 
     model: `minilm` needs the extra `demo`, `digits` the extra `digits`; `auto` takes the first that is installed.
-    show: progress on stderr. Errors: RequestError when `out` is taken, MissingExtra, TargetMissed.
+    show: progress on stderr. Errors: RequestError when `out` is taken, Locked while another run writes it,
+    MissingExtra, TargetMissed.
     """
     effort = effort or Effort()
     check_free(out, overwrite=overwrite)
     stages = Stages(show=show)
-    with tempfile.TemporaryDirectory(prefix="prunella-demo-") as scratch:
+    with locked(out), tempfile.TemporaryDirectory(prefix="prunella-demo-") as scratch:
         task = _task(_which(model), Path(scratch), effort, seed, stages)
         return _run(task, out, target, overwrite, effort, stages)
 
