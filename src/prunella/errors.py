@@ -2,6 +2,7 @@
 
 PruningError                        exit code of the command line
 |-- RequestError (ValueError)       2   the request makes no sense: unknown method, pattern that matches nothing
+|   `-- Locked                      2   another run is writing to the same folder
 |-- MissingExtra (ImportError)      2   an optional package is needed
 |-- TargetMissed                    1   a target cannot be met; says how far it got and what stopped it
 |-- CheckFailed                     1   a check of the result failed: the result is not written
@@ -39,6 +40,10 @@ class RequestError(PruningError, ValueError):
     """The request makes no sense."""
 
     exit_code = 2
+
+
+class Locked(RequestError):
+    """Another run is writing to the same folder or file."""
 
 
 class MissingExtra(PruningError, ImportError):

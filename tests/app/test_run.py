@@ -10,9 +10,10 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from prunella.app.run import Heal, Job, outputs_by, read_heal, run
-from prunella.errors import CheckFailed, RequestError, TargetMissed
+from prunella.errors import CheckFailed, Locked, RequestError, TargetMissed
 from prunella.planning.recipe import Recipe
 from prunella.targets import MACs
+from tests.stopping import beside
 
 
 def net() -> nn.Sequential:
@@ -54,6 +55,18 @@ def test_the_model_stays_as_it_is(tmp_path: Path) -> None:
     assert outcome.plan.after.macs <= 0.5 * outcome.plan.before.macs
     assert sum(p.numel() for p in outcome.model.parameters()) == outcome.plan.after.params
     assert "distill:2" in str([item.step for item in outcome.healed][1]) and outcome.healed[1].curve is not None
+
+
+def test_the_folder_is_locked_from_the_start_to_the_end(tmp_path: Path) -> None:
+    told: dict[str, BaseException | None] = {}
+    job = Job(Recipe(), MACs(0.5), factory="tests.app.test_run:net")
+
+    def second(name: str, seconds: float) -> None:
+        told[name] = beside(lambda: run(net(), torch.randn(2, 6), job, tmp_path / "out", overwrite=True))
+
+    run(net(), torch.randn(2, 6), job, tmp_path / "out", on_stage=second)
+    assert len(told) == 4 and {type(error) for error in told.values()} == {Locked}
+    assert [file.name for file in tmp_path.iterdir()] == ["out"]
 
 
 def test_stages_are_told_in_order(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from torch import nn
 
 import prunella as pr
 from prunella.errors import RequestError
+from tests.stopping import stops_at, tick
 
 
 def scaled(factor: float) -> nn.Linear:
@@ -52,20 +54,23 @@ def test_the_dense_model_is_measured_once() -> None:
     assert seen == [9, 1, 2, 6] and found.values["dense"]["weight"] == (1, 1, 1)
 
 
+CALLS: list[int] = []
+
+
+def way(seed: int) -> nn.Module:
+    """Says that it was called, and stops at a call that `stops_at` names."""
+    CALLS.append(seed)
+    tick()
+    return scaled(seed)
+
+
 def test_what_is_known_is_not_run_again(tmp_path: Path) -> None:
-    calls: list[int] = []
-
-    def way(seed: int) -> nn.Module:
-        calls.append(seed)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return scaled(seed)
-
+    CALLS.clear()
     dense = scaled(9.0)
-    with pytest.raises(KeyboardInterrupt):
+    with stops_at(2):
         pr.experiments.compare(dense, {"a": way}, {"weight": weight}, seeds=(1, 2), folder=tmp_path)
     found = pr.experiments.compare(dense, {"a": way}, {"weight": weight}, seeds=(1, 2), folder=tmp_path)
-    assert calls == [1, 2, 2] and found.values["a"]["weight"] == (1, 2)
+    assert CALLS == [1, 2, 2] and found.values["a"]["weight"] == (1, 2)
     with pytest.raises(RequestError, match="not continued"):
         pr.experiments.compare(scaled(8.0), {"a": way}, {"weight": weight}, seeds=(1,), folder=tmp_path)
 
@@ -81,6 +86,17 @@ def test_a_function_that_measures_two_things_and_what_names_depend_on(tmp_path: 
         pr.experiments.compare(scaled(9.0), ways, {("weight", "half"): weight}, seeds=(1,))
     with pytest.raises(RequestError, match="nothing to compare"):
         pr.experiments.compare(scaled(9.0), ways, {"weight": weight, ("weight", "half"): weight}, seeds=(1,))
+
+
+def test_a_way_or_a_measure_that_has_changed_is_run_again(tmp_path: Path) -> None:
+    CALLS.clear()
+    compare = partial(pr.experiments.compare, scaled(9.0), seeds=(1,), folder=tmp_path)
+    compare({"a": way}, {"weight": weight})
+    compare({"a": way, "b": lambda seed: scaled(seed)}, {"weight": weight})
+    assert CALLS == [1]  # a further row leaves the others as they are
+    found = compare({"a": way}, {"weight": lambda model: 2 * weight(model)})
+    assert CALLS == [1, 1] and found.values["a"]["weight"] == (2,) and found.values["dense"]["weight"] == (18,)
+    assert compare({"a": lambda seed: scaled(seed + 1)}, {"weight": weight}).values["a"]["weight"] == (2,)
 
 
 def test_nothing_to_compare_is_said() -> None:

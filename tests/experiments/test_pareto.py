@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 from dataclasses import replace
@@ -12,17 +13,20 @@ import torch
 from torch import nn
 
 import prunella as pr
-from prunella.experiments import pareto as module
-from prunella.experiments.pareto import CELLS, PAGE, RATIOS, Study, pareto
+from prunella.errors import BadInput
+from prunella.experiments.pareto import PAGE, RATIOS, Study, pareto
+from prunella.io.journal import NAME
 from prunella.planning.recipes import named
 from prunella.reporting.frontier import Cell, Point, frontier_chart, on_front, summarise
 from prunella.reporting.report import Report
 from tests.experiments import study_parts as parts
 from tests.reporting.test_page import HOSTILE, read
 from tests.reporting.test_report import made
+from tests.stopping import records
 
 NAMES = "tests.experiments.study_parts"
 STUDY = Study(parts.make, parts.evaluate, parts.example, {"lamp": named("lamp_magnitude")})
+module = importlib.import_module(pareto.__module__)  # the package has the function under this name
 SMALL = {"ratios": (2.0, 30.0), "seeds": (0, 1)}
 
 
@@ -93,12 +97,15 @@ def test_a_killed_study_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
     with pytest.raises(KeyboardInterrupt):
         pareto(slow, folder, ratios=(2,), seeds=(0, 1), on_cell=killed)
-    assert len(list((folder / CELLS).iterdir())) == 3 and not (folder / PAGE).exists()
-    damaged = sorted((folder / CELLS).iterdir())[0]
-    damaged.write_text('{"method": ', encoding="utf-8")
+    assert records(folder) == 3 and not (folder / PAGE).exists()
+    sound = (folder / NAME).read_bytes()
+    (folder / NAME).write_bytes(sound.replace(b'"seed": 0', b'"seed": 7', 1))
+    with pytest.raises(BadInput, match="is not the one that was written"):
+        pareto(slow, folder, ratios=(2,), seeds=(0, 1))
+    (folder / NAME).write_bytes(sound)
     found = pareto(slow, folder, ratios=(2,), seeds=(0, 1))
     calls = len((tmp_path / "calls.txt").read_text().split())
-    assert calls == 3 + 8 and str(found.cells) == str(pareto(slow, None, ratios=(2,), seeds=(0, 1)).cells)
+    assert calls == 3 + 7 and str(found.cells) == str(pareto(slow, None, ratios=(2,), seeds=(0, 1)).cells)
     pareto(slow, folder, ratios=(2,), seeds=(0, 1))
     assert len((tmp_path / "calls.txt").read_text().split()) == calls + 10  # only the study without a folder ran
 
@@ -114,9 +121,9 @@ def test_what_a_function_of_the_user_raises_is_told_and_tried_again(tmp_path: Pa
     broken = replace(STUDY, evaluate=parts.broken)
     found = pareto(broken, tmp_path / "run", ratios=(2,), seeds=(0,))
     assert {cell.error for cell in found.cells} == {"a function of the study raised ZeroDivisionError: no measure"}
-    before = {file: file.stat().st_mtime_ns for file in (tmp_path / "run" / CELLS).iterdir()}
+    assert records(tmp_path / "run") == 1 + 4
     pareto(broken, tmp_path / "run", ratios=(2,), seeds=(0,))
-    assert sum(file.stat().st_mtime_ns != at for file, at in before.items()) == 4
+    assert records(tmp_path / "run") == 1 + 4 + 4
 
 
 @pytest.mark.parametrize(

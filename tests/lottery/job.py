@@ -13,20 +13,22 @@ import prunella as pr
 from prunella.lottery.search import Rewind, Tickets
 from tests.lottery.nets import STEPS, batch, fit, loss_of, net
 
+DIES_IN, TRAINED = [-1], [0]
+"""The number of the training that is killed, and how many were made: no part of the training, which is resumed."""
 
-def job(folder: Path | None, rewind: Rewind, die_in: int = -1) -> Tickets[nn.Sequential]:
-    """Three rounds with controls; SIGKILL in the middle of training number `die_in`."""
-    trained = 0
 
-    def train(model: nn.Module, lap: pr.lottery.Lap) -> None:
-        nonlocal trained
-        if trained == die_in:
-            lap.end -= 3
-            fit(model, lap)
-            os.kill(os.getpid(), signal.SIGKILL)
-        trained += 1
+def train(model: nn.Module, lap: pr.lottery.Lap) -> None:
+    """As `fit`; SIGKILL in the middle of training number `DIES_IN`."""
+    if TRAINED == DIES_IN:
+        lap.end -= 3
         fit(model, lap)
+        os.kill(os.getpid(), signal.SIGKILL)
+    TRAINED[0] += 1
+    fit(model, lap)
 
+
+def job(folder: Path | None, rewind: Rewind) -> Tickets[nn.Sequential]:
+    """Three rounds with controls."""
     course = pr.lottery.Course(train, STEPS, lambda model: -loss_of(model), seed=3)
     return pr.lottery.find_ticket(
         net(), course, prune=pr.lottery.imp(batch(), rate=0.3), rounds=3, rewind=rewind, folder=folder
@@ -35,4 +37,5 @@ def job(folder: Path | None, rewind: Rewind, die_in: int = -1) -> Tickets[nn.Seq
 
 if __name__ == "__main__":
     kind = {"weights": pr.lottery.WeightRewind, "rates": pr.lottery.RateRewind}[sys.argv[2]]
-    job(Path(sys.argv[1]), kind(int(sys.argv[3])), int(sys.argv[4]))
+    DIES_IN[0] = int(sys.argv[4])
+    job(Path(sys.argv[1]), kind(int(sys.argv[3])))

@@ -15,14 +15,15 @@ from torch import Tensor, nn
 
 import prunella as pr
 from prunella.allocation.rounds import densities
+from prunella.io.identity import digest_of
 from prunella.io.nested import equal, load_state, save_state
-from prunella.lottery.folder import digest
 from prunella.lottery.search import Rewind
 from prunella.lottery.session import Lap, Point, snapshot
 from prunella.model.masks import masks_of
 from prunella.transform.controls import Control, Controls
 from tests.lottery.job import job
 from tests.lottery.nets import STEPS, batch, course, fit, net
+from tests.stopping import records
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -256,8 +257,7 @@ def test_a_killed_run_ends_with_the_same_bits(rewind: Rewind, die_in: int, tmp_p
     same = {**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
     died = subprocess.run([sys.executable, "-m", "tests.lottery.job", *arguments], cwd=ROOT, env=same, check=False)
     assert died.returncode == -9
-    left = sorted(file.name for file in (tmp_path / "run").iterdir())
-    assert len(left) == 1 + die_in  # what was done before, and the record
+    assert len(list((tmp_path / "run").glob("*.safetensors"))) == die_in == records(tmp_path / "run")
     torch.rand(3)
     resumed, whole = job(tmp_path / "run", rewind), job(None, rewind)
     assert resumed.rounds == whole.rounds
@@ -286,8 +286,8 @@ def test_a_folder_of_another_run_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a" / "round-01.safetensors").write_bytes(b"broken")
     with pytest.raises(pr.PruningError, match="no sound state"):
         find(net(), rounds=1, folder=tmp_path / "a")
-    (tmp_path / "a" / "ticket.json").write_text("{")
-    with pytest.raises(pr.PruningError, match="broken"):
+    (tmp_path / "a" / "journal.sqlite").write_text("{")
+    with pytest.raises(pr.PruningError, match="damaged"):
         find(net(), rounds=1, folder=tmp_path / "a")
 
 
@@ -338,7 +338,7 @@ def test_a_state_that_is_not_data_is_refused_and_digests_tell_states_apart(tmp_p
         save_state({"a": [print_nothing]}, tmp_path / "x")
     with pytest.raises(pr.PruningError, match="no sound state"):
         load_state(tmp_path / "x")
-    assert digest(snapshot(net())) == digest(snapshot(net())) != digest(snapshot(net(1)))
+    assert digest_of(snapshot(net())) == digest_of(snapshot(net())) != digest_of(snapshot(net(1)))
     assert not equal({"a": torch.zeros(1)}, {"a": torch.ones(1)})
 
 

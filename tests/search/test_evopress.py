@@ -14,6 +14,7 @@ import prunella as pr
 from prunella.model.masks import masks_of
 from prunella.search.evopress import Levels, evolve_levels
 from tests.llm.test_blockwise import batches, net
+from tests.stopping import stops_at, tick
 
 AT = (0.25, 0.5, 0.75)
 
@@ -36,6 +37,7 @@ def levels() -> Levels:
 
 
 def quality(model: nn.Module) -> float:
+    tick()
     with torch.no_grad():
         x = torch.cat(batches())
         return -float((model(x) - uneven()(x)).square().mean())
@@ -71,17 +73,8 @@ def test_weights_and_masks_are_those_of_their_level() -> None:
 def test_a_search_that_was_stopped_ends_where_a_whole_one_does(tmp_path: Path) -> None:
     stored = levels()
     whole = evolve_levels(stored, 0.5, quality, generations=4, offspring=3)
-    calls = 0
-
-    def dies(model: nn.Module) -> float:
-        nonlocal calls
-        calls += 1
-        if calls > 5:
-            raise KeyboardInterrupt
-        return quality(model)
-
-    with pytest.raises(KeyboardInterrupt):
-        evolve_levels(stored, 0.5, dies, generations=4, offspring=3, folder=tmp_path)
+    with stops_at(6):
+        evolve_levels(stored, 0.5, quality, generations=4, offspring=3, folder=tmp_path)
     again = evolve_levels(stored, 0.5, quality, generations=4, offspring=3, folder=tmp_path)
     assert (again.shares, again.value) == (whole.shares, whole.value) and again.tried == whole.tried - 5
     with pytest.raises(pr.PruningError, match="not continued"):

@@ -12,6 +12,7 @@ from torch import nn
 import prunella as pr
 from prunella.errors import CheckFailed, RequestError
 from tests.llm.nets import generates_as_without_a_cache, language_model, logits, silent, windows
+from tests.stopping import stops_at, tick
 
 
 def test_each_block_is_the_one_that_costs_least_and_the_plan_drops_them() -> None:
@@ -55,17 +56,15 @@ def test_a_loss_sees_what_the_influence_does_not() -> None:
 
 def test_a_search_that_was_stopped_goes_on_with_the_same_result(tmp_path: Path) -> None:
     model, data = language_model(), windows(1)
-    quality, calls = pr.search.agreement(model, data, logits=True), list[int]()
+    agreement = pr.search.agreement(model, data, logits=True)
 
-    def stops(small: nn.Module) -> float:
-        calls.append(1)
-        if len(calls) == 7:
-            raise KeyboardInterrupt
-        return quality(small)
+    def quality(small: nn.Module) -> float:
+        tick()
+        return agreement(small)
 
     whole = pr.search.greedy_blocks(model, data[0], quality, count=2)
-    with pytest.raises(KeyboardInterrupt):
-        pr.search.greedy_blocks(model, data[0], stops, count=2, folder=tmp_path)
+    with stops_at(7):
+        pr.search.greedy_blocks(model, data[0], quality, count=2, folder=tmp_path)
     rest = pr.search.greedy_blocks(model, data[0], quality, count=2, folder=tmp_path)
     assert (rest.paths, rest.values, rest.tried) == (whole.paths, whole.values, 3)
     assert pr.search.greedy_blocks(model, data[0], quality, count=2, folder=tmp_path).tried == 0

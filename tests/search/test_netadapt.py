@@ -12,6 +12,7 @@ import prunella as pr
 from prunella.search import Space, amc_reward, netadapt, space
 from prunella.search.netadapt import _smallest
 from tests.graphs import convnet, images, square_loss
+from tests.stopping import stops_at, tick
 
 DATA = images()
 
@@ -21,6 +22,7 @@ def cuts() -> Space:
 
 
 def quality(model: nn.Module) -> float:
+    tick()
     with torch.no_grad():
         return -float(sum(square_loss(model, batch) for batch in DATA))
 
@@ -82,22 +84,22 @@ def test_a_killed_search_goes_on_and_ends_the_same(tmp_path: Path) -> None:
         pr.finetune(model, DATA, square_loss, steps=2, lr=1e-3)
 
     whole = netadapt(cuts(), pr.MACs(0.5), quality, step=0.1, tune=tune)
-    calls = 0
-
-    def dies(model: nn.Module) -> float:
-        nonlocal calls
-        calls += 1
-        if calls == 5:
-            raise KeyboardInterrupt
-        return quality(model)
-
-    with pytest.raises(KeyboardInterrupt):
-        netadapt(cuts(), pr.MACs(0.5), dies, step=0.1, tune=tune, folder=tmp_path)
+    with stops_at(5):
+        netadapt(cuts(), pr.MACs(0.5), quality, step=0.1, tune=tune, folder=tmp_path)
     again = netadapt(cuts(), pr.MACs(0.5), quality, step=0.1, tune=tune, folder=tmp_path)
     assert (again.shares, again.value, again.tried) == (whole.shares, whole.value, whole.tried - 4)
     assert whole.model is not None and again.model is not None
     states = zip(again.model.state_dict().values(), whole.model.state_dict().values(), strict=True)
     assert all(a.equal(b) for a, b in states)
+
+
+def test_a_quality_is_recorded_with_the_path_to_it(tmp_path: Path) -> None:
+    for first in (0, 1):  # other predictions make another group win, after which the same cut leaves another model
+        found = netadapt(
+            cuts(), pr.Latency(8.0), quality, step=0.2, folder=tmp_path,
+            predict=lambda counts, first=first: 20.0 - 2 * counts[first] - counts[1 - first],
+        )  # fmt: skip
+        assert found.model is not None and quality(found.model) == pytest.approx(found.value, rel=1e-6)
 
 
 def test_a_predicted_latency_is_a_budget() -> None:

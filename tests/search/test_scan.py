@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -15,13 +14,24 @@ import torch
 from torch import nn
 
 import prunella as pr
-from prunella.search.journal import Journal
+from prunella.errors import Locked
 from tests.graphs import IMAGE, convnet, images
+from tests.stopping import records, stops_at, tick
 
 
 def size(model: nn.Module) -> float:
     """A quality that says which model it is of."""
     return float(sum(p.numel() for p in model.parameters()))
+
+
+def stopping(model: nn.Module) -> float:
+    tick()
+    return size(model)
+
+
+def slow(model: nn.Module) -> float:
+    time.sleep(float(os.environ.get("SECONDS_OF_AN_EVALUATION", "0")))
+    return size(model)
 
 
 def alive(model: nn.Module) -> float:
@@ -80,62 +90,54 @@ def test_model_buffers_modes_and_generators_are_restored_bit_for_bit() -> None:
 
 def test_a_scan_goes_on_where_it_stopped(tmp_path: Path) -> None:
     cuts = pr.search.space(convnet(), images()[0], pr.Recipe())
-    whole = pr.search.scan(cuts, size)
-    calls = 0
-
-    def dies(model: nn.Module) -> float:
-        nonlocal calls
-        calls += 1
-        if calls == 4:
-            raise KeyboardInterrupt
-        return size(model)
-
-    with pytest.raises(KeyboardInterrupt):
-        pr.search.scan(cuts, dies, folder=tmp_path)
-    with (tmp_path / "journal.jsonl").open("ab") as file:
-        file.write(b'{"key": "3:1", "val')  # cut short by the kill
-    again = pr.search.scan(cuts, size, folder=tmp_path)
+    whole = pr.search.scan(cuts, stopping)
+    with stops_at(4):
+        pr.search.scan(cuts, stopping, folder=tmp_path)
+    assert records(tmp_path) == 3
+    again = pr.search.scan(cuts, stopping, folder=tmp_path)
     assert again.curves == whole.curves and again.measured == whole.measured - 3
-    assert pr.search.scan(cuts, dies, folder=tmp_path).measured == 0
-    for line in (tmp_path / "journal.jsonl").read_text().splitlines():
-        json.loads(line)
+    assert pr.search.scan(cuts, stopping, folder=tmp_path).measured == 0
+    assert [file.name for file in tmp_path.iterdir()] == ["journal.sqlite"] and records(tmp_path) == whole.measured
 
 
 KILLED = """
-import sys, time
+import sys
 import prunella as pr
 from tests.graphs import convnet, images
-from tests.search.test_scan import size
-def slow(model):
-    time.sleep(0.2)
-    return size(model)
+from tests.search.test_scan import slow
 pr.search.scan(pr.search.space(convnet(), images()[0], pr.Recipe()), slow, folder=sys.argv[1])
 """
 
 
 def test_a_killed_process_loses_nothing_that_was_measured(tmp_path: Path) -> None:
-    with subprocess.Popen([sys.executable, "-c", KILLED, str(tmp_path)], cwd=Path(__file__).parents[2]) as process:
-        journal = tmp_path / "journal.jsonl"
+    words, env = [sys.executable, "-c", KILLED, str(tmp_path)], {**os.environ, "SECONDS_OF_AN_EVALUATION": "0.2"}
+    cuts = pr.search.space(convnet(), images()[0], pr.Recipe())
+    with subprocess.Popen(words, cwd=Path(__file__).parents[2], env=env) as process:
         for _ in range(600):
-            if journal.exists() and journal.read_bytes().count(b"\n") >= 3:
+            if records(tmp_path) >= 2:
                 break
             time.sleep(0.1)
+        with pytest.raises(Locked, match=f"process {process.pid} on"):
+            pr.search.scan(cuts, slow, folder=tmp_path)
         os.kill(process.pid, signal.SIGKILL)
-    done = journal.read_bytes().count(b"\n") - 1
-    cuts = pr.search.space(convnet(), images()[0], pr.Recipe())
-    whole = pr.search.scan(cuts, size)
-    found = pr.search.scan(cuts, size, folder=tmp_path)
+    done = records(tmp_path)
+    whole = pr.search.scan(cuts, slow)
+    found = pr.search.scan(cuts, slow, folder=tmp_path)
     assert done >= 2 and found.measured == whole.measured - done and found.curves == whole.curves
 
 
 def test_another_question_does_not_get_the_answers(tmp_path: Path) -> None:
     pr.search.scan(pr.search.space(convnet(), images()[0], pr.Recipe()), size, folder=tmp_path)
-    with pytest.raises(pr.PruningError, match="another model, recipe or question"):
-        pr.search.scan(pr.search.space(convnet(seed=1), images()[0], pr.Recipe()), size, folder=tmp_path)
-    (tmp_path / "bad").mkdir()
-    (tmp_path / "bad" / "journal.jsonl").write_text('{"asked": "x"}\n{"no": 1}\n')
-    with pytest.raises(pr.PruningError, match="damaged in line 2"):
-        Journal(tmp_path / "bad", "x")
+    cuts = pr.search.space(convnet(), images()[0], pr.Recipe())
+    for other, evaluate, said in (
+        (pr.search.space(convnet(seed=1), images()[0], pr.Recipe()), size, "its weights and buffers changed"),
+        (pr.search.space(convnet(), images()[1], pr.Recipe()), size, "its inputs changed"),
+        (pr.search.space(convnet(), images()[0], pr.Recipe(seed=1)), size, "its recipe changed"),
+        (cuts, alive, "its metric changed"),
+    ):
+        with pytest.raises(pr.PruningError, match=f"is not continued\nit holds another run: {said}"):
+            pr.search.scan(other, evaluate, folder=tmp_path)
+    assert pr.search.scan(cuts, size, folder=tmp_path).measured == 0
 
 
 def test_ratios_follow_align_and_floor() -> None:

@@ -19,6 +19,7 @@ from prunella.errors import CheckFailed, RequestError
 from prunella.io.artifact import Saved, save
 from prunella.io.files import check_free
 from prunella.io.json import plain, write_json
+from prunella.io.lock import locked
 from prunella.measure.clock import now, since
 from prunella.model.copying import copied
 from prunella.model.forward import Outputs, forward
@@ -135,12 +136,16 @@ def run(
 ) -> Outcome:
     """Do the job and write `folder`: the artefact, `report.html` and `run.json`. `model` stays as it is.
 
-    Raises RequestError before anything is done when the folder is taken or an option needs another; TargetMissed and
-    CheckFailed when a target or a gate is missed, and then writes nothing.
+    Raises RequestError before anything is done when the folder is taken or an option needs another, Locked while
+    another run writes it; TargetMissed and CheckFailed when a target or a gate is missed, and then writes nothing.
     """
     _check(job)
     check_free(folder, overwrite=overwrite)
-    clock = _Clock(on_stage)
+    with locked(folder):
+        return _run(model, inputs, job, folder, overwrite, _Clock(on_stage))
+
+
+def _run(model: nn.Module, inputs: Inputs, job: Job, folder: Path, overwrite: bool, clock: _Clock) -> Outcome:
     with clock.stage("planning"):
         made = _plan(model, inputs, job)
     with clock.stage("cutting and comparing with the masked model"):

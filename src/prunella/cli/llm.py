@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prunella.cli.console import emit, note, stage
+from prunella.model.copying import copied
 
 if TYPE_CHECKING:
     from torch import nn
@@ -159,9 +160,8 @@ def compare(
     from prunella.experiments import comparison
     from prunella.io.load import load_model
     from prunella.llm import solve_
-    from prunella.llm.streaming.journal import described
     from prunella.llm.text import text_samples, text_tokens
-    from prunella.model.copying import copied
+    from prunella.registry.serialize import described
 
     if min(seeds, protocol.judged) < 1:
         raise RequestError(f"{seeds} seeds on {protocol.judged} windows compare nothing", "at least 1 of each", "")

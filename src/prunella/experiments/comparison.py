@@ -12,10 +12,10 @@ import torch
 from torch import nn
 
 from prunella.errors import RequestError
+from prunella.io.identity import digest_of, identify, model_parts
+from prunella.io.journal import Records, open_records
 from prunella.measure.clock import now, since
 from prunella.model.state import mode, untouched
-from prunella.model.unwrap import unwrap
-from prunella.search.journal import Journal, digest_of
 
 Way = Callable[[int], nn.Module]
 """Seed -> a pruned model, the same for the same seed."""
@@ -67,35 +67,53 @@ def compare(
 
     measures: name -> function of a model, for example perplexity or agreement on text that no way has seen; a tuple of
     names -> a function that gives a number for each.
-    folder: of a journal, one line for each number, so that a comparison that was stopped goes on. The functions behind
-    names are not watched: choose another folder when they change, or pass what they depend on as `asked` (data that
-    JSON can say), and the folder is refused for any other. Errors: RequestError for an empty or repeated name.
+    folder: of a journal, one record for each number, so that a comparison that was stopped goes on. A way or a measure
+    that has changed is run again. What they depend on beyond their own code and arguments is passed as `asked`; the
+    folder is refused for any other, and for another dense model. Errors: RequestError for an empty or repeated name.
     """
     groups = {(key,) if isinstance(key, str) else key: measure for key, measure in measures.items()}
     names = [name for group in groups for name in group]
     if not ways or not names or not seeds or "dense" in ways or len({SECONDS, *names}) <= len(names):
         why = "a way, a measure and a seed are needed, and dense and seconds are names of its own"
         raise RequestError("there is nothing to compare", why, "compare(model, {name: function of a seed}, {...})")
-    journal = Journal(folder, digest_of(unwrap(dense), ["compare", asked]))
-    names.append(SECONDS)
-    for seed in seeds:
-        first = {"dense": lambda seed: dense} if seed == seeds[0] else {}  # no seed moves it: it is measured once
-        for way, make in {**first, **ways}.items():
-            keys = {name: f"{way} / {seed} / {name}" for name in names}
-            if not all(key in journal for key in keys.values()):
-                start = now()
-                model = make(seed)
-                taken = 0.0 if model is dense else since(start)
-                for group, measure in groups.items():
-                    for name, value in zip(group, _measured(model, measure, len(group)), strict=True):
-                        journal[keys[name]] = value
-                journal[keys[SECONDS]] = taken
-    found = {
-        way: {name: tuple(journal[f"{way} / {seed} / {name}"] for seed in seeds) for name in names} for way in ways
-    }
-    dense_once = {name: (journal[f"dense / {seeds[0]} / {name}"],) * len(seeds) for name in names}
-    found = {"dense": dense_once, **found}
-    return Compared(found, tuple(seeds))
+    judged = list(groups.items())
+    functions = {"dense": (None, judged), **{way: (make, judged) for way, make in ways.items()}}
+    marks = {way: digest_of(pair) for way, pair in functions.items()} if folder is not None else {}
+    first = {"dense": lambda seed: dense}
+    values: dict[str, dict[str, tuple[float, ...]]] = {}
+    with open_records(folder, lambda: identify({**model_parts(dense), "question": "compare", "asked": asked})) as known:
+        rows = _Rows(dense, groups, known, marks)
+        for seed in seeds:
+            # no seed moves the dense model: it is measured once
+            for way, make in {**(first if seed == seeds[0] else {}), **ways}.items():
+                for name, value in rows.row(way, make, seed).items():
+                    by_seed = values.setdefault(way, {})
+                    by_seed[name] = (*by_seed.get(name, ()), value)
+    values["dense"] = {name: found * len(seeds) for name, found in values["dense"].items()}
+    return Compared(values, tuple(seeds))
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """What is measured of one way with one seed. marks: way -> digest of its functions, for the journal."""
+
+    dense: nn.Module
+    groups: Mapping[tuple[str, ...], Measure]
+    known: Records
+    marks: Mapping[str, str]
+
+    def row(self, way: str, make: Way, seed: int) -> dict[str, float]:
+        """Every measure, and the seconds; what is known is not run again."""
+        key = f"{way} / {seed} / {self.marks.get(way, '')}"
+        if key not in self.known:
+            start = now()
+            model = make(seed)
+            taken = 0.0 if model is self.dense else since(start)
+            found: dict[str, float] = {}
+            for group, measure in self.groups.items():
+                found.update(zip(group, _measured(model, measure, len(group)), strict=True))
+            self.known.add(key, {**found, SECONDS: taken})
+        return {name: float(value) for name, value in self.known[key].items()}
 
 
 def _measured(model: nn.Module, measure: Measure, count: int) -> list[float]:

@@ -1,19 +1,17 @@
 """Methods against each other over ratios and seeds, with baselines that are always there; several processes, resumable.
 
-Every cell (method, ratio, seed) is a file of its own in the run directory, written when the cell is done, under a name
-that is a digest of all that decides it. A killed study goes on from there, and a larger one takes over what is known.
+Every cell (method, ratio, seed) is a record of its own in the journal of the folder, written when the cell is done,
+under the identity of all that decides it. A killed study goes on from there; a larger one takes over what is known.
 """
 
 from __future__ import annotations
 
 import functools
-import hashlib
-import json
 import multiprocessing
 import os
 import pickle
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -28,12 +26,13 @@ from torch import Tensor, nn
 from prunella._version import __version__
 from prunella.allocation import global_, uniform
 from prunella.criteria import magnitude, random
-from prunella.errors import Interrupted, PruningError, RequestError
+from prunella.errors import BadInput, Interrupted, PruningError, RequestError
 from prunella.granularity import Element, Granularity
 from prunella.io.files import write_atomic
+from prunella.io.identity import Identity, identify
+from prunella.io.journal import Journal, open_journal
 from prunella.io.load import load_object
 from prunella.model.copying import copied
-from prunella.model.forward import tensors
 from prunella.model.masks import finalize
 from prunella.model.rng import seed_rng_, seeded
 from prunella.planning.plan import Plan
@@ -45,7 +44,9 @@ from prunella.targets import Params, Sparsity, Target
 from prunella.transform.apply import apply_
 from prunella.transform.shrink import shrink
 
-PAGE, RECORD, CELLS = "pareto.html", "pareto.json", "cells"
+PAGE, RECORD = "pareto.html", "pareto.json"
+CELL = "cell"
+"""The key of a cell in the journal, where each has an identity of its own."""
 RATIOS = (2.0, 4.0, 8.0, 16.0, 32.0)
 OnCell = Callable[[Cell, int, int], None]
 """Called with each cell that is done, how many are, and how many there are."""
@@ -95,19 +96,9 @@ class _Task:
     ratio: float
     seed: int
 
-    @property
-    def key(self) -> str:
-        """A digest of all that decides the cell, except the code behind the names of functions."""
-        one = self.study
-        what = {
-            "functions": [_named(f) for f in (one.make, one.evaluate, one.inputs, one.data, one.loss, one.recover)],
-            "recipe": self.recipe.describe() if self.recipe else None,
-            "target": repr(self.target),
-            "seed": self.seed,
-            "skip": one.skip,
-            "versions": (__version__, str(torch.__version__)),
-        }
-        return hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()[:24]
+    def identity(self, study: Identity) -> Identity:
+        """All that decides the cell; `study` is what all cells share."""
+        return study.plus({"recipe": self.recipe, "target": repr(self.target), "seed": self.seed})
 
 
 @metric(source="Blalock et al. 2020, arXiv:2003.03033 (several ratios, several seeds, strong and random baselines)")
@@ -127,8 +118,8 @@ def pareto(
     that has all its seeds is as small and as good, and better in one. Cells that cannot be made are kept with the
     reason. The same seeds give the same cells whatever `jobs` is: every cell runs on one thread with its own seed.
 
-    Data: as the criteria need, in `study`. folder: of the cells, the page and a record; a killed
-    study goes on. Code behind a name is not looked at: take a new folder when you change it.
+    Data: as the criteria need, in `study`. folder: of the journal, the page and a record; a killed study goes on. Cells
+    whose functions have changed are made again; what these functions call is not looked at: take a new folder then.
     ratios: original / new, above 1. unit: what is divided: `Params` counts weights under masks too; with `Sparsity` it
     is the weights or units that compete. jobs: processes; above 1 the functions must be importable.
 
@@ -137,26 +128,36 @@ def pareto(
     """
     _check(study, ratios, seeds, jobs)
     tasks = _tasks(study, ratios, seeds, unit)
-    journal = Path(folder) if folder is not None else None
-    done = {task.key: cell for task in tasks if (cell := _known(journal, task))}
-    left = [task for task in tasks if task.key not in done]
-    count = len(tasks) - len(left)
-    for task, cell in _made(left, jobs):
-        count += 1
-        done[task.key] = cell
+    if folder is None:
+        return _frontier(study, _finished(tasks, None, jobs, on_cell), seeds, unit)
+    path = Path(folder)
+    with open_journal(path) as journal:
+        found = _frontier(study, _finished(tasks, journal, jobs, on_cell), seeds, unit)
+        write_atomic(path / RECORD, (found.json() + "\n").encode())
+        write_frontier(found, path / PAGE)
+    return found
+
+
+def _finished(tasks: Sequence[_Task], journal: Journal | None, jobs: int, on_cell: OnCell | None) -> list[Cell]:
+    """The cell of every task, from the journal or made and recorded."""
+    shared = _identity(tasks[0].study) if journal else None
+    names = [task.identity(shared) for task in tasks] if shared else []
+    done = {place: cell for place, name in enumerate(names) if journal and (cell := _known(journal, name))}
+    left = [place for place in range(len(tasks)) if place not in done]
+    for place, cell in _made(tasks, left, jobs):
+        done[place] = cell
         if journal:
-            write_atomic(_file(journal, task), (json.dumps(asdict(cell), default=str) + "\n").encode())
+            journal.add(names[place], CELL, asdict(cell))
         if on_cell:
-            on_cell(cell, count, len(tasks))
+            on_cell(cell, len(done), len(tasks))
     _dense.cache_clear()
-    cells = [replace(done[task.key], method=task.method) for task in tasks]
-    found = summarise(
+    return [replace(done[place], method=task.method) for place, task in enumerate(tasks)]
+
+
+def _frontier(study: Study, cells: Sequence[Cell], seeds: Sequence[int], unit: type[Target]) -> Frontier:
+    return summarise(
         cells, unit=unit.__name__.lower(), baselines=tuple(study.baselines), environment=_environment(study, seeds)
     )
-    if journal:
-        write_atomic(journal / RECORD, (found.json() + "\n").encode())
-        write_frontier(found, journal / PAGE)
-    return found
 
 
 def _check(study: Study, ratios: Sequence[float], seeds: Sequence[int], jobs: int) -> None:
@@ -173,6 +174,8 @@ def _check(study: Study, ratios: Sequence[float], seeds: Sequence[int], jobs: in
     for found in (study.make, study.evaluate, study.recover, study.loss):
         if isinstance(found, str):
             load_object(found, "a function of the study")
+    for found in (study.inputs, study.data):
+        _named_data(found)
     if jobs > 1:
         try:
             pickle.dumps(study)
@@ -197,15 +200,16 @@ def _tasks(study: Study, ratios: Sequence[float], seeds: Sequence[int], unit: ty
 # -- running ------------------------------------------------------------------------------------------------------
 
 
-def _made(tasks: Sequence[_Task], jobs: int) -> Iterator[tuple[_Task, Cell]]:
-    if jobs == 1 or len(tasks) < 2:
-        for task in tasks:
-            yield task, _cell(task)
+def _made(tasks: Sequence[_Task], places: Sequence[int], jobs: int) -> Iterator[tuple[int, Cell]]:
+    """The cells of the tasks at these places, in the order in which they are done."""
+    if jobs == 1 or len(places) < 2:
+        for place in places:
+            yield place, _cell(tasks[place])
         return
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(min(jobs, len(tasks)), mp_context=context, initializer=_leave_with_parent)
+    pool = ProcessPoolExecutor(min(jobs, len(places)), mp_context=context, initializer=_leave_with_parent)
     try:
-        waiting = {pool.submit(_cell, task): task for task in tasks}
+        waiting = {pool.submit(_cell, tasks[place]): place for place in places}
         while waiting:
             for future in wait(waiting, return_when=FIRST_COMPLETED).done:
                 yield waiting.pop(future), future.result()
@@ -291,25 +295,24 @@ def _alone(seed: int) -> Iterator[None]:
 # -- names and files ----------------------------------------------------------------------------------------------
 
 
-def _known(journal: Path | None, task: _Task) -> Cell | None:
-    """A cell that is done. One that failed in the user's code, or whose file is damaged, is made again."""
-    if journal is None:
+def _identity(study: Study) -> Identity:
+    """What all cells share: functions by their code and arguments, data by its contents."""
+    functions = {name: _function(getattr(study, name)) for name in ("make", "evaluate", "loss", "recover")}
+    data = {name: _named_data(getattr(study, name)) for name in ("inputs", "data")}
+    return identify({**functions, **data, "skip": study.skip})
+
+
+def _known(journal: Journal, identity: Identity) -> Cell | None:
+    """A cell that is done. One that failed in the user's code is made again."""
+    found = journal.known(identity, CELL)
+    if found is None:
         return None
-    file = _file(journal, task)
     try:
-        cell = Cell(**json.loads(file.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
-        return None
+        cell = Cell(**found)
+    except TypeError as error:
+        why = f"a record is no cell: {error}"
+        raise BadInput(f"{journal.path} is damaged", why, "choose another folder") from error
     return None if cell.error.startswith(_USER) else cell
-
-
-def _file(journal: Path, task: _Task) -> Path:
-    folder = journal / CELLS
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RequestError(f"cannot write {folder}", str(error), "choose another folder") from error
-    return folder / f"{task.key}.json"
 
 
 def _function(found: Any) -> Callable[..., Any] | None:
@@ -322,28 +325,24 @@ def _value(found: Any) -> Any:
     return found() if callable(found) else found
 
 
-def _named(found: Any) -> str:
-    """What a key knows of a part of the study."""
-    if isinstance(found, str) or found is None:
-        return str(found)
-    if isinstance(found, functools.partial):
-        return f"{_named(found.func)} {found.args!r} {sorted(found.keywords.items())!r}"
-    if callable(found):
-        return f"{found.__module__}:{getattr(found, '__qualname__', type(found).__qualname__)}"
-    state = hashlib.sha256()
-    for tensor in tensors(found if isinstance(found, Tensor | Mapping) else list(_listed(found))):
-        state.update(f"{tuple(tensor.shape)} {tensor.dtype}".encode())
-        state.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return state.hexdigest()
-
-
-def _listed(found: Any) -> Iterable[Any]:
-    if isinstance(found, tuple | list):
+def _named_data(found: Any) -> Any:
+    """What stands for data in an identity: its contents, or the function that gives it."""
+    found = load_object(found, "data of the study") if isinstance(found, str) else found
+    if found is None or callable(found) or isinstance(found, Tensor | Mapping | tuple | list):
         return found
     raise RequestError(
         f"data of type {type(found).__name__} has no name", "a study is resumed by the names of its parts",
         "give a function that returns it, or a list of batches",
     )  # fmt: skip
+
+
+def _named(found: Any) -> str:
+    """A function in the record of the study."""
+    if isinstance(found, str) or found is None:
+        return str(found)
+    if isinstance(found, functools.partial):
+        return f"{_named(found.func)} {found.args!r} {sorted(found.keywords.items())!r}"
+    return f"{found.__module__}:{getattr(found, '__qualname__', type(found).__qualname__)}"
 
 
 def _grain(grain: Granularity | tuple[Granularity, ...]) -> str:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from prunella.errors import BadInput, PruningError, RequestError, error_number, out_of_resources, system_error
+from prunella.io.lock import locked
 
 MARKER = "manifest.json"
 """The file that makes a folder an artefact; it is written last, so a folder without it is not finished."""
@@ -153,12 +154,12 @@ def write_atomic(path: str | os.PathLike[str], content: bytes | Callable[[Path],
 def new_folder(path: str | os.PathLike[str], *, overwrite: bool = False) -> Iterator[Path]:
     """A temporary folder next to `path`; becomes `path` when the block ends well, and vanishes when it does not.
 
-    Errors: RequestError, before the block runs, when `path` holds something or cannot be made; OutOfResources when the
-    disk is full.
+    Errors: before the block runs, RequestError when `path` holds something or cannot be made, Locked while another run
+    writes it; OutOfResources when the disk is full.
     """
     final = Path(path)
     check_free(final, overwrite=overwrite)
-    with writing(final):
+    with locked(final), writing(final):
         final.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{final.name}.", suffix=".part", dir=final.parent))
         try:

@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from prunella.errors import RequestError
-from prunella.lottery.folder import Folder, digest
+from prunella.io.identity import Identity, identify, model_parts
+from prunella.lottery.folder import Steps, open_steps
 from prunella.lottery.imp import Prune
 from prunella.lottery.session import Point, put_, snapshot
 from prunella.lottery.training import Course
@@ -123,7 +124,11 @@ def find_ticket(
     Use: studying when sparse training works; small networks. Avoid: budgets below `rounds + 1` trainings: `Pruner` with
     `cubic` prunes within one.
     """
-    return _Search(model, course, prune, rewind, controls, folder).run(rounds)
+    if rounds < 1:
+        raise RequestError(f"cannot prune {rounds} rounds", "at least one is needed", "for example rounds=15")
+    found = _Search(model, course, prune, rewind, controls)
+    with open_steps(folder, lambda: found.identity(model)) as steps:
+        return found.run(rounds, steps)
 
 
 class _Search(Generic[M]):
@@ -136,7 +141,6 @@ class _Search(Generic[M]):
         prune: Prune,
         rewind: Rewind,
         controls: Controls,
-        folder: str | os.PathLike[str] | None,
     ) -> None:
         if not 0 <= rewind.step < course.steps:
             raise RequestError(f"cannot rewind to step {rewind.step} of {course.steps}", "it lies outside the training")
@@ -145,25 +149,22 @@ class _Search(Generic[M]):
         self.course, self.prune, self.rewind, self.controls = course, prune, rewind, controls
         self.work = copied(model)
         self.first = snapshot(model)
-        settings = {
-            "steps": course.steps,
-            "seed": course.seed,
-            "rewind": repr(rewind),
-            "prune": prune.describe() if hasattr(prune, "describe") else "",
-            "weights": digest(self.first),
-        }
-        self.folder = Folder(folder, settings)
 
-    def run(self, rounds: int) -> Tickets[M]:
-        if rounds < 1:
-            raise RequestError(f"cannot prune {rounds} rounds", "at least one is needed", "for example rounds=15")
-        done = self.folder.once("round-00", self._dense)
-        self.point = Point.read(done["point"])
+    def identity(self, model: M) -> Identity:
+        """All that decides a training. Neither the number of rounds nor the kinds of controls do."""
+        course = self.course
+        trained = {"steps": course.steps, "seed": course.seed, "training": course.train, "metric": course.evaluate}
+        asked = {"rewind": repr(self.rewind), "prune": self.prune, "fresh": self.controls.fresh}
+        return identify({**model_parts(model), **trained, **asked, "threads": torch.get_num_threads()})
+
+    def run(self, rounds: int, steps: Steps) -> Tickets[M]:
+        done = steps.once("round-00", self._dense)
+        self.point = Point(**done["point"])
         found = [_round(0, done, {})]
         for number in range(1, rounds + 1):
             before = done
-            done = self.folder.once(f"round-{number:02d}", partial(self._train, number, before))
-            scores = self._controls(number, done) if self.controls.due(number, rounds) else {}
+            done = steps.once(f"round-{number:02d}", partial(self._train, number, before))
+            scores = self._controls(number, done, steps) if self.controls.due(number, rounds) else {}
             found.append(_round(number, done, scores))
         self._load(before["model"], done["masks"])
         ticket = copied(self._rewound())
@@ -202,11 +203,11 @@ class _Search(Generic[M]):
             put_(self.work, self.point.model)
         return reapply_(self.work)
 
-    def _controls(self, number: int, done: Mapping[str, Any]) -> dict[Control, float | None]:
+    def _controls(self, number: int, done: Mapping[str, Any], steps: Steps) -> dict[Control, float | None]:
         found: dict[Control, float | None] = {}
         for kind in self.controls.kinds:
             name = f"control-{kind.value}-{number:02d}"
-            made = self.folder.once(name, partial(self._control, kind, number, done))
+            made = steps.once(name, partial(self._control, kind, number, done))
             found[kind] = made["score"]
         return found
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from enum import Enum
 from functools import partial
 from typing import Any
@@ -28,6 +28,20 @@ def describe(function: Any) -> Described:
     method = next((m for m in REGISTRY.values() if m.function is bare), None)
     name = method.name if method else f"{bare.__module__}:{name_of(bare)}"
     return {"name": name, "knobs": {key: _plain(value) for key, value in _knobs(function).items()}}
+
+
+def described(value: Any) -> Any:
+    """A recipe as plain data, functions by their names and knobs."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return {"kind": type(value).__name__, **{f.name: described(getattr(value, f.name)) for f in fields(value)}}
+    if isinstance(value, Mapping):
+        return {str(key): described(item) for key, item in value.items()}
+    if callable(value):
+        bound = value.keywords if isinstance(value, partial) else {}
+        return {"name": describe(value)["name"], "knobs": {**describe(value)["knobs"], **described(bound)}}
+    if isinstance(value, list | tuple):
+        return [described(item) for item in value]
+    return value if value is None or isinstance(value, str | int | float | bool) else repr(value)
 
 
 def read(described: Mapping[str, Any], kind: MethodKind) -> Any:

@@ -55,7 +55,7 @@ def evolve(
         trial.set_user_attr("cost", cost(counts))
         return space.evaluate(evaluate, counts)
 
-    with _study(space, storage, ["maximize"], f"evolve {target}", seed) as study:
+    with _study(space, evaluate, storage, ["maximize"], f"evolve {target}", seed) as study:
         done = _run(study, objective, trials)
         best = study.best_trial
     shares = space.shares(tuple(best.user_attrs["counts"]))
@@ -91,7 +91,7 @@ def evolve_front(
         trial.set_user_attr("counts", list(counts))
         return space.evaluate(evaluate, counts), cost(counts)
 
-    with _study(space, storage, ["maximize", "minimize"], f"front {unit.__name__}", seed) as study:
+    with _study(space, evaluate, storage, ["maximize", "minimize"], f"front {unit.__name__}", seed) as study:
         done = _run(study, objective, trials)
         best = [(space.shares(tuple(trial.user_attrs["counts"])), *trial.values) for trial in study.best_trials]
     found = [Found(shares, float(value), float(spent), done) for shares, value, spent in best]
@@ -106,16 +106,21 @@ def _suggested(trial: Any, space: Space) -> dict[str, float]:
 
 @contextmanager
 def _study(
-    space: Space, storage: str | os.PathLike[str] | None, directions: Any, question: str, seed: int
+    space: Space,
+    evaluate: Evaluate,
+    storage: str | os.PathLike[str] | None,
+    directions: Any,
+    question: str,
+    seed: int,
 ) -> Iterator[Any]:
-    """The study of this question about this space; connections are closed at the end."""
+    """The study of this question about this space and this evaluation; connections are closed at the end."""
     try:
         import optuna
     except ImportError as error:
         raise MissingExtra("this search needs optuna", str(error), "pip install 'prunella[search]'") from error
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     sampler = optuna.samplers.NSGAIISampler(seed=seed, population_size=20)
-    name = f"{question} {space.fingerprint[:16]}"
+    name = f"{question} {space.identity.plus({'metric': evaluate}).digest[:16]}" if storage else question
     kept = _open(storage)
     try:
         study = optuna.create_study(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import random
@@ -14,11 +13,12 @@ import torch
 from torch import nn
 
 from prunella.errors import RequestError
+from prunella.io.identity import Identity, digest_of, identify, model_parts
+from prunella.io.journal import Records, open_records
 from prunella.model.copying import copied
 from prunella.model.masks import masks_of, record_
 from prunella.model.state import mode
 from prunella.registry.method import search
-from prunella.search.journal import Journal
 from prunella.search.space import Evaluate, Found
 
 Choice = tuple[int, ...]
@@ -49,13 +49,11 @@ class Levels:
         """The weights that are masked, and their sizes."""
         return {name: mask.numel() for name, mask in sorted(masks_of(self.models[self.sparsities[0]]).items())}
 
-    def fingerprint(self) -> str:
-        """Of the stored weights, so that a journal is not taken for another's."""
-        digest = hashlib.sha256()
-        for sparsity, name in product(self.sparsities, self.masked()):
-            value = self.models[sparsity].get_parameter(name).detach().cpu().contiguous()
-            digest.update(value.flatten().view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()
+    def identity(self) -> Identity:
+        """What decides the quality of a choice, but for the function that says it: every weight of every level."""
+        stored = [self.models[s].get_parameter(name) for s, name in product(self.sparsities, self.masked())]
+        rest = model_parts(self.models[self.sparsities[0]])
+        return identify({**rest, "levels": [*self.sparsities, *self.masked()], "stored weights": digest_of(stored)})
 
     @torch.no_grad()
     def put_(self, model: nn.Module, choice: Choice) -> None:
@@ -95,18 +93,26 @@ def evolve_levels(
     if sparsity not in levels.models or generations < 1 or offspring < 1:
         known = ", ".join(f"{s:g}" for s in levels.sparsities)
         raise RequestError(f"cannot search at {sparsity:g}, {generations} x {offspring}", f"levels are {known}", "")
-    sizes = levels.masked()
-    asked = json.dumps([list(levels.sparsities), list(sizes), levels.fingerprint(), sparsity, seed])
-    journal, rng = Journal(folder, asked), random.Random(seed)
+    asked = {"question": "levels", "sparsity": sparsity, "seed": seed, "metric": evaluate}
+    with open_records(folder, lambda: levels.identity().plus(asked)) as records:
+        return _evolved(levels, sparsity, evaluate, (generations, offspring, seed), records)
+
+
+def _evolved(
+    levels: Levels, sparsity: float, evaluate: Evaluate, effort: tuple[int, int, int], records: Records
+) -> Found:
+    """effort: generations, offspring and seed."""
+    generations, offspring, seed = effort
+    sizes, rng = levels.masked(), random.Random(seed)
     model = copied(levels.models[levels.sparsities[0]])
 
+    def measured(choice: Choice) -> float:
+        levels.put_(model, choice)
+        with mode(model, training=False):
+            return float(evaluate(model))
+
     def quality(choice: Choice) -> float:
-        key = json.dumps(choice)
-        if key not in journal:
-            levels.put_(model, choice)
-            with mode(model, training=False):
-                journal[key] = float(evaluate(model))
-        return journal[key]
+        return records.number(json.dumps(choice), lambda: measured(choice))
 
     best: Choice = (levels.sparsities.index(sparsity),) * len(sizes)
     ladder = _Ladder(levels.sparsities, tuple(sizes.values()))
@@ -115,7 +121,7 @@ def evolve_levels(
         best = max([best, *children], key=quality)
     levels.put_(model, best)
     shares = {name: levels.sparsities[level] for name, level in zip(sizes, best, strict=True)}
-    return Found(shares, quality(best), sum(sizes.values()) - ladder.removed(best), journal.added, model)
+    return Found(shares, quality(best), sum(sizes.values()) - ladder.removed(best), records.added, model)
 
 
 @dataclass(frozen=True)

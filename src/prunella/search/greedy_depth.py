@@ -11,11 +11,12 @@ import torch
 from torch import nn
 
 from prunella.errors import CheckFailed, RequestError
+from prunella.io.identity import Identity, identify, model_parts
+from prunella.io.journal import Records, open_records
 from prunella.model.state import mode, untouched
 from prunella.planning.depth import Blocks, find_blocks
 from prunella.planning.plan import Plan
 from prunella.registry.method import search
-from prunella.search.journal import Journal, digest_of
 from prunella.search.space import Evaluate
 from prunella.stats import Source, Subject, collect
 from prunella.types import Inputs, Loss
@@ -62,8 +63,8 @@ def greedy_blocks(
     alone ranks nearly equal blocks by noise. The models that are evaluated share their weights with `model`.
 
     evaluate: a function of a model, higher is better, for example `agreement(model, batches, logits=True)` or minus a
-    loss on calibration text. count: blocks to drop. folder: of a journal, one line for each evaluation, so that a
-    killed search goes on where it was; choose another for another `evaluate`.
+    loss on calibration text. count: blocks to drop. folder: of a journal, one record for each evaluation, so that a
+    killed search goes on where it was; that of another model or `evaluate` is refused.
     Errors: RequestError for a count or `among` out of range, CheckFailed for a quality that is not a number.
 
     Use: depth of language models when a minute of forward passes is affordable. Avoid: hundreds of blocks without
@@ -74,32 +75,37 @@ def greedy_blocks(
         why = f"there are {len(blocks.paths)} blocks, got count={count} and among={among}"
         raise RequestError("greedy_blocks cannot drop so many", why, "at least 1, and one block stays")
     order = _by_influence(blocks, data) if among is not None else blocks.paths
-    journal = Journal(folder, digest_of(blocks.model, ["greedy_blocks", blocks.paths]))
     gone: list[str] = []
     values: list[float] = []
-    for _ in range(count):
-        left = [path for path in order if path not in gone][:among]
-        tries = {path: _value(blocks, (*gone, path), evaluate, journal, on_try) for path in left}
-        best = max(tries, key=lambda path: (tries[path], -blocks.paths.index(path)))
-        gone.append(best)
-        values.append(tries[best])
-    return Dropped(blocks.plan(gone), tuple(gone), tuple(values), journal.added)
+    with open_records(folder, lambda: _identity(blocks, evaluate)) as records:
+        for _ in range(count):
+            left = [path for path in order if path not in gone][:among]
+            tries = {path: _value(blocks, (*gone, path), evaluate, records, on_try) for path in left}
+            best = max(tries, key=lambda path: (tries[path], -blocks.paths.index(path)))
+            gone.append(best)
+            values.append(tries[best])
+        return Dropped(blocks.plan(gone), tuple(gone), tuple(values), records.added)
 
 
-def _value(blocks: Blocks, gone: tuple[str, ...], evaluate: Evaluate, journal: Journal, on_try: OnTry | None) -> float:
-    key = " ".join(sorted(gone))
-    if key not in journal:
-        small = blocks.without(gone)
-        with untouched(small, 0), mode(small, training=False), torch.no_grad():
-            value = float(evaluate(small))
-        if value != value:
-            raise CheckFailed(
-                f"the quality without {', '.join(gone)} is not a number", "", "check evaluate and its data"
-            )
-        journal[key] = value
+def _identity(blocks: Blocks, evaluate: Evaluate) -> Identity:
+    """Neither `count` nor `among` decides a quality: searches for more blocks share a journal."""
+    return identify({**model_parts(blocks.model), "blocks": blocks.paths, "question": "depth", "metric": evaluate})
+
+
+def _value(blocks: Blocks, gone: tuple[str, ...], evaluate: Evaluate, records: Records, on_try: OnTry | None) -> float:
+    value = records.number(" ".join(sorted(gone)), lambda: _measured(blocks, gone, evaluate))
     if on_try:
-        on_try(gone, journal[key])
-    return journal[key]
+        on_try(gone, value)
+    return value
+
+
+def _measured(blocks: Blocks, gone: tuple[str, ...], evaluate: Evaluate) -> float:
+    small = blocks.without(gone)
+    with untouched(small, 0), mode(small, training=False), torch.no_grad():
+        value = float(evaluate(small))
+    if value != value:
+        raise CheckFailed(f"the quality without {', '.join(gone)} is not a number", "", "check evaluate and its data")
+    return value
 
 
 def _by_influence(blocks: Blocks, data: Iterable[Any] | None, loss: Loss | None = None) -> Sequence[str]:

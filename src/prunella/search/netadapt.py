@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from torch import nn
 
 from prunella.errors import RequestError, TargetMissed
+from prunella.io.journal import Records, open_records
 from prunella.model.rng import seeded
 from prunella.model.state import untouched
 from prunella.registry.method import search
-from prunella.search.journal import Journal
 from prunella.search.space import Evaluate, Found, Predict, Space
 from prunella.selection import Counts
 from prunella.targets import Sparsity, Target
@@ -50,33 +51,67 @@ def netadapt(
     """
     if not 0 < step < 1:
         raise RequestError(f"netadapt cannot use step={step:g}", "a fraction of the dense cost", "0 < step < 1")
-    name = "the predicted cost" if predict else type(target).__name__
-    journal = Journal(folder, f"netadapt {space.fingerprint} {target} {step!r} {name} {tune is not None}")
-    cost = predict or (lambda counts: space.cost(target, counts))
-    counts: Counts = (0,) * len(space.names)
-    spent, budget = cost(counts), space.budget(target, predict)
-    least = step * (spent if not isinstance(target, Sparsity) else sum(space.sizes))
-    if spent <= budget:
-        raise TargetMissed(f"{target} would remove nothing", f"{spent:.6g} of at most {budget:.6g}", "ask for less")
-    current, value, number = space, 0.0, 0
-    while spent > budget * (1 + 1e-12):
-        wanted = max(budget, spent - least)
-        proposals = [(i, _smallest(space, counts, i, wanted, cost)) for i in range(len(counts))]
-        offers = {i: new for i, new in proposals if new is not None and space.names[i] in current.names}
-        if not offers:
-            why = f"after {number} steps {spent:.6g} remains, and no group alone can bring it to {wanted:.6g}"
-            raise TargetMissed(
-                f"{target} cannot be met in steps of {step:g}", why, "take smaller steps, or a lower min_density="
-            )
-        for i, new in offers.items():
-            if (key := f"{number}:{space.names[i]}:{new[i]}") not in journal:
-                journal[key] = _score(_made(space, current, counts, new, tune), evaluate, space.recipe.seed)
-        values = {i: journal[f"{number}:{space.names[i]}:{new[i]}"] for i, new in offers.items()}
-        best = max(values, key=lambda i: (values[i], -i))
-        current = space.of(_made(space, current, counts, offers[best], tune))
-        counts, value, number = offers[best], values[best], number + 1
-        spent = cost(counts)
-    return Found(space.shares(counts), value, spent, journal.added, current.model)
+    asked = {"question": "netadapt", "tune": tune, "metric": evaluate}
+    with open_records(folder, lambda: space.identity.plus(asked)) as records:
+        return _Descent(space, evaluate, tune, records).run(target, step, predict)
+
+
+@dataclass(frozen=True)
+class _Descent:
+    """One call of `netadapt`. The key of a quality is the path to it: every cut that won before, and the proposal."""
+
+    space: Space
+    evaluate: Evaluate
+    tune: Tune | None
+    records: Records
+
+    def run(self, target: Target, step: float, predict: Predict | None) -> Found:
+        space = self.space
+        cost = predict or (lambda counts: space.cost(target, counts))
+        counts: Counts = (0,) * len(space.names)
+        spent, budget = cost(counts), space.budget(target, predict)
+        least = step * (spent if not isinstance(target, Sparsity) else sum(space.sizes))
+        if spent <= budget:
+            raise TargetMissed(f"{target} would remove nothing", f"{spent:.6g} of at most {budget:.6g}", "ask for less")
+        current, value, won = space, 0.0, list[str]()
+        while spent > budget * (1 + 1e-12):
+            wanted = max(budget, spent - least)
+            proposals = [(i, _smallest(space, counts, i, wanted, cost)) for i in range(len(counts))]
+            offers = {i: new for i, new in proposals if new is not None and space.names[i] in current.names}
+            if not offers:
+                why = f"after {len(won)} steps {spent:.6g} remains, and no group alone can bring it to {wanted:.6g}"
+                todo = "take smaller steps, or a lower min_density="
+                raise TargetMissed(f"{target} cannot be met in steps of {step:g}", why, todo)
+            values = {i: self._quality(current, counts, new, won, i) for i, new in offers.items()}
+            best = max(values, key=lambda i: (values[i], -i))
+            current = space.of(self._cut(current, counts, offers[best]))
+            counts, value = offers[best], values[best]
+            won.append(_key(space, best, counts))
+            spent = cost(counts)
+        return Found(space.shares(counts), value, spent, self.records.added, current.model)
+
+    def _quality(self, current: Space, counts: Counts, new: Counts, won: list[str], index: int) -> float:
+        """Of the proposal `new`, which cuts more of the group `index`."""
+
+        def measured() -> float:
+            small = self._cut(current, counts, new)
+            with untouched(small, self.space.recipe.seed):
+                return float(self.evaluate(small))
+
+        return self.records.number(" ".join([*won, _key(self.space, index, new)]), measured)
+
+    def _cut(self, current: Space, counts: Counts, new: Counts) -> nn.Module:
+        """The current model without what `new` takes beyond `counts`, tuned."""
+        more = {name: b - a for name, a, b in zip(self.space.names, counts, new, strict=True)}
+        small = current.cut(tuple(more[name] for name in current.names))
+        if self.tune is not None:
+            with seeded(current.recipe.seed):
+                self.tune(small)
+        return small
+
+
+def _key(space: Space, index: int, counts: Counts) -> str:
+    return f"{space.names[index]}:{counts[index]}"
 
 
 def _smallest(space: Space, counts: Counts, index: int, wanted: float, cost: Predict) -> Counts | None:
@@ -93,18 +128,3 @@ def _smallest(space: Space, counts: Counts, index: int, wanted: float, cost: Pre
         middle = (low + high) // 2
         low, high = (low, middle) if cost(with_(options[middle])) <= wanted * (1 + 1e-12) else (middle + 1, high)
     return with_(options[low])
-
-
-def _made(space: Space, current: Space, counts: Counts, new: Counts, tune: Tune | None) -> nn.Module:
-    """The current model without what `new` takes beyond `counts`, tuned."""
-    more = {name: b - a for name, a, b in zip(space.names, counts, new, strict=True)}
-    small = current.cut(tuple(more[name] for name in current.names))
-    if tune is not None:
-        with seeded(current.recipe.seed):
-            tune(small)
-    return small
-
-
-def _score(model: nn.Module, evaluate: Evaluate, seed: int) -> float:
-    with untouched(model, seed):
-        return float(evaluate(model))

@@ -11,11 +11,13 @@ from typing import Any
 from prunella.allocation import from_scan
 from prunella.allocation.pool import Allocation
 from prunella.errors import RequestError
+from prunella.io.journal import Records, open_records
 from prunella.registry.method import search
-from prunella.search.journal import Journal
 from prunella.search.space import Evaluate, Space
 
 RATIOS = (0.1, 0.25, 0.5, 0.75, 0.9)
+OnPoint = Callable[[str, float, float], None]
+"""Called with the group, the fraction removed and the quality of each new point."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ def scan(
     *,
     ratios: Sequence[float] = RATIOS,
     folder: str | os.PathLike[str] | None = None,
-    on_point: Callable[[str, float, float], None] | None = None,
+    on_point: OnPoint | None = None,
 ) -> Scan:
     """Cut one group after another to several ratios, alone, and evaluate the model that is left.
 
@@ -69,7 +71,7 @@ def scan(
 
     ratios: fractions in (0, 1); rounded to what floor and align leave, equal ones once. `space(only=...)` takes fewer
     groups. folder: evaluations go to a journal there as they are made; a scan that was killed goes on with the next
-    one. The journal knows model, recipe and groups; it cannot know the evaluation: take another folder for another.
+    one. A journal of another model, recipe, data or evaluation is refused; see `prunella.io.identity` for what counts.
     on_point: called with the group (empty for the dense model), the fraction and the quality of each new point.
 
     Use: to see which layers are sensitive, and as options for `knapsack`. Avoid: as the only truth at high reductions:
@@ -78,20 +80,25 @@ def scan(
     wrong = next((ratio for ratio in ratios if not 0 < ratio < 1), None)
     if wrong is not None or not ratios:
         raise RequestError("scan needs ratios between 0 and 1", f"got {wrong}", "for example ratios=(0.25, 0.5)")
-    journal = Journal(folder, f"scan {space.fingerprint}")
+    with open_records(folder, lambda: space.identity.plus({"question": "scan", "metric": evaluate})) as records:
+        return _scanned(space, evaluate, ratios, records, on_point)
+
+
+def _scanned(
+    space: Space, evaluate: Evaluate, ratios: Sequence[float], records: Records, on_point: OnPoint | None
+) -> Scan:
     nothing = (0,) * len(space.names)
 
     def point(name: str, counts: tuple[int, ...]) -> float:
-        key = f"{name}:{sum(counts)}"
-        if key not in journal:
-            journal[key] = space.evaluate(evaluate, counts)
-            if on_point:
-                on_point(name, sum(counts) / space.sizes[space.names.index(name)] if name else 0.0, journal[key])
-        return journal[key]
+        key, before = f"{name}:{sum(counts)}", records.added
+        value = records.number(key, lambda: space.evaluate(evaluate, counts))
+        if on_point and records.added > before:
+            on_point(name, sum(counts) / space.sizes[space.names.index(name)] if name else 0.0, value)
+        return value
 
     base, curves = point("", nothing), {}
     for index, name in enumerate(space.names):
         wanted = sorted({space.removed({name: ratio})[index] for ratio in ratios} - {0})
         points = {gone: point(name, (*nothing[:index], gone, *nothing[index + 1 :])) for gone in wanted}
         curves[name] = tuple((gone / space.sizes[index], value) for gone, value in points.items())
-    return Scan(base, {name: curve for name, curve in curves.items() if curve}, journal.added)
+    return Scan(base, {name: curve for name, curve in curves.items() if curve}, records.added)

@@ -19,6 +19,7 @@ from prunella.graph.cut.changes import changes
 from prunella.graph.cut.surgery import change_
 from prunella.graph.matrix import from_matrix
 from prunella.graph.verify import unproven
+from prunella.io.identity import Identity, identify, model_parts
 from prunella.model.copying import copied
 from prunella.model.masks import record_
 from prunella.model.state import mode, untouched
@@ -27,7 +28,6 @@ from prunella.planning.budget import Ladder, ladder, most, solve
 from prunella.planning.candidates import CandidateUnits, CandidateWeights
 from prunella.planning.recipe import Recipe
 from prunella.planning.request import Request, eligible_groups, eligible_layers, prepare, score_groups, score_layers
-from prunella.search.journal import digest_of
 from prunella.selection import Counts
 from prunella.stats import Source, Subject
 from prunella.targets import Latency, Target
@@ -88,9 +88,11 @@ class Space:
         return tuple(pool.size for pool in self.candidates.pools)
 
     @cached_property
-    def fingerprint(self) -> str:
-        """Of the recipe, the groups and the weights, so that a journal is not taken for another's."""
-        return digest_of(self.model, [self.recipe.describe(), self.names, self.sizes])
+    def identity(self) -> Identity:
+        """What decides the quality of a cut, but for the function that says it: model, recipe, data and groups."""
+        groups = list(zip(self.names, self.sizes, strict=True))
+        data = {"data": self.source.data, "loss": self.source.loss, "inputs": self.inputs}
+        return identify({**model_parts(self.model), "recipe": self.recipe, **data, "groups": groups})
 
     def cut(self, counts: Counts) -> nn.Module:
         """A copy of the model with these units really cut away, or these weights zeroed under masks."""

@@ -16,11 +16,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import prunella as pr
-from prunella.errors import BadInput, NotSupported, RequestError
+from prunella.errors import BadInput, Locked, NotSupported, RequestError
+from prunella.io.journal import NAME
 from prunella.llm.streaming import Step, memory
 from prunella.llm.streaming.folder import WORK
 from prunella.llm.streaming.shards import INDEX
 from tests.llm.streaming.models import KINDS, data, read, write
+from tests.stopping import beside
 
 WANDA = pr.llm.OneShot(pr.Element(per_row=True), 0.5, partial(pr.solvers.by_score, score=pr.wanda))
 PATTERN = pr.llm.OneShot(pr.NM(2, 4), refine=pr.llm.Refine(epochs=2))
@@ -218,3 +220,34 @@ def test_a_killed_run_resumes_at_its_block_with_the_same_result(
     assert whole.keys() == resumed.keys() and all(whole[name].equal(resumed[name]) for name in whole)
     assert not (tmp_path / "out" / WORK).exists()
     read(tmp_path / "out", model)
+
+
+def test_what_changed_is_named_and_a_second_run_is_refused_at_once(tmp_path: Path) -> None:
+    write(tmp_path / "in")
+    solve = partial(pr.llm.solve_folder, tmp_path / "in", tmp_path / "out")
+    beside_it: list[BaseException | None] = []
+
+    def stop(step: Step) -> None:
+        beside_it.append(beside(lambda: solve(WANDA, data=data())))
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        solve(WANDA, data=data(), on_block=stop)
+    assert isinstance(beside_it[0], Locked) and not list((tmp_path / "out" / WORK).glob("*.lock"))
+    sparser = replace(WANDA, sparsity=0.6)
+    for how, changed, said in (
+        (sparser, {}, "recipe"), (WANDA, {"skip": ["*.mlp"]}, "skip"), (sparser, {"data": data(4)}, "data and recipe")
+    ):  # fmt: skip
+        with pytest.raises(RequestError, match=rf"is not continued\nit holds another run: its {said} changed"):
+            solve(how, **{"data": data(), **changed})  # type: ignore[arg-type]
+    file = sorted((tmp_path / "in").glob("*.safetensors"))[-1]
+    times, content = file.stat(), bytearray(file.read_bytes())
+    content[-1] ^= 1  # neither the header, nor the size, nor the time of change tells
+    file.write_bytes(content)
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+    with pytest.raises(RequestError, match="its weights changed"):
+        solve(WANDA, data=data())
+    (tmp_path / "out" / WORK / NAME).write_bytes(b"{")
+    with pytest.raises(BadInput, match="is damaged"):
+        solve(WANDA, data=data())
+    assert (tmp_path / "out" / WORK / NAME).read_bytes() == b"{"

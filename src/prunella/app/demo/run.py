@@ -5,7 +5,6 @@ Nothing here knows what is inside the model: the task says how to run it, the li
 
 from __future__ import annotations
 
-import copy
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -25,6 +24,8 @@ from prunella.errors import MissingExtra
 from prunella.io.artifact import WEIGHTS, Saved, save
 from prunella.io.files import check_free
 from prunella.io.json import plain, write_json
+from prunella.io.lock import locked
+from prunella.model.copying import copied
 from prunella.model.forward import first_tensor, forward
 from prunella.model.state import mode
 from prunella.planning.plan import Plan
@@ -157,12 +158,13 @@ def run_demo(
     """Prune a network to `target` of its multiply-adds, heal it without labels, measure, and write the folder `out`.
 
     model: `minilm` needs the extra `demo`, `digits` the extra `digits`; `auto` takes the first that is installed.
-    show: progress on stderr. Errors: RequestError when `out` is taken, MissingExtra, TargetMissed.
+    show: progress on stderr. Errors: RequestError when `out` is taken, Locked while another run writes it,
+    MissingExtra, TargetMissed.
     """
     effort = effort or Effort()
     check_free(out, overwrite=overwrite)
     stages = Stages(show=show)
-    with tempfile.TemporaryDirectory(prefix="prunella-demo-") as scratch:
+    with locked(out), tempfile.TemporaryDirectory(prefix="prunella-demo-") as scratch:
         task = _task(_which(model), Path(scratch), effort, seed, stages)
         return _run(task, out, target, overwrite, effort, stages)
 
@@ -250,7 +252,7 @@ def _least_squares(task: Task, small: nn.Module, made: Plan, tick: Tick) -> str:
 
     A fit is judged on its own data; with few tokens it can be worse on others.
     """
-    held = copy.deepcopy(small.state_dict())
+    held = copied(small.state_dict())
     before = _agreement(task, small)
     found = reconstruct(small, task.model, task.calibration[:_FITTED], made, loss=task.loss, ridge=_RIDGE, on_fit=tick)
     after = _agreement(task, small)

@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from prunella.errors import RequestError
-from prunella.io.files import make_folder
 from prunella.llm.blockwise import Solving
 from prunella.llm.distributed import process_group
 from prunella.llm.recipe import OneShot
 from prunella.llm.streaming import memory as amounts
-from prunella.llm.streaming.journal import Journal, fingerprint
+from prunella.llm.streaming.progress import WORK, identity_of, open_progress
 from prunella.llm.streaming.runner import OnBlock, StreamingRun
 from prunella.llm.streaming.writer import RECORD, finish
 from prunella.measure.clock import now, since
 from prunella.model.forward import batches
 from prunella.registry.method import solver
-
-WORK = ".prunella"
-"""The folder inside the output that holds the journal until the run is finished."""
 
 
 @dataclass(frozen=True)
@@ -100,18 +96,12 @@ def solve_folder(
     _check_output(folder, overwrite=overwrite)
     group = process_group()
     run = StreamingRun(Path(source), how, samples, group, budget=_budget(memory), skip=skip)
-    work = folder / WORK
-    if group.is_main:
-        if overwrite and folder.exists() and not work.is_dir():
-            shutil.rmtree(folder)
-        make_folder(work)
-    group.barrier()
-    journal = Journal(work / "journal.json", fingerprint(run.source, samples, how, group.world_size, skip))
-    solving, replayed = run.run(folder, journal, on_block)
-    seconds = since(start)
-    if group.is_main:
-        finish(run, folder, solving, seconds)
-        shutil.rmtree(work)
+    asked = partial(identity_of, run.source, samples, how, skip, group.world_size)
+    with open_progress(folder, asked, group, overwrite=overwrite) as progress:
+        solving, replayed = run.run(folder, progress, on_block)
+        seconds = since(start)
+        if group.is_main:
+            finish(run, folder, solving, seconds)
     group.barrier()
     return Streamed(folder, solving, run.peak, amounts.most_resident(), seconds, replayed)
 

@@ -26,8 +26,8 @@ from prunella.llm.refine import Refined
 from prunella.llm.solve_block import BlockProblem, BlockResult, Fit, dense_targets, layers_by_weight, solve_block_
 from prunella.llm.streaming import memory as amounts
 from prunella.llm.streaming.capture import Captured, capture, layers_of
-from prunella.llm.streaming.journal import Journal
 from prunella.llm.streaming.offload import OnDisk
+from prunella.llm.streaming.progress import Progress
 from prunella.llm.streaming.shards import read_folder, read_header, shard_name, write_shard
 from prunella.llm.streaming.skeleton import Skeleton
 from prunella.measure.clock import now, since
@@ -86,8 +86,8 @@ class StreamingRun:
         self.stream_bytes = len(self.data) * _bytes(first.hidden_states[0])
         self.peak = amounts.largest(partial(self._moments, first), budget)
 
-    def run(self, folder: Path, journal: Journal, on_block: OnBlock | None) -> tuple[Solving, int]:
-        """Prune all blocks, and run those in the journal forward only; the result, and the number of the latter."""
+    def run(self, folder: Path, progress: Progress, on_block: OnBlock | None) -> tuple[Solving, int]:
+        """Prune all blocks, and run those that are done forward only; the result, and the number of the latter."""
         store: StoreActivations = partial(OnDisk, folder=folder) if self.peak.on_disk else list
         state = _State(self._capture(self.data, store), store)
         fits: list[Fit] = []
@@ -96,7 +96,7 @@ class StreamingRun:
         for number, block in enumerate(state.captured.blocks, 1):
             start = now()
             shard = folder / shard_name(number, len(self.paths) + 1)
-            done = journal.fits(block.path)
+            done = progress.fits(block.path)
             if done is not None:
                 self._replay(state, block, shard)
                 new, replayed = tuple(done), replayed + 1
@@ -105,7 +105,7 @@ class StreamingRun:
                 if errors is not None:
                     refined[block.path] = errors
                 if self.distributed.is_main:
-                    journal.add(block.path, new)
+                    progress.add(block.path, new)
             fits += new
             if on_block:
                 seconds = since(start)

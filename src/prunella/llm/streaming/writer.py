@@ -12,9 +12,9 @@ from prunella.io.files import writing
 from prunella.io.huggingface import COMPANIONS
 from prunella.io.json import plain, read_config, write_json
 from prunella.llm.blockwise import Solving
-from prunella.llm.streaming.journal import described
 from prunella.llm.streaming.runner import StreamingRun
 from prunella.llm.streaming.shards import INDEX, read_header, shard_name, write_shard
+from prunella.registry.serialize import described
 
 RECORD, CONFIG = "run.json", "config.json"
 

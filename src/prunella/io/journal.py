@@ -1,0 +1,273 @@
+"""What a run has finished, on disk: SQLite records that a killed run goes on from, never truncated, never deleted.
+
+A file `journal.sqlite`. A record is `(identity, key) -> JSON`; of two with the same key the later one counts. A
+record is on the disk (`synchronous=FULL`) before `add` returns. Each carries a digest over itself and the record before
+it, so that a changed byte or a record that has gone is found; a file that cannot be read is an error, and stays as it
+is. One process at a time has a journal open: see `io/lock.py`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sqlite3
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing, contextmanager
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from prunella.errors import BadInput, PruningError, RequestError, system_error
+from prunella.io.files import write_atomic
+from prunella.io.identity import Identity
+from prunella.io.json import decode
+from prunella.io.lock import locked
+
+NAME = "journal.sqlite"
+APPLICATION, FORMAT = 0x5052554E, 2
+"""`PRUN`; format 1 were the text files of prunella 0.1."""
+FORMER = ("journal.jsonl", "journal.json", "ticket.json", "cells")
+"""What the journals of prunella 0.1 were called."""
+
+Payload = Mapping[str, Any]
+"""Plain data: texts, numbers, lists and mappings with text keys."""
+
+_SCHEMA = f"""
+PRAGMA application_id = {APPLICATION};
+PRAGMA user_version = {FORMAT};
+CREATE TABLE identities (number INTEGER PRIMARY KEY, digest TEXT NOT NULL UNIQUE, parts TEXT NOT NULL) STRICT;
+CREATE TABLE records (
+    number INTEGER PRIMARY KEY, identity TEXT NOT NULL, key TEXT NOT NULL, payload TEXT NOT NULL, chain TEXT NOT NULL
+) STRICT;
+"""
+_MAGIC = b"SQLite format 3\0"
+_OURS = {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_PERM, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_IOERR,
+         sqlite3.SQLITE_FULL, sqlite3.SQLITE_CANTOPEN}  # fmt: skip
+"""Errors of the disk or its permissions; any other is one of the file."""
+
+
+class Journal:
+    """An open journal: all its records in memory, new ones on the disk. Made by `open_journal`."""
+
+    def __init__(self, path: Path, database: sqlite3.Connection) -> None:
+        self.path, self._database = path, database
+        self.identities: dict[str, Identity] = {}
+        self._known: dict[tuple[str, str], dict[str, Any]] = {}
+        self._chain = ""
+        with _told(path):
+            _check_head(path, database)
+            self._read()
+            database.execute("PRAGMA journal_mode = WAL")  # stays what it was where the file system has no such memory
+            database.execute("PRAGMA wal_autocheckpoint = 1")  # so that the file alone holds all but the last record
+            database.execute("PRAGMA synchronous = FULL")
+
+    def known(self, identity: Identity, key: str) -> dict[str, Any] | None:
+        """The last payload recorded under this key, None if there is none."""
+        return self._known.get((identity.digest, key))
+
+    def keys(self, identity: Identity) -> list[str]:
+        """The keys of one identity, in the order in which they were first recorded."""
+        return [key for digest, key in self._known if digest == identity.digest]
+
+    def add(self, identity: Identity, key: str, payload: Payload) -> None:
+        """Record a payload; it is on the disk when this returns. Errors: RequestError for what is no plain data."""
+        text = _encoded(key, payload)
+        with _told(self.path), self._database:
+            self.introduce(identity)
+            chain = _link(self._chain, identity.digest, key, text)
+            row = (identity.digest, key, text, chain)
+            self._database.execute("INSERT INTO records (identity, key, payload, chain) VALUES (?, ?, ?, ?)", row)
+        self._chain, self._known[identity.digest, key] = chain, _decoded(decode(text))
+
+    def introduce(self, identity: Identity) -> None:
+        """Record what an identity consists of, so that a later refusal can name what differs."""
+        if identity.digest not in self.identities:
+            parts = json.dumps(dict(identity.parts))
+            with _told(self.path), self._database:
+                row = (identity.digest, parts)
+                self._database.execute("INSERT INTO identities (digest, parts) VALUES (?, ?)", row)
+            self.identities[identity.digest] = identity
+
+    def _read(self) -> None:
+        """Read and check all. Errors: BadInput."""
+        for (said,) in self._database.execute("PRAGMA integrity_check"):
+            if said != "ok":
+                raise _damaged(self.path, str(said))
+        for digest, parts in self._database.execute("SELECT digest, parts FROM identities ORDER BY number"):
+            self.identities[digest] = _identity(self.path, digest, parts)
+        rows = self._database.execute("SELECT number, identity, key, payload, chain FROM records ORDER BY number")
+        for place, (number, digest, key, text, chain) in enumerate(rows, 1):
+            self._chain = _link(self._chain, digest, key, text)
+            if number != place or chain != self._chain or digest not in self.identities:
+                raise _damaged(self.path, f"record {place} is not the one that was written")
+            self._known[digest, key] = _decoded(decode(text))
+
+
+class Records:
+    """The records of one identity; without a journal they live as long as the process. Made by `open_records`."""
+
+    def __init__(self, journal: Journal | None, identity: Identity | None) -> None:
+        self._journal, self._identity = journal, identity
+        self._known: dict[str, dict[str, Any]] = {}
+        self.added = 0
+        """How many were recorded in this process."""
+        if journal is not None and identity is not None:
+            self._known = {key: journal.known(identity, key) or {} for key in journal.keys(identity)}
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._known
+
+    def __getitem__(self, key: str) -> dict[str, Any]:
+        return self._known[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._known)
+
+    def add(self, key: str, payload: Payload) -> None:
+        """Record a payload; with a journal it is on the disk when this returns."""
+        if self._journal is not None and self._identity is not None:
+            self._journal.add(self._identity, key, payload)
+        self._known[key] = _decoded(decode(_encoded(key, payload)))
+        self.added += 1
+
+    def number(self, key: str, make: Callable[[], float]) -> float:
+        """The number of that key: the recorded one, else the one that `make` gives, recorded. All digits are kept."""
+        if key not in self._known:
+            self.add(key, {"value": float(make())})
+        value = self._known[key].get("value")
+        if not isinstance(value, float):
+            raise BadInput(f"the record {key!r} is no number", f"found {value!r}", "choose another folder")
+        return value
+
+
+@contextmanager
+def open_journal(folder: str | os.PathLike[str]) -> Iterator[Journal]:
+    """The journal of a folder, new or old, locked while the block runs.
+
+    Errors: Locked while another process has it; BadInput when it cannot be read; RequestError for one of prunella 0.1
+    or where the folder cannot be written.
+    """
+    path = Path(folder) / NAME
+    with locked(path):
+        _refuse_former(path.parent)
+        if not path.exists():
+            write_atomic(path, _create)
+        with _told(path):
+            database = sqlite3.connect(path, isolation_level=None)
+        with closing(database):
+            yield Journal(path, database)
+
+
+@contextmanager
+def open_records(folder: str | os.PathLike[str] | None, identify: Callable[[], Identity]) -> Iterator[Records]:
+    """The records of the run in a folder; without a folder in memory only, and then nothing is identified.
+
+    Errors: RequestError, with what differs, when the folder holds a run of another identity; those of `open_journal`.
+    """
+    if folder is None:
+        yield Records(None, None)
+        return
+    with open_journal(folder) as journal:
+        identity = identify()
+        check_same(journal, identity)
+        journal.introduce(identity)
+        yield Records(journal, identity)
+
+
+def check_same(journal: Journal, identity: Identity) -> None:
+    """RequestError, with what differs, unless the journal is empty or knows this identity."""
+    if not journal.identities or identity.digest in journal.identities:
+        return
+    last = list(journal.identities.values())[-1]
+    why = f"it holds another run: {last.difference(identity)}"
+    raise RequestError(f"{journal.path} is not continued", why, "choose another folder, or do what was done there")
+
+
+def _create(path: Path) -> None:
+    """A journal without records, complete before it has its name: an empty file is a damaged one."""
+    with _told(path), closing(sqlite3.connect(path, isolation_level=None)) as database:
+        database.executescript(f"BEGIN; {_SCHEMA} COMMIT;")
+
+
+def _check_head(path: Path, database: sqlite3.Connection) -> None:
+    with path.open("rb") as file:  # SQLite takes a file of a few bytes for an empty database
+        head = file.read(len(_MAGIC))
+    if head != _MAGIC:
+        raise _damaged(path, "it is cut short, or another program wrote it" if head else "it is empty")
+    application, form = (
+        database.execute(f"PRAGMA {name}").fetchone()[0] for name in ("application_id", "user_version")
+    )
+    if application != APPLICATION:
+        raise BadInput(f"{path} is no journal of prunella", "another program wrote it", "choose another folder")
+    if form > FORMAT:
+        why = f"its format is {form}, and this version reads {FORMAT}"
+        raise BadInput(f"{path} is of a newer prunella", why, "install that version, or choose another folder")
+    if form != FORMAT:
+        raise _damaged(path, f"it says that its format is {form}, which there never was")
+
+
+def _refuse_former(folder: Path) -> None:
+    for name in FORMER:
+        if (folder / name).exists():
+            why = f"{name} was written by prunella 0.1, whose records do not say all that they depend on"
+            raise RequestError(f"the run in {folder} is not continued", why, "choose another folder")
+
+
+def _identity(path: Path, digest: str, text: str) -> Identity:
+    parts = decode(text)
+    if not isinstance(parts, dict) or Identity(parts).digest != digest:
+        raise _damaged(path, "an identity is not the one that was written")
+    return Identity(parts)
+
+
+def _link(before: str, identity: str, key: str, payload: str) -> str:
+    return sha256(json.dumps([before, identity, key, payload]).encode()).hexdigest()
+
+
+def _encoded(key: str, payload: Payload) -> str:
+    try:
+        return json.dumps(_plain(payload), allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise RequestError(f"the record {key!r} cannot be written", str(error), "record plain data") from error
+
+
+def _plain(value: Any) -> Any:
+    """JSON has no infinities: they are written as `{"float": "inf"}`."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return {"float": repr(float(value))}
+    if isinstance(value, Mapping):
+        if not all(isinstance(key, str) for key in value):
+            raise TypeError("keys are texts")
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _decoded(value: Any) -> Any:
+    if isinstance(value, dict):
+        if list(value) == ["float"] and value["float"] in ("inf", "-inf", "nan"):
+            return float(value["float"])
+        return {key: _decoded(item) for key, item in value.items()}
+    return [_decoded(item) for item in value] if isinstance(value, list) else value
+
+
+@contextmanager
+def _told(path: Path) -> Iterator[None]:
+    """Errors of SQLite, and of what it gave, as ours."""
+    try:
+        yield
+    except sqlite3.Error as error:
+        code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT) & 0xFF
+        if code in _OURS:
+            todo = "check the disk and its permissions"
+            raise system_error(error, f"cannot write {path}", todo, kind=RequestError) from error
+        raise _damaged(path, str(error)) from error
+    except (ValueError, TypeError, KeyError, RecursionError, OverflowError) as error:
+        if isinstance(error, PruningError):
+            raise
+        raise _damaged(path, f"{type(error).__name__}: {error}") from error
+
+
+def _damaged(path: Path, why: str) -> BadInput:
+    todo = "restore it from a copy, or choose another folder; nothing was changed in it"
+    return BadInput(f"{path} is damaged", " ".join(why.split())[:200], todo)

@@ -1,0 +1,200 @@
+"""One process at a time writes to a folder or a file: a lock file beside it says who does.
+
+The lock itself is one of the operating system (`lockf`, on Windows `msvcrt.locking`), which a killed process loses at
+once; the text in the file names the holder, for the message and for other machines, to which a shared disk may not
+show the lock. Such a lock ends with any handle of the file that its process closes: nothing here opens it twice.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from prunella.errors import Locked, RequestError, system_error
+
+if sys.platform == "win32":
+    import msvcrt
+else:
+    import fcntl
+
+_TAKEN = (errno.EACCES, errno.EAGAIN, errno.EDEADLK)
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+_FAR = 1 << 20
+"""The byte that Windows locks: behind the text, which others have to read."""
+
+
+@dataclass(frozen=True)
+class Holder:
+    """Who writes. started: when, in seconds since 1970."""
+
+    pid: int
+    host: str
+    started: float
+
+    def text(self) -> str:
+        """For the file: a line each."""
+        return f"{self.pid}\n{self.host}\n{self.started}\n"
+
+    def __str__(self) -> str:
+        since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(self.started))
+        return f"process {self.pid} on {self.host} has been writing there since {since}"
+
+
+@dataclass
+class _Held:
+    """A lock of this process: by which thread, how often it took it, and the open file."""
+
+    holder: Holder
+    thread: int
+    handle: int
+    depth: int = 0
+
+
+_held: dict[tuple[int, str], _Held] = {}
+"""By process and lock file, since a forked child holds nothing."""
+_guard = threading.Lock()
+
+
+def lock_file(path: str | os.PathLike[str]) -> Path:
+    """Where the lock of a folder or a file lies: beside it, hidden."""
+    whole = Path(path).absolute()
+    return whole.parent / f".{whole.name}.lock"
+
+
+@contextmanager
+def locked(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Hold the lock of `path` while the block runs; the thread that holds it may take it again inside.
+
+    The lock of a process that was killed on this machine is taken over. Errors: Locked, at once, while another run
+    holds it; RequestError when the lock file cannot be written.
+    """
+    file = lock_file(path)
+    key = (os.getpid(), os.path.realpath(file))
+    with _guard:
+        held = _held.get(key) or _take(file)
+        if held.thread != threading.get_ident():
+            raise _refused(file, held.holder)
+        held.depth += 1
+        _held[key] = held
+    try:
+        yield
+    finally:
+        with _guard:
+            held.depth -= 1
+            if not held.depth:
+                del _held[key]
+                _release(file, held.handle)
+
+
+def _take(file: Path) -> _Held:
+    """Open and lock the file, and write in it who holds it."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        handle = _opened(file)
+        me = Holder(os.getpid(), socket.gethostname(), time.time())
+        os.ftruncate(handle, 0)
+        os.lseek(handle, 0, os.SEEK_SET)
+        os.write(handle, me.text().encode())
+    except OSError as error:
+        todo = "check the folder and its permissions"
+        raise system_error(error, f"cannot write {_locked_path(file)}", todo, kind=RequestError) from error
+    return _Held(me, threading.get_ident(), handle)
+
+
+def _opened(file: Path) -> int:
+    """A handle of the lock file with the lock. Errors: Locked."""
+    while True:
+        handle = os.open(file, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666)
+        try:
+            shared = _lock(handle)
+            before = _read(handle)
+            if shared is False or (before and _elsewhere_or_alive(before, unsure=shared is None)):
+                raise _refused(file, before)
+            if _is_still(file, handle):
+                return handle
+        except BaseException:
+            os.close(handle)
+            raise
+        os.close(handle)  # its holder removed the file in between
+
+
+def _lock(handle: int) -> bool | None:
+    """Whether the lock was free and is ours now; None where the file system has no locks."""
+    try:
+        if sys.platform == "win32":
+            os.lseek(handle, _FAR, os.SEEK_SET)
+            msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)
+        else:
+            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in _TAKEN:
+            return False
+        if error.errno in _NO_LOCKS:
+            return None
+        raise
+    return True
+
+
+def _elsewhere_or_alive(before: Holder, *, unsure: bool) -> bool:
+    """Whether the lock that was left is of another machine or, where nothing but the text tells, of a live process."""
+    if before.host != socket.gethostname():
+        return True
+    if not unsure or before.pid == os.getpid():
+        return False
+    try:
+        os.kill(before.pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _read(handle: int) -> Holder | None:
+    """The holder that the file names; None if it names none, as after a kill in the wrong moment."""
+    os.lseek(handle, 0, os.SEEK_SET)
+    try:
+        pid, host, started = os.read(handle, 4096).decode().splitlines()
+        return Holder(int(pid), host, float(started))
+    except ValueError:
+        return None
+
+
+def _is_still(file: Path, handle: int) -> bool:
+    """Whether the open file is the one of that name."""
+    try:
+        return os.path.samestat(os.stat(file), os.fstat(handle))
+    except FileNotFoundError:
+        return False
+
+
+def _release(file: Path, handle: int) -> None:
+    """Remove the file while it is still locked, so that nobody locks one that is about to go; Windows cannot."""
+    if sys.platform == "win32":
+        os.close(handle)
+        with suppress(OSError):
+            file.unlink()
+        return
+    with suppress(OSError):  # the folder may be gone, and the lock with it
+        file.unlink()
+    os.close(handle)
+
+
+def _locked_path(file: Path) -> Path:
+    """The folder or file whose lock this is."""
+    return file.with_name(file.name[1:].removesuffix(".lock"))
+
+
+def _refused(file: Path, holder: Holder | None) -> Locked:
+    why = str(holder) if holder else "another process is about to write there"
+    far = holder is not None and holder.host != socket.gethostname()
+    todo = "wait for it, or choose another name" + (f"; if it has ended, remove {file}" if far else "")
+    return Locked(f"{_locked_path(file)} is in use", why, todo)

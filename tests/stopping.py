@@ -1,0 +1,52 @@
+"""Evaluations that stop a run, and what a journal holds: for runs that have to go on where they were.
+
+What stops is the state of this module and no part of the evaluation: the run that goes on is asked the same question.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager
+from pathlib import Path
+
+import pytest
+
+from prunella.io.journal import NAME
+
+_left: list[int] = []
+
+
+def tick() -> None:
+    """One call of an evaluation; KeyboardInterrupt in the one that `stops_at` names."""
+    if _left:
+        _left[0] -= 1
+        if not _left[0]:
+            raise KeyboardInterrupt
+
+
+@contextmanager
+def stops_at(call: int) -> Iterator[None]:
+    """The block is stopped at the call of that number, counted from 1."""
+    _left[:] = [call]
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            yield
+    finally:
+        _left.clear()
+
+
+def records(folder: Path) -> int:
+    """How many records the journal of a folder holds; 0 if there is none yet. Another process may be writing."""
+    if not (folder / NAME).exists():
+        return 0
+    with closing(sqlite3.connect(f"file:{folder / NAME}?mode=ro", uri=True)) as database:
+        count: int = database.execute("SELECT count(*) FROM records").fetchone()[0]
+    return count
+
+
+def beside(call: Callable[[], object]) -> BaseException | None:
+    """What `call` raises in another thread, as a second run would: the thread of the first holds the lock."""
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(call).exception()
