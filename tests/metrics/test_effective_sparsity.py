@@ -177,6 +177,25 @@ def test_products_of_any_spelling_are_followed(seed: int) -> None:
     }  # fmt: skip
 
 
+def test_a_table_that_is_the_head_as_well() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.inner, self.head = nn.Embedding(7, 4), nn.Linear(4, 4), nn.Linear(4, 7, bias=False)
+            self.head.weight = self.table.weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(torch.relu(self.inner(self.table(x))))  # type: ignore[no-any-return]
+
+    model = Net()
+    with torch.no_grad():
+        model.inner.weight[:, 0] = 0  # nothing reads the first column of the table but the head
+        model.inner.weight[1] = 0  # and nothing writes what the head reads of the second
+    found = pr.metrics.effective_sparsity(model, torch.tensor([[1, 2, 3]]))
+    assert found.unfollowed == () and [row.units for row in found.rows] == [4 + 7, 4]
+    assert bool(found.masks["table.weight"].all()) and not bool(found.masks["inner.weight"][1].any())
+
+
 @pytest.mark.parametrize("same", [True, False])
 def test_heads_that_nothing_reads_are_on_no_path(same: bool) -> None:
     class Net(nn.Module):

@@ -73,8 +73,9 @@ def _slice(read: Read, layer: Layer) -> View | None:
     matrix = read.matrices()
     if read.weight.dim() != 2 or len(matrix) != 1 or read.view.offset + matrix.numel() > read.weight.numel():
         return None
-    order = (1, 2) if layer.out_axis == 0 else (2, 1)
-    return View(*(tuple(f(axis) for axis in order) for f in (matrix.size, matrix.stride)), read.view.offset)
+    first, second = (1, 2) if layer.out_axis == 0 else (2, 1)
+    size, stride = matrix.shape, matrix.stride()
+    return View((size[first], size[second]), (stride[first], stride[second]), read.view.offset)
 
 
 def _agree(read: Read, number: int, matrix: Tensor) -> bool:

@@ -166,7 +166,8 @@ def _multi_head(found: _Found, func: Any, args: Args, kwargs: Kwargs, reads: lis
     *inputs, last = (replace(product, output=lambda made: made) for product in reads)
     parts = [_through(found, p, functional.linear(p.x, p.operand), p.x) for p in inputs]
     heads = kwargs.get("num_heads", args[4] if len(args) > 4 else None)
-    query, key, value = (t.unflatten(-1, (heads, -1)) for t in (parts if len(parts) == 3 else parts[0].chunk(3, -1)))
+    whole = parts if len(parts) == 3 else parts[0].chunk(3, -1)
+    query, key, value = (t.reshape(*t.shape[:-1], heads, -1) for t in whole)
     scores = query.sum(-1, keepdim=True) + key.sum((0, -1), keepdim=True)
     mixed = _saturate(scores + value.sum(0, keepdim=True)).flatten(-2)
     made = _through(found, last, functional.linear(mixed, last.operand), mixed)
@@ -235,10 +236,12 @@ def _embedding(found: _Found, func: Any, args: Args, kwargs: Kwargs) -> Tensor |
     weight = given["weight"]
     if not found.parameter(weight):
         return None
+
+    def outputs(values: Tensor) -> Mask:
+        return (values.detach() > 0).reshape(-1, weight.shape[1]).any(0)
+
     output = functional.embedding(given["input"], weight.detach())
-    return _watch(
-        found, weight, output, lambda y: (y.detach() > 0).flatten(0, -2).any(0), lambda n: n.expand(weight.shape)
-    )
+    return _watch(found, weight, output, "embedding", outputs, lambda need: need.expand(weight.shape))
 
 
 # -- the rest -----------------------------------------------------------------------------------------------------

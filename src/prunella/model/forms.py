@@ -168,7 +168,7 @@ class Contraction:
         """One matrix's part of an input or output: `(tokens, last)`."""
         moved = tensor.permute([axes.index(a) for a in self.batch + self.tokens + last])
         known = dict(zip(self.weight, shape, strict=True))
-        place = []
+        place: list[int] = []
         for a in reversed(self.batch):
             group, number = divmod(group, known[a])
             place.insert(0, number)
@@ -209,7 +209,7 @@ class Convolution:
 
     def matrices(self, operand: Tensor) -> Tensor:
         """Group by group, outputs first."""
-        parts = operand.unflatten(0, (self.groups, -1))
+        parts = operand.view(self.groups, -1, *operand.shape[1:])
         return (parts.transpose(1, 2) if self.transposed else parts).flatten(2)
 
     def restored(self, matrices: Tensor, shape: Sequence[int]) -> Tensor:

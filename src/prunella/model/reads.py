@@ -11,8 +11,9 @@ import inspect
 import itertools
 import string
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -241,8 +242,7 @@ def _grouped(a: Tensor, b: Tensor, offs: Tensor | None = None, *_: Any, **__: An
         raise NotReadable("its weight is not a stack of matrices")
     for number, (start, end) in enumerate(itertools.pairwise([0, *offs.tolist()])):
         rows = slice(start, end)
-        form = Contraction("ti", "io", "to")
-        yield Product(b[number], lambda rows=rows: a[rows], form, None, lambda result, rows=rows: result[rows])
+        yield Product(b[number], partial(a.__getitem__, rows), Contraction("ti", "io", "to"), None, itemgetter(rows))
 
 
 # -- convolutions -------------------------------------------------------------------------------------------------
@@ -320,7 +320,7 @@ def _attention(*args: Any, **kwargs: Any) -> Iterator[Product]:
     bound = _ATTENTION.bind(*args, **kwargs)
     bound.apply_defaults()
     at = bound.arguments
-    inputs, bias = (at["query"], at["key"], at["value"]), at["in_proj_bias"]
+    inputs, bias = [at["query"], at["key"], at["value"]], at["in_proj_bias"]
     if at["use_separate_proj_weight"]:
         weights = [at[f"{name}_proj_weight"] for name in "qkv"]
         biases = [None] * 3 if bias is None else bias.chunk(3)
@@ -330,9 +330,7 @@ def _attention(*args: Any, **kwargs: Any) -> Iterator[Product]:
         weights, biases = at["in_proj_weight"].chunk(3), [None] * 3 if bias is None else bias.chunk(3)
     for x, weight, own in zip(inputs, weights, biases, strict=True):
         for made in _linear(x, weight, own):
-            yield Product(
-                weight, made.given, made.form, own, lambda _, x=x, weight=weight, own=own: F.linear(x, weight, own)
-            )
+            yield replace(made, output=partial(_projected, x, weight, own))
     out, letters = at["out_proj_weight"], _letters(inputs[0].dim() - 1)
 
     def mixed() -> Tensor:
@@ -341,7 +339,12 @@ def _attention(*args: Any, **kwargs: Any) -> Iterator[Product]:
         return made
 
     form = Contraction(f"{letters}i", "oi", f"{letters}o")
-    yield Product(out, mixed, form, at["out_proj_bias"], lambda result: result[0])
+    yield Product(out, mixed, form, at["out_proj_bias"], itemgetter(0))
+
+
+def _projected(x: Tensor, weight: Tensor, bias: Tensor | None, _: Any) -> Tensor:
+    """What a projection gives, which the call does not return."""
+    return F.linear(x, weight, bias)
 
 
 _ATTENTION = inspect.signature(F.multi_head_attention_forward)
