@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import prunella as pr
 from prunella.llm import experts
 from prunella.model.masks import masks_of
-from prunella.model.reads import Read, Watch
+from prunella.model.watch import Read, Watch
 
 PATTERN = pr.NM(2, 4)
 HOW = pr.llm.OneShot(PATTERN, method=pr.solvers.sparsegpt)
@@ -94,17 +94,36 @@ def test_an_expert_without_tokens_is_pruned_by_magnitude() -> None:
     assert torch.equal(model.up[1].detach(), expected)
 
 
-def test_experts_that_run_in_one_product_are_named_as_kept_dense() -> None:
-    class Batched(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            torch.manual_seed(0)
-            self.before, self.experts = nn.Linear(8, 12), nn.Parameter(torch.randn(4, 12, 8))
+class Batched(nn.Module):
+    """Four matrices that all tokens meet, in one product, or one number after the other."""
 
-        def forward(self, x: Tensor) -> Tensor:
-            return torch.bmm(self.before(x).expand(4, -1, -1), self.experts).sum(0)
+    def __init__(self, *, product: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.product = product
+        self.before, self.experts = nn.Linear(8, 12), nn.Parameter(torch.randn(4, 12, 8))
 
-    model = Batched()
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.before(x).expand(4, -1, -1)
+        if self.product:
+            return torch.bmm(hidden, self.experts).sum(0)
+        return (hidden[..., None] * self.experts[:, None]).sum((0, 2))
+
+
+def test_experts_that_run_in_one_product_are_solved_one_by_one() -> None:
+    model = Batched(product=True)
+    before = model.experts.detach().clone()
+    with torch.no_grad():
+        x = torch.cat([model.before(b) for b in batches()])
+    done = pr.llm.solve_(model, batches()[0], HOW, data=batches(), skip=["before"])
+    for matrix, old in zip(model.experts.detach(), before, strict=True):
+        expected = pr.solvers.sparsegpt(old.T, x.T @ x, PATTERN, sparsity=0.5).weight
+        torch.testing.assert_close(matrix.T, expected, rtol=1e-4, atol=1e-5)
+    assert {fit.name: (fit.skipped, fit.tokens) for fit in done.fits} == {"experts": ("", 4 * 120)}
+
+
+def test_experts_that_no_product_reads_are_named_as_kept_dense() -> None:
+    model = Batched(product=False)
     before = model.experts.detach().clone()
     done = pr.llm.solve_(model, batches()[0], HOW, data=batches())
     assert {fit.name: fit.skipped for fit in done.fits if fit.skipped} == {

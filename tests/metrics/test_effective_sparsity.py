@@ -147,6 +147,90 @@ def test_attention_connects_what_it_mixes() -> None:
     assert found.effective == 0 and not found.unfollowed
 
 
+class Spelled(nn.Module):
+    """Products of many spellings, one after the other, and a weight that is read twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        sizes = {"weight_a": (4, 5), "weight_b": (5, 2, 3), "weight_c": (2, 3, 4), "weight_d": (6, 4)}
+        for name, size in sizes.items():
+            self.register_parameter(name, nn.Parameter(torch.randn(size)))
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = (x @ self.weight_a).relu()
+        x = torch.einsum("ti,ihd->htd", x, self.weight_b).relu()
+        x = torch.bmm(x, self.weight_c).sum(0)
+        x = x @ self.weight_d.t() + torch.nn.functional.linear(x.square(), self.weight_d)
+        return self.head(x)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_products_of_any_spelling_are_followed(seed: int) -> None:
+    torch.manual_seed(seed)
+    model, x = masked(Spelled(), 0.4, seed), torch.randn(2, 4)
+    found, wanted = pr.metrics.effective_sparsity(model, x), by_trying(model, x)
+    assert found.unfollowed == () and all(found.masks[name].equal(wanted[name]) for name in wanted)
+    assert found.effective > found.direct
+    assert {row.name: row.units for row in found.rows} == {
+        "weight_a": 5, "weight_b": 6, "weight_c": 8, "weight_d": 6, "head.weight": 3,
+    }  # fmt: skip
+
+
+def test_a_table_that_is_the_head_as_well() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.inner, self.head = nn.Embedding(7, 4), nn.Linear(4, 4), nn.Linear(4, 7, bias=False)
+            self.head.weight = self.table.weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(torch.relu(self.inner(self.table(x))))  # type: ignore[no-any-return]
+
+    model = Net()
+    with torch.no_grad():
+        model.inner.weight[:, 0] = 0  # nothing reads the first column of the table but the head
+        model.inner.weight[1] = 0  # and nothing writes what the head reads of the second
+    found = pr.metrics.effective_sparsity(model, torch.tensor([[1, 2, 3]]))
+    assert found.unfollowed == () and [row.units for row in found.rows] == [4 + 7, 4]
+    assert bool(found.masks["table.weight"].all()) and not bool(found.masks["inner.weight"][1].any())
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_heads_that_nothing_reads_are_on_no_path(same: bool) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attend = nn.MultiheadAttention(8, 2, batch_first=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            other = x if same else x + 1
+            made, weights = self.attend(x, other, other)
+            return torch.cat([made, weights @ made], -1)
+
+    model = Net()
+    with torch.no_grad():
+        model.attend.out_proj.weight[:, :4] = 0  # all that the first head gives
+    found = pr.metrics.effective_sparsity(model, torch.randn(2, 3, 8))
+    assert found.unfollowed == () and bool(found.masks["attend.out_proj.weight"][:, 4:].all())
+    values = found.masks["attend.in_proj_weight"].view(3, 2, 4, 8)[2]
+    assert not bool(values[0].any()) and bool(values[1].all())
+    assert [row.units for row in found.rows] == [24, 8]
+
+
+def test_calls_that_hide_their_weights_are_named_with_the_reason() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.recurrent, self.head = nn.LSTM(3, 4), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.recurrent(x)[0])  # type: ignore[no-any-return]
+
+    found = pr.metrics.effective_sparsity(Net(), torch.randn(5, 2, 3))
+    assert found.unfollowed[0] == "lstm (its steps run inside one call, out of sight)"
+
+
 class Odd(nn.Module):
     """A call without a rule between two layers."""
 

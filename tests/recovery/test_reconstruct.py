@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from prunella.errors import CheckFailed, RequestError
-from prunella.model.reads import Read, Watch, rows, targets
+from prunella.model.watch import Read, Watch
 from prunella.planning.plan import Plan
 from prunella.recovery.reconstruct import reconstruct
 from prunella.solvers.linalg import damped_solve
@@ -294,28 +294,30 @@ def test_rows_times_weight_is_the_output(layer: nn.Module, shape: tuple[int, ...
         layer(_x(*shape))
     watch.finish()
     (read,) = found
-    weight = read.weight.detach() if read.in_axis == 1 else read.weight.detach().T
-    for positions in (None, torch.tensor([0, 2])):
-        block = (weight if positions is None else weight[:, positions]).flatten(1)
-        got = torch.cat([x @ block.T for x, _ in rows(read, positions)])
-        if positions is None:
-            torch.testing.assert_close(got + (0 if read.bias is None else read.bias.detach()), targets(read))
-        assert [s for _, s in rows(read)][-1].stop in (None, len(got))
-    assert torch.equal(targets(read, torch.tensor([1])), targets(read)[:, [1]])
+    (weight,) = read.matrices()
+    for channels in (None, torch.tensor([0, 2])):
+        taps = read.weight[0, 0].numel()
+        keep = None if channels is None else (channels[:, None] * taps + torch.arange(taps)).flatten()
+        block = weight if keep is None else weight[:, keep]
+        got = torch.cat([x @ block.T for x, _ in read.columns(0, keep)])
+        if keep is None:
+            torch.testing.assert_close(got + (0 if read.bias is None else read.bias[0]), read.rows())
+        assert [s for _, s in read.columns()][-1].stop in (None, len(got))
+    assert torch.equal(read.rows(0, torch.tensor([1])), read.rows()[:, [1]])
 
 
 def test_long_convolution_inputs_are_cut_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("prunella.model.reads.CHUNK", 300)
+    monkeypatch.setattr("prunella.model.forms.CHUNK", 300)
     layer, found = nn.Conv2d(2, 3, 3).double(), []
     watch = Watch(layer.parameters(), found.append)
     with torch.no_grad(), watch:
         layer(_x(7, 2, 5, 5))
     watch.finish()
-    parts = list(rows(found[0]))
+    parts = list(found[0].columns())
     assert len(parts) > 3
     assert [s for _, s in parts] == [slice(i, j) for i, j in zip(range(0, 63, 9), range(9, 64, 9), strict=True)]
     got = torch.cat([x for x, _ in parts]) @ layer.weight.detach().flatten(1).T + layer.bias.detach()
-    torch.testing.assert_close(got, targets(found[0]))
+    torch.testing.assert_close(got, found[0].rows())
 
 
 class _Odd(nn.Module):
@@ -324,31 +326,27 @@ class _Odd(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.embed = nn.Embedding(9, 8)
-        self.grouped = nn.Conv1d(8, 8, 1, groups=2)
-        self.attend = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.turned = nn.Linear(8, 8, bias=False)
+        self.recurrent = nn.LSTM(8, 8, batch_first=True)
         self.head = nn.Linear(8, 9, bias=False)
         self.head.weight = self.embed.weight
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.embed(x)
-        h = h + self.grouped(h.transpose(1, 2)).transpose(1, 2)
-        return self.head(h + self.attend(h, h, h)[0])  # type: ignore[no-any-return]
+        h = h + self.turned(h) @ self.turned.weight
+        return self.head(h + self.recurrent(h)[0])  # type: ignore[no-any-return]
 
 
 def test_what_is_not_refitted_is_named_and_unchanged() -> None:
     torch.manual_seed(0)
     dense, kept = _Odd(), torch.arange(4)
-    cuts = {
-        "embed.weight": {1: kept},
-        "grouped.weight": {1: torch.arange(2)},
-        "attend.out_proj.weight": {1: kept},
-    }
+    cuts = {"embed.weight": {1: kept}, "turned.weight": {1: kept}, "recurrent.weight_ih_l0": {1: kept}}
     small = copy.deepcopy(dense)
     report = reconstruct(small, dense, [torch.randint(9, (3, 5))], hand_plan(cuts=cuts))
     assert {fit.name: fit.skipped for fit in report.fits} == {
         "embed.weight": "embedding reads the same (tied) weight",
-        "grouped.weight": "a convolution with 2 groups is not refitted",
-        "attend.out_proj.weight": "multi_head_attention_forward reads it, which is not refitted",
+        "turned.weight": "it is used in two different ways",
+        "recurrent.weight_ih_l0": "lstm reads it: its steps run inside one call, out of sight",
     }
     assert all(torch.equal(a, b) for a, b in zip(small.parameters(), dense.parameters(), strict=True))
     assert "skipped" in str(report)

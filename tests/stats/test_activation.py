@@ -185,3 +185,22 @@ def test_fused_transformer_layers_are_seen_through() -> None:
     found = norms(model, [torch.randn(2, 3, 8)], linear("linear1"), linear("linear2"))
     assert set(found) == {"linear1.weight", "linear2.weight"}
     assert torch.backends.mha.get_fastpath_enabled()
+
+
+def test_a_table_that_is_looked_up_has_no_input_and_the_reason_is_said() -> None:
+    model, layer = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 3)), linear("0", transposed=True)
+    entities = {n: Entity(n, (n,), tuple(p.shape), 4, True, True) for n, p in model.named_parameters()}
+    subject = Subject(model, Graph(entities, (), (), (layer,), (), {}), layers=(layer,))
+    with untouched(model, 0):
+        found = collect(subject, ["input_norm", "input_var"], Source([torch.tensor([1, 2])]))
+    assert found.get("input_norm", "0.weight") is None and found.get("input_var", "0.weight") is None
+    assert found.unread == {"0.weight": "embedding reads it: it looks rows up by number"}
+
+
+def test_without_autograd_compound_products_are_read_as_they_stand() -> None:
+    """Under inference mode `einsum` and `matmul` arrive whole."""
+    x = torch.randn(2, 3, 4)
+    for how in ("einsum", "right", "left"):
+        with torch.inference_mode():
+            found = norms(Matmul(how), [x], linear(""))["weight"]
+        assert torch.allclose(found, columns(x).expand(5, 4), atol=1e-6)

@@ -81,9 +81,10 @@ def solve_(
     Data: batches, no labels.
 
     inputs: an example batch, as for `plan`. loss: how to run the model on a batch. skip: patterns of layers that are
-    kept dense. Layers outside the blocks (heads, embeddings) are kept dense too, and so are grouped convolutions,
-    routers of a mixture, and weights that other operations read; the result names them. Experts that are stacked in one
-    weight are solved one by one, each for its own tokens; one without tokens is pruned by magnitude. distributed:
+    kept dense. Layers outside the blocks (heads, embeddings) are kept dense too, and so are routers of a
+    mixture, and weights that no matrix describes (`prunella.model.reads`); the result names them. Groups of a
+    convolution, and experts that are stacked in one weight, are solved one by one, each for its own tokens; one without
+    tokens is pruned by magnitude. distributed:
     `process_group()` under torchrun, where `data` is the shard of this process: Gram matrices are summed over all
     processes, each process solves some layers and broadcasts them, and each step of `refine` is computed by the process
     that has the batch. Errors: RequestError if no layer is left.

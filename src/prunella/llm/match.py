@@ -20,10 +20,9 @@ from prunella.llm.blocks import BlockInputs, Call, ModelBlock, block_paths, bloc
 from prunella.llm.refine import Refine, refine_
 from prunella.model.forward import batches, tensors
 from prunella.model.masks import masks_of
-from prunella.model.reads import Read, Watch, rows
-from prunella.model.reads import targets as outputs_of
 from prunella.model.state import mode, untouched
 from prunella.model.unwrap import unwrap
+from prunella.model.watch import Read, Watch
 from prunella.planning.depth import find_blocks, turns
 from prunella.planning.plan import Plan
 from prunella.recovery.least_squares import Solution, Sums
@@ -203,8 +202,8 @@ class _Matcher:
         before, after = (math.sqrt(square / (sums.energy or 1.0)) for square in errors)
         if after >= before or before <= SAME:
             return BlockFit(block.path, names[read.weight], before, before)
-        change = solution.change.T if read.out_axis == 0 else solution.change
-        read.weight.copy_((read.weight.double() + change.reshape(read.weight.shape)).to(read.weight.dtype))
+        matrices = read.matrices()
+        read.write_((matrices.double() + solution.change.T).to(matrices.dtype))
         if read.bias is not None:
             read.bias.copy_((read.bias.double() + solution.shift).to(read.bias.dtype))
         return BlockFit(block.path, names[read.weight], before, after)
@@ -216,11 +215,11 @@ class _Matcher:
         energy = {False: 0.0, True: 0.0}
         for number, (call, target) in enumerate(zip(calls, targets, strict=True)):
             read = self._read_of(block, call, layer.weight)
-            y = target.reshape(-1, read.y.shape[-1]).double() - outputs_of(read, residual=True).double()
+            y = read.rows_of(target.reshape(read.y.shape)).double() - read.rows(residual=True).double()
             energy[number in held_out] += float(target.double().square().sum())
-            for x, tokens in rows(read):
+            for x, tokens in read.columns():
                 sums = validation if number in held_out else fitted
-                sums.add(x, y[tokens], (y - outputs_of(read).double())[tokens])
+                sums.add(x, y[tokens], (y - read.rows().double())[tokens])
         if not fitted.finite or (held_out and not validation.finite):
             what = f"the hidden states in {block.path} are not finite"
             raise CheckFailed(what, "on the calibration data", "check the data")
@@ -252,11 +251,13 @@ class _Matcher:
         with watch:
             output = self._output(block, call)
         watch.finish()
-        added = [read for read in reads if read.residual is not None and read.conv is None]
+        added = [read for read in reads if read.residual is not None and read.groups == 1]
         if not added or not _is_sum(added[-1], output):
             return None, "its output is not the sum of a layer and the residual stream"
         last = added[-1]
-        if sum(read.weight is last.weight for read in reads) > 1 or id(last.weight) in watch.others:
+        if id(last.weight) in watch.others:
+            return None, watch.others[id(last.weight)].tied
+        if sum(read.weight is last.weight for read in reads) > 1:
             return None, "its last layer is read more than once"
         return last, ""
 

@@ -19,9 +19,9 @@ from prunella.graph.solve.groups import couple
 from prunella.graph.verify import verify
 from prunella.model.copying import copied
 from prunella.model.forward import batches
-from prunella.model.reads import Read, Watch, rows
 from prunella.model.state import mode
 from prunella.model.unwrap import unwrap
+from prunella.model.watch import Read, Watch
 from prunella.planning.plan import Plan
 from prunella.planning.planner import plan
 from prunella.planning.recipe import Recipe
@@ -186,7 +186,7 @@ def _gram(model: nn.Module, group: Group, data: Sequence[Any], source: Source) -
     total = torch.zeros(group.size, group.size, dtype=torch.float64)
 
     def add(read: Read) -> None:
-        for x, _ in rows(read):
+        for x, _ in (chunk for number in range(read.groups) for chunk in read.columns(number)):
             if x.shape[1] == group.size:
                 total.add_((x.T @ x).double().cpu() if x.dtype == torch.float64 else (x.float().T @ x.float()).cpu())
 

@@ -6,7 +6,7 @@ is in the `BlockResult`. `solve_` calls it for the blocks of a model in memory, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -20,13 +20,13 @@ from prunella.graph.data import Layer
 from prunella.graph.matrix import from_matrix, to_matrix
 from prunella.llm.blocks import Call, Calls, ModelBlock, StoreActivations
 from prunella.llm.distributed import SINGLE_PROCESS, ProcessGroup
-from prunella.llm.experts import Part, expert_axis, expert_chunks, matrix_of
+from prunella.llm.experts import Part, expert_axis, expert_chunks, matrix_of, parts_read
 from prunella.llm.recipe import OneShot
 from prunella.llm.refine import Refined, refine_
 from prunella.measure.clock import now
 from prunella.model.copying import copied
 from prunella.model.forward import tensors
-from prunella.model.reads import Read, Stop, Watch, rows
+from prunella.model.watch import Read, Stop, Unread, View, Watch
 from prunella.solvers import Solved
 from prunella.solvers.layer import Pattern
 from prunella.types import Gram, Mask
@@ -160,10 +160,14 @@ def _refined(problem: BlockProblem, masks: Mapping[nn.Parameter, Mask]) -> Refin
 
 @dataclass(frozen=True)
 class _Group:
-    """Weights that multiply the same input, and how often one pass reads them (0 for experts: not counted)."""
+    """Weights that multiply the same input, and how often one pass reads them (0 for experts: not counted).
+
+    chunks: the parts of each that are solved from one pass over the data.
+    """
 
     weights: list[nn.Parameter]
     reads: int
+    chunks: list[tuple[Part, ...]]
 
 
 @dataclass(frozen=True)
@@ -188,40 +192,63 @@ def _read_order(problem: BlockProblem) -> _ReadOrder:
         if reason:
             skipped.append(Fit(layer.name, skipped=reason))
             reads.pop(weight, None)
-    groups = _same_input(reads)
+    groups = _same_input(reads, problem.layers)
     number = len(groups) * 10_000 + sum(group.reads for group in groups)
     problem.distributed.check_equal(number, f"the layers of {problem.block.path}")
     return _ReadOrder(groups, tuple(skipped))
 
 
-def _same_input(reads: Mapping[nn.Parameter, Sequence[Read]]) -> list[_Group]:
+def _same_input(reads: Mapping[nn.Parameter, Sequence[Read]], layers: Mapping[nn.Parameter, Layer]) -> list[_Group]:
     """The weights in order, consecutive ones with equal inputs in one group."""
     groups: list[_Group] = []
-    last: Tensor | None = None
+    last: Read | None = None
     for weight, some in reads.items():
-        first = some[0]
-        plain = first.conv is None and first.part is None
-        if last is not None and plain and first.x.shape == last.shape and first.x.equal(last):
+        first, chunks = some[0], _chunks(some, layers[weight])
+        plain = chunks == [(None,)] and first.form.layout is not None
+        if last is not None and plain and _equal_columns(first, last):
             groups[-1].weights.append(weight)
         else:
-            groups.append(_Group([weight], len(some) if first.part is None else 0))
-        last = first.x if len(some) == 1 and first.part is None else None
+            groups.append(_Group([weight], len(some) if first.part is None else 0, chunks))
+        last = first if len(some) == 1 and plain else None
     return groups
 
 
-def _obstacle(reads: Sequence[Read], other: str | None, layer: Layer, pattern: Pattern, weight: Tensor) -> str:
+def _equal_columns(a: Read, b: Read) -> bool:
+    return a.form.layout == b.form.layout and a.x.shape == b.x.shape and a.x.equal(b.x)
+
+
+def _chunks(reads: Sequence[Read], layer: Layer) -> list[tuple[Part, ...]]:
+    """The parts of a weight, those together that are solved from one pass over the data."""
+    slices = {part: None for read in reads for part in parts_read(read, layer) if isinstance(part, View)}
+    return [tuple(slices)] if slices else list(expert_chunks(reads[0].weight, layer))
+
+
+def _obstacle(reads: Sequence[Read], other: Unread | None, layer: Layer, pattern: Pattern, weight: nn.Parameter) -> str:
     """Why a layer cannot be solved, empty if it can."""
     if not reads:
-        return f"{other} reads it, which is not solved" if other else "it does not run on the data"
+        return str(other) if other else "it does not run on the data"
     if other is not None:
-        return f"{other} reads the same weight"
-    if reads[0].conv is not None and reads[0].conv.groups > 1:
-        return f"a convolution with {reads[0].conv.groups} groups is not solved"
-    if (reads[0].part is None) != (expert_axis(weight, layer) is None):
-        return "it is read in two ways"
-    if isinstance(pattern, NM) and not pattern.fits(tuple(to_matrix(*matrix_of(weight, layer, reads[0].part)).shape)):
-        return f"{pattern.m} does not divide its columns"
+        return other.tied
+    parts = [parts_read(read, layer) for read in reads]
+    several = layer.groups > 1 or expert_axis(weight, layer) is not None
+    if not all(parts) or any(isinstance(part, int) != several for some in parts for part in some):
+        return "it is used in two different ways"
+    if _overlap({part for some in parts for part in some}, weight):
+        return "it is used in two different ways"
+    if isinstance(pattern, NM):
+        shapes = {tuple(to_matrix(*matrix_of(weight, layer, part)).shape) for some in parts for part in some}
+        if not all(pattern.fits(shape) for shape in shapes):
+            return f"{pattern.m} does not divide its columns"
     return ""
+
+
+def _overlap(parts: Set[Part], weight: Tensor) -> bool:
+    """Whether some elements of a weight are in several parts."""
+    slices = [part for part in parts if isinstance(part, View)]
+    count = torch.zeros_like(weight, dtype=torch.int8) if slices else None
+    for part in slices:
+        part.of(count).add_(1)
+    return count is not None and (None in parts or bool((count > 1).any()))
 
 
 @dataclass(frozen=True)
@@ -264,9 +291,9 @@ class _Statistic:
 
 def _solve_group_(problem: BlockProblem, group: _Group, turn: int) -> list[_SolvedWeight]:
     """Solve the weights that share an input, from one Gram matrix per part. turn: whose turn the first matrix is."""
-    layers, first = problem.layers, group.weights[0]
+    layers = problem.layers
     solved = [_SolvedWeight(w, layers[w].name, torch.ones_like(w, dtype=torch.bool)) for w in group.weights]
-    for parts in expert_chunks(first, layers[first]):
+    for parts in group.chunks:
         statistics = _statistics(problem, group, parts)
         matrices = [(weight, part) for weight in solved for part in parts]
         _solve_matrices_(problem, matrices, statistics, turn)
@@ -282,19 +309,19 @@ def _statistics(problem: BlockProblem, group: _Group, parts: Sequence[Part]) -> 
     magnitude.
     """
     weight = group.weights[0]
-    columns = to_matrix(*matrix_of(weight, problem.layers[weight], parts[0])).shape[1]
-    total = {part: weight.new_zeros(columns, columns, dtype=torch.float64) for part in parts}
+    layer = problem.layers[weight]
+    columns = {part: to_matrix(*matrix_of(weight, layer, part)).shape[1] for part in parts}
+    total = {part: weight.new_zeros(size, size, dtype=torch.float64) for part, size in columns.items()}
     tokens, left = dict.fromkeys(parts, 0), group.reads
 
     def add(read: Read) -> None:
         nonlocal left
-        if read.part not in total:
-            return
         with torch.autocast(read.x.device.type, enabled=False):
-            for x, _ in rows(read):
-                single = x.to(torch.promote_types(x.dtype, torch.float32))
-                total[read.part] += single.T @ single
-                tokens[read.part] += len(single)
+            for part, number in parts_read(read, layer).items():
+                for x, _ in read.columns(number) if part in total else ():
+                    single = x.to(torch.promote_types(x.dtype, torch.float32))
+                    total[part] += single.T @ single
+                    tokens[part] += len(single)
         left -= 1
         if not left and read.part is None:
             raise Stop

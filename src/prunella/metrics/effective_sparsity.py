@@ -91,8 +91,7 @@ def effective_sparsity(model: nn.Module, inputs: Inputs) -> EffectiveSparsity:
     a structured cut, after which nothing is disconnected.
     """
     twin = _positive(model)
-    names = {id(parameter): name for name, parameter in twin.named_parameters()}
-    paths = Paths(names)
+    paths = Paths(dict(twin.named_parameters()))
     try:
         with untouched(twin), torch.enable_grad():
             with paths:
@@ -118,7 +117,7 @@ def _summary(twin: nn.Module, paths: Paths) -> EffectiveSparsity:
             rows.append(Reached(name, kept.numel(), int(kept.sum()), int(kept.sum()), 0, 0))
             masks[name] = kept.cpu()
             continue
-        mask = kept & met.pairs.reshape(met.pairs.shape + (1,) * (kept.dim() - met.pairs.dim()))
+        mask = kept & met.pairs
         row = (int(kept.sum()), int(mask.sum()), len(met.live), int((~met.live).sum()))
         rows.append(Reached(name, kept.numel(), *row))
         masks[name] = mask.cpu()

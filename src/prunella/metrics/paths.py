@@ -8,7 +8,7 @@ activations a sum. What no rule knows connects everything that goes in with ever
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -17,7 +17,10 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from prunella.graph.trace.source import called
+from prunella.model.forms import Contraction
 from prunella.model.forward import tensors
+from prunella.model.reads import NotReadable, Product, operation, products, unreadable
+from prunella.model.watch import Homes, View
 from prunella.types import Mask
 
 Args = tuple[Any, ...]
@@ -26,31 +29,57 @@ Kwargs = Mapping[str, Any]
 
 @dataclass
 class Met:
-    """What is known of one weight after the run: (first axis, second axis) pairs on a path, and its live outputs."""
+    """What is known of one weight after the run: which of its elements are on a path, and its live outputs.
+
+    outputs: by part of the weight and how it is read, for all its matrices together.
+    """
 
     pairs: Mask
-    live: Mask
+    outputs: dict[object, Mask] = field(default_factory=dict)
+
+    @property
+    def live(self) -> Mask:
+        """Which outputs are on a path."""
+        return torch.cat(list(self.outputs.values()))
 
 
 @dataclass
 class _Found:
     """The weights that were met, by name, and the calls without a rule."""
 
-    names: Mapping[int, str]
+    parameters: Mapping[str, Tensor]
     met: dict[str, Met] = field(default_factory=dict)
     unfollowed: set[str] = field(default_factory=set)
 
+    def __post_init__(self) -> None:
+        self._ids, self._homes = {id(p) for p in self.parameters.values()}, Homes()
+        for name, parameter in self.parameters.items():
+            self._homes.settle(name, parameter)
+
     def parameter(self, value: object) -> bool:
         """Whether it is a parameter of the model, which carries no input."""
-        return id(value) in self.names
+        return id(value) in self._ids
+
+    def home(self, value: Tensor) -> tuple[str, View] | None:
+        """The parameter that it is a view of."""
+        return self._homes.of(value)
+
+    def reads(self, func: Any, args: Args, kwargs: Kwargs) -> list[Product]:
+        """The products of a call with a weight, none where the table does not know it."""
+        try:
+            every = list(products(operation(func), args, kwargs))
+        except NotReadable:
+            return []
+        mine = [p for p in every if self.home(p.operand) is not None]
+        return [p for p in mine if len(every) == 1 or self.home(p.x) is None]
 
 
 class Paths(TorchFunctionMode):
-    """The mode under which the model runs. names: of parameters, by identity."""
+    """The mode under which the model runs."""
 
-    def __init__(self, names: Mapping[int, str]) -> None:
+    def __init__(self, parameters: Mapping[str, Tensor]) -> None:
         super().__init__()
-        self._found = _Found(names)
+        self._found = _Found(parameters)
 
     @property
     def met(self) -> dict[str, Met]:
@@ -64,10 +93,14 @@ class Paths(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name, kwargs = called(func), kwargs or {}
-        carried = [t for t in tensors([*args, *kwargs.values()]) if t.requires_grad]
-        weighted = any(self._found.parameter(a) for a in args) and name in _RULES
-        if (not carried and not weighted) or name in _MOVES or name.startswith("__get") or name == "__set__":
+        if name in _MOVES or name.startswith("__get") or name == "__set__":
             return func(*args, **kwargs)
+        carried = [t for t in tensors([*args, *kwargs.values()]) if t.requires_grad]
+        reads = self._found.reads(func, args, kwargs)
+        if not carried and not reads and not (name == "embedding" and any(map(self._found.parameter, args))):
+            return func(*args, **kwargs)
+        if reads:
+            return _read(self._found, func, args, kwargs, reads)
         base = name.removesuffix("_") if not name.startswith("__") else name
         if base in _PASS:
             return args[0] if args else kwargs["input"]
@@ -102,7 +135,7 @@ def _connect(found: _Found, name: str, result: Any, carried: list[Tensor]) -> An
     outputs = [t for t in tensors(result) if t.is_floating_point()]
     if not outputs or not carried:
         return result
-    found.unfollowed.add(name)
+    found.unfollowed.add(f"{name} ({unreadable(name)})" if unreadable(name) else name)
     total = _saturate(torch.stack([t.sum() for t in carried]).sum())
     made = [total.expand(t.shape) for t in outputs]
     if isinstance(result, Tensor):
@@ -115,65 +148,87 @@ def _connect(found: _Found, name: str, result: Any, carried: list[Tensor]) -> An
 # -- weights ------------------------------------------------------------------------------------------------------
 
 
-def _any(value: Tensor, axis: int) -> Mask:
-    return (value.detach() > 0).movedim(axis, 0).flatten(1).any(1)
+def _read(found: _Found, func: Any, args: Args, kwargs: Kwargs, reads: list[Product]) -> Any:
+    """A call that multiplies with weights: as it is, without its bias, which carries no input."""
+    if operation(func) == "multi_head_attention_forward":
+        return _multi_head(found, func, args, kwargs, reads)
+    biases = {id(product.bias) for product in reads}
+    without = [torch.zeros_like(a) if id(a) in biases and isinstance(a, Tensor) else a for a in args]
+    rest = {key: torch.zeros_like(a) if id(a) in biases and isinstance(a, Tensor) else a for key, a in kwargs.items()}
+    made = func(*without, **rest)
+    for product in reads:
+        made = _through(found, product, made, product.x)
+    return made
 
 
-def _watch(found: _Found, weight: Tensor, output: Tensor, axis: int, pairs: Callable[[Mask], Mask]) -> Tensor:
-    """Note, when the gradient comes back, which pairs of units the weight joins on a path."""
-    name = found.names[id(weight)]
+def _multi_head(found: _Found, func: Any, args: Args, kwargs: Kwargs, reads: list[Product]) -> Any:
+    """Attention with its projections: every position of a head hangs on all positions of it."""
+    *inputs, last = (replace(product, output=lambda made: made) for product in reads)
+    parts = [_through(found, p, functional.linear(p.x, p.operand), p.x) for p in inputs]
+    heads = kwargs.get("num_heads", args[4] if len(args) > 4 else None)
+    whole = parts if len(parts) == 3 else parts[0].chunk(3, -1)
+    query, key, value = (t.reshape(*t.shape[:-1], heads, -1) for t in whole)
+    scores = query.sum(-1, keepdim=True) + key.sum((0, -1), keepdim=True)
+    mixed = _saturate(scores + value.sum(0, keepdim=True)).flatten(-2)
+    made = _through(found, last, functional.linear(mixed, last.operand), mixed)
+    weights = _saturate(scores.sum((-1, -2))).movedim(0, -1).unsqueeze(-1)
+    return made, weights.expand(*weights.shape[:-1], len(key))
+
+
+def _through(found: _Found, product: Product, output: Tensor, x: Tensor) -> Tensor:
+    """Note, when the gradient comes back, which elements of the weight join an input and an output on a path."""
+    form, shape = product.form, product.operand.shape
+    groups = form.sizes(shape)[0]
+    alive = form.total((x.detach() > 0).double(), shape, once=True) > 0
+
+    def outputs(values: Tensor) -> Mask:
+        positive = product.output(values.detach()) > 0
+        return torch.stack([form.rows(positive, shape, group).any(0) for group in range(groups)])
+
+    def pairs(need: Mask) -> Mask:
+        return form.restored(need[:, :, None].expand(form.sizes(shape)), shape) & alive
+
+    way: object = form.orientation
+    if isinstance(form, Contraction):  # the same rows of a weight are the same outputs, turned or not
+        axes = [form.weight.index(letter) for letter in form.batch + form.outer]
+        way = tuple((shape[axis], product.operand.stride(axis)) for axis in axes)
+    return _watch(found, product.operand, output, way, outputs, pairs)
+
+
+def _watch(
+    found: _Found,
+    weight: Tensor,
+    output: Tensor,
+    way: object,
+    outputs: Callable[[Tensor], Mask],
+    pairs: Callable[[Mask], Mask],
+) -> Tensor:
+    """Note what a weight, or a view of one, joins, when the gradient of its output comes back."""
+    home = found.home(weight)
+    assert home is not None  # it was found to be one
+    name, view = home
     if not output.requires_grad:
         output = output.detach().requires_grad_()
     made = _saturate(output)
-    reached = _any(made, axis)
-    zero = torch.zeros_like(reached)
-    known = found.met.setdefault(name, Met(torch.zeros(weight.shape[:2], dtype=torch.bool), zero))
+    reached = outputs(made)
+    known = found.met.setdefault(name, Met(torch.zeros_like(found.parameters[name], dtype=torch.bool)))
+    live = known.outputs.setdefault((view.offset, way), torch.zeros_like(reached.flatten()))
 
     def needed(grad: Tensor) -> None:
-        need = _any(grad, axis)
-        known.pairs |= pairs(need)
-        known.live |= need & reached
+        need = outputs(grad)
+        view.of(known.pairs).logical_or_(pairs(need))
+        live.logical_or_((need & reached).flatten())
 
     made.register_hook(needed)  # type: ignore[no-untyped-call]
     return made
 
 
-def _linear(found: _Found, func: Any, args: Args, kwargs: Kwargs) -> Tensor | None:
-    given = dict(zip(("input", "weight", "bias"), args, strict=False)) | dict(kwargs)
-    value, weight = given["input"], given["weight"]
-    if not found.parameter(weight):
-        return None
-    alive = _any(value, -1)
-    return _watch(found, weight, value @ weight.detach().T, -1, lambda need: need[:, None] & alive)
-
-
-def _matmul(found: _Found, func: Any, args: Args, kwargs: Kwargs) -> Tensor | None:
+def _product(found: _Found, func: Any, args: Args, kwargs: Kwargs) -> Tensor | None:
+    """Of two activations: what reaches either."""
     value, weight = args[-2], args[-1]
-    if found.parameter(weight) and weight.dim() == 2:
-        alive = _any(value, -1)
-        return _watch(found, weight, value @ weight.detach(), -1, lambda need: alive[:, None] & need)
-    if len(args) > 2 or found.parameter(value) or value.dim() < 2 or weight.dim() < 2:
+    if len(args) > 2 or value.dim() < 2 or weight.dim() < 2:
         return None
     return _saturate(value.sum(-1, keepdim=True) + weight.sum(-2, keepdim=True))
-
-
-def _conv(found: _Found, func: Any, args: Args, kwargs: Kwargs) -> Tensor | None:
-    turned = "transpose" in called(func)
-    order: tuple[str, ...] = ("input", "weight", "bias", "stride", "padding")
-    order += ("output_padding", "groups", "dilation") if turned else ("dilation", "groups")
-    given = dict(zip(order, args, strict=False)) | dict(kwargs)
-    value, weight, groups = given.pop("input"), given.pop("weight"), given.get("groups", 1)
-    if not found.parameter(weight):
-        return None
-    given["bias"], axis = None, 1 if value.dim() == weight.dim() else 0
-    alive = _any(value, axis)
-
-    def pairs(need: Mask) -> Mask:
-        if turned:
-            return alive[:, None] & need.view(groups, -1).repeat_interleave(len(alive) // groups, 0)
-        return need[:, None] & alive.view(groups, -1).repeat_interleave(len(need) // groups, 0)
-
-    return _watch(found, weight, func(value, weight.detach(), **given), axis, pairs)
 
 
 def _embedding(found: _Found, func: Any, args: Args, kwargs: Kwargs) -> Tensor | None:
@@ -181,8 +236,12 @@ def _embedding(found: _Found, func: Any, args: Args, kwargs: Kwargs) -> Tensor |
     weight = given["weight"]
     if not found.parameter(weight):
         return None
+
+    def outputs(values: Tensor) -> Mask:
+        return (values.detach() > 0).reshape(-1, weight.shape[1]).any(0)
+
     output = functional.embedding(given["input"], weight.detach())
-    return _watch(found, weight, output, -1, lambda need: need.expand(weight.shape))
+    return _watch(found, weight, output, "embedding", outputs, lambda need: need.expand(weight.shape))
 
 
 # -- the rest -----------------------------------------------------------------------------------------------------
@@ -292,9 +351,7 @@ _MOVES = frozenset(
 )
 """Calls that move or add up what is there, and those that only look: run as they are."""
 _RULES: dict[str, Callable[[_Found, Any, Args, Kwargs], Tensor | None]] = {
-    "linear": _linear,
-    **dict.fromkeys(("matmul", "__matmul__", "mm", "bmm", "addmm"), _matmul),
-    **dict.fromkeys([f"conv{turned}{n}d" for n in (1, 2, 3) for turned in ("", "_transpose")], _conv),
+    **dict.fromkeys(("matmul", "__matmul__", "mm", "bmm", "addmm"), _product),
     "embedding": _embedding,
     **dict.fromkeys("add sub mul div true_divide maximum minimum rsub".split(), _sum),
     **dict.fromkeys([f"__{i}{op}__" for op in ("add", "sub", "mul", "truediv") for i in ("", "r", "i")], _sum),

@@ -1,195 +1,251 @@
-"""Which calls read which parameters: linear, matrix and convolution calls, seen by parameter identity.
+"""The one table of who reads a weight: operation -> which of its tensors are weights, and how each is read.
 
-A layer is whatever hands its own parameter to `F.linear`, `torch.addmm`, `torch.matmul`, `torch.mm`, `conv1d` or
-`conv2d`, so that `nn.Linear`, GPT-2's `Conv1D` and hand-written modules are the same thing here.
+Statistics, recovery, layer solvers and metrics all look here, so that what one of them can work with, all can. It
+holds for calls of Python (`torch.einsum`) and for what they become below autograd (`aten.bmm`) alike. Operations that
+read a weight in a way that no matrix describes are named, with the reason, by `unreadable`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import inspect
+import itertools
+import string
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from operator import itemgetter
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch import Tensor
 
-from prunella.model.forward import tensors
+from prunella.model.forms import Contraction, Convolution, Form
 
-CHUNK = 8_000_000
-"""Most elements of an unfolded convolution input held at once, a sample at the least."""
+UNREADABLE = {
+    "embedding": "it looks rows up by number",
+    "embedding_bag": "it looks rows up by number",
+    "bilinear": "it multiplies two inputs with the weight at once",
+    "_trilinear": "it multiplies two inputs with the weight at once",
+    **dict.fromkeys(
+        ("lstm", "gru", "rnn_tanh", "rnn_relu", "mkldnn_rnn_layer", "_cudnn_rnn"),
+        "its steps run inside one call, out of sight",
+    ),
+    **dict.fromkeys(
+        ("lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell", "_thnn_fused_lstm_cell", "_thnn_fused_gru_cell"),
+        "its gates run inside one call, out of sight",
+    ),
+    "_native_multi_head_attention": "its layers run inside one call, out of sight",
+    "_transformer_encoder_layer_fwd": "its layers run inside one call, out of sight",
+    **dict.fromkeys(
+        ("chain_matmul", "linalg_multi_dot", "multi_dot"), "it multiplies several matrices in an order of its own"
+    ),
+    "conv_tbc": "its axes are those of no other convolution",
+    "cdist": "it takes distances, no products",
+}
+"""Operations that take a weight and are not in the table: what is said wherever one is met."""
+
+
+class NotReadable(Exception):
+    """Raised by a row of the table for arguments under which no matrix describes the weight; says why."""
+
+
+def unreadable(operation: str) -> str:
+    """Why the weights of an operation cannot be read; empty for one that is in the table, or that reads none."""
+    return UNREADABLE.get(operation, "")
+
+
+def operation(func: Any) -> str:
+    """The name of a call in the table: `matmul` for `Tensor.__matmul__`, `addmm` for `aten.addmm.default`."""
+    if isinstance(func, torch._ops.OpOverload):
+        name = func._schema.name.partition("::")[2]
+    else:
+        name = getattr(func, "__name__", "")
+    return _SPELLINGS.get(name, name)
+
+
+_SPELLINGS = {"__matmul__": "matmul", "__rmatmul__": "rmatmul", "grouped_mm_fallback": "grouped_mm"}
+_SPELLINGS |= {"_grouped_mm": "grouped_mm", "_convolution": "convolution", "linalg_matmul": "matmul"}
 
 
 @dataclass(frozen=True)
-class Conv:
-    """The settings of one convolution call."""
+class Product:
+    """One multiplication in a call: a tensor that may be a weight, the input that it multiplies, and how.
 
-    stride: tuple[int, ...]
-    padding: tuple[tuple[int, int], ...]
-    dilation: tuple[int, ...]
-    groups: int
-
-
-@dataclass(frozen=True)
-class Read:
-    """One call of a layer: its input, its output, its bias, and how the weight is laid out.
-
-    part: where a stack of matrices is read one at a time, the place of this one; the axes are those of the matrix.
-    residual: what its output is added to, in the shape of `y`; None if it is not added to anything.
+    given: makes the input, when it is asked for. bias: what is added to each output, as many numbers as all matrices
+    have outputs. output: takes the product's own output out of what the call returns.
     """
 
-    weight: nn.Parameter
-    bias: nn.Parameter | None
-    x: Tensor
-    y: Tensor
-    in_axis: int
-    out_axis: int
-    conv: Conv | None
-    residual: Tensor | None = None
-    part: int | None = None
+    operand: Tensor
+    given: Callable[[], Tensor]
+    form: Form
+    bias: Tensor | None = None
+    output: Callable[[Any], Tensor] = lambda result: result
+
+    @cached_property
+    def x(self) -> Tensor:
+        """The input."""
+        return self.given()
 
 
-class Stop(Exception):
-    """Raised to end a forward pass once everything asked for was seen."""
+def products(name: str, args: Sequence[Any], kwargs: Any = None) -> Iterator[Product]:
+    """The multiplications of a call by the name of its operation; none where it is not in the table.
 
-
-class Watch(TorchFunctionMode):
-    """Hand every `Read` of the parameters `wanted` to `found`; pass everything else through.
-
-    `others`: parameter id -> name of a contraction that reads it and is not understood here.
-    stacks: see parameters of three axes, the experts of a mixture for example, of which `p[k]` takes single matrices.
+    Errors: NotReadable for arguments that no row knows.
     """
+    row = READS.get(name)
+    if row is not None:
+        yield from row(*args, **(kwargs or {}))
 
-    def __init__(self, wanted: Iterable[nn.Parameter], found: Callable[[Read], None], *, stacks: bool = False) -> None:
-        super().__init__()
-        self.wanted, self.found = {id(p): p for p in wanted}, found
-        self.stacks = {id(p) for p in self.wanted.values() if stacks and p.dim() == 3}
-        self.others: dict[int, str] = {}
-        self._slices: dict[int, tuple[nn.Parameter, int, Tensor]] = {}
-        self._held: tuple[Read, Tensor] | None = None
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        handed_on = self._used(getattr(func, "__name__", ""), args)
-        result = func(*args, **(kwargs or {}))
-        if handed_on and self._held is not None:
-            self._hand_on(result)
-        if self.stacks and func is Tensor.__getitem__ and id(args[0]) in self.stacks:
-            self._slice(args[0], args[1], result)
-        reader = _READERS.get(func)
-        read = reader(*args, **(kwargs or {})) if reader else None
-        if read is not None and id(read.weight) in self._slices:
-            weight, part, _ = self._slices[id(read.weight)]
-            read = replace(read, weight=weight, part=part)
-        if read is not None and id(read.weight) in self.wanted:
-            self.finish()
-            # copies, since the model may go on in place
-            self._held = replace(read, x=read.x.detach().clone(), y=result.detach().clone()), result
-        elif reader or getattr(func, "__name__", "") in _NOT_UNDERSTOOD:
-            for value in tensors([args, kwargs or {}]):
-                if id(value) in self.wanted:
-                    self.others[id(value)] = func.__name__
-        return result
+def _of(x: Tensor, weight: Tensor, form: Form, bias: Any = None) -> Product:
+    bias = bias if isinstance(bias, Tensor) and bias.numel() == _outputs(form, weight) else None
+    return Product(weight, lambda: x, form, bias)
 
-    def _slice(self, stack: nn.Parameter, index: Any, result: Any) -> None:
-        """Remember which matrix of a stack was taken."""
-        scalar = isinstance(index, Tensor) and index.dim() == 0 and not index.is_floating_point()
-        if isinstance(result, Tensor) and result.dim() == 2 and (isinstance(index, int) or scalar):
-            self._slices[id(result)] = stack, int(index) % len(stack), result  # held, so that no number is used twice
 
-    def _used(self, name: str, args: tuple[Any, ...]) -> bool:
-        """A call that is about to run: hand the last read over if the call uses its output; True if it hands it on.
+def _outputs(form: Form, weight: Tensor) -> int:
+    groups, out, _ = form.sizes(weight.shape)
+    return groups * out
 
-        Before the call, since a sum in place would change what it adds.
-        """
-        if self._held is None or not any(argument is self._held[1] for argument in args):
-            return False
-        if name in _HANDS_ON:
-            return True
-        read, output = self._held
-        if name in _ADDS and len(args) > 1:
-            other = args[1] if args[0] is output else args[0]
-            if isinstance(other, Tensor) and other.shape == output.shape and other is not output:
-                self._held = replace(read, residual=other.detach().clone().reshape(read.y.shape)), output
-        self.finish()
-        return False
 
-    def _hand_on(self, result: Any) -> None:
-        """The output of the last read goes on as `result`, if that still has its last axis."""
-        assert self._held is not None
-        read, output = self._held
-        if isinstance(result, Tensor) and result.shape[-1] == output.shape[-1]:
-            self._held = read, result
+# -- products -----------------------------------------------------------------------------------------------------
+
+
+def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Iterator[Product]:
+    lead = _letters(input.dim() - 1)
+    yield _of(input, weight, Contraction(f"{lead}i", "oi", f"{lead}o"), bias)
+
+
+def _pair(a: Tensor, b: Tensor, bias: Tensor | None = None, scale: float = 1) -> Iterator[Product]:
+    """Two matrices, or as many pairs of them: either may be the weight, the other is its input."""
+    lead = "b" * (a.dim() - 2)
+    right = Contraction(f"{lead}ti", f"{lead}io", f"{lead}to")
+    left = Contraction(f"{lead}it", f"{lead}oi", f"{lead}ot")
+    rows = bias is not None and (bias.dim() < 2 or bias.shape[-2] == 1)
+    yield Product(b, lambda: a if scale == 1 else a * scale, right, _of(a, b, right, bias if rows else None).bias)
+    yield Product(a, lambda: b if scale == 1 else b * scale, left)
+
+
+def _added(input: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1, **_: Any) -> Iterator[Product]:
+    return _pair(a, b, input if beta == 1 else None, alpha)
+
+
+def _two(a: Tensor, b: Tensor, *_: Any, **__: Any) -> Iterator[Product]:
+    return _pair(a, b)
+
+
+def _vector(matrix: Tensor, vector: Tensor, scale: float = 1) -> Iterator[Product]:
+    yield Product(matrix, lambda: vector if scale == 1 else vector * scale, Contraction("i", "oi", "o"))
+    yield Product(vector, lambda: matrix if scale == 1 else matrix * scale, Contraction("ti", "i", "t"))
+
+
+def _mv(matrix: Tensor, vector: Tensor, **_: Any) -> Iterator[Product]:
+    return _vector(matrix, vector)
+
+
+def _addmv(_: Tensor, matrix: Tensor, vector: Tensor, *, beta: float = 1, alpha: float = 1) -> Iterator[Product]:
+    return _vector(matrix, vector, alpha)
+
+
+def _addbmm(_: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1) -> Iterator[Product]:
+    return _einsum_of("bti,bio->to", (a, b) if alpha == 1 else (a * alpha, b))
+
+
+def _matmul(input: Tensor, other: Tensor, **_: Any) -> Iterator[Product]:
+    lead = _letters(max(input.dim(), other.dim(), 2) - 2)
+    left, right = ("" if t.dim() < 2 else lead[len(lead) + 2 - t.dim() :] for t in (input, other))
+    t, o = "t" if input.dim() > 1 else "", "o" if other.dim() > 1 else ""
+    return _einsum_of(f"{left}{t}i,{right}i{o}->{lead}{t}{o}", (input, other))
+
+
+def _rmatmul(input: Tensor, other: Tensor) -> Iterator[Product]:
+    return _matmul(other, input)
+
+
+def _inner(input: Tensor, other: Tensor) -> Iterator[Product]:
+    a, b = _letters(input.dim() - 1), _letters(input.dim() + other.dim() - 2)[input.dim() - 1 :]
+    return _einsum_of(f"{a}z,{b}z->{a}{b}", (input, other))
+
+
+def _tensordot(a: Tensor, b: Tensor, dims: Any = 2, *_: Any) -> Iterator[Product]:
+    if isinstance(dims, Tensor):
+        raise NotReadable("its axes are given by a tensor")
+    if isinstance(dims, int):
+        dims = list(range(a.dim() - dims, a.dim())), list(range(dims))
+    first, names = _letters(a.dim()), _letters(a.dim() + b.dim())
+    second = list(names[a.dim() :])
+    for i, j in zip(*([d] if isinstance(d, int) else d for d in dims), strict=True):
+        second[j] = first[i]
+    kept = [x for x in first if x not in second] + [x for x in second if x not in first]
+    return _einsum_of(f"{first},{''.join(second)}->{''.join(kept)}", (a, b))
+
+
+def _einsum(equation: Any, *operands: Any, **_: Any) -> Iterator[Product]:
+    if operands and isinstance(operands[0], list | tuple):  # below autograd a path may follow
+        operands = tuple(operands[0])
+    if not isinstance(equation, str) or not all(isinstance(t, Tensor) for t in operands):
+        raise NotReadable("its axes are given by lists of numbers")
+    return _einsum_of(_spelled(equation, operands), operands)
+
+
+def _spelled(equation: str, operands: Sequence[Tensor]) -> str:
+    """The equation with a letter for each axis that the dots stand for, and its output written down."""
+    inputs, arrow, output = equation.replace(" ", "").partition("->")
+    free = "".join(a for a in string.ascii_letters if a not in equation)
+    parts = inputs.split(",")
+    pairs = zip(parts, operands, strict=True)
+    hidden = [t.dim() - len(part.replace("...", "")) if "..." in part else 0 for part, t in pairs]
+    dots = free[: max(hidden)]
+    if not arrow:
+        letters = inputs.replace(",", "").replace(".", "")
+        output = "..." + "".join(sorted(a for a in set(letters) if letters.count(a) == 1))
+    parts = [part.replace("...", dots[len(dots) - n :]) for part, n in zip(parts, hidden, strict=True)]
+    return f"{','.join(parts)}->{output.replace('...', dots)}"
+
+
+def _einsum_of(equation: str, operands: Sequence[Tensor]) -> Iterator[Product]:
+    """One product for each operand as the weight: the others together are its input."""
+    inputs, _, output = equation.partition("->")
+    parts = inputs.split(",")
+    sizes: dict[str, int] = {}
+    for part, tensor in zip(parts, operands, strict=True):
+        for letter, size in zip(part, tensor.shape, strict=True):
+            sizes[letter] = max(size, sizes.get(letter, 1)) if size else 0
+    for k, (weight, own) in enumerate(zip(operands, parts, strict=True)):
+        rest = [(part, t) for j, (part, t) in enumerate(zip(parts, operands, strict=True)) if j != k]
+        if len(set(own)) < len(own) or not rest:
+            continue
+        thin = [n for n, a in enumerate(own) if weight.shape[n] == 1 and sizes[a] > 1]
+        for n in reversed(thin):
+            weight, own = weight.squeeze(n), own[:n] + own[n + 1 :]
+        theirs = "".join(dict.fromkeys(a for part, _ in rest for a in part if a in own or a in output))
+        if all(a in theirs or a in output for a in own):
+            yield Product(weight, _joined(rest, theirs, sizes), Contraction(theirs, own, output))
+
+
+def _joined(rest: Sequence[tuple[str, Tensor]], wanted: str, sizes: dict[str, int]) -> Callable[[], Tensor]:
+    """The product of the other operands, with the axes that the weight meets."""
+
+    def make() -> Tensor:
+        if len(rest) == 1 and rest[0][0] == wanted:
+            made = rest[0][1]
         else:
-            self.finish()
+            made = torch.einsum(f"{','.join(part for part, _ in rest)}->{wanted}", *(t for _, t in rest))
+        return made.expand([sizes[a] for a in wanted])
 
-    def finish(self) -> None:
-        """Hand over the last read. To be called when the pass has ended."""
-        held, self._held = self._held, None
-        if held is not None:
-            self.found(held[0])
+    return make
 
 
-_ADDS = frozenset({"add", "add_", "__add__", "__radd__", "__iadd__"})
-_HANDS_ON = frozenset({"dropout", "view", "reshape", "contiguous"})
-"""Calls between a layer and the sum that its output goes into, where the last axis stays."""
+def _grouped(a: Tensor, b: Tensor, offs: Tensor | None = None, *_: Any, **__: Any) -> Iterator[Product]:
+    """Rows of `a` up to each offset by the matrix of their own."""
+    if a.dim() != 2 or b.dim() != 3 or offs is None:
+        raise NotReadable("its weight is not a stack of matrices")
+    for number, (start, end) in enumerate(itertools.pairwise([0, *offs.tolist()])):
+        rows = slice(start, end)
+        yield Product(b[number], partial(a.__getitem__, rows), Contraction("ti", "io", "to"), None, itemgetter(rows))
 
 
-def rows(read: Read, positions: Tensor | None = None) -> Iterable[tuple[Tensor, slice]]:
-    """The input as matrices `(tokens, in * kernel)` in chunks, each with the slice of output tokens it belongs to.
-
-    `positions` selects input channels. A convolution is unfolded a few samples at a time.
-    """
-    if read.conv is None:
-        x = read.x.reshape(-1, read.x.shape[-1])
-        yield (x if positions is None else x.index_select(1, positions)), slice(None)
-        return
-    x = read.x if positions is None else read.x.index_select(1, positions)
-    kernel = tuple(read.weight.shape[2:])
-    tokens = read.y.shape[2:].numel()
-    per_sample = x.shape[1] * torch.Size(kernel).numel() * tokens
-    step = max(1, CHUNK // max(per_sample, 1))
-    for start in range(0, x.shape[0], step):
-        part = _unfold(x[start : start + step], kernel, read.conv)
-        yield part, slice(start * tokens, (start + part.shape[0] // tokens) * tokens)
-
-
-def targets(read: Read, positions: Tensor | None = None, *, residual: bool = False) -> Tensor:
-    """The output as a matrix `(tokens, out)`, or what it is added to; `positions` selects output channels."""
-    y = read.residual if residual and read.residual is not None else read.y
-    y = y.movedim(1, -1) if read.conv is not None else y
-    y = y.reshape(-1, y.shape[-1])
-    return y if positions is None else y.index_select(1, positions)
-
-
-def _unfold(x: Tensor, kernel: tuple[int, ...], conv: Conv) -> Tensor:
-    """The patches that a convolution multiplies: `(samples * positions, in * kernel)`, as in `weight.flatten(1)`."""
-    x = F.pad(x, [side for pair in reversed(conv.padding) for side in pair])
-    for axis, size in enumerate(kernel):
-        span = conv.dilation[axis] * (size - 1) + 1
-        x = x.unfold(2 + axis, span, conv.stride[axis])[..., :: conv.dilation[axis]]
-    spatial = len(kernel)
-    order = [0, *range(2, 2 + spatial), 1, *range(2 + spatial, 2 + 2 * spatial)]
-    x = x.permute(order)
-    return x.reshape(x.shape[: 1 + spatial].numel(), -1)
-
-
-def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Read | None:
-    return _call(weight, bias, input, 1, 0, None)
-
-
-def _addmm(input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: float = 1, **_: Any) -> Read | None:
-    return _call(mat2, input, mat1, 0, 1, None) if beta == 1 and alpha == 1 else None
-
-
-def _matmul(input: Tensor, other: Tensor, **_: Any) -> Read | None:
-    return _call(other, None, input, 0, 1, None) if other.dim() == 2 else None
-
-
-def _mm(input: Tensor, mat2: Tensor, **_: Any) -> Read | None:
-    return _call(mat2, None, input, 0, 1, None)
+# -- convolutions -------------------------------------------------------------------------------------------------
 
 
 def _conv(
@@ -200,17 +256,55 @@ def _conv(
     padding: Any = 0,
     dilation: Any = 1,
     groups: int = 1,
-) -> Read | None:
+) -> Iterator[Product]:
     n = weight.dim() - 2
-    if input.dim() != n + 2:
-        return None
     spread = _tuple(dilation, n)
     if padding == "same":
         total = [d * (k - 1) for d, k in zip(spread, weight.shape[2:], strict=True)]
         pads = tuple((t // 2, t - t // 2) for t in total)
     else:
         pads = tuple((p, p) for p in _tuple(0 if padding == "valid" else padding, n))
-    return _call(weight, bias, input, 1, 0, Conv(_tuple(stride, n), pads, spread, groups))
+    yield _batched(input, weight, Convolution(_tuple(stride, n), pads, spread, groups), bias)
+
+
+def _conv_transpose(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    output_padding: Any = 0,
+    groups: int = 1,
+    dilation: Any = 1,
+) -> Iterator[Product]:
+    n = weight.dim() - 2
+    pads = tuple((p, p) for p in _tuple(padding, n))
+    form = Convolution(_tuple(stride, n), pads, _tuple(dilation, n), groups, True, _tuple(output_padding, n))
+    yield _batched(input, weight, form, bias)
+
+
+def _convolution(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    transposed: bool,
+    output_padding: Any,
+    groups: int,
+    *_: Any,
+) -> Iterator[Product]:
+    if transposed:
+        return _conv_transpose(input, weight, bias, stride, padding, output_padding, groups, dilation)
+    return _conv(input, weight, bias, stride, padding, dilation, groups)
+
+
+def _batched(x: Tensor, weight: Tensor, form: Convolution, bias: Tensor | None) -> Product:
+    """A single sample is a batch of one."""
+    single = x.dim() < weight.dim()
+    made = _of(x.unsqueeze(0) if single else x, weight, form, bias)
+    return Product(weight, made.given, form, made.bias, lambda y: y.unsqueeze(0)) if single else made
 
 
 def _tuple(value: Any, n: int) -> tuple[int, ...]:
@@ -218,41 +312,67 @@ def _tuple(value: Any, n: int) -> tuple[int, ...]:
     return values * n if len(values) == 1 else values
 
 
-def _call(
-    weight: Tensor, bias: Tensor | None, x: Tensor, in_axis: int, out_axis: int, conv: Conv | None
-) -> Read | None:
-    if bias is not None and not isinstance(bias, nn.Parameter):
-        return None
-    return Read(weight, bias, x, x, in_axis, out_axis, conv)  # type: ignore[arg-type]  # `Watch` looks at the weight
+# -- attention ----------------------------------------------------------------------------------------------------
 
 
-_READERS: dict[Any, Callable[..., Read | None]] = {
-    F.linear: _linear,
-    torch.addmm: _addmm,
-    Tensor.addmm: _addmm,
-    torch.matmul: _matmul,
-    Tensor.matmul: _matmul,
-    Tensor.__matmul__: _matmul,
-    torch.mm: _mm,
-    Tensor.mm: _mm,
-    F.conv1d: _conv,
-    F.conv2d: _conv,
+def _attention(*args: Any, **kwargs: Any) -> Iterator[Product]:
+    """`F.multi_head_attention_forward`: the projections of queries, keys and values, and that of the output."""
+    bound = _ATTENTION.bind(*args, **kwargs)
+    bound.apply_defaults()
+    at = bound.arguments
+    inputs, bias = [at["query"], at["key"], at["value"]], at["in_proj_bias"]
+    if at["use_separate_proj_weight"]:
+        weights = [at[f"{name}_proj_weight"] for name in "qkv"]
+        biases = [None] * 3 if bias is None else bias.chunk(3)
+    elif inputs[0] is inputs[1] and inputs[1] is inputs[2]:
+        inputs, weights, biases = inputs[:1], [at["in_proj_weight"]], [bias]
+    else:
+        weights, biases = at["in_proj_weight"].chunk(3), [None] * 3 if bias is None else bias.chunk(3)
+    for x, weight, own in zip(inputs, weights, biases, strict=True):
+        for made in _linear(x, weight, own):
+            yield replace(made, output=partial(_projected, x, weight, own))
+    out, letters = at["out_proj_weight"], _letters(inputs[0].dim() - 1)
+
+    def mixed() -> Tensor:
+        plain = {"out_proj_weight": torch.eye(len(out), dtype=out.dtype, device=out.device), "out_proj_bias": None}
+        made: Tensor = F.multi_head_attention_forward(**{**at, **plain, "need_weights": False})[0]
+        return made
+
+    form = Contraction(f"{letters}i", "oi", f"{letters}o")
+    yield Product(out, mixed, form, at["out_proj_bias"], itemgetter(0))
+
+
+def _projected(x: Tensor, weight: Tensor, bias: Tensor | None, _: Any) -> Tensor:
+    """What a projection gives, which the call does not return."""
+    return F.linear(x, weight, bias)
+
+
+_ATTENTION = inspect.signature(F.multi_head_attention_forward)
+
+
+def _letters(count: int) -> str:
+    """Names of axes, none of which is i, o, t or z."""
+    return "".join(a for a in string.ascii_letters if a not in "iotz")[:count]
+
+
+READS: dict[str, Callable[..., Iterable[Product]]] = {
+    "linear": _linear,
+    "addmm": _added,
+    "baddbmm": _added,
+    "mm": _two,
+    "bmm": _two,
+    "mv": _mv,
+    "addmv": _addmv,
+    "addbmm": _addbmm,
+    "matmul": _matmul,
+    "rmatmul": _rmatmul,
+    "inner": _inner,
+    "tensordot": _tensordot,
+    "einsum": _einsum,
+    "grouped_mm": _grouped,
+    "multi_head_attention_forward": _attention,
+    "convolution": _convolution,
+    **{f"conv{n}d": _conv for n in (1, 2, 3)},
+    **{f"conv_transpose{n}d": _conv_transpose for n in (1, 2, 3)},
 }
-
-_NOT_UNDERSTOOD = {
-    "embedding",
-    "multi_head_attention_forward",
-    "einsum",
-    "bmm",
-    "baddbmm",
-    "tensordot",
-    "bilinear",
-    "conv3d",
-    "conv_transpose1d",
-    "conv_transpose2d",
-    "conv_transpose3d",
-    "lstm",
-    "gru",
-    "rnn_tanh",
-    "rnn_relu",
-}
+"""Every operation that reads a weight as matrices."""

@@ -194,7 +194,8 @@ class Scorer:
             return self._noise(entity, tuple(self._matrix(entity, weight).shape)).to(weight.device)
         value = self.statistics.get(need, entity)
         if value is None:
-            raise Absent(f"{self.name} needs `{need}`, and {entity} did not run on the data")
+            why = self.statistics.unread.get(entity, "it did not run on the data")
+            raise Absent(f"{self.name} needs `{need}`, which {entity} does not have: {why}")
         layout = STATISTICS[need].layout
         if layout == "own":
             return value

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,11 +12,11 @@ from torch import Tensor, nn
 
 from prunella.model.forward import batches, forward
 from prunella.model.masks import reapply_
-from prunella.model.reads import Read, Watch
 from prunella.model.state import mode
 from prunella.model.unwrap import unwrap
+from prunella.model.watch import Read, Watch
 from prunella.planning.plan import Plan
-from prunella.recovery.reconstruct import Fit, Layer, layers_of
+from prunella.recovery.readers import Reader, Skipped, readers_of
 from prunella.registry.method import recovery
 from prunella.types import Loss
 
@@ -65,39 +66,61 @@ def fold_means(
     data = list(data) if isinstance(data, Iterator) else data
     small_, dense_ = unwrap(small), unwrap(dense)
     with mode(small_, training=False), mode(dense_, training=False), torch.no_grad():
-        found = layers_of(small_, dense_, next(batches(data)), plan, loss)
-        layers = {layer.dense: layer for layer in found if isinstance(layer, Layer) and layer.bias is not None}
-        sums: dict[nn.Parameter, tuple[Tensor, int]] = {}
-
-        def add(read: Read) -> None:
-            x = read.x.movedim(1, -1) if read.conv is not None else read.x
-            rows = x.reshape(-1, x.shape[-1]).double()
-            total, count = sums.get(read.weight, (torch.zeros_like(rows[0]), 0))
-            sums[read.weight] = total + rows.sum(0), count + len(rows)
-
-        watch = Watch(layers, add)
+        found = readers_of(small_, dense_, next(batches(data)), plan, loss)
+        readers = {item.dense: item for item in found if isinstance(item, Reader) and item.biased}
+        means = _Means(readers)
         for batch in batches(data):
+            means.begin()
+            watch = Watch(readers, means.add)
             with watch:
                 loss(dense_, batch) if loss else forward(dense_, batch)
             watch.finish()
-        folds = [_fold(item, sums, plan) for item in found]
+        folds = [_fold(item, means) for item in found]
         reapply_(small_)
     return Folded(tuple(folds))
 
 
-def _fold(item: Layer | Fit, sums: dict[nn.Parameter, tuple[Tensor, int]], plan: Plan) -> Fold:
-    if isinstance(item, Fit):
-        return Fold(item.name, skipped=item.skipped.replace("refitted", "corrected"))
-    if item.bias is None:
+class _Means:
+    """Sums of what every matrix reads, and how many tokens each had."""
+
+    def __init__(self, readers: Mapping[nn.Parameter, Reader]) -> None:
+        self.readers = readers
+        self.sums: dict[tuple[nn.Parameter, int, int], tuple[Tensor, int]] = {}
+        self._calls: Counter[nn.Parameter] = Counter()
+
+    def begin(self) -> None:
+        """Before a forward pass."""
+        self._calls.clear()
+
+    def add(self, read: Read) -> None:
+        """One call of a layer."""
+        order = self.readers[read.weight].order
+        part = order[self._calls[read.weight] % len(order)]
+        self._calls[read.weight] += 1
+        for group in range(read.groups):
+            sums, tokens = read.form.input_sums(read.x, read.view.size, group)
+            total, count = self.sums.get((read.weight, part, group), (torch.zeros_like(sums), 0))
+            self.sums[read.weight, part, group] = total + sums, count + tokens
+
+
+def _fold(item: Reader | Skipped, means: _Means) -> Fold:
+    if isinstance(item, Skipped):
+        return Fold(item.name, skipped=item.why)
+    if not item.biased:
         return Fold(item.name, skipped="it has no bias that could take the constant")
-    total, count = sums[item.dense]
-    in_axis, out_axis = item.axes
-    gone = torch.ones(item.dense.shape[in_axis], dtype=torch.bool, device=item.dense.device)
-    gone[plan.cuts[item.name][in_axis].to(gone.device)] = False
-    weight = item.dense.double().movedim((out_axis, in_axis), (0, 1))
-    weight = weight.reshape(*weight.shape[:2], -1).sum(-1)
-    shift = weight @ (total / count * gone)
-    shift = shift if item.expected is None else shift[item.expected.to(shift.device)]
-    places = torch.arange(len(shift)) if item.writes is None else item.writes
-    item.bias[places] = (item.bias[places].double() + shift).to(item.bias.dtype)
-    return Fold(item.name, float(shift.abs().max()) if len(shift) else 0.0)
+    largest = 0.0
+    for number, part in enumerate(item.parts):
+        matrices = part.dense.matrices(item.dense.double())
+        for piece in part.pieces:
+            total, count = means.sums[item.dense, number, piece.dense]
+            # One sum for each input channel stands for all taps of a kernel.
+            weight = matrices[piece.dense].reshape(-1, len(total), matrices.shape[2] // len(total)).sum(-1)
+            gone = ~piece.kept.view(len(total), -1)[:, 0].to(weight.device)
+            shift = weight @ (total / count * gone)
+            shift = shift if piece.expected is None else shift[piece.expected.to(shift.device)]
+            assert part.small.bias is not None  # the reader is biased
+            bias = part.small.bias[piece.small]
+            places = torch.arange(len(shift)) if piece.rows is None else piece.rows
+            bias[places] = (bias[places].double() + shift).to(bias.dtype)
+            largest = max(largest, float(shift.abs().max()) if len(shift) else 0.0)
+    return Fold(item.name, largest)

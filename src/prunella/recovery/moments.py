@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from prunella.errors import CheckFailed, RequestError
 from prunella.model.forward import Outputs, batches, first_tensor, forward
 from prunella.model.masks import reapply_
-from prunella.model.reads import Read, Watch
 from prunella.model.state import mode
 from prunella.model.unwrap import unwrap
+from prunella.model.watch import Read, Watch
 from prunella.planning.plan import Plan
 from prunella.recovery.batchnorm import Moments
 from prunella.registry.method import recovery
@@ -23,13 +23,16 @@ from prunella.registry.method import recovery
 
 @dataclass(frozen=True)
 class _Place:
-    """A module with a weight and a bias: the axis of its outputs in the weight, and in what it returns."""
+    """A module with a weight and a bias: the axis of its outputs in what it returns, and how the weight is read.
+
+    read: without the values of a run; None where the weight is a scale.
+    """
 
     name: str
     weight: nn.Parameter
     bias: nn.Parameter
-    out_axis: int
     axis: int
+    read: Read | None = None
 
 
 @recovery(source="Frantar and Alistarh 2022, arXiv:2208.11580 (statistics correction)")
@@ -77,12 +80,13 @@ def _places(model: nn.Module, names: Sequence[str], batch: Any, outputs: Outputs
         raise RequestError(
             f"{unknown[0]!r} is no module with a weight and a bias", "both take the correction", "see named_modules()"
         )
-    axes: dict[int, tuple[int, int]] = {}
+    reads: dict[int, tuple[int, Read]] = {}
     ran: list[str] = []
     weights = [module.weight for module in owners.values()]
 
     def see(read: Read) -> None:
-        axes.setdefault(id(read.weight), (read.out_axis, -1 if read.conv is None else 1))
+        if read.whole and read.form.output_axis is not None:
+            reads.setdefault(id(read.weight), (read.form.output_axis, read.bare))
 
     handles = [m.register_forward_hook(lambda *_, n=n: ran.append(n)) for n, m in owners.items()]
     try:
@@ -95,13 +99,14 @@ def _places(model: nn.Module, names: Sequence[str], batch: Any, outputs: Outputs
     found = []
     for name in dict.fromkeys(ran):
         module = owners[name]
-        known = axes.get(id(module.weight))
+        known = reads.get(id(module.weight))
         if known is not None:
             found.append(_Place(name, module.weight, module.bias, *known))
         elif name in names:
             if module.weight.dim() != 1:
-                raise RequestError(f"{name} cannot be corrected", "its weight is read in a way not understood here")
-            found.append(_Place(name, module.weight, module.bias, 0, -1 if hasattr(module, "normalized_shape") else 1))
+                why = str(watch.others.get(id(module.weight), "nothing reads its weight as a matrix"))
+                raise RequestError(f"{name} cannot be corrected", why)
+            found.append(_Place(name, module.weight, module.bias, -1 if hasattr(module, "normalized_shape") else 1))
     return [place for place in found if not names or place.name in names]
 
 
@@ -158,8 +163,11 @@ def _correct_(place: _Place, wanted: tuple[Tensor, Tensor], moments: Moments) ->
             "the model or the data holds NaN or infinity",
             "check the weights before correcting",
         )
-    line = [-1 if axis == place.out_axis else 1 for axis in range(place.weight.dim())]
-    place.weight.copy_(place.weight.double() * ratio.reshape(line))
+    if place.read is None:
+        place.weight.copy_(place.weight.double() * ratio)
+    else:
+        matrices = place.read.matrices(place.weight.double())
+        place.read.write_(matrices * ratio.reshape(len(matrices), -1, 1))
     place.bias.copy_(place.bias.double() * ratio + shift)
 
 

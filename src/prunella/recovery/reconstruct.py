@@ -1,10 +1,10 @@
-"""Heal without labels: refit the layers that read a pruned axis so that they answer as the dense layers did."""
+"""Recover without labels: refit the layers that read a pruned axis so that they answer as the dense layers did."""
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -13,14 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from prunella.errors import CheckFailed, RequestError
-from prunella.graph.cut.block_surgery import renamed
 from prunella.model.forward import batches, forward
-from prunella.model.masks import masks_of, reapply_
-from prunella.model.reads import Read, Stop, Watch, rows, targets
+from prunella.model.masks import reapply_
 from prunella.model.state import mode
 from prunella.model.unwrap import unwrap
+from prunella.model.watch import Read, Stop, Watch
 from prunella.planning.plan import Plan
 from prunella.recovery.least_squares import Solution, Sums
+from prunella.recovery.readers import Piece, Reader, Skipped, readers_of
 from prunella.registry.method import recovery
 from prunella.types import Loss
 
@@ -57,27 +57,10 @@ class Reconstruction:
         return "\n".join(map(str, self.fits)) or "no layer reads a pruned axis"
 
 
+Gathered = dict[tuple[int, int], Sums]
+"""Part of a weight and matrix in it -> the sums of its inputs and outputs."""
 OnFit = Callable[[Fit, int, int], None]
 """Called after each layer with its fit, how many are done, and how many there are."""
-
-
-@dataclass(frozen=True)
-class Layer:
-    """One layer in both models, and which positions of its weight take part.
-
-    `reads`, `writes`: positions on the input and output axis of the small weight (None: all of them).
-    `expected`: the outputs of the dense layer that they stand for (None: all). `uses`: calls in one forward pass.
-    """
-
-    name: str
-    dense: nn.Parameter
-    small: nn.Parameter
-    bias: nn.Parameter | None
-    axes: tuple[int, int]
-    uses: int
-    reads: Tensor | None
-    writes: Tensor | None
-    expected: Tensor | None
 
 
 @recovery(
@@ -109,8 +92,9 @@ def reconstruct(
     loss: how to run a model on one batch; by default it is called on the batch. ridge: from 0 up, 1e-3 to 1e-1 is
     usual; with fewer tokens than about twice the inputs of a layer, small values fit noise.
 
-    Linear layers, matrix products and convolutions in one and two dimensions are refitted. The report names what was
-    skipped and why: grouped convolutions, weights masked one by one, `nn.MultiheadAttention`, einsum.
+    Every operation of `prunella.model.reads` is refitted: linear layers, matrix products, einsum, convolutions of all
+    kinds (each group by itself), `nn.MultiheadAttention`. The report names what was skipped and why: weights masked one
+    by one, tied weights that are read in two ways, recurrent layers.
 
     Use: before any training, and in its place when there are no labels and little time. Avoid: fewer tokens than about
     twice a layer's inputs.
@@ -121,106 +105,33 @@ def reconstruct(
         )
     small_, dense_ = unwrap(small), unwrap(dense)
     with mode(small_, training=False), mode(dense_, training=False), torch.no_grad():
-        found = layers_of(small_, dense_, next(batches(data)), plan, loss)
-        layers = [layer for layer in found if isinstance(layer, Layer)]
-        fits = {item.name: item for item in found if isinstance(item, Fit)}
-        for done, layer in enumerate(layers, start=1):
-            fits[layer.name] = _refit(layer, _gather(layer, small_, dense_, data, loss), ridge)
-            log.info("%s", fits[layer.name])
+        found = readers_of(small_, dense_, next(batches(data)), plan, loss)
+        readers = [item for item in found if isinstance(item, Reader)]
+        fits = {item.name: Fit(item.name, skipped=item.why) for item in found if isinstance(item, Skipped)}
+        for done, reader in enumerate(readers, start=1):
+            fits[reader.name] = _refit(reader, _gather(reader, small_, dense_, data, loss), ridge)
+            log.info("%s", fits[reader.name])
             if on_fit:
-                on_fit(fits[layer.name], done, len(layers))
+                on_fit(fits[reader.name], done, len(readers))
         reapply_(small_)
     return Reconstruction(tuple(fits[item.name] for item in found))
 
 
-def layers_of(small: nn.Module, dense: nn.Module, batch: Any, plan: Plan, loss: Loss | None) -> list[Layer | Fit]:
-    """Every reader of a cut axis in the order of execution: a `Layer`, or a `Fit` that says why it is skipped."""
-    named = dict(dense.named_parameters(remove_duplicate=False))
-    cut = {named[name]: (name, axes) for name, axes in plan.cuts.items() if name in named and named[name].dim() > 1}
-    seen: dict[nn.Parameter, list[Read]] = {}
-    watch = Watch(cut, lambda read: seen.setdefault(read.weight, []).append(read))
-    with watch:
-        loss(dense, batch) if loss else forward(dense, batch)
-    watch.finish()
-    result: list[Layer | Fit] = []
-    new = renamed(dense, plan.dropped)
-    for weight, reads in seen.items():
-        name, axes = cut[weight]
-        if reads[0].in_axis in axes and name in new:
-            reason = _unfit(reads, watch.others.get(id(weight)))
-            result.append(Fit(name, skipped=reason) if reason else _layer(small, dense, reads, name, axes, new))
-    for weight, (name, _) in cut.items():
-        other = watch.others.get(id(weight), "embedding")
-        if weight not in seen and name in new and other != "embedding":
-            result.append(Fit(name, skipped=f"{other} reads it, which is not refitted"))
-    return result
-
-
-def _unfit(reads: list[Read], other: str | None) -> str:
-    if reads[0].conv is not None and reads[0].conv.groups > 1:
-        return f"a convolution with {reads[0].conv.groups} groups is not refitted"
-    if other is not None:
-        return f"{other} reads the same (tied) weight"
-    if any((read.in_axis, read.bias) != (reads[0].in_axis, reads[0].bias) for read in reads):
-        return "it is used in two different ways"
-    return ""
-
-
-def _layer(
-    small: nn.Module,
-    dense: nn.Module,
-    reads: list[Read],
-    name: str,
-    axes: Mapping[int, Tensor],
-    new: Mapping[str, str],
-) -> Layer | Fit:
-    """A reader by its name in the dense model; `new` has its name in the small one."""
-    read, named = reads[0], dict(small.named_parameters(remove_duplicate=False))
-    if new[name] not in named:
-        raise RequestError(
-            f"the small model has no parameter {name!r}", "it was made from another model", "pass plan's own model"
-        )
-    weight = named[new[name]]
-    taking_part = {axis: _positions(name, axis, read.weight, weight, axes.get(axis)) for axis in (0, 1)}
-    mask = masks_of(small).get(new[name])
-    if mask is not None and not bool(_select(mask, taking_part).all()):
-        return Fit(name, skipped="single weights of it are masked, and a refit would fill them")
-    dense_names = {parameter: key for key, parameter in dense.named_parameters()}
-    bias = None if read.bias is None else named[new[dense_names[read.bias]]]
-    ends = read.in_axis, read.out_axis
-    reading, writing = taking_part[ends[0]], taking_part[ends[1]]
-    return Layer(name, read.weight, weight, bias, ends, len(reads), reading, writing, axes.get(ends[1]))
-
-
-def _positions(name: str, axis: int, dense: Tensor, small: Tensor, kept: Tensor | None) -> Tensor | None:
-    """Positions of the small weight that take part: all if the axis was cut physically, the kept ones if masked."""
-    full, size = dense.shape[axis], small.shape[axis]
-    left = full if kept is None else kept.numel()
-    if size not in (full, left):
-        raise RequestError(
-            f"axis {axis} of {name} has {size} positions in the small model, {full} in the dense one",
-            f"the plan keeps {left}",
-            "pass the plan that the small model was made with",
-        )
-    return kept if size != left else None
-
-
-def _select(tensor: Tensor, positions: Mapping[int, Tensor | None]) -> Tensor:
-    for axis, kept in positions.items():
-        if kept is not None:
-            tensor = tensor.index_select(axis, kept.to(tensor.device))
-    return tensor
-
-
-def _gather(layer: Layer, small: nn.Module, dense: nn.Module, data: Iterable[Any], loss: Loss | None) -> Sums:
+def _gather(reader: Reader, small: nn.Module, dense: nn.Module, data: Iterable[Any], loss: Loss | None) -> Gathered:
     """One pass over the data through both models, each stopped as soon as the layer has run."""
-    sums = Sums(centred=layer.bias is not None)
+    sums = {
+        (number, piece): Sums(centred=part.small.bias is not None)
+        for number, part in enumerate(reader.parts)
+        for piece in range(len(part.pieces))
+    }
     for batch in batches(data):
-        wanted = _reads(dense, batch, loss, layer.dense, layer.uses)
-        for read in _reads(small, batch, loss, layer.small, layer.uses):
-            _add(sums, layer, read, wanted)
-        if wanted:
+        expected = _reads(dense, batch, loss, reader.dense, len(reader.order))
+        given = _reads(small, batch, loss, reader.small, len(reader.order))
+        if len(expected) > len(given):
             raise CheckFailed("the small model did not run every layer that the dense one ran", "", "")
+        for number, part in enumerate(reader.order[: len(given)]):
+            for at, piece in enumerate(reader.parts[part].pieces):
+                _add(sums[part, at], reader.name, piece, given[number], expected[number : number + 1])
     return sums
 
 
@@ -240,54 +151,60 @@ def _reads(model: nn.Module, batch: Any, loss: Loss | None, weight: nn.Parameter
     return found
 
 
-def _add(sums: Sums, layer: Layer, read: Read, wanted: list[Read]) -> None:
-    got = targets(read, layer.writes)
-    asked = targets(wanted[0], layer.expected) if wanted else got[:0]
-    if asked.shape != got.shape:
+def _add(sums: Sums, name: str, piece: Piece, read: Read, expected: Sequence[Read]) -> None:
+    """Add one call of one matrix: its inputs in the small model, its outputs in both."""
+    outputs = read.rows(piece.small, piece.rows)
+    wanted = expected[0].rows(piece.dense, piece.expected) if expected else outputs[:0]
+    if wanted.shape != outputs.shape:
         raise CheckFailed(
-            f"{layer.name} answers with other shapes in the small model than in the dense one",
-            f"{tuple(got.shape)} against {tuple(asked.shape) if wanted else 'nothing'}",
+            f"{name} answers with other shapes in the small model than in the dense one",
+            f"{tuple(outputs.shape)} against {tuple(wanted.shape) if expected else 'nothing'}",
             "reconstruction compares the same tokens on both sides",
         )
-    y = asked.double()
-    other = wanted.pop(0)
-    if read.residual is not None and other.residual is not None:
+    y = wanted.double()
+    if read.residual is not None and expected[0].residual is not None:
         # The sum is what goes on: the layer makes up for the error that is already in the other summand.
-        y = y + targets(other, layer.expected, residual=True) - targets(read, layer.writes, residual=True)
-    residual = y - got.double()
-    for x, tokens in rows(read, layer.reads):
-        sums.add(x, y[tokens], residual[tokens])
+        y = y + expected[0].rows(piece.dense, piece.expected, residual=True)
+        y = y - read.rows(piece.small, piece.rows, residual=True)
+    gap = y - outputs.double()
+    for x, tokens in read.columns(piece.small, piece.columns):
+        sums.add(x, y[tokens], gap[tokens])
 
 
-def _refit(layer: Layer, sums: Sums, ridge: float) -> Fit:
-    if not sums.finite:
+def _refit(reader: Reader, gathered: Gathered, ridge: float) -> Fit:
+    """Solve every matrix, and write those whose error falls."""
+    if not all(sums.finite for sums in gathered.values()):
         raise CheckFailed(
-            f"the inputs or outputs of {layer.name} are not finite on the calibration data",
+            f"the inputs or outputs of {reader.name} are not finite on the calibration data",
             "a model or the data holds NaN or infinity",
             "check weights and data before reconstructing",
         )
-    solution = sums.solve(ridge)
-    scale = math.sqrt(sums.variation) or 1.0
-    before, after = math.sqrt(solution.before) / scale, math.sqrt(solution.after) / scale
-    if after >= before:
-        return Fit(layer.name, sums.tokens, before, before, solution.damping)
-    _write(layer, solution)
-    return Fit(layer.name, sums.tokens, before, after, solution.damping)
+    scale = math.sqrt(sum(sums.variation for sums in gathered.values())) or 1.0
+    before, after, damping = 0.0, 0.0, 0.0
+    for (number, at), sums in gathered.items():
+        solution = sums.solve(ridge)
+        part, better = reader.parts[number], math.sqrt(solution.after) / scale < math.sqrt(solution.before) / scale
+        before, after = before + solution.before, after + (solution.after if better else solution.before)
+        damping = max(damping, solution.damping)
+        if better:
+            _write(part.small, part.pieces[at], solution)
+    tokens = max(sums.tokens for sums in gathered.values())
+    return Fit(reader.name, tokens, math.sqrt(before) / scale, math.sqrt(after) / scale, damping)
 
 
-def _write(layer: Layer, solution: Solution) -> None:
-    """Add the change to the block of the weight that takes part, and the shift to the bias."""
-    weight, (in_axis, out_axis) = layer.small, layer.axes
-    reads = _all(weight, in_axis) if layer.reads is None else layer.reads.to(weight.device)
-    writes = _all(weight, out_axis) if layer.writes is None else layer.writes.to(weight.device)
-    change = solution.change.T.reshape(len(writes), len(reads), *weight.shape[2:])
-    place = (writes[:, None], reads[None, :])
-    if in_axis == 0:
-        change, place = change.transpose(0, 1), (reads[:, None], writes[None, :])
-    weight[place] = (weight[place].double() + change).to(weight.dtype)
-    if layer.bias is not None:
-        layer.bias[writes] = (layer.bias[writes].double() + solution.shift).to(layer.bias.dtype)
+def _write(read: Read, piece: Piece, solution: Solution) -> None:
+    """Add the change to the block of the matrix that takes part, and the shift to its bias."""
+    matrices = read.matrices().clone()
+    matrix = matrices[piece.small]
+    rows = _places(piece.rows, len(matrix), matrix.device)
+    columns = _places(piece.columns, matrix.shape[1], matrix.device)
+    place = rows[:, None], columns[None, :]
+    matrix[place] = (matrix[place].double() + solution.change.T).to(matrix.dtype)
+    read.write_(matrices)
+    if read.bias is not None:
+        bias = read.bias[piece.small]
+        bias[rows] = (bias[rows].double() + solution.shift).to(bias.dtype)
 
 
-def _all(weight: Tensor, axis: int) -> Tensor:
-    return torch.arange(weight.shape[axis], device=weight.device)
+def _places(positions: Tensor | None, size: int, device: torch.device) -> Tensor:
+    return torch.arange(size, device=device) if positions is None else positions.to(device)

@@ -44,10 +44,14 @@ class Source:
 
 @dataclass(frozen=True)
 class Statistics:
-    """What was collected: statistic -> entity or group name -> tensor; and over how many batches."""
+    """What was collected: statistic -> entity or group name -> tensor; and over how many batches.
+
+    unread: entity -> a call that takes it and cannot be read, in words.
+    """
 
     values: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
     batches: int = 0
+    unread: Mapping[str, str] = field(default_factory=dict)
 
     def get(self, statistic: str, name: str) -> Tensor | None:
         """One value, None where there is none."""
@@ -94,7 +98,8 @@ def collect(
             "the loader is empty, or it is a generator that was used up before",
             "pass a list of batches or a DataLoader",
         )
-    return Statistics(values | {name: slot.result() for name, slot in slots.items()}, batches)
+    unread = {entity: str(call) for slot in slots.values() for entity, call in getattr(slot, "unread", {}).items()}
+    return Statistics(values | {name: slot.result() for name, slot in slots.items()}, batches, unread)
 
 
 def _knobs(slot: Callable[..., Slot], given: Mapping[str, Any]) -> dict[str, Any]:

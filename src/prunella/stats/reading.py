@@ -14,11 +14,13 @@ import torch
 from torch import Tensor
 
 from prunella.graph.data import Group, Member
-from prunella.stats.activation import Reading, View, Watch, lay_out
+from prunella.model.reads import Product
+from prunella.model.watch import Unread, View
+from prunella.stats.activation import Watch, lay_out, total
 from prunella.stats.subject import Subject
 
-Measure = Callable[[Reading], Tensor | None]
-"""Numbers in the shape of what is read, to be added up over tokens; None where there are none for such a reading."""
+Measure = Callable[[Product], Tensor | None]
+"""Numbers in the shape of what is read, to be added up over tokens; None where there are none for such a read."""
 
 
 class _Sums:
@@ -28,9 +30,10 @@ class _Sums:
         self.weights = weights
         self._measures = (_one, *measures)
         self._totals: list[dict[tuple[str, View], Tensor]] = [{} for _ in self._measures]
+        self.unread: dict[str, Unread] = {}
 
     def watch(self) -> AbstractContextManager[object]:
-        return Watch(self.weights, self._add)
+        return Watch(self.weights, self._add, self.unread)
 
     def seen(self, name: str) -> bool:
         return any(key[0] == name for key in self._totals[0])
@@ -39,14 +42,14 @@ class _Sums:
         """Number of tokens and the total of each measure, in the shape of the weight."""
         return [lay_out(self.weights[name], name, totals) for totals in self._totals]
 
-    def _add(self, name: str, view: View, reading: Reading) -> None:
-        found = [measure(reading) for measure in self._measures]
+    def _add(self, name: str, view: View, read: Product) -> None:
+        found = [measure(read) for measure in self._measures]
         if any(values is None for values in found):
             return
         for totals, values in zip(self._totals, found, strict=True):
             assert values is not None
-            total = reading.once(values)
-            totals[name, view] = totals[name, view] + total if (name, view) in totals else total
+            sums = total(read, values, once=True)
+            totals[name, view] = totals[name, view] + sums if (name, view) in totals else sums
 
 
 Parts = Sequence[tuple[Tensor, list[Tensor]]]
@@ -60,6 +63,7 @@ class PerUnit:
         self._groups, self._finish = subject.groups, finish
         names = {m.entity for group in subject.groups for m in _readers(group)}
         self._sums = _Sums({n: subject.parameters[n] for n in subject.scored if n in names}, measures)
+        self.unread = self._sums.unread
 
     def watch(self) -> AbstractContextManager[object]:
         """Watch one forward pass."""
@@ -85,7 +89,7 @@ class PerUnit:
 
 def unit_zeros(subject: Subject) -> PerUnit:
     """`unit_zeros`: how often the activation of each unit is exactly 0, a part of all values that are read."""
-    return PerUnit(subject, [lambda reading: (reading.x.detach() == 0).double()], _mean)
+    return PerUnit(subject, [lambda read: (read.x.detach() == 0).double()], _mean)
 
 
 def unit_rank(subject: Subject) -> PerUnit:
@@ -112,6 +116,7 @@ class InputVar:
     def __init__(self, subject: Subject) -> None:
         names = [name for name in subject.scored if name in subject.layer_of]
         self._sums = _Sums({name: subject.parameters[name] for name in names}, [_value, _square])
+        self.unread = self._sums.unread
 
     def watch(self) -> AbstractContextManager[object]:
         """Watch one forward pass."""
@@ -156,22 +161,22 @@ def _along(values: Tensor, axis: int) -> Tensor:
     return values.movedim(axis, 0).reshape(values.shape[axis], -1).sum(1).cpu()
 
 
-def _one(reading: Reading) -> Tensor:
-    return reading.x.new_ones((), dtype=torch.float64).expand(reading.x.shape)
+def _one(read: Product) -> Tensor:
+    return read.x.new_ones((), dtype=torch.float64).expand(read.x.shape)
 
 
-def _value(reading: Reading) -> Tensor:
-    return reading.x.detach().double()
+def _value(read: Product) -> Tensor:
+    return read.x.detach().double()
 
 
-def _square(reading: Reading) -> Tensor:
-    return reading.x.detach().double().square()
+def _square(read: Product) -> Tensor:
+    return read.x.detach().double().square()
 
 
-def _ranks(reading: Reading) -> Tensor | None:
+def _ranks(read: Product) -> Tensor | None:
     """The rank of every map of `(samples, channels, height, width)`, written all over the map; of nothing else."""
-    if reading.operand.dim() != 4 or reading.x.dim() != 4:
+    if read.operand.dim() != 4 or read.x.dim() != 4:
         return None
-    maps = reading.x.detach().to(torch.promote_types(reading.x.dtype, torch.float32))
+    maps = read.x.detach().to(torch.promote_types(read.x.dtype, torch.float32))
     ranks: Tensor = torch.linalg.matrix_rank(maps)
-    return ranks.double()[..., None, None].expand(reading.x.shape)
+    return ranks.double()[..., None, None].expand(read.x.shape)

@@ -58,7 +58,11 @@ def bmm(trace: Trace, ctx: Context) -> Returned:
     trace.ledger.batched += [*a.dims[0], *b.dims[0]]
     _contract(trace, ctx, a, b, 2, 1)
     sizes = ((outer, batch), (a.dims[1], m), (a.dims[2], k), (b.dims[2], n))
-    use = (_use(trace, a, b, (2, 1), 2, None) or _use(trace, b, a, (1, 2), 1, None)) if batch == 1 else None
+    use = None
+    if batch == 1 or _stack(b):
+        use = _use(trace, a, b, (2, 1), 2, None)
+    if use is None and (batch == 1 or _stack(a)):
+        use = _use(trace, b, a, (1, 2), 1, None)
     trace.work.append(Work(ctx.name, trace.module(), use, 1.0, sizes))
     dims = [outer, a.dims[1], b.dims[2]]
     if first:
@@ -66,6 +70,12 @@ def bmm(trace: Trace, ctx: Context) -> Returned:
             if ctx.shape(0)[k_out] == ctx.outputs[0].shape[k_out]:
                 trace.equal(dims[k_out], dim, "it is added to a tensor that is not cut")
     return Value(tuple(dims), (None,) * 3, a.weight and b.weight)
+
+
+def _stack(value: Value) -> bool:
+    """Whether all three axes are those of one parameter: a stack of matrices."""
+    entities = {axis[0] for axis in value.axes if axis is not None}
+    return value.weight and len(entities) == 1 and None not in value.axes
 
 
 @rule("_grouped_mm", "transformers.grouped_mm_fallback")

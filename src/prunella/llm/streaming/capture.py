@@ -25,7 +25,7 @@ from prunella.llm.experts import routers
 from prunella.llm.streaming.skeleton import Skeleton
 from prunella.model.copying import copied
 from prunella.model.forward import tensors
-from prunella.model.reads import Stop
+from prunella.model.watch import Stop
 from prunella.stats.subject import first_seen
 
 _INSTEAD = "load the whole model, and use solve_"
