@@ -245,10 +245,12 @@ def _obstacle(reads: Sequence[Read], other: Unread | None, layer: Layer, pattern
 def _overlap(parts: Set[Part], weight: Tensor) -> bool:
     """Whether some elements of a weight are in several parts."""
     slices = [part for part in parts if isinstance(part, View)]
-    count = torch.zeros_like(weight, dtype=torch.int8) if slices else None
+    if not slices:
+        return False
+    count = torch.zeros_like(weight, dtype=torch.int8)
     for part in slices:
         part.of(count).add_(1)
-    return count is not None and (None in parts or bool((count > 1).any()))
+    return None in parts or bool((count > 1).any())
 
 
 @dataclass(frozen=True)
