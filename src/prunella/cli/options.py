@@ -157,7 +157,7 @@ class Quality:
 
 def flat(verb: Callable[..., None]) -> Callable[..., None]:
     """The verb with the options of its groups as its own parameters, as typer reads them."""
-    groups = {name: kind for name, kind in _kinds(verb).items() if is_dataclass(kind)}
+    groups: dict[str, type[Any]] = {name: kind for name, kind in _kinds(verb).items() if is_dataclass(kind)}
     signature = inspect.signature(verb, eval_str=True)
     options = [option for given in signature.parameters.values() for option in _options(given, groups.get(given.name))]
 
