@@ -157,7 +157,8 @@ class Quality:
 
 def flat(verb: Callable[..., None]) -> Callable[..., None]:
     """The verb with the options of its groups as its own parameters, as typer reads them."""
-    groups: dict[str, type[Any]] = {name: kind for name, kind in _kinds(verb).items() if is_dataclass(kind)}
+    kinds = _kinds(verb).items()
+    groups = {name: kind for name, kind in kinds if isinstance(kind, type) and is_dataclass(kind)}
     signature = inspect.signature(verb, eval_str=True)
     options = [option for given in signature.parameters.values() for option in _options(given, groups.get(given.name))]
 

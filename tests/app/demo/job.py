@@ -40,6 +40,7 @@ def check(folder: Path, outcome: Outcome, measures: tuple[str, ...]) -> None:
     assert [metric.name for metric in outcome.report.metrics if metric.cut is not None] == list(measures)
     before, after = outcome.plan.before, outcome.plan.after
     unit = max(row.macs_before / row.total for row in outcome.plan.rows)
+    assert outcome.plan.target is not None
     assert 0 <= outcome.plan.target.absolute(before.macs) - after.macs <= 2 * unit
     disk = outcome.report.metric("size on disk")
     stored = (folder / WEIGHTS).stat().st_size
