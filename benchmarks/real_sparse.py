@@ -60,17 +60,17 @@ def resnet56(percent: int, *, quick: bool) -> dict[str, Any]:
 
 def minilm(percent: int, *, quick: bool) -> dict[str, Any]:
     """Recall at 1 of the dense and the pruned network, and the speeds."""
-    from prunella.app.demo.minilm import minilm_task
+    from prunella.app.demo.minilm import minilm_job
+    from prunella.app.demo.parts import Effort
 
+    effort = Effort(texts=32 if quick else None)
     with tempfile.TemporaryDirectory() as folder:
-        task = minilm_task(Path(folder), seed=0, steps=0, texts=32 if quick else None)
-    model, nothing = copy.deepcopy(task.model), lambda *_: None
-    pr.llm.solve_(
-        model, task.example, pr.llm.OneShot(pr.Element(), percent / 100, pr.solvers.admm), data=list(task.calibration)
-    )
-    cut = task.quality(model, nothing)
-    batches, loss = task.teach(task.model, nothing)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=task.lr)
+        demo = minilm_job(Path(folder), pr.Sparsity(percent / 100), seed=0, effort=effort)
+    job, model = demo.job, copy.deepcopy(demo.model)
+    pr.llm.solve_(model, demo.inputs, pr.llm.OneShot(pr.Element(), percent / 100, pr.solvers.admm), data=list(job.data))
+    cut = job.quality(model)
+    batches, loss = list(job.recovery.data), job.recovery.imitate(demo.model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=job.recovery.lr)
     rounds = 1 if quick else 3
     decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, rounds * len(batches))
     with pr.Pruner(model, optimizer):
@@ -79,16 +79,16 @@ def minilm(percent: int, *, quick: bool) -> dict[str, Any]:
             loss(model, batch).backward()
             optimizer.step()
             decay.step()
-    dense, healed = task.quality(task.model, nothing), task.quality(model, nothing)
+    dense, recovered = job.quality(demo.model), job.quality(model)
     measure = "retrieval recall@1"
     return {
         "measure": "recall@1, %",
         "dense": 100 * dense[measure],
         "cut": 100 * cut[measure],
-        "pruned": 100 * healed[measure],
-        "agreement": healed["agreement (cosine)"],
+        "pruned": 100 * recovered[measure],
+        "agreement": recovered["agreement (cosine)"],
         "zeros": zeros(model),
-        **speeds(model, task.example, quick=quick),
+        **speeds(model, demo.inputs, quick=quick),
     }
 
 
@@ -102,7 +102,7 @@ def zeros(model: nn.Module) -> float:
 
 
 def speeds(model: nn.Module, example: Any, *, quick: bool) -> dict[str, Any]:
-    """The model as it is on each road, in turn."""
+    """The model as it is on each backend, in turn."""
     model = model.eval().requires_grad_(False)
     made = pr.sparse(model, example, seconds=0.2 if quick else 1.0)
     runs: dict[str, Callable[[], object]] = {
@@ -149,7 +149,7 @@ def forward(model: nn.Module, example: Any) -> object:
 def table(cells: dict[str, dict[str, Any]]) -> str:
     """The cells as Markdown."""
     lines = [
-        "| network | zeros | | dense | pruned | ms, sparse | against eager | against the best dense road |",
+        "| network | zeros | | dense | pruned | ms, sparse | against eager | against the best dense backend |",
         "|---|---:|---|---:|---:|---:|---:|---:|",
     ]
     rows = {}
@@ -158,8 +158,8 @@ def table(cells: dict[str, dict[str, Any]]) -> str:
         if "16 images" in cell:
             rows[f"{name}, 16 images at once"] = {**cell, **cell["16 images"]}
     for name, cell in rows.items():
-        rivals = [road for road in ("eager", "channels last", "frozen") if road in cell]
-        best = min(rivals, key=lambda road: value(cell[road]))
+        rivals = [name for name in ("eager", "channels last", "frozen") if name in cell]
+        best = min(rivals, key=lambda name: value(cell[name]))
         row = (
             name, f"{cell['zeros']:.0%}", cell["measure"], f"{cell['dense']:.1f}", f"{cell['pruned']:.1f}",
             f"{cell['ms']['sparse']:.3g}", say(cell["eager"]), f"{say(cell[best])} ({best})",

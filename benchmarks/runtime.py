@@ -88,10 +88,11 @@ def linear(m: int, k: int, n: int, percent: int, *, block: int = 1, precision: P
 @cache
 def minilm() -> nn.Module:
     """all-MiniLM-L6-v2, as its package brings it."""
-    from prunella.app.demo.minilm import minilm_task
+    from prunella.app.demo.minilm import minilm_job
+    from prunella.app.demo.parts import Effort
 
     with tempfile.TemporaryDirectory() as folder:
-        return minilm_task(Path(folder), seed=0, steps=0, texts=32).model
+        return minilm_job(Path(folder), pr.Sparsity(0.5), seed=0, effort=Effort(texts=32)).model
 
 
 def trained(name: str, percent: int, rounds: int) -> dict[str, Any]:

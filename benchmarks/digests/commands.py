@@ -24,7 +24,7 @@ LINES = {
     "plan taylor": "plan shop:net --inputs 4x3x12x12 --recipe taylor --allocation global --target params=0.6 "
                    "--data shop:loader --loss shop:loss --json",
     "inspect": "inspect shop:net --inputs 4x3x12x12 --json",
-    "run": "run shop:net --inputs 4x3x12x12 --recipe magnitude --target macs=0.5 --heal bn,reconstruct "
+    "run": "run shop:net --inputs 4x3x12x12 --recipe magnitude --target macs=0.5 --recover bn,reconstruct "
            "--data shop:loader -o half --json",
 }  # fmt: skip
 

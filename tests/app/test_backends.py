@@ -1,4 +1,4 @@
-"""`bench` times every road in the same rounds, and says what it left out."""
+"""`bench` times every backend in the same rounds, and says what it left out."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ def net() -> nn.Module:
     return model.train()
 
 
-def test_roads_batches_and_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_backends_batches_and_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     model, before = net(), torch.get_num_threads()
-    found = bench(model, torch.randn(4, 64), roads=("eager", "sparse"), batches=(1, 3), threads=(1,), rounds=5)
-    assert [(r.road, r.batch, r.threads) for r in found.rows] == [
+    found = bench(model, torch.randn(4, 64), backends=("eager", "sparse"), batches=(1, 3), threads=(1,), rounds=5)
+    assert [(r.backend, r.batch, r.threads) for r in found.rows] == [
         ("eager", 1, 1), ("sparse", 1, 1), ("eager", 3, 1), ("sparse", 3, 1),
     ]  # fmt: skip
     assert all(r.milliseconds > 0 and r.low <= r.ratio <= r.high for r in found.rows)
@@ -39,14 +39,14 @@ def test_roads_batches_and_threads(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.skipif(importlib.util.find_spec("onnxscript") is None, reason="needs onnxscript")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 def test_onnxruntime_gets_the_same_input() -> None:
-    found = bench(net(), torch.randn(2, 64), roads=("onnxruntime",), threads=(1,), rounds=5)
-    assert [r.road for r in found.rows] == ["eager", "onnxruntime"] or "onnxruntime" in found.left_out
+    found = bench(net(), torch.randn(2, 64), backends=("onnxruntime",), threads=(1,), rounds=5)
+    assert [r.backend for r in found.rows] == ["eager", "onnxruntime"] or "onnxruntime" in found.left_out
 
 
-def test_a_road_that_is_not_here_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_backend_that_is_not_here_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(benching.shutil, "which", lambda name: None)
-    found = bench(net(), torch.randn(2, 64), roads=("compiled",), threads=(1,), rounds=5)
-    assert [r.road for r in found.rows] == ["eager"] and "there is none" in found.left_out["compiled"]
+    found = bench(net(), torch.randn(2, 64), backends=("compiled",), threads=(1,), rounds=5)
+    assert [r.backend for r in found.rows] == ["eager"] and "there is none" in found.left_out["compiled"]
 
 
 def test_a_batch_repeats_the_first_sample() -> None:
@@ -55,7 +55,7 @@ def test_a_batch_repeats_the_first_sample() -> None:
     assert made["ids"].tolist() == [[0, 1, 2]] * 3 and made["flag"].item() == 1 and made["use_cache"] is False
 
 
-@pytest.mark.parametrize("wrong", [{"roads": ("walk",)}, {"batches": (0,)}, {"batches": ()}, {"threads": (0,)}])
+@pytest.mark.parametrize("wrong", [{"backends": ("walk",)}, {"batches": (0,)}, {"batches": ()}, {"threads": (0,)}])
 def test_requests_that_make_no_sense(wrong: dict[str, tuple[object, ...]]) -> None:
     with pytest.raises(RequestError, match="cannot be measured"):
         bench(net(), torch.randn(2, 64), **wrong)  # type: ignore[arg-type]
@@ -63,7 +63,9 @@ def test_requests_that_make_no_sense(wrong: dict[str, tuple[object, ...]]) -> No
 
 def test_the_plot_is_a_picture_that_stands_alone() -> None:
     rows = tuple(
-        Timed(road, b, 1, 1.0, r, r - 0.1, r + 0.1) for b in (1, 8) for road, r in (("eager", 1.0), ("sparse", 3.0))
+        Timed(backend, b, 1, 1.0, r, r - 0.1, r + 0.1)
+        for b in (1, 8)
+        for backend, r in (("eager", 1.0), ("sparse", 3.0))
     )
     text = plot(Bench(rows, {}, "", "x", "avx2"))
     root = ElementTree.fromstring(text)

@@ -12,8 +12,8 @@ import typer
 from prunella.cli.app import app
 from tests.cli.conftest import Run
 
-VERBS = ("demo", "doctor", "methods", "explain", "inspect", "scan", "plan", "import", "show", "run", "pareto",
-         "compare", "bench", "export", "verify", "report")  # fmt: skip
+VERBS = ("demo", "doctor", "methods", "explain", "inspect", "scan", "plan", "import", "show", "run", "llm",
+         "pareto", "compare", "bench", "export", "verify", "report")  # fmt: skip
 HEAVY = ("torch", "numpy", "scipy", "rich", "matplotlib", "pydantic", "transformers")
 MOST = 3
 

@@ -1,4 +1,4 @@
-"""`prunella run --recipe one_shot`: from a folder and a text file to a folder, and what is refused on the way."""
+"""`prunella llm` and `prunella compare`: from a folder and a text file to a folder, and what is refused on the way."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from prunella.cli import llm as language
+from prunella.cli.parse import LLM_RECIPES
 from prunella.io import load as models
 from prunella.llm.presets import PRESETS
 from tests.cli.conftest import Run
@@ -31,11 +31,11 @@ def story(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     return model
 
 
-LINE = ("run", "in", "--recipe", "one_shot", "--pattern", "2:4", "--data", "text.txt", "--windows", "3")
+LINE = ("llm", "in", "--pattern", "2:4", "--data", "text.txt", "--nsamples", "3")
 
 
 def test_a_model_is_pruned_by_a_text(prunella: Run, story: Any) -> None:
-    done = prunella(*LINE, "--length", "12", "--sparsity", "0.5", "--memory", "64GB", "-o", "out")
+    done = prunella(*LINE, "--seqlen", "12", "--sparsity", "0.5", "--memory", "64GB", "-o", "out")
     assert done.code == 0, done.err
     assert "21 layers, sparsity 0.5000" in done.out and "suit converters to GGUF" in done.out
     assert "block 3 of 3, model.layers.2: 7 layers" in done.err and "s left" in done.err
@@ -50,11 +50,11 @@ def test_a_model_is_pruned_by_a_text(prunella: Run, story: Any) -> None:
         "kind": "NM", "n": 2, "m": 4, "ragged": False,
     }  # fmt: skip
     assert prunella("inspect", "out", "--inputs", "1x8:int64", "--json").code == 0
-    assert "not empty" in prunella(*LINE, "--length", "12", "-o", "out").err
+    assert "not empty" in prunella(*LINE, "--seqlen", "12", "-o", "out").err
 
 
 def test_a_dry_run_says_what_it_will_take_and_writes_nothing(prunella: Run, story: Any) -> None:
-    data = prunella(*LINE, "--length", "12", "--dry-run", "--json", "-o", "out").data
+    data = prunella(*LINE, "--seqlen", "12", "--dry-run", "--json", "-o", "out").data
     assert data["blocks"] == 3 and data["layers"] == 21 and data["seconds"] > 0
     assert data["weights"] == 3 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48)
     assert data["peak"]["together"] == sum(v for k, v in data["peak"].items() if k != "together")
@@ -64,12 +64,13 @@ def test_a_dry_run_says_what_it_will_take_and_writes_nothing(prunella: Run, stor
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (("--length", "500"), "has 170 tokens"),
-        (("--length", "12", "--target", "macs=0.5"), "does not use --target"),
-        (("--length", "12", "--sparsity", "0.7"), "2:4 removes 0.5"),
-        (("--length", "12", "--memory", "20MB"), "20 MB of memory are not enough"),
-        (("--length", "12", "--memory", "some"), "cannot read the amount"),
-        (("--length", "12", "--skip", "nothing"), "matches nothing"),
+        (("--seqlen", "500"), "has 170 tokens"),
+        (("--seqlen", "12", "--target", "macs=0.5"), "No such option"),
+        (("--seqlen", "12", "--recipe", "taylor"), "no recipe 'taylor' for language models"),
+        (("--seqlen", "12", "--sparsity", "0.7"), "2:4 removes 0.5"),
+        (("--seqlen", "12", "--memory", "20MB"), "20 MB of memory are not enough"),
+        (("--seqlen", "12", "--memory", "some"), "cannot read the amount"),
+        (("--seqlen", "12", "--skip", "nothing"), "matches nothing"),
     ],
 )
 def test_what_makes_no_sense_is_refused(prunella: Run, story: Any, words: tuple[str, ...], said: str) -> None:
@@ -78,22 +79,31 @@ def test_what_makes_no_sense_is_refused(prunella: Run, story: Any, words: tuple[
 
 
 def test_a_model_without_data_a_folder_or_a_tokenizer(prunella: Run, story: Any) -> None:
-    assert "no calibration data" in prunella("run", "in", "--recipe", "one_shot").err
-    assert "block by block" in prunella("run", "nowhere", "--recipe", "one_shot", "--data", "text.txt").err
+    assert "no calibration data" in prunella("llm", "in").err
+    assert "block by block" in prunella("llm", "nowhere", "--data", "text.txt").err
     for file in Path("in").glob("tokenizer*"):
         file.unlink()
-    assert prunella(*LINE, "--length", "12").code == 3
-    assert prunella("run", "in", "--memory", "1GB", "--target", "macs=0.5").err.startswith(
-        "prunella: --recipe magnitude does not use --memory"
-    )
+    assert prunella(*LINE, "--seqlen", "12").code == 3
 
 
-def test_names_of_recipes_are_those_of_the_library() -> None:
-    assert set(language.RECIPES + language.SCORES) == set(PRESETS)
+def test_each_verb_has_its_own_options_only(prunella: Run) -> None:
+    for words in (
+        ("run", "in", "--memory", "1GB"),
+        ("run", "in", "--sparsity", "0.25"),
+        ("llm", "in", "--loss", "m:f"),
+    ):
+        refused = prunella(*words)
+        assert refused.code == 2 and "No such option" in refused.err
 
 
-def test_a_score_goes_block_by_block_where_the_data_is_a_text(prunella: Run, story: Any) -> None:
-    line = ("run", "in", "--recipe", "wanda", "--data", "text.txt", "--windows", "3", "--length", "12")
+def test_names_of_recipes_are_those_of_the_library(prunella: Run) -> None:
+    help_text = " ".join(prunella("llm", "--help").out.split())
+    assert set(PRESETS) == {*LLM_RECIPES, "wanda", "ria", "magnitude"}
+    assert ", ".join(list(PRESETS)[:-1]) + " or magnitude." in help_text
+
+
+def test_a_score_goes_block_by_block(prunella: Run, story: Any) -> None:
+    line = ("llm", "in", "--recipe", "wanda", "--data", "text.txt", "--nsamples", "3", "--seqlen", "12")
     done = prunella(*line, "--sparsity", "0.25", "-o", "out")
     assert done.code == 0 and "21 layers, sparsity 0.2500" in done.out, done.err
     pruned = read(Path("out"), story)
@@ -101,11 +111,10 @@ def test_a_score_goes_block_by_block_where_the_data_is_a_text(prunella: Run, sto
         if name.endswith("proj.weight"):  # every row alike, and no weight has moved
             assert value.eq(0).sum(1).tolist() == [value.shape[1] // 4] * len(value)
             assert torch.equal(value[value != 0], story.get_parameter(name)[value != 0])
-    assert "does not use --sparsity" in prunella("run", "in", "--recipe", "wanda", "--sparsity", "0.25").err
 
 
 COMPARE = ("compare", "in", "--data", "text.txt", "--text", "other.txt", "--recipe", "sparsegpt", "--recipe", "wanda",
-           "--windows", "3", "--length", "12", "--window", "10", "--seeds", "2", "-o", "table")  # fmt: skip
+           "--nsamples", "3", "--seqlen", "12", "--eval-seqlen", "10", "--seeds", "2", "-o", "table")  # fmt: skip
 
 
 def test_recipes_in_one_table_of_a_model(prunella: Run, story: Any) -> None:
@@ -140,8 +149,8 @@ def test_a_table_of_the_model_by_the_library(prunella: Run, story: Any) -> None:
     ("words", "code", "said"),
     [
         (("--recipe", "nothing"), 2, "no recipe 'nothing' for language models"),
-        (("--seeds", "0"), 2, "compare nothing"),
-        (("--window", "500"), 2, "shorter than one window"),
+        (("--seeds", "0"), 2, "nothing to compare"),
+        (("--eval-seqlen", "500"), 2, "shorter than one window"),
         (("--text", "nothere.txt"), 3, "cannot read nothere.txt"),
     ],
 )
@@ -191,5 +200,5 @@ def test_a_dequantised_model_is_saved_as_what_it_is(tmp_path: Path) -> None:
 
 
 def test_a_text_that_is_not_there_is_named(prunella: Run, story: Any) -> None:
-    done = prunella("run", "in", "--recipe", "one_shot", "--data", "nothere.txt", "-o", "out")
+    done = prunella("llm", "in", "--data", "nothere.txt", "-o", "out")
     assert done.code == 2 and "there is no text file nothere.txt" in done.err

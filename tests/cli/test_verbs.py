@@ -48,7 +48,7 @@ def test_inspect_counts_by_hand(prunella: Run, shop: str) -> None:
     assert first["unit_macs"] == 27 * 36 + 9 * 16 * 16
     assert any("output" in entry["reason"] for entry in data["frozen"])
     text = prunella("inspect", f"{shop}:net", *IMAGE)
-    assert "what must stay" in text.out and "params/unit" in text.out
+    assert "what cannot be pruned" in text.out and "params/unit" in text.out
 
 
 def test_plan_show_and_the_file_agree(prunella: Run, shop: str) -> None:
@@ -90,21 +90,29 @@ def test_block_pattern(prunella: Run, shop: str) -> None:
 
 
 def test_run_then_verify_report_and_load(prunella: Run, shop: str) -> None:
-    heal = ("--heal", "bn,reconstruct,distill:2,finetune:1", "--data", f"{shop}:loader", "--loss", f"{shop}:loss")
+    recovery = (
+        "--recover",
+        "bn,reconstruct,distill:2,finetune:1",
+        "--data",
+        f"{shop}:loader",
+        "--loss",
+        f"{shop}:loss",
+    )
     quality = ("--metric", f"{shop}:kept_filters", "--max-drop", "0.9")
-    result = prunella("run", f"{shop}:net", *IMAGE, "--target", "macs=0.5", *heal, *quality, "-o", "half", "--json")
+    result = prunella("run", f"{shop}:net", *IMAGE, "--target", "macs=0.5", *recovery, *quality, "-o", "half", "--json")
     assert result.code == 0, result.err
-    assert [item["by"] for item in result.data["healed"]] == ["bn", "reconstruct", "distill:2", "finetune:1"]
+    assert [item["by"] for item in result.data["recovered"]] == ["bn", "reconstruct", "distill:2", "finetune:1"]
     small = pr.load("half", factory=f"{shop}:net")
     assert sum(p.numel() for p in small.parameters()) == result.data["params"][1]
-    assert result.data["quality"][0] == 1.0 and result.data["quality"][2] == small[0].out_channels / 8  # type: ignore[index, operator]
+    assert result.data["quality"][0] == {"quality": 1.0}
+    assert result.data["quality"][2] == {"quality": small[0].out_channels / 8}  # type: ignore[index, operator]
     proof = prunella("verify", "half", f"{shop}:net", "--json").data
-    assert proof["rebuilt"] and proof["healed"][1] == "reconstruct" and proof["equal"] > 0
+    assert proof["rebuilt"] and proof["recovered"][1] == "reconstruct" and proof["equal"] > 0
     page = prunella("report", "half", "--json")
     assert page.code == 0 and Path(page.data["page"]).is_file() and page.data["params"] == result.data["params"]
 
 
-def test_an_unhealed_run_equals_the_masked_model(prunella: Run, shop: str) -> None:
+def test_a_run_without_recovery_equals_the_masked_model(prunella: Run, shop: str) -> None:
     assert prunella("run", f"{shop}:net", *IMAGE, "--target", "params=0.6", "-o", "out").code == 0
     proof = prunella("verify", "out", f"{shop}:net", "--json").data
     assert proof["rebuilt"] and proof["equal"] < 1e-6

@@ -141,7 +141,7 @@ def test_ids_are_unique(good: Report) -> None:
 
 def test_charts_show_the_numbers_in_the_colours_of_the_page(good: Report) -> None:
     chart = latency_chart(good.latency)
-    assert "milliseconds a pass" in chart and "var(--pruned)" in chart and "var(--dense)" in chart
+    assert "ms per forward pass" in chart and "var(--pruned)" in chart and "var(--dense)" in chart
     assert "#0102" not in chart and "metadata" not in chart and chart.count("<use") >= 6
     curve = curve_chart(Curve(((0.0, 1.0), (5.0, 3.0)), "loss", "epoch", 2.0))
     assert "loss" in curve and "epoch" in curve and "dense 2" in curve

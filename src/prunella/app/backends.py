@@ -1,4 +1,4 @@
-"""How fast a pruned model runs by each road there is: eager, compiled, ONNX Runtime, and skipping its zeros.
+"""How fast a pruned model runs with each backend there is: eager, compiled, ONNX Runtime, and skipping its zeros.
 
 All candidates of a batch size and number of threads meet in the same interleaved rounds; wall time, with intervals.
 """
@@ -38,16 +38,16 @@ from prunella.types import Inputs
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-ROADS = ("eager", "dense fast", "compiled", "onnxruntime", "sparse")
+BACKENDS = ("eager", "dense fast", "compiled", "onnxruntime", "sparse")
 _COLOURS = {"eager": "#8d8799", "dense fast": "#b7a98a", "compiled": "#4f7cac", "onnxruntime": "#7aa36f",
             "sparse": "#6b3fa0"}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Timed:
-    """One road for one batch size and number of threads. ratio, low, high: against eager; above 1 is faster."""
+    """One backend for one batch size and number of threads. ratio, low, high: against eager; above 1 is faster."""
 
-    road: str
+    backend: str
     batch: int
     threads: int
     milliseconds: float
@@ -75,23 +75,23 @@ def bench(
     model: nn.Module,
     example: Inputs,
     *,
-    roads: Sequence[str] = ROADS,
+    backends: Sequence[str] = BACKENDS,
     batches: Sequence[int] = (1,),
     threads: Sequence[int] = (),
     precision: Precision = Precision.FP32,
     rounds: int = 15,
     seed: int = 0,
 ) -> Bench:
-    """Time the roads side by side on the CPU, in eval mode and without gradients.
+    """Time the backends side by side on the CPU, in eval mode and without gradients.
 
-    roads: of `ROADS`; eager is always the base. batches: the first sample of the example is repeated. threads: 1 and
-    all, unless given. precision: of the kernels that `sparse` may choose. A road that does not exist here is left out,
-    and the result says why. Errors: RequestError for an unknown road, or numbers out of range.
+    backends: of `BACKENDS`; eager is always the base. batches: the first sample of the example is repeated. threads: 1
+    and all, unless given. precision: of the kernels that `sparse` may choose. A backend that does not exist here is
+    left out, and the result says why. Errors: RequestError for an unknown backend, or numbers out of range.
     """
-    unknown = sorted(set(roads) - set(ROADS))
+    unknown = sorted(set(backends) - set(BACKENDS))
     if unknown or min([*batches, *threads, 1]) < 1 or not batches:
         why = f"got {', '.join(unknown) or 'a batch or thread number below 1'}"
-        raise RequestError("this cannot be measured", why, f"roads are {', '.join(ROADS)}")
+        raise RequestError("this cannot be measured", why, f"backends are {', '.join(BACKENDS)}")
     rows, left, said = list[Timed](), dict[str, str](), ""
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     model = copied(model).cpu().eval().requires_grad_(False)
@@ -100,12 +100,12 @@ def bench(
             for batch in batches:
                 given = repeated(example, batch)
                 runs: dict[str, Callable[[], object]] = {"eager": partial(forward, model, given)}
-                for road in ROADS:
-                    if road in roads and road != "eager":
+                for backend in BACKENDS:
+                    if backend in backends and backend != "eager":
                         try:
-                            runs[road] = _MAKERS[road](model, given, precision, Path(folder), seed)
+                            runs[backend] = _MAKERS[backend](model, given, precision, Path(folder), seed)
                         except PruningError as error:
-                            left[road] = f"{error.what}: {error.why}" if error.why else error.what
+                            left[backend] = f"{error.what}: {error.why}" if error.why else error.what
                 if "sparse" in runs:
                     said = str(sparsified(cast("partial[object]", runs["sparse"]).args[0]))
                 with torch.inference_mode():
@@ -123,7 +123,7 @@ def _rows(
     base = found.latencies[0].median * 1e3
     yield Timed("eager", batch, threads, base, 1.0, 1.0, 1.0)
     for latency, ratio in zip(found.latencies[1:], found.ratios, strict=True):
-        if latency.name in ROADS:
+        if latency.name in BACKENDS:
             yield Timed(latency.name, batch, threads, latency.median * 1e3, ratio.value, ratio.low, ratio.high)
 
 
@@ -149,7 +149,7 @@ def _threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-# -- the roads ---------------------------------------------------------------------------------------------------------
+# -- the backends ------------------------------------------------------------------------------------------------------
 
 
 def _sparse(model: nn.Module, given: Inputs, precision: Precision, folder: Path, seed: int) -> Callable[[], object]:
@@ -204,23 +204,30 @@ def _first(error: Exception) -> str:
 
 
 def plot(found: Bench, width: float = 7.6) -> str:
-    """Speed-up of each road against eager as an SVG, with 95 % intervals."""
+    """Speed-up of each backend against eager as an SVG, with 95 % intervals."""
     groups = sorted({(row.threads, row.batch) for row in found.rows})
-    roads = [road for road in ROADS if any(row.road == road for row in found.rows)]
+    backends = [backend for backend in BACKENDS if any(row.backend == backend for row in found.rows)]
 
     def draw(axes: Axes) -> None:
-        for number, road in enumerate(roads):
-            rows = {(row.threads, row.batch): row for row in found.rows if row.road == road}
-            places = [k + (number - (len(roads) - 1) / 2) * 0.8 / len(roads) for k, g in enumerate(groups) if g in rows]
+        for number, backend in enumerate(backends):
+            rows = {(row.threads, row.batch): row for row in found.rows if row.backend == backend}
+            places = [
+                k + (number - (len(backends) - 1) / 2) * 0.8 / len(backends) for k, g in enumerate(groups) if g in rows
+            ]
             mine = [rows[g] for g in groups if g in rows]
             reach = [[row.ratio - row.low for row in mine], [row.high - row.ratio for row in mine]]
             axes.bar(
-                places, [row.ratio for row in mine], 0.75 / len(roads), yerr=reach, color=_COLOURS[road], label=road
+                places,
+                [row.ratio for row in mine],
+                0.75 / len(backends),
+                yerr=reach,
+                color=_COLOURS[backend],
+                label=backend,
             )
         axes.axhline(1.0, color="#777777", linewidth=0.8)
         plural = [f"batch {batch}\n{threads} thread{'s' * (threads > 1)}" for threads, batch in groups]
         axes.set_xticks(range(len(groups)), plural)
         axes.set_ylabel("times as fast as eager")
-        axes.legend(frameon=False, fontsize=8, ncols=len(roads), loc="lower left", bbox_to_anchor=(0, 1))
+        axes.legend(frameon=False, fontsize=8, ncols=len(backends), loc="lower left", bbox_to_anchor=(0, 1))
 
     return alone(figure("bench", draw, width, 3.2))

@@ -31,13 +31,13 @@ TOLERANCE = 1e-4
 class Proof:
     """What was checked. `equal`: relative difference to the masked dense model, None where it was not compared.
 
-    healed: how the model was changed after the cut; it is then not expected to equal the masked one.
+    recovered: how the model was changed after the cut; it is then not expected to equal the masked one.
     """
 
     folder: str
     files: int
     rebuilt: bool
-    healed: tuple[str, ...] = ()
+    recovered: tuple[str, ...] = ()
     equal: float | None = None
 
     def as_dict(self) -> dict[str, Any]:
@@ -47,9 +47,9 @@ class Proof:
     def __str__(self) -> str:
         lines = [f"{self.folder}: {self.files} files are as they were written"]
         lines.append("the model loads, and its weights are finite" if self.rebuilt else "not rebuilt: give its MODEL")
-        if self.equal is not None and self.healed:
+        if self.equal is not None and self.recovered:
             lines.append(
-                f"the cut equals the masked dense model; then healed by {', '.join(self.healed)}, which changed"
+                f"the cut equals the masked dense model; then recovered by {', '.join(self.recovered)}, which changed"
             )
             lines.append(f"the output by {self.equal:.1%} of its largest value")
         elif self.equal is not None:
@@ -65,7 +65,7 @@ def check_whole(folder: Path, *, factory: Factory | None = None) -> tuple[Proof,
     manifest = read_manifest(folder)
     check_files(folder, manifest)
     needs = manifest.section("origin").text("kind") in ("factory", "unknown")
-    proof = Proof(str(folder), len(manifest.section("files").data), rebuilt=False, healed=_healed(folder))
+    proof = Proof(str(folder), len(manifest.section("files").data), rebuilt=False, recovered=_recovered(folder))
     if needs and factory is None:
         return proof, None
     small = load(folder, factory=factory if needs else None)
@@ -83,13 +83,13 @@ def plan_of(folder: Path) -> Plan:
 def check_equal(proof: Proof, small: nn.Module, dense: nn.Module, plan: Plan, inputs: Inputs) -> Proof:
     """Cut `dense` by the plan again (compared in float64 with the masked model) and compare with the stored model.
 
-    Raises CheckFailed when shapes differ, or when outputs differ although the model was not healed.
+    Raises CheckFailed when shapes differ, or when outputs differ although the model was not recovered.
     """
     expected = shrink(dense, plan, inputs=inputs) if plan.changes else apply_(dense, plan)
     _same_shapes(expected.state_dict(), small.state_dict())
     with torch.no_grad(), mode(expected, training=False), mode(small, training=False):
         error = relative_error(tensors(forward(expected, inputs)), tensors(forward(small, inputs)))
-    if error > TOLERANCE and not proof.healed:
+    if error > TOLERANCE and not proof.recovered:
         why = f"its output differs by {error:.1e} of the largest value; {TOLERANCE:.0e} is allowed"
         raise CheckFailed("the stored model is not the masked dense model", why, "is MODEL the one it was made of?")
     return replace(proof, equal=error)
@@ -105,9 +105,10 @@ def _same_shapes(expected: Mapping[str, torch.Tensor], found: Mapping[str, torch
             )
 
 
-def _healed(folder: Path) -> tuple[str, ...]:
+def _recovered(folder: Path) -> tuple[str, ...]:
     file = folder / "run.json"
     if not file.is_file():
         return ()
     record = read_object(file, todo="make the folder again", allow_nan=True)
-    return tuple(item.fields().text("by") for item in record.list_of("healed"))
+    name = "recovered" if "format" in record.data else "healed"  # its name in version 0.1
+    return tuple(item.fields().text("by") for item in record.list_of(name))

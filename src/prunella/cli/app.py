@@ -8,15 +8,13 @@ from typing import Annotated, Any
 import typer
 
 from prunella._version import __version__
-from prunella.cli import artifacts as prove
-from prunella.cli import bench as speed
-from prunella.cli import experiments as trials
-from prunella.cli import info as look
-from prunella.cli import make as work
+from prunella.cli import artifacts, bench, experiments, info, make
 from prunella.cli.console import guarded
+from prunella.cli.llm import llm
+from prunella.cli.options import flat
 from prunella.cli.run import run
 
-_HELP = """Prune a neural network, and heal it: smaller, measurably faster, and proven.
+_HELP = """Prune a neural network and recover its quality: smaller, measurably faster, and proven.
 
 Results go to stdout, everything else to stderr. Exit codes: 0 done, 1 a check or a target missed, 2 misuse, 3 bad or
 untrusted input, 5 out of memory or disk, 6 not supported here, 7 interrupted, 70 a bug in prunella."""
@@ -49,24 +47,25 @@ def root(
 
 
 for verb in (
-    work.demo,
-    look.doctor,
-    look.methods,
-    look.explain,
-    look.inspect,
-    work.scan,
-    work.plan,
-    work.import_,
-    look.show,
+    make.demo,
+    info.doctor,
+    info.methods,
+    info.explain,
+    info.inspect,
+    make.scan,
+    make.plan,
+    make.import_,
+    info.show,
     run,
-    trials.pareto,
-    trials.compare,
-    speed.bench,
-    work.export,
-    prove.verify,
-    prove.report,
+    llm,
+    experiments.pareto,
+    experiments.compare,
+    bench.bench,
+    make.export,
+    artifacts.verify,
+    artifacts.report,
 ):
-    app.command(verb.__name__.rstrip("_"))(guarded(verb))
+    app.command(verb.__name__.rstrip("_"))(guarded(flat(verb)))
 
 
 def help_of(verb: str) -> str | None:

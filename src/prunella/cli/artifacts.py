@@ -1,4 +1,4 @@
-"""Verbs about a folder that `run` wrote: is it whole and right, and where is its report."""
+"""Verbs about a folder that `run` wrote: is it complete and right, and where is its report."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The verb that times a model by every road there is."""
+"""The verb that times a model with every backend there is."""
 
 from __future__ import annotations
 
@@ -15,11 +15,9 @@ if TYPE_CHECKING:
 
 
 def bench(
-    model: options.Model,
-    inputs: options.Inputs = None,
-    weights: options.Weights = None,
+    source: options.Source,
     factory: options.FactoryName = None,
-    roads: Annotated[
+    backends: Annotated[
         str, typer.Option(help="By comma: eager, dense fast, compiled, onnxruntime, sparse.")
     ] = "eager,dense fast,compiled,onnxruntime,sparse",
     batch: Annotated[str, typer.Option(help="Batch sizes by comma.")] = "1",
@@ -31,21 +29,20 @@ def bench(
     """Time MODEL in eager mode, compiled, in ONNX Runtime and skipping its zeros, side by side."""
     from prunella.app.backends import bench as measure
     from prunella.app.backends import plot as draw
-    from prunella.cli.parse import check_new_file, open_model
+    from prunella.cli.parse import check_new_file, open_source
 
     if plot is not None:
         check_new_file(plot, overwrite=overwrite)
     sizes, counts = _numbers(batch, "--batch"), _numbers(threads, "--threads")
-    network, example = open_model(model, inputs, weights=weights, factory=factory)
+    network, example = open_source(source, factory=factory)
+    names = tuple(name.strip() for name in backends.split(","))
     with stage("measuring"):
-        found = measure(
-            network, example, roads=tuple(r.strip() for r in roads.split(",")), batches=sizes, threads=counts
-        )
+        timed = measure(network, example, backends=names, batches=sizes, threads=counts)
     if plot is not None:
         from prunella.io.files import write_atomic
 
-        note(f"wrote {write_atomic(plot, draw(found).encode())}")
-    emit(found.as_dict(), _text(found), as_json=as_json)
+        note(f"wrote {write_atomic(plot, draw(timed).encode())}")
+    emit(timed.as_dict(), _text(timed), as_json=as_json)
 
 
 def _numbers(text: str, option: str) -> tuple[int, ...]:
@@ -60,11 +57,11 @@ def _numbers(text: str, option: str) -> tuple[int, ...]:
     return tuple(dict.fromkeys(map(int, parts)))
 
 
-def _text(found: Bench) -> str:
+def _text(timed: Bench) -> str:
     rows = [
-        (r.threads, r.batch, r.road, f"{r.milliseconds:.2f}", f"{r.ratio:.2f}x", f"{r.low:.2f}-{r.high:.2f}")
-        for r in found.rows
+        (r.threads, r.batch, r.backend, f"{r.milliseconds:.2f}", f"{r.ratio:.2f}x", f"{r.low:.2f}-{r.high:.2f}")
+        for r in timed.rows
     ]
-    lines = [table(("threads", "batch", "road", "ms", "against eager", "95 %"), rows, right=(0, 1, 3, 4, 5))]
-    lines += [f"left out: {road}: {why}" for road, why in found.left_out.items()]
-    return "\n".join([*lines, f"{found.machine}, sparse kernels: {found.kernels}", found.sparse]).rstrip()
+    lines = [table(("threads", "batch", "backend", "ms", "against eager", "95 %"), rows, right=(0, 1, 3, 4, 5))]
+    lines += [f"left out: {backend}: {why}" for backend, why in timed.left_out.items()]
+    return "\n".join([*lines, f"{timed.machine}, sparse kernels: {timed.kernels}", timed.sparse]).rstrip()

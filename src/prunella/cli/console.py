@@ -6,9 +6,10 @@ import contextlib
 import functools
 import json
 import os
+import re
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ParamSpec
 
@@ -41,14 +42,15 @@ def _one_line(text: object) -> str:
     return " ".join(str(text).split())[:400]
 
 
-def explain_error(error: BaseException) -> Trouble:
-    """What to say of an error, and the exit code."""
+def explain_error(error: BaseException, options: Collection[str] = ()) -> Trouble:
+    """What to say of an error, and the exit code. options: the parameters of the verb, which the error may name."""
     if isinstance(error, PruningError):
         full = _resources_behind(error)
         if full is not None and error.exit_code != RESOURCES:
             # The step that failed says what it was doing; that a disk or the memory is full is why.
             return Trouble(_one_line(error.what), _one_line(f"{full.what}: {full.why}"), full.todo, RESOURCES)
-        return Trouble(_one_line(error.what), _one_line(error.why), _one_line(error.todo), error.exit_code)
+        what, why, todo = (_one_line(as_typed(text, options)) for text in (error.what, error.why, error.todo))
+        return Trouble(what, why, todo, error.exit_code)
     if isinstance(error, KeyboardInterrupt):
         return Trouble("interrupted", "", "nothing was left half written; start it again", INTERRUPTED)
     if full := out_of_resources(error):
@@ -66,8 +68,37 @@ def _resources_behind(error: BaseException) -> OutOfResources | None:
     return None if cause is None else out_of_resources(cause) or _resources_behind(cause)
 
 
-def _report_error(error: BaseException, as_json: bool) -> int:
-    trouble = explain_error(error)
+def as_typed(text: str, options: Collection[str]) -> str:
+    """An error of the library in the words of the command line: `pass data=` is `pass --data` where a verb has it."""
+    names = "|".join(sorted(set(options) - _ARGUMENTS, key=len, reverse=True))
+    if not names:
+        return text
+    value = r"lambda .*|\[[^\]]*\]|\w+\([\w.]*\)|[-+]?[\w.]+(?![\w(\[{'\"=])"
+    keyword = re.compile(rf"(?<![\w.=-])({names})=(?:({value})|(?=[\s,;:.)`]|$))")
+    return _TWICE.sub(r"\1", keyword.sub(lambda match: _option(match[1], match[2] or ""), text))
+
+
+_ARGUMENTS = {"model", "file", "folder", "make", "name", "kind"}
+"""Parameters that are given by their place."""
+_TWICE = re.compile(r"(--[\w-]+)(?: \(\1\)|, \1)(?![\w-])")
+"""What the library says in both words, `overwrite=True (--overwrite)`, is needed once."""
+
+
+def _option(name: str, value: str) -> str:
+    """`--skip a --skip b` of `skip=['a', 'b']`, `--target macs=0.5` of `target=MACs(0.5)`."""
+    option = f"--{name.replace('_', '-')}"
+    if value.startswith("lambda "):
+        return f"{option} module:function"
+    if value.startswith("["):
+        return " ".join(f"{option} {item.strip(chr(39) + chr(34) + ' ')}" for item in value[1:-1].split(","))
+    kind, _, number = value.rstrip(")").partition("(")
+    if value.endswith(")"):
+        return f"{option} {kind.lower()}" + (f"={number}" if number else "")
+    return option if value in ("", "True") else f"{option} {value}"
+
+
+def _report_error(error: BaseException, options: Mapping[str, object]) -> int:
+    trouble, as_json = explain_error(error, options), bool(options.get("as_json"))
     if debugging():
         traceback.print_exception(error, file=sys.stderr)
     lines = [f"prunella: {trouble.what}", *(f"  {part}" for part in (trouble.why, trouble.todo) if part)]
@@ -107,7 +138,7 @@ def guarded(function: Callable[P, None]) -> Callable[P, None]:
         except (typer.Exit, SystemExit):
             raise
         except BaseException as error:
-            raise typer.Exit(_report_error(error, bool(kwargs.get("as_json")))) from None
+            raise typer.Exit(_report_error(error, kwargs)) from None
 
     return run
 
@@ -123,20 +154,30 @@ def note(text: str) -> None:
 
 
 @contextlib.contextmanager
-def stage(text: str) -> Iterator[None]:
-    """A step that takes a while: a spinner on a terminal, a line with its seconds anywhere."""
+def stage(text: str, parts: int = 1) -> Iterator[Callable[..., None]]:
+    """A step that takes a while: a line with its seconds, and on a terminal a spinner or a bar while it runs.
+
+    Gives what to call after each of its parts.
+    """
     start = now()
-    with _spinner(text):
-        yield
+    with _shown(text, parts) as tick:
+        yield tick
     note(f"{text} ({since(start):.1f} s)")
 
 
-def _spinner(text: str) -> contextlib.AbstractContextManager[object]:
+@contextlib.contextmanager
+def _shown(text: str, parts: int) -> Iterator[Callable[..., None]]:
     if not sys.stderr.isatty():
-        return contextlib.nullcontext()
+        yield lambda *_: None
+        return
     from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-    return Console(stderr=True).status(text)
+    bar = (BarColumn(24), MofNCompleteColumn()) if parts > 1 else ()
+    columns = SpinnerColumn(), TextColumn("{task.description}"), *bar, TimeElapsedColumn()
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task(text, total=parts)
+        yield lambda *_: progress.advance(task)
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[object]], *, right: Sequence[int] = ()) -> str:

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from prunella.cli import options
 from prunella.cli.console import emit, note, stage
+from prunella.cli.llm import folder_of, llm_recipe
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from prunella.experiments.comparison import Compared
+    from prunella.llm import OneShot
 
 Make = Annotated[
     str, typer.Argument(metavar="MAKE", help="module:function that takes a seed and returns the trained dense model.",
@@ -19,12 +30,10 @@ Make = Annotated[
 def pareto(
     make: Make,
     metric: Annotated[
-        str, typer.Option("--metric", metavar="M:F", help="module:function of (model); higher is better.")
+        str, typer.Option("--metric", metavar="M:F", help="module:function of (model): a number; higher is better.")
     ],
     inputs: Annotated[str, typer.Option("--inputs", metavar="M:F", help="module:function that returns a batch.")],
-    recipe: Annotated[
-        list[str] | None, typer.Option("--recipe", metavar="NAME", help="A recipe or a criterion; several are allowed.")
-    ] = None,
+    recipe: options.RecipeNames = None,
     granularity: options.GranularityText = None,
     allocation: options.AllocationName = None,
     ratios: Annotated[str, typer.Option(help="Original / new, by comma.")] = "2,4,8,16,32",
@@ -33,7 +42,7 @@ def pareto(
     data: options.Data = None,
     loss: options.LossName = None,
     recover: Annotated[
-        str | None, typer.Option(metavar="M:F", help="module:function of (model, plan, seed) that heals.")
+        str | None, typer.Option(metavar="M:F", help="module:function of (model, plan, seed) that recovers.")
     ] = None,
     skip: options.Skip = None,
     jobs: Annotated[int, typer.Option(help="Processes.")] = 1,
@@ -57,21 +66,28 @@ def pareto(
     emit({**found.data(), "page": str(output / PAGE)}, f"{found}\n\nwrote {output / PAGE}", as_json=as_json)
 
 
+@dataclass(frozen=True)
+class Protocol:
+    """What all rows of a comparison share: what calibrates, and what evaluates."""
+
+    data: Annotated[str, typer.Option("--data", metavar="FILE", help="Text to calibrate with.", show_default=False)]
+    text: Annotated[str, typer.Option("--text", metavar="FILE", help="Other text, to evaluate on.", show_default=False)]
+    nsamples: Annotated[int, typer.Option("--nsamples", help="Windows of --data to calibrate with.")] = 32
+    seqlen: Annotated[int, typer.Option("--seqlen", help="Tokens in one of them.")] = 512
+    eval_samples: Annotated[
+        int, typer.Option("--eval-samples", help="Most windows of --text; a quarter of them for KL and top-1.")
+    ] = 16
+    eval_seqlen: Annotated[int, typer.Option("--eval-seqlen", help="Tokens in one of them.")] = 1024
+    skip: options.Skip = None
+
+
 def compare(
-    model: options.Model,
-    data: Annotated[str, typer.Option("--data", metavar="FILE", help="Text to calibrate with.")],
-    text: Annotated[str, typer.Option("--text", metavar="FILE", help="Other text, to judge by.")],
-    recipe: Annotated[
-        list[str] | None, typer.Option("--recipe", metavar="NAME", help="one_shot, admm, alps, sparsegpt, wanda ...")
-    ] = None,
-    sparsity: Annotated[float | None, typer.Option(help="Fraction removed from every layer (0.5).")] = None,
+    model: options.LLMModel,
+    protocol: Protocol,
+    recipe: options.LLMRecipeNames = None,
+    sparsity: options.LayerSparsity = None,
     pattern: options.Pattern = None,
     seeds: Annotated[int, typer.Option(help="How many seeds, from 0: each draws other windows of --data.")] = 3,
-    windows: Annotated[int, typer.Option(help="Windows to calibrate with.")] = 32,
-    length: Annotated[int, typer.Option(help="Tokens in one of them.")] = 512,
-    judged: Annotated[int, typer.Option(help="Windows of --text at most; a quarter of them for KL and top-1.")] = 16,
-    window: Annotated[int, typer.Option(help="Tokens in one of them.")] = 1024,
-    skip: options.Skip = None,
     output: options.Output = Path("compared"),
     as_json: options.Json = False,
 ) -> None:
@@ -79,13 +95,58 @@ def compare(
 
     The dense model and a pruned one are in memory together. A comparison that was stopped goes on with the same line.
     """
-    from prunella.cli import llm as language
+    recipes = {name: llm_recipe(name, pattern, sparsity) for name in recipe or ("one_shot", "sparsegpt", "wanda")}
+    compared, how = _compare(folder_of(model), recipes, protocol, seeds, output)
+    values = {method: {name: list(v) for name, v in by.items()} for method, by in compared.values.items()}
+    result = {"values": values, "seeds": list(compared.seeds), "protocol": how}
+    emit(result, f"{compared}\n\n{how}", as_json=as_json)
 
-    asked = {name: language.recipe_of(name, pattern, sparsity) for name in recipe or ("one_shot", "sparsegpt", "wanda")}
-    protocol = language.Protocol(data, text, windows, length, judged, window, tuple(skip or ()))
-    found, said = language.compare(language.folder_of(model), asked, protocol, seeds, output)
-    values = {way: {name: list(v) for name, v in by.items()} for way, by in found.values.items()}
-    emit({"values": values, "seeds": list(found.seeds), "protocol": said}, f"{found}\n\n{said}", as_json=as_json)
+
+def _compare(
+    folder: Path, recipes: Mapping[str, OneShot], protocol: Protocol, seeds: int, output: Path
+) -> tuple[Compared, str]:
+    """The table, and a sentence on how its numbers were made."""
+    from prunella import metrics
+    from prunella.errors import RequestError
+    from prunella.experiments import comparison
+    from prunella.io.load import load_model
+    from prunella.llm import solve_
+    from prunella.llm.text import text_samples, text_tokens
+    from prunella.model.copying import copied
+    from prunella.registry.serialize import described
+
+    if min(seeds, protocol.eval_samples) < 1:
+        raise RequestError(
+            "there is nothing to compare", f"--seeds {seeds}, --eval-samples {protocol.eval_samples}", "1 is the least"
+        )
+    dense, tokens, window = load_model(str(folder)), text_tokens(folder, protocol.text), protocol.eval_seqlen
+    count = min(protocol.eval_samples, len(tokens) // window)
+    few = [{"input_ids": tokens[k * window :][:window][None]} for k in range(-(-count // 4))]
+
+    def perplexity(model: nn.Module) -> float:
+        return metrics.perplexity(model, tokens, window=window, limit=protocol.eval_samples).value
+
+    def agreement(model: nn.Module) -> tuple[float, float]:
+        outputs = metrics.token_agreement(dense, model, few)
+        return outputs.kl, outputs.top1
+
+    def pruned(name: str, seed: int) -> nn.Module:
+        nsamples, seqlen = protocol.nsamples, protocol.seqlen
+        batches = text_samples(folder, protocol.data, nsamples=nsamples, seqlen=seqlen, seed=seed)
+        model = copied(dense)
+        with stage(f"{name}, seed {seed}"):
+            solve_(model, batches[0], recipes[name], data=batches, skip=tuple(protocol.skip or ()))
+        return model
+
+    files = [hashlib.sha256(Path(file).read_bytes()).hexdigest() for file in (protocol.data, protocol.text)]
+    asked = [asdict(protocol), files, {name: described(recipe) for name, recipe in recipes.items()}]
+    methods = {name: partial(pruned, name) for name in recipes}
+    measures: comparison.Measures = {"perplexity": perplexity, ("KL", "top-1"): agreement}
+    compared = comparison.compare(dense, methods, measures, seeds=range(seeds), folder=output, asked=asked)
+    return compared, (
+        f"evaluated on {count} windows of {window} tokens of {protocol.text} without overlap, {len(few)} of them for "
+        f"KL (in nats) and top-1; calibrated on {protocol.nsamples} windows of {protocol.seqlen} of {protocol.data}"
+    )
 
 
 def _numbers(text: str) -> tuple[float, ...]:

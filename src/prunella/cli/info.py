@@ -103,10 +103,7 @@ def explain(name: Annotated[str, typer.Argument(help="A name of `methods`.")], a
 
 
 def inspect(
-    model: options.Model,
-    inputs: options.Inputs = None,
-    weights: options.Weights = None,
-    allow_pickle: options.AllowPickle = False,
+    source: options.Source,
     factory: options.FactoryName = None,
     program: options.Program = False,
     everything: Annotated[bool, typer.Option("--all", help="Show all rows.")] = False,
@@ -114,15 +111,13 @@ def inspect(
     overwrite: options.Overwrite = False,
     as_json: options.Json = False,
 ) -> None:
-    """Layers, parameters, MACs; which groups of units can go, what each unit costs, what must stay and why."""
-    from prunella.cli.parse import check_new_file, open_model
+    """Layers, parameters, MACs; which groups of units can be pruned, what each unit costs, what cannot and why."""
+    from prunella.cli.parse import check_new_file, open_source
     from prunella.graph.solve.groups import couple
 
     if html is not None:
         check_new_file(html, overwrite=overwrite)
-    network, example = open_model(
-        model, inputs, weights=weights, allow_pickle=allow_pickle, factory=factory, program=program
-    )
+    network, example = open_source(source, factory=factory, program=program)
     with stage("coupling"):
         graph = couple(network, example)
     data = graph_data(graph)
@@ -130,7 +125,7 @@ def inspect(
         from prunella.io.files import write_atomic
         from prunella.reporting.coupling import render_coupling
 
-        note(f"wrote {write_atomic(html, render_coupling(graph, str(model)).encode())}")
+        note(f"wrote {write_atomic(html, render_coupling(graph, source.model).encode())}")
     emit(data, _graph_text(data, None if everything else _SHOWN), as_json=as_json)
 
 
@@ -187,9 +182,9 @@ def _graph_text(data: dict[str, Any], limit: int | None) -> str:
         for g in data["groups"]
     ]
     header = ("group", "kind", "units", "tensors", "params/unit", "MACs/unit")
-    parts.append(_section("what can go", header, groups, limit, right=(2, 3, 4, 5)))
+    parts.append(_section("what can be pruned", header, groups, limit, right=(2, 3, 4, 5)))
     frozen = [(f["axes"], f["reason"], f["where"]) for f in data["frozen"]]
-    parts.append(_section("what must stay", ("axes", "why", "where"), frozen, limit, right=(0,)))
+    parts.append(_section("what cannot be pruned", ("axes", "why", "where"), frozen, limit, right=(0,)))
     parts += [data["offer"]] if data["offer"] else []
     if data["uncounted"]:
         parts.append("not counted in MACs: " + ", ".join(f"{name} ({n})" for name, n in data["uncounted"].items()))
@@ -212,7 +207,7 @@ def _section(title: str, header: tuple[str, ...], rows: list[Any], limit: int | 
 def show(
     file: Annotated[Path, typer.Argument(metavar="FILE.plan", help="A plan.")], as_json: options.Json = False
 ) -> None:
-    """Print a plan: what stays of each group, and what that gives."""
+    """Print a plan: what is kept of each group, and what that gives."""
     from prunella.cli.parse import plan_data
     from prunella.io.plan_file import load_plan
 

@@ -1,9 +1,13 @@
-"""The arguments and options that verbs share, each declared once."""
+"""The arguments and options that verbs share, each declared once, and the groups in which verbs take them."""
 
 from __future__ import annotations
 
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import MISSING, dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, get_type_hints
 
 import typer
 
@@ -12,6 +16,9 @@ _MODEL = (
 )
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help=_MODEL, show_default=False)]
+LLMModel = Annotated[
+    str, typer.Argument(metavar="MODEL", help="A Hugging Face folder, a FILE.gguf or smollm2.", show_default=False)
+]
 OptionalModel = Annotated[str | None, typer.Argument(metavar="[MODEL]", help=_MODEL, show_default=False)]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Inputs = Annotated[
@@ -26,6 +33,16 @@ Weights = Annotated[
 ]
 AllowPickle = Annotated[bool, typer.Option("--allow-pickle", help="Read pickled weights too (tensors only).")]
 RecipeName = Annotated[str, typer.Option("--recipe", metavar="NAME", help="A recipe or a criterion of `methods`.")]
+RecipeNames = Annotated[
+    list[str] | None, typer.Option("--recipe", metavar="NAME", help="A recipe or a criterion; several are allowed.")
+]
+LLMRecipeName = Annotated[
+    str, typer.Option("--recipe", metavar="NAME", help="one_shot, admm, alps, sparsegpt, wanda, ria or magnitude.")
+]
+LLMRecipeNames = Annotated[
+    list[str] | None,
+    typer.Option("--recipe", metavar="NAME", help="one_shot, sparsegpt, wanda ...; several are allowed."),
+]
 TargetText = Annotated[
     str | None,
     typer.Option(
@@ -37,22 +54,33 @@ GranularityText = Annotated[
     typer.Option(
         "--granularity",
         metavar="G",
-        help="What goes: channel, head, width, expert, depth, element; several by comma.",
+        help="What is pruned: channel, head, width, expert, depth, element; several by comma.",
     ),
 ]
 AllocationName = Annotated[str | None, typer.Option("--allocation", metavar="A", help="How layers share the budget.")]
-MinDensity = Annotated[
-    float | None, typer.Option("--min-density", help="Fraction of every group that is kept at least.")
-]
-RoundTo = Annotated[int | None, typer.Option("--round-to", help="Channel widths are multiples of it.")]
+MinDensity = Annotated[float | None, typer.Option("--min-density", help="Smallest fraction kept of every group.")]
+RoundTo = Annotated[int | None, typer.Option("--round-to", help="Channel widths stay multiples of it.")]
 EqualWidths = Annotated[
     bool, typer.Option("--equal-widths", help="Equal groups stay equal: plain `from_pretrained` reads them.")
 ]
 Pattern = Annotated[str | None, typer.Option("--pattern", metavar="P", help="A mask of 2:4 (N:M) or 4x4 (blocks).")]
+LayerSparsity = Annotated[float | None, typer.Option("--sparsity", help="Fraction removed from every layer (0.5).")]
 Skip = Annotated[list[str] | None, typer.Option("--skip", metavar="PATTERN", help="Leave these layers alone (glob).")]
-Only = Annotated[list[str] | None, typer.Option("--only", metavar="PATTERN", help="Cut only these layers (glob).")]
+Only = Annotated[list[str] | None, typer.Option("--only", metavar="PATTERN", help="Prune only these layers (glob).")]
 Data = Annotated[str | None, typer.Option("--data", metavar="M:F", help="module:function that returns batches.")]
 LossName = Annotated[str | None, typer.Option("--loss", metavar="M:F", help="module:function of (model, batch).")]
+MetricName = Annotated[
+    str | None,
+    typer.Option(
+        "--metric", metavar="M:F", help="module:function of (model): a number, or numbers by name; higher is better."
+    ),
+]
+ScanMetricName = Annotated[
+    str | None,
+    typer.Option(
+        "--metric", metavar="M:F", help="module:function of (model): a number; agreement on --data if not given."
+    ),
+]
 FactoryName = Annotated[
     str | None, typer.Option("--factory", metavar="M:F", help="What made the dense model of a folder of `run`.")
 ]
@@ -63,3 +91,102 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an older r
 Seed = Annotated[int, typer.Option("--seed", help="Same seed, same result.")]
 Output = Annotated[Path, typer.Option("-o", "--output", metavar="PATH", help="Where to write.")]
 OptionalOutput = Annotated[Path | None, typer.Option("-o", "--output", metavar="PATH", help="Where to write.")]
+
+
+# -- groups: a verb that takes one has all of its options -------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Source:
+    """Which model, with which weights, and what it takes."""
+
+    model: Model
+    inputs: Inputs = None
+    weights: Weights = None
+    allow_pickle: AllowPickle = False
+
+
+@dataclass(frozen=True)
+class Method:
+    """How units are scored, and which of them may go."""
+
+    recipe: RecipeName = "magnitude"
+    granularity: GranularityText = None
+    min_density: MinDensity = None
+    round_to: RoundTo = None
+    skip: Skip = None
+    only: Only = None
+    data: Data = None
+    loss: LossName = None
+    seed: Seed = 0
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much is pruned, and from which layers."""
+
+    target: TargetText = None
+    allocation: AllocationName = None
+    pattern: Pattern = None
+    equal_widths: EqualWidths = False
+
+
+@dataclass(frozen=True)
+class Recover:
+    """What is done to the pruned model before it is measured."""
+
+    recover: Annotated[
+        str, typer.Option(metavar="R", help="bn, reconstruct, distill:STEPS, finetune:STEPS; by comma.")
+    ] = ""
+    recover_data: Annotated[
+        str | None, typer.Option(metavar="M:F", help="Batches for distill and finetune, if not those of --data.")
+    ] = None
+    lr: Annotated[float, typer.Option(help="Learning rate of distill and finetune.")] = 1e-4
+    ridge: Annotated[float, typer.Option(help="Penalty of reconstruct: larger changes the weights less.")] = 1e-2
+
+
+@dataclass(frozen=True)
+class Quality:
+    """How good a model is, and how much of that may be lost."""
+
+    metric: MetricName = None
+    max_drop: Annotated[
+        float | None, typer.Option(help="Write nothing if --metric, or its first number, falls by more.")
+    ] = None
+
+
+def flat(verb: Callable[..., None]) -> Callable[..., None]:
+    """The verb with the options of its groups as its own parameters, as typer reads them."""
+    kinds = _kinds(verb).items()
+    groups = {name: kind for name, kind in kinds if isinstance(kind, type) and is_dataclass(kind)}
+    signature = inspect.signature(verb, eval_str=True)
+    options = [option for given in signature.parameters.values() for option in _options(given, groups.get(given.name))]
+
+    @functools.wraps(verb)
+    def run(**values: Any) -> None:
+        for name, kind in groups.items():
+            values[name] = kind(**{field.name: values.pop(field.name) for field in fields(kind)})
+        verb(**values)
+
+    run.__signature__ = signature.replace(parameters=options)  # type: ignore[attr-defined]
+    return run
+
+
+def _kinds(verb: Callable[..., None] | type) -> dict[str, Any]:
+    return get_type_hints(verb, include_extras=True)
+
+
+def _options(given: inspect.Parameter, group: Any) -> list[inspect.Parameter]:
+    """The parameter itself, or one for each field of its group. Given by name alone: order is only that of the help."""
+    if group is None:
+        return [given.replace(kind=given.KEYWORD_ONLY)]
+    kinds = _kinds(group)
+    return [
+        inspect.Parameter(
+            field.name,
+            given.KEYWORD_ONLY,
+            default=given.empty if field.default is MISSING else field.default,
+            annotation=kinds[field.name],
+        )
+        for field in fields(group)
+    ]

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from prunella.cli import options
 from prunella.cli.console import note, stage
 from prunella.errors import BadInput, RequestError
 from prunella.graph.program.capture import as_program
@@ -24,6 +25,10 @@ from prunella.planning.recipe import Recipe
 from prunella.registry import catalogue
 from prunella.targets import Target, parse_target
 from prunella.types import Inputs, Loss
+
+_NO_BUDGET = options.Budget()
+LLM_RECIPES = ("one_shot", "admm", "alps", "sparsegpt")
+"""Recipes of `prunella llm` that are neither a recipe nor a criterion of the catalogue."""
 
 
 def open_model(
@@ -47,6 +52,16 @@ def open_model(
         with stage("capturing the program"):
             model = as_program(model, example)
     return model, example
+
+
+def open_source(
+    source: options.Source, *, factory: str | None = None, seed: int = 0, program: bool = False
+) -> tuple[nn.Module, Inputs]:
+    """`open_model` of what the command line says."""
+    return open_model(
+        source.model, source.inputs, weights=source.weights, allow_pickle=source.allow_pickle, factory=factory,
+        seed=seed, program=program,
+    )  # fmt: skip
 
 
 def open_dense(
@@ -117,6 +132,9 @@ def build_recipe(
     pattern: str | None = None,
 ) -> Recipe:
     """A recipe by name, or a criterion by name; the other options replace its parts."""
+    if name in LLM_RECIPES:
+        todo = f"`prunella llm MODEL --recipe {name}`"
+        raise RequestError(f"{name} is no recipe for a plan", "it prunes language models block by block", todo)
     method = catalogue.lookup(name)
     if method.kind == "recipe":
         recipe = call_user(method.function, f"the recipe {name}")
@@ -135,16 +153,17 @@ def build_recipe(
     return recipe
 
 
-def with_numbers(
-    recipe: Recipe, *, min_density: float | None, round_to: int | None, equal_widths: bool, seed: int
-) -> Recipe:
-    """The recipe with these numbers in place of its own, where they are given."""
+def recipe_of(method: options.Method, budget: options.Budget = _NO_BUDGET) -> Recipe:
+    """The recipe that is named, with what else the command line says in place of its own parts and numbers."""
+    recipe = build_recipe(
+        method.recipe, granularity=method.granularity, allocation=budget.allocation, pattern=budget.pattern
+    )
     return replace(
         recipe,
-        min_density=recipe.min_density if min_density is None else min_density,
-        round_to=recipe.round_to if round_to is None else round_to,
-        equal_widths=equal_widths or recipe.equal_widths,
-        seed=seed,
+        min_density=recipe.min_density if method.min_density is None else method.min_density,
+        round_to=recipe.round_to if method.round_to is None else method.round_to,
+        equal_widths=budget.equal_widths or recipe.equal_widths,
+        seed=method.seed,
     )
 
 
@@ -179,8 +198,8 @@ def load_data(spec: str | None) -> Iterable[Any] | None:
     """The batches that `module:function` returns, or `module:name` is."""
     if spec is None:
         return None
-    found = load_object(spec, "data")
-    batches = call_user(found, spec) if callable(found) else found
+    named = load_object(spec, "data")
+    batches = call_user(named, spec) if callable(named) else named
     if not isinstance(batches, Iterable):
         raise BadInput(f"{spec} gives no batches", f"it gave {type(batches).__name__}", "return a list or a DataLoader")
     # a generator would be empty at the second pass
@@ -191,12 +210,12 @@ def load_function(spec: str | None, what: str) -> Callable[..., Any] | None:
     """The function that `module:function` names."""
     if spec is None:
         return None
-    found = load_object(spec, what)
-    if not callable(found):
+    function = load_object(spec, what)
+    if not callable(function):
         raise RequestError(
-            f"{spec} is no function", f"it is a {type(found).__name__}", f"give --{what} module:function"
+            f"{spec} is no function", f"it is a {type(function).__name__}", f"give --{what} module:function"
         )
-    return found  # type: ignore[no-any-return]
+    return function  # type: ignore[no-any-return]
 
 
 def load_loss(spec: str | None) -> Loss | None:

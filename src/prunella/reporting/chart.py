@@ -46,7 +46,7 @@ def latency_chart(latency: Comparison, width: float = WIDE) -> Markup:
         axes.set_ylim(1.6, -0.6)
         _, most = _range([1e3 * t for one, _ in pairs for t in one.samples])
         axes.set_xlim(0, most)
-        axes.set_xlabel("milliseconds a pass")
+        axes.set_xlabel("ms per forward pass")
         axes.grid(axis="x", color=GRID, linewidth=0.8)
 
     return figure("latency", draw, width, 1.9)

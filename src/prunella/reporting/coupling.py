@@ -69,7 +69,7 @@ def _stops(graph: Graph, group: Group, rows: dict[str, int]) -> tuple[Stop, ...]
 
 
 def render_coupling(graph: Graph, title: str) -> str:
-    """The page as text: the picture, what each group holds and costs, and what must stay. All names are escaped."""
+    """The page as text: the picture, what each group holds and costs, and what cannot be pruned. Names are escaped."""
     drawn = rails(graph)
     width = LEFT + RAIL * (1 + max((rail.column for rail in drawn), default=0))
     context: dict[str, Any] = {

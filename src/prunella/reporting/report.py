@@ -38,7 +38,10 @@ Unit = Literal["score", "count", "bytes", "seconds"]
 
 @dataclass(frozen=True)
 class Metric:
-    """One measure before and after. `interval`: 95 %, of the ratio before / after, where it was measured."""
+    """One measure before and after. `interval`: 95 %, of the ratio before / after, where it was measured.
+
+    cut: the value between the cut and its recovery, where there was one.
+    """
 
     name: str
     before: float
@@ -46,6 +49,7 @@ class Metric:
     unit: Unit
     interval: tuple[float, float] | None = None
     note: str = ""
+    cut: float | None = None
 
     @property
     def remaining(self) -> float:
@@ -127,6 +131,16 @@ class Report:
         """This report with further parts: side effects, the curves of a study."""
         return replace(self, sections=(*self.sections, *sections))
 
+    def with_cut(self, quality: Mapping[str, float]) -> Report:
+        """This report with the scores that the pruned model had before it was recovered, by name."""
+        scores = [m if m.unit != "score" else replace(m, cut=quality.get(m.name)) for m in self.metrics]
+        return replace(self, metrics=tuple(scores))
+
+    @property
+    def recovered(self) -> bool:
+        """Whether the scores of the pruned model before its recovery are known."""
+        return any(m.cut is not None for m in self.metrics)
+
     def metric(self, name: str) -> Metric:
         """The metric of that name; KeyError if there is none."""
         found = next((metric for metric in self.metrics if metric.name == name), None)
@@ -137,7 +151,7 @@ class Report:
     @property
     def verdict(self) -> str:
         """One sentence: smaller by, faster by with its interval, quality before and after."""
-        scores = [f"{m.name} {m.before:.4g} → {m.after:.4g}" for m in self.metrics if m.unit == "score"]
+        scores = [_score(m) for m in self.metrics if m.unit == "score"]
         parts = [*self.smaller, f"{self.latency.ratio.verdict}", *scores[:2]]
         return "; ".join(parts)
 
@@ -168,12 +182,20 @@ class Report:
         return encode(plain(self.data()), indent=2, sort=False)
 
     def __str__(self) -> str:
-        rows = [("", "dense", "pruned", "change")]
-        rows += [(m.name, shown(m.before, m.unit), shown(m.after, m.unit), m.change) for m in self.metrics]
-        widths = [max(len(row[i]) for row in rows) for i in range(4)]
-        table = [f"{a:<{widths[0]}}  {b:>{widths[1]}}  {c:>{widths[2]}}  {d}".rstrip() for a, b, c, d in rows]
+        rows = [("", "dense", "cut", "recovered" if self.recovered else "pruned", "change")]
+        rows += [
+            (m.name, shown(m.before, m.unit), "" if m.cut is None else shown(m.cut, m.unit), shown(m.after, m.unit),
+             m.change)
+            for m in self.metrics
+        ]  # fmt: skip
+        rows = rows if self.recovered else [(*row[:2], "", *row[3:]) for row in rows]
+        widths = [max(len(row[i]) for row in rows) for i in range(5)]
+        table = []
+        for name, dense, cut, after, change in rows:
+            between = f"{cut:>{widths[2]}}  " if self.recovered else ""
+            table.append(f"{name:<{widths[0]}}  {dense:>{widths[1]}}  {between}{after:>{widths[3]}}  {change}".rstrip())
         said = f"{self.model} on {self.inputs}: {self.verdict}"
-        apart = f"outputs differ by at most {self.difference:.2g} times the largest one"
+        apart = f"largest output difference: {self.difference:.2g} of the largest output"
         end = [apart if math.isfinite(self.difference) else "outputs have other shapes", *self._measured()]
         parts = [line for section in self.sections for line in ("", str(section))]
         return "\n".join([said, "", *table, "", *end, *parts])
@@ -230,6 +252,11 @@ def report(
         command=command,
         pass_seconds=(sum(seconds["dense"].values()), sum(seconds["pruned"].values())),
     )
+
+
+def _score(metric: Metric) -> str:
+    cut = "" if metric.cut is None else f"{metric.cut:.4g} cut → "
+    return f"{metric.name} {metric.before:.4g} → {cut}{metric.after:.4g}"
 
 
 def environment(latency: Comparison) -> dict[str, str]:

@@ -7,7 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-from prunella.app.demo.run import PAGE, RECORD, Result
+import pytest
+
+from prunella.app.run import PAGE, RECORD, Outcome
+from prunella.io.artifact import WEIGHTS
 
 _READ = """
 import sys, torch, prunella
@@ -31,17 +34,21 @@ def read_in_a_fresh_process(folder: Path, factory: str = "") -> list[float]:
     return [float(number) for number in done.stdout.split()]
 
 
-def check(result: Result, measures: tuple[str, ...]) -> None:
+def check(folder: Path, outcome: Outcome, measures: tuple[str, ...]) -> None:
     """The table is complete, the target met within a unit, the folder whole."""
-    assert [row[0] for row in result.rows()] == [*measures, *SIZES]
-    assert all(cell for row in result.rows() for i, cell in enumerate(row) if i != 2 or row[0] in measures)
-    before, after = result.plan.before, result.plan.after
-    unit = max(row.macs_before / row.total for row in result.plan.rows)
-    assert 0 <= result.plan.target.absolute(before.macs) - after.macs <= 2 * unit
-    assert result.disk[1] < result.disk[0]
-    record = json.loads((result.folder / RECORD).read_text())
-    assert record["verdict"] == result.verdict
-    assert [item["by"] for item in record["healed"]] == [by for by, _ in result.healed]
-    page = (result.folder / PAGE).read_text().lower()
+    assert [metric.name for metric in outcome.report.metrics] == [*measures, *SIZES]
+    assert [metric.name for metric in outcome.report.metrics if metric.cut is not None] == list(measures)
+    before, after = outcome.plan.before, outcome.plan.after
+    unit = max(row.macs_before / row.total for row in outcome.plan.rows)
+    assert outcome.plan.target is not None
+    assert 0 <= outcome.plan.target.absolute(before.macs) - after.macs <= 2 * unit
+    disk = outcome.report.metric("size on disk")
+    stored = (folder / WEIGHTS).stat().st_size
+    assert disk.after < disk.before and stored < disk.before and stored == pytest.approx(disk.after, rel=0.05)
+    record = json.loads((folder / RECORD).read_text())
+    assert outcome.report.verdict in record["text"] and record["about"] in record["text"]
+    assert all(f"\n{name} " in record["text"] for name in (*measures, *SIZES))
+    assert [item["by"] for item in record["recovered"]] == [str(item.step) for item in outcome.recovered]
+    assert record["outputs"] == list(outcome.outputs)
+    page = (folder / PAGE).read_text().lower()
     assert all(name.lower() in page for name in measures)
-    assert result.verdict in str(result)

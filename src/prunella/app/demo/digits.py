@@ -11,24 +11,24 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, relu
 
 from prunella.allocation import global_
-from prunella.app.demo.probe import output_probe
-from prunella.app.demo.stages import Tick
-from prunella.app.demo.task import Quality, Task
+from prunella.app.demo.parts import Demo, Effort
+from prunella.app.job import Job, Quality, Recovery, read_steps
+from prunella.app.probe import output_probe
+from prunella.app.recover import Tick
 from prunella.criteria import taylor
 from prunella.errors import MissingExtra
 from prunella.granularity import Channel
 from prunella.model.rng import seeded
 from prunella.model.state import mode
 from prunella.planning.recipe import Recipe
-from prunella.recovery.distill import distill_logits
 from prunella.recovery.finetune import Training, finetune
-from prunella.types import Loss
+from prunella.targets import Target
 
 _TEST = 397
 
 
 class Block(nn.Module):
-    """Two 3x3 convolutions with batch normalisation, and a shortcut that is a 1x1 convolution where shapes differ."""
+    """Two 3x3 convolutions with batch normalization, and a shortcut that is a 1x1 convolution where shapes differ."""
 
     def __init__(self, wide_in: int, wide_out: int, stride: int) -> None:
         super().__init__()
@@ -56,32 +56,28 @@ class DigitsNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits of 10 digits."""
-        found: Tensor = self.head(self.blocks(self.stem(x)).mean((2, 3)))
-        return found
+        logits: Tensor = self.head(self.blocks(self.stem(x)).mean((2, 3)))
+        return logits
 
 
-def digits_task(*, seed: int, steps: int, training: int, tick: Tick) -> Task:
-    """The task; `tick` is called after each of the `training` steps that make the dense network."""
+def digits_job(target: Target, *, seed: int, effort: Effort, tick: Tick) -> Demo:
+    """The demo; `tick` is called after each step of the training that makes the dense network."""
     x, y, test_x, test_y = _data(seed)
-    model = _trained(x, y, steps=training, seed=seed, tick=tick)
-    calibration = [(part,) for part in torch.split(x[:512], 64)]
-    return Task(
-        name="a small ResNet, trained here",
-        data=f"scikit-learn's digits: {len(x)} images to train, calibrate and heal, {len(test_x)} held out",
-        model=model,
-        example=(x[:64],),
-        recipe=Recipe(taylor, Channel(), functools.partial(global_, per_cost=True), min_density=0.1, seed=seed),
-        calibration=calibration,
+    model = _trained(x, y, steps=effort.training, seed=seed, tick=tick)
+    steps = read_steps(f"reconstruct,bn,distill:{effort.steps or 100}")
+    job = Job(
+        Recipe(taylor, Channel(), functools.partial(global_, per_cost=True), min_density=0.1, seed=seed),
+        target,
+        data=[(part,) for part in torch.split(x[:512], 64)],
         loss=output_probe(_logits),
-        outputs=_logits,
-        quality=functools.partial(_quality, test_x, test_y, model),
-        quality_steps=1,
-        teach=functools.partial(_teach, [(part,) for part in torch.split(x, 64)]),
-        teach_steps=1,
-        steps=steps,
-        lr=1e-3,
-        save={"factory": DigitsNet},
+        recovery=Recovery(steps, [(part,) for part in torch.split(x, 64)], lr=1e-3, ridge=1.0),
+        metric=functools.partial(_quality, test_x, test_y, model),
+        factory=f"{__name__}:DigitsNet",
+        command="prunella demo --model digits",
+        about="a small ResNet, trained here, on scikit-learn's digits: "
+        f"{len(x)} images to train, calibrate and recover, {len(test_x)} held out",
     )
+    return Demo(model, (x[:64],), job)
 
 
 def _data(seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -111,21 +107,14 @@ def _supervised(model: nn.Module, batch: Any) -> Tensor:
 
 
 def _logits(model: nn.Module, batch: Any) -> Tensor:
-    found: Tensor = model(batch[0])
-    return found
+    logits: Tensor = model(batch[0])
+    return logits
 
 
-def _quality(x: Tensor, y: Tensor, dense: nn.Module, model: nn.Module, tick: Tick) -> Quality:
+def _quality(x: Tensor, y: Tensor, dense: nn.Module, model: nn.Module) -> Quality:
     with mode(model, training=False), mode(dense, training=False), torch.inference_mode():
-        found, wanted = model(x).argmax(1), dense(x).argmax(1)
-    tick()
+        predicted, expected = model(x).argmax(1), dense(x).argmax(1)
     return {
-        "accuracy": float((found == y).double().mean()),
-        "agreement (same digit)": float((found == wanted).double().mean()),
+        "accuracy": float((predicted == y).double().mean()),
+        "agreement (same digit)": float((predicted == expected).double().mean()),
     }
-
-
-def _teach(batches: list[Any], dense: nn.Module, tick: Tick) -> tuple[list[Any], Loss]:
-    """Logits are quick to compute again: the batches stay as they are."""
-    tick()
-    return batches, distill_logits(dense)

@@ -1,4 +1,4 @@
-"""all-MiniLM-L6-v2 on Python's language reference: sentence embeddings, pruned and healed without a label."""
+"""all-MiniLM-L6-v2 on Python's language reference: sentence embeddings, pruned and recovered without a label."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from torch.nn.functional import mse_loss, normalize
 
 from prunella.allocation import global_
-from prunella.app.demo.probe import output_probe
-from prunella.app.demo.stages import Tick
-from prunella.app.demo.task import Quality, Task
+from prunella.app.demo.parts import Demo, Effort
 from prunella.app.demo.text import Corpus, read_sections, split
+from prunella.app.job import Job, Quality, Recovery, read_steps
+from prunella.app.probe import output_probe
 from prunella.criteria import taylor
 from prunella.errors import BadInput, MissingExtra
 from prunella.granularity import Channel, Head
@@ -28,6 +28,7 @@ from prunella.io.files import make_folder, reading, writing
 from prunella.io.load import import_module
 from prunella.model.state import mode
 from prunella.planning.recipe import Recipe
+from prunella.targets import Target
 from prunella.types import Loss
 
 PACKAGE = "all_minilm_l6_v2"
@@ -41,32 +42,27 @@ def installed() -> bool:
     return all(importlib.util.find_spec(name) is not None for name in ("transformers", PACKAGE))
 
 
-def minilm_task(folder: Path, *, seed: int, steps: int, texts: int | None = None) -> Task:
-    """The task; the weights are unpacked into `folder`. texts: most passages and most held-out sections."""
+def minilm_job(folder: Path, target: Target, *, seed: int, effort: Effort) -> Demo:
+    """The demo; the weights are unpacked into `folder`."""
     unpack(archive(), folder)
     text = _Text(_tokenizer(folder))
     model = _load(folder)
-    corpus = split(read_sections(), seed=seed).first(texts)
+    corpus = split(read_sections(), seed=seed).first(effort.texts)
     sample = random.Random(seed).sample(corpus.passages, min(96, len(corpus.passages)))
-    judge = _Judge(text, corpus, model)
-    return Task(
-        name="all-MiniLM-L6-v2 (6-layer BERT, sentence embeddings)",
-        data=f"Python's language reference: {len(corpus.passages)} passages to calibrate and heal, "
-        f"{len(corpus.held_out)} sections held out",
-        model=model,
-        example=text.example(corpus.passages),
-        recipe=Recipe(taylor, (Channel(), Head()), functools.partial(global_, per_cost=True), seed=seed),
-        calibration=text.batches(sample, 16),
+    steps = read_steps(f"reconstruct,distill:{effort.steps or 49}")
+    job = Job(
+        Recipe(taylor, (Channel(), Head()), functools.partial(global_, per_cost=True), seed=seed),
+        target,
+        data=text.batches(sample, 16),
         loss=output_probe(_embed),
-        outputs=_embed,
-        quality=judge.quality,
-        quality_steps=judge.steps,
-        teach=functools.partial(_teach, text.batches(corpus.passages, 16, seed=seed)),
-        teach_steps=-(-len(corpus.passages) // 16),
-        steps=steps,
-        lr=5e-4,
-        save={"source": folder},
+        recovery=Recovery(steps, text.batches(corpus.passages, 16, seed=seed), lr=5e-4, ridge=1.0, imitate=_imitate),
+        metric=_Judge(text, corpus, model).quality,
+        source=str(folder),
+        command="prunella demo --model minilm",
+        about="all-MiniLM-L6-v2 (6-layer BERT, sentence embeddings) on Python's language reference: "
+        f"{len(corpus.passages)} passages to calibrate and recover, {len(corpus.held_out)} sections held out",
     )
+    return Demo(model, text.example(corpus.passages), job)
 
 
 # -- the model -------------------------------------------------------------------------------------------------------
@@ -160,30 +156,25 @@ class _Judge:
 
     def __init__(self, text: _Text, corpus: Corpus, dense: nn.Module) -> None:
         texts = [s.first for s in corpus.held_out] + [s.rest for s in corpus.held_out]
-        self._order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
-        ordered = [texts[i] for i in self._order]
+        order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+        self._back = torch.tensor(order).argsort()
+        ordered = [texts[i] for i in order]
         self._batches = [text.encode(ordered[start : start + 16]) for start in range(0, len(ordered), 16)]
-        self.steps = len(self._batches)
         self._dense = dense
         self._wanted: Tensor | None = None
 
-    def quality(self, model: nn.Module, tick: Tick) -> Quality:
+    def quality(self, model: nn.Module) -> Quality:
         """Mean cosine of embeddings with the dense model's; recall@1 and mean reciprocal rank."""
-        found = self._embeddings(model, tick)
+        embeddings = self._embeddings(model)
         if self._wanted is None:
-            self._wanted = found if model is self._dense else self._embeddings(self._dense, lambda *_: None)
-        agreement = float((found * self._wanted).sum(1).mean())
-        recall, rank = retrieval(found[: len(found) // 2], found[len(found) // 2 :])
+            self._wanted = embeddings if model is self._dense else self._embeddings(self._dense)
+        agreement = float((embeddings * self._wanted).sum(1).mean())
+        recall, rank = retrieval(embeddings[: len(embeddings) // 2], embeddings[len(embeddings) // 2 :])
         return {"agreement (cosine)": agreement, "retrieval recall@1": recall, "retrieval MRR": rank}
 
-    def _embeddings(self, model: nn.Module, tick: Tick) -> Tensor:
+    def _embeddings(self, model: nn.Module) -> Tensor:
         with mode(model, training=False), torch.inference_mode():
-            parts = []
-            for batch in self._batches:
-                parts.append(_embed(model, batch))
-                tick()
-        found = torch.cat(parts)
-        return found[torch.tensor(self._order).argsort()].clone()
+            return torch.cat([_embed(model, batch) for batch in self._batches])[self._back].clone()
 
 
 def retrieval(queries: Tensor, documents: Tensor) -> tuple[float, float]:
@@ -193,28 +184,23 @@ def retrieval(queries: Tensor, documents: Tensor) -> tuple[float, float]:
     return float((rank == 1).double().mean()), float((1 / rank).mean())
 
 
-# -- healing ---------------------------------------------------------------------------------------------------------
+# -- recovery --------------------------------------------------------------------------------------------------------
 
 
-def _teach(batches: list[dict[str, Tensor]], dense: nn.Module, tick: Tick) -> tuple[list[Any], Loss]:
-    """Each batch with the dense model's hidden states and embeddings; the loss compares both."""
-    taught = []
-    with mode(dense, training=False), torch.no_grad():
-        for batch in batches:
-            found = dense(**batch, output_hidden_states=True)
-            taught.append((batch, found.hidden_states[1:], _pool(found.last_hidden_state, batch["attention_mask"])))
-            tick()
-    return taught, _imitation
-
-
-def _imitation(model: nn.Module, batch: Any) -> Tensor:
+def _imitate(dense: nn.Module) -> Loss:
     """`mean(1 - cos) + mean over layers of |h - h_dense|^2 / |h_dense|^2`, over tokens that are not padding."""
-    inputs, hidden, wanted = batch
-    real = inputs["attention_mask"].bool()
-    with mode(model, training=False):  # dropout would only blur what is to be imitated
-        found = model(**inputs, output_hidden_states=True)
-    pairs = [(h[real], t[real]) for h, t in zip(found.hidden_states[1:], hidden, strict=True)]
-    layers = torch.stack([mse_loss(h, t) / t.square().mean() for h, t in pairs]).mean()
-    embedding = _pool(found.last_hidden_state, inputs["attention_mask"])
-    value: Tensor = (1 - (embedding * wanted).sum(1)).mean() + layers
-    return value
+
+    def loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        mask = batch["attention_mask"]
+        with mode(dense, training=False), torch.no_grad():
+            wanted = dense(**batch, output_hidden_states=True)
+        with mode(model, training=False):  # dropout would only blur what is to be imitated
+            output = model(**batch, output_hidden_states=True)
+        pairs = zip(output.hidden_states[1:], wanted.hidden_states[1:], strict=True)
+        real = [(h[mask.bool()], t[mask.bool()]) for h, t in pairs]
+        layers = torch.stack([mse_loss(h, t) / t.square().mean() for h, t in real]).mean()
+        embeddings = _pool(output.last_hidden_state, mask), _pool(wanted.last_hidden_state, mask)
+        value: Tensor = (1 - (embeddings[0] * embeddings[1]).sum(1)).mean() + layers
+        return value
+
+    return loss

@@ -33,7 +33,7 @@ class Section:
 
 @dataclass(frozen=True)
 class Corpus:
-    """Passages to calibrate and heal with, and sections that neither has seen."""
+    """Passages to calibrate and recover with, and sections that neither has seen."""
 
     passages: tuple[str, ...]
     held_out: tuple[Section, ...]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import prunella as pr
-from prunella.app.demo.probe import output_probe
+from prunella.app.probe import output_probe
 
 
 def logits(model: nn.Module, batch: Any) -> Tensor:

@@ -1,0 +1,109 @@
+"""A job for `run`: what to prune, how to recover, and what must hold before anything is written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+from torch import nn
+
+from prunella.errors import RequestError
+from prunella.planning.recipe import Recipe
+from prunella.targets import Target
+from prunella.types import Loss
+
+StepKind = Literal["bn", "reconstruct", "distill", "finetune"]
+_KINDS: dict[str, StepKind] = {kind: kind for kind in get_args(StepKind)}
+Quality = Mapping[str, float]
+"""Name of a metric -> its value; higher is better. Empty where nothing is evaluated."""
+Metric = Callable[[nn.Module], float | Quality]
+"""Quality of a model: one number, or several by name. The first one is that of `max_drop`."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of recovery: `bn`, `reconstruct`, `distill:200`, `finetune:500`; the number is of optimizer steps."""
+
+    kind: StepKind
+    steps: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.kind}:{self.steps}" if self.steps else self.kind
+
+
+def read_steps(text: str) -> tuple[Step, ...]:
+    """Read `bn,reconstruct,distill:200`."""
+    return tuple(_read_step(part.strip()) for part in text.split(",") if part.strip())
+
+
+def _read_step(text: str) -> Step:
+    kind, _, number = text.partition(":")
+    trained = kind in ("distill", "finetune")
+    if kind not in _KINDS or bool(number) != trained or (trained and not (number.isdigit() and int(number))):
+        why = "a step is bn, reconstruct, distill:STEPS or finetune:STEPS"
+        raise RequestError(f"cannot read the recovery {text!r}", why, "for example bn,reconstruct,distill:200")
+    return Step(_KINDS[kind], int(number or 0))
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """How the pruned model is recovered, step by step.
+
+    data: batches of `distill` and `finetune`, those of the job unless given. lr: of both. ridge: of `reconstruct`.
+    imitate: from the dense model to the loss of `distill`; the logits unless given.
+    """
+
+    steps: tuple[Step, ...] = ()
+    data: Iterable[Any] | None = None
+    lr: float = 1e-4
+    ridge: float = 1e-2
+    imitate: Callable[[nn.Module], Loss] | None = None
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to do. `metric` and `max_drop` are a gate: the quality may fall by so much and no more.
+
+    data, loss: to score, and to recover. factory: how the dense model is made, for `load`; source: the Hugging Face
+    folder that it came from. command: how to do this again. about: what model and data are, in a line for the record.
+    """
+
+    recipe: Recipe
+    target: Target | None
+    data: Iterable[Any] | None = None
+    loss: Loss | None = None
+    recovery: Recovery = field(default_factory=Recovery)
+    metric: Metric | None = None
+    max_drop: float | None = None
+    skip: Sequence[str] = ()
+    only: Sequence[str] = ()
+    factory: str | None = None
+    source: str | None = None
+    command: str = ""
+    about: str = ""
+
+    @property
+    def recovery_data(self) -> Iterable[Any] | None:
+        """Batches of the steps that train."""
+        return self.data if self.recovery.data is None else self.recovery.data
+
+    def check(self) -> None:
+        """Errors: RequestError when a part of the job needs another that is missing."""
+        for step in self.recovery.steps:
+            trained = step.kind in ("distill", "finetune")
+            if (self.recovery_data if trained else self.data) is None:
+                raise RequestError(f"cannot recover by {step}", "there is no data", "pass data=")
+            if step.kind == "finetune" and self.loss is None:
+                raise RequestError("cannot fine-tune", "there is no loss", "pass loss=, or recover by distill:STEPS")
+        if self.max_drop is not None and self.metric is None:
+            raise RequestError("cannot check max_drop=", "there is no measure of quality", "pass metric=")
+
+    def quality(self, model: nn.Module) -> Quality:
+        """The metrics of a model by name; none if the job has no metric."""
+        if self.metric is None:
+            return {}
+        value = self.metric(model)
+        return (
+            {name: float(v) for name, v in value.items()} if isinstance(value, Mapping) else {"quality": float(value)}
+        )

@@ -1,0 +1,74 @@
+"""The steps of recovery, each on the pruned model in place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+from prunella.app.job import Job, Step
+from prunella.errors import RequestError
+from prunella.model.forward import Outputs, forward
+from prunella.planning.plan import Plan
+from prunella.recovery.batchnorm import recalibrate_bn
+from prunella.recovery.distill import distill, distill_logits
+from prunella.recovery.finetune import Curve, Training, finetune
+from prunella.recovery.reconstruct import reconstruct
+from prunella.types import Loss
+
+Tick = Callable[..., None]
+"""Called after each part of a stage; whatever it is given is ignored, so that it fits any callback."""
+
+
+@dataclass(frozen=True)
+class Recovered:
+    """What one step of recovery did. curve: the losses, where it trained."""
+
+    step: Step
+    text: str
+    curve: Curve | None = None
+
+
+def recover_(small: nn.Module, dense: nn.Module, plan: Plan, job: Job, step: Step, tick: Tick) -> Recovered:
+    """Do one step in place. The job has been checked."""
+    if step.kind in ("distill", "finetune"):
+        curve = _train(small, dense, job, step, tick)
+        return Recovered(step, str(curve), curve)
+    data = job.data
+    assert data is not None, "checked at the start"
+    if step.kind == "bn":
+        return Recovered(step, f"{len(recalibrate_bn(small, data, loss=job.loss))} batch normalizations")
+    fitted = reconstruct(small, dense, data, plan, loss=job.loss, ridge=job.recovery.ridge, on_fit=tick)
+    return Recovered(step, str(fitted))
+
+
+def _train(small: nn.Module, dense: nn.Module, job: Job, step: Step, tick: Tick) -> Curve:
+    how, data, training = job.recovery, job.recovery_data, Training(seed=job.recipe.seed)
+    assert data is not None, "checked at the start"
+    if step.kind == "distill":
+        imitate = how.imitate or partial(distill_logits, outputs=outputs_by(job.loss) if job.loss else forward)
+        return distill(
+            small, dense, data, steps=step.steps, lr=how.lr, imitate=imitate, training=training, on_step=tick
+        )
+    assert job.loss is not None, "checked at the start"
+    return finetune(small, data, job.loss, steps=step.steps, lr=how.lr, training=training, on_step=tick)
+
+
+def outputs_by(loss: Loss) -> Outputs:
+    """What the model returns for a batch, where `loss(model, batch)` is all that says how to run it."""
+
+    def outputs(model: nn.Module, batch: Any) -> Any:
+        seen: list[Any] = []
+        handle = model.register_forward_hook(lambda module, arguments, output: seen.append(output))
+        try:
+            loss(model, batch)
+        finally:
+            handle.remove()
+        if not seen:
+            raise RequestError("the loss does not call the model", "model(...) was not called", "call it in the loss")
+        return seen[-1]
+
+    return outputs
