@@ -79,7 +79,7 @@ def test_a_study_is_the_same_again_and_in_two_processes(tmp_path: Path) -> None:
     assert str(first.cells) == str(second.cells)
     assert first.point("lamp", 2).mean > first.point("random", 2).mean
     assert len(first.failures) == 8 and {cell.ratio for cell in first.failures} == {30}
-    assert all("TargetMissed" in cell.error and "floor" in cell.error for cell in first.failures)
+    assert all("TargetMissed" in cell.error and "min_density" in cell.error for cell in first.failures)
     assert state.equal(torch.get_rng_state()) and threads == torch.get_num_threads()
     page = (tmp_path / "one" / PAGE).read_text(encoding="utf-8")
     reader = read(page)
