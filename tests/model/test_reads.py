@@ -228,6 +228,9 @@ def test_multi_head_attention(case: str, batched: bool) -> None:
         bias = 0 if read.bias is None else read.bias[0]
         assert (read.bias is None) == (case == "no bias")
         torch.testing.assert_close(columns @ read.matrices()[0].T + bias, read.rows())
+    given = [t.transpose(0, 1) if batched else t for t in ([q, k, v] if keys else [q])]
+    assert len(seen) == len(given) + 1
+    assert all(torch.equal(read.x, t) for read, t in zip(seen, given, strict=False))
     last = seen[-1].y.transpose(0, 1) if batched else seen[-1].y
     torch.testing.assert_close(last, result)
 
