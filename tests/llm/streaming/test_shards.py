@@ -7,11 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors import SafetensorError
+from safetensors.torch import load, load_file, save, save_file
 
 from prunella.errors import BadInput
 from prunella.llm.streaming.offload import OnDisk
-from prunella.llm.streaming.shards import INDEX, read_folder, read_header, shard_name, write_shard
+from prunella.llm.streaming.shards import INDEX, bytes_of, read_folder, read_header, shard_name, write_shard
 
 TENSORS = {
     "a": torch.arange(12, dtype=torch.float32).view(3, 4),
@@ -96,3 +99,55 @@ def test_hidden_states_on_disk_are_a_list_that_is_not_in_memory(tmp_path: Path) 
     assert list(tmp_path.iterdir()) == []  # gone when the process is, killed or not
     held[0].zero_()
     assert held[0].equal(given[0])
+
+
+SOUND = save(TENSORS)
+HEADER = int.from_bytes(SOUND[:8], "little")
+
+
+@settings(deadline=None, max_examples=400)
+@given(
+    edits=st.lists(st.tuples(st.integers(0, len(SOUND) - 1), st.integers(0, 255)), max_size=3),
+    digits=st.lists(st.tuples(st.integers(8, 8 + HEADER - 1), st.sampled_from(b"0123456789[],{}:")), max_size=2),
+    cut=st.integers(0, 3),
+    tail=st.binary(max_size=3),
+)
+def test_what_is_accepted_is_what_the_library_reads(
+    tmp_path_factory: pytest.TempPathFactory,
+    edits: list[tuple[int, int]],
+    digits: list[tuple[int, int]],
+    cut: int,
+    tail: bytes,
+) -> None:
+    """Bytes of a sound file are changed, cut off and added: ours accepts nothing that the format's library refuses."""
+    content = bytearray(SOUND)
+    for place, value in [*edits, *digits]:
+        content[place] = value
+    data = bytes(content[: len(content) - cut]) + tail
+    file = tmp_path_factory.mktemp("shard") / "x.safetensors"
+    file.write_bytes(data)
+    try:
+        ours = {name: stored.read() for name, stored in read_header(file).items()}
+    except BadInput:
+        return
+    try:
+        theirs = load(data)
+    except SafetensorError as error:
+        raise AssertionError(f"accepted what the library refuses: {error}") from error
+    assert ours.keys() == theirs.keys()
+    for name, value in theirs.items():
+        assert ours[name].dtype == value.dtype and ours[name].shape == value.shape
+        assert bytes_of(ours[name].contiguous()) == bytes_of(value.contiguous())
+
+
+@pytest.mark.parametrize(
+    ("second", "tail"), [([40, 88], b""), ([56, 104], bytes(8)), ([48, 96], b"x")], ids=["overlap", "hole", "tail"]
+)
+def test_tensors_that_do_not_fill_the_file_exactly(tmp_path: Path, second: list[int], tail: bytes) -> None:
+    entries = {"a": {"dtype": "F32", "shape": [3, 4], "data_offsets": [0, 48]},
+               "b": {"dtype": "F32", "shape": [3, 4], "data_offsets": second}}  # fmt: skip
+    header = json.dumps(entries).encode()
+    file = tmp_path / "x.safetensors"
+    file.write_bytes(len(header).to_bytes(8, "little") + header + bytes(second[1]) + tail)
+    with pytest.raises(BadInput, match=r"overlap or leave a hole|belong to no tensor"):
+        read_header(file)

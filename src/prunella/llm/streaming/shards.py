@@ -92,7 +92,7 @@ def _listed(index: Path) -> list[str]:
 
 
 def read_header(file: Path) -> dict[str, Stored]:
-    """The tensors of one file by name. Errors: BadInput unless every one lies within the file and fills its shape."""
+    """The tensors of one file by name. Errors: BadInput unless each fills its shape, and all fill the file exactly."""
     what, todo = f"cannot read {file}", "fetch or write it again"
     with reading(file), file.open("rb") as opened:
         length = int.from_bytes(opened.read(8), "little")
@@ -101,7 +101,15 @@ def read_header(file: Path) -> dict[str, Stored]:
             raise BadInput(what, f"truncated or damaged: a header of {length} bytes in a file of {whole}", todo)
         header = opened.read(length)
     entries = parse(header, what, todo=todo).fields()
-    return {k: _stored(file, v.fields(), 8 + length, whole) for k, v in entries.values() if k != "__metadata__"}
+    tensors = {k: _stored(file, v.fields(), 8 + length, whole) for k, v in entries.values() if k != "__metadata__"}
+    end = 8 + length
+    for tensor in sorted(tensors.values(), key=lambda tensor: (tensor.start, tensor.size)):
+        if tensor.start != end:
+            raise BadInput(what, f"truncated or damaged: tensors overlap or leave a hole at byte {end}", todo)
+        end += tensor.size
+    if end != whole:
+        raise BadInput(what, f"truncated or damaged: {whole - end} bytes belong to no tensor", todo)
+    return tensors
 
 
 def _stored(file: Path, entry: Fields, base: int, whole: int) -> Stored:
