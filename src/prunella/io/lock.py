@@ -12,13 +12,14 @@ import os
 import socket
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 
 from prunella.errors import Locked, RequestError, system_error
+from prunella.measure.clock import timestamp
 
 if sys.platform == "win32":
     import msvcrt
@@ -44,7 +45,7 @@ class Holder:
         return f"{self.pid}\n{self.host}\n{self.started}\n"
 
     def __str__(self) -> str:
-        since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(self.started))
+        since = datetime.fromtimestamp(self.started).strftime("%Y-%m-%d %H:%M:%S")
         return f"process {self.pid} on {self.host} has been writing there since {since}"
 
 
@@ -99,7 +100,7 @@ def _take(file: Path) -> _Held:
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         handle = _opened(file)
-        me = Holder(os.getpid(), socket.gethostname(), time.time())
+        me = Holder(os.getpid(), socket.gethostname(), timestamp())
         os.ftruncate(handle, 0)
         os.lseek(handle, 0, os.SEEK_SET)
         os.write(handle, me.text().encode())

@@ -27,6 +27,11 @@ def thread_time() -> float:
     return time.thread_time()
 
 
+def timestamp() -> float:
+    """Seconds since 1970, for dates that a person reads; a duration is never the difference of two of them."""
+    return time.time()
+
+
 @contextmanager
 def fake_clock(clock: Clock) -> Iterator[None]:
     """Read `clock` instead of the machine's in the body, for tests of what a duration decides."""
