@@ -68,7 +68,7 @@ def test_a_dry_run_says_what_it_will_take_and_writes_nothing(prunella: Run, stor
         (("--seqlen", "12", "--target", "macs=0.5"), "No such option"),
         (("--seqlen", "12", "--recipe", "taylor"), "no recipe 'taylor' for language models"),
         (("--seqlen", "12", "--sparsity", "0.7"), "2:4 removes 0.5"),
-        (("--seqlen", "12", "--memory", "20MB"), "20 MB of memory are not enough"),
+        (("--seqlen", "12", "--memory", "20MB"), "20.0 MB of memory are not enough"),
         (("--seqlen", "12", "--memory", "some"), "cannot read the amount"),
         (("--seqlen", "12", "--skip", "nothing"), "matches nothing"),
     ],

@@ -17,6 +17,7 @@ from torch.nn import functional
 from prunella.measure.clock import now, since
 from prunella.measure.latency import compare_latency
 from prunella.measure.machine import cpu_info, cpu_name
+from prunella.measure.text import byte_size
 from prunella.runtime.kernels import library
 from prunella.runtime.tuning.survey import Pattern, survey, without_kernels
 
@@ -130,10 +131,10 @@ def _isa() -> list[str]:
 def _memory() -> str:
     try:
         pages, available = os.sysconf("SC_PHYS_PAGES"), os.sysconf("SC_AVPHYS_PAGES")
-        size = os.sysconf("SC_PAGE_SIZE")
+        page = os.sysconf("SC_PAGE_SIZE")
     except (ValueError, OSError, AttributeError):  # Windows and some BSDs
         return "unknown"
-    return f"{pages * size / 2**30:.1f} GiB, {available * size / 2**30:.1f} GiB free"
+    return f"{byte_size(pages * page)}, {byte_size(available * page)} free"
 
 
 def extras() -> dict[str, str]:

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from prunella.cli import options
-from prunella.cli.console import emit, note, stage, table
+from prunella.cli.console import emit, note, stage
+from prunella.measure.text import duration, interval, ratio, table
 
 if TYPE_CHECKING:
     from prunella.app.backends import Bench
@@ -59,9 +60,9 @@ def _numbers(text: str, option: str) -> tuple[int, ...]:
 
 def _text(timed: Bench) -> str:
     rows = [
-        (r.threads, r.batch, r.backend, f"{r.milliseconds:.2f}", f"{r.ratio:.2f}x", f"{r.low:.2f}-{r.high:.2f}")
+        (r.threads, r.batch, r.backend, duration(r.milliseconds / 1e3), ratio(r.ratio), interval(r.low, r.high, ".2f"))
         for r in timed.rows
     ]
-    lines = [table(("threads", "batch", "backend", "ms", "against eager", "95 %"), rows, right=(0, 1, 3, 4, 5))]
+    lines = [table(("threads", "batch", "backend", "time", "against eager", "95 %"), rows, right=(0, 1, 3, 4, 5))]
     lines += [f"left out: {backend}: {why}" for backend, why in timed.left_out.items()]
     return "\n".join([*lines, f"{timed.machine}, sparse kernels: {timed.kernels}", timed.sparse]).rstrip()

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from prunella.cli import options
-from prunella.cli.console import count, emit, note, stage, table
+from prunella.cli.console import emit, note, stage
+from prunella.measure.text import byte_size, duration, interval, percent, ratio, short_count, table
 
 if TYPE_CHECKING:
     from prunella.app.doctor import Checkup
@@ -30,22 +31,21 @@ def doctor(
 
 
 def _checkup_text(found: Checkup) -> str:
-    width = max(map(len, [*found.system, *found.extras]))
-    lines = ["machine", *(f"  {key.ljust(width)}  {value}" for key, value in found.system.items())]
-    lines += ["", "optional packages", *(f"  {key.ljust(width)}  {value}" for key, value in found.extras.items())]
+    lines = ["machine", table((), list(found.system.items()))]
+    lines += ["", "optional packages", table((), list(found.extras.items()))]
     rows = [
         (
             t.name,
             t.structure,
-            f"{t.dense_ms:.2f}",
-            f"{t.pruned_ms:.2f}",
-            f"{t.ratio:.2f}x",
-            f"{t.low:.2f}-{t.high:.2f}",
+            duration(t.dense_ms / 1e3),
+            duration(t.pruned_ms / 1e3),
+            ratio(t.ratio),
+            interval(t.low, t.high, ".2f"),
             t.verdict,
         )
         for t in found.trials
     ]
-    header = ("what is removed", "granularity", "dense ms", "pruned ms", "speed-up", "95 %", "verdict")
+    header = ("what is removed", "granularity", "dense", "pruned", "speed-up", "95 %", "verdict")
     lines += ["", "what pays here", table(header, rows, right=(2, 3, 4, 5))]
     return "\n".join([*lines, "", "zeros that prunella.sparse skips, against the best dense kernel", *_patterns(found)])
 
@@ -170,15 +170,15 @@ def _group_data(graph: Graph, group: Group, params: int, macs: float) -> dict[st
 
 
 def _graph_text(data: dict[str, Any], limit: int | None) -> str:
-    parts = [f"{count(data['params'])} parameters, {count(data['macs'])} MACs, {count(data['bytes'])}B"]
+    parts = [f"{short_count(data['params'])} parameters, {short_count(data['macs'])} MACs, {byte_size(data['bytes'])}"]
     total = max(data["macs"], 1.0)
     layers = [
-        (x["name"], x["op"], "x".join(map(str, x["shape"])), count(x["macs"]), f"{x['macs'] / total:.1%}")
+        (x["name"], x["op"], "x".join(map(str, x["shape"])), short_count(x["macs"]), percent(x["macs"] / total))
         for x in data["layers"]
     ]
     parts.append(_section("layers", ("name", "op", "weight", "MACs", "share"), layers, limit, right=(3, 4)))
     groups = [
-        (g["name"], g["kind"], _units(g), g["members"], count(g["unit_params"]), count(g["unit_macs"]))
+        (g["name"], g["kind"], _units(g), g["members"], short_count(g["unit_params"]), short_count(g["unit_macs"]))
         for g in data["groups"]
     ]
     header = ("group", "kind", "units", "tensors", "params/unit", "MACs/unit")

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from prunella.compress.quantize import Rounded, compare
 from prunella.errors import MissingExtra, NotSupported
+from prunella.measure.text import byte_size
 from prunella.model.memory import stored_size
 from prunella.model.unwrap import unwrap
 from prunella.registry.method import compression
@@ -30,7 +31,7 @@ class Int8:
     after: int
 
     def __str__(self) -> str:
-        head = f"{len(self.layers)} weights in int8, {self.before / 1e6:.2f} MB -> {self.after / 1e6:.2f} MB"
+        head = f"{len(self.layers)} weights in int8, {byte_size(self.before)} -> {byte_size(self.after)}"
         return "\n".join([head, *map(str, self.layers)])
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from prunella.compress.huffman import Encoded, Gaps, decode, huffman, positions, relative_index
 from prunella.errors import RequestError
+from prunella.measure.text import byte_size
 from prunella.model.unwrap import unwrap
 from prunella.registry.method import compression
 
@@ -121,8 +122,8 @@ class DeepCompression:
         return self.dense_bits / 8 / self.bytes
 
     def __str__(self) -> str:
-        lines = [f"{self.dense_bits / 8e6:.3f} MB -> {self.bytes / 1e6:.3f} MB, {self.ratio:.1f} times smaller"]
-        lines += [f"{x.name}: {x.bits / 8:,.0f} bytes, {len(x.book)} values, error {x.error:.2%}" for x in self.layers]
+        lines = [f"{byte_size(self.dense_bits / 8)} -> {byte_size(self.bytes)}, {self.ratio:.1f} times smaller"]
+        lines += [f"{x.name}: {byte_size(x.bits / 8)}, {len(x.book)} values, error {x.error:.2%}" for x in self.layers]
         return "\n".join(lines)
 
 

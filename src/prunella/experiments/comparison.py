@@ -15,6 +15,7 @@ from prunella.errors import RequestError
 from prunella.io.identity import digest_of, identify, model_parts
 from prunella.io.journal import Records, open_records
 from prunella.measure.clock import now, since
+from prunella.measure.text import spread
 from prunella.model.state import mode, untouched
 
 Way = Callable[[int], nn.Module]
@@ -42,7 +43,7 @@ class Compared:
         names = list(next(iter(self.values.values())))
         lines = [f"| way | {' | '.join(names)} |", f"|---|{'---|' * len(names)}"]
         for way in self.values:
-            cells = [_text(*self.spread(way, name)) for name in names]
+            cells = [spread(*self.spread(way, name)) for name in names]
             lines.append(f"| {way} | {' | '.join(cells)} |")
         return "\n".join([*lines, "", f"seeds {', '.join(map(str, self.seeds))}: mean ± standard deviation"])
 
@@ -123,7 +124,3 @@ def _measured(model: nn.Module, measure: Measure, count: int) -> list[float]:
     if len(values) != count:
         raise RequestError(f"a measure gave {len(values)} numbers", f"it has {count} names", "give each number a name")
     return values
-
-
-def _text(middle: float, spread: float) -> str:
-    return f"{middle:.4g}" if math.isnan(spread) else f"{middle:.4g} ± {spread:.2g}"

@@ -41,6 +41,7 @@ from prunella.io.origin import Factory
 from prunella.io.per_layer import per_layer_config
 from prunella.io.plan_file import read_size, save_plan
 from prunella.io.state import State, fill_, read_state, read_tensors, write_tensors
+from prunella.measure.text import byte_size
 from prunella.model.unwrap import unwrap
 from prunella.planning.plan import Plan
 
@@ -63,7 +64,7 @@ class Saved:
     note: str = ""
 
     def __str__(self) -> str:
-        lines = [f"{self.path}: {len(self.files)} files, {self.bytes / 1e6:.2f} MB, read it with {self.reader}"]
+        lines = [f"{self.path}: {len(self.files)} files, {byte_size(self.bytes)}, read it with {self.reader}"]
         return "\n".join([*lines, self.note] if self.note else lines)
 
 

@@ -23,6 +23,7 @@ from prunella.graph.verify import relative_error
 from prunella.io.exported import load_exported
 from prunella.io.files import ErrorDeferringStream, write_atomic
 from prunella.io.state import read_state, write_tensors
+from prunella.measure.text import byte_size
 from prunella.model.copying import copied
 from prunella.model.forward import forward, tensors
 from prunella.model.state import mode
@@ -54,7 +55,7 @@ class Exported:
     def __str__(self) -> str:
         same = "" if self.difference is None else f", output within {self.difference:.1e}"
         batch = ", any batch size" if self.dynamic else ""
-        return f"{self.path}: {self.format}, {self.bytes / 1e6:.2f} MB, read by {self.reader}{same}{batch}"
+        return f"{self.path}: {self.format}, {byte_size(self.bytes)}, read by {self.reader}{same}{batch}"
 
 
 def export(
@@ -130,10 +131,10 @@ def _onnx(model: nn.Module, file: Path, example: Inputs) -> tuple[bool, str, lis
         if importlib.util.find_spec(extra) is None:
             raise MissingExtra("the onnx export needs onnx and onnxscript", "", "pip install 'prunella[onnx]'")
     program, dynamic = capture(model, example)
-    size = sum(t.nbytes for t in [*model.parameters(), *model.buffers()])
-    if size > _LARGEST_PROTOBUF:
+    needed = sum(t.nbytes for t in [*model.parameters(), *model.buffers()])
+    if needed > _LARGEST_PROTOBUF:
         raise NotSupported(
-            "the onnx export is one file", f"{size / 1e9:.1f} GB is more than such a file holds", "use pt2"
+            "the onnx export is one file", f"{byte_size(needed)} are more than such a file holds", "use pt2"
         )
     try:
         made: Any = torch.onnx.export(program, dynamo=True, verbose=False)

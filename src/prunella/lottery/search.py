@@ -17,6 +17,7 @@ from prunella.lottery.folder import Steps, open_steps
 from prunella.lottery.imp import Prune
 from prunella.lottery.session import Point, put_, snapshot
 from prunella.lottery.training import Course
+from prunella.measure.text import MISSING, percent, significant, table
 from prunella.model.copying import copied
 from prunella.model.masks import forget_masks_, masks_of, reapply_, record_, records
 from prunella.model.rng import seeded
@@ -90,11 +91,12 @@ class Tickets(Generic[M]):
 
     def __str__(self) -> str:
         kinds = [kind for kind in Control if any(kind in one.controls for one in self.rounds)]
-        lines = ["  ".join(["round", "density", "    ticket", *(f"{kind.value:>10}" for kind in kinds)])]
-        for one in self.rounds:
-            cells = [_cell(one.score), *(_cell(one.controls.get(kind)) for kind in kinds)]
-            lines.append("  ".join([f"{one.number:5d}", f"{100 * one.density:6.2f}%", *cells]))
-        return "\n".join(lines)
+        rows = [
+            (one.number, percent(one.density, 2), *map(_cell, (one.score, *map(one.controls.get, kinds))))
+            for one in self.rounds
+        ]
+        header = ("round", "density", "ticket", *(kind.value for kind in kinds))
+        return table(header, rows, right=range(len(header)))
 
 
 @training(source="Frankle and Carbin 2019, arXiv:1803.03635; Frankle et al. 2020, arXiv:1912.05671", status="stable")
@@ -249,4 +251,4 @@ def _round(number: int, done: Mapping[str, Any], scores: Mapping[Control, float 
 
 
 def _cell(score: float | None) -> str:
-    return f"{'-' if score is None else f'{score:.4g}':>10}"
+    return MISSING if score is None else significant(score)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from prunella.errors import RequestError
+from prunella.measure.text import byte_size, exact_count, percent
 from prunella.model.forward import forward
 from prunella.model.memory import inner_tensors
 from prunella.model.state import mode
@@ -41,8 +42,8 @@ class Count:
         return 1 - self.nonzero / self.total if self.total else 0.0
 
     def __str__(self) -> str:
-        zero = f"{self.sparsity:.1%} of the {self.scope} are zero"
-        return f"{self.params:,} parameters, {self.bytes / 1e6:.2f} MB, {zero}"
+        zero = f"{percent(self.sparsity)} of the {self.scope} are zero"
+        return f"{exact_count(self.params)} parameters, {byte_size(self.bytes)}, {zero}"
 
 
 def count(model: nn.Module, *, scope: Scope = "weights") -> Count:

@@ -15,6 +15,7 @@ from torch import nn
 
 from prunella.errors import RequestError
 from prunella.measure.clock import now, since, thread_time
+from prunella.measure.text import duration, interval, ratio, significant, table
 from prunella.model.forward import forward
 from prunella.model.state import mode
 
@@ -46,12 +47,11 @@ class Ratio:
     @property
     def verdict(self) -> str:
         """One phrase that does not say more than the interval does."""
-        interval = f"[{self.low:.2f}, {self.high:.2f}]"
         if self.faster:
-            return f"{self.value:.2f}x faster {interval}"
+            return f"{ratio(self.value)} faster {interval(self.low, self.high, '.2f')}"
         if self.slower:
-            return f"{1 / self.value:.2f}x slower [{1 / self.high:.2f}, {1 / self.low:.2f}]"
-        return f"no speed-up on this device ({self.value:.2f}x {interval})"
+            return f"{ratio(1 / self.value)} slower {interval(1 / self.high, 1 / self.low, '.2f')}"
+        return f"no speed-up on this device ({ratio(self.value)} {interval(self.low, self.high, '.2f')})"
 
 
 @dataclass(frozen=True)
@@ -91,13 +91,10 @@ class Comparison:
         return self.ratios[0]
 
     def __str__(self) -> str:
-        base = self.latencies[0]
-        lines = [f"{base.name}  {base.median * 1e3:.3f} ms"]
-        for latency, ratio in zip(self.latencies[1:], self.ratios, strict=True):
-            lines.append(f"{latency.name}  {latency.median * 1e3:.3f} ms  {ratio.verdict}")
-        return "\n".join(
-            [*lines, f"medians of {self.rounds} interleaved rounds, {self.threads} threads, {self.device}"]
-        )
+        verdicts = ["", *(one.verdict for one in self.ratios)]
+        rows = [(one.name, duration(one.median), said) for one, said in zip(self.latencies, verdicts, strict=True)]
+        how = f"medians of {self.rounds} interleaved rounds, {self.threads} threads, {self.device}"
+        return f"{table((), rows, right=(1,))}\n{how}"
 
 
 @dataclass(frozen=True)
@@ -119,8 +116,8 @@ class Timing:
         return self.small / self.dense
 
     def __str__(self) -> str:
-        shares = f"{self.ratio:.3g} [{self.low:.3g}, {self.high:.3g}] of the dense time"
-        return f"{shares}, {self.dense:.3g} ms -> {self.small:.3g} ms, {self.how}"
+        shares = f"{significant(self.ratio, 3)} {interval(self.low, self.high, '.3g')} of the dense time"
+        return f"{shares}, {duration(self.dense / 1e3)} -> {duration(self.small / 1e3)}, {self.how}"
 
 
 def side_by_side(dense: nn.Module, small: nn.Module, inputs: Any, small_inputs: Any, *, seconds: float = 5.0) -> Timing:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from prunella.errors import BadInput, NotSupported
 from prunella.graph.solve.tokens import each
 from prunella.measure.count import compression
+from prunella.measure.text import exact_count, percent, table
 from prunella.metrics.paths import Paths
 from prunella.model.copying import copied
 from prunella.model.forward import forward, tensors
@@ -64,12 +65,19 @@ class EffectiveSparsity:
         return sum(row.dead for row in self.rows)
 
     def __str__(self) -> str:
-        width = max(len(row.name) for row in self.rows)
-        lines = [f"{'':{width}}  {'weights':>9} {'non-zero':>9} {'on a path':>9} {'dead units':>12}"]
-        for row in self.rows:
-            dead = f"{row.dead} of {row.units}"
-            lines.append(f"{row.name:{width}}  {row.total:>9,} {row.kept:>9,} {row.effective:>9,} {dead:>12}")
-        lines.append(f"sparsity {self.direct:.2%} direct, {self.effective:.2%} effective; {self.dead} dead units")
+        rows = [
+            (
+                row.name,
+                exact_count(row.total),
+                exact_count(row.kept),
+                exact_count(row.effective),
+                f"{row.dead} of {row.units}",
+            )
+            for row in self.rows
+        ]
+        lines = [table(("layer", "weights", "non-zero", "on a path", "dead units"), rows, right=range(1, 5))]
+        direct, effective = percent(self.direct, 2), percent(self.effective, 2)
+        lines.append(f"sparsity {direct} direct, {effective} effective; {self.dead} dead units")
         if self.unfollowed:
             lines.append(f"not followed, taken as connected: {', '.join(self.unfollowed)}")
         return "\n".join(lines)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from prunella.errors import RequestError
 from prunella.io.json import encode, plain
+from prunella.measure.text import exact_count, interval, table
 from prunella.metrics.corruption import CORRUPTIONS
 from prunella.metrics.outputs import ClassDrop, calibration_error, flip_rate, kl_divergence, per_class_drop
 from prunella.model.forward import batches, first_tensor, forward
@@ -65,8 +66,8 @@ class SideEffects:
         return encode(plain(self.data()), indent=2, sort=False)
 
     def __str__(self) -> str:
-        lines = [f"{name}  {before} -> {after}".rstrip(" ->") for name, before, after in self._rows()]
-        return "\n".join([f"side effects on {self.examples:,} examples", *lines])
+        lines = table(("", "dense", "pruned"), self._rows())
+        return f"side effects on {exact_count(self.examples)} examples\n{lines}"
 
     def section(self) -> Section:
         """For a report: `report(...).adding(effects.section())`."""
@@ -82,7 +83,7 @@ class SideEffects:
             (f"calibration error ({self.bins} bins of equal width)", *(f"{x:.4f}" for x in self.calibration)),
         ]
         for one in self.classes[:_SHOWN]:
-            before, after = (f"[{low:.1%}, {high:.1%}]" for low, high in (one.interval_before, one.interval_after))
+            before, after = (interval(low, high, ".1%") for low, high in (one.interval_before, one.interval_after))
             name = f"class {one.label} ({one.examples} examples, p={one.p:.2g})"
             rows.append((name, f"{one.before:.1%} {before}", f"{one.after:.1%} {after}"))
         rows += [(f"{one.name}, severity {self.severity}", *_two((one.before, one.after))) for one in self.robustness]

@@ -14,6 +14,7 @@ from prunella.measure.clock import now, since
 from prunella.measure.count import compression, macs_by_module, measured_macs
 from prunella.measure.latency import Comparison, compare_latency
 from prunella.measure.profile import peak_memory
+from prunella.measure.text import byte_size
 from prunella.model.forward import forward, tensors
 from prunella.model.state import mode
 from prunella.model.unwrap import unwrap
@@ -60,7 +61,7 @@ class Speedup:
             f"multiply-adds: {self.theoretical:.3g}x fewer, {self.ideal:.3g}x without the zeros",
             f"measured: {self.latency.ratio.verdict}, {rate} (medians of {self.latency.rounds} interleaved rounds, "
             f"{self.latency.threads} threads, {self.latency.device})",
-            f"peak memory, counted tensors: {self.memory[0] / 1e6:.3g} -> {self.memory[1] / 1e6:.3g} MB",
+            f"peak memory, counted tensors: {byte_size(self.memory[0])} -> {byte_size(self.memory[1])}",
         ))  # fmt: skip
 
 

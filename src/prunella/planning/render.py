@@ -6,6 +6,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 
 from prunella.graph.data import Frozen, Graph
+from prunella.measure.text import byte_size, change, duration, percent, short_count, table
 from prunella.planning.accounting import Amount, Row, empty
 from prunella.planning.diagnostics import offer
 
@@ -17,13 +18,13 @@ def render(rows: Sequence[Row], before: Amount, after: Amount, notes: Sequence[s
             row.name,
             row.kind,
             f"{row.kept}/{row.total}",
-            _change(row.params_before, row.params_after),
-            _change(row.macs_before, row.macs_after),
+            change(short_count(row.params_before), short_count(row.params_after)),
+            change(short_count(row.macs_before), short_count(row.macs_after)),
         )
         for row in rows
     ]
-    lines = columns([("name", "kind", "kept", "params", "MACs"), *cells])
-    return "\n".join(line.rstrip() for line in [*lines, "", *_totals(before, after), *notes, *frozen_lines(frozen)])
+    lines = table(("name", "kind", "kept", "params", "MACs"), cells, right=(2, 3, 4))
+    return "\n".join([lines, "", *_totals(before, after), *notes, *frozen_lines(frozen)])
 
 
 def remarks_of(graph: Graph, limit: int = 3) -> list[str]:
@@ -52,25 +53,6 @@ def _listed(names: Sequence[str], limit: int) -> str:
     return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
 
 
-def columns(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Columns of equal width: the first two to the left, numbers to the right."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return [
-        "  ".join(
-            cell.ljust(w) if i < 2 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in rows
-    ]
-
-
-def short(number: float) -> str:
-    """1234567 -> `1.23M`."""
-    for size, suffix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if abs(number) >= size:
-            return f"{number / size:.3g}{suffix}" if abs(number) < 999.5 * size else f"{number / size:.0f}{suffix}"
-    return f"{number:.4g}"
-
-
 def frozen_lines(frozen: Iterable[Frozen], limit: int = 8) -> list[str]:
     """What may not be pruned, grouped by reason, the most frequent first."""
     groups: dict[tuple[str, str], list[Frozen]] = defaultdict(list)
@@ -89,19 +71,14 @@ def frozen_lines(frozen: Iterable[Frozen], limit: int = 8) -> list[str]:
     return lines + ([f"  {helps}"] if helps else [])
 
 
-def _change(before: float, after: float) -> str:
-    return f"{short(before)} -> {short(after)}" if before != after else short(before)
-
-
 def _totals(before: Amount, after: Amount) -> list[str]:
-    pairs = {
-        "params": (before.params, after.params),
-        "MACs": (before.macs, after.macs),
-        "bytes": (before.bytes, after.bytes),
-        "ms": (before.latency, after.latency),
-    }
-    return [
-        f"{label:<7}{short(old):>8} -> {short(new):<8} ({new / old:.1%} kept)"
-        for label, (old, new) in pairs.items()
-        if old
+    pairs = [
+        ("params", before.params, after.params, short_count),
+        ("MACs", before.macs, after.macs, short_count),
+        ("bytes", before.bytes, after.bytes, byte_size),
+        ("latency", before.latency / 1e3, after.latency / 1e3, duration),
     ]
+    rows = [
+        (label, form(old), "->", form(new), f"({percent(new / old)} kept)") for label, old, new, form in pairs if old
+    ]
+    return table((), rows, right=(1,)).split("\n")

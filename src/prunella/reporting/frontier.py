@@ -15,6 +15,7 @@ from markupsafe import Markup
 from prunella.errors import RequestError
 from prunella.io.files import write_atomic
 from prunella.io.json import encode, plain
+from prunella.measure.text import MISSING, interval, spread
 from prunella.reporting.chart import DENSE, GRID, INK, MUTED, NARROW, PRUNED, WIDE, figure
 from prunella.reporting.page import render_sections
 from prunella.reporting.section import Section
@@ -108,7 +109,9 @@ class Frontier:
         lead = (
             f"Mean over {len(self.seeds)} seeds, standard deviation, and Student's 95 % interval of the mean; ratio is "
         )
-        lead += f"of {self.unit}, original / new. Dense: {_score(self.dense)}. * on the Pareto front; "
+        lead += (
+            f"of {self.unit}, original / new. Dense: {spread(self.dense.mean, self.dense.std)}. * on the Pareto front; "
+        )
         lead += "bands wider than the chart are cut off."
         if self.failures:
             lead += f" {len(self.failures)} of {len(self.cells)} models could not be made: see the reasons."
@@ -128,13 +131,11 @@ class Frontier:
         )
 
     def _row(self, p: Point) -> tuple[str, ...]:
-        got, between = (
-            (f"{p.compression:.3g}x", f"[{p.low:.4g}, {p.high:.4g}]") if p.n > 1 else (f"{p.compression:.3g}x", "-")
-        )
+        got, between = f"{p.compression:.3g}x", interval(p.low, p.high) if p.n > 1 else MISSING
         name = f"{p.method} (baseline)" if p.method in self.baselines else p.method
         if not p.n:
-            return (name, f"{p.ratio:g}", "-", "failed", "-", f"0 of {p.of}", "")
-        return (name, f"{p.ratio:g}", got, _score(p), between, f"{p.n} of {p.of}", "*" if p.front else "")
+            return (name, f"{p.ratio:g}", MISSING, "failed", MISSING, f"0 of {p.of}", "")
+        return (name, f"{p.ratio:g}", got, spread(p.mean, p.std), between, f"{p.n} of {p.of}", "*" if p.front else "")
 
 
 def summarise(
@@ -184,10 +185,6 @@ def _student(freedom: int) -> float:
     from scipy.stats import t
 
     return float(t.ppf(0.975, freedom))
-
-
-def _score(point: Point) -> str:
-    return f"{point.mean:.4g} ± {point.std:.2g}" if point.n > 1 else f"{point.mean:.4g}"
 
 
 def frontier_chart(frontier: Frontier, width: float = WIDE) -> Markup:

@@ -24,6 +24,7 @@ from prunella.io.json import encode, plain
 from prunella.measure.count import count, macs_by_module
 from prunella.measure.latency import Comparison, compare_latency
 from prunella.measure.profile import peak_memory, time_by_layer
+from prunella.measure.text import byte_size, duration, percent, short_count, significant, table
 from prunella.model.forward import forward, tensors
 from prunella.model.state import mode
 from prunella.model.unwrap import unwrap
@@ -160,7 +161,7 @@ class Report:
         """How much smaller, by what was asked first; or that it is not."""
         named = (("multiply-adds", "multiply-adds"), ("parameters", "parameters"), ("non-zero weights", "weights"))
         found = [(label, m) for name, label in named for m in self.metrics if m.name == name and m.after < m.before]
-        parts = [f"{1 - m.remaining:.0%} fewer {label}" for label, m in found]
+        parts = [f"{percent(1 - m.remaining, 0)} fewer {label}" for label, m in found]
         return tuple(parts[:2]) if parts else ("not smaller",)
 
     def data(self) -> dict[str, Any]:
@@ -182,23 +183,20 @@ class Report:
         return encode(plain(self.data()), indent=2, sort=False)
 
     def __str__(self) -> str:
-        rows = [("", "dense", "cut", "recovered" if self.recovered else "pruned", "change")]
-        rows += [
+        rows = [
             (m.name, shown(m.before, m.unit), "" if m.cut is None else shown(m.cut, m.unit), shown(m.after, m.unit),
              m.change)
             for m in self.metrics
         ]  # fmt: skip
-        rows = rows if self.recovered else [(*row[:2], "", *row[3:]) for row in rows]
-        widths = [max(len(row[i]) for row in rows) for i in range(5)]
-        table = []
-        for name, dense, cut, after, change in rows:
-            between = f"{cut:>{widths[2]}}  " if self.recovered else ""
-            table.append(f"{name:<{widths[0]}}  {dense:>{widths[1]}}  {between}{after:>{widths[3]}}  {change}".rstrip())
+        header = ("", "dense", "cut", "recovered", "change")
+        if not self.recovered:
+            header, rows = ("", "dense", "pruned", "change"), [(*row[:2], *row[3:]) for row in rows]
+        lines = table(header, rows, right=range(1, len(header) - 1))
         said = f"{self.model} on {self.inputs}: {self.verdict}"
         apart = f"largest output difference: {self.difference:.2g} of the largest output"
         end = [apart if math.isfinite(self.difference) else "outputs have other shapes", *self._measured()]
         parts = [line for section in self.sections for line in ("", str(section))]
-        return "\n".join([said, "", *table, "", *end, *parts])
+        return "\n".join([said, "", lines, "", *end, *parts])
 
     def _measured(self) -> list[str]:
         took = self.latency
@@ -255,8 +253,8 @@ def report(
 
 
 def _score(metric: Metric) -> str:
-    cut = "" if metric.cut is None else f"{metric.cut:.4g} cut → "
-    return f"{metric.name} {metric.before:.4g} → {cut}{metric.after:.4g}"
+    cut = "" if metric.cut is None else f"{significant(metric.cut)} cut → "
+    return f"{metric.name} {significant(metric.before)} → {cut}{significant(metric.after)}"
 
 
 def environment(latency: Comparison) -> dict[str, str]:
@@ -274,21 +272,8 @@ def environment(latency: Comparison) -> dict[str, str]:
 
 
 def shown(value: float, unit: Unit) -> str:
-    """A number for people: 11.7 M, 44.6 MB, 12.3 ms."""
-    if not math.isfinite(value):
-        return "–"
-    if unit == "score":
-        return f"{value:.4g}"
-    if unit == "seconds":
-        return f"{value * 1e3:.3g} ms" if value < 1 else f"{value:.3g} s"
-    for power, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if value >= power:
-            return f"{_three(value / power)} {letter}" + ("B" if unit == "bytes" else "")
-    return f"{value:.0f}" + (" B" if unit == "bytes" else "")
-
-
-def _three(value: float) -> str:
-    return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+    """A metric for people, by its unit: `11.7 M`, `44.6 MB`, `12.3 ms`."""
+    return {"score": significant, "count": short_count, "bytes": byte_size, "seconds": duration}[unit](value)
 
 
 def _metrics(

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
+from prunella.measure.text import table
+
 
 @dataclass(frozen=True)
 class Section:
@@ -18,7 +20,5 @@ class Section:
     charts: tuple[Markup, ...] = ()
 
     def __str__(self) -> str:
-        table = (self.header, *self.rows) if self.rows else ()
-        widths = [max(len(row[i]) for row in table) for i in range(len(self.header))]
-        lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in table]
+        lines = [table(self.header, self.rows)] if self.rows else []
         return "\n".join([self.title, self.lead, *lines])

@@ -12,6 +12,7 @@ from prunella.allocation import from_scan
 from prunella.allocation.pool import Allocation
 from prunella.errors import RequestError
 from prunella.io.journal import Records, open_records
+from prunella.measure.text import percent, significant, table
 from prunella.registry.method import search
 from prunella.search.space import Evaluate, Space
 
@@ -46,13 +47,13 @@ class Scan:
         return {"base": self.base, "curves": {name: [list(p) for p in curve] for name, curve in self.curves.items()}}
 
     def __str__(self) -> str:
-        width = max((len(name) for name in self.curves), default=0)
-        lines = [f"quality of the dense model: {self.base:.4g}; of the model with one group cut:"]
-        # the most sensitive first
-        for name, curve in sorted(self.curves.items(), key=lambda item: min(value for _, value in item[1])):
-            points = "  ".join(f"{x:.0%}: {value:.4g}" for x, value in curve)
-            lines.append(f"{name.ljust(width)}  {points}")
-        return "\n".join(lines)
+        head = f"quality of the dense model: {significant(self.base)}; of the model with one group cut:"
+        most_sensitive_first = sorted(self.curves.items(), key=lambda item: min(value for _, value in item[1]))
+        rows = [
+            (name, "  ".join(f"{percent(x, 0)}: {significant(value)}" for x, value in curve))
+            for name, curve in most_sensitive_first
+        ]
+        return "\n".join([head, *([table((), rows)] if rows else [])])
 
 
 @search(source="Li et al. 2017, arXiv:1608.08710; Han et al. 2015, arXiv:1506.02626")

@@ -82,7 +82,7 @@ def test_hidden_states_on_disk_give_the_same(tmp_path: Path, monkeypatch: pytest
 
 def test_too_little_memory_is_refused_with_the_numbers_before_anything_is_written(tmp_path: Path) -> None:
     write(tmp_path / "in")
-    with pytest.raises(RequestError, match=r"1 MB of memory are not enough\nit would take .*process .*block"):
+    with pytest.raises(RequestError, match=r"1.00 MB of memory are not enough\nit would take .*process .*block"):
         pr.llm.solve_folder(tmp_path / "in", tmp_path / "out", WANDA, data=data(), memory="1MB")
     assert not (tmp_path / "out").exists()
     with pytest.raises(RequestError, match="cannot read the amount"):

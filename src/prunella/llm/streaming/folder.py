@@ -17,6 +17,7 @@ from prunella.llm.streaming.progress import WORK, identity_of, open_progress
 from prunella.llm.streaming.runner import OnBlock, StreamingRun
 from prunella.llm.streaming.writer import RECORD, finish
 from prunella.measure.clock import now, since
+from prunella.measure.text import byte_size
 from prunella.model.forward import batches
 from prunella.registry.method import solver
 
@@ -38,7 +39,7 @@ class Streamed:
         return (
             f"{self.path}: {layers} layers, sparsity {self.solving.sparsity:.4f} of their weights, "
             f"{self.seconds:.1f} s{blocks}\n"
-            f"memory: predicted {self.peak}; the process had at most {amounts.shown(self.most)}"
+            f"memory: predicted {self.peak}; the process had at most {byte_size(self.most)}"
         )
 
 
@@ -57,7 +58,7 @@ class Forecast:
         lines = [
             f"{self.blocks} blocks, {self.layers} layers, {self.weights:,} weights in them",
             f"memory: {self.peak}, hidden states between blocks {'on disk' if self.peak.on_disk else 'in memory'}",
-            f"disk: {amounts.shown(self.disk)}",
+            f"disk: {byte_size(self.disk)}",
         ]
         if self.seconds is not None:
             lines.append(f"time: about {self.seconds:.0f} s, measured on the first block and two batches")

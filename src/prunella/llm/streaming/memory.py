@@ -25,6 +25,7 @@ from prunella.errors import RequestError
 from prunella.granularity import NM, Block, Element
 from prunella.llm.blocks import Call
 from prunella.llm.recipe import OneShot
+from prunella.measure.text import byte_size
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
@@ -43,11 +44,6 @@ def parse_bytes(text: str | int) -> int:
     if match is None or unit not in _UNITS or not float(match[1]):
         raise RequestError(f"cannot read the amount of memory {text!r}", "a number and a unit", "for example 4GB")
     return int(float(match[1]) * _UNITS[unit])
-
-
-def shown(size: float) -> str:
-    """1.5 GB, 800 MB."""
-    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"
 
 
 def resident() -> int:
@@ -154,8 +150,8 @@ class Peak:
         return sum(self.parts.values())
 
     def __str__(self) -> str:
-        parts = ", ".join(f"{what} {shown(size)}" for what, size in self.parts.items() if size)
-        return f"{shown(self.bytes)} ({parts})"
+        parts = ", ".join(f"{what} {byte_size(part)}" for what, part in self.parts.items() if part)
+        return f"{byte_size(self.bytes)} ({parts})"
 
 
 def largest(moments: Callable[[bool], list[Peak]], budget: int | None) -> Peak:
@@ -168,5 +164,5 @@ def largest(moments: Callable[[bool], list[Peak]], budget: int | None) -> Peak:
         if budget is None or peak.bytes <= budget:
             return peak
     why = f"it would take {peak}, with the hidden states on disk"
-    todo = f"give at least {shown(peak.bytes * 1.02)}, or smaller batches, or a solver that takes less (by_score)"
-    raise RequestError(f"{shown(budget or 0)} of memory are not enough", why, todo)
+    todo = f"give at least {byte_size(peak.bytes * 1.02)}, or smaller batches, or a solver that takes less (by_score)"
+    raise RequestError(f"{byte_size(budget or 0)} of memory are not enough", why, todo)

@@ -1,0 +1,107 @@
+"""The one writer of text tables, and the one format of numbers for people.
+
+It stands in `measure`, not in `reporting`: `planning`, `lottery` and `llm` print tables too, and import nothing that
+lies below them. It imports no part of the package and nothing heavy; `rich` is imported by the first table.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Sequence
+
+_POWERS = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
+MISSING = "–"
+"""Stands for a number that is not finite."""
+
+
+def table(header: Sequence[object], rows: Sequence[Sequence[object]], *, right: Collection[int] = ()) -> str:
+    """Aligned columns as plain text: no colours, no borders, no wrapping, whatever terminal there is.
+
+    header: names of the columns; an empty one leaves the line out. right: the columns of numbers, set to the right.
+    Columns are two spaces apart, by the width that a terminal gives each character. No line ends in a space.
+    """
+    from rich.cells import cell_len
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    lines = [[_one_line(cell) for cell in line] for line in ([header] if header else []) + [*rows]]
+    if not lines:
+        return ""
+    columns = [Text("\n".join(cells)) for cells in zip(*lines, strict=True)]  # Text: [brackets] are no markup
+    grid = Table.grid(padding=(0, 2, 0, 0))
+    for place in range(len(columns)):
+        grid.add_column(justify="right" if place in right else "left", no_wrap=True)
+    grid.add_row(*columns)  # one row of columns: a row for each line takes rich a millisecond
+    width = sum(2 + max(map(cell_len, column.plain.split("\n"))) for column in columns)
+    console = Console(width=width, color_system=None, legacy_windows=False, _environ={})
+    with console.capture() as captured:
+        console.print(grid)
+    return "\n".join(line.rstrip() for line in captured.get().removesuffix("\n").split("\n"))
+
+
+def _one_line(cell: object) -> str:
+    return " ".join(str(cell).expandtabs(1).splitlines())
+
+
+def significant(value: float, digits: int = 4) -> str:
+    """So many significant digits: `0.9132`."""
+    return f"{value:.{digits}g}" if math.isfinite(value) else MISSING
+
+
+def short_count(value: float) -> str:
+    """Three significant digits and a suffix, whole below 1000: `11.7 M`, `999`."""
+    if not math.isfinite(value):
+        return MISSING
+    for power, suffix in _POWERS:
+        if abs(value) >= 0.9995 * power:
+            return f"{_three(value / power)} {suffix}"
+    return f"{value:.0f}" if value == int(value) or abs(value) >= 100 else f"{value:.3g}"
+
+
+def exact_count(value: int) -> str:
+    """Every digit, in groups of three: `11,689,512`."""
+    return f"{value:,}"
+
+
+def byte_size(value: float) -> str:
+    """Bytes, by powers of 1000: `44.6 MB`, `12 B`."""
+    text = short_count(value)
+    return text if text == MISSING else f"{text}B" if " " in text else f"{text} B"
+
+
+def duration(seconds: float) -> str:
+    """`12.3 ms` below a second, else `2.5 s`."""
+    if not math.isfinite(seconds):
+        return MISSING
+    return f"{seconds * 1e3:.3g} ms" if seconds < 0.9995 else f"{seconds:.3g} s"
+
+
+def ratio(value: float) -> str:
+    """How many times: `1.62x`."""
+    return f"{value:.2f}x" if math.isfinite(value) else MISSING
+
+
+def percent(value: float, digits: int = 1) -> str:
+    """A fraction: `49.1%`."""
+    return f"{value:.{digits}%}" if math.isfinite(value) else MISSING
+
+
+def interval(low: float, high: float, spec: str = ".4g") -> str:
+    """The two ends, in one format: `[0.95, 1.06]`."""
+    return f"[{low:{spec}}, {high:{spec}}]"
+
+
+def spread(mean: float, deviation: float) -> str:
+    """A mean and its deviation, which may be unknown: `3 ± 2.6`, `3`."""
+    return f"{significant(mean)} ± {significant(deviation, 2)}" if math.isfinite(deviation) else significant(mean)
+
+
+def change(before: str, after: str) -> str:
+    """`4 -> 2`, or the text once where both are the same."""
+    return before if before == after else f"{before} -> {after}"
+
+
+def _three(value: float) -> str:
+    """Three digits; those after the point stay, so that a column of them lines up."""
+    return f"{value:.0f}" if abs(value) >= 99.95 else f"{value:.1f}" if abs(value) >= 9.995 else f"{value:.2f}"
