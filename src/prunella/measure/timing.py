@@ -20,6 +20,7 @@ from prunella.model.forward import forward
 from prunella.model.state import mode
 
 Run = Callable[[], object]
+_Floats = np.ndarray[Any, np.dtype[np.float64]]
 _SHORTEST = 2e-3
 """A sample lasts at least this many seconds; quicker functions are called several times a sample."""
 _SLOW = 20e-3
@@ -150,9 +151,8 @@ def _share(base: Sequence[float], other: Sequence[float]) -> tuple[float, float,
     Of pairs of neighbours, not of medians: what slows a part of the rounds slows both of a pair.
     """
     shares = np.asarray(other) / np.asarray(base)
-    draws = np.random.default_rng(0).integers(0, len(shares), (1000, len(shares)))
-    low, high = np.percentile(np.median(shares[draws], axis=1), [2.5, 97.5])
-    return float(low), float(np.median(shares)), float(high)
+    low, high = _interval(np.median, shares, resamples=1000, seed=0)
+    return low, float(np.median(shares)), high
 
 
 def compare_latency(
@@ -213,10 +213,26 @@ def paired_ratio(base: Sequence[float], other: Sequence[float], *, resamples: in
     if len(base) != len(other) or not base or min(*base, *other) <= 0:
         raise RequestError("a paired ratio needs as many positive samples of both", f"got {len(base)} and {len(other)}")
     first, second = np.asarray(base, float), np.asarray(other, float)
-    draws = np.random.default_rng(seed).integers(0, len(first), (resamples, len(first)))
-    spread = np.median(first[draws], axis=1) / np.median(second[draws], axis=1)
-    low, high = np.percentile(spread, [2.5, 97.5])
-    return Ratio(float(np.median(first) / np.median(second)), float(low), float(high))
+    low, high = _interval(_ratio_of_medians, first, second, resamples=resamples, seed=seed)
+    return Ratio(float(_ratio_of_medians(first, second)), low, high)
+
+
+def _ratio_of_medians(first: _Floats, second: _Floats, axis: int = -1) -> _Floats:
+    return np.asarray(np.median(first, axis=axis) / np.median(second, axis=axis))
+
+
+def _interval(statistic: Callable[..., Any], *samples: _Floats, resamples: int, seed: int) -> tuple[float, float]:
+    """The 2.5 and 97.5 percentiles of a bootstrap over rounds, whole rounds drawn; a single round has no spread."""
+    if len(samples[0]) == 1:
+        value = float(statistic(*samples))
+        return value, value
+    from scipy.stats import bootstrap
+
+    found = bootstrap(
+        samples, statistic, n_resamples=resamples, paired=len(samples) > 1, vectorized=True, axis=-1,
+        method="percentile", rng=np.random.default_rng(seed),
+    ).confidence_interval  # fmt: skip
+    return float(found.low), float(found.high)
 
 
 _Sample = Callable[[Run, int, bool], float]

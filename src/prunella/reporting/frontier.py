@@ -174,17 +174,18 @@ def _point(cells: Sequence[Cell]) -> Point:
     n = len(good)
     mean = float(scores.mean()) if n else math.nan
     std = float(scores.std(ddof=1)) if n > 1 else math.nan
-    half = _student(n - 1) * std / math.sqrt(n) if n > 1 else math.nan
+    half = _half_width(scores) if n > 1 else math.nan
     size = float(np.mean([1 / cell.params for cell in good])) if n else math.nan
     macs = float(np.mean([cell.macs for cell in good])) if n else math.nan
     first = cells[0]
     return Point(first.method, first.ratio, n, len(cells), mean, std, mean - half, mean + half, size, macs)
 
 
-def _student(freedom: int) -> float:
-    from scipy.stats import t
+def _half_width(scores: np.ndarray[Any, np.dtype[np.float64]]) -> float:
+    """Half of Student's 95 % interval of the mean; 0 for equal scores, for which `t.interval` has no answer."""
+    from scipy.stats import sem, t
 
-    return float(t.ppf(0.975, freedom))
+    return float(t.ppf(0.975, len(scores) - 1) * sem(scores))
 
 
 def frontier_chart(frontier: Frontier, width: float = WIDE) -> Markup:
