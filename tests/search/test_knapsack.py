@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import math
 import random
+from functools import partial
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ import prunella as pr
 from prunella.search import Option, Scan, cheapest, knapsack, space
 from prunella.search.space import Space
 from tests.graphs import convnet, images
+from tests.search.front import cheapest_by_front
 
 numbers = st.one_of(st.integers(0, 9).map(float), st.floats(0, 9))
 
@@ -48,14 +51,31 @@ def test_an_infeasible_budget_is_an_error_with_the_least_cost() -> None:
         cheapest([[]], 1.0)
 
 
-def test_with_few_choices_kept_the_budget_still_holds() -> None:
-    dice = random.Random(0)
-    options = [[Option(dice.random(), dice.random()) for _ in range(6)] for _ in range(8)]
-    chosen = cheapest(options, 3.0, most=50)
-    exact = cheapest(options, 3.0)
-    losses = [sum(c[i].loss for c, i in zip(options, picked, strict=True)) for picked in (chosen, exact)]
-    assert sum(c[i].cost for c, i in zip(options, chosen, strict=True)) <= 3
-    assert losses[1] <= losses[0] <= losses[1] + 0.1
+@pytest.mark.parametrize("whole", [False, True])
+def test_many_groups_are_solved_as_by_dynamic_programming(whole: bool) -> None:
+    """With whole numbers many choices have equal loss: the cheaper one is taken."""
+    for seed in range(6):
+        generator = random.Random(seed)
+        draw = partial(generator.randint, 0, 9) if whole else generator.random
+        options = [[Option(float(draw()), float(draw())) for _ in range(6)] for _ in range(12)]
+        least, most = (sum(pick(o.cost for o in choices) for choices in options) for pick in (min, max))
+        budget = least + 0.3 * (most - least)
+        pairs = [
+            [sum(c[i][part] for c, i in zip(options, picked, strict=True)) for part in (1, 0)]
+            for picked in (cheapest(options, budget), cheapest_by_front(options, budget))
+        ]
+        assert pairs[0] == pytest.approx(pairs[1], abs=1e-9)
+        assert cheapest(options, budget) == cheapest(options, budget)
+
+
+def test_an_infinite_loss_is_taken_only_where_nothing_else_fits() -> None:
+    options = [[Option(0.0, math.inf), Option(1.0, 5.0)], [Option(0.0, 7.0), Option(1.0, 0.0)]]
+    assert cheapest(options, 2.0) == (1, 1) and cheapest(options, 1.0) == (1, 0) and cheapest(options, 0.0) == (0, 0)
+
+
+def test_a_choice_above_the_budget_by_less_than_the_tolerance_of_the_solver_is_not_taken() -> None:
+    options = [[Option(0.0, 1.0), Option(1.0, 0.0)], [Option(0.0, 0.5), Option(1e-7, 0.0)]]
+    assert cheapest(options, 1.0) == (1, 0)
 
 
 def of_convnet() -> Space:

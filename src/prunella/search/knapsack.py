@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import accumulate
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import numpy as np
+from scipy.optimize import Bounds, LinearConstraint, milp
+from scipy.sparse import csr_array
 
 from prunella.errors import RequestError, TargetMissed
 from prunella.registry.method import search
@@ -15,6 +17,7 @@ from prunella.selection import Counts
 from prunella.targets import Target
 
 ROUNDS = 30
+_Floats = np.ndarray[Any, np.dtype[Any]]
 
 
 class Option(NamedTuple):
@@ -24,68 +27,87 @@ class Option(NamedTuple):
     loss: float
 
 
-@dataclass(frozen=True)
-class _Part:
-    """A choice for the first groups that no other beats in both numbers."""
-
-    cost: float
-    loss: float
-    last: int
-    before: _Part | None
-
-
-def cheapest(options: Sequence[Sequence[Option]], budget: float, *, most: int = 20000) -> tuple[int, ...]:
+def cheapest(options: Sequence[Sequence[Option]], budget: float) -> tuple[int, ...]:
     """For each group the option to take: the smallest sum of losses whose costs are at most `budget`.
 
-    Dynamic programming over the groups that keeps every choice no other beats in both cost and loss, and that can still
-    be completed within the budget: exact for any real numbers, without buckets. Among equal losses the cheaper.
-
-    most: choices kept after a group. Where there are more, the best of each of `most` ranges of cost is kept: the
-    budget still holds, and the loss is then near the smallest.
+    `min sum_go loss_go x_go  s.t.  sum_go cost_go x_go <= budget, sum_o x_go = 1, x binary`, solved by branch and bound
+    (HiGHS through `scipy.optimize.milp`). The sum of costs is recounted exactly: a choice that is above the budget by
+    less than the solver's tolerance is excluded, and the problem is solved again. The loss is the smallest to 1e-10 of
+    the largest loss. Among equal losses the cheaper choice is taken.
 
     Errors: TargetMissed when even the cheapest options are beyond the budget.
     """
     if not options or not all(options):
         raise RequestError("every group needs at least one option", f"got {[len(o) for o in options]}")
-    least = [min(option.cost for option in choices) for choices in options]
-    to_come = list(accumulate(reversed(least), initial=0.0))[-2::-1]  # of the groups after each
-    slack = 1e-9 * max(1.0, abs(budget))
-    front: list[_Part | None] = [None]
-    for choices, rest in zip(options, to_come, strict=True):
-        grown = [
-            _Part((part.cost if part else 0.0) + option.cost, (part.loss if part else 0.0) + option.loss, index, part)
-            for part in front
-            for index, option in enumerate(choices)
+    least = sum(min(option.cost for option in choices) for choices in options)
+    limit = budget + 1e-9 * max(1.0, abs(budget))
+    if least > limit:
+        why = f"the cheapest option of every group costs {least:.6g} together"
+        raise TargetMissed(f"a budget of {budget:.6g} cannot be met", why, "allow more, or give smaller options")
+    program = _Program(options, limit)
+    first = program.best(program.losses)
+    ceiling = LinearConstraint(program.losses, -np.inf, program.losses[list(first)].sum())
+    second = program.best(program.costs, ceiling)  # the cheaper one of equal loss
+    return tuple(program.options[place] for place in min(first, second, key=program.value))
+
+
+class _Program:
+    """The binary program: one variable for each option that fits beside the cheapest options of all other groups.
+
+    Costs and losses are counted from the smallest of their group, and scaled to 1 and 10 000: the solver's absolute
+    tolerance of 1e-6 is then 1e-10 of the largest loss.
+    """
+
+    def __init__(self, options: Sequence[Sequence[Option]], limit: float) -> None:
+        least = [min(option.cost for option in choices) for choices in options]
+        room = limit - sum(least)
+        fitting = [
+            (group, place, option)
+            for group, choices in enumerate(options)
+            for place, option in enumerate(choices)
+            if option.cost - least[group] <= room
         ]
-        fitting = [part for part in grown if part.cost + rest <= budget + slack]
-        if not fitting:
-            why = f"the cheapest option of every group costs {sum(least):.6g} together"
-            raise TargetMissed(f"a budget of {budget:.6g} cannot be met", why, "allow more, or give smaller options")
-        front = list(_thinned(_unbeaten(fitting), most))
-    end = min((part for part in front if part), key=lambda part: (part.loss, part.cost))
-    chosen: list[int] = []
-    part: _Part | None = end
-    while part is not None:
-        chosen.append(part.last)
-        part = part.before
-    return tuple(reversed(chosen))
+        self.groups = np.array([group for group, _, _ in fitting])
+        self.options = [place for _, place, _ in fitting]
+        self.exact = [option for _, _, option in fitting]
+        self.limit = limit
+        extra = np.array([option.cost - least[group] for group, _, option in fitting])
+        self.costs = extra / (room or 1.0)
+        self.losses = _scaled(np.array([option.loss for _, _, option in fitting]), self.groups)
+        one_of_each = csr_array((np.ones(len(fitting)), (self.groups, np.arange(len(fitting)))))
+        self.constraints = [LinearConstraint(one_of_each, 1, 1), LinearConstraint(self.costs, -np.inf, 1.0)]
+
+    def best(self, objective: _Floats, *constraints: LinearConstraint) -> tuple[int, ...]:
+        """Variables of the exact choice that fits with the smallest sum of `objective`.
+
+        Without presolve: that drops choices which meet the budget to less than its tolerance.
+        """
+        while True:
+            found = milp(
+                objective, integrality=np.ones(len(objective)), bounds=Bounds(0, 1),
+                constraints=[*self.constraints, *constraints], options={"mip_rel_gap": 0.0, "presolve": False},
+            )  # fmt: skip
+            if found.x is None:
+                raise TargetMissed("the solver found no choice within the budget", found.message, "allow more")
+            chosen = tuple(np.flatnonzero(found.x > 0.5).tolist())
+            if sum(self.exact[variable].cost for variable in chosen) <= self.limit:
+                return chosen
+            self.constraints.append(LinearConstraint(found.x > 0.5, -np.inf, len(chosen) - 1))
+
+    def value(self, chosen: tuple[int, ...]) -> tuple[float, float]:
+        """Loss and cost, exactly."""
+        parts = [self.exact[variable] for variable in chosen]
+        return sum(part.loss for part in parts), sum(part.cost for part in parts)
 
 
-def _unbeaten(parts: list[_Part]) -> list[_Part]:
-    """In order of cost, each with less loss than all before it."""
-    kept: list[_Part] = []
-    for part in sorted(parts, key=lambda part: (part.cost, part.loss)):
-        if not kept or part.loss < kept[-1].loss:
-            kept.append(part)
-    return kept
-
-
-def _thinned(parts: list[_Part], most: int) -> list[_Part]:
-    if len(parts) <= most:
-        return parts
-    low, width = parts[0].cost, (parts[-1].cost - parts[0].cost) / most or 1.0
-    best = {int((part.cost - low) / width): part for part in parts}  # the last of a range has the smallest loss
-    return list(dict.fromkeys([parts[0], *best.values()]))
+def _scaled(losses: _Floats, groups: _Floats) -> _Floats:
+    """Losses above the smallest of their group, the largest 10 000; one that is not finite weighs more than all."""
+    finite = np.isfinite(losses)
+    top = float(np.abs(losses[finite]).max(initial=1.0))
+    losses = np.where(finite, losses, 2 * top * (groups.max() + 2))
+    above = losses - np.array([losses[groups == group].min() for group in range(groups.max() + 1)])[groups]
+    scaled: _Floats = above * (1e4 / (above.max() or 1.0))
+    return scaled
 
 
 @search(source="Frantar & Alistarh 2022, arXiv:2203.04593; Shen et al. 2021, arXiv:2110.10811")
