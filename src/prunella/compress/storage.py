@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -63,14 +65,7 @@ def decode(stored: Stored) -> Tensor:
     """The weight. Errors: BadInput for parts that contradict each other or the shape."""
     if not stored.shape or min(stored.shape) < 1:
         raise BadInput(f"a stored weight has the shape {stored.shape}", "every size is 1 or more")
-    rows = stored.shape[0] if len(stored.shape) > 1 else 1
-    size = int(np.prod(stored.shape))
-    matrix = torch.zeros(rows, size // max(rows, 1), dtype=stored.dtype)
-    if stored.form is Format.DENSE:
-        values = _part(stored, "values", matrix.numel())
-        return values.reshape(stored.shape)
-    _DECODERS[stored.form](stored, matrix)
-    return matrix.reshape(stored.shape)
+    return _DECODERS[stored.form](stored).reshape(stored.shape)
 
 
 @metric(source="Buluc et al. 2009, doi:10.1145/1583991.1584053 (formats); Mishra et al. 2021, arXiv:2104.08378 (2:4)")
@@ -103,33 +98,41 @@ def stored_model(model: nn.Module) -> dict[str, tuple[Format, int]]:
 
 
 def _matrix(weight: Tensor) -> Tensor:
-    return weight.reshape(weight.shape[0], -1) if weight.dim() > 1 else weight.reshape(1, -1)
+    return weight.reshape(_matrix_shape(weight.shape))
 
 
-def _starts(counts: Tensor) -> Tensor:
-    return torch.cat([counts.new_zeros(1), counts.cumsum(0)]).to(torch.int32)
+def _matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
+    """Rows and columns of a weight as `(out, in)`; a vector is one row."""
+    rows = shape[0] if len(shape) > 1 else 1
+    return rows, math.prod(shape) // rows
 
 
 def _coo(matrix: Tensor) -> dict[str, Tensor]:
-    rows, cols = matrix.nonzero(as_tuple=True)
-    return {"values": matrix[rows, cols], "rows": rows.to(torch.int32), "cols": cols.to(torch.int32)}
+    found = matrix.to_sparse_coo().coalesce()
+    rows, cols = found.indices().to(torch.int32)
+    return {"values": found.values(), "rows": rows.clone(), "cols": cols.clone()}
 
 
 def _csr(matrix: Tensor) -> dict[str, Tensor]:
-    found = _coo(matrix)
-    return {"values": found["values"], "cols": found["cols"], "starts": _starts((matrix != 0).sum(1))}
-
-
-def _blocks(matrix: Tensor) -> Tensor:
-    padded = torch.nn.functional.pad(matrix, (0, -matrix.shape[1] % BLOCK, 0, -matrix.shape[0] % BLOCK))
-    return padded.reshape(padded.shape[0] // BLOCK, BLOCK, padded.shape[1] // BLOCK, BLOCK).transpose(1, 2)
+    return _compressed(_quiet(matrix.to_sparse_csr))
 
 
 def _bsr(matrix: Tensor) -> dict[str, Tensor]:
-    tiles = _blocks(matrix)
-    some = (tiles != 0).flatten(2).any(2)
-    rows, cols = some.nonzero(as_tuple=True)
-    return {"values": tiles[rows, cols].contiguous(), "cols": cols.to(torch.int32), "starts": _starts(some.sum(1))}
+    tall, wide = (-size % BLOCK for size in matrix.shape)
+    padded = torch.nn.functional.pad(matrix, (0, wide, 0, tall))
+    return _compressed(_quiet(lambda: padded.to_sparse_bsr((BLOCK, BLOCK))))
+
+
+def _compressed(found: Tensor) -> dict[str, Tensor]:
+    starts, cols = found.crow_indices().to(torch.int32), found.col_indices().to(torch.int32)
+    return {"values": found.values().contiguous(), "cols": cols, "starts": starts}
+
+
+def _quiet(make: Callable[[], Tensor]) -> Tensor:
+    """A compressed tensor of torch, without its warning that they are in beta."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*beta state", category=UserWarning)
+        return make()
 
 
 def _bitmask(matrix: Tensor) -> dict[str, Tensor]:
@@ -175,54 +178,53 @@ def _part(stored: Stored, name: str, size: int | None = None) -> Tensor:
     return part
 
 
-def _indices(stored: Stored, name: str, size: int, limit: int) -> Tensor:
-    found = _part(stored, name, size).long()
-    if size and (int(found.min()) < 0 or int(found.max()) >= limit):
-        raise BadInput(f"{name} of a weight in {stored.form.value} points outside", f"0 to {limit - 1} is inside")
-    return found
-
-
-def _rows(stored: Stored, rows: int, count: int) -> Tensor:
-    """The row of every value, from where the rows start."""
-    starts = _part(stored, "starts", rows + 1).long()
-    if int(starts[0]) != 0 or int(starts[-1]) != count or bool((starts.diff() < 0).any()):
-        raise BadInput(f"starts of a weight in {stored.form.value} do not rise from 0 to {count}", "rows would overlap")
-    return torch.repeat_interleave(torch.arange(rows), starts.diff())
-
-
-def _put(stored: Stored, matrix: Tensor, rows: Tensor, cols: Tensor, values: Tensor) -> None:
-    places = rows * matrix.shape[1] + cols
-    if bool((places.diff() <= 0).any()):
-        raise BadInput(f"indices of a weight in {stored.form.value} do not rise", "they repeat, or are out of order")
-    matrix.view(-1)[places] = values
-
-
-def _from_coo(stored: Stored, matrix: Tensor) -> None:
+def _from_coo(stored: Stored) -> Tensor:
     values = _part(stored, "values")
-    rows = _indices(stored, "rows", len(values), matrix.shape[0])
-    _put(stored, matrix, rows, _indices(stored, "cols", len(values), matrix.shape[1]), values)
+    indices = torch.stack([_part(stored, name, len(values)).long() for name in ("rows", "cols")])
+    return _checked(
+        stored,
+        lambda: torch.sparse_coo_tensor(
+            indices, values, _matrix_shape(stored.shape), check_invariants=True, is_coalesced=True
+        ),
+    )
 
 
-def _from_csr(stored: Stored, matrix: Tensor) -> None:
-    values = _part(stored, "values")
-    rows = _rows(stored, matrix.shape[0], len(values))
-    _put(stored, matrix, rows, _indices(stored, "cols", len(values), matrix.shape[1]), values)
+def _from_csr(stored: Stored) -> Tensor:
+    values, rows = _part(stored, "values"), _matrix_shape(stored.shape)[0]
+    starts, cols = _part(stored, "starts", rows + 1), _part(stored, "cols", len(values))
+    return _checked(
+        stored,
+        lambda: torch.sparse_csr_tensor(
+            starts.long(), cols.long(), values, _matrix_shape(stored.shape), check_invariants=True
+        ),
+    )
 
 
-def _from_bsr(stored: Stored, matrix: Tensor) -> None:
+def _from_bsr(stored: Stored) -> Tensor:
     values = _part(stored, "values")
     if values.dim() != 3 or tuple(values.shape[1:]) != (BLOCK, BLOCK):
         raise BadInput(f"values of a weight in bsr are no blocks of {BLOCK}x{BLOCK}", f"shape {tuple(values.shape)}")
-    tiles = torch.zeros_like(_blocks(matrix))
-    tall, wide = tiles.shape[:2]
-    rows, cols = _rows(stored, tall, len(values)), _indices(stored, "cols", len(values), wide)
-    if bool(((rows * wide + cols).diff() <= 0).any()):
-        raise BadInput("indices of a weight in bsr do not rise", "they repeat, or are out of order")
-    tiles[rows, cols] = values
-    full = tiles.transpose(1, 2).reshape(tall * BLOCK, wide * BLOCK)
-    if bool(full[matrix.shape[0] :].any()) or bool(full[:, matrix.shape[1] :].any()):
-        raise BadInput("a weight in bsr has values outside its shape", f"{tuple(matrix.shape)} is inside")
-    matrix.copy_(full[: matrix.shape[0], : matrix.shape[1]])
+    rows, columns = _matrix_shape(stored.shape)
+    tall, wide = -(-rows // BLOCK), -(-columns // BLOCK)
+    starts, cols = _part(stored, "starts", tall + 1), _part(stored, "cols", len(values))
+    full = _checked(
+        stored,
+        lambda: torch.sparse_bsr_tensor(
+            starts.long(), cols.long(), values, (tall * BLOCK, wide * BLOCK), check_invariants=True
+        ),
+    )
+    if bool(full[rows:].any()) or bool(full[:, columns:].any()):
+        raise BadInput("a weight in bsr has values outside its shape", f"{(rows, columns)} is inside")
+    return full[:rows, :columns]
+
+
+def _checked(stored: Stored, make: Callable[[], Tensor]) -> Tensor:
+    """The dense matrix; torch checks that indices are inside, rise, and do not repeat."""
+    try:
+        return _quiet(make).to_dense()
+    except (RuntimeError, IndexError) as error:
+        why = str(error).strip().split("\n")[0]
+        raise BadInput(f"parts of a weight in {stored.form.value} contradict each other or its shape", why) from error
 
 
 def _bits(stored: Stored, count: int) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
@@ -235,12 +237,15 @@ def _bits(stored: Stored, count: int) -> np.ndarray[tuple[int, ...], np.dtype[np
     return bits[:count]
 
 
-def _from_bitmask(stored: Stored, matrix: Tensor) -> None:
+def _from_bitmask(stored: Stored) -> Tensor:
+    matrix = torch.zeros(_matrix_shape(stored.shape), dtype=stored.dtype)
     some = torch.from_numpy(_bits(stored, matrix.numel())).bool().reshape(matrix.shape)
     matrix[some] = _part(stored, "values", int(some.sum()))
+    return matrix
 
 
-def _from_two_of_four(stored: Stored, matrix: Tensor) -> None:
+def _from_two_of_four(stored: Stored) -> Tensor:
+    matrix = torch.zeros(_matrix_shape(stored.shape), dtype=stored.dtype)
     if matrix.shape[1] % 4:
         raise BadInput(f"a weight in 2:4 has {matrix.shape[1]} columns", "a multiple of four is needed")
     groups = matrix.numel() // 4
@@ -249,9 +254,11 @@ def _from_two_of_four(stored: Stored, matrix: Tensor) -> None:
     if bool((places[:, 0] >= places[:, 1]).any()):
         raise BadInput("a weight in 2:4 names a place twice", "the two places of a group rise")
     matrix.view(-1, 4).scatter_(1, places, _part(stored, "values", groups * 2).reshape(groups, 2))
+    return matrix
 
 
 _DECODERS = {
+    Format.DENSE: lambda stored: _part(stored, "values", math.prod(stored.shape)),
     Format.COO: _from_coo,
     Format.CSR: _from_csr,
     Format.BSR: _from_bsr,
