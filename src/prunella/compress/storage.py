@@ -183,7 +183,7 @@ def _from_coo(stored: Stored) -> Tensor:
     indices = torch.stack([_part(stored, name, len(values)).long() for name in ("rows", "cols")])
     return _checked(
         stored,
-        lambda: torch.sparse_coo_tensor(
+        lambda values: torch.sparse_coo_tensor(
             indices, values, _matrix_shape(stored.shape), check_invariants=True, is_coalesced=True
         ),
     )
@@ -194,7 +194,7 @@ def _from_csr(stored: Stored) -> Tensor:
     starts, cols = _part(stored, "starts", rows + 1), _part(stored, "cols", len(values))
     return _checked(
         stored,
-        lambda: torch.sparse_csr_tensor(
+        lambda values: torch.sparse_csr_tensor(
             starts.long(), cols.long(), values, _matrix_shape(stored.shape), check_invariants=True
         ),
     )
@@ -209,7 +209,7 @@ def _from_bsr(stored: Stored) -> Tensor:
     starts, cols = _part(stored, "starts", tall + 1), _part(stored, "cols", len(values))
     full = _checked(
         stored,
-        lambda: torch.sparse_bsr_tensor(
+        lambda values: torch.sparse_bsr_tensor(
             starts.long(), cols.long(), values, (tall * BLOCK, wide * BLOCK), check_invariants=True
         ),
     )
@@ -218,10 +218,15 @@ def _from_bsr(stored: Stored) -> Tensor:
     return full[:rows, :columns]
 
 
-def _checked(stored: Stored, make: Callable[[], Tensor]) -> Tensor:
-    """The dense matrix; torch checks that indices are inside, rise, and do not repeat."""
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}
+"""Values are placed as whole numbers of their size: `to_dense` adds to zero, which changes bits of -0 and NaN."""
+
+
+def _checked(stored: Stored, make: Callable[[Tensor], Tensor]) -> Tensor:
+    """The dense matrix of what `make` builds of the values. Torch checks that indices are inside and rise."""
+    values = _part(stored, "values").contiguous()
     try:
-        return _quiet(make).to_dense()
+        return _quiet(lambda: make(values.view(_BITS[values.element_size()]))).to_dense().view(stored.dtype)
     except (RuntimeError, IndexError) as error:
         why = str(error).strip().split("\n")[0]
         raise BadInput(f"parts of a weight in {stored.form.value} contradict each other or its shape", why) from error
