@@ -36,6 +36,8 @@ _FLAGS = (
     "sve",
 )
 EXTRAS = {  # package: the extra that brings it
+    "jinja2": "report",
+    "matplotlib": "report",
     "transformers": "transformers",
     "timm": "timm",
     "torchvision": "torchvision",

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from prunella.model.forward import first_tensor, forward
 from prunella.model.state import mode
 from prunella.planning.plan import Plan
 from prunella.planning.planner import plan
+from prunella.reporting.extra import reason_without
 from prunella.reporting.page import write_page
 from prunella.reporting.report import Curve, Report, report
 from prunella.transform.apply import apply_
@@ -44,7 +46,8 @@ Stage = Callable[[str, int], AbstractContextManager[Tick]]
 class Outcome:
     """What `run` made. `before`, `cut` and `after`: quality of the dense, the cut and the recovered model.
 
-    outputs: the first numbers that the model gives for the example, to check a stored copy by.
+    outputs: the first numbers that the model gives for the example, to check a stored copy by. missing: why there is no
+    `report.html`; empty if there is.
     """
 
     plan: Plan
@@ -56,6 +59,7 @@ class Outcome:
     cut: Quality
     after: Quality
     outputs: tuple[float, ...]
+    missing: str = ""
     seconds: dict[str, float] = field(default_factory=dict)
 
 
@@ -108,8 +112,10 @@ def _run(model: nn.Module, inputs: Inputs, job: Job, folder: Path, overwrite: bo
         saved = save(
             small, folder, plan=planned, factory=job.factory, source=job.source, dense=model, overwrite=overwrite
         )
-        outcome = Outcome(planned, small, saved, compared, recovered, before, cut, after, outputs, clock.seconds)
-        write_page(compared, folder / PAGE)
+        missing = reason_without(partial(write_page, compared, folder / PAGE), PAGE)
+        outcome = Outcome(
+            planned, small, saved, compared, recovered, before, cut, after, outputs, missing, clock.seconds
+        )
         write_json(folder / RECORD, plain(summary(outcome, job)))
     return outcome
 
@@ -199,6 +205,7 @@ def summary(outcome: Outcome, job: Job) -> dict[str, Any]:
         "recovered": recovered,
         "outputs": list(outcome.outputs),
         "reader": outcome.saved.reader,
+        "missing": outcome.missing,
         "seconds": outcome.seconds,
         "seed": job.recipe.seed,
         "report": plain(outcome.report.data()),

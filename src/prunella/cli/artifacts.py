@@ -58,9 +58,9 @@ def report(
     from prunella.io.json import read_object
 
     page, record = folder / "report.html", folder / "run.json"
-    if not page.is_file():
+    if not page.is_file() and (open_page or not record.is_file()):
         raise BadInput(f"no report in {folder}", "there is no report.html", "give a folder that `prunella run` wrote")
-    result: dict[str, Any] = {"page": str(page.resolve())}
+    result: dict[str, Any] = {"page": str(page.resolve()) if page.is_file() else None}
     if record.is_file():
         result |= read_object(record, todo="run it again", allow_nan=True).data
     try:

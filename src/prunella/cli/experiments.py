@@ -51,7 +51,7 @@ def pareto(
 ) -> None:
     """Quality against size: recipes beside random and magnitude baselines, several ratios and seeds; resumable."""
     from prunella.cli.parse import build_recipe
-    from prunella.experiments.pareto import PAGE, Study
+    from prunella.experiments.pareto import PAGE, RECORD, Study
     from prunella.experiments.pareto import pareto as run
     from prunella.targets import parse_target
 
@@ -63,7 +63,9 @@ def pareto(
             study, output, ratios=_numbers(ratios), seeds=tuple(range(seeds)), unit=divided, jobs=jobs,
             on_cell=lambda cell, n, total: note(f"{n} of {total}: {cell.method}, {cell.ratio:g}x, seed {cell.seed}"),
         )  # fmt: skip
-    emit({**found.data(), "page": str(output / PAGE)}, f"{found}\n\nwrote {output / PAGE}", as_json=as_json)
+    page = output / PAGE if (output / PAGE).is_file() else None
+    text = f"{found}\n\nwrote {page or output / RECORD}"
+    emit({**found.data(), "page": str(page) if page else None}, text, as_json=as_json)
 
 
 @dataclass(frozen=True)

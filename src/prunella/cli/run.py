@@ -72,4 +72,5 @@ def run_text(result: dict[str, Any], folder: Path) -> str:
     """The outcome of `run` for people; a demo of version 0.1 has a verdict in place of a text."""
     text = result.get("text", result.get("verdict", ""))
     reader = f"read it with {result['reader']}; " if "reader" in result else ""
-    return f"{text}\n\n{folder}: {reader}look at {folder / 'report.html'}".lstrip()
+    page = result.get("missing") or f"look at {folder / 'report.html'}"
+    return f"{text}\n\n{folder}: {reader}{page}".lstrip()

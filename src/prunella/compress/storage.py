@@ -108,7 +108,7 @@ def _matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
 
 
 def _coo(matrix: Tensor) -> dict[str, Tensor]:
-    found = matrix.to_sparse_coo().coalesce()
+    found = matrix.to_sparse(layout=torch.sparse_coo).coalesce()
     rows, cols = found.indices().to(torch.int32)
     return {"values": found.values(), "rows": rows.clone(), "cols": cols.clone()}
 

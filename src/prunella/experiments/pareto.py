@@ -7,6 +7,7 @@ under the identity of all that decides it. A killed study goes on from there; a 
 from __future__ import annotations
 
 import functools
+import logging
 import multiprocessing
 import os
 import pickle
@@ -39,6 +40,7 @@ from prunella.planning.plan import Plan
 from prunella.planning.planner import plan
 from prunella.planning.recipe import Recipe
 from prunella.registry.method import metric
+from prunella.reporting.extra import reason_without
 from prunella.reporting.frontier import DENSE_NAME, Cell, Frontier, summarise, write_frontier
 from prunella.targets import Params, Sparsity, Target
 from prunella.transform.apply import apply_
@@ -134,7 +136,9 @@ def pareto(
     with open_journal(path) as journal:
         found = _frontier(study, _finished(tasks, journal, jobs, on_cell), seeds, unit)
         write_atomic(path / RECORD, (found.json() + "\n").encode())
-        write_frontier(found, path / PAGE)
+        missing = reason_without(functools.partial(write_frontier, found, path / PAGE), PAGE)
+        if missing:
+            logging.getLogger(__name__).warning(missing)
     return found
 
 

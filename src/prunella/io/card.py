@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import html
 import json
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
+from string import Template
 
 from prunella._version import __version__
 from prunella.io.files import write_atomic
+from prunella.measure.text import significant
 
 CARD = "README.md"
 
@@ -36,13 +39,29 @@ def write_card(folder: Path, card: Card) -> Path:
 
 def render_card(card: Card) -> str:
     """The card as Markdown with its front matter."""
-    from jinja2 import Environment, StrictUndefined
+    rows = {
+        "base": card.base,
+        "method": card.method,
+        "pattern": card.pattern,
+        "sparsity of the pruned layers": f"{card.sparsity:.4f}",
+    }
+    if card.calibration:
+        rows["calibration"] = card.calibration
+    if card.perplexity:
+        text, dense, pruned = card.perplexity
+        rows[f"perplexity on {text}"] = f"{significant(dense)} dense, {significant(pruned)} pruned"
+    template = Template((files("prunella.io") / "card.md").read_text(encoding="utf-8"))
+    return template.substitute(
+        quoted_base=json.dumps(_line(card.base)),
+        base=_escaped(card.base),
+        rows="\n".join(f"| {_escaped(name)} | {_escaped(value)} |" for name, value in rows.items()),
+        kind=_escaped(card.kind),
+        version=__version__,
+    )
 
-    environment = Environment(undefined=StrictUndefined, autoescape=True, trim_blocks=True, keep_trailing_newline=True)
-    environment.filters["quoted"] = json.dumps
-    template = environment.from_string((files("prunella.io") / "card.md").read_text(encoding="utf-8"))
-    clean = {name: _line(value) if isinstance(value, str) else value for name, value in vars(card).items()}
-    return template.render(**clean, version=__version__)
+
+def _escaped(text: str) -> str:
+    return html.escape(_line(text))
 
 
 def _line(text: str) -> str:

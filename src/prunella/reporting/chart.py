@@ -8,12 +8,12 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
 
-from markupsafe import Markup
-
 from prunella.measure.latency import Comparison
+from prunella.reporting.extra import needing_report
 from prunella.reporting.report import Curve
 
 if TYPE_CHECKING:
+    from markupsafe import Markup
     from matplotlib.axes import Axes
 
 # Colours that no one would choose, which become the page's own, light or dark.
@@ -72,9 +72,10 @@ def curve_chart(curve: Curve, width: float = WIDE) -> Markup:
 
 def figure(tag: str, draw: Callable[[Axes], None], width: float, height: float) -> Markup:
     """What `draw` draws, as clean SVG of so many inches. tag: unlike that of any other chart of a page."""
-    import matplotlib as mpl
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure
+    with needing_report("a chart"):
+        import matplotlib as mpl
+        from matplotlib.backends.backend_svg import FigureCanvasSVG
+        from matplotlib.figure import Figure
 
     style: Any = {
         "svg.fonttype": "none",
@@ -110,6 +111,8 @@ def alone(chart: Markup) -> str:
 
 def clean_svg(source: bytes, prefix: str) -> Markup:
     """Only shapes and text with harmless attributes remain; names get a prefix, so that charts share no ids."""
+    with needing_report("a chart"):
+        from markupsafe import Markup
     root = ElementTree.fromstring(source)
     clean = _clean(root, prefix)
     if clean is None:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from markupsafe import Markup
 
 from prunella.graph.data import Graph, Group
 from prunella.reporting.page import templates
@@ -70,6 +69,9 @@ def _stops(graph: Graph, group: Group, rows: dict[str, int]) -> tuple[Stop, ...]
 
 def render_coupling(graph: Graph, title: str) -> str:
     """The page as text: the picture, what each group holds and costs, and what cannot be pruned. Names are escaped."""
+    environment = templates()
+    from markupsafe import Markup
+
     drawn = rails(graph)
     width = LEFT + RAIL * (1 + max((rail.column for rail in drawn), default=0))
     context: dict[str, Any] = {
@@ -85,7 +87,7 @@ def render_coupling(graph: Graph, title: str) -> str:
         "frozen": _frozen(graph),
         "style": Markup((_FOLDER / "report.css").read_text(encoding="utf-8")),
     }
-    return templates().get_template("coupling.html").render(context)
+    return environment.get_template("coupling.html").render(context)
 
 
 def _card(graph: Graph, group: Group) -> dict[str, Any]:

@@ -5,12 +5,11 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from markupsafe import Markup
 
 from prunella.errors import RequestError
 from prunella.io.files import write_atomic
@@ -21,6 +20,7 @@ from prunella.reporting.page import render_sections
 from prunella.reporting.section import Section
 
 if TYPE_CHECKING:
+    from markupsafe import Markup
     from matplotlib.axes import Axes
 
 DENSE_NAME = "dense"
@@ -101,11 +101,15 @@ class Frontier:
         return encode(plain(self.data()), indent=1, sort=False)
 
     def __str__(self) -> str:
-        parts = [self.section(), *([self.reasons()] if self.failures else [])]
+        parts = [self._table(), *([self.reasons()] if self.failures else [])]
         return "\n\n".join(map(str, parts))
 
     def section(self) -> Section:
-        """Table and curves, for a report: `report(...).adding(frontier.section())`."""
+        """Table and curves, for a report: `report(...).adding(frontier.section())`. Errors: MissingExtra."""
+        return replace(self._table(), charts=tuple(frontier_chart(self, width) for width in (WIDE, NARROW)))
+
+    def _table(self) -> Section:
+        """The same without the curves, which need the extra `report`."""
         lead = (
             f"Mean over {len(self.seeds)} seeds, standard deviation, and Student's 95 % interval of the mean; ratio is "
         )
@@ -116,9 +120,8 @@ class Frontier:
         if self.failures:
             lead += f" {len(self.failures)} of {len(self.cells)} models could not be made: see the reasons."
         rows = [self._row(point) for point in self.points]
-        charts = tuple(frontier_chart(self, width) for width in (WIDE, NARROW))
         header = ("Method", "Ratio", "Got", "Score", "95 %", "Seeds", "Front")
-        return Section("Quality against size", lead, header, tuple(rows), charts)
+        return Section("Quality against size", lead, header, tuple(rows))
 
     def reasons(self) -> Section:
         """What could not be made, and why."""

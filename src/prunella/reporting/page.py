@@ -8,15 +8,17 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
+from typing import TYPE_CHECKING, Any
 
 from prunella.io.files import write_atomic
 from prunella.reporting.chart import NARROW, curve_chart, latency_chart
+from prunella.reporting.extra import needing_report
 from prunella.reporting.report import LayerLine, Metric, Report, shown
 from prunella.reporting.section import Section
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
+    from markupsafe import Markup
 
 _FOLDER = Path(__file__).parent
 _FOLD_AFTER = 24
@@ -43,7 +45,7 @@ class Kept:
 
 
 def write_page(report: Report, path: str | os.PathLike[str]) -> Path:
-    """Write the page, atomically. Errors: RequestError when the file cannot be written."""
+    """Write the page, atomically. Errors: RequestError when the file cannot be written, MissingExtra."""
     return write_atomic(path, render_page(report).encode())
 
 
@@ -70,16 +72,21 @@ def render_page(report: Report) -> str:
 
 def render_sections(headline: str, lead: str, sections: Sequence[Section], facts: Mapping[str, str]) -> str:
     """A page of sections alone, in the look of the report; all text is escaped."""
+    environment = templates()
     context: dict[str, Any] = {"headline": headline, "lead": lead, "sections": sections, "environment": facts}
-    return templates().get_template("study.html").render(context, style=_style(), fold_after=2 * _FOLD_AFTER)
+    return environment.get_template("study.html").render(context, style=_style(), fold_after=2 * _FOLD_AFTER)
 
 
 def _style() -> Markup:
+    from markupsafe import Markup
+
     return Markup((_FOLDER / "report.css").read_text(encoding="utf-8"))
 
 
 def templates() -> Environment:
-    """The templates of this folder; whatever is put into them is escaped."""
+    """The templates of this folder; whatever is put into them is escaped. Errors: MissingExtra without jinja2."""
+    with needing_report("the HTML page"):
+        from jinja2 import Environment, FileSystemLoader, StrictUndefined
     loader = FileSystemLoader(_FOLDER)
     made = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     made.filters.update(shown=shown, percent=_percent, shape=_shape, sentence=_sentence, minus=_minus)

@@ -9,7 +9,7 @@ import math
 import os
 import platform
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
@@ -183,15 +183,16 @@ class Report:
         return encode(plain(self.data()), indent=2, sort=False)
 
     def __str__(self) -> str:
-        rows = [
-            (m.name, shown(m.before, m.unit), "" if m.cut is None else shown(m.cut, m.unit), shown(m.after, m.unit),
-             m.change)
-            for m in self.metrics
-        ]  # fmt: skip
-        header = ("", "dense", "cut", "recovered", "change")
-        if not self.recovered:
-            header, rows = ("", "dense", "pruned", "change"), [(*row[:2], *row[3:]) for row in rows]
-        lines = table(header, rows, right=range(1, len(header) - 1))
+        columns: list[tuple[str, Callable[[Metric], str]]] = [
+            ("", lambda m: m.name),
+            ("dense", lambda m: shown(m.before, m.unit)),
+            ("cut", lambda m: "" if m.cut is None else shown(m.cut, m.unit)),
+            ("recovered" if self.recovered else "pruned", lambda m: shown(m.after, m.unit)),
+            ("change", lambda m: m.change),
+        ]
+        columns = columns if self.recovered else [column for column in columns if column[0] != "cut"]
+        rows = [[cell(metric) for _, cell in columns] for metric in self.metrics]
+        lines = table([name for name, _ in columns], rows, right=range(1, len(columns) - 1))
         said = f"{self.model} on {self.inputs}: {self.verdict}"
         apart = f"largest output difference: {self.difference:.2g} of the largest output"
         end = [apart if math.isfinite(self.difference) else "outputs have other shapes", *self._measured()]
