@@ -203,7 +203,7 @@ def table(folder: Path) -> str:
             kind, method, amount = (*name.split(":"), "", "")[:3]
             dropped, size = ", ".join(found[0].get("dropped", ())), f"{found[0].get('params', 1):.1%}"
             lines.append(f"| {kind} {amount} | {method} | {size} | {_perplexity(found)} | {_perplexity(after)} "
-                         f"| {dropped} | {fmean(one.get('cpu_s', 0) for one in found):.0f} | {len(found)} |")  # fmt: skip
+                         f"| {dropped} | {fmean(c.get('cpu_s', 0) for c in found):.0f} | {len(found)} |")  # fmt: skip
     for file in sorted(folder.glob("rate_*.json")):
         found = json.loads(file.read_text())
         lines += ["", f"{found['cell']}:", "", *(f"    {line}" for line in found["text"].split("\n"))]
