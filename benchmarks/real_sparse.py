@@ -4,7 +4,7 @@
 
 ResNet-56 with its CIFAR-10 weights: magnitude with LAMP's allocation, fine-tuned under the masks; accuracy on the first
 2,000 test images. all-MiniLM-L6-v2: layers solved one after another (ADMM) on 96 passages, then distilled under the
-masks without labels; judged by retrieval of other sections.
+masks without labels; evaluated by retrieval of other sections.
 Speed: one image and 16, or two texts of 128 tokens; eager, eager with channels last, frozen inductor and the sparse
 kernels in turn, end to end, on one thread, in its processor time.
 """

@@ -42,7 +42,7 @@ def rival_cut(
 ) -> Cut:
     """Prune a copy to at most `budget` MACs.
 
-    If that breaks the network it is tried again with the modules of `spare` kept whole: those that write into the
+    If that breaks the network, it is tried again with the modules of `spare` kept dense: those that write into the
     residual stream.
     """
     data = list(data)

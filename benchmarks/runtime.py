@@ -247,8 +247,8 @@ def bert(layers: int = 12) -> nn.Module:
     return transformers.BertModel(transformers.BertConfig(num_hidden_layers=layers), add_pooling_layer=False).eval()
 
 
-def sown(model: nn.Module, percent: int) -> nn.Module:
-    """Random zeros in every linear layer, or every convolution but the first; what stays is scaled up."""
+def with_random_zeros(model: nn.Module, percent: int) -> nn.Module:
+    """Random zeros in every linear layer, or every convolution but the first; the other weights are scaled up."""
     convolutions = [m for m in model.modules() if type(m) is nn.Conv2d]
     layers = convolutions[1:] or [m for m in model.modules() if type(m) is nn.Linear]
     g = torch.Generator().manual_seed(1)
@@ -274,7 +274,7 @@ def frozen(model: nn.Module, example: Any) -> Callable[[], object]:
 def network(make: Callable[[], nn.Module], example: Tensor, percent: int, *, precision: Precision = Precision.FP32,
             rounds: int = 9, with_frozen: bool = True, last: bool = False) -> dict[str, Any]:  # fmt: skip
     """A full model: eager, dense by the quicker kernel, frozen, sparse."""
-    model = sown(make(), percent).requires_grad_(False)
+    model = with_random_zeros(make(), percent).requires_grad_(False)
     made = pr.sparse(model, example, precision=precision, seconds=1.0)
     record = pr.runtime.sparsified(made)
     runs: dict[str, Any] = {"eager": partial(model, example), "sparse": partial(made, example)}
@@ -358,7 +358,7 @@ def smollm2(percent: int, new: int = 24, rounds: int = 5) -> dict[str, Any]:
 
 
 def int8(model: nn.Module) -> nn.Module:
-    """torch's dynamic quantisation of all linear layers."""
+    """torch's dynamic quantization of all linear layers."""
     import torch.ao.quantization as quantization
 
     with warnings.catch_warnings():

@@ -1,4 +1,4 @@
-"""Lottery tickets in LeNet-300-100 on MNIST: tickets against re-initialised and shuffled controls, down to 3.6 %.
+"""Lottery tickets in LeNet-300-100 on MNIST: tickets against re-initialized and shuffled controls, down to 3.6 %.
 
     python benchmarks/tickets.py               # three seeds, about 20 core-minutes; goes on where it was stopped
     python benchmarks/tickets.py --quick       # one seed, two rounds, half a minute
@@ -85,7 +85,7 @@ def table(cells: list[dict[str, Any]]) -> str:
         f"{cells[0]['epochs']} epochs of Adam in each of the {count} rounds and of the controls. "
         "Made by `python benchmarks/tickets.py`.",
         "",
-        "| round | weights left | ticket | re-initialised | mask shuffled |",
+        "| round | weights left | ticket | re-initialized | mask shuffled |",
         "| ---: | ---: | ---: | ---: | ---: |",
     ]
     for index, row in enumerate(cells[0]["rows"]):

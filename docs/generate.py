@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import inspect
 import sys
+import typing
 from collections import defaultdict
 from pathlib import Path
+from types import FunctionType
 from typing import Any
 
 import mkdocs_gen_files
@@ -95,12 +97,31 @@ def api_pages() -> None:
     lines = ["# Python API", "", "`import prunella as pr`. Every name is loaded when it is first used.", ""]
     lines += ["| namespace | what is in it |", "| --- | --- |"]
     lines += [f"| [`pr.{name}`]({name}.md) | {summary(value)} |" for name, value in namespaces.items()]
+    lines += [
+        "| [types and errors](types.md) | What signatures name: example inputs, losses, targets; all exceptions. |"
+    ]
     lines += ["", "The names at first sight:", "", *entries("pr", first)]
     write("api/index.md", "\n".join(lines))
     for name, namespace in namespaces.items():
         members = {entry: getattr(namespace, entry) for entry in dir(namespace)}
         lines = [f"# pr.{name}", "", summary(namespace), "", *entries(f"pr.{name}", members)]
         write(f"api/{name}.md", "\n".join(lines))
+
+
+def types_page() -> None:
+    """What signatures name and no namespace holds, so that their names are links."""
+    from prunella import errors, types
+    from prunella.targets import Target
+
+    kinds = [kind for kind in vars(errors).values() if inspect.isclass(kind) and issubclass(kind, Exception)]
+    aliases = [name for name in vars(types) if name[0].isupper() and name not in vars(typing) and name != "Tensor"]
+    lines = ["# Types and errors", "", "Shapes are those of weights seen as matrices `(out, in)`.", ""]
+    lines += [line for name in aliases for line in (f"::: prunella.types.{name}", "")]
+    lines += ["## Targets and errors", "", f"::: {Target.__module__}.Target", ""]
+    for kind in kinds:
+        if kind is not errors.PruningError and kind.__module__ == errors.__name__:
+            lines += [f"::: prunella.errors.{kind.__name__}", ""]
+    write("api/types.md", "\n".join(lines))
 
 
 def summary(value: Any) -> str:
@@ -114,9 +135,19 @@ def entries(prefix: str, members: dict[str, Any]) -> list[str]:
     for name, value in members.items():
         home = getattr(value, "__module__", "")
         if (inspect.isfunction(value) or inspect.isclass(value)) and home.startswith("prunella."):
-            heading = [f"::: {home}.{value.__qualname__}", "    options:", f'      heading: "{prefix}.{name}"', ""]
-            lines += heading
+            lines += [f"::: {home}.{value.__qualname__}", "    options:", f'      heading: "{prefix}.{name}"']
+            lines += [f"      members: {methods_of(value)}", ""]
     return lines
+
+
+def methods_of(value: Any) -> list[str]:
+    """Public methods and properties that a class documents itself; a function has none."""
+    if not inspect.isclass(value):
+        return []
+    kinds = (property, classmethod, staticmethod, FunctionType)
+    fields = vars(value).get("__annotations__", {})  # a field may have a function as its default
+    own = {name: entry for name, entry in vars(value).items() if not name.startswith("_") and name not in fields}
+    return [name for name, entry in own.items() if isinstance(entry, kinds) and entry.__doc__]
 
 
 def copied_pages() -> None:
@@ -137,5 +168,6 @@ def concept_page() -> None:
 method_pages()
 command_page()
 api_pages()
+types_page()
 copied_pages()
 concept_page()

@@ -27,7 +27,18 @@ _SHORT_WRITE = ("unexpected pos", "database or disk is full")
 
 
 class PruningError(Exception):
-    """Base of all errors: `what` happened, `why`, and what `todo`."""
+    """Base of all errors: `what` happened, `why`, and what `todo`.
+
+    Example:
+
+        >>> import torch, prunella as pr
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 4))
+        >>> try:
+        ...     pr.plan(model, torch.randn(2, 8), target=pr.MACs(0.001))
+        ... except pr.PruningError as error:
+        ...     print(error.what)
+        macs=0.001 cannot be met: all that may go leaves macs=0.0625 (24 of 384, asked 0.384)
+    """
 
     exit_code = 70
 

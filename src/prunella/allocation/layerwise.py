@@ -20,6 +20,14 @@ def uniform(pools: Sequence[Pool]) -> list[Tensor]:
     `key_r = (r + 1/2) / n` for the unit of rank `r` of `n`. Scores decide only within a group. Groups that matter much
     and groups that do not are treated alike: compare with `global_`.
 
+    Example:
+
+        >>> import torch, prunella as pr
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Linear(8, 16), torch.nn.Linear(16, 2))
+        >>> plan = pr.plan(model, torch.randn(2, 4), pr.Recipe(allocation=pr.uniform), target=pr.Sparsity(0.5))
+        >>> {name: f"{int(kept.sum())} of {len(kept)}" for name, kept in plan.keep.items()}
+        {'0': '4 of 8', '1': '8 of 16'}
+
     Use: results that must have equal widths, and as a baseline. Avoid: networks with a few sensitive layers.
     """
     return [_middles(pool.size) for pool in pools]

@@ -41,6 +41,15 @@ def global_(pools: Sequence[Pool], *, normalise: Normalise = Normalise.NONE, per
     per_cost: divide also by what one unit weighs in the target's unit, so that the harm for each multiply-add
     (parameter, byte) saved is compared: for units of different size that share a ranking, such as heads and neurons.
 
+    Example:
+
+        >>> import torch, prunella as pr
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Linear(8, 8), torch.nn.Linear(8, 2))
+        >>> model[0].weight.data *= 100  # large weights score high in one ranking
+        >>> plan = pr.plan(model, torch.randn(2, 4), pr.Recipe(allocation=pr.global_), target=pr.Sparsity(0.25))
+        >>> {name: f"{int(kept.sum())} of {len(kept)}" for name, kept in plan.keep.items()}
+        {'0': '8 of 8', '1': '4 of 8'}
+
     Use: scores that mean the same everywhere, such as a change of the loss. Avoid: raw norms, which grow with the size
     of a layer: give normalise=.
     """

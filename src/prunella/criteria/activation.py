@@ -30,6 +30,14 @@ def wanda(weight: Weight, input_norm: InputNorm) -> Saliency:
     output row with each other: `Element(per_row=True)` or `NM(2, 4)`.
     Data: forward passes only. Zero where the input is always zero.
 
+    Example:
+
+        >>> import torch, prunella as pr
+        >>> weight, input_norm = torch.tensor([[1.0, -3.0], [0.5, 2.0]]), torch.tensor([10.0, 1.0])
+        >>> pr.wanda(weight, input_norm)  # the small weights of the large input matter more
+        tensor([[10.,  3.],
+                [ 5.,  2.]])
+
     Use: linear layers whose inputs have outliers, as in language models. Avoid: models without calibration data, or
     pruned with retraining: `magnitude` does as well there.
     """

@@ -17,6 +17,16 @@ def taylor(gate_grad: GateGrad) -> Scores:
     `mean_b (g w)^2`, the same as `taylor_sq`, which needs less memory there.
     Data: batches and a loss; the score depends on the batch size, since gradients within a batch are averaged.
 
+    Example:
+
+        >>> import torch, prunella as pr
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 4))
+        >>> data = [(torch.randn(4, 8), torch.randn(4, 4)) for _ in range(2)]
+        >>> loss = lambda model, batch: torch.nn.functional.mse_loss(model(batch[0]), batch[1])
+        >>> plan = pr.plan(model, data[0][0], pr.Recipe(pr.taylor), target=pr.Sparsity(0.25), data=data, loss=loss)
+        >>> int(plan.keep["0"].sum())
+        12
+
     Use: channels, heads and blocks with a loss and some batches. Avoid: a network at a minimum of the same batches,
     where gradients vanish.
     """

@@ -20,6 +20,14 @@ def magnitude(weight: Weight, *, p: int = 1) -> Saliency:
     Data: none. p: 1 or 2. Caveats: blind to what the weight multiplies; a filter in front of a normalisation has no
     scale of its own.
 
+    Example:
+
+        >>> import torch, prunella as pr
+        >>> weight = torch.tensor([[1.0, -3.0], [0.5, 2.0]])
+        >>> pr.magnitude(weight)
+        tensor([[1.0000, 3.0000],
+                [0.5000, 2.0000]])
+
     Use: masks, and as the baseline of every comparison. Avoid: channels before a normalisation, whose scale means
     nothing.
     """

@@ -61,7 +61,7 @@ class Study:
     make: seed -> trained dense model, the same for the same seed. evaluate: model -> a number, higher is better.
     inputs: an example batch, or a function that returns it. recipes: name -> recipe; the baselines are added.
     data, loss: for criteria that need them: batches, or a function that returns them, and a function of (model, batch).
-    recover: (pruned model, plan, seed) -> healed model, or None when it heals in place; masks stay in force.
+    recover: (pruned model, plan, seed) -> recovered model, or None when it works in place; masks stay in force.
     skip: patterns of what is never pruned.
     """
 
@@ -267,8 +267,8 @@ def _run(task: _Task, empty: Cell) -> Cell:
         params, macs = made.after.params / made.before.params, made.after.macs / made.before.macs
         model = shrink(model, made) if made.changes else apply_(model, made)
         recover = _function(study.recover)
-        healed = recover(model, made, task.seed) if recover else None
-        model = finalize(model if healed is None else healed)
+        recovered = recover(model, made, task.seed) if recover else None
+        model = finalize(model if recovered is None else recovered)
     score = float(_function(study.evaluate)(model))  # type: ignore[misc]
     if not isfinite(score):
         raise ValueError(f"evaluate gave {score}")

@@ -19,6 +19,14 @@ class Element:
     per_row: compare weights within their output row only, and remove one from every row of a layer at a time, so that
     all rows of a layer keep the same number; the step is then the number of rows.
 
+    Example:
+
+        >>> import torch, prunella as pr
+        >>> model, recipe = torch.nn.Linear(8, 4), pr.Recipe(granularity=pr.Element(per_row=True))
+        >>> plan = pr.plan(model, torch.randn(2, 8), recipe, target=pr.Sparsity(0.75))
+        >>> plan.masks["weight"].sum(1)
+        tensor([2, 2, 2, 2])
+
     Use: the smallest file at the best accuracy. Avoid: speed without a sparse kernel.
     """
 

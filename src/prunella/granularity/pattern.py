@@ -22,6 +22,14 @@ class Block:
 
     Ragged blocks at the edges are filled up with scores of zero, and count with the weights they really have.
 
+    Example:
+
+        >>> import torch, prunella as pr
+        >>> model, recipe = torch.nn.Linear(8, 4), pr.Recipe(granularity=pr.Block(4, 2))
+        >>> plan = pr.plan(model, torch.randn(2, 8), recipe, target=pr.Sparsity(0.5))
+        >>> plan.masks["weight"].sum(0).unique()  # a column of a block is kept or pruned as one
+        tensor([0, 4])
+
     Use: kernels that run blocks, such as 16x1 on processors. Avoid: small layers, or when no kernel uses the pattern.
     """
 
@@ -65,6 +73,14 @@ class NM:
     input channel. A layer whose columns M does not divide is an error: leave it out with skip=, or pass ragged=True:
     then the columns are thought of as filled up to a multiple of M with columns that go first, so that the last r
     columns of a row keep `min(N, r)`, and the sparsity is a little less.
+
+    Example:
+
+        >>> import torch, prunella as pr
+        >>> model = torch.nn.Linear(8, 4)
+        >>> plan = pr.plan(model, torch.randn(2, 8), pr.Recipe(granularity=pr.NM(2, 4)))  # 2:4 needs no target
+        >>> plan.masks["weight"].reshape(-1, 4).sum(1)
+        tensor([2, 2, 2, 2, 2, 2, 2, 2])
 
     Use: hardware that runs the pattern. Avoid: other hardware, where nothing gets faster.
     """

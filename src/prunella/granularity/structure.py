@@ -32,6 +32,15 @@ class Channel:
     reduce: how the saliencies of the weights in the criterion's scope become one score: sum (the papers' norms), mean
     or maximum. Criteria that score units themselves are not reduced.
 
+    Example:
+
+        >>> import torch, prunella as pr
+        >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.Conv2d(8, 4, 3))
+        >>> recipe = pr.Recipe(pr.criteria.group_norm, pr.Channel())
+        >>> plan = pr.plan(model, torch.randn(1, 3, 8, 8), recipe, target=pr.Sparsity(0.5))
+        >>> [tuple(parameter.shape) for parameter in pr.shrink(model, plan).parameters()][:4]
+        [(4, 3, 3, 3), (4,), (4,), (4,)]
+
     Use: a smaller and faster dense model on any machine. Avoid: when accuracy may not move at all and a sparse kernel
     is at hand.
     """
@@ -46,6 +55,19 @@ class Head:
     """Attention heads: query, key, value and output slices together; with grouped queries, a key-value group.
 
     head_dim and the scale of the scores stay as they are. reduce: as for `Channel`.
+
+    Example:
+
+        >>> import torch, prunella as pr
+        >>> class Attention(torch.nn.Linear):
+        ...     def forward(self, x):
+        ...         q, k, v = super().forward(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        ...         return torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        >>> model = torch.nn.Sequential(Attention(16, 48), torch.nn.Linear(16, 16))
+        >>> model[0].heads = 4
+        >>> plan = pr.plan(model, torch.randn(2, 5, 16), pr.Recipe(granularity=pr.Head()), target=pr.Sparsity(0.5))
+        >>> pr.shrink(model, plan)[0].heads
+        2
 
     Use: transformers, together with `Channel()`. Avoid: models with few key-value heads: whole groups go at a time.
     """
@@ -62,7 +84,20 @@ class Width:
     Norms that run along them take their statistics over what stays (a layer norm of fewer features), and the check
     compares with the masked model in that form. reduce: as for `Channel`.
 
-    Use: wide transformers, with healing after it. Avoid: one shot without healing: every layer loses inputs at once.
+    Example:
+
+        >>> import torch, prunella as pr
+        >>> class Residual(torch.nn.Linear):
+        ...     def forward(self, x):
+        ...         return x + super().forward(x).relu()
+        >>> norm = torch.nn.LayerNorm(8)
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), Residual(8, 8), norm, torch.nn.Linear(8, 2))
+        >>> plan = pr.plan(model, torch.randn(2, 4), pr.Recipe(granularity=pr.Width()), target=pr.Sparsity(0.5))
+        >>> pr.shrink(model, plan)[2].normalized_shape
+        (4,)
+
+    Use: wide transformers that are recovered afterwards. Avoid: one shot without recovery: every
+    layer loses inputs at once.
     """
 
     reduce: Reduce = Reduce.SUM
@@ -75,6 +110,19 @@ class Expert:
     """Experts of a mixture, with their columns of the router, which then chooses among those that stay.
 
     At least as many stay as the router chooses for a token. reduce: as for `Channel`.
+
+    Example:
+
+        >>> import torch, prunella as pr
+        >>> class Mixture(torch.nn.Linear):  # its own weight is the router's
+        ...     def forward(self, x):
+        ...         weights, index = super().forward(x).topk(2, -1)
+        ...         return torch.einsum("tk,tkoi,ti->to", weights, self.experts[index], x)
+        >>> mixture = Mixture(6, 4)
+        >>> mixture.experts = torch.nn.Parameter(torch.randn(4, 6, 6))
+        >>> plan = pr.plan(mixture, torch.randn(8, 6), pr.Recipe(granularity=pr.Expert()), target=pr.Sparsity(0.5))
+        >>> pr.shrink(mixture, plan).experts.shape
+        torch.Size([2, 6, 6])
 
     Use: mixtures whose memory is the problem. Avoid: routers that use all experts evenly.
     """
@@ -115,7 +163,19 @@ class Depth:
     that of all parameters that it alone has, whatever the criterion's scope. reduce: as for `Channel`; with the sum a
     larger block scores more, `Reduce.MEAN` makes blocks of different sizes comparable.
 
-    Use: latency of deep networks at batch 1, since fewer layers run. Avoid: shallow networks, or without healing
+    Example:
+
+        >>> import torch, prunella as pr
+        >>> class Residual(torch.nn.Linear):
+        ...     def forward(self, x):
+        ...         return x + super().forward(x).relu()
+        >>> blocks = torch.nn.Sequential(*(Residual(8, 8) for _ in range(4)))
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), blocks, torch.nn.Linear(8, 2))
+        >>> plan = pr.plan(model, torch.randn(2, 4), pr.Recipe(granularity=pr.Depth()), target=pr.Sparsity(0.5))
+        >>> len(pr.shrink(model, plan)[1])
+        2
+
+    Use: latency of deep networks at batch 1, since fewer layers run. Avoid: shallow networks, or without recovery
     afterwards.
     """
 

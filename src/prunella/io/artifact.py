@@ -81,13 +81,21 @@ def save(
 ) -> Saved:
     """Write `model` to the folder `path`, atomically, and check that it can be built again from there.
 
-    plan: what was cut; needed when the model is smaller than what its factory builds. factory: how the dense model
-    is made, as a function or `package.module:function`, `timm:NAME`, `torchvision:NAME`, with JSON `kwargs`; not
-    needed for models of transformers, whose configuration is stored. source: the Hugging Face folder that the model
-    came from; its tokenizer files are copied, unless tokens went: the plan in the folder has their numbers. dense: the
-    dense Hugging Face model, where pruning changed sizes in the configuration. A program (`as_program`, a .pt2 file) is
-    stored as one, with its plan. Errors: RequestError when the folder exists (unless `overwrite`) or cannot be written,
-    or when the model cannot be rebuilt from what was given; BadInput for NaN. An error leaves nothing behind.
+    plan: what was cut; needed when the model is smaller than what its factory builds. factory: makes the dense model;
+    a function, `package.module:function`, `timm:NAME` or `torchvision:NAME`, with JSON `kwargs`. Models of transformers
+    need none. source: the Hugging Face folder of the model, whose tokenizer is copied, unless tokens were pruned.
+    dense: the dense Hugging Face model, where pruning changed sizes in the configuration. A program (`as_program`, a
+    .pt2 file) is stored as one, with its plan. Errors: RequestError when the folder exists (unless `overwrite`) or the
+    model cannot be rebuilt from what was given; BadInput for NaN. An error leaves nothing behind.
+
+    Example:
+
+        >>> import tempfile, torch, prunella as pr
+        >>> dense = lambda: torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 4))
+        >>> plan = pr.plan(dense(), torch.randn(2, 8), target=pr.Params(0.5))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     pr.save(pr.shrink(dense(), plan), f"{folder}/half", plan=plan, factory=dense).reader
+        'prunella.load'
     """
     model = unwrap(model)
     state = read_state(model)
@@ -120,6 +128,14 @@ def load(
     Models of transformers, and those saved with a timm or torchvision name, need nothing else. For others, pass the
     `factory`: a manifest is data, and code that it names is never imported. Errors: BadInput when a file is missing,
     cut short, changed, of a newer format, or does not fit the model that the factory builds.
+
+    Example:
+
+        >>> import tempfile, torch, prunella as pr
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     saved = pr.save(torch.nn.Linear(8, 4), f"{folder}/model", factory=lambda: torch.nn.Linear(8, 4))
+        ...     pr.load(f"{folder}/model", factory=lambda: torch.nn.Linear(8, 4))
+        Linear(in_features=8, out_features=4, bias=True)
     """
     folder = Path(path)
     manifest = read_manifest(folder)

@@ -66,6 +66,14 @@ def export(
     inputs: an example, needed for pt2 and onnx. format: by the suffix of `path` unless given. Errors: RequestError
     for an unknown format or a missing example, MissingExtra without onnx, NotSupported when torch cannot export the
     model, CheckFailed when the reader computes something else or zeros were lost.
+
+    Example:
+
+        >>> import tempfile, torch, prunella as pr
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     exported = pr.export(torch.nn.Linear(8, 4), f"{folder}/model.safetensors")  # read again and compared
+        ...     exported.path.name
+        'model.safetensors'
     """
     model = unwrap(model)
     final, chosen = Path(path), _format(Path(path), format)

@@ -60,8 +60,8 @@ def imp(
 
     inputs: an example batch. rate: in (0, 1), relative to what is left. last: factor in (0, 1] on the rate of the layer
     that runs last. recipe: another way to choose, such as `global_magnitude()`; then the whole keeps `(1 - rate)^k` and
-    `last` does not act. skip: patterns of layers that stay whole. For a criterion that needs data, write the function
-    yourself: `lambda model, k: plan(model, batch, recipe, target=Sparsity(1 - 0.8**k), data=..., loss=...)`.
+    `last` does not act. skip: patterns of layers that are kept dense. For a criterion that needs data, write the
+    function yourself: `lambda model, k: plan(model, batch, recipe, target=Sparsity(1 - 0.8**k), data=..., loss=...)`.
 
     Use: lottery tickets, as `find_ticket(model, course, prune=imp(batch), rounds=15)`. Avoid: a single cut with one
     recovery: call `plan` once.

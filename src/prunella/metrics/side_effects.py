@@ -110,7 +110,7 @@ def side_effects(
     bins: of the calibration error. severity: 1 to 5. corruptions: names of `metrics.corruption.CORRUPTIONS`, for
     images `(batch, channels, height, width)` only. seed: of the noise.
 
-    Use: before a pruned model replaces its dense one. Avoid: on the data it was pruned or healed with.
+    Use: before a pruned model replaces its dense one. Avoid: on the data it was pruned or recovered with.
     """
     unknown = [name for name in corruptions if name not in CORRUPTIONS]
     if unknown:

@@ -82,6 +82,14 @@ def masks_of(model: nn.Module) -> dict[str, Mask]:
     """Parameter name -> bool mask (True is kept) of every masked parameter; a tied one under all its names.
 
     Names are those of the bare model, without the prefixes of `torch.compile` and data-parallel wrappers.
+
+    Example:
+
+        >>> import torch, prunella as pr
+        >>> model, recipe = torch.nn.Linear(8, 8), pr.Recipe(granularity=pr.NM(2, 4))
+        >>> model = pr.apply_(model, pr.plan(model, torch.randn(2, 8), recipe))
+        >>> {name: float(mask.float().mean()) for name, mask in pr.masks_of(model).items()}
+        {'weight': 0.5}
     """
     return {name: packed.unpack() for name, _, packed in records(model, sharded=True)}
 
@@ -98,6 +106,14 @@ def finalize(model: M) -> M:
     """Check that every masked weight is exactly zero, forget the masks, and return the model; no weight changes.
 
     `CheckFailed` if training has revived masked weights.
+
+    Example:
+
+        >>> import torch, prunella as pr
+        >>> model, recipe = torch.nn.Linear(8, 8), pr.Recipe(granularity=pr.NM(2, 4))
+        >>> model = pr.apply_(model, pr.plan(model, torch.randn(2, 8), recipe))
+        >>> pr.masks_of(pr.finalize(model)), int(model.weight.count_nonzero())
+        ({}, 32)
     """
     for name, parameter, packed in records(model):
         alive = int(torch.count_nonzero(parameter.detach()[~packed.unpack(parameter.device)]))

@@ -34,6 +34,14 @@ class Plan:
     remarks: what holds for some parameters: tied, shared, not trained, not used.
 
     `plan` makes one; `Plan.of_structure` and `Plan.of_masks` make one of what you decided yourself.
+
+    Example:
+
+        >>> import torch, prunella as pr
+        >>> model, recipe = torch.nn.Linear(8, 4), pr.Recipe(granularity=pr.NM(2, 4))
+        >>> plan: pr.Plan = pr.plan(model, torch.randn(2, 8), recipe)
+        >>> plan.before.params, plan.after.params  # 32 weights and 4 biases before
+        (36.0, 20.0)
     """
 
     before: Amount

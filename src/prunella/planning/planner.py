@@ -71,6 +71,14 @@ def plan(
 
     Errors: RequestError (the request makes no sense), BadInput (broken weights, data or inputs), NotSupported (nothing
     can be pruned), TargetMissed (says how far it got and what stopped it).
+
+    Example:
+
+        >>> import torch, prunella as pr
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 4))
+        >>> plan = pr.plan(model, torch.randn(2, 8), target=pr.MACs(0.5))
+        >>> {name: f"{int(kept.sum())} of {len(kept)}" for name, kept in plan.keep.items()}
+        {'0': '8 of 16'}
     """
     model = unwrap(model)
     target = checked_target(recipe.granularities, target)

@@ -29,6 +29,14 @@ class Recipe:
     equal_widths: units whose keys are equal go together, so that equal groups under `uniform` stay equal, and a
         transformers model loads with plain `from_pretrained`; the target is then passed by up to one unit a group.
     min_units: units (weights) that every group (layer) keeps at least: 1, or 0 for masks that may empty layers.
+
+    Example:
+
+        >>> import functools, prunella as pr
+        >>> squared = functools.partial(pr.magnitude, p=2)
+        >>> recipe = pr.Recipe(criterion=squared, granularity=(pr.Channel(), pr.Head()), allocation=pr.global_)
+        >>> recipe.min_density, recipe.round_to
+        (0.0, 1)
     """
 
     criterion: Criterion = magnitude

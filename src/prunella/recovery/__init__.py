@@ -1,4 +1,4 @@
-"""Heal a pruned model: statistics, least squares, training, distillation."""
+"""Recover a pruned model: statistics, least squares, training, distillation."""
 
 from prunella.recovery.adapters import Adapters as Adapters
 from prunella.recovery.adapters import add_adapters_ as add_adapters_

@@ -57,6 +57,16 @@ def recalibrate_bn(
 
     `CheckFailed` if the statistics are not finite; the old ones are then restored.
 
+    Example:
+
+        >>> import torch, prunella as pr
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 2), torch.nn.BatchNorm1d(2))
+        >>> batch = torch.randn(100, 4)
+        >>> pr.recalibrate_bn(model, [batch])
+        ('1',)
+        >>> torch.allclose(model[1].running_mean, model[0](batch).mean(0), atol=1e-6)
+        True
+
     Use: after every cut of a network with batch normalisation; it costs seconds. Avoid: batches of a few samples.
     """
     model = unwrap(model)

@@ -203,7 +203,17 @@ def distill(
     imitate: a function from the teacher to a loss, by default `distill_logits`; for features bind the names, as
     `partial(distill_features, names=["layer4"])`. training: optimizer, learning-rate curve, clipping and seed.
 
-    Use: healing without labels, with the dense model at hand. Avoid: when the dense model is poor on the data that
+    Example:
+
+        >>> import torch, prunella as pr
+        >>> teacher = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 4)).eval()
+        >>> data = [torch.randn(32, 8) for _ in range(4)]
+        >>> student = pr.shrink(teacher, pr.plan(teacher, data[0], target=pr.MACs(0.5)))
+        >>> curve = pr.distill(student, teacher, data, steps=20, lr=1e-2)  # no labels
+        >>> len(curve.loss)
+        20
+
+    Use: recovery without labels, with the dense model at hand. Avoid: when the dense model is poor on the data that
     matters.
     """
     return finetune(model, data, imitate(teacher), steps=steps, lr=lr, training=training, on_step=on_step)

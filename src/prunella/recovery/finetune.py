@@ -1,4 +1,4 @@
-"""A small training loop for healing. A loop of the user's own works as well: attach a `prunella.Pruner` to it."""
+"""A small training loop for recovery. A loop of the user's own works as well: attach a `prunella.Pruner` to it."""
 
 from __future__ import annotations
 
@@ -90,6 +90,15 @@ def finetune(
     seed; the caller's random state is left as it was. on_step: called after each step with its number, loss and rate.
 
     `CheckFailed` if loss or gradient is not finite: the model then has the last weights that gave a finite loss.
+
+    Example:
+
+        >>> import torch, prunella as pr
+        >>> model, x = torch.nn.Linear(4, 1), torch.randn(64, 4)
+        >>> loss = lambda model, batch: torch.nn.functional.mse_loss(model(batch[0]), batch[1])
+        >>> curve = pr.finetune(model, [(x, x[:, :1])], loss, steps=50, lr=0.05)
+        >>> curve.loss[-1] < curve.loss[0]
+        True
 
     Use: when labels are at hand. Avoid: a handful of samples: it forgets the rest; `reconstruct` needs fewer.
     """

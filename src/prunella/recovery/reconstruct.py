@@ -96,6 +96,17 @@ def reconstruct(
     kinds (each group by itself), `nn.MultiheadAttention`. The report names what was skipped and why: weights masked one
     by one, tied weights that are read in two ways, recurrent layers.
 
+    Example:
+
+        >>> import torch, prunella as pr
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 4))
+        >>> data = [torch.randn(64, 8) for _ in range(4)]
+        >>> plan = pr.plan(model, data[0], target=pr.Sparsity(0.25))
+        >>> small = pr.shrink(model, plan)
+        >>> fitted = pr.reconstruct(small, model, data, plan)
+        >>> [(fit.name, fit.after <= fit.before) for fit in fitted.fits]
+        [('2.weight', True)]
+
     Use: before any training, and in its place when there are no labels and little time. Avoid: fewer tokens than about
     twice a layer's inputs.
     """

@@ -1,4 +1,4 @@
-""""""
+"""The report of a pruned model: numbers, page, charts, and the curves of a Pareto experiment."""
 
 import lazy_loader
 

@@ -224,6 +224,15 @@ def report(
     plan: adds what was kept of each group, what was not pruned and why, and the target. quality: (name, before,
     after) of your own measures. curve: how quality recovered. command: how to make this again. rounds: of the
     latency measurement. Both models run in eval mode and are left as they were.
+
+    Example:
+
+        >>> import torch, prunella as pr
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 4))
+        >>> small = pr.shrink(model, pr.plan(model, torch.randn(2, 8), target=pr.MACs(0.5)))
+        >>> compared = pr.report(model, small, torch.randn(2, 8), rounds=5)
+        >>> [(metric.name, metric.before, metric.after) for metric in compared.metrics[:2]]
+        [('parameters', 212, 108), ('multiply-adds', 384, 192)]
     """
     with mode(dense, training=False), mode(small, training=False), torch.no_grad():
         latency = compare_latency(

@@ -76,17 +76,15 @@ def sparse(
     layer. Errors: RequestError for sizes out of range or an example that the model does not accept, CheckFailed if the
     output differs.
 
-    ```python
-    import torch
-    from torch import nn
-    import prunella as pr
+    Example:
 
-    model, x = nn.Linear(256, 256).eval(), torch.randn(32, 256)
-    with torch.no_grad():
-        model.weight.mul_(torch.rand_like(model.weight) > 0.95)
-    quick = pr.sparse(model, x, seconds=0.1)
-    print(pr.runtime.sparsified(quick))
-    ```
+        >>> import torch, prunella as pr
+        >>> model, x = torch.nn.Linear(256, 256).eval(), torch.randn(32, 256)
+        >>> model.weight.data *= torch.rand(256, 256) > 0.95
+        >>> quick = pr.sparse(model, x, seconds=0.05)
+        >>> torch.allclose(quick(x), model(x), atol=1e-4)
+        True
+        >>> record = pr.runtime.sparsified(quick)  # what was chosen for each layer, and why
     """
     check_request(tokens, seconds)
     begin, dense = now(), frozen_copy(model)

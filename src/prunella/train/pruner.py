@@ -55,6 +55,18 @@ class Pruner:
     every: steps between two plans; the last plan is always at `steps`.
     nested: what was pruned stays pruned. If the criterion revives units, they stay pruned all the same, the target is
         overshot, and a warning is logged. With `nested=False` the newest plan alone decides, and weights may come back.
+
+    Example:
+
+        >>> import torch, prunella as pr
+        >>> model, batch = torch.nn.Linear(8, 8), torch.randn(4, 8)
+        >>> optimizer, recipe = torch.optim.Adam(model.parameters()), pr.Recipe(granularity=pr.Element())
+        >>> with pr.Pruner(model, optimizer, recipe=recipe, target=pr.Sparsity(0.5), inputs=batch, steps=10) as pruner:
+        ...     for _ in range(10):
+        ...         optimizer.zero_grad(); model(batch).square().mean().backward()
+        ...         optimizer.step(); plan = pruner.step()
+        >>> int(model.weight.count_nonzero())
+        32
     """
 
     def __init__(

@@ -26,6 +26,15 @@ def apply_(model: M, plan: Plan, *, regrow: bool = False) -> M:
     The plan is checked against the model before anything is written.
 
     regrow: forget the masks of earlier plans, so that this plan alone says what is masked. By default masks add up.
+
+    Example:
+
+        >>> import torch, prunella as pr
+        >>> model, recipe = torch.nn.Linear(8, 8), pr.Recipe(granularity=pr.Element())
+        >>> plan = pr.plan(model, torch.randn(2, 8), recipe, target=pr.Sparsity(0.75))
+        >>> masked = pr.apply_(model, plan)
+        >>> masked is model, int(model.weight.count_nonzero())
+        (True, 16)
     """
     root = unwrap(model)
     named: dict[str, Tensor] = dict(root.named_buffers(remove_duplicate=False))

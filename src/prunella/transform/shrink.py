@@ -27,6 +27,18 @@ def shrink(model: nn.Module, plan: Plan, *, inputs: Inputs | None = None) -> nn.
 
     Raises `RequestError` if the plan is not of this model, `NotSupported` if the smaller module does not run, and
     `CheckFailed` if it computes something else. No such module is ever returned.
+
+    Example:
+
+        >>> import torch, prunella as pr
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 4))
+        >>> plan = pr.plan(model, torch.randn(2, 8), target=pr.Params(0.5))
+        >>> pr.shrink(model, plan)
+        Sequential(
+          (0): Linear(in_features=8, out_features=7, bias=True)
+          (1): ReLU()
+          (2): Linear(in_features=7, out_features=4, bias=True)
+        )
     """
     model = unwrap(model)
     dense = copied(model)

@@ -26,7 +26,7 @@ _LOGGERS = ("torch.onnx", "onnxscript", "onnx_ir", "torch.export", "torch.fx.exp
 
 
 def as_program(model: nn.Module, inputs: Any) -> nn.Module:
-    """The model as a graph module, of which `plan` and `shrink` can cut what a size in the source would keep whole.
+    """The model as a graph module, of which `plan` and `shrink` can cut what a size in the source would keep dense.
 
     `view(b, 12, 64)`, `split(x, 256)` or `x[:, :128]` type a size into the source, and no cut can change source. In
     the program each such size is an integer attribute of the module, which follows the cut like any other. Parameters
@@ -37,6 +37,17 @@ def as_program(model: nn.Module, inputs: Any) -> nn.Module:
     batch norms use their running statistics. It can be trained so. `save` and `export` store it as a .pt2 file.
 
     Errors: NotSupported when torch cannot capture the model, CheckFailed when what it captured computes something else.
+
+    Example:
+
+        >>> import torch, prunella as pr
+        >>> class Typed(torch.nn.Linear):
+        ...     def forward(self, x):
+        ...         return super().forward(x).view(2, 4, 2).sum(2)  # 4 and 2 are typed into the source
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), Typed(8, 8))
+        >>> program = pr.as_program(model, torch.randn(2, 4))
+        >>> sorted(pr.plan(program, torch.randn(2, 4), target=pr.Params(0.5)).keep)
+        ['0']
     """
     model = unwrap(model)
     with mode(model, training=False), quiet():

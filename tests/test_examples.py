@@ -1,0 +1,46 @@
+"""Every name at first sight has an example in its docstring, which runs and gives what it shows."""
+
+from __future__ import annotations
+
+import doctest
+import inspect
+from pathlib import Path
+
+import pytest
+import torch
+
+import prunella as pr
+
+FIRST_SIGHT = [n for n in pr.__all__ if not n.startswith("__") and not inspect.ismodule(getattr(pr, n))]
+
+
+def example(name: str) -> doctest.DocTest:
+    """The block after `Example:`, with nothing of the module it stands in: a reader copies it as it is."""
+    text = inspect.getdoc(getattr(pr, name)) or ""
+    block = text.partition("\nExample:\n\n")[2].partition("\n\n")[0]
+    return doctest.DocTestParser().get_doctest(block, {}, name, None, 0)
+
+
+def test_first_sight_is_what_the_first_hour_needs() -> None:
+    assert {"plan", "shrink", "Channel", "PruningError"} <= set(FIRST_SIGHT)
+    assert 30 <= len(FIRST_SIGHT) <= 45
+
+
+@pytest.mark.parametrize("name", FIRST_SIGHT)
+@pytest.mark.filterwarnings("ignore:`isinstance:FutureWarning")  # torch.export warns of itself
+def test_the_example_of_a_name_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    test = example(name)
+    shown: list[str] = []
+    failed = doctest.DocTestRunner(optionflags=doctest.FAIL_FAST).run(test, out=shown.append).failed
+    assert not failed, "".join(shown)
+    assert not list(tmp_path.iterdir()), "an example leaves no file behind"
+
+
+@pytest.mark.parametrize("name", FIRST_SIGHT)
+def test_every_name_at_first_sight_has_a_short_example_that_uses_it(name: str) -> None:
+    statements = example(name).examples
+    assert 2 <= len(statements) <= 8, f"pr.{name} has no `Example:` of 2 to 8 statements"
+    assert any(f"pr.{name}" in statement.source for statement in statements)
+    assert any(statement.want for statement in statements), "an example shows what comes out"
