@@ -65,7 +65,7 @@ class OnGrid(Solved):
 
 
 @solver(source="Frantar and Alistarh 2023, arXiv:2301.00774; Frantar et al. 2023, arXiv:2210.17323 (GPTQ)")
-def prune_and_quantise(
+def prune_and_quantize(
     weight: Weight,
     gram: Gram,
     pattern: Pattern = Element(),  # noqa: B008

@@ -57,7 +57,7 @@ def refit(
 def exact(weight: Weight, gram: Gram, mask: Mask, *, damping: float = 0.01) -> Tensor:
     """The minimum that `refit` approaches, row by row: `V_S = W_S + H_SS^-1 H_SR W_R`, R what the mask removes.
 
-    One factorisation a row, `O(out * in^3)`: for small layers, and as the oracle of the others.
+    One factorization a row, `O(out * in^3)`: for small layers, and as the oracle of the others.
     """
     _, used = damped_factor(gram.double(), damping)
     damped, goal = _damped(gram, used), weight.double()

@@ -2,7 +2,7 @@
 
 The empirical Fisher is the mean over *samples* of the gradient times itself, with the labels of the data. The gradient
 of a batch is a mean that cancels, so batches are split into samples, which are run one after the other: time of one
-backward pass a sample, memory of one gradient. A loss that normalises over the batch is then that of a batch of one.
+backward pass a sample, memory of one gradient. A loss that normalizes over the batch is then that of a batch of one.
 """
 
 from __future__ import annotations

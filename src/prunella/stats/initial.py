@@ -1,4 +1,4 @@
-"""Statistics for pruning at initialisation: products with the Hessian, total sensitivity, and flow without data."""
+"""Statistics for pruning at initialization: products with the Hessian, total sensitivity, and flow without data."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def flow(subject: Subject) -> dict[str, Tensor]:
     """`flow`: gradient of `R` to the absolute value of each parameter, by entity, in float64.
 
     `R` is the sum of the outputs of a copy of the model whose weights are replaced by their absolute values, for an
-    input of ones in the shape of the example. In the copy biases are zero, and batch normalisation has mean 0,
+    input of ones in the shape of the example. In the copy biases are zero, and batch normalization has mean 0,
     variance 1 and shift 0. With ReLU or identity between the layers `R` adds up the products of weights along all
     paths from input to output. The model itself is not run.
     """
@@ -180,6 +180,6 @@ def _check(total: float, weights: Sequence[Tensor]) -> None:
     if total == 0 and not any(bool((weight == 0).any()) for weight in weights):
         raise NotSupported(
             "nothing flows through this model on an input of ones",
-            "a normalisation takes the mean of its input away, as layer norm does",
+            "a normalization takes the mean of its input away, as layer norm does",
             "use snip or grasp",
         )

@@ -1,6 +1,6 @@
 """Statistics of the activation of a unit, taken where it is read.
 
-The input of the layers that read a unit *is* its activation: whatever nonlinearity, normalisation or pooling stands
+The input of the layers that read a unit *is* its activation: whatever nonlinearity, normalization or pooling stands
 between the layer that produces the unit and the layers that read it has been applied by then, be it a module or a
 function, and no name of either is needed. Behind an average pooling the activation is the pooled one.
 """

@@ -81,7 +81,7 @@ STATISTICS: dict[str, Statistic] = {
     "weight": Statistic(kind=types.Weight),
     "unit_weight": Statistic(kind=types.UnitWeight, level="unit", absent="and this group has no weights in its scope"),
     "norm_scale": Statistic(
-        kind=types.NormScale, level="unit", absent="and no normalisation with a scale acts on these units"
+        kind=types.NormScale, level="unit", absent="and no normalization with a scale acts on these units"
     ),
     "noise": Statistic(kind=types.Noise, level="any"),
     # without data

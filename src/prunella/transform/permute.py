@@ -58,10 +58,10 @@ def permute(
 ) -> Permuted:
     """Give coupled channels an order in which `pattern` keeps more magnitude; the network's function stays.
 
-    Maximises `sum |W|` over what `NM(n, m)` keeps, of all layers that read a group, by greedy steps: in every round the
+    Maximizes `sum |W|` over what `NM(n, m)` keeps, of all layers that read a group, by greedy steps: in every round the
     stripes of M channels are paired at random, and each pair is regrouped in the best of all ways (35 for M = 4; single
     swaps beyond), if that is better. Groups of two stripes of single columns are thereby solved exactly. The order is
-    that of everything coupled with the channels: producers' rows, biases, normalisations, readers' columns. Every group
+    that of everything coupled with the channels: producers' rows, biases, normalizations, readers' columns. Every group
     is compared with the original in float64 on the example; one that does not compute the same keeps its order, and so
     do heads, experts, blocks and tokens. Data: none. `model` is left as it is; plan on `Permuted.model`.
     rounds: at least 1; stops before where a round of all pairs finds nothing. seed: of the pairing. skip: as in `plan`.
