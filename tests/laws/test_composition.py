@@ -122,7 +122,7 @@ def draws(count: int = DRAWS, seed: int = 0) -> list[Draw]:
 REASONS = (
     "scores units", "scores channels and heads", "there are no", "does not fit", "a mask needs one score",
     "per unit and per weight together", "cannot be met", "would remove nothing", "non-negative", "needs `",
-    "which no mask can do", "no tokens to remove", "says nothing",
+    "which masks cannot do", "no tokens to remove", "says nothing",
 )  # fmt: skip
 """Why a combination may make no sense; anything else that is raised fails the law."""
 

@@ -346,7 +346,7 @@ def test_what_is_not_refitted_is_named_and_unchanged() -> None:
     assert {fit.name: fit.skipped for fit in report.fits} == {
         "embed.weight": "embedding reads the same (tied) weight",
         "turned.weight": "it is used in two different ways",
-        "recurrent.weight_ih_l0": "lstm reads it: its steps run inside one call, out of sight",
+        "recurrent.weight_ih_l0": "lstm reads it: its steps run inside one call, which hides them",
     }
     assert all(torch.equal(a, b) for a, b in zip(small.parameters(), dense.parameters(), strict=True))
     assert "skipped" in str(report)

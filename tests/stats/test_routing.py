@@ -137,7 +137,7 @@ def test_all_experts_kept_is_the_dense_model() -> None:
 
 def test_without_a_router_the_criterion_says_so() -> None:
     plain = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
-    with pytest.raises(pr.PruningError, match="no router was seen"):
+    with pytest.raises(pr.PruningError, match="no router chose"):
         pr.plan(plain, batches()[0], pr.Recipe(pr.criteria.reap), target=pr.Sparsity(0.5), data=batches())
 
 

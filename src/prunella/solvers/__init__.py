@@ -1,8 +1,8 @@
-"""Methods that find the mask and the weights together, or new weights for a mask.
+"""Solvers: methods that find mask and weights together, or new weights for a mask.
 
-Layer solvers take one layer as a quadratic, `(weight, gram, pattern)`, and know no model: `sparsegpt`, `admm`, `alps`,
+Layer solvers take one layer as a quadratic, `(weight, gram, pattern)`, without a model: `sparsegpt`, `admm`, `alps`,
 `swap`, `prune_and_quantize`, `refit`.
-Plan solvers take a plan and give it back with weights, from the curvature of the loss: `obs`, `woodfisher`, `mfac`.
+Plan solvers take a plan and return it with new weights, from the curvature of the loss: `obs`, `woodfisher`, `mfac`.
 """
 
 from prunella.solvers.admm import admm as admm
