@@ -84,7 +84,7 @@ def ours(
     fine-tuning.
     """
     recipe = pr.Recipe(
-        criterion=criterion, allocation=partial(pr.global_, normalise=pr.allocation.Normalise.MEAN), seed=setting.seed
+        criterion=criterion, allocation=partial(pr.global_, normalize=pr.allocation.Normalize.MEAN), seed=setting.seed
     )
     plan = pr.plan(
         dense, EXAMPLE, recipe, target=pr.MACs(BUDGET), data=setting.calibration, loss=_loss, skip=STREAM * inner

@@ -41,7 +41,7 @@ SOLVERS: dict[str, Any] = {
     "swap": pr.solvers.swap,
     "wanda": partial(pr.solvers.by_score, score=pr.wanda),
     "ria": partial(pr.solvers.by_score, score=pr.criteria.ria),
-    "prune_and_quantise": partial(pr.solvers.prune_and_quantise, grid=pr.solvers.Grid(4, 8)),
+    "prune_and_quantize": partial(pr.solvers.prune_and_quantize, grid=pr.solvers.Grid(4, 8)),
 }
 
 

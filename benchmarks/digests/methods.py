@@ -110,7 +110,7 @@ ALLOCATIONS = {
     "erk": pr.allocation.erk,
     "lamp": pr.allocation.lamp,
     "global": pr.global_,
-    "global normalised": partial(pr.global_, normalise=pr.allocation.Normalise.MEAN),
+    "global normalized": partial(pr.global_, normalize=pr.allocation.Normalize.MEAN),
     "global per cost": partial(pr.global_, per_cost=True),
     "isomorphic": pr.allocation.isomorphic,
     "owl": pr.allocation.owl,
@@ -273,9 +273,9 @@ def integers() -> dict[str, Any]:
     model = sparse_model()
     weight = model.get_parameter("8.weight")
     aware = copy.deepcopy(model)
-    pr.finetune(aware, DATA, pr.compress.quantisation_aware(loss, bits=4), steps=2, lr=1e-3)
+    pr.finetune(aware, DATA, pr.compress.quantization_aware(loss, bits=4), steps=2, lr=1e-3)
     rounded = pr.compress.round_weights_(model, bits=4)
-    return {"weight": pr.compress.quantise_weight(weight, bits=8), "rounded": rounded, "model": model, "aware": aware}
+    return {"weight": pr.compress.quantize_weight(weight, bits=8), "rounded": rounded, "model": model, "aware": aware}
 
 
 @cell("compression / int8 layers")

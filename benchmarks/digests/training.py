@@ -160,7 +160,7 @@ def admm() -> dict[str, Any]:
     recipe = pr.Recipe(granularity=pr.NM(2, 4))
     pull = pr.train.AdmmTraining(model, lambda m: pr.plan(m, DATA[0], recipe, skip=["0"]), rho=0.1)
     for _ in range(2):
-        pr.finetune(model, DATA, pr.train.penalised(loss, pull), steps=2, lr=1e-3)
+        pr.finetune(model, DATA, pr.train.penalized(loss, pull), steps=2, lr=1e-3)
         pull.update()
     return {"distance": pull.distance, "plan": pull.plan, "model": model}
 
@@ -181,7 +181,7 @@ def penalty(make: Callable[[pr.train.Coupled], Any]) -> dict[str, Any]:
     model = NET.model()
     term = make(units(model))
     value = term(model)
-    pr.finetune(model, DATA, pr.train.penalised(loss, term, 1e-2), steps=3, lr=1e-2)
+    pr.finetune(model, DATA, pr.train.penalized(loss, term, 1e-2), steps=3, lr=1e-2)
     return {"value": value, "model": model}
 
 
@@ -190,7 +190,7 @@ def growing() -> dict[str, Any]:
     model = NET.model()
     cut = pr.plan(model, DATA[0], pr.Recipe(pr.criteria.group_norm), target=pr.Sparsity(0.3))
     term = pr.train.Growing(model, cut, delta=0.1, every=2)
-    pr.finetune(model, DATA, pr.train.penalised(loss, term), steps=4, lr=1e-2, on_step=lambda *_: term.step())
+    pr.finetune(model, DATA, pr.train.penalized(loss, term), steps=4, lr=1e-2, on_step=lambda *_: term.step())
     return {"value": term(model), "model": model}
 
 
@@ -243,7 +243,7 @@ def gates(put: Callable[[nn.Module, pr.train.Coupled], Any]) -> dict[str, Any]:
     training = pr.recovery.Training(
         optimizer=lambda some, lr: torch.optim.Adam(some, lr=lr), rate=pr.recovery.constant_rate
     )
-    pr.finetune(model, DATA, pr.train.penalised(loss, pr.train.gate_penalty, 1e-2), steps=4, lr=0.1, training=training,
+    pr.finetune(model, DATA, pr.train.penalized(loss, pr.train.gate_penalty, 1e-2), steps=4, lr=0.1, training=training,
                 on_step=lambda step, *_: pr.train.advance_(model, (step + 1) / 4))  # fmt: skip
     gated = {"penalty": pr.train.gate_penalty(model), "tensors": sorted(map(digest, model.state_dict().values()))}
     return {**gated, "baked": pr.train.bake_(model.eval())}
@@ -256,7 +256,7 @@ def shaped() -> dict[str, Any]:
     pr.train.l0_gates_(model, some)
     shape = pr.train.TargetShape(some, {"0": 9, "3": 12}, rate=0.3)
     gaps: list[Any] = []
-    pr.finetune(model, DATA, pr.train.penalised(loss, shape.penalty), steps=4, lr=0.05,
+    pr.finetune(model, DATA, pr.train.penalized(loss, shape.penalty), steps=4, lr=0.05,
                 on_step=lambda *_: gaps.append(shape.step(model)))  # fmt: skip
     shape.close_(model)
     return {"gaps": gaps, "model": pr.train.bake_(model), "plan": pr.planning.plan_zeros(model, DATA[0])}

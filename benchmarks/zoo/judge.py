@@ -181,7 +181,7 @@ def runs_wide(model: nn.Module, inputs: Any) -> bool:
 def error(dense: nn.Module, small: nn.Module, inputs: Any, *, wide: bool) -> float:
     """How far the smaller model is from the masked one, relative; `wide`: in float64 if the dense model can.
 
-    Where zeros in all places give no finite number (a weight that is normalised in the forward pass) only readers, or
+    Where zeros in all places give no finite number (a weight that is normalized in the forward pass) only readers, or
     else only makers, are zeroed.
     """
     cuts = removed(dense, small)

@@ -1,17 +1,17 @@
-"""The errors of prunella, each with what was asked, what was found and what to do.
+"""The errors of prunella. Each says what happened, why, and what to do.
 
 PruningError                        exit code of the command line
-|-- RequestError (ValueError)       2   the request makes no sense: unknown method, pattern that matches nothing
+|-- RequestError (ValueError)       2   the request is not valid: unknown method, pattern that matches nothing
 |   `-- Locked                      2   another run is writing to the same folder
 |-- MissingExtra (ImportError)      2   an optional package is needed
-|-- TargetMissed                    1   a target cannot be met; says how far it got and what stopped it
+|-- TargetMissed                    1   a target cannot be met; the message names the limit and its cause
 |-- CheckFailed                     1   a check of the result failed: the result is not written
-|-- BadInput (ValueError)           3   a file or a model is broken, or not to be trusted
+|-- BadInput (ValueError)           3   a file or a model is broken or not trusted
 |-- OutOfResources                  5   the disk or the memory is full
-|-- NotSupported                    6   this model or operation cannot be pruned exactly; says where and why
+|-- NotSupported                    6   this model or operation cannot be pruned exactly; the message says where and why
 `-- Interrupted                     7   stopped on purpose; the run can be resumed
 
-`system_error` maps what the operating system refuses to these errors: a full disk is `OutOfResources` everywhere.
+`system_error` maps errors of the operating system to these errors: a full disk is always `OutOfResources`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _FULL = frozenset((errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENO
 _MEMORY = ("can't allocate memory", "CUDA out of memory")
 _SYSTEM = re.compile(r"\(os error (\d+)\)")
 _SHORT_WRITE = ("unexpected pos", "database or disk is full")
-"""What torch's archive writer and SQLite say when the system wrote less than they asked for."""
+"""Messages of torch's archive writer and of SQLite after an incomplete write."""
 
 
 class PruningError(Exception):
@@ -48,7 +48,7 @@ class PruningError(Exception):
 
 
 class RequestError(PruningError, ValueError):
-    """The request makes no sense."""
+    """The request is not valid."""
 
     exit_code = 2
 
@@ -76,7 +76,7 @@ class CheckFailed(PruningError):
 
 
 class BadInput(PruningError, ValueError):
-    """A file or a model is broken or not to be trusted."""
+    """A file or a model is broken or not trusted."""
 
     exit_code = 3
 
@@ -88,21 +88,21 @@ class OutOfResources(PruningError):
 
 
 class NotSupported(PruningError):
-    """This cannot be done exactly, or not on this machine."""
+    """An operation that cannot be done exactly, or not on this machine."""
 
     exit_code = 6
 
 
 class Interrupted(PruningError):
-    """Stopped on purpose; can be resumed."""
+    """The run was stopped on purpose and can be resumed."""
 
     exit_code = 7
 
 
 def out_of_resources(error: BaseException) -> OutOfResources | None:
-    """The error for a full disk, a quota, a limit on the size of files, or too little memory; None for all else.
+    """The error for a full disk, a quota, a file size limit, or too little memory; None for any other error.
 
-    Libraries hide the system's error behind a type of their own (safetensors, torch, SQLite): their text is looked at.
+    safetensors, torch and SQLite wrap the system's error in their own types. Such errors are recognized by their text.
     """
     if isinstance(error, OutOfResources):
         return error
@@ -116,7 +116,7 @@ def out_of_resources(error: BaseException) -> OutOfResources | None:
 
 
 def error_number(error: BaseException) -> int | None:
-    """The number of the operating system's error; libraries in Rust write it into their text."""
+    """The error number of the operating system. Libraries in Rust write this number into their message."""
     if isinstance(error, OSError):
         return error.errno
     match = _SYSTEM.search(str(error))
@@ -124,9 +124,9 @@ def error_number(error: BaseException) -> int | None:
 
 
 def system_error(error: BaseException, what: str, todo: str, *, kind: type[PruningError] = BadInput) -> PruningError:
-    """The typed error for what the system refused: `OutOfResources` if it lacks something, else of `kind`.
+    """The typed error for an error of the system: `OutOfResources` if disk or memory is full, else `kind`.
 
-    `what` names the file, as in "cannot write x.plan"; the reason is the system's own sentence.
+    `what` names the file, as in "cannot write x.plan". The reason is the message of the system.
     """
     reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
     full = out_of_resources(error)

@@ -1,8 +1,8 @@
 """When to prune: functions from progress in [0, 1] to the fraction in [0, 1] of the final target.
 
-Progress is `step / steps`. Every schedule runs from exactly 0 to exactly 1 and never falls; a cycle (`acdc`) does so
-too, but falls on its way, so that weights come back. At a final sparsity `s` the sparsity is `s * schedule(progress)`;
-`prunella.Pruner` does the same for budgets of parameters, MACs and bytes.
+Progress is `step / steps`. Every schedule runs from exactly 0 to exactly 1 and never falls. A cycle (`acdc`) has the
+same ends but falls in between, so that weights come back. At a final sparsity `s` the sparsity is
+`s * schedule(progress)`. `prunella.Pruner` does the same for budgets of parameters, MACs and bytes.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def _checked(progress: float) -> float:
 
 @schedule(source="LeCun et al. 1990, Optimal Brain Damage; the usual setting after training")
 def single_step(progress: float) -> float:
-    """Everything at the first update: one-shot pruning.
+    """The full target at the first update: one-shot pruning.
 
     `f(p) = 1 for p > 0, else 0`.
 
@@ -36,7 +36,7 @@ def single_step(progress: float) -> float:
 
 @schedule(source="Han et al. 2015, arXiv:1506.02626 (prune in equal steps)")
 def linear(progress: float) -> float:
-    """The same amount at every update.
+    """An equal step at every update.
 
     `f(p) = p`.
 
@@ -47,24 +47,24 @@ def linear(progress: float) -> float:
 
 @schedule(source="Zhu and Gupta 2017, arXiv:1710.01878")
 def cubic(progress: float) -> float:
-    """Fast while there is much to remove, slow at the end (AGP).
+    """Large steps at the start, small steps at the end (AGP).
 
     `f(p) = 1 - (1 - p)^3`. At a final sparsity of 0.9 the sparsity is 0.2439, 0.5203, 0.7875, 0.8859 and 0.9 at
     p = 0.1, 0.25, 0.5, 0.75 and 1.
 
-    Use: pruning while training; the usual choice. Avoid: runs that start from random weights, where early scores say
-    little.
+    Use: pruning during training; the usual choice. Avoid: runs that start from random weights, where early scores are
+    not informative.
     """
     return 1 - (1 - _checked(progress)) ** 3
 
 
 @schedule(source="Loshchilov and Hutter 2017, arXiv:1608.03983 (the curve, there for the learning rate)")
 def cosine(progress: float) -> float:
-    """Slow at both ends.
+    """Small steps at both ends.
 
     `f(p) = (1 - cos(pi p)) / 2`.
 
-    Use: a gentle start and end. Avoid: short runs: it does little in the first tenth.
+    Use: a gentle start and end. Avoid: short runs, whose first tenth removes almost nothing.
     """
     return (1 - math.cos(math.pi * _checked(progress))) / 2
 
@@ -78,8 +78,8 @@ def exponential(progress: float, *, rho: float = 100.0) -> float:
 
     rho: compression ratio, above 1; the reciprocal of the final density gives SynFlow's own schedule.
 
-    Use: reaching a very small density in many rounds, as at initialisation. Avoid: moderate sparsity: `cubic` is as
-    good and better known.
+    Use: a very small density in many rounds, as at initialization. Avoid: moderate sparsity, where `cubic` is as good
+    and better known.
     """
     if rho <= 1:
         raise RequestError(f"rho={rho:g} is out of range", "rho is a compression ratio, above 1", "for example rho=100")
@@ -90,41 +90,41 @@ def exponential(progress: float, *, rho: float = 100.0) -> float:
 
 @cycle(source="Peste et al. 2021, arXiv:2106.12379")
 def acdc(progress: float, *, cycles: int = 8, warmup: float = 0.1, last: float = 0.15) -> float:
-    """Sparse and dense phases in turn (AC/DC): every dense phase lets all weights train, the last phase is sparse.
+    """Dense and sparse phases in turn (AC/DC). All weights train in a dense phase; the last phase is sparse.
 
     `f(p) = 0` for `p < warmup`, `1` for `p >= 1 - last`, and in between `2 * cycles` phases of equal length, `1` in the
-    first, `0` in the second and so on. For a `Pruner` with `nested=False`: weights come back as zeros, with an empty
-    memory in the optimizer; when a sparse phase starts, the whole target is planned anew.
+    first, `0` in the second and so on. For a `Pruner` with `nested=False`: weights come back as zeros with an empty
+    optimizer state. The start of each sparse phase makes a new plan for the full target.
 
     cycles: pairs of phases, at least 1. warmup, last: parts of the run, each above 0, together below 1.
 
-    Use: training from scratch to one sparse and one dense network at once. Avoid: short runs and fine-tuning: half of
-    the steps train weights that go.
+    Use: training a sparse and a dense network from scratch in one run. Avoid: short runs and fine-tuning, where half of
+    the steps train weights that are removed.
     """
     if cycles < 1 or warmup <= 0 or last <= 0 or warmup + last >= 1:
-        what = f"cycles={cycles}, warmup={warmup:g}, last={last:g} are no cycle"
-        raise RequestError(what, "cycles >= 1, warmup > 0, last > 0, warmup + last < 1", "for example acdc's defaults")
+        what = f"cycles={cycles}, warmup={warmup:g}, last={last:g} are out of range"
+        raise RequestError(what, "cycles >= 1, warmup > 0, last > 0, warmup + last < 1", "use the defaults of acdc")
     if _checked(progress) < warmup:
         return 0.0
-    # Steps lie on edges of phases, where rounding of p must not decide.
+    # Steps lie on the edges of phases: rounding of p must not decide the phase.
     phase = int((progress - warmup) / (1 - warmup - last) * 2 * cycles + 1e-9)
     return float(phase >= 2 * cycles or phase % 2 == 0)
 
 
 def rounds(count: int, *, of_survivors: float | None = None, of_all: float | None = None) -> tuple[Sparsity, ...]:
-    """The targets of so many rounds that remove the same part each: of what is left, or of all weights.
+    """Targets of `count` rounds. Each round removes the same fraction, of the survivors or of all weights.
 
     `of_survivors=p`: `1 - (1 - p)^k` after round k, the curve of `exponential(k / count, rho=(1 - p)^-count)`: LeNet's
     20 % a round leaves 80, 64, 51.2 % and so on. `of_all=p`: `k p`, the curve of `linear`. Exactly one of both.
     """
     if count < 1 or (of_survivors is None) == (of_all is None):
-        what = f"count={count}, of_survivors={of_survivors}, of_all={of_all} are no rounds"
+        what = f"count={count}, of_survivors={of_survivors}, of_all={of_all} do not describe rounds"
         raise RequestError(what, "count >= 1, and either of_survivors= or of_all=", "for example of_survivors=0.2")
     part = of_all if of_survivors is None else of_survivors
     assert part is not None
     if not 0 < part < 1 or (of_all is not None and of_all * count >= 1):
-        why = f"{count} rounds of {part:g} leave nothing" if 0 < part < 1 else "a part is above 0 and below 1"
-        raise RequestError(f"a part of {part:g} a round is out of range", why, "remove less a round, or of_survivors=")
+        why = f"{count} rounds of {part:g} keep no weight" if 0 < part < 1 else "a fraction is above 0 and below 1"
+        raise RequestError(f"a fraction of {part:g} a round is out of range", why, "lower it, or use of_survivors=")
     gone = [1 - (1 - part) ** k if of_all is None else part * k for k in range(1, count + 1)]
     return tuple(map(Sparsity, gone))
 

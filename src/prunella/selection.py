@@ -1,4 +1,4 @@
-"""Exact selection, the same under every method: ties never change how many are kept, and the lowest index stays."""
+"""Exact selection for all methods. Ties never change the number of kept units: the lowest index is kept."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from prunella.types import Mask, Scores
 
 Counts = tuple[int, ...]
 FEW = 8
-"""Up to so many scores are compared each with each."""
+"""Largest number of scores for which all pairs are compared."""
 
 
 def keep_top(scores: Tensor, k: int) -> Mask:
-    """Exactly `k` True along the last dimension: the highest scores, among equal ones the lowest index.
+    """Exactly `k` True along the last dimension: the highest scores; of equal scores the lowest index.
 
-    No threshold comparison decides on its own: `> t` keeps too few and `>= t` too many when scores are equal.
+    A threshold alone is not exact: at equal scores `> t` keeps too few and `>= t` too many.
     """
     size = scores.shape[-1]
     if not 0 <= k <= size:
@@ -34,7 +34,7 @@ def keep_top(scores: Tensor, k: int) -> Mask:
 
 
 def _keep_few(scores: Tensor, k: int) -> Mask:
-    """The same by counting who is ahead of whom: for groups of a few, `kthvalue` takes thirty times as long."""
+    """`keep_top` by comparing all pairs. For small groups `kthvalue` takes thirty times as long."""
     columns = scores.movedim(-1, 0).contiguous()
     ahead = torch.zeros(columns.shape, dtype=torch.uint8, device=scores.device)
     for late in range(1, len(columns)):
@@ -46,7 +46,7 @@ def _keep_few(scores: Tensor, k: int) -> Mask:
 
 
 def removal_order(scores: Scores) -> Tensor:
-    """Indices of a vector in the order of removal: lowest score first, among equal ones the highest index first.
+    """Indices of a vector in the order of removal: lowest score first; of equal scores the highest index first.
 
     Dropping the first `n - k` of them leaves exactly `keep_top(scores, k)`.
     """
@@ -54,12 +54,12 @@ def removal_order(scores: Scores) -> Tensor:
 
 
 def shortest_prefix(ladders: Sequence[Tensor], met: Callable[[Counts], bool]) -> Counts | None:
-    """How many steps to take on each ladder so that `met` holds with as few steps as possible; None if never.
+    """The smallest number of steps on each ladder for which `met` holds; None if it never holds.
 
-    A ladder is a non-decreasing vector of float64 keys. All ladders are merged into one order by key (equal keys: the
-    last ladder first, as `keep_top` on their concatenation would), and the shortest prefix of it is found by bisection:
-    first over the value of the key, then over the steps that share it. `met` must stay true once it is. Nothing is
-    merged in memory, so that a ladder may hold the weights of a large layer.
+    A ladder is a non-decreasing vector of float64 keys. The keys of all ladders form one order (equal keys: the last
+    ladder first, as `keep_top` on their concatenation). A bisection finds the shortest prefix of this order: first over
+    the value of the key, then over the steps that share this value. `met` must be monotonic. The order is never built
+    in memory, so that a ladder may hold the weights of a large layer.
     """
     full = tuple(len(ladder) for ladder in ladders)
     zero = (0,) * len(ladders)
@@ -81,7 +81,7 @@ def shortest_prefix(ladders: Sequence[Tensor], met: Callable[[Counts], bool]) ->
 
 
 def _edge(ladders: Sequence[Tensor], met: Callable[[Counts], bool]) -> float:
-    """The smallest key such that all steps up to it meet the target."""
+    """The smallest key for which all steps up to this key meet the target."""
     filled = [ladder for ladder in ladders if len(ladder)]
     low = min(_ordinal(float(ladder[0])) for ladder in filled)
     high = max(_ordinal(float(ladder[-1])) for ladder in filled)
@@ -103,7 +103,7 @@ def _passed(ladders: Sequence[Tensor], key: float, *, right: bool) -> Counts:
 
 
 def _spend(base: Counts, level: Counts, steps: int) -> Counts:
-    """`base` plus `steps` of the equal steps `level`, the last ladder first."""
+    """`base` plus `steps` of the steps with equal keys (`level`), the last ladder first."""
     counts = list(base)
     for index in reversed(range(len(base))):
         counts[index] += min(level[index], steps)

@@ -1,7 +1,7 @@
-"""Budgets with units. A fraction is what REMAINS; for `Sparsity` it is what is REMOVED.
+"""Budgets with units. A fraction states what is KEPT; for `Sparsity` it states what is REMOVED.
 
 `MACs(0.5)` keeps half of the multiply-adds of the whole model; `MACs(1.2e9)` asks for an absolute number;
-`Sparsity(0.9)` removes 90 % of the prunable weights. Values up to and including 1 are fractions.
+`Sparsity(0.9)` removes 90 % of the prunable weights. A value up to and including 1 is a fraction.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Target:
         return type(self).__name__.lower()
 
     def absolute(self, dense: float) -> float:
-        """The budget in units of `dense`, the model's own amount."""
+        """The budget in the unit of the target. dense: the amount of the dense model."""
         if isinstance(self, Sparsity):
             return (1 - self.value) * dense
         return self.value * dense if self.value <= 1 else self.value
@@ -51,7 +51,7 @@ class Target:
 
 @dataclass(frozen=True)
 class Sparsity(Target):
-    """Fraction removed: of the prunable weights for masks, of the prunable units for structure.
+    """Fraction removed: of the prunable weights for masks, of the prunable units for structured pruning.
 
     Example:
 
@@ -65,7 +65,7 @@ class Sparsity(Target):
 
 @dataclass(frozen=True)
 class Params(Target):
-    """Parameters of the whole model that remain, tied ones counted once: a fraction up to 1, or a number.
+    """Parameters kept in the full model: a fraction up to 1, or a number. Tied parameters count once.
 
     Example:
 
@@ -79,7 +79,7 @@ class Params(Target):
 
 @dataclass(frozen=True)
 class MACs(Target):
-    """Multiply-adds of one forward pass that remain: a fraction up to 1, or a number.
+    """Multiply-adds kept in one forward pass: a fraction up to 1, or a number.
 
     Example:
 
@@ -93,7 +93,7 @@ class MACs(Target):
 
 @dataclass(frozen=True)
 class Bytes(Target):
-    """Bytes of parameters and buffers that remain: a fraction up to 1, or a number.
+    """Bytes kept of parameters and buffers: a fraction up to 1, or a number.
 
     Example:
 
@@ -107,14 +107,15 @@ class Bytes(Target):
 
 @dataclass(frozen=True)
 class Latency(Target):
-    """Time of one forward pass on this machine that remains: a fraction up to 1, or milliseconds above 1.
+    """Time of one forward pass on this machine: a fraction of the dense time up to 1, or milliseconds above 1.
 
-    The smaller model itself is built and timed beside the dense one while the plan is made, and the plan says what was
-    measured; it is hit within `TOLERANCE` where the steps of the machine's speed allow it. Not for masks: dense kernels
-    multiply the zeros. Recovery is not timed again: it changes values, and widths decide the time.
+    The search builds the smaller model and times it beside the dense one. The plan reports the measured time. The
+    search meets the target within `TOLERANCE` where the steps of the machine's speed allow it. Masks do not qualify:
+    dense kernels multiply the zeros. The model is not timed again after recovery: widths decide the time, values do
+    not.
 
-    measure: what times them instead, a function of (dense, small, inputs, inputs of the small one) that returns a
-        `prunella.measure.timing.Timing`: another device, for example.
+    measure: another way to time, for example on another device: a function of (dense model, small model, inputs,
+        inputs of the small model) that returns a `prunella.measure.timing.Timing`.
 
     Example:
 
@@ -132,11 +133,11 @@ class Latency(Target):
 
 
 TOLERANCE = 0.05
-"""How far from what was asked a measured latency may be."""
+"""Largest relative distance of a measured latency from its target."""
 
 
 def part_of(target: Target, fraction: float, dense: Callable[[], float]) -> Target:
-    """The target after `fraction` of the way from the dense model, whose amount `dense` gives where it is needed."""
+    """The target after `fraction` of the way from the dense model. dense: returns the amount of the dense model."""
     if isinstance(target, Sparsity):
         return Sparsity(fraction * target.value)
     remains = target.value if target.value <= 1 else min(1.0, target.value / dense())
@@ -168,8 +169,11 @@ def parse_target(text: str) -> Target:
     try:
         number = float(match[2])
     except ValueError:
-        raise RequestError(f"cannot read the number in {text!r}", "", "for example --target macs=0.5") from None
+        why = f"{match[2]!r} is no number"
+        raise RequestError(f"cannot read the target {text!r}", why, "for example --target macs=0.5") from None
     if suffix in _TIMES and number * _TIMES[suffix] <= 1:
-        why = "up to 1 a latency is a fraction of the dense one, above it milliseconds"
-        raise RequestError(f"a latency of {text.partition('=')[2].strip()} is too short to ask for", why, "latency=0.6")
+        why = "a latency up to 1 is read as a fraction of the dense one, a latency above 1 as milliseconds"
+        raise RequestError(
+            f"a latency of {text.partition('=')[2].strip()} is too short", why, "for example latency=0.6"
+        )
     return _KINDS[name](number * suffixes[suffix])

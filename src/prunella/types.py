@@ -1,8 +1,8 @@
-"""Every tensor shape of the library, named once.
+"""Names of all tensor shapes in the library.
 
-A weight is always seen as a matrix `(out, in)`: `graph/matrix.py` folds convolutions and transposed layers, so that a
-method never asks what kind of layer it looks at. `prunella.stats.table` says by which name a criterion asks for which:
-a positional parameter called `input_norm` receives an `InputNorm`.
+A method sees every weight as a matrix `(out, in)`. `graph/matrix.py` folds convolutions and transposed layers, so that
+no method depends on the kind of a layer. `prunella.stats.table` lists the name of each statistic: the positional
+parameter `input_norm` of a criterion receives an `InputNorm`.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ Weight = Annotated[Tensor, "(out, in)", "the weight as a matrix"]
 Grad = Annotated[Tensor, "(out, in)", "mean gradient of the loss over the batches"]
 GradSq = Annotated[Tensor, "(out, in)", "mean over batches of the squared gradient"]
 InputNorm = Annotated[
-    Tensor, "(in,)", "L2 norm of each column's input over all tokens; (out, in) where rows read apart"
+    Tensor, "(in,)", "L2 norm of each column's input over all tokens; (out, in) where rows read different inputs"
 ]
-NormScale = Annotated[Tensor, "(units,)", "mean absolute scale (gamma) of the normalisations on each unit"]
+NormScale = Annotated[Tensor, "(units,)", "mean absolute scale (gamma) of the normalizations on each unit"]
 GateGrad = Annotated[Tensor, "(batches, units)", "gradient of the loss to a gate of 1 on each unit (weight), per batch"]
 UnitWeight = Annotated[Tensor, "(units, weights)", "all weights of each unit in the criterion's scope, one row a unit"]
 Noise = Annotated[Tensor, "any", "uniform numbers in [0, 1), one for each unit (weight), from the recipe's seed"]
@@ -40,16 +40,16 @@ InputVar = Annotated[Tensor, "(out, in)", "variance over all tokens of the input
 UnitNorm = Annotated[Tensor, "(units,)", "root mean square of each unit's activation where it is read"]
 UnitRank = Annotated[Tensor, "(units,)", "mean rank of each unit's feature maps where convolutions read it"]
 UnitVar = Annotated[Tensor, "(units,)", "variance of each unit's activation where it is read"]
-UnitZeros = Annotated[Tensor, "(units,)", "part of each unit's activations that are exactly 0 where it is read"]
+UnitZeros = Annotated[Tensor, "(units,)", "fraction of each unit's activations that are exactly 0 where it is read"]
 Influence = Annotated[Tensor, "(units,)", "one minus the mean cosine of a residual block's input and output"]
 HessianGrad = Annotated[Tensor, "(out, in)", "Hessian of the mean loss times its gradient"]
-TotalSlope = Annotated[Tensor, "(out, in)", "sum of |grad * weight| over everything scored, the same everywhere"]
+TotalSlope = Annotated[Tensor, "(out, in)", "sum of |grad * weight| over all scored weights, one number in every place"]
 Flow = Annotated[Tensor, "(out, in)", "gradient of the sum over all paths of products of absolute weights"]
-ExpertShare = Annotated[Tensor, "(units,)", "part of the tokens for which the router chooses each expert"]
+ExpertShare = Annotated[Tensor, "(units,)", "fraction of the tokens for which the router chooses each expert"]
 ExpertGate = Annotated[Tensor, "(units,)", "mean weight of each expert where it is chosen, the weights summing to 1"]
-ExpertOutput = Annotated[Tensor, "(units,)", "mean norm of what each expert adds, weight included, where it is chosen"]
+ExpertOutput = Annotated[Tensor, "(units,)", "mean norm of the weighted output of each expert where it is chosen"]
 Gram = Annotated[Tensor, "(in, in)", "sum over tokens of x x^T"]
-TokenIds = Annotated[Tensor, "(tokens,) or (batch, tokens)", "numbers of tokens, int64"]
+TokenIds = Annotated[Tensor, "(tokens,) or (batch, tokens)", "token ids, int64"]
 Saliency = Annotated[Tensor, "(out, in)", "one number per weight; higher is kept"]
 Scores = Annotated[Tensor, "(units,)", "one number per unit; higher is kept"]
 Mask = Annotated[Tensor, "any", "bool; True is kept"]

@@ -82,13 +82,13 @@ def test_global_per_cost_compares_the_harm_for_each_thing_saved() -> None:
 
 
 @pytest.mark.parametrize(
-    "normalise", [mode for mode in pr.allocation.Normalise if mode is not pr.allocation.Normalise.NONE]
+    "normalize", [mode for mode in pr.allocation.Normalize if mode is not pr.allocation.Normalize.NONE]
 )
-def test_normalised_global_does_not_see_scale(normalise: pr.allocation.Normalise) -> None:
+def test_normalized_global_does_not_see_scale(normalize: pr.allocation.Normalize) -> None:
     a, b = [1.0, 2.0, 3.0, 4.5], [1.5, 2.5, 3.25, 4.0]
 
     def allocation(pools: list[Pool]) -> list[torch.Tensor]:
-        return pr.global_(pools, normalise=normalise)
+        return pr.global_(pools, normalize=normalize)
 
     plain = counts([pool(a), pool(b, "b")], allocation, 3)
     assert plain == counts([pool(a), pool([10 * v for v in b], "b")], allocation, 3)
@@ -97,22 +97,22 @@ def test_normalised_global_does_not_see_scale(normalise: pr.allocation.Normalise
 def test_normalisation_divides_by_what_it_says() -> None:
     values = [1.0, 3.0, 8.0]
     scales = {
-        pr.allocation.Normalise.MEAN: 4.0,
-        pr.allocation.Normalise.MAX: 8.0,
-        pr.allocation.Normalise.NORM: math.sqrt(74),
-        pr.allocation.Normalise.RMS: math.sqrt(74 / 3),
+        pr.allocation.Normalize.MEAN: 4.0,
+        pr.allocation.Normalize.MAX: 8.0,
+        pr.allocation.Normalize.NORM: math.sqrt(74),
+        pr.allocation.Normalize.RMS: math.sqrt(74 / 3),
     }
-    for normalise, by in scales.items():
-        assert pr.global_([pool(values)], normalise=normalise)[0].tolist() == pytest.approx([v / by for v in values])
+    for normalize, by in scales.items():
+        assert pr.global_([pool(values)], normalize=normalize)[0].tolist() == pytest.approx([v / by for v in values])
 
 
 def test_standard_scores_have_mean_zero_and_deviation_one() -> None:
-    found = pr.global_([pool([1.0, 3.0, 8.0]), pool([5.0, 5.0], "b")], normalise=pr.allocation.Normalise.STANDARD)
+    found = pr.global_([pool([1.0, 3.0, 8.0]), pool([5.0, 5.0], "b")], normalize=pr.allocation.Normalize.STANDARD)
     deviation = math.sqrt((9 + 1 + 16) / 3)
     assert found[0].tolist() == pytest.approx([-3 / deviation, -1 / deviation, 4 / deviation])
     assert found[1].tolist() == [0.0, 0.0]
     with pytest.raises(RequestError, match="cannot be compared per cost"):
-        pr.global_([pool([1.0, 3.0])], normalise=pr.allocation.Normalise.STANDARD, per_cost=True)
+        pr.global_([pool([1.0, 3.0])], normalize=pr.allocation.Normalize.STANDARD, per_cost=True)
 
 
 def test_lamp_by_hand() -> None:
@@ -146,7 +146,7 @@ def test_lamp_keeps_precision_over_many_orders_of_magnitude() -> None:
 
 
 def test_lamp_refuses_negative_scores() -> None:
-    with pytest.raises(pr.PruningError, match="not negative"):
+    with pytest.raises(pr.PruningError, match="non-negative"):
         pr.allocation.lamp([pool([-1.0, 2.0])])
 
 

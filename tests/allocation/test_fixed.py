@@ -17,8 +17,8 @@ from prunella.selection import shortest_prefix
 from tests.graphs import IMAGE, convnet, images
 
 
-def pool(size: int, name: str = "a", shape: tuple[int, ...] = (4, 4), scale: float = 1.0, alike: str = "") -> Pool:
-    return Pool(name, scale * torch.arange(1.0, size + 1), shape, alike=alike)
+def pool(size: int, name: str = "a", shape: tuple[int, ...] = (4, 4), scale: float = 1.0, topology: str = "") -> Pool:
+    return Pool(name, scale * torch.arange(1.0, size + 1), shape, topology=topology)
 
 
 def counts(pools: list[Pool], allocation: Allocation, total: int) -> tuple[int, ...]:
@@ -86,9 +86,10 @@ def test_the_floor_of_every_layer_is_honoured() -> None:
 # -- isomorphic --------------------
 
 
-def test_isomorphic_ranks_within_a_kind_and_takes_alike_from_every_kind() -> None:
+def test_isomorphic_ranks_within_a_kind_and_takes_the_same_sparsity_from_every_kind() -> None:
     pools = [
-        pool(4, "a", alike="conv"), pool(4, "b", alike="conv", scale=10), pool(8, "c", alike="head", scale=1e-6),
+        pool(4, "a", topology="conv"), pool(4, "b", topology="conv", scale=10),
+        pool(8, "c", topology="head", scale=1e-6),
     ]  # fmt: skip
     assert counts(pools, pr.allocation.isomorphic, 8) == (
         4,
@@ -102,11 +103,11 @@ def test_isomorphic_ranks_within_a_kind_and_takes_alike_from_every_kind() -> Non
 def test_isomorphic_of_one_kind_is_global_and_of_all_kinds_uniform(total: int) -> None:
     one = [pool(10, "a"), pool(6, "b", scale=2.5)]
     assert counts(one, pr.allocation.isomorphic, total) == counts(one, pr.global_, total)
-    many = [pool(10, "a", alike="x"), pool(6, "b", scale=2.5, alike="y")]
+    many = [pool(10, "a", topology="x"), pool(6, "b", scale=2.5, topology="y")]
     assert counts(many, pr.allocation.isomorphic, total) == counts(many, pr.uniform, total)
 
 
-def test_groups_of_equal_structure_are_alike_whatever_their_width() -> None:
+def test_groups_of_equal_structure_are_topology_whatever_their_width() -> None:
     from prunella.graph.solve.groups import couple
     from prunella.planning.candidates import CandidateUnits
 
@@ -117,7 +118,7 @@ def test_groups_of_equal_structure_are_alike_whatever_their_width() -> None:
     graph = couple(model, torch.randn(1, 3, 9, 9))
     groups = graph.groups
     candidates = CandidateUnits(graph, groups, tuple(torch.arange(float(g.size)) for g in groups), pr.Sparsity(0.5))
-    kinds = {p.name: p.alike for p in candidates.pools}
+    kinds = {p.name: p.topology for p in candidates.pools}
     assert kinds["0"] == kinds["2"] != kinds["4"]
 
 

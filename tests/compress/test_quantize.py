@@ -10,7 +10,7 @@ from torch import Tensor, nn
 import prunella as pr
 from prunella.compress import int8
 from prunella.compress.int8 import to_int8_
-from prunella.compress.quantize import quantisation_aware, quantise_weight, round_weights_
+from prunella.compress.quantize import quantization_aware, quantize_weight, round_weights_
 from prunella.errors import CheckFailed, MissingExtra, NotSupported, RequestError
 from prunella.recovery.finetune import Training, finetune
 from prunella.recovery.lr_schedules import constant_rate
@@ -34,7 +34,7 @@ def _zeros(net: nn.Module) -> dict[str, Tensor]:
 
 
 def test_codes_by_hand() -> None:
-    found = quantise_weight(torch.tensor([[127.0, -63.6, 0.4, 0.0], [0.0, 0.0, 0.0, 0.0], [-2.54, 0.01, 1.0, 0.0]]))
+    found = quantize_weight(torch.tensor([[127.0, -63.6, 0.4, 0.0], [0.0, 0.0, 0.0, 0.0], [-2.54, 0.01, 1.0, 0.0]]))
     assert found.codes.tolist() == [[127, -64, 0, 0], [0, 0, 0, 0], [-127, 0, 50, 0]]
     assert found.scale.flatten().tolist() == pytest.approx([1, 1, 0.02])
     assert found.codes.dtype is torch.int8 and found.stored_bits == 12 * 8 + 3 * 32
@@ -45,7 +45,7 @@ def test_codes_by_hand() -> None:
 def test_zero_stays_zero_and_the_error_is_half_a_step(bits: int, shape: tuple[int, ...]) -> None:
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     weight[0, ...] = torch.where(weight[0, ...] > 0, weight[0, ...], 0.0)
-    found = quantise_weight(weight, bits=bits)
+    found = quantize_weight(weight, bits=bits)
     assert torch.count_nonzero(found.weight()[weight == 0]) == 0
     assert bool(((found.weight() - weight).abs() <= found.scale / 2 * (1 + 1e-12)).all())
     top = 2 ** (bits - 1) - 1
@@ -77,7 +77,7 @@ def _loss(model: nn.Module, batch: Tensor) -> Tensor:
 def test_the_loss_sees_rounded_weights_and_the_gradient_passes_the_rounding() -> None:
     net = _net().double()
     x = X.double()
-    value = quantisation_aware(_loss, bits=3)(net, x)
+    value = quantization_aware(_loss, bits=3)(net, x)
     value.backward()
     twin = copy.deepcopy(net)
     round_weights_(twin, bits=3)
@@ -95,7 +95,7 @@ def test_training_for_rounding_keeps_the_mask_and_helps() -> None:
     twin = copy.deepcopy(net)
     data = [X]
     how = Training(rate=constant_rate)
-    finetune(net, data, quantisation_aware(_loss, bits=2), steps=80, lr=0.01, training=how)
+    finetune(net, data, quantization_aware(_loss, bits=2), steps=80, lr=0.01, training=how)
     finetune(twin, data, _loss, steps=80, lr=0.01, training=how)
     for model in (net, twin):
         assert all(torch.count_nonzero(model.get_parameter(n)[~mask]) == 0 for n, mask in masks.items())
@@ -108,8 +108,8 @@ def test_a_tied_weight_is_rounded_once_and_everywhere() -> None:
     net = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False))
     net[1].weight = net[0].weight
     x = torch.eye(4)
-    rounded = quantise_weight(net[0].weight, bits=2).weight()
-    found = quantisation_aware(lambda m, b: m(b).sum(), bits=2)(net, x)
+    rounded = quantize_weight(net[0].weight, bits=2).weight()
+    found = quantization_aware(lambda m, b: m(b).sum(), bits=2)(net, x)
     assert found.item() == pytest.approx(float((rounded @ rounded).sum()), rel=1e-5)
     assert len(round_weights_(net)) == 1
 
@@ -119,7 +119,7 @@ def test_recurrent_layers_are_rounded_too() -> None:
     net, x = nn.LSTM(4, 3), torch.randn(5, 2, 4)
     twin = copy.deepcopy(net)
     round_weights_(twin, bits=2)
-    found = quantisation_aware(lambda m, b: m(b)[0].square().sum(), bits=2)(net, x)
+    found = quantization_aware(lambda m, b: m(b)[0].square().sum(), bits=2)(net, x)
     assert found.item() == pytest.approx(twin(x)[0].square().sum().item(), rel=1e-6)
     assert found.item() != pytest.approx(net(x)[0].square().sum().item(), rel=1e-3)
     found.backward()
@@ -155,7 +155,7 @@ def test_int8_by_torchao_keeps_zeros_and_patterns(activations: bool, capfd: pyte
 def test_the_weights_are_those_of_our_own_rounding() -> None:
     _need_torchao()
     net = _net()
-    ours = {n: quantise_weight(p).codes for n, p in net.named_parameters() if p.dim() > 1}
+    ours = {n: quantize_weight(p).codes for n, p in net.named_parameters() if p.dim() > 1}
     to_int8_(net)
     for name, codes in ours.items():
         theirs = net.get_parameter(name).qdata  # type: ignore[attr-defined]
@@ -186,11 +186,11 @@ def test_what_is_not_there_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_what_makes_no_sense_is_refused() -> None:
     with pytest.raises(RequestError, match="bits=1"):
-        quantise_weight(torch.ones(2, 2), bits=1)
+        quantize_weight(torch.ones(2, 2), bits=1)
     with pytest.raises(RequestError, match="bits=9"):
-        quantisation_aware(_loss, bits=9)
+        quantization_aware(_loss, bits=9)
     with pytest.raises(RequestError, match="not finite"):
-        quantise_weight(torch.tensor([[float("nan")]]))
+        quantize_weight(torch.tensor([[float("nan")]]))
     with pytest.raises(RequestError, match="names no weight"):
         round_weights_(_net(), only=["7.*"])
     with pytest.raises(RequestError, match="one text"):

@@ -121,8 +121,8 @@ def draws(count: int = DRAWS, seed: int = 0) -> list[Draw]:
 
 REASONS = (
     "scores units", "scores channels and heads", "there are no", "does not fit", "a mask needs one score",
-    "per unit and per weight together", "cannot be met", "would remove nothing", "not negative", "needs `",
-    "which no mask can do", "no tokens to remove", "says nothing",
+    "per unit and per weight together", "cannot be met", "would remove nothing", "non-negative", "needs `",
+    "which masks cannot do", "no tokens to remove", "says nothing",
 )  # fmt: skip
 """Why a combination may make no sense; anything else that is raised fails the law."""
 

@@ -228,7 +228,7 @@ def test_calls_that_hide_their_weights_are_named_with_the_reason() -> None:
             return self.head(self.recurrent(x)[0])  # type: ignore[no-any-return]
 
     found = pr.metrics.effective_sparsity(Net(), torch.randn(5, 2, 3))
-    assert found.unfollowed[0] == "lstm (its steps run inside one call, out of sight)"
+    assert found.unfollowed[0] == "lstm (its steps run inside one call, which hides them)"
 
 
 class Odd(nn.Module):

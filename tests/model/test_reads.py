@@ -295,7 +295,7 @@ def test_what_is_not_read_is_named() -> None:
             lstm(table(torch.tensor([[1, 2]])))
             pair @ pair
         watch.finish()
-    assert str(watch.others[id(lstm.weight_ih_l0)]) == "lstm reads it: its steps run inside one call, out of sight"
-    assert str(watch.others[id(table.weight)]) == "embedding reads it: it looks rows up by number"
+    assert str(watch.others[id(lstm.weight_ih_l0)]) == "lstm reads it: its steps run inside one call, which hides them"
+    assert str(watch.others[id(table.weight)]) == "embedding reads it: it looks up rows by index"
     assert watch.others[id(table.weight)].tied == "embedding reads the same (tied) weight"
     assert str(watch.others[id(pair)]) == "matmul reads it: it multiplies two weights"

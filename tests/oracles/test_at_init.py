@@ -157,7 +157,7 @@ def test_synflow_of_a_convolutional_network_with_norms_is_conserved_and_leaves_n
 def test_synflow_refuses_tokens_and_norms_that_stop_the_flow() -> None:
     recipe = pr.Recipe(pr.criteria.synflow, pr.Element())
     table = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 3))
-    with pytest.raises(NotSupported, match="no size"):
+    with pytest.raises(NotSupported, match="no magnitude"):
         pr.plan(table, torch.tensor([[1, 2]]), recipe, target=pr.Sparsity(0.5))
     normed = nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 3))
     with pytest.raises(NotSupported, match="nothing flows"):

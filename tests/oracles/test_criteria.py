@@ -61,7 +61,7 @@ def test_obert_is_the_joint_cost_of_a_group_shared_out() -> None:
 
 def test_taylor_abs_takes_the_absolute_value_before_the_mean_and_rescales_a_layer() -> None:
     gates = torch.tensor([[1.0, -3.0], [-5.0, 5.0]])
-    assert pr.criteria.taylor_abs(gates, normalise=False).tolist() == [3, 4]
+    assert pr.criteria.taylor_abs(gates, normalize=False).tolist() == [3, 4]
     assert pr.criteria.taylor_abs(gates).tolist() == pytest.approx([0.6, 0.8])
     assert pr.criteria.taylor_abs(torch.zeros(2, 2)).tolist() == [0, 0]
 
@@ -190,7 +190,7 @@ def test_a_zero_filter_ranks_last_and_group_size_is_divided_out() -> None:
     found = score(model, pr.criteria.group_norm, images())
     assert found["0"].argmin() == 5 and found["0"][5] == 0
     ratio = float(found["3"].mean() / found["0"].mean())
-    plain = score(model, partial(pr.criteria.group_norm, normalise=False), images())
+    plain = score(model, partial(pr.criteria.group_norm, normalize=False), images())
     assert float(plain["3"].mean() / plain["0"].mean()) != pytest.approx(ratio, rel=0.05)
 
 

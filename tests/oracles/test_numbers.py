@@ -36,15 +36,15 @@ def test_single_weights_go_exactly_whatever_the_weights_are(fill: str, sparsity:
 
 
 def test_group_norm() -> None:
-    assert pr.criteria.group_norm(torch.tensor([[3.0, 4.0], [0.0, 0.0]]), normalise=False).tolist() == [5, 0]
+    assert pr.criteria.group_norm(torch.tensor([[3.0, 4.0], [0.0, 0.0]]), normalize=False).tolist() == [5, 0]
     assert pr.criteria.group_norm(torch.tensor([[3.0, 4.0]])).item() == pytest.approx(5 / 2**0.5)
     assert pr.criteria.group_norm(torch.tensor([[3.0, -4.0]]), p=1).item() == pytest.approx(3.5)
 
 
-def test_normalised_group_norm_does_not_see_the_size_of_the_group() -> None:
+def test_normalized_group_norm_does_not_see_the_size_of_the_group() -> None:
     small, large = torch.full((1, 4), 0.3), torch.full((1, 400), 0.3)
     assert pr.criteria.group_norm(small).item() == pytest.approx(pr.criteria.group_norm(large).item())
-    assert pr.criteria.group_norm(small, normalise=False) < pr.criteria.group_norm(large, normalise=False)
+    assert pr.criteria.group_norm(small, normalize=False) < pr.criteria.group_norm(large, normalize=False)
 
 
 def test_taylor_averages_squares_over_batches() -> None:

@@ -94,7 +94,7 @@ def test_a_kernel_pattern_refuses_other_kernels_and_scores_with_a_sign() -> None
     model = nn.Sequential(nn.Conv2d(4, 4, 5))
     with pytest.raises(RequestError, match="not 3x3"):
         pr.plan(model, IMAGE, pr.Recipe(granularity=pr.granularity.KernelPattern()))
-    with pytest.raises(RequestError, match="not negative"):
+    with pytest.raises(RequestError, match="non-negative"):
         pr.granularity.KernelPattern().masks([-torch.ones(2, 9)])
     with pytest.raises(RequestError, match="no pattern"):
         pr.granularity.KernelPattern(9)

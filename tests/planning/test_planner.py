@@ -133,7 +133,7 @@ def test_groups_without_the_statistic_are_left_alone_with_a_reason() -> None:
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 3, 3))
     plan = pr.plan(model, X, pr.Recipe(pr.criteria.bn_scale), target=pr.Sparsity(0.5))
     assert list(plan.keep) == ["0"]
-    assert any("no normalisation" in entry.reason and entry.entity == "2.weight" for entry in plan.frozen)
+    assert any("no normalization" in entry.reason and entry.entity == "2.weight" for entry in plan.frozen)
 
 
 # -- masks ---------------------------------------------------------------------------------------------------------
@@ -413,7 +413,7 @@ RECIPES = [
         partial(pr.magnitude, p=2), (pr.Channel(pr.granularity.Reduce.MEAN), pr.Head()), pr.allocation.lamp, 0.1, 8, 3
     ),
     pr.Recipe(pr.wanda, pr.NM(2, 4)),
-    pr.Recipe(pr.taylor, pr.Block(4, 2), partial(pr.global_, normalise=pr.allocation.Normalise.NORM)),
+    pr.Recipe(pr.taylor, pr.Block(4, 2), partial(pr.global_, normalize=pr.allocation.Normalize.NORM)),
 ]
 
 
@@ -444,6 +444,9 @@ def test_a_recipe_that_0_1_wrote_is_read() -> None:
     back = pr.Recipe.read({**parts, **numbers})
     assert back == pr.Recipe(min_density=0.25, round_to=4, seed=3, equal_widths=True)
     assert pr.Recipe.read({**parts, "floor": 0.25, "align": 4, "seed": 3}).equal_widths is False
+    scaled = {"name": "global", "knobs": {"normalise": "mean", "per_cost": False}}
+    read = pr.Recipe.read({**parts, **numbers, "allocation": scaled}).describe()
+    assert read["allocation"]["knobs"] == {"normalize": "mean", "per_cost": False}
 
 
 def mine(weight: Tensor, *, power: float = 1.0) -> Tensor:

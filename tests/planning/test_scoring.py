@@ -36,7 +36,7 @@ def test_a_filter_scores_the_sum_over_its_rows() -> None:
 
 def test_group_norm_takes_producer_bias_and_readers() -> None:
     model = mlp().double()
-    score = scorer(partial(pr.criteria.group_norm, normalise=False))
+    score = scorer(partial(pr.criteria.group_norm, normalize=False))
     parts = [model[0].weight, model[0].bias.unsqueeze(1), model[2].weight.t()]
     expected = torch.cat(parts, 1).norm(dim=1).float()  # type: ignore[arg-type]
     assert torch.allclose(score.units(score.subject.groups[0], pr.granularity.Reduce.SUM).float(), expected)
@@ -75,7 +75,7 @@ def test_weights_of_a_unit_with_several_positions_are_gathered() -> None:
     graph = couple(model, torch.randn(2, 3, 4, 4))
     (group,) = (g for g in graph.groups if any(m.role == "scale" for m in g.members))
     score = Scorer(
-        partial(pr.criteria.group_norm, p=1, normalise=False), Subject(model, graph, groups=(group,)), Statistics()
+        partial(pr.criteria.group_norm, p=1, normalize=False), Subject(model, graph, groups=(group,)), Statistics()
     )
     per_channel = torch.zeros(8, dtype=torch.float64)
     for layer, norm in ((model.a, model.first), (model.b, model.second)):

@@ -37,7 +37,7 @@ def test_statistics_of_the_first_layer_are_the_exact_pooled_ones() -> None:
     torch.testing.assert_close(net[1].running_var, values.var(1, unbiased=True), rtol=1e-12, atol=1e-12)
 
 
-def test_in_one_pass_later_layers_see_batches_normalised_by_themselves() -> None:
+def test_in_one_pass_later_layers_see_batches_normalized_by_themselves() -> None:
     net, data = _net(), _data()
     twin = copy.deepcopy(net).eval()
     twin[1].train()

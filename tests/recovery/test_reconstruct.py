@@ -131,7 +131,7 @@ def test_exact_for_convolutions_also_with_output_channels_cut() -> None:
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("ridge", [0.0, 0.3])
 def test_equals_lstsq(bias: bool, ridge: float) -> None:
-    """`torch.linalg.lstsq` on the stacked system: one row per token, one per penalised weight."""
+    """`torch.linalg.lstsq` on the stacked system: one row per token, one per penalized weight."""
     dense = _mlp(bias=bias)
     first, second = torch.tensor([0, 2, 3, 7, 9]), torch.tensor([1, 4, 8])
     cuts = _mlp_cuts(first, second)
@@ -346,7 +346,7 @@ def test_what_is_not_refitted_is_named_and_unchanged() -> None:
     assert {fit.name: fit.skipped for fit in report.fits} == {
         "embed.weight": "embedding reads the same (tied) weight",
         "turned.weight": "it is used in two different ways",
-        "recurrent.weight_ih_l0": "lstm reads it: its steps run inside one call, out of sight",
+        "recurrent.weight_ih_l0": "lstm reads it: its steps run inside one call, which hides them",
     }
     assert all(torch.equal(a, b) for a, b in zip(small.parameters(), dense.parameters(), strict=True))
     assert "skipped" in str(report)

@@ -194,7 +194,7 @@ def test_a_table_that_is_looked_up_has_no_input_and_the_reason_is_said() -> None
     with untouched(model, 0):
         found = collect(subject, ["input_norm", "input_var"], Source([torch.tensor([1, 2])]))
     assert found.get("input_norm", "0.weight") is None and found.get("input_var", "0.weight") is None
-    assert found.unread == {"0.weight": "embedding reads it: it looks rows up by number"}
+    assert found.unread == {"0.weight": "embedding reads it: it looks up rows by index"}
 
 
 def test_without_autograd_compound_products_are_read_as_they_stand() -> None:

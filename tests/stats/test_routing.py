@@ -115,7 +115,7 @@ def test_an_expert_that_no_token_gets_goes_first_and_nothing_changes() -> None:
             torch.testing.assert_close(small(x), wanted, rtol=1e-5, atol=1e-6)
 
 
-def test_the_router_is_renormalised_over_the_experts_that_stay() -> None:
+def test_the_router_is_renormalized_over_the_experts_that_stay() -> None:
     model, data = net(), batches()
     plan = pr.plan(model, data[0], pr.Recipe(pr.criteria.reap, pr.Expert()), target=pr.Sparsity(0.25), data=data)
     small = pr.shrink(model, plan)
@@ -137,7 +137,7 @@ def test_all_experts_kept_is_the_dense_model() -> None:
 
 def test_without_a_router_the_criterion_says_so() -> None:
     plain = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
-    with pytest.raises(pr.PruningError, match="no router was seen"):
+    with pytest.raises(pr.PruningError, match="no router chose"):
         pr.plan(plain, batches()[0], pr.Recipe(pr.criteria.reap), target=pr.Sparsity(0.5), data=batches())
 
 

@@ -80,7 +80,7 @@ class Largest(nn.Module):
         return weight / weight.abs().amax()
 
 
-class Normalised(nn.Module):
+class Normalized(nn.Module):
     """As in spectral norm, one number of the whole weight scales it: no unit may go without changing the others."""
 
     def __init__(self) -> None:

@@ -196,7 +196,7 @@ def test_a_norm_within_heads_makes_no_width() -> None:
 
 
 class PerHead(nn.Module):
-    """Heads of five features, normalised and mixed within each head."""
+    """Heads of five features, normalized and mixed within each head."""
 
     def __init__(self) -> None:
         super().__init__()

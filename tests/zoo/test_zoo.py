@@ -62,7 +62,7 @@ CASES = {
     "tied autoencoder": Case(odd.TiedAutoencoder, (3, 10), {"middle": 16}, {}, modes=("all",)),
     "unused": Case(odd.Unused, VECTOR, {"first": 12}, {"last.weight": 0}),
     "weight norm": Case(odd.WeightNorm, VECTOR, {"wide": 16}, {"first.weight": 0}),
-    "normalised weight": Case(odd.Normalised, VECTOR, {"wide": 16}, {"first.weight": 0}),
+    "normalized weight": Case(odd.Normalized, VECTOR, {"wide": 16}, {"first.weight": 0}),
     "gated chunk": Case(odd.GatedChunk, VECTOR, {"first": 12, "down": 8, "second": 10}, {"last.weight": 0}),
     "normed blocks": Case(odd.NormedBlocks, VECTOR, {"up1": 20, "up2": 16}, {"embed.weight": 0, "down2.weight": 0}),
     "detached": Case(odd.Detached, VECTOR, {"first": 12, "second": 12}, {"last.weight": 0}),

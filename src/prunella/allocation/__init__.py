@@ -1,7 +1,7 @@
-"""Allocations: how much each group gives. One function each; all are solved by the same search.
+"""Allocations: the sparsity of each group. Each allocation is one function; one search solves all of them.
 
-An allocation maps every pool's scores to removal keys. The keys of all pools are merged into one order, and the
-shortest prefix of it that meets the target is removed: any target, in any unit, is met within one step.
+An allocation maps the scores of every pool to removal keys. The search merges the keys of all pools into one order and
+removes the shortest prefix that meets the target. Any target, in any unit, is met within one step.
 """
 
 from prunella.allocation.fixed import fixed as fixed
@@ -11,14 +11,14 @@ from prunella.allocation.layerwise import erk_densities as erk_densities
 from prunella.allocation.layerwise import uniform as uniform
 from prunella.allocation.layerwise import uniform_plus as uniform_plus
 from prunella.allocation.outlier import owl as owl
-from prunella.allocation.pooled import Normalise as Normalise
+from prunella.allocation.pooled import Normalize as Normalize
 from prunella.allocation.pooled import global_ as global_
 from prunella.allocation.pooled import isomorphic as isomorphic
 from prunella.allocation.pooled import lamp as lamp
 from prunella.allocation.rounds import per_round as per_round
 
 __all__ = [
-    "Normalise",
+    "Normalize",
     "erk",
     "erk_densities",
     "fixed",

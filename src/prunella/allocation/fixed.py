@@ -1,4 +1,4 @@
-"""Allocations from numbers for each group: what a search returns, and what a sensitivity scan has measured."""
+"""Allocations from given numbers for each group: the result of a search, or of a sensitivity scan."""
 
 from __future__ import annotations
 
@@ -23,61 +23,62 @@ _NO_DROPS: Drops = MappingProxyType({})
 
 @allocation(source="Yang et al. 2018, arXiv:1804.03230; Frantar & Alistarh 2022, arXiv:2203.04593")
 def fixed(pools: Sequence[Pool], *, shares: Shares = _NO_SHARES) -> list[Tensor]:
-    """The fraction that each group gives is stated, and scaled by one factor until the target is met.
+    """Sparsities of groups in given proportions, scaled by one factor until the target is met.
 
-    `key_r = (r + 1/2) / (n_l * share_l)`: at key 1 every group has given `round(n_l * share_l)` of its units. A target
-    that asks for less stops earlier on the way, one that asks for more goes on in the same proportion. Groups that are
-    not named, or with share 0, give only when all others are used up.
+    `key_r = (r + 1/2) / (n_l * share_l)`: at key 1 every group has lost `round(n_l * share_l)` of its units. A smaller
+    target stops earlier, a larger target continues in the same proportion. Groups without a share, or with share 0,
+    lose units only when all others are used up.
 
-    shares: group name -> fraction in [0, 1]; without any it is `uniform`. A name that no group bears is an error.
+    shares: group name -> fraction in [0, 1]; without shares it is `uniform`. An unknown group name is an error.
 
-    Use: the result of a search, or shares chosen by hand. Avoid: nothing is known of the groups: take `global_`.
+    Use: the result of a search, or shares chosen by hand. Avoid: models without known shares: take `global_`.
     """
     _check_names(shares, pools)
     wrong = next((name for name, share in shares.items() if not 0 <= share <= 1), None)
     if wrong is not None:
         raise RequestError(
-            f"the share of {wrong} is {shares[wrong]:g}", "it is a fraction that goes", "0 <= share <= 1"
+            f"the share of {wrong} is {shares[wrong]:g}", "a share is a fraction removed", "0 <= share <= 1"
         )
     middles = [(torch.arange(pool.size, dtype=torch.float64) + 0.5) / max(1, pool.size) for pool in pools]
-    given = [shares.get(pool.name, 0.0) for pool in pools]
-    last = max((1 / share for share in given if share), default=0.0)
-    return [key / share if share else last + 1 + key for key, share in zip(middles, given, strict=True)]
+    fractions = [shares.get(pool.name, 0.0) for pool in pools]
+    last = max((1 / share for share in fractions if share), default=0.0)
+    return [key / share if share else last + 1 + key for key, share in zip(middles, fractions, strict=True)]
 
 
 @allocation(source="Li et al. 2017, arXiv:1608.08710 (sensitivity of layers)")
 def from_scan(pools: Sequence[Pool], *, drops: Drops = _NO_DROPS) -> list[Tensor]:
-    """Every group is cut until it alone costs the same quality, by the curves of a sensitivity scan.
+    """The same loss of quality for every group on its own, by the curves of a sensitivity scan.
 
-    `key_r = max_{q <= r} drop_l((q + 1/2) / n_l)`, with `drop_l` linear between the measured points and 0 at nothing
-    removed; beyond the last point it goes on with the slope of the last piece. `scan(...).allocation` binds the curves.
+    `key_r = max_{q <= r} drop_l((q + 1/2) / n_l)`, with `drop_l` linear between the measured points and 0 where nothing
+    is removed. Beyond the last point `drop_l` has the slope of the last segment. `scan(...).allocation` binds the
+    curves.
 
-    drops: group name -> points (fraction removed, quality lost). Groups without a curve give when all others are used
-    up; without any curve it is `uniform`. A name that no group bears is an error.
+    drops: group name -> points (fraction removed, quality lost). Groups without a curve lose units only when all others
+    are used up; without curves it is `uniform`. An unknown group name is an error.
 
-    Use: an evaluation is at hand and a scan affordable. Avoid: several groups are cut hard at once: losses do not add
-    up there; search instead.
+    Use: when an evaluation and a scan are affordable. Avoid: high sparsity in several groups at once, where losses do
+    not add up: search instead.
     """
     _check_names(drops, pools)
-    known = {pool.name: _curve(drops[pool.name], pool.size) for pool in pools if pool.name in drops}
-    last = max((float(keys[-1]) for keys in known.values() if len(keys)), default=0.0)
+    curves = {pool.name: _curve(drops[pool.name], pool.size) for pool in pools if pool.name in drops}
+    last = max((float(keys[-1]) for keys in curves.values() if len(keys)), default=0.0)
     rest = [(torch.arange(pool.size, dtype=torch.float64) + 0.5) / max(1, pool.size) + last for pool in pools]
-    return [known.get(pool.name, other) for pool, other in zip(pools, rest, strict=True)]
+    return [curves.get(pool.name, other) for pool, other in zip(pools, rest, strict=True)]
 
 
 def _curve(points: Sequence[Sequence[float]], size: int) -> Tensor:
     xs, ys = (np.array(values, dtype=float) for values in zip((0.0, 0.0), *sorted(map(tuple, points)), strict=True))
     fractions = (np.arange(size) + 0.5) / max(1, size)
-    found = np.interp(fractions, xs, ys)
+    losses = np.interp(fractions, xs, ys)
     slope = max(0.0, (ys[-1] - ys[-2]) / max(xs[-1] - xs[-2], 1e-9)) if len(xs) > 1 else 0.0
-    found = np.where(fractions > xs[-1], ys[-1] + slope * (fractions - xs[-1]), found)
-    # a little of the fraction, so that where nothing is lost groups go together
-    return torch.from_numpy(np.maximum.accumulate(found + 1e-9 * fractions))
+    losses = np.where(fractions > xs[-1], ys[-1] + slope * (fractions - xs[-1]), losses)
+    # A small part of the fraction breaks ties: groups without a loss are removed in equal fractions.
+    return torch.from_numpy(np.maximum.accumulate(losses + 1e-9 * fractions))
 
 
 def _check_names(named: Mapping[str, object], pools: Sequence[Pool]) -> None:
     known = {pool.name for pool in pools}
-    strange = next((name for name in named if name not in known), None)
-    if strange is not None:
-        some = ", ".join(sorted(known)[:5])
-        raise RequestError(f"there is no group {strange} to give", f"groups that take part: {some}", "name one of them")
+    unknown = next((name for name in named if name not in known), None)
+    if unknown is not None:
+        first = ", ".join(sorted(known)[:5])
+        raise RequestError(f"there is no group {unknown} to prune", f"the groups are {first}", "name one of these")

@@ -1,4 +1,4 @@
-"""Allocations that fix each layer's share from its size or shape; scores are compared within a layer only."""
+"""Allocations by the size or shape of each layer. Scores are compared within a layer only."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from prunella.registry.method import allocation
 
 @allocation(source="Gale et al. 2019, arXiv:1902.09574; Li et al. 2017, arXiv:1608.08710", status="stable")
 def uniform(pools: Sequence[Pool]) -> list[Tensor]:
-    """Every group gives the same fraction.
+    """The same sparsity for every group.
 
-    `key_r = (r + 1/2) / n` for the unit of rank `r` of `n`. Scores decide only within a group. Groups that matter much
-    and groups that do not are treated alike: compare with `global_`.
+    `key_r = (r + 1/2) / n` for the unit of rank `r` of `n`. Scores decide only within a group. Sensitive and robust
+    groups get the same sparsity: compare with `global_`.
 
     Example:
 
@@ -35,17 +35,17 @@ def uniform(pools: Sequence[Pool]) -> list[Tensor]:
 
 @allocation(source="Gale et al. 2019, arXiv:1902.09574")
 def uniform_plus(pools: Sequence[Pool], *, last: float = 0.8) -> list[Tensor]:
-    """Uniform, but the first convolution stays dense and the last layer gives a bounded part.
+    """Uniform sparsity, with the first convolution kept dense and the sparsity of the last layer bounded.
 
-    `s_first = 0`, `s_last = min(s, last)`, `s_l = s` for all others, with `s` such that the target is met. As keys:
-    those of `uniform`; what is spared comes after everything else, the last layer before the first convolution, so that
-    targets beyond what the others can give are still met. The first convolution is the first pool whose weight has a
-    kernel, if any; the last layer is the last pool, where there are at least two.
+    `s_first = 0`, `s_last = min(s, last)`, `s_l = s` for all others, with `s` such that the target is met. The keys are
+    those of `uniform`. Spared weights come after all others, the last layer before the first convolution, so that
+    targets beyond the other layers are still met. The first convolution is the first pool whose weight has a kernel, if
+    any. The last layer is the last pool of at least two.
 
-    last: in [0, 1], the fraction that the last layer gives at most.
+    last: in [0, 1], largest sparsity of the last layer.
 
-    Use: masks on convolutional networks, where it costs nothing and beats `uniform`. Avoid: structure, where the last
-    pool is no classifier.
+    Use: masks on convolutional networks, where it costs nothing and beats `uniform`. Avoid: structured pruning, where
+    the last pool is not the classifier.
     """
     if not 0 <= last <= 1:
         raise RequestError(f"uniform_plus cannot use last={last:g}", "it is a fraction", "last=0.8")
@@ -64,11 +64,11 @@ def erk(pools: Sequence[Pool]) -> list[Tensor]:
     """Erdos-Renyi-Kernel: density in proportion to the sum of a weight's dimensions over their product.
 
     `d_l = min(1, eps * sum(dims_l) / prod(dims_l))` with `eps` such that the target is met, kernel dimensions included.
-    Small layers stay dense, wide ones give most. As a key: the `-eps` at which a unit of that rank falls,
-    `-(1 - (r + 1/2) / n) * prod(dims) / sum(dims)`; the cap at 1 and the re-solving after it come by themselves.
-    Meant for masks. For channels the producer's weight gives the dimensions.
+    Small layers are kept dense, wide layers become most sparse. The key is the `-eps` at which a unit of that rank is
+    removed, `-(1 - (r + 1/2) / n) * prod(dims) / sum(dims)`. This key implies the cap at 1 and the new solution after
+    it. Meant for masks. For channels the producer's weight gives the dimensions.
 
-    Use: masks at high sparsity, and drop-and-grow training. Avoid: budgets of multiply-adds: early layers stay dense.
+    Use: masks at high sparsity, and drop-and-grow training. Avoid: MACs targets, since early layers are kept dense.
     """
     return [(_middles(pool.size) - 1) / _raw(pool.shape) for pool in pools]
 
@@ -76,8 +76,8 @@ def erk(pools: Sequence[Pool]) -> list[Tensor]:
 def erk_densities(shapes: Sequence[tuple[int, ...]], density: float) -> list[float]:
     """The densities of `erk` in closed form, for weights of these shapes and an overall density in (0, 1].
 
-    Layers that would exceed 1 are set to 1 and the others solved again, until none does. The mean, weighted by size,
-    is `density` exactly.
+    A layer above 1 is set to 1 and the others are solved again, until no layer exceeds 1. The mean, weighted by size,
+    is exactly `density`.
     """
     sizes = [math.prod(shape) for shape in shapes]
     raws = [_raw(shape) for shape in shapes]

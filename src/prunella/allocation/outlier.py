@@ -1,4 +1,4 @@
-"""Allocations by how uneven the scores of a layer are."""
+"""Allocations by the distribution of scores within a layer."""
 
 from __future__ import annotations
 
@@ -15,16 +15,17 @@ from prunella.registry.method import allocation
 
 @allocation(source="Yin et al. 2024, arXiv:2310.05175")
 def owl(pools: Sequence[Pool], *, m: float = 5.0, limit: float = 0.08) -> list[Tensor]:
-    """Layers with more outliers give less (OWL).
+    """Lower sparsity for layers with more outliers (OWL).
 
     `D_l = fraction of the scores above m * mean(scores of l)`; at sparsity S layer l gives
     `s_l = S - t (D_l - D)`, with D the mean over weights and t such that the largest `|s_l - S|` is `limit`: the mean
-    over weights is S. As keys: rank r of n falls at the S where `(r + 1/2) / n = s_l`.
+    over weights is S. The key of rank r of n is the S at which `(r + 1/2) / n = s_l`.
 
-    m: above 0, the paper uses 5 to 10 with `wanda`. limit: in [0, 1), by how much a layer may differ from the mean.
-    Layers that are alike in this give the same, as under `uniform`.
+    m: above 0, the paper uses 5 to 10 with `wanda`. limit: in [0, 1), largest distance of a layer from the mean.
+    Layers with equal fractions of outliers get equal sparsity, as under `uniform`.
 
-    Use: single weights of language models above 60 %, with `wanda`. Avoid: N:M, whose sparsity is fixed, and structure.
+    Use: single weights of language models above 60 %, with `wanda`. Avoid: N:M, whose sparsity is fixed, and structured
+    pruning.
     """
     if m <= 0 or not 0 <= limit < 1:
         raise RequestError(f"owl cannot use m={m:g}, limit={limit:g}", "m is above 0 and limit in [0, 1)", "m=5")

@@ -1,4 +1,4 @@
-"""What an allocation sees: pools of units or weights that compete."""
+"""The input of an allocation: pools of units or weights that compete."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from prunella.types import Scores
 
 @dataclass(frozen=True)
 class Pool:
-    """The units of one group, or the weights of one layer, in the order in which they would be removed.
+    """The units of one group, or the weights of one layer, in the order of removal.
 
-    scores: `(n,)` ascending.     shape: of the weight that produces them, output first, as `erk` needs it.
-    cost: what one unit weighs in the target's unit while all others are there; 1 for weights and for `Sparsity`.
-    alike: of what structure the group is, whatever its width; `isomorphic` compares groups where it is the same.
+    scores: `(n,)` ascending. shape: of the weight that produces the units, output first; `erk` needs it.
+    cost: of one unit in the unit of the target, with all other units present; 1 for weights and for `Sparsity`.
+    topology: of the group, independent of its width; `isomorphic` compares groups of equal topology.
     """
 
     name: str
     scores: Scores
     shape: tuple[int, ...]
     cost: float = 1.0
-    alike: str = ""
+    topology: str = ""
 
     @property
     def size(self) -> int:
-        """How many compete."""
+        """Number of units or weights."""
         return len(self.scores)
 
 
 Allocation = Callable[[Sequence[Pool]], list[Tensor]]
-"""Pools -> for each a float64 vector of removal keys, non-decreasing; all keys are merged, the lowest go first."""
+"""Pools -> one non-decreasing float64 vector of removal keys each. The lowest keys of all pools are removed first."""

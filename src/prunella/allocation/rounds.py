@@ -1,4 +1,4 @@
-"""The allocation of iterative pruning: every layer loses its own part of what is left, round after round."""
+"""The allocation of iterative pruning: every round removes a fraction of the survivors of each layer."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from prunella.registry.method import allocation
 
 @allocation(source="Frankle and Carbin 2019, arXiv:1803.03635 (the output layer at half the rate)", status="stable")
 def per_round(pools: Sequence[Pool], *, rate: float = 0.2, last: float = 0.5) -> list[Tensor]:
-    """Every layer gives the same part of its survivors in a round, the last layer less.
+    """The same pruning rate for all layers in every round, and a lower rate for the last layer.
 
-    After t rounds `d_l = (1 - p_l)^t` with `p_l = rate`, and `p_l = last * rate` in the last layer; t is what meets the
-    target, and need not be whole. As a key: the t at which the unit of rank `r` of `n` falls,
+    After t rounds `d_l = (1 - p_l)^t` with `p_l = rate`, and `p_l = last * rate` in the last layer. The target decides
+    t, which may be fractional. The key is the t at which the unit of rank `r` of `n` is removed,
     `log(1 - (r + 1/2) / n) / log(1 - p_l)`. Scores decide only within a layer.
 
-    rate: in (0, 1), relative to what is left. last: factor in (0, 1] on the rate of the layer that runs last.
+    rate: in (0, 1), relative to the survivors. last: factor in (0, 1] on the rate of the layer that runs last.
 
     Use: iterative pruning of single weights with `prunella.lottery.imp`. Avoid: channels, where the last group is not
     the output of the network.
@@ -31,7 +31,7 @@ def per_round(pools: Sequence[Pool], *, rate: float = 0.2, last: float = 0.5) ->
 
 
 def densities(sizes: Sequence[int], rounds: int, *, rate: float = 0.2, last: float = 0.5) -> list[float]:
-    """The density of every layer after so many rounds, in closed form."""
+    """The density of every layer after `rounds` rounds, in closed form."""
     check_rates(rate, last)
     rates = [rate] * (len(sizes) - 1) + [rate * last] * bool(sizes)
     return [(1 - p) ** rounds for p in rates]

@@ -6,8 +6,8 @@ from prunella.compress.huffman import relative_index as relative_index
 from prunella.compress.int8 import to_int8_ as to_int8_
 from prunella.compress.low_rank import low_rank as low_rank
 from prunella.compress.low_rank import svd_factors as svd_factors
-from prunella.compress.quantize import quantisation_aware as quantisation_aware
-from prunella.compress.quantize import quantise_weight as quantise_weight
+from prunella.compress.quantize import quantization_aware as quantization_aware
+from prunella.compress.quantize import quantize_weight as quantize_weight
 from prunella.compress.quantize import round_weights_ as round_weights_
 from prunella.compress.storage import Format as Format
 from prunella.compress.storage import stored_bytes as stored_bytes
@@ -22,8 +22,8 @@ __all__ = [
     "deep_compression_",
     "huffman",
     "low_rank",
-    "quantisation_aware",
-    "quantise_weight",
+    "quantization_aware",
+    "quantize_weight",
     "relative_index",
     "round_weights_",
     "share_weight",

@@ -38,7 +38,7 @@ class Quantised:
 @compression(
     source="Han et al. 2016, arXiv:1510.00149 (after pruning); Krishnamoorthi 2018, arXiv:1806.08342 (per channel)"
 )
-def quantise_weight(weight: Tensor, *, bits: int = 8) -> Quantised:
+def quantize_weight(weight: Tensor, *, bits: int = 8) -> Quantised:
     """Round a weight to whole numbers, symmetrically, with one scale for each position on its first axis.
 
     `q = round(w / s)` with `s = max |w| / (2^(bits - 1) - 1)` over the row: 0 becomes exactly 0, the largest weight of
@@ -50,7 +50,7 @@ def quantise_weight(weight: Tensor, *, bits: int = 8) -> Quantised:
     Data: none.
 
     Use: for weights of linear layers and convolutions, after pruning. Avoid: below 4 bits without training
-    (`quantisation_aware`).
+    (`quantization_aware`).
     """
     if not 2 <= bits <= 8:
         raise RequestError(f"bits={bits} is out of range", "codes are kept in 8 bits", "bits from 2 to 8")
@@ -84,7 +84,7 @@ class Rounded:
 def round_weights_(model: nn.Module, *, bits: int = 8, only: Sequence[str] = ("*",)) -> tuple[Rounded, ...]:
     """Replace the weights by the values that their codes stand for, in place, and say what it cost.
 
-    Simulated quantisation: every parameter with at least two axes is rounded as `quantise_weight` does. Types, shapes
+    Simulated quantisation: every parameter with at least two axes is rounded as `quantize_weight` does. Types, shapes
     and names stay, so that accuracy can be measured, masks stay in force and the model is saved as any other; it is not
     smaller in memory. For integers in memory there is `to_int8_`.
 
@@ -92,23 +92,23 @@ def round_weights_(model: nn.Module, *, bits: int = 8, only: Sequence[str] = ("*
 
     Data: none.
 
-    Use: to see what quantisation costs a pruned model, and as the last step after `quantisation_aware`. Avoid: when it
+    Use: to see what quantisation costs a pruned model, and as the last step after `quantization_aware`. Avoid: when it
     must be smaller or faster here and now.
     """
     done = []
     with torch.no_grad():
         for name, parameter in _weights(model, only):
-            value = quantise_weight(parameter, bits=bits).weight()
+            value = quantize_weight(parameter, bits=bits).weight()
             done.append(compare(name, parameter, value, bits))
             parameter.copy_(value)
     return tuple(done)
 
 
 @compression(source="Jacob et al. 2018, arXiv:1712.05877; Bengio et al. 2013, arXiv:1308.3432 (straight-through)")
-def quantisation_aware(loss: Loss, *, bits: int = 8, only: Sequence[str] = ("*",)) -> Loss:
+def quantization_aware(loss: Loss, *, bits: int = 8, only: Sequence[str] = ("*",)) -> Loss:
     """A loss that sees the model with rounded weights, while the optimizer moves the weights behind them.
 
-    `L(Q(w))` with `Q` of `quantise_weight`; the gradient passes the rounding as if it were not there. Nothing is
+    `L(Q(w))` with `Q` of `quantize_weight`; the gradient passes the rounding as if it were not there. Nothing is
     replaced: parameters, names and masks are those of the model, so that `finetune` and `Pruner` work as ever, masked
     weights stay 0, and `Q(0) = 0`. `round_weights_` at the end gives the function that was trained.
 
@@ -162,7 +162,7 @@ def _weights(model: nn.Module, only: Sequence[str]) -> list[tuple[str, nn.Parame
 
 
 def _straight_through(parameter: nn.Parameter, bits: int) -> Tensor:
-    rounded = quantise_weight(parameter, bits=bits).weight()
+    rounded = quantize_weight(parameter, bits=bits).weight()
     return parameter + (rounded - parameter).detach()
 
 

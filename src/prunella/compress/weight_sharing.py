@@ -57,7 +57,7 @@ def share_weight(weight: Tensor, *, bits: int = 5, start: Start = Start.LINEAR, 
     Data: none.
 
     Use: to store a pruned network in few bits, with `huffman`. Avoid: for speed, since values are looked up one by one;
-    integers (`quantise_weight`) multiply faster.
+    integers (`quantize_weight`) multiply faster.
     """
     if not 1 <= bits <= 8:
         raise RequestError(f"bits={bits} is out of range", "a book has 2 to 256 values", "bits from 1 to 8")

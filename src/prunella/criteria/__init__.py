@@ -1,4 +1,4 @@
-"""Criteria: plain functions from statistics to scores. Positional parameters are the statistics, keywords the knobs."""
+"""Criteria: functions from statistics to scores. Positional parameters are statistics, keyword-only ones are knobs."""
 
 from prunella.criteria.activation import activation_norm as activation_norm
 from prunella.criteria.activation import activation_variance as activation_variance

@@ -39,7 +39,7 @@ def wanda(weight: Weight, input_norm: InputNorm) -> Saliency:
                 [ 5.,  2.]])
 
     Use: linear layers whose inputs have outliers, as in language models. Avoid: models without calibration data, or
-    pruned with retraining: `magnitude` does as well there.
+    pruning with retraining, where `magnitude` is as good.
     """
     return weight.abs() * input_norm
 
@@ -49,40 +49,40 @@ def ria(weight: Weight, input_norm: InputNorm, *, a: float = 0.5) -> Saliency:
     """Each weight as a share of its row and of its column, times a power of the norm of its input (RIA).
 
     `S_ij = (|W_ij| / sum_j |W_ij| + |W_ij| / sum_i |W_ij|) * ||x_j||_2^a`, norms over all tokens of the calibration
-    data. Shares keep a whole row or column from being emptied; rows and columns of zeros score 0.
+    data. The shares prevent empty rows and columns; rows and columns of zeros score 0.
     Data: forward passes only.
 
-    a: from 0 up; 0 leaves the inputs out.
+    a: from 0 up; 0 ignores the inputs.
 
-    Use: as `wanda`, at N:M and above 50 %. Avoid: units of structure, whose shares hardly differ.
+    Use: as `wanda`, at N:M and above 50 %. Avoid: structured pruning, where the shares of units hardly differ.
     """
-    size = weight.abs()
+    magnitudes = weight.abs()
     tiny = torch.finfo(weight.dtype).tiny
-    rows, columns = (size.sum(axis, keepdim=True).clamp_min(tiny) for axis in (1, 0))
-    return (size / rows + size / columns) * input_norm.to(weight.dtype) ** a
+    rows, columns = (magnitudes.sum(axis, keepdim=True).clamp_min(tiny) for axis in (1, 0))
+    return (magnitudes / rows + magnitudes / columns) * input_norm.to(weight.dtype) ** a
 
 
 @criterion(source="An et al. 2024, arXiv:2312.11983", scope="consumer", status="stable")
 def fluctuation(weight: Weight, input_var: InputVar) -> Saliency:
-    """Variance of an input times the squared weight that reads it: what a constant cannot replace (FLAP).
+    """Variance of an input times the squared weight that reads the input: the part that no bias can replace (FLAP).
 
     `S_ij = Var(x_j) * W_ij^2`; a unit scores the sum over the weights that read it, `Var(x_j) * ||W_:j||^2`. An input
-    that never varies scores 0 however large it is, since `fold_means` puts it into the bias without any error.
+    that never varies scores 0 at any size, since `fold_means` folds it into the bias without error.
     Data: forward passes only. A convolution takes the variance of a channel over samples and pixels.
 
-    Use: units and heads without training, followed by `fold_means`. Avoid: without that compensation: removing a large
-    constant input does harm.
+    Use: units and heads without training, followed by `fold_means`. Avoid: pruning without `fold_means`, where the loss
+    of a large constant input does harm.
     """
     return input_var * weight.square()
 
 
 @criterion(source="Hu et al. 2016, arXiv:1607.03250", status="stable")
 def apoz(unit_zeros: UnitZeros) -> Scores:
-    """How often the activation of a unit is not zero: one minus the average percentage of zeros (APoZ).
+    """Fraction of the activations of a unit that are not zero: one minus the average percentage of zeros (APoZ).
 
-    `s_u = 1 - mean [a_u = 0]`, so that higher is kept: a dead unit, whose APoZ is 1, scores 0. `a_u` is what the layers
-    that read the unit multiply, after any activation, module or function; behind an average pooling a value is zero
-    only where the whole window is. Data: forward passes only.
+    `s_u = 1 - mean [a_u = 0]`, so that higher is kept: a dead unit, whose APoZ is 1, scores 0. `a_u` is the input of
+    the layers that read the unit, after any activation, module or function. Behind an average pooling a value is zero
+    only where the full window is zero. Data: forward passes only.
 
     Use: networks with ReLU, to find dead and nearly dead units. Avoid: GELU, SiLU and other activations that are never
     exactly 0: all units tie.
@@ -95,8 +95,8 @@ def hrank(unit_rank: UnitRank) -> Scores:
     """Mean rank of the feature maps of a channel.
 
     `s_u = mean over samples of rank(A_u)`, `A_u` the map `(height, width)` that the convolutions read, after activation
-    and pooling. The rank is that of `torch.linalg.matrix_rank` with its default tolerance. Data: forward passes only; a
-    singular value decomposition for each map. Channels that no 2-D convolution reads are left alone.
+    and pooling. The rank is that of `torch.linalg.matrix_rank` with its default tolerance. Data: forward passes only,
+    and one singular value decomposition for each map. Channels that no 2-D convolution reads are not scored.
 
     Use: convolutions on maps of 8x8 and more; a few batches are enough. Avoid: small maps, where nearly all ranks are
     equal, and linear layers.
@@ -108,79 +108,79 @@ def hrank(unit_rank: UnitRank) -> Scores:
 def activation_norm(unit_norm: UnitNorm) -> Scores:
     """Size of the activation of a unit.
 
-    `s_u = sqrt(mean a_u^2)` over samples, pixels and the positions of the unit, where the layers that read it multiply
-    it. Data: forward passes only.
+    `s_u = sqrt(mean a_u^2)` over samples, pixels and the positions of the unit, at the input of the layers that read
+    the unit. Data: forward passes only.
 
-    Use: rankings without labels in networks whose readers have weights of like size. Avoid: units with a large constant
-    part, which a bias could replace: see `activation_variance`.
+    Use: rankings without labels in networks whose readers have weights of similar size. Avoid: units with a large
+    constant part, which a bias could replace: see `activation_variance`.
     """
     return unit_norm
 
 
 @criterion(source="Polyak and Wolf 2015; Molchanov et al. 2017, arXiv:1611.06440", status="stable")
 def activation_variance(unit_var: UnitVar) -> Scores:
-    """Variance of the activation of a unit: one that hardly varies carries no information.
+    """Variance of the activation of a unit: a constant unit carries no information.
 
-    `s_u = mean a_u^2 - (mean a_u)^2` over samples and pixels, the mean over the positions of a unit, where the layers
-    that read it multiply it. Data: forward passes only.
+    `s_u = mean a_u^2 - (mean a_u)^2` over samples and pixels, the mean over the positions of a unit, at the input of
+    the layers that read the unit. Data: forward passes only.
 
-    Use: before `fold_means` or `reconstruct`, which put the constant part back. Avoid: when how the unit is read
-    matters too: `fluctuation` has the weights.
+    Use: before `fold_means` or `reconstruct`, which restore the constant part. Avoid: readers with weights of different
+    size: `fluctuation` includes the weights.
     """
     return unit_var
 
 
 @criterion(source="Men et al. 2024, arXiv:2403.03853", status="stable")
 def block_influence(influence: Influence) -> Scores:
-    """How much a residual block turns the stream that runs through it (ShortGPT's block influence).
+    """Rotation of the residual stream by a residual block (ShortGPT's block influence).
 
-    `s_l = 1 - mean cos(x_l, x_{l+1})` over tokens and samples, between what enters and what leaves the block; the
+    `s_l = 1 - mean cos(x_l, x_{l+1})` over tokens and samples, between the input and the output of the block. The
     vectors are along the last axis, or along the channels where the block begins with a convolution. An identity block
-    scores 0 and goes first; so does one that only scales the stream. Data: forward passes only. For `Depth()`.
+    scores 0 and is removed first, as is a block that only scales the stream. Data: forward passes only. For `Depth()`.
 
-    Use: whole layers of language models without training. Avoid: short stacks, or blocks that change the width.
+    Use: layers of language models without training. Avoid: short stacks, or blocks that change the width.
     """
     return influence
 
 
-@criterion(source="Chen et al. 2022, arXiv:2206.00277 (experts by the tokens that they get)")
+@criterion(source="Chen et al. 2022, arXiv:2206.00277 (experts by their number of tokens)")
 def router_frequency(expert_share: ExpertShare) -> Scores:
-    """How often the router chooses an expert.
+    """Fraction of the tokens for which the router chooses an expert.
 
-    `s_j = (tokens sent to j) / (all tokens)`, so that the scores of a layer sum to k, the experts that a token gets. An
-    expert that no token is sent to scores 0: without it the outputs on this data stay. Data: forward passes only.
-    For `Expert()`; the router is seen where it calls `topk` along the experts.
+    `s_j = (tokens sent to j) / (all tokens)`, so that the scores of a layer sum to k, the number of experts per token.
+    An expert without tokens scores 0: its removal does not change the outputs on this data. Data: forward passes only.
+    For `Expert()`; the router is identified by its call of `topk` along the experts.
 
-    Use: a first look at how evenly experts are used; data like that of the task. Avoid: as the only word: rare experts
-    may matter most for rare tokens; `reap` looks at what they add.
+    Use: a first look at the load of the experts, on data of the task. Avoid: as the only criterion, since rare experts
+    may matter most for rare tokens: `reap` measures their outputs.
     """
     return expert_share
 
 
 @criterion(source="Lasby et al. 2025, arXiv:2510.13999 (the router's part of REAP)")
 def router_weight(expert_gate: ExpertGate) -> Scores:
-    """Mean weight that the router gives an expert when it chooses it.
+    """Mean router weight of an expert over the tokens sent to the expert.
 
-    `s_j = mean of g_j(x) over the tokens sent to j`, `g` the softmax over the experts chosen for a token, whether the
-    source takes it before or after the choice. Data: forward passes only. For `Expert()`. Routers without a softmax
-    are left alone.
+    `s_j = mean of g_j(x) over the tokens sent to j`, `g` the softmax over the experts chosen for a token. The source
+    may take the softmax before or after the choice. Data: forward passes only. For `Expert()`. Experts of routers
+    without a softmax are not scored.
 
-    Use: a check on `reap`, at the cost of plain forward passes. Avoid: where outputs of experts differ in size.
+    Use: a check on `reap`, at the cost of plain forward passes. Avoid: experts whose outputs differ in size.
     """
     return expert_gate
 
 
 @criterion(source="Lasby et al. 2025, arXiv:2510.13999")
 def reap(expert_output: ExpertOutput) -> Scores:
-    """What an expert adds to the tokens that are sent to it, weight included (router-weighted expert activation).
+    """Mean norm of the router-weighted output of an expert over the tokens sent to the expert (REAP).
 
-    `s_j = mean of ||g_j(x) f_j(x)||_2 over the tokens sent to j`. It is measured, not read out of a known model: the
-    layer runs once more for each expert with the expert's parameters at zero, and the difference is what it added. This
-    needs that the router's weights do not depend on the experts and that a zero expert gives zero, and it takes the
-    output of the smallest module that holds router and experts. Data: forward passes only, one of each layer for each
-    of its experts. For `Expert()`.
+    `s_j = mean of ||g_j(x) f_j(x)||_2 over the tokens sent to j`. The score is measured without knowledge of the
+    architecture: the layer runs once more for each expert with the parameters of the expert at zero, and the difference
+    is the output of the expert. The router's weights must not depend on the experts, and a zero expert must give zero.
+    The output is that of the smallest module that holds router and experts. Data: forward passes only, one of each
+    layer for each of its experts. For `Expert()`.
 
-    Use: removing experts in one shot, without training. Avoid: hundreds of experts on much data: try `router_frequency`
-    first.
+    Use: removal of experts in one shot, without training. Avoid: hundreds of experts on much data: try
+    `router_frequency` first.
     """
     return expert_output

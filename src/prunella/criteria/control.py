@@ -1,4 +1,4 @@
-"""Controls: one criterion made of another, to see whether its order, and not only its sparsities, does the work."""
+"""Controls of a criterion: tests whether the order of its scores matters, and not only the sparsity of each layer."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ def _permuted(scores: Tensor, generator: torch.Generator) -> Tensor:
 
 @control(source="Frankle et al. 2021, arXiv:2009.08576", status="stable")
 def inverted(of: Criterion) -> Controlled:
-    """Another criterion with its order reversed: what it would remove first is kept.
+    """A criterion with its order reversed: the units that it would remove first are kept.
 
-    `s' = -s`, of the finished scores of units or weights. Data: what the other criterion needs. A criterion whose
-    inverse prunes as well as itself orders nothing that matters.
+    `s' = -s`, of the finished scores of units or weights. Data: that of the criterion. If the inverse prunes as well as
+    the criterion, the order of the criterion does not matter.
 
-    Use: as the control of a criterion that beats random. Avoid: with allocations that divide by scores, as `lamp`,
-    which mean nothing below zero.
+    Use: as the control of a criterion that beats random. Avoid: allocations that divide by scores, such as `lamp`,
+    which need non-negative scores.
     """
     return Controlled(inverted, of, _negated)
 
 
 @control(source="Frankle et al. 2021, arXiv:2009.08576; Su et al. 2020, arXiv:2009.11094")
 def shuffled(of: Criterion) -> Controlled:
-    """Another criterion with its scores dealt out anew within each layer or group.
+    """A criterion with its scores permuted within each layer or group.
 
-    `s'_i = s_pi(i)` with `pi` drawn from the recipe's seed, one permutation for each layer or group: every layer loses
-    exactly as many units (weights) as under the other criterion, but other ones. Data: what the other one needs.
+    `s'_i = s_pi(i)` with `pi` drawn from the recipe's seed, one permutation for each layer or group. Every layer loses
+    exactly as many units (weights) as under the criterion, but other ones. Data: that of the criterion.
 
-    Use: to tell whether a criterion finds good weights or only good sparsities per layer. Avoid: with `uniform` on
-    plain layers, where it is the same as `random`.
+    Use: a test whether a criterion finds good weights or only good sparsities per layer. Avoid: `uniform` on plain
+    layers, where it is the same as `random`.
     """
     return Controlled(shuffled, of, _permuted)

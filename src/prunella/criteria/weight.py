@@ -1,4 +1,4 @@
-"""Criteria that need no data: they look at the parameters alone."""
+"""Criteria without data: functions of the parameters alone."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ def magnitude(weight: Weight, *, p: int = 1) -> Saliency:
     """Absolute value of a weight, or its square.
 
     `S_ij = |W_ij|^p`, so that a filter scores its L1 norm (p=1, Li et al.) or its squared L2 norm (p=2).
-    Data: none. p: 1 or 2. Caveats: blind to what the weight multiplies; a filter in front of a normalisation has no
-    scale of its own.
+    Data: none. p: 1 or 2. Caveats: inputs of the weight are ignored; a filter before a normalization has an arbitrary
+    scale.
 
     Example:
 
@@ -28,49 +28,49 @@ def magnitude(weight: Weight, *, p: int = 1) -> Saliency:
         tensor([[1.0000, 3.0000],
                 [0.5000, 2.0000]])
 
-    Use: masks, and as the baseline of every comparison. Avoid: channels before a normalisation, whose scale means
-    nothing.
+    Use: masks, and as the baseline of every comparison. Avoid: channels before a normalization, whose scale is
+    arbitrary.
     """
     if p not in (1, 2):
-        raise RequestError(f"magnitude takes p=1 or p=2, not {p!r}")
+        raise RequestError(f"magnitude takes p=1 or p=2, not {p!r}", "p is the power of |w|", "use p=1")
     return weight.abs() if p == 1 else weight.square()
 
 
 @criterion(source="Fang et al. 2023, arXiv:2301.12900", scope="group", status="stable")
-def group_norm(unit_weight: UnitWeight, *, p: float = 2.0, normalise: bool = True) -> Scores:
-    """Norm of everything that would go with a unit: producer rows, biases, normalisation, consumer columns.
+def group_norm(unit_weight: UnitWeight, *, p: float = 2.0, normalize: bool = True) -> Scores:
+    """Norm of all weights that are removed with a unit: producer rows, biases, normalization, consumer columns.
 
-    `s_u = (sum_{w in u} |w|^p)^(1/p)`, divided by `size^(1/p)` if normalised: then the size of a group does not bias
-    a ranking over groups. Data: none. p: at least 1. A unit of zeros ranks last.
+    `s_u = (sum_{w in u} |w|^p)^(1/p)`, divided by `size^(1/p)` if normalized, so that the size of a group does not
+    bias a ranking over groups. Data: none. p: at least 1. A unit of zeros ranks last.
 
-    Use: rankings over groups of different size, no data. Avoid: comparing layers whose scale is free, as before a
-    normalisation.
+    Use: rankings over groups of different size, no data. Avoid: layers with an arbitrary scale, as before a
+    normalization.
     """
     if p < 1:
-        raise RequestError(f"group_norm takes p of at least 1, not {p!r}")
-    size = unit_weight.shape[1] if normalise else 1
+        raise RequestError(f"group_norm takes p of at least 1, not {p!r}", "p is the order of the norm", "use p=2")
+    size = unit_weight.shape[1] if normalize else 1
     norm: Scores = torch.linalg.vector_norm(unit_weight, ord=p, dim=1)
     return torch.div(norm, float(size) ** (1 / p))
 
 
 @criterion(source="Liu et al. 2017, arXiv:1708.06519", status="stable")
 def bn_scale(norm_scale: NormScale) -> Scores:
-    """Scale of the batch normalisation that follows a channel (network slimming).
+    """Scale of the batch normalization that follows a channel (network slimming).
 
-    `s_u = |gamma_u|`, the mean where several normalisations act on a unit. Data: none. The paper trains with an L1
-    penalty on gamma first; without it the ranking is weak. Groups without a normalisation are left alone.
+    `s_u = |gamma_u|`, the mean where several normalizations act on a unit. Data: none. The paper trains with an L1
+    penalty on gamma first; without it the ranking is weak. Groups without a normalization are not scored.
 
-    Use: after training with a penalty on the scales. Avoid: networks trained without it: the ranking is weak.
+    Use: after training with a penalty on the scales. Avoid: networks trained without the penalty.
     """
     return norm_scale
 
 
 @criterion(source="He et al. 2019, arXiv:1811.00250", status="stable")
 def geometric_median(weight: Weight) -> Scores:
-    """How far a filter is from the other filters of its layer: redundant ones score low (FPGM).
+    """Distance of a filter to the other filters of its layer: redundant filters score low (FPGM).
 
-    `s_j = sum_k ||W_j - W_k||_2`, one number per output row. Data: none. Of two equal filters either one can be
-    replaced by the other, even if both are large. Takes `out^2 * in` operations a layer.
+    `s_j = sum_k ||W_j - W_k||_2`, one number per output row. Data: none. Either of two equal filters can
+    replace the other, even if both are large. Takes `out^2 * in` operations per layer.
 
     Use: layers with many similar filters, no data. Avoid: very wide layers, where `out^2 * in` is too slow.
     """
@@ -80,10 +80,10 @@ def geometric_median(weight: Weight) -> Scores:
 
 @criterion(source="Mittal et al. 2018, arXiv:1801.10447")
 def random(noise: Noise) -> Saliency:
-    """Uniform random scores: the baseline that every criterion has to beat.
+    """Uniform random scores: the baseline of every criterion.
 
     `s ~ U[0, 1)` for each unit, or each weight, drawn from the recipe's seed. Data: none.
 
-    Use: as the control: what does not beat it is not worth its time. Avoid: anything else.
+    Use: as the control of a criterion. Avoid: all other uses.
     """
     return noise

@@ -1,4 +1,4 @@
-"""Granularities: what a unit is. Frozen dataclasses, of two kinds: masks of weights, and units of structure."""
+"""Granularities: the units of pruning. Some are masks of weights, others units that are cut out of the model."""
 
 from prunella.granularity.element import Element as Element
 from prunella.granularity.kernel import Filter as Filter
@@ -17,13 +17,13 @@ from prunella.granularity.structure import Width as Width
 from prunella.granularity.structure import reduce_to_units as reduce_to_units
 
 Fixed = NM | KernelPattern
-"""Granularities of masks whose sparsity is fixed, whatever the allocation."""
+"""Granularities of masks with a fixed sparsity, independent of the allocation."""
 Shaped = Vector | Kernel | Filter
 """Granularities of masks whose blocks depend on the shape of the weight."""
 Competing = Element | Block | Shaped
 """Granularities of masks whose units compete."""
 Masking = Competing | Fixed
-"""Granularities that give masks: weights become zero, shapes stay."""
+"""Granularities that give masks: weights become zero, shapes do not change."""
 Ranked = Channel | Head | Width | Expert | Depth
 """Granularities whose units compete."""
 Structural = Ranked | Vocabulary

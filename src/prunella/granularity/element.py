@@ -14,10 +14,10 @@ from prunella.types import Mask, Saliency, Scores
 @granularity(source="Han et al. 2015, arXiv:1506.02626; Sun et al. 2023, arXiv:2306.11695 (per_row)", status="stable")
 @dataclass(frozen=True)
 class Element:
-    """Single weights: the finest pattern, and exactly `round(s * N)` zeros at sparsity `s`.
+    """Single weights: the finest pattern, with exactly `round(s * N)` zeros at sparsity `s`.
 
-    per_row: compare weights within their output row only, and remove one from every row of a layer at a time, so that
-    all rows of a layer keep the same number; the step is then the number of rows.
+    per_row: compare weights only within their output row. Each step removes one weight from every row of a layer, so
+    that all rows of a layer keep the same number. The step size is the number of rows.
 
     Example:
 
@@ -27,7 +27,7 @@ class Element:
         >>> plan.masks["weight"].sum(1)
         tensor([2, 2, 2, 2])
 
-    Use: the smallest file at the best accuracy. Avoid: speed without a sparse kernel.
+    Use: the smallest file at the best accuracy. Avoid: speedups without a sparse kernel.
     """
 
     per_row: bool = False
@@ -39,11 +39,11 @@ class Element:
         return scores.flatten().sort().values
 
     def freed(self, scores: Saliency) -> int | Tensor:
-        """Weights that go with each step: one number if always the same, else the running total after each step."""
+        """Weights removed by each step: one number if all steps are equal, else the running total after each step."""
         return scores.shape[0] if self.per_row else 1
 
     def mask(self, scores: Saliency, removed: int) -> Mask:
-        """What is kept after so many steps."""
+        """The mask after `removed` steps."""
         if self.per_row:
             return keep_top(scores, scores.shape[1] - removed)
         return keep_top(scores.flatten(), scores.numel() - removed).view_as(scores)

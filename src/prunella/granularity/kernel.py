@@ -1,4 +1,4 @@
-"""Patterns of convolution kernels: rows of a kernel, whole kernels, whole filters, and a small set of shapes."""
+"""Patterns of convolution kernels: rows of a kernel, kernels, filters, and a small set of shapes."""
 
 from __future__ import annotations
 
@@ -28,15 +28,17 @@ class Vector:
     longer than 1 (3 of a 3x3 kernel), and `length` otherwise (linear layers, 1x1 convolutions). A run scores the sum
     over its weights. length: at least 1; the last run of a row may be shorter.
 
-    Use: between single weights and whole kernels, where a kernel function loads a row at a time. Avoid: comparing
-    layers by sums in one ranking when their runs differ in length: `uniform` or `erk` is safe there.
+    Use: patterns between weights and kernels, where a kernel function loads one row at a time. Avoid: one ranking by
+    sums over layers whose runs differ in length: take `uniform` or `erk`.
     """
 
     length: int = 4
 
     def __post_init__(self) -> None:
         if self.length < 1:
-            raise RequestError(f"Vector({self.length}) has no weights", "a run is at least 1 weight long")
+            raise RequestError(
+                f"Vector({self.length}) has no weights", "a run has at least 1 weight", "for example Vector(4)"
+            )
 
     def on(self, shape: tuple[int, ...]) -> Block:
         """The blocks of a weight of shape `(out, in, *kernel)`."""
@@ -47,13 +49,12 @@ class Vector:
 @granularity(source="Mao et al. 2017, arXiv:1705.08922")
 @dataclass(frozen=True)
 class Kernel:
-    """Whole kernels: the weights that join one input channel to one output channel.
+    """Kernels: all weights between one input channel and one output channel.
 
     In the matrix `(out, in * kernel)` these are blocks of `1 x kernel`. A kernel scores the sum over its weights. Where
     a layer has no kernel (linear layers, 1x1 convolutions) a kernel is a single weight.
 
-    Use: connections between channels that a compiler can skip whole. Avoid: networks of 1x1 convolutions, where it is
-    `Element()`.
+    Use: compilers that skip connections between channels. Avoid: networks of 1x1 convolutions, where it is `Element()`.
     """
 
     def on(self, shape: tuple[int, ...]) -> Block:
@@ -64,14 +65,14 @@ class Kernel:
 @granularity(source="Mao et al. 2017, arXiv:1705.08922; Li et al. 2017, arXiv:1608.08710")
 @dataclass(frozen=True)
 class Filter:
-    """Whole output rows of a weight, set to zero: shapes stay, and so do bias, normalisation and readers.
+    """Masks of output rows of a weight. Shapes, biases, normalization and readers do not change.
 
-    `Channel()` removes the same rows together with everything coupled to them, so that the model gets smaller, and
-    leaves alone what may not be cut. This only masks: it works on every layer, the last one too, and a filter's bias or
-    shift still reaches the next layer. A filter scores the sum over its weights.
+    `Channel()` removes the same rows with everything coupled to them, and skips groups that may not be cut: the model
+    gets smaller. `Filter()` only masks. It applies to every layer, also to the last one, and the bias or shift of a
+    filter still reaches the next layer. A filter scores the sum over its weights.
 
-    Use: the coarsest step when patterns are compared at equal sparsity, or soft masks in training. Avoid: a smaller
-    or faster model: take `Channel()`.
+    Use: the coarsest pattern in a comparison at equal sparsity, or soft masks in training. Avoid: a smaller or faster
+    model: take `Channel()`.
     """
 
     def on(self, shape: tuple[int, ...]) -> Block:
@@ -84,10 +85,10 @@ class Filter:
 class KernelPattern:
     """Every 3x3 kernel keeps `entries` weights, in one of at most `patterns` shapes that the network shares.
 
-    The natural shape of a kernel is its centre and the `entries - 1` highest others. The shapes that occur most often
-    over all layers of the plan are the library (ties: the one that comes first in reading order of its cells), and
-    every kernel takes the shape that keeps the largest L2 norm of its scores. The sparsity is always
-    `1 - entries / 9`. Layers with other kernels are an error: leave them out with skip=, or prune them by `Kernel()`.
+    The natural shape of a kernel is its centre and the `entries - 1` highest others. The library holds the most
+    frequent natural shapes over all layers of the plan (ties: the first one in reading order of the cells). Every
+    kernel takes the shape that keeps the largest L2 norm of its scores. The sparsity is always `1 - entries / 9`.
+    Layers with other kernels are an error: exclude them with skip=, or prune them by `Kernel()`.
     entries: 2 to 8. patterns: at least 1.
 
     Use: 3x3 networks on a compiler that unrolls shapes. Avoid: everything else: dense kernels multiply the zeros.
@@ -98,8 +99,10 @@ class KernelPattern:
 
     def __post_init__(self) -> None:
         if not 2 <= self.entries < _CELLS or self.patterns < 1:
-            why = f"2 to {_CELLS - 1} entries stay of {_CELLS}, in at least one shape"
-            raise RequestError(f"KernelPattern({self.entries}, {self.patterns}) is no pattern", why)
+            why = f"2 to {_CELLS - 1} of {_CELLS} entries are kept, in at least one shape"
+            raise RequestError(
+                f"KernelPattern({self.entries}, {self.patterns}) is no pattern", why, "for example KernelPattern(4, 8)"
+            )
 
     @property
     def title(self) -> str:
@@ -112,15 +115,15 @@ class KernelPattern:
         return 1 - self.entries / _CELLS
 
     def misfit(self, shape: tuple[int, ...]) -> str:
-        """Why a weight of shape `(out, in, *kernel)` cannot have this pattern; nothing if it can."""
+        """Why a weight of shape `(out, in, *kernel)` cannot have this pattern; empty if it can."""
         return "" if shape[2:] == (_SIDE, _SIDE) else f"its kernels are not {_SIDE}x{_SIDE}"
 
     def masks(self, scores: Sequence[Saliency]) -> list[Mask]:
-        """What is kept of every layer's matrix `(out, in * 9)`."""
+        """The masks of the matrices `(out, in * 9)` of all layers."""
         kernels = [matrix.double().reshape(-1, _CELLS) for matrix in scores]
         if any(bool((cells < 0).any()) for cells in kernels):
             todo = "use a criterion such as magnitude, snip or taylor_sq"
-            raise RequestError(f"{self.title} needs scores that are not negative", "it compares their squares", todo)
+            raise RequestError(f"{self.title} needs non-negative scores", "it compares squares of scores", todo)
         shapes = library(kernels, self.entries, self.patterns)
         chosen = [shapes[(cells.square() @ shapes.double().T).argmax(1)] for cells in kernels]
         return [mask.view_as(matrix) for mask, matrix in zip(chosen, scores, strict=True)]
@@ -131,9 +134,9 @@ def library(kernels: Sequence[Tensor], entries: int, patterns: int) -> Mask:
     cells = torch.cat(list(kernels)).clone()
     cells[:, _CENTRE] = torch.inf
     natural = keep_top(cells, entries)
-    found, counts = torch.unique(natural.flip(1).long(), dim=0, return_counts=True)
+    distinct, counts = torch.unique(natural.flip(1).long(), dim=0, return_counts=True)
     order = torch.argsort(counts.flip(0), descending=True, stable=True)[:patterns]
-    shapes: Mask = found.flip(0)[order].flip(1).bool()
+    shapes: Mask = distinct.flip(0)[order].flip(1).bool()
     return shapes
 
 

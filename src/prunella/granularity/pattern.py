@@ -1,4 +1,4 @@
-"""Regular patterns of weights, which hardware or sparse kernels can use."""
+"""Regular patterns of weights for hardware and sparse kernels."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from prunella.types import Mask, Saliency, Scores
 class Block:
     """Blocks of `rows x cols` of the matrix `(out, in)`; a block scores the sum over its weights.
 
-    Ragged blocks at the edges are filled up with scores of zero, and count with the weights they really have.
+    Partial blocks at the edges are padded with scores of zero. Their size is the number of real weights.
 
     Example:
 
@@ -30,7 +30,7 @@ class Block:
         >>> plan.masks["weight"].sum(0).unique()  # a column of a block is kept or pruned as one
         tensor([0, 4])
 
-    Use: kernels that run blocks, such as 16x1 on processors. Avoid: small layers, or when no kernel uses the pattern.
+    Use: kernels for blocks, such as 16x1 on CPUs. Avoid: small layers, or machines without a kernel for the pattern.
     """
 
     rows: int
@@ -38,7 +38,11 @@ class Block:
 
     def __post_init__(self) -> None:
         if self.rows < 1 or self.cols < 1:
-            raise RequestError(f"Block({self.rows}, {self.cols}) has no weights", "rows and cols are at least 1")
+            raise RequestError(
+                f"Block({self.rows}, {self.cols}) has no weights",
+                "rows and cols are at least 1",
+                "for example Block(16, 1)",
+            )
 
     def ranked(self, scores: Saliency) -> Scores:
         """Scores of the blocks, ascending."""
@@ -50,7 +54,7 @@ class Block:
         return sizes[removal_order(self._sums(scores))].cumsum(0).round().long()
 
     def mask(self, scores: Saliency, removed: int) -> Mask:
-        """What is kept after so many blocks."""
+        """The mask after `removed` blocks."""
         sums = self._sums(scores)
         tall = -(-scores.shape[0] // self.rows)
         kept = keep_top(sums, len(sums) - removed).view(tall, -1)
@@ -67,12 +71,12 @@ class Block:
 @granularity(source="Zhou et al. 2021, arXiv:2102.04010; Mishra et al. 2021, arXiv:2104.08378", status="stable")
 @dataclass(frozen=True)
 class NM:
-    """N kept of every M consecutive columns of the matrix `(out, in)`: `NM(2, 4)` is what sparse tensor cores run.
+    """N kept of every M consecutive columns of the matrix `(out, in)`. Sparse tensor cores run `NM(2, 4)`.
 
-    The sparsity is always `1 - n / m`, whatever the allocation. Columns of a convolution run over its kernel within an
-    input channel. A layer whose columns M does not divide is an error: leave it out with skip=, or pass ragged=True:
-    then the columns are thought of as filled up to a multiple of M with columns that go first, so that the last r
-    columns of a row keep `min(N, r)`, and the sparsity is a little less.
+    The sparsity is always `1 - n / m`, independent of the allocation. Columns of a convolution run over the kernel
+    within an input channel. A layer whose number of columns M does not divide is an error: exclude it with skip=, or
+    pass ragged=True. With ragged=True the last r columns of a row keep `min(N, r)`, as if the row were padded with
+    columns that are removed first, and the sparsity is a little lower.
 
     Example:
 
@@ -82,7 +86,7 @@ class NM:
         >>> plan.masks["weight"].reshape(-1, 4).sum(1)
         tensor([2, 2, 2, 2, 2, 2, 2, 2])
 
-    Use: hardware that runs the pattern. Avoid: other hardware, where nothing gets faster.
+    Use: hardware that runs the pattern. Avoid: other hardware, where it gives no speedup.
     """
 
     n: int
@@ -91,7 +95,9 @@ class NM:
 
     def __post_init__(self) -> None:
         if not 0 < self.n < self.m:
-            raise RequestError(f"NM({self.n}, {self.m}) is no pattern", "N are kept of every M, with 0 < N < M")
+            raise RequestError(
+                f"NM({self.n}, {self.m}) is no pattern", "N of every M are kept, with 0 < N < M", "for example NM(2, 4)"
+            )
 
     @property
     def title(self) -> str:
@@ -100,11 +106,11 @@ class NM:
 
     @property
     def sparsity(self) -> float:
-        """The fraction removed where M divides the columns."""
+        """The fraction removed where M divides the number of columns."""
         return 1 - self.n / self.m
 
     def misfit(self, shape: tuple[int, ...]) -> str:
-        """Why a weight of shape `(out, in, *kernel)` cannot have this pattern; nothing if it can."""
+        """Why a weight of shape `(out, in, *kernel)` cannot have this pattern; empty if it can."""
         fits = self.ragged or torch.Size(shape[1:]).numel() % self.m == 0
         return "" if fits else f"{self.m} does not divide the columns of the weight as a matrix (out, in * kernel)"
 
@@ -113,12 +119,12 @@ class NM:
         return not self.misfit(shape)
 
     def mask(self, scores: Saliency) -> Mask:
-        """The N highest of every M, among equal ones the first."""
+        """The N highest scores of every M; of equal scores the first."""
         width = scores.shape[1]
         filled = pad(scores, (0, -width % self.m), value=-torch.inf)
         kept = keep_top(filled.reshape(-1, self.m), self.n).view_as(filled)
         return kept[:, :width].contiguous()
 
     def masks(self, scores: Sequence[Saliency]) -> list[Mask]:
-        """What is kept of every layer's matrix."""
+        """The masks of the matrices of all layers."""
         return [self.mask(matrix) for matrix in scores]

@@ -1,4 +1,4 @@
-"""Units of structure: removing them makes the model smaller."""
+"""Units of structured pruning: their removal makes the model smaller."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from prunella.types import Scores
 
 
 class Reduce(Enum):
-    """How the saliencies of a unit's weights become its score."""
+    """Reduction of the saliencies of the weights of a unit to its score."""
 
     SUM = "sum"
     MEAN = "mean"
@@ -29,8 +29,8 @@ class Reduce(Enum):
 class Channel:
     """Channels, filters and neurons, with everything coupled to them.
 
-    reduce: how the saliencies of the weights in the criterion's scope become one score: sum (the papers' norms), mean
-    or maximum. Criteria that score units themselves are not reduced.
+    reduce: reduction of the saliencies of the weights in the criterion's scope to one score: sum (the papers' norms),
+    mean or maximum. Scores of criteria for units are not reduced.
 
     Example:
 
@@ -41,8 +41,8 @@ class Channel:
         >>> [tuple(parameter.shape) for parameter in pr.shrink(model, plan).parameters()][:4]
         [(4, 3, 3, 3), (4,), (4,), (4,)]
 
-    Use: a smaller and faster dense model on any machine. Avoid: when accuracy may not move at all and a sparse kernel
-    is at hand.
+    Use: a smaller and faster dense model on any machine. Avoid: no loss of accuracy allowed and a sparse kernel
+    available.
     """
 
     reduce: Reduce = Reduce.SUM
@@ -54,7 +54,7 @@ class Channel:
 class Head:
     """Attention heads: query, key, value and output slices together; with grouped queries, a key-value group.
 
-    head_dim and the scale of the scores stay as they are. reduce: as for `Channel`.
+    head_dim and the scale of the attention scores do not change. reduce: as for `Channel`.
 
     Example:
 
@@ -69,7 +69,7 @@ class Head:
         >>> pr.shrink(model, plan)[0].heads
         2
 
-    Use: transformers, together with `Channel()`. Avoid: models with few key-value heads: whole groups go at a time.
+    Use: transformers, together with `Channel()`. Avoid: models with few key-value heads, where a unit is a large group.
     """
 
     reduce: Reduce = Reduce.SUM
@@ -79,10 +79,10 @@ class Head:
 @granularity(source="Muralidharan et al. 2024, arXiv:2407.14679; Ashkboos et al. 2024, arXiv:2401.15024")
 @dataclass(frozen=True)
 class Width:
-    """Positions of a residual stream or of an embedding, through every layer that writes or reads them.
+    """Positions of a residual stream or of an embedding, in every layer that writes or reads them.
 
-    Norms that run along them take their statistics over what stays (a layer norm of fewer features), and the check
-    compares with the masked model in that form. reduce: as for `Channel`.
+    Norms along these positions take their statistics over the kept ones (a layer norm of fewer features). The check
+    compares with the masked model in this form. reduce: as for `Channel`.
 
     Example:
 
@@ -96,8 +96,7 @@ class Width:
         >>> pr.shrink(model, plan)[2].normalized_shape
         (4,)
 
-    Use: wide transformers that are recovered afterwards. Avoid: one shot without recovery: every
-    layer loses inputs at once.
+    Use: wide transformers, with recovery afterwards. Avoid: one shot without recovery, since every layer loses inputs.
     """
 
     reduce: Reduce = Reduce.SUM
@@ -107,9 +106,9 @@ class Width:
 @granularity(source="Lu et al. 2024, arXiv:2402.14800; Lasby et al. 2025, arXiv:2510.13999")
 @dataclass(frozen=True)
 class Expert:
-    """Experts of a mixture, with their columns of the router, which then chooses among those that stay.
+    """Experts of a mixture, with their columns of the router. The router then chooses among the kept experts.
 
-    At least as many stay as the router chooses for a token. reduce: as for `Channel`.
+    At least as many experts are kept as the router chooses for a token. reduce: as for `Channel`.
 
     Example:
 
@@ -134,13 +133,13 @@ class Expert:
 @granularity(source="Abdaoui et al. 2020, arXiv:2010.05609; Ushio et al. 2023, arXiv:2305.15020")
 @dataclass(frozen=True)
 class Vocabulary:
-    """Rows of the token table, and what else the tokens number: these tokens stay, and those that the model names.
+    """Rows of the token embedding, and of everything indexed by tokens. Tokens that the model names are kept too.
 
-    Nothing is ranked: `tokens` decides. The smaller model has numbers of its own: `Plan.renumber` gives them.
-    tokens: numbers of the tokens that stay, each at least 0.
+    There is no ranking: `tokens` decides. The smaller model has new token ids: see `Plan.renumber`.
+    tokens: ids of the kept tokens, each at least 0.
 
-    Use: small models with a large table and texts of one language or domain. Avoid: open-ended text: a token that is
-    gone cannot be read.
+    Use: small models with a large vocabulary, for texts of one language or domain. Avoid: open-ended text, since a
+    removed token cannot be read.
     """
 
     tokens: tuple[int, ...]
@@ -148,8 +147,8 @@ class Vocabulary:
 
     def __post_init__(self) -> None:
         if not self.tokens or any(type(token) is not int or token < 0 for token in self.tokens):
-            todo = "give the numbers that your texts have: Vocabulary(tuple(sorted(set(ids))))"
-            raise RequestError("Vocabulary(tokens=) takes the numbers of the tokens that stay", "", todo)
+            todo = "pass the token ids of your texts: Vocabulary(tuple(sorted(set(ids))))"
+            raise RequestError("Vocabulary(tokens=) takes ids of kept tokens", "ids are whole numbers from 0 up", todo)
 
 
 @granularity(
@@ -157,11 +156,11 @@ class Vocabulary:
 )
 @dataclass(frozen=True)
 class Depth:
-    """Whole residual blocks: modules of a list whose output is their input with something added.
+    """Residual blocks: modules of a list whose output is their input plus something.
 
-    They are found from the data flow, leave their list, and what numbers and counts them follows. A block's score is
-    that of all parameters that it alone has, whatever the criterion's scope. reduce: as for `Channel`; with the sum a
-    larger block scores more, `Reduce.MEAN` makes blocks of different sizes comparable.
+    The data flow identifies the blocks. A removed block leaves its list, and indices and counts of blocks are updated.
+    The score of a block covers all parameters that only this block has, for any scope of the criterion. reduce: as for
+    `Channel`; with the sum larger blocks score higher, `Reduce.MEAN` makes blocks of different sizes comparable.
 
     Example:
 
@@ -175,8 +174,8 @@ class Depth:
         >>> len(pr.shrink(model, plan)[1])
         2
 
-    Use: latency of deep networks at batch 1, since fewer layers run. Avoid: shallow networks, or without recovery
-    afterwards.
+    Use: latency of deep networks at batch 1, since fewer layers run. Avoid: shallow networks, or pruning without
+    recovery.
     """
 
     reduce: Reduce = Reduce.SUM

@@ -45,7 +45,7 @@ class Member:
     """The positions `index` on `axis` of `entity`; position `index[i]` belongs to unit `unit[i]` of the group.
 
     `role`: `out` rows of a weight that produce the unit, `in` columns of a weight that read it, `bias` of a producer,
-    `scale` and `shift` of a normalisation, `stat` its running statistics, `other` anything else that is cut along.
+    `scale` and `shift` of a normalization, `stat` its running statistics, `other` anything else that is cut along.
     """
 
     entity: str

@@ -11,7 +11,7 @@ from prunella.graph.data import Graph, Group, Layer
 
 
 def names_of_group(graph: Graph, group: Group) -> set[str]:
-    """Names by which a group can be meant: its own, and the parameters and modules that produce or normalise its units.
+    """Names by which a group can be meant: its own, and the parameters and modules that produce or normalize its units.
 
     Not those that only read them: `skip=["fc"]` spares the outputs of `fc`, not the channels in front of it.
     """

@@ -141,7 +141,7 @@ def _precise(model: nn.Module, double: bool) -> nn.Module:
 def masked(model: nn.Module, done: Changes, *, consumers: bool = False) -> nn.Module:
     """A copy whose removed positions are zero in every parameter; with `consumers`, along every axis but the first.
 
-    Zeroing only what reads a unit serves parameters that are normalised in the forward pass, where a slice of zeros
+    Zeroing only what reads a unit serves parameters that are normalized in the forward pass, where a slice of zeros
     would divide zero by zero.
     """
     made = copied(model)

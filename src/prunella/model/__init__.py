@@ -1,1 +1,1 @@
-"""Whatever runs, copies, guards or reads a user's model."""
+"""Functions that run, copy, guard or read a user's model."""

@@ -1,4 +1,4 @@
-"""One way to copy a model: also where `copy.deepcopy` alone gives up."""
+"""Copies of models, also where `copy.deepcopy` alone fails."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Memo = dict[int, Any]
 
 _LOCK, _RLOCK = type(threading.Lock()), type(threading.RLock())
 _SHARED = (ModuleType, GeneratorType, io.IOBase, threading.Thread)
-"""What a copy uses together with the original: it stands for something outside the model, which there is once."""
+"""Types that a copy shares with the original: they represent unique objects outside the model."""
 
 _ATOMS = (type(None), bool, int, float, complex, str, bytes, type, torch.dtype, torch.device, torch.Size)
 
@@ -29,22 +29,24 @@ _ATOMS = (type(None), bool, int, float, complex, str, bytes, type, torch.dtype, 
 def copied(model: M, *, shared: Iterable[Tensor] = ()) -> M:
     """A copy of the bare model with its hooks, parametrizations, ties and training flags, and without `.grad`.
 
-    Tensors that a forward pass left on a module are copied without their history, locks are fresh ones, and the copy
-    shares open files, Python generators, modules of Python and threads with the original. Inside
-    `torch.inference_mode()` too the copy has ordinary tensors, which can be trained.
+    Tensors that a forward pass stored on a module are copied without their history, and locks are replaced by new ones.
+    The copy shares open files, Python generators, Python modules and threads with the original. Also inside
+    `torch.inference_mode()` the copy has ordinary tensors, which can be trained.
 
-    shared: parameters and buffers that the copy uses as they are. Errors: NotSupported names the attribute that cannot
-    be copied.
+    shared: parameters and buffers that the copy shares with the original. Errors: NotSupported names the attribute that
+    cannot be copied.
     """
-    bare = cast(M, unwrap(model))  # of the same kind, unless it was wrapped
+    bare = cast(M, unwrap(model))  # of the same type, unless it was wrapped
     memo: Memo = {id(tensor): tensor for tensor in shared}
     with torch.inference_mode(False):
         try:
             return copy.deepcopy(bare, dict(memo))
         except (MemoryError, torch.cuda.OutOfMemoryError):
             raise
-        except Exception:  # an attribute may raise anything; what is known to fail is replaced, and the rest named
-            memo |= {id(found): new for found in _reached(bare) if (new := _substitute(found)) is not None}
+        except Exception:  # an attribute may raise anything: replace known failures, name the others
+            memo |= {
+                id(value): substitute for value in _reached(bare) if (substitute := _substitute(value)) is not None
+            }
             try:
                 return copy.deepcopy(bare, dict(memo))
             except Exception as error:
@@ -57,7 +59,7 @@ def frozen_copy(model: M) -> M:
 
 
 def _substitute(value: Any) -> Any:
-    """What stands for a value that `copy.deepcopy` cannot copy; None for everything else."""
+    """The substitute of a value that `copy.deepcopy` cannot copy; None for all other values."""
     if isinstance(value, Tensor):
         return None if value.is_leaf else value.detach().clone().requires_grad_(value.requires_grad)
     if isinstance(value, torch.Generator):
@@ -70,7 +72,7 @@ def _substitute(value: Any) -> Any:
 
 
 def _reached(root: object) -> Iterator[object]:
-    """Everything that a deep copy of `root` meets, each once; what is shared or made anew is not entered."""
+    """Every object that a deep copy of `root` reaches, each once, without the contents of shared objects."""
     seen, stack = set[int](), [root]
     while stack:
         value = stack.pop()
@@ -99,7 +101,7 @@ def _parts(value: object) -> Iterator[object]:
 
 
 def _refusal(model: nn.Module, memo: Memo, error: Exception) -> NotSupported:
-    """The error that names the first attribute of the model that cannot be copied by itself."""
+    """The error that names the first attribute of the model that cannot be copied."""
     memo = memo | {id(part): part for part in (*model.modules(), *model.parameters(), *model.buffers())}
     for path, module in model.named_modules():
         for name, value in vars(module).items():
@@ -109,7 +111,9 @@ def _refusal(model: nn.Module, memo: Memo, error: Exception) -> NotSupported:
                 where = f"attribute {path}.{name}".replace(" .", " ")
                 why = f"it is a {type(value).__name__}: {fault}".splitlines()[0]
                 return NotSupported(
-                    f"{where} of the model cannot be copied", why, "delete it, or give its class a __deepcopy__ method"
+                    f"{where} of the model cannot be copied",
+                    why,
+                    "delete the attribute, or give its class a __deepcopy__ method",
                 )
     why = f"{type(error).__name__}: {error}".splitlines()[0]
     return NotSupported(f"the model ({type(model).__name__}) cannot be copied", why, "give it a __deepcopy__ method")

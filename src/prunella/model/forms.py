@@ -1,8 +1,8 @@
-"""How a weight enters an operation: as one or more matrices `(out, in)`, and what their columns multiply.
+"""Forms: an operation as products of matrices `(out, in)` with columns of its input.
 
 A form describes `y = columns @ matrix^T`, matrix by matrix: the weight as matrices `(groups, out, in)`, the input as
-columns `(tokens, in)`, the output as rows `(tokens, out)`. Everything that needs the inputs of a weight (norms, Gram
-matrices, least squares, paths) takes them from here.
+columns `(tokens, in)`, the output as rows `(tokens, out)`. Norms, Gram matrices, least squares and paths all take the
+inputs of a weight from its form.
 """
 
 from __future__ import annotations
@@ -19,30 +19,30 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 CHUNK = 8_000_000
-"""Most elements of an unfolded convolution input held at once, a sample at the least."""
+"""Largest number of elements of an unfolded convolution input in memory, at least one sample."""
 Chunk = tuple[Tensor, slice]
-"""Columns `(tokens, in)`, and which tokens they are."""
+"""Columns `(tokens, in)`, and the slice of their tokens."""
 
 
 class Form(Protocol):
-    """How one operation reads a weight. `shape` is that of the tensor that it reads."""
+    """How one operation reads a weight. `shape` is that of the weight as the operation reads it."""
 
     @property
     def orientation(self) -> tuple[object, ...]:
-        """Equal for two reads of one tensor if both see the same matrices."""
+        """Equal for two reads of one tensor if both have the same matrices."""
         ...
 
     @property
     def layout(self) -> object:
-        """Equal for two reads that make the same columns of one input; None where that is not known."""
+        """Equal for two reads with the same columns of one input; None if unknown."""
         ...
 
     def sizes(self, shape: Sequence[int]) -> tuple[int, int, int]:
-        """Number of matrices, their outputs, their inputs."""
+        """Number of matrices, outputs and inputs of each."""
         ...
 
     def matrices(self, operand: Tensor) -> Tensor:
-        """The tensor that is read as `(groups, out, in)`."""
+        """The weight as `(groups, out, in)`."""
         ...
 
     def restored(self, matrices: Tensor, shape: Sequence[int]) -> Tensor:
@@ -50,7 +50,7 @@ class Form(Protocol):
         ...
 
     def columns(self, x: Tensor, shape: Sequence[int], group: int, keep: Tensor | None = None) -> Iterator[Chunk]:
-        """What one matrix multiplies, in chunks. keep: which of its columns."""
+        """The inputs of one matrix, in chunks. keep: indices of its columns."""
         ...
 
     def rows(self, y: Tensor, shape: Sequence[int], group: int) -> Tensor:
@@ -59,18 +59,19 @@ class Form(Protocol):
 
     @property
     def output_axis(self) -> int | None:
-        """The axis of the output that counts the outputs of all matrices, None where it is not one, as in a layer."""
+        """The axis of the output that holds the outputs of all matrices; None if there is no single axis."""
         ...
 
     def total(self, values: Tensor, shape: Sequence[int], *, once: bool = False) -> Tensor:
         """Totals over all tokens of values in the shape of the input: float64, in a shape that broadcasts to `shape`.
 
-        Each value counts as often as it is multiplied (a convolution: by patches, padding included); once: once.
+        Each value counts once per product (in a convolution once per patch, padding included); with `once` exactly
+        once.
         """
         ...
 
     def input_sums(self, x: Tensor, shape: Sequence[int], group: int) -> tuple[Tensor, int]:
-        """Sums over tokens of the inputs of one matrix, one for each column or each channel; and how many tokens."""
+        """Sums over tokens of the inputs of one matrix, per column or per channel, and the number of tokens."""
         ...
 
 
@@ -78,8 +79,8 @@ class Form(Protocol):
 class Contraction:
     """A product of two tensors, as in einsum: one letter for each axis of the input, the weight and the output.
 
-    Letters of all three count matrices, those of input and weight are summed over, those of weight and output are
-    outputs, those of input and output are tokens. Every letter stands in two of them at least.
+    Letters in all three number the matrices. Letters of input and weight are summed over, letters of weight and output
+    are outputs, letters of input and output are tokens. Every letter is in at least two of the three.
     """
 
     x: str
@@ -88,7 +89,7 @@ class Contraction:
 
     @cached_property
     def batch(self) -> str:
-        """Axes that count the matrices."""
+        """Axes that number the matrices."""
         return "".join(a for a in self.weight if a in self.x and a in self.y)
 
     @cached_property
@@ -98,12 +99,12 @@ class Contraction:
 
     @cached_property
     def outer(self) -> str:
-        """Axes of the weight that the output has and the input has not."""
+        """Axes of the weight that are in the output but not in the input."""
         return "".join(a for a in self.weight if a not in self.x)
 
     @cached_property
     def tokens(self) -> str:
-        """Axes of the input that the output has and the weight has not."""
+        """Axes of the input that are in the output but not in the weight."""
         return "".join(a for a in self.x if a not in self.weight)
 
     @property
@@ -123,7 +124,7 @@ class Contraction:
         return groups, out, wide
 
     def matrices(self, operand: Tensor) -> Tensor:
-        """By axes: those that count, outputs, inputs."""
+        """Axes in the order: matrices, outputs, inputs."""
         order = [self.weight.index(a) for a in self.batch + self.outer + self.inner]
         return operand.permute(order).reshape(self.sizes(operand.shape))
 
@@ -221,7 +222,7 @@ class Convolution:
         return parts.transpose(1, 2).reshape(tuple(shape))
 
     def columns(self, x: Tensor, shape: Sequence[int], group: int, keep: Tensor | None = None) -> Iterator[Chunk]:
-        """The patches, a few samples at a time; of a transposed convolution those of the input with zeros between."""
+        """The patches, a few samples at a time; for a transposed convolution those of the input spread with zeros."""
         x, kernel = self._of_group(x, group), tuple(shape[2:])
         channels = None if keep is None else _whole_channels(keep, math.prod(kernel))
         if channels is not None:
@@ -244,7 +245,7 @@ class Convolution:
         return 1
 
     def total(self, values: Tensor, shape: Sequence[int], *, once: bool = False) -> Tensor:
-        """Over patches, without unfolding them; a transposed convolution takes every value once."""
+        """Over patches, without unfolding; a transposed convolution counts every value once."""
         if self.transposed:
             return _by_channel(values).view(-1, *[1] * (len(shape) - 1))
         sums = _by_channel(values) if once else self._patch_sums(values, tuple(shape[2:]))
@@ -254,7 +255,7 @@ class Convolution:
         return sums.view(self.groups, -1, *sums.shape[1:]).repeat_interleave(shape[0] // self.groups, 0)
 
     def input_sums(self, x: Tensor, shape: Sequence[int], group: int) -> tuple[Tensor, int]:
-        """Of every channel, padding left out; of a transposed convolution, of every column."""
+        """Per channel without padding; for a transposed convolution per column."""
         if not self.transposed:
             channels = self._of_group(x, group).movedim(1, -1)
             channels = channels.reshape(-1, channels.shape[-1]).double()
@@ -273,8 +274,8 @@ class Convolution:
         spans = [d * (k - 1) + 1 for d, k in zip(self.dilation, kernel, strict=True)]
         sizes = zip(spatial, self.padding, spans, self.stride, strict=True)
         if self.transposed:
-            grown = zip(sizes, self.output_padding, strict=True)
-            return tuple((n - 1) * step - sum(sides) + span + more for (n, sides, span, step), more in grown)
+            padded = zip(sizes, self.output_padding, strict=True)
+            return tuple((n - 1) * step - sum(sides) + span + more for (n, sides, span, step), more in padded)
         return tuple((n + sum(sides) - span) // step + 1 for n, sides, span, step in sizes)
 
     def _unfold(self, x: Tensor, kernel: tuple[int, ...]) -> Tensor:
@@ -291,13 +292,13 @@ class Convolution:
             span = self.dilation[axis] * (size - 1) + 1
             x = x.unfold(2 + axis, span, stride[axis])[..., :: self.dilation[axis]]
         spatial = len(kernel)
-        if self.transposed:  # the last tap of the kernel meets the first value of the patch
+        if self.transposed:  # the last tap of the kernel multiplies the first value of the patch
             x = x.flip(tuple(range(2 + spatial, 2 + 2 * spatial)))
         x = x.permute([0, *range(2, 2 + spatial), 1, *range(2 + spatial, 2 + 2 * spatial)])
         return x.reshape(x.shape[: 1 + spatial].numel(), x.shape[1 + spatial :].numel())
 
     def _patch_sums(self, values: Tensor, kernel: tuple[int, ...]) -> Tensor:
-        """Total of every entry of the patches, by channel and place in the kernel."""
+        """Total of every entry of the patches, by channel and position in the kernel."""
         grid = self._grid(values.shape[2:], kernel)
         sums = values.sum(0, dtype=torch.float64)
         sums = pad(sums, [side for pair in reversed(self.padding) for side in pair])
@@ -322,10 +323,10 @@ def _spread(x: Tensor, stride: tuple[int, ...]) -> Tensor:
 
 
 def _whole_channels(keep: Tensor, taps: int) -> Tensor | None:
-    """The channels, if the columns are all taps of each of them."""
+    """The channels, if the columns are all taps of these channels; else None."""
     if len(keep) % taps:
         return None
     blocks = keep.view(-1, taps)
     channels = blocks[:, 0] // taps
-    whole = torch.equal(blocks, channels[:, None] * taps + torch.arange(taps, device=keep.device))
-    return channels if whole else None
+    complete = torch.equal(blocks, channels[:, None] * taps + torch.arange(taps, device=keep.device))
+    return channels if complete else None

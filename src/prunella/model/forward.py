@@ -1,7 +1,8 @@
-"""How the library runs a model on one batch, and reads tensors out of what comes back. Written once, used everywhere.
+"""Forward passes on one batch, and the tensors of their outputs.
 
-Where the user gives `loss(model, batch)`, that is the only way the model is run; otherwise the shape of the batch
-decides how it is passed: a mapping as keywords, a tuple as positions, anything else as the one argument.
+With `loss(model, batch)` from the user, the library runs the model only through this function. Otherwise the type of
+the
+batch decides: a mapping gives keyword arguments, a tuple positional arguments, anything else the single argument.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ def forward(model: nn.Module, batch: Any) -> Any:
 
 
 def tensors(output: Any) -> list[Tensor]:
-    """All tensors of an output in order: of a tensor, tuple, list or mapping, nested; anything else is ignored."""
+    """All tensors of an output in order, from nested tuples, lists and mappings; other values are ignored."""
     if isinstance(output, Tensor):
         return [output]
     if isinstance(output, Mapping):
@@ -38,15 +39,15 @@ def tensors(output: Any) -> list[Tensor]:
 
 
 def first_tensor(output: Any) -> Tensor:
-    """The first tensor of an output. `NotSupported` if it holds none."""
-    found = tensors(output)
-    if not found:
+    """The first tensor of an output. `NotSupported` if it has no tensor."""
+    outputs = tensors(output)
+    if not outputs:
         raise NotSupported(
             f"the model returned {type(output).__name__} without a tensor",
-            "tensors are looked for in tuples, lists and mappings",
+            "only tuples, lists and mappings are searched for tensors",
             "wrap the model so that it returns one of these",
         )
-    return found[0]
+    return outputs[0]
 
 
 def batches(data: Iterable[Any]) -> Iterator[Any]:
@@ -58,15 +59,15 @@ def batches(data: Iterable[Any]) -> Iterator[Any]:
     if empty:
         raise RequestError(
             "data= holds no batches",
-            "the loader is empty, or it is a generator that was used up before",
+            "the loader is empty, or data= is a generator that is exhausted",
             "pass a list of batches or a DataLoader",
         )
 
 
 def samples(batch: Any) -> Iterator[Any]:
-    """A batch as batches of one: every tensor in it that has axes is split along its first one, the rest is shared."""
-    found = [tensor for tensor in tensors(batch) if tensor.dim()]
-    sizes = {tensor.shape[0] for tensor in found}
+    """A batch as batches of one sample: tensors with axes are split along the first, other values are shared."""
+    batched = [tensor for tensor in tensors(batch) if tensor.dim()]
+    sizes = {tensor.shape[0] for tensor in batched}
     if len(sizes) != 1:
         raise RequestError(
             "this batch cannot be split into samples",

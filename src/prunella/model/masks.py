@@ -1,13 +1,13 @@
 """Masks beside the weights of a model.
 
-How masks are kept. Each module that owns a masked parameter carries, in its plain `__dict__`, a small record: parameter
-name -> `Packed` (one bit a weight, on the CPU). It is neither parameter nor buffer, so that `state_dict()` keeps its
-keys and the bytes of the weights, and optimizers and `DistributedDataParallel` see the parameters they know. It is
-ordinary data inside the module, so that `copy.deepcopy`, pickling and wrappers (`torch.compile`, data parallel) carry
-it along, and a replaced submodule takes its masks away. A dictionary outside, keyed by module, would do none of this.
-A tied tensor has one mask, recorded at every owner.
+Each module that owns a masked parameter has a small record in its plain `__dict__`: parameter name -> `Packed` (one bit
+per weight, on the CPU). The record is neither a parameter nor a buffer. Therefore `state_dict()` does not change, and
+optimizers and `DistributedDataParallel` see the same parameters as before. The record is ordinary data of the module.
+Therefore `copy.deepcopy`, pickling and wrappers (`torch.compile`, data parallel) preserve it, and a replaced submodule
+loses its masks. A dictionary outside the model, keyed by module, would do none of this. A tied tensor has one mask,
+recorded at every owner.
 
-Nothing here runs during training: `prunella.Pruner` applies the masks again after each optimizer step.
+This module does nothing during training: `prunella.Pruner` applies the masks again after each optimizer step.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ RECORD = "_prunella_masks"
 
 @dataclass(frozen=True)
 class Packed:
-    """A mask at one bit a weight."""
+    """A mask of one bit per weight."""
 
     bits: Tensor
     shape: tuple[int, ...]
@@ -42,12 +42,12 @@ class Packed:
 
 
 def pack(mask: Mask) -> Packed:
-    """A bool mask at one bit a weight, on the CPU."""
+    """A bool mask as one bit per weight, on the CPU."""
     return Packed(torch.from_numpy(np.packbits(mask.detach().cpu().numpy().ravel())), tuple(mask.shape))
 
 
 def record_(model: nn.Module, masks: Mapping[nn.Parameter, Mask]) -> None:
-    """Remember `masks` beside the parameters, on top of the masks already there. Weights are not touched."""
+    """Store `masks` beside the parameters, combined with existing masks. Weights do not change."""
     root = unwrap(model)
     before = {parameter: packed for _, parameter, packed in records(root)}
     for parameter, new in masks.items():
@@ -62,7 +62,7 @@ def record_(model: nn.Module, masks: Mapping[nn.Parameter, Mask]) -> None:
 
 
 def records(model: nn.Module, *, sharded: bool = False) -> Iterator[tuple[str, nn.Parameter, Packed]]:
-    """Every mask as (name, parameter, packed mask); a tied parameter comes once per name. sharded: as for `unwrap`."""
+    """Every mask as (name, parameter, packed mask); a tied parameter under all its names. sharded: as for `unwrap`."""
     for prefix, module in unwrap(model, sharded=sharded).named_modules(remove_duplicate=False):
         for leaf, packed in module.__dict__.get(RECORD, {}).items():
             parameter = module._parameters.get(leaf)
@@ -79,7 +79,7 @@ def records(model: nn.Module, *, sharded: bool = False) -> Iterator[tuple[str, n
 
 
 def masks_of(model: nn.Module) -> dict[str, Mask]:
-    """Parameter name -> bool mask (True is kept) of every masked parameter; a tied one under all its names.
+    """Parameter name -> bool mask (True is kept) of every masked parameter; a tied parameter under all its names.
 
     Names are those of the bare model, without the prefixes of `torch.compile` and data-parallel wrappers.
 
@@ -103,7 +103,7 @@ def reapply_(model: M) -> M:
 
 
 def finalize(model: M) -> M:
-    """Check that every masked weight is exactly zero, forget the masks, and return the model; no weight changes.
+    """Check that every masked weight is exactly zero, drop the masks, and return the model; no weight changes.
 
     `CheckFailed` if training has revived masked weights.
 
@@ -116,10 +116,10 @@ def finalize(model: M) -> M:
         ({}, 32)
     """
     for name, parameter, packed in records(model):
-        alive = int(torch.count_nonzero(parameter.detach()[~packed.unpack(parameter.device)]))
-        if alive:
+        revived = int(torch.count_nonzero(parameter.detach()[~packed.unpack(parameter.device)]))
+        if revived:
             raise CheckFailed(
-                f"{alive} masked weights of {name} are not zero",
+                f"{revived} masked weights of {name} are not zero",
                 "an optimizer step has revived them",
                 "train with prunella.Pruner attached, or call reapply_(model) first",
             )
@@ -128,15 +128,15 @@ def finalize(model: M) -> M:
 
 
 def forget_masks_(model: nn.Module) -> None:
-    """Forget all masks without a check; no weight changes."""
+    """Drop all masks without a check; no weight changes."""
     for module in unwrap(model, sharded=True).modules():
         module.__dict__.pop(RECORD, None)
 
 
 def slice_masks_(model: M, cuts: Mapping[str, Mapping[int, Tensor]]) -> M:
-    """After the parameters of a masked model were cut physically, cut their masks by the same positions."""
+    """Cut the masks of a model at the positions `cuts` of its already cut parameters."""
     root = unwrap(model)
-    done: dict[int, Packed] = {}
+    cut_masks: dict[int, Packed] = {}
     for name, axes in cuts.items():
         prefix, _, leaf = name.rpartition(".")
         record = root.get_submodule(prefix).__dict__.get(RECORD, {})
@@ -144,18 +144,18 @@ def slice_masks_(model: M, cuts: Mapping[str, Mapping[int, Tensor]]) -> M:
             mask = record[leaf].unpack()
             for axis, kept in axes.items():
                 mask = mask.index_select(axis, kept.cpu())
-            done[id(record[leaf])] = pack(mask)
+            cut_masks[id(record[leaf])] = pack(mask)
     for module in root.modules():
         record = module.__dict__.get(RECORD, {})
-        for leaf in [leaf for leaf, packed in record.items() if id(packed) in done]:
-            record[leaf] = done[id(record[leaf])]
+        for leaf in [leaf for leaf, packed in record.items() if id(packed) in cut_masks]:
+            record[leaf] = cut_masks[id(record[leaf])]
             if bool(record[leaf].unpack().all()):
                 del record[leaf]
     return model
 
 
 def saved_masks(model: nn.Module, state: Mapping[str, Tensor], kind: str = "bits") -> dict[nn.Parameter, Mask]:
-    """The masks in a state: entries `KIND.NAME` of one bit a weight. Errors: RequestError where one fits no weight."""
+    """The masks in a state: entries `KIND.NAME` of one bit per weight. Errors: RequestError if one fits no weight."""
     named = dict(unwrap(model).named_parameters(remove_duplicate=False))
     masks: dict[nn.Parameter, Mask] = {}
     for key, bits in state.items():
@@ -163,7 +163,7 @@ def saved_masks(model: nn.Module, state: Mapping[str, Tensor], kind: str = "bits
         if start != kind:
             continue
         if name not in named or bits.dtype != torch.uint8 or bits.numel() != -(-named[name].numel() // 8):
-            why, todo = f"{name} is not there or has another size", "load it into the same architecture"
+            why, todo = f"{name} is missing or has another size", "load them into the same architecture"
             raise RequestError("the saved masks do not fit this model", why, todo)
         masks[named[name]] = Packed(bits, tuple(named[name].shape)).unpack(named[name].device)
     return masks

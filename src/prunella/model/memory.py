@@ -1,4 +1,4 @@
-"""Bytes that tensors and models take."""
+"""Bytes of tensors and models in memory."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 
 def inner_tensors(tensor: Tensor) -> list[Tensor]:
-    """What a tensor is made of in memory: itself, or the inner tensors of a quantised one."""
+    """The tensors in memory behind a tensor: itself, or the inner tensors of a quantized tensor."""
     names = getattr(tensor, "__tensor_flatten__", None)
     if type(tensor.data) is Tensor or names is None:
         return [tensor]
@@ -14,5 +14,5 @@ def inner_tensors(tensor: Tensor) -> list[Tensor]:
 
 
 def stored_size(model: nn.Module) -> int:
-    """Of parameters and buffers, tied ones once; of quantised ones what they are made of."""
+    """Bytes of parameters and buffers. Tied tensors count once, quantized tensors by their inner tensors."""
     return sum(part.nbytes for tensor in (*model.parameters(), *model.buffers()) for part in inner_tensors(tensor))

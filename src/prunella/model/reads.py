@@ -1,8 +1,8 @@
-"""The one table of who reads a weight: operation -> which of its tensors are weights, and how each is read.
+"""The table of operations that read a weight: operation -> the products of the operation, with weight, input and form.
 
-Statistics, recovery, layer solvers and metrics all look here, so that what one of them can work with, all can. It
-holds for calls of Python (`torch.einsum`) and for what they become below autograd (`aten.bmm`) alike. Operations that
-read a weight in a way that no matrix describes are named, with the reason, by `unreadable`.
+Statistics, recovery, layer solvers and metrics share this table and therefore support the same operations. The table
+covers calls of Python (`torch.einsum`) and their operations below autograd (`aten.bmm`). `unreadable` gives the reason
+for operations that read a weight in a way that no matrix describes.
 """
 
 from __future__ import annotations
@@ -23,35 +23,35 @@ from torch import Tensor
 from prunella.model.forms import Contraction, Convolution, Form
 
 UNREADABLE = {
-    "embedding": "it looks rows up by number",
-    "embedding_bag": "it looks rows up by number",
+    "embedding": "it looks up rows by index",
+    "embedding_bag": "it looks up rows by index",
     "bilinear": "it multiplies two inputs with the weight at once",
     "_trilinear": "it multiplies two inputs with the weight at once",
     **dict.fromkeys(
         ("lstm", "gru", "rnn_tanh", "rnn_relu", "mkldnn_rnn_layer", "_cudnn_rnn"),
-        "its steps run inside one call, out of sight",
+        "its steps run inside one call, which hides them",
     ),
     **dict.fromkeys(
         ("lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell", "_thnn_fused_lstm_cell", "_thnn_fused_gru_cell"),
-        "its gates run inside one call, out of sight",
+        "its gates run inside one call, which hides them",
     ),
-    "_native_multi_head_attention": "its layers run inside one call, out of sight",
-    "_transformer_encoder_layer_fwd": "its layers run inside one call, out of sight",
+    "_native_multi_head_attention": "its layers run inside one call, which hides them",
+    "_transformer_encoder_layer_fwd": "its layers run inside one call, which hides them",
     **dict.fromkeys(
-        ("chain_matmul", "linalg_multi_dot", "multi_dot"), "it multiplies several matrices in an order of its own"
+        ("chain_matmul", "linalg_multi_dot", "multi_dot"), "it chooses the order of several products itself"
     ),
-    "conv_tbc": "its axes are those of no other convolution",
-    "cdist": "it takes distances, no products",
+    "conv_tbc": "its axes differ from those of all other convolutions",
+    "cdist": "it computes distances instead of products",
 }
-"""Operations that take a weight and are not in the table: what is said wherever one is met."""
+"""Reasons for operations that take a weight and are not in the table."""
 
 
 class NotReadable(Exception):
-    """Raised by a row of the table for arguments under which no matrix describes the weight; says why."""
+    """Raised for arguments under which no matrix describes the weight; the message is the reason."""
 
 
 def unreadable(operation: str) -> str:
-    """Why the weights of an operation cannot be read; empty for one that is in the table, or that reads none."""
+    """Why the weights of an operation cannot be read; empty if they can, or if the operation reads none."""
     return UNREADABLE.get(operation, "")
 
 
@@ -70,10 +70,10 @@ _SPELLINGS |= {"_grouped_mm": "grouped_mm", "_convolution": "convolution", "lina
 
 @dataclass(frozen=True)
 class Product:
-    """One multiplication in a call: a tensor that may be a weight, the input that it multiplies, and how.
+    """One product in a call: an operand that may be a weight, its input, and its form.
 
-    given: makes the input, when it is asked for. bias: what is added to each output, as many numbers as all matrices
-    have outputs. output: takes the product's own output out of what the call returns.
+    given: returns the input, computed on first use. bias: added to the outputs, one number for each output of all
+    matrices. output: selects the output of the product from the result of the call.
     """
 
     operand: Tensor
@@ -89,9 +89,9 @@ class Product:
 
 
 def products(name: str, args: Sequence[Any], kwargs: Any = None) -> Iterator[Product]:
-    """The multiplications of a call by the name of its operation; none where it is not in the table.
+    """The products of a call by the name of its operation; none if the operation is not in the table.
 
-    Errors: NotReadable for arguments that no row knows.
+    Errors: NotReadable for arguments that the table does not cover.
     """
     row = READS.get(name)
     if row is not None:
@@ -117,7 +117,7 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Iterat
 
 
 def _pair(a: Tensor, b: Tensor, bias: Tensor | None = None, scale: float = 1) -> Iterator[Product]:
-    """Two matrices, or as many pairs of them: either may be the weight, the other is its input."""
+    """Two matrices, or a batch of pairs: either may be the weight, the other is its input."""
     lead = "b" * (a.dim() - 2)
     right = Contraction(f"{lead}ti", f"{lead}io", f"{lead}to")
     left = Contraction(f"{lead}it", f"{lead}oi", f"{lead}ot")
@@ -189,22 +189,22 @@ def _einsum(equation: Any, *operands: Any, **_: Any) -> Iterator[Product]:
 
 
 def _spelled(equation: str, operands: Sequence[Tensor]) -> str:
-    """The equation with a letter for each axis that the dots stand for, and its output written down."""
+    """The equation with explicit letters instead of dots, and with an explicit output."""
     inputs, arrow, output = equation.replace(" ", "").partition("->")
-    free = "".join(a for a in string.ascii_letters if a not in equation)
+    unused_letters = "".join(a for a in string.ascii_letters if a not in equation)
     parts = inputs.split(",")
     pairs = zip(parts, operands, strict=True)
-    hidden = [t.dim() - len(part.replace("...", "")) if "..." in part else 0 for part, t in pairs]
-    dots = free[: max(hidden)]
+    dot_counts = [t.dim() - len(part.replace("...", "")) if "..." in part else 0 for part, t in pairs]
+    dots = unused_letters[: max(dot_counts)]
     if not arrow:
         letters = inputs.replace(",", "").replace(".", "")
         output = "..." + "".join(sorted(a for a in set(letters) if letters.count(a) == 1))
-    parts = [part.replace("...", dots[len(dots) - n :]) for part, n in zip(parts, hidden, strict=True)]
+    parts = [part.replace("...", dots[len(dots) - n :]) for part, n in zip(parts, dot_counts, strict=True)]
     return f"{','.join(parts)}->{output.replace('...', dots)}"
 
 
 def _einsum_of(equation: str, operands: Sequence[Tensor]) -> Iterator[Product]:
-    """One product for each operand as the weight: the others together are its input."""
+    """One product for each operand as the weight; the other operands together are its input."""
     inputs, _, output = equation.partition("->")
     parts = inputs.split(",")
     sizes: dict[str, int] = {}
@@ -223,21 +223,21 @@ def _einsum_of(equation: str, operands: Sequence[Tensor]) -> Iterator[Product]:
             yield Product(weight, _joined(rest, theirs, sizes), Contraction(theirs, own, output))
 
 
-def _joined(rest: Sequence[tuple[str, Tensor]], wanted: str, sizes: dict[str, int]) -> Callable[[], Tensor]:
-    """The product of the other operands, with the axes that the weight meets."""
+def _joined(rest: Sequence[tuple[str, Tensor]], axes: str, sizes: dict[str, int]) -> Callable[[], Tensor]:
+    """The product of the other operands, with the axes shared with the weight."""
 
     def make() -> Tensor:
-        if len(rest) == 1 and rest[0][0] == wanted:
-            made = rest[0][1]
+        if len(rest) == 1 and rest[0][0] == axes:
+            joined = rest[0][1]
         else:
-            made = torch.einsum(f"{','.join(part for part, _ in rest)}->{wanted}", *(t for _, t in rest))
-        return made.expand([sizes[a] for a in wanted])
+            joined = torch.einsum(f"{','.join(part for part, _ in rest)}->{axes}", *(t for _, t in rest))
+        return joined.expand([sizes[a] for a in axes])
 
     return make
 
 
 def _grouped(a: Tensor, b: Tensor, offs: Tensor | None = None, *_: Any, **__: Any) -> Iterator[Product]:
-    """Rows of `a` up to each offset by the matrix of their own."""
+    """Rows of `a` between two offsets, times one matrix of `b` each."""
     if a.dim() != 2 or b.dim() != 3 or offs is None:
         raise NotReadable("its weight is not a stack of matrices")
     for number, (start, end) in enumerate(itertools.pairwise([0, *offs.tolist()])):
@@ -303,8 +303,8 @@ def _convolution(
 def _batched(x: Tensor, weight: Tensor, form: Convolution, bias: Tensor | None) -> Product:
     """A single sample is a batch of one."""
     single = x.dim() < weight.dim()
-    made = _of(x.unsqueeze(0) if single else x, weight, form, bias)
-    return Product(weight, made.given, form, made.bias, lambda y: y.unsqueeze(0)) if single else made
+    product = _of(x.unsqueeze(0) if single else x, weight, form, bias)
+    return Product(weight, product.given, form, product.bias, lambda y: y.unsqueeze(0)) if single else product
 
 
 def _tuple(value: Any, n: int) -> tuple[int, ...]:
@@ -316,7 +316,7 @@ def _tuple(value: Any, n: int) -> tuple[int, ...]:
 
 
 def _attention(*args: Any, **kwargs: Any) -> Iterator[Product]:
-    """`F.multi_head_attention_forward`: the projections of queries, keys and values, and that of the output."""
+    """`F.multi_head_attention_forward`: the projections of queries, keys, values and outputs."""
     bound = _ATTENTION.bind(*args, **kwargs)
     bound.apply_defaults()
     at = bound.arguments
@@ -329,21 +329,21 @@ def _attention(*args: Any, **kwargs: Any) -> Iterator[Product]:
     else:
         weights, biases = at["in_proj_weight"].chunk(3), [None] * 3 if bias is None else bias.chunk(3)
     for x, weight, own in zip(inputs, weights, biases, strict=True):
-        for made in _linear(x, weight, own):
-            yield replace(made, output=partial(_projected, x, weight, own))
+        for product in _linear(x, weight, own):
+            yield replace(product, output=partial(_projected, x, weight, own))
     out, letters = at["out_proj_weight"], _letters(inputs[0].dim() - 1)
 
     def mixed() -> Tensor:
         plain = {"out_proj_weight": torch.eye(len(out), dtype=out.dtype, device=out.device), "out_proj_bias": None}
-        made: Tensor = F.multi_head_attention_forward(**{**at, **plain, "need_weights": False})[0]
-        return made
+        heads: Tensor = F.multi_head_attention_forward(**{**at, **plain, "need_weights": False})[0]
+        return heads
 
     form = Contraction(f"{letters}i", "oi", f"{letters}o")
     yield Product(out, mixed, form, at["out_proj_bias"], itemgetter(0))
 
 
 def _projected(x: Tensor, weight: Tensor, bias: Tensor | None, _: Any) -> Tensor:
-    """What a projection gives, which the call does not return."""
+    """The output of a projection, which the call does not return."""
     return F.linear(x, weight, bias)
 
 

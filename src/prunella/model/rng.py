@@ -1,4 +1,4 @@
-"""The state of every random number generator that may decide a run, as plain data."""
+"""The states of all random number generators of a run, as plain data."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ RngState = dict[str, Any]
 
 
 def rng_state(data: object = None) -> RngState:
-    """The states now. `data`: a loader whose own generators count too."""
+    """The current states. `data`: a loader whose own generators are included."""
     kind, keys, position, has_gauss, gauss = np.random.get_state()
     return {
         "torch": torch.get_rng_state(),
@@ -27,7 +27,7 @@ def rng_state(data: object = None) -> RngState:
 
 
 def restore_rng_(state: RngState, data: object = None) -> None:
-    """Set all generators to a state that `rng_state` gave."""
+    """Set all generators to a state from `rng_state`."""
     torch.set_rng_state(state["torch"])
     if state["cuda"]:
         torch.cuda.set_rng_state_all(state["cuda"])
@@ -51,9 +51,9 @@ def seed_rng_(seed: int, data: object = None) -> None:
 
 @contextmanager
 def seeded(seed: int | None) -> Iterator[None]:
-    """Run the body from this seed, and give the caller the generators back as they were.
+    """Run the body with this seed, then restore the caller's generators.
 
-    seed: None leaves the generators where they are, and only what the body draws is taken back.
+    seed: None does not seed the generators; their states are still restored.
     """
     before = rng_state()
     try:
@@ -68,10 +68,10 @@ def _generators_of(data: object) -> list[torch.Generator]:
     """The generators that a loader, its sampler or its batch sampler holds, each once."""
     batch_sampler = getattr(data, "batch_sampler", None)
     holders = (data, getattr(data, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None))
-    held = [getattr(holder, "generator", None) for holder in holders]
-    return list({id(g): g for g in held if isinstance(g, torch.Generator)}.values())
+    generators = [getattr(holder, "generator", None) for holder in holders]
+    return list({id(g): g for g in generators if isinstance(g, torch.Generator)}.values())
 
 
 def _cuda_in_use() -> bool:
-    """Whether CUDA is in use already: its generators would start it, and a seed for later would outlive the guard."""
+    """Whether CUDA is initialized: its generators would initialize it, and a deferred seed would outlive the guard."""
     return bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]

@@ -1,6 +1,6 @@
-"""Run a model and leave no trace: one guard of training flags, and one of all that a run may change.
+"""Guards of a model's state: one for training flags, one for everything that a run may change.
 
-`mode` is for work that may change weights (recovery, in-place solvers), `untouched` for a look at the model.
+`mode` serves work that may change weights (recovery, in-place solvers), `untouched` serves inspection of a model.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from prunella.model.rng import seeded
 
 _MACHINERY = frozenset({"_parameters", "_buffers", "_modules", "training"})
 _CONTAINERS = frozenset({dict, list, set, OrderedDict})
-"""Kinds of attributes whose content is restored; hooks are kept in an `OrderedDict`."""
+"""Types of attributes whose content is restored; hooks are in an `OrderedDict`."""
 
 Undo = Callable[[], None]
 
 
 @contextmanager
 def mode(model: nn.Module, *, training: bool) -> Iterator[nn.Module]:
-    """Put every module of `model` in training or evaluation mode, and give each its own flag back afterwards.
+    """Set every module of `model` to training or evaluation mode, then restore the flag of each module.
 
-    Weights may change in between, under the caller's autocast too.
+    Weights may change inside, also under the caller's autocast.
     """
     flags = [(module, module.training) for module in model.modules()]
     model.train(training)
@@ -40,13 +40,13 @@ def mode(model: nn.Module, *, training: bool) -> Iterator[nn.Module]:
 
 @contextmanager
 def untouched(model: nn.Module, seed: int | None = None) -> Iterator[None]:
-    """Run the body with `model` in evaluation mode; then restore what the body changed, bit for bit, also on errors.
+    """Run the body with `model` in evaluation mode, then restore all changes bit for bit, also after errors.
 
     Restored: training flags; buffers (running statistics, also where the model replaces them); plain attributes, and
-    what dictionaries, lists, sets and tensors among them hold (caches, hooks); `requires_grad` and `.grad` of
+    the content of dictionaries, lists, sets and tensors among them (caches, hooks); `requires_grad` and `.grad` of
     parameters; the random number generators of torch, CUDA, numpy and Python. Not restored: values of parameters.
 
-    seed: of all generators in the body, so that a shuffling loader gives the same batches again; None: as they are.
+    seed: of all generators in the body, so that a shuffling loader repeats its batches; None: not seeded.
     """
     with ExitStack() as stack:
         stack.enter_context(seeded(seed))
@@ -63,7 +63,7 @@ def untouched(model: nn.Module, seed: int | None = None) -> Iterator[None]:
 
 @contextmanager
 def _fresh_casts() -> Iterator[None]:
-    """Autocast keeps copies of weights to the end of its block, also when a weight has changed: here it keeps none."""
+    """Disable the cache of autocast, which keeps copies of weights after a change of the weights."""
     kept = torch.is_autocast_cache_enabled()
     torch.clear_autocast_cache()
     torch.set_autocast_cache_enabled(False)
@@ -76,7 +76,7 @@ def _fresh_casts() -> Iterator[None]:
 
 @contextmanager
 def _without_fast_path() -> Iterator[None]:
-    """The fused transformer layers of torch hide the weights they multiply by."""
+    """Disable the fused transformer layers of torch, which hide their weights."""
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -86,10 +86,10 @@ def _without_fast_path() -> Iterator[None]:
 
 
 def _gradient(parameter: nn.Parameter) -> Undo:
-    asked, grad = parameter.requires_grad, parameter.grad
+    required, grad = parameter.requires_grad, parameter.grad
 
     def undo() -> None:
-        parameter.requires_grad_(asked)
+        parameter.requires_grad_(required)
         parameter.grad = grad
 
     parameter.grad = None  # so that a backward pass does not add to the caller's
@@ -116,7 +116,7 @@ def _buffer(module: nn.Module, name: str, buffer: Tensor) -> Undo:
 
 
 def _value_of(tensor: Tensor | None) -> Undo:
-    """Undo what is written into a tensor. One without values, on the meta device, has nothing to restore."""
+    """Undo writes into a tensor. A tensor on the meta device has no values to restore."""
     if tensor is None or tensor.device.type == "meta":
         return lambda: None
     before = tensor.detach().clone()
@@ -141,7 +141,7 @@ def _attributes(model: nn.Module) -> list[Undo]:
 
 
 def _plain(attributes: dict[str, Any]) -> Undo:
-    """Undo what a run writes into plain attributes, so that none of its caches is left behind."""
+    """Undo changes of plain attributes, so that no cache remains after a run."""
     before = {key: value for key, value in attributes.items() if key not in _MACHINERY}
     contents = [_content_of(value) for value in before.values() if type(value) in _CONTAINERS]
     values = [_value_of(value) for value in before.values() if isinstance(value, Tensor)]
@@ -157,7 +157,7 @@ def _plain(attributes: dict[str, Any]) -> Undo:
 
 
 def _content_of(container: Any) -> Undo:
-    """Undo what is put into a list, dictionary or set, or taken out of it."""
+    """Undo insertions into and removals from a list, dictionary or set."""
     before = container.copy()
 
     def undo() -> None:

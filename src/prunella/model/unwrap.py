@@ -1,4 +1,4 @@
-"""The bare model inside its wrappers, so that a parameter has one name wherever the library names it."""
+"""The bare model inside its wrappers, so that every parameter has one name in the library."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch.optim.swa_utils import AveragedModel
 from prunella.errors import NotSupported
 
 _DISTRIBUTED = ("torch.distributed.fsdp", "torch.distributed._composable", "torch.distributed.tensor")
-"""Packages of the classes of sharded modules and weights: they are not imported, which takes a third of a second."""
+"""Packages of sharded modules and weights, by name only: an import takes a third of a second."""
 
 
 def unwrap(model: nn.Module, *, sharded: bool = False) -> nn.Module:
@@ -16,21 +16,21 @@ def unwrap(model: nn.Module, *, sharded: bool = False) -> nn.Module:
 
     Wrappers are those of `torch.compile`, `DataParallel`, `DistributedDataParallel` and `AveragedModel`. The names of
     parameters and modules, in plans, masks, patterns and files, are those of the bare model.
-    sharded: whether weights that are sharded over processes will do. Errors: NotSupported for these otherwise.
+    sharded: accept weights sharded over processes. Errors: NotSupported for sharded weights otherwise.
     """
     while (inner := _inner(model)) is not None:
         model = inner
     if not sharded and _is_sharded(model):
         raise NotSupported(
             "the weights of this model are sharded over processes (FSDP)",
-            "a process sees a part of each weight, and units are chosen from all of it",
+            "a process holds a part of each weight, and the choice of units needs all of it",
             "prune the model before it is sharded; recovery.hold_sharded_ then keeps its masks while FSDP2 trains it",
         )
     return model
 
 
 def _inner(model: nn.Module) -> nn.Module | None:
-    """What one wrapper holds; None for a module that is no wrapper."""
+    """The module inside one wrapper; None for a module without a wrapper."""
     compiled = model._modules.get("_orig_mod")
     if compiled is not None:
         return compiled

@@ -1,6 +1,6 @@
-"""Watch a model run: every call that reads one of some parameters, with its inputs and outputs.
+"""Observe a run of a model: every call that reads a given parameter, with inputs and outputs.
 
-A parameter is known by its memory, so that transposed views of it, slices, and single matrices of a stack count too.
+A parameter is identified by its memory, so that transposed views, slices, and single matrices of a stack count too.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from prunella.model.reads import NotReadable, Product, operation, products, unre
 
 
 class View(NamedTuple):
-    """A view of a parameter: its shape, its strides, and where it begins."""
+    """A view of a parameter: shape, strides and offset."""
 
     size: tuple[int, ...]
     stride: tuple[int, ...]
     offset: int
 
     def of(self, like: Tensor) -> Tensor:
-        """The same view of a tensor that lies in memory as the parameter does."""
+        """The same view of a tensor with the memory layout of the parameter."""
         return like.as_strided(self.size, self.stride, self.offset + int(like.storage_offset()))
 
     def lies_in(self, values: Tensor, weight: Tensor) -> Tensor:
-        """The same part of values that have the parameter's shape, whatever their strides."""
+        """The same part of values in the shape of the parameter, for any strides of the values."""
         if values.stride() != weight.stride():
             values = torch.empty_strided(weight.shape, weight.stride(), dtype=values.dtype).copy_(values)
         return self.of(values)
@@ -43,12 +43,12 @@ class Homes:
         self._at: dict[int, list[tuple[str, int, int]]] = {}
 
     def settle(self, name: str, weight: Tensor) -> None:
-        """Know a parameter, or a copy of it, by a name."""
+        """Register a parameter, or a copy of it, under a name."""
         entry = (name, int(weight.storage_offset()), weight.numel())
         self._at.setdefault(weight.untyped_storage().data_ptr(), []).append(entry)
 
     def of(self, tensor: Tensor) -> tuple[str, View] | None:
-        """The parameter that a tensor is a view of, and which view."""
+        """The name and the view of the parameter behind a tensor; None if there is none."""
         if tensor.layout is not torch.strided:
             return None
         for name, start, size in self._at.get(tensor.untyped_storage().data_ptr(), ()):
@@ -61,10 +61,9 @@ class Homes:
 class Read:
     """One product with a weight: `y = columns @ matrix^T + bias`, matrix by matrix.
 
-    weight: the parameter. view: the part of it that is read. bias: the parameter that is added, or the part of one, as
-    `(groups, out)`; None if there is none, or what is added is no parameter. residual: what the output is added to, in
-    the shape of `y`; None if it is not added. part: where a single matrix of a stack is read, its place on the first
-    axis.
+    weight: the parameter. view: the part that is read. bias: the added parameter, or part of one, as `(groups, out)`;
+    None without a bias, or if the bias is no parameter. residual: the other term of a sum with the output, in the shape
+    of `y`; None without a sum. part: position on the first axis of a stack, if a single matrix of the stack is read.
     """
 
     weight: nn.Parameter
@@ -78,36 +77,36 @@ class Read:
 
     @property
     def bare(self) -> Read:
-        """The same without the values of the run."""
+        """This read without the values of the run."""
         return replace(self, x=self.x.new_empty(0), y=self.y.new_empty(0), residual=None)
 
     @property
     def groups(self) -> int:
-        """How many matrices are read."""
+        """Number of matrices."""
         return self.form.sizes(self.view.size)[0]
 
     @property
     def whole(self) -> bool:
-        """Whether all of the weight is read."""
+        """Whether the full weight is read."""
         return torch.Size(self.view.size).numel() == self.weight.numel()
 
     def matrices(self, values: Tensor | None = None) -> Tensor:
-        """`(groups, out, in)`: what is read of the weight, or of other values in its shape."""
+        """`(groups, out, in)`: the matrices of the weight, or of other values in its shape."""
         view = self.view.of(self.weight.detach()) if values is None else self.view.lies_in(values, self.weight)
         return self.form.matrices(view)
 
     def write_(self, matrices: Tensor) -> None:
-        """Put other matrices in the place of those that are read."""
+        """Overwrite the matrices of the weight."""
         with torch.no_grad():
             self.view.of(self.weight.detach()).copy_(self.form.restored(matrices, self.view.size))
 
     def columns(self, group: int = 0, keep: Tensor | None = None) -> Iterator[Chunk]:
-        """What a matrix multiplies, `(tokens, in)` in chunks, each with the slice of tokens; keep: which columns."""
+        """The inputs of a matrix, `(tokens, in)` in chunks, each with its slice of tokens; keep: indices of columns."""
         keep = None if keep is None else keep.to(self.x.device)
         return self.form.columns(self.x, self.view.size, group, keep)
 
     def rows(self, group: int = 0, keep: Tensor | None = None, *, residual: bool = False) -> Tensor:
-        """The output of a matrix, `(tokens, out)`, or what it is added to; keep: which outputs."""
+        """The output of a matrix, `(tokens, out)`, or its residual; keep: indices of outputs."""
         y = self.residual if residual and self.residual is not None else self.y
         rows = self.rows_of(y, group)
         return rows if keep is None else rows.index_select(1, keep.to(rows.device))
@@ -118,7 +117,7 @@ class Read:
 
 
 class Unread(NamedTuple):
-    """A call that takes a weight and cannot be read: its operation, and why."""
+    """A call that takes a weight and cannot be read: operation and reason."""
 
     operation: str
     why: str
@@ -128,19 +127,19 @@ class Unread(NamedTuple):
 
     @property
     def tied(self) -> str:
-        """What is said of a weight that other calls read as matrices."""
+        """The reason for a weight that other calls read as matrices."""
         return f"{self.operation} reads the same (tied) weight"
 
 
 class Stop(Exception):
-    """Raised to end a forward pass once everything asked for was seen."""
+    """Raised to end a forward pass as soon as it is no longer needed."""
 
 
 class Watch(TorchFunctionMode):
-    """Hand every `Read` of the parameters `wanted` to `report`; pass everything else through.
+    """Report every `Read` of the parameters `wanted`; other calls run unchanged.
 
-    `others`: parameter id -> a call that takes it and cannot be read.
-    stacks: see parameters of three axes, the experts of a mixture for example, of which single matrices are read.
+    `others`: parameter id -> a call that takes the parameter and cannot be read.
+    stacks: also report single matrices of parameters with three axes, for example the experts of a mixture.
     """
 
     def __init__(self, wanted: Iterable[nn.Parameter], report: Callable[[Read], None], *, stacks: bool = False) -> None:
@@ -150,16 +149,16 @@ class Watch(TorchFunctionMode):
         for name, parameter in self._wanted.items():
             self._homes.settle(name, parameter)
         self.others: dict[int, Unread] = {}
-        self._held: tuple[Read, Tensor] | None = None
+        self._pending: tuple[Read, Tensor] | None = None
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         name = operation(func)
-        handed_on = self._used(name, args)
+        passed_on = self._used(name, args)
         result = func(*args, **(kwargs or {}))
-        if handed_on and self._held is not None:
-            self._hand_on(result)
+        if passed_on and self._pending is not None:
+            self._pass_on(result)
         try:
             for product in products(name, args, kwargs):
                 self._see(name, product, result)
@@ -184,60 +183,60 @@ class Watch(TorchFunctionMode):
             return
         y = product.output(result)
         bias = _bias(product, view)
-        # copies, since the model may go on in place
+        # copies, since later operations may work in place
         read = Read(weight, view, product.form, product.x.detach().clone(), y.detach().clone(), bias, part=part)
         self.finish()
-        self._held = read, y
+        self._pending = read, y
 
     def _other(self, name: str, why: str, given: Any) -> None:
         for home in filter(None, map(self._homes.of, tensors(given))):
             self.others[int(home[0])] = Unread(name, why)
 
     def _used(self, name: str, args: tuple[Any, ...]) -> bool:
-        """A call that is about to run: hand the last read over if the call uses its output; True if it hands it on.
+        """Before a call: report the pending read if the call uses its output. True if the call passes the output on.
 
-        Before the call, since a sum in place would change what it adds.
+        This happens before the call, since an in-place sum would overwrite the residual.
         """
-        if self._held is None or not any(argument is self._held[1] for argument in args):
+        if self._pending is None or not any(argument is self._pending[1] for argument in args):
             return False
-        if name in _HANDS_ON:
+        if name in _PASSES_ON:
             return True
-        read, output = self._held
+        read, output = self._pending
         if name in _ADDS and len(args) > 1:
             other = args[1] if args[0] is output else args[0]
             if isinstance(other, Tensor) and other.shape == output.shape and other is not output:
-                self._held = replace(read, residual=other.detach().clone().reshape(read.y.shape)), output
+                self._pending = replace(read, residual=other.detach().clone().reshape(read.y.shape)), output
         self.finish()
         return False
 
-    def _hand_on(self, result: Any) -> None:
-        """The output of the last read goes on as `result`, if that still has its last axis."""
-        assert self._held is not None
-        read, output = self._held
+    def _pass_on(self, result: Any) -> None:
+        """Continue the pending read with `result` as its output, if the last axis is unchanged."""
+        assert self._pending is not None
+        read, output = self._pending
         if isinstance(result, Tensor) and result.shape[-1] == output.shape[-1]:
-            self._held = read, result
+            self._pending = read, result
         else:
             self.finish()
 
     def finish(self) -> None:
-        """Hand over the last read. To be called when the pass has ended."""
-        held, self._held = self._held, None
-        if held is not None:
-            self._report(held[0])
+        """Report the pending read. Call it at the end of the pass."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            self._report(pending[0])
 
 
 _ADDS = frozenset({"add", "add_", "__add__", "__radd__", "__iadd__"})
-_HANDS_ON = frozenset({"dropout", "view", "reshape", "contiguous"})
-"""Calls between a layer and the sum that its output goes into, where the last axis stays."""
+_PASSES_ON = frozenset({"dropout", "view", "reshape", "contiguous"})
+"""Calls between a layer and a residual sum that do not change the last axis."""
 
 
 def _part(weight: Tensor, view: View) -> int | None:
-    """The place of a matrix in a stack of three axes, if the view is one of its matrices."""
+    """The position of a matrix in a stack of three axes, if the view is one of the matrices; else None."""
     if weight.dim() != 3 or len(view.size) != 2 or weight.stride(0) == 0:
         return None
-    mine = sorted(zip(view.size, view.stride, strict=True))
-    whole = sorted(zip(weight.shape[1:], weight.stride()[1:], strict=True))
-    return view.offset // weight.stride(0) if mine == whole and not view.offset % weight.stride(0) else None
+    of_view = sorted(zip(view.size, view.stride, strict=True))
+    of_matrix = sorted(zip(weight.shape[1:], weight.stride()[1:], strict=True))
+    return view.offset // weight.stride(0) if of_view == of_matrix and not view.offset % weight.stride(0) else None
 
 
 def _bias(product: Product, view: View) -> Tensor | None:
@@ -248,5 +247,5 @@ def _bias(product: Product, view: View) -> Tensor | None:
 
 
 def _parameter(tensor: Tensor) -> bool:
-    """Whether it is a parameter, or a view of one."""
+    """Whether a tensor is a parameter or a view of one."""
     return isinstance(tensor, nn.Parameter) or isinstance(tensor._base, nn.Parameter)

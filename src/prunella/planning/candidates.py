@@ -211,7 +211,7 @@ class CandidateWeights:
         shapes = [self.graph.entities[layer.entity].shape for layer in self.layers]
         ranked = [pattern.ranked(scores) for pattern, scores in zip(self._patterns, self.scores, strict=True)]
         each = zip(self.layers, ranked, shapes, strict=True)
-        return [Pool(x.name, scores, shape, alike=f"{x.op}{shape[2:]}") for x, scores, shape in each]
+        return [Pool(x.name, scores, shape, topology=f"{x.op}{shape[2:]}") for x, scores, shape in each]
 
     @cached_property
     def _patterns(self) -> list[Element | Block]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from functools import partial
 
 from prunella import criteria
-from prunella.allocation import Normalise, erk, global_, lamp, per_round, uniform
+from prunella.allocation import Normalize, erk, global_, lamp, per_round, uniform
 from prunella.errors import RequestError
 from prunella.granularity import NM, Channel, Element, Expert, Head, Width
 from prunella.planning.recipe import Recipe
@@ -123,7 +123,7 @@ def group_l2() -> Recipe:
     Use: a fair ranking over the whole network without data. Avoid: networks whose norms were folded into the weights:
     scales of layers then differ for no reason.
     """
-    allocation = partial(global_, normalise=Normalise.MEAN)
+    allocation = partial(global_, normalize=Normalize.MEAN)
     return Recipe(criteria.group_norm, (Channel(), Head()), allocation, min_density=0.1)
 
 
@@ -196,7 +196,7 @@ def flap_global() -> Recipe:
 
     Use: the better form of FLAP where layers may differ. Avoid: where plain `from_pretrained` has to read the result.
     """
-    allocation = partial(global_, normalise=Normalise.STANDARD)
+    allocation = partial(global_, normalize=Normalize.STANDARD)
     return Recipe(criteria.fluctuation, (Channel(), Head()), allocation, min_density=0.1)
 
 

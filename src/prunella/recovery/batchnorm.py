@@ -51,7 +51,7 @@ def recalibrate_bn(
     none if the model has none.
 
     data: batches, no labels needed; 500 to 1000 samples are usually enough. loss: how to run the model on one batch,
-    by default the model is called on the batch. sequential: False: one pass, in which each layer normalises by the
+    by default the model is called on the batch. sequential: False: one pass, in which each layer normalizes by the
     statistics of the batch, as in training. True: one pass per layer, in the order of execution, in which the layers
     before it already use their new statistics: afterwards the statistics are exactly those of inference.
 

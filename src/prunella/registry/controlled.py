@@ -1,4 +1,4 @@
-"""A criterion made of another one by a control."""
+"""Criteria under a control."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ Criterion = Callable[..., Tensor]
 
 @dataclass(frozen=True)
 class Controlled:
-    """A criterion whose finished scores are changed: it asks for the same statistics and has the same knobs.
+    """A criterion whose finished scores a control changes. Statistics and knobs are those of the criterion.
 
-    control: the function that made it. change: (scores of one layer or group, generator) -> scores.
+    control: the function that returned this object. of: the criterion.
+    change: (scores of one layer or group, generator) -> scores.
     """
 
     control: Callable[[Criterion], Controlled]
@@ -29,16 +30,16 @@ class Controlled:
     __signature__: inspect.Signature = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        given: object = self.of
-        if not callable(given):
+        criterion: object = self.of
+        if not callable(criterion):
             name = getattr(self.control, "__name__", "a control")
             raise RequestError(
-                f"{name} takes a criterion, not {type(given).__name__}", "", f"for example {name}(magnitude)"
+                f"{name} takes a criterion, not {type(criterion).__name__}", "", f"for example {name}(magnitude)"
             )
         object.__setattr__(self, "__signature__", inspect.signature(self.of))
 
     def __call__(self, *statistics: Tensor) -> Tensor:
-        """The changed scores of one layer. A recipe changes the scores of units after they are summed up."""
+        """The changed scores of one layer. For units, a recipe changes the reduced scores instead."""
         return self.change(self.of(*statistics), torch.Generator().manual_seed(0))
 
 

@@ -1,8 +1,8 @@
 """Decorators that record what a method is, and return the function unchanged.
 
-A criterion's positional parameters are the statistics it needs (the names of `prunella.stats.table.STATISTICS`), its
-keyword-only parameters are its knobs. The record is what `prunella methods`, `prunella explain` and the documentation
-print; a function that was never registered works just as well.
+The positional parameters of a criterion are the statistics that it needs (names of `prunella.stats.table.STATISTICS`).
+The keyword-only parameters are its knobs. `prunella methods`, `prunella explain` and the documentation print the
+record. A function that was never registered works just as well.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ MethodKind = Literal[
 ]
 Scope = Literal["producer", "consumer", "group"]
 Status = Literal["stable", "experimental"]
-"""`stable`: an oracle proves it (`docs/concepts`), and a table of the documentation measures it. The rest is
-`experimental`."""
+"""`stable`: an oracle proves the method (`docs/concepts`), and a table of the documentation measures it.
+`experimental`: all other methods."""
 
 
 @dataclass(frozen=True)
 class Method:
-    """What is known of one method without running it."""
+    """The record of one method."""
 
     name: str
     kind: MethodKind
@@ -90,7 +90,7 @@ def criterion(*, source: str, status: Status = "experimental", scope: Scope = "p
 
 
 def control(*, source: str, status: Status = "experimental") -> Callable[[F], F]:
-    """Register a control: a function that makes of a criterion, a plan or a model one that should do worse."""
+    """Register a control: a function from a criterion, plan or model to a worse one."""
     return _record("control", source=source, status=status)
 
 
@@ -110,7 +110,7 @@ def schedule(*, source: str, status: Status = "experimental") -> Callable[[F], F
 
 
 def cycle(*, source: str, status: Status = "experimental") -> Callable[[F], F]:
-    """Register a schedule that falls on its way: weights come back. It still runs from exactly 0 to exactly 1."""
+    """Register a schedule that may fall between 0 and 1, so that weights come back. It still ends at exactly 1."""
     return _record("cycle", source=source, status=status)
 
 
@@ -125,7 +125,7 @@ def solver(*, source: str, status: Status = "experimental") -> Callable[[F], F]:
 
 
 def search(*, source: str, status: Status = "experimental") -> Callable[[F], F]:
-    """Register a search for how much each group gives."""
+    """Register a search for the sparsity of each group."""
     return _record("search", source=source, status=status)
 
 
@@ -135,17 +135,17 @@ def training(*, source: str, status: Status = "experimental") -> Callable[[F], F
 
 
 def compression(*, source: str, status: Status = "experimental") -> Callable[[F], F]:
-    """Register what joins pruning to make a model smaller: quantisation, sharing, low rank, fewer tokens."""
+    """Register a compression beside pruning: quantization, weight sharing, low rank, token reduction."""
     return _record("compression", source=source, status=status)
 
 
 def metric(*, source: str, status: Status = "experimental") -> Callable[[F], F]:
-    """Register a number that says what pruning did."""
+    """Register a metric of a pruned model."""
     return _record("metric", source=source, status=status)
 
 
 def importer(*, source: str, status: Status = "experimental") -> Callable[[F], F]:
-    """Register a reader of what another tool pruned."""
+    """Register an importer of models that another tool pruned."""
     return _record("importer", source=source, status=status)
 
 
@@ -161,15 +161,15 @@ def needs_of(function: Callable[..., Any]) -> tuple[str, ...]:
 
 
 def knobs_of(function: Callable[..., Any]) -> dict[str, Any]:
-    """The knobs of a method with the values that they have, those that `functools.partial` bound included."""
+    """The knobs of a method with their values. `functools.partial` may have bound some of them."""
     parameters = inspect.signature(function).parameters.values()
     return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
 
 
 def scope_of(function: Callable[..., Any]) -> Scope:
     """The scope a criterion was registered with, `producer` if it was not."""
-    found = next((m for m in REGISTRY.values() if m.function is function), None)
-    return found.scope if found else "producer"
+    method = next((m for m in REGISTRY.values() if m.function is function), None)
+    return method.scope if method else "producer"
 
 
 def find(name: str, kind: MethodKind | None = None) -> Method:

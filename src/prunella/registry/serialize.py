@@ -1,4 +1,4 @@
-"""Methods as plain data and back: what a plan file says of the recipe it was made with. Nothing is imported by name."""
+"""Methods as plain data and back: the recipe that a plan file stores. Nothing is imported by name."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ from prunella.registry.controlled import Controlled, name_of, plain_function
 from prunella.registry.method import REGISTRY, Method, MethodKind, find
 
 Described = dict[str, Any]
+_KNOBS_OF_0_1 = {"normalise": "normalize"}
 
 
 def describe(function: Any) -> Described:
-    """A criterion, allocation or granularity as `{"name", "knobs"}`, with the values that its knobs have.
+    """A criterion, allocation or granularity as `{"name", "knobs"}`, with the value of every knob.
 
-    A function that is not registered is written as `module:name`, for the record; it cannot be read back. Of a
-    criterion made of another by a control, `"of"` describes the other.
+    A function that is not registered is written as `module:name`, for the record. Such an entry cannot be read back.
+    For a criterion under a control, `"of"` describes the criterion.
     """
     if isinstance(function, Controlled):
         return {**describe(function.control), "of": describe(function.of)}
@@ -45,7 +46,7 @@ def described(value: Any) -> Any:
 
 
 def read(described: Mapping[str, Any], kind: MethodKind) -> Any:
-    """The method that `describe` wrote. Errors: RequestError when it is not known here, BadInput when it is broken."""
+    """The method that `describe` wrote, here or in 0.1. Errors: RequestError if unknown, BadInput if broken."""
     try:
         name, knobs = str(described["name"]), dict(described["knobs"])
     except (KeyError, TypeError, ValueError) as error:
@@ -53,12 +54,13 @@ def read(described: Mapping[str, Any], kind: MethodKind) -> Any:
     if ":" in name:
         raise RequestError(f"the {kind} {name} is not part of prunella", "functions are not loaded by name from a file")
     if "of" in described:
-        made = find(name, "control").function(read(described["of"], kind))
-        if not isinstance(made, Controlled):
+        controlled = find(name, "control").function(read(described["of"], kind))
+        if not isinstance(controlled, Controlled):
             raise BadInput(f"{name} is not a control")
-        return made
+        return controlled
     method = find(name, kind)
-    values = {key: _typed(method, key, value) for key, value in knobs.items()}
+    current = {_KNOBS_OF_0_1.get(key, key): value for key, value in knobs.items()}
+    values = {key: _typed(method, key, value) for key, value in current.items()}
     if kind == "granularity":
         return method.function(**values)
     changed = {knob.name: values[knob.name] for knob in method.knobs if values.get(knob.name) != knob.default}
@@ -66,7 +68,7 @@ def read(described: Mapping[str, Any], kind: MethodKind) -> Any:
 
 
 def title(described: Mapping[str, Any]) -> str:
-    """What `describe` wrote in a word, a control with what it is of."""
+    """The name in what `describe` wrote; a control is followed by its criterion in brackets."""
     return f"{described['name']}({title(described['of'])})" if "of" in described else str(described["name"])
 
 

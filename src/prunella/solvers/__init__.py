@@ -1,8 +1,8 @@
-"""Methods that find the mask and the weights together, or new weights for a mask.
+"""Solvers: methods that find mask and weights together, or new weights for a mask.
 
-Layer solvers take one layer as a quadratic, `(weight, gram, pattern)`, and know no model: `sparsegpt`, `admm`, `alps`,
-`swap`, `prune_and_quantise`, `refit`.
-Plan solvers take a plan and give it back with weights, from the curvature of the loss: `obs`, `woodfisher`, `mfac`.
+Layer solvers take one layer as a quadratic, `(weight, gram, pattern)`, without a model: `sparsegpt`, `admm`, `alps`,
+`swap`, `prune_and_quantize`, `refit`.
+Plan solvers take a plan and return it with new weights, from the curvature of the loss: `obs`, `woodfisher`, `mfac`.
 """
 
 from prunella.solvers.admm import admm as admm
@@ -14,7 +14,7 @@ from prunella.solvers.layer import Solved as Solved
 from prunella.solvers.layer import by_score as by_score
 from prunella.solvers.quantized import Grid as Grid
 from prunella.solvers.quantized import OnGrid as OnGrid
-from prunella.solvers.quantized import prune_and_quantise as prune_and_quantise
+from prunella.solvers.quantized import prune_and_quantize as prune_and_quantize
 from prunella.solvers.refit import refit as refit
 from prunella.solvers.sparsegpt import sparsegpt as sparsegpt
 from prunella.solvers.swap import swap as swap
@@ -28,7 +28,7 @@ __all__ = [
     "by_score",
     "mfac",
     "obs",
-    "prune_and_quantise",
+    "prune_and_quantize",
     "refit",
     "sparsegpt",
     "swap",

@@ -14,7 +14,7 @@ from prunella.solvers.linalg import damped_factor
 from prunella.types import Gram, Mask, Saliency, Weight
 
 SAMPLE = 1 << 16
-"""Weights that tell where the edge is while the mask grows."""
+"""Number of sampled weights for the threshold while the sparsity grows."""
 
 
 @solver(source="Boza 2024, arXiv:2401.02938; Meng et al. 2024, arXiv:2406.07831 (ALPS)", status="stable")
@@ -31,60 +31,64 @@ def admm(
 
     With inputs scaled to unit norm (`A` the damped Gram matrix of them, `W` the weights times the norms):
     `V = (W A + Z - U)(A + I)^-1`, `Z = P(V + U)`, `U = U + V - Z`, where `P` keeps the largest entries of the pattern.
-    In the first three quarters of the steps the sparsity grows along `cubic`, then the mask is held and the weights
-    settle close to least squares on it. One inverse, then two matrix products a step.
+    In the first three quarters of the steps the sparsity grows along `cubic`. Then the mask is fixed, and the weights
+    converge to least squares on this mask. One inverse, then two matrix products per step.
     weight `(out, in)`, gram `(in, in)`. Data: the Gram matrix of the layer's inputs.
 
     sparsity: in [0, 1), not used by `NM`. steps: at least 4; 20 is close to the end. damping: from 0 up, relative to
-    the mean diagonal; it grows while the matrix is singular, and the result says so.
+    the mean diagonal; it grows while the matrix is singular, and the result reports it.
 
     Use: the best layer error for its time, for any pattern, N:M above all. Avoid: very wide layers in little memory.
     """
     checked(weight, gram, pattern, sparsity)
     if steps < 4:
-        raise RequestError(f"steps={steps} is too few", "the mask grows in the first and settles in the last", "20")
+        raise RequestError(
+            f"steps={steps} is too few",
+            "the first steps raise the sparsity, the last ones fit the weights",
+            "use steps=20",
+        )
     _, used = damped_factor(gram.double(), damping)
     mean = gram.double().diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny)
     damped = gram.double() + used * mean * torch.eye(len(gram), dtype=torch.float64, device=gram.device)
     norms = damped.diagonal().clamp_min(torch.finfo(torch.float64).tiny).sqrt()
     scaled = damped / torch.outer(norms, norms)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(scaled + torch.eye(len(gram), dtype=torch.float64)))
-    # Factors in float64; the steps in float32 where the weights are no finer: A + I has no eigenvalue below 1.
+    # Factors in float64. Steps in float32 unless the weights are finer: A + I has no eigenvalue below 1.
     working = torch.promote_types(weight.dtype, torch.float32)
     inverse, norms = inverse.to(working), norms.to(working)
     goal = weight.to(working) * norms
-    pull, heard = goal @ scaled.to(working), gram.diagonal() > 0
-    free, dual, growing = goal, torch.zeros_like(goal), max(1, 3 * steps // 4)
+    target, active_inputs = goal @ scaled.to(working), gram.diagonal() > 0
+    primal, dual, growth_steps = goal, torch.zeros_like(goal), max(1, 3 * steps // 4)
     mask = torch.ones_like(goal, dtype=torch.bool)
     for step in range(1, steps + 1):
-        if step <= growing:
-            mask = _grown((free + dual) * heard, pattern, sparsity, cubic(step / growing))
-        target = (free + dual) * mask
-        dual = dual + free - target
-        free = (pull + target - dual) @ inverse
-    found = ((free + dual) * mask / norms).to(weight.dtype)
-    return Solved(found, mask, relative_error(weight, found, gram), used)
+        if step <= growth_steps:
+            mask = _schedule_mask((primal + dual) * active_inputs, pattern, sparsity, cubic(step / growth_steps))
+        sparse = (primal + dual) * mask
+        dual = dual + primal - sparse
+        primal = (target + sparse - dual) @ inverse
+    new_weight = ((primal + dual) * mask / norms).to(weight.dtype)
+    return Solved(new_weight, mask, relative_error(weight, new_weight, gram), used)
 
 
-def _grown(values: Tensor, pattern: Pattern, sparsity: float, part: float) -> Mask:
-    """The mask at a part of the way: of an N:M pattern so many of the weights that it would remove.
+def _schedule_mask(values: Tensor, pattern: Pattern, sparsity: float, part: float) -> Mask:
+    """The mask at the fraction `part` of the schedule. For N:M, this fraction of the weights outside the final pattern.
 
-    Until the end it is about so many: which weights go first is a guess anyway, and an exact edge costs as much as a
+    Before the end the count is approximate: the order of removal is a guess, and an exact threshold costs as much as a
     product with the inverse.
     """
     size = values.abs()
     if part == 1 or isinstance(pattern, Block) or (isinstance(pattern, Element) and pattern.per_row):
         return project(size, pattern, part * sparsity)
     if isinstance(pattern, NM):
-        return _roughly(size.masked_fill(pattern.mask(size), torch.inf), part)
-    return _roughly(size, part * sparsity)
+        return _threshold_mask(size.masked_fill(pattern.mask(size), torch.inf), part)
+    return _threshold_mask(size, part * sparsity)
 
 
-def _roughly(scores: Saliency, share: float) -> Mask:
-    """Of the finite scores about this share goes, the lowest: the edge is that of every n-th score.
+def _threshold_mask(scores: Saliency, share: float) -> Mask:
+    """Remove about the fraction `share` of the finite scores, the lowest ones. Every n-th score decides the threshold.
 
-    n is odd, so that all columns are heard.
+    n is odd, so that all columns contribute.
     """
-    some = scores.flatten()[:: (scores.numel() // SAMPLE) | 1]
-    count = round(share * int(some.isfinite().sum()))
-    return scores > some.kthvalue(count).values if count else torch.ones_like(scores, dtype=torch.bool)
+    sample = scores.flatten()[:: (scores.numel() // SAMPLE) | 1]
+    count = round(share * int(sample.isfinite().sum()))
+    return scores > sample.kthvalue(count).values if count else torch.ones_like(scores, dtype=torch.bool)

@@ -1,6 +1,6 @@
-"""New weights for what a plan keeps, from the curvature of the loss: a plan goes in, the plan with weights comes out.
+"""Plan solvers: the plan with new weights for its kept positions, from the curvature of the loss.
 
-Rows that a plan cuts away leave with the layers that read them, which make up for them; their own layer does not.
+The layers that read a removed row compensate for it. The layer of the row does not.
 """
 
 from __future__ import annotations
@@ -30,22 +30,22 @@ from prunella.transform.apply import plan_masks
 from prunella.types import Loss, Mask
 
 LIMIT = 4096
-"""Most weights of a layer whose Hessian `obs` writes down."""
+"""Largest number of weights of a layer for `obs`, which stores the Hessian."""
 
 
 @dataclass(frozen=True)
 class _Task:
-    """One layer: the rows of its matrix that take part, their weights in float64 and what goes of them."""
+    """One layer: the kept rows of its matrix, their weights in float64 and the pruned positions."""
 
     layer: Layer
     parameter: Tensor
     rows: Tensor
     weight: Tensor
-    gone: Mask
+    pruned: Mask
     grads: Tensor | None
 
     def matrix(self, value: Tensor) -> Tensor:
-        """Anything in the shape of the parameter as the rows that take part, in float64."""
+        """The kept rows of values in the shape of the parameter, in float64."""
         return to_matrix(value, self.layer)[self.rows].double()
 
     def samples(self) -> Iterator[Tensor]:
@@ -60,15 +60,17 @@ Surgeon = Callable[[_Task], Tensor]
 
 @solver(source="Hassibi and Stork 1993, Optimal Brain Surgeon")
 def obs(model: nn.Module, plan: Plan, data: Iterable[Any], *, loss: Loss, damping: float = 1e-6) -> Plan:
-    """The plan with weights that make up for what it removes, by the exact Hessian of each layer (OBS).
+    """The plan with weights that compensate for its removals, by the exact Hessian of each layer (OBS).
 
     `d = -H^-1[:, S] ([H^-1]_SS)^-1 w_S` for the set S of all weights that a layer loses, jointly, with `H` the Hessian
-    of the mean loss to the weights of that layer plus `damping * I`. Each layer is changed as if the others stayed.
+    of the mean loss to the weights of that layer plus `damping * I`. Each layer is solved as if the others were
+    unchanged.
     Data: batches and a loss that can be differentiated twice; one backward pass for each weight and batch.
 
-    model, plan: the model that the plan was made of, which is only read; masks and cuts both count. damping: above 0.
-    Errors: RequestError for a layer of more than 4096 weights; CheckFailed if the Hessian is not positive definite, as
-    it is away from a minimum: raise damping.
+    model, plan: the model of the plan, which is not changed; masks and cuts both count. damping: above 0.
+    Errors: RequestError for a layer of more than 4096 weights; CheckFailed if the Hessian is not positive definite,
+    which
+    is usual away from a minimum: raise damping.
 
     Use: small networks, and as the oracle of the others. Avoid: layers of thousands of weights: `woodfisher`, `mfac`.
     """
@@ -90,8 +92,8 @@ def obs(model: nn.Module, plan: Plan, data: Iterable[Any], *, loss: Loss, dampin
                 f"its lowest eigenvalue is {lowest:.3g}: the loss is not at a minimum there",
                 f"train longer, or pass damping above {abs(lowest):.1g}",
             )
-        found = cut(task.weight.flatten(), torch.cholesky_inverse(factor), task.gone.flatten())
-        return found.weight.view(task.weight.shape)
+        step = cut(task.weight.flatten(), torch.cholesky_inverse(factor), task.pruned.flatten())
+        return step.weight.view(task.weight.shape)
 
     return _solved(model, plan, surgeon, {"name": "obs", "knobs": {"damping": damping}})
 
@@ -100,15 +102,15 @@ def obs(model: nn.Module, plan: Plan, data: Iterable[Any], *, loss: Loss, dampin
 def woodfisher(
     model: nn.Module, plan: Plan, data: Iterable[Any], *, loss: Loss, damping: float = 1e-5, block: int = 32
 ) -> Plan:
-    """The plan with weights that make up for what it removes, by the empirical Fisher in blocks (WoodFisher).
+    """The plan with weights that compensate for its removals, by the empirical Fisher in blocks (WoodFisher).
 
-    `d = -F^-1[:, S] ([F^-1]_SS)^-1 w_S` in every block of `block` neighbours in a row, jointly for all that goes in it,
+    `d = -F^-1[:, S] ([F^-1]_SS)^-1 w_S` in every block of `block` neighbours in a row, jointly for all pruned weights,
     with `F^-1 <- F^-1 - F^-1 g g^T F^-1 / (N + g^T F^-1 g)` over the gradients of N samples, from `I / damping`.
-    Data: batches, split into samples, and a loss; one gradient of a layer for each sample is held.
+    Data: batches, split into samples, and a loss; memory is one gradient of a layer for each sample.
 
-    model, plan: the model that the plan was made of, which is only read; masks and cuts both count. damping: above 0;
-    far above the squared gradients nothing moves. block: weights, from 1 up; at 1 nothing moves. A plan scored with
-    `obs_saliency` at the same knobs expects this.
+    model, plan: the model of the plan, which is not changed; masks and cuts both count. damping: above 0;
+    far above the squared gradients no weight changes. block: weights, from 1 up; at 1 no weight changes. `obs_saliency`
+    with the same knobs is the matching criterion.
 
     Use: after a mask at high sparsity, instead of or before training. Avoid: fewer samples than about a block.
     """
@@ -117,8 +119,8 @@ def woodfisher(
     def surgeon(task: _Task) -> Tensor:
         grads = torch.stack([in_blocks(grad, block) for grad in task.samples()])
         inverse = inverse_fisher(grads, damping)
-        found = cut(in_blocks(task.weight, block), inverse, in_blocks(task.gone, block)).weight
-        return found.flatten(1)[:, : task.weight.shape[1]]
+        new_weight = cut(in_blocks(task.weight, block), inverse, in_blocks(task.pruned, block)).weight
+        return new_weight.flatten(1)[:, : task.weight.shape[1]]
 
     knobs = {"damping": damping, "block": block}
     return _solved(model, plan, surgeon, {"name": "woodfisher", "knobs": knobs}, Source(_iterable(data), loss))
@@ -126,24 +128,24 @@ def woodfisher(
 
 @solver(source="Frantar et al. 2021, arXiv:2107.03356")
 def mfac(model: nn.Module, plan: Plan, data: Iterable[Any], *, loss: Loss, damping: float = 1e-5) -> Plan:
-    """The plan with weights that make up for what it removes, by the empirical Fisher of whole layers (M-FAC).
+    """The plan with weights that compensate for its removals, by the empirical Fisher of whole layers (M-FAC).
 
-    What stays of a layer moves by `G_K^T (N damping I + G_K G_K^T)^-1 G_S w_S`, with the gradients of N samples as rows
-    of `G`, K what stays and S what goes: the joint OBS step for `F = damping * I + G^T G / N`, of which nothing but a
-    matrix of N x N is formed. The paper gets the same products by a recursion over the samples.
+    The kept weights of a layer change by `G_K^T (N damping I + G_K G_K^T)^-1 G_S w_S`, with the gradients of N samples
+    as rows of `G`, K the kept and S the pruned weights. This is the joint OBS step for `F = damping * I + G^T G / N`,
+    formed from a matrix of N x N only. The paper computes the same products by a recursion over the samples.
     Data: batches, split into samples, and a loss; memory is a copy of the layers' weights for each sample.
 
-    model, plan: the model that the plan was made of, which is only read; masks and cuts both count. damping: above 0.
+    model, plan: the model of the plan, which is not changed; masks and cuts both count. damping: above 0.
 
-    Use: middle-sized layers whose weights depend on each other across blocks. Avoid: large models or many samples:
+    Use: medium layers with dependent weights across blocks. Avoid: large models or many samples:
     `woodfisher` works in blocks.
     """
     check_damping(damping)
 
     def surgeon(task: _Task) -> Tensor:
         grads = torch.stack([grad.flatten() for grad in task.samples()])
-        found = cut_matrix_free(task.weight.flatten(), grads, task.gone.flatten(), damping)
-        return found.weight.view(task.weight.shape)
+        step = cut_matrix_free(task.weight.flatten(), grads, task.pruned.flatten(), damping)
+        return step.weight.view(task.weight.shape)
 
     about = {"name": "mfac", "knobs": {"damping": damping}}
     return _solved(model, plan, surgeon, about, Source(_iterable(data), loss))
@@ -152,35 +154,37 @@ def mfac(model: nn.Module, plan: Plan, data: Iterable[Any], *, loss: Loss, dampi
 def _solved(
     model: nn.Module, plan: Plan, surgeon: Surgeon, about: dict[str, Any], source: Source | None = None
 ) -> Plan:
-    """The plan with what the surgeon makes of every layer that loses weights."""
+    """The plan with the surgeon's weights of every layer that loses weights."""
     model = unwrap(model)
     if plan.inputs is None:
-        raise RequestError("this plan has no example inputs", "it was read without them", "make the plan anew")
+        raise RequestError("this plan has no example inputs", "it was read without inputs", "make the plan again")
     with untouched(model, 0):
         graph = couple(model, plan.inputs)
         masks = {parameter: mask.cpu() for parameter, mask in plan_masks(model, plan).items()}
         named = dict(model.named_parameters(remove_duplicate=False))
         layers = [x for x in first_seen(graph.layers) if named[x.entity] in masks]
         if not layers:
-            raise RequestError("the plan removes no weight of any layer", "", "make a plan with a target first")
+            raise RequestError(
+                "the plan removes no weights", "no layer loses a weight", "make a plan with a target first"
+            )
         subject = Subject(model, graph, layers=tuple(layers))
         statistics = collect(subject, ["sample_grad"], source, about["name"]) if source else Statistics()
-        fresh = {}
+        solved = {}
         for layer in layers:
             parameter = named[layer.entity]
-            start = to_matrix(plan.weights.get(layer.entity, parameter.detach()), layer).clone()
-            gone = ~to_matrix(masks[parameter], layer).to(parameter.device)
+            matrix = to_matrix(plan.weights.get(layer.entity, parameter.detach()), layer).clone()
+            pruned = ~to_matrix(masks[parameter], layer).to(parameter.device)
             kept = plan.cuts.get(layer.entity, {}).get(layer.out_axis)
-            rows = torch.arange(len(start)) if kept is None else kept
+            rows = torch.arange(len(matrix)) if kept is None else kept
             grads = statistics.get("sample_grad", layer.entity)
-            task = _Task(layer, parameter, rows, start[rows].double(), gone[rows], grads)
-            start[rows] = surgeon(task).to(start.dtype)
-            fresh[layer.entity] = from_matrix(start, parameter, layer).detach()
-    return replace(plan, weights={**plan.weights, **fresh}, recipe={**plan.recipe, "solver": about})
+            task = _Task(layer, parameter, rows, matrix[rows].double(), pruned[rows], grads)
+            matrix[rows] = surgeon(task).to(matrix.dtype)
+            solved[layer.entity] = from_matrix(matrix, parameter, layer).detach()
+    return replace(plan, weights={**plan.weights, **solved}, recipe={**plan.recipe, "solver": about})
 
 
 def _hessian(model: nn.Module, task: _Task, data: Sequence[Any], loss: Loss) -> Tensor:
-    """Second derivatives of the mean loss to the rows that take part, in float64."""
+    """Second derivatives of the mean loss to the kept rows, in float64."""
     size, parameter = task.weight.numel(), task.parameter
     total = torch.zeros(size, size, dtype=torch.float64, device=parameter.device)
     parameter.requires_grad_(True)

@@ -1,7 +1,7 @@
-"""One layer as a quadratic: what every layer solver takes and gives.
+"""One layer as a quadratic: input and result of every layer solver.
 
 With inputs x of the layer and `H = sum x x^T`, new weights `V` change its outputs by
-`sum |(V - W) x|^2 = tr((V - W) H (V - W)^T)`: all that a solver needs of the data is `H`.
+`sum |(V - W) x|^2 = tr((V - W) H (V - W)^T)`. A solver needs only `H` of the data.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Pattern = Element | Block | NM
 
 @dataclass(frozen=True)
 class Solved:
-    """New weights `(out, in)`, zero where `mask` is False; the relative error and the damping that it took.
+    """New weights `(out, in)`, zero where `mask` is False; the relative error and the damping used.
 
     error: `tr((V - W) H (V - W)^T) / tr(W H W^T)`, of the undamped `H`.
     """
@@ -33,19 +33,19 @@ class Solved:
     damping: float = 0.0
 
 
-def relative_error(weight: Weight, found: Tensor, gram: Gram) -> float:
-    """`tr((V - W) H (V - W)^T) / tr(W H W^T)` in float64: the part of the output's energy that is lost."""
-    whole, gap = weight.double(), found.double() - weight.double()
-    energy = float((whole @ gram.double() * whole).sum())
+def relative_error(weight: Weight, new_weight: Tensor, gram: Gram) -> float:
+    """`tr((V - W) H (V - W)^T) / tr(W H W^T)` in float64: the fraction of the output's energy that is lost."""
+    dense, gap = weight.double(), new_weight.double() - weight.double()
+    energy = float((dense @ gram.double() * dense).sum())
     lost = float((gap @ gram.double() * gap).sum())
     return max(lost, 0.0) / energy if energy > 0 else 0.0
 
 
 def project(scores: Saliency, pattern: Pattern, sparsity: float) -> Mask:
-    """The mask of `pattern` that keeps the highest scores: exactly `round(s * N)` go where the pattern allows it.
+    """The mask of `pattern` with the highest scores; exactly `round(s * N)` are removed where the pattern allows it.
 
-    With `Element(per_row=True)` it is `round(s * in)` of every row; `NM` has its own sparsity; of blocks as few as
-    reach the sparsity go.
+    `Element(per_row=True)` removes `round(s * in)` of every row. `NM` has its own sparsity. `Block` removes the fewest
+    blocks that reach the sparsity.
     """
     if isinstance(pattern, NM):
         return pattern.mask(scores)
@@ -56,18 +56,22 @@ def project(scores: Saliency, pattern: Pattern, sparsity: float) -> Mask:
 
 
 def checked(weight: Weight, gram: Gram, pattern: Pattern, sparsity: float) -> None:
-    """Errors: RequestError for shapes that do not fit, a pattern that does not, or a sparsity outside [0, 1)."""
+    """Errors: RequestError for shapes or a pattern that do not fit, or a sparsity outside [0, 1)."""
     if weight.dim() != 2 or gram.shape != (weight.shape[1], weight.shape[1]):
         raise RequestError(
-            f"a weight {tuple(weight.shape)} and a Gram matrix {tuple(gram.shape)} are no layer",
+            f"a weight {tuple(weight.shape)} and a Gram matrix {tuple(gram.shape)} do not fit",
             "(out, in) and (in, in) are needed",
         )
     if not 0 <= sparsity < 1:
         raise RequestError(f"sparsity={sparsity:g} is out of range", "0 <= sparsity < 1", "for example 0.5")
     if isinstance(pattern, NM) and not pattern.fits(tuple(weight.shape)):
-        raise RequestError(f"NM({pattern.n}, {pattern.m}) does not fit {weight.shape[1]} columns", "", "leave it out")
+        raise RequestError(
+            f"NM({pattern.n}, {pattern.m}) does not fit {weight.shape[1]} columns", "M must divide them", "use skip="
+        )
     if not bool(torch.isfinite(gram.sum() + weight.sum())):
-        raise RequestError("the weight or its Gram matrix is not finite", "", "check the model and the data")
+        raise RequestError(
+            "the weight or its Gram matrix is not finite", "it holds inf or nan", "check the model and the data"
+        )
 
 
 @solver(source="Sun et al. 2023, arXiv:2306.11695 (with `wanda`); Han et al. 2015, arXiv:1506.02626 (with magnitude)")
@@ -79,15 +83,16 @@ def by_score(
     sparsity: float = 0.5,
     score: Callable[[Weight, InputNorm], Saliency],
 ) -> Solved:
-    """Keep the highest scores of one layer and leave their weights as they are: the baseline of the solvers.
+    """Keep the highest scores of one layer, with unchanged weights: the baseline of the solvers.
 
     `V = mask * W`, the mask from `score(W, sqrt(diag(H)))`, for example `lambda w, n: prunella.wanda(w, n)`.
     weight `(out, in)`, gram `(in, in)`. Data: none beyond the diagonal of `gram`.
     sparsity: in [0, 1), not used by `NM`. Errors: RequestError for shapes or a pattern that do not fit.
 
-    Use: when memory allows a vector of norms but no `(in, in)` matrix. Avoid: where `admm` or `sparsegpt` can run.
+    Use: memory for a vector of norms but not for an `(in, in)` matrix. Avoid: layers where `admm` or `sparsegpt` can
+    run.
     """
     checked(weight, gram, pattern, sparsity)
     mask = project(score(weight, gram.diagonal().clamp_min(0).sqrt().to(weight.dtype)), pattern, sparsity)
-    found = weight * mask
-    return Solved(found, mask, relative_error(weight, found, gram))
+    masked = weight * mask
+    return Solved(masked, mask, relative_error(weight, masked, gram))

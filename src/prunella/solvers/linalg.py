@@ -17,29 +17,29 @@ SINGULAR = 1e-13
 
 
 def damped_factor(gram: Gram, damping: float) -> tuple[Tensor, float]:
-    """The lower Cholesky factor of `G + damping * mean(diag(G)) I`, and the damping that it took.
+    """The lower Cholesky factor of `G + damping * mean(diag(G)) I`, and the damping used.
 
-    The damping starts as asked and grows tenfold, from 1e-12, while the matrix is numerically singular; a line in the
-    log says so. A matrix without a positive diagonal is taken for the identity: nothing is known of its layer.
+    The damping starts at the given value and grows tenfold, from 1e-12, while the matrix is numerically singular. The
+    log reports the growth. A matrix without a positive diagonal is replaced by the identity.
     """
     scale = float(gram.diagonal().mean())
     eye = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     if not scale > 0:
-        log.warning("a Gram matrix of %d inputs is zero: taken for the identity", len(gram))
+        log.warning("a Gram matrix of %d inputs is zero: replaced by the identity", len(gram))
         return eye, damping
-    asked = damping
+    requested = damping
     while True:
         factor, failed = torch.linalg.cholesky_ex(gram + damping * scale * eye)
         pivots = factor.diagonal()
         if not int(failed) and float((pivots.min() / pivots.max()) ** 2) > SINGULAR:
-            if damping > asked:
-                log.warning("a Gram matrix of %d inputs is singular: damping %g, not %g", len(gram), damping, asked)
+            if damping > requested:
+                log.warning("a Gram matrix of %d inputs is singular: damping %g, not %g", len(gram), damping, requested)
             return factor, damping
         damping = max(10 * damping, SMALLEST)
 
 
 def damped_solve(gram: Gram, cross: Tensor, ridge: float) -> tuple[Tensor, float]:
-    """Solve `(G + damping * mean(diag(G)) I) D = C`, and say which damping it took: see `damped_factor`.
+    """Solve `(G + damping * mean(diag(G)) I) D = C`; also the damping used, see `damped_factor`.
 
     A zero matrix gives a zero solution.
     """

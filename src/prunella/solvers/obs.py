@@ -1,7 +1,7 @@
-"""Optimal brain surgeon: what the weights that stay do for those that go, given the inverse of a curvature matrix.
+"""Optimal brain surgeon: updates of the kept weights for the pruned ones, given the inverse of a curvature matrix.
 
-Everything here is of one quadratic `1/2 d^T H d` around weights `w`, or of many at once: `inverse` is `H^-1`,
-`(..., n, n)`, `weight` and `gone` are `(..., n)`. No weight that goes keeps a value.
+All functions treat one quadratic `1/2 d^T H d` around weights `w`, or a batch of them: `inverse` is `H^-1`,
+`(..., n, n)`, `weight` and `pruned` are `(..., n)`. Every pruned weight becomes zero.
 """
 
 from __future__ import annotations
@@ -15,50 +15,50 @@ from prunella.types import Mask
 
 
 class Cut(NamedTuple):
-    """New weights, exactly zero where they are gone, and what the quadratic says that it costs."""
+    """New weights, exactly zero where pruned, and the cost by the quadratic."""
 
     weight: Tensor
     loss: Tensor
 
 
 def saliency(weight: Tensor, inverse: Tensor) -> Tensor:
-    """What each weight costs if it goes alone and the others make up for it: `w_q^2 / (2 [H^-1]_qq)`."""
+    """Cost of the removal of each single weight with compensation by the others: `w_q^2 / (2 [H^-1]_qq)`."""
     return weight.square() / (2 * inverse.diagonal(dim1=-2, dim2=-1))
 
 
-def cut(weight: Tensor, inverse: Tensor, gone: Mask) -> Cut:
-    """All that is `gone` at once, the set S: `d = -H^-1[:, S] u` with `u = ([H^-1]_SS)^-1 w_S`; it costs `1/2 w_S u`.
+def cut(weight: Tensor, inverse: Tensor, pruned: Mask) -> Cut:
+    """Remove all of `pruned`, the set S: `d = -H^-1[:, S] u` with `u = ([H^-1]_SS)^-1 w_S`, at a cost of `1/2 w_S u`.
 
-    The sets of a batch may differ in size: what stays is the identity in the system that is solved.
+    The sets of a batch may differ in size: kept weights have the identity in the linear system.
     """
-    both = gone.unsqueeze(-1) & gone.unsqueeze(-2)
+    both = pruned.unsqueeze(-1) & pruned.unsqueeze(-2)
     eye = torch.eye(weight.shape[-1], dtype=weight.dtype, device=weight.device)
-    lost = (weight * gone).unsqueeze(-1)
+    lost = (weight * pruned).unsqueeze(-1)
     u = torch.linalg.solve(torch.where(both, inverse, eye), lost)
-    found = (weight.unsqueeze(-1) - inverse @ u).squeeze(-1)
-    return Cut(found.masked_fill(gone, 0), (lost * u).sum((-2, -1)) / 2)
+    updated = (weight.unsqueeze(-1) - inverse @ u).squeeze(-1)
+    return Cut(updated.masked_fill(pruned, 0), (lost * u).sum((-2, -1)) / 2)
 
 
-def cut_one_by_one(weight: Tensor, inverse: Tensor, gone: Mask) -> Cut:
-    """The same for one quadratic, a weight at a time, the cheapest of those to go first.
+def cut_one_by_one(weight: Tensor, inverse: Tensor, pruned: Mask) -> Cut:
+    """`cut` for one quadratic, one weight at a time, the cheapest first.
 
-    `d = -(w_q / [H^-1]_qq) h_q`, then the inverse loses q: `H^-1 -= h_q h_q^T / [H^-1]_qq`. The order does not matter
-    to the result.
+    `d = -(w_q / [H^-1]_qq) h_q`, then the inverse loses q: `H^-1 -= h_q h_q^T / [H^-1]_qq`. The result does not depend
+    on the order.
     """
-    left, rest, open_ = inverse.clone(), weight.clone(), gone.clone()
+    inverse_left, values, remaining = inverse.clone(), weight.clone(), pruned.clone()
     loss = torch.zeros((), dtype=weight.dtype, device=weight.device)
-    while bool(open_.any()):
-        cost = torch.where(open_, rest.square() / left.diagonal().clamp_min(1e-300), torch.inf)
+    while bool(remaining.any()):
+        cost = torch.where(remaining, values.square() / inverse_left.diagonal().clamp_min(1e-300), torch.inf)
         q = int(cost.argmin())
-        column, pivot = left[:, q].clone(), left[q, q].clone()
-        loss = loss + rest[q].square() / (2 * pivot)
-        rest = rest - rest[q] / pivot * column
-        left = left - torch.outer(column, column) / pivot
-        left[q], left[:, q] = 0, 0
-        left[q, q] = 1
-        rest[q] = 0
-        open_[q] = False
-    return Cut(rest.masked_fill(gone, 0), loss)
+        column, pivot = inverse_left[:, q].clone(), inverse_left[q, q].clone()
+        loss = loss + values[q].square() / (2 * pivot)
+        values = values - values[q] / pivot * column
+        inverse_left = inverse_left - torch.outer(column, column) / pivot
+        inverse_left[q], inverse_left[:, q] = 0, 0
+        inverse_left[q, q] = 1
+        values[q] = 0
+        remaining[q] = False
+    return Cut(values.masked_fill(pruned, 0), loss)
 
 
 def inverse_fisher(grads: Tensor, damping: float) -> Tensor:
@@ -77,26 +77,26 @@ def inverse_fisher(grads: Tensor, damping: float) -> Tensor:
 
 
 def inverse_product(grads: Tensor, vector: Tensor, damping: float) -> Tensor:
-    """`(damping * I + G^T G / N)^-1 v` from the rows of `G` `(samples, n)` alone; nothing of size n x n is made.
+    """`(damping * I + G^T G / N)^-1 v` from the rows of `G` `(samples, n)` alone, without a matrix of n x n.
 
     `(v - G^T (N damping I + G G^T)^-1 G v) / damping`: a system of N unknowns. `v` is `(n,)` or `(n, many)`.
     """
     return (vector - grads.T @ _in_samples(grads, damping, grads @ vector)) / damping
 
 
-def cut_matrix_free(weight: Tensor, grads: Tensor, gone: Mask, damping: float) -> Cut:
-    """`cut` with the inverse of `inverse_product`, for a whole layer: weight, gone `(n,)`, grads `(samples, n)`.
+def cut_matrix_free(weight: Tensor, grads: Tensor, pruned: Mask, damping: float) -> Cut:
+    """`cut` with the inverse of `inverse_product`, for a full layer: weight, pruned `(n,)`, grads `(samples, n)`.
 
-    What stays moves by `G_K^T (N damping I + G_K G_K^T)^-1 G_S w_S`, K what stays and S what goes: the minimum of the
-    quadratic over the weights that stay.
+    The kept weights change by `G_K^T (N damping I + G_K G_K^T)^-1 G_S w_S`, K the kept and S the pruned weights: the
+    minimum of the quadratic over the kept weights.
     """
-    lost, stays = weight * gone, grads * ~gone
-    seen = grads @ lost
-    answer = _in_samples(stays, damping, seen)
+    lost, kept_grads = weight * pruned, grads * ~pruned
+    effect = grads @ lost
+    coefficients = _in_samples(kept_grads, damping, effect)
     # the gradients' part of the quadratic is |G d|^2 / N, the damping's |d|^2
-    change = stays.T @ answer - lost
+    change = kept_grads.T @ coefficients - lost
     loss = ((grads @ change).square().sum() / len(grads) + damping * change.square().sum()) / 2
-    return Cut((weight + change).masked_fill(gone, 0), loss)
+    return Cut((weight + change).masked_fill(pruned, 0), loss)
 
 
 def _in_samples(grads: Tensor, damping: float, right: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Pruning and rounding in one pass over the columns, each error made up for by the columns to come."""
+"""Pruning and rounding in one pass over the columns; later columns compensate for each error."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from prunella.types import Gram, Weight
 
 @dataclass(frozen=True)
 class Grid:
-    """Whole numbers of `bits`, sign included, times a scale: symmetric, so that zero stays zero.
+    """Integers of `bits`, sign included, times a scale: symmetric, so that zero is exact.
 
     group: columns that share a scale in a row, None for the whole row. The scale is `max |w| / (2^(bits - 1) - 1)` of
-    the weights as they are when the first of these columns is reached. bits: 2 to 24; 8 and 4 are usual.
+    the weights at the time of the first of these columns. bits: 2 to 24; 8 and 4 are usual.
     """
 
     bits: int = 8
@@ -29,7 +29,9 @@ class Grid:
     def __post_init__(self) -> None:
         if not 2 <= self.bits <= 24 or (self.group is not None and self.group < 1):
             raise RequestError(
-                f"{self} is no grid", "bits from 2 to 24, and groups of at least 1 column", "Grid(4, 128)"
+                f"{self} is out of range",
+                "bits from 2 to 24, and groups of at least 1 column",
+                "for example Grid(4, 128)",
             )
 
     @property
@@ -49,9 +51,9 @@ class Grid:
 
 @dataclass(frozen=True)
 class OnGrid(Solved):
-    """What was solved, with the scales that make whole numbers of it.
+    """A solution on a grid, with its scales.
 
-    scale: `(out, groups)`, in float64; column j belongs to group `j // group`. codes: `weight / scale`, whole numbers.
+    scale: `(out, groups)`, in float64; column j belongs to group `j // group`. codes: `weight / scale`, integers.
     """
 
     scale: Tensor = field(default_factory=lambda: torch.ones(1, 1))
@@ -59,13 +61,13 @@ class OnGrid(Solved):
 
     @property
     def codes(self) -> Tensor:
-        """`(out, in)`, int32; 0 where nothing is kept."""
-        wide = self.scale.repeat_interleave(self.group, 1)[:, : self.weight.shape[1]]
-        return (self.weight.double() / wide).round().int()
+        """`(out, in)`, int32; 0 where the mask is False."""
+        scales = self.scale.repeat_interleave(self.group, 1)[:, : self.weight.shape[1]]
+        return (self.weight.double() / scales).round().int()
 
 
 @solver(source="Frantar and Alistarh 2023, arXiv:2301.00774; Frantar et al. 2023, arXiv:2210.17323 (GPTQ)")
-def prune_and_quantise(
+def prune_and_quantize(
     weight: Weight,
     gram: Gram,
     pattern: Pattern = Element(),  # noqa: B008
@@ -75,17 +77,16 @@ def prune_and_quantise(
     block: int = 128,
     damping: float = 0.01,
 ) -> OnGrid:
-    """Prune a layer and round what stays, jointly: columns to come make up for zeros and for rounding alike.
+    """Prune a layer and round the kept weights, jointly: later columns compensate for pruning and rounding.
 
-    As `sparsegpt`, and a weight that stays becomes `q(w) = s * round(w / s)`: the rest of its row changes by
-    `-((w - q(w)) / U_jj) U_j,j+1:`. With sparsity 0 it is rounding with feedback as in GPTQ; on an endlessly fine grid
-    it is `sparsegpt`, but for weights that outgrow the largest code. Weights that stay may round to 0 too: `mask` says
-    what was pruned.
+    As `sparsegpt`, and a kept weight becomes `q(w) = s * round(w / s)`: the rest of its row changes by
+    `-((w - q(w)) / U_jj) U_j,j+1:`. With sparsity 0 it is GPTQ. In the limit of a fine grid it is `sparsegpt`, except
+    for weights above the largest code. A kept weight may round to 0: `mask` names the pruned weights.
     weight `(out, in)`, gram `(in, in)`. Data: the Gram matrix of the layer's inputs.
 
     sparsity, block, damping: as in `sparsegpt`. grid: bits and scales. The result has `codes` and `scale` as well.
 
-    Use: a layer that is to be sparse and of 8 or 4 bits. Avoid: before further training: rounding would be lost.
+    Use: sparse layers of 8 or 4 bits. Avoid: further training, which undoes the rounding.
     """
     checked(weight, gram, pattern, sparsity)
     width = grid.group or weight.shape[1]
@@ -96,8 +97,8 @@ def prune_and_quantise(
             scales.append(grid.scale(left[:, column : column + width]))
         return grid.round(left[:, column : column + 1], scales[-1])[:, 0]
 
-    # A group that spans blocks would have its scale from columns that have not heard of the errors before them.
+    # A group across blocks would take its scale from columns without the earlier errors.
     size = -(-block // grid.group) * grid.group if grid.group and block > 0 else block
-    found, mask, used = by_columns(weight, gram, pattern, sparsity, size, damping, settle)
-    error = relative_error(weight, found, gram)
-    return OnGrid(found, mask, error, used, torch.cat(scales, 1), width)
+    new_weight, mask, used = by_columns(weight, gram, pattern, sparsity, size, damping, settle)
+    error = relative_error(weight, new_weight, gram)
+    return OnGrid(new_weight, mask, error, used, torch.cat(scales, 1), width)

@@ -1,4 +1,4 @@
-"""The best weights for a mask that is given."""
+"""The best weights for a given mask."""
 
 from __future__ import annotations
 
@@ -16,57 +16,59 @@ from prunella.types import Gram, Mask, Weight
 def refit(
     weight: Weight, gram: Gram, mask: Mask, *, start: Tensor | None = None, steps: int = 20, damping: float = 0.01
 ) -> Solved:
-    """Least squares on a fixed mask: the weights that keep the layer's outputs best, whoever chose the mask.
+    """Least squares on a fixed mask: the weights with the smallest change of the layer's outputs.
 
     `min over V, V = mask * V of tr((V - W)(H + damping * mean(diag(H)) I)(V - W)^T)`, by conjugate gradients on all
-    rows at once, preconditioned by the diagonal: two matrix products a step. The error never grows.
+    rows at once, preconditioned by the diagonal: two matrix products per step. The error never grows.
     weight, mask `(out, in)`, gram `(in, in)`. Data: the Gram matrix of the layer's inputs.
 
-    start: where to begin, by default `mask * W`. steps: at least 1; 10 to 20 reach most of the gain. damping: from 0
-    up, relative to the mean diagonal; the result says what it took.
+    start: initial weights, by default `mask * W`. steps: at least 1; 10 to 20 reach most of the gain. damping: from 0
+    up, relative to the mean diagonal; the result reports the damping used.
 
-    Use: after any mask, also one from elsewhere. Avoid: few tokens with little damping, where it fits noise.
+    Use: after any mask, of any source. Avoid: few tokens with little damping, where it fits noise.
     """
     if mask.shape != weight.shape:
-        raise RequestError(f"the mask has shape {tuple(mask.shape)}", f"the weight has {tuple(weight.shape)}")
+        raise RequestError(
+            f"the mask has shape {tuple(mask.shape)}", f"the weight has {tuple(weight.shape)}", "pass a mask (out, in)"
+        )
     if steps < 1:
-        raise RequestError(f"steps={steps} does nothing", "at least one is needed", "20 is usual")
+        raise RequestError(f"steps={steps} is out of range", "at least one step is needed", "use steps=20")
     _, used = damped_factor(gram.double(), damping)
     damped = _damped(gram, used)
     goal = weight.double()
-    found = (goal if start is None else start.double()) * mask
+    solution = (goal if start is None else start.double()) * mask
     scale = damped.diagonal().clamp_min(torch.finfo(torch.float64).tiny)
-    residual = (goal - found) @ damped * mask
-    eased = residual / scale
-    direction, energy = eased.clone(), (residual * eased).sum(1)
-    floor = energy.clone() * 1e-24
+    residual = (goal - solution) @ damped * mask
+    preconditioned = residual / scale
+    direction, energy = preconditioned.clone(), (residual * preconditioned).sum(1)
+    min_energy = energy.clone() * 1e-24
     for _ in range(steps):
-        bent = direction @ damped * mask
-        curvature = (direction * bent).sum(1)
-        step = torch.where((curvature > 0) & (energy > floor), energy / curvature.clamp_min(1e-300), 0.0)
-        found = found + step[:, None] * direction
-        residual = residual - step[:, None] * bent
-        eased = residual / scale
-        fresh = (residual * eased).sum(1)
-        ratio = torch.where(energy > floor, fresh / energy.clamp_min(1e-300), 0.0)
-        direction, energy = eased + ratio[:, None] * direction, fresh
-    result = found.to(weight.dtype)
+        image = direction @ damped * mask
+        curvature = (direction * image).sum(1)
+        step = torch.where((curvature > 0) & (energy > min_energy), energy / curvature.clamp_min(1e-300), 0.0)
+        solution = solution + step[:, None] * direction
+        residual = residual - step[:, None] * image
+        preconditioned = residual / scale
+        new_energy = (residual * preconditioned).sum(1)
+        ratio = torch.where(energy > min_energy, new_energy / energy.clamp_min(1e-300), 0.0)
+        direction, energy = preconditioned + ratio[:, None] * direction, new_energy
+    result = solution.to(weight.dtype)
     return Solved(result, mask, relative_error(weight, result, gram), used)
 
 
 def exact(weight: Weight, gram: Gram, mask: Mask, *, damping: float = 0.01) -> Tensor:
-    """The minimum that `refit` approaches, row by row: `V_S = W_S + H_SS^-1 H_SR W_R`, R what the mask removes.
+    """The minimum that `refit` approaches, row by row: `V_S = W_S + H_SS^-1 H_SR W_R`, R the pruned columns.
 
-    One factorisation a row, `O(out * in^3)`: for small layers, and as the oracle of the others.
+    One factorization per row, `O(out * in^3)`: for small layers, and as the oracle of the others.
     """
     _, used = damped_factor(gram.double(), damping)
     damped, goal = _damped(gram, used), weight.double()
-    found = torch.zeros_like(goal)
+    solution = torch.zeros_like(goal)
     for row, kept in enumerate(mask):
         if bool(kept.any()):
             inner = damped[kept][:, kept]
-            found[row, kept] = torch.linalg.solve(inner, damped[kept] @ goal[row])
-    return found
+            solution[row, kept] = torch.linalg.solve(inner, damped[kept] @ goal[row])
+    return solution
 
 
 def _damped(gram: Gram, damping: float) -> Tensor:

@@ -1,4 +1,4 @@
-"""A better mask for weights that stay as they are, one exchange in a row at a time."""
+"""A better mask for unchanged weights, one exchange per row at a time."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from prunella.registry.method import solver
 from prunella.solvers.layer import Pattern, Solved, checked, project, relative_error
 from prunella.types import Gram, Mask, Weight
 
-LEAST = 1e-9
-"""Part of a row's energy that an exchange must save."""
+MIN_GAIN = 1e-9
+"""Smallest gain of an exchange, relative to the energy of the row."""
 
 
 @solver(source="Zhang et al. 2024, arXiv:2310.08915 (DSnoT); here by the exact change of the layer's error")
@@ -26,55 +26,60 @@ def swap(
     start: Mask | None = None,
     steps: int = 50,
 ) -> Solved:
-    """Exchange a weight that is gone for one that stays, in every row, as long as the layer's error falls.
+    """Exchange a pruned weight for a kept one, in every row, as long as the error of the layer falls.
 
-    With `d` the part of a row that is gone, bringing i back and taking j away changes `d H d^T` by
-    `w_i^2 H_ii - 2 w_i (d H)_i + w_j^2 H_jj + 2 w_j (d H)_j - 2 w_i w_j H_ij`. In each step every row takes the i that
-    saves most alone, then the best j for it, if both together save; with `NM` the best pair within one of its groups.
-    With `Block` whole blocks of a row of blocks are exchanged, by the same sum over their rows with blocks of `H`.
-    Weights keep their values, so rows (and groups) keep their counts and the error never grows. DSnoT estimates the
+    With `d` the pruned part of a row, the return of i and the removal of j change `d H d^T` by
+    `w_i^2 H_ii - 2 w_i (d H)_i + w_j^2 H_jj + 2 w_j (d H)_j - 2 w_i w_j H_ij`. In each step every row takes the i with
+    the largest gain alone, then the best j for this i, if both together reduce the error; with `NM` the best pair
+    within one group. With `Block` the exchange is between blocks of a row of blocks, by the same sum over their rows
+    with blocks of
+    `H`. Weights keep their values and rows (and groups) their counts, and the error never grows. DSnoT estimates the
     same changes from means and variances of the inputs.
     weight `(out, in)`, gram `(in, in)`. Data: the Gram matrix of the layer's inputs.
 
-    sparsity: of the mask that it starts from, in [0, 1), not used by `NM`. start: that mask, by default the one of
-    `wanda`. steps: most exchanges in a row, from 1. Errors: RequestError for a start that splits blocks.
+    sparsity: of the initial mask, in [0, 1), not used by `NM`. start: the initial mask, by default that of `wanda`.
+    steps: largest number of exchanges per row, from 1. Errors: RequestError for a start that splits blocks.
 
-    Use: before `refit`, or where weights must not change. Avoid: instead of new weights: `admm` has far less error.
+    Use: before `refit`, or for weights that must not change. Avoid: cases where weights may change: `admm` has far less
+    error.
     """
     checked(weight, gram, pattern, sparsity)
     if steps < 1 or (start is not None and start.shape != weight.shape):
-        raise RequestError(f"swap cannot use steps={steps}, or the mask does not fit", "", "steps=50, a mask (out, in)")
+        why = "steps is at least 1, and a mask has the shape (out, in) of the weight"
+        raise RequestError(f"swap cannot use steps={steps} or this mask", why, "use steps=50")
     rows, cols = (pattern.rows, pattern.cols) if isinstance(pattern, Block) else (1, 1)
-    wide, inputs = _tiles(weight.double(), rows, cols), _striped(gram.double(), cols)
-    first = weight.double().abs() * gram.double().diagonal().clamp_min(0).sqrt()
-    mask = project(first, pattern, sparsity) if start is None else start
-    stays = _tiles(mask, rows, cols).any(3).any(1)
-    if not torch.equal(_whole(stays, pattern, mask), mask):
-        raise RequestError("the mask to start from is not made of whole blocks", f"the pattern is {pattern}", "")
-    energy = torch.einsum("irja,jab,irjb->ij", wide, _corners(inputs), wide)
-    enough = LEAST * (_through(wide, inputs) * wide).sum((1, 2, 3))
-    pull = _through(wide * ~stays[:, None, :, None], inputs)
+    tiles, inputs = _tiles(weight.double(), rows, cols), _striped(gram.double(), cols)
+    scores = weight.double().abs() * gram.double().diagonal().clamp_min(0).sqrt()
+    mask = project(scores, pattern, sparsity) if start is None else start
+    kept = _tiles(mask, rows, cols).any(3).any(1)
+    if not torch.equal(_expanded(kept, pattern, mask), mask):
+        raise RequestError("the initial mask splits blocks", f"the pattern is {pattern}", "pass a mask of this pattern")
+    energy = torch.einsum("irja,jab,irjb->ij", tiles, _corners(inputs), tiles)
+    min_gain = MIN_GAIN * (_gram_product(tiles, inputs) * tiles).sum((1, 2, 3))
+    products = _gram_product(tiles * ~kept[:, None, :, None], inputs)
     for _ in range(steps):
-        cross = 2 * (wide * pull).sum((1, 3))
-        grow, drop = (energy - cross).masked_fill(stays, torch.inf), (energy + cross).masked_fill(~stays, torch.inf)
-        back, away, change = (
-            _in_groups(wide[:, 0, :, 0], inputs[:, 0], grow, drop, pattern)
+        cross = 2 * (tiles * products).sum((1, 3))
+        restore, remove = (energy - cross).masked_fill(kept, torch.inf), (energy + cross).masked_fill(~kept, torch.inf)
+        restored, removed, change = (
+            _in_groups(tiles[:, 0, :, 0], inputs[:, 0], restore, remove, pattern)
             if isinstance(pattern, NM)
-            else _in_rows(wide, inputs, grow, drop)
+            else _in_rows(tiles, inputs, restore, remove)
         )
-        who = (change < -enough).nonzero()[:, 0]
-        if not len(who):
+        changed = (change < -min_gain).nonzero()[:, 0]
+        if not len(changed):
             break
-        back, away = back[who], away[who]
-        stays[who, back], stays[who, away] = True, False
-        pull[who] += (wide[who, :, away] @ inputs[away] - wide[who, :, back] @ inputs[back]).view_as(pull[who])
-    mask = _whole(stays, pattern, mask)
-    found = weight * mask
-    return Solved(found, mask, relative_error(weight, found, gram))
+        restored, removed = restored[changed], removed[changed]
+        kept[changed, restored], kept[changed, removed] = True, False
+        products[changed] += (
+            tiles[changed, :, removed] @ inputs[removed] - tiles[changed, :, restored] @ inputs[restored]
+        ).view_as(products[changed])
+    mask = _expanded(kept, pattern, mask)
+    masked = weight * mask
+    return Solved(masked, mask, relative_error(weight, masked, gram))
 
 
 def _tiles(matrix: Tensor, rows: int, cols: int) -> Tensor:
-    """`(rows of blocks, rows, columns of blocks, cols)`, filled up with zeros."""
+    """`(rows of blocks, rows, columns of blocks, cols)`, padded with zeros."""
     out, width = matrix.shape
     padded = pad(matrix, (0, -width % cols, 0, -out % rows))
     return padded.view(-1, rows, padded.shape[1] // cols, cols)
@@ -93,40 +98,43 @@ def _corners(inputs: Tensor) -> Tensor:
     return torch.stack([stripe[:, k * cols : (k + 1) * cols] for k, stripe in enumerate(inputs)])
 
 
-def _through(tiles: Tensor, inputs: Tensor) -> Tensor:
-    """Times the Gram matrix."""
+def _gram_product(tiles: Tensor, inputs: Tensor) -> Tensor:
+    """The product with the Gram matrix."""
     return (tiles.flatten(2) @ inputs.flatten(0, 1)).view_as(tiles)
 
 
-def _whole(stays: Tensor, pattern: Pattern, mask: Mask) -> Mask:
-    """A mask like `mask` from which blocks stay."""
+def _expanded(kept: Tensor, pattern: Pattern, mask: Mask) -> Mask:
+    """The kept blocks as a mask in the shape of `mask`."""
     if not isinstance(pattern, Block):
-        return stays.clone()
-    full = stays.repeat_interleave(pattern.rows, 0).repeat_interleave(pattern.cols, 1)
+        return kept.clone()
+    full = kept.repeat_interleave(pattern.rows, 0).repeat_interleave(pattern.cols, 1)
     return full[: mask.shape[0], : mask.shape[1]].contiguous()
 
 
-def _in_rows(wide: Tensor, inputs: Tensor, grow: Tensor, drop: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """For each row the one to come back, the one to go, and the change of the error.
+def _in_rows(tiles: Tensor, inputs: Tensor, restore: Tensor, remove: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """For each row the restored block, the removed block, and the change of the error.
 
-    grow, drop: change of the error when one comes back, or goes, alone; infinite where it is there, or gone, already.
+    restore, remove: change of the error by one restored or removed block alone; infinite for blocks already kept or
+    pruned.
     """
-    gain, back = grow.min(1)
-    own = wide[torch.arange(len(wide), device=wide.device), :, back]
-    both = (wide * (own @ inputs[back]).view_as(wide)).sum((1, 3))
-    cost, away = (drop - 2 * both).min(1)
-    return back, away, gain + cost
+    gain, restored = restore.min(1)
+    restored_tiles = tiles[torch.arange(len(tiles), device=tiles.device), :, restored]
+    both = (tiles * (restored_tiles @ inputs[restored]).view_as(tiles)).sum((1, 3))
+    cost, removed = (remove - 2 * both).min(1)
+    return restored, removed, gain + cost
 
 
-def _in_groups(weight: Tensor, gram: Gram, grow: Tensor, drop: Tensor, pattern: NM) -> tuple[Tensor, Tensor, Tensor]:
-    """The same for the best pair of all groups of M columns."""
+def _in_groups(
+    weight: Tensor, gram: Gram, restore: Tensor, remove: Tensor, pattern: NM
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`_in_rows` for the best pair within all groups of M columns."""
     m, (out, width) = pattern.m, weight.shape
     fill = -width % m
-    grow, drop = (pad(part, (0, fill), value=torch.inf).view(out, -1, m) for part in (grow, drop))
+    restore, remove = (pad(part, (0, fill), value=torch.inf).view(out, -1, m) for part in (restore, remove))
     groups = pad(weight, (0, fill)).view(out, -1, m)
     squares = pad(gram, (0, fill, 0, fill)).view(groups.shape[1], m, -1, m)
-    near = torch.stack([squares[k, :, k] for k in range(groups.shape[1])])
-    both = grow.unsqueeze(-1) + drop.unsqueeze(-2) - 2 * groups.unsqueeze(-1) * groups.unsqueeze(-2) * near
+    group_grams = torch.stack([squares[k, :, k] for k in range(groups.shape[1])])
+    both = restore.unsqueeze(-1) + remove.unsqueeze(-2) - 2 * groups.unsqueeze(-1) * groups.unsqueeze(-2) * group_grams
     change, place = both.flatten(1).min(1)
     group, pair = place // (m * m), place % (m * m)
     return group * m + pair // m, group * m + pair % m, change

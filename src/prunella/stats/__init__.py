@@ -1,6 +1,6 @@
-"""Statistics for criteria, from one pass over the data, collecting only what is asked for.
+"""Statistics for criteria. One pass over the data collects only the statistics that are needed.
 
-`STATISTICS` says what each is, and how it is collected.
+`STATISTICS` describes every statistic and names the slot that collects it.
 """
 
 from prunella.model.state import untouched as untouched

@@ -1,8 +1,8 @@
-"""Statistics of what a weight multiplies.
+"""Statistics of the inputs of a weight.
 
-The multiplications are watched below autograd, where every one of them, whatever module or function it came from, is
-one of a few operations of the table in `prunella.model.reads`. A weight is known by its memory, so that transposed and
-sliced views of it, and the copies that autocast makes, count as well.
+Products are observed below autograd. There every product, from any module or function, is one of the few operations of
+the table in `prunella.model.reads`. A weight is identified by its memory, so that transposed views, slices and the
+copies of autocast count as well.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from prunella.model.watch import Homes, Unread, View
 from prunella.stats.subject import Subject
 
 Totals = Mapping[tuple[str, View], Tensor]
-"""Entity and view of it -> a total over the tokens that broadcasts to the view."""
+"""(entity, view of the entity) -> a total over the tokens that broadcasts to the view."""
 
 
 class InputNorm:
     """`input_norm`: L2 norm over all tokens of the input that each weight multiplies, by entity, in the weight's shape.
 
     Convolutions: over all patches, padding included. Transposed convolutions: over all positions of the input.
-    Sums are kept in float64, so that many batches and one large batch agree. A weight that never ran is absent.
+    Sums are in float64, so that many batches and one large batch agree. A weight that never ran is absent.
     """
 
     def __init__(self, subject: Subject) -> None:
@@ -42,7 +42,7 @@ class InputNorm:
         return Watch(self._weights, self._add, self.unread)
 
     def add(self, grads: object) -> None:
-        """Gradients say nothing of inputs."""
+        """Unused: this statistic needs no gradients."""
 
     def result(self) -> dict[str, Tensor]:
         """By entity."""
@@ -50,15 +50,15 @@ class InputNorm:
 
     def _add(self, name: str, view: View, product: Product) -> None:
         squares = total(product, _squares(product.x))
-        known = self._sums.get((name, view))
-        self._sums[name, view] = squares if known is None else known + squares
+        previous = self._sums.get((name, view))
+        self._sums[name, view] = squares if previous is None else previous + squares
 
     def _norms(self, name: str) -> Tensor:
         return lay_out(self._weights[name], name, self._sums).sqrt().to(torch.float32)
 
 
 def lay_out(weight: Tensor, name: str, totals: Totals) -> Tensor:
-    """Write the totals of every view of a weight where the view lies in it, and add up: float64, as the weight."""
+    """Sum of the totals of all views of a weight, each at the place of the view: float64, shaped as the weight."""
     flat = torch.zeros(weight.numel(), dtype=torch.float64, device=weight.device)
     places = torch.arange(weight.numel(), device=weight.device)
     for (owner, (size, stride, offset)), total in totals.items():
@@ -69,18 +69,18 @@ def lay_out(weight: Tensor, name: str, totals: Totals) -> Tensor:
 
 
 class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Report every multiplication by one of `weights`; `unread` takes the calls that cannot be read, by entity."""
+    """Report every product with one of `weights`; `unread` collects the calls that cannot be read, by entity."""
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        return False  # the guard against the compiler would import it, which takes seconds
+        return False  # the check against the compiler would import dynamo, which takes seconds
 
     def __init__(
         self, weights: dict[str, Tensor], report: Callable[[str, View, Product], None], unread: dict[str, Unread]
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._report, self._unread, self._homes = report, unread, Homes()
-        self._held: list[Tensor] = []
+        self._copies: list[Tensor] = []
         for name, weight in weights.items():
             self._homes.settle(name, weight)
 
@@ -100,15 +100,15 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return out
 
     def _follow(self, source: Tensor, copy: Tensor) -> None:
-        """A whole weight in another precision is still that weight. Held, so that its memory is not used again."""
+        """Register a copy of a full weight in another precision. Keeping the copy prevents reuse of its memory."""
         home = self._homes.of(source)
         if home is not None and source.stride() == copy.stride() and not home[1].offset:
             self._homes.settle(home[0], copy)
-            self._held.append(copy)
+            self._copies.append(copy)
 
 
 def total(product: Product, values: Tensor, *, once: bool = False) -> Tensor:
-    """Totals over tokens of values in the shape of the input, in a shape that broadcasts to what is read."""
+    """Totals over tokens of values in the shape of the input, in a shape that broadcasts to the operand."""
     return product.form.total(values, product.operand.shape, once=once)
 
 

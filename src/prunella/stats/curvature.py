@@ -1,8 +1,8 @@
 """Statistics of curvature: the diagonal of the Hessian, and the empirical Fisher matrix as diagonal or in blocks.
 
-The empirical Fisher is the mean over *samples* of the gradient times itself, with the labels of the data. The gradient
-of a batch is a mean that cancels, so batches are split into samples, which are run one after the other: time of one
-backward pass a sample, memory of one gradient. A loss that normalises over the batch is then that of a batch of one.
+The empirical Fisher is the mean over *samples* of the gradient times itself, with the labels of the data. In the
+gradient of a batch samples cancel. Batches are therefore split into samples, which run one after the other: one
+backward pass per sample, memory of one gradient. A loss that normalizes over the batch sees batches of one.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ Grads = Mapping[str, Tensor]
 class HessianDiag:
     """`hessian_diag`: mean over batches of the diagonal of the Hessian, by Hutchinson's estimate, by entity.
 
-    `mean over probes of v * (H v)` with signs `v` drawn at random, two backward passes each. It is exact where the
-    Hessian is diagonal; elsewhere the standard error of an entry is `sqrt(sum_{j != i} H_ij^2 / probes / batches)`.
+    `mean over probes of v * (H v)` with random signs `v`, two backward passes each. The estimate is exact for a
+    diagonal Hessian; otherwise the standard error of an entry is `sqrt(sum_{j != i} H_ij^2 / probes / batches)`.
     """
 
     twice = True
 
     def __init__(self, subject: Subject, *, probes: int = 4) -> None:
         if probes < 1:
-            raise RequestError(f"probes={probes} estimates nothing", "it takes whole numbers from 1 up", "use probes=4")
+            raise RequestError(f"probes={probes} is out of range", "probes is a whole number from 1 up", "use probes=4")
         self._sums = {name: torch.zeros_like(_single(subject.parameters[name])) for name in subject.scored}
         self._probes, self._batches = probes, 0
         self._generator = torch.Generator().manual_seed(torch.initial_seed())
 
     def watch(self) -> AbstractContextManager[object]:
-        """Nothing to watch in the forward pass."""
+        """Unused: this statistic needs no forward pass."""
         return nullcontext()
 
     def second(self, weights: Grads, grads: Grads) -> None:
@@ -47,12 +47,12 @@ class HessianDiag:
         smooth = [name for name, grad in grads.items() if grad.requires_grad]
         for probe in range(self._probes if smooth else 0):
             signs = [self._signs(weights[name]) for name in smooth]
-            wanted = [weights[name] for name in smooth]
-            more = probe + 1 < self._probes
-            found = torch.autograd.grad(
-                [grads[name] for name in smooth], wanted, signs, retain_graph=more, allow_unused=True
+            parameters = [weights[name] for name in smooth]
+            retain = probe + 1 < self._probes
+            products = torch.autograd.grad(
+                [grads[name] for name in smooth], parameters, signs, retain_graph=retain, allow_unused=True
             )
-            for name, sign, product in zip(smooth, signs, found, strict=True):
+            for name, sign, product in zip(smooth, signs, products, strict=True):
                 if product is not None:
                     self._sums[name] += sign * product.detach() / self._probes
 
@@ -78,7 +78,7 @@ class FisherDiag:
         self._mean = MeanSquaredGrad(subject)
 
     def watch(self) -> AbstractContextManager[object]:
-        """Nothing to watch in the forward pass."""
+        """Unused: this statistic needs no forward pass."""
         return nullcontext()
 
     def add(self, grads: Grads) -> None:
@@ -100,7 +100,7 @@ class SampleGrad:
         self._rows: dict[str, list[Tensor]] = {name: [] for name in subject.scored}
 
     def watch(self) -> AbstractContextManager[object]:
-        """Nothing to watch in the forward pass."""
+        """Unused: this statistic needs no forward pass."""
         return nullcontext()
 
     def add(self, grads: Grads) -> None:
@@ -118,9 +118,9 @@ class FisherInverse:
     """`fisher_inverse`: inverse of the damped empirical Fisher in blocks along the rows of each weight, by entity.
 
     `(damping * I + mean over samples of g g^T)^-1` for every `block` neighbours in a row of the matrix `(out, in)`:
-    `(out, blocks of a row, block, block)` in float64, where a last block that is not full is filled up with weights
-    whose gradient is 0. Memory: `8 * block` bytes a weight. The sums of `g g^T` are kept and inverted at the end, which
-    is the same matrix as the rank-one recursion of `prunella.solvers` gives and needs no count of samples beforehand.
+    `(out, blocks of a row, block, block)` in float64. A partial last block is padded with weights whose gradient is 0.
+    Memory: `8 * block` bytes per weight. The sums of `g g^T` are inverted at the end. The result equals that of the
+    rank-one recursion of `prunella.solvers`, without the number of samples in advance.
     """
 
     each = True
@@ -132,7 +132,7 @@ class FisherInverse:
         self._samples = 0
 
     def watch(self) -> AbstractContextManager[object]:
-        """Nothing to watch in the forward pass."""
+        """Unused: this statistic needs no forward pass."""
         return nullcontext()
 
     def add(self, grads: Grads) -> None:
@@ -159,7 +159,7 @@ class FisherInverseDiag:
         self._subject, self._inverse = subject, inverse
 
     def watch(self) -> AbstractContextManager[object]:
-        """Nothing to watch in the forward pass."""
+        """Unused: this statistic needs no forward pass."""
         return nullcontext()
 
     def add(self, grads: Grads) -> None:
@@ -168,8 +168,8 @@ class FisherInverseDiag:
 
     def result(self) -> dict[str, Tensor]:
         """By entity."""
-        found = self._inverse.result().items()
-        return {name: self._laid_out(name, blocks.diagonal(dim1=-2, dim2=-1).flatten(1)) for name, blocks in found}
+        inverses = self._inverse.result().items()
+        return {name: self._laid_out(name, blocks.diagonal(dim1=-2, dim2=-1).flatten(1)) for name, blocks in inverses}
 
     def _laid_out(self, name: str, matrix: Tensor) -> Tensor:
         weight, layer = self._subject.parameters[name], self._subject.layer_of.get(name)
@@ -183,7 +183,7 @@ def fisher_inverse_diag(subject: Subject, *, damping: float = 1e-5, block: int =
 
 
 def as_matrix(subject: Subject, name: str, value: Tensor) -> Tensor:
-    """A parameter, or anything in its shape, as the matrix that criteria see."""
+    """Values in the shape of a parameter, as the matrix that criteria see."""
     layer = subject.layer_of.get(name)
     if layer is not None:
         return to_matrix(value, layer)
@@ -191,13 +191,13 @@ def as_matrix(subject: Subject, name: str, value: Tensor) -> Tensor:
 
 
 def in_blocks(matrix: Tensor, block: int) -> Tensor:
-    """`(out, in)` as `(out, blocks, block)`, rows filled up with zeros."""
+    """`(out, in)` as `(out, blocks, block)`, rows padded with zeros."""
     padded = torch.nn.functional.pad(matrix, (0, -matrix.shape[1] % block))
     return padded.reshape(len(matrix), -1, block)
 
 
 def check_damping(damping: float, block: int = 1) -> None:
-    """Knobs that every inverse of a Fisher matrix has."""
+    """Check the knobs of an inverse Fisher matrix."""
     if not (damping > 0 and math.isfinite(damping)) or block < 1:
         raise RequestError(
             f"damping={damping:g} and block={block} give no inverse",

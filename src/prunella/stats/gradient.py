@@ -1,4 +1,4 @@
-"""Statistics of gradients. Each slot sees the gradients of one batch at a time and adds them up."""
+"""Statistics of gradients. Each slot accumulates the gradients of one batch at a time."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class MeanGrad:
         self._batches = 0
 
     def watch(self) -> AbstractContextManager[object]:
-        """Nothing to watch in the forward pass."""
+        """Unused: this statistic needs no forward pass."""
         return nullcontext()
 
     def add(self, grads: Grads) -> None:
@@ -52,7 +52,7 @@ class MeanSquaredGrad:
         self._mean = MeanGrad(subject)
 
     def watch(self) -> AbstractContextManager[object]:
-        """Nothing to watch in the forward pass."""
+        """Unused: this statistic needs no forward pass."""
         return nullcontext()
 
     def add(self, grads: Grads) -> None:
@@ -76,7 +76,7 @@ class GateGrad:
         self._rows: dict[str, list[Tensor]] = {}
 
     def watch(self) -> AbstractContextManager[object]:
-        """Nothing to watch in the forward pass."""
+        """Unused: this statistic needs no forward pass."""
         return nullcontext()
 
     def add(self, grads: Grads) -> None:
@@ -96,19 +96,21 @@ class GateGrad:
 def gate_gradient(group: Group, weights: Mapping[str, Tensor], grads: Grads) -> Tensor:
     """Gradient of the loss to a gate of 1 on each unit, wherever its activation is read: `(units,)` in float64.
 
-    `dL/dz_u = sum over the weights that read u of w * dL/dw`, exact because a gate on the activation and the same
-    factor on the columns that read it are one function. Without readers, the rows that produce the unit and its bias
-    are taken: a gate on the output of the producer. Of a residual block all parameters: a gate on its weights.
+    `dL/dz_u = sum over the weights that read u of w * dL/dw`. This is exact: a gate on the activation and the same
+    factor on the columns that read the activation are one function. Without readers the sum is over the rows and the
+    bias that
+    produce the unit: a gate on the output of the producer. For a residual block it is over all parameters: a gate on
+    the weights.
     """
     readers = [m for m in group.members if m.role == "in" and m.entity in weights]
-    makers = [m for m in group.members if m.role in ("out", "bias") and m.entity in weights]
-    total = torch.zeros(group.size, dtype=torch.float64)
-    every = [m for m in group.members if m.entity in weights]
-    for member in every if group.paths else readers or makers:
+    producers = [m for m in group.members if m.role in ("out", "bias") and m.entity in weights]
+    gates = torch.zeros(group.size, dtype=torch.float64)
+    members = [m for m in group.members if m.entity in weights]
+    for member in members if group.paths else readers or producers:
         if member.entity in grads:
             product = weights[member.entity].detach() * grads[member.entity]
-            total.index_add_(0, torch.from_numpy(member.unit), _along(product, member))
-    return total
+            gates.index_add_(0, torch.from_numpy(member.unit), _along(product, member))
+    return gates
 
 
 def _along(values: Tensor, member: Member) -> Tensor:

@@ -1,4 +1,4 @@
-"""What residual blocks do to the stream that runs through them."""
+"""Statistics of the residual stream at residual blocks."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from prunella.stats.subject import Subject
 
 
 class Influence:
-    """`influence`: one minus the mean cosine between what enters and what leaves each residual block, by stack.
+    """`influence`: one minus the mean cosine between the input and the output of each residual block, by stack.
 
-    The cosine is of the vector of one token, over all tokens and samples: the last axis, or the channels (axis 1) where
-    the first layer of the block is a convolution. A vector that the block leaves as it is counts as a cosine of 1.
+    The mean is over all tokens and samples. The vector of a token is along the last axis, or along the channels (axis
+    1) where the first layer of the block is a convolution. A vector that the block does not change has a cosine of 1.
     """
 
     def __init__(self, subject: Subject) -> None:
@@ -32,7 +32,7 @@ class Influence:
         return self._hooks()
 
     def add(self, grads: object) -> None:
-        """Gradients say nothing of it."""
+        """Unused: this statistic needs no gradients."""
 
     def result(self) -> dict[str, Tensor]:
         """By name of the stack, one number a block."""
@@ -41,17 +41,17 @@ class Influence:
 
     @contextmanager
     def _hooks(self) -> Iterator[None]:
-        came: dict[str, Tensor] = {}
+        inputs: dict[str, Tensor] = {}
         handles = []
         for path in self._axis:
             block = self._model.get_submodule(path)
 
             def before(module: nn.Module, args: Any, kwargs: Any, path: str = path) -> None:
                 # a copy, since the block may add in place
-                came[path] = tensors([list(args), kwargs])[0].detach().clone()
+                inputs[path] = tensors([list(args), kwargs])[0].detach().clone()
 
             def after(module: nn.Module, args: Any, output: Any, path: str = path) -> None:
-                self._look(path, came.pop(path), first_tensor(output).detach())
+                self._look(path, inputs.pop(path), first_tensor(output).detach())
 
             handles.append(block.register_forward_pre_hook(before, with_kwargs=True))
             handles.append(block.register_forward_hook(after))
@@ -61,11 +61,11 @@ class Influence:
             for handle in handles:
                 handle.remove()
 
-    def _look(self, path: str, enters: Tensor, leaves: Tensor) -> None:
-        one, other = (x.double().movedim(self._axis[path], -1).flatten(0, -2) for x in (enters, leaves))
-        lengths = one.norm(dim=1) * other.norm(dim=1)
-        cosine = (one * other).sum(1) / lengths.clamp_min(torch.finfo(torch.float64).tiny)
-        cosine = torch.where((one == other).all(1), 1.0, cosine)
+    def _look(self, path: str, block_input: Tensor, block_output: Tensor) -> None:
+        before, after = (x.double().movedim(self._axis[path], -1).flatten(0, -2) for x in (block_input, block_output))
+        lengths = before.norm(dim=1) * after.norm(dim=1)
+        cosine = (before * after).sum(1) / lengths.clamp_min(torch.finfo(torch.float64).tiny)
+        cosine = torch.where((before == after).all(1), 1.0, cosine)
         self._sums[path] += torch.stack([cosine.sum(), cosine.new_tensor(float(len(cosine)))]).cpu()
 
 

@@ -1,4 +1,4 @@
-"""Statistics for pruning at initialisation: products with the Hessian, total sensitivity, and flow without data."""
+"""Statistics for pruning at initialization: Hessian-gradient products, total sensitivity, and flow without data."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Grads = Mapping[str, Tensor]
 
 
 class TotalSlope:
-    """`total_slope`: `sum |g w|` over all weights that are scored, one number, in the shape of each parameter.
+    """`total_slope`: `sum |g w|` over all scored weights, one number in the shape of each parameter.
 
     The gradient is the mean over batches, taken before the absolute value.
     """
@@ -29,7 +29,7 @@ class TotalSlope:
         self._mean = MeanGrad(subject)
 
     def watch(self) -> AbstractContextManager[object]:
-        """Nothing to watch in the forward pass."""
+        """Unused: this statistic needs no forward pass."""
         return nullcontext()
 
     def add(self, grads: Grads) -> None:
@@ -48,8 +48,9 @@ class TotalSlope:
 class HessianGrad:
     """`hessian_grad`: `H g`, the Hessian of the loss times its gradient, by entity; both of the mean over batches.
 
-    The output of the model is divided by `temperature` before the loss sees it. The graphs of all batches are kept
-    until the end, since `g` is known only then: memory grows with the number of batches.
+    The output of the model is divided by `temperature` before the loss. `g` is complete only after the last batch, so
+    that
+    the graphs of all batches are kept: memory grows with the number of batches.
     """
 
     twice = True
@@ -61,7 +62,7 @@ class HessianGrad:
         self._batches: list[Grads] = []
 
     def watch(self) -> AbstractContextManager[object]:
-        """Divide what the model gives by the temperature."""
+        """Divide the output of the model by the temperature."""
         return _Cooled(self._subject.model, self._temperature)
 
     def second(self, weights: Grads, grads: Grads) -> None:
@@ -69,7 +70,7 @@ class HessianGrad:
         self._batches.append(grads)
 
     def add(self, grads: Grads) -> None:
-        """What is needed is kept by `second`."""
+        """Unused: `second` collects the gradients."""
 
     def result(self) -> dict[str, Tensor]:
         """By entity."""
@@ -77,20 +78,20 @@ class HessianGrad:
         for grads in self._batches:
             for name, grad in grads.items():
                 mean[name] += grad.detach() / len(self._batches)
-        total = {name: torch.zeros_like(grad) for name, grad in mean.items()}
+        hessian_grad = {name: torch.zeros_like(grad) for name, grad in mean.items()}
         weights = {name: self._subject.parameters[name] for name in self._subject.scored}
         for grads in self._batches:
             smooth = [name for name, grad in grads.items() if grad.requires_grad]
             if not smooth:
                 continue
-            found = torch.autograd.grad(
+            products = torch.autograd.grad(
                 [grads[n] for n in smooth], list(weights.values()), [mean[n] for n in smooth], allow_unused=True
             )
-            for name, product in zip(weights, found, strict=True):
+            for name, product in zip(weights, products, strict=True):
                 if product is not None:
-                    total[name] += product.detach() / len(self._batches)
+                    hessian_grad[name] += product.detach() / len(self._batches)
         self._batches.clear()
-        return total
+        return hessian_grad
 
 
 class _Cooled:
@@ -118,60 +119,60 @@ class _Cooled:
 def flow(subject: Subject) -> dict[str, Tensor]:
     """`flow`: gradient of `R` to the absolute value of each parameter, by entity, in float64.
 
-    `R` is the sum of the outputs of a copy of the model whose weights are replaced by their absolute values, for an
-    input of ones in the shape of the example. In the copy biases are zero, and batch normalisation has mean 0,
-    variance 1 and shift 0. With ReLU or identity between the layers `R` adds up the products of weights along all
-    paths from input to output. The model itself is not run.
+    `R` is the sum of the outputs of a copy of the model with absolute weights, for an input of ones in the shape of the
+    example. In the copy biases are zero, and batch normalization has mean 0, variance 1 and shift 0. With ReLU or
+    identity between the layers `R` is the sum of the products of weights along all paths from input to output. The
+    model itself does not run.
     """
-    twin = _positive(subject)
+    positive = _positive(subject)
     ones = _ones(subject.inputs)
-    weights = dict(twin.named_parameters(remove_duplicate=False))
-    wanted = [weights[name] for name in subject.scored]
+    weights = dict(positive.named_parameters(remove_duplicate=False))
+    parameters = [weights[name] for name in subject.scored]
     with torch.enable_grad():
-        total = sum((t.sum() for t in tensors(forward(twin, ones)) if t.is_floating_point()), torch.zeros(()))
-        found: Any = (None,) * len(wanted)
+        total = sum((t.sum() for t in tensors(forward(positive, ones)) if t.is_floating_point()), torch.zeros(()))
+        gradients: Any = (None,) * len(parameters)
         if total.requires_grad:
-            found = torch.autograd.grad(total, wanted, allow_unused=True)
-    _check(float(total.detach()), wanted)
+            gradients = torch.autograd.grad(total, parameters, allow_unused=True)
+    _check(float(total.detach()), parameters)
     return {
         name: torch.zeros_like(weight) if grad is None else grad
-        for name, weight, grad in zip(subject.scored, wanted, found, strict=True)
+        for name, weight, grad in zip(subject.scored, parameters, gradients, strict=True)
     }
 
 
 @torch.no_grad()
 def _positive(subject: Subject) -> nn.Module:
-    twin = copied(subject.model).double().eval()
-    weights = dict(twin.named_parameters(remove_duplicate=False))
+    positive = copied(subject.model).double().eval()
+    weights = dict(positive.named_parameters(remove_duplicate=False))
     biases = {layer.bias for layer in subject.graph.layers if layer.bias}
     for name, weight in weights.items():
         weight.copy_(torch.zeros_like(weight) if name in biases else weight.abs())
         weight.requires_grad_(True)
-    for module in twin.modules():
+    for module in positive.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.reset_running_stats()
             if module.bias is not None:
                 module.bias.zero_()
-    return twin
+    return positive
 
 
 def _ones(inputs: Any) -> Any:
-    def one(value: Any) -> Any:
+    def ones_like(value: Any) -> Any:
         if not isinstance(value, Tensor):
             return value
         if not value.is_floating_point():
             raise NotSupported(
                 "`flow` runs the model on an input of ones",
-                f"the example is of {value.dtype}: numbers of tokens or classes have no size",
-                "use snip, grasp or magnitude for models that look their inputs up",
+                f"the example is of {value.dtype}: token ids and class numbers have no magnitude",
+                "use snip, grasp or magnitude for models with embeddings of their inputs",
             )
         return torch.ones_like(value, dtype=torch.float64)
 
     if inputs is None:
-        raise RequestError("`flow` needs an example input", "", "pass inputs=")
+        raise RequestError("`flow` needs an example input", "the copy of the model runs on its shape", "pass inputs=")
     if isinstance(inputs, Mapping):
-        return {name: one(value) for name, value in inputs.items()}
-    return tuple(map(one, inputs)) if isinstance(inputs, tuple) else one(inputs)
+        return {name: ones_like(value) for name, value in inputs.items()}
+    return tuple(map(ones_like, inputs)) if isinstance(inputs, tuple) else ones_like(inputs)
 
 
 def _check(total: float, weights: Sequence[Tensor]) -> None:
@@ -180,6 +181,6 @@ def _check(total: float, weights: Sequence[Tensor]) -> None:
     if total == 0 and not any(bool((weight == 0).any()) for weight in weights):
         raise NotSupported(
             "nothing flows through this model on an input of ones",
-            "a normalisation takes the mean of its input away, as layer norm does",
+            "a normalization, such as layer norm, subtracts the mean of its input",
             "use snip or grasp",
         )

@@ -1,4 +1,4 @@
-"""Statistics of a network some of whose weights are masked, while its dense values are kept."""
+"""Statistics of a masked network whose dense weights are preserved."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from prunella.types import Mask
 
 @dataclass(frozen=True)
 class Before:
-    """What earlier rounds have masked, by entity. nested: none of it may come back."""
+    """Masks of earlier rounds, by entity. nested: no masked weight may come back."""
 
     masks: Mapping[str, Mask] = field(default_factory=dict)
     nested: bool = True
@@ -22,7 +22,7 @@ class Before:
 
 @contextmanager
 def masked(parameters: Mapping[str, Tensor], masks: Mapping[str, Mask]) -> Iterator[None]:
-    """While entered, masked weights are zero; afterwards they have their values back, bit for bit."""
+    """Inside, masked weights are zero; afterwards their values are restored bit for bit."""
     dense = {name: parameters[name].detach().clone() for name in masks}
     try:
         with torch.no_grad():
@@ -36,11 +36,11 @@ def masked(parameters: Mapping[str, Tensor], masks: Mapping[str, Mask]) -> Itera
 
 
 def behind(scores: Mapping[str, Tensor], masks: Mapping[str, Mask]) -> dict[str, Tensor]:
-    """Scores by entity, those of masked weights below all others of every layer; `masks` have the shape of scores."""
+    """Scores by entity, with masked weights below all others of every layer; `masks` have the shape of scores."""
     lowest = min(float(value.min()) for value in scores.values())
-    found = {}
+    ranked = {}
     for name, value in scores.items():
-        last = torch.nextafter(torch.tensor(min(lowest, 0.0), dtype=value.dtype), torch.tensor(-torch.inf).to(value))
-        last = last.clamp_max(-torch.finfo(value.dtype).tiny)
-        found[name] = torch.where(masks[name], value, last) if name in masks else value
-    return found
+        below = torch.nextafter(torch.tensor(min(lowest, 0.0), dtype=value.dtype), torch.tensor(-torch.inf).to(value))
+        below = below.clamp_max(-torch.finfo(value.dtype).tiny)
+        ranked[name] = torch.where(masks[name], value, below) if name in masks else value
+    return ranked

@@ -1,8 +1,8 @@
-"""Statistics of the activation of a unit, taken where it is read.
+"""Statistics of the activation of a unit, taken at the layers that read the unit.
 
-The input of the layers that read a unit *is* its activation: whatever nonlinearity, normalisation or pooling stands
-between the layer that produces the unit and the layers that read it has been applied by then, be it a module or a
-function, and no name of either is needed. Behind an average pooling the activation is the pooled one.
+The input of the layers that read a unit *is* its activation. It includes every nonlinearity, normalization or pooling
+after the layer that produces the unit, as a module or as a function of any name. Behind an average pooling the
+activation is the pooled one.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from prunella.stats.activation import Watch, lay_out, total
 from prunella.stats.subject import Subject
 
 Measure = Callable[[Product], Tensor | None]
-"""Numbers in the shape of what is read, to be added up over tokens; None where there are none for such a read."""
+"""Values in the shape of the input, to be summed over tokens; None if the measure does not apply to the product."""
 
 
 class _Sums:
-    """Totals over all tokens of some measures of what weights multiply, and how many tokens, in float64."""
+    """Totals of measures of the inputs of weights over all tokens, and the number of tokens, in float64."""
 
     def __init__(self, weights: dict[str, Tensor], measures: Sequence[Measure]) -> None:
         self.weights = weights
@@ -43,21 +43,21 @@ class _Sums:
         return [lay_out(self.weights[name], name, totals) for totals in self._totals]
 
     def _add(self, name: str, view: View, read: Product) -> None:
-        found = [measure(read) for measure in self._measures]
-        if any(values is None for values in found):
+        measured = [measure(read) for measure in self._measures]
+        if any(values is None for values in measured):
             return
-        for totals, values in zip(self._totals, found, strict=True):
+        for totals, values in zip(self._totals, measured, strict=True):
             assert values is not None
             sums = total(read, values, once=True)
             totals[name, view] = totals[name, view] + sums if (name, view) in totals else sums
 
 
 Parts = Sequence[tuple[Tensor, list[Tensor]]]
-"""For each place that reads a group: the unit of every position, and the sums at the positions, tokens first."""
+"""For each reader of a group: the unit of every position, and the sums at the positions, tokens first."""
 
 
 class PerUnit:
-    """Numbers for each unit of each group, from the sums at the places that read it. `finish`: (units, parts)."""
+    """Values of each unit of each group, from the sums at its readers. `finish`: (units, parts) -> values."""
 
     def __init__(self, subject: Subject, measures: Sequence[Measure], finish: Callable[[int, Parts], Tensor]) -> None:
         self._groups, self._finish = subject.groups, finish
@@ -70,16 +70,16 @@ class PerUnit:
         return self._sums.watch()
 
     def add(self, grads: object) -> None:
-        """Gradients say nothing of activations."""
+        """Unused: this statistic needs no gradients."""
 
     def result(self) -> dict[str, Tensor]:
-        """By name of the group; one that nothing reads is absent."""
-        found = {}
+        """By name of the group; a group without readers is absent."""
+        by_group = {}
         for group in self._groups:
             parts = [(torch.from_numpy(m.unit), self._at(m)) for m in _readers(group) if self._sums.seen(m.entity)]
             if parts:
-                found[group.name] = self._finish(group.size, parts)
-        return found
+                by_group[group.name] = self._finish(group.size, parts)
+        return by_group
 
     def _at(self, member: Member) -> list[Tensor]:
         """Sums at the member's positions."""
@@ -88,7 +88,7 @@ class PerUnit:
 
 
 def unit_zeros(subject: Subject) -> PerUnit:
-    """`unit_zeros`: how often the activation of each unit is exactly 0, a part of all values that are read."""
+    """`unit_zeros`: fraction of the activations of each unit that are exactly 0."""
     return PerUnit(subject, [lambda read: (read.x.detach() == 0).double()], _mean)
 
 
@@ -110,7 +110,7 @@ def unit_var(subject: Subject) -> PerUnit:
 class InputVar:
     """`input_var`: variance over all tokens of the input that each weight multiplies, by entity, in its shape.
 
-    Convolutions: over all samples and pixels of a channel, padding left out, the same for every place of the kernel.
+    Convolutions: over all samples and pixels of a channel, without padding, equal at every position of the kernel.
     """
 
     def __init__(self, subject: Subject) -> None:
@@ -123,16 +123,16 @@ class InputVar:
         return self._sums.watch()
 
     def add(self, grads: object) -> None:
-        """Gradients say nothing of inputs."""
+        """Unused: this statistic needs no gradients."""
 
     def result(self) -> dict[str, Tensor]:
         """By entity."""
-        found = {name: self._sums.of(name) for name in self._sums.weights if self._sums.seen(name)}
-        return {name: _variance(*sums).to(torch.float32) for name, sums in found.items()}
+        by_entity = {name: self._sums.of(name) for name in self._sums.weights if self._sums.seen(name)}
+        return {name: _variance(*sums).to(torch.float32) for name, sums in by_entity.items()}
 
 
 def _mean(units: int, parts: Parts) -> Tensor:
-    """Mean of the only measure over everything read."""
+    """Mean of a single measure over all readers."""
     count = total = torch.zeros(units, dtype=torch.float64)
     for unit, (tokens, values) in parts:
         count, total = count.index_add(0, unit, tokens), total.index_add(0, unit, values)
@@ -174,7 +174,7 @@ def _square(read: Product) -> Tensor:
 
 
 def _ranks(read: Product) -> Tensor | None:
-    """The rank of every map of `(samples, channels, height, width)`, written all over the map; of nothing else."""
+    """Rank of every map of `(samples, channels, height, width)` at each of its positions; None for other inputs."""
     if read.operand.dim() != 4 or read.x.dim() != 4:
         return None
     maps = read.x.detach().to(torch.promote_types(read.x.dtype, torch.float32))

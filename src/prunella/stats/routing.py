@@ -1,6 +1,6 @@
-"""What routers do with tokens: how often they choose each expert, with which weight, and what the expert adds.
+"""Statistics of routers: how often a router chooses each expert, with which weight, and the output of the expert.
 
-The choice is seen where it is made: the call of `topk` along the experts, known by its number in a run.
+The choice is observed at the call of `topk` along the experts, identified by its number within a run.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from prunella.model.forward import tensors
 from prunella.stats.subject import Subject
 
 Chosen = Callable[[str, Tensor, Tensor | None], None]
-"""Told of a choice: name of the group, the experts chosen `(tokens, k)`, and their weights, which sum to 1 a token."""
+"""Callback of a choice: name of the group, chosen experts `(tokens, k)`, and their weights with sum 1 per token."""
 
 
 class _Choices(TorchFunctionMode):
@@ -33,10 +33,10 @@ class _Choices(TorchFunctionMode):
         self.count: Counter[str] = Counter()
         self.paused = False
         self._report = report
-        runs = [run for run in subject.graph.runs if run.name == "topk" and _whole(subject, run)]
+        runs = [run for run in subject.graph.runs if run.name == "topk" and _chooses_among_all(subject, run)]
         self._at = {run.number: run for run in runs}
         self._soft = {run.group for run in subject.graph.runs if run.name == "softmax"}
-        self._waits: tuple[Running, Any] | None = None
+        self._pending: tuple[Running, Any] | None = None
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -47,36 +47,38 @@ class _Choices(TorchFunctionMode):
         self.count[name] += 1
         if run is not None:
             self._settle()
-            self._waits = run, out
-            if run.group in self._soft:  # softmax over all, then the choice: divided by the sum of what was chosen
+            self._pending = run, out
+            if (
+                run.group in self._soft
+            ):  # softmax over all experts, then the choice: divide by the sum over the chosen experts
                 values = out[0].detach()
                 self._settle(values / values.sum(run.axis, keepdim=True))
-        elif name == "softmax" and self._waits is not None and out.shape == self._waits[1][0].shape:
-            self._settle(out.detach())  # the choice, then softmax over what was chosen
+        elif name == "softmax" and self._pending is not None and out.shape == self._pending[1][0].shape:
+            self._settle(out.detach())  # the choice, then softmax over the chosen experts
         return out
 
     def begin(self) -> None:
-        """A run of the model begins."""
+        """Called when a run of the model begins."""
         self._settle()
         self.count.clear()
 
     def _settle(self, weights: Tensor | None = None) -> None:
-        """Report the choice that waits for its weights."""
-        if self._waits is not None:
-            run, out = self._waits
+        """Report the pending choice with its weights."""
+        if self._pending is not None:
+            run, out = self._pending
             unit = torch.from_numpy(run.unit).to(out[1].device)
             rows = [None if t is None else t.movedim(run.axis, -1).flatten(0, -2) for t in (out[1], weights)]
             assert rows[0] is not None
-            self._waits = None
+            self._pending = None
             self._report(run.group, unit[rows[0]], rows[1])
 
     def end(self) -> None:
-        """A run of the model is over."""
+        """Called when a run of the model ends."""
         self._settle()
 
 
 class Routed:
-    """`expert_share`: part of the tokens that each expert gets; `expert_gate`: mean weight where it is chosen."""
+    """`expert_share`: fraction of the tokens of each expert; `expert_gate`: mean weight where the expert is chosen."""
 
     def __init__(self, subject: Subject, *, weighted: bool) -> None:
         self._subject, self._weighted = subject, weighted
@@ -88,10 +90,10 @@ class Routed:
         return _watched(self._subject, self._add)
 
     def add(self, grads: object) -> None:
-        """Gradients say nothing of choices."""
+        """Unused: this statistic needs no gradients."""
 
     def result(self) -> dict[str, Tensor]:
-        """By name of the group, one number an expert; a group without such a choice is absent."""
+        """By name of the group, one number per expert; a group without a `topk` choice is absent."""
         seen = {name: sums for name, sums in self._sums.items() if bool(sums[0].any())}
         if self._weighted:
             return {name: sums[1] / sums[0].clamp_min(1) for name, sums in seen.items() if bool(sums[1].any())}
@@ -107,7 +109,7 @@ class Routed:
 
 
 def expert_share(subject: Subject) -> Routed:
-    """`expert_share`: part of the tokens for which the router chooses each expert."""
+    """`expert_share`: fraction of the tokens for which the router chooses each expert."""
     return Routed(subject, weighted=False)
 
 
@@ -117,11 +119,11 @@ def expert_gate(subject: Subject) -> Routed:
 
 
 class ExpertOutput:
-    """`expert_output`: mean norm of what each expert adds, weight included, over the tokens sent to it.
+    """`expert_output`: mean norm of the weighted output of each expert over the tokens sent to the expert.
 
-    What expert j adds is what the output of the mixture loses when the parameters of j are zero and the router's are
-    as they were: `g_j(x) f_j(x)`, one run of the mixture for each expert and batch. The mixture is the smallest module
-    that holds the router and the experts; its output must have one row for each token.
+    The output of expert j is the change of the mixture's output when the parameters of j are zero and those of the
+    router are unchanged: `g_j(x) f_j(x)`, one run of the mixture for each expert and batch. The mixture is the smallest
+    module that holds the router and the experts; its output must have one row for each token.
     """
 
     def __init__(self, subject: Subject) -> None:
@@ -135,10 +137,10 @@ class ExpertOutput:
         return self._hooks()
 
     def add(self, grads: object) -> None:
-        """Gradients say nothing of outputs."""
+        """Unused: this statistic needs no gradients."""
 
     def result(self) -> dict[str, Tensor]:
-        """By name of the group, one number an expert; one that gets no token has 0."""
+        """By name of the group, one number per expert; an expert without tokens has 0."""
         return {name: sums[0] / sums[1].clamp_min(1) for name, sums in self._sums.items() if bool(sums[1].any())}
 
     @contextmanager
@@ -170,28 +172,28 @@ class ExpertOutput:
         self._chosen[name] = chosen
 
     def _look(self, module: nn.Module, path: str, group: Group, args: Any, kwargs: Any, out: Any) -> None:
-        chosen, whole = self._chosen.pop(group.name, None), _rows(out)
-        if chosen is None or len(whole) != len(chosen):
+        chosen, full = self._chosen.pop(group.name, None), _rows(out)
+        if chosen is None or len(full) != len(chosen):
             return
         for expert in range(group.size):
             rows = (chosen == expert).any(1)
             if not bool(rows.any()):
                 continue
-            without = _rows(functional_call(module, self._without(group, path, expert), args, kwargs))
-            added = (whole[rows].double() - without[rows].double()).norm(dim=1)
-            self._sums[group.name][:, expert] += torch.stack([added.sum(), rows.sum().double()]).cpu()
+            ablated = _rows(functional_call(module, self._without(group, path, expert), args, kwargs))
+            contribution = (full[rows].double() - ablated[rows].double()).norm(dim=1)
+            self._sums[group.name][:, expert] += torch.stack([contribution.sum(), rows.sum().double()]).cpu()
 
     def _without(self, group: Group, path: str, expert: int) -> dict[str, Tensor]:
         """The parameters of the mixture in which this expert is zero, by their names within it."""
-        made: dict[str, Tensor] = {}
+        parameters: dict[str, Tensor] = {}
         routers = _routers(self._subject, group)
         for member in group.members:
             if member.entity in self._subject.parameters and (member.entity, member.axis) not in routers:
                 index = torch.from_numpy(member.index[member.unit == expert])
                 inner = member.entity.removeprefix(f"{path}.") if path else member.entity
-                value = made.get(inner, self._subject.parameters[member.entity].detach())
-                made[inner] = value.index_fill(member.axis, index.to(value.device), 0)
-        return made
+                value = parameters.get(inner, self._subject.parameters[member.entity].detach())
+                parameters[inner] = value.index_fill(member.axis, index.to(value.device), 0)
+        return parameters
 
 
 @contextmanager
@@ -206,18 +208,18 @@ def _watched(subject: Subject, report: Chosen) -> Iterator[_Choices]:
         handle.remove()
 
 
-def _whole(subject: Subject, run: Running) -> bool:
+def _chooses_among_all(subject: Subject, run: Running) -> bool:
     """Whether the call chooses among all experts of the group, each at one position."""
     size = subject.graph.group(run.group).size
     return sorted(run.unit.tolist()) == list(range(size)) and subject.graph.group(run.group).kind == "expert"
 
 
 def _routers(subject: Subject, group: Group) -> set[tuple[str, int]]:
-    """The members that score experts, or are added to scores: rows of a layer whose outputs are the experts."""
+    """The members that score experts: rows of a layer whose outputs are the experts, and the bias of this layer."""
     layers = subject.layer_of
-    found = {(m.entity, m.axis) for m in group.members if m.entity in layers and layers[m.entity].out_axis == m.axis}
-    biases = {layers[entity].bias for entity, _ in found}
-    return found | {(m.entity, m.axis) for m in group.members if m.entity in biases}
+    scoring = {(m.entity, m.axis) for m in group.members if m.entity in layers and layers[m.entity].out_axis == m.axis}
+    biases = {layers[entity].bias for entity, _ in scoring}
+    return scoring | {(m.entity, m.axis) for m in group.members if m.entity in biases}
 
 
 def _home(subject: Subject, group: Group) -> str:
@@ -228,5 +230,5 @@ def _home(subject: Subject, group: Group) -> str:
 
 
 def _rows(out: Any) -> Tensor:
-    found = tensors(out)
-    return found[0].detach().flatten(0, -2) if found and found[0].dim() > 1 else torch.empty(0, 1)
+    outputs = tensors(out)
+    return outputs[0].detach().flatten(0, -2) if outputs and outputs[0].dim() > 1 else torch.empty(0, 1)

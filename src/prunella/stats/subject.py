@@ -1,4 +1,4 @@
-"""What statistics are collected of."""
+"""The object of statistics: a model with groups or layers to score."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from prunella.graph.data import Graph, Group, Layer
 
 @dataclass(frozen=True)
 class Subject:
-    """A model, its graph, and the groups (structure) or layers (masks) that are to be scored; one of both is empty.
+    """A model, its graph, and the groups (structured pruning) or layers (masks) to score; one of them is empty.
 
-    inputs: the example batch, for statistics that run the model without data.
+    inputs: the example batch, for statistics without data.
     """
 
     model: nn.Module
@@ -33,12 +33,12 @@ class Subject:
 
     @cached_property
     def layer_of(self) -> dict[str, Layer]:
-        """The layer of each weight, by entity; a weight used in several places counts once."""
+        """The layer of each weight, by entity; a weight of several layers counts once."""
         return {layer.entity: layer for layer in reversed(self.graph.layers)}
 
     @cached_property
     def scored(self) -> tuple[str, ...]:
-        """Entities whose gradients or inputs may be asked for: floating-point parameters of the groups or layers."""
+        """Entities with statistics: floating-point parameters of the groups or layers."""
         names = [m.entity for group in self.groups for m in group.members if m.role != "stat"]
         names += [layer.entity for layer in self.layers]
         return tuple(dict.fromkeys(n for n in names if self._real(n)))

@@ -1,7 +1,7 @@
-"""Every statistic that a criterion may ask for: one entry says all that the library knows of it.
+"""The table of all statistics. One entry describes one statistic.
 
-A criterion asks by the name of a positional parameter. To add a statistic, add an entry; where it takes data, name the
-slot that collects it.
+A criterion requests a statistic by the name of a positional parameter. To add a statistic, add an entry, with the slot
+that collects it if it needs data.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ Layout = Literal["matrix", "row", "stack", "own"]
 class Slot(Protocol):
     """Collects one statistic in one pass over the data.
 
-    A slot with `each = True` sees the gradients of one sample at a time: every batch is split along its first axis. One
-    with `twice = True` has `second(weights, grads)`, called with gradients that can be differentiated again.
-    Keyword-only parameters of a slot are knobs: a criterion that has a knob of the same name sets it.
+    A slot with `each = True` sees the gradients of one sample at a time: every batch is split along its first axis. A
+    slot with `twice = True` has `second(weights, grads)`, called with gradients that can be differentiated again.
+    Keyword-only parameters of a slot are knobs. A criterion sets them by its knobs of the same names.
     """
 
     def watch(self) -> AbstractContextManager[object]:
@@ -34,7 +34,7 @@ class Slot(Protocol):
         ...
 
     def add(self, grads: Mapping[str, Tensor]) -> None:
-        """Called once a batch, with the gradients by entity, or with nothing."""
+        """Called once per batch, with the gradients by entity, or with an empty mapping."""
         ...
 
     def result(self) -> dict[str, Tensor]:
@@ -44,16 +44,17 @@ class Slot(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Statistic:
-    """What the library knows of one statistic.
+    """The description of one statistic.
 
-    kind: an `Annotated` tensor, which says its shape and its meaning (`prunella.types`).
-    level: what has a value. `weight`: every weight. `unit`: every channel, head or expert. `block`: every residual
-        block. `any`: every unit of any kind, and every weight.
-    slot: collects it from data. compute: runs the model without data. With neither it is read off the parameters.
+    kind: an `Annotated` tensor with the shape and the meaning of the statistic (`prunella.types`).
+    level: which objects have a value. `weight`: every weight. `unit`: every channel, head or expert. `block`: every
+        residual block. `any`: every unit of any kind, and every weight.
+    slot: collects the statistic from data. compute: runs the model without data. With neither, the parameters give the
+        statistic.
     gradients: whether the slot needs a loss.
-    layout: how a criterion sees the value of one weight. `matrix`: `(out, in)`. `row`: `(in,)` where all rows are
+    layout: of the value of one weight, as a criterion sees it. `matrix`: `(out, in)`. `row`: `(in,)` where all rows are
         equal. `stack`: a matrix for each batch or sample. `own`: as collected.
-    absent: why a group may be without it.
+    absent: why a group may lack the statistic.
     """
 
     kind: Any
@@ -66,22 +67,22 @@ class Statistic:
 
     @property
     def shape(self) -> str:
-        """For people: `(out, in)`."""
+        """The shape as text: `(out, in)`."""
         return str(get_args(self.kind)[1])
 
     @property
     def meaning(self) -> str:
-        """In words."""
+        """The meaning as text."""
         return str(get_args(self.kind)[2])
 
 
-_NO_ROUTER = "and no router was seen to choose among these units: use granularity=Expert()"
+_NO_ROUTER = "and no router chose among these units: use granularity=Expert()"
 STATISTICS: dict[str, Statistic] = {
     # read off the parameters
     "weight": Statistic(kind=types.Weight),
     "unit_weight": Statistic(kind=types.UnitWeight, level="unit", absent="and this group has no weights in its scope"),
     "norm_scale": Statistic(
-        kind=types.NormScale, level="unit", absent="and no normalisation with a scale acts on these units"
+        kind=types.NormScale, level="unit", absent="and no normalization with a scale acts on these units"
     ),
     "noise": Statistic(kind=types.Noise, level="any"),
     # without data
@@ -122,5 +123,5 @@ STATISTICS: dict[str, Statistic] = {
 
 
 def of_level(names: Iterable[str], *levels: Level) -> list[str]:
-    """Those of the names whose level is one of these, in order."""
+    """The names whose level is one of `levels`, in order."""
     return [name for name in names if STATISTICS[name].level in levels]

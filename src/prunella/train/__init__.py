@@ -25,7 +25,7 @@ from prunella.train.penalty.greg import Growing as Growing
 from prunella.train.penalty.halfspace import HalfSpace as HalfSpace
 from prunella.train.penalty.penalties import group_lasso as group_lasso
 from prunella.train.penalty.penalties import group_sparsity as group_sparsity
-from prunella.train.penalty.penalties import penalised as penalised
+from prunella.train.penalty.penalties import penalized as penalized
 from prunella.train.penalty.penalties import slimming as slimming
 from prunella.train.penalty.proximal import Proximal as Proximal
 from prunella.train.penalty.proximal import group_soft as group_soft
@@ -59,7 +59,7 @@ __all__ = [
     "itop",
     "l0_gates_",
     "learned_threshold_",
-    "penalised",
+    "penalized",
     "plan_zeros",
     "rigl",
     "rigl_flops",

@@ -1,4 +1,4 @@
-"""What changes a model: masks applied, units cut, rows permuted, optimizers carried along."""
+"""Transformations of a model: masks, cuts, permutations, and the optimizer state after a cut."""
 
 from prunella.model.masks import finalize as finalize
 from prunella.model.masks import masks_of as masks_of

@@ -1,4 +1,4 @@
-"""Write a plan into a model in place; `model/masks.py` keeps its masks beside the weights."""
+"""Write a plan into a model in place; `model/masks.py` stores the masks beside the weights."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ T = TypeVar("T", bound=Tensor)
 
 
 def apply_(model: M, plan: Plan, *, regrow: bool = False) -> M:
-    """Zero in place everything that `plan` removes, remember the masks, and return the model.
+    """Zero in place everything that `plan` removes, store the masks, and return the model.
 
-    New values of `plan.weights` are copied in first. Masked weights are then set to zero, and so is every position that
-    `plan.cuts` does not keep on any axis of a parameter. Buffers are left as they are, unless `plan.weights` has them.
-    The plan is checked against the model before anything is written.
+    First the values of `plan.weights` are copied into the model. Then masked weights become zero, as does every
+    position on an axis of a parameter that `plan.cuts` does not keep. Buffers do not change, unless `plan.weights` has
+    them. The plan is checked against the model before anything is written.
 
-    regrow: forget the masks of earlier plans, so that this plan alone says what is masked. By default masks add up.
+    regrow: drop the masks of earlier plans, so that only this plan masks weights. By default masks accumulate.
 
     Example:
 
@@ -51,14 +51,14 @@ def apply_(model: M, plan: Plan, *, regrow: bool = False) -> M:
 
 
 def plan_masks(model: nn.Module, plan: Plan) -> dict[nn.Parameter, Mask]:
-    """What a plan removes from parameters, as one bool mask per parameter; `RequestError` if it does not fit."""
+    """The masks of a plan, one bool mask per parameter; `RequestError` if the plan does not fit the model."""
     model = unwrap(model)
     named = dict(model.named_parameters(remove_duplicate=False))
     buffers = {name for name, _ in model.named_buffers(remove_duplicate=False)}
     if plan.dropped:
         raise RequestError(
-            f"the plan drops blocks of {', '.join(plan.dropped)}, which no mask can do",
-            "a block of zeros is not always the identity, after a norm for example",
+            f"the plan drops blocks of {', '.join(plan.dropped)}, which masks cannot do",
+            "a block of zeros is not always the identity, for example after a norm",
             "call prunella.shrink(model, plan)",
         )
     masks: dict[nn.Parameter, Mask] = {}
@@ -88,7 +88,7 @@ def _parameter(named: Mapping[str, T], name: str, shape: torch.Size | None) -> T
     if shape is not None and shape != parameter.shape:
         raise RequestError(
             f"the plan has shape {tuple(shape)} for {name}, the model {tuple(parameter.shape)}",
-            "the plan was made for another model, or this one is already cut",
+            "the plan was made for another model, or this model is already cut",
             "apply a plan to the model it was made for",
         )
     return parameter
@@ -101,7 +101,7 @@ def _cut_mask(name: str, parameter: nn.Parameter, axes: Mapping[int, Tensor]) ->
         if not fits:
             raise RequestError(
                 f"the plan cuts axis {axis} of {name} beyond its shape {tuple(parameter.shape)}",
-                "the plan was made for another model, or this one is already cut",
+                "the plan was made for another model, or this model is already cut",
                 "apply a plan to the model it was made for",
             )
         line = torch.zeros(parameter.shape[axis], dtype=torch.bool, device=parameter.device)

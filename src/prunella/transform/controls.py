@@ -1,6 +1,6 @@
-"""Controls of a mask: layers it empties, the same mask on other weights, and other masks on the same weights.
+"""Controls of a mask: empty layers, the same mask on other weights, and other masks on the same weights.
 
-A method has to beat its controls: otherwise only the density of each layer mattered, and not which weights are kept.
+A method must beat its controls. Otherwise only the density of each layer matters, and not the choice of weights.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from prunella.types import Mask
 
 
 class Control(Enum):
-    """Where the numbers of a control come from."""
+    """The kinds of controls."""
 
     REINIT = "reinit"
     SHUFFLE = "shuffle"
@@ -36,14 +36,14 @@ Fresh = Callable[[nn.Module], object]
 
 
 def reset_(model: nn.Module) -> nn.Module:
-    """New weights by `reset_parameters()` of every module that owns parameters. RequestError if one has none."""
+    """New weights by `reset_parameters()` of every module with parameters. RequestError if a module lacks it."""
     for name, module in unwrap(model).named_modules():
         reset = getattr(module, "reset_parameters", None)
         if reset is None and any(parameter is not None for parameter in module._parameters.values()):
             raise RequestError(
                 f"{name or 'the model'} ({type(module).__name__}) has parameters and no reset_parameters()",
-                "its first weights cannot be drawn anew",
-                "give that module the method, or pass Controls(fresh=...), a function that gives a model new weights",
+                "its initial weights cannot be drawn again",
+                "add the method, or pass Controls(fresh=...), a function that gives a model new weights",
             )
         if reset is not None and module._parameters:
             reset()
@@ -52,10 +52,10 @@ def reset_(model: nn.Module) -> nn.Module:
 
 @dataclass(frozen=True)
 class Controls:
-    """Which controls are trained, after which rounds, and from which first weights.
+    """Which controls are trained, after which rounds, and from which initial weights.
 
-    kinds: `REINIT` keeps the mask and draws new first weights; `SHUFFLE` keeps the weights and permutes each mask.
-    rounds: numbers of rounds, from 1; none named is the last round only. fresh: gives a model new random weights.
+    kinds: `REINIT` keeps the mask and draws new initial weights; `SHUFFLE` keeps the weights and permutes each mask.
+    rounds: numbers of rounds, from 1; empty means the last round only. fresh: gives a model new random weights.
     """
 
     kinds: tuple[Control, ...] = (Control.REINIT, Control.SHUFFLE)
@@ -68,7 +68,7 @@ class Controls:
 
 
 def reinit_(model: nn.Module, seed: int, fresh: Fresh = reset_) -> nn.Module:
-    """Draw new weights from `seed` and apply the model's masks to them. Masks stay; the caller's generators stay."""
+    """Draw new weights from `seed` under the masks of the model. Masks and the caller's generators do not change."""
     with seeded(seed):
         fresh(model)
     return reapply_(model)
@@ -76,25 +76,26 @@ def reinit_(model: nn.Module, seed: int, fresh: Fresh = reset_) -> nn.Module:
 
 @control(source="Frankle and Carbin 2019, arXiv:1803.03635; Frankle et al. 2021, arXiv:2009.08576")
 def reinitialized(model: nn.Module, *, seed: int = 0) -> nn.Module:
-    """A copy with weights drawn anew by each module's own `reset_parameters`, under the same masks.
+    """A copy with new weights by `reset_parameters` of each module, under the same masks.
 
-    The caller's random state is left as it was. seed: of the new weights. Errors: RequestError for parameters of
-    modules that cannot draw them.
+    The caller's random state does not change. seed: of the new weights. Errors: RequestError for parameters of
+    modules without this method.
 
-    Use: as the control of masks found at initialization or by tickets. Avoid: models whose weights were drawn by code
-    of their own: the distribution then is torch's, not theirs.
+    Use: as the control of masks found at initialization or by tickets. Avoid: models with an initialization of their
+    own: the new weights have torch's distribution.
     """
     return reinit_(copied(model), seed)
 
 
 def shuffle_masks_(model: nn.Module, seed: int) -> nn.Module:
-    """Permute the mask of every parameter: each keeps its number of survivors exactly. Weights are not touched."""
+    """Permute the mask of every parameter. The number of kept weights and their values do not change."""
     masks: dict[nn.Parameter, Mask] = {}
     for name, parameter, packed in records(model):
         if parameter not in masks:
             masks[parameter] = _shuffled(packed.unpack(), f"{seed} {name}")
     if not masks:
-        raise RequestError("the model carries no masks to shuffle", "", "call prunella.apply_(model, plan) first")
+        why = "no plan was applied"
+        raise RequestError("the model has no masks to shuffle", why, "call prunella.apply_(model, plan) first")
     forget_masks_(model)
     record_(model, masks)
     return model
@@ -102,16 +103,16 @@ def shuffle_masks_(model: nn.Module, seed: int) -> nn.Module:
 
 @control(source="Su et al. 2020, arXiv:2009.11094; Frankle et al. 2021, arXiv:2009.08576")
 def shuffled_plan(plan: Plan, *, seed: int = 0) -> Plan:
-    """The plan with the mask of every layer shuffled: the same number of weights in each, at random places.
+    """The plan with the mask of every layer shuffled: the same number of weights per layer, at random positions.
 
-    `m'_l = m_l[permutation]`, drawn for each layer from `seed` and its name. What only depends on how many weights each
-    layer keeps does not change. Patterns such as N:M or blocks are not kept up. seed: of the permutations.
+    `m'_l = m_l[permutation]`, drawn for each layer from `seed` and its name. The density of each layer does not change.
+    Patterns such as N:M or blocks are lost. seed: of the permutations.
 
-    Use: as the control of a mask: if training from it is as good, only the layers' densities mattered. Avoid: plans
-    that cut structure, which are refused.
+    Use: as the control of a mask: if training from the shuffled mask is as good, only the densities of the layers
+    matter. Avoid: plans with cuts, which are refused.
     """
     if not plan.masks or plan.cuts:
-        raise RequestError("there are no masks to shuffle", "the plan cuts structure, or nothing", "use Element()")
+        raise RequestError("the plan has no masks to shuffle", "it cuts units, or removes nothing", "use Element()")
     return replace(plan, masks={name: _shuffled(mask, f"{seed} {name}") for name, mask in plan.masks.items()})
 
 
@@ -123,12 +124,12 @@ def _shuffled(mask: Mask, key: str) -> Mask:
 
 @metric(source="Tanaka et al. 2020, arXiv:2006.05467 (layer collapse)")
 def collapsed(subject: Plan | nn.Module) -> tuple[str, ...]:
-    """Names of the layers of which nothing is left, so that their output no longer depends on their input.
+    """Names of the empty layers, whose output no longer depends on their input.
 
-    Of a plan: rows that keep 0. Of a model: weights with two axes or more whose values are all zero.
+    For a plan: rows that keep 0. For a model: weights of two or more axes with only zeros.
 
-    Use: after every plan beyond 90 %, or with `min_units=0`. Avoid: as the only check: paths can be cut between layers
-    that still have weights.
+    Use: after every plan beyond 90 %, or with `min_units=0`. Avoid: as the only check, since paths may end between
+    layers that still have weights.
     """
     if isinstance(subject, Plan):
         return tuple(empty(subject.rows))

@@ -1,4 +1,4 @@
-"""Training goes on after a cut: the optimizer keeps what it remembers of the units that stay."""
+"""Continue training after a cut: the optimizer keeps its state for the kept units."""
 
 from __future__ import annotations
 
@@ -18,48 +18,50 @@ _Axes = Mapping[int, Tensor]
 
 
 def carry_(optimizer: Optimizer, dense: nn.Module, small: nn.Module, plan: Plan) -> None:
-    """Let `optimizer`, which trains `dense`, train `small = shrink(dense, plan)` from here on, in place.
+    """Let `optimizer`, which trains `dense`, train `small = shrink(dense, plan)` from now on, in place.
 
-    Every parameter of `dense` in its groups is replaced by that of `small` of the same name (or the new number of its
-    block; those of dropped blocks leave the optimizer); state tensors (momentum, first and second moments, row and
-    column factors) are cut with the same positions as the parameter, step counts stay. The next steps are those of a
-    model that always had these sizes. Parameters of other models stay as they are.
+    Every parameter of `dense` in the optimizer is replaced by the parameter of `small` with the same name, or with the
+    new number of its block. Parameters of dropped blocks leave the optimizer. State tensors (momentum, first and second
+    moments, row and column factors) are cut at the positions of the parameter; step counts do not change. The next
+    steps are those of a model that always had these sizes. Parameters of other models do not change.
     For a moving average of the weights cut the average too: `ema.module = shrink(ema.module, plan)`.
 
     Errors, before anything is changed: `RequestError` if no parameter of `dense` is in the optimizer or `small` lacks
-    one, `NotSupported` for state whose shape does not follow the parameter's.
+    one, `NotSupported` for a state tensor whose shape does not follow that of the parameter.
     """
     dense, small = unwrap(dense), unwrap(small)
     names = {parameter: name for name, parameter in dense.named_parameters()}
-    every: dict[Tensor, list[str]] = {}
+    aliases: dict[Tensor, list[str]] = {}
     for alias, tensor in dense.named_parameters(remove_duplicate=False):
-        every.setdefault(tensor, []).append(alias)
-    heirs = dict(small.named_parameters(remove_duplicate=False))
-    held = [p for group in optimizer.param_groups for p in group["params"] if p in names]
-    if not held:
+        aliases.setdefault(tensor, []).append(alias)
+    small_parameters = dict(small.named_parameters(remove_duplicate=False))
+    trained = [p for group in optimizer.param_groups for p in group["params"] if p in names]
+    if not trained:
         raise RequestError(
-            "the optimizer trains no parameter of the dense model", "its groups hold others", "pass its own model"
+            "the optimizer trains no parameter of the dense model", "its groups hold others", "pass the model it trains"
         )
-    moved: dict[Tensor, tuple[Tensor, dict[str, Any]]] = {}
-    new, lost = renamed(dense, plan.dropped), list[Tensor]()
-    for parameter in held:
+    carried: dict[Tensor, tuple[Tensor, dict[str, Any]]] = {}
+    new_names, dropped = renamed(dense, plan.dropped), list[Tensor]()
+    for parameter in trained:
         name = names[parameter]
-        after = next((new[n] for n in every[parameter] if n in new), None)
-        if after is None:
-            lost.append(parameter)
+        new_name = next((new_names[n] for n in aliases[parameter] if n in new_names), None)
+        if new_name is None:
+            dropped.append(parameter)
             continue
-        if after not in heirs:
-            raise RequestError(f"the small model has no parameter {name}", "it was made from another model")
+        if new_name not in small_parameters:
+            raise RequestError(
+                f"the small model has no parameter {name}", "it is not the cut model", "pass shrink(dense, plan)"
+            )
         state = optimizer.state.get(parameter, {})
-        moved[parameter] = heirs[after], _cut_state(name, parameter, state, plan.cuts.get(name, {}))
-    gone = {id(p) for p in lost}
+        carried[parameter] = small_parameters[new_name], _cut_state(name, parameter, state, plan.cuts.get(name, {}))
+    dropped_ids = {id(p) for p in dropped}
     for group in optimizer.param_groups:
-        group["params"] = [moved[p][0] if p in moved else p for p in group["params"] if id(p) not in gone]
-    for parameter in lost:
+        group["params"] = [carried[p][0] if p in carried else p for p in group["params"] if id(p) not in dropped_ids]
+    for parameter in dropped:
         optimizer.state.pop(parameter, None)
-    for parameter, (heir, state) in moved.items():
+    for parameter, (small_parameter, state) in carried.items():
         if optimizer.state.pop(parameter, None) is not None:
-            optimizer.state[heir] = state
+            optimizer.state[small_parameter] = state
 
 
 def _cut_state(name: str, parameter: Tensor, state: Mapping[str, Any], axes: _Axes) -> dict[str, Any]:
@@ -76,7 +78,7 @@ def _cut(name: str, key: str, value: Tensor, shape: torch.Size, axes: _Axes) -> 
     if value.dim() != len(shape) or any(n not in (1, full) for n, full in zip(value.shape, shape, strict=True)):
         raise NotSupported(
             f"the optimizer's state {key!r} of {name} cannot be cut",
-            f"its shape is {tuple(value.shape)}, the parameter's {tuple(shape)}",
+            f"its shape is {tuple(value.shape)}, that of the parameter {tuple(shape)}",
             "start a new optimizer for the small model",
         )
     for axis, kept in axes.items():

@@ -1,4 +1,4 @@
-"""Channels in another order, so that an N:M pattern keeps more: the network computes the same."""
+"""Permutations of channels for N:M patterns: the pattern keeps more, the function of the network is unchanged."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ from prunella.stats.subject import Subject, first_seen
 from prunella.types import Inputs
 
 _EXHAUSTIVE = 4
-"""Up to this M, two stripes are regrouped in all ways (35 for M=4); beyond it only single columns change places."""
+"""Up to this M, two stripes are regrouped in all ways (35 for M=4); for larger M by swaps of single columns."""
 
 
 @dataclass(frozen=True)
 class Permuted:
-    """A model whose channels have another order.
+    """A model with permuted channels.
 
-    orders: group -> which old unit stands at each place. before, after: magnitude that the pattern keeps of the layers
-    that read these groups, summed. left: (group, why it keeps its order).
+    orders: group -> old number of the unit at each position. before, after: total magnitude that the pattern keeps in
+    the layers that read these groups. left: (group, why its order is unchanged).
     """
 
     model: nn.Module
@@ -49,59 +49,61 @@ class Permuted:
         lines = [
             f"{len(self.orders)} groups in a new order: kept magnitude {self.before:.6g} -> {self.after:.6g}{gain}"
         ]
-        return "\n".join([*lines, *(f"  {name} stays: {why}" for name, why in self.left)])
+        return "\n".join([*lines, *(f"  {name} is unchanged: {why}" for name, why in self.left)])
 
 
 @search(source="Pool and Yu 2021, Channel Permutations for N:M Sparsity, NeurIPS 34")
 def permute(
     model: nn.Module, inputs: Inputs, pattern: NM, *, rounds: int = 50, seed: int = 0, skip: Sequence[str] = ()
 ) -> Permuted:
-    """Give coupled channels an order in which `pattern` keeps more magnitude; the network's function stays.
+    """Permute coupled channels so that `pattern` keeps more magnitude, without a change of the network's function.
 
-    Maximises `sum |W|` over what `NM(n, m)` keeps, of all layers that read a group, by greedy steps: in every round the
-    stripes of M channels are paired at random, and each pair is regrouped in the best of all ways (35 for M = 4; single
-    swaps beyond), if that is better. Groups of two stripes of single columns are thereby solved exactly. The order is
-    that of everything coupled with the channels: producers' rows, biases, normalisations, readers' columns. Every group
-    is compared with the original in float64 on the example; one that does not compute the same keeps its order, and so
-    do heads, experts, blocks and tokens. Data: none. `model` is left as it is; plan on `Permuted.model`.
-    rounds: at least 1; stops before where a round of all pairs finds nothing. seed: of the pairing. skip: as in `plan`.
+    Maximizes `sum |W|` over the positions that `NM(n, m)` keeps, of all layers that read a group, by greedy steps. In
+    every round the stripes of M channels are paired at random. Each pair takes the best of all regroupings (35 for M =
+    4; single swaps beyond), if it is better. This solves groups of two stripes of single columns exactly. The
+    permutation covers
+    everything coupled with the channels: producers' rows, biases, normalizations, readers' columns. Every group is
+    compared with the original in float64 on the example. A group that does not compute the same keeps its order, as do
+    heads, experts, blocks and tokens. Data: none. `model` does not change; plan on `Permuted.model`.
+    rounds: at least 1; the search stops when a round of all pairs finds no gain. seed: of the pairing. skip: as in
+    `plan`.
 
-    Use: before N:M masks without retraining; it costs nothing at run time. Avoid: one-layer models and the layer that
-    reads the input, whose columns cannot move.
+    Use: before N:M masks without retraining, at no cost at run time. Avoid: one-layer models and the layer that reads
+    the input, whose columns cannot be permuted.
     """
     model = unwrap(model)
     if rounds < 1:
-        raise RequestError(f"rounds={rounds} searches nothing", "at least 1 is needed", "for example rounds=50")
+        raise RequestError(f"rounds={rounds} is out of range", "at least 1 round is needed", "for example rounds=50")
     with untouched(model, seed):
         graph = couple(model, inputs)
         check_patterns(graph, skip, ())
-        twin = copied(model)
+        permuted = copied(model)
         orders: dict[str, Tensor] = {}
-        left: list[tuple[str, str]] = []
+        unchanged: list[tuple[str, str]] = []
         before = after = 0.0
         for group in graph.groups:
-            readers = _readers(twin, graph, group, pattern)
+            readers = _readers(permuted, graph, group, pattern)
             reason = chosen(names_of_group(graph, group), skip, ()) or _unfit(group, pattern, readers)
             if reason:
-                left.append((group.name, reason))
+                unchanged.append((group.name, reason))
                 continue
             order, start, end = best_order(readers, pattern, group.size, rounds, seed)
             if end > start:
-                reason = _moved(twin, group, order, inputs)
+                reason = _moved(permuted, group, order, inputs)
             if reason:
-                left.append((group.name, reason))
+                unchanged.append((group.name, reason))
                 end = start
             elif end > start:
                 orders[group.name] = order
             before, after = before + start, after + end
-    return Permuted(twin, orders, before, after, tuple(left))
+    return Permuted(permuted, orders, before, after, tuple(unchanged))
 
 
 @dataclass(frozen=True)
 class Reader:
-    """A layer that reads a group, whose magnitudes are `matrix` (out, in).
+    """A layer that reads a group; `matrix` (out, in) holds its magnitudes.
 
-    columns: (units, w), the columns at each unit's place. m: units in a stripe.
+    columns: (units, w), the columns of each unit. m: units in a stripe.
     """
 
     matrix: Tensor
@@ -110,7 +112,7 @@ class Reader:
 
     @cached_property
     def slots(self) -> Tensor:
-        """The columns of a stripe in ascending order, as numbers into `columns` of its units one after the other."""
+        """Ascending order of the columns of a stripe, as indices into the joined `columns` of its units."""
         return self.columns[: self.m].flatten().argsort()
 
     def striped(self) -> bool:
@@ -119,11 +121,11 @@ class Reader:
         if units % m:
             return False
         columns = self.columns.view(units // m, -1)[:, self.slots].view(units // m, -1, m)
-        whole = (columns[..., :1] % m == 0) & (columns == columns[..., :1] + torch.arange(m))
-        return bool(whole.all())
+        aligned = (columns[..., :1] % m == 0) & (columns == columns[..., :1] + torch.arange(m))
+        return bool(aligned.all())
 
     def kept(self, units: Tensor, n: int) -> Tensor:
-        """What N:M keeps of stripes with these units at their places: `(stripes, M)` -> `(stripes,)`."""
+        """Magnitude that N:M keeps in stripes of these units: `(stripes, M)` -> `(stripes,)`."""
         stripes, m = units.shape
         values = self.matrix[:, self.columns[units].view(stripes, -1)[:, self.slots]]
         return values.view(len(self.matrix), stripes, -1, m).topk(n, -1).values.sum((0, 2, 3), dtype=torch.float64)
@@ -132,33 +134,35 @@ class Reader:
 def best_order(
     readers: Sequence[Reader], pattern: NM, size: int, rounds: int, seed: int
 ) -> tuple[Tensor, float, float]:
-    """The order found, and the magnitude kept before and after."""
+    """The best order, and the magnitude kept before and after."""
     stripes = torch.arange(size).view(-1, pattern.m)
-    ways = _ways(pattern.m)
+    regroupings = _regroupings(pattern.m)
     generator = torch.Generator().manual_seed(seed)
     value = _kept(readers, stripes, pattern.n)
     start = float(value.sum())
     for _ in range(rounds):
         improved = False
         for pairs in _matchings(len(stripes), generator):
-            improved |= _regroup(readers, stripes, value, pairs, ways, pattern.n)
+            improved |= _regroup(readers, stripes, value, pairs, regroupings, pattern.n)
         if not improved:
             break
     return stripes.flatten(), start, float(value.sum())
 
 
-def _regroup(readers: Sequence[Reader], stripes: Tensor, value: Tensor, pairs: Tensor, ways: Tensor, n: int) -> bool:
-    """The best way for every pair of stripes, in place; whether one was better."""
+def _regroup(
+    readers: Sequence[Reader], stripes: Tensor, value: Tensor, pairs: Tensor, regroupings: Tensor, n: int
+) -> bool:
+    """Regroup every pair of stripes in the best way, in place; True if any pair improved."""
     if not len(pairs):
         return False
     m = stripes.shape[1]
-    units = stripes[pairs].view(len(pairs), 2 * m)[:, ways]
-    kept = _kept(readers, units.view(-1, m), n).view(len(pairs), len(ways), 2)
+    units = stripes[pairs].view(len(pairs), 2 * m)[:, regroupings]
+    kept = _kept(readers, units.view(-1, m), n).view(len(pairs), len(regroupings), 2)
     best = kept.sum(2).argmax(1)
     rows = torch.arange(len(pairs))
     better = kept.sum(2)[rows, best] > value[pairs].sum(1) * (1 + 1e-9)
-    found = units[rows, best].view(len(pairs), 2, m)
-    stripes[pairs[better]] = found[better]
+    regrouped = units[rows, best].view(len(pairs), 2, m)
+    stripes[pairs[better]] = regrouped[better]
     value[pairs[better]] = kept[rows, best][better]
     return bool(better.any())
 
@@ -168,35 +172,35 @@ def _kept(readers: Sequence[Reader], stripes: Tensor, n: int, chunk: int = 4096)
 
 
 def _matchings(stripes: int, generator: torch.Generator) -> list[Tensor]:
-    """Every pair of stripes once, in rounds in which no stripe comes twice (a tournament), shuffled."""
+    """Every pair of stripes once, shuffled, in rounds without a repeated stripe (a tournament)."""
     places = torch.randperm(stripes + stripes % 2, generator=generator)
-    found = []
+    matchings = []
     for _ in range(len(places) - 1):
         pairs = torch.stack([places[: len(places) // 2], places[len(places) // 2 :].flip(0)], 1)
-        found.append(pairs[(pairs < stripes).all(1)])
+        matchings.append(pairs[(pairs < stripes).all(1)])
         places = torch.cat([places[:1], places[1:].roll(1)])
-    return found
+    return matchings
 
 
-def _ways(m: int) -> Tensor:
-    """Regroupings of two stripes, `(ways, 2 m)`: all canonical partitions for small M, else single swaps."""
-    whole = range(2 * m)
+def _regroupings(m: int) -> Tensor:
+    """Regroupings of two stripes, `(regroupings, 2 m)`: all canonical partitions for small M, else single swaps."""
+    units = range(2 * m)
     if m <= _EXHAUSTIVE:
         firsts = [(0, *rest) for rest in itertools.combinations(range(1, 2 * m), m - 1)]
-        return torch.tensor([[*first, *(i for i in whole if i not in first)] for first in firsts])
-    ways = [list(whole)]
+        return torch.tensor([[*first, *(i for i in units if i not in first)] for first in firsts])
+    regroupings = [list(units)]
     for a, b in itertools.product(range(m), range(m, 2 * m)):
-        swapped = list(whole)
+        swapped = list(units)
         swapped[a], swapped[b] = b, a
-        ways.append(swapped)
-    return torch.tensor(ways)
+        regroupings.append(swapped)
+    return torch.tensor(regroupings)
 
 
 def _readers(model: nn.Module, graph: Graph, group: Group, pattern: NM) -> list[Reader]:
-    """Layers whose columns follow the group in whole stripes; others move along, but have no say."""
+    """Layers whose columns follow the group in whole stripes. Other layers are permuted too but do not decide."""
     weights = Subject(model, graph).parameters
     layers = {layer.entity: layer for layer in first_seen(graph.layers)}
-    found = []
+    readers = []
     for member in group.members:
         layer = layers.get(member.entity)
         if layer is None or member.role != "in" or member.axis != layer.in_axis or layer.groups > 1:
@@ -208,12 +212,12 @@ def _readers(model: nn.Module, graph: Graph, group: Group, pattern: NM) -> list[
             continue
         columns = (places.unsqueeze(2) * kernel + torch.arange(kernel)).flatten(1)
         reader = Reader(matrix, columns, pattern.m)
-        found += [reader] if reader.striped() else []
-    return found
+        readers += [reader] if reader.striped() else []
+    return readers
 
 
 def _places(group: Group, index: object, unit: object) -> Tensor | None:
-    """Positions by unit, `(units, k)`; None where units have different numbers of them."""
+    """Positions by unit, `(units, k)`; None if units have different numbers of positions."""
     at, of = torch.as_tensor(index), torch.as_tensor(unit)
     counts = torch.bincount(of, minlength=group.size)
     if not bool((counts == counts[0]).all()):
@@ -223,7 +227,7 @@ def _places(group: Group, index: object, unit: object) -> Tensor | None:
 
 def _unfit(group: Group, pattern: NM, readers: Sequence[Reader]) -> str:
     if group.kind not in ("channel", "width"):
-        return f"units of kind {group.kind} have an order of their own"
+        return f"units of kind {group.kind} have a fixed order"
     if any(_places(group, member.index, member.unit) is None for member in group.members):
         return "its units have different numbers of positions in one parameter"
     if group.size < 2 * pattern.m:
@@ -232,7 +236,7 @@ def _unfit(group: Group, pattern: NM, readers: Sequence[Reader]) -> str:
 
 
 def _moved(model: nn.Module, group: Group, order: Tensor, inputs: Inputs) -> str:
-    """Put the units in that order, in place, if the model computes the same; else why not."""
+    """Permute the units in place if the model computes the same. Returns the reason if it does not, else empty."""
     cuts: dict[str, dict[int, Tensor]] = {}
     sizes = {
         **dict(model.named_parameters(remove_duplicate=False)),
@@ -242,15 +246,15 @@ def _moved(model: nn.Module, group: Group, order: Tensor, inputs: Inputs) -> str
         places = _places(group, member.index, member.unit)
         assert places is not None
         axes = cuts.setdefault(member.entity, {})
-        moved = axes.setdefault(member.axis, torch.arange(sizes[member.entity].shape[member.axis]))
-        moved[places.flatten()] = places[order].flatten()
-    small = copied(model)
-    cut_(small, cuts, {})
+        positions = axes.setdefault(member.axis, torch.arange(sizes[member.entity].shape[member.axis]))
+        positions[places.flatten()] = places[order].flatten()
+    permuted = copied(model)
+    cut_(permuted, cuts, {})
     try:
-        found = verify(model, small, Changes(), inputs)
+        verification = verify(model, permuted, Changes(), inputs)
     except NotSupported as error:
-        return f"the model does not run in that order: {error.why}"
-    if not found.exact:
-        return f"the order matters to the model: relative error {found.error:.1e}"
+        return f"the model does not run in this order: {error.why}"
+    if not verification.exact:
+        return f"the order matters to the model: relative error {verification.error:.1e}"
     cut_(model, cuts, {})
     return ""

@@ -1,4 +1,4 @@
-"""A physically smaller module, proven before it is returned."""
+"""A physically smaller module, verified before it is returned."""
 
 from __future__ import annotations
 
@@ -18,15 +18,14 @@ from prunella.types import Inputs
 
 
 def shrink(model: nn.Module, plan: Plan, *, inputs: Inputs | None = None) -> nn.Module:
-    """A new, smaller module that computes what the masked `model` computes; `model` is left as it is.
+    """A new, smaller module with the outputs of the masked `model`; `model` does not change.
 
-    New weights of the plan are copied in, masks are zeroed and stay with the model, cut axes are cut, blocks leave
-    their lists, and the result is compared in float64 with the masked model, whose dropped blocks give back what they
-    are given, on the example inputs of the plan (or on `inputs`). Gradients are cut with
-    their parameters; `carry_` does the same for what an optimizer remembers.
+    The new module has the weights and masks of the plan, without the removed positions and blocks. It is compared in
+    float64 with the masked model, in which dropped blocks are bypassed, on the example inputs of the plan (or on
+    `inputs`). Gradients are cut with their parameters; `carry_` does the same for the state of an optimizer.
 
-    Raises `RequestError` if the plan is not of this model, `NotSupported` if the smaller module does not run, and
-    `CheckFailed` if it computes something else. No such module is ever returned.
+    Raises `RequestError` if the plan is not for this model, `NotSupported` if the smaller module does not run, and
+    `CheckFailed` if its outputs differ. A module that fails the check is never returned.
 
     Example:
 
@@ -54,8 +53,8 @@ def shrink(model: nn.Module, plan: Plan, *, inputs: Inputs | None = None) -> nn.
     return small
 
 
-def _copy_gradients(model: nn.Module, twin: nn.Module) -> None:
-    """Gradients too: a deep copy leaves them out."""
-    for old, new in zip(model.parameters(), twin.parameters(), strict=True):
+def _copy_gradients(model: nn.Module, copied_model: nn.Module) -> None:
+    """Copy the gradients, which a deep copy omits."""
+    for old, new in zip(model.parameters(), copied_model.parameters(), strict=True):
         if old.grad is not None:
             new.grad = old.grad.clone()

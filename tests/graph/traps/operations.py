@@ -154,7 +154,7 @@ FLAT: dict[str, tuple[Between, int | None]] = {
     "matrix of the weight": (lambda m, x: x @ (m.square @ m.square), None),
     "weight plus identity": (lambda m, x: x @ (m.square + torch.eye(12, dtype=x.dtype)), None),
     "softmaxed weight": (lambda m, x: x @ m.square.softmax(0), None),
-    "normalised weight rows": (lambda m, x: x @ (m.square / m.square.norm(dim=1, keepdim=True)), None),
+    "normalized weight rows": (lambda m, x: x @ (m.square / m.square.norm(dim=1, keepdim=True)), None),
     "weight inverse": (lambda m, x: x @ torch.linalg.inv(m.square + 5 * torch.eye(12, dtype=x.dtype)), 0),
     "one column of a weight": (lambda m, x: x * m.square[:, 0], None),
     "convolution over channels": (lambda m, x: F.conv1d(x[:, None], m.table[:3].view(1, 1, 3), padding=1)[:, 0], 0),

@@ -150,7 +150,7 @@ def test_groups_of_one_unit_are_never_emptied() -> None:
 
 PARTS = {
     "half": lambda m, x: torch.cat([x, F.max_pool2d(x[:, : m.half], 3, 1, 1)], 1),
-    "two of a normalised group": lambda m, x: torch.cat(
+    "two of a normalized group": lambda m, x: torch.cat(
         [F.group_norm(x, m.norms), F.max_pool2d(x.narrow(1, 0, m.pair), 3, 1, 1)], 1
     ),
     "a part that is dropped": lambda m, x: (F.group_norm(x, m.norms), F.max_pool2d(x.narrow(1, 0, m.pair), 3, 1, 1))[0],

@@ -39,7 +39,7 @@ kinds = pytest.mark.parametrize("kind", KINDS)
 
 
 def penalty_loss(strength: float) -> Callable[[nn.Module, Tensor], Tensor]:
-    return pr.train.penalised(square_loss, pr.train.gate_penalty, strength)
+    return pr.train.penalized(square_loss, pr.train.gate_penalty, strength)
 
 
 @kinds
@@ -335,6 +335,6 @@ def test_variational_dropout_removes_weights_that_do_nothing() -> None:
     layer, x = nn.Linear(6, 1, bias=False), torch.randn(64, 6)
     target = x[:, :1] * 2 - x[:, 1:2]
     pr.train.variational_dropout_(layer, pr.train.coupled(layer, x), start=-6.0)
-    loss = pr.train.penalised(lambda m, b: mse_loss(m(b), target), pr.train.gate_penalty, 1 / 64)
+    loss = pr.train.penalized(lambda m, b: mse_loss(m(b), target), pr.train.gate_penalty, 1 / 64)
     pr.finetune(layer, [x], loss, steps=900, lr=0.05, training=FAST)
     assert (pr.train.bake_(layer).weight != 0).tolist() == [[True, True, False, False, False, False]]

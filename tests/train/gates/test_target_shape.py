@@ -41,7 +41,7 @@ def test_the_constraint_goes_to_zero_and_the_shape_is_hit_exactly() -> None:
     training = pr.recovery.Training(
         optimizer=lambda parameters, lr: torch.optim.Adam(parameters, lr=lr), rate=lambda _: 1.0
     )
-    pr.finetune(model, batches(), pr.train.penalised(loss, shape.penalty), steps=900, lr=0.05, training=training,
+    pr.finetune(model, batches(), pr.train.penalized(loss, shape.penalty), steps=900, lr=0.05, training=training,
                 on_step=lambda *_: gaps.append(shape.step(model)))  # fmt: skip
     assert max(abs(gap) for gap in gaps[-1].values()) < 0.05
     shape.close_(model)

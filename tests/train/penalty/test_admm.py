@@ -81,7 +81,7 @@ def test_channels_and_the_training_loop() -> None:
     first = pull.distance
     assert pull(copy.deepcopy(model)) == pull(model)
     for _ in range(8):
-        pr.finetune(model, data, pr.train.penalised(square_loss, pull), steps=10, lr=0.02)
+        pr.finetune(model, data, pr.train.penalized(square_loss, pull), steps=10, lr=0.02)
         pull.update()
     assert pull.distance < 0.5 * first
     small = pr.shrink(model, pull.plan)

@@ -43,7 +43,7 @@ def test_slimming_is_the_sum_of_the_scales() -> None:
 
 def test_slimming_and_its_recipe() -> None:
     model, data = convnet(), images()
-    loss = pr.train.penalised(square_loss, pr.train.slimming(pr.train.coupled(model, data[0])), 0.2)
+    loss = pr.train.penalized(square_loss, pr.train.slimming(pr.train.coupled(model, data[0])), 0.2)
     before = model[1].weight.detach().clone()
     pr.finetune(model, data, loss, steps=40, lr=0.05, training=FAST)
     assert float(model[1].weight.detach().abs().sum()) < float(before.sum()) - 1
@@ -99,7 +99,7 @@ def test_group_sparsity_makes_the_cut_harmless() -> None:
     units = pr.train.coupled(model, data[0])
     trained = copy.deepcopy(model)
     pr.finetune(model, data, square_loss, steps=60, lr=0.02, training=FAST)
-    pr.finetune(trained, data, pr.train.penalised(square_loss, pr.train.group_sparsity(units), 0.1), steps=60, lr=0.02,
+    pr.finetune(trained, data, pr.train.penalized(square_loss, pr.train.group_sparsity(units), 0.1), steps=60, lr=0.02,
                 training=FAST)  # fmt: skip
     harm = []
     for net in (model.eval(), trained.eval()):
@@ -121,7 +121,7 @@ def test_a_penalty_fits_copies_and_refuses_other_models() -> None:
     with pytest.raises(RequestError, match="no parameter"):
         penalty(nn.Linear(2, 2))
     with pytest.raises(RequestError, match="strength"):
-        pr.train.penalised(square_loss, penalty, -1.0)
+        pr.train.penalized(square_loss, penalty, -1.0)
 
 
 # -- growing regularisation ------------------------------------------------------------------------------------------
@@ -146,7 +146,7 @@ def test_what_a_plan_removes_has_gone_to_zero_before_it_is_cut() -> None:
     model, data = convnet().eval(), images()
     plan = pr.plan(model, data[0], target=pr.Sparsity(0.4))
     growing = pr.train.Growing(model, plan, delta=0.5, every=5, ceiling=5.0)
-    pr.finetune(model, data, pr.train.penalised(square_loss, growing), steps=120, lr=0.05, training=FAST,
+    pr.finetune(model, data, pr.train.penalized(square_loss, growing), steps=120, lr=0.05, training=FAST,
                 on_step=lambda *_: growing.step())  # fmt: skip
     assert growing.done
     small = pr.shrink(model, plan).eval()

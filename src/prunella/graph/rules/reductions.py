@@ -1,4 +1,4 @@
-"""Normalisation, reductions and pooling."""
+"""Normalization, reductions and pooling."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ class TargetShape:
 
         l0_gates_(model, units)
         shape = TargetShape(units, {"layer1": 32, "layer2": 48})
-        finetune(model, data, penalised(loss, shape.penalty), ..., on_step=lambda *_: shape.step(model))
+        finetune(model, data, penalized(loss, shape.penalty), ..., on_step=lambda *_: shape.step(model))
         shape.close_(model); bake_(model); plan = plan_zeros(model, batch)      # 32 and 48 units stay
 
     units: as `l0_gates_` was given. shape: group name -> units that stay, from 1 up. rate: of the multipliers, above 0;

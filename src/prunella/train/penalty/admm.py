@@ -29,7 +29,7 @@ class AdmmTraining:
 
         pull = AdmmTraining(model, lambda m: plan(m, batch, recipe, target=Sparsity(0.8)), rho=1e-2)
         for _ in range(rounds):
-            finetune(model, data, penalised(loss, pull), steps=200, lr=1e-3); pull.update()
+            finetune(model, data, penalized(loss, pull), steps=200, lr=1e-3); pull.update()
         apply_(model, pull.plan)
 
     project: a function from a model to a plan, of any granularity: elements, N:M, blocks, channels.

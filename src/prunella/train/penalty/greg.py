@@ -22,7 +22,7 @@ class Growing:
     the model for the loss; call `step()` after each optimizer step. When `done`, apply the plan or shrink by it.
 
         growing = Growing(model, plan, delta=1e-4, every=10)
-        finetune(model, data, penalised(loss, growing), steps=..., lr=..., on_step=lambda *_: growing.step())
+        finetune(model, data, penalized(loss, growing), steps=..., lr=..., on_step=lambda *_: growing.step())
 
     plan: any, of masks or of structure: GReg-1 with one by magnitude. None pulls at every weight with at least two
     axes: where the loss is flat weights shrink most, and a plan by magnitude after it is GReg-2.

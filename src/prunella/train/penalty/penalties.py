@@ -17,7 +17,7 @@ Penalty = Callable[[nn.Module], Tensor]
 """A function of the model: one number to add to the loss."""
 
 
-def penalised(loss: Loss, penalty: Penalty, strength: float = 1.0) -> Loss:
+def penalized(loss: Loss, penalty: Penalty, strength: float = 1.0) -> Loss:
     """`loss(model, batch) + strength * penalty(model)`, for `finetune`, `distill` or a loop of your own."""
     if not strength >= 0:
         raise RequestError(f"strength={strength:g} is out of range", "it takes numbers from 0 up", "for example 1e-4")
