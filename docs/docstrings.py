@@ -16,6 +16,7 @@ import griffe
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
 _LABEL = re.compile(r"(^|(?<=[.;)] ))(Use|Avoid|Data|Errors|Caveats): ", re.MULTILINE)
+_OWN = re.compile(r"(?<=[.;)])\s+(?=Errors: )")
 _NAME = re.compile(r"(?<![`\[])`((?:pr\.|prunella\.)?(?:\w+\.)?([A-Za-z_]\w*))(?:\(\))?`(?!`)")
 
 
@@ -69,7 +70,9 @@ def _prose(block: str, names: set[str], path: str) -> str:
         return block
     known = "|".join(sorted(names, key=len, reverse=True)) or "(?!)"
     item = re.compile(rf"(?:^|(?<=[.;)]) +)((?:{known})(?:, \w+)*): ", re.MULTILINE)
-    paragraphs = [item.sub(r"\n- `\1`: ", part).replace("\n\n- ", "\n- ") for part in block.split("\n\n")]
+    paragraphs = [
+        item.sub(r"\n- `\1`: ", part).replace("\n\n- ", "\n- ") for part in _OWN.sub("\n\n", block).split("\n\n")
+    ]
     text = "\n\n".join(
         re.sub(r"^(?!- )(.*?)\n- ", r"\1\n\n- ", p, count=1, flags=re.DOTALL).strip() for p in paragraphs
     )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import html
 import inspect
+import re
 import sys
 import typing
 from collections import defaultdict
@@ -13,6 +15,9 @@ from typing import Any
 import mkdocs_gen_files
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import docstrings
 
 import prunella
 from prunella.registry.catalogue import methods
@@ -43,23 +48,32 @@ def write(path: str, text: str) -> None:
 
 def method_page(method: Method) -> str:
     lines = [f"# {method.name}", "", f"*{method.kind}* · {method.status}", ""]
-    lines += [inspect.getdoc(method.function) or "", "", f"**Source:** {method.source}", ""]
+    text, names = inspect.getdoc(method.function) or "", set(inspect.signature(method.function).parameters)
+    lines += [docstrings.markdown(text, names, f"methods.{method.name}"), "", f"**Source:** {method.source}", ""]
     if method.needs:
         lines += ["**Needs:** " + ", ".join(f"`{name}`" for name in method.needs), ""]
     if method.knobs:
         lines += ["| knob | type | default |", "| --- | --- | --- |"]
-        lines += [f"| `{k.name}` | `{annotation(k)}` | `{default(k)}` |" for k in method.knobs]
+        lines += [f"| `{k.name}` | {cell(annotation(k))} | {cell(default(k))} |" for k in method.knobs]
     lines += ["", f"On the command line: `prunella explain {method.name}`.", ""]
     return "\n".join(lines)
 
 
 def annotation(knob: inspect.Parameter) -> str:
     kind = knob.annotation
-    return str(kind if isinstance(kind, str) else getattr(kind, "__name__", kind)).replace("|", "\\|")
+    return str(kind if isinstance(kind, str) else getattr(kind, "__name__", kind))
 
 
 def default(knob: inspect.Parameter) -> str:
-    return "required" if knob.default is knob.empty else repr(knob.default)
+    if knob.default is knob.empty:
+        return "required"
+    shown = repr(knob.default) if not inspect.isfunction(knob.default) else knob.default.__name__
+    return re.sub(r"<function (\w+) at 0x\w+>", r"\1", shown)
+
+
+def cell(text: str) -> str:
+    """Code in a table, where a bar would end the cell."""
+    return f"<code>{html.escape(text)}</code>".replace("|", "&#124;")
 
 
 def method_pages() -> None:
@@ -158,7 +172,6 @@ def copied_pages() -> None:
 
 
 def concept_page() -> None:
-    sys.path.insert(0, str(Path(__file__).resolve().parent))
     import concept_table
 
     head = "# All concepts\n\nThe subject in 85 concepts: where each is, and the test that proves it by a number.\n\n"

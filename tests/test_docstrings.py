@@ -22,10 +22,10 @@ def docstrings() -> ModuleType:
 
 
 def test_parameters_become_a_list(docstrings: ModuleType) -> None:
-    text = "Does it.\n\nrate, steps: how fast. seed: of noise.\nIt is a sentence: no parameter."
+    text = "Does it.\n\nrate, steps: how fast. seed: of noise. Errors: none.\n\nIt is a sentence: no parameter."
     lines = docstrings.markdown(text, {"rate", "seed"}, "prunella.x").split("\n")
     assert [line for line in lines if line.startswith("- ")] == ["- `rate, steps`: how fast.", "- `seed`: of noise."]
-    assert lines[-1] == "It is a sentence: no parameter."
+    assert lines[-3:] == ["**Errors:** none.", "", "It is a sentence: no parameter."]
 
 
 def test_examples_are_fenced_and_indented_items_are_not(docstrings: ModuleType) -> None:
