@@ -84,9 +84,8 @@ def save(
     plan: what was cut; needed when the model is smaller than what its factory builds. factory: makes the dense model;
     a function, `package.module:function`, `timm:NAME` or `torchvision:NAME`, with JSON `kwargs`. Models of transformers
     need none. source: the Hugging Face folder of the model, whose tokenizer is copied, unless tokens were pruned.
-    dense: the dense Hugging Face model, where pruning changed sizes in the configuration. A program (`as_program`, a
-    .pt2 file) is stored as one, with its plan. Errors: RequestError when the folder exists (unless `overwrite`) or the
-    model cannot be rebuilt from what was given; BadInput for NaN. An error leaves nothing behind.
+    dense: the dense Hugging Face model, where pruning changed its configuration. A program is stored as one. Errors:
+    RequestError when the folder exists (unless `overwrite`) or the model cannot be rebuilt; BadInput for NaN.
 
     Example:
 
@@ -133,8 +132,8 @@ def load(
 
         >>> import tempfile, torch, prunella as pr
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     saved = pr.save(torch.nn.Linear(8, 4), f"{folder}/model", factory=lambda: torch.nn.Linear(8, 4))
-        ...     pr.load(f"{folder}/model", factory=lambda: torch.nn.Linear(8, 4))
+        ...     at = pr.save(torch.nn.Linear(8, 4), f"{folder}/model", factory=lambda: torch.nn.Linear(8, 4)).path
+        ...     pr.load(at, factory=lambda: torch.nn.Linear(8, 4))
         Linear(in_features=8, out_features=4, bias=True)
     """
     folder = Path(path)
