@@ -39,18 +39,18 @@ class Shuffled:
             yield self.data.train_x[chosen], self.data.train_y[chosen]
 
 
-def course(data: Digits, *, epochs: int, seed: int) -> pr.lottery.Course:
+def spec(data: Digits, *, epochs: int, seed: int) -> pr.lottery.TrainingSpec:
     """Adam at 0.0012, as in the paper, with batches of 100."""
 
-    def train(model: nn.Module, lap: pr.lottery.Lap) -> None:
+    def train(model: nn.Module, session: pr.lottery.Session) -> None:
         optimizer = torch.optim.Adam(model.parameters(), lr=LR)
-        for one in lap.steps(Shuffled(data), optimizer):
+        for one in session.steps(Shuffled(data), optimizer):
             optimizer.zero_grad(set_to_none=True)
             loss(model, one).backward()
             optimizer.step()
 
     steps = epochs * (len(data.train_y) // BATCH)
-    return pr.lottery.Course(train, steps, lambda model: accuracy(model, data), seed=seed)
+    return pr.lottery.TrainingSpec(train, steps, lambda model: accuracy(model, data), seed=seed)
 
 
 def cell(data: Digits, seed: int, *, epochs: int, rounds: int, work: Path) -> dict[str, Any]:
@@ -59,7 +59,7 @@ def cell(data: Digits, seed: int, *, epochs: int, rounds: int, work: Path) -> di
     reported = tuple(k for k in REPORTED if k <= rounds)
     found = pr.lottery.find_ticket(
         lenet(seed),
-        course(data, epochs=epochs, seed=seed),
+        spec(data, epochs=epochs, seed=seed),
         prune=pr.lottery.imp(data.train_x[:1]),
         rounds=rounds,
         controls=pr.lottery.Controls(rounds=reported),

@@ -154,13 +154,13 @@ def curves() -> dict[str, Any]:
         "rates": [
             [rate(progress) for progress in at]
             for rate in (
-                pr.recovery.constant_rate,
-                pr.recovery.linear_rate,
-                pr.recovery.rewind_rate(trace, steps=3),
-                pr.recovery.scaled_rate(trace, steps=8),
+                pr.recovery.constant_lr,
+                pr.recovery.linear_lr,
+                pr.recovery.rewind_lr(trace, steps=3),
+                pr.recovery.scaled_lr(trace, steps=8),
             )
         ],
-        "adaptive_rate": pr.recovery.adaptive_rate(
+        "adaptive_lr": pr.recovery.adaptive_lr(
             dict(NET.model().named_parameters()),
             dict(sparse_model().named_parameters()),
             peak=0.1,
@@ -192,7 +192,7 @@ def channels() -> pr.search.Space:
     return pr.search.space(NET.model(), DATA[0], pr.Recipe(pr.criteria.group_norm))
 
 
-def found(result: pr.search.Found) -> list[Any]:
+def found(result: pr.search.SearchResult) -> list[Any]:
     """What a search gives."""
     return [result.shares, result.value, result.cost, result.tried, result.model]
 
@@ -236,9 +236,11 @@ def adapted() -> Any:
 
 @cell("search / pareto")
 def compared() -> Any:
-    study = pr.experiments.Study(lambda _: NET.model(), lambda model: -float(answers(model).square().mean()), DATA[0],
-                     {"erk": pr.Recipe(pr.magnitude, pr.Element(), pr.allocation.erk)})  # fmt: skip
-    frontier = pr.experiments.pareto(study, ratios=(2, 4), seeds=(0,))
+    recipes = {"erk": pr.Recipe(pr.magnitude, pr.Element(), pr.allocation.erk)}
+    experiment = pr.experiments.ParetoExperiment(
+        lambda _: NET.model(), lambda model: -float(answers(model).square().mean()), DATA[0], recipes
+    )
+    frontier = pr.experiments.pareto(experiment, ratios=(2, 4), seeds=(0,))
     return sorted((point.method, point.ratio, point.mean, point.compression) for point in frontier.points)
 
 
@@ -291,7 +293,7 @@ def shared() -> dict[str, Any]:
     weight = model.get_parameter("8.weight")
     stored = pr.compress.deep_compression_(model, bits=4)
     return {
-        "weight": [pr.compress.share_weight(weight, bits=3, start=start, seed=1) for start in pr.compress.Start],
+        "weight": [pr.compress.share_weight(weight, bits=3, start=start, seed=1) for start in pr.compress.CentroidInit],
         "gaps": pr.compress.relative_index(weight != 0, bits=4),
         "code": pr.compress.huffman(torch.arange(64) % 7, symbol_bits=3),
         "stored": stored,
@@ -299,11 +301,11 @@ def shared() -> dict[str, Any]:
         "sizes": [
             pr.compress.stored_bytes(weight, form)
             for form in (
-                pr.compress.Format.DENSE,
-                pr.compress.Format.COO,
-                pr.compress.Format.CSR,
-                pr.compress.Format.BSR,
-                pr.compress.Format.BITMASK,
+                pr.compress.StorageFormat.DENSE,
+                pr.compress.StorageFormat.COO,
+                pr.compress.StorageFormat.CSR,
+                pr.compress.StorageFormat.BSR,
+                pr.compress.StorageFormat.BITMASK,
             )
         ],
     }

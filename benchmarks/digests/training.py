@@ -45,22 +45,22 @@ def masked(sparsity: float = 0.7) -> nn.Module:
 # -- before training ---------------------------------------------------------------------------------------------
 
 
-@cell("at initialisation / synflow_rounds")
+@cell("at initialization / synflow_rounds")
 def synflow() -> pr.Plan:
     return pr.planning.synflow_rounds(NET.model(), DATA[0], target=pr.Sparsity(0.95), count=8)
 
 
-@cell("at initialisation / iterative_snip")
+@cell("at initialization / iterative_snip")
 def snip() -> pr.Plan:
     return pr.planning.iterative_snip(NET.model(), DATA[0], target=pr.Sparsity(0.9), data=DATA, loss=loss, count=4)
 
 
-@cell("at initialisation / force")
+@cell("at initialization / force")
 def force() -> pr.Plan:
     return pr.planning.force(NET.model(), DATA[0], target=pr.Sparsity(0.9), data=DATA, loss=loss, count=4)
 
 
-@cell("at initialisation / iterate")
+@cell("at initialization / iterate")
 def rounds() -> dict[str, pr.Plan]:
     recipe = pr.Recipe(pr.criteria.grasp, pr.Element(), pr.global_, 0.0, 1, 0, False, 0)  # the last 0: layers may empty
     blocks = pr.Recipe(pr.criteria.taylor_sq, pr.Block(2, 2), pr.global_)
@@ -132,7 +132,9 @@ def cycles() -> dict[str, Any]:
 @cell("soft filters")
 def soft() -> dict[str, Any]:
     model = NET.model()
-    pruner = pr.train.SoftPruner(model, DATA[0], recipe=pr.Recipe(pr.criteria.group_norm), target=pr.Sparsity(0.3))
+    pruner = pr.train.SoftFilterPruner(
+        model, DATA[0], recipe=pr.Recipe(pr.criteria.group_norm), target=pr.Sparsity(0.3)
+    )
     descend(model, pruner.step)
     return {"plan": pruner.finish(), "model": model}
 
@@ -141,7 +143,7 @@ def soft() -> dict[str, Any]:
 def surgery() -> dict[str, Any]:
     model = NET.model()
     optimizer = sgd(model)
-    pruner = pr.train.Surgery(model, optimizer, recipe=ERK, target=pr.Sparsity(0.6), inputs=DATA[0], every=2)
+    pruner = pr.train.NetworkSurgery(model, optimizer, recipe=ERK, target=pr.Sparsity(0.6), inputs=DATA[0], every=2)
     descend(model, pruner.step, optimizer=optimizer)
     return {"plan": pruner.finish(), "model": model}
 
@@ -168,16 +170,16 @@ def admm() -> dict[str, Any]:
 # -- penalties and proximal steps --------------------------------------------------------------------------------
 
 
-def units(model: nn.Module) -> pr.train.Coupled:
+def units(model: nn.Module) -> pr.train.CoupledUnits:
     """What goes together in the network."""
-    return pr.train.coupled(model, DATA[0])
+    return pr.train.coupled_units(model, DATA[0])
 
 
 @cells(
     "penalty",
     {"group_lasso": pr.train.group_lasso, "group_sparsity": pr.train.group_sparsity, "slimming": pr.train.slimming},
 )
-def penalty(make: Callable[[pr.train.Coupled], Any]) -> dict[str, Any]:
+def penalty(make: Callable[[pr.train.CoupledUnits], Any]) -> dict[str, Any]:
     model = NET.model()
     term = make(units(model))
     value = term(model)
@@ -189,7 +191,7 @@ def penalty(make: Callable[[pr.train.Coupled], Any]) -> dict[str, Any]:
 def growing() -> dict[str, Any]:
     model = NET.model()
     cut = pr.plan(model, DATA[0], pr.Recipe(pr.criteria.group_norm), target=pr.Sparsity(0.3))
-    term = pr.train.Growing(model, cut, delta=0.1, every=2)
+    term = pr.train.GReg(model, cut, delta=0.1, every=2)
     pr.finetune(model, DATA, pr.train.penalized(loss, term), steps=4, lr=1e-2, on_step=lambda *_: term.step())
     return {"value": term(model), "model": model}
 
@@ -208,9 +210,9 @@ def proximal() -> dict[str, Any]:
         "units": pr.planning.plan_zeros(group, DATA[0]),
         "weights": pr.planning.plan_zeros(single, DATA[0], granularity=pr.Element()),
         "operators": [
-            pr.train.soft(weight, 0.05),
-            pr.train.group_soft(weight, 0.3),
-            pr.train.sparse_group_soft(weight, 0.02, 0.2),
+            pr.train.soft_threshold(weight, 0.05),
+            pr.train.group_soft_threshold(weight, 0.3),
+            pr.train.sparse_group_soft_threshold(weight, 0.02, 0.2),
         ],
     }
 
@@ -226,7 +228,7 @@ def halfspace() -> dict[str, Any]:
 
 # -- gates -------------------------------------------------------------------------------------------------------
 
-GATES: dict[str, Callable[[nn.Module, pr.train.Coupled], Any]] = {
+GATES: dict[str, Callable[[nn.Module, pr.train.CoupledUnits], Any]] = {
     "l0": lambda model, some: pr.train.l0_gates_(model, some, start=0.0),
     "l0 of weights": lambda model, some: pr.train.l0_gates_(model, some, per_weight=True, start=0.0),
     "top movement": lambda model, some: pr.train.top_movement_(model, some, sparsity=0.5),
@@ -237,16 +239,16 @@ GATES: dict[str, Callable[[nn.Module, pr.train.Coupled], Any]] = {
 
 
 @cells("gates", GATES)
-def gates(put: Callable[[nn.Module, pr.train.Coupled], Any]) -> dict[str, Any]:
+def gates(put: Callable[[nn.Module, pr.train.CoupledUnits], Any]) -> dict[str, Any]:
     model = NET.model()
     put(model, units(model))
     training = pr.recovery.Training(
-        optimizer=lambda some, lr: torch.optim.Adam(some, lr=lr), rate=pr.recovery.constant_rate
+        optimizer=lambda some, lr: torch.optim.Adam(some, lr=lr), lr_schedule=pr.recovery.constant_lr
     )
     pr.finetune(model, DATA, pr.train.penalized(loss, pr.train.gate_penalty, 1e-2), steps=4, lr=0.1, training=training,
-                on_step=lambda step, *_: pr.train.advance_(model, (step + 1) / 4))  # fmt: skip
+                on_step=lambda step, *_: pr.train.step_gates_(model, (step + 1) / 4))  # fmt: skip
     gated = {"penalty": pr.train.gate_penalty(model), "tensors": sorted(map(digest, model.state_dict().values()))}
-    return {**gated, "baked": pr.train.bake_(model.eval())}
+    return {**gated, "baked": pr.train.merge_gates_(model.eval())}
 
 
 @cell("target shape")
@@ -259,14 +261,14 @@ def shaped() -> dict[str, Any]:
     pr.finetune(model, DATA, pr.train.penalized(loss, shape.penalty), steps=4, lr=0.05,
                 on_step=lambda *_: gaps.append(shape.step(model)))  # fmt: skip
     shape.close_(model)
-    return {"gaps": gaps, "model": pr.train.bake_(model), "plan": pr.planning.plan_zeros(model, DATA[0])}
+    return {"gaps": gaps, "model": pr.train.merge_gates_(model), "plan": pr.planning.plan_zeros(model, DATA[0])}
 
 
 # -- lottery tickets ---------------------------------------------------------------------------------------------
 
 
 def mlp() -> nn.Sequential:
-    """With batch normalisation and dropout."""
+    """With batch normalization and dropout."""
     torch.manual_seed(0)
     return nn.Sequential(
         nn.Linear(10, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.2), nn.Linear(16, 12), nn.ReLU(),
@@ -286,9 +288,9 @@ def error(model: nn.Module, batch: Any = None) -> Tensor:
     return torch.stack([nn.functional.cross_entropy(model(x), y) for x, y in pairs]).mean()
 
 
-def course() -> pr.lottery.Course:
+def spec() -> pr.lottery.TrainingSpec:
     """A training of ten steps."""
-    return pr.lottery.Course(
+    return pr.lottery.TrainingSpec(
         pr.lottery.descent(points(), error, lr=0.05), 10, lambda model: -float(error(model)), seed=3
     )
 
@@ -304,7 +306,7 @@ REWINDS = {
 def ticket(rewind: Any) -> dict[str, Any]:
     found = pr.lottery.find_ticket(
         mlp(),
-        course(),
+        spec(),
         prune=pr.lottery.imp(points()[0][0], rate=0.3),
         rounds=2,
         rewind=rewind,
@@ -319,7 +321,7 @@ def connected() -> dict[str, Any]:
     one, other = mlp(), pr.transform.reinitialized(mlp(), seed=4)
     judge = lambda model: float(error(model))  # noqa: E731
     return {
-        "instability": pr.lottery.instability(mlp(), course(), judge, step=2, points=3),
+        "instability": pr.lottery.instability(mlp(), spec(), judge, step=2, points=3),
         "barrier": pr.lottery.barrier(mlp(), one.state_dict(), other.state_dict(), judge, points=3),
     }
 

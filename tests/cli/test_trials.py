@@ -8,7 +8,7 @@ import pytest
 
 from tests.cli.conftest import Run
 
-PARTS = "tests.experiments.study_parts"
+PARTS = "tests.experiments.experiment_parts"
 WORDS = ("pareto", f"{PARTS}:make", "--metric", f"{PARTS}:evaluate", "--inputs", f"{PARTS}:example")
 
 

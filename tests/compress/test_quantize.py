@@ -13,7 +13,7 @@ from prunella.compress.int8 import to_int8_
 from prunella.compress.quantize import quantization_aware, quantize_weight, round_weights_
 from prunella.errors import CheckFailed, MissingExtra, NotSupported, RequestError
 from prunella.recovery.finetune import Training, finetune
-from prunella.recovery.lr_schedules import constant_rate
+from prunella.recovery.lr_schedules import constant_lr
 
 X = torch.randn(6, 16, generator=torch.Generator().manual_seed(5))
 
@@ -94,7 +94,7 @@ def test_training_for_rounding_keeps_the_mask_and_helps() -> None:
     masks = pr.masks_of(net)
     twin = copy.deepcopy(net)
     data = [X]
-    how = Training(rate=constant_rate)
+    how = Training(lr_schedule=constant_lr)
     finetune(net, data, quantization_aware(_loss, bits=2), steps=80, lr=0.01, training=how)
     finetune(twin, data, _loss, steps=80, lr=0.01, training=how)
     for model in (net, twin):

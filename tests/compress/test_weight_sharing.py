@@ -17,7 +17,7 @@ from prunella.compress.huffman import (
     positions,
     relative_index,
 )
-from prunella.compress.weight_sharing import Start, deep_compression_, share_weight
+from prunella.compress.weight_sharing import CentroidInit, deep_compression_, share_weight
 from prunella.errors import BadInput, RequestError
 
 
@@ -29,10 +29,10 @@ def _sparse(shape: tuple[int, ...], zeros: float, seed: int = 0) -> Tensor:
 # -- sharing ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("start", Start)
+@pytest.mark.parametrize("start", CentroidInit)
 @pytest.mark.parametrize("bits", [1, 2, 5])
 @pytest.mark.parametrize("zeros", [0.0, 0.7])
-def test_at_most_two_to_the_bits_values_beside_zero(start: Start, bits: int, zeros: float) -> None:
+def test_at_most_two_to_the_bits_values_beside_zero(start: CentroidInit, bits: int, zeros: float) -> None:
     weight = _sparse((20, 30), zeros)
     found = share_weight(weight, bits=bits, start=start, seed=3)
     shared = found.weight()
@@ -41,8 +41,8 @@ def test_at_most_two_to_the_bits_values_beside_zero(start: Start, bits: int, zer
     assert torch.equal(share_weight(weight, bits=bits, start=start, seed=3).codes, found.codes)
 
 
-@pytest.mark.parametrize("start", Start)
-def test_every_weight_has_the_nearest_value_and_values_are_the_means(start: Start) -> None:
+@pytest.mark.parametrize("start", CentroidInit)
+def test_every_weight_has_the_nearest_value_and_values_are_the_means(start: CentroidInit) -> None:
     weight = _sparse((15, 15), 0.5).double()
     found = share_weight(weight, bits=3, start=start)
     alive = weight[weight != 0]
@@ -60,13 +60,13 @@ def test_k_means_by_hand_and_by_brute_force() -> None:
         sum(float((part - part.mean()).square().sum()) for part in (values[:a], values[a:b], values[b:c], values[c:]))
         for a, b, c in itertools.combinations(range(1, 7), 3)
     )
-    density = share_weight(values, bits=2, start=Start.DENSITY)
+    density = share_weight(values, bits=2, start=CentroidInit.DENSITY)
     assert float((density.weight() - values).square().sum()) == pytest.approx(best, rel=1e-9)
 
 
 def test_few_values_are_kept_as_they_are() -> None:
     weight = torch.tensor([[0.5, 0.0, -1.5], [0.5, 2.0, -1.5]])
-    for start in Start:
+    for start in CentroidInit:
         assert torch.equal(share_weight(weight, bits=5, start=start).weight(), weight)
     assert torch.count_nonzero(share_weight(torch.zeros(3, 3)).weight()) == 0
     assert torch.equal(share_weight(torch.tensor([-1.0, 1.0]), bits=1).weight(), torch.tensor([-1.0, 1.0]))

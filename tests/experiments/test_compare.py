@@ -82,7 +82,7 @@ def test_a_function_that_measures_two_things_and_what_names_depend_on(tmp_path: 
     assert pr.experiments.compare(scaled(9.0), ways, both, seeds=(1, 2), folder=tmp_path, asked={"lr": 1}) == found
     with pytest.raises(RequestError, match="not continued"):
         pr.experiments.compare(scaled(9.0), ways, both, seeds=(1, 2), folder=tmp_path, asked={"lr": 2})
-    with pytest.raises(RequestError, match="gave 1 numbers"):
+    with pytest.raises(RequestError, match="returned 1 numbers"):
         pr.experiments.compare(scaled(9.0), ways, {("weight", "half"): weight}, seeds=(1,))
     with pytest.raises(RequestError, match="nothing to compare"):
         pr.experiments.compare(scaled(9.0), ways, {"weight": weight, ("weight", "half"): weight}, seeds=(1,))

@@ -17,21 +17,21 @@ DIES_IN, TRAINED = [-1], [0]
 """The number of the training that is killed, and how many were made: no part of the training, which is resumed."""
 
 
-def train(model: nn.Module, lap: pr.lottery.Lap) -> None:
+def train(model: nn.Module, session: pr.lottery.Session) -> None:
     """As `fit`; SIGKILL in the middle of training number `DIES_IN`."""
     if TRAINED == DIES_IN:
-        lap.end -= 3
-        fit(model, lap)
+        session.end -= 3
+        fit(model, session)
         os.kill(os.getpid(), signal.SIGKILL)
     TRAINED[0] += 1
-    fit(model, lap)
+    fit(model, session)
 
 
 def job(folder: Path | None, rewind: Rewind) -> Tickets[nn.Sequential]:
     """Three rounds with controls."""
-    course = pr.lottery.Course(train, STEPS, lambda model: -loss_of(model), seed=3)
+    spec = pr.lottery.TrainingSpec(train, STEPS, lambda model: -loss_of(model), seed=3)
     return pr.lottery.find_ticket(
-        net(), course, prune=pr.lottery.imp(batch(), rate=0.3), rounds=3, rewind=rewind, folder=folder
+        net(), spec, prune=pr.lottery.imp(batch(), rate=0.3), rounds=3, rewind=rewind, folder=folder
     )
 
 

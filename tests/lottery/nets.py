@@ -30,12 +30,12 @@ def net(seed: int = 0) -> nn.Sequential:
     )  # fmt: skip
 
 
-def fit(model: nn.Module, lap: pr.lottery.Lap) -> None:
+def fit(model: nn.Module, session: pr.lottery.Session) -> None:
     """A loop of a user's own, which draws from every global generator."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.2, momentum=0.9)
     schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, [5, 9], gamma=0.5)
     loader = DataLoader(data(), batch_size=8, shuffle=True)
-    for x, y in lap.steps(loader, optimizer, schedule):
+    for x, y in session.steps(loader, optimizer, schedule):
         noisy = x + 0.01 * random.random() + 0.01 * float(np.random.rand())
         optimizer.zero_grad()
         nn.functional.cross_entropy(model(noisy), y).backward()
@@ -49,9 +49,9 @@ def loss_of(model: nn.Module) -> float:
     return nn.functional.cross_entropy(model(x), y).item()
 
 
-def course(**changes: int) -> pr.lottery.Course:
+def spec(**changes: int) -> pr.lottery.TrainingSpec:
     """The whole training; quality is minus the loss."""
-    return pr.lottery.Course(
+    return pr.lottery.TrainingSpec(
         fit, changes.get("steps", STEPS), lambda model: -loss_of(model), seed=changes.get("seed", 3)
     )
 

@@ -12,7 +12,7 @@ import prunella as pr
 from prunella.io.nested import equal
 from prunella.lottery.session import snapshot
 from prunella.model.masks import masks_of
-from tests.lottery.nets import batch, course, data, loss_of, net
+from tests.lottery.nets import batch, data, loss_of, net, spec
 
 
 def scalar(value: float) -> dict[str, torch.Tensor]:
@@ -68,14 +68,14 @@ def test_batch_normalisation_may_be_measured_anew() -> None:
 
 def test_instability_branches_at_step_k_and_differs_by_data_order_only() -> None:
     model = net()
-    early = pr.lottery.instability(model, course(), loss_of, step=0, seeds=(1, 2), points=5)
+    early = pr.lottery.instability(model, spec(), loss_of, step=0, seeds=(1, 2), points=5)
     assert len(early.errors) == 5 and early.errors[0] != early.errors[-1]
-    assert early == pr.lottery.instability(model, course(), loss_of, step=0, seeds=(1, 2), points=5)
+    assert early == pr.lottery.instability(model, spec(), loss_of, step=0, seeds=(1, 2), points=5)
     assert equal(snapshot(model), snapshot(net()))
-    late = pr.lottery.instability(model, course(), loss_of, step=13, seeds=(1, 2), points=5)
+    late = pr.lottery.instability(model, spec(), loss_of, step=13, seeds=(1, 2), points=5)
     assert abs(late.errors[0] - late.errors[-1]) < abs(early.errors[0] - early.errors[-1])
     with pytest.raises(pr.PruningError, match="same weights"):
-        pr.lottery.instability(model, course(), loss_of, step=3, seeds=(2, 2))
+        pr.lottery.instability(model, spec(), loss_of, step=3, seeds=(2, 2))
 
 
 def test_instability_of_a_ticket_keeps_its_mask() -> None:
@@ -87,7 +87,7 @@ def test_instability_of_a_ticket_keeps_its_mask() -> None:
         zeros.append(int((one.get_parameter("0.weight") == 0).sum()))
         return loss_of(one)
 
-    pr.lottery.instability(model, course(), error, points=3)
+    pr.lottery.instability(model, spec(), error, points=3)
     assert set(zeros) == {int((~masks_of(model)["0.weight"]).sum())}
 
 
@@ -98,4 +98,4 @@ def test_what_makes_no_sense_is_refused() -> None:
     with pytest.raises(pr.PruningError, match="not of this model"):
         pr.lottery.barrier(net(), scalar(1), state, loss_of)
     with pytest.raises(pr.PruningError, match="branch at step 99"):
-        pr.lottery.instability(net(), course(), loss_of, step=99)
+        pr.lottery.instability(net(), spec(), loss_of, step=99)

@@ -18,11 +18,11 @@ from prunella.allocation.rounds import densities
 from prunella.io.identity import digest_of
 from prunella.io.nested import equal, load_state, save_state
 from prunella.lottery.search import Rewind
-from prunella.lottery.session import Lap, Point, snapshot
+from prunella.lottery.session import Point, Session, snapshot
 from prunella.model.masks import masks_of
 from prunella.transform.controls import Control, Controls
 from tests.lottery.job import job
-from tests.lottery.nets import STEPS, batch, course, fit, net
+from tests.lottery.nets import STEPS, batch, fit, net, spec
 from tests.stopping import records
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -80,7 +80,7 @@ def test_another_recipe_prunes_the_whole_by_rounds() -> None:
 def test_survivors_are_bit_equal_to_the_first_weights() -> None:
     model = net()
     first = snapshot(model)
-    found = pr.lottery.find_ticket(model, course(), prune=pr.lottery.imp(batch()), rounds=2, controls=Controls(()))
+    found = pr.lottery.find_ticket(model, spec(), prune=pr.lottery.imp(batch()), rounds=2, controls=Controls(()))
     assert equal(snapshot(model), first)
     masks = masks_of(found.ticket)
     assert set(masks) == {"0.weight", "4.weight", "6.weight"}
@@ -96,11 +96,11 @@ def test_survivors_are_bit_equal_to_the_first_weights() -> None:
 @pytest.mark.parametrize("k", [1, 6, 9])
 def test_weights_go_back_to_step_k(k: int) -> None:
     short = net()
-    kept = course().run(short, Lap(short, STEPS, keep_at=k, stop=k)).kept
+    kept = spec().run(short, Session(short, STEPS, keep_at=k, stop=k)).kept
     assert kept is not None and kept.step == k and equal(kept.model, snapshot(short))
     found = pr.lottery.find_ticket(
         net(),
-        course(),
+        spec(),
         prune=pr.lottery.imp(batch()),
         rounds=1,
         rewind=pr.lottery.WeightRewind(k),
@@ -115,20 +115,20 @@ def test_weights_go_back_to_step_k(k: int) -> None:
 @pytest.mark.parametrize("k", range(STEPS))
 def test_a_lap_from_step_k_repeats_the_run_that_passed_it(k: int, tmp_path: Path) -> None:
     whole = net()
-    lap = course().run(whole, Lap(whole, STEPS, keep_at=k))
-    assert lap.kept is not None
-    save_state(lap.kept.plain(), tmp_path / "point")
+    session = spec().run(whole, Session(whole, STEPS, keep_at=k))
+    assert session.kept is not None
+    save_state(session.kept.plain(), tmp_path / "point")
     point = Point.read(load_state(tmp_path / "point"))
-    assert equal(point.plain(), lap.kept.plain())
+    assert equal(point.plain(), session.kept.plain())
     again = net(seed=99)
     again.load_state_dict(point.model)
     torch.rand(5)
-    part = course(seed=77).run(again, Lap(again, STEPS, start=point))
-    assert equal(snapshot(again), snapshot(whole)) and part.rates == lap.rates[k:]
+    part = spec(seed=77).run(again, Session(again, STEPS, start=point))
+    assert equal(snapshot(again), snapshot(whole)) and part.rates == session.rates[k:]
 
 
 def test_a_point_that_the_first_version_wrote_is_read() -> None:
-    kept = course().run(model := net(), Lap(model, STEPS, keep_at=2)).kept
+    kept = spec().run(model := net(), Session(model, STEPS, keep_at=2)).kept
     assert kept is not None
     written = kept.plain()
     written["dice"] = written.pop("rng")
@@ -136,21 +136,21 @@ def test_a_point_that_the_first_version_wrote_is_read() -> None:
 
 
 def test_a_loader_with_its_own_generator_is_rewound_too() -> None:
-    def train(model: nn.Module, lap: Lap) -> None:
+    def train(model: nn.Module, session: Session) -> None:
         own = torch.Generator().manual_seed(5)
         loader = torch.utils.data.DataLoader(list(torch.eye(10)), batch_size=2, shuffle=True, generator=own)
         optimizer = torch.optim.Adam(model.parameters(), lr=0.05)
-        for x in lap.steps(loader, optimizer):
+        for x in session.steps(loader, optimizer):
             optimizer.zero_grad()
             model(x).square().sum().backward()
             optimizer.step()
 
-    judged = pr.lottery.Course(train, 12)
+    judged = pr.lottery.TrainingSpec(train, 12)
     whole, again = net(), net()
-    lap = judged.run(whole, Lap(whole, 12, keep_at=8))
-    assert lap.kept is not None
-    again.load_state_dict(lap.kept.model)
-    judged.run(again, Lap(again, 12, start=lap.kept))
+    session = judged.run(whole, Session(whole, 12, keep_at=8))
+    assert session.kept is not None
+    again.load_state_dict(session.kept.model)
+    judged.run(again, Session(again, 12, start=session.kept))
     assert equal(snapshot(again), snapshot(whole))
 
 
@@ -158,12 +158,12 @@ def test_a_loader_with_its_own_generator_is_rewound_too() -> None:
 def test_learning_rate_rewinding_keeps_the_weights_and_replays_the_rates(k: int) -> None:
     seen: list[dict[str, Tensor]] = []
 
-    def train(model: nn.Module, lap: Lap) -> None:
+    def train(model: nn.Module, session: Session) -> None:
         seen.append(snapshot(model))
-        fit(model, lap)
+        fit(model, session)
         seen.append(snapshot(model))
 
-    how = pr.lottery.Course(train, STEPS, seed=3)
+    how = pr.lottery.TrainingSpec(train, STEPS, seed=3)
     found = pr.lottery.find_ticket(
         net(), how, prune=pr.lottery.imp(batch()), rounds=2, rewind=pr.lottery.RateRewind(k), controls=Controls(())
     )
@@ -177,25 +177,25 @@ def test_learning_rate_rewinding_keeps_the_weights_and_replays_the_rates(k: int)
 
 def test_descent_follows_the_training_of_finetune() -> None:
     loader = torch.utils.data.DataLoader(torch.eye(10).repeat(4, 1), batch_size=5, shuffle=True)
-    how = pr.recovery.Training(rate=lambda p: 1 - p, optimizer=lambda p, lr: torch.optim.SGD(p, lr=lr))
+    how = pr.recovery.Training(lr_schedule=lambda p: 1 - p, optimizer=lambda p, lr: torch.optim.SGD(p, lr=lr))
     model = net()
     train = pr.lottery.descent(loader, lambda m, x: m(x).square().mean(), lr=0.1, training=how)
-    lap = pr.lottery.Course(train, 10).run(model, Lap(model, 10))
-    assert lap.rates == pytest.approx([0.1 * (1 - (t + 0.5) / 10) for t in range(10)])
+    session = pr.lottery.TrainingSpec(train, 10).run(model, Session(model, 10))
+    assert session.rates == pytest.approx([0.1 * (1 - (t + 0.5) / 10) for t in range(10)])
 
 
 # -- controls ------------------------------------------------------------------------------------------------------
 
 
 def test_controls_are_trained_the_same_way_and_stand_beside_the_ticket() -> None:
-    found = pr.lottery.find_ticket(net(), course(), prune=pr.lottery.imp(batch(), rate=0.5), rounds=2)
+    found = pr.lottery.find_ticket(net(), spec(), prune=pr.lottery.imp(batch(), rate=0.5), rounds=2)
     assert [set(one.controls) for one in found.rounds] == [set(), set(), {Control.REINIT, Control.SHUFFLE}]
     last = found.rounds[-1]
     assert len({last.score, *last.controls.values()}) == 3 and None not in last.controls.values()
     assert f"{100 * last.density:.2f}%" in str(found) and "reinit" in str(found) and "shuffle" in str(found)
     some = pr.lottery.find_ticket(
         net(),
-        course(),
+        spec(),
         prune=pr.lottery.imp(batch(), rate=0.5),
         rounds=2,
         controls=Controls((Control.SHUFFLE,), (1, 2)),
@@ -270,7 +270,7 @@ def test_a_killed_run_ends_with_the_same_bits(rewind: Rewind, die_in: int, tmp_p
 
 
 def test_a_folder_of_another_run_is_refused(tmp_path: Path) -> None:
-    find: Any = partial(pr.lottery.find_ticket, course=course(), prune=pr.lottery.imp(batch()), controls=Controls(()))
+    find: Any = partial(pr.lottery.find_ticket, spec=spec(), prune=pr.lottery.imp(batch()), controls=Controls(()))
     done = find(net(), rounds=1, folder=tmp_path / "a")
     assert find(net(), rounds=1, folder=tmp_path / "a").rounds == done.rounds
     with pytest.raises(pr.PruningError, match="another run: its weights"):
@@ -297,12 +297,12 @@ def test_the_caller_keeps_the_random_generators() -> None:
     torch.manual_seed(1)
     model = net()
     torch.manual_seed(1)
-    pr.lottery.find_ticket(model, course(), prune=pr.lottery.imp(batch()), rounds=1)
+    pr.lottery.find_ticket(model, spec(), prune=pr.lottery.imp(batch()), rounds=1)
     assert torch.equal(torch.rand(3), expected)
 
 
 def test_what_makes_no_sense_is_refused() -> None:
-    find: Any = partial(pr.lottery.find_ticket, course=course(), prune=pr.lottery.imp(batch()))
+    find: Any = partial(pr.lottery.find_ticket, spec=spec(), prune=pr.lottery.imp(batch()))
     with pytest.raises(pr.PruningError, match="0 rounds"):
         find(net(), rounds=0)
     with pytest.raises(pr.PruningError, match="rewind to step 14 of 14"):
@@ -312,19 +312,19 @@ def test_what_makes_no_sense_is_refused() -> None:
         find(masked, rounds=1)
     with pytest.raises(pr.PruningError, match="cannot be shuffled"):
         channels = pr.lottery.imp(batch(), recipe=pr.Recipe())
-        pr.lottery.find_ticket(net(), course(), prune=channels, rounds=1)
+        pr.lottery.find_ticket(net(), spec(), prune=channels, rounds=1)
     with pytest.raises(pr.PruningError, match="stopped before step 14"):
         pr.lottery.find_ticket(
-            net(), pr.lottery.Course(lambda model, lap: None, STEPS), prune=pr.lottery.imp(batch()), rounds=1
+            net(), pr.lottery.TrainingSpec(lambda model, session: None, STEPS), prune=pr.lottery.imp(batch()), rounds=1
         )
     with pytest.raises(pr.PruningError, match="0 steps"):
-        pr.lottery.Course(fit, 0)
+        pr.lottery.TrainingSpec(fit, 0)
 
 
 def test_structured_tickets_have_the_other_control() -> None:
     found = pr.lottery.find_ticket(
         net(),
-        course(),
+        spec(),
         prune=pr.lottery.imp(batch(), rate=0.4, recipe=pr.Recipe()),
         rounds=1,
         controls=Controls((Control.REINIT,)),

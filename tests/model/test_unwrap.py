@@ -157,9 +157,9 @@ def test_count_report_and_zeros(wrap: Wrap) -> None:
 
 def test_training_toward_zeros_names_the_bare_parameters(wrap: Wrap) -> None:
     wrapped = wrap(bare_model())
-    units = pr.train.coupled(wrapped, X)
+    units = pr.train.coupled_units(wrapped, X)
     penalty: Tensor = pr.train.group_lasso(units)(wrapped)
-    expected = pr.train.group_lasso(pr.train.coupled(bare_model(), X))(bare_model())
+    expected = pr.train.group_lasso(pr.train.coupled_units(bare_model(), X))(bare_model())
     assert torch.equal(penalty, expected)
 
 

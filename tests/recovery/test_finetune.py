@@ -56,7 +56,9 @@ def test_the_learning_rate_reaches_every_group_in_proportion() -> None:
         optimizer.register_step_pre_hook(lambda o, a, k: rates.append([g["lr"] for g in o.param_groups]))
         return optimizer
 
-    finetune(_net(), _data(), _loss, steps=2, lr=0.1, training=Training(optimizer=factory, rate=lambda p: 1 - p / 2))
+    finetune(
+        _net(), _data(), _loss, steps=2, lr=0.1, training=Training(optimizer=factory, lr_schedule=lambda p: 1 - p / 2)
+    )
     assert rates == [pytest.approx([0.0875, 0.00875]), pytest.approx([0.0625, 0.00625])]
 
 
@@ -131,7 +133,7 @@ def test_gradients_are_clipped() -> None:
         before = net.weight.detach().clone()
         sgd = lambda p, lr: torch.optim.SGD(p, lr=lr)  # noqa: E731
         loss = lambda m, b: 1000 * m(b).sum()  # noqa: E731
-        training = Training(optimizer=sgd, rate=lambda p: 1.0, clip=clip)
+        training = Training(optimizer=sgd, lr_schedule=lambda p: 1.0, clip=clip)
         finetune(net, [torch.ones(1, 2)], loss, steps=1, lr=1.0, training=training)
         return float((net.weight.detach() - before).norm())
 

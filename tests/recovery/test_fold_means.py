@@ -112,7 +112,7 @@ def test_a_layer_without_a_bias_is_named() -> None:
     small = pr.shrink(model, plan)
     keys = list(small.state_dict())
     report = fold_means(small, model, [x], plan)
-    assert [fold.skipped for fold in report.folds] == ["it has no bias that could take the constant"]
+    assert [fold.skipped for fold in report.folds] == ["it has no bias for the constant"]
     assert list(small.state_dict()) == keys and "skipped" in str(report)
 
 

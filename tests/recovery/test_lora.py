@@ -13,7 +13,7 @@ import prunella as pr
 from prunella.errors import CheckFailed, NotSupported, RequestError
 from prunella.recovery.finetune import Training, finetune
 from prunella.recovery.lora import mask_adapters_, merge_adapters_
-from prunella.recovery.lr_schedules import constant_rate
+from prunella.recovery.lr_schedules import constant_lr
 from tests.hand import hand_plan
 from tests.io.test_adapters import Adapted
 
@@ -35,7 +35,12 @@ def _sparse(*, recorded: bool = True) -> nn.Sequential:
 def _train(model: nn.Module) -> None:
     data = [torch.randn(8, 12, generator=torch.Generator().manual_seed(1))]
     finetune(
-        model, data, lambda m, b: (m(b) - 1).square().mean(), steps=8, lr=0.05, training=Training(rate=constant_rate)
+        model,
+        data,
+        lambda m, b: (m(b) - 1).square().mean(),
+        steps=8,
+        lr=0.05,
+        training=Training(lr_schedule=constant_lr),
     )
 
 
@@ -160,7 +165,7 @@ class Transposed(nn.Module):
 
 
 def test_what_adds_something_else_is_refused() -> None:
-    with pytest.raises(NotSupported, match="not s B A x"):
+    with pytest.raises(NotSupported, match="does not add s B A x"):
         merge_adapters_(nn.Sequential(Other()))
     with pytest.raises(RequestError, match="no low-rank adapters"):
         merge_adapters_(nn.Sequential(nn.Linear(4, 2), nn.Linear(2, 4), nn.Linear(4, 4)))
@@ -171,7 +176,7 @@ def test_factors_as_parameters_and_a_transposed_base() -> None:
     model = nn.Sequential(Raw())
     with torch.no_grad():
         model[0].base.weight[1::2] = 0
-    with pytest.raises(NotSupported, match="no linear layers"):
+    with pytest.raises(NotSupported, match="must be linear layers"):
         mask_adapters_(model)
     wanted = model[0].base.weight + 0.5 * model[0].a @ model[0].b
     merge_adapters_(model, allow_loss=True)
@@ -217,5 +222,5 @@ def test_what_peft_adds_by_dora_is_refused() -> None:
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(parameter)
-    with pytest.raises(NotSupported, match="not s B A x"):
+    with pytest.raises(NotSupported, match="does not add s B A x"):
         merge_adapters_(model)

@@ -16,13 +16,13 @@ from prunella.app.job import Job
 from prunella.app.run import run, summary
 from prunella.cli.run import run_text
 from prunella.errors import MissingExtra
-from prunella.experiments.pareto import PAGE, RECORD, Study, pareto
+from prunella.experiments.pareto_experiment import PAGE, RECORD, Study, pareto
 from prunella.graph.solve.groups import couple
 from prunella.io.card import Card, render_card
 from prunella.reporting.chart import latency_chart
 from prunella.reporting.coupling import render_coupling
 from tests.app.test_run import net
-from tests.experiments import study_parts as parts
+from tests.experiments import experiment_parts as parts
 
 SENTENCE = r"needs {}\nit is not installed\npip install 'prunella\[report\]'"
 HIDDEN = ("matplotlib", "jinja2", "markupsafe")

@@ -25,7 +25,7 @@ def test_two_tokens_by_hand() -> None:
     assert keep_top(hidden, 0.5).tolist() == [[3.0, -4.0, 0.0, 0.0], [0.0, 0.0, -2.0, 3.0]]
     assert keep_top(hidden, 0.3, -hidden).tolist() == [[0.0, -4.0, 0.0, 0.5], [0.0, 0.0, -2.0, 0.0]]
     assert keep_top(hidden, 1.0) is hidden
-    with pytest.raises(pr.PruningError, match="part of the neurons"):
+    with pytest.raises(pr.PruningError, match="fraction of the neurons"):
         keep_top(hidden, 0.0)
 
 

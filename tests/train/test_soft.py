@@ -104,7 +104,7 @@ def test_a_soft_filter_gets_gradient_revives_and_the_end_is_exact() -> None:
     model, data = convnet().train(), images()
     nn.init.uniform_(model[1].bias, 0.1, 0.5)  # a shift below zero is cut off by the ReLU, and passes no gradient
     optimizer = torch.optim.SGD(model.parameters(), lr=0.2)
-    soft = pr.train.SoftPruner(model, data[0], recipe=pr.Recipe(), target=pr.Sparsity(0.5))
+    soft = pr.train.SoftFilterPruner(model, data[0], recipe=pr.Recipe(), target=pr.Sparsity(0.5))
     plan = soft.step()
     gone = ~plan.keep["0"]
     weight = model[0].weight
@@ -128,7 +128,7 @@ def test_a_soft_filter_gets_gradient_revives_and_the_end_is_exact() -> None:
 def test_soft_masks_of_weights_are_forgotten_until_the_end() -> None:
     model = net()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
-    soft = pr.train.SoftPruner(model, X, recipe=pr.Recipe(granularity=pr.Element()), target=pr.Sparsity(0.5))
+    soft = pr.train.SoftFilterPruner(model, X, recipe=pr.Recipe(granularity=pr.Element()), target=pr.Sparsity(0.5))
     soft.step()
     assert zeros(model) == 104 and pr.masks_of(model) == {}
     descend(model, optimizer)
@@ -147,8 +147,10 @@ def test_the_mask_is_spliced_by_two_thresholds() -> None:
 def test_surgery_moves_the_dense_weights_by_the_gradient_at_the_masked_ones() -> None:
     model = net()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    surgery = pr.train.Surgery(model, optimizer, recipe=pr.Recipe(granularity=pr.Element()), target=pr.Sparsity(0.5),
-                         inputs=X, band=0.1, every=1)  # fmt: skip
+    recipe = pr.Recipe(granularity=pr.Element())
+    surgery = pr.train.NetworkSurgery(
+        model, optimizer, recipe=recipe, target=pr.Sparsity(0.5), inputs=X, band=0.1, every=1
+    )
     dense = copy.deepcopy(model.state_dict())
     surgery.step()
     assert zeros(model) == round(0.4 * 208)
@@ -176,8 +178,10 @@ def test_a_connection_that_was_cut_is_spliced_back() -> None:
     with torch.no_grad():
         model[0].weight.copy_(torch.tensor([[0.1, 0.2, 0.8, 0.9]]))
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    surgery = pr.train.Surgery(model, optimizer, recipe=pr.Recipe(granularity=pr.Element()), target=pr.Sparsity(0.5),
-                         inputs=torch.ones(1, 4), band=0.0, every=1)  # fmt: skip
+    recipe = pr.Recipe(granularity=pr.Element())
+    surgery = pr.train.NetworkSurgery(
+        model, optimizer, recipe=recipe, target=pr.Sparsity(0.5), inputs=torch.ones(1, 4), band=0.0, every=1
+    )
     surgery.step()
     assert model[0].weight.tolist() == [[0, 0, pytest.approx(0.8), pytest.approx(0.9)]]
     model[0].weight.grad = torch.tensor([[-2.0, 0.0, 0.0, 0.0]])
@@ -187,12 +191,14 @@ def test_a_connection_that_was_cut_is_spliced_back() -> None:
 
 
 def test_surgery_that_was_stopped_goes_on_with_the_same_bits() -> None:
-    def start(model: nn.Module) -> tuple[torch.optim.Optimizer, pr.train.Surgery]:
+    def start(model: nn.Module) -> tuple[torch.optim.Optimizer, pr.train.NetworkSurgery]:
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         recipe = pr.Recipe(granularity=pr.Element())
-        return optimizer, pr.train.Surgery(model, optimizer, recipe=recipe, target=pr.Sparsity(0.5), inputs=X, every=2)
+        return optimizer, pr.train.NetworkSurgery(
+            model, optimizer, recipe=recipe, target=pr.Sparsity(0.5), inputs=X, every=2
+        )
 
-    def go(model: nn.Module, optimizer: torch.optim.Optimizer, surgery: pr.train.Surgery, steps: int) -> None:
+    def go(model: nn.Module, optimizer: torch.optim.Optimizer, surgery: pr.train.NetworkSurgery, steps: int) -> None:
         for _ in range(steps):
             descend(model, optimizer)
             surgery.step()
@@ -216,7 +222,7 @@ def test_surgery_refuses_channels_and_bands_out_of_range() -> None:
     model = net()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with pytest.raises(RequestError, match="band"):
-        pr.train.Surgery(model, optimizer, recipe=pr.Recipe(), target=pr.Sparsity(0.5), inputs=X, band=0.6)
-    surgery = pr.train.Surgery(model, optimizer, recipe=pr.Recipe(), target=pr.Sparsity(0.5), inputs=X, every=1)
-    with pytest.raises(RequestError, match="masks of weights"):
+        pr.train.NetworkSurgery(model, optimizer, recipe=pr.Recipe(), target=pr.Sparsity(0.5), inputs=X, band=0.6)
+    surgery = pr.train.NetworkSurgery(model, optimizer, recipe=pr.Recipe(), target=pr.Sparsity(0.5), inputs=X, every=1)
+    with pytest.raises(RequestError, match="single weights only"):
         surgery.step()

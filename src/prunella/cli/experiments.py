@@ -51,16 +51,16 @@ def pareto(
 ) -> None:
     """Quality against size: recipes beside random and magnitude baselines, several ratios and seeds; resumable."""
     from prunella.cli.parse import build_recipe
-    from prunella.experiments.pareto import PAGE, RECORD, Study
-    from prunella.experiments.pareto import pareto as run
+    from prunella.experiments.pareto_experiment import PAGE, RECORD, ParetoExperiment
+    from prunella.experiments.pareto_experiment import pareto as run
     from prunella.targets import parse_target
 
     recipes = {name: build_recipe(name, granularity=granularity, allocation=allocation) for name in recipe or ()}
-    study = Study(make, metric, inputs, recipes, data, loss, recover, tuple(skip or ()))
+    experiment = ParetoExperiment(make, metric, inputs, recipes, data, loss, recover, tuple(skip or ()))
     divided = type(parse_target(f"{unit}=0.5"))
     with stage("comparing"):
         found = run(
-            study, output, ratios=_numbers(ratios), seeds=tuple(range(seeds)), unit=divided, jobs=jobs,
+            experiment, output, ratios=_numbers(ratios), seeds=tuple(range(seeds)), unit=divided, jobs=jobs,
             on_cell=lambda cell, n, total: note(f"{n} of {total}: {cell.method}, {cell.ratio:g}x, seed {cell.seed}"),
         )  # fmt: skip
     page = output / PAGE if (output / PAGE).is_file() else None

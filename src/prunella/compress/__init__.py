@@ -1,4 +1,4 @@
-"""What joins pruning to make a model smaller: integers, shared values, lossless codes, low rank."""
+"""Compression beside pruning: quantisation, weight sharing, lossless codes, storage formats, low rank."""
 
 from prunella.compress.huffman import decode as decode
 from prunella.compress.huffman import huffman as huffman
@@ -9,15 +9,15 @@ from prunella.compress.low_rank import svd_factors as svd_factors
 from prunella.compress.quantize import quantization_aware as quantization_aware
 from prunella.compress.quantize import quantize_weight as quantize_weight
 from prunella.compress.quantize import round_weights_ as round_weights_
-from prunella.compress.storage import Format as Format
+from prunella.compress.storage import StorageFormat as StorageFormat
 from prunella.compress.storage import stored_bytes as stored_bytes
-from prunella.compress.weight_sharing import Start as Start
+from prunella.compress.weight_sharing import CentroidInit as CentroidInit
 from prunella.compress.weight_sharing import deep_compression_ as deep_compression_
 from prunella.compress.weight_sharing import share_weight as share_weight
 
 __all__ = [
-    "Format",
-    "Start",
+    "CentroidInit",
+    "StorageFormat",
     "decode",
     "deep_compression_",
     "huffman",

@@ -1,4 +1,4 @@
-"""Lossless codes: canonical Huffman for symbols, short gaps for the positions of sparse weights."""
+"""Lossless codes: canonical Huffman codes for symbols, and short gaps for the positions of sparse weights."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ LENGTH_BITS = 6
 class Encoded:
     """A sequence of small whole numbers in canonical Huffman code. `lengths`: symbol -> bits of its code.
 
-    payload: the codes one after the other, first bit highest, the last byte filled up. payload_bits: without the
-    filling. count: how many symbols. symbol_bits: of a symbol in the code book.
+    payload: the codes in sequence, first bit highest, the last byte padded. payload_bits: without the padding. count:
+    number of symbols. symbol_bits: bits of a symbol in the code book.
     """
 
     payload: bytes
@@ -34,17 +34,17 @@ class Encoded:
 
     @property
     def book_bits(self) -> int:
-        """Symbols and the lengths of their codes: all that a canonical code book needs."""
+        """Bits of the canonical code book: symbols and the lengths of their codes."""
         return len(self.lengths) * (self.symbol_bits + LENGTH_BITS)
 
     @property
     def bits(self) -> int:
-        """Payload and code book."""
+        """Bits of the payload and the code book."""
         return self.payload_bits + self.book_bits
 
 
 def code_lengths(counts: Mapping[int, int]) -> dict[int, int]:
-    """Symbol -> bits of its Huffman code, for counts above 0; a lone symbol has 1 bit. Same counts, same code."""
+    """Symbol -> bits of its Huffman code, for counts above 0; a single symbol has 1 bit. Equal counts, equal codes."""
     if len(counts) == 1:
         return dict.fromkeys(counts, 1)
     heap: list[tuple[int, int, tuple[int, ...]]] = [(count, symbol, (symbol,)) for symbol, count in counts.items()]
@@ -59,7 +59,7 @@ def code_lengths(counts: Mapping[int, int]) -> dict[int, int]:
 
 
 def canonical_codes(lengths: Mapping[int, int]) -> dict[int, int]:
-    """Symbol -> code: in the order of (length, symbol), each code one more than the last, shifted to its length."""
+    """Symbol -> code: by (length, symbol), each code is the previous one plus one, shifted to its length."""
     codes: dict[int, int] = {}
     code, before = 0, 0
     for symbol, length in sorted(lengths.items(), key=lambda item: (item[1], item[0])):
@@ -71,17 +71,17 @@ def canonical_codes(lengths: Mapping[int, int]) -> dict[int, int]:
 
 @compression(source="Huffman 1952, doi:10.1109/JRPROC.1952.273898; Han et al. 2016, arXiv:1510.00149")
 def huffman(symbols: Tensor, *, symbol_bits: int = 8) -> Encoded:
-    """Code whole numbers so that frequent ones take fewer bits; `decode` gives them back exactly.
+    """Encode whole numbers with fewer bits for frequent ones; `decode` restores them exactly.
 
     The mean length L of a code lies in `H <= L < H + 1` with the entropy `H = -sum p log2 p`; no code with a whole
-    number of bits for each symbol is shorter. The code book is canonical: symbols and lengths are all that is stored.
+    number of bits for each symbol is shorter. The code book is canonical: only symbols and lengths are stored.
 
     symbols: whole numbers from 0 to `2^symbol_bits - 1`, any shape. symbol_bits: 1 to 16.
 
     Data: none.
 
-    Use: to store or send shared or quantised weights, whose values are far from uniform. Avoid: in memory while the
-    model runs, since codes of several lengths cannot be read out of order.
+    Use: storing or sending shared or quantised weights, whose values are far from uniform. Avoid: running the model
+    from the codes: they cannot be read out of order.
     """
     flat = symbols.detach().cpu().flatten().long()
     if not 1 <= symbol_bits <= 16 or (len(flat) and not 0 <= int(flat.min()) <= int(flat.max()) < 2**symbol_bits):
@@ -108,31 +108,31 @@ def huffman(symbols: Tensor, *, symbol_bits: int = 8) -> Encoded:
 
 
 def decode(encoded: Encoded) -> Tensor:
-    """The symbols `(count,)`, bit by bit. `BadInput` if the bytes end too early or are no codes of the book."""
+    """The symbols `(count,)`, decoded bit by bit. `BadInput` if the bytes end early or are no codes of the book."""
     by_code = {(encoded.lengths[s], code): s for s, code in canonical_codes(encoded.lengths).items()}
     longest = max(encoded.lengths.values(), default=0)
-    found: list[int] = []
+    symbols: list[int] = []
     code = length = 0
     for bit in np.unpackbits(np.frombuffer(encoded.payload, dtype=np.uint8)).tolist():
-        if len(found) == encoded.count:
+        if len(symbols) == encoded.count:
             break
         code, length = code << 1 | bit, length + 1
         symbol = by_code.get((length, code))
         if symbol is not None:
-            found.append(symbol)
+            symbols.append(symbol)
             code = length = 0
         elif length >= longest:
-            raise BadInput("the bytes are no Huffman code of this book", "a code has no symbol", "write them again")
-    if len(found) != encoded.count:
+            raise BadInput("the bytes are no Huffman code of this book", "a code has no symbol", "encode them again")
+    if len(symbols) != encoded.count:
         raise BadInput(
-            "the Huffman code is cut short", f"it has {len(found)} of {encoded.count} symbols", "copy it again"
+            "the Huffman code is cut short", f"it has {len(symbols)} of {encoded.count} symbols", "copy it again"
         )
-    return torch.tensor(found, dtype=torch.int64)
+    return torch.tensor(symbols, dtype=torch.int64)
 
 
 @dataclass(frozen=True)
 class Gaps:
-    """Positions as steps: `steps[i] + 1` from one entry to the next. Entries that are fillers have `filler` True."""
+    """Positions as steps: entry `i` is `steps[i] + 1` after the previous entry. `filler` is True at filler entries."""
 
     steps: Tensor
     filler: Tensor
@@ -142,16 +142,16 @@ class Gaps:
 
 @compression(source="Han et al. 2016, arXiv:1510.00149 (relative indices with filler zeros)")
 def relative_index(mask: Mask, *, bits: int = 4) -> Gaps:
-    """Positions of the kept weights as gaps of a few bits; a gap too large is bridged by entries that hold a zero.
+    """Positions of the kept weights as gaps of a few bits; filler zeros bridge larger gaps.
 
-    An entry moves 1 to `2^bits` places on. Reading in row-major order, so that
-    `positions = cumsum(steps + 1) - 1`, fillers left out.
+    An entry lies 1 to `2^bits` positions after the previous one, in row-major order:
+    `positions = cumsum(steps + 1) - 1`, without the fillers.
 
     mask: bool, True is kept. bits: 1 to 16; Deep Compression has 8 for convolutions and 5 for linear layers.
 
     Data: none.
 
-    Use: above some 70 % sparsity, to store it. Avoid: for regular patterns, whose positions need fewer bits.
+    Use: storage above about 70 % sparsity. Avoid: regular patterns, whose positions need fewer bits.
     """
     if not 1 <= bits <= 16:
         raise RequestError(f"bits={bits} is out of range", "a gap takes 1 to 16 bits", "4, 5 and 8 are usual")
@@ -169,7 +169,7 @@ def relative_index(mask: Mask, *, bits: int = 4) -> Gaps:
 
 
 def positions(gaps: Gaps) -> Mask:
-    """The mask that `relative_index` was given."""
+    """The mask that `relative_index` encoded."""
     mask = torch.zeros(int(np.prod(gaps.shape)), dtype=torch.bool)
     mask[((gaps.steps + 1).cumsum(0) - 1)[~gaps.filler]] = True
     return mask.reshape(gaps.shape)

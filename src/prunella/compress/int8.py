@@ -1,4 +1,4 @@
-"""Integers in memory through torchao, checked: zeros stay zeros."""
+"""Int8 weights in memory by torchao, with a check that zeros stay zeros."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from prunella.registry.method import compression
 
 @dataclass(frozen=True)
 class Int8:
-    """What became integers. before, after: bytes of all parameters and buffers. Measure time with `compare_latency`."""
+    """The weights in int8. before, after: bytes of all parameters and buffers. Measure time with `compare_latency`."""
 
     layers: tuple[Rounded, ...]
     before: int
@@ -37,20 +37,20 @@ class Int8:
 
 @compression(source="torchao, quantize_ (PyTorch); Krishnamoorthi 2018, arXiv:1806.08342")
 def to_int8_(model: nn.Module, *, activations: bool = False) -> Int8:
-    """Keep the weights of all linear layers as int8 with a scale for each output, in place, through torchao.
+    """Convert the weights of all linear layers to int8 with a scale for each output, in place, by torchao.
 
-    Symmetric, so that zero is code 0: masks, N:M patterns and blocks survive, which is checked for every weight. The
-    report has the real bytes and what rounding cost; whether it is faster, `compare_latency` measures, and on many CPUs
-    it is not. Convolutions and embeddings stay as they are.
+    The format is symmetric, so that zero is code 0: masks, N:M patterns and blocks persist. This is checked for every
+    weight. The result has the real bytes and the rounding errors. `compare_latency` measures the speed; on many CPUs
+    int8 is not faster. Convolutions and embeddings do not change.
 
     activations: quantise the inputs of each layer too, by the largest value of each token at run time.
 
-    `MissingExtra` without torchao; `NotSupported` if it does not import or has nothing to quantise here. Such a model
-    cannot be saved by `save`, nor trained.
+    `MissingExtra` without torchao; `NotSupported` if its import fails or it finds nothing to quantise. The model can
+    then be neither saved by `save` nor trained.
 
     Data: none.
 
-    Use: as the last step for transformers, for a quarter of the memory. Avoid: before pruning or training.
+    Use: the last step for transformers, for a quarter of the memory. Avoid: before pruning or training.
     """
     config, quantize_ = _torchao(activations)
     bare = unwrap(model)
@@ -88,7 +88,7 @@ def _torchao(activations: bool) -> tuple[Any, Any]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """What torchao says while it is imported is not the user's concern: warnings, and log lines on parts for GPUs."""
+    """Suppress warnings and log lines during the import of torchao: most are about parts for GPUs."""
     disabled = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

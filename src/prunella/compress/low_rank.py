@@ -1,4 +1,4 @@
-"""Two thin layers in place of a thick one: truncated singular value decomposition of linear layers and convolutions."""
+"""Low-rank factorization: truncated singular value decomposition of linear layers and convolutions into two layers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from prunella.registry.method import compression
 
 @final
 class LowRank(nn.Module):
-    """`second(first(x))`: what a layer became. `rank` outputs of the first feed the second, which has the bias."""
+    """A factored layer, `second(first(x))`: the first has `rank` outputs, the second has the bias."""
 
     def __init__(self, first: nn.Module, second: nn.Module) -> None:
         super().__init__()
@@ -46,7 +46,7 @@ class Factors:
 
 @compression(source="Denton et al. 2014, arXiv:1404.0736; Eckart and Young 1936, doi:10.1007/BF02288367")
 def svd_factors(weight: Tensor, *, rank: int = 0, energy: float = 0.9) -> Factors:
-    """The best product of two thin matrices for a matrix, by its largest singular values.
+    """The best approximation of a matrix by a product of two thin matrices, from its largest singular values.
 
     `W = U S V^T`, `B = U_r sqrt(S_r)`, `A = sqrt(S_r) V_r^T`: `|W - B A|^2 = sum_{i > r} s_i^2`, the smallest error
     that any matrix of rank r has. Computed in float64; both factors have the same norm.
@@ -56,12 +56,12 @@ def svd_factors(weight: Tensor, *, rank: int = 0, energy: float = 0.9) -> Factor
 
     Data: none.
 
-    Use: for layers whose singular values fall fast. Avoid: for sparse weights, since the factors are dense.
+    Use: layers whose singular values fall fast. Avoid: sparse weights: the factors are dense.
     """
     if weight.dim() != 2 or not 0 <= rank <= min(weight.shape) or not 0 < energy <= 1:
         raise RequestError(
             f"rank={rank}, energy={energy:g} is out of range for a weight of shape {tuple(weight.shape)}",
-            "a matrix has ranks from 1 to its smaller side; energy is a part of the whole",
+            "the rank of a matrix is from 1 to its smaller side; energy is a fraction",
             "pass rank=, or energy= in (0, 1]",
         )
     u, s, v = torch.linalg.svd(weight.detach().double(), full_matrices=False)
@@ -78,7 +78,7 @@ def svd_factors(weight: Tensor, *, rank: int = 0, energy: float = 0.9) -> Factor
 
 @dataclass(frozen=True)
 class Factored:
-    """One layer that became two. error: `|W - BA|^2 / |W|^2`, the energy lost. before, after: numbers of weights."""
+    """One factored layer. error: `|W - BA|^2 / |W|^2`, the energy lost. before, after: numbers of weights."""
 
     name: str
     rank: int
@@ -96,23 +96,23 @@ class Factored:
 def low_rank(
     model: nn.Module, *, rank: int = 0, energy: float = 0.9, only: Sequence[str] = ("*",), skip: Sequence[str] = ()
 ) -> tuple[nn.Module, tuple[Factored, ...]]:
-    """A new model in which linear layers and convolutions are two thinner ones each, where that makes them smaller.
+    """A new model with linear layers and convolutions factored into two thinner layers, where this is smaller.
 
     A linear layer `(out, in)` becomes `(rank, in)` and `(out, rank)`; a convolution the same kernel with `rank`
     outputs, with its stride, padding and dilation, and a 1x1 convolution to `out`. The energy lost is `sum_{i > r}
-    s_i^2 / sum_i s_i^2` of the weight as a matrix `(out, in * kernel)`. A layer is left alone where `rank (in * kernel
-    + out) >= in * kernel * out`, and so are grouped convolutions and weights that are shared. `model` is not changed.
+    s_i^2 / sum_i s_i^2` of the weight as a matrix `(out, in * kernel)`. A layer does not change if `rank (in * kernel
+    + out) >= in * kernel * out`; neither do grouped convolutions and shared weights. `model` does not change.
 
-    rank: of every layer, 0 for the smallest with the energy. energy: part of the squared weights that stays, (0, 1].
+    rank: of every layer, 0 for the smallest rank with the energy. energy: kept fraction of the squared weights, (0, 1].
     only, skip: patterns of module names. Data: none.
 
-    `RequestError` where no layer gets smaller, or where a chosen layer carries masks, which the factors would fill.
+    `RequestError` if no layer gets smaller, or if a chosen layer carries masks, which the factors would fill.
 
-    Use: after `shrink`, for large linear layers; `finetune` afterwards. Avoid: for networks pruned weight by weight.
+    Use: after `shrink`, for large linear layers; `finetune` afterwards. Avoid: networks with masks of single weights.
     """
     small = copied(model)
     masked = {name.rpartition(".")[0] for name, _, _ in records(small)}
-    done = []
+    rows = []
     for name, layer in _layers(small, only, skip):
         if name in masked:
             raise RequestError(
@@ -128,24 +128,24 @@ def low_rank(
         replace_(small, name, factors.rank)
         with torch.no_grad():
             _fill(small.get_submodule(name), factors, layer)
-        done.append(Factored(name, factors.rank, min(matrix.shape), factors.error, matrix.numel(), after))
-    if not done:
+        rows.append(Factored(name, factors.rank, min(matrix.shape), factors.error, matrix.numel(), after))
+    if not rows:
         raise RequestError(
             "no layer gets smaller at this rank",
             f"rank={rank}, energy={energy:g}: two factors would have as many weights as the layer, or none was chosen",
             "ask for a smaller rank or energy",
         )
-    return small, tuple(done)
+    return small, tuple(rows)
 
 
 def ranks_of(model: nn.Module) -> dict[str, int]:
-    """Module name -> rank, of every layer that became two: how a manifest describes it."""
-    found = {name: module for name, module in model.named_modules() if isinstance(module, LowRank)}
-    return {name: int(module.first.get_parameter("weight").shape[0]) for name, module in found.items()}
+    """Module name -> rank, for every factored layer: the entry in a manifest."""
+    factored = {name: module for name, module in model.named_modules() if isinstance(module, LowRank)}
+    return {name: int(module.first.get_parameter("weight").shape[0]) for name, module in factored.items()}
 
 
 def replace_(model: nn.Module, name: str, rank: int) -> None:
-    """Put two layers of this rank, not filled, in the place of a layer. `BadInput` if there is no such layer."""
+    """Replace a layer by two layers of this rank, without values. `BadInput` if there is no such layer."""
     try:
         layer: Any = model.get_submodule(name)
     except AttributeError:
@@ -165,13 +165,13 @@ def replace_(model: nn.Module, name: str, rank: int) -> None:
             kind(layer.in_channels, rank, bias=False, **how, **like),
             kind(rank, layer.out_channels, 1, bias=bias, **like),
         )
-    made = LowRank(*pair).train(layer.training)
+    factored = LowRank(*pair).train(layer.training)
     parent, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(parent), leaf, made)
+    setattr(model.get_submodule(parent), leaf, factored)
 
 
 def rebuild_(model: nn.Module, ranks: Mapping[str, Any]) -> None:
-    """Make the layers that a manifest names of low rank, to be filled. `BadInput` where they do not fit."""
+    """Factor the layers that a manifest names, without values. `BadInput` if they do not fit."""
     for name, rank in ranks.items():
         if not isinstance(rank, int):
             raise BadInput("the manifest is broken", f"the rank of {name!r} is no whole number")
@@ -179,7 +179,7 @@ def rebuild_(model: nn.Module, ranks: Mapping[str, Any]) -> None:
 
 
 def _layers(model: nn.Module, only: Sequence[str], skip: Sequence[str]) -> list[tuple[str, Any]]:
-    """The layers that can be two, by name, read by their module alone."""
+    """The layers that can be factored, by name; only their own module reads their weight."""
     for option, patterns in (("only", only), ("skip", skip)):
         if isinstance(patterns, str):
             raise RequestError(f"{option}= is one text", "a list of patterns is needed", f"{option}=[{patterns!r}]")
@@ -189,15 +189,15 @@ def _layers(model: nn.Module, only: Sequence[str], skip: Sequence[str]) -> list[
             if parameter is not None:
                 owners[id(parameter)] = owners.get(id(parameter), 0) + 1
     paths = [id(module) for _, module in model.named_modules(remove_duplicate=False)]
-    found = []
+    layers = []
     for name, layer in model.named_modules():
         kind: Any = type(layer)
         fits = kind is nn.Linear or (kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d) and layer.groups == 1)
         if not fits or not name or owners[id(layer.weight)] > 1 or paths.count(id(layer)) > 1:
             continue
         if any(fnmatchcase(name, p) for p in only) and not any(fnmatchcase(name, p) for p in skip):
-            found.append((name, layer))
-    return found
+            layers.append((name, layer))
+    return layers
 
 
 def _fill(pair: nn.Module, factors: Factors, layer: Any) -> None:

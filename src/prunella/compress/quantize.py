@@ -26,12 +26,12 @@ class Quantised:
     bits: int
 
     def weight(self) -> Tensor:
-        """The weight that the codes stand for, in the type of the scale."""
+        """The decoded weight, in the type of the scale."""
         return self.codes.to(self.scale.dtype) * self.scale
 
     @property
     def stored_bits(self) -> int:
-        """Codes and scales."""
+        """Bits of the codes and the scales."""
         return self.codes.numel() * self.bits + self.scale.numel() * self.scale.element_size() * 8
 
 
@@ -66,7 +66,7 @@ def quantize_weight(weight: Tensor, *, bits: int = 8) -> Quantised:
 
 @dataclass(frozen=True)
 class Rounded:
-    """What quantising did to one weight. error: relative, `|w - w'| / |w|`. zeros, new_zeros: before, and added."""
+    """The effect on one weight. error: relative, `|w - w'| / |w|`. zeros: before. new_zeros: added by rounding."""
 
     name: str
     weights: int
@@ -152,13 +152,13 @@ def _weights(model: nn.Module, only: Sequence[str]) -> list[tuple[str, nn.Parame
     if isinstance(only, str):
         raise RequestError("only= is one text", "a list of patterns is needed", f"only=[{only!r}]")
     every = [(n, p) for n, p in unwrap(model).named_parameters() if p.dim() > 1 and p.is_floating_point()]
-    found = [(n, p) for n, p in every if any(fnmatchcase(n, pattern) for pattern in only)]
-    if not found:
+    matching = [(n, p) for n, p in every if any(fnmatchcase(n, pattern) for pattern in only)]
+    if not matching:
         names = ", ".join(n for n, _ in every[:3]) or "there are none"
         raise RequestError(
             f"only={list(only)!r} names no weight", f"weights are like {names}", "`*` stands for anything"
         )
-    return found
+    return matching
 
 
 def _straight_through(parameter: nn.Parameter, bits: int) -> Tensor:
@@ -169,11 +169,11 @@ def _straight_through(parameter: nn.Parameter, bits: int) -> Tensor:
 @contextmanager
 def _replaced(model: nn.Module, values: dict[nn.Parameter, Tensor]) -> Iterator[None]:
     """Modules read these tensors in place of their parameters, and get the parameters back."""
-    places = [
+    owners = [
         (m, leaf, p) for m in model.modules() for leaf, p in m._parameters.items() if p is not None and p in values
     ]
     lists = [(m, list(flat)) for m in model.modules() if isinstance(flat := getattr(m, "_flat_weights", None), list)]
-    for module, leaf, parameter in places:
+    for module, leaf, parameter in owners:
         module._parameters[leaf] = values[parameter]  # type: ignore[assignment]
     for module, flat in lists:  # recurrent layers read their weights from a list
         module._flat_weights = [values.get(parameter, parameter) for parameter in flat]  # type: ignore[assignment]
@@ -182,5 +182,5 @@ def _replaced(model: nn.Module, values: dict[nn.Parameter, Tensor]) -> Iterator[
     finally:
         for module, flat in lists:
             module._flat_weights = flat  # type: ignore[assignment]
-        for module, leaf, parameter in places:
+        for module, leaf, parameter in owners:
             module._parameters[leaf] = parameter

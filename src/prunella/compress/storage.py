@@ -1,4 +1,4 @@
-"""What a sparse weight takes in each storage format, indices counted, and the formats themselves, lossless."""
+"""Lossless storage formats of sparse weights, and the bytes of values and indices in each."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from prunella.errors import BadInput, RequestError
 from prunella.registry.method import metric
 
 BLOCK = 4
-"""Side of the blocks of `Format.BSR`."""
+"""Side of the blocks of `StorageFormat.BSR`."""
 
 
-class Format(Enum):
-    """How the values of a matrix `(out, in)` that are not zero are written. Indices are int32."""
+class StorageFormat(Enum):
+    """The formats for the non-zeros of a matrix `(out, in)`. Indices are int32."""
 
     DENSE = "dense"
     COO = "coo"
@@ -32,13 +32,13 @@ class Format(Enum):
 
 @dataclass(frozen=True)
 class Stored:
-    """A weight in one format: `values`, and what says where they belong.
+    """A weight in one format: `values` and their positions.
 
-    COO: `rows`, `cols`. CSR: `starts` (out + 1) and `cols`. BSR: the same for blocks of 4x4, zeros filled in. BITMASK:
-    `bits`, one a weight. TWO_OF_FOUR: `bits`, two for each of two values in every four.
+    COO: `rows`, `cols`. CSR: `starts` (out + 1) and `cols`. BSR: the same for blocks of 4x4, padded with zeros.
+    BITMASK: `bits`, one per weight. TWO_OF_FOUR: `bits`, two for each of two values in every four.
     """
 
-    form: Format
+    form: StorageFormat
     shape: tuple[int, ...]
     dtype: torch.dtype
     parts: Mapping[str, Tensor]
@@ -49,10 +49,10 @@ class Stored:
         return sum(part.numel() * part.element_size() for part in self.parts.values())
 
 
-def encode(weight: Tensor, form: Format) -> Stored:
-    """A weight in a format; `decode` gives back every bit but the sign of zeros.
+def encode(weight: Tensor, form: StorageFormat) -> Stored:
+    """A weight in a format; `decode` restores every bit except the sign of zeros.
 
-    Errors: RequestError for an empty weight, and for 2:4 where four consecutive columns hold more than two values.
+    Errors: RequestError for an empty weight, and for 2:4 if four consecutive columns hold more than two values.
     """
     if not weight.numel():
         raise RequestError(f"a weight of shape {tuple(weight.shape)} holds nothing", "", "leave it out")
@@ -69,27 +69,27 @@ def decode(stored: Stored) -> Tensor:
 
 
 @metric(source="Buluc et al. 2009, doi:10.1145/1583991.1584053 (formats); Mishra et al. 2021, arXiv:2104.08378 (2:4)")
-def stored_bytes(weight: Tensor, form: Format) -> int:
-    """Bytes that a weight takes in a format, values and indices, without writing it.
+def stored_bytes(weight: Tensor, form: StorageFormat) -> int:
+    """Bytes of a weight in a format, values and indices, without writing a file.
 
     With n weights of b bytes in r rows, k of them not zero: dense `n b`, COO `k (b + 8)`, CSR `k (b + 4) + 4 (r + 1)`,
     bitmask `k b + n / 8`, 2:4 `n b / 2 + n / 8`. In float32 CSR is smaller than dense below half density, and a bitmask
     costs 1/32 of the dense bytes. 2:4 takes .53125 of dense in float32, .5625 in float16 and .625 in int8.
-    Says nothing of speed. BSR counts whole blocks of 4x4.
+    The number says nothing about speed. BSR counts whole blocks of 4x4.
 
-    Use: to know what a file would weigh. Avoid: as a promise of speed: `prunella doctor` measures that.
+    Use: estimating the size of a file. Avoid: predicting speed: `prunella doctor` measures it.
     """
     return encode(weight, form).nbytes
 
 
-def best_format(weight: Tensor) -> Format:
-    """The format of least bytes, dense where none is smaller."""
-    fits = [form for form in Format if form is not Format.TWO_OF_FOUR or _is_two_of_four(_matrix(weight))]
+def best_format(weight: Tensor) -> StorageFormat:
+    """The format with the fewest bytes; dense if none is smaller."""
+    fits = [form for form in StorageFormat if form is not StorageFormat.TWO_OF_FOUR or _is_two_of_four(_matrix(weight))]
     return min(fits, key=lambda form: stored_bytes(weight, form))
 
 
-def stored_model(model: nn.Module) -> dict[str, tuple[Format, int]]:
-    """Parameter, tied ones once -> its best format and the bytes in it."""
+def stored_model(model: nn.Module) -> dict[str, tuple[StorageFormat, int]]:
+    """Parameter name (tied ones once) -> its best format and the bytes in this format."""
     best = {name: best_format(parameter) for name, parameter in model.named_parameters()}
     return {name: (form, stored_bytes(model.get_parameter(name), form)) for name, form in best.items()}
 
@@ -136,8 +136,8 @@ def _quiet(make: Callable[[], Tensor]) -> Tensor:
 
 
 def _bitmask(matrix: Tensor) -> dict[str, Tensor]:
-    some = matrix != 0
-    return {"values": matrix[some], "bits": torch.from_numpy(np.packbits(some.numpy().ravel()))}
+    nonzero = matrix != 0
+    return {"values": matrix[nonzero], "bits": torch.from_numpy(np.packbits(nonzero.numpy().ravel()))}
 
 
 def _is_two_of_four(matrix: Tensor) -> bool:
@@ -148,19 +148,19 @@ def _two_of_four(matrix: Tensor) -> dict[str, Tensor]:
     if not _is_two_of_four(matrix):
         raise RequestError("this weight is not 2:4", "four columns hold more than two values", "plan with NM(2, 4)")
     groups = matrix.reshape(-1, 4)
-    # Two places in rising order, those with values first; ties by place, so that zeros fill up.
+    # Two positions in rising order: non-zeros first, ties by position, so that zeros fill the rest.
     places = (groups == 0).to(torch.int8).argsort(dim=1, stable=True)[:, :2].sort(1).values
     bits = torch.stack([places // 2, places % 2], -1).flatten().to(torch.uint8)
     return {"values": groups.gather(1, places), "bits": torch.from_numpy(np.packbits(bits.numpy()))}
 
 
 _ENCODERS = {
-    Format.DENSE: lambda matrix: {"values": matrix.clone()},
-    Format.COO: _coo,
-    Format.CSR: _csr,
-    Format.BSR: _bsr,
-    Format.BITMASK: _bitmask,
-    Format.TWO_OF_FOUR: _two_of_four,
+    StorageFormat.DENSE: lambda matrix: {"values": matrix.clone()},
+    StorageFormat.COO: _coo,
+    StorageFormat.CSR: _csr,
+    StorageFormat.BSR: _bsr,
+    StorageFormat.BITMASK: _bitmask,
+    StorageFormat.TWO_OF_FOUR: _two_of_four,
 }
 
 
@@ -170,7 +170,7 @@ def _part(stored: Stored, name: str, size: int | None = None) -> Tensor:
         raise BadInput(f"a weight in {stored.form.value} has no {name} of its type", "the parts were mixed up", "")
     if size is not None and part.numel() != size:
         raise BadInput(f"{name} of a weight in {stored.form.value} has {part.numel()} entries", f"{size} fit")
-    blocks = name == "values" and stored.form in (Format.BSR, Format.DENSE, Format.TWO_OF_FOUR)
+    blocks = name == "values" and stored.form in (StorageFormat.BSR, StorageFormat.DENSE, StorageFormat.TWO_OF_FOUR)
     if part.dim() != 1 and not blocks:
         raise BadInput(f"{name} of a weight in {stored.form.value} has {part.dim()} axes", "one is needed")
     if name in ("rows", "cols", "starts") and part.dtype not in (torch.int32, torch.int64):
@@ -263,10 +263,10 @@ def _from_two_of_four(stored: Stored) -> Tensor:
 
 
 _DECODERS = {
-    Format.DENSE: lambda stored: _part(stored, "values", math.prod(stored.shape)),
-    Format.COO: _from_coo,
-    Format.CSR: _from_csr,
-    Format.BSR: _from_bsr,
-    Format.BITMASK: _from_bitmask,
-    Format.TWO_OF_FOUR: _from_two_of_four,
+    StorageFormat.DENSE: lambda stored: _part(stored, "values", math.prod(stored.shape)),
+    StorageFormat.COO: _from_coo,
+    StorageFormat.CSR: _from_csr,
+    StorageFormat.BSR: _from_bsr,
+    StorageFormat.BITMASK: _from_bitmask,
+    StorageFormat.TWO_OF_FOUR: _from_two_of_four,
 }

@@ -1,4 +1,4 @@
-"""Weights that share a few values, and the size of a network stored so: prune, share, Huffman."""
+"""Weight sharing by k-means, and Deep Compression: prune, share, Huffman."""
 
 from __future__ import annotations
 
@@ -19,45 +19,45 @@ from prunella.registry.method import compression
 ROUNDS = 100
 
 
-class Start(Enum):
-    """Where the values of k-means start."""
+class CentroidInit(Enum):
+    """The initial centroids of k-means."""
 
     LINEAR = "linear"
-    """Equal steps from the smallest to the largest weight: large weights get values of their own."""
+    """Equal steps from the smallest to the largest weight: large weights get their own centroids."""
     DENSITY = "density"
-    """Equal numbers of weights for each value."""
+    """Equal numbers of weights for each centroid."""
     RANDOM = "random"
-    """Weights drawn by the seed."""
+    """Random weights, by the seed."""
 
 
 @dataclass(frozen=True)
 class Shared:
-    """A weight as numbers of a book: 0 is zero, `i` is `book[i - 1]`. bits: the book has at most `2^bits` values."""
+    """A weight as codes of a book: 0 is zero, `i` is `book[i - 1]`. bits: the book has at most `2^bits` values."""
 
     codes: Tensor
     book: Tensor
     bits: int
 
     def weight(self) -> Tensor:
-        """The weight that the codes stand for."""
+        """The decoded weight."""
         values = torch.cat([self.book.new_zeros(1), self.book])
         return values[self.codes]
 
 
-@compression(source="Han et al. 2016, arXiv:1510.00149 (trained quantisation: weight sharing)")
-def share_weight(weight: Tensor, *, bits: int = 5, start: Start = Start.LINEAR, seed: int = 0) -> Shared:
+@compression(source="Han et al. 2016, arXiv:1510.00149 (trained quantization: weight sharing)")
+def share_weight(weight: Tensor, *, bits: int = 5, start: CentroidInit = CentroidInit.LINEAR, seed: int = 0) -> Shared:
     """Round the non-zero weights of a layer to at most `2^bits` values by k-means; zeros stay zeros.
 
-    `min over values c and codes of sum (w - c[code])^2` by Lloyd's rounds on the sorted weights until nothing moves,
-    100 at most; the error never grows in a round. A weight lies at the nearest value, the lower one in between.
+    `min over values c and codes of sum (w - c[code])^2` by Lloyd's algorithm on the sorted weights, until convergence
+    or for 100 rounds; the error never grows in a round. Each weight gets the nearest value, the lower one for ties.
 
-    weight: any shape. bits: 1 to 8. start: where the values start; linear keeps large weights best. seed: of a random
+    weight: any shape. bits: 1 to 8. start: the initial values; linear keeps large weights best. seed: of a random
     start.
 
     Data: none.
 
-    Use: to store a pruned network in few bits, with `huffman`. Avoid: for speed, since values are looked up one by one;
-    integers (`quantize_weight`) multiply faster.
+    Use: storing a pruned network in few bits, with `huffman`. Avoid: speed: every value needs a look-up; integers
+    (`quantize_weight`) multiply faster.
     """
     if not 1 <= bits <= 8:
         raise RequestError(f"bits={bits} is out of range", "a book has 2 to 256 values", "bits from 1 to 8")
@@ -76,9 +76,9 @@ def share_weight(weight: Tensor, *, bits: int = 5, start: Start = Start.LINEAR, 
 
 @dataclass(frozen=True)
 class Stored:
-    """One layer as it is stored: Huffman codes of the values and of the gaps between them, and the book of values.
+    """One stored layer: Huffman codes of the values and of the gaps between them, and the book of values.
 
-    Fillers of long gaps have value 0. error: `|w - w'| / |w|` of sharing; nothing else loses anything.
+    Fillers of long gaps have value 0. error: `|w - w'| / |w|` of sharing; all other steps are lossless.
     """
 
     name: str
@@ -91,11 +91,11 @@ class Stored:
 
     @property
     def bits(self) -> int:
-        """Everything that is needed to decode."""
+        """Bits of all that decoding needs."""
         return self.values.bits + self.gaps.bits + self.book.numel() * self.book.element_size() * 8
 
     def weight(self) -> Tensor:
-        """The weight, decoded."""
+        """The decoded weight."""
         codes, steps = decode(self.values), decode(self.gaps)
         mask = positions(Gaps(steps, codes == 0, self.shape, self.gap_bits))
         full = self.book.new_zeros(self.shape)
@@ -105,7 +105,7 @@ class Stored:
 
 @dataclass(frozen=True)
 class DeepCompression:
-    """A network stored by Deep Compression. other_bits: what is not shared, biases and norms, as it is."""
+    """A network stored by Deep Compression. other_bits: bits of parameters without sharing: biases and norms."""
 
     layers: tuple[Stored, ...]
     other_bits: int
@@ -113,12 +113,12 @@ class DeepCompression:
 
     @property
     def bytes(self) -> int:
-        """What it takes to store it."""
+        """Bytes of the stored network."""
         return -(-(sum(layer.bits for layer in self.layers) + self.other_bits) // 8)
 
     @property
     def ratio(self) -> float:
-        """Bytes of the parameters as they are, divided by the bytes stored."""
+        """Bytes of the dense parameters, divided by the stored bytes."""
         return self.dense_bits / 8 / self.bytes
 
     def __str__(self) -> str:
@@ -133,22 +133,22 @@ def deep_compression_(
     *,
     bits: int = 5,
     gap_bits: int = 4,
-    start: Start = Start.LINEAR,
+    start: CentroidInit = CentroidInit.LINEAR,
     seed: int = 0,
     only: Sequence[str] = ("*",),
 ) -> DeepCompression:
     """Share the weights of a pruned model in place, and store them as Huffman codes of values and of gaps.
 
-    Every parameter with at least two axes gets at most `2^bits` values beside zero (`share_weight`), its non-zeros are
-    found by gaps of `gap_bits` bits (`relative_index`), and both go through `huffman`. `layer.weight()` decodes exactly
-    what the model now holds. The size counts codes, code books, books of values, and all other parameters as they are.
+    Every parameter with at least two axes gets at most `2^bits` values beside zero (`share_weight`). The positions of
+    its non-zeros are gaps of `gap_bits` bits (`relative_index`), and `huffman` encodes both. `layer.weight()` decodes
+    exactly the weight of the model. The size counts codes, code books, books of values, and all other parameters.
 
     bits: 1 to 8. gap_bits: 1 to 16. start, seed: of k-means. only: patterns of parameter names.
 
     Data: none.
 
-    Use: to ship a network over a slow line, at 80 % sparsity and more. Avoid: to save memory while it runs: it must be
-    decoded first.
+    Use: sending a network over a slow line, at 80 % sparsity and more. Avoid: saving memory at run time: the network
+    must be decoded first.
     """
     bare = unwrap(model)
     every = list(bare.named_parameters())
@@ -160,8 +160,8 @@ def deep_compression_(
     shared = [share_weight(p, bits=bits, start=start, seed=seed) for _, p in chosen]
     layers = tuple(_store(n, p, x, gap_bits) for (n, p), x in zip(chosen, shared, strict=True))
     with torch.no_grad():
-        for (_, parameter), one in zip(chosen, shared, strict=True):
-            parameter.copy_(one.weight())
+        for (_, parameter), sharing in zip(chosen, shared, strict=True):
+            parameter.copy_(sharing.weight())
     names = {name for name, _ in chosen}
     other = sum(p.nbytes * 8 for n, p in every if n not in names)
     return DeepCompression(layers, other, sum(p.nbytes * 8 for _, p in every))
@@ -186,20 +186,22 @@ def _store(name: str, parameter: nn.Parameter, shared: Shared, gap_bits: int) ->
     )
 
 
-def _first(values: Tensor, count: int, start: Start, seed: int) -> Tensor:
-    """Where k-means starts, on sorted values."""
-    if start is Start.LINEAR:
+def _first(values: Tensor, count: int, start: CentroidInit, seed: int) -> Tensor:
+    """The initial centroids of k-means, on sorted values."""
+    if start is CentroidInit.LINEAR:
         return torch.linspace(float(values[0]), float(values[-1]), count, dtype=values.dtype, device=values.device)
-    if start is Start.DENSITY:
-        at = ((torch.arange(count, dtype=values.dtype) + 0.5) / count * len(values)).long().clamp_max(len(values) - 1)
+    if start is CentroidInit.DENSITY:
+        indices = (
+            ((torch.arange(count, dtype=values.dtype) + 0.5) / count * len(values)).long().clamp_max(len(values) - 1)
+        )
     else:
         generator = torch.Generator().manual_seed(seed)
-        at = torch.randperm(len(values), generator=generator)[:count].sort().values
-    return values[at.to(values.device)]
+        indices = torch.randperm(len(values), generator=generator)[:count].sort().values
+    return values[indices.to(values.device)]
 
 
 def _lloyd(values: Tensor, book: Tensor) -> Tensor:
-    """Means of the nearest weights, again and again; a value that no weight is near stays where it is."""
+    """Lloyd's algorithm: each centroid becomes the mean of its nearest weights; one without weights does not move."""
     sums = torch.cat([values.new_zeros(1), values.cumsum(0)])
     for _ in range(ROUNDS):
         ends = torch.searchsorted(values, (book[1:] + book[:-1]) / 2, right=True)

@@ -1,9 +1,9 @@
 from .comparison import compare as compare
-from .pareto import Study as Study
-from .pareto import pareto as pareto
+from .pareto_experiment import ParetoExperiment as ParetoExperiment
+from .pareto_experiment import pareto as pareto
 
 __all__ = [
-    "Study",
+    "ParetoExperiment",
     "compare",
     "pareto",
 ]

@@ -10,8 +10,8 @@ from prunella.lottery.search import RateRewind as RateRewind
 from prunella.lottery.search import Tickets as Tickets
 from prunella.lottery.search import WeightRewind as WeightRewind
 from prunella.lottery.search import find_ticket as find_ticket
-from prunella.lottery.session import Lap as Lap
-from prunella.lottery.training import Course as Course
+from prunella.lottery.session import Session as Session
+from prunella.lottery.training import TrainingSpec as TrainingSpec
 from prunella.lottery.training import descent as descent
 from prunella.train.gates.supermask import finalize_supermask as finalize_supermask
 from prunella.train.gates.supermask import supermask_ as supermask_
@@ -24,11 +24,11 @@ __all__ = [
     "Barrier",
     "Control",
     "Controls",
-    "Course",
     "EarlyBird",
-    "Lap",
     "RateRewind",
+    "Session",
     "Tickets",
+    "TrainingSpec",
     "WeightRewind",
     "barrier",
     "descent",

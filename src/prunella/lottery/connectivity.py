@@ -1,4 +1,4 @@
-"""How far two trained networks are apart along the straight line between them, and when training stops to care."""
+"""Linear mode connectivity: the error barrier between two trained networks, and the instability of training."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from prunella.errors import RequestError
 from prunella.io.nested import equal
-from prunella.lottery.session import Lap, State, snapshot
-from prunella.lottery.training import Course
+from prunella.lottery.session import Session, State, snapshot
+from prunella.lottery.training import TrainingSpec
 from prunella.model.copying import copied
 from prunella.model.state import mode
 from prunella.model.unwrap import unwrap
@@ -22,7 +22,7 @@ from prunella.registry.method import metric
 
 @dataclass(frozen=True)
 class Barrier:
-    """Errors along the line: at `positions` a in [0, 1] of `a first + (1 - a) second`."""
+    """Errors on the line `a first + (1 - a) second`, at the `positions` a in [0, 1]."""
 
     positions: tuple[float, ...]
     errors: tuple[float, ...]
@@ -49,22 +49,23 @@ def barrier(
     """Rise of the error on the straight line between two networks.
 
     `max_a E(a t1 + (1 - a) t2) - (E(t1) + E(t2)) / 2`: 0 for a network and itself, near 0 where both lie in one basin.
-    Parameters and floating buffers are interpolated, integer buffers are those of `second`. The model stays as it was.
+    Parameters and floating buffers are interpolated, integer buffers are those of `second`. The model does not change.
 
-    first, second: state dicts of this model. evaluate: error of a model, lower is better, such as 1 - accuracy; it runs
-    in evaluation mode. points: positions on the line, ends included, from 3 up. data: batches on which batch
-    normalisation is measured anew at every point, ends too; without it the averages of the ends are mixed, which
+    first, second: state dicts of this model. evaluate: error of a model in evaluation mode, lower is better, such as
+    1 - accuracy. points: positions on the line, ends included, from 3 up. data: batches that recalibrate batch
+    normalisation at every point, ends included; without data the statistics of the ends are interpolated, which
     overstates the barrier.
 
-    Use: telling how early a run is settled, and whether two sparse networks are one solution. Avoid: networks with
-    permuted neurons: the line between them says nothing.
+    Use: checking how early training becomes stable, and whether two sparse networks lie in one basin. Avoid: networks
+    with permuted neurons: the line between them has no meaning.
     """
     if points < 3:
-        raise RequestError(f"{points} points are too few", "both ends and something between are needed", "points=11")
+        raise RequestError(f"{points} points are too few", "both ends and a point between are needed", "points=11")
     model = unwrap(model)
     before = snapshot(model)
     if not before.keys() == first.keys() == second.keys():
-        raise RequestError("the states are not of this model", "their names differ", "pass model.state_dict() of both")
+        todo = "pass the state dicts of two copies of the model"
+        raise RequestError("the states are not of this model", "their names differ", todo)
     positions = tuple(index / (points - 1) for index in range(points))
     errors = []
     try:
@@ -82,7 +83,7 @@ def barrier(
 @metric(source="Frankle et al. 2020, arXiv:1912.05671")
 def instability(
     model: nn.Module,
-    course: Course,
+    spec: TrainingSpec,
     error: Callable[[nn.Module], float],
     *,
     step: int = 0,
@@ -90,25 +91,25 @@ def instability(
     points: int = 11,
     data: Iterable[Any] | None = None,
 ) -> Barrier:
-    """Barrier between two trainings that share the first `step` steps and see different data orders after them.
+    """Barrier between two trainings that share the first `step` steps and then see different data orders.
 
     Both copies start from one `theta_k`, moments and learning rate included; only the random generators differ. Masks
-    of the model stay in force, so that a ticket can be tested. `model` is not changed. Data: what the course trains on.
+    of the model stay in force, so that a ticket can be tested. `model` does not change. Data: the data of `spec`.
 
-    error: of a model, lower is better. step: k, from 0 up to one below the steps of the course. seeds: of the two data
+    error: of a model, lower is better. step: k, from 0 up to one below the steps of the spec. seeds: of the two data
     orders. points, data: as for `barrier`.
 
-    Use: choosing k for `WeightRewind`: the smallest that gives a barrier near 0. Avoid: data in a fixed order: both
-    copies are then the same, which is refused.
+    Use: choosing k for `WeightRewind`: the smallest k with a barrier near 0. Avoid: data in a fixed order: the two
+    copies are then equal, and the call is refused.
     """
-    if not 0 <= step < course.steps:
-        raise RequestError(f"cannot branch at step {step} of {course.steps}", "it lies outside the training")
+    if not 0 <= step < spec.steps:
+        raise RequestError(f"cannot branch at step {step} of {spec.steps}", "it lies outside the training")
     trunk = copied(model)
-    kept = course.run(trunk, Lap(trunk, course.steps, keep_at=step, stop=step)).kept
+    point = spec.run(trunk, Session(trunk, spec.steps, keep_at=step, stop=step)).kept
     ends = []
     for seed in seeds:
         branch = copied(trunk)
-        course.run(branch, Lap(branch, course.steps, start=kept, reseed=seed))
+        spec.run(branch, Session(branch, spec.steps, start=point, reseed=seed))
         ends.append(snapshot(branch))
     if equal(ends[0], ends[1]):
         raise RequestError(

@@ -1,4 +1,4 @@
-"""Iterative magnitude pruning: how much goes in each round, as a function of (model, round) that gives a plan."""
+"""Iterative magnitude pruning: a function of (model, round) that returns the plan of each round."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from prunella.targets import Sparsity
 from prunella.types import Inputs
 
 Prune = Callable[[nn.Module, int], Plan]
-"""(model as trained, number of the round from 1) -> what is removed by then, counted from the dense model."""
+"""(trained model, number of the round from 1) -> plan of all weights removed so far, relative to the dense model."""
 
 
 @dataclass(frozen=True)
 class Rounds:
-    """What `imp` returns: called with a model and a round it plans that round."""
+    """The result of `imp`: a function of a model and a round that returns the plan of this round."""
 
     inputs: Inputs
     rate: float
@@ -43,7 +43,7 @@ class Rounds:
         return plan(model, self.inputs, recipe, target=Sparsity(1 - kept / sum(sizes)), skip=self.skip)
 
     def describe(self) -> str:
-        """All of it but the example batch, to tell one run from another."""
+        """All settings except the example batch, to identify a run."""
         recipe = self.recipe.describe() if self.recipe else None
         return f"rate={self.rate!r} last={self.last!r} recipe={recipe} skip={list(self.skip)}"
 
@@ -52,18 +52,18 @@ class Rounds:
 def imp(
     inputs: Inputs, *, rate: float = 0.2, last: float = 0.5, recipe: Recipe | None = None, skip: Sequence[str] = ()
 ) -> Rounds:
-    """Prune the same part of what is left in every round, counted from the dense model.
+    """Prune the same fraction of the remaining weights in every round.
 
     After round k a layer keeps `(1 - rate)^k` of its weights and the last layer `(1 - last * rate)^k`: 80.04, 51.28,
-    21.07, 13.52 and 3.58 % of LeNet-300-100 after 1, 3, 7, 9 and 15 rounds of 20 %. Weights go by magnitude, within
-    each layer. Data: none beyond the example batch.
+    21.07, 13.52 and 3.58 % of LeNet-300-100 after 1, 3, 7, 9 and 15 rounds of 20 %. Weights are pruned by magnitude,
+    within each layer. Data: none beyond the example batch.
 
     inputs: an example batch. rate: in (0, 1), relative to what is left. last: factor in (0, 1] on the rate of the layer
     that runs last. recipe: another way to choose, such as `global_magnitude()`; then the whole keeps `(1 - rate)^k` and
     `last` does not act. skip: patterns of layers that are kept dense. For a criterion that needs data, write the
     function yourself: `lambda model, k: plan(model, batch, recipe, target=Sparsity(1 - 0.8**k), data=..., loss=...)`.
 
-    Use: lottery tickets, as `find_ticket(model, course, prune=imp(batch), rounds=15)`. Avoid: a single cut with one
+    Use: lottery tickets, as `find_ticket(model, spec, prune=imp(batch), rounds=15)`. Avoid: one-shot pruning with one
     recovery: call `plan` once.
     """
     check_rates(rate, last)

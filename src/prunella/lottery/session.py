@@ -1,7 +1,7 @@
-"""One training run that can start from any step of an earlier one, with everything that decides it rewound.
+"""A training run that can start from any step of an earlier run, with the complete training state rewound.
 
-The weights are the smaller part of it: optimizer moments, the position of the learning rate, the order of the data and
-every random generator go back too, so that a run from step k repeats the run that passed it, bit for bit.
+Besides the weights, optimizer moments, the learning-rate schedule, the order of the data and every random generator are
+rewound, so that a run from step k repeats the original run bit for bit.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ class Stateful(Protocol):
 
 @dataclass(frozen=True)
 class Point:
-    """A run at one step: the model, what else has a state, and where the data and the generators are.
+    """The state of a run at one step: the model, all other states, the position in the data, and random states.
 
-    rng: now. epoch: when the present pass over the data began. offset: batches of it that were taken.
+    rng: present random state. epoch: random state at the start of the present epoch. offset: batches taken since then.
     """
 
     step: int
@@ -51,28 +51,28 @@ class Point:
 
     @classmethod
     def read(cls, plain: Mapping[str, Any]) -> Self:
-        """What `plain` gave; 0.1 wrote the states of the generators under `dice`."""
+        """The point from the data of `plain()`; 0.1 wrote the random state under the key `dice`."""
         return cls(**{"rng" if key == "dice" else key: value for key, value in plain.items()})
 
 
-class Lap:
-    """One run of `total` steps, or the part of it from a `Point` on. A training function takes its batches from it.
+class Session:
+    """One run of `total` steps, or its rest from a `Point` on; a training function takes its batches from here.
 
-        def train(model, lap):
+        def train(model, session):
             optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-            schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, lap.total)
-            for x, y in lap.steps(loader, optimizer, schedule):
+            schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, session.total)
+            for x, y in session.steps(loader, optimizer, schedule):
                 optimizer.zero_grad()
                 cross_entropy(model(x), y).backward()
                 optimizer.step()
                 schedule.step()
 
-    `steps` keeps the masks of the model in force, rewinds what it is given where the lap starts later than step 0, and
-    passes over the data as often as it takes. Whatever decides the run must be among its arguments or come from the
-    global generators of torch, numpy and Python, or the loader's own.
+    `steps` keeps the masks of the model in force, rewinds its arguments if the session starts after step 0, and repeats
+    the data as often as needed. The run may depend only on these arguments, on the global random generators of torch,
+    numpy and Python, and on the generator of the loader.
 
     fresh: start the optimizers with empty moments; the settings (learning rate, decay) are those of the point.
-    reseed: shuffle anew from this seed instead of going on in the data.
+    reseed: shuffle the data from this seed instead of continuing in the order of the point.
     """
 
     def __init__(
@@ -94,10 +94,12 @@ class Lap:
         self.done = False
 
     def steps(self, data: Iterable[Any], *stateful: Stateful) -> Iterator[Any]:
-        """The batches of the lap. stateful: every optimizer, learning-rate schedule and scaler that the loop uses."""
+        """The batches of the session. stateful: every optimizer, learning-rate schedule and scaler of the loop."""
         optimizers = [one for one in stateful if isinstance(one, Optimizer)]
         if not optimizers:
-            raise RequestError("lap.steps() needs the optimizer", "", "for example lap.steps(loader, optimizer)")
+            raise RequestError(
+                "session.steps() needs the optimizer", "", "for example session.steps(loader, optimizer)"
+            )
         handle = optimizers[0].register_step_pre_hook(self._note_rate)
         try:
             with Pruner(self.model, optimizers):
@@ -110,8 +112,8 @@ class Lap:
         if not self.done:
             raise RequestError(
                 f"the training function took {len(self.rates)} steps and stopped before step {self.end}",
-                "it left the loop early, or did not use lap.steps()",
-                "loop over all of lap.steps(loader, optimizer), and stop by steps=",
+                "it left the loop early, or did not use session.steps()",
+                "loop over all batches of session.steps(loader, optimizer), and set steps= in the spec",
             )
 
     def _walk(self, data: Iterable[Any], stateful: tuple[Stateful, ...]) -> Iterator[Any]:
@@ -146,11 +148,11 @@ class Lap:
         self.done = True
 
     def _rewind(self, stateful: tuple[Stateful, ...]) -> int:
-        """Give everything with a state the state it had, and return the step."""
+        """Restore the saved state of every stateful object, and return the step."""
         if self.start is None:
             return 0
         if len(stateful) != len(self.start.others):
-            raise RequestError(f"lap.steps() got {len(stateful)} states to rewind, {len(self.start.others)} before")
+            raise RequestError(f"session.steps() got {len(stateful)} states to rewind, {len(self.start.others)} before")
         for one, state in zip(stateful, self.start.others, strict=True):
             state = copy.deepcopy(state)
             if self.fresh and isinstance(one, Optimizer):

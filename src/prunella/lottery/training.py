@@ -1,4 +1,4 @@
-"""How a model is trained, as one value that tickets, their controls and instability share."""
+"""The specification of a training, which tickets, their controls and `instability` share."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from prunella.errors import CheckFailed, RequestError
-from prunella.lottery.session import Lap, Point
+from prunella.lottery.session import Point, Session
 from prunella.model.rng import seeded
 from prunella.model.state import mode
 from prunella.recovery.finetune import Training
 from prunella.types import Loss
 
-Train = Callable[[nn.Module, Lap], object]
-"""Trains a model in place on the batches of `lap.steps(loader, optimizer, ...)`."""
+Train = Callable[[nn.Module, Session], object]
+"""A function that trains a model in place on the batches of `session.steps(loader, optimizer, ...)`."""
 Score = Callable[[nn.Module], float]
 
 
 @dataclass(frozen=True)
-class Course:
-    """A complete training: a function of (model, lap), its number of steps, how its result is judged, and its seed.
+class TrainingSpec:
+    """A complete training: a function of (model, session), its number of steps, the evaluation and the seed.
 
-    train: your own loop over `lap.steps(...)` (see `prunella.lottery.Lap`), or `descent(data, loss, lr=...)`.
+    train: your own loop over `session.steps(...)` (see `prunella.lottery.Session`), or `descent(data, loss, lr=...)`.
     steps: of one training, at least 1. evaluate: quality of a model, higher is better. seed: of every generator.
     """
 
@@ -38,23 +38,24 @@ class Course:
         if self.steps < 1:
             raise RequestError(f"cannot train {self.steps} steps", "at least one is needed")
 
-    def run(self, model: nn.Module, lap: Lap) -> Lap:
-        """Train `model` through `lap` in training mode, from the course's seed; the caller's generators stay."""
+    def run(self, model: nn.Module, session: Session) -> Session:
+        """Train `model` by `session` in training mode, from the spec's seed; the caller's random state is restored."""
         with seeded(self.seed), mode(model, training=True):
-            self.train(model, lap)
-        lap.check()
+            self.train(model, session)
+        session.check()
         for name, parameter in model.named_parameters():
             parameter.grad = None
             if not bool(torch.isfinite(parameter).all()):
-                raise CheckFailed(f"training made {name} not finite", "", "use a smaller learning rate")
-        return lap
+                why = "the training diverged"
+                raise CheckFailed(f"{name} is not finite after training", why, "use a smaller learning rate")
+        return session
 
-    def lap(self, model: nn.Module, *, start: Point | None = None, keep_at: int | None = None) -> Lap:
-        """A lap of this course for `model`."""
-        return Lap(model, self.steps, start=start, keep_at=keep_at)
+    def session(self, model: nn.Module, *, start: Point | None = None, keep_at: int | None = None) -> Session:
+        """A session of this spec for `model`."""
+        return Session(model, self.steps, start=start, keep_at=keep_at)
 
     def score(self, model: nn.Module) -> float | None:
-        """The quality of `model` in evaluation mode; None if nobody asked for it."""
+        """The quality of `model` in evaluation mode; None without an evaluation."""
         if self.evaluate is None:
             return None
         with seeded(self.seed), mode(model, training=False), torch.no_grad():
@@ -62,17 +63,17 @@ class Course:
 
 
 def descent(data: Iterable[object], loss: Loss, *, lr: float, training: Training | None = None) -> Train:
-    """A plain training function for a `Course`, with the settings of `prunella.finetune`.
+    """A plain training function for a `TrainingSpec`, with the settings of `prunella.finetune`.
 
-    data: batches, passed over again until the steps are done. training: optimizer, learning-rate curve and clipping.
+    data: batches, repeated until the steps are done. training: optimizer, learning-rate schedule and clipping.
     """
     how = training or Training()
 
-    def train(model: nn.Module, lap: Lap) -> None:
+    def train(model: nn.Module, session: Session) -> None:
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         optimizer = how.optimizer(trained, lr)
-        schedule = LambdaLR(optimizer, lambda step: how.rate(min(1.0, (step + 0.5) / lap.total)))
-        for batch in lap.steps(data, optimizer, schedule):
+        schedule = LambdaLR(optimizer, lambda step: how.lr_schedule(min(1.0, (step + 0.5) / session.total)))
+        for batch in session.steps(data, optimizer, schedule):
             optimizer.zero_grad(set_to_none=True)
             loss(model, batch).backward()  # type: ignore[no-untyped-call]
             if how.clip:

@@ -1,4 +1,4 @@
-"""The one clock: every duration that is shown, or that decides something, is read here, so that tests can set it."""
+"""The clock of the library: all durations are read here, so that tests can replace the clock."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a model weighs, counted on the model itself: an oracle for the sums that a plan predicts."""
+"""Parameters, bytes, zeros and multiply-adds, counted on the model itself: an oracle for the numbers of a plan."""
 
 from __future__ import annotations
 

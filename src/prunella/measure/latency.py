@@ -1,4 +1,4 @@
-"""Is it faster? The clock itself is `prunella.measure.timing`, which plans for a `Latency` use too."""
+"""Comparison of latencies, re-exported from `prunella.measure.timing`."""
 
 from prunella.measure.timing import Comparison as Comparison
 from prunella.measure.timing import Latency as Latency

@@ -1,4 +1,4 @@
-"""Where a forward pass spends its time, and how much memory it holds at its peak."""
+"""Time per layer and peak memory of a forward pass."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ def peak_memory(model: nn.Module, inputs: Inputs) -> int:
             torch.cuda.synchronize(device)
             return int(torch.cuda.max_memory_allocated(device))
         resident = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in _all_tensors(model, inputs)}
-        with _Storages(set(resident)) as made:
+        with _Storages(set(resident)) as storages:
             forward(model, inputs)
-    return int(sum(resident.values()) + made.peak)
+    return int(sum(resident.values()) + storages.peak)
 
 
 def time_by_layer(
@@ -49,7 +49,7 @@ def time_by_layer(
     Hooks cost about a microsecond a layer, so these are for shares; `compare_latency` is for times. `OTHER` holds the
     rest of the pass. A layer that is called several times in a pass counts with the sum.
     """
-    found: dict[str, dict[str, list[float]]] = {name: {} for name in models}
+    times_by_model: dict[str, dict[str, list[float]]] = {name: {} for name in models}
     with ExitStack() as stack, torch.no_grad():
         for model in models.values():
             stack.enter_context(mode(model, training=False))
@@ -57,8 +57,8 @@ def time_by_layer(
             for name, model in models.items():
                 spent = _one_pass(model, inputs)
                 for layer, seconds in spent.items() if repeat >= warmup else ():
-                    found[name].setdefault(layer, []).append(seconds)
-    return {name: {layer: median(times) for layer, times in layers.items()} for name, layers in found.items()}
+                    times_by_model[name].setdefault(layer, []).append(seconds)
+    return {name: {layer: median(times) for layer, times in layers.items()} for name, layers in times_by_model.items()}
 
 
 def _one_pass(model: nn.Module, inputs: Inputs) -> dict[str, float]:

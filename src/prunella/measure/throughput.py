@@ -1,4 +1,4 @@
-"""Tokens a second of a language model, reading a prompt and writing, side by side with the dense model."""
+"""Throughput of language models: prefill and decode in tokens a second, compared to the dense model."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ class Throughput:
     def rates(self) -> dict[str, tuple[float, float]]:
         """Tokens a second, dense and pruned, of prefill and decode."""
         pairs = {"prefill": (self.prefill, self.prompt), "decode": (self.decode, self.new)}
-        found = {}
+        by_name = {}
         for name, (times, tokens) in pairs.items():
             first, second = (self.batch * tokens / latency.median for latency in times.latencies)
-            found[name] = first, second
-        return found
+            by_name[name] = first, second
+        return by_name
 
     def data(self) -> dict[str, Any]:
         """As plain data."""
@@ -67,8 +67,8 @@ def throughput(
     new: tokens written in a round. rounds: at least 5. seed: of the order within rounds.
     Errors: NotSupported for models without a cache that can be cut back.
 
-    Use: to say what a cut of width or depth gave on this machine. Avoid: carrying it over to another machine, batch or
-    number of threads.
+    Use: the effect of pruned width or depth on this machine. Avoid: predictions for another machine, batch or number of
+    threads.
     """
     if tokens.dim() != 2 or not tokens.numel() or new < 1:
         shape = tuple(tokens.shape)
@@ -82,7 +82,7 @@ def throughput(
 
 
 def _writer(model: nn.Module, tokens: Tensor, new: int) -> Callable[[], Tensor]:
-    """A function that writes `new` tokens behind the prompt, and leaves the cache as it was."""
+    """A function that writes `new` tokens after the prompt, and restores the cache."""
     first: Any = model(input_ids=tokens, use_cache=True)
     cache: Any = getattr(first, "past_key_values", None)
     if not hasattr(cache, "crop"):
@@ -92,8 +92,8 @@ def _writer(model: nn.Module, tokens: Tensor, new: int) -> Callable[[], Tensor]:
     def run() -> Tensor:
         word: Tensor = first.logits[:, -1:].argmax(-1)
         for _ in range(new):
-            found: Any = model(input_ids=word, past_key_values=cache, use_cache=True)
-            word = found.logits[:, -1:].argmax(-1)
+            output: Any = model(input_ids=word, past_key_values=cache, use_cache=True)
+            word = output.logits[:, -1:].argmax(-1)
         cache.crop(-new)
         return word
 

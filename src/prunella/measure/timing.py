@@ -1,4 +1,4 @@
-"""Is it faster? Measured side by side, with an interval, and with the answer "no" where that is the answer."""
+"""Latency comparisons in interleaved rounds, with confidence intervals of the ratios."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _SLOW = 20e-3
 
 @dataclass(frozen=True)
 class Ratio:
-    """How many times quicker the other is than the base, and a 95 % interval of that number."""
+    """The speed-up of a candidate over the base, with a 95 % interval."""
 
     value: float
     low: float
@@ -133,10 +133,10 @@ def side_by_side(dense: nn.Module, small: nn.Module, inputs: Any, small_inputs: 
     with mode(dense, training=False), mode(small, training=False), torch.no_grad():
         start = now()
         while True:
-            found = compare_latency(runs, rounds=15, warmup=1, device=device, seed=len(base))
-            base += found.latencies[0].samples
-            other += found.latencies[1].samples
-            threads = found.threads
+            comparison = compare_latency(runs, rounds=15, warmup=1, device=device, seed=len(base))
+            base += comparison.latencies[0].samples
+            other += comparison.latencies[1].samples
+            threads = comparison.threads
             low, middle, high = _share(base, other)
             if high - low <= 0.04 * middle or since(start) > seconds:
                 break
@@ -168,21 +168,21 @@ def compare_latency(
 ) -> Comparison:
     """Time several functions in interleaved rounds, each round in a new random order.
 
-    Whatever the machine does meanwhile (clock, caches, other programs) then meets all candidates alike. A call that is
-    not timed goes ahead of each sample of a quick function, whose code would else have to come from memory after the
-    others ran: on a busy machine that took longer than a small layer. The ratio is of medians, its interval the 2.5 and
-    97.5 percentiles of a bootstrap over rounds.
-    rounds: at least 5; an interval of fewer means nothing. threads: of torch, for the time of the measurement.
-    clock: seconds; `own_clock()` does not count what other programs take where one thread does all the work.
-    before: called with the name of a candidate ahead of each of its calls and not timed; a sample is then one call.
+    Changes of the machine (clock, caches, other programs) then affect all candidates alike. One untimed call precedes
+    each sample of a fast function, since other candidates may have evicted its code from the caches: on a busy machine
+    this took longer than a small layer. The ratio is of medians, its interval the 2.5 and 97.5 percentiles of a
+    bootstrap over rounds.
+    rounds: at least 5; fewer give no useful interval. threads: of torch, during the measurement.
+    clock: seconds; `own_clock()` excludes the time of other programs if one thread does all the work.
+    before: called untimed with the name of a candidate before each of its calls; a sample is then one call.
     """
     if rounds < 5 or len(candidates) < 2 or warmup < 0:
         why = f"got {rounds} rounds, {len(candidates)} candidates, {warmup} warm-up calls"
         raise RequestError(
             "a comparison needs at least 5 rounds of at least 2 candidates", why, "for example rounds=40"
         )
-    found = torch.get_num_threads()
-    torch.set_num_threads(threads or found)
+    former_threads = torch.get_num_threads()
+    torch.set_num_threads(threads or former_threads)
     try:
         samples = _measure(
             candidates,
@@ -194,7 +194,7 @@ def compare_latency(
         )
         used = torch.get_num_threads()
     finally:
-        torch.set_num_threads(found)
+        torch.set_num_threads(former_threads)
     latencies = tuple(Latency(name, tuple(times)) for name, times in samples.items())
     ratios = tuple(paired_ratio(latencies[0].samples, other.samples, seed=seed) for other in latencies[1:])
     return Comparison(latencies, ratios, used, device, rounds, warmup, seed)

@@ -1,4 +1,4 @@
-"""Numbers that say what pruning did: size, speed, what still takes part, and side effects."""
+"""Metrics of pruned models: size, speed, effective sparsity, language modelling and side effects."""
 
 from prunella.measure.count import count as count
 from prunella.measure.throughput import Throughput as Throughput

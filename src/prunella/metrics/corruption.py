@@ -1,7 +1,7 @@
-"""A few ways to spoil an image, as small tensor functions with five levels, the same for the same seed.
+"""Image corruptions as small tensor functions with five levels, deterministic for each seed.
 
-Images are `(batch, channels, height, width)`. Levels are in units of the spread of the batch (its standard deviation),
-so that they mean the same before and after an input is normalized. They are not the images of ImageNet-C.
+Images are `(batch, channels, height, width)`. Levels are in units of the standard deviation of the batch, so that they
+do not depend on the normalization of the input. The results are not the images of ImageNet-C.
 """
 
 from __future__ import annotations

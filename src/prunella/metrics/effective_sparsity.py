@@ -1,4 +1,4 @@
-"""What of a sparse network still takes part: weights on a path from an input to an output, and dead units."""
+"""Effective sparsity: weights on a path from an input to an output, and dead units."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from prunella.types import Inputs, Mask
 
 @dataclass(frozen=True)
 class Reached:
-    """One weight. total, kept, effective: elements, non-zeros, and non-zeros on a path; dead: output units on none."""
+    """One weight. total, kept, effective: elements, non-zeros, non-zeros on a path; dead: output units on no path."""
 
     name: str
     total: int
@@ -36,8 +36,8 @@ class Reached:
 class EffectiveSparsity:
     """Direct and effective sparsity of all weights that multiply an activation.
 
-    masks: parameter name -> which weights are on a path. unfollowed: calls (or weights) through which no path can be
-    followed; they count as connected, so the true effective sparsity may be higher.
+    masks: parameter name -> True at weights on a path. unfollowed: calls (or weights) without a rule; they count as
+    connected, so that the true effective sparsity may be higher.
     """
 
     rows: tuple[Reached, ...]
@@ -88,45 +88,45 @@ def effective_sparsity(model: nn.Module, inputs: Inputs) -> EffectiveSparsity:
     """Sparsity when a weight that lies on no path from an input to an output counts as removed.
 
     `w_oi` is effective if it is not zero, unit `i` is reached from an input and unit `o` reaches an output, over
-    weights that are not zero: the model's own forward runs once, forward and backward, on zeros and ones, with all
-    weights positive, so that branches, residual sums and shared layers are followed as they are. A unit is a channel;
-    a bias reaches nothing, since it carries no input. A normalisation over units, a product of activations and
-    attention connect all that they mix. A call without a rule connects everything and is named in `unfollowed`.
+    non-zero weights. The model runs once, forward and backward, on zeros and ones, with all weights positive, so that
+    the paths follow branches, residual sums and shared layers. A unit is a channel; a bias carries no input and reaches
+    nothing. A normalisation over units, a product of activations and attention connect all units that they mix. A call
+    without a rule connects all units and is named in `unfollowed`.
 
-    Data: one batch, whose shapes alone matter (integers are looked up as they are). The model is not changed.
+    Data: one batch; only its shapes matter (integers are used as indices). The model does not change.
 
-    Use: from about 95 % sparsity on, where whole units go silent and the direct number flatters. Avoid: as a measure of
-    a structured cut, after which nothing is disconnected.
+    Use: above about 95 % sparsity, where whole units are dead and the direct sparsity is too low. Avoid: structured
+    cuts, after which no unit is disconnected.
     """
-    twin = _positive(model)
-    paths = Paths(dict(twin.named_parameters()))
+    replica = _positive(model)
+    paths = Paths(dict(replica.named_parameters()))
     try:
-        with untouched(twin), torch.enable_grad():
+        with untouched(replica), torch.enable_grad():
             with paths:
-                outputs = tensors(forward(twin, each(inputs, _ones)))
+                outputs = tensors(forward(replica, each(inputs, _ones)))
             ends = [out.sum() for out in outputs if out.requires_grad]
             if ends:
                 torch.stack(ends).sum().backward()  # type: ignore[no-untyped-call]
     except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
         why = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         raise NotSupported("no path can be followed in this model", why, "measure the part that can be run") from error
-    return _summary(twin, paths)
+    return _summary(replica, paths)
 
 
-def _summary(twin: nn.Module, paths: Paths) -> EffectiveSparsity:
+def _summary(replica: nn.Module, paths: Paths) -> EffectiveSparsity:
     rows, masks, unseen = [], {}, []
-    for name, parameter in twin.named_parameters():
+    for name, parameter in replica.named_parameters():
         if parameter.dim() < 2:
             continue
         kept = parameter.detach() != 0
-        met = paths.met.get(name)
-        if met is None:
+        reached = paths.met.get(name)
+        if reached is None:
             unseen.append(f"weight {name}")
             rows.append(Reached(name, kept.numel(), int(kept.sum()), int(kept.sum()), 0, 0))
             masks[name] = kept.cpu()
             continue
-        mask = kept & met.pairs
-        row = (int(kept.sum()), int(mask.sum()), len(met.live), int((~met.live).sum()))
+        mask = kept & reached.pairs
+        row = (int(kept.sum()), int(mask.sum()), len(reached.live), int((~reached.live).sum()))
         rows.append(Reached(name, kept.numel(), *row))
         masks[name] = mask.cpu()
     if not rows:
@@ -136,12 +136,12 @@ def _summary(twin: nn.Module, paths: Paths) -> EffectiveSparsity:
 
 def _positive(model: nn.Module) -> nn.Module:
     """A copy whose parameters are 1 where they are not zero, in float64."""
-    twin = copied(model).double()
-    for parameter in twin.parameters():
+    replica = copied(model).double()
+    for parameter in replica.parameters():
         parameter.data = (parameter.data != 0).double()
         parameter.grad = None
         parameter.requires_grad_(False)
-    return twin
+    return replica
 
 
 def _ones(tensor: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""How well a language model predicts text, and how near a pruned one is to the dense one, on windows of tokens."""
+"""Metrics of language models: perplexity, agreement with the dense model, and zero-shot tasks."""
 
 from __future__ import annotations
 
@@ -102,16 +102,16 @@ def _spans(size: int, window: int, stride: int) -> Iterator[tuple[int, int, int]
             return
 
 
-def _loss(logits: Tensor, wanted: Tensor) -> float:
-    pairs = zip(torch.split(logits, _ROWS), torch.split(wanted.to(logits.device), _ROWS), strict=True)
+def _loss(logits: Tensor, targets: Tensor) -> float:
+    pairs = zip(torch.split(logits, _ROWS), torch.split(targets.to(logits.device), _ROWS), strict=True)
     return sum(float(F.cross_entropy(rows.double(), ids, reduction="sum")) for rows, ids in pairs)
 
 
 @dataclass(frozen=True)
 class TokenAgreement:
-    """A pruned language model against the dense one. kl: mean KL(dense || pruned) in nats a token.
+    """A pruned language model against the dense one. kl: mean KL(dense || pruned) in nats per token.
 
-    top1: part of the tokens for which both find the same word most likely.
+    top1: fraction of the tokens with the same most likely word in both models.
     """
 
     kl: float
@@ -126,14 +126,14 @@ class TokenAgreement:
 def token_agreement(
     dense: nn.Module, pruned: nn.Module, data: Iterable[Any], *, outputs: Outputs = forward
 ) -> TokenAgreement:
-    """How near the distributions of a pruned language model are to the dense one's, token by token.
+    """Agreement of the distributions of a pruned language model with those of the dense one, per token.
 
     `kl = mean_t sum_w p_tw (log p_tw - log q_tw)`, p of the dense logits and q of the pruned ones, in float64;
     `top1 = mean_t [argmax p_t = argmax q_t]`, ties to the lowest word. Data: batches of token windows, no labels; every
     position counts. outputs: how to get logits from (model, batch).
 
-    Use: beside perplexity: it needs no text that is right, and sees what perplexity averages away. Avoid: for models
-    with other vocabularies.
+    Use: beside perplexity: it needs no reference text, and shows differences that perplexity averages out. Avoid:
+    models with different vocabularies.
     """
     kl, same, count = 0.0, 0, 0
     with mode(dense, training=False), mode(pruned, training=False), torch.no_grad():
@@ -141,7 +141,7 @@ def token_agreement(
             one, other = (_logits(first_tensor(outputs(model, batch))) for model in (dense, pruned))
             if one.shape != other.shape:
                 why = f"{tuple(one.shape)} against {tuple(other.shape)}"
-                raise RequestError("the models give logits of other shapes", why, "compare models of one vocabulary")
+                raise RequestError("the logits have different shapes", why, "compare models of one vocabulary")
             for p, q in zip(torch.split(one, _ROWS), torch.split(other, _ROWS), strict=True):
                 first, second = p.double().log_softmax(-1), q.double().log_softmax(-1)
                 kl += float((first.exp() * (first - second)).sum())
@@ -150,8 +150,8 @@ def token_agreement(
     return TokenAgreement(kl / count, same / count, count)
 
 
-def _logits(found: Tensor) -> Tensor:
-    return found.reshape(-1, found.shape[-1])
+def _logits(output: Tensor) -> Tensor:
+    return output.reshape(-1, output.shape[-1])
 
 
 @metric(source="Gao et al. 2024, doi:10.5281/zenodo.12608602 (lm-evaluation-harness)")
@@ -160,11 +160,11 @@ def zero_shot(
 ) -> Mapping[str, Mapping[str, float]]:
     """Scores of a transformers model on tasks of lm-evaluation-harness: task -> metric -> number.
 
-    What the package reports for each task, without its standard errors. Data: the package downloads that of the tasks.
-    limit: examples of each task, all of them by default. shots: solved examples in front of each question. batch:
-    questions at a time. Errors: MissingExtra where `lm-eval` is not installed, RequestError without a task.
+    The scores are those of the package, without standard errors. Data: the package downloads the data of the tasks.
+    limit: examples of each task, all by default. shots: solved examples before each question. batch: questions per
+    batch. Errors: MissingExtra without `lm-eval`, RequestError without a task.
 
-    Use: the numbers that papers print. Avoid: small `limit` for a ranking: a hundred questions are worth 5 points.
+    Use: the scores of papers. Avoid: rankings with a small `limit`: a hundred questions have an error of 5 points.
     """
     if not tasks:
         raise RequestError("zero_shot needs a task", "the list is empty", 'for example tasks=["arc_easy", "piqa"]')
@@ -175,13 +175,13 @@ def zero_shot(
         raise MissingExtra("zero-shot tasks need lm-eval", str(error), "pip install lm-eval") from error
     wrapped = wrapper.HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch)
     with mode(model, training=False):
-        done = harness.simple_evaluate(model=wrapped, tasks=list(tasks), num_fewshot=shots, limit=limit)
-    return {task: dict(_numbers(found)) for task, found in done["results"].items()}
+        report = harness.simple_evaluate(model=wrapped, tasks=list(tasks), num_fewshot=shots, limit=limit)
+    return {task: dict(_numbers(scores)) for task, scores in report["results"].items()}
 
 
-def _numbers(found: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+def _numbers(scores: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
     """`acc,none` -> `acc`; standard errors and names are left out."""
-    for key, value in found.items():
-        name, _, how = key.partition(",")
+    for key, value in scores.items():
+        name, _, variant = key.partition(",")
         if isinstance(value, int | float) and "stderr" not in key:
-            yield (name if how in ("", "none") else key), float(value)
+            yield (name if variant in ("", "none") else key), float(value)

@@ -1,4 +1,4 @@
-"""What pruning did to single answers: flips, agreement, calibration, classes, and examples that an ensemble loses."""
+"""Metrics of predictions: flips, divergence, calibration, accuracy per class, pruning-identified exemplars."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ _Z = 1.959963984540054
 
 @metric(source="Hooker et al. 2019, arXiv:1911.05248")
 def flip_rate(dense: Tensor, pruned: Tensor) -> float:
-    """Fraction of the examples whose predicted class is another one after pruning.
+    """Fraction of the examples whose predicted class changes by pruning.
 
     `mean(argmax dense != argmax pruned)` for logits `(examples, classes)`; right to wrong, wrong to right and wrong to
-    another wrong all count, which a change in accuracy hides. Ties go to the lowest class. Data: logits of both models.
+    another wrong all count; the accuracy hides them. Ties go to the lowest class. Data: logits of both models.
 
-    Use: always beside accuracy. Avoid: to compare two trainings from different seeds, which flip answers by themselves.
+    Use: always beside accuracy. Avoid: two trainings from different seeds: the seed alone flips predictions.
     """
     _check(dense, pruned)
     return float((dense.argmax(1) != pruned.argmax(1)).double().mean())
@@ -31,13 +31,12 @@ def flip_rate(dense: Tensor, pruned: Tensor) -> float:
 
 @metric(source="Kullback and Leibler 1951, doi:10.1214/aoms/1177729694")
 def kl_divergence(dense: Tensor, pruned: Tensor) -> float:
-    """How far the pruned model's distribution is from the dense one's, in nats, averaged over examples.
+    """Divergence of the pruned model's distribution from the dense model's, in nats, averaged over examples.
 
     `mean sum_c p_c (log p_c - log q_c)`, p of the dense logits, q of the pruned ones `(examples, classes)`, in float64.
     Data: logits of both models.
 
-    Use: where answers agree and one wants to know how nearly they did not. Avoid: for models whose outputs are no
-    logits.
+    Use: differences that do not change the predicted class. Avoid: models whose outputs are not logits.
     """
     _check(dense, pruned)
     first, second = (x.double().log_softmax(1) for x in (dense, pruned))
@@ -46,27 +45,27 @@ def kl_divergence(dense: Tensor, pruned: Tensor) -> float:
 
 @metric(source="Guo et al. 2017, arXiv:1706.04599; equal-mass bins: Nixon et al. 2019, arXiv:1904.01685")
 def calibration_error(logits: Tensor, labels: Tensor, *, bins: int = 15, adaptive: bool = False) -> float:
-    """Expected calibration error: how far confidence is from accuracy.
+    """Expected calibration error: the mean difference between confidence and accuracy.
 
     `sum_b (n_b / n) |accuracy_b - confidence_b|`, confidence the largest probability. bins: 1 or more, of equal width
     `(k / bins, (k + 1) / bins]`; adaptive: bins of equal numbers of examples instead, in the order of confidence.
     Data: logits `(examples, classes)` and labels `(examples,)`.
 
-    Use: where a probability decides something. Avoid: with few examples a bin, for it is biased upwards there.
+    Use: decisions based on probabilities. Avoid: few examples per bin: the error is then biased upwards.
     """
     _check(logits, logits)
     if bins < 1 or len(labels) != len(logits):
         why = f"got {bins} bins, {len(logits)} examples and {len(labels)} labels"
         raise RequestError("a calibration error needs a bin and a label for each example", why, "for example bins=15")
-    sure, chosen = logits.double().softmax(1).max(1)
-    right = (chosen == labels).double()
+    confidence, predicted = logits.double().softmax(1).max(1)
+    correct = (predicted == labels).double()
     if adaptive:
-        order = sure.argsort(stable=True)
+        order = confidence.argsort(stable=True)
         parts = [part for part in order.tensor_split(bins) if len(part)]
     else:
-        place = (sure * bins).ceil().long().clamp(1, bins) - 1
-        parts = [(place == b).nonzero().flatten() for b in range(bins)]
-    return float(sum(abs(float((right[part] - sure[part]).sum())) for part in parts) / len(labels))
+        bin_of = (confidence * bins).ceil().long().clamp(1, bins) - 1
+        parts = [(bin_of == b).nonzero().flatten() for b in range(bins)]
+    return float(sum(abs(float((correct[part] - confidence[part]).sum())) for part in parts) / len(labels))
 
 
 @dataclass(frozen=True)
@@ -89,26 +88,26 @@ class ClassDrop:
 
 @metric(source="Hooker et al. 2020, arXiv:2010.03058; interval: Wilson 1927; paired test: McNemar 1947")
 def per_class_drop(dense: Tensor, pruned: Tensor, labels: Tensor) -> tuple[ClassDrop, ...]:
-    """Accuracy that each class lost, the worst first, with intervals and a paired test.
+    """Loss of accuracy of each class, the largest first, with intervals and a paired test.
 
     `drop_c = acc_c(dense) - acc_c(pruned)`; interval `(p + z^2/2n +- z sqrt(p(1-p)/n + z^2/4n^2)) / (1 + z^2/n)`; p by
     the binomial test of examples lost among lost and won. Ties in the order go to the lowest class.
     Data: logits `(examples, classes)` of both models and labels `(examples,)`.
 
-    Use: before a pruned model meets classes of unequal size or weight. Avoid: reading one p of a hundred classes alone.
+    Use: classes of unequal size or importance. Avoid: a single p of many classes.
     """
     _check(dense, pruned)
     from scipy.stats import binomtest
 
     first, second = (x.argmax(1) == labels for x in (dense, pruned))
-    found = []
+    drops = []
     for label in sorted(set(labels.tolist())):
-        mine = labels == label
-        a, b, n = int(first[mine].sum()), int(second[mine].sum()), int(mine.sum())
-        lost, won = int((first & ~second & mine).sum()), int((~first & second & mine).sum())
+        members = labels == label
+        a, b, n = int(first[members].sum()), int(second[members].sum()), int(members.sum())
+        lost, won = int((first & ~second & members).sum()), int((~first & second & members).sum())
         p = float(binomtest(lost, lost + won).pvalue) if lost + won else 1.0
-        found.append(ClassDrop(label, n, a / n, b / n, wilson(a, n), wilson(b, n), p))
-    return tuple(sorted(found, key=lambda one: (-one.drop, one.label)))
+        drops.append(ClassDrop(label, n, a / n, b / n, wilson(a, n), wilson(b, n), p))
+    return tuple(sorted(drops, key=lambda one: (-one.drop, one.label)))
 
 
 def wilson(hits: int, n: int) -> tuple[float, float]:
@@ -127,8 +126,8 @@ def pruning_identified_exemplars(dense: Tensor, pruned: Tensor) -> Mask:
     `mode_k dense[k] != mode_k pruned[k]`, predicted classes `(models, examples)`, one row for each seed; a tie goes to
     the lowest class. Returns bool `(examples,)`. Data: predictions of several models of each kind.
 
-    Use: to find the examples that pruning, and not the seed, loses: look at them. Avoid: with one model of each kind,
-    where it is no more than a flip.
+    Use: finding examples that pruning, and not the seed, changes. Avoid: one model of each kind, which gives plain
+    flips.
     """
     if dense.dim() != 2 or pruned.dim() != 2 or dense.shape[1] != pruned.shape[1] or not dense.numel():
         shapes = f"got {tuple(dense.shape)} and {tuple(pruned.shape)}"

@@ -1,4 +1,4 @@
-"""What else pruning did, on one labelled data set, as one frozen value."""
+"""Side effects of pruning on one labelled data set, as one frozen value."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _SHOWN = 10
 
 @dataclass(frozen=True)
 class Robustness:
-    """Accuracy of both models on the data spoilt in one way."""
+    """Accuracy of both models on the data under one corruption."""
 
     name: str
     before: float
@@ -58,8 +58,8 @@ class SideEffects:
     def data(self) -> dict[str, Any]:
         """As plain data."""
         classes = [{**asdict(one), "drop": one.drop} for one in self.classes]
-        spoilt = [{**asdict(one), "drop": one.drop} for one in self.robustness]
-        return {**asdict(self), "agreement": self.agreement, "classes": classes, "robustness": spoilt}
+        corrupted = [{**asdict(one), "drop": one.drop} for one in self.robustness]
+        return {**asdict(self), "agreement": self.agreement, "classes": classes, "robustness": corrupted}
 
     def json(self) -> str:
         """As JSON text."""
@@ -103,9 +103,9 @@ def side_effects(
 ) -> SideEffects:
     """Flips, agreement, divergence, calibration, classes and robustness of a pruned classifier against its dense one.
 
-    `accuracy alone = (right to wrong) - (wrong to right)`; this is the rest. Both models see the same examples, spoilt
-    in the same way. Data: batches `(inputs, labels)`, or mappings with `labels`; logits are `(batch, classes)`, the
-    first tensor that the model returns. Models run in eval mode and are left as they were.
+    `accuracy alone = (right to wrong) - (wrong to right)`; the side effects show both parts. Both models see the same
+    examples with the same corruptions. Data: batches `(inputs, labels)`, or mappings with `labels`; logits are
+    `(batch, classes)`, the first tensor in the model's output. Models run in evaluation mode and do not change.
 
     bins: of the calibration error. severity: 1 to 5. corruptions: names of `metrics.corruption.CORRUPTIONS`, for
     images `(batch, channels, height, width)` only. seed: of the noise.
@@ -121,11 +121,11 @@ def side_effects(
     labels = torch.cat([label for _, label in pairs]).cpu()
     with mode(dense, training=False), mode(pruned, training=False), torch.no_grad():
         before, after = (_logits(model, [x for x, _ in pairs]) for model in (dense, pruned))
-        spoilt = []
+        corrupted = []
         for name in corruptions:
             bad = [CORRUPTIONS[name](_image(x), severity, seed + at) for at, (x, _) in enumerate(pairs)]
             first, second = (_accuracy(_logits(model, bad), labels) for model in (dense, pruned))
-            spoilt.append(Robustness(name, first, second))
+            corrupted.append(Robustness(name, first, second))
     return SideEffects(
         examples=len(labels),
         accuracy=(_accuracy(before, labels), _accuracy(after, labels)),
@@ -134,7 +134,7 @@ def side_effects(
         calibration=(calibration_error(before, labels, bins=bins), calibration_error(after, labels, bins=bins)),
         bins=bins,
         classes=per_class_drop(before, after, labels),
-        robustness=tuple(spoilt),
+        robustness=tuple(corrupted),
         severity=severity,
     )
 
@@ -156,7 +156,7 @@ def _image(inputs: Any) -> Tensor:
     if isinstance(inputs, Tensor) and inputs.dim() == 4 and inputs.is_floating_point():
         return inputs
     raise RequestError(
-        "only images can be spoilt", "the inputs are no (batch, channels, height, width)", "corruptions=()"
+        "only images can be corrupted", "the inputs are no (batch, channels, height, width)", "corruptions=()"
     )
 
 

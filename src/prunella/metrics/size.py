@@ -1,4 +1,4 @@
-"""How much smaller: a ratio, and what it is a ratio of."""
+"""Compression ratios in three scopes."""
 
 from __future__ import annotations
 
@@ -39,8 +39,7 @@ def compression_ratio(dense: nn.Module, pruned: nn.Module) -> Compression:
 
     Data: none. Errors: RequestError where nothing remains, or there are no weights.
 
-    Use: whenever a size is told; say which of the three scopes it is. Avoid: as a claim about time, for which there is
-    `speedup`.
+    Use: every claim about size, with the name of the scope. Avoid: claims about time: use `speedup`.
     """
     pairs = []
     for scope in ("weights", "parameters"):

@@ -1,4 +1,4 @@
-"""How much faster: what the arithmetic promises next to what the clock says."""
+"""Theoretical and measured speed-up, effective multiply-adds and energy."""
 
 from __future__ import annotations
 
@@ -76,8 +76,8 @@ def speedup(dense: nn.Module, pruned: nn.Module, inputs: Inputs, *, rounds: int 
 
     rounds: 5 or more. seed: of the order of the rounds.
 
-    Use: to say what pruning gave on this machine, and how far that is from what the arithmetic promised. Avoid:
-    carrying the measured number over to another machine, batch size or number of threads.
+    Use: the speed-up on this machine, compared to the theoretical one. Avoid: predictions for another machine, batch
+    size or number of threads.
     """
     first = next(iter(tensors(inputs)), None)
     if first is None or not first.dim():
@@ -101,7 +101,7 @@ def effective_macs(model: nn.Module, inputs: Inputs) -> float:
     `sum over layers of MACs * (non-zeros / weights)`; work without a weight, such as attention products, counts in
     full. Data: one batch.
 
-    Use: to compare masks, which leave the shapes as they are. Avoid: as a speed; dense kernels multiply zeros too.
+    Use: comparing masks, which do not change shapes. Avoid: as a speed: dense kernels multiply zeros too.
     """
     model = unwrap(model)
     modules = dict(model.named_modules())
@@ -117,7 +117,7 @@ def effective_macs(model: nn.Module, inputs: Inputs) -> float:
 
 @metric(source="Intel running average power limit, by Linux's powercap interface")
 def energy(run: Callable[[], object], *, seconds: float = 2.0, root: Path = _RAPL) -> float:
-    """Joules that the processor packages took for one call, everything else on the machine included.
+    """Joules of the processor packages per call, including all other load on the machine.
 
     `(counter after - counter before) / calls`, over as many calls as fit into `seconds`; a counter that starts over is
     corrected once. Data: none. root: where Linux shows the counters.
@@ -125,7 +125,7 @@ def energy(run: Callable[[], object], *, seconds: float = 2.0, root: Path = _RAP
     Errors: NotSupported, "not measurable here", where there are no counters or they may not be read (a virtual machine,
     another system, or no permission).
 
-    Use: on a machine that does nothing else. Avoid: for short calls, or for a share of a busy machine.
+    Use: an otherwise idle machine. Avoid: short calls, and busy machines.
     """
     before, start = _counters(root), now()
     calls = 0
@@ -138,18 +138,18 @@ def energy(run: Callable[[], object], *, seconds: float = 2.0, root: Path = _RAP
 
 
 def _counters(root: Path) -> dict[Path, tuple[int, int]]:
-    """Each package's counter in microjoules, and where it starts over."""
-    found = {}
+    """The counter of each package in microjoules, and its largest value before it restarts."""
+    counters = {}
     for package in sorted(root.glob("*-rapl:[0-9]*")):
         if package.name.count(":") == 1:  # what is in a package has a name with a second number
             try:
                 limit = int((package / "max_energy_range_uj").read_text())
-                found[package] = int((package / "energy_uj").read_text()), limit
+                counters[package] = int((package / "energy_uj").read_text()), limit
             except (OSError, ValueError) as error:
                 raise _unmeasurable(f"{package.name} cannot be read: {error}") from error
-    if not found:
+    if not counters:
         raise _unmeasurable("this machine shows no energy counters")
-    return found
+    return counters
 
 
 def _unmeasurable(why: str) -> NotSupported:

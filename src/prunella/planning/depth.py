@@ -1,4 +1,4 @@
-"""Plans that drop blocks: those that are named, or the run of blocks that turns the stream least."""
+"""Plans that drop blocks: named blocks, or the run of consecutive blocks with the smallest angular distance."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from prunella.types import Inputs, Keep, Loss
 
 @dataclass(frozen=True)
 class Blocks:
-    """The residual blocks of a model that may go, by path, and models and plans without some of them."""
+    """The prunable residual blocks of a model, by path, with models and plans without some of them."""
 
     model: nn.Module
     graph: Graph
@@ -38,33 +38,33 @@ class Blocks:
 
     @property
     def paths(self) -> tuple[str, ...]:
-        """All of them, stack by stack in order."""
+        """Paths of all blocks, stack by stack in order."""
         return tuple(path for stack in self.graph.stacks for path in stack.paths)
 
-    def keep(self, gone: Iterable[str]) -> Keep:
-        """What stays of each stack without these blocks. Errors: RequestError for a path that is no such block."""
-        missing = set(gone)
+    def keep(self, dropped: Iterable[str]) -> Keep:
+        """The kept blocks of each stack without these blocks. Errors: RequestError for an unknown path."""
+        missing = set(dropped)
         strange = sorted(missing - set(self.paths))
         if strange:
             some = f"{self.paths[0]} to {self.paths[-1]}"
             raise RequestError(
-                f"{strange[0]} is no block that may go", f"those that may are {some}", "name one of them"
+                f"{strange[0]} is no prunable block", f"the prunable blocks are {some}", "name one of them"
             )
         if not missing:
             raise RequestError("no block is named", "there is nothing to drop", "name one, or ask for one")
         keep = {s.name: torch.tensor([path not in missing for path in s.paths]) for s in self.graph.stacks}
         return {name: mask for name, mask in keep.items() if not bool(mask.all())}
 
-    def without(self, gone: Iterable[str]) -> nn.Module:
-        """The model without these blocks, for a look: what stays shares its parameters with the model."""
+    def without(self, dropped: Iterable[str]) -> nn.Module:
+        """A model without these blocks, for evaluation: it shares its parameters with the model."""
         shared = (*self.model.parameters(), *self.model.buffers())
-        twin = copied(self.model, shared=shared)
-        change_(twin, changes(self.graph, self.keep(gone)))
-        return twin
+        small = copied(self.model, shared=shared)
+        change_(small, changes(self.graph, self.keep(dropped)))
+        return small
 
-    def plan(self, gone: Iterable[str]) -> Plan:
-        """The plan that takes these blocks out, proven. Errors: NotSupported where the smaller model is not exact."""
-        keep = self.keep(gone)
+    def plan(self, dropped: Iterable[str]) -> Plan:
+        """The verified plan that drops these blocks. Errors: NotSupported if the smaller model is not exact."""
+        keep = self.keep(dropped)
         with untouched(self.model, 0):
             faults = unproven(self.model, self.graph, keep, self.inputs)
         if faults:
@@ -75,7 +75,7 @@ class Blocks:
 
 
 def find_blocks(model: nn.Module, inputs: Inputs) -> Blocks:
-    """The residual blocks of `model`, found from the data flow. Errors: NotSupported where there are none."""
+    """The residual blocks of `model`, from the data flow. Errors: NotSupported if there are none."""
     root = unwrap(model)
     with untouched(root, 0):
         graph = counted(root, couple(root, inputs), inputs)
@@ -85,26 +85,26 @@ def find_blocks(model: nn.Module, inputs: Inputs) -> Blocks:
     return Blocks(root, graph, inputs)
 
 
-def drop_blocks(model: nn.Module, inputs: Inputs, gone: Sequence[str]) -> Plan:
-    """The plan that takes out exactly the blocks that are named, as `model.layers.7`, proven as any other plan.
+def drop_blocks(model: nn.Module, inputs: Inputs, dropped: Sequence[str]) -> Plan:
+    """The verified plan that drops exactly the named blocks, such as `model.layers.7`.
 
-    Errors: RequestError for a name that is no block that may go, NotSupported where the smaller model is not exact.
+    Errors: RequestError for a name of no prunable block, NotSupported if the smaller model is not exact.
     """
-    return find_blocks(model, inputs).plan(gone)
+    return find_blocks(model, inputs).plan(dropped)
 
 
 @dataclass(frozen=True)
 class Turns:
-    """`angle[l, m]`: mean angle, as a fraction of a half turn, between what enters block l and what leaves block m.
+    """`angle[l, m]`: mean angle, as a fraction of a half turn, between the input of block l and the output of block m.
 
-    paths: the blocks of one stack. Infinite for m < l, and for runs that hold a block that must stay.
+    paths: the blocks of one stack. Infinite for m < l, and for runs with a block that must stay.
     """
 
     paths: tuple[str, ...]
     angle: Tensor
 
     def run(self, count: int) -> tuple[str, ...]:
-        """The `count` consecutive blocks whose removal turns the stream least; the first of equal ones."""
+        """The `count` consecutive blocks with the smallest angle; the first run among equal ones."""
         if not 0 < count < len(self.paths):
             raise RequestError(
                 f"a run of {count} blocks", f"there are {len(self.paths)}, and one stays", "ask for less"
@@ -120,20 +120,20 @@ class Turns:
 def drop_run(
     model: nn.Module, inputs: Inputs, data: Iterable[Any], *, count: int, last: bool = False, loss: Loss | None = None
 ) -> Plan:
-    """A plan that drops the run of consecutive blocks after which the stream has turned least.
+    """A plan that drops the run of consecutive blocks with the smallest angular distance between input and output.
 
-    `l* = argmin_l mean arccos(cos(x_l, x_{l+n})) / pi`, the angular distance between what enters block l and what
-    leaves block l + n - 1, of the vector of each token (last axis). Unlike block influence it looks at a run as a
-    whole: small turns may add up or cancel. Data: batches, forward passes only.
+    `l* = argmin_l mean arccos(cos(x_l, x_{l+n})) / pi`, the angular distance between the input of block l and the
+    output of block l + n - 1, for the vector of each token (last axis). Unlike block influence, this distance is of the
+    whole run: small rotations may add up or cancel. Data: batches, forward passes only.
 
-    count: blocks to drop, fewer than there are. last: the last position of each sample alone, as in the paper, which
-    needs many samples; by default every position. loss: how to run the model on a batch.
+    count: blocks to drop, fewer than the model has. last: use only the last position of each sample, as in the paper,
+    which needs many samples; by default every position. loss: how to run the model on a batch.
 
-    Use: several layers of a language model at once, then `match_stream_` or `distill_lm_`. Avoid: where a loss can be
-    measured: `greedy_blocks` chooses by it.
+    Use: several layers of a language model at once, then `match_stream_` or `distill_lm_`. Avoid: a measurable loss:
+    `greedy_blocks` uses it.
     """
-    found = find_blocks(model, inputs)
-    return found.plan(turns(found, data, last=last, loss=loss).run(count))
+    blocks = find_blocks(model, inputs)
+    return blocks.plan(turns(blocks, data, last=last, loss=loss).run(count))
 
 
 def turns(blocks: Blocks, data: Iterable[Any], *, last: bool = False, loss: Loss | None = None) -> Turns:
@@ -158,14 +158,14 @@ def turns(blocks: Blocks, data: Iterable[Any], *, last: bool = False, loss: Loss
 
 
 def _unit(stream: Tensor, last: bool) -> Tensor:
-    """Vectors of length 1, one for each token that counts; a vector of zeros stays one."""
+    """Unit vectors of the tokens; a zero vector stays zero."""
     rows = (stream[..., -1, :] if last and stream.dim() > 2 else stream).flatten(0, -2)
     return torch.nn.functional.normalize(rows.float(), dim=-1)
 
 
 @contextmanager
 def _streams(model: nn.Module, stack: Group) -> Iterator[tuple[dict[str, Tensor], dict[str, Tensor]]]:
-    """What enters and what leaves every block of a stack in the last pass; copies, since blocks may add in place."""
+    """Copies of the inputs and outputs of every block of a stack in the last pass; blocks may add in place."""
     enters: dict[str, Tensor] = {}
     leaves: dict[str, Tensor] = {}
     handles = []

@@ -1,4 +1,4 @@
-"""How far to prune for a `Latency`: smaller models are built and timed beside the dense one until one hits."""
+"""Latency search: smaller models are built and timed beside the dense one until one meets a `Latency`."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Widths = tuple[tuple[str, int], ...]
 
 @dataclass(frozen=True)
 class LatencyProbe:
-    """Times what is left of a model. `known` has the latest timing of each set of widths, `taken` all of them."""
+    """Measures pruned models. known: latest timing of each set of widths. taken: all timings."""
 
     model: nn.Module
     graph: Graph
@@ -38,7 +38,7 @@ class LatencyProbe:
     taken: list[Timing] = field(default_factory=list)
 
     def time(self, target: Latency, keep: Keep, *, again: bool = False) -> Timing:
-        """The model that keeps `keep` against the dense one: widths alone decide. again: measured anew."""
+        """The timing of the model with `keep` against the dense one, by widths alone. again: measure once more."""
         widths = tuple(sorted((name, int(mask.sum())) for name, mask in keep.items()))
         if again or widths not in self.known:
             small, example = self._small(keep)
@@ -47,11 +47,11 @@ class LatencyProbe:
         return self.known[widths]
 
     def measured(self, target: Latency, keep: Keep) -> tuple[Timing, str]:
-        """What was measured of the model that is left, and a line for the plan."""
-        found = self.time(target, keep)
-        asked = target.value if target.value <= 1 else target.value / found.dense
-        below = "; the time jumps over what was asked" if found.ratio < asked * (1 - TOLERANCE) else ""
-        return found, f"measured: {found}; {len(self.taken)} measurements in all{below}"
+        """The timing of the pruned model, and a line for the plan."""
+        timing = self.time(target, keep)
+        asked = target.value if target.value <= 1 else target.value / timing.dense
+        below = "; the time jumps over what was asked" if timing.ratio < asked * (1 - TOLERANCE) else ""
+        return timing, f"measured: {timing}; {len(self.taken)} measurements in all{below}"
 
     def _small(self, keep: Keep) -> tuple[nn.Module, Any]:
         small, done = copied(self.model), changes(self.graph, keep)
@@ -67,7 +67,7 @@ class LatencyProbe:
 
 
 def in_order(ladders: Sequence[Ladder]) -> tuple[Tensor, Tensor]:
-    """All steps in the order of removal: which ladder each is of, and its key. Equal keys: the last ladder first."""
+    """The ladder and the key of every step, in the order of removal. Equal keys: the last ladder first."""
     keys = torch.cat([entry.keys for entry in reversed(ladders)])
     owner = torch.cat([torch.full((len(ladders[i].keys),), i) for i in reversed(range(len(ladders)))])
     order = keys.argsort(stable=True)
@@ -82,14 +82,14 @@ def search_latency(
     *,
     equal_widths: bool = False,
 ) -> Counts:
-    """Units to remove from every pool such that what is left takes the asked time, as `time(counts, again)` measures.
+    """Units to remove from every pool so that the pruned model meets the target, measured by `time(counts, again)`.
 
-    One point of the order of removal is measured at a time: between the slowest that is quick enough and the quickest
-    that is too slow, where a straight line in `cost` (multiply-adds) expects the target. A point that hits is measured
-    once more, since the luckiest of several noisy numbers is too good; that second number counts, and where it misses
-    the search goes on from it. Where the time jumps over the target, the point behind the jump is taken.
+    Each step measures one point of the order of removal. The point lies between the slowest one that meets the target
+    and the fastest one that misses it, where a straight line in `cost` (multiply-adds) predicts the target. A point
+    that hits is measured once more, since the best of several noisy numbers is too good. The second number decides, and
+    if it misses, the search continues. If the time jumps over the target, the point after the jump is taken.
 
-    Errors: TargetMissed when the target is the dense time or more, or when all that may go is not enough.
+    Errors: TargetMissed if the target is the dense time or more, or if removing all prunable units is not enough.
     """
     owner, keys = in_order(ladders)
     stops = [p for p in range(len(owner) + 1) if not equal_widths or p in (0, len(owner)) or keys[p] > keys[p - 1]]
@@ -104,39 +104,39 @@ def search_latency(
         raise TargetMissed(
             f"{target} would remove nothing", f"the dense model takes {full.dense:.3g} ms", "ask for less"
         )
-    found, sure = {0: 1.0, last: full.ratio}, set[int]()
+    ratios, confirmed = {0: 1.0, last: full.ratio}, set[int]()
     limit = asked * (1 + TOLERANCE)
     for _ in range(MOST):
-        quick = [stop for stop, ratio in found.items() if ratio <= limit and stop]
+        quick = [stop for stop, ratio in ratios.items() if ratio <= limit and stop]
         if not quick:
             break
-        near = min(filter(None, found), key=lambda stop: (abs(found[stop] - asked), stop))  # 0 is the dense model
-        hit = abs(found[near] - asked) <= TOLERANCE * asked
+        near = min(filter(None, ratios), key=lambda stop: (abs(ratios[stop] - asked), stop))  # 0 is the dense model
+        hit = abs(ratios[near] - asked) <= TOLERANCE * asked
         high = near if hit else min(quick)
-        low = max(stop for stop in found if stop < high)
+        low = max(stop for stop in ratios if stop < high)
         if hit or high - low == 1:
-            if high in sure:
+            if high in confirmed:
                 break
-            found[high] = time(counts(high), True).ratio
-            sure.add(high)
+            ratios[high] = time(counts(high), True).ratio
+            confirmed.add(high)
         else:
-            stop = _between(low, high, found, asked, lambda stop: cost(counts(stop)))
-            found[stop] = time(counts(stop), False).ratio
-    quick = [stop for stop, ratio in found.items() if ratio <= limit and stop]
+            stop = _between(low, high, ratios, asked, lambda stop: cost(counts(stop)))
+            ratios[stop] = time(counts(stop), False).ratio
+    quick = [stop for stop, ratio in ratios.items() if ratio <= limit and stop]
     if not quick:
         raise _missed(target, asked, time(counts(last), False))
-    return counts(min(quick, key=lambda stop: (abs(found[stop] - asked), stop)))
+    return counts(min(quick, key=lambda stop: (abs(ratios[stop] - asked), stop)))
 
 
-def _between(low: int, high: int, found: dict[int, float], asked: float, cost: Callable[[int], float]) -> int:
-    """The stop between two where the line through both expects the asked ratio, kept away from the ends."""
-    drop = found[low] - found[high]
-    part = min(0.85, max(0.15, (found[low] - asked) / drop)) if drop > 0 else 0.5
-    wanted = cost(low) + part * (cost(high) - cost(low))
+def _between(low: int, high: int, ratios: dict[int, float], asked: float, cost: Callable[[int], float]) -> int:
+    """The stop between two where the line through both predicts the target ratio, away from the ends."""
+    drop = ratios[low] - ratios[high]
+    part = min(0.85, max(0.15, (ratios[low] - asked) / drop)) if drop > 0 else 0.5
+    goal = cost(low) + part * (cost(high) - cost(low))
     first, last = low + 1, high - 1
     while first < last:
         middle = (first + last) // 2
-        first, last = (first, middle) if cost(middle) <= wanted else (middle + 1, last)
+        first, last = (first, middle) if cost(middle) <= goal else (middle + 1, last)
     return first
 
 

@@ -1,4 +1,4 @@
-"""Pruning before training: a target approached in many rounds, each with scores of the network as it is by then."""
+"""Iterative pruning before training: a target is met in many rounds, each with scores of the masked network."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ from prunella.types import Inputs, Loss
 
 @dataclass(frozen=True)
 class Rounds:
-    """How a target is approached.
+    """The rounds of iterative pruning.
 
-    count: rounds, at least 1. schedule: progress in (0, 1] -> part of the target; if left out, every round removes the
-    same part of the survivors. nested: what one round masks stays masked.
+    count: rounds, at least 1. schedule: progress in (0, 1] -> fraction of the target; by default every round removes
+    the same fraction of the remaining weights. nested: masked weights stay masked in later rounds.
     """
 
     count: int = 100
@@ -69,16 +69,16 @@ def iterate(
     loss: Loss | None = None,
     skip: Sequence[str] = (),
 ) -> Plan:
-    """Approach a target in rounds, each with statistics of the network masked so far; `model` is left as it is.
+    """Meet a target in rounds, each with statistics of the network masked so far; `model` does not change.
 
-    Round k of n meets the part `schedule(k / n)` of the target, exactly as `plan` does; without a schedule the density
-    after it is `d^(k/n)`. Statistics are of the masked network, weights that a criterion multiplies by are the dense
-    ones. With `nested` a masked weight ranks behind all others; without it the weight competes, and may come back. The
-    plan is that of the last round. Data: what the criterion needs, passed over once a round.
-    For masks whose units compete; `min_units=0` in the recipe lets layers empty, as the papers do.
+    Round k of n meets the fraction `schedule(k / n)` of the target, exactly as `plan` does; without a schedule the
+    density after round k is `d^(k/n)`. Statistics are those of the masked network, but a criterion that multiplies by
+    weights uses the dense ones. With `nested` a masked weight ranks behind all others; without `nested` the weight
+    competes and may come back. The result is the plan of the last round. Data: as the criterion needs, once per round.
+    For masks whose units compete; `min_units=0` in the recipe allows empty layers, as in the papers.
 
-    Use: more than about 95 % before training, with any criterion. Avoid: criteria that do not change when other weights
-    go, such as magnitude: one round gives the same.
+    Use: more than about 95 % before training, with any criterion. Avoid: criteria that do not depend on other weights,
+    such as magnitude: one round gives the same plan.
     """
     model = unwrap(model)
     if not isinstance(recipe.granularities[0], Competing):
@@ -94,10 +94,10 @@ def iterate(
     before = Before(nested=rounds.nested)
     for part in rounds.targets(asked, dense):
         with untouched(replica, recipe.seed):
-            made = plan_masks(replace(request, target=part, before=before))
-        before = Before(made.masks, rounds.nested)
-    how = {"count": rounds.count, "nested": rounds.nested, "schedule": name_of(rounds.schedule or exponential)}
-    return replace(made, recipe={**made.recipe, "rounds": how})
+            plan = plan_masks(replace(request, target=part, before=before))
+        before = Before(plan.masks, rounds.nested)
+    settings = {"count": rounds.count, "nested": rounds.nested, "schedule": name_of(rounds.schedule or exponential)}
+    return replace(plan, recipe={**plan.recipe, "rounds": settings})
 
 
 @search(source="Tanaka et al. 2020, arXiv:2006.05467", status="stable")
@@ -122,7 +122,7 @@ def iterative_snip(
     `S = |g w|` with `g` at the masked weights; density `d^(k/n)` after round k of n. Data: batches and a loss, once a
     round. count: at least 1; with one round it is `snip`.
 
-    Use: 95 % and more before training, with labels. Avoid: when early mistakes should be mended: take `force`.
+    Use: 95 % and more before training, with labels. Avoid: if early mistakes must be corrected: take `force`.
     """
     recipe = Recipe(snip, Element(), global_, min_units=0)
     return iterate(model, inputs, recipe, target=target, rounds=Rounds(count), data=data, loss=loss)

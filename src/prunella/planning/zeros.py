@@ -1,4 +1,4 @@
-"""What training has made exactly zero, as a plan: where every penalty, gate and proximal step ends."""
+"""Plans from exact zeros: the last step after every penalty, gate and proximal method."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ def plan_zeros(
     skip: Sequence[str] = (),
     only: Sequence[str] = (),
 ) -> Plan:
-    """A plan that removes exactly what is zero already, so that the smaller model computes what the model computes.
+    """A plan that removes exactly the units that are zero, so that the smaller model has the same outputs.
 
-    A unit is zero where every weight that reads it is zero, or all weights that it has where none reads it. Each group
-    is tried: if the output in float64 on `inputs` changes with its cut, it stays, and the plan says why. As many units
-    stay as have to. With `Element()` the masks are the zeros of every layer.
+    A unit is zero if every weight that reads it is zero, or, if no weight reads it, all its own weights. Each group is
+    tried: if its removal changes the output in float64 on `inputs`, the group is kept, and the plan gives the reason.
+    The minimum of units is always kept. With `Element()` the masks are the zeros of every layer.
 
-    inputs, skip, only: as for `prunella.plan`. Errors: NotSupported where nothing is zero.
+    inputs, skip, only: as for `prunella.plan`. Errors: NotSupported if nothing is zero.
     """
     model = unwrap(model)
     with untouched(model, 0):
@@ -80,7 +80,7 @@ def _masks(model: nn.Module, graph: Graph, inputs: Inputs, skip: Sequence[str], 
 
 
 def _kept(model: nn.Module, graph: Graph, group: Group) -> Tensor:
-    """Units that are not zero, and as many of the zeros, lowest index first, as the group has to keep."""
+    """Units that are not zero, and zero units by rising index up to the minimum of the group."""
     named = dict(model.named_parameters(remove_duplicate=False))
     members = [m for m in group.members if m.entity in named and m.role != "stat"]
     members = [m for m in members if m.role == "in"] or members
@@ -104,7 +104,7 @@ def _stays(group: Group, reason: str) -> Frozen:
 
 
 def _faults(model: nn.Module, graph: Graph, keep: Keep, inputs: Any) -> dict[str, str]:
-    """Group -> why it cannot go."""
+    """Group -> why it cannot be removed."""
     found = unproven(model, graph, keep, inputs)
     left = {name: mask for name, mask in keep.items() if name not in found}
     if not left or _unchanged(model, graph, left, inputs):
@@ -114,20 +114,20 @@ def _faults(model: nn.Module, graph: Graph, keep: Keep, inputs: Any) -> dict[str
 
 
 def _unchanged(model: nn.Module, graph: Graph, keep: Keep, inputs: Any) -> bool:
-    """Whether the model without these units gives the output of the model as it is: in float64 where it can."""
+    """Whether the model without these units has the same output, in float64 where the model runs in it."""
     small = copied(model)
     change_(small, changes(graph, keep))
     for double, tolerance in ((True, TOLERANCE), (False, SINGLE)):
         batch = as_double(inputs) if double else inputs
         try:
             with torch.no_grad():
-                found = [tensors(forward(_cast(one, double), batch)) for one in (model, small)]
+                outputs = [tensors(forward(_cast(variant, double), batch)) for variant in (model, small)]
         except (RuntimeError, ValueError, TypeError):
             continue
-        return relative_error(*found) <= tolerance
+        return relative_error(*outputs) <= tolerance
     return False
 
 
 def _cast(model: nn.Module, double: bool) -> nn.Module:
-    made = copied(model).eval()
-    return made.double() if double else made
+    replica = copied(model).eval()
+    return replica.double() if double else replica

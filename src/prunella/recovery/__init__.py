@@ -11,28 +11,28 @@ from prunella.recovery.distill import distill_features as distill_features
 from prunella.recovery.distill import distill_logits as distill_logits
 from prunella.recovery.finetune import Training as Training
 from prunella.recovery.finetune import finetune as finetune
-from prunella.recovery.fold_means import Folded as Folded
+from prunella.recovery.fold_means import FoldedMeans as FoldedMeans
 from prunella.recovery.fold_means import fold_means as fold_means
 from prunella.recovery.fsdp import hold_sharded_ as hold_sharded_
 from prunella.recovery.lora import mask_adapters_ as mask_adapters_
 from prunella.recovery.lora import merge_adapters_ as merge_adapters_
-from prunella.recovery.lr_schedules import Replay as Replay
-from prunella.recovery.lr_schedules import adaptive_rate as adaptive_rate
-from prunella.recovery.lr_schedules import constant_rate as constant_rate
-from prunella.recovery.lr_schedules import linear_rate as linear_rate
-from prunella.recovery.lr_schedules import rewind_rate as rewind_rate
-from prunella.recovery.lr_schedules import scaled_rate as scaled_rate
+from prunella.recovery.lr_schedules import RecordedLR as RecordedLR
+from prunella.recovery.lr_schedules import adaptive_lr as adaptive_lr
+from prunella.recovery.lr_schedules import constant_lr as constant_lr
+from prunella.recovery.lr_schedules import linear_lr as linear_lr
+from prunella.recovery.lr_schedules import rewind_lr as rewind_lr
+from prunella.recovery.lr_schedules import scaled_lr as scaled_lr
 from prunella.recovery.moments import correct_statistics as correct_statistics
 from prunella.recovery.reconstruct import reconstruct as reconstruct
 
 __all__ = [
     "Adapters",
-    "Folded",
-    "Replay",
+    "FoldedMeans",
+    "RecordedLR",
     "Training",
-    "adaptive_rate",
+    "adaptive_lr",
     "add_adapters_",
-    "constant_rate",
+    "constant_lr",
     "correct_statistics",
     "distill",
     "distill_attention",
@@ -43,13 +43,13 @@ __all__ = [
     "finetune",
     "fold_means",
     "hold_sharded_",
-    "linear_rate",
+    "linear_lr",
     "mask_adapters_",
     "merge_adapters_",
     "recalibrate_bn",
     "reconstruct",
-    "rewind_rate",
-    "scaled_rate",
+    "rewind_lr",
+    "scaled_lr",
 ]
 
 

@@ -20,11 +20,11 @@ from prunella.recovery.lora import Merged, mask_adapters_, merge_adapters_
 from prunella.registry.method import recovery
 
 STRAY = 0.01
-"""A weight with a smaller fraction of zeros counts as dense: weights that were once quantized have some by chance."""
+"""A weight with a smaller fraction of zeros counts as dense: quantized weights have a few zeros by chance."""
 
 
 class LowRank(nn.Module):
-    """A linear layer and a low-rank change of it: `y = base(x) + s B A x`. B starts at zero, so y is that of `base`."""
+    """A linear layer with a low-rank change: `y = base(x) + s B A x`. B starts at zero, so that `y = base(x)`."""
 
     def __init__(self, base: nn.Linear, rank: int, scale: float, generator: torch.Generator) -> None:
         super().__init__()
@@ -33,19 +33,19 @@ class LowRank(nn.Module):
         self.a = nn.Linear(base.in_features, rank, bias=False, device=weight.device, dtype=weight.dtype)
         self.b = nn.Linear(rank, base.out_features, bias=False, device=weight.device, dtype=weight.dtype)
         with torch.no_grad():
-            drawn = torch.rand(self.a.weight.shape, generator=generator) * 2 - 1
-            self.a.weight.copy_(drawn / base.in_features**0.5)
+            uniform = torch.rand(self.a.weight.shape, generator=generator) * 2 - 1
+            self.a.weight.copy_(uniform / base.in_features**0.5)
             self.b.weight.zero_()
 
     def forward(self, x: Tensor) -> Tensor:
-        """The output of the layer with its change."""
+        """The output of the layer with its low-rank change."""
         out: Tensor = self.base(x) + self.scale * self.b(self.a(x))
         return out
 
 
 @dataclass(frozen=True)
 class Adapters:
-    """Which layers get adapters and of what rank. only: patterns of module names. scale: s, alpha / rank elsewhere."""
+    """The rank of adapters and their layers. only: patterns of module names. scale: s, or alpha / rank elsewhere."""
 
     rank: int = 8
     scale: float = 2.0
@@ -58,46 +58,47 @@ class Adapters:
 
 @recovery(source="Hu et al. 2021, arXiv:2106.09685")
 def add_adapters_(model: nn.Module, how: Adapters = Adapters(), *, seed: int = 0) -> tuple[str, ...]:
-    """Add a low-rank adapter to every `nn.Linear` that `how.only` names, in place, and return their names.
+    """Add a low-rank adapter to every `nn.Linear` that `how.only` names, in place, and return the layers' names.
 
-    `y = W x + s B A x` with A `(rank, in)` uniform in `+-1 / sqrt(in)` and B `(out, rank)` zero: the model computes the
-    same until it trains. Layers whose weight is shared with another module (tied heads) get none. No parameter changes
-    its `requires_grad`. `merge_adapters_` makes plain layers of them. Errors: RequestError if no layer is left.
+    `y = W x + s B A x` with A `(rank, in)` uniform in `+-1 / sqrt(in)` and B `(out, rank)` zero: the output does not
+    change before training. Layers whose weight is shared with another module (tied heads) get no adapter. No parameter
+    changes its `requires_grad`. `merge_adapters_` turns the layers into plain ones. Errors: RequestError if no layer is
+    left.
 
     seed: of A. Data: none.
 
-    Use: recovery of large models with little memory. Avoid: small models, where all weights can train.
+    Use: recovery of large models with little memory. Avoid: small models, where all weights can be trained.
     """
     root, generator = unwrap(model), torch.Generator().manual_seed(seed)
-    places: dict[int, int] = {}
+    owners: dict[int, int] = {}
     for _, parameter in root.named_parameters(remove_duplicate=False):
-        places[id(parameter)] = places.get(id(parameter), 0) + 1
-    chosen = [
+        owners[id(parameter)] = owners.get(id(parameter), 0) + 1
+    layers = [
         (name, module)
         for name, module in root.named_modules()
-        if name and isinstance(module, nn.Linear) and places[id(module.weight)] == 1
+        if name and isinstance(module, nn.Linear) and owners[id(module.weight)] == 1
         if any(fnmatch.fnmatchcase(name, pattern) for pattern in how.only)
     ]
-    if not chosen:
+    if not layers:
         raise RequestError(
-            "no layer gets an adapter", f"no linear layer is named {' or '.join(how.only)}", 'only=("*",)'
+            "no layer gets an adapter", f"no linear layer matches {' or '.join(how.only)}", 'only=("*",)'
         )
-    for name, layer in chosen:
+    for name, layer in layers:
         parent, _, leaf = name.rpartition(".")
         setattr(root.get_submodule(parent), leaf, LowRank(layer, how.rank, how.scale, generator))
-    return tuple(name for name, _ in chosen)
+    return tuple(name for name, _ in layers)
 
 
 @dataclass(frozen=True)
 class Distilled:
-    """Result of `distill_lm_`: the loss of every step, and the merged adapters (none if all weights were trained)."""
+    """The result of `distill_lm_`: the loss of every step, and the merged adapters (none with adapters=None)."""
 
     curve: Curve
     merged: tuple[Merged, ...] = ()
 
     def __str__(self) -> str:
-        with_what = f"{len(self.merged)} adapters, merged" if self.merged else "all weights"
-        return f"{self.curve}; {with_what}"
+        trained = f"{len(self.merged)} adapters, merged" if self.merged else "all weights"
+        return f"{self.curve}; {trained}"
 
 
 @recovery(
@@ -116,17 +117,17 @@ def distill_lm_(
 ) -> Distilled:
     """Distill the dense language model into the pruned one on unlabelled text, in place.
 
-    `min mean over tokens of KL(softmax(teacher) || softmax(small))`, trained through low-rank adapters,
-    which are merged at the end into plain layers, or through all weights with `adapters=None`. The masks of the model
-    hold in both cases, also for the change that an adapter makes. `requires_grad` is restored at the end.
+    `min mean over tokens of KL(softmax(teacher) || softmax(small))`, by training low-rank adapters, which are merged
+    into plain layers at the end, or all weights with `adapters=None`. In both cases the masks of the model stay in
+    force, for the change of an adapter too. `requires_grad` is restored at the end.
     Data: batches of tokens, no labels, repeated until the steps are done.
 
     small: any model that takes the teacher's batches and returns logits of the same shape. lr: about 1e-3 with
     adapters, 1e-5 to 1e-4 without. training: optimizer, learning rate schedule, clipping, seed.
     Errors: CheckFailed if the loss is not finite; the model then keeps its last good weights.
 
-    Use: after every structured pruning of a language model, and after `match_stream_` where that applies. Avoid: when
-    labels of the task are available: `finetune` learns from both.
+    Use: after every structured pruning of a language model, and after `match_stream_` where that applies. Avoid: tasks
+    with labels: `finetune` learns from both.
     """
     root = unwrap(small)
     loss = distill_logits(teacher, temperature=1.0)
@@ -140,7 +141,7 @@ def distill_lm_(
 
 @contextmanager
 def _only_adapters(model: nn.Module, how: Adapters, seed: int, merged: list[Merged]) -> Iterator[None]:
-    """Inside, only the adapters are trainable; they are merged on exit, also after an error."""
+    """Inside, only the adapters are trainable; on exit they are merged, after an error too."""
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     names = add_adapters_(model, how, seed=seed)
     bases = [model.get_submodule(f"{name}.base").get_parameter("weight") for name in names]
@@ -151,6 +152,6 @@ def _only_adapters(model: nn.Module, how: Adapters, seed: int, merged: list[Merg
             mask_adapters_(model)
         yield
     finally:
-        merged += merge_adapters_(model, allow_loss=True)  # without a mask, changes on chance zeros are lost
+        merged += merge_adapters_(model, allow_loss=True)  # without a mask, changes at accidental zeros are lost
         for parameter, flag in flags:
             parameter.requires_grad_(flag)

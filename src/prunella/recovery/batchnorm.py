@@ -1,4 +1,4 @@
-"""Batch normalisation after pruning: the statistics of the dense network are wrong for the pruned one."""
+"""Batch normalization after pruning: the statistics of the dense network do not fit the pruned network."""
 
 from __future__ import annotations
 
@@ -43,19 +43,19 @@ class Moments:
 def recalibrate_bn(
     model: nn.Module, data: Iterable[Any], *, loss: Loss | None = None, sequential: bool = False
 ) -> tuple[str, ...]:
-    """Reset the running statistics of every batch normalisation and compute them anew, exactly, from data.
+    """Compute the running statistics of every batch normalization exactly from data.
 
-    `running_mean` is the mean and `running_var` the unbiased variance of all values that reach the channel, pooled over
-    all batches (not a moving average, and not a mean of variances). Weights, `momentum` and training flags stay as
-    they are; everything but batch normalisation runs in evaluation mode. Returns the names of the modules changed,
-    none if the model has none.
+    `running_mean` is the mean and `running_var` the unbiased variance of all values of the channel, pooled over all
+    batches (not a moving average, and not a mean of variances). Weights, `momentum` and training flags do not change;
+    all other modules run in evaluation mode. Returns the names of the changed modules, none if the model has no batch
+    normalization.
 
     data: batches, no labels needed; 500 to 1000 samples are usually enough. loss: how to run the model on one batch,
     by default the model is called on the batch. sequential: False: one pass, in which each layer normalizes by the
-    statistics of the batch, as in training. True: one pass per layer, in the order of execution, in which the layers
-    before it already use their new statistics: afterwards the statistics are exactly those of inference.
+    statistics of the batch, as in training. True: one pass per layer, in the order of execution, in which the earlier
+    layers already use their new statistics: afterwards the statistics are exactly those of inference.
 
-    `CheckFailed` if the statistics are not finite; the old ones are then restored.
+    `CheckFailed` if the statistics are not finite; the old statistics are then restored.
 
     Example:
 
@@ -67,7 +67,7 @@ def recalibrate_bn(
         >>> torch.allclose(model[1].running_mean, model[0](batch).mean(0), atol=1e-6)
         True
 
-    Use: after every cut of a network with batch normalisation; it costs seconds. Avoid: batches of a few samples.
+    Use: after every pruning of a network with batch normalization; it costs seconds. Avoid: batches of a few samples.
     """
     model = unwrap(model)
     norms = {module: name for name, module in model.named_modules() if _has_statistics(module)}
@@ -91,20 +91,20 @@ def _has_statistics(module: nn.Module) -> bool:
 def _observe(
     model: nn.Module, data: Iterable[Any], modules: list[nn.Module], loss: Loss | None, *, training: bool
 ) -> dict[nn.Module, Moments]:
-    """Moments of the inputs of `modules` over `data`, in the order in which the modules first ran."""
+    """Moments of the inputs of `modules` over `data`, in the order of the modules' first calls."""
     moments: dict[nn.Module, Moments] = {}
 
-    def look(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+    def observe(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
         value = arguments[0]
         if training and value.numel() == value.shape[1]:
             raise RequestError(
-                "batch normalisation saw a batch with one value per channel",
-                "its variance over the batch is not defined",
+                "batch normalization saw a batch with one value per channel",
+                "the variance over this batch is not defined",
                 "use larger batches, or sequential=True",
             )
         moments.setdefault(module, Moments()).add(value)
 
-    handles = [module.register_forward_pre_hook(look) for module in modules]
+    handles = [module.register_forward_pre_hook(observe) for module in modules]
     try:
         for module in modules:
             module.training = training
@@ -119,24 +119,25 @@ def _observe(
 
 
 def _write(moments: dict[nn.Module, Moments], names: dict[nn.Module, str]) -> None:
-    for module, found in moments.items():
+    for module, statistics in moments.items():
         assert isinstance(module, _BatchNorm) and module.running_mean is not None and module.running_var is not None
-        mean, variance = torch.as_tensor(found.mean), torch.as_tensor(found.squares) / max(found.count - 1, 1)
+        mean = torch.as_tensor(statistics.mean)
+        variance = torch.as_tensor(statistics.squares) / max(statistics.count - 1, 1)
         if not bool(torch.isfinite(mean + variance).all()):
             raise CheckFailed(
                 f"the inputs of {names[module]} are not finite on the calibration data",
                 "the model or the data holds NaN or infinity",
-                "check the weights before calibrating; the old statistics were kept",
+                "check the weights before recalibrating; the old statistics were kept",
             )
         module.running_mean.copy_(mean)
         module.running_var.copy_(variance)
         if module.num_batches_tracked is not None:
-            module.num_batches_tracked.fill_(found.calls)
+            module.num_batches_tracked.fill_(statistics.calls)
 
 
 @contextmanager
 def _restored_on_error(norms: dict[nn.Module, str]) -> Iterator[None]:
-    """Running in training mode moves the statistics; put them back if the work is not finished, or never started."""
+    """Restore the statistics after an error: passes in training mode change them."""
     saved = {module: [buffer.clone() for buffer in module.buffers(recurse=False)] for module in norms}
     try:
         yield

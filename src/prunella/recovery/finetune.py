@@ -21,7 +21,7 @@ from prunella.types import Loss
 
 OptimizerFactory = Callable[[list[nn.Parameter], float], Optimizer]
 """A function of (parameters, learning rate)."""
-Rate = Callable[[float], float]
+LRSchedule = Callable[[float], float]
 """Progress in [0, 1] -> factor of the learning rate."""
 OnStep = Callable[[int, float, float], None]
 """Called after each step with its number from 0, its loss and its learning rate."""
@@ -49,7 +49,7 @@ def adamw(parameters: list[nn.Parameter], lr: float) -> Optimizer:
 
 
 def warmup_cosine(progress: float, *, warmup: float = 0.1) -> float:
-    """Rise linearly during the first part `warmup` of the steps, then fall to 0 along a half cosine."""
+    """A linear rise during the first fraction `warmup` of the steps, then a half cosine to 0."""
     if progress < warmup:
         return progress / warmup
     return (1 + math.cos(math.pi * (progress - warmup) / (1 - warmup))) / 2
@@ -57,12 +57,14 @@ def warmup_cosine(progress: float, *, warmup: float = 0.1) -> float:
 
 @dataclass(frozen=True)
 class Training:
-    """How to descend. optimizer: made from (parameters, learning rate). rate: progress in [0, 1] -> factor of the
-    learning rate. clip: largest norm of the gradient, 0 for no limit. seed: of dropout and shuffling.
+    """Settings of a training loop.
+
+    optimizer: a function of (parameters, learning rate). lr_schedule: progress in [0, 1] -> factor of the learning
+    rate. clip: largest norm of the gradient, 0 for no limit. seed: of dropout and shuffling.
     """
 
     optimizer: OptimizerFactory = adamw
-    rate: Rate = warmup_cosine
+    lr_schedule: LRSchedule = warmup_cosine
     clip: float = 1.0
     seed: int = 0
 
@@ -81,13 +83,13 @@ def finetune(
     training: Training = _DEFAULT,
     on_step: OnStep | None = None,
 ) -> Curve:
-    """Train `model` in place for `steps` steps and return the curve; masks that it carries stay in force.
+    """Train `model` in place for `steps` steps and return the curve; the masks of the model stay in force.
 
-    At step t the learning rate is `lr * training.rate((t + 1/2) / steps)`. The model trains in training mode, and every
-    module gets its flag back. Only parameters with `requires_grad` are trained.
+    At step t the learning rate is `lr * training.lr_schedule((t + 1/2) / steps)`. The model is trained in training
+    mode, and the training flag of every module is restored. Only parameters with `requires_grad` are trained.
 
-    data: batches, passed over again until the steps are done. training: optimizer, learning-rate curve, clipping and
-    seed; the caller's random state is left as it was. on_step: called after each step with its number, loss and rate.
+    data: batches, repeated until the steps are done. training: optimizer, learning-rate schedule, clipping and seed;
+    the caller's random state does not change. on_step: called after each step with its number, loss and learning rate.
 
     `CheckFailed` if loss or gradient is not finite: the model then has the last weights that gave a finite loss.
 
@@ -100,7 +102,7 @@ def finetune(
         >>> curve.loss[-1] < curve.loss[0]
         True
 
-    Use: when labels are at hand. Avoid: a handful of samples: it forgets the rest; `reconstruct` needs fewer.
+    Use: data with labels. Avoid: a handful of samples: the model overfits; `reconstruct` needs fewer.
     """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     _check(steps, lr, trained)
@@ -108,19 +110,19 @@ def finetune(
     bases = [group["lr"] for group in optim.param_groups]
     losses: list[float] = []
     rates: list[float] = []
-    safe = _Safe(model)
+    last_finite = _LastFinite(model)
     with mode(model, training=True), seeded(training.seed), Pruner(model, optim):
         for step, batch in enumerate(_cycle(data, steps)):
-            factor = training.rate((step + 0.5) / steps)
+            factor = training.lr_schedule((step + 0.5) / steps)
             for group, base in zip(optim.param_groups, bases, strict=True):
                 group["lr"] = base * factor
             optim.zero_grad(set_to_none=True)
             value = _scalar(loss(model, batch))
-            safe.check(value, f"the loss became {value.item()} at step {step}", lr)
-            safe.keep()
+            last_finite.check(value, f"the loss became {value.item()} at step {step}", lr)
+            last_finite.keep()
             value.backward()  # type: ignore[no-untyped-call]
             norm = nn.utils.clip_grad_norm_(trained, training.clip or math.inf)
-            safe.check(norm, f"the gradient became {norm.item()} at step {step}", lr)
+            last_finite.check(norm, f"the gradient became {norm.item()} at step {step}", lr)
             optim.step()
             losses.append(value.item())
             rates.append(lr * factor)
@@ -147,21 +149,21 @@ def _scalar(value: Tensor) -> Tensor:
     )
 
 
-class _Safe:
-    """A copy of the last state that gave a finite loss."""
+class _LastFinite:
+    """A copy of the last model state with a finite loss."""
 
     def __init__(self, model: nn.Module) -> None:
         self.live = [*model.parameters(), *model.buffers()]
         self.copy: list[Tensor] = [tensor.detach().clone() for tensor in self.live]
 
     def keep(self) -> None:
-        """The present state is good: copy it."""
+        """Copy the present state, which gave a finite loss."""
         with torch.no_grad():
             for saved, tensor in zip(self.copy, self.live, strict=True):
                 saved.copy_(tensor)
 
     def check(self, value: Tensor, what: str, lr: float) -> None:
-        """Put the copy back and raise if `value` is not finite."""
+        """Restore the copy and raise CheckFailed if `value` is not finite."""
         if bool(torch.isfinite(value)):
             return
         with torch.no_grad():
@@ -169,7 +171,7 @@ class _Safe:
                 tensor.copy_(saved)
         raise CheckFailed(
             what,
-            "the model has its last good weights back",
+            "the last weights with a finite loss were restored",
             f"use a learning rate smaller than {lr:g}, or check the data",
         )
 

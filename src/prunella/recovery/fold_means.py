@@ -1,4 +1,4 @@
-"""Put what removed units contributed on average into the biases of the layers that read them."""
+"""Add the mean contribution of removed units to the biases of the layers that read these units."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from prunella.types import Loss
 
 @dataclass(frozen=True)
 class Fold:
-    """One layer that reads removed units. shift: largest change of its bias. skipped: why it was left, or empty."""
+    """One layer that reads removed units. shift: largest change of its bias. skipped: the reason, or empty."""
 
     name: str
     shift: float = 0.0
@@ -36,8 +36,8 @@ class Fold:
 
 
 @dataclass(frozen=True)
-class Folded:
-    """What `fold_means` did, layer by layer in the order of execution."""
+class FoldedMeans:
+    """The result of `fold_means`, layer by layer in the order of execution."""
 
     folds: tuple[Fold, ...]
 
@@ -48,26 +48,27 @@ class Folded:
 @recovery(source="An et al. 2024, arXiv:2312.11983; Ye et al. 2018, arXiv:1802.00124")
 def fold_means(
     small: nn.Module, dense: nn.Module, data: Iterable[Any], plan: Plan, *, loss: Loss | None = None
-) -> Folded:
+) -> FoldedMeans:
     """Add the mean contribution of the removed units to the bias of every layer that reads them, in place.
 
-    `b_i += sum_{j removed} W_ij * mean(x_j)`, with the weights and the activations of the dense model; of a convolution
-    the sum is over its kernel too. It is exact where the removed units are constant, as those whose normalisation has a
-    scale of 0 (`act(beta)`); behind a convolution with padding the border is off by what the padding does not add.
-    Data: batches, no labels, passed over once; a few hundred tokens (pixels) are enough.
+    `b_i += sum_{j removed} W_ij * mean(x_j)`, with the weights and the activations of the dense model; for a
+    convolution the sum is over the kernel too. The correction is exact for constant units, such as units with a
+    normalisation scale of 0 (`act(beta)`), except at the border of a convolution with padding, where fewer positions
+    add to the sum.
+    Data: batches, no labels, one pass; a few hundred tokens (pixels) are enough.
 
     small: the shrunk model, or the dense one with the plan's structure masked. loss: how to run a model on a batch; by
-    default it is called on it. A layer without a bias is named in the answer and left as it is, since a new bias would
-    change the keys of the state dict: a batch normalisation behind it can be recalibrated instead.
+    default the model is called on the batch. The result names every layer without a bias. Such a layer does not change:
+    a new bias would change the keys of the state dict. Recalibrate a batch normalisation after it instead.
 
-    Use: right after a cut by `fluctuation` or `activation_variance`, or of dead units; it costs one pass. Avoid: when
-    `reconstruct` follows: it refits the bias too.
+    Use: right after pruning by `fluctuation` or `activation_variance`, or of dead units; it costs one pass. Avoid:
+    before `reconstruct`, which refits the bias too.
     """
     data = list(data) if isinstance(data, Iterator) else data
     small_, dense_ = unwrap(small), unwrap(dense)
     with mode(small_, training=False), mode(dense_, training=False), torch.no_grad():
-        found = readers_of(small_, dense_, next(batches(data)), plan, loss)
-        readers = {item.dense: item for item in found if isinstance(item, Reader) and item.biased}
+        items = readers_of(small_, dense_, next(batches(data)), plan, loss)
+        readers = {item.dense: item for item in items if isinstance(item, Reader) and item.biased}
         means = _Means(readers)
         for batch in batches(data):
             means.begin()
@@ -75,13 +76,13 @@ def fold_means(
             with watch:
                 loss(dense_, batch) if loss else forward(dense_, batch)
             watch.finish()
-        folds = [_fold(item, means) for item in found]
+        folds = [_fold(item, means) for item in items]
         reapply_(small_)
-    return Folded(tuple(folds))
+    return FoldedMeans(tuple(folds))
 
 
 class _Means:
-    """Sums of what every matrix reads, and how many tokens each had."""
+    """For every matrix the sum of its inputs, and their number of tokens."""
 
     def __init__(self, readers: Mapping[nn.Parameter, Reader]) -> None:
         self.readers = readers
@@ -89,11 +90,11 @@ class _Means:
         self._calls: Counter[nn.Parameter] = Counter()
 
     def begin(self) -> None:
-        """Before a forward pass."""
+        """Start a forward pass."""
         self._calls.clear()
 
     def add(self, read: Read) -> None:
-        """One call of a layer."""
+        """Add the inputs of one call of a layer."""
         order = self.readers[read.weight].order
         part = order[self._calls[read.weight] % len(order)]
         self._calls[read.weight] += 1
@@ -107,20 +108,20 @@ def _fold(item: Reader | Skipped, means: _Means) -> Fold:
     if isinstance(item, Skipped):
         return Fold(item.name, skipped=item.why)
     if not item.biased:
-        return Fold(item.name, skipped="it has no bias that could take the constant")
+        return Fold(item.name, skipped="it has no bias for the constant")
     largest = 0.0
     for number, part in enumerate(item.parts):
         matrices = part.dense.matrices(item.dense.double())
         for piece in part.pieces:
             total, count = means.sums[item.dense, number, piece.dense]
-            # One sum for each input channel stands for all taps of a kernel.
+            # All taps of a kernel share the sum of their input channel.
             weight = matrices[piece.dense].reshape(-1, len(total), matrices.shape[2] // len(total)).sum(-1)
-            gone = ~piece.kept.view(len(total), -1)[:, 0].to(weight.device)
-            shift = weight @ (total / count * gone)
+            removed = ~piece.kept.view(len(total), -1)[:, 0].to(weight.device)
+            shift = weight @ (total / count * removed)
             shift = shift if piece.expected is None else shift[piece.expected.to(shift.device)]
             assert part.small.bias is not None  # the reader is biased
             bias = part.small.bias[piece.small]
-            places = torch.arange(len(shift)) if piece.rows is None else piece.rows
-            bias[places] = (bias[places].double() + shift).to(bias.dtype)
+            positions = torch.arange(len(shift)) if piece.rows is None else piece.rows
+            bias[positions] = (bias[positions].double() + shift).to(bias.dtype)
             largest = max(largest, float(shift.abs().max()) if len(shift) else 0.0)
     return Fold(item.name, largest)

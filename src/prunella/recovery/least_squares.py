@@ -1,4 +1,4 @@
-"""Ridge regression from running sums: nothing but `(in, in)` and `(in, out)` matrices is ever stored."""
+"""Ridge regression from running sums: only `(in, in)` and `(in, out)` matrices are stored."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Solution:
 class Sums:
     """Sums over tokens of inputs X `(tokens, in)`, residuals R and expected outputs Y `(tokens, out)`, in float64.
 
-    With `centred`, X is taken relative to the mean of its first batch, so that no digits are lost in large offsets.
+    With `centred`, X is relative to the mean of its first batch, so that large offsets cost no precision.
     """
 
     def __init__(self, *, centred: bool) -> None:
@@ -34,7 +34,7 @@ class Sums:
         self.squares = 0.0
 
     def add(self, x: Tensor, y: Tensor, residual: Tensor) -> None:
-        """Add tokens."""
+        """Add the tokens of one call."""
         x, y, residual = x.double(), y.double(), residual.double()
         if not self.tokens:
             self.x_origin = x.mean(0) if self.centred else x.new_zeros(x.shape[1])
@@ -76,10 +76,10 @@ class Sums:
             shift = self.r / self.tokens - (self.x_origin + self.x / self.tokens) @ change
         return Solution(change, shift, self.squares, max(after, 0.0), damping)
 
-    def error(self, found: Solution) -> float:
-        """`|R - X D - s|^2` of a solution of other sums on these tokens."""
-        shift = found.shift + self.x_origin @ found.change
-        explained = 2 * float((found.change * self.cross).sum())
-        explained -= float((found.change * (self.gram @ found.change)).sum())
-        offset = 2 * float((shift * (self.x @ found.change - self.r)).sum())
+    def error(self, solution: Solution) -> float:
+        """`|R - X D - s|^2` on these tokens, of a solution from other sums."""
+        shift = solution.shift + self.x_origin @ solution.change
+        explained = 2 * float((solution.change * self.cross).sum())
+        explained -= float((solution.change * (self.gram @ solution.change)).sum())
+        offset = 2 * float((shift * (self.x @ solution.change - self.r)).sum())
         return max(self.squares - explained + offset + self.tokens * float(shift.square().sum()), 0.0)

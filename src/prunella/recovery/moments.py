@@ -1,4 +1,4 @@
-"""Statistics correction: what recalibrating batch norms does, for networks that have none."""
+"""Statistics correction: the counterpart of `recalibrate_bn` for networks without batch norm."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from prunella.registry.method import recovery
 
 
 @dataclass(frozen=True)
-class _Place:
-    """A module with a weight and a bias: the axis of its outputs in what it returns, and how the weight is read.
+class _Layer:
+    """A module with a weight and a bias: the axis of its outputs, and how it reads the weight.
 
-    read: without the values of a run; None where the weight is a scale.
+    read: without the values of a run; None if the weight is a scale.
     """
 
     name: str
@@ -45,130 +45,130 @@ def correct_statistics(
     names: Sequence[str] = (),
     outputs: Outputs = forward,
 ) -> tuple[str, ...]:
-    """Give each output channel of some layers the mean and the variance that it has in the dense model, in place.
+    """Restore the mean and the variance of each output channel of some layers to those of the dense model, in place.
 
     `W_c <- W_c sd_c / sd'_c`, `b_c <- (b_c - mean'_c) sd_c / sd'_c + mean_c`, folded into the layer's own weight (or a
-    norm's scale) and bias, layer by layer in the order of execution, so that a layer is corrected for what the layers
-    before it became. A channel that is constant in the pruned model gets the mean alone. Zeros of the weight stay zero.
-    Returns the names of the layers corrected.
+    norm's scale) and bias, layer by layer in the order of execution, so that each correction accounts for the corrected
+    layers before it. A channel that is constant in the pruned model gets the mean alone. Zeros of the weight stay zero.
+    Returns the names of the corrected layers.
 
-    Data: batches without labels, passed over once per layer. plan: what was cut, if `model` is the shrunk one. names:
-    modules with weight and bias; by default every linear layer and convolution that has both. outputs: how to run
-    (model, batch). Layers in front of a batch norm need `recalibrate_bn` instead.
+    Data: batches without labels, one pass per layer. plan: the plan of the cut, if `model` is shrunk. names: modules
+    with weight and bias; by default every linear layer and convolution with both. outputs: how to run (model, batch).
+    Layers before a batch norm need `recalibrate_bn` instead.
 
-    `CheckFailed` if a statistic is not finite: no layer after the one named was changed.
+    `CheckFailed` names a layer with a statistic that is not finite: later layers did not change.
 
-    Use: for masked or shrunk transformers and other networks without batch norm, when there is no time to train.
-    Avoid: with a few dozen samples, whose variance is noise; before `reconstruct`, which undoes it.
+    Use: masked or shrunk transformers and other networks without batch norm, without time to train. Avoid: a few dozen
+    samples, whose variance is noise; before `reconstruct`, which overwrites the correction.
     """
     model, dense = unwrap(model), unwrap(dense)
     with mode(model, training=False), mode(dense, training=False), torch.no_grad():
-        places = _places(model, names, next(batches(data)), outputs)
-        for place in places:
-            wanted = _moments(dense, place, data, outputs)
-            found = _moments(model, place, data, outputs)
-            _correct_(place, _kept(wanted, place, plan), found)
+        layers = _layers(model, names, next(batches(data)), outputs)
+        for layer in layers:
+            expected = _moments(dense, layer, data, outputs)
+            actual = _moments(model, layer, data, outputs)
+            _correct_(layer, _kept_statistics(expected, layer, plan), actual)
             reapply_(model)
-    return tuple(place.name for place in places)
+    return tuple(layer.name for layer in layers)
 
 
-def _places(model: nn.Module, names: Sequence[str], batch: Any, outputs: Outputs) -> list[_Place]:
-    """The layers asked for in the order in which they first run."""
-    owners = {name: module for name, module in model.named_modules() if _has_both(module)}
+def _layers(model: nn.Module, names: Sequence[str], batch: Any, outputs: Outputs) -> list[_Layer]:
+    """The requested layers in the order of their first calls."""
+    owners = {name: module for name, module in model.named_modules() if _has_weight_and_bias(module)}
     unknown = [name for name in names if name not in owners]
     if unknown:
         raise RequestError(
-            f"{unknown[0]!r} is no module with a weight and a bias", "both take the correction", "see named_modules()"
+            f"{unknown[0]!r} is no module with a weight and a bias", "the correction needs both", "see named_modules()"
         )
     reads: dict[int, tuple[int, Read]] = {}
     ran: list[str] = []
     weights = [module.weight for module in owners.values()]
 
-    def see(read: Read) -> None:
+    def record(read: Read) -> None:
         if read.whole and read.form.output_axis is not None:
             reads.setdefault(id(read.weight), (read.form.output_axis, read.bare))
 
     handles = [m.register_forward_hook(lambda *_, n=n: ran.append(n)) for n, m in owners.items()]
     try:
-        with Watch(weights, see) as watch:
+        with Watch(weights, record) as watch:
             outputs(model, batch)
             watch.finish()
     finally:
         for handle in handles:
             handle.remove()
-    found = []
+    layers = []
     for name in dict.fromkeys(ran):
         module = owners[name]
-        known = reads.get(id(module.weight))
-        if known is not None:
-            found.append(_Place(name, module.weight, module.bias, *known))
+        axis_and_read = reads.get(id(module.weight))
+        if axis_and_read is not None:
+            layers.append(_Layer(name, module.weight, module.bias, *axis_and_read))
         elif name in names:
             if module.weight.dim() != 1:
                 why = str(watch.others.get(id(module.weight), "nothing reads its weight as a matrix"))
                 raise RequestError(f"{name} cannot be corrected", why)
-            found.append(_Place(name, module.weight, module.bias, -1 if hasattr(module, "normalized_shape") else 1))
-    return [place for place in found if not names or place.name in names]
+            layers.append(_Layer(name, module.weight, module.bias, -1 if hasattr(module, "normalized_shape") else 1))
+    return [layer for layer in layers if not names or layer.name in names]
 
 
-def _has_both(module: nn.Module) -> bool:
+def _has_weight_and_bias(module: nn.Module) -> bool:
     weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
     return weight is not None and bias is not None and bias.dim() == 1 and bias.numel() in weight.shape
 
 
-def _moments(model: nn.Module, place: _Place, data: Iterable[Any], outputs: Outputs) -> Moments:
-    found = Moments()
+def _moments(model: nn.Module, layer: _Layer, data: Iterable[Any], outputs: Outputs) -> Moments:
+    moments = Moments()
 
-    def look(module: nn.Module, arguments: Any, output: Any) -> None:
-        value = first_tensor(output).movedim(place.axis, -1)
-        found.add(value.reshape(-1, value.shape[-1]))
+    def observe(module: nn.Module, arguments: Any, output: Any) -> None:
+        value = first_tensor(output).movedim(layer.axis, -1)
+        moments.add(value.reshape(-1, value.shape[-1]))
 
-    with _hooked(model.get_submodule(place.name), look):
+    with _hooked(model.get_submodule(layer.name), observe):
         for batch in batches(data):
             outputs(model, batch)
-    return found
+    return moments
 
 
 @contextmanager
-def _hooked(module: nn.Module, look: Any) -> Iterator[None]:
-    handle = module.register_forward_hook(look)
+def _hooked(module: nn.Module, hook: Any) -> Iterator[None]:
+    handle = module.register_forward_hook(hook)
     try:
         yield
     finally:
         handle.remove()
 
 
-def _kept(moments: Moments, place: _Place, plan: Plan | None) -> tuple[Tensor, Tensor]:
+def _kept_statistics(moments: Moments, layer: _Layer, plan: Plan | None) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of the dense channels that the small model has."""
     mean, deviation = _mean(moments), _deviation(moments)
-    cut = plan.cuts.get(f"{place.name}.bias", {}).get(0) if plan is not None else None
-    if cut is not None and len(mean) != len(place.bias):
-        mean, deviation = mean[cut.to(mean.device)], deviation[cut.to(mean.device)]
-    if len(mean) != len(place.bias):
+    kept = plan.cuts.get(f"{layer.name}.bias", {}).get(0) if plan is not None else None
+    if kept is not None and len(mean) != len(layer.bias):
+        mean, deviation = mean[kept.to(mean.device)], deviation[kept.to(mean.device)]
+    if len(mean) != len(layer.bias):
         raise RequestError(
-            f"{place.name} has {len(place.bias)} outputs, {len(mean)} in the dense model",
+            f"{layer.name} has {len(layer.bias)} outputs, {len(mean)} in the dense model",
             "its outputs were cut",
             "pass plan=",
         )
     return mean, deviation
 
 
-def _correct_(place: _Place, wanted: tuple[Tensor, Tensor], moments: Moments) -> None:
+def _correct_(layer: _Layer, expected: tuple[Tensor, Tensor], moments: Moments) -> None:
     mean, deviation = _mean(moments), _deviation(moments)
-    constant = deviation <= torch.finfo(place.weight.dtype).eps * mean.abs()
-    ratio = torch.where(constant, 1.0, wanted[1] / deviation.masked_fill(constant, 1.0))
-    shift = wanted[0] - mean * ratio
+    constant = deviation <= torch.finfo(layer.weight.dtype).eps * mean.abs()
+    ratio = torch.where(constant, 1.0, expected[1] / deviation.masked_fill(constant, 1.0))
+    shift = expected[0] - mean * ratio
     if not bool(torch.isfinite(ratio + shift).all()):
         raise CheckFailed(
-            f"the outputs of {place.name} are not finite on the calibration data",
+            f"the outputs of {layer.name} are not finite on the calibration data",
             "the model or the data holds NaN or infinity",
             "check the weights before correcting",
         )
-    if place.read is None:
-        place.weight.copy_(place.weight.double() * ratio)
+    if layer.read is None:
+        layer.weight.copy_(layer.weight.double() * ratio)
     else:
-        matrices = place.read.matrices(place.weight.double())
-        place.read.write_(matrices * ratio.reshape(len(matrices), -1, 1))
-    place.bias.copy_(place.bias.double() * ratio + shift)
+        matrices = layer.read.matrices(layer.weight.double())
+        layer.read.write_(matrices * ratio.reshape(len(matrices), -1, 1))
+    layer.bias.copy_(layer.bias.double() * ratio + shift)
 
 
 def _mean(moments: Moments) -> Tensor:

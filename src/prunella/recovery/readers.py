@@ -23,10 +23,10 @@ Axes = Mapping[int, Tensor]
 
 @dataclass(frozen=True)
 class Piece:
-    """One matrix of a weight: its number in the dense and in the small model, and what of it takes part.
+    """One matrix of a weight: its number in the dense and in the small model, and its kept rows and columns.
 
-    columns, rows: of the small matrix (None: all). expected: the rows of the dense matrix that they stand for (None:
-    all). kept: which columns of the dense matrix are left.
+    columns, rows: kept positions of the small matrix (None: all). expected: the corresponding rows of the dense matrix
+    (None: all). kept: mask of the kept columns of the dense matrix.
     """
 
     dense: int
@@ -39,7 +39,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class Part:
-    """A part of a weight that is read in one way, in both models, without the values of a run; and its matrices."""
+    """A part of a weight with its matrices, and how each model reads it, without the values of a run."""
 
     dense: Read
     small: Read
@@ -48,7 +48,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Reader:
-    """A weight that reads a pruned axis. order: of each call in a forward pass, the part that it reads."""
+    """A weight that reads a pruned axis. order: for each call in a forward pass, the part that the call reads."""
 
     name: str
     dense: nn.Parameter
@@ -64,7 +64,7 @@ class Reader:
 
 @dataclass(frozen=True)
 class Skipped:
-    """A weight that reads a pruned axis and is left as it is, and why."""
+    """A weight that reads a pruned axis but is not refitted, with the reason."""
 
     name: str
     why: str
@@ -72,7 +72,7 @@ class Skipped:
 
 @dataclass(frozen=True)
 class _Candidate:
-    """A weight that may be a reader, before the small model has run: the axes of both models that take part."""
+    """A weight that may be a reader, before the small model has run. axes, left: kept positions in both models."""
 
     name: str
     dense: nn.Parameter
@@ -82,30 +82,35 @@ class _Candidate:
 
 
 def readers_of(small: nn.Module, dense: nn.Module, batch: Any, plan: Plan, loss: Loss | None) -> list[Reader | Skipped]:
-    """Every weight that reads a cut axis in the order of execution. Both models run on the batch once."""
+    """Every weight that reads a pruned axis, in the order of execution. Both models run on the batch once."""
     named = dict(dense.named_parameters(remove_duplicate=False))
     cut = {named[name]: (name, axes) for name, axes in plan.cuts.items() if name in named and named[name].dim() > 1}
     seen, others = _run(dense, list(cut), batch, loss)
-    new = renamed(dense, plan.dropped)
-    found: list[_Candidate | Skipped] = []
+    new_names = renamed(dense, plan.dropped)
+    entries: list[_Candidate | Skipped] = []
     for weight, reads in seen.items():
         name, axes = cut[weight]
-        if name in new and any(_reads_along(read, axis) for axis in axes for read in reads):
+        if name in new_names and any(_reads_along(read, axis) for axis in axes for read in reads):
             reason = _unfit(reads, others.get(id(weight)))
-            found.append(Skipped(name, reason) if reason else _candidate(small, weight, name, axes, new))
+            entries.append(Skipped(name, reason) if reason else _candidate(small, weight, name, axes, new_names))
     for weight, (name, _) in cut.items():
         other = others.get(id(weight))
-        if weight not in seen and name in new and other is not None and not other.operation.startswith("embedding"):
-            found.append(Skipped(name, str(other)))
-    wanted = [item.small for item in found if isinstance(item, _Candidate)]
-    now = _run(small, wanted, batch, loss)[0] if wanted else {}
-    return [i if isinstance(i, Skipped) else _reader(i, seen[i.dense], now.get(i.small, [])) for i in found]
+        if (
+            weight not in seen
+            and name in new_names
+            and other is not None
+            and not other.operation.startswith("embedding")
+        ):
+            entries.append(Skipped(name, str(other)))
+    weights = [item.small for item in entries if isinstance(item, _Candidate)]
+    small_reads = _run(small, weights, batch, loss)[0] if weights else {}
+    return [i if isinstance(i, Skipped) else _reader(i, seen[i.dense], small_reads.get(i.small, [])) for i in entries]
 
 
 def _run(
     model: nn.Module, weights: Sequence[nn.Parameter], batch: Any, loss: Loss | None
 ) -> tuple[dict[nn.Parameter, list[Read]], dict[int, Unread]]:
-    """The reads of one pass, without their values, by weight."""
+    """For each weight the reads of one pass, without their values."""
     seen: dict[nn.Parameter, list[Read]] = {}
     watch = Watch(weights, lambda read: seen.setdefault(read.weight, []).append(read.bare))
     with watch:
@@ -115,7 +120,7 @@ def _run(
 
 
 def _reads_along(read: Read, axis: int) -> bool:
-    """Whether positions of an axis of the weight are columns of its matrices."""
+    """Whether the positions of this axis of the weight are columns of its matrices."""
     first = torch.zeros(read.weight.shape, dtype=torch.bool)
     first.select(axis, 0).fill_(True)
     matrices = read.matrices(first)
@@ -129,7 +134,7 @@ def _unfit(reads: Sequence[Read], other: Unread | None) -> str:
 
 
 def _kind(read: Read) -> tuple[object, ...]:
-    """Equal for two reads of the same matrices with the same bias, turned or not."""
+    """A key that is equal for two reads of the same matrices with the same bias, transposed or not."""
     bias = None if read.bias is None else read.bias.data_ptr()
     matrices = read.matrices()
     if matrices.data_ptr() == read.view.of(read.weight).data_ptr():  # a view
@@ -138,12 +143,12 @@ def _kind(read: Read) -> tuple[object, ...]:
 
 
 def _kinds(reads: Sequence[Read]) -> list[Read]:
-    """One read of each part of a weight, way of reading it, and bias."""
+    """One read for each key of `_kind`."""
     return list({_kind(read): read for read in reversed(reads)}.values())[::-1]
 
 
 def _overlap(reads: Sequence[Read]) -> bool:
-    """Whether some weights are in several of these parts."""
+    """Whether some weights are read by several of these reads."""
     if len(reads) == 1:
         return False
     weight = reads[0].weight
@@ -154,32 +159,32 @@ def _overlap(reads: Sequence[Read]) -> bool:
 
 
 def _candidate(
-    small: nn.Module, dense: nn.Parameter, name: str, axes: Axes, new: Mapping[str, str]
+    small: nn.Module, dense: nn.Parameter, name: str, axes: Axes, new_names: Mapping[str, str]
 ) -> _Candidate | Skipped:
-    """A weight by its name in the dense model; `new` has its name in the small one."""
+    """The candidate of this name in the dense model. new: its name in the small model."""
     named = dict(small.named_parameters(remove_duplicate=False))
-    if new[name] not in named:
+    if new_names[name] not in named:
         raise RequestError(
-            f"the small model has no parameter {name!r}", "it was made from another model", "pass plan's own model"
+            f"the small model has no parameter {name!r}", "it was made from another model", "pass the model of the plan"
         )
-    weight = named[new[name]]
-    places = {axis: _positions(name, axis, dense, weight, axes.get(axis)) for axis in range(dense.dim())}
-    left = {axis: kept for axis, kept in places.items() if kept is not None}
-    mask = masks_of(small).get(new[name])
+    weight = named[new_names[name]]
+    positions = {axis: _positions(name, axis, dense, weight, axes.get(axis)) for axis in range(dense.dim())}
+    left = {axis: kept for axis, kept in positions.items() if kept is not None}
+    mask = masks_of(small).get(new_names[name])
     if mask is not None and not bool(_select(mask, left).all()):
-        return Skipped(name, "single weights of it are masked, and a refit would fill them")
+        return Skipped(name, "it has masks of single weights, and a refit would fill them")
     return _Candidate(name, dense, weight, axes, left)
 
 
 def _positions(name: str, axis: int, dense: Tensor, small: Tensor, kept: Tensor | None) -> Tensor | None:
-    """Positions of the small weight that take part: all if the axis was cut physically, the kept ones if masked."""
+    """Kept positions of the small weight: None (all) if the axis was cut physically, the plan's if it is masked."""
     full, size = dense.shape[axis], small.shape[axis]
     left = full if kept is None else kept.numel()
     if size not in (full, left):
         raise RequestError(
             f"axis {axis} of {name} has {size} positions in the small model, {full} in the dense one",
             f"the plan keeps {left}",
-            "pass the plan that the small model was made with",
+            "pass the plan of the small model",
         )
     return kept if size != left else None
 
@@ -204,29 +209,31 @@ def _reader(item: _Candidate, dense: Sequence[Read], small: Sequence[Read]) -> R
 
 
 def _mask(weight: Tensor, axes: Axes) -> Mask:
-    """Which weights are left."""
+    """True at the kept weights."""
     mask = torch.ones(weight.shape, dtype=torch.bool)
     for axis, kept in axes.items():
-        gone = torch.ones(weight.shape[axis], dtype=torch.bool)
-        gone[kept.cpu()] = False
-        mask.movedim(axis, 0)[gone] = False
+        removed = torch.ones(weight.shape[axis], dtype=torch.bool)
+        removed[kept.cpu()] = False
+        mask.movedim(axis, 0)[removed] = False
     return mask
 
 
 def _pieces(name: str, dense: Read, small: Read, masks: tuple[Mask, Mask]) -> tuple[Piece, ...]:
-    """The matrices of which something is left, those of the dense model beside those of the small one."""
-    old, now = (
+    """The matrices with kept weights: each of the dense model with its counterpart in the small one."""
+    dense_parts, small_parts = (
         [(k, m.any(1), m.any(0)) for k, m in enumerate(read.matrices(mask)) if bool(m.any())]
         for read, mask in zip((dense, small), masks, strict=True)
     )
-    if [(int(a.sum()), int(b.sum())) for _, a, b in old] != [(int(a.sum()), int(b.sum())) for _, a, b in now]:
-        raise CheckFailed(f"{name} is read as other matrices in the small model than in the dense one", "", "")
+    if [(int(a.sum()), int(b.sum())) for _, a, b in dense_parts] != [
+        (int(a.sum()), int(b.sum())) for _, a, b in small_parts
+    ]:
+        raise CheckFailed(f"{name} is read as different matrices in the small model and in the dense one", "", "")
     return tuple(
-        Piece(k, j, _some(columns), _some(rows), _some(wanted), kept)
-        for (k, wanted, kept), (j, rows, columns) in zip(old, now, strict=True)
+        Piece(k, j, _positions_of(columns), _positions_of(rows), _positions_of(expected), kept)
+        for (k, expected, kept), (j, rows, columns) in zip(dense_parts, small_parts, strict=True)
     )
 
 
-def _some(mask: Mask) -> Tensor | None:
-    """The positions that are True, None if all are."""
+def _positions_of(mask: Mask) -> Tensor | None:
+    """The positions that are True, or None if all are."""
     return None if bool(mask.all()) else mask.nonzero()[:, 0]

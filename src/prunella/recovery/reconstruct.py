@@ -1,4 +1,4 @@
-"""Recover without labels: refit the layers that read a pruned axis so that they answer as the dense layers did."""
+"""Recovery without labels: least-squares refit of the layers that read a pruned axis to the outputs of dense layers."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 class Fit:
     """One layer: relative output errors `|Y - Y'| / |Y - mean Y|` before and after, on the calibration data.
 
-    damping: what was added to the diagonal, relative to its mean. skipped: why the layer was left alone, or empty.
+    damping: the addition to the diagonal, relative to its mean. skipped: why the layer was not refitted, or empty.
     """
 
     name: str
@@ -49,7 +49,7 @@ class Fit:
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """What `reconstruct` did, layer by layer in the order of execution."""
+    """The result of `reconstruct`, layer by layer in the order of execution."""
 
     fits: tuple[Fit, ...]
 
@@ -58,9 +58,9 @@ class Reconstruction:
 
 
 Gathered = dict[tuple[int, int], Sums]
-"""Part of a weight and matrix in it -> the sums of its inputs and outputs."""
+"""Number of the part of a weight, number of the matrix in the part -> the sums of its inputs and outputs."""
 OnFit = Callable[[Fit, int, int], None]
-"""Called after each layer with its fit, how many are done, and how many there are."""
+"""Called after each layer with its fit, the number of finished layers, and the number of all layers."""
 
 
 @recovery(
@@ -80,21 +80,21 @@ def reconstruct(
 
     `min over D, b of |Y - X (W + D)^T - b|^2 + ridge * mean(diag(X^T X)) * |D|^2`, with X the inputs that the layer has
     in the small model and Y the outputs of the dense layer for the same batch, so that each layer compensates the
-    errors made before it. Where the output is added to something, as to a residual stream, the sum is fitted to the sum
-    in the dense model: the layer also makes up for the error that the stream carries by then. The penalty pulls toward
-    the weights the layer has: directions that `data` does not show stay as they are. A layer with a bias is fitted on
-    centred inputs and its bias refitted. Sums are gathered batch by batch in float64, no activations are stored. Where
-    the matrix is singular the damping grows, and the report says so.
+    errors of earlier layers. If the output is added to a residual stream, the sum is fitted to the sum in the dense
+    model: the layer then also compensates the error of the stream. The penalty keeps the solution near the present
+    weights: directions that `data` does not contain do not change. A layer with a bias is fitted on centred inputs, and
+    its bias is refitted. Sums are gathered batch by batch in float64, and no activations are stored. For a singular
+    matrix the damping grows; the result reports the damping.
 
-    small: the shrunk model, or the dense one with the plan's structure masked (what is masked stays zero).
-    data: batches, no labels; best a few times more tokens (or pixels) than a layer has inputs. Passed over once per
-    layer: a single pass would be blind to what the fits before a layer changed, and harms deep networks.
-    loss: how to run a model on one batch; by default it is called on the batch. ridge: from 0 up, 1e-3 to 1e-1 is
-    usual; with fewer tokens than about twice the inputs of a layer, small values fit noise.
+    small: the shrunk model, or the dense one with the plan's structure masked (masked weights stay zero).
+    data: batches, no labels; best a few times more tokens (or pixels) than a layer has inputs. One pass per layer: a
+    single pass for all layers would not see the changes of earlier fits, and harms deep networks.
+    loss: how to run a model on one batch; by default the model is called on the batch. ridge: from 0 up, 1e-3 to 1e-1
+    is usual; with fewer tokens than about twice the inputs of a layer, small values fit noise.
 
     Every operation of `prunella.model.reads` is refitted: linear layers, matrix products, einsum, convolutions of all
-    kinds (each group by itself), `nn.MultiheadAttention`. The report names what was skipped and why: weights masked one
-    by one, tied weights that are read in two ways, recurrent layers.
+    kinds (each group by itself), `nn.MultiheadAttention`. The result names skipped weights and the reasons: masks of
+    single weights, tied weights that are read in two ways, recurrent layers.
 
     Example:
 
@@ -107,7 +107,7 @@ def reconstruct(
         >>> [(fit.name, fit.after <= fit.before) for fit in fitted.fits]
         [('2.weight', True)]
 
-    Use: before any training, and in its place when there are no labels and little time. Avoid: fewer tokens than about
+    Use: before any training, or instead of training with no labels and little time. Avoid: fewer tokens than about
     twice a layer's inputs.
     """
     if not ridge >= 0:
@@ -116,20 +116,20 @@ def reconstruct(
         )
     small_, dense_ = unwrap(small), unwrap(dense)
     with mode(small_, training=False), mode(dense_, training=False), torch.no_grad():
-        found = readers_of(small_, dense_, next(batches(data)), plan, loss)
-        readers = [item for item in found if isinstance(item, Reader)]
-        fits = {item.name: Fit(item.name, skipped=item.why) for item in found if isinstance(item, Skipped)}
+        items = readers_of(small_, dense_, next(batches(data)), plan, loss)
+        readers = [item for item in items if isinstance(item, Reader)]
+        fits = {item.name: Fit(item.name, skipped=item.why) for item in items if isinstance(item, Skipped)}
         for done, reader in enumerate(readers, start=1):
             fits[reader.name] = _refit(reader, _gather(reader, small_, dense_, data, loss), ridge)
             log.info("%s", fits[reader.name])
             if on_fit:
                 on_fit(fits[reader.name], done, len(readers))
         reapply_(small_)
-    return Reconstruction(tuple(fits[item.name] for item in found))
+    return Reconstruction(tuple(fits[item.name] for item in items))
 
 
 def _gather(reader: Reader, small: nn.Module, dense: nn.Module, data: Iterable[Any], loss: Loss | None) -> Gathered:
-    """One pass over the data through both models, each stopped as soon as the layer has run."""
+    """One pass over the data through both models; each forward pass stops as soon as the layer has run."""
     sums = {
         (number, piece): Sums(centred=part.small.bias is not None)
         for number, part in enumerate(reader.parts)
@@ -137,21 +137,21 @@ def _gather(reader: Reader, small: nn.Module, dense: nn.Module, data: Iterable[A
     }
     for batch in batches(data):
         expected = _reads(dense, batch, loss, reader.dense, len(reader.order))
-        given = _reads(small, batch, loss, reader.small, len(reader.order))
-        if len(expected) > len(given):
+        actual = _reads(small, batch, loss, reader.small, len(reader.order))
+        if len(expected) > len(actual):
             raise CheckFailed("the small model did not run every layer that the dense one ran", "", "")
-        for number, part in enumerate(reader.order[: len(given)]):
-            for at, piece in enumerate(reader.parts[part].pieces):
-                _add(sums[part, at], reader.name, piece, given[number], expected[number : number + 1])
+        for number, part in enumerate(reader.order[: len(actual)]):
+            for index, piece in enumerate(reader.parts[part].pieces):
+                _add(sums[part, index], reader.name, piece, actual[number], expected[number : number + 1])
     return sums
 
 
 def _reads(model: nn.Module, batch: Any, loss: Loss | None, weight: nn.Parameter, calls: int) -> list[Read]:
-    found: list[Read] = []
+    reads: list[Read] = []
 
     def keep(read: Read) -> None:
-        found.append(read)
-        if len(found) == calls:
+        reads.append(read)
+        if len(reads) == calls:
             raise Stop
 
     watch = Watch([weight], keep)
@@ -159,22 +159,22 @@ def _reads(model: nn.Module, batch: Any, loss: Loss | None, weight: nn.Parameter
         with watch:
             loss(model, batch) if loss else forward(model, batch)
         watch.finish()
-    return found
+    return reads
 
 
 def _add(sums: Sums, name: str, piece: Piece, read: Read, expected: Sequence[Read]) -> None:
     """Add one call of one matrix: its inputs in the small model, its outputs in both."""
     outputs = read.rows(piece.small, piece.rows)
-    wanted = expected[0].rows(piece.dense, piece.expected) if expected else outputs[:0]
-    if wanted.shape != outputs.shape:
+    expected_outputs = expected[0].rows(piece.dense, piece.expected) if expected else outputs[:0]
+    if expected_outputs.shape != outputs.shape:
         raise CheckFailed(
-            f"{name} answers with other shapes in the small model than in the dense one",
-            f"{tuple(outputs.shape)} against {tuple(wanted.shape) if expected else 'nothing'}",
+            f"{name} has different output shapes in the small model and in the dense one",
+            f"{tuple(outputs.shape)} against {tuple(expected_outputs.shape) if expected else 'nothing'}",
             "reconstruction compares the same tokens on both sides",
         )
-    y = wanted.double()
+    y = expected_outputs.double()
     if read.residual is not None and expected[0].residual is not None:
-        # The sum is what goes on: the layer makes up for the error that is already in the other summand.
+        # The next layers read the sum: the layer compensates the error in the residual too.
         y = y + expected[0].rows(piece.dense, piece.expected, residual=True)
         y = y - read.rows(piece.small, piece.rows, residual=True)
     gap = y - outputs.double()
@@ -183,7 +183,7 @@ def _add(sums: Sums, name: str, piece: Piece, read: Read, expected: Sequence[Rea
 
 
 def _refit(reader: Reader, gathered: Gathered, ridge: float) -> Fit:
-    """Solve every matrix, and write those whose error falls."""
+    """Solve for every matrix, and write the solutions that reduce the error."""
     if not all(sums.finite for sums in gathered.values()):
         raise CheckFailed(
             f"the inputs or outputs of {reader.name} are not finite on the calibration data",
@@ -192,30 +192,30 @@ def _refit(reader: Reader, gathered: Gathered, ridge: float) -> Fit:
         )
     scale = math.sqrt(sum(sums.variation for sums in gathered.values())) or 1.0
     before, after, damping = 0.0, 0.0, 0.0
-    for (number, at), sums in gathered.items():
+    for (number, index), sums in gathered.items():
         solution = sums.solve(ridge)
         part, better = reader.parts[number], math.sqrt(solution.after) / scale < math.sqrt(solution.before) / scale
         before, after = before + solution.before, after + (solution.after if better else solution.before)
         damping = max(damping, solution.damping)
         if better:
-            _write(part.small, part.pieces[at], solution)
+            _write(part.small, part.pieces[index], solution)
     tokens = max(sums.tokens for sums in gathered.values())
     return Fit(reader.name, tokens, math.sqrt(before) / scale, math.sqrt(after) / scale, damping)
 
 
 def _write(read: Read, piece: Piece, solution: Solution) -> None:
-    """Add the change to the block of the matrix that takes part, and the shift to its bias."""
+    """Add the change to the kept block of the matrix, and the shift to its bias."""
     matrices = read.matrices().clone()
     matrix = matrices[piece.small]
-    rows = _places(piece.rows, len(matrix), matrix.device)
-    columns = _places(piece.columns, matrix.shape[1], matrix.device)
-    place = rows[:, None], columns[None, :]
-    matrix[place] = (matrix[place].double() + solution.change.T).to(matrix.dtype)
+    rows = _indices(piece.rows, len(matrix), matrix.device)
+    columns = _indices(piece.columns, matrix.shape[1], matrix.device)
+    block = rows[:, None], columns[None, :]
+    matrix[block] = (matrix[block].double() + solution.change.T).to(matrix.dtype)
     read.write_(matrices)
     if read.bias is not None:
         bias = read.bias[piece.small]
         bias[rows] = (bias[rows].double() + solution.shift).to(bias.dtype)
 
 
-def _places(positions: Tensor | None, size: int, device: torch.device) -> Tensor:
+def _indices(positions: Tensor | None, size: int, device: torch.device) -> Tensor:
     return torch.arange(size, device=device) if positions is None else positions.to(device)

@@ -30,7 +30,7 @@ HOMES = (
     "llm.streaming",
     "tokens",
     "metrics",
-    "experiments.pareto",
+    "experiments.pareto_experiment",
 )
 _ORDER = get_args(MethodKind)
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from prunella.compress.storage import Format, Stored, decode, encode
+from prunella.compress.storage import StorageFormat, Stored, decode, encode
 from prunella.errors import BadInput, RequestError
 from prunella.io.artifact import (
     BUFFERS,
@@ -148,7 +148,7 @@ def _packed(inner: Path, folder: Path, layers: Sequence[str]) -> _Names:
     for name in layers:
         full = f"{name}.weight" if name else "weight"
         weight = tensors.pop(full)
-        parts, entry = encode(weight, Format.BITMASK).parts, described.pop(full)
+        parts, entry = encode(weight, StorageFormat.BITMASK).parts, described.pop(full)
         shapes[full] = list(entry["shape"])
         for part, value in parts.items():
             tensors[f"{full}.{part}"] = value
@@ -227,7 +227,7 @@ def _unpacked(folder: Path, manifest: Fields, entry: _Entry) -> State:
         values, bits = tensors.pop(f"{name}.values", None), tensors.pop(f"{name}.bits", None)
         if values is None or bits is None or name in tensors:
             raise BadInput(f"{folder} is not complete", f"values or bits of {name!r} are missing", "write it again")
-        tensors[name] = decode(Stored(Format.BITMASK, shape, values.dtype, {"values": values, "bits": bits}))
+        tensors[name] = decode(Stored(StorageFormat.BITMASK, shape, values.dtype, {"values": values, "bits": bits}))
     return State(tensors, state.ties, state.transient)
 
 

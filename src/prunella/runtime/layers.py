@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from prunella.compress.storage import Format, encode
+from prunella.compress.storage import StorageFormat, encode
 from prunella.errors import RequestError
 from prunella.runtime import operators
 from prunella.runtime.kernels import library
@@ -44,7 +44,7 @@ def canonical(weight: Tensor) -> tuple[nn.Parameter, Tensor]:
     """The canonical form of a matrix: the values that are not zero, and one bit for each weight."""
     if not weight.numel() or weight.dim() != 2:
         raise RequestError(f"a weight of shape {tuple(weight.shape)} has no zeros to skip", "a matrix is needed")
-    parts = encode(weight, Format.BITMASK).parts
+    parts = encode(weight, StorageFormat.BITMASK).parts
     return nn.Parameter(parts["values"].clone(), requires_grad=False), parts["bits"]
 
 

@@ -1,7 +1,7 @@
-"""Searches for how much each group gives, by what a user's evaluation says of really cut models.
+"""Searches for the sparsity of each group, by the user's evaluation of pruned models.
 
-All of them work on a `Space`, made once from model and recipe, and return `Found`, whose `allocation` goes back into a
-`Recipe`: the plan then meets its target exactly, is proven, and can be written to a file.
+All searches work on a `Space`, which is made once from model and recipe, and return a `SearchResult`. Its `allocation`
+goes into a `Recipe`: the plan then meets its target exactly, is verified, and can be saved.
 """
 
 from prunella.search.evolve import evolve as evolve
@@ -19,16 +19,16 @@ from prunella.search.objective import agreement as agreement
 from prunella.search.objective import amc_reward as amc_reward
 from prunella.search.scan import Scan as Scan
 from prunella.search.scan import scan as scan
-from prunella.search.space import Found as Found
+from prunella.search.space import SearchResult as SearchResult
 from prunella.search.space import Space as Space
 from prunella.search.space import space as space
 
 __all__ = [
-    "Found",
     "LatencyTable",
     "Levels",
     "Option",
     "Scan",
+    "SearchResult",
     "Space",
     "agreement",
     "amc_reward",

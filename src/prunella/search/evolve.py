@@ -1,4 +1,4 @@
-"""Evolutionary search by Optuna (extra `search`): under a budget, or the whole front of quality against cost."""
+"""Evolutionary search by Optuna (extra `search`): under a budget, or for the Pareto front of quality and cost."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from typing import Any
 from prunella.errors import MissingExtra, RequestError, TargetMissed
 from prunella.io.files import make_folder
 from prunella.registry.method import search
-from prunella.search.space import Evaluate, Found, Predict, Space
+from prunella.search.space import Evaluate, Predict, SearchResult, Space
 from prunella.targets import Target
 
-MOST_GONE = 0.95
+MAX_REMOVED = 0.95
 
 
 @search(source="Deb et al. 2002, doi:10.1109/4235.996017; Akiba et al. 2019, arXiv:1907.10902")
@@ -28,19 +28,19 @@ def evolve(
     storage: str | os.PathLike[str] | None = None,
     predict: Predict | None = None,
     seed: int = 0,
-) -> Found:
-    """Evolve how much each group gives, every candidate exactly within the budget.
+) -> SearchResult:
+    """Evolve the sparsity of each group; every candidate meets the budget exactly.
 
-    A candidate is one number in [0, 1] for each group; they are scaled by one factor until the target is just met, as
-    `fixed` does in a plan, so that no trial is lost on models that are too large or too small. The first is uniform.
-    `value = max evaluate(cut model)`, by NSGA-II with one objective.
+    A candidate is one number in [0, 1] for each group. One factor scales all numbers until the target is just met, as
+    `fixed` does in a plan, so that no trial is wasted on models that are too large or too small. The first candidate is
+    uniform. `value = max evaluate(cut model)`, by NSGA-II with one objective.
 
-    trials: in the whole study, shared by all processes. storage: an SQLite file, or the URL of a database
-    (`postgresql+psycopg://user@host/name`) that processes and machines share: start the same call in each; none for
-    this process alone. A study goes on where it was. predict: as in `knapsack`. seed: of this process's sampler;
-    processes that share a study need different ones, and their order then decides what is found.
+    trials: in the whole Optuna study, over all processes. storage: an SQLite file, or the URL of a database
+    (`postgresql+psycopg://user@host/name`) that processes and machines share: start the same call in each; None for
+    this process alone. A stored study is resumed. predict: as in `knapsack`. seed: of this process's sampler; processes
+    that share a study need different seeds, and the result then depends on their order.
 
-    Use: many groups that depend on each other, and an evaluation of seconds. Avoid: fewer than some fifty evaluations:
+    Use: many groups that depend on each other, and an evaluation of seconds. Avoid: fewer than about fifty evaluations:
     take `knapsack` or `netadapt`.
     """
     cost = predict or partial(space.cost, target)
@@ -49,7 +49,7 @@ def evolve(
         counts = space.scaled(_suggested(trial, space), target, predict)
         if counts is None:
             raise TargetMissed(
-                f"{target} cannot be met", "all that may go is not enough", "lower min_density=, skip less"
+                f"{target} cannot be met", "removing all prunable units is not enough", "lower min_density=, skip less"
             )
         trial.set_user_attr("counts", list(counts))
         trial.set_user_attr("cost", cost(counts))
@@ -59,7 +59,7 @@ def evolve(
         done = _run(study, objective, trials)
         best = study.best_trial
     shares = space.shares(tuple(best.user_attrs["counts"]))
-    return Found(shares, float(best.value), float(best.user_attrs["cost"]), done)
+    return SearchResult(shares, float(best.value), float(best.user_attrs["cost"]), done)
 
 
 @search(source="Deb et al. 2002, doi:10.1109/4235.996017; Akiba et al. 2019, arXiv:1907.10902")
@@ -72,31 +72,30 @@ def evolve_front(
     storage: str | os.PathLike[str] | None = None,
     predict: Predict | None = None,
     seed: int = 0,
-) -> tuple[Found, ...]:
-    """The front of quality against cost: no result is beaten by another in both.
+) -> tuple[SearchResult, ...]:
+    """The Pareto front of quality and cost: no other result is better than one of these in both.
 
-    NSGA-II with two objectives, `max evaluate` and `min cost`, over the fraction that each group gives. The dense model
-    and uniform halves start the population.
+    NSGA-II with two objectives, `max evaluate` and `min cost`, over the removed fraction of each group. The initial
+    population holds the dense model and one with half of every group removed.
 
-    unit: what a cost is: `MACs`, `Params`, `Bytes`, `Latency` (with predict=, from `latency_table`), or `Sparsity`, the
-    units that remain. Other parameters are those of `evolve`. The front comes back by cost, the smallest first.
+    unit: unit of the cost: `MACs`, `Params`, `Bytes`, `Latency` (with predict=, from `latency_table`), or `Sparsity`,
+    the remaining units. Other parameters are those of `evolve`. The results are sorted by cost, the smallest first.
 
-    Use: the budget is not fixed yet, and the whole trade-off is wanted. Avoid: a fixed budget: `evolve` spends all its
-    trials there.
+    Use: a budget that is not fixed yet. Avoid: a fixed budget: `evolve` spends all its trials on it.
     """
     cost = predict or partial(space.cost, unit(0.5))
 
     def objective(trial: Any) -> tuple[float, float]:
-        counts = space.removed({name: MOST_GONE * share for name, share in _suggested(trial, space).items()})
+        counts = space.removed({name: MAX_REMOVED * share for name, share in _suggested(trial, space).items()})
         trial.set_user_attr("counts", list(counts))
         return space.evaluate(evaluate, counts), cost(counts)
 
     with _study(space, evaluate, storage, ["maximize", "minimize"], f"front {unit.__name__}", seed) as study:
         done = _run(study, objective, trials)
         best = [(space.shares(tuple(trial.user_attrs["counts"])), *trial.values) for trial in study.best_trials]
-    found = [Found(shares, float(value), float(spent), done) for shares, value, spent in best]
-    alone = {(one.cost, one.value): one for one in found}
-    return tuple(alone[key] for key in sorted(alone))
+    results = [SearchResult(shares, float(value), float(spent), done) for shares, value, spent in best]
+    unique = {(result.cost, result.value): result for result in results}
+    return tuple(unique[key] for key in sorted(unique))
 
 
 def _suggested(trial: Any, space: Space) -> dict[str, float]:
@@ -113,7 +112,7 @@ def _study(
     question: str,
     seed: int,
 ) -> Iterator[Any]:
-    """The study of this question about this space and this evaluation; connections are closed at the end."""
+    """The Optuna study of this question, space and evaluation; its connections are closed at the end."""
     try:
         import optuna
     except ImportError as error:
@@ -121,10 +120,10 @@ def _study(
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     sampler = optuna.samplers.NSGAIISampler(seed=seed, population_size=20)
     name = f"{question} {space.identity.plus({'metric': evaluate}).digest[:16]}" if storage else question
-    kept = _open(storage)
+    opened = _open(storage)
     try:
         study = optuna.create_study(
-            storage=kept, sampler=sampler, study_name=name, directions=directions, load_if_exists=True
+            storage=opened, sampler=sampler, study_name=name, directions=directions, load_if_exists=True
         )
         if not study.get_trials(deepcopy=False):
             study.enqueue_trial(dict.fromkeys(space.names, 0.5), skip_if_exists=True)
@@ -132,9 +131,9 @@ def _study(
                 study.enqueue_trial(dict.fromkeys(space.names, 0.0), skip_if_exists=True)
         yield study
     finally:
-        if kept is not None:
-            kept.remove_session()
-            kept.engine.dispose()
+        if opened is not None:
+            opened.remove_session()
+            opened.engine.dispose()
 
 
 def _open(storage: str | os.PathLike[str] | None) -> Any:
@@ -163,17 +162,17 @@ def _url(storage: str | os.PathLike[str] | None) -> str | None:
 
 
 def _run(study: Any, objective: Callable[[Any], Any], trials: int) -> int:
-    """Trials until the study has so many that are complete, whoever made them; how many this process made."""
+    """Run trials until the study has this number of complete ones, over all processes; the number of this process."""
     from optuna.study import MaxTrialsCallback
     from optuna.trial import TrialState
 
     if trials < 1:
         raise RequestError(f"trials={trials} is out of range", "a whole number of at least 1")
     if _complete(study) < trials:
-        mine: list[object] = []
+        finished: list[object] = []
         enough = MaxTrialsCallback(trials, states=(TrialState.COMPLETE,))
-        study.optimize(objective, callbacks=[enough, lambda _, trial: mine.append(trial)])
-        return len(mine)
+        study.optimize(objective, callbacks=[enough, lambda _, trial: finished.append(trial)])
+        return len(finished)
     return 0
 
 

@@ -1,4 +1,4 @@
-"""An evolution over stored levels of sparsity, judged by the model itself."""
+"""EvoPress: evolutionary search over stored sparsity levels, by an evaluation of the whole model."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from prunella.model.copying import copied
 from prunella.model.masks import masks_of, record_
 from prunella.model.state import mode
 from prunella.registry.method import search
-from prunella.search.space import Evaluate, Found
+from prunella.search.space import Evaluate, SearchResult
 
 Choice = tuple[int, ...]
-"""For each weight the number of its level."""
+"""The number of the level of each weight."""
 
 
 @dataclass(frozen=True)
 class Levels:
-    """One model pruned to several sparsities, from which each weight may be taken apart.
+    """One model pruned to several sparsities; each weight can be taken from any of them.
 
-    models: sparsity -> the model at it, as `solve_` leaves it; the same weights are masked in all.
+    models: sparsity -> the model that `solve_` pruned to it; all models have masks on the same weights.
     """
 
     models: Mapping[float, nn.Module]
@@ -38,26 +38,26 @@ class Levels:
         names = [sorted(masks_of(model)) for model in self.models.values()]
         if len(names) < 2 or not names[0] or any(other != names[0] for other in names):
             why = "the same weights must be masked at each of at least two sparsities"
-            raise RequestError("these models are no levels", why, "prune copies of one model with solve_")
+            raise RequestError("these models cannot serve as levels", why, "prune copies of one model with solve_")
 
     @property
     def sparsities(self) -> tuple[float, ...]:
-        """From the least."""
+        """The sparsities, ascending."""
         return tuple(sorted(self.models))
 
     def masked(self) -> dict[str, int]:
-        """The weights that are masked, and their sizes."""
+        """Name -> size of each masked weight."""
         return {name: mask.numel() for name, mask in sorted(masks_of(self.models[self.sparsities[0]]).items())}
 
     def identity(self) -> Identity:
-        """What decides the quality of a choice, but for the function that says it: every weight of every level."""
+        """All that decides the quality of a choice except the evaluation: every weight of every level."""
         stored = [self.models[s].get_parameter(name) for s, name in product(self.sparsities, self.masked())]
         rest = model_parts(self.models[self.sparsities[0]])
         return identify({**rest, "levels": [*self.sparsities, *self.masked()], "stored weights": digest_of(stored)})
 
     @torch.no_grad()
     def put_(self, model: nn.Module, choice: Choice) -> None:
-        """Give `model` every masked weight at its level, with the mask; all else as at the lowest level."""
+        """Copy every masked weight at its chosen level into `model`, with its mask; other weights do not change."""
         masks = {}
         for name, level in zip(self.masked(), choice, strict=True):
             source, parameter = self.models[self.sparsities[level]], model.get_parameter(name)
@@ -76,16 +76,16 @@ def evolve_levels(
     offspring: int = 8,
     folder: str | os.PathLike[str] | None = None,
     seed: int = 0,
-) -> Found:
-    """Evolve which weight takes which level, by what `evaluate` says of the model put together.
+) -> SearchResult:
+    """Evolve the sparsity level of each weight, by the quality of the assembled model.
 
-    It begins at the level `sparsity` everywhere. Each child of the best so far has up to three weights a level
-    lower and others higher, such that at least `sparsity` of all weights goes; the best of `offspring` children
-    replaces its parent if it is better. What was evaluated once is not evaluated again.
-    Data: what `evaluate` needs; a few thousand tokens that were not used to prune.
+    The search starts at the level `sparsity` for all weights. Each child of the best choice lowers up to three weights
+    by one level and raises others, such that at least `sparsity` of all weights is removed. The best of `offspring`
+    children replaces its parent if it is better. No choice is evaluated twice.
+    Data: the data of `evaluate`; a few thousand tokens that were not used for pruning.
 
-    levels: the stored weights. sparsity: one of theirs. evaluate: quality of a model, higher is better. generations,
-    offspring: at least 1. folder: for the journal, from which a search that was stopped goes on to the same result.
+    levels: the stored weights. sparsity: one of their sparsities. evaluate: quality of a model, higher is better.
+    generations, offspring: at least 1. folder: of the journal; a stopped search resumes from it with the same result.
     `shares` of the result: weight -> sparsity; `model` is the best model, with its masks.
 
     Use: single weights of language models above 60 %. Avoid: a sum of layer errors as evaluate: it misleads.
@@ -100,7 +100,7 @@ def evolve_levels(
 
 def _evolved(
     levels: Levels, sparsity: float, evaluate: Evaluate, effort: tuple[int, int, int], records: Records
-) -> Found:
+) -> SearchResult:
     """effort: generations, offspring and seed."""
     generations, offspring, seed = effort
     sizes, rng = levels.masked(), random.Random(seed)
@@ -121,7 +121,7 @@ def _evolved(
         best = max([best, *children], key=quality)
     levels.put_(model, best)
     shares = {name: levels.sparsities[level] for name, level in zip(sizes, best, strict=True)}
-    return Found(shares, quality(best), sum(sizes.values()) - ladder.removed(best), records.added, model)
+    return SearchResult(shares, quality(best), sum(sizes.values()) - ladder.removed(best), records.added, model)
 
 
 @dataclass(frozen=True)
@@ -132,15 +132,15 @@ class _Ladder:
     sizes: tuple[int, ...]
 
     def removed(self, choice: Sequence[int]) -> float:
-        """Over all weights."""
+        """Number of removed weights."""
         return sum(self.sparsities[level] * size for level, size in zip(choice, self.sizes, strict=True))
 
     def child(self, parent: Choice, sparsity: float, rng: random.Random) -> Choice:
-        """The parent with one to three weights a level lower, then others raised until enough is removed again."""
+        """The parent with one to three weights a level lower, and others raised until enough weights are removed."""
         child, top = list(parent), len(self.sparsities) - 1
         for _ in range(rng.randint(1, 3)):
-            place = rng.randrange(len(child))
-            child[place] = max(0, child[place] - 1)
+            index = rng.randrange(len(child))
+            child[index] = max(0, child[index] - 1)
         while self.removed(child) < sparsity * sum(self.sizes) - 1e-6:
             child[rng.choice([k for k, level in enumerate(child) if level < top])] += 1
         return tuple(child)

@@ -1,4 +1,4 @@
-"""Which blocks go, decided by a measured quality: the cheapest loss first, one block at a time."""
+"""Greedy depth pruning: blocks are dropped one at a time, by the measured quality without them."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from prunella.stats import Source, Subject, collect
 from prunella.types import Inputs, Loss
 
 OnTry = Callable[[tuple[str, ...], float], None]
-"""Called with the blocks that are gone and the quality without them, for everything that is measured."""
+"""Called after each evaluation with the dropped blocks and the quality without them."""
 
 
 @dataclass(frozen=True)
 class Dropped:
-    """What `greedy_blocks` chose: the plan, the blocks in the order in which they went, the quality after each.
+    """The result of `greedy_blocks`: the plan, the dropped blocks in order, and the quality after each.
 
-    tried: evaluations in this process; what a journal knew is not evaluated again.
+    tried: evaluations in this process, without those from the journal.
     """
 
     plan: Plan
@@ -56,65 +56,69 @@ def greedy_blocks(
     folder: str | os.PathLike[str] | None = None,
     on_try: OnTry | None = None,
 ) -> Dropped:
-    """Drop blocks one at a time, each time the one without which the measured quality is highest.
+    """Drop blocks one at a time, each time the block without which the measured quality is highest.
 
     `b_k = argmax_b evaluate(model without b_1 .. b_{k-1}, b)`, ties to the first block. With `among`, each step tries
-    only that many of the blocks that stay, those of least block influence in the dense model on `data`: the influence
-    alone ranks nearly equal blocks by noise. The models that are evaluated share their weights with `model`.
+    only this number of remaining blocks: those with the smallest block influence in the dense model on `data`. The
+    influence alone ranks nearly equal blocks by noise. The evaluated models share their weights with `model`.
 
     evaluate: a function of a model, higher is better, for example `agreement(model, batches, logits=True)` or minus a
-    loss on calibration text. count: blocks to drop. folder: of a journal, one record for each evaluation, so that a
-    killed search goes on where it was; that of another model or `evaluate` is refused.
+    loss on calibration text. count: blocks to drop. folder: of a journal with one record for each evaluation; a killed
+    search resumes from it, and the journal of another model or `evaluate` is refused.
     Errors: RequestError for a count or `among` out of range, CheckFailed for a quality that is not a number.
 
-    Use: depth of language models when a minute of forward passes is affordable. Avoid: hundreds of blocks without
-    `among`.
+    Use: depth of language models, with a minute for forward passes. Avoid: hundreds of blocks without `among`.
     """
     blocks = find_blocks(model, inputs)
     if not 0 < count < len(blocks.paths) or (among is not None and among < 1):
         why = f"there are {len(blocks.paths)} blocks, got count={count} and among={among}"
-        raise RequestError("greedy_blocks cannot drop so many", why, "at least 1, and one block stays")
+        raise RequestError("greedy_blocks cannot drop so many", why, "drop at least 1 block and keep at least 1")
     order = _by_influence(blocks, data) if among is not None else blocks.paths
-    gone: list[str] = []
+    dropped: list[str] = []
     values: list[float] = []
     with open_records(folder, lambda: _identity(blocks, evaluate)) as records:
         for _ in range(count):
-            left = [path for path in order if path not in gone][:among]
-            tries = {path: _value(blocks, (*gone, path), evaluate, records, on_try) for path in left}
+            remaining = [path for path in order if path not in dropped][:among]
+            tries = {path: _value(blocks, (*dropped, path), evaluate, records, on_try) for path in remaining}
             best = max(tries, key=lambda path: (tries[path], -blocks.paths.index(path)))
-            gone.append(best)
+            dropped.append(best)
             values.append(tries[best])
-        return Dropped(blocks.plan(gone), tuple(gone), tuple(values), records.added)
+        return Dropped(blocks.plan(dropped), tuple(dropped), tuple(values), records.added)
 
 
 def _identity(blocks: Blocks, evaluate: Evaluate) -> Identity:
-    """Neither `count` nor `among` decides a quality: searches for more blocks share a journal."""
+    """All that decides a quality; `count` and `among` do not, so that searches for more blocks share a journal."""
     return identify({**model_parts(blocks.model), "blocks": blocks.paths, "question": "depth", "metric": evaluate})
 
 
-def _value(blocks: Blocks, gone: tuple[str, ...], evaluate: Evaluate, records: Records, on_try: OnTry | None) -> float:
-    value = records.number(" ".join(sorted(gone)), lambda: _measured(blocks, gone, evaluate))
+def _value(
+    blocks: Blocks, dropped: tuple[str, ...], evaluate: Evaluate, records: Records, on_try: OnTry | None
+) -> float:
+    value = records.number(" ".join(sorted(dropped)), lambda: _measured(blocks, dropped, evaluate))
     if on_try:
-        on_try(gone, value)
+        on_try(dropped, value)
     return value
 
 
-def _measured(blocks: Blocks, gone: tuple[str, ...], evaluate: Evaluate) -> float:
-    small = blocks.without(gone)
+def _measured(blocks: Blocks, dropped: tuple[str, ...], evaluate: Evaluate) -> float:
+    small = blocks.without(dropped)
     with untouched(small, 0), mode(small, training=False), torch.no_grad():
         value = float(evaluate(small))
     if value != value:
-        raise CheckFailed(f"the quality without {', '.join(gone)} is not a number", "", "check evaluate and its data")
+        why = "evaluate returned NaN"
+        raise CheckFailed(
+            f"the quality without {', '.join(dropped)} is not a number", why, "check evaluate and its data"
+        )
     return value
 
 
 def _by_influence(blocks: Blocks, data: Iterable[Any] | None, loss: Loss | None = None) -> Sequence[str]:
-    """The blocks by how much they turn the stream, the least first; those that were not seen last."""
+    """The blocks by their block influence, the smallest first; blocks that did not run come last."""
     if data is None:
         raise RequestError("among= needs data=", "block influence is measured on batches", "pass data=batches")
     subject = Subject(blocks.model, blocks.graph, groups=blocks.graph.stacks, inputs=blocks.inputs)
     with untouched(blocks.model, 0):
-        found = collect(subject, ("influence",), Source(data, loss)).values["influence"]
-    stacks = [(stack.paths, found.get(stack.name)) for stack in blocks.graph.stacks]
+        influence = collect(subject, ("influence",), Source(data, loss)).values["influence"]
+    stacks = [(stack.paths, influence.get(stack.name)) for stack in blocks.graph.stacks]
     pairs = [(float("inf") if v is None else float(v[k]), p) for paths, v in stacks for k, p in enumerate(paths)]
     return [path for _, path in sorted(pairs, key=lambda pair: pair[0])]

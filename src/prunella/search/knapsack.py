@@ -1,4 +1,4 @@
-"""One option for each group under a budget: the multiple-choice knapsack, solved exactly."""
+"""The multiple-choice knapsack: one option for each group under a budget, solved exactly."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from scipy.sparse import csr_array
 from prunella.errors import RequestError, TargetMissed
 from prunella.registry.method import search
 from prunella.search.scan import Scan
-from prunella.search.space import Found, Predict, Space
+from prunella.search.space import Predict, SearchResult, Space
 from prunella.selection import Counts
 from prunella.targets import Target
 
@@ -21,7 +21,7 @@ _Floats = np.ndarray[Any, np.dtype[Any]]
 
 
 class Option(NamedTuple):
-    """What one choice for one group costs, and what it loses."""
+    """The cost and the loss of one option of a group."""
 
     cost: float
     loss: float
@@ -35,7 +35,7 @@ def cheapest(options: Sequence[Sequence[Option]], budget: float) -> tuple[int, .
     less than the solver's tolerance is excluded, and the problem is solved again. The loss is the smallest to 1e-10 of
     the largest loss. Among equal losses the cheaper choice is taken.
 
-    Errors: TargetMissed when even the cheapest options are beyond the budget.
+    Errors: TargetMissed if even the cheapest options exceed the budget.
     """
     if not options or not all(options):
         raise RequestError("every group needs at least one option", f"got {[len(o) for o in options]}")
@@ -111,19 +111,20 @@ def _scaled(losses: _Floats, groups: _Floats) -> _Floats:
 
 
 @search(source="Frantar & Alistarh 2022, arXiv:2203.04593; Shen et al. 2021, arXiv:2110.10811")
-def knapsack(space: Space, target: Target, scan: Scan, *, predict: Predict | None = None) -> Found:
-    """The points of a sensitivity scan as options: the choice with the smallest sum of losses within the budget.
+def knapsack(space: Space, target: Target, scan: Scan, *, predict: Predict | None = None) -> SearchResult:
+    """Choose one point of a sensitivity scan for each group: the smallest sum of losses within the budget.
 
-    `min sum_l drop_l(o_l)  s.t.  cost(o_1 ... o_L) <= budget`, an option of a group for each point of its curve and one
-    for leaving it whole. Losses are taken as if they added up. Costs do not: a layer's multiply-adds are the product of
-    both of its widths. An option is weighed with all other groups whole; every solution is then recounted exactly, the
-    budget is moved by the error and solved again, until the exact cost fits; the cheapest exact one that fits with the
-    smallest sum of losses is taken. `plan` with `allocation=found.allocation` meets the target to the unit.
+    `min sum_l drop_l(o_l)  s.t.  cost(o_1 ... o_L) <= budget`. A group has an option for each point of its curve, and
+    one that keeps it dense. Losses are assumed to add up. Costs do not add up: the multiply-adds of a layer are the
+    product of both its widths. The cost of an option is computed with all other groups dense. Each solution is then
+    recounted exactly, the budget is corrected by the error, and the problem is solved again until the exact cost fits.
+    Among the solutions that fit, the one with the smallest sum of losses is taken. `plan` with
+    `allocation=result.allocation` meets the target to the unit.
 
-    target: any. predict: milliseconds of counts for a `Latency` from a table (`latency_table`), where not every choice
-    shall be timed; or any other cost, such as peak memory. `value` of the result is minus the sum of losses.
+    target: any. predict: a function of counts to milliseconds for a `Latency`, such as a `latency_table`, to avoid
+    timing every choice; or any other cost, such as peak memory. `value` of the result is minus the sum of losses.
 
-    Use: per-group options that were measured, one budget. Avoid: losses that depend on each other much: take `evolve`.
+    Use: measured options per group, one budget. Avoid: losses that depend on each other strongly: take `evolve`.
     """
     costs = _costing(space, target, predict)
     budget = space.budget(target, predict)
@@ -135,44 +136,44 @@ def knapsack(space: Space, target: Target, scan: Scan, *, predict: Predict | Non
         for name, size in zip(space.names, space.sizes, strict=True)
     ]
     options = [
-        [Option(costs((*nothing[:i], gone, *nothing[i + 1 :])) - dense, drop) for gone, drop in choices]
+        [Option(costs((*nothing[:i], removed, *nothing[i + 1 :])) - dense, drop) for removed, drop in choices]
         for i, choices in enumerate(levels)
     ]
     best, room, tried = None, budget - dense, 0
     for _ in range(ROUNDS):
         try:
-            chosen = cheapest(options, room)
+            indices = cheapest(options, room)
         except TargetMissed:
             break
         tried += 1
-        counts = tuple(choices[index][0] for choices, index in zip(levels, chosen, strict=True))
-        loss = sum(choices[index][1] for choices, index in zip(levels, chosen, strict=True))
+        counts = tuple(choices[index][0] for choices, index in zip(levels, indices, strict=True))
+        loss = sum(choices[index][1] for choices, index in zip(levels, indices, strict=True))
         over = costs(counts) - budget
         if over <= 1e-9 * abs(budget) and (best is None or loss < best[0]):
             best = (loss, counts)
-        if abs(over) <= 1e-9 * abs(budget) or (over < 0 and _known(room - over, options, chosen)):
+        if abs(over) <= 1e-9 * abs(budget) or (over < 0 and _known(room - over, options, indices)):
             break
         room -= over
     if best is None:
         best = _deepest(levels, costs, budget, target)
-    return Found(space.shares(best[1]), -best[0], costs(best[1]), tried)
+    return SearchResult(space.shares(best[1]), -best[0], costs(best[1]), tried)
 
 
-def _known(room: float, options: Sequence[Sequence[Option]], chosen: tuple[int, ...]) -> bool:
-    """Whether the larger room gives the same choice again."""
-    return cheapest(options, room) == chosen
+def _known(room: float, options: Sequence[Sequence[Option]], indices: tuple[int, ...]) -> bool:
+    """Whether the larger budget gives the same choice again."""
+    return cheapest(options, room) == indices
 
 
 def _deepest(
     levels: Sequence[Sequence[tuple[int, float]]], costs: Predict, budget: float, target: Target
 ) -> tuple[float, Counts]:
-    """Everything at its last option, if that is enough."""
-    counts = tuple(max(gone for gone, _ in choices) for choices in levels)
+    """All groups at their last option, if this meets the budget."""
+    counts = tuple(max(removed for removed, _ in choices) for choices in levels)
     if (reach := costs(counts)) > budget:
-        why = f"all groups at their last option leave {reach:.6g}, asked {budget:.6g}"
+        why = f"all groups at their last option leave {reach:.6g}, the budget is {budget:.6g}"
         raise TargetMissed(f"{target} cannot be met by these options", why, "scan with higher ratios")
     return sum(
-        next(drop for gone, drop in choices if gone == c) for choices, c in zip(levels, counts, strict=True)
+        next(drop for removed, drop in choices if removed == c) for choices, c in zip(levels, counts, strict=True)
     ), counts
 
 

@@ -1,4 +1,4 @@
-"""What a search may maximise where nobody has labels at hand, and AMC's reward."""
+"""Objectives for a search: agreement with the dense model, without labels, and AMC's reward."""
 
 from __future__ import annotations
 
@@ -18,40 +18,42 @@ from prunella.model.state import mode
 def agreement(
     dense: nn.Module, data: Iterable[Any], *, logits: bool = False, outputs: Outputs = forward
 ) -> Callable[[nn.Module], float]:
-    """An evaluation without labels: how near the outputs of a model are to those of `dense`, at most 0.
+    """An evaluation without labels: the agreement between the outputs of a model and those of `dense`, at most 0.
 
     `-sum ||y - y_dense||^2 / sum ||y_dense||^2`; with logits=True `-mean KL(softmax(y_dense) || softmax(y))` over the
-    last dimension. The outputs of `dense` are computed once and kept. outputs: what to compare, of (model, batch); the
-    first tensor of it counts.
+    last dimension. The outputs of `dense` are computed once and kept. outputs: a function of (model, batch); the first
+    tensor of its result is compared.
     """
-    kept = list(batches(data))
+    cached = list(batches(data))
     with mode(dense, training=False), torch.no_grad():
-        wanted = [first_tensor(outputs(dense, batch)).detach() for batch in kept]
+        expected = [first_tensor(outputs(dense, batch)).detach() for batch in cached]
 
     def evaluate(model: nn.Module) -> float:
         with torch.no_grad():
-            got = [first_tensor(outputs(model, batch)) for batch in kept]
-        pairs = list(zip(got, wanted, strict=True))
+            actual = [first_tensor(outputs(model, batch)) for batch in cached]
+        pairs = list(zip(actual, expected, strict=True))
         if logits:
-            rows = sum(y.numel() // y.shape[-1] for y in wanted)
-            return 0.0 - sum(_kl(y, ours) for ours, y in pairs) / rows
-        scale = sum(float(y.double().square().sum()) for y in wanted)
-        return 0.0 - sum(float((ours.double() - y.double()).square().sum()) for ours, y in pairs) / max(scale, 1e-300)
+            rows = sum(y.numel() // y.shape[-1] for y in expected)
+            return 0.0 - sum(_kl(y, output) for output, y in pairs) / rows
+        scale = sum(float(y.double().square().sum()) for y in expected)
+        return 0.0 - sum(float((output.double() - y.double()).square().sum()) for output, y in pairs) / max(
+            scale, 1e-300
+        )
 
     return evaluate
 
 
-def _kl(wanted: Tensor, got: Tensor) -> float:
+def _kl(expected: Tensor, actual: Tensor) -> float:
     return float(
-        kl_div(log_softmax(got.double(), -1), log_softmax(wanted.double(), -1), log_target=True, reduction="sum")
+        kl_div(log_softmax(actual.double(), -1), log_softmax(expected.double(), -1), log_target=True, reduction="sum")
     )
 
 
 def amc_reward(error: float, flops: float) -> float:
     """AMC's reward for a search without a fixed budget: `-error * log(flops)` (He et al. 2018, arXiv:1802.03494).
 
-    error: of the cut model, a fraction. flops: its operations, above 1. Less of either is better, and a small error
-    makes the operations count for little: accuracy comes first.
+    error: of the cut model, a fraction. flops: its operations, above 1. Less of either is better. With a small error
+    the operations have little effect: accuracy comes first.
     """
     if not error >= 0 or not flops > 1:
         raise RequestError(f"amc_reward cannot use error={error:g}, flops={flops:g}", "error >= 0 and flops > 1")

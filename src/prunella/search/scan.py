@@ -1,4 +1,4 @@
-"""Sensitivity: what the quality is when one group alone is cut, by the real cut."""
+"""Sensitivity scan: the quality of the model with one pruned group, for each group and several ratios."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ OnPoint = Callable[[str, float, float], None]
 
 @dataclass(frozen=True)
 class Scan:
-    """Curves of sensitivity. base: quality of the dense model.
+    """Sensitivity curves. base: quality of the dense model.
 
-    curves: group -> points (fraction really removed, quality), ascending in the fraction.  measured: new evaluations.
+    curves: group -> points (exact fraction removed, quality), ascending in the fraction.  measured: new evaluations.
     """
 
     base: float
@@ -65,18 +65,18 @@ def scan(
     folder: str | os.PathLike[str] | None = None,
     on_point: OnPoint | None = None,
 ) -> Scan:
-    """Cut one group after another to several ratios, alone, and evaluate the model that is left.
+    """Prune each group alone to several ratios, and evaluate each pruned model.
 
-    `curve_l(x) = evaluate(model with round(x n_l) units of group l really gone)`, by the order of the space's scores.
-    Each point cuts a copy; the model and its buffers stay bit for bit as they were.
+    `curve_l(x) = evaluate(model without round(x n_l) units of group l)`, by the order of the space's scores. Each point
+    prunes a copy; the model and its buffers stay bit for bit the same.
 
-    ratios: fractions in (0, 1); rounded to what floor and align leave, equal ones once. `space(only=...)` takes fewer
-    groups. folder: evaluations go to a journal there as they are made; a scan that was killed goes on with the next
-    one. A journal of another model, recipe, data or evaluation is refused; see `prunella.io.identity` for what counts.
+    ratios: fractions in (0, 1), rounded to the steps that `min_density` and `round_to` allow; equal steps are evaluated
+    once. `space(only=...)` selects groups. folder: of the journal of evaluations; a killed scan resumes with the next
+    evaluation. A journal of another model, recipe, data or evaluation is refused; see `prunella.io.identity`.
     on_point: called with the group (empty for the dense model), the fraction and the quality of each new point.
 
-    Use: to see which layers are sensitive, and as options for `knapsack`. Avoid: as the only truth at high reductions:
-    losses of several cuts do not add up.
+    Use: finding sensitive layers, and options for `knapsack`. Avoid: high reductions without another search: losses of
+    several groups do not add up.
     """
     wrong = next((ratio for ratio in ratios if not 0 < ratio < 1), None)
     if wrong is not None or not ratios:
@@ -100,6 +100,6 @@ def _scanned(
     base, curves = point("", nothing), {}
     for index, name in enumerate(space.names):
         wanted = sorted({space.removed({name: ratio})[index] for ratio in ratios} - {0})
-        points = {gone: point(name, (*nothing[:index], gone, *nothing[index + 1 :])) for gone in wanted}
-        curves[name] = tuple((gone / space.sizes[index], value) for gone, value in points.items())
+        points = {count: point(name, (*nothing[:index], count, *nothing[index + 1 :])) for count in wanted}
+        curves[name] = tuple((count / space.sizes[index], value) for count, value in points.items())
     return Scan(base, {name: curve for name, curve in curves.items() if curve}, records.added)

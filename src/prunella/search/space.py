@@ -1,4 +1,4 @@
-"""What a search may cut: the groups of a model in the order of their scores, cut for real, and weighed."""
+"""The search space: the prunable groups of a model by their scores, with pruned copies and costs for any choice."""
 
 from __future__ import annotations
 
@@ -40,10 +40,10 @@ Candidates = CandidateUnits | CandidateWeights
 
 
 @dataclass(frozen=True)
-class Found:
-    """What a search found. shares: group -> fraction of its units removed; `allocation` puts them into a `Recipe`.
+class SearchResult:
+    """The result of a search. shares: group -> fraction of its units removed; `allocation` is for a `Recipe`.
 
-    value: quality that the search saw.  cost: what remains, in the target's unit.  tried: evaluations in this process.
+    value: quality in the search.  cost: remaining cost, in the target's unit.  tried: evaluations in this process.
     model: the tuned model of a search that tunes, else None.
     """
 
@@ -61,7 +61,7 @@ class Found:
 
 @dataclass(frozen=True)
 class Space:
-    """Groups that may be cut, by the scores of a recipe. `counts` below are units removed from each, in order."""
+    """The prunable groups, by the scores of a recipe. `counts` are the numbers of removed units of all groups."""
 
     model: nn.Module
     recipe: Recipe
@@ -73,29 +73,29 @@ class Space:
 
     @cached_property
     def ladders(self) -> tuple[Ladder, ...]:
-        """The steps that min_density, round_to and the operations leave to each group."""
+        """The steps of each group that min_density, round_to and the operations allow."""
         ranks = (torch.arange(size, dtype=torch.float64) for size in self.sizes)
         return tuple(self._ladder(index, keys) for index, keys in enumerate(ranks))
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The groups."""
+        """Names of the groups."""
         return tuple(pool.name for pool in self.candidates.pools)
 
     @cached_property
     def sizes(self) -> tuple[int, ...]:
-        """Units of each."""
+        """Number of units of each group."""
         return tuple(pool.size for pool in self.candidates.pools)
 
     @cached_property
     def identity(self) -> Identity:
-        """What decides the quality of a cut, but for the function that says it: model, recipe, data and groups."""
+        """All that decides the quality of a choice except the evaluation: model, recipe, data and groups."""
         groups = list(zip(self.names, self.sizes, strict=True))
         data = {"data": self.source.data, "loss": self.source.loss, "inputs": self.inputs}
         return identify({**model_parts(self.model), "recipe": self.recipe, **data, "groups": groups})
 
     def cut(self, counts: Counts) -> nn.Module:
-        """A copy of the model with these units really cut away, or these weights zeroed under masks."""
+        """A copy of the model without these units, or with these weights zeroed under masks."""
         small = copied(self.model)
         if isinstance(self.candidates, CandidateUnits):
             change_(small, changes(self.candidates.graph, self.candidates.keep(counts)))
@@ -111,52 +111,52 @@ class Space:
         return small
 
     def evaluate(self, evaluate: Evaluate, counts: Counts) -> float:
-        """The quality of the cut model in eval mode, every random generator at the recipe's seed."""
+        """The quality of the pruned model in evaluation mode, with all random generators at the recipe's seed."""
         small = self.cut(counts)
         with untouched(small, self.recipe.seed), mode(small, training=False):
             return float(evaluate(small))
 
     def cost(self, target: Target, counts: Counts) -> float:
-        """What remains, in the target's unit; a `Latency` is measured, in milliseconds."""
+        """The remaining cost, in the target's unit; a `Latency` is measured, in milliseconds."""
         candidates = self.candidates
         if isinstance(target, Latency) and isinstance(candidates, CandidateUnits) and candidates.probe is not None:
             return candidates.probe.time(target, candidates.keep(counts)).small
         return candidates.amount(target, counts)
 
     def budget(self, target: Target, predict: Predict | None = None) -> float:
-        """The most that meets the target."""
+        """The largest cost that meets the target."""
         if predict is not None or isinstance(target, Latency):
             dense = (predict or partial(self.cost, target))((0,) * len(self.sizes))
             return target.absolute(dense)
         return self.candidates.budget(target)
 
     def removed(self, shares: Mapping[str, float]) -> Counts:
-        """The steps nearest to these fractions, on the ladders that min_density and round_to leave."""
-        wanted = [round(shares.get(name, 0.0) * size) for name, size in zip(self.names, self.sizes, strict=True)]
-        levels = [self.levels(index) for index in range(len(wanted))]
-        return tuple(min(level, key=lambda c: (abs(c - want), c)) for level, want in zip(levels, wanted, strict=True))
+        """The steps nearest to these fractions, on the ladders that min_density and round_to allow."""
+        goals = [round(shares.get(name, 0.0) * size) for name, size in zip(self.names, self.sizes, strict=True)]
+        levels = [self.levels(index) for index in range(len(goals))]
+        return tuple(min(level, key=lambda c: (abs(c - goal), c)) for level, goal in zip(levels, goals, strict=True))
 
     def levels(self, index: int) -> list[int]:
-        """How many units may be removed from one group: 0 and every step of its ladder."""
+        """The possible numbers of removed units of one group: 0 and every step of its ladder."""
         steps = self.ladders[index]
         return [steps.removed(step) for step in range(len(steps.keys) + 1)]
 
     def shares(self, counts: Counts) -> dict[str, float]:
-        """As fractions."""
-        return {name: gone / size for name, gone, size in zip(self.names, counts, self.sizes, strict=True)}
+        """Group -> removed fraction, for these counts."""
+        return {name: removed / size for name, removed, size in zip(self.names, counts, self.sizes, strict=True)}
 
     def scaled(self, shares: Mapping[str, float], target: Target, predict: Predict | None = None) -> Counts | None:
-        """These shares times the factor that meets the target, as `fixed` will do in the plan; None if none does."""
+        """These shares times the factor that meets the target, as `fixed` does in the plan; None if no factor does."""
         cost = predict or partial(self.cost, target)
         budget = self.budget(target, predict) * (1 + 1e-12)
         keys = fixed(self.candidates.pools, shares=shares)
         rungs = [self._ladder(index, key) for index, key in enumerate(keys)]
         if cost(most(rungs)) > budget:
             return None
-        return solve(rungs, lambda gone: cost(gone) <= budget)
+        return solve(rungs, lambda counts: cost(counts) <= budget)
 
     def of(self, small: nn.Module) -> Space:
-        """The space of a model that was cut from this one: the same groups, narrower, with scores of its weights."""
+        """The space of a model that `cut` made: the same groups with fewer units, scored by its weights."""
         return space(
             small,
             self.inputs,
@@ -182,17 +182,19 @@ def space(
     skip: Sequence[str] = (),
     only: Sequence[str] = (),
 ) -> Space:
-    """The groups that `recipe` may cut, scored once; its allocation is what is searched and plays no part here.
+    """The groups that `recipe` may prune, scored once; the search replaces the allocation of the recipe.
 
-    Parameters and errors are those of `plan`. The model is only read. Units of structure, or weights under a mask;
-    patterns of fixed sparsity, blocks and tokens have nothing to search.
+    Parameters and errors are those of `plan`. The model does not change. Units are structures, or weights under a mask;
+    patterns of fixed sparsity, blocks and tokens have no choice to search.
     """
     model = unwrap(model)
     searched = Channel | Head | Width | Expert | Element | Block
-    odd = next((entry for entry in recipe.granularities if not isinstance(entry, searched)), None)
-    if odd is not None:
-        why = "it leaves no choice of how many, or takes whole blocks of layers"
-        raise RequestError(f"there is nothing to search for {odd}", why, "Channel, Head, Width, Expert, Element, Block")
+    unsearchable = next((entry for entry in recipe.granularities if not isinstance(entry, searched)), None)
+    if unsearchable is not None:
+        why = "it has a fixed sparsity, or removes whole blocks of layers"
+        raise RequestError(
+            f"there is nothing to search for {unsearchable}", why, "Channel, Head, Width, Expert, Element, Block"
+        )
     with untouched(model, recipe.seed):
         request = prepare(model, inputs, recipe, target=None, source=Source(data, loss), skip=skip, only=only)
         pattern = recipe.granularities[0]
@@ -218,7 +220,7 @@ def _weights(request: Request, pattern: Element | Block) -> CandidateWeights:
 
 
 def _limits(candidates: Candidates, recipe: Recipe, index: int) -> tuple[int, int]:
-    """Width multiple and smallest width of one group, as in a plan."""
+    """Width multiple and minimum width of one group, as in a plan."""
     if isinstance(candidates, CandidateWeights):
         return 1, 1
     group = candidates.groups[index]

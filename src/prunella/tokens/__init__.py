@@ -1,4 +1,4 @@
-"""Less work for each input: tokens that are merged on the way through the blocks."""
+"""Token pruning: tokens are merged between the blocks, and neurons masked per token."""
 
 from prunella.tokens.contextual import contextual_ as contextual_
 from prunella.tokens.contextual import keep_top as keep_top

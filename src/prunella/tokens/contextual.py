@@ -1,4 +1,4 @@
-"""Neurons that are left out for one token and used for the next, to see how sparse a network is in context."""
+"""Contextual sparsity: a different subset of neurons for each token."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from prunella.model.unwrap import unwrap
 from prunella.registry.method import compression
 
 Predictor = Callable[[Tensor], Tensor]
-"""From what enters a block of neurons, `(..., width)`, to a score for each neuron, `(..., neurons)`."""
+"""The input of a block of neurons, `(..., width)` -> a score for each neuron, `(..., neurons)`."""
 
 
 def keep_top(hidden: Tensor, keep: float, scores: Tensor | None = None) -> Tensor:
-    """The `ceil(keep * neurons)` neurons of each token with the largest score, the others at zero.
+    """The activations of the `ceil(keep * neurons)` neurons with the largest scores for each token, the others zero.
 
-    hidden, scores: `(..., neurons)`; without scores it is the absolute activation. keep: in (0, 1]; 1 is `hidden`.
+    hidden, scores: `(..., neurons)`; the default scores are absolute activations. keep: in (0, 1]; 1 gives `hidden`.
     """
     if not 0 < keep <= 1:
-        raise RequestError(f"keep={keep} is not a part of the neurons", "", "give a number above 0 and up to 1")
+        raise RequestError(f"keep={keep} is out of range", "it is a fraction of the neurons", "take keep in (0, 1]")
     count = -int(-keep * hidden.shape[-1] // 1)
     if count == hidden.shape[-1]:
         return hidden
@@ -35,7 +35,7 @@ def keep_top(hidden: Tensor, keep: float, scores: Tensor | None = None) -> Tenso
 
 
 def neurons(graph: Graph) -> dict[str, str]:
-    """Module that reads a whole set of neurons -> a module that makes them: linear layers, both of them."""
+    """Module that reads a set of neurons -> a module that produces them; both are linear layers."""
     layers = {layer.entity: layer for layer in graph.layers}
     found: dict[str, str] = {}
     for group in graph.groups:
@@ -52,17 +52,17 @@ def neurons(graph: Graph) -> dict[str, str]:
 def contextual_(
     model: nn.Module, inputs: Any, *, keep: float, predictors: Mapping[str, Predictor] | None = None
 ) -> Iterator[tuple[str, ...]]:
-    """Inside, every token uses only the part `keep` of the neurons of each MLP, another part for each token.
+    """Inside, every token uses only the fraction `keep` of the neurons of each MLP, a different subset for each token.
 
-    `y = W_down (a * m(x))`, `m(x)` the top neurons by `|a|` (what an oracle would keep), or by what a predictor makes
-    of the input of the MLP, before the neurons are known. The neurons are the units between two linear layers that the
-    engine finds; gives the paths of the layers that read them. keep = 1 is the dense model, bit for bit.
-    Data: none. keep: in (0, 1]. predictors: by path of the reading layer; others keep what the oracle does.
-    It measures how sparse the model is in context. Nothing gets faster: all neurons are computed, and a dense kernel
-    does not gain from zeros; the paper's gain is its own kernels and a predictor that runs ahead.
-    Errors: NotSupported where there are no such neurons.
+    `y = W_down (a * m(x))`, with `m(x)` the top neurons by `|a|` (an oracle), or by the scores of a predictor from the
+    input of the MLP. The neurons are the units between two linear layers in the graph; returns the paths of the layers
+    that read the neurons. keep = 1 is the dense model, bit for bit.
+    Data: none. keep: in (0, 1]. predictors: by path of the reading layer; other layers use the oracle.
+    The context measures contextual sparsity. The model does not become faster: all neurons are computed, and a dense
+    kernel does not skip zeros; the paper has its own kernels and an early predictor.
+    Errors: NotSupported if there are no such neurons.
 
-    Use: to see what a sparse kernel could save, before it is written. Avoid: as a way to a faster model.
+    Use: estimating what a sparse kernel could save. Avoid: as a way to a faster model.
     """
     model = unwrap(model)
     found = {path: made for path, made in neurons(couple(model, inputs)).items() if path}
@@ -71,7 +71,7 @@ def contextual_(
     unknown = sorted(set(predictors or {}) - set(found))
     if unknown:
         raise RequestError(f"{unknown[0]} reads no neurons", f"known are {', '.join(found)}", "")
-    keep_top(torch.zeros(1, 1), keep)  # says what is wrong with keep before anything is changed
+    keep_top(torch.zeros(1, 1), keep)  # check keep before any hook is registered
     entered: dict[str, Tensor] = {}
     handles = []
     for path, source in found.items():
@@ -97,6 +97,6 @@ def contextual_(
 
 
 def _alone(group: Group, graph: Graph) -> bool:
-    """Whether the layer that reads the group reads nothing else."""
+    """Whether the group is the complete input of the layer that reads it."""
     member = next(m for m in group.members if m.role == "in")
     return len(member.index) == group.size == graph.entities[member.entity].shape[member.axis]

@@ -1,4 +1,4 @@
-"""Which tokens are alike, and one token out of two that are: bipartite soft matching, as pure functions."""
+"""Bipartite soft matching of similar tokens, and their merging, as pure functions."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from prunella.errors import RequestError
 
 @dataclass(frozen=True, eq=False)
 class Matching:
-    """Of `tokens` tokens, `source[b, i]` goes into `target[b, i]`; `kept[b]` are the others in their old order.
+    """Of `tokens` tokens, `source[b, i]` merges into `target[b, i]`; `kept[b]` are the others in their former order.
 
     source, target: `(batch, r)`. kept: `(batch, tokens - r)`. A target is never a source, and may have several.
     """
@@ -25,24 +25,24 @@ class Matching:
 
     @property
     def r(self) -> int:
-        """How many tokens go."""
+        """Number of merged tokens."""
         return int(self.source.shape[1])
 
 
 def most(tokens: int, protected: int) -> int:
-    """The largest r: every token at an even place may go where an odd place may take it; protected ones do neither."""
+    """The largest r: every unprotected even token may merge, if there is an unprotected odd token."""
     first = protected + protected % 2
     takes = protected + 1 - protected % 2 < tokens
     return len(range(first, tokens, 2)) if takes else 0
 
 
 def bipartite_match(metric: Tensor, r: int, *, protected: int = 0) -> Matching:
-    """Match the r tokens that have the most similar partner: tokens at even places with tokens at odd ones.
+    """Match the r even tokens with the most similar odd partners.
 
-    Every even token draws one edge to the odd token of the largest cosine similarity, and the `r` edges of largest
+    Every even token has one edge to the odd token with the largest cosine similarity, and the `r` edges of largest
     similarity are taken; ties go to the first. metric: `(batch, tokens, width)`. r: from 0 to half of the tokens.
-    protected: so many tokens at the front (a class token) neither go nor take another in.
-    Errors: RequestError where r is more than there are tokens that may go.
+    protected: number of tokens at the front (a class token) that neither merge nor receive others.
+    Errors: RequestError if r exceeds the number of tokens that may merge.
     """
     tokens = metric.shape[1]
     if not 0 <= r <= most(tokens, protected):
@@ -58,30 +58,30 @@ def bipartite_match(metric: Tensor, r: int, *, protected: int = 0) -> Matching:
     best, partner = similarity.max(2)
     edges = best.argsort(dim=1, descending=True, stable=True)[:, :r]
     source, target = even[edges], odd[partner.gather(1, edges)]
-    stays = torch.ones(metric.shape[:2], dtype=torch.bool, device=metric.device).scatter(1, source, False)
-    return Matching(tokens, source, target, stays.nonzero()[:, 1].view(len(metric), tokens - r))
+    kept = torch.ones(metric.shape[:2], dtype=torch.bool, device=metric.device).scatter(1, source, False)
+    return Matching(tokens, source, target, kept.nonzero()[:, 1].view(len(metric), tokens - r))
 
 
 def merge(x: Tensor, sizes: Tensor, matching: Matching) -> tuple[Tensor, Tensor]:
-    """The tokens that stay, each the average of what went into it, weighted by size; and their sizes.
+    """The kept tokens, each the average of itself and the tokens merged into it, weighted by size; and their sizes.
 
     `y_t = sum s_i x_i / sum s_i` over the target and its sources. x: `(batch, tokens, width)`. sizes: `(batch,
-    tokens)`, how many tokens each stands for already. A token that takes none in keeps its bits; with r = 0 all do.
+    tokens)`, the number of original tokens in each. A token without sources keeps its bits; with r = 0 all tokens do.
     """
     if not matching.r:
         return x, sizes
     weighted = x * sizes[..., None].to(x.dtype)
     wide = matching.source[..., None].expand(-1, -1, x.shape[2])
-    coming = matching.target[..., None].expand_as(wide)
-    total = weighted.scatter_add(1, coming, weighted.gather(1, wide))
+    targets = matching.target[..., None].expand_as(wide)
+    total = weighted.scatter_add(1, targets, weighted.gather(1, wide))
     size = sizes.scatter_add(1, matching.target, sizes.gather(1, matching.source))
-    taken = torch.zeros_like(sizes, dtype=torch.bool).scatter(1, matching.target, True)
-    mixed = torch.where(taken[..., None], total / size[..., None].to(x.dtype), x)
+    merged = torch.zeros_like(sizes, dtype=torch.bool).scatter(1, matching.target, True)
+    mixed = torch.where(merged[..., None], total / size[..., None].to(x.dtype), x)
     return mixed.gather(1, matching.kept[..., None].expand(-1, -1, x.shape[2])), size.gather(1, matching.kept)
 
 
 def unmerge(x: Tensor, matching: Matching) -> Tensor:
-    """Every token again, `(batch, tokens, width)`: one that went has the value of the token that it went into."""
+    """All tokens, `(batch, tokens, width)`: a merged token gets the value of its target."""
     if not matching.r:
         return x
     order = torch.arange(x.shape[1], device=x.device).expand(len(x), -1)

@@ -1,4 +1,4 @@
-"""Tokens that are merged before every residual block of a model, by hooks that come off again."""
+"""Token merging before every residual block of a model, by removable hooks."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from prunella.tokens.matching import bipartite_match, merge, most
 
 
 class TokenMerging:
-    """The hooks that `merge_tokens_` put on a model; `remove()`, or the end of a `with`, takes them off.
+    """The hooks of `merge_tokens_`; `remove()`, or the end of a `with` block, removes them.
 
-    sizes: after a pass, how many tokens each token of the last block stood for, `(batch, tokens)`.
+    sizes: after a pass, the number of original tokens in each token of the last block, `(batch, tokens)`.
     """
 
     def __init__(self, model: nn.Module, paths: tuple[str, ...], *, r: int, protected: int) -> None:
@@ -35,7 +35,7 @@ class TokenMerging:
         self._handles += [block.register_forward_pre_hook(self._before, with_kwargs=True) for block in blocks]
 
     def remove(self) -> None:
-        """Give the model its old computation back."""
+        """Remove the hooks: the model computes as before."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
@@ -55,8 +55,8 @@ class TokenMerging:
         call = Call(args, kwargs)
         x = call.hidden_states
         sizes = torch.ones(x.shape[:2], device=x.device) if self.sizes is None else self.sizes
-        found = bipartite_match(x, min(self.r, most(x.shape[1], self.protected)), protected=self.protected)
-        merged, self.sizes = merge(x, sizes, found)
+        matching = bipartite_match(x, min(self.r, most(x.shape[1], self.protected)), protected=self.protected)
+        merged, self.sizes = merge(x, sizes, matching)
         changed = call.with_hidden_states(merged)
         return changed.args, changed.kwargs
 
@@ -65,21 +65,21 @@ class TokenMerging:
 def merge_tokens_(model: nn.Module, inputs: Any, *, r: int, protected: int = 1) -> TokenMerging:
     """Merge the r most similar pairs of tokens before every residual block: fewer tokens, the same parameters.
 
-    Each block gets `tokens - r` of the tokens that the block before it gave, from `bipartite_match` and `merge`: a
-    merged token is the average of its tokens, weighted by how many each stands for. The blocks are those that the
-    engine finds. The paper compares the keys of the attention and merges between attention and MLP, and adds the log of
-    the sizes to the attention (a large token counts as many). Here the input of the block is compared and merged, and
-    the attention is as it was: nothing of the model's own code has to be known, and a large token counts as one. With
-    r = 0 nothing changes, bit for bit. A mean over tokens at the end is one over merged tokens.
-    Data: none; `inputs` is one batch, to find the blocks and to try. r: tokens that go before each block, at least 0;
-    a block with fewer that may go loses those (at most about half). protected: tokens at the front that stay alone (1:
-    a class token, 0: none, 2: class and distillation).
-    Errors: NotSupported where no residual blocks are found, a block runs twice, its stream is not `(batch, tokens,
+    Each block gets `r` tokens fewer than the previous block, by `bipartite_match` and `merge`: a merged token is the
+    average of its tokens, weighted by their sizes. The blocks are the residual blocks of the graph. The paper compares
+    the keys of the attention, merges between attention and MLP, and adds the log of the sizes to the attention, so that
+    a large token counts as many. Here the input of the block is compared and merged, and the attention does not change:
+    the method is independent of the model's code, and a large token counts as one. With r = 0 nothing changes, bit for
+    bit. A mean over tokens at the end is a mean over merged tokens.
+    Data: none; `inputs` is one batch for a trial run. r: tokens merged before each block, at least 0; a block with
+    fewer mergeable tokens merges those (at most about half). protected: tokens at the front that are never merged (1: a
+    class token, 0: none, 2: class and distillation).
+    Errors: NotSupported if there are no residual blocks, a block runs twice, its stream is not `(batch, tokens,
     width)`, it takes other tensors (masks, positions), or the model does not run with fewer tokens.
 
     Use: classification by vision transformers with hundreds of tokens; throughput without training. Avoid: dense
-    outputs, where every token is needed at the end, windowed attention, and causal models, where it mixes in what
-    comes later.
+    outputs, which need every token at the end, windowed attention, and causal models, where merging would mix in later
+    tokens.
     """
     model = unwrap(model)
     if r < 0 or protected < 0:
@@ -90,31 +90,31 @@ def merge_tokens_(model: nn.Module, inputs: Any, *, r: int, protected: int = 1) 
     samples = next((len(tensor) for tensor in tensors(inputs) if tensor.dim()), 0)
     for block in blocks:
         _check(block, calls.get(block.path), graph, samples)
-    made = TokenMerging(model, tuple(block.path for block in blocks), r=r, protected=protected)
+    merging = TokenMerging(model, tuple(block.path for block in blocks), r=r, protected=protected)
     try:
         with untouched(model), torch.no_grad():
             forward(model, inputs)
     except (RuntimeError, ValueError, AssertionError, LookupError) as error:
-        made.remove()
+        merging.remove()
         why = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
-        todo = "something in it is made for all tokens; the model cannot lose any on its way"
+        todo = "a part of the model needs all tokens: token merging does not fit this model"
         raise NotSupported("the model does not run with fewer tokens", why, todo) from error
-    made.sizes = None
-    return made
+    merging.sizes = None
+    return merging
 
 
 def _calls(model: nn.Module, blocks: tuple[ModelBlock, ...], inputs: Any) -> dict[str, Call]:
-    """What each block is called with."""
-    found: dict[str, Call] = {}
+    """The arguments of the call of each block."""
+    calls: dict[str, Call] = {}
 
-    def look(path: str) -> Callable[..., None]:
+    def record(path: str) -> Callable[..., None]:
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            found[path] = Call(args, kwargs)
+            calls[path] = Call(args, kwargs)
 
         return before
 
     handles = [
-        model.get_submodule(block.path).register_forward_pre_hook(look(block.path), with_kwargs=True)
+        model.get_submodule(block.path).register_forward_pre_hook(record(block.path), with_kwargs=True)
         for block in blocks
         if block.path
     ]
@@ -123,11 +123,11 @@ def _calls(model: nn.Module, blocks: tuple[ModelBlock, ...], inputs: Any) -> dic
     finally:
         for handle in handles:
             handle.remove()
-    return found
+    return calls
 
 
 def _check(block: ModelBlock, call: Call | None, graph: Graph, samples: int) -> None:
-    """Whether tokens can be merged before this block; one sentence where not."""
+    """NotSupported unless tokens can be merged before this block."""
     if not block.path or call is None:
         todo = "tokens are merged before the blocks of a ModuleList or Sequential that add to their input"
         raise NotSupported("no residual blocks were found", "", todo)

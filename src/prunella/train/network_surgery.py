@@ -1,4 +1,4 @@
-"""Dynamic network surgery: connections are cut and spliced back while the dense weights learn."""
+"""Dynamic network surgery: connections are pruned and restored while the dense weights are trained."""
 
 from __future__ import annotations
 
@@ -21,25 +21,26 @@ from prunella.types import Inputs, Mask
 
 
 @training(source="Guo et al. 2016, arXiv:1608.04493 (dynamic network surgery)")
-class Surgery:
-    """Cut connections, and splice them back when they have grown: the mask changes while the dense weights learn.
+class NetworkSurgery:
+    """Prune connections, and restore them when they have grown: the mask changes while the dense weights are trained.
 
-        surgery = Surgery(model, optimizer, recipe=Recipe(granularity=Element()), target=Sparsity(0.9), inputs=batch)
+        recipe = Recipe(granularity=Element())
+        surgery = NetworkSurgery(model, optimizer, recipe=recipe, target=Sparsity(0.9), inputs=batch)
         for batch in loader:
             ...; optimizer.step(); surgery.step()
         surgery.finish()
 
-    The model computes with `m * W`; the gradient at these weights moves the dense `W`, whether masked or not. Every
+    The model computes with `m * W`; the gradient at these weights updates the dense `W`, whether masked or not. Every
     `every` steps the mask is renewed by two thresholds: `m = 0` where the plan for sparsity `s - band` removes the
-    weight, `m = 1` where the plan for `s + band` keeps it, unchanged in between. With `magnitude` these are two
-    thresholds on `|W|`, of a layer or of all, as the allocation says. Between renewals the parameters hold `m * W`; the
-    dense values are put in place during `optimizer.step()` only. State-dict keys stay the same.
+    weight, `m = 1` where the plan for `s + band` keeps the weight, unchanged in between. With `magnitude` these are two
+    thresholds on `|W|`, per layer or global, by the allocation. Between renewals the parameters hold `m * W`; they hold
+    the dense values during `optimizer.step()` only. State-dict keys stay the same.
 
-    target: the sparsity `s`. band: 0 up to what keeps `s - band` and `s + band` in [0, 1). every: steps.
-    `finish` plans for exactly `s` on the dense weights, zeroes the rest for good, and lets go of the optimizer.
+    target: the sparsity `s`. band: from 0 up, with `s - band` and `s + band` in [0, 1). every: steps.
+    `finish` plans for exactly `s` on the dense weights, zeroes the other weights permanently, and removes its hooks.
 
     Use: masks of single weights in a long training. Avoid: channels: both sides of a masked unit are zero and get no
-    gradient; take `SoftPruner`.
+    gradient; take `SoftFilterPruner`.
     """
 
     def __init__(
@@ -54,7 +55,7 @@ class Surgery:
         every: int = 100,
     ) -> None:
         if not 0 <= band <= target.value or target.value + band >= 1 or every < 1:
-            what = f"band={band:g} and every={every} do not go with {target}"
+            what = f"band={band:g} and every={every} do not fit {target}"
             raise RequestError(what, "0 <= band, s - band >= 0, s + band < 1, every >= 1", "for example band=0.05")
         self.model, self.target, self.band, self.every = model, target, band, every
         self.taken = 0
@@ -75,17 +76,17 @@ class Surgery:
             self._hide()
 
     def finish(self) -> Plan:
-        """Cut for good: exactly the target, chosen on the dense weights; masks are kept by the model."""
+        """Prune permanently to exactly the target, by the dense weights; the model carries the masks."""
         self._restore()
         for handle in self._handles:
             handle.remove()
-        made = self._made(self.target.value)
+        plan = self._plan_for(self.target.value)
         forget_masks_(self.model)
-        apply_(self.model, made)
-        return made
+        apply_(self.model, plan)
+        return plan
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Step, masks (`bits.NAME`) and dense weights (`dense.NAME`): the parameters themselves hold `m * W` only."""
+        """Step, masks (`bits.NAME`) and dense weights (`dense.NAME`); the parameters themselves hold only `m * W`."""
         state = {"step": torch.tensor(self.taken)}
         for name, parameter in unwrap(self.model).named_parameters():
             if parameter in self._masks:
@@ -94,49 +95,50 @@ class Surgery:
         return state
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from `state_dict()`: dense weights and masks replace those of the model."""
+        """Resume from `state_dict()`: the saved dense weights and masks replace those of the model."""
         masks = saved_masks(self.model, state)
         named = dict(unwrap(self.model).named_parameters())
         dense = {named[key.removeprefix("dense.")]: value for key, value in state.items() if key.startswith("dense.")}
         if dense.keys() != masks.keys() or any(p.shape != value.shape for p, value in dense.items()):
-            raise RequestError("the saved weights do not fit their masks", "", "load what state_dict() gave")
+            why = "names or shapes differ"
+            raise RequestError("the saved weights do not fit their masks", why, "load the result of state_dict()")
         self.taken, self._masks = int(state["step"]), masks
         self._dense = {p: value.to(p.device, p.dtype).clone() for p, value in dense.items()}
         self._restore()
         self._hide()
 
     def _renew(self) -> None:
-        mild, harsh = self._made(self.target.value - self.band), self._made(self.target.value + self.band)
+        mild, harsh = self._plan_for(self.target.value - self.band), self._plan_for(self.target.value + self.band)
         root = unwrap(self.model)
-        may_stay, must_stay = plan_masks(root, mild), plan_masks(root, harsh)
-        self._masks = {p: spliced(self._masks.get(p), may_stay[p], must_stay[p]) for p in must_stay}
+        may_keep, must_keep = plan_masks(root, mild), plan_masks(root, harsh)
+        self._masks = {p: spliced(self._masks.get(p), may_keep[p], must_keep[p]) for p in must_keep}
 
-    def _made(self, sparsity: float) -> Plan:
+    def _plan_for(self, sparsity: float) -> Plan:
         assert self._planner is not None
-        made = self._planner(Sparsity(sparsity))
-        if made.cuts or made.dropped:
+        plan = self._planner(Sparsity(sparsity))
+        if plan.cuts or plan.dropped:
             raise RequestError(
-                "surgery is for masks of weights",
-                "a masked channel gets no gradient, so that it could never be spliced back",
-                "use Element(), Block or Vector, or SoftPruner for channels",
+                "NetworkSurgery prunes single weights only",
+                "a masked channel gets no gradient, so that it could never be restored",
+                "use Element(), Block or Vector, or SoftFilterPruner for channels",
             )
-        return made
+        return plan
 
     def _restore(self) -> None:
-        """The dense weights back in place."""
+        """Write the dense weights into the parameters."""
         with torch.no_grad():
             for parameter, value in self._dense.items():
                 parameter.copy_(value)
         self._dense.clear()
 
     def _hide(self) -> None:
-        """Remember the dense weights, and leave only what the mask keeps."""
+        """Save the dense weights, and zero the masked weights in the parameters."""
         with torch.no_grad():
             for parameter, mask in self._masks.items():
                 self._dense[parameter] = parameter.detach().clone()
                 parameter.masked_fill_(~mask, 0)
 
 
-def spliced(old: Mask | None, may_stay: Mask, must_stay: Mask) -> Mask:
-    """The renewed mask: False below the lower threshold, True above the upper one, in between as it was."""
-    return must_stay | (may_stay if old is None else old & may_stay)
+def spliced(old: Mask | None, may_keep: Mask, must_keep: Mask) -> Mask:
+    """The renewed mask: False below the lower threshold, True above the upper one, unchanged in between."""
+    return must_keep | (may_keep if old is None else old & may_keep)

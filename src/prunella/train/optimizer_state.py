@@ -1,4 +1,4 @@
-"""What an optimizer remembers of weights that are masked, by the shape of its memory."""
+"""Optimizer state of masked weights: cleared by the shape of each state tensor."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ ELEMENTWISE = frozenset(
 
 
 def check_optimizer(optimizer: Optimizer) -> None:
-    """`RequestError` for an optimizer whose memory has no place for single weights."""
+    """`RequestError` for an optimizer without state per weight."""
     if isinstance(optimizer, optim.LBFGS):
         raise RequestError(
             "LBFGS cannot train masked weights",
-            "it moves all weights together along directions that remember the masked ones",
-            "use an optimizer that keeps its memory per weight, for example AdamW or SGD",
+            "it updates all weights along directions that include the masked ones",
+            "use an optimizer with state per weight, for example AdamW or SGD",
         )
 
 
 def mask_gradients(optimizer: Optimizer, masks: Iterable[tuple[nn.Parameter, Mask]]) -> None:
-    """Zero the gradients of masked weights before a step in which weights do not step alone.
+    """Zero the gradients of masked weights before the step of an optimizer that is not element-wise.
 
-    Adafactor averages squared gradients over rows and columns, Muon turns a whole matrix: there the gradient of a
-    masked weight changes the step of its neighbours. Element-wise optimizers are left alone, so that growth criteria
-    can read dense gradients after the step.
+    Adafactor averages squared gradients over rows and columns, and Muon orthogonalizes a whole matrix: in both, the
+    gradient of a masked weight changes the step of its neighbours. For element-wise optimizers the gradients stay, so
+    that growth criteria can read dense gradients after the step.
     """
     if type(optimizer) in ELEMENTWISE:
         return
@@ -46,10 +46,10 @@ def mask_gradients(optimizer: Optimizer, masks: Iterable[tuple[nn.Parameter, Mas
 
 
 def clear_state(optimizer: Optimizer, parameter: nn.Parameter, mask: Mask) -> None:
-    """Zero what the optimizer remembers of masked weights.
+    """Zero the optimizer state of masked weights.
 
-    State of the parameter's shape is cleared where the mask is False; factored state (one number for a row or a column,
-    kept with axes of length 1) where nothing of the row or column is left.
+    State of the parameter's shape is cleared where the mask is False. Factored state (one number for a row or a column,
+    with axes of length 1) is cleared where the whole row or column is masked.
     """
     if parameter not in optimizer.state:
         return
@@ -57,12 +57,12 @@ def clear_state(optimizer: Optimizer, parameter: nn.Parameter, mask: Mask) -> No
         for key, value in optimizer.state[parameter].items():
             if not isinstance(value, Tensor) or key == "step" or value.dim() != parameter.dim():
                 continue
-            here = mask.to(value.device)
+            local_mask = mask.to(value.device)
             if value.shape == parameter.shape:
-                value.masked_fill_(~here, 0)
+                value.masked_fill_(~local_mask, 0)
             elif all(a in (1, b) for a, b in zip(value.shape, parameter.shape, strict=True)):
                 axes = [axis for axis, size in enumerate(value.shape) if size != parameter.shape[axis]]
-                value.masked_fill_(~_any(here, axes), 0)
+                value.masked_fill_(~_any(local_mask, axes), 0)
 
 
 def _any(mask: Mask, axes: list[int]) -> Mask:

@@ -1,7 +1,7 @@
-"""Masks that survive training, and pruning while training.
+"""Masks that persist during training, and gradual pruning.
 
-Weight decay and momentum move masked weights away from zero at every optimizer step; a hook on the optimizer puts them
-back and clears the optimizer's memory of them. The same object prunes gradually along a schedule.
+Weight decay and momentum move masked weights away from zero at every optimizer step; a hook on the optimizer sets these
+weights to zero again and clears their optimizer state. The same object prunes gradually along a schedule.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ Planner = Callable[[Target], Plan]
 class Pruner:
     """Keep masked weights at zero while `optimizer` trains `model`; with a recipe, prune along a schedule as well.
 
-    After every `optimizer.step()` masked weights are exactly 0, and so is what the optimizer remembers of them: every
-    state tensor of the parameter's shape (momentum, first and second moments). Where weights do not step alone
-    (Adafactor, Muon) their gradients are set to zero before the step; LBFGS is refused. A step that a `GradScaler`
-    skips changes nothing. State-dict keys of model and optimizer stay the same. While attached, masks cost one byte a
+    After every `optimizer.step()` masked weights are exactly 0, and so is their optimizer state: every state tensor of
+    the parameter's shape (momentum, first and second moments). For optimizers that are not element-wise (Adafactor,
+    Muon) the gradients of masked weights are set to zero before the step; LBFGS is refused. A step that a `GradScaler`
+    skips changes nothing. State-dict keys of model and optimizer stay the same. While attached, masks cost one byte per
     weight.
 
         with Pruner(model, optimizer):                      # the model carries masks from apply_
@@ -51,10 +51,10 @@ class Pruner:
     optimizer: one, or several. All must train parameters of this model.
     recipe: a `Recipe`, or a function from target to plan where planning needs data:
         `lambda target: plan(model, batch, recipe, target=target, data=loader, loss=loss)`.
-    target, schedule: at step t the part `schedule(t / steps)` of the target is met, and at t = steps all of it.
+    target, schedule: at step t the fraction `schedule(t / steps)` of the target is met, and at t = steps all of it.
     every: steps between two plans; the last plan is always at `steps`.
-    nested: what was pruned stays pruned. If the criterion revives units, they stay pruned all the same, the target is
-        overshot, and a warning is logged. With `nested=False` the newest plan alone decides, and weights may come back.
+    nested: pruned weights stay pruned. If a plan revives units, they stay pruned as well, the target is overshot, and a
+        warning is logged. With `nested=False` the newest plan alone decides, and weights may come back.
 
     Example:
 
@@ -84,7 +84,7 @@ class Pruner:
     ) -> None:
         if recipe is not None and (target is None or steps < 1 or every < 1):
             raise RequestError(
-                "gradual pruning needs target=, steps= and every=",
+                "gradual pruning needs a target, and steps and every from 1 up",
                 f"found target={target}, steps={steps}, every={every}",
                 "for example target=Sparsity(0.9), steps=1000, every=50",
             )
@@ -102,7 +102,7 @@ class Pruner:
         reapply_(model)
 
     def attach(self, optimizer: Optimizer) -> Self:
-        """Apply the masks again after each step of `optimizer`."""
+        """Apply the masks after each step of `optimizer`, too."""
         owned = set(unwrap(self.model).parameters())
         if not any(p in owned for group in optimizer.param_groups for p in group["params"]):
             raise RequestError(
@@ -133,9 +133,9 @@ class Pruner:
         self.detach()
 
     def step(self) -> Plan | None:
-        """Count one training step; when an update is due, prune, and return the plan.
+        """Count one training step; if an update is due, prune and return the plan.
 
-        Where a cycle has fallen to 0, all masks are forgotten, and there is no plan.
+        If a cyclic schedule has fallen to 0, all masks are removed, and there is no plan.
         """
         if self._planner is None or self.target is None or self.taken >= self.steps:
             return None
@@ -149,20 +149,20 @@ class Pruner:
         if fraction < self._fraction and self.nested:
             raise RequestError(
                 f"the schedule falls from {self._fraction:g} to {fraction:g} at step {self.taken}",
-                "with nested=True what was pruned stays pruned",
+                "with nested=True pruned weights stay pruned",
                 "pass nested=False, so that weights come back",
             )
         if fraction == 0:
             forget_masks_(self.model)
             self._fraction = fraction
             return None
-        made = self._planner(self.target if fraction == 1 else part_of(self.target, fraction, self._dense))
-        self._update(made)
+        update = self._planner(self.target if fraction == 1 else part_of(self.target, fraction, self._dense))
+        self._update(update)
         self._fraction = fraction
-        return made
+        return update
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Step and masks as tensors (`bits.NAME`: one bit a weight), for safetensors or `torch.save`."""
+        """Step and masks as tensors (`bits.NAME`: one bit per weight), for safetensors or `torch.save`."""
         state = {"step": torch.tensor(self.taken), "fraction": torch.tensor(self._fraction, dtype=torch.float64)}
         seen: set[nn.Parameter] = set()
         for name, parameter, packed in records(self.model):
@@ -172,7 +172,7 @@ class Pruner:
         return state
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from `state_dict()`: the masks replace those of the model, and are applied."""
+        """Resume from `state_dict()`: the saved masks replace the masks of the model, and are applied."""
         masks = saved_masks(self.model, state)
         self.taken, self._fraction = int(state["step"]), float(state["fraction"])
         forget_masks_(self.model)
@@ -183,15 +183,15 @@ class Pruner:
         mask_gradients(optimizer, self._masks())
 
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        mine = {parameter for group in optimizer.param_groups for parameter in group["params"]}
+        trained = {parameter for group in optimizer.param_groups for parameter in group["params"]}
         with torch.no_grad():
             for parameter, mask in self._masks():
-                if parameter in mine:
+                if parameter in trained:
                     parameter.masked_fill_(~mask, 0)
                     clear_state(optimizer, parameter, mask)
 
     def _masks(self) -> Iterable[tuple[nn.Parameter, Mask]]:
-        """Each masked parameter once, its mask unpacked on its device; unpacked again only when it changed."""
+        """Each masked parameter once, with its mask on its device; a mask is unpacked again only if it has changed."""
         fresh: dict[nn.Parameter, tuple[Packed, Mask]] = {}
         for _, parameter, packed in records(self.model):
             old = self._cache.get(parameter)
@@ -207,21 +207,21 @@ class Pruner:
             for parameter, mask in self._masks():
                 clear_state(optimizer, parameter, mask)
 
-    def _update(self, made: Plan) -> None:
+    def _update(self, update: Plan) -> None:
         before = masks_of(self.model) if self.nested else {}
-        apply_(self.model, made, regrow=not self.nested)
+        apply_(self.model, update, regrow=not self.nested)
         self._mask_state()
-        revived = _revived(self.model, before, made)
+        revived = _revived(self.model, before, update)
         if revived:
             log.warning(
                 "step %d: the plan would revive %d pruned weights; they stay pruned and the target is overshot "
-                "(nested=False lets them come back)",
+                "(nested=False would revive them)",
                 self.taken,
                 revived,
             )
 
     def _dense(self) -> float:
-        """The dense model in the target's unit, asked for once."""
+        """The size of the dense model in the target's unit, computed once."""
         assert self.target is not None and self._planner is not None
         if self._before is None:
             self._before = float(getattr(self._planner(self.target).before, self.target.name))
@@ -229,7 +229,7 @@ class Pruner:
 
 
 def planner_of(model: nn.Module, recipe: Recipe | Planner | None, inputs: Inputs | None) -> Planner | None:
-    """A function from target to plan: the one that is given, or that of a recipe without data."""
+    """A function from target to plan: the given function, or one that plans by the given recipe without data."""
     if not isinstance(recipe, Recipe):
         return recipe
     if inputs is None:
@@ -239,16 +239,16 @@ def planner_of(model: nn.Module, recipe: Recipe | Planner | None, inputs: Inputs
     return lambda target: plan(unwrap(model), inputs, recipe, target=target)
 
 
-def _revived(model: nn.Module, before: Mapping[str, Mask], made: Plan) -> int:
-    """How many weights were pruned before and are kept by the plan."""
+def _revived(model: nn.Module, before: Mapping[str, Mask], update: Plan) -> int:
+    """Number of weights that were pruned before and are kept by the plan."""
     root = unwrap(model)
     named = dict(root.named_parameters(remove_duplicate=False))
-    wanted = plan_masks(root, made)
+    masks = plan_masks(root, update)
     seen: set[nn.Parameter] = set()
     total = 0
     for name, mask in before.items():
         parameter = named[name]
         if parameter not in seen:
             seen.add(parameter)
-            total += int((~mask if parameter not in wanted else wanted[parameter].cpu() & ~mask).sum())
+            total += int((~mask if parameter not in masks else masks[parameter].cpu() & ~mask).sum())
     return total

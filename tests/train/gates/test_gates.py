@@ -22,12 +22,12 @@ from prunella.train.gates.hard_concrete import HardConcrete
 from prunella.train.gates.movement import Moved, SoftlyMoved, masked
 from prunella.train.gates.thresholds import Threshold
 from prunella.train.gates.variational import Variational, divergence
-from prunella.train.penalty.units import Coupled
+from prunella.train.penalty.units import CoupledUnits
 from tests.graphs import Attention, convnet, images, mlp, square_loss
 
 X = torch.linspace(-1, 1, 8 * 4).view(8, 4)
-FAST = Training(optimizer=lambda p, lr: torch.optim.Adam(p, lr=lr), rate=lambda progress: 1.0)
-KINDS: dict[str, Callable[[nn.Module, Coupled], nn.Module]] = {
+FAST = Training(optimizer=lambda p, lr: torch.optim.Adam(p, lr=lr), lr_schedule=lambda progress: 1.0)
+KINDS: dict[str, Callable[[nn.Module, CoupledUnits], nn.Module]] = {
     "l0": lambda m, u: pr.train.l0_gates_(m, u),
     "l0 of weights": lambda m, u: pr.train.l0_gates_(m, u, per_weight=True),
     "movement": lambda m, u: pr.train.top_movement_(m, u, sparsity=0.5),
@@ -46,13 +46,13 @@ def penalty_loss(strength: float) -> Callable[[nn.Module, Tensor], Tensor]:
 def test_gates_come_off_without_a_trace(kind: str) -> None:
     model, batch = convnet(), images()[0]
     keys, before = list(model.state_dict()), list(map(id, model.parameters()))
-    KINDS[kind](model, pr.train.coupled(model, batch))
+    KINDS[kind](model, pr.train.coupled_units(model, batch))
     assert list(model.state_dict()) != keys
     pr.finetune(model, [batch], penalty_loss(1e-3), steps=5, lr=0.05, training=FAST)
-    pr.train.advance_(model, 1.0)
+    pr.train.step_gates_(model, 1.0)
     model.eval()
     output = model(batch)
-    assert pr.train.bake_(model) is model
+    assert pr.train.merge_gates_(model) is model
     assert torch.allclose(model(batch), output, atol=1e-6)
     assert list(model.state_dict()) == keys and list(map(id, model.parameters())) == before
     assert type(model[0]) is nn.Conv2d and not model._forward_pre_hooks
@@ -63,7 +63,7 @@ def test_gates_come_off_without_a_trace(kind: str) -> None:
 @kinds
 def test_a_gated_model_can_be_copied_and_saved(kind: str) -> None:
     model, batch = convnet(), images()[0]
-    units = pr.train.coupled(model, batch)
+    units = pr.train.coupled_units(model, batch)
     KINDS[kind](model, units)
     pr.finetune(model, [batch], penalty_loss(1e-3), steps=3, lr=0.1, training=FAST)
     twin = copy.deepcopy(model).eval()
@@ -80,26 +80,28 @@ def test_a_gated_model_can_be_copied_and_saved(kind: str) -> None:
     fresh = KINDS[kind](convnet(seed=5), units)
     fresh.load_state_dict(torch.load(file, weights_only=True))
     assert torch.equal(fresh.eval()(batch), model.eval()(batch))
-    assert list(pr.train.bake_(twin).state_dict()) == list(convnet().state_dict())
+    assert list(pr.train.merge_gates_(twin).state_dict()) == list(convnet().state_dict())
     assert gates_of(model)
 
 
 def test_weights_that_cannot_bear_a_gate() -> None:
     model = mlp()
-    units = pr.train.coupled(model, X)
-    pr.train.l0_gates_(model, pr.train.coupled(model, X, only=["4"]), per_weight=True)
-    with pytest.raises(RequestError, match=r"bake_\(model\) removes gates"):
+    units = pr.train.coupled_units(model, X)
+    pr.train.l0_gates_(model, pr.train.coupled_units(model, X, only=["4"]), per_weight=True)
+    with pytest.raises(RequestError, match=r"merge_gates_\(model\) removes gates"):
         pr.train.l0_gates_(model, units)
     with pytest.raises(RequestError, match="carries gates already"):
-        pr.train.l0_gates_(model, pr.train.coupled(mlp(), X, only=["0"]))
+        pr.train.l0_gates_(model, pr.train.coupled_units(mlp(), X, only=["0"]))
     with pytest.raises(RequestError, match="no gates"):
         pr.train.gate_penalty(mlp())
     with pytest.raises(RequestError, match="no parameter"):
-        pr.train.coupled(pr.train.bake_(model), X) and pr.train.top_movement_(nn.Linear(2, 2), units, sparsity=0.5)
+        pr.train.coupled_units(pr.train.merge_gates_(model), X) and pr.train.top_movement_(
+            nn.Linear(2, 2), units, sparsity=0.5
+        )
     tied = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
     tied[2].weight = tied[0].weight
     with pytest.raises(RequestError, match=r"it is tied: 0\.weight = 2\.weight"):
-        pr.train.learned_threshold_(tied, pr.train.coupled(tied, X))
+        pr.train.learned_threshold_(tied, pr.train.coupled_units(tied, X))
     pruned = mlp()
     pr.apply_(pruned, pr.plan(pruned, X, pr.Recipe(granularity=pr.Element()), target=pr.Sparsity(0.5)))
     with pytest.raises(RequestError, match="carries masks"):
@@ -108,7 +110,7 @@ def test_weights_that_cannot_bear_a_gate() -> None:
         with pytest.raises(RequestError, match="out of range"):
             pr.train.top_movement_(mlp(), units, sparsity=wrong)
     with pytest.raises(RequestError, match="out of range"):
-        pr.train.advance_(model, 1.5)
+        pr.train.step_gates_(model, 1.5)
 
 
 # -- L0 --------------------------------------------------------------------------------------------------------------
@@ -141,9 +143,9 @@ def test_in_evaluation_a_gate_has_no_noise() -> None:
 
 def test_the_l0_penalty_counts_weights_that_are_expected() -> None:
     model = mlp()
-    pr.train.l0_gates_(model, pr.train.coupled(model, X), start=0.7)
+    pr.train.l0_gates_(model, pr.train.coupled_units(model, X), start=0.7)
     assert pr.train.gate_penalty(model).item() == pytest.approx(0.9088 * (6 * 10 + 5 * 10), abs=5e-3)
-    model = pr.train.l0_gates_(mlp(), pr.train.coupled(mlp(), X), start=0.0, per_weight=True)
+    model = pr.train.l0_gates_(mlp(), pr.train.coupled_units(mlp(), X), start=0.0, per_weight=True)
     assert pr.train.gate_penalty(model).item() == pytest.approx(0.8318 * (24 + 30 + 15), abs=5e-3)
 
 
@@ -163,7 +165,7 @@ def test_all_readers_of_a_unit_share_one_gate_and_its_noise() -> None:
     torch.manual_seed(0)
     model = Twice()
     plain = copy.deepcopy(model)
-    pr.train.l0_gates_(model, pr.train.coupled(model, X), start=0.0)
+    pr.train.l0_gates_(model, pr.train.coupled_units(model, X), start=0.0)
     assert len(gates_of(model)) == 1 and len(list(model.parameters())) == 7
     model(X)
     factors = [getattr(model, n).weight / getattr(plain, n).weight for n in ("one", "two")]
@@ -180,10 +182,10 @@ def test_units_that_gates_close_are_removed_exactly(make: Callable[[], nn.Module
     torch.manual_seed(0)
     model = make()
     batch = images()[0] if make is convnet else torch.randn(2, 5, 8)
-    pr.train.l0_gates_(model, pr.train.coupled(model, batch), start=0.5)
+    pr.train.l0_gates_(model, pr.train.coupled_units(model, batch), start=0.5)
     strength = 1e-3 if make is convnet else 1e-2
     pr.finetune(model, [batch], penalty_loss(strength), steps=60, lr=0.1, training=FAST)
-    pr.train.bake_(model)
+    pr.train.merge_gates_(model)
     plan = pr.planning.plan_zeros(model, batch)
     small = pr.shrink(model, plan).eval()
     assert torch.allclose(small(batch), model.eval()(batch), atol=1e-5)
@@ -192,9 +194,9 @@ def test_units_that_gates_close_are_removed_exactly(make: Callable[[], nn.Module
 
 def test_single_weights_that_gates_close_are_masks() -> None:
     model = mlp()
-    pr.train.l0_gates_(model, pr.train.coupled(model, X), start=0.0, per_weight=True)
+    pr.train.l0_gates_(model, pr.train.coupled_units(model, X), start=0.0, per_weight=True)
     pr.finetune(model, [X], penalty_loss(1e-2), steps=60, lr=0.1, training=FAST)
-    plan = pr.planning.plan_zeros(pr.train.bake_(model), X, granularity=pr.Element())
+    plan = pr.planning.plan_zeros(pr.train.merge_gates_(model), X, granularity=pr.Element())
     assert 0 < plan.got < 1
     pr.finalize(pr.apply_(model, plan))
 
@@ -219,7 +221,7 @@ def test_weights_that_shrink_score_below_zero() -> None:
     layer = nn.Linear(2, 1, bias=False)
     with torch.no_grad():
         layer.weight.copy_(torch.tensor([[1.0, 1.0]]))
-    pr.train.top_movement_(layer, pr.train.coupled(layer, torch.ones(1, 2)), sparsity=0.5)
+    pr.train.top_movement_(layer, pr.train.coupled_units(layer, torch.ones(1, 2)), sparsity=0.5)
     gate = next(m for m in layer.modules() if isinstance(m, Moved))
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
     wanted, total = torch.tensor([[0.2, 2.0]]), torch.zeros(1, 2)
@@ -230,17 +232,17 @@ def test_weights_that_shrink_score_below_zero() -> None:
         (0.5 * (weight - wanted).square().sum()).backward()
         optimizer.step()
     assert torch.allclose(gate.scores, total) and gate.scores[0, 0] < 0 < gate.scores[0, 1]
-    pr.train.bake_(layer)
+    pr.train.merge_gates_(layer)
     assert layer.weight[0, 0] == 0 and 1 < layer.weight[0, 1] < 2
 
 
 def test_movement_follows_its_schedule_exactly() -> None:
-    model = pr.train.top_movement_(mlp(), pr.train.coupled(mlp(), X), sparsity=0.8, schedule=linear)
+    model = pr.train.top_movement_(mlp(), pr.train.coupled_units(mlp(), X), sparsity=0.8, schedule=linear)
     with torch.no_grad():
         for gate, _ in gates_of(model):
             gate.scores.normal_()  # type: ignore[operator,union-attr]
     for progress in (0.0, 0.5, 1.0):
-        pr.train.advance_(model, progress)
+        pr.train.step_gates_(model, progress)
         for layer, count in ((0, 24), (2, 30), (4, 15)):
             gate = model[layer].parametrizations.weight[0]
             assert int((~gate.mask()).sum()) == round(0.8 * progress * count)
@@ -250,12 +252,12 @@ def test_movement_follows_its_schedule_exactly() -> None:
 
 def test_movement_in_a_training_loop() -> None:
     model, batch = mlp(), X
-    pr.train.top_movement_(model, pr.train.coupled(model, batch), sparsity=0.5)
+    pr.train.top_movement_(model, pr.train.coupled_units(model, batch), sparsity=0.5)
     pr.finetune(
         model, [batch], penalty_loss(0.0), steps=20, lr=0.02, training=FAST,
-        on_step=lambda step, *_: pr.train.advance_(model, (step + 1) / 20) and None,
+        on_step=lambda step, *_: pr.train.step_gates_(model, (step + 1) / 20) and None,
     )  # fmt: skip
-    plan = pr.planning.plan_zeros(pr.train.bake_(model), batch, granularity=pr.Element())
+    plan = pr.planning.plan_zeros(pr.train.merge_gates_(model), batch, granularity=pr.Element())
     assert [row.total - row.kept for row in plan.rows] == [12, 15, 8]
 
 
@@ -265,9 +267,9 @@ def test_soft_movement_closes_scores_below_the_threshold() -> None:
         gate.scores.copy_(torch.tensor([-3.0, -2.2, -2.19, 5.0]))
     assert gate.mask().tolist() == [False, False, True, True]  # sigmoid(-2.1972) = 0.1
     assert gate.cost(torch.ones(4)).item() == pytest.approx(0.04743 + 0.09975 + 0.10065 + 0.99331, abs=1e-4)
-    model = pr.train.soft_movement_(mlp(), pr.train.coupled(mlp(), X))
+    model = pr.train.soft_movement_(mlp(), pr.train.coupled_units(mlp(), X))
     pr.finetune(model, [X], penalty_loss(1e-2), steps=60, lr=0.1, training=FAST)
-    assert 0 < pr.planning.plan_zeros(pr.train.bake_(model), X, granularity=pr.Element()).got < 1
+    assert 0 < pr.planning.plan_zeros(pr.train.merge_gates_(model), X, granularity=pr.Element()).got < 1
 
 
 # -- learned thresholds ----------------------------------------------------------------------------------------------
@@ -284,17 +286,18 @@ def test_the_gradient_of_a_learned_threshold() -> None:
     active = weight.abs() > limit
     expected = -(limit * (1 - limit)) * (weight.sign() * grad)[active].sum()
     assert gate.s.grad is not None and torch.allclose(gate.s.grad, expected, rtol=1e-12)
-    assert gradcheck(lambda s: pr.train.soft(weight, torch.sigmoid(s)), gate.s.detach().requires_grad_())
+    assert gradcheck(lambda s: pr.train.soft_threshold(weight, torch.sigmoid(s)), gate.s.detach().requires_grad_())
 
 
 def test_decay_of_the_threshold_prunes() -> None:
-    model = pr.train.learned_threshold_(mlp(), pr.train.coupled(mlp(), X), start=-4.0)
+    model = pr.train.learned_threshold_(mlp(), pr.train.coupled_units(mlp(), X), start=-4.0)
     assert pr.train.gate_penalty(model).item() == pytest.approx(3 * 8)
     pr.finetune(model, [X], penalty_loss(1.0), steps=40, lr=0.1, training=FAST)
     limit = float(torch.sigmoid(model[0].parametrizations.weight[0].s.detach()))
     assert 0.02 < limit < 0.5
     got = [
-        row.kept / row.total for row in pr.planning.plan_zeros(pr.train.bake_(model), X, granularity=pr.Element()).rows
+        row.kept / row.total
+        for row in pr.planning.plan_zeros(pr.train.merge_gates_(model), X, granularity=pr.Element()).rows
     ]
     assert min(got) < 1
 
@@ -334,7 +337,7 @@ def test_variational_dropout_removes_weights_that_do_nothing() -> None:
     torch.manual_seed(0)
     layer, x = nn.Linear(6, 1, bias=False), torch.randn(64, 6)
     target = x[:, :1] * 2 - x[:, 1:2]
-    pr.train.variational_dropout_(layer, pr.train.coupled(layer, x), start=-6.0)
+    pr.train.variational_dropout_(layer, pr.train.coupled_units(layer, x), start=-6.0)
     loss = pr.train.penalized(lambda m, b: mse_loss(m(b), target), pr.train.gate_penalty, 1 / 64)
     pr.finetune(layer, [x], loss, steps=900, lr=0.05, training=FAST)
-    assert (pr.train.bake_(layer).weight != 0).tolist() == [[True, True, False, False, False, False]]
+    assert (pr.train.merge_gates_(layer).weight != 0).tolist() == [[True, True, False, False, False, False]]

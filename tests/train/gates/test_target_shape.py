@@ -32,20 +32,20 @@ def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
 
 def test_the_constraint_goes_to_zero_and_the_shape_is_hit_exactly() -> None:
     model = net()
-    units = pr.train.coupled(model, batches()[0][0])
+    units = pr.train.coupled_units(model, batches()[0][0])
     pr.train.l0_gates_(model, units)
     shape = TargetShape(units, SHAPE, rate=0.3)
     start = shape.step(copy.deepcopy(model))
     assert min(start.values()) > 0.4
     gaps: list[dict[str, float]] = []
     training = pr.recovery.Training(
-        optimizer=lambda parameters, lr: torch.optim.Adam(parameters, lr=lr), rate=lambda _: 1.0
+        optimizer=lambda parameters, lr: torch.optim.Adam(parameters, lr=lr), lr_schedule=lambda _: 1.0
     )
     pr.finetune(model, batches(), pr.train.penalized(loss, shape.penalty), steps=900, lr=0.05, training=training,
                 on_step=lambda *_: gaps.append(shape.step(model)))  # fmt: skip
     assert max(abs(gap) for gap in gaps[-1].values()) < 0.05
     shape.close_(model)
-    pr.train.bake_(model)
+    pr.train.merge_gates_(model)
     plan = pr.planning.plan_zeros(model, batches()[0][0])
     assert {name: int(keep.sum()) for name, keep in plan.keep.items()} == SHAPE
     small = pr.shrink(model, plan)
@@ -54,7 +54,7 @@ def test_the_constraint_goes_to_zero_and_the_shape_is_hit_exactly() -> None:
 
 def test_the_penalty_by_hand_and_the_climb() -> None:
     model = net()
-    units = pr.train.coupled(model, batches()[0][0])
+    units = pr.train.coupled_units(model, batches()[0][0])
     pr.train.l0_gates_(model, units, start=0.0)
     shape = TargetShape(units, {"0": 6}, rate=0.5)
     alive = 0.8318 * 12  # concept 47: at log_alpha 0 a gate is open with probability 0.8318
@@ -67,7 +67,7 @@ def test_the_penalty_by_hand_and_the_climb() -> None:
 
 def test_shapes_that_do_not_fit_are_refused() -> None:
     model = net()
-    units = pr.train.coupled(model, batches()[0][0])
+    units = pr.train.coupled_units(model, batches()[0][0])
     for wrong in ({"0": 13}, {"0": 0}, {"9": 1}, {}):
         with pytest.raises(RequestError):
             TargetShape(units, wrong)

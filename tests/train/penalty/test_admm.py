@@ -26,13 +26,13 @@ def quadratic(seed: int = 0) -> tuple[nn.Linear, Tensor, Tensor]:
     return layer, root.T @ root / 16, goal
 
 
-def solve(layer: nn.Linear, hessian: Tensor, goal: Tensor, pull: pr.train.AdmmTraining) -> None:
+def solve(layer: nn.Linear, hessian: Tensor, goal: Tensor, admm: pr.train.AdmmTraining) -> None:
     """The minimum over W of the loss and the penalty, whose gradient is `rho (W - Z + U)`."""
     layer.weight.grad = None
-    pull(layer).backward()
+    admm(layer).backward()
     with torch.no_grad():
-        rest = layer.weight.grad - pull.rho * layer.weight  # rho (U - Z)
-        layer.weight.copy_((goal @ hessian - rest) @ torch.linalg.inv(hessian + pull.rho * torch.eye(8)).double())
+        rest = layer.weight.grad - admm.rho * layer.weight  # rho (U - Z)
+        layer.weight.copy_((goal @ hessian - rest) @ torch.linalg.inv(hessian + admm.rho * torch.eye(8)).double())
 
 
 GRAINS = {"element": pr.Element(), "2:4": pr.NM(2, 4), "block": pr.Block(2, 2)}
@@ -42,17 +42,17 @@ GRAINS = {"element": pr.Element(), "2:4": pr.NM(2, 4), "block": pr.Block(2, 2)}
 def test_on_a_convex_quadratic_weights_and_copy_meet(grain: str) -> None:
     layer, hessian, goal = quadratic()
     recipe, x = pr.Recipe(granularity=GRAINS[grain]), torch.ones(1, 8, dtype=torch.float64)
-    pull = pr.train.AdmmTraining(layer, lambda m: pr.plan(m, x, recipe, target=pr.Sparsity(0.5)), rho=8.0)
-    first = pull.distance
+    admm = pr.train.AdmmTraining(layer, lambda m: pr.plan(m, x, recipe, target=pr.Sparsity(0.5)), rho=8.0)
+    first = admm.distance
     for _ in range(220):
-        solve(layer, hessian, goal, pull)
-        pull.update()
-    assert first > 0.1 and pull.distance < 1e-6
-    assert int(torch.count_nonzero(pull.copies["weight"])) == 16
-    mask = pull.plan.masks["weight"]
-    assert torch.equal(pull.copies["weight"] != 0, mask)
+        solve(layer, hessian, goal, admm)
+        admm.update()
+    assert first > 0.1 and admm.distance < 1e-6
+    assert int(torch.count_nonzero(admm.targets["weight"])) == 16
+    mask = admm.plan.masks["weight"]
+    assert torch.equal(admm.targets["weight"] != 0, mask)
     before = layer.weight.detach().clone()
-    pr.apply_(layer, pull.plan)
+    pr.apply_(layer, admm.plan)
     assert torch.allclose(layer.weight, before, atol=1e-6) and int(torch.count_nonzero(layer.weight)) == 16
     for row in range(4):  # the loss has no slope left along what is kept
         slope = (layer.weight[row] - goal[row]) @ hessian
@@ -64,28 +64,28 @@ def test_one_update_by_hand() -> None:
     with torch.no_grad():
         layer.weight.copy_(torch.tensor([[4.0, 3.0, 2.0, 1.0]]))
     recipe = pr.Recipe(granularity=pr.Element())
-    pull = pr.train.AdmmTraining(layer, lambda m: pr.plan(m, X, recipe, target=pr.Sparsity(0.5)), rho=0.5)
-    assert pull.copies["weight"].tolist() == [[4, 3, 0, 0]] and pull.distance == pytest.approx(5**0.5)
-    assert pull(layer).item() == pytest.approx(0.25 * 5)
-    pull.update()
-    assert pull.duals["weight"].tolist() == [[0, 0, 2, 1]]
-    assert pull(layer).item() == pytest.approx(0.25 * (4**2 + 2**2))
-    pull.update()  # of [4, 3, 4, 2]: the third catches up, and loses the tie for the second place to nobody
-    assert pull.copies["weight"].tolist() == [[4, 0, 4, 0]]
-    assert pull.duals["weight"].tolist() == [[0, 3, 0, 2]]
+    admm = pr.train.AdmmTraining(layer, lambda m: pr.plan(m, X, recipe, target=pr.Sparsity(0.5)), rho=0.5)
+    assert admm.targets["weight"].tolist() == [[4, 3, 0, 0]] and admm.distance == pytest.approx(5**0.5)
+    assert admm(layer).item() == pytest.approx(0.25 * 5)
+    admm.update()
+    assert admm.duals["weight"].tolist() == [[0, 0, 2, 1]]
+    assert admm(layer).item() == pytest.approx(0.25 * (4**2 + 2**2))
+    admm.update()  # of [4, 3, 4, 2]: the third catches up, and loses the tie for the second place to nobody
+    assert admm.targets["weight"].tolist() == [[4, 0, 4, 0]]
+    assert admm.duals["weight"].tolist() == [[0, 3, 0, 2]]
 
 
 def test_channels_and_the_training_loop() -> None:
     model, data = convnet(), images()
-    pull = pr.train.AdmmTraining(model, lambda m: pr.plan(m, data[0], target=pr.Sparsity(0.3)), rho=2.0)
-    first = pull.distance
-    assert pull(copy.deepcopy(model)) == pull(model)
+    admm = pr.train.AdmmTraining(model, lambda m: pr.plan(m, data[0], target=pr.Sparsity(0.3)), rho=2.0)
+    first = admm.distance
+    assert admm(copy.deepcopy(model)) == admm(model)
     for _ in range(8):
-        pr.finetune(model, data, pr.train.penalized(square_loss, pull), steps=10, lr=0.02)
-        pull.update()
-    assert pull.distance < 0.5 * first
-    small = pr.shrink(model, pull.plan)
-    assert sum(p.numel() for p in small.parameters()) == pull.plan.after.params
+        pr.finetune(model, data, pr.train.penalized(square_loss, admm), steps=10, lr=0.02)
+        admm.update()
+    assert admm.distance < 0.5 * first
+    small = pr.shrink(model, admm.plan)
+    assert sum(p.numel() for p in small.parameters()) == admm.plan.after.params
 
 
 def test_requests_that_make_no_sense() -> None:

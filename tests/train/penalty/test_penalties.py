@@ -17,7 +17,7 @@ from tests.graphs import convnet, images, mlp, square_loss
 from tests.hand import hand_plan
 
 X = torch.linspace(-1, 1, 8 * 4).view(8, 4)
-FAST = Training(optimizer=lambda p, lr: torch.optim.SGD(p, lr=lr), rate=lambda progress: 1.0)
+FAST = Training(optimizer=lambda p, lr: torch.optim.SGD(p, lr=lr), lr_schedule=lambda progress: 1.0)
 
 
 def unit_rows(model: nn.Module, group: int) -> Tensor:
@@ -28,22 +28,22 @@ def unit_rows(model: nn.Module, group: int) -> Tensor:
 
 def test_slimming_is_the_sum_of_the_scales() -> None:
     model, batch = convnet(), images()[0]
-    penalty = pr.train.slimming(pr.train.coupled(model, batch))
+    penalty = pr.train.slimming(pr.train.coupled_units(model, batch))
     with torch.no_grad():
         model[1].weight[0] = -2
     value = penalty(model)
     assert value.item() == pytest.approx(float((model[1].weight.abs().sum() + model[4].weight.abs().sum()).detach()))
     value.backward()
     assert torch.equal(model[1].weight.grad, model[1].weight.sign()) and model[0].weight.grad is None
-    one = pr.train.slimming(pr.train.coupled(model, batch, only=["3"]))
+    one = pr.train.slimming(pr.train.coupled_units(model, batch, only=["3"]))
     assert one(model).item() == pytest.approx(float(model[4].weight.abs().sum().detach()))
     with pytest.raises(NotSupported, match="no scales"):
-        pr.train.slimming(pr.train.coupled(mlp(), X))
+        pr.train.slimming(pr.train.coupled_units(mlp(), X))
 
 
 def test_slimming_and_its_recipe() -> None:
     model, data = convnet(), images()
-    loss = pr.train.penalized(square_loss, pr.train.slimming(pr.train.coupled(model, data[0])), 0.2)
+    loss = pr.train.penalized(square_loss, pr.train.slimming(pr.train.coupled_units(model, data[0])), 0.2)
     before = model[1].weight.detach().clone()
     pr.finetune(model, data, loss, steps=40, lr=0.05, training=FAST)
     assert float(model[1].weight.detach().abs().sum()) < float(before.sum()) - 1
@@ -56,7 +56,7 @@ def test_slimming_and_its_recipe() -> None:
 
 def test_group_lasso_by_hand() -> None:
     model = mlp()
-    penalty = pr.train.group_lasso(pr.train.coupled(model, X))
+    penalty = pr.train.group_lasso(pr.train.coupled_units(model, X))
     rows = [unit_rows(model, group) for group in (0, 1)]
     expected = sum(row.shape[1] ** 0.5 * row.norm(dim=1).sum() for row in rows)
     assert penalty(model).item() == pytest.approx(expected.item(), rel=1e-6)
@@ -69,7 +69,7 @@ def test_group_lasso_by_hand() -> None:
 
 def test_group_lasso_has_a_gradient_at_zero() -> None:
     model = mlp()
-    penalty = pr.train.group_lasso(pr.train.coupled(model, X))
+    penalty = pr.train.group_lasso(pr.train.coupled_units(model, X))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.zero_()
@@ -83,7 +83,7 @@ def test_strengths_of_group_sparsity() -> None:
     model = mlp()
     rows = unit_rows(model, 0)
     sums = rows.square().sum(1)
-    penalty = pr.train.group_sparsity(pr.train.coupled(model, X, only=["0"]), alpha=2.0)
+    penalty = pr.train.group_sparsity(pr.train.coupled_units(model, X, only=["0"]), alpha=2.0)
     gamma = strengths(sums.detach(), 2.0)
     assert gamma.max() == 4 and gamma.min() == 1 and gamma.argmax() == sums.argmin()
     assert penalty(model).item() == pytest.approx(float((gamma * sums).sum().detach()), rel=1e-6)
@@ -91,12 +91,12 @@ def test_strengths_of_group_sparsity() -> None:
     assert torch.allclose(model[0].weight.grad, 2 * gamma[:, None] * model[0].weight)
     assert torch.allclose(model[2].weight.grad, 2 * gamma * model[2].weight)
     with pytest.raises(RequestError, match="alpha"):
-        pr.train.group_sparsity(pr.train.coupled(model, X), alpha=-1.0)
+        pr.train.group_sparsity(pr.train.coupled_units(model, X), alpha=-1.0)
 
 
 def test_group_sparsity_makes_the_cut_harmless() -> None:
     model, data = convnet(), images()
-    units = pr.train.coupled(model, data[0])
+    units = pr.train.coupled_units(model, data[0])
     trained = copy.deepcopy(model)
     pr.finetune(model, data, square_loss, steps=60, lr=0.02, training=FAST)
     pr.finetune(trained, data, pr.train.penalized(square_loss, pr.train.group_sparsity(units), 0.1), steps=60, lr=0.02,
@@ -110,7 +110,7 @@ def test_group_sparsity_makes_the_cut_harmless() -> None:
 
 def test_a_penalty_fits_copies_and_refuses_other_models() -> None:
     model = mlp()
-    penalty = pr.train.group_lasso(pr.train.coupled(model, X))
+    penalty = pr.train.group_lasso(pr.train.coupled_units(model, X))
     twin = copy.deepcopy(model)
     with torch.no_grad():
         twin[2].weight.mul_(2)
@@ -124,14 +124,14 @@ def test_a_penalty_fits_copies_and_refuses_other_models() -> None:
         pr.train.penalized(square_loss, penalty, -1.0)
 
 
-# -- growing regularisation ------------------------------------------------------------------------------------------
+# -- growing regularization ------------------------------------------------------------------------------------------
 
 
 def test_the_penalty_grows_up_to_its_ceiling() -> None:
     model = mlp()
     mask = torch.ones(6, 4, dtype=torch.bool)
     mask[1] = False
-    growing = pr.train.Growing(model, hand_plan(masks={"0.weight": mask}), delta=0.25, every=2, ceiling=0.6)
+    growing = pr.train.GReg(model, hand_plan(masks={"0.weight": mask}), delta=0.25, every=2, ceiling=0.6)
     seen = []
     for _ in range(6):
         seen.append(growing.strength)
@@ -145,7 +145,7 @@ def test_the_penalty_grows_up_to_its_ceiling() -> None:
 def test_what_a_plan_removes_has_gone_to_zero_before_it_is_cut() -> None:
     model, data = convnet().eval(), images()
     plan = pr.plan(model, data[0], target=pr.Sparsity(0.4))
-    growing = pr.train.Growing(model, plan, delta=0.5, every=5, ceiling=5.0)
+    growing = pr.train.GReg(model, plan, delta=0.5, every=5, ceiling=5.0)
     pr.finetune(model, data, pr.train.penalized(square_loss, growing), steps=120, lr=0.05, training=FAST,
                 on_step=lambda *_: growing.step())  # fmt: skip
     assert growing.done
@@ -159,7 +159,7 @@ def test_without_a_plan_the_penalty_tells_weights_apart_by_curvature() -> None:
     with torch.no_grad():
         model.weight.fill_(1.0)
     h = torch.tensor([4.0, 1.0, 0.25])
-    growing = pr.train.Growing(model, None, delta=0.5, every=1, ceiling=0.5)
+    growing = pr.train.GReg(model, None, delta=0.5, every=1, ceiling=0.5)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.2)
     for _ in range(400):
         optimizer.zero_grad()
@@ -170,6 +170,6 @@ def test_without_a_plan_the_penalty_tells_weights_apart_by_curvature() -> None:
 
 def test_growing_refuses_what_makes_no_sense() -> None:
     with pytest.raises(RequestError, match="removes nothing"):
-        pr.train.Growing(mlp(), hand_plan(masks={"0.weight": torch.ones(6, 4, dtype=torch.bool)}))
+        pr.train.GReg(mlp(), hand_plan(masks={"0.weight": torch.ones(6, 4, dtype=torch.bool)}))
     with pytest.raises(RequestError, match="delta"):
-        pr.train.Growing(mlp(), None, delta=2.0, ceiling=1.0)
+        pr.train.GReg(mlp(), None, delta=2.0, ceiling=1.0)

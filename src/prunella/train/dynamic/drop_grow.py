@@ -1,4 +1,4 @@
-"""Dynamic sparse training: drop some weights and grow others while training; the number of non-zeros stays exact."""
+"""Dynamic sparse training: weights are dropped and grown during training, and the number of non-zeros stays exact."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from prunella.types import Mask
 
 @dataclass(frozen=True)
 class Update:
-    """What one update did: weights dropped and grown, and active weights after it."""
+    """The result of one update: the numbers of weights dropped, grown and active afterwards."""
 
     step: int
     dropped: int
@@ -39,20 +39,20 @@ class Update:
 
 
 class DropGrow:
-    """Move the masks of a model while `optimizer` trains it, by a rule; the number of non-zeros stays exact.
+    """Update the masks of a model by a rule while `optimizer` trains it; the number of non-zeros stays exact.
 
         apply_(model, plan(model, batch, named("erk_random"), target=Sparsity(0.98)))      # the first masks
         moving = DropGrow(model, optimizer, rule=rigl(), steps=7500, every=100)
         for batch in loader:
             ...; optimizer.step(); moving.step()
 
-    Masks are kept as `Pruner` keeps them: masked weights and what the optimizer remembers of them are exactly 0 after
-    every step. Weights that grow start at 0 with empty moments. A step that a `GradScaler` skips changes nothing; an
-    update that was due then comes with the next step that is taken.
+    Masked weights and their optimizer state are exactly 0 after every step, as with `Pruner`. Grown weights start at 0
+    with empty moments. A step that a `GradScaler` skips changes nothing, and an update that was due at this step is
+    made at the next step that is taken.
 
-    optimizer: one, or several; together they train all that takes part. steps: T_end; no update comes after it. Three
-    quarters of the run is usual. every: steps between updates. layers: patterns of parameters that take part, for a
-    rule that starts dense; by default those that carry masks. seed: of random growth.
+    optimizer: one, or several; together they train all sparse parameters. steps: T_end; no update comes after it. Three
+    quarters of the run is usual. every: steps between updates. layers: name patterns of the sparse parameters, for a
+    rule that starts dense; by default the parameters that carry masks. seed: of random growth.
     """
 
     def __init__(
@@ -87,29 +87,29 @@ class DropGrow:
 
     @property
     def total(self) -> int:
-        """Weights that take part."""
+        """Number of weights in the sparse parameters."""
         return sum(mask.numel() for mask in self._masks.values())
 
     @property
     def kept(self) -> int:
-        """Active weights among them."""
+        """Number of active weights."""
         return sum(int(mask.sum()) for mask in self._masks.values())
 
     @property
     def explored(self) -> float:
-        """Part of the weights that was active at some time (`itop`)."""
+        """Fraction of the weights that was active at some time (`itop`)."""
         return sum(int(mask.sum()) for mask in self._seen.values()) / self.total
 
     def masks(self) -> dict[str, Mask]:
-        """Name -> mask of everything that takes part, dense layers too."""
+        """Name -> mask of every sparse parameter, layers that are still dense included."""
         return {name: self._masks[parameter].clone() for parameter, name in self._names.items()}
 
     def step(self) -> Update | None:
-        """Count one training step, after `optimizer.step()`; when an update is due, move the masks and say how."""
+        """Count one training step, after `optimizer.step()`; if an update is due, make it and return its numbers."""
         if not self._masks:
             raise RequestError(
                 "the model carries no masks",
-                "drop and grow moves masks of weights",
+                "DropGrow updates masks of weights",
                 'call apply_(model, plan(...)) first, or start dense with layers=["*.weight"]',
             )
         if self.taken >= self.steps and not self._due:
@@ -139,7 +139,7 @@ class DropGrow:
         self.detach()
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Everything that decides the next updates, as tensors: step, masks, what was active, averages."""
+        """The state that decides the next updates, as tensors: step, masks, weights ever active, averaged gradients."""
         state = {"step": torch.tensor(self.taken), "due": torch.tensor(self._due), "start": torch.tensor(self._start)}
         for parameter, name in self._names.items():
             state[f"bits.{name}"] = pack(self._masks[parameter]).bits
@@ -149,27 +149,27 @@ class DropGrow:
         return state
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from `state_dict()`: the masks replace those of the model, and are applied."""
+        """Resume from `state_dict()`: the saved masks replace the masks of the model, and are applied."""
         named = dict(self.model.named_parameters())
         masks, seen = saved_masks(self.model, state), saved_masks(self.model, state, "seen")
         self.taken, self._due, self._start = int(state["step"]), bool(state["due"]), int(state["start"])
         self._take({p: name for name, p in named.items() if p in masks}, masks)
         self._seen = seen
-        found = [(p, state.get(f"gradient.{name}")) for p, name in self._names.items()]
-        self._grads = {p: grad.clone().to(p.device) for p, grad in found if grad is not None}
+        grads = [(p, state.get(f"gradient.{name}")) for p, name in self._names.items()]
+        self._grads = {p: grad.clone().to(p.device) for p, grad in grads if grad is not None}
         self._write(self._masks)
 
     def _take(self, names: dict[nn.Parameter, str], masks: dict[nn.Parameter, Mask]) -> None:
-        """These parameters take part, with these masks."""
+        """Set the sparse parameters and their masks."""
         idle = [name for parameter, name in names.items() if parameter not in self._owner]
         if idle:
-            raise RequestError(f"no optimizer trains {idle[0]}", "it takes part", "pass its optimizer too")
+            raise RequestError(f"no optimizer trains {idle[0]}", "it is a sparse parameter", "pass its optimizer too")
         self._names, self._masks = names, {parameter: masks[parameter] for parameter in names}
 
     def _read(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Read dense gradients: at every step if the rule has a memory, else only for the update that is due now."""
-        memory, found = self.rule.memory, getattr(optimizer, "found_inf", None)
-        if found is not None and float(found):  # a scaler lets a fused step run and do nothing
+        """Read dense gradients: at every step if the rule averages them, else only before an update."""
+        memory, overflow = self.rule.memory, getattr(optimizer, "found_inf", None)
+        if overflow is not None and float(overflow):  # a scaler lets a fused step run and do nothing
             return
         if not memory and not self._due and (self.taken + 1) % self.every and self.taken + 1 != self.steps:
             return
@@ -183,17 +183,17 @@ class DropGrow:
     def _update(self, progress: float) -> Update:
         before = {parameter: mask.clone() for parameter, mask in self._masks.items()}
         masks = self._thinned(progress)
-        part = self.rule.fraction(progress)
+        exchanged = self.rule.fraction(progress)
         active = {p: int(mask.sum()) for p, mask in masks.items()}
-        least = int(part > 0)
-        gone = {p: max(0, min(max(least, round(part * count)), count - 1)) for p, count in active.items()}
-        if not self.rule.trade:  # a layer without room would only forget what it drops
-            gone = {p: min(count, masks[p].numel() - active[p]) for p, count in gone.items()}
-        born = self._shares(masks, active, gone)
+        minimum = int(exchanged > 0)
+        drops = {p: max(0, min(max(minimum, round(exchanged * count)), count - 1)) for p, count in active.items()}
+        if not self.rule.trade:  # a layer without room would only lose the weights it drops
+            drops = {p: min(count, masks[p].numel() - active[p]) for p, count in drops.items()}
+        grows = self._shares(masks, active, drops)
         survivors: dict[nn.Parameter, Mask] = {}
         for parameter, mask in masks.items():
             drop, grow = (self._scores(f, parameter) for f in (self.rule.drop, self.rule.grow))
-            new, kept = exchange(mask, gone[parameter], born[parameter], drop, grow)
+            new, kept = exchange(mask, drops[parameter], grows[parameter], drop, grow)
             self._masks[parameter], survivors[parameter] = new, kept
             self._seen[parameter] |= new
         self._write(survivors)
@@ -204,7 +204,7 @@ class DropGrow:
         return Update(self.taken, dropped, grown, self.kept)
 
     def _thinned(self, progress: float) -> dict[nn.Parameter, Mask]:
-        """The masks after the part of an update that makes the whole sparser."""
+        """The masks after the pruning step of an update, which raises the total sparsity."""
         if self.rule.final is None:
             return dict(self._masks)
         first = 1 - self._start / self.total
@@ -214,21 +214,24 @@ class DropGrow:
         return dict(zip(self._masks, thin(list(self._masks.values()), scores, count), strict=True))
 
     def _shares(
-        self, masks: Mapping[nn.Parameter, Mask], active: Mapping[nn.Parameter, int], gone: Mapping[nn.Parameter, int]
+        self,
+        masks: Mapping[nn.Parameter, Mask],
+        active: Mapping[nn.Parameter, int],
+        drops: Mapping[nn.Parameter, int],
     ) -> dict[nn.Parameter, int]:
-        """How many grow in each layer: as many as it dropped, or its share of all."""
+        """Number of weights that grow in each layer: as many as the layer dropped, or its share of the total."""
         if not self.rule.trade:
-            return dict(gone)
+            return dict(drops)
         means = [float(self._grads[p].abs()[mask].double().mean()) if active[p] else 0.0 for p, mask in masks.items()]
-        rooms = [mask.numel() - active[p] + gone[p] for p, mask in masks.items()]
-        return dict(zip(masks, fair_shares(sum(gone.values()), means, rooms), strict=True))
+        rooms = [mask.numel() - active[p] + drops[p] for p, mask in masks.items()]
+        return dict(zip(masks, fair_shares(sum(drops.values()), means, rooms), strict=True))
 
     def _scores(self, function: Criterion, parameter: nn.Parameter) -> Tensor:
         scores: Tensor = function(*[self._statistic(need, parameter) for need in needs_of(function)])
         if scores.numel() != parameter.numel():
             raise RequestError(
                 f"{name_of(function)} gives {scores.numel()} scores for {parameter.numel()} weights",
-                "drop and grow need one for each weight",
+                "drop and grow need one score for each weight",
                 "take a criterion that scores weights",
             )
         if not bool(torch.isfinite(scores).all()):
@@ -247,7 +250,7 @@ class DropGrow:
         return torch.rand(parameter.shape, generator=generator, dtype=torch.float64).to(parameter.device).flatten(1)
 
     def _write(self, survivors: Mapping[nn.Parameter, Mask]) -> None:
-        """Put the masks into the model; whatever is no survivor is 0, and the optimizer remembers nothing of it."""
+        """Record the masks in the model; weights that did not survive become 0, with empty optimizer state."""
         others = {p: packed.unpack(p.device) for _, p, packed in records(self.model) if p not in self._masks}
         forget_masks_(self.model)
         record_(self.model, {**others, **self._masks})
@@ -258,7 +261,7 @@ class DropGrow:
 
 
 def _taking_part(model: nn.Module, layers: Sequence[str]) -> tuple[dict[nn.Parameter, str], dict[nn.Parameter, Mask]]:
-    """Names and masks of the parameters that take part."""
+    """Names and masks of the sparse parameters."""
     masks = {parameter: packed.unpack(parameter.device) for _, parameter, packed in records(model)}
     names = {
         parameter: name
@@ -267,5 +270,5 @@ def _taking_part(model: nn.Module, layers: Sequence[str]) -> tuple[dict[nn.Param
         and (any(fnmatchcase(name, pattern) for pattern in layers) if layers else parameter in masks)
     }
     if layers and not names:
-        raise RequestError(f"layers={list(layers)!r} names no weight", "", "patterns are of names of parameters")
+        raise RequestError(f"layers={list(layers)!r} names no weight", "", "the patterns match names of parameters")
     return names, {p: masks.get(p, torch.ones(p.shape, dtype=torch.bool, device=p.device)) for p in names}

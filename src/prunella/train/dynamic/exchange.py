@@ -1,4 +1,4 @@
-"""Which weights a drop-and-grow update exchanges, and how layers share what is to grow: pure functions of tensors."""
+"""The weights that a drop-and-grow update exchanges, and the shares of layers in growth: pure functions of tensors."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from prunella.types import Mask
 
 
 def exchange(mask: Mask, dropped: int, grown: int, drop: Tensor, grow: Tensor) -> tuple[Mask, Mask]:
-    """The mask after an exchange, and the survivors: active weights that were not dropped.
+    """The mask after an exchange, and the mask of the survivors: active weights that were not dropped.
 
-    The `dropped` active weights of lowest score `drop` go; the `grown` inactive weights of highest score `grow` come.
-    What was dropped just now comes back only where nothing else is left. Counts are exact: `n - dropped + grown`.
+    The `dropped` active weights with the lowest `drop` scores are removed, and the `grown` inactive weights with the
+    highest `grow` scores are added. A weight that was just dropped grows again only if no other inactive weight is
+    left. Counts are exact: `n - dropped + grown`.
     """
     flat, drop, grow = mask.flatten(), drop.flatten().double(), grow.flatten().double()
     kept = int(flat.sum()) - dropped
@@ -28,7 +29,7 @@ def exchange(mask: Mask, dropped: int, grown: int, drop: Tensor, grow: Tensor) -
 
 
 def thin(masks: Sequence[Mask], scores: Sequence[Tensor], kept: int) -> list[Mask]:
-    """The masks with exactly `kept` active weights in all: the highest scores anywhere, one of each layer at least."""
+    """Masks with exactly `kept` active weights in total: the highest scores over all layers, at least one per layer."""
     ranked = []
     for mask, score in zip(masks, scores, strict=True):
         values = torch.where(mask.flatten(), score.flatten().double(), -torch.inf)
@@ -40,9 +41,10 @@ def thin(masks: Sequence[Mask], scores: Sequence[Tensor], kept: int) -> list[Mas
 
 
 def fair_shares(total: int, weights: Sequence[float], rooms: Sequence[int]) -> list[int]:
-    """`total` split in proportion to `weights`, nowhere above its room: whole numbers whose sum is exactly `total`.
+    """`total` split in proportion to `weights`, at most `rooms[i]` each: whole numbers whose sum is exactly `total`.
 
-    What does not fit goes to the others in proportion; what is left of rounding to the largest remainders.
+    An amount that exceeds a room goes to the other entries in proportion. The rest from rounding goes to the largest
+    remainders.
     """
     if total > sum(rooms):
         raise ValueError(f"cannot place {total} in {sum(rooms)}")
@@ -60,9 +62,9 @@ def fair_shares(total: int, weights: Sequence[float], rooms: Sequence[int]) -> l
             for i in open_:
                 shares[i] = want[i]
             break
-    whole = [min(room, int(share)) for share, room in zip(shares, rooms, strict=True)]
-    order = sorted(range(len(rooms)), key=lambda i: (whole[i] - shares[i], i))
-    while (missing := total - sum(whole)) > 0:
-        for i in [i for i in order if whole[i] < rooms[i]][:missing]:
-            whole[i] += 1
-    return whole
+    counts = [min(room, int(share)) for share, room in zip(shares, rooms, strict=True)]
+    order = sorted(range(len(rooms)), key=lambda i: (counts[i] - shares[i], i))
+    while (missing := total - sum(counts)) > 0:
+        for i in [i for i in order if counts[i] < rooms[i]][:missing]:
+            counts[i] += 1
+    return counts

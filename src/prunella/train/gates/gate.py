@@ -1,8 +1,9 @@
-"""Learned masks: gates sit on weights as parametrizations of torch while the model trains, and `bake_` takes them off.
+"""Learned masks: gates are torch parametrizations of weights during training, and `merge_gates_` removes them.
 
-With gates on, `model.weight` is the gated weight, what trains is `parametrizations.weight.original` and the gate. The
-model can be copied, saved by its state dict and trained by any loop. `bake_` leaves plain weights with the names and
-the order that they had before; `plan_zeros` then says what is gone.
+While gates are attached, `model.weight` is the gated weight; the trained parameters are
+`parametrizations.weight.original` and those of the gate. The model can be copied, saved by its state dict and trained
+by any loop. `merge_gates_` leaves plain weights with their former names and order; `plan_zeros` then plans the removal
+of what is zero.
 """
 
 from __future__ import annotations
@@ -27,11 +28,11 @@ _ORDER = "_prunella_order"
 
 
 class Gate(nn.Module, ABC):
-    """What sits on a weight, or is shared by the slices that do."""
+    """A module that multiplies or thresholds a weight; several slices may share one gate."""
 
     @abstractmethod
     def cost(self, weight: Tensor) -> Tensor:
-        """One number for the loss, `weight` being what the gate sits on: what `gate_penalty` sums."""
+        """The gate's term in `gate_penalty`, one number. weight: the parameter under the gate."""
 
 
 class Noisy(ABC):
@@ -47,18 +48,18 @@ class Scheduled(ABC):
 
     @abstractmethod
     def advance(self, progress: float) -> None:
-        """Training has come so far, in [0, 1]."""
+        """Set the progress of training, in [0, 1]."""
 
 
 def gate_penalty(model: nn.Module) -> Tensor:
-    """The sum of what the gates on `model` cost: expected weights, scores, divergences. RequestError without gates."""
+    """Sum of the costs of all gates on `model`: expected weights, scores, divergences. RequestError without gates."""
     return torch.stack([gate.cost(weight) for gate, weight in gates_of(model)]).sum()
 
 
-def advance_(model: M, progress: float) -> M:
-    """Tell gates with a schedule how far training is, in [0, 1].
+def step_gates_(model: M, progress: float) -> M:
+    """Set the progress of training, in [0, 1], of all gates with a schedule.
 
-    After each step: `finetune(..., on_step=lambda step, *_: advance_(model, (step + 1) / steps))`.
+    Call it after each step: `finetune(..., on_step=lambda step, *_: step_gates_(model, (step + 1) / steps))`.
     """
     if not 0 <= progress <= 1:
         raise RequestError(f"progress={progress:g} is out of range", "it runs from 0 to 1", "pass (step + 1) / steps")
@@ -69,26 +70,27 @@ def advance_(model: M, progress: float) -> M:
 
 
 def gates_of(model: nn.Module) -> list[tuple[Gate, Tensor]]:
-    """Every gate once with the weight that it sits on, with the first of them where several share it."""
-    found: dict[int, tuple[Gate, Tensor]] = {}
-    for some in unwrap(model).modules():
-        if isinstance(some, parametrize.ParametrizationList):
-            for gate in some.modules():
+    """Every gate once, with its weight; a gate that several weights share comes with the first one."""
+    gates: dict[int, tuple[Gate, Tensor]] = {}
+    for module in unwrap(model).modules():
+        if isinstance(module, parametrize.ParametrizationList):
+            for gate in module.modules():
                 if isinstance(gate, Gate):
-                    found.setdefault(id(gate), (gate, some.original))
-    if not found:
-        raise RequestError("the model carries no gates", "they were never put on, or bake_ took them off", "l0_gates_")
-    return list(found.values())
+                    gates.setdefault(id(gate), (gate, module.original))
+    if not gates:
+        why = "they were never attached, or merge_gates_ removed them"
+        raise RequestError("the model carries no gates", why, "for example l0_gates_(model, units)")
+    return list(gates.values())
 
 
 def attach_(model: M, gates: Mapping[str, list[nn.Module]]) -> M:
-    """Put gates on parameters by name, in place. Errors: RequestError for tied, masked or parametrized weights."""
+    """Attach gates to parameters by name, in place. Errors: RequestError for tied, masked or parametrized weights."""
     root = unwrap(model)
-    _free(root, gates)
-    for name, some in gates.items():
+    _check_plain(root, gates)
+    for name, modules in gates.items():
         module, leaf = _place(root, name)
         module.__dict__.setdefault(_ORDER, tuple(module._parameters))
-        for gate in some:
+        for gate in modules:
             gate.train(module.training)
             parametrize.register_parametrization(module, leaf, gate)
     if _draw not in root._forward_pre_hooks.values():
@@ -96,13 +98,13 @@ def attach_(model: M, gates: Mapping[str, list[nn.Module]]) -> M:
     return model
 
 
-def bake_(model: M) -> M:
-    """Take all gates off, in place: weights become what the gates make of them in evaluation mode, closed for good.
+def merge_gates_(model: M) -> M:
+    """Merge all gates into their weights, in place: each weight becomes its gated value in evaluation mode.
 
-    Schedules are at their end. The names and the order of parameters and state-dict keys are those from before the
-    gates. The output in evaluation mode stays the same, where no schedule moved. RequestError without gates.
+    Schedules are set to their end. Parameters and state-dict keys get their former names and order. The output in
+    evaluation mode does not change, unless a schedule was not at its end. RequestError without gates.
     """
-    advance_(model, 1.0)
+    step_gates_(model, 1.0)
     root = unwrap(model)
     with mode(root, training=False):
         for module in [module for module in root.modules() if _ORDER in module.__dict__]:
@@ -116,7 +118,7 @@ def bake_(model: M) -> M:
 
 
 def _draw(model: nn.Module, args: Any) -> None:
-    """Before each pass, so that a gate shared by several slices, or a weight that is read twice, sees one noise."""
+    """Draw noise once before each pass: all slices of a shared gate, and all reads of a weight, see the same noise."""
     if model.training:
         for module in model.modules():
             if isinstance(module, Noisy):
@@ -124,7 +126,7 @@ def _draw(model: nn.Module, args: Any) -> None:
 
 
 def _reorder(module: nn.Module, order: Sequence[str]) -> None:
-    """Parameters in this order again: torch puts one back behind the others, and optimizers go by the order."""
+    """Restore this order of parameters: torch appends a restored parameter at the end, and optimizers use the order."""
     present = dict(module._parameters)
     module._parameters.clear()
     module._parameters.update({leaf: present[leaf] for leaf in order if leaf in present} | present)
@@ -135,74 +137,77 @@ def _place(root: nn.Module, name: str) -> tuple[nn.Module, str]:
     return root.get_submodule(prefix), leaf
 
 
-def _free(root: nn.Module, gates: Mapping[str, list[nn.Module]]) -> None:
+def _check_plain(root: nn.Module, gates: Mapping[str, list[nn.Module]]) -> None:
+    """RequestError unless gates can be attached to these parameters."""
     names: dict[int, list[str]] = {}
     for name, parameter in root.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
     if any(isinstance(module, Gate) for module in root.modules()):
-        raise RequestError("the model carries gates already", "one kind at a time", "call bake_(model) first")
+        raise RequestError("the model carries gates already", "one kind at a time", "call merge_gates_(model) first")
     if next(records(root), None) is not None:
         raise RequestError("the model carries masks", "gates would bypass them", "call prunella.finalize(model) first")
     for name in gates:
-        alike = next((some for some in names.values() if name in some), [])
-        if len(alike) != 1 or parametrize.is_parametrized(_place(root, name)[0]) or ".parametrizations." in name:
-            why = f"it is tied: {' = '.join(alike)}" if len(alike) > 1 else "it is not a plain parameter of this model"
-            raise RequestError(f"a gate cannot sit on {name}", why, f"leave it out: coupled(..., skip=[{name!r}])")
+        tied = next((aliases for aliases in names.values() if name in aliases), [])
+        if len(tied) != 1 or parametrize.is_parametrized(_place(root, name)[0]) or ".parametrizations." in name:
+            why = f"it is tied: {' = '.join(tied)}" if len(tied) > 1 else "it is not a plain parameter of this model"
+            raise RequestError(
+                f"a gate cannot be attached to {name}", why, f"leave it out: coupled_units(..., skip=[{name!r}])"
+            )
 
 
-# -- parametrizations of one kind, put on by name and taken off without a trace ---------------------------------------
+# -- parametrizations of one kind, attached by name and removed completely --------------------------------------------
 
 
 def weights(model: nn.Module, only: Sequence[str]) -> list[tuple[str, nn.Parameter]]:
     """Parameters of at least two dimensions whose name matches a pattern. RequestError if none, or if one is tied."""
     root = unwrap(model)
-    found = [
+    named = [
         (name, parameter)
         for name, parameter in root.named_parameters()
         if parameter.dim() > 1 and any(fnmatchcase(name, pattern) for pattern in only)
     ]
-    if not found:
+    if not named:
         raise RequestError(
             f"{list(only)!r} names no weight of the model",
             "weights have at least two dimensions",
-            "patterns are of names of parameters, such as 'layer1.*.weight'",
+            "the patterns match names of parameters, such as 'layer1.*.weight'",
         )
-    for name, parameter in found:
+    for name, parameter in named:
         owners = [p for p, m in root.named_modules() for own in m._parameters.values() if own is parameter]
         if len(owners) > 1:
             why = "each use would get a mask of its own"
             raise RequestError(f"{name} is shared by {' and '.join(owners)}", why, "untie it, or leave it out")
-    return found
+    return named
 
 
 def put_on(model: nn.Module, names: Sequence[str], make: Callable[[nn.Parameter], P]) -> list[P]:
-    """Compute each parameter of these names through a module that `make` gives for it."""
+    """Attach to each parameter of these names the parametrization that `make` returns for it."""
     root = unwrap(model)
     order = {id(module): tuple(module._parameters) for module in root.modules()}
-    made = []
+    attached = []
     for name in names:
         owner, _, leaf = name.rpartition(".")
         module, parameter = root.get_submodule(owner), root.get_parameter(name)
-        step = make(parameter)
-        step.__dict__[_ORDER] = order[id(module)]
-        parametrize.register_parametrization(module, leaf, step)
-        made.append(step)
-    return made
+        parametrization = make(parameter)
+        parametrization.__dict__[_ORDER] = order[id(module)]
+        parametrize.register_parametrization(module, leaf, parametrization)
+        attached.append(parametrization)
+    return attached
 
 
 def take_off(model: nn.Module, kind: type[P]) -> Iterator[tuple[nn.Parameter, P]]:
-    """Remove every parametrization of that kind: the bare parameter has its bits, and all keys are as before."""
+    """Remove every parametrization of that kind: the plain parameter keeps its bits, and all keys are as before."""
     for module in list(unwrap(model).modules()):
         if not parametrize.is_parametrized(module):
             continue
         assert isinstance(module.parametrizations, nn.ModuleDict)
         for leaf, chain in list(module.parametrizations.items()):
             assert isinstance(chain, nn.ModuleList)
-            step = next((part for part in chain if isinstance(part, kind)), None)
-            if step is None:
+            parametrization = next((part for part in chain if isinstance(part, kind)), None)
+            if parametrization is None:
                 continue
             parametrize.remove_parametrizations(module, leaf, leave_parametrized=False)
-            _reorder(module, step.__dict__[_ORDER])
+            _reorder(module, parametrization.__dict__[_ORDER])
             parameter = module._parameters[leaf]
             assert parameter is not None
-            yield parameter, step
+            yield parameter, parametrization

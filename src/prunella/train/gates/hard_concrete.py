@@ -1,4 +1,4 @@
-"""L0 regularisation: gates that are exactly zero with a probability that can be learned."""
+"""L0 regularisation: gates that are exactly zero with a learned probability."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from torch import Tensor, nn
 from prunella.errors import NotSupported, RequestError
 from prunella.registry.method import training
 from prunella.train.gates.gate import Gate, M, Noisy, attach_
-from prunella.train.penalty.units import Coupled, Slice, broadcast
+from prunella.train.penalty.units import CoupledUnits, Slice, broadcast
 
 BETA, GAMMA, ZETA = 2 / 3, -0.1, 1.1
-"""Temperature, and the interval that the concrete variable is stretched to before it is cut to [0, 1]."""
+"""Temperature, and the interval to which the concrete variable is stretched before it is clamped to [0, 1]."""
 
 
 class HardConcrete(Gate, Noisy):
-    """Hard concrete variables. weights: how many numbers each one opens or closes."""
+    """Hard concrete variables. weights: how many numbers each gate opens or closes."""
 
     log_alpha: nn.Parameter
     weights: Tensor
@@ -51,12 +51,12 @@ class HardConcrete(Gate, Noisy):
         return (self.alive() * self.weights).sum()
 
     def forward(self, weight: Tensor) -> Tensor:
-        """On a weight of the gates' shape."""
+        """The gated weight; it has the shape of the gates."""
         return weight * self.value().to(weight)
 
 
 class Opened(nn.Module):
-    """One slice of a weight under the gates of a group's units, which all slices share."""
+    """One slice of a weight under the gates of a group's units; all slices share the gates."""
 
     def __init__(self, gate: HardConcrete, part: Slice) -> None:
         super().__init__()
@@ -68,21 +68,21 @@ class Opened(nn.Module):
 
 
 @training(source="Louizos et al. 2018, arXiv:1712.01312")
-def l0_gates_(model: M, units: Coupled, *, per_weight: bool = False, start: float = 2.5) -> M:
+def l0_gates_(model: M, units: CoupledUnits, *, per_weight: bool = False, start: float = 2.5) -> M:
     """L0 regularisation by hard concrete gates, on coupled units or on single weights, in place.
 
     `z = clamp(s (zeta - gamma) + gamma, 0, 1)`, `s = sigmoid((log u - log(1 - u) + log_alpha) / beta)` with u uniform,
     beta = 2/3, gamma = -0.1, zeta = 1.1; in evaluation `s = sigmoid(log_alpha)`, without noise. The penalty
     `gate_penalty` is the expected number of weights: `sum of p sigmoid(log_alpha - beta log(-gamma / zeta))`.
-    A unit has one gate, which multiplies all columns that read it, so that a closed unit is removed exactly:
-    `bake_(model)`, then `plan_zeros` and `shrink`. Groups that no weight reads, as queries with keys, get no gate.
-    Noise is drawn once a pass from torch's generator.
+    A unit has one gate. The gate multiplies all columns that read the unit, so that a closed unit is removed exactly:
+    `merge_gates_(model)`, then `plan_zeros` and `shrink`. Groups that no weight reads, such as queries with keys, get
+    no gate. Noise is drawn once per pass from torch's generator.
 
-    per_weight: a gate for each weight of the layers in place of the units; ends in `plan_zeros(..., Element())`.
-    start: of log_alpha; from log(11) = 2.4 up the model computes in evaluation what it did without gates.
+    per_weight: a gate for each weight of the layers instead of each unit; then `plan_zeros(..., Element())`.
+    start: of log_alpha; from log(11) = 2.4 up the gates do not change the output in evaluation mode.
 
     Data: none of its own. Caveats: gates need a larger learning rate than weights, 0.01 to 0.1, and a penalty from
-    1e-6 to 1e-3 per weight; a group may close altogether, of which `plan_zeros` keeps what it must.
+    1e-6 to 1e-3 per weight; all gates of a group may close, and `plan_zeros` then keeps the minimum of units.
 
     Use: structure that the loss itself chooses, in long training. Avoid: an exact budget, or training for a few steps.
     """
@@ -91,7 +91,7 @@ def l0_gates_(model: M, units: Coupled, *, per_weight: bool = False, start: floa
     named = units.named(model)
     if per_weight:
         ones = {x.entity: torch.ones_like(named[x.entity].detach()) for x in units.layers}
-        return attach_(model, {name: [HardConcrete(each, start)] for name, each in ones.items()})
+        return attach_(model, {name: [HardConcrete(one, start)] for name, one in ones.items()})
     gates: dict[str, list[nn.Module]] = {}
     for group in units.groups:
         readers = [part for part in group.slices if part.role == "in"]

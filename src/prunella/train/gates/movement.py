@@ -1,4 +1,4 @@
-"""Movement pruning: weights that training moves toward zero go, whatever their size."""
+"""Movement pruning: weights that training moves toward zero are pruned, whatever their magnitude."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from prunella.registry.method import training
 from prunella.schedules import Schedule, cubic
 from prunella.selection import keep_top
 from prunella.train.gates.gate import Gate, M, Scheduled, attach_
-from prunella.train.penalty.units import Coupled
+from prunella.train.penalty.units import CoupledUnits
 from prunella.types import Mask
 
 
 class _StraightThrough(torch.autograd.Function):
-    """`W * mask`; the scores get the gradient as if they were the mask."""
+    """`W * mask`; the gradient of the mask goes to the scores."""
 
     @staticmethod
     def forward(ctx, weight: Tensor, scores: Tensor, mask: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
@@ -30,12 +30,12 @@ class _StraightThrough(torch.autograd.Function):
 
 def masked(weight: Tensor, scores: Tensor, mask: Mask) -> Tensor:
     """`W * mask`, with `dL/dS = dL/dW' * W` for the scores."""
-    made: Tensor = _StraightThrough.apply(weight, scores, mask.to(weight))  # type: ignore[no-untyped-call]
-    return made
+    product: Tensor = _StraightThrough.apply(weight, scores, mask.to(weight))  # type: ignore[no-untyped-call]
+    return product
 
 
 class Moved(Gate, Scheduled):
-    """Keeps the highest scores, fewer as the schedule runs."""
+    """A gate that keeps the highest scores; their number falls along the schedule."""
 
     def __init__(self, weight: Tensor, sparsity: float, schedule: Schedule) -> None:
         super().__init__()
@@ -43,17 +43,17 @@ class Moved(Gate, Scheduled):
         self.sparsity, self.schedule, self.progress = sparsity, schedule, 0.0
 
     def advance(self, progress: float) -> None:
-        """How far training is."""
+        """Set the progress of training, in [0, 1]."""
         self.progress = progress
 
     def mask(self) -> Mask:
-        """Exactly `round(sparsity * schedule(progress) * N)` are not kept."""
+        """Exactly `round(sparsity * schedule(progress) * N)` weights are False."""
         count = self.scores.numel()
-        gone = round(self.sparsity * self.schedule(self.progress) * count)
-        return keep_top(self.scores.detach().flatten(), count - gone).view_as(self.scores)
+        pruned = round(self.sparsity * self.schedule(self.progress) * count)
+        return keep_top(self.scores.detach().flatten(), count - pruned).view_as(self.scores)
 
     def cost(self, weight: Tensor) -> Tensor:
-        """Nothing: the schedule decides how many go."""
+        """Zero: the schedule decides the sparsity."""
         return self.scores.new_zeros(())
 
     def forward(self, weight: Tensor) -> Tensor:
@@ -62,7 +62,7 @@ class Moved(Gate, Scheduled):
 
 
 class SoftlyMoved(Gate):
-    """Keeps scores above a threshold."""
+    """A gate that keeps scores above a threshold."""
 
     def __init__(self, weight: Tensor, threshold: float) -> None:
         super().__init__()
@@ -83,15 +83,16 @@ class SoftlyMoved(Gate):
 
 
 @training(source="Sanh et al. 2020, arXiv:2005.07683")
-def top_movement_(model: M, units: Coupled, *, sparsity: float, schedule: Schedule = cubic) -> M:
-    """Movement pruning, in place: scores on every weight learn which ones training moves away from zero.
+def top_movement_(model: M, units: CoupledUnits, *, sparsity: float, schedule: Schedule = cubic) -> M:
+    """Movement pruning, in place: every weight has a score, which rises while training moves the weight away from zero.
 
     `W' = W * mask`, the mask keeps the highest scores S of each layer, and `dL/dS = dL/dW' * W` straight through, so
     that gradient descent gives `S = -eta sum (dL/dW') W`: weights that shrink score below zero. Data: training.
-    At progress t exactly `round(sparsity * schedule(t) * N)` weights of each layer are zero: call `advance_` after each
-    step, at the end `bake_`. A pruned weight stands still while its score goes on, so that it may come back.
+    At progress t exactly `round(sparsity * schedule(t) * N)` weights of each layer are zero: call `step_gates_` after
+    each step, and `merge_gates_` at the end. The value of a pruned weight does not change, but its score is still
+    trained, so that the weight may come back.
 
-    sparsity: in [0, 1), of each layer. schedule: progress in [0, 1] -> part of it.
+    sparsity: in [0, 1), of each layer. schedule: progress in [0, 1] -> fraction of the sparsity.
 
     Use: fine-tuning a pretrained model on a small task, at high sparsity. Avoid: training from scratch.
     """
@@ -102,15 +103,16 @@ def top_movement_(model: M, units: Coupled, *, sparsity: float, schedule: Schedu
 
 
 @training(source="Sanh et al. 2020, arXiv:2005.07683 (soft movement)")
-def soft_movement_(model: M, units: Coupled, *, threshold: float = 0.1) -> M:
-    """Soft movement pruning, in place: scores below a threshold close, and a penalty on the scores decides how many.
+def soft_movement_(model: M, units: CoupledUnits, *, threshold: float = 0.1) -> M:
+    """Soft movement pruning, in place: weights with scores below a threshold are zero, and a penalty lowers the scores.
 
     `W' = W * [sigmoid(S) > threshold]`, `dL/dS = dL/dW' * W` straight through, and `gate_penalty` is
-    `sum sigmoid(S)`, whose strength sets the sparsity, each layer finding its own. S starts at 0. Data: training.
+    `sum sigmoid(S)`. The strength of the penalty sets the total sparsity; the sparsity of each layer is learned. S
+    starts at 0. Data: training.
 
     threshold: in (0, 0.5), of the sigmoid.
 
-    Use: movement pruning that shares the budget among layers by itself. Avoid: an exact sparsity: use `top_movement_`.
+    Use: movement pruning that learns how to share the budget among layers. Avoid: an exact sparsity: `top_movement_`.
     """
     if not 0 < threshold < 0.5:
         raise RequestError(f"threshold={threshold:g} is out of range", "0 < threshold < 0.5", "0.1 is usual")

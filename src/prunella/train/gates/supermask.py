@@ -1,4 +1,4 @@
-"""Supermasks: a good subnetwork of random weights, found by training scores and never a weight."""
+"""Supermasks: a good subnetwork of random weights; only scores are trained, never a weight."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ M = TypeVar("M", bound=nn.Module)
 
 
 class _Straight(torch.autograd.Function):
-    """The mask of the top scores; its gradient goes to all scores as if there were no step."""
+    """The mask of the top scores; its gradient goes to all scores unchanged."""
 
     @staticmethod
     def forward(ctx: Any, scores: Tensor, kept: int) -> Tensor:
@@ -67,12 +67,12 @@ def supermask_(
         ...
         finalize_supermask(model)                     # the same weights, masked; state-dict keys as before
 
-    density: k in (0, 1], the same in every layer. only: patterns of names of parameters; those with at least two
-    dimensions take part. constant: replace every weight by its sign times the standard deviation of its layer first,
-    which works better. seed: of the first scores.
+    density: k in (0, 1], the same in every layer. only: patterns of names of parameters; parameters with at least two
+    dimensions are masked. constant: first replace every weight by its sign times the standard deviation of its layer,
+    which works better. seed: of the initial scores.
 
-    Use: asking what a random network already holds; storing a network as a seed and bits. Avoid: accuracy for its cost:
-    it has to be wider than a trained network.
+    Use: studying what a random network can already do; storing a network as a seed and bits. Avoid: accuracy for its
+    cost: a supermask needs a wider network than training does.
     """
     if not 0 < density <= 1:
         raise RequestError(f"density={density:g} is out of range", "it is in (0, 1]", "for example density=0.5")
@@ -90,17 +90,17 @@ def supermask_(
 
 
 def finalize_supermask(model: M) -> M:
-    """Turn the scores of `supermask_` into masks, and return the model as the module it was.
+    """Turn the scores of `supermask_` into masks, and return the model without parametrizations.
 
-    Weights that stay keep their bits, the others are zero and masked (`masks_of`, `Pruner`); what could be trained
-    before can be trained again. RequestError if the model has no supermask.
+    Kept weights keep their bits, the others are zero and masked (`masks_of`, `Pruner`). Parameters that were trainable
+    before `supermask_` are trainable again. RequestError if the model has no supermask.
     """
     root = unwrap(model)
-    found = dict(take_off(root, EdgePopup))
-    if not found:
+    popups = dict(take_off(root, EdgePopup))
+    if not popups:
         raise RequestError("the model has no supermask", "", "call prunella.lottery.supermask_(model, density) first")
-    trained = {name for popup in found.values() for name in popup.trained}
+    trained = {name for popup in popups.values() for name in popup.trained}
     for name, parameter in root.named_parameters():
         parameter.requires_grad_(name in trained)
-    record_(root, {parameter: popup.mask() for parameter, popup in found.items()})
+    record_(root, {parameter: popup.mask() for parameter, popup in popups.items()})
     return reapply_(model)

@@ -1,4 +1,4 @@
-"""Soft thresholds that are learned, one for each layer."""
+"""Learned soft thresholds, one for each layer."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from prunella.errors import RequestError
 from prunella.registry.method import training
 from prunella.train.gates.gate import Gate, M, attach_
-from prunella.train.penalty.proximal import soft
-from prunella.train.penalty.units import Coupled
+from prunella.train.penalty.proximal import soft_threshold
+from prunella.train.penalty.units import CoupledUnits
 
 
 class Threshold(Gate):
@@ -22,25 +22,25 @@ class Threshold(Gate):
         self.s = nn.Parameter(torch.tensor(float(start), dtype=weight.dtype, device=weight.device))
 
     def cost(self, weight: Tensor) -> Tensor:
-        """`s^2 / 2`, the weight decay of the threshold: toward 0 the threshold rises."""
+        """`s^2 / 2`, the weight decay of `s`: as `s` rises toward 0, the threshold rises."""
         return self.s.square() / 2
 
     def forward(self, weight: Tensor) -> Tensor:
-        """The weight without what is below the threshold, and smaller by it."""
-        return soft(weight, torch.sigmoid(self.s))
+        """The soft-thresholded weight."""
+        return soft_threshold(weight, torch.sigmoid(self.s))
 
 
 @training(source="Kusupati et al. 2020, arXiv:2002.03231 (STR)")
-def learned_threshold_(model: M, units: Coupled, *, start: float = -8.0) -> M:
+def learned_threshold_(model: M, units: CoupledUnits, *, start: float = -8.0) -> M:
     """Soft threshold reparameterisation (STR), in place: each layer learns the threshold below which weights are zero.
 
     `W' = sign(W) max(|W| - sigmoid(s), 0)`, and `dL/ds = -sigmoid'(s) sum over active of sign(W) dL/dW'`.
-    `gate_penalty` is `sum s^2 / 2`, the paper's weight decay of s: while s is below 0 it raises the threshold, up to
-    1/2. Data: training. `bake_` writes W' as plain weights; nothing changes in the output.
+    `gate_penalty` is `sum s^2 / 2`, the paper's weight decay of s: while s is below 0 the penalty raises the threshold,
+    up to 1/2. Data: training. `merge_gates_` writes W' as plain weights; the output does not change.
 
     start: of s, finite, below 0; sigmoid(-8) = 0.0003 is far below the weights of a common layer.
 
-    Use: unstructured sparsity in training, with a budget of its own for each layer. Avoid: an exact sparsity.
+    Use: unstructured sparsity in training, with a learned sparsity for each layer. Avoid: an exact sparsity.
     """
     if not math.isfinite(start):
         raise RequestError(f"start={start} is out of range", "s is a finite number", "-8 starts near zero")

@@ -1,4 +1,4 @@
-"""Top-KAST: always sparse forward and backward, over weights that are kept dense at rest."""
+"""Top-KAST: the forward and backward passes are always sparse, while the stored weights are dense."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from prunella.transform.apply import plan_masks
 M = TypeVar("M", bound=nn.Module)
 
 
-class _Two(torch.autograd.Function):
-    """One mask on the way forward, a wider one on the way back."""
+class _TwoMaskProduct(torch.autograd.Function):
+    """One mask for the forward pass, a wider one for the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, forward: Tensor, backward: Tensor) -> Tensor:
@@ -35,7 +35,7 @@ class _Two(torch.autograd.Function):
 
 
 class TwoMasks(nn.Module):
-    """The parametrisation of a weight: `active` acts forward, `reached`, which contains it, gets gradients."""
+    """The parametrisation of a weight: `active` masks the forward pass; `reached` contains it and gets gradients."""
 
     active: Tensor
     reached: Tensor
@@ -48,15 +48,15 @@ class TwoMasks(nn.Module):
         self.choose(weight)
 
     def choose(self, weight: Tensor) -> None:
-        """Take the largest magnitudes anew, exactly so many."""
+        """Renew both masks: the largest magnitudes, in the exact numbers."""
         sizes = weight.detach().abs().flatten()
         self.active.copy_(keep_top(sizes, self.counts[0]).view_as(weight))
         self.reached.copy_(keep_top(sizes, self.counts[1]).view_as(weight))
 
     def forward(self, weight: Tensor) -> Tensor:
-        """The weight as the network uses it."""
-        used: Tensor = _Two.apply(weight, self.active, self.reached)  # type: ignore[no-untyped-call]
-        return used
+        """The masked weight."""
+        masked: Tensor = _TwoMaskProduct.apply(weight, self.active, self.reached)  # type: ignore[no-untyped-call]
+        return masked
 
 
 class TopKast(Generic[M]):
@@ -70,7 +70,7 @@ class TopKast(Generic[M]):
         self._masks = put_on(root, list(names), lambda parameter: TwoMasks(parameter, *counts[parameter]))
 
     def step(self) -> bool:
-        """Count one training step; whether the masks were chosen anew."""
+        """Count one training step; returns whether the masks were renewed."""
         self.taken += 1
         if self.taken % self.every:
             return False
@@ -79,9 +79,10 @@ class TopKast(Generic[M]):
         return True
 
     def penalty(self) -> Tensor:
-        """`sum_A w^2 + sum_{B - A} w^2 / D`, D the density of A: to be scaled and added to the loss.
+        """`sum_A w^2 + sum_{B - A} w^2 / D`, with D the density of A: scale it and add it to the loss.
 
-        What gets gradients without acting is pulled down harder, so that it comes in only where the loss insists.
+        Weights with gradients that are not active are penalized more, so that they become active only if the loss
+        gradient is strong.
         """
         parts = []
         for parameter, masks in zip(self._weights.values(), self._masks, strict=True):
@@ -91,34 +92,35 @@ class TopKast(Generic[M]):
         return torch.stack(parts).sum()
 
     def finalize(self) -> M:
-        """Leave a plain model: the largest weights as they are, the others zero and masked; keys as before."""
-        found = dict(take_off(self.model, TwoMasks))
-        if not found:
-            raise RequestError("the model is finalized already", "", "")
-        for parameter, masks in found.items():
+        """Return a plain model with its former keys: the largest weights are unchanged, the others zero and masked."""
+        masks_by_parameter = dict(take_off(self.model, TwoMasks))
+        if not masks_by_parameter:
+            raise RequestError("the model is finalized already", "it carries no Top-KAST masks", "call finalize() once")
+        for parameter, masks in masks_by_parameter.items():
             masks.choose(parameter)
-        record_(self.model, {parameter: masks.active for parameter, masks in found.items()})
+        record_(self.model, {parameter: masks.active for parameter, masks in masks_by_parameter.items()})
         return reapply_(self.model)
 
 
 @training(source="Jayakumar et al. 2020, arXiv:2106.03517")
 def top_kast_(model: M, plan: Plan, *, extra: float = 0.1, every: int = 1) -> TopKast[M]:
-    """Use the largest weights forward, give gradients to some more, and leave the rest alone.
+    """Use the largest weights forward, give gradients to a larger set, and leave all other weights alone.
 
-    Forward `w * [|w| in the top D]`, backward `g * [|w| in the top D + M]`: a weight outside both keeps its value and
-    its gradient is exactly 0. The masks follow the magnitudes, so that weights come and go. Data: what you train on.
+    Forward `w * [|w| in the top D]`, backward `g * [|w| in the top D + M]`: a weight outside both keeps its value, and
+    its gradient is exactly 0. The masks follow the magnitudes and change during training. Data: the training data.
 
         loop = top_kast_(model, plan(model, batch, named("erk_magnitude"), target=Sparsity(0.9)), extra=0.1)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         ...; (loss + 1e-4 * loop.penalty()).backward(); optimizer.step(); loop.step()
         model = loop.finalize()
 
-    plan: of masks; it says how many weights of each layer act, `D`. It is not applied. extra: M, in [0, 1), the part
-    of a layer's weights that gets gradients beyond those that act. every: steps between two choices of the masks.
-    Momentum and decoupled weight decay act on all weights: take plain SGD, or decay by `penalty()`.
+    plan: of masks; it gives the number of active weights of each layer, `D`. It is not applied. extra: M, in [0, 1),
+    the fraction of a layer's weights that gets gradients in addition to the active ones. every: steps between two
+    updates of the masks. Momentum and decoupled weight decay act on all weights: take plain SGD, or decay by
+    `penalty()`.
 
-    Use: gradients as sparse as the weights, where a dense gradient is never to be formed. Avoid: tight memory at rest:
-    all weights are kept; take `rigl`.
+    Use: gradients as sparse as the weights, where a dense gradient must never be formed. Avoid: tight storage: all
+    weights are kept; take `rigl`.
     """
     if not 0 <= extra < 1 or every < 1:
         raise RequestError(f"extra={extra:g}, every={every} are out of range", "extra is in [0, 1), every from 1 up")

@@ -1,1 +1,1 @@
-"""Penalties and proximal steps that push whole units toward zero."""
+"""Penalties and proximal steps that make coupled units small or exactly zero."""

@@ -1,4 +1,4 @@
-"""Training under a constraint by alternating directions: the weights are pulled to their projection on sparse ones."""
+"""Training under a sparsity constraint by ADMM: a penalty on the distance of the weights to a sparse projection."""
 
 from __future__ import annotations
 
@@ -21,66 +21,67 @@ Projection = Callable[[nn.Module], Plan]
 
 @training(source="Zhang et al. 2018, arXiv:1804.03294; Boyd et al. 2011, doi:10.1561/2200000016")
 class AdmmTraining:
-    """ADMM pruning: a penalty pulls the weights to a sparse copy, which follows them, until both agree.
+    """ADMM pruning: a penalty moves the weights to a sparse target, and the target is updated, until both agree.
 
-    Minimise the loss plus `rho / 2 ||W - Z + U||^2` over W for a while, then call `update()`: `Z = P(W + U)`, which
-    keeps what a plan for `W + U` keeps, and `U = U + W - Z`. It is a function of the model for the loss. At the end the
-    last plan is applied: with `distance` near 0 that changes next to nothing.
+    Minimize the loss plus `rho / 2 ||W - Z + U||^2` over W for some steps, then call `update()`: `Z = P(W + U)`, which
+    keeps the weights that a plan for `W + U` keeps, and `U = U + W - Z`. The object is a function of the model, a term
+    for the loss. At the end apply the last plan: with `distance` near 0 the weights hardly change.
 
-        pull = AdmmTraining(model, lambda m: plan(m, batch, recipe, target=Sparsity(0.8)), rho=1e-2)
+        admm = AdmmTraining(model, lambda m: plan(m, batch, recipe, target=Sparsity(0.8)), rho=1e-2)
         for _ in range(rounds):
-            finetune(model, data, penalized(loss, pull), steps=200, lr=1e-3); pull.update()
-        apply_(model, pull.plan)
+            finetune(model, data, penalized(loss, admm), steps=200, lr=1e-3); admm.update()
+        apply_(model, admm.plan)
 
     project: a function from a model to a plan, of any granularity: elements, N:M, blocks, channels.
-    rho: above 0; large enough it converges, larger is slower for the loss. Usual 1e-4 to 1e-1.
+    rho: above 0; ADMM converges if rho is large enough, and the loss falls more slowly for larger rho. Usual 1e-4 to
+    1e-1.
 
-    Data: training. What the plan does not touch is free. Memory: two copies of the weights.
+    Data: training. Parameters that the plan does not prune have no penalty. Memory: two copies of the weights.
 
-    Use: patterns that one-shot pruning hurts much, with time to train. Avoid: when a gradual `Pruner` does as well.
+    Use: patterns that one-shot pruning harms strongly, with time to train. Avoid: when a gradual `Pruner` is as good.
     """
 
     def __init__(self, model: nn.Module, project: Projection, *, rho: float = 1e-2) -> None:
         if not rho > 0:
             raise RequestError(f"rho={rho:g} is out of range", "it takes positive numbers", "for example rho=1e-2")
         self.model, self.project, self.rho = unwrap(model), project, rho
-        self.copies: dict[str, Tensor] = {}
+        self.targets: dict[str, Tensor] = {}
         self.duals: dict[str, Tensor] = {}
         self.plan = self._project()
 
     @property
     def distance(self) -> float:
         """`||W - Z||` over all constrained weights."""
-        named = parameters(self.model, self.copies)
-        squares = [(named[name].detach() - z).double().square().sum() for name, z in self.copies.items()]
+        named = parameters(self.model, self.targets)
+        squares = [(named[name].detach() - z).double().square().sum() for name, z in self.targets.items()]
         return float(torch.stack(squares).sum().sqrt())
 
     def __call__(self, model: nn.Module) -> Tensor:
         """The penalty of `model`, or of a copy of it."""
-        named = parameters(model, self.copies)
-        pulls = [(named[name] - z + self.duals[name]).square().sum() for name, z in self.copies.items()]
-        return torch.stack(pulls).sum() * (self.rho / 2)
+        named = parameters(model, self.targets)
+        squares = [(named[name] - z + self.duals[name]).square().sum() for name, z in self.targets.items()]
+        return torch.stack(squares).sum() * (self.rho / 2)
 
     @torch.no_grad()
     def update(self) -> Plan:
-        """New sparse copies and duals from the present weights; returns the plan that they follow."""
+        """Update the sparse targets and the duals from the present weights; returns the new plan."""
         self.plan = self._project()
-        for name, weight in parameters(self.model, self.copies).items():
-            self.duals[name] += weight - self.copies[name]
+        for name, weight in parameters(self.model, self.targets).items():
+            self.duals[name] += weight - self.targets[name]
         return self.plan
 
     @torch.no_grad()
     def _project(self) -> Plan:
-        """`Z = P(W + U)`; parameters that the new plan leaves whole are free again."""
+        """`Z = P(W + U)`; parameters that the new plan does not prune have no target."""
         probe = copied(self.model)
         named = dict(probe.named_parameters())
         for name, dual in self.duals.items():
             named[name].add_(dual)
-        made = self.project(probe)
-        masks = plan_masks(probe, made)
-        chosen = {name: masks[p] for name, p in named.items() if p in masks and not bool(masks[p].all())}
-        if not chosen:
-            raise RequestError("the plan removes nothing", "there is nothing to pull to", "ask for a smaller model")
-        self.copies = {name: named[name].detach() * mask for name, mask in chosen.items()}
-        self.duals = {name: self.duals.get(name, torch.zeros_like(z)) for name, z in self.copies.items()}
-        return made
+        plan = self.project(probe)
+        masks = plan_masks(probe, plan)
+        pruned_masks = {name: masks[p] for name, p in named.items() if p in masks and not bool(masks[p].all())}
+        if not pruned_masks:
+            raise RequestError("the plan removes nothing", "so that ADMM has no target", "ask for a smaller model")
+        self.targets = {name: named[name].detach() * mask for name, mask in pruned_masks.items()}
+        self.duals = {name: self.duals.get(name, torch.zeros_like(z)) for name, z in self.targets.items()}
+        return plan

@@ -1,7 +1,8 @@
-"""The coupled units of a model, for training: which weights live and die together, by name, and sums over them.
+"""The coupled units of a model, for training: the weights that are pruned together, by name, and sums over them.
 
-`coupled` looks once; what it returns is plain data that fits every copy of the model. A weight lies in a unit of the
-group that its row produces and in a unit of the group that its column reads: both count it, and either removes it.
+`coupled_units` traces the model once; its result is plain data that fits every copy of the model. A weight is in one
+unit of the group that its row produces, and in one unit of the group that its column reads. Both units count the
+weight, and either one removes it.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ Named = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class Slice:
-    """Position `index[i]` on `axis`, which has `length` of them, of the parameter `name` belongs to unit `unit[i]`."""
+    """Position `index[i]` on `axis` (of length `length`) of the parameter `name` belongs to unit `unit[i]`."""
 
     name: str
     axis: int
@@ -40,7 +41,7 @@ class Slice:
 
 @dataclass(frozen=True)
 class Units:
-    """`size` coupled units of one group. weights: `(size,)`, how many numbers each unit has in all slices."""
+    """`size` coupled units of one group. weights: `(size,)`, the number of weights of each unit over all slices."""
 
     name: str
     size: int
@@ -62,7 +63,7 @@ class Units:
         return total
 
     def factors(self, named: Named, factor: Tensor) -> list[tuple[str, Tensor]]:
-        """For each slice what multiplies its parameter when unit `u` is multiplied by `factor[u]`: it broadcasts."""
+        """For each slice the broadcast factor of its parameter that multiplies unit `u` by `factor[u]`."""
         return [(part.name, broadcast(named[part.name], part, factor)) for part in self.slices]
 
     @torch.no_grad()
@@ -76,15 +77,15 @@ class Units:
 
 
 def broadcast(weight: Tensor, part: Slice, factor: Tensor) -> Tensor:
-    """`factor` of the units as a line along the slice's axis, 1 where a position belongs to no unit."""
+    """The `factor` of each unit along the slice's axis, broadcast to `weight`; 1 where a position is in no unit."""
     line = torch.ones(weight.shape[part.axis], dtype=factor.dtype, device=factor.device)
     line = line.index_put((part.index.to(factor.device),), factor[part.unit.to(factor.device)])
     return line.to(weight).reshape([-1 if axis == part.axis else 1 for axis in range(weight.dim())])
 
 
 @dataclass(frozen=True)
-class Coupled:
-    """What may be pruned in a model, by name. Made by `coupled`.
+class CoupledUnits:
+    """The prunable units of a model, by name; `coupled_units` makes them.
 
     groups: coupled channels and heads.     layers: weights that multiply an activation, for methods on single weights.
     """
@@ -93,59 +94,61 @@ class Coupled:
     layers: tuple[Layer, ...]
 
     def named(self, model: nn.Module) -> dict[str, nn.Parameter]:
-        """The parameters of `model` that the units speak of. RequestError if they are not there."""
-        mine = [part.name for group in self.groups for part in group.slices] + [layer.entity for layer in self.layers]
-        named = parameters(model, dict.fromkeys(mine))
+        """The parameters of `model` that the units name. RequestError if one is missing."""
+        names = [part.name for group in self.groups for part in group.slices] + [layer.entity for layer in self.layers]
+        named = parameters(model, dict.fromkeys(names))
         for part in (part for group in self.groups for part in group.slices):
             if named[part.name].shape[part.axis] != part.length:
                 why = f"axis {part.axis} had {part.length} positions, now {named[part.name].shape[part.axis]}"
-                raise RequestError(f"{part.name} has another size", why, "call coupled(model, batch) for this model")
+                raise RequestError(
+                    f"{part.name} has another size", why, "call coupled_units(model, batch) for this model"
+                )
         return named
 
 
 def parameters(model: nn.Module, names: Mapping[str, object]) -> dict[str, nn.Parameter]:
-    """Parameters by these names. RequestError for one that the model does not have."""
+    """The parameters of these names. RequestError if the model lacks one."""
     known = dict(unwrap(model).named_parameters(remove_duplicate=False))
     missing = next((name for name in names if name not in known), None)
     if missing:
         raise RequestError(
             f"the model has no parameter {missing}",
-            "it is another model, was shrunk, or carries gates on this weight",
-            "call coupled(model, batch) for this model; bake_(model) removes gates",
+            "it is another model, was shrunk, or carries a gate on this weight",
+            "call coupled_units(model, batch) for this model; merge_gates_(model) removes gates",
         )
     return {name: known[name] for name in names}
 
 
-def coupled(
+def coupled_units(
     model: nn.Module,
     inputs: Inputs,
     *,
     granularity: Channel | Head | tuple[Channel | Head, ...] = (Channel(), Head()),  # noqa: B008
     skip: Sequence[str] = (),
     only: Sequence[str] = (),
-) -> Coupled:
-    """The coupled units of `model` and its layers. Reads the model and changes nothing.
+) -> CoupledUnits:
+    """The coupled units of `model` and its layers. The model does not change.
 
-    inputs, skip, only: as for `prunella.plan`. granularity: channels, heads or both; they are exact under zeros, which
-    a width that a norm runs along is not. Errors: RequestError, and NotSupported where there is nothing to prune.
+    inputs, skip, only: as for `prunella.plan`. granularity: channels, heads or both. Zero channels and heads can be
+    removed exactly; a width under a norm cannot. Errors: RequestError, and NotSupported if nothing can be pruned.
     """
     model = unwrap(model)
-    grains = granularity if isinstance(granularity, tuple) else (granularity,)
-    wrong = [grain for grain in grains if not isinstance(grain, Channel | Head)]
-    if wrong or not grains:
-        found = f"found {wrong[0]!r}" if wrong else "found none"
-        raise RequestError(
-            "training toward zeros is for Channel() and Head()", found, "other units are not exact zeros"
-        )
+    granularities = granularity if isinstance(granularity, tuple) else (granularity,)
+    wrong = [entry for entry in granularities if not isinstance(entry, Channel | Head)]
+    if wrong or not granularities:
+        why = f"found {wrong[0]!r}" if wrong else "found none"
+        todo = "zeros in other units cannot be removed exactly"
+        raise RequestError("coupled units are Channel() and Head()", why, todo)
     with untouched(model, 0):
         graph = couple(model, inputs)
     check_patterns(graph, skip, only)
-    kinds = {grain.kind for grain in grains}
-    groups = tuple(made for g in graph.groups if g.kind in kinds if (made := _units(graph, g, skip, only)))
+    kinds = {entry.kind for entry in granularities}
+    groups = tuple(units for g in graph.groups if g.kind in kinds if (units := _units(graph, g, skip, only)))
     layers = tuple(x for x in first_seen(graph.layers) if not chosen(names_of_layer(graph, x), skip, only))
     if not groups and not layers:
-        raise NotSupported("there is nothing to prune in this model", "all is left out, or multiplies by no weight")
-    return Coupled(groups, layers)
+        why = "skip= and only= leave nothing, or no layer has a weight"
+        raise NotSupported("there is nothing to prune in this model", why)
+    return CoupledUnits(groups, layers)
 
 
 def _units(graph: Graph, group: Group, skip: Sequence[str], only: Sequence[str]) -> Units | None:

@@ -14,18 +14,18 @@ from torch import nn
 
 import prunella as pr
 from prunella.errors import BadInput
-from prunella.experiments.pareto import PAGE, RATIOS, Study, pareto
+from prunella.experiments.pareto_experiment import PAGE, RATIOS, ParetoExperiment, pareto
 from prunella.io.journal import NAME
 from prunella.planning.recipes import named
 from prunella.reporting.frontier import Cell, Point, frontier_chart, on_front, summarise
 from prunella.reporting.report import Report
-from tests.experiments import study_parts as parts
+from tests.experiments import experiment_parts as parts
 from tests.reporting.test_page import HOSTILE, read
 from tests.reporting.test_report import made
 from tests.stopping import records
 
-NAMES = "tests.experiments.study_parts"
-STUDY = Study(parts.make, parts.evaluate, parts.example, {"lamp": named("lamp_magnitude")})
+NAMES = "tests.experiments.experiment_parts"
+STUDY = ParetoExperiment(parts.make, parts.evaluate, parts.example, {"lamp": named("lamp_magnitude")})
 module = importlib.import_module(pareto.__module__)  # the package has the function under this name
 SMALL = {"ratios": (2.0, 30.0), "seeds": (0, 1)}
 
@@ -73,7 +73,7 @@ def test_the_front() -> None:
 @pytest.mark.slow
 def test_a_study_is_the_same_again_and_in_two_processes(tmp_path: Path) -> None:
     first = pareto(STUDY, tmp_path / "one", **SMALL)  # type: ignore[arg-type]
-    by_name = Study(f"{NAMES}:make", f"{NAMES}:evaluate", f"{NAMES}:example", STUDY.recipes)
+    by_name = ParetoExperiment(f"{NAMES}:make", f"{NAMES}:evaluate", f"{NAMES}:example", STUDY.recipes)
     state, threads = torch.get_rng_state(), torch.get_num_threads()
     second = pareto(by_name, tmp_path / "two", jobs=2, **SMALL)  # type: ignore[arg-type]
     assert str(first.cells) == str(second.cells)
@@ -120,7 +120,7 @@ def test_recovery_keeps_the_masks_or_fails() -> None:
 def test_what_a_function_of_the_user_raises_is_told_and_tried_again(tmp_path: Path) -> None:
     broken = replace(STUDY, evaluate=parts.broken)
     found = pareto(broken, tmp_path / "run", ratios=(2,), seeds=(0,))
-    assert {cell.error for cell in found.cells} == {"a function of the study raised ZeroDivisionError: no measure"}
+    assert {cell.error for cell in found.cells} == {"a function of the experiment raised ZeroDivisionError: no measure"}
     assert records(tmp_path / "run") == 1 + 4
     pareto(broken, tmp_path / "run", ratios=(2,), seeds=(0,))
     assert records(tmp_path / "run") == 1 + 4 + 4
