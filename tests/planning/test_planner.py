@@ -297,7 +297,7 @@ def test_a_pattern_that_matches_nothing_is_an_error_with_near_names(option: str)
 
 
 def test_a_pattern_that_is_one_text_is_an_error() -> None:
-    with pytest.raises(RequestError, match="is one text"):
+    with pytest.raises(RequestError, match="is a single string"):
         pr.plan(convnet(), X, target=pr.MACs(0.5), skip="0")
 
 

@@ -46,7 +46,7 @@ def test_where_no_weight_reads_a_unit_all_of_it_has_to_be_zero() -> None:
         model[0].bias[3] = 0
     assert _kept(model, graph, group).tolist() == [True, True, True, False, True, True]
     assert _kept(model, graph, replace(group, multiple=4)).tolist() == [True] * 6
-    assert _kept(model, graph, replace(group, least=6)).tolist() == [True] * 6
+    assert _kept(model, graph, replace(group, min_units=6)).tolist() == [True] * 6
 
 
 class Grown(nn.Module):

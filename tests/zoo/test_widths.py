@@ -233,7 +233,7 @@ def test_experts_go_with_their_columns_of_the_router() -> None:
     torch.manual_seed(0)
     model = mixtral()
     groups = [group for group in couple(model, batch()).groups if group.kind == "expert"]
-    assert [(group.size, group.least) for group in groups] == [(6, 2)] * 2
+    assert [(group.size, group.min_units) for group in groups] == [(6, 2)] * 2
     plan = pr.plan(model, batch(), pr.Recipe(pr.magnitude, pr.Expert()), target=pr.Sparsity(0.5))
     small, dense = pr.shrink(model, plan), copy.deepcopy(model)
     for layer, (group, twin) in enumerate(zip(groups, dense.model.layers, strict=True)):
@@ -310,7 +310,7 @@ def test_the_smaller_vocabulary_generates_the_same_text_and_is_read_again(tmp_pa
 
 @pytest.mark.parametrize("tokens", [(), (-1,), (3.0,)])
 def test_a_set_of_tokens_holds_numbers(tokens: tuple[Any, ...]) -> None:
-    with pytest.raises(pr.PruningError, match="numbers of the tokens"):
+    with pytest.raises(pr.PruningError, match="takes ids of kept tokens"):
         pr.granularity.Vocabulary(tokens)
 
 

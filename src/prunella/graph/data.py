@@ -1,7 +1,7 @@
-"""What the coupling engine says of a model: plain frozen data, in coordinates of named parameters.
+"""The result of the coupling engine: frozen data, in coordinates of named parameters.
 
-A *unit* is the smallest thing that can go: a channel, a neuron, a head. A *group* is a set of units of one shape. A
-*member* says which positions on one axis of one parameter or buffer belong to which unit of the group.
+A *unit* is the smallest part that can be removed: a channel, a neuron, a head. A *group* is a set of units of one
+shape. A *member* maps positions on one axis of one parameter or buffer to units of the group.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ Place = tuple[str, int]
 
 
 def left(places: tuple[Place, ...], keep: Keep) -> bool:
-    """Whether something that lives in these units stays: it lives in none, or one of them stays."""
+    """Whether something inside these units is kept: there are no units, or at least one is kept."""
     return not places or any(group not in keep or bool(keep[group][unit]) for group, unit in places)
 
 
 @dataclass(frozen=True)
 class Entity:
-    """One parameter or buffer. Tied ones are a single entity with several names. trainable: `requires_grad`."""
+    """One parameter or buffer. Tied tensors are one entity with several names. trainable: `requires_grad`."""
 
     name: str
     names: tuple[str, ...]
@@ -57,16 +57,16 @@ class Member:
 
 @dataclass(frozen=True)
 class Group:
-    """`size` units that are alike. `name` is the first parameter that produces them, without `.weight`.
+    """`size` units of one shape. `name` is the first parameter that produces them, without `.weight`.
 
     kind: `channel` and `head` are exact: zeros in their place give the same output. `width` (a residual stream or an
-    embedding) and `expert` have calls that run along them (`Graph.runs`), restricted to what stays. `vocabulary` is
-    numbered by inputs and outputs (`Graph.numbered`). A `block` is bypassed, and is in `Graph.stacks`.
-    multiple: only a multiple of so many units may stay, where an operation takes no other sizes.
-    least: so many units have to stay, where an operation chooses so many.
-    why, where: what runs along the units of a `width` or an `expert`, or looks tokens up, and its line of the source.
-    paths: of residual blocks, the module of each unit; the group's name is then the container that holds them, and
-        every parameter that only one block has is a member, all its rows belonging to that block.
+    embedding) and `expert` have calls along their units (`Graph.runs`), restricted to the kept units. `vocabulary` is
+    indexed by inputs and outputs (`Graph.numbered`). A `block` is bypassed, and is in `Graph.stacks`.
+    multiple: the number of kept units must be a multiple of this number, if an operation requires it.
+    min_units: smallest number of kept units, if an operation chooses so many.
+    why, where: the call along the units of a `width` or an `expert`, or the lookup of tokens, and its source location.
+    paths: of residual blocks, the module of each unit. The name of the group is then that of their container. Members
+        are all parameters that only one block has, with all rows in the unit of this block.
     """
 
     name: str
@@ -74,7 +74,7 @@ class Group:
     kind: Kind
     members: tuple[Member, ...]
     multiple: int = 1
-    least: int = 1
+    min_units: int = 1
     why: str = ""
     where: str = ""
     paths: tuple[str, ...] = ()
@@ -82,9 +82,9 @@ class Group:
 
 @dataclass(frozen=True)
 class Running:
-    """A call that runs along an axis that units of a group make up: the `number`-th call of `name` in a run.
+    """A call along an axis of units: the `number`-th call of `name` in a run.
 
-    Position `i` on `axis` of its first tensor belongs to unit `unit[i]` of the group, to none where that is -1.
+    Position `i` on `axis` of its first tensor belongs to unit `unit[i]` of the group, or to none if `unit[i]` is -1.
     """
 
     name: str
@@ -96,7 +96,7 @@ class Running:
 
 @dataclass(frozen=True)
 class Numbered:
-    """What numbers the units of a group: inputs of the model, and the (number, axis) of outputs that have them."""
+    """Tensors indexed by the units of a group: inputs of the model, and the (number, axis) of outputs."""
 
     group: str
     inputs: tuple[int, ...]
@@ -104,27 +104,27 @@ class Numbered:
 
 
 class ReasonKind(StrEnum):
-    """What kind of reason keeps positions, for advice; the text beside it is for people."""
+    """The kind of a reason, for advice; the text of the reason is for people."""
 
     OPERATION = "operation"
     """An operation of the model needs every position."""
     SOURCE = "source"
-    """A size in the model's source would not follow the cut; in a program it does."""
+    """A size in the model's source does not follow the cut; in a program the size does."""
     DECISION = "decision"
     """The model's source takes another branch for another size."""
     REQUEST = "request"
-    """`granularity=`, `skip=` or `only=` leaves it out."""
+    """`granularity=`, `skip=` or `only=` excludes it."""
     MINIMUM = "minimum"
-    """No unit can be spared."""
+    """All units are needed."""
     UNSCORED = "unscored"
-    """The criterion has no score for it."""
+    """The criterion gives no score."""
     UNPROVEN = "unproven"
-    """The smaller model does not run, or does not compute what the masked one computes."""
+    """The smaller model does not run, or its outputs differ from those of the masked model."""
 
 
 @dataclass(frozen=True)
 class Frozen:
-    """Positions that must stay, and why. `where` is `file:line` of the model's source, or empty.
+    """Positions that must be kept, and why. `where` is `file:line` of the model's source, or empty.
 
     With `axis` -1 the entity is a module: `count` residual blocks.
     """
@@ -138,7 +138,7 @@ class Frozen:
 
     @property
     def place(self) -> str:
-        """What stays, in words."""
+        """The kept positions, as text."""
         if self.axis < 0:
             return f"{self.entity}, {'a block' if self.count == 1 else f'{self.count} blocks'}"
         return f"{self.entity} axis {self.axis}, {self.count} positions"
@@ -146,7 +146,7 @@ class Frozen:
 
 @dataclass(frozen=True)
 class Layer:
-    """A weight that multiplies an activation. `graph.view` turns it into a matrix `(out, in)` by these axes.
+    """A weight that multiplies an activation. `graph.matrix` maps it to a matrix `(out, in)` by these axes.
 
     `kernel` axes are all others. With `groups` > 1 the matrix is `(out, in / groups * kernel)`.
     """
@@ -164,13 +164,13 @@ class Layer:
 
 @dataclass(frozen=True)
 class Extent:
-    """The size of one dimension as a function of what is kept: fixed positions plus positions of units."""
+    """The size of one dimension as a function of the kept units: fixed positions plus positions of units."""
 
     fixed: int
     units: tuple[tuple[str, Ints], ...] = ()
 
     def size(self, keep: Keep) -> int:
-        """How many positions remain."""
+        """The number of kept positions."""
         total = self.fixed
         for group, count in self.units:
             mask = keep.get(group)
@@ -182,7 +182,7 @@ class Extent:
 class Cost:
     """Multiply-adds of one operation: `constant` times the product of the extents. `layer` is "" for attention.
 
-    home: the residual block that it runs in, if any; the operation goes with it.
+    home: the residual block of the operation, if any; the operation is removed with this block.
     """
 
     op: str
@@ -204,9 +204,9 @@ class Cost:
 
 @dataclass(frozen=True)
 class Attribute:
-    """A size that the model keeps as an integer: `owner.name` becomes `extent.size(keep) * factor // divisor`.
+    """An integer attribute with a size: `owner.name` becomes `extent.size(keep) * factor // divisor`.
 
-    `owner` is a module path ("" is the model itself), or `path:config` for a configuration object held by a module.
+    `owner` is a module path ("" is the model itself), or `path:config` for a configuration object of a module.
     """
 
     owner: str
@@ -218,18 +218,18 @@ class Attribute:
     where: str = ""
 
     def new(self, keep: Keep) -> int:
-        """The value for what is kept."""
+        """The value when only `keep` remains."""
         return self.extent.size(keep) * self.factor // self.divisor
 
 
 @dataclass(frozen=True)
 class Graph:
-    """Everything the pipeline needs of a model; made by `prunella.graph.solve.groups.couple(model, inputs)`.
+    """The coupling graph of a model, from `prunella.graph.solve.groups.couple(model, inputs)`.
 
-    stacks: groups of residual blocks.  rooted: blocks that must stay, and why.  homes: entity -> the blocks that it
-    lives in; it goes with the last of them.  orders: stack -> names of all children of the container.
-    lists: stack -> (owner, name) of plain lists with one entry for each child, found together with the integers that
-    count the children by `prunella.graph.solve.block_counters`.
+    stacks: groups of residual blocks. rooted: blocks that must be kept, and why. homes: entity -> the blocks that
+    contain the entity; it is removed with the last of them. orders: stack -> names of all children of the container.
+    lists: stack -> (owner, name) of plain lists with one entry per child. `prunella.graph.solve.block_counters` finds
+    these lists and the integers that count the children.
     """
 
     entities: Mapping[str, Entity]
@@ -265,7 +265,7 @@ class Graph:
         return total
 
     def params(self, keep: Keep | None = None) -> int:
-        """Parameters of the whole model, tied ones once, when only `keep` remains."""
+        """Parameters of the full model, tied ones once, when only `keep` remains."""
         return sum(self.numel(name, keep) for name, e in self.entities.items() if e.parameter)
 
     def bytes(self, keep: Keep | None = None) -> int:
@@ -274,7 +274,7 @@ class Graph:
 
     @property
     def tokens(self) -> Group | None:
-        """The units that tokens number: the largest table that an input looks up."""
+        """The units indexed by tokens: those of the largest embedding that an input indexes."""
         tables = [group for group in self.groups if group.kind == "vocabulary"]
         return max(tables, key=lambda group: group.size, default=None)
 

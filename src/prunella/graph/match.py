@@ -1,4 +1,4 @@
-"""Which groups and layers the patterns of `skip` and `only` mean."""
+"""Match the patterns of `skip` and `only` with groups and layers."""
 
 from __future__ import annotations
 
@@ -11,50 +11,56 @@ from prunella.graph.data import Graph, Group, Layer
 
 
 def names_of_group(graph: Graph, group: Group) -> set[str]:
-    """Names by which a group can be meant: its own, and the parameters and modules that produce or normalize its units.
+    """Names of a group for patterns: its own, and the parameters and modules that produce or normalize its units.
 
-    Not those that only read them: `skip=["fc"]` spares the outputs of `fc`, not the channels in front of it.
+    Readers are not included: `skip=["fc"]` keeps the outputs of `fc`, not the channels before `fc`.
     """
     entities = [member.entity for member in group.members if member.role != "in"]
     return {group.name} | {name for entity in entities for name in _ancestry(graph, entity)}
 
 
 def spared_blocks(graph: Graph, skip: Sequence[str], only: Sequence[str]) -> dict[str, str]:
-    """Path -> why it stays, for every block that is left out; a block is meant by its path or a module around it."""
+    """Path -> reason, for every excluded block. A pattern matches the path of a block or a module around the block."""
     reasons = {path: chosen(parts(path), skip, only) for stack in graph.stacks for path in stack.paths}
     return {path: reason for path, reason in reasons.items() if reason}
 
 
 def names_of_layer(graph: Graph, layer: Layer) -> set[str]:
-    """Names by which a layer can be meant: its own, its module and the modules around it."""
+    """Names of a layer for patterns: its own, its module and the modules around it."""
     return {layer.name, layer.module, *_ancestry(graph, layer.entity)} - {""}
 
 
 def chosen(names: Iterable[str], skip: Sequence[str], only: Sequence[str]) -> str:
-    """Empty if something of these names may be pruned, else why not."""
+    """Why something with these names may not be pruned; empty if it may."""
     known = tuple(names)
     if only and not any(_matches(pattern, known) for pattern in only):
-        return "left out by only="
+        return "excluded by only="
     spared = next((pattern for pattern in skip if _matches(pattern, known)), None)
     return "" if spared is None else f"skip={spared!r}"
 
 
 def rank_of(graph: Graph, group: Group) -> str:
-    """Why the units are the rank of an adapter, which is cut only by name: empty if they are not.
+    """The reason to keep units that are the rank of an adapter, which is pruned only by name; empty for other units.
 
     An adapter is a product of two trained weights, `(out, r)` by `(r, in)`, beside a frozen weight `(out, in)`. Its
-    rank is chosen by who trains it; to cut it saves next to nothing once the adapter is merged.
+    rank is a choice of the training, and a lower rank saves almost nothing after the merge of the adapter.
     """
     layers = {layer.entity: layer for layer in graph.layers}
-    made, read = ([layers.get(m.entity) for m in group.members if m.role == role] for role in ("out", "in"))
-    if len(group.members) != 2 or len(made) != 1 or len(read) != 1 or made[0] is None or read[0] is None:
+    producers, readers = ([layers.get(m.entity) for m in group.members if m.role == role] for role in ("out", "in"))
+    if (
+        len(group.members) != 2
+        or len(producers) != 1
+        or len(readers) != 1
+        or producers[0] is None
+        or readers[0] is None
+    ):
         return ""
-    if not all(graph.entities[x.entity].trainable for x in (made[0], read[0])):
+    if not all(graph.entities[x.entity].trainable for x in (producers[0], readers[0])):
         return ""
-    size = _size(graph, read[0])[0], _size(graph, made[0])[1]
+    size = _size(graph, readers[0])[0], _size(graph, producers[0])[1]
     if not any(_size(graph, x) == size and not graph.entities[x.entity].trainable for x in graph.layers):
         return ""
-    return "it is the rank of an adapter of a frozen weight, cut only where only= names it"
+    return "it is the rank of an adapter of a frozen weight, pruned only if only= names it"
 
 
 def _size(graph: Graph, layer: Layer) -> tuple[int, int]:
@@ -63,31 +69,33 @@ def _size(graph: Graph, layer: Layer) -> tuple[int, int]:
 
 
 def check_patterns(graph: Graph, skip: Sequence[str], only: Sequence[str]) -> None:
-    """Errors: RequestError for a pattern that matches nothing of the model, with the nearest names."""
+    """Errors: RequestError for a pattern without a match in the model, with the nearest names."""
     known = {name for entity in graph.entities for name in _ancestry(graph, entity)}
     known |= {group.name for group in graph.groups} | {layer.name for layer in graph.layers}
     check_known(known, skip, only)
 
 
 def check_known(known: set[str], skip: Sequence[str], only: Sequence[str]) -> None:
-    """Errors: RequestError for a pattern that matches none of these names."""
+    """Errors: RequestError for a pattern without a match among these names."""
     for option, patterns in (("skip", skip), ("only", only)):
         if isinstance(patterns, str):
-            raise RequestError(f"{option}= is one text", "a list of patterns is needed", f"{option}=[{patterns!r}]")
+            raise RequestError(
+                f"{option}= is a single string", "a list of patterns is needed", f"{option}=[{patterns!r}]"
+            )
         for pattern in patterns:
             if not _matches(pattern, known):
                 near = difflib.get_close_matches(pattern, sorted(known), 3, 0.4)
                 why = f"near: {', '.join(near)}" if near else f"names are like {', '.join(sorted(known)[:3])}"
-                todo = "`*` stands for anything; a module's name stands for all that is in it"
+                todo = "`*` matches anything; the name of a module matches everything inside it"
                 raise RequestError(f"the pattern {option}={pattern!r} matches nothing", why, todo)
 
 
 def _ancestry(graph: Graph, entity: str) -> set[str]:
     """A parameter's names and the modules around it: `a.b.weight`, `a.b`, `a`."""
-    found = set()
+    ancestry = set()
     for name in graph.entities[entity].names or (entity,):
-        found |= parts(name)
-    return found
+        ancestry |= parts(name)
+    return ancestry
 
 
 def parts(name: str) -> set[str]:
@@ -101,6 +109,6 @@ def _matches(pattern: str, names: Iterable[str]) -> bool:
 
 
 def spared(graph: Graph, group: Group, skip: Sequence[str], only: Sequence[str]) -> str:
-    """Why a group takes no part, empty if it does: the same rules as in `prunella.plan`."""
+    """Why a group is excluded, empty if it is not: the rules of `prunella.plan`."""
     reason = chosen(names_of_group(graph, group), skip, only) or ("" if only else rank_of(graph, group))
-    return reason or ("all of its units are needed" if group.size <= group.least else "")
+    return reason or ("all of its units are needed" if group.size <= group.min_units else "")

@@ -1,4 +1,4 @@
-"""A weight as the matrix `(out, in)` that every method sees, and back."""
+"""Conversion between a weight and the matrix `(out, in)` that methods see."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def to_matrix(weight: Tensor, layer: Layer) -> Weight:
 
 
 def kernel_shape(shape: Sequence[int], layer: Layer) -> tuple[int, ...]:
-    """The shape of a layer's weight as `(out, in, *kernel)`, whatever its own order of axes."""
+    """The shape of a layer's weight as `(out, in, *kernel)`, for any order of its axes."""
     first = (layer.out_axis, layer.in_axis)
     return tuple(shape[axis] for axis in (*first, *(axis for axis in range(len(shape)) if axis not in first)))
 

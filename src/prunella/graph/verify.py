@@ -1,6 +1,6 @@
-"""The oracle that every cut passes: in float64, the smaller module gives the output of the masked one.
+"""The oracle of every cut: in float64, the smaller module has the outputs of the masked model.
 
-Masked means: removed positions are zero, and a dropped block gives its first input tensor back as its first output.
+In the masked model removed positions are zero, and a dropped block returns its first input tensor as its first output.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from prunella.model.state import untouched
 from prunella.types import Keep
 
 TOLERANCE = 1e-9
-"""Largest difference allowed, relative to the largest output, in float64."""
+"""Largest allowed difference, relative to the largest output, in float64."""
 SINGLE = 1e-4
-"""The same for models that run in their own precision only."""
+"""`TOLERANCE` for models that run only in their own precision."""
 
 
 @dataclass(frozen=True)
 class Verification:
-    """How far the smaller module is from the masked one: largest difference / largest output, over all outputs."""
+    """Error of the smaller module against the masked model: largest difference / largest output, over all outputs."""
 
     error: float
     tolerance: float
@@ -51,20 +51,20 @@ class Verification:
         return f"shrunk {word} masked: relative error {self.error:.1e} ({self.dtype}, tolerance {self.tolerance:.0e})"
 
 
-def check(dense: nn.Module, small: nn.Module, done: Changes, inputs: Any) -> Verification:
-    """`verify`, or a `CheckFailed` or `NotSupported` that says what is wrong. Shapes alone are checked on meta."""
-    found = verify(dense, small, done, inputs)
-    if not found.exact:
+def check(dense: nn.Module, small: nn.Module, applied: Changes, inputs: Any) -> Verification:
+    """`verify`, with `CheckFailed` if the outputs differ. On the meta device only shapes are checked."""
+    verification = verify(dense, small, applied, inputs)
+    if not verification.exact:
         raise CheckFailed(
             "the smaller model does not compute what the masked model computes",
-            f"relative error {found.error:.2e} where {found.tolerance:.0e} is allowed",
-            "please report the model; skip= leaves out the layers that you name",
+            f"relative error {verification.error:.2e} where {verification.tolerance:.0e} is allowed",
+            "please report the model; skip= excludes the layers that you name",
         )
-    return found
+    return verification
 
 
 def verify(dense: nn.Module, small: nn.Module, done: Changes, inputs: Any) -> Verification:
-    """Compare `small` with `dense` whose removed units are zero, in float64 and eval mode, on one batch."""
+    """Compare `small` with `dense` with zeros in the removed units, in float64 and eval mode, on one batch."""
     if any(p.device.type == "meta" for p in dense.parameters()):
         shapes = [tuple(t.shape) for t in _run(dense, inputs)], [tuple(t.shape) for t in _run(small, inputs)]
         return Verification(0.0 if shapes[0] == shapes[1] else float("inf"), TOLERANCE, len(shapes[0]))
@@ -77,33 +77,37 @@ def verify(dense: nn.Module, small: nn.Module, done: Changes, inputs: Any) -> Ve
 def unproven(model: nn.Module, graph: Graph, keep: Keep, inputs: Any) -> dict[str, str]:
     """Group name -> why its cut cannot be proven. Empty when the model cut by `keep` passes the oracle.
 
-    The groups at fault are found by halving: a set that fails is tried in two halves, down to single groups; where
-    only the whole set fails, all of it is named.
+    Bisection finds the groups at fault: a set that fails is tried in two halves, down to single groups. If only the
+    full set fails, all of its groups are named.
     """
     names = [name for name, mask in keep.items() if not bool(mask.all())]
     reason = _fault(model, graph, {name: keep[name] for name in names}, inputs)
     if reason is None:
         return {}
     half = len(names) // 2
-    found: dict[str, str] = {}
+    faults: dict[str, str] = {}
     for part in (names[:half], names[half:]) if half else ():
-        found |= unproven(model, graph, {name: keep[name] for name in part}, inputs)
-    return found or dict.fromkeys(names, reason)
+        faults |= unproven(model, graph, {name: keep[name] for name in part}, inputs)
+    return faults or dict.fromkeys(names, reason)
 
 
 def _fault(model: nn.Module, graph: Graph, keep: Keep, inputs: Any) -> str | None:
-    """What the oracle says against a cut, None if it passes."""
-    done, small = changes(graph, keep), copied(model)
-    change_(small, done)
+    """The objection of the oracle to a cut; None if the cut passes."""
+    applied, small = changes(graph, keep), copied(model)
+    change_(small, applied)
     try:
-        found = verify(model, small, done, inputs)
+        verification = verify(model, small, applied, inputs)
     except NotSupported as error:
         return f"the smaller model does not run: {error.why}"
-    return None if found.exact else f"the cut cannot be proven: relative error {found.error:.1e} to the masked model"
+    return (
+        None
+        if verification.exact
+        else f"the cut cannot be proven: relative error {verification.error:.1e} to the masked model"
+    )
 
 
 class _DenseFailed(Exception):
-    """The masked model itself does not run or gives no numbers: the precision is to blame, not the cut."""
+    """The masked model itself does not run or gives nan: the cause is the precision, not the cut."""
 
 
 def _compare(dense: nn.Module, small: nn.Module, done: Changes, inputs: Any, *, double: bool) -> Verification:
@@ -118,16 +122,16 @@ def _compare(dense: nn.Module, small: nn.Module, done: Changes, inputs: Any, *, 
         if not double:
             raise
         raise _DenseFailed from error
-    found = _run(_precise(copied(small), double), renumber(batch, done.renumbered))
-    worst = relative_error(reference, found)
-    return Verification(worst, TOLERANCE if double else SINGLE, len(found), "float64" if double else "own precision")
+    outputs = _run(_precise(copied(small), double), renumber(batch, done.renumbered))
+    worst = relative_error(reference, outputs)
+    return Verification(worst, TOLERANCE if double else SINGLE, len(outputs), "float64" if double else "own precision")
 
 
 def _reference(dense: nn.Module, done: Changes, batch: Any, *, double: bool, consumers: bool = False) -> list[Tensor]:
-    """What the masked model gives with its dropped blocks bypassed: the positions of its outputs that stay."""
-    made = _precise(masked(dense, done, consumers=consumers), double)
-    with bypassed(made, done.dropped):
-        outputs = _run(made, batch, done.along)
+    """The outputs of the masked model with its dropped blocks bypassed, at the kept positions."""
+    masked_model = _precise(masked(dense, done, consumers=consumers), double)
+    with bypassed(masked_model, done.dropped):
+        outputs = _run(masked_model, batch, done.along)
     for entry in done.renumbered:
         for number, axis in entry.outputs:
             outputs[number] = outputs[number].index_select(axis, entry.kept.to(outputs[number].device))
@@ -139,29 +143,29 @@ def _precise(model: nn.Module, double: bool) -> nn.Module:
 
 
 def masked(model: nn.Module, done: Changes, *, consumers: bool = False) -> nn.Module:
-    """A copy whose removed positions are zero in every parameter; with `consumers`, along every axis but the first.
+    """A copy with zeros at the removed positions of every parameter; with `consumers`, along every axis but the first.
 
-    Zeroing only what reads a unit serves parameters that are normalized in the forward pass, where a slice of zeros
-    would divide zero by zero.
+    `consumers` zeroes only the readers of a unit. Parameters that are normalized in the forward pass need it, since a
+    slice of zeros would divide zero by zero.
     """
-    made = copied(model)
-    parameters = dict(made.named_parameters(remove_duplicate=False))
+    masked_model = copied(model)
+    parameters = dict(masked_model.named_parameters(remove_duplicate=False))
     with torch.no_grad():
         for name, axes in done.cuts.items():
             for axis, kept in axes.items():
                 if name in parameters and not (consumers and axis == 0):
-                    gone = torch.ones(parameters[name].shape[axis], dtype=torch.bool)
-                    gone[kept] = False
-                    parameters[name].index_fill_(axis, gone.nonzero().flatten().to(parameters[name].device), 0)
-    return made
+                    removed = torch.ones(parameters[name].shape[axis], dtype=torch.bool)
+                    removed[kept] = False
+                    parameters[name].index_fill_(axis, removed.nonzero().flatten().to(parameters[name].device), 0)
+    return masked_model
 
 
-def relative_error(reference: list[Tensor], found: list[Tensor]) -> float:
+def relative_error(reference: list[Tensor], outputs: list[Tensor]) -> float:
     """Largest |difference| over the largest |reference|, over all tensors; infinite if they do not match in shape."""
-    if [t.shape for t in reference] != [t.shape for t in found]:
+    if [t.shape for t in reference] != [t.shape for t in outputs]:
         return float("inf")
     worst = 0.0
-    for a, b in zip(reference, found, strict=True):
+    for a, b in zip(reference, outputs, strict=True):
         if a.numel():
             a, b = a.double(), b.double()
             gap = torch.where(a == b, 0.0, (a - b).abs()).max().item()
@@ -176,14 +180,14 @@ def as_double(tree: Any) -> Any:
 
 
 class _NoDownCast(TorchFunctionMode):
-    """Keeps float64 where a model's source casts to float32, so that rounding does not hide a wrong cut."""
+    """Keeps float64 where a model's source casts to float32, so that rounding cannot hide a wrong cut."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs, name = dict(kwargs or {}), called(func)
         narrow = {torch.float32, torch.float16, torch.bfloat16}
         if name in {"float", "half", "bfloat16"} and args and args[0].dtype == torch.float64:
             return args[0]
-        written = isinstance(func, torch._ops.OpOverload) and name in _MAKERS  # a program has types typed in
+        written = isinstance(func, torch._ops.OpOverload) and name in _MAKERS  # a program has literal types
         if kwargs.get("dtype") in narrow and (written or (args and _double(args[0]))):
             kwargs["dtype"] = torch.float64
         ends = kwargs.get("offs", args[2] if len(args) > 2 else None)
@@ -195,17 +199,17 @@ class _NoDownCast(TorchFunctionMode):
 
 
 _MAKERS = frozenset("zeros ones full empty arange scalar_tensor eye linspace new_zeros new_ones new_full".split())
-"""Operations that make a tensor of a type of their own."""
+"""Operations that create a tensor of a given type."""
 
 
 def _grouped_product(tokens: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
-    """`grouped_mm`, which torch does not have in float64."""
-    made = tokens.new_zeros(len(tokens), weights.shape[2])
+    """`grouped_mm` in float64, which torch does not support."""
+    products = tokens.new_zeros(len(tokens), weights.shape[2])
     start = 0
     for expert, end in enumerate(ends.tolist()):
-        made[start:end] = tokens[start:end] @ weights[expert]
+        products[start:end] = tokens[start:end] @ weights[expert]
         start = end
-    return made
+    return products
 
 
 def _double(value: object) -> bool:
@@ -213,7 +217,7 @@ def _double(value: object) -> bool:
 
 
 class _Restricted(TorchFunctionMode):
-    """Lets the calls in `along` see only the positions that stay, as the smaller model's calls do."""
+    """Restricts the calls in `along` to the kept positions, as in the smaller model."""
 
     def __init__(self, along: Sequence[Along]) -> None:
         super().__init__()
@@ -229,9 +233,9 @@ class _Restricted(TorchFunctionMode):
         for call in self.at.get((name, number), ()):
             kept = call.kept.to(args[0].device)
             if name in _CHOICES:
-                lost = torch.ones(args[0].shape[call.axis], dtype=torch.bool, device=kept.device)
-                lost[kept] = False
-                args = (_hidden(args[0], lost, call.axis), *args[1:])
+                removed = torch.ones(args[0].shape[call.axis], dtype=torch.bool, device=kept.device)
+                removed[kept] = False
+                args = (_hidden(args[0], removed, call.axis), *args[1:])
             elif name == "mean":
                 args = (args[0].index_select(call.axis, kept), *args[1:])
             else:
@@ -242,19 +246,21 @@ class _Restricted(TorchFunctionMode):
 _CHOICES = frozenset({"softmax", "topk"})
 
 
-def _hidden(values: Tensor, lost: Tensor, axis: int) -> Tensor:
-    """What was lost can never be chosen."""
+def _hidden(values: Tensor, removed: Tensor, axis: int) -> Tensor:
+    """Values in which removed positions can never be chosen."""
     shape = [-1 if k == axis else 1 for k in range(values.dim())]
-    return values.masked_fill(lost.reshape(shape), -torch.inf)
+    return values.masked_fill(removed.reshape(shape), -torch.inf)
 
 
 def _normed(func: Any, args: Any, kwargs: Any, kept: Tensor) -> Tensor:
-    """A norm of the last axis over the positions kept; zero elsewhere."""
+    """A norm of the last axis over the kept positions; zero elsewhere."""
     names = ("input", "normalized_shape", "weight", "bias", "eps") if called(func) == "layer_norm" else _RMS
-    given = {**dict(zip(names, args, strict=False)), **kwargs}
-    affine = {k: given[k].index_select(0, kept) for k in ("weight", "bias") if given.get(k) is not None}
-    value = given["input"]
-    narrow = func(value.index_select(-1, kept), (len(kept),), **affine, eps=given.get("eps", _EPS.get(called(func))))
+    arguments = {**dict(zip(names, args, strict=False)), **kwargs}
+    affine = {k: arguments[k].index_select(0, kept) for k in ("weight", "bias") if arguments.get(k) is not None}
+    value = arguments["input"]
+    narrow = func(
+        value.index_select(-1, kept), (len(kept),), **affine, eps=arguments.get("eps", _EPS.get(called(func)))
+    )
     return torch.zeros_like(value).index_copy(-1, kept, narrow)
 
 
@@ -270,5 +276,5 @@ def _run(model: nn.Module, inputs: Any, along: Sequence[Along] = ()) -> list[Ten
         raise NotSupported(
             "the smaller model does not run",
             f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}",
-            "a size in its source does not follow the cut; skip= leaves out the layers that you name",
+            "a size in its source does not follow the cut; skip= excludes the layers that you name",
         ) from error

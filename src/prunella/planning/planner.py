@@ -145,7 +145,7 @@ def _kept_units(request: Request, scored: Sequence[GroupScores], decided: Keep, 
         recipe.allocation,
         recipe.min_density,
         round_to=tuple(math.lcm(g.multiple, recipe.round_to if g.kind in ("channel", "width") else 1) for g in groups),
-        min_units=tuple(group.least for group in groups),
+        min_units=tuple(group.min_units for group in groups),
         equal_widths=recipe.equal_widths,
         allow_unchanged=bool(decided),
     )

@@ -101,7 +101,7 @@ def _excluded(request: Request, group: Group, kinds: Set[Kind]) -> tuple[str, Re
         reason = reason or ("" if request.only or group.paths else rank_of(request.graph, group))
     if group.kind == "vocabulary" in kinds and group is not request.graph.tokens:
         reason = "another table than that of the tokens"
-    if not reason and group.size <= group.least:
+    if not reason and group.size <= group.min_units:
         reason = "a single unit, which has to stay" if group.size == 1 else "all of its units are needed"
         return reason, ReasonKind.MINIMUM
     return reason, ReasonKind.REQUEST

@@ -87,7 +87,7 @@ def _kept(model: nn.Module, graph: Graph, group: Group) -> Tensor:
     alive = torch.zeros(group.size, dtype=torch.bool)
     for member in members:
         alive[_units_alive(named[member.entity].detach(), member)] = True
-    count = max(int(alive.sum()), group.least)
+    count = max(int(alive.sum()), group.min_units)
     count = min(-(-count // group.multiple) * group.multiple, group.size)
     alive[(~alive).nonzero().flatten()[: count - int(alive.sum())]] = True
     return alive

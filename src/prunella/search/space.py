@@ -205,7 +205,7 @@ def space(
 
 def _units(request: Request) -> CandidateUnits:
     scored, _ = score_groups(request, *eligible_groups(request))
-    half = {g.name: torch.arange(g.size) >= min(g.size // 2, g.size - max(1, g.least)) for g, _ in scored}
+    half = {g.name: torch.arange(g.size) >= min(g.size // 2, g.size - max(1, g.min_units)) for g, _ in scored}
     faults = unproven(request.model, request.graph, half, request.inputs)
     scored = [(group, scores) for group, scores in scored if group.name not in faults]
     if not scored:
@@ -225,4 +225,4 @@ def _limits(candidates: Candidates, recipe: Recipe, index: int) -> tuple[int, in
         return 1, 1
     group = candidates.groups[index]
     round_to = recipe.round_to if group.kind in ("channel", "width") else 1
-    return math.lcm(group.multiple, round_to), group.least
+    return math.lcm(group.multiple, round_to), group.min_units

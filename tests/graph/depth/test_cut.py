@@ -232,7 +232,7 @@ def test_a_factor_that_grows_with_the_number_is_refused() -> None:
 def test_masks_cannot_do_it() -> None:
     model = settle(Net())
     plan = pr.plan(model, TOKENS, pr.Recipe(granularity=pr.Depth()), target=pr.Sparsity(0.25))
-    with pytest.raises(RequestError, match="no mask can do"):
+    with pytest.raises(RequestError, match="masks cannot do"):
         pr.apply_(copy.deepcopy(model), plan)
 
 

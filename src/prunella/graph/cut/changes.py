@@ -1,4 +1,4 @@
-"""What a plan does to the structure of a model: the kept positions on every axis, and all that follows from them."""
+"""The structural changes of a plan: the kept positions on every axis, and their consequences."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Lists = Mapping[tuple[str, str], tuple[int, ...]]
 
 @dataclass(frozen=True)
 class Along:
-    """The `number`-th call of `name` in a run goes over the positions `kept` on `axis` of its first tensor only."""
+    """The `number`-th call of `name` in a run, restricted to the positions `kept` on `axis` of its first tensor."""
 
     name: str
     number: int
@@ -30,7 +30,7 @@ class Along:
 
 @dataclass(frozen=True)
 class Renumbered:
-    """Number `i` of these inputs and of the positions on these (output, axis) is what was number `kept[i]`."""
+    """New index `i` of these inputs, and of the positions on these (output, axis), is the old index `kept[i]`."""
 
     inputs: tuple[int, ...]
     outputs: tuple[tuple[int, int], ...]
@@ -39,12 +39,12 @@ class Renumbered:
 
 @dataclass(frozen=True)
 class Changes:
-    """All that a plan does to a model.
+    """All structural changes of a plan.
 
-    cuts: entity -> axis -> positions kept (int64).  attributes: (owner, name) -> new value of a size or of tokens.
-    along: calls that run along a cut axis. The masked model is the one in which they see only what stays.
-    renumbered: inputs and outputs whose numbers mean something else afterwards.
-    dropped: container -> names of the blocks that go.  lists: (owner, name) -> positions that go from a plain list.
+    cuts: entity -> axis -> kept positions (int64). attributes: (owner, name) -> new value of a size or of tokens.
+    along: calls that run along a cut axis. In the masked model these calls see only the kept positions.
+    renumbered: inputs and outputs with new indices.
+    dropped: container -> names of the removed blocks. lists: (owner, name) -> positions removed from a plain list.
     """
 
     cuts: Cuts = field(default_factory=dict)
@@ -59,67 +59,67 @@ class Changes:
 
 
 def changes(graph: Graph, keep: Keep) -> Changes:
-    """What has to be done to the model for only `keep` to remain."""
-    gone = dropped(graph, keep)
+    """The changes after which only `keep` remains of the model."""
+    removed_blocks = dropped(graph, keep)
     return Changes(
         cuts=cuts(graph, keep),
         attributes=attributes(graph, keep),
         along=tuple(_along(graph, keep)),
         renumbered=tuple(_renumbered(graph, keep)),
-        dropped=gone,
-        lists=_shortened(graph, gone),
+        dropped=removed_blocks,
+        lists=_shortened(graph, removed_blocks),
     )
 
 
 def dropped(graph: Graph, keep: Keep) -> dict[str, tuple[str, ...]]:
-    """Container -> names in it of the blocks that go."""
-    gone: dict[str, tuple[str, ...]] = {}
+    """Container -> names of its removed blocks."""
+    removed: dict[str, tuple[str, ...]] = {}
     for stack in graph.stacks:
         mask = keep.get(stack.name)
         if mask is not None and not bool(mask.all()):
-            gone[stack.name] = tuple(stack.paths[k].rpartition(".")[2] for k in (~mask).nonzero().flatten().tolist())
-    return gone
+            removed[stack.name] = tuple(stack.paths[k].rpartition(".")[2] for k in (~mask).nonzero().flatten().tolist())
+    return removed
 
 
 def _renumbered(graph: Graph, keep: Keep) -> Iterator[Renumbered]:
-    for found in graph.numbered:
-        mask = keep.get(found.group)
+    for numbered in graph.numbered:
+        mask = keep.get(numbered.group)
         if mask is not None and not bool(mask.all()):
-            yield Renumbered(found.inputs, found.outputs, mask.nonzero().flatten())
+            yield Renumbered(numbered.inputs, numbered.outputs, mask.nonzero().flatten())
 
 
 def _along(graph: Graph, keep: Keep) -> Iterator[Along]:
     for run in graph.runs:
         mask = keep.get(run.group)
         if mask is not None and not bool(mask.all()):
-            stays = (run.unit < 0) | mask.numpy()[run.unit]
-            yield Along(run.name, run.number, run.axis, torch.from_numpy(np.flatnonzero(stays)))
+            kept = (run.unit < 0) | mask.numpy()[run.unit]
+            yield Along(run.name, run.number, run.axis, torch.from_numpy(np.flatnonzero(kept)))
 
 
-def _shortened(graph: Graph, gone: Mapping[str, tuple[str, ...]]) -> dict[tuple[str, str], tuple[int, ...]]:
-    """(owner, name) -> positions that go, for each list with one entry for each block."""
+def _shortened(graph: Graph, removed: Mapping[str, tuple[str, ...]]) -> dict[tuple[str, str], tuple[int, ...]]:
+    """(owner, name) -> removed positions, for each list with one entry per block."""
     return {
         place: tuple(graph.orders[stack].index(name) for name in names)
-        for stack, names in gone.items()
+        for stack, names in removed.items()
         for place in graph.lists.get(stack, ())
     }
 
 
 def cuts(graph: Graph, keep: Keep) -> dict[str, dict[int, Tensor]]:
-    """Entity -> axis -> positions that remain (int64, ascending), for each axis that loses any."""
-    gone: dict[tuple[str, int], list[Ints]] = {}
+    """Entity -> axis -> kept positions (int64, ascending), for each axis that loses positions."""
+    removed: dict[tuple[str, int], list[Ints]] = {}
     for group in graph.groups:
         mask = keep.get(group.name)
         if mask is None or bool(mask.all()):
             continue
         lost = ~mask.numpy()
         for member in group.members:
-            gone.setdefault((member.entity, member.axis), []).append(member.index[lost[member.unit]])
+            removed.setdefault((member.entity, member.axis), []).append(member.index[lost[member.unit]])
     result: dict[str, dict[int, Tensor]] = {}
-    for (entity, axis), parts in gone.items():
-        stays = np.ones(graph.entities[entity].shape[axis], dtype=bool)
-        stays[np.concatenate(parts)] = False
-        result.setdefault(entity, {})[axis] = torch.from_numpy(np.flatnonzero(stays))
+    for (entity, axis), parts in removed.items():
+        kept = np.ones(graph.entities[entity].shape[axis], dtype=bool)
+        kept[np.concatenate(parts)] = False
+        result.setdefault(entity, {})[axis] = torch.from_numpy(np.flatnonzero(kept))
     return result
 
 
@@ -131,7 +131,7 @@ def attributes(graph: Graph, keep: Keep) -> dict[tuple[str, str], int | tuple[in
 
 
 def _tokens(graph: Graph, keep: Keep) -> Iterator[tuple[tuple[str, str], int | tuple[int, ...]]]:
-    """The attributes that name tokens, in the new numbers."""
+    """The attributes that name tokens, with new token ids."""
     group = graph.tokens
     mask = keep.get(group.name) if group else None
     if group is None or mask is None or bool(mask.all()):

@@ -1,4 +1,4 @@
-"""Multiply-adds by the weight that multiplies, of the dense model and of what is kept of it."""
+"""Multiply-adds per weight, of the dense model and of its kept part."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from prunella.types import Keep
 
 
 def with_macs(layers: Iterable[Layer], costs: Iterable[Cost]) -> Iterator[Layer]:
-    """The layers, each with the multiply-adds of the dense model wherever its weight is used."""
+    """The layers, each with the multiply-adds of its weight over all uses in the dense model."""
     macs: dict[str, float] = {}
     for cost in costs:
         macs[cost.layer] = macs.get(cost.layer, 0.0) + cost.macs({})
@@ -19,7 +19,7 @@ def with_macs(layers: Iterable[Layer], costs: Iterable[Cost]) -> Iterator[Layer]
 
 
 def macs_by_layer(graph: Graph, keep: Keep | None = None) -> dict[str, float]:
-    """Entity of a layer -> multiply-adds by its weight in one pass, wherever it is used, when only `keep` remains."""
+    """Entity of a layer -> multiply-adds of its weight over all uses in one pass, when only `keep` remains."""
     entity = {name: layer.entity for layer in graph.layers for name in (layer.name, layer.entity)}
     total: dict[str, float] = {}
     for cost in graph.costs:

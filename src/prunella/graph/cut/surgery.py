@@ -1,4 +1,4 @@
-"""Surgery on the parameters of an ordinary `nn.Module`: axes are cut, sizes that the module keeps are set."""
+"""Cuts of an ordinary `nn.Module`: axes of its parameters are cut, and its size attributes are set."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ from prunella.graph.trace.tracked_int import holder
 
 
 def change_(model: nn.Module, changes: Changes) -> None:
-    """Carry out all changes in place. Names are those of the dense model, so blocks go last."""
+    """Apply all changes in place. Names are those of the dense model, so that blocks are removed last."""
     number_(model, changes.dropped)
     cut_(model, changes.cuts, changes.attributes)
-    for (owner, name), gone in changes.lists.items():
-        shorten_(holder(model, owner), name, gone)
+    for (owner, name), removed in changes.lists.items():
+        shorten_(holder(model, owner), name, removed)
     drop_(model, changes.dropped)
 
 
 def cut_(model: nn.Module, cuts: Cuts, attributes: Sizes) -> None:
     """Cut in place: `cuts` is entity -> axis -> positions kept, `attributes` is (owner, name) -> new value.
 
-    Dtype, device, memory format, `requires_grad` and ties stay, `.grad` is cut with its parameter. Works on any
-    device, meta included. An entity that is not in the model is a `RequestError`.
+    Dtype, device, memory format, `requires_grad` and ties do not change; `.grad` is cut with its parameter. Works on
+    any device, meta included. An entity that is not in the model is a `RequestError`.
     """
     homes = _homes(model)
     for name, axes in cuts.items():
         if name not in homes:
-            raise _stranger(name)
+            raise _misfit(name)
         places = homes[name]
         module, key = places[0]
         old = getattr(module, key)
@@ -51,7 +51,7 @@ def cut_(model: nn.Module, cuts: Cuts, attributes: Sizes) -> None:
             _describe(module)
 
 
-def _stranger(name: str) -> RequestError:
+def _misfit(name: str) -> RequestError:
     return RequestError(
         f"the plan cuts {name}, which the model does not have in this shape",
         "the plan was made for another model",
@@ -60,7 +60,7 @@ def _stranger(name: str) -> RequestError:
 
 
 def _homes(model: nn.Module) -> dict[str, list[tuple[nn.Module, str]]]:
-    """Name of each parameter and buffer -> every place that holds the same tensor."""
+    """Name of each parameter and buffer -> all places (module, key) of the same tensor."""
     places: dict[int, list[tuple[nn.Module, str]]] = {}
     names: dict[str, int] = {}
     for path, module in model.named_modules(remove_duplicate=False):
@@ -77,23 +77,23 @@ def _cut_tensor(name: str, old: Tensor, axes: Mapping[int, Tensor]) -> Tensor:
     new = _select(name, old.detach(), axes)
     if not isinstance(old, nn.Parameter):
         return new
-    made = nn.Parameter(new, requires_grad=old.requires_grad)
+    parameter = nn.Parameter(new, requires_grad=old.requires_grad)
     if old.grad is not None:
-        made.grad = _select(name, old.grad, axes)
-    return made
+        parameter.grad = _select(name, old.grad, axes)
+    return parameter
 
 
 def _select(name: str, tensor: Tensor, axes: Mapping[int, Tensor]) -> Tensor:
     last = tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous()
     for axis, kept in axes.items():
         if axis >= tensor.dim() or (len(kept) and int(kept.max()) >= tensor.shape[axis]):
-            raise _stranger(name)
+            raise _misfit(name)
         tensor = tensor.index_select(axis, kept.to(tensor.device))
     return tensor.contiguous(memory_format=torch.channels_last) if last else tensor.contiguous()
 
 
 def _describe(module: nn.Module) -> None:
-    """Let a module of torch say its new sizes: these attributes describe the weight and compute nothing."""
+    """Update the size attributes of a torch module, which only describe the weight."""
     for key, value in _sizes(module):
         setattr(module, key, value)
 

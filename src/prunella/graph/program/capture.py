@@ -1,4 +1,4 @@
-"""A model as a program of its own: what `torch.export` captures, whose sizes can all follow a cut."""
+"""A model as a program captured by `torch.export`, in which all sizes can follow a cut."""
 
 from __future__ import annotations
 
@@ -21,54 +21,44 @@ from prunella.model.state import mode
 from prunella.model.unwrap import unwrap
 
 TOLERANCE = 1e-4
-"""Largest difference allowed between a model and what was captured of it, relative to the largest output."""
+"""Largest allowed difference between a model and its program, relative to the largest output."""
 _LOGGERS = ("torch.onnx", "onnxscript", "onnx_ir", "torch.export", "torch.fx.experimental.symbolic_shapes")
 
 
 def as_program(model: nn.Module, inputs: Any) -> nn.Module:
-    """The model as a graph module, of which `plan` and `shrink` can cut what a size in the source would keep dense.
+    """The model as a graph module. Axes that literal sizes in the source keep dense can be cut in this module.
 
-    `view(b, 12, 64)`, `split(x, 256)` or `x[:, :128]` type a size into the source, and no cut can change source. In
-    the program each such size is an integer attribute of the module, which follows the cut like any other. Parameters
-    and buffers are those of the model (the same tensors, of the same names, with their ties and `requires_grad`).
+    `view(b, 12, 64)`, `split(x, 256)` or `x[:, :128]` have literal sizes in the source, and no cut can change source.
+    In the program each such size is an integer attribute of the module, which follows the cut like any other.
+    Parameters and buffers are those of the model (the same tensors, with the same names, ties and `requires_grad`).
 
-    inputs: an example; any batch size, and any length of integer inputs, is taken where the source allows it.
-    The program computes what the model does in eval mode, whatever its own training flag says: dropout is gone and
-    batch norms use their running statistics. It can be trained so. `save` and `export` store it as a .pt2 file.
+    inputs: an example; any batch size, and any length of integer inputs, is accepted where the source allows it.
+    The program computes the model in eval mode, for any value of its training flag: without dropout, and with running
+    statistics in batch norms. It can be trained in this form. `save` and `export` store it as a .pt2 file.
 
-    Errors: NotSupported when torch cannot capture the model, CheckFailed when what it captured computes something else.
-
-    Example:
-
-        >>> import torch, prunella as pr
-        >>> class Typed(torch.nn.Linear):
-        ...     def forward(self, x):
-        ...         return super().forward(x).view(2, 4, 2).sum(2)  # 4 and 2 are typed into the source
-        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), Typed(8, 8))
-        >>> program = pr.as_program(model, torch.randn(2, 4))
-        >>> sorted(pr.plan(program, torch.randn(2, 4), target=pr.Params(0.5)).keep)
-        ['0']
+    Errors: NotSupported if torch cannot capture the model, CheckFailed if the outputs of the program differ.
     """
     model = unwrap(model)
     with mode(model, training=False), quiet():
         with torch.no_grad():
             expected = tensors(forward(model, inputs))
-        with torch.enable_grad():  # else parts of the source without gradients would not be told apart
+        with torch.enable_grad():  # otherwise parts of the source without gradients are not distinguished
             program = module_of(capture(model, inputs)[0])
         with torch.no_grad():
             error = relative_error(expected, tensors(forward(program, inputs)))
     if not error <= TOLERANCE:
-        raise CheckFailed("the program does not compute what the model computes", f"relative error {error:.1e}")
+        why, todo = f"relative error {error:.1e}", "please report the model"
+        raise CheckFailed("the program does not compute what the model computes", why, todo)
     return program
 
 
 def capture(model: nn.Module, example: Any) -> tuple[Any, bool]:
-    """The exported program, for any batch size if it can be, and whether it is."""
+    """The exported program, and whether it accepts any batch size."""
     wide = _resized(example, 2)
     if wide is not None:
-        for free in (_free_words, _free_batch):
+        for free_axes in (_free_words, _free_batch):
             try:
-                program = _capture(model, wide, tree_map(free, _arguments(wide)[0] or _arguments(wide)[1]))
+                program = _capture(model, wide, tree_map(free_axes, _arguments(wide)[0] or _arguments(wide)[1]))
                 if _batch_free(program, model, example):
                     return program, True
             except NotSupported:
@@ -85,7 +75,7 @@ def _arguments(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 def _capture(model: nn.Module, example: Any, shapes: Any) -> Any:
     args, kwargs = _arguments(example)
     try:
-        with redirect_stderr(io.StringIO()):  # where it fails it prints the whole graph
+        with redirect_stderr(io.StringIO()):  # on failure it prints the full graph
             return torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
     except Exception as error:  # torch.export has no one error type
         line = str(error).strip().splitlines()[0] if str(error).strip() else ""
@@ -94,7 +84,7 @@ def _capture(model: nn.Module, example: Any, shapes: Any) -> Any:
 
 
 def _batch_free(program: Any, model: nn.Module, example: Any) -> bool:
-    """Whether the program computes what the model does for batches of 1 and 3 too; it was captured with 2."""
+    """Whether the program equals the model for batches of 1 and 3 too; it was captured with 2."""
     module = program.module()
     for size in (1, 3):
         batch = _resized(example, size)
@@ -108,8 +98,8 @@ def _batch_free(program: Any, model: nn.Module, example: Any) -> bool:
 
 def _resized(example: Any, size: int) -> Any:
     """The example with `size` items in its batch, or None when its tensors do not share a first dimension."""
-    found = tensors(example)
-    first = {t.shape[0] if t.dim() else 0 for t in found}
+    batched = tensors(example)
+    first = {t.shape[0] if t.dim() else 0 for t in batched}
     if len(first) != 1 or 0 in first:
         return None
     return tree_map(lambda v: torch.cat([v[:1]] * size) if isinstance(v, Tensor) else v, example)
@@ -120,7 +110,7 @@ def _free_batch(value: Any) -> Any:
 
 
 def _free_words(value: Any) -> Any:
-    """The batch, and the length of what is counted in words."""
+    """Free axes: the batch, and the length of integer inputs."""
     if isinstance(value, Tensor) and not value.is_floating_point():
         return dict.fromkeys(range(value.dim()), torch.export.Dim.AUTO)
     return _free_batch(value)
@@ -128,7 +118,7 @@ def _free_words(value: Any) -> Any:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """torch's exporters warn and log about their own insides; what matters is in the result."""
+    """Silence warnings and logs of torch's exporters about their internals."""
     levels = {name: logging.getLogger(name).level for name in _LOGGERS}
     for name in levels:
         logging.getLogger(name).setLevel(logging.ERROR)

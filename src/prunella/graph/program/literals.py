@@ -1,8 +1,8 @@
-"""The sizes of a program: integers typed into its graph become attributes of the module, so that they can change.
+"""The sizes of a program: integer literals of its graph become attributes of the module, so that they can change.
 
 A graph module of `torch.export` has every size of its source as a literal argument: `view(x, [2, 7, 4, 12])`. Each is
-replaced by a read of an integer attribute of its own, named after the node and the place (`view_3_size_2`), also where
-two literals are equal. The module computes what it did; a cut can now set each size by itself.
+replaced by a read of its own integer attribute, named after the node and the position (`view_3_size_2`), also if two
+literals are equal. The outputs of the module do not change. A cut can now set each size separately.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _SIZES = {
     "conv_transpose3d": ("groups",),
     "group_norm": ("num_groups",),
 }
-"""Operation -> its arguments that are sizes, of those whose rules follow a size. All others keep their literals."""
+"""Operation -> its size arguments, for operations whose rules follow sizes. All others keep their literals."""
 
 _ARITHMETIC = frozenset({operator.add, operator.sub, operator.mul, operator.floordiv, operator.mod})
 _REMEMBERED = ("stack_trace",)
@@ -53,14 +53,14 @@ _END = 2**62
 
 
 def module_of(exported: ExportedProgram) -> nn.Module:
-    """An exported program as a module with free sizes, whose flags can be set (they mean nothing in a program).
+    """An exported program as a module with free sizes. Its training flags can be set but have no effect.
 
-    Copies by `copy.deepcopy` have the same state-dict keys, which those of a bare graph module do not.
+    Copies by `copy.deepcopy` have the same state-dict keys, unlike copies of a bare graph module.
     """
     module: Any = exported.module(check_guards=False)
-    for name in ("train", "eval"):  # they raise
+    for name in ("train", "eval"):  # `train` and `eval` of a program raise
         vars(module).pop(name, None)
-    module._forward_pre_hooks.clear()  # they compare the inputs with those of the example
+    module._forward_pre_hooks.clear()  # the hooks compare the inputs with those of the example
     constants = [name for name, value in vars(module).items() if isinstance(value, Tensor)]
     for name in constants:
         module.register_buffer(name, vars(module).pop(name), persistent=False)
@@ -71,7 +71,7 @@ def module_of(exported: ExportedProgram) -> nn.Module:
 
 
 def _as_before(copied: nn.Module, *, transient: frozenset[str]) -> None:
-    """What a copy of a graph module forgets: which buffers stay out of the state dict, and the flags."""
+    """Restore what a copy of a graph module loses: which buffers are not in the state dict, and the flags."""
     for name in transient:
         path, _, key = name.rpartition(".")
         copied.get_submodule(path)._non_persistent_buffers_set.add(key)
@@ -79,7 +79,7 @@ def _as_before(copied: nn.Module, *, transient: frozenset[str]) -> None:
 
 
 def free_sizes_(program: nn.Module) -> None:
-    """Turn literal sizes into attributes, in place, and drop checks of types, which would forbid another precision."""
+    """Turn literal sizes into attributes, in place, and drop type checks, which would forbid another precision."""
     for module in program.modules():
         if isinstance(module, fx.GraphModule):
             for node in list(module.graph.nodes):
@@ -109,8 +109,10 @@ def _free(module: fx.GraphModule, node: fx.Node) -> None:
         node.args = tuple(attribute(value) for value in node.args)
         return
     for place in _places(node):
-        found = node.args[place] if isinstance(place, int) else node.kwargs[place]
-        _put(node, place, [attribute(v) for v in found] if isinstance(found, list | tuple) else attribute(found))
+        argument = node.args[place] if isinstance(place, int) else node.kwargs[place]
+        _put(
+            node, place, [attribute(v) for v in argument] if isinstance(argument, list | tuple) else attribute(argument)
+        )
 
 
 def _attribute(module: fx.GraphModule, node: fx.Node, name: str, value: int) -> fx.Node:
@@ -118,7 +120,7 @@ def _attribute(module: fx.GraphModule, node: fx.Node, name: str, value: int) -> 
         name += "_"
     setattr(module, name, value)
     with module.graph.inserting_before(node):
-        read = module.graph.create_node("get_attr", name)  # `graph.get_attr` warns of what is no tensor
+        read = module.graph.create_node("get_attr", name)  # `graph.get_attr` warns about attributes that are no tensors
     return read
 
 

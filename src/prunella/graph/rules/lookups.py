@@ -1,4 +1,4 @@
-"""Rows and positions by number."""
+"""Lookups of rows and positions by index."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from prunella.graph.trace.recorder import Trace, Value
 
 @rule("tril", "triu")
 def triangle(trace: Trace, ctx: Context) -> Returned:
-    """Positions along the last two axes are compared with each other: both stay."""
+    """Positions of the last two axes are compared with each other: both axes are frozen."""
     value = ctx.value(0)
     for dim in value.dims[-2:]:
         trace.freeze(dim, f"{ctx.name} compares its positions")
@@ -21,7 +21,7 @@ def triangle(trace: Trace, ctx: Context) -> Returned:
 
 @rule("gather", "take_along_dim")
 def gather(trace: Trace, ctx: Context) -> Returned:
-    """Positions by number along one axis; the table and the index stay whole, unless the numbers follow the axis."""
+    """Positions by index along one axis. Table and index are frozen, unless the indices follow the axis."""
     value, at = ctx.value(0), ctx.dim(1, len(ctx.shape(0)))
     if not _numbered(trace, value.dims[at], ctx.args[2]):
         trace.freeze(value.dims[at], "positions are taken by number")
@@ -31,7 +31,7 @@ def gather(trace: Trace, ctx: Context) -> Returned:
 
 
 def _numbered(trace: Trace, dim: Dim, index: Tensor) -> bool:
-    """Whether `index` numbers the positions of an axis that loses the same ones as `dim`; they are related then."""
+    """Whether `index` numbers the positions of an axis coupled to `dim`; if so, the axes are related."""
     numbers = trace.numbered(index)
     if len(dim) != 1 or len(numbers) != 1 or len(dim[0]) != len(numbers[0]):
         return False
@@ -42,7 +42,7 @@ def _numbered(trace: Trace, dim: Dim, index: Tensor) -> bool:
 
 @rule("embedding")
 def embedding(trace: Trace, ctx: Context) -> Returned:
-    """Rows of a table by number: the rows stay."""
+    """Rows of a table by index: the rows are frozen."""
     table, index = ctx.value(0), ctx.value(1)
     given, text = ctx.args[1] in trace.given, "its rows are looked up by number"
     trace.ledger.freeze(table.dims[0], Reason(text, trace.where(), "lookup" if given else ""))
@@ -53,7 +53,7 @@ def embedding(trace: Trace, ctx: Context) -> Returned:
 
 @rule("index_select")
 def index_select(trace: Trace, ctx: Context) -> Returned:
-    """Positions by number: the axis stays."""
+    """Positions by index: the axis is frozen."""
     value = ctx.value(0)
     at = ctx.dim(1, len(value.dims))
     trace.freeze(value.dims[at], "positions are taken by number")
@@ -62,7 +62,7 @@ def index_select(trace: Trace, ctx: Context) -> Returned:
 
 @rule("index")
 def index(trace: Trace, ctx: Context) -> Returned:
-    """Advanced indexing: the axes that are indexed stay, the others pass."""
+    """Advanced indexing: indexed axes are frozen, other axes pass."""
     value, picked = ctx.value(0), list(ctx.args[1])
     at = [k for k, i in enumerate(picked) if i is not None]
     for k in at:
@@ -82,7 +82,7 @@ def index(trace: Trace, ctx: Context) -> Returned:
 
 @rule("index_put", "_index_put_impl", "_unsafe_index_put")
 def index_put(trace: Trace, ctx: Context) -> Returned:
-    """Rows written by number: the first axes stay, the others lose what the values lose."""
+    """Rows written by index: the first axes are frozen, the others are coupled to the values."""
     value, values, picked = ctx.value(0), ctx.value(2), list(ctx.args[1])
     count = len(picked)
     wide = any(i is None or i.dtype in {torch.bool, torch.uint8} for i in picked)

@@ -1,4 +1,4 @@
-"""Operations that work position by position."""
+"""Pointwise operations."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ def pointwise(trace: Trace, ctx: Context) -> Returned:
     shape = ctx.outputs[0].shape
     dims: list[Dim] = []
     for k, size in enumerate(shape):
-        found = [d for t in operands if (d := _aligned(trace, t, k, len(shape), size)) is not None]
-        dim = found[0] if found else WHOLE
-        for other in found[1:]:
+        aligned = [d for t in operands if (d := _aligned(trace, t, k, len(shape), size)) is not None]
+        dim = aligned[0] if aligned else WHOLE
+        for other in aligned[1:]:
             dim = trace.equal(dim, other, f"it meets a tensor that is not cut in {ctx.name}")
         dims.append(dim)
     _pointwise_roles(trace, ctx, operands)
@@ -36,7 +36,7 @@ def pointwise(trace: Trace, ctx: Context) -> Returned:
 
 
 def _aligned(trace: Trace, tensor: Tensor, k: int, ndim: int, size: int) -> Dim | None:
-    """The dim of an operand that lines up with output dim `k`, None when it is broadcast."""
+    """The dim of an operand aligned with output dim `k`; None if broadcast."""
     at = k - (ndim - tensor.dim())
     if at < 0 or tensor.shape[at] != size:
         return None
@@ -44,7 +44,7 @@ def _aligned(trace: Trace, tensor: Tensor, k: int, ndim: int, size: int) -> Dim 
 
 
 def _shared_axes(trace: Trace, operands: Sequence[Tensor], ndim: int) -> tuple[Axis | None, ...]:
-    """For a tensor computed from parameters alone: the parameter axis that each dim still is."""
+    """For a tensor computed from parameters alone: the parameter axis of each dim."""
     full = [trace.value(t).axes for t in operands if t.dim() == ndim]
     return tuple(next((axes[k] for axes in full if axes[k]), None) for k in range(ndim))
 
@@ -60,5 +60,5 @@ def _pointwise_roles(trace: Trace, ctx: Context, operands: Sequence[Tensor]) -> 
 @rule("clone", "detach", "alias", "_to_copy", "lift_fresh", "lift_fresh_copy", "contiguous", "zeros_like", "ones_like",
       "empty_like", "full_like", "rand_like", "randn_like", "fill", "zero", "bernoulli", "positive")  # fmt: skip
 def identity(trace: Trace, ctx: Context) -> Returned:
-    """A tensor of the same axes."""
+    """A tensor with the same axes."""
     return same(ctx.value(0))

@@ -1,4 +1,4 @@
-"""Matrix products and convolutions: what multiplies and sums."""
+"""Matrix products and convolutions."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def _contract(trace: Trace, ctx: Context, a: Value, b: Value, i: int, j: int) ->
 
 
 def _use(trace: Trace, a: Value, b: Value, contracted: tuple[int, int], free: int, bias: Value | None) -> Use | None:
-    """The layer that a product is, when `b` is a parameter and `a` an activation."""
+    """The layer of a product, if `b` is a parameter and `a` an activation."""
     inner, outer = b.axes[contracted[1]], b.axes[free]
     if a.weight or not b.weight or inner is None or outer is None or inner[0] != outer[0]:
         return None
@@ -97,7 +97,7 @@ def grouped_mm(trace: Trace, ctx: Context) -> Returned:
 
 
 def _send(trace: Trace, ctx: Context, experts: Dim) -> None:
-    """Tokens go to experts by number: both stay, unless the numbers follow the experts."""
+    """Tokens are sent to experts by index: both are frozen, unless the indices follow the experts."""
     text, ends = "tokens are sent to its positions by number", ctx.args[2]
     if isinstance(ends, Tensor) and ends in trace.counts:
         trace.equal(experts, trace.value(ends).dims[0], text)
@@ -122,7 +122,7 @@ def vector_product(trace: Trace, ctx: Context) -> Returned:
 
 @rule("convolution", "_convolution", "mkldnn_convolution", "cudnn_convolution")
 def convolution(trace: Trace, ctx: Context) -> Returned:
-    """Input channels meet the weight's, output channels are the weight's; groups balance."""
+    """Input and output channels are coupled to those of the weight; groups lose equal numbers of channels."""
     x, w = ctx.value(0), ctx.value(1)
     transposed, groups = bool(ctx.args[6]), int(ctx.args[8])
     shape, out = ctx.shape(1), ctx.outputs[0].shape

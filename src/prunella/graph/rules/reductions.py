@@ -17,7 +17,7 @@ _AFFINE: tuple[Role, ...] = ("scale", "shift")
 @rule("native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training", "cudnn_batch_norm",
       "_batch_norm_with_update", "_batch_norm_no_update", "batch_norm")  # fmt: skip
 def batch_norm(trace: Trace, ctx: Context) -> Returned:
-    """Each channel by itself: scale, shift and statistics go with it."""
+    """Each channel separately, coupled to its scale, shift and statistics."""
     x = ctx.value(0)
     at = min(1, len(x.dims) - 1)
     if not isinstance(ctx.args[3], Tensor) or any(flag is True for flag in ctx.args[5:6]):
@@ -34,7 +34,7 @@ def batch_norm(trace: Trace, ctx: Context) -> Returned:
 
 @rule("native_layer_norm", "layer_norm", "rms_norm", "_fused_rms_norm")
 def layer_norm(trace: Trace, ctx: Context) -> Returned:
-    """Statistics over the last axes: they stay, or a single one gives statistics of what stays."""
+    """Statistics over the last axes, which are frozen; a single axis may take statistics over its kept positions."""
     x, count, text = ctx.value(0), len(ctx.args[1]), "a layer norm takes its statistics over it"
     kept = len(x.dims) - count
     scales = [trace.value(a) for a in ctx.args[2:4] if isinstance(a, Tensor)]
@@ -54,7 +54,7 @@ def layer_norm(trace: Trace, ctx: Context) -> Returned:
 
 @rule("native_group_norm")
 def group_norm(trace: Trace, ctx: Context) -> Returned:
-    """Whole groups of channels may go, parts of a group would change its statistics."""
+    """Only full groups of channels may be removed, since a part would change the statistics of its group."""
     x, channels, groups = ctx.value(0), int(ctx.args[4]), int(ctx.args[6])
     rows, columns = trace.ledger.split(x.dims[1], [groups, channels // groups])
     for dim in (columns, *x.dims[2:]):
@@ -72,7 +72,7 @@ def group_norm(trace: Trace, ctx: Context) -> Returned:
 
 @rule("_softmax", "_log_softmax", "cumprod", "sort", "topk", "logcumsumexp", "_safe_softmax", "softmax")
 def along(trace: Trace, ctx: Context) -> Returned:
-    """Positions along one axis depend on each other: it stays."""
+    """Positions along one axis depend on each other: the axis is frozen."""
     value = ctx.value(0)
     number = next(
         int(a) for a in ctx.args[2 if ctx.name == "topk" else 1 :] if isinstance(a, int) and not isinstance(a, bool)
@@ -84,20 +84,20 @@ def along(trace: Trace, ctx: Context) -> Returned:
     if ctx.name in _PICKS:
         trace.numbers[ctx.outputs[1]] = value.dims[at] if soft else WHOLE
     if soft and ctx.name == "topk":
-        trace.ledger.least += [(layer, int(ctx.args[1])) for layer in value.dims[at]]
-    whole = ctx.name in _PICKS or not soft
-    dims = [WHOLE if k == at and whole else d for k, d in enumerate(value.dims)]
+        trace.ledger.min_units += [(layer, int(ctx.args[1])) for layer in value.dims[at]]
+    drop_labels = ctx.name in _PICKS or not soft
+    dims = [WHOLE if k == at and drop_labels else d for k, d in enumerate(value.dims)]
     return [Value.plain(dims)] * len(ctx.outputs)
 
 
 _CHOICES = frozenset({"_softmax", "softmax", "_safe_softmax", "topk"})
-"""What gives the same for the positions that stay when the others are at minus infinity."""
+"""Operations whose results for the kept positions do not change when the others are minus infinity."""
 _PICKS = frozenset({"topk", "sort"})
 
 
 @rule("histc", "bincount")
 def histogram(trace: Trace, ctx: Context) -> Returned:
-    """How often each number comes: one position for each position of the axis that is numbered."""
+    """Counts of indices: one position for each position of the indexed axis."""
     numbered = trace.numbered(ctx.args[0])
     length = len(ctx.outputs[0])
     if not numbered or len(numbered[0]) != length:
@@ -114,7 +114,7 @@ def histogram(trace: Trace, ctx: Context) -> Returned:
 
 @rule("cumsum")
 def running_sum(trace: Trace, ctx: Context) -> Returned:
-    """A count of what is not there adds nothing; other sums along an axis keep it whole."""
+    """A removed position has count 0 and may be removed from a sum of counts; other sums freeze their axis."""
     if ctx.args[0] not in trace.counts:
         return along(trace, ctx)
     trace.counts[ctx.outputs[0]] = True
@@ -124,30 +124,30 @@ def running_sum(trace: Trace, ctx: Context) -> Returned:
 @rule("sum", "mean", "amax", "amin", "max", "min", "prod", "var", "std", "var_mean", "std_mean", "logsumexp", "argmax",
       "argmin", "any", "all", "norm", "linalg_vector_norm", "median", "nansum", "count_nonzero")  # fmt: skip
 def reduction(trace: Trace, ctx: Context) -> Returned:
-    """The axes that are reduced stay: fewer terms would change the result."""
+    """Reduced axes are frozen: fewer terms would change the result."""
     if ctx.name in {"max", "min"} and len(ctx.args) > 1 and isinstance(ctx.args[1], Tensor):
         return pointwise(trace, ctx)
     value, ndim = ctx.value(0), len(ctx.shape(0))
     out = ctx.outputs[0].dim()
-    asked = ctx.args[2] if ctx.name in {"norm", "linalg_vector_norm"} else (ctx.args[1] if len(ctx.args) > 1 else None)
-    if asked is None or isinstance(asked, bool | torch.dtype) or (isinstance(asked, list | tuple) and not asked):
-        gone = set(range(ndim))
+    axes = ctx.args[2] if ctx.name in {"norm", "linalg_vector_norm"} else (ctx.args[1] if len(ctx.args) > 1 else None)
+    if axes is None or isinstance(axes, bool | torch.dtype) or (isinstance(axes, list | tuple) and not axes):
+        reduced = set(range(ndim))
     else:
-        gone = {int(k) % ndim for k in flat([asked])}
-    for k in gone:
-        if ctx.name == "mean" and len(gone) == 1:
+        reduced = {int(k) % ndim for k in flat([axes])}
+    for k in reduced:
+        if ctx.name == "mean" and len(reduced) == 1:
             trace.along(ctx.args[0], k, "norm", "a mean is taken over it")
         else:
             text = "a mean is taken over it" if ctx.name == "mean" else f"{ctx.name} sums over it"
             trace.freeze(value.dims[k], text)
-    kept = [WHOLE if k in gone else d for k, d in enumerate(value.dims)]
-    dims = kept if out == ndim else [d for k, d in enumerate(kept) if k not in gone]
+    kept = [WHOLE if k in reduced else d for k, d in enumerate(value.dims)]
+    dims = kept if out == ndim else [d for k, d in enumerate(kept) if k not in reduced]
     return [Value(tuple(dims), (None,) * len(dims), value.weight)] * len(ctx.outputs)
 
 
 def _spatial(count: int) -> Rule:
     def pool(trace: Trace, ctx: Context) -> Returned:
-        """Works inside each channel along the last axes, which stay."""
+        """Acts inside each channel along the last axes, which are frozen."""
         value = ctx.value(0)
         kept = len(value.dims) - count
         for dim in value.dims[kept:]:

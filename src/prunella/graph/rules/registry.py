@@ -1,10 +1,10 @@
-"""What each ATen operation says of the axes of its tensors: one small rule per family of operations.
+"""Rules for ATen operations: one small rule per family of operations.
 
-Movement operations are executed on the labels themselves. Compute operations relate labels. An operation without a
-rule is a barrier: every axis that enters it stays, and so does every axis that leaves it.
+Views are executed on the labels themselves. Compute operations relate labels. An operation without a rule is a barrier:
+all axes of its inputs and outputs are frozen.
 
-A rule is `rule(trace, ctx)`; it reads `ctx.args`, relates labels through `trace`, and returns the `Value` of each
-output tensor (None: nothing known, all positions stay). Register one for an operation of your own with `@rule`:
+A rule is `rule(trace, ctx)`. It reads `ctx.args`, relates labels through `trace`, and returns the `Value` of each
+output tensor (None: unknown, all positions are frozen). Register a rule for a custom operation with `@rule`:
 
     @rule("mylib.scale_channels")
     def scale_channels(trace: Trace, ctx: Context) -> Returned:
@@ -32,7 +32,7 @@ Returned = Value | Sequence[Value | None] | None
 
 @dataclass(frozen=True)
 class Context:
-    """One operation as it ran."""
+    """One executed operation."""
 
     trace: Trace
     name: str
@@ -69,14 +69,14 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
 
 
 def apply_rule(trace: Trace, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
-    """Find the rule of an operation and note what it says of the outputs."""
+    """Apply the rule of an operation and record the values of its outputs."""
     name = _name(func)
     outputs = tuple(tensors_in(result))
     trace.flow.note(name, pointwise(func), tensors_in([args, list(kwargs.values())]), list(outputs))
     ctx = Context(trace, name, _positional(func, args, kwargs), outputs)
-    found = RULES.get(name) or (RULES["where"] if pointwise(func) else None)
+    matching_rule = RULES.get(name) or (RULES["where"] if pointwise(func) else None)
     try:
-        returned = found(trace, ctx) if found else barrier(trace, ctx)
+        returned = matching_rule(trace, ctx) if matching_rule else barrier(trace, ctx)
     except Exception as error:
         log.debug("rule of %s failed: %r", name, error)
         returned = barrier(trace, ctx)
@@ -87,16 +87,16 @@ def apply_rule(trace: Trace, func: Any, args: tuple[Any, ...], kwargs: dict[str,
             trace.values[tensor] = value
         elif tensor not in trace.values:
             trace.values[tensor] = Value.plain([WHOLE] * tensor.dim())
-    for known in (trace.numbers, trace.given):
-        if name in _NUMBERS and outputs and isinstance(args[0], Tensor) and args[0] in known:
-            known[outputs[0]] = known[args[0]]
+    for table in (trace.numbers, trace.given):
+        if name in _NUMBERS and outputs and isinstance(args[0], Tensor) and args[0] in table:
+            table[outputs[0]] = table[args[0]]
 
 
 _NUMBERS = frozenset(
     "view _unsafe_view reshape _reshape_alias permute t transpose squeeze unsqueeze expand clone detach alias _to_copy "
     "slice select index index_select sort".split()
 )
-"""Operations that move numbers and change none."""
+"""Operations that move values without a change."""
 
 
 def _name(func: Any) -> str:
@@ -106,11 +106,11 @@ def _name(func: Any) -> str:
 
 def _positional(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
     """All arguments in the order of the schema, with defaults filled in."""
-    found = []
+    arguments = []
     for k, argument in enumerate(func._schema.arguments):
         default = argument.default_value if argument.has_default_value() else None
-        found.append(args[k] if k < len(args) else kwargs.get(argument.name, default))
-    return tuple(found)
+        arguments.append(args[k] if k < len(args) else kwargs.get(argument.name, default))
+    return tuple(arguments)
 
 
 def tensors_in(tree: Any) -> list[Tensor]:
@@ -121,13 +121,13 @@ def tensors_in(tree: Any) -> list[Tensor]:
 
 
 def same(value: Value) -> Value:
-    """A tensor of the same axes."""
+    """A tensor with the same axes."""
     return Value(value.dims, value.axes, value.weight)
 
 
 @rule("_barrier")
 def barrier(trace: Trace, ctx: Context) -> Returned:
-    """Everything that enters stays."""
+    """Freeze all axes of the inputs."""
     trace.uncounted[ctx.name] = trace.uncounted.get(ctx.name, 0) + 1
     for tensor in tensors_in(ctx.args):
         for dim in trace.value(tensor).dims:

@@ -1,4 +1,4 @@
-"""Slices, splits, paddings and shuffles: positions of an axis are picked, cut up or moved."""
+"""Slices, splits, paddings and shuffles of an axis."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from prunella.graph.trace.tracked_int import Tracked, plain
 
 @rule("slice")
 def slice_(trace: Trace, ctx: Context) -> Returned:
-    """Some positions; bounds that are typed into the source freeze the axis."""
+    """A range of positions; literal bounds in the source freeze the axis."""
     value, ndim = ctx.value(0), len(ctx.shape(0))
     at = ctx.dim(1, ndim)
     size, step = ctx.shape(0)[at], int(ctx.args[4] or 1)
@@ -39,7 +39,7 @@ def slice_(trace: Trace, ctx: Context) -> Returned:
 
 
 def _every(trace: Trace, value: Value, at: int, size: int, bounds: tuple[int, int, int]) -> Value:
-    """Each `step`-th position: whole blocks of `step` positions may go, which keeps the rest in step."""
+    """Every `step`-th position: only full blocks of `step` positions may be removed, which preserves the step."""
     start, stop, step = bounds
     dims, axes = list(value.dims), list(value.axes)
     axes[at] = None
@@ -65,7 +65,7 @@ def _bound(raw: Any, size: int, default: int) -> int:
 
 
 def _link_narrow(trace: Trace, dim: Dim, start: int, stop: int) -> None:
-    """`narrow(dim, start, length)`: as many positions before the start and in the piece as the source says."""
+    """`narrow(dim, start, length)`: the numbers of positions before the start and in the slice follow the source."""
     call = trace.call()
     raw = dict(zip(("input", "dim", "start", "length"), call.args, strict=False)) | dict(call.kwargs)
     if isinstance(raw["start"], int) and plain(raw["start"]) < 0:
@@ -75,7 +75,7 @@ def _link_narrow(trace: Trace, dim: Dim, start: int, stop: int) -> None:
 
 
 def _link_bound(trace: Trace, dim: Dim, raw: int, bound: int) -> None:
-    """As many positions as before must lie before a bound, or behind it when it is counted from the end."""
+    """The number of positions before a bound, or after a bound counted from the end, must follow the source."""
     source = _raw_bound(trace, raw)
     if raw >= 0:
         trace.link(source, take(dim, slice(0, bound)), bound)
@@ -86,7 +86,7 @@ def _link_bound(trace: Trace, dim: Dim, raw: int, bound: int) -> None:
 
 
 def _raw_bound(trace: Trace, bound: int) -> int:
-    """The Python argument that gave a slice bound: tracked if the source computes it, else the number itself."""
+    """The Python argument behind a slice bound: tracked if the source computes it, else the number itself."""
     call = trace.call()
     raw: list[Any] = list(call.args[2:4]) if call.name == "slice" else []
     for item in flat(call.args[1:]):
@@ -98,7 +98,7 @@ def _raw_bound(trace: Trace, bound: int) -> int:
 
 @rule("select")
 def select(trace: Trace, ctx: Context) -> Returned:
-    """One position of an axis, which therefore stays whole."""
+    """One position of an axis, which is therefore frozen."""
     value, ndim = ctx.value(0), len(ctx.shape(0))
     at = ctx.dim(1, ndim)
     trace.freeze(value.dims[at], "one position is selected by number")
@@ -108,7 +108,7 @@ def select(trace: Trace, ctx: Context) -> Returned:
 
 @rule("unbind")
 def unbind(trace: Trace, ctx: Context) -> Returned:
-    """One tensor per position of an axis, which therefore stays whole."""
+    """One tensor per position of an axis, which is therefore frozen."""
     value, ndim = ctx.value(0), len(ctx.shape(0))
     at = ctx.dim(1, ndim)
     trace.freeze(value.dims[at], "it is unpacked into separate tensors")
@@ -118,24 +118,24 @@ def unbind(trace: Trace, ctx: Context) -> Returned:
 
 @rule("split", "split_with_sizes", "chunk")
 def split(trace: Trace, ctx: Context) -> Returned:
-    """Equal pieces lose the same positions; unequal ones follow the sizes that the source computes."""
+    """Equal slices lose the same positions; unequal slices follow the sizes that the source computes."""
     value, ndim = ctx.value(0), len(ctx.shape(0))
     at = ctx.dim(2, ndim)
     dim, sizes = value.dims[at], [int(t.shape[at]) for t in ctx.outputs]
-    pieces: list[Dim] = [WHOLE] * len(sizes)
+    slices: list[Dim] = [WHOLE] * len(sizes)
     if dim:
-        pieces = _equal_pieces(trace, dim, sizes) if len(set(sizes)) == 1 else _unequal_pieces(trace, dim, sizes)
-    made = []
-    for piece in pieces:
+        slices = _equal_slices(trace, dim, sizes) if len(set(sizes)) == 1 else _unequal_slices(trace, dim, sizes)
+    values = []
+    for slice_dim in slices:
         dims, axes = list(value.dims), list(value.axes)
         if len(sizes) > 1:
-            dims[at], axes[at] = piece, None
-        made.append(Value(tuple(dims), tuple(axes), value.weight))
-    return made
+            dims[at], axes[at] = slice_dim, None
+        values.append(Value(tuple(dims), tuple(axes), value.weight))
+    return values
 
 
 def _raw_sizes(trace: Trace, count: int) -> list[Any]:
-    """Raw sizes of a split, one per piece; empty when the call gives a number of pieces instead."""
+    """Raw sizes of a split, one per slice; empty if the call gives a number of slices instead."""
     call = trace.call()
     if call.name not in {"split", "split_with_sizes"}:
         return []
@@ -145,7 +145,7 @@ def _raw_sizes(trace: Trace, count: int) -> list[Any]:
     return list(raw) if isinstance(raw, tuple | list) else [raw] * count
 
 
-def _equal_pieces(trace: Trace, dim: Dim, sizes: Sequence[int]) -> list[Dim]:
+def _equal_slices(trace: Trace, dim: Dim, sizes: Sequence[int]) -> list[Dim]:
     if len(sizes) == 1:
         return [dim]
     rows, columns = trace.ledger.split(dim, [len(sizes), sizes[0]])
@@ -158,31 +158,31 @@ def _equal_pieces(trace: Trace, dim: Dim, sizes: Sequence[int]) -> list[Dim]:
     return [columns if sizes[0] > 1 else WHOLE] * len(sizes)
 
 
-def _unequal_pieces(trace: Trace, dim: Dim, sizes: Sequence[int]) -> list[Dim]:
+def _unequal_slices(trace: Trace, dim: Dim, sizes: Sequence[int]) -> list[Dim]:
     raw = _raw_sizes(trace, len(sizes))
-    pieces, start = [], 0
+    slices, start = [], 0
     for k, size in enumerate(sizes):
-        piece = take(dim, slice(start, start + size))
+        slice_dim = take(dim, slice(start, start + size))
         start += size
         if len(raw) == len(sizes) and len({plain(n) for n in raw}) > 1:
-            trace.link(raw[k], piece, size)
+            trace.link(raw[k], slice_dim, size)
         else:
-            trace.freeze(piece, "it is split into pieces that are not equal")
-        pieces.append(piece if size > 1 else _only(trace, piece))
-    return pieces
+            trace.freeze(slice_dim, "it is split into pieces that are not equal")
+        slices.append(slice_dim if size > 1 else _only(trace, slice_dim))
+    return slices
 
 
 @rule("flip")
 def flip(trace: Trace, ctx: Context) -> Returned:
     """Positions in reverse."""
     value, ndim = ctx.value(0), len(ctx.shape(0))
-    gone = {int(k) % ndim for k in ctx.args[1]}
-    return Value.plain([take(d, slice(None, None, -1)) if k in gone else d for k, d in enumerate(value.dims)])
+    flipped = {int(k) % ndim for k in ctx.args[1]}
+    return Value.plain([take(d, slice(None, None, -1)) if k in flipped else d for k, d in enumerate(value.dims)])
 
 
 @rule("constant_pad_nd")
 def pad(trace: Trace, ctx: Context) -> Returned:
-    """New positions of a constant, which stay, around the old ones."""
+    """Constant positions, which are frozen, around the old ones."""
     value, shape, amounts = ctx.value(0), ctx.shape(0), [int(n) for n in ctx.args[1]]
     dims = list(value.dims)
     for k in range(len(amounts) // 2):
@@ -199,7 +199,7 @@ def pad(trace: Trace, ctx: Context) -> Returned:
 
 @rule("pixel_shuffle")
 def pixel_shuffle(trace: Trace, ctx: Context) -> Returned:
-    """`(N, C * r * r, H, W)` to `(N, C, H * r, W * r)`: r * r neighbours go together."""
+    """`(N, C * r * r, H, W)` to `(N, C, H * r, W * r)`: r * r neighbours form one unit."""
     value, shape, factor = ctx.value(0), ctx.shape(0), int(ctx.args[1])
     channels, inner = trace.ledger.split(value.dims[-3], [shape[-3] // factor**2, factor**2])
     trace.freeze(inner, "pixel_shuffle moves it into space")

@@ -16,7 +16,7 @@ from prunella.graph.trace.tracked_int import Attr, Shape, Tracked, leaves, plain
 
 @rule("view", "_unsafe_view", "reshape", "_reshape_alias", "_reshape_copy")
 def view(trace: Trace, ctx: Context) -> Returned:
-    """Axes are merged and factored; sizes given by the source must follow the cut."""
+    """Axes are merged and factored; sizes in the source must follow the cut."""
     if isinstance(ctx.args[1], torch.dtype):
         return barrier(trace, ctx)
     value, old, new = ctx.value(0), ctx.shape(0), tuple(ctx.outputs[0].shape)
@@ -40,7 +40,7 @@ _ADAPTS = frozenset(
     "adaptive_avg_pool1d adaptive_avg_pool2d adaptive_max_pool2d adaptive_max_pool1d cosine_similarity "
     "prelu contiguous transpose permute __getitem__ unfold mean sum chunk split stack cat".split()
 )
-"""Calls that compute inner sizes from the tensors they are given."""
+"""Calls that compute inner sizes from their tensor arguments."""
 
 
 def _link_sizes(trace: Trace, dims: Sequence[Dim], new: Sequence[int]) -> None:
@@ -61,7 +61,7 @@ def _link_sizes(trace: Trace, dims: Sequence[Dim], new: Sequence[int]) -> None:
 
 @rule("permute", "t", "transpose", "squeeze", "unsqueeze", "movedim", "swapaxes", "adjoint", "mT")
 def rearrange(trace: Trace, ctx: Context) -> Returned:
-    """Axes change their places; axes of one position come and go."""
+    """Axes are permuted; axes of one position are inserted or removed."""
     value, shape = ctx.value(0), ctx.shape(0)
     order: list[int | None]
     if ctx.name == "permute":
@@ -73,9 +73,9 @@ def rearrange(trace: Trace, ctx: Context) -> Returned:
         a, b = ctx.dim(1, len(shape)), ctx.dim(2, len(shape))
         order[a], order[b] = order[b], order[a]
     elif ctx.name == "squeeze":
-        asked = ctx.args[1] if len(ctx.args) > 1 else list(range(len(shape)))
-        gone = {int(k) % len(shape) for k in flat([asked])}
-        order = [k for k in range(len(shape)) if k not in gone or shape[k] != 1]
+        squeezed = ctx.args[1] if len(ctx.args) > 1 else list(range(len(shape)))
+        removed = {int(k) % len(shape) for k in flat([squeezed])}
+        order = [k for k in range(len(shape)) if k not in removed or shape[k] != 1]
     else:
         order = [*range(len(shape))]
         order.insert(int(ctx.args[1]) % (len(shape) + 1), None)
@@ -85,7 +85,7 @@ def rearrange(trace: Trace, ctx: Context) -> Returned:
 
 @rule("expand")
 def expand(trace: Trace, ctx: Context) -> Returned:
-    """New positions are copies: they follow the size that asked for them."""
+    """New positions are copies: their number follows the requested size."""
     value, old, new = ctx.value(0), ctx.shape(0), tuple(ctx.outputs[0].shape)
     lead = len(new) - len(old)
     call = trace.call()
@@ -100,7 +100,7 @@ def expand(trace: Trace, ctx: Context) -> Returned:
         elif isinstance(other, Tensor):
             dim = trace.value(other).dims[k]
         elif len(raw) == len(new):
-            dim = _asked(raw[k]) or (WHOLE if any(value.dims) else _follows(trace, raw[k], size))
+            dim = _requested(raw[k]) or (WHOLE if any(value.dims) else _follows(trace, raw[k], size))
         else:
             dim = trace.ledger.fresh(size) if call.name in {"matmul", "__matmul__", "einsum"} else WHOLE
         dims.append(dim)
@@ -108,15 +108,15 @@ def expand(trace: Trace, ctx: Context) -> Returned:
     return Value(tuple(dims), axes, value.weight)
 
 
-def _asked(raw: object) -> Dim:
-    """The dim whose size was asked for, when it is the size of another tensor; otherwise all positions stay."""
+def _requested(raw: object) -> Dim:
+    """The dim of the requested size, if it is the size of another tensor; otherwise all positions are frozen."""
     if isinstance(raw, Tracked) and isinstance(raw.expression, Shape):
         return raw.expression.dim
     return WHOLE
 
 
 def _follows(trace: Trace, raw: object, size: int) -> Dim:
-    """An axis whose positions are all alike, of a size that the source computes from sizes that may change."""
+    """An axis of equal positions whose size the source computes from sizes that may change."""
     if not isinstance(raw, Tracked) or not any(isinstance(leaf, Attr) for leaf in leaves(raw.expression)):
         return WHOLE
     dim = trace.ledger.fresh(size)
@@ -128,14 +128,16 @@ def _follows(trace: Trace, raw: object, size: int) -> Dim:
       "scalar_tensor", "eye", "tril_indices", "triu_indices", "linspace", "empty_strided", "new_empty_strided",
       "randint", "randperm")  # fmt: skip
 def factory(trace: Trace, ctx: Context) -> Returned:
-    """A tensor made here: a dim follows the tensor whose size it was made with."""
+    """A new tensor: each dim follows the tensor whose size it was created with."""
     call, shape = trace.call(), ctx.outputs[0].shape
     skip = 1 if call.name.startswith("new_") else 0
     raw = flat(call.args[skip : skip + (1 if call.args[skip:] and isinstance(call.args[skip], tuple | list) else 99)])
     if len(raw) < len(shape) or call.name in {"arange", "linspace"}:
         return Value.plain([WHOLE] * len(shape))
-    alike = ctx.name.removeprefix("new_") in {"zeros", "ones", "full"}
-    follows = [_asked(raw[k]) or (_follows(trace, raw[k], size) if alike else WHOLE) for k, size in enumerate(shape)]
+    constant = ctx.name.removeprefix("new_") in {"zeros", "ones", "full"}
+    follows = [
+        _requested(raw[k]) or (_follows(trace, raw[k], size) if constant else WHOLE) for k, size in enumerate(shape)
+    ]
     return Value.plain(follows)
 
 
@@ -149,7 +151,7 @@ def repeat(trace: Trace, ctx: Context) -> Returned:
     dims: list[Dim] = []
     for k, count in enumerate(counts):
         if k < lead or old[k - lead] == 1:
-            dims.append(_asked(raw[k]) or _follows(trace, raw[k], count) if len(raw) == len(counts) else WHOLE)
+            dims.append(_requested(raw[k]) or _follows(trace, raw[k], count) if len(raw) == len(counts) else WHOLE)
         else:
             dims.append(merge([WHOLE, value.dims[k - lead]], [count, old[k - lead]]))
     return Value.plain(dims)
@@ -183,7 +185,7 @@ def stack(trace: Trace, ctx: Context) -> Returned:
 
 
 def _all_equal(trace: Trace, dims: Sequence[Dim], text: str) -> Dim:
-    found = dims[0]
+    common = dims[0]
     for dim in dims[1:]:
-        found = trace.equal(found, dim, text)
-    return found
+        common = trace.equal(common, dim, text)
+    return common

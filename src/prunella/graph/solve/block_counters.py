@@ -1,8 +1,9 @@
-"""What counts the blocks of a stack: integers and plain lists of modules and configurations, each with a proof.
+"""Attributes that count the blocks of a stack: integers and plain lists of modules and configurations, with a proof.
 
-Nothing is told by its name. A change of a configuration counts if the module, built from it anew on the meta device,
-has the tensors and the plain attributes of the one whose block was dropped. Any other integer counts if the model,
-run with one less, leaves out the last block. A plain list that the container's own parent keeps counts by its length.
+No attribute is identified by its name. Attributes of a configuration count if a module built from the changed
+configuration on the meta device equals, in tensors and plain attributes, the module without its first block. Any other
+integer counts if the model, run with the integer minus one, skips the last block. A plain list of the parent of the
+container counts by its length.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from prunella.model.state import untouched
 Place = tuple[str, str]
 """(owner, name) of an attribute."""
 _MOST = 6
-"""Integers of one configuration that equal the number of blocks: more are not tried."""
+"""Largest number of integers of one configuration, equal to the number of blocks, that are tried."""
 
 
 def counted(model: nn.Module, graph: Graph, inputs: Any) -> Graph:
@@ -48,13 +49,15 @@ def _counters(model: nn.Module, stack: Group, inputs: Any) -> tuple[list[Place],
         path, _, config = owner.partition(":")
         if path and not inside(stack.name, path):
             continue
-        whole = list(_whole(values, _length(model, stack)))
-        plain = list(_lists(values, _length(model, stack)))
-        proven = _proven(model.get_submodule(path), config, stack, path, whole, plain) if config else None
+        candidates = list(_integers(values, _length(model, stack)))
+        candidate_lists = list(_lists(values, _length(model, stack)))
+        proven = (
+            _proven(model.get_submodule(path), config, stack, path, candidates, candidate_lists) if config else None
+        )
         if proven is None:
-            proven = tuple(n for n in whole if _shortens(model, owner, n, stack, inputs)), ()
+            proven = tuple(n for n in candidates if _shortens(model, owner, n, stack, inputs)), ()
             if not config and path == stack.name.rpartition(".")[0]:
-                proven = proven[0], tuple(plain)
+                proven = proven[0], tuple(candidate_lists)
         ints += [(owner, name) for name in proven[0]]
         lists += [(owner, name) for name in proven[1]]
     return ints, lists
@@ -70,13 +73,13 @@ def _length(model: nn.Module, stack: Group) -> int:
     return len(model.get_submodule(stack.name)._modules)
 
 
-def _whole(values: dict[str, Any], count: int) -> Iterator[str]:
-    """Integers that could be the number of blocks."""
+def _integers(values: dict[str, Any], count: int) -> Iterator[str]:
+    """Integers equal to the number of blocks."""
     yield from (name for name, value in values.items() if type(value) is int and value == count and name[:1] != "_")
 
 
 def _lists(values: dict[str, Any], count: int) -> Iterator[str]:
-    """Plain lists with as many entries as blocks."""
+    """Plain lists with one entry per block."""
     for name, value in values.items():
         if name[:1] != "_" and type(value) in (list, tuple) and len(value) == count > 1:
             yield from (name,) if all(isinstance(entry, bool | int | float | str | None) for entry in value) else ()
@@ -88,7 +91,7 @@ def _lists(values: dict[str, Any], count: int) -> Iterator[str]:
 def _proven(
     module: nn.Module, config: str, stack: Group, path: str, ints: list[str], lists: list[str]
 ) -> tuple[tuple[str, ...], tuple[str, ...]] | None:
-    """The fewest changes of the configuration that build the module without its first block; None if none do."""
+    """The smallest change of the configuration that gives the module without its first block; None if there is none."""
     container = stack.name[len(path) + 1 :] if path else stack.name
     old = getattr(module, config)
     base = _built(module, old) if ints and len(ints) <= _MOST else None
@@ -98,61 +101,61 @@ def _proven(
     first = stack.paths[0].rpartition(".")[2]
     number_(base, {container: (first,)})
     drop_(base, {container: (first,)})
-    wanted = _picture(base)
-    for some, others in product(_subsets(ints), _subsets(lists)):
-        changed = _changed(old, some, others, len(names), names.index(first))
-        made = _built(module, changed) if changed is not None else None
-        if made is not None and _picture(made) == wanted:
-            return some, others
+    expected = _picture(base)
+    for int_names, list_names in product(_subsets(ints), _subsets(lists)):
+        changed = _changed(old, int_names, list_names, len(names), names.index(first))
+        rebuilt = _built(module, changed) if changed is not None else None
+        if rebuilt is not None and _picture(rebuilt) == expected:
+            return int_names, list_names
     return None
 
 
-def _changed(old: Any, ints: Iterable[str], lists: Iterable[str], count: int, gone: int) -> Any:
-    """A configuration with one block less in these places; None if it does not take that."""
+def _changed(old: Any, ints: Iterable[str], lists: Iterable[str], count: int, removed: int) -> Any:
+    """The configuration with one block less in these attributes; None if the configuration refuses the change."""
     changed = copy.deepcopy(old)
     try:
         for name in ints:
             setattr(changed, name, count - 1)
         for name in lists:
-            shorten_(changed, name, (gone,))
-    except Exception:  # a configuration may check what it is given, in a manner of its own
+            shorten_(changed, name, (removed,))
+    except Exception:  # a configuration may check its values and raise anything
         return None
     return changed
 
 
 def _subsets(names: list[str]) -> Iterable[tuple[str, ...]]:
-    return (some for size in range(min(len(names), 2) + 1) for some in combinations(names, size))
+    return (subset for size in range(min(len(names), 2) + 1) for subset in combinations(names, size))
 
 
 def _built(module: nn.Module, config: Any) -> nn.Module | None:
-    """Another module of this class from this configuration, on the meta device; None if that is not how it is made."""
+    """A new module of this class from this configuration, on the meta device; None if it cannot be built this way."""
     kind: Any = type(config)
     try:
         with seeded(None), torch.device("meta"):
             if hasattr(config, "to_dict") and hasattr(kind, "from_dict"):
                 kind.from_dict(config.to_dict())  # its own checks
-            made: Any = type(module)
-            found = made(copy.deepcopy(config))
-        return found if isinstance(found, nn.Module) else None
-    except Exception:  # a probe: whatever it raises, this does not build the module
+            build: Any = type(module)
+            module_built = build(copy.deepcopy(config))
+        return module_built if isinstance(module_built, nn.Module) else None
+    except Exception:  # a probe: any error means that this does not build the module
         return None
 
 
 def _picture(module: nn.Module) -> dict[str, Any]:
     """Shapes of all tensors and values of all plain attributes, by name."""
-    found: dict[str, Any] = {name: tuple(t.shape) for name, t in module.state_dict().items()}
+    state: dict[str, Any] = {name: tuple(t.shape) for name, t in module.state_dict().items()}
     for path, part in module.named_modules():
         for name, value in vars(part).items():
             if isinstance(value, bool | int | float | str) and name[:1] != "_":
-                found[f"{path}:{name}"] = value
-    return found
+                state[f"{path}:{name}"] = value
+    return state
 
 
 # -- by running --------------------------------------------------------------------------------------------------
 
 
 def _shortens(model: nn.Module, owner: str, name: str, stack: Group, inputs: Any) -> bool:
-    """Whether the model, run with one less here, leaves out the last block and no other."""
+    """Whether the model, run with this integer minus one, skips exactly the last block."""
     place, children = holder(model, owner), list(model.get_submodule(stack.name)._modules.values())
     ran: list[int] = []
     handles = [
@@ -166,7 +169,7 @@ def _shortens(model: nn.Module, owner: str, name: str, stack: Group, inputs: Any
                 forward(model, inputs)
             finally:
                 setattr(place, name, old)
-    except Exception:  # a probe: a model that does not run with one less counts something else
+    except Exception:  # a probe: if the model does not run, the integer counts something else
         return False
     finally:
         for handle in handles:

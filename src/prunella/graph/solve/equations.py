@@ -1,8 +1,8 @@
-"""Solve the relations that a run left behind: which atoms are equal, and which must stay.
+"""Solve the relations of a recorded run: which atoms are equal, and which are frozen.
 
 Equal atoms are joined (connected components). Each conjunction (a view that factors an axis) is resolved: one factor
-may lose positions, the others stay. A factor that is frozen already decides, then the one that is the batch of a
-product (attention heads), then the longer one.
+may lose positions, the others are frozen. A frozen factor decides first, then the factor that is the batch of a product
+(attention heads), then the longer factor.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from prunella.graph.solve.labels import And, Ledger, Reason
 
 _BIT = {"norm": 1, "choice": 2, "route": 4, "lookup": 8, "output": 16}
 _KINDS: dict[int, Kind] = {1: "width", 4: "expert", 6: "expert", 8: "vocabulary", 24: "vocabulary"}
-"""Which soft reasons hold a unit, and what it is."""
+"""Soft reasons of a unit (bits) -> kind of the unit."""
 Mark = np.ndarray[tuple[int, ...], np.dtype[np.bool_]]
 
 
 class Equations:
-    """The components of a ledger: `part` is the component of each atom, `fixed` says which components stay."""
+    """The components of a ledger: `part` is the component of each atom, `fixed` marks the frozen components."""
 
     def __init__(self, ledger: Ledger) -> None:
         self.ledger = ledger
@@ -49,17 +49,17 @@ class Equations:
             self.fixed[self.part[atoms]] = True
 
     def kinds(self) -> dict[int, Kind]:
-        """Components that are the batch of a product, or that only soft reasons hold: what their units are."""
-        found: dict[int, Kind] = {}
+        """Kinds of the components that are the batch of a product, or that only soft reasons freeze."""
+        kinds: dict[int, Kind] = {}
         for atoms in self.ledger.batched:
-            found |= dict.fromkeys(self._parts(atoms), "head")
+            kinds |= dict.fromkeys(self._parts(atoms), "head")
         reasons = self._reasons()
-        for held, kind in _KINDS.items():
-            found |= dict.fromkeys(np.flatnonzero(reasons == held).tolist(), kind)
-        return found
+        for bits, kind in _KINDS.items():
+            kinds |= dict.fromkeys(np.flatnonzero(reasons == bits).tolist(), kind)
+        return kinds
 
     def refuse(self) -> None:
-        """Freeze what soft reasons hold that make no unit together: a choice that sends nothing, a norm of experts."""
+        """Freeze components whose soft reasons form no kind of unit: a choice without a route, a norm of experts."""
         reasons = self._reasons()
         wrong = (reasons > 0) & ~np.isin(reasons, list(_KINDS))
         for atoms, reason in list(self.ledger.frozen):
@@ -67,7 +67,7 @@ class Equations:
                 self.freeze(atoms[wrong[self.part[atoms]]], reason)
 
     def relate(self, tables: Iterable[Ints], outputs: Iterable[Ints]) -> None:
-        """An output numbers the same things as a table that is looked up by an input, if it has as many positions."""
+        """Relate each output with each table that an input indexes, if both have the same number of positions."""
         reasons, ends = self._reasons(), list(outputs)
         for table in tables:
             for end in ends:
@@ -77,21 +77,21 @@ class Equations:
         self.join()
 
     def _reasons(self) -> Ints:
-        """The soft reasons that hold each component, a bit for each."""
-        found = np.zeros(len(self.fixed), dtype=np.int64)
+        """The soft reasons of each component, one bit each."""
+        bits = np.zeros(len(self.fixed), dtype=np.int64)
         for atoms, reason in self.ledger.frozen:
             if reason.soft:
                 parts = self.part[atoms]
-                found[parts] |= _BIT[reason.soft]
-        return found
+                bits[parts] |= _BIT[reason.soft]
+        return bits
 
     def _parts(self, atoms: Ints) -> list[int]:
         return [int(part) for part in np.unique(self.part[atoms])]
 
     def stays(self, atoms: Ints) -> Mark:
         """Which atoms are frozen."""
-        found: Mark = self.fixed[self.part[atoms]]
-        return found
+        mark: Mark = self.fixed[self.part[atoms]]
+        return mark
 
     def resolve(self) -> None:
         """Decide every conjunction."""
@@ -104,10 +104,10 @@ class Equations:
     def _forced(self) -> bool:
         changed = False
         for node in list(self.pending):
-            whole = self.stays(node.whole)
-            if any((whole & ~self.stays(f)).any() for f in node.factors):
+            frozen = self.stays(node.whole)
+            if any((frozen & ~self.stays(f)).any() for f in node.factors):
                 for factor in node.factors:
-                    self.freeze(factor[whole], self.reason(node.whole[whole]))
+                    self.freeze(factor[frozen], self.reason(node.whole[frozen]))
                 changed = True
             live = [f for f in node.factors if not self.stays(f).all()]
             if len(live) <= 1:
@@ -135,7 +135,7 @@ class Equations:
                     self.freeze(factor, Reason("the other axis of the same view is the one that can go"))
 
     def _apart(self, nodes: list[And]) -> Iterator[And]:
-        """The first of the nodes, and each later one that shares no component with those before it."""
+        """The first node, and each later node without a shared component with earlier ones."""
         taken = np.zeros_like(self.fixed)
         for node in nodes:
             parts = self.part[np.concatenate([node.whole, *node.factors])]
@@ -145,25 +145,25 @@ class Equations:
             taken[parts] = True
 
     def lift(self) -> None:
-        """Free what only soft reasons hold. What was concluded of conjunctions stays as it is."""
+        """Release what only soft reasons freeze. Resolved conjunctions do not change."""
         self.soft = False
         self.join()
 
     def freeze(self, atoms: Ints, reason: Reason) -> None:
-        """These atoms stay."""
+        """Freeze these atoms."""
         if len(atoms):
             self.ledger.frozen.append((atoms, replace(reason, soft="")))
             self.fixed[self.part[atoms]] = True
 
     def reason(self, atoms: Ints) -> Reason:
-        """Why these atoms stay: the first reason noted for any of their components, one that holds always first."""
-        wanted = np.zeros_like(self.fixed)
-        wanted[self.part[atoms]] = True
-        found = [reason for frozen, reason in self.ledger.frozen if wanted[self.part[frozen]].any()]
-        if found:
-            return next((reason for reason in found if not reason.soft), found[0])
-        return Reason("it meets a tensor that always stays" if wanted[self.part[0]] else "it always stays")
+        """Why these atoms are frozen: the first reason of their components; hard reasons come before soft ones."""
+        components = np.zeros_like(self.fixed)
+        components[self.part[atoms]] = True
+        reasons = [reason for frozen, reason in self.ledger.frozen if components[self.part[frozen]].any()]
+        if reasons:
+            return next((reason for reason in reasons if not reason.soft), reasons[0])
+        return Reason("it meets a tensor that always stays" if components[self.part[0]] else "it always stays")
 
-    def atoms_of(self, gone: Mark) -> Ints:
+    def atoms_of(self, marked: Mark) -> Ints:
         """The atoms of the components marked."""
-        return np.flatnonzero(gone[self.part])
+        return np.flatnonzero(marked[self.part])

@@ -1,12 +1,11 @@
-"""From the record of a run to groups of units: which slices of which parameters must go together.
+"""From the record of a run to groups of units: which slices of which parameters are coupled.
 
 1. Equal atoms are joined (connected components). 2. Each conjunction (a view that factors an axis) is resolved: one
-factor may lose positions, the others stay; a factor that is frozen already decides, then the one that is the batch of
-a product (attention heads), then the longer one. 3. What remains and is not frozen falls into units; units that cut
-the same axes of the same parameters in the same measure form a group. What only norms, choices, lookups or the
-outputs hold is set free after the conjunctions are decided, and makes the groups of widths, experts and tokens.
-4. Sizes kept as attributes are solved, and each group is tried: one unit is removed, and every size in the source that
-would not follow freezes the group.
+factor may lose positions, the others are frozen. A frozen factor decides first, then the factor that is the batch of a
+product (attention heads), then the longer factor. 3. The components that are not frozen are units. Units that cut the
+same numbers of positions on the same axes form a group. Components that only norms, choices, lookups or outputs freeze
+are released after the conjunctions; they form the groups of widths, experts and tokens. 4. Size attributes are solved,
+and each group is tried: units are removed, and a size in the source that does not follow freezes the group.
 """
 
 from __future__ import annotations
@@ -49,7 +48,7 @@ from prunella.model.unwrap import unwrap
 def couple(model: nn.Module, inputs: Any) -> Graph:
     """The coupling graph of a model, from one run on `inputs` (a batch as `prunella.model.forward.forward` takes it).
 
-    The model is left as it was. Raises `BadInput` if it does not run on the inputs.
+    The model does not change. Raises `BadInput` if it does not run on the inputs.
     """
     model = unwrap(model)
     try:
@@ -70,7 +69,7 @@ def couple(model: nn.Module, inputs: Any) -> Graph:
 
 @dataclass(frozen=True, eq=False)
 class _Numbers:
-    """Component -> number of its group (-1 if it has none) and of its unit."""
+    """Component -> number of its group (-1 if there is none) and of its unit."""
 
     groups: tuple[Group, ...]
     group: Ints
@@ -78,7 +77,7 @@ class _Numbers:
 
 
 def _graph(record: Trace) -> Graph:
-    """Resolve, group, try, and write it down in names."""
+    """Resolve, group and try the components, and describe the result by names."""
     equations = Equations(record.ledger)
     equations.lift()
     equations.relate([layer for layer, _ in record.tables], [layer for _, _, layer in record.outputs])
@@ -109,9 +108,9 @@ def _graph(record: Trace) -> Graph:
 def _numbered(equations: Equations, record: Trace, numbers: _Numbers) -> Iterator[Numbered]:
     for k, group in enumerate(numbers.groups):
         if group.kind == "vocabulary":
-            mine = [n for layer, n in record.tables if (numbers.group[equations.part[layer]] == k).any()]
+            input_numbers = [n for layer, n in record.tables if (numbers.group[equations.part[layer]] == k).any()]
             ends = [(n, a) for n, a, layer in record.outputs if (numbers.group[equations.part[layer]] == k).any()]
-            yield Numbered(group.name, tuple(sorted(set(mine))), tuple(ends))
+            yield Numbered(group.name, tuple(sorted(set(input_numbers))), tuple(ends))
 
 
 def _runs(equations: Equations, record: Trace, numbers: _Numbers) -> Iterator[Running]:
@@ -141,8 +140,8 @@ def _extent(equations: Equations, dim: Dim, length: int, numbers: _Numbers) -> E
     group, unit = numbers.group[part], numbers.unit[part]
     counts = []
     for k in np.unique(group[group >= 0]):
-        found = numbers.groups[k]
-        counts.append((found.name, np.bincount(unit[group == k], minlength=found.size).astype(np.int64)))
+        owner = numbers.groups[k]
+        counts.append((owner.name, np.bincount(unit[group == k], minlength=owner.size).astype(np.int64)))
     return Extent(int((group < 0).sum()), tuple(counts))
 
 
@@ -158,11 +157,13 @@ def _cost(equations: Equations, work: Work, numbers: _Numbers) -> Cost:
 
 
 def _attributes(equations: Equations, record: Trace, numbers: _Numbers) -> tuple[Attribute, ...]:
-    made = []
+    solved_attributes = []
     for attr, s in solve(equations, record).items():
         extent = _extent(equations, s.link.dim, s.link.length, numbers)
-        made.append(Attribute(attr.owner, attr.name, attr.value, extent, s.factor, s.divisor, s.link.where))
-    return tuple(made)
+        solved_attributes.append(
+            Attribute(attr.owner, attr.name, attr.value, extent, s.factor, s.divisor, s.link.where)
+        )
+    return tuple(solved_attributes)
 
 
 def _frozen(equations: Equations, record: Trace) -> Iterator[Frozen]:
@@ -170,14 +171,14 @@ def _frozen(equations: Equations, record: Trace) -> Iterator[Frozen]:
         dim = record.axes[name][axis]
         if role != "out" or not dim:
             continue
-        stays = equations.stays(dim[0])
-        if stays.any():
-            reason = equations.reason(dim[0][stays])
-            yield Frozen(name, axis, int(stays.sum()), reason.text, reason.where, reason.kind)
+        kept = equations.stays(dim[0])
+        if kept.any():
+            reason = equations.reason(dim[0][kept])
+            yield Frozen(name, axis, int(kept.sum()), reason.text, reason.where, reason.kind)
 
 
 def _positions(equations: Equations, record: Trace) -> Iterator[tuple[str, int, Ints, Ints]]:
-    """For each axis of each entity that was used: free positions and their components."""
+    """For each axis of each used entity: positions that are not frozen, and their components."""
     for name, dims in record.axes.items():
         for axis, dim in enumerate(dims):
             if dim:
@@ -188,7 +189,7 @@ def _positions(equations: Equations, record: Trace) -> Iterator[tuple[str, int, 
 
 
 def _groups(equations: Equations, record: Trace) -> tuple[Group, ...]:
-    """Units that cut the same axes in the same measure."""
+    """Groups of units that cut the same numbers of positions on the same axes."""
     where = {(name, axis): (index, part) for name, axis, index, part in _positions(equations, record)}
     keys = list(where)
     if not keys:
@@ -199,17 +200,17 @@ def _groups(equations: Equations, record: Trace) -> tuple[Group, ...]:
     order = np.argsort(unit, kind="stable")
     unit, rows = unit[order], np.ascontiguousarray(rows[order])
     kinds = equations.kinds()
-    alike: dict[tuple[bytes, Kind], tuple[Ints, list[int]]] = {}
+    by_pattern: dict[tuple[bytes, Kind], tuple[Ints, list[int]]] = {}
     starts = np.flatnonzero(np.diff(unit, prepend=-1))
     for start, stop in zip(starts, [*starts[1:], len(unit)], strict=True):
         key = rows[start:stop].tobytes(), kinds.get(int(unit[start]), "channel")
-        alike.setdefault(key, (rows[start:stop], []))[1].append(int(unit[start]))
-    made = []
-    for (_, kind), (found, units) in alike.items():
-        axes = [keys[k] for k in found[:, 0]]
+        by_pattern.setdefault(key, (rows[start:stop], []))[1].append(int(unit[start]))
+    groups = []
+    for (_, kind), (pattern, units) in by_pattern.items():
+        axes = [keys[k] for k in pattern[:, 0]]
         if any(record.roles.get(axis) in {"out", "in"} for axis in axes):
-            made.append(_group(equations, record, axes, units, where, kind))
-    return tuple(_unique_names(made))
+            groups.append(_group(equations, record, axes, units, where, kind))
+    return tuple(_unique_names(groups))
 
 
 def _group(
@@ -226,44 +227,44 @@ def _group(
     members = []
     for name, axis in axes:
         index, part = where[name, axis]
-        mine = number[part] >= 0
+        inside = number[part] >= 0
         role = record.roles.get((name, axis), "other")
-        members.append(Member(name, axis, index[mine], number[part[mine]], role))
+        members.append(Member(name, axis, index[inside], number[part[inside]], role))
     first = next((m for m in members if m.role == "out"), members[0])
     name = first.entity.removesuffix(".weight")
     why = _why(equations, record, members[0]) if kind in {"width", "expert", "vocabulary"} else Reason("")
-    multiple, least = _multiple(equations, number), _least(equations, number)
-    return Group(name, len(units), kind, tuple(members), multiple, least, why.text, why.where)
+    multiple, min_units = _multiple(equations, number), _min_units(equations, number)
+    return Group(name, len(units), kind, tuple(members), multiple, min_units, why.text, why.where)
 
 
 def _why(equations: Equations, record: Trace, member: Member) -> Reason:
-    """What runs along the units, or looks them up."""
+    """The call along the units, or the lookup of the units."""
     return equations.reason(record.axes[member.entity][member.axis][0][member.index])
 
 
-def _least(equations: Equations, number: Ints) -> int:
-    """How many units an operation needs that chooses among them."""
-    counts = [count for layer, count in equations.ledger.least if (number[equations.part[layer]] >= 0).any()]
+def _min_units(equations: Equations, number: Ints) -> int:
+    """The number of units that an operation chooses, at least 1."""
+    counts = [count for layer, count in equations.ledger.min_units if (number[equations.part[layer]] >= 0).any()]
     return max(counts, default=1)
 
 
 def _multiple(equations: Equations, number: Ints) -> int:
-    """The least common multiple of what operations ask of the sizes that the units make up."""
-    found = 1
+    """The least common multiple of the multiples that operations require of the number of units."""
+    multiple = 1
     for layer, count in equations.ledger.multiples:
         units = number[equations.part[layer]]
         if (units >= 0).any():
             per_unit = int(np.bincount(units[units >= 0]).max())
-            found = math.lcm(found, count // math.gcd(count, per_unit))
-    return found
+            multiple = math.lcm(multiple, count // math.gcd(count, per_unit))
+    return multiple
 
 
 def _order(record: Trace, axes: list[Axis], units: list[int], where: Mapping[Axis, tuple[Ints, Ints]]) -> Ints:
     """Units by their first position on the axis that produces them."""
     best = next((a for a in axes if record.roles.get(a) == "out"), axes[0])
-    found, first = np.unique(where[best][1], return_index=True)
-    mine = np.isin(found, units)
-    return np.asarray(found[mine][np.argsort(first[mine])], dtype=np.int64)
+    components, first = np.unique(where[best][1], return_index=True)
+    inside = np.isin(components, units)
+    return np.asarray(components[inside][np.argsort(first[inside])], dtype=np.int64)
 
 
 def _unique_names(groups: list[Group]) -> Iterator[Group]:

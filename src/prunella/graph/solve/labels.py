@@ -1,9 +1,9 @@
 """Labels of tensor dimensions, and the relations between them.
 
-Each position of each dimension carries *atoms*: it exists exactly when all its atoms are kept. A `Dim` is a tuple of
-layers, each an integer vector with one atom per position; `()` means that the whole dimension always stays. Atom 0
-always stays. Operations relate atoms in two ways: they are equal, or one is the conjunction of others (a view that
-factors an axis: position `i * n + j` stays exactly when row `i` and column `j` stay).
+Each position of each dimension has *atoms*: the position is kept exactly if all its atoms are kept. A `Dim` is a tuple
+of layers, each an integer vector with one atom per position; `()` is a dimension that is always kept. Atom 0 is always
+kept. Operations relate atoms in two ways: atoms are equal, or an atom is the conjunction of others (a view that factors
+an axis: position `i * n + j` is kept exactly if row `i` and column `j` are kept).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ WHOLE: Dim = ()
 
 @dataclass(frozen=True, eq=False)
 class And:
-    """Position `i` of `whole` stays exactly when position `i` of every factor stays."""
+    """Position `i` of `whole` is kept exactly if position `i` of every factor is kept."""
 
     whole: Ints
     factors: tuple[Ints, ...]
@@ -33,11 +33,11 @@ Soft = Literal["", "norm", "choice", "route", "lookup", "output"]
 
 @dataclass(frozen=True)
 class Reason:
-    """Why something must stay, and the line of the model's source.
+    """Why positions are frozen, and the line of the model's source.
 
-    soft: what would have to be allowed for it to go. `norm`: statistics are taken over what stays. `choice`: it is
-    made among what stays. `route`: things are sent to what was chosen. `lookup`: an input of the model numbers it.
-    `output`: it is one. Empty: it can never go.
+    soft: what a removal would change. `norm`: statistics are taken over the kept positions. `choice`: a choice is made
+    among the kept positions. `route`: values are sent to the chosen positions. `lookup`: an input of the model indexes
+    the positions. `output`: the positions are an output. Empty: a removal is never possible.
     """
 
     text: str
@@ -66,18 +66,18 @@ class Ledger:
     frozen: list[tuple[Ints, Reason]] = field(default_factory=list)
     batched: list[Ints] = field(default_factory=list)
     multiples: list[tuple[Ints, int]] = field(default_factory=list)
-    least: list[tuple[Ints, int]] = field(default_factory=list)
+    min_units: list[tuple[Ints, int]] = field(default_factory=list)
     runs: list[Run] = field(default_factory=list)
 
     def fresh(self, length: int) -> Dim:
-        """A new axis with an atom of its own at each position; a single position always stays."""
+        """A new axis with a new atom at each position; a single position is always kept."""
         if length <= 1:
             return WHOLE
         start, self.size = self.size, self.size + length
         return (np.arange(start, start + length, dtype=np.int64),)
 
     def freeze(self, dim: Dim, reason: Reason) -> None:
-        """All positions of `dim` must stay."""
+        """Freeze all positions of `dim`."""
         for layer in dim:
             self.frozen.append((layer, reason))
 
@@ -90,13 +90,13 @@ class Ledger:
         return whole
 
     def equal(self, first: Dim, second: Dim, reason: Reason) -> Dim:
-        """Both dims keep the same positions; the simpler one is returned."""
+        """Couple both dims position by position; returns the simpler one."""
         if first is second or (len(first) == len(second) and all(a is b for a, b in zip(first, second, strict=True))):
             return first
         if not first or not second:
             self.freeze(first or second, reason)
             return WHOLE
-        if len(first) == len(second) and all(_alike(a, b) for a, b in zip(first, second, strict=True)):
+        if len(first) == len(second) and all(_same_pattern(a, b) for a, b in zip(first, second, strict=True)):
             self.edges += zip(first, second, strict=True)
             return first
         one, other = (first, second) if len(first) <= len(second) else (second, first)
@@ -109,25 +109,25 @@ class Ledger:
 
     def split(self, dim: Dim, sizes: Sequence[int]) -> tuple[Dim, ...]:
         """Factor an axis of `prod(sizes)` positions, as `view` does."""
-        found: list[list[Ints]] = [[] for _ in sizes]
+        layers_of: list[list[Ints]] = [[] for _ in sizes]
         for layer in dim:
             grid = layer.reshape(tuple(sizes))
             along = [k for k in range(len(sizes)) if _varies(grid, k)]
             if not along and layer.any():
                 along = [int(np.argmax(sizes))]
             if len(along) == 1:
-                found[along[0]].append(
+                layers_of[along[0]].append(
                     np.ascontiguousarray(np.moveaxis(grid, along[0], 0).reshape(sizes[along[0]], -1)[:, 0])
                 )
             elif along:
-                self._factor(layer, sizes, along, found)
-        return tuple(tuple(layers) for layers in found)
+                self._factor(layer, sizes, along, layers_of)
+        return tuple(tuple(layers) for layers in layers_of)
 
-    def _factor(self, layer: Ints, sizes: Sequence[int], along: list[int], found: list[list[Ints]]) -> None:
+    def _factor(self, layer: Ints, sizes: Sequence[int], along: list[int], layers_of: list[list[Ints]]) -> None:
         factors = []
         for k in along:
             axis = self.fresh(sizes[k])[0]
-            found[k].append(axis)
+            layers_of[k].append(axis)
             shape = [sizes[k] if j == k else 1 for j in range(len(sizes))]
             factors.append(np.broadcast_to(axis.reshape(shape), tuple(sizes)).reshape(-1))
         self.ands.append(And(layer, tuple(factors)))
@@ -142,7 +142,7 @@ class Ledger:
 
 
 def merge(dims: Sequence[Dim], sizes: Sequence[int]) -> Dim:
-    """Several axes as one of `prod(sizes)` positions, the last the fastest."""
+    """Several axes merged into one of `prod(sizes)` positions, the last axis the fastest."""
     layers = []
     for k, dim in enumerate(dims):
         shape = [sizes[k] if j == k else 1 for j in range(len(sizes))]
@@ -151,12 +151,12 @@ def merge(dims: Sequence[Dim], sizes: Sequence[int]) -> Dim:
 
 
 def take(dim: Dim, index: slice | Ints) -> Dim:
-    """Some positions of an axis, in the order given; nothing is left of an axis of one position."""
+    """Some positions of an axis, in the given order."""
     return tuple(np.ascontiguousarray(layer[index]) for layer in dim)
 
 
 def blocks(old: Sequence[int], new: Sequence[int]) -> Iterator[tuple[range, range]]:
-    """The dims of shape `old` and those of shape `new` that hold the same factor, block by block."""
+    """Pairs of dims of shape `old` and of shape `new` with the same product, block by block."""
     i = j = 0
     while i < len(old) or j < len(new):
         first_i, first_j, a, b = i, j, 1, 1
@@ -173,13 +173,13 @@ def blocks(old: Sequence[int], new: Sequence[int]) -> Iterator[tuple[range, rang
 
 
 def sources(old: Sequence[int], new: Sequence[int]) -> list[int | None]:
-    """For each dim of shape `new` the dim of shape `old` that it is, None if it is a mixture or of size 1."""
-    found: list[int | None] = [None] * len(new)
+    """For each dim of shape `new` the equal dim of shape `old`; None for a mixture or a dim of size 1."""
+    source_of: list[int | None] = [None] * len(new)
     for before, after in blocks(old, new):
         long_before, long_after = [k for k in before if old[k] != 1], [k for k in after if new[k] != 1]
         if len(long_before) == len(long_after) == 1:
-            found[long_after[0]] = long_before[0]
-    return found
+            source_of[long_after[0]] = long_before[0]
+    return source_of
 
 
 def reshape(ledger: Ledger, dims: Sequence[Dim], old: Sequence[int], new: Sequence[int]) -> list[Dim]:
@@ -203,8 +203,8 @@ def _varies(grid: Ints, axis: int) -> bool:
     return bool((grid != first).any())
 
 
-def _alike(a: Ints, b: Ints) -> bool:
-    """True if both vectors repeat in the same places."""
+def _same_pattern(a: Ints, b: Ints) -> bool:
+    """True if both vectors have repeated values at the same positions."""
     return len(a) == len(b) and bool((_pattern(a) == _pattern(b)).all())
 
 

@@ -1,4 +1,4 @@
-"""Sizes in the model's source: which attributes follow a cut, and which groups the source could not follow."""
+"""Sizes in the model's source: attributes that follow a cut, and groups that the source cannot follow."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ class Solved:
     divisor: int
 
 
-def size(equations: Equations, dim: Dim, gone: Mark) -> int:
-    """Positions of a dim that remain when the components `gone` are removed."""
-    stays = np.ones(len(dim[0]), dtype=bool)
+def size(equations: Equations, dim: Dim, removed: Mark) -> int:
+    """Positions of a dim that are kept without the components `removed`."""
+    kept = np.ones(len(dim[0]), dtype=bool)
     for layer in dim:
-        stays &= ~gone[equations.part[layer]]
-    return int(stays.sum())
+        kept &= ~removed[equations.part[layer]]
+    return int(kept.sum())
 
 
-def _touched(equations: Equations, dim: Dim, gone: Mark) -> bool:
+def _touched(equations: Equations, dim: Dim, removed: Mark) -> bool:
     """Whether a dim loses positions."""
-    return any(gone[equations.part[layer]].any() for layer in dim)
+    return any(removed[equations.part[layer]].any() for layer in dim)
 
 
 def solve(equations: Equations, record: Trace) -> dict[Attr, Solved]:
-    """The attributes that follow an axis: named alone as its size, or else the only one free for a size to follow."""
+    """The attributes that follow an axis: those that are its size alone, or the only unknown attribute of a size."""
     solved: dict[Attr, Solved] = {}
     free = [n for n in record.links if n.dim and not all(equations.stays(layer).all() for layer in n.dim)]
     for link in free:
@@ -57,26 +57,26 @@ def solve(equations: Equations, record: Trace) -> dict[Attr, Solved]:
 
 
 def _one(equations: Equations, dim: Dim) -> Mark:
-    """A removal of the first component of a dim that may go."""
-    gone = np.zeros_like(equations.fixed)
+    """The mark of the first component of a dim that is not frozen."""
+    removed = np.zeros_like(equations.fixed)
     part = equations.part[np.concatenate(dim)]
-    gone[part[~equations.fixed[part]][:1]] = True
-    return gone
+    removed[part[~equations.fixed[part]][:1]] = True
+    return removed
 
 
 def _unfollowed_by(
-    equations: Equations, record: Trace, gone: Mark, solved: Mapping[Attr, Solved], links: Iterable[Link]
+    equations: Equations, record: Trace, removed: Mark, solved: Mapping[Attr, Solved], links: Iterable[Link]
 ) -> Link | None:
-    """The first size in the source that is wrong once the components `gone` are removed."""
+    """The first size in the source that is wrong without the components `removed`."""
 
     def value(leaf: Attr | Shape) -> int:
         if isinstance(leaf, Shape):
-            return size(equations, leaf.dim, gone) if leaf.dim else leaf.value
+            return size(equations, leaf.dim, removed) if leaf.dim else leaf.value
         known = solved.get(leaf)
-        return size(equations, known.link.dim, gone) * known.factor // known.divisor if known else leaf.value
+        return size(equations, known.link.dim, removed) * known.factor // known.divisor if known else leaf.value
 
     for link in links:
-        remains = size(equations, link.dim, gone)
+        remains = size(equations, link.dim, removed)
         if _outcome(link.expression, value) != remains or (remains == 0 and link.length):
             return link
     for attr, where in record.fixed:
@@ -91,18 +91,18 @@ def _unfollowed_by(
 
 
 def freeze_unfollowed(equations: Equations, record: Trace, groups: Iterable[Group]) -> bool:
-    """Remove one unit, then every other unit, of each group; freeze the groups that the source cannot follow."""
+    """Try removals of units of each group; freeze the groups that the source cannot follow."""
     solved, frozen = solve(equations, record), False
     for group in groups:
         dims = [(equations.part[record.axes[m.entity][m.axis][0][m.index]], m.unit) for m in group.members]
         for lost in _trials(group.size):
-            gone = np.zeros_like(equations.fixed)
+            removed = np.zeros_like(equations.fixed)
             for part, unit in dims:
-                gone[part[np.isin(unit, list(lost))]] = True
-            links = [n for n in record.links if _concerns(equations, n, gone, solved)]
-            wrong = _unfollowed_by(equations, record, gone, solved, links)
+                removed[part[np.isin(unit, list(lost))]] = True
+            links = [n for n in record.links if _concerns(equations, n, removed, solved)]
+            wrong = _unfollowed_by(equations, record, removed, solved, links)
             if wrong is not None:
-                equations.freeze(np.flatnonzero(gone[equations.part]), _unfollowed(wrong))
+                equations.freeze(np.flatnonzero(removed[equations.part]), _unfollowed(wrong))
                 every = np.isin(equations.part, np.concatenate([p for p, _ in dims]))
                 equations.freeze(np.flatnonzero(every), _unfollowed(wrong))
                 frozen = True
@@ -115,12 +115,12 @@ def _trials(size: int) -> list[set[int]]:
     return [{0}, {size - 1}, set(range(0, size, 2)), set(range(1, size)), set(range(size - 1))] if size > 1 else [{0}]
 
 
-def _concerns(equations: Equations, link: Link, gone: Mark, solved: Mapping[Attr, Solved]) -> bool:
-    if _touched(equations, link.dim, gone):
+def _concerns(equations: Equations, link: Link, removed: Mark, solved: Mapping[Attr, Solved]) -> bool:
+    if _touched(equations, link.dim, removed):
         return True
     for leaf in leaves(link.expression):
         dim = leaf.dim if isinstance(leaf, Shape) else solved[leaf].link.dim if leaf in solved else ()
-        if dim and _touched(equations, dim, gone):
+        if dim and _touched(equations, dim, removed):
             return True
     return False
 

@@ -1,4 +1,4 @@
-"""Tokens: what numbers the rows of a table that an input looks up, and what changes when rows go."""
+"""Tokens: indices of the rows of an embedding, and their renumbering after a removal of rows."""
 
 from __future__ import annotations
 
@@ -16,27 +16,27 @@ Ids = int | tuple[int, ...]
 
 
 def names_token(attribute: str) -> bool:
-    """Whether an attribute of this name says a token."""
+    """Whether an attribute of this name holds a token."""
     return attribute == "padding_idx" or (attribute.endswith("token_id") and not attribute.startswith("_"))
 
 
 def specials(model: nn.Module) -> dict[tuple[str, str], Ids]:
     """(owner, name) -> the token or tokens that an attribute of the model names: `padding_idx`, `eos_token_id`, ...
 
-    What a number means cannot be read off a run. These names are torch's and transformers' own.
+    A run does not show the meaning of a number. The names are those of torch and transformers.
     """
-    found: dict[tuple[str, str], Ids] = {}
+    tokens: dict[tuple[str, str], Ids] = {}
     for owner, values in holders(model):
         for name, value in values.items():
             if names_token(name):
                 many = isinstance(value, list | tuple) and all(type(item) is int for item in value)
                 if many or type(value) is int:
-                    found[owner, name] = tuple(value) if many else value
-    return found
+                    tokens[owner, name] = tuple(value) if many else value
+    return tokens
 
 
 def known_only(tree: Any, renumbered: Sequence[Renumbered]) -> Any:
-    """The inputs, with a number that stays in place of each that goes."""
+    """The inputs, with a kept token in place of each removed token."""
 
     def known(ids: Tensor, kept: Tensor) -> Tensor:
         return torch.where(torch.isin(ids, kept), ids, kept[ids % len(kept)])
@@ -45,12 +45,12 @@ def known_only(tree: Any, renumbered: Sequence[Renumbered]) -> Any:
 
 
 def renumber(tree: Any, renumbered: Sequence[Renumbered]) -> Any:
-    """The inputs in the numbers of the smaller model."""
+    """The inputs with the token ids of the smaller model."""
     return _at(tree, renumbered, lambda ids, kept: torch.searchsorted(kept, ids))
 
 
 def _at(tree: Any, renumbered: Sequence[Renumbered], change: Callable[[Tensor, Tensor], Tensor]) -> Any:
-    """The inputs with the tensors changed whose numbers mean something else afterwards."""
+    """The inputs with `change` applied to the renumbered tensors."""
     for entry in renumbered:
         count = itertools.count()
         tree = each(tree, lambda t: change(t, entry.kept.to(t.device)) if next(count) in entry.inputs else t)  # noqa: B023

@@ -1,8 +1,8 @@
-"""Which tensors a run made from which: the data flow that tells a residual block, as numbers instead of tensors.
+"""The data flow of a run, which identifies residual blocks; nodes are numbers instead of tensors.
 
 Every result of an operation is a node. An edge leads back to an argument if the operation *passes* it on: a pointwise
 function of one activation, a norm, a change of type or of shape that keeps the order, or a sum of activations.
-Products of activations, matrix products, convolutions, pooling and everything else end the way back.
+Products of activations, matrix products, convolutions, pooling and all other operations have no edges.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ _SAME = frozenset(
     "clone detach alias _to_copy contiguous native_dropout dropout view _unsafe_view _reshape_alias reshape "
     "squeeze unsqueeze flatten lift_fresh".split()
 )
-"""Identities, and views that keep the order of the elements: between equal shapes they are the identity together."""
+"""Identities, and views that keep the order of elements: between equal shapes their composition is the identity."""
 
 
 @dataclass(frozen=True)
 class Node:
-    """One tensor. back: nodes that are passed on to it. sums: it adds activations. live: it depends on the inputs.
+    """One tensor. back: nodes passed on to it. sums: it is a sum of activations. live: it depends on the inputs.
 
-    statistic: made of sums and means of activations alone, as the divisor of a norm that is written out.
+    statistic: computed from sums and means of activations alone, such as the divisor of an explicit norm.
     """
 
     back: tuple[int, ...]
@@ -48,9 +48,9 @@ class Node:
 
 @dataclass
 class ModuleCall:
-    """One call of a module: what went in and came out first, as nodes, and the shapes of both.
+    """One call of a module: nodes and shapes of its first input and first output.
 
-    escaped: a tensor made inside, other than its first output, was read outside.
+    escaped: a tensor computed inside, other than the first output, was read outside.
     """
 
     path: str
@@ -64,7 +64,7 @@ class ModuleCall:
 
 @dataclass
 class Flow:
-    """The record of one run. No tensor is kept alive by it."""
+    """The record of one run. It keeps no tensor alive."""
 
     nodes: list[Node] = field(default_factory=list)
     calls: list[ModuleCall] = field(default_factory=list)
@@ -72,20 +72,20 @@ class Flow:
     numbers: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary)
 
     def start(self, inputs: Any) -> None:
-        """Note the inputs of the model: what depends on them is an activation."""
+        """Record the inputs of the model; tensors that depend on them are activations."""
         for tensor in tensors(inputs):
             self._add(tensor, Node((), -1, tensor.numel(), live=True))
 
     def note(self, name: str, pointwise: bool, arguments: list[Tensor], results: list[Tensor]) -> None:
-        """One operation: `name` as in ATen, without the underscore of those in place."""
+        """Record one operation: `name` as in ATen, without the underscore of in-place operations."""
         known = [self.numbers[tensor] for tensor in arguments if tensor in self.numbers]
         for number in known:
             self._read(number)
-        made = self._node(name, pointwise, [n for n in known if self.nodes[n].live], results)
+        node = self._node(name, pointwise, [n for n in known if self.nodes[n].live], results)
         # The further outputs of a norm are its mean and its deviation.
-        other = replace(made, back=(), sums=False, statistic=made.live and name in _NORMS)
+        other_node = replace(node, back=(), sums=False, statistic=node.live and name in _NORMS)
         for k, tensor in enumerate(results):
-            self._add(tensor, replace(other, size=tensor.numel()) if k else made)
+            self._add(tensor, replace(other_node, size=tensor.numel()) if k else node)
 
     def finish(self, outputs: Any) -> None:
         """The outputs of the model are read by its caller."""
@@ -101,12 +101,12 @@ class Flow:
         self.calls.append(call)
 
     def given(self, keywords: Any) -> None:
-        """What the module that started last is given by name, of which the first tensor counts if there is no other."""
+        """Record the keyword arguments of the running module; they count if there is no positional tensor."""
         if self.active and not self.calls[self.active[-1]].source_form:
             self._source(self.calls[self.active[-1]], keywords)
 
     def leave(self, output: Any) -> None:
-        """The module that started last ends."""
+        """The running module ends."""
         if not self.active:
             return
         call = self.calls[self.active.pop()]
@@ -115,7 +115,7 @@ class Flow:
             call.output, call.output_form = self.numbers[first], _form(first)
 
     def residual(self, call: ModuleCall) -> bool:
-        """Whether its output is its input with something added, through passing operations only."""
+        """Whether the output of a call is its input plus something, through passing operations only."""
         if call.source < 0 or call.output < 0 or call.source_form != call.output_form:
             return False
         seen, todo = set[tuple[int, bool]](), [(call.output, False)]
@@ -133,7 +133,7 @@ class Flow:
         return False
 
     def _adds(self, node: Node, one: int) -> bool:
-        """Whether something is added to this term: not only a statistic, as the mean that a norm takes away."""
+        """Whether a term other than a statistic (the mean of a norm) is added to this term."""
         return node.sums and any(not self.nodes[other].statistic for other in node.back if other != one)
 
     def _source(self, call: ModuleCall, arguments: Any) -> None:
@@ -162,7 +162,7 @@ class Flow:
         return Node(back, call, size, name in _SUMS and len(back) > 1, bool(live), statistic)
 
     def _read(self, number: int) -> None:
-        """Mark the calls that have ended and let this tensor out beside their first output."""
+        """Mark the finished calls from which this tensor escapes beside their first output."""
         at = self.nodes[number].call
         while at >= 0 and at not in self.active:
             call = self.calls[at]
@@ -176,7 +176,7 @@ def _form(tensor: Tensor) -> tuple[Any, ...]:
 
 @contextmanager
 def watched(model: nn.Module, stack: list[str], flow: Flow) -> Iterator[None]:
-    """Keep the paths of the running modules on `stack`, and note their calls in `flow`."""
+    """Keep the paths of the running modules on `stack`, and record their calls in `flow`."""
     paths = {id(module): path for path, module in model.named_modules()}
 
     def enter(module: nn.Module, args: Any) -> None:

@@ -1,8 +1,8 @@
-"""Run a model once and record what its operations say of its axes.
+"""Run a model once and record the relations between its axes.
 
-Two modes watch the run. A `TorchFunctionMode` sees the calls with their raw Python arguments, which tell where a size
-came from; a `TorchDispatchMode` sees the ATen operations below them, a small set for which `ops.py` has rules. The
-model runs as it is, on its own device (real or meta), in eval mode and without gradients, and is left untouched.
+Two modes observe the run. A `TorchFunctionMode` sees the calls with their raw Python arguments, which show the origin
+of a size. A `TorchDispatchMode` sees the ATen operations below them, a small set with rules in `graph/rules`. The model
+runs on its own device (real or meta), in eval mode and without gradients, and does not change.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ Axis = tuple[str, int]
 
 @dataclass(frozen=True)
 class Value:
-    """What is known of one tensor: labels of each dim, and the parameter axis that each dim is, if it is one."""
+    """The labels of each dim of a tensor, and the parameter axis of each dim, if there is one."""
 
     dims: tuple[Dim, ...]
     axes: tuple[Axis | None, ...]
@@ -63,7 +63,7 @@ class Value:
 
 @dataclass(frozen=True)
 class Call:
-    """The Python call on top: its function and raw arguments; it is the `number`-th of its name."""
+    """The running Python call: function and raw arguments; `number` counts the calls of this name."""
 
     name: str
     args: tuple[Any, ...]
@@ -125,24 +125,24 @@ class Trace:
     modules: list[str] = field(default_factory=list)
     calls: list[Call] = field(default_factory=list)
     numbers: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary)
-    """Integer tensors that number the positions of an axis: the labels of that axis."""
+    """Integer tensors that index the positions of an axis -> labels of this axis."""
     given: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary)
-    """Integer tensors that are an input of the model, or parts of one: which input."""
+    """Integer tensors that are an input of the model, or part of one -> number of the input."""
     tables: list[tuple[Ints, int]] = field(default_factory=list)
-    """Rows that an input looks up, and which input."""
+    """Rows that an input indexes, and the number of the input."""
     outputs: list[tuple[int, int, Ints]] = field(default_factory=list)
     """Number of an output, axis and labels."""
     counts: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary)
-    """Tensors that say how often each position was chosen: zero where nothing is."""
+    """Tensors with the number of choices of each position; zero for removed positions."""
     flow: Flow = field(default_factory=Flow)
 
     def value(self, tensor: Tensor) -> Value:
-        """The labels of a tensor; parameters and buffers get theirs when first met, unknown tensors always stay."""
+        """The labels of a tensor. Parameters and buffers get labels on first use; unknown tensors are always kept."""
         if tensor not in self.values:
             name = self.aliases.get(_storage_key(tensor))
             self.values[tensor] = self._entity(name) if name else Value.plain([WHOLE] * tensor.dim())
-        found: Value = self.values[tensor]
-        return found
+        value: Value = self.values[tensor]
+        return value
 
     def _entity(self, name: str) -> Value:
         shape = self.tensors[name].shape
@@ -151,12 +151,12 @@ class Trace:
         return Value(self.axes[name], tuple((name, k) for k in range(len(shape))), True)
 
     def role(self, axis: Axis | None, role: Role) -> None:
-        """Note what an axis of a parameter is for; the first note stays, but `in` and `out` win."""
+        """Record the role of an axis of a parameter. The first role counts, but `in` and `out` override others."""
         if axis and (role in {"in", "out"} or axis not in self.roles):
             self.roles[axis] = role
 
     def freeze(self, dim: Dim, text: str, kind: ReasonKind = ReasonKind.OPERATION) -> None:
-        """All positions of `dim` stay, with the line that is running as the place."""
+        """Freeze all positions of `dim`, with the running source line as location."""
         if dim:
             self.ledger.freeze(dim, Reason(text, self.where(), kind=kind))
 
@@ -167,14 +167,14 @@ class Trace:
         return self.ledger.equal(first, second, Reason(text, self.where() if not (first and second) else ""))
 
     def along(self, tensor: Tensor, axis: int, soft: Soft, text: str) -> bool:
-        """A call runs along one axis of `tensor`: it stays, unless the call may be restricted to what stays.
+        """Record a call along one axis of `tensor`: freeze the axis, unless the call may see only its kept positions.
 
-        Returns whether it may.
+        Returns whether the call can be restricted.
         """
         dim, call = self.value(tensor).dims[axis], self.call()
         first = call.args[0] if call.args else None
-        known = call.name in RESTRICTED and isinstance(first, Tensor) and first.shape == tensor.shape
-        if not known or len(dim) > 1:
+        restricted = call.name in RESTRICTED and isinstance(first, Tensor) and first.shape == tensor.shape
+        if not restricted or len(dim) > 1:
             self.freeze(dim, text)
             return False
         if dim:
@@ -183,17 +183,17 @@ class Trace:
         return True
 
     def numbered(self, tensor: Tensor) -> Dim:
-        """The labels of the axis whose positions this integer tensor numbers, if it does."""
-        found: Dim = self.numbers.get(tensor, WHOLE)  # type: ignore[no-untyped-call]
-        return found
+        """The labels of the axis that this integer tensor indexes, if there is one."""
+        labels: Dim = self.numbers.get(tensor, WHOLE)  # type: ignore[no-untyped-call]
+        return labels
 
     def multiple(self, dim: Dim, count: int) -> None:
-        """The size of `dim` stays a multiple of `count`: the operation takes no other."""
+        """The size of `dim` must be a multiple of `count`: the operation requires it."""
         if count > 1:
             self.ledger.multiples += [(layer, count) for layer in dim]
 
     def link(self, raw: object, dim: Dim, length: int) -> None:
-        """A size argument `raw` must follow `dim`: a typed one freezes it, a tracked one is checked for every cut."""
+        """The size argument `raw` must follow `dim`: a literal freezes it, a tracked size is checked for every cut."""
         if raw is None or (isinstance(raw, int) and plain(raw) == -1):
             return
         if not dim:
@@ -205,7 +205,7 @@ class Trace:
             self.freeze(dim, f"the size {raw} is typed into the source", ReasonKind.SOURCE)
 
     def leak(self, expression: Expression | Comparison) -> None:
-        """A size is used as a number and must not change, or it decides something and the outcome must not change."""
+        """A size is used as a number and must not change, or it decides a branch whose outcome must not change."""
         where = self.where()
         if isinstance(expression, Comparison):
             if not self._equated(expression, where):
@@ -218,13 +218,13 @@ class Trace:
                 reason = Reason("the size is used in a calculation", where, kind=ReasonKind.SOURCE)
                 self.ledger.freeze(leaf.dim, reason)
 
-    def _equated(self, found: Comparison, where: str) -> bool:
-        """Note `x.shape[1] == self.size`, as checks of sizes say it, as a link between the two."""
-        if found.operation not in {int.__eq__, int.__ne__}:
+    def _equated(self, comparison: Comparison, where: str) -> bool:
+        """Record a check such as `x.shape[1] == self.size` as a link between both sizes."""
+        if comparison.operation not in {int.__eq__, int.__ne__}:
             return False
-        for one, other in ((found.left, found.right), (found.right, found.left)):
-            if isinstance(one, Shape) and one.dim and isinstance(other, Attr) and one.value == other.value:
-                self.links.append(Link(other, self.ledger.single(one.dim), one.value, where))
+        for shape, attr in ((comparison.left, comparison.right), (comparison.right, comparison.left)):
+            if isinstance(shape, Shape) and shape.dim and isinstance(attr, Attr) and shape.value == attr.value:
+                self.links.append(Link(attr, self.ledger.single(shape.dim), shape.value, where))
                 return True
         return False
 
@@ -250,7 +250,7 @@ class Trace:
 
 
 def _storage_key(tensor: Tensor) -> tuple[Any, ...]:
-    """The same for each Python object that stands for the same memory, as `.data` makes them."""
+    """A key that is equal for all Python objects of the same memory, such as those of `.data`."""
     try:
         storage = tensor.untyped_storage()._cdata
     except (NotImplementedError, RuntimeError):
@@ -259,7 +259,7 @@ def _storage_key(tensor: Tensor) -> tuple[Any, ...]:
 
 
 class _Calls(TorchFunctionMode):
-    """Keeps the raw Python arguments, and answers `shape` with tracked integers."""
+    """Records the raw Python arguments, and returns tracked integers for `shape`."""
 
     def __init__(self, trace: Trace) -> None:
         super().__init__()
@@ -286,9 +286,7 @@ class _Calls(TorchFunctionMode):
             if name in _OPAQUE:
                 self._freeze_all((args, kwargs, result), f"the sizes inside {name} are not visible")
             elif name in _NEEDS_DATA and args and isinstance(args[0], Tensor) and not args[0].numel():
-                self._freeze_all(
-                    (args, kwargs, result), "nothing passed through it: the example gives it an empty batch"
-                )
+                self._freeze_all((args, kwargs, result), _UNSEEN)
             return result
         finally:
             self.trace.calls.pop()
@@ -323,11 +321,11 @@ class _Calls(TorchFunctionMode):
 
 
 class _Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Hands every ATen operation to the rules."""
+    """Applies the rules to every ATen operation."""
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        return False  # the guard against the compiler would import it, which takes seconds
+        return False  # the check against the compiler would import dynamo, which takes seconds
 
     def __init__(self, trace: Trace, apply_rule: Callable[..., None]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -347,11 +345,11 @@ SIZED = frozenset(
         "conv_transpose2d conv_transpose3d group_norm channel_shuffle view_as expand_as pad broadcast_to histc bincount"
     ).split()
 )
-"""Calls whose integers are sizes, looked at by the rules; elsewhere a tracked size counts as a number."""
+"""Calls whose integers are sizes, handled by the rules; in other calls a tracked size is used as a number."""
 
 
 RESTRICTED = frozenset("mean layer_norm rms_norm softmax topk".split())
-"""Calls along an axis that the oracle can restrict to the positions that stay."""
+"""Calls along an axis that the oracle can restrict to the kept positions."""
 
 
 _LEAVES_TORCH = frozenset("numpy tolist item __array__ __float__ __int__ __bool__ __index__ __dlpack__ stride".split())
@@ -360,31 +358,31 @@ _LEAVES_TORCH = frozenset("numpy tolist item __array__ __float__ __int__ __bool_
 
 _UNSEEN = "nothing passed through it: the example gives it an empty batch"
 _NEEDS_DATA = frozenset("conv1d conv2d conv3d batch_norm instance_norm group_norm".split())
-"""Calls that torch computes in another way when the batch is empty, so that nothing is known of them."""
+"""Calls that torch computes differently for an empty batch, so that the record is not complete."""
 
 
 _OPAQUE = frozenset(
     "lstm gru rnn_tanh rnn_relu lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell multi_head_attention_forward "
     "_native_multi_head_attention _transformer_encoder_layer_fwd ctc_loss".split()
 )
-"""Calls that check or compute sizes where neither mode can see them."""
+"""Calls that check or compute sizes that neither mode observes."""
 
 
 def _entities(model: nn.Module) -> tuple[dict[str, tuple[str, ...]], dict[str, Tensor], set[str]]:
     """Parameters and buffers by identity: first name -> all names, first name -> tensor, and which are parameters."""
     names: dict[int, list[str]] = {}
-    found: dict[int, Tensor] = {}
+    by_id: dict[int, Tensor] = {}
     parameters = [*model.named_parameters(remove_duplicate=False)]
     for name, tensor in [*parameters, *model.named_buffers(remove_duplicate=False)]:
         names.setdefault(id(tensor), []).append(name)
-        found[id(tensor)] = tensor
-    first = {key: every[0] for key, every in names.items()}
+        by_id[id(tensor)] = tensor
+    first = {key: aliases[0] for key, aliases in names.items()}
     kinds = {first[id(p)] for _, p in parameters}
-    return {first[k]: tuple(v) for k, v in names.items()}, {first[k]: t for k, t in found.items()}, kinds
+    return {first[k]: tuple(v) for k, v in names.items()}, {first[k]: t for k, t in by_id.items()}, kinds
 
 
 def trace(model: nn.Module, inputs: Any, apply_rule: Callable[..., None]) -> Trace:
-    """Run `model` on `inputs` once and record. Inputs and outputs keep all their positions."""
+    """Run `model` on `inputs` once and record. All positions of inputs and outputs are kept."""
     names, entities, parameters = _entities(model)
     record = Trace(names, entities, parameters)
     for name, tensor in entities.items():

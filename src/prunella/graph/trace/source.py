@@ -1,7 +1,7 @@
-"""What a running line is called, and where it stands: in the model's source, or in the source that a program came from.
+"""Name and source location of a running call, in the model's source or in the source of a program.
 
-The code of a graph module is generated: its lines stand in no file. Each of its nodes may remember the line of the
-model's source that it was captured from; else the name of the node is its place.
+The code of a graph module is generated and has no file. A node may store the line of the model's source from which it
+was captured; otherwise the name of the node is its location.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from torch import fx
 from prunella.graph.trace.tracked_int import plain
 
 GENERATED = "<eval_with_key>"
-"""How the file names of generated code begin."""
+"""Prefix of the file names of generated code."""
 LIBRARY = (f"{Path(torch.__file__).parent}{os.sep}", f"{Path(__file__).parents[1]}{os.sep}")
-"""Folders of torch and of this package: no lines of a model."""
+"""Folders of torch and of this package, which contain no source of a model."""
 _LINE = re.compile(r'File "([^"]+)", line (\d+)')
 
 
@@ -41,20 +41,20 @@ def place(frame: FrameType) -> str:
     numbers = getattr(module, "_lineno_map", None)
     if not isinstance(module, fx.GraphModule) or not numbers:
         return ""
-    first = plain(getattr(module, "_prologue_start", None) or 0)  # tracked, as all integers of a module in a run
+    first = plain(getattr(module, "_prologue_start", None) or 0)  # tracked, like all integers of a module in a run
     at = numbers.get(frame.f_lineno - first)
     nodes = list(module.graph.nodes)
     return _source(nodes[at]) if at is not None and at < len(nodes) else ""
 
 
 def _source(node: fx.Node) -> str:
-    found = _LINE.findall(node.meta.get("stack_trace") or "")
-    own = [(path, line) for path, line in found if not path.startswith(LIBRARY)]
-    return f"{short(own[-1][0])}:{own[-1][1]}" if own else node.name
+    frames = _LINE.findall(node.meta.get("stack_trace") or "")
+    model_frames = [(path, line) for path, line in frames if not path.startswith(LIBRARY)]
+    return f"{short(model_frames[-1][0])}:{model_frames[-1][1]}" if model_frames else node.name
 
 
 def short(path: str) -> str:
-    """A path as a reader knows it: from the package on, or the file's own name."""
+    """A short path: from the package on, or the last two parts."""
     parts = Path(path).parts
     if "site-packages" in parts:
         return "/".join(parts[parts.index("site-packages") + 1 :])

@@ -1,9 +1,8 @@
-"""Integers that remember where they came from, so that the sizes in a model's source can follow a cut.
+"""Integers with a known origin, so that the sizes in a model's source can follow a cut.
 
 During a capture every integer attribute of the model's modules and configurations is replaced by a `Tracked`, an `int`
-that carries an expression, and `Tensor.shape` answers with `Tracked` too. They arrive in the arguments of `view`,
-`split`, `expand` and so on, and tell a size that follows the cut (an attribute, a shape) from one typed into the
-source.
+with an expression. `Tensor.shape` returns `Tracked` sizes too. In the arguments of `view`, `split`, `expand` and so on
+they distinguish a size that follows the cut (an attribute, a shape) from a literal in the source.
 """
 
 from __future__ import annotations
@@ -50,7 +49,7 @@ Expression = Attr | Shape | Apply | int
 
 @dataclass(frozen=True, eq=False)
 class Comparison:
-    """`operation(left, right)` decided something in the source: the outcome must not change."""
+    """`operation(left, right)` decided a branch in the source: the outcome must not change."""
 
     operation: Callable[[int, int], bool]
     left: Expression
@@ -70,7 +69,7 @@ def leaves(expression: Expression | Comparison) -> Iterator[Attr | Shape]:
 
 
 def evaluate(expression: Expression, value: Callable[[Attr | Shape], int]) -> int:
-    """The value of an expression when its leaves have the values given."""
+    """The value of an expression for given values of its leaves."""
     if isinstance(expression, Apply):
         return expression.operation(evaluate(expression.left, value), evaluate(expression.right, value))
     return value(expression) if isinstance(expression, Attr | Shape) else expression
@@ -79,17 +78,17 @@ def evaluate(expression: Expression, value: Callable[[Attr | Shape], int]) -> in
 class Tracked(int):
     """An integer with its expression.
 
-    Arithmetic that leaves the integers is reported to `leak` as a use of the size as a number; a comparison is
-    reported as `left operation right`, whose outcome must not change.
+    Arithmetic with a result outside the integers is reported to `leak` as a use of the size as a number. A comparison
+    is reported as `left operation right`, whose outcome must not change.
     """
 
     expression: Expression
     leak: Leak
 
     def __new__(cls, value: int, expression: Expression, leak: Leak) -> Tracked:
-        made = super().__new__(cls, value)
-        made.expression, made.leak = expression, leak
-        return made
+        tracked = super().__new__(cls, value)
+        tracked.expression, tracked.leak = expression, leak
+        return tracked
 
     def __deepcopy__(self, memo: object) -> int:
         return plain(self)
@@ -110,7 +109,7 @@ def plain(value: int) -> int:
 
 
 def bare(tree: Any) -> Any:
-    """Arguments with plain integers in place of tracked ones."""
+    """Arguments with plain integers instead of tracked ones."""
     if isinstance(tree, Tracked):
         return plain(tree)
     if type(tree) in {tuple, list}:
@@ -123,7 +122,7 @@ def bare(tree: Any) -> Any:
 
 
 def expression_of(value: int) -> Expression:
-    """The expression of a tracked integer, the number itself of a plain one."""
+    """The expression of a tracked integer, or a plain integer itself."""
     return value.expression if isinstance(value, Tracked) else value
 
 
@@ -178,13 +177,13 @@ for (
 
 
 def holders(model: nn.Module) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Every `__dict__` that holds sizes: modules, and plain configuration objects that modules point to."""
+    """Every `__dict__` with sizes: those of modules and of their plain configuration objects."""
     seen: set[int] = set()
     for path, module in model.named_modules():
         yield path, vars(module)
         for name, value in list(vars(module).items()):
-            known = isinstance(value, nn.Module | Tensor | type) or callable(value) or not hasattr(value, "__dict__")
-            if known or id(value) in seen or type(value).__module__.split(".")[0] in {"torch", "builtins"}:
+            excluded = isinstance(value, nn.Module | Tensor | type) or callable(value) or not hasattr(value, "__dict__")
+            if excluded or id(value) in seen or type(value).__module__.split(".")[0] in {"torch", "builtins"}:
                 continue
             seen.add(id(value))
             yield f"{path}:{name}", vars(value)
@@ -206,9 +205,9 @@ def size_of(value: object) -> int | None:
 
 @contextmanager
 def tracked_attributes(model: nn.Module, leak: Leak) -> Iterator[None]:
-    """Replace the integers of the model's modules and configurations by `Tracked` ones, and put them back.
+    """Inside, the integers of the model's modules and configurations are `Tracked`; afterwards they are restored.
 
-    A tuple of one integer, as norms keep their size, counts as that integer.
+    A tuple of one integer, such as the size of a norm, counts as this integer.
     """
     wrapped: list[tuple[dict[str, Any], str]] = []
     try:
