@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from prunella.app.job import Job, Recovery, Step, read_steps
+from prunella.app.job import Job, Recovery, RecoveryStep, read_steps
 from prunella.app.recover import Tick, outputs_by
 from prunella.app.run import run, summary
 from prunella.app.verify import check_whole
@@ -31,7 +31,7 @@ def net() -> nn.Sequential:
 
 def test_read_steps() -> None:
     assert read_steps("") == ()
-    assert read_steps("bn, distill:20") == (Step("bn"), Step("distill", 20))
+    assert read_steps("bn, distill:20") == (RecoveryStep("bn"), RecoveryStep("distill", 20))
     assert [str(step) for step in read_steps("reconstruct,finetune:5")] == ["reconstruct", "finetune:5"]
 
 

@@ -18,8 +18,10 @@ from prunella.errors import BadInput, NotSupported, RequestError
 from prunella.graph.cut.changes import Changes
 from prunella.graph.cut.surgery import cut_
 from prunella.io import artifact, files
-from prunella.io.artifact import decode_cuts, encode_cuts, load, save
+from prunella.io.artifact import load, save
+from prunella.io.cuts import decode_cuts, encode_cuts
 from prunella.io.files import check_free, new_folder, plain_name, write_atomic
+from prunella.io.json import Fields
 from prunella.io.plan_file import load_plan
 from prunella.planning.accounting import Amount, Row
 from prunella.planning.plan import Plan
@@ -300,7 +302,7 @@ def test_cuts_are_stored_as_runs() -> None:
     cuts = {"a": {0: torch.tensor([0, 1, 2, 7]), 1: torch.tensor([5])}, "b": {2: torch.tensor([0, 1, 2, 7])}}
     data = encode_cuts(cuts)
     assert data == {"positions": [[[0, 3], [7, 8]], [[5, 6]]], "axes": {"a": {"0": 0, "1": 1}, "b": {"2": 0}}}
-    back = decode_cuts(json.loads(json.dumps(data)))
+    back = decode_cuts(Fields(json.loads(json.dumps(data)), "the manifest"))
     assert all(torch.equal(back[n][a], kept) for n, axes in cuts.items() for a, kept in axes.items())
 
 

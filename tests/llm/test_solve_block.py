@@ -9,7 +9,7 @@ from torch import Tensor
 
 import prunella as pr
 from prunella.graph.solve.groups import couple
-from prunella.llm.blocks import Call, ModelBlock
+from prunella.llm.blocks import BlockCall, ModelBlock
 from prunella.llm.solve_block import BlockProblem, Fit, dense_targets, layers_by_weight, solve_block_
 from prunella.model.masks import masks_of
 from tests.llm.test_blockwise import Net, batches, net
@@ -23,7 +23,7 @@ def problem(model: Net, how: pr.llm.OneShot = HOW) -> BlockProblem:
     graph = couple(model, batches()[0])
     layers = [layer for layer in graph.layers if layer.name.startswith("blocks.1.")]
     generator = torch.Generator().manual_seed(2)
-    calls = [Call((torch.randn(30, 12, generator=generator), torch.ones(12)), {}) for _ in range(3)]
+    calls = [BlockCall((torch.randn(30, 12, generator=generator), torch.ones(12)), {}) for _ in range(3)]
     module = model.get_submodule("blocks.1")
     targets = dense_targets(how, BLOCK, module, calls, (), list)
     return BlockProblem(
@@ -59,7 +59,7 @@ def test_the_same_problem_has_the_same_result_and_its_outputs_are_those_of_the_b
 def test_targets_are_the_outputs_of_the_dense_block_for_the_dense_inputs() -> None:
     model = net()
     module, dense = model.get_submodule("blocks.1"), copy.deepcopy(model.get_submodule("blocks.1"))
-    calls = [Call((torch.zeros(4, 12), torch.ones(12)), {})]
+    calls = [BlockCall((torch.zeros(4, 12), torch.ones(12)), {})]
     x = torch.randn(4, 12)
     of_dense, of_pruned = dense(x, torch.ones(12)), dense(torch.zeros(4, 12), torch.ones(12))
 

@@ -18,7 +18,7 @@ from prunella.allocation.rounds import densities
 from prunella.io.identity import digest_of
 from prunella.io.nested import equal, load_state, save_state
 from prunella.lottery.search import Rewind
-from prunella.lottery.session import Point, Session, snapshot
+from prunella.lottery.session import Session, TrainingPoint, snapshot
 from prunella.model.masks import masks_of
 from prunella.transform.controls import Control, Controls
 from tests.lottery.job import job
@@ -118,7 +118,7 @@ def test_a_lap_from_step_k_repeats_the_run_that_passed_it(k: int, tmp_path: Path
     session = spec().run(whole, Session(whole, STEPS, keep_at=k))
     assert session.kept is not None
     save_state(session.kept.plain(), tmp_path / "point")
-    point = Point.read(load_state(tmp_path / "point"))
+    point = TrainingPoint.read(load_state(tmp_path / "point"))
     assert equal(point.plain(), session.kept.plain())
     again = net(seed=99)
     again.load_state_dict(point.model)
@@ -132,7 +132,7 @@ def test_a_point_that_the_first_version_wrote_is_read() -> None:
     assert kept is not None
     written = kept.plain()
     written["dice"] = written.pop("rng")
-    assert equal(Point.read(written).plain(), kept.plain())
+    assert equal(TrainingPoint.read(written).plain(), kept.plain())
 
 
 def test_a_loader_with_its_own_generator_is_rewound_too() -> None:

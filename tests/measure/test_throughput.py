@@ -9,12 +9,12 @@ from torch import Tensor, nn
 import prunella as pr
 from prunella.errors import NotSupported, RequestError
 from prunella.measure.throughput import Throughput, _writer
-from prunella.measure.timing import Comparison, Latency, Ratio
+from prunella.measure.timing import Comparison, LatencySamples, Ratio
 from tests.llm.nets import language_model, windows
 
 
 def times(*seconds: float) -> Comparison:
-    latencies = tuple(Latency(name, (s,) * 5) for name, s in zip(("dense", "pruned"), seconds, strict=True))
+    latencies = tuple(LatencySamples(name, (s,) * 5) for name, s in zip(("dense", "pruned"), seconds, strict=True))
     return Comparison(latencies, (Ratio(seconds[0] / seconds[1], 1.5, 2.5),), 1, "cpu", 5, 1, 0)
 
 

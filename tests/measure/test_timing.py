@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from prunella.errors import RequestError
 from prunella.measure import timing as latency
 from prunella.measure.profile import OTHER, peak_memory, time_by_layer
-from prunella.measure.timing import Latency, Ratio, compare_latency, paired_ratio
+from prunella.measure.timing import LatencySamples, Ratio, compare_latency, paired_ratio
 
 
 @pytest.mark.parametrize(
@@ -99,7 +99,7 @@ def test_requests_that_make_no_sense() -> None:
 
 
 def test_median_and_quartiles() -> None:
-    one = Latency("x", (5.0, 1.0, 2.0, 3.0, 4.0))
+    one = LatencySamples("x", (5.0, 1.0, 2.0, 3.0, 4.0))
     assert one.median == 3 and one.quartiles == (2.0, 4.0)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import prunella as pr
 from prunella.errors import RequestError
 from prunella.granularity.kernel import library
-from prunella.transform.permute import Reader, best_order
+from prunella.transform.permute import PermutedReader, best_order
 
 IMAGE = torch.randn(2, 4, 6, 6, generator=torch.Generator().manual_seed(1))
 
@@ -139,7 +139,7 @@ def brute_force(matrix: Tensor, n: int, m: int) -> float:
 @pytest.mark.parametrize("seed", range(5))
 def test_the_order_of_eight_columns_equals_brute_force(seed: int) -> None:
     matrix = torch.rand(12, 8, generator=torch.Generator().manual_seed(seed))
-    order, before, after = best_order([Reader(matrix, torch.arange(8).view(8, 1), 4)], pr.NM(2, 4), 8, 5, 0)
+    order, before, after = best_order([PermutedReader(matrix, torch.arange(8).view(8, 1), 4)], pr.NM(2, 4), 8, 5, 0)
     pairs = [matrix[:, order[:4]], matrix[:, order[4:]]]
     assert after == pytest.approx(brute_force(matrix, 2, 4)) and after >= before
     assert after == pytest.approx(sum(float(p.topk(2, -1).values.sum()) for p in pairs), rel=1e-6)

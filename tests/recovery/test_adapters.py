@@ -8,7 +8,7 @@ from torch import nn
 
 import prunella as pr
 from prunella.errors import CheckFailed, RequestError
-from prunella.recovery.adapters import LowRank
+from prunella.recovery.adapters import LowRankAdapter
 from tests.llm.nets import generates_as_without_a_cache, language_model, logits, windows
 
 
@@ -21,7 +21,7 @@ def test_an_adapter_is_a_low_rank_change_that_starts_at_nothing() -> None:
     assert len(names) == 10 and "model.layers.4.mlp.down_proj" in names
     assert torch.equal(logits(model, data[0]), before)
     layer = model.model.layers[2].mlp.down_proj
-    assert isinstance(layer, LowRank) and layer.a.weight.shape == (3, 48) and layer.b.weight.shape == (32, 3)
+    assert isinstance(layer, LowRankAdapter) and layer.a.weight.shape == (3, 48) and layer.b.weight.shape == (32, 3)
     drawn = layer.a.weight.detach() * 48**0.5
     assert float(drawn.abs().max()) <= 1 and float(drawn.std()) == pytest.approx(3**-0.5, rel=0.2)
     with torch.no_grad():
@@ -100,6 +100,6 @@ def test_a_loss_that_breaks_leaves_plain_layers_behind() -> None:
         model.lm_head.weight.fill_(float("nan"))
     with pytest.raises(CheckFailed, match="loss became nan"):
         pr.recovery.distill_lm_(small, model, data, steps=2, lr=1e-3)
-    assert not any(isinstance(module, LowRank) for module in small.modules())
+    assert not any(isinstance(module, LowRankAdapter) for module in small.modules())
     assert all(p.requires_grad for p in small.parameters())
     assert isinstance(small.model.layers[0].mlp.down_proj, nn.Linear)

@@ -18,7 +18,7 @@ from prunella.graph.data import Frozen
 from prunella.measure.latency import Ratio
 from prunella.reporting.chart import clean_svg, curve_chart, latency_chart
 from prunella.reporting.page import headline, render_page, tiles, why_kept, write_page
-from prunella.reporting.report import Curve, Report, Width
+from prunella.reporting.report import Curve, LayerWidth, Report
 
 from .test_report import made
 
@@ -81,7 +81,7 @@ def evil(good: Report) -> Report:
         recipe={HOSTILE: HOSTILE},
         metrics=tuple(replace(m, name=HOSTILE) if m.unit == "score" else m for m in good.metrics),
         layers=tuple(replace(layer, name=HOSTILE) for layer in good.layers),
-        widths=(Width(HOSTILE, HOSTILE, 1, 2),),
+        widths=(LayerWidth(HOSTILE, HOSTILE, 1, 2),),
         frozen=(Frozen(HOSTILE, 0, 1, HOSTILE, HOSTILE),),
         curve=Curve(((0.0, 1.0), (1.0, 2.0)), HOSTILE, HOSTILE, 1.5),
         environment={**good.environment, "processor": HOSTILE},
@@ -238,7 +238,7 @@ def test_nothing_overflows_and_nothing_runs(evil: Report, tmp_path: Path, width:
     long_name = "encoder.layer.11.attention.self.query_projection_with_a_very_long_name.weight" * 2
     hostile = "<img src=x onerror=window.hacked='yes'>"
     layers = tuple(replace(layer, name=name) for layer in evil.layers for name in (hostile, long_name))
-    page = render_page(replace(evil, layers=layers, widths=(Width(long_name, "channel", 1, 1_000_000),)))
+    page = render_page(replace(evil, layers=layers, widths=(LayerWidth(long_name, "channel", 1, 1_000_000),)))
     assert browse(page, width, tmp_path).startswith(f"scroll={width} wide= ran=no")
 
 

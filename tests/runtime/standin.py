@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from prunella.runtime.kernels import chain as kernel_chain
 from prunella.runtime.kernels import convolution, library
-from prunella.runtime.kernels.chain import Ready, Step
+from prunella.runtime.kernels.chain import ChainStep, Ready
 from prunella.runtime.kernels.library import Activation, Config, Kind, Precision
 from prunella.runtime.packed_cache import ACTIVATE
 from prunella.runtime.tuning import configs
@@ -69,7 +69,7 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Calls:
         assert y.shape == patches.out and y.stride() == patches.strides
         return ACTIVATE[activation](y if residual is None else y + residual)
 
-    def prepare(steps: Sequence[Step], layers: Sequence[Ready], inputs: int, outputs: Sequence[int]) -> Any:
+    def prepare(steps: Sequence[ChainStep], layers: Sequence[Ready], inputs: int, outputs: Sequence[int]) -> Any:
         return tuple(steps), tuple(layers), tuple(outputs)
 
     def run(prepared: Any, inputs: Sequence[Tensor]) -> tuple[Tensor, ...] | None:

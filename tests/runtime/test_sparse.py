@@ -21,7 +21,7 @@ from prunella.runtime.fx.fuse import Fused, fuse_, traced
 from prunella.runtime.kernels import library
 from prunella.runtime.kernels.library import Activation, Config, Kind, Precision
 from prunella.runtime.layers import FastLinear, FoldedConv2d, SparseConv2d, SparseLinear
-from prunella.runtime.record import Layer
+from prunella.runtime.record import LayerRecord
 from prunella.runtime.restore import restored
 from prunella.runtime.tuning import acceptance, eligible, tune
 from prunella.runtime.tuning.choice import Problem, Route, is_dense
@@ -424,7 +424,7 @@ def test_a_layer_says_what_runs_and_what_could_have() -> None:
     rows = Config(Kind.ROWS)
     slower, faster = Ratio(0.8, 0.7, 0.9), Ratio(2.0, 1.9, 2.1)
     verdicts = Verdict(Problem(1), Route.TORCH, rows, slower), Verdict(Problem(8), rows, rows, faster)
-    assert str(Layer("a", 0.7, verdicts)) == "a  70% zeros  1: dense (rows fp32 0.80x)  8: rows fp32 2.00x"
+    assert str(LayerRecord("a", 0.7, verdicts)) == "a  70% zeros  1: dense (rows fp32 0.80x)  8: rows fp32 2.00x"
 
 
 def test_weights_come_from_memory_where_the_model_exceeds_the_caches(monkeypatch: pytest.MonkeyPatch) -> None:

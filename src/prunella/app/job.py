@@ -22,7 +22,7 @@ Metric = Callable[[nn.Module], float | Quality]
 
 
 @dataclass(frozen=True)
-class Step:
+class RecoveryStep:
     """One step of recovery: `bn`, `reconstruct`, `distill:200`, `finetune:500`; the number is of optimizer steps."""
 
     kind: StepKind
@@ -32,18 +32,18 @@ class Step:
         return f"{self.kind}:{self.steps}" if self.steps else self.kind
 
 
-def read_steps(text: str) -> tuple[Step, ...]:
+def read_steps(text: str) -> tuple[RecoveryStep, ...]:
     """Read `bn,reconstruct,distill:200`."""
     return tuple(_read_step(part.strip()) for part in text.split(",") if part.strip())
 
 
-def _read_step(text: str) -> Step:
+def _read_step(text: str) -> RecoveryStep:
     kind, _, number = text.partition(":")
     trained = kind in ("distill", "finetune")
     if kind not in _KINDS or bool(number) != trained or (trained and not (number.isdigit() and int(number))):
         why = "a step is bn, reconstruct, distill:STEPS or finetune:STEPS"
         raise RequestError(f"cannot read the recovery {text!r}", why, "for example bn,reconstruct,distill:200")
-    return Step(_KINDS[kind], int(number or 0))
+    return RecoveryStep(_KINDS[kind], int(number or 0))
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Recovery:
     imitate: from the dense model to the loss of `distill`; the logits unless given.
     """
 
-    steps: tuple[Step, ...] = ()
+    steps: tuple[RecoveryStep, ...] = ()
     data: Iterable[Any] | None = None
     lr: float = 1e-4
     ridge: float = 1e-2

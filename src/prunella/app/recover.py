@@ -9,13 +9,13 @@ from typing import Any
 
 from torch import nn
 
-from prunella.app.job import Job, Step
+from prunella.app.job import Job, RecoveryStep
 from prunella.errors import RequestError
 from prunella.model.forward import Outputs, forward
 from prunella.planning.plan import Plan
 from prunella.recovery.batchnorm import recalibrate_bn
 from prunella.recovery.distill import distill, distill_logits
-from prunella.recovery.finetune import Curve, Training, finetune
+from prunella.recovery.finetune import LossCurve, Training, finetune
 from prunella.recovery.reconstruct import reconstruct
 from prunella.types import Loss
 
@@ -27,12 +27,12 @@ Tick = Callable[..., None]
 class Recovered:
     """What one step of recovery did. curve: the losses, where it trained."""
 
-    step: Step
+    step: RecoveryStep
     text: str
-    curve: Curve | None = None
+    curve: LossCurve | None = None
 
 
-def recover_(small: nn.Module, dense: nn.Module, plan: Plan, job: Job, step: Step, tick: Tick) -> Recovered:
+def recover_(small: nn.Module, dense: nn.Module, plan: Plan, job: Job, step: RecoveryStep, tick: Tick) -> Recovered:
     """Do one step in place. The job has been checked."""
     if step.kind in ("distill", "finetune"):
         curve = _train(small, dense, job, step, tick)
@@ -45,7 +45,7 @@ def recover_(small: nn.Module, dense: nn.Module, plan: Plan, job: Job, step: Ste
     return Recovered(step, str(fitted))
 
 
-def _train(small: nn.Module, dense: nn.Module, job: Job, step: Step, tick: Tick) -> Curve:
+def _train(small: nn.Module, dense: nn.Module, job: Job, step: RecoveryStep, tick: Tick) -> LossCurve:
     how, data, training = job.recovery, job.recovery_data, Training(seed=job.recipe.seed)
     assert data is not None, "checked at the start"
     if step.kind == "distill":

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def bench(
-    source: options.Source,
+    source: options.SourceOptions,
     factory: options.FactoryName = None,
     backends: Annotated[
         str, typer.Option(help="By comma: eager, dense fast, compiled, onnxruntime, sparse.")

@@ -103,7 +103,7 @@ def explain(name: Annotated[str, typer.Argument(help="A name of `methods`.")], a
 
 
 def inspect(
-    source: options.Source,
+    source: options.SourceOptions,
     factory: options.FactoryName = None,
     program: options.Program = False,
     everything: Annotated[bool, typer.Option("--all", help="Show all rows.")] = False,

@@ -16,7 +16,7 @@ from prunella.cli.console import emit, note, stage
 
 if TYPE_CHECKING:
     from prunella.llm import OneShot
-    from prunella.llm.streaming import Step, Streamed
+    from prunella.llm.streaming import BlockStep, Streamed
 
 _NSAMPLES, _SEQLEN = 128, 512
 
@@ -117,11 +117,11 @@ def _joined() -> Iterator[bool]:
         dist.destroy_process_group()
 
 
-def _told() -> Callable[[Step], None]:
+def _told() -> Callable[[BlockStep], None]:
     """A line for each block, with what is left by the mean of those that were solved."""
     seconds: list[float] = []
 
-    def tell(step: Step) -> None:
+    def tell(step: BlockStep) -> None:
         if not step.replayed:
             seconds.append(step.seconds)
         left = sum(seconds) / len(seconds) * (step.count - step.number) if seconds else 0.0

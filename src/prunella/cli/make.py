@@ -37,9 +37,9 @@ def demo(
 
 
 def plan(
-    source: options.Source,
+    source: options.SourceOptions,
     budget: options.Budget,
-    method: options.Method,
+    method: options.MethodOptions,
     program: options.Program = False,
     output: options.OptionalOutput = None,
     as_json: options.Json = False,
@@ -69,8 +69,8 @@ def plan(
 
 
 def scan(
-    source: options.Source,
-    method: options.Method,
+    source: options.SourceOptions,
+    method: options.MethodOptions,
     metric: options.ScanMetricName = None,
     ratios: Annotated[str, typer.Option(metavar="R", help="Fractions removed, by comma.")] = "0.1,0.25,0.5,0.75,0.9",
     program: options.Program = False,
@@ -101,7 +101,7 @@ def scan(
 
 
 def import_(
-    source: options.Source,
+    source: options.SourceOptions,
     file: Annotated[
         str,
         typer.Argument(metavar="FILE", help="What was pruned: safetensors, or a folder of them.", show_default=False),
@@ -129,7 +129,7 @@ def import_(
 
 
 def export(
-    source: options.Source,
+    source: options.SourceOptions,
     output: options.Output,
     factory: options.FactoryName = None,
     overwrite: options.Overwrite = False,

@@ -97,7 +97,7 @@ OptionalOutput = Annotated[Path | None, typer.Option("-o", "--output", metavar="
 
 
 @dataclass(frozen=True)
-class Source:
+class SourceOptions:
     """Which model, with which weights, and what it takes."""
 
     model: Model
@@ -107,7 +107,7 @@ class Source:
 
 
 @dataclass(frozen=True)
-class Method:
+class MethodOptions:
     """How units are scored, and which of them may go."""
 
     recipe: RecipeName = "magnitude"

@@ -55,7 +55,7 @@ def open_model(
 
 
 def open_source(
-    source: options.Source, *, factory: str | None = None, seed: int = 0, program: bool = False
+    source: options.SourceOptions, *, factory: str | None = None, seed: int = 0, program: bool = False
 ) -> tuple[nn.Module, Inputs]:
     """`open_model` of what the command line says."""
     return open_model(
@@ -153,7 +153,7 @@ def build_recipe(
     return recipe
 
 
-def recipe_of(method: options.Method, budget: options.Budget = _NO_BUDGET) -> Recipe:
+def recipe_of(method: options.MethodOptions, budget: options.Budget = _NO_BUDGET) -> Recipe:
     """The recipe that is named, with what else the command line says in place of its own parts and numbers."""
     recipe = build_recipe(
         method.recipe, granularity=method.granularity, allocation=budget.allocation, pattern=budget.pattern

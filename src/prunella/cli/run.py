@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 
 
 def run(
-    source: options.Source,
+    source: options.SourceOptions,
     budget: options.Budget,
-    method: options.Method,
+    method: options.MethodOptions,
     recover: options.Recover,
     quality: options.Quality,
     program: options.Program = False,
@@ -39,9 +39,9 @@ def run(
 
 
 def _job(
-    source: options.Source,
+    source: options.SourceOptions,
     budget: options.Budget,
-    method: options.Method,
+    method: options.MethodOptions,
     recover: options.Recover,
     quality: options.Quality,
     *,

@@ -75,7 +75,7 @@ def share_weight(weight: Tensor, *, bits: int = 5, start: CentroidInit = Centroi
 
 
 @dataclass(frozen=True)
-class Stored:
+class SharedStorage:
     """One stored layer: Huffman codes of the values and of the gaps between them, and the book of values.
 
     Fillers of long gaps have value 0. error: `|w - w'| / |w|` of sharing; all other steps are lossless.
@@ -107,7 +107,7 @@ class Stored:
 class DeepCompression:
     """A network stored by Deep Compression. other_bits: bits of parameters without sharing: biases and norms."""
 
-    layers: tuple[Stored, ...]
+    layers: tuple[SharedStorage, ...]
     other_bits: int
     dense_bits: int
 
@@ -167,7 +167,7 @@ def deep_compression_(
     return DeepCompression(layers, other, sum(p.nbytes * 8 for _, p in every))
 
 
-def _store(name: str, parameter: nn.Parameter, shared: Shared, gap_bits: int) -> Stored:
+def _store(name: str, parameter: nn.Parameter, shared: Shared, gap_bits: int) -> SharedStorage:
     gaps = relative_index(shared.codes > 0, bits=gap_bits)
     values = torch.zeros(len(gaps.steps), dtype=torch.int64)
     codes = shared.codes.cpu().flatten()
@@ -175,7 +175,7 @@ def _store(name: str, parameter: nn.Parameter, shared: Shared, gap_bits: int) ->
     size = float(parameter.detach().double().norm())
     error = float((parameter.detach().double() - shared.weight().double()).norm()) / size if size else 0.0
     book_bits = max(1, len(shared.book).bit_length())
-    return Stored(
+    return SharedStorage(
         name,
         huffman(values, symbol_bits=book_bits),
         huffman(gaps.steps, symbol_bits=gap_bits),

@@ -33,10 +33,11 @@ from prunella.graph.solve.tokens import names_token
 from prunella.graph.trace.tracked_int import size_of
 from prunella.io import huggingface as pretrained
 from prunella.io import origin as origins
+from prunella.io.cuts import decode_cuts, encode_cuts
 from prunella.io.export import export
 from prunella.io.exported import load_exported
 from prunella.io.files import MARKER, digest, new_folder, plain_name
-from prunella.io.json import Fields, Value, plain, read_config, read_object, write_json
+from prunella.io.json import Fields, plain, read_config, read_object, write_json
 from prunella.io.origin import Factory
 from prunella.io.per_layer import per_layer_config
 from prunella.io.plan_file import read_size, save_plan
@@ -48,9 +49,6 @@ from prunella.planning.plan import Plan
 FORMAT = 1
 WEIGHTS, BUFFERS, PLAN = "model.safetensors", "buffers.safetensors", "plan.safetensors"
 PROGRAM = "program.pt2"
-_LARGEST = 1 << 28
-"""Positions of an axis that a manifest may name."""
-Cuts = Mapping[str, Mapping[int, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -277,49 +275,6 @@ def _describe_plan(plan: Plan) -> dict[str, Any]:
     }
 
 
-def encode_cuts(cuts: Cuts) -> dict[str, Any]:
-    """Kept positions as runs `[start, stop)`; axes that are cut alike share one list."""
-    lists: dict[tuple[tuple[int, int], ...], int] = {}
-    axes = {
-        name: {str(axis): lists.setdefault(_runs(kept.tolist()), len(lists)) for axis, kept in entry.items()}
-        for name, entry in cuts.items()
-    }
-    return {"positions": [[list(run) for run in runs] for runs in lists], "axes": axes}
-
-
-def decode_cuts(data: Mapping[str, Any], largest: int = _LARGEST) -> dict[str, dict[int, Tensor]]:
-    """Undo `encode_cuts`. Errors: BadInput for what it never writes, such as a position of `largest` or above."""
-    return _decoded(Fields(data, "the manifest is broken", "write it again"), largest)
-
-
-def _decoded(cuts: Fields, largest: int) -> dict[str, dict[int, Tensor]]:
-    lists = [_positions(runs, largest) for runs in cuts.list_of("positions")]
-    found: dict[str, dict[int, Tensor]] = {}
-    for name, axes in cuts.section("axes").values():
-        pairs = [(axis, value.integer(low=0, high=len(lists) - 1)) for axis, value in axes.fields().values()]
-        found[name] = {int(axis): lists[index] for axis, index in pairs}
-    return found
-
-
-def _positions(runs: Value, largest: int) -> Tensor:
-    pairs, end = [run.integers(low=0, high=largest) for run in runs.items()], 0
-    for pair in pairs:  # in order and apart, so that they are no more than `largest` whatever the file says
-        if len(pair) != 2 or not end <= pair[0] < pair[1]:
-            raise runs.refused("runs of positions in order")
-        end = pair[1]
-    return torch.cat([torch.zeros(0, dtype=torch.int64), *(torch.arange(start, stop) for start, stop in pairs)])
-
-
-def _runs(positions: list[int]) -> tuple[tuple[int, int], ...]:
-    runs: list[tuple[int, int]] = []
-    for position in positions:
-        if runs and runs[-1][1] == position:
-            runs[-1] = (runs[-1][0], position + 1)
-        else:
-            runs.append((position, position + 1))
-    return tuple(runs)
-
-
 def _cut(model: nn.Module, manifest: Fields) -> None:
     """Cut the dense model as the plan did; every name and position is checked first, since a manifest is only data."""
     cuts, attributes = _width(manifest)
@@ -346,7 +301,7 @@ def _cut(model: nn.Module, manifest: Fields) -> None:
 def _width(manifest: Fields) -> tuple[dict[str, dict[int, Tensor]], dict[tuple[str, str], int | tuple[int, ...]]]:
     """The cuts, and the sizes that follow them."""
     try:
-        cuts = _decoded(manifest.section("cuts"), _LARGEST) if manifest.section("cuts", optional=True).data else {}
+        cuts = decode_cuts(manifest.section("cuts")) if manifest.section("cuts", optional=True).data else {}
         rows = [row.items(3) for row in manifest.list_of("attributes", default=())]
         return cuts, {(owner.text(), name.text()): read_size(value.data) for owner, name, value in rows}
     except (ValueError, TypeError) as error:

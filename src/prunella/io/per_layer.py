@@ -18,7 +18,7 @@ from prunella.io.huggingface import Change, ConfigPath, Shapes, Sizes, built_sha
 PerLayer = dict[str, dict[str, int]]
 
 
-class Reader(NamedTuple):
+class PerLayerReader(NamedTuple):
     """An entry of the configuration is `ratio` times the size of `axis` of the tensor `name` of a layer."""
 
     path: ConfigPath
@@ -67,7 +67,7 @@ def _count(model: nn.Module, stack: str) -> int:
 
 def _readers(
     origin: Mapping[str, Any], found: tuple[dict[str, Any], tuple[ConfigPath, ...]], dense: Shapes, layer: str
-) -> Iterator[Reader]:
+) -> Iterator[PerLayerReader]:
     """Which axis follows each entry: the first that is another without this change."""
     config, paths = found
     full = built_shapes(origin, config, layer)
@@ -75,7 +75,7 @@ def _readers(
         old, new = _at(origin["config"], path), _at(config, path)
         for name, axis in _moved(full, _without(origin, config, path, old, layer) or dense):
             if old and Fraction(full[name][axis], dense[name][axis]) == Fraction(new, old):
-                yield Reader(path, name.removeprefix(layer), axis, Fraction(old, dense[name][axis]))
+                yield PerLayerReader(path, name.removeprefix(layer), axis, Fraction(old, dense[name][axis]))
                 break
 
 
@@ -93,7 +93,9 @@ def _moved(one: Shapes, other: Shapes) -> Iterator[tuple[str, int]]:
     return ((n, a) for n, shape in one.items() for a, size in enumerate(shape) if size != other[n][a])
 
 
-def _read(config: Mapping[str, Any], readers: list[Reader], layer: Shapes, prefix: str) -> Iterator[tuple[str, int]]:
+def _read(
+    config: Mapping[str, Any], readers: list[PerLayerReader], layer: Shapes, prefix: str
+) -> Iterator[tuple[str, int]]:
     for path, name, axis, ratio in readers:
         shape = layer.get(prefix + name)
         value = shape[axis] * ratio if shape else Fraction(1, 2)

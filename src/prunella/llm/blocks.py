@@ -30,7 +30,7 @@ StoreActivations = Callable[[Iterable[Tensor]], Sequence[Tensor]]
 
 
 @dataclass
-class Call:
+class BlockCall:
     """The arguments of one call of a block. The first one, in `args` or else in `kwargs`, is the hidden states."""
 
     args: tuple[Any, ...]
@@ -45,33 +45,33 @@ class Call:
         """The first argument."""
         return self.args[0] if self.args else next(iter(self.kwargs.values()), None)
 
-    def with_hidden_states(self, hidden_states: Tensor) -> Call:
+    def with_hidden_states(self, hidden_states: Tensor) -> BlockCall:
         """The same call with another first argument."""
         if self.args:
-            return Call((hidden_states, *self.args[1:]), self.kwargs)
+            return BlockCall((hidden_states, *self.args[1:]), self.kwargs)
         first = next(iter(self.kwargs))
-        return Call((), {**self.kwargs, first: hidden_states})
+        return BlockCall((), {**self.kwargs, first: hidden_states})
 
-    def without_hidden_states(self) -> Call:
+    def without_hidden_states(self) -> BlockCall:
         """The same call with an empty first argument, which takes no memory."""
         return self.with_hidden_states(self.hidden_states.new_empty(0))
 
 
-class Calls(Sequence[Call]):
+class Calls(Sequence[BlockCall]):
     """One call per batch; its hidden states are read from `hidden_states` when the call is indexed."""
 
-    def __init__(self, calls: Sequence[Call], hidden_states: Sequence[Tensor]) -> None:
-        self.calls: Sequence[Call] = calls.calls if isinstance(calls, Calls) else calls
+    def __init__(self, calls: Sequence[BlockCall], hidden_states: Sequence[Tensor]) -> None:
+        self.calls: Sequence[BlockCall] = calls.calls if isinstance(calls, Calls) else calls
         self.hidden_states = hidden_states
 
     def __len__(self) -> int:
         return len(self.hidden_states)
 
     @overload
-    def __getitem__(self, k: int) -> Call: ...
+    def __getitem__(self, k: int) -> BlockCall: ...
     @overload
     def __getitem__(self, k: slice) -> Calls: ...
-    def __getitem__(self, k: int | slice) -> Call | Calls:
+    def __getitem__(self, k: int | slice) -> BlockCall | Calls:
         if isinstance(k, slice):
             return Calls(self.calls[k], self.hidden_states[k])
         return self.calls[k].with_hidden_states(self.hidden_states[k])
@@ -105,13 +105,13 @@ class BlockInputs:
     run: Runner
     blocks: tuple[ModelBlock, ...]
     store: StoreActivations = list
-    _recorded: dict[str, list[Call]] = field(default_factory=dict)  # of the sequential blocks that follow
-    _calls: Sequence[Call] = ()
+    _recorded: dict[str, list[BlockCall]] = field(default_factory=dict)  # of the sequential blocks that follow
+    _calls: Sequence[BlockCall] = ()
 
-    def calls(self, block: ModelBlock) -> Sequence[Call]:
+    def calls(self, block: ModelBlock) -> Sequence[BlockCall]:
         """The calls of the block, one or more per batch, with the current weights of the blocks before it."""
         if not block.path:
-            return [Call((batch,), {}) for batch in self.batches]
+            return [BlockCall((batch,), {}) for batch in self.batches]
         if not block.sequential:
             followers = [later.path for later in self._followers(block)]
             self._recorded = {path: [] for path in (block.path, *followers)}
@@ -122,7 +122,7 @@ class BlockInputs:
             self._calls = self._recorded.pop(block.path)
         return self._calls
 
-    def forward(self, block: ModelBlock, call: Call) -> Any:
+    def forward(self, block: ModelBlock, call: BlockCall) -> Any:
         """The output of the block, or of the model, for one of its calls."""
         if not block.path:
             return self.run(self.model, call.args[0])
@@ -189,7 +189,7 @@ class _Execution:
         """The hook that runs before the block at `path`."""
 
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            hidden_states = Call(args, kwargs).hidden_states
+            hidden_states = BlockCall(args, kwargs).hidden_states
             others = [t for t in tensors([list(args), kwargs]) if t is not hidden_states]
             follows = bool(self._previous) and hidden_states is self._previous[0]
             depends = any(id(t) in self._outputs for t in others)
@@ -258,13 +258,13 @@ def _module(model: nn.Module, path: str) -> nn.Module | None:
 
 
 @contextmanager
-def _recording(model: nn.Module, calls: dict[str, list[Call]], stop: str) -> Iterator[None]:
+def _recording(model: nn.Module, calls: dict[str, list[BlockCall]], stop: str) -> Iterator[None]:
     """Record the calls of the blocks in `calls`; end the pass at the block `stop`, if it is not empty."""
     first = next(iter(calls))
 
     def record(path: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            call = Call(args, dict(kwargs))
+            call = BlockCall(args, dict(kwargs))
             if not isinstance(call.hidden_states, Tensor):
                 raise NotSupported(f"{path} is called without a tensor", "its first argument is not one", "")
             # Later blocks get their hidden states from the block before; recording them all would fill the memory.

@@ -16,7 +16,7 @@ from prunella.errors import CheckFailed, NotSupported, RequestError
 from prunella.graph.cut.block_surgery import new_name
 from prunella.graph.solve.groups import couple
 from prunella.graph.solve.residual_blocks import inside
-from prunella.llm.blocks import BlockInputs, Call, ModelBlock, block_paths, blocks_at
+from prunella.llm.blocks import BlockCall, BlockInputs, ModelBlock, block_paths, blocks_at
 from prunella.llm.refine import Refine, refine_
 from prunella.model.forward import batches, tensors
 from prunella.model.masks import masks_of
@@ -188,10 +188,10 @@ class _Matcher:
         log.info("%s", fit)
         self.inputs.next_block(block)
 
-    def _output(self, block: ModelBlock, call: Call) -> Tensor:
+    def _output(self, block: ModelBlock, call: BlockCall) -> Tensor:
         return tensors(self.inputs.forward(block, call))[0]
 
-    def _solve_(self, block: ModelBlock, calls: Sequence[Call], targets: Sequence[Tensor]) -> BlockFit:
+    def _solve_(self, block: ModelBlock, calls: Sequence[BlockCall], targets: Sequence[Tensor]) -> BlockFit:
         """Least squares for the last layer of the block."""
         read, reason = self._last_layer(block, calls[0])
         names = {p: name for name, p in self.model.named_parameters()}
@@ -208,7 +208,7 @@ class _Matcher:
             read.bias.copy_((read.bias.double() + solution.shift).to(read.bias.dtype))
         return BlockFit(block.path, names[read.weight], before, after)
 
-    def _sums(self, block: ModelBlock, calls: Sequence[Call], targets: Sequence[Tensor], layer: Read) -> _Sums:
+    def _sums(self, block: ModelBlock, calls: Sequence[BlockCall], targets: Sequence[Tensor], layer: Read) -> _Sums:
         """The sums of the least squares, over the batches for the fit and those for validation."""
         fitted, validation = (Sums(centred=layer.bias is not None) for _ in range(2))
         held_out = _validation(len(calls)) if self.how.ridge is None else set[int]()
@@ -243,7 +243,7 @@ class _Matcher:
         before = math.sqrt(refined.before) if fit.skipped else fit.before
         return BlockFit(fit.name, fit.layer or "all", before, math.sqrt(refined.after))
 
-    def _last_layer(self, block: ModelBlock, call: Call) -> tuple[Read | None, str]:
+    def _last_layer(self, block: ModelBlock, call: BlockCall) -> tuple[Read | None, str]:
         """The last layer of the block, if its output plus the residual is the output of the block; else why not."""
         module = self.model.get_submodule(block.path)
         reads: list[Read] = []
@@ -261,7 +261,7 @@ class _Matcher:
             return None, "its last layer is read more than once"
         return last, ""
 
-    def _read_of(self, block: ModelBlock, call: Call, weight: nn.Parameter) -> Read:
+    def _read_of(self, block: ModelBlock, call: BlockCall, weight: nn.Parameter) -> Read:
         """The last read of a weight in one call of the block."""
         reads: list[Read] = []
         watch = Watch([weight], reads.append)

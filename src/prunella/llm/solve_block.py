@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from prunella.granularity import NM
 from prunella.graph.data import Layer
 from prunella.graph.matrix import from_matrix, to_matrix
-from prunella.llm.blocks import Call, Calls, ModelBlock, StoreActivations
+from prunella.llm.blocks import BlockCall, Calls, ModelBlock, StoreActivations
 from prunella.llm.distributed import SINGLE_PROCESS, ProcessGroup
 from prunella.llm.experts import Part, expert_axis, expert_chunks, matrix_of, parts_read
 from prunella.llm.recipe import OneShot
@@ -67,8 +67,8 @@ class BlockProblem:
     block: ModelBlock
     module: nn.Module
     layers: Mapping[nn.Parameter, Layer]
-    calls: Sequence[Call]
-    forward: Callable[[Call], Any]
+    calls: Sequence[BlockCall]
+    forward: Callable[[BlockCall], Any]
     how: OneShot
     targets: Sequence[Tensor] = ()
     store: StoreActivations = list
@@ -131,7 +131,7 @@ def dense_targets(
     how: OneShot,
     block: ModelBlock,
     module: nn.Module,
-    calls: Sequence[Call],
+    calls: Sequence[BlockCall],
     previous: Sequence[Tensor],
     store: StoreActivations,
 ) -> Sequence[Tensor]:

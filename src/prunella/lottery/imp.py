@@ -23,7 +23,7 @@ Prune = Callable[[nn.Module, int], Plan]
 
 
 @dataclass(frozen=True)
-class Rounds:
+class PruningRounds:
     """The result of `imp`: a function of a model and a round that returns the plan of this round."""
 
     inputs: Inputs
@@ -51,7 +51,7 @@ class Rounds:
 @training(source="Frankle and Carbin 2019, arXiv:1803.03635", status="stable")
 def imp(
     inputs: Inputs, *, rate: float = 0.2, last: float = 0.5, recipe: Recipe | None = None, skip: Sequence[str] = ()
-) -> Rounds:
+) -> PruningRounds:
     """Prune the same fraction of the remaining weights in every round.
 
     After round k a layer keeps `(1 - rate)^k` of its weights and the last layer `(1 - last * rate)^k`: 80.04, 51.28,
@@ -67,4 +67,4 @@ def imp(
     recovery: call `plan` once.
     """
     check_rates(rate, last)
-    return Rounds(inputs, rate, last, recipe, tuple(skip))
+    return PruningRounds(inputs, rate, last, recipe, tuple(skip))

@@ -15,7 +15,7 @@ from prunella.errors import RequestError
 from prunella.io.identity import Identity, identify, model_parts
 from prunella.lottery.folder import Steps, open_steps
 from prunella.lottery.imp import Prune
-from prunella.lottery.session import Point, put_, snapshot
+from prunella.lottery.session import TrainingPoint, put_, snapshot
 from prunella.lottery.training import TrainingSpec
 from prunella.measure.text import MISSING, percent, significant, table
 from prunella.model.copying import copied
@@ -163,7 +163,7 @@ class _Search(Generic[M]):
 
     def run(self, rounds: int, steps: Steps) -> Tickets[M]:
         done = steps.once("round-00", self._dense)
-        self.point = Point(**done["point"])
+        self.point = TrainingPoint(**done["point"])
         results = [_round(0, done, {})]
         for number in range(1, rounds + 1):
             before = done

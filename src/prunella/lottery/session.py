@@ -32,7 +32,7 @@ class Stateful(Protocol):
 
 
 @dataclass(frozen=True)
-class Point:
+class TrainingPoint:
     """The state of a run at one step: the model, all other states, the position in the data, and random states.
 
     rng: present random state. epoch: random state at the start of the present epoch. offset: batches taken since then.
@@ -56,7 +56,7 @@ class Point:
 
 
 class Session:
-    """One run of `total` steps, or its rest from a `Point` on; a training function takes its batches from here.
+    """One run of `total` steps, or its rest from a `TrainingPoint` on; a training function takes its batches from here.
 
         def train(model, session):
             optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
@@ -80,7 +80,7 @@ class Session:
         model: nn.Module,
         total: int,
         *,
-        start: Point | None = None,
+        start: TrainingPoint | None = None,
         keep_at: int | None = None,
         stop: int | None = None,
         fresh: bool = False,
@@ -89,7 +89,7 @@ class Session:
         self.model, self.total = unwrap(model), total
         self.start, self.keep_at, self.fresh, self.reseed = start, keep_at, fresh, reseed
         self.end = total if stop is None else stop
-        self.kept: Point | None = None
+        self.kept: TrainingPoint | None = None
         self.rates: list[float] = []
         self.done = False
 
@@ -160,9 +160,11 @@ class Session:
             one.load_state_dict(state)
         return self.start.step
 
-    def _point(self, step: int, stateful: tuple[Stateful, ...], now: RngState, epoch: RngState, offset: int) -> Point:
+    def _point(
+        self, step: int, stateful: tuple[Stateful, ...], now: RngState, epoch: RngState, offset: int
+    ) -> TrainingPoint:
         others = [copy.deepcopy(one.state_dict()) for one in stateful]
-        return Point(step, snapshot(self.model), others, now, epoch, offset)
+        return TrainingPoint(step, snapshot(self.model), others, now, epoch, offset)
 
     def _note_rate(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         self.rates.append(float(optimizer.param_groups[0]["lr"]))

@@ -10,7 +10,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from prunella.errors import CheckFailed, RequestError
-from prunella.lottery.session import Point, Session
+from prunella.lottery.session import Session, TrainingPoint
 from prunella.model.rng import seeded
 from prunella.model.state import mode
 from prunella.recovery.finetune import Training
@@ -50,7 +50,7 @@ class TrainingSpec:
                 raise CheckFailed(f"{name} is not finite after training", why, "use a smaller learning rate")
         return session
 
-    def session(self, model: nn.Module, *, start: Point | None = None, keep_at: int | None = None) -> Session:
+    def session(self, model: nn.Module, *, start: TrainingPoint | None = None, keep_at: int | None = None) -> Session:
         """A session of this spec for `model`."""
         return Session(model, self.steps, start=start, keep_at=keep_at)
 

@@ -1,4 +1,4 @@
-"""Latency comparisons in interleaved rounds, with confidence intervals of the ratios."""
+"""LatencySamples comparisons in interleaved rounds, with confidence intervals of the ratios."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class Ratio:
 
 
 @dataclass(frozen=True)
-class Latency:
+class LatencySamples:
     """Seconds of one call: every sample of one candidate, in the order of the rounds."""
 
     name: str
@@ -78,7 +78,7 @@ class Latency:
 class Comparison:
     """Candidates measured in the same rounds; the first is the base of all ratios."""
 
-    latencies: tuple[Latency, ...]
+    latencies: tuple[LatencySamples, ...]
     ratios: tuple[Ratio, ...]
     threads: int
     device: str
@@ -195,7 +195,7 @@ def compare_latency(
         used = torch.get_num_threads()
     finally:
         torch.set_num_threads(former_threads)
-    latencies = tuple(Latency(name, tuple(times)) for name, times in samples.items())
+    latencies = tuple(LatencySamples(name, tuple(times)) for name, times in samples.items())
     ratios = tuple(paired_ratio(latencies[0].samples, other.samples, seed=seed) for other in latencies[1:])
     return Comparison(latencies, ratios, used, device, rounds, warmup, seed)
 

@@ -15,7 +15,7 @@ from prunella.errors import RequestError
 from prunella.model.masks import masks_of
 from prunella.model.unwrap import unwrap
 from prunella.recovery.distill import distill_logits
-from prunella.recovery.finetune import Curve, OnStep, Training, finetune
+from prunella.recovery.finetune import LossCurve, OnStep, Training, finetune
 from prunella.recovery.lora import Merged, mask_adapters_, merge_adapters_
 from prunella.registry.method import recovery
 
@@ -23,7 +23,7 @@ STRAY = 0.01
 """A weight with a smaller fraction of zeros counts as dense: quantized weights have a few zeros by chance."""
 
 
-class LowRank(nn.Module):
+class LowRankAdapter(nn.Module):
     """A linear layer with a low-rank change: `y = base(x) + s B A x`. B starts at zero, so that `y = base(x)`."""
 
     def __init__(self, base: nn.Linear, rank: int, scale: float, generator: torch.Generator) -> None:
@@ -85,7 +85,7 @@ def add_adapters_(model: nn.Module, how: Adapters = Adapters(), *, seed: int = 0
         )
     for name, layer in layers:
         parent, _, leaf = name.rpartition(".")
-        setattr(root.get_submodule(parent), leaf, LowRank(layer, how.rank, how.scale, generator))
+        setattr(root.get_submodule(parent), leaf, LowRankAdapter(layer, how.rank, how.scale, generator))
     return tuple(name for name, _ in layers)
 
 
@@ -93,7 +93,7 @@ def add_adapters_(model: nn.Module, how: Adapters = Adapters(), *, seed: int = 0
 class Distilled:
     """The result of `distill_lm_`: the loss of every step, and the merged adapters (none with adapters=None)."""
 
-    curve: Curve
+    curve: LossCurve
     merged: tuple[Merged, ...] = ()
 
     def __str__(self) -> str:

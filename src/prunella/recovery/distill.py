@@ -14,7 +14,7 @@ from prunella.errors import RequestError
 from prunella.model.forward import Outputs, first_tensor, forward
 from prunella.model.state import mode
 from prunella.model.unwrap import unwrap
-from prunella.recovery.finetune import Curve, OnStep, Training, finetune
+from prunella.recovery.finetune import LossCurve, OnStep, Training, finetune
 from prunella.registry.method import recovery
 from prunella.types import Loss
 
@@ -196,7 +196,7 @@ def distill(
     imitate: Callable[[nn.Module], Loss] = distill_logits,
     training: Training = _DEFAULT,
     on_step: OnStep | None = None,
-) -> Curve:
+) -> LossCurve:
     """Fine-tune `model` toward `teacher` without labels: `finetune` with the loss `imitate(teacher)`.
 
     imitate: a function from the teacher to a loss, by default `distill_logits`; for features bind the names, as

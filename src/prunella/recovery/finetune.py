@@ -28,7 +28,7 @@ OnStep = Callable[[int, float, float], None]
 
 
 @dataclass(frozen=True)
-class Curve:
+class LossCurve:
     """Loss and learning rate of every step."""
 
     loss: tuple[float, ...]
@@ -82,7 +82,7 @@ def finetune(
     lr: float,
     training: Training = _DEFAULT,
     on_step: OnStep | None = None,
-) -> Curve:
+) -> LossCurve:
     """Train `model` in place for `steps` steps and return the curve; the masks of the model stay in force.
 
     At step t the learning rate is `lr * training.lr_schedule((t + 1/2) / steps)`. The model is trained in training
@@ -129,7 +129,7 @@ def finetune(
             if on_step:
                 on_step(step, losses[-1], rates[-1])
     optim.zero_grad(set_to_none=True)
-    return Curve(tuple(losses), tuple(rates))
+    return LossCurve(tuple(losses), tuple(rates))
 
 
 def _check(steps: int, lr: float, trained: list[nn.Parameter]) -> None:

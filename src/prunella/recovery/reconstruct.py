@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Fit:
+class LayerFit:
     """One layer: relative output errors `|Y - Y'| / |Y - mean Y|` before and after, on the calibration data.
 
     damping: the addition to the diagonal, relative to its mean. skipped: why the layer was not refitted, or empty.
@@ -51,7 +51,7 @@ class Fit:
 class Reconstruction:
     """The result of `reconstruct`, layer by layer in the order of execution."""
 
-    fits: tuple[Fit, ...]
+    fits: tuple[LayerFit, ...]
 
     def __str__(self) -> str:
         return "\n".join(map(str, self.fits)) or "no layer reads a pruned axis"
@@ -59,7 +59,7 @@ class Reconstruction:
 
 Gathered = dict[tuple[int, int], Sums]
 """Number of the part of a weight, number of the matrix in the part -> the sums of its inputs and outputs."""
-OnFit = Callable[[Fit, int, int], None]
+OnFit = Callable[[LayerFit, int, int], None]
 """Called after each layer with its fit, the number of finished layers, and the number of all layers."""
 
 
@@ -118,7 +118,7 @@ def reconstruct(
     with mode(small_, training=False), mode(dense_, training=False), torch.no_grad():
         items = readers_of(small_, dense_, next(batches(data)), plan, loss)
         readers = [item for item in items if isinstance(item, Reader)]
-        fits = {item.name: Fit(item.name, skipped=item.why) for item in items if isinstance(item, Skipped)}
+        fits = {item.name: LayerFit(item.name, skipped=item.why) for item in items if isinstance(item, Skipped)}
         for done, reader in enumerate(readers, start=1):
             fits[reader.name] = _refit(reader, _gather(reader, small_, dense_, data, loss), ridge)
             log.info("%s", fits[reader.name])
@@ -182,7 +182,7 @@ def _add(sums: Sums, name: str, piece: Piece, read: Read, expected: Sequence[Rea
         sums.add(x, y[tokens], gap[tokens])
 
 
-def _refit(reader: Reader, gathered: Gathered, ridge: float) -> Fit:
+def _refit(reader: Reader, gathered: Gathered, ridge: float) -> LayerFit:
     """Solve for every matrix, and write the solutions that reduce the error."""
     if not all(sums.finite for sums in gathered.values()):
         raise CheckFailed(
@@ -200,7 +200,7 @@ def _refit(reader: Reader, gathered: Gathered, ridge: float) -> Fit:
         if better:
             _write(part.small, part.pieces[index], solution)
     tokens = max(sums.tokens for sums in gathered.values())
-    return Fit(reader.name, tokens, math.sqrt(before) / scale, math.sqrt(after) / scale, damping)
+    return LayerFit(reader.name, tokens, math.sqrt(before) / scale, math.sqrt(after) / scale, damping)
 
 
 def _write(read: Read, piece: Piece, solution: Solution) -> None:

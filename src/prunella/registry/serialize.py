@@ -59,7 +59,7 @@ def read(described: Mapping[str, Any], kind: MethodKind) -> Any:
             raise BadInput(f"{name} is not a control")
         return controlled
     method = find(name, kind)
-    current = {_KNOBS_OF_0_1.get(key, key): value for key, value in knobs.items()}
+    current = {_KNOBS_OF_0_1.get(str(key), str(key)): value for key, value in knobs.items()}
     values = {key: _typed(method, key, value) for key, value in current.items()}
     if kind == "granularity":
         return method.function(**values)

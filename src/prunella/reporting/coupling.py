@@ -20,7 +20,7 @@ _FOLDER = Path(__file__).parent
 
 
 @dataclass(frozen=True)
-class Stop:
+class CoupledStop:
     """Where a group meets a layer: it is made there (`out`) or read there (`in`)."""
 
     row: int
@@ -35,7 +35,7 @@ class Rail:
     name: str
     column: int
     colour: int
-    stops: tuple[Stop, ...]
+    stops: tuple[CoupledStop, ...]
 
     @property
     def x(self) -> int:
@@ -57,13 +57,15 @@ def rails(graph: Graph) -> tuple[Rail, ...]:
     return tuple(made)
 
 
-def _stops(graph: Graph, group: Group, rows: dict[str, int]) -> tuple[Stop, ...]:
+def _stops(graph: Graph, group: Group, rows: dict[str, int]) -> tuple[CoupledStop, ...]:
     found = {}
     for member in group.members:
         if member.entity in rows and member.role in ("in", "out"):
             makes = member.role == "out"
             verb = "makes" if makes else "reads"
-            found[rows[member.entity], makes] = Stop(rows[member.entity], makes, f"{member.entity} {verb} {group.name}")
+            found[rows[member.entity], makes] = CoupledStop(
+                rows[member.entity], makes, f"{member.entity} {verb} {group.name}"
+            )
     return tuple(found[key] for key in sorted(found))
 
 

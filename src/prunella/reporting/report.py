@@ -89,7 +89,7 @@ class LayerLine:
 
 
 @dataclass(frozen=True)
-class Width:
+class LayerWidth:
     """What a plan keeps of one group of units, or of one masked weight."""
 
     name: str
@@ -118,7 +118,7 @@ class Report:
     latency: Comparison
     difference: float
     layers: tuple[LayerLine, ...]
-    widths: tuple[Width, ...]
+    widths: tuple[LayerWidth, ...]
     frozen: tuple[Frozen, ...]
     curve: Curve | None
     target: tuple[str, str] | None
@@ -251,7 +251,7 @@ def report(
         latency=latency,
         difference=relative_error(*outputs),
         layers=_layers(dense, small, macs, (seconds["dense"], seconds["pruned"]), plan.dropped if plan else {}),
-        widths=tuple(Width(row.name, row.kind, row.kept, row.total) for row in plan.rows) if plan else (),
+        widths=tuple(LayerWidth(row.name, row.kind, row.kept, row.total) for row in plan.rows) if plan else (),
         frozen=plan.frozen if plan else (),
         curve=curve,
         target=(str(plan.target), _got(plan, plan.target)) if plan and plan.target else None,

@@ -42,9 +42,9 @@ from prunella.runtime.convert import assembled, convolution_context, tuner_for, 
 from prunella.runtime.fx.fuse import Fused, activation_of, channels_last_
 from prunella.runtime.kernels.library import Precision
 from prunella.runtime.layers import SparseLinear
-from prunella.runtime.record import Layer, Shapes, Sparsified, sparsified, with_record
+from prunella.runtime.record import LayerRecord, Shapes, Sparsified, sparsified, with_record
 from prunella.runtime.restore import restored, sparse_layers
-from prunella.runtime.tuning.acceptance import Outcome
+from prunella.runtime.tuning.acceptance import Acceptance
 from prunella.runtime.tuning.choice import Choice, Problem, Route, from_json, to_json
 from prunella.runtime.tuning.eligible import bias_of, eligible_layers, geometry_of, matrix_of
 from prunella.runtime.tuning.fingerprint import fingerprint
@@ -122,7 +122,7 @@ def load_sparse(
         channels_last = entry.channels_last and isinstance(sparse, GraphModule) and channels_last_(sparse)
     record = Sparsified(
         layers,
-        Outcome("" if tables else "no layer is faster without its zeros here"),
+        Acceptance("" if tables else "no layer is faster without its zeros here"),
         precision=entry.precision,
         traced=entry.traced if isinstance(sparse, GraphModule) else (),
         channels_last=channels_last,
@@ -231,7 +231,7 @@ def _unpacked(folder: Path, manifest: Fields, entry: _Entry) -> State:
     return State(tensors, state.ties, state.transient)
 
 
-def _layer(model: nn.Module, name: str, entry: _Entry, tuner: Tuner, fused: Fused) -> Layer:
+def _layer(model: nn.Module, name: str, entry: _Entry, tuner: Tuner, fused: Fused) -> LayerRecord:
     """The choices of a layer: those of the manifest if they are valid here, otherwise measured now."""
     module, rows = eligible_layers(model).get(name), entry.layers[name]
     if module is None or not rows:
@@ -245,12 +245,12 @@ def _layer(model: nn.Module, name: str, entry: _Entry, tuner: Tuner, fused: Fuse
     keep_dense = bool(why_kept_dense(model, module))
     valid = keep_dense_configs if keep_dense else configs_for
     if entry.same_machine and all(isinstance(c, Route) or c in valid(matrix, p.size, entry.precision) for p, c in rows):
-        return Layer(name, zeros, tuple(Verdict(problem, choice) for problem, choice in rows))
+        return LayerRecord(name, zeros, tuple(Verdict(problem, choice) for problem, choice in rows))
     if keep_dense:
-        return Layer(name, zeros, tuner.keep_dense(weight, bias_of(module), sizes))
+        return LayerRecord(name, zeros, tuner.keep_dense(weight, bias_of(module), sizes))
     if isinstance(module, nn.Conv2d):
-        return Layer(name, zeros, tuner.conv(weight, bias_of(module), geometry_of(module), sizes, fused))
-    return Layer(name, zeros, tuner.linear(weight, bias_of(module), sizes))
+        return LayerRecord(name, zeros, tuner.conv(weight, bias_of(module), geometry_of(module), sizes, fused))
+    return LayerRecord(name, zeros, tuner.linear(weight, bias_of(module), sizes))
 
 
 def _check_problems(name: str, module: nn.Module, sizes: tuple[Problem, ...]) -> None:

@@ -28,9 +28,9 @@ from prunella.runtime.fx.fuse import (
 )
 from prunella.runtime.kernels.library import Activation, Precision
 from prunella.runtime.layers import FastLinear, SparseConv2d, SparseLinear
-from prunella.runtime.record import Layer, Sparsified, shapes_of, why_not_faster, with_record
+from prunella.runtime.record import LayerRecord, Sparsified, shapes_of, why_not_faster, with_record
 from prunella.runtime.tuning import acceptance
-from prunella.runtime.tuning.acceptance import Outcome
+from prunella.runtime.tuning.acceptance import Acceptance
 from prunella.runtime.tuning.choice import Problem, Route, Table, is_dense
 from prunella.runtime.tuning.configs import FEW_TOKENS
 from prunella.runtime.tuning.eligible import (
@@ -137,7 +137,7 @@ def convolution_context(dense: nn.Module, example: Inputs, fuse: bool) -> tuple[
 
 def _measure_layers(
     model: nn.Module, shapes: InputShapes, tokens: Sequence[int], tuner: Tuner, fused: Mapping[str, Fused]
-) -> tuple[Layer, ...]:
+) -> tuple[LayerRecord, ...]:
     with torch.inference_mode(False), torch.no_grad():
         return tuple(
             _measure_layer(model, name, module, shapes, tokens, tuner, fused.get(name, Fused()))
@@ -153,25 +153,25 @@ def _measure_layer(
     tokens: Sequence[int],
     tuner: Tuner,
     fused: Fused,
-) -> Layer:
+) -> LayerRecord:
     weight = matrix_of(module)
     zeros = 1 - density(weight.reshape(len(weight), -1)) if weight.numel() else 0.0
     why = _why_not_measured(module, name in shapes)
     todo = () if why else problems(module, shapes[name], tokens)
     if why or not todo:
-        return Layer(name, zeros, (), why or "the sizes of its input are unknown")
+        return LayerRecord(name, zeros, (), why or "the sizes of its input are unknown")
     bias, keep_dense = bias_of(module), why_kept_dense(model, module)
     if keep_dense:
         few = tuple(problem for problem in todo if problem.size <= FEW_TOKENS)
         if tuner.evict is None or type(module) is not nn.Linear or not few:
-            return Layer(name, zeros, (), keep_dense)
+            return LayerRecord(name, zeros, (), keep_dense)
         verdicts = (*tuner.keep_dense(weight, bias, few), Verdict(Problem(FEW_TOKENS + 1), Route.TORCH))
     elif isinstance(module, nn.Conv2d):
         verdicts = tuner.conv(weight, bias, geometry_of(module), todo, fused)
     else:
         verdicts = tuner.linear(weight, bias, todo)
     wins = any(not is_dense(verdict.choice) for verdict in verdicts)
-    return Layer(name, zeros, verdicts, "" if wins else keep_dense or why_not_faster(verdicts[-1]))
+    return LayerRecord(name, zeros, verdicts, "" if wins else keep_dense or why_not_faster(verdicts[-1]))
 
 
 def why_kept_dense(model: nn.Module, module: nn.Module) -> str:
@@ -209,8 +209,8 @@ class _Candidate:
 
     model: nn.Module | None
     channels_last: bool
-    layers: tuple[Layer, ...]
-    outcome: Outcome
+    layers: tuple[LayerRecord, ...]
+    outcome: Acceptance
 
 
 @dataclass(frozen=True)
@@ -222,18 +222,18 @@ class _Builder:
     fuse: bool
     precision: Precision
 
-    def candidate(self, layers: tuple[Layer, ...], *, dense_for_few: bool = False) -> _Candidate:
+    def candidate(self, layers: tuple[LayerRecord, ...], *, dense_for_few: bool = False) -> _Candidate:
         """The model with these layers, measured. dense_for_few: whether dense code runs for a few tokens."""
         model, channels_last = self._build(layers)
         if model is None:
-            return _Candidate(None, False, layers, Outcome(_SLOWER if dense_for_few else _why_no_layer(layers)))
+            return _Candidate(None, False, layers, Acceptance(_SLOWER if dense_for_few else _why_no_layer(layers)))
         elsewhere = not dense_for_few and any(
             not is_dense(v.choice) for layer in layers for v in layer.verdicts[:-1] if not v.problem.image
         )
         outcome = acceptance.judge(self.dense, model, self.example, self.precision, gains_elsewhere=elsewhere)
         return _Candidate(model, channels_last, layers, outcome)
 
-    def _build(self, layers: Sequence[Layer]) -> tuple[nn.Module | None, bool]:
+    def _build(self, layers: Sequence[LayerRecord]) -> tuple[nn.Module | None, bool]:
         tables = {layer.name: layer.table for layer in layers if not layer.why}
         if not tables:
             return None, False
@@ -259,7 +259,7 @@ def _for_first_token(builder: _Builder, candidate: _Candidate, shapes: InputShap
     return replace(candidate, outcome=replace(candidate.outcome, first_token=ratio))
 
 
-def _dense_for_few(layer: Layer) -> Layer:
+def _dense_for_few(layer: LayerRecord) -> LayerRecord:
     """The layer with dense code for a few tokens."""
     verdicts = tuple(replace(v, choice=Route.TORCH) if v.problem.size <= FEW_TOKENS else v for v in layer.verdicts)
     keeps_why = layer.why or any(not is_dense(verdict.choice) for verdict in verdicts)
@@ -287,7 +287,7 @@ def _tokens(shapes: set[tuple[int, ...]]) -> int:
     return max((math.prod(shape[:-1]) for shape in shapes), default=0)
 
 
-def _why_no_layer(layers: tuple[Layer, ...]) -> str:
+def _why_no_layer(layers: tuple[LayerRecord, ...]) -> str:
     if not layers:
         return "the model has no linear layer and no convolution that could skip zeros"
     return "no layer is faster without its zeros" if any(layer.verdicts for layer in layers) else layers[0].why

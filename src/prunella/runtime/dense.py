@@ -13,8 +13,8 @@ from prunella.model.copying import frozen_copy
 from prunella.model.forward import forward
 from prunella.runtime.convert import check_request
 from prunella.runtime.layers import FastLinear
-from prunella.runtime.record import Layer, Sparsified, with_record
-from prunella.runtime.tuning.acceptance import Outcome, interleaved
+from prunella.runtime.record import LayerRecord, Sparsified, with_record
+from prunella.runtime.tuning.acceptance import Acceptance, interleaved
 from prunella.runtime.tuning.choice import Route
 from prunella.runtime.tuning.eligible import bias_of, input_shapes, matrix_of, problems
 from prunella.runtime.tuning.tune import Verdict, candidates_dense, decide, density
@@ -32,7 +32,7 @@ def dense_fast(
     """
     check_request(tokens, seconds)
     begin, dense = now(), frozen_copy(model)
-    shapes, fast, layers = input_shapes(dense, example), frozen_copy(dense), list[Layer]()
+    shapes, fast, layers = input_shapes(dense, example), frozen_copy(dense), list[LayerRecord]()
     known: dict[object, tuple[Verdict, ...]] = {}
     with torch.inference_mode(False), torch.no_grad():
         for name, module in list(fast.named_modules()):
@@ -41,7 +41,7 @@ def dense_fast(
                 if key not in known:
                     known[key] = _verdicts(module, shapes[name], tokens, seconds, seed)
                 layers.append(_replace(fast, name, module, known[key]))
-    outcome = _judge(dense, fast, example) if any(not layer.why for layer in layers) else Outcome(_AS_FAST)
+    outcome = _judge(dense, fast, example) if any(not layer.why for layer in layers) else Acceptance(_AS_FAST)
     record = Sparsified(tuple(layers), outcome, seconds=since(begin), action="run oneDNN's dense kernel")
     return with_record(fast if outcome.kept else dense, record)
 
@@ -49,12 +49,12 @@ def dense_fast(
 _AS_FAST = "torch runs the faster kernel by itself"
 
 
-def _judge(dense: nn.Module, fast: nn.Module, example: Inputs) -> Outcome:
+def _judge(dense: nn.Module, fast: nn.Module, example: Inputs) -> Acceptance:
     """Whether the model with other kernels is kept: unless it is slower."""
     runs = {"dense": partial(forward, dense, example), "fast": partial(forward, fast, example)}
     with torch.inference_mode():
         ratio = interleaved(runs).ratio
-    return Outcome(ratio.verdict if ratio.slower else "", ratio)
+    return Acceptance(ratio.verdict if ratio.slower else "", ratio)
 
 
 def _is_plain(model: nn.Module, module: nn.Linear) -> bool:
@@ -75,11 +75,11 @@ def _verdicts(
     return tuple(verdicts)
 
 
-def _replace(model: nn.Module, name: str, module: nn.Linear, verdicts: tuple[Verdict, ...]) -> Layer:
+def _replace(model: nn.Module, name: str, module: nn.Linear, verdicts: tuple[Verdict, ...]) -> LayerRecord:
     zeros = 1 - density(module.weight.detach())
     if all(verdict.choice is Route.TORCH for verdict in verdicts):
-        return Layer(name, zeros, verdicts, "F.linear is as fast")
-    layer = Layer(name, zeros, verdicts)
+        return LayerRecord(name, zeros, verdicts, "F.linear is as fast")
+    layer = LayerRecord(name, zeros, verdicts)
     parent, _, leaf = name.rpartition(".")
     fast = FastLinear(module.weight, module.bias, table=layer.table).eval()
     fast.load_state_dict(module.state_dict(), assign=True)

@@ -13,7 +13,7 @@ from prunella.measure.machine import cpu_name
 from prunella.model.unwrap import unwrap
 from prunella.runtime.kernels import library
 from prunella.runtime.kernels.library import Precision
-from prunella.runtime.tuning.acceptance import Outcome
+from prunella.runtime.tuning.acceptance import Acceptance
 from prunella.runtime.tuning.choice import Table, describe, is_dense
 from prunella.runtime.tuning.tune import Verdict
 from prunella.types import Inputs
@@ -24,7 +24,7 @@ _RECORD = "prunella_sparsified"
 
 
 @dataclass(frozen=True)
-class Layer:
+class LayerRecord:
     """What a layer runs. sparsity: fraction of its weights that are zero.
 
     verdicts: one for each number of tokens that was measured; the ratio is of the best kernel that skips zeros against
@@ -70,8 +70,8 @@ class Sparsified:
     channels_last: whether images run in that layout. action: what the replaced layers do, for the printed record.
     """
 
-    layers: tuple[Layer, ...]
-    outcome: Outcome
+    layers: tuple[LayerRecord, ...]
+    outcome: Acceptance
     environment: Environment = field(default_factory=Environment.here)
     seconds: float = 0.0
     precision: Precision = Precision.FP32

@@ -38,8 +38,8 @@ class InputNorm:
         self.unread: dict[str, Unread] = {}
 
     def watch(self) -> AbstractContextManager[object]:
-        """Watch one forward pass."""
-        return Watch(self._weights, self._add, self.unread)
+        """ActivationWatch one forward pass."""
+        return ActivationWatch(self._weights, self._add, self.unread)
 
     def add(self, grads: object) -> None:
         """Unused: this statistic needs no gradients."""
@@ -68,7 +68,7 @@ def lay_out(weight: Tensor, name: str, totals: Totals) -> Tensor:
     return flat.as_strided(weight.shape, weight.stride(), 0)
 
 
-class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class ActivationWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Report every product with one of `weights`; `unread` collects the calls that cannot be read, by entity."""
 
     @classmethod

@@ -16,7 +16,7 @@ from torch import Tensor
 from prunella.graph.data import Group, Member
 from prunella.model.reads import Product
 from prunella.model.watch import Unread, View
-from prunella.stats.activation import Watch, lay_out, total
+from prunella.stats.activation import ActivationWatch, lay_out, total
 from prunella.stats.subject import Subject
 
 Measure = Callable[[Product], Tensor | None]
@@ -33,7 +33,7 @@ class _Sums:
         self.unread: dict[str, Unread] = {}
 
     def watch(self) -> AbstractContextManager[object]:
-        return Watch(self.weights, self._add, self.unread)
+        return ActivationWatch(self.weights, self._add, self.unread)
 
     def seen(self, name: str) -> bool:
         return any(key[0] == name for key in self._totals[0])
@@ -66,7 +66,7 @@ class PerUnit:
         self.unread = self._sums.unread
 
     def watch(self) -> AbstractContextManager[object]:
-        """Watch one forward pass."""
+        """ActivationWatch one forward pass."""
         return self._sums.watch()
 
     def add(self, grads: object) -> None:
@@ -119,7 +119,7 @@ class InputVar:
         self.unread = self._sums.unread
 
     def watch(self) -> AbstractContextManager[object]:
-        """Watch one forward pass."""
+        """ActivationWatch one forward pass."""
         return self._sums.watch()
 
     def add(self, grads: object) -> None:

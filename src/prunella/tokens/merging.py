@@ -13,7 +13,7 @@ from prunella.errors import NotSupported, RequestError
 from prunella.graph.data import Graph
 from prunella.graph.solve.groups import couple
 from prunella.graph.solve.residual_blocks import inside
-from prunella.llm.blocks import Call, ModelBlock, blocks_of
+from prunella.llm.blocks import BlockCall, ModelBlock, blocks_of
 from prunella.model.forward import forward, tensors
 from prunella.model.state import untouched
 from prunella.model.unwrap import unwrap
@@ -52,7 +52,7 @@ class TokenMerging:
         self.sizes = None
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        call = Call(args, kwargs)
+        call = BlockCall(args, kwargs)
         x = call.hidden_states
         sizes = torch.ones(x.shape[:2], device=x.device) if self.sizes is None else self.sizes
         matching = bipartite_match(x, min(self.r, most(x.shape[1], self.protected)), protected=self.protected)
@@ -103,13 +103,13 @@ def merge_tokens_(model: nn.Module, inputs: Any, *, r: int, protected: int = 1) 
     return merging
 
 
-def _calls(model: nn.Module, blocks: tuple[ModelBlock, ...], inputs: Any) -> dict[str, Call]:
+def _calls(model: nn.Module, blocks: tuple[ModelBlock, ...], inputs: Any) -> dict[str, BlockCall]:
     """The arguments of the call of each block."""
-    calls: dict[str, Call] = {}
+    calls: dict[str, BlockCall] = {}
 
     def record(path: str) -> Callable[..., None]:
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            calls[path] = Call(args, kwargs)
+            calls[path] = BlockCall(args, kwargs)
 
         return before
 
@@ -126,7 +126,7 @@ def _calls(model: nn.Module, blocks: tuple[ModelBlock, ...], inputs: Any) -> dic
     return calls
 
 
-def _check(block: ModelBlock, call: Call | None, graph: Graph, samples: int) -> None:
+def _check(block: ModelBlock, call: BlockCall | None, graph: Graph, samples: int) -> None:
     """NotSupported unless tokens can be merged before this block."""
     if not block.path or call is None:
         todo = "tokens are merged before the blocks of a ModuleList or Sequential that add to their input"

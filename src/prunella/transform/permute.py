@@ -100,7 +100,7 @@ def permute(
 
 
 @dataclass(frozen=True)
-class Reader:
+class PermutedReader:
     """A layer that reads a group; `matrix` (out, in) holds its magnitudes.
 
     columns: (units, w), the columns of each unit. m: units in a stripe.
@@ -132,7 +132,7 @@ class Reader:
 
 
 def best_order(
-    readers: Sequence[Reader], pattern: NM, size: int, rounds: int, seed: int
+    readers: Sequence[PermutedReader], pattern: NM, size: int, rounds: int, seed: int
 ) -> tuple[Tensor, float, float]:
     """The best order, and the magnitude kept before and after."""
     stripes = torch.arange(size).view(-1, pattern.m)
@@ -150,7 +150,7 @@ def best_order(
 
 
 def _regroup(
-    readers: Sequence[Reader], stripes: Tensor, value: Tensor, pairs: Tensor, regroupings: Tensor, n: int
+    readers: Sequence[PermutedReader], stripes: Tensor, value: Tensor, pairs: Tensor, regroupings: Tensor, n: int
 ) -> bool:
     """Regroup every pair of stripes in the best way, in place; True if any pair improved."""
     if not len(pairs):
@@ -167,7 +167,7 @@ def _regroup(
     return bool(better.any())
 
 
-def _kept(readers: Sequence[Reader], stripes: Tensor, n: int, chunk: int = 4096) -> Tensor:
+def _kept(readers: Sequence[PermutedReader], stripes: Tensor, n: int, chunk: int = 4096) -> Tensor:
     return torch.cat([sum((r.kept(part, n) for r in readers), torch.zeros(())) for part in torch.split(stripes, chunk)])
 
 
@@ -196,7 +196,7 @@ def _regroupings(m: int) -> Tensor:
     return torch.tensor(regroupings)
 
 
-def _readers(model: nn.Module, graph: Graph, group: Group, pattern: NM) -> list[Reader]:
+def _readers(model: nn.Module, graph: Graph, group: Group, pattern: NM) -> list[PermutedReader]:
     """Layers whose columns follow the group in whole stripes. Other layers are permuted too but do not decide."""
     weights = Subject(model, graph).parameters
     layers = {layer.entity: layer for layer in first_seen(graph.layers)}
@@ -211,7 +211,7 @@ def _readers(model: nn.Module, graph: Graph, group: Group, pattern: NM) -> list[
         if places is None or matrix.shape[1] % pattern.m:
             continue
         columns = (places.unsqueeze(2) * kernel + torch.arange(kernel)).flatten(1)
-        reader = Reader(matrix, columns, pattern.m)
+        reader = PermutedReader(matrix, columns, pattern.m)
         readers += [reader] if reader.striped() else []
     return readers
 
@@ -225,7 +225,7 @@ def _places(group: Group, index: object, unit: object) -> Tensor | None:
     return at[of.argsort(stable=True)].view(group.size, -1)
 
 
-def _unfit(group: Group, pattern: NM, readers: Sequence[Reader]) -> str:
+def _unfit(group: Group, pattern: NM, readers: Sequence[PermutedReader]) -> str:
     if group.kind not in ("channel", "width"):
         return f"units of kind {group.kind} have a fixed order"
     if any(_places(group, member.index, member.unit) is None for member in group.members):

@@ -13,7 +13,7 @@ import prunella as pr
 from prunella.errors import NotSupported
 from prunella.graph.rules import RULES, Context, Returned, rule
 from prunella.graph.solve.groups import couple
-from prunella.graph.trace.recorder import Trace, Value
+from prunella.graph.trace.recorder import Trace, TracedValue
 
 
 @torch.library.custom_op("prunella_tests::flip_gain", mutates_args=())
@@ -55,7 +55,7 @@ def test_with_a_rule_it_is_followed(rules: None) -> None:
     def right(trace: Trace, ctx: Context) -> Returned:
         x, scale = ctx.value(0), ctx.value(1)
         mirrored = tuple(layer[::-1].copy() for layer in x.dims[1])
-        return Value.plain([x.dims[0], trace.equal(mirrored, scale.dims[0], "scale"), *x.dims[2:]])
+        return TracedValue.plain([x.dims[0], trace.equal(mirrored, scale.dims[0], "scale"), *x.dims[2:]])
 
     torch.manual_seed(0)
     checked = check_exact(_Net(), torch.randn(2, 3, 8, 8), count=False)
@@ -66,7 +66,7 @@ def test_a_wrong_rule_is_caught(rules: None) -> None:
     @rule("prunella_tests.flip_gain")
     def wrong(trace: Trace, ctx: Context) -> Returned:
         x, scale = ctx.value(0), ctx.value(1)
-        return Value.plain([x.dims[0], trace.equal(x.dims[1], scale.dims[0], "scale"), *x.dims[2:]])
+        return TracedValue.plain([x.dims[0], trace.equal(x.dims[1], scale.dims[0], "scale"), *x.dims[2:]])
 
     torch.manual_seed(0)
     with pytest.raises(NotSupported, match="cannot be proven"):

@@ -8,7 +8,7 @@ from torch import nn
 
 import prunella as pr
 from prunella.errors import RequestError
-from prunella.llm.blocks import Call
+from prunella.llm.blocks import BlockCall
 from prunella.llm.streaming.memory import Live, Peak, forward_bytes, largest, parse_bytes, solver_bytes
 from prunella.solvers import Solved
 
@@ -52,7 +52,7 @@ class Wide(nn.Module):
 
 def test_a_pass_is_counted_without_data() -> None:
     block, one = Wide().to("meta"), 10 * 128 * 4
-    call = Call((torch.zeros(10, 16),), {"scale": torch.ones(128)})
+    call = BlockCall((torch.zeros(10, 16),), {"scale": torch.ones(128)})
     assert forward_bytes(block, call, trained=False) == 2 * one  # one is made of another that then goes
     assert forward_bytes(block, call, trained=True) >= 3 * one  # the gradient needs what a pass alone lets go
 

@@ -14,7 +14,7 @@ from torch.fx import GraphModule
 import prunella as pr
 from prunella.runtime.fx.chain import Chain
 from prunella.runtime.kernels import chain as kernel_chain
-from prunella.runtime.kernels.chain import Step
+from prunella.runtime.kernels.chain import ChainStep
 from prunella.runtime.layers import SparseConv2d
 from tests.runtime.standin import Calls
 from tests.runtime.test_sparse import IMAGE, net, with_zeros
@@ -54,7 +54,7 @@ def agree(dense: nn.Module, made: nn.Module, x: Tensor = IMAGE) -> None:
 def test_the_wiring_is_worked_by_hand() -> None:
     *_, chain = pair()
     # places: 0 the image, 1 what `one` gives, 2 what `side` gives, 3 what `two` gives with that added
-    assert chain.steps == (Step(0, None), Step(0, None, (0,)), Step(1, 2, (1, 2)))
+    assert chain.steps == (ChainStep(0, None), ChainStep(0, None, (0,)), ChainStep(1, 2, (1, 2)))
     assert chain.outputs == (3,)
 
 

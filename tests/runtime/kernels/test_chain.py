@@ -15,7 +15,7 @@ import prunella as pr
 from prunella.runtime.fx.chain import Chain
 from prunella.runtime.kernels import chain as kernel_chain
 from prunella.runtime.kernels import library
-from prunella.runtime.kernels.chain import Ready, Step, allocate
+from prunella.runtime.kernels.chain import ChainStep, Ready, allocate
 from prunella.runtime.kernels.convolution import is_channels_last, patches
 from prunella.runtime.kernels.library import Activation, Config, Kind
 from tests.runtime.test_sparse import IMAGE, net
@@ -37,26 +37,26 @@ def tier(request: pytest.FixtureRequest) -> Iterator[str]:
 
 def test_memory_is_given_out_again_as_worked_by_hand() -> None:
     # 0 the image; 1 = a(0); 2 = b(1), then nothing reads 1; 3 = c(2), where 1 was; 4 = d(3), which comes out
-    todo = [Step(0, None), Step(1, None, (1,)), Step(2, None, (2,)), Step(3, None, (3,))]
+    todo = [ChainStep(0, None), ChainStep(1, None, (1,)), ChainStep(2, None, (2,)), ChainStep(3, None, (3,))]
     assert allocate(todo, [20, 40, 32, 8], 1, [4]) == ({1: 0, 2: 32, 3: 0}, 80)
     # 3 = c(2) + 1 takes the memory of 1, unless 1 is read later, or by c itself
-    added = [Step(0, None), Step(1, None), Step(2, 1, (1, 2)), Step(3, None, (3,))]
+    added = [ChainStep(0, None), ChainStep(1, None), ChainStep(2, 1, (1, 2)), ChainStep(3, None, (3,))]
     assert allocate(added, [32, 16, 32, 8], 1, [4]) == ({1: 0, 2: 32, 3: 0}, 48)
-    late = [Step(0, None), Step(1, None), Step(2, 1, (2,)), Step(3, 1, (1, 3))]
+    late = [ChainStep(0, None), ChainStep(1, None), ChainStep(2, 1, (2,)), ChainStep(3, 1, (1, 3))]
     assert allocate(late, [32, 16, 32, 8], 1, [4]) == ({1: 0, 2: 32, 3: 48}, 80)
-    itself = [Step(0, None), Step(1, 1, (1,)), Step(2, None, (2,))]
+    itself = [ChainStep(0, None), ChainStep(1, 1, (1,)), ChainStep(2, None, (2,))]
     assert allocate(itself, [32, 32, 8], 1, [3]) == ({1: 0, 2: 32}, 64)
 
 
 def test_pieces_that_lie_side_by_side_become_one() -> None:
-    first = [Step(0, None)] * 3  # their results at 0, 16 and 32; 4 to 6 come out
+    first = [ChainStep(0, None)] * 3  # their results at 0, 16 and 32; 4 to 6 come out
     for order in ((1, 2, 3), (3, 2, 1), (1, 3, 2)):
-        todo = [*first, *(Step(place, None, (place,)) for place in order), Step(0, None), Step(7, None)]
+        todo = [*first, *(ChainStep(place, None, (place,)) for place in order), ChainStep(0, None), ChainStep(7, None)]
         at, floats = allocate(todo, [16, 16, 16, 8, 8, 8, 48, 8], 1, [4, 5, 6, 8])
         assert at == {1: 0, 2: 16, 3: 32, 7: 0} and floats == 48
 
 
-def wired(rng: random.Random, count: int, inputs: int) -> tuple[list[Step], list[int], list[int]]:
+def wired(rng: random.Random, count: int, inputs: int) -> tuple[list[ChainStep], list[int], list[int]]:
     """Random steps whose results are all of the size that their number in `sizes` has, and places that come out."""
     sizes = [rng.choice((16, 48, 100)) for _ in range(inputs)]
     reads: list[tuple[int, int | None]] = []
@@ -68,7 +68,7 @@ def wired(rng: random.Random, count: int, inputs: int) -> tuple[list[Step], list
     outputs = sorted({inputs + count - 1, *(p for p in range(inputs, inputs + count) if rng.random() < 0.1)})
     last = {place: number for number, read in enumerate(reads) for place in read if place is not None}
     todo = [
-        Step(x, residual, tuple(p for p, end in sorted(last.items()) if end == number and p not in outputs))
+        ChainStep(x, residual, tuple(p for p, end in sorted(last.items()) if end == number and p not in outputs))
         for number, (x, residual) in enumerate(reads)
     ]
     return todo, sizes[inputs:], outputs
@@ -124,7 +124,7 @@ class Layer:
         return ACTIVATIONS[self.activation](y if residual is None else y + residual)
 
 
-def chain(rng: random.Random, image: Tensor) -> tuple[list[Step], list[Ready], list[int], list[Tensor]]:
+def chain(rng: random.Random, image: Tensor) -> tuple[list[ChainStep], list[Ready], list[int], list[Tensor]]:
     """Blocks as those of a ResNet: three convolutions and what came before, or that through a convolution, added."""
     last = is_channels_last(image)
     reads: list[tuple[int, int | None]] = []
@@ -148,7 +148,7 @@ def chain(rng: random.Random, image: Tensor) -> tuple[list[Step], list[Ready], l
     outputs = [at, *rng.sample(range(1, at), 1)]
     end = {place: number for number, read in enumerate(reads) for place in read if place is not None}
     todo = [
-        Step(x, residual, tuple(p for p, n in end.items() if n == number and p not in outputs))
+        ChainStep(x, residual, tuple(p for p, n in end.items() if n == number and p not in outputs))
         for number, (x, residual) in enumerate(reads)
     ]
     return todo, ready, outputs, exact

@@ -27,7 +27,7 @@ from prunella.targets import Target
 _TEST = 397
 
 
-class Block(nn.Module):
+class ResidualBlock(nn.Module):
     """Two 3x3 convolutions with batch normalization, and a shortcut that is a 1x1 convolution where shapes differ."""
 
     def __init__(self, wide_in: int, wide_out: int, stride: int) -> None:
@@ -51,7 +51,9 @@ class DigitsNet(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.stem = nn.Sequential(nn.Conv2d(1, 32, 3, 1, 1, bias=False), nn.BatchNorm2d(32), nn.ReLU())
-        self.blocks = nn.Sequential(Block(32, 32, 1), Block(32, 64, 2), Block(64, 64, 1), Block(64, 128, 2))
+        self.blocks = nn.Sequential(
+            ResidualBlock(32, 32, 1), ResidualBlock(32, 64, 2), ResidualBlock(64, 64, 1), ResidualBlock(64, 128, 2)
+        )
         self.head = nn.Linear(128, 10)
 
     def forward(self, x: Tensor) -> Tensor:

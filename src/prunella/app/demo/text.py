@@ -23,7 +23,7 @@ _WORDS = (10, 20, 45, 90)
 
 
 @dataclass(frozen=True)
-class Section:
+class TextSection:
     """A piece of the reference: its first sentence is the query that should find the rest."""
 
     title: str
@@ -36,18 +36,18 @@ class Corpus:
     """Passages to calibrate and recover with, and sections that neither has seen."""
 
     passages: tuple[str, ...]
-    held_out: tuple[Section, ...]
+    held_out: tuple[TextSection, ...]
 
     def first(self, count: int | None) -> Corpus:
         """At most `count` of both."""
         return Corpus(self.passages[:count], self.held_out[:count])
 
 
-def read_sections() -> tuple[Section, ...]:
+def read_sections() -> tuple[TextSection, ...]:
     """All sections of the installed Python's topics with a first sentence and something after it, each once."""
     from pydoc_data.topics import topics
 
-    found: dict[str, Section] = {}
+    found: dict[str, TextSection] = {}
     for name in sorted(topics):
         for title, body in _cut(topics[name]):
             section = _section(title, body)
@@ -56,7 +56,7 @@ def read_sections() -> tuple[Section, ...]:
     return tuple(found.values())
 
 
-def split(sections: tuple[Section, ...], *, held_out: float = 0.4, seed: int = 0) -> Corpus:
+def split(sections: tuple[TextSection, ...], *, held_out: float = 0.4, seed: int = 0) -> Corpus:
     """Shuffle by `seed`; the first `held_out` of the sections are kept apart, the others become passages.
 
     Passages have 10 to 90 words, since what is fitted to long texts only is wrong for short ones. Sentences that a
@@ -80,7 +80,7 @@ def _cut(text: str) -> Iterator[tuple[str, str]]:
         yield mark["title"] or mark["entry"], text[mark.end() : after.start() if after else len(text)]
 
 
-def _section(title: str, body: str) -> Section | None:
+def _section(title: str, body: str) -> TextSection | None:
     paragraphs = [" ".join(p.split()) for p in re.split(r"\n\s*\n", body) if "::=" not in p and ">>>" not in p]
     paragraphs = [p for p in paragraphs if len(p.split()) >= _MIN_WORDS["first"]]
     if not paragraphs:
@@ -88,7 +88,7 @@ def _section(title: str, body: str) -> Section | None:
     first, *others = _sentences(paragraphs[0])
     rest = " ".join([*others, *paragraphs[1:]])
     enough = len(first.split()) >= _MIN_WORDS["first"] and len(rest.split()) >= _MIN_WORDS["rest"]
-    return Section(title, first, rest) if enough else None
+    return TextSection(title, first, rest) if enough else None
 
 
 def _sentences(text: str) -> list[str]:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from prunella.graph.rules.registry import Context, Returned, barrier, rule
 from prunella.graph.solve.labels import WHOLE, Dim, Reason
-from prunella.graph.trace.recorder import Trace, Value
+from prunella.graph.trace.recorder import Trace, TracedValue
 
 
 @rule("tril", "triu")
@@ -16,7 +16,7 @@ def triangle(trace: Trace, ctx: Context) -> Returned:
     value = ctx.value(0)
     for dim in value.dims[-2:]:
         trace.freeze(dim, f"{ctx.name} compares its positions")
-    return Value.plain([*value.dims[:-2], WHOLE, WHOLE])
+    return TracedValue.plain([*value.dims[:-2], WHOLE, WHOLE])
 
 
 @rule("gather", "take_along_dim")
@@ -48,7 +48,7 @@ def embedding(trace: Trace, ctx: Context) -> Returned:
     trace.ledger.freeze(table.dims[0], Reason(text, trace.where(), "lookup" if given else ""))
     trace.tables += [(layer, trace.given[ctx.args[1]]) for layer in table.dims[0] if given]
     trace.role(table.axes[1], "out")
-    return Value.plain([*index.dims, table.dims[1]])
+    return TracedValue.plain([*index.dims, table.dims[1]])
 
 
 @rule("index_select")
@@ -57,7 +57,7 @@ def index_select(trace: Trace, ctx: Context) -> Returned:
     value = ctx.value(0)
     at = ctx.dim(1, len(value.dims))
     trace.freeze(value.dims[at], "positions are taken by number")
-    return Value.plain([WHOLE if k == at else d for k, d in enumerate(value.dims)])
+    return TracedValue.plain([WHOLE if k == at else d for k, d in enumerate(value.dims)])
 
 
 @rule("index")
@@ -77,7 +77,7 @@ def index(trace: Trace, ctx: Context) -> Returned:
     wide = [WHOLE] * max(picked[k].dim() for k in at)
     rest = [d for k, d in enumerate(value.dims) if k not in at]
     first = at[0] if at == [*range(at[0], at[-1] + 1)] else 0
-    return Value.plain([*rest[:first], *wide, *rest[first:]])
+    return TracedValue.plain([*rest[:first], *wide, *rest[first:]])
 
 
 @rule("index_put", "_index_put_impl", "_unsafe_index_put")
@@ -99,4 +99,4 @@ def index_put(trace: Trace, ctx: Context) -> Returned:
             trace.freeze(dim, "one value is written to all of its positions")
     for dim in values.dims[:lead]:
         trace.freeze(dim, "positions are written by number")
-    return Value.plain([*[WHOLE] * count, *rest])
+    return TracedValue.plain([*[WHOLE] * count, *rest])

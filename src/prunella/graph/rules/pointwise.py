@@ -9,7 +9,7 @@ from torch import Tensor
 from prunella.graph.data import Role
 from prunella.graph.rules.registry import Context, Returned, rule, same, tensors_in
 from prunella.graph.solve.labels import WHOLE, Dim
-from prunella.graph.trace.recorder import Axis, Trace, Value
+from prunella.graph.trace.recorder import Axis, Trace, TracedValue
 
 
 @rule("_prelu_kernel", "hardswish", "rsub", "masked_fill", "copy", "where", "native_dropout", "log_sigmoid_forward")
@@ -27,12 +27,12 @@ def pointwise(trace: Trace, ctx: Context) -> Returned:
             dim = trace.equal(dim, other, f"it meets a tensor that is not cut in {ctx.name}")
         dims.append(dim)
     _pointwise_roles(trace, ctx, operands)
-    first = trace.value(operands[0]) if operands else Value.plain(dims)
+    first = trace.value(operands[0]) if operands else TracedValue.plain(dims)
     if len(operands) == 1 and len(first.dims) == len(dims):
         return [same(first)] * len(ctx.outputs)
     if operands and all(trace.value(t).weight for t in operands):
-        return Value(tuple(dims), _shared_axes(trace, operands, len(dims)), True)
-    return [Value.plain(dims)] * len(ctx.outputs)
+        return TracedValue(tuple(dims), _shared_axes(trace, operands, len(dims)), True)
+    return [TracedValue.plain(dims)] * len(ctx.outputs)
 
 
 def _aligned(trace: Trace, tensor: Tensor, k: int, ndim: int, size: int) -> Dim | None:

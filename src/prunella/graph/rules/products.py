@@ -9,17 +9,19 @@ from torch import Tensor
 
 from prunella.graph.rules.registry import Context, Returned, barrier, rule
 from prunella.graph.solve.labels import WHOLE, Dim, Reason, merge
-from prunella.graph.trace.recorder import Trace, Use, Value, Work
+from prunella.graph.trace.recorder import Trace, TracedValue, Use, Work
 
 
-def _contract(trace: Trace, ctx: Context, a: Value, b: Value, i: int, j: int) -> None:
+def _contract(trace: Trace, ctx: Context, a: TracedValue, b: TracedValue, i: int, j: int) -> None:
     """Sum over dim `i` of `a` and dim `j` of `b`: exact only if removing a position removes its term."""
     trace.equal(a.dims[i], b.dims[j], f"it is multiplied with a tensor that is not cut in {ctx.name}")
     if not (a.weight or b.weight):
         trace.freeze(a.dims[i], "two activations are multiplied and summed over it")
 
 
-def _use(trace: Trace, a: Value, b: Value, contracted: tuple[int, int], free: int, bias: Value | None) -> Use | None:
+def _use(
+    trace: Trace, a: TracedValue, b: TracedValue, contracted: tuple[int, int], free: int, bias: TracedValue | None
+) -> Use | None:
     """The layer of a product, if `b` is a parameter and `a` an activation."""
     inner, outer = b.axes[contracted[1]], b.axes[free]
     if a.weight or not b.weight or inner is None or outer is None or inner[0] != outer[0]:
@@ -45,7 +47,7 @@ def mm(trace: Trace, ctx: Context) -> Returned:
     if bias and bias.dims and ctx.shape(0)[-1] == n:
         trace.equal(dims[1], bias.dims[-1], "its bias is not cut")
     trace.work.append(Work(ctx.name, trace.module(), use, 1.0, ((a.dims[0], m), (a.dims[1], k), (b.dims[1], n))))
-    return Value(tuple(dims), (a.axes[0], b.axes[1]), a.weight and b.weight)
+    return TracedValue(tuple(dims), (a.axes[0], b.axes[1]), a.weight and b.weight)
 
 
 @rule("bmm", "baddbmm")
@@ -69,10 +71,10 @@ def bmm(trace: Trace, ctx: Context) -> Returned:
         for k_out, dim in enumerate(ctx.value(0).dims[-3:]):
             if ctx.shape(0)[k_out] == ctx.outputs[0].shape[k_out]:
                 trace.equal(dims[k_out], dim, "it is added to a tensor that is not cut")
-    return Value(tuple(dims), (None,) * 3, a.weight and b.weight)
+    return TracedValue(tuple(dims), (None,) * 3, a.weight and b.weight)
 
 
-def _stack(value: Value) -> bool:
+def _stack(value: TracedValue) -> bool:
     """Whether all three axes are those of one parameter: a stack of matrices."""
     entities = {axis[0] for axis in value.axes if axis is not None}
     return value.weight and len(entities) == 1 and None not in value.axes
@@ -93,7 +95,7 @@ def grouped_mm(trace: Trace, ctx: Context) -> Returned:
         for dim in (b.dims[1], b.dims[2]):
             trace.multiple(dim, 16 // ctx.args[1].element_size())
     trace.work.append(Work(ctx.name, trace.module(), use, 1.0, ((WHOLE, tokens), (b.dims[1], k), (b.dims[2], n))))
-    return Value.plain([WHOLE, b.dims[2]])
+    return TracedValue.plain([WHOLE, b.dims[2]])
 
 
 def _send(trace: Trace, ctx: Context, experts: Dim) -> None:
@@ -117,7 +119,7 @@ def vector_product(trace: Trace, ctx: Context) -> Returned:
             trace.role(a.axes[0], "out")
     sizes = tuple(zip(a.dims, ctx.shape(0), strict=True))
     trace.work.append(Work(ctx.name, trace.module(), None, 1.0, sizes))
-    return Value.plain(a.dims[:-1])
+    return TracedValue.plain(a.dims[:-1])
 
 
 @rule("convolution", "_convolution", "mkldnn_convolution", "cudnn_convolution")
@@ -145,10 +147,10 @@ def convolution(trace: Trace, ctx: Context) -> Returned:
     sizes = ((batch, out[0] if batched else 1), (w.dims[0], shape[0]), (w.dims[1], shape[1]))
     trace.work.append(Work("convolution", trace.module(), use, float(space), sizes))
     dims = [outer, *[WHOLE] * (len(shape) - 2)]
-    return Value.plain([batch, *dims] if batched else dims)
+    return TracedValue.plain([batch, *dims] if batched else dims)
 
 
-def _grouped(trace: Trace, channels: Dim, w: Value, shape: Sequence[int], groups: int, transposed: bool) -> Dim:
+def _grouped(trace: Trace, channels: Dim, w: TracedValue, shape: Sequence[int], groups: int, transposed: bool) -> Dim:
     """Channels factor into `(groups, channels of a group)` on both sides; the groups are shared."""
     inner = shape[0] // groups if transposed else shape[1]
     rows, columns = trace.ledger.split(channels, [groups, inner])
@@ -168,8 +170,8 @@ def _grouped(trace: Trace, channels: Dim, w: Value, shape: Sequence[int], groups
     return outer
 
 
-def _convolution_use(trace: Trace, w: Value, at: tuple[int, int], groups: int, transposed: bool,
-                     bias: Value | None) -> Use | None:  # fmt: skip
+def _convolution_use(trace: Trace, w: TracedValue, at: tuple[int, int], groups: int, transposed: bool,
+                     bias: TracedValue | None) -> Use | None:  # fmt: skip
     outer, inner = w.axes[at[0]], w.axes[at[1]]
     if not w.weight or outer is None or inner is None or outer[0] != inner[0]:
         return None

@@ -9,7 +9,7 @@ from prunella.graph.data import Role
 from prunella.graph.rules.pointwise import pointwise
 from prunella.graph.rules.registry import RULES, Context, Returned, Rule, flat, rule, same
 from prunella.graph.solve.labels import WHOLE, Reason
-from prunella.graph.trace.recorder import Trace, Value
+from prunella.graph.trace.recorder import Trace, TracedValue
 
 _AFFINE: tuple[Role, ...] = ("scale", "shift")
 
@@ -29,7 +29,7 @@ def batch_norm(trace: Trace, ctx: Context) -> Returned:
             value = trace.value(argument)
             trace.equal(x.dims[at], value.dims[0], "it enters a batch norm that is not cut")
             trace.role(value.axes[0], role)
-    return [Value.plain(x.dims), None, None]
+    return [TracedValue.plain(x.dims), None, None]
 
 
 @rule("native_layer_norm", "layer_norm", "rms_norm", "_fused_rms_norm")
@@ -46,10 +46,10 @@ def layer_norm(trace: Trace, ctx: Context) -> Returned:
         for value, role in zip(scales, _AFFINE, strict=False):
             dim = trace.equal(dim, value.dims[0], "it enters a layer norm that is not cut")
             trace.role(value.axes[0], role)
-        return [Value.plain([*x.dims[:kept], dim]), None, None]
+        return [TracedValue.plain([*x.dims[:kept], dim]), None, None]
     for dim in (*x.dims[kept:], *(d for value in scales for d in value.dims)):
         trace.freeze(dim, text)
-    return [Value.plain([*x.dims[:kept], *[WHOLE] * count]), None, None]
+    return [TracedValue.plain([*x.dims[:kept], *[WHOLE] * count]), None, None]
 
 
 @rule("native_group_norm")
@@ -67,7 +67,7 @@ def group_norm(trace: Trace, ctx: Context) -> Returned:
             value = trace.value(argument)
             trace.equal(x.dims[1], value.dims[0], "it enters a group norm that is not cut")
             trace.role(value.axes[0], role)
-    return [Value.plain(x.dims), None, None]
+    return [TracedValue.plain(x.dims), None, None]
 
 
 @rule("_softmax", "_log_softmax", "cumprod", "sort", "topk", "logcumsumexp", "_safe_softmax", "softmax")
@@ -87,7 +87,7 @@ def along(trace: Trace, ctx: Context) -> Returned:
         trace.ledger.min_units += [(layer, int(ctx.args[1])) for layer in value.dims[at]]
     drop_labels = ctx.name in _PICKS or not soft
     dims = [WHOLE if k == at and drop_labels else d for k, d in enumerate(value.dims)]
-    return [Value.plain(dims)] * len(ctx.outputs)
+    return [TracedValue.plain(dims)] * len(ctx.outputs)
 
 
 _CHOICES = frozenset({"_softmax", "softmax", "_safe_softmax", "topk"})
@@ -109,7 +109,7 @@ def histogram(trace: Trace, ctx: Context) -> Returned:
     if last is not None:
         trace.link(last + 1, numbered, length)
     trace.counts[ctx.outputs[0]] = True
-    return Value.plain([numbered])
+    return TracedValue.plain([numbered])
 
 
 @rule("cumsum")
@@ -142,7 +142,7 @@ def reduction(trace: Trace, ctx: Context) -> Returned:
             trace.freeze(value.dims[k], text)
     kept = [WHOLE if k in reduced else d for k, d in enumerate(value.dims)]
     dims = kept if out == ndim else [d for k, d in enumerate(kept) if k not in reduced]
-    return [Value(tuple(dims), (None,) * len(dims), value.weight)] * len(ctx.outputs)
+    return [TracedValue(tuple(dims), (None,) * len(dims), value.weight)] * len(ctx.outputs)
 
 
 def _spatial(count: int) -> Rule:
@@ -152,7 +152,7 @@ def _spatial(count: int) -> Rule:
         kept = len(value.dims) - count
         for dim in value.dims[kept:]:
             trace.freeze(dim, f"{ctx.name} slides along it")
-        return [Value.plain([*value.dims[:kept], *[WHOLE] * count])] * len(ctx.outputs)
+        return [TracedValue.plain([*value.dims[:kept], *[WHOLE] * count])] * len(ctx.outputs)
 
     return pool
 
@@ -163,7 +163,7 @@ def region(trace: Trace, ctx: Context) -> Returned:
     value = ctx.value(0)
     for dim in (*value.dims[2:], value.dims[0], *ctx.value(1).dims):
         trace.freeze(dim, f"{ctx.name} takes regions of it")
-    return [Value.plain([WHOLE, value.dims[1], WHOLE, WHOLE])] * len(ctx.outputs)
+    return [TracedValue.plain([WHOLE, value.dims[1], WHOLE, WHOLE])] * len(ctx.outputs)
 
 
 for _count, _names in {

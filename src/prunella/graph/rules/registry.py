@@ -3,13 +3,13 @@
 Views are executed on the labels themselves. Compute operations relate labels. An operation without a rule is a barrier:
 all axes of its inputs and outputs are frozen.
 
-A rule is `rule(trace, ctx)`. It reads `ctx.args`, relates labels through `trace`, and returns the `Value` of each
+A rule is `rule(trace, ctx)`. It reads `ctx.args`, relates labels through `trace`, and returns the `TracedValue` of each
 output tensor (None: unknown, all positions are frozen). Register a rule for a custom operation with `@rule`:
 
     @rule("mylib.scale_channels")
     def scale_channels(trace: Trace, ctx: Context) -> Returned:
         x, gain = ctx.value(0), ctx.value(1)
-        return Value.plain([x.dims[0], trace.equal(x.dims[1], gain.dims[0], "scale"), *x.dims[2:]])
+        return TracedValue.plain([x.dims[0], trace.equal(x.dims[1], gain.dims[0], "scale"), *x.dims[2:]])
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from torch import Tensor
 
 from prunella.graph.solve.labels import WHOLE
 from prunella.graph.trace.dataflow import pointwise
-from prunella.graph.trace.recorder import Trace, Value
+from prunella.graph.trace.recorder import Trace, TracedValue
 
 log = logging.getLogger(__name__)
-Returned = Value | Sequence[Value | None] | None
+Returned = TracedValue | Sequence[TracedValue | None] | None
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Context:
     args: tuple[Any, ...]
     outputs: tuple[Tensor, ...]
 
-    def value(self, k: int) -> Value:
+    def value(self, k: int) -> TracedValue:
         """Labels of the tensor argument `k`."""
         return self.trace.value(self.args[k])
 
@@ -80,13 +80,13 @@ def apply_rule(trace: Trace, func: Any, args: tuple[Any, ...], kwargs: dict[str,
     except Exception as error:
         log.debug("rule of %s failed: %r", name, error)
         returned = barrier(trace, ctx)
-    values = [returned] if isinstance(returned, Value) else list(returned or [])
+    values = [returned] if isinstance(returned, TracedValue) else list(returned or [])
     for k, tensor in enumerate(outputs):
         value = values[k] if k < len(values) else None
         if value is not None and len(value.dims) == tensor.dim():
             trace.values[tensor] = value
         elif tensor not in trace.values:
-            trace.values[tensor] = Value.plain([WHOLE] * tensor.dim())
+            trace.values[tensor] = TracedValue.plain([WHOLE] * tensor.dim())
     for table in (trace.numbers, trace.given):
         if name in _NUMBERS and outputs and isinstance(args[0], Tensor) and args[0] in table:
             table[outputs[0]] = table[args[0]]
@@ -120,9 +120,9 @@ def tensors_in(tree: Any) -> list[Tensor]:
     return [t for item in tree for t in tensors_in(item)] if isinstance(tree, tuple | list) else []
 
 
-def same(value: Value) -> Value:
+def same(value: TracedValue) -> TracedValue:
     """A tensor with the same axes."""
-    return Value(value.dims, value.axes, value.weight)
+    return TracedValue(value.dims, value.axes, value.weight)
 
 
 @rule("_barrier")

@@ -8,7 +8,7 @@ from typing import Any
 from prunella.graph.data import ReasonKind
 from prunella.graph.rules.registry import Context, Returned, flat, rule
 from prunella.graph.solve.labels import WHOLE, Dim, Reason, merge, take
-from prunella.graph.trace.recorder import Trace, Value
+from prunella.graph.trace.recorder import Trace, TracedValue
 from prunella.graph.trace.tracked_int import Tracked, plain
 
 
@@ -35,10 +35,10 @@ def slice_(trace: Trace, ctx: Context) -> Returned:
     if (start, stop, step) != (0, size, 1):
         dims[at], axes[at] = take(dim, slice(start, stop, step)), None
         dims[at] = dims[at] if len(range(start, stop, step)) > 1 else _only(trace, dims[at])
-    return Value(tuple(dims), tuple(axes), value.weight)
+    return TracedValue(tuple(dims), tuple(axes), value.weight)
 
 
-def _every(trace: Trace, value: Value, at: int, size: int, bounds: tuple[int, int, int]) -> Value:
+def _every(trace: Trace, value: TracedValue, at: int, size: int, bounds: tuple[int, int, int]) -> TracedValue:
     """Every `step`-th position: only full blocks of `step` positions may be removed, which preserves the step."""
     start, stop, step = bounds
     dims, axes = list(value.dims), list(value.axes)
@@ -49,7 +49,7 @@ def _every(trace: Trace, value: Value, at: int, size: int, bounds: tuple[int, in
     else:
         dims[at], inside = trace.ledger.split(dims[at], [size // step, step])
         trace.freeze(inside, "it is sliced with a step")
-    return Value(tuple(dims), tuple(axes), value.weight)
+    return TracedValue(tuple(dims), tuple(axes), value.weight)
 
 
 def _only(trace: Trace, dim: Dim) -> Dim:
@@ -103,7 +103,7 @@ def select(trace: Trace, ctx: Context) -> Returned:
     at = ctx.dim(1, ndim)
     trace.freeze(value.dims[at], "one position is selected by number")
     keep = [k for k in range(ndim) if k != at]
-    return Value(tuple(value.dims[k] for k in keep), tuple(value.axes[k] for k in keep), value.weight)
+    return TracedValue(tuple(value.dims[k] for k in keep), tuple(value.axes[k] for k in keep), value.weight)
 
 
 @rule("unbind")
@@ -113,7 +113,7 @@ def unbind(trace: Trace, ctx: Context) -> Returned:
     at = ctx.dim(1, ndim)
     trace.freeze(value.dims[at], "it is unpacked into separate tensors")
     keep = [k for k in range(ndim) if k != at]
-    return [Value.plain([value.dims[k] for k in keep])] * len(ctx.outputs)
+    return [TracedValue.plain([value.dims[k] for k in keep])] * len(ctx.outputs)
 
 
 @rule("split", "split_with_sizes", "chunk")
@@ -130,7 +130,7 @@ def split(trace: Trace, ctx: Context) -> Returned:
         dims, axes = list(value.dims), list(value.axes)
         if len(sizes) > 1:
             dims[at], axes[at] = slice_dim, None
-        values.append(Value(tuple(dims), tuple(axes), value.weight))
+        values.append(TracedValue(tuple(dims), tuple(axes), value.weight))
     return values
 
 
@@ -177,7 +177,7 @@ def flip(trace: Trace, ctx: Context) -> Returned:
     """Positions in reverse."""
     value, ndim = ctx.value(0), len(ctx.shape(0))
     flipped = {int(k) % ndim for k in ctx.args[1]}
-    return Value.plain([take(d, slice(None, None, -1)) if k in flipped else d for k, d in enumerate(value.dims)])
+    return TracedValue.plain([take(d, slice(None, None, -1)) if k in flipped else d for k, d in enumerate(value.dims)])
 
 
 @rule("constant_pad_nd")
@@ -194,7 +194,7 @@ def pad(trace: Trace, ctx: Context) -> Returned:
             dims[at] = WHOLE
         else:
             dims[at] = trace.ledger.concatenate([WHOLE, dims[at], WHOLE], [before, shape[at], after])
-    return Value.plain(dims)
+    return TracedValue.plain(dims)
 
 
 @rule("pixel_shuffle")
@@ -203,7 +203,7 @@ def pixel_shuffle(trace: Trace, ctx: Context) -> Returned:
     value, shape, factor = ctx.value(0), ctx.shape(0), int(ctx.args[1])
     channels, inner = trace.ledger.split(value.dims[-3], [shape[-3] // factor**2, factor**2])
     trace.freeze(inner, "pixel_shuffle moves it into space")
-    return Value.plain([*value.dims[:-3], channels, WHOLE, WHOLE])
+    return TracedValue.plain([*value.dims[:-3], channels, WHOLE, WHOLE])
 
 
 @rule("pixel_unshuffle")
@@ -211,7 +211,7 @@ def pixel_unshuffle(trace: Trace, ctx: Context) -> Returned:
     """`(N, C, H * r, W * r)` to `(N, C * r * r, H, W)`."""
     value, shape, factor = ctx.value(0), ctx.shape(0), int(ctx.args[1])
     channels = merge([value.dims[-3], WHOLE], [shape[-3], factor**2])
-    return Value.plain([*value.dims[:-3], channels, WHOLE, WHOLE])
+    return TracedValue.plain([*value.dims[:-3], channels, WHOLE, WHOLE])
 
 
 @rule("glu")
@@ -221,7 +221,7 @@ def glu(trace: Trace, ctx: Context) -> Returned:
     at = ctx.dim(1, len(shape), -1)
     rows, columns = trace.ledger.split(value.dims[at], [2, shape[at] // 2])
     trace.freeze(rows, "both halves of a gated unit stay")
-    return Value.plain([columns if k == at else d for k, d in enumerate(value.dims)])
+    return TracedValue.plain([columns if k == at else d for k, d in enumerate(value.dims)])
 
 
 @rule("channel_shuffle", "native_channel_shuffle")
@@ -231,4 +231,4 @@ def channel_shuffle(trace: Trace, ctx: Context) -> Returned:
     sizes = [groups, channels // groups]
     rows, columns = trace.ledger.split(value.dims[1], sizes)
     trace.freeze(rows, "the number of groups of a channel shuffle stays")
-    return Value.plain([value.dims[0], merge([columns, WHOLE], sizes[::-1]), *value.dims[2:]])
+    return TracedValue.plain([value.dims[0], merge([columns, WHOLE], sizes[::-1]), *value.dims[2:]])

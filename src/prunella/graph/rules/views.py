@@ -10,7 +10,7 @@ from torch import Tensor
 from prunella.graph.data import ReasonKind
 from prunella.graph.rules.registry import Context, Returned, barrier, flat, rule
 from prunella.graph.solve.labels import WHOLE, Dim, merge, reshape, sources
-from prunella.graph.trace.recorder import Trace, Value
+from prunella.graph.trace.recorder import Trace, TracedValue
 from prunella.graph.trace.tracked_int import Attr, Shape, Tracked, leaves, plain
 
 
@@ -28,7 +28,7 @@ def view(trace: Trace, ctx: Context) -> Returned:
             tuple(None if k is None else value.axes[k] for k in sources(old, new)),
         )
     _link_sizes(trace, dims, new)
-    return Value(tuple(dims), axes, value.weight)
+    return TracedValue(tuple(dims), axes, value.weight)
 
 
 _ADAPTS = frozenset(
@@ -80,7 +80,7 @@ def rearrange(trace: Trace, ctx: Context) -> Returned:
         order = [*range(len(shape))]
         order.insert(int(ctx.args[1]) % (len(shape) + 1), None)
     dims = tuple(WHOLE if k is None else value.dims[k] for k in order)
-    return Value(dims, tuple(None if k is None else value.axes[k] for k in order), value.weight)
+    return TracedValue(dims, tuple(None if k is None else value.axes[k] for k in order), value.weight)
 
 
 @rule("expand")
@@ -105,7 +105,7 @@ def expand(trace: Trace, ctx: Context) -> Returned:
             dim = trace.ledger.fresh(size) if call.name in {"matmul", "__matmul__", "einsum"} else WHOLE
         dims.append(dim)
     axes = tuple(value.axes[k - lead] if k >= lead and old[k - lead] == new[k] else None for k in range(len(new)))
-    return Value(tuple(dims), axes, value.weight)
+    return TracedValue(tuple(dims), axes, value.weight)
 
 
 def _requested(raw: object) -> Dim:
@@ -133,12 +133,12 @@ def factory(trace: Trace, ctx: Context) -> Returned:
     skip = 1 if call.name.startswith("new_") else 0
     raw = flat(call.args[skip : skip + (1 if call.args[skip:] and isinstance(call.args[skip], tuple | list) else 99)])
     if len(raw) < len(shape) or call.name in {"arange", "linspace"}:
-        return Value.plain([WHOLE] * len(shape))
+        return TracedValue.plain([WHOLE] * len(shape))
     constant = ctx.name.removeprefix("new_") in {"zeros", "ones", "full"}
     follows = [
         _requested(raw[k]) or (_follows(trace, raw[k], size) if constant else WHOLE) for k, size in enumerate(shape)
     ]
-    return Value.plain(follows)
+    return TracedValue.plain(follows)
 
 
 @rule("repeat")
@@ -154,7 +154,7 @@ def repeat(trace: Trace, ctx: Context) -> Returned:
             dims.append(_requested(raw[k]) or _follows(trace, raw[k], count) if len(raw) == len(counts) else WHOLE)
         else:
             dims.append(merge([WHOLE, value.dims[k - lead]], [count, old[k - lead]]))
-    return Value.plain(dims)
+    return TracedValue.plain(dims)
 
 
 @rule("cat")
@@ -170,7 +170,7 @@ def cat(trace: Trace, ctx: Context) -> Returned:
             dims.append(trace.ledger.concatenate([v.dims[k] for v in values], [int(t.shape[k]) for t in parts]))
         else:
             dims.append(_all_equal(trace, [v.dims[k] for v in values], "it is joined with a tensor that is not cut"))
-    return Value(tuple(dims), (None,) * ndim, all(v.weight for v in values))
+    return TracedValue(tuple(dims), (None,) * ndim, all(v.weight for v in values))
 
 
 @rule("stack")
@@ -181,7 +181,7 @@ def stack(trace: Trace, ctx: Context) -> Returned:
     text = "it is stacked with a tensor that is not cut"
     dims = [_all_equal(trace, [v.dims[k] for v in values], text) for k in range(ndim)]
     dims.insert(ctx.dim(1, ndim + 1), WHOLE)
-    return Value.plain(dims)
+    return TracedValue.plain(dims)
 
 
 def _all_equal(trace: Trace, dims: Sequence[Dim], text: str) -> Dim:

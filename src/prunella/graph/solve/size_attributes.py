@@ -15,7 +15,7 @@ from prunella.graph.trace.tracked_int import Attr, Expression, Shape, evaluate, 
 
 
 @dataclass(frozen=True, eq=False)
-class Solved:
+class SolvedSizes:
     """An attribute with the link that defines it."""
 
     attr: Attr
@@ -37,13 +37,13 @@ def _touched(equations: Equations, dim: Dim, removed: Mark) -> bool:
     return any(removed[equations.part[layer]].any() for layer in dim)
 
 
-def solve(equations: Equations, record: Trace) -> dict[Attr, Solved]:
+def solve(equations: Equations, record: Trace) -> dict[Attr, SolvedSizes]:
     """The attributes that follow an axis: those that are its size alone, or the only unknown attribute of a size."""
-    solved: dict[Attr, Solved] = {}
+    solved: dict[Attr, SolvedSizes] = {}
     free = [n for n in record.links if n.dim and not all(equations.stays(layer).all() for layer in n.dim)]
     for link in free:
         if isinstance(link.expression, Attr):
-            solved.setdefault(link.expression, Solved(link.expression, link, 1, 1))
+            solved.setdefault(link.expression, SolvedSizes(link.expression, link, 1, 1))
     known = {*solved, *(attr for attr, _ in record.fixed)}
     known |= {link.expression for link in record.links if isinstance(link.expression, Attr)}
     for link in free:
@@ -51,7 +51,7 @@ def solve(equations: Equations, record: Trace) -> dict[Attr, Solved]:
         if len(unknown) == 1 and _unfollowed_by(equations, record, _one(equations, link.dim), solved, [link]) is link:
             divisor = int(np.gcd(unknown[0].value, link.length))
             factor, divisor = unknown[0].value // divisor, link.length // divisor
-            solved[unknown[0]] = Solved(unknown[0], link, factor, divisor)
+            solved[unknown[0]] = SolvedSizes(unknown[0], link, factor, divisor)
             known.add(unknown[0])
     return solved
 
@@ -65,7 +65,7 @@ def _one(equations: Equations, dim: Dim) -> Mark:
 
 
 def _unfollowed_by(
-    equations: Equations, record: Trace, removed: Mark, solved: Mapping[Attr, Solved], links: Iterable[Link]
+    equations: Equations, record: Trace, removed: Mark, solved: Mapping[Attr, SolvedSizes], links: Iterable[Link]
 ) -> Link | None:
     """The first size in the source that is wrong without the components `removed`."""
 
@@ -115,7 +115,7 @@ def _trials(size: int) -> list[set[int]]:
     return [{0}, {size - 1}, set(range(0, size, 2)), set(range(1, size)), set(range(size - 1))] if size > 1 else [{0}]
 
 
-def _concerns(equations: Equations, link: Link, removed: Mark, solved: Mapping[Attr, Solved]) -> bool:
+def _concerns(equations: Equations, link: Link, removed: Mark, solved: Mapping[Attr, SolvedSizes]) -> bool:
     if _touched(equations, link.dim, removed):
         return True
     for leaf in leaves(link.expression):

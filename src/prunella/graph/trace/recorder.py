@@ -30,9 +30,9 @@ from prunella.graph.trace.dataflow import Flow, watched
 from prunella.graph.trace.source import GENERATED, LIBRARY, called, place, short
 from prunella.graph.trace.tracked_int import (
     Attr,
-    Comparison,
     Expression,
     Shape,
+    SizeComparison,
     Tracked,
     bare,
     leaves,
@@ -48,7 +48,7 @@ Axis = tuple[str, int]
 
 
 @dataclass(frozen=True)
-class Value:
+class TracedValue:
     """The labels of each dim of a tensor, and the parameter axis of each dim, if there is one."""
 
     dims: tuple[Dim, ...]
@@ -56,9 +56,9 @@ class Value:
     weight: bool = False
 
     @staticmethod
-    def plain(dims: tuple[Dim, ...] | list[Dim]) -> Value:
+    def plain(dims: tuple[Dim, ...] | list[Dim]) -> TracedValue:
         """A computed tensor."""
-        return Value(tuple(dims), (None,) * len(dims))
+        return TracedValue(tuple(dims), (None,) * len(dims))
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ class Trace:
     work: list[Work] = field(default_factory=list)
     uncounted: dict[str, int] = field(default_factory=dict)
     fixed: list[tuple[Attr, str]] = field(default_factory=list)
-    decisions: list[tuple[Comparison, str]] = field(default_factory=list)
+    decisions: list[tuple[SizeComparison, str]] = field(default_factory=list)
     modules: list[str] = field(default_factory=list)
     calls: list[Call] = field(default_factory=list)
     numbers: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary)
@@ -136,19 +136,19 @@ class Trace:
     """Tensors with the number of choices of each position; zero for removed positions."""
     flow: Flow = field(default_factory=Flow)
 
-    def value(self, tensor: Tensor) -> Value:
+    def value(self, tensor: Tensor) -> TracedValue:
         """The labels of a tensor. Parameters and buffers get labels on first use; unknown tensors are always kept."""
         if tensor not in self.values:
             name = self.aliases.get(_storage_key(tensor))
-            self.values[tensor] = self._entity(name) if name else Value.plain([WHOLE] * tensor.dim())
-        value: Value = self.values[tensor]
+            self.values[tensor] = self._entity(name) if name else TracedValue.plain([WHOLE] * tensor.dim())
+        value: TracedValue = self.values[tensor]
         return value
 
-    def _entity(self, name: str) -> Value:
+    def _entity(self, name: str) -> TracedValue:
         shape = self.tensors[name].shape
         if name not in self.axes:
             self.axes[name] = tuple(self.ledger.fresh(size) for size in shape)
-        return Value(self.axes[name], tuple((name, k) for k in range(len(shape))), True)
+        return TracedValue(self.axes[name], tuple((name, k) for k in range(len(shape))), True)
 
     def role(self, axis: Axis | None, role: Role) -> None:
         """Record the role of an axis of a parameter. The first role counts, but `in` and `out` override others."""
@@ -204,10 +204,10 @@ class Trace:
         else:
             self.freeze(dim, f"the size {raw} is typed into the source", ReasonKind.SOURCE)
 
-    def leak(self, expression: Expression | Comparison) -> None:
+    def leak(self, expression: Expression | SizeComparison) -> None:
         """A size is used as a number and must not change, or it decides a branch whose outcome must not change."""
         where = self.where()
-        if isinstance(expression, Comparison):
+        if isinstance(expression, SizeComparison):
             if not self._equated(expression, where):
                 self.decisions.append((expression, where))
             return
@@ -218,7 +218,7 @@ class Trace:
                 reason = Reason("the size is used in a calculation", where, kind=ReasonKind.SOURCE)
                 self.ledger.freeze(leaf.dim, reason)
 
-    def _equated(self, comparison: Comparison, where: str) -> bool:
+    def _equated(self, comparison: SizeComparison, where: str) -> bool:
         """Record a check such as `x.shape[1] == self.size` as a link between both sizes."""
         if comparison.operation not in {int.__eq__, int.__ne__}:
             return False
@@ -389,7 +389,7 @@ def trace(model: nn.Module, inputs: Any, apply_rule: Callable[..., None]) -> Tra
         record.aliases[_storage_key(tensor)] = name
     record.flow.start(inputs)
     for number, tensor in enumerate(tensors(inputs)):
-        record.values[tensor] = Value.plain([WHOLE] * tensor.dim())
+        record.values[tensor] = TracedValue.plain([WHOLE] * tensor.dim())
         if not tensor.is_floating_point():
             record.given[tensor] = number
     with ExitStack() as stack:

@@ -48,7 +48,7 @@ Expression = Attr | Shape | Apply | int
 
 
 @dataclass(frozen=True, eq=False)
-class Comparison:
+class SizeComparison:
     """`operation(left, right)` decided a branch in the source: the outcome must not change."""
 
     operation: Callable[[int, int], bool]
@@ -56,12 +56,12 @@ class Comparison:
     right: Expression
 
 
-Leak = Callable[[Expression | Comparison], None]
+Leak = Callable[[Expression | SizeComparison], None]
 
 
-def leaves(expression: Expression | Comparison) -> Iterator[Attr | Shape]:
+def leaves(expression: Expression | SizeComparison) -> Iterator[Attr | Shape]:
     """The attribute and shape leaves of an expression."""
-    if isinstance(expression, Apply | Comparison):
+    if isinstance(expression, Apply | SizeComparison):
         yield from leaves(expression.left)
         yield from leaves(expression.right)
     elif isinstance(expression, Attr | Shape):
@@ -145,7 +145,7 @@ def _install_comparison(name: str) -> None:
     def method(self: Tracked, other: Any) -> Any:
         outcome = operation(plain(self), other)
         if isinstance(other, int) and not isinstance(other, bool):
-            self.leak(Comparison(operation, self.expression, expression_of(other)))
+            self.leak(SizeComparison(operation, self.expression, expression_of(other)))
         return outcome
 
     setattr(Tracked, name, method)

@@ -4,4 +4,4 @@ from prunella.llm.streaming.folder import Forecast as Forecast
 from prunella.llm.streaming.folder import Streamed as Streamed
 from prunella.llm.streaming.folder import forecast as forecast
 from prunella.llm.streaming.folder import solve_folder as solve_folder
-from prunella.llm.streaming.runner import Step as Step
+from prunella.llm.streaming.runner import BlockStep as BlockStep

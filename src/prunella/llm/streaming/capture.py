@@ -20,7 +20,7 @@ from prunella.graph.cut.block_surgery import swap
 from prunella.graph.data import Layer
 from prunella.graph.match import chosen, parts
 from prunella.graph.solve.groups import couple
-from prunella.llm.blocks import Call, Calls, ModelBlock, Runner, StoreActivations, listed_block_paths
+from prunella.llm.blocks import BlockCall, Calls, ModelBlock, Runner, StoreActivations, listed_block_paths
 from prunella.llm.experts import routers
 from prunella.llm.streaming.skeleton import Skeleton
 from prunella.model.copying import copied
@@ -38,7 +38,7 @@ class Captured:
     """The blocks, their calls without hidden states, and the hidden states that enter the first block."""
 
     blocks: tuple[ModelBlock, ...]
-    arguments: dict[str, list[Call]]
+    arguments: dict[str, list[BlockCall]]
     hidden_states: Sequence[Tensor]
 
     @property
@@ -78,7 +78,7 @@ class _Stubs:
 
     model: nn.Module
     paths: list[str]
-    calls: dict[str, list[Call]] = field(default_factory=dict)
+    calls: dict[str, list[BlockCall]] = field(default_factory=dict)
     outputs: dict[str, Any] = field(default_factory=dict)
     known: list[Tensor] = field(default_factory=list)
     order: list[str] = field(default_factory=list)
@@ -132,14 +132,14 @@ class _Stubs:
         """The function that runs in place of `block`."""
 
         def forward(*args: Any, **kwargs: Any) -> Any:
-            call = Call(args, kwargs)
+            call = BlockCall(args, kwargs)
             self._check(path, call)
             if self.hidden_states is None:
                 self.first = call.hidden_states
             self.hidden_states = call.hidden_states
             self.order.append(path)
             bare = call.without_hidden_states()
-            self.calls[path].append(Call(self._shared(bare.args), self._shared(bare.kwargs)))
+            self.calls[path].append(BlockCall(self._shared(bare.args), self._shared(bare.kwargs)))
             seen, self.past = path in self.outputs, path == self.paths[-1]
             if self.past and seen:
                 raise Stop
@@ -149,7 +149,7 @@ class _Stubs:
 
         return forward
 
-    def _check(self, path: str, call: Call) -> None:
+    def _check(self, path: str, call: BlockCall) -> None:
         """Errors: NotSupported unless the block runs in order, on the hidden states of the one before it alone."""
         if self.past:
             why = "it runs again after the last one" if path in self.order else "it runs after the last one"
@@ -174,7 +174,7 @@ class _Stubs:
         return tensor if same is None else same
 
 
-def _on_meta(path: str, block: Callable[..., Any], call: Call) -> Any:
+def _on_meta(path: str, block: Callable[..., Any], call: BlockCall) -> Any:
     """The output of the block on the meta device: its structure, without values."""
     args, kwargs = pytree.tree_map_only(Tensor, lambda t: t.to("meta"), (call.args, call.kwargs))
     try:
@@ -199,7 +199,7 @@ class _TwoArguments(nn.Module):
         return self.block(*args, **kwargs)
 
 
-def layers_of(model: nn.Module, path: str, call: Call, skip: Sequence[str]) -> dict[Layer, bool]:
+def layers_of(model: nn.Module, path: str, call: BlockCall, skip: Sequence[str]) -> dict[Layer, bool]:
     """The layers of a block, traced without data, by their names in the model, and whether each routes to experts."""
     # The dtype does not matter without values, and torch has the grouped product of experts in bfloat16 alone there.
     block = copied(model.get_submodule(path)).to(torch.bfloat16)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from prunella.errors import BadInput
-from prunella.llm.streaming.shards import Stored
+from prunella.llm.streaming.shards import StoredTensor
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Converted:
     """A tensor of the model that is converted from tensors of the checkpoint when it is read."""
 
     name: str
-    group: Group
+    group: ConversionGroup
     dtype: torch.dtype
     shape: tuple[int, ...]
     size: int
@@ -35,7 +35,7 @@ class Converted:
 
 
 @dataclass(frozen=True)
-class Group:
+class ConversionGroup:
     """Tensors of the checkpoint that are converted together, named after the first tensor that results.
 
     patterns: the source pattern of the conversion that each name matches.
@@ -43,7 +43,7 @@ class Group:
 
     name: str
     conversion: Any
-    sources: Mapping[str, Stored]
+    sources: Mapping[str, StoredTensor]
     patterns: Mapping[str, str]
 
     def convert(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -67,18 +67,20 @@ class Files:
     tensors are written with the names and the layout of the files.
     """
 
-    def __init__(self, model: nn.Module, raw: Mapping[str, Stored]) -> None:
+    def __init__(self, model: nn.Module, raw: Mapping[str, StoredTensor]) -> None:
         self._model, self.raw = model, raw
         self._table = _table(model)
         self.stored, self.names = self.read(raw)
         self.back = self._table is not None and self._reverts()
 
-    def read(self, raw: Mapping[str, Stored]) -> tuple[dict[str, Stored | Converted], dict[str, tuple[str, ...]]]:
+    def read(
+        self, raw: Mapping[str, StoredTensor]
+    ) -> tuple[dict[str, StoredTensor | Converted], dict[str, tuple[str, ...]]]:
         """The tensors by their names in the model, and for each name in the files the names in the model."""
         if self._table is None:
             return dict(raw), {key: (key,) for key in raw}
         renamings, converters, loading = self._table
-        tensors: dict[str, Stored | Converted] = {}
+        tensors: dict[str, StoredTensor | Converted] = {}
         names: dict[str, tuple[str, ...]] = {}
         groups: dict[str, tuple[Any, dict[str, str]]] = {}
         expected = dict.fromkeys(self._model.state_dict())
@@ -92,7 +94,7 @@ class Files:
                 conversion = next(c for c in converters if pattern in c.source_patterns)
                 groups.setdefault(name, (conversion, {}))[1][key] = pattern
         for name, (conversion, patterns) in groups.items():
-            group = Group(name, conversion, {key: raw[key] for key in patterns}, patterns)
+            group = ConversionGroup(name, conversion, {key: raw[key] for key in patterns}, patterns)
             virtual = {k: torch.empty(s.shape, dtype=s.dtype, device="meta") for k, s in group.sources.items()}
             converted = group.convert(virtual)
             for other, like in converted.items():

@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from prunella.errors import RequestError
 from prunella.granularity import NM, Block, Element
-from prunella.llm.blocks import Call
+from prunella.llm.blocks import BlockCall
 from prunella.llm.recipe import OneShot
 from prunella.measure.text import byte_size
 
@@ -106,7 +106,7 @@ class Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.peak = max(self.peak, self.now)
 
 
-def forward_bytes(block: nn.Module, call: Call, *, trained: bool) -> int:
+def forward_bytes(block: nn.Module, call: BlockCall, *, trained: bool) -> int:
     """Peak bytes of one pass of the block without weights and inputs; trained: with activations for gradients."""
     with FakeTensorMode(allow_non_fake_inputs=True) as fake:
 

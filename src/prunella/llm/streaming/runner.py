@@ -17,7 +17,7 @@ from prunella.errors import RequestError
 from prunella.graph.data import Layer
 from prunella.graph.match import check_known, parts
 from prunella.graph.matrix import to_matrix
-from prunella.llm.blocks import Call, Calls, ModelBlock, StoreActivations, listed_block_paths, uncached
+from prunella.llm.blocks import BlockCall, Calls, ModelBlock, StoreActivations, listed_block_paths, uncached
 from prunella.llm.blockwise import Solving
 from prunella.llm.distributed import ProcessGroup
 from prunella.llm.experts import expert_chunks, experts_implementation, matrix_of
@@ -39,7 +39,7 @@ _TRAINED = 7
 
 
 @dataclass(frozen=True)
-class Step:
+class BlockStep:
     """One finished block: number `number` of `count`, with its layers. replayed: it was solved by an earlier run."""
 
     path: str
@@ -56,7 +56,7 @@ class Step:
         return f"block {self.number} of {self.count}, {self.path}: {how} ({self.seconds:.1f} s)"
 
 
-OnBlock = Callable[[Step], None]
+OnBlock = Callable[[BlockStep], None]
 """Called after each block."""
 
 
@@ -109,7 +109,7 @@ class StreamingRun:
             fits += new
             if on_block:
                 seconds = since(start)
-                on_block(Step(block.path, number, len(self.paths), new, seconds, done is not None))
+                on_block(BlockStep(block.path, number, len(self.paths), new, seconds, done is not None))
         return Solving(tuple(fits), refined), replayed
 
     def measured(self) -> float:
@@ -219,7 +219,7 @@ class StreamingRun:
                 moments.append(amounts.Peak(sizes, on_disk))
         return moments
 
-    def _work(self, path: str, call: Call) -> int:
+    def _work(self, path: str, call: BlockCall) -> int:
         """The largest amount beside the weights: a pass with inputs and outputs of layers, or a solver and its Gram."""
         hidden_states = call.hidden_states
         module = self.skeleton.model.get_submodule(path)

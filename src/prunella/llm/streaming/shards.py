@@ -39,7 +39,7 @@ _CHUNK = 1 << 24
 
 
 @dataclass(frozen=True)
-class Stored:
+class StoredTensor:
     """Where a tensor is stored: `size` bytes from `start` of `file`."""
 
     file: Path
@@ -68,7 +68,7 @@ def _fill(file: IO[bytes], view: memoryview) -> int:
     return done
 
 
-def read_folder(folder: Path) -> dict[str, Stored]:
+def read_folder(folder: Path) -> dict[str, StoredTensor]:
     """All tensors of a Hugging Face folder by name: of the files in its index, or of all safetensors without an index.
 
     Errors: BadInput for a file that is missing or damaged, or a name that two files hold.
@@ -77,7 +77,7 @@ def read_folder(folder: Path) -> dict[str, Stored]:
     names = _listed(index) if index.is_file() else sorted(file.name for file in folder.glob("*.safetensors"))
     if not names:
         raise BadInput(f"{folder} has no safetensors weights", "no *.safetensors in it", "convert its weights first")
-    tensors: dict[str, Stored] = {}
+    tensors: dict[str, StoredTensor] = {}
     for name in names:
         part = read_header(folder / name)
         if twice := next((key for key in part if key in tensors), None):
@@ -91,7 +91,7 @@ def _listed(index: Path) -> list[str]:
     return sorted({plain_name(place.text()) for _, place in places.values()})
 
 
-def read_header(file: Path) -> dict[str, Stored]:
+def read_header(file: Path) -> dict[str, StoredTensor]:
     """The tensors of one file by name. Errors: BadInput unless each fills its shape, and all fill the file exactly."""
     what, todo = f"cannot read {file}", "fetch or write it again"
     with reading(file), file.open("rb") as opened:
@@ -112,7 +112,7 @@ def read_header(file: Path) -> dict[str, Stored]:
     return tensors
 
 
-def _stored(file: Path, entry: Fields, base: int, whole: int) -> Stored:
+def _stored(file: Path, entry: Fields, base: int, whole: int) -> StoredTensor:
     kind, shape = entry.text("dtype"), entry.value("shape").integers(low=0)
     start, end = (offset.integer() for offset in entry.value("data_offsets").items(2))
     if kind not in _TYPES:
@@ -122,7 +122,7 @@ def _stored(file: Path, entry: Fields, base: int, whole: int) -> Stored:
     if end - start != math.prod(shape) * _TYPES[kind].itemsize:
         why = f"truncated or damaged: {entry.at} has {end - start} bytes for the shape {list(shape)} of {kind}"
         raise BadInput(entry.what, why, entry.todo)
-    return Stored(file, _TYPES[kind], shape, base + start, end - start)
+    return StoredTensor(file, _TYPES[kind], shape, base + start, end - start)
 
 
 def shard_name(number: int, count: int) -> str:
@@ -130,8 +130,8 @@ def shard_name(number: int, count: int) -> str:
     return f"model-{number:05}-of-{count:05}.safetensors"
 
 
-def write_shard(file: Path, tensors: Mapping[str, Tensor | Stored]) -> Path:
-    """Write a safetensors file atomically; `Stored` tensors are copied from file to file."""
+def write_shard(file: Path, tensors: Mapping[str, Tensor | StoredTensor]) -> Path:
+    """Write a safetensors file atomically; `StoredTensor` tensors are copied from file to file."""
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, value in tensors.items():
@@ -149,13 +149,13 @@ def write_shard(file: Path, tensors: Mapping[str, Tensor | Stored]) -> Path:
     return write_atomic(file, write)
 
 
-def size_of(value: Tensor | Stored) -> int:
+def size_of(value: Tensor | StoredTensor) -> int:
     """Bytes of a tensor."""
-    return value.size if isinstance(value, Stored) else value.numel() * value.element_size()
+    return value.size if isinstance(value, StoredTensor) else value.numel() * value.element_size()
 
 
-def _chunks(value: Tensor | Stored) -> Iterable[bytes | memoryview]:
-    if isinstance(value, Stored):
+def _chunks(value: Tensor | StoredTensor) -> Iterable[bytes | memoryview]:
+    if isinstance(value, StoredTensor):
         with value.file.open("rb") as source:
             source.seek(value.start)
             left = value.size

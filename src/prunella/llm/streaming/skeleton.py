@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 from prunella.errors import BadInput, NotSupported
 from prunella.io.load import call_user, class_of, import_transformers
 from prunella.llm.streaming.conversion import Converted, Files
-from prunella.llm.streaming.shards import Stored
+from prunella.llm.streaming.shards import StoredTensor
 from prunella.model.forward import tensors
 from prunella.model.rng import seeded
 
@@ -38,7 +38,7 @@ class Skeleton:
     used: names of the tensors that were loaded by `on_demand`.
     """
 
-    def __init__(self, folder: Path, stored: Mapping[str, Stored]) -> None:
+    def __init__(self, folder: Path, stored: Mapping[str, StoredTensor]) -> None:
         self.model = _built(folder)
         named = dict(_named(self.model))
         groups: dict[int, list[str]] = {}
@@ -68,7 +68,7 @@ class Skeleton:
             why = f"{virtual[0]} is in no file, and the constructor gives it no values"
             raise NotSupported(f"{folder} cannot be read block by block", why, "load the whole model, and use solve_")
 
-    def source_of(self, name: str) -> Stored | Converted | None:
+    def source_of(self, name: str) -> StoredTensor | Converted | None:
         """Where the tensor of this name, or of one of its aliases, is stored."""
         return next((self.stored[alias] for alias in self.aliases[name] if alias in self.stored), None)
 
@@ -76,7 +76,7 @@ class Skeleton:
         """Names of the stored tensors of a module."""
         return [name for name in self.like if name in self.persistent and name.startswith(f"{path}.")]
 
-    def around(self) -> list[Stored | Converted]:
+    def around(self) -> list[StoredTensor | Converted]:
         """The stored tensors that were loaded for the modules outside the blocks."""
         return [source for name in sorted(self.used) if (source := self.source_of(name)) is not None]
 
@@ -91,7 +91,7 @@ class Skeleton:
             {name: _slots(self.model, name)[_leaf(name)].detach() for name in names if name in self.stored}
         )
 
-    def load_(self, names: Iterable[str], shard: Mapping[str, Stored] | None = None) -> None:
+    def load_(self, names: Iterable[str], shard: Mapping[str, StoredTensor] | None = None) -> None:
         """Read these tensors, from `shard` where it has them, and set each of them under all its names."""
         other = self.files.read(shard)[0] if shard else {}
         for name in names:

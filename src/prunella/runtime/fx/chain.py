@@ -17,7 +17,7 @@ from torch.fx import GraphModule, Node
 
 from prunella.runtime.fx.fuse import SHAPE
 from prunella.runtime.kernels import chain as kernel_chain
-from prunella.runtime.kernels.chain import Prepared, Ready, Step
+from prunella.runtime.kernels.chain import ChainStep, Prepared, Ready
 from prunella.runtime.kernels.convolution import is_channels_last
 from prunella.runtime.kernels.library import Config
 from prunella.runtime.layers import PLAIN, SparseConv2d
@@ -42,7 +42,7 @@ class Chain(nn.Module):
     for everything else that the kernels do not support.
     """
 
-    def __init__(self, steps: Sequence[Step], outputs: Sequence[int]) -> None:
+    def __init__(self, steps: Sequence[ChainStep], outputs: Sequence[int]) -> None:
         super().__init__()
         self.steps, self.outputs = tuple(steps), tuple(outputs)
         self.plans, self.tracker = _Plans(None, {}), ChangeTracker()
@@ -144,7 +144,7 @@ def _runs(program: GraphModule, modules: dict[str, nn.Module]) -> Iterator[list[
         run = []
 
 
-def _wired(run: Sequence[Node]) -> tuple[list[Step], list[Node], list[Node]]:
+def _wired(run: Sequence[Node]) -> tuple[list[ChainStep], list[Node], list[Node]]:
     """The steps of a run, the nodes that it reads from outside, and those of its nodes that are read outside."""
     inputs = list(dict.fromkeys(arg for node in run for arg in node.all_input_nodes if arg not in run))
     outputs = [node for node in run if any(user not in run for user in node.users)]
@@ -155,5 +155,5 @@ def _wired(run: Sequence[Node]) -> tuple[list[Step], list[Node], list[Node]]:
     for number, node in enumerate(run):
         residual = place[node.args[1]] if len(node.args) > 1 else None  # type: ignore[index]
         free = tuple(sorted(p for p, last in last_reader.items() if last == number and p not in returned))
-        steps.append(Step(place[node.args[0]], residual, free))  # type: ignore[index]
+        steps.append(ChainStep(place[node.args[0]], residual, free))  # type: ignore[index]
     return steps, inputs, outputs

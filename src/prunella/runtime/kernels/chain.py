@@ -15,14 +15,14 @@ from torch import Tensor
 
 from prunella.runtime.kernels import library, signatures
 from prunella.runtime.kernels.convolution import Patches
-from prunella.runtime.kernels.library import Activation, Packed
+from prunella.runtime.kernels.library import Activation, PackedWeight
 
 _LINE = 16
 """Floats of a cache line. Every part of the buffer begins with one."""
 
 
 @dataclass(frozen=True)
-class Step:
+class ChainStep:
     """What a layer reads, as places: the inputs come first, then the result of each layer.
 
     free: places that no later layer reads.
@@ -37,7 +37,7 @@ class Step:
 class Ready:
     """A layer prepared for images of one size."""
 
-    packed: Packed
+    packed: PackedWeight
     patches: Patches
     bias: Tensor | None
     activation: Activation
@@ -88,7 +88,7 @@ def _lines(floats: int) -> int:
 
 
 def allocate(
-    steps: Sequence[Step], sizes: Sequence[int], inputs: int, outputs: Sequence[int]
+    steps: Sequence[ChainStep], sizes: Sequence[int], inputs: int, outputs: Sequence[int]
 ) -> tuple[dict[int, int], int]:
     """Place -> first float in the buffer, for every result that is not returned; and the size of the buffer.
 
@@ -109,7 +109,7 @@ def allocate(
     return at, buffer.end
 
 
-def prepare(steps: Sequence[Step], layers: Sequence[Ready], inputs: int, outputs: Sequence[int]) -> Prepared:
+def prepare(steps: Sequence[ChainStep], layers: Sequence[Ready], inputs: int, outputs: Sequence[int]) -> Prepared:
     """A chain for one size of the inputs. inputs: how many; outputs: places of the results that are returned."""
     at, floats = allocate(steps, [_floats(layer.patches) for layer in layers], inputs, outputs)
 

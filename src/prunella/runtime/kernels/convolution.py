@@ -12,14 +12,14 @@ from torch import Tensor
 
 from prunella.errors import NotSupported, RequestError
 from prunella.runtime.kernels import library, signatures
-from prunella.runtime.kernels.library import FEW, Activation, Packed
+from prunella.runtime.kernels.library import FEW, Activation, PackedWeight
 
 _LARGEST = 1 << 30
 """The largest stride, padding, dilation or kernel: the C interface passes them in 32 bits."""
 
 
 def conv2d(
-    packed: Packed,
+    packed: PackedWeight,
     x: Tensor,
     kernel: tuple[int, int],
     bias: Tensor | None = None,
@@ -90,7 +90,7 @@ def patches(
 
 
 def run_patches(
-    packed: Packed,
+    packed: PackedWeight,
     sizes: Patches,
     x: Tensor,
     bias: Tensor | None,

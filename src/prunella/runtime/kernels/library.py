@@ -106,7 +106,7 @@ class Config:
 
 
 @dataclass(frozen=True)
-class Packed:
+class PackedWeight:
     """A weight in the private layout of a kernel. Its memory is freed with this object."""
 
     shape: tuple[int, int]
@@ -237,7 +237,7 @@ def check_code(code: int) -> None:
 # -- packing and multiplying ------------------------------------------------------------------------------------------
 
 
-def pack(weight: Tensor, config: Config) -> Packed:
+def pack(weight: Tensor, config: Config) -> PackedWeight:
     """A weight (M, K) in the layout of a kernel, without its zeros."""
     if not _exists(config):
         raise NotSupported(f"no kernel packs {config.kind.value} in {config.precision.value}", "", "")
@@ -251,7 +251,7 @@ def pack(weight: Tensor, config: Config) -> Packed:
     return pack_rows((dense.shape[0], dense.shape[1]), starts, columns.contiguous(), values, config)
 
 
-def pack_rows(shape: tuple[int, int], starts: Tensor, columns: Tensor, values: Tensor, config: Config) -> Packed:
+def pack_rows(shape: tuple[int, int], starts: Tensor, columns: Tensor, values: Tensor, config: Config) -> PackedWeight:
     """As `pack`, from compressed rows: starts (M + 1) and columns int64, values float32. All are checked."""
     valid = (
         starts.shape == (shape[0] + 1,)
@@ -275,7 +275,7 @@ def pack_rows(shape: tuple[int, int], starts: Tensor, columns: Tensor, values: T
         options = (MANY_CODES[config.kind], config.rows, config.depth, precision)
         pack_, count_bytes = library.prunella_many_pack, library.prunella_many_bytes
     check_code(pack_(*shape, len(values), *pointers, *options, ctypes.byref(handle)))
-    return Packed(shape, len(values), int(count_bytes(handle)), config, int(handle.value or 0))
+    return PackedWeight(shape, len(values), int(count_bytes(handle)), config, int(handle.value or 0))
 
 
 def _exists(config: Config) -> bool:
@@ -287,7 +287,7 @@ def _exists(config: Config) -> bool:
 
 
 def linear(
-    packed: Packed,
+    packed: PackedWeight,
     x: Tensor,
     bias: Tensor | None = None,
     residual: Tensor | None = None,
@@ -311,7 +311,7 @@ def linear(
 
 
 def finite_linear(
-    packed: Packed, x: Tensor, bias: Tensor | None, residual: Tensor | None, activation: Activation
+    packed: PackedWeight, x: Tensor, bias: Tensor | None, residual: Tensor | None, activation: Activation
 ) -> Tensor | None:
     """`linear` with few checks; None if x holds NaN or infinity, or a number that is infinite in bfloat16.
 
@@ -367,7 +367,7 @@ def as_float32(x: Tensor) -> Tensor:
 
 
 def checked_addends(
-    packed: Packed, y: Tensor, bias: Tensor | None, residual: Tensor | None, layout: torch.memory_format
+    packed: PackedWeight, y: Tensor, bias: Tensor | None, residual: Tensor | None, layout: torch.memory_format
 ) -> list[Tensor | None]:
     """Bias and residual as the kernels read them. Errors: RequestError for other shapes than those of y."""
     if bias is not None and bias.shape != packed.shape[:1]:
@@ -384,7 +384,7 @@ def _address(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
-def _in_kernel(packed: Packed, activation: Activation) -> int:
+def _in_kernel(packed: PackedWeight, activation: Activation) -> int:
     """The code of the activation that the kernel applies: those for a few tokens apply only ReLU."""
     inside = packed.config.kind not in FEW or activation is Activation.RELU
     return ACTIVATION_CODES[activation if inside else Activation.NONE]

@@ -29,7 +29,7 @@ _AS_FAST = 0.97
 
 
 @dataclass(frozen=True)
-class Outcome:
+class Acceptance:
     """The sparse model against the dense one. why: why the model stays dense; empty if its layers were replaced.
 
     full_model: speed on the example. first_token: speed on its first token, where the example can be cut to that; if it
@@ -49,7 +49,7 @@ class Outcome:
 
 def judge(
     dense: nn.Module, sparse: nn.Module, example: Inputs, precision: Precision, *, gains_elsewhere: bool
-) -> Outcome:
+) -> Acceptance:
     """Whether the sparse model is kept: on the example it is faster, or as fast and `gains_elsewhere`.
 
     gains_elsewhere: whether layers are faster for sizes that the example does not have. Errors: CheckFailed if the
@@ -62,8 +62,8 @@ def judge(
             raise CheckFailed("the output of the sparse model differs", why, "report this with the model's name")
     ratio = speedup(dense, sparse, example)
     if ratio.faster or (gains_elsewhere and not ratio.slower and ratio.value > _AS_FAST):
-        return Outcome("", ratio, None, difference)
-    return Outcome(f"the full model stays dense: {ratio.verdict} on the example", ratio, None, difference)
+        return Acceptance("", ratio, None, difference)
+    return Acceptance(f"the full model stays dense: {ratio.verdict} on the example", ratio, None, difference)
 
 
 def measures_channels_last(program: GraphModule | None, example: Inputs) -> bool:

@@ -45,7 +45,7 @@ class Verdict:
 
 
 @dataclass
-class Candidates:
+class KernelCandidates:
     """The layers built so far to measure one weight, and replicas of them with their own memory."""
 
     layers: dict[Choice, nn.Module] = field(default_factory=dict)
@@ -71,12 +71,12 @@ class Tuner:
 
     def linear(self, weight: Tensor, bias: Tensor | None, problems: tuple[Problem, ...]) -> tuple[Verdict, ...]:
         """The verdicts on a linear layer with this weight `(out, in)`."""
-        seconds, cached = self.seconds / len(problems), Candidates()
+        seconds, cached = self.seconds / len(problems), KernelCandidates()
         return tuple(self._verdict(weight, bias, problem, None, seconds, cached) for problem in problems)
 
     def keep_dense(self, weight: Tensor, bias: Tensor | None, problems: tuple[Problem, ...]) -> tuple[Verdict, ...]:
         """The verdicts on a linear layer that keeps its dense weight: `F.linear`, or a kernel for a few tokens."""
-        seconds, cached = self.seconds / len(problems), Candidates()
+        seconds, cached = self.seconds / len(problems), KernelCandidates()
         return tuple(
             self._verdict(weight, bias, problem, None, seconds, cached, keep_dense=True) for problem in problems
         )
@@ -90,7 +90,7 @@ class Tuner:
         fused: Fused = _UNFUSED,
     ) -> tuple[Verdict, ...]:
         """The verdicts on a convolution with this weight `(out, in, h, w)`, with what is fused with it."""
-        seconds, cached = self.seconds / len(problems), Candidates()
+        seconds, cached = self.seconds / len(problems), KernelCandidates()
         fused = replace(fused, norm=None if fused.norm is None else "norm")  # which batch norm it is does not matter
         return tuple(
             self._verdict(weight, bias, problem, geometry, seconds, cached, fused=fused) for problem in problems
@@ -103,7 +103,7 @@ class Tuner:
         problem: Problem,
         geometry: Geometry | None,
         seconds: float,
-        cached: Candidates,
+        cached: KernelCandidates,
         *,
         keep_dense: bool = False,
         fused: Fused = _UNFUSED,
