@@ -30,7 +30,7 @@ from torch.nn.functional import cross_entropy
 from training import accuracy, batches, count_macs, count_params, fine_tune
 
 import prunella as pr
-from prunella.measure.latency import compare_latency
+from prunella.measure.timing import compare_latency
 
 EXAMPLE = torch.zeros(1, 3, 32, 32)
 BUDGET = 0.5

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from training import count_macs, count_params, predict
 
 import prunella as pr
-from prunella.measure.latency import compare_latency
+from prunella.measure.timing import compare_latency
 
 BUDGETS = (0.8, 0.65)
 STEPS = 30

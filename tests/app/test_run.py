@@ -176,3 +176,13 @@ def test_what_is_missed_writes_nothing(
     with pytest.raises(error):
         run(net(), torch.randn(2, 6), job, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_metric_that_is_no_number_any_more_is_a_drop(tmp_path: Path) -> None:
+    def broken(model: nn.Module) -> float:
+        return 1.0 if model[0].out_features == 12 else float("nan")  # type: ignore[index]
+
+    job = Job(Recipe(), MACs(0.5), metric=broken, max_drop=0.1, factory="tests.app.test_run:net")
+    with pytest.raises(CheckFailed, match="fell too far"):
+        run(net(), torch.randn(2, 6), job, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []

@@ -35,6 +35,18 @@ def make(seed: int) -> nn.Module:
     return model
 
 
+MOVED: list[float] = []
+"""What `make_moved` reads beside its code, as another function reads a checkpoint."""
+
+
+def make_moved(seed: int) -> nn.Module:
+    """A network whose last bias is moved by what lies in `MOVED`, which no code of it says."""
+    model = make(seed)
+    with torch.no_grad():
+        model[-1].bias.add_(sum(MOVED))  # type: ignore[index, union-attr]
+    return model
+
+
 def evaluate(model: nn.Module) -> float:
     """Accuracy on other points."""
     x, y = points(1, 500)

@@ -180,3 +180,20 @@ def test_the_chart_has_a_band_for_every_method() -> None:
     chart = frontier_chart(pareto(STUDY, ratios=(2, 4), seeds=(0, 1)))
     assert chart.count("FillBetween") == 4 or chart.count("fill-opacity") + chart.count("opacity: 0.") >= 4
     assert "magnitude, global" in chart and "4x" in chart and "dense" in chart
+
+
+def test_a_dense_model_with_other_weights_is_not_taken_for_the_one_that_is_known(tmp_path: Path) -> None:
+    """`make` reads what changes, as a checkpoint does: its code is the same."""
+    moved = replace(STUDY, make=parts.make_moved)
+    pareto(moved, tmp_path / "run", ratios=(2,), seeds=(0,))
+    before = records(tmp_path / "run")
+    pareto(moved, tmp_path / "run", ratios=(2,), seeds=(0,))
+    assert records(tmp_path / "run") == before
+    module._dense.cache_clear()
+    parts.MOVED.append(1.0)
+    try:
+        pareto(moved, tmp_path / "run", ratios=(2,), seeds=(0,))
+    finally:
+        parts.MOVED.clear()
+        module._dense.cache_clear()
+    assert records(tmp_path / "run") == 2 * before

@@ -135,3 +135,14 @@ def test_code_is_not_data(tmp_path: Path) -> None:
     with pytest.raises(RequestError, match="holds a builtin_function"):
         save_plan(replace(make_plan(), recipe={"criterion": print}), tmp_path / "p")
     assert not list(tmp_path.iterdir())
+
+
+def test_what_the_text_of_a_plan_says_is_in_the_digest(tmp_path: Path) -> None:
+    """A plan whose cuts were taken out, or whose numbers were changed, is another plan."""
+    path = save_plan(make_plan(), tmp_path / "p")
+    data = path.read_bytes()
+    for old, new in ((b"num_heads", b"num_heedz"), (b"output of the model", b"output of the motel")):
+        assert data.count(old) == 1
+        path.write_bytes(data.replace(old, new))
+        with pytest.raises(BadInput, match="damaged"):
+            load_plan(path)

@@ -299,3 +299,42 @@ def test_what_is_not_read_is_named() -> None:
     assert str(watch.others[id(table.weight)]) == "embedding reads it: it looks up rows by index"
     assert watch.others[id(table.weight)].tied == "embedding reads the same (tied) weight"
     assert str(watch.others[id(pair)]) == "matmul reads it: it multiplies two weights"
+
+
+NAMED: dict[str, tuple[Callable[[Tensor], Tensor], tuple[int, ...]]] = {
+    "mm": (lambda w: torch.mm(rand(3, 4), mat2=w), (4, 5)),
+    "bmm": (lambda w: torch.bmm(input=rand(2, 3, 4), mat2=w), (2, 4, 5)),
+    "mv": (lambda w: torch.mv(w, vec=rand(4)), (5, 4)),
+    "addmm": (lambda w: torch.addmm(torch.zeros(5).double(), mat1=rand(3, 4), mat2=w), (4, 5)),
+    "addmv": (lambda w: torch.addmv(torch.zeros(5).double(), mat=w, vec=rand(4)), (5, 4)),
+    "baddbmm": (lambda w: torch.baddbmm(torch.zeros(2, 3, 5).double(), batch1=rand(2, 3, 4), batch2=w), (2, 4, 5)),
+    "addbmm": (lambda w: torch.addbmm(torch.zeros(3, 5).double(), batch1=rand(2, 3, 4), batch2=w), (2, 4, 5)),
+    "tensordot": (lambda w: torch.tensordot(rand(3, 4), w, 1), (4, 5)),
+    "tensordot with axes": (lambda w: torch.tensordot(rand(3, 4), w, dims=([1], [0])), (4, 5)),
+}
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_operands_may_be_passed_by_name(name: str) -> None:
+    """As people call torch, and as torch itself does: it passes `out=None` to the mode of a tensordot."""
+    call, shape = NAMED[name]
+    weight, seen = nn.Parameter(rand(*shape)), list[Read]()
+    with torch.no_grad():
+        with Watch([weight], seen.append) as watch:
+            call(weight)
+        watch.finish()
+        (read,) = seen
+        for group, matrix in enumerate(read.matrices()):
+            columns = torch.cat([part for part, _ in read.columns(group)])
+            torch.testing.assert_close(columns @ matrix.T, read.rows(group))
+
+
+def test_a_sum_that_scales_a_side_has_no_residual() -> None:
+    weight = nn.Parameter(rand(5, 4))
+    for alpha, kept in ((1, True), (-1, False)):
+        seen = list[Read]()
+        with torch.no_grad():
+            with Watch([weight], seen.append) as watch:
+                torch.add(F.linear(rand(3, 4), weight), rand(3, 5), alpha=alpha)
+            watch.finish()
+        assert (seen[0].residual is not None) is kept

@@ -15,7 +15,7 @@ import pytest
 
 from prunella.errors import RequestError
 from prunella.graph.data import Frozen
-from prunella.measure.latency import Ratio
+from prunella.measure.timing import Ratio
 from prunella.reporting.chart import clean_svg, curve_chart, latency_chart
 from prunella.reporting.page import headline, render_page, tiles, why_kept, write_page
 from prunella.reporting.report import Curve, LayerWidth, Report

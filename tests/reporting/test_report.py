@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from prunella.graph.data import Frozen
-from prunella.measure.latency import Comparison, Latency, Ratio
+from prunella.measure.timing import Comparison, LatencySamples, Ratio
 from prunella.planning.accounting import Amount, Row
 from prunella.planning.plan import Plan
 from prunella.reporting.report import Curve, Metric, Report, report, shown
@@ -60,7 +60,7 @@ def made(ratio: Ratio = FASTER, *, target: Target | None = None) -> Report:
         command="prunella run net:make",
         rounds=5,
     )
-    samples = (Latency("dense", (0.002, 0.003, 0.0025)), Latency("pruned", (0.001, 0.0012, 0.0011)))
+    samples = (LatencySamples("dense", (0.002, 0.003, 0.0025)), LatencySamples("pruned", (0.001, 0.0012, 0.0011)))
     latency = Comparison(samples, (ratio,), 1, "cpu", 5, 5, 0)
     metrics = tuple(
         Metric("latency", 0.0025, 0.0011, "seconds", (ratio.low, ratio.high), ratio.verdict)

@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from prunella.measure.clock import now, since
-from prunella.measure.latency import compare_latency
 from prunella.measure.machine import cpu_info, cpu_name
 from prunella.measure.text import byte_size
+from prunella.measure.timing import compare_latency
 from prunella.runtime.kernels import library
 from prunella.runtime.tuning.survey import Pattern, survey, without_kernels
 

@@ -179,7 +179,7 @@ def _check_drop(before: Quality, after: Quality, limit: float | None) -> None:
     if limit is None or not before:
         return
     name, dense = next(iter(before.items()))
-    if dense - after[name] > limit:
+    if not dense - after[name] <= limit:  # so that a metric that is no number any more is refused too
         why = (
             f"it fell from {dense:.4g} to {after[name]:.4g}, by {dense - after[name]:.4g}; max_drop= allows {limit:.4g}"
         )

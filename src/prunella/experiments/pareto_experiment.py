@@ -30,7 +30,7 @@ from prunella.criteria import magnitude, random
 from prunella.errors import BadInput, Interrupted, PruningError, RequestError
 from prunella.granularity import Element, Granularity
 from prunella.io.files import write_atomic
-from prunella.io.identity import Identity, identify
+from prunella.io.identity import Identity, identify, model_parts
 from prunella.io.journal import Journal, open_journal
 from prunella.io.load import load_object
 from prunella.model.copying import copied
@@ -143,7 +143,7 @@ def pareto(
 
 def _finished(tasks: Sequence[_Task], journal: Journal | None, jobs: int, on_cell: OnCell | None) -> list[Cell]:
     """The cell of every task: read from the journal, or run and recorded."""
-    shared = _identity(tasks[0].experiment) if journal else None
+    shared = _identity(tasks[0].experiment, tasks[0].seed) if journal else None
     names = [task.identity(shared) for task in tasks] if shared else []
     done = {index: cell for index, name in enumerate(names) if journal and (cell := _known(journal, name))}
     remaining = [index for index in range(len(tasks)) if index not in done]
@@ -313,11 +313,16 @@ def _alone(seed: int) -> Iterator[None]:
 # -- names and files ----------------------------------------------------------------------------------------------
 
 
-def _identity(experiment: ParetoExperiment) -> Identity:
-    """The identity that all cells share: functions by their code and arguments, data by its contents."""
+def _identity(experiment: ParetoExperiment, seed: int) -> Identity:
+    """The identity that all cells share: functions by their code and arguments, data and a dense model by contents.
+
+    The model of one seed stands for all: a checkpoint that `make` reads is seen when its weights change.
+    """
     functions = {name: _function(getattr(experiment, name)) for name in ("make", "evaluate", "loss", "recover")}
     data = {name: _named_data(getattr(experiment, name)) for name in ("inputs", "data")}
-    return identify({**functions, **data, "skip": experiment.skip})
+    with _alone(seed):
+        dense = model_parts(_dense(experiment.make, seed))
+    return identify({**functions, **data, **dense, "skip": experiment.skip})
 
 
 def _known(journal: Journal, identity: Identity) -> Cell | None:

@@ -204,7 +204,7 @@ def _origin(
 ) -> dict[str, Any]:
     if isinstance(model, GraphModule) and factory is None:
         return {"kind": "program"}
-    origin = origins.describe(model, factory, kwargs, dense or model)
+    origin = origins.describe(model, factory, kwargs, model if dense is None else dense)
     config = Path(source) / "config.json" if source is not None else None
     if origin["kind"] == "transformers" and dense is None and config is not None and config.is_file():
         changes = dict(read_config(config, todo="give the folder of the dense model").data)

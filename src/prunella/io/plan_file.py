@@ -17,6 +17,7 @@ from torch import Tensor
 from prunella.errors import BadInput
 from prunella.graph.cut.changes import Along, Changes, Renumbered
 from prunella.graph.data import Frozen, ReasonKind
+from prunella.io.json import encode
 from prunella.io.nested import Packer, read_packed, unpack, write_packed
 from prunella.planning.accounting import Amount, Row
 from prunella.planning.plan import Plan
@@ -49,7 +50,7 @@ def save_plan(plan: Plan, path: str | os.PathLike[str]) -> Path:
         "inputs": packer.pack(plan.inputs, "the plan's inputs"),
         "remarks": list(plan.remarks),
     }
-    head = {"version": VERSION, "sha256": _fingerprint(packer.tensors), "plan": body}
+    head = {"version": VERSION, "sha256": _fingerprint(packer.tensors, body), "plan": body}
     return write_packed(path, _KEY, head, packer.tensors)
 
 
@@ -76,10 +77,10 @@ def load_plan(path: str | os.PathLike[str]) -> Plan:
     if version not in range(1, VERSION + 1):
         why = f"this prunella reads up to format {VERSION}, the file has {version}"
         raise BadInput(f"{file} cannot be read", why, "update prunella, or make the plan again")
-    if head.text("sha256") != _fingerprint(tensors):
+    data = head.section("plan").data
+    if head.text("sha256") != _fingerprint(tensors, data if version == VERSION else None):
         raise BadInput(f"{file} is damaged", "its contents do not have the recorded digest", "make the plan again")
     try:
-        data = head.section("plan").data
         return _plan(data if version == VERSION else _of_0_1(data), tensors)
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
         raise BadInput(f"{file} is not a sound plan", f"{type(error).__name__}: {error}", "make it again") from error
@@ -157,8 +158,9 @@ def _unbits(entry: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Tensor:
     return torch.from_numpy(flat.astype(bool)).reshape(shape)
 
 
-def _fingerprint(tensors: Mapping[str, Tensor]) -> str:
-    state = hashlib.sha256()
+def _fingerprint(tensors: Mapping[str, Tensor], body: Mapping[str, Any] | None) -> str:
+    """The digest of all that a plan file says; formats 1 and 2 had one of the tensors alone."""
+    state = hashlib.sha256(encode(body, indent=None).encode() if body is not None else b"")
     for name in sorted(tensors):
         value = tensors[name]
         state.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())

@@ -12,9 +12,9 @@ from torch import nn
 from prunella.errors import NotSupported, RequestError
 from prunella.measure.clock import now, since
 from prunella.measure.count import compression, macs_by_module, measured_macs
-from prunella.measure.latency import Comparison, compare_latency
 from prunella.measure.profile import peak_memory
 from prunella.measure.text import byte_size
+from prunella.measure.timing import Comparison, compare_latency
 from prunella.model.forward import forward, tensors
 from prunella.model.state import mode
 from prunella.model.unwrap import unwrap

@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import string
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from operator import itemgetter
@@ -95,7 +95,27 @@ def products(name: str, args: Sequence[Any], kwargs: Any = None) -> Iterator[Pro
     """
     row = READS.get(name)
     if row is not None:
-        yield from row(*args, **(kwargs or {}))
+        args, others = _in_order(name, args, kwargs or {})
+        yield from row(*args, **others)
+
+
+_OPERANDS = {
+    "mm": ("input", "mat2"),
+    "bmm": ("input", "mat2"),
+    "mv": ("input", "vec"),
+    "addmm": ("input", "mat1", "mat2"),
+    "addmv": ("input", "mat", "vec"),
+    "baddbmm": ("input", "batch1", "batch2"),
+    "addbmm": ("input", "batch1", "batch2"),
+}
+"""Names that torch gives to the operands, for calls that pass them by name."""
+
+
+def _in_order(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Operands by position, and the other arguments by name."""
+    others = dict(kwargs)
+    operands = [others.pop(key) for key in _OPERANDS.get(name, ())[len(args) :] if key in others]
+    return (*args, *operands), others
 
 
 def _of(x: Tensor, weight: Tensor, form: Form, bias: Any = None) -> Product:
@@ -143,11 +163,13 @@ def _mv(matrix: Tensor, vector: Tensor, **_: Any) -> Iterator[Product]:
     return _vector(matrix, vector)
 
 
-def _addmv(_: Tensor, matrix: Tensor, vector: Tensor, *, beta: float = 1, alpha: float = 1) -> Iterator[Product]:
+def _addmv(
+    _: Tensor, matrix: Tensor, vector: Tensor, *, beta: float = 1, alpha: float = 1, **__: Any
+) -> Iterator[Product]:
     return _vector(matrix, vector, alpha)
 
 
-def _addbmm(_: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1) -> Iterator[Product]:
+def _addbmm(_: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1, **__: Any) -> Iterator[Product]:
     return _einsum_of("bti,bio->to", (a, b) if alpha == 1 else (a * alpha, b))
 
 
@@ -167,7 +189,7 @@ def _inner(input: Tensor, other: Tensor) -> Iterator[Product]:
     return _einsum_of(f"{a}z,{b}z->{a}{b}", (input, other))
 
 
-def _tensordot(a: Tensor, b: Tensor, dims: Any = 2, *_: Any) -> Iterator[Product]:
+def _tensordot(a: Tensor, b: Tensor, dims: Any = 2, *_: Any, **__: Any) -> Iterator[Product]:
     if isinstance(dims, Tensor):
         raise NotReadable("its axes are given by a tensor")
     if isinstance(dims, int):

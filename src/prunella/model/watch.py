@@ -155,7 +155,7 @@ class Watch(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         name = operation(func)
-        passed_on = self._used(name, args)
+        passed_on = self._used(name, args, kwargs or {})
         result = func(*args, **(kwargs or {}))
         if passed_on and self._pending is not None:
             self._pass_on(result)
@@ -192,17 +192,18 @@ class Watch(TorchFunctionMode):
         for home in filter(None, map(self._homes.of, tensors(given))):
             self.others[int(home[0])] = Unread(name, why)
 
-    def _used(self, name: str, args: tuple[Any, ...]) -> bool:
+    def _used(self, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
         """Before a call: report the pending read if the call uses its output. True if the call passes the output on.
 
-        This happens before the call, since an in-place sum would overwrite the residual.
+        This happens before the call, since an in-place sum would overwrite the residual. A sum that scales one of its
+        sides by `alpha` has no residual of the output's own size.
         """
         if self._pending is None or not any(argument is self._pending[1] for argument in args):
             return False
         if name in _PASSES_ON:
             return True
         read, output = self._pending
-        if name in _ADDS and len(args) > 1:
+        if name in _ADDS and len(args) > 1 and kwargs.get("alpha", 1) == 1:
             other = args[1] if args[0] is output else args[0]
             if isinstance(other, Tensor) and other.shape == output.shape and other is not output:
                 self._pending = replace(read, residual=other.detach().clone().reshape(read.y.shape)), output

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
 
-from prunella.measure.latency import Comparison
+from prunella.measure.timing import Comparison
 from prunella.reporting.extra import needing_report
 from prunella.reporting.report import Curve
 

@@ -22,9 +22,9 @@ from prunella.graph.data import Frozen
 from prunella.graph.verify import relative_error
 from prunella.io.json import encode, plain
 from prunella.measure.count import count, macs_by_module
-from prunella.measure.latency import Comparison, compare_latency
 from prunella.measure.profile import peak_memory, time_by_layer
 from prunella.measure.text import byte_size, duration, percent, short_count, significant, table
+from prunella.measure.timing import Comparison, compare_latency
 from prunella.model.forward import forward, tensors
 from prunella.model.state import mode
 from prunella.model.unwrap import unwrap
