@@ -118,7 +118,8 @@ def test_a_method_says_where_it_comes_from_and_what_it_does(method: Method) -> N
 @pytest.mark.parametrize("method", methods(), ids=ids)
 def test_a_method_says_when_to_use_it_and_when_not(method: Method) -> None:
     last = " ".join((inspect.getdoc(method.function) or "").split("\n\n")[-1].split())
-    assert last.startswith("Use: ") and " Avoid: " in last and last.endswith(".")
+    asked = "end the docstring with a paragraph `Use: ... Avoid: ...`"
+    assert last.startswith("Use: ") and " Avoid: " in last and last.endswith("."), asked
 
 
 @pytest.mark.parametrize("method", [m for m in REGISTRY.values() if m.kind == "criterion"], ids=ids)

@@ -16,7 +16,7 @@ from prunella.app.job import Job
 from prunella.app.run import run, summary
 from prunella.cli.run import run_text
 from prunella.errors import MissingExtra
-from prunella.experiments.pareto_experiment import PAGE, RECORD, Study, pareto
+from prunella.experiments.pareto_experiment import PAGE, RECORD, ParetoExperiment, pareto
 from prunella.graph.solve.groups import couple
 from prunella.io.card import Card, render_card
 from prunella.reporting.chart import latency_chart
@@ -62,7 +62,7 @@ def test_a_run_writes_all_but_the_page_and_says_so(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("bare")
 def test_a_study_keeps_its_record_and_its_table(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
-        study = Study(parts.make, parts.evaluate, parts.example)
+        study = ParetoExperiment(parts.make, parts.evaluate, parts.example)
         found = pareto(study, tmp_path, ratios=(2,), seeds=(0,))
     assert (tmp_path / RECORD).is_file() and not (tmp_path / PAGE).exists()
     assert "prunella[report]" in caplog.text and "magnitude, global" in str(found)
@@ -79,5 +79,5 @@ def test_nothing_else_imports_the_extra() -> None:
     hide = f"import sys; sys.modules.update(dict.fromkeys({HIDDEN}))"
     modules = "page chart frontier coupling report section"
     imports = "; ".join(f"import prunella.reporting.{module}" for module in modules.split())
-    code = f"{hide}; {imports}; import prunella.app.run, prunella.app.backends, prunella.experiments.pareto"
+    code = f"{hide}; {imports}; import prunella.app.run, prunella.app.backends, prunella.experiments.pareto_experiment"
     subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)

@@ -441,7 +441,7 @@ def test_weights_come_from_memory_where_the_model_exceeds_the_caches(monkeypatch
         for k, choice in (("dense", Route.TORCH), ("sparse", Config(Kind.ROWS)))
     }
     made: dict[Any, Any] = {}
-    monkeypatch.setattr(tune, "Candidates", lambda: SimpleNamespace(layers={}, replicas=made))
+    monkeypatch.setattr(tune, "KernelCandidates", lambda: SimpleNamespace(layers={}, replicas=made))
     monkeypatch.setattr(tune, "_PROMISING", float("inf"))  # nothing is measured again
     monkeypatch.setattr(tune, "_CLOSE", 1e9)  # and the two always meet
     Tuner(seconds=0.02, evict=lambda: order.append("evict")).linear(torch.eye(8), None, (Problem(4),))

@@ -16,7 +16,6 @@ from typing import Any, ParamSpec
 import typer
 
 from prunella.errors import OutOfResources, PruningError, out_of_resources, system_error
-from prunella.io.json import plain
 from prunella.measure.clock import now, since
 
 P = ParamSpec("P")
@@ -145,7 +144,11 @@ def guarded(function: Callable[P, None]) -> Callable[P, None]:
 
 def emit(value: Mapping[str, Any] | Sequence[Any], text: str, *, as_json: bool) -> None:
     """The result of a verb: JSON, or text for people."""
-    print(json.dumps(plain(value), indent=2, ensure_ascii=False) if as_json else text)
+    if as_json:
+        from prunella.io.json import plain  # late, as everything that the parser does without
+
+        text = json.dumps(plain(value), indent=2, ensure_ascii=False)
+    print(text)
 
 
 def note(text: str) -> None:

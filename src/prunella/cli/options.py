@@ -57,7 +57,14 @@ GranularityText = Annotated[
         help="What is pruned: channel, head, width, expert, depth, element; several by comma.",
     ),
 ]
-AllocationName = Annotated[str | None, typer.Option("--allocation", metavar="A", help="How layers share the budget.")]
+AllocationName = Annotated[
+    str | None,
+    typer.Option(
+        "--allocation",
+        metavar="A",
+        help="How layers share the budget: uniform, global, lamp, erk, ... Default: that of the recipe.",
+    ),
+]
 MinDensity = Annotated[float | None, typer.Option("--min-density", help="Smallest fraction kept of every group.")]
 RoundTo = Annotated[int | None, typer.Option("--round-to", help="Channel widths stay multiples of it.")]
 EqualWidths = Annotated[

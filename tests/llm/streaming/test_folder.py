@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 import prunella as pr
 from prunella.errors import BadInput, Locked, NotSupported, RequestError
 from prunella.io.journal import NAME
-from prunella.llm.streaming import Step, memory
+from prunella.llm.streaming import BlockStep, memory
 from prunella.llm.streaming.folder import WORK
 from prunella.llm.streaming.shards import INDEX
 from tests.llm.streaming.models import KINDS, data, read, write
@@ -114,7 +114,7 @@ def test_a_folder_is_not_overwritten_unless_asked(tmp_path: Path) -> None:
 
 def test_experts_that_lie_apart_in_the_files_are_pruned_and_written_apart(tmp_path: Path) -> None:
     write(tmp_path / "in", "Mixtral")
-    steps: list[Step] = []
+    steps: list[BlockStep] = []
     pr.llm.solve_folder(
         tmp_path / "in", tmp_path / "out", pr.llm.OneShot(pr.NM(2, 4)), data=data(), on_block=steps.append
     )
@@ -212,7 +212,7 @@ def test_a_killed_run_resumes_at_its_block_with_the_same_result(
     how = pr.llm.OneShot(WANDA.pattern, 0.5, WANDA.method, pr.llm.Refine(epochs=2) if kind == "refined" else None)
     with pytest.raises(RequestError, match="is not continued"):
         pr.llm.solve_folder(tmp_path / "in", tmp_path / "out", how, data=data(4))
-    steps: list[Step] = []
+    steps: list[BlockStep] = []
     found = pr.llm.solve_folder(tmp_path / "in", tmp_path / "out", how, data=data(), on_block=steps.append)
     assert [step.replayed for step in steps] == [True] * done + [False] * (3 - done) and found.replayed == done
     pr.llm.solve_folder(tmp_path / "in", tmp_path / "whole", how, data=data())
@@ -227,7 +227,7 @@ def test_what_changed_is_named_and_a_second_run_is_refused_at_once(tmp_path: Pat
     solve = partial(pr.llm.solve_folder, tmp_path / "in", tmp_path / "out")
     beside_it: list[BaseException | None] = []
 
-    def stop(step: Step) -> None:
+    def stop(step: BlockStep) -> None:
         beside_it.append(beside(lambda: solve(WANDA, data=data())))
         raise KeyboardInterrupt
 

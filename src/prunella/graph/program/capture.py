@@ -37,6 +37,17 @@ def as_program(model: nn.Module, inputs: Any) -> nn.Module:
     statistics in batch norms. It can be trained in this form. `save` and `export` store it as a .pt2 file.
 
     Errors: NotSupported if torch cannot capture the model, CheckFailed if the outputs of the program differ.
+
+    Example:
+
+        >>> import torch, prunella as pr
+        >>> class Typed(torch.nn.Linear):
+        ...     def forward(self, x):
+        ...         return super().forward(x).view(2, 4, 2).sum(2)  # 4 and 2 are typed into the source
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), Typed(8, 8))
+        >>> program = pr.as_program(model, torch.randn(2, 4))
+        >>> sorted(pr.plan(program, torch.randn(2, 4), target=pr.Params(0.5)).keep)
+        ['0']
     """
     model = unwrap(model)
     with mode(model, training=False), quiet():
