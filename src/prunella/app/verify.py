@@ -110,5 +110,5 @@ def _recovered(folder: Path) -> tuple[str, ...]:
     if not file.is_file():
         return ()
     record = read_object(file, todo="make the folder again", allow_nan=True)
-    name = "recovered" if "format" in record.data else "healed"  # its name in version 0.1
+    name = "healed" if "healed" in record.data else "recovered"  # its name in version 0.1, and now
     return tuple(item.fields().text("by") for item in record.list_of(name))

@@ -15,7 +15,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from math import isfinite
 from pathlib import Path
@@ -320,7 +320,8 @@ def _identity(experiment: ParetoExperiment, seed: int) -> Identity:
     """
     functions = {name: _function(getattr(experiment, name)) for name in ("make", "evaluate", "loss", "recover")}
     data = {name: _named_data(getattr(experiment, name)) for name in ("inputs", "data")}
-    with _alone(seed):
+    dense: Mapping[str, Any] = {}
+    with _alone(seed), suppress(Exception):  # a cell says what `make` raises
         dense = model_parts(_dense(experiment.make, seed))
     return identify({**functions, **data, **dense, "skip": experiment.skip})
 
