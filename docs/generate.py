@@ -143,6 +143,10 @@ def summary(value: Any) -> str:
     return (inspect.getdoc(value) or "").split("\n\n")[0].replace("\n", " ")
 
 
+SHOWN: list[Any] = []
+"""What a page shows already."""
+
+
 def entries(prefix: str, members: dict[str, Any]) -> list[str]:
     """What mkdocstrings renders for each function and class, where it is defined."""
     lines: list[str] = []
@@ -150,7 +154,10 @@ def entries(prefix: str, members: dict[str, Any]) -> list[str]:
         home = getattr(value, "__module__", "")
         if (inspect.isfunction(value) or inspect.isclass(value)) and home.startswith("prunella."):
             lines += [f"::: {home}.{value.__qualname__}", "    options:", f'      heading: "{prefix}.{name}"']
-            lines += [f"      members: {methods_of(value)}", ""]
+            lines += [f"      members: {methods_of(value)}"]
+            lines += ["      skip_local_inventory: true"] if value in SHOWN else []  # links go to the first page
+            lines += [""]
+            SHOWN.append(value)
     return lines
 
 
