@@ -223,3 +223,26 @@ def test_a_cache_of_keys_and_values_does_not_reach_the_next_run_of_a_block() -> 
     pr.llm.solve_(other, {"input_ids": tokens[0]}, HOW, data=[{"input_ids": t, "use_cache": False} for t in tokens])
     assert all(a.equal(b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
     assert model.config.use_cache
+
+
+class Computed(nn.Module):
+    """A block whose products take weights that its forward computes, and one that is read as it is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.scale = nn.Parameter(torch.randn(20, 12) / 4), nn.Parameter(torch.ones(20, 1))
+        self.row, self.down = nn.Parameter(torch.randn(1, 20)), nn.Linear(20, 12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.relu(nn.functional.linear(x, self.up * self.scale))
+        return x + self.down(h * self.row.expand(len(h), -1))
+
+
+def test_a_weight_that_the_model_computes_with_first_is_named_with_that_reason() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 12), Computed(), Computed()).eval()
+    solving = pr.llm.solve_(model, batches()[0], pr.llm.one_shot(), data=batches())
+    fits = {fit.name: fit.skipped for fit in solving.fits}
+    assert not fits["1.down"] and "does not run" not in str(solving)
+    assert fits["1.up"] == "mul reads it: no product takes the parameter itself"
+    assert fits["1.row"].startswith("mul reads it") and fits["2.up"] == fits["1.up"]

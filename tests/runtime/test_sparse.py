@@ -24,7 +24,7 @@ from prunella.runtime.layers import FastLinear, FoldedConv2d, SparseConv2d, Spar
 from prunella.runtime.record import LayerRecord
 from prunella.runtime.restore import restored
 from prunella.runtime.tuning import acceptance, eligible, tune
-from prunella.runtime.tuning.choice import Problem, Route, is_dense
+from prunella.runtime.tuning.choice import Geometry, Problem, Route, is_dense
 from prunella.runtime.tuning.tune import Tuner, Verdict, configs_for
 from tests.runtime.standin import Calls
 
@@ -385,10 +385,10 @@ def test_coarser_kernels_only_if_asked(kernels: Calls) -> None:
 
 
 def test_fewer_tokens_than_the_example_brings_are_measured_too() -> None:
-    layer = nn.Linear(12, 12)
+    layer = eligible.LayerForm()
     assert [p.size for p in eligible.problems(layer, {(2, 3, 12)}, [100])] == [1, 2, 4, 6, 100]
     assert [p.size for p in eligible.problems(layer, {(200, 12)}, [])] == [1, 2, 4, 8, 32, 128, 200]
-    conv = nn.Conv2d(8, 8, 3, stride=2)
+    conv = eligible.LayerForm(geometry=Geometry((3, 3), (2, 2)))
     assert eligible.problems(conv, {(2, 8, 5, 5)}, [7]) == (Problem(2 * 2 * 2, (2, 8, 5, 5)),)
 
 

@@ -28,6 +28,7 @@ from prunella.model.forward import batches
 from prunella.model.masks import record_
 from prunella.model.state import mode
 from prunella.model.unwrap import unwrap
+from prunella.model.watch import Watch
 from prunella.registry.method import solver
 from prunella.stats import Source
 from prunella.stats.subject import first_seen
@@ -98,9 +99,28 @@ def solve_(
         check_patterns(graph, skip, ())
         block_inputs = BlockInputs(root, samples, source.run, blocks_of(root, graph, samples[0], source.run))
         selected = _select(graph, block_inputs.blocks, how, skip)
+        unread = _unread(root, graph, block_inputs.blocks, lambda: source.run(root, samples[0]))
         pruned = _solve_blocks_(block_inputs, selected.by_block, how, on_layer, distributed)
-    skipped = [*selected.skipped, *(Fit(name, skipped=_BATCHED) for name in unread_experts(root, graph))]
+    batched = unread_experts(root, graph)
+    skipped = [*selected.skipped, *(Fit(name, skipped=_BATCHED) for name in batched)]
+    skipped += [Fit(name, skipped=why) for name, why in unread.items() if name not in batched]
     return Solving((*pruned.fits, *skipped), pruned.refined)
+
+
+def _unread(model: nn.Module, graph: Graph, blocks: Sequence[ModelBlock], run: Callable[[], object]) -> dict[str, str]:
+    """Matrices in the blocks that are no layers, with the reasons that no product reads them; the model runs once."""
+    layers = {layer.entity for layer in graph.layers}
+    inside = [entity for entity in graph.entities.values() if any(block.contains(entity.names) for block in blocks)]
+    named = dict(model.named_parameters(remove_duplicate=False))
+    others = {e.name: named[e.name] for e in inside if e.name not in layers and e.name in named}
+    others = {name: parameter for name, parameter in others.items() if parameter.dim() > 1}
+    if not others:
+        return {}
+    watch = Watch(others.values(), lambda read: None, stacks=True)
+    with watch:
+        run()
+    watch.finish()
+    return {name: watch.why_unread(parameter) for name, parameter in others.items() if watch.why_unread(parameter)}
 
 
 _BATCHED = "its matrices are read all at once"

@@ -187,8 +187,10 @@ def _read_order(problem: BlockProblem) -> _ReadOrder:
     watch.finish()
     skipped: list[Fit] = []
     for weight, layer in problem.layers.items():
-        other = watch.others.get(id(weight))
-        reason = _obstacle(reads.get(weight, []), other, layer, problem.how.pattern, weight)
+        if weight in reads:
+            reason = _obstacle(reads[weight], watch.others.get(id(weight)), layer, problem.how.pattern, weight)
+        else:
+            reason = watch.why_unread(weight) or "it does not run on the data"
         if reason:
             skipped.append(Fit(layer.name, skipped=reason))
             reads.pop(weight, None)
@@ -225,8 +227,6 @@ def _chunks(reads: Sequence[Read], layer: Layer) -> list[tuple[Part, ...]]:
 
 def _obstacle(reads: Sequence[Read], other: Unread | None, layer: Layer, pattern: Pattern, weight: nn.Parameter) -> str:
     """Why a layer cannot be solved, empty if it can."""
-    if not reads:
-        return str(other) if other else "it does not run on the data"
     if other is not None:
         return other.tied
     parts = [parts_read(read, layer) for read in reads]

@@ -138,7 +138,8 @@ class Stop(Exception):
 class Watch(TorchFunctionMode):
     """Report every `Read` of the parameters `wanted`; other calls run unchanged.
 
-    `others`: parameter id -> a call that takes the parameter and cannot be read.
+    `others`: parameter id -> a call that takes the parameter and cannot be read. `computed`: parameter id -> the first
+    call that computes other values from the parameter and is no product.
     stacks: also report single matrices of parameters with three axes, for example the experts of a mixture.
     """
 
@@ -149,6 +150,7 @@ class Watch(TorchFunctionMode):
         for name, parameter in self._wanted.items():
             self._homes.settle(name, parameter)
         self.others: dict[int, Unread] = {}
+        self.computed: dict[int, Unread] = {}
         self._pending: tuple[Read, Tensor] | None = None
 
     def __torch_function__(
@@ -167,7 +169,13 @@ class Watch(TorchFunctionMode):
         else:
             if unreadable(name):
                 self._other(name, unreadable(name), [args, kwargs or {}])
+        self._compute(name, [args, kwargs or {}], result)
         return result
+
+    def why_unread(self, parameter: nn.Parameter) -> str:
+        """Why no product with a parameter was reported; empty if no call of the pass took the parameter."""
+        unread = self.others.get(id(parameter)) or self.computed.get(id(parameter))
+        return "" if unread is None else str(unread)
 
     def _see(self, name: str, product: Product, result: Any) -> None:
         home = self._homes.of(product.operand)
@@ -191,6 +199,11 @@ class Watch(TorchFunctionMode):
     def _other(self, name: str, why: str, given: Any) -> None:
         for home in filter(None, map(self._homes.of, tensors(given))):
             self.others[int(home[0])] = Unread(name, why)
+
+    def _compute(self, name: str, given: Any, result: Any) -> None:
+        if isinstance(result, Tensor) and self._homes.of(result) is None:
+            for home in filter(None, map(self._homes.of, tensors(given))):
+                self.computed.setdefault(int(home[0]), Unread(name, "no product takes the parameter itself"))
 
     def _used(self, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
         """Before a call: report the pending read if the call uses its output. True if the call passes the output on.

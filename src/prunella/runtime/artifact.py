@@ -46,7 +46,7 @@ from prunella.runtime.record import LayerRecord, Shapes, Sparsified, sparsified,
 from prunella.runtime.restore import restored, sparse_layers
 from prunella.runtime.tuning.acceptance import Acceptance
 from prunella.runtime.tuning.choice import Choice, Problem, Route, from_json, to_json
-from prunella.runtime.tuning.eligible import bias_of, eligible_layers, geometry_of, matrix_of
+from prunella.runtime.tuning.eligible import LayerForm, bias_of, candidates, form_of, weight_of
 from prunella.runtime.tuning.fingerprint import fingerprint
 from prunella.runtime.tuning.tune import Tuner, Verdict, configs_for, density, keep_dense_configs
 from prunella.types import Inputs
@@ -111,14 +111,13 @@ def load_sparse(
     state = _unpacked(folder, manifest, entry)
     model = frozen_copy(rebuild(folder, manifest, state, factory))
     tuner, example, fused = tuner_for(model, entry.precision, seconds, seed), _example(entry), dict[str, Fused]()
+    forms = _forms(model, entry)
     if example is not None and not entry.same_machine:
-        tuner.channels_last, fused = entry.channels_last, convolution_context(model, example, fuse=True)[1]
+        tuner.channels_last, fused = entry.channels_last, convolution_context(model, forms, example, fuse=True)[1]
     with torch.inference_mode(False), torch.no_grad():
-        known = eligible_layers(model)
-        order = [*(name for name in known if name in entry.layers), *sorted(entry.layers.keys() - known.keys())]
-        layers = tuple(_layer(model, name, entry, tuner, fused.get(name, Fused())) for name in order)
+        layers = tuple(_layer(model, name, forms[name], entry, tuner, fused.get(name, Fused())) for name in forms)
         tables = {layer.name: layer.table for layer in layers if layer.table.sparse}
-        sparse = assembled(model, tables, example, _fused_activations(model, entry)) if tables else model
+        sparse = assembled(model, forms, tables, example, _fused_activations(model, entry)) if tables else model
         channels_last = entry.channels_last and isinstance(sparse, GraphModule) and channels_last_(sparse)
     record = Sparsified(
         layers,
@@ -231,15 +230,34 @@ def _unpacked(folder: Path, manifest: Fields, entry: _Entry) -> State:
     return State(tensors, state.ties, state.transient)
 
 
-def _layer(model: nn.Module, name: str, entry: _Entry, tuner: Tuner, fused: Fused) -> LayerRecord:
+def _forms(model: nn.Module, entry: _Entry) -> dict[str, LayerForm]:
+    """How the layers of the manifest read their weights, in the order of the model."""
+    modules, forms = candidates(model), dict[str, LayerForm]()
+    known = [name for name in modules if name in entry.layers]
+    for name in [*known, *sorted(entry.layers.keys() - modules.keys())]:
+        problems = tuple(problem for problem, _ in entry.layers[name])
+        form = _form(name, modules[name], problems[0]) if name in modules and problems else None
+        if not isinstance(form, LayerForm):
+            why = form or "the rebuilt model has no such layer"
+            raise BadInput(f"the manifest says that {name!r} skips zeros", why, "write it again")
+        _check_problems(name, form, weight_of(modules[name]), problems)
+        forms[name] = form
+    return forms
+
+
+def _form(name: str, module: nn.Module, problem: Problem) -> LayerForm | str:
+    """How a layer reads its weight, or why it is not taken: the axis of its inputs is not known before a run."""
+    shape, image = weight_of(module).shape, problem.image
+    if len(image) not in (0, 4) or len(shape) != (4 if image else 2) or (image and image[1] != shape[1]):
+        raise _not_accepted(name, problem)
+    forms = [form_of(module, probe) for probe in ([image] if image else [(2, shape[1]), (2, shape[0])])]
+    return next((form for form in forms if isinstance(form, LayerForm)), forms[0])
+
+
+def _layer(model: nn.Module, name: str, form: LayerForm, entry: _Entry, tuner: Tuner, fused: Fused) -> LayerRecord:
     """The choices of a layer: those of the manifest if they are valid here, otherwise measured now."""
-    module, rows = eligible_layers(model).get(name), entry.layers[name]
-    if module is None or not rows:
-        raise BadInput(
-            f"the manifest says that {name!r} skips zeros", "the rebuilt model has no such layer", "write it again"
-        )
-    weight, sizes = matrix_of(module), tuple(problem for problem, _ in rows)
-    _check_problems(name, module, sizes)
+    module, rows = model.get_submodule(name), entry.layers[name]
+    weight, sizes = form.matrix(module), tuple(problem for problem, _ in rows)
     matrix = weight.reshape(len(weight), -1)
     zeros = 1 - density(matrix)
     keep_dense = bool(why_kept_dense(model, module))
@@ -248,21 +266,25 @@ def _layer(model: nn.Module, name: str, entry: _Entry, tuner: Tuner, fused: Fuse
         return LayerRecord(name, zeros, tuple(Verdict(problem, choice) for problem, choice in rows))
     if keep_dense:
         return LayerRecord(name, zeros, tuner.keep_dense(weight, bias_of(module), sizes))
-    if isinstance(module, nn.Conv2d):
-        return LayerRecord(name, zeros, tuner.conv(weight, bias_of(module), geometry_of(module), sizes, fused))
+    if form.geometry is not None:
+        return LayerRecord(name, zeros, tuner.conv(weight, bias_of(module), form.geometry, sizes, fused))
     return LayerRecord(name, zeros, tuner.linear(weight, bias_of(module), sizes))
 
 
-def _check_problems(name: str, module: nn.Module, sizes: tuple[Problem, ...]) -> None:
+def _check_problems(name: str, form: LayerForm, weight: Tensor, sizes: tuple[Problem, ...]) -> None:
     for problem in sizes:
-        if isinstance(module, nn.Conv2d):
-            image = problem.image
-            fits = len(image) == 4 and image[1] == module.in_channels
-            fits = fits and image[0] * math.prod(geometry_of(module).positions(image[2:])) == problem.size  # type: ignore[arg-type]
+        image = problem.image
+        if form.geometry is not None:
+            fits = len(image) == 4 and image[1] == weight.shape[1]
+            fits = fits and image[0] * math.prod(form.geometry.positions((image[2], image[3]))) == problem.size
         else:
-            fits = not problem.image and problem.size * matrix_of(module).shape[1] <= _LARGEST
+            fits = not image and problem.size * weight.shape[0 if form.transposed else 1] <= _LARGEST
         if not fits:
-            raise BadInput(f"the manifest names an input that {name!r} does not accept", f"{problem}", "write it again")
+            raise _not_accepted(name, problem)
+
+
+def _not_accepted(name: str, problem: Problem) -> BadInput:
+    return BadInput(f"the manifest names an input that {name!r} does not accept", f"{problem}", "write it again")
 
 
 def _fused_activations(model: nn.Module, entry: _Entry) -> Mapping[str, str]:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.fx import GraphModule
 
 from prunella.errors import RequestError
@@ -27,27 +27,29 @@ from prunella.runtime.fx.fuse import (
     traced,
 )
 from prunella.runtime.kernels.library import Activation, Precision
-from prunella.runtime.layers import FastLinear, SparseConv2d, SparseLinear
+from prunella.runtime.layers import FastLinear, SparseConv2d, SparseLinear, without_values
 from prunella.runtime.record import LayerRecord, Sparsified, shapes_of, why_not_faster, with_record
 from prunella.runtime.tuning import acceptance
 from prunella.runtime.tuning.acceptance import Acceptance
 from prunella.runtime.tuning.choice import Problem, Route, Table, is_dense
 from prunella.runtime.tuning.configs import FEW_TOKENS
 from prunella.runtime.tuning.eligible import (
+    NOT_CALLED,
+    InputShapes,
+    LayerForm,
+    Layers,
     bias_of,
-    eligible_layers,
-    geometry_of,
     input_shapes,
-    is_conv1d,
-    matrix_of,
     problems,
+    read_layers,
+    weight_of,
 )
 from prunella.runtime.tuning.tune import Tuner, Verdict, cache_eviction, density
 from prunella.types import Inputs
 
 MIN_SPARSITY = 0.1
 """A layer with a smaller fraction of zeros keeps its dense weight."""
-InputShapes = Mapping[str, set[tuple[int, ...]]]
+Forms = Mapping[str, LayerForm]
 
 
 def sparse(
@@ -62,13 +64,14 @@ def sparse(
 ) -> nn.Module:
     """A copy of `model` for inference in which linear layers and convolutions skip their zeros, where that is faster.
 
-    Each layer is measured for the sizes that `example` has and, if linear, for fewer tokens too (1, 2, 4, 8, 32, 128
-    ...), against the best dense operation of torch, with the current number of threads. If the weights of the model do
-    not fit the caches, they are read from memory in the measurement. Then the full model is measured on the example and
-    on its first token; if it is not faster, the copy is dense. In a model that does not fit the caches, linear layers
-    without zeros and those with a tied weight may run a kernel for a few tokens. `sparsified(model)` says what was
-    chosen and why. Run the copy without gradients (`torch.inference_mode()`); its parameters require none.
-    `torch.compile` and `copy.deepcopy` work. Without the compiled kernels only operations of torch are candidates.
+    A layer is a module of any class that multiplies its input by its weight and does nothing else. Each layer is
+    measured for the sizes that `example` has and, if linear, for fewer tokens too (1, 2, 4, 8, 32, 128 ...), against
+    the best dense operation of torch, with the current number of threads. If the weights of the model do not fit the
+    caches, they are read from memory in the measurement. Then the full model is measured on the example and on its
+    first token; if it is not faster, the copy is dense. In a model that does not fit the caches, linear layers without
+    zeros and those with a tied weight may run a kernel for a few tokens. `sparsified(model)` says what was chosen and
+    why. Run the copy without gradients (`torch.inference_mode()`); its parameters require none. `torch.compile` and
+    `copy.deepcopy` work. Without the compiled kernels only operations of torch are candidates.
 
     precision: BF16 and INT8 (weights when decoding) also try kernels that round. tokens: further numbers of tokens.
     fuse: fuse batch norms, activations and residuals with the layer before them. Where `torch.fx` can trace the model,
@@ -88,16 +91,17 @@ def sparse(
     """
     check_request(tokens, seconds)
     begin, dense = now(), frozen_copy(model)
-    shapes = input_shapes(dense, example)
+    layers = read_layers(dense, example)
     tuner = tuner_for(dense, precision, seconds, seed)
-    tuner.channels_last, fused = convolution_context(dense, example, fuse)
-    builder = _Builder(dense, example, fuse, precision)
-    candidate = builder.candidate(_measure_layers(dense, shapes, tokens, tuner, fused))
-    candidate = _for_first_token(builder, candidate, shapes)
+    tuner.channels_last, fused = convolution_context(dense, layers.forms, example, fuse)
+    builder = _Builder(dense, layers.forms, example, fuse, precision)
+    candidate = builder.candidate(_measure_layers(dense, layers, tokens, tuner, fused))
+    candidate = _for_first_token(builder, candidate, layers.shapes)
     result = candidate.model if candidate.outcome.kept and candidate.model is not None else dense
     record = Sparsified(
         candidate.layers,
         candidate.outcome,
+        others=_with_zeros(dense, {name: why for name, why in layers.others.items() if why != NOT_CALLED}),
         seconds=since(begin),
         precision=precision,
         traced=shapes_of(example) if isinstance(result, GraphModule) and result is not dense else (),
@@ -123,11 +127,11 @@ def tuner_for(model: nn.Module, precision: Precision, seconds: float, seed: int)
     return Tuner(precision, seconds, seed, cache_eviction(cache) if weights > cache else None)
 
 
-def convolution_context(dense: nn.Module, example: Inputs, fuse: bool) -> tuple[bool, dict[str, Fused]]:
+def convolution_context(dense: nn.Module, forms: Forms, example: Inputs, fuse: bool) -> tuple[bool, dict[str, Fused]]:
     """Whether convolutions are measured in the layout channels last, and what is fused with each."""
     replica = frozen_copy(dense)
-    layers = eligible_layers(replica)
-    convolutions = {name: layer for name, layer in layers.items() if isinstance(layer, nn.Conv2d)}
+    layers = {name: replica.get_submodule(name) for name in forms}
+    convolutions = {name: layer for name, layer in layers.items() if forms[name].geometry is not None}
     if not convolutions:
         return False, {}
     program = traced(replica, layers, example) if fuse else None
@@ -136,38 +140,53 @@ def convolution_context(dense: nn.Module, example: Inputs, fuse: bool) -> tuple[
 
 
 def _measure_layers(
-    model: nn.Module, shapes: InputShapes, tokens: Sequence[int], tuner: Tuner, fused: Mapping[str, Fused]
+    model: nn.Module, layers: Layers, tokens: Sequence[int], tuner: Tuner, fused: Mapping[str, Fused]
 ) -> tuple[LayerRecord, ...]:
     with torch.inference_mode(False), torch.no_grad():
-        return tuple(
-            _measure_layer(model, name, module, shapes, tokens, tuner, fused.get(name, Fused()))
-            for name, module in eligible_layers(model).items()
-        )
+        measured = [
+            _measure_layer(model, name, form, layers.shapes[name], tokens, tuner, fused.get(name, Fused()))
+            for name, form in layers.forms.items()
+        ]
+        uncalled = {name: why for name, why in layers.others.items() if why == NOT_CALLED}
+        return (*measured, *_with_zeros(model, uncalled))
+
+
+def _with_zeros(model: nn.Module, reasons: Mapping[str, str]) -> tuple[LayerRecord, ...]:
+    """Those of other matrices that have zeros, with the reasons that they stay dense."""
+    weights = dict(model.named_parameters(remove_duplicate=False))
+    records = []
+    for name, why in reasons.items():
+        weight = weights[name if name in weights else f"{name}.weight".lstrip(".")]
+        zeros = 1 - density(weight) if weight.numel() else 0.0
+        if zeros >= MIN_SPARSITY:
+            records.append(LayerRecord(name, zeros, (), why))
+    return tuple(records)
 
 
 def _measure_layer(
     model: nn.Module,
     name: str,
-    module: nn.Module,
-    shapes: InputShapes,
+    form: LayerForm,
+    shapes: set[tuple[int, ...]],
     tokens: Sequence[int],
     tuner: Tuner,
     fused: Fused,
 ) -> LayerRecord:
-    weight = matrix_of(module)
-    zeros = 1 - density(weight.reshape(len(weight), -1)) if weight.numel() else 0.0
-    why = _why_not_measured(module, name in shapes)
-    todo = () if why else problems(module, shapes[name], tokens)
+    module = model.get_submodule(name)
+    weight = form.matrix(module)
+    zeros = 1 - density(weight) if weight.numel() else 0.0
+    why = _why_not_measured(module)
+    todo = () if why else problems(form, shapes, tokens)
     if why or not todo:
         return LayerRecord(name, zeros, (), why or "the sizes of its input are unknown")
     bias, keep_dense = bias_of(module), why_kept_dense(model, module)
     if keep_dense:
         few = tuple(problem for problem in todo if problem.size <= FEW_TOKENS)
-        if tuner.evict is None or type(module) is not nn.Linear or not few:
+        if tuner.evict is None or not form.plain or not few:
             return LayerRecord(name, zeros, (), keep_dense)
         verdicts = (*tuner.keep_dense(weight, bias, few), Verdict(Problem(FEW_TOKENS + 1), Route.TORCH))
-    elif isinstance(module, nn.Conv2d):
-        verdicts = tuner.conv(weight, bias, geometry_of(module), todo, fused)
+    elif form.geometry is not None:
+        verdicts = tuner.conv(weight, bias, form.geometry, todo, fused)
     else:
         verdicts = tuner.linear(weight, bias, todo)
     wins = any(not is_dense(verdict.choice) for verdict in verdicts)
@@ -176,22 +195,19 @@ def _measure_layer(
 
 def why_kept_dense(model: nn.Module, module: nn.Module) -> str:
     """Why a layer keeps its dense weight; empty if the zeros may be removed."""
-    weight = matrix_of(module)
-    if not weight.numel() or 1 - density(weight.reshape(len(weight), -1)) < MIN_SPARSITY:
+    weight = weight_of(module)
+    if not weight.numel() or 1 - density(weight) < MIN_SPARSITY:
         return "it has hardly any zeros"
     if sum(p is module.weight for _, p in model.named_parameters(remove_duplicate=False)) > 1:
         return "its weight is tied to another layer's"
     return ""
 
 
-def _why_not_measured(module: nn.Module, called: bool) -> str:
+def _why_not_measured(module: nn.Module) -> str:
     """Why a layer stays dense without a measurement; empty if it is measured."""
-    weight = module.weight
-    assert isinstance(weight, Tensor)
+    weight = weight_of(module)
     if weight.dtype is not torch.float32 or weight.device.type != "cpu":
         return f"its weight is {str(weight.dtype)[6:]} on {weight.device.type}"
-    if not called:
-        return "the example does not call it"
     if has_hooks(module):
         return "it has hooks or a parametrization"
     return ""
@@ -218,6 +234,7 @@ class _Builder:
     """Builds the sparse model of a dense one, and measures it on the example."""
 
     dense: nn.Module
+    forms: Forms
     example: Inputs
     fuse: bool
     precision: Precision
@@ -238,7 +255,7 @@ class _Builder:
         if not tables:
             return None, False
         with torch.inference_mode(False), torch.no_grad():
-            model = assembled(frozen_copy(self.dense), tables, self.example if self.fuse else None)
+            model = assembled(frozen_copy(self.dense), self.forms, tables, self.example if self.fuse else None)
             return acceptance.with_channels_last(model, self.example)
 
 
@@ -274,12 +291,8 @@ def one_token(model: nn.Module, example: Inputs, shapes: InputShapes) -> Inputs 
         token_shapes = input_shapes(model, token)
     except RequestError:  # the second axis of the example does not count tokens
         return None
-    linear = [name for name, layer in eligible_layers(model).items() if not isinstance(layer, nn.Conv2d)]
-    counts = [
-        (_tokens(shapes[name]), _tokens(token_shapes[name]))
-        for name in linear
-        if name in shapes and name in token_shapes
-    ]
+    linear = [name for name in shapes if name in token_shapes and weight_of(model.get_submodule(name)).dim() == 2]
+    counts = [(_tokens(shapes[name]), _tokens(token_shapes[name])) for name in linear]
     return token if counts and all(one == 1 for _, one in counts) and any(many > 1 for many, _ in counts) else None
 
 
@@ -297,11 +310,16 @@ def _why_no_layer(layers: tuple[LayerRecord, ...]) -> str:
 
 
 def assembled(
-    model: nn.Module, tables: Mapping[str, Table], example: Inputs | None, fused: Mapping[str, str] | None = None
+    model: nn.Module,
+    forms: Forms,
+    tables: Mapping[str, Table],
+    example: Inputs | None,
+    fused: Mapping[str, str] | None = None,
 ) -> nn.Module:
     """`model`, changed in place, with these layers replaced; with an example, steps are fused where that is exact.
 
-    fused: layer -> the activation module that is fused with it, where that is known from an earlier call.
+    forms: how each layer reads its weight. fused: layer -> the activation module that is fused with it, where that is
+    known from an earlier call.
     """
     layers = {name: model.get_submodule(name) for name in tables}
     kept_dense = {name: layer for name, layer in layers.items() if why_kept_dense(model, layer)}
@@ -315,34 +333,38 @@ def assembled(
     program = None if example is None else traced(model, {**layers, **kept_dense}, example)
     if program is None:
         fused = fused if fused is not None else {} if example is None else eager_fusions(model, layers, example)
-        return _replace_in_place(model, layers, tables, fused)
-    return _replace_in_program(program, layers, tables)
+        return _replace_in_place(model, layers, forms, tables, fused)
+    return _replace_in_program(program, layers, forms, tables)
 
 
 def _replace_in_program(
-    program: GraphModule, layers: Mapping[str, nn.Module], tables: Mapping[str, Table]
+    program: GraphModule, layers: Mapping[str, nn.Module], forms: Forms, tables: Mapping[str, Table]
 ) -> nn.Module:
     modules = dict(program.named_modules())
 
     def make(name: str, fused: Fused) -> nn.Module:
         norm = modules[fused.norm] if fused.norm is not None else None
-        return sparse_layer(layers[name], tables[name], fused, norm)
+        return sparse_layer(layers[name], forms[name], tables[name], fused, norm)
 
     fuse_(program, make, layers)
     for name in layers.keys() - called_modules(program):  # inside a module that could not be traced
-        put(program, name, sparse_layer(layers[name], tables[name], Fused()))
+        put(program, name, sparse_layer(layers[name], forms[name], tables[name], Fused()))
     fold_(program)
     chain_(program)
     return program.eval()
 
 
 def _replace_in_place(
-    model: nn.Module, layers: Mapping[str, nn.Module], tables: Mapping[str, Table], fused: Mapping[str, str]
+    model: nn.Module,
+    layers: Mapping[str, nn.Module],
+    forms: Forms,
+    tables: Mapping[str, Table],
+    fused: Mapping[str, str],
 ) -> nn.Module:
     for name, layer in layers.items():
-        path = "" if isinstance(layer, nn.Conv2d) else fused.get(name, "")
+        path = "" if forms[name].geometry is not None else fused.get(name, "")
         activation = activation_of(model.get_submodule(path)) if path else None
-        new = sparse_layer(layer, tables[name], Fused(None, activation or Activation.NONE))
+        new = sparse_layer(layer, forms[name], tables[name], Fused(None, activation or Activation.NONE))
         if isinstance(new, SparseLinear) and activation is not None:
             new.activation_path = path
             put(model, path, nn.Identity())
@@ -358,15 +380,20 @@ def put(model: nn.Module, path: str, module: nn.Module) -> None:
     setattr(model.get_submodule(parent), leaf, module)
 
 
-def sparse_layer(layer: nn.Module, table: Table, fused: Fused, norm: nn.Module | None = None) -> nn.Module:
+def sparse_layer(
+    layer: nn.Module, form: LayerForm, table: Table, fused: Fused, norm: nn.Module | None = None
+) -> nn.Module:
     """The layer that skips its zeros in place of a dense one."""
-    weight, bias = matrix_of(layer), bias_of(layer)
-    if not isinstance(layer, nn.Conv2d):
-        return SparseLinear(weight, bias, table=table, activation=fused.activation, transposed=is_conv1d(layer)).eval()
+    weight, bias = form.matrix(layer), bias_of(layer)
+    if form.geometry is None:
+        dense = () if type(layer) is nn.Linear else (without_values(layer),)
+        return SparseLinear(
+            weight, bias, table=table, activation=fused.activation, transposed=form.transposed, dense=dense
+        ).eval()
     return SparseConv2d(
         weight,
         bias,
-        geometry=geometry_of(layer),
+        geometry=form.geometry,
         table=table,
         norm=norm if isinstance(norm, nn.BatchNorm2d) else None,
         norm_path=fused.norm or "",

@@ -16,7 +16,7 @@ from prunella.runtime.layers import FastLinear
 from prunella.runtime.record import LayerRecord, Sparsified, with_record
 from prunella.runtime.tuning.acceptance import Acceptance, interleaved
 from prunella.runtime.tuning.choice import Route
-from prunella.runtime.tuning.eligible import bias_of, input_shapes, matrix_of, problems
+from prunella.runtime.tuning.eligible import LayerForm, bias_of, problems, read_layers, weight_of
 from prunella.runtime.tuning.tune import Verdict, candidates_dense, decide, density
 from prunella.types import Inputs
 
@@ -32,14 +32,15 @@ def dense_fast(
     """
     check_request(tokens, seconds)
     begin, dense = now(), frozen_copy(model)
-    shapes, fast, layers = input_shapes(dense, example), frozen_copy(dense), list[LayerRecord]()
+    seen, fast, layers = read_layers(dense, example), frozen_copy(dense), list[LayerRecord]()
     known: dict[object, tuple[Verdict, ...]] = {}
     with torch.inference_mode(False), torch.no_grad():
-        for name, module in list(fast.named_modules()):
-            if type(module) is nn.Linear and name and name in shapes and _is_plain(fast, module):
-                key = (tuple(module.weight.shape), module.bias is None, tuple(sorted(shapes[name])))
+        for name, form in seen.forms.items():
+            module, shapes = fast.get_submodule(name), seen.shapes[name]
+            if form.plain and name and _is_plain(fast, module):
+                key = (tuple(weight_of(module).shape), module.bias is None, tuple(sorted(shapes)))
                 if key not in known:
-                    known[key] = _verdicts(module, shapes[name], tokens, seconds, seed)
+                    known[key] = _verdicts(form, module, shapes, tokens, seconds, seed)
                 layers.append(_replace(fast, name, module, known[key]))
     outcome = _judge(dense, fast, example) if any(not layer.why for layer in layers) else Acceptance(_AS_FAST)
     record = Sparsified(tuple(layers), outcome, seconds=since(begin), action="run oneDNN's dense kernel")
@@ -57,7 +58,7 @@ def _judge(dense: nn.Module, fast: nn.Module, example: Inputs) -> Acceptance:
     return Acceptance(ratio.verdict if ratio.slower else "", ratio)
 
 
-def _is_plain(model: nn.Module, module: nn.Linear) -> bool:
+def _is_plain(model: nn.Module, module: nn.Module) -> bool:
     """Whether the weight is in float32 on the CPU and not tied to another layer's."""
     weight = module.weight
     shared = sum(p is weight for _, p in model.named_parameters(remove_duplicate=False)) > 1
@@ -65,18 +66,23 @@ def _is_plain(model: nn.Module, module: nn.Linear) -> bool:
 
 
 def _verdicts(
-    module: nn.Linear, shapes: set[tuple[int, ...]], tokens: Sequence[int], seconds: float, seed: int
+    form: LayerForm,
+    module: nn.Module,
+    shapes: set[tuple[int, ...]],
+    tokens: Sequence[int],
+    seconds: float,
+    seed: int,
 ) -> tuple[Verdict, ...]:
-    todo = problems(module, shapes, tokens)
+    todo = problems(form, shapes, tokens)
     verdicts = []
     for problem in todo:
-        runs = candidates_dense(matrix_of(module), bias_of(module), problem, seed)
+        runs = candidates_dense(form.matrix(module), bias_of(module), problem, seed)
         verdicts.append(decide(runs, problem, seconds / len(todo), seed, lambda choice: choice is Route.TORCH))
     return tuple(verdicts)
 
 
-def _replace(model: nn.Module, name: str, module: nn.Linear, verdicts: tuple[Verdict, ...]) -> LayerRecord:
-    zeros = 1 - density(module.weight.detach())
+def _replace(model: nn.Module, name: str, module: nn.Module, verdicts: tuple[Verdict, ...]) -> LayerRecord:
+    zeros = 1 - density(weight_of(module))
     if all(verdict.choice is Route.TORCH for verdict in verdicts):
         return LayerRecord(name, zeros, verdicts, "F.linear is as fast")
     layer = LayerRecord(name, zeros, verdicts)

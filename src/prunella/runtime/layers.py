@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any, final
 
@@ -48,13 +49,24 @@ def canonical(weight: Tensor) -> tuple[nn.Parameter, Tensor]:
     return nn.Parameter(parts["values"].clone(), requires_grad=False), parts["bits"]
 
 
+def without_values(layer: nn.Module) -> nn.Module:
+    """A copy of a layer whose parameters have no memory, to rebuild the layer with other values."""
+    empty = copy.copy(layer)
+    empty._parameters = {
+        name: None if p is None else nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=False)
+        for name, p in layer._parameters.items()
+    }
+    return empty
+
+
 @final
 class SparseLinear(nn.Module):
     """`y = activation(x W^T + b + residual)` without the zeros of `W (out, in)`; x `(..., in)`.
 
     The state dict has `values` and `bits` in place of the weight. Which kernel runs depends on the number of tokens
     (`table`). Dense code runs where a gradient is wanted, for other types and devices, and for x with NaN or infinity.
-    activation_path: path of the activation module in the dense model, if there is one.
+    activation_path: path of the activation module in the dense model, if there is one. dense: the layer that it
+    replaces, without values, in a tuple of one so that it is no submodule; empty for nn.Linear.
     """
 
     bits: Tensor
@@ -69,6 +81,7 @@ class SparseLinear(nn.Module):
         activation: Activation = Activation.NONE,
         activation_path: str = "",
         transposed: bool = False,
+        dense: tuple[nn.Module, ...] = (),
     ) -> None:
         super().__init__()
         self.out_features, self.in_features = weight.shape
@@ -76,6 +89,7 @@ class SparseLinear(nn.Module):
         self.register_buffer("bits", bits)
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach().clone(), False))
         self.activation, self.activation_path, self.transposed = activation, activation_path, transposed
+        self.dense = dense
         self.cache = PackedCache((self.out_features, self.in_features), table, activation)
 
     @property

@@ -65,9 +65,11 @@ class Environment:
 
 @dataclass(frozen=True)
 class Sparsified:
-    """What `sparse` did. seconds: that it took. traced: inputs of the trace, if layers were fused with its help.
+    """What `sparse` did.
 
-    channels_last: whether images run in that layout. action: what the replaced layers do, for the printed record.
+    seconds: that it took. traced: inputs of the trace, if layers were fused with its help. channels_last: whether
+    images run in that layout. action: what the replaced layers do, for the printed record. others: the matrices that
+    have zeros, with the reasons that no kernel can take them.
     """
 
     layers: tuple[LayerRecord, ...]
@@ -78,6 +80,7 @@ class Sparsified:
     traced: Shapes = ()
     channels_last: bool = False
     action: str = "skip their zeros"
+    others: tuple[LayerRecord, ...] = ()
 
     @property
     def replaced(self) -> tuple[str, ...]:
@@ -93,7 +96,7 @@ class Sparsified:
             head = f"{head}; for one token: {outcome.first_token.verdict}{effect}"
         layout = ", channels last" if self.channels_last else ""
         why = [] if outcome.kept else [outcome.why]
-        return "\n".join([head, *why, f"{self.environment}{layout}", *map(str, self.layers)])
+        return "\n".join([head, *why, f"{self.environment}{layout}", *map(str, self.layers), *map(str, self.others)])
 
 
 def sparsified(model: nn.Module) -> Sparsified:

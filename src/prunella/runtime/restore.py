@@ -6,8 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from prunella.io.load import import_module
-from prunella.model.copying import frozen_copy
+from prunella.model.copying import copied, frozen_copy
 from prunella.runtime.kernels.library import Activation
 from prunella.runtime.layers import FastLinear, FoldedConv2d, SparseConv2d, SparseLinear
 
@@ -43,14 +42,11 @@ def sparse_layers(model: nn.Module) -> dict[str, SparseLinear | SparseConv2d]:
 
 
 def _linear(module: SparseLinear) -> nn.Module:
-    weight, bias = module.matrix().detach(), module.bias
-    if module.transposed:
-        layer: nn.Module = import_module("transformers.pytorch_utils").Conv1D(*weight.shape)
-        weight = weight.t().contiguous()
-    else:
-        with torch.device("meta"):
-            layer = nn.Linear(module.in_features, module.out_features, bias=bias is not None)
-    return _filled(layer, weight, bias)
+    if module.dense:
+        return _filled(copied(module.dense[0]), module.weight.detach().contiguous(), module.bias)
+    with torch.device("meta"):
+        layer = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None)
+    return _filled(layer, module.matrix().detach(), module.bias)
 
 
 def _fast(module: FastLinear) -> nn.Module:

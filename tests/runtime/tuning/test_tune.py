@@ -17,7 +17,7 @@ from prunella.runtime.fx.fuse import Fused, fusions, traced
 from prunella.runtime.kernels.library import Activation, Config, Kind, Precision
 from prunella.runtime.tuning import tune
 from prunella.runtime.tuning.choice import Geometry, Problem, Route, describe, from_json, to_json
-from prunella.runtime.tuning.eligible import eligible_layers
+from prunella.runtime.tuning.eligible import candidates
 from prunella.runtime.tuning.tune import Tuner, blocks_of, configs_for, decide
 from tests.runtime.standin import Calls
 from tests.runtime.test_sparse import IMAGE, net
@@ -158,7 +158,7 @@ def test_nothing_is_fused_with_what_is_called_twice() -> None:
             return made
 
     model = Twice().eval()
-    program = traced(model, eligible_layers(model), torch.randn(1, 2, 3, 3))
+    program = traced(model, candidates(model), torch.randn(1, 2, 3, 3))
     assert program is not None
     found = fusions(program, {"one": model.one, "two": model.two})
     assert found == {"one": Fused(), "two": Fused(None, Activation.RELU)}
