@@ -2,6 +2,7 @@
 
     python docs/concept_table.py            # the table as Markdown
     python docs/concept_table.py --check    # exit 1 if a row is missing, or names what does not exist
+    python docs/concept_table.py --package  # write the table that `prunella explain` reads, glossary included
 
 One file of rows for each part of the subject lies in `docs/concepts/`.
 """
@@ -10,13 +11,17 @@ from __future__ import annotations
 
 import ast
 import importlib
+import json
+import re
 import sys
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 ROOT = Path(__file__).resolve().parents[1]
 COUNT = 85
+PACKAGED = ROOT / "src" / "prunella" / "registry" / "concepts.toml"
 
 
 @dataclass(frozen=True)
@@ -63,6 +68,47 @@ def table(rows: list[Concept]) -> str:
     return "\n".join(lines)
 
 
+def packaged(rows: list[Concept]) -> str:
+    """The concepts and the glossary as TOML, with the names to type."""
+    entries = [(row.name, [], [_typed(name) for name in row.functions], row.page) for row in rows]
+    entries += [(word, also, python, "glossary.md") for word, also, python in _glossary()]
+    keys = ("name", "words", "python", "page")
+    blocks = ["\n".join(["[[concept]]", *(f"{key} = {json.dumps(value, ensure_ascii=False)}"
+              for key, value in zip(keys, entry, strict=True))]) for entry in entries]  # fmt: skip
+    return "# Written by docs/concept_table.py --package from docs/concepts and docs/glossary.md.\n\n" + (
+        "\n\n".join(blocks) + "\n"
+    )
+
+
+def _glossary() -> list[tuple[str, list[str], list[str]]]:
+    """Word, what others call it, and the names in Python."""
+    text = (ROOT / "docs" / "glossary.md").read_text(encoding="utf-8")
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:2] == "| "]
+    return [(word, re.split(r"[,;] ", also), re.findall(r"`([^`]+)`", python)) for word, _, python, also in cells[2:]]
+
+
+def _typed(path: str) -> str:
+    """The shortest public name of what a dotted path leads to; the path itself if it is not public."""
+    import prunella as pr
+
+    owner, _, name = path.rpartition(".")
+    value = getattr(importlib.import_module(owner), name, None) if _is_module(owner) else None
+    spaces = {space: getattr(pr, space) for space in pr.__all__}
+    homes = {"pr": pr} | {f"pr.{space}": home for space, home in spaces.items() if isinstance(home, ModuleType)}
+    public = [
+        f"{home}.{name}" for home, module in homes.items() if name in dir(module) and getattr(module, name) is value
+    ]
+    return public[0] if value is not None and public else path
+
+
+def _is_module(path: str) -> bool:
+    try:
+        importlib.import_module(path)
+    except ModuleNotFoundError:
+        return False
+    return True
+
+
 def _exists(path: str) -> bool:
     parts = path.split(".")
     for cut in range(len(parts), 0, -1):
@@ -94,6 +140,9 @@ def _page(page: str) -> bool:
 
 if __name__ == "__main__":
     sys.path.insert(0, str(ROOT / "src"))
+    if "--package" in sys.argv:
+        PACKAGED.write_text(packaged(read()), encoding="utf-8")
+        sys.exit(0)
     wrong = faults(read())
     print("\n".join(wrong) if "--check" in sys.argv else table(read()))
     sys.exit(1 if wrong and "--check" in sys.argv else 0)

@@ -33,6 +33,25 @@ def test_explain_has_the_formula_needs_and_source(prunella: Run) -> None:
     assert prunella("explain", "wanda", "--json").data["needs"] == ["weight", "input_norm"]
 
 
+@pytest.mark.parametrize(
+    ("words", "name"),
+    [
+        ("gradual", "pr.schedules.cubic"),
+        ("2:4", "pr.NM(2, 4)"),
+        ("lottery", "pr.lottery.find_ticket"),
+        ("Distillation", "pr.recovery.distill_logits"),
+        ("semi-structured", "pr.NM(2, 4)"),
+    ],
+)
+def test_explain_finds_a_concept_and_names_what_to_type(prunella: Run, words: str, name: str) -> None:
+    assert name in prunella("explain", words).out
+    assert name in [typed for row in prunella("explain", words, "--json").data for typed in row["python"]]
+
+
+def test_explain_suggests_a_concept(prunella: Run) -> None:
+    assert "lottery" in prunella("explain", "lotery").err
+
+
 def test_explain_did_you_mean(prunella: Run) -> None:
     result = prunella("explain", "wandda")
     assert result.code == 2 and "did you mean wanda" in result.err and result.out == ""

@@ -22,6 +22,8 @@ from prunella.measure.timing import LatencySamples, Ratio, compare_latency, pair
         (Ratio(1.02, 0.97, 1.06), "no speed-up on this device (1.02x [0.97, 1.06])"),
         (Ratio(1.02, 1.001, 1.06), "no speed-up on this device (1.02x [1.00, 1.06])"),
         (Ratio(0.5, 0.4, 0.8), "2.00x slower [1.25, 2.50]"),
+        (Ratio(3.9, 0.96, 6.2), "the measurement is too noisy to tell (3.90x [0.96, 6.20])"),
+        (Ratio(0.9, 0.7, 1.1), "the measurement is too noisy to tell (0.90x [0.70, 1.10])"),
     ],
 )
 def test_the_verdict_says_no_more_than_the_interval(ratio: Ratio, verdict: str) -> None:

@@ -83,6 +83,8 @@ class Checkup:
     trials: tuple[Trial, ...]
     patterns: tuple[Pattern, ...] = ()
     """What the sparse runtime gains by each pattern of zeros."""
+    busy: str = ""
+    """That other processes used the cores, so that the times are not reliable; empty if they did not."""
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
@@ -90,13 +92,29 @@ class Checkup:
         patterns = [asdict(pattern) | {"pays_from": pattern.pays_from} for pattern in self.patterns]
         found = {"system": dict(self.system), "extras": dict(self.extras), "trials": trials, "patterns": patterns}
         lost = without_kernels()
+        found |= {"busy": self.busy} if self.busy else {}
         return found | ({"lost": lost} if lost else {})
 
 
 def checkup(*, seconds: float = 4.0, seed: int = 0) -> Checkup:
     """Look at the machine, and measure for about `seconds` seconds which structures pay."""
+    busy = _busy()  # before the measurement, which is a load itself
     measured = trials(seconds=seconds / 2, seed=seed)
-    return Checkup(system(), extras(), measured, survey(seconds=seconds / 2, seed=seed))
+    return Checkup(system(), extras(), measured, survey(seconds=seconds / 2, seed=seed), busy)
+
+
+def _busy() -> str:
+    """That more than half of the cores were in use in the last minute; empty if not, or unknown."""
+    load, cores = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0, _cores()
+    if load <= cores / 2:
+        return ""
+    return (
+        f"this machine is busy ({load:.1f} processes on {cores} cores): the times are not reliable, run it again later"
+    )
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def system() -> dict[str, str]:
@@ -109,7 +127,7 @@ def system() -> dict[str, str]:
         "isa": " ".join(_isa()) or "unknown",
         "torch cpu capability": torch.backends.cpu.get_cpu_capability(),
         "sparse kernels": _kernels(),
-        "cores": f"{len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()} usable",
+        "cores": f"{_cores()} usable",
         "threads": str(torch.get_num_threads()),
         "memory": _memory(),
         "load": f"{os.getloadavg()[0]:.1f} processes" if hasattr(os, "getloadavg") else "unknown",

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,6 +18,7 @@ from prunella.measure.text import byte_size, duration, interval, percent, ratio,
 if TYPE_CHECKING:
     from prunella.app.doctor import Checkup
     from prunella.graph.data import Graph, Group
+    from prunella.registry.concepts import Concept
 
 _SHOWN = 12
 
@@ -31,7 +35,7 @@ def doctor(
 
 
 def _checkup_text(found: Checkup) -> str:
-    lines = ["machine", table((), list(found.system.items()))]
+    lines = [*filter(None, [found.busy]), "machine", table((), list(found.system.items()))]
     lines += ["", "optional packages", table((), list(found.extras.items()))]
     rows = [
         (
@@ -84,22 +88,40 @@ def methods(
     emit(data, table(("name", "kind", "status", "needs", "source"), rows), as_json=as_json)
 
 
-def explain(name: Annotated[str, typer.Argument(help="A name of `methods`.")], as_json: options.Json = False) -> None:
-    """One method: what it computes, what it needs, its knobs and its source."""
-    from prunella.registry import catalogue
+def explain(
+    name: Annotated[str, typer.Argument(help="A name of `methods`, or a concept such as 2:4, lottery, gradual.")],
+    as_json: options.Json = False,
+) -> None:
+    """One method: what it computes, what it needs, its knobs and its source. Or a concept: the names to type for it."""
+    from prunella.errors import RequestError
+    from prunella.registry import catalogue, concepts
 
-    found = catalogue.describe(catalogue.lookup(name))
-    lines = [
-        f"{found['name']} ({found['kind']}, {found['status']})",
-        "",
-        found["doc"],
-        "",
-        f"source: {found['source']}",
-    ]
-    if found["needs"]:
-        lines.append(f"needs:  {', '.join(found['needs'])}")
-    lines += [f"knob:   {knob} = {value}" for knob, value in found["knobs"].items()]
-    emit(found, "\n".join(lines), as_json=as_json)
+    try:
+        method = catalogue.describe(catalogue.lookup(name))
+    except RequestError as unknown:
+        rows = concepts.search(name)
+        if not rows:
+            near = concepts.near(name)
+            if not near or difflib.get_close_matches(name, [method.name for method in catalogue.methods()], 1, 0.75):
+                raise
+            raise RequestError(unknown.what, f"did you mean {' or '.join(near)}?", unknown.todo) from unknown
+        emit([asdict(row) for row in rows], "\n\n".join(map(_concept_text, rows)), as_json=as_json)
+    else:
+        emit(method, _method_text(method), as_json=as_json)
+
+
+def _method_text(method: Mapping[str, Any]) -> str:
+    head = f"{method['name']} ({method['kind']}, {method['status']})"
+    lines = [head, "", method["doc"], "", f"source: {method['source']}"]
+    if method["needs"]:
+        lines.append(f"needs:  {', '.join(method['needs'])}")
+    lines += [f"knob:   {knob} = {value}" for knob, value in method["knobs"].items()]
+    return "\n".join(lines)
+
+
+def _concept_text(row: Concept) -> str:
+    also = [f"also called: {', '.join(row.words)}"] if row.words else []
+    return "\n".join([row.name, *also, f"in Python:   {', '.join(row.python)}", f"docs:        {row.page}"])
 
 
 def inspect(

@@ -25,6 +25,8 @@ _SHORTEST = 2e-3
 """A sample lasts at least this many seconds; quicker functions are called several times a sample."""
 _SLOW = 20e-3
 """Functions that take longer have no untimed call ahead of a sample: starting up is a small part of them."""
+_SAME = 1.25
+"""An interval that holds 1 and goes beyond this ratio, up or down, does not say that two times are the same."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,10 @@ class Ratio:
             return f"{ratio(self.value)} faster {interval(self.low, self.high, '.2f')}"
         if self.slower:
             return f"{ratio(1 / self.value)} slower {interval(1 / self.high, 1 / self.low, '.2f')}"
-        return f"no speed-up on this device ({ratio(self.value)} {interval(self.low, self.high, '.2f')})"
+        measured = f"({ratio(self.value)} {interval(self.low, self.high, '.2f')})"
+        if self.low * _SAME < 1 or self.high > _SAME:
+            return f"the measurement is too noisy to tell {measured}"
+        return f"no speed-up on this device {measured}"
 
 
 @dataclass(frozen=True)

@@ -87,7 +87,9 @@ def _replace(model: nn.Module, name: str, module: nn.Module, verdicts: tuple[Ver
         return LayerRecord(name, zeros, verdicts, "F.linear is as fast")
     layer = LayerRecord(name, zeros, verdicts)
     parent, _, leaf = name.rpartition(".")
-    fast = FastLinear(module.weight, module.bias, table=layer.table).eval()
+    weight, bias = module._parameters["weight"], module._parameters.get("bias")
+    assert weight is not None
+    fast = FastLinear(weight, bias, table=layer.table).eval()
     fast.load_state_dict(module.state_dict(), assign=True)
     setattr(model.get_submodule(parent), leaf, fast.requires_grad_(False))
     return layer
