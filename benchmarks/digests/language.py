@@ -177,7 +177,7 @@ def sliced() -> dict[str, Any]:
     return {"model": done.model}
 
 
-# -- healing -----------------------------------------------------------------------------------------------------
+# -- recovery ----------------------------------------------------------------------------------------------------
 
 
 @cell("healing / adapters")
@@ -189,7 +189,7 @@ def adapters() -> dict[str, Any]:
 
 
 @cell("healing / heal_")
-def healed() -> dict[str, Any]:
+def recovered() -> dict[str, Any]:
     model = LLAMA.model()
     small = pr.shrink(model, pr.llm.drop_blocks(model, DATA[0], ["model.layers.2"]))
     whole = pr.shrink(model, pr.llm.drop_blocks(model, DATA[0], ["model.layers.2"]))

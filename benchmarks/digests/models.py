@@ -1,4 +1,4 @@
-"""The models of `digests.py`: small, with random weights, one for each way in which parameters go together."""
+"""The models of `digests.py`: small, with random weights, one for each kind of coupling."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ VIT = {"img_size": 32, "embed_dim": 32, "depth": 3, "num_heads": 4, "num_classes
 
 @dataclass(frozen=True)
 class Net:
-    """A model with what it is fed. units: kinds of units that it has. heals: whether a loss can train it.
+    """A model with what it is fed. units: kinds of units that it has. trainable: whether a loss can train it.
 
-    every: of the ways to prune it only each so-manieth is taken, where one takes long.
+    every: only each n-th method is applied, for a model that takes long.
     """
 
     name: str
     build: Callable[[], nn.Module]
     batch: Callable[[torch.Generator], Any]
     units: tuple[str, ...] = ("channel",)
-    heals: bool = True
+    trainable: bool = True
     every: int = 1
 
     def model(self) -> nn.Module:
@@ -251,5 +251,5 @@ NETS = (
         num_local_experts=4, num_experts_per_tok=2), words, (*TRANSFORMER, "expert")),
     Net("mixture", lambda: nn.Sequential(Mixture(), nn.Linear(6, 3)), image(32, 6), ("channel", "expert")),
     Net("program", program, image(2, 5, 8), ("channel", "head")),
-    Net("detector", detector, lambda dice: ([torch.rand(3, 96, 96, generator=dice)],), heals=False, every=3),
+    Net("detector", detector, lambda dice: ([torch.rand(3, 96, 96, generator=dice)],), trainable=False, every=3),
 )  # fmt: skip

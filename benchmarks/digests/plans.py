@@ -21,7 +21,7 @@ RATE = 1e-3
 
 
 @dataclass(frozen=True)
-class Way:
+class Method:
     """A recipe with its target."""
 
     name: str
@@ -29,46 +29,48 @@ class Way:
     target: Any = None
 
 
-def channels() -> Iterator[Way]:
+def channels() -> Iterator[Method]:
     """Channels by five criteria."""
     unit = pr.Channel()
-    yield Way("magnitude uniform MACs", pr.Recipe(pr.magnitude, unit, pr.uniform), pr.MACs(0.8))
-    yield Way("magnitude global Params", pr.Recipe(pr.magnitude, unit, pr.global_), pr.Params(0.7))
-    yield Way("group_norm global MACs", pr.Recipe(pr.criteria.group_norm, unit, pr.global_), pr.MACs(0.8))
-    yield Way("taylor global Params", pr.Recipe(pr.taylor, unit, pr.global_), pr.Params(0.7))
-    yield Way("bn_scale uniform Sparsity", pr.Recipe(pr.criteria.bn_scale, unit, pr.uniform), pr.Sparsity(0.3))
-    yield Way("random uniform MACs", pr.Recipe(pr.criteria.random, unit, pr.uniform, seed=3), pr.MACs(0.8))
+    yield Method("magnitude uniform MACs", pr.Recipe(pr.magnitude, unit, pr.uniform), pr.MACs(0.8))
+    yield Method("magnitude global Params", pr.Recipe(pr.magnitude, unit, pr.global_), pr.Params(0.7))
+    yield Method("group_norm global MACs", pr.Recipe(pr.criteria.group_norm, unit, pr.global_), pr.MACs(0.8))
+    yield Method("taylor global Params", pr.Recipe(pr.taylor, unit, pr.global_), pr.Params(0.7))
+    yield Method("bn_scale uniform Sparsity", pr.Recipe(pr.criteria.bn_scale, unit, pr.uniform), pr.Sparsity(0.3))
+    yield Method("random uniform MACs", pr.Recipe(pr.criteria.random, unit, pr.uniform, seed=3), pr.MACs(0.8))
     mean = pr.Channel(pr.granularity.Reduce.MEAN)
     aligned = pr.Recipe(pr.criteria.group_norm, mean, pr.allocation.isomorphic, 0.2, 2)  # by place: names may change
-    yield Way("group_norm isomorphic Bytes aligned", aligned, pr.Bytes(0.85))
+    yield Method("group_norm isomorphic Bytes aligned", aligned, pr.Bytes(0.85))
 
 
-def heads() -> Iterator[Way]:
+def heads() -> Iterator[Method]:
     """Heads."""
-    yield Way("magnitude uniform", pr.Recipe(pr.magnitude, pr.Head(), pr.uniform), pr.Sparsity(0.5))
-    yield Way("group_norm global", pr.Recipe(pr.criteria.group_norm, pr.Head(), pr.global_), pr.Sparsity(0.25))
-    yield Way("head_importance global", pr.Recipe(pr.criteria.head_importance, pr.Head(), pr.global_), pr.Sparsity(0.5))
-    yield Way("random uniform", pr.Recipe(pr.criteria.random, pr.Head(), pr.uniform), pr.Sparsity(0.5))
+    yield Method("magnitude uniform", pr.Recipe(pr.magnitude, pr.Head(), pr.uniform), pr.Sparsity(0.5))
+    yield Method("group_norm global", pr.Recipe(pr.criteria.group_norm, pr.Head(), pr.global_), pr.Sparsity(0.25))
+    yield Method(
+        "head_importance global", pr.Recipe(pr.criteria.head_importance, pr.Head(), pr.global_), pr.Sparsity(0.5)
+    )
+    yield Method("random uniform", pr.Recipe(pr.criteria.random, pr.Head(), pr.uniform), pr.Sparsity(0.5))
 
 
-def widths() -> Iterator[Way]:
+def widths() -> Iterator[Method]:
     """Positions of a residual stream."""
-    yield Way("magnitude uniform", pr.Recipe(pr.magnitude, pr.Width(), pr.uniform), pr.Sparsity(0.25))
-    yield Way("group_norm global", pr.Recipe(pr.criteria.group_norm, pr.Width(), pr.global_), pr.Params(0.7))
-    yield Way("taylor global", pr.Recipe(pr.taylor, pr.Width(), pr.global_), pr.Sparsity(0.25))
+    yield Method("magnitude uniform", pr.Recipe(pr.magnitude, pr.Width(), pr.uniform), pr.Sparsity(0.25))
+    yield Method("group_norm global", pr.Recipe(pr.criteria.group_norm, pr.Width(), pr.global_), pr.Params(0.7))
+    yield Method("taylor global", pr.Recipe(pr.taylor, pr.Width(), pr.global_), pr.Sparsity(0.25))
 
 
-def depths() -> Iterator[Way]:
+def depths() -> Iterator[Method]:
     """Residual blocks."""
     mean = pr.Depth(pr.granularity.Reduce.MEAN)
-    yield Way("block_influence", pr.Recipe(pr.criteria.block_influence, pr.Depth(), pr.global_), pr.Sparsity(0.34))
-    yield Way("magnitude mean", pr.Recipe(pr.magnitude, mean, pr.global_), pr.Sparsity(0.5))
-    yield Way("random", pr.Recipe(pr.criteria.random, pr.Depth(), pr.global_, seed=1), pr.Sparsity(0.34))
+    yield Method("block_influence", pr.Recipe(pr.criteria.block_influence, pr.Depth(), pr.global_), pr.Sparsity(0.34))
+    yield Method("magnitude mean", pr.Recipe(pr.magnitude, mean, pr.global_), pr.Sparsity(0.5))
+    yield Method("random", pr.Recipe(pr.criteria.random, pr.Depth(), pr.global_, seed=1), pr.Sparsity(0.34))
     units = (pr.Channel(), pr.Head(), pr.Width(), mean)
-    yield Way("all kinds of units", pr.Recipe(pr.magnitude, units, pr.global_), pr.Params(0.5))
+    yield Method("all kinds of units", pr.Recipe(pr.magnitude, units, pr.global_), pr.Params(0.5))
 
 
-def experts() -> Iterator[Way]:
+def experts() -> Iterator[Method]:
     """Experts of a mixture."""
     for name, criterion in (
         ("reap", pr.criteria.reap),
@@ -76,17 +78,17 @@ def experts() -> Iterator[Way]:
         ("router_weight", pr.criteria.router_weight),
         ("magnitude", pr.magnitude),
     ):
-        yield Way(name, pr.Recipe(criterion, pr.Expert(), pr.uniform), pr.Sparsity(0.5))
+        yield Method(name, pr.Recipe(criterion, pr.Expert(), pr.uniform), pr.Sparsity(0.5))
 
 
-def vocabularies() -> Iterator[Way]:
+def vocabularies() -> Iterator[Method]:
     """Tokens, alone and with channels."""
     some = pr.granularity.Vocabulary(tuple(range(0, 61, 2)))
-    yield Way("alone", pr.Recipe(granularity=some))
-    yield Way("with channels", pr.Recipe(pr.criteria.group_norm, (pr.Channel(), some), pr.global_), pr.Params(0.7))
+    yield Method("alone", pr.Recipe(granularity=some))
+    yield Method("with channels", pr.Recipe(pr.criteria.group_norm, (pr.Channel(), some), pr.global_), pr.Params(0.7))
 
 
-UNITS: dict[str, Callable[[], Iterator[Way]]] = {
+UNITS: dict[str, Callable[[], Iterator[Method]]] = {
     "channel": channels,
     "head": heads,
     "width": widths,
@@ -96,53 +98,53 @@ UNITS: dict[str, Callable[[], Iterator[Way]]] = {
 }
 
 
-def masks() -> Iterator[Way]:
+def masks() -> Iterator[Method]:
     """Single weights and patterns."""
     one, rows = pr.Element(), pr.Element(per_row=True)
-    yield Way("element magnitude uniform", pr.Recipe(pr.magnitude, one, pr.uniform), pr.Sparsity(0.5))
-    yield Way("element magnitude global", pr.Recipe(pr.magnitude, one, pr.global_), pr.Sparsity(0.9))
-    yield Way("element magnitude erk", pr.Recipe(pr.magnitude, one, pr.allocation.erk), pr.Sparsity(0.8))
-    yield Way("element magnitude lamp", pr.Recipe(pr.magnitude, one, pr.allocation.lamp), pr.Sparsity(0.8))
-    yield Way("element magnitude global MACs", pr.Recipe(pr.magnitude, one, pr.global_), pr.MACs(0.5))
-    yield Way("element random erk", pr.Recipe(pr.criteria.random, one, pr.allocation.erk, seed=5), pr.Sparsity(0.8))
-    yield Way("element snip global", pr.Recipe(pr.criteria.snip, one, pr.global_), pr.Sparsity(0.9))
-    yield Way("element taylor uniform", pr.Recipe(pr.taylor, one, pr.uniform), pr.Sparsity(0.5))
-    yield Way("element taylor_sq lamp", pr.Recipe(pr.criteria.taylor_sq, one, pr.allocation.lamp), pr.Sparsity(0.7))
-    yield Way("rows wanda uniform", pr.Recipe(pr.wanda, rows, pr.uniform), pr.Sparsity(0.5))
-    yield Way("element wanda owl", pr.Recipe(pr.wanda, one, pr.allocation.owl), pr.Sparsity(0.6))
-    yield Way("2:4 magnitude", pr.Recipe(pr.magnitude, pr.NM(2, 4, ragged=True)))
-    yield Way("2:4 wanda", pr.Recipe(pr.wanda, pr.NM(2, 4, ragged=True)))
-    yield Way("blocks magnitude uniform", pr.Recipe(pr.magnitude, pr.Block(2, 2), pr.uniform), pr.Sparsity(0.5))
-    yield Way("blocks snip global", pr.Recipe(pr.criteria.snip, pr.Block(2, 2), pr.global_), pr.Sparsity(0.5))
+    yield Method("element magnitude uniform", pr.Recipe(pr.magnitude, one, pr.uniform), pr.Sparsity(0.5))
+    yield Method("element magnitude global", pr.Recipe(pr.magnitude, one, pr.global_), pr.Sparsity(0.9))
+    yield Method("element magnitude erk", pr.Recipe(pr.magnitude, one, pr.allocation.erk), pr.Sparsity(0.8))
+    yield Method("element magnitude lamp", pr.Recipe(pr.magnitude, one, pr.allocation.lamp), pr.Sparsity(0.8))
+    yield Method("element magnitude global MACs", pr.Recipe(pr.magnitude, one, pr.global_), pr.MACs(0.5))
+    yield Method("element random erk", pr.Recipe(pr.criteria.random, one, pr.allocation.erk, seed=5), pr.Sparsity(0.8))
+    yield Method("element snip global", pr.Recipe(pr.criteria.snip, one, pr.global_), pr.Sparsity(0.9))
+    yield Method("element taylor uniform", pr.Recipe(pr.taylor, one, pr.uniform), pr.Sparsity(0.5))
+    yield Method("element taylor_sq lamp", pr.Recipe(pr.criteria.taylor_sq, one, pr.allocation.lamp), pr.Sparsity(0.7))
+    yield Method("rows wanda uniform", pr.Recipe(pr.wanda, rows, pr.uniform), pr.Sparsity(0.5))
+    yield Method("element wanda owl", pr.Recipe(pr.wanda, one, pr.allocation.owl), pr.Sparsity(0.6))
+    yield Method("2:4 magnitude", pr.Recipe(pr.magnitude, pr.NM(2, 4, ragged=True)))
+    yield Method("2:4 wanda", pr.Recipe(pr.wanda, pr.NM(2, 4, ragged=True)))
+    yield Method("blocks magnitude uniform", pr.Recipe(pr.magnitude, pr.Block(2, 2), pr.uniform), pr.Sparsity(0.5))
+    yield Method("blocks snip global", pr.Recipe(pr.criteria.snip, pr.Block(2, 2), pr.global_), pr.Sparsity(0.5))
 
 
 # -- plans -------------------------------------------------------------------------------------------------------
 
 
-def planned(net: Net, way: Way) -> pr.Plan:
-    """The plan of one way."""
+def planned(net: Net, method: Method) -> pr.Plan:
+    """The plan of one method."""
     data = net.batches()
-    return pr.plan(net.model(), data[0], way.recipe, target=way.target, data=data, loss=loss)
+    return pr.plan(net.model(), data[0], method.recipe, target=method.target, data=data, loss=loss)
 
 
-def shrunk(net: Net, way: Way) -> dict[str, Any]:
+def shrunk(net: Net, method: Method) -> dict[str, Any]:
     """A plan of units, the smaller model, and what it computes."""
-    plan = planned(net, way)
+    plan = planned(net, method)
     small = pr.shrink(net.model(), plan)
     return {"plan": plan, "small": small, "outputs": outputs(small, plan.small_inputs)}
 
 
-def masked(net: Net, way: Way) -> dict[str, Any]:
+def masked(net: Net, method: Method) -> dict[str, Any]:
     """A plan of masks, the masked model, and what it computes."""
-    plan = planned(net, way)
+    plan = planned(net, method)
     model = pr.apply_(net.model(), plan)
     return {"plan": plan, "model": model, "outputs": outputs(model, net.batches()[0])}
 
 
 # -- recoveries --------------------------------------------------------------------------------------------------
 
-CUT = Way("cut", pr.Recipe(pr.criteria.group_norm, pr.Channel(), pr.global_), pr.Params(0.8))
-SCATTERED = Way("zeros", pr.Recipe(pr.magnitude, pr.Element(), pr.global_), pr.Sparsity(0.7))
+CUT = Method("cut", pr.Recipe(pr.criteria.group_norm, pr.Channel(), pr.global_), pr.Params(0.8))
+SCATTERED = Method("zeros", pr.Recipe(pr.magnitude, pr.Element(), pr.global_), pr.Sparsity(0.7))
 
 
 @cache
@@ -207,12 +209,12 @@ def model_cells() -> Iterator[Cell]:
     """All cells of all models."""
     for net in NETS:
         for kind in net.units:
-            for way in islice(UNITS[kind](), 0, None, net.every):
-                yield Cell(f"{net.name} / {kind} / {way.name}", partial(shrunk, net, way))
-        for way in islice(masks(), 0, None, net.every):
-            yield Cell(f"{net.name} / masks / {way.name}", partial(masked, net, way))
+            for method in islice(UNITS[kind](), 0, None, net.every):
+                yield Cell(f"{net.name} / {kind} / {method.name}", partial(shrunk, net, method))
+        for method in islice(masks(), 0, None, net.every):
+            yield Cell(f"{net.name} / masks / {method.name}", partial(masked, net, method))
         yield Cell(f"{net.name} / files", partial(saved, net))
-        if net.heals:
+        if net.trainable:
             for name in ("reconstruct", "fold_means", "recalibrate_bn", "correct_statistics", "finetune", "distill"):
                 yield Cell(f"{net.name} / recovery / {name}", partial(recovered, net, name))
             yield Cell(f"{net.name} / recovery / training under masks", partial(trained_masks, net))

@@ -123,6 +123,6 @@ random weights make nearly equal, are judged in float64 alone.
 *In reach* is the part of the parameters that would go if every group kept a single unit; the rest is frozen, and
 `prunella inspect` says why. *Set aside* counts groups that the tool's own check could not prove and left whole.
 Torch-Pruning is used as its documentation says for a model that one does not know, without telling it about heads;
-`differs` means that it runs but does not compute what the masked model computes (a normalisation over a pruned axis
+`differs` means that it runs but does not compute what the masked model computes (a normalization over a pruned axis
 counts as that). Its limit was 20 to 90 seconds a model: one that ran into it was not judged, and has a column
 of its own. A row is the last run of its model; the engine has gone on since some of them."""

@@ -125,8 +125,8 @@ def rounds(count: int, *, of_survivors: float | None = None, of_all: float | Non
     if not 0 < part < 1 or (of_all is not None and of_all * count >= 1):
         why = f"{count} rounds of {part:g} keep no weight" if 0 < part < 1 else "a fraction is above 0 and below 1"
         raise RequestError(f"a fraction of {part:g} a round is out of range", why, "lower it, or use of_survivors=")
-    gone = [1 - (1 - part) ** k if of_all is None else part * k for k in range(1, count + 1)]
-    return tuple(map(Sparsity, gone))
+    removed = [1 - (1 - part) ** k if of_all is None else part * k for k in range(1, count + 1)]
+    return tuple(map(Sparsity, removed))
 
 
 __all__ = [

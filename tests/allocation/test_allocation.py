@@ -94,7 +94,7 @@ def test_normalized_global_does_not_see_scale(normalize: pr.allocation.Normalize
     assert plain == counts([pool(a), pool([10 * v for v in b], "b")], allocation, 3)
 
 
-def test_normalisation_divides_by_what_it_says() -> None:
+def test_normalization_divides_by_what_it_says() -> None:
     values = [1.0, 3.0, 8.0]
     scales = {
         pr.allocation.Normalize.MEAN: 4.0,

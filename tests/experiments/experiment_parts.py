@@ -1,4 +1,4 @@
-"""A study small enough for a test: points of three rings, a network that learns them in a moment."""
+"""An experiment small enough for a test: points of three rings, a network that learns them in a moment."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A study: baselines always there, the same whatever the number of processes, resumable, failures told."""
+"""A Pareto experiment: baselines always there, the same whatever the number of processes, resumable, failures told."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from prunella.errors import BadInput, RequestError
 from prunella.experiments.pareto_experiment import PAGE, RATIOS, ParetoExperiment, pareto
 from prunella.io.journal import NAME
 from prunella.planning.recipes import named
-from prunella.reporting.frontier import Cell, Point, frontier_chart, on_front, summarise
+from prunella.reporting.frontier import Cell, Point, frontier_chart, on_front, summarize
 from prunella.reporting.report import Report
 from tests.experiments import experiment_parts as parts
 from tests.reporting.test_page import HOSTILE, read
@@ -25,20 +25,20 @@ from tests.reporting.test_report import made
 from tests.stopping import records
 
 NAMES = "tests.experiments.experiment_parts"
-STUDY = ParetoExperiment(parts.make, parts.evaluate, parts.example, {"lamp": named("lamp_magnitude")})
+EXPERIMENT = ParetoExperiment(parts.make, parts.evaluate, parts.example, {"lamp": named("lamp_magnitude")})
 module = importlib.import_module(pareto.__module__)  # the package has the function under this name
 SMALL = {"ratios": (2.0, 30.0), "seeds": (0, 1)}
 
 
 def test_five_ratios_three_seeds_and_three_baselines_by_default() -> None:
-    tasks = module._tasks(STUDY, RATIOS, (0, 1, 2), pr.Params)
+    tasks = module._tasks(EXPERIMENT, RATIOS, (0, 1, 2), pr.Params)
     assert RATIOS == (2, 4, 8, 16, 32) and len(tasks) == 3 * (1 + 4 * 5)
     methods = {task.method for task in tasks} - {"dense"}
     assert methods == {"lamp", "random", "magnitude, by layer", "magnitude, global"}
     assert all(task.recipe.seed == task.seed for task in tasks if task.recipe)
     assert {task.target for task in tasks if task.ratio == 8} == {pr.Params(1 / 8)}
-    assert {task.target for task in module._tasks(STUDY, (8,), (0,), pr.Sparsity)} == {None, pr.Sparsity(7 / 8)}
-    both = replace(STUDY, recipes={**STUDY.recipes, "l1": named("l1_filter")}).baselines
+    assert {task.target for task in module._tasks(EXPERIMENT, (8,), (0,), pr.Sparsity)} == {None, pr.Sparsity(7 / 8)}
+    both = replace(EXPERIMENT, recipes={**EXPERIMENT.recipes, "l1": named("l1_filter")}).baselines
     assert len(both) == 6 and both[list(both)[3]].granularities == (pr.Channel(),)
 
 
@@ -50,7 +50,7 @@ def test_means_deviations_and_intervals_by_hand() -> None:
         Cell("b", 2, 1, error="TargetMissed: no"),
         Cell("b", 2, 2, 0.99, 0.5, 0.5),
     ]
-    found = summarise(cells, unit="params", baselines=("b",))
+    found = summarize(cells, unit="params", baselines=("b",))
     point = found.point("a", 2)
     assert (point.mean, point.std) == (pytest.approx(0.8), pytest.approx(0.1))
     half = 4.302652729911275 * 0.1 / math.sqrt(3)  # Student's 97.5 % point at 2 degrees of freedom
@@ -72,8 +72,8 @@ def test_the_front() -> None:
 
 @pytest.mark.slow
 def test_a_study_is_the_same_again_and_in_two_processes(tmp_path: Path) -> None:
-    first = pareto(STUDY, tmp_path / "one", **SMALL)  # type: ignore[arg-type]
-    by_name = ParetoExperiment(f"{NAMES}:make", f"{NAMES}:evaluate", f"{NAMES}:example", STUDY.recipes)
+    first = pareto(EXPERIMENT, tmp_path / "one", **SMALL)  # type: ignore[arg-type]
+    by_name = ParetoExperiment(f"{NAMES}:make", f"{NAMES}:evaluate", f"{NAMES}:example", EXPERIMENT.recipes)
     state, threads = torch.get_rng_state(), torch.get_num_threads()
     second = pareto(by_name, tmp_path / "two", jobs=2, **SMALL)  # type: ignore[arg-type]
     assert str(first.cells) == str(second.cells)
@@ -88,7 +88,7 @@ def test_a_study_is_the_same_again_and_in_two_processes(tmp_path: Path) -> None:
 
 def test_a_killed_study_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    slow = replace(STUDY, evaluate=parts.slow)
+    slow = replace(EXPERIMENT, evaluate=parts.slow)
     folder = tmp_path / "run"
 
     def killed(cell: Cell, done: int, total: int) -> None:
@@ -111,21 +111,21 @@ def test_a_killed_study_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_recovery_keeps_the_masks_or_fails() -> None:
-    healed = pareto(replace(STUDY, recover=parts.recover), ratios=(4,), seeds=(0,))
-    assert healed.point("lamp", 4).mean >= pareto(STUDY, ratios=(4,), seeds=(0,)).point("lamp", 4).mean
-    revived = pareto(replace(STUDY, recover=parts.revive), ratios=(4,), seeds=(0,))
+    recovered = pareto(replace(EXPERIMENT, recover=parts.recover), ratios=(4,), seeds=(0,))
+    assert recovered.point("lamp", 4).mean >= pareto(EXPERIMENT, ratios=(4,), seeds=(0,)).point("lamp", 4).mean
+    revived = pareto(replace(EXPERIMENT, recover=parts.revive), ratios=(4,), seeds=(0,))
     assert all("masked weights" in cell.error for cell in revived.cells)
 
 
 def test_what_a_function_of_the_user_raises_is_told_and_tried_again(tmp_path: Path) -> None:
-    broken = replace(STUDY, evaluate=parts.broken)
+    broken = replace(EXPERIMENT, evaluate=parts.broken)
     found = pareto(broken, tmp_path / "run", ratios=(2,), seeds=(0,))
     assert {cell.error for cell in found.cells} == {"a function of the experiment raised ZeroDivisionError: no measure"}
     assert records(tmp_path / "run") == 1 + 4
     pareto(broken, tmp_path / "run", ratios=(2,), seeds=(0,))
     assert records(tmp_path / "run") == 1 + 4 + 4
     with pytest.raises(RequestError, match="a function of the experiment raised AttributeError"):
-        pareto(replace(STUDY, make=parts.broken), tmp_path / "unmade", ratios=(2,), seeds=(0,))
+        pareto(replace(EXPERIMENT, make=parts.broken), tmp_path / "unmade", ratios=(2,), seeds=(0,))
 
 
 @pytest.mark.parametrize(
@@ -138,24 +138,24 @@ def test_what_a_function_of_the_user_raises_is_told_and_tried_again(tmp_path: Pa
 )
 def test_a_study_that_makes_no_sense(change: dict[str, object], said: str) -> None:
     with pytest.raises(pr.PruningError, match=said):
-        pareto(STUDY, **change)  # type: ignore[arg-type]
+        pareto(EXPERIMENT, **change)  # type: ignore[arg-type]
 
 
 def test_what_cannot_be_sent_or_named_is_refused() -> None:
     with pytest.raises(pr.PruningError, match="cannot be sent"):
-        pareto(replace(STUDY, evaluate=lambda model: 0.0), jobs=2)
+        pareto(replace(EXPERIMENT, evaluate=lambda model: 0.0), jobs=2)
     with pytest.raises(pr.PruningError, match="is taken"):
-        pareto(replace(STUDY, recipes={"random": named("lamp_magnitude")}))
+        pareto(replace(EXPERIMENT, recipes={"random": named("lamp_magnitude")}))
     with pytest.raises(pr.PruningError, match="has no name"):
-        pareto(replace(STUDY, data=iter([1])), ratios=(2,))
+        pareto(replace(EXPERIMENT, data=iter([1])), ratios=(2,))
     with pytest.raises(pr.PruningError, match="dense model cannot be measured"):
-        pareto(replace(STUDY, make=lambda seed: 3), ratios=(2,), seeds=(0,))  # type: ignore[arg-type, return-value]
+        pareto(replace(EXPERIMENT, make=lambda seed: 3), ratios=(2,), seeds=(0,))  # type: ignore[arg-type, return-value]
 
 
 def frontier() -> pr.reporting.Frontier:
     cells = [Cell("dense", 1, s, 0.9, 1, 1) for s in (0, 1)]
     cells += [Cell(HOSTILE, r, s, 0.9 - r / 20 - s / 100, 1 / r, 1 / r) for r in (2, 4) for s in (0, 1)]
-    return summarise(cells, unit="params", environment={"make": HOSTILE})
+    return summarize(cells, unit="params", environment={"make": HOSTILE})
 
 
 def test_a_report_takes_the_curves_and_the_side_effects(tmp_path: Path) -> None:
@@ -179,14 +179,14 @@ def test_the_page_is_safe_and_the_same_each_time(tmp_path: Path) -> None:
 
 
 def test_the_chart_has_a_band_for_every_method() -> None:
-    chart = frontier_chart(pareto(STUDY, ratios=(2, 4), seeds=(0, 1)))
+    chart = frontier_chart(pareto(EXPERIMENT, ratios=(2, 4), seeds=(0, 1)))
     assert chart.count("FillBetween") == 4 or chart.count("fill-opacity") + chart.count("opacity: 0.") >= 4
     assert "magnitude, global" in chart and "4x" in chart and "dense" in chart
 
 
 def test_a_dense_model_with_other_weights_is_not_taken_for_the_one_that_is_known(tmp_path: Path) -> None:
     """`make` reads what changes, as a checkpoint does: its code is the same."""
-    moved = replace(STUDY, make=parts.make_moved)
+    moved = replace(EXPERIMENT, make=parts.make_moved)
     pareto(moved, tmp_path / "run", ratios=(2,), seeds=(0,))
     before = records(tmp_path / "run")
     pareto(moved, tmp_path / "run", ratios=(2,), seeds=(0,))

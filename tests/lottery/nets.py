@@ -22,7 +22,7 @@ def data(count: int = 48) -> TensorDataset:
 
 
 def net(seed: int = 0) -> nn.Sequential:
-    """With batch normalisation and dropout."""
+    """With batch normalization and dropout."""
     torch.manual_seed(seed)
     return nn.Sequential(
         nn.Linear(10, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.2), nn.Linear(16, 12), nn.ReLU(),

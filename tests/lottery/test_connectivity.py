@@ -51,7 +51,7 @@ def test_the_model_stays_as_it_was() -> None:
     assert equal(snapshot(model), before) and model.training
 
 
-def test_batch_normalisation_may_be_measured_anew() -> None:
+def test_batch_normalization_may_be_measured_anew() -> None:
     first, second, x = snapshot(net(1)), snapshot(net(2)), data().tensors[0]
     seen = []
 

@@ -75,7 +75,7 @@ def test_tied_weights_count_once_and_scopes_differ() -> None:
     assert weights.params == 16 + 4 + 4 + 4
     assert weights.bytes == 4 * (16 + 4 + 4 + 4 + 4 + 4) + 8  # running mean and variance, and an int64 counter
     assert (weights.nonzero, weights.total, weights.sparsity) == (12, 16, 0.25)
-    # the first row, the bias, and the normalisation's shift are zero
+    # the first row, the bias, and the normalization's shift are zero
     assert (everything.nonzero, everything.total) == (12 + 4, 28)
     assert str(weights) == "28 parameters, 152 B, 25.0% of the weights are zero"
 

@@ -1,4 +1,4 @@
-"""Pruning at initialisation against closed forms, finite differences and the numbers of layer collapse."""
+"""Pruning at initialization against closed forms, finite differences and the numbers of layer collapse."""
 
 from __future__ import annotations
 
@@ -291,7 +291,7 @@ def test_reinitialized_weights_are_new_and_masked_alike() -> None:
 
 
 @pytest.mark.parametrize("criterion", [pr.criteria.snip, pr.criteria.synflow, pr.criteria.random])
-def test_a_mask_at_initialisation_depends_on_weights_data_and_seed_only(criterion: object) -> None:
+def test_a_mask_at_initialization_depends_on_weights_data_and_seed_only(criterion: object) -> None:
     def mask(seed: int, dice: int) -> Tensor:
         model, data = mlp(8, seed), batches(dtype=torch.float32)
         torch.manual_seed(dice)

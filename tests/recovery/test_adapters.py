@@ -1,4 +1,4 @@
-"""Low-rank adapters, and healing a pruned model toward the dense one without labels."""
+"""Low-rank adapters, and recovering a pruned model toward the dense one without labels."""
 
 from __future__ import annotations
 

@@ -217,7 +217,7 @@ def test_errors_made_before_a_layer_are_compensated_by_it() -> None:
     cuts = _mlp_cuts(torch.arange(7), torch.arange(5))
     small = _shrunk(dense, cuts)
     reconstruct(small, dense, [x], hand_plan(cuts=cuts), ridge=1e-8)
-    with torch.no_grad():  # the best that any last layer can do on what the healed layers before it give
+    with torch.no_grad():  # the best that any last layer can do from the outputs of the recovered layers before it
         inputs = torch.cat([small[:4](x), torch.ones(len(x), 1, dtype=x.dtype)], 1)
         best = inputs @ torch.linalg.lstsq(inputs, dense(x)).solution
         assert (small(x) - dense(x)).norm() == pytest.approx(float((best - dense(x)).norm()), rel=1e-4)

@@ -62,8 +62,8 @@ def test_a_run_writes_all_but_the_page_and_says_so(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("bare")
 def test_a_study_keeps_its_record_and_its_table(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
-        study = ParetoExperiment(parts.make, parts.evaluate, parts.example)
-        found = pareto(study, tmp_path, ratios=(2,), seeds=(0,))
+        experiment = ParetoExperiment(parts.make, parts.evaluate, parts.example)
+        found = pareto(experiment, tmp_path, ratios=(2,), seeds=(0,))
     assert (tmp_path / RECORD).is_file() and not (tmp_path / PAGE).exists()
     assert "prunella[report]" in caplog.text and "magnitude, global" in str(found)
     with pytest.raises(MissingExtra):

@@ -42,7 +42,7 @@ solver = pytest.mark.parametrize("solve", SOLVERS.values(), ids=SOLVERS)
 @pytest.mark.parametrize("sparsity", [0.0, 0.1, 0.37, 0.5, 0.9])
 def test_exactly_so_many_go_also_with_ties(solve: Solve, sparsity: float) -> None:
     weight, gram = layer()
-    weight = weight.round()  # many equal ones, as in dequantised weights
+    weight = weight.round()  # many equal ones, as in dequantized weights
     found = solve(weight, gram, sparsity=sparsity)
     assert int((~found.mask).sum()) == round(sparsity * weight.numel())
     assert bool((found.weight[~found.mask] == 0).all())

@@ -1,4 +1,4 @@
-"""Compression beside pruning: quantisation, weight sharing, lossless codes, storage formats, low rank."""
+"""Compression beside pruning: quantization, weight sharing, lossless codes, storage formats, low rank."""
 
 from prunella.compress.huffman import decode as decode
 from prunella.compress.huffman import huffman as huffman

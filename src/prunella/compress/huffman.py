@@ -80,7 +80,7 @@ def huffman(symbols: Tensor, *, symbol_bits: int = 8) -> Encoded:
 
     Data: none.
 
-    Use: storing or sending shared or quantised weights, whose values are far from uniform. Avoid: running the model
+    Use: storing or sending shared or quantized weights, whose values are far from uniform. Avoid: running the model
     from the codes: they cannot be read out of order.
     """
     flat = symbols.detach().cpu().flatten().long()

@@ -43,9 +43,9 @@ def to_int8_(model: nn.Module, *, activations: bool = False) -> Int8:
     weight. The result has the real bytes and the rounding errors. `compare_latency` measures the speed; on many CPUs
     int8 is not faster. Convolutions and embeddings do not change.
 
-    activations: quantise the inputs of each layer too, by the largest value of each token at run time.
+    activations: quantize the inputs of each layer too, by the largest value of each token at run time.
 
-    `MissingExtra` without torchao; `NotSupported` if its import fails or it finds nothing to quantise. The model can
+    `MissingExtra` without torchao; `NotSupported` if its import fails or it finds nothing to quantize. The model can
     then be neither saved by `save` nor trained.
 
     Data: none.
@@ -65,7 +65,7 @@ def to_int8_(model: nn.Module, *, activations: bool = False) -> Int8:
             rows.append(compare(name, dense[name], value.dequantize().detach(), 8))
     if not rows:
         raise NotSupported(
-            "nothing was quantised", "torchao looks for nn.Linear, and the model has none", "see round_weights_"
+            "nothing was quantized", "torchao looks for nn.Linear, and the model has none", "see round_weights_"
         )
     return Int8(tuple(rows), before, stored_size(bare))
 

@@ -1,4 +1,4 @@
-"""Integers for weights, so that zero stays zero: what pruning left out is left out of the quantised model too."""
+"""Integers for weights, so that zero stays zero: what pruning left out is left out of the quantized model too."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from prunella.types import Loss
 
 
 @dataclass(frozen=True)
-class Quantised:
+class Quantized:
     """Whole numbers and one scale for each row: `weight ~ codes * scale`. bits: of a code, sign included."""
 
     codes: Tensor
@@ -38,7 +38,7 @@ class Quantised:
 @compression(
     source="Han et al. 2016, arXiv:1510.00149 (after pruning); Krishnamoorthi 2018, arXiv:1806.08342 (per channel)"
 )
-def quantize_weight(weight: Tensor, *, bits: int = 8) -> Quantised:
+def quantize_weight(weight: Tensor, *, bits: int = 8) -> Quantized:
     """Round a weight to whole numbers, symmetrically, with one scale for each position on its first axis.
 
     `q = round(w / s)` with `s = max |w| / (2^(bits - 1) - 1)` over the row: 0 becomes exactly 0, the largest weight of
@@ -61,7 +61,7 @@ def quantize_weight(weight: Tensor, *, bits: int = 8) -> Quantised:
     largest = value.abs().amax(dim=tuple(range(1, value.dim())), keepdim=True) if value.dim() > 1 else value.abs()
     scale = torch.where(largest / top > 0, largest / top, torch.ones_like(largest))
     codes = (value / scale).round().clamp(-top, top).to(torch.int8)
-    return Quantised(codes, scale, bits)
+    return Quantized(codes, scale, bits)
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class Rounded:
 def round_weights_(model: nn.Module, *, bits: int = 8, only: Sequence[str] = ("*",)) -> tuple[Rounded, ...]:
     """Replace the weights by the values that their codes stand for, in place, and say what it cost.
 
-    Simulated quantisation: every parameter with at least two axes is rounded as `quantize_weight` does. Types, shapes
+    Simulated quantization: every parameter with at least two axes is rounded as `quantize_weight` does. Types, shapes
     and names stay, so that accuracy can be measured, masks stay in force and the model is saved as any other; it is not
     smaller in memory. For integers in memory there is `to_int8_`.
 
@@ -92,7 +92,7 @@ def round_weights_(model: nn.Module, *, bits: int = 8, only: Sequence[str] = ("*
 
     Data: none.
 
-    Use: to see what quantisation costs a pruned model, and as the last step after `quantization_aware`. Avoid: when it
+    Use: to see what quantization costs a pruned model, and as the last step after `quantization_aware`. Avoid: when it
     must be smaller or faster here and now.
     """
     done = []
@@ -137,7 +137,7 @@ def compare(name: str, before: Tensor, after: Tensor, bits: int) -> Rounded:
     revived = int(torch.count_nonzero(after[zero]))
     if revived:
         raise CheckFailed(
-            f"{revived} zeros of {name} are not zero after quantisation",
+            f"{revived} zeros of {name} are not zero after quantization",
             "the format has an offset, so that zero has no code",
             "use a symmetric format",
         )

@@ -41,7 +41,7 @@ from prunella.planning.planner import plan
 from prunella.planning.recipe import Recipe
 from prunella.registry.method import metric
 from prunella.reporting.extra import reason_without
-from prunella.reporting.frontier import DENSE_NAME, Cell, Frontier, summarise, write_frontier
+from prunella.reporting.frontier import DENSE_NAME, Cell, Frontier, summarize, write_frontier
 from prunella.targets import Params, Sparsity, Target
 from prunella.transform.apply import apply_
 from prunella.transform.shrink import shrink
@@ -160,7 +160,7 @@ def _finished(tasks: Sequence[_Task], journal: Journal | None, jobs: int, on_cel
 def _frontier(
     experiment: ParetoExperiment, cells: Sequence[Cell], seeds: Sequence[int], unit: type[Target]
 ) -> Frontier:
-    return summarise(
+    return summarize(
         cells,
         unit=unit.__name__.lower(),
         baselines=tuple(experiment.baselines),

@@ -53,7 +53,7 @@ def barrier(
 
     first, second: state dicts of this model. evaluate: error of a model in evaluation mode, lower is better, such as
     1 - accuracy. points: positions on the line, ends included, from 3 up. data: batches that recalibrate batch
-    normalisation at every point, ends included; without data the statistics of the ends are interpolated, which
+    normalization at every point, ends included; without data the statistics of the ends are interpolated, which
     overstates the barrier.
 
     Use: checking how early training becomes stable, and whether two sparse networks lie in one basin. Avoid: networks

@@ -90,7 +90,7 @@ def effective_sparsity(model: nn.Module, inputs: Inputs) -> EffectiveSparsity:
     `w_oi` is effective if it is not zero, unit `i` is reached from an input and unit `o` reaches an output, over
     non-zero weights. The model runs once, forward and backward, on zeros and ones, with all weights positive, so that
     the paths follow branches, residual sums and shared layers. A unit is a channel; a bias carries no input and reaches
-    nothing. A normalisation over units, a product of activations and attention connect all units that they mix. A call
+    nothing. A normalization over units, a product of activations and attention connect all units that they mix. A call
     without a rule connects all units and is named in `unfollowed`.
 
     Data: one batch; only its shapes matter (integers are used as indices). The model does not change.

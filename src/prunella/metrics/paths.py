@@ -269,7 +269,7 @@ def _where(found: _Found, func: Any, args: Args, kwargs: Kwargs) -> Tensor | Non
 
 
 def _scaled(position: int) -> Callable[..., Tensor]:
-    """A normalisation of each channel by itself: the channel passes where its scale is not zero."""
+    """A normalization of each channel by itself: the channel passes where its scale is not zero."""
 
     def rule(found: _Found, func: Any, args: Args, kwargs: Kwargs) -> Tensor:
         value = args[0] if args else kwargs["input"]

@@ -146,7 +146,9 @@ class Plan:
         for entry in self.renumbered:
             pruned = tokens[~torch.isin(tokens, entry.kept)]
             if pruned.numel():
-                raise RequestError(f"token {int(pruned[0])} is gone", f"{len(entry.kept)} tokens stay", "keep it too")
+                raise RequestError(
+                    f"token {int(pruned[0])} is pruned", f"{len(entry.kept)} tokens are kept", "keep it too"
+                )
             return torch.searchsorted(entry.kept, tokens)
         return tokens
 

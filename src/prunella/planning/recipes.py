@@ -106,11 +106,11 @@ def fpgm() -> Recipe:
 
 @recipe(source="Liu et al. 2017, arXiv:1708.06519")
 def network_slimming() -> Recipe:
-    """Channels by the scale of their batch normalisation, one threshold for the network.
+    """Channels by the scale of their batch normalization, one threshold for the network.
 
     The paper trains with an L1 penalty on the scales first. A tenth of each group stays, so that no layer collapses.
 
-    Use: networks that were trained with an L1 penalty on the scales. Avoid: networks without batch normalisation, or
+    Use: networks that were trained with an L1 penalty on the scales. Avoid: networks without batch normalization, or
     trained without the penalty.
     """
     return Recipe(criteria.bn_scale, Channel(), global_, min_density=0.1)

@@ -53,13 +53,13 @@ def fold_means(
 
     `b_i += sum_{j removed} W_ij * mean(x_j)`, with the weights and the activations of the dense model; for a
     convolution the sum is over the kernel too. The correction is exact for constant units, such as units with a
-    normalisation scale of 0 (`act(beta)`), except at the border of a convolution with padding, where fewer positions
+    normalization scale of 0 (`act(beta)`), except at the border of a convolution with padding, where fewer positions
     add to the sum.
     Data: batches, no labels, one pass; a few hundred tokens (pixels) are enough.
 
     small: the shrunk model, or the dense one with the plan's structure masked. loss: how to run a model on a batch; by
     default the model is called on the batch. The result names every layer without a bias. Such a layer does not change:
-    a new bias would change the keys of the state dict. Recalibrate a batch normalisation after it instead.
+    a new bias would change the keys of the state dict. Recalibrate a batch normalization after it instead.
 
     Use: right after pruning by `fluctuation` or `activation_variance`, or of dead units; it costs one pass. Avoid:
     before `reconstruct`, which refits the bias too.

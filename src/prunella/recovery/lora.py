@@ -1,6 +1,6 @@
 """Low-rank adapters on a sparse base: pruned weights stay pruned in training and merging.
 
-An adapter is recognised by its function: a module whose output is the output of one inner layer plus `s B A x`. This
+An adapter is recognized by its function: a module whose output is the output of one inner layer plus `s B A x`. This
 holds for peft's linear layers and for common hand-written ones. The function is measured in float64 on random inputs
 before merging.
 """
@@ -110,7 +110,7 @@ def mask_adapters_(model: nn.Module) -> tuple[str, ...]:
     stays, and the trained function is exactly the function after `merge_adapters_`. The cost is one matrix product of
     the size of the base per step.
 
-    peft's linear layers and hand-written ones with two linear layers are recognised by their function.
+    peft's linear layers and hand-written ones with two linear layers are recognized by their function.
 
     Data: none.
 

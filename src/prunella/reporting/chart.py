@@ -121,7 +121,7 @@ def clean_svg(source: bytes, prefix: str) -> Markup:
     text = ElementTree.tostring(clean, encoding="unicode")
     for colour, name in _VARIABLES.items():
         text = text.replace(colour, f"var(--{name})")
-    return Markup(text)  # built above from allowed elements only, text escaped by the serialiser
+    return Markup(text)  # built above from allowed elements only, text escaped by the serializer
 
 
 def _clean(element: ElementTree.Element, prefix: str) -> ElementTree.Element | None:

@@ -65,7 +65,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Frontier:
-    """The result of a study. unit: what `ratio` is a ratio of."""
+    """The result of an experiment. unit: what `ratio` is a ratio of."""
 
     cells: tuple[Cell, ...]
     points: tuple[Point, ...]
@@ -141,7 +141,7 @@ class Frontier:
         return (name, f"{p.ratio:g}", got, spread(p.mean, p.std), between, f"{p.n} of {p.of}", "*" if p.front else "")
 
 
-def summarise(
+def summarize(
     cells: Sequence[Cell], *, unit: str, baselines: Sequence[str] = (), environment: Mapping[str, str] | None = None
 ) -> Frontier:
     """The points of the cells, and which of them are on the front. Errors: RequestError without a dense model."""

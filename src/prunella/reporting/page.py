@@ -74,7 +74,7 @@ def render_sections(headline: str, lead: str, sections: Sequence[Section], facts
     """A page of sections alone, in the look of the report; all text is escaped."""
     environment = templates()
     context: dict[str, Any] = {"headline": headline, "lead": lead, "sections": sections, "environment": facts}
-    return environment.get_template("study.html").render(context, style=_style(), fold_after=2 * _FOLD_AFTER)
+    return environment.get_template("experiment.html").render(context, style=_style(), fold_after=2 * _FOLD_AFTER)
 
 
 def _style() -> Markup:

@@ -129,7 +129,7 @@ class Report:
     sections: tuple[Section, ...] = ()
 
     def adding(self, *sections: Section) -> Report:
-        """This report with further parts: side effects, the curves of a study."""
+        """This report with further parts: side effects, the curves of an experiment."""
         return replace(self, sections=(*self.sections, *sections))
 
     def with_cut(self, quality: Mapping[str, float]) -> Report:

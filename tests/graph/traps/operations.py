@@ -217,7 +217,7 @@ FLAT: dict[str, tuple[Between, int | None]] = {
     "ones like a table": (lambda m, x: x + torch.ones_like(m.table), 12),
     "custom function": (lambda m, x: Double.apply(x), None),
     "sparse": (lambda m, x: torch.sparse.mm(x.t().to_sparse(), torch.eye(3, dtype=x.dtype)).t(), None),
-    "fake quantisation": (
+    "fake quantization": (
         lambda m, x: torch.fake_quantize_per_tensor_affine(x.float(), 0.1, 0, -128, 127).to(x.dtype),
         None,
     ),

@@ -128,7 +128,7 @@ def test_standardised_filters_go_whole_and_keep_their_inputs() -> None:
 
 
 class ScaledStandardised(nn.Conv2d):
-    """The same by a batch norm of the weight, as in networks without normalisers."""
+    """The same by a batch norm of the weight, as in networks without normalizers."""
 
     def forward(self, x: Tensor) -> Tensor:
         flat = self.weight.reshape(1, self.out_channels, -1)

@@ -40,7 +40,7 @@ def test_a_group_on_the_border_is_zero() -> None:
     assert torch.count_nonzero(pr.train.group_soft_threshold(torch.tensor([[3.0, 4.0, 0.0, 0.0]]), 2.5)) == 0
 
 
-def test_sparse_group_soft_minimises_its_objective() -> None:
+def test_sparse_group_soft_minimizes_its_objective() -> None:
     w = torch.randn(1, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) * 2
 
     def objective(v: Tensor) -> Tensor:
@@ -96,7 +96,7 @@ def test_the_weights_of_a_head() -> None:
     assert heads.weights.tolist() == [3 * 27 + 24] * 4
 
 
-def test_units_of_a_convolution_hold_its_normalisation() -> None:
+def test_units_of_a_convolution_hold_its_normalization() -> None:
     units = pr.train.coupled_units(convnet(), images()[0])
     first = next(group for group in units.groups if group.name == "0")
     assert {(s.name, s.axis) for s in first.slices} == {

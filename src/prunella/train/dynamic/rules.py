@@ -135,7 +135,7 @@ def granet(*, final: float = 0.9, alpha: float = 0.5, schedule: Schedule = cubic
 
 @metric(source="Liu et al. 2021, arXiv:2102.02887")
 def itop(masks: Iterable[Mapping[str, Mask]]) -> float:
-    """In-time over-parameterisation: the fraction of all weights that was active at some time.
+    """In-time over-parameterization: the fraction of all weights that was active at some time.
 
     `R_s = |union of masks| / N` in (0, 1], over the masks (by name) of all updates so far; `R_s` never falls.
     `DropGrow.explored` is the same number, updated during training.

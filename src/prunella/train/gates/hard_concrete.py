@@ -1,4 +1,4 @@
-"""L0 regularisation: gates that are exactly zero with a learned probability."""
+"""L0 regularization: gates that are exactly zero with a learned probability."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class Opened(nn.Module):
 
 @training(source="Louizos et al. 2018, arXiv:1712.01312")
 def l0_gates_(model: M, units: CoupledUnits, *, per_weight: bool = False, start: float = 2.5) -> M:
-    """L0 regularisation by hard concrete gates, on coupled units or on single weights, in place.
+    """L0 regularization by hard concrete gates, on coupled units or on single weights, in place.
 
     `z = clamp(s (zeta - gamma) + gamma, 0, 1)`, `s = sigmoid((log u - log(1 - u) + log_alpha) / beta)` with u uniform,
     beta = 2/3, gamma = -0.1, zeta = 1.1; in evaluation `s = sigmoid(log_alpha)`, without noise. The penalty

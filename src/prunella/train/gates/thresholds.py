@@ -32,7 +32,7 @@ class Threshold(Gate):
 
 @training(source="Kusupati et al. 2020, arXiv:2002.03231 (STR)")
 def learned_threshold_(model: M, units: CoupledUnits, *, start: float = -8.0) -> M:
-    """Soft threshold reparameterisation (STR), in place: each layer learns the threshold below which weights are zero.
+    """Soft threshold reparameterization (STR), in place: each layer learns the threshold below which weights are zero.
 
     `W' = sign(W) max(|W| - sigmoid(s), 0)`, and `dL/ds = -sigmoid'(s) sum over active of sign(W) dL/dW'`.
     `gate_penalty` is `sum s^2 / 2`, the paper's weight decay of s: while s is below 0 the penalty raises the threshold,

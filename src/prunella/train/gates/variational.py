@@ -62,7 +62,7 @@ def variational_dropout_(model: M, units: CoupledUnits, *, start: float = -10.0,
     1.48695). With a mean loss, add the penalty with strength 1 / (training samples), rising from 0 over the first part
     of training. In evaluation, and permanently after `merge_gates_`, weights with `log_alpha > limit` are zero.
     Data: training. The noise is on the weights, drawn once per pass: it has more variance than the local
-    reparameterisation of the paper, and needs no rule for each type of layer.
+    reparameterization of the paper, and needs no rule for each type of layer.
 
     start: of log sigma^2, finite; -10 is little noise. limit: of log_alpha; 3 is a dropout rate of 0.95.
 

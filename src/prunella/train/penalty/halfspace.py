@@ -27,7 +27,7 @@ class HalfSpace:
     strength: above 0, usual 1e-4 to 1e-1. epsilon: in [0, 1), larger makes more zeros. start: from 0 up, steps before
     the first projection, in which the weights settle. min_units: kept units of each group, at least 1.
 
-    Data: none of its own. The paper's groups are producer rows with bias and normalisation; the groups here also hold
+    Data: none of its own. The paper's groups are producer rows with bias and normalization; the groups here also hold
     the consumer columns. Groups are treated one after the other; where the learning rates in a unit differ, the largest
     one is used.
 

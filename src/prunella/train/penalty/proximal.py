@@ -18,7 +18,7 @@ from prunella.train.penalty.units import CoupledUnits, Named, Units
 def soft_threshold(weight: Tensor, threshold: float | Tensor) -> Tensor:
     """Soft threshold, the proximal operator of the L1 norm.
 
-    `soft_threshold(w, t) = sign(w) max(|w| - t, 0)`, the minimiser over v of `(v - w)^2 / 2 + t |v|`. Any shape.
+    `soft_threshold(w, t) = sign(w) max(|w| - t, 0)`, the minimizer over v of `(v - w)^2 / 2 + t |v|`. Any shape.
     Data: none. threshold: from 0 up, in units of the weight: learning rate times strength.
     Caveats: the remaining weights are too small by the threshold; fine-tune without the penalty at the end.
 
@@ -43,7 +43,7 @@ def group_soft_threshold(groups: Tensor, threshold: float | Tensor) -> Tensor:
 def sparse_group_soft_threshold(groups: Tensor, l1: float, group: float) -> Tensor:
     """Soft threshold of weights, then of groups: the proximal operator of the sparse group lasso.
 
-    `group_soft_threshold(soft_threshold(w, l1), group)` is the exact minimiser of
+    `group_soft_threshold(soft_threshold(w, l1), group)` is the exact minimizer of
     `||v - w||^2 / 2 + l1 |v|_1 + group sqrt(p) ||v||`; the other order is not. groups `(groups, p)`. Data: none.
     l1, group: from 0 up.
 
@@ -64,7 +64,7 @@ class Proximal:
 
     With the learning rate `lr` of each parameter: `w = soft_threshold(w, lr * l1)` on every layer's weights, then
     `w_u = w_u max(1 - lr * group * sqrt(p) / ||w_u||, 0)` for every coupled unit (producer rows, bias, scale and shift
-    of its normalisation, consumer columns; p weights in total). Both together are the sparse group lasso. `plan_zeros`
+    of its normalization, consumer columns; p weights in total). Both together are the sparse group lasso. `plan_zeros`
     and `shrink` then remove the zero units exactly.
 
         with Proximal(model, optimizer, coupled_units(model, batch), group=1e-2):
