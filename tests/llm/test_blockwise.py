@@ -246,3 +246,22 @@ def test_a_weight_that_the_model_computes_with_first_is_named_with_that_reason()
     assert not fits["1.down"] and "does not run" not in str(solving)
     assert fits["1.up"] == "mul reads it: no product takes the parameter itself"
     assert fits["1.row"].startswith("mul reads it") and fits["2.up"] == fits["1.up"]
+
+
+class Expanded(nn.Module):
+    """A block that multiplies by an expanded view of its weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Parameter(torch.randn(20, 12) / 4), nn.Linear(20, 12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(torch.bmm(x, self.up.t().expand(len(x), 12, 20)).relu())
+
+
+def test_a_weight_that_is_expanded_for_its_product_is_named() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 12), Expanded(), Expanded()).eval()
+    data = [torch.randn(3, 8, 6) for _ in range(2)]
+    fits = {fit.name: fit.skipped for fit in pr.llm.solve_(model, data[0], pr.llm.one_shot(), data=data).fits}
+    assert fits["1.up"] == fits["2.up"] == "a product reads an expanded or reshaped view of it"

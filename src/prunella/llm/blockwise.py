@@ -116,14 +116,17 @@ def _unread(model: nn.Module, graph: Graph, blocks: Sequence[ModelBlock], run: C
     others = {name: parameter for name, parameter in others.items() if parameter.dim() > 1}
     if not others:
         return {}
-    watch = Watch(others.values(), lambda read: None, stacks=True)
+    read = set[int]()
+    watch = Watch(others.values(), lambda seen: read.add(id(seen.weight)), stacks=True)
     with watch:
         run()
     watch.finish()
-    return {name: watch.why_unread(parameter) for name, parameter in others.items() if watch.why_unread(parameter)}
+    reasons = {name: _VIEWED if id(p) in read else watch.why_unread(p) for name, p in others.items()}
+    return {name: why for name, why in reasons.items() if why}
 
 
 _BATCHED = "its matrices are read all at once"
+_VIEWED = "a product reads an expanded or reshaped view of it"
 
 
 @dataclass(frozen=True)

@@ -201,8 +201,11 @@ class Watch(TorchFunctionMode):
             self.others[int(home[0])] = Unread(name, why)
 
     def _compute(self, name: str, given: Any, result: Any) -> None:
-        if isinstance(result, Tensor) and self._homes.of(result) is None:
-            for home in filter(None, map(self._homes.of, tensors(given))):
+        if not isinstance(result, Tensor) or self._homes.of(result) is not None:
+            return
+        for tensor in tensors(given):
+            home = self._homes.of(tensor)
+            if home is not None and not (name in _ADDS and result.shape != tensor.shape):  # such a sum adds a bias
                 self.computed.setdefault(int(home[0]), Unread(name, "no product takes the parameter itself"))
 
     def _used(self, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
