@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from prunella.errors import CheckFailed, RequestError
-from prunella.recovery.batchnorm import recalibrate_bn
+from prunella.recovery.batchnorm import absorb_bn, recalibrate_bn
 
 
 def _net() -> nn.Sequential:
@@ -113,3 +113,43 @@ def test_no_data_and_batches_of_one_value_are_refused() -> None:
         recalibrate_bn(net, [torch.randn(1, 2)])
     recalibrate_bn(net, [torch.zeros(1, 2), torch.ones(1, 2)], sequential=True)
     assert net.running_mean.tolist() == [0.5, 0.5] and net.running_var.tolist() == [0.5, 0.5]
+
+
+def _with_random_norms() -> nn.Sequential:
+    net = _net().eval()
+    for index in (1, 5):
+        for values in (net[index].weight.data, net[index].bias.data, net[index].running_mean):
+            values.normal_()
+        net[index].running_var.uniform_(0.5, 2)
+    return net
+
+
+def test_absorbed_statistics_leave_the_function_as_it_was() -> None:
+    net, data = _with_random_norms(), _data()
+    before = [net(x) for x in data]
+    assert absorb_bn(net, data) == ("1", "5")
+    for x, expected in zip(data, before, strict=True):
+        torch.testing.assert_close(net(x), expected, rtol=1e-9, atol=1e-9)
+    for index in (1, 5):
+        values = _inputs(net, index, data)
+        torch.testing.assert_close(net[index].running_mean, values.mean(1), rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(net[index].running_var, values.var(1), rtol=1e-9, atol=1e-9)
+
+
+def test_training_mode_starts_from_the_absorbed_function() -> None:
+    net, data = _with_random_norms(), [torch.cat(_data())]
+    net[3].p = 0.0
+    expected = net(data[0])
+    absorb_bn(net, data)
+    count = data[0].shape[0] * 16
+    torch.testing.assert_close(net.train()(data[0]), expected, rtol=4 / count, atol=4 / count)  # biased variances
+
+
+def test_nothing_is_absorbed_without_scale_and_bias_or_from_broken_data() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, affine=False)).double()
+    assert absorb_bn(net, _data()) == ()
+    net, untouched = _with_random_norms(), _with_random_norms()
+    with pytest.raises(CheckFailed, match="not finite"):
+        absorb_bn(net, [torch.full((2, 3, 6, 6), torch.nan, dtype=torch.float64)])
+    for key, value in untouched.state_dict().items():
+        torch.testing.assert_close(net.state_dict()[key], value)

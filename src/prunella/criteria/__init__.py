@@ -6,6 +6,7 @@ from prunella.criteria.activation import apoz as apoz
 from prunella.criteria.activation import block_influence as block_influence
 from prunella.criteria.activation import fluctuation as fluctuation
 from prunella.criteria.activation import hrank as hrank
+from prunella.criteria.activation import obs_units as obs_units
 from prunella.criteria.activation import reap as reap
 from prunella.criteria.activation import ria as ria
 from prunella.criteria.activation import router_frequency as router_frequency
@@ -52,6 +53,7 @@ __all__ = [
     "obd",
     "obert",
     "obs_saliency",
+    "obs_units",
     "random",
     "reap",
     "ria",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from prunella.errors import RequestError
 from prunella.registry.method import criterion
 from prunella.types import (
     ExpertGate,
@@ -14,6 +15,7 @@ from prunella.types import (
     InputVar,
     Saliency,
     Scores,
+    UnitLoss,
     UnitNorm,
     UnitRank,
     UnitVar,
@@ -74,6 +76,24 @@ def fluctuation(weight: Weight, input_var: InputVar) -> Saliency:
     of a large constant input does harm.
     """
     return input_var * weight.square()
+
+
+@criterion(source="Hassibi and Stork 1993, Optimal Brain Surgeon; Kurtic et al. 2023, arXiv:2302.04089 (ZipLM)")
+def obs_units(unit_loss: UnitLoss, *, ridge: float = 1e-3) -> Scores:
+    """Error of the layers that read a unit when it goes and their other weights make up for it (structured OBS).
+
+    Again and again the unit c with the smallest `tr(W_c ([H^-1]_cc)^-1 W_c^T)` goes, and the other columns of W take
+    over its part; `H = X^T X + ridge * mean(diag X^T X) I` over all tokens. A unit scores the squared error of the
+    outputs when it and all units before it are gone, relative to the outputs. Inputs are centred where a bias or a
+    batch normalization takes the constant. `reconstruct` computes the weights that go with the cut.
+    Data: forward passes only, a few times more tokens (pixels) than a layer has inputs. ridge: above 0.
+
+    Use: channels, neurons and heads with `reconstruct`, and `prunella.search.measured` for how many of each group.
+    Avoid: without `reconstruct`: the scores assume its weights.
+    """
+    if not ridge > 0:
+        raise RequestError(f"ridge={ridge:g} gives no inverse", "ridge is a number above 0", "use ridge=1e-3")
+    return unit_loss
 
 
 @criterion(source="Hu et al. 2016, arXiv:1607.03250", status="stable")

@@ -5,11 +5,14 @@ A parameter is identified by its memory, so that transposed views, slices, and s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import inspect
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -58,12 +61,38 @@ class Homes:
 
 
 @dataclass(frozen=True)
+class Norm:
+    """A batch normalization with fixed statistics: `z = (y - mean) / sqrt(var + eps) * weight + bias` by channel."""
+
+    mean: Tensor
+    var: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
+    eps: float
+
+    @property
+    def scale(self) -> Tensor:
+        """`z = scale * y + shift`: the scales, in float64."""
+        inverse = (self.var.detach().double() + self.eps).rsqrt()
+        return inverse if self.weight is None else inverse * self.weight.detach().double()
+
+    @property
+    def shift(self) -> Tensor:
+        """`z = scale * y + shift`: the shifts, in float64."""
+        shift = -self.mean.detach().double() * self.scale
+        return shift if self.bias is None else shift + self.bias.detach().double()
+
+
+@dataclass(frozen=True)
 class Read:
     """One product with a weight: `y = columns @ matrix^T + bias`, matrix by matrix.
 
     weight: the parameter. view: the part that is read. bias: the added parameter, or part of one, as `(groups, out)`;
-    None without a bias, or if the bias is no parameter. residual: the other term of a sum with the output, in the shape
-    of `y`; None without a sum. part: position on the first axis of a stack, if a single matrix of the stack is read.
+    None without a bias, or if the bias is no parameter. norm: the batch normalization that reads the output, with fixed
+    statistics; None without one. residual: the other term of a sum with the output (of the norm, if there is one), in
+    the shape of `y`; None without a sum. part: position on the first axis of a stack, if a single matrix of the stack
+    is read. refresh: compute the output again with the present weights, in place, before the pass uses it; False if
+    the pass cannot go on with a new output.
     """
 
     weight: nn.Parameter
@@ -72,13 +101,15 @@ class Read:
     x: Tensor
     y: Tensor
     bias: Tensor | None
+    norm: Norm | None = None
     residual: Tensor | None = None
     part: int | None = None
+    refresh: Callable[[], bool] | None = None
 
     @property
     def bare(self) -> Read:
         """This read without the values of the run."""
-        return replace(self, x=self.x.new_empty(0), y=self.y.new_empty(0), residual=None)
+        return replace(self, x=self.x.new_empty(0), y=self.y.new_empty(0), residual=None, refresh=None)
 
     @property
     def groups(self) -> int:
@@ -111,6 +142,13 @@ class Read:
         rows = self.rows_of(y, group)
         return rows if keep is None else rows.index_select(1, keep.to(rows.device))
 
+    def affine(self, group: int = 0, keep: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Scale and shift of the norm for the outputs of a matrix, in float64; keep: indices of outputs."""
+        assert self.norm is not None
+        both = [values.view(self.groups, -1)[group] for values in (self.norm.scale, self.norm.shift)]
+        scale, shift = both if keep is None else [values[keep.to(values.device)] for values in both]
+        return scale, shift
+
     def rows_of(self, values: Tensor, group: int = 0) -> Tensor:
         """Values in the shape of the output, in the order of `rows`."""
         return self.form.rows(values, self.view.size, group)
@@ -135,11 +173,47 @@ class Stop(Exception):
     """Raised to end a forward pass as soon as it is no longer needed."""
 
 
+_Home = tuple[nn.Parameter, View]
+Call = tuple[Any, tuple[Any, ...], Mapping[str, Any]]
+"""A call: function, arguments, keyword arguments."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Pending:
+    """A read whose output no other call has used yet. output: the tensor that the pass goes on with.
+
+    calls: the product, and the calls that passed its output on. version: of the input, when the product read it.
+    single: whether the call has one product with a watched weight.
+    """
+
+    read: Read
+    output: Tensor
+    calls: tuple[Call, ...]
+    product: Product
+    version: int
+    single: bool
+
+    def refresh(self) -> bool:
+        """Compute the output again, in place."""
+        if not self.single or _version(self.product.x) != self.version:
+            return False
+        func, args, kwargs = self.calls[0]
+        result = func(*args, **kwargs)
+        value = result if len(self.calls) > 1 else self.product.output(result)
+        for func, args, kwargs in self.calls[1:]:
+            value = func(value, *args[1:], **kwargs)
+        if not isinstance(value, Tensor) or value.shape != self.output.shape:
+            return False
+        self.output.copy_(value)
+        return True
+
+
 class Watch(TorchFunctionMode):
     """Report every `Read` of the parameters `wanted`; other calls run unchanged.
 
     `others`: parameter id -> a call that takes the parameter and cannot be read. `computed`: parameter id -> the first
     call that computes other values from the parameter and is no product.
+    `reused`: parameter ids whose output a batch normalization reads, and another call as well.
     stacks: also report single matrices of parameters with three axes, for example the experts of a mixture.
     """
 
@@ -151,25 +225,31 @@ class Watch(TorchFunctionMode):
             self._homes.settle(name, parameter)
         self.others: dict[int, Unread] = {}
         self.computed: dict[int, Unread] = {}
-        self._pending: tuple[Read, Tensor] | None = None
+        self.reused: set[int] = set()
+        self._normed: list[tuple[weakref.ref[Tensor], int]] = []
+        self._pending: list[_Pending] = []
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
+        kwargs = kwargs or {}
         name = operation(func)
-        passed_on = self._used(name, args, kwargs or {})
-        result = func(*args, **(kwargs or {}))
-        if passed_on and self._pending is not None:
-            self._pass_on(result)
+        if _looks(func):
+            return func(*args, **kwargs)
+        passed_on = self._used(name, args, kwargs)
+        result = func(*args, **kwargs)
+        if passed_on is not None:
+            self._pass_on(passed_on, (func, args, kwargs), result)
         try:
-            for product in products(name, args, kwargs):
-                self._see(name, product, result)
+            found = [(product, home) for product in products(name, args, kwargs) if (home := self._home(product))]
+            for number in range(len(found)):
+                self._see((func, args, kwargs), found, number, result)
         except NotReadable as error:
-            self._other(name, str(error), [args, kwargs or {}])
+            self._other(name, str(error), [args, kwargs])
         else:
             if unreadable(name):
-                self._other(name, unreadable(name), [args, kwargs or {}])
-        self._compute(name, [args, kwargs or {}], result)
+                self._other(name, unreadable(name), [args, kwargs])
+        self._compute(name, [args, kwargs], result)
         return result
 
     def why_unread(self, parameter: nn.Parameter) -> str:
@@ -177,24 +257,28 @@ class Watch(TorchFunctionMode):
         unread = self.others.get(id(parameter)) or self.computed.get(id(parameter))
         return "" if unread is None else str(unread)
 
-    def _see(self, name: str, product: Product, result: Any) -> None:
+    def _home(self, product: Product) -> _Home | None:
         home = self._homes.of(product.operand)
-        if home is None:
-            return
-        weight, view = self._wanted[home[0]], home[1]
+        return None if home is None else (self._wanted[home[0]], home[1])
+
+    def _see(self, call: Call, found: Sequence[tuple[Product, _Home]], number: int, result: Any) -> None:
+        product, (weight, view) = found[number]
         part = _part(weight, view)
         if part is not None and not self._stacks:
-            self.others[id(weight)] = Unread(name, "one matrix of a stack at a time")
+            self.others[id(weight)] = Unread(operation(call[0]), "one matrix of a stack at a time")
             return
         if _parameter(product.x):
-            self.others[id(weight)] = Unread(name, "it multiplies two weights")
+            self.others[id(weight)] = Unread(operation(call[0]), "it multiplies two weights")
             return
         y = product.output(result)
         bias = _bias(product, view)
         # copies, since later operations may work in place
         read = Read(weight, view, product.form, product.x.detach().clone(), y.detach().clone(), bias, part=part)
-        self.finish()
-        self._pending = read, y
+        pending = _Pending(read, y, (call,), product, _version(product.x), single=len(found) == 1)
+        if number == len(found) - 1:
+            self._pending.append(pending)
+        else:  # only the last product of a call gives its result
+            self._tell(pending)
 
     def _other(self, name: str, why: str, given: Any) -> None:
         for home in filter(None, map(self._homes.of, tensors(given))):
@@ -208,43 +292,88 @@ class Watch(TorchFunctionMode):
             if home is not None and not (name in _ADDS and result.shape != tensor.shape):  # such a sum adds a bias
                 self.computed.setdefault(int(home[0]), Unread(name, "no product takes the parameter itself"))
 
-    def _used(self, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
-        """Before a call: report the pending read if the call uses its output. True if the call passes the output on.
+    def _used(self, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> _Pending | None:
+        """Before a call: report the pending reads whose outputs the call uses; return one that it passes on.
 
         This happens before the call, since an in-place sum would overwrite the residual. A sum that scales one of its
         sides by `alpha` has no residual of the output's own size.
         """
-        if self._pending is None or not any(argument is self._pending[1] for argument in args):
-            return False
-        if name in _PASSES_ON:
-            return True
-        read, output = self._pending
-        if name in _ADDS and len(args) > 1 and kwargs.get("alpha", 1) == 1:
-            other = args[1] if args[0] is output else args[0]
-            if isinstance(other, Tensor) and other.shape == output.shape and other is not output:
-                self._pending = replace(read, residual=other.detach().clone().reshape(read.y.shape)), output
-        self.finish()
-        return False
+        given = tensors([args, kwargs]) if self._pending or self._normed else []
+        self.reused.update(weight for output, weight in self._normed if any(t is output() for t in given))
+        for pending in [entry for entry in self._pending if any(tensor is entry.output for tensor in given)]:
+            self._pending.remove(pending)
+            first = bool(args) and args[0] is pending.output
+            if name in _PASSES_ON and first:
+                return pending
+            norm = _norm(args, kwargs) if name == "batch_norm" and first and pending.read.norm is None else None
+            if norm is not None:
+                self._normed.append((weakref.ref(pending.output), id(pending.read.weight)))
+                return replace(pending, read=replace(pending.read, norm=norm))
+            self._tell(replace(pending, read=replace(pending.read, residual=_residual(pending, name, args, kwargs))))
+        return None
 
-    def _pass_on(self, result: Any) -> None:
+    def _pass_on(self, pending: _Pending, call: Call, result: Any) -> None:
         """Continue the pending read with `result` as its output, if the last axis is unchanged."""
-        assert self._pending is not None
-        read, output = self._pending
-        if isinstance(result, Tensor) and result.shape[-1] == output.shape[-1]:
-            self._pending = read, result
+        if isinstance(result, Tensor) and result.shape[-1] == pending.output.shape[-1]:
+            self._pending.append(replace(pending, output=result, calls=(*pending.calls, call)))
         else:
-            self.finish()
+            self._tell(replace(pending, single=False))
+
+    def _tell(self, pending: _Pending) -> None:
+        self._report(replace(pending.read, refresh=pending.refresh))
 
     def finish(self) -> None:
-        """Report the pending read. Call it at the end of the pass."""
-        pending, self._pending = self._pending, None
-        if pending is not None:
-            self._report(pending[0])
+        """Report the pending reads. Call it at the end of the pass."""
+        while self._pending:
+            self._tell(self._pending.pop(0))
 
 
 _ADDS = frozenset({"add", "add_", "__add__", "__radd__", "__iadd__"})
+
+
+def _residual(pending: _Pending, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
+    """The other term, if the call adds the output to a tensor of its size."""
+    if name not in _ADDS or len(args) < 2 or kwargs.get("alpha", 1) != 1:
+        return None
+    other = args[1] if args[0] is pending.output else args[0]
+    if not isinstance(other, Tensor) or other.shape != pending.output.shape or other is pending.output:
+        return None
+    return other.detach().clone().reshape(pending.read.y.shape)
+
+
+_METADATA = frozenset({"dim", "size", "stride", "numel", "is_contiguous", "is_floating_point", "__len__", "shape"})
+_METADATA |= {"dtype", "device", "ndim", "layout", "requires_grad", "is_cuda", "names", "is_leaf", "is_sparse"}
+
+
+def _looks(func: Any) -> bool:
+    """Whether a call reads no values: `x.dim()`, `x.shape`."""
+    name = getattr(func, "__name__", "")
+    return (getattr(func.__self__, "__name__", "") if name == "__get__" else name) in _METADATA
+
+
 _PASSES_ON = frozenset({"dropout", "view", "reshape", "contiguous"})
 """Calls between a layer and a residual sum that do not change the last axis."""
+
+
+_NORM = inspect.signature(F.batch_norm)
+
+
+def _norm(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Norm | None:
+    """The normalization of a call of `batch_norm` with fixed statistics, else None."""
+    try:
+        given = _NORM.bind(*args, **kwargs)
+    except TypeError:
+        return None
+    given.apply_defaults()
+    at = given.arguments
+    if at["training"] or at["running_mean"] is None or at["running_var"] is None:
+        return None
+    return Norm(at["running_mean"], at["running_var"], at["weight"], at["bias"], at["eps"])
+
+
+def _version(tensor: Tensor) -> int:
+    """A number that changes with every change in place; inference tensors have none."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def _part(weight: Tensor, view: View) -> int | None:

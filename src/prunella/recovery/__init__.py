@@ -3,6 +3,7 @@
 from prunella.recovery.adapters import Adapters as Adapters
 from prunella.recovery.adapters import add_adapters_ as add_adapters_
 from prunella.recovery.adapters import distill_lm_ as distill_lm_
+from prunella.recovery.batchnorm import absorb_bn as absorb_bn
 from prunella.recovery.batchnorm import recalibrate_bn as recalibrate_bn
 from prunella.recovery.distill import distill as distill
 from prunella.recovery.distill import distill_attention as distill_attention
@@ -30,6 +31,7 @@ __all__ = [
     "FoldedMeans",
     "RecordedLR",
     "Training",
+    "absorb_bn",
     "adaptive_lr",
     "add_adapters_",
     "constant_lr",

@@ -84,6 +84,64 @@ def recalibrate_bn(
         return tuple(norms[module] for module in order)
 
 
+@recovery(source="Ioffe and Szegedy 2015, arXiv:1502.03167")
+def absorb_bn(model: nn.Module, data: Iterable[Any], *, loss: Loss | None = None) -> tuple[str, ...]:
+    """Give every batch normalization the statistics of `data`, and keep the function of evaluation mode, in place.
+
+    `mean' = mean(x)`, `var' = var(x)`, `gamma' = gamma sqrt((var' + eps) / (var + eps))` and `beta' = beta + gamma
+    (mean' - mean) / sqrt(var + eps)`, with x the values that reach the layer in evaluation mode. Training mode, which
+    normalizes by the statistics of the batch, then starts from the same function. Returns the names of the changed
+    modules. A normalization without scale and bias cannot absorb anything and does not change.
+
+    data: batches, no labels, one pass. loss: how to run the model on one batch; by default the model is called on it.
+    `CheckFailed` if the statistics are not finite; nothing has changed then.
+
+    Example:
+
+        >>> import torch, prunella as pr
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 2), torch.nn.BatchNorm1d(2)).eval()
+        >>> batch = torch.randn(100, 4)
+        >>> before = model(batch)
+        >>> pr.recovery.absorb_bn(model, [batch])
+        ('1',)
+        >>> torch.allclose(model(batch), before, atol=1e-4), torch.allclose(model.train()(batch), before, atol=0.1)
+        (True, True)
+
+    Use: after `reconstruct`, before training. Avoid: instead of `recalibrate_bn`, which changes the function: a plain
+    cut leaves statistics that fit nothing.
+    """
+    model = unwrap(model)
+    norms = {module: name for name, module in model.named_modules() if _has_statistics(module) and _has_affine(module)}
+    if not norms:
+        return ()
+    with mode(model, training=False), torch.no_grad():
+        moments = _observe(model, data, list(norms), loss, training=False)
+        old = {module: _statistics(module) for module in moments}
+        with _restored_on_error(norms):
+            _write(moments, norms)
+        for module, (mean, variance) in old.items():
+            _absorb(module, mean, variance)
+    return tuple(norms[module] for module in moments)
+
+
+def _has_affine(module: nn.Module) -> bool:
+    return isinstance(module.weight, Tensor) and isinstance(module.bias, Tensor)
+
+
+def _statistics(module: nn.Module) -> tuple[Tensor, Tensor]:
+    assert isinstance(module, _BatchNorm) and module.running_mean is not None and module.running_var is not None
+    return module.running_mean.double().clone(), module.running_var.double().clone()
+
+
+def _absorb(module: nn.Module, mean: Tensor, variance: Tensor) -> None:
+    """Change scale and bias so that the new statistics give the function of the old ones."""
+    assert isinstance(module, _BatchNorm)
+    new_mean, new_variance = _statistics(module)
+    scale = module.weight.double() / (variance + module.eps).sqrt()
+    module.bias.copy_(module.bias.double() + scale * (new_mean - mean))
+    module.weight.copy_(scale * (new_variance + module.eps).sqrt())
+
+
 def _has_statistics(module: nn.Module) -> bool:
     return isinstance(module, _BatchNorm) and isinstance(module.running_mean, Tensor)
 

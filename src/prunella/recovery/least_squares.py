@@ -35,15 +35,16 @@ class Sums:
 
     def add(self, x: Tensor, y: Tensor, residual: Tensor) -> None:
         """Add the tokens of one call."""
-        x, y, residual = x.double(), y.double(), residual.double()
+        y, residual = y.double(), residual.double()
         if not self.tokens:
-            self.x_origin = x.mean(0) if self.centred else x.new_zeros(x.shape[1])
+            width = x.shape[1]
+            self.x_origin = x.mean(0, dtype=torch.float64) if self.centred else y.new_zeros(width)
             self.y_origin = y.mean(0)
-            self.x, self.y, self.r = x.new_zeros(x.shape[1]), y.new_zeros(y.shape[1]), y.new_zeros(y.shape[1])
+            self.x, self.y, self.r = y.new_zeros(width), y.new_zeros(y.shape[1]), y.new_zeros(y.shape[1])
             self.y_squares = y.new_zeros(y.shape[1])
-            self.gram: Gram = x.new_zeros(x.shape[1], x.shape[1])
-            self.cross = x.new_zeros(x.shape[1], y.shape[1])
-        x, y = x - self.x_origin, y - self.y_origin
+            self.gram: Gram = y.new_zeros(width, width)
+            self.cross = y.new_zeros(width, y.shape[1])
+        x, y = x - self.x_origin, y - self.y_origin  # the difference is float64, whatever x is
         self.tokens += x.shape[0]
         self.x += x.sum(0)
         self.r += residual.sum(0)

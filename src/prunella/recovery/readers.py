@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -44,6 +44,11 @@ class Part:
     dense: Read
     small: Read
     pieces: tuple[Piece, ...]
+
+    @property
+    def shifts(self) -> bool:
+        """Whether a constant can be added to the outputs: by a bias, or by the mean of the norm behind."""
+        return self.small.bias is not None or (self.small.norm is not None and self.dense.norm is not None)
 
 
 @dataclass(frozen=True)
@@ -116,6 +121,9 @@ def _run(
     with watch:
         loss(model, batch) if loss else forward(model, batch)
     watch.finish()
+    for weight, reads in seen.items():
+        if id(weight) in watch.reused:  # what the norm returns is not all that depends on the output
+            seen[weight] = [replace(read, norm=None) for read in reads]
     return seen, watch.others
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +21,8 @@ from prunella.model.unwrap import unwrap
 from prunella.model.watch import Read, Stop, Watch
 from prunella.planning.plan import Plan
 from prunella.recovery.least_squares import Solution, Sums
-from prunella.recovery.readers import Piece, Reader, Skipped, readers_of
+from prunella.recovery.readers import Part, Piece, Reader, Skipped, readers_of
+from prunella.recovery.walk import Passes
 from prunella.registry.method import recovery
 from prunella.types import Loss
 
@@ -83,12 +85,14 @@ def reconstruct(
     errors of earlier layers. If the output is added to a residual stream, the sum is fitted to the sum in the dense
     model: the layer then also compensates the error of the stream. The penalty keeps the solution near the present
     weights: directions that `data` does not contain do not change. A layer with a bias is fitted on centred inputs, and
-    its bias is refitted. Sums are gathered batch by batch in float64, and no activations are stored. For a singular
-    matrix the damping grows; the result reports the damping.
+    its bias is refitted; a layer without one in front of a batch normalization shifts the running mean instead. If a
+    batch normalization lies between the layer and the residual sum, the sum behind it is fitted. Sums are gathered
+    batch by batch in float64. For a singular matrix the damping grows; the result reports the damping.
 
     small: the shrunk model, or the dense one with the plan's structure masked (masked weights stay zero).
-    data: batches, no labels; best a few times more tokens (or pixels) than a layer has inputs. One pass per layer: a
-    single pass for all layers would not see the changes of earlier fits, and harms deep networks.
+    data: batches, no labels; best a few times more tokens (or pixels) than a layer has inputs. Up to 128 batches of a
+    list take one walk: the forward passes of all batches wait at each layer until it is fitted, and go on with its new
+    outputs, which costs the activations of these passes in memory. Otherwise each layer takes a pass of its own.
     loss: how to run a model on one batch; by default the model is called on the batch. ridge: from 0 up, 1e-3 to 1e-1
     is usual; with fewer tokens than about twice the inputs of a layer, small values fit noise.
 
@@ -119,51 +123,122 @@ def reconstruct(
         items = readers_of(small_, dense_, next(batches(data)), plan, loss)
         readers = [item for item in items if isinstance(item, Reader)]
         fits = {item.name: LayerFit(item.name, skipped=item.why) for item in items if isinstance(item, Skipped)}
-        for done, reader in enumerate(readers, start=1):
-            fits[reader.name] = _refit(reader, _gather(reader, small_, dense_, data, loss), ridge)
-            log.info("%s", fits[reader.name])
+        job = _Job(small_, dense_, data, loss or forward, ridge)
+        for done, fit in enumerate(job.fits(readers), start=1):
+            fits[fit.name] = fit
+            log.info("%s", fit)
             if on_fit:
-                on_fit(fits[reader.name], done, len(readers))
+                on_fit(fit, done, len(readers))
         reapply_(small_)
     return Reconstruction(tuple(fits[item.name] for item in items))
 
 
-def _gather(reader: Reader, small: nn.Module, dense: nn.Module, data: Iterable[Any], loss: Loss | None) -> Gathered:
-    """One pass over the data through both models; each forward pass stops as soon as the layer has run."""
-    sums = {
-        (number, piece): Sums(centred=part.small.bias is not None)
+@dataclass(frozen=True)
+class _Job:
+    """What all fits share. run: how to run a model on a batch."""
+
+    small: nn.Module
+    dense: nn.Module
+    data: Iterable[Any]
+    run: Callable[[nn.Module, Any], object]
+    ridge: float
+
+    def fits(self, readers: Sequence[Reader]) -> Iterator[LayerFit]:
+        """Refit the readers in their order: in one walk where that is possible, else with a pass for each."""
+        left = list(readers)
+        while left:
+            walk = self._walk(left) if _single(left[0]) and _few(self.data) else self._pass(left[0])
+            for fit in walk:
+                left.pop(0)
+                yield fit
+
+    def _pass(self, reader: Reader) -> Iterator[LayerFit]:
+        """One reader by a pass of its own; each forward pass stops as soon as the layer has run."""
+        sums = _empty(reader)
+        for batch in batches(self.data):
+            expected = self._reads(self.dense, batch, reader.dense, len(reader.order))
+            actual = self._reads(self.small, batch, reader.small, len(reader.order))
+            _add_calls(sums, reader, expected, actual)
+        yield _refit(reader, sums, self.ridge)
+
+    def _walk(self, readers: Sequence[Reader]) -> Iterator[LayerFit]:
+        """The readers before the first that is read several times, until one needs the passes to start again."""
+        ahead = list(itertools.takewhile(_single, readers))
+        weights = [reader.dense for reader in ahead], [reader.small for reader in ahead]
+        with Passes(batches(self.data), self.run, (self.dense, self.small), weights) as passes:
+            for reader in ahead:
+                sums, refresh = _empty(reader), list[Callable[[], bool]]()
+                for dense, small in passes.pairs:
+                    expected, actual = dense.next(), small.next()
+                    if not (_is(expected, reader.dense) and _is(actual, reader.small)):
+                        # The order of the layers differs between batches or models.
+                        if reader is ahead[0]:
+                            yield from self._pass(reader)
+                        return
+                    _add_calls(sums, reader, _listed(expected), _listed(actual))
+                    assert actual is not None and actual.refresh is not None
+                    refresh.append(actual.refresh)
+                yield _refit(reader, sums, self.ridge)
+                if not all(again() for again in refresh):
+                    return
+
+    def _reads(self, model: nn.Module, batch: Any, weight: nn.Parameter, calls: int) -> list[Read]:
+        reads: list[Read] = []
+
+        def keep(read: Read) -> None:
+            reads.append(read)
+            if len(reads) == calls:
+                raise Stop
+
+        watch = Watch([weight], keep)
+        with suppress(Stop):
+            with watch:
+                self.run(model, batch)
+            watch.finish()
+        return reads
+
+
+LIVE = 128
+"""Most batches in one walk: each batch has two passes, which keep their activations."""
+
+
+def _few(data: Iterable[Any]) -> bool:
+    return isinstance(data, Sized) and len(data) <= LIVE
+
+
+def _single(reader: Reader) -> bool:
+    return len(reader.order) == 1
+
+
+def _is(read: Read | None, weight: nn.Parameter) -> bool:
+    return read is not None and read.weight is weight
+
+
+def _listed(read: Read | None) -> list[Read]:
+    return [] if read is None else [read]
+
+
+def _empty(reader: Reader) -> Gathered:
+    return {
+        (number, piece): Sums(centred=part.shifts)
         for number, part in enumerate(reader.parts)
         for piece in range(len(part.pieces))
     }
-    for batch in batches(data):
-        expected = _reads(dense, batch, loss, reader.dense, len(reader.order))
-        actual = _reads(small, batch, loss, reader.small, len(reader.order))
-        if len(expected) > len(actual):
-            raise CheckFailed("the small model did not run every layer that the dense one ran", "", "")
-        for number, part in enumerate(reader.order[: len(actual)]):
-            for index, piece in enumerate(reader.parts[part].pieces):
-                _add(sums[part, index], reader.name, piece, actual[number], expected[number : number + 1])
-    return sums
 
 
-def _reads(model: nn.Module, batch: Any, loss: Loss | None, weight: nn.Parameter, calls: int) -> list[Read]:
-    reads: list[Read] = []
-
-    def keep(read: Read) -> None:
-        reads.append(read)
-        if len(reads) == calls:
-            raise Stop
-
-    watch = Watch([weight], keep)
-    with suppress(Stop):
-        with watch:
-            loss(model, batch) if loss else forward(model, batch)
-        watch.finish()
-    return reads
+def _add_calls(sums: Gathered, reader: Reader, expected: Sequence[Read], actual: Sequence[Read]) -> None:
+    """Add the calls of one forward pass."""
+    if len(expected) > len(actual):
+        raise CheckFailed("the small model did not run every layer that the dense one ran", "", "")
+    for number, part in enumerate(reader.order[: len(actual)]):
+        for index, piece in enumerate(reader.parts[part].pieces):
+            matrix = reader.name, reader.parts[part], piece
+            _add(sums[part, index], matrix, actual[number], expected[number : number + 1])
 
 
-def _add(sums: Sums, name: str, piece: Piece, read: Read, expected: Sequence[Read]) -> None:
+def _add(sums: Sums, matrix: tuple[str, Part, Piece], read: Read, expected: Sequence[Read]) -> None:
     """Add one call of one matrix: its inputs in the small model, its outputs in both."""
+    name, part, piece = matrix
     outputs = read.rows(piece.small, piece.rows)
     expected_outputs = expected[0].rows(piece.dense, piece.expected) if expected else outputs[:0]
     if expected_outputs.shape != outputs.shape:
@@ -172,14 +247,34 @@ def _add(sums: Sums, name: str, piece: Piece, read: Read, expected: Sequence[Rea
             f"{tuple(outputs.shape)} against {tuple(expected_outputs.shape) if expected else 'nothing'}",
             "reconstruction compares the same tokens on both sides",
         )
-    y = expected_outputs.double()
-    if read.residual is not None and expected[0].residual is not None:
-        # The next layers read the sum: the layer compensates the error in the residual too.
-        y = y + expected[0].rows(piece.dense, piece.expected, residual=True)
-        y = y - read.rows(piece.small, piece.rows, residual=True)
+    y = _target(part, piece, read, expected[0])
     gap = y - outputs.double()
     for x, tokens in read.columns(piece.small, piece.columns):
         sums.add(x, y[tokens], gap[tokens])
+
+
+def _target(part: Part, piece: Piece, small: Read, dense: Read) -> Tensor:
+    """The outputs that give what the dense model has behind the norm and the sum: `(tokens, out)`, in float64.
+
+    `(a y + c + r - c' - r') / a'` with scale a and shift c of the norm, residual r, and the primes in the small model.
+    The next layers read the sum: the layer compensates the error in the residual too. A channel with scale 0 keeps y.
+    """
+    y = dense.rows(piece.dense, piece.expected).double()
+    if (small.norm is None) != (part.small.norm is None) or (small.norm is None) != (dense.norm is None):
+        return y  # a norm that is not all that reads the output
+    added = torch.zeros_like(y)
+    if small.residual is not None and dense.residual is not None:
+        added += dense.rows(piece.dense, piece.expected, residual=True)
+        added -= small.rows(piece.small, piece.rows, residual=True)
+    if part.small.norm is None or part.dense.norm is None:
+        return y + added
+    (scale, shift), (scale_, shift_) = (
+        part.dense.affine(piece.dense, piece.expected),
+        part.small.affine(piece.small, piece.rows),
+    )
+    same = torch.equal(scale, scale_) and torch.equal(shift, shift_)
+    target = y + added / scale_ if same else (y * scale + shift + added - shift_) / scale_
+    return torch.where(scale_.abs() > torch.finfo(torch.float32).eps, target, y)
 
 
 def _refit(reader: Reader, gathered: Gathered, ridge: float) -> LayerFit:
@@ -215,6 +310,9 @@ def _write(read: Read, piece: Piece, solution: Solution) -> None:
     if read.bias is not None:
         bias = read.bias[piece.small]
         bias[rows] = (bias[rows].double() + solution.shift).to(bias.dtype)
+    elif read.norm is not None:  # the norm subtracts its mean
+        mean = read.norm.mean.view(len(matrices), -1)[piece.small]
+        mean[rows] = (mean[rows].double() - solution.shift).to(mean.dtype)
 
 
 def _indices(positions: Tensor | None, size: int, device: torch.device) -> Tensor:

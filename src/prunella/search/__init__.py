@@ -14,6 +14,7 @@ from prunella.search.knapsack import cheapest as cheapest
 from prunella.search.knapsack import knapsack as knapsack
 from prunella.search.latency_table import LatencyTable as LatencyTable
 from prunella.search.latency_table import latency_table as latency_table
+from prunella.search.measured import measured as measured
 from prunella.search.netadapt import netadapt as netadapt
 from prunella.search.objective import agreement as agreement
 from prunella.search.objective import amc_reward as amc_reward
@@ -39,6 +40,7 @@ __all__ = [
     "greedy_blocks",
     "knapsack",
     "latency_table",
+    "measured",
     "netadapt",
     "scan",
     "space",

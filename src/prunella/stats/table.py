@@ -14,7 +14,7 @@ from typing import Any, Literal, Protocol, get_args
 from torch import Tensor
 
 from prunella import types
-from prunella.stats import activation, curvature, gradient, influence, initial, reading, routing
+from prunella.stats import activation, curvature, elimination, gradient, influence, initial, reading, routing
 from prunella.stats.subject import Subject
 
 Level = Literal["weight", "unit", "block", "any"]
@@ -90,6 +90,12 @@ STATISTICS: dict[str, Statistic] = {
     # forward passes
     "input_norm": Statistic(kind=types.InputNorm, slot=activation.InputNorm, layout="row"),
     "input_var": Statistic(kind=types.InputVar, slot=reading.InputVar),
+    "unit_loss": Statistic(
+        kind=types.UnitLoss,
+        level="unit",
+        slot=elimination.UnitLoss,
+        absent="and no product of a weight reads these units",
+    ),
     "unit_norm": Statistic(kind=types.UnitNorm, level="unit", slot=reading.unit_norm),
     "unit_var": Statistic(kind=types.UnitVar, level="unit", slot=reading.unit_var),
     "unit_zeros": Statistic(kind=types.UnitZeros, level="unit", slot=reading.unit_zeros),

@@ -1,0 +1,197 @@
+"""Allocation by measured losses: each group is cut alone, refitted, and the output of the model is compared."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from prunella.errors import RequestError
+from prunella.model.copying import copied
+from prunella.model.forward import batches, first_tensor, forward
+from prunella.model.state import mode, untouched
+from prunella.planning.candidates import CandidateUnits
+from prunella.registry.method import search
+from prunella.search.knapsack import knapsack
+from prunella.search.scan import OnPoint, Scan
+from prunella.search.space import Predict, SearchResult, Space
+from prunella.stats import Subject
+from prunella.stats.elimination import Quadratic, ReaderOfUnits, Readers, compensated
+from prunella.targets import Target
+from prunella.types import Mask
+
+LEVELS = (0.0625, 0.1875, 0.375, 0.625, 0.8125)
+Distance = Callable[[Any, Any], float]
+"""A function of (output of the dense model, output of the pruned model): 0 for equal outputs, larger for worse."""
+
+
+@search(source="Kurtic et al. 2023, arXiv:2302.04089 (ZipLM); Frantar & Alistarh 2022, arXiv:2203.04593 (SPDY)")
+def measured(
+    space: Space,
+    target: Target,
+    judge: Iterable[Any],
+    *,
+    distance: Distance | None = None,
+    levels: Sequence[float] = LEVELS,
+    ridge: float = 1e-3,
+    predict: Predict | None = None,
+    on_point: OnPoint | None = None,
+) -> SearchResult:
+    """How many units of each group go: the smallest sum of measured losses within the budget.
+
+    `loss_l(x) = mean over judge of distance(dense output, output without the fraction x of group l)`, where the layers
+    that read the group have the weights of `prunella.stats.elimination.compensated`, fitted on the data of the space.
+    Between the levels the logarithm of the loss is linear, and no loss is below that of a smaller cut. `knapsack`
+    chooses. Unmeasured scores are not compared between groups: predicted losses are several times too small, and most
+    so in the last layers.
+
+    space: of units, with the data for the fit, best by the criterion `obs_units`. judge: batches that the fit has not
+    seen; a hundred images or some thousand tokens. distance: by default the divergence `KL(dense || pruned)` of class
+    logits for outputs named logits and for outputs `(samples, classes)`, else one minus the cosine. levels: fractions
+    in (0, 1). ridge: of the fit. predict: as in `knapsack`. on_point: called with group, fraction and minus the loss.
+
+    The model does not change. Cost: one pass over the data with Gram matrices, and `len(levels)` passes over `judge`
+    for each group.
+
+    Use: channels, neurons and heads with calibration data, followed by `reconstruct`. Avoid: thousands of groups.
+    """
+    if not isinstance(space.candidates, CandidateUnits) or space.source.data is None:
+        raise RequestError(
+            "measured needs units and data", "it cuts groups and refits the layers that read them",
+            "space(model, inputs, Recipe(criterion=obs_units), data=batches)",
+        )  # fmt: skip
+    wrong = next((level for level in levels if not 0 < level < 1), None)
+    if wrong is not None or not levels or not ridge > 0:
+        raise RequestError("measured needs levels between 0 and 1, and a ridge above 0", f"got {wrong}, {ridge:g}")
+    curves = {
+        name: _every_step(points, space.levels(index), space.sizes[index])
+        for index, (name, points) in enumerate(_curves(space, list(batches(judge)), distance, levels, ridge, on_point))
+    }
+    return knapsack(space, target, Scan(0.0, curves, len(curves) * len(levels)), predict=predict)
+
+
+Curve = list[tuple[float, float]]
+
+
+def _curves(
+    space: Space,
+    judge: Sequence[Any],
+    distance: Distance | None,
+    levels: Sequence[float],
+    ridge: float,
+    on_point: OnPoint | None,
+) -> Iterator[tuple[str, Curve]]:
+    """Group -> points (fraction removed, loss), ascending."""
+    model = copied(space.model)
+    assert isinstance(space.candidates, CandidateUnits)
+    subject = Subject(model, space.candidates.graph, groups=space.candidates.groups)
+    with untouched(model, space.recipe.seed), mode(model, training=False), torch.no_grad():
+        readers = _fitted(space, subject)
+        expected = [forward(model, batch) for batch in judge]
+        compare = distance or _distance(expected[0])
+        for index, group in enumerate(space.candidates.groups):
+            parts = readers.of(group.name)
+            wanted = sorted({space.removed({group.name: level})[index] for level in levels} - {0})
+            points = Curve()
+            for count in wanted:
+                counts = tuple(count if i == index else 0 for i in range(len(space.names)))
+                keep = space.candidates.keep(counts)[group.name]
+                with _cut(parts, keep, ridge):
+                    losses = [compare(e, forward(model, b)) for e, b in zip(expected, judge, strict=True)]
+                points.append((count / group.size, float(np.mean(losses))))
+                if on_point:
+                    on_point(group.name, points[-1][0], -points[-1][1])
+            yield group.name, points
+
+
+def _fitted(space: Space, subject: Subject) -> Readers:
+    readers = Readers(subject.parameters, subject.groups)
+    assert space.source.data is not None
+    for batch in batches(space.source.data):
+        with readers.watch():
+            space.source.run(subject.model, batch)
+    return readers
+
+
+@contextmanager
+def _cut(parts: Sequence[tuple[ReaderOfUnits, Quadratic]], keep: Mask, ridge: float) -> Iterator[None]:
+    """The readers of a group without the removed units, with compensated weights."""
+    saved: list[tuple[Tensor, Tensor]] = []
+
+    def change(tensor: Tensor) -> Tensor:
+        saved.append((tensor, tensor.clone()))
+        return tensor
+
+    try:
+        for reader, quadratic in parts:
+            weight, constant = compensated(quadratic, keep, ridge=ridge)
+            _write(reader, weight, constant, change)
+        yield
+    finally:
+        for tensor, value in reversed(saved):
+            tensor.copy_(value)
+
+
+def _write(reader: ReaderOfUnits, weight: Tensor, constant: Tensor, change: Callable[[Tensor], Tensor]) -> None:
+    """The weight of one matrix, and the constant into the bias or the mean of the norm behind."""
+    read, matrix = reader.read, reader.matrix
+    change(read.weight.detach())
+    matrices = read.matrices().clone()
+    matrices[matrix] = weight.to(matrices)
+    read.write_(matrices)
+    if read.bias is not None:
+        change(read.bias)[matrix] += constant.to(read.bias)
+    elif read.norm is not None:
+        mean = change(read.norm.mean).view(len(matrices), -1)
+        mean[matrix] -= constant.to(mean)
+
+
+def _distance(output: Any) -> Distance:
+    """Divergence of logits, or one minus the cosine."""
+    logits = getattr(output, "logits", None)
+    classes = isinstance(logits, Tensor) or (isinstance(output, Tensor) and output.dim() == 2 and output.shape[1] > 1)
+    return divergence if classes else cosine_distance
+
+
+def divergence(dense: Any, pruned: Any) -> float:
+    """`mean KL(softmax dense || softmax pruned)` over all positions, in nats; outputs `(..., classes)` or `.logits`."""
+    first, second = (
+        getattr(output, "logits", output).double().flatten(0, -2).log_softmax(-1) for output in (dense, pruned)
+    )
+    return float((first.exp() * (first - second)).sum(-1).mean())
+
+
+def cosine_distance(dense: Any, pruned: Any) -> float:
+    """`mean (1 - cos)` of the first output tensors, sample by sample."""
+    first, second = (first_tensor(output).double().flatten(1) for output in (dense, pruned))
+    return float(1 - nn.functional.cosine_similarity(first, second).mean())
+
+
+def _every_step(
+    points: Sequence[tuple[float, float]], counts: Sequence[int], size: int
+) -> tuple[tuple[float, float], ...]:
+    """Points (fraction, minus the loss) at every count that the group can lose."""
+    if not points:
+        return ()
+    xs = np.array([x for x, _ in points])
+    tiny = 1e-12
+    logs = np.log(np.maximum.accumulate([max(loss, tiny) for _, loss in points]))
+    slope = (logs[-1] - logs[-2]) / (xs[-1] - xs[-2]) if len(xs) > 1 else 0.0
+    curve = []
+    for count in counts:
+        x = count / size
+        if count == 0:
+            continue
+        if x < xs[0]:
+            loss = math.exp(logs[0]) * x / xs[0]
+        elif x > xs[-1]:
+            loss = math.exp(min(logs[-1] + slope * (x - xs[-1]), 700.0))
+        else:
+            loss = math.exp(float(np.interp(x, xs, logs)))
+        curve.append((x, -loss))
+    return tuple(curve)

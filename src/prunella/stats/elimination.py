@@ -1,0 +1,253 @@
+"""Optimal brain surgeon for units: which unit a group's readers miss least, if their other weights make up for it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from prunella.graph.data import Group
+from prunella.model.watch import Read, Watch
+from prunella.stats.subject import Subject
+from prunella.types import Gram, Mask
+
+CHUNK = 12
+"""At most one in so many of the remaining units is removed before the costs are computed again."""
+
+
+class Quadratic(NamedTuple):
+    """One matrix that reads a group: weight `(out, in)`, Gram matrix `(in, in)` of its inputs, unit of each column.
+
+    units: -1 for columns of no unit. mean: of the inputs, `(in,)`; zero unless the inputs are centred.
+    """
+
+    weight: Tensor
+    gram: Gram
+    units: Tensor
+    mean: Tensor
+
+
+class Removal(NamedTuple):
+    """order: units in the order of removal. losses: `(units,)`, relative, when a unit and all before are gone."""
+
+    order: Tensor
+    losses: Tensor
+
+
+def eliminate(readers: Sequence[Quadratic], units: int, *, ridge: float = 1e-3) -> Removal:
+    """Remove the unit whose loss is smallest, update the other weights, and repeat.
+
+    The loss of unit c is `sum_readers tr(W_c ([H^-1]_cc)^-1 W_c^T)` with `H = G + ridge * mean(diag G) I`; then `W -=
+    W_c ([H^-1]_cc)^-1 [H^-1]_c:` and the inverse is downdated. `losses` are relative to `tr(W G W^T)` of the dense
+    weights, and add up in the order of removal: each is the relative squared error of the outputs when all units up to
+    this one are gone. O(in^3) for each reader.
+    """
+    parts = [_Part.of(reader, units, ridge) for reader in readers]
+    scale = sum(float((r.weight @ r.gram * r.weight).sum()) for r in readers) or 1.0
+    left, order, losses, total = torch.arange(units), list[int](), torch.zeros(units, dtype=torch.float64), 0.0
+    while len(left):
+        costs = torch.stack([part.costs(left) for part in parts]).sum(0)
+        chosen = costs.argsort(stable=True)[: max(1, len(left) // CHUNK)]
+        removed = left[chosen]
+        for unit, cost in zip(removed.tolist(), costs[chosen].tolist(), strict=True):
+            total += max(cost, 0.0)
+            losses[unit] = total / scale
+            order.append(unit)
+        for part in parts:
+            part.remove(removed)
+        kept = torch.ones(len(left), dtype=torch.bool)
+        kept[chosen] = False
+        left = left[kept]
+    return Removal(torch.tensor(order, dtype=torch.long), losses)
+
+
+def compensated(reader: Quadratic, keep: Mask, *, ridge: float = 1e-3) -> tuple[Tensor, Tensor]:
+    """The best weights `(out, in)` without the units that are not kept, and the constant `(out,)` that goes with them.
+
+    `min over W' of |(W - W') X|^2 + ridge * mean(diag G) |W - W'|^2` with zeros in the removed columns: `W'_K = W_K +
+    W_R G_RK (G_KK + ridge * mean(diag G) I)^-1`. The constant restores the mean of the outputs for centred inputs.
+    """
+    removed = torch.zeros(len(reader.units), dtype=torch.bool)
+    removed[reader.units >= 0] = ~keep[reader.units[reader.units >= 0]]
+    kept = ~removed
+    weight, gram = reader.weight, reader.gram
+    damped = gram[kept][:, kept] + _damping(gram, ridge) * torch.eye(int(kept.sum()), dtype=gram.dtype)
+    change = torch.linalg.solve(damped, (weight[:, removed] @ gram[removed][:, kept]).T).T
+    new = torch.zeros_like(weight)
+    new[:, kept] = weight[:, kept] + change
+    return new, (weight - new) @ reader.mean
+
+
+@dataclass
+class _Part:
+    """One reader during the elimination: `columns` `(units, width)`, padded with a column of zeros."""
+
+    weight: Tensor
+    inverse: Tensor
+    columns: Tensor
+    sizes: Tensor
+
+    @classmethod
+    def of(cls, reader: Quadratic, units: int, ridge: float) -> _Part:
+        damped = reader.gram + _damping(reader.gram, ridge) * torch.eye(len(reader.gram), dtype=reader.gram.dtype)
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
+        sizes = torch.bincount(reader.units[reader.units >= 0], minlength=units)
+        pad = len(reader.units)  # a column of weight 0 whose inverse block is the identity
+        columns = torch.full((units, max(1, int(sizes.max()))), pad, dtype=torch.long)
+        for unit in range(units):
+            columns[unit, : int(sizes[unit])] = (reader.units == unit).nonzero()[:, 0]
+        weight = torch.nn.functional.pad(reader.weight, (0, 1))
+        inverse = torch.nn.functional.pad(inverse, (0, 1, 0, 1))
+        return cls(weight.clone(), inverse, columns, sizes)
+
+    def costs(self, units: Tensor) -> Tensor:
+        columns = self.columns[units]
+        weights = self.weight[:, columns].permute(1, 2, 0)  # (units, width, out)
+        return (weights * torch.linalg.solve(self._blocks(columns), weights)).sum((1, 2))
+
+    def remove(self, units: Tensor) -> None:
+        for columns in self.columns[units]:
+            block = self._blocks(columns[None])[0]
+            rows = torch.linalg.solve(block, self.inverse[columns])
+            self.weight -= self.weight[:, columns] @ rows
+            self.inverse -= self.inverse[:, columns] @ rows
+        gone = self.columns[units].flatten()
+        self.weight[:, gone] = 0
+        self.inverse[gone] = 0
+        self.inverse[:, gone] = 0
+
+    def _blocks(self, columns: Tensor) -> Tensor:
+        blocks = self.inverse[columns[:, :, None], columns[:, None, :]]
+        padded = (columns == len(self.inverse) - 1).to(blocks.dtype)
+        return blocks + torch.diag_embed(padded)
+
+
+def _damping(gram: Gram, ridge: float) -> float:
+    """Relative to the mean diagonal; 1 for a layer that never saw anything."""
+    return ridge * float(gram.diagonal().mean()) or 1.0
+
+
+# -- gathering -----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Covariance:
+    """Count, mean and Gram matrix of the inputs of one matrix, over batches, in float64."""
+
+    centred: bool
+    tokens: int = 0
+    origin: Tensor = field(default_factory=lambda: torch.zeros(0))
+    total: Tensor = field(default_factory=lambda: torch.zeros(0))
+    products: Tensor = field(default_factory=lambda: torch.zeros(0))
+
+    def add(self, x: Tensor) -> None:
+        """Add the tokens of one call, `(tokens, in)`."""
+        if not self.tokens:
+            self.origin = x.mean(0, dtype=torch.float64) if self.centred else x.new_zeros(x.shape[1]).double()
+            self.total, self.products = torch.zeros_like(self.origin), torch.zeros(x.shape[1], x.shape[1]).double()
+            self.products = self.products.to(x.device)
+        x = x - self.origin
+        self.tokens += len(x)
+        self.total += x.sum(0)
+        self.products.addmm_(x.T, x)
+
+    @property
+    def gram(self) -> Gram:
+        """`X^T X`, of centred inputs if asked for."""
+        return self.products - torch.outer(self.total, self.total) / self.tokens if self.centred else self.products
+
+    @property
+    def mean(self) -> Tensor:
+        """Of the inputs; zero if they are not centred."""
+        return self.origin + self.total / self.tokens if self.centred else torch.zeros_like(self.origin)
+
+
+@dataclass
+class ReaderOfUnits:
+    """A matrix that reads a group: how the model reads it, which matrix of the weight, and the statistics."""
+
+    name: str
+    read: Read
+    matrix: int
+    covariance: Covariance
+
+    def quadratic(self, units: Tensor) -> Quadratic:
+        """With the units of all positions of the weight, -1 for those of no unit."""
+        weight = self.read.matrices()[self.matrix].double().cpu()
+        of_columns = self.read.matrices(units)[self.matrix][0].cpu()
+        return Quadratic(weight, self.covariance.gram.cpu(), of_columns, self.covariance.mean.cpu())
+
+
+class Readers:
+    """The inputs of every matrix that reads one of the groups."""
+
+    def __init__(self, parameters: Mapping[str, Tensor], groups: Iterable[Group]) -> None:
+        self._groups = {group.name: group for group in groups if not group.paths}
+        names = {m.entity for group in self._groups.values() for m in group.members if m.role == "in"}
+        self._weights = {name: p for name in names if isinstance(p := parameters.get(name), nn.Parameter)}
+        self._name_of = {id(p): name for name, p in self._weights.items()}
+        self._found: dict[tuple[Any, ...], ReaderOfUnits] = {}
+
+    def watch(self) -> AbstractContextManager[object]:
+        """Watch one forward pass."""
+        return self._watching()
+
+    @contextmanager
+    def _watching(self) -> Any:
+        watch = Watch(self._weights.values(), self._add)
+        with watch:
+            yield
+        watch.finish()
+
+    def _add(self, read: Read) -> None:
+        name = self._name_of[id(read.weight)]
+        shifts = read.bias is not None or read.norm is not None
+        for matrix in range(read.groups):
+            key = (name, read.view, matrix)
+            if key not in self._found:
+                self._found[key] = ReaderOfUnits(name, read.bare, matrix, Covariance(shifts))
+            for x, _ in read.columns(matrix):
+                self._found[key].covariance.add(x.detach())
+
+    def of(self, name: str) -> list[tuple[ReaderOfUnits, Quadratic]]:
+        """The matrices with columns of a group; a weight that only selects outputs has none."""
+        group = self._groups[name]
+        pairs = []
+        for member in (m for m in group.members if m.role == "in" and m.entity in self._weights):
+            weight = self._weights[member.entity]
+            positions = torch.full((weight.shape[member.axis],), -1, dtype=torch.long)
+            positions[torch.from_numpy(member.index)] = torch.from_numpy(member.unit)
+            shape = [1] * weight.dim()
+            shape[member.axis] = -1
+            units = positions.view(shape).expand(weight.shape).contiguous()
+            for reader in self._found.values():
+                if reader.name == member.entity:
+                    quadratic = reader.quadratic(units)
+                    if bool((quadratic.units >= 0).any()):
+                        pairs.append((reader, quadratic))
+        return pairs
+
+
+class UnitLoss:
+    """`unit_loss`: the relative loss at which a unit goes, by `eliminate`, for each group with readers."""
+
+    def __init__(self, subject: Subject, *, ridge: float = 1e-3) -> None:
+        self._groups, self._ridge = [group for group in subject.groups if not group.paths], ridge
+        self._readers = Readers(subject.parameters, self._groups)
+
+    def watch(self) -> AbstractContextManager[object]:
+        """Watch one forward pass."""
+        return self._readers.watch()
+
+    def add(self, grads: object) -> None:
+        """Unused: this statistic needs no gradients."""
+
+    def result(self) -> dict[str, Tensor]:
+        """By name of the group."""
+        quadratics = {group.name: [q for _, q in self._readers.of(group.name)] for group in self._groups}
+        sizes = {group.name: group.size for group in self._groups}
+        return {name: eliminate(q, sizes[name], ridge=self._ridge).losses for name, q in quadratics.items() if q}
