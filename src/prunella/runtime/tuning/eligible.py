@@ -23,6 +23,7 @@ from prunella.graph.verify import relative_error
 from prunella.model.forms import Contraction, Convolution, Form
 from prunella.model.forward import forward
 from prunella.model.reads import NotReadable, operation, products, unreadable
+from prunella.model.rng import seeded
 from prunella.model.watch import Read, Unread, Watch
 from prunella.runtime.tuning.choice import Geometry, Problem
 from prunella.types import Inputs
@@ -118,7 +119,7 @@ def form_of(module: nn.Module, shape: Sequence[int]) -> LayerForm | str:
     weight = weight_of(module)
     x = torch.randn(*(min(size, 2) for size in shape[:1]), *shape[1:], generator=torch.Generator().manual_seed(0))
     x, calls = x.to(weight.device, weight.dtype), _Calls()
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
+    with seeded(None), torch.no_grad():
         try:
             with calls:
                 y = module.forward(x)
