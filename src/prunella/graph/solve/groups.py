@@ -88,7 +88,7 @@ def _graph(record: Trace) -> Graph:
         groups = _groups(equations, record)
     numbers = _number(equations, record, groups)
     layers = _layers(record.work)
-    costs = tuple(_cost(equations, work, numbers) for work in record.work if len(work.dims) > 1)
+    costs = tuple(_cost(equations, work, numbers) for work in record.work)
     extents = {name: _extents(equations, record, name, numbers) for name in record.tensors}
     return Graph(
         entities={name: _entity(record, name) for name in record.tensors},
@@ -98,7 +98,9 @@ def _graph(record: Trace) -> Graph:
         costs=costs,
         extents=extents,
         attributes=_attributes(equations, record, numbers),
-        uncounted=dict(sorted(record.uncounted.items())),
+        uncounted={name: unknown.calls for name, unknown in sorted(record.uncounted.items())},
+        hidden={name: tuple(sorted(unknown.reads)) for name, unknown in sorted(record.uncounted.items())},
+        readers=record.readers,
         unused=tuple(name for name in record.tensors if name not in record.axes and name in record.parameters),
         runs=tuple(_runs(equations, record, numbers)),
         numbered=tuple(_numbered(equations, record, numbers)),
@@ -153,7 +155,8 @@ def _extents(equations: Equations, record: Trace, name: str, numbers: _Numbers) 
 
 def _cost(equations: Equations, work: Work, numbers: _Numbers) -> Cost:
     extents = tuple(_extent(equations, dim, size, numbers) for dim, size in work.dims)
-    return Cost(work.op, work.module, work.use.entity if work.use else "", work.constant, extents)
+    layer = work.use.entity if work.use else ""
+    return Cost(work.op, work.module, layer, work.constant, extents, reads=work.reads)
 
 
 def _attributes(equations: Equations, record: Trace, numbers: _Numbers) -> tuple[Attribute, ...]:

@@ -11,7 +11,7 @@ import logging
 import math
 import sys
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from types import FrameType
@@ -26,6 +26,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from prunella.graph.data import Ints, ReasonKind, Role
 from prunella.graph.solve.labels import WHOLE, Dim, Ledger, Reason, Run, Soft
+from prunella.graph.sources import Sources
 from prunella.graph.trace.dataflow import Flow, watched
 from prunella.graph.trace.source import GENERATED, LIBRARY, called, place, short
 from prunella.graph.trace.tracked_int import (
@@ -39,6 +40,7 @@ from prunella.graph.trace.tracked_int import (
     plain,
     tracked_attributes,
 )
+from prunella.graph.work import Term
 from prunella.model.forward import forward, tensors
 from prunella.model.state import untouched
 
@@ -96,13 +98,22 @@ class Use:
 
 @dataclass(frozen=True, eq=False)
 class Work:
-    """Multiply-adds of one operation: `constant` times the sizes of `dims`."""
+    """Multiply-adds of one operation: `constant` times the sizes of `dims`. reads: the parameters behind its tensors."""
 
     op: str
     module: str
     use: Use | None
     constant: float
     dims: tuple[tuple[Dim, int], ...]
+    reads: tuple[str, ...] = ()
+
+
+@dataclass
+class Unknown:
+    """The calls of an operation whose work nobody knows, and the parameters that they read."""
+
+    calls: int = 0
+    reads: set[str] = field(default_factory=set)
 
 
 @dataclass
@@ -119,7 +130,11 @@ class Trace:
     roles: dict[Axis, Role] = field(default_factory=dict)
     links: list[Link] = field(default_factory=list)
     work: list[Work] = field(default_factory=list)
-    uncounted: dict[str, int] = field(default_factory=dict)
+    uncounted: dict[str, Unknown] = field(default_factory=dict)
+    use: Use | None = None
+    """The layer of the running product, as its rule finds it."""
+    readers: dict[str, tuple[str, str]] = field(default_factory=dict)
+    """Parameter -> the first operation that computes with it, and its source location."""
     fixed: list[tuple[Attr, str]] = field(default_factory=list)
     decisions: list[tuple[SizeComparison, str]] = field(default_factory=list)
     modules: list[str] = field(default_factory=list)
@@ -135,6 +150,27 @@ class Trace:
     counts: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary)
     """Tensors with the number of choices of each position; zero for removed positions."""
     flow: Flow = field(default_factory=Flow)
+
+    def __post_init__(self) -> None:
+        self.sources = Sources(self.tensors, self.parameters)
+
+    def reads(self, name: str, arguments: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
+        """Record which parameters an operation reads, itself or in a form that is computed from them alone."""
+        if self.sources.note(arguments, outputs) is None or name not in _FORMS:
+            for parameter in self.sources.read(arguments) - self.readers.keys():
+                self.readers[parameter] = name, self.where()
+
+    def count(self, name: str, terms: Sequence[Term] | None, arguments: Sequence[Tensor]) -> None:
+        """Record the multiply-adds of the operation that just ran; None: nobody knows them."""
+        use, self.use = self.use, None
+        if terms is None:
+            entry = self.uncounted.setdefault(name, Unknown())
+            entry.calls += 1
+            entry.reads |= self.sources.read(arguments)
+        for term in terms or ():
+            dims = tuple((self.value(tensor).dims[axis], int(tensor.shape[axis])) for tensor, axis in term.sizes)
+            reads = tuple(sorted(self.sources.read(term.tensors)))
+            self.work.append(Work(name, self.module(), use, float(term.constant), dims, reads))
 
     def value(self, tensor: Tensor) -> TracedValue:
         """The labels of a tensor. Parameters and buffers get labels on first use; unknown tensors are always kept."""
@@ -350,6 +386,13 @@ SIZED = frozenset(
 
 RESTRICTED = frozenset("mean layer_norm rms_norm softmax topk".split())
 """Calls along an axis that the oracle can restrict to the kept positions."""
+
+
+_FORMS = frozenset(
+    "view _unsafe_view reshape _reshape_alias permute t transpose squeeze unsqueeze expand clone detach alias _to_copy "
+    "slice select split split_with_sizes unbind lift_fresh contiguous unsafe_split cat stack".split()
+)
+"""Operations that give a parameter another form, and compute nothing with it."""
 
 
 _LEAVES_TORCH = frozenset("numpy tolist item __array__ __float__ __int__ __bool__ __index__ __dlpack__ stride".split())
