@@ -192,7 +192,7 @@ def grouped(args: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> Iterator[Term
 def bilinear(args: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> Iterator[Term]:
     """`nn.Bilinear`: every weight once for each row of the inputs."""
     x, weight = args[0], args[1]
-    if tuple(args[7]) != (2, 3):
+    if tuple(args[6]) != (2, 3):
         raise ValueError("another contraction than that of nn.Bilinear")
     yield Term(1, ((x, 0), *_all(weight)))
 

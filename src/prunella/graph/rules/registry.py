@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from prunella.graph.solve.labels import WHOLE
-from prunella.graph.trace.recorder import Trace, TracedValue
+from prunella.graph.trace.recorder import OPAQUE, Trace, TracedValue
 from prunella.graph.work import name_of, pointwise, positional, tensors_in, terms
 
 log = logging.getLogger(__name__)
@@ -108,11 +108,20 @@ def same(value: TracedValue) -> TracedValue:
 
 @rule("_barrier")
 def barrier(trace: Trace, ctx: Context) -> Returned:
-    """Freeze all axes of the inputs."""
+    """Freeze all axes of the inputs. What it computes from weights alone is a weight, frozen for the same reason."""
+    call = trace.call().name
+    text = f"the operation {ctx.name}{f' in {call}' if call in OPAQUE else ''} has no rule"
     for tensor in tensors_in(ctx.args):
         for dim in trace.value(tensor).dims:
-            trace.freeze(dim, f"the operation {ctx.name} has no rule")
-    return None
+            trace.freeze(dim, text)
+    return [_computed_weight(trace, tensor, text) if trace.sources.of(tensor) else None for tensor in ctx.outputs]
+
+
+def _computed_weight(trace: Trace, tensor: Tensor, text: str) -> TracedValue:
+    dims = tuple(trace.ledger.fresh(int(size)) for size in tensor.shape)
+    for dim in dims:
+        trace.freeze(dim, text)
+    return TracedValue(dims, (None,) * len(dims), True)
 
 
 def flat(items: Any) -> list[Any]:
