@@ -1,4 +1,4 @@
-"""Which parameters a tensor is computed from, where no input of the model takes part: views, norms, fake quantization."""
+"""Which parameters a tensor is computed from, by views, norms or fake quantization, without an input of the model."""
 
 from __future__ import annotations
 
@@ -9,6 +9,11 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 Names = frozenset[str]
 NONE: Names = frozenset()
+FORMS = frozenset(
+    "view _unsafe_view reshape _reshape_alias permute t transpose squeeze unsqueeze expand clone detach alias _to_copy "
+    "slice select split split_with_sizes unbind lift_fresh contiguous unsafe_split cat stack".split()
+)
+"""Operations that give a parameter another form, and compute nothing with it."""
 
 
 class Sources:

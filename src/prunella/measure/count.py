@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -60,7 +61,7 @@ def count(model: nn.Module, *, scope: Scope = "weights") -> Count:
     return Count(
         params=sum(p.numel() for p in parameters),
         bytes=sum(part.nbytes for t in _once(model.state_dict(keep_vars=True).values()) for part in inner_tensors(t)),
-        nonzero=sum(int(torch.count_nonzero(_values(p))) for p in looked_at),
+        nonzero=sum(map(_nonzero, looked_at)),
         total=sum(p.numel() for p in looked_at),
         scope=scope,
     )
@@ -113,6 +114,17 @@ def count_work(model: nn.Module, inputs: Inputs) -> WorkCount:
     return counter.result()
 
 
+def effective(model: nn.Module, work: WorkCount) -> float:
+    """Multiply-adds of the model's work that do not multiply by a zero of a weight."""
+    named = dict(unwrap(model).named_parameters())
+    weights = ((named[name], macs) for name, macs in work.by_weight.items() if named[name].dim() > 1)
+    return float(work.macs) - math.fsum(macs - macs * _nonzero(weight) / weight.numel() for weight, macs in weights)
+
+
+def _nonzero(parameter: Tensor) -> int:
+    return int(torch.count_nonzero(_values(parameter)))
+
+
 def measured_macs(model: nn.Module, inputs: Inputs) -> int:
     """Multiply-adds of one forward pass: `count_work(model, inputs).macs`."""
     return count_work(model, inputs).macs
@@ -134,7 +146,7 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         named = [*model.named_parameters(remove_duplicate=False)]
         first = {id(tensor): name for name, tensor in reversed(named)}
-        buffers = {name: tensor for name, tensor in model.named_buffers()}
+        buffers = dict(model.named_buffers())
         entities = {first[id(tensor)]: tensor for _, tensor in named}
         self.sources = Sources({**entities, **buffers}, entities)
         self.owners: dict[str, set[str]] = {}

@@ -18,7 +18,6 @@ from prunella.graph.data import Frozen, ReasonKind
 from prunella.graph.matrix import from_matrix
 from prunella.graph.verify import unproven
 from prunella.model.state import untouched
-from prunella.model.traceable import check_traceable
 from prunella.model.unwrap import unwrap
 from prunella.planning.accounting import pattern_name
 from prunella.planning.candidates import (
@@ -83,7 +82,6 @@ def plan(
     """
     model = unwrap(model)
     target = checked_target(recipe.granularities, target)
-    check_traceable(model)
     check_finite(model)
     with untouched(model, recipe.seed):
         request = prepare(model, inputs, recipe, target=target, source=Source(data, loss), skip=skip, only=only)

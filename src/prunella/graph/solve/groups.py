@@ -199,7 +199,7 @@ def _frozen(equations: Equations, record: Trace) -> Iterator[Frozen]:
 def _kept_parameters(
     equations: Equations, record: Trace, groups: Iterable[Group], axes: Iterable[Frozen]
 ) -> Iterator[Frozen]:
-    """The other parameters of which nothing can go, one axis each: no group has them, and no layer's output is theirs."""
+    """The other parameters of which nothing can go, one axis each."""
     named = {member.entity for group in groups for member in group.members} | {entry.entity for entry in axes}
     for name in record.tensors:
         if name in record.parameters and name not in named:

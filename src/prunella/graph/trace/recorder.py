@@ -25,7 +25,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from prunella.graph.data import Ints, ReasonKind, Role
 from prunella.graph.solve.labels import WHOLE, Dim, Ledger, Reason, Run, Soft
-from prunella.graph.sources import Sources
+from prunella.graph.sources import FORMS, Sources
 from prunella.graph.trace.dataflow import Flow, watched
 from prunella.graph.trace.source import called, where
 from prunella.graph.trace.tracked_int import (
@@ -97,7 +97,7 @@ class Use:
 
 @dataclass(frozen=True, eq=False)
 class Work:
-    """Multiply-adds of one operation: `constant` times the sizes of `dims`. reads: the parameters behind its tensors."""
+    """Multiply-adds of one operation: `constant` times the sizes of `dims`. reads: parameters behind its tensors."""
 
     op: str
     module: str
@@ -158,7 +158,7 @@ class Trace:
     def reads(self, name: str, arguments: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
         """Record which parameters an operation reads, itself or in a form that is computed from them alone."""
         self.operation = name
-        if self.sources.note(arguments, outputs) is None or name not in _FORMS:
+        if self.sources.note(arguments, outputs) is None or name not in FORMS:
             for parameter in self.sources.read(arguments) - self.readers.keys():
                 self.readers[parameter] = name, self.where()
 
@@ -387,13 +387,6 @@ SIZED = frozenset(
 
 RESTRICTED = frozenset("mean layer_norm rms_norm softmax topk".split())
 """Calls along an axis that the oracle can restrict to the kept positions."""
-
-
-_FORMS = frozenset(
-    "view _unsafe_view reshape _reshape_alias permute t transpose squeeze unsqueeze expand clone detach alias _to_copy "
-    "slice select split split_with_sizes unbind lift_fresh contiguous unsafe_split cat stack".split()
-)
-"""Operations that give a parameter another form, and compute nothing with it."""
 
 
 _LEAVES_TORCH = frozenset("numpy tolist item __array__ __float__ __int__ __bool__ __index__ __dlpack__ stride".split())
