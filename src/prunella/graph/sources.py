@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -25,6 +25,8 @@ class Sources:
     def __init__(self, entities: Mapping[str, Tensor], parameters: Iterable[str]) -> None:
         self._made: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
         self._at: dict[int, list[tuple[int, int, Names]]] = {}
+        self._active: set[int] = set()
+        """Memory that holds activations now, also where it was made from nothing and filled in place."""
         names = set(parameters)
         for name, tensor in entities.items():
             key, own = _memory(tensor), frozenset({name}) if name in names else NONE
@@ -35,6 +37,8 @@ class Sources:
 
     def of(self, tensor: Tensor) -> Names | None:
         """The names of the parameters; None for an activation."""
+        if _memory(tensor) in self._active:
+            return None
         if tensor in self._made:
             made: Names = self._made[tensor]
             return made
@@ -51,12 +55,15 @@ class Sources:
                 return names
         return None
 
-    def note(self, arguments: Iterable[Tensor], results: Iterable[Tensor]) -> Names | None:
+    def note(self, arguments: Iterable[Tensor], results: Sequence[Tensor]) -> Names | None:
         """Record one operation; returns the parameters of its results, None for activations."""
         parts = [self.of(tensor) for tensor in arguments]
+        keys = {key for key in map(_memory, results) if key is not None}
         if any(part is None for part in parts):
+            self._active |= keys
             return None
         names = NONE.union(*(part for part in parts if part))
+        self._active -= keys
         for tensor in results:
             self._made[tensor] = names
         return names

@@ -214,9 +214,7 @@ def _scorer(request: Request, subject: Subject) -> Scorer:
 def nothing_to_prune(request: Request, what: str, frozen: Sequence[Frozen]) -> NotSupported:
     """The error of a model in which nothing takes part."""
     names = ", ".join(name_of(type(entry)) for entry in request.recipe.granularities)
-    reasons = (
-        "\n".join(obstacles(request.graph, frozen))
-        or "the model has no parameters, and so no layer that multiplies by a weight"
-    )
+    no_weight = "the model has no parameters, and so no layer that multiplies by a weight"
+    reasons = "\n".join(obstacles(request.graph, frozen)) or no_weight
     todo = offer(frozen) or "`prunella inspect` shows the groups"
     return NotSupported(f"there are no {what} to prune for {names}", reasons, todo)
