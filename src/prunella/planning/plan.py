@@ -163,10 +163,10 @@ class Plan:
 
         Without a target the sparsity: the fraction of the units (weights) that goes.
         """
-        if self.target is None or (isinstance(self.target, Sparsity) and self.target.of == "prunable"):
-            return accounting.sparsity(self.rows)
-        if isinstance(self.target, Sparsity):
+        if isinstance(self.target, Sparsity) and self.target.of == "model":
             return 1 - self.after.model_weights / self.before.model_weights
+        if self.target is None or isinstance(self.target, Sparsity):
+            return accounting.sparsity(self.rows)
         before, after = getattr(self.before, self.target.name), getattr(self.after, self.target.name)
         return float(after / before if self.target.value <= 1 else after)
 
