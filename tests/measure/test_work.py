@@ -315,3 +315,24 @@ def test_masks_count_as_effective_multiply_adds(build: Callable[[], nn.Module]) 
     masked = pr.apply_(model, plan)
     assert pr.metrics.effective_macs(masked, x) == plan.after.macs
     assert measured_macs(masked, x) == plan.before.macs
+
+
+def test_layouts_without_sizes_are_named_and_not_guessed() -> None:
+    rows = torch.nested.nested_tensor([torch.randn(3, 8), torch.randn(5, 8)], layout=torch.jagged)
+    assert count_work(nn.Linear(8, 4), rows).uncounted == {"linear": 1}
+
+
+def test_what_a_plain_tensor_is_filled_with_is_no_weight() -> None:
+    class Filled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(6, 8), nn.Linear(8, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            held = torch.zeros(len(x), 8)
+            held[:, :] = self.first(x)
+            out: Tensor = self.last(held)
+            return out
+
+    work = count_work(Filled().eval(), torch.randn(3, 6))
+    assert work.by_weight == {"first.weight": 144, "last.weight": 48}

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._ops import HigherOrderOperator
 
 Place = tuple[Tensor, int]
 """One axis of one tensor of an operation."""
@@ -48,7 +49,9 @@ FREE: set[str] = set()
 
 
 def name_of(func: Any) -> str:
-    """`relu` for `aten.relu_.default`, `mylib.op` for an operation of another namespace."""
+    """`relu` for `aten.relu_.default`, `mylib.op` in another namespace, `cond` for what takes functions."""
+    if isinstance(func, HigherOrderOperator):
+        return str(func.name())
     namespace, _, name = func._schema.name.partition("::")
     return name.removesuffix("_") if namespace == "aten" else f"{namespace}.{name}"
 
@@ -76,6 +79,8 @@ def pointwise(func: Any) -> bool:
 
 def known(func: Any) -> bool:
     """Whether the work of an operation is known without a look into torch's own table."""
+    if isinstance(func, HigherOrderOperator):
+        return False
     name = name_of(func)
     return name in FORMULAS or name in FREE or pointwise(func) or func.is_view
 
@@ -83,9 +88,10 @@ def known(func: Any) -> bool:
 def terms(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: tuple[Tensor, ...]) -> list[Term] | None:
     """The multiply-adds of one executed operation; None if nobody knows."""
     formula = FORMULAS.get(name_of(func))
-    if formula is not None:
+    if formula is not None and not isinstance(func, HigherOrderOperator):
         try:
-            return list(formula(positional(func, args, kwargs), outputs))
+            done = list(formula(positional(func, args, kwargs), outputs))
+            return done if all(term.macs >= 0 for term in done) else None
         except (TypeError, ValueError, IndexError, AttributeError, RuntimeError):  # layouts that have no such sizes
             return None
     return [] if known(func) else _registered(func, args, kwargs, outputs)
@@ -97,7 +103,7 @@ def _registered(
     """By the formula that torch, or the model's author, has registered for torch's own counter."""
     from torch.utils.flop_counter import flop_registry  # takes a third of a second
 
-    count = flop_registry.get(func._overloadpacket)
+    count = flop_registry.get(getattr(func, "_overloadpacket", func))
     if count is None:
         return None
     result = outputs[0] if len(outputs) == 1 else outputs

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from prunella.errors import RequestError
@@ -136,7 +137,9 @@ def macs_by_module(model: nn.Module, inputs: Inputs) -> dict[str, int]:
 
 
 class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Sees the operations of one run below autograd."""
+    """Sees the operations of one run below autograd; of those that take functions, the call as one."""
+
+    supports_higher_order_operators = True
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -159,7 +162,8 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if not known(func) and func._can_decompose():  # under inference_mode composite operations arrive as one
+        # under inference_mode composite operations arrive as one
+        if isinstance(func, OpOverload) and not known(func) and func._can_decompose():
             with self:
                 result = func.decompose(*args, **kwargs)
             if result is not NotImplemented:
