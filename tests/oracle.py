@@ -8,7 +8,6 @@ that coupling left the model as it was. Nothing here is clever: the reference is
 from __future__ import annotations
 
 import copy
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -282,7 +281,7 @@ def check_reasons(graph: Graph) -> None:
     assert parameters <= named, f"in no group and not among what stays: {sorted(parameters - named)}"
     for entry in graph.frozen:
         assert entry.reason, f"{entry.entity} stays without a reason"
-        assert re.search(r"\w:\d+$", entry.where) or entry.entity in graph.unused, f"{entry} is nowhere"
+        assert entry.where or entry.entity in graph.unused, f"{entry} is nowhere"  # a line, or the node of a program
 
 
 def defined(model: nn.Module, inputs: Any) -> bool:
