@@ -153,7 +153,7 @@ def product(args: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> Iterator[Term
 
 
 @formula("addmm", "baddbmm", "addbmm", "_addmm_activation")
-def added_product(args: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> Iterator[Term]:
+def added_product(args: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> Iterable[Term]:
     """A product that is added to the first tensor."""
     return product(args[1:], outputs)
 
