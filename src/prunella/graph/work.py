@@ -51,7 +51,7 @@ FREE: set[str] = set()
 def name_of(func: Any) -> str:
     """`relu` for `aten.relu_.default`, `mylib.op` in another namespace, `cond` for what takes functions."""
     if isinstance(func, HigherOrderOperator):
-        return str(func.name())
+        return str(func.name())  # type: ignore[no-untyped-call]
     namespace, _, name = func._schema.name.partition("::")
     return name.removesuffix("_") if namespace == "aten" else f"{namespace}.{name}"
 
