@@ -23,6 +23,7 @@ from prunella.graph.cut.changes import attributes, cuts
 from prunella.graph.cut.surgery import cut_
 from prunella.graph.data import Graph, Group
 from prunella.graph.solve.groups import couple
+from prunella.measure.count import measured_macs
 
 EXACT64, EXACT32 = 1e-9, 1e-4
 Keep = dict[str, Tensor]
@@ -268,7 +269,19 @@ def check_exact(
     check_sizes(model, narrow, graph, keep)
     if count:
         assert macs(model, inputs) == graph.macs() and macs(narrow, inputs) == graph.macs(keep)
+        assert measured_macs(model, inputs) == graph.macs() and measured_macs(narrow, inputs) == graph.macs(keep)
+    check_reasons(graph)
     return Checked(graph, keep, small, dense, distance(found, usual))
+
+
+def check_reasons(graph: Graph) -> None:
+    """Every parameter is in a group or among what stays, with a reason and a line of source."""
+    named = {member.entity for group in graph.groups for member in group.members} | {f.entity for f in graph.frozen}
+    parameters = {entity.name for entity in graph.entities.values() if entity.parameter}
+    assert parameters <= named, f"in no group and not among what stays: {sorted(parameters - named)}"
+    for entry in graph.frozen:
+        assert entry.reason, f"{entry.entity} stays without a reason"
+        assert entry.where or entry.entity in graph.unused, f"{entry} is nowhere"  # a line, or the node of a program
 
 
 def defined(model: nn.Module, inputs: Any) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from prunella.errors import RequestError
 
@@ -45,13 +45,25 @@ class Target:
             return (1 - self.value) * dense
         return self.value * dense if self.value <= 1 else self.value
 
+    @property
+    def exact(self) -> str:
+        """The target as `parse_target` reads it, with every digit."""
+        return f"{self.name}={self.value!r}{self._scope}"
+
+    @property
+    def _scope(self) -> str:
+        return ",of=model" if isinstance(self, Sparsity) and self.of == "model" else ""
+
     def __str__(self) -> str:
-        return f"{self.name}={self.value:g}"
+        return f"{self.name}={self.value:g}{self._scope}"
 
 
 @dataclass(frozen=True)
 class Sparsity(Target):
     """Fraction removed: of the prunable weights for masks, of the prunable units for structured pruning.
+
+    of: `"model"` counts all weights of the model, those that cannot be pruned too (embeddings, recurrent layers,
+        weights that are computed). A plan says first which weights `"prunable"`, the default, leaves out.
 
     Example:
 
@@ -61,6 +73,14 @@ class Sparsity(Target):
         >>> int(plan.masks["weight"].sum())
         10
     """
+
+    of: Literal["prunable", "model"] = field(default="prunable", kw_only=True)
+
+    def __post_init__(self) -> None:
+        Target.__post_init__(self)
+        if self.of not in ("prunable", "model"):
+            todo = "for example Sparsity(0.9), or Sparsity(0.5, of='model')"
+            raise RequestError(f"of={self.of!r} is unknown", "known are 'prunable' and 'model'", todo)
 
 
 @dataclass(frozen=True)
@@ -139,7 +159,7 @@ TOLERANCE = 0.05
 def part_of(target: Target, fraction: float, dense: Callable[[], float]) -> Target:
     """The target after `fraction` of the way from the dense model. dense: returns the amount of the dense model."""
     if isinstance(target, Sparsity):
-        return Sparsity(fraction * target.value)
+        return replace(target, value=fraction * target.value)
     remains = target.value if target.value <= 1 else min(1.0, target.value / dense())
     return replace(target, value=1 - fraction * (1 - remains))
 
@@ -156,11 +176,12 @@ _SUFFIX = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "kb": 1e3, "mb": 1e6, "gb": 1e
 
 
 def parse_target(text: str) -> Target:
-    """Read `macs=0.5`, `params=2.5M`, `bytes=40MB`, `sparsity=90%`, `latency=0.6`, `latency=12ms`."""
-    match = re.fullmatch(r"\s*([a-zA-Z]+)\s*=\s*([0-9.eE+-]+)\s*([a-zA-Z%]*)\s*", text)
+    """Read `macs=0.5`, `params=2.5M`, `bytes=40MB`, `sparsity=90%`, `sparsity=0.5,of=model`, `latency=12ms`."""
+    amount, of_model = re.subn(r"\s*,\s*of\s*=\s*model\s*$", "", text)
+    match = re.fullmatch(r"\s*([a-zA-Z]+)\s*=\s*([0-9.eE+-]+)\s*([a-zA-Z%]*)\s*", amount)
     name, suffix = (match[1].lower(), match[3].lower()) if match else ("", "")
     suffixes = {"": 1.0, "%": 0.01, **_TIMES} if name == "latency" else _SUFFIX
-    if not match or name not in _KINDS or suffix not in suffixes:
+    if not match or name not in _KINDS or suffix not in suffixes or (of_model and name != "sparsity"):
         raise RequestError(
             f"cannot read the target {text!r}",
             f"a target is NAME=NUMBER with NAME one of {', '.join(_KINDS)}",
@@ -176,4 +197,6 @@ def parse_target(text: str) -> Target:
         raise RequestError(
             f"a latency of {text.partition('=')[2].strip()} is too short", why, "for example latency=0.6"
         )
+    if of_model:
+        return Sparsity(number * suffixes[suffix], of="model")
     return _KINDS[name](number * suffixes[suffix])

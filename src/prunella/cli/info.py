@@ -153,6 +153,7 @@ def inspect(
 
 def graph_data(graph: Graph) -> dict[str, Any]:
     """What `inspect` says, as plain data."""
+    from prunella.planning import coverage
     from prunella.planning.diagnostics import offer
     from prunella.planning.render import remarks_of
 
@@ -171,6 +172,7 @@ def graph_data(graph: Graph) -> dict[str, Any]:
         "frozen": [{"reason": r, "where": w, "axes": n} for (r, w), n in reasons.most_common()],
         "offer": offer(graph.frozen),
         "uncounted": dict(graph.uncounted),
+        "caveats": coverage.of_graph(graph),
         "unused": list(graph.unused),
         "tied": [list(e.names) for e in graph.entities.values() if e.parameter and len(e.names) > 1],
         "not_trained": [e.name for e in graph.entities.values() if e.parameter and not e.trainable],
@@ -192,7 +194,8 @@ def _group_data(graph: Graph, group: Group, params: int, macs: float) -> dict[st
 
 
 def _graph_text(data: dict[str, Any], limit: int | None) -> str:
-    parts = [f"{short_count(data['params'])} parameters, {short_count(data['macs'])} MACs, {byte_size(data['bytes'])}"]
+    head = f"{short_count(data['params'])} parameters, {short_count(data['macs'])} MACs, {byte_size(data['bytes'])}"
+    parts = ["\n".join([head, *data["caveats"]])]
     total = max(data["macs"], 1.0)
     layers = [
         (x["name"], x["op"], "x".join(map(str, x["shape"])), short_count(x["macs"]), percent(x["macs"] / total))
@@ -208,8 +211,6 @@ def _graph_text(data: dict[str, Any], limit: int | None) -> str:
     frozen = [(f["axes"], f["reason"], f["where"]) for f in data["frozen"]]
     parts.append(_section("what cannot be pruned", ("axes", "why", "where"), frozen, limit, right=(0,)))
     parts += [data["offer"]] if data["offer"] else []
-    if data["uncounted"]:
-        parts.append("not counted in MACs: " + ", ".join(f"{name} ({n})" for name, n in data["uncounted"].items()))
     if data["remarks"]:
         parts.append("\n".join(data["remarks"]))
     return "\n\n".join(parts)

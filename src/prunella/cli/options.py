@@ -46,7 +46,9 @@ LLMRecipeNames = Annotated[
 TargetText = Annotated[
     str | None,
     typer.Option(
-        "--target", metavar="T", help="What remains: macs=0.5, params=2M, bytes=40MB, latency=0.6; or sparsity=0.9."
+        "--target",
+        metavar="T",
+        help="What remains: macs=0.5, params=2M, bytes=40MB, latency=0.6; or sparsity=0.9, sparsity=0.5,of=model.",
     ),
 ]
 GranularityText = Annotated[

@@ -234,6 +234,7 @@ def plan_data(plan: Plan) -> dict[str, Any]:
         "rows": [asdict(row) for row in plan.rows],
         "frozen": [asdict(item) for item in plan.frozen],
         "remarks": list(plan.remarks),
+        "caveats": list(plan.caveats),
         "kept": kept,
         "masks": {name: {"kept": int(mask.sum()), "total": mask.numel()} for name, mask in plan.masks.items()},
     }

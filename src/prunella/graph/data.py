@@ -182,7 +182,8 @@ class Extent:
 class Cost:
     """Multiply-adds of one operation: `constant` times the product of the extents. `layer` is "" for attention.
 
-    home: the residual block of the operation, if any; the operation is removed with this block.
+    home: the residual block of the operation, if any; the operation is removed with this block. reads: the parameters
+    that it multiplies by, layers or not.
     """
 
     op: str
@@ -191,6 +192,7 @@ class Cost:
     constant: float
     extents: tuple[Extent, ...]
     home: tuple[Place, ...] = ()
+    reads: tuple[str, ...] = ()
 
     def macs(self, keep: Keep) -> float:
         """Multiply-adds when only `keep` remains."""
@@ -240,6 +242,11 @@ class Graph:
     extents: Mapping[str, tuple[Extent, ...]]
     attributes: tuple[Attribute, ...] = ()
     uncounted: Mapping[str, int] = field(default_factory=dict)
+    """Operations whose multiply-adds nobody knows -> number of their calls."""
+    hidden: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Operations of `uncounted` -> the parameters that they read."""
+    readers: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    """Parameter -> the first operation that computes with it, and the line of the model's source."""
     unused: tuple[str, ...] = ()
     runs: tuple[Running, ...] = ()
     numbered: tuple[Numbered, ...] = ()

@@ -24,8 +24,8 @@ from prunella.planning.plan import Plan
 from prunella.planning.recipe import current_names
 from prunella.targets import parse_target
 
-VERSION = 3
-"""Of the format. 1 and 2, written by 0.1, are read: 2 is 1 with blocks that are dropped."""
+VERSION = 4
+"""Of the format. 1 and 2, written by 0.1, are read: 2 is 1 with blocks that are dropped. 3 has no caveats."""
 _KEY = "prunella.plan"
 
 
@@ -38,7 +38,7 @@ def save_plan(plan: Plan, path: str | os.PathLike[str]) -> Path:
     packer = Packer()
     body = {
         "recipe": packer.pack(plan.recipe, "the plan's recipe"),
-        "target": f"{plan.target.name}={plan.target.value!r}" if plan.target else None,
+        "target": plan.target.exact if plan.target else None,
         "before": asdict(plan.before),
         "after": asdict(plan.after),
         "keep": {name: _bits(packer, mask) for name, mask in plan.keep.items()},
@@ -49,6 +49,7 @@ def save_plan(plan: Plan, path: str | os.PathLike[str]) -> Path:
         "weights": {name: packer.tensor(value) for name, value in plan.weights.items()},
         "inputs": packer.pack(plan.inputs, "the plan's inputs"),
         "remarks": list(plan.remarks),
+        "caveats": list(plan.caveats),
     }
     head = {"version": VERSION, "sha256": _fingerprint(packer.tensors, body), "plan": body}
     return write_packed(path, _KEY, head, packer.tensors)
@@ -78,10 +79,10 @@ def load_plan(path: str | os.PathLike[str]) -> Plan:
         why = f"this prunella reads up to format {VERSION}, the file has {version}"
         raise BadInput(f"{file} cannot be read", why, "update prunella, or make the plan again")
     data = head.section("plan").data
-    if head.text("sha256") != _fingerprint(tensors, data if version == VERSION else None):
+    if head.text("sha256") != _fingerprint(tensors, data if version > 2 else None):
         raise BadInput(f"{file} is damaged", "its contents do not have the recorded digest", "make the plan again")
     try:
-        return _plan(data if version == VERSION else _of_0_1(data), tensors)
+        return _plan(data if version > 2 else _of_0_1(data), tensors)
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
         raise BadInput(f"{file} is not a sound plan", f"{type(error).__name__}: {error}", "make it again") from error
 
@@ -117,6 +118,7 @@ def _plan(body: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Plan:
         weights={name: tensors[i] for name, i in body["weights"].items()},
         inputs=unpack(body["inputs"], tensors),
         remarks=tuple(str(line) for line in body.get("remarks", ())),
+        caveats=tuple(str(line) for line in body.get("caveats", ())),
     )
 
 

@@ -1,25 +1,31 @@
-"""Parameters, bytes, zeros and multiply-adds, counted on the model itself: an oracle for the numbers of a plan."""
+"""Parameters, bytes, zeros and multiply-adds, counted on the model itself."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+import math
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch._ops import OpOverload
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from prunella.errors import RequestError
+from prunella.graph.rules import RULES as RULES  # with the rules comes which operations are free
+from prunella.graph.sources import Sources
+from prunella.graph.work import Term, counting, known, name_of, tensors_in, terms
 from prunella.measure.text import byte_size, exact_count, percent
 from prunella.model.forward import forward
 from prunella.model.memory import inner_tensors
-from prunella.model.state import mode
+from prunella.model.state import untouched
 from prunella.model.unwrap import unwrap
 from prunella.types import Inputs
 
 Scope = Literal["weights", "parameters"]
-_CPU_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
 
 @dataclass(frozen=True)
@@ -56,7 +62,7 @@ def count(model: nn.Module, *, scope: Scope = "weights") -> Count:
     return Count(
         params=sum(p.numel() for p in parameters),
         bytes=sum(part.nbytes for t in _once(model.state_dict(keep_vars=True).values()) for part in inner_tensors(t)),
-        nonzero=sum(int(torch.count_nonzero(_values(p))) for p in looked_at),
+        nonzero=sum(map(_nonzero, looked_at)),
         total=sum(p.numel() for p in looked_at),
         scope=scope,
     )
@@ -76,43 +82,144 @@ def compression(before: float, after: float) -> float:
     return before / after
 
 
-def measured_macs(model: nn.Module, inputs: Inputs) -> int:
-    """Multiply-adds of one forward pass, by torch's own counter of floating-point operations, halved.
+@dataclass(frozen=True)
+class WorkCount:
+    """The multiply-adds of one forward pass: by module, by parameter, and what nobody knows.
 
-    Matrix products, convolutions and attention are counted, elementwise work is not: what a layer costs by its
-    formula, `out * (in / groups) * kernel * positions`. Independent of `Graph.macs`, which it is compared with.
+    by_module: "" is the model itself; work with a parameter belongs to its module. by_weight: what multiplies by one
+    parameter alone. uncounted: operations of unknown work -> number of calls; hidden: the parameters that they read.
     """
-    return sum(macs_by_module(model, inputs).values())
+
+    by_module: Mapping[str, int]
+    by_weight: Mapping[str, int]
+    uncounted: Mapping[str, int] = field(default_factory=dict)
+    hidden: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+    @property
+    def macs(self) -> int:
+        """All multiply-adds that are counted."""
+        return sum(self.by_module.values())
+
+
+def count_work(model: nn.Module, inputs: Inputs) -> WorkCount:
+    """Run `model` once, in eval mode and unchanged, and count its multiply-adds below autograd.
+
+    The formulas are those of `Graph.macs` (`prunella.graph.work`), for any model that runs: pruned, masked, imported.
+    Elementwise work is free. The same number as torch's own counter with fused attention off, which also misses
+    recurrent kernels and products with vectors.
+    """
+    model = unwrap(model)
+    counter = _Counter(model)
+    with untouched(model), torch.no_grad(), counter.modules(), counting(), counter:
+        forward(model, inputs)
+    return counter.result()
+
+
+def effective(model: nn.Module, work: WorkCount) -> float:
+    """Multiply-adds of the model's work that do not multiply by a zero of a weight."""
+    named = dict(unwrap(model).named_parameters())
+    weights = ((named[name], macs) for name, macs in work.by_weight.items() if named[name].dim() > 1)
+    return float(work.macs) - math.fsum(macs - macs * _nonzero(weight) / weight.numel() for weight, macs in weights)
+
+
+def _nonzero(parameter: Tensor) -> int:
+    return int(torch.count_nonzero(_values(parameter)))
+
+
+def measured_macs(model: nn.Module, inputs: Inputs) -> int:
+    """Multiply-adds of one forward pass: `count_work(model, inputs).macs`."""
+    return count_work(model, inputs).macs
 
 
 def macs_by_module(model: nn.Module, inputs: Inputs) -> dict[str, int]:
-    """Multiply-adds of one forward pass by the innermost module that does them; "" is the model itself."""
-    counter = FlopCounterMode(display=False, custom_mapping={_CPU_ATTENTION: _attention_flops})
-    with mode(model, training=False), torch.no_grad(), counter:
-        forward(model, inputs)
-    return _innermost(counter.get_flop_counts(), type(model).__name__)
+    """Multiply-adds of one forward pass by the module that does them; "" is the model itself."""
+    return dict(count_work(model, inputs).by_module)
 
 
-def _innermost(counts: Mapping[str, Mapping[Any, int]], root: str) -> dict[str, int]:
-    """The counter adds a module's operations to all that contain it; take from each what its children have."""
-    total = {name: sum(ops.values()) for name, ops in counts.items()}
-    own: dict[str, int] = {}
-    for name, flops in total.items():
-        if name == "Global":
-            inside = sum(v for k, v in total.items() if k != "Global" and "." not in k)
-            rest, label = flops - inside, ""
-        else:
-            inside = sum(v for k, v in total.items() if k.startswith(name + ".") and "." not in k[len(name) + 1 :])
-            rest, label = flops - inside, name.removeprefix(root).removeprefix(".")
-        if rest:
-            own[label] = own.get(label, 0) + rest // 2
-    return own
+class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Sees the operations of one run below autograd; of those that take functions, the call as one."""
 
+    supports_higher_order_operators = True
 
-def _attention_flops(query: Any, key: Any, value: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
-    """Two products of a batch of matrices; torch knows the kernels of the GPU, not the one of the CPU."""
-    batch, heads, rows, width = query
-    return int(2 * batch * heads * rows * key[-2] * (width + value[-1]))
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # the check against the compiler would import dynamo, which takes seconds
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        named = [*model.named_parameters(remove_duplicate=False)]
+        first = {id(tensor): name for name, tensor in reversed(named)}
+        buffers = dict(model.named_buffers())
+        entities = {first[id(tensor)]: tensor for _, tensor in named}
+        self.sources = Sources({**entities, **buffers}, entities)
+        self.owners: dict[str, set[str]] = {}
+        for name, tensor in named:
+            self.owners.setdefault(first[id(tensor)], set()).add(name.rpartition(".")[0])
+        self.paths = {id(module): path for path, module in model.named_modules()}
+        self.running: list[str] = []
+        self.by_module, self.by_weight, self.calls = Counter[str](), Counter[str](), Counter[str]()
+        self.hidden: dict[str, set[str]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        # under inference_mode composite operations arrive as one
+        if isinstance(func, OpOverload) and not known(func) and func._can_decompose():
+            with self:
+                result = func.decompose(*args, **kwargs)
+            if result is not NotImplemented:
+                return result
+        result = func(*args, **kwargs)
+        arguments, outputs = tensors_in([args, list(kwargs.values())]), tuple(tensors_in(result))
+        self.sources.note(arguments, outputs)
+        self._add(func, terms(func, args, kwargs, outputs), arguments)
+        return result
+
+    def _add(self, func: Any, done: Sequence[Term] | None, arguments: Sequence[Tensor]) -> None:
+        if done is None:
+            name = name_of(func)
+            self.calls[name] += 1
+            self.hidden.setdefault(name, set()).update(self.sources.read(arguments))
+        for term in done or ():
+            macs = term.macs
+            self.by_module[self._module(term)] += macs
+            if len(read := self.sources.read(term.tensors)) == 1:
+                self.by_weight[next(iter(read))] += macs
+
+    def _module(self, term: Term) -> str:
+        """The module of the parameter that is multiplied; without a single one the module that runs."""
+        running = self.running[-1] if self.running else ""
+        names = {name for tensor in term.tensors for name in self.sources.held(tensor)}
+        if len(names) != 1:
+            return running
+        owners = self.owners[names.pop()]
+        return running if running in owners else min(owners)
+
+    @contextmanager
+    def modules(self) -> Iterator[None]:
+        """Keep the path of the running module; one that the model does not hold counts as its caller."""
+
+        def enter(module: nn.Module, args: Any) -> None:
+            self.running.append(self.paths.get(id(module), self.running[-1] if self.running else ""))
+
+        def leave(module: nn.Module, args: Any, output: Any) -> None:
+            if self.running:
+                self.running.pop()
+
+        handles = [
+            nn.modules.module.register_module_forward_pre_hook(enter),
+            nn.modules.module.register_module_forward_hook(leave, always_call=True),
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def result(self) -> WorkCount:
+        """What was counted."""
+        hidden = {name: tuple(sorted(read)) for name, read in sorted(self.hidden.items())}
+        done = {name: macs for name, macs in self.by_module.items() if macs}
+        return WorkCount(done, dict(self.by_weight), dict(sorted(self.calls.items())), hidden)
 
 
 def _once(values: Iterable[object]) -> Iterator[Tensor]:

@@ -11,13 +11,12 @@ from torch import nn
 
 from prunella.errors import NotSupported, RequestError
 from prunella.measure.clock import now, since
-from prunella.measure.count import compression, macs_by_module, measured_macs
+from prunella.measure.count import compression, count_work, effective, measured_macs
 from prunella.measure.profile import peak_memory
 from prunella.measure.text import byte_size
 from prunella.measure.timing import Comparison, compare_latency
 from prunella.model.forward import forward, tensors
 from prunella.model.state import mode
-from prunella.model.unwrap import unwrap
 from prunella.registry.method import metric
 from prunella.types import Inputs
 
@@ -98,21 +97,12 @@ def speedup(dense: nn.Module, pruned: nn.Module, inputs: Inputs, *, rounds: int 
 def effective_macs(model: nn.Module, inputs: Inputs) -> float:
     """Multiply-adds of one forward pass that do not multiply by a zero of a weight.
 
-    `sum over layers of MACs * (non-zeros / weights)`; work without a weight, such as attention products, counts in
-    full. Data: one batch.
+    `sum over weights of MACs * (non-zeros / weights)`; work without a weight of its own, such as attention products,
+    counts in full. Of a masked model this is what its plan says. Data: one batch.
 
     Use: comparing masks, which do not change shapes. Avoid: as a speed: dense kernels multiply zeros too.
     """
-    model = unwrap(model)
-    modules = dict(model.named_modules())
-    total = 0.0
-    for name, macs in macs_by_module(model, inputs).items():
-        weight = getattr(modules.get(name), "weight", None)
-        if isinstance(weight, torch.Tensor) and weight.numel():
-            total += macs * int(torch.count_nonzero(weight)) / weight.numel()
-        else:
-            total += macs
-    return total
+    return effective(model, count_work(model, inputs))
 
 
 @metric(source="Intel running average power limit, by Linux's powercap interface")

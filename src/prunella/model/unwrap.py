@@ -31,8 +31,8 @@ def unwrap(model: nn.Module, *, sharded: bool = False) -> nn.Module:
 
 def _inner(model: nn.Module) -> nn.Module | None:
     """The module inside one wrapper; None for a module without a wrapper."""
-    compiled = model._modules.get("_orig_mod")
-    if compiled is not None:
+    compiled = getattr(model, "_orig_mod", None)
+    if isinstance(compiled, nn.Module):
         return compiled
     wraps = isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel | AveragedModel)
     return model.module if wraps else None  # type: ignore[return-value]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from prunella.granularity import NM, Granularity
 from prunella.graph.cut.macs import macs_by_layer
 from prunella.graph.data import Graph, Group, Layer
+from prunella.planning.coverage import weights_of
 from prunella.stats.subject import first_seen
 from prunella.types import Keep, Mask
 
@@ -16,7 +18,8 @@ from prunella.types import Keep, Mask
 class Amount:
     """What a model weighs: parameters, multiply-adds of one pass over the example, bytes, non-zero prunable weights.
 
-    latency: milliseconds of one pass, where the target was a `Latency`; else 0.
+    latency: milliseconds of one pass, where the target was a `Latency`; else 0. model_weights: non-zero weights of the
+    whole model, prunable or not.
     """
 
     params: float
@@ -24,6 +27,7 @@ class Amount:
     bytes: float
     weights: float
     latency: float = 0.0
+    model_weights: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -43,7 +47,18 @@ class Row:
 def amount(graph: Graph, keep: Keep) -> Amount:
     """What the model weighs when only `keep` remains."""
     weights = sum(graph.numel(layer.entity, keep) for layer in first_seen(graph.layers))
-    return Amount(float(graph.params(keep)), float(graph.macs(keep)), float(graph.bytes(keep)), float(weights))
+    return Amount(
+        params=float(graph.params(keep)),
+        macs=float(graph.macs(keep)),
+        bytes=float(graph.bytes(keep)),
+        weights=float(weights),
+        model_weights=model_weights(graph, keep),
+    )
+
+
+def model_weights(graph: Graph, keep: Keep) -> float:
+    """Weights of the whole model, prunable or not, when only `keep` remains."""
+    return float(sum(graph.numel(name, keep) for name in weights_of(graph)))
 
 
 def masked_amount(graph: Graph, rows: Sequence[Row], masks: Mapping[str, Mask]) -> Amount:
@@ -55,8 +70,14 @@ def masked_amount(graph: Graph, rows: Sequence[Row], masks: Mapping[str, Mask]) 
     layers = {layer.entity for layer in graph.layers}
     beside = sum(int((~mask).sum()) for name, mask in masks.items() if name not in layers)
     lost = sum(row.total - row.kept for row in rows)
-    macs = sum(row.macs_before - row.macs_after for row in rows)
-    return Amount(dense.params - lost - beside, dense.macs - macs, dense.bytes, dense.weights - lost)
+    macs = math.fsum(row.macs_before - row.macs_after for row in rows)
+    return Amount(
+        params=dense.params - lost - beside,
+        macs=dense.macs - macs,
+        bytes=dense.bytes,
+        weights=dense.weights - lost,
+        model_weights=dense.model_weights - lost,
+    )
 
 
 def group_rows(graph: Graph, groups: Sequence[Group], keep: Keep) -> tuple[Row, ...]:

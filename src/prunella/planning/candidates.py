@@ -17,6 +17,7 @@ from prunella.graph.cut.macs import macs_by_layer
 from prunella.graph.data import Frozen, Graph, Group, Layer
 from prunella.graph.matrix import kernel_shape
 from prunella.measure.timing import Timing
+from prunella.planning.accounting import model_weights
 from prunella.planning.budget import Ladder, allocate, ladder, most, solve
 from prunella.planning.diagnostics import nothing_removed, target_missed
 from prunella.planning.latency import LatencyProbe, search_latency
@@ -148,7 +149,7 @@ class CandidateUnits:
 
     def amount(self, target: Target, removed: Counts) -> float:
         """What remains of the whole model, or of the units that compete for `Sparsity`."""
-        if isinstance(target, Sparsity):
+        if _of_units(target):
             return float(sum(group.size for group in self.groups) - sum(removed))
         if isinstance(target, Latency):
             return self.time(removed, False).small
@@ -161,14 +162,12 @@ class CandidateUnits:
         return self.probe.time(self.target, self.keep(removed), again=again)
 
     def budget(self, target: Target) -> float:
-        """Fractions are of the whole model; `Sparsity` of the units that compete."""
+        """Fractions are of the whole model; `Sparsity` of the units that compete, or of the weights of the model."""
         nothing = (0,) * len(self.groups)
-        return target.absolute(
-            self.amount(target, nothing) if isinstance(target, Sparsity) else weigh(self.graph, target, {})
-        )
+        return target.absolute(self.amount(target, nothing) if _of_units(target) else weigh(self.graph, target, {}))
 
     def _cost(self, group: Group) -> float:
-        if self.target is None or isinstance(self.target, Sparsity):
+        if self.target is None or _of_units(self.target):
             return 1.0
         one_less = torch.arange(group.size) > 0
         return weigh(self.graph, self.target, {}) - weigh(self.graph, self.target, {group.name: one_less})
@@ -184,10 +183,17 @@ class CandidateUnits:
         return self.graph.entities[maker.entity].shape
 
 
+def _of_units(target: Target) -> bool:
+    """Whether the target counts units, each as 1."""
+    return isinstance(target, Sparsity) and target.of == "prunable"
+
+
 def weigh(graph: Graph, target: Target, keep: Mapping[str, Tensor]) -> float:
     """The model in the target's unit when only `keep` remains."""
     if isinstance(target, Params):
         return float(graph.params(keep))
+    if isinstance(target, Sparsity):
+        return model_weights(graph, keep)
     if isinstance(target, MACs | Latency):  # a latency is measured; between measurements multiply-adds guide
         return float(graph.macs(keep))
     return float(graph.bytes(keep))
@@ -251,10 +257,12 @@ class CandidateWeights:
             todo = "prune Channel(), Head() or Depth(), or ask for Sparsity, Params or MACs"
             raise RequestError("masks do not make a model faster", "dense kernels multiply the zeros too", todo)
         total = sum(scores.numel() for scores in self.scores)
-        return float(sum(kept) if isinstance(target, Sparsity) else self.graph.params() - total + sum(kept))
+        if isinstance(target, Sparsity):
+            return float(sum(kept)) if target.of == "prunable" else model_weights(self.graph, {}) - total + sum(kept)
+        return float(self.graph.params() - total + sum(kept))
 
     def budget(self, target: Target) -> float:
-        """For `Sparsity` exactly `round(s * N)` weights go, where the pattern allows it."""
+        """For `Sparsity` exactly `round(s * N)` weights go, where the pattern allows it; N is what the target is of."""
         dense = self.amount(target, (0,) * len(self.layers))
         return dense - round(target.value * dense) if isinstance(target, Sparsity) else target.absolute(dense)
 

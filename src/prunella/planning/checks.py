@@ -10,6 +10,7 @@ from torch import nn
 
 from prunella.errors import BadInput, RequestError
 from prunella.granularity import Fixed, Granularity, Masking, Structural, Vocabulary
+from prunella.model.traceable import check_traceable
 from prunella.registry.controlled import Controlled, name_of, plain_function
 from prunella.registry.method import REGISTRY, MethodKind, needs_of
 from prunella.targets import Sparsity, Target
@@ -86,7 +87,7 @@ def checked_target(granularities: tuple[Granularity, ...], target: Target | None
         return None
     if isinstance(pattern, Fixed):
         fixed = Sparsity(pattern.sparsity)
-        if target is not None and not (isinstance(target, Sparsity) and abs(target.value - fixed.value) < 1e-9):
+        if target is not None and not (_prunable(target) and abs(target.value - fixed.value) < 1e-9):
             todo = f"leave target= out, or ask for Sparsity({fixed.value:g})"
             raise RequestError(f"{pattern.title} cannot meet {target}", f"it gives {fixed}", todo)
         return fixed
@@ -96,8 +97,13 @@ def checked_target(granularities: tuple[Granularity, ...], target: Target | None
     return target
 
 
+def _prunable(target: Target) -> bool:
+    return isinstance(target, Sparsity) and target.of == "prunable"
+
+
 def check_finite(model: nn.Module) -> None:
-    """Errors: BadInput that names the first tensor with NaN or infinity, or without values."""
+    """Errors: those of `check_traceable`; BadInput that names the first tensor with NaN or infinity, or no values."""
+    check_traceable(model)
     for name, tensor in model.named_parameters():
         if tensor.is_meta:
             raise BadInput(f"{name} has no values", "it is on the meta device", "load the weights first")

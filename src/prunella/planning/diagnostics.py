@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from prunella.errors import TargetMissed
+from prunella.graph.cut.macs import macs_by_parameter
 from prunella.graph.data import Frozen, Graph, ReasonKind
 from prunella.targets import Sparsity, Target
 
@@ -22,7 +23,7 @@ def offer(frozen: Iterable[Frozen]) -> str:
 
 def obstacles(graph: Graph, frozen: Sequence[Frozen], limit: int = 6) -> list[str]:
     """What may not be pruned and why, blocks first, then the layers with the most multiply-adds."""
-    macs = {layer.entity: layer.macs for layer in graph.layers}
+    macs = macs_by_parameter(graph)
     sizes = {name: graph.numel(name) for name in graph.entities}
     ranked = sorted(frozen, key=lambda f: (f.axis < 0, macs.get(f.entity, 0.0), sizes.get(f.entity, 0)), reverse=True)
     lines = [f"frozen: {f.place}: {f.reason}{f' ({f.where})' if f.where else ''}" for f in ranked[:limit]]

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from prunella.errors import RequestError
 from prunella.graph.cut.changes import Changes, Cuts, Dropped, Renumbered, Sizes, changes
-from prunella.graph.data import Frozen, Graph
+from prunella.graph.data import Frozen, Graph, Group
 from prunella.graph.solve.tokens import known_only, renumber
-from prunella.planning import accounting
+from prunella.planning import accounting, coverage
 from prunella.planning.accounting import Amount, Pattern, Row
 from prunella.planning.render import emptied, remarks_of, render
 from prunella.registry import serialize
@@ -32,6 +32,7 @@ class Plan:
     weights: parameter name -> new values, for methods that change them. inputs: the example, for verification.
     rows: what is kept of each group or weight.         frozen: what may not be pruned, and why.
     remarks: what holds for some parameters: tied, shared, not trained, not used.
+    caveats: what the numbers leave out; these lines stand first.
 
     `plan` makes one; `Plan.of_structure` and `Plan.of_masks` make one of what you decided yourself.
 
@@ -56,6 +57,7 @@ class Plan:
     rows: tuple[Row, ...] = ()
     frozen: tuple[Frozen, ...] = ()
     remarks: tuple[str, ...] = ()
+    caveats: tuple[str, ...] = ()
 
     @classmethod
     def of_structure(
@@ -85,6 +87,10 @@ class Plan:
             rows=accounting.group_rows(graph, groups, keep),
             frozen=tuple(graph.frozen if frozen is None else frozen),
             remarks=tuple(remarks_of(graph)),
+            caveats=coverage.lines(
+                coverage.uncounted_work(graph),
+                coverage.uncovered_weights(graph, _cut_by(groups)) if isinstance(target, Sparsity) else "",
+            ),
         )
 
     @classmethod
@@ -114,6 +120,7 @@ class Plan:
             rows=rows,
             frozen=tuple(graph.frozen if frozen is None else frozen),
             remarks=(*remarks_of(graph), *emptied(rows)),
+            caveats=coverage.lines(coverage.uncounted_work(graph), coverage.uncovered_weights(graph, masks)),
         )
 
     @property
@@ -158,13 +165,16 @@ class Plan:
 
         Without a target the sparsity: the fraction of the units (weights) that goes.
         """
+        if isinstance(self.target, Sparsity) and self.target.of == "model":
+            return 1 - self.after.model_weights / self.before.model_weights
         if self.target is None or isinstance(self.target, Sparsity):
             return accounting.sparsity(self.rows)
         before, after = getattr(self.before, self.target.name), getattr(self.after, self.target.name)
         return float(after / before if self.target.value <= 1 else after)
 
     def __str__(self) -> str:
-        return render(self.rows, self.before, self.after, self._notes(), self.frozen)
+        text = render(self.rows, self.before, self.after, self._notes(), self.frozen)
+        return "\n".join([*self.caveats, *([""] if self.caveats else []), text])
 
     def _notes(self) -> list[str]:
         names = "by hand"
@@ -184,3 +194,8 @@ class Plan:
         if self.target is None:
             return f"sparsity={self.got:.4g}, without a target"
         return f"asked {self.target}, got {self.target.name}={self.got:.4g}"
+
+
+def _cut_by(groups: Sequence[Group]) -> set[str]:
+    """The parameters that lose something with a unit of these groups."""
+    return {member.entity for group in groups for member in group.members}

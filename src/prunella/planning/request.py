@@ -16,6 +16,7 @@ from prunella.graph.matrix import to_matrix
 from prunella.graph.solve.block_counters import counted
 from prunella.graph.solve.groups import couple
 from prunella.graph.solve.residual_blocks import narrow
+from prunella.planning.coverage import unmaskable
 from prunella.planning.diagnostics import obstacles, offer
 from prunella.planning.latency import LatencyProbe
 from prunella.planning.recipe import Recipe
@@ -158,7 +159,7 @@ def set_aside(group: Group, reason: str, kind: ReasonKind) -> Frozen:
 
 def eligible_layers(request: Request) -> tuple[list[Layer], list[Frozen]]:
     """Layers that take part, each weight once, and what does not, with reasons."""
-    layers, frozen = list[Layer](), list[Frozen]()
+    layers, frozen = list[Layer](), list(unmaskable(request.graph))
     for layer in first_seen(request.graph.layers):
         reason = chosen(names_of_layer(request.graph, layer), request.skip, request.only)
         if reason:
@@ -213,6 +214,7 @@ def _scorer(request: Request, subject: Subject) -> Scorer:
 def nothing_to_prune(request: Request, what: str, frozen: Sequence[Frozen]) -> NotSupported:
     """The error of a model in which nothing takes part."""
     names = ", ".join(name_of(type(entry)) for entry in request.recipe.granularities)
-    reasons = "\n".join(obstacles(request.graph, frozen)) or "the model has no layer that multiplies by a weight"
+    no_weight = "the model has no parameters, and so no layer that multiplies by a weight"
+    reasons = "\n".join(obstacles(request.graph, frozen)) or no_weight
     todo = offer(frozen) or "`prunella inspect` shows the groups"
     return NotSupported(f"there are no {what} to prune for {names}", reasons, todo)

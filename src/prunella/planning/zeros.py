@@ -66,7 +66,8 @@ def _structure(model: nn.Module, graph: Graph, inputs: Inputs, groups: list[Grou
     if all(bool(mask.all()) for mask in keep.values()):
         why = "; ".join(f"{name}: {reason}" for name, reason in faults.items())
         why = why or f"{sum(g.size for g in groups)} units in {len(groups)} groups were looked at"
-        raise NotSupported("no unit is exactly zero", why, "train longer or with more strength; small is not zero")
+        what = f"no unit {'that is exactly zero can go' if faults else 'is exactly zero in every weight that reads it'}"
+        raise NotSupported(what, why, "train longer or with more strength; small is not zero")
     return Plan.of_structure(graph, keep, inputs=inputs, frozen=frozen)
 
 

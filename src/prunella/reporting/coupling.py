@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from prunella.graph.data import Graph, Group
+from prunella.planning.coverage import of_graph
 from prunella.reporting.page import templates
 
 ROW, RAIL, LEFT = 26, 16, 14
@@ -79,6 +80,7 @@ def render_coupling(graph: Graph, title: str) -> str:
     context: dict[str, Any] = {
         "title": title,
         "graph": graph,
+        "caveats": of_graph(graph),
         "rails": drawn,
         "row": ROW,
         "labels_at": width + 6,

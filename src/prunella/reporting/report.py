@@ -21,16 +21,16 @@ from prunella.graph.cut.block_surgery import new_name
 from prunella.graph.data import Frozen
 from prunella.graph.verify import relative_error
 from prunella.io.json import encode, plain
-from prunella.measure.count import count, macs_by_module
+from prunella.measure.count import WorkCount, count, count_work, effective
 from prunella.measure.profile import peak_memory, time_by_layer
 from prunella.measure.text import byte_size, duration, percent, short_count, significant, table
 from prunella.measure.timing import Comparison, compare_latency
 from prunella.model.forward import forward, tensors
 from prunella.model.state import mode
 from prunella.model.unwrap import unwrap
+from prunella.planning.coverage import NOT_COUNTED, lines, not_counted
 from prunella.planning.plan import Plan
 from prunella.reporting.section import Section
-from prunella.targets import Target
 from prunella.types import Inputs
 
 Quality = Sequence[tuple[str, float, float]]
@@ -127,6 +127,8 @@ class Report:
     command: str = ""
     pass_seconds: tuple[float, float] = (0.0, 0.0)
     sections: tuple[Section, ...] = ()
+    caveats: tuple[str, ...] = ()
+    """What the numbers leave out; these lines stand first."""
 
     def adding(self, *sections: Section) -> Report:
         """This report with further parts: side effects, the curves of an experiment."""
@@ -192,12 +194,12 @@ class Report:
         ]
         columns = columns if self.recovered else [column for column in columns if column[0] != "cut"]
         rows = [[cell(metric) for _, cell in columns] for metric in self.metrics]
-        lines = table([name for name, _ in columns], rows, right=range(1, len(columns) - 1))
+        table_text = table([name for name, _ in columns], rows, right=range(1, len(columns) - 1))
         said = f"{self.model} on {self.inputs}: {self.verdict}"
         apart = f"largest output difference: {self.difference:.2g} of the largest output"
         end = [apart if math.isfinite(self.difference) else "outputs have other shapes", *self._measured()]
         parts = [line for section in self.sections for line in ("", str(section))]
-        return "\n".join([said, "", lines, "", *end, *parts])
+        return "\n".join([said, *self.caveats, "", table_text, "", *end, *parts])
 
     def _measured(self) -> list[str]:
         took = self.latency
@@ -243,22 +245,23 @@ def report(
         outputs = [[t.cpu() for t in tensors(forward(model, inputs))] for model in (dense, small)]
     dense, small = unwrap(dense), unwrap(small)
     seconds = time_by_layer({"dense": dense, "pruned": small}, inputs)
-    macs = macs_by_module(dense, inputs), macs_by_module(small, inputs)
+    work = count_work(dense, inputs), count_work(small, inputs)
     return Report(
         model=type(dense).__name__,
         inputs=" + ".join("×".join(map(str, t.shape)) for t in tensors(inputs)),
-        metrics=_metrics(dense, small, inputs, quality, latency, (sum(macs[0].values()), sum(macs[1].values()))),
+        metrics=_metrics(dense, small, inputs, quality, latency, work),
         latency=latency,
         difference=relative_error(*outputs),
-        layers=_layers(dense, small, macs, (seconds["dense"], seconds["pruned"]), plan.dropped if plan else {}),
+        layers=_layers(dense, small, work, (seconds["dense"], seconds["pruned"]), plan.dropped if plan else {}),
         widths=tuple(LayerWidth(row.name, row.kind, row.kept, row.total) for row in plan.rows) if plan else (),
         frozen=plan.frozen if plan else (),
         curve=curve,
-        target=(str(plan.target), _got(plan, plan.target)) if plan and plan.target else None,
+        target=(str(plan.target), f"{plan.target.name}={plan.got:.4g}") if plan and plan.target else None,
         recipe=dict(plan.recipe) if plan else {},
         environment=environment(latency),
         command=command,
         pass_seconds=(sum(seconds["dense"].values()), sum(seconds["pruned"].values())),
+        caveats=_caveats(dense, work, plan),
     )
 
 
@@ -287,7 +290,12 @@ def shown(value: float, unit: Unit) -> str:
 
 
 def _metrics(
-    dense: nn.Module, small: nn.Module, inputs: Inputs, quality: Quality, latency: Comparison, macs: tuple[int, int]
+    dense: nn.Module,
+    small: nn.Module,
+    inputs: Inputs,
+    quality: Quality,
+    latency: Comparison,
+    work: tuple[WorkCount, WorkCount],
 ) -> tuple[Metric, ...]:
     a, b = count(dense), count(small)
     ratio, (first, second) = latency.ratio, latency.latencies[:2]
@@ -295,9 +303,11 @@ def _metrics(
     found += [Metric("parameters", a.params, b.params, "count")]
     if b.sparsity - a.sparsity >= 0.005:  # embeddings have a row of zeros for padding from the start
         found.append(Metric("non-zero weights", a.nonzero, b.nonzero, "count"))
+        without_zeros = effective(dense, work[0]), effective(small, work[1])
+        found.append(Metric("effective multiply-adds", *without_zeros, "count"))
     return (
         *found,
-        Metric("multiply-adds", *macs, "count"),
+        Metric("multiply-adds", work[0].macs, work[1].macs, "count"),
         Metric("size on disk", a.bytes, b.bytes, "bytes"),
         Metric("latency", first.median, second.median, "seconds", (ratio.low, ratio.high), ratio.verdict),
         Metric("peak memory", peak_memory(dense, inputs), peak_memory(small, inputs), "bytes"),
@@ -307,7 +317,7 @@ def _metrics(
 def _layers(
     dense: nn.Module,
     small: nn.Module,
-    macs: tuple[Mapping[str, int], Mapping[str, int]],
+    work: tuple[WorkCount, WorkCount],
     seconds: tuple[Mapping[str, float], Mapping[str, float]],
     dropped: Mapping[str, tuple[str, ...]],
 ) -> tuple[LayerLine, ...]:
@@ -319,19 +329,20 @@ def _layers(
         if not isinstance(old, torch.Tensor) or not isinstance(new, torch.Tensor) or old.dim() < 2:
             continue
         zero = 1 - int(torch.count_nonzero(new)) / new.numel() if new.numel() else 0.0
-        cost = macs[0].get(name, 0), macs[1].get(now, 0)
+        cost = work[0].by_module.get(name, 0), work[1].by_module.get(now, 0)
         took = seconds[0].get(name, 0.0), seconds[1].get(now, 0.0)
         found.append(LayerLine(name, tuple(old.shape), tuple(new.shape), zero, cost[0], cost[1], took[0], took[1]))
     return tuple(found)
 
 
-def _got(plan: Plan, target: Target) -> str:
-    name = target.name
-    if name == "sparsity":
-        total = sum(row.total for row in plan.rows)
-        return f"sparsity={1 - sum(row.kept for row in plan.rows) / total:.4g}" if total else "sparsity=0"
-    before, after = getattr(plan.before, name), getattr(plan.after, name)
-    return f"{name}={after / before if target.value <= 1 else after:.4g}"
+def _caveats(dense: nn.Module, work: Sequence[WorkCount], plan: Plan | None) -> tuple[str, ...]:
+    """What the numbers leave out: what the plan says, and operations whose work nobody knows."""
+    sizes = {name: parameter.numel() for name, parameter in dense.named_parameters()}
+    calls = {name: max(one.uncounted.get(name, 0) for one in work) for one in work for name in one.uncounted}
+    hidden = {name: {*work[0].hidden.get(name, ()), *work[1].hidden.get(name, ())} for name in calls}
+    said = plan.caveats if plan else ()
+    counted = not_counted(calls, hidden, sizes)
+    return said if any(line.startswith(NOT_COUNTED) for line in said) else lines(counted, *said)
 
 
 def _device(model: nn.Module) -> torch.device:

@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from prunella.compress.storage import StorageFormat, encode
 from prunella.errors import RequestError
+from prunella.graph.work import is_counting
 from prunella.runtime import operators
 from prunella.runtime.kernels import library
 from prunella.runtime.kernels.library import Activation
@@ -22,14 +23,17 @@ PLAIN = (Tensor, nn.Parameter)
 
 
 def _kernels_apply(x: Tensor, values: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> bool:
-    """Whether a kernel may run: float32 on the CPU, no gradient, no autocast. It runs for every token: keep it fast."""
+    """Whether a kernel may run: float32 on the CPU, no gradient, no autocast, and no counter of operations looks on.
+
+    It runs for every token: keep it fast.
+    """
     if x.dtype is not torch.float32 or values.dtype is not torch.float32 or not (x.is_cpu and values.is_cpu):
         return False
     if residual is not None and (residual.dtype is not torch.float32 or not residual.is_cpu):
         return False
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, values, bias, residual)):
         return False
-    return not torch.is_autocast_enabled("cpu")
+    return not torch.is_autocast_enabled("cpu") and not is_counting()
 
 
 def _wants_grad(parts: Sequence[Tensor | None]) -> bool:

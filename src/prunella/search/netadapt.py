@@ -70,7 +70,7 @@ class _Descent:
         cost = predict or (lambda counts: space.cost(target, counts))
         counts: Counts = (0,) * len(space.names)
         spent, budget = cost(counts), space.budget(target, predict)
-        reduction = step * (spent if not isinstance(target, Sparsity) else sum(space.sizes))
+        reduction = step * (sum(space.sizes) if isinstance(target, Sparsity) and target.of == "prunable" else spent)
         if spent <= budget:
             raise TargetMissed(f"{target} would remove nothing", f"{spent:.6g} of at most {budget:.6g}", "ask for less")
         current, value, taken = space, 0.0, list[str]()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -115,7 +116,7 @@ class NetworkSurgery:
 
     def _plan_for(self, sparsity: float) -> Plan:
         assert self._planner is not None
-        plan = self._planner(Sparsity(sparsity))
+        plan = self._planner(replace(self.target, value=sparsity))
         if plan.cuts or plan.dropped:
             raise RequestError(
                 "NetworkSurgery prunes single weights only",

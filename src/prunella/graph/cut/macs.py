@@ -26,3 +26,12 @@ def macs_by_layer(graph: Graph, keep: Keep | None = None) -> dict[str, float]:
         if cost.layer in entity:
             total[entity[cost.layer]] = total.get(entity[cost.layer], 0.0) + cost.macs(keep or {})
     return total
+
+
+def macs_by_parameter(graph: Graph) -> dict[str, float]:
+    """Parameter -> multiply-adds of the operations that multiply by it, layers or not; shared work counts for each."""
+    total: dict[str, float] = {}
+    for cost in graph.costs:
+        for name in {cost.layer, *cost.reads} - {""}:
+            total[name] = total.get(name, 0.0) + cost.macs({})
+    return total

@@ -2,8 +2,11 @@
 
 from prunella.graph.rules import lookups, pointwise, products, reductions, slicing, views
 from prunella.graph.rules.registry import RULES, Context, Returned, Rule, apply_rule, rule
+from prunella.graph.work import FORMULAS, FREE
 
 __all__ = [
     "RULES", "Context", "Returned", "Rule", "apply_rule", "lookups", "pointwise", "products", "reductions", "rule",
     "slicing", "views",
 ]  # fmt: skip
+
+FREE.update(name for name in RULES if "." not in name and name not in FORMULAS)  # those of ATen, so far without users'

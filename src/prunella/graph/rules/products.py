@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 from torch import Tensor
 
 from prunella.graph.rules.registry import Context, Returned, barrier, rule
 from prunella.graph.solve.labels import WHOLE, Dim, Reason, merge
-from prunella.graph.trace.recorder import Trace, TracedValue, Use, Work
+from prunella.graph.trace.recorder import Trace, TracedValue, Use
 
 
 def _contract(trace: Trace, ctx: Context, a: TracedValue, b: TracedValue, i: int, j: int) -> None:
@@ -39,14 +38,14 @@ def mm(trace: Trace, ctx: Context) -> Returned:
     """`(m, k) @ (k, n)`: the inner axes are equal."""
     first = 1 if ctx.name == "addmm" else 0
     a, b = ctx.value(first), ctx.value(first + 1)
-    (m, k), (_, n) = ctx.shape(first), ctx.shape(first + 1)
+    n = ctx.shape(first + 1)[1]
     _contract(trace, ctx, a, b, 1, 0)
     bias = ctx.value(0) if first else None
     use = _use(trace, a, b, (1, 0), 1, bias) or _use(trace, b, a, (0, 1), 0, bias)
     dims = [a.dims[0], b.dims[1]]
     if bias and bias.dims and ctx.shape(0)[-1] == n:
         trace.equal(dims[1], bias.dims[-1], "its bias is not cut")
-    trace.work.append(Work(ctx.name, trace.module(), use, 1.0, ((a.dims[0], m), (a.dims[1], k), (b.dims[1], n))))
+    trace.use = use
     return TracedValue(tuple(dims), (a.axes[0], b.axes[1]), a.weight and b.weight)
 
 
@@ -55,17 +54,16 @@ def bmm(trace: Trace, ctx: Context) -> Returned:
     """`(b, m, k) @ (b, k, n)`: batch and inner axes are equal."""
     first = 1 if ctx.name == "baddbmm" else 0
     a, b = ctx.value(first), ctx.value(first + 1)
-    (batch, m, k), n = ctx.shape(first), ctx.shape(first + 1)[2]
+    batch = ctx.shape(first)[0]
     outer = trace.equal(a.dims[0], b.dims[0], "it is the batch of a product with a tensor that is not cut")
     trace.ledger.batched += [*a.dims[0], *b.dims[0]]
     _contract(trace, ctx, a, b, 2, 1)
-    sizes = ((outer, batch), (a.dims[1], m), (a.dims[2], k), (b.dims[2], n))
     use = None
     if batch == 1 or _stack(b):
         use = _use(trace, a, b, (2, 1), 2, None)
     if use is None and (batch == 1 or _stack(a)):
         use = _use(trace, b, a, (1, 2), 1, None)
-    trace.work.append(Work(ctx.name, trace.module(), use, 1.0, sizes))
+    trace.use = use
     dims = [outer, a.dims[1], b.dims[2]]
     if first:
         for k_out, dim in enumerate(ctx.value(0).dims[-3:]):
@@ -86,7 +84,6 @@ def grouped_mm(trace: Trace, ctx: Context) -> Returned:
     a, b = ctx.value(0), ctx.value(1)
     if len(a.dims) != 2 or len(b.dims) != 3:
         return barrier(trace, ctx)
-    (tokens, k), (_, _, n) = ctx.shape(0), ctx.shape(1)
     _send(trace, ctx, b.dims[0])
     trace.role(b.axes[0], "out")
     _contract(trace, ctx, a, b, 1, 1)
@@ -94,7 +91,7 @@ def grouped_mm(trace: Trace, ctx: Context) -> Returned:
     if ctx.name == "_grouped_mm":
         for dim in (b.dims[1], b.dims[2]):
             trace.multiple(dim, 16 // ctx.args[1].element_size())
-    trace.work.append(Work(ctx.name, trace.module(), use, 1.0, ((WHOLE, tokens), (b.dims[1], k), (b.dims[2], n))))
+    trace.use = use
     return TracedValue.plain([WHOLE, b.dims[2]])
 
 
@@ -117,8 +114,6 @@ def vector_product(trace: Trace, ctx: Context) -> Returned:
         trace.role(a.axes[-1] if a.weight else b.axes[0], "in")
         if a.weight and len(a.dims) == 2:
             trace.role(a.axes[0], "out")
-    sizes = tuple(zip(a.dims, ctx.shape(0), strict=True))
-    trace.work.append(Work(ctx.name, trace.module(), None, 1.0, sizes))
     return TracedValue.plain(a.dims[:-1])
 
 
@@ -127,7 +122,7 @@ def convolution(trace: Trace, ctx: Context) -> Returned:
     """Input and output channels are coupled to those of the weight; groups lose equal numbers of channels."""
     x, w = ctx.value(0), ctx.value(1)
     transposed, groups = bool(ctx.args[6]), int(ctx.args[8])
-    shape, out = ctx.shape(1), ctx.outputs[0].shape
+    shape = ctx.shape(1)
     o, i = (1, 0) if transposed else (0, 1)
     batched = len(x.dims) == len(shape)
     channels = x.dims[1 if batched else 0]
@@ -141,13 +136,9 @@ def convolution(trace: Trace, ctx: Context) -> Returned:
     bias = ctx.value(2) if ctx.args[2] is not None else None
     if bias:
         trace.equal(outer, bias.dims[0], "its bias is not cut")
-    use = _convolution_use(trace, w, (o, i), groups, transposed, bias)
-    space = math.prod(ctx.shape(0)[2:] if transposed else out[2:]) * math.prod(shape[2:])
-    batch = x.dims[0] if batched else WHOLE
-    sizes = ((batch, out[0] if batched else 1), (w.dims[0], shape[0]), (w.dims[1], shape[1]))
-    trace.work.append(Work("convolution", trace.module(), use, float(space), sizes))
+    trace.use = _convolution_use(trace, w, (o, i), groups, transposed, bias)
     dims = [outer, *[WHOLE] * (len(shape) - 2)]
-    return TracedValue.plain([batch, *dims] if batched else dims)
+    return TracedValue.plain([x.dims[0], *dims] if batched else dims)
 
 
 def _grouped(trace: Trace, channels: Dim, w: TracedValue, shape: Sequence[int], groups: int, transposed: bool) -> Dim:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from prunella.graph.data import Role
 from prunella.graph.rules.pointwise import pointwise
-from prunella.graph.rules.registry import RULES, Context, Returned, Rule, flat, rule, same
+from prunella.graph.rules.registry import Context, Returned, Rule, flat, rule, same
 from prunella.graph.solve.labels import WHOLE, Reason
 from prunella.graph.trace.recorder import Trace, TracedValue
 
@@ -175,5 +175,4 @@ for _count, _names in {
     3: "max_pool3d_with_indices avg_pool3d adaptive_avg_pool3d _adaptive_avg_pool3d upsample_nearest3d "
     "upsample_trilinear3d",
 }.items():
-    for _operation in _names.split():
-        RULES[_operation] = _spatial(_count)
+    rule(*_names.split())(_spatial(_count))

@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 from prunella.graph.solve.labels import WHOLE
-from prunella.graph.trace.dataflow import pointwise
-from prunella.graph.trace.recorder import Trace, TracedValue
+from prunella.graph.trace.recorder import OPAQUE, Trace, TracedValue
+from prunella.graph.work import name_of, pointwise, positional, tensors_in, terms
 
 log = logging.getLogger(__name__)
 Returned = TracedValue | Sequence[TracedValue | None] | None
@@ -70,10 +70,11 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
 
 def apply_rule(trace: Trace, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
     """Apply the rule of an operation and record the values of its outputs."""
-    name = _name(func)
-    outputs = tuple(tensors_in(result))
-    trace.flow.note(name, pointwise(func), tensors_in([args, list(kwargs.values())]), list(outputs))
-    ctx = Context(trace, name, _positional(func, args, kwargs), outputs)
+    name = name_of(func)
+    outputs, arguments = tuple(tensors_in(result)), tensors_in([args, list(kwargs.values())])
+    trace.flow.note(name, pointwise(func), arguments, list(outputs))
+    trace.reads(name, arguments, outputs)
+    ctx = Context(trace, name, positional(func, args, kwargs), outputs)
     matching_rule = RULES.get(name) or (RULES["where"] if pointwise(func) else None)
     try:
         returned = matching_rule(trace, ctx) if matching_rule else barrier(trace, ctx)
@@ -87,6 +88,7 @@ def apply_rule(trace: Trace, func: Any, args: tuple[Any, ...], kwargs: dict[str,
             trace.values[tensor] = value
         elif tensor not in trace.values:
             trace.values[tensor] = TracedValue.plain([WHOLE] * tensor.dim())
+    trace.count(name, terms(func, args, kwargs, outputs), arguments)
     for table in (trace.numbers, trace.given):
         if name in _NUMBERS and outputs and isinstance(args[0], Tensor) and args[0] in table:
             table[outputs[0]] = table[args[0]]
@@ -99,27 +101,6 @@ _NUMBERS = frozenset(
 """Operations that move values without a change."""
 
 
-def _name(func: Any) -> str:
-    namespace, _, name = func._schema.name.partition("::")
-    return name.removesuffix("_") if namespace == "aten" else f"{namespace}.{name}"
-
-
-def _positional(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
-    """All arguments in the order of the schema, with defaults filled in."""
-    arguments = []
-    for k, argument in enumerate(func._schema.arguments):
-        default = argument.default_value if argument.has_default_value() else None
-        arguments.append(args[k] if k < len(args) else kwargs.get(argument.name, default))
-    return tuple(arguments)
-
-
-def tensors_in(tree: Any) -> list[Tensor]:
-    """The tensors in nested tuples and lists."""
-    if isinstance(tree, Tensor):
-        return [tree]
-    return [t for item in tree for t in tensors_in(item)] if isinstance(tree, tuple | list) else []
-
-
 def same(value: TracedValue) -> TracedValue:
     """A tensor with the same axes."""
     return TracedValue(value.dims, value.axes, value.weight)
@@ -127,12 +108,20 @@ def same(value: TracedValue) -> TracedValue:
 
 @rule("_barrier")
 def barrier(trace: Trace, ctx: Context) -> Returned:
-    """Freeze all axes of the inputs."""
-    trace.uncounted[ctx.name] = trace.uncounted.get(ctx.name, 0) + 1
+    """Freeze all axes of the inputs. What it computes from weights alone is a weight, frozen for the same reason."""
+    call = trace.call().name
+    text = f"the operation {ctx.name}{f' in {call}' if call in OPAQUE else ''} has no rule"
     for tensor in tensors_in(ctx.args):
         for dim in trace.value(tensor).dims:
-            trace.freeze(dim, f"the operation {ctx.name} has no rule")
-    return None
+            trace.freeze(dim, text)
+    return [_computed_weight(trace, tensor, text) if trace.sources.of(tensor) else None for tensor in ctx.outputs]
+
+
+def _computed_weight(trace: Trace, tensor: Tensor, text: str) -> TracedValue:
+    dims = tuple(trace.ledger.fresh(int(size)) for size in tensor.shape)
+    for dim in dims:
+        trace.freeze(dim, text)
+    return TracedValue(dims, (None,) * len(dims), True)
 
 
 def flat(items: Any) -> list[Any]:

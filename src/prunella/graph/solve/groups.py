@@ -16,9 +16,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import torch
 from torch import nn
 
-from prunella.errors import BadInput, PruningError
+from prunella.errors import BadInput, NotSupported, PruningError
 from prunella.graph.cut.macs import with_macs
 from prunella.graph.data import (
     Attribute,
@@ -42,6 +43,9 @@ from prunella.graph.solve.residual_blocks import add_stacks
 from prunella.graph.solve.size_attributes import freeze_unfollowed, solve
 from prunella.graph.solve.tokens import specials
 from prunella.graph.trace.recorder import Axis, Trace, Work, trace
+from prunella.model.forward import forward
+from prunella.model.state import untouched
+from prunella.model.traceable import check_traceable
 from prunella.model.unwrap import unwrap
 
 
@@ -51,20 +55,30 @@ def couple(model: nn.Module, inputs: Any) -> Graph:
     The model does not change. Raises `BadInput` if it does not run on the inputs.
     """
     model = unwrap(model)
+    check_traceable(model)
     try:
         record = trace(model, inputs, apply_rule)
     except PruningError:
         raise
     except Exception as error:
-        raise BadInput(
-            "the model does not run on the example inputs",
-            f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}",
-            "check the shape and the type of the inputs",
-        ) from error
+        raise _not_run(model, inputs, error) from error
     for work in record.work:
         for dim, _ in work.dims:
             record.ledger.single(dim)
     return replace(add_stacks(_graph(record), model, record.flow), specials=specials(model))
+
+
+def _not_run(model: nn.Module, inputs: Any, error: Exception) -> PruningError:
+    """The model's own error, or that it runs, but not while it is observed."""
+    why = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
+    try:
+        with untouched(model), torch.no_grad():
+            forward(model, inputs)
+    except Exception:
+        todo = "check the shape and the type of the inputs; model(inputs) raises the same without prunella"
+        return BadInput("the model does not run on the example inputs", why, todo)
+    what = "the model runs on the example inputs, but not while its operations are observed"
+    return NotSupported(what, why, "please report the model; --program, or as_program, may help")
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,17 +102,20 @@ def _graph(record: Trace) -> Graph:
         groups = _groups(equations, record)
     numbers = _number(equations, record, groups)
     layers = _layers(record.work)
-    costs = tuple(_cost(equations, work, numbers) for work in record.work if len(work.dims) > 1)
+    costs = tuple(_cost(equations, work, numbers) for work in record.work)
+    axes = tuple(_frozen(equations, record))
     extents = {name: _extents(equations, record, name, numbers) for name in record.tensors}
     return Graph(
         entities={name: _entity(record, name) for name in record.tensors},
         groups=groups,
-        frozen=tuple(_frozen(equations, record)),
+        frozen=(*axes, *_kept_parameters(equations, record, groups, axes)),
         layers=tuple(with_macs(layers, costs)),
         costs=costs,
         extents=extents,
         attributes=_attributes(equations, record, numbers),
-        uncounted=dict(sorted(record.uncounted.items())),
+        uncounted={name: unknown.calls for name, unknown in sorted(record.uncounted.items())},
+        hidden={name: tuple(sorted(unknown.reads)) for name, unknown in sorted(record.uncounted.items())},
+        readers=record.readers,
         unused=tuple(name for name in record.tensors if name not in record.axes and name in record.parameters),
         runs=tuple(_runs(equations, record, numbers)),
         numbered=tuple(_numbered(equations, record, numbers)),
@@ -153,7 +170,8 @@ def _extents(equations: Equations, record: Trace, name: str, numbers: _Numbers) 
 
 def _cost(equations: Equations, work: Work, numbers: _Numbers) -> Cost:
     extents = tuple(_extent(equations, dim, size, numbers) for dim, size in work.dims)
-    return Cost(work.op, work.module, work.use.entity if work.use else "", work.constant, extents)
+    layer = work.use.entity if work.use else ""
+    return Cost(work.op, work.module, layer, work.constant, extents, reads=work.reads)
 
 
 def _attributes(equations: Equations, record: Trace, numbers: _Numbers) -> tuple[Attribute, ...]:
@@ -174,7 +192,34 @@ def _frozen(equations: Equations, record: Trace) -> Iterator[Frozen]:
         kept = equations.stays(dim[0])
         if kept.any():
             reason = equations.reason(dim[0][kept])
-            yield Frozen(name, axis, int(kept.sum()), reason.text, reason.where, reason.kind)
+            where = reason.where or record.reader(name)[1]
+            yield Frozen(name, axis, int(kept.sum()), reason.text, where, reason.kind)
+
+
+def _kept_parameters(
+    equations: Equations, record: Trace, groups: Iterable[Group], axes: Iterable[Frozen]
+) -> Iterator[Frozen]:
+    """The other parameters of which nothing can go, one axis each."""
+    named = {member.entity for group in groups for member in group.members} | {entry.entity for entry in axes}
+    for name in record.tensors:
+        if name in record.parameters and name not in named:
+            yield _kept_parameter(equations, record, name)
+
+
+def _kept_parameter(equations: Equations, record: Trace, name: str) -> Frozen:
+    dims, shape = record.axes.get(name, ()), record.tensors[name].shape
+    operation, where = record.reader(name)
+    labelled = [k for k, dim in enumerate(dims) if dim]
+    axis = next((k for k in labelled if equations.stays(dims[k][0]).all()), labelled[0] if labelled else 0)
+    reason = Reason(f"{operation} reads it in a form that is not that of a layer", where)
+    if not operation:
+        reason = Reason("no operation of this run reads it")
+    elif not labelled:
+        reason = Reason(f"{operation} reads it, and no axis of it has several positions", where)
+    elif equations.stays(dims[axis][0]).all():
+        reason = equations.reason(dims[axis][0])
+    count = int(shape[axis]) if len(shape) else 1
+    return Frozen(name, axis, count, reason.text, reason.where or where, reason.kind)
 
 
 def _positions(equations: Equations, record: Trace) -> Iterator[tuple[str, int, Ints, Ints]]:

@@ -205,8 +205,3 @@ def watched(model: nn.Module, stack: list[str], flow: Flow) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-def pointwise(func: Any) -> bool:
-    """Whether an ATen operation works element by element."""
-    return torch.Tag.pointwise in func.tags

@@ -11,10 +11,9 @@ import logging
 import math
 import sys
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from types import FrameType
 from typing import Any
 
 import torch
@@ -26,8 +25,9 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from prunella.graph.data import Ints, ReasonKind, Role
 from prunella.graph.solve.labels import WHOLE, Dim, Ledger, Reason, Run, Soft
+from prunella.graph.sources import FORMS, Sources
 from prunella.graph.trace.dataflow import Flow, watched
-from prunella.graph.trace.source import GENERATED, LIBRARY, called, place, short
+from prunella.graph.trace.source import called, where
 from prunella.graph.trace.tracked_int import (
     Attr,
     Expression,
@@ -39,6 +39,7 @@ from prunella.graph.trace.tracked_int import (
     plain,
     tracked_attributes,
 )
+from prunella.graph.work import Term
 from prunella.model.forward import forward, tensors
 from prunella.model.state import untouched
 
@@ -96,13 +97,22 @@ class Use:
 
 @dataclass(frozen=True, eq=False)
 class Work:
-    """Multiply-adds of one operation: `constant` times the sizes of `dims`."""
+    """Multiply-adds of one operation: `constant` times the sizes of `dims`. reads: parameters behind its tensors."""
 
     op: str
     module: str
     use: Use | None
     constant: float
     dims: tuple[tuple[Dim, int], ...]
+    reads: tuple[str, ...] = ()
+
+
+@dataclass
+class Unknown:
+    """The calls of an operation whose work nobody knows, and the parameters that they read."""
+
+    calls: int = 0
+    reads: set[str] = field(default_factory=set)
 
 
 @dataclass
@@ -119,7 +129,13 @@ class Trace:
     roles: dict[Axis, Role] = field(default_factory=dict)
     links: list[Link] = field(default_factory=list)
     work: list[Work] = field(default_factory=list)
-    uncounted: dict[str, int] = field(default_factory=dict)
+    uncounted: dict[str, Unknown] = field(default_factory=dict)
+    operation: str = ""
+    """The name of the operation that is running."""
+    use: Use | None = None
+    """The layer of the running product, as its rule finds it."""
+    readers: dict[str, tuple[str, str]] = field(default_factory=dict)
+    """Parameter -> the first operation that computes with it, and its source location."""
     fixed: list[tuple[Attr, str]] = field(default_factory=list)
     decisions: list[tuple[SizeComparison, str]] = field(default_factory=list)
     modules: list[str] = field(default_factory=list)
@@ -135,6 +151,32 @@ class Trace:
     counts: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary)
     """Tensors with the number of choices of each position; zero for removed positions."""
     flow: Flow = field(default_factory=Flow)
+
+    def __post_init__(self) -> None:
+        self.sources = Sources(self.tensors, self.parameters)
+
+    def reads(self, name: str, arguments: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
+        """Record which parameters an operation reads, itself or in a form that is computed from them alone."""
+        self.operation = name
+        if self.sources.note(arguments, outputs) is None or name not in FORMS:
+            for parameter in self.sources.read(arguments) - self.readers.keys():
+                self.readers[parameter] = name, self.where()
+
+    def reader(self, parameter: str) -> tuple[str, str]:
+        """The first operation that computes with a parameter, and its source location; empty if there is none."""
+        return self.readers.get(parameter, ("", ""))
+
+    def count(self, name: str, terms: Sequence[Term] | None, arguments: Sequence[Tensor]) -> None:
+        """Record the multiply-adds of the operation that just ran; None: nobody knows them."""
+        use, self.use = self.use, None
+        if terms is None:
+            entry = self.uncounted.setdefault(name, Unknown())
+            entry.calls += 1
+            entry.reads |= self.sources.read(arguments)
+        for term in terms or ():
+            dims = tuple((self.value(tensor).dims[axis], int(tensor.shape[axis])) for tensor, axis in term.sizes)
+            reads = tuple(sorted(self.sources.read(term.tensors)))
+            self.work.append(Work(name, self.module(), use, float(term.constant), dims, reads))
 
     def value(self, tensor: Tensor) -> TracedValue:
         """The labels of a tensor. Parameters and buffers get labels on first use; unknown tensors are always kept."""
@@ -161,9 +203,11 @@ class Trace:
             self.ledger.freeze(dim, Reason(text, self.where(), kind=kind))
 
     def equal(self, first: Dim, second: Dim, text: str) -> Dim:
-        """Relate two dims position by position."""
+        """Relate two dims position by position. text: why the first is frozen if the second is not cut."""
         if first is second:
             return first
+        if second and not first:  # the text is about the first
+            text = f"it meets a tensor that is not cut in {self.operation}"
         return self.ledger.equal(first, second, Reason(text, self.where() if not (first and second) else ""))
 
     def along(self, tensor: Tensor, axis: int, soft: Soft, text: str) -> bool:
@@ -238,15 +282,7 @@ class Trace:
 
     def where(self) -> str:
         """`file:line` of the model's source that is running."""
-        frame: FrameType | None = sys._getframe(1)
-        while frame is not None:
-            path = frame.f_code.co_filename
-            if path.startswith(GENERATED):
-                return place(frame)
-            if not path.startswith(LIBRARY) and not path.startswith("<"):
-                return f"{short(path)}:{frame.f_lineno}"
-            frame = frame.f_back
-        return ""
+        return where(sys._getframe(1))
 
 
 def _storage_key(tensor: Tensor) -> tuple[Any, ...]:
@@ -283,7 +319,7 @@ class _Calls(TorchFunctionMode):
         try:
             self._leaks(name, args, kwargs)
             result = func(*bare(args), **bare(kwargs))
-            if name in _OPAQUE:
+            if name in OPAQUE:
                 self._freeze_all((args, kwargs, result), f"the sizes inside {name} are not visible")
             elif name in _NEEDS_DATA and args and isinstance(args[0], Tensor) and not args[0].numel():
                 self._freeze_all((args, kwargs, result), _UNSEEN)
@@ -334,7 +370,8 @@ class _Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        self.apply_rule(self.trace, func, args, kwargs, result)
+        with torch._C.DisableTorchFunction():  # calls from TorchScript leave the other mode active
+            self.apply_rule(self.trace, func, args, kwargs, result)
         return result
 
 
@@ -361,7 +398,7 @@ _NEEDS_DATA = frozenset("conv1d conv2d conv3d batch_norm instance_norm group_nor
 """Calls that torch computes differently for an empty batch, so that the record is not complete."""
 
 
-_OPAQUE = frozenset(
+OPAQUE = frozenset(
     "lstm gru rnn_tanh rnn_relu lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell multi_head_attention_forward "
     "_native_multi_head_attention _transformer_encoder_layer_fwd ctc_loss".split()
 )

@@ -19,8 +19,13 @@ from prunella.graph.trace.tracked_int import plain
 
 GENERATED = "<eval_with_key>"
 """Prefix of the file names of generated code."""
-LIBRARY = (f"{Path(torch.__file__).parent}{os.sep}", f"{Path(__file__).parents[1]}{os.sep}")
+_TORCH, _OWN = f"{Path(torch.__file__).parent}{os.sep}", f"{Path(__file__).parents[2]}{os.sep}"
+LIBRARY = (_TORCH, _OWN)
 """Folders of torch and of this package, which contain no source of a model."""
+_RUN = f"{_OWN}model{os.sep}forward.py"
+"""Where this package calls the model: what lies outside is not the model's source."""
+_PARTS = tuple(f"{_TORCH}{part}{os.sep}" for part in (f"nn{os.sep}modules", f"nn{os.sep}utils", f"ao{os.sep}nn"))
+"""Modules of torch: the place of a call in a model that is made of these alone."""
 _LINE = re.compile(r'File "([^"]+)", line (\d+)')
 
 
@@ -33,6 +38,24 @@ def called(func: Any) -> str:
 
 
 _SYMBOLIC = {"sym_size": "size", "sym_numel": "numel", "sym_stride": "stride"}
+
+
+def where(start: FrameType | None) -> str:
+    """`file:line` of the model's source that is running; of torch's module where no source of the model's own is."""
+    frame, part = start, ""
+    while frame is not None and frame.f_code.co_filename != _RUN:
+        path = frame.f_code.co_filename
+        if path.startswith(GENERATED):
+            return place(frame)
+        if not path.startswith(LIBRARY) and not path.startswith("<"):
+            return f"{short(path)}:{frame.f_lineno}"
+        if not part and path.startswith(_PARTS) and frame.f_code.co_name not in _CALLS:
+            part = f"{short(path)}:{frame.f_lineno}"
+        frame = frame.f_back
+    return part
+
+
+_CALLS = frozenset({"_call_impl", "_wrapped_call_impl", "__call__", "inner"})
 
 
 def place(frame: FrameType) -> str:

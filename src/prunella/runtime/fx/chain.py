@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
+from prunella.graph.work import is_counting
 from prunella.runtime.fx.fuse import SHAPE
 from prunella.runtime.kernels import chain as kernel_chain
 from prunella.runtime.kernels.chain import ChainStep, Prepared, Ready
@@ -66,7 +67,7 @@ class Chain(nn.Module):
     def _prepared(self, inputs: Sequence[Tensor], layers: Sequence[SparseConv2d]) -> Prepared | None:
         """The chain for these inputs; None where the layers have to run one by one."""
         with_grad = torch.is_grad_enabled()
-        if torch.is_autocast_enabled("cpu") or (with_grad and any(x.requires_grad for x in inputs)):
+        if is_counting() or torch.is_autocast_enabled("cpu") or (with_grad and any(x.requires_grad for x in inputs)):
             return None
         if not all(type(x) in PLAIN and x.dtype is torch.float32 and x.is_cpu and x.dim() == 4 for x in inputs):
             return None
