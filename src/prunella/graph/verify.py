@@ -14,16 +14,17 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from prunella.errors import CheckFailed, NotSupported
+from prunella.errors import CheckFailed, NotSupported, one_line
 from prunella.graph.cut.block_surgery import bypassed
 from prunella.graph.cut.changes import Along, Changes, changes
 from prunella.graph.cut.surgery import change_
 from prunella.graph.data import Graph
-from prunella.graph.solve.tokens import each, known_only, renumber
+from prunella.graph.solve.tokens import known_only, renumber
 from prunella.graph.trace.source import called
 from prunella.model.copying import copied
-from prunella.model.forward import forward, tensors
+from prunella.model.forward import outputs_of
 from prunella.model.state import untouched
+from prunella.model.trees import each
 from prunella.types import Keep
 
 TOLERANCE = 1e-9
@@ -271,10 +272,10 @@ _EPS = {"layer_norm": 1e-5}
 def _run(model: nn.Module, inputs: Any, along: Sequence[Along] = ()) -> list[Tensor]:
     try:
         with untouched(model), torch.no_grad(), _NoDownCast(), _Restricted(along):
-            return tensors(forward(model, inputs))
+            return outputs_of(model, inputs)
     except (RuntimeError, ValueError, AssertionError, LookupError, TypeError, AttributeError) as error:
         raise NotSupported(
             "the smaller model does not run",
-            f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}",
+            one_line(error),
             "a size in its source does not follow the cut; skip= excludes the layers that you name",
         ) from error

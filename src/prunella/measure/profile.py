@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from prunella.measure.clock import now
-from prunella.model.forward import forward, tensors
+from prunella.model.forward import forward
 from prunella.model.state import mode
+from prunella.model.trees import tensors
 from prunella.types import Inputs
 
 OTHER = "(between layers)"

@@ -15,8 +15,9 @@ from prunella.measure.count import compression, macs_by_module, measured_macs
 from prunella.measure.profile import peak_memory
 from prunella.measure.text import byte_size
 from prunella.measure.timing import Comparison, compare_latency
-from prunella.model.forward import forward, tensors
+from prunella.model.forward import forward
 from prunella.model.state import mode
+from prunella.model.trees import tensors
 from prunella.model.unwrap import unwrap
 from prunella.registry.method import metric
 from prunella.types import Inputs

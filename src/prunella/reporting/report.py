@@ -25,8 +25,9 @@ from prunella.measure.count import count, macs_by_module
 from prunella.measure.profile import peak_memory, time_by_layer
 from prunella.measure.text import byte_size, duration, percent, short_count, significant, table
 from prunella.measure.timing import Comparison, compare_latency
-from prunella.model.forward import forward, tensors
+from prunella.model.forward import forward, outputs_of
 from prunella.model.state import mode
+from prunella.model.trees import tensors
 from prunella.model.unwrap import unwrap
 from prunella.planning.plan import Plan
 from prunella.reporting.section import Section
@@ -240,7 +241,7 @@ def report(
             rounds=rounds,
             device=str(_device(dense)),
         )
-        outputs = [[t.cpu() for t in tensors(forward(model, inputs))] for model in (dense, small)]
+        outputs = [[t.cpu() for t in outputs_of(model, inputs)] for model in (dense, small)]
     dense, small = unwrap(dense), unwrap(small)
     seconds = time_by_layer({"dense": dense, "pruned": small}, inputs)
     macs = macs_by_module(dense, inputs), macs_by_module(small, inputs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -10,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from prunella.errors import RequestError
-from prunella.model.forward import tensors
+from prunella.model.trees import each, tensors
 
 Dropped = Mapping[str, tuple[str, ...]]
 
@@ -108,15 +109,8 @@ def _bypass(block: nn.Module) -> list[Any]:
 
 def swap(tree: Any, new: Tensor) -> Any:
     """The tree with `new` in place of its first tensor."""
-    if isinstance(tree, Tensor):
-        return new
-    if isinstance(tree, Mapping):
-        key = next(k for k, value in tree.items() if tensors(value))
-        swapped: Any = {**tree, key: swap(tree[key], new)}
-        return swapped if type(tree) is dict else type(tree)(**swapped)
-    k = next(k for k, value in enumerate(tree) if tensors(value))
-    items = [*tree[:k], swap(tree[k], new), *tree[k + 1 :]]
-    return type(tree)(*items) if hasattr(tree, "_fields") else type(tree)(items)
+    count = itertools.count()
+    return each(tree, lambda tensor: tensor if next(count) else new)
 
 
 def _deepest_first(dropped: Dropped) -> list[tuple[str, tuple[str, ...]]]:

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from prunella.errors import BadInput, PruningError
+from prunella.errors import BadInput, PruningError, one_line
 from prunella.graph.cut.macs import with_macs
 from prunella.graph.data import (
     Attribute,
@@ -41,7 +41,8 @@ from prunella.graph.solve.labels import Dim, Reason
 from prunella.graph.solve.residual_blocks import add_stacks
 from prunella.graph.solve.size_attributes import freeze_unfollowed, solve
 from prunella.graph.solve.tokens import specials
-from prunella.graph.trace.recorder import Axis, Trace, Work, trace
+from prunella.graph.trace.recorder import Axis, Trace, Work
+from prunella.graph.trace.training import trace_modes
 from prunella.model.unwrap import unwrap
 
 
@@ -52,19 +53,20 @@ def couple(model: nn.Module, inputs: Any) -> Graph:
     """
     model = unwrap(model)
     try:
-        record = trace(model, inputs, apply_rule)
+        record = trace_modes(model, inputs, apply_rule)
     except PruningError:
         raise
     except Exception as error:
         raise BadInput(
             "the model does not run on the example inputs",
-            f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}",
+            one_line(error),
             "check the shape and the type of the inputs",
         ) from error
     for work in record.work:
         for dim, _ in work.dims:
             record.ledger.single(dim)
-    return replace(add_stacks(_graph(record), model, record.flow), specials=specials(model))
+    graph = add_stacks(_graph(record), model, record.flow)
+    return replace(graph, specials=specials(model), untried=record.untried)
 
 
 @dataclass(frozen=True, eq=False)

@@ -39,8 +39,8 @@ from prunella.graph.trace.tracked_int import (
     plain,
     tracked_attributes,
 )
-from prunella.model.forward import forward, tensors
-from prunella.model.state import untouched
+from prunella.model.forward import forward, returned, states
+from prunella.model.trees import own, tensors
 
 log = logging.getLogger(__name__)
 Axis = tuple[str, int]
@@ -135,6 +135,8 @@ class Trace:
     counts: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary)
     """Tensors with the number of choices of each position; zero for removed positions."""
     flow: Flow = field(default_factory=Flow)
+    untried: str = ""
+    """Why the model did not run in training mode, where its source has branches for this mode."""
 
     def value(self, tensor: Tensor) -> TracedValue:
         """The labels of a tensor. Parameters and buffers get labels on first use; unknown tensors are always kept."""
@@ -278,6 +280,8 @@ class _Calls(TorchFunctionMode):
         if name in _LEAVES_TORCH and args and isinstance(args[0], Tensor):
             for dim in self.trace.value(args[0]).dims:
                 self.trace.freeze(dim, f"{name.strip('_')} takes it out of the tensors")
+        if name in _DROPOUTS and _drops(args, kwargs):
+            return args[0]  # a mask of any positions: the axes are the same
         self.trace.calls.append(Call(name, args, kwargs, self.count[name]))
         self.count[name] += 1
         try:
@@ -356,6 +360,18 @@ _LEAVES_TORCH = frozenset("numpy tolist item __array__ __float__ __int__ __bool_
 """Calls that turn values or sizes into plain Python, where no cut can follow."""
 
 
+_DROPOUTS = frozenset(
+    "dropout dropout_ dropout1d dropout2d dropout3d feature_dropout feature_dropout_ alpha_dropout alpha_dropout_ "
+    "feature_alpha_dropout feature_alpha_dropout_".split()
+)
+
+
+def _drops(args: Any, kwargs: Mapping[str, Any]) -> bool:
+    """Whether a call of a dropout, `(input, p, training)`, draws a mask."""
+    tensor_first = bool(args) and isinstance(args[0], Tensor)
+    return tensor_first and bool(args[2] if len(args) > 2 else kwargs.get("training", kwargs.get("train", True)))
+
+
 _UNSEEN = "nothing passed through it: the example gives it an empty batch"
 _NEEDS_DATA = frozenset("conv1d conv2d conv3d batch_norm instance_norm group_norm".split())
 """Calls that torch computes differently for an empty batch, so that the record is not complete."""
@@ -381,29 +397,32 @@ def _entities(model: nn.Module) -> tuple[dict[str, tuple[str, ...]], dict[str, T
     return {first[k]: tuple(v) for k, v in names.items()}, {first[k]: t for k, t in by_id.items()}, kinds
 
 
-def trace(model: nn.Module, inputs: Any, apply_rule: Callable[..., None]) -> Trace:
-    """Run `model` on `inputs` once and record. All positions of inputs and outputs are kept."""
+def trace(
+    model: nn.Module, inputs: Any, apply_rule: Callable[..., None], start: int
+) -> tuple[Trace, list[Tensor], list[Tensor]]:
+    """Run `model` on a copy of `inputs` once and record. All positions of inputs are kept.
+
+    start: number of the first atom. Returns also the outputs, and the tensors of states that the model hands on. The
+    outputs are taken as long as the modes observe the run: an output may compute its tensors when they are asked for.
+    """
     names, entities, parameters = _entities(model)
-    record = Trace(names, entities, parameters)
+    record = Trace(names, entities, parameters, Ledger(start))
     for name, tensor in entities.items():
         record.aliases[_storage_key(tensor)] = name
+    inputs = own(inputs)
     record.flow.start(inputs)
     for number, tensor in enumerate(tensors(inputs)):
         record.values[tensor] = TracedValue.plain([WHOLE] * tensor.dim())
         if not tensor.is_floating_point():
             record.given[tensor] = number
     with ExitStack() as stack:
-        stack.enter_context(untouched(model))
         stack.enter_context(torch.no_grad())
         stack.enter_context(watched(model, record.modules, record.flow))
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         stack.enter_context(tracked_attributes(model, record.leak))
         stack.enter_context(_Operations(record, apply_rule))
         stack.enter_context(_Calls(record))
-        output = forward(model, inputs)
-    record.flow.finish(output)
-    for number, tensor in enumerate(tensors(output)):
-        for axis, dim in enumerate(record.value(tensor).dims):
-            record.ledger.freeze(dim, Reason("it is an output of the model", soft="output" if len(dim) == 1 else ""))
-            record.outputs += [(number, axis, layer) for layer in dim if len(dim) == 1]
-    return record
+        output = forward(model, inputs, copy=False)
+        outputs = returned(model, output)
+    record.flow.finish(outputs)
+    return record, outputs, tensors([states(model, output), states(model, inputs)])

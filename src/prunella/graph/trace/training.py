@@ -1,0 +1,129 @@
+"""Both modes of a model, evaluation and training, in one record, and the outputs of both."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from prunella.errors import NotSupported, one_line
+from prunella.graph.solve.labels import Reason
+from prunella.graph.trace.kept import kept_on, outliving
+from prunella.graph.trace.recorder import Trace, trace
+from prunella.graph.trace.source import LIBRARY
+from prunella.model.state import untouched
+
+
+def trace_modes(model: nn.Module, inputs: Any, apply_rule: Callable[..., None]) -> Trace:
+    """The record of a run in evaluation mode, and of one in training mode if the model's source asks for the mode.
+
+    Outputs of either mode are kept. If the model does not run in training mode, `Trace.untried` says why. Errors:
+    NotSupported if the model returns no tensor of numbers, and those of the model.
+    """
+    with untouched(model), training_flags(model, training=False) as readers:
+        record, outputs, handed_on = trace(model, inputs, apply_rule, 1)
+        kept = _keep_outputs(record, model, outputs, handed_on, "it is an output of the model")
+        check_numbers([*outputs, *kept])
+        record.outputs = [
+            (number, axis, dim[0])
+            for number, tensor in enumerate(outputs)
+            for axis, dim in enumerate(record.value(tensor).dims)
+            if len(dim) == 1
+        ]
+    if readers:
+        _add_training(record, model, inputs, apply_rule)
+    return record
+
+
+def _add_training(record: Trace, model: nn.Module, inputs: Any, apply_rule: Callable[..., None]) -> None:
+    try:
+        with untouched(model), training_flags(model, training=True):
+            other, outputs, handed_on = trace(model, inputs, apply_rule, record.ledger.size)
+            _keep_outputs(other, model, outputs, handed_on, "it is an output of the model in training mode")
+    except Exception as error:  # a model may need targets, or a larger batch, and raise anything
+        record.untried = one_line(error)
+    else:
+        join_modes(record, other)
+
+
+def _keep_outputs(
+    record: Trace, model: nn.Module, outputs: list[Tensor], handed_on: list[Tensor], text: str
+) -> list[Tensor]:
+    """Freeze the outputs, and what outlives the run. Returns the latter."""
+    for tensor in outputs:
+        for dim in record.value(tensor).dims:
+            record.ledger.freeze(dim, Reason(text, soft="output" if len(dim) == 1 else ""))
+    kept = outliving(record, model, [*outputs, *handed_on])
+    for tensor, reason in kept:
+        for dim in record.value(tensor).dims:
+            record.ledger.freeze(dim, Reason(reason))
+    return [*(tensor for tensor, _ in kept), *kept_on(model).values()]
+
+
+def check_numbers(outputs: Sequence[Tensor]) -> None:
+    """Errors: NotSupported without a floating-point or complex tensor, since a cut could not be verified."""
+    if any(tensor.is_floating_point() or tensor.is_complex() for tensor in outputs):
+        return
+    others = ", ".join(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in outputs}))
+    raise NotSupported(
+        "a cut of this model could not be verified",
+        f"the model returns tensors of {others} alone" if others else "the model returns no tensor",
+        "return the scores too, in a container, a dataclass or any object",
+    )
+
+
+@contextmanager
+def training_flags(model: nn.Module, *, training: bool) -> Iterator[list[str]]:
+    """Inside, all modules have this flag. The list names the modules that ask for it outside torch's own layers.
+
+    The flags are set one by one: `train()` of a module may do anything, such as merge weights. While a module has no
+    attribute `training`, its class is asked, and the line that asks is known.
+    """
+    readers: list[str] = []
+    paths = {id(module): path for path, module in model.named_modules()}
+    known = [module for module in model.modules() if "training" in vars(module)]
+    hidden = {id(module) for module in known if type(module).__getattr__ is nn.Module.__getattr__}
+    readers += [paths[id(module)] for module in model.modules() if id(module) not in hidden]
+    missing = nn.Module.__getattr__
+
+    def asked(module: nn.Module, name: str) -> Any:
+        if name != "training" or id(module) not in hidden:
+            return missing(module, name)
+        if not sys._getframe(1).f_code.co_filename.startswith(LIBRARY):
+            readers.append(paths[id(module)])
+        return training
+
+    for module in known:
+        module.training = training
+        if id(module) in hidden:
+            del vars(module)["training"]
+    nn.Module.__getattr__ = asked  # type: ignore[method-assign, assignment]
+    try:
+        yield readers
+    finally:
+        nn.Module.__getattr__ = missing  # type: ignore[method-assign]
+        for module in known:
+            vars(module).setdefault("training", training)
+
+
+def join_modes(record: Trace, other: Trace) -> None:
+    """Add to `record` what holds in the other mode: equal and frozen positions, sizes and branches.
+
+    The atoms of `other` are numbered after those of `record`. Multiply-adds, calls along units and residual blocks stay
+    those of `record`.
+    """
+    ours, theirs = record.ledger, other.ledger
+    ours.size = theirs.size
+    for field in ("edges", "ands", "frozen", "batched", "multiples", "min_units"):
+        getattr(ours, field).extend(getattr(theirs, field))
+    for name, dims in other.axes.items():
+        known = record.axes.setdefault(name, dims)
+        ours.edges += [(a[0], b[0]) for a, b in zip(known, dims, strict=True) if a and a is not b]
+    for axis, role in other.roles.items():
+        record.role(axis, role)
+    record.links += other.links
+    record.fixed += other.fixed
+    record.decisions += other.decisions
