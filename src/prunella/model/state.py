@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from functools import partial
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -43,21 +45,37 @@ def untouched(model: nn.Module, seed: int | None = None) -> Iterator[None]:
     """Run the body with `model` in evaluation mode, then restore all changes bit for bit, also after errors.
 
     Restored: training flags; buffers (running statistics, also where the model replaces them); plain attributes, and
-    the content of dictionaries, lists, sets and tensors among them (caches, hooks); `requires_grad` and `.grad` of
-    parameters; the random number generators of torch, CUDA, numpy and Python. Not restored: values of parameters.
+    the content of dictionaries, lists, sets, tensors, generators and plain objects among them (caches, hooks);
+    `requires_grad` and `.grad` of parameters; the random number generators of torch, CUDA, numpy and Python. Not
+    restored: values of parameters, but for modules with a `train` of their own, which may merge weights.
+    The body runs outside `torch.inference_mode()`, so that the record and gradients work there too.
 
     seed: of all generators in the body, so that a shuffling loader repeats its batches; None: not seeded.
     """
     with ExitStack() as stack:
+        stack.enter_context(outside_inference())
         stack.enter_context(seeded(seed))
         stack.enter_context(_without_fast_path())
         for parameter in model.parameters():
             stack.callback(_gradient(parameter))
-        for undo in (*_buffers(model), *_attributes(model)):
+        for undo in (*_buffers(model), *_attributes(model), *_switched(model)):
             stack.callback(undo)
         for module in model.modules():
             stack.callback(setattr, module, "training", module.training)
         model.eval()
+        yield
+
+
+def outside_inference() -> AbstractContextManager[Any]:
+    """Inside, new tensors allow gradients, also where the caller is in `torch.inference_mode()`."""
+    return torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext()  # type: ignore[no-untyped-call]
+
+
+@contextmanager
+def writable(tensor: Tensor) -> Iterator[None]:
+    """Inside, the values of a tensor can be written, also if it was made in `torch.inference_mode()`."""
+    guard = torch.inference_mode() if tensor.is_inference() else nullcontext()  # type: ignore[no-untyped-call]
+    with guard, torch.no_grad():
         yield
 
 
@@ -89,7 +107,8 @@ def _gradient(parameter: nn.Parameter) -> Undo:
     required, grad = parameter.requires_grad, parameter.grad
 
     def undo() -> None:
-        parameter.requires_grad_(required)
+        if parameter.requires_grad != required:  # tensors of the inference mode refuse to be set at all
+            parameter.requires_grad_(required)
         parameter.grad = grad
 
     parameter.grad = None  # so that a backward pass does not add to the caller's
@@ -103,6 +122,12 @@ def _buffers(model: nn.Module) -> list[Undo]:
         for name, buffer in module._buffers.items()
         if buffer is not None
     ]
+
+
+def _switched(model: nn.Module) -> list[Undo]:
+    """Undo what a `train` of the user's writes into parameters."""
+    own_train = [module for module in model.modules() if type(module).train is not nn.Module.train]
+    return [_value_of(parameter) for module in own_train for parameter in module.parameters()]
 
 
 def _buffer(module: nn.Module, name: str, buffer: Tensor) -> Undo:
@@ -122,8 +147,8 @@ def _value_of(tensor: Tensor | None) -> Undo:
     before = tensor.detach().clone()
 
     def undo() -> None:
-        with torch.no_grad():
-            if not _equal(tensor, before):
+        if not _equal(tensor, before):
+            with writable(tensor):
                 tensor.copy_(before)
 
     return undo
@@ -145,15 +170,27 @@ def _plain(attributes: dict[str, Any]) -> Undo:
     before = {key: value for key, value in attributes.items() if key not in _MACHINERY}
     contents = [_content_of(value) for value in before.values() if type(value) in _CONTAINERS]
     values = [_value_of(value) for value in before.values() if isinstance(value, Tensor)]
+    objects = [_content_of(vars(value)) for value in before.values() if _is_plain_object(value)]
+    generators = [_state_of(value) for value in before.values() if isinstance(value, torch.Generator)]
 
     def undo() -> None:
         for key in [key for key in attributes if key not in before and key not in _MACHINERY]:
             del attributes[key]
         attributes.update(before)
-        for restore in (*contents, *values):
+        for restore in (*contents, *values, *objects, *generators):
             restore()
 
     return undo
+
+
+def _is_plain_object(value: object) -> bool:
+    """An object that holds attributes, such as a configuration or a record of features."""
+    excluded = isinstance(value, nn.Module | Tensor | type | ModuleType) or callable(value)
+    return not excluded and type(getattr(value, "__dict__", None)) is dict
+
+
+def _state_of(generator: torch.Generator) -> Undo:
+    return partial(generator.set_state, generator.get_state())
 
 
 def _content_of(container: Any) -> Undo:

@@ -96,12 +96,15 @@ def checked_target(granularities: tuple[Granularity, ...], target: Target | None
     return target
 
 
+@torch.no_grad()
 def check_finite(model: nn.Module) -> None:
     """Errors: BadInput that names the first tensor with NaN or infinity, or without values."""
     for name, tensor in model.named_parameters():
         if tensor.is_meta:
             raise BadInput(f"{name} has no values", "it is on the meta device", "load the weights first")
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        if not tensor.is_floating_point() and not tensor.is_complex():
+            continue
+        if not bool(torch.isfinite(tensor).all()):
             bad = int((~torch.isfinite(tensor)).sum())
             raise BadInput(f"{name} has {bad} values that are not finite", "NaN or infinity", "check the checkpoint")
     for name, buffer in model.named_buffers():

@@ -1,4 +1,4 @@
-"""Tensors that outlive a run: kept on a module, in a hook, in an argument or outside the model, where others read them."""
+"""Tensors that outlive a run: on a module, in a hook, in an argument or outside the model, where others read them."""
 
 from __future__ import annotations
 

@@ -25,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from prunella.graph.data import Ints, ReasonKind, Role
+from prunella.graph.noise import drops
 from prunella.graph.solve.labels import WHOLE, Dim, Ledger, Reason, Run, Soft
 from prunella.graph.trace.dataflow import Flow, watched
 from prunella.graph.trace.source import GENERATED, LIBRARY, called, place, short
@@ -280,7 +281,7 @@ class _Calls(TorchFunctionMode):
         if name in _LEAVES_TORCH and args and isinstance(args[0], Tensor):
             for dim in self.trace.value(args[0]).dims:
                 self.trace.freeze(dim, f"{name.strip('_')} takes it out of the tensors")
-        if name in _DROPOUTS and _drops(args, kwargs):
+        if drops(name, args, kwargs):
             return args[0]  # a mask of any positions: the axes are the same
         self.trace.calls.append(Call(name, args, kwargs, self.count[name]))
         self.count[name] += 1
@@ -360,18 +361,6 @@ _LEAVES_TORCH = frozenset("numpy tolist item __array__ __float__ __int__ __bool_
 """Calls that turn values or sizes into plain Python, where no cut can follow."""
 
 
-_DROPOUTS = frozenset(
-    "dropout dropout_ dropout1d dropout2d dropout3d feature_dropout feature_dropout_ alpha_dropout alpha_dropout_ "
-    "feature_alpha_dropout feature_alpha_dropout_".split()
-)
-
-
-def _drops(args: Any, kwargs: Mapping[str, Any]) -> bool:
-    """Whether a call of a dropout, `(input, p, training)`, draws a mask."""
-    tensor_first = bool(args) and isinstance(args[0], Tensor)
-    return tensor_first and bool(args[2] if len(args) > 2 else kwargs.get("training", kwargs.get("train", True)))
-
-
 _UNSEEN = "nothing passed through it: the example gives it an empty batch"
 _NEEDS_DATA = frozenset("conv1d conv2d conv3d batch_norm instance_norm group_norm".split())
 """Calls that torch computes differently for an empty batch, so that the record is not complete."""
@@ -397,18 +386,34 @@ def _entities(model: nn.Module) -> tuple[dict[str, tuple[str, ...]], dict[str, T
     return {first[k]: tuple(v) for k, v in names.items()}, {first[k]: t for k, t in by_id.items()}, kinds
 
 
-def trace(
-    model: nn.Module, inputs: Any, apply_rule: Callable[..., None], start: int
-) -> tuple[Trace, list[Tensor], list[Tensor]]:
-    """Run `model` on a copy of `inputs` once and record. All positions of inputs are kept.
+@dataclass(frozen=True)
+class TracedRun:
+    """A run and its record, as long as what it made exists. inputs: the copy that the model had, and may have filled.
 
-    start: number of the first atom. Returns also the outputs, and the tensors of states that the model hands on. The
-    outputs are taken as long as the modes observe the run: an output may compute its tensors when they are asked for.
+    handed_on: tensors of states that the model hands on to its next run.
     """
+
+    record: Trace
+    inputs: Any
+    outputs: list[Tensor]
+    handed_on: list[Tensor]
+
+
+def new_record(model: nn.Module, start: int = 1) -> Trace:
+    """An empty record. start: number of its first atom."""
     names, entities, parameters = _entities(model)
     record = Trace(names, entities, parameters, Ledger(start))
     for name, tensor in entities.items():
         record.aliases[_storage_key(tensor)] = name
+    return record
+
+
+def trace(record: Trace, model: nn.Module, inputs: Any, apply_rule: Callable[..., None]) -> TracedRun:
+    """Run `model` on a copy of `inputs` once and record. All positions of inputs are kept.
+
+    The outputs are taken as long as the modes observe the run: an output may compute its tensors when they are asked
+    for. Errors: those of the model; the record then ends where the run did.
+    """
     inputs = own(inputs)
     record.flow.start(inputs)
     for number, tensor in enumerate(tensors(inputs)):
@@ -425,4 +430,4 @@ def trace(
         output = forward(model, inputs, copy=False)
         outputs = returned(model, output)
     record.flow.finish(outputs)
-    return record, outputs, tensors([states(model, output), states(model, inputs)])
+    return TracedRun(record, inputs, outputs, tensors([states(model, output), states(model, inputs)]))

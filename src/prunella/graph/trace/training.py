@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from prunella.errors import NotSupported, one_line
 from prunella.graph.solve.labels import Reason
 from prunella.graph.trace.kept import kept_on, outliving
-from prunella.graph.trace.recorder import Trace, trace
+from prunella.graph.trace.recorder import Trace, TracedRun, new_record, trace
 from prunella.graph.trace.source import LIBRARY
 from prunella.model.state import untouched
 
@@ -24,43 +24,53 @@ def trace_modes(model: nn.Module, inputs: Any, apply_rule: Callable[..., None]) 
     NotSupported if the model returns no tensor of numbers, and those of the model.
     """
     with untouched(model), training_flags(model, training=False) as readers:
-        record, outputs, handed_on = trace(model, inputs, apply_rule, 1)
-        kept = _keep_outputs(record, model, outputs, handed_on, "it is an output of the model")
-        check_numbers([*outputs, *kept])
+        run = trace(new_record(model), model, inputs, apply_rule)
+        record, kept = run.record, _keep_outputs(run, model, "it is an output of the model")
+        check_numbers([*run.outputs, *kept])
         record.outputs = [
             (number, axis, dim[0])
-            for number, tensor in enumerate(outputs)
+            for number, tensor in enumerate(run.outputs)
             for axis, dim in enumerate(record.value(tensor).dims)
             if len(dim) == 1
         ]
+        del run  # and with it all that the run made
     if readers:
         _add_training(record, model, inputs, apply_rule)
     return record
 
 
 def _add_training(record: Trace, model: nn.Module, inputs: Any, apply_rule: Callable[..., None]) -> None:
-    try:
-        with untouched(model), training_flags(model, training=True):
-            other, outputs, handed_on = trace(model, inputs, apply_rule, record.ledger.size)
-            _keep_outputs(other, model, outputs, handed_on, "it is an output of the model in training mode")
-    except Exception as error:  # a model may need targets, or a larger batch, and raise anything
-        record.untried = one_line(error)
-    else:
-        join_modes(record, other)
+    with untouched(model), training_flags(model, training=True):
+        other = new_record(model, record.ledger.size)
+        try:
+            run = trace(other, model, inputs, apply_rule)
+            _keep_outputs(run, model, "it is an output of the model in training mode")
+        except Exception as error:  # a model may need targets, or a larger batch, and raise anything
+            record.untried = one_line(error)
+            _keep_unread(record, other)
+    join_modes(record, other)
 
 
-def _keep_outputs(
-    record: Trace, model: nn.Module, outputs: list[Tensor], handed_on: list[Tensor], text: str
-) -> list[Tensor]:
+def _keep_outputs(run: TracedRun, model: nn.Module, text: str) -> list[Tensor]:
     """Freeze the outputs, and what outlives the run. Returns the latter."""
-    for tensor in outputs:
+    record = run.record
+    for tensor in run.outputs:
         for dim in record.value(tensor).dims:
             record.ledger.freeze(dim, Reason(text, soft="output" if len(dim) == 1 else ""))
-    kept = outliving(record, model, [*outputs, *handed_on])
+    kept = outliving(record, model, [*run.outputs, *run.handed_on])
     for tensor, reason in kept:
         for dim in record.value(tensor).dims:
             record.ledger.freeze(dim, Reason(reason))
     return [*(tensor for tensor, _ in kept), *kept_on(model).values()]
+
+
+def _keep_unread(record: Trace, other: Trace) -> None:
+    """Freeze what the weights of an incomplete training mode produce: nobody saw who reads it."""
+    for name, dims in other.axes.items():
+        if name not in record.axes:
+            for axis, dim in enumerate(dims):
+                if other.roles.get((name, axis)) != "in":
+                    other.ledger.freeze(dim, Reason("the training mode did not run to its end"))
 
 
 def check_numbers(outputs: Sequence[Tensor]) -> None:
@@ -77,10 +87,11 @@ def check_numbers(outputs: Sequence[Tensor]) -> None:
 
 @contextmanager
 def training_flags(model: nn.Module, *, training: bool) -> Iterator[list[str]]:
-    """Inside, all modules have this flag. The list names the modules that ask for it outside torch's own layers.
+    """Inside, all modules have this flag for the source outside of torch. The list names the modules that ask for it.
 
     The flags are set one by one: `train()` of a module may do anything, such as merge weights. While a module has no
-    attribute `training`, its class is asked, and the line that asks is known.
+    attribute `training`, its class is asked, and the line that asks is known. Layers of torch itself stay in evaluation
+    mode, in which a batch norm takes any batch.
     """
     readers: list[str] = []
     paths = {id(module): path for path, module in model.named_modules()}
@@ -92,8 +103,9 @@ def training_flags(model: nn.Module, *, training: bool) -> Iterator[list[str]]:
     def asked(module: nn.Module, name: str) -> Any:
         if name != "training" or id(module) not in hidden:
             return missing(module, name)
-        if not sys._getframe(1).f_code.co_filename.startswith(LIBRARY):
-            readers.append(paths[id(module)])
+        if sys._getframe(1).f_code.co_filename.startswith(LIBRARY):
+            return False  # torch's own layers have the same axes in both modes
+        readers.append(paths[id(module)])
         return training
 
     for module in known:
