@@ -5,10 +5,12 @@
 
 from __future__ import annotations
 
+import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -20,6 +22,8 @@ from prunella.model.rng import seeded
 _MACHINERY = frozenset({"_parameters", "_buffers", "_modules", "training"})
 _CONTAINERS = frozenset({dict, list, set, OrderedDict})
 """Types of attributes whose content is restored; hooks are in an `OrderedDict`."""
+
+_TORCH = str(Path(torch.__file__).parent)
 
 Undo = Callable[[], None]
 
@@ -38,6 +42,42 @@ def mode(model: nn.Module, *, training: bool) -> Iterator[nn.Module]:
     finally:
         for module, flag in flags:
             module.training = flag
+
+
+@contextmanager
+def training_flags(model: nn.Module, *, training: bool) -> Iterator[list[str]]:
+    """Inside, all modules have this flag for the source outside of torch. The list names the modules that ask for it.
+
+    The flags are set one by one: `train()` of a module may do anything, such as merge weights. While a module has no
+    attribute `training`, its class is asked, and the line that asks is known. Layers of torch itself stay in evaluation
+    mode, in which a batch norm takes any batch.
+    """
+    readers: list[str] = []
+    paths = {id(module): path for path, module in model.named_modules()}
+    known = [module for module in model.modules() if "training" in vars(module)]
+    hidden = {id(module) for module in known if type(module).__getattr__ is nn.Module.__getattr__}
+    readers += [paths[id(module)] for module in model.modules() if id(module) not in hidden]
+    missing = nn.Module.__getattr__
+
+    def asked(module: nn.Module, name: str) -> Any:
+        if name != "training" or id(module) not in hidden:
+            return missing(module, name)
+        if sys._getframe(1).f_code.co_filename.startswith(_TORCH):
+            return False  # torch's own layers have the same axes in both modes
+        readers.append(paths[id(module)])
+        return training
+
+    for module in known:
+        module.training = training
+        if id(module) in hidden:
+            del vars(module)["training"]
+    nn.Module.__getattr__ = asked  # type: ignore[method-assign, assignment]
+    try:
+        yield readers
+    finally:
+        nn.Module.__getattr__ = missing  # type: ignore[method-assign]
+        for module in known:
+            vars(module).setdefault("training", training)
 
 
 @contextmanager

@@ -43,7 +43,7 @@ _ATOMS = (
 _PLAIN = frozenset({dict, list, tuple, set, frozenset})
 Done = dict[int, tuple[Any, Any]]
 
-_ENDLESS = 100_000
+_ENDLESS = 2_000
 """An iterator of more items is taken for endless."""
 
 
@@ -161,10 +161,13 @@ def _rebuilt(value: Any, change: Callable[[Tensor], Tensor], done: Done, *, agai
     other_items = any(a is not b for a, b in zip(old_items, new_items, strict=True))
     if not other_items and all(old_own[name] is new_own[name] for name in old_own):
         return value
-    rebuilt = _with_items(value, new_items) if other_items else copy.copy(value)
-    for name, item in new_own.items() if rebuilt is not value else ():
-        if item is not old_own[name]:
-            set_attribute(rebuilt, name, item)
+    own_changed = {name: item for name, item in new_own.items() if item is not old_own[name]}
+    if not own_changed or isinstance(value, MutableMapping | tuple | list):
+        rebuilt = _with_items(value, new_items) if other_items else copy.copy(value)
+    else:
+        rebuilt = copy.copy(value)  # its items come from its attributes
+    for name, item in own_changed.items() if rebuilt is not value else ():
+        set_attribute(rebuilt, name, item)
     return rebuilt
 
 
@@ -221,11 +224,8 @@ def _filled(cell: Any) -> bool:
 def _taken(iterator: Iterator[Any]) -> Iterator[Any]:
     for number, item in enumerate(iterator):
         if number >= _ENDLESS:
-            raise NotSupported(
-                f"the model returned a {type(iterator).__name__} that does not end",
-                f"{_ENDLESS} items were taken",
-                "return a list of the outputs",
-            )
+            what = f"the model returned a {type(iterator).__name__} of more than {_ENDLESS} items"
+            raise NotSupported(what, "it may never end", "return a list of the outputs")
         yield item
 
 

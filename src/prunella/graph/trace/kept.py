@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import gc
+import inspect
 from collections.abc import Iterable
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -35,15 +35,13 @@ def outliving(record: Trace, model: nn.Module, known: Iterable[Tensor]) -> list[
     Nobody sees who will read them, so that they are outputs. Buffers are part of the model and follow its cuts.
     """
     ours = {id(tensor) for tensor in (*known, *model.parameters(), *model.buffers())}
-    if not _alive(record, ours):
+    if not _held(_alive(record, ours)):
         return []
     gc.collect()  # garbage is not kept
     names = {id(tensor): name for name, tensor in kept_on(model).items()}
-    alive = _alive(record, ours)
     return [
         (tensor, f"the model keeps it after a run, as {names[id(tensor)]}" if id(tensor) in names else _ELSEWHERE)
-        for tensor in alive
-        if id(tensor) in names or _held(tensor, alive)
+        for tensor in _held(_alive(record, ours))
     ]
 
 
@@ -62,10 +60,8 @@ def _alive(record: Trace, ours: set[int]) -> list[Tensor]:
     ]
 
 
-def _held(tensor: Tensor, own_list: list[Tensor]) -> bool:
-    """Whether a Python object refers to the tensor, and not only the memory of a view."""
-    return any(holder is not own_list and not _is_frame(holder) for holder in gc.get_referrers(tensor))
-
-
-def _is_frame(holder: Any) -> bool:
-    return type(holder).__name__ in ("frame", "list_iterator")
+def _held(alive: list[Tensor]) -> list[Tensor]:
+    """The tensors that a Python object refers to, and not only the memory of a view."""
+    holders = [holder for holder in gc.get_referrers(*alive) if holder is not alive] if alive else []
+    held = {id(part) for holder in holders if not inspect.isframe(holder) for part in gc.get_referents(holder)}
+    return [tensor for tensor in alive if id(tensor) in held]

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -13,8 +11,7 @@ from prunella.errors import NotSupported, one_line
 from prunella.graph.solve.labels import Reason
 from prunella.graph.trace.kept import kept_on, outliving
 from prunella.graph.trace.recorder import Trace, TracedRun, new_record, trace
-from prunella.graph.trace.source import LIBRARY
-from prunella.model.state import untouched
+from prunella.model.state import training_flags, untouched
 
 
 def trace_modes(model: nn.Module, inputs: Any, apply_rule: Callable[..., None]) -> Trace:
@@ -83,42 +80,6 @@ def check_numbers(outputs: Sequence[Tensor]) -> None:
         f"the model returns tensors of {others} alone" if others else "the model returns no tensor",
         "return the scores too, in a container, a dataclass or any object",
     )
-
-
-@contextmanager
-def training_flags(model: nn.Module, *, training: bool) -> Iterator[list[str]]:
-    """Inside, all modules have this flag for the source outside of torch. The list names the modules that ask for it.
-
-    The flags are set one by one: `train()` of a module may do anything, such as merge weights. While a module has no
-    attribute `training`, its class is asked, and the line that asks is known. Layers of torch itself stay in evaluation
-    mode, in which a batch norm takes any batch.
-    """
-    readers: list[str] = []
-    paths = {id(module): path for path, module in model.named_modules()}
-    known = [module for module in model.modules() if "training" in vars(module)]
-    hidden = {id(module) for module in known if type(module).__getattr__ is nn.Module.__getattr__}
-    readers += [paths[id(module)] for module in model.modules() if id(module) not in hidden]
-    missing = nn.Module.__getattr__
-
-    def asked(module: nn.Module, name: str) -> Any:
-        if name != "training" or id(module) not in hidden:
-            return missing(module, name)
-        if sys._getframe(1).f_code.co_filename.startswith(LIBRARY):
-            return False  # torch's own layers have the same axes in both modes
-        readers.append(paths[id(module)])
-        return training
-
-    for module in known:
-        module.training = training
-        if id(module) in hidden:
-            del vars(module)["training"]
-    nn.Module.__getattr__ = asked  # type: ignore[method-assign, assignment]
-    try:
-        yield readers
-    finally:
-        nn.Module.__getattr__ = missing  # type: ignore[method-assign]
-        for module in known:
-            vars(module).setdefault("training", training)
 
 
 def join_modes(record: Trace, other: Trace) -> None:
