@@ -27,6 +27,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from prunella.graph.data import Ints, ReasonKind, Role
 from prunella.graph.noise import drops
 from prunella.graph.solve.labels import WHOLE, Dim, Ledger, Reason, Run, Soft
+from prunella.graph.trace.caches import uncached
 from prunella.graph.trace.dataflow import Flow, watched
 from prunella.graph.trace.source import GENERATED, LIBRARY, called, place, short
 from prunella.graph.trace.tracked_int import (
@@ -425,6 +426,7 @@ def trace(record: Trace, model: nn.Module, inputs: Any, apply_rule: Callable[...
         stack.enter_context(watched(model, record.modules, record.flow))
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         stack.enter_context(tracked_attributes(model, record.leak))
+        stack.enter_context(uncached())
         stack.enter_context(_Operations(record, apply_rule))
         stack.enter_context(_Calls(record))
         output = forward(model, inputs, copy=False)
