@@ -58,7 +58,8 @@ def states(model: nn.Module, output: Any) -> list[object]:
     opaque = {name: value for name, value in named.items() if _opaque(value)}
     if not opaque:
         return []
-    optional = {name for kind in {type(module) for module in model.modules()} for name in _optional(kind)}
+    kinds = {type(module) for module in model.modules()}
+    optional = {name for kind in kinds for name in _optional(kind.forward)}
     return [value for name, value in opaque.items() if name in optional]
 
 
@@ -68,10 +69,10 @@ def _opaque(value: object) -> bool:
 
 
 @cache
-def _optional(kind: type[nn.Module]) -> frozenset[str]:
-    """Names of the arguments of `forward` that may be None."""
+def _optional(function: Callable[..., Any]) -> frozenset[str]:
+    """Names of the arguments of a `forward` that may be None."""
     try:
-        parameters = inspect.signature(kind.forward).parameters.values()
+        parameters = inspect.signature(function).parameters.values()
     except (TypeError, ValueError):
         return frozenset()
     return frozenset(parameter.name for parameter in parameters if parameter.default is None)

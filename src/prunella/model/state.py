@@ -9,7 +9,6 @@ import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -71,7 +70,7 @@ def training_flags(model: nn.Module, *, training: bool) -> Iterator[list[str]]:
         module.training = training
         if id(module) in hidden:
             del vars(module)["training"]
-    nn.Module.__getattr__ = asked  # type: ignore[method-assign, assignment]
+    nn.Module.__getattr__ = asked  # type: ignore[method-assign]
     try:
         yield readers
     finally:
@@ -108,13 +107,13 @@ def untouched(model: nn.Module, seed: int | None = None) -> Iterator[None]:
 
 def outside_inference() -> AbstractContextManager[Any]:
     """Inside, new tensors allow gradients, also where the caller is in `torch.inference_mode()`."""
-    return torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext()  # type: ignore[no-untyped-call]
+    return torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext()
 
 
 @contextmanager
 def writable(tensor: Tensor) -> Iterator[None]:
     """Inside, the values of a tensor can be written, also if it was made in `torch.inference_mode()`."""
-    guard = torch.inference_mode() if tensor.is_inference() else nullcontext()  # type: ignore[no-untyped-call]
+    guard = torch.inference_mode() if tensor.is_inference() else nullcontext()
     with guard, torch.no_grad():
         yield
 
@@ -230,7 +229,12 @@ def _is_plain_object(value: object) -> bool:
 
 
 def _state_of(generator: torch.Generator) -> Undo:
-    return partial(generator.set_state, generator.get_state())
+    before = generator.get_state()
+
+    def undo() -> None:
+        generator.set_state(before)
+
+    return undo
 
 
 def _content_of(container: Any) -> Undo:

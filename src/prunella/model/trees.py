@@ -140,6 +140,7 @@ def _changed(value: Any, change: Callable[[Tensor], Tensor], done: Done, *, agai
     if id(value) in done and not (again and (isinstance(value, Tensor) or type(value) in _PLAIN)):
         return done[id(value)][1]
     done[id(value)] = value, value  # the way back of a cycle
+    changed: Any
     if isinstance(value, Tensor):
         changed = change(value)
     elif isinstance(value, _ATOMS):
@@ -197,9 +198,10 @@ def set_attribute(owner: Any, name: str, value: Any) -> None:
 
 def _stored(value: Any) -> dict[str, Any]:
     try:
-        return vars(value)
+        stored: dict[str, Any] = vars(value)
     except TypeError:  # it has slots alone
         return {}
+    return stored
 
 
 def _held(value: Any) -> list[Any]:
