@@ -232,7 +232,7 @@ def _precise(model: nn.Module, double: bool) -> nn.Module:
     if double:
         model.double()
         if any(t.is_complex() for t in (*model.parameters(), *model.buffers())):
-            model._apply(lambda t: t.to(torch.complex128) if t.is_complex() else t)
+            model._apply(lambda t: t.to(torch.complex128) if t.is_complex() else t)  # type: ignore[no-untyped-call]
     return model
 
 

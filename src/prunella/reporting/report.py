@@ -27,7 +27,7 @@ from prunella.measure.text import byte_size, duration, percent, short_count, sig
 from prunella.measure.timing import Comparison, compare_latency
 from prunella.model.forward import forward, outputs_of
 from prunella.model.state import mode
-from prunella.model.trees import tensors
+from prunella.model.trees import own, tensors
 from prunella.model.unwrap import unwrap
 from prunella.planning.plan import Plan
 from prunella.reporting.section import Section
@@ -235,9 +235,13 @@ def report(
         >>> [(metric.name, metric.before, metric.after) for metric in compared.metrics[:2]]
         [('parameters', 212, 108), ('multiply-adds', 384, 192)]
     """
+    example = own(inputs)
     with mode(dense, training=False), mode(small, training=False), torch.no_grad():
         latency = compare_latency(
-            {"dense": lambda: forward(dense, inputs), "pruned": lambda: forward(small, inputs)},
+            {
+                "dense": lambda: forward(dense, example, copy=False),
+                "pruned": lambda: forward(small, example, copy=False),
+            },
             rounds=rounds,
             device=str(_device(dense)),
         )

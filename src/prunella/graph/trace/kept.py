@@ -58,7 +58,7 @@ def _alive(record: Trace, ours: set[int]) -> list[Tensor]:
     numbers, nodes = record.flow.numbers, record.flow.nodes
     return [
         tensor
-        for tensor in record.values.keys()  # noqa: SIM118 (it has no iterator of its own)
+        for tensor in record.values.keys()  # type: ignore[no-untyped-call]  # noqa: SIM118 (it has no iterator)
         if id(tensor) not in ours
         and any(record.values[tensor].dims)
         and tensor in numbers

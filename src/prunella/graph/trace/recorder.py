@@ -2,7 +2,7 @@
 
 Two modes observe the run. A `TorchFunctionMode` sees the calls with their raw Python arguments, which show the origin
 of a size. A `TorchDispatchMode` sees the ATen operations below them, a small set with rules in `graph/rules`. The model
-runs on its own device (real or meta), in eval mode and without gradients, and does not change.
+runs on its own device (real or meta), on a copy of its inputs and without gradients, and does not change.
 """
 
 from __future__ import annotations
