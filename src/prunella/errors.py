@@ -99,6 +99,11 @@ class Interrupted(PruningError):
     exit_code = 7
 
 
+def one_line(error: BaseException) -> str:
+    """The type of an error and the first line of its message."""
+    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
+
+
 def out_of_resources(error: BaseException) -> OutOfResources | None:
     """The error for a full disk, a quota, a file size limit, or too little memory; None for any other error.
 

@@ -26,7 +26,8 @@ from prunella.io.export import export
 from prunella.measure.machine import cpu_name
 from prunella.measure.timing import Comparison, compare_latency
 from prunella.model.copying import copied
-from prunella.model.forward import forward, tensors
+from prunella.model.forward import forward
+from prunella.model.trees import tensors
 from prunella.reporting.chart import alone, figure
 from prunella.runtime.convert import sparse
 from prunella.runtime.dense import dense_fast

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prunella.model.forward import tensors
+from prunella.model.trees import tensors
 
 Outputs = Callable[[nn.Module, Any], Tensor]
 

@@ -16,7 +16,7 @@ from prunella.io.artifact import PLAN, check_files, load, read_manifest
 from prunella.io.json import read_object
 from prunella.io.origin import Factory
 from prunella.io.plan_file import load_plan
-from prunella.model.forward import forward, tensors
+from prunella.model.forward import outputs_of
 from prunella.model.state import mode
 from prunella.planning.plan import Plan
 from prunella.transform.apply import apply_
@@ -88,7 +88,7 @@ def check_equal(proof: Proof, small: nn.Module, dense: nn.Module, plan: Plan, in
     expected = shrink(dense, plan, inputs=inputs) if plan.changes else apply_(dense, plan)
     _same_shapes(expected.state_dict(), small.state_dict())
     with torch.no_grad(), mode(expected, training=False), mode(small, training=False):
-        error = relative_error(tensors(forward(expected, inputs)), tensors(forward(small, inputs)))
+        error = relative_error(outputs_of(expected, inputs), outputs_of(small, inputs))
     if error > TOLERANCE and not proof.recovered:
         why = f"its output differs by {error:.1e} of the largest value; {TOLERANCE:.0e} is allowed"
         raise CheckFailed("the stored model is not the masked dense model", why, "is MODEL the one it was made of?")

@@ -231,7 +231,8 @@ class Graph:
     stacks: groups of residual blocks. rooted: blocks that must be kept, and why. homes: entity -> the blocks that
     contain the entity; it is removed with the last of them. orders: stack -> names of all children of the container.
     lists: stack -> (owner, name) of plain lists with one entry per child. `prunella.graph.solve.block_counters` finds
-    these lists and the integers that count the children.
+    these lists and the integers that count the children. untried: why the model did not run in training mode, for which
+    its source has branches; empty otherwise.
     """
 
     entities: Mapping[str, Entity]
@@ -257,6 +258,7 @@ class Graph:
     homes: Mapping[str, tuple[Place, ...]] = field(default_factory=dict)
     lists: Mapping[str, tuple[tuple[str, str], ...]] = field(default_factory=dict)
     orders: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    untried: str = ""
 
     def macs(self, keep: Keep | None = None) -> float:
         """Multiply-adds of one forward pass on the example inputs when only `keep` remains."""

@@ -6,24 +6,30 @@ In the masked model removed positions are zero, and a dropped block returns its 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from prunella.errors import CheckFailed, NotSupported
+from prunella.errors import CheckFailed, NotSupported, one_line
 from prunella.graph.cut.block_surgery import bypassed
 from prunella.graph.cut.changes import Along, Changes, changes
 from prunella.graph.cut.surgery import change_
 from prunella.graph.data import Graph
-from prunella.graph.solve.tokens import each, known_only, renumber
+from prunella.graph.noise import quiet
+from prunella.graph.solve.tokens import known_only, renumber
+from prunella.graph.trace.kept import kept_on
 from prunella.graph.trace.source import called
+from prunella.graph.training_pass import training_fault
 from prunella.model.copying import copied
-from prunella.model.forward import forward, tensors
+from prunella.model.forward import outputs_of
+from prunella.model.rng import rng_state
 from prunella.model.state import untouched
+from prunella.model.trees import each, plain_tensor, tensors
 from prunella.types import Keep
 
 TOLERANCE = 1e-9
@@ -64,9 +70,15 @@ def check(dense: nn.Module, small: nn.Module, applied: Changes, inputs: Any) -> 
 
 
 def verify(dense: nn.Module, small: nn.Module, done: Changes, inputs: Any) -> Verification:
-    """Compare `small` with `dense` with zeros in the removed units, in float64 and eval mode, on one batch."""
+    """Compare `small` with `dense` with zeros in the removed units, in float64 and eval mode, on one batch.
+
+    Errors: NotSupported if the small model does not run, if the dense one does not repeat its outputs, or if there is
+    no number to compare.
+    """
     if any(p.device.type == "meta" for p in dense.parameters()):
-        shapes = [tuple(t.shape) for t in _run(dense, inputs)], [tuple(t.shape) for t in _run(small, inputs)]
+        shapes = [[tuple(t.shape) for t in _run(model, inputs).outputs] for model in (dense, small)]
+        if not shapes[0]:
+            raise _nothing_compared("the model returns no tensor")
         return Verification(0.0 if shapes[0] == shapes[1] else float("inf"), TOLERANCE, len(shapes[0]))
     try:
         return _compare(dense, small, done, inputs, double=True)
@@ -98,48 +110,130 @@ def _fault(model: nn.Module, graph: Graph, keep: Keep, inputs: Any) -> str | Non
     try:
         verification = verify(model, small, applied, inputs)
     except NotSupported as error:
-        return f"the smaller model does not run: {error.why}"
-    return (
-        None
-        if verification.exact
-        else f"the cut cannot be proven: relative error {verification.error:.1e} to the masked model"
-    )
+        return f"{error.what}: {error.why}"
+    if not verification.exact:
+        return f"the cut cannot be proven: relative error {verification.error:.1e} to the masked model"
+    return training_fault(model, small, applied, inputs) or None
 
 
 class _DenseFailed(Exception):
     """The masked model itself does not run or gives nan: the cause is the precision, not the cut."""
 
 
+@dataclass(frozen=True)
+class Observed:
+    """What a run shows. kept: tensors that it leaves on the model. inner: outputs of inner modules, if asked for.
+
+    drew: it drew random numbers.
+    """
+
+    outputs: list[Tensor]
+    kept: Mapping[str, Tensor] = field(default_factory=dict)
+    inner: Mapping[str, Tensor] = field(default_factory=dict)
+    drew: bool = False
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """The masked and the smaller model on one batch, to be run under the same conditions."""
+
+    dense: nn.Module
+    small: nn.Module
+    done: Changes
+    batch: Any
+    double: bool
+
+    def reference(self, *, still: bool = False, inner: bool = False) -> Observed:
+        """What the masked model shows at the kept positions."""
+        options = {"double": self.double, "still": still, "inner": inner}
+        try:
+            seen = _reference(self.dense, self.done, self.batch, **options)
+            if not all(torch.isfinite(t).all() for t in seen.outputs):
+                seen = _reference(self.dense, self.done, self.batch, **options, consumers=True)
+            if self.double and any(torch.isnan(t).any() for t in seen.outputs):
+                raise _DenseFailed
+        except NotSupported as error:
+            if not self.double:
+                raise
+            raise _DenseFailed from error
+        return seen
+
+    def result(self, *, still: bool = False, inner: bool = False) -> Observed:
+        """What the smaller model shows."""
+        model = _precise(copied(self.small), self.double)
+        return _run(model, renumber(self.batch, self.done.renumbered), still=still, inner=inner)
+
+
 def _compare(dense: nn.Module, small: nn.Module, done: Changes, inputs: Any, *, double: bool) -> Verification:
     batch = known_only(as_double(inputs) if double else inputs, done.renumbered)
-    try:
-        reference = _reference(dense, done, batch, double=double)
-        if not all(torch.isfinite(t).all() for t in reference):
-            reference = _reference(dense, done, batch, double=double, consumers=True)
-        if double and any(torch.isnan(t).any() for t in reference):
-            raise _DenseFailed
-    except NotSupported as error:
-        if not double:
-            raise
-        raise _DenseFailed from error
-    outputs = _run(_precise(copied(small), double), renumber(batch, done.renumbered))
-    worst = relative_error(reference, outputs)
-    return Verification(worst, TOLERANCE if double else SINGLE, len(outputs), "float64" if double else "own precision")
+    pair, tolerance = _Pair(dense, small, done, batch, double), TOLERANCE if double else SINGLE
+    reference, result, still = pair.reference(), pair.result(), False
+    worst = _difference(reference, result, done)
+    if reference.drew or worst > tolerance:  # a seed gives other numbers for other sizes; noise may hide a fault
+        reference, result, still = pair.reference(still=True), pair.result(still=True), True
+        worst = _difference(reference, result, done)
+    if worst > tolerance:
+        _check_repeats(reference, pair.reference(still=True), tolerance)
+    if not _has_numbers(reference.outputs):
+        inner = _common(*(run(still=still, inner=True).inner for run in (pair.reference, pair.result)))
+        if not _has_numbers(inner[0]):
+            raise _nothing_compared("its outputs on the example hold no number, nor do those of its inner layers")
+        worst = max(worst, relative_error(*inner))
+    return Verification(worst, tolerance, len(result.outputs), "float64" if double else "own precision")
 
 
-def _reference(dense: nn.Module, done: Changes, batch: Any, *, double: bool, consumers: bool = False) -> list[Tensor]:
-    """The outputs of the masked model with its dropped blocks bypassed, at the kept positions."""
+def _difference(reference: Observed, result: Observed, done: Changes) -> float:
+    """The relative error of the outputs, and of what both runs leave on their models."""
+    kept = ([], []) if done.dropped else _common(reference.kept, result.kept)
+    return max(relative_error(reference.outputs, result.outputs), relative_error(*kept))
+
+
+def _common(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """The tensors of the same name and shape: those without removed positions."""
+    names = [name for name, tensor in first.items() if name in second and second[name].shape == tensor.shape]
+    return [first[name] for name in names], [second[name] for name in names]
+
+
+def _has_numbers(outputs: Sequence[Tensor]) -> bool:
+    return any(t.numel() and (t.is_floating_point() or t.is_complex()) for t in outputs)
+
+
+def _nothing_compared(why: str) -> NotSupported:
+    todo = "give an example for which the model returns numbers, such as an image with a detection"
+    return NotSupported("the cut cannot be verified", why, todo)
+
+
+def _check_repeats(first: Observed, second: Observed, tolerance: float) -> None:
+    """Errors: NotSupported if two runs of the same model on the same batch differ."""
+    noise = relative_error(first.outputs, second.outputs)
+    if noise > tolerance:
+        raise NotSupported(
+            "the cut cannot be verified",
+            f"two runs of the same model on the same inputs differ by {noise:.1e}",
+            "draw random numbers with torch, numpy or random, which are seeded, or switch the noise off in eval mode",
+        )
+
+
+def _reference(
+    dense: nn.Module, done: Changes, batch: Any, *, double: bool, still: bool, inner: bool, consumers: bool = False
+) -> Observed:
+    """What the masked model shows with its dropped blocks bypassed, at the kept positions."""
     masked_model = _precise(masked(dense, done, consumers=consumers), double)
     with bypassed(masked_model, done.dropped):
-        outputs = _run(masked_model, batch, done.along)
+        seen = _run(masked_model, batch, done.along, still=still, inner=inner)
     for entry in done.renumbered:
         for number, axis in entry.outputs:
+            outputs = seen.outputs
             outputs[number] = outputs[number].index_select(axis, entry.kept.to(outputs[number].device))
-    return outputs
+    return seen
 
 
 def _precise(model: nn.Module, double: bool) -> nn.Module:
-    return model.double() if double else model
+    if double:
+        model.double()
+        if any(t.is_complex() for t in (*model.parameters(), *model.buffers())):
+            model._apply(lambda t: t.to(torch.complex128) if t.is_complex() else t)  # type: ignore[no-untyped-call]
+    return model
 
 
 def masked(model: nn.Module, done: Changes, *, consumers: bool = False) -> nn.Module:
@@ -166,8 +260,8 @@ def relative_error(reference: list[Tensor], outputs: list[Tensor]) -> float:
         return float("inf")
     worst = 0.0
     for a, b in zip(reference, outputs, strict=True):
-        if a.numel():
-            a, b = a.double(), b.double()
+        if a.numel():  # an empty tensor shows nothing: `verify` counts the others
+            a, b = wide(a), wide(b)
             gap = torch.where(a == b, 0.0, (a - b).abs()).max().item()
             scale = a[torch.isfinite(a)].abs().max().item() if torch.isfinite(a).any() else 1.0
             worst = max(worst, gap / max(scale, 1e-30) if gap == gap else float("inf"))
@@ -175,8 +269,14 @@ def relative_error(reference: list[Tensor], outputs: list[Tensor]) -> float:
 
 
 def as_double(tree: Any) -> Any:
-    """Floating-point tensors of an input tree in float64."""
-    return each(tree, lambda tensor: tensor.double() if tensor.is_floating_point() else tensor)
+    """Floating-point tensors of an input tree in float64, complex ones in complex128."""
+    real = (torch.Tensor.is_floating_point, torch.Tensor.is_complex)
+    return each(tree, lambda t: wide(plain_tensor(t)) if any(kind(t) for kind in real) else t)
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """The tensor in float64, or in complex128."""
+    return tensor.to(torch.complex128) if tensor.is_complex() else tensor.double()
 
 
 class _NoDownCast(TorchFunctionMode):
@@ -184,20 +284,24 @@ class _NoDownCast(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs, name = dict(kwargs or {}), called(func)
-        narrow = {torch.float32, torch.float16, torch.bfloat16}
-        if name in {"float", "half", "bfloat16"} and args and args[0].dtype == torch.float64:
+        narrow = _WIDE.keys()
+        if name in {"float", "half", "bfloat16", "cfloat"} and args and _double(args[0]):
             return args[0]
         written = isinstance(func, torch._ops.OpOverload) and name in _MAKERS  # a program has literal types
         if kwargs.get("dtype") in narrow and (written or (args and _double(args[0]))):
-            kwargs["dtype"] = torch.float64
+            kwargs["dtype"] = _WIDE[kwargs["dtype"]]
         ends = kwargs.get("offs", args[2] if len(args) > 2 else None)
         if name in {"grouped_mm", "_grouped_mm"} and _double(args[0]) and ends is not None:
             return _grouped_product(args[0], args[1], ends)
         if name in {"to", "type", "softmax", "log_softmax", "sum", "mean", "cumsum"} and args and _double(args[0]):
-            args = tuple(torch.float64 if isinstance(a, torch.dtype) and a in narrow else a for a in args)
+            args = tuple(_WIDE.get(a, a) if isinstance(a, torch.dtype) else a for a in args)
         return func(*args, **kwargs)
 
 
+_WIDE = {
+    **dict.fromkeys((torch.float32, torch.float16, torch.bfloat16), torch.float64),
+    **dict.fromkeys((torch.complex64, torch.complex32), torch.complex128),
+}
 _MAKERS = frozenset("zeros ones full empty arange scalar_tensor eye linspace new_zeros new_ones new_full".split())
 """Operations that create a tensor of a given type."""
 
@@ -213,7 +317,7 @@ def _grouped_product(tokens: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
 
 
 def _double(value: object) -> bool:
-    return isinstance(value, Tensor) and value.dtype == torch.float64
+    return isinstance(value, Tensor) and value.dtype in (torch.float64, torch.complex128)
 
 
 class _Restricted(TorchFunctionMode):
@@ -268,13 +372,53 @@ _RMS = ("input", "normalized_shape", "weight", "eps")
 _EPS = {"layer_norm": 1e-5}
 
 
-def _run(model: nn.Module, inputs: Any, along: Sequence[Along] = ()) -> list[Tensor]:
+def _run(
+    model: nn.Module, inputs: Any, along: Sequence[Along] = (), *, still: bool = False, inner: bool = False
+) -> Observed:
+    """Run on seeded random numbers. still: draw numbers that do not depend on sizes. inner: see `Observed`."""
+    named: dict[str, Tensor] = {}
+    before = {id(tensor): tensor for tensor in kept_on(model).values()}
     try:
-        with untouched(model), torch.no_grad(), _NoDownCast(), _Restricted(along):
-            return tensors(forward(model, inputs))
+        with ExitStack() as stack:
+            stack.enter_context(untouched(model, _SEED))
+            stack.enter_context(torch.no_grad())
+            stack.enter_context(_inner_outputs(model, named) if inner else nullcontext())
+            stack.enter_context(quiet() if still else nullcontext())
+            stack.enter_context(_NoDownCast())
+            stack.enter_context(_Restricted(along))
+            seeded_state = rng_state()["torch"]
+            outputs = outputs_of(model, inputs)
+            drew = not torch.equal(seeded_state, rng_state()["torch"])
+            before |= {id(tensor): tensor for tensor in outputs}
+            kept = {name: tensor for name, tensor in kept_on(model).items() if id(tensor) not in before}
     except (RuntimeError, ValueError, AssertionError, LookupError, TypeError, AttributeError) as error:
         raise NotSupported(
             "the smaller model does not run",
-            f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}",
+            one_line(error),
             "a size in its source does not follow the cut; skip= excludes the layers that you name",
         ) from error
+    return Observed(outputs, kept, named, drew)
+
+
+_SEED = 0
+
+
+@contextmanager
+def _inner_outputs(model: nn.Module, named: dict[str, Tensor]) -> Iterator[None]:
+    """Collect the outputs of all calls of modules."""
+    count: Counter[str] = Counter()
+
+    def seen(path: str, output: Any) -> None:
+        count[path] += 1
+        for number, tensor in enumerate(tensors(output)):
+            named[f"{path} {count[path]} {number}"] = tensor.clone()
+
+    handles = [
+        module.register_forward_hook(lambda _, __, output, path=path: seen(path, output))
+        for path, module in model.named_modules()
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

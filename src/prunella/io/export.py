@@ -25,8 +25,9 @@ from prunella.io.files import ErrorDeferringStream, write_atomic
 from prunella.io.state import read_state, write_tensors
 from prunella.measure.text import byte_size
 from prunella.model.copying import copied
-from prunella.model.forward import forward, tensors
+from prunella.model.forward import outputs_of
 from prunella.model.state import mode
+from prunella.model.trees import tensors
 from prunella.model.unwrap import unwrap
 from prunella.types import Inputs
 
@@ -95,7 +96,7 @@ def _write(model: nn.Module, file: Path, final: Path, chosen: Format, inputs: In
     if inputs is None:
         raise RequestError(f"{chosen} needs inputs=", "the model is traced with an example", "pass an example batch")
     example = tree_map(lambda v: v.cpu() if isinstance(v, Tensor) else v, inputs)
-    expected = tensors(forward(model, example))
+    expected = outputs_of(model, example)
     make = _pt2 if chosen == "pt2" else _onnx
     dynamic, reader, got, state = make(model, file, example)
     kept, total = _zeros(model, state)
@@ -131,7 +132,7 @@ def _pt2(model: nn.Module, file: Path, example: Inputs) -> tuple[bool, str, list
         torch.export.save(program, deferring)
         deferring.check()
     again = load_exported(file)[0]
-    return dynamic, "torch.export.load", tensors(forward(again, example)), dict(again.state_dict())
+    return dynamic, "torch.export.load", outputs_of(again, example), dict(again.state_dict())
 
 
 def _onnx(model: nn.Module, file: Path, example: Inputs) -> tuple[bool, str, list[Tensor], Mapping[str, Tensor]]:

@@ -20,7 +20,7 @@ from prunella.errors import PruningError
 from prunella.graph.solve.tokens import names_token
 from prunella.graph.verify import relative_error
 from prunella.io.origin import build_empty, hugging_face_builder
-from prunella.model.forward import forward, tensors
+from prunella.model.forward import outputs_of
 from prunella.model.state import mode
 
 Sizes = Mapping[int, frozenset[int]]
@@ -91,12 +91,12 @@ def steady(model: nn.Module, config: Mapping[str, Any], inputs: Any) -> frozense
 def _matters(model: nn.Module, homes: list[nn.Module], name: str, inputs: Any) -> bool:
     """Whether the model gives something else, or nothing, with another integer there."""
     with mode(model, training=False), torch.no_grad():
-        expected = tensors(forward(model, inputs))
+        expected = outputs_of(model, inputs)
         old = getattr(homes[0], name)
         for module in homes:
             setattr(module, name, old + 1)
         try:
-            return relative_error(expected, tensors(forward(model, inputs))) > 0
+            return relative_error(expected, outputs_of(model, inputs)) > 0
         except Exception:  # a probe: whatever it raises, the integer is used
             return True
         finally:
@@ -184,7 +184,7 @@ def reads_back(kind: type, folder: Path, model: nn.Module, inputs: Any) -> bool:
             loader: Any = kind
             again = loader.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
             device = next(iter(model.parameters())).device
-            got, expected = (tensors(forward(m, inputs)) for m in (again.to(device).eval(), model))
+            got, expected = (outputs_of(m, inputs) for m in (again.to(device).eval(), model))
         except Exception:  # a probe: whatever it raises, plain from_pretrained does not read this folder
             return False
     return relative_error(expected, got) <= 1e-5

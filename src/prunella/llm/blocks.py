@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from prunella.errors import NotSupported
 from prunella.graph.data import Graph
-from prunella.model.forward import tensors
+from prunella.model.trees import tensors
 from prunella.model.watch import Stop
 
 Runner = Callable[[nn.Module, Any], Any]

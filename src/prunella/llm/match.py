@@ -18,9 +18,10 @@ from prunella.graph.solve.groups import couple
 from prunella.graph.solve.residual_blocks import inside
 from prunella.llm.blocks import BlockCall, BlockInputs, ModelBlock, block_paths, blocks_at
 from prunella.llm.refine import Refine, refine_
-from prunella.model.forward import batches, tensors
+from prunella.model.forward import batches
 from prunella.model.masks import masks_of
 from prunella.model.state import mode, untouched
+from prunella.model.trees import tensors
 from prunella.model.unwrap import unwrap
 from prunella.model.watch import Read, Watch
 from prunella.planning.depth import find_blocks, turns

@@ -25,7 +25,7 @@ from prunella.llm.recipe import OneShot
 from prunella.llm.refine import Refined, refine_
 from prunella.measure.clock import now
 from prunella.model.copying import copied
-from prunella.model.forward import tensors
+from prunella.model.trees import tensors
 from prunella.model.watch import Read, Stop, Unread, View, Watch
 from prunella.solvers import Solved
 from prunella.solvers.layer import Pattern

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from prunella.measure.clock import now
-from prunella.model.forward import forward, tensors
+from prunella.model.forward import forward
 from prunella.model.state import mode
+from prunella.model.trees import own, tensors
 from prunella.types import Inputs
 
 OTHER = "(between layers)"
@@ -29,15 +30,16 @@ def peak_memory(model: nn.Module, inputs: Inputs) -> int:
     torch's own `max_memory_allocated`, where other tensors on the device count too.
     """
     device = next((t.device for t in [*model.parameters(), *model.buffers()]), torch.device("cpu"))
+    inputs = own(inputs)
     with mode(model, training=False), torch.no_grad():
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
-            forward(model, inputs)
+            forward(model, inputs, copy=False)
             torch.cuda.synchronize(device)
             return int(torch.cuda.max_memory_allocated(device))
         resident = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in _all_tensors(model, inputs)}
         with _Storages(set(resident)) as storages:
-            forward(model, inputs)
+            forward(model, inputs, copy=False)
     return int(sum(resident.values()) + storages.peak)
 
 
@@ -49,6 +51,7 @@ def time_by_layer(
     Hooks cost about a microsecond a layer, so these are for shares; `compare_latency` is for times. `OTHER` holds the
     rest of the pass. A layer that is called several times in a pass counts with the sum.
     """
+    inputs = own(inputs)
     times_by_model: dict[str, dict[str, list[float]]] = {name: {} for name in models}
     with ExitStack() as stack, torch.no_grad():
         for model in models.values():
@@ -65,7 +68,7 @@ def _one_pass(model: nn.Module, inputs: Inputs) -> dict[str, float]:
     spent: dict[str, float] = {}
     with _clocks(model, spent):
         start = _now(model)
-        forward(model, inputs)
+        forward(model, inputs, copy=False)
         total = _now(model) - start
     spent[OTHER] = max(0.0, total - sum(spent.values()))
     return spent

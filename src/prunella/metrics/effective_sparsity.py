@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from prunella.errors import BadInput, NotSupported
-from prunella.graph.solve.tokens import each
 from prunella.measure.count import compression
 from prunella.measure.text import exact_count, percent, table
 from prunella.metrics.paths import Paths
 from prunella.model.copying import copied
-from prunella.model.forward import forward, tensors
+from prunella.model.forward import outputs_of
 from prunella.model.state import untouched
+from prunella.model.trees import each
 from prunella.registry.method import metric
 from prunella.types import Inputs, Mask
 
@@ -103,7 +103,7 @@ def effective_sparsity(model: nn.Module, inputs: Inputs) -> EffectiveSparsity:
     try:
         with untouched(replica), torch.enable_grad():
             with paths:
-                outputs = tensors(forward(replica, each(inputs, _ones)))
+                outputs = outputs_of(replica, each(inputs, _ones))
             ends = [out.sum() for out in outputs if out.requires_grad]
             if ends:
                 torch.stack(ends).sum().backward()  # type: ignore[no-untyped-call]

@@ -18,8 +18,8 @@ from torch.overrides import TorchFunctionMode
 
 from prunella.graph.trace.source import called
 from prunella.model.forms import Contraction
-from prunella.model.forward import tensors
 from prunella.model.reads import NotReadable, Product, operation, products, unreadable
+from prunella.model.trees import tensors
 from prunella.model.watch import Homes, View
 from prunella.types import Mask
 

@@ -15,8 +15,9 @@ from prunella.measure.count import compression, count_work, effective, measured_
 from prunella.measure.profile import peak_memory
 from prunella.measure.text import byte_size
 from prunella.measure.timing import Comparison, compare_latency
-from prunella.model.forward import forward, tensors
+from prunella.model.forward import forward
 from prunella.model.state import mode
+from prunella.model.trees import own, tensors
 from prunella.registry.method import metric
 from prunella.types import Inputs
 
@@ -81,9 +82,13 @@ def speedup(dense: nn.Module, pruned: nn.Module, inputs: Inputs, *, rounds: int 
     first = next(iter(tensors(inputs)), None)
     if first is None or not first.dim():
         raise RequestError("the inputs hold no batch", "no tensor with an axis is in them", "pass an example batch")
+    example = own(inputs)
     with mode(dense, training=False), mode(pruned, training=False), torch.no_grad():
         latency = compare_latency(
-            {"dense": lambda: forward(dense, inputs), "pruned": lambda: forward(pruned, inputs)},
+            {
+                "dense": lambda: forward(dense, example, copy=False),
+                "pruned": lambda: forward(pruned, example, copy=False),
+            },
             rounds=rounds,
             seed=seed,
             device=str(first.device),

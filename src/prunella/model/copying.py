@@ -53,6 +53,12 @@ def copied(model: M, *, shared: Iterable[Tensor] = ()) -> M:
                 raise _refusal(bare, memo, error) from error
 
 
+def ordinary(model: M) -> M:
+    """The model, or a copy of it if it has tensors made in `torch.inference_mode()`, which allow no gradient."""
+    made_for_inference = any(tensor.is_inference() for tensor in (*model.parameters(), *model.buffers()))
+    return copied(model) if made_for_inference else model
+
+
 def frozen_copy(model: M) -> M:
     """A copy of the bare model in evaluation mode and without gradients."""
     return copied(model).eval().requires_grad_(False)

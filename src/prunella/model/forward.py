@@ -1,25 +1,34 @@
 """Forward passes on one batch, and the tensors of their outputs.
 
 With `loss(model, batch)` from the user, the library runs the model only through this function. Otherwise the type of
-the
-batch decides: a mapping gives keyword arguments, a tuple positional arguments, anything else the single argument.
+the batch decides: a mapping gives keyword arguments, a tuple positional arguments, anything else the single argument.
+The model runs on a copy of the batch, which it may change in place.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from dataclasses import is_dataclass
+from functools import cache
 from typing import Any
 
 from torch import Tensor, nn
 
 from prunella.errors import NotSupported, RequestError
+from prunella.model.trees import attributes, own, tensors
 
 Outputs = Callable[[nn.Module, Any], Any]
 """A function of (model, batch) that returns what the model returns."""
 
 
-def forward(model: nn.Module, batch: Any) -> Any:
-    """Run `model` on `batch`: mapping -> `model(**batch)`, tuple -> `model(*batch)`, else `model(batch)`."""
+def forward(model: nn.Module, batch: Any, *, copy: bool = True) -> Any:
+    """Run `model` on `batch`: mapping -> `model(**batch)`, tuple -> `model(*batch)`, else `model(batch)`.
+
+    copy: off where the batch is a copy already and the copy would be measured.
+    """
+    if copy:
+        batch = own(batch)
     if isinstance(batch, Mapping):
         return model(**batch)
     if isinstance(batch, tuple):
@@ -27,15 +36,46 @@ def forward(model: nn.Module, batch: Any) -> Any:
     return model(batch)
 
 
-def tensors(output: Any) -> list[Tensor]:
-    """All tensors of an output in order, from nested tuples, lists and mappings; other values are ignored."""
-    if isinstance(output, Tensor):
-        return [output]
-    if isinstance(output, Mapping):
-        return [tensor for value in output.values() for tensor in tensors(value)]
-    if isinstance(output, tuple | list):
-        return [tensor for value in output for tensor in tensors(value)]
-    return []
+def outputs_of(model: nn.Module, batch: Any) -> list[Tensor]:
+    """All tensors that `model` returns for `batch`, also those in objects, iterators and generators."""
+    return returned(model, forward(model, batch))
+
+
+def returned(model: nn.Module, output: Any) -> list[Tensor]:
+    """The tensors of what `model` returned. Iterators are taken, so that this can be called once.
+
+    The state that a model hands back to itself, such as a cache of keys and values, is no output: see `states`.
+    """
+    return tensors(output, advance=True, without=states(model, output))
+
+
+def states(model: nn.Module, output: Any) -> list[object]:
+    """Objects in an output that a module of the model takes again, as an optional argument of the same name.
+
+    Tensors, containers and dataclasses are outputs in any case.
+    """
+    named = {**attributes(output), **(output if isinstance(output, Mapping) else {})}
+    opaque = {name: value for name, value in named.items() if _opaque(value)}
+    if not opaque:
+        return []
+    kinds = {type(module) for module in model.modules()}
+    optional = {name for kind in kinds for name in _optional(kind.forward)}
+    return [value for name, value in opaque.items() if name in optional]
+
+
+def _opaque(value: object) -> bool:
+    shown = isinstance(value, Tensor | Mapping | Sequence | Set | Iterator | int | float | None)
+    return not shown and not is_dataclass(value) and not callable(value)
+
+
+@cache
+def _optional(function: Callable[..., Any]) -> frozenset[str]:
+    """Names of the arguments of a `forward` that may be None."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):
+        return frozenset()
+    return frozenset(parameter.name for parameter in parameters if parameter.default is None)
 
 
 def first_tensor(output: Any) -> Tensor:
@@ -44,8 +84,8 @@ def first_tensor(output: Any) -> Tensor:
     if not outputs:
         raise NotSupported(
             f"the model returned {type(output).__name__} without a tensor",
-            "only tuples, lists and mappings are searched for tensors",
-            "wrap the model so that it returns one of these",
+            "there is none in its items and attributes",
+            "wrap the model so that it returns its tensors",
         )
     return outputs[0]
 

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from prunella.errors import CheckFailed, RequestError
+from prunella.model.state import writable
 from prunella.model.unwrap import unwrap
 from prunella.types import Mask
 
@@ -96,8 +97,8 @@ def masks_of(model: nn.Module) -> dict[str, Mask]:
 
 def reapply_(model: M) -> M:
     """Set every masked weight to zero again: for training loops without a `Pruner`."""
-    with torch.no_grad():
-        for _, parameter, packed in records(model):
+    for _, parameter, packed in records(model):
+        with writable(parameter):
             parameter.masked_fill_(~packed.unpack(parameter.device), 0)
     return model
 

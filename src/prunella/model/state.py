@@ -5,9 +5,12 @@
 
 from __future__ import annotations
 
+import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -18,6 +21,8 @@ from prunella.model.rng import seeded
 _MACHINERY = frozenset({"_parameters", "_buffers", "_modules", "training"})
 _CONTAINERS = frozenset({dict, list, set, OrderedDict})
 """Types of attributes whose content is restored; hooks are in an `OrderedDict`."""
+
+_TORCH = str(Path(torch.__file__).parent)
 
 Undo = Callable[[], None]
 
@@ -39,25 +44,77 @@ def mode(model: nn.Module, *, training: bool) -> Iterator[nn.Module]:
 
 
 @contextmanager
+def training_flags(model: nn.Module, *, training: bool) -> Iterator[list[str]]:
+    """Inside, all modules have this flag for the source outside of torch. The list names the modules that ask for it.
+
+    The flags are set one by one: `train()` of a module may do anything, such as merge weights. While a module has no
+    attribute `training`, its class is asked, and the line that asks is known. Layers of torch itself stay in evaluation
+    mode, in which a batch norm takes any batch.
+    """
+    readers: list[str] = []
+    paths = {id(module): path for path, module in model.named_modules()}
+    known = [module for module in model.modules() if "training" in vars(module)]
+    hidden = {id(module) for module in known if type(module).__getattr__ is nn.Module.__getattr__}
+    readers += [paths[id(module)] for module in model.modules() if id(module) not in hidden]
+    missing = nn.Module.__getattr__
+
+    def asked(module: nn.Module, name: str) -> Any:
+        if name != "training" or id(module) not in hidden:
+            return missing(module, name)
+        if sys._getframe(1).f_code.co_filename.startswith(_TORCH):
+            return False  # torch's own layers have the same axes in both modes
+        readers.append(paths[id(module)])
+        return training
+
+    for module in known:
+        module.training = training
+        if id(module) in hidden:
+            del vars(module)["training"]
+    nn.Module.__getattr__ = asked  # type: ignore[method-assign]
+    try:
+        yield readers
+    finally:
+        nn.Module.__getattr__ = missing  # type: ignore[method-assign]
+        for module in known:
+            vars(module).setdefault("training", training)
+
+
+@contextmanager
 def untouched(model: nn.Module, seed: int | None = None) -> Iterator[None]:
     """Run the body with `model` in evaluation mode, then restore all changes bit for bit, also after errors.
 
     Restored: training flags; buffers (running statistics, also where the model replaces them); plain attributes, and
-    the content of dictionaries, lists, sets and tensors among them (caches, hooks); `requires_grad` and `.grad` of
-    parameters; the random number generators of torch, CUDA, numpy and Python. Not restored: values of parameters.
+    the content of dictionaries, lists, sets, tensors, generators and plain objects among them (caches, hooks);
+    `requires_grad` and `.grad` of parameters; the random number generators of torch, CUDA, numpy and Python. Not
+    restored: values of parameters, but for modules with a `train` of their own, which may merge weights.
+    The body runs outside `torch.inference_mode()`, so that the record and gradients work there too.
 
     seed: of all generators in the body, so that a shuffling loader repeats its batches; None: not seeded.
     """
     with ExitStack() as stack:
+        stack.enter_context(outside_inference())
         stack.enter_context(seeded(seed))
         stack.enter_context(_without_fast_path())
         for parameter in model.parameters():
             stack.callback(_gradient(parameter))
-        for undo in (*_buffers(model), *_attributes(model)):
+        for undo in (*_buffers(model), *_attributes(model), *_switched(model)):
             stack.callback(undo)
         for module in model.modules():
             stack.callback(setattr, module, "training", module.training)
         model.eval()
+        yield
+
+
+def outside_inference() -> AbstractContextManager[Any]:
+    """Inside, new tensors allow gradients, also where the caller is in `torch.inference_mode()`."""
+    return torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext()
+
+
+@contextmanager
+def writable(tensor: Tensor) -> Iterator[None]:
+    """Inside, the values of a tensor can be written, also if it was made in `torch.inference_mode()`."""
+    guard = torch.inference_mode() if tensor.is_inference() else nullcontext()
+    with guard, torch.no_grad():
         yield
 
 
@@ -89,7 +146,8 @@ def _gradient(parameter: nn.Parameter) -> Undo:
     required, grad = parameter.requires_grad, parameter.grad
 
     def undo() -> None:
-        parameter.requires_grad_(required)
+        if parameter.requires_grad != required:  # tensors of the inference mode refuse to be set at all
+            parameter.requires_grad_(required)
         parameter.grad = grad
 
     parameter.grad = None  # so that a backward pass does not add to the caller's
@@ -103,6 +161,12 @@ def _buffers(model: nn.Module) -> list[Undo]:
         for name, buffer in module._buffers.items()
         if buffer is not None
     ]
+
+
+def _switched(model: nn.Module) -> list[Undo]:
+    """Undo what a `train` of the user's writes into parameters."""
+    own_train = [module for module in model.modules() if type(module).train is not nn.Module.train]
+    return [_value_of(parameter) for module in own_train for parameter in module.parameters()]
 
 
 def _buffer(module: nn.Module, name: str, buffer: Tensor) -> Undo:
@@ -122,8 +186,8 @@ def _value_of(tensor: Tensor | None) -> Undo:
     before = tensor.detach().clone()
 
     def undo() -> None:
-        with torch.no_grad():
-            if not _equal(tensor, before):
+        if not _equal(tensor, before):
+            with writable(tensor):
                 tensor.copy_(before)
 
     return undo
@@ -145,13 +209,30 @@ def _plain(attributes: dict[str, Any]) -> Undo:
     before = {key: value for key, value in attributes.items() if key not in _MACHINERY}
     contents = [_content_of(value) for value in before.values() if type(value) in _CONTAINERS]
     values = [_value_of(value) for value in before.values() if isinstance(value, Tensor)]
+    objects = [_content_of(vars(value)) for value in before.values() if _is_plain_object(value)]
+    generators = [_state_of(value) for value in before.values() if isinstance(value, torch.Generator)]
 
     def undo() -> None:
         for key in [key for key in attributes if key not in before and key not in _MACHINERY]:
             del attributes[key]
         attributes.update(before)
-        for restore in (*contents, *values):
+        for restore in (*contents, *values, *objects, *generators):
             restore()
+
+    return undo
+
+
+def _is_plain_object(value: object) -> bool:
+    """An object that holds attributes, such as a configuration or a record of features."""
+    excluded = isinstance(value, nn.Module | Tensor | type | ModuleType) or callable(value)
+    return not excluded and type(getattr(value, "__dict__", None)) is dict
+
+
+def _state_of(generator: torch.Generator) -> Undo:
+    before = generator.get_state()
+
+    def undo() -> None:
+        generator.set_state(before)
 
     return undo
 

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from prunella.model.forms import Chunk, Form
-from prunella.model.forward import tensors
 from prunella.model.reads import NotReadable, Product, operation, products, unreadable
+from prunella.model.trees import tensors
 
 
 class View(NamedTuple):

@@ -101,13 +101,16 @@ def _prunable(target: Target) -> bool:
     return isinstance(target, Sparsity) and target.of == "prunable"
 
 
+@torch.no_grad()
 def check_finite(model: nn.Module) -> None:
     """Errors: those of `check_traceable`; BadInput that names the first tensor with NaN or infinity, or no values."""
     check_traceable(model)
     for name, tensor in model.named_parameters():
         if tensor.is_meta:
             raise BadInput(f"{name} has no values", "it is on the meta device", "load the weights first")
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        if not tensor.is_floating_point() and not tensor.is_complex():
+            continue
+        if not bool(torch.isfinite(tensor).all()):
             bad = int((~torch.isfinite(tensor)).sum())
             raise BadInput(f"{name} has {bad} values that are not finite", "NaN or infinity", "check the checkpoint")
     for name, buffer in model.named_buffers():

@@ -28,7 +28,10 @@ def render(rows: Sequence[Row], before: Amount, after: Amount, notes: Sequence[s
 
 
 def remarks_of(graph: Graph, limit: int = 3) -> list[str]:
-    """What holds for some of the parameters, one line each: tied, read in several places, not trained, not used."""
+    """What holds for some of the parameters, one line each: tied, read in several places, not trained, not used.
+
+    A last line says why the training mode was not tried, if the source of the model has branches for it.
+    """
     parameters = [entity for entity in graph.entities.values() if entity.parameter]
     tied = [" = ".join(entity.names) for entity in parameters if len(entity.names) > 1]
     reads = Counter(cost.layer for cost in graph.costs if cost.layer)
@@ -40,7 +43,8 @@ def remarks_of(graph: Graph, limit: int = 3) -> list[str]:
         "not trained (requires_grad=False), cut like any other": fixed,
         "not used on these inputs, kept dense": list(graph.unused),
     }
-    return [f"{text}: {_listed(names, limit)}" for text, names in lines.items() if names]
+    remarks = [f"{text}: {_listed(names, limit)}" for text, names in lines.items() if names]
+    return [*remarks, f"not tried in training mode: {graph.untried}"] if graph.untried else remarks
 
 
 def emptied(rows: Sequence[Row], limit: int = 5) -> list[str]:

@@ -16,6 +16,7 @@ from prunella.graph.matrix import to_matrix
 from prunella.graph.solve.block_counters import counted
 from prunella.graph.solve.groups import couple
 from prunella.graph.solve.residual_blocks import narrow
+from prunella.model.copying import ordinary
 from prunella.planning.coverage import unmaskable
 from prunella.planning.diagnostics import obstacles, offer
 from prunella.planning.latency import LatencyProbe
@@ -63,6 +64,7 @@ def prepare(
     only: Sequence[str],
 ) -> Request:
     """Couple the model and check the patterns. Use it inside `untouched`. Errors: those of `couple`, RequestError."""
+    model = ordinary(model)
     graph = couple(model, inputs)
     check_patterns(graph, skip, only)
     if any(isinstance(granularity, Depth) for granularity in recipe.granularities):

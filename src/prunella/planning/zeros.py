@@ -17,7 +17,7 @@ from prunella.graph.match import check_patterns, chosen, names_of_layer, spared
 from prunella.graph.solve.groups import couple
 from prunella.graph.verify import SINGLE, TOLERANCE, as_double, relative_error, unproven
 from prunella.model.copying import copied
-from prunella.model.forward import forward, tensors
+from prunella.model.forward import outputs_of
 from prunella.model.state import untouched
 from prunella.model.unwrap import unwrap
 from prunella.planning.plan import Plan
@@ -122,7 +122,7 @@ def _unchanged(model: nn.Module, graph: Graph, keep: Keep, inputs: Any) -> bool:
         batch = as_double(inputs) if double else inputs
         try:
             with torch.no_grad():
-                outputs = [tensors(forward(_cast(variant, double), batch)) for variant in (model, small)]
+                outputs = [outputs_of(_cast(variant, double), batch) for variant in (model, small)]
         except (RuntimeError, ValueError, TypeError):
             continue
         return relative_error(*outputs) <= tolerance

@@ -25,8 +25,9 @@ from prunella.measure.count import WorkCount, count, count_work, effective
 from prunella.measure.profile import peak_memory, time_by_layer
 from prunella.measure.text import byte_size, duration, percent, short_count, significant, table
 from prunella.measure.timing import Comparison, compare_latency
-from prunella.model.forward import forward, tensors
+from prunella.model.forward import forward, outputs_of
 from prunella.model.state import mode
+from prunella.model.trees import own, tensors
 from prunella.model.unwrap import unwrap
 from prunella.planning.coverage import NOT_COUNTED, lines, not_counted
 from prunella.planning.plan import Plan
@@ -236,13 +237,17 @@ def report(
         >>> [(metric.name, metric.before, metric.after) for metric in compared.metrics[:2]]
         [('parameters', 212, 108), ('multiply-adds', 384, 192)]
     """
+    example = own(inputs)
     with mode(dense, training=False), mode(small, training=False), torch.no_grad():
         latency = compare_latency(
-            {"dense": lambda: forward(dense, inputs), "pruned": lambda: forward(small, inputs)},
+            {
+                "dense": lambda: forward(dense, example, copy=False),
+                "pruned": lambda: forward(small, example, copy=False),
+            },
             rounds=rounds,
             device=str(_device(dense)),
         )
-        outputs = [[t.cpu() for t in tensors(forward(model, inputs))] for model in (dense, small)]
+        outputs = [[t.cpu() for t in outputs_of(model, inputs)] for model in (dense, small)]
     dense, small = unwrap(dense), unwrap(small)
     seconds = time_by_layer({"dense": dense, "pruned": small}, inputs)
     work = count_work(dense, inputs), count_work(small, inputs)

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from prunella.model.forward import tensors
 from prunella.model.reads import NotReadable, Product, operation, products, unreadable
+from prunella.model.trees import tensors
 from prunella.model.watch import Homes, Unread, View
 from prunella.stats.subject import Subject
 

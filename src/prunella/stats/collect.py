@@ -14,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from prunella.errors import BadInput, RequestError
 from prunella.model.forward import forward, samples
+from prunella.model.trees import own
 from prunella.stats.subject import Subject
 from prunella.stats.table import STATISTICS, Slot
 
@@ -32,7 +33,7 @@ class Source:
     def run(self, model: nn.Module, batch: Any) -> Any:
         """The loss, or the output of the model without a loss."""
         if self.loss is not None:
-            return self.loss(model, batch)
+            return self.loss(model, own(batch))
         try:
             return forward(model, batch)
         except (TypeError, AttributeError) as error:

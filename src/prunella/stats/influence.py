@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from prunella.graph.solve.residual_blocks import inside
-from prunella.model.forward import first_tensor, tensors
+from prunella.model.forward import first_tensor
+from prunella.model.trees import tensors
 from prunella.stats.subject import Subject
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from prunella.errors import BadInput, NotSupported, RequestError
 from prunella.model.copying import copied
-from prunella.model.forward import forward, tensors
+from prunella.model.forward import outputs_of
 from prunella.stats.gradient import MeanGrad
 from prunella.stats.subject import Subject
 
@@ -129,7 +129,7 @@ def flow(subject: Subject) -> dict[str, Tensor]:
     weights = dict(positive.named_parameters(remove_duplicate=False))
     parameters = [weights[name] for name in subject.scored]
     with torch.enable_grad():
-        total = sum((t.sum() for t in tensors(forward(positive, ones)) if t.is_floating_point()), torch.zeros(()))
+        total = sum((t.sum() for t in outputs_of(positive, ones) if t.is_floating_point()), torch.zeros(()))
         gradients: Any = (None,) * len(parameters)
         if total.requires_grad:
             gradients = torch.autograd.grad(total, parameters, allow_unused=True)

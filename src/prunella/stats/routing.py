@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from prunella.graph.data import Group, Running
 from prunella.graph.trace.source import called
-from prunella.model.forward import tensors
+from prunella.model.trees import tensors
 from prunella.stats.subject import Subject
 
 Chosen = Callable[[str, Tensor, Tensor | None], None]

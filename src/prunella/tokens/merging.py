@@ -14,8 +14,9 @@ from prunella.graph.data import Graph
 from prunella.graph.solve.groups import couple
 from prunella.graph.solve.residual_blocks import inside
 from prunella.llm.blocks import BlockCall, ModelBlock, blocks_of
-from prunella.model.forward import forward, tensors
+from prunella.model.forward import forward
 from prunella.model.state import untouched
+from prunella.model.trees import tensors
 from prunella.model.unwrap import unwrap
 from prunella.registry.method import compression
 from prunella.tokens.matching import bipartite_match, merge, most

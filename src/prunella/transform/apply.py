@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from prunella.errors import RequestError
 from prunella.model.masks import forget_masks_, reapply_, record_
+from prunella.model.state import writable
 from prunella.model.unwrap import unwrap
 from prunella.planning.plan import Plan
 from prunella.types import Mask
@@ -41,8 +42,8 @@ def apply_(model: M, plan: Plan, *, regrow: bool = False) -> M:
     named |= dict(root.named_parameters(remove_duplicate=False))
     weights = [(_parameter(named, name, new.shape), new) for name, new in plan.weights.items()]
     masks = plan_masks(root, plan)
-    with torch.no_grad():
-        for parameter, new in weights:
+    for parameter, new in weights:
+        with writable(parameter):
             parameter.copy_(new)
     if regrow:
         forget_masks_(root)

@@ -6,11 +6,14 @@ from dataclasses import replace
 
 from torch import nn
 
+from prunella.errors import NotSupported
 from prunella.graph.cut.changes import Changes
 from prunella.graph.cut.surgery import change_
+from prunella.graph.training_pass import training_fault
 from prunella.graph.verify import check
 from prunella.model.copying import copied
 from prunella.model.masks import slice_masks_
+from prunella.model.state import outside_inference
 from prunella.model.unwrap import unwrap
 from prunella.planning.plan import Plan
 from prunella.transform.apply import apply_
@@ -22,10 +25,11 @@ def shrink(model: nn.Module, plan: Plan, *, inputs: Inputs | None = None) -> nn.
 
     The new module has the weights and masks of the plan, without the removed positions and blocks. It is compared in
     float64 with the masked model, in which dropped blocks are bypassed, on the example inputs of the plan (or on
-    `inputs`). Gradients are cut with their parameters; `carry_` does the same for the state of an optimizer.
+    `inputs`), and tried once in training mode if the dense model runs in this mode on these inputs. Gradients are cut
+    with their parameters; `carry_` does the same for the state of an optimizer.
 
-    Raises `RequestError` if the plan is not for this model, `NotSupported` if the smaller module does not run, and
-    `CheckFailed` if its outputs differ. A module that fails the check is never returned.
+    Raises `RequestError` if the plan is not for this model, `NotSupported` if the smaller module does not run or if no
+    output can be compared, and `CheckFailed` if its outputs differ. A module that fails the check is never returned.
 
     Example:
 
@@ -39,7 +43,11 @@ def shrink(model: nn.Module, plan: Plan, *, inputs: Inputs | None = None) -> nn.
           (2): Linear(in_features=7, out_features=4, bias=True)
         )
     """
-    model = unwrap(model)
+    with outside_inference():
+        return _shrunk(unwrap(model), plan, plan.inputs if inputs is None else inputs)
+
+
+def _shrunk(model: nn.Module, plan: Plan, example: Inputs | None) -> nn.Module:
     dense = copied(model)
     if plan.masks or plan.weights:
         apply_(dense, replace(plan, changes=Changes()))
@@ -47,10 +55,16 @@ def shrink(model: nn.Module, plan: Plan, *, inputs: Inputs | None = None) -> nn.
     _copy_gradients(model, small)
     slice_masks_(small, plan.cuts)
     change_(small, plan.changes)
-    example = plan.inputs if inputs is None else inputs
     if plan.changes and example is not None:
         check(dense, small, plan.changes, example)
+        _check_training(dense, small, plan.changes, example)
     return small
+
+
+def _check_training(dense: nn.Module, small: nn.Module, applied: Changes, example: Inputs) -> None:
+    fault = training_fault(dense, small, applied, example)
+    if fault:
+        raise NotSupported("the smaller model cannot be trained", fault, "skip= excludes the layers that you name")
 
 
 def _copy_gradients(model: nn.Module, copied_model: nn.Module) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -10,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from prunella.errors import RequestError
-from prunella.model.forward import tensors
+from prunella.model.trees import each, set_attribute, tensors
 
 Dropped = Mapping[str, tuple[str, ...]]
 
@@ -60,7 +61,7 @@ def check_dropped(model: nn.Module, dropped: Dropped) -> None:
 def shorten_(owner: Any, name: str, removed: Sequence[int]) -> None:
     """Remove the positions `removed` from the plain list or tuple `owner.name`."""
     old = getattr(owner, name)
-    setattr(owner, name, type(old)(value for k, value in enumerate(old) if k not in removed))
+    set_attribute(owner, name, type(old)(value for k, value in enumerate(old) if k not in removed))
 
 
 def renamed(model: nn.Module, dropped: Dropped) -> dict[str, str]:
@@ -108,15 +109,8 @@ def _bypass(block: nn.Module) -> list[Any]:
 
 def swap(tree: Any, new: Tensor) -> Any:
     """The tree with `new` in place of its first tensor."""
-    if isinstance(tree, Tensor):
-        return new
-    if isinstance(tree, Mapping):
-        key = next(k for k, value in tree.items() if tensors(value))
-        swapped: Any = {**tree, key: swap(tree[key], new)}
-        return swapped if type(tree) is dict else type(tree)(**swapped)
-    k = next(k for k, value in enumerate(tree) if tensors(value))
-    items = [*tree[:k], swap(tree[k], new), *tree[k + 1 :]]
-    return type(tree)(*items) if hasattr(tree, "_fields") else type(tree)(items)
+    count = itertools.count()
+    return each(tree, lambda tensor: tensor if next(count) else new)
 
 
 def _deepest_first(dropped: Dropped) -> list[tuple[str, tuple[str, ...]]]:
@@ -150,7 +144,8 @@ def _renumber(blocks: Sequence[nn.Module | None], kept: Sequence[int]) -> None:
         if len(by_block) > 1 and len({value - k for k, value in by_block.items()}) == 1:
             for new, old in enumerate(kept):
                 if old in by_block:
-                    setattr(blocks[old].get_submodule(path), name, by_block[old] + new - old)  # type: ignore[union-attr]
+                    part = blocks[old].get_submodule(path)  # type: ignore[union-attr]
+                    set_attribute(part, name, by_block[old] + new - old)
 
 
 def new_name(model: nn.Module, dropped: Dropped, name: str) -> str | None:

@@ -12,6 +12,7 @@ from prunella.errors import RequestError
 from prunella.graph.cut.block_surgery import drop_, number_, shorten_
 from prunella.graph.cut.changes import Changes, Cuts, Sizes
 from prunella.graph.trace.tracked_int import holder
+from prunella.model.trees import set_attribute
 
 
 def change_(model: nn.Module, changes: Changes) -> None:
@@ -44,7 +45,7 @@ def cut_(model: nn.Module, cuts: Cuts, attributes: Sizes) -> None:
         place = holder(model, owner)
         old = getattr(place, key, None)
         many = value if isinstance(value, tuple) else (value,)
-        setattr(place, key, type(old)(many) if isinstance(old, tuple | list) else value)
+        set_attribute(place, key, type(old)(many) if isinstance(old, tuple | list) else value)
     touched = {id(module) for name in cuts for module, _ in homes[name]}
     for module in model.modules():
         if id(module) in touched:

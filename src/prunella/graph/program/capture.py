@@ -16,8 +16,9 @@ from torch.utils._pytree import tree_map
 from prunella.errors import CheckFailed, NotSupported
 from prunella.graph.program.literals import module_of
 from prunella.graph.verify import relative_error
-from prunella.model.forward import forward, tensors
+from prunella.model.forward import outputs_of
 from prunella.model.state import mode
+from prunella.model.trees import tensors
 from prunella.model.unwrap import unwrap
 
 TOLERANCE = 1e-4
@@ -52,11 +53,11 @@ def as_program(model: nn.Module, inputs: Any) -> nn.Module:
     model = unwrap(model)
     with mode(model, training=False), quiet():
         with torch.no_grad():
-            expected = tensors(forward(model, inputs))
+            expected = outputs_of(model, inputs)
         with torch.enable_grad():  # otherwise parts of the source without gradients are not distinguished
             program = module_of(capture(model, inputs)[0])
         with torch.no_grad():
-            error = relative_error(expected, tensors(forward(program, inputs)))
+            error = relative_error(expected, outputs_of(program, inputs))
     if not error <= TOLERANCE:
         why, todo = f"relative error {error:.1e}", "please report the model"
         raise CheckFailed("the program does not compute what the model computes", why, todo)
@@ -100,7 +101,7 @@ def _batch_free(program: Any, model: nn.Module, example: Any) -> bool:
     for size in (1, 3):
         batch = _resized(example, size)
         try:
-            if not relative_error(tensors(forward(model, batch)), tensors(forward(module, batch))) <= TOLERANCE:
+            if not relative_error(outputs_of(model, batch), outputs_of(module, batch)) <= TOLERANCE:
                 return False
         except (RuntimeError, AssertionError, ValueError):
             return False

@@ -12,7 +12,8 @@ from prunella.graph.solve.labels import WHOLE, Dim
 from prunella.graph.trace.recorder import Axis, Trace, TracedValue
 
 
-@rule("_prelu_kernel", "hardswish", "rsub", "masked_fill", "copy", "where", "native_dropout", "log_sigmoid_forward")
+@rule("_prelu_kernel", "hardswish", "rsub", "masked_fill", "copy", "where", "native_dropout", "log_sigmoid_forward",
+      "normal", "poisson", "binomial")  # fmt: skip
 def pointwise(trace: Trace, ctx: Context) -> Returned:
     """Same positions in every operand, with broadcasting."""
     operands = [t for t in tensors_in(ctx.args) if t.dim()]
@@ -58,7 +59,8 @@ def _pointwise_roles(trace: Trace, ctx: Context, operands: Sequence[Tensor]) -> 
 
 
 @rule("clone", "detach", "alias", "_to_copy", "lift_fresh", "lift_fresh_copy", "contiguous", "zeros_like", "ones_like",
-      "empty_like", "full_like", "rand_like", "randn_like", "fill", "zero", "bernoulli", "positive")  # fmt: skip
+      "empty_like", "full_like", "rand_like", "randn_like", "fill", "zero", "bernoulli", "positive",
+      "randint_like", "uniform", "exponential", "geometric", "log_normal", "cauchy", "random")  # fmt: skip
 def identity(trace: Trace, ctx: Context) -> Returned:
     """A tensor with the same axes."""
     return same(ctx.value(0))

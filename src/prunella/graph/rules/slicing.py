@@ -232,3 +232,25 @@ def channel_shuffle(trace: Trace, ctx: Context) -> Returned:
     rows, columns = trace.ledger.split(value.dims[1], sizes)
     trace.freeze(rows, "the number of groups of a channel shuffle stays")
     return TracedValue.plain([value.dims[0], merge([columns, WHOLE], sizes[::-1]), *value.dims[2:]])
+
+
+@rule("roll")
+def roll(trace: Trace, ctx: Context) -> Returned:
+    """Positions move along some axes, which are frozen; without axes they move along all."""
+    value, ndim = ctx.value(0), len(ctx.shape(0))
+    named = flat([ctx.args[2]])
+    moved = {int(k) % ndim for k in named} if named else set(range(ndim))
+    for k in moved:
+        trace.freeze(value.dims[k], "roll moves positions along it")
+    return TracedValue.plain([WHOLE if k in moved else dim for k, dim in enumerate(value.dims)])
+
+
+@rule("index_add", "index_copy", "index_reduce")
+def index_add(trace: Trace, ctx: Context) -> Returned:
+    """Slices of a source go to numbered positions of one axis, which is frozen; the other axes are equal."""
+    value, source, ndim = ctx.value(0), ctx.value(3), len(ctx.shape(0))
+    at, text = ctx.dim(1, ndim), f"it meets a tensor that is not cut in {ctx.name}"
+    for dim in (value.dims[at], source.dims[at], *ctx.value(2).dims):
+        trace.freeze(dim, f"{ctx.name} numbers its positions")
+    pairs = enumerate(zip(value.dims, source.dims, strict=True))
+    return TracedValue.plain([WHOLE if k == at else trace.equal(one, other, text) for k, (one, other) in pairs])

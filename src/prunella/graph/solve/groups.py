@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from prunella.errors import BadInput, NotSupported, PruningError
+from prunella.errors import BadInput, NotSupported, PruningError, one_line
 from prunella.graph.cut.macs import with_macs
 from prunella.graph.data import (
     Attribute,
@@ -42,7 +42,8 @@ from prunella.graph.solve.labels import Dim, Reason
 from prunella.graph.solve.residual_blocks import add_stacks
 from prunella.graph.solve.size_attributes import freeze_unfollowed, solve
 from prunella.graph.solve.tokens import specials
-from prunella.graph.trace.recorder import Axis, Trace, Work, trace
+from prunella.graph.trace.recorder import Axis, Trace, Work
+from prunella.graph.trace.training import trace_modes
 from prunella.model.forward import forward
 from prunella.model.state import untouched
 from prunella.model.traceable import check_traceable
@@ -57,7 +58,7 @@ def couple(model: nn.Module, inputs: Any) -> Graph:
     model = unwrap(model)
     check_traceable(model)
     try:
-        record = trace(model, inputs, apply_rule)
+        record = trace_modes(model, inputs, apply_rule)
     except PruningError:
         raise
     except Exception as error:
@@ -65,12 +66,13 @@ def couple(model: nn.Module, inputs: Any) -> Graph:
     for work in record.work:
         for dim, _ in work.dims:
             record.ledger.single(dim)
-    return replace(add_stacks(_graph(record), model, record.flow), specials=specials(model))
+    graph = add_stacks(_graph(record), model, record.flow)
+    return replace(graph, specials=specials(model), untried=record.untried)
 
 
 def _not_run(model: nn.Module, inputs: Any, error: Exception) -> PruningError:
     """The model's own error, or that it runs, but not while it is observed."""
-    why = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
+    why = one_line(error)
     try:
         with untouched(model), torch.no_grad():
             forward(model, inputs)

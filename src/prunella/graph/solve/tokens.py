@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from prunella.graph.cut.changes import Renumbered
 from prunella.graph.trace.tracked_int import holders
+from prunella.model.trees import each
 
 Ids = int | tuple[int, ...]
 
@@ -55,12 +56,3 @@ def _at(tree: Any, renumbered: Sequence[Renumbered], change: Callable[[Tensor, T
         count = itertools.count()
         tree = each(tree, lambda t: change(t, entry.kept.to(t.device)) if next(count) in entry.inputs else t)  # noqa: B023
     return tree
-
-
-def each(tree: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """The same tree with every tensor changed, in the order of `tensors`."""
-    if isinstance(tree, Tensor):
-        return change(tree)
-    if isinstance(tree, Mapping):
-        return {key: each(value, change) for key, value in tree.items()}
-    return type(tree)(each(v, change) for v in tree) if isinstance(tree, tuple | list) else tree

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from prunella.model.forward import tensors
+from prunella.model.trees import tensors
 
 _SUMS = frozenset({"add", "sub"})
 _STATISTICS = frozenset("mean sum var std var_mean std_mean linalg_vector_norm norm amax amin".split())

@@ -2,7 +2,7 @@
 
 Two modes observe the run. A `TorchFunctionMode` sees the calls with their raw Python arguments, which show the origin
 of a size. A `TorchDispatchMode` sees the ATen operations below them, a small set with rules in `graph/rules`. The model
-runs on its own device (real or meta), in eval mode and without gradients, and does not change.
+runs on its own device (real or meta), on a copy of its inputs and without gradients, and does not change.
 """
 
 from __future__ import annotations
@@ -24,8 +24,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from prunella.graph.data import Ints, ReasonKind, Role
+from prunella.graph.noise import drops
 from prunella.graph.solve.labels import WHOLE, Dim, Ledger, Reason, Run, Soft
 from prunella.graph.sources import FORMS, Sources
+from prunella.graph.trace.caches import uncached
 from prunella.graph.trace.dataflow import Flow, watched
 from prunella.graph.trace.source import called, where
 from prunella.graph.trace.tracked_int import (
@@ -40,8 +42,8 @@ from prunella.graph.trace.tracked_int import (
     tracked_attributes,
 )
 from prunella.graph.work import Term
-from prunella.model.forward import forward, tensors
-from prunella.model.state import untouched
+from prunella.model.forward import forward, returned, states
+from prunella.model.trees import own, tensors
 
 log = logging.getLogger(__name__)
 Axis = tuple[str, int]
@@ -151,6 +153,8 @@ class Trace:
     counts: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary)
     """Tensors with the number of choices of each position; zero for removed positions."""
     flow: Flow = field(default_factory=Flow)
+    untried: str = ""
+    """Why the model did not run in training mode, where its source has branches for this mode."""
 
     def __post_init__(self) -> None:
         self.sources = Sources(self.tensors, self.parameters)
@@ -314,6 +318,8 @@ class _Calls(TorchFunctionMode):
         if name in _LEAVES_TORCH and args and isinstance(args[0], Tensor):
             for dim in self.trace.value(args[0]).dims:
                 self.trace.freeze(dim, f"{name.strip('_')} takes it out of the tensors")
+        if drops(name, args, kwargs):
+            return args[0]  # a mask of any positions: the axes are the same
         self.trace.calls.append(Call(name, args, kwargs, self.count[name]))
         self.count[name] += 1
         try:
@@ -418,29 +424,49 @@ def _entities(model: nn.Module) -> tuple[dict[str, tuple[str, ...]], dict[str, T
     return {first[k]: tuple(v) for k, v in names.items()}, {first[k]: t for k, t in by_id.items()}, kinds
 
 
-def trace(model: nn.Module, inputs: Any, apply_rule: Callable[..., None]) -> Trace:
-    """Run `model` on `inputs` once and record. All positions of inputs and outputs are kept."""
+@dataclass(frozen=True)
+class TracedRun:
+    """A run and its record, as long as what it made exists. inputs: the copy that the model had, and may have filled.
+
+    handed_on: tensors of states that the model hands on to its next run.
+    """
+
+    record: Trace
+    inputs: Any
+    outputs: list[Tensor]
+    handed_on: list[Tensor]
+
+
+def new_record(model: nn.Module, start: int = 1) -> Trace:
+    """An empty record. start: number of its first atom."""
     names, entities, parameters = _entities(model)
-    record = Trace(names, entities, parameters)
+    record = Trace(names, entities, parameters, Ledger(start))
     for name, tensor in entities.items():
         record.aliases[_storage_key(tensor)] = name
+    return record
+
+
+def trace(record: Trace, model: nn.Module, inputs: Any, apply_rule: Callable[..., None]) -> TracedRun:
+    """Run `model` on a copy of `inputs` once and record. All positions of inputs are kept.
+
+    The outputs are taken as long as the modes observe the run: an output may compute its tensors when they are asked
+    for. Errors: those of the model; the record then ends where the run did.
+    """
+    inputs = own(inputs)
     record.flow.start(inputs)
     for number, tensor in enumerate(tensors(inputs)):
         record.values[tensor] = TracedValue.plain([WHOLE] * tensor.dim())
         if not tensor.is_floating_point():
             record.given[tensor] = number
     with ExitStack() as stack:
-        stack.enter_context(untouched(model))
         stack.enter_context(torch.no_grad())
         stack.enter_context(watched(model, record.modules, record.flow))
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         stack.enter_context(tracked_attributes(model, record.leak))
+        stack.enter_context(uncached())
         stack.enter_context(_Operations(record, apply_rule))
         stack.enter_context(_Calls(record))
-        output = forward(model, inputs)
-    record.flow.finish(output)
-    for number, tensor in enumerate(tensors(output)):
-        for axis, dim in enumerate(record.value(tensor).dims):
-            record.ledger.freeze(dim, Reason("it is an output of the model", soft="output" if len(dim) == 1 else ""))
-            record.outputs += [(number, axis, layer) for layer in dim if len(dim) == 1]
-    return record
+        output = forward(model, inputs, copy=False)
+        outputs = returned(model, output)
+    record.flow.finish(outputs)
+    return TracedRun(record, inputs, outputs, tensors([states(model, output), states(model, inputs)]))

@@ -24,7 +24,7 @@ from prunella.llm.blocks import BlockCall, Calls, ModelBlock, Runner, StoreActiv
 from prunella.llm.experts import routers
 from prunella.llm.streaming.skeleton import Skeleton
 from prunella.model.copying import copied
-from prunella.model.forward import tensors
+from prunella.model.trees import tensors
 from prunella.model.watch import Stop
 from prunella.stats.subject import first_seen
 

@@ -31,8 +31,9 @@ from prunella.llm.streaming.progress import Progress
 from prunella.llm.streaming.shards import read_folder, read_header, shard_name, write_shard
 from prunella.llm.streaming.skeleton import Skeleton
 from prunella.measure.clock import now, since
-from prunella.model.forward import forward, tensors
+from prunella.model.forward import forward
 from prunella.model.state import mode
+from prunella.model.trees import tensors
 
 _TRAINED = 7
 """Copies of a block that is refined: itself, the dense replica, the saved weights, the gradient, Adam's two, a sum."""

@@ -15,8 +15,8 @@ from prunella.errors import BadInput, NotSupported
 from prunella.io.load import call_user, class_of, import_transformers
 from prunella.llm.streaming.conversion import Converted, Files
 from prunella.llm.streaming.shards import StoredTensor
-from prunella.model.forward import tensors
 from prunella.model.rng import seeded
+from prunella.model.trees import tensors
 
 
 class _EmptyOnMeta(TorchFunctionMode):

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from prunella.model.forward import forward, tensors
+from prunella.model.forward import forward
+from prunella.model.trees import tensors
 from prunella.runtime.fx.fuse import activation_of
 from prunella.types import Inputs
 

@@ -17,7 +17,7 @@ from torch.fx import GraphModule, Node, Tracer
 from torch.fx.passes.shape_prop import ShapeProp, TensorMetadata
 from torch.nn import functional
 
-from prunella.model.forward import tensors
+from prunella.model.trees import tensors
 from prunella.runtime.fx.simplify import simplify_
 from prunella.runtime.kernels.library import Activation
 from prunella.runtime.layers import FoldedConv2d

@@ -15,7 +15,8 @@ from prunella.errors import CheckFailed
 from prunella.graph.verify import relative_error
 from prunella.measure.timing import Comparison, Ratio, compare_latency, own_clock
 from prunella.model.copying import frozen_copy
-from prunella.model.forward import forward, tensors
+from prunella.model.forward import forward, outputs_of
+from prunella.model.trees import tensors
 from prunella.runtime.fx.fuse import channels_last_
 from prunella.runtime.kernels.convolution import is_channels_last
 from prunella.runtime.kernels.library import Precision
@@ -56,7 +57,7 @@ def judge(
     outputs differ.
     """
     with torch.inference_mode():
-        difference = relative_error(tensors(forward(dense, example)), tensors(forward(sparse, example)))
+        difference = relative_error(outputs_of(dense, example), outputs_of(sparse, example))
         if not difference <= TOLERANCE[precision]:
             why = f"by {difference:.1e} of the largest value, {TOLERANCE[precision]:g} is allowed"
             raise CheckFailed("the output of the sparse model differs", why, "report this with the model's name")
@@ -89,7 +90,7 @@ def with_channels_last(model: nn.Module, example: Inputs) -> tuple[nn.Module, bo
     if not channels_last_(replica) or not speedup(model, replica, example).value > 1:
         return model, False
     with torch.inference_mode():
-        difference = relative_error(tensors(forward(model, example)), tensors(forward(replica, example)))
+        difference = relative_error(outputs_of(model, example), outputs_of(replica, example))
     return (replica, True) if difference <= TOLERANCE[Precision.FP32] else (model, False)
 
 

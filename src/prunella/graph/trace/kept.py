@@ -1,0 +1,73 @@
+"""Tensors that outlive a run: on a module, in a hook, in an argument or outside the model, where others read them."""
+
+from __future__ import annotations
+
+import gc
+import inspect
+from collections import OrderedDict
+from collections.abc import Iterable
+
+from torch import Tensor, nn
+
+from prunella.graph.trace.recorder import Trace
+from prunella.model.trees import tensors
+
+_OWN = frozenset({"_parameters", "_buffers", "_modules"})
+
+
+def kept_on(model: nn.Module) -> dict[str, Tensor]:
+    """Name -> tensor, of all tensors in plain attributes of modules and in what their hooks hold on to.
+
+    A name is `path.attribute`, with a number where the attribute holds several tensors.
+    """
+    named: dict[str, Tensor] = {}
+    for path, module in model.named_modules():
+        for name, value in vars(module).items():
+            if name not in _OWN and not isinstance(value, bool | int | str | float | None) and not _is_empty(value):
+                for number, tensor in enumerate(tensors(value)):
+                    label = f"{path}.{name}" if path else name
+                    named[f"{label} ({number + 1})" if number else label] = tensor
+    return named
+
+
+def _is_empty(value: object) -> bool:
+    """Most attributes of a module are dictionaries of hooks without a hook."""
+    return type(value) in (dict, OrderedDict) and not value
+
+
+def outliving(record: Trace, model: nn.Module, known: Iterable[Tensor]) -> list[tuple[Tensor, str]]:
+    """Activations with positions to remove that still exist after the run, and where they are; but not the `known`.
+
+    Nobody sees who will read them, so that they are outputs. Buffers are part of the model and follow its cuts.
+    """
+    ours = {id(tensor) for tensor in (*known, *model.parameters(), *model.buffers())}
+    if not _held(_alive(record, ours)):
+        return []
+    gc.collect()  # garbage is not kept
+    names = {id(tensor): name for name, tensor in kept_on(model).items()}
+    return [
+        (tensor, f"the model keeps it after a run, as {names[id(tensor)]}" if id(tensor) in names else _ELSEWHERE)
+        for tensor in _held(_alive(record, ours))
+    ]
+
+
+_ELSEWHERE = "it is kept after a run, outside the model"
+
+
+def _alive(record: Trace, ours: set[int]) -> list[Tensor]:
+    numbers, nodes = record.flow.numbers, record.flow.nodes
+    return [
+        tensor
+        for tensor in record.values.keys()  # type: ignore[no-untyped-call]  # noqa: SIM118 (it has no iterator)
+        if id(tensor) not in ours
+        and any(record.values[tensor].dims)
+        and tensor in numbers
+        and nodes[numbers[tensor]].live
+    ]
+
+
+def _held(alive: list[Tensor]) -> list[Tensor]:
+    """The tensors that a Python object refers to, and not only the memory of a view."""
+    holders = [holder for holder in gc.get_referrers(*alive) if holder is not alive] if alive else []
+    held = {id(part) for holder in holders if not inspect.isframe(holder) for part in gc.get_referents(holder)}
+    return [tensor for tensor in alive if id(tensor) in held]

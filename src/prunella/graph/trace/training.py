@@ -1,0 +1,102 @@
+"""Both modes of a model, evaluation and training, in one record, and the outputs of both."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from prunella.errors import NotSupported, one_line
+from prunella.graph.solve.labels import Reason
+from prunella.graph.trace.kept import kept_on, outliving
+from prunella.graph.trace.recorder import Trace, TracedRun, new_record, trace
+from prunella.model.state import training_flags, untouched
+
+
+def trace_modes(model: nn.Module, inputs: Any, apply_rule: Callable[..., None]) -> Trace:
+    """The record of a run in evaluation mode, and of one in training mode if the model's source asks for the mode.
+
+    Outputs of either mode are kept. If the model does not run in training mode, `Trace.untried` says why. Errors:
+    NotSupported if the model returns no tensor of numbers, and those of the model.
+    """
+    with untouched(model), training_flags(model, training=False) as readers:
+        run = trace(new_record(model), model, inputs, apply_rule)
+        record, kept = run.record, _keep_outputs(run, model, "it is an output of the model")
+        check_numbers([*run.outputs, *kept])
+        record.outputs = [
+            (number, axis, dim[0])
+            for number, tensor in enumerate(run.outputs)
+            for axis, dim in enumerate(record.value(tensor).dims)
+            if len(dim) == 1
+        ]
+        del run  # and with it all that the run made
+    if readers:
+        _add_training(record, model, inputs, apply_rule)
+    return record
+
+
+def _add_training(record: Trace, model: nn.Module, inputs: Any, apply_rule: Callable[..., None]) -> None:
+    with untouched(model), training_flags(model, training=True):
+        other = new_record(model, record.ledger.size)
+        try:
+            run = trace(other, model, inputs, apply_rule)
+            _keep_outputs(run, model, "it is an output of the model in training mode")
+        except Exception as error:  # a model may need targets, or a larger batch, and raise anything
+            record.untried = one_line(error)
+            _keep_unread(record, other)
+    join_modes(record, other)
+
+
+def _keep_outputs(run: TracedRun, model: nn.Module, text: str) -> list[Tensor]:
+    """Freeze the outputs, and what outlives the run. Returns the latter."""
+    record = run.record
+    for tensor in run.outputs:
+        for dim in record.value(tensor).dims:
+            record.ledger.freeze(dim, Reason(text, soft="output" if len(dim) == 1 else ""))
+    kept = outliving(record, model, [*run.outputs, *run.handed_on])
+    for tensor, reason in kept:
+        for dim in record.value(tensor).dims:
+            record.ledger.freeze(dim, Reason(reason))
+    return [*(tensor for tensor, _ in kept), *kept_on(model).values()]
+
+
+def _keep_unread(record: Trace, other: Trace) -> None:
+    """Freeze what the weights of an incomplete training mode produce: nobody saw who reads it."""
+    for name, dims in other.axes.items():
+        if name not in record.axes:
+            for axis, dim in enumerate(dims):
+                if other.roles.get((name, axis)) != "in":
+                    other.ledger.freeze(dim, Reason("the training mode did not run to its end"))
+
+
+def check_numbers(outputs: Sequence[Tensor]) -> None:
+    """Errors: NotSupported without a floating-point or complex tensor, since a cut could not be verified."""
+    if any(tensor.is_floating_point() or tensor.is_complex() for tensor in outputs):
+        return
+    others = ", ".join(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in outputs}))
+    raise NotSupported(
+        "a cut of this model could not be verified",
+        f"the model returns tensors of {others} alone" if others else "the model returns no tensor",
+        "return the scores too, in a container, a dataclass or any object",
+    )
+
+
+def join_modes(record: Trace, other: Trace) -> None:
+    """Add to `record` what holds in the other mode: equal and frozen positions, sizes and branches.
+
+    The atoms of `other` are numbered after those of `record`. Multiply-adds, calls along units and residual blocks stay
+    those of `record`.
+    """
+    ours, theirs = record.ledger, other.ledger
+    ours.size = theirs.size
+    for field in ("edges", "ands", "frozen", "batched", "multiples", "min_units"):
+        getattr(ours, field).extend(getattr(theirs, field))
+    for name, dims in other.axes.items():
+        known = record.axes.setdefault(name, dims)
+        ours.edges += [(a[0], b[0]) for a, b in zip(known, dims, strict=True) if a and a is not b]
+    for axis, role in other.roles.items():
+        record.role(axis, role)
+    record.links += other.links
+    record.fixed += other.fixed
+    record.decisions += other.decisions
