@@ -85,6 +85,7 @@ class Running:
     """A call along an axis of units: the `number`-th call of `name` in a run.
 
     Position `i` on `axis` of its first tensor belongs to unit `unit[i]` of the group, or to none if `unit[i]` is -1.
+    example: the run in which it is counted, by the number of its example.
     """
 
     name: str
@@ -92,6 +93,7 @@ class Running:
     axis: int
     group: str
     unit: Ints
+    example: int = 0
 
 
 @dataclass(frozen=True)
@@ -250,6 +252,8 @@ class Graph:
     homes: Mapping[str, tuple[Place, ...]] = field(default_factory=dict)
     lists: Mapping[str, tuple[tuple[str, str], ...]] = field(default_factory=dict)
     orders: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    turns: tuple[tuple[int, int], ...] = ()
+    """A size of the inputs, and another at which the source takes another branch."""
 
     def macs(self, keep: Keep | None = None) -> float:
         """Multiply-adds of one forward pass on the example inputs when only `keep` remains."""

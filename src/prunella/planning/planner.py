@@ -16,6 +16,7 @@ from prunella.errors import NotSupported
 from prunella.granularity import Competing, Fixed, Structural, Vocabulary
 from prunella.graph.data import Frozen, ReasonKind
 from prunella.graph.matrix import from_matrix
+from prunella.graph.other_sizes import disagreement, shape_text
 from prunella.graph.verify import unproven
 from prunella.model.state import untouched
 from prunella.model.unwrap import unwrap
@@ -31,6 +32,7 @@ from prunella.planning.checks import check_finite, checked_target
 from prunella.planning.plan import Plan
 from prunella.planning.recipe import Recipe
 from prunella.planning.request import (
+    MOST_EXAMPLES,
     GroupScores,
     LayerScores,
     Request,
@@ -42,17 +44,18 @@ from prunella.planning.request import (
     score_groups,
     score_layers,
     set_aside,
+    with_example,
 )
 from prunella.stats import Source, Subject
 from prunella.targets import Latency, Target
-from prunella.types import Inputs, Keep, Loss, Mask
+from prunella.types import Examples, Inputs, Keep, Loss, Mask
 
 DEFAULT = Recipe()
 
 
 def plan(
     model: nn.Module,
-    inputs: Inputs,
+    inputs: Inputs | Examples,
     recipe: Recipe = DEFAULT,
     *,
     target: Target | None = None,
@@ -64,6 +67,7 @@ def plan(
     """What to remove from `model` to meet `target`. Reads the model and changes nothing, not even a random generator.
 
     inputs: an example batch: a tensor, a tuple of arguments or a mapping of keywords; multiply-adds are of this batch.
+        `prunella.Examples` holds several, where the model does something else for other sizes.
     target: `Sparsity`, `Params`, `MACs`, `Bytes` or `Latency`. `NM`, of fixed sparsity, and `Vocabulary` do without.
     data, loss: batches, and a function of (model, batch), for criteria that need them. Without a loss a batch is passed
         as a mapping -> `model(**batch)`, tuple -> `model(*batch)`, else `model(batch)`. The model runs in eval mode.
@@ -93,15 +97,41 @@ def plan(
 
 
 def plan_structure(request: Request) -> Plan:
-    """A plan that removes units; a group whose cut the oracle cannot prove is set aside with the reason."""
+    """A plan that removes units; a group whose cut the oracle cannot prove is set aside with the reason.
+
+    An input of another size on which the cut is wrong is traced too: it shows what is coupled or frozen there.
+    """
+    given = len(request.others)
+    for _ in range(MOST_EXAMPLES):
+        keep, frozen = _proven_units(request)
+        other = disagreement(request.model, request.graph, keep, request.inputs, request.others)
+        if other is None:
+            made = _plan_of(request, keep, frozen)
+            return replace(made, remarks=(*made.remarks, *map(_traced_too, request.others[given:])))
+        request = with_example(request, other)
+    raise NotSupported(
+        "the cuts of this model are right for the size of the example only",
+        f"on an input of {shape_text(other)} the smaller model is another one, also when that is traced too",
+        "prune less of it: skip=, only=",
+    )
+
+
+def _traced_too(other: Inputs) -> str:
+    return f"traced on an input of {shape_text(other)} too, where cuts are wrong that are right on the example"
+
+
+def _proven_units(request: Request) -> tuple[Keep, list[Frozen]]:
     groups, frozen = eligible_groups(request)
     decided = kept_tokens(request, groups)
     scored, frozen = score_groups(request, [group for group in groups if group.kind != "vocabulary"], frozen)
-    keep, frozen = _proven(request, scored, decided, frozen)
+    return _proven(request, scored, decided, frozen)
+
+
+def _plan_of(request: Request, keep: Keep, frozen: list[Frozen]) -> Plan:
     made = Plan.of_structure(
         request.graph,
         keep,
-        inputs=request.inputs,
+        inputs=request.examples,
         frozen=frozen,
         recipe=request.recipe.describe(),
         target=request.target,
@@ -119,7 +149,7 @@ def _proven(
     """What is kept of each group, such that the oracle proves every cut; and all that is frozen by then."""
     while True:
         keep = _kept_units(request, scored, decided, frozen)
-        faults = unproven(request.model, request.graph, keep, request.inputs)
+        faults = unproven(request.model, request.graph, keep, request.inputs, request.others)
         if not faults:
             return keep, frozen
         if faults.keys() <= decided.keys():

@@ -11,7 +11,7 @@ and each group is tried: units are removed, and a size in the source that does n
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -39,20 +39,21 @@ from prunella.graph.rules import apply_rule
 from prunella.graph.solve.equations import Equations
 from prunella.graph.solve.labels import Dim, Reason
 from prunella.graph.solve.residual_blocks import add_stacks
-from prunella.graph.solve.size_attributes import freeze_unfollowed, solve
+from prunella.graph.solve.size_attributes import freeze_unfollowed, solve, turns
 from prunella.graph.solve.tokens import specials
 from prunella.graph.trace.recorder import Axis, Trace, Work, trace
 from prunella.model.unwrap import unwrap
 
 
-def couple(model: nn.Module, inputs: Any) -> Graph:
+def couple(model: nn.Module, inputs: Any, others: Sequence[Any] = ()) -> Graph:
     """The coupling graph of a model, from one run on `inputs` (a batch as `prunella.model.forward.forward` takes it).
 
-    The model does not change. Raises `BadInput` if it does not run on the inputs.
+    others: further examples; what a run on one of them couples or freezes holds too. The model does not change. Raises
+    `BadInput` if it does not run on the inputs.
     """
     model = unwrap(model)
     try:
-        record = trace(model, inputs, apply_rule)
+        record = trace(model, inputs, apply_rule, others)
     except PruningError:
         raise
     except Exception as error:
@@ -102,6 +103,7 @@ def _graph(record: Trace) -> Graph:
         unused=tuple(name for name in record.tensors if name not in record.axes and name in record.parameters),
         runs=tuple(_runs(equations, record, numbers)),
         numbered=tuple(_numbered(equations, record, numbers)),
+        turns=tuple(turns(record)),
     )
 
 
@@ -110,7 +112,7 @@ def _numbered(equations: Equations, record: Trace, numbers: _Numbers) -> Iterato
         if group.kind == "vocabulary":
             input_numbers = [n for layer, n in record.tables if (numbers.group[equations.part[layer]] == k).any()]
             ends = [(n, a) for n, a, layer in record.outputs if (numbers.group[equations.part[layer]] == k).any()]
-            yield Numbered(group.name, tuple(sorted(set(input_numbers))), tuple(ends))
+            yield Numbered(group.name, tuple(sorted(set(input_numbers))), tuple(dict.fromkeys(ends)))
 
 
 def _runs(equations: Equations, record: Trace, numbers: _Numbers) -> Iterator[Running]:
@@ -119,7 +121,7 @@ def _runs(equations: Equations, record: Trace, numbers: _Numbers) -> Iterator[Ru
         for k in np.unique(numbers.group[part]):
             if k >= 0:
                 unit = np.where(numbers.group[part] == k, numbers.unit[part], -1)
-                yield Running(run.name, run.number, run.axis, numbers.groups[k].name, unit)
+                yield Running(run.name, run.number, run.axis, numbers.groups[k].name, unit, run.example)
 
 
 def _number(equations: Equations, record: Trace, groups: tuple[Group, ...]) -> _Numbers:
