@@ -16,6 +16,7 @@ import platform
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,16 @@ from prunella.io.plan_file import read_size, save_plan
 from prunella.io.state import State, fill_, read_state, read_tensors, write_tensors
 from prunella.measure.text import byte_size
 from prunella.model.unwrap import unwrap
+from prunella.planning.config_search import (
+    Shapes,
+    Sizes,
+    changed_sizes,
+    shallower,
+    shapes_of,
+    steady,
+    uniform_configs,
+    with_tokens,
+)
 from prunella.planning.plan import Plan
 
 FORMAT = 1
@@ -331,8 +342,9 @@ def _make_pretrained(manifest: dict[str, Any], model: nn.Module, plan: Plan | No
     inputs = plan.small_inputs if plan is not None and plan.inputs is not None else getattr(model, "dummy_inputs", None)
     failed = "no configuration describes these widths, which differ from layer to layer"
     origin, small, sizes = _described(manifest["origin"], model, plan)
-    kept = frozenset() if inputs is None else pretrained.steady(model, origin["config"], inputs)
-    for config in pretrained.uniform_configs(origin, small, sizes, kept):
+    kept = frozenset() if inputs is None else steady(model, origin["config"], inputs)
+    build = partial(pretrained.built_shapes, origin)
+    for config in uniform_configs(build, origin["config"], small, sizes, kept):
         pretrained.write_config(model, config, folder)
         if inputs is not None and pretrained.reads_back(type(model), folder, model, inputs):
             manifest["origin"]["config"] = config
@@ -347,13 +359,13 @@ def _make_pretrained(manifest: dict[str, Any], model: nn.Module, plan: Plan | No
 
 def _described(
     origin: Mapping[str, Any], model: nn.Module, plan: Plan | None
-) -> tuple[Mapping[str, Any], pretrained.Shapes, pretrained.Sizes]:
+) -> tuple[Mapping[str, Any], Shapes, Sizes]:
     """The origin with tokens and depth as they are now, the shapes of the model, and the sizes that are others."""
-    origin = {**origin, "config": pretrained.with_tokens(origin["config"], model.config)}
+    origin = {**origin, "config": with_tokens(origin["config"], model.config)}
     if plan is not None and plan.dropped:
-        origin = {**origin, "config": pretrained.shallower(origin["config"], plan.attributes, plan.changes.lists)}
-    dense, small = origins.build_empty(origins.hugging_face_builder(origin)), pretrained.shapes_of(model)
-    return origin, small, pretrained.changed_sizes(pretrained.shapes_of(dense), small, _pairs(dense, plan))
+        origin = {**origin, "config": shallower(origin["config"], plan.attributes, plan.changes.lists)}
+    dense, small = origins.build_empty(origins.hugging_face_builder(origin)), shapes_of(model)
+    return origin, small, changed_sizes(shapes_of(dense), small, _pairs(dense, plan))
 
 
 def _pairs(dense: nn.Module, plan: Plan | None) -> Iterator[tuple[int, int]]:
