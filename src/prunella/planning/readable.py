@@ -33,6 +33,7 @@ from prunella.model.rng import seeded
 from prunella.model.state import untouched
 from prunella.planning.config_search import (
     Shapes,
+    Sizes,
     changed_sizes,
     shallower,
     shapes_of,
