@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -225,6 +225,30 @@ class Attribute:
 
 
 @dataclass(frozen=True)
+class Unread:
+    """An integer attribute that no operation of the run reads, with the sizes of its owner that it equals.
+
+    index: its position in a list or tuple of sizes, or -1. It follows a cut if all these sizes become the same.
+    """
+
+    owner: str
+    name: str
+    value: int
+    extents: tuple[Extent, ...]
+    index: int = -1
+
+    def new(self, keep: Keep) -> tuple[int, ...]:
+        """What these sizes become when only `keep` remains, each once."""
+        return tuple(sorted({extent.size(keep) for extent in self.extents}))
+
+    def placed(self, old: Any, value: int) -> Any:
+        """The attribute with `value` in its place."""
+        if self.index < 0:
+            return value
+        return type(old)(value if k == self.index else entry for k, entry in enumerate(old))
+
+
+@dataclass(frozen=True)
 class Graph:
     """The coupling graph of a model, from `prunella.graph.solve.groups.couple(model, inputs)`.
 
@@ -254,6 +278,9 @@ class Graph:
     orders: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     turns: tuple[tuple[int, int], ...] = ()
     """A size of the inputs, and another at which the source takes another branch."""
+    unread: tuple[Unread, ...] = ()
+    lists_of_sizes: Mapping[tuple[str, str], tuple[int, ...]] = field(default_factory=dict)
+    """Attributes that are lists or tuples of sizes, of which some are `unread`."""
 
     def macs(self, keep: Keep | None = None) -> float:
         """Multiply-adds of one forward pass on the example inputs when only `keep` remains."""

@@ -299,7 +299,7 @@ def _cut(model: nn.Module, manifest: Fields) -> None:
             if kept.numel() == 0 or int(kept.min()) < 0 or int(kept.max()) >= size:
                 raise BadInput(f"axis {axis} of {name!r} cannot be cut as recorded", f"the model has {size} positions")
     for owner, name in attributes:
-        if name.startswith("_") or not (names_token(name) or size_of(_attribute(model, owner, name)) is not None):
+        if name.startswith("_") or not (names_token(name) or _is_size(_attribute(model, owner, name))):
             raise BadInput(f"the size {name!r} of {owner!r} cannot be set", "the rebuilt model keeps no such integer")
     check_dropped(model, dropped)
     for (owner, name), gone in lists.items():
@@ -325,6 +325,11 @@ def _depth(manifest: Fields) -> tuple[dict[str, tuple[str, ...]], dict[tuple[str
     dropped = {path: names.texts() for path, names in manifest.section("dropped", optional=True).values()}
     rows = [row.items(3) for row in manifest.list_of("lists", default=())]
     return dropped, {(owner.text(), name.text()): gone.integers() for owner, name, gone in rows}
+
+
+def _is_size(value: object) -> bool:
+    """Whether an attribute is an integer, or a list or tuple of them."""
+    return size_of(value) is not None or (type(value) in (list, tuple) and all(type(n) is int for n in value))  # type: ignore[attr-defined]
 
 
 def _attribute(model: nn.Module, owner: str, name: str) -> object:

@@ -15,7 +15,7 @@ from prunella.graph.data import Frozen, Graph
 from prunella.graph.solve.tokens import known_only, renumber
 from prunella.planning import accounting
 from prunella.planning.accounting import Amount, Pattern, Row
-from prunella.planning.render import emptied, remarks_of, render
+from prunella.planning.render import emptied, remarks_of, render, size_remarks
 from prunella.registry import serialize
 from prunella.targets import Sparsity, Target
 from prunella.types import Examples, Inputs, Keep, Mask
@@ -89,7 +89,7 @@ class Plan:
             others=others,
             rows=accounting.group_rows(graph, groups, keep),
             frozen=tuple(graph.frozen if frozen is None else frozen),
-            remarks=tuple(remarks_of(graph)),
+            remarks=(*remarks_of(graph), *size_remarks(graph, keep)),
         )
 
     @classmethod

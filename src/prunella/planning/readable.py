@@ -18,7 +18,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from prunella.errors import BadInput
 from prunella.graph.cut.changes import Changes, changes
@@ -84,26 +84,21 @@ def undescribed(model: nn.Module, graph: Graph, keep: Keep, inputs: Any) -> Misf
 
 
 def parts_at_fault(model: nn.Module, graph: Graph, keep: Keep, inputs: Any) -> dict[str, str]:
-    """Group name -> why its cut is not described, of all groups of the kinds without which the rest is described.
+    """Group name -> why its cut is not described, of the groups without which the rest is described.
 
-    A kind is at fault if a cut of it alone is not described. Empty if that does not leave something.
+    Groups that are cut alike, those of all layers, are tried together and without the others. Empty if that does not
+    leave something.
     """
-    kinds = {group.name: group.kind for group in (*graph.groups, *graph.stacks) if group.name in keep}
-    present = [kind for kind in dict.fromkeys(kinds.values()) if any(_cut(keep, kinds, kind))]
-    misfits = {kind: undescribed(model, graph, _only(keep, kinds, {kind}), inputs) for kind in present}
-    wrong = {kind: misfit.why for kind, misfit in misfits.items() if misfit}
-    rest = set(present) - set(wrong)
-    if not wrong or not rest or undescribed(model, graph, _only(keep, kinds, rest), inputs):
-        return {}
-    return {name: wrong[kind] for name, kind in kinds.items() if kind in wrong}
-
-
-def _cut(keep: Keep, kinds: Mapping[str, str], kind: str) -> Iterator[bool]:
-    return (not bool(mask.all()) for name, mask in keep.items() if kinds.get(name) == kind)
-
-
-def _only(keep: Keep, kinds: Mapping[str, str], wanted: set[Any]) -> Keep:
-    return {name: mask for name, mask in keep.items() if kinds.get(name) in wanted}
+    sets: dict[tuple[object, ...], dict[str, Tensor]] = {}
+    for group in (*graph.groups, *graph.stacks):
+        mask = keep.get(group.name)
+        if mask is not None and not bool(mask.all()):
+            roles = sorted(member.role for member in group.members if member.role in ("in", "out"))
+            sets.setdefault((group.kind, group.size, int(mask.sum()), *roles), {})[group.name] = mask
+    misfits = [(part, undescribed(model, graph, part, inputs)) for part in sets.values()]
+    wrong = {name: misfit.why for part, misfit in misfits if misfit for name in part}
+    rest = {name: mask for part, misfit in misfits if not misfit for name, mask in part.items()}
+    return wrong if wrong and rest and undescribed(model, graph, rest, inputs) is None else {}
 
 
 def _config(model: Any) -> dict[str, Any]:

@@ -135,7 +135,18 @@ def attributes(graph: Graph, keep: Keep) -> dict[tuple[str, str], int | tuple[in
     """(owner, name) -> new value, for each attribute that changes: a size, or a token."""
     new = {(a.owner, a.name): a.new(keep) for a in graph.attributes}
     sizes = {key: value for key, value in new.items() if value != _old(graph, key)}
-    return {**sizes, **dict(_tokens(graph, keep))}
+    return {**_followed(graph, keep), **sizes, **dict(_tokens(graph, keep))}
+
+
+def _followed(graph: Graph, keep: Keep) -> dict[tuple[str, str], int | tuple[int, ...]]:
+    """The attributes that no operation reads and that equal sizes which all become the same."""
+    found: dict[tuple[str, str], int | tuple[int, ...]] = {}
+    for unread in graph.unread:
+        place, new = (unread.owner, unread.name), unread.new(keep)
+        if len(new) == 1 and new[0] != unread.value:
+            old = found.get(place, graph.lists_of_sizes.get(place, unread.value))
+            found[place] = unread.placed(old, new[0])
+    return found
 
 
 def _tokens(graph: Graph, keep: Keep) -> Iterator[tuple[tuple[str, str], int | tuple[int, ...]]]:

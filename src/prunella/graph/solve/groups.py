@@ -41,7 +41,9 @@ from prunella.graph.solve.labels import Dim, Reason
 from prunella.graph.solve.residual_blocks import add_stacks
 from prunella.graph.solve.size_attributes import freeze_unfollowed, solve, turns
 from prunella.graph.solve.tokens import specials
+from prunella.graph.solve.unread_sizes import never_read, unread_sizes
 from prunella.graph.trace.recorder import Axis, Trace, Work, trace
+from prunella.graph.trace.tracked_int import holder
 from prunella.model.unwrap import unwrap
 
 
@@ -65,7 +67,11 @@ def couple(model: nn.Module, inputs: Any, others: Sequence[Any] = ()) -> Graph:
     for work in record.work:
         for dim, _ in work.dims:
             record.ledger.single(dim)
-    return replace(add_stacks(_graph(record), model, record.flow), specials=specials(model))
+    graph = add_stacks(_graph(record, model), model, record.flow)
+    unread = never_read(model, inputs, graph.unread)
+    places = {(entry.owner, entry.name) for entry in unread if entry.index >= 0}
+    lists = {(owner, name): tuple(getattr(holder(model, owner), name)) for owner, name in places}
+    return replace(graph, specials=specials(model), unread=unread, lists_of_sizes=lists)
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,7 +83,7 @@ class _Numbers:
     unit: Ints
 
 
-def _graph(record: Trace) -> Graph:
+def _graph(record: Trace, model: nn.Module) -> Graph:
     """Resolve, group and try the components, and describe the result by names."""
     equations = Equations(record.ledger)
     equations.lift()
@@ -91,6 +97,8 @@ def _graph(record: Trace) -> Graph:
     layers = _layers(record.work)
     costs = tuple(_cost(equations, work, numbers) for work in record.work if len(work.dims) > 1)
     extents = {name: _extents(equations, record, name, numbers) for name in record.tensors}
+    attributes = _attributes(equations, record, numbers)
+    taken = [(attribute.owner, attribute.name) for attribute in attributes]
     return Graph(
         entities={name: _entity(record, name) for name in record.tensors},
         groups=groups,
@@ -98,12 +106,13 @@ def _graph(record: Trace) -> Graph:
         layers=tuple(with_macs(layers, costs)),
         costs=costs,
         extents=extents,
-        attributes=_attributes(equations, record, numbers),
+        attributes=attributes,
         uncounted=dict(sorted(record.uncounted.items())),
         unused=tuple(name for name in record.tensors if name not in record.axes and name in record.parameters),
         runs=tuple(_runs(equations, record, numbers)),
         numbered=tuple(_numbered(equations, record, numbers)),
         turns=tuple(turns(record)),
+        unread=tuple(unread_sizes(model, record, lambda dim, size: _extent(equations, dim, size, numbers), taken)),
     )
 
 
