@@ -30,7 +30,7 @@ from prunella.planning.candidates import (
 )
 from prunella.planning.checks import check_finite, checked_target
 from prunella.planning.plan import Plan
-from prunella.planning.readable import Misfit, parts_at_fault, undescribed
+from prunella.planning.readable import Builds, Misfit, parts_at_fault, undescribed
 from prunella.planning.recipe import Recipe
 from prunella.planning.request import (
     MOST_EXAMPLES,
@@ -166,24 +166,30 @@ def _plan_of(request: Request, keep: Keep, frozen: list[Frozen]) -> Plan:
 def _described(request: Request, scored: _Scored) -> tuple[Request, Keep, list[Frozen]]:
     """The proven cut, and with `equal_widths` one that a configuration describes.
 
-    Widths that the configuration refuses are rounded; kinds of units for which it has no word are set aside.
+    Widths that the configuration refuses are rounded; units for which it has no word are set aside.
     """
+    builds, faults = Builds(request.model), dict[str, str]()
     while True:
-        keep, scored = _proven(request, scored)
-        model, graph = request.model, request.graph
-        misfit = undescribed(model, graph, keep, request.inputs) if request.recipe.equal_widths else None
+        try:
+            keep, scored = _proven(request, scored)
+        except (TargetMissed, NotSupported) as error:
+            raise type(error)(error.what, error.why, f"{_UNEVEN}; or {error.todo}") if faults else error from error
+        misfit = undescribed(builds, request.graph, keep, request.inputs) if request.recipe.equal_widths else None
         if misfit is None:
             return request, keep, scored.frozen
-        rounded, misfit = _rounded(request, scored, misfit)
-        faults = {} if rounded else parts_at_fault(model, graph, keep, request.inputs)
+        rounded, misfit = _rounded(request, scored, builds, misfit)
+        faults = {} if rounded else parts_at_fault(builds, request.graph, keep, request.inputs)
         if not rounded and not faults:
-            todo = "leave equal_widths out: prunella.load reads any widths; or prune other units: granularity=, only="
+            todo = f"{_UNEVEN}; or prune other units: granularity=, only="
             raise NotSupported("plain from_pretrained would not read these widths", misfit.why, todo)
         request = rounded or request
         scored = scored.without({name: f"equal_widths: {why}" for name, why in faults.items()}, ReasonKind.REQUEST)
 
 
-def _rounded(request: Request, scored: _Scored, misfit: Misfit) -> tuple[Request | None, Misfit]:
+_UNEVEN = "leave equal_widths out: prunella.load reads any widths"
+
+
+def _rounded(request: Request, scored: _Scored, builds: Builds, misfit: Misfit) -> tuple[Request | None, Misfit]:
     """The request with the smallest rounding of widths that is described, if one of a few is; else what is wrong."""
     for step in (2, 4, 8, 16):
         round_to = math.lcm(request.recipe.round_to, step)
@@ -194,7 +200,7 @@ def _rounded(request: Request, scored: _Scored, misfit: Misfit) -> tuple[Request
             keep = _kept_units(rounded, scored)
         except TargetMissed:
             break
-        found = undescribed(request.model, request.graph, keep, request.inputs)
+        found = undescribed(builds, request.graph, keep, request.inputs)
         if found is None:
             return rounded, misfit
         misfit = found

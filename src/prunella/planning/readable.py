@@ -14,7 +14,6 @@ import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
@@ -59,10 +58,10 @@ class Misfit:
     refused: bool
 
 
-def undescribed(model: nn.Module, graph: Graph, keep: Keep, inputs: Any) -> Misfit | None:
+def undescribed(builds: Builds, graph: Graph, keep: Keep, inputs: Any) -> Misfit | None:
     """Why no configuration describes the model of which `keep` remains; None if one does, or there is none to read."""
+    model: Any = builds.like
     keep = {name: mask for name, mask in keep.items() if not bool(mask.all())}
-    builds = _Builds(model)
     dense = _shapes(builds, model.config.to_dict()) if keep and reads_itself(model) else None
     if dense is None or dense.keys() != shapes_of(model).keys():
         return None  # what its own configuration does not build was never read by `from_pretrained` either
@@ -73,17 +72,17 @@ def undescribed(model: nn.Module, graph: Graph, keep: Keep, inputs: Any) -> Misf
     wanted = shapes_of(small)
     sizes = changed_sizes(dense, wanted, _pairs(model, graph, keep, applied))
     kept = steady(small, config, batch)
-    described = False
-    for candidate in uniform_configs(partial(builds.shapes, wanted), config, wanted, sizes, kept):
+    tried, described = _Tried(builds, wanted), False
+    for candidate in uniform_configs(tried.shapes, config, wanted, sizes, kept):
         if _same(builds.model(candidate), small, batch):
             return None
         described = True
     kind = type(model.config).__name__
-    why = "what it builds has these shapes and computes something else" if described else builds.why(config, sizes)
-    return Misfit(f"no {kind} describes it: {why}", bool(builds.refusals))
+    why = "what it builds has these shapes and computes something else" if described else tried.why(config, sizes)
+    return Misfit(f"no {kind} describes it: {why}", bool(tried.refusals))
 
 
-def parts_at_fault(model: nn.Module, graph: Graph, keep: Keep, inputs: Any) -> dict[str, str]:
+def parts_at_fault(builds: Builds, graph: Graph, keep: Keep, inputs: Any) -> dict[str, str]:
     """Group name -> why its cut is not described, of the groups without which the rest is described.
 
     Groups that are cut alike, those of all layers, are tried together and without the others. Empty if that does not
@@ -95,10 +94,10 @@ def parts_at_fault(model: nn.Module, graph: Graph, keep: Keep, inputs: Any) -> d
         if mask is not None and not bool(mask.all()):
             roles = sorted(member.role for member in group.members if member.role in ("in", "out"))
             sets.setdefault((group.kind, group.size, int(mask.sum()), *roles), {})[group.name] = mask
-    misfits = [(part, undescribed(model, graph, part, inputs)) for part in sets.values()]
+    misfits = [(part, undescribed(builds, graph, part, inputs)) for part in sets.values()]
     wrong = {name: misfit.why for part, misfit in misfits if misfit for name in part}
     rest = {name: mask for part, misfit in misfits if not misfit for name, mask in part.items()}
-    return wrong if wrong and rest and undescribed(model, graph, rest, inputs) is None else {}
+    return wrong if wrong and rest and undescribed(builds, graph, rest, inputs) is None else {}
 
 
 def _config(model: Any) -> dict[str, Any]:
@@ -118,41 +117,58 @@ def _pairs(model: nn.Module, graph: Graph, keep: Keep, applied: Changes) -> Iter
 
 
 @dataclass(frozen=True)
-class _Builds:
-    """Models of configurations, on the meta device, and what was wrong with those that were tried."""
+class Builds:
+    """Models of configurations, of the class of `like` and on the meta device. One is for all questions of a plan."""
 
     like: nn.Module
     known: dict[str, Shapes | BadInput] = field(default_factory=dict)
-    refusals: list[tuple[Mapping[str, Any], str]] = field(default_factory=list)
-    nearest: list[tuple[int, str]] = field(default_factory=list)
 
     def model(self, config: Mapping[str, Any]) -> nn.Module:
         """A model without values. Errors: BadInput if the class or its configuration refuses it."""
         kind: Any = type(self.like)
+        config_kind: Any = type(self.like.config)
         try:
             with seeded(None), torch.device("meta"), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                made = kind(type(self.like.config).from_dict(copy.deepcopy(dict(config))))  # type: ignore[union-attr]
+                made = kind(config_kind.from_dict(copy.deepcopy(dict(config))))
         except Exception as error:  # a probe: a configuration may check its values and raise anything
             raise BadInput("no model of this configuration", _line(error)) from error
         assert isinstance(made, nn.Module)
         return made
 
-    def shapes(self, wanted: Shapes, config: Mapping[str, Any]) -> Shapes:
-        """The shapes of the tensors of such a model; what is not `wanted` is remembered."""
+    def shapes(self, config: Mapping[str, Any]) -> Shapes:
+        """The shapes of the tensors of such a model. Errors: BadInput, as `model`."""
         key = json.dumps(config, sort_keys=True, default=str)
         if key not in self.known:
             try:
                 self.known[key] = shapes_of(self.model(config))
             except BadInput as error:
                 self.known[key] = error
-                self.refusals.append((config, error.why))
         found = self.known[key]
         if isinstance(found, BadInput):
-            raise found
-        wrong = [name for name, shape in wanted.items() if found.get(name) != shape]
+            raise BadInput(found.what, found.why)
+        return found
+
+
+@dataclass(frozen=True)
+class _Tried:
+    """The configurations that were tried for one cut, and what was wrong with them."""
+
+    builds: Builds
+    wanted: Shapes
+    refusals: list[tuple[Mapping[str, Any], str]] = field(default_factory=list)
+    nearest: list[tuple[int, str]] = field(default_factory=list)
+
+    def shapes(self, config: Mapping[str, Any]) -> Shapes:
+        """The shapes of a configuration; what is not as wanted is remembered."""
+        try:
+            found = self.builds.shapes(config)
+        except BadInput as error:
+            self.refusals.append((config, error.why))
+            raise
+        wrong = [name for name, shape in self.wanted.items() if found.get(name) != shape]
         if wrong:
-            text = f"{wrong[0]} is {_by(found.get(wrong[0]))} there, and {_by(wanted[wrong[0]])} in the plan"
+            text = f"{wrong[0]} is {_by(found.get(wrong[0]))} there, and {_by(self.wanted[wrong[0]])} in the plan"
             self.nearest.append((len(wrong), text))
         return found
 
@@ -170,9 +186,9 @@ def _ints(dense: Mapping[str, Any], config: Mapping[str, Any]) -> Iterator[tuple
     return ((old, config[key]) for key, old in dense.items() if type(old) is int and config.get(key) not in (old, None))
 
 
-def _shapes(builds: _Builds, config: Mapping[str, Any]) -> Shapes | None:
+def _shapes(builds: Builds, config: Mapping[str, Any]) -> Shapes | None:
     try:
-        return shapes_of(builds.model(config))
+        return builds.shapes(config)
     except BadInput:
         return None
 
