@@ -51,14 +51,27 @@ def size_remarks(graph: Graph, keep: Keep, limit: int = 3) -> Iterator[str]:
         new = unread.new(keep)
         if new != (unread.value,):
             owners.setdefault((_name(unread), unread.value, new), []).append(_owner(unread.owner))
-    for (name, old, new), modules in owners.items():
-        if len(new) == 1:
-            yield f"{name} of {_listed(modules, limit)}: {old} -> {new[0]}, read by no traced operation"
-    for (name, old, new), modules in owners.items():
-        if len(new) > 1:
-            becomes = f"{', '.join(map(str, new[:-1]))} or {new[-1]}"
-            place = _listed(modules, limit)
-            yield f"{name} of {place} is left at {old}, read by no traced operation: its size may be {becomes} now"
+    follow = [
+        f"{name} of {_listed(modules, limit)}: {old} -> {new[0]}, read by no traced operation"
+        for (name, old, new), modules in owners.items()
+        if len(new) == 1
+    ]
+    stay = [
+        f"{name} of {_listed(modules, limit)} is left at {old}, read by no traced operation: "
+        f"its size may be {', '.join(map(str, new[:-1]))} or {new[-1]} now"
+        for (name, old, new), modules in owners.items()
+        if len(new) > 1
+    ]
+    yield from _first(follow, _LINES, "sizes, read by no traced operation, follow a cut")
+    yield from _first(stay, _LINES, "sizes, read by no traced operation, are left as they are")
+
+
+_LINES = 6
+"""Of one kind of remark on sizes; a model may keep a size in every module."""
+
+
+def _first(lines: Sequence[str], limit: int, text: str) -> list[str]:
+    return [*lines[:limit], *([f"and {len(lines) - limit} more {text}"] if len(lines) > limit else [])]
 
 
 def _name(unread: Unread) -> str:

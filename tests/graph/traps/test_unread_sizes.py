@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from tests.oracle import assert_untouched, snapshot
 from torch import Tensor, nn
 
 import prunella as pr
 from prunella.graph.solve.groups import couple
-from tests.oracle import assert_untouched, snapshot
 
 RECIPE = pr.Recipe(pr.criteria.random)
 IMAGE = torch.randn(2, 3, 5, 5)
