@@ -201,7 +201,7 @@ def _same(empty: nn.Module, small: nn.Module, batch: Any) -> bool:
             return False
         module, _, key = name.rpartition(".")
         owner = empty.get_submodule(module)
-        (owner._parameters if key in owner._parameters else owner._buffers)[key] = values[name]  # type: ignore[assignment,index]
+        (owner._parameters if key in owner._parameters else owner._buffers)[key] = values[name]
     try:
         with untouched(small), torch.no_grad():
             expected = tensors(forward(small, batch))

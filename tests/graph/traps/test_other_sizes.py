@@ -75,6 +75,15 @@ class ByManySamples(BySamples):
         return x.shape[0] > 4
 
 
+class BySqueeze(BySamples):
+    """The same where `squeeze` takes away the axis of a single sample; no size is compared."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.up(x).relu().squeeze()
+        tail: Tensor = self.last(self.free(x).relu())
+        return tail + (self.one(hidden.flip(-1)) if hidden.dim() == 1 else self.down(hidden))
+
+
 class ByResolution(nn.Module):
     """A large image is read by a second layer."""
 
@@ -97,6 +106,7 @@ CASES: list[tuple[Callable[[], nn.Module], Tensor, Tensor]] = [
     (BySamples, torch.randn(2, 6), torch.randn(1, 6)),
     (BySamples, torch.randn(1, 6), torch.randn(4, 6)),
     (ByManySamples, torch.randn(2, 6), torch.randn(5, 6)),
+    (BySqueeze, torch.randn(2, 6), torch.randn(1, 6)),
     (ByResolution, torch.randn(1, 3, 16, 16), torch.randn(1, 3, 40, 40)),
 ]
 RECIPE = pr.Recipe(pr.criteria.random)

@@ -105,8 +105,9 @@ def _owners(model: nn.Module) -> Iterator[tuple[str, Mapping[str, Any]]]:
 def _integers(owner: str, name: str, value: object) -> Iterator[_Place]:
     if type(value) is int and value >= _LEAST:
         yield _Place(owner, name, value)
-    if type(value) in (list, tuple) and 0 < len(value) <= _LONGEST and all(type(v) is int for v in value):  # type: ignore[arg-type,var-annotated,attr-defined]
-        yield from (_Place(owner, name, v, k) for k, v in enumerate(value) if v >= _LEAST)  # type: ignore[arg-type,var-annotated]
+    if isinstance(value, list | tuple) and type(value) in (list, tuple) and len(value) <= _LONGEST:
+        if all(type(entry) is int for entry in value):
+            yield from (_Place(owner, name, entry, k) for k, entry in enumerate(value) if entry >= _LEAST)
 
 
 def _kind(model: nn.Module, place: _Place) -> tuple[type, str, int]:
