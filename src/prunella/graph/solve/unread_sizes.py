@@ -105,9 +105,9 @@ def _owners(model: nn.Module) -> Iterator[tuple[str, Mapping[str, Any]]]:
 def _integers(owner: str, name: str, value: object) -> Iterator[_Place]:
     if type(value) is int and value >= _LEAST:
         yield _Place(owner, name, value)
-    if isinstance(value, list | tuple) and type(value) in (list, tuple) and len(value) <= _LONGEST:
-        if all(type(entry) is int for entry in value):
-            yield from (_Place(owner, name, entry, k) for k, entry in enumerate(value) if entry >= _LEAST)
+    entries = value if isinstance(value, list | tuple) and type(value) in (list, tuple) else ()
+    if len(entries) <= _LONGEST and all(type(entry) is int for entry in entries):
+        yield from (_Place(owner, name, entry, k) for k, entry in enumerate(entries) if entry >= _LEAST)
 
 
 def _kind(model: nn.Module, place: _Place) -> tuple[type, str, int]:
