@@ -225,3 +225,12 @@ def test_typed_sizes_follow_in_a_program(prunella: Run, shop: str, tmp_path: Pat
     again = prunella("export", "out", "-o", "small.pt2", "--json")
     assert again.code == 0, again.err
     assert prunella("plan", "small.pt2", "--inputs", "2x8", "--target", "params=0.7", "--json").code == 0
+
+
+def test_plan_with_an_example_of_another_size(prunella: Run, shop: str) -> None:
+    line = ("plan", f"{shop}:net", *IMAGE, "--other-inputs", "2x3x10x10", "--target", "macs=0.5", "-o", "two.plan")
+    assert prunella(*line).code == 0
+    (other,) = load_plan(Path("two.plan")).others
+    assert isinstance(other, torch.Tensor) and other.shape == (2, 3, 10, 10)
+    wrong = prunella("plan", f"{shop}:net", *IMAGE, "--other-inputs", "2x5x10x10", "--target", "macs=0.5")
+    assert wrong.code == 3 and "fails on the example input 2x5x10x10" in wrong.err

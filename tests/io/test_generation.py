@@ -98,13 +98,13 @@ def assert_same(one: Written, other: Written) -> None:
     assert float(one[1].diff(dim=1).abs().max()) > 0.1
 
 
-def pruned(model: nn.Module, *, even: bool) -> tuple[prunella.Plan, Any]:
+def pruned(model: nn.Module, *, even: bool, describable: bool) -> tuple[prunella.Plan, Any]:
     allocation = prunella.uniform if even else prunella.global_
     recipe = prunella.Recipe(
         prunella.criteria.random,
         (prunella.Channel(), prunella.Head()),
         allocation=allocation,
-        equal_widths=even,
+        equal_widths=even and describable,  # heads of the others would be kept dense
         seed=4,
     )
     plan = prunella.plan(model, example(model), recipe, target=Params(0.75))
@@ -122,7 +122,7 @@ def assert_cut(plan: prunella.Plan) -> None:
 def test_the_cache_changes_nothing(name: str, even: bool, tmp_path: Path) -> None:
     model = build(name)
     assert_same(with_cache(model), step_by_step(model))
-    plan, small = pruned(model, even=even)
+    plan, small = pruned(model, even=even, describable=name not in UNSAYABLE)
     assert_cut(plan)
     written = with_cache(small)
     assert_same(written, step_by_step(small))

@@ -40,6 +40,7 @@ def plan(
     source: options.SourceOptions,
     budget: options.Budget,
     method: options.MethodOptions,
+    other_inputs: options.OtherInputs = None,
     program: options.Program = False,
     output: options.OptionalOutput = None,
     as_json: options.Json = False,
@@ -52,10 +53,11 @@ def plan(
     recipe, target = parse.recipe_of(method, budget), parse.read_target(budget.target)
     data, loss = parse.load_data(method.data), parse.load_loss(method.loss)
     network, example = parse.open_source(source, seed=method.seed, program=program)
+    inputs = parse.with_others(network, source.model, example, other_inputs, seed=method.seed)
     with stage("planning"):
         planned = make_plan(
             network,
-            example,
+            inputs,
             recipe,
             target=target,
             data=data,

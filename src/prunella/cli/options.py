@@ -25,6 +25,14 @@ Inputs = Annotated[
     list[str] | None,
     typer.Option("--inputs", metavar="SHAPE", help="Example input: 1x3x224x224, 1x128:int64 or name=1x16:int64."),
 ]
+OtherInputs = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--other-inputs",
+        metavar="SHAPE",
+        help="One more example, as --inputs (tensors by comma): proven too.",
+    ),
+]
 Weights = Annotated[
     str | None,
     typer.Option(
@@ -70,7 +78,10 @@ AllocationName = Annotated[
 MinDensity = Annotated[float | None, typer.Option("--min-density", help="Smallest fraction kept of every group.")]
 RoundTo = Annotated[int | None, typer.Option("--round-to", help="Channel widths stay multiples of it.")]
 EqualWidths = Annotated[
-    bool, typer.Option("--equal-widths", help="Equal groups stay equal: plain `from_pretrained` reads them.")
+    bool | None,
+    typer.Option(
+        "--equal-widths/--no-equal-widths", help="Equal groups stay equal: plain `from_pretrained` reads them."
+    ),
 ]
 Pattern = Annotated[str | None, typer.Option("--pattern", metavar="P", help="A mask of 2:4 (N:M) or 4x4 (blocks).")]
 LayerSparsity = Annotated[float | None, typer.Option("--sparsity", help="Fraction removed from every layer (0.5).")]
@@ -137,7 +148,7 @@ class Budget:
     target: TargetText = None
     allocation: AllocationName = None
     pattern: Pattern = None
-    equal_widths: EqualWidths = False
+    equal_widths: EqualWidths = None
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from prunella.planning.plan import Plan
 from prunella.planning.recipe import Recipe
 from prunella.registry import catalogue
 from prunella.targets import Target, parse_target
-from prunella.types import Inputs, Loss
+from prunella.types import Examples, Inputs, Loss
 
 _NO_BUDGET = options.Budget()
 LLM_RECIPES = ("one_shot", "admm", "alps", "sparsegpt")
@@ -62,6 +62,16 @@ def open_source(
         source.model, source.inputs, weights=source.weights, allow_pickle=source.allow_pickle, factory=factory,
         seed=seed, program=program,
     )  # fmt: skip
+
+
+def with_others(
+    network: nn.Module, spec: str, example: Inputs, shapes: Sequence[str] | None, *, seed: int = 0
+) -> Inputs | Examples:
+    """The example, with one more for each of `shapes`, if there are any; the model really takes them."""
+    others = [example_inputs(network, spec, [text], seed=seed + k) for k, text in enumerate(shapes or (), start=1)]
+    for other in others:
+        check_forward(network, other)
+    return Examples(example, *others) if others else example
 
 
 def open_dense(
@@ -162,7 +172,7 @@ def recipe_of(method: options.MethodOptions, budget: options.Budget = _NO_BUDGET
         recipe,
         min_density=recipe.min_density if method.min_density is None else method.min_density,
         round_to=recipe.round_to if method.round_to is None else method.round_to,
-        equal_widths=budget.equal_widths or recipe.equal_widths,
+        equal_widths=recipe.equal_widths if budget.equal_widths is None else budget.equal_widths,
         seed=method.seed,
     )
 

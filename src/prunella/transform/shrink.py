@@ -9,6 +9,7 @@ from torch import nn
 from prunella.errors import NotSupported
 from prunella.graph.cut.changes import Changes
 from prunella.graph.cut.surgery import change_
+from prunella.graph.other_sizes import check_sizes
 from prunella.graph.training_pass import training_fault
 from prunella.graph.verify import check
 from prunella.model.copying import copied
@@ -17,16 +18,17 @@ from prunella.model.state import outside_inference
 from prunella.model.unwrap import unwrap
 from prunella.planning.plan import Plan
 from prunella.transform.apply import apply_
-from prunella.types import Inputs
+from prunella.types import Examples, Inputs
 
 
-def shrink(model: nn.Module, plan: Plan, *, inputs: Inputs | None = None) -> nn.Module:
+def shrink(model: nn.Module, plan: Plan, *, inputs: Inputs | Examples | None = None) -> nn.Module:
     """A new, smaller module with the outputs of the masked `model`; `model` does not change.
 
     The new module has the weights and masks of the plan, without the removed positions and blocks. It is compared in
     float64 with the masked model, in which dropped blocks are bypassed, on the example inputs of the plan (or on
-    `inputs`), and tried once in training mode if the dense model runs in this mode on these inputs. Gradients are cut
-    with their parameters; `carry_` does the same for the state of an optimizer.
+    `inputs`), on another batch size and image or sequence length where the model accepts them, and tried once in
+    training mode if the dense model runs in this mode on these inputs. Gradients are cut with their parameters;
+    `carry_` does the same for the state of an optimizer.
 
     Raises `RequestError` if the plan is not for this model, `NotSupported` if the smaller module does not run or if no
     output can be compared, and `CheckFailed` if its outputs differ. A module that fails the check is never returned.
@@ -44,10 +46,10 @@ def shrink(model: nn.Module, plan: Plan, *, inputs: Inputs | None = None) -> nn.
         )
     """
     with outside_inference():
-        return _shrunk(unwrap(model), plan, plan.inputs if inputs is None else inputs)
+        return _shrunk(unwrap(model), plan, inputs)
 
 
-def _shrunk(model: nn.Module, plan: Plan, example: Inputs | None) -> nn.Module:
+def _shrunk(model: nn.Module, plan: Plan, inputs: Inputs | Examples | None) -> nn.Module:
     dense = copied(model)
     if plan.masks or plan.weights:
         apply_(dense, replace(plan, changes=Changes()))
@@ -55,9 +57,12 @@ def _shrunk(model: nn.Module, plan: Plan, example: Inputs | None) -> nn.Module:
     _copy_gradients(model, small)
     slice_masks_(small, plan.cuts)
     change_(small, plan.changes)
-    if plan.changes and example is not None:
-        check(dense, small, plan.changes, example)
-        _check_training(dense, small, plan.changes, example)
+    first, others = (plan.inputs, plan.others) if inputs is None else Examples.split(inputs)
+    if plan.changes and first is not None:
+        for number, example in enumerate((first, *others)):
+            check(dense, small, plan.changes, example, example=number)
+        check_sizes(dense, small, plan.changes, first, others)
+        _check_training(dense, small, plan.changes, first)
     return small
 
 

@@ -11,7 +11,7 @@ and each group is tried: units are removed, and a size in the source that does n
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -40,9 +40,11 @@ from prunella.graph.rules import apply_rule
 from prunella.graph.solve.equations import Equations
 from prunella.graph.solve.labels import Dim, Reason
 from prunella.graph.solve.residual_blocks import add_stacks
-from prunella.graph.solve.size_attributes import freeze_unfollowed, solve
+from prunella.graph.solve.size_attributes import freeze_unfollowed, solve, turns
 from prunella.graph.solve.tokens import specials
+from prunella.graph.solve.unread_sizes import never_read, unread_sizes
 from prunella.graph.trace.recorder import Axis, Trace, Work
+from prunella.graph.trace.tracked_int import holder
 from prunella.graph.trace.training import trace_modes
 from prunella.model.forward import forward
 from prunella.model.state import untouched
@@ -50,15 +52,16 @@ from prunella.model.traceable import check_traceable
 from prunella.model.unwrap import unwrap
 
 
-def couple(model: nn.Module, inputs: Any) -> Graph:
+def couple(model: nn.Module, inputs: Any, others: Sequence[Any] = ()) -> Graph:
     """The coupling graph of a model, from one run on `inputs` (a batch as `prunella.model.forward.forward` takes it).
 
-    The model does not change. Raises `BadInput` if it does not run on the inputs.
+    others: further examples; what a run on one of them couples or freezes holds too. The model does not change. Raises
+    `BadInput` if it does not run on the inputs.
     """
     model = unwrap(model)
     check_traceable(model)
     try:
-        record = trace_modes(model, inputs, apply_rule)
+        record = trace_modes(model, inputs, apply_rule, others)
     except PruningError:
         raise
     except Exception as error:
@@ -66,8 +69,12 @@ def couple(model: nn.Module, inputs: Any) -> Graph:
     for work in record.work:
         for dim, _ in work.dims:
             record.ledger.single(dim)
-    graph = add_stacks(_graph(record), model, record.flow)
-    return replace(graph, specials=specials(model), untried=record.untried)
+    graph = add_stacks(_graph(record, model), model, record.flow)
+    unread = never_read(model, inputs, graph.unread)
+    places = {(entry.owner, entry.name) for entry in unread if entry.index >= 0}
+    lists = {(owner, name): tuple(getattr(holder(model, owner), name)) for owner, name in places}
+    added = {"specials": specials(model), "untried": record.untried, "unread": unread, "lists_of_sizes": lists}
+    return replace(graph, **added)
 
 
 def _not_run(model: nn.Module, inputs: Any, error: Exception) -> PruningError:
@@ -92,7 +99,7 @@ class _Numbers:
     unit: Ints
 
 
-def _graph(record: Trace) -> Graph:
+def _graph(record: Trace, model: nn.Module) -> Graph:
     """Resolve, group and try the components, and describe the result by names."""
     equations = Equations(record.ledger)
     equations.lift()
@@ -107,6 +114,8 @@ def _graph(record: Trace) -> Graph:
     costs = tuple(_cost(equations, work, numbers) for work in record.work)
     axes = tuple(_frozen(equations, record))
     extents = {name: _extents(equations, record, name, numbers) for name in record.tensors}
+    attributes = _attributes(equations, record, numbers)
+    taken = [(attribute.owner, attribute.name) for attribute in attributes]
     return Graph(
         entities={name: _entity(record, name) for name in record.tensors},
         groups=groups,
@@ -114,13 +123,15 @@ def _graph(record: Trace) -> Graph:
         layers=tuple(with_macs(layers, costs)),
         costs=costs,
         extents=extents,
-        attributes=_attributes(equations, record, numbers),
+        attributes=attributes,
         uncounted={name: unknown.calls for name, unknown in sorted(record.uncounted.items())},
         hidden={name: tuple(sorted(unknown.reads)) for name, unknown in sorted(record.uncounted.items())},
         readers=record.readers,
         unused=tuple(name for name in record.tensors if name not in record.axes and name in record.parameters),
         runs=tuple(_runs(equations, record, numbers)),
         numbered=tuple(_numbered(equations, record, numbers)),
+        turns=tuple(turns(record)),
+        unread=tuple(unread_sizes(model, record, lambda dim, size: _extent(equations, dim, size, numbers), taken)),
     )
 
 
@@ -129,7 +140,7 @@ def _numbered(equations: Equations, record: Trace, numbers: _Numbers) -> Iterato
         if group.kind == "vocabulary":
             input_numbers = [n for layer, n in record.tables if (numbers.group[equations.part[layer]] == k).any()]
             ends = [(n, a) for n, a, layer in record.outputs if (numbers.group[equations.part[layer]] == k).any()]
-            yield Numbered(group.name, tuple(sorted(set(input_numbers))), tuple(ends))
+            yield Numbered(group.name, tuple(sorted(set(input_numbers))), tuple(dict.fromkeys(ends)))
 
 
 def _runs(equations: Equations, record: Trace, numbers: _Numbers) -> Iterator[Running]:
@@ -138,7 +149,7 @@ def _runs(equations: Equations, record: Trace, numbers: _Numbers) -> Iterator[Ru
         for k in np.unique(numbers.group[part]):
             if k >= 0:
                 unit = np.where(numbers.group[part] == k, numbers.unit[part], -1)
-                yield Running(run.name, run.number, run.axis, numbers.groups[k].name, unit)
+                yield Running(run.name, run.number, run.axis, numbers.groups[k].name, unit, run.example)
 
 
 def _number(equations: Equations, record: Trace, groups: tuple[Group, ...]) -> _Numbers:

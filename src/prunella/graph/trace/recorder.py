@@ -182,6 +182,11 @@ class Trace:
             reads = tuple(sorted(self.sources.read(term.tensors)))
             self.work.append(Work(name, self.module(), use, float(term.constant), dims, reads))
 
+    example: int = 0
+    """The number of the example that runs."""
+    sizes: dict[tuple[str, int, tuple[int, ...]], Dim] = field(default_factory=dict)
+    """Module, size and identity of the labels -> labels, of all dims of the tensors that a module computes."""
+
     def value(self, tensor: Tensor) -> TracedValue:
         """The labels of a tensor. Parameters and buffers get labels on first use; unknown tensors are always kept."""
         if tensor not in self.values:
@@ -195,6 +200,11 @@ class Trace:
         if name not in self.axes:
             self.axes[name] = tuple(self.ledger.fresh(size) for size in shape)
         return TracedValue(self.axes[name], tuple((name, k) for k in range(len(shape))), True)
+
+    def computed(self, tensor: Tensor) -> None:
+        """Record the sizes of a tensor that the running module computes."""
+        for size, dim in zip(tensor.shape, self.value(tensor).dims, strict=True):
+            self.sizes.setdefault((self.module(), int(size), tuple(map(id, dim))), dim)
 
     def role(self, axis: Axis | None, role: Role) -> None:
         """Record the role of an axis of a parameter. The first role counts, but `in` and `out` override others."""
@@ -227,7 +237,7 @@ class Trace:
             return False
         if dim:
             self.ledger.freeze(dim, Reason(text, self.where(), soft))
-            self.ledger.runs.append(Run(call.name, call.number, axis, dim[0]))
+            self.ledger.runs.append(Run(call.name, call.number, axis, dim[0], self.example))
         return True
 
     def numbered(self, tensor: Tensor) -> Dim:
@@ -456,6 +466,7 @@ def trace(record: Trace, model: nn.Module, inputs: Any, apply_rule: Callable[...
     record.flow.start(inputs)
     for number, tensor in enumerate(tensors(inputs)):
         record.values[tensor] = TracedValue.plain([WHOLE] * tensor.dim())
+        record.computed(tensor)
         if not tensor.is_floating_point():
             record.given[tensor] = number
     with ExitStack() as stack:

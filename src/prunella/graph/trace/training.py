@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
 
 from prunella.errors import NotSupported, one_line
 from prunella.graph.solve.labels import Reason
+from prunella.graph.trace.dataflow import Flow
 from prunella.graph.trace.kept import kept_on, outliving
 from prunella.graph.trace.recorder import Trace, TracedRun, new_record, trace
 from prunella.model.state import training_flags, untouched
+from prunella.model.trees import tensors
 
 
-def trace_modes(model: nn.Module, inputs: Any, apply_rule: Callable[..., None]) -> Trace:
+def trace_modes(model: nn.Module, inputs: Any, apply_rule: Callable[..., None], others: Sequence[Any] = ()) -> Trace:
     """The record of a run in evaluation mode, and of one in training mode if the model's source asks for the mode.
 
-    Outputs of either mode are kept. If the model does not run in training mode, `Trace.untried` says why. Errors:
-    NotSupported if the model returns no tensor of numbers, and those of the model.
+    others: further examples for evaluation mode. Outputs of either mode are kept. If the model does not run in training
+    mode, `Trace.untried` says why. Errors: NotSupported if the model returns no tensor of numbers, and those of the
+    model.
     """
     with untouched(model), training_flags(model, training=False) as readers:
         run = trace(new_record(model), model, inputs, apply_rule)
@@ -31,9 +35,34 @@ def trace_modes(model: nn.Module, inputs: Any, apply_rule: Callable[..., None]) 
             if len(dim) == 1
         ]
         del run  # and with it all that the run made
+        _add_examples(record, model, others, apply_rule)
     if readers:
         _add_training(record, model, inputs, apply_rule)
     return record
+
+
+def _add_examples(record: Trace, model: nn.Module, others: Sequence[Any], apply_rule: Callable[..., None]) -> None:
+    """Record a run on each of the other examples.
+
+    Work, and the flow that shows residual blocks, are those of the first run; relations are those of all runs.
+    """
+    flow, work = record.flow, tuple(record.work)
+    uncounted = {name: replace(unknown, reads=set(unknown.reads)) for name, unknown in record.uncounted.items()}
+    for number, example in enumerate(others, start=1):
+        record.example, record.flow, start = number, Flow(), len(record.ledger.frozen)
+        _keep_outputs(trace(record, model, example, apply_rule), model, "it is an output of the model")
+        shapes = ", ".join("x".join(map(str, tensor.shape)) for tensor in tensors(example) if tensor.dim())
+        _say_example(record, start, f", on an input of {shapes}")
+    seen = {item.use.entity for item in work if item.use}
+    unseen = [item for item in record.work[len(work) :] if item.use and item.use.entity not in seen]
+    record.flow, record.uncounted = flow, uncounted
+    record.work = [*work, *(replace(item, constant=0.0) for item in unseen)]
+
+
+def _say_example(record: Trace, start: int, suffix: str) -> None:
+    """Say of the reasons from `start` on which run shows them."""
+    for k, (atoms, reason) in enumerate(record.ledger.frozen[start:], start=start):
+        record.ledger.frozen[k] = atoms, replace(reason, text=reason.text + suffix, example=record.example)
 
 
 def _add_training(record: Trace, model: nn.Module, inputs: Any, apply_rule: Callable[..., None]) -> None:
