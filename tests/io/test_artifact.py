@@ -467,7 +467,7 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
 
 def test_the_marker_reaches_the_disk_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     flushed: list[str] = []
-    monkeypatch.setattr(files, "_flush", lambda path: flushed.append(path.name))
+    monkeypatch.setattr(files, "flush", lambda path: flushed.append(path.name))
     save(nn.Linear(2, 2), tmp_path / "out")
     assert flushed.index("manifest.json") > flushed.index("model.safetensors")
     assert artifact.read_manifest(tmp_path / "out").mapping("origin") == {"kind": "unknown"}

@@ -20,12 +20,12 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from prunella.errors import BadInput, RequestError
 from prunella.io.files import reading, write_atomic
 from prunella.io.json import Fields, check_depth, encode, parse
+from prunella.io.tensor_file import save_file, size_of
 
 VERSION = 2
 _KEY = "prunella.state"
@@ -120,7 +120,8 @@ def write_packed(path: str | os.PathLike[str], key: str, head: Any, tensors: Map
     except ValueError as error:
         raise RequestError(f"cannot write {os.fspath(path)}", str(error), "make it flatter") from error
     metadata = {key: encode(head, indent=None, allow_nan=True, sort=False)}
-    return write_atomic(path, lambda file: save_file(dict(tensors), file, metadata=metadata))
+    size = size_of(tensors) + len(metadata[key])
+    return write_atomic(path, lambda file: save_file(dict(tensors), file, metadata=metadata), size=size)
 
 
 def read_packed(path: str | os.PathLike[str], key: str, *, what: str, todo: str) -> tuple[Fields, dict[str, Tensor]]:

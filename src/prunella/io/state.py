@@ -11,12 +11,13 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from prunella.errors import BadInput, NotSupported
 from prunella.io.files import reading
 from prunella.io.json import Fields
+from prunella.io.tensor_file import save_file
 
 # What every release of safetensors since 0.4 can hold; all else is stored as bytes with its type in the manifest.
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
