@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from prunella.errors import BadInput, NotSupported, RequestError
 from prunella.graph.cut.changes import Changes
 from prunella.graph.cut.surgery import cut_
-from prunella.io import artifact, files
+from prunella.io import files, manifest
 from prunella.io.artifact import load, save
 from prunella.io.cuts import decode_cuts, encode_cuts
 from prunella.io.files import check_free, new_folder, plain_name, write_atomic
@@ -27,6 +27,7 @@ from prunella.planning.accounting import Amount, Row
 from prunella.planning.plan import Plan
 from prunella.targets import Params
 from prunella.types import Inputs
+from tests.sealed import edit
 
 Cuts = Mapping[str, Mapping[int, Tensor]]
 
@@ -84,13 +85,6 @@ def pruned(seed: int = 0) -> tuple[nn.Module, Plan]:
 def folder(tmp_path: Path) -> Path:
     model, plan = pruned()
     return save(model, tmp_path / "small", plan=plan, factory=Net).path
-
-
-def edit(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    file = folder / "manifest.json"
-    manifest = json.loads(file.read_text())
-    change(manifest)
-    file.write_text(json.dumps(manifest))
 
 
 def test_a_cut_model_comes_back(tmp_path: Path) -> None:
@@ -470,4 +464,4 @@ def test_the_marker_reaches_the_disk_last(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(files, "flush", lambda path: flushed.append(path.name))
     save(nn.Linear(2, 2), tmp_path / "out")
     assert flushed.index("manifest.json") > flushed.index("model.safetensors")
-    assert artifact.read_manifest(tmp_path / "out").mapping("origin") == {"kind": "unknown"}
+    assert manifest.read_manifest(tmp_path / "out").mapping("origin") == {"kind": "unknown"}

@@ -72,8 +72,8 @@ def reading(path: str | os.PathLike[str], what: str = "") -> Iterator[None]:
 def writing(path: str | os.PathLike[str], *, needed: int | None = None) -> Iterator[None]:
     """What the system refuses in the block is told as an error of the file or folder `path`.
 
-    needed: the bytes that are written, for the error of a full disk. Errors: RequestError for a path that cannot be written, OutOfResources for a full disk, also where a library hides
-    the system's error in one of its own.
+    needed: the bytes that are written, for the error of a full disk. Errors: RequestError for a path that cannot be
+    written, OutOfResources for a full disk, also where a library hides the system's error in one of its own.
     """
     try:
         yield

@@ -13,8 +13,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load, load_file, save, save_file
 
 from prunella.errors import BadInput
-from prunella.llm.streaming.offload import OnDisk
 from prunella.io.tensor_file import bytes_of
+from prunella.llm.streaming.offload import OnDisk
 from prunella.llm.streaming.shards import INDEX, read_folder, read_header, shard_name, write_shard
 
 TENSORS = {
