@@ -23,7 +23,7 @@ from prunella.io.identity import Identity, identify, model_parts
 from prunella.io.journal import NAME, Records, open_journal, open_records
 from prunella.io.json import Fields
 from prunella.io.lock import locked
-from prunella.io.manifest import check_files
+from prunella.io.manifest import check_files, entry_of
 from prunella.io.nested import load_state, save_state
 from prunella.io.plan_file import load_plan, save_plan
 from prunella.model.rng import restore_rng_, rng_state
@@ -108,7 +108,7 @@ class Stages:
             return
         random = self._folder / f"random-{len(list(self._records)):02d}.safetensors"
         save_state(rng_state(self._data), random)
-        files = {f.name: {"sha256": digest(f), "bytes": f.stat().st_size} for f in (file, random) if f is not None}
+        files = {f.name: entry_of(f) for f in (file, random) if f is not None}
         self._records.add(key, {**payload, "files": files, "random": random.name})
 
     def _go_on(self, key: str) -> None:

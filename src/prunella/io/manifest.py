@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -43,10 +43,15 @@ def _digest_of(content: Mapping[str, Any]) -> str:
     return f"sha256:{sha256(encode(content, allow_nan=True).encode()).hexdigest()}"
 
 
-def listed(folder: Path) -> dict[str, Any]:
-    """Size and digest of every file in a folder."""
-    files = sorted(file for file in folder.iterdir() if file.is_file())
-    return {file.name: {"sha256": digest(file), "bytes": file.stat().st_size} for file in files}
+def listed(folder: Path, *, besides: Sequence[str] = ()) -> dict[str, Any]:
+    """Size and digest of every file in a folder, but for those that are written later."""
+    files = sorted(file for file in folder.iterdir() if file.is_file() and file.name not in besides)
+    return {file.name: entry_of(file) for file in files}
+
+
+def entry_of(file: Path) -> dict[str, Any]:
+    """Size and digest of a file, as `check_files` reads them."""
+    return {"sha256": digest(file), "bytes": file.stat().st_size}
 
 
 def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
