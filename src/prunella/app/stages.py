@@ -124,7 +124,7 @@ def open_stages(output: Path, model: nn.Module, inputs: Inputs, job: Job, *, ove
     Errors: RequestError, with what changed, where another run was not finished; those of `open_journal`.
     """
     work = folder_of(output)
-    _clean_finished(work, output)
+    clean_finished(output)
     check_free(output, overwrite=overwrite)
     try:
         identity = identity_of(model, inputs, job)
@@ -157,8 +157,9 @@ def identity_of(model: nn.Module, inputs: Inputs, job: Job) -> Identity:
     return identify({**model_parts(model), **asked})
 
 
-def _clean_finished(work: Path, output: Path) -> None:
+def clean_finished(output: Path) -> None:
     """Remove what is left of a run that was killed when its output had its name already, or before its journal had."""
+    work = folder_of(output)
     if not work.is_dir():
         return
     record = output / RECORD

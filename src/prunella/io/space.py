@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from pathlib import Path
@@ -36,11 +37,24 @@ def check_output_folder(
     path: str | os.PathLike[str], *sources: str | os.PathLike[str] | None, overwrite: bool = False
 ) -> None:
     """`RequestError` unless a folder can be written at `path`, apart from the sources; nothing stays written."""
-    final = Path(path)
-    check_free(final, overwrite=overwrite)
-    check_apart(final, *sources)
-    standing = _standing(final.absolute().parent)
-    with writing(final):
+    check_free(Path(path), overwrite=overwrite)
+    check_apart(path, *sources)
+    check_writable(path)
+
+
+def check_room_for_journal(folder: str | os.PathLike[str]) -> None:
+    """`RequestError` unless files can be written in the folder, which may be there or not; nothing stays written."""
+    check_writable(Path(folder) / "journal")
+
+
+def check_writable(path: str | os.PathLike[str]) -> None:
+    """`RequestError` unless something can be made at `path`, in the nearest folder that exists."""
+    final = Path(path).absolute()
+    standing = _standing(final.parent)
+    with writing(path):
+        blocked = next((place for place in final.parents if place.exists() and not place.is_dir()), None)
+        if blocked is not None:
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(blocked))
         discard(temporary_file(standing / final.name))
 
 

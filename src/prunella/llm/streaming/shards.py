@@ -117,15 +117,20 @@ def shard_name(number: int, count: int) -> str:
 
 
 def write_shard(file: Path, tensors: Mapping[str, Tensor | StoredTensor]) -> Path:
-    """Write a safetensors file atomically; `StoredTensor` tensors are copied from file to file."""
+    """Write a safetensors file atomically; `StoredTensor` tensors are copied from file to file.
+
+    Errors: BadInput for NaN, wherever it comes from.
+    """
     described = {name: (value.dtype, tuple(value.shape)) for name, value in tensors.items()}
     header = header_of(described, {"format": "pt"})
 
     def write(path: Path) -> None:
         with path.open("wb") as out:
             out.write(header)
-            for value in tensors.values():
-                out.writelines(_chunks(value))
+            for name, value in tensors.items():
+                for piece in _chunks(value):
+                    _check_no_nan(name, value.dtype, piece)
+                    out.write(piece)
 
     return write_atomic(file, write, size=len(header) + sum(map(size_of, tensors.values())))
 
@@ -148,3 +153,10 @@ def _chunks(value: Tensor | StoredTensor) -> Iterable[bytes | memoryview]:
                 yield part
     else:
         yield from pieces_of(value)
+
+
+def _check_no_nan(name: str, dtype: torch.dtype, piece: bytes | memoryview) -> None:
+    if not dtype.is_floating_point or dtype.itemsize < 2:
+        return
+    if bool(torch.frombuffer(bytearray(piece), dtype=dtype).isnan().any()):
+        raise BadInput(f"{name} holds NaN", "weights with NaN are not written", "look at the model and the data")
