@@ -165,12 +165,12 @@ def survived(verb: Verb, home: Path, stride: int, most: int) -> int:
     if code:
         print(f"{verb.name}: exit code {code} without any fault: {said[-1000:]}", flush=True)
         return 1
-    expected, number, failures = contents(home), 0, 0
-    for number, fault in enumerate(faults(counts, stride, most), 1):
+    expected, failures, all_faults = contents(home), 0, list(faults(counts, stride, most))
+    for fault in all_faults:
         if wrong := tried(verb, home, fault, expected):
             failures += 1
             print(f"{verb.name}, {fault}: {wrong}", flush=True)
-    print(f"{verb.name}: {number} faults, {failures} not survived", flush=True)
+    print(f"{verb.name}: {len(all_faults)} faults, {failures} not survived", flush=True)
     return failures
 
 

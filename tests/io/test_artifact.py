@@ -27,7 +27,7 @@ from prunella.planning.accounting import Amount, Row
 from prunella.planning.plan import Plan
 from prunella.targets import Params
 from prunella.types import Inputs
-from tests.sealed import edit
+from tests.sealed import edit, to_format_1
 
 Cuts = Mapping[str, Mapping[int, Tensor]]
 
@@ -465,3 +465,32 @@ def test_the_marker_reaches_the_disk_last(tmp_path: Path, monkeypatch: pytest.Mo
     save(nn.Linear(2, 2), tmp_path / "out")
     assert flushed.index("manifest.json") > flushed.index("model.safetensors")
     assert manifest.read_manifest(tmp_path / "out").mapping("origin") == {"kind": "unknown"}
+
+
+def test_every_flipped_bit_of_a_manifest_is_refused(folder: Path) -> None:
+    file = folder / "manifest.json"
+    sound = file.read_bytes()
+    for place in range(0, len(sound), 7):
+        content = bytearray(sound)
+        content[place] ^= 1 << place % 8
+        file.write_bytes(content)
+        with pytest.raises(BadInput):
+            manifest.read_manifest(folder)
+    file.write_bytes(sound.replace(b" ", b"  ", 1))  # the same data in other words is another file
+    with pytest.raises(BadInput, match="does not have the recorded digest"):
+        manifest.read_manifest(folder)
+
+
+def test_a_manifest_of_format_1_is_read(folder: Path) -> None:
+    to_format_1(folder)
+    assert isinstance(load(folder, factory=Net), Net)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_weights_that_are_no_numbers_are_not_saved(tmp_path: Path, bad: float) -> None:
+    model = nn.Linear(4, 4)
+    with torch.no_grad():
+        model.weight[1, 2] = bad
+    with pytest.raises(BadInput, match="weight holds"):
+        save(model, tmp_path / "out", factory=lambda: nn.Linear(4, 4))
+    assert not list(tmp_path.iterdir())

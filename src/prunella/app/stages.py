@@ -18,7 +18,7 @@ from torch import nn
 from prunella.app.job import Job, Quality
 from prunella.app.record import RECORD
 from prunella.errors import CheckFailed, NotSupported, PruningError, RequestError, TargetMissed
-from prunella.io.files import check_free, digest
+from prunella.io.files import check_free, clean_up_after_kill, digest
 from prunella.io.identity import Identity, identify, model_parts
 from prunella.io.journal import NAME, Records, open_journal, open_records
 from prunella.io.json import Fields
@@ -159,6 +159,7 @@ def identity_of(model: nn.Module, inputs: Inputs, job: Job) -> Identity:
 
 def clean_finished(output: Path) -> None:
     """Remove what is left of a run that was killed when its output had its name already, or before its journal had."""
+    clean_up_after_kill(output)
     work = folder_of(output)
     if not work.is_dir():
         return

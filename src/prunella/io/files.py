@@ -26,7 +26,7 @@ from prunella.errors import (
     out_of_resources,
     system_error,
 )
-from prunella.io.lock import locked
+from prunella.io.lock import lock_file, locked
 from prunella.io.temporary import clean_up, discard, name_aside, temporary_file, temporary_folder
 
 MARKER = "manifest.json"
@@ -186,6 +186,7 @@ def new_folder(path: str | os.PathLike[str], *, overwrite: bool = False) -> Iter
     writes it; OutOfResources when the disk is full.
     """
     final = Path(path)
+    clean_up_after_kill(final)
     check_free(final, overwrite=overwrite)
     make_folder(final.parent)
     with locked(final), writing(final):
@@ -197,6 +198,13 @@ def new_folder(path: str | os.PathLike[str], *, overwrite: bool = False) -> Iter
             publish_folder(temporary, final, overwrite=overwrite)
         finally:
             discard(temporary)
+
+
+def clean_up_after_kill(final: Path) -> None:
+    """Take over and give back the lock that a killed writer of `final` has left, and remove its temporary folder."""
+    if lock_file(final).exists():
+        with suppress(PruningError), locked(final):
+            clean_up(final.parent, of=final)
 
 
 def publish_folder(temporary: Path, final: Path, *, overwrite: bool = False) -> Path:

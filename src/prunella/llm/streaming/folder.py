@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from prunella.io.files import clean_up_after_kill
 from prunella.io.space import check_apart, check_space
 from prunella.llm.blockwise import Solving
 from prunella.llm.distributed import process_group
@@ -96,8 +97,9 @@ def solve_folder(
     start, folder, samples = now(), Path(output), list(batches(data))
     group = process_group()
     if group.is_main:
-        check_output(folder, overwrite=overwrite)
-        check_apart(folder, source)
+        clean_up_after_kill(folder)
+    check_output(folder, overwrite=overwrite)
+    check_apart(folder, source)
     run = StreamingRun(Path(source), how, samples, group, budget=_budget(memory), skip=skip)
     asked = partial(identity_of, run.source, samples, how, skip, group.world_size)
     written = sum(file.stat().st_size for file in folder.glob("model-*.safetensors") if not is_finished(folder))
