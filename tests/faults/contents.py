@@ -45,9 +45,12 @@ def _digest(place: Path) -> str:
 
 
 def _records(file: Path) -> list[str]:
-    """Keys and payloads of a journal."""
-    with closing(sqlite3.connect(f"file:{file}?mode=ro", uri=True)) as database:
-        rows = database.execute("SELECT key, payload FROM records ORDER BY number").fetchall()
+    """Keys and payloads of a journal; nothing of one that a kill has left in the middle of a write."""
+    try:
+        with closing(sqlite3.connect(f"file:{file}?mode=ro", uri=True)) as database:
+            rows = database.execute("SELECT key, payload FROM records ORDER BY number").fetchall()
+    except sqlite3.OperationalError:
+        return []
     return [f"{key} {json.dumps(_timeless(json.loads(payload)), sort_keys=True)}" for key, payload in rows]
 
 

@@ -62,7 +62,8 @@ static int opened(int fd) {
 /* 1 if this call is the one, and is to fail or to be done by half; a kill does not come back. */
 static int struck(int kind) {
     counts[kind]++;
-    if (kind != kind_wanted || counts[kind] != wanted) return 0;
+    int again = action == FAIL && error_number == ENOSPC && counts[kind] > wanted; /* a full disk stays full */
+    if (kind != kind_wanted || (counts[kind] != wanted && !again)) return 0;
     if (action == KILL) kill(getpid(), SIGKILL);
     return 1;
 }

@@ -237,6 +237,7 @@ def check_same(journal: Journal, identity: Identity) -> None:
 def _create(path: Path) -> None:
     """A journal without records, complete before it has its name: an empty file is a damaged one."""
     with _told(path), closing(sqlite3.connect(path, isolation_level=None)) as database:
+        database.execute("PRAGMA journal_mode = OFF")  # a file that has no name yet needs no way back
         database.executescript(f"BEGIN; {_SCHEMA} {_HEAD} COMMIT;")
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from prunella.errors import OutOfResources, RequestError
 from prunella.io.files import check_free, writing
-from prunella.io.temporary import discard, temporary_file
+from prunella.io.temporary import clean_up, discard, temporary_file
 
 
 def check_space(path: str | os.PathLike[str], needed: int) -> None:
@@ -30,6 +30,7 @@ def check_output_file(path: str | os.PathLike[str], *sources: str | os.PathLike[
         raise RequestError(f"cannot write {final}", "a folder of that name exists", "choose another file name")
     check_apart(final, *sources)
     with writing(final):
+        clean_up(final.parent)
         discard(temporary_file(final))
 
 
@@ -55,6 +56,7 @@ def check_writable(path: str | os.PathLike[str]) -> None:
         blocked = next((place for place in final.parents if place.exists() and not place.is_dir()), None)
         if blocked is not None:
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(blocked))
+        clean_up(standing)
         discard(temporary_file(standing / final.name))
 
 
