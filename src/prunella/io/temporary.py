@@ -20,7 +20,9 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Literal
 
-_NAME = re.compile(r"\.(?P<final>.+)\.(?P<space>[0-9a-f]{8})-(?P<pid>\d+)-[0-9a-f]{8}\.(?P<kind>part|old)(-\w+)?", re.DOTALL)
+_NAME = re.compile(
+    r"\.(?P<final>.+)\.(?P<space>[0-9a-f]{8})-(?P<pid>\d+)-[0-9a-f]{8}\.(?P<kind>part|old)(-\w+)?", re.DOTALL
+)
 _LONGEST = 200
 """Bytes of the final name that a temporary one repeats: names have at most 255."""
 _ours: set[str] = set()

@@ -327,5 +327,5 @@ def test_nan_in_the_source_is_never_written(tmp_path: Path) -> None:
     tensors = load_file(file)
     tensors["model.embed_tokens.weight"][5, 3] = torch.nan  # a token that the data does not have may have it
     save_file(tensors, file, metadata={"format": "pt"})
-    with pytest.raises((BadInput, RequestError), match="NaN|nan"):
+    with pytest.raises((BadInput, RequestError), match=r"NaN|nan"):
         pr.llm.solve_folder(tmp_path / "in", tmp_path / "out", WANDA, data=data())
