@@ -245,3 +245,25 @@ def test_finetune_goes_on_from_its_file_and_refuses_another_training(
             train(resumed, file, lr=0.2)
         assert train(resumed, file) == expected
         assert all(a.equal(b) for a, b in zip(plain.state_dict().values(), resumed.state_dict().values(), strict=True))
+
+
+def noisy(model: nn.Module) -> float:
+    """A metric that draws from the generators of the caller."""
+    return float(torch.rand(()))
+
+
+def test_random_generators_go_on_too(tmp_path: Path) -> None:
+    job = replace(JOB, metric=noisy, recovery=Recovery(read_steps("bn")))
+    whole = run(tmp_path / "whole", job)
+    assert killed(lambda: run(tmp_path / "out", job, stage=dying("evaluating the recovered model"))) == -signal.SIGKILL
+    torch.manual_seed(8)
+    resumed = app.run(net(), X, job, tmp_path / "out")
+    assert (resumed.before, resumed.cut, resumed.after) == (whole.before, whole.cut, whole.after)
+
+
+def test_a_folder_of_somebody_else_is_not_taken_for_stages(tmp_path: Path) -> None:
+    folder_of(tmp_path / "out").mkdir()
+    (folder_of(tmp_path / "out") / "thesis.tex").write_text("years")
+    with pytest.raises(RequestError, match=r"is in the way\nit holds thesis.tex"):
+        run(tmp_path / "out")
+    assert (folder_of(tmp_path / "out") / "thesis.tex").read_text() == "years"

@@ -6,6 +6,7 @@ itself there too. It goes when the run has ended, well or with a verdict: a kill
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -33,6 +34,8 @@ from prunella.types import Inputs
 
 FINISHED = "finished"
 """The key of the record of a run whose output is about to get its name."""
+_OURS = re.compile(rf"\.?({re.escape(NAME)}|plan\.safetensors|(recovered|random|training)-\d+\.safetensors)")
+"""Names in the folder of the stages; hidden ones are temporary."""
 _VERDICTS = (TargetMissed, CheckFailed, RequestError, NotSupported)
 """After these the same call would say the same: nothing is kept for it."""
 
@@ -164,9 +167,18 @@ def clean_finished(output: Path) -> None:
     if not work.is_dir():
         return
     record = output / RECORD
+    _check_ours(work)
     with suppress(PruningError), locked(work / NAME):
         if not (work / NAME).exists() or (record.is_file() and _finished(work) == digest(record)):
             shutil.rmtree(work)
+
+
+def _check_ours(work: Path) -> None:
+    """RequestError for a folder of that name with something in it that no run wrote: it would go with the run."""
+    foreign = sorted(file.name for file in work.iterdir() if not _OURS.match(file.name))
+    if foreign:
+        why = f"it holds {foreign[0]}, which prunella did not write"
+        raise RequestError(f"{work} is in the way", why, "move it, or choose another output")
 
 
 def _finished(work: Path) -> str:

@@ -41,6 +41,7 @@ class Proof:
     rebuilt: bool
     recovered: tuple[str, ...] = ()
     equal: float | None = None
+    reader: str = "prunella.load"
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
@@ -48,7 +49,11 @@ class Proof:
 
     def __str__(self) -> str:
         lines = [f"{self.folder}: {self.files} files are as they were written"]
-        lines.append("the model loads, and its weights are finite" if self.rebuilt else "not rebuilt: give its MODEL")
+        if self.reader == "from_pretrained":
+            lines.append("plain from_pretrained builds the model")
+        else:
+            built = "the model loads, and its weights are finite"
+            lines.append(built if self.rebuilt else "not rebuilt: give its MODEL")
         if self.equal is not None and self.recovered:
             lines.append(
                 f"the cut equals the masked dense model; then recovered by {', '.join(self.recovered)}, which changed"
@@ -67,7 +72,7 @@ def check_whole(folder: Path, *, factory: Factory | None = None) -> tuple[Proof,
     """
     if not (folder / MARKER).is_file() and (record := read_record(folder)) is not None and "files" in record:
         check_files(folder, record)
-        return Proof(str(folder), len(record.section("files").data), rebuilt=False), None
+        return Proof(str(folder), len(record.section("files").data), rebuilt=False, reader="from_pretrained"), None
     manifest = read_manifest(folder)
     check_weights(folder, manifest)
     needs = manifest.section("origin").text("kind") in ("factory", "unknown")

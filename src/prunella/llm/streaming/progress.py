@@ -129,6 +129,10 @@ def _remove_rests(output: Path, beside: Path) -> None:
     if is_finished(output) and (output / WORK).is_dir() and not (output / WORK / NAME).exists():
         shutil.rmtree(output / WORK)
     if beside.is_dir() and not (beside / WORK / NAME).exists():
+        if any(beside.iterdir()) and not (beside / WORK).is_dir() and not (beside / RECORD).is_file():
+            raise RequestError(
+                f"{beside} is in the way", "prunella did not write it", "move it, or choose another output"
+            )
         shutil.rmtree(beside)
 
 
