@@ -245,7 +245,7 @@ def test_dead_tiny_and_huge_inputs_give_finite_weights(solve: Solve, scale: floa
     solved = solve(weight, inputs.T @ inputs * scale, pattern, sparsity=0.5)
     assert bool(torch.isfinite(solved.weight).all()) and 0 <= solved.error < 1
     assert int((~solved.mask).sum()) == 64 and bool((solved.weight[~solved.mask] == 0).all())
-    if not scale and solve is not wanda:
-        assert solved.error == 0 and bool((solved.weight == weight * solved.mask).all() or solve is not sparsegpt)
+    if not scale:
         by_magnitude = by_score(weight, torch.eye(16), pattern, sparsity=0.5, score=lambda w, n: w.abs())
-        assert solve is sparsegpt or bool((solved.mask == by_magnitude.mask).all())
+        assert solved.error == 0
+        assert solve not in (admm, sparsegpt) or bool((solved.mask == by_magnitude.mask).all())
