@@ -10,7 +10,7 @@ SAY = @printf '\n== %s\n'
 export PIP_NO_INPUT = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check docs bench mutants kernels fuzz wheel clean
+.PHONY: help demo test check docs bench mutants kernels fuzz faults wheel clean
 
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/make \1 \t\2/' | expand -t 14
@@ -52,6 +52,10 @@ kernels: ## build the sparse kernels into src/, as an installation does (needs c
 fuzz: $(VENV)/.stamp-test ## hostile input to the kernels under AddressSanitizer and UBSan, for a minute
 	$(SAY) "fuzzing the kernels"
 	PRUNELLA_FUZZ_SECONDS=$${PRUNELLA_FUZZ_SECONDS:-60} $(BIN)/python -m pytest tests/runtime/kernels/test_fuzz.py
+
+faults: $(VENV)/.stamp-test ## kill, fail and halve every write, fsync, rename, unlink and mkdir of every verb (hours)
+	$(SAY) "trying every fault at every call of every verb that writes"
+	PRUNELLA_FAULTS=all $(BIN)/python -m pytest tests/faults -s
 
 wheel: $(VENV)/.stamp-test ## build the wheel, test it installed, leave it in dist/
 	$(SAY) "building and testing the wheel"

@@ -82,15 +82,15 @@ def test_exit_codes_are_documented() -> None:
 
 
 def test_formats_of_files_are_documented() -> None:
-    from prunella.app import run
-    from prunella.io import artifact, journal, nested, plan_file
+    from prunella.app import record
+    from prunella.io import journal, manifest, nested, plan_file
 
     rows = (ROOT / "docs" / "files.md").read_text(encoding="utf-8").splitlines()
     table = [[cell.strip() for cell in row.split("|")[1:-1]] for row in rows if row.startswith("| ")]
     formats = {name: form for name, _, form, *_ in (row for row in table if len(row) == 4)}
     assert formats["plan file"] == str(plan_file.VERSION)
-    assert formats["artefact folder"] == formats["sparse artefact folder"] == str(artifact.FORMAT)
-    assert formats["`run.json` of a run folder"] == str(run.FORMAT)
+    assert formats["artefact folder"] == formats["sparse artefact folder"] == str(manifest.FORMAT)
+    assert formats["`run.json` of a run folder"] == str(record.FORMAT)
     assert formats["`journal.sqlite`"] == str(journal.FORMAT)
     assert formats["nested state, `NAME.safetensors`"] == str(nested.VERSION)
     text = "\n".join(rows)

@@ -21,6 +21,7 @@ from prunella.errors import CheckFailed, Locked, RequestError, TargetMissed
 from prunella.planning.recipe import Recipe
 from prunella.targets import MACs
 from prunella.types import Loss
+from tests.sealed import to_format_1
 from tests.stopping import beside
 
 
@@ -161,6 +162,7 @@ def test_a_record_of_version_0_1_is_read(tmp_path: Path) -> None:
     run(net(), torch.randn(2, 6), job, tmp_path / "out")
     record = tmp_path / "out" / "run.json"
     assert json.loads(record.read_text())["format"] == 2
+    to_format_1(tmp_path / "out")
     record.write_text(json.dumps({"text": "", "healed": [{"by": "bn", "result": ""}]}))
     assert check_whole(tmp_path / "out")[0].recovered == ("bn",)
 

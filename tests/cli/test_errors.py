@@ -157,7 +157,8 @@ def test_exit_codes(error: BaseException, code: int) -> None:
     assert trouble.code == code and trouble.what and "\n" not in trouble.what + trouble.why + trouble.todo
 
 
-def test_ctrl_c_ends_with_7_and_leaves_nothing(shop: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_ctrl_c_ends_with_7_and_leaves_nothing(shop: str, tmp_path: Path, number: signal.Signals) -> None:
     """A real signal to a real process, in the middle of the data of the user."""
     (tmp_path / "slow.py").write_text(
         "import time\n\ndef data():\n    print('ready', flush=True)\n    time.sleep(60)\n"
@@ -172,13 +173,42 @@ def test_ctrl_c_ends_with_7_and_leaves_nothing(shop: str, tmp_path: Path) -> Non
     )
     assert process.stdout is not None and process.stdout.readline() == "ready\n"
     time.sleep(0.2)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, said = process.communicate(timeout=60)
     assert process.returncode == 7 and "interrupted" in said and "Traceback" not in said
-    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out").exists() and not (tmp_path / ".out.run").exists()
 
 
 def test_a_reader_that_leaves_early_is_no_error(tmp_path: Path) -> None:
     line = f"{sys.executable} -m prunella methods --json | head -n 1"
     done = subprocess.run(["bash", "-o", "pipefail", "-c", line], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0 and done.stderr == "" and done.stdout == "[\n"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("plan", "{shop}:net", *IMAGE, *HALF, "-o", "no/such/x.plan"),
+        ("export", "{shop}:net", *IMAGE, "-o", "mine.txt/x.safetensors"),
+        ("run", "{shop}:net", *IMAGE, *HALF, "-o", "mine.txt/out"),
+        ("scan", "{shop}:net", *IMAGE, "-o", "mine.txt"),
+        ("inspect", "{shop}:net", *IMAGE, "--html", "no/x.html"),
+    ],
+)
+def test_an_output_that_cannot_be_written_is_found_before_any_work(
+    prunella: Run, shop: str, words: tuple[str, ...]
+) -> None:
+    Path("mine.txt").write_text("mine")
+    result = prunella(*(word.replace("{shop}", shop) for word in words))
+    assert result.code == 2 and "cannot write" in result.err and "loading" not in result.err, result.err
+    assert Path("mine.txt").read_text() == "mine"
+
+
+def test_a_file_that_is_read_is_not_written(prunella: Run, shop: str) -> None:
+    assert prunella("export", f"{shop}:net", *IMAGE, "-o", "w.safetensors").code == 0
+    before = Path("w.safetensors").read_bytes()
+    Path("link").symlink_to(".")
+    for output in ("w.safetensors", "link/w.safetensors"):
+        line = ("export", f"{shop}:net", "--weights", "w.safetensors", *IMAGE, "-o", output, "--overwrite")
+        result = prunella(*line)
+        assert result.code == 2 and "is the same as" in result.err and Path("w.safetensors").read_bytes() == before

@@ -35,6 +35,11 @@ def make(seed: int) -> nn.Module:
     return model
 
 
+def make_moved_later(seed: int) -> nn.Module:
+    """As `make_moved`, but the first seed is never moved."""
+    return make_moved(seed) if seed else make(seed)
+
+
 MOVED: list[float] = []
 """What `make_moved` reads beside its code, as another function reads a checkpoint."""
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from prunella.errors import BadInput, NotSupported, RequestError
 from prunella.graph.cut.changes import Changes
 from prunella.graph.cut.surgery import cut_
-from prunella.io import artifact, files
+from prunella.io import files, manifest
 from prunella.io.artifact import load, save
 from prunella.io.cuts import decode_cuts, encode_cuts
 from prunella.io.files import check_free, new_folder, plain_name, write_atomic
@@ -27,6 +27,7 @@ from prunella.planning.accounting import Amount, Row
 from prunella.planning.plan import Plan
 from prunella.targets import Params
 from prunella.types import Inputs
+from tests.sealed import edit, to_format_1
 
 Cuts = Mapping[str, Mapping[int, Tensor]]
 
@@ -84,13 +85,6 @@ def pruned(seed: int = 0) -> tuple[nn.Module, Plan]:
 def folder(tmp_path: Path) -> Path:
     model, plan = pruned()
     return save(model, tmp_path / "small", plan=plan, factory=Net).path
-
-
-def edit(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    file = folder / "manifest.json"
-    manifest = json.loads(file.read_text())
-    change(manifest)
-    file.write_text(json.dumps(manifest))
 
 
 def test_a_cut_model_comes_back(tmp_path: Path) -> None:
@@ -467,7 +461,36 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
 
 def test_the_marker_reaches_the_disk_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     flushed: list[str] = []
-    monkeypatch.setattr(files, "_flush", lambda path: flushed.append(path.name))
+    monkeypatch.setattr(files, "flush", lambda path: flushed.append(path.name))
     save(nn.Linear(2, 2), tmp_path / "out")
     assert flushed.index("manifest.json") > flushed.index("model.safetensors")
-    assert artifact.read_manifest(tmp_path / "out").mapping("origin") == {"kind": "unknown"}
+    assert manifest.read_manifest(tmp_path / "out").mapping("origin") == {"kind": "unknown"}
+
+
+def test_every_flipped_bit_of_a_manifest_is_refused(folder: Path) -> None:
+    file = folder / "manifest.json"
+    sound = file.read_bytes()
+    for place in range(0, len(sound), 7):
+        content = bytearray(sound)
+        content[place] ^= 1 << place % 8
+        file.write_bytes(content)
+        with pytest.raises(BadInput):
+            manifest.read_manifest(folder)
+    file.write_bytes(sound.replace(b" ", b"  ", 1))  # the same data in other words is another file
+    with pytest.raises(BadInput, match="does not have the recorded digest"):
+        manifest.read_manifest(folder)
+
+
+def test_a_manifest_of_format_1_is_read(folder: Path) -> None:
+    to_format_1(folder)
+    assert isinstance(load(folder, factory=Net), Net)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_weights_that_are_no_numbers_are_not_saved(tmp_path: Path, bad: float) -> None:
+    model = nn.Linear(4, 4)
+    with torch.no_grad():
+        model.weight[1, 2] = bad
+    with pytest.raises(BadInput, match="weight holds"):
+        save(model, tmp_path / "out", factory=lambda: nn.Linear(4, 4))
+    assert not list(tmp_path.iterdir())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import random
+import resource
 import signal
 import sqlite3
 import subprocess
@@ -15,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from prunella.errors import BadInput, Locked, PruningError, RequestError
+from prunella.errors import BadInput, Locked, OutOfResources, PruningError, RequestError
 from prunella.io.identity import Identity
 from prunella.io.journal import FORMAT, FORMER, NAME, open_journal, open_records
 from tests.stopping import records
@@ -150,6 +151,12 @@ def test_files_of_others_and_of_a_newer_version_are_told_apart(tmp_path: Path) -
     "statement",
     [
         "DELETE FROM records WHERE number = 3",
+        "DELETE FROM records WHERE number > 15",
+        "DELETE FROM records",
+        "INSERT INTO identities (digest, parts) VALUES ('x', '{}')",
+        "UPDATE head SET records = 19",
+        "DELETE FROM head",
+        "DROP TABLE head",
         "UPDATE records SET payload = '{\"value\": 7}' WHERE number = 3",
         "UPDATE records SET number = 30 WHERE number = 20",
         "UPDATE records SET key = 'key 5' WHERE number = 3",
@@ -165,6 +172,47 @@ def test_records_that_were_changed_or_removed_are_noticed(tmp_path: Path, statem
         database.commit()
     with pytest.raises(BadInput, match="is damaged"):
         values(tmp_path)
+
+
+def test_an_identity_without_records_is_missed_too(tmp_path: Path) -> None:
+    with open_journal(tmp_path) as journal:
+        journal.introduce(ASKED)
+        journal.introduce(Identity({"seed": "1"}))
+    with closing(sqlite3.connect(tmp_path / NAME)) as database:
+        database.execute("DELETE FROM identities WHERE number = 2")
+        database.commit()
+    with pytest.raises(BadInput, match="is damaged"):
+        values(tmp_path)
+
+
+def test_a_journal_of_format_2_is_read_and_given_a_head(tmp_path: Path) -> None:
+    written(tmp_path, 3)
+    expected = values(tmp_path)
+    with closing(sqlite3.connect(tmp_path / NAME)) as database:
+        database.executescript("DROP TABLE head; PRAGMA user_version = 2;")
+    assert values(tmp_path) == expected == values(tmp_path)
+    with closing(sqlite3.connect(tmp_path / NAME)) as database:
+        assert database.execute("SELECT records FROM head").fetchall() == [(3,)]
+        database.execute("PRAGMA user_version = 2")  # with a head it cannot be of format 2
+    with pytest.raises(BadInput, match="is damaged"):
+        values(tmp_path)
+
+
+def test_a_record_that_does_not_fit_on_the_disk_leaves_the_journal_as_it_was(tmp_path: Path) -> None:
+    """SQLite does not say that a file size limit or a quota was met: a file beside the journal tells."""
+    written(tmp_path, 2)
+    with open_records(tmp_path, lambda: ASKED) as known:
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (16384, before[1]))
+        try:
+            with pytest.raises(OutOfResources, match=f"cannot write {tmp_path / NAME}") as caught:
+                known.add("large", {"value": "x" * 100_000})
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        assert caught.value.exit_code == 5 and "large" not in known
+        known.add("small", {"value": 1})
+    assert list(values(tmp_path)) == ["key 0", "key 1", "small"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == [NAME]
 
 
 @pytest.mark.parametrize("name", FORMER)

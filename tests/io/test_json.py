@@ -165,7 +165,7 @@ def test_writing_is_stable_sorted_and_all_or_nothing(tmp_path: Path, monkeypatch
     def full(path: Path) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(files, "_flush", full)
+    monkeypatch.setattr(files, "flush", full)
     with pytest.raises(OutOfResources, match="the disk is full: No space left on device"):
         write_json(file, {"a": 2})
     assert file.read_text().startswith('{\n "a": [') and list(tmp_path.iterdir()) == [file]

@@ -107,7 +107,7 @@ def test_what_0_1_wrote_is_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("state", "version", "why"),
     [
-        (["list"], 3, "version is 3, not a whole number from 1 to 2"),
+        (["list"], 4, "version is 4, not a whole number from 1 to 3"),
         (["list"], "1", "version is '1'"),
         (["set", 1], 1, "'set' is no kind of value"),
         ({"pickle": "x"}, 2, "'pickle' is no kind of value"),

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
+import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import prunella as pr
 from prunella.graph.solve.groups import couple
 from prunella.llm.blocks import BlockCall, ModelBlock
-from prunella.llm.solve_block import BlockProblem, Fit, dense_targets, layers_by_weight, solve_block_
+from prunella.llm.solve_block import NOT_FINITE, BlockProblem, Fit, dense_targets, layers_by_weight, solve_block_
 from prunella.model.masks import masks_of
+from prunella.solvers import Solved
+from prunella.solvers.layer import Pattern
 from tests.llm.test_blockwise import Net, batches, net
 
 BLOCK = ModelBlock("blocks.1", sequential=True)
@@ -75,3 +79,35 @@ def test_a_recipe_without_refinement_has_no_known_outputs() -> None:
     with torch.no_grad():
         result = solve_block_(problem(net(), pr.llm.OneShot()))
     assert result.outputs is None and [fit.removed for fit in result.fits] == [120, 120]
+
+
+@torch.no_grad()
+def test_a_layer_whose_solver_fails_stays_as_it_was() -> None:
+    """What a solver returns is checked before it is written; the other layers are pruned."""
+    failing: list[int] = []
+
+    def method(weight: Tensor, gram: Tensor, pattern: Pattern, *, sparsity: float) -> Solved:
+        failing.append(1)
+        solved = pr.solvers.sparsegpt(weight, gram, pattern, sparsity=sparsity)
+        return replace(solved, weight=solved.weight * torch.nan) if len(failing) == 1 else solved
+
+    model, dense = net(), net()
+    result = solve_block_(problem(model, pr.llm.OneShot(pr.Element(), 0.5, method)))
+    told = {fit.name: fit.skipped for fit in result.fits}
+    assert told == {"blocks.1.up": NOT_FINITE, "blocks.1.down": ""} and len(result.masks) == 1
+    assert model.get_parameter("blocks.1.up.weight").equal(dense.get_parameter("blocks.1.up.weight"))
+    assert all(bool(parameter.isfinite().all()) for parameter in model.parameters())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["admm", "sparsegpt", "alps"])
+@pytest.mark.parametrize("dead_last", [True, False])
+def test_a_dead_layer_comes_out_finite(name: str, dead_last: bool) -> None:
+    """Nothing passes the ReLU, so that the inputs of what follows are all zero."""
+    torch.manual_seed(0)
+    rest = [] if dead_last else [nn.ReLU(), nn.Linear(8, 4)]
+    model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 8), *rest).eval()
+    model[0].bias.fill_(-1e3)  # type: ignore[operator, union-attr]
+    x = torch.randn(8, 16)
+    solving = pr.llm.solve_(model, x, pr.llm.OneShot(pr.Element(), 0.5, getattr(pr.solvers, name)), data=[x])
+    assert all(bool(parameter.isfinite().all()) for parameter in model.parameters()) and solving.sparsity == 0.5

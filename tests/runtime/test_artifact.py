@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from collections.abc import Callable
@@ -27,6 +26,7 @@ from prunella.runtime.tuning.choice import Problem, Route
 from prunella.runtime.tuning.fingerprint import fingerprint
 from tests.runtime.standin import Calls
 from tests.runtime.test_sparse import IMAGE, X, mlp, net, stem, with_zeros
+from tests.sealed import edit
 
 pytestmark = pytest.mark.usefixtures("eager_to_skip")
 
@@ -34,13 +34,6 @@ pytestmark = pytest.mark.usefixtures("eager_to_skip")
 @pytest.fixture
 def folder(tmp_path: Path, kernels: Calls) -> Path:
     return pr.runtime.save_sparse(pr.sparse(net(), IMAGE), tmp_path / "small", factory=net).path
-
-
-def edit(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    file = folder / "manifest.json"
-    manifest = json.loads(file.read_text())
-    change(manifest)
-    file.write_text(json.dumps(manifest))
 
 
 @pytest.mark.parametrize(("make", "x"), [(net, IMAGE), (mlp, X), (stem, IMAGE)])

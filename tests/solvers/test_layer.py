@@ -233,3 +233,19 @@ def test_alternating_to_the_end_is_the_best_mask_of_a_small_layer() -> None:
     errors = sorted(relative_error(weight, exact(weight, gram, mask, damping=1e-6), gram) for mask in masks)
     found = alps(weight, gram, damping=1e-6)
     assert errors[0] * (1 - 1e-6) <= found.error <= errors[len(errors) // 20] * (1 + 1e-6)
+
+
+@solver
+@pytest.mark.parametrize("scale", [0.0, 1e-42, 1e37])
+@pytest.mark.parametrize("pattern", [Element(), NM(2, 4)])
+def test_dead_tiny_and_huge_inputs_give_finite_weights(solve: Solve, scale: float, pattern: Element | NM) -> None:
+    """A dead layer has a zero Gram matrix: magnitude decides, and no output is lost."""
+    generator = torch.Generator().manual_seed(0)
+    weight, inputs = (torch.randn(rows, 16, generator=generator) for rows in (8, 4))
+    solved = solve(weight, inputs.T @ inputs * scale, pattern, sparsity=0.5)
+    assert bool(torch.isfinite(solved.weight).all()) and 0 <= solved.error < 1
+    assert int((~solved.mask).sum()) == 64 and bool((solved.weight[~solved.mask] == 0).all())
+    if not scale:
+        by_magnitude = by_score(weight, torch.eye(16), pattern, sparsity=0.5, score=lambda w, n: w.abs())
+        assert solved.error == 0
+        assert solve not in (admm, sparsegpt) or bool((solved.mask == by_magnitude.mask).all())

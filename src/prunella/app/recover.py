@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -31,11 +32,24 @@ class Recovered:
     text: str
     curve: LossCurve | None = None
 
+    def plain(self) -> dict[str, Any]:
+        """As nested data, for a file."""
+        curve = None if self.curve is None else {"loss": list(self.curve.loss), "lr": list(self.curve.lr)}
+        return {"text": self.text, "curve": curve}
 
-def recover_(small: nn.Module, dense: nn.Module, plan: Plan, job: Job, step: RecoveryStep, tick: Tick) -> Recovered:
-    """Do one step in place. The job has been checked."""
+    @classmethod
+    def read(cls, step: RecoveryStep, plain: Mapping[str, Any]) -> Recovered:
+        """What `plain` gave."""
+        curve = plain["curve"]
+        return cls(step, plain["text"], curve and LossCurve(tuple(curve["loss"]), tuple(curve["lr"])))
+
+
+def recover_(
+    small: nn.Module, dense: nn.Module, plan: Plan, job: Job, step: RecoveryStep, tick: Tick, checkpoint: Path | None
+) -> Recovered:
+    """Do one step in place. The job has been checked. checkpoint: the file that keeps a training; see `Training`."""
     if step.kind in ("distill", "finetune"):
-        curve = _train(small, dense, job, step, tick)
+        curve = _train(small, dense, job, step, tick, Training(seed=job.recipe.seed, checkpoint=checkpoint))
         return Recovered(step, str(curve), curve)
     data = job.data
     assert data is not None, "checked at the start"
@@ -45,8 +59,10 @@ def recover_(small: nn.Module, dense: nn.Module, plan: Plan, job: Job, step: Rec
     return Recovered(step, str(fitted))
 
 
-def _train(small: nn.Module, dense: nn.Module, job: Job, step: RecoveryStep, tick: Tick) -> LossCurve:
-    how, data, training = job.recovery, job.recovery_data, Training(seed=job.recipe.seed)
+def _train(
+    small: nn.Module, dense: nn.Module, job: Job, step: RecoveryStep, tick: Tick, training: Training
+) -> LossCurve:
+    how, data = job.recovery, job.recovery_data
     assert data is not None, "checked at the start"
     if step.kind == "distill":
         imitate = how.imitate or partial(distill_logits, outputs=outputs_by(job.loss) if job.loss else forward)

@@ -1,13 +1,14 @@
 """The whole job: plan, cut, recover, check, measure, and write the artefact and the report.
 
-Nothing is written before every gate has been passed, and what is written is either there and complete or not there.
+The output is not written before every gate has been passed, and appears complete: artefact, report and record at once.
+A run that was killed goes on from its last finished stage, and within a training from the last minute; see `stages`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,18 +17,22 @@ import torch
 from torch import nn
 
 from prunella.app.job import Job, Quality
+from prunella.app.record import FORMAT, RECORD
 from prunella.app.recover import Recovered, Tick, recover_
+from prunella.app.stages import Stages, open_stages
 from prunella.errors import CheckFailed
-from prunella.io.artifact import Saved, save
-from prunella.io.files import check_free
+from prunella.io.artifact import Saved, drafted
 from prunella.io.json import plain, write_json
 from prunella.io.lock import locked
+from prunella.io.space import check_apart, check_output_folder, check_space
+from prunella.io.tensor_file import size_of
 from prunella.measure.clock import now, since
 from prunella.model.copying import copied
 from prunella.model.forward import first_tensor, forward
 from prunella.model.state import mode
 from prunella.planning.plan import Plan
 from prunella.planning.planner import plan
+from prunella.recovery.checkpoint import named_tensors
 from prunella.reporting.extra import reason_without
 from prunella.reporting.page import write_page
 from prunella.reporting.report import Curve, Report, report
@@ -35,9 +40,7 @@ from prunella.transform.apply import apply_
 from prunella.transform.shrink import shrink
 from prunella.types import Inputs
 
-PAGE, RECORD = "report.html", "run.json"
-FORMAT = 2
-"""Of `run.json`. 1 had no such number, and its recovery under another name."""
+PAGE = "report.html"
 Stage = Callable[[str, int], AbstractContextManager[Tick]]
 """Shows a stage while it runs: (name, number of parts) -> context that gives what to call after each part."""
 
@@ -84,22 +87,23 @@ def run(
     gate is missed, and then writes nothing.
     """
     job.check()
-    check_free(folder, overwrite=overwrite)
-    with locked(folder):
-        return _run(model, inputs, job, folder, overwrite, _Clock(stage))
+    check_apart(folder, job.source)
+    with locked(folder), open_stages(folder, model, inputs, job, overwrite=overwrite) as stages:
+        check_output_folder(folder, overwrite=overwrite)
+        return _run(model, inputs, job, folder, overwrite, _Clock(stage), stages)
 
 
-def _run(model: nn.Module, inputs: Inputs, job: Job, folder: Path, overwrite: bool, clock: _Clock) -> Outcome:
+def _run(
+    model: nn.Module, inputs: Inputs, job: Job, folder: Path, overwrite: bool, clock: _Clock, stages: Stages
+) -> Outcome:
     with clock.stage("planning"):
-        planned = plan(
-            model, inputs, job.recipe, target=job.target, data=job.data, loss=job.loss,
-            skip=list(job.skip), only=list(job.only),
-        )  # fmt: skip
+        planned = stages.plan(partial(_plan, model, inputs, job), inputs)
     with clock.stage("cutting and comparing with the masked model"):
         small = shrink(model, planned) if planned.changes else apply_(copied(model), planned)
-    before, cut = _quality(model, job, clock, "dense"), _quality(small, job, clock, "cut")
-    recovered = _recover(small, model, planned, job, clock)
-    after = _quality(small, job, clock, "recovered") if recovered else cut
+    check_space(folder, size_of(named_tensors(small)))
+    before, cut = (_quality(one, job, clock, name, stages) for one, name in ((model, "dense"), (small, "cut")))
+    recovered = _recover(small, model, planned, job, clock, stages)
+    after = _quality(small, job, clock, "recovered", stages) if recovered else cut
     _check_drop(before, after, job.max_drop)
     with clock.stage("measuring both models"):
         scores = tuple((name, before[name], after[name]) for name in before)
@@ -108,16 +112,22 @@ def _run(model: nn.Module, inputs: Inputs, job: Job, folder: Path, overwrite: bo
             rounds=_rounds(model, inputs),
         ).with_cut(cut if recovered else {})  # fmt: skip
         outputs = _outputs(small, inputs)
-    with clock.stage("saving"):
-        saved = save(
-            small, folder, plan=planned, factory=job.factory, source=job.source, dense=model, overwrite=overwrite
-        )
-        missing = reason_without(partial(write_page, compared, folder / PAGE), PAGE)
+    with clock.stage("saving"), drafted(
+        small, folder, plan=planned, factory=job.factory, source=job.source, dense=model, overwrite=overwrite
+    ) as draft:  # fmt: skip
+        missing = reason_without(partial(write_page, compared, draft.folder / PAGE), PAGE)
         outcome = Outcome(
-            planned, small, saved, compared, recovered, before, cut, after, outputs, missing, clock.seconds
+            planned, small, draft.saved, compared, recovered, before, cut, after, outputs, missing, clock.seconds
         )
-        write_json(folder / RECORD, plain(summary(outcome, job)))
-    return outcome
+        stages.finish(write_json(draft.folder / RECORD, plain(summary(outcome, job))))
+    return replace(outcome, saved=draft.saved)
+
+
+def _plan(model: nn.Module, inputs: Inputs, job: Job) -> Plan:
+    return plan(
+        model, inputs, job.recipe, target=job.target, data=job.data, loss=job.loss,
+        skip=list(job.skip), only=list(job.only),
+    )  # fmt: skip
 
 
 def _rounds(model: nn.Module, inputs: Inputs, *, seconds: float = 20.0) -> int:
@@ -158,19 +168,23 @@ class _Clock:
         self.seconds[name] = self.seconds.get(name, 0.0) + since(start)
 
 
-def _quality(model: nn.Module, job: Job, clock: _Clock, name: str) -> Quality:
+def _quality(model: nn.Module, job: Job, clock: _Clock, name: str, stages: Stages) -> Quality:
     if job.metric is None:
         return {}
     with clock.stage(f"evaluating the {name} model"):
-        return job.quality(model)
+        return stages.quality(name, lambda: job.quality(model))
 
 
-def _recover(small: nn.Module, dense: nn.Module, planned: Plan, job: Job, clock: _Clock) -> tuple[Recovered, ...]:
+def _recover(
+    small: nn.Module, dense: nn.Module, planned: Plan, job: Job, clock: _Clock, stages: Stages
+) -> tuple[Recovered, ...]:
     recovered = []
-    for step in job.recovery.steps:
+    for number, step in enumerate(job.recovery.steps, 1):
         parts = len(planned.rows) if step.kind == "reconstruct" else step.steps or 1
         with clock.stage(f"recovering by {step}", parts) as tick:
-            recovered.append(recover_(small, dense, planned, job, step, tick))
+            do = partial(recover_, small, dense, planned, job, step, tick, stages.checkpoint(number))
+            told = stages.recover(number, small, lambda do=do: do().plain())  # type: ignore[misc]
+            recovered.append(Recovered.read(step, told))
     return tuple(recovered)
 
 

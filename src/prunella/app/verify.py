@@ -10,10 +10,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from prunella.app.record import read_record
 from prunella.errors import BadInput, CheckFailed
 from prunella.graph.verify import relative_error
-from prunella.io.artifact import PLAN, check_files, load, read_manifest
-from prunella.io.json import read_object
+from prunella.io.artifact import PLAN, check_weights, load
+from prunella.io.files import MARKER
+from prunella.io.manifest import check_files, read_manifest
 from prunella.io.origin import Factory
 from prunella.io.plan_file import load_plan
 from prunella.model.forward import outputs_of
@@ -39,6 +41,7 @@ class Proof:
     rebuilt: bool
     recovered: tuple[str, ...] = ()
     equal: float | None = None
+    reader: str = "prunella.load"
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
@@ -46,7 +49,11 @@ class Proof:
 
     def __str__(self) -> str:
         lines = [f"{self.folder}: {self.files} files are as they were written"]
-        lines.append("the model loads, and its weights are finite" if self.rebuilt else "not rebuilt: give its MODEL")
+        if self.reader == "from_pretrained":
+            lines.append("plain from_pretrained builds the model")
+        else:
+            built = "the model loads, and its weights are finite"
+            lines.append(built if self.rebuilt else "not rebuilt: give its MODEL")
         if self.equal is not None and self.recovered:
             lines.append(
                 f"the cut equals the masked dense model; then recovered by {', '.join(self.recovered)}, which changed"
@@ -60,10 +67,14 @@ class Proof:
 def check_whole(folder: Path, *, factory: Factory | None = None) -> tuple[Proof, nn.Module | None]:
     """Compare all digests and build the model. Without a `factory` a model that needs one is not rebuilt.
 
-    Raises BadInput for a file that is missing, changed or does not fit.
+    A folder of `prunella llm` has no manifest: its record lists the files, and plain `from_pretrained` builds the
+    model. Raises BadInput for a file that is missing, changed or does not fit.
     """
+    if not (folder / MARKER).is_file() and (record := read_record(folder)) is not None and "files" in record:
+        check_files(folder, record)
+        return Proof(str(folder), len(record.section("files").data), rebuilt=False, reader="from_pretrained"), None
     manifest = read_manifest(folder)
-    check_files(folder, manifest)
+    check_weights(folder, manifest)
     needs = manifest.section("origin").text("kind") in ("factory", "unknown")
     proof = Proof(str(folder), len(manifest.section("files").data), rebuilt=False, recovered=_recovered(folder))
     if needs and factory is None:
@@ -106,9 +117,8 @@ def _same_shapes(expected: Mapping[str, torch.Tensor], found: Mapping[str, torch
 
 
 def _recovered(folder: Path) -> tuple[str, ...]:
-    file = folder / "run.json"
-    if not file.is_file():
+    record = read_record(folder)
+    if record is None:
         return ()
-    record = read_object(file, todo="make the folder again", allow_nan=True)
     name = "healed" if "healed" in record.data else "recovered"  # its name in version 0.1, and now
     return tuple(item.fields().text("by") for item in record.list_of(name))

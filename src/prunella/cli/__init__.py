@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import signal
 import sys
 import warnings
 from collections.abc import Sequence
+from types import FrameType
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -19,6 +21,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             warnings.simplefilter("ignore")
             for library in ("torchao", "torch.utils._pytree"):
                 logging.getLogger(library).setLevel(logging.ERROR)
+        end_as_interrupted()
     words = list(arguments)
     if "--debug" in words:  # wherever it stands
         words = ["--debug", *(word for word in words if word != "--debug")]
@@ -27,3 +30,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(text, flush=True)
         raise SystemExit(0)
     app(words, prog_name="prunella")
+
+
+def end_as_interrupted() -> None:
+    """What asks the process to end (SIGTERM, and SIGHUP of a terminal that goes) ends it as Ctrl-C does."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    for name in ("SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)  # Windows has no SIGHUP
+        if number is not None and signal.getsignal(number) == signal.SIG_DFL:
+            signal.signal(number, interrupt)

@@ -53,20 +53,20 @@ def report(
     as_json: options.Json = False,
 ) -> None:
     """Where the page is, and the numbers of the run."""
+    from prunella.app.record import read_record
     from prunella.cli.run import run_text
     from prunella.errors import BadInput
-    from prunella.io.json import read_object
 
-    page, record = folder / "report.html", folder / "run.json"
-    if not page.is_file() and (open_page or not record.is_file()):
+    page, record = folder / "report.html", read_record(folder)
+    if not page.is_file() and (open_page or record is None):
         raise BadInput(f"no report in {folder}", "there is no report.html", "give a folder that `prunella run` wrote")
     result: dict[str, Any] = {"page": str(page.resolve()) if page.is_file() else None}
-    if record.is_file():
-        result |= read_object(record, todo="run it again", allow_nan=True).data
+    if record is not None:
+        result |= record.data
     try:
         text = run_text(result, folder)
     except (ValueError, TypeError, KeyError) as error:
-        raise BadInput(f"cannot read {record}", f"damaged: {error}", "run it again") from error
+        raise BadInput(f"cannot read the record of {folder}", f"damaged: {error}", "run it again") from error
     emit(result, text, as_json=as_json)
     if open_page and not webbrowser.open(page.resolve().as_uri()):
         note("no browser could be started; open the page yourself")

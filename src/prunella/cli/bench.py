@@ -32,8 +32,7 @@ def bench(
     from prunella.app.backends import plot as draw
     from prunella.cli.parse import check_new_file, open_source
 
-    if plot is not None:
-        check_new_file(plot, overwrite=overwrite)
+    check_new_file(plot, source, overwrite=overwrite)
     sizes, counts = _numbers(batch, "--batch"), _numbers(threads, "--threads")
     network, example = open_source(source, factory=factory)
     names = tuple(name.strip() for name in backends.split(","))

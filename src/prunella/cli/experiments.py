@@ -53,8 +53,10 @@ def pareto(
     from prunella.cli.parse import build_recipe
     from prunella.experiments.pareto_experiment import PAGE, RECORD, ParetoExperiment
     from prunella.experiments.pareto_experiment import pareto as run
+    from prunella.io.space import check_room_for_journal
     from prunella.targets import parse_target
 
+    check_room_for_journal(output)
     recipes = {name: build_recipe(name, granularity=granularity, allocation=allocation) for name in recipe or ()}
     experiment = ParetoExperiment(make, metric, inputs, recipes, data, loss, recover, tuple(skip or ()))
     divided = type(parse_target(f"{unit}=0.5"))
@@ -97,6 +99,10 @@ def compare(
 
     The dense model and a pruned one are in memory together. A comparison that was stopped goes on with the same line.
     """
+    from prunella.io.space import check_apart, check_room_for_journal
+
+    check_apart(output, model, protocol.data, protocol.text)
+    check_room_for_journal(output)
     recipes = {name: llm_recipe(name, pattern, sparsity) for name in recipe or ("one_shot", "sparsegpt", "wanda")}
     compared, how = _compare(folder_of(model), recipes, protocol, seeds, output)
     values = {method: {name: list(v) for name, v in by.items()} for method, by in compared.values.items()}

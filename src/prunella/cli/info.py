@@ -137,8 +137,7 @@ def inspect(
     from prunella.cli.parse import check_new_file, open_source
     from prunella.graph.solve.groups import couple
 
-    if html is not None:
-        check_new_file(html, overwrite=overwrite)
+    check_new_file(html, source, overwrite=overwrite)
     network, example = open_source(source, factory=factory, program=program)
     with stage("coupling"):
         graph = couple(network, example)

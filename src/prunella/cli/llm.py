@@ -59,11 +59,14 @@ def llm(
 
     Plain from_pretrained reads the result. A run that was killed goes on when it is started again.
     """
+    from prunella.io.space import check_apart, check_writable
     from prunella.llm.streaming import solve_folder
 
     if dry_run:
         _forecast(model, zeros, text, memory, as_json=as_json)
         return
+    check_apart(output, model, text.data)
+    check_writable(output)
     with _joined() as speaks:
         folder, recipe, data = _read(model, zeros, text)
         if speaks:

@@ -50,6 +50,7 @@ def plan(
     from prunella.io.plan_file import save_plan
     from prunella.planning.planner import plan as make_plan
 
+    parse.check_new_file(output, source, overwrite=True)
     recipe, target = parse.recipe_of(method, budget), parse.read_target(budget.target)
     data, loss = parse.load_data(method.data), parse.load_loss(method.loss)
     network, example = parse.open_source(source, seed=method.seed, program=program)
@@ -84,6 +85,7 @@ def scan(
     from prunella.search import agreement, space
     from prunella.search import scan as measure
 
+    parse.check_journal_folder(output, source)
     recipe, fractions = parse.recipe_of(method), parse.read_ratios(ratios)
     data, evaluate = parse.load_data(method.data), parse.load_function(metric, "metric")
     network, example = parse.open_source(source, seed=method.seed, program=program)
@@ -121,6 +123,7 @@ def import_(
     from prunella.io.plan_file import save_plan
     from prunella.registry import catalogue
 
+    parse.check_new_file(output, source, file, masks, overwrite=True)
     reader = catalogue.lookup(importer, "importer").function if importer else None
     network, example = parse.open_source(source)
     with stage(f"importing {file}"):
@@ -141,7 +144,7 @@ def export(
     from prunella.cli.parse import check_new_file, open_source
     from prunella.io.export import export as write
 
-    check_new_file(output, overwrite=overwrite)
+    check_new_file(output, source, overwrite=overwrite)
     network, example = open_source(source, factory=factory)
     with stage(f"writing {output}"):
         written = write(network, output, inputs=example)

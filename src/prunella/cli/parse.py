@@ -20,6 +20,7 @@ from prunella.io.examples import check_forward, example_inputs
 from prunella.io.files import MARKER
 from prunella.io.load import call_user, load_model, load_object
 from prunella.io.plan_file import load_plan
+from prunella.io.space import check_apart, check_output_file, check_room_for_journal
 from prunella.planning.plan import Plan
 from prunella.planning.recipe import Recipe
 from prunella.registry import catalogue
@@ -113,12 +114,24 @@ def factory_of(spec: str) -> str | None:
     return None if Path(spec).exists() or ":" not in spec else spec
 
 
-def check_new_file(file: Path, *, overwrite: bool) -> None:
-    """A file that exists is replaced only when asked."""
-    if file.exists() and not overwrite:
+def check_new_file(
+    file: Path | None, source: options.SourceOptions, *others: str | None, overwrite: bool = False
+) -> None:
+    """Before any work: the file can be written, is nothing that is read, and is not replaced unasked."""
+    if file is None:
+        return
+    if file.exists() and not file.is_dir() and not overwrite:
         raise RequestError(
             f"{file} exists", "nothing is overwritten unasked", "choose another name, or give --overwrite"
         )
+    check_output_file(file, source.model, source.weights, *others)
+
+
+def check_journal_folder(folder: Path | None, source: options.SourceOptions) -> None:
+    """Before any work: a journal can be written there, apart from what is read."""
+    if folder is not None:
+        check_apart(folder, source.model, source.weights)
+        check_room_for_journal(folder)
 
 
 def read_ratios(text: str) -> tuple[float, ...]:

@@ -28,10 +28,12 @@ def run(
     """Plan, cut, recover, check, measure; write the smaller model and report.html to a folder."""
     from prunella.app.run import run as do
     from prunella.app.run import summary
+    from prunella.app.stages import clean_finished
     from prunella.cli.parse import open_source
-    from prunella.io.files import check_free
+    from prunella.io.space import check_output_folder
 
-    check_free(output, overwrite=overwrite)
+    clean_finished(output)
+    check_output_folder(output, source.model, source.weights, overwrite=overwrite)
     job = _job(source, budget, method, recover, quality, program=program)
     model, inputs = open_source(source, seed=method.seed, program=program)
     result = summary(do(model, inputs, job, output, overwrite=overwrite, stage=stage), job)

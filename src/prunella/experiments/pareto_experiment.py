@@ -99,7 +99,7 @@ class _Task:
     seed: int
 
     def identity(self, experiment: Identity) -> Identity:
-        """All that decides the cell; `experiment` is the identity that all cells share."""
+        """All that decides the cell; `experiment` is the identity that all cells of its seed share."""
         return experiment.plus({"recipe": self.recipe, "target": repr(self.target), "seed": self.seed})
 
 
@@ -143,8 +143,9 @@ def pareto(
 
 def _finished(tasks: Sequence[_Task], journal: Journal | None, jobs: int, on_cell: OnCell | None) -> list[Cell]:
     """The cell of every task: read from the journal, or run and recorded."""
-    shared = _identity(tasks[0].experiment, tasks[0].seed) if journal else None
-    names = [task.identity(shared) for task in tasks] if shared else []
+    seeds = dict.fromkeys(task.seed for task in tasks) if journal else {}
+    shared = {seed: _identity(tasks[0].experiment, seed) for seed in seeds}
+    names = [task.identity(shared[task.seed]) for task in tasks] if shared else []
     done = {index: cell for index, name in enumerate(names) if journal and (cell := _known(journal, name))}
     remaining = [index for index in range(len(tasks)) if index not in done]
     for index, cell in _run_tasks(tasks, remaining, jobs):
@@ -314,9 +315,9 @@ def _alone(seed: int) -> Iterator[None]:
 
 
 def _identity(experiment: ParetoExperiment, seed: int) -> Identity:
-    """The identity that all cells share: functions by their code and arguments, data and a dense model by contents.
+    """The identity that all cells of a seed share: functions by their code and arguments, data and model by contents.
 
-    The model of one seed stands for all: a checkpoint that `make` reads is seen when its weights change.
+    A checkpoint that `make` reads is seen when its weights change.
     """
     functions = {name: _function(getattr(experiment, name)) for name in ("make", "evaluate", "loss", "recover")}
     data = {name: _named_data(getattr(experiment, name)) for name in ("inputs", "data")}

@@ -13,8 +13,8 @@ from __future__ import annotations
 import fnmatch
 import os
 import platform
-import shutil
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -37,12 +37,15 @@ from prunella.io import origin as origins
 from prunella.io.cuts import decode_cuts, encode_cuts
 from prunella.io.export import export
 from prunella.io.exported import load_exported
-from prunella.io.files import MARKER, digest, new_folder, plain_name
-from prunella.io.json import Fields, plain, read_config, read_object, write_json
+from prunella.io.files import copy_file, new_folder
+from prunella.io.json import Fields, plain, read_config
+from prunella.io.manifest import check_files, read_manifest, write_manifest
 from prunella.io.origin import Factory
 from prunella.io.per_layer import per_layer_config
 from prunella.io.plan_file import read_size, save_plan
+from prunella.io.space import check_apart, check_space
 from prunella.io.state import State, fill_, read_state, read_tensors, write_tensors
+from prunella.io.tensor_file import size_of as bytes_of
 from prunella.measure.text import byte_size
 from prunella.model.unwrap import unwrap
 from prunella.planning.config_search import (
@@ -57,7 +60,6 @@ from prunella.planning.config_search import (
 )
 from prunella.planning.plan import Plan
 
-FORMAT = 1
 WEIGHTS, BUFFERS, PLAN = "model.safetensors", "buffers.safetensors", "plan.safetensors"
 PROGRAM = "program.pt2"
 
@@ -105,9 +107,39 @@ def save(
         ...     pr.save(pr.shrink(dense(), plan), f"{folder}/half", plan=plan, factory=dense).reader
         'prunella.load'
     """
+    with drafted(
+        model, path, plan=plan, factory=factory, kwargs=kwargs, source=source, dense=dense, overwrite=overwrite
+    ) as draft:
+        pass
+    return draft.saved
+
+
+@dataclass
+class Draft:
+    """An artefact before it has its name: files may be added to its `folder`. `saved` says what is written so far."""
+
+    folder: Path
+    saved: Saved
+
+
+@contextmanager
+def drafted(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    plan: Plan | None = None,
+    factory: Factory | None = None,
+    kwargs: Mapping[str, Any] | None = None,
+    source: str | os.PathLike[str] | None = None,
+    dense: nn.Module | None = None,
+    overwrite: bool = False,
+) -> Iterator[Draft]:
+    """`save`, whose folder appears with what the block adds to it: when the block ends well, all at once."""
     model = unwrap(model)
+    check_apart(path, source)
     state = read_state(model)
     origin = _origin(model, factory, kwargs or {}, source, dense)
+    check_space(path, bytes_of(state.tensors))
     with new_folder(path, overwrite=overwrite) as folder:
         _write_data(state, plan, folder)
         _copy_extras(source, folder, renumbered=bool(plan and plan.renumbered))
@@ -120,11 +152,17 @@ def save(
             note = "plain from_pretrained cannot read it: layers of low rank are two layers"
         else:
             note = _make_pretrained(manifest, model, plan, folder) if origin["kind"] == "transformers" else ""
-        manifest["files"] = {f.name: {"sha256": digest(f), "bytes": f.stat().st_size} for f in sorted(folder.iterdir())}
-        write_json(folder / MARKER, manifest, allow_nan=True)
+        draft = Draft(folder, saved_in(folder, path, note=note))
+        yield draft
+        write_manifest(folder, manifest)
         _check_rebuilds(folder, state, origin, factory)
-        total, names = sum(f.stat().st_size for f in folder.iterdir()), sorted(f.name for f in folder.iterdir())
-    reader = "from_pretrained" if (Path(path) / "config.json").is_file() else "prunella.load"
+        draft.saved = saved_in(folder, path, note=note)
+
+
+def saved_in(folder: Path, path: str | os.PathLike[str], *, reader: str = "", note: str = "") -> Saved:
+    """What a folder holds that is going to be `path`."""
+    total, names = sum(f.stat().st_size for f in folder.iterdir()), sorted(f.name for f in folder.iterdir())
+    reader = reader or ("from_pretrained" if (folder / "config.json").is_file() else "prunella.load")
     return Saved(Path(path), total, tuple(names), reader, note)
 
 
@@ -150,7 +188,7 @@ def load(
     if "sparse" in manifest:
         todo = "read it with prunella.runtime.load_sparse"
         raise RequestError(f"{folder} holds a model that skips its zeros", "its weights are packed", todo)
-    check_files(folder, manifest, (WEIGHTS, BUFFERS, PROGRAM))
+    check_weights(folder, manifest, (WEIGHTS, BUFFERS, PROGRAM))
     return rebuild(folder, manifest, read_data(folder, manifest), factory).to(device).eval()
 
 
@@ -173,41 +211,10 @@ def _rebuilt(origin: Mapping[str, Any], factory: Factory | None, folder: Path) -
     return origins.build_empty(origins.builder(origin, factory, str(folder)))
 
 
-def read_manifest(folder: Path) -> Fields:
-    """The manifest of an artefact. Errors: BadInput when there is none, it is broken, or of a newer format."""
-    file = folder / MARKER
-    if not file.is_file():
-        why = f"it has no {MARKER}" if folder.is_dir() else "there is no such folder"
-        raise BadInput(f"{folder} is not a finished artefact of prunella", why, "write it again with prunella.save")
-    # Configurations of transformers may hold infinities, so a manifest may too.
-    what, todo = f"the manifest of {folder} is broken and cannot be read", "write the artefact again with prunella.save"
-    manifest = read_object(file, what=what, todo=todo, allow_nan=True)
-    version = manifest.integer("format", low=1)
-    if version > FORMAT:
-        why = f"it has format {version}, this prunella ({__version__}) reads up to {FORMAT}"
-        raise BadInput(f"{folder} was written by a newer prunella", why, "update prunella")
-    return manifest
-
-
-def check_files(folder: Path, manifest: Fields, names: tuple[str, ...] | None = None) -> None:
-    """`BadInput` unless the files named (all, by default) are there with the recorded size and digest."""
-    for name, value in manifest.section("files").values():
-        file = folder / plain_name(name)
-        if names is None or name in names:
-            _check_file(folder, file, value.fields())
-    if names is None or WEIGHTS in names:
-        _require(WEIGHTS in manifest.section("files"), folder, f"its manifest does not list {WEIGHTS}")
-
-
-def _check_file(folder: Path, file: Path, entry: Fields) -> None:
-    todo, size, recorded = "copy or write it again", entry.integer("bytes", low=0), entry.text("sha256")
-    if not file.is_file():
-        raise BadInput(f"{folder} is not complete", f"{file.name} is missing", todo)
-    if file.stat().st_size != size:
-        why = f"{file.name} has {file.stat().st_size} bytes instead of {size}"
-        raise BadInput(f"{folder} is damaged", f"cut short or changed: {why}", todo)
-    if digest(file) != recorded:
-        raise BadInput(f"{folder} is damaged", f"{file.name} does not have the recorded digest", todo)
+def check_weights(folder: Path, manifest: Fields, names: tuple[str, ...] | None = None) -> None:
+    """`check_files`, and `BadInput` unless the weights are among the files."""
+    check_files(folder, manifest, names)
+    _require(WEIGHTS in manifest.section("files"), folder, f"its manifest does not list {WEIGHTS}")
 
 
 def _origin(
@@ -257,7 +264,6 @@ def read_data(folder: Path, manifest: Fields) -> State:
 
 def _manifest(state: State, origin: Mapping[str, Any], plan: Plan | None) -> dict[str, Any]:
     head = {
-        "format": FORMAT,
         "prunella": __version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
@@ -395,7 +401,7 @@ def _copy_extras(source: str | os.PathLike[str] | None, folder: Path, *, renumbe
         patterns = pretrained.WITHOUT_TOKENS if renumbered else pretrained.COMPANIONS
         wanted = any(fnmatch.fnmatch(file.name, pattern) for pattern in patterns)
         if wanted and file.is_file() and file.suffix in (".json", ".txt", ".model", ".jinja"):
-            shutil.copyfile(file, folder / file.name)
+            copy_file(file, folder / file.name)
 
 
 def _check_rebuilds(folder: Path, state: State, origin: Mapping[str, Any], factory: Factory | None) -> None:

@@ -6,25 +6,36 @@ A name that comes out of a file (a manifest, say) is data: `plain_name` refuses 
 from __future__ import annotations
 
 import ctypes
+import errno
 import hashlib
 import io
 import os
 import shutil
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
-from prunella.errors import BadInput, PruningError, RequestError, error_number, out_of_resources, system_error
-from prunella.io.lock import locked
+from prunella.errors import (
+    BadInput,
+    OutOfResources,
+    PruningError,
+    RequestError,
+    error_number,
+    out_of_resources,
+    system_error,
+)
+from prunella.io.lock import lock_file, locked
+from prunella.io.temporary import clean_up, discard, name_aside, temporary_file, temporary_folder
 
 MARKER = "manifest.json"
 """The file that makes a folder an artefact; it is written last, so a folder without it is not finished."""
 
 _BLOCK = 1 << 20
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
+_NO_FSYNC = {errno.EINVAL, errno.ENOTSUP, errno.EACCES, errno.EPERM, errno.EISDIR, errno.EBADF}
+"""What file systems answer that refuse fsync on a folder."""
 
 
 def digest(path: Path) -> str:
@@ -58,11 +69,11 @@ def reading(path: str | os.PathLike[str], what: str = "") -> Iterator[None]:
 
 
 @contextmanager
-def writing(path: str | os.PathLike[str]) -> Iterator[None]:
+def writing(path: str | os.PathLike[str], *, needed: int | None = None) -> Iterator[None]:
     """What the system refuses in the block is told as an error of the file or folder `path`.
 
-    Errors: RequestError for a path that cannot be written, OutOfResources for a full disk, also where a library hides
-    the system's error in one of its own.
+    needed: the bytes that are written, for the error of a full disk. Errors: RequestError for a path that cannot be
+    written, OutOfResources for a full disk, also where a library hides the system's error in one of its own.
     """
     try:
         yield
@@ -71,7 +82,10 @@ def writing(path: str | os.PathLike[str]) -> Iterator[None]:
     except Exception as error:
         if isinstance(error, OSError) or error_number(error) is not None or out_of_resources(error) is not None:
             todo = "check the folder and its permissions"
-            raise system_error(error, f"cannot write {os.fspath(path)}", todo, kind=RequestError) from error
+            told = system_error(error, f"cannot write {os.fspath(path)}", todo, kind=RequestError)
+            if needed is not None and isinstance(told, OutOfResources):
+                told = OutOfResources(told.what, f"{told.why}; {needed:,} bytes are needed", told.todo)
+            raise told from error
         raise
 
 
@@ -117,37 +131,51 @@ class ErrorDeferringStream(io.RawIOBase):
 
 
 def make_folder(path: str | os.PathLike[str]) -> Path:
-    """The folder `path`, made with its parents if it is not there. Errors: as `writing`."""
+    """The folder `path`, made with its parents if it is not there, all on the disk. Errors: as `writing`."""
     with writing(path):
-        Path(path).mkdir(parents=True, exist_ok=True)
+        whole = Path(path).absolute()
+        missing = [place for place in (whole, *whole.parents) if not place.exists()]
+        whole.mkdir(parents=True, exist_ok=True)
+        for place in reversed(missing):
+            flush(place.parent)
     return Path(path)
 
 
-def write_atomic(path: str | os.PathLike[str], content: bytes | Callable[[Path], object]) -> Path:
+def write_atomic(
+    path: str | os.PathLike[str], content: bytes | Callable[[Path], object], *, size: int | None = None
+) -> Path:
     """Write a file so that readers see the old one or the whole new one.
 
-    `content` is the bytes, or a function that writes the file it is given. Errors: RequestError when `path` is a
-    folder or its folder cannot be written; OutOfResources when the disk is full; whatever else `content` raises. A
-    failure leaves an existing file as it was.
+    `content` is the bytes, or a function that writes the file it is given. size: its bytes, where they are known. A new
+    file has the mode that the umask gives, and one that exists keeps its own. What killed processes have left in the
+    folder is cleaned up. Errors: RequestError when `path` is a folder or its folder cannot be written; OutOfResources
+    when the disk is full; whatever else `content` raises. A failure leaves an existing file as it was.
     """
     final = Path(path)
     if final.is_dir():
         raise RequestError(f"cannot write {final}", "a folder of that name exists", "choose another file name")
-    with writing(final):
-        temporary = _temporary_file(final)
+    needed = len(content) if isinstance(content, bytes) else size
+    with writing(final, needed=needed):
+        clean_up(final.parent)
+        temporary = temporary_file(final)
         try:
+            mode = (final if final.exists() else temporary).stat().st_mode & 0o7777
             if callable(content):
                 content(temporary)
             else:
                 temporary.write_bytes(content)
-            temporary.chmod(0o666 & ~_umask())
-            _flush(temporary)
+            temporary.chmod(mode)
+            flush(temporary)
             temporary.replace(final)
-            _flush(final.parent)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
+            flush(final.parent)
+        finally:
+            discard(temporary)
     return final
+
+
+def copy_file(source: Path, path: Path) -> Path:
+    """Copy the contents of a file, as `write_atomic` writes."""
+    return write_atomic(path, lambda temporary: shutil.copyfile(source, temporary), size=source.stat().st_size)
 
 
 @contextmanager
@@ -158,17 +186,25 @@ def new_folder(path: str | os.PathLike[str], *, overwrite: bool = False) -> Iter
     writes it; OutOfResources when the disk is full.
     """
     final = Path(path)
+    clean_up_after_kill(final)
     check_free(final, overwrite=overwrite)
+    make_folder(final.parent)
     with locked(final), writing(final):
-        final.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{final.name}.", suffix=".part", dir=final.parent))
+        clean_up(final.parent, of=final)
+        check_free(final, overwrite=overwrite)
+        temporary = temporary_folder(final)
         try:
-            temporary.chmod(0o777 & ~_umask())
             yield temporary
             publish_folder(temporary, final, overwrite=overwrite)
-        except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise
+        finally:
+            discard(temporary)
+
+
+def clean_up_after_kill(final: Path) -> None:
+    """Take over and give back the lock that a killed writer of `final` has left, and remove its temporary folder."""
+    if lock_file(final).exists():
+        with suppress(PruningError), locked(final):
+            clean_up(final.parent, of=final)
 
 
 def publish_folder(temporary: Path, final: Path, *, overwrite: bool = False) -> Path:
@@ -178,16 +214,27 @@ def publish_folder(temporary: Path, final: Path, *, overwrite: bool = False) -> 
     aside first and moved back if anything fails. Only an empty folder or one with a marker is ever replaced.
     """
     check_free(final, overwrite=overwrite)
-    files = [file for file in sorted(temporary.rglob("*")) if file.is_file()]
-    for file in sorted(files, key=lambda file: file.name == MARKER):
-        _flush(file)
-    _flush(temporary)
+    flush_all(temporary)
+    swap_in(temporary, final)
+    return final
+
+
+def swap_in(temporary: Path, final: Path) -> None:
+    """Give a finished folder its final name; what was there, which has been checked, goes only then."""
     if final.exists():
         _replace_folder(temporary, final)
     else:
         temporary.rename(final)
-    _flush(final.parent)
-    return final
+    flush(final.parent)
+
+
+def flush_all(folder: Path) -> None:
+    """Everything in a folder on the disk, the marker last."""
+    inside = sorted(folder.rglob("*"))
+    for file in sorted((file for file in inside if file.is_file()), key=lambda file: file.name == MARKER):
+        flush(file)
+    for place in (*(place for place in inside if place.is_dir()), folder):
+        flush(place)
 
 
 def check_free(final: Path, *, overwrite: bool = False) -> None:
@@ -207,17 +254,20 @@ def check_free(final: Path, *, overwrite: bool = False) -> None:
 
 
 def _replace_folder(temporary: Path, final: Path) -> None:
+    """A kill leaves the old folder or the new one, or the old one aside, which `clean_up` moves back."""
     if _exchange(temporary, final):
+        flush(final.parent)  # the new one is there for good before the old one goes
         shutil.rmtree(temporary, ignore_errors=True)
         return
-    aside = Path(tempfile.mkdtemp(prefix=f".{final.name}.", suffix=".old", dir=final.parent))
+    aside = name_aside(final)
     final.replace(aside)
     try:
         temporary.rename(final)
     except BaseException:
         aside.rename(final)
         raise
-    shutil.rmtree(aside, ignore_errors=True)
+    flush(final.parent)
+    discard(aside)
 
 
 def _exchange(one: Path, other: Path) -> bool:
@@ -230,24 +280,13 @@ def _exchange(one: Path, other: Path) -> bool:
     return False
 
 
-def _temporary_file(final: Path) -> Path:
-    handle, name = tempfile.mkstemp(prefix=f".{final.name}.", suffix=".part", dir=final.parent)
-    os.close(handle)
-    return Path(name)
-
-
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
+    """What is written to a file, or which names a folder has, reaches the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
-    except OSError:  # some file systems refuse fsync on a folder
-        if path.is_file():
+    except OSError as error:
+        if path.is_file() or error.errno not in _NO_FSYNC:
             raise
     finally:
         os.close(handle)
-
-
-def _umask() -> int:
-    mask = os.umask(0o022)
-    os.umask(mask)
-    return mask

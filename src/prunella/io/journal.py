@@ -2,8 +2,9 @@
 
 A file `journal.sqlite`. A record is `(identity, key) -> JSON`; of two with the same key the later one counts. A
 record is on the disk (`synchronous=FULL`) before `add` returns. Each carries a digest over itself and the record before
-it, so that a changed byte or a record that has gone is found; a file that cannot be read is an error, and stays as it
-is. One process at a time has a journal open: see `io/lock.py`.
+it, and the head says how many there are and which is the last, so that a changed byte or a record that has gone is
+found. A file that cannot be read is an error, and stays as it is. One process at a time has a journal open: see
+`io/lock.py`.
 """
 
 from __future__ import annotations
@@ -19,14 +20,15 @@ from pathlib import Path
 from typing import Any
 
 from prunella.errors import BadInput, PruningError, RequestError, system_error
-from prunella.io.files import write_atomic
+from prunella.io.files import flush, write_atomic, writing
 from prunella.io.identity import Identity
 from prunella.io.json import decode
 from prunella.io.lock import locked
+from prunella.io.temporary import discard, temporary_file
 
 NAME = "journal.sqlite"
-APPLICATION, FORMAT = 0x5052554E, 2
-"""`PRUN`; format 1 were the text files of prunella 0.1."""
+APPLICATION, FORMAT = 0x5052554E, 3
+"""`PRUN`; format 1 were the text files of prunella 0.1, and 2, which had no head, is given one."""
 FORMER = ("journal.jsonl", "journal.json", "ticket.json", "cells")
 """What the journals of prunella 0.1 were called."""
 
@@ -41,6 +43,11 @@ CREATE TABLE records (
     number INTEGER PRIMARY KEY, identity TEXT NOT NULL, key TEXT NOT NULL, payload TEXT NOT NULL, chain TEXT NOT NULL
 ) STRICT;
 """
+_HEAD = """
+CREATE TABLE head (records INTEGER NOT NULL, identities TEXT NOT NULL, chain TEXT NOT NULL) STRICT;
+INSERT INTO head VALUES (0, '', '');
+"""
+_ROOM = 1 << 16
 _MAGIC = b"SQLite format 3\0"
 _OURS = {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_PERM, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_IOERR,
          sqlite3.SQLITE_FULL, sqlite3.SQLITE_CANTOPEN}  # fmt: skip
@@ -54,10 +61,14 @@ class Journal:
         self.path, self._database = path, database
         self.identities: dict[str, Identity] = {}
         self._known: dict[tuple[str, str], dict[str, Any]] = {}
-        self._chain = ""
+        self._chain, self._count = "", 0
         with _told(path):
-            _check_head(path, database)
+            form = _check_format(path, database)
             self._read()
+            if form == FORMAT:
+                self._check_head()
+            else:
+                self._add_head()
             database.execute("PRAGMA journal_mode = WAL")  # stays what it was where the file system has no such memory
             database.execute("PRAGMA wal_autocheckpoint = 1")  # so that the file alone holds all but the last record
             database.execute("PRAGMA synchronous = FULL")
@@ -73,21 +84,59 @@ class Journal:
     def add(self, identity: Identity, key: str, payload: Payload) -> None:
         """Record a payload; it is on the disk when this returns. Errors: RequestError for what is no plain data."""
         text = _encoded(key, payload)
-        with _told(self.path), self._database:
-            self.introduce(identity)
-            chain = _link(self._chain, identity.digest, key, text)
+        chain = _link(self._chain, identity.digest, key, text)
+        with self._transaction() as database:
+            self._insert_identity(identity)
             row = (identity.digest, key, text, chain)
-            self._database.execute("INSERT INTO records (identity, key, payload, chain) VALUES (?, ?, ?, ?)", row)
-        self._chain, self._known[identity.digest, key] = chain, _decoded(decode(text))
+            database.execute("INSERT INTO records (identity, key, payload, chain) VALUES (?, ?, ?, ?)", row)
+            self._write_head(self._count + 1, chain, {**self.identities, identity.digest: identity})
+        self.identities[identity.digest] = identity
+        self._chain, self._count = chain, self._count + 1
+        self._known[identity.digest, key] = _decoded(decode(text))
 
     def introduce(self, identity: Identity) -> None:
         """Record what an identity consists of, so that a later refusal can name what differs."""
         if identity.digest not in self.identities:
-            parts = json.dumps(dict(identity.parts))
-            with _told(self.path), self._database:
-                row = (identity.digest, parts)
-                self._database.execute("INSERT INTO identities (digest, parts) VALUES (?, ?)", row)
+            with self._transaction():
+                self._insert_identity(identity)
+                self._write_head(self._count, self._chain, {**self.identities, identity.digest: identity})
             self.identities[identity.digest] = identity
+
+    @contextmanager
+    def _transaction(self) -> Iterator[sqlite3.Connection]:
+        """All of the block is on the disk, or nothing."""
+        with _told(self.path):
+            self._database.execute("BEGIN IMMEDIATE")
+            try:
+                yield self._database
+                self._database.execute("COMMIT")
+            except BaseException:
+                if self._database.in_transaction:
+                    self._database.execute("ROLLBACK")
+                raise
+
+    def _insert_identity(self, identity: Identity) -> None:
+        if identity.digest not in self.identities:
+            row = (identity.digest, json.dumps(dict(identity.parts)))
+            self._database.execute("INSERT INTO identities (digest, parts) VALUES (?, ?)", row)
+
+    def _write_head(self, count: int, chain: str, identities: Mapping[str, Identity]) -> None:
+        row = (count, _all_of(identities), chain)
+        self._database.execute("UPDATE head SET records = ?, identities = ?, chain = ?", row)
+
+    def _check_head(self) -> None:
+        """Whether the head tells of the records and identities that are there. Errors: BadInput."""
+        rows = self._database.execute("SELECT records, identities, chain FROM head").fetchall()
+        if rows != [(self._count, _all_of(self.identities), self._chain)]:
+            raise _damaged(self.path, "its last records are not the ones that were written last")
+
+    def _add_head(self) -> None:
+        """What a journal of format 2 has not."""
+        with self._transaction() as database:
+            for statement in filter(str.strip, _HEAD.split(";")):
+                database.execute(statement)
+            self._write_head(self._count, self._chain, self.identities)
+            database.execute(f"PRAGMA user_version = {FORMAT}")
 
     def _read(self) -> None:
         """Read and check all. Errors: BadInput."""
@@ -102,6 +151,7 @@ class Journal:
             if number != place or chain != self._chain or digest not in self.identities:
                 raise _damaged(self.path, f"record {place} is not the one that was written")
             self._known[digest, key] = _decoded(decode(text))
+            self._count = place
 
 
 class Records:
@@ -187,10 +237,12 @@ def check_same(journal: Journal, identity: Identity) -> None:
 def _create(path: Path) -> None:
     """A journal without records, complete before it has its name: an empty file is a damaged one."""
     with _told(path), closing(sqlite3.connect(path, isolation_level=None)) as database:
-        database.executescript(f"BEGIN; {_SCHEMA} COMMIT;")
+        database.execute("PRAGMA journal_mode = OFF")  # a file that has no name yet needs no way back
+        database.executescript(f"BEGIN; {_SCHEMA} {_HEAD} COMMIT;")
 
 
-def _check_head(path: Path, database: sqlite3.Connection) -> None:
+def _check_format(path: Path, database: sqlite3.Connection) -> int:
+    """2 or 3. Errors: BadInput for any other file."""
     with path.open("rb") as file:  # SQLite takes a file of a few bytes for an empty database
         head = file.read(len(_MAGIC))
     if head != _MAGIC:
@@ -203,8 +255,10 @@ def _check_head(path: Path, database: sqlite3.Connection) -> None:
     if form > FORMAT:
         why = f"its format is {form}, and this version reads {FORMAT}"
         raise BadInput(f"{path} is of a newer prunella", why, "install that version, or choose another folder")
-    if form != FORMAT:
+    has_head = bool(database.execute("SELECT count(*) FROM sqlite_master WHERE name = 'head'").fetchone()[0])
+    if form not in (2, FORMAT) or has_head != (form == FORMAT):
         raise _damaged(path, f"it says that its format is {form}, which there never was")
+    return int(form)
 
 
 def _refuse_former(folder: Path) -> None:
@@ -219,6 +273,10 @@ def _identity(path: Path, digest: str, text: str) -> Identity:
     if not isinstance(parts, dict) or Identity(parts).digest != digest:
         raise _damaged(path, "an identity is not the one that was written")
     return Identity(parts)
+
+
+def _all_of(identities: Mapping[str, Identity]) -> str:
+    return sha256("".join(identities).encode()).hexdigest() if identities else ""
 
 
 def _link(before: str, identity: str, key: str, payload: str) -> str:
@@ -258,6 +316,8 @@ def _told(path: Path) -> Iterator[None]:
         yield
     except sqlite3.Error as error:
         code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT) & 0xFF
+        if code == sqlite3.SQLITE_IOERR:  # SQLite keeps the system's number to itself: it shows in a file beside
+            _try_to_write(path)
         if code in _OURS:
             todo = "check the disk and its permissions"
             raise system_error(error, f"cannot write {path}", todo, kind=RequestError) from error
@@ -266,6 +326,17 @@ def _told(path: Path) -> Iterator[None]:
         if isinstance(error, PruningError):
             raise
         raise _damaged(path, f"{type(error).__name__}: {error}") from error
+
+
+def _try_to_write(path: Path) -> None:
+    """Write as much as a record may need to a file beside the journal. Errors: OutOfResources for want of room."""
+    with writing(path, needed=_ROOM):
+        trial = temporary_file(path)
+        try:
+            trial.write_bytes(bytes(_ROOM))
+            flush(trial)
+        finally:
+            discard(trial)
 
 
 def _damaged(path: Path, why: str) -> BadInput:

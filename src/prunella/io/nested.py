@@ -10,6 +10,7 @@ so that tuples, keys of any type and tensors come back as what they were. Versio
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections import Counter
 from collections.abc import Mapping
@@ -20,14 +21,15 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from prunella.errors import BadInput, RequestError
 from prunella.io.files import reading, write_atomic
 from prunella.io.json import Fields, check_depth, encode, parse
+from prunella.io.tensor_file import save_file, size_of
 
-VERSION = 2
+VERSION = 3
+"""1 was that of 0.1, and 2 had no digest."""
 _KEY = "prunella.state"
 _DEEPEST = 300
 """Of the JSON: three for every level of the state."""
@@ -120,7 +122,8 @@ def write_packed(path: str | os.PathLike[str], key: str, head: Any, tensors: Map
     except ValueError as error:
         raise RequestError(f"cannot write {os.fspath(path)}", str(error), "make it flatter") from error
     metadata = {key: encode(head, indent=None, allow_nan=True, sort=False)}
-    return write_atomic(path, lambda file: save_file(dict(tensors), file, metadata=metadata))
+    size = size_of(tensors) + len(metadata[key])
+    return write_atomic(path, lambda file: save_file(dict(tensors), file, metadata=metadata), size=size)
 
 
 def read_packed(path: str | os.PathLike[str], key: str, *, what: str, todo: str) -> tuple[Fields, dict[str, Tensor]]:
@@ -146,15 +149,28 @@ def save_state(state: Any, path: str | os.PathLike[str]) -> Path:
     """
     packer = Packer()
     entry = packer.pack(state, "state")
-    return write_packed(path, _KEY, {"version": VERSION, "state": entry}, packer.tensors)
+    head = {"version": VERSION, "state": entry, "sha256": fingerprint(packer.tensors, entry)}
+    return write_packed(path, _KEY, head, packer.tensors)
 
 
 def load_state(path: str | os.PathLike[str]) -> Any:
     """Read what `save_state` wrote. Errors: BadInput when the file is missing, broken, or no such state."""
     what, todo = f"{path} is no sound state", "remove the file to make it again"
     head, tensors = read_packed(path, _KEY, what=what, todo=todo)
-    head.integer("version", low=1, high=VERSION)
+    version, body = head.integer("version", low=1, high=VERSION), head.value("state").data
+    if (version > 2 or "sha256" in head) and head.text("sha256") != fingerprint(tensors, body):
+        raise BadInput(what, "damaged: its contents do not have the recorded digest", todo)
     try:
-        return unpack(head.value("state").data, tensors)
+        return unpack(body, tensors)
     except (KeyError, TypeError, ValueError, IndexError) as error:
         raise BadInput(what, f"{type(error).__name__}: {error}", todo) from error
+
+
+def fingerprint(tensors: Mapping[str, Tensor], body: Any) -> str:
+    """The digest of all that a file of `write_packed` says; of the tensors alone where `body` is None."""
+    state = hashlib.sha256(encode(body, indent=None, allow_nan=True).encode() if body is not None else b"")
+    for name in sorted(tensors):
+        value = tensors[name]
+        state.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        state.update(value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return state.hexdigest()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
 from collections.abc import Mapping
@@ -17,8 +16,7 @@ from torch import Tensor
 from prunella.errors import BadInput
 from prunella.graph.cut.changes import Along, Changes, Renumbered
 from prunella.graph.data import Frozen, ReasonKind
-from prunella.io.json import encode
-from prunella.io.nested import Packer, read_packed, unpack, write_packed
+from prunella.io.nested import Packer, fingerprint, read_packed, unpack, write_packed
 from prunella.planning.accounting import Amount, Row
 from prunella.planning.plan import Plan
 from prunella.planning.recipe import current_names
@@ -54,7 +52,7 @@ def save_plan(plan: Plan, path: str | os.PathLike[str]) -> Path:
         "remarks": list(plan.remarks),
         "caveats": list(plan.caveats),
     }
-    head = {"version": VERSION, "sha256": _fingerprint(packer.tensors, body), "plan": body}
+    head = {"version": VERSION, "sha256": fingerprint(packer.tensors, body), "plan": body}
     return write_packed(path, _KEY, head, packer.tensors)
 
 
@@ -83,7 +81,7 @@ def load_plan(path: str | os.PathLike[str]) -> Plan:
         raise BadInput(f"{file} cannot be read", why, "update prunella, or make the plan again")
     data = head.section("plan").data
     told = version >= _FIRST_WITH_DIGEST
-    if head.text("sha256") != _fingerprint(tensors, data if told else None):
+    if head.text("sha256") != fingerprint(tensors, data if told else None):
         raise BadInput(f"{file} is damaged", "its contents do not have the recorded digest", "make the plan again")
     try:
         return _plan(data if told else _of_0_1(data), tensors)
@@ -169,13 +167,3 @@ def _unbits(entry: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Tensor:
         raise ValueError(f"{len(packed)} bytes of bits for the shape {list(shape)}")
     flat = np.unpackbits(packed, count=count)
     return torch.from_numpy(flat.astype(bool)).reshape(shape)
-
-
-def _fingerprint(tensors: Mapping[str, Tensor], body: Mapping[str, Any] | None) -> str:
-    """The digest of all that a plan file says; formats 1 and 2 had one of the tensors alone."""
-    state = hashlib.sha256(encode(body, indent=None).encode() if body is not None else b"")
-    for name in sorted(tensors):
-        value = tensors[name]
-        state.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        state.update(value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return state.hexdigest()

@@ -11,12 +11,13 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from prunella.errors import BadInput, NotSupported
 from prunella.io.files import reading
 from prunella.io.json import Fields
+from prunella.io.tensor_file import save_file
 
 # What every release of safetensors since 0.4 can hold; all else is stored as bytes with its type in the manifest.
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -121,7 +122,17 @@ def _checked(name: str, value: Any) -> Tensor:
         raise NotSupported(f"{name} cannot be saved", f"its layout is {value.layout}", "make it dense first")
     if _has_nan(value):
         raise BadInput(f"{name} holds NaN", "a model with NaN in its weights is not saved", "look at the training run")
+    if isinstance(value, nn.Parameter) and not name.endswith("mask") and _has_infinity(value):
+        why = "a model with infinity in its weights is not saved"
+        raise BadInput(f"{name} holds infinity", why, "look at the training run")
     return value.detach()
+
+
+def _has_infinity(value: Tensor) -> bool:
+    if value.itemsize == 1:
+        value = value.float()
+    floating = value.is_floating_point() or value.is_complex()
+    return floating and not bool(torch.isfinite(value.sum())) and bool(torch.isinf(value).any())
 
 
 def _has_nan(value: Tensor) -> bool:

@@ -6,6 +6,7 @@ is in the `BlockResult`. `solve_` calls it for the blocks of a model in memory, 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence, Set
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -30,6 +31,8 @@ from prunella.model.watch import Read, Stop, Unread, View, Watch
 from prunella.solvers import Solved
 from prunella.solvers.layer import Pattern
 from prunella.types import Gram, Mask
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -112,7 +115,7 @@ def solve_block_(problem: BlockProblem, on_fit: Callable[[Fit], None] = lambda f
             on_fit(weight.fit)
     order = [weight for group in plan.groups for weight in group.weights]
     by_weight = {done.weight: done for done in solved}
-    masks = {done.weight: done.mask for done in solved}
+    masks = {done.weight: done.mask for done in solved if not done.fit.skipped}
     return BlockResult(
         (*plan.skipped, *(by_weight[weight].fit for weight in order)),
         masks,
@@ -253,14 +256,19 @@ def _overlap(parts: Set[Part], weight: Tensor) -> bool:
     return None in parts or bool((count > 1).any())
 
 
+NOT_FINITE = "its solver gave weights that are not finite"
+"""Why a layer stays as it was: what a solver returns is checked before it is written."""
+
+
 @dataclass(frozen=True)
 class _SolvedMatrix:
-    """One matrix: relative error, calibration tokens, damping, seconds."""
+    """One matrix: relative error, calibration tokens, damping, seconds. kept: it stays as it was."""
 
     error: float
     tokens: int
     damping: float
     seconds: float
+    kept: bool = False
 
 
 @dataclass(frozen=True)
@@ -275,6 +283,8 @@ class _SolvedWeight:
     @property
     def fit(self) -> Fit:
         """All matrices together: the error is the mean over their tokens."""
+        if all(matrix.kept for matrix in self.matrices):
+            return Fit(self.name, skipped=NOT_FINITE)
         error, tokens = self.matrices[0].error, sum(matrix.tokens for matrix in self.matrices)
         if len(self.matrices) > 1:
             error = sum(matrix.error * matrix.tokens for matrix in self.matrices) / max(tokens, 1)
@@ -364,10 +374,17 @@ def _solve_matrices_(
             solved = _solve_matrix(problem, done, part, statistics)
         else:
             solved = group.broadcast_solution(ahead.pop(k, None), _single(to_matrix(view, axes)), owners[k])
-        view.copy_(from_matrix(solved.weight, view, axes))
-        matrix_of(done.mask, layer, part)[0].copy_(from_matrix(solved.mask, view, axes))
+        new = from_matrix(solved.weight, view, axes).to(view.dtype)  # a narrower type may overflow
+        finite = bool(torch.isfinite(new).all())
+        if finite:
+            view.copy_(new)
+            matrix_of(done.mask, layer, part)[0].copy_(from_matrix(solved.mask, view, axes))
+        else:
+            log.warning("%s is kept as it was: %s", done.name, NOT_FINITE)
         end = now()
-        done.matrices.append(_SolvedMatrix(solved.error, statistics[part].tokens, solved.damping, end - start))
+        seconds, tokens = end - start, statistics[part].tokens
+        error = solved.error if finite else 0.0
+        done.matrices.append(_SolvedMatrix(error, tokens, solved.damping, seconds, kept=not finite))
         start = end
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,9 +14,10 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from prunella.errors import CheckFailed, RequestError
-from prunella.model.forward import batches
+from prunella.io.identity import Identity, identify, model_parts
 from prunella.model.rng import seeded
 from prunella.model.state import mode
+from prunella.recovery.checkpoint import Checkpoint
 from prunella.registry.method import recovery
 from prunella.train.pruner import Pruner
 from prunella.types import Loss
@@ -60,13 +63,15 @@ class Training:
     """Settings of a training loop.
 
     optimizer: a function of (parameters, learning rate). lr_schedule: progress in [0, 1] -> factor of the learning
-    rate. clip: largest norm of the gradient, 0 for no limit. seed: of dropout and shuffling.
+    rate. clip: largest norm of the gradient, 0 for no limit. seed: of dropout and shuffling. checkpoint: a file that
+    keeps the training, every minute; after a kill the same call goes on from it.
     """
 
     optimizer: OptimizerFactory = adamw
     lr_schedule: LRSchedule = warmup_cosine
     clip: float = 1.0
     seed: int = 0
+    checkpoint: str | os.PathLike[str] | None = None
 
 
 _DEFAULT = Training()
@@ -108,11 +113,10 @@ def finetune(
     _check(steps, lr, trained)
     optim = training.optimizer(trained, lr)
     bases = [group["lr"] for group in optim.param_groups]
-    losses: list[float] = []
-    rates: list[float] = []
-    last_finite = _LastFinite(model)
     with mode(model, training=True), seeded(training.seed), Pruner(model, optim):
-        for step, batch in enumerate(_cycle(data, steps)):
+        kept = Checkpoint(training.checkpoint, model, optim, partial(_identity, model, data, loss, steps, lr, training))
+        last_finite = _LastFinite(model)
+        for step, batch in enumerate(kept.batches(data, steps), kept.step):
             factor = training.lr_schedule((step + 0.5) / steps)
             for group, base in zip(optim.param_groups, bases, strict=True):
                 group["lr"] = base * factor
@@ -124,12 +128,17 @@ def finetune(
             norm = nn.utils.clip_grad_norm_(trained, training.clip or math.inf)
             last_finite.check(norm, f"the gradient became {norm.item()} at step {step}", lr)
             optim.step()
-            losses.append(value.item())
-            rates.append(lr * factor)
+            kept.done(value.item(), lr * factor, data)
             if on_step:
-                on_step(step, losses[-1], rates[-1])
+                on_step(step, kept.losses[-1], kept.rates[-1])
     optim.zero_grad(set_to_none=True)
-    return LossCurve(tuple(losses), tuple(rates))
+    return LossCurve(tuple(kept.losses), tuple(kept.rates))
+
+
+def _identity(model: nn.Module, data: Iterable[Any], loss: Loss, steps: int, lr: float, training: Training) -> Identity:
+    """All that decides a training; where it is kept does not."""
+    asked = {"data": data, "loss": loss, "steps": steps, "lr": lr, "training": replace(training, checkpoint=None)}
+    return identify({**model_parts(model), **asked})
 
 
 def _check(steps: int, lr: float, trained: list[nn.Parameter]) -> None:
@@ -174,14 +183,3 @@ class _LastFinite:
             "the last weights with a finite loss were restored",
             f"use a learning rate smaller than {lr:g}, or check the data",
         )
-
-
-def _cycle(data: Iterable[Any], steps: int) -> Iterator[Any]:
-    """`steps` batches, starting over when the data ends."""
-    done = 0
-    while done < steps:
-        for batch in batches(data):
-            yield batch
-            done += 1
-            if done == steps:
-                return

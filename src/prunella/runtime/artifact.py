@@ -25,14 +25,15 @@ from prunella.io.artifact import (
     PROGRAM,
     WEIGHTS,
     Saved,
-    check_files,
+    check_weights,
     read_data,
-    read_manifest,
     rebuild,
     save,
+    saved_in,
 )
-from prunella.io.files import MARKER, digest, new_folder
-from prunella.io.json import Fields, Value, write_json
+from prunella.io.files import MARKER, new_folder
+from prunella.io.json import Fields, Value
+from prunella.io.manifest import read_manifest, write_manifest
 from prunella.io.origin import Factory
 from prunella.io.state import State, read_tensors, write_tensors
 from prunella.model.copying import frozen_copy
@@ -85,10 +86,9 @@ def save_sparse(
         fused = {name: m.activation_path for name, m in sparse_layers(bare).items() if isinstance(m, SparseLinear)}
         fused = {name: path for name, path in fused.items() if path}
         manifest["sparse"] = {"weights": names.shapes, "joined": fused, **_measured(record)}
-        manifest["files"] = {f.name: {"sha256": digest(f), "bytes": f.stat().st_size} for f in sorted(folder.iterdir())}
-        write_json(folder / MARKER, manifest, allow_nan=True)
-        total, files = sum(f.stat().st_size for f in folder.iterdir()), sorted(f.name for f in folder.iterdir())
-    return Saved(Path(path), total, tuple(files), "prunella.runtime.load_sparse")
+        write_manifest(folder, manifest)
+        saved = saved_in(folder, path, reader="prunella.runtime.load_sparse")
+    return saved
 
 
 def load_sparse(
@@ -106,7 +106,7 @@ def load_sparse(
         raise RequestError(
             f"{folder} holds a dense model", "save_sparse did not write it", "read it with prunella.load"
         )
-    check_files(folder, manifest, (WEIGHTS, BUFFERS, PROGRAM))
+    check_weights(folder, manifest, (WEIGHTS, BUFFERS, PROGRAM))
     entry = _read(manifest.section("sparse"))
     state = _unpacked(folder, manifest, entry)
     model = frozen_copy(rebuild(folder, manifest, state, factory))

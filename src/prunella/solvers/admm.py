@@ -10,7 +10,7 @@ from prunella.granularity import NM, Block, Element
 from prunella.registry.method import solver
 from prunella.schedules import cubic
 from prunella.solvers.layer import Pattern, Solved, checked, project, relative_error
-from prunella.solvers.linalg import damped_factor
+from prunella.solvers.linalg import damped_factor, or_identity
 from prunella.types import Gram, Mask, Saliency, Weight
 
 SAMPLE = 1 << 16
@@ -47,6 +47,7 @@ def admm(
             "the first steps raise the sparsity, the last ones fit the weights",
             "use steps=20",
         )
+    asked, gram = gram, or_identity(gram)
     _, used = damped_factor(gram.double(), damping)
     mean = gram.double().diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny)
     damped = gram.double() + used * mean * torch.eye(len(gram), dtype=torch.float64, device=gram.device)
@@ -67,7 +68,7 @@ def admm(
         dual = dual + primal - sparse
         primal = (target + sparse - dual) @ inverse
     new_weight = ((primal + dual) * mask / norms).to(weight.dtype)
-    return Solved(new_weight, mask, relative_error(weight, new_weight, gram), used)
+    return Solved(new_weight, mask, relative_error(weight, new_weight, asked), used)
 
 
 def _schedule_mask(values: Tensor, pattern: Pattern, sparsity: float, part: float) -> Mask:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from prunella.errors import RequestError
 from prunella.granularity import Element
 from prunella.registry.method import solver
-from prunella.solvers.layer import Pattern, Solved, checked, project
-from prunella.solvers.linalg import damped_factor
+from prunella.solvers.layer import Pattern, Solved, checked, project, relative_error
+from prunella.solvers.linalg import damped_factor, or_identity
 from prunella.solvers.refit import refit
 from prunella.types import Gram, Mask, Weight
 
@@ -48,13 +50,15 @@ def alps(
     if steps < 1:
         raise RequestError(f"steps={steps} is out of range", "at least one step is needed", "use steps=300")
     tiny = torch.finfo(torch.float64).tiny
+    asked, gram = gram, or_identity(gram)
     _, used = damped_factor(gram.double(), damping)
     damped = gram.double().clone()
     damped.diagonal().add_(used * gram.double().diagonal().mean().clamp_min(tiny))
     norms = damped.diagonal().sqrt()
     goal, active_inputs = weight.double() * norms, gram.diagonal() > 0
     solution, mask = _alternate(goal, damped / torch.outer(norms, norms), active_inputs, pattern, sparsity, steps)
-    return refit(weight, gram, mask, start=solution / norms, damping=used)
+    result = refit(weight, gram, mask, start=solution / norms, damping=used)
+    return result if asked is gram else replace(result, error=relative_error(weight, result.weight, asked))
 
 
 def _alternate(

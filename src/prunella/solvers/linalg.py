@@ -22,7 +22,7 @@ def damped_factor(gram: Gram, damping: float) -> tuple[Tensor, float]:
     The damping starts at the given value and grows tenfold, from 1e-12, while the matrix is numerically singular. The
     log reports the growth. A matrix without a positive diagonal is replaced by the identity.
     """
-    scale = float(gram.diagonal().mean())
+    scale = float(gram.diagonal().double().mean())  # the sum may be more than a float32 can hold
     eye = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     if not scale > 0:
         log.warning("a Gram matrix of %d inputs is zero: replaced by the identity", len(gram))
@@ -38,12 +38,19 @@ def damped_factor(gram: Gram, damping: float) -> tuple[Tensor, float]:
         damping = max(10 * damping, SMALLEST)
 
 
+def or_identity(gram: Gram) -> Gram:
+    """The matrix, or the identity for inputs that were all zero: then magnitude decides."""
+    if bool((gram.diagonal() > 0).any()):
+        return gram
+    return torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+
+
 def damped_solve(gram: Gram, cross: Tensor, ridge: float) -> tuple[Tensor, float]:
     """Solve `(G + damping * mean(diag(G)) I) D = C`; also the damping used, see `damped_factor`.
 
     A zero matrix gives a zero solution.
     """
-    if float(gram.diagonal().mean()) <= 0:
+    if float(gram.diagonal().double().mean()) <= 0:
         return torch.zeros_like(cross), ridge
     factor, damping = damped_factor(gram, ridge)
     return torch.cholesky_solve(cross, factor), damping

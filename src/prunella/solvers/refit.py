@@ -72,5 +72,5 @@ def exact(weight: Weight, gram: Gram, mask: Mask, *, damping: float = 0.01) -> T
 
 
 def _damped(gram: Gram, damping: float) -> Tensor:
-    scale = float(gram.diagonal().mean())
+    scale = float(gram.diagonal().double().mean())
     return gram.double() + damping * scale * torch.eye(len(gram), dtype=torch.float64, device=gram.device)

@@ -11,7 +11,7 @@ from prunella.errors import RequestError
 from prunella.granularity import NM, Block, Element
 from prunella.registry.method import solver
 from prunella.solvers.layer import Pattern, Solved, checked, project, relative_error
-from prunella.solvers.linalg import damped_factor
+from prunella.solvers.linalg import damped_factor, or_identity
 from prunella.types import Gram, Mask, Saliency, Weight
 
 Settle = Callable[[Tensor, int], Tensor]
@@ -56,6 +56,7 @@ def by_columns(
     """Weights, mask and the damping used; `settle` gives the values of the kept weights of a column."""
     if block < 1:
         raise RequestError(f"block={block} has no columns", "at least one is needed", "use block=128")
+    gram = or_identity(gram)
     factor, used = damped_factor(gram.double(), damping)
     upper = torch.linalg.cholesky(torch.cholesky_inverse(factor), upper=True)
     current = weight.double().clone()

@@ -16,10 +16,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import prunella as pr
+from prunella.app.verify import check_whole
 from prunella.errors import BadInput, Locked, NotSupported, RequestError
 from prunella.io.journal import NAME
 from prunella.llm.streaming import BlockStep, memory
-from prunella.llm.streaming.folder import WORK
+from prunella.llm.streaming.progress import WORK
 from prunella.llm.streaming.shards import INDEX
 from tests.llm.streaming.models import KINDS, data, read, write
 from tests.stopping import beside
@@ -251,3 +252,80 @@ def test_what_changed_is_named_and_a_second_run_is_refused_at_once(tmp_path: Pat
     with pytest.raises(BadInput, match="is damaged"):
         solve(WANDA, data=data())
     assert (tmp_path / "out" / WORK / NAME).read_bytes() == b"{"
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """Every file of a finished folder but its record, which tells the seconds."""
+    return {file.name: file.read_bytes() for file in sorted(folder.iterdir()) if file.name != "run.json"}
+
+
+def test_the_old_result_stays_until_the_new_one_is_complete(tmp_path: Path) -> None:
+    write(tmp_path / "in")
+    solve = partial(pr.llm.solve_folder, tmp_path / "in")
+    solve(tmp_path / "out", replace(WANDA, sparsity=0.3), data=data())
+    old = files(tmp_path / "out")
+    solve(tmp_path / "new", WANDA, data=data())
+
+    def stop(step: BlockStep) -> None:
+        if step.number == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        solve(tmp_path / "out", WANDA, data=data(), overwrite=True, on_block=stop)
+    assert files(tmp_path / "out") == old
+    with pytest.raises(RequestError, match="its recipe changed"):
+        solve(tmp_path / "out", replace(WANDA, sparsity=0.6), data=data(), overwrite=True)
+    assert solve(tmp_path / "out", WANDA, data=data(), overwrite=True).replayed == 2
+    assert files(tmp_path / "out") == files(tmp_path / "new")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "new", "out"]
+
+
+def test_a_finished_shard_that_has_changed_is_refused(tmp_path: Path) -> None:
+    write(tmp_path / "in")
+
+    def stop(step: BlockStep) -> None:
+        if step.number == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        pr.llm.solve_folder(tmp_path / "in", tmp_path / "out", WANDA, data=data(), on_block=stop)
+    shard = sorted((tmp_path / "out").glob("model-*"))[0]
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    with pytest.raises(BadInput, match=rf"{shard.name} is damaged"):
+        pr.llm.solve_folder(tmp_path / "in", tmp_path / "out", WANDA, data=data())
+
+
+def test_verify_reads_a_finished_folder_and_refuses_a_flipped_bit(tmp_path: Path) -> None:
+    write(tmp_path / "in")
+    pr.llm.solve_folder(tmp_path / "in", tmp_path / "out", WANDA, data=data())
+    assert check_whole(tmp_path / "out")[0].files == len(list((tmp_path / "out").iterdir())) - 1
+    for file in sorted((tmp_path / "out").iterdir()):
+        sound = file.read_bytes()
+        file.write_bytes(bytes([sound[0] ^ 1, *sound[1:]]))
+        with pytest.raises(BadInput):
+            check_whole(tmp_path / "out")
+        file.write_bytes(sound)
+
+
+@pytest.mark.parametrize("output", ["in", "in/out", ".", "in/../in"])
+def test_an_output_that_is_the_source_is_refused_and_the_source_stays(tmp_path: Path, output: str) -> None:
+    write(tmp_path / "in")
+    pr.llm.solve_folder(tmp_path / "in", tmp_path / "once", WANDA, data=data())
+    (tmp_path / "in").rename(tmp_path / "dense")
+    (tmp_path / "once").rename(tmp_path / "in")  # one that prunella wrote, so that nothing but the source forbids it
+    before = files(tmp_path / "in")
+    with pytest.raises(RequestError):
+        pr.llm.solve_folder(tmp_path / "in", f"{tmp_path}/{output}", WANDA, data=data(), overwrite=True)
+    assert files(tmp_path / "in") == before
+
+
+def test_nan_in_the_source_is_never_written(tmp_path: Path) -> None:
+    write(tmp_path / "in")
+    file = sorted((tmp_path / "in").glob("*.safetensors"))[0]
+    tensors = load_file(file)
+    tensors["model.embed_tokens.weight"][5, 3] = torch.nan  # a token that the data does not have may have it
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises((BadInput, RequestError), match=r"NaN|nan"):
+        pr.llm.solve_folder(tmp_path / "in", tmp_path / "out", WANDA, data=data())

@@ -13,8 +13,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load, load_file, save, save_file
 
 from prunella.errors import BadInput
+from prunella.io.tensor_file import bytes_of
 from prunella.llm.streaming.offload import OnDisk
-from prunella.llm.streaming.shards import INDEX, bytes_of, read_folder, read_header, shard_name, write_shard
+from prunella.llm.streaming.shards import INDEX, read_folder, read_header, shard_name, write_shard
 
 TENSORS = {
     "a": torch.arange(12, dtype=torch.float32).view(3, 4),

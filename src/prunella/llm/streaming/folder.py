@@ -8,14 +8,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from prunella.errors import RequestError
+from prunella.io.files import clean_up_after_kill
+from prunella.io.space import check_apart, check_space
 from prunella.llm.blockwise import Solving
 from prunella.llm.distributed import process_group
 from prunella.llm.recipe import OneShot
 from prunella.llm.streaming import memory as amounts
-from prunella.llm.streaming.progress import WORK, identity_of, open_progress
+from prunella.llm.streaming.progress import check_output, identity_of, is_finished, open_progress
 from prunella.llm.streaming.runner import OnBlock, StreamingRun
-from prunella.llm.streaming.writer import RECORD, finish
+from prunella.llm.streaming.writer import finish
 from prunella.measure.clock import now, since
 from prunella.measure.text import byte_size
 from prunella.model.forward import batches
@@ -94,15 +95,20 @@ def solve_folder(
     Use: models larger than memory. Avoid: models that fit, if they are evaluated next: `solve_`.
     """
     start, folder, samples = now(), Path(output), list(batches(data))
-    _check_output(folder, overwrite=overwrite)
     group = process_group()
+    if group.is_main:
+        clean_up_after_kill(folder)
+    check_output(folder, overwrite=overwrite)
+    check_apart(folder, source)
     run = StreamingRun(Path(source), how, samples, group, budget=_budget(memory), skip=skip)
     asked = partial(identity_of, run.source, samples, how, skip, group.world_size)
+    written = sum(file.stat().st_size for file in folder.glob("model-*.safetensors") if not is_finished(folder))
+    check_space(folder, run.disk - written)
     with open_progress(folder, asked, group, overwrite=overwrite) as progress:
-        solving, replayed = run.run(folder, progress, on_block)
+        solving, replayed = run.run(progress, on_block)
         seconds = since(start)
         if group.is_main:
-            finish(run, folder, solving, seconds)
+            finish(run, progress.folder, solving, seconds)
     group.barrier()
     return Streamed(folder, solving, run.peak, amounts.most_resident(), seconds, replayed)
 
@@ -124,24 +130,8 @@ def forecast(
     run = StreamingRun(Path(source), how, list(batches(data)), process_group(), budget=_budget(memory), skip=skip)
     layers = [layer for some in run.layers.values() for layer in some]
     weights = sum(run.skeleton.like[layer.entity].numel() for layer in layers)
-    disk = sum(stored.size for stored in run.skeleton.stored.values())
-    disk += run.stream_bytes * run.copies if run.peak.on_disk else 0
-    return Forecast(len(run.paths), len(layers), weights, run.peak, disk, run.measured() if measured else None)
+    return Forecast(len(run.paths), len(layers), weights, run.peak, run.disk, run.measured() if measured else None)
 
 
 def _budget(memory: str | int | None) -> int | None:
     return None if memory is None else amounts.parse_bytes(memory)
-
-
-def _check_output(folder: Path, *, overwrite: bool) -> None:
-    """Errors: RequestError unless the folder is empty, belongs to an unfinished run, or may be overwritten."""
-    if folder.is_file():
-        raise RequestError(f"cannot write the folder {folder}", "a file of that name exists", "choose another name")
-    if not folder.exists() or not any(folder.iterdir()) or (folder / WORK).is_dir():
-        return
-    if not overwrite:
-        todo = "choose another name, or pass overwrite=True (--overwrite) to replace it"
-        raise RequestError(f"the output folder {folder} exists", "it is not empty, and nothing is overwritten", todo)
-    if not (folder / RECORD).is_file():
-        why = f"it has no {RECORD}, so prunella did not write it"
-        raise RequestError(f"the output folder {folder} is not replaced", why, "remove it yourself, or choose another")

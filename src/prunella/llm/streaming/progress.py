@@ -13,68 +13,127 @@ import torch
 import torch.distributed as dist
 
 from prunella.errors import BadInput, PruningError, RequestError
-from prunella.io.files import digest
+from prunella.io.files import digest, make_folder, reading, swap_in
 from prunella.io.identity import Identity, identify
 from prunella.io.journal import NAME, Records, open_records
 from prunella.io.load import import_transformers
 from prunella.io.lock import locked
+from prunella.io.temporary import clean_up
 from prunella.llm.distributed import ProcessGroup
 from prunella.llm.recipe import OneShot
 from prunella.llm.solve_block import Fit
 
 WORK = ".prunella"
 """The folder inside the output that holds the journal while a run is not finished."""
+RECORD, CONFIG = "run.json", "config.json"
 
 
 class Progress:
-    """Blocks that are done, with their fits, in every process; the first one records them."""
+    """Blocks that are done, with their fits and the digests of their shards; the first process records them.
 
-    def __init__(self, done: Mapping[str, Sequence[Fit]], records: Records | None) -> None:
-        self._done, self._records = dict(done), records
+    folder: where the shards are written. It is the output, or, while the output holds a finished result, one beside it.
+    """
+
+    def __init__(self, folder: Path, done: Mapping[str, Mapping[str, Any]], records: Records | None) -> None:
+        self.folder, self._records = folder, records
+        self._done, self._digests = _fits(done), {path: str(done[path].get("sha256") or "") for path in done}
 
     def fits(self, path: str) -> list[Fit] | None:
         """What was done to a block, None if it is not done."""
         return list(self._done[path]) if path in self._done else None
 
-    def add(self, path: str, fits: Sequence[Fit]) -> None:
+    def check(self, path: str, shard: Path) -> None:
+        """`BadInput` unless the shard of a finished block is as it was written."""
+        with reading(shard):
+            changed = digest(shard) != self._digests[path]
+        if self._digests[path] and changed:
+            todo = f"remove {self.folder} to start again"
+            raise BadInput(f"{shard} is damaged", "it does not have the recorded digest", todo)
+
+    def add(self, path: str, fits: Sequence[Fit], shard: Path) -> None:
         """A block is done; its shard is on the disk."""
         self._done[path] = list(fits)
         if self._records is not None:
-            self._records.add(path, {"fits": [asdict(fit) for fit in fits]})
+            self._records.add(path, {"fits": [asdict(fit) for fit in fits], "sha256": digest(shard)})
 
 
 @contextmanager
 def open_progress(
-    folder: Path, identify: Callable[[], Identity], group: ProcessGroup, *, overwrite: bool
+    output: Path, identify: Callable[[], Identity], group: ProcessGroup, *, overwrite: bool
 ) -> Iterator[Progress]:
-    """The progress of the run in `folder`, which is locked; the journal goes when the block ends well.
+    """The progress of the run that writes `output`, which is locked; when the block ends well, the run is over.
 
-    overwrite: remove what is there, unless it is a run that goes on. Errors, in all processes: RequestError for another
-    run, Locked (the first process) for one that is under way, BadInput for a damaged journal.
+    overwrite: what is there stays until the new result is complete, and is then exchanged for it. Errors, in all
+    processes: RequestError for another run, Locked (the first process) for one that is under way, BadInput for a
+    damaged journal.
     """
     if not group.is_main:
-        yield Progress(_fits(_received()), None)
+        message = _received()
+        yield Progress(Path(message["folder"]), message["done"], None)
         return
     with ExitStack() as stack:
         try:
-            records = stack.enter_context(_opened(folder, identify, overwrite=overwrite))
+            folder, records = stack.enter_context(_opened(output, identify, overwrite=overwrite))
             done = {path: records[path] for path in records}
+            progress = Progress(folder, done, records)
         except PruningError as error:
             _send({"error": [error.what, error.why, error.todo]}, group)
             raise
-        _send({"done": done}, group)
-        yield Progress(_fits(done), records)
+        _send({"done": done, "folder": str(folder)}, group)
+        yield progress
 
 
 @contextmanager
-def _opened(folder: Path, identify: Callable[[], Identity], *, overwrite: bool) -> Iterator[Records]:
-    work = folder / WORK
-    with locked(work / NAME):
-        if overwrite and not (work / NAME).exists():
-            _clear(folder)
-        with open_records(work, identify) as records:
-            yield records
-        shutil.rmtree(work)
+def _opened(output: Path, identify: Callable[[], Identity], *, overwrite: bool) -> Iterator[tuple[Path, Records]]:
+    make_folder(output.parent)
+    with locked(output):
+        clean_up(output.parent, of=output)
+        beside = folder_beside(output)
+        _remove_rests(output, beside)
+        check_output(output, overwrite=overwrite)
+        folder = beside if is_finished(output) and not (output / WORK).is_dir() else output
+        with open_records(folder / WORK, identify) as records:
+            yield folder, records
+        if folder != output:
+            swap_in(folder, output)
+        shutil.rmtree(output / WORK)
+
+
+def folder_beside(output: Path) -> Path:
+    """Where a new result is written while the output holds a finished one."""
+    whole = output.absolute()
+    return whole.with_name(f".{whole.name}.new")
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether a folder holds a complete result: the configuration is written last."""
+    return (folder / RECORD).is_file() and (folder / CONFIG).is_file()
+
+
+def check_output(folder: Path, *, overwrite: bool) -> None:
+    """Errors: RequestError unless the folder is empty, belongs to an unfinished run, or may be overwritten."""
+    if folder.is_file():
+        raise RequestError(f"cannot write the folder {folder}", "a file of that name exists", "choose another name")
+    if not folder.exists() or not any(folder.iterdir()) or (folder / WORK).is_dir():
+        return
+    if not overwrite:
+        todo = "choose another name, or pass overwrite=True (--overwrite) to replace it"
+        raise RequestError(f"the output folder {folder} exists", "it is not empty, and nothing is overwritten", todo)
+    if not (folder / RECORD).is_file():
+        why = f"it has no {RECORD}, so prunella did not write it"
+        raise RequestError(f"the output folder {folder} is not replaced", why, "remove it yourself, or choose another")
+
+
+def _remove_rests(output: Path, beside: Path) -> None:
+    """What a run leaves that is killed after its result was complete: its own folder, or the result before it."""
+    if is_finished(output) and (output / WORK).is_dir() and not (output / WORK / NAME).exists():
+        shutil.rmtree(output / WORK)
+    if beside.is_dir() and not (beside / WORK / NAME).exists():
+        if any(beside.iterdir()) and not (beside / WORK).is_dir() and not (beside / RECORD).is_file():
+            raise RequestError(
+                f"{beside} is in the way", "prunella did not write it", "move it, or choose another output"
+            )
+        shutil.rmtree(beside)
 
 
 def identity_of(source: Path, data: Sequence[Any], how: OneShot, skip: Sequence[str], processes: int) -> Identity:
@@ -95,14 +154,7 @@ def identity_of(source: Path, data: Sequence[Any], how: OneShot, skip: Sequence[
     )
 
 
-def _clear(folder: Path) -> None:
-    """Remove what an earlier run wrote; the folder of this one stays, and its lock in it."""
-    for entry in folder.iterdir():
-        if entry.name != WORK:
-            shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
-
-
-def _fits(done: Mapping[str, Any]) -> dict[str, list[Fit]]:
+def _fits(done: Mapping[str, Mapping[str, Any]]) -> dict[str, list[Fit]]:
     try:
         return {path: [Fit(**fit) for fit in payload["fits"]] for path, payload in done.items()}
     except (KeyError, TypeError) as error:
@@ -116,11 +168,10 @@ def _send(message: dict[str, Any], group: ProcessGroup) -> None:
 
 
 def _received() -> dict[str, Any]:
-    """What the first process has told: the blocks that are done, or why it stops, which is then raised here too."""
+    """What the first process has told: where it writes and what is done, or why it stops, which is raised here too."""
     told: list[Any] = [None]
     dist.broadcast_object_list(told, src=0)
     message: dict[str, Any] = told[0]
     if "error" in message:
         raise RequestError(*message["error"])
-    done: dict[str, Any] = message["done"]
-    return done
+    return message

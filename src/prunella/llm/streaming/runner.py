@@ -87,8 +87,15 @@ class StreamingRun:
         self.stream_bytes = len(self.data) * _bytes(first.hidden_states[0])
         self.peak = amounts.largest(partial(self._moments, first), budget)
 
-    def run(self, folder: Path, progress: Progress, on_block: OnBlock | None) -> tuple[Solving, int]:
+    @property
+    def disk(self) -> int:
+        """Bytes that a run writes: the weights, and the hidden states where they do not fit into the memory."""
+        stored = sum(stored.size for stored in self.skeleton.stored.values())
+        return stored + (self.stream_bytes * self.copies if self.peak.on_disk else 0)
+
+    def run(self, progress: Progress, on_block: OnBlock | None) -> tuple[Solving, int]:
         """Prune all blocks, and run those that are done forward only; the result, and the number of the latter."""
+        folder = progress.folder
         store: StoreActivations = partial(OnDisk, folder=folder) if self.peak.on_disk else list
         state = _State(self._capture(self.data, store), store)
         fits: list[Fit] = []
@@ -99,6 +106,7 @@ class StreamingRun:
             shard = folder / shard_name(number, len(self.paths) + 1)
             done = progress.fits(block.path)
             if done is not None:
+                progress.check(block.path, shard)
                 self._replay(state, block, shard)
                 new, replayed = tuple(done), replayed + 1
             else:
@@ -106,7 +114,7 @@ class StreamingRun:
                 if errors is not None:
                     refined[block.path] = errors
                 if self.distributed.is_main:
-                    progress.add(block.path, new)
+                    progress.add(block.path, new, shard)
             fits += new
             if on_block:
                 seconds = since(start)

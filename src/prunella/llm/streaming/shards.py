@@ -10,31 +10,17 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import torch
 from torch import Tensor
 
 from prunella.errors import BadInput
 from prunella.io.files import plain_name, reading, write_atomic
-from prunella.io.json import LARGEST, Fields, encode, parse, read_object
+from prunella.io.json import LARGEST, Fields, parse, read_object
+from prunella.io.tensor_file import DTYPES, bytes_of, header_of, pieces_of
 
 INDEX = "model.safetensors.index.json"
-_TYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-_NAMES = {dtype: name for name, dtype in _TYPES.items()}
 _CHUNK = 1 << 24
 
 
@@ -115,14 +101,14 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
 def _stored(file: Path, entry: Fields, base: int, whole: int) -> StoredTensor:
     kind, shape = entry.text("dtype"), entry.value("shape").integers(low=0)
     start, end = (offset.integer() for offset in entry.value("data_offsets").items(2))
-    if kind not in _TYPES:
-        raise entry.value("dtype").refused(f"one of {', '.join(_TYPES)}")
+    if kind not in DTYPES:
+        raise entry.value("dtype").refused(f"one of {', '.join(DTYPES)}")
     if not 0 <= start <= end <= whole - base:
         raise BadInput(entry.what, f"truncated or damaged: {entry.at} lies outside of the file", entry.todo)
-    if end - start != math.prod(shape) * _TYPES[kind].itemsize:
+    if end - start != math.prod(shape) * DTYPES[kind].itemsize:
         why = f"truncated or damaged: {entry.at} has {end - start} bytes for the shape {list(shape)} of {kind}"
         raise BadInput(entry.what, why, entry.todo)
-    return StoredTensor(file, _TYPES[kind], shape, base + start, end - start)
+    return StoredTensor(file, DTYPES[kind], shape, base + start, end - start)
 
 
 def shard_name(number: int, count: int) -> str:
@@ -131,22 +117,22 @@ def shard_name(number: int, count: int) -> str:
 
 
 def write_shard(file: Path, tensors: Mapping[str, Tensor | StoredTensor]) -> Path:
-    """Write a safetensors file atomically; `StoredTensor` tensors are copied from file to file."""
-    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name, value in tensors.items():
-        start, end = end, end + size_of(value)
-        entries[name] = {"dtype": _NAMES[value.dtype], "shape": list(value.shape), "data_offsets": [start, end]}
-    header = encode(entries, indent=None, sort=False).encode()
-    header += b" " * (-len(header) % 8)
+    """Write a safetensors file atomically; `StoredTensor` tensors are copied from file to file.
+
+    Errors: BadInput for NaN, wherever it comes from.
+    """
+    described = {name: (value.dtype, tuple(value.shape)) for name, value in tensors.items()}
+    header = header_of(described, {"format": "pt"})
 
     def write(path: Path) -> None:
         with path.open("wb") as out:
-            out.write(len(header).to_bytes(8, "little") + header)
-            for value in tensors.values():
-                out.writelines(_chunks(value))
+            out.write(header)
+            for name, value in tensors.items():
+                for piece in _chunks(value):
+                    _check_no_nan(name, value.dtype, piece)
+                    out.write(piece)
 
-    return write_atomic(file, write)
+    return write_atomic(file, write, size=len(header) + sum(map(size_of, tensors.values())))
 
 
 def size_of(value: Tensor | StoredTensor) -> int:
@@ -165,11 +151,12 @@ def _chunks(value: Tensor | StoredTensor) -> Iterable[bytes | memoryview]:
                     raise BadInput(f"{value.file} is cut short", "it became shorter meanwhile", "fetch it again")
                 left -= len(part)
                 yield part
-    elif value.numel():
-        yield bytes_of(value.detach().contiguous())
+    else:
+        yield from pieces_of(value)
 
 
-def bytes_of(tensor: Tensor) -> memoryview:
-    """The memory of a contiguous tensor, without a copy."""
-    array: Any = tensor.reshape(-1).view(torch.uint8).numpy()
-    return memoryview(array)
+def _check_no_nan(name: str, dtype: torch.dtype, piece: bytes | memoryview) -> None:
+    if not dtype.is_floating_point or dtype.itemsize < 2:
+        return
+    if bool(torch.frombuffer(bytearray(piece), dtype=dtype).isnan().any()):
+        raise BadInput(f"{name} holds NaN", "weights with NaN are not written", "look at the model and the data")

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import asdict
 from pathlib import Path
 
 from prunella._version import __version__
 from prunella.io.card import Card, write_card
-from prunella.io.files import writing
+from prunella.io.files import copy_file
 from prunella.io.huggingface import COMPANIONS
 from prunella.io.json import plain, read_config, write_json
+from prunella.io.manifest import entry_of, listed, write_sealed
 from prunella.llm.blockwise import Solving
+from prunella.llm.streaming.progress import CONFIG, RECORD, WORK
 from prunella.llm.streaming.runner import StreamingRun
 from prunella.llm.streaming.shards import INDEX, read_header, shard_name, write_shard
 from prunella.registry.serialize import described
 
-RECORD, CONFIG = "run.json", "config.json"
+FORMAT = 2
+"""Of `run.json`; 1 had no such number and did not list the files."""
 
 
 def finish(run: StreamingRun, folder: Path, solving: Solving, seconds: float) -> None:
@@ -26,9 +28,10 @@ def finish(run: StreamingRun, folder: Path, solving: Solving, seconds: float) ->
     for pattern in COMPANIONS:
         for file in sorted(run.source.glob(pattern)):
             if file.is_file() and file.suffix != ".safetensors":
-                with writing(folder / file.name):
-                    shutil.copyfile(file, folder / file.name)
+                copy_file(file, folder / file.name)
+    write_card(folder, card_of(run, solving))
     record = {
+        "format": FORMAT,
         "prunella": __version__,
         "source": run.source.name,
         "recipe": described(run.how),
@@ -39,11 +42,12 @@ def finish(run: StreamingRun, folder: Path, solving: Solving, seconds: float) ->
         "predicted_peak": run.peak.bytes,
         "seconds": seconds,
     }
-    write_json(folder / RECORD, plain(record))
     config = dict(read_config(run.source / CONFIG).data)
     config.pop("auto_map", None)  # no code is copied, so none is named
-    write_card(folder, card_of(run, solving))
-    write_json(folder / CONFIG, config, allow_nan=True)
+    staged = write_json(folder / WORK / CONFIG, config, allow_nan=True)
+    files = {**listed(folder, besides=(RECORD, CONFIG)), CONFIG: entry_of(staged)}
+    write_sealed(folder / RECORD, {**plain(record), "files": files})
+    copy_file(staged, folder / CONFIG)
 
 
 def card_of(run: StreamingRun, solving: Solving) -> Card:

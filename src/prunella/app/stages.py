@@ -1,0 +1,187 @@
+"""The stages of a run that are done, in a hidden folder beside the output: a killed run goes on from the last of them.
+
+The folder `.NAME.run` has a journal, the plan, and the state of the model after each step of recovery; training keeps
+itself there too. It goes when the run has ended, well or with a verdict: a kill, Ctrl-C and a full disk leave it.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from prunella.app.job import Job, Quality
+from prunella.app.record import RECORD
+from prunella.errors import CheckFailed, NotSupported, PruningError, RequestError, TargetMissed
+from prunella.io.files import check_free, clean_up_after_kill, digest
+from prunella.io.identity import Identity, identify, model_parts
+from prunella.io.journal import NAME, Records, open_journal, open_records
+from prunella.io.json import Fields
+from prunella.io.lock import locked
+from prunella.io.manifest import check_files, entry_of
+from prunella.io.nested import load_state, save_state
+from prunella.io.plan_file import load_plan, save_plan
+from prunella.model.rng import restore_rng_, rng_state
+from prunella.planning.plan import Plan
+from prunella.recovery.checkpoint import named_tensors, put_tensors_
+from prunella.types import Inputs
+
+FINISHED = "finished"
+"""The key of the record of a run whose output is about to get its name."""
+_OURS = re.compile(rf"\.?({re.escape(NAME)}|plan\.safetensors|(recovered|random|training)-\d+\.safetensors)")
+"""Names in the folder of the stages; hidden ones are temporary."""
+_VERDICTS = (TargetMissed, CheckFailed, RequestError, NotSupported)
+"""After these the same call would say the same: nothing is kept for it."""
+
+
+class Stages:
+    """What is done, and what is to be recorded. Without a folder everything is done anew."""
+
+    def __init__(self, folder: Path | None, records: Records, data: Iterable[Any] | None) -> None:
+        self._folder, self._records, self._data = folder, records, data
+
+    def plan(self, make: Callable[[], Plan], inputs: Inputs) -> Plan:
+        """The plan, made or read."""
+        if self._folder is None:
+            return make()
+        file = self._folder / "plan.safetensors"
+        if self._is_done("plan"):
+            self._go_on("plan")
+            return replace(load_plan(file), inputs=inputs)
+        made = make()
+        save_plan(made, file)
+        self._record("plan", file, {})
+        return made
+
+    def quality(self, name: str, make: Callable[[], Quality]) -> Quality:
+        """The quality of a model, evaluated or read."""
+        key = f"quality of the {name} model"
+        if self._is_done(key):
+            self._go_on(key)
+            return {str(name): float(value) for name, value in self._records[key]["values"].items()}
+        made = make()
+        self._record(key, None, {"values": dict(made)})
+        return made
+
+    def recover(self, number: int, small: nn.Module, make: Callable[[], Mapping[str, Any]]) -> Mapping[str, Any]:
+        """What a step of recovery says, and the model after it, computed or read; `make` works in place."""
+        if self._folder is None:
+            return make()
+        key = f"recovery {number}"
+        file = self._folder / f"recovered-{number:02d}.safetensors"
+        if self._is_done(key):
+            state = load_state(file)
+            put_tensors_(small, state["model"])
+            self._go_on(key)
+            return dict(state["told"])
+        told = dict(make())
+        save_state({"told": told, "model": named_tensors(small)}, file)
+        self._record(key, file, {})
+        return told
+
+    def checkpoint(self, number: int) -> Path | None:
+        """Where the training of a step keeps itself."""
+        return None if self._folder is None else self._folder / f"training-{number:02d}.safetensors"
+
+    def finish(self, record: Path) -> None:
+        """The output is complete but for its name; `record` is the file in it that tells it from others."""
+        if self._folder is not None:
+            self._records.add(FINISHED, {"record": digest(record)})
+
+    def _is_done(self, key: str) -> bool:
+        """Whether a stage was recorded and its files are there. Errors: BadInput if one of them has changed."""
+        if self._folder is None or key not in self._records:
+            return False
+        what, todo = f"a stage in {self._folder} is damaged", f"remove {self._folder} to start again"
+        files = Fields(self._records[key], what, todo)
+        if not all((self._folder / name).is_file() for name, _ in files.section("files").values()):
+            return False
+        check_files(self._folder, files)
+        return True
+
+    def _record(self, key: str, file: Path | None, payload: Mapping[str, Any]) -> None:
+        """A stage is done: what it gave is on the disk, and where the random generators are."""
+        if self._folder is None:
+            return
+        random = self._folder / f"random-{len(list(self._records)):02d}.safetensors"
+        save_state(rng_state(self._data), random)
+        files = {f.name: entry_of(f) for f in (file, random) if f is not None}
+        self._records.add(key, {**payload, "files": files, "random": random.name})
+
+    def _go_on(self, key: str) -> None:
+        """The random generators are where they were after the stage."""
+        if self._folder is not None:
+            restore_rng_(load_state(self._folder / self._records[key]["random"]), self._data)
+
+
+@contextmanager
+def open_stages(output: Path, model: nn.Module, inputs: Inputs, job: Job, *, overwrite: bool) -> Iterator[Stages]:
+    """The stages of the run whose output is going to be `output`, which is locked.
+
+    Errors: RequestError, with what changed, where another run was not finished; those of `open_journal`.
+    """
+    work = folder_of(output)
+    clean_finished(output)
+    check_free(output, overwrite=overwrite)
+    try:
+        identity = identity_of(model, inputs, job)
+    except NotSupported:  # data whose bytes cannot be read cannot be told from other data
+        yield Stages(None, Records(None, None), job.data)
+        return
+    with open_records(work, lambda: identity) as records:
+        try:
+            yield Stages(work, records, job.data)
+        except BaseException as error:
+            if not list(records) or isinstance(error, _VERDICTS):
+                shutil.rmtree(work)
+            raise
+        shutil.rmtree(work)
+
+
+def folder_of(output: Path) -> Path:
+    """Where the stages of a run lie."""
+    whole = output.absolute()
+    return whole.with_name(f".{whole.name}.run")
+
+
+def identity_of(model: nn.Module, inputs: Inputs, job: Job) -> Identity:
+    """All that decides the result of a run, each part by its name."""
+    how = job.recovery
+    asked: dict[str, object] = {"inputs": inputs, "recipe": job.recipe, "target": repr(job.target), "data": job.data}
+    asked |= {"loss": job.loss, "recovery": " ".join(map(str, how.steps)), "recovery data": how.data, "lr": how.lr}
+    asked |= {"ridge": how.ridge, "imitate": how.imitate, "metric": job.metric, "max_drop": repr(job.max_drop)}
+    asked |= {"skip": list(job.skip), "only": list(job.only), "factory": str(job.factory), "source": str(job.source)}
+    return identify({**model_parts(model), **asked})
+
+
+def clean_finished(output: Path) -> None:
+    """Remove what is left of a run that was killed when its output had its name already, or before its journal had."""
+    clean_up_after_kill(output)
+    work = folder_of(output)
+    if not work.is_dir():
+        return
+    record = output / RECORD
+    _check_ours(work)
+    with suppress(PruningError), locked(work / NAME):
+        if not (work / NAME).exists() or (record.is_file() and _finished(work) == digest(record)):
+            shutil.rmtree(work)
+
+
+def _check_ours(work: Path) -> None:
+    """RequestError for a folder of that name with something in it that no run wrote: it would go with the run."""
+    foreign = sorted(file.name for file in work.iterdir() if not _OURS.match(file.name))
+    if foreign:
+        why = f"it holds {foreign[0]}, which prunella did not write"
+        raise RequestError(f"{work} is in the way", why, "move it, or choose another output")
+
+
+def _finished(work: Path) -> str:
+    with open_journal(work) as journal:
+        known = [journal.known(identity, FINISHED) for identity in journal.identities.values()]
+    return next((str(entry["record"]) for entry in known if entry), "")

@@ -1,0 +1,94 @@
+"""Before anything is done: is there room, may this be written, and is it apart from what is read?"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from pathlib import Path
+
+from prunella.errors import OutOfResources, RequestError
+from prunella.io.files import check_free, writing
+from prunella.io.temporary import clean_up, discard, temporary_file
+
+
+def check_space(path: str | os.PathLike[str], needed: int) -> None:
+    """`OutOfResources`, with both numbers, unless `needed` bytes are free where `path` is going to be."""
+    try:
+        free = shutil.disk_usage(_standing(Path(path))).free
+    except OSError:  # a file system that does not say
+        return
+    if free < needed:
+        why = f"the disk is full: {needed:,} bytes are needed, and {free:,} are free"
+        raise OutOfResources(f"cannot write {os.fspath(path)}", why, "free some space, or write elsewhere")
+
+
+def check_output_file(path: str | os.PathLike[str], *sources: str | os.PathLike[str] | None) -> None:
+    """`RequestError` unless a file can be written at `path`, which is none of the sources; nothing stays written."""
+    final = Path(path)
+    if final.is_dir():
+        raise RequestError(f"cannot write {final}", "a folder of that name exists", "choose another file name")
+    check_apart(final, *sources)
+    with writing(final):
+        clean_up(final.parent)
+        discard(temporary_file(final))
+
+
+def check_output_folder(
+    path: str | os.PathLike[str], *sources: str | os.PathLike[str] | None, overwrite: bool = False
+) -> None:
+    """`RequestError` unless a folder can be written at `path`, apart from the sources; nothing stays written."""
+    check_free(Path(path), overwrite=overwrite)
+    check_apart(path, *sources)
+    check_writable(path)
+
+
+def check_room_for_journal(folder: str | os.PathLike[str]) -> None:
+    """`RequestError` unless files can be written in the folder, which may be there or not; nothing stays written."""
+    check_writable(Path(folder) / "journal")
+
+
+def check_writable(path: str | os.PathLike[str]) -> None:
+    """`RequestError` unless something can be made at `path`, in the nearest folder that exists."""
+    final = Path(path).absolute()
+    standing = _standing(final.parent)
+    with writing(path):
+        blocked = next((place for place in final.parents if place.exists() and not place.is_dir()), None)
+        if blocked is not None:
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(blocked))
+        clean_up(standing)
+        discard(temporary_file(standing / final.name))
+
+
+def check_apart(output: str | os.PathLike[str], *sources: str | os.PathLike[str] | None) -> None:
+    """`RequestError` if the output is a source, inside of one or around one, by whatever name.
+
+    A source that does not exist (the name of a model, say) and None are passed over; in a file, nothing can lie.
+    """
+    for source in sources:
+        if source is None or not os.path.exists(source):
+            continue
+        place = _relation(os.fspath(output), os.fspath(source))
+        if place:
+            why = f"it {place} {os.fspath(source)}, which is read"
+            raise RequestError(f"cannot write {os.fspath(output)}", why, "choose another output")
+
+
+def _relation(output: str, source: str) -> str:
+    if _is_inside(output, source):
+        return "is the same as" if _is_inside(source, output) else "lies inside of"
+    return "lies around" if _is_inside(source, output) else ""
+
+
+def _is_inside(path: str, holder: str) -> bool:
+    """Whether `path` is `holder` or below it: links are followed, and what exists is compared by what it is."""
+    if not os.path.exists(holder):
+        return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(holder))
+    real = Path(os.path.realpath(path))
+    return any(os.path.exists(place) and os.path.samefile(place, holder) for place in (real, *real.parents))
+
+
+def _standing(path: Path) -> Path:
+    """The path itself or the nearest folder above that exists."""
+    whole = path.absolute()
+    return next((place for place in (whole, *whole.parents) if place.is_dir()), whole)

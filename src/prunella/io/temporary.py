@@ -1,0 +1,119 @@
+"""What is not finished yet: files and folders under another name, which say whose they are.
+
+`.NAME.SPACE-PID-MARK.part` is written and then renamed to `NAME`; `.NAME.SPACE-PID-MARK.old` was `NAME` and makes room
+for the new one where the system cannot exchange the two. SPACE stands for the machine and its process numbers. A killed
+process leaves such names, and the next one that writes to the folder cleans them up: what was moved aside goes back if
+nothing took its place, all else is removed. Those of a live process stay.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+import shutil
+import socket
+from collections.abc import Iterator
+from contextlib import suppress
+from functools import cache
+from hashlib import sha256
+from pathlib import Path
+from typing import Literal
+
+_NAME = re.compile(
+    r"\.(?P<final>.+)\.(?P<space>[0-9a-f]{8})-(?P<pid>\d+)-[0-9a-f]{8}\.(?P<kind>part|old)(-\w+)?", re.DOTALL
+)
+_LONGEST = 200
+"""Bytes of the final name that a temporary one repeats: names have at most 255."""
+_ours: set[str] = set()
+"""Names that this process has made and not given up."""
+
+
+def temporary_file(final: Path) -> Path:
+    """A new, empty file beside `final`, with the mode that the umask gives."""
+    path = _new_name(final, "part")
+    os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
+    return path
+
+
+def temporary_folder(final: Path) -> Path:
+    """A new, empty folder beside `final`, with the mode that the umask gives."""
+    path = _new_name(final, "part")
+    path.mkdir()
+    return path
+
+
+def name_aside(final: Path) -> Path:
+    """A free name for what is at `final` while something else takes its place."""
+    return _new_name(final, "old")
+
+
+def discard(path: Path) -> None:
+    """Remove a temporary file or folder, if it is still there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+    _ours.discard(path.name)
+
+
+def clean_up(folder: Path, *, of: Path | None = None) -> None:
+    """Clean up what killed processes have left in a folder. of: a locked path, whose rests are nobody's any more."""
+    for entry, match in list(_left(folder)):
+        locked_name = of is not None and match["final"] == _shortened(of)
+        if entry.name not in _ours and (locked_name or _is_dead(match["space"], int(match["pid"]))):
+            with suppress(OSError):
+                _clean(entry, folder / match["final"], match["kind"])
+
+
+def _clean(entry: Path, final: Path, kind: str) -> None:
+    if kind == "old" and not os.path.lexists(final):
+        entry.rename(final)
+    else:
+        discard(entry)
+
+
+def _left(folder: Path) -> Iterator[tuple[Path, re.Match[str]]]:
+    try:
+        names = os.listdir(folder)
+    except OSError:
+        return
+    for name in names:
+        if match := _NAME.fullmatch(name):
+            yield folder / name, match
+
+
+def _new_name(final: Path, kind: Literal["part", "old"]) -> Path:
+    mark = secrets.token_hex(4)
+    short = final.name if kind == "old" else _shortened(final)
+    path = final.with_name(f".{short}.{_space()}-{os.getpid()}-{mark}.{kind}")
+    _ours.add(path.name)
+    return path
+
+
+def _shortened(final: Path) -> str:
+    return os.fsencode(final.name)[:_LONGEST].decode(errors="ignore")
+
+
+@cache
+def _space() -> str:
+    """Eight digits for this machine, its present start, and the name space of its process numbers."""
+    parts = [socket.gethostname()]
+    with suppress(OSError):
+        parts.append(os.readlink("/proc/self/ns/pid"))
+    return sha256("\n".join(parts).encode()).hexdigest()[:8]
+
+
+def _is_dead(space: str, pid: int) -> bool:
+    """Whether the process is surely gone; one of another machine may live. A name of our own number is not ours."""
+    if space != _space():
+        return False
+    if pid == os.getpid():
+        return True
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    except OSError:
+        return False
+    return False

@@ -1,0 +1,60 @@
+"""What a folder holds, as text that two runs of the same job share: all bytes, but for what tells the time."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sqlite3
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+TIMED = {"seconds", "sha256", "report", "text", "predicted_peak", "machine"}
+"""Fields of records that say when, how long or how fast; a digest of a file with such a field is one too."""
+PAGES = ("report.html",)
+
+
+def contents(folder: Path) -> dict[str, str]:
+    """Path -> digest, of every file and folder but the source."""
+    places = sorted(place for place in folder.rglob("*") if place.relative_to(folder).parts[0] != "source")
+    return {str(place.relative_to(folder)): _digest(place) for place in places}
+
+
+def bytes_of(folder: Path) -> dict[str, str]:
+    """Path -> digest of all bytes, of every file."""
+    files = sorted(file for file in folder.rglob("*") if file.is_file() and "__pycache__" not in file.parts)
+    return {str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+
+
+def _digest(place: Path) -> str:
+    if place.is_dir():
+        return "a folder"
+    if place.name in PAGES:
+        return "a page with measured times"
+    if place.suffix == ".sqlite":
+        content = "\n".join(_records(place)).encode()
+    elif place.name in ("run.json", "manifest.json"):
+        data = _timeless(json.loads(place.read_text()))
+        if place.name == "manifest.json":
+            data["files"].pop("run.json", None)
+            data["files"].pop("report.html", None)
+        content = json.dumps(data, sort_keys=True).encode()
+    else:
+        content = place.read_bytes()
+    return hashlib.sha256(content).hexdigest()
+
+
+def _records(file: Path) -> list[str]:
+    """Keys and payloads of a journal; nothing of one that a kill has left in the middle of a write."""
+    try:
+        with closing(sqlite3.connect(f"file:{file}?mode=ro", uri=True)) as database:
+            rows = database.execute("SELECT key, payload FROM records ORDER BY number").fetchall()
+    except sqlite3.OperationalError:
+        return []
+    return [f"{key} {json.dumps(_timeless(json.loads(payload)), sort_keys=True)}" for key, payload in rows]
+
+
+def _timeless(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _timeless(item) for key, item in value.items() if key not in TIMED}
+    return [_timeless(item) for item in value] if isinstance(value, list) else value

@@ -1,0 +1,85 @@
+"""Before any work: is there room, can it be written, and is it apart from what is read?"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections import namedtuple
+from pathlib import Path
+
+import pytest
+from torch import nn
+
+import prunella as pr
+from prunella.errors import OutOfResources, RequestError
+from prunella.io.space import check_apart, check_output_file, check_output_folder, check_space, check_writable
+
+Usage = namedtuple("Usage", "total used free")
+
+
+def test_too_little_room_is_told_in_bytes_before_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    check_space(tmp_path / "not" / "yet", 1)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(10_000, 8_766, 1_234))
+    check_space(tmp_path, 1_234)
+    with pytest.raises(OutOfResources, match="5,678 bytes are needed, and 1,234 are free") as caught:
+        check_space(tmp_path, 5_678)
+    assert caught.value.exit_code == 5
+    with pytest.raises(OutOfResources, match="bytes are needed"):
+        pr.save(nn.Linear(40, 40), tmp_path / "out", factory=lambda: nn.Linear(40, 40))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    (tmp_path / "a" / "source").mkdir(parents=True)
+    (tmp_path / "a" / "source" / "model.safetensors").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "a" / "source")
+    (tmp_path / "up").symlink_to(tmp_path / "a")
+    os.link(tmp_path / "a" / "source" / "model.safetensors", tmp_path / "hard")
+    return tmp_path / "a" / "source"
+
+
+@pytest.mark.parametrize(
+    ("output", "said"),
+    [
+        ("a/source", "is the same as"),
+        ("a/source/../source/", "is the same as"),
+        ("a/other/../source", "is the same as"),
+        ("link", "is the same as"),
+        ("up/source", "is the same as"),
+        ("a/source/out", "lies inside of"),
+        ("link/deep/out", "lies inside of"),
+        ("a/source/x/../../source/y", "lies inside of"),
+        ("a", "lies around"),
+        ("up", "lies around"),
+        (".", "lies around"),
+    ],
+)
+def test_an_output_that_is_the_source_is_refused(source: Path, tmp_path: Path, output: str, said: str) -> None:
+    with pytest.raises(RequestError, match=f"it {said} .*, which is read"):
+        check_apart(f"{tmp_path}/{output}", source)
+
+
+def test_files_are_compared_too_and_others_pass(source: Path, tmp_path: Path) -> None:
+    for same in ("a/source/model.safetensors", "link/model.safetensors", "hard"):
+        with pytest.raises(RequestError, match="is the same as"):
+            check_output_file(tmp_path / same, source / "model.safetensors")
+    check_apart(tmp_path / "a" / "source2", source)
+    check_apart(tmp_path / "a" / "out", source, None, "package.module:factory", "timm:resnet18")
+    check_output_folder(tmp_path / "a" / "out", source)
+    with pytest.raises(RequestError, match="cannot write"):
+        pr.save(nn.Linear(4, 4), source / "out", factory=lambda: nn.Linear(4, 4), source=source)
+    assert [file.name for file in source.iterdir()] == ["model.safetensors"]
+
+
+def test_what_cannot_be_written_is_found_and_nothing_stays(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "file" / "out", tmp_path / "file" / "deep" / "out"):
+        with pytest.raises(RequestError, match="Not a directory"):
+            check_writable(path)
+    with pytest.raises(RequestError, match="cannot write"):
+        check_output_file(tmp_path / "no" / "x.plan")
+    with pytest.raises(RequestError, match="a folder of that name"):
+        check_output_file(tmp_path)
+    check_writable(tmp_path / "new" / "deep")
+    assert [file.name for file in tmp_path.iterdir()] == ["file"]
