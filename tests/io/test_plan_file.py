@@ -105,7 +105,7 @@ def test_masks_are_packed_to_bits(tmp_path: Path) -> None:
 def test_a_truncated_file_is_refused(tmp_path: Path, cut: int) -> None:
     path = save_plan(make_plan(), tmp_path / "p")
     path.write_bytes(path.read_bytes()[:cut])
-    with pytest.raises(BadInput, match="broken or cut short"):
+    with pytest.raises(BadInput, match="truncated or damaged"):
         load_plan(path)
 
 

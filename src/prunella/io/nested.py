@@ -19,13 +19,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from prunella.errors import BadInput, RequestError
-from prunella.io.files import reading, write_atomic
-from prunella.io.json import Fields, check_depth, encode, parse
+from prunella.io.files import write_atomic
+from prunella.io.json import Fields, check_depth, check_memory, encode, parse
+from prunella.io.tensor_file import open_tensors
 
 VERSION = 2
 _KEY = "prunella.state"
@@ -117,26 +117,20 @@ def write_packed(path: str | os.PathLike[str], key: str, head: Any, tensors: Map
     """
     try:
         check_depth(head, _DEEPEST)
+        metadata = {key: encode(head, indent=None, allow_nan=True, sort=False)}
+        check_memory(metadata[key])
     except ValueError as error:
-        raise RequestError(f"cannot write {os.fspath(path)}", str(error), "make it flatter") from error
-    metadata = {key: encode(head, indent=None, allow_nan=True, sort=False)}
+        raise RequestError(f"cannot write {os.fspath(path)}", str(error), "make it flatter, or smaller") from error
     return write_atomic(path, lambda file: save_file(dict(tensors), file, metadata=metadata))
 
 
 def read_packed(path: str | os.PathLike[str], key: str, *, what: str, todo: str) -> tuple[Fields, dict[str, Tensor]]:
     """What `write_packed` wrote. Errors: BadInput when the file is broken or has no such entry."""
-    try:
-        with reading(path, what), safe_open(os.fspath(path), framework="pt") as file:
-            head = (file.metadata() or {}).get(key)
-            # Copies: a mapped file would change or end under the tensors.
-            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, ValueError) as error:
-        if isinstance(error, BadInput):
-            raise
-        raise BadInput(what, f"broken or cut short: {error}", todo) from error
+    file = open_tensors(os.fspath(path), what=what, todo=todo)
+    head = file.metadata.get(key)
     if head is None:
         raise BadInput(what, f"it is a safetensors file without {key!r}", todo)
-    return parse(head, what, todo=todo, allow_nan=True, deepest=_DEEPEST).fields(), tensors
+    return parse(head, what, todo=todo, allow_nan=True, deepest=_DEEPEST).fields(), dict(file.read())
 
 
 def save_state(state: Any, path: str | os.PathLike[str]) -> Path:

@@ -18,9 +18,9 @@ from safetensors.torch import load_file, save_file
 import prunella as pr
 from prunella.errors import BadInput, Locked, NotSupported, RequestError
 from prunella.io.journal import NAME
+from prunella.io.tensor_file import INDEX
 from prunella.llm.streaming import BlockStep, memory
 from prunella.llm.streaming.folder import WORK
-from prunella.llm.streaming.shards import INDEX
 from tests.llm.streaming.models import KINDS, data, read, write
 from tests.stopping import beside
 

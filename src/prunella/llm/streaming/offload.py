@@ -11,7 +11,7 @@ from typing import IO, overload
 import torch
 from torch import Tensor
 
-from prunella.llm.streaming.shards import bytes_of
+from prunella.io.tensor_file import bytes_of
 
 
 class OnDisk(Sequence[Tensor]):

@@ -11,9 +11,10 @@ from prunella.io.card import Card, write_card
 from prunella.io.files import writing
 from prunella.io.huggingface import COMPANIONS
 from prunella.io.json import plain, read_config, write_json
+from prunella.io.tensor_file import INDEX, open_tensors
 from prunella.llm.blockwise import Solving
 from prunella.llm.streaming.runner import StreamingRun
-from prunella.llm.streaming.shards import INDEX, read_header, shard_name, write_shard
+from prunella.llm.streaming.shards import shard_name, write_shard
 from prunella.registry.serialize import described
 
 RECORD, CONFIG = "run.json", "config.json"
@@ -77,7 +78,7 @@ def _write_index(folder: Path, count: int) -> None:
     total = 0
     for number in range(1, count + 1):
         name = shard_name(number, count)
-        for key, stored in read_header(folder / name).items():
+        for key, stored in open_tensors(folder / name).tensors.items():
             places[key], total = name, total + stored.size
     content = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
     write_json(folder / INDEX, content)
