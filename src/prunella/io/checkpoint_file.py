@@ -26,7 +26,7 @@ def load_tensors_only(file: Path) -> Any:
             warnings.simplefilter("ignore")  # about the types of old files
             value = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # the unpickler raises whatever a broken file makes it raise
-        raise unreadable(error, file, what, todo) from error
+        raise unreadable(error, file, what, todo) from None
     for name, tensor in _tensors(value):
         _check(tensor, name, what)
     return value

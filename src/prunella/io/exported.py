@@ -64,7 +64,7 @@ def _read(path: Path) -> ExportedProgram:
     try:
         return torch.export.load(str(path))
     except Exception as error:  # the reader has no error type of its own
-        raise unreadable(error, path, f"cannot read {path}", "export it again with this version of torch") from error
+        raise unreadable(error, path, f"cannot read {path}", "export it again with this version of torch") from None
 
 
 def _names(path: Path, word: bytes) -> bool:
@@ -72,7 +72,7 @@ def _names(path: Path, word: bytes) -> bool:
     if not zipfile.is_zipfile(path):
         return False
     with zipfile.ZipFile(path) as archive:
-        return any(word in archive.read(name) for name in archive.namelist() if name.endswith(".json"))
+        return any(word in _part(archive, name) for name in archive.namelist() if name.endswith(".json"))
 
 
 def _refuse_pickles(path: Path) -> None:
@@ -80,7 +80,7 @@ def _refuse_pickles(path: Path) -> None:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
             suspects = [name for name in archive.namelist() if not _harmless(archive, name)]
-    except (zipfile.BadZipFile, ValueError, EOFError) as error:
+    except (zipfile.BadZipFile, ValueError, EOFError, OSError, NotImplementedError) as error:
         raise BadInput(f"cannot read {path}", f"truncated or damaged: {error}", "export it again") from error
     if damaged:
         raise BadInput(f"cannot read {path}", f"{damaged} is damaged", "export it again")

@@ -5,8 +5,8 @@
     fields.section("origin").text("kind")
 
 A reader refuses text that is too long or too deep, would take too much memory, is not UTF-8, goes on after its end,
-holds a key twice or one with half a character, or holds NaN or an infinity. The last are no JSON, but Python writes them; a
-caller who has to read them asks for it.
+holds a key twice or one with half a character, or holds NaN or an infinity. The last are no JSON, but Python writes
+them; a caller who has to read them asks for it.
 """
 
 from __future__ import annotations

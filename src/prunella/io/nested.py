@@ -124,13 +124,15 @@ def write_packed(path: str | os.PathLike[str], key: str, head: Any, tensors: Map
     return write_atomic(path, lambda file: save_file(dict(tensors), file, metadata=metadata))
 
 
-def read_packed(path: str | os.PathLike[str], key: str, *, what: str, todo: str) -> tuple[Fields, dict[str, Tensor]]:
+def read_packed(
+    path: str | os.PathLike[str], key: str, *, what: str, todo: str, allow_nan: bool = False
+) -> tuple[Fields, dict[str, Tensor]]:
     """What `write_packed` wrote. Errors: BadInput when the file is broken or has no such entry."""
     file = open_tensors(os.fspath(path), what=what, todo=todo)
     head = file.metadata.get(key)
     if head is None:
         raise BadInput(what, f"it is a safetensors file without {key!r}", todo)
-    return parse(head, what, todo=todo, allow_nan=True, deepest=_DEEPEST).fields(), dict(file.read())
+    return parse(head, what, todo=todo, allow_nan=allow_nan, deepest=_DEEPEST).fields(), dict(file.read())
 
 
 def save_state(state: Any, path: str | os.PathLike[str]) -> Path:
@@ -146,7 +148,7 @@ def save_state(state: Any, path: str | os.PathLike[str]) -> Path:
 def load_state(path: str | os.PathLike[str]) -> Any:
     """Read what `save_state` wrote. Errors: BadInput when the file is missing, broken, or no such state."""
     what, todo = f"{path} is no sound state", "remove the file to make it again"
-    head, tensors = read_packed(path, _KEY, what=what, todo=todo)
+    head, tensors = read_packed(path, _KEY, what=what, todo=todo, allow_nan=True)
     head.integer("version", low=1, high=VERSION)
     try:
         return unpack(head.value("state").data, tensors)

@@ -16,6 +16,8 @@ from pathlib import Path
 from prunella.errors import BadInput, PruningError, out_of_resources
 
 _BYTES = re.compile(r"allocate (\d+) bytes")
+_SMALL = 1 << 26
+"""Bytes of a file that fits into any memory in which torch runs: it is broken if reading it takes too much."""
 
 
 def check_regular(file: Path, what: str) -> Path:
@@ -46,10 +48,10 @@ def check_archive(file: Path, *, todo: str) -> None:
     torch stores the parts of an archive as they are. A part that is compressed, or parts that share their bytes, can be
     of any size when they are read.
     """
-    if not zipfile.is_zipfile(file):
-        return
     what = f"cannot read {file}"
     try:
+        if not zipfile.is_zipfile(file):
+            return
         with zipfile.ZipFile(file) as archive:
             parts = archive.infolist()
     except (zipfile.BadZipFile, ValueError, EOFError, NotImplementedError, OSError) as error:
@@ -68,10 +70,11 @@ def check_archive(file: Path, *, todo: str) -> None:
 def unreadable(error: BaseException, file: Path, what: str, todo: str) -> PruningError:
     """The error for what a reader of torch raised: of the file, also where it asked for more memory than it can fill.
 
-    Too little memory for what is really there is `OutOfResources`.
+    Too little memory for what is really there is `OutOfResources`. Raise it `from None`: a cause that is an error of
+    memory would make any error one of memory on the command line.
     """
-    full, asked = out_of_resources(error), _BYTES.search(str(error))
-    if full is not None and not (asked and int(asked[1]) > 2 * file.stat().st_size):
+    full, asked, size = out_of_resources(error), _BYTES.search(str(error)), file.stat().st_size
+    if full is not None and not (int(asked[1]) > 2 * size if asked else size < _SMALL):
         return full
     why = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
     return BadInput(what, f"truncated or damaged: {why}", todo)
