@@ -12,11 +12,10 @@ from typing import Any
 Bytes = Callable[[bytes], bytes]
 """What is done to the inner text of a file, after which the outer one is made whole again."""
 ODD: tuple[Any, ...] = (
-    None, True, False, 0, -1, 1, 2, 7, 255, 1 << 31, 1 << 63, -(1 << 63),
-    10**12, 10**30, 0.5, -0.0, 1e308, 1e999,
-    float("nan"),    "", "0", "-1", "\0", "../../x", "/etc/passwd", "\x1b[2J\r\n", "\u202egnp", "\U0001f600" * 9, "__class__", "weight",
-    "float32", "sha256:" + "0" * 64, "x" * 5000, [], {}, [[]], [0], [-1], [None], {"a": 1}, {"": {}}, [10**12, 10**12],
-    [1] * 4000, {str(k): k for k in range(2000)},
+    None, True, False, 0, -1, 1, 2, 7, 255, 1 << 31, 1 << 63, -(1 << 63), 10**12, 10**30, 0.5, -0.0, 1e308, 1e999,
+    float("nan"), "", "0", "-1", "\0", "../../x", "/etc/passwd", "\x1b[2J\r\n", "\u202egnp", "\U0001f600" * 9,
+    "__class__", "weight", "float32", "sha256:" + "0" * 64, "x" * 5000, [], {}, [[]], [0], [-1], [None], {"a": 1},
+    {"": {}}, [10**12, 10**12], [1] * 4000, {str(k): k for k in range(2000)},
 )  # fmt: skip
 
 

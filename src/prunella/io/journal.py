@@ -8,6 +8,7 @@ is. One process at a time has a journal open: see `io/lock.py`.
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -45,6 +46,10 @@ _MAGIC = b"SQLite format 3\0"
 _OURS = {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_PERM, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_IOERR,
          sqlite3.SQLITE_FULL, sqlite3.SQLITE_CANTOPEN}  # fmt: skip
 """Errors of the disk or its permissions; any other is one of the file."""
+_WRITES = {sqlite3.SQLITE_IOERR_WRITE, sqlite3.SQLITE_IOERR_SHMSIZE, sqlite3.SQLITE_IOERR_FSYNC,
+           sqlite3.SQLITE_IOERR_TRUNCATE}  # fmt: skip
+"""SQLite hides the number of the system's error: a limit of the size of files, a quota, a disk that takes no more."""
+_NO_ROOM = "the system takes no more bytes of it: the disk, a quota or the limit of the size of files (ulimit -f)"
 
 
 class Journal:
@@ -257,7 +262,10 @@ def _told(path: Path) -> Iterator[None]:
     try:
         yield
     except sqlite3.Error as error:
-        code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT) & 0xFF
+        whole = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT)
+        if whole in _WRITES:
+            raise system_error(OSError(errno.EFBIG, _NO_ROOM), f"cannot write {path}", "") from error
+        code = whole & 0xFF
         if code in _OURS:
             todo = "check the disk and its permissions"
             raise system_error(error, f"cannot write {path}", todo, kind=RequestError) from error

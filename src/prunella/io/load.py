@@ -6,7 +6,6 @@ Weights come from safetensors. Pickled weights are read only when asked for, and
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import importlib
 import importlib.util
@@ -21,7 +20,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prunella.errors import BadInput, MissingExtra, NotSupported, PruningError, RequestError, out_of_resources
+from prunella.errors import (
+    BadInput,
+    MissingExtra,
+    NotSupported,
+    PruningError,
+    RequestError,
+    near_names,
+    out_of_resources,
+)
 from prunella.io.checkpoint_file import load_tensors_only
 from prunella.io.exported import load_exported
 from prunella.io.files import new_folder
@@ -133,9 +140,8 @@ def load_object(spec: str, what: str = "object") -> Any:
     found: Any = import_module(module_name)
     for part in name.split("."):
         if not hasattr(found, part):
-            near = difflib.get_close_matches(part, dir(found), 3, 0.5)
-            hint = f"did you mean {' or '.join(near)}?" if near else ""
-            raise RequestError(f"{module_name} has no {name!r}", hint, f"give the {what} as module:name")
+            todo = f"give the {what} as module:name"
+            raise RequestError(f"{module_name} has no {name!r}", near_names(part, dir(found)), todo)
         found = getattr(found, part)
     return found
 
@@ -203,9 +209,8 @@ def _from_library(library: str, name: str, *, pretrained: bool) -> nn.Module:
     module: Any = import_module("timm" if library == "timm" else "torchvision.models")
     known = module.list_models()
     if name.partition(".")[0] not in known:  # timm: NAME.TAG
-        near = difflib.get_close_matches(name, known, 3, 0.5)
-        hint = f"did you mean {' or '.join(near)}?" if near else ""
-        raise RequestError(f"{library} has no model {name!r}", hint, f"see {library}'s list of models")
+        todo = f"see {library}'s list of models"
+        raise RequestError(f"{library} has no model {name!r}", near_names(name, known), todo)
     if library == "timm":
         build = partial(module.create_model, name, pretrained=pretrained)
     else:
