@@ -116,7 +116,7 @@ def _run(model: nn.Module, inputs: Inputs, job: Job, folder: Path, overwrite: bo
         outcome = Outcome(
             planned, small, saved, compared, recovered, before, cut, after, outputs, missing, clock.seconds
         )
-        write_json(folder / RECORD, plain(summary(outcome, job)))
+        write_json(folder / RECORD, plain({**summary(outcome, job), "folder": folder.name}))
     return outcome
 
 

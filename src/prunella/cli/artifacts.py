@@ -56,13 +56,15 @@ def report(
     from prunella.cli.run import run_text
     from prunella.errors import BadInput
     from prunella.io.json import read_object
+    from prunella.io.untrusted import check_links
 
+    check_links(folder)
     page, record = folder / "report.html", folder / "run.json"
     if not page.is_file() and (open_page or not record.is_file()):
         raise BadInput(f"no report in {folder}", "there is no report.html", "give a folder that `prunella run` wrote")
     result: dict[str, Any] = {"page": str(page.resolve()) if page.is_file() else None}
     if record.is_file():
-        result |= read_object(record, todo="run it again", allow_nan=True).data
+        result |= {**read_object(record, todo="run it again", allow_nan=True).data, "folder": str(folder)}
     try:
         text = run_text(result, folder)
     except (ValueError, TypeError, KeyError) as error:

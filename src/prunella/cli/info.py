@@ -75,7 +75,8 @@ def methods(
     if kind is not None and kind not in kinds:
         from prunella.errors import RequestError, near_names
 
-        why = near_names(kind, kinds) or f"known are {', '.join(kinds)}"
+        near = near_names(kind, kinds)
+        why = f"known are {', '.join(kinds)}{f'; {near}' if near else ''}"
         raise RequestError(f"unknown kind {kind!r}", why, "for example prunella methods criterion")
     found = [method for method in found if kind in (None, method.kind)]
     rows = [(m.name, m.kind, m.status, ", ".join(m.needs) or "-", m.source) for m in found]

@@ -42,6 +42,7 @@ from prunella.io.origin import Factory
 from prunella.io.per_layer import per_layer_config
 from prunella.io.plan_file import read_size, save_plan
 from prunella.io.state import State, fill_, read_state, read_tensors, write_tensors
+from prunella.io.untrusted import check_links
 from prunella.measure.text import byte_size
 from prunella.model.unwrap import unwrap
 from prunella.planning.plan import Plan
@@ -165,6 +166,7 @@ def _rebuilt(origin: Mapping[str, Any], factory: Factory | None, folder: Path) -
 def read_manifest(folder: Path) -> Fields:
     """The manifest of an artefact. Errors: BadInput when there is none, it is broken, or of a newer format."""
     file = folder / MARKER
+    check_links(folder)
     if not file.is_file():
         why = f"it has no {MARKER}" if folder.is_dir() else "there is no such folder"
         raise BadInput(f"{folder} is not a finished artefact of prunella", why, "write it again with prunella.save")
@@ -207,8 +209,7 @@ def _origin(
     origin = origins.describe(model, factory, kwargs, model if dense is None else dense)
     config = Path(source) / "config.json" if source is not None else None
     if origin["kind"] == "transformers" and dense is None and config is not None and config.is_file():
-        changes = dict(read_config(config, todo="give the folder of the dense model").data)
-        changes.pop("auto_map", None)
+        changes = origins.passed_on(read_config(config, todo="give the folder of the dense model").data)
         # The folder has only what differs from the defaults; sizes that pruning changed are all among the rest.
         origin["config"] = {**origin["config"], **changes}
     return origin

@@ -15,6 +15,7 @@ import os
 import sqlite3
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
+from functools import cache
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -210,6 +211,21 @@ def _check_head(path: Path, database: sqlite3.Connection) -> None:
         raise BadInput(f"{path} is of a newer prunella", why, "install that version, or choose another folder")
     if form != FORMAT:
         raise _damaged(path, f"it says that its format is {form}, which there never was")
+    if _objects(database) != _own_objects():
+        raise _damaged(path, "it holds other tables, or views and triggers, which run when they are read")
+
+
+def _objects(database: sqlite3.Connection) -> set[tuple[Any, ...]]:
+    """The tables, views and triggers of a database, as they were declared."""
+    database.execute("PRAGMA trusted_schema = OFF")
+    return set(database.execute("SELECT type, name, tbl_name, sql FROM sqlite_master LIMIT 100"))
+
+
+@cache
+def _own_objects() -> set[tuple[Any, ...]]:
+    with closing(sqlite3.connect(":memory:")) as database:
+        database.executescript(_SCHEMA)
+        return _objects(database)
 
 
 def _refuse_former(folder: Path) -> None:

@@ -7,6 +7,7 @@ lies below them. It imports nothing heavy; `rich` is imported by the first table
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Collection, Sequence
 
 from prunella.errors import printable
@@ -52,6 +53,17 @@ def fitted(text: str, width: int) -> str:
 
     lines = text.split("\n")
     return "\n".join(x if cell_len(x) <= width else set_cell_size(x, max(width - 1, 0)).rstrip() + "…" for x in lines)
+
+
+_PATH = re.compile(r"(?<![\w./~:\\-])(?:~?/|~\\|[A-Za-z]:[\\/])(?:[^\s/\\'\"<>|:;,()]+[/\\])+")
+
+
+def without_folders(text: str) -> str:
+    """The text with absolute paths cut to the names of their files: folders name people and machines.
+
+    For records and reports, which are passed on.
+    """
+    return _PATH.sub("", text)
 
 
 def significant(value: float, digits: int = 4) -> str:

@@ -11,6 +11,7 @@ from prunella.io.card import Card, write_card
 from prunella.io.files import writing
 from prunella.io.huggingface import COMPANIONS
 from prunella.io.json import plain, read_config, write_json
+from prunella.io.origin import passed_on
 from prunella.io.tensor_file import INDEX, open_tensors
 from prunella.llm.blockwise import Solving
 from prunella.llm.streaming.runner import StreamingRun
@@ -41,8 +42,7 @@ def finish(run: StreamingRun, folder: Path, solving: Solving, seconds: float) ->
         "seconds": seconds,
     }
     write_json(folder / RECORD, plain(record))
-    config = dict(read_config(run.source / CONFIG).data)
-    config.pop("auto_map", None)  # no code is copied, so none is named
+    config = passed_on(read_config(run.source / CONFIG).data)  # no code is copied, so none is named
     write_card(folder, card_of(run, solving))
     write_json(folder / CONFIG, config, allow_nan=True)
 
