@@ -59,7 +59,7 @@ def test_names_in_a_plan_do_not_reach_the_terminal(prunella: Run, tmp_path: Path
         assert "\\x1b]0;owned" in shown.out or "\\u001b]0;owned" in shown.out
     assert json.loads(prunella("show", str(file), "--json").out)["rows"][0]["name"] == NAME  # as data it is what it was
     assert clean(str(plan))
-    page = render_page(pr.report(model, pr.shrink(model, plan), torch.ones(2, 16), plan=plan, rounds=3))
+    page = render_page(pr.report(model, pr.shrink(model, plan), torch.ones(2, 16), plan=plan, rounds=5))
     assert not any(mark in page for mark in MARKS) and "<script" not in page and "\\x1b]0;owned" in page
 
 

@@ -18,7 +18,7 @@ def read_record(kind: type[T], data: Any) -> T:
     """The dataclass `kind` with the fields in `data`. Errors: ValueError, which names the field and what was found."""
     if not isinstance(data, Mapping):
         raise ValueError(f"{kind.__name__} is {_shown(data)}, not an object")
-    hints = _hints(kind)
+    hints: dict[str, tuple[Any, bool]] = _hints(kind)  # type: ignore[arg-type]
     if unknown := sorted(str(key) for key in data if key not in hints):
         raise ValueError(f"{kind.__name__} has no field {unknown[0]!r}")
     if missing := [name for name, (_, needed) in hints.items() if needed and name not in data]:
@@ -32,7 +32,7 @@ def _hints(kind: type) -> dict[str, tuple[Any, bool]]:
     hints = get_type_hints(kind)
     return {
         field.name: (hints[field.name], field.default is MISSING and field.default_factory is MISSING)
-        for field in fields(kind)  # type: ignore[arg-type]
+        for field in fields(kind)
     }
 
 
