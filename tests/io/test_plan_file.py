@@ -146,3 +146,11 @@ def test_what_the_text_of_a_plan_says_is_in_the_digest(tmp_path: Path) -> None:
         path.write_bytes(data.replace(old, new))
         with pytest.raises(BadInput, match="damaged"):
             load_plan(path)
+
+
+def test_a_cut_of_a_module_that_the_model_does_not_have_is_misuse_not_a_bug() -> None:
+    """Found by fuzzing: a name such as `../x` was looked up among the modules before anything checked it."""
+    model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.Linear(16, 4))
+    changes = Changes(cuts={"../x": {0: torch.tensor([0])}})
+    with pytest.raises(RequestError):
+        shrink(model, dataclasses.replace(make_plan(), changes=changes, masks={}, weights={}, keep={}))
