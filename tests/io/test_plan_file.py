@@ -21,6 +21,7 @@ from prunella.planning.accounting import Amount, Row
 from prunella.planning.plan import Plan
 from prunella.planning.recipe import Recipe
 from prunella.targets import MACs
+from prunella.transform.shrink import shrink
 
 DATA = Path(__file__).parent / "data"
 
@@ -153,4 +154,4 @@ def test_a_cut_of_a_module_that_the_model_does_not_have_is_misuse_not_a_bug() ->
     model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.Linear(16, 4))
     changes = Changes(cuts={"../x": {0: torch.tensor([0])}})
     with pytest.raises(RequestError):
-        shrink(model, dataclasses.replace(make_plan(), changes=changes, masks={}, weights={}, keep={}))
+        shrink(model, replace(make_plan(), changes=changes, masks={}, weights={}, keep={}))
