@@ -49,7 +49,9 @@ kernels: ## build the sparse kernels into src/, as an installation does (needs c
 	cmake -S . -B build/kernels
 	cmake --build build/kernels --parallel 2
 
-fuzz: $(VENV)/.stamp-test ## hostile input to the kernels under AddressSanitizer and UBSan, for a minute
+fuzz: $(VENV)/.stamp-test ## hostile files for every reader, hostile input to the kernels under sanitizers, a minute each
+	$(SAY) "fuzzing the readers"
+	OMP_NUM_THREADS=1 PRUNELLA_FUZZ_SECONDS=$${PRUNELLA_FUZZ_SECONDS:-60} $(BIN)/python -m pytest tests/fuzz
 	$(SAY) "fuzzing the kernels"
 	PRUNELLA_FUZZ_SECONDS=$${PRUNELLA_FUZZ_SECONDS:-60} $(BIN)/python -m pytest tests/runtime/kernels/test_fuzz.py
 

@@ -25,7 +25,8 @@ import torch
 from torch import Tensor
 
 from prunella.io.files import write_atomic
-from prunella.llm.streaming.shards import INDEX, read_folder, shard_name, write_shard
+from prunella.io.tensor_file import INDEX, read_folder
+from prunella.llm.streaming.shards import shard_name, write_shard
 
 RESULTS = Path(__file__).parent / "results" / "streaming.json"
 

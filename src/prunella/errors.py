@@ -16,14 +16,39 @@ PruningError                        exit code of the command line
 
 from __future__ import annotations
 
+import difflib
 import errno
 import re
+import unicodedata
+from collections.abc import Iterable
 
 _FULL = frozenset((errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)))
 _MEMORY = ("can't allocate memory", "CUDA out of memory")
 _SYSTEM = re.compile(r"\(os error (\d+)\)")
 _SHORT_WRITE = ("unexpected pos", "database or disk is full")
 """Messages of torch's archive writer and of SQLite after an incomplete write."""
+
+
+def printable(text: str) -> str:
+    """The text as a terminal may show it: names come from files, and a control character in one would be obeyed.
+
+    Escape, carriage return, marks that turn the direction of writing, half characters and all else that is not shown
+    as itself become `\\x1b`, `\\r`, `\\u202e`. Ends of lines stay.
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c == "\n" or unicodedata.category(c) == "Zs" else _escaped(c) for c in text)
+
+
+def _escaped(character: str) -> str:
+    return "    " if character == "\t" else character.encode("unicode_escape").decode()
+
+
+def near_names(name: str, known: Iterable[str], cutoff: float = 0.5) -> str:
+    """`did you mean magnitude or magnitude_global?`, of the nearest known names; empty if none is near."""
+    names = {entry.lower(): entry for entry in known}
+    near = difflib.get_close_matches(name.lower(), list(names), 3, cutoff)
+    return f"did you mean {' or '.join(names[entry] for entry in near)}?" if near else ""
 
 
 class PruningError(Exception):
@@ -43,8 +68,8 @@ class PruningError(Exception):
     exit_code = 70
 
     def __init__(self, what: str, why: str = "", todo: str = "") -> None:
-        self.what, self.why, self.todo = what, why, todo
-        super().__init__("\n".join(part for part in (what, why, todo) if part))
+        self.what, self.why, self.todo = printable(what), printable(why), printable(todo)
+        super().__init__("\n".join(part for part in (self.what, self.why, self.todo) if part))
 
 
 class RequestError(PruningError, ValueError):

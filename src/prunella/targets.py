@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from prunella.errors import RequestError
+from prunella.errors import RequestError, near_names
 
 if TYPE_CHECKING:
     from prunella.measure.timing import Timing
@@ -182,9 +182,11 @@ def parse_target(text: str) -> Target:
     name, suffix = (match[1].lower(), match[3].lower()) if match else ("", "")
     suffixes = {"": 1.0, "%": 0.01, **_TIMES} if name == "latency" else _SUFFIX
     if not match or name not in _KINDS or suffix not in suffixes or (of_model and name != "sparsity"):
+        asked = text.partition("=")[0].strip()
+        near = "" if asked in _KINDS else near_names(asked, _KINDS)
         raise RequestError(
             f"cannot read the target {text!r}",
-            f"a target is NAME=NUMBER with NAME one of {', '.join(_KINDS)}",
+            f"a target is NAME=NUMBER with NAME one of {', '.join(_KINDS)}{f'; {near}' if near else ''}",
             "for example --target macs=0.5 or --target params=2.5M",
         )
     try:

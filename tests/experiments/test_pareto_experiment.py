@@ -202,7 +202,7 @@ def test_a_dense_model_with_other_weights_is_not_taken_for_the_one_that_is_known
 
 
 def test_the_model_of_every_seed_counts(tmp_path: Path) -> None:
-    moved = replace(STUDY, make=parts.make_moved_later)
+    moved = replace(EXPERIMENT, make=parts.make_moved_later)
     pareto(moved, tmp_path / "run", ratios=(2,), seeds=(0, 1))
     before = records(tmp_path / "run")
     module._dense.cache_clear()

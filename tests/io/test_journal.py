@@ -270,3 +270,35 @@ def test_a_process_that_ends_lets_the_next_one_in(tmp_path: Path) -> None:
         assert f"Locked: {tmp_path / NAME} is in use" in done.stderr and time.monotonic() - start < 60
     written(tmp_path, 1)
     assert values(tmp_path) == {"key 0": {"value": 0.0, "name": ""}}
+
+
+@pytest.mark.parametrize(
+    "hostile",
+    [
+        "DROP TABLE records; CREATE VIEW records AS WITH RECURSIVE r(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM r) "
+        "SELECT n AS number, 'a' AS identity, 'b' AS key, '{}' AS payload, '' AS chain FROM r",
+        "CREATE TRIGGER t AFTER INSERT ON records BEGIN DELETE FROM records; END",
+        "CREATE TABLE more (x)",
+    ],
+    ids=["a view without end", "a trigger", "another table"],
+)
+def test_a_journal_with_views_or_triggers_is_damaged_and_stays(tmp_path: Path, hostile: str) -> None:
+    written(tmp_path)
+    with closing(sqlite3.connect(tmp_path / NAME)) as database:
+        database.executescript(hostile)
+    before = (tmp_path / NAME).read_bytes()
+    start = time.process_time()
+    with pytest.raises(BadInput, match="is damaged"):
+        values(tmp_path)
+    assert time.process_time() - start < 1 and (tmp_path / NAME).read_bytes() == before
+
+
+def test_the_notes_of_somebody_else_in_place_of_a_journal_are_kept(tmp_path: Path) -> None:
+    """The journals of 0.1 emptied such a file: whatever lies there is refused and stays, to the last byte."""
+    for name, content in ((NAME, b"my notes, line 1\nmy notes, line 2\n"), ("journal.jsonl", b"my notes\n")):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / name).write_bytes(content)
+        with pytest.raises(PruningError):
+            values(folder)
+        assert (folder / name).read_bytes() == content and [file.name for file in folder.iterdir()] == [name]

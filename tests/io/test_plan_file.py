@@ -21,6 +21,7 @@ from prunella.planning.accounting import Amount, Row
 from prunella.planning.plan import Plan
 from prunella.planning.recipe import Recipe
 from prunella.targets import MACs
+from prunella.transform.shrink import shrink
 
 DATA = Path(__file__).parent / "data"
 
@@ -114,7 +115,7 @@ def test_masks_are_packed_to_bits(tmp_path: Path) -> None:
 def test_a_truncated_file_is_refused(tmp_path: Path, cut: int) -> None:
     path = save_plan(make_plan(), tmp_path / "p")
     path.write_bytes(path.read_bytes()[:cut])
-    with pytest.raises(BadInput, match="broken or cut short"):
+    with pytest.raises(BadInput, match="truncated or damaged"):
         load_plan(path)
 
 
@@ -155,3 +156,11 @@ def test_what_the_text_of_a_plan_says_is_in_the_digest(tmp_path: Path) -> None:
         path.write_bytes(data.replace(old, new))
         with pytest.raises(BadInput, match="damaged"):
             load_plan(path)
+
+
+def test_a_cut_of_a_module_that_the_model_does_not_have_is_misuse_not_a_bug() -> None:
+    """Found by fuzzing: a name such as `../x` was looked up among the modules before anything checked it."""
+    model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.Linear(16, 4))
+    changes = Changes(cuts={"../x": {0: torch.tensor([0])}})
+    with pytest.raises(RequestError):
+        shrink(model, replace(make_plan(), changes=changes, masks={}, weights={}, keep={}))

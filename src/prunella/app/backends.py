@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from prunella.errors import PruningError, RequestError
+from prunella.errors import PruningError, RequestError, near_names
 from prunella.io.export import export
 from prunella.measure.machine import cpu_name
 from prunella.measure.timing import Comparison, compare_latency
@@ -92,6 +92,7 @@ def bench(
     unknown = sorted(set(backends) - set(BACKENDS))
     if unknown or min([*batches, *threads, 1]) < 1 or not batches:
         why = f"got {', '.join(unknown) or 'a batch or thread number below 1'}"
+        why += f"; {near}" if unknown and (near := near_names(unknown[0], BACKENDS)) else ""
         raise RequestError("this cannot be measured", why, f"backends are {', '.join(BACKENDS)}")
     rows, left, said = list[Timed](), dict[str, str](), ""
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

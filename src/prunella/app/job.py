@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 
 from torch import nn
 
-from prunella.errors import RequestError
+from prunella.errors import RequestError, near_names
 from prunella.planning.recipe import Recipe
 from prunella.targets import Target
 from prunella.types import Loss
@@ -42,6 +42,8 @@ def _read_step(text: str) -> RecoveryStep:
     trained = kind in ("distill", "finetune")
     if kind not in _KINDS or bool(number) != trained or (trained and not (number.isdigit() and int(number))):
         why = "a step is bn, reconstruct, distill:STEPS or finetune:STEPS"
+        near = "" if kind in _KINDS else near_names(kind, _KINDS)
+        why += f"; {near}" if near else ""
         raise RequestError(f"cannot read the recovery {text!r}", why, "for example bn,reconstruct,distill:200")
     return RecoveryStep(_KINDS[kind], int(number or 0))
 

@@ -25,7 +25,7 @@ from prunella.io.artifact import Saved, drafted
 from prunella.io.json import plain, write_json
 from prunella.io.lock import locked
 from prunella.io.space import check_apart, check_output_folder, check_space
-from prunella.io.tensor_file import size_of
+from prunella.io.tensor_writer import size_of
 from prunella.measure.clock import now, since
 from prunella.model.copying import copied
 from prunella.model.forward import first_tensor, forward
@@ -119,7 +119,8 @@ def _run(
         outcome = Outcome(
             planned, small, draft.saved, compared, recovered, before, cut, after, outputs, missing, clock.seconds
         )
-        stages.finish(write_json(draft.folder / RECORD, plain(summary(outcome, job))))
+        record = {**summary(outcome, job), "folder": folder.name}
+        stages.finish(write_json(draft.folder / RECORD, plain(record)))
     return replace(outcome, saved=draft.saved)
 
 

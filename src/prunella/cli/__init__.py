@@ -12,11 +12,11 @@ from types import FrameType
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; always ends in `SystemExit` with the exit code of the documentation."""
-    from prunella.cli.app import app, help_of
-    from prunella.cli.console import reader_may_leave
+    from prunella.cli.console import prepare_streams
 
     if arguments is None:
         arguments = sys.argv[1:]
+        prepare_streams()
         if not sys.warnoptions:  # warnings of other libraries are not the user's to read; python -W shows them
             warnings.simplefilter("ignore")
             for library in ("torchao", "torch.utils._pytree"):
@@ -25,11 +25,27 @@ def main(arguments: Sequence[str] | None = None) -> None:
     words = list(arguments)
     if "--debug" in words:  # wherever it stands
         words = ["--debug", *(word for word in words if word != "--debug")]
-    if words and words[-1] == "--help" and (text := help_of(words[0])):
+    raise SystemExit(_run(words))
+
+
+def _run(words: list[str]) -> int:
+    """Do what the words say; the exit code."""
+    from prunella.cli.app import help_of, parse_and_run
+    from prunella.cli.console import reader_may_leave, report_error
+
+    code = 0
+    try:
         with reader_may_leave():
-            print(text, flush=True)
-        raise SystemExit(0)
-    app(words, prog_name="prunella")
+            if words and words[-1] == "--help" and (text := help_of(words[0])):
+                print(text)
+            else:
+                code = parse_and_run(words)
+            sys.stdout.flush()
+    except SystemExit as ended:
+        code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+    except BaseException as error:
+        code = report_error(error, {"as_json": "--json" in words})
+    return code
 
 
 def end_as_interrupted() -> None:

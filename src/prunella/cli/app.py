@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import os
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 import typer
 
 from prunella._version import __version__
 from prunella.cli import artifacts, bench, experiments, info, make
-from prunella.cli.console import guarded
+from prunella.cli.console import INTERRUPTED, guarded, report_usage
 from prunella.cli.llm import llm
 from prunella.cli.options import flat
 from prunella.cli.run import run
@@ -66,6 +68,31 @@ for verb in (
     artifacts.report,
 ):
     app.command(verb.__name__.rstrip("_"))(guarded(flat(verb)))
+
+
+def parse_and_run(words: Sequence[str]) -> int:
+    """Parse the words and run the verb; the exit code. A line that cannot be parsed is told, as JSON if asked for."""
+    group: Any = typer.main.get_command(app)
+    try:
+        with group.make_context("prunella", list(words)) as context:
+            group.invoke(context)
+    except typer.Exit as ended:
+        return ended.exit_code
+    except typer.Abort:
+        return INTERRUPTED
+    except _UsageError as error:
+        return report_usage(error.format_message(), _shown(error), as_json="--json" in words)
+    return 0
+
+
+_UsageError: type[Any] = typer.BadParameter.__base__  # type: ignore[assignment]
+
+
+def _shown(error: Any) -> str:
+    """What the parser says of a usage error: how the verb is used, and what is wrong."""
+    text = io.StringIO()
+    error.show(text)
+    return text.getvalue().rstrip()
 
 
 def help_of(verb: str) -> str | None:

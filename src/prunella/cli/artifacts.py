@@ -56,13 +56,15 @@ def report(
     from prunella.app.record import read_record
     from prunella.cli.run import run_text
     from prunella.errors import BadInput
+    from prunella.io.untrusted import check_links
 
+    check_links(folder)
     page, record = folder / "report.html", read_record(folder)
     if not page.is_file() and (open_page or record is None):
         raise BadInput(f"no report in {folder}", "there is no report.html", "give a folder that `prunella run` wrote")
     result: dict[str, Any] = {"page": str(page.resolve()) if page.is_file() else None}
     if record is not None:
-        result |= record.data
+        result |= {**record.data, "folder": str(folder)}
     try:
         text = run_text(result, folder)
     except (ValueError, TypeError, KeyError) as error:

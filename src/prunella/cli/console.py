@@ -1,21 +1,26 @@
-"""Where a verb meets the terminal: results to stdout, progress and errors to stderr, errors to exit codes."""
+"""Where a verb meets the terminal: results to stdout, progress and errors to stderr, errors to exit codes.
+
+Whatever is written here passes `printable`: names and messages may come from files, and from code of the user.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import functools
 import json
+import logging
 import os
 import re
+import shutil
 import sys
 import traceback
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ParamSpec
+from typing import IO, Any, ParamSpec
 
 import typer
 
-from prunella.errors import OutOfResources, PruningError, out_of_resources, system_error
+from prunella.errors import OutOfResources, PruningError, out_of_resources, printable, system_error
 from prunella.measure.clock import now, since
 
 P = ParamSpec("P")
@@ -38,7 +43,7 @@ class Trouble:
 
 
 def _one_line(text: object) -> str:
-    return " ".join(str(text).split())[:400]
+    return printable(" ".join(str(text).split())[:400])
 
 
 def explain_error(error: BaseException, options: Collection[str] = ()) -> Trouble:
@@ -96,24 +101,71 @@ def _option(name: str, value: str) -> str:
     return option if value in ("", "True") else f"{option} {value}"
 
 
-def _report_error(error: BaseException, options: Mapping[str, object]) -> int:
+def report_error(error: BaseException, options: Mapping[str, object]) -> int:
+    """Tell an error on stderr, and as JSON on stdout where that was asked for; the exit code."""
     trouble, as_json = explain_error(error, options), bool(options.get("as_json"))
     if debugging():
-        traceback.print_exception(error, file=sys.stderr)
-    lines = [f"prunella: {trouble.what}", *(f"  {part}" for part in (trouble.why, trouble.todo) if part)]
-    print("\n".join(lines), file=sys.stderr)
+        _tell("".join(traceback.format_exception(error)).rstrip())
+    _tell("\n".join([f"prunella: {trouble.what}", *(f"  {part}" for part in (trouble.why, trouble.todo) if part)]))
+    _print_trouble(trouble, as_json=as_json)
+    return trouble.code
+
+
+def report_usage(message: str, shown: str, *, as_json: bool) -> int:
+    """A command line that cannot be parsed: what the parser shows on stderr, and its message as JSON if asked for."""
+    _tell(shown)
+    _print_trouble(Trouble(_one_line(message), "", "see --help", MISUSE), as_json=as_json)
+    return MISUSE
+
+
+def _print_trouble(trouble: Trouble, *, as_json: bool) -> None:
     try:
         if as_json:
             print(json.dumps({"error": trouble.what, "why": trouble.why, "todo": trouble.todo, "exit": trouble.code}))
         sys.stdout.flush()
-    except OSError:  # stdout itself is on the full disk: the code says it
-        _drop_stdout()
-    return trouble.code
+    except OSError:  # stdout itself is on the full disk, or nobody reads it: the code says it
+        _drop(sys.stdout)
 
 
-def _drop_stdout() -> None:
+def _tell(text: str) -> None:
+    """Write to stderr. Where nobody reads it any more the work goes on."""
+    try:
+        print(printable(text), file=sys.stderr, flush=True)
+    except OSError:
+        _drop(sys.stderr)
+
+
+def _drop(stream: IO[str]) -> None:
     """What is left to be written goes nowhere, so that Python has nothing to report at its end."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def prepare_streams() -> None:
+    """Give the process streams that can be written to: one may be closed, or unable to show some characters.
+
+    Log records that no handler of the user takes are made printable too.
+    """
+    for name in ("stdout", "stderr"):
+        stream: Any = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+        elif hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    if logging.lastResort is not None:
+        logging.lastResort.setFormatter(_PrintableFormatter())
+
+
+class _PrintableFormatter(logging.Formatter):
+    """The message of a record, with nothing in it that a terminal would obey."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The text of a record, with its traceback if it has one."""
+        return printable(super().format(record))
+
+
+def terminal_width() -> int | None:
+    """Columns of the terminal that shows stdout; None where it is no terminal."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
 
 
 @contextlib.contextmanager
@@ -122,7 +174,7 @@ def reader_may_leave() -> Iterator[None]:
     try:
         yield
     except BrokenPipeError:
-        _drop_stdout()
+        _drop(sys.stdout)
 
 
 def guarded(function: Callable[P, None]) -> Callable[P, None]:
@@ -137,7 +189,7 @@ def guarded(function: Callable[P, None]) -> Callable[P, None]:
         except (typer.Exit, SystemExit):
             raise
         except BaseException as error:
-            raise typer.Exit(_report_error(error, kwargs)) from None
+            raise typer.Exit(report_error(error, kwargs)) from None
 
     return run
 
@@ -147,13 +199,24 @@ def emit(value: Mapping[str, Any] | Sequence[Any], text: str, *, as_json: bool) 
     if as_json:
         from prunella.io.json import plain  # late, as everything that the parser does without
 
-        text = json.dumps(plain(value), indent=2, ensure_ascii=False)
-    print(text)
+        text = _NOT_SHOWN.sub(_json_escape, json.dumps(plain(value), indent=2, ensure_ascii=False))
+    print(text if as_json else printable(text))
+
+
+_NOT_SHOWN = re.compile("[^\n -~]")
+
+
+def _json_escape(match: re.Match[str]) -> str:
+    """A character as it is if it can be shown, else as JSON spells it in ASCII."""
+    character = match[0]
+    if character.isprintable():
+        return character
+    return json.dumps(character)[1:-1] if ord(character) != 0x7F else "\\u007f"
 
 
 def note(text: str) -> None:
     """One line for people, on stderr."""
-    print(f"prunella: {text}", file=sys.stderr, flush=True)
+    _tell(f"prunella: {' '.join(text.splitlines())}")
 
 
 @contextlib.contextmanager
@@ -177,7 +240,8 @@ def _shown(text: str, parts: int) -> Iterator[Callable[..., None]]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
     bar = (BarColumn(24), MofNCompleteColumn()) if parts > 1 else ()
-    columns = SpinnerColumn(), TextColumn("{task.description}"), *bar, TimeElapsedColumn()
+    shown = TextColumn("{task.description}", markup=False)  # [brackets] in the name of a file are no style
+    columns = SpinnerColumn(), shown, *bar, TimeElapsedColumn()
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task(text, total=parts)
+        task = progress.add_task(printable(text), total=parts)
         yield lambda *_: progress.advance(task)

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from prunella.cli import options
-from prunella.cli.console import emit, note, stage
-from prunella.measure.text import byte_size, duration, interval, percent, ratio, short_count, table
+from prunella.cli.console import emit, note, stage, terminal_width
+from prunella.measure.text import byte_size, duration, fitted, interval, percent, ratio, short_count, table
 
 if TYPE_CHECKING:
     from prunella.app.doctor import Checkup
@@ -77,15 +77,16 @@ def methods(
     found = catalogue.methods()
     kinds = sorted({method.kind for method in found})
     if kind is not None and kind not in kinds:
-        from prunella.errors import RequestError
+        from prunella.errors import RequestError, near_names
 
-        raise RequestError(
-            f"unknown kind {kind!r}", f"known are {', '.join(kinds)}", "for example prunella methods criterion"
-        )
+        near = near_names(kind, kinds)
+        why = f"known are {', '.join(kinds)}{f'; {near}' if near else ''}"
+        raise RequestError(f"unknown kind {kind!r}", why, "for example prunella methods criterion")
     found = [method for method in found if kind in (None, method.kind)]
     rows = [(m.name, m.kind, m.status, ", ".join(m.needs) or "-", m.source) for m in found]
     data = [catalogue.describe(method) for method in found]
-    emit(data, table(("name", "kind", "status", "needs", "source"), rows), as_json=as_json)
+    text = table(("name", "kind", "status", "needs", "source"), rows)
+    emit(data, text if (width := terminal_width()) is None else fitted(text, width), as_json=as_json)
 
 
 def explain(

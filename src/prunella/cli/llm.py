@@ -158,12 +158,13 @@ def _read(model: str, zeros: Zeros, text: Text) -> tuple[Path, OneShot, list[Any
 def llm_recipe(name: str, pattern: str | None, sparsity: float | None) -> OneShot:
     """A preset at what the command line asks for; half of the weights if it says nothing."""
     from prunella.cli.parse import read_pattern
-    from prunella.errors import RequestError
+    from prunella.errors import RequestError, near_names
     from prunella.granularity import NM, Element
     from prunella.llm.presets import PRESETS
 
     if name not in PRESETS:
-        raise RequestError(f"there is no recipe {name!r} for language models", "", f"one of {', '.join(PRESETS)}")
+        why = near_names(name, PRESETS)
+        raise RequestError(f"there is no recipe {name!r} for language models", why, f"one of {', '.join(PRESETS)}")
     zeros = read_pattern(pattern) if pattern else Element()
     if isinstance(zeros, NM) and sparsity not in (None, zeros.sparsity):
         why = f"{pattern} removes {zeros.sparsity:g} of every layer"

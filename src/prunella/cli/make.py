@@ -26,11 +26,13 @@ def demo(
     from prunella.app.demo import Which, run_demo
     from prunella.app.run import summary
     from prunella.cli.run import run_text
-    from prunella.errors import RequestError
+    from prunella.errors import RequestError, near_names
 
     which: dict[str, Which] = {name: name for name in get_args(Which)}
     if model not in which:
-        raise RequestError(f"there is no demo {model!r}", f"it is one of {', '.join(which)}", "leave --model out")
+        near = near_names(model, which)
+        why = f"it is one of {', '.join(which)}{f'; {near}' if near else ''}"
+        raise RequestError(f"there is no demo {model!r}", why, "leave --model out")
     job, outcome = run_demo(output, model=which[model], target=target, seed=seed, overwrite=overwrite, stage=stage)
     result = summary(outcome, job)
     emit(result, run_text(result, output), as_json=as_json)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from prunella.cli import options
 from prunella.cli.console import emit, stage
+from prunella.measure.text import without_folders
 
 if TYPE_CHECKING:
     from prunella.app.job import Job
@@ -66,8 +67,15 @@ def _job(
         only=method.only or (),
         factory=None if program else parse.factory_of(source.model),
         source=source.model if Path(source.model).is_dir() and not program else None,
-        command=shlex.join(["prunella", *sys.argv[1:]]),
+        command=shlex.join(["prunella", *map(_named, sys.argv[1:])]),
     )
+
+
+def _named(word: str) -> str:
+    """A word of the command line for the record: of an absolute path the last name, since folders name people."""
+    option, mark, value = word.rpartition("=") if word.startswith("-") else ("", "", word)
+    path = Path(value).expanduser()
+    return f"{option}{mark}{path.name if path.is_absolute() else without_folders(value)}"
 
 
 def run_text(result: dict[str, Any], folder: Path) -> str:

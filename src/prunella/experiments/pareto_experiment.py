@@ -27,12 +27,13 @@ from torch import Tensor, nn
 from prunella._version import __version__
 from prunella.allocation import global_, uniform
 from prunella.criteria import magnitude, random
-from prunella.errors import BadInput, Interrupted, PruningError, RequestError
+from prunella.errors import BadInput, Interrupted, PruningError, RequestError, printable
 from prunella.granularity import Element, Granularity
 from prunella.io.files import write_atomic
 from prunella.io.identity import Identity, identify, model_parts
 from prunella.io.journal import Journal, open_journal
 from prunella.io.load import load_object
+from prunella.measure.text import without_folders
 from prunella.model.copying import copied
 from prunella.model.masks import finalize
 from prunella.model.rng import seed_rng_, seeded
@@ -252,9 +253,11 @@ def _cell(task: _Task) -> Cell:
         with _alone(task.seed):
             return _run(task, empty)
     except PruningError as error:
-        return replace(empty, error=" ".join(f"{type(error).__name__}: {error.what}: {error.why}".split())[:600])
+        told = " ".join(f"{type(error).__name__}: {error.what}: {error.why}".split())[:600]
+        return replace(empty, error=without_folders(told))
     except Exception as error:
-        return replace(empty, error=f"{_USER}{type(error).__name__}: {str(error)[:400]}")
+        told = " ".join(f"{type(error).__name__}: {str(error)[:400]}".split())
+        return replace(empty, error=_USER + printable(without_folders(told)))
 
 
 _USER = "a function of the experiment raised "

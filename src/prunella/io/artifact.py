@@ -45,7 +45,7 @@ from prunella.io.per_layer import per_layer_config
 from prunella.io.plan_file import read_size, save_plan
 from prunella.io.space import check_apart, check_space
 from prunella.io.state import State, fill_, read_state, read_tensors, write_tensors
-from prunella.io.tensor_file import size_of as bytes_of
+from prunella.io.tensor_writer import size_of as bytes_of
 from prunella.measure.text import byte_size
 from prunella.model.unwrap import unwrap
 from prunella.planning.config_search import (
@@ -225,8 +225,7 @@ def _origin(
     origin = origins.describe(model, factory, kwargs, model if dense is None else dense)
     config = Path(source) / "config.json" if source is not None else None
     if origin["kind"] == "transformers" and dense is None and config is not None and config.is_file():
-        changes = dict(read_config(config, todo="give the folder of the dense model").data)
-        changes.pop("auto_map", None)
+        changes = origins.passed_on(read_config(config, todo="give the folder of the dense model").data)
         # The folder has only what differs from the defaults; sizes that pruning changed are all among the rest.
         origin["config"] = {**origin["config"], **changes}
     return origin

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import html
 import json
+import re
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from string import Template
 
 from prunella._version import __version__
+from prunella.errors import printable
 from prunella.io.files import write_atomic
 from prunella.measure.text import significant
 
@@ -61,8 +63,9 @@ def render_card(card: Card) -> str:
 
 
 def _escaped(text: str) -> str:
-    return html.escape(_line(text))
+    """Text in a table of Markdown: no tags, no links, no other cells."""
+    return re.sub(r"[|`\[\]]", lambda match: f"&#{ord(match[0])};", html.escape(_line(text)))
 
 
 def _line(text: str) -> str:
-    return " ".join(text.split())
+    return printable(" ".join(text.split()))

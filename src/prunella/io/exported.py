@@ -18,9 +18,10 @@ import torch
 from torch import nn
 from torch.export import ExportedProgram
 
-from prunella.errors import BadInput, out_of_resources
+from prunella.errors import BadInput
 from prunella.graph.program.literals import module_of
 from prunella.io.json import LARGEST, decode
+from prunella.io.untrusted import check_archive, check_regular, unreadable
 
 # torch logs each part it reads at warning level
 _LOGGERS = ("torch.export", "torch.export.pt2_archive._package", "torch._export.serde.serialize")
@@ -47,6 +48,7 @@ def load_exported(path: Path, *, allow_pickle: bool = False) -> tuple[nn.Module,
     """
     if not path.is_file():
         raise BadInput(f"no file at {path}", "", "give a .pt2 file written by torch.export.save")
+    check_archive(check_regular(path, f"cannot read {path}"), todo="export it again")
     if not allow_pickle:
         _refuse_pickles(path)
     program = _read(path)
@@ -62,9 +64,7 @@ def _read(path: Path) -> ExportedProgram:
     try:
         return torch.export.load(str(path))
     except Exception as error:  # the reader has no error type of its own
-        why = f"{type(error).__name__}: {error}"
-        todo = "export it again with this version of torch"
-        raise out_of_resources(error) or BadInput(f"cannot read {path}", why, todo) from error
+        raise unreadable(error, path, f"cannot read {path}", "export it again with this version of torch") from None
 
 
 def _names(path: Path, word: bytes) -> bool:
@@ -72,7 +72,7 @@ def _names(path: Path, word: bytes) -> bool:
     if not zipfile.is_zipfile(path):
         return False
     with zipfile.ZipFile(path) as archive:
-        return any(word in archive.read(name) for name in archive.namelist() if name.endswith(".json"))
+        return any(word in _part(archive, name) for name in archive.namelist() if name.endswith(".json"))
 
 
 def _refuse_pickles(path: Path) -> None:
@@ -80,7 +80,7 @@ def _refuse_pickles(path: Path) -> None:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
             suspects = [name for name in archive.namelist() if not _harmless(archive, name)]
-    except (zipfile.BadZipFile, ValueError, EOFError) as error:
+    except (zipfile.BadZipFile, ValueError, EOFError, OSError, NotImplementedError) as error:
         raise BadInput(f"cannot read {path}", f"truncated or damaged: {error}", "export it again") from error
     if damaged:
         raise BadInput(f"cannot read {path}", f"{damaged} is damaged", "export it again")

@@ -9,12 +9,14 @@ found. A file that cannot be read is an error, and stays as it is. One process a
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
 import sqlite3
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
+from functools import cache
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -52,6 +54,10 @@ _MAGIC = b"SQLite format 3\0"
 _OURS = {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_PERM, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_IOERR,
          sqlite3.SQLITE_FULL, sqlite3.SQLITE_CANTOPEN}  # fmt: skip
 """Errors of the disk or its permissions; any other is one of the file."""
+_WRITES = {sqlite3.SQLITE_IOERR_WRITE, sqlite3.SQLITE_IOERR_SHMSIZE, sqlite3.SQLITE_IOERR_FSYNC,
+           sqlite3.SQLITE_IOERR_TRUNCATE}  # fmt: skip
+"""SQLite hides the number of the system's error: a limit of the size of files, a quota, a disk that takes no more."""
+_NO_ROOM = "the system takes no more bytes of it: the disk, a quota or the limit of the size of files (ulimit -f)"
 
 
 class Journal:
@@ -258,7 +264,22 @@ def _check_format(path: Path, database: sqlite3.Connection) -> int:
     has_head = bool(database.execute("SELECT count(*) FROM sqlite_master WHERE name = 'head'").fetchone()[0])
     if form not in (2, FORMAT) or has_head != (form == FORMAT):
         raise _damaged(path, f"it says that its format is {form}, which there never was")
+    if _objects(database) != _own_objects(int(form)):
+        raise _damaged(path, "it holds other tables, or views and triggers, which run when they are read")
     return int(form)
+
+
+def _objects(database: sqlite3.Connection) -> set[tuple[Any, ...]]:
+    """The tables, views and triggers of a database, as they were declared."""
+    database.execute("PRAGMA trusted_schema = OFF")
+    return set(database.execute("SELECT type, name, tbl_name, sql FROM sqlite_master LIMIT 100"))
+
+
+@cache
+def _own_objects(form: int) -> set[tuple[Any, ...]]:
+    with closing(sqlite3.connect(":memory:")) as database:
+        database.executescript(_SCHEMA + (_HEAD if form > 2 else ""))
+        return _objects(database)
 
 
 def _refuse_former(folder: Path) -> None:
@@ -315,9 +336,12 @@ def _told(path: Path) -> Iterator[None]:
     try:
         yield
     except sqlite3.Error as error:
-        code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT) & 0xFF
+        whole = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT)
+        code = whole & 0xFF
         if code == sqlite3.SQLITE_IOERR:  # SQLite keeps the system's number to itself: it shows in a file beside
             _try_to_write(path)
+        if whole in _WRITES:
+            raise system_error(OSError(errno.EFBIG, _NO_ROOM), f"cannot write {path}", "") from error
         if code in _OURS:
             todo = "check the disk and its permissions"
             raise system_error(error, f"cannot write {path}", todo, kind=RequestError) from error

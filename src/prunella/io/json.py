@@ -4,8 +4,9 @@
     fields.integer("format", low=1)             # BadInput names the file, the key, what was found and expected
     fields.section("origin").text("kind")
 
-A reader refuses text that is too long or too deep, is not UTF-8, goes on after its end, holds a key twice, or holds NaN
-or an infinity. The last are no JSON, but Python writes them; a caller who has to read them asks for it.
+A reader refuses text that is too long or too deep, would take too much memory, is not UTF-8, goes on after its end,
+holds a key twice or one with half a character, or holds NaN or an infinity. The last are no JSON, but Python writes
+them; a caller who has to read them asks for it.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,11 +22,16 @@ from typing import Any
 
 from prunella.errors import BadInput
 from prunella.io.files import reading, write_atomic
+from prunella.io.untrusted import check_regular
 
-LARGEST = 100_000_000
-"""Most bytes of a text, as in a header of safetensors."""
+LARGEST = 32_000_000
+"""Most bytes of a text. A header of safetensors takes 150 bytes for a tensor, an index 100."""
+MOST_MEMORY = 120_000_000
+"""Most bytes that a text and its values may take in memory, by the estimate of `memory_of`."""
 LARGEST_CONFIG = 10_000_000
 """Most bytes of a configuration, which people write."""
+_MOST_DIGITS = 1000
+"""Of a whole number: reading one takes time that grows with the square of its digits."""
 DEEPEST = 100
 """Most lists and objects inside each other."""
 
@@ -34,13 +41,33 @@ def decode(text: bytes | str, *, largest: int = LARGEST, deepest: int = DEEPEST,
     if len(text) > largest:
         raise ValueError(f"{len(text)} bytes where at most {largest} are read")
     options: dict[str, Any] = {} if allow_nan else {"parse_constant": _no_constant, "parse_float": _finite_number}
+    options |= {"object_pairs_hook": _unique, "parse_int": _integer}
     try:
         plain = text if isinstance(text, str) else text.decode("utf-8")
-        value = json.loads(plain, object_pairs_hook=_unique, **options)
+        check_memory(plain)
+        value = json.loads(plain, **options)
     except RecursionError:
         raise ValueError("lists or objects are too deep inside each other") from None
     check_depth(value, deepest)
     return value
+
+
+def memory_of(text: str) -> int:
+    """About how many bytes a JSON text and its values take while it is read: what is in quotes may count as more."""
+    values, keys, lists, objects = (text.count(mark) for mark in ",:[{")
+    return 2 * sys.getsizeof(text) + 48 * values + 160 * keys + 72 * lists + 240 * objects
+
+
+def check_memory(text: str) -> None:
+    """`ValueError` for a text that is not read, since its values would take too much memory; nothing is parsed."""
+    if (needed := memory_of(text)) > MOST_MEMORY:
+        raise ValueError(f"about {needed} bytes of memory for its values, where at most {MOST_MEMORY} are taken")
+
+
+def _integer(digits: str) -> int:
+    if len(digits) > _MOST_DIGITS:
+        raise ValueError(f"a number of {len(digits)} digits")
+    return int(digits)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -48,6 +75,8 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     for key, value in pairs:
         if key in found:
             raise ValueError(f"the key {key!r:.60} is there twice")
+        if not _is_unicode(key):
+            raise ValueError(f"the key {key!r:.60} holds half a character")
         found[key] = value
     return found
 
@@ -254,7 +283,7 @@ def read_json(
     """
     file = Path(path)
     what = what or f"{file} cannot be read"
-    with reading(file, what), file.open("rb") as opened:
+    with reading(file, what), check_regular(file, what).open("rb") as opened:
         text = opened.read(largest + 1)  # one byte more than is allowed: a file that never ends is not read on
     return parse(text, what, todo=todo, allow_nan=allow_nan, largest=largest)
 

@@ -6,26 +6,35 @@ Weights come from safetensors. Pickled weights are read only when asked for, and
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import importlib
 import importlib.util
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from prunella.errors import BadInput, MissingExtra, NotSupported, PruningError, RequestError, out_of_resources
+from prunella.errors import (
+    BadInput,
+    MissingExtra,
+    NotSupported,
+    PruningError,
+    RequestError,
+    near_names,
+    out_of_resources,
+)
+from prunella.io.checkpoint_file import load_tensors_only
 from prunella.io.exported import load_exported
-from prunella.io.files import new_folder, reading
+from prunella.io.files import new_folder
 from prunella.io.json import read_config
+from prunella.io.tensor_file import open_tensors, read_folder
+from prunella.io.untrusted import check_archive, check_links
 
 log = logging.getLogger("prunella.io.load")
 FORMS = "package.module:factory, a Hugging Face folder, FILE.gguf, FILE.pt2, smollm2, timm:NAME or torchvision:NAME"
@@ -131,9 +140,8 @@ def load_object(spec: str, what: str = "object") -> Any:
     found: Any = import_module(module_name)
     for part in name.split("."):
         if not hasattr(found, part):
-            near = difflib.get_close_matches(part, dir(found), 3, 0.5)
-            hint = f"did you mean {' or '.join(near)}?" if near else ""
-            raise RequestError(f"{module_name} has no {name!r}", hint, f"give the {what} as module:name")
+            todo = f"give the {what} as module:name"
+            raise RequestError(f"{module_name} has no {name!r}", near_names(part, dir(found)), todo)
         found = getattr(found, part)
     return found
 
@@ -201,9 +209,8 @@ def _from_library(library: str, name: str, *, pretrained: bool) -> nn.Module:
     module: Any = import_module("timm" if library == "timm" else "torchvision.models")
     known = module.list_models()
     if name.partition(".")[0] not in known:  # timm: NAME.TAG
-        near = difflib.get_close_matches(name, known, 3, 0.5)
-        hint = f"did you mean {' or '.join(near)}?" if near else ""
-        raise RequestError(f"{library} has no model {name!r}", hint, f"see {library}'s list of models")
+        todo = f"see {library}'s list of models"
+        raise RequestError(f"{library} has no model {name!r}", near_names(name, known), todo)
     if library == "timm":
         build = partial(module.create_model, name, pretrained=pretrained)
     else:
@@ -224,6 +231,7 @@ def class_of(folder: Path) -> Any:
 
     Errors: BadInput for a folder without one, NotSupported for a class that this version does not have.
     """
+    check_links(folder)
     try:
         architecture = read_config(folder / "config.json").value("architectures").texts()[0]
     except (BadInput, IndexError) as error:
@@ -237,10 +245,12 @@ def class_of(folder: Path) -> Any:
 
 
 def _check_weight_files(folder: Path, *, allow_pickle: bool) -> None:
-    files = sorted(folder.glob("*.safetensors"))
-    for file in files:
-        _open_safetensors(file)
-    if files or (allow_pickle and any(folder.glob("*.bin"))):
+    safe = any(folder.glob("*.safetensors"))
+    if safe:
+        read_folder(folder)
+    for file in sorted(folder.glob("*.bin")) if allow_pickle else ():
+        check_archive(file, todo="fetch it again")
+    if safe or (allow_pickle and any(folder.glob("*.bin"))):
         return
     if any(folder.glob("*.bin")) or any(folder.glob("*.pt")):
         why = "its weights are pickles, which can run code when read"
@@ -300,24 +310,14 @@ def _read_state(file: Path, *, allow_pickle: bool) -> dict[str, Tensor]:
     if not file.is_file():
         raise BadInput(f"no weights at {file}", "the file does not exist", "give --weights FILE.safetensors")
     if file.suffix == ".safetensors":
-        return dict(_open_safetensors(file))
+        return dict(open_tensors(file).read())
     if not allow_pickle:
         why = f"{file.suffix or 'this'} is no safetensors file; a pickle can run code when read"
         raise BadInput(f"refused to read {file}", why, "convert it, or give --allow-pickle (tensors only)")
-    state = call_user(lambda: torch.load(file, map_location="cpu", weights_only=True), str(file))
+    state = load_tensors_only(file)
     if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
         raise BadInput(f"{file} is no state dict", "it holds more than named tensors", "save model.state_dict()")
     return dict(state)
-
-
-def _open_safetensors(file: Path) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a file; the header and the length are checked at once, before the first one is asked for."""
-    try:
-        with reading(file):
-            handle: Any = safe_open(file, framework="pt")
-    except SafetensorError as error:
-        raise BadInput(f"cannot read {file}", f"truncated or damaged: {error}", "fetch or write it again") from error
-    return ((name, handle.get_tensor(name)) for name in handle.keys())  # noqa: SIM118
 
 
 def check_finite(model: nn.Module) -> None:

@@ -20,13 +20,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from prunella.errors import BadInput, RequestError
-from prunella.io.files import reading, write_atomic
-from prunella.io.json import Fields, check_depth, encode, parse
-from prunella.io.tensor_file import save_file, size_of
+from prunella.io.files import write_atomic
+from prunella.io.json import Fields, check_depth, check_memory, encode, parse
+from prunella.io.tensor_file import open_tensors
+from prunella.io.tensor_writer import save_file, size_of
 
 VERSION = 3
 """1 was that of 0.1, and 2 had no digest."""
@@ -119,27 +119,23 @@ def write_packed(path: str | os.PathLike[str], key: str, head: Any, tensors: Map
     """
     try:
         check_depth(head, _DEEPEST)
+        metadata = {key: encode(head, indent=None, allow_nan=True, sort=False)}
+        check_memory(metadata[key])
     except ValueError as error:
-        raise RequestError(f"cannot write {os.fspath(path)}", str(error), "make it flatter") from error
-    metadata = {key: encode(head, indent=None, allow_nan=True, sort=False)}
-    size = size_of(tensors) + len(metadata[key])
+        raise RequestError(f"cannot write {os.fspath(path)}", str(error), "make it flatter, or smaller") from error
+    size = size_of(tensors) + sum(map(len, metadata.values()))
     return write_atomic(path, lambda file: save_file(dict(tensors), file, metadata=metadata), size=size)
 
 
-def read_packed(path: str | os.PathLike[str], key: str, *, what: str, todo: str) -> tuple[Fields, dict[str, Tensor]]:
+def read_packed(
+    path: str | os.PathLike[str], key: str, *, what: str, todo: str, allow_nan: bool = False
+) -> tuple[Fields, dict[str, Tensor]]:
     """What `write_packed` wrote. Errors: BadInput when the file is broken or has no such entry."""
-    try:
-        with reading(path, what), safe_open(os.fspath(path), framework="pt") as file:
-            head = (file.metadata() or {}).get(key)
-            # Copies: a mapped file would change or end under the tensors.
-            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, ValueError) as error:
-        if isinstance(error, BadInput):
-            raise
-        raise BadInput(what, f"broken or cut short: {error}", todo) from error
+    file = open_tensors(os.fspath(path), what=what, todo=todo)
+    head = file.metadata.get(key)
     if head is None:
         raise BadInput(what, f"it is a safetensors file without {key!r}", todo)
-    return parse(head, what, todo=todo, allow_nan=True, deepest=_DEEPEST).fields(), tensors
+    return parse(head, what, todo=todo, allow_nan=allow_nan, deepest=_DEEPEST).fields(), dict(file.read())
 
 
 def save_state(state: Any, path: str | os.PathLike[str]) -> Path:
@@ -156,7 +152,7 @@ def save_state(state: Any, path: str | os.PathLike[str]) -> Path:
 def load_state(path: str | os.PathLike[str]) -> Any:
     """Read what `save_state` wrote. Errors: BadInput when the file is missing, broken, or no such state."""
     what, todo = f"{path} is no sound state", "remove the file to make it again"
-    head, tensors = read_packed(path, _KEY, what=what, todo=todo)
+    head, tensors = read_packed(path, _KEY, what=what, todo=todo, allow_nan=True)
     version, body = head.integer("version", low=1, high=VERSION), head.value("state").data
     if (version > 2 or "sha256" in head) and head.text("sha256") != fingerprint(tensors, body):
         raise BadInput(what, "damaged: its contents do not have the recorded digest", todo)

@@ -11,6 +11,7 @@ import importlib.util
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -85,11 +86,20 @@ def is_hugging_face(model: nn.Module) -> bool:
     return type(model).__module__.startswith("transformers.models.") and hasattr(model, "config")
 
 
+def passed_on(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration without what names code of a folder, or the place of a folder on this machine."""
+    left: dict[str, Any] = {}
+    for key, value in config.items():
+        place = key == "_name_or_path" and isinstance(value, str) and Path(value).expanduser().is_absolute()
+        if key != "auto_map" and not place:
+            left[key] = passed_on(value) if isinstance(value, dict) else value
+    return left
+
+
 def hugging_face(kind: type, dense: nn.Module) -> dict[str, Any]:
     """The origin of a Hugging Face model: class names and the configuration of the dense model."""
     config: Any = dense.config
-    data = decode(config.to_json_string(use_diff=False), allow_nan=True)
-    data.pop("auto_map", None)
+    data = passed_on(decode(config.to_json_string(use_diff=False), allow_nan=True))
     if (data.get("quantization_config") or {}).get("quant_method") == "gguf":
         del data["quantization_config"]  # the file was quantised; the weights in the model are not
     attention = getattr(config, "_attn_implementation", None)

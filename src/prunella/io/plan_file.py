@@ -17,6 +17,7 @@ from prunella.errors import BadInput
 from prunella.graph.cut.changes import Along, Changes, Renumbered
 from prunella.graph.data import Frozen, ReasonKind
 from prunella.io.nested import Packer, fingerprint, read_packed, unpack, write_packed
+from prunella.io.record import read_record
 from prunella.planning.accounting import Amount, Row
 from prunella.planning.plan import Plan
 from prunella.planning.recipe import current_names
@@ -27,6 +28,7 @@ VERSION = 4
 _FIRST_WITH_DIGEST = 3
 """Formats 1 and 2 had a digest of the tensors alone."""
 _KEY = "prunella.plan"
+_LARGEST_SIZE = 1 << 48
 
 
 def save_plan(plan: Plan, path: str | os.PathLike[str]) -> Path:
@@ -85,7 +87,7 @@ def load_plan(path: str | os.PathLike[str]) -> Plan:
         raise BadInput(f"{file} is damaged", "its contents do not have the recorded digest", "make the plan again")
     try:
         return _plan(data if told else _of_0_1(data), tensors)
-    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError, RuntimeError) as error:
         raise BadInput(f"{file} is not a sound plan", f"{type(error).__name__}: {error}", "make it again") from error
 
 
@@ -108,51 +110,82 @@ def _of_0_1(body: Mapping[str, Any]) -> dict[str, Any]:
 
 def _plan(body: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Plan:
     return Plan(
-        recipe=unpack(body["recipe"], tensors),
+        recipe=_recipe(unpack(body["recipe"], tensors)),
         target=None if body["target"] is None else parse_target(body["target"]),
-        before=Amount(**body["before"]),
-        after=Amount(**body["after"]),
+        before=read_record(Amount, body["before"]),
+        after=read_record(Amount, body["after"]),
         keep={name: _unbits(entry, tensors) for name, entry in body["keep"].items()},
         masks={name: _unbits(entry, tensors) for name, entry in body["masks"].items()},
         changes=_changes(body["changes"], tensors),
-        rows=tuple(Row(**row) for row in body["rows"]),
+        rows=tuple(read_record(Row, row) for row in body["rows"]),
         frozen=tuple(map(_frozen, body["frozen"])),
         weights={name: tensors[i] for name, i in body["weights"].items()},
         inputs=unpack(body["inputs"], tensors),
         others=unpack(body["others"], tensors) if "others" in body else (),
-        remarks=tuple(str(line) for line in body.get("remarks", ())),
-        caveats=tuple(str(line) for line in body.get("caveats", ())),
+        remarks=tuple(map(_text, body.get("remarks", ()))),
+        caveats=tuple(map(_text, body.get("caveats", ()))),
     )
+
+
+def _recipe(recipe: Any) -> dict[str, Any]:
+    """A recipe as `Recipe.described` gives it, or none: a plan that was made by hand."""
+    if not isinstance(recipe, dict):
+        raise ValueError("a recipe is a mapping")
+    if type(recipe.get("round_to", 1)) is not int or not isinstance(recipe.get("granularity", ()), list | tuple):
+        raise ValueError("round_to is a whole number, and granularity a list")
+    whole = {"criterion", "granularity", "allocation"} <= recipe.keys()
+    for part in (recipe["criterion"], recipe["allocation"], *recipe["granularity"]) if whole else ():
+        if not isinstance(part, dict) or not isinstance(part["name"], str) or not isinstance(part["knobs"], dict):
+            raise ValueError("a part of a recipe has a name and knobs")
+    return recipe
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{value!r:.40} is no text")
+    return value
+
+
+def _positions(tensor: Tensor) -> Tensor:
+    """Kept positions of an axis, in order, each once."""
+    if tensor.dtype is not torch.int64 or tensor.dim() != 1:
+        raise ValueError(f"positions are {tensor.dtype} of {tensor.dim()} axes")
+    if tensor.numel() and (int(tensor[0]) < 0 or not bool((tensor[1:] > tensor[:-1]).all())):
+        raise ValueError("positions do not rise from 0")
+    return tensor
 
 
 def _changes(body: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Changes:
     return Changes(
-        cuts={name: {int(a): tensors[i] for a, i in axes.items()} for name, axes in body["cuts"].items()},
-        attributes={(owner, name): read_size(value) for owner, name, value in body["attributes"]},
+        cuts={name: {int(a): _positions(tensors[i]) for a, i in axes.items()} for name, axes in body["cuts"].items()},
+        attributes={(_text(owner), _text(name)): read_size(value) for owner, name, value in body["attributes"]},
         along=tuple(_along(entry, tensors) for entry in body["along"]),
         renumbered=tuple(
-            Renumbered(tuple(inputs), tuple((n, a) for n, a in outputs), tensors[kept])
+            Renumbered(tuple(map(int, inputs)), tuple((int(n), int(a)) for n, a in outputs), _positions(tensors[kept]))
             for inputs, outputs, kept in body["renumbered"]
         ),
-        dropped={path: tuple(map(str, names)) for path, names in body["dropped"].items()},
-        lists={(owner, name): tuple(map(int, positions)) for owner, name, positions in body["lists"]},
+        dropped={path: tuple(map(_text, names)) for path, names in body["dropped"].items()},
+        lists={(_text(owner), _text(name)): tuple(map(int, positions)) for owner, name, positions in body["lists"]},
     )
 
 
 def _along(entry: list[Any], tensors: Mapping[str, Tensor]) -> Along:
     """Formats 1 to 3 know the calls of one example only."""
     name, number, axis, kept, *example = entry
-    return Along(name, number, axis, tensors[kept], *map(int, example))
+    return Along(_text(name), int(number), int(axis), _positions(tensors[kept]), *map(int, example))
 
 
 def _frozen(entry: Mapping[str, Any]) -> Frozen:
     """Format 1 and 2 do not say what kind of reason it is."""
-    return Frozen(**{**entry, "kind": ReasonKind(entry.get("kind", ReasonKind.OPERATION))})
+    return read_record(Frozen, {"kind": ReasonKind.OPERATION.value, **entry})
 
 
 def read_size(value: Any) -> int | tuple[int, ...]:
-    """The value of an attribute, as JSON has it."""
-    return tuple(int(item) for item in value) if isinstance(value, list) else int(value)
+    """The value of an attribute, as JSON has it: whole numbers that an axis can have. Errors: ValueError."""
+    sizes = value if isinstance(value, list) else [value]
+    if not all(type(size) is int and abs(size) < _LARGEST_SIZE for size in sizes):
+        raise ValueError(f"{value!r:.40} is no size")
+    return tuple(sizes) if isinstance(value, list) else sizes[0]
 
 
 def _bits(packer: Packer, mask: Tensor) -> dict[str, Any]:

@@ -10,14 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from prunella.errors import BadInput, NotSupported
-from prunella.io.files import reading
 from prunella.io.json import Fields
-from prunella.io.tensor_file import save_file
+from prunella.io.tensor_file import open_tensors
+from prunella.io.tensor_writer import save_file
 
 # What every release of safetensors since 0.4 can hold; all else is stored as bytes with its type in the manifest.
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -64,26 +62,19 @@ def write_tensors(tensors: Mapping[str, Tensor], file: Path) -> None:
 def read_tensors(file: Path, described: Mapping[str, Fields]) -> dict[str, Tensor]:
     """Read a safetensors file and undo the byte encoding. Errors: BadInput when it is broken or not as described.
 
-    Tensors are copies: a mapped file would change or end under a loaded model, and its tensors begin at any byte, for
-    which CPU libraries choose other kernels with other rounding.
+    Each tensor has memory of its own: tensors of a mapped file begin at any byte, for which CPU libraries choose other
+    kernels with other rounding.
     """
-    raw = load_tensors(file)
-    found = {}
-    for name, value in raw.items():
-        entry = described.get(name)
-        if entry is None:
-            raise BadInput(f"{file} does not fit its manifest", f"unknown tensor {name!r}")
-        found[name] = _decoded(value, entry, name).clone()
-    return found
+    stored = open_tensors(file)
+    unknown = next((name for name in stored.tensors if name not in described), None)
+    if unknown is not None:
+        raise BadInput(f"{file} does not fit its manifest", f"unknown tensor {unknown!r}")
+    return {name: _decoded(value, described[name], name) for name, value in stored.read()}
 
 
 def load_tensors(file: Path) -> dict[str, Tensor]:
     """The tensors of a safetensors file. Errors: BadInput when it is missing, broken or cut short."""
-    try:
-        with reading(file):
-            return load_file(file)
-    except SafetensorError as error:
-        raise BadInput(f"cannot read {file}", f"truncated or damaged: {error}", "fetch or write it again") from error
+    return dict(open_tensors(file).read())
 
 
 def fill_(model: nn.Module, state: State) -> None:
@@ -164,7 +155,7 @@ def _decoded(value: Tensor, entry: Fields, name: str) -> Tensor:
     if value.dtype is torch.uint8 and dtype not in _PLAIN and value.numel() != math.prod(shape) * dtype.itemsize:
         raise BadInput(f"the tensor {name!r} does not fit its manifest", f"{value.numel()} bytes for {shape}")
     if dtype not in _PLAIN and value.dtype is torch.uint8 and value.numel() % dtype.itemsize == 0:
-        value = value.clone().view(dtype)
+        value = value.view(dtype)
     if value.dtype is not dtype or (dtype in _PLAIN and list(value.shape) != shape):
         why = f"the file has {value.dtype} {list(value.shape)}, the manifest {dtype} {shape}"
         raise BadInput(f"the tensor {name!r} does not fit its manifest", why)

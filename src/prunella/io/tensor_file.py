@@ -1,89 +1,174 @@
-"""Write a safetensors file piece by piece, into the very file that is given.
+"""Safetensors files, tensor by tensor: the one reader. The header is checked before a tensor is read.
 
-The writer of safetensors makes a temporary file of its own, which a kill leaves behind, and with a mode of its own.
-Tensors stand in its order: by the size of their type, the largest first, then by name.
+    file = open_tensors("x.safetensors")        # BadInput unless the tensors fill the file exactly
+    file.tensors["weight"].read()
+
+It reads without a memory map, which would add the size of the file to the address space, and change or end under the
+tensors with the file. It accepts nothing that the library of the format refuses; it also refuses a name that is given
+twice and truth values other than 0 and 1.
 """
 
 from __future__ import annotations
 
-import json
-import os
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor
 
-from prunella.errors import NotSupported
+from prunella.errors import BadInput
+from prunella.io.files import plain_name, reading
+from prunella.io.json import LARGEST, Fields, parse, read_object
+from prunella.io.untrusted import check_links, check_regular
 
-DTYPES = {
+INDEX = "model.safetensors.index.json"
+
+_TYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+    "C64": torch.complex64,
     "I64": torch.int64,
     "I32": torch.int32,
     "I16": torch.int16,
     "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-"""Types by their names in a file."""
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
-_MORE = {torch.uint16: "U16", torch.uint32: "U32", torch.uint64: "U64", torch.complex64: "C64"}
-_PIECE = 1 << 24
+NAMES = {dtype: name for name, dtype in _TYPES.items()}
+"""What the format calls a type of torch."""
+_MOST_AXES = 64
+_LARGEST_SIZE = 1 << 48
+"""Of an axis. Shapes with a zero in them have no bytes, so that the length of the file bounds nothing."""
 
 
-def save_file(
-    tensors: Mapping[str, Tensor], file: str | os.PathLike[str], *, metadata: Mapping[str, str] | None = None
-) -> None:
-    """Write tensors to `file`. Errors: NotSupported for a type that safetensors does not know."""
-    ordered = {name: tensors[name] for name in sorted(tensors, key=lambda name: (-tensors[name].itemsize, name))}
-    header = header_of({name: (value.dtype, tuple(value.shape)) for name, value in ordered.items()}, metadata)
-    with Path(file).open("wb") as out:
-        out.write(header)
-        for value in ordered.values():
-            for piece in pieces_of(value):
-                out.write(piece)
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where a tensor is stored: `size` bytes from `start` of `file`."""
+
+    file: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+    size: int
+
+    def read(self) -> Tensor:
+        """The tensor, in memory of its own. Errors: BadInput when the file is shorter now, or for no truth value."""
+        raw = torch.empty(self.size, dtype=torch.uint8)
+        with reading(self.file), self.file.open("rb", buffering=0) as file:
+            file.seek(self.start)
+            if _fill(file, bytes_of(raw)) < self.size:
+                raise BadInput(f"{self.file} is cut short", "it became shorter while it was read", "fetch it again")
+        if self.dtype is torch.bool and self.size and int(raw.max()) > 1:
+            raise BadInput(f"cannot read {self.file}", f"a truth value is {int(raw.max())}", "fetch or write it again")
+        return raw.view(self.dtype).reshape(self.shape)
 
 
-def header_of(
-    described: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], metadata: Mapping[str, str] | None
-) -> bytes:
-    """The head of a file with these tensors in this order: its length, and JSON that is filled up with spaces."""
-    entries: dict[str, Any] = {} if metadata is None else {"__metadata__": dict(metadata)}
-    end = 0
-    for name, (dtype, shape) in described.items():
-        start, end = end, end + torch.Size(shape).numel() * dtype.itemsize
-        entries[name] = {"dtype": _name_of(name, dtype), "shape": list(shape), "data_offsets": [start, end]}
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
+@dataclass(frozen=True)
+class TensorFile:
+    """What the header of a file says. metadata: the texts that the writer kept beside the tensors."""
+
+    tensors: Mapping[str, StoredTensor]
+    metadata: Mapping[str, str]
+
+    def read(self) -> Iterator[tuple[str, Tensor]]:
+        """Every tensor with its name, one at a time."""
+        return ((name, stored.read()) for name, stored in self.tensors.items())
 
 
-def pieces_of(tensor: Tensor) -> Iterable[memoryview]:
-    """The bytes of a tensor, some at a time."""
-    if tensor.numel():
-        view = bytes_of(tensor.detach().cpu().contiguous())
-        yield from (view[start : start + _PIECE] for start in range(0, len(view), _PIECE))
+def open_tensors(path: str | Path, *, what: str = "", todo: str = "fetch or write it again") -> TensorFile:
+    """The header of a file. what: the first line of errors, "cannot read FILE" by default.
+
+    Errors: BadInput unless each tensor fills its shape, and all of them fill the file exactly.
+    """
+    file = Path(path)
+    what = what or f"cannot read {file}"
+    with reading(file, what), check_regular(file, what).open("rb") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        whole = file.stat().st_size
+        if not 2 <= length <= min(LARGEST, whole - 8):
+            raise BadInput(what, f"truncated or damaged: a header of {length} bytes in a file of {whole}", todo)
+        header = opened.read(length)
+    if not header.startswith(b"{"):
+        raise BadInput(what, "truncated or damaged: the header is no object", todo)
+    entries = parse(header, what, todo=todo).fields()
+    texts = {key: value.text() for key, value in entries.section("__metadata__", optional=True).values()}
+    stored = {k: _stored(file, v.fields(), 8 + length, whole) for k, v in entries.values() if k != "__metadata__"}
+    _check_layout(stored, 8 + length, whole, what, todo)
+    return TensorFile(stored, texts)
+
+
+def read_folder(folder: Path) -> dict[str, StoredTensor]:
+    """All tensors of a Hugging Face folder by name: of the files in its index, or of all safetensors without an index.
+
+    Errors: BadInput for a file that is missing or damaged, a name that two files hold, or a link out of the folder.
+    """
+    check_links(folder)
+    index = folder / INDEX
+    names = _listed(index) if index.is_file() else sorted(file.name for file in folder.glob("*.safetensors"))
+    if not names:
+        raise BadInput(f"{folder} has no safetensors weights", "no *.safetensors in it", "convert its weights first")
+    tensors: dict[str, StoredTensor] = {}
+    for name in names:
+        part = open_tensors(folder / name).tensors
+        if twice := next((key for key in part if key in tensors), None):
+            raise BadInput(f"{folder} holds {twice} twice", f"once more in {name}", "leave one of the files")
+        tensors |= part
+    return tensors
+
+
+def _listed(index: Path) -> list[str]:
+    places = read_object(index, todo="fetch it again").section("weight_map")
+    return sorted({plain_name(place.text()) for _, place in places.values()})
+
+
+def _check_layout(tensors: Mapping[str, StoredTensor], start: int, whole: int, what: str, todo: str) -> None:
+    end = start
+    for tensor in sorted(tensors.values(), key=lambda tensor: (tensor.start, tensor.size)):
+        if tensor.start != end:
+            raise BadInput(what, f"truncated or damaged: tensors overlap or leave a hole at byte {end}", todo)
+        end += tensor.size
+    if end != whole:
+        raise BadInput(what, f"truncated or damaged: {whole - end} bytes belong to no tensor", todo)
+
+
+def _stored(file: Path, entry: Fields, base: int, whole: int) -> StoredTensor:
+    kind, shape = entry.text("dtype"), entry.value("shape").integers(low=0, high=_LARGEST_SIZE)
+    start, end = (offset.integer() for offset in entry.value("data_offsets").items(2))
+    if kind not in _TYPES:
+        raise entry.value("dtype").refused(f"one of {', '.join(_TYPES)}")
+    if not 0 <= start <= end <= whole - base:
+        raise BadInput(entry.what, f"truncated or damaged: {entry.at} lies outside of the file", entry.todo)
+    if len(shape) > _MOST_AXES or math.prod(filter(None, shape)) >= 1 << 62:
+        raise entry.value("shape").refused(f"a shape of at most {_MOST_AXES} axes that a tensor can have")
+    if end - start != math.prod(shape) * _TYPES[kind].itemsize:
+        why = f"truncated or damaged: {entry.at} has {end - start} bytes for the shape {list(shape)} of {kind}"
+        raise BadInput(entry.what, why, entry.todo)
+    return StoredTensor(file, _TYPES[kind], shape, base + start, end - start)
+
+
+def _fill(file: IO[bytes], view: memoryview) -> int:
+    done = 0
+    while done < len(view):  # one read gives at most 2 GiB
+        got = file.readinto(view[done:])  # type: ignore[attr-defined]
+        if not got:
+            break
+        done += got
+    return done
 
 
 def bytes_of(tensor: Tensor) -> memoryview:
     """The memory of a contiguous tensor, without a copy."""
     array: Any = tensor.reshape(-1).view(torch.uint8).numpy()
     return memoryview(array)
-
-
-def size_of(tensors: Mapping[str, Tensor]) -> int:
-    """Bytes of all these tensors."""
-    return sum(value.numel() * value.element_size() for value in tensors.values())
-
-
-def _name_of(name: str, dtype: torch.dtype) -> str:
-    known = NAMES.get(dtype) or _MORE.get(dtype)
-    if known is None:
-        raise NotSupported(f"{name} cannot be written", f"safetensors has no {dtype}", "convert it first")
-    return known

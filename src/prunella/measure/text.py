@@ -1,13 +1,16 @@
 """The one writer of text tables, and the one format of numbers for people.
 
 It stands in `measure`, not in `reporting`: `planning`, `lottery` and `llm` print tables too, and import nothing that
-lies below them. It imports no part of the package and nothing heavy; `rich` is imported by the first table.
+lies below them. It imports nothing heavy; `rich` is imported by the first table.
 """
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Collection, Sequence
+
+from prunella.errors import printable
 
 _POWERS = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 MISSING = "–"
@@ -41,7 +44,26 @@ def table(header: Sequence[object], rows: Sequence[Sequence[object]], *, right: 
 
 
 def _one_line(cell: object) -> str:
-    return " ".join(str(cell).expandtabs(1).splitlines())
+    return printable(" ".join(str(cell).expandtabs(1).splitlines()))
+
+
+def fitted(text: str, width: int) -> str:
+    """The lines of a text, no wider than a terminal: what does not fit is cut off, with an ellipsis at the end."""
+    from rich.cells import cell_len, set_cell_size
+
+    lines = text.split("\n")
+    return "\n".join(x if cell_len(x) <= width else set_cell_size(x, max(width - 1, 0)).rstrip() + "…" for x in lines)
+
+
+_PATH = re.compile(r"(?<![\w./~:\\-])(?:~?/|~\\|[A-Za-z]:[\\/])(?:[^\s/\\'\"<>|:;,()]+[/\\])+")
+
+
+def without_folders(text: str) -> str:
+    """The text with absolute paths cut to the names of their files: folders name people and machines.
+
+    For records and reports, which are passed on.
+    """
+    return _PATH.sub("", text)
 
 
 def significant(value: float, digits: int = 4) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prunella.errors import RequestError
+from prunella.errors import RequestError, near_names
 from prunella.io.json import encode, plain
 from prunella.measure.text import exact_count, interval, table
 from prunella.metrics.corruption import CORRUPTIONS
@@ -115,7 +115,9 @@ def side_effects(
     unknown = [name for name in corruptions if name not in CORRUPTIONS]
     if unknown:
         raise RequestError(
-            f"unknown corruption {unknown[0]!r}", f"known are {', '.join(CORRUPTIONS)}", "name one of them"
+            f"unknown corruption {unknown[0]!r}",
+            near_names(unknown[0], CORRUPTIONS) or f"known are {', '.join(CORRUPTIONS)}",
+            f"one of {', '.join(CORRUPTIONS)}",
         )
     pairs = [_split(batch) for batch in batches(data)]
     labels = torch.cat([label for _, label in pairs]).cpu()

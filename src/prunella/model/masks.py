@@ -137,10 +137,11 @@ def forget_masks_(model: nn.Module) -> None:
 def slice_masks_(model: M, cuts: Mapping[str, Mapping[int, Tensor]]) -> M:
     """Cut the masks of a model at the positions `cuts` of its already cut parameters."""
     root = unwrap(model)
+    modules = dict(root.named_modules(remove_duplicate=False))
     cut_masks: dict[int, Packed] = {}
     for name, axes in cuts.items():
         prefix, _, leaf = name.rpartition(".")
-        record = root.get_submodule(prefix).__dict__.get(RECORD, {})
+        record = modules[prefix].__dict__.get(RECORD, {}) if prefix in modules else {}  # `cut_` refuses the name
         if leaf in record:
             mask = record[leaf].unpack()
             for axis, kept in axes.items():

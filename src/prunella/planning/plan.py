@@ -183,7 +183,7 @@ class Plan:
 
     def _notes(self) -> list[str]:
         names = "by hand"
-        if self.recipe:
+        if {"criterion", "granularity", "allocation"} <= self.recipe.keys():
             parts = [self.recipe["criterion"], *self.recipe["granularity"], self.recipe["allocation"]]
             names = ", ".join(map(serialize.title, parts))
         lines = [f"{self.outcome} ({names})"]

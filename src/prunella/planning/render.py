@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 
+from prunella.errors import printable
 from prunella.graph.data import Frozen, Graph, Unread
 from prunella.measure.text import byte_size, change, duration, percent, short_count, table
 from prunella.planning.accounting import Amount, Row, empty
@@ -25,7 +26,11 @@ def render(rows: Sequence[Row], before: Amount, after: Amount, notes: Sequence[s
         for row in rows
     ]
     lines = table(("name", "kind", "kept", "params", "MACs"), cells, right=(2, 3, 4))
-    return "\n".join([lines, "", *_totals(before, after), *notes, *frozen_lines(frozen)])
+    return "\n".join([lines, "", *_totals(before, after), *map(_one_line, (*notes, *frozen_lines(frozen)))])
+
+
+def _one_line(text: str) -> str:
+    return printable(text.replace("\n", " "))
 
 
 def remarks_of(graph: Graph, limit: int = 3) -> list[str]:

@@ -7,13 +7,12 @@ record. A function that was never registered works just as well.
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
-from prunella.errors import RequestError
+from prunella.errors import RequestError, near_names
 from prunella.stats.table import STATISTICS
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -177,6 +176,5 @@ def find(name: str, kind: MethodKind | None = None) -> Method:
     known = [m.name for m in REGISTRY.values() if kind in (None, m.kind)]
     if name in known:
         return REGISTRY[name]
-    near = difflib.get_close_matches(name, known, 3, 0.5)
-    hint = f"did you mean {' or '.join(near)}?" if near else f"known are {', '.join(sorted(known))}"
+    hint = near_names(name, known) or f"known are {', '.join(sorted(known))}"
     raise RequestError(f"unknown {kind or 'method'} {name!r}", hint, "`prunella methods` lists them all")

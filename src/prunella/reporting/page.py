@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from prunella.errors import printable
 from prunella.io.files import write_atomic
 from prunella.reporting.chart import NARROW, curve_chart, latency_chart
 from prunella.reporting.extra import needing_report
@@ -88,9 +89,21 @@ def templates() -> Environment:
     with needing_report("the HTML page"):
         from jinja2 import Environment, FileSystemLoader, StrictUndefined
     loader = FileSystemLoader(_FOLDER)
-    made = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    made = Environment(
+        loader=loader,
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=_visible,
+    )
     made.filters.update(shown=shown, percent=_percent, shape=_shape, sentence=_sentence, minus=_minus)
     return made
+
+
+def _visible(value: object) -> object:
+    """A text without what turns it around or is not shown; what is marked as safe is no plain text."""
+    return printable(value) if type(value) is str else value
 
 
 def headline(report: Report) -> str:

@@ -13,7 +13,7 @@ from torch import nn
 
 from prunella.allocation import fixed
 from prunella.allocation.pool import Allocation
-from prunella.errors import NotSupported, RequestError
+from prunella.errors import BadInput, NotSupported, RequestError
 from prunella.granularity import Block, Channel, Element, Expert, Head, Width
 from prunella.graph.cut.changes import changes
 from prunella.graph.cut.surgery import change_
@@ -124,7 +124,13 @@ class Space:
         """The quality of the pruned model in evaluation mode, with all random generators at the recipe's seed."""
         small = self.cut(counts)
         with untouched(small, self.recipe.seed), mode(small, training=False):
-            return float(evaluate(small))
+            value = float(evaluate(small))
+        if math.isnan(value):
+            cut = {name: count for name, count in zip(self.names, counts, strict=True) if count}
+            of = ", ".join(f"{name} without {count} units" for name, count in list(cut.items())[:3])
+            why = f"it gave NaN for the model with {of}" if cut else "it gave NaN for the dense model"
+            raise BadInput("the evaluation is no number", why, "return a number for every model; higher is better")
+        return value
 
     def cost(self, target: Target, counts: Counts) -> float:
         """The remaining cost, in the target's unit; a `Latency` is measured, in milliseconds."""

@@ -19,9 +19,9 @@ import prunella as pr
 from prunella.app.verify import check_whole
 from prunella.errors import BadInput, Locked, NotSupported, RequestError
 from prunella.io.journal import NAME
+from prunella.io.tensor_file import INDEX
 from prunella.llm.streaming import BlockStep, memory
 from prunella.llm.streaming.progress import WORK
-from prunella.llm.streaming.shards import INDEX
 from tests.llm.streaming.models import KINDS, data, read, write
 from tests.stopping import beside
 

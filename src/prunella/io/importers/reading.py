@@ -7,13 +7,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
-from prunella.errors import BadInput, NotSupported, RequestError, out_of_resources
+from prunella.errors import BadInput, NotSupported, RequestError
+from prunella.io.checkpoint_file import load_tensors_only
 from prunella.io.importers.imported import State
 from prunella.io.json import read_config
 from prunella.io.state import load_tensors
+from prunella.io.untrusted import check_links
 
 Source = State | nn.Module | str | os.PathLike[str]
 
@@ -41,6 +42,7 @@ def read_source(source: Source, *, allow_pickle: bool = False) -> State:
 
 
 def _folder(folder: Path) -> State:
+    check_links(folder)
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise BadInput(f"{folder} has no weights", "no *.safetensors file in it", "give the folder with the weights")
@@ -62,12 +64,7 @@ def _torch(file: Path, *, allow_pickle: bool) -> State:
         why = f"{file.suffix or 'this'} is no safetensors file; a pickle can run code when read"
         todo = "convert it, or allow it (--allow-pickle, allow_pickle=True): tensors and plain data only are read"
         raise BadInput(f"refused to read {file}", why, todo)
-    try:
-        found = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # the unpickler raises whatever a broken file makes it raise
-        why = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-        todo = "save model.state_dict(), not the model"
-        raise out_of_resources(error) or BadInput(f"cannot read {file} as tensors", why, todo) from error
+    found = load_tensors_only(file)
     if not isinstance(found, Mapping):
         raise NotSupported(f"{file} holds a {type(found).__name__}", "a mapping of tensors is needed")
     return found

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from prunella.errors import BadInput
-from prunella.llm.streaming.shards import StoredTensor
+from prunella.io.tensor_file import StoredTensor
 
 
 @dataclass(frozen=True)

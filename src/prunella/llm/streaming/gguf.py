@@ -9,7 +9,7 @@ import torch
 
 from prunella.errors import BadInput
 from prunella.io.json import read_config
-from prunella.llm.streaming.shards import read_folder
+from prunella.io.tensor_file import read_folder
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 

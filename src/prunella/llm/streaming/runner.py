@@ -17,6 +17,7 @@ from prunella.errors import RequestError
 from prunella.graph.data import Layer
 from prunella.graph.match import check_known, parts
 from prunella.graph.matrix import to_matrix
+from prunella.io.tensor_file import open_tensors, read_folder
 from prunella.llm.blocks import BlockCall, Calls, ModelBlock, StoreActivations, listed_block_paths, uncached
 from prunella.llm.blockwise import Solving
 from prunella.llm.distributed import ProcessGroup
@@ -28,7 +29,7 @@ from prunella.llm.streaming import memory as amounts
 from prunella.llm.streaming.capture import Captured, capture, layers_of
 from prunella.llm.streaming.offload import OnDisk
 from prunella.llm.streaming.progress import Progress
-from prunella.llm.streaming.shards import read_folder, read_header, shard_name, write_shard
+from prunella.llm.streaming.shards import shard_name, write_shard
 from prunella.llm.streaming.skeleton import Skeleton
 from prunella.measure.clock import now, since
 from prunella.model.forward import forward
@@ -173,7 +174,7 @@ class StreamingRun:
 
     def _replay(self, state: _State, block: ModelBlock, shard: Path) -> None:
         """Run a block that an earlier run has pruned, for the inputs of the next one."""
-        names, stored = self.skeleton.names_in(block.path), read_header(shard)
+        names, stored = self.skeleton.names_in(block.path), open_tensors(shard).tensors
         module = self.skeleton.model.get_submodule(block.path)
         with self._inference(), experts_implementation(self.skeleton.model, "eager"):
             if self.how.refine is not None:

@@ -13,8 +13,8 @@ from torch.overrides import TorchFunctionMode
 
 from prunella.errors import BadInput, NotSupported
 from prunella.io.load import call_user, class_of, import_transformers
+from prunella.io.tensor_file import StoredTensor
 from prunella.llm.streaming.conversion import Converted, Files
-from prunella.llm.streaming.shards import StoredTensor
 from prunella.model.rng import seeded
 from prunella.model.trees import tensors
 

@@ -11,10 +11,12 @@ from prunella.io.files import copy_file
 from prunella.io.huggingface import COMPANIONS
 from prunella.io.json import plain, read_config, write_json
 from prunella.io.manifest import entry_of, listed, write_sealed
+from prunella.io.origin import passed_on
+from prunella.io.tensor_file import INDEX, open_tensors
 from prunella.llm.blockwise import Solving
 from prunella.llm.streaming.progress import CONFIG, RECORD, WORK
 from prunella.llm.streaming.runner import StreamingRun
-from prunella.llm.streaming.shards import INDEX, read_header, shard_name, write_shard
+from prunella.llm.streaming.shards import shard_name, write_shard
 from prunella.registry.serialize import described
 
 FORMAT = 2
@@ -42,8 +44,8 @@ def finish(run: StreamingRun, folder: Path, solving: Solving, seconds: float) ->
         "predicted_peak": run.peak.bytes,
         "seconds": seconds,
     }
-    config = dict(read_config(run.source / CONFIG).data)
-    config.pop("auto_map", None)  # no code is copied, so none is named
+    config = passed_on(read_config(run.source / CONFIG).data)  # no code is copied, so none is named
+    write_card(folder, card_of(run, solving))
     staged = write_json(folder / WORK / CONFIG, config, allow_nan=True)
     files = {**listed(folder, besides=(RECORD, CONFIG)), CONFIG: entry_of(staged)}
     write_sealed(folder / RECORD, {**plain(record), "files": files})
@@ -81,7 +83,7 @@ def _write_index(folder: Path, count: int) -> None:
     total = 0
     for number in range(1, count + 1):
         name = shard_name(number, count)
-        for key, stored in read_header(folder / name).items():
+        for key, stored in open_tensors(folder / name).tensors.items():
             places[key], total = name, total + stored.size
     content = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
     write_json(folder / INDEX, content)

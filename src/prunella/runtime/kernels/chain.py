@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from prunella.runtime.kernels import library, signatures
@@ -141,7 +140,7 @@ def run(prepared: Prepared, inputs: Sequence[Tensor]) -> tuple[Tensor, ...] | No
     outputs = tuple(inputs[0].new_empty_strided(sizes.out, sizes.strides) for sizes in prepared.outputs)
     addresses = [tensor.data_ptr() for tensor in (*inputs, buffer, *outputs)]
     places = (ctypes.c_void_p * len(addresses))(*addresses)
-    code = library.entries().many_chain(prepared.steps, len(prepared.layers), places, torch.get_num_threads())
+    code = library.entries().many_chain(prepared.steps, len(prepared.layers), places, library.thread_count())
     if code == library.ODD_INPUT:
         return None
     library.check_code(code)

@@ -117,7 +117,7 @@ def run_patches(
         library.ACTIVATION_CODES[activation],
         strict,
         packed.config.tile,
-        torch.get_num_threads(),
+        library.thread_count(),
         y.data_ptr(),
     )
     if code == library.ODD_INPUT:

@@ -26,6 +26,7 @@ from prunella.runtime.kernels import signatures
 
 ODD_INPUT = signatures.ODD_INPUT
 _log = logging.getLogger(__name__)
+_forked = False
 
 
 class Activation(Enum):
@@ -226,6 +227,22 @@ def use_tier(name: str = "") -> None:
         raise RequestError(f"the tier {name!r} cannot be used", f"this processor has {', '.join(tiers())}", "")
 
 
+def thread_count() -> int:
+    """Threads of a kernel: those of torch, and one in a forked child, whose runtime would wait for the parent's."""
+    return 1 if _forked else torch.get_num_threads()
+
+
+def _after_fork() -> None:
+    """One thread for torch too, whose own operations would not end in the child: its data loaders do the same."""
+    global _forked
+    _forked = True
+    torch.set_num_threads(1)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
 def check_code(code: int) -> None:
     """Errors: what a return code of the kernels means."""
     if code:
@@ -301,7 +318,7 @@ def linear(
     tokens = y.numel() // max(packed.shape[0], 1)
     addends = checked_addends(packed, y, bias, residual, torch.contiguous_format)
     arguments = (packed.handle, x.data_ptr(), tokens, *map(_address, addends), _in_kernel(packed, activation))
-    threads = torch.get_num_threads()
+    threads = thread_count()
     if packed.config.kind in FEW:
         code = _library().prunella_few_linear(*arguments, 0, threads, y.data_ptr())
     else:
@@ -333,7 +350,7 @@ def finite_linear(
         _in_kernel(packed, activation),
         1,
         *(() if few else (packed.config.tile,)),
-        torch.get_num_threads(),
+        thread_count(),
         y.data_ptr(),
     )
     if code:

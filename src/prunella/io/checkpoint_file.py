@@ -1,0 +1,54 @@
+"""Checkpoints of torch, read as tensors and plain data only, and only once their sizes have been checked."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prunella.errors import BadInput
+from prunella.io.untrusted import check_archive, check_regular, unreadable
+
+
+def load_tensors_only(file: Path) -> Any:
+    """What a file of `torch.save` holds. Errors: BadInput for anything but tensors and plain data.
+
+    A tensor that is larger than its bytes in the file is refused: `expand` costs nothing until somebody copies it.
+    """
+    what, todo = f"cannot read {file} as tensors", "save model.state_dict(), not the model"
+    check_archive(check_regular(file, what), todo="save it again with torch.save")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about the types of old files
+            value = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # the unpickler raises whatever a broken file makes it raise
+        raise unreadable(error, file, what, todo) from None
+    for name, tensor in _tensors(value):
+        _check(tensor, name, what)
+    return value
+
+
+def _check(tensor: Tensor, name: str, what: str) -> None:
+    if tensor.layout is not torch.strided or tensor.is_meta or tensor.is_quantized:
+        kind = "meta" if tensor.is_meta else "quantized" if tensor.is_quantized else str(tensor.layout)[6:]
+        raise BadInput(what, f"{name} is a {kind} tensor, which need not have its values in the file", "save it dense")
+    if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+        why = f"{name} has {tensor.numel()} values in {tensor.untyped_storage().nbytes()} bytes of the file"
+        raise BadInput(what, why, "save a tensor of its own: tensor.contiguous()")
+
+
+def _tensors(value: Any) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor with the keys that lead to it, each list and mapping once."""
+    seen, level = set[int](), [("", value)]
+    while level:
+        path, item = level.pop()
+        if isinstance(item, Tensor):
+            yield path or "it", item
+        elif isinstance(item, Mapping | list | tuple | set) and id(item) not in seen:
+            seen.add(id(item))
+            entries = item.items() if isinstance(item, Mapping) else enumerate(item)
+            level += [(f"{path}.{key}" if path else f"{key}", inner) for key, inner in entries]
