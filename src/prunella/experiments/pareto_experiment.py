@@ -36,6 +36,7 @@ from prunella.io.load import load_object
 from prunella.model.copying import copied
 from prunella.model.masks import finalize
 from prunella.model.rng import seed_rng_, seeded
+from prunella.model.user_code import number_of, user_error
 from prunella.planning.plan import Plan
 from prunella.planning.planner import plan
 from prunella.planning.recipe import Recipe
@@ -46,6 +47,7 @@ from prunella.targets import Params, Sparsity, Target
 from prunella.transform.apply import apply_
 from prunella.transform.shrink import shrink
 
+log = logging.getLogger(__name__)
 PAGE, RECORD = "pareto.html", "pareto.json"
 CELL = "cell"
 """The key of a cell in the journal; each cell has its own identity there."""
@@ -253,6 +255,7 @@ def _cell(task: _Task) -> Cell:
     except PruningError as error:
         return replace(empty, error=" ".join(f"{type(error).__name__}: {error.what}: {error.why}".split())[:600])
     except Exception as error:
+        log.warning("%s, %gx, seed %d: %s", task.method, task.ratio, task.seed, user_error(error, "").why)
         return replace(empty, error=f"{_USER}{type(error).__name__}: {str(error)[:400]}")
 
 
@@ -283,7 +286,7 @@ def _run(task: _Task, empty: Cell) -> Cell:
         recover = _function(experiment.recover)
         recovered = recover(model, task_plan, task.seed) if recover else None
         model = finalize(model if recovered is None else recovered)
-    score = float(_function(experiment.evaluate)(model))  # type: ignore[misc]
+    score = number_of(_function(experiment.evaluate)(model), "evaluate=")  # type: ignore[misc]
     if not isfinite(score):
         raise ValueError(f"evaluate returned {score}")
     return replace(empty, score=score, params=float(params), macs=float(macs))

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from prunella.errors import BadInput, RequestError
 from prunella.io.exported import load_exported
-from prunella.io.load import call_user
 from prunella.model.forward import forward, tensors
+from prunella.model.user_code import call_user
 
 Inputs = Tensor | tuple[Any, ...] | Mapping[str, Any]
 _SHAPE = re.compile(r"(?:([A-Za-z_]\w*)=)?(\d+(?:x\d+)*)(?::([a-z]+\d*))?")

@@ -16,6 +16,7 @@ from prunella.lottery.training import TrainingSpec
 from prunella.model.copying import copied
 from prunella.model.state import mode
 from prunella.model.unwrap import unwrap
+from prunella.model.user_code import number_of
 from prunella.recovery.batchnorm import recalibrate_bn
 from prunella.registry.method import metric
 
@@ -74,7 +75,7 @@ def barrier(
                 model.load_state_dict({name: _between(first[name], second[name], position) for name in before})
                 if data is not None:
                     recalibrate_bn(model, data)
-                errors.append(float(evaluate(model)))
+                errors.append(number_of(evaluate(model), "evaluate="))
     finally:
         model.load_state_dict(before)
     return Barrier(positions, tuple(errors))

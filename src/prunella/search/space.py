@@ -24,6 +24,7 @@ from prunella.model.copying import copied
 from prunella.model.masks import record_
 from prunella.model.state import mode, untouched
 from prunella.model.unwrap import unwrap
+from prunella.model.user_code import number_of
 from prunella.planning.budget import Ladder, ladder, most, solve
 from prunella.planning.candidates import CandidateUnits, CandidateWeights
 from prunella.planning.recipe import Recipe
@@ -114,7 +115,7 @@ class Space:
         """The quality of the pruned model in evaluation mode, with all random generators at the recipe's seed."""
         small = self.cut(counts)
         with untouched(small, self.recipe.seed), mode(small, training=False):
-            return float(evaluate(small))
+            return number_of(evaluate(small), "evaluate=")
 
     def cost(self, target: Target, counts: Counts) -> float:
         """The remaining cost, in the target's unit; a `Latency` is measured, in milliseconds."""
