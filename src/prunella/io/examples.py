@@ -127,6 +127,6 @@ def check_forward(model: nn.Module, inputs: Inputs) -> None:
     try:
         with torch.no_grad():
             call_user(lambda: forward(model, inputs), "the model")
-    except BadInput as error:
+    except (BadInput, RequestError) as error:
         todo = "give inputs that the model takes: --inputs 1x3x224x224"
         raise BadInput(f"the model fails on the example input {said}", error.why, todo) from error

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from torch import nn
+from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
-from prunella.errors import NotSupported
+from prunella.errors import NotSupported, RequestError
 
 _DISTRIBUTED = ("torch.distributed.fsdp", "torch.distributed._composable", "torch.distributed.tensor")
 """Packages of sharded modules and weights, by name only: an import takes a third of a second."""
@@ -27,6 +30,35 @@ def unwrap(model: nn.Module, *, sharded: bool = False) -> nn.Module:
             "prune the model before it is sharded; recovery.hold_sharded_ then keeps its masks while FSDP2 trains it",
         )
     return model
+
+
+def bare_optimizer(optimizer: Optimizer) -> Optimizer:
+    """The optimizer that steps the weights, inside wrappers such as those of accelerate (and so of the Trainer).
+
+    A wrapper holds an optimizer with the very same parameter groups, under any name. Errors: RequestError for an object
+    whose steps torch does not announce, so that nothing could follow them.
+    """
+    while (inner := _inner_optimizer(optimizer)) is not None:
+        optimizer = inner
+    if not isinstance(optimizer, Optimizer) or not getattr(type(optimizer).step, "hooked", False):
+        raise RequestError(
+            f"the steps of a {type(optimizer).__name__} cannot be followed",
+            "it is no torch.optim.Optimizer, and holds none with its parameter groups",
+            "pass the torch optimizer inside it",
+        )
+    return optimizer
+
+
+def bare_optimizers(optimizers: Optimizer | Iterable[Optimizer]) -> list[Optimizer]:
+    """One optimizer or several, each without its wrappers."""
+    one = hasattr(optimizers, "param_groups")
+    return [bare_optimizer(each) for each in ([optimizers] if one else optimizers)]  # type: ignore[list-item,union-attr]
+
+
+def _inner_optimizer(optimizer: object) -> Optimizer | None:
+    groups = getattr(optimizer, "param_groups", None)
+    held = (value for value in getattr(optimizer, "__dict__", {}).values() if value is not optimizer)
+    return next((value for value in held if isinstance(value, Optimizer) and value.param_groups is groups), None)
 
 
 def _inner(model: nn.Module) -> nn.Module | None:

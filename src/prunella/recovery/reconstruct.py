@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from prunella.errors import CheckFailed, RequestError
-from prunella.model.forward import batches, forward
+from prunella.model.forward import batches, run
 from prunella.model.masks import reapply_
 from prunella.model.state import mode
 from prunella.model.unwrap import unwrap
@@ -157,7 +157,7 @@ def _reads(model: nn.Module, batch: Any, loss: Loss | None, weight: nn.Parameter
     watch = Watch([weight], keep)
     with suppress(Stop):
         with watch:
-            loss(model, batch) if loss else forward(model, batch)
+            run(model, batch, loss)
         watch.finish()
     return reads
 

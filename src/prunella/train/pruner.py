@@ -18,7 +18,7 @@ from torch.utils.hooks import RemovableHandle
 
 from prunella.errors import RequestError
 from prunella.model.masks import Packed, forget_masks_, masks_of, reapply_, record_, records, saved_masks
-from prunella.model.unwrap import unwrap
+from prunella.model.unwrap import bare_optimizer, bare_optimizers, unwrap
 from prunella.planning.plan import Plan
 from prunella.planning.planner import plan
 from prunella.planning.recipe import Recipe
@@ -48,7 +48,8 @@ class Pruner:
         for batch in loader:
             ...; optimizer.step(); pruner.step()
 
-    optimizer: one, or several. All must train parameters of this model.
+    optimizer: one, or several, also inside the wrapper of accelerate or of the Trainer. All must train parameters of
+        this model.
     recipe: a `Recipe`, or a function from target to plan where planning needs data:
         `lambda target: plan(model, batch, recipe, target=target, data=loader, loss=loss)`.
     target, schedule: at step t the fraction `schedule(t / steps)` of the target is met, and at t = steps all of it.
@@ -97,12 +98,13 @@ class Pruner:
         self._cache: dict[nn.Parameter, tuple[Packed, Mask]] = {}
         self._handles: list[RemovableHandle] = []
         self._optimizers: list[Optimizer] = []
-        for one in [optimizer] if isinstance(optimizer, Optimizer) else optimizer:
+        for one in bare_optimizers(optimizer):
             self.attach(one)
         reapply_(model)
 
     def attach(self, optimizer: Optimizer) -> Self:
         """Apply the masks after each step of `optimizer`, too."""
+        optimizer = bare_optimizer(optimizer)
         owned = set(unwrap(self.model).parameters())
         if not any(p in owned for group in optimizer.param_groups for p in group["params"]):
             raise RequestError(

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from prunella.errors import NotSupported, RequestError
 from prunella.graph.cut.block_surgery import renamed
-from prunella.model.unwrap import unwrap
+from prunella.model.unwrap import bare_optimizer, unwrap
 from prunella.planning.plan import Plan
 
 _Axes = Mapping[int, Tensor]
@@ -29,7 +29,7 @@ def carry_(optimizer: Optimizer, dense: nn.Module, small: nn.Module, plan: Plan)
     Errors, before anything is changed: `RequestError` if no parameter of `dense` is in the optimizer or `small` lacks
     one, `NotSupported` for a state tensor whose shape does not follow that of the parameter.
     """
-    dense, small = unwrap(dense), unwrap(small)
+    optimizer, dense, small = bare_optimizer(optimizer), unwrap(dense), unwrap(small)
     names = {parameter: name for name, parameter in dense.named_parameters()}
     aliases: dict[Tensor, list[str]] = {}
     for alias, tensor in dense.named_parameters(remove_duplicate=False):

@@ -39,7 +39,7 @@ from prunella.graph.trace.tracked_int import (
     plain,
     tracked_attributes,
 )
-from prunella.model.forward import forward, tensors
+from prunella.model.forward import forward, inputs_of, tensors
 from prunella.model.state import untouched
 
 log = logging.getLogger(__name__)
@@ -385,6 +385,8 @@ def trace(model: nn.Module, inputs: Any, apply_rule: Callable[..., None]) -> Tra
     """Run `model` on `inputs` once and record. All positions of inputs and outputs are kept."""
     names, entities, parameters = _entities(model)
     record = Trace(names, entities, parameters)
+    with untouched(model), torch.no_grad():
+        inputs = inputs_of(model, inputs)
     for name, tensor in entities.items():
         record.aliases[_storage_key(tensor)] = name
     record.flow.start(inputs)
