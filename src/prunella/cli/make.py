@@ -111,6 +111,7 @@ def import_(
     importer: Annotated[
         str | None, typer.Option(metavar="I", help="An importer of `methods`; recognized if not given.")
     ] = None,
+    units: Annotated[bool, typer.Option("--units", help="Remove the units that are zero too, not only mask.")] = False,
     output: options.OptionalOutput = None,
     as_json: options.Json = False,
 ) -> None:
@@ -124,7 +125,7 @@ def import_(
     network, example = parse.open_source(source)
     with stage(f"importing {file}"):
         imported = import_plan(
-            network, example, file, masks=masks, importer=reader, key=key, allow_pickle=source.allow_pickle
+            network, example, file, masks=masks, importer=reader, key=key, units=units, allow_pickle=source.allow_pickle
         )
     if output is not None:
         note(f"wrote {save_plan(imported, output)}")

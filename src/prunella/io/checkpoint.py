@@ -18,11 +18,10 @@ import torch
 from torch import Tensor
 
 from prunella.errors import BadInput, RequestError, out_of_resources
+from prunella.model.unwrap import WRAPPER_SEGMENTS
 
 Tell = Callable[[str], None]
 """Takes one line for the user."""
-_SEGMENTS = frozenset(("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"))
-"""Segments of names that wrappers of torch add in any place."""
 _COUNTERS = frozenset(("n_averaged",))
 """Buffers that a wrapper adds beside the model."""
 _UNKNOWN = re.compile(r"GLOBAL ([\w.]+)")
@@ -127,7 +126,7 @@ class Names:
     def read(self, name: str) -> str:
         """A name of the checkpoint as a name of the model."""
         if self.wrapped:
-            name = ".".join(part for part in name.split(".") if part not in _SEGMENTS)
+            name = ".".join(part for part in name.split(".") if part not in WRAPPER_SEGMENTS)
         return self.put_on + name.removeprefix(self.taken_off)
 
     @property

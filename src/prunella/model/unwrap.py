@@ -13,6 +13,9 @@ from prunella.errors import NotSupported, RequestError
 _DISTRIBUTED = ("torch.distributed.fsdp", "torch.distributed._composable", "torch.distributed.tensor")
 """Packages of sharded modules and weights, by name only: an import takes a third of a second."""
 
+WRAPPER_SEGMENTS = frozenset(("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"))
+"""Segments that wrappers of torch add to the names of parameters in any place."""
+
 
 def unwrap(model: nn.Module, *, sharded: bool = False) -> nn.Module:
     """The bare model inside its wrappers, nested in any order.

@@ -19,9 +19,12 @@ from prunella.io.importers.imported import Imported, State, tensors_of
 from prunella.io.importers.patterns import pattern_of
 from prunella.io.importers.reading import Source, read_source
 from prunella.io.importers.torch_masks import needs_masks, torch_ao, torch_prune
+from prunella.model.copying import copied
 from prunella.model.state import untouched
 from prunella.model.unwrap import unwrap
 from prunella.planning.plan import Plan
+from prunella.planning.zeros import plan_zeros
+from prunella.transform.apply import apply_
 from prunella.types import Inputs, Mask
 
 Importer = Callable[[State], Imported]
@@ -35,6 +38,7 @@ def import_plan(
     masks: Source | None = None,
     importer: Importer | None = None,
     key: str = "",
+    units: bool = False,
     allow_pickle: bool = False,
 ) -> Plan:
     """A plan that makes `model` what another tool pruned: its masks and, where they differ, its weights and buffers.
@@ -45,8 +49,10 @@ def import_plan(
     importer: a function of `prunella.io.importers`, where the kind of checkpoint is not to be found out.
     key: the entry of the source that holds the weights, where it has several (`model` and `model_ema`).
 
-    Only masks are imported: the shapes stay. One prefix that all names share, such as `module.` or `model.`, and what
-    wrappers of torch add to names are taken off; a remark says so.
+    units: plan the removal of the units that are zero in what was imported, as `plan_zeros` does, besides the masks.
+
+    Only masks are imported otherwise: the shapes stay. One prefix that all names share, such as `module.` or `model.`,
+    and what wrappers of torch add to names are taken off; a remark says so.
     Errors: BadInput names what is missing, of another shape, or contradicts itself; also if nothing is pruned.
     """
     model = unwrap(model)
@@ -58,7 +64,14 @@ def import_plan(
     if masks is not None:
         found = _joined(found, read_source(masks, allow_pickle=allow_pickle))
     with untouched(model, 0):
-        return _Fit(model, couple(model, inputs), found).plan(inputs)
+        plan = _Fit(model, couple(model, inputs), found).plan(inputs)
+    return _without_units(model, plan, inputs) if units else plan
+
+
+def _without_units(model: nn.Module, plan: Plan, inputs: Inputs) -> Plan:
+    """The plan that also removes the units that its masks and weights leave at zero."""
+    cut = plan_zeros(apply_(copied(model), plan), inputs)
+    return replace(cut, masks=plan.masks, weights=plan.weights, remarks=(*plan.remarks, *cut.remarks))
 
 
 def importer_of(state: State, *, apart: bool = False) -> Importer:
