@@ -1,5 +1,8 @@
 """Transformations of a model: masks, cuts, permutations, and the optimizer state after a cut."""
 
+from typing import TYPE_CHECKING
+
+from prunella.errors import suggesting
 from prunella.model.masks import finalize as finalize
 from prunella.model.masks import masks_of as masks_of
 from prunella.model.masks import reapply_ as reapply_
@@ -27,3 +30,7 @@ __all__ = [
 
 def __dir__() -> list[str]:
     return __all__
+
+
+if not TYPE_CHECKING:
+    __getattr__ = suggesting(__name__)
