@@ -132,8 +132,6 @@ def test_all_that_follows_an_optimizer_takes_a_wrapped_one() -> None:
         train(model, optimizer, 1)
         loop.step()
     assert any(not torch.equal(mask, before[name]) for name, mask in pr.masks_of(model).items())
-    surgery = pr.train.NetworkSurgery(mlp(8), prepared(mlp(8)), recipe=MASKS, target=pr.Sparsity(0.5), inputs=X)
-    surgery.detach()
     units = pr.train.coupled_units(model := mlp(8), X)
     half = pr.train.HalfSpace(model, prepared(model), units, strength=1e-2, start=1)
     half.detach()

@@ -43,7 +43,7 @@ from prunella.io.per_layer import per_layer_config
 from prunella.io.plan_file import read_size, save_plan
 from prunella.io.state import State, fill_, read_state, read_tensors, write_tensors
 from prunella.measure.text import byte_size
-from prunella.model.unwrap import unwrap
+from prunella.model.torch_masks import with_plain_weights
 from prunella.planning.plan import Plan
 
 FORMAT = 1
@@ -94,7 +94,7 @@ def save(
         ...     pr.save(pr.shrink(dense(), plan), f"{folder}/half", plan=plan, factory=dense).reader
         'prunella.load'
     """
-    model = unwrap(model)
+    model = with_plain_weights(model)
     state = read_state(model)
     origin = _origin(model, factory, kwargs or {}, source, dense)
     with new_folder(path, overwrite=overwrite) as folder:

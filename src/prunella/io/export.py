@@ -27,7 +27,7 @@ from prunella.measure.text import byte_size
 from prunella.model.copying import copied
 from prunella.model.forward import forward, tensors
 from prunella.model.state import mode
-from prunella.model.unwrap import unwrap
+from prunella.model.torch_masks import with_plain_weights
 from prunella.types import Inputs
 
 Format = Literal["safetensors", "pt2", "onnx"]
@@ -75,7 +75,7 @@ def export(
         ...     exported.path.name
         'model.safetensors'
     """
-    model = unwrap(model)
+    model = with_plain_weights(model)
     final, chosen = Path(path), _format(Path(path), format)
     found: list[Exported] = []
     on_cpu = _on_cpu(model)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from prunella.errors import RequestError
+from prunella.io.checkpoint import Names
 from prunella.io.nested import equal
 from prunella.lottery.session import Session, State, snapshot
 from prunella.lottery.training import TrainingSpec
@@ -64,6 +65,7 @@ def barrier(
         raise RequestError(f"{points} points are too few", "both ends and a point between are needed", "points=11")
     model = unwrap(model)
     before = snapshot(model)
+    first, second = (_bare_names(state, before) for state in (first, second))
     if not before.keys() == first.keys() == second.keys():
         todo = "pass the state dicts of two copies of the model"
         raise RequestError("the states are not of this model", "their names differ", todo)
@@ -79,6 +81,13 @@ def barrier(
     finally:
         model.load_state_dict(before)
     return Barrier(positions, tuple(errors))
+
+
+def _bare_names(state: State, own: State) -> State:
+    """The state dict under the names of the bare model, if it is that of a wrapped one."""
+    if state.keys() == own.keys():
+        return state
+    return Names.of(state, frozenset(own)).renamed(state, "the state dict")
 
 
 @metric(source="Frankle et al. 2020, arXiv:1912.05671")

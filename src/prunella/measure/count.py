@@ -15,7 +15,7 @@ from prunella.measure.text import byte_size, exact_count, percent
 from prunella.model.forward import forward
 from prunella.model.memory import inner_tensors
 from prunella.model.state import mode
-from prunella.model.unwrap import unwrap
+from prunella.model.torch_masks import with_plain_weights
 from prunella.types import Inputs
 
 Scope = Literal["weights", "parameters"]
@@ -48,7 +48,7 @@ class Count:
 
 def count(model: nn.Module, *, scope: Scope = "weights") -> Count:
     """Parameters, bytes and zeros of a model, from its tensors alone."""
-    model = unwrap(model)
+    model = with_plain_weights(model)
     if scope not in ("weights", "parameters"):
         raise RequestError(f"unknown scope {scope!r}", "known are weights, parameters", "weights have two axes or more")
     parameters = list(model.parameters())  # torch gives tied ones once

@@ -48,7 +48,7 @@ def pack(mask: Mask) -> Packed:
 
 def record_(model: nn.Module, masks: Mapping[nn.Parameter, Mask]) -> None:
     """Store `masks` beside the parameters, combined with existing masks. Weights do not change."""
-    root = unwrap(model)
+    root = unwrap(model, computed=True)
     before = {parameter: packed for _, parameter, packed in records(root)}
     for parameter, new in masks.items():
         mask = new & before[parameter].unpack(new.device) if parameter in before else new
@@ -63,7 +63,7 @@ def record_(model: nn.Module, masks: Mapping[nn.Parameter, Mask]) -> None:
 
 def records(model: nn.Module, *, sharded: bool = False) -> Iterator[tuple[str, nn.Parameter, Packed]]:
     """Every mask as (name, parameter, packed mask); a tied parameter under all its names. sharded: as for `unwrap`."""
-    for prefix, module in unwrap(model, sharded=sharded).named_modules(remove_duplicate=False):
+    for prefix, module in unwrap(model, sharded=sharded, computed=True).named_modules(remove_duplicate=False):
         for leaf, packed in module.__dict__.get(RECORD, {}).items():
             parameter = module._parameters.get(leaf)
             if parameter is None:
@@ -129,7 +129,7 @@ def finalize(model: M) -> M:
 
 def forget_masks_(model: nn.Module) -> None:
     """Drop all masks without a check; no weight changes."""
-    for module in unwrap(model, sharded=True).modules():
+    for module in unwrap(model, sharded=True, computed=True).modules():
         module.__dict__.pop(RECORD, None)
 
 

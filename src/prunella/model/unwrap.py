@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from torch import nn
+from torch.nn.utils.prune import BasePruningMethod
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
@@ -17,12 +18,13 @@ WRAPPER_SEGMENTS = frozenset(("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_
 """Segments that wrappers of torch add to the names of parameters in any place."""
 
 
-def unwrap(model: nn.Module, *, sharded: bool = False) -> nn.Module:
+def unwrap(model: nn.Module, *, sharded: bool = False, computed: bool = False) -> nn.Module:
     """The bare model inside its wrappers, nested in any order.
 
     Wrappers are those of `torch.compile`, `DataParallel`, `DistributedDataParallel` and `AveragedModel`. The names of
     parameters and modules, in plans, masks, patterns and files, are those of the bare model.
-    sharded: accept weights sharded over processes. Errors: NotSupported for sharded weights otherwise.
+    sharded: accept weights sharded over processes. computed: accept weights under `torch.nn.utils.prune`. Errors:
+    NotSupported for such weights otherwise.
     """
     while (inner := _inner(model)) is not None:
         model = inner
@@ -32,7 +34,30 @@ def unwrap(model: nn.Module, *, sharded: bool = False) -> nn.Module:
             "a process holds a part of each weight, and the choice of units needs all of it",
             "prune the model before it is sharded; recovery.hold_sharded_ then keeps its masks while FSDP2 trains it",
         )
+    if not computed and torch_pruned(model):
+        raise NotSupported(
+            "the weights of this model are computed by torch.nn.utils.prune",
+            "a hook makes them from weight_orig and weight_mask before each forward pass",
+            "call prunella.transform.plain_weights_(model) first: the masks stay, and the weights are plain",
+        )
     return model
+
+
+def eager(model: nn.Module) -> nn.Module:
+    """The model without `torch.compile`, whose programs ignore hooks; data parallelism averages gradients and stays."""
+    parallel = nn.parallel.DistributedDataParallel
+    while not isinstance(model, parallel) and (inner := _inner(model)) is not None:
+        model = inner
+    return model
+
+
+def torch_pruned(model: nn.Module) -> list[tuple[nn.Module, str]]:
+    """The modules and names of the tensors that `torch.nn.utils.prune` computes."""
+    found = []
+    for module in model.modules():
+        hooks = [hook for hook in module._forward_pre_hooks.values() if isinstance(hook, BasePruningMethod)]
+        found += [(module, hook._tensor_name) for hook in hooks]
+    return found
 
 
 def bare_optimizer(optimizer: Optimizer) -> Optimizer:

@@ -18,7 +18,7 @@ from prunella.graph.data import Frozen, ReasonKind
 from prunella.graph.matrix import from_matrix
 from prunella.graph.verify import unproven
 from prunella.model.state import untouched
-from prunella.model.unwrap import unwrap
+from prunella.model.torch_masks import with_plain_weights
 from prunella.planning.accounting import pattern_name
 from prunella.planning.candidates import (
     BudgetRules,
@@ -80,7 +80,7 @@ def plan(
         >>> {name: f"{int(kept.sum())} of {len(kept)}" for name, kept in plan.keep.items()}
         {'0': '8 of 16'}
     """
-    model = unwrap(model)
+    model = with_plain_weights(model)
     target = checked_target(recipe.granularities, target)
     check_finite(model)
     with untouched(model, recipe.seed):

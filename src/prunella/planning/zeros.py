@@ -19,7 +19,7 @@ from prunella.graph.verify import SINGLE, TOLERANCE, as_double, relative_error, 
 from prunella.model.copying import copied
 from prunella.model.forward import forward, tensors
 from prunella.model.state import untouched
-from prunella.model.unwrap import unwrap
+from prunella.model.torch_masks import with_plain_weights
 from prunella.planning.plan import Plan
 from prunella.stats import Source, Subject, collect
 from prunella.stats.subject import first_seen
@@ -46,7 +46,7 @@ def plan_zeros(
 
     inputs, skip, only: as for `prunella.plan`. Errors: NotSupported if nothing is zero.
     """
-    model = unwrap(model)
+    model = with_plain_weights(model)
     with untouched(model, 0):
         graph = couple(model, inputs)
         check_patterns(graph, skip, only)

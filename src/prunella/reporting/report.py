@@ -27,7 +27,7 @@ from prunella.measure.text import byte_size, duration, percent, short_count, sig
 from prunella.measure.timing import Comparison, compare_latency
 from prunella.model.forward import forward, tensors
 from prunella.model.state import mode
-from prunella.model.unwrap import unwrap
+from prunella.model.torch_masks import with_plain_weights
 from prunella.planning.plan import Plan
 from prunella.reporting.section import Section
 from prunella.targets import Target
@@ -241,7 +241,7 @@ def report(
             device=str(_device(dense)),
         )
         outputs = [[t.cpu() for t in tensors(forward(model, inputs))] for model in (dense, small)]
-    dense, small = unwrap(dense), unwrap(small)
+    dense, small = with_plain_weights(dense), with_plain_weights(small)
     seconds = time_by_layer({"dense": dense, "pruned": small}, inputs)
     macs = macs_by_module(dense, inputs), macs_by_module(small, inputs)
     return Report(

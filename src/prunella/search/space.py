@@ -23,7 +23,7 @@ from prunella.io.identity import Identity, identify, model_parts
 from prunella.model.copying import copied
 from prunella.model.masks import record_
 from prunella.model.state import mode, untouched
-from prunella.model.unwrap import unwrap
+from prunella.model.torch_masks import with_plain_weights
 from prunella.model.user_code import number_of
 from prunella.planning.budget import Ladder, ladder, most, solve
 from prunella.planning.candidates import CandidateUnits, CandidateWeights
@@ -188,7 +188,7 @@ def space(
     Parameters and errors are those of `plan`. The model does not change. Units are structures, or weights under a mask;
     patterns of fixed sparsity, blocks and tokens have no choice to search.
     """
-    model = unwrap(model)
+    model = with_plain_weights(model)
     searched = Channel | Head | Width | Expert | Element | Block
     unsearchable = next((entry for entry in recipe.granularities if not isinstance(entry, searched)), None)
     if unsearchable is not None:

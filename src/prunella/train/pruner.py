@@ -18,6 +18,7 @@ from torch.utils.hooks import RemovableHandle
 
 from prunella.errors import RequestError
 from prunella.model.masks import Packed, forget_masks_, masks_of, reapply_, record_, records, saved_masks
+from prunella.model.torch_masks import plain_weights_
 from prunella.model.unwrap import bare_optimizer, bare_optimizers, unwrap
 from prunella.planning.plan import Plan
 from prunella.planning.planner import plan
@@ -89,7 +90,7 @@ class Pruner:
                 f"found target={target}, steps={steps}, every={every}",
                 "for example target=Sparsity(0.9), steps=1000, every=50",
             )
-        self.model, self.target, self.schedule = model, target, schedule
+        self.model, self.target, self.schedule = plain_weights_(model), target, schedule
         self.steps, self.every, self.nested = steps, every, nested
         self.taken = 0
         self._planner = planner_of(model, recipe, inputs)

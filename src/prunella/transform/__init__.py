@@ -6,6 +6,7 @@ from prunella.errors import suggesting
 from prunella.model.masks import finalize as finalize
 from prunella.model.masks import masks_of as masks_of
 from prunella.model.masks import reapply_ as reapply_
+from prunella.model.torch_masks import plain_weights_ as plain_weights_
 from prunella.transform.apply import apply_ as apply_
 from prunella.transform.controls import collapsed as collapsed
 from prunella.transform.controls import reinitialized as reinitialized
@@ -21,6 +22,7 @@ __all__ = [
     "finalize",
     "masks_of",
     "permute",
+    "plain_weights_",
     "reapply_",
     "reinitialized",
     "shrink",

@@ -11,7 +11,7 @@ from prunella.graph.cut.surgery import change_
 from prunella.graph.verify import check
 from prunella.model.copying import copied
 from prunella.model.masks import slice_masks_
-from prunella.model.unwrap import unwrap
+from prunella.model.torch_masks import with_plain_weights
 from prunella.planning.plan import Plan
 from prunella.transform.apply import apply_
 from prunella.types import Inputs
@@ -39,7 +39,7 @@ def shrink(model: nn.Module, plan: Plan, *, inputs: Inputs | None = None) -> nn.
           (2): Linear(in_features=7, out_features=4, bias=True)
         )
     """
-    model = unwrap(model)
+    model = with_plain_weights(model)
     dense = copied(model)
     if plan.masks or plan.weights:
         apply_(dense, replace(plan, changes=Changes()))

@@ -18,7 +18,7 @@ from prunella.graph.program.literals import module_of
 from prunella.graph.verify import relative_error
 from prunella.model.forward import forward, tensors
 from prunella.model.state import mode
-from prunella.model.unwrap import unwrap
+from prunella.model.torch_masks import with_plain_weights
 
 TOLERANCE = 1e-4
 """Largest allowed difference between a model and its program, relative to the largest output."""
@@ -49,7 +49,7 @@ def as_program(model: nn.Module, inputs: Any) -> nn.Module:
         >>> sorted(pr.plan(program, torch.randn(2, 4), target=pr.Params(0.5)).keep)
         ['0']
     """
-    model = unwrap(model)
+    model = with_plain_weights(model)
     with mode(model, training=False), quiet():
         with torch.no_grad():
             expected = tensors(forward(model, inputs))

@@ -21,7 +21,7 @@ from prunella.io.importers.reading import Source, read_source
 from prunella.io.importers.torch_masks import needs_masks, torch_ao, torch_prune
 from prunella.model.copying import copied
 from prunella.model.state import untouched
-from prunella.model.unwrap import unwrap
+from prunella.model.torch_masks import with_plain_weights
 from prunella.planning.plan import Plan
 from prunella.planning.zeros import plan_zeros
 from prunella.transform.apply import apply_
@@ -55,7 +55,7 @@ def import_plan(
     and what wrappers of torch add to names are taken off; a remark says so.
     Errors: BadInput names what is missing, of another shape, or contradicts itself; also if nothing is pruned.
     """
-    model = unwrap(model)
+    model = with_plain_weights(model)
     if source is model:
         todo = "build the model anew and pass the pruned one as the source"
         raise RequestError("the model and the source are one module", "a plan is made for a plain model", todo)

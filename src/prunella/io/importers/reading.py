@@ -40,7 +40,7 @@ def _called(source: Source) -> str:
 
 def _whole(source: Source, *, allow_pickle: bool) -> State:
     if isinstance(source, nn.Module):
-        source = unwrap(source)
+        source = unwrap(source, computed=True)
         # Not its state dict, which leaves the masks of torch.ao out.
         named = [*source.named_parameters(remove_duplicate=False), *source.named_buffers(remove_duplicate=False)]
         return {name: value.detach() for name, value in named}
