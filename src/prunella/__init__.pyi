@@ -58,6 +58,7 @@ from .targets import Sparsity as Sparsity
 from .train.pruner import Pruner as Pruner
 from .transform.apply import apply_ as apply_
 from .transform.shrink import shrink as shrink
+from .types import Examples as Examples
 
 __all__ = [
     "NM",
@@ -66,6 +67,7 @@ __all__ = [
     "Channel",
     "Depth",
     "Element",
+    "Examples",
     "Expert",
     "Head",
     "Latency",

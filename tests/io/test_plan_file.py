@@ -38,7 +38,7 @@ def make_plan() -> Plan:
         changes=Changes(
             cuts={"a.conv.weight": {0: torch.tensor([0, 2]), 1: torch.tensor([], dtype=torch.int64)}},
             attributes={("a", "num_heads"): 3, ("a:config", "intermediate_size"): 7},
-            along=(Along("layer_norm", 2, -1, torch.tensor([0, 3])),),
+            along=(Along("layer_norm", 2, -1, torch.tensor([0, 3])), Along("mean", 0, 1, torch.tensor([1]), 1)),
             renumbered=(Renumbered((0,), ((1, 2),), torch.tensor([5, 6])),),
             dropped={"a.blocks": ("1", "4")},
             lists={("a", "scales"): (1, 4)},
@@ -47,6 +47,7 @@ def make_plan() -> Plan:
         frozen=(Frozen("b.weight", 0, 4, "output of the model", "net.py:12", ReasonKind.SOURCE),),
         weights={"a.conv.weight": torch.randn(2, 3, generator=generator).to(torch.bfloat16)},
         inputs={"ids": torch.arange(6).view(2, 3), "nested": (torch.ones(1), [None, 2])},
+        others=({"ids": torch.arange(3).view(1, 3)},),
     )
 
 
@@ -88,6 +89,14 @@ def test_blocks_that_0_1_dropped_are_read_and_what_it_made_up_is_not() -> None:
     plan = load_plan(DATA / "depth_0_1.plan")
     assert plan.dropped == {"layers": ("1",)} and plan.keep["layers"].tolist() == [True, False, True]
     assert plan.target is None and plan.got == pytest.approx(1 / 3)
+
+
+def test_a_plan_of_one_example_is_read() -> None:
+    """Format 3, the last without further examples."""
+    plan = load_plan(DATA / "format_3.plan")
+    (call,) = plan.changes.along
+    assert (call.name, call.number, call.axis, call.example) == ("layer_norm", 0, 1, 0)
+    assert plan.others == () and plan.inputs.shape == (2, 6) and len(call.kept) == 4  # type: ignore[union-attr]
 
 
 def test_the_same_plan_gives_the_same_bytes_and_no_pickle(tmp_path: Path) -> None:

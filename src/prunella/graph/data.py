@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -85,6 +85,7 @@ class Running:
     """A call along an axis of units: the `number`-th call of `name` in a run.
 
     Position `i` on `axis` of its first tensor belongs to unit `unit[i]` of the group, or to none if `unit[i]` is -1.
+    example: the run in which it is counted, by the number of its example.
     """
 
     name: str
@@ -92,6 +93,7 @@ class Running:
     axis: int
     group: str
     unit: Ints
+    example: int = 0
 
 
 @dataclass(frozen=True)
@@ -223,6 +225,30 @@ class Attribute:
 
 
 @dataclass(frozen=True)
+class Unread:
+    """An integer attribute that no operation of the run reads, with the sizes of its owner that it equals.
+
+    index: its position in a list or tuple of sizes, or -1. It follows a cut if all these sizes become the same.
+    """
+
+    owner: str
+    name: str
+    value: int
+    extents: tuple[Extent, ...]
+    index: int = -1
+
+    def new(self, keep: Keep) -> tuple[int, ...]:
+        """What these sizes become when only `keep` remains, each once."""
+        return tuple(sorted({extent.size(keep) for extent in self.extents}))
+
+    def placed(self, old: Any, value: int) -> Any:
+        """The attribute with `value` in its place."""
+        if self.index < 0:
+            return value
+        return type(old)(value if k == self.index else entry for k, entry in enumerate(old))
+
+
+@dataclass(frozen=True)
 class Graph:
     """The coupling graph of a model, from `prunella.graph.solve.groups.couple(model, inputs)`.
 
@@ -250,6 +276,11 @@ class Graph:
     homes: Mapping[str, tuple[Place, ...]] = field(default_factory=dict)
     lists: Mapping[str, tuple[tuple[str, str], ...]] = field(default_factory=dict)
     orders: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    turns: tuple[tuple[int, int], ...] = ()
+    """A size of the inputs, and another at which the source takes another branch."""
+    unread: tuple[Unread, ...] = ()
+    lists_of_sizes: Mapping[tuple[str, str], tuple[int, ...]] = field(default_factory=dict)
+    """Attributes that are lists or tuples of sizes, of which some are `unread`."""
 
     def macs(self, keep: Keep | None = None) -> float:
         """Multiply-adds of one forward pass on the example inputs when only `keep` remains."""

@@ -51,9 +51,9 @@ class Verification:
         return f"shrunk {word} masked: relative error {self.error:.1e} ({self.dtype}, tolerance {self.tolerance:.0e})"
 
 
-def check(dense: nn.Module, small: nn.Module, applied: Changes, inputs: Any) -> Verification:
+def check(dense: nn.Module, small: nn.Module, applied: Changes, inputs: Any, *, example: int = 0) -> Verification:
     """`verify`, with `CheckFailed` if the outputs differ. On the meta device only shapes are checked."""
-    verification = verify(dense, small, applied, inputs)
+    verification = verify(dense, small, applied, inputs, example=example)
     if not verification.exact:
         raise CheckFailed(
             "the smaller model does not compute what the masked model computes",
@@ -63,8 +63,12 @@ def check(dense: nn.Module, small: nn.Module, applied: Changes, inputs: Any) -> 
     return verification
 
 
-def verify(dense: nn.Module, small: nn.Module, done: Changes, inputs: Any) -> Verification:
-    """Compare `small` with `dense` with zeros in the removed units, in float64 and eval mode, on one batch."""
+def verify(dense: nn.Module, small: nn.Module, done: Changes, inputs: Any, *, example: int = 0) -> Verification:
+    """Compare `small` with `dense` with zeros in the removed units, in float64 and eval mode, on one batch.
+
+    example: the number of the example that this batch is, or is like.
+    """
+    done = done.on(example)
     if any(p.device.type == "meta" for p in dense.parameters()):
         shapes = [tuple(t.shape) for t in _run(dense, inputs)], [tuple(t.shape) for t in _run(small, inputs)]
         return Verification(0.0 if shapes[0] == shapes[1] else float("inf"), TOLERANCE, len(shapes[0]))
@@ -74,36 +78,35 @@ def verify(dense: nn.Module, small: nn.Module, done: Changes, inputs: Any) -> Ve
         return _compare(dense, small, done, inputs, double=False)
 
 
-def unproven(model: nn.Module, graph: Graph, keep: Keep, inputs: Any) -> dict[str, str]:
+def unproven(model: nn.Module, graph: Graph, keep: Keep, inputs: Any, others: Sequence[Any] = ()) -> dict[str, str]:
     """Group name -> why its cut cannot be proven. Empty when the model cut by `keep` passes the oracle.
 
-    Bisection finds the groups at fault: a set that fails is tried in two halves, down to single groups. If only the
-    full set fails, all of its groups are named.
+    others: further examples, which it has to pass too. Bisection finds the groups at fault: a set that fails is tried
+    in two halves, down to single groups. If only the full set fails, all of its groups are named.
     """
     names = [name for name, mask in keep.items() if not bool(mask.all())]
-    reason = _fault(model, graph, {name: keep[name] for name in names}, inputs)
+    reason = _fault(model, graph, {name: keep[name] for name in names}, (inputs, *others))
     if reason is None:
         return {}
     half = len(names) // 2
     faults: dict[str, str] = {}
     for part in (names[:half], names[half:]) if half else ():
-        faults |= unproven(model, graph, {name: keep[name] for name in part}, inputs)
+        faults |= unproven(model, graph, {name: keep[name] for name in part}, inputs, others)
     return faults or dict.fromkeys(names, reason)
 
 
-def _fault(model: nn.Module, graph: Graph, keep: Keep, inputs: Any) -> str | None:
-    """The objection of the oracle to a cut; None if the cut passes."""
+def _fault(model: nn.Module, graph: Graph, keep: Keep, examples: Sequence[Any]) -> str | None:
+    """The objection of the oracle to a cut; None if the cut passes on all examples."""
     applied, small = changes(graph, keep), copied(model)
     change_(small, applied)
-    try:
-        verification = verify(model, small, applied, inputs)
-    except NotSupported as error:
-        return f"the smaller model does not run: {error.why}"
-    return (
-        None
-        if verification.exact
-        else f"the cut cannot be proven: relative error {verification.error:.1e} to the masked model"
-    )
+    for number, inputs in enumerate(examples):
+        try:
+            verification = verify(model, small, applied, inputs, example=number)
+        except NotSupported as error:
+            return f"the smaller model does not run: {error.why}"
+        if not verification.exact:
+            return f"the cut cannot be proven: relative error {verification.error:.1e} to the masked model"
+    return None
 
 
 class _DenseFailed(Exception):

@@ -9,9 +9,10 @@ from typing import Any, TypeVar
 from torch import nn
 
 from prunella.errors import NotSupported, PruningError, RequestError
-from prunella.io.huggingface import built_shapes, shapes_of
+from prunella.io.huggingface import built_shapes
 from prunella.io.origin import describe, is_hugging_face
 from prunella.model.copying import copied
+from prunella.planning.config_search import shapes_of
 from prunella.registry.method import recovery
 
 M = TypeVar("M", bound=nn.Module)

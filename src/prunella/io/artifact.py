@@ -16,6 +16,7 @@ import platform
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,18 @@ from prunella.io.plan_file import read_size, save_plan
 from prunella.io.state import State, fill_, read_state, read_tensors, write_tensors
 from prunella.measure.text import byte_size
 from prunella.model.torch_masks import with_plain_weights
+from prunella.planning.config_search import (
+    Shapes,
+    Sizes,
+    changed_sizes,
+    shallower,
+    shapes_of,
+    steady,
+    uniform_configs,
+    with_tokens,
+)
 from prunella.planning.plan import Plan
+from prunella.transform.configuration import configuration_before
 
 FORMAT = 1
 WEIGHTS, BUFFERS, PLAN = "model.safetensors", "buffers.safetensors", "plan.safetensors"
@@ -205,6 +217,8 @@ def _origin(
     if isinstance(model, GraphModule) and factory is None:
         return {"kind": "program"}
     origin = origins.describe(model, factory, kwargs, model if dense is None else dense)
+    if origin["kind"] == "transformers" and dense is None and (before := configuration_before(model)) is not None:
+        origin["config"] = {**origin["config"], **before}  # what is cut when the model is built again
     config = Path(source) / "config.json" if source is not None else None
     if origin["kind"] == "transformers" and dense is None and config is not None and config.is_file():
         changes = dict(read_config(config, todo="give the folder of the dense model").data)
@@ -288,7 +302,7 @@ def _cut(model: nn.Module, manifest: Fields) -> None:
             if kept.numel() == 0 or int(kept.min()) < 0 or int(kept.max()) >= size:
                 raise BadInput(f"axis {axis} of {name!r} cannot be cut as recorded", f"the model has {size} positions")
     for owner, name in attributes:
-        if name.startswith("_") or not (names_token(name) or size_of(_attribute(model, owner, name)) is not None):
+        if name.startswith("_") or not (names_token(name) or _is_size(_attribute(model, owner, name))):
             raise BadInput(f"the size {name!r} of {owner!r} cannot be set", "the rebuilt model keeps no such integer")
     check_dropped(model, dropped)
     for (owner, name), gone in lists.items():
@@ -316,6 +330,11 @@ def _depth(manifest: Fields) -> tuple[dict[str, tuple[str, ...]], dict[tuple[str
     return dropped, {(owner.text(), name.text()): gone.integers() for owner, name, gone in rows}
 
 
+def _is_size(value: object) -> bool:
+    """Whether an attribute is an integer, or a list or tuple of them."""
+    return size_of(value) is not None or (type(value) in (list, tuple) and all(type(n) is int for n in value))  # type: ignore[attr-defined]
+
+
 def _attribute(model: nn.Module, owner: str, name: str) -> object:
     path, _, part = owner.partition(":")
     try:
@@ -331,8 +350,9 @@ def _make_pretrained(manifest: dict[str, Any], model: nn.Module, plan: Plan | No
     inputs = plan.small_inputs if plan is not None and plan.inputs is not None else getattr(model, "dummy_inputs", None)
     failed = "no configuration describes these widths, which differ from layer to layer"
     origin, small, sizes = _described(manifest["origin"], model, plan)
-    kept = frozenset() if inputs is None else pretrained.steady(model, origin["config"], inputs)
-    for config in pretrained.uniform_configs(origin, small, sizes, kept):
+    kept = frozenset() if inputs is None else steady(model, origin["config"], inputs)
+    build = partial(pretrained.built_shapes, origin)
+    for config in uniform_configs(build, origin["config"], small, sizes, kept):
         pretrained.write_config(model, config, folder)
         if inputs is not None and pretrained.reads_back(type(model), folder, model, inputs):
             manifest["origin"]["config"] = config
@@ -347,13 +367,13 @@ def _make_pretrained(manifest: dict[str, Any], model: nn.Module, plan: Plan | No
 
 def _described(
     origin: Mapping[str, Any], model: nn.Module, plan: Plan | None
-) -> tuple[Mapping[str, Any], pretrained.Shapes, pretrained.Sizes]:
+) -> tuple[Mapping[str, Any], Shapes, Sizes]:
     """The origin with tokens and depth as they are now, the shapes of the model, and the sizes that are others."""
-    origin = {**origin, "config": pretrained.with_tokens(origin["config"], model.config)}
+    origin = {**origin, "config": with_tokens(origin["config"], model.config)}
     if plan is not None and plan.dropped:
-        origin = {**origin, "config": pretrained.shallower(origin["config"], plan.attributes, plan.changes.lists)}
-    dense, small = origins.build_empty(origins.hugging_face_builder(origin)), pretrained.shapes_of(model)
-    return origin, small, pretrained.changed_sizes(pretrained.shapes_of(dense), small, _pairs(dense, plan))
+        origin = {**origin, "config": shallower(origin["config"], plan.attributes, plan.changes.lists)}
+    dense, small = origins.build_empty(origins.hugging_face_builder(origin)), shapes_of(model)
+    return origin, small, changed_sizes(shapes_of(dense), small, _pairs(dense, plan))
 
 
 def _pairs(dense: nn.Module, plan: Plan | None) -> Iterator[tuple[int, int]]:

@@ -1,50 +1,29 @@
 """A folder that plain `from_pretrained` reads, where the configuration can say what was cut.
 
-There is no table of architectures. Sizes that changed are looked for among the integers of the configuration, and a
-candidate counts only if a model built from it has exactly the tensors of the pruned one, shape for shape.
+`planning.config_search` finds the configuration; here it is written, and read back by plain `from_pretrained`.
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from fractions import Fraction
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
 
-from prunella.errors import PruningError
-from prunella.graph.solve.tokens import names_token
 from prunella.graph.verify import relative_error
 from prunella.io.origin import build_empty, hugging_face_builder
 from prunella.model.forward import forward, tensors
 from prunella.model.state import mode
-
-Sizes = Mapping[int, frozenset[int]]
-Shapes = Mapping[str, tuple[int, ...]]
-ConfigPath = tuple[str, ...]
-
-
-class Change(NamedTuple):
-    """One entry of the configuration set to `value`, which is `ratio` of what it was."""
-
-    path: ConfigPath
-    value: int
-    ratio: Fraction | None = None
-
+from prunella.planning.config_search import ConfigPath, Shapes, Sizes, search, shapes_of
 
 _TOKENIZER = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.model")
 WITHOUT_TOKENS = ("preprocessor_config.json", "processor_config.json")
 COMPANIONS = (*_TOKENIZER, "chat_template*", "generation_config.json", *WITHOUT_TOKENS)
 """Files next to the weights that stay true of a pruned model."""
-
-
-def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    """Shape of every tensor in the state dict."""
-    return {name: tuple(value.shape) for name, value in model.state_dict().items()}
 
 
 def built_shapes(origin: Mapping[str, Any], config: Mapping[str, Any], part: str = "") -> dict[str, tuple[int, ...]]:
@@ -53,115 +32,13 @@ def built_shapes(origin: Mapping[str, Any], config: Mapping[str, Any], part: str
     return {name: shape for name, shape in shapes.items() if name.startswith(part)}
 
 
-def changed_sizes(dense: Shapes, small: Shapes, pairs: Iterator[tuple[int, int]]) -> Sizes:
-    """Old size -> new sizes: of the axes of tensors that differ, and of `pairs` (heads, attributes)."""
-    found: dict[int, set[int]] = {}
-    axes = ((a, b) for name in dense.keys() & small.keys() for a, b in zip(dense[name], small[name], strict=False))
-    for old, new in [*axes, *pairs]:
-        if old != new:
-            found.setdefault(old, set()).add(new)
-    return {old: frozenset(new) for old, new in found.items()}
-
-
-def shallower(
-    config: Mapping[str, Any], sizes: Mapping[tuple[str, str], Any], lists: Mapping[tuple[str, str], tuple[int, ...]]
-) -> dict[str, Any]:
-    """The configuration with what counts the blocks as the plan has it, where it belongs to the whole model."""
-    found = copy.deepcopy(dict(config))
-    for (owner, name), value in sizes.items():
-        if owner == ":config" and name in found:
-            found[name] = value
-    for (owner, name), gone in lists.items():
-        entries = found.get(name)
-        if owner == ":config" and isinstance(entries, list):
-            found[name] = [entry for k, entry in enumerate(entries) if k not in gone]
-    return found
-
-
-def steady(model: nn.Module, config: Mapping[str, Any], inputs: Any) -> frozenset[ConfigPath]:
-    """Entries that are no other in the smaller model: its modules keep that integer, and compute with it."""
-    homes: dict[str, list[nn.Module]] = {}
-    for module in model.modules():
-        for name, value in vars(module).items():
-            if type(value) is int and config.get(name) == value:
-                homes.setdefault(name, []).append(module)
-    return frozenset((name,) for name, found in homes.items() if _matters(model, found, name, inputs))
-
-
-def _matters(model: nn.Module, homes: list[nn.Module], name: str, inputs: Any) -> bool:
-    """Whether the model gives something else, or nothing, with another integer there."""
-    with mode(model, training=False), torch.no_grad():
-        expected = tensors(forward(model, inputs))
-        old = getattr(homes[0], name)
-        for module in homes:
-            setattr(module, name, old + 1)
-        try:
-            return relative_error(expected, tensors(forward(model, inputs))) > 0
-        except Exception:  # a probe: whatever it raises, the integer is used
-            return True
-        finally:
-            for module in homes:
-                setattr(module, name, old)
-
-
-def uniform_configs(
-    origin: Mapping[str, Any], small: Shapes, sizes: Sizes, kept: frozenset[ConfigPath] = frozenset()
-) -> Iterator[dict[str, Any]]:
-    """Configurations that build exactly the shapes `small`; a caller takes the first that also computes the same.
-
-    Shapes can be right and the model wrong (fewer heads, or narrower heads), so after the first solution others are
-    looked for that leave one of its changes out. A configuration has one width for all layers: it describes uniform
-    cuts only. Entries in `kept` are changed only if nothing else explains the shapes.
-    """
-    first = (_search(origin, small, sizes, kept) if kept else None) or _search(origin, small, sizes, frozenset())
-    if first is None:
-        return
-    yield first[0]
-    for path in first[1]:
-        other = _search(origin, small, sizes, frozenset([path]))
-        if other is not None:
-            yield other[0]
-
-
-def _search(
-    origin: Mapping[str, Any], small: Shapes, sizes: Sizes, without: frozenset[ConfigPath], part: str = ""
-) -> tuple[dict[str, Any], tuple[ConfigPath, ...]] | None:
-    """Make the change that gets the most shapes right, until all are right or none helps; `part` limits the names."""
-    config, taken = copy.deepcopy(dict(origin["config"])), list[ConfigPath]()
-    right, useless = _right(origin, config, small, part), set[Change]()
-    while right < len(small):
-        singles = [c for c in _candidates(config, sizes) if c not in useless and c.path not in {*without, *taken}]
-        scores = [(_right(origin, changed(config, c), small, part), (c,)) for c in singles]
-        useless.update(change[0] for score, change in scores if 0 <= score <= right)
-        # Sizes that depend on each other (heads and key-value heads) are invalid alone: two of one ratio together.
-        invalid = [change[0] for score, change in scores if score < 0]
-        pairs = [(a, b) for i, a in enumerate(invalid) for b in invalid[i + 1 :] if a.ratio == b.ratio]
-        scores += [(_right(origin, changed(config, *pair), small, part), pair) for pair in pairs]  # type: ignore[misc]
-        best = max(scores, key=lambda entry: entry[0], default=(right, ()))
-        if best[0] <= right:
-            return None
-        right, config = best[0], changed(config, *best[1])
-        taken += [change.path for change in best[1]]
-    return config, tuple(taken)
-
-
 def search_part(
     origin: Mapping[str, Any], small: Shapes, sizes: Sizes, kept: frozenset[ConfigPath], part: str
 ) -> tuple[dict[str, Any], tuple[ConfigPath, ...]] | None:
     """A configuration that builds the tensors whose names begin with `part` as they are in `small`, and its changes."""
     mine = {name: shape for name, shape in small.items() if name.startswith(part)}
-    return _search(origin, mine, sizes, kept, part) or _search(origin, mine, sizes, frozenset(), part)
-
-
-def with_tokens(config: Mapping[str, Any], live: Any) -> dict[str, Any]:
-    """A configuration with the tokens that the live one names, which are others after a cut of the vocabulary."""
-    made = dict(config)
-    for key, value in config.items():
-        if isinstance(value, dict) and hasattr(live, key):
-            made[key] = with_tokens(value, getattr(live, key))
-        elif names_token(key) and hasattr(live, key):
-            made[key] = getattr(live, key)
-    return made
+    build, dense = partial(built_shapes, origin, part=part), origin["config"]
+    return search(build, dense, mine, sizes, kept) or search(build, dense, mine, sizes)
 
 
 def write_generation(model: Any, folder: Path) -> None:
@@ -188,48 +65,6 @@ def reads_back(kind: type, folder: Path, model: nn.Module, inputs: Any) -> bool:
         except Exception:  # a probe: whatever it raises, plain from_pretrained does not read this folder
             return False
     return relative_error(expected, got) <= 1e-5
-
-
-def _right(origin: Mapping[str, Any], config: Mapping[str, Any], small: Shapes, part: str) -> int:
-    """How many tensors of the model of this configuration have the wanted shape; -1 if it cannot be built."""
-    try:
-        built = built_shapes(origin, config, part)
-    except PruningError:
-        return -1
-    if built.keys() != small.keys():
-        return -1
-    return sum(built[name] == shape for name, shape in small.items())
-
-
-def _candidates(config: Mapping[str, Any], sizes: Sizes, path: ConfigPath = ()) -> Iterator[Change]:
-    """Every integer that equals or divides an old size, and every unset entry, with each new value it could take."""
-    every = sorted({new for options in sizes.values() for new in options})
-    for key, value in config.items():
-        here = (*path, key)
-        if isinstance(value, dict):
-            yield from _candidates(value, sizes, here)
-        elif isinstance(value, int) and not isinstance(value, bool) and not key.endswith("_id"):
-            yield from (Change(here, new, Fraction(new, value)) for new in _scaled(value, sizes))
-        elif value is None and key.rpartition("_")[2] in ("dim", "inner", "size", "heads", "width"):
-            yield from (Change(here, new) for new in every)
-
-
-def _scaled(value: int, sizes: Sizes) -> list[int]:
-    """What `value` becomes if it is a changed size, or a count of equal parts of one (heads of 64, say)."""
-    pairs = [(old, new) for old, options in sizes.items() for new in options]
-    whole = {value * new // old for old, new in pairs if value and old % value == 0 and value * new % old == 0}
-    return sorted(whole - {value, 0})
-
-
-def changed(config: Mapping[str, Any], *changes: Change) -> dict[str, Any]:
-    """The configuration with these entries changed."""
-    made = copy.deepcopy(dict(config))
-    for change in changes:
-        place = made
-        for key in change.path[:-1]:
-            place = place[key]
-        place[change.path[-1]] = change.value
-    return made
 
 
 @contextmanager

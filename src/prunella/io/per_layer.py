@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from prunella.errors import PruningError
-from prunella.io.huggingface import Change, ConfigPath, Shapes, Sizes, built_shapes, changed, search_part
+from prunella.io.huggingface import built_shapes, search_part
+from prunella.planning.config_search import Change, ConfigPath, Shapes, Sizes, changed
 
 PerLayer = dict[str, dict[str, int]]
 

@@ -24,8 +24,10 @@ from prunella.planning.plan import Plan
 from prunella.planning.recipe import current_names
 from prunella.targets import parse_target
 
-VERSION = 3
-"""Of the format. 1 and 2, written by 0.1, are read: 2 is 1 with blocks that are dropped."""
+VERSION = 4
+"""Of the format. 1 and 2, written by 0.1, are read: 2 is 1 with blocks that are dropped. 3 has one example."""
+_FIRST_WITH_DIGEST = 3
+"""Formats 1 and 2 had a digest of the tensors alone."""
 _KEY = "prunella.plan"
 
 
@@ -48,6 +50,7 @@ def save_plan(plan: Plan, path: str | os.PathLike[str]) -> Path:
         "frozen": [asdict(entry) for entry in plan.frozen],
         "weights": {name: packer.tensor(value) for name, value in plan.weights.items()},
         "inputs": packer.pack(plan.inputs, "the plan's inputs"),
+        "others": packer.pack(plan.others, "the plan's inputs"),
         "remarks": list(plan.remarks),
     }
     head = {"version": VERSION, "sha256": _fingerprint(packer.tensors, body), "plan": body}
@@ -58,7 +61,7 @@ def _pack_changes(changes: Changes, packer: Packer) -> dict[str, Any]:
     return {
         "cuts": {name: {str(a): packer.tensor(i) for a, i in axes.items()} for name, axes in changes.cuts.items()},
         "attributes": [[owner, name, value] for (owner, name), value in changes.attributes.items()],
-        "along": [[call.name, call.number, call.axis, packer.tensor(call.kept)] for call in changes.along],
+        "along": [[c.name, c.number, c.axis, packer.tensor(c.kept), c.example] for c in changes.along],
         "renumbered": [
             [list(e.inputs), [list(o) for o in e.outputs], packer.tensor(e.kept)] for e in changes.renumbered
         ],
@@ -78,10 +81,11 @@ def load_plan(path: str | os.PathLike[str]) -> Plan:
         why = f"this prunella reads up to format {VERSION}, the file has {version}"
         raise BadInput(f"{file} cannot be read", why, "update prunella, or make the plan again")
     data = head.section("plan").data
-    if head.text("sha256") != _fingerprint(tensors, data if version == VERSION else None):
+    told = version >= _FIRST_WITH_DIGEST
+    if head.text("sha256") != _fingerprint(tensors, data if told else None):
         raise BadInput(f"{file} is damaged", "its contents do not have the recorded digest", "make the plan again")
     try:
-        return _plan(data if version == VERSION else _of_0_1(data), tensors)
+        return _plan(data if told else _of_0_1(data), tensors)
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
         raise BadInput(f"{file} is not a sound plan", f"{type(error).__name__}: {error}", "make it again") from error
 
@@ -116,6 +120,7 @@ def _plan(body: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Plan:
         frozen=tuple(map(_frozen, body["frozen"])),
         weights={name: tensors[i] for name, i in body["weights"].items()},
         inputs=unpack(body["inputs"], tensors),
+        others=unpack(body["others"], tensors) if "others" in body else (),
         remarks=tuple(str(line) for line in body.get("remarks", ())),
     )
 
@@ -124,7 +129,7 @@ def _changes(body: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Changes:
     return Changes(
         cuts={name: {int(a): tensors[i] for a, i in axes.items()} for name, axes in body["cuts"].items()},
         attributes={(owner, name): read_size(value) for owner, name, value in body["attributes"]},
-        along=tuple(Along(name, number, axis, tensors[kept]) for name, number, axis, kept in body["along"]),
+        along=tuple(_along(entry, tensors) for entry in body["along"]),
         renumbered=tuple(
             Renumbered(tuple(inputs), tuple((n, a) for n, a in outputs), tensors[kept])
             for inputs, outputs, kept in body["renumbered"]
@@ -132,6 +137,12 @@ def _changes(body: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Changes:
         dropped={path: tuple(map(str, names)) for path, names in body["dropped"].items()},
         lists={(owner, name): tuple(map(int, positions)) for owner, name, positions in body["lists"]},
     )
+
+
+def _along(entry: list[Any], tensors: Mapping[str, Tensor]) -> Along:
+    """Formats 1 to 3 know the calls of one example only."""
+    name, number, axis, kept, *example = entry
+    return Along(name, number, axis, tensors[kept], *map(int, example))
 
 
 def _frozen(entry: Mapping[str, Any]) -> Frozen:

@@ -15,10 +15,10 @@ from prunella.graph.data import Frozen, Graph
 from prunella.graph.solve.tokens import known_only, renumber
 from prunella.planning import accounting
 from prunella.planning.accounting import Amount, Pattern, Row
-from prunella.planning.render import emptied, remarks_of, render
+from prunella.planning.render import emptied, remarks_of, render, size_remarks
 from prunella.registry import serialize
 from prunella.targets import Sparsity, Target
-from prunella.types import Inputs, Keep, Mask
+from prunella.types import Examples, Inputs, Keep, Mask
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +30,7 @@ class Plan:
     masks: parameter name -> bool of its shape (True is kept).
     changes: all that the plan does to the structure of the model: cut axes, sizes, calls, tokens, blocks.
     weights: parameter name -> new values, for methods that change them. inputs: the example, for verification.
+    others: further examples, which the plan was made and proven for.
     rows: what is kept of each group or weight.         frozen: what may not be pruned, and why.
     remarks: what holds for some parameters: tied, shared, not trained, not used.
 
@@ -53,6 +54,7 @@ class Plan:
     changes: Changes = field(default_factory=Changes)
     weights: Mapping[str, Tensor] = field(default_factory=dict)
     inputs: Inputs | None = None
+    others: tuple[Inputs, ...] = ()
     rows: tuple[Row, ...] = ()
     frozen: tuple[Frozen, ...] = ()
     remarks: tuple[str, ...] = ()
@@ -63,17 +65,19 @@ class Plan:
         graph: Graph,
         keep: Keep,
         *,
-        inputs: Inputs | None = None,
+        inputs: Inputs | Examples | None = None,
         frozen: Sequence[Frozen] | None = None,
         recipe: Mapping[str, Any] | None = None,
         target: Target | None = None,
     ) -> Plan:
         """The plan that keeps `keep`, a mask over the units of each group named, with everything that follows from it.
 
-        inputs: the example, for verification. frozen: what may not be pruned; by default what the graph says.
+        inputs: the example (or `Examples`), for verification. frozen: what may not be pruned; by default what the graph
+        says.
         recipe, target: how it was chosen and what was asked.
         """
         groups = [group for group in (*graph.groups, *graph.stacks) if group.name in keep]
+        first, others = Examples.split(inputs) if inputs is not None else (None, ())
         return cls(
             recipe=recipe or {},
             target=target,
@@ -81,10 +85,11 @@ class Plan:
             after=accounting.amount(graph, keep),
             keep=keep,
             changes=changes(graph, keep),
-            inputs=inputs,
+            inputs=first,
+            others=others,
             rows=accounting.group_rows(graph, groups, keep),
             frozen=tuple(graph.frozen if frozen is None else frozen),
-            remarks=tuple(remarks_of(graph)),
+            remarks=(*remarks_of(graph), *size_remarks(graph, keep)),
         )
 
     @classmethod

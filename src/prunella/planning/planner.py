@@ -6,16 +6,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
 
-from prunella.errors import NotSupported
+from prunella.errors import NotSupported, TargetMissed
 from prunella.granularity import Competing, Fixed, Structural, Vocabulary
 from prunella.graph.data import Frozen, ReasonKind
 from prunella.graph.matrix import from_matrix
+from prunella.graph.other_sizes import disagreement, shape_text
 from prunella.graph.verify import unproven
 from prunella.model.state import untouched
 from prunella.model.torch_masks import with_plain_weights
@@ -29,8 +30,10 @@ from prunella.planning.candidates import (
 )
 from prunella.planning.checks import check_finite, checked_target
 from prunella.planning.plan import Plan
+from prunella.planning.readable import Misfit, parts_at_fault, undescribed
 from prunella.planning.recipe import Recipe
 from prunella.planning.request import (
+    MOST_EXAMPLES,
     GroupScores,
     LayerScores,
     Request,
@@ -42,17 +45,18 @@ from prunella.planning.request import (
     score_groups,
     score_layers,
     set_aside,
+    with_example,
 )
 from prunella.stats import Source, Subject
 from prunella.targets import Latency, Target
-from prunella.types import Inputs, Keep, Loss, Mask
+from prunella.types import Examples, Inputs, Keep, Loss, Mask
 
 DEFAULT = Recipe()
 
 
 def plan(
     model: nn.Module,
-    inputs: Inputs,
+    inputs: Inputs | Examples,
     recipe: Recipe = DEFAULT,
     *,
     target: Target | None = None,
@@ -64,6 +68,7 @@ def plan(
     """What to remove from `model` to meet `target`. Reads the model and changes nothing, not even a random generator.
 
     inputs: an example batch: a tensor, a tuple of arguments or a mapping of keywords; multiply-adds are of this batch.
+        `prunella.Examples` holds several, where the model does something else for other sizes.
     target: `Sparsity`, `Params`, `MACs`, `Bytes` or `Latency`. `NM`, of fixed sparsity, and `Vocabulary` do without.
     data, loss: batches, and a function of (model, batch), for criteria that need them. Without a loss a batch is passed
         as a mapping -> `model(**batch)`, tuple -> `model(*batch)`, else `model(batch)`. The model runs in eval mode.
@@ -93,15 +98,60 @@ def plan(
 
 
 def plan_structure(request: Request) -> Plan:
-    """A plan that removes units; a group whose cut the oracle cannot prove is set aside with the reason."""
+    """A plan that removes units; a group whose cut the oracle cannot prove is set aside with the reason.
+
+    An input of another size on which the cut is wrong is traced too: it shows what is coupled or frozen there.
+    """
+    asked = request
+    for _ in range(MOST_EXAMPLES):
+        request, keep, frozen = _described(request, _scored(request))
+        other = disagreement(request.model, request.graph, keep, request.inputs, request.others)
+        if other is None:
+            made = _plan_of(request, keep, frozen)
+            return replace(made, remarks=(*made.remarks, *_added(asked, request)))
+        request = with_example(request, other)
+    raise NotSupported(
+        "the cuts of this model are right for the size of the example only",
+        f"on an input of {shape_text(other)} the smaller model is another one, also when that is traced too",
+        "prune less of it: skip=, only=",
+    )
+
+
+def _added(asked: Request, request: Request) -> Iterator[str]:
+    """What joined the request while it was planned."""
+    for other in request.others[len(asked.others) :]:
+        yield f"traced on an input of {shape_text(other)} too, where cuts are wrong that are right on the example"
+    if request.recipe.round_to != asked.recipe.round_to:
+        yield f"widths are multiples of {request.recipe.round_to}: the configuration of the model refuses others"
+
+
+@dataclass(frozen=True)
+class _Scored:
+    """Groups with their scores, what is kept whatever the budget, and what takes no part."""
+
+    groups: list[GroupScores]
+    decided: Keep
+    frozen: list[Frozen]
+
+    def without(self, faults: Mapping[str, str], kind: ReasonKind) -> _Scored:
+        """These groups set aside, each with its reason."""
+        wrong = [set_aside(group, faults[group.name], kind) for group, _ in self.groups if group.name in faults]
+        left = [(group, scores) for group, scores in self.groups if group.name not in faults]
+        return _Scored(left, self.decided, [*self.frozen, *wrong])
+
+
+def _scored(request: Request) -> _Scored:
     groups, frozen = eligible_groups(request)
     decided = kept_tokens(request, groups)
     scored, frozen = score_groups(request, [group for group in groups if group.kind != "vocabulary"], frozen)
-    keep, frozen = _proven(request, scored, decided, frozen)
+    return _Scored(scored, decided, frozen)
+
+
+def _plan_of(request: Request, keep: Keep, frozen: list[Frozen]) -> Plan:
     made = Plan.of_structure(
         request.graph,
         keep,
-        inputs=request.inputs,
+        inputs=request.examples,
         frozen=frozen,
         recipe=request.recipe.describe(),
         target=request.target,
@@ -113,27 +163,62 @@ def plan_structure(request: Request) -> Plan:
     return replace(made, before=before, after=after, remarks=(*made.remarks, line))
 
 
-def _proven(
-    request: Request, scored: list[GroupScores], decided: Keep, frozen: list[Frozen]
-) -> tuple[Keep, list[Frozen]]:
-    """What is kept of each group, such that the oracle proves every cut; and all that is frozen by then."""
+def _described(request: Request, scored: _Scored) -> tuple[Request, Keep, list[Frozen]]:
+    """The proven cut, and with `equal_widths` one that a configuration describes.
+
+    Widths that the configuration refuses are rounded; kinds of units for which it has no word are set aside.
+    """
     while True:
-        keep = _kept_units(request, scored, decided, frozen)
-        faults = unproven(request.model, request.graph, keep, request.inputs)
+        keep, scored = _proven(request, scored)
+        model, graph = request.model, request.graph
+        misfit = undescribed(model, graph, keep, request.inputs) if request.recipe.equal_widths else None
+        if misfit is None:
+            return request, keep, scored.frozen
+        rounded, misfit = _rounded(request, scored, misfit)
+        faults = {} if rounded else parts_at_fault(model, graph, keep, request.inputs)
+        if not rounded and not faults:
+            todo = "leave equal_widths out: prunella.load reads any widths; or prune other units: granularity=, only="
+            raise NotSupported("plain from_pretrained would not read these widths", misfit.why, todo)
+        request = rounded or request
+        scored = scored.without({name: f"equal_widths: {why}" for name, why in faults.items()}, ReasonKind.REQUEST)
+
+
+def _rounded(request: Request, scored: _Scored, misfit: Misfit) -> tuple[Request | None, Misfit]:
+    """The request with the smallest rounding of widths that is described, if one of a few is; else what is wrong."""
+    for step in (2, 4, 8, 16):
+        round_to = math.lcm(request.recipe.round_to, step)
+        if not misfit.refused or round_to == request.recipe.round_to:
+            continue
+        rounded = replace(request, recipe=replace(request.recipe, round_to=round_to))
+        try:
+            keep = _kept_units(rounded, scored)
+        except TargetMissed:
+            break
+        found = undescribed(request.model, request.graph, keep, request.inputs)
+        if found is None:
+            return rounded, misfit
+        misfit = found
+    return None, misfit
+
+
+def _proven(request: Request, scored: _Scored) -> tuple[Keep, _Scored]:
+    """What is kept of each group, such that the oracle proves every cut; and what takes part by then."""
+    while True:
+        keep = _kept_units(request, scored)
+        faults = unproven(request.model, request.graph, keep, request.inputs, request.others)
         if not faults:
-            return keep, frozen
+            return keep, scored
+        decided = scored.decided
         if faults.keys() <= decided.keys():
             why = next(faults[name] for name in decided if name in faults)
             raise NotSupported("tokens cannot be removed from this model", why, "leave Vocabulary out")
-        wrong = [group for group, _ in scored if group.name in faults]
-        frozen = [*frozen, *(set_aside(group, faults[group.name], ReasonKind.UNPROVEN) for group in wrong)]
-        scored = [(group, scores) for group, scores in scored if group.name not in faults]
-        if not scored and not decided:
-            raise nothing_to_prune(request, "units", frozen)
+        scored = scored.without(faults, ReasonKind.UNPROVEN)
+        if not scored.groups and not decided:
+            raise nothing_to_prune(request, "units", scored.frozen)
 
 
-def _kept_units(request: Request, scored: Sequence[GroupScores], decided: Keep, frozen: Sequence[Frozen]) -> Keep:
-    recipe = request.recipe
+def _kept_units(request: Request, units: _Scored) -> Keep:
+    recipe, scored, decided, frozen = request.recipe, units.groups, units.decided, units.frozen
     if not scored and all(isinstance(entry, Vocabulary) for entry in recipe.granularities):
         return dict(decided)
     if not scored:

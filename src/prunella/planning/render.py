@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
-from prunella.graph.data import Frozen, Graph
+from prunella.graph.data import Frozen, Graph, Unread
 from prunella.measure.text import byte_size, change, duration, percent, short_count, table
 from prunella.planning.accounting import Amount, Row, empty
 from prunella.planning.diagnostics import offer
+from prunella.types import Keep
 
 
 def render(rows: Sequence[Row], before: Amount, after: Amount, notes: Sequence[str], frozen: Iterable[Frozen]) -> str:
@@ -41,6 +42,32 @@ def remarks_of(graph: Graph, limit: int = 3) -> list[str]:
         "not used on these inputs, kept dense": list(graph.unused),
     }
     return [f"{text}: {_listed(names, limit)}" for text, names in lines.items() if names]
+
+
+def size_remarks(graph: Graph, keep: Keep, limit: int = 3) -> Iterator[str]:
+    """`num_features of head: 64 -> 48, read by no traced operation`; and those whose size becomes several."""
+    owners: dict[tuple[str, int, tuple[int, ...]], list[str]] = {}
+    for unread in graph.unread:
+        new = unread.new(keep)
+        if new != (unread.value,):
+            owners.setdefault((_name(unread), unread.value, new), []).append(_owner(unread.owner))
+    for (name, old, new), modules in owners.items():
+        if len(new) == 1:
+            yield f"{name} of {_listed(modules, limit)}: {old} -> {new[0]}, read by no traced operation"
+    for (name, old, new), modules in owners.items():
+        if len(new) > 1:
+            becomes = f"{', '.join(map(str, new[:-1]))} or {new[-1]}"
+            place = _listed(modules, limit)
+            yield f"{name} of {place} is left at {old}, read by no traced operation: its size may be {becomes} now"
+
+
+def _name(unread: Unread) -> str:
+    return unread.name if unread.index < 0 else f"{unread.name}[{unread.index}]"
+
+
+def _owner(owner: str) -> str:
+    path, _, config = owner.partition(":")
+    return " of ".join(part for part in (config, path) if part) or "the model"
 
 
 def emptied(rows: Sequence[Row], limit: int = 5) -> list[str]:

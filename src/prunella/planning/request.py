@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -26,10 +26,12 @@ from prunella.stats import Source, Subject, collect
 from prunella.stats.masked import Before, behind, masked
 from prunella.stats.subject import first_seen
 from prunella.targets import Target
-from prunella.types import Inputs
+from prunella.types import Examples, Inputs
 
 GroupScores = tuple[Group, Tensor]
 LayerScores = tuple[Layer, Tensor]
+MOST_EXAMPLES = 4
+"""Of other sizes that are traced, each after a cut was wrong on it."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,7 @@ class Request:
     """A model with its coupling graph, and what is asked of it.
 
     target: None where the recipe alone decides, or where a search does. before: what earlier rounds have masked.
+    others: further examples, traced into the same graph.
     """
 
     model: nn.Module
@@ -49,11 +52,17 @@ class Request:
     inputs: Inputs
     probe: LatencyProbe
     before: Before | None = None
+    others: tuple[Inputs, ...] = ()
+
+    @property
+    def examples(self) -> Examples:
+        """All examples."""
+        return Examples(self.inputs, *self.others)
 
 
 def prepare(
     model: nn.Module,
-    inputs: Inputs,
+    inputs: Inputs | Examples,
     recipe: Recipe,
     *,
     target: Target | None,
@@ -62,12 +71,36 @@ def prepare(
     only: Sequence[str],
 ) -> Request:
     """Couple the model and check the patterns. Use it inside `untouched`. Errors: those of `couple`, RequestError."""
-    graph = couple(model, inputs)
+    first, others = Examples.split(inputs)
+    graph = _coupled(model, first, others, recipe, skip, only)
+    probe = LatencyProbe(model, graph, first)
+    return Request(model, graph, recipe, target, source, tuple(skip), tuple(only), first, probe, others=others)
+
+
+def with_example(request: Request, example: Inputs) -> Request:
+    """The request with one more example in its graph; what was frozen before has its reason. Errors: of `couple`."""
+    others = (*request.others, example)
+    graph = _coupled(request.model, request.inputs, others, request.recipe, request.skip, request.only)
+    reasons = {(entry.entity, entry.axis, entry.count): entry for entry in request.graph.frozen}
+    told = tuple(reasons.get((entry.entity, entry.axis, entry.count), entry) for entry in graph.frozen)
+    graph = replace(graph, frozen=told)
+    probe = LatencyProbe(request.model, graph, request.inputs)
+    return replace(request, graph=graph, probe=probe, others=others)
+
+
+def _coupled(
+    model: nn.Module,
+    inputs: Inputs,
+    others: tuple[Inputs, ...],
+    recipe: Recipe,
+    skip: Sequence[str],
+    only: Sequence[str],
+) -> Graph:
+    graph = couple(model, inputs, others)
     check_patterns(graph, skip, only)
     if any(isinstance(granularity, Depth) for granularity in recipe.granularities):
         graph = counted(model, narrow(graph, spared_blocks(graph, skip, only)), inputs)
-    probe = LatencyProbe(model, graph, inputs)
-    return Request(model, graph, recipe, target, source, tuple(skip), tuple(only), inputs, probe)
+    return graph
 
 
 # -- groups of units ---------------------------------------------------------------------------------------------

@@ -8,21 +8,26 @@ from torch import nn
 
 from prunella.graph.cut.changes import Changes
 from prunella.graph.cut.surgery import change_
+from prunella.graph.other_sizes import check_sizes
 from prunella.graph.verify import check
 from prunella.model.copying import copied
 from prunella.model.masks import slice_masks_
 from prunella.model.torch_masks import with_plain_weights
 from prunella.planning.plan import Plan
 from prunella.transform.apply import apply_
-from prunella.types import Inputs
+from prunella.transform.configuration import follow_configuration_
+from prunella.types import Examples, Inputs
 
 
-def shrink(model: nn.Module, plan: Plan, *, inputs: Inputs | None = None) -> nn.Module:
+def shrink(model: nn.Module, plan: Plan, *, inputs: Inputs | Examples | None = None) -> nn.Module:
     """A new, smaller module with the outputs of the masked `model`; `model` does not change.
 
     The new module has the weights and masks of the plan, without the removed positions and blocks. It is compared in
     float64 with the masked model, in which dropped blocks are bypassed, on the example inputs of the plan (or on
-    `inputs`). Gradients are cut with their parameters; `carry_` does the same for the state of an optimizer.
+    `inputs`), and on another batch size and image or sequence length where the model accepts them. Gradients are cut
+    with their parameters; `carry_` does the same for the state of an optimizer. A model of transformers has the
+    configuration of what it is now, so that its own `save_pretrained` writes what `from_pretrained` reads; where no
+    configuration describes it, `save_pretrained` refuses, and `prunella.save` writes it.
 
     Raises `RequestError` if the plan is not for this model, `NotSupported` if the smaller module does not run, and
     `CheckFailed` if its outputs differ. A module that fails the check is never returned.
@@ -47,9 +52,12 @@ def shrink(model: nn.Module, plan: Plan, *, inputs: Inputs | None = None) -> nn.
     _copy_gradients(model, small)
     slice_masks_(small, plan.cuts)
     change_(small, plan.changes)
-    example = plan.inputs if inputs is None else inputs
-    if plan.changes and example is not None:
-        check(dense, small, plan.changes, example)
+    first, others = (plan.inputs, plan.others) if inputs is None else Examples.split(inputs)
+    if plan.changes and first is not None:
+        for number, example in enumerate((first, *others)):
+            check(dense, small, plan.changes, example, example=number)
+        check_sizes(dense, small, plan.changes, first, others)
+    follow_configuration_(small, dense, plan, first if plan.inputs is None else plan.small_inputs)
     return small
 
 

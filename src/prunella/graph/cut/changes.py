@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -20,12 +20,16 @@ Lists = Mapping[tuple[str, str], tuple[int, ...]]
 
 @dataclass(frozen=True)
 class Along:
-    """The `number`-th call of `name` in a run, restricted to the positions `kept` on `axis` of its first tensor."""
+    """The `number`-th call of `name` in a run, restricted to the positions `kept` on `axis` of its first tensor.
+
+    example: the run in which it is counted, by the number of its example.
+    """
 
     name: str
     number: int
     axis: int
     kept: Tensor
+    example: int = 0
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,10 @@ class Changes:
 
     def __bool__(self) -> bool:
         return bool(self.cuts or self.attributes or self.dropped)
+
+    def on(self, example: int) -> Changes:
+        """The changes with the calls of the run on this example alone."""
+        return replace(self, along=tuple(call for call in self.along if call.example == example))
 
 
 def changes(graph: Graph, keep: Keep) -> Changes:
@@ -93,7 +101,7 @@ def _along(graph: Graph, keep: Keep) -> Iterator[Along]:
         mask = keep.get(run.group)
         if mask is not None and not bool(mask.all()):
             kept = (run.unit < 0) | mask.numpy()[run.unit]
-            yield Along(run.name, run.number, run.axis, torch.from_numpy(np.flatnonzero(kept)))
+            yield Along(run.name, run.number, run.axis, torch.from_numpy(np.flatnonzero(kept)), run.example)
 
 
 def _shortened(graph: Graph, removed: Mapping[str, tuple[str, ...]]) -> dict[tuple[str, str], tuple[int, ...]]:
@@ -127,7 +135,18 @@ def attributes(graph: Graph, keep: Keep) -> dict[tuple[str, str], int | tuple[in
     """(owner, name) -> new value, for each attribute that changes: a size, or a token."""
     new = {(a.owner, a.name): a.new(keep) for a in graph.attributes}
     sizes = {key: value for key, value in new.items() if value != _old(graph, key)}
-    return {**sizes, **dict(_tokens(graph, keep))}
+    return {**_followed(graph, keep), **sizes, **dict(_tokens(graph, keep))}
+
+
+def _followed(graph: Graph, keep: Keep) -> dict[tuple[str, str], int | tuple[int, ...]]:
+    """The attributes that no operation reads and that equal sizes which all become the same."""
+    found: dict[tuple[str, str], int | tuple[int, ...]] = {}
+    for unread in graph.unread:
+        place, new = (unread.owner, unread.name), unread.new(keep)
+        if len(new) == 1 and new[0] != unread.value:
+            old = found.get(place, graph.lists_of_sizes.get(place, unread.value))
+            found[place] = unread.placed(old, new[0])
+    return found
 
 
 def _tokens(graph: Graph, keep: Keep) -> Iterator[tuple[tuple[str, str], int | tuple[int, ...]]]:

@@ -87,6 +87,7 @@ def apply_rule(trace: Trace, func: Any, args: tuple[Any, ...], kwargs: dict[str,
             trace.values[tensor] = value
         elif tensor not in trace.values:
             trace.values[tensor] = TracedValue.plain([WHOLE] * tensor.dim())
+        trace.computed(tensor)
     for table in (trace.numbers, trace.given):
         if name in _NUMBERS and outputs and isinstance(args[0], Tensor) and args[0] in table:
             table[outputs[0]] = table[args[0]]

@@ -156,12 +156,16 @@ class Equations:
             self.fixed[self.part[atoms]] = True
 
     def reason(self, atoms: Ints) -> Reason:
-        """Why these atoms are frozen: the first reason of their components; hard reasons come before soft ones."""
+        """Why these atoms are frozen: the first reason of their components; hard reasons come before soft ones.
+
+        A reason of a further example comes first: one of the first example may freeze a part of the component only.
+        """
         components = np.zeros_like(self.fixed)
         components[self.part[atoms]] = True
         reasons = [reason for frozen, reason in self.ledger.frozen if components[self.part[frozen]].any()]
         if reasons:
-            return next((reason for reason in reasons if not reason.soft), reasons[0])
+            hard = [reason for reason in reasons if not reason.soft]
+            return next((reason for reason in hard if reason.example), (hard or reasons)[0])
         return Reason("it meets a tensor that always stays" if components[self.part[0]] else "it always stays")
 
     def atoms_of(self, marked: Mark) -> Ints:

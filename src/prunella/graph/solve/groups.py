@@ -11,7 +11,7 @@ and each group is tried: units are removed, and a size in the source that does n
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -39,20 +39,23 @@ from prunella.graph.rules import apply_rule
 from prunella.graph.solve.equations import Equations
 from prunella.graph.solve.labels import Dim, Reason
 from prunella.graph.solve.residual_blocks import add_stacks
-from prunella.graph.solve.size_attributes import freeze_unfollowed, solve
+from prunella.graph.solve.size_attributes import freeze_unfollowed, solve, turns
 from prunella.graph.solve.tokens import specials
+from prunella.graph.solve.unread_sizes import never_read, unread_sizes
 from prunella.graph.trace.recorder import Axis, Trace, Work, trace
+from prunella.graph.trace.tracked_int import holder
 from prunella.model.unwrap import unwrap
 
 
-def couple(model: nn.Module, inputs: Any) -> Graph:
+def couple(model: nn.Module, inputs: Any, others: Sequence[Any] = ()) -> Graph:
     """The coupling graph of a model, from one run on `inputs` (a batch as `prunella.model.forward.forward` takes it).
 
-    The model does not change. Raises `BadInput` if it does not run on the inputs.
+    others: further examples; what a run on one of them couples or freezes holds too. The model does not change. Raises
+    `BadInput` if it does not run on the inputs.
     """
     model = unwrap(model)
     try:
-        record = trace(model, inputs, apply_rule)
+        record = trace(model, inputs, apply_rule, others)
     except PruningError:
         raise
     except Exception as error:
@@ -64,7 +67,11 @@ def couple(model: nn.Module, inputs: Any) -> Graph:
     for work in record.work:
         for dim, _ in work.dims:
             record.ledger.single(dim)
-    return replace(add_stacks(_graph(record), model, record.flow), specials=specials(model))
+    graph = add_stacks(_graph(record, model), model, record.flow)
+    unread = never_read(model, inputs, graph.unread)
+    places = {(entry.owner, entry.name) for entry in unread if entry.index >= 0}
+    lists = {(owner, name): tuple(getattr(holder(model, owner), name)) for owner, name in places}
+    return replace(graph, specials=specials(model), unread=unread, lists_of_sizes=lists)
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,7 +83,7 @@ class _Numbers:
     unit: Ints
 
 
-def _graph(record: Trace) -> Graph:
+def _graph(record: Trace, model: nn.Module) -> Graph:
     """Resolve, group and try the components, and describe the result by names."""
     equations = Equations(record.ledger)
     equations.lift()
@@ -90,6 +97,8 @@ def _graph(record: Trace) -> Graph:
     layers = _layers(record.work)
     costs = tuple(_cost(equations, work, numbers) for work in record.work if len(work.dims) > 1)
     extents = {name: _extents(equations, record, name, numbers) for name in record.tensors}
+    attributes = _attributes(equations, record, numbers)
+    taken = [(attribute.owner, attribute.name) for attribute in attributes]
     return Graph(
         entities={name: _entity(record, name) for name in record.tensors},
         groups=groups,
@@ -97,11 +106,13 @@ def _graph(record: Trace) -> Graph:
         layers=tuple(with_macs(layers, costs)),
         costs=costs,
         extents=extents,
-        attributes=_attributes(equations, record, numbers),
+        attributes=attributes,
         uncounted=dict(sorted(record.uncounted.items())),
         unused=tuple(name for name in record.tensors if name not in record.axes and name in record.parameters),
         runs=tuple(_runs(equations, record, numbers)),
         numbered=tuple(_numbered(equations, record, numbers)),
+        turns=tuple(turns(record)),
+        unread=tuple(unread_sizes(model, record, lambda dim, size: _extent(equations, dim, size, numbers), taken)),
     )
 
 
@@ -110,7 +121,7 @@ def _numbered(equations: Equations, record: Trace, numbers: _Numbers) -> Iterato
         if group.kind == "vocabulary":
             input_numbers = [n for layer, n in record.tables if (numbers.group[equations.part[layer]] == k).any()]
             ends = [(n, a) for n, a, layer in record.outputs if (numbers.group[equations.part[layer]] == k).any()]
-            yield Numbered(group.name, tuple(sorted(set(input_numbers))), tuple(ends))
+            yield Numbered(group.name, tuple(sorted(set(input_numbers))), tuple(dict.fromkeys(ends)))
 
 
 def _runs(equations: Equations, record: Trace, numbers: _Numbers) -> Iterator[Running]:
@@ -119,7 +130,7 @@ def _runs(equations: Equations, record: Trace, numbers: _Numbers) -> Iterator[Ru
         for k in np.unique(numbers.group[part]):
             if k >= 0:
                 unit = np.where(numbers.group[part] == k, numbers.unit[part], -1)
-                yield Running(run.name, run.number, run.axis, numbers.groups[k].name, unit)
+                yield Running(run.name, run.number, run.axis, numbers.groups[k].name, unit, run.example)
 
 
 def _number(equations: Equations, record: Trace, groups: tuple[Group, ...]) -> _Numbers:

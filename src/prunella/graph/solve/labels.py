@@ -38,22 +38,28 @@ class Reason:
     soft: what a removal would change. `norm`: statistics are taken over the kept positions. `choice`: a choice is made
     among the kept positions. `route`: values are sent to the chosen positions. `lookup`: an input of the model indexes
     the positions. `output`: the positions are an output. Empty: a removal is never possible.
+    example: the run that shows it.
     """
 
     text: str
     where: str = ""
     soft: Soft = ""
     kind: ReasonKind = ReasonKind.OPERATION
+    example: int = 0
 
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """The `number`-th call of `name` runs along axis `axis` of its first tensor, whose labels are `layer`."""
+    """The `number`-th call of `name` runs along axis `axis` of its first tensor, whose labels are `layer`.
+
+    Calls are counted in the run on one example.
+    """
 
     name: str
     number: int
     axis: int
     layer: Ints
+    example: int = 0
 
 
 @dataclass

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,7 +11,7 @@ from prunella.graph.data import Group, ReasonKind
 from prunella.graph.solve.equations import Equations, Mark
 from prunella.graph.solve.labels import Dim, Reason
 from prunella.graph.trace.recorder import Link, Trace
-from prunella.graph.trace.tracked_int import Attr, Expression, Shape, evaluate, leaves
+from prunella.graph.trace.tracked_int import Attr, Expression, Shape, SizeComparison, evaluate, leaves
 
 
 @dataclass(frozen=True, eq=False)
@@ -144,3 +144,36 @@ def _unfollowed(link: Link) -> Reason:
     if not link.dim:
         return Reason("the source decides by a size", link.where, kind=ReasonKind.DECISION)
     return Reason("a size in the source would not follow", link.where, kind=ReasonKind.SOURCE)
+
+
+def turns(record: Trace) -> Iterator[tuple[int, int]]:
+    """A size of the inputs that decides a branch in the source, and the nearest at which the branch is another one."""
+    found = dict[tuple[int, int], None]()
+    for choice, _ in record.decisions:
+        given = [leaf for leaf in leaves(choice) if isinstance(leaf, Shape) and not leaf.dim]
+        if not given or len({leaf.value for leaf in given}) > 1:
+            continue
+        size = given[0].value
+        for other in _other_sizes(size, choice):
+            if _decided(choice, given, other) not in (None, _decided(choice, given, size)):
+                found[size, other] = None
+                break
+    return iter(found)
+
+
+def _other_sizes(size: int, choice: SizeComparison) -> list[int]:
+    """Sizes to try, the nearest first: those beside the numbers of the comparison, and small ones."""
+    ends = [side for side in (choice.left, choice.right) if isinstance(side, int)]
+    near = {end + step for end in ends for step in (-1, 0, 1)} | {1, 2, size - 1, size + 1, 2 * size}
+    return sorted((n for n in near if 0 < n <= max(8, 4 * size)), key=lambda n: abs(n - size))
+
+
+def _decided(choice: SizeComparison, given: Iterable[Shape], size: int) -> bool | None:
+    """The outcome when these leaves have another size; None if it cannot be computed."""
+    sizes = {id(leaf) for leaf in given}
+
+    def value(leaf: Attr | Shape) -> int:
+        return size if id(leaf) in sizes else leaf.value
+
+    left, right = _outcome(choice.left, value), _outcome(choice.right, value)
+    return None if left is None or right is None else choice.operation(left, right)

@@ -11,9 +11,9 @@ import logging
 import math
 import sys
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import FrameType
 from typing import Any
 
@@ -135,6 +135,10 @@ class Trace:
     counts: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary)
     """Tensors with the number of choices of each position; zero for removed positions."""
     flow: Flow = field(default_factory=Flow)
+    example: int = 0
+    """The number of the example that runs."""
+    sizes: dict[tuple[str, int, tuple[int, ...]], Dim] = field(default_factory=dict)
+    """Module, size and identity of the labels -> labels, of all dims of the tensors that a module computes."""
 
     def value(self, tensor: Tensor) -> TracedValue:
         """The labels of a tensor. Parameters and buffers get labels on first use; unknown tensors are always kept."""
@@ -149,6 +153,11 @@ class Trace:
         if name not in self.axes:
             self.axes[name] = tuple(self.ledger.fresh(size) for size in shape)
         return TracedValue(self.axes[name], tuple((name, k) for k in range(len(shape))), True)
+
+    def computed(self, tensor: Tensor) -> None:
+        """Record the sizes of a tensor that the running module computes."""
+        for size, dim in zip(tensor.shape, self.value(tensor).dims, strict=True):
+            self.sizes.setdefault((self.module(), int(size), tuple(map(id, dim))), dim)
 
     def role(self, axis: Axis | None, role: Role) -> None:
         """Record the role of an axis of a parameter. The first role counts, but `in` and `out` override others."""
@@ -179,7 +188,7 @@ class Trace:
             return False
         if dim:
             self.ledger.freeze(dim, Reason(text, self.where(), soft))
-            self.ledger.runs.append(Run(call.name, call.number, axis, dim[0]))
+            self.ledger.runs.append(Run(call.name, call.number, axis, dim[0], self.example))
         return True
 
     def numbered(self, tensor: Tensor) -> Dim:
@@ -381,17 +390,43 @@ def _entities(model: nn.Module) -> tuple[dict[str, tuple[str, ...]], dict[str, T
     return {first[k]: tuple(v) for k, v in names.items()}, {first[k]: t for k, t in by_id.items()}, kinds
 
 
-def trace(model: nn.Module, inputs: Any, apply_rule: Callable[..., None]) -> Trace:
-    """Run `model` on `inputs` once and record. All positions of inputs and outputs are kept."""
+def trace(model: nn.Module, inputs: Any, apply_rule: Callable[..., None], others: Sequence[Any] = ()) -> Trace:
+    """Run `model` on `inputs`, and on each of `others`, and record. All positions of inputs and outputs are kept.
+
+    Work, and the flow that shows residual blocks, are those of the first run; relations are those of all runs.
+    """
     names, entities, parameters = _entities(model)
     record = Trace(names, entities, parameters)
     with untouched(model), torch.no_grad():
         inputs = inputs_of(model, inputs)
     for name, tensor in entities.items():
         record.aliases[_storage_key(tensor)] = name
+    _run(record, model, inputs, apply_rule)
+    flow, work, uncounted = record.flow, tuple(record.work), dict(record.uncounted)
+    for number, example in enumerate(others, start=1):
+        record.example, record.flow, start = number, Flow(), len(record.ledger.frozen)
+        _run(record, model, example, apply_rule)
+        shapes = ", ".join("x".join(map(str, tensor.shape)) for tensor in tensors(example) if tensor.dim())
+        _say_example(record, start, f", on an input of {shapes}")
+    seen = {item.use.entity for item in work if item.use}
+    unseen = [item for item in record.work[len(work) :] if item.use and item.use.entity not in seen]
+    record.flow, record.uncounted = flow, uncounted
+    record.work = [*work, *(replace(item, constant=0.0) for item in unseen)]
+    return record
+
+
+def _say_example(record: Trace, start: int, suffix: str) -> None:
+    """Say of the reasons from `start` on which run shows them."""
+    for k, (atoms, reason) in enumerate(record.ledger.frozen[start:], start=start):
+        record.ledger.frozen[k] = atoms, replace(reason, text=reason.text + suffix, example=record.example)
+
+
+def _run(record: Trace, model: nn.Module, inputs: Any, apply_rule: Callable[..., None]) -> None:
+    """Record one run."""
     record.flow.start(inputs)
     for number, tensor in enumerate(tensors(inputs)):
         record.values[tensor] = TracedValue.plain([WHOLE] * tensor.dim())
+        record.computed(tensor)
         if not tensor.is_floating_point():
             record.given[tensor] = number
     with ExitStack() as stack:
@@ -408,4 +443,3 @@ def trace(model: nn.Module, inputs: Any, apply_rule: Callable[..., None]) -> Tra
         for axis, dim in enumerate(record.value(tensor).dims):
             record.ledger.freeze(dim, Reason("it is an output of the model", soft="output" if len(dim) == 1 else ""))
             record.outputs += [(number, axis, layer) for layer in dim if len(dim) == 1]
-    return record

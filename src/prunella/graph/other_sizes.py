@@ -1,0 +1,217 @@
+"""The oracle on inputs of other sizes: what holds for one batch size or image size only is not proven.
+
+A reshape that mixes channels with positions, or a branch on the batch size, may couple other channels on another input.
+From an example, batches of other sizes are made from its own values: another number of samples, and other positions on
+the axes that may be an image or a sequence. Where the dense model does not accept a size, nothing is concluded.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prunella.errors import CheckFailed, NotSupported
+from prunella.graph.cut.changes import Changes, changes
+from prunella.graph.cut.surgery import change_
+from prunella.graph.data import Graph
+from prunella.graph.solve.tokens import each, known_only, renumber
+from prunella.graph.verify import check, relative_error, verify
+from prunella.model.copying import copied
+from prunella.model.forward import forward, tensors
+from prunella.model.state import untouched
+from prunella.types import Keep
+
+_FEW = 8
+"""An axis of fewer positions is made longer, a longer one shorter: the check then costs no more than the first."""
+_SAMPLES = 4
+"""A batch of fewer samples is tried with one more; a larger one with one less than this number."""
+_MOST = 4
+"""Sizes at which the source takes another branch, of the nearest ones."""
+
+
+def disagreement(model: nn.Module, graph: Graph, keep: Keep, inputs: Any, others: Sequence[Any] = ()) -> Any:
+    """The first input of another size on which the cut differs from the masked model; None if there is none."""
+    applied, small = changes(graph, keep), copied(model)
+    if not applied:
+        return None
+    change_(small, applied)
+    for batch in other_sizes(model, inputs, others, graph.turns):
+        if not _agrees(model, small, applied, batch):
+            return batch
+    return None
+
+
+def check_sizes(dense: nn.Module, small: nn.Module, applied: Changes, inputs: Any, others: Sequence[Any] = ()) -> None:
+    """`check` on inputs of other sizes than those of the examples. Errors: `CheckFailed`, `NotSupported`."""
+    for batch in other_sizes(dense, inputs, others):
+        if _agrees(dense, small, applied, batch):
+            continue
+        try:
+            check(dense, small, applied, batch)
+        except CheckFailed as error:
+            todo = f"plan with both sizes: {_BOTH}; or leave out what is cut there: skip="
+            raise CheckFailed(f"{error.what} on an input of {shape_text(batch)}", error.why, todo) from error
+
+
+_BOTH = "prunella.Examples(one, other)"
+
+
+def other_sizes(
+    model: nn.Module, inputs: Any, others: Sequence[Any] = (), turns: Iterable[tuple[int, int]] = ()
+) -> Iterator[Any]:
+    """Batches of other sizes on which the dense model gives finite outputs; not those of `others`, which are known."""
+    given = [tensor for tensor in tensors(inputs) if tensor.dim()]
+    if not given or any(parameter.is_meta for parameter in model.parameters()):
+        return
+    known = {_shapes(example) for example in (inputs, *others)}
+
+    def first(batches: Iterable[Any]) -> list[Any]:
+        """The first of these that is new and that the dense model takes."""
+        for batch in batches:
+            if _shapes(batch) not in known and _runs(model, batch):
+                known.add(_shapes(batch))
+                return [batch]
+        return []
+
+    main = max(given, key=lambda tensor: tensor.numel())
+    count = main.shape[0]
+    more = count + 1 if count < _SAMPLES else _SAMPLES - 1
+    # An index out of range is an error on a CPU; an accelerator does not survive it.
+    if main.device.type != "cpu" and not all(tensor.is_floating_point() for tensor in given):
+        yield from first([samples(inputs, count, count + 1)])
+        return
+    both = first(samples(batch, count, more) for batch in _resized(inputs, main))
+    yield from both or first([samples(inputs, count, more)])
+    yield from [] if both else first(_resized(inputs, main))
+    yield from first([samples(inputs, count, 1)])
+    for size, other in tuple(turns)[:_MOST]:
+        yield from first(_turned(inputs, main, size, other))
+
+
+def shape_text(inputs: Any) -> str:
+    """`2x3x4x4, 2x5`."""
+    return ", ".join("x".join(map(str, tensor.shape)) or "a number" for tensor in tensors(inputs))
+
+
+def _agrees(model: nn.Module, small: nn.Module, applied: Changes, batch: Any) -> bool:
+    """Whether both compute the same, or too little is known: where rounding alone changes as much, nothing is shown."""
+    try:
+        verification = verify(model, small, applied, batch)
+    except NotSupported:
+        return False
+    return verification.exact or _shaken(small, applied, batch) >= verification.error * _NOISE
+
+
+_NOISE = 1e-2
+"""Of a difference: a change of the weights by rounding that gives as much tells of ties, as in a choice of boxes."""
+
+
+def _shaken(small: nn.Module, applied: Changes, batch: Any) -> float:
+    """How much the outputs change with the last digits of the weights."""
+    shaken = copied(small)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in shaken.parameters():
+            if parameter.is_floating_point():
+                noise = torch.randn(parameter.shape, generator=generator).to(parameter.device, parameter.dtype)
+                parameter.mul_(1 + noise * 4 * torch.finfo(parameter.dtype).eps)
+    batch = renumber(known_only(batch, applied.renumbered), applied.renumbered)
+    try:
+        with torch.no_grad(), untouched(small), untouched(shaken):
+            return relative_error(*(tensors(forward(model, batch)) for model in (small, shaken)))
+    except Exception:  # what does not run does not tell
+        return 0.0
+
+
+def _runs(model: nn.Module, batch: Any) -> bool:
+    try:
+        with untouched(model), torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            outputs = tensors(forward(model, batch))
+    except Exception:  # a probe: whatever it raises, the model does not take this size
+        return False
+    return all(bool(torch.isfinite(t).all()) for t in outputs if t.is_floating_point())
+
+
+def _shapes(batch: Any) -> tuple[tuple[int, ...], ...]:
+    return tuple(tuple(tensor.shape) for tensor in tensors(batch))
+
+
+# -- which sizes ---------------------------------------------------------------------------------------------------
+
+
+def _spatial(main: Tensor) -> Iterator[frozenset[int]]:
+    """Sets of sizes that may be those of an image or a sequence: of the axes behind the channels, or before them."""
+    shape = tuple(main.shape)
+    yield from dict.fromkeys(frozenset(axes) for axes in (shape[2:], shape[1:-1], shape[1:2]) if axes)
+
+
+def _resized(inputs: Any, main: Tensor) -> Iterator[Any]:
+    """The inputs with the sizes of an image or a sequence halved, or doubled where they are small or it may not be."""
+    for sizes in _spatial(main):
+        for factor in (_halved, _doubled) if min(sizes) >= _FEW else (_doubled, _halved):
+            new = {size: factor(size) for size in sizes}
+            if all(size > 0 for size in new.values()):
+                yield positions(inputs, new)
+
+
+def _halved(size: int) -> int:
+    return size // 2
+
+
+def _doubled(size: int) -> int:
+    return 2 * size
+
+
+def _turned(inputs: Any, main: Tensor, size: int, other: int) -> Iterator[Any]:
+    """The inputs with the size that decides a branch as `other`: the batch, or an axis of which it is a fraction."""
+    if main.shape[0] == size:
+        yield samples(inputs, size, other)
+    lengths = [n for n in dict.fromkeys(main.shape[1:]) if n % size == 0]
+    for length in sorted(lengths):
+        yield positions(inputs, {n: n // size * other for n in main.shape[1:] if n == length})
+        yield positions(inputs, {n: n // size * other for n in main.shape[2:] if n % size == 0})
+
+
+# -- batches of other sizes ----------------------------------------------------------------------------------------
+
+
+def samples(inputs: Any, count: int, new: int) -> Any:
+    """The inputs with `new` samples in place of `count`; further samples are the first ones, with positions shifted."""
+
+    def change(tensor: Tensor) -> Tensor:
+        if not tensor.dim() or tensor.shape[0] != count:
+            return tensor
+        copies = [tensor]
+        while sum(len(copy) for copy in copies) < new:
+            copies.append(_shifted(tensor, len(copies)))
+        return torch.cat(copies)[:new].contiguous()
+
+    return each(_plain(inputs), change)
+
+
+def positions(inputs: Any, sizes: Mapping[int, int]) -> Any:
+    """The inputs with axes of these sizes, other than the first, cut or continued with their own positions."""
+
+    def change(tensor: Tensor) -> Tensor:
+        behind = tensor.is_floating_point() and any(size in sizes for size in tensor.shape[2:])
+        for axis in range(2 if behind else 1, tensor.dim()):  # channels may have the size of an image by chance
+            size = tensor.shape[axis]
+            if size in sizes:
+                tensor = tensor.index_select(axis, torch.arange(sizes[size], device=tensor.device) % size)
+        return tensor
+
+    return each(_plain(inputs), change)
+
+
+def _shifted(tensor: Tensor, steps: int) -> Tensor:
+    return tensor.roll(steps, -1) if tensor.dim() > 1 else tensor
+
+
+def _plain(inputs: Any) -> Any:
+    """The inputs without gradients, so that nothing is recorded of what is made of them."""
+    return each(inputs, lambda tensor: tensor.detach())

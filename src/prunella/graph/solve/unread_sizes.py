@@ -1,0 +1,173 @@
+"""Sizes that only another method reads: an exporter's path, `extra_repr`, `reset_parameters`.
+
+A run does not show what such an integer means. It follows a cut if that is the only explanation: it equals sizes that
+all become the same, in every module of its class it is a size of this module, and no operation of the run reads it.
+Where sizes of that value become several, the plan names the integer and leaves it alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prunella.graph.data import Extent, Unread
+from prunella.graph.solve.residual_blocks import inside
+from prunella.graph.solve.tokens import names_token
+from prunella.graph.trace.recorder import Trace
+from prunella.graph.trace.tracked_int import Attr, holder, holders, leaves
+from prunella.graph.verify import relative_error
+from prunella.model.forward import forward, tensors
+from prunella.model.state import untouched
+
+_LEAST = 4
+"""Smaller integers are strides, factors and counts far more often than sizes."""
+_LONGEST = 32
+"""Longer lists are data, not sizes."""
+_PROBES = 12
+"""Runs that look for the integers that a run reads; what is not cleared by then is taken as read."""
+
+ExtentOf = Callable[[Any, int], Extent]
+
+
+@dataclass(frozen=True)
+class _Place:
+    """An integer attribute, or one entry (`index`) of a list of them."""
+
+    owner: str
+    name: str
+    value: int
+    index: int = -1
+
+    @property
+    def path(self) -> str:
+        """The module that has it, or that has the configuration that has it."""
+        return self.owner.partition(":")[0]
+
+
+def unread_sizes(
+    model: nn.Module, record: Trace, extent_of: ExtentOf, taken: Iterable[tuple[str, str]]
+) -> list[Unread]:
+    """The integers that equal a size that can be cut, with all sizes of this value; not those that the run has read."""
+    links = (leaf for link in record.links for leaf in leaves(link.expression))
+    choices = (leaf for choice, _ in record.decisions for leaf in leaves(choice))
+    read = {leaf for leaf in (*links, *choices) if isinstance(leaf, Attr)} | {attr for attr, _ in record.fixed}
+    known = {(attr.owner, attr.name) for attr in read} | set(taken)
+    places = [place for place in _places(model) if (place.owner, place.name) not in known]
+    sizes = _Sizes(model, record, {place.value for place in places}, extent_of)
+    matched = {place: sizes.of(place) for place in places}
+    strange = {_kind(model, place) for place, extents in matched.items() if not extents} | _strange(model)
+    return [
+        Unread(place.owner, place.name, place.value, tuple(extents), place.index)
+        for place, extents in matched.items()
+        if _kind(model, place) not in strange and any(extent.units for extent in extents)
+    ]
+
+
+def never_read(model: nn.Module, inputs: Any, found: Sequence[Unread]) -> tuple[Unread, ...]:
+    """Those of which a run gives the same with another number in their place."""
+    if not found or any(parameter.is_meta for parameter in model.parameters()):
+        return ()
+    expected = _outputs(model, inputs, ())
+    todo, clear, probes = [tuple(found)], list[Unread](), 0
+    while todo and expected is not None and probes < _PROBES:
+        part, probes = todo.pop(0), probes + 1
+        if _alike(expected, _outputs(model, inputs, part)):
+            clear += part
+        else:
+            names = list(dict.fromkeys(place.name for place in part))
+            halves = (set(names[: len(names) // 2]), set(names[len(names) // 2 :])) if len(names) > 1 else ()
+            todo += [tuple(place for place in part if place.name in half) for half in halves]
+    return tuple(clear)
+
+
+# -- which integers ------------------------------------------------------------------------------------------------
+
+
+def _places(model: nn.Module) -> Iterator[_Place]:
+    for owner, values in _owners(model):
+        for name, value in values.items():
+            if not name.startswith("_") and not names_token(name):
+                yield from _integers(owner, name, value)
+
+
+def _owners(model: nn.Module) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Modules of their own source, and their plain configurations; a saved one is that of the file it was read from."""
+    for owner, values in holders(model):
+        thing = holder(model, owner)
+        if not type(thing).__module__.startswith("torch.") and not (":" in owner and hasattr(thing, "save_pretrained")):
+            yield owner, values
+
+
+def _integers(owner: str, name: str, value: object) -> Iterator[_Place]:
+    if type(value) is int and value >= _LEAST:
+        yield _Place(owner, name, value)
+    if type(value) in (list, tuple) and 0 < len(value) <= _LONGEST and all(type(v) is int for v in value):  # type: ignore[arg-type,var-annotated,attr-defined]
+        yield from (_Place(owner, name, v, k) for k, v in enumerate(value) if v >= _LEAST)  # type: ignore[arg-type,var-annotated]
+
+
+def _kind(model: nn.Module, place: _Place) -> tuple[type, str, int]:
+    """What an integer is called: by class, name and position."""
+    return type(holder(model, place.owner)), place.name, place.index
+
+
+def _strange(model: nn.Module) -> set[tuple[type, str, int]]:
+    """Names that are an integer too small for a size somewhere: the number of a layer, not a size."""
+    return {
+        (type(holder(model, owner)), name, -1)
+        for owner, values in _owners(model)
+        for name, value in values.items()
+        if type(value) is int and value < _LEAST
+    }
+
+
+class _Sizes:
+    """All sizes of the model by module and value: axes of parameters, of computed tensors, and lengths of lists."""
+
+    def __init__(self, model: nn.Module, record: Trace, values: set[int], extent_of: ExtentOf) -> None:
+        self.extents: dict[int, list[tuple[str, Extent]]] = {value: [] for value in values}
+        for name, tensor in record.tensors.items():
+            dims = record.axes.get(name, ((),) * tensor.dim())
+            for dim, size in zip(dims, tensor.shape, strict=True):
+                self._add(size, name.rpartition(".")[0], dim, extent_of)
+        for (module, size, _), dim in record.sizes.items():
+            self._add(size, module, dim, extent_of)
+        for path, part in model.named_modules():
+            if isinstance(part, nn.ModuleList | nn.Sequential | nn.ModuleDict):
+                self._add(len(part), path, (), extent_of)
+
+    def of(self, place: _Place) -> list[Extent]:
+        """The different sizes of this value of the owner and of all that is in it, and of the inputs of the model."""
+        found = [e for path, e in self.extents[place.value] if not place.path or not path or inside(path, place.path)]
+        different = {(e.fixed, tuple((name, count.tobytes()) for name, count in e.units)): e for e in found}
+        return list(different.values())
+
+    def _add(self, size: int, path: str, dim: Any, extent_of: ExtentOf) -> None:
+        if int(size) in self.extents:
+            self.extents[int(size)].append((path, extent_of(dim, int(size))))
+
+
+# -- which are read ------------------------------------------------------------------------------------------------
+
+
+def _outputs(model: nn.Module, inputs: Any, changed: Sequence[Unread]) -> list[Tensor] | None:
+    """The outputs with one less in these places; None if the model does not run so."""
+    before = {(u.owner, u.name): getattr(holder(model, u.owner), u.name) for u in changed}
+    try:
+        for u in changed:
+            values = vars(holder(model, u.owner))
+            values[u.name] = u.placed(values[u.name], u.value - 1)
+        with untouched(model), torch.no_grad():
+            return tensors(forward(model, inputs))
+    except Exception:  # a probe: whatever it raises, one of these is read
+        return None
+    finally:
+        for (owner, name), value in before.items():
+            vars(holder(model, owner))[name] = value
+
+
+def _alike(expected: list[Tensor], found: list[Tensor] | None) -> bool:
+    return found is not None and relative_error(expected, found) == 0

@@ -1,0 +1,223 @@
+"""What `equal_widths` promises: a configuration of the model's own class describes the smaller model.
+
+A class that writes and reads itself (`from_pretrained`, with a `config`) is built again from its configuration alone.
+Widths that no configuration describes, or that its class refuses, are found before anything is written: the
+configuration is searched for, a model is built from it on the meta device, given the tensors of the smaller one, and
+compared. No architecture is known by name.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prunella.errors import BadInput
+from prunella.graph.cut.changes import Changes, changes
+from prunella.graph.cut.surgery import change_
+from prunella.graph.data import Graph
+from prunella.graph.solve.tokens import known_only, names_token, renumber
+from prunella.graph.trace.tracked_int import holder, size_of
+from prunella.graph.verify import SINGLE, relative_error
+from prunella.model.copying import copied
+from prunella.model.forward import forward, tensors
+from prunella.model.rng import seeded
+from prunella.model.state import untouched
+from prunella.planning.config_search import (
+    Shapes,
+    Sizes,
+    changed_sizes,
+    shallower,
+    shapes_of,
+    steady,
+    uniform_configs,
+    with_tokens,
+)
+from prunella.types import Keep
+
+
+def reads_itself(model: nn.Module) -> bool:
+    """Whether the class of the model builds it from its configuration."""
+    config: Any = getattr(model, "config", None)
+    own = callable(getattr(type(model), "from_pretrained", None))
+    return own and callable(getattr(config, "to_dict", None)) and callable(getattr(type(config), "from_dict", None))
+
+
+@dataclass(frozen=True)
+class Misfit:
+    """Why no configuration describes a model. refused: one of these widths was refused, so that others may do."""
+
+    why: str
+    refused: bool
+
+
+def undescribed(model: nn.Module, graph: Graph, keep: Keep, inputs: Any) -> Misfit | None:
+    """Why no configuration describes the model of which `keep` remains; None if one does, or there is none to read."""
+    keep = {name: mask for name, mask in keep.items() if not bool(mask.all())}
+    builds = _Builds(model)
+    dense = _shapes(builds, model.config.to_dict()) if keep and reads_itself(model) else None
+    if dense is None or dense.keys() != shapes_of(model).keys():
+        return None  # what its own configuration does not build was never read by `from_pretrained` either
+    applied, small = changes(graph, keep), copied(model)
+    change_(small, applied)
+    batch = renumber(known_only(inputs, applied.renumbered), applied.renumbered)
+    config = with_tokens(shallower(_config(model), applied.attributes, applied.lists), small.config)
+    wanted = shapes_of(small)
+    sizes = changed_sizes(dense, wanted, _pairs(model, graph, keep, applied))
+    kept = steady(small, config, batch)
+    described = False
+    for candidate in uniform_configs(partial(builds.shapes, wanted), config, wanted, sizes, kept):
+        if _same(builds.model(candidate), small, batch):
+            return None
+        described = True
+    kind = type(model.config).__name__
+    why = "what it builds has these shapes and computes something else" if described else builds.why(config, sizes)
+    return Misfit(f"no {kind} describes it: {why}", bool(builds.refusals))
+
+
+def parts_at_fault(model: nn.Module, graph: Graph, keep: Keep, inputs: Any) -> dict[str, str]:
+    """Group name -> why its cut is not described, of the groups without which the rest is described.
+
+    Groups that are cut alike, those of all layers, are tried together and without the others. Empty if that does not
+    leave something.
+    """
+    sets: dict[tuple[object, ...], dict[str, Tensor]] = {}
+    for group in (*graph.groups, *graph.stacks):
+        mask = keep.get(group.name)
+        if mask is not None and not bool(mask.all()):
+            roles = sorted(member.role for member in group.members if member.role in ("in", "out"))
+            sets.setdefault((group.kind, group.size, int(mask.sum()), *roles), {})[group.name] = mask
+    misfits = [(part, undescribed(model, graph, part, inputs)) for part in sets.values()]
+    wrong = {name: misfit.why for part, misfit in misfits if misfit for name in part}
+    rest = {name: mask for part, misfit in misfits if not misfit for name, mask in part.items()}
+    return wrong if wrong and rest and undescribed(model, graph, rest, inputs) is None else {}
+
+
+def _config(model: Any) -> dict[str, Any]:
+    """The configuration as plain data."""
+    return dict(json.loads(model.config.to_json_string(use_diff=False)))
+
+
+def _pairs(model: nn.Module, graph: Graph, keep: Keep, applied: Changes) -> Iterator[tuple[int, int]]:
+    """Old and new values of the sizes that follow, and of the numbers of units."""
+    for (owner, name), new in applied.attributes.items():
+        old = size_of(getattr(holder(model, owner), name, None))
+        if old is not None and isinstance(new, int) and not names_token(name):
+            yield old, new
+    for group in graph.groups:
+        if group.name in keep:
+            yield group.size, int(keep[group.name].sum())
+
+
+@dataclass(frozen=True)
+class _Builds:
+    """Models of configurations, on the meta device, and what was wrong with those that were tried."""
+
+    like: nn.Module
+    known: dict[str, Shapes | BadInput] = field(default_factory=dict)
+    refusals: list[tuple[Mapping[str, Any], str]] = field(default_factory=list)
+    nearest: list[tuple[int, str]] = field(default_factory=list)
+
+    def model(self, config: Mapping[str, Any]) -> nn.Module:
+        """A model without values. Errors: BadInput if the class or its configuration refuses it."""
+        kind: Any = type(self.like)
+        try:
+            with seeded(None), torch.device("meta"), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                made = kind(type(self.like.config).from_dict(copy.deepcopy(dict(config))))  # type: ignore[union-attr]
+        except Exception as error:  # a probe: a configuration may check its values and raise anything
+            raise BadInput("no model of this configuration", _line(error)) from error
+        assert isinstance(made, nn.Module)
+        return made
+
+    def shapes(self, wanted: Shapes, config: Mapping[str, Any]) -> Shapes:
+        """The shapes of the tensors of such a model; what is not `wanted` is remembered."""
+        key = json.dumps(config, sort_keys=True, default=str)
+        if key not in self.known:
+            try:
+                self.known[key] = shapes_of(self.model(config))
+            except BadInput as error:
+                self.known[key] = error
+                self.refusals.append((config, error.why))
+        found = self.known[key]
+        if isinstance(found, BadInput):
+            raise found
+        wrong = [name for name, shape in wanted.items() if found.get(name) != shape]
+        if wrong:
+            text = f"{wrong[0]} is {_by(found.get(wrong[0]))} there, and {_by(wanted[wrong[0]])} in the plan"
+            self.nearest.append((len(wrong), text))
+        return found
+
+    def why(self, dense: Mapping[str, Any], sizes: Sizes) -> str:
+        """What is wrong with the nearest configuration, or what those that have a new size were refused for."""
+        best, nearest = min(self.nearest, default=(0, "its tensors have other names"))
+        closer = not self.nearest or best < self.nearest[0][0]
+        exact = [why for config, why in self.refusals if any(n in sizes.get(o, ()) for o, n in _ints(dense, config))]
+        refused = exact or [why for _, why in self.refusals]
+        return nearest if closer or not refused else refused[0]
+
+
+def _ints(dense: Mapping[str, Any], config: Mapping[str, Any]) -> Iterator[tuple[int, int]]:
+    """Old and new values of the integers that a configuration has otherwise."""
+    return ((old, config[key]) for key, old in dense.items() if type(old) is int and config.get(key) not in (old, None))
+
+
+def _shapes(builds: _Builds, config: Mapping[str, Any]) -> Shapes | None:
+    try:
+        return shapes_of(builds.model(config))
+    except BadInput:
+        return None
+
+
+def _same(empty: nn.Module, small: nn.Module, batch: Any) -> bool:
+    """Whether a model without values, given those of `small`, computes the same."""
+    values = {**dict(small.named_buffers(remove_duplicate=False)), **small.state_dict(keep_vars=True)}
+    for name, tensor in [*empty.named_parameters(remove_duplicate=False), *empty.named_buffers(remove_duplicate=False)]:
+        if name not in values or values[name].shape != tensor.shape:
+            return False
+        module, _, key = name.rpartition(".")
+        owner = empty.get_submodule(module)
+        (owner._parameters if key in owner._parameters else owner._buffers)[key] = values[name]  # type: ignore[assignment,index]
+    try:
+        with untouched(small), torch.no_grad():
+            expected = tensors(forward(small, batch))
+            return relative_error(expected, tensors(forward(empty.eval(), batch))) <= SINGLE
+    except Exception:  # a probe: whatever it raises, the model is not the same
+        return False
+
+
+def _line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return re.sub(r"^\w+Error: ", "", max(lines, key=len, default=type(error).__name__)).rstrip(".")
+
+
+def _by(shape: Sequence[int] | None) -> str:
+    return "x".join(map(str, shape)) if shape is not None else "not"
+
+
+def configuration_of(
+    small: nn.Module, dense: nn.Module, config: Mapping[str, Any], sizes: Sizes, batch: Any
+) -> dict[str, Any] | None:
+    """The configuration of which the class of `small` builds a model that computes the same; None if there is none.
+
+    dense: the model before the cut. config: its configuration, with the depth and the tokens of the small one.
+    """
+    builds, wanted = _Builds(small), shapes_of(small)
+    built = _shapes(_Builds(dense), configuration(dense))
+    if built is None or built.keys() != shapes_of(dense).keys():
+        return None
+    candidates = uniform_configs(partial(builds.shapes, wanted), config, wanted, sizes, steady(small, config, batch))
+    return next((found for found in candidates if _same(builds.model(found), small, batch)), None)
+
+
+def configuration(model: nn.Module) -> dict[str, Any]:
+    """The configuration of a model as plain data."""
+    return _config(model)
