@@ -34,7 +34,7 @@ from prunella.io.identity import Identity, identify, model_parts
 from prunella.io.journal import Journal, open_journal
 from prunella.io.load import load_object
 from prunella.model.copying import copied
-from prunella.model.masks import finalize
+from prunella.model.masks import finalize, masks_of
 from prunella.model.rng import seed_rng_, seeded
 from prunella.model.user_code import number_of, user_error
 from prunella.planning.plan import Plan
@@ -285,7 +285,8 @@ def _run(task: _Task, empty: Cell) -> Cell:
         model = shrink(model, task_plan) if task_plan.changes else apply_(model, task_plan)
         recover = _function(experiment.recover)
         recovered = recover(model, task_plan, task.seed) if recover else None
-        model = finalize(model if recovered is None else recovered)
+        model = model if recovered is None else recovered
+        model = finalize(model) if masks_of(model) else model
     score = number_of(_function(experiment.evaluate)(model), "evaluate=")  # type: ignore[misc]
     if not isfinite(score):
         raise ValueError(f"evaluate returned {score}")

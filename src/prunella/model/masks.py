@@ -12,6 +12,7 @@ This module does nothing during training: `prunella.Pruner` applies the masks ag
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
@@ -24,6 +25,7 @@ from prunella.errors import CheckFailed, RequestError
 from prunella.model.unwrap import unwrap
 from prunella.types import Mask
 
+log = logging.getLogger(__name__)
 M = TypeVar("M", bound=nn.Module)
 RECORD = "_prunella_masks"
 
@@ -105,7 +107,8 @@ def reapply_(model: M) -> M:
 def finalize(model: M) -> M:
     """Check that every masked weight is exactly zero, drop the masks, and return the model; no weight changes.
 
-    `CheckFailed` if training has revived masked weights.
+    `CheckFailed` if training has revived masked weights. A model without masks is returned as it is, and a warning is
+    logged: its masks were dropped already, or belong to another copy of it.
 
     Example:
 
@@ -115,6 +118,8 @@ def finalize(model: M) -> M:
         >>> pr.masks_of(pr.finalize(model)), int(model.weight.count_nonzero())
         ({}, 32)
     """
+    if not any(True for _ in records(model)):
+        log.warning("finalize: the model has no masks; they were dropped already, or belong to another copy of it")
     for name, parameter, packed in records(model):
         revived = int(torch.count_nonzero(parameter.detach()[~packed.unpack(parameter.device)]))
         if revived:
@@ -125,6 +130,25 @@ def finalize(model: M) -> M:
             )
     forget_masks_(model)
     return model
+
+
+def copy_masks_(source: nn.Module, target: M) -> M:
+    """Give `target`, a twin of `source` such as a moving average of its weights, exactly the masks of `source`.
+
+    Masked weights of the target become zero; its earlier masks are dropped. Averages of zeros stay zero, so that a
+    moving average needs the masks again only when they change. Both may be wrapped. Errors: RequestError if a masked
+    weight is missing in the target or has another shape.
+    """
+    named = dict(unwrap(target).named_parameters(remove_duplicate=False))
+    masks: dict[nn.Parameter, Mask] = {}
+    for name, _, packed in records(source):
+        if name not in named or tuple(named[name].shape) != packed.shape:
+            why = f"{name} is missing there or has another shape"
+            raise RequestError("the masks do not fit the other model", why, "pass two copies of one model")
+        masks[named[name]] = packed.unpack(named[name].device)
+    forget_masks_(target)
+    record_(target, masks)
+    return reapply_(target)
 
 
 def forget_masks_(model: nn.Module) -> None:

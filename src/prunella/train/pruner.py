@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from prunella.errors import RequestError
-from prunella.model.masks import Packed, forget_masks_, masks_of, reapply_, record_, records, saved_masks
+from prunella.model.masks import Packed, copy_masks_, forget_masks_, masks_of, reapply_, record_, records, saved_masks
 from prunella.model.torch_masks import plain_weights_
 from prunella.model.unwrap import bare_optimizer, bare_optimizers, unwrap
 from prunella.planning.plan import Plan
@@ -57,6 +57,7 @@ class Pruner:
     every: steps between two plans; the last plan is always at `steps`.
     nested: pruned weights stay pruned. If a plan revives units, they stay pruned as well, the target is overshot, and a
         warning is logged. With `nested=False` the newest plan alone decides, and weights may come back.
+    averages: moving averages of the weights (`AveragedModel`, a deep copy), which get the same masks.
 
     Example:
 
@@ -83,6 +84,7 @@ class Pruner:
         steps: int = 0,
         every: int = 1,
         nested: bool = True,
+        averages: Iterable[nn.Module] = (),
     ) -> None:
         if recipe is not None and (target is None or steps < 1 or every < 1):
             raise RequestError(
@@ -92,6 +94,7 @@ class Pruner:
             )
         self.model, self.target, self.schedule = plain_weights_(model), target, schedule
         self.steps, self.every, self.nested = steps, every, nested
+        self.averages = tuple(averages)
         self.taken = 0
         self._planner = planner_of(model, recipe, inputs)
         self._before: float | None = None
@@ -101,7 +104,7 @@ class Pruner:
         self._optimizers: list[Optimizer] = []
         for one in bare_optimizers(optimizer):
             self.attach(one)
-        reapply_(model)
+        self._mask_state()
 
     def attach(self, optimizer: Optimizer) -> Self:
         """Apply the masks after each step of `optimizer`, too."""
@@ -206,6 +209,8 @@ class Pruner:
 
     def _mask_state(self) -> None:
         reapply_(self.model)
+        for average in self.averages:
+            copy_masks_(self.model, average)
         for optimizer in self._optimizers:
             for parameter, mask in self._masks():
                 clear_state(optimizer, parameter, mask)

@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING
 
 from prunella.errors import suggesting
+from prunella.model.masks import copy_masks_ as copy_masks_
 from prunella.model.masks import finalize as finalize
 from prunella.model.masks import masks_of as masks_of
 from prunella.model.masks import reapply_ as reapply_
@@ -19,6 +20,7 @@ __all__ = [
     "apply_",
     "carry_",
     "collapsed",
+    "copy_masks_",
     "finalize",
     "masks_of",
     "permute",
