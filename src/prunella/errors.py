@@ -211,8 +211,10 @@ def _namespaces() -> dict[str, tuple[str, ...]]:
     face = parsed(root / "__init__.pyi")
     spaces = {"prunella": listed(face)}
     for node in face.body:
-        for alias in node.names if isinstance(node, ast.ImportFrom) else ():
-            place = root.joinpath(*(node.module or ".").split("."), alias.name)  # type: ignore[union-attr]
+        if not isinstance(node, ast.ImportFrom):
+            continue
+        for alias in node.names:
+            place = root.joinpath(*(node.module or ".").split("."), alias.name)
             files = (place / "__init__.pyi", place / "__init__.py", place.with_suffix(".py"))
             file = next((file for file in files if file.is_file()), None)
             if file is not None:

@@ -6,7 +6,7 @@ import inspect
 from typing import get_args
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from prunella.errors import BadInput, RequestError
 from prunella.granularity import Fixed, Granularity, Masking, Structural, Vocabulary
@@ -96,11 +96,24 @@ def checked_target(granularities: tuple[Granularity, ...], target: Target | None
     return target
 
 
+def foreign_weights(model: nn.Module) -> tuple[str, ...]:
+    """A remark on the weights that are left alone because only their own library reads them; none if there are none."""
+    kinds = {n: type(p.data).__name__ for n, p in model.named_parameters() if type(p.data) is not Tensor}
+    for name, module in model.named_modules():
+        if type(module).__module__.startswith("torch.ao.nn.quantized") and hasattr(module, "_weight_bias"):
+            kinds[name] = f"quantized {type(module).__name__}"
+    shown = ", ".join(f"{name} ({kind})" for name, kind in [*kinds.items()][:6])
+    more = f" and {len(kinds) - 6} more" if len(kinds) > 6 else ""
+    return (f"left alone, as only their own library reads them: {shown}{more}",) if kinds else ()
+
+
 def check_finite(model: nn.Module) -> None:
     """Errors: BadInput that names the first tensor with NaN or infinity, or without values."""
     for name, tensor in model.named_parameters():
         if tensor.is_meta:
             raise BadInput(f"{name} has no values", "it is on the meta device", "load the weights first")
+        if type(tensor.data) is not Tensor:  # only its own library reads it, and its layer is not pruned
+            continue
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             bad = int((~torch.isfinite(tensor)).sum())
             raise BadInput(f"{name} has {bad} values that are not finite", "NaN or infinity", "check the checkpoint")

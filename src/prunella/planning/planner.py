@@ -28,7 +28,7 @@ from prunella.planning.candidates import (
     allocate_budget,
     fixed_masks,
 )
-from prunella.planning.checks import check_finite, checked_target
+from prunella.planning.checks import check_finite, checked_target, foreign_weights
 from prunella.planning.plan import Plan
 from prunella.planning.readable import Misfit, parts_at_fault, undescribed
 from prunella.planning.recipe import Recipe
@@ -91,7 +91,8 @@ def plan(
     with untouched(model, recipe.seed):
         request = prepare(model, inputs, recipe, target=target, source=Source(data, loss), skip=skip, only=only)
         structural = isinstance(recipe.granularities[0], Structural)
-        return plan_structure(request) if structural else plan_masks(request)
+        made = plan_structure(request) if structural else plan_masks(request)
+    return replace(made, remarks=(*made.remarks, *foreign_weights(model)))
 
 
 # -- structure ---------------------------------------------------------------------------------------------------
