@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 from torch import nn
 from torch.nn.utils.prune import BasePruningMethod
@@ -79,8 +80,8 @@ def bare_optimizer(optimizer: Optimizer) -> Optimizer:
 
 def bare_optimizers(optimizers: Optimizer | Iterable[Optimizer]) -> list[Optimizer]:
     """One optimizer or several, each without its wrappers."""
-    one = hasattr(optimizers, "param_groups")
-    return [bare_optimizer(each) for each in ([optimizers] if one else optimizers)]  # type: ignore[list-item,union-attr]
+    several: Any = [optimizers] if hasattr(optimizers, "param_groups") else optimizers
+    return [bare_optimizer(each) for each in several]
 
 
 def _inner_optimizer(optimizer: object) -> Optimizer | None:
