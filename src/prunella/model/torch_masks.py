@@ -26,7 +26,7 @@ def plain_weights_(model: M) -> M:
         assert mask is not None
         kept = mask.to(torch.bool)
         order = list(module._parameters)
-        prune.remove(module, name)
+        prune.remove(module, name)  # type: ignore[no-untyped-call]
         names = [name if entry == f"{name}_orig" else entry for entry in order]
         module._parameters = {entry: module._parameters[entry] for entry in names}
         parameter = module._parameters[name]

@@ -27,7 +27,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from prunella.graph.data import Ints, ReasonKind, Role
 from prunella.graph.solve.labels import WHOLE, Dim, Ledger, Reason, Run, Soft
 from prunella.graph.trace.dataflow import Flow, watched
-from prunella.graph.trace.source import GENERATED, LIBRARY, called, place, short
+from prunella.graph.trace.source import GENERATED, LIBRARY, called, place
 from prunella.graph.trace.tracked_int import (
     Attr,
     Expression,
@@ -41,6 +41,7 @@ from prunella.graph.trace.tracked_int import (
 )
 from prunella.model.forward import forward, inputs_of, tensors
 from prunella.model.state import untouched
+from prunella.model.user_code import short
 
 log = logging.getLogger(__name__)
 Axis = tuple[str, int]
