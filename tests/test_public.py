@@ -57,3 +57,41 @@ def test_unknown_names_are_attribute_errors() -> None:
 def test_importing_the_package_does_not_import_torch() -> None:
     code = "import prunella, sys; assert 'torch' not in sys.modules; prunella.MACs(0.5)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(
+    ("namespace", "name", "say"),
+    [
+        ("", "shrnik", "did you mean 'shrink'?"),
+        ("", "sparsegpt", "it is prunella.solvers.sparsegpt"),
+        ("", "scann", "did you mean prunella.search.scan?"),
+        ("criteria", "wnda", "did you mean 'wanda'?"),
+        ("solvers", "wanda", "it is prunella.wanda"),
+        ("importers", "zero", "did you mean 'zeros'?"),
+        ("recipes", "networkslimming", "did you mean 'network_slimming'?"),
+        ("schedules", "cubik", "did you mean 'cubic'?"),
+        ("runtime", "sparsifid", "did you mean 'sparsified'?"),
+        ("train", "shrink", "it is prunella.shrink"),
+    ],
+)
+def test_a_name_that_is_missing_is_looked_for(namespace: str, name: str, say: str) -> None:
+    place = getattr(prunella, namespace) if namespace else prunella
+    with pytest.raises(AttributeError) as caught:
+        getattr(place, name)
+    assert say in str(caught.value) and type(caught.value).__name__ == "AttributeError"
+
+
+@pytest.mark.parametrize("name", ["", *NAMESPACES])
+def test_every_namespace_suggests_names(name: str) -> None:
+    place = getattr(prunella, name) if name else prunella
+    known = next(entry for entry in place.__all__ if not entry.startswith("_") and len(entry) > 5)
+    with pytest.raises(AttributeError, match=f"did you mean '{known}'"):
+        getattr(place, f"{known}s" if f"{known}s" not in place.__all__ else f"{known}_")
+    assert not hasattr(place, "__path_to_nowhere__") and not hasattr(place, "quite_something_else")
+
+
+def test_a_missing_name_imports_nothing() -> None:
+    code = "import prunella, sys; hasattr(prunella, 'x'); str(getattr(prunella, 'y', 0)); import prunella.errors as e"
+    code += "; print(e.suggestion('prunella', 'shrnik')); assert 'torch' not in sys.modules"
+    found = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert found.stdout == "did you mean 'shrink'?\n"

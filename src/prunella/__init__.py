@@ -8,5 +8,7 @@ imported. The list is `__init__.pyi`, which type checkers and editors read too.
 import lazy_loader
 
 from prunella._version import __version__ as __version__
+from prunella.errors import suggesting
 
-__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
+_lazy, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
+__getattr__ = suggesting(__name__, _lazy)

@@ -20,7 +20,9 @@ import difflib
 import errno
 import re
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import cache
+from typing import Any
 
 _FULL = frozenset((errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)))
 _MEMORY = ("can't allocate memory", "CUDA out of memory")
@@ -161,3 +163,87 @@ def system_error(error: BaseException, what: str, todo: str, *, kind: type[Pruni
     reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
     full = out_of_resources(error)
     return OutOfResources(what, f"{full.what}: {reason}", full.todo) if full else kind(what, reason, todo)
+
+
+# -- names that do not exist ------------------------------------------------------------------------------------------
+
+
+class MissingName(AttributeError):
+    """A name that a namespace of prunella does not have; its text names what may be meant.
+
+    The text is made when it is shown: `hasattr` and imports of submodules ask for names that do not exist as well.
+    """
+
+    def __init__(self, namespace: str, name: str) -> None:
+        super().__init__(f"No {namespace} attribute {name}")
+        self.namespace, self.missing = namespace, name
+
+    def __str__(self) -> str:
+        text = super().__str__()
+        hint = "" if self.missing.startswith("_") else suggestion(self.namespace, self.missing)
+        return f"{text}; {hint}" if hint else text
+
+
+MissingName.__module__ = "builtins"  # as a traceback shows it
+MissingName.__name__ = MissingName.__qualname__ = "AttributeError"
+
+
+def suggesting(namespace: str, lazy: Callable[[str], Any] | None = None) -> Callable[[str], Any]:
+    """The `__getattr__` of a namespace: `lazy` first, then an error that names what may be meant."""
+
+    def get(name: str) -> Any:
+        try:
+            if lazy is not None:
+                return lazy(name)
+        except AttributeError as error:
+            if not str(error).startswith(f"No {namespace} attribute {name}"):
+                raise
+        raise MissingName(namespace, name)
+
+    return get
+
+
+def suggestion(namespace: str, name: str) -> str:
+    """Where a name is, or which name is near it: in the namespace, else in another; empty if there is none."""
+    spaces = _namespaces()
+    full = {other: space for space, names in spaces.items() for other in names if space != "prunella"}
+    full |= dict.fromkeys(spaces["prunella"], "prunella")
+    if name in full:
+        return f"it is {full[name]}.{name}"
+    own = spaces.get("prunella" if namespace == "prunella" else f"prunella.{namespace.rpartition('.')[2]}", ())
+    near = difflib.get_close_matches(name, own, 1, 0.75)
+    if near:
+        return f"did you mean {near[0]!r}?"
+    near = difflib.get_close_matches(name, full, 1, 0.75)
+    return f"did you mean {full[near[0]]}.{near[0]}?" if near else ""
+
+
+@cache
+def _namespaces() -> dict[str, tuple[str, ...]]:
+    """The names of each namespace, read from its source: nothing is imported."""
+    import ast
+    from pathlib import Path
+
+    def parsed(file: Path) -> ast.Module:
+        return ast.parse(file.read_text(encoding="utf-8"))
+
+    def listed(tree: ast.Module) -> tuple[str, ...]:
+        for node in tree.body:
+            if isinstance(node, ast.Assign) and [getattr(t, "id", "") for t in node.targets] == ["__all__"]:
+                return tuple(ast.literal_eval(node.value)) if isinstance(node.value, ast.List) else ()
+        defined = (node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef))
+        return tuple(name for name in defined if not name.startswith("_"))
+
+    root = Path(__file__).parent
+    face = parsed(root / "__init__.pyi")
+    spaces = {"prunella": listed(face)}
+    for node in face.body:
+        if not isinstance(node, ast.ImportFrom):
+            continue
+        for alias in node.names:
+            place = root.joinpath(*(node.module or ".").split("."), alias.name)
+            files = (place / "__init__.pyi", place / "__init__.py", place.with_suffix(".py"))
+            file = next((file for file in files if file.is_file()), None)
+            if file is not None:
+                spaces[f"prunella.{alias.name}"] = listed(parsed(file))
+    return spaces

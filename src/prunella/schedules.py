@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-from prunella.errors import RequestError
+from prunella.errors import RequestError, suggesting
 from prunella.registry.method import cycle, schedule
 from prunella.targets import Sparsity
 
@@ -142,3 +143,7 @@ __all__ = [
 
 def __dir__() -> list[str]:
     return __all__
+
+
+if not TYPE_CHECKING:
+    __getattr__ = suggesting(__name__)

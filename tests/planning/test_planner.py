@@ -492,3 +492,17 @@ def test_the_engine_agrees_with_the_graph_by_hand() -> None:
     assert made.macs() == hand.macs() and made.params() == hand.params()
     keep = {"0": torch.arange(6) < 2}
     assert made.macs(keep) == hand.macs(keep) and made.params(keep) == hand.params(keep)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_quantized_layers_are_left_alone_with_a_remark() -> None:
+    torchao = pytest.importorskip("torchao.quantization")
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4)).eval()
+    torchao.quantize_(model, torchao.Int8WeightOnlyConfig(), filter_fn=lambda module, name: name == "2")
+    plan = pr.plan(model, torch.randn(2, 8), pr.Recipe(granularity=pr.Element()), target=pr.Sparsity(0.5))
+    assert plan.masks.keys() == {"0.weight", "4.weight"}
+    kind = type(model[2].weight.data).__name__
+    assert [remark for remark in plan.remarks if "2.weight" in remark] == [
+        f"left alone, as only their own library reads them: 2.weight ({kind})"
+    ]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import prunella as pr
 from prunella.errors import NotSupported, PruningError, TargetMissed
-from prunella.model.forward import forward, tensors
+from prunella.model.forward import outputs_of
 from prunella.planning.readable import reads_itself
 
 hf: Any = pytest.importorskip("transformers")
@@ -63,7 +63,7 @@ def planned(name: str, units: Any, sparsity: float) -> tuple[nn.Module, dict[str
 
 def run(model: nn.Module, inputs: Any) -> list[Tensor]:
     with torch.no_grad():
-        return tensors(forward(model, inputs))
+        return outputs_of(model, inputs)
 
 
 CASES = [

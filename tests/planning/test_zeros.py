@@ -102,3 +102,111 @@ def test_nothing_is_zero() -> None:
             pr.planning.plan_zeros(mlp(), X, granularity=unit)
     with pytest.raises(RequestError, match="Element"):
         pr.planning.plan_zeros(mlp(), X, granularity=pr.Width())  # type: ignore[arg-type]
+
+
+IMAGE = torch.linspace(-1, 1, 2 * 3 * 6 * 6).view(2, 3, 6, 6)
+
+
+def convolutions(activation: nn.Module, *, norm: bool = True) -> nn.Sequential:
+    """Convolution, norm, activation, convolution with padding."""
+    torch.manual_seed(0)
+    norms = [nn.BatchNorm2d(8)] if norm else []
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), *norms, activation, nn.Conv2d(8, 4, 3, padding=1))
+    for part in model:
+        if isinstance(part, nn.BatchNorm2d):
+            nn.init.uniform_(part.weight, 0.5, 1.5)
+            nn.init.uniform_(part.bias, 0.1, 0.5)
+            part.running_mean.uniform_(-0.2, 0.2)  # type: ignore[union-attr]
+    return model.eval()
+
+
+def zeroed(model: nn.Module, *names: str, units: slice = slice(3)) -> nn.Module:
+    named = dict(model.named_parameters())
+    with torch.no_grad():
+        for name in names:
+            named[name][units] = 0
+    return model
+
+
+def small_of(model: nn.Module) -> nn.Module:
+    return pr.shrink(model, pr.planning.plan_zeros(model, IMAGE))
+
+
+@pytest.mark.parametrize(
+    ("activation", "names"),
+    [
+        (nn.ReLU(), ("0.weight", "0.bias", "1.weight", "1.bias")),
+        (nn.GELU(), ("0.weight", "0.bias", "1.weight", "1.bias")),
+        (nn.Tanh(), ("1.weight", "1.bias")),  # whatever the filter is, as network slimming leaves it
+        (nn.MaxPool2d(2), ("0.weight", "1.weight", "1.bias")),
+    ],
+)
+def test_a_filter_that_is_zero_behind_its_norm_goes(activation: nn.Module, names: tuple[str, ...]) -> None:
+    model = zeroed(convolutions(activation), *names)
+    small = small_of(model)
+    assert small[0].out_channels == 5  # type: ignore[index]
+    for x in (IMAGE, torch.randn(3, 3, 8, 8) * 9):
+        assert torch.allclose(small(x), model(x), atol=1e-5)
+
+
+def test_a_filter_without_a_norm_goes_where_its_bias_is_zero_too() -> None:
+    model = zeroed(convolutions(nn.ReLU(), norm=False), "0.weight", "0.bias")
+    assert small_of(model)[0].out_channels == 5  # type: ignore[index]
+
+
+def test_a_constant_below_zero_is_dead_behind_a_relu() -> None:
+    model = zeroed(convolutions(nn.ReLU()), "0.weight", "0.bias")
+    with torch.no_grad():
+        model[1].bias[:3] = -9  # type: ignore[index]
+    small = small_of(model)
+    assert small[0].out_channels == 5 and torch.allclose(small(IMAGE), model(IMAGE), atol=1e-5)  # type: ignore[index]
+
+
+@pytest.mark.parametrize(
+    ("activation", "names"),
+    [
+        (nn.Sigmoid(), ("0.weight", "0.bias", "1.weight", "1.bias")),  # read as a half
+        (nn.ReLU(), ("0.weight", "0.bias", "1.weight")),  # read as the shift of its norm
+        (nn.ReLU(), ("0.weight",)),
+    ],
+)
+def test_a_constant_that_is_not_zero_stays_and_is_named(activation: nn.Module, names: tuple[str, ...]) -> None:
+    model = zeroed(convolutions(activation), *names)
+    with pytest.raises(NotSupported, match="no unit is exactly zero") as caught:
+        pr.planning.plan_zeros(model, IMAGE)
+    assert "3 are constant" in caught.value.why and "fold_means" in caught.value.why
+
+
+def test_a_unit_that_is_silent_on_the_example_alone_stays() -> None:
+    model = convolutions(nn.ReLU())
+    with torch.no_grad():
+        model[1].bias[:3] = -50  # type: ignore[index]
+    with pytest.raises(NotSupported, match="no unit is exactly zero"):
+        pr.planning.plan_zeros(model, IMAGE)
+
+
+class Stream(nn.Module):
+    """Two convolutions into one stream, of which only one has a norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.norm, self.b = nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), nn.Conv2d(3, 8, 1)
+        self.out = nn.Conv2d(8, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(torch.relu(self.norm(self.a(x)) + self.b(x) - 90))
+
+
+def test_a_norm_of_another_branch_makes_no_unit_constant() -> None:
+    model = zeroed(Stream().eval(), "norm.weight", "norm.bias")
+    with pytest.raises(NotSupported, match="no unit is exactly zero"):  # silent on the example, through b alone
+        pr.planning.plan_zeros(model, IMAGE)
+    assert model(IMAGE * 900).ne(model(IMAGE * 0)).any()
+
+
+def test_zero_filters_of_a_checkpoint_make_a_smaller_model() -> None:
+    pruned = zeroed(convolutions(nn.ReLU()), "0.weight", "0.bias", "1.weight", "1.bias")
+    dense = convolutions(nn.ReLU())
+    plan = pr.importers.import_plan(dense, IMAGE, pruned.state_dict(), units=True)
+    small = pr.shrink(dense, plan)
+    assert small[0].out_channels == 5 and torch.allclose(small(IMAGE), pruned(IMAGE), atol=1e-5)  # type: ignore[index]

@@ -4,6 +4,8 @@ An allocation maps the scores of every pool to removal keys. The search merges t
 removes the shortest prefix that meets the target. Any target, in any unit, is met within one step.
 """
 
+from typing import TYPE_CHECKING
+
 from prunella.allocation.fixed import fixed as fixed
 from prunella.allocation.fixed import from_scan as from_scan
 from prunella.allocation.layerwise import erk as erk
@@ -16,6 +18,7 @@ from prunella.allocation.pooled import global_ as global_
 from prunella.allocation.pooled import isomorphic as isomorphic
 from prunella.allocation.pooled import lamp as lamp
 from prunella.allocation.rounds import per_round as per_round
+from prunella.errors import suggesting
 
 __all__ = [
     "Normalize",
@@ -35,3 +38,7 @@ __all__ = [
 
 def __dir__() -> list[str]:
     return __all__
+
+
+if not TYPE_CHECKING:
+    __getattr__ = suggesting(__name__)

@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 from torch import nn
 
 from prunella.errors import RequestError, near_names
+from prunella.model.user_code import number_of
 from prunella.planning.recipe import Recipe
 from prunella.targets import Target
 from prunella.types import Loss
@@ -106,6 +107,6 @@ class Job:
         if self.metric is None:
             return {}
         value = self.metric(model)
-        return (
-            {name: float(v) for name, v in value.items()} if isinstance(value, Mapping) else {"quality": float(value)}
-        )
+        if isinstance(value, Mapping):
+            return {str(name): number_of(number, f"metric= for {name!r}") for name, number in value.items()}
+        return {"quality": number_of(value, "metric=")}

@@ -21,6 +21,7 @@ def verify(
     model: options.OptionalModel = None,
     inputs: options.Inputs = None,
     weights: options.Weights = None,
+    weights_key: options.WeightsKey = "",
     allow_pickle: options.AllowPickle = False,
     as_json: options.Json = False,
 ) -> None:
@@ -39,7 +40,9 @@ def verify(
         proof, small = check_whole(folder, factory=build)
     if model is not None and small is not None:
         plan = plan_of(folder)
-        dense, example = open_dense(model, inputs, plan.inputs, weights=weights, allow_pickle=allow_pickle)
+        dense, example = open_dense(
+            model, inputs, plan.inputs, weights=weights, weights_key=weights_key, allow_pickle=allow_pickle
+        )
         if isinstance(small, GraphModule) and not isinstance(dense, GraphModule):
             dense = as_program(dense, example)
         with stage("comparing with the masked dense model"):

@@ -40,6 +40,8 @@ class Trouble:
     why: str
     todo: str
     code: int
+    frames: tuple[str, ...] = ()
+    """Functions of the user that were running, the innermost first."""
 
 
 def _one_line(text: object) -> str:
@@ -54,7 +56,10 @@ def explain_error(error: BaseException, options: Collection[str] = ()) -> Troubl
             # The step that failed says what it was doing; that a disk or the memory is full is why.
             return Trouble(_one_line(error.what), _one_line(f"{full.what}: {full.why}"), full.todo, RESOURCES)
         what, why, todo = (_one_line(as_typed(text, options)) for text in (error.what, error.why, error.todo))
-        return Trouble(what, why, todo, error.exit_code)
+        frames = _frames_of(error.__cause__)
+        if frames and frames[0] not in why:
+            why = f"{why} ({frames[0]})"
+        return Trouble(what, why, todo, error.exit_code, frames)
     if isinstance(error, KeyboardInterrupt):
         return Trouble("interrupted", "", "nothing was left half written; start it again", INTERRUPTED)
     if full := out_of_resources(error):
@@ -62,8 +67,35 @@ def explain_error(error: BaseException, options: Collection[str] = ()) -> Troubl
     if isinstance(error, OSError):
         what = f"the system refuses {error.filename or 'a file'}"
         return explain_error(system_error(error, what, "check the path and its permissions"))
+    if _of_user(error):
+        from prunella.model.user_code import user_error
+
+        frames = _frames_of(error)
+        told = user_error(error, "your code failed" if frames else "the model failed on what it was given")
+        return Trouble(told.what, _one_line(told.why), told.todo, told.exit_code, frames)
     why = f"{type(error).__name__}: {_one_line(error)}"
     return Trouble("this is a bug in prunella", why, "run it again with --debug and report the traceback", BUG)
+
+
+def _of_user(error: BaseException) -> bool:
+    """Whether code of the user raised the error. Without torch none of it has run yet."""
+    if "torch" not in sys.modules:
+        return False
+    from prunella.model.user_code import raised_by_user
+
+    return raised_by_user(error)
+
+
+def _frames_of(error: BaseException | None) -> tuple[str, ...]:
+    """The user's own functions that were running, the innermost first."""
+    if error is None or "torch" not in sys.modules:
+        return ()
+    from prunella.model.user_code import user_frames
+
+    return tuple(_one_line(frame) for frame in user_frames(error)[:_SHOWN_FRAMES])
+
+
+_SHOWN_FRAMES = 8
 
 
 def _resources_behind(error: BaseException) -> OutOfResources | None:
@@ -106,7 +138,8 @@ def report_error(error: BaseException, options: Mapping[str, object]) -> int:
     trouble, as_json = explain_error(error, options), bool(options.get("as_json"))
     if debugging():
         _tell("".join(traceback.format_exception(error)).rstrip())
-    _tell("\n".join([f"prunella: {trouble.what}", *(f"  {part}" for part in (trouble.why, trouble.todo) if part)]))
+    called = (f"called from {frame}" for frame in trouble.frames[1:])
+    _tell("\n".join([f"prunella: {trouble.what}", *(f"  {p}" for p in (trouble.why, *called, trouble.todo) if p)]))
     _print_trouble(trouble, as_json=as_json)
     return trouble.code
 
@@ -121,7 +154,8 @@ def report_usage(message: str, shown: str, *, as_json: bool) -> int:
 def _print_trouble(trouble: Trouble, *, as_json: bool) -> None:
     try:
         if as_json:
-            print(json.dumps({"error": trouble.what, "why": trouble.why, "todo": trouble.todo, "exit": trouble.code}))
+            data = {"error": trouble.what, "why": trouble.why, "todo": trouble.todo, "exit": trouble.code}
+            print(json.dumps({**data, "frames": list(trouble.frames)} if trouble.frames else data))
         sys.stdout.flush()
     except OSError:  # stdout itself is on the full disk, or nobody reads it: the code says it
         _drop(sys.stdout)

@@ -113,9 +113,11 @@ def import_(
         typer.Argument(metavar="FILE", help="What was pruned: safetensors, or a folder of them.", show_default=False),
     ],
     masks: Annotated[str | None, typer.Option(metavar="FILE", help="Masks that are kept apart.")] = None,
+    key: Annotated[str, typer.Option(metavar="K", help="The entry of FILE with the weights: model_ema, say.")] = "",
     importer: Annotated[
         str | None, typer.Option(metavar="I", help="An importer of `methods`; recognized if not given.")
     ] = None,
+    units: Annotated[bool, typer.Option("--units", help="Remove the units that are zero too, not only mask.")] = False,
     output: options.OptionalOutput = None,
     as_json: options.Json = False,
 ) -> None:
@@ -129,7 +131,9 @@ def import_(
     reader = catalogue.lookup(importer, "importer").function if importer else None
     network, example = parse.open_source(source)
     with stage(f"importing {file}"):
-        imported = import_plan(network, example, file, masks=masks, importer=reader, allow_pickle=source.allow_pickle)
+        imported = import_plan(
+            network, example, file, masks=masks, importer=reader, key=key, units=units, allow_pickle=source.allow_pickle
+        )
     if output is not None:
         note(f"wrote {save_plan(imported, output)}")
     emit(parse.plan_data(imported), str(imported), as_json=as_json)

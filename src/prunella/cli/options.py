@@ -39,6 +39,9 @@ Weights = Annotated[
         "--weights", metavar="FILE", help="State dict in safetensors; `pretrained` fetches timm/torchvision's."
     ),
 ]
+WeightsKey = Annotated[
+    str, typer.Option("--weights-key", metavar="K", help="The entry of FILE with the weights: model_ema, for example.")
+]
 AllowPickle = Annotated[bool, typer.Option("--allow-pickle", help="Read pickled weights too (tensors only).")]
 RecipeName = Annotated[str, typer.Option("--recipe", metavar="NAME", help="A recipe or a criterion of `methods`.")]
 RecipeNames = Annotated[
@@ -123,6 +126,7 @@ class SourceOptions:
     model: Model
     inputs: Inputs = None
     weights: Weights = None
+    weights_key: WeightsKey = ""
     allow_pickle: AllowPickle = False
 
 

@@ -18,9 +18,10 @@ from prunella.graph.program.capture import as_program
 from prunella.io.artifact import PLAN, load, read_manifest
 from prunella.io.examples import check_forward, example_inputs
 from prunella.io.files import MARKER
-from prunella.io.load import call_user, load_model, load_object
+from prunella.io.load import load_model, load_object
 from prunella.io.plan_file import load_plan
 from prunella.io.space import check_apart, check_output_file, check_room_for_journal
+from prunella.model.user_code import as_user_function, call_user
 from prunella.planning.plan import Plan
 from prunella.planning.recipe import Recipe
 from prunella.registry import catalogue
@@ -37,6 +38,7 @@ def open_model(
     shapes: Sequence[str] | None = None,
     *,
     weights: str | None = None,
+    weights_key: str = "",
     allow_pickle: bool = False,
     factory: str | None = None,
     seed: int = 0,
@@ -48,7 +50,9 @@ def open_model(
         with stage(f"loading {spec}"):
             model, example = _open_artefact(folder, shapes, factory=factory, seed=seed)
     else:
-        model, example = open_dense(spec, shapes, None, weights=weights, allow_pickle=allow_pickle, seed=seed)
+        model, example = open_dense(
+            spec, shapes, None, weights=weights, weights_key=weights_key, allow_pickle=allow_pickle, seed=seed
+        )
     if program:
         with stage("capturing the program"):
             model = as_program(model, example)
@@ -60,8 +64,8 @@ def open_source(
 ) -> tuple[nn.Module, Inputs]:
     """`open_model` of what the command line says."""
     return open_model(
-        source.model, source.inputs, weights=source.weights, allow_pickle=source.allow_pickle, factory=factory,
-        seed=seed, program=program,
+        source.model, source.inputs, weights=source.weights, weights_key=source.weights_key,
+        allow_pickle=source.allow_pickle, factory=factory, seed=seed, program=program,
     )  # fmt: skip
 
 
@@ -81,12 +85,13 @@ def open_dense(
     example: Inputs | None,
     *,
     weights: str | None = None,
+    weights_key: str = "",
     allow_pickle: bool = False,
     seed: int = 0,
 ) -> tuple[nn.Module, Inputs]:
     """The model, and an example: of the shapes if given, else `example`, else what the model says of itself."""
     with stage(f"loading {spec}"):
-        model = load_model(spec, weights=weights, allow_pickle=allow_pickle)
+        model = load_model(spec, weights=weights, key=weights_key, allow_pickle=allow_pickle, tell=note)
         if shapes or example is None:
             example = example_inputs(model, spec, shapes, seed=seed)
         check_forward(model, example)
@@ -238,7 +243,7 @@ def load_function(spec: str | None, what: str) -> Callable[..., Any] | None:
         raise RequestError(
             f"{spec} is no function", f"it is a {type(function).__name__}", f"give --{what} module:function"
         )
-    return function  # type: ignore[no-any-return]
+    return as_user_function(function, f"the {what} {spec}")
 
 
 def load_loss(spec: str | None) -> Loss | None:

@@ -1,5 +1,7 @@
 """Compression beside pruning: quantization, weight sharing, lossless codes, storage formats, low rank."""
 
+from typing import TYPE_CHECKING
+
 from prunella.compress.huffman import decode as decode
 from prunella.compress.huffman import huffman as huffman
 from prunella.compress.huffman import relative_index as relative_index
@@ -14,6 +16,7 @@ from prunella.compress.storage import stored_bytes as stored_bytes
 from prunella.compress.weight_sharing import CentroidInit as CentroidInit
 from prunella.compress.weight_sharing import deep_compression_ as deep_compression_
 from prunella.compress.weight_sharing import share_weight as share_weight
+from prunella.errors import suggesting
 
 __all__ = [
     "CentroidInit",
@@ -35,3 +38,7 @@ __all__ = [
 
 def __dir__() -> list[str]:
     return __all__
+
+
+if not TYPE_CHECKING:
+    __getattr__ = suggesting(__name__)

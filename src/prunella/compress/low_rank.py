@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from prunella.errors import BadInput, RequestError
 from prunella.model.copying import copied
 from prunella.model.masks import records
+from prunella.model.torch_masks import with_plain_weights
 from prunella.registry.method import compression
 
 
@@ -110,7 +111,7 @@ def low_rank(
 
     Use: after `shrink`, for large linear layers; `finetune` afterwards. Avoid: networks with masks of single weights.
     """
-    small = copied(model)
+    small = copied(with_plain_weights(model))
     masked = {name.rpartition(".")[0] for name, _, _ in records(small)}
     rows = []
     for name, layer in _layers(small, only, skip):

@@ -1,5 +1,7 @@
 """Criteria: functions from statistics to scores. Positional parameters are statistics, keyword-only ones are knobs."""
 
+from typing import TYPE_CHECKING
+
 from prunella.criteria.activation import activation_norm as activation_norm
 from prunella.criteria.activation import activation_variance as activation_variance
 from prunella.criteria.activation import apoz as apoz
@@ -32,6 +34,7 @@ from prunella.criteria.weight import geometric_median as geometric_median
 from prunella.criteria.weight import group_norm as group_norm
 from prunella.criteria.weight import magnitude as magnitude
 from prunella.criteria.weight import random as random
+from prunella.errors import suggesting
 
 __all__ = [
     "activation_norm",
@@ -71,3 +74,7 @@ __all__ = [
 
 def __dir__() -> list[str]:
     return __all__
+
+
+if not TYPE_CHECKING:
+    __getattr__ = suggesting(__name__)

@@ -17,6 +17,7 @@ from prunella.io.journal import Records, open_records
 from prunella.measure.clock import now, since
 from prunella.measure.text import spread
 from prunella.model.state import mode, untouched
+from prunella.model.user_code import number_of
 
 Method = Callable[[int], nn.Module]
 """Seed -> a pruned model, the same for the same seed."""
@@ -120,7 +121,7 @@ class _Rows:
 def _measured(model: nn.Module, measure: Measure, count: int) -> list[float]:
     with untouched(model, 0), mode(model, training=False), torch.no_grad():
         result = measure(model)
-    values = [float(value) for value in result] if isinstance(result, Sequence) else [float(result)]
+    values = [number_of(value, "a measure") for value in (result if isinstance(result, Sequence) else [result])]
     if len(values) != count:
         raise RequestError(f"a measure returned {len(values)} numbers", f"it has {count} names", "name each number")
     return values

@@ -35,8 +35,9 @@ from prunella.io.journal import Journal, open_journal
 from prunella.io.load import load_object
 from prunella.measure.text import without_folders
 from prunella.model.copying import copied
-from prunella.model.masks import finalize
+from prunella.model.masks import finalize, masks_of
 from prunella.model.rng import seed_rng_, seeded
+from prunella.model.user_code import number_of, user_error
 from prunella.planning.plan import Plan
 from prunella.planning.planner import plan
 from prunella.planning.recipe import Recipe
@@ -47,6 +48,7 @@ from prunella.targets import Params, Sparsity, Target
 from prunella.transform.apply import apply_
 from prunella.transform.shrink import shrink
 
+log = logging.getLogger(__name__)
 PAGE, RECORD = "pareto.html", "pareto.json"
 CELL = "cell"
 """The key of a cell in the journal; each cell has its own identity there."""
@@ -256,6 +258,7 @@ def _cell(task: _Task) -> Cell:
         told = " ".join(f"{type(error).__name__}: {error.what}: {error.why}".split())[:600]
         return replace(empty, error=without_folders(told))
     except Exception as error:
+        log.warning("%s, %gx, seed %d: %s", task.method, task.ratio, task.seed, user_error(error, "").why)
         told = " ".join(f"{type(error).__name__}: {str(error)[:400]}".split())
         return replace(empty, error=_USER + printable(without_folders(told)))
 
@@ -286,8 +289,9 @@ def _run(task: _Task, empty: Cell) -> Cell:
         model = shrink(model, task_plan) if task_plan.changes else apply_(model, task_plan)
         recover = _function(experiment.recover)
         recovered = recover(model, task_plan, task.seed) if recover else None
-        model = finalize(model if recovered is None else recovered)
-    score = float(_function(experiment.evaluate)(model))  # type: ignore[misc]
+        model = model if recovered is None else recovered
+        model = finalize(model) if masks_of(model) else model
+    score = number_of(_function(experiment.evaluate)(model), "evaluate=")  # type: ignore[misc]
     if not isfinite(score):
         raise ValueError(f"evaluate returned {score}")
     return replace(empty, score=score, params=float(params), macs=float(macs))

@@ -1,5 +1,8 @@
 """Granularities: the units of pruning. Some are masks of weights, others units that are cut out of the model."""
 
+from typing import TYPE_CHECKING
+
+from prunella.errors import suggesting
 from prunella.granularity.element import Element as Element
 from prunella.granularity.kernel import Filter as Filter
 from prunella.granularity.kernel import Kernel as Kernel
@@ -58,3 +61,7 @@ __all__ = [
 
 def __dir__() -> list[str]:
     return __all__
+
+
+if not TYPE_CHECKING:
+    __getattr__ = suggesting(__name__)

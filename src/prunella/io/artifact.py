@@ -47,7 +47,7 @@ from prunella.io.space import check_apart, check_space
 from prunella.io.state import State, fill_, read_state, read_tensors, write_tensors
 from prunella.io.tensor_writer import size_of as bytes_of
 from prunella.measure.text import byte_size
-from prunella.model.unwrap import unwrap
+from prunella.model.torch_masks import with_plain_weights
 from prunella.planning.config_search import (
     Shapes,
     Sizes,
@@ -59,6 +59,7 @@ from prunella.planning.config_search import (
     with_tokens,
 )
 from prunella.planning.plan import Plan
+from prunella.transform.configuration import configuration_before
 
 WEIGHTS, BUFFERS, PLAN = "model.safetensors", "buffers.safetensors", "plan.safetensors"
 PROGRAM = "program.pt2"
@@ -135,7 +136,7 @@ def drafted(
     overwrite: bool = False,
 ) -> Iterator[Draft]:
     """`save`, whose folder appears with what the block adds to it: when the block ends well, all at once."""
-    model = unwrap(model)
+    model = with_plain_weights(model)
     check_apart(path, source)
     state = read_state(model)
     origin = _origin(model, factory, kwargs or {}, source, dense)
@@ -223,6 +224,8 @@ def _origin(
     if isinstance(model, GraphModule) and factory is None:
         return {"kind": "program"}
     origin = origins.describe(model, factory, kwargs, model if dense is None else dense)
+    if origin["kind"] == "transformers" and dense is None and (before := configuration_before(model)) is not None:
+        origin["config"] = {**origin["config"], **before}  # what is cut when the model is built again
     config = Path(source) / "config.json" if source is not None else None
     if origin["kind"] == "transformers" and dense is None and config is not None and config.is_file():
         changes = origins.passed_on(read_config(config, todo="give the folder of the dense model").data)

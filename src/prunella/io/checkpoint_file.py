@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import re
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -13,19 +15,25 @@ from torch import Tensor
 from prunella.errors import BadInput
 from prunella.io.untrusted import check_archive, check_regular, unreadable
 
+_UNKNOWN = re.compile(r"GLOBAL ([\w.]+)")
+
 
 def load_tensors_only(file: Path) -> Any:
     """What a file of `torch.save` holds. Errors: BadInput for anything but tensors and plain data.
 
-    A tensor that is larger than its bytes in the file is refused: `expand` costs nothing until somebody copies it.
+    An `argparse.Namespace` is plain data too. A tensor that is larger than its bytes in the file is refused: `expand`
+    costs nothing until somebody copies it.
     """
-    what, todo = f"cannot read {file} as tensors", "save model.state_dict(), not the model"
+    what = f"cannot read {file} as tensors and plain data"
+    todo = "save model.state_dict() alone, not the model or other objects beside it"
     check_archive(check_regular(file, what), todo="save it again with torch.save")
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
             warnings.simplefilter("ignore")  # about the types of old files
             value = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # the unpickler raises whatever a broken file makes it raise
+        if unknown := _UNKNOWN.search(str(error)):
+            raise BadInput(what, f"it holds a pickled {unknown[1]}", todo) from None
         raise unreadable(error, file, what, todo) from None
     for name, tensor in _tensors(value):
         _check(tensor, name, what)

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from prunella.errors import BadInput, RequestError
 from prunella.io.exported import load_exported
-from prunella.io.load import call_user
 from prunella.model.forward import forward
 from prunella.model.trees import tensors
+from prunella.model.user_code import call_user
 
 Inputs = Tensor | tuple[Any, ...] | Mapping[str, Any]
 _SHAPE = re.compile(r"(?:([A-Za-z_]\w*)=)?(\d+(?:x\d+)*)(?::([a-z]+\d*))?")
@@ -128,6 +128,6 @@ def check_forward(model: nn.Module, inputs: Inputs) -> None:
     try:
         with torch.no_grad():
             call_user(lambda: forward(model, inputs), "the model")
-    except BadInput as error:
+    except (BadInput, RequestError) as error:
         todo = "give inputs that the model takes: --inputs 1x3x224x224"
         raise BadInput(f"the model fails on the example input {said}", error.why, todo) from error

@@ -27,8 +27,8 @@ from prunella.measure.text import byte_size
 from prunella.model.copying import copied
 from prunella.model.forward import outputs_of
 from prunella.model.state import mode
+from prunella.model.torch_masks import with_plain_weights
 from prunella.model.trees import tensors
-from prunella.model.unwrap import unwrap
 from prunella.types import Inputs
 
 Format = Literal["safetensors", "pt2", "onnx"]
@@ -76,7 +76,7 @@ def export(
         ...     exported.path.name
         'model.safetensors'
     """
-    model = unwrap(model)
+    model = with_plain_weights(model)
     final, chosen = Path(path), _format(Path(path), format)
     found: list[Exported] = []
     on_cpu = _on_cpu(model)

@@ -73,7 +73,7 @@ def digest_of(value: object) -> str:
 
 def model_parts(model: nn.Module) -> dict[str, str]:
     """Weights, buffers, structure, masks, mode and device of a model; wrappers do not count. Nothing is copied."""
-    bare = unwrap(model)
+    bare = unwrap(model, computed=True)
     weights = dict(bare.named_parameters(remove_duplicate=False))
     buffers = dict(bare.named_buffers(remove_duplicate=False))
     devices = sorted({value.device.type for value in (*weights.values(), *buffers.values())})

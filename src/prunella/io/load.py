@@ -12,7 +12,7 @@ import importlib.util
 import logging
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,21 +20,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prunella.errors import (
-    BadInput,
-    MissingExtra,
-    NotSupported,
-    PruningError,
-    RequestError,
-    near_names,
-    out_of_resources,
-)
-from prunella.io.checkpoint_file import load_tensors_only
+from prunella.errors import BadInput, MissingExtra, NotSupported, PruningError, RequestError, near_names
+from prunella.io.checkpoint import Tell, pick_weights, read_pickled
 from prunella.io.exported import load_exported
 from prunella.io.files import new_folder
 from prunella.io.json import read_config
 from prunella.io.tensor_file import open_tensors, read_folder
 from prunella.io.untrusted import check_archive, check_links
+from prunella.model.unwrap import unwrap
+from prunella.model.user_code import call_user, user_error
 
 log = logging.getLogger("prunella.io.load")
 FORMS = "package.module:factory, a Hugging Face folder, FILE.gguf, FILE.pt2, smollm2, timm:NAME or torchvision:NAME"
@@ -48,16 +42,21 @@ _OPERATORS = (
 _kept_libraries: list[Any] = []
 
 
-def load_model(spec: str, *, weights: str | None = None, allow_pickle: bool = False) -> nn.Module:
+def load_model(
+    spec: str, *, weights: str | None = None, key: str = "", allow_pickle: bool = False, tell: Tell = log.info
+) -> nn.Module:
     """The model that `spec` names, in eval mode, with finite weights.
 
-    weights: a safetensors file, or `pretrained` for the published weights of timm and torchvision names.
+    weights: a safetensors file, or `pretrained` for the published weights of timm and torchvision names. key: the entry
+    of a checkpoint that holds its weights. tell: takes a line on what was taken of the checkpoint.
     Raises RequestError for a name that does not exist, BadInput for a factory that raises or files that are broken.
     """
     pretrained = weights == "pretrained"
     model = _from_name(spec, pretrained=pretrained, allow_pickle=allow_pickle)
     if weights and not pretrained:
-        load_weights(model, Path(weights), allow_pickle=allow_pickle)
+        load_weights(model, Path(weights), key=key, allow_pickle=allow_pickle, tell=tell)
+    elif key:
+        raise RequestError(f"there are no weights for --weights-key {key}", "", "give --weights FILE (weights=) too")
     check_finite(model)
     return model.eval()
 
@@ -160,7 +159,7 @@ def import_module(name: str) -> Any:
     except PruningError:
         raise
     except Exception as error:
-        raise BadInput(f"importing {name!r} failed", f"{type(error).__name__}: {error}", "mend the module") from error
+        raise user_error(error, f"importing {name!r} failed") from error
 
 
 def _import_with_operators(name: str) -> Any:
@@ -184,17 +183,6 @@ def _import_with_operators(name: str) -> Any:
     for stale in [key for key in sys.modules if key.partition(".")[0] in ("torchvision", name.partition(".")[0])]:
         del sys.modules[stale]
     return importlib.import_module(name)
-
-
-def call_user(function: Callable[..., Any], spec: str, *args: Any) -> Any:
-    """Call what the user gave; what it raises is told in one line."""
-    try:
-        return function(*args)
-    except PruningError:
-        raise
-    except (Exception, SystemExit) as error:
-        why, todo = f"{type(error).__name__}: {error}", "call it yourself, without prunella, to see more"
-        raise out_of_resources(error) or BadInput(f"{spec} failed", why, todo) from error
 
 
 def _from_factory(spec: str) -> nn.Module:
@@ -229,9 +217,11 @@ def _from_folder(folder: Path, *, allow_pickle: bool) -> nn.Module:
 def class_of(folder: Path) -> Any:
     """The class of transformers that the config.json of a folder names; never code that the folder brings.
 
-    Errors: BadInput for a folder without one, NotSupported for a class that this version does not have.
+    Errors: BadInput for a folder without one, NotSupported for a class that this version does not have, and for a
+    folder of an adapter (peft), which holds the changes of another model only.
     """
     check_links(folder)
+    check_no_adapter(folder)
     try:
         architecture = read_config(folder / "config.json").value("architectures").texts()[0]
     except (BadInput, IndexError) as error:
@@ -242,6 +232,20 @@ def class_of(folder: Path) -> Any:
         why = f"this version of transformers has no {architecture}; code that the folder brings is never run"
         raise NotSupported(f"cannot build {folder}", why, "use package.module:factory with --weights")
     return kind
+
+
+def check_no_adapter(folder: Path) -> None:
+    """Errors: NotSupported for a folder that peft wrote. transformers would fetch the base model that it names."""
+    file = folder / "adapter_config.json"
+    if not file.is_file():
+        return
+    config = read_config(file).data
+    kind, base = config.get("peft_type") or "adapter", config.get("base_model_name_or_path") or "unknown"
+    why = f"it holds what is added to its base model, {base!r}, and not the model"
+    todo = (
+        "merge it into the base first: PeftModel.from_pretrained(base, folder).merge_and_unload().save_pretrained(to)"
+    )
+    raise NotSupported(f"{folder} is a {kind} adapter (peft)", why, todo)
 
 
 def _check_weight_files(folder: Path, *, allow_pickle: bool) -> None:
@@ -282,10 +286,15 @@ def import_transformers() -> Any:
     return transformers
 
 
-def load_weights(model: nn.Module, file: Path, *, allow_pickle: bool = False) -> None:
-    """Put a state dict into the model: every tensor of the model, of its shape; nothing less, nothing more."""
-    state = _read_state(file, allow_pickle=allow_pickle)
-    own = model.state_dict(keep_vars=True)
+def load_weights(
+    model: nn.Module, file: Path, *, key: str = "", allow_pickle: bool = False, tell: Tell = log.info
+) -> None:
+    """Put a state dict into the model: every tensor of the model, of its shape; nothing less, nothing more.
+
+    key, tell: as for `load_model`.
+    """
+    own = unwrap(model).state_dict(keep_vars=True)
+    state = pick_weights(_read(file, allow_pickle=allow_pickle), own, where=str(file), key=key, tell=tell)
     missing = [name for name in own if name not in state and not _tied_to(own, name, state)]
     extra = [name for name in state if name not in own]
     if missing or extra:
@@ -306,24 +315,19 @@ def _tied_to(own: Mapping[str, Tensor], name: str, state: Mapping[str, Tensor]) 
     return any(own[other] is own[name] for other in state if other in own)
 
 
-def _read_state(file: Path, *, allow_pickle: bool) -> dict[str, Tensor]:
+def _read(file: Path, *, allow_pickle: bool) -> Any:
     if not file.is_file():
         raise BadInput(f"no weights at {file}", "the file does not exist", "give --weights FILE.safetensors")
     if file.suffix == ".safetensors":
         return dict(open_tensors(file).read())
-    if not allow_pickle:
-        why = f"{file.suffix or 'this'} is no safetensors file; a pickle can run code when read"
-        raise BadInput(f"refused to read {file}", why, "convert it, or give --allow-pickle (tensors only)")
-    state = load_tensors_only(file)
-    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise BadInput(f"{file} is no state dict", "it holds more than named tensors", "save model.state_dict()")
-    return dict(state)
+    return read_pickled(file, allow_pickle=allow_pickle)
 
 
 def check_finite(model: nn.Module) -> None:
     """NaN and infinity in weights make every score and every comparison worthless."""
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if tensor.is_floating_point() and not name.endswith("mask") and not bool(torch.isfinite(tensor).all()):
+        readable = type(tensor.data) is Tensor and tensor.is_floating_point() and not name.endswith("mask")
+        if readable and not bool(torch.isfinite(tensor).all()):
             bad = int((~torch.isfinite(tensor)).sum())
             why = f"{bad} of {tensor.numel()} numbers in {name} are NaN or infinite"
             raise BadInput("the weights are not finite", why, "give weights of a training run that did not diverge")

@@ -1,5 +1,8 @@
 """Language models: one-shot pruning block by block, dropped blocks, rotated and matched residual streams."""
 
+from typing import TYPE_CHECKING
+
+from prunella.errors import suggesting
 from prunella.llm.alpha import alpha_sparsities as alpha_sparsities
 from prunella.llm.blockwise import Solving as Solving
 from prunella.llm.blockwise import solve_ as solve_
@@ -45,3 +48,7 @@ __all__ = [
 
 def __dir__() -> list[str]:
     return __all__
+
+
+if not TYPE_CHECKING:
+    __getattr__ = suggesting(__name__)

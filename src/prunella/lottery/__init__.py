@@ -1,5 +1,8 @@
 """Lottery tickets: iterative pruning with rewinding and controls, instability, early-bird tickets and supermasks."""
 
+from typing import TYPE_CHECKING
+
+from prunella.errors import suggesting
 from prunella.lottery.connectivity import Barrier as Barrier
 from prunella.lottery.connectivity import barrier as barrier
 from prunella.lottery.connectivity import instability as instability
@@ -45,3 +48,7 @@ __all__ = [
 
 def __dir__() -> list[str]:
     return __all__
+
+
+if not TYPE_CHECKING:
+    __getattr__ = suggesting(__name__)

@@ -10,12 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from prunella.errors import RequestError
+from prunella.io.checkpoint import Names
 from prunella.io.nested import equal
 from prunella.lottery.session import Session, State, snapshot
 from prunella.lottery.training import TrainingSpec
 from prunella.model.copying import copied
 from prunella.model.state import mode
 from prunella.model.unwrap import unwrap
+from prunella.model.user_code import number_of
 from prunella.recovery.batchnorm import recalibrate_bn
 from prunella.registry.method import metric
 
@@ -63,6 +65,7 @@ def barrier(
         raise RequestError(f"{points} points are too few", "both ends and a point between are needed", "points=11")
     model = unwrap(model)
     before = snapshot(model)
+    first, second = (_bare_names(state, before) for state in (first, second))
     if not before.keys() == first.keys() == second.keys():
         todo = "pass the state dicts of two copies of the model"
         raise RequestError("the states are not of this model", "their names differ", todo)
@@ -74,10 +77,17 @@ def barrier(
                 model.load_state_dict({name: _between(first[name], second[name], position) for name in before})
                 if data is not None:
                     recalibrate_bn(model, data)
-                errors.append(float(evaluate(model)))
+                errors.append(number_of(evaluate(model), "evaluate="))
     finally:
         model.load_state_dict(before)
     return Barrier(positions, tuple(errors))
+
+
+def _bare_names(state: State, own: State) -> State:
+    """The state dict under the names of the bare model, if it is that of a wrapped one."""
+    if state.keys() == own.keys():
+        return state
+    return Names.of(state, frozenset(own)).renamed(state, "the state dict")
 
 
 @metric(source="Frankle et al. 2020, arXiv:1912.05671")

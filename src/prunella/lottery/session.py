@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from prunella.errors import RequestError
 from prunella.model.rng import RngState, restore_rng_, rng_state, seed_rng_
-from prunella.model.unwrap import unwrap
+from prunella.model.unwrap import bare_optimizer, unwrap
 from prunella.train.pruner import Pruner
 
 State = dict[str, Tensor]
@@ -95,7 +95,7 @@ class Session:
 
     def steps(self, data: Iterable[Any], *stateful: Stateful) -> Iterator[Any]:
         """The batches of the session. stateful: every optimizer, learning-rate schedule and scaler of the loop."""
-        optimizers = [one for one in stateful if isinstance(one, Optimizer)]
+        optimizers = [bare_optimizer(one) for one in stateful if hasattr(one, "param_groups")]
         if not optimizers:
             raise RequestError(
                 "session.steps() needs the optimizer", "", "for example session.steps(loader, optimizer)"

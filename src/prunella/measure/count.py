@@ -22,7 +22,7 @@ from prunella.measure.text import byte_size, exact_count, percent
 from prunella.model.forward import forward
 from prunella.model.memory import inner_tensors
 from prunella.model.state import untouched
-from prunella.model.unwrap import unwrap
+from prunella.model.torch_masks import with_plain_weights
 from prunella.types import Inputs
 
 Scope = Literal["weights", "parameters"]
@@ -54,7 +54,7 @@ class Count:
 
 def count(model: nn.Module, *, scope: Scope = "weights") -> Count:
     """Parameters, bytes and zeros of a model, from its tensors alone."""
-    model = unwrap(model)
+    model = with_plain_weights(model)
     if scope not in ("weights", "parameters"):
         raise RequestError(f"unknown scope {scope!r}", "known are weights, parameters", "weights have two axes or more")
     parameters = list(model.parameters())  # torch gives tied ones once
@@ -108,7 +108,7 @@ def count_work(model: nn.Module, inputs: Inputs) -> WorkCount:
     Elementwise work is free. The same number as torch's own counter with fused attention off, which also misses
     recurrent kernels and products with vectors.
     """
-    model = unwrap(model)
+    model = with_plain_weights(model)
     counter = _Counter(model)
     with untouched(model), torch.no_grad(), counter.modules(), counting(), counter:
         forward(model, inputs)
@@ -117,7 +117,7 @@ def count_work(model: nn.Module, inputs: Inputs) -> WorkCount:
 
 def effective(model: nn.Module, work: WorkCount) -> float:
     """Multiply-adds of the model's work that do not multiply by a zero of a weight."""
-    named = dict(unwrap(model).named_parameters())
+    named = dict(with_plain_weights(model).named_parameters())
     weights = ((named[name], macs) for name, macs in work.by_weight.items() if named[name].dim() > 1)
     return float(work.macs) - math.fsum(macs - macs * _nonzero(weight) / weight.numel() for weight, macs in weights)
 

@@ -1,5 +1,8 @@
 """Metrics of pruned models: size, speed, effective sparsity, language modelling and side effects."""
 
+from typing import TYPE_CHECKING
+
+from prunella.errors import suggesting
 from prunella.measure.count import count as count
 from prunella.measure.throughput import Throughput as Throughput
 from prunella.measure.throughput import throughput as throughput
@@ -57,3 +60,7 @@ __all__ = [
 
 def __dir__() -> list[str]:
     return __all__
+
+
+if not TYPE_CHECKING:
+    __getattr__ = suggesting(__name__)

@@ -36,7 +36,7 @@ def copied(model: M, *, shared: Iterable[Tensor] = ()) -> M:
     shared: parameters and buffers that the copy shares with the original. Errors: NotSupported names the attribute that
     cannot be copied.
     """
-    bare = cast(M, unwrap(model))  # of the same type, unless it was wrapped
+    bare = cast(M, unwrap(model, computed=True))  # of the same type, unless it was wrapped
     memo: Memo = {id(tensor): tensor for tensor in shared}
     with torch.inference_mode(False):
         try:

@@ -1,8 +1,9 @@
 """Forward passes on one batch, and the tensors of their outputs.
 
 With `loss(model, batch)` from the user, the library runs the model only through this function. Otherwise the type of
-the batch decides: a mapping gives keyword arguments, a tuple positional arguments, anything else the single argument.
-The model runs on a copy of the batch, which it may change in place.
+the batch decides: a mapping gives keyword arguments, a tuple positional arguments, anything else the single argument. A
+loader gives labels beside the inputs: a model that takes one argument gets the first entry of a tuple or a list. The
+model runs on a copy of the batch, which it may change in place.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from prunella.errors import NotSupported, RequestError
 from prunella.model.trees import attributes, own, tensors
+from prunella.model.unwrap import unwrap
 
 Outputs = Callable[[nn.Module, Any], Any]
 """A function of (model, batch) that returns what the model returns."""
@@ -25,14 +27,18 @@ Outputs = Callable[[nn.Module, Any], Any]
 def forward(model: nn.Module, batch: Any, *, copy: bool = True) -> Any:
     """Run `model` on `batch`: mapping -> `model(**batch)`, tuple -> `model(*batch)`, else `model(batch)`.
 
-    copy: off where the batch is a copy already and the copy would be measured.
+    Of a tuple or a list of several entries a model with one argument gets the first: the others are labels. A list is
+    first tried as the argument itself. copy: off where the batch is a copy already and the copy would be measured.
+    Errors: RequestError if the arguments do not fit the model.
     """
     if copy:
         batch = own(batch)
+    if isinstance(batch, list):
+        return _of_list(model, batch)
     if isinstance(batch, Mapping):
-        return model(**batch)
+        return _call(model, batch, **batch)
     if isinstance(batch, tuple):
-        return model(*batch)
+        return forward(model, batch[0], copy=False) if _labelled(model, batch) else _call(model, batch, *batch)
     return model(batch)
 
 
@@ -76,6 +82,74 @@ def _optional(function: Callable[..., Any]) -> frozenset[str]:
     except (TypeError, ValueError):
         return frozenset()
     return frozenset(parameter.name for parameter in parameters if parameter.default is None)
+
+
+def inputs_of(model: nn.Module, batch: Any) -> Any:
+    """What of a batch the model takes, so that `forward` gives the same for it without any trial."""
+    if isinstance(batch, tuple) and _labelled(model, batch):
+        return inputs_of(model, batch[0])
+    if not isinstance(batch, list):
+        return batch
+    seen: list[tuple[Any, ...]] = []
+    handle = model.register_forward_pre_hook(lambda module, arguments: seen.append(arguments))
+    try:
+        _of_list(model, batch)
+    finally:
+        handle.remove()
+    return seen[-1][0] if len(seen[-1]) == 1 else seen[-1]
+
+
+def run(model: nn.Module, batch: Any, loss: Callable[[nn.Module, Any], Any] | None = None) -> Any:
+    """`loss(model, batch)`, or `forward` without a loss."""
+    return forward(model, batch) if loss is None else loss(model, own(batch))
+
+
+def _of_list(model: nn.Module, batch: list[Any]) -> Any:
+    try:
+        return model(batch)
+    except (TypeError, AttributeError) as error:  # what torch and a module raise for a list in place of a tensor
+        if _labelled(model, batch):
+            return forward(model, batch[0], copy=False)
+        if len(batch) > 1 and _arguments(model) == (len(batch), len(batch)):
+            return model(*batch)
+        raise _misfit(batch, f"{type(error).__name__}: {error}") from error
+
+
+def _call(model: nn.Module, batch: Any, *args: Any, **kwargs: Any) -> Any:
+    try:
+        return model(*args, **kwargs)
+    except TypeError as error:
+        try:
+            inspect.signature(unwrap(model, sharded=True).forward).bind(*args, **kwargs)
+        except TypeError as misfit:
+            raise _misfit(batch, str(misfit)) from error
+        except ValueError:  # a scripted module has no signature
+            pass
+        raise
+
+
+def _misfit(batch: Any, why: str) -> RequestError:
+    return RequestError(
+        f"the model cannot be called on a batch of type {type(batch).__name__}",
+        why,
+        "pass loss=, for example loss=lambda model, batch: model(batch[0]).sum(), or a loader of the inputs alone",
+    )
+
+
+def _labelled(model: nn.Module, batch: tuple[Any, ...] | list[Any]) -> bool:
+    """Whether only the first entry of a batch can be an input, as the model takes a single argument."""
+    return len(batch) > 1 and isinstance(batch[0], Tensor | Mapping) and _arguments(model)[1] == 1
+
+
+def _arguments(model: nn.Module) -> tuple[int, int | None]:
+    """The least and the largest number of positional arguments of a model; None for any number, or unknown."""
+    try:
+        parameters = inspect.signature(unwrap(model, sharded=True).forward).parameters.values()
+    except (ValueError, TypeError):
+        return 0, None
+    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    least = sum(p.default is p.empty for p in positional)
+    return least, None if any(p.kind is p.VAR_POSITIONAL for p in parameters) else len(positional)
 
 
 def first_tensor(output: Any) -> Tensor:

@@ -12,6 +12,7 @@ This module does nothing during training: `prunella.Pruner` applies the masks ag
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
@@ -25,6 +26,7 @@ from prunella.model.state import writable
 from prunella.model.unwrap import unwrap
 from prunella.types import Mask
 
+log = logging.getLogger(__name__)
 M = TypeVar("M", bound=nn.Module)
 RECORD = "_prunella_masks"
 
@@ -49,7 +51,7 @@ def pack(mask: Mask) -> Packed:
 
 def record_(model: nn.Module, masks: Mapping[nn.Parameter, Mask]) -> None:
     """Store `masks` beside the parameters, combined with existing masks. Weights do not change."""
-    root = unwrap(model)
+    root = unwrap(model, computed=True)
     before = {parameter: packed for _, parameter, packed in records(root)}
     for parameter, new in masks.items():
         mask = new & before[parameter].unpack(new.device) if parameter in before else new
@@ -64,7 +66,7 @@ def record_(model: nn.Module, masks: Mapping[nn.Parameter, Mask]) -> None:
 
 def records(model: nn.Module, *, sharded: bool = False) -> Iterator[tuple[str, nn.Parameter, Packed]]:
     """Every mask as (name, parameter, packed mask); a tied parameter under all its names. sharded: as for `unwrap`."""
-    for prefix, module in unwrap(model, sharded=sharded).named_modules(remove_duplicate=False):
+    for prefix, module in unwrap(model, sharded=sharded, computed=True).named_modules(remove_duplicate=False):
         for leaf, packed in module.__dict__.get(RECORD, {}).items():
             parameter = module._parameters.get(leaf)
             if parameter is None:
@@ -106,7 +108,8 @@ def reapply_(model: M) -> M:
 def finalize(model: M) -> M:
     """Check that every masked weight is exactly zero, drop the masks, and return the model; no weight changes.
 
-    `CheckFailed` if training has revived masked weights.
+    `CheckFailed` if training has revived masked weights. A model without masks is returned as it is, and a warning is
+    logged: its masks were dropped already, or belong to another copy of it.
 
     Example:
 
@@ -116,6 +119,8 @@ def finalize(model: M) -> M:
         >>> pr.masks_of(pr.finalize(model)), int(model.weight.count_nonzero())
         ({}, 32)
     """
+    if not any(True for _ in records(model)):
+        log.warning("finalize: the model has no masks; they were dropped already, or belong to another copy of it")
     for name, parameter, packed in records(model):
         revived = int(torch.count_nonzero(parameter.detach()[~packed.unpack(parameter.device)]))
         if revived:
@@ -128,9 +133,28 @@ def finalize(model: M) -> M:
     return model
 
 
+def copy_masks_(source: nn.Module, target: M) -> M:
+    """Give `target`, a twin of `source` such as a moving average of its weights, exactly the masks of `source`.
+
+    Masked weights of the target become zero; its earlier masks are dropped. Averages of zeros stay zero, so that a
+    moving average needs the masks again only when they change. Both may be wrapped. Errors: RequestError if a masked
+    weight is missing in the target or has another shape.
+    """
+    named = dict(unwrap(target).named_parameters(remove_duplicate=False))
+    masks: dict[nn.Parameter, Mask] = {}
+    for name, _, packed in records(source):
+        if name not in named or tuple(named[name].shape) != packed.shape:
+            why = f"{name} is missing there or has another shape"
+            raise RequestError("the masks do not fit the other model", why, "pass two copies of one model")
+        masks[named[name]] = packed.unpack(named[name].device)
+    forget_masks_(target)
+    record_(target, masks)
+    return reapply_(target)
+
+
 def forget_masks_(model: nn.Module) -> None:
     """Drop all masks without a check; no weight changes."""
-    for module in unwrap(model, sharded=True).modules():
+    for module in unwrap(model, sharded=True, computed=True).modules():
         module.__dict__.pop(RECORD, None)
 
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -15,8 +16,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.dropout import _DropoutNd
 
 from prunella.model.rng import seeded
+
+log = logging.getLogger(__name__)
 
 _MACHINERY = frozenset({"_parameters", "_buffers", "_modules", "training"})
 _CONTAINERS = frozenset({dict, list, set, OrderedDict})
@@ -116,6 +121,27 @@ def writable(tensor: Tensor) -> Iterator[None]:
     guard = torch.inference_mode() if tensor.is_inference() else nullcontext()
     with guard, torch.no_grad():
         yield
+
+
+def losses_in_training_(model: nn.Module, batch: Any, loss: Callable[[nn.Module, Any], Any] | None) -> bool:
+    """Whether a loss that has just failed in evaluation mode exists in training mode; the model is then left in it.
+
+    Detectors return their losses in training mode only. Modules that draw random numbers or keep statistics stay in
+    evaluation mode. Call it inside a guard that restores the flags.
+    """
+    if loss is None:
+        return False
+    flags = [(module, module.training) for module in model.modules()]
+    for module in model.modules():
+        module.training = not isinstance(module, _NormBase | _DropoutNd)
+    try:
+        loss(model, batch)
+    except Exception:  # whatever a user's function raises: it fails in both modes
+        for module, flag in flags:
+            module.training = flag
+        return False
+    log.warning("the loss exists in training mode only: it runs in it, with norms and dropout in evaluation mode")
+    return True
 
 
 @contextmanager

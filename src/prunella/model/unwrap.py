@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any
+
 from torch import nn
+from torch.nn.utils.prune import BasePruningMethod
+from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
-from prunella.errors import NotSupported
+from prunella.errors import NotSupported, RequestError
 
 _DISTRIBUTED = ("torch.distributed.fsdp", "torch.distributed._composable", "torch.distributed.tensor")
 """Packages of sharded modules and weights, by name only: an import takes a third of a second."""
 
+WRAPPER_SEGMENTS = frozenset(("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"))
+"""Segments that wrappers of torch add to the names of parameters in any place."""
 
-def unwrap(model: nn.Module, *, sharded: bool = False) -> nn.Module:
+
+def unwrap(model: nn.Module, *, sharded: bool = False, computed: bool = False) -> nn.Module:
     """The bare model inside its wrappers, nested in any order.
 
     Wrappers are those of `torch.compile`, `DataParallel`, `DistributedDataParallel` and `AveragedModel`. The names of
     parameters and modules, in plans, masks, patterns and files, are those of the bare model.
-    sharded: accept weights sharded over processes. Errors: NotSupported for sharded weights otherwise.
+    sharded: accept weights sharded over processes. computed: accept weights under `torch.nn.utils.prune`. Errors:
+    NotSupported for such weights otherwise.
     """
     while (inner := _inner(model)) is not None:
         model = inner
@@ -26,7 +35,59 @@ def unwrap(model: nn.Module, *, sharded: bool = False) -> nn.Module:
             "a process holds a part of each weight, and the choice of units needs all of it",
             "prune the model before it is sharded; recovery.hold_sharded_ then keeps its masks while FSDP2 trains it",
         )
+    if not computed and torch_pruned(model):
+        raise NotSupported(
+            "the weights of this model are computed by torch.nn.utils.prune",
+            "a hook makes them from weight_orig and weight_mask before each forward pass",
+            "call prunella.transform.plain_weights_(model) first: the masks stay, and the weights are plain",
+        )
     return model
+
+
+def eager(model: nn.Module) -> nn.Module:
+    """The model without `torch.compile`, whose programs ignore hooks; data parallelism averages gradients and stays."""
+    parallel = nn.parallel.DistributedDataParallel
+    while not isinstance(model, parallel) and (inner := _inner(model)) is not None:
+        model = inner
+    return model
+
+
+def torch_pruned(model: nn.Module) -> list[tuple[nn.Module, str]]:
+    """The modules and names of the tensors that `torch.nn.utils.prune` computes."""
+    found = []
+    for module in model.modules():
+        hooks = [hook for hook in module._forward_pre_hooks.values() if isinstance(hook, BasePruningMethod)]
+        found += [(module, hook._tensor_name) for hook in hooks]
+    return found
+
+
+def bare_optimizer(optimizer: Optimizer) -> Optimizer:
+    """The optimizer that steps the weights, inside wrappers such as those of accelerate (and so of the Trainer).
+
+    A wrapper holds an optimizer with the very same parameter groups, under any name. Errors: RequestError for an object
+    whose steps torch does not announce, so that nothing could follow them.
+    """
+    while (inner := _inner_optimizer(optimizer)) is not None:
+        optimizer = inner
+    if not isinstance(optimizer, Optimizer) or not getattr(type(optimizer).step, "hooked", False):
+        raise RequestError(
+            f"the steps of a {type(optimizer).__name__} cannot be followed",
+            "it is no torch.optim.Optimizer, and holds none with its parameter groups",
+            "pass the torch optimizer inside it",
+        )
+    return optimizer
+
+
+def bare_optimizers(optimizers: Optimizer | Iterable[Optimizer]) -> list[Optimizer]:
+    """One optimizer or several, each without its wrappers."""
+    several: Any = [optimizers] if hasattr(optimizers, "param_groups") else optimizers
+    return [bare_optimizer(each) for each in several]
+
+
+def _inner_optimizer(optimizer: object) -> Optimizer | None:
+    groups = getattr(optimizer, "param_groups", None)
+    held = (value for value in getattr(optimizer, "__dict__", {}).values() if value is not optimizer)
+    return next((value for value in held if isinstance(value, Optimizer) and value.param_groups is groups), None)
 
 
 def _inner(model: nn.Module) -> nn.Module | None:

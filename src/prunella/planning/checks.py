@@ -6,7 +6,7 @@ import inspect
 from typing import get_args
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from prunella.errors import BadInput, RequestError
 from prunella.granularity import Fixed, Granularity, Masking, Structural, Vocabulary
@@ -101,6 +101,17 @@ def _prunable(target: Target) -> bool:
     return isinstance(target, Sparsity) and target.of == "prunable"
 
 
+def foreign_weights(model: nn.Module) -> tuple[str, ...]:
+    """A remark on the weights that are left alone because only their own library reads them; none if there are none."""
+    kinds = {n: type(p.data).__name__ for n, p in model.named_parameters() if type(p.data) is not Tensor}
+    for name, module in model.named_modules():
+        if type(module).__module__.startswith("torch.ao.nn.quantized") and hasattr(module, "_weight_bias"):
+            kinds[name] = f"quantized {type(module).__name__}"
+    shown = ", ".join(f"{name} ({kind})" for name, kind in [*kinds.items()][:6])
+    more = f" and {len(kinds) - 6} more" if len(kinds) > 6 else ""
+    return (f"left alone, as only their own library reads them: {shown}{more}",) if kinds else ()
+
+
 @torch.no_grad()
 def check_finite(model: nn.Module) -> None:
     """Errors: those of `check_traceable`; BadInput that names the first tensor with NaN or infinity, or no values."""
@@ -108,6 +119,8 @@ def check_finite(model: nn.Module) -> None:
     for name, tensor in model.named_parameters():
         if tensor.is_meta:
             raise BadInput(f"{name} has no values", "it is on the meta device", "load the weights first")
+        if type(tensor.data) is not Tensor:  # only its own library reads it, and its layer is not pruned
+            continue
         if not tensor.is_floating_point() and not tensor.is_complex():
             continue
         if not bool(torch.isfinite(tensor).all()):

@@ -19,7 +19,7 @@ from prunella.graph.matrix import from_matrix
 from prunella.graph.other_sizes import disagreement, shape_text
 from prunella.graph.verify import unproven
 from prunella.model.state import untouched
-from prunella.model.unwrap import unwrap
+from prunella.model.torch_masks import with_plain_weights
 from prunella.planning.accounting import pattern_name
 from prunella.planning.candidates import (
     BudgetRules,
@@ -28,7 +28,7 @@ from prunella.planning.candidates import (
     allocate_budget,
     fixed_masks,
 )
-from prunella.planning.checks import check_finite, checked_target
+from prunella.planning.checks import check_finite, checked_target, foreign_weights
 from prunella.planning.plan import Plan
 from prunella.planning.readable import Builds, Misfit, parts_at_fault, undescribed
 from prunella.planning.recipe import Recipe
@@ -85,13 +85,14 @@ def plan(
         >>> {name: f"{int(kept.sum())} of {len(kept)}" for name, kept in plan.keep.items()}
         {'0': '8 of 16'}
     """
-    model = unwrap(model)
+    model = with_plain_weights(model)
     target = checked_target(recipe.granularities, target)
     check_finite(model)
     with untouched(model, recipe.seed):
         request = prepare(model, inputs, recipe, target=target, source=Source(data, loss), skip=skip, only=only)
         structural = isinstance(recipe.granularities[0], Structural)
-        return plan_structure(request) if structural else plan_masks(request)
+        made = plan_structure(request) if structural else plan_masks(request)
+    return replace(made, remarks=(*made.remarks, *foreign_weights(model)))
 
 
 # -- structure ---------------------------------------------------------------------------------------------------

@@ -217,3 +217,23 @@ def _line(error: Exception) -> str:
 
 def _by(shape: Sequence[int] | None) -> str:
     return "x".join(map(str, shape)) if shape is not None else "not"
+
+
+def configuration_of(
+    small: nn.Module, dense: nn.Module, config: Mapping[str, Any], sizes: Sizes, batch: Any
+) -> dict[str, Any] | None:
+    """The configuration of which the class of `small` builds a model that computes the same; None if there is none.
+
+    dense: the model before the cut. config: its configuration, with the depth and the tokens of the small one.
+    """
+    builds, wanted = Builds(small), shapes_of(small)
+    built = _shapes(Builds(dense), configuration(dense))
+    if built is None or built.keys() != shapes_of(dense).keys():
+        return None
+    candidates = uniform_configs(builds.shapes, config, wanted, sizes, steady(small, config, batch))
+    return next((found for found in candidates if _same(builds.model(found), small, batch)), None)
+
+
+def configuration(model: nn.Module) -> dict[str, Any]:
+    """The configuration of a model as plain data."""
+    return _config(model)

@@ -7,10 +7,11 @@ defaults of `Recipe`.
 from __future__ import annotations
 
 from functools import partial
+from typing import TYPE_CHECKING
 
 from prunella import criteria
 from prunella.allocation import Normalize, erk, global_, lamp, per_round, uniform
-from prunella.errors import RequestError
+from prunella.errors import RequestError, suggesting
 from prunella.granularity import NM, Channel, Element, Expert, Head, Width
 from prunella.planning.recipe import Recipe
 from prunella.registry.method import REGISTRY, find, recipe
@@ -267,3 +268,7 @@ __all__ = [
 
 def __dir__() -> list[str]:
     return __all__
+
+
+if not TYPE_CHECKING:
+    __getattr__ = suggesting(__name__)

@@ -15,7 +15,7 @@ from prunella.errors import RequestError
 from prunella.granularity import Competing, Element
 from prunella.model.copying import copied
 from prunella.model.state import untouched
-from prunella.model.unwrap import unwrap
+from prunella.model.torch_masks import with_plain_weights
 from prunella.planning.accounting import amount
 from prunella.planning.checks import check_finite, checked_target
 from prunella.planning.plan import Plan
@@ -80,7 +80,7 @@ def iterate(
     Use: more than about 95 % before training, with any criterion. Avoid: criteria that do not depend on other weights,
     such as magnitude: one round gives the same plan.
     """
-    model = unwrap(model)
+    model = with_plain_weights(model)
     if not isinstance(recipe.granularities[0], Competing):
         what = f"{name_of(type(recipe.granularities[0]))} cannot be approached in rounds"
         raise RequestError(what, "rounds mask weights that compete", "use Element(), Block, Vector, Kernel or Filter")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,8 +19,9 @@ from prunella.graph.verify import SINGLE, TOLERANCE, as_double, relative_error, 
 from prunella.model.copying import copied
 from prunella.model.forward import outputs_of
 from prunella.model.state import untouched
-from prunella.model.unwrap import unwrap
+from prunella.model.torch_masks import with_plain_weights
 from prunella.planning.plan import Plan
+from prunella.stats import Source, Subject, collect
 from prunella.stats.subject import first_seen
 from prunella.types import Inputs, Keep
 
@@ -37,13 +38,15 @@ def plan_zeros(
 ) -> Plan:
     """A plan that removes exactly the units that are zero, so that the smaller model has the same outputs.
 
-    A unit is zero if every weight that reads it is zero, or, if no weight reads it, all its own weights. Each group is
-    tried: if its removal changes the output in float64 on `inputs`, the group is kept, and the plan gives the reason.
-    The minimum of units is always kept. With `Element()` the masks are the zeros of every layer.
+    A unit is zero if every weight that reads it is zero, or if it is a constant that is read as zero: its own weights
+    are zero, or the scale of the norm behind them, and on `inputs` all that reads it reads 0. If no weight reads it,
+    all its own weights have to be zero. Each group is tried: if its removal changes the output in float64 on `inputs`,
+    the group is kept, and the plan gives the reason. The minimum of units is always kept. A constant that is read as
+    another number than 0 is kept; `fold_means` folds it. With `Element()` the masks are the zeros of every layer.
 
     inputs, skip, only: as for `prunella.plan`. Errors: NotSupported if nothing is zero.
     """
-    model = unwrap(model)
+    model = with_plain_weights(model)
     with untouched(model, 0):
         graph = couple(model, inputs)
         check_patterns(graph, skip, only)
@@ -58,14 +61,16 @@ def plan_zeros(
 
 
 def _structure(model: nn.Module, graph: Graph, inputs: Inputs, groups: list[Group]) -> Plan:
-    dead = {group.name: _kept(model, graph, group) for group in groups}
+    silent = _read_as_zero(model, graph, groups, inputs)
+    dead = {group.name: _kept(model, graph, group, silent.get(group.name)) for group in groups}
     wanted = {name: keep for name, keep in dead.items() if not bool(keep.all())}
     faults = _faults(model, graph, wanted, inputs)
     frozen = [*graph.frozen, *(_stays(g, faults[g.name]) for g in groups if g.name in faults)]
     keep = {g.name: dead[g.name] for g in groups if g.name not in faults}
     if all(bool(mask.all()) for mask in keep.values()):
         why = "; ".join(f"{name}: {reason}" for name, reason in faults.items())
-        why = why or f"{sum(g.size for g in groups)} units in {len(groups)} groups were looked at"
+        looked_at = f"{sum(g.size for g in groups)} units in {len(groups)} groups were looked at"
+        why = why or f"{looked_at}{_constants(model, groups)}"
         what = f"no unit {'that is exactly zero can go' if faults else 'is exactly zero in every weight that reads it'}"
         raise NotSupported(what, why, "train longer or with more strength; small is not zero")
     return Plan.of_structure(graph, keep, inputs=inputs, frozen=frozen)
@@ -80,18 +85,67 @@ def _masks(model: nn.Module, graph: Graph, inputs: Inputs, skip: Sequence[str], 
     return Plan.of_masks(graph, masks, inputs=inputs)
 
 
-def _kept(model: nn.Module, graph: Graph, group: Group) -> Tensor:
-    """Units that are not zero, and zero units by rising index up to the minimum of the group."""
+def _kept(model: nn.Module, graph: Graph, group: Group, silent: Tensor | None = None) -> Tensor:
+    """Units that are not zero, and zero units by rising index up to the minimum of the group.
+
+    silent: units that are constant and read as zero.
+    """
     named = dict(model.named_parameters(remove_duplicate=False))
     members = [m for m in group.members if m.entity in named and m.role != "stat"]
     members = [m for m in members if m.role == "in"] or members
-    alive = torch.zeros(group.size, dtype=torch.bool)
-    for member in members:
-        alive[_units_alive(named[member.entity].detach(), member)] = True
+    alive = _alive(named, members, group.size)
+    if silent is not None:
+        alive &= ~silent
     count = max(int(alive.sum()), group.min_units)
     count = min(-(-count // group.multiple) * group.multiple, group.size)
     alive[(~alive).nonzero().flatten()[: count - int(alive.sum())]] = True
     return alive
+
+
+def _alive(named: Mapping[str, Tensor], members: Sequence[Member], size: int) -> Tensor:
+    """Units of which some member holds a weight that is not zero."""
+    alive = torch.zeros(size, dtype=torch.bool)
+    for member in members:
+        alive[_units_alive(named[member.entity].detach(), member)] = True
+    return alive
+
+
+def _constant(model: nn.Module, group: Group) -> Tensor:
+    """Units that are the same for every input, in evaluation mode.
+
+    All weights that make them are zero; or every scale of a norm on them is, and each weight that makes them and is not
+    zero has a norm of its own.
+    """
+    named = dict(model.named_parameters(remove_duplicate=False))
+    made = [m for m in group.members if m.role == "out" and m.entity in named]
+    scales = [m for m in group.members if m.role == "scale" and m.entity in named]
+    if not made or any(m.role == "other" for m in group.members):
+        return torch.zeros(group.size, dtype=torch.bool)
+    sources = torch.stack([_alive(named, [member], group.size) for member in made])
+    unscaled = ~_alive(named, scales, group.size) & (sources.sum(0) <= len(scales))
+    return ~sources.any(0) | (unscaled if scales else torch.zeros_like(unscaled))
+
+
+def _read_as_zero(model: nn.Module, graph: Graph, groups: Sequence[Group], inputs: Inputs) -> dict[str, Tensor]:
+    """Group -> units that are constant and that all weights which read them read as exactly zero."""
+    constant = {group.name: _constant(model, group) for group in groups}
+    some = tuple(group for group in groups if bool(constant[group.name].any()))
+    if not some:
+        return {}
+    found = collect(Subject(model, graph, some, inputs=inputs), ["unit_zeros"], Source([inputs]), "plan_zeros")
+    silent = {}
+    for group in some:
+        zeros = found.get("unit_zeros", group.name)
+        seen = not any(m.entity in found.unread for m in group.members if m.role == "in")
+        if zeros is not None and seen:
+            silent[group.name] = constant[group.name] & (zeros == 1)
+    return silent
+
+
+def _constants(model: nn.Module, groups: Sequence[Group]) -> str:
+    """How many units are constant and still read as another number than zero."""
+    count = sum(int(_constant(model, group).sum()) for group in groups)
+    return f"; {count} are constant but are not read as zero, and fold_means may fold them" if count else ""
 
 
 def _units_alive(weight: Tensor, member: Member) -> Tensor:

@@ -1,5 +1,8 @@
 """Recover a pruned model: statistics, least squares, training, distillation."""
 
+from typing import TYPE_CHECKING
+
+from prunella.errors import suggesting
 from prunella.recovery.adapters import Adapters as Adapters
 from prunella.recovery.adapters import add_adapters_ as add_adapters_
 from prunella.recovery.adapters import distill_lm_ as distill_lm_
@@ -57,3 +60,7 @@ __all__ = [
 
 def __dir__() -> list[str]:
     return __all__
+
+
+if not TYPE_CHECKING:
+    __getattr__ = suggesting(__name__)

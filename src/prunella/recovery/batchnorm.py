@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from prunella.errors import CheckFailed, RequestError
-from prunella.model.forward import batches, forward
-from prunella.model.state import mode
+from prunella.model.forward import batches, run
+from prunella.model.state import losses_in_training_, mode
 from prunella.model.unwrap import unwrap
 from prunella.registry.method import recovery
 from prunella.types import Loss
@@ -166,8 +166,16 @@ def _observe(
     try:
         for module in modules:
             module.training = training
-        for batch in batches(data):
-            loss(model, batch) if loss else forward(model, batch)
+        for number, batch in enumerate(batches(data)):
+            try:
+                run(model, batch, loss)
+            except Exception:  # whatever a user's loss raises
+                if number or not losses_in_training_(model, batch, loss):
+                    raise
+                for module in modules:
+                    module.training = training
+                moments.clear()
+                run(model, batch, loss)
     finally:
         for handle in handles:
             handle.remove()

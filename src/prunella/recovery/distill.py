@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from prunella.errors import RequestError
 from prunella.model.forward import Outputs, first_tensor, forward
 from prunella.model.state import mode
-from prunella.model.unwrap import unwrap
+from prunella.model.unwrap import eager, unwrap
 from prunella.recovery.finetune import LossCurve, OnStep, Training, finetune
 from prunella.registry.method import recovery
 from prunella.types import Loss
@@ -69,9 +69,9 @@ def distill_features(teacher: nn.Module, names: Sequence[str] = ("",), *, output
 
     def loss(model: nn.Module, batch: Any) -> Tensor:
         with mode(teacher, training=False), torch.no_grad(), _outputs_of(teacher, names) as expected:
-            outputs(teacher, batch)
+            outputs(eager(teacher), batch)
         with _outputs_of(model, names) as features:
-            outputs(model, batch)
+            outputs(eager(model), batch)
         total = torch.zeros(())
         for name in names:
             f, t = _output(features, name), _output(expected, name)
@@ -113,9 +113,9 @@ def distill_attention(
 
     def loss(model: nn.Module, batch: Any) -> Tensor:
         with mode(teacher, training=False), torch.no_grad(), _outputs_of(teacher, names) as expected:
-            outputs(teacher, batch)
+            outputs(eager(teacher), batch)
         with _outputs_of(model, names) as features_by_name:
-            outputs(model, batch)
+            outputs(eager(model), batch)
         total = torch.zeros(())
         for name in names:
             q, t = maps(name, _output(features_by_name, name)), maps(name, _output(expected, name))

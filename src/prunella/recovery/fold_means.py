@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prunella.model.forward import batches, forward
+from prunella.model.forward import batches, run
 from prunella.model.masks import reapply_
 from prunella.model.state import mode
 from prunella.model.unwrap import unwrap
@@ -74,7 +74,7 @@ def fold_means(
             means.begin()
             watch = Watch(readers, means.add)
             with watch:
-                loss(dense_, batch) if loss else forward(dense_, batch)
+                run(dense_, batch, loss)
             watch.finish()
         folds = [_fold(item, means) for item in items]
         reapply_(small_)

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from prunella.errors import RequestError
 from prunella.model.masks import records
+from prunella.model.unwrap import bare_optimizer
 
 
 def hold_sharded_(model: nn.Module, optimizer: Optimizer) -> Callable[[], None]:
@@ -30,6 +31,8 @@ def hold_sharded_(model: nn.Module, optimizer: Optimizer) -> Callable[[], None]:
         raise RequestError(
             "the model carries no mask", "apply_ and solve_ record masks", "prune the model before sharding"
         )
+
+    optimizer = bare_optimizer(optimizer)
 
     def hold(*_: Any) -> None:
         with torch.no_grad():

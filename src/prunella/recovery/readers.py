@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from prunella.errors import CheckFailed, RequestError
 from prunella.graph.cut.block_surgery import renamed
-from prunella.model.forward import forward
+from prunella.model.forward import run
 from prunella.model.masks import masks_of
+from prunella.model.state import losses_in_training_
 from prunella.model.watch import Read, Unread, Watch
 from prunella.planning.plan import Plan
 from prunella.types import Loss, Mask
@@ -117,14 +118,31 @@ def _run(
 ) -> tuple[dict[nn.Parameter, list[Read]], dict[int, Unread]]:
     """For each weight the reads of one pass, without their values."""
     seen: dict[nn.Parameter, list[Read]] = {}
+    try:
+        watch = _watched(model, weights, batch, loss, seen)
+    except Exception:  # whatever a user's loss raises
+        if not losses_in_training_(model, batch, loss):
+            raise
+        seen.clear()
+        watch = _watched(model, weights, batch, loss, seen)
+    return seen, watch.others
+
+
+def _watched(
+    model: nn.Module,
+    weights: Sequence[nn.Parameter],
+    batch: Any,
+    loss: Loss | None,
+    seen: dict[nn.Parameter, list[Read]],
+) -> Watch:
     watch = Watch(weights, lambda read: seen.setdefault(read.weight, []).append(read.bare))
     with watch:
-        loss(model, batch) if loss else forward(model, batch)
+        run(model, batch, loss)
     watch.finish()
     for weight, reads in seen.items():
         if id(weight) in watch.reused:  # what the norm returns is not all that depends on the output
             seen[weight] = [replace(read, norm=None) for read in reads]
-    return seen, watch.others
+    return watch
 
 
 def _reads_along(read: Read, axis: int) -> bool:

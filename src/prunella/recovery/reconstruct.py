@@ -8,13 +8,14 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from prunella.errors import CheckFailed, RequestError
-from prunella.model.forward import batches, forward
+from prunella.model.forward import batches, run
 from prunella.model.masks import reapply_
 from prunella.model.state import mode
 from prunella.model.unwrap import unwrap
@@ -123,7 +124,7 @@ def reconstruct(
         items = readers_of(small_, dense_, next(batches(data)), plan, loss)
         readers = [item for item in items if isinstance(item, Reader)]
         fits = {item.name: LayerFit(item.name, skipped=item.why) for item in items if isinstance(item, Skipped)}
-        job = _Job(small_, dense_, data, loss or forward, ridge)
+        job = _Job(small_, dense_, data, partial(run, loss=loss), ridge)
         for done, fit in enumerate(job.fits(readers), start=1):
             fits[fit.name] = fit
             log.info("%s", fit)

@@ -27,8 +27,8 @@ from prunella.measure.text import byte_size, duration, percent, short_count, sig
 from prunella.measure.timing import Comparison, compare_latency
 from prunella.model.forward import forward, outputs_of
 from prunella.model.state import mode
+from prunella.model.torch_masks import with_plain_weights
 from prunella.model.trees import own, tensors
-from prunella.model.unwrap import unwrap
 from prunella.planning.coverage import NOT_COUNTED, lines, not_counted
 from prunella.planning.plan import Plan
 from prunella.reporting.section import Section
@@ -248,7 +248,7 @@ def report(
             device=str(_device(dense)),
         )
         outputs = [[t.cpu() for t in outputs_of(model, inputs)] for model in (dense, small)]
-    dense, small = unwrap(dense), unwrap(small)
+    dense, small = with_plain_weights(dense), with_plain_weights(small)
     seconds = time_by_layer({"dense": dense, "pruned": small}, inputs)
     work = count_work(dense, inputs), count_work(small, inputs)
     return Report(

@@ -4,6 +4,9 @@ All searches work on a `Space`, which is made once from model and recipe, and re
 goes into a `Recipe`: the plan then meets its target exactly, is verified, and can be saved.
 """
 
+from typing import TYPE_CHECKING
+
+from prunella.errors import suggesting
 from prunella.search.evolve import evolve as evolve
 from prunella.search.evolve import evolve_front as evolve_front
 from prunella.search.evopress import Levels as Levels
@@ -49,3 +52,7 @@ __all__ = [
 
 def __dir__() -> list[str]:
     return __all__
+
+
+if not TYPE_CHECKING:
+    __getattr__ = suggesting(__name__)

@@ -14,6 +14,7 @@ from prunella.errors import CheckFailed, RequestError
 from prunella.io.identity import Identity, identify, model_parts
 from prunella.io.journal import Records, open_records
 from prunella.model.state import mode, untouched
+from prunella.model.user_code import number_of
 from prunella.planning.depth import Blocks, find_blocks
 from prunella.planning.plan import Plan
 from prunella.registry.method import search
@@ -103,7 +104,7 @@ def _value(
 def _measured(blocks: Blocks, dropped: tuple[str, ...], evaluate: Evaluate) -> float:
     small = blocks.without(dropped)
     with untouched(small, 0), mode(small, training=False), torch.no_grad():
-        value = float(evaluate(small))
+        value = number_of(evaluate(small), "evaluate=")
     if value != value:
         why = "evaluate returned NaN"
         raise CheckFailed(

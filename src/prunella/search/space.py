@@ -24,7 +24,8 @@ from prunella.io.identity import Identity, identify, model_parts
 from prunella.model.copying import copied
 from prunella.model.masks import record_
 from prunella.model.state import mode, untouched
-from prunella.model.unwrap import unwrap
+from prunella.model.torch_masks import with_plain_weights
+from prunella.model.user_code import number_of
 from prunella.planning.budget import Ladder, ladder, most, solve
 from prunella.planning.candidates import CandidateUnits, CandidateWeights
 from prunella.planning.recipe import Recipe
@@ -124,7 +125,7 @@ class Space:
         """The quality of the pruned model in evaluation mode, with all random generators at the recipe's seed."""
         small = self.cut(counts)
         with untouched(small, self.recipe.seed), mode(small, training=False):
-            value = float(evaluate(small))
+            value = number_of(evaluate(small), "evaluate=")
         if math.isnan(value):
             cut = {name: count for name, count in zip(self.names, counts, strict=True) if count}
             of = ", ".join(f"{name} without {count} units" for name, count in list(cut.items())[:3])
@@ -203,7 +204,7 @@ def space(
     Parameters and errors are those of `plan`. The model does not change. Units are structures, or weights under a mask;
     patterns of fixed sparsity, blocks and tokens have no choice to search.
     """
-    model = unwrap(model)
+    model = with_plain_weights(model)
     searched = Channel | Head | Width | Expert | Element | Block
     unsearchable = next((entry for entry in recipe.granularities if not isinstance(entry, searched)), None)
     if unsearchable is not None:

@@ -5,6 +5,9 @@ Layer solvers take one layer as a quadratic, `(weight, gram, pattern)`, without 
 Plan solvers take a plan and return it with new weights, from the curvature of the loss: `obs`, `woodfisher`, `mfac`.
 """
 
+from typing import TYPE_CHECKING
+
+from prunella.errors import suggesting
 from prunella.solvers.admm import admm as admm
 from prunella.solvers.alps import alps as alps
 from prunella.solvers.curvature import mfac as mfac
@@ -38,3 +41,7 @@ __all__ = [
 
 def __dir__() -> list[str]:
     return __all__
+
+
+if not TYPE_CHECKING:
+    __getattr__ = suggesting(__name__)

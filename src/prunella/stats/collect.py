@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from prunella.errors import BadInput, RequestError
-from prunella.model.forward import forward, samples
-from prunella.model.trees import own
+from prunella.model.forward import run, samples
+from prunella.model.state import losses_in_training_
 from prunella.stats.subject import Subject
 from prunella.stats.table import STATISTICS, Slot
 
@@ -32,11 +32,11 @@ class Source:
 
     def run(self, model: nn.Module, batch: Any) -> Any:
         """The loss, or the output of the model without a loss."""
-        if self.loss is not None:
-            return self.loss(model, own(batch))
         try:
-            return forward(model, batch)
+            return run(model, batch, self.loss)
         except (TypeError, AttributeError) as error:
+            if self.loss is not None:
+                raise
             raise RequestError(
                 f"the model cannot be called on a batch of type {type(batch).__name__}",
                 f"{type(error).__name__}: {error}",
@@ -84,17 +84,21 @@ def collect(
         return Statistics(computed)
     backward = [name for name in factories if statistics[name].gradients]
     data = _checked(source, (backward or list(factories))[0], asker, backward=bool(backward))
-    slots = {name: factory(subject, **_knobs(factory, knobs or {})) for name, factory in factories.items()}
-    per_batch = [slot for slot in slots.values() if not getattr(slot, "each", False)]
-    per_sample = [slot for slot in slots.values() if getattr(slot, "each", False)]
-    batches = 0
+
+    def new_slots() -> dict[str, Slot]:
+        return {name: factory(subject, **_knobs(factory, knobs or {})) for name, factory in factories.items()}
+
+    slots, batches = new_slots(), 0
     with torch.set_grad_enabled(bool(backward)):
         weights = _differentiable(subject) if backward else {}
         for batch in data:
-            if per_batch:
-                _one(subject.model, batch, source, per_batch, weights, batches)
-            for sample in samples(batch) if per_sample else ():
-                _one(subject.model, sample, source, per_sample, weights, batches)
+            try:
+                _add(subject.model, batch, source, slots, weights, batches)
+            except Exception:  # whatever a user's loss raises
+                if batches or not losses_in_training_(subject.model, batch, source.loss):
+                    raise
+                slots = new_slots()  # without what they saw of the failed pass
+                _add(subject.model, batch, source, slots, weights, batches)
             batches += 1
     if not batches:
         raise BadInput(
@@ -109,6 +113,18 @@ def collect(
 def _knobs(slot: Callable[..., Slot], given: Mapping[str, Any]) -> dict[str, Any]:
     names = [p.name for p in inspect.signature(slot).parameters.values() if p.kind is p.KEYWORD_ONLY]
     return {name: given[name] for name in names if name in given}
+
+
+def _add(
+    model: nn.Module, batch: Any, source: Source, slots: Mapping[str, Slot], weights: Mapping[str, Tensor], number: int
+) -> None:
+    """One batch for the slots that take batches, and sample by sample for the others."""
+    per_batch = [slot for slot in slots.values() if not getattr(slot, "each", False)]
+    per_sample = [slot for slot in slots.values() if getattr(slot, "each", False)]
+    if per_batch:
+        _one(model, batch, source, per_batch, weights, number)
+    for sample in samples(batch) if per_sample else ():
+        _one(model, sample, source, per_sample, weights, number)
 
 
 def _one(

@@ -1,5 +1,8 @@
 """Token pruning: tokens are merged between the blocks, and neurons masked per token."""
 
+from typing import TYPE_CHECKING
+
+from prunella.errors import suggesting
 from prunella.tokens.contextual import contextual_ as contextual_
 from prunella.tokens.contextual import keep_top as keep_top
 from prunella.tokens.matching import Matching as Matching
@@ -23,3 +26,7 @@ __all__ = [
 
 def __dir__() -> list[str]:
     return __all__
+
+
+if not TYPE_CHECKING:
+    __getattr__ = suggesting(__name__)

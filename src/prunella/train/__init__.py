@@ -1,5 +1,8 @@
 """Sparse training: masks that persist, gradual schedules, penalties, proximal steps, learned gates."""
 
+from typing import TYPE_CHECKING
+
+from prunella.errors import suggesting
 from prunella.planning.zeros import plan_zeros as plan_zeros
 from prunella.train.dynamic.drop_grow import DropGrow as DropGrow
 from prunella.train.dynamic.rules import Rule as Rule
@@ -77,3 +80,7 @@ __all__ = [
 
 def __dir__() -> list[str]:
     return __all__
+
+
+if not TYPE_CHECKING:
+    __getattr__ = suggesting(__name__)

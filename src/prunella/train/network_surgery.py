@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from prunella.errors import RequestError
 from prunella.model.masks import forget_masks_, pack, saved_masks
-from prunella.model.unwrap import unwrap
+from prunella.model.unwrap import bare_optimizer, unwrap
 from prunella.planning.plan import Plan
 from prunella.planning.recipe import Recipe
 from prunella.registry.method import training
@@ -59,7 +59,7 @@ class NetworkSurgery:
             what = f"band={band:g} and every={every} do not fit {target}"
             raise RequestError(what, "0 <= band, s - band >= 0, s + band < 1, every >= 1", "for example band=0.05")
         self.model, self.target, self.band, self.every = model, target, band, every
-        self.taken = 0
+        self.taken, optimizer = 0, bare_optimizer(optimizer)
         self._planner = planner_of(model, recipe, inputs)
         self._dense: dict[nn.Parameter, Tensor] = {}
         self._masks: dict[nn.Parameter, Mask] = {}

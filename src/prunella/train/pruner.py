@@ -17,8 +17,9 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from prunella.errors import RequestError
-from prunella.model.masks import Packed, forget_masks_, masks_of, reapply_, record_, records, saved_masks
-from prunella.model.unwrap import unwrap
+from prunella.model.masks import Packed, copy_masks_, forget_masks_, masks_of, reapply_, record_, records, saved_masks
+from prunella.model.torch_masks import plain_weights_
+from prunella.model.unwrap import bare_optimizer, bare_optimizers, unwrap
 from prunella.planning.plan import Plan
 from prunella.planning.planner import plan
 from prunella.planning.recipe import Recipe
@@ -48,13 +49,15 @@ class Pruner:
         for batch in loader:
             ...; optimizer.step(); pruner.step()
 
-    optimizer: one, or several. All must train parameters of this model.
+    optimizer: one, or several, also inside the wrapper of accelerate or of the Trainer. All must train parameters of
+        this model.
     recipe: a `Recipe`, or a function from target to plan where planning needs data:
         `lambda target: plan(model, batch, recipe, target=target, data=loader, loss=loss)`.
     target, schedule: at step t the fraction `schedule(t / steps)` of the target is met, and at t = steps all of it.
     every: steps between two plans; the last plan is always at `steps`.
     nested: pruned weights stay pruned. If a plan revives units, they stay pruned as well, the target is overshot, and a
         warning is logged. With `nested=False` the newest plan alone decides, and weights may come back.
+    averages: moving averages of the weights (`AveragedModel`, a deep copy), which get the same masks.
 
     Example:
 
@@ -81,6 +84,7 @@ class Pruner:
         steps: int = 0,
         every: int = 1,
         nested: bool = True,
+        averages: Iterable[nn.Module] = (),
     ) -> None:
         if recipe is not None and (target is None or steps < 1 or every < 1):
             raise RequestError(
@@ -88,8 +92,9 @@ class Pruner:
                 f"found target={target}, steps={steps}, every={every}",
                 "for example target=Sparsity(0.9), steps=1000, every=50",
             )
-        self.model, self.target, self.schedule = model, target, schedule
+        self.model, self.target, self.schedule = plain_weights_(model), target, schedule
         self.steps, self.every, self.nested = steps, every, nested
+        self.averages = tuple(averages)
         self.taken = 0
         self._planner = planner_of(model, recipe, inputs)
         self._before: float | None = None
@@ -97,12 +102,13 @@ class Pruner:
         self._cache: dict[nn.Parameter, tuple[Packed, Mask]] = {}
         self._handles: list[RemovableHandle] = []
         self._optimizers: list[Optimizer] = []
-        for one in [optimizer] if isinstance(optimizer, Optimizer) else optimizer:
+        for one in bare_optimizers(optimizer):
             self.attach(one)
-        reapply_(model)
+        self._mask_state()
 
     def attach(self, optimizer: Optimizer) -> Self:
         """Apply the masks after each step of `optimizer`, too."""
+        optimizer = bare_optimizer(optimizer)
         owned = set(unwrap(self.model).parameters())
         if not any(p in owned for group in optimizer.param_groups for p in group["params"]):
             raise RequestError(
@@ -203,6 +209,8 @@ class Pruner:
 
     def _mask_state(self) -> None:
         reapply_(self.model)
+        for average in self.averages:
+            copy_masks_(self.model, average)
         for optimizer in self._optimizers:
             for parameter, mask in self._masks():
                 clear_state(optimizer, parameter, mask)

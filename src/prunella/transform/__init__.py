@@ -1,8 +1,13 @@
 """Transformations of a model: masks, cuts, permutations, and the optimizer state after a cut."""
 
+from typing import TYPE_CHECKING
+
+from prunella.errors import suggesting
+from prunella.model.masks import copy_masks_ as copy_masks_
 from prunella.model.masks import finalize as finalize
 from prunella.model.masks import masks_of as masks_of
 from prunella.model.masks import reapply_ as reapply_
+from prunella.model.torch_masks import plain_weights_ as plain_weights_
 from prunella.transform.apply import apply_ as apply_
 from prunella.transform.controls import collapsed as collapsed
 from prunella.transform.controls import reinitialized as reinitialized
@@ -15,9 +20,11 @@ __all__ = [
     "apply_",
     "carry_",
     "collapsed",
+    "copy_masks_",
     "finalize",
     "masks_of",
     "permute",
+    "plain_weights_",
     "reapply_",
     "reinitialized",
     "shrink",
@@ -27,3 +34,7 @@ __all__ = [
 
 def __dir__() -> list[str]:
     return __all__
+
+
+if not TYPE_CHECKING:
+    __getattr__ = suggesting(__name__)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from prunella.errors import RequestError
 from prunella.model.masks import forget_masks_, reapply_, record_
 from prunella.model.state import writable
+from prunella.model.torch_masks import plain_weights_
 from prunella.model.unwrap import unwrap
 from prunella.planning.plan import Plan
 from prunella.types import Mask
@@ -37,7 +38,7 @@ def apply_(model: M, plan: Plan, *, regrow: bool = False) -> M:
         >>> masked is model, int(model.weight.count_nonzero())
         (True, 16)
     """
-    root = unwrap(model)
+    root = unwrap(plain_weights_(model))
     named: dict[str, Tensor] = dict(root.named_buffers(remove_duplicate=False))
     named |= dict(root.named_parameters(remove_duplicate=False))
     weights = [(_parameter(named, name, new.shape), new) for name, new in plan.weights.items()]

@@ -11,7 +11,8 @@ from torch.optim import Optimizer
 
 from prunella.errors import NotSupported, RequestError
 from prunella.graph.cut.block_surgery import renamed
-from prunella.model.unwrap import unwrap
+from prunella.model.torch_masks import plain_names
+from prunella.model.unwrap import bare_optimizer, unwrap
 from prunella.planning.plan import Plan
 
 _Axes = Mapping[int, Tensor]
@@ -29,11 +30,12 @@ def carry_(optimizer: Optimizer, dense: nn.Module, small: nn.Module, plan: Plan)
     Errors, before anything is changed: `RequestError` if no parameter of `dense` is in the optimizer or `small` lacks
     one, `NotSupported` for a state tensor whose shape does not follow that of the parameter.
     """
-    dense, small = unwrap(dense), unwrap(small)
-    names = {parameter: name for name, parameter in dense.named_parameters()}
+    optimizer, dense, small = bare_optimizer(optimizer), unwrap(dense, computed=True), unwrap(small)
+    bare = plain_names(dense)
+    names = {parameter: bare.get(name, name) for name, parameter in dense.named_parameters()}
     aliases: dict[Tensor, list[str]] = {}
     for alias, tensor in dense.named_parameters(remove_duplicate=False):
-        aliases.setdefault(tensor, []).append(alias)
+        aliases.setdefault(tensor, []).append(bare.get(alias, alias))
     small_parameters = dict(small.named_parameters(remove_duplicate=False))
     trained = [p for group in optimizer.param_groups for p in group["params"] if p in names]
     if not trained:
@@ -41,7 +43,9 @@ def carry_(optimizer: Optimizer, dense: nn.Module, small: nn.Module, plan: Plan)
             "the optimizer trains no parameter of the dense model", "its groups hold others", "pass the model it trains"
         )
     carried: dict[Tensor, tuple[Tensor, dict[str, Any]]] = {}
-    new_names, dropped = renamed(dense, plan.dropped), list[Tensor]()
+    new_names, dropped = dict[str, str](), list[Tensor]()
+    for name, new in renamed(dense, plan.dropped).items():
+        new_names[bare.get(name, name)] = new.removesuffix("_orig") if name in bare else new
     for parameter in trained:
         name = names[parameter]
         new_name = next((new_names[n] for n in aliases[parameter] if n in new_names), None)

@@ -15,9 +15,10 @@ from prunella.graph.verify import check
 from prunella.model.copying import copied
 from prunella.model.masks import slice_masks_
 from prunella.model.state import outside_inference
-from prunella.model.unwrap import unwrap
+from prunella.model.torch_masks import with_plain_weights
 from prunella.planning.plan import Plan
 from prunella.transform.apply import apply_
+from prunella.transform.configuration import follow_configuration_
 from prunella.types import Examples, Inputs
 
 
@@ -28,7 +29,9 @@ def shrink(model: nn.Module, plan: Plan, *, inputs: Inputs | Examples | None = N
     float64 with the masked model, in which dropped blocks are bypassed, on the example inputs of the plan (or on
     `inputs`), on another batch size and image or sequence length where the model accepts them, and tried once in
     training mode if the dense model runs in this mode on these inputs. Gradients are cut with their parameters;
-    `carry_` does the same for the state of an optimizer.
+    `carry_` does the same for the state of an optimizer. A model of transformers has the configuration of what it is
+    now, so that its own `save_pretrained` writes what `from_pretrained` reads; where no configuration describes it,
+    `save_pretrained` refuses, and `prunella.save` writes it.
 
     Raises `RequestError` if the plan is not for this model, `NotSupported` if the smaller module does not run or if no
     output can be compared, and `CheckFailed` if its outputs differ. A module that fails the check is never returned.
@@ -46,7 +49,7 @@ def shrink(model: nn.Module, plan: Plan, *, inputs: Inputs | Examples | None = N
         )
     """
     with outside_inference():
-        return _shrunk(unwrap(model), plan, inputs)
+        return _shrunk(with_plain_weights(model), plan, inputs)
 
 
 def _shrunk(model: nn.Module, plan: Plan, inputs: Inputs | Examples | None) -> nn.Module:
@@ -63,6 +66,7 @@ def _shrunk(model: nn.Module, plan: Plan, inputs: Inputs | Examples | None) -> n
             check(dense, small, plan.changes, example, example=number)
         check_sizes(dense, small, plan.changes, first, others)
         _check_training(dense, small, plan.changes, first)
+    follow_configuration_(small, dense, plan, first if plan.inputs is None else plan.small_inputs)
     return small
 
 

@@ -14,7 +14,7 @@ from prunella.errors import CheckFailed, NotSupported
 from prunella.graph.other_sizes import other_sizes, positions, samples
 from prunella.graph.solve.groups import couple
 from prunella.graph.verify import verify
-from prunella.model.forward import tensors
+from prunella.model.trees import tensors
 from prunella.types import Examples
 
 

@@ -18,8 +18,8 @@ from prunella.graph.program.literals import module_of
 from prunella.graph.verify import relative_error
 from prunella.model.forward import outputs_of
 from prunella.model.state import mode
+from prunella.model.torch_masks import with_plain_weights
 from prunella.model.trees import tensors
-from prunella.model.unwrap import unwrap
 
 TOLERANCE = 1e-4
 """Largest allowed difference between a model and its program, relative to the largest output."""
@@ -50,7 +50,7 @@ def as_program(model: nn.Module, inputs: Any) -> nn.Module:
         >>> sorted(pr.plan(program, torch.randn(2, 4), target=pr.Params(0.5)).keep)
         ['0']
     """
-    model = unwrap(model)
+    model = with_plain_weights(model)
     with mode(model, training=False), quiet():
         with torch.no_grad():
             expected = outputs_of(model, inputs)

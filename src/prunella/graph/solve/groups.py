@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from prunella.errors import BadInput, NotSupported, PruningError, one_line
 from prunella.graph.cut.macs import with_macs
@@ -127,7 +127,9 @@ def _graph(record: Trace, model: nn.Module) -> Graph:
         uncounted={name: unknown.calls for name, unknown in sorted(record.uncounted.items())},
         hidden={name: tuple(sorted(unknown.reads)) for name, unknown in sorted(record.uncounted.items())},
         readers=record.readers,
-        unused=tuple(name for name in record.tensors if name not in record.axes and name in record.parameters),
+        unused=tuple(
+            n for n in record.tensors if n in record.parameters - record.axes.keys() and _plain(record.tensors[n])
+        ),
         runs=tuple(_runs(equations, record, numbers)),
         numbered=tuple(_numbered(equations, record, numbers)),
         turns=tuple(turns(record)),
@@ -338,7 +340,13 @@ def _entity(record: Trace, name: str) -> Entity:
     used = name in record.axes
     shape = tuple(int(n) for n in tensor.shape)
     parameter = name in record.parameters
-    return Entity(name, record.names[name], shape, tensor.element_size(), parameter, used, tensor.requires_grad)
+    trained = tensor.requires_grad or not _plain(tensor)  # of quantized weights nothing can be said
+    return Entity(name, record.names[name], shape, tensor.element_size(), parameter, used, trained)
+
+
+def _plain(tensor: Tensor) -> bool:
+    """Whether torch itself reads a tensor, and not only the library of its subclass."""
+    return type(tensor.data) is Tensor
 
 
 def _layers(work: Iterable[Work]) -> Iterator[Layer]:

@@ -16,6 +16,7 @@ import torch
 from torch import fx
 
 from prunella.graph.trace.tracked_int import plain
+from prunella.model.user_code import short
 
 GENERATED = "<eval_with_key>"
 """Prefix of the file names of generated code."""
@@ -74,11 +75,3 @@ def _source(node: fx.Node) -> str:
     frames = _LINE.findall(node.meta.get("stack_trace") or "")
     model_frames = [(path, line) for path, line in frames if not path.startswith(LIBRARY)]
     return f"{short(model_frames[-1][0])}:{model_frames[-1][1]}" if model_frames else node.name
-
-
-def short(path: str) -> str:
-    """A short path: from the package on, or the last two parts."""
-    parts = Path(path).parts
-    if "site-packages" in parts:
-        return "/".join(parts[parts.index("site-packages") + 1 :])
-    return "/".join(parts[-2:])

@@ -1,5 +1,8 @@
 """Importers: what other tools pruned becomes a plan. Files are read as data only, and nothing of them is trusted."""
 
+from typing import TYPE_CHECKING
+
+from prunella.errors import suggesting
 from prunella.io.importers.checkpoint import neural_compressor as neural_compressor
 from prunella.io.importers.checkpoint import sparseml as sparseml
 from prunella.io.importers.checkpoint import zeros as zeros
@@ -23,3 +26,7 @@ __all__ = [
 
 def __dir__() -> list[str]:
     return __all__
+
+
+if not TYPE_CHECKING:
+    __getattr__ = suggesting(__name__)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from prunella.errors import BadInput, RequestError
+from prunella.io.checkpoint import only_weights
 from prunella.types import Mask
 
 State = Mapping[str, Any]
@@ -34,17 +35,9 @@ class Imported:
 def tensors_of(state: State) -> dict[str, Tensor]:
     """The named tensors of a checkpoint; those of the entry that holds the weights if they are one level down.
 
-    Errors: BadInput if there are none.
+    Errors: BadInput if there are none, RequestError if several entries may be meant.
     """
-    flat = {str(name): value for name, value in state.items() if isinstance(value, Tensor)}
-    if flat:
-        return flat
-    for key in ("state_dict", "model_state_dict", "model", "ema"):
-        inner = state.get(key)
-        if isinstance(inner, Mapping) and any(isinstance(value, Tensor) for value in inner.values()):
-            return tensors_of(inner)
-    names = ", ".join(map(str, list(state)[:4])) or "nothing"
-    raise BadInput("there are no tensors in the checkpoint", f"it holds {names}", "give model.state_dict()")
+    return only_weights(state, "the checkpoint")
 
 
 def as_mask(value: object, name: str) -> Mask:

@@ -12,21 +12,22 @@ from torch import Tensor, nn
 from prunella.errors import BadInput, RequestError
 from prunella.graph.data import Graph
 from prunella.graph.solve.groups import couple
+from prunella.io.checkpoint import Names
 from prunella.io.importers.checkpoint import neural_compressor, repeated, sparseml, zeros
 from prunella.io.importers.compressed import PARTS, compressed_tensors
 from prunella.io.importers.imported import Imported, State, tensors_of
 from prunella.io.importers.patterns import pattern_of
 from prunella.io.importers.reading import Source, read_source
 from prunella.io.importers.torch_masks import needs_masks, torch_ao, torch_prune
+from prunella.model.copying import copied
 from prunella.model.state import untouched
-from prunella.model.unwrap import unwrap
+from prunella.model.torch_masks import with_plain_weights
 from prunella.planning.plan import Plan
+from prunella.planning.zeros import plan_zeros
+from prunella.transform.apply import apply_
 from prunella.types import Inputs, Mask
 
 Importer = Callable[[State], Imported]
-_WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
-_COUNTERS = ("n_averaged",)
-"""Buffers that a wrapper adds to the state dict of a model."""
 
 
 def import_plan(
@@ -36,6 +37,8 @@ def import_plan(
     *,
     masks: Source | None = None,
     importer: Importer | None = None,
+    key: str = "",
+    units: bool = False,
     allow_pickle: bool = False,
 ) -> Plan:
     """A plan that makes `model` what another tool pruned: its masks and, where they differ, its weights and buffers.
@@ -44,20 +47,31 @@ def import_plan(
         and then tensors and plain data only) or a folder of safetensors. `model` is a fresh one of the same shapes.
     masks: masks that are kept apart: the `state_dict()` of a sparsifier of torch.ao, or a mapping of masks.
     importer: a function of `prunella.io.importers`, where the kind of checkpoint is not to be found out.
+    key: the entry of the source that holds the weights, where it has several (`model` and `model_ema`).
 
-    Only masks are imported: the shapes stay. `module.`, `_orig_mod.` and `model.` in front of names are seen through.
+    units: plan the removal of the units that are zero in what was imported, as `plan_zeros` does, besides the masks.
+
+    Only masks are imported otherwise: the shapes stay. One prefix that all names share, such as `module.` or `model.`,
+    and what wrappers of torch add to names are taken off; a remark says so.
     Errors: BadInput names what is missing, of another shape, or contradicts itself; also if nothing is pruned.
     """
-    model = unwrap(model)
+    model = with_plain_weights(model)
     if source is model:
         todo = "build the model anew and pass the pruned one as the source"
         raise RequestError("the model and the source are one module", "a plan is made for a plain model", todo)
-    state = read_source(source, allow_pickle=allow_pickle)
+    state = read_source(source, key=key, allow_pickle=allow_pickle)
     found = (importer or importer_of(state, apart=masks is not None))(state)
     if masks is not None:
         found = _joined(found, read_source(masks, allow_pickle=allow_pickle))
     with untouched(model, 0):
-        return _Fit(model, couple(model, inputs), found).plan(inputs)
+        plan = _Fit(model, couple(model, inputs), found).plan(inputs)
+    return _without_units(model, plan, inputs) if units else plan
+
+
+def _without_units(model: nn.Module, plan: Plan, inputs: Inputs) -> Plan:
+    """The plan that also removes the units that its masks and weights leave at zero."""
+    cut = plan_zeros(apply_(copied(model), plan), inputs)
+    return replace(cut, masks=plan.masks, weights=plan.weights, remarks=(*plan.remarks, *cut.remarks))
 
 
 def importer_of(state: State, *, apart: bool = False) -> Importer:
@@ -109,33 +123,24 @@ class _Fit:
     def plan(self, inputs: Inputs) -> Plan:
         """The plan, if everything fits."""
         own = self._own()
-        rename = self._renaming(own)
-        weights = self._weights(own, rename)
-        masks = self._masks(own, rename)
+        names = Names.of([*self.found.weights, *self.found.masks], frozenset(own))
+        weights = self._weights(own, names)
+        masks = self._masks(own, names)
         plan = Plan.of_masks(self.graph, masks, pattern=pattern_of, inputs=inputs, frozen=())
         total, kept = sum(row.total for row in plan.rows), sum(row.kept for row in plan.rows)
         if total and not kept:
             raise BadInput("everything is zero", f"all {total} weights are pruned", "give a checkpoint with weights")
         origin = f"imported from {self.found.origin}: {len(masks)} masks"
-        return replace(plan, weights=weights, remarks=(origin, *self.found.remarks))
+        read = (f"the checkpoint: {names.said}",) if names.said else ()
+        return replace(plan, weights=weights, remarks=(origin, *read, *self.found.remarks))
 
     def _own(self) -> dict[str, Tensor]:
         """Parameters and buffers of the model under all their names."""
         named = dict(self.model.named_buffers(remove_duplicate=False))
         return named | dict(self.model.named_parameters(remove_duplicate=False))
 
-    def _renaming(self, own: Mapping[str, Tensor]) -> Callable[[str], str]:
-        """The first way to read names under which most of them are names of the model."""
-        names = {**self.found.masks, **self.found.weights}
-        ways: list[Callable[[str], str]] = [str, _bare, _barest, lambda n: _bare(n).removeprefix("model.")]
-        ways.append(lambda name: f"model.{_bare(name)}")
-        return max(ways, key=lambda way: sum(way(name) in own for name in names))
-
-    def _weights(self, own: Mapping[str, Tensor], rename: Callable[[str], str]) -> dict[str, Tensor]:
-        found = {name: value for name, value in self.found.weights.items() if name in own or name not in _COUNTERS}
-        given = {rename(name): value for name, value in found.items()}
-        if len(given) < len(found):
-            raise BadInput("two names of the checkpoint mean one weight", "they differ in what wraps the model only")
+    def _weights(self, own: Mapping[str, Tensor], names: Names) -> dict[str, Tensor]:
+        given = names.renamed(self.found.weights, "the checkpoint")
         if not given:
             return {}
         aliases = {alias: e.names for e in self.graph.entities.values() for alias in e.names}
@@ -150,12 +155,12 @@ class _Fit:
                 raise BadInput(f"{name} is not finite", "it holds NaN or infinity", "give a checkpoint that is sound")
         return {n: v.detach().cpu() for n, v in given.items() if not _equal(v, own[n])}
 
-    def _masks(self, own: Mapping[str, Tensor], rename: Callable[[str], str]) -> dict[str, Mask]:
+    def _masks(self, own: Mapping[str, Tensor], names: Names) -> dict[str, Mask]:
         entity = {alias: e.name for e in self.graph.entities.values() for alias in e.names}
         layers = {layer.entity for layer in self.graph.layers}
         masks: dict[str, Mask] = {}
         for name, given in self.found.masks.items():
-            here = rename(name)
+            here = names.read(name)
             if here not in own:
                 raise _unfit([], [here], own)
             blocks, owner = "neural-compressor" in self.found.origin, entity.get(here, here)
@@ -170,20 +175,6 @@ class _Fit:
         if not masks:
             raise BadInput("nothing is pruned in this checkpoint", "no mask and no zero in a weight", "give another")
         return masks
-
-
-def _bare(name: str) -> str:
-    for wrapper in _WRAPPERS:
-        name = name.replace(wrapper, "")
-    return name.removeprefix("module.")
-
-
-def _barest(name: str) -> str:
-    """The name without any wrapper, where several are nested."""
-    name = _bare(name)
-    while name.startswith("module."):
-        name = name.removeprefix("module.")
-    return name
 
 
 def _equal(new: Tensor, old: Tensor) -> bool:

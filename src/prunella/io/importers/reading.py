@@ -10,21 +10,38 @@ from typing import Any
 from torch import nn
 
 from prunella.errors import BadInput, NotSupported, RequestError
-from prunella.io.checkpoint_file import load_tensors_only
+from prunella.io.checkpoint import entry_of, read_pickled
 from prunella.io.importers.imported import State
 from prunella.io.json import read_config
+from prunella.io.load import check_no_adapter
 from prunella.io.state import load_tensors
 from prunella.io.untrusted import check_links
+from prunella.model.unwrap import unwrap
 
 Source = State | nn.Module | str | os.PathLike[str]
 
 
-def read_source(source: Source, *, allow_pickle: bool = False) -> State:
-    """A mapping as it is, all tensors of a module, or what is in a file or folder.
+def read_source(source: Source, *, key: str = "", allow_pickle: bool = False) -> State:
+    """A mapping as it is, all tensors of a module, or what is in a file or folder; of these the entry `key`.
 
     Errors: BadInput for a file that is broken or not to be trusted, RequestError for something else altogether.
     """
+    state = _whole(source, allow_pickle=allow_pickle)
+    if not key:
+        return state
+    inner = entry_of(state, key, _called(source))
+    if not isinstance(inner, Mapping):
+        raise RequestError(f"the entry {key!r} holds no weights", f"it is a {type(inner).__name__}", "give another")
+    return inner
+
+
+def _called(source: Source) -> str:
+    return str(source) if isinstance(source, str | os.PathLike) else "the checkpoint"
+
+
+def _whole(source: Source, *, allow_pickle: bool) -> State:
     if isinstance(source, nn.Module):
+        source = unwrap(source, computed=True)
         # Not its state dict, which leaves the masks of torch.ao out.
         named = [*source.named_parameters(remove_duplicate=False), *source.named_buffers(remove_duplicate=False)]
         return {name: value.detach() for name, value in named}
@@ -43,6 +60,7 @@ def read_source(source: Source, *, allow_pickle: bool = False) -> State:
 
 def _folder(folder: Path) -> State:
     check_links(folder)
+    check_no_adapter(folder)
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise BadInput(f"{folder} has no weights", "no *.safetensors file in it", "give the folder with the weights")
@@ -60,11 +78,7 @@ def _folder(folder: Path) -> State:
 
 
 def _torch(file: Path, *, allow_pickle: bool) -> State:
-    if not allow_pickle:
-        why = f"{file.suffix or 'this'} is no safetensors file; a pickle can run code when read"
-        todo = "convert it, or allow it (--allow-pickle, allow_pickle=True): tensors and plain data only are read"
-        raise BadInput(f"refused to read {file}", why, todo)
-    found = load_tensors_only(file)
+    found = read_pickled(file, allow_pickle=allow_pickle)
     if not isinstance(found, Mapping):
         raise NotSupported(f"{file} holds a {type(found).__name__}", "a mapping of tensors is needed")
     return found

@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from prunella.errors import BadInput, NotSupported
-from prunella.io.load import call_user, class_of, import_transformers
+from prunella.io.load import class_of, import_transformers
 from prunella.io.tensor_file import StoredTensor
 from prunella.llm.streaming.conversion import Converted, Files
 from prunella.model.rng import seeded
 from prunella.model.trees import tensors
+from prunella.model.user_code import call_user
 
 
 class _EmptyOnMeta(TorchFunctionMode):

@@ -17,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 from prunella.criteria import magnitude
 from prunella.errors import CheckFailed, RequestError
 from prunella.model.masks import forget_masks_, pack, record_, records, saved_masks
-from prunella.model.unwrap import unwrap
+from prunella.model.unwrap import bare_optimizers, unwrap
 from prunella.planning.scoring import Criterion
 from prunella.registry.controlled import name_of
 from prunella.registry.method import needs_of
@@ -70,7 +70,7 @@ class DropGrow:
             raise RequestError(f"steps={steps}, every={every} are out of range", "both are from 1 up", "every=100")
         self.model, self.rule, self.steps, self.every, self.seed = unwrap(model), rule, steps, every, seed
         self.taken, self._due = 0, False
-        optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
+        optimizers = bare_optimizers(optimizer)
         self._owner = {p: one for one in optimizers for group in one.param_groups for p in group["params"]}
         self._grads: dict[nn.Parameter, Tensor] = {}
         self._take(*_taking_part(self.model, layers))

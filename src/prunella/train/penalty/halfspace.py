@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from prunella.errors import RequestError
+from prunella.model.unwrap import bare_optimizer
 from prunella.registry.method import training
 from prunella.train.penalty.proximal import rates, trained_by
 from prunella.train.penalty.units import CoupledUnits, Units
@@ -53,6 +54,7 @@ class HalfSpace:
         self.start, self.taken = start, 0
         named = units.named(model)
         self._named = {part.name: named[part.name] for group in units.groups for part in group.slices}
+        optimizer = bare_optimizer(optimizer)
         trained_by(optimizer, self._named)
         self._before: dict[str, Tensor] = {}
         self._handles = [

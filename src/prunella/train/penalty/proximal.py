@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from prunella.errors import RequestError
+from prunella.model.unwrap import bare_optimizer
 from prunella.registry.method import training
 from prunella.train.penalty.units import CoupledUnits, Named, Units
 
@@ -96,6 +97,7 @@ class Proximal:
             raise RequestError("Proximal needs a positive strength", why, "for example group=1e-2")
         self.units, self.l1, self.group, self.min_units = units, l1, group, min_units
         self._named = units.named(model)
+        optimizer = bare_optimizer(optimizer)
         trained_by(optimizer, self._named)
         self._handle = optimizer.register_step_post_hook(self._after_step)
 

@@ -19,6 +19,7 @@ from prunella.graph.data import Graph, Group, Layer, Member, Role
 from prunella.graph.match import check_patterns, chosen, names_of_layer, spared
 from prunella.graph.solve.groups import couple
 from prunella.model.state import untouched
+from prunella.model.torch_masks import with_plain_weights
 from prunella.model.unwrap import unwrap
 from prunella.stats.subject import first_seen
 from prunella.types import Inputs
@@ -132,7 +133,7 @@ def coupled_units(
     inputs, skip, only: as for `prunella.plan`. granularity: channels, heads or both. Zero channels and heads can be
     removed exactly; a width under a norm cannot. Errors: RequestError, and NotSupported if nothing can be pruned.
     """
-    model = unwrap(model)
+    model = with_plain_weights(model)
     granularities = granularity if isinstance(granularity, tuple) else (granularity,)
     wrong = [entry for entry in granularities if not isinstance(entry, Channel | Head)]
     if wrong or not granularities:

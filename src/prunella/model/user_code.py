@@ -1,0 +1,133 @@
+"""Whose code raised an error: the frames of the user's own functions, and what a user's function returned."""
+
+from __future__ import annotations
+
+import functools
+import linecache
+import os
+import re
+import sysconfig
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from prunella.errors import BadInput, PruningError, RequestError, out_of_resources
+
+_OWN = f"{Path(__file__).parents[1]}{os.sep}"
+_TORCH = f"{Path(torch.__file__).parent}{os.sep}"
+_INSTALLED = tuple({f"{sysconfig.get_paths()[key]}{os.sep}" for key in ("stdlib", "platstdlib", "purelib", "platlib")})
+_CALLS_OF_OTHERS = (f"nn{os.sep}modules{os.sep}module.py", f"utils{os.sep}data{os.sep}")
+"""Files of torch that run a module or a dataset: what they call belongs to the user, wherever it is installed."""
+_PASS_ON = frozenset({"__torch_function__", "__torch_dispatch__", "<lambda>"})
+"""Functions of prunella that pass a call on unchanged: an error that they end with comes from that call."""
+_WRITTEN = re.compile(r'File "([^"\n]+)", line (\d+), in ([^\n]+)')
+
+
+@dataclass(frozen=True)
+class Frame:
+    """A running function: its file, line and name."""
+
+    file: str
+    line: int
+    function: str
+
+    @property
+    def own(self) -> bool:
+        """Whether it is a function of prunella."""
+        return self.file.startswith(_OWN)
+
+    @property
+    def of_user(self) -> bool:
+        """Whether it is in a file of the user: neither of prunella, nor of Python, nor of an installed package."""
+        return not self.own and not self.file.startswith(("<", *_INSTALLED)) and "site-packages" not in self.file
+
+    def __str__(self) -> str:
+        source = linecache.getline(self.file, self.line).strip()
+        path = os.path.relpath(self.file)
+        name = short(self.file) if path.startswith(os.pardir) or not self.of_user else path
+        return f"{name}:{self.line}, in {self.function}" + (f": {source[:120]}" if source else "")
+
+
+def short(path: str) -> str:
+    """A short path: from the package on, or the last two parts."""
+    parts = Path(path).parts
+    if "site-packages" in parts:
+        return "/".join(parts[parts.index("site-packages") + 1 :])
+    return "/".join(parts[-2:])
+
+
+def user_frames(error: BaseException) -> tuple[Frame, ...]:
+    """The user's own frames of an error or of its causes, the innermost first; also those of another process."""
+    own = tuple(frame for frame in _frames(error) if frame.of_user)
+    cause = error.__cause__
+    return own[::-1] or (user_frames(cause) if cause is not None else ())
+
+
+def raised_by_user(error: BaseException, *, at_boundary: bool = False) -> bool:
+    """Whether code of the user raised an error: their function, dataset or model, called by prunella.
+
+    at_boundary: the caller has just called a function of the user, so that everything but prunella's own code is
+    theirs.
+    """
+    frames = list(_frames(error))
+    last = max((k for k, frame in enumerate(frames) if frame.own and frame.function not in _PASS_ON), default=-1)
+    inner = frames[last + 1 :]
+    called = any(frame.of_user or _calls_others(frame) for frame in inner)
+    return called or (at_boundary and last <= 0)
+
+
+def user_error(error: BaseException, what: str) -> PruningError:
+    """The typed error for what code of the user raised, with the line that raised it."""
+    frames = user_frames(error) or tuple(_frames(error))[::-1]
+    place = next((frame for frame in frames if not frame.own and not frame.file.startswith(_TORCH)), None)
+    why = " ".join(f"{type(error).__name__}: {error}".partition("Original Traceback")[0].split())
+    todo = "mend it there; --debug shows the whole traceback"
+    return out_of_resources(error) or BadInput(what, f"{why} ({place})" if place else why, todo)
+
+
+def call_user(function: Callable[..., Any], spec: str, *args: Any, **kwargs: Any) -> Any:
+    """Call what the user gave; an error of theirs is told as theirs, with its line. Errors of prunella pass."""
+    try:
+        return function(*args, **kwargs)
+    except PruningError:
+        raise
+    except (Exception, SystemExit) as error:
+        if raised_by_user(error, at_boundary=True):
+            raise user_error(error, f"{spec} failed") from error
+        raise
+
+
+def as_user_function(function: Callable[..., Any], spec: str) -> Callable[..., Any]:
+    """The function, called by `call_user`; its contents in an identity are those of the function itself."""
+    return functools.wraps(function)(functools.partial(call_user, function, spec))
+
+
+def number_of(value: Any, what: str) -> float:
+    """A number that a function of the user returned. Errors: RequestError for anything else."""
+    try:
+        return float(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        shape = f" of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else ""
+        why = f"it returned a {type(value).__name__}{shape}"
+        raise RequestError(f"{what} must return one number", why, "return a float, higher is better") from error
+
+
+def _frames(error: BaseException) -> Iterator[Frame]:
+    """The frames from the outermost on; after them those that the error quotes from another process."""
+    step = error.__traceback__
+    while step is not None:
+        code = step.tb_frame.f_code
+        yield Frame(code.co_filename, step.tb_lineno, code.co_name)
+        step = step.tb_next
+    quoted = [str(error)] if "Original Traceback" in str(error) else []
+    if type(error.__cause__).__name__ == "_RemoteTraceback":
+        quoted.append(str(error.__cause__))
+    for text in quoted:
+        yield from (Frame(file, int(line), name) for file, line, name in _WRITTEN.findall(text))
+
+
+def _calls_others(frame: Frame) -> bool:
+    return frame.file.startswith(_TORCH) and frame.file.removeprefix(_TORCH).startswith(_CALLS_OF_OTHERS)
