@@ -12,13 +12,11 @@ import math
 import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -27,8 +25,7 @@ from prunella.graph.data import Ints, ReasonKind, Role
 from prunella.graph.noise import drops
 from prunella.graph.solve.labels import WHOLE, Dim, Ledger, Reason, Run, Soft
 from prunella.graph.sources import FORMS, Sources
-from prunella.graph.trace.caches import uncached
-from prunella.graph.trace.dataflow import Flow, watched
+from prunella.graph.trace.dataflow import Flow
 from prunella.graph.trace.source import called, where
 from prunella.graph.trace.tracked_int import (
     Attr,
@@ -39,11 +36,8 @@ from prunella.graph.trace.tracked_int import (
     bare,
     leaves,
     plain,
-    tracked_attributes,
 )
 from prunella.graph.work import Term
-from prunella.model.forward import forward, returned, states
-from prunella.model.trees import own, tensors
 
 log = logging.getLogger(__name__)
 Axis = tuple[str, int]
@@ -190,7 +184,7 @@ class Trace:
     def value(self, tensor: Tensor) -> TracedValue:
         """The labels of a tensor. Parameters and buffers get labels on first use; unknown tensors are always kept."""
         if tensor not in self.values:
-            name = self.aliases.get(_storage_key(tensor))
+            name = self.aliases.get(storage_key(tensor))
             self.values[tensor] = self._entity(name) if name else TracedValue.plain([WHOLE] * tensor.dim())
         value: TracedValue = self.values[tensor]
         return value
@@ -299,7 +293,7 @@ class Trace:
         return where(sys._getframe(1))
 
 
-def _storage_key(tensor: Tensor) -> tuple[Any, ...]:
+def storage_key(tensor: Tensor) -> tuple[Any, ...]:
     """A key that is equal for all Python objects of the same memory, such as those of `.data`."""
     try:
         storage = tensor.untyped_storage()._cdata
@@ -308,7 +302,7 @@ def _storage_key(tensor: Tensor) -> tuple[Any, ...]:
     return (storage, tensor.storage_offset(), tuple(tensor.shape), tuple(tensor.stride()))
 
 
-class _Calls(TorchFunctionMode):
+class Calls(TorchFunctionMode):
     """Records the raw Python arguments, and returns tracked integers for `shape`."""
 
     def __init__(self, trace: Trace) -> None:
@@ -372,7 +366,7 @@ class _Calls(TorchFunctionMode):
                 self.trace.leak(argument.expression)
 
 
-class _Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Applies the rules to every ATen operation."""
 
     @classmethod
@@ -419,65 +413,3 @@ OPAQUE = frozenset(
     "_native_multi_head_attention _transformer_encoder_layer_fwd ctc_loss".split()
 )
 """Calls that check or compute sizes that neither mode observes."""
-
-
-def _entities(model: nn.Module) -> tuple[dict[str, tuple[str, ...]], dict[str, Tensor], set[str]]:
-    """Parameters and buffers by identity: first name -> all names, first name -> tensor, and which are parameters."""
-    names: dict[int, list[str]] = {}
-    by_id: dict[int, Tensor] = {}
-    parameters = [*model.named_parameters(remove_duplicate=False)]
-    for name, tensor in [*parameters, *model.named_buffers(remove_duplicate=False)]:
-        names.setdefault(id(tensor), []).append(name)
-        by_id[id(tensor)] = tensor
-    first = {key: aliases[0] for key, aliases in names.items()}
-    kinds = {first[id(p)] for _, p in parameters}
-    return {first[k]: tuple(v) for k, v in names.items()}, {first[k]: t for k, t in by_id.items()}, kinds
-
-
-@dataclass(frozen=True)
-class TracedRun:
-    """A run and its record, as long as what it made exists. inputs: the copy that the model had, and may have filled.
-
-    handed_on: tensors of states that the model hands on to its next run.
-    """
-
-    record: Trace
-    inputs: Any
-    outputs: list[Tensor]
-    handed_on: list[Tensor]
-
-
-def new_record(model: nn.Module, start: int = 1) -> Trace:
-    """An empty record. start: number of its first atom."""
-    names, entities, parameters = _entities(model)
-    record = Trace(names, entities, parameters, Ledger(start))
-    for name, tensor in entities.items():
-        record.aliases[_storage_key(tensor)] = name
-    return record
-
-
-def trace(record: Trace, model: nn.Module, inputs: Any, apply_rule: Callable[..., None]) -> TracedRun:
-    """Run `model` on a copy of `inputs` once and record. All positions of inputs are kept.
-
-    The outputs are taken as long as the modes observe the run: an output may compute its tensors when they are asked
-    for. Errors: those of the model; the record then ends where the run did.
-    """
-    inputs = own(inputs)
-    record.flow.start(inputs)
-    for number, tensor in enumerate(tensors(inputs)):
-        record.values[tensor] = TracedValue.plain([WHOLE] * tensor.dim())
-        record.computed(tensor)
-        if not tensor.is_floating_point():
-            record.given[tensor] = number
-    with ExitStack() as stack:
-        stack.enter_context(torch.no_grad())
-        stack.enter_context(watched(model, record.modules, record.flow))
-        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-        stack.enter_context(tracked_attributes(model, record.leak))
-        stack.enter_context(uncached())
-        stack.enter_context(_Operations(record, apply_rule))
-        stack.enter_context(_Calls(record))
-        output = forward(model, inputs, copy=False)
-        outputs = returned(model, output)
-    record.flow.finish(outputs)
-    return TracedRun(record, inputs, outputs, tensors([states(model, output), states(model, inputs)]))

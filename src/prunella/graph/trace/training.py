@@ -12,7 +12,8 @@ from prunella.errors import NotSupported, one_line
 from prunella.graph.solve.labels import Reason
 from prunella.graph.trace.dataflow import Flow
 from prunella.graph.trace.kept import kept_on, outliving
-from prunella.graph.trace.recorder import Trace, TracedRun, new_record, trace
+from prunella.graph.trace.recorder import Trace
+from prunella.graph.trace.run import TracedRun, new_record, trace
 from prunella.model.state import training_flags, untouched
 from prunella.model.trees import tensors
 

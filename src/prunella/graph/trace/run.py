@@ -1,0 +1,83 @@
+"""One observed run of a model: the record of what its operations do to positions, and what the run returned."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from prunella.graph.solve.labels import WHOLE, Ledger
+from prunella.graph.trace.caches import uncached
+from prunella.graph.trace.dataflow import watched
+from prunella.graph.trace.recorder import Calls, Operations, Trace, TracedValue, storage_key
+from prunella.graph.trace.tracked_int import tracked_attributes
+from prunella.model.forward import forward, inputs_of, returned, states
+from prunella.model.trees import own, tensors
+
+
+def _entities(model: nn.Module) -> tuple[dict[str, tuple[str, ...]], dict[str, Tensor], set[str]]:
+    """Parameters and buffers by identity: first name -> all names, first name -> tensor, and which are parameters."""
+    names: dict[int, list[str]] = {}
+    by_id: dict[int, Tensor] = {}
+    parameters = [*model.named_parameters(remove_duplicate=False)]
+    for name, tensor in [*parameters, *model.named_buffers(remove_duplicate=False)]:
+        names.setdefault(id(tensor), []).append(name)
+        by_id[id(tensor)] = tensor
+    first = {key: aliases[0] for key, aliases in names.items()}
+    kinds = {first[id(p)] for _, p in parameters}
+    return {first[k]: tuple(v) for k, v in names.items()}, {first[k]: t for k, t in by_id.items()}, kinds
+
+
+@dataclass(frozen=True)
+class TracedRun:
+    """A run and its record, as long as what it made exists. inputs: the copy that the model had, and may have filled.
+
+    handed_on: tensors of states that the model hands on to its next run.
+    """
+
+    record: Trace
+    inputs: Any
+    outputs: list[Tensor]
+    handed_on: list[Tensor]
+
+
+def new_record(model: nn.Module, start: int = 1) -> Trace:
+    """An empty record. start: number of its first atom."""
+    names, entities, parameters = _entities(model)
+    record = Trace(names, entities, parameters, Ledger(start))
+    for name, tensor in entities.items():
+        record.aliases[storage_key(tensor)] = name
+    return record
+
+
+def trace(record: Trace, model: nn.Module, inputs: Any, apply_rule: Callable[..., None]) -> TracedRun:
+    """Run `model` on a copy of `inputs` once and record. All positions of inputs are kept.
+
+    The outputs are taken as long as the modes observe the run: an output may compute its tensors when they are asked
+    for. Errors: those of the model; the record then ends where the run did.
+    """
+    with torch.no_grad():
+        inputs = inputs_of(model, own(inputs))
+    record.flow.start(inputs)
+    for number, tensor in enumerate(tensors(inputs)):
+        record.values[tensor] = TracedValue.plain([WHOLE] * tensor.dim())
+        record.computed(tensor)
+        if not tensor.is_floating_point():
+            record.given[tensor] = number
+    with ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(watched(model, record.modules, record.flow))
+        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        stack.enter_context(tracked_attributes(model, record.leak))
+        stack.enter_context(uncached())
+        stack.enter_context(Operations(record, apply_rule))
+        stack.enter_context(Calls(record))
+        output = forward(model, inputs, copy=False)
+        outputs = returned(model, output)
+    record.flow.finish(outputs)
+    return TracedRun(record, inputs, outputs, tensors([states(model, output), states(model, inputs)]))
