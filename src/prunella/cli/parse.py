@@ -15,10 +15,11 @@ from prunella.cli import options
 from prunella.cli.console import note, stage
 from prunella.errors import BadInput, RequestError
 from prunella.graph.program.capture import as_program
-from prunella.io.artifact import PLAN, load, read_manifest
+from prunella.io.artifact import PLAN, load
 from prunella.io.examples import check_forward, example_inputs
 from prunella.io.files import MARKER
 from prunella.io.load import load_model, load_object
+from prunella.io.manifest import read_manifest
 from prunella.io.plan_file import load_plan
 from prunella.io.space import check_apart, check_output_file, check_room_for_journal
 from prunella.model.user_code import as_user_function, call_user

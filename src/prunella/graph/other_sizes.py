@@ -18,12 +18,12 @@ from prunella.errors import CheckFailed, NotSupported
 from prunella.graph.cut.changes import Changes, changes
 from prunella.graph.cut.surgery import change_
 from prunella.graph.data import Graph
-from prunella.graph.solve.tokens import each, known_only, renumber
+from prunella.graph.solve.tokens import known_only, renumber
 from prunella.graph.verify import check, relative_error, verify
 from prunella.model.copying import copied
 from prunella.model.forward import outputs_of
 from prunella.model.state import untouched
-from prunella.model.trees import tensors
+from prunella.model.trees import each, tensors
 from prunella.types import Keep
 
 _FEW = 8

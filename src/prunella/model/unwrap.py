@@ -61,7 +61,7 @@ def torch_pruned(model: nn.Module) -> list[tuple[nn.Module, str]]:
     return found
 
 
-def bare_optimizer(optimizer: Optimizer) -> Optimizer:
+def bare_optimizer(optimizer: object) -> Optimizer:
     """The optimizer that steps the weights, inside wrappers such as those of accelerate (and so of the Trainer).
 
     A wrapper holds an optimizer with the very same parameter groups, under any name. Errors: RequestError for an object

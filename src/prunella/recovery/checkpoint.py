@@ -7,6 +7,7 @@ the data repeats itself: a list, or a loader whose order comes from the generato
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,7 +40,11 @@ class Checkpoint:
     """The file of one training. Without a path nothing is written or read."""
 
     def __init__(
-        self, path: str | Path | None, model: nn.Module, optimizer: Optimizer, identify: Callable[[], Identity]
+        self,
+        path: str | os.PathLike[str] | None,
+        model: nn.Module,
+        optimizer: Optimizer,
+        identify: Callable[[], Identity],
     ) -> None:
         self.path = None if path is None else Path(path)
         self.losses: list[float] = []

@@ -107,7 +107,8 @@ class _Part:
     def costs(self, units: Tensor) -> Tensor:
         columns = self.columns[units]
         weights = self.weight[:, columns].permute(1, 2, 0)  # (units, width, out)
-        return (weights * torch.linalg.solve(self._blocks(columns), weights)).sum((1, 2))
+        solved: Tensor = torch.linalg.solve(self._blocks(columns), weights)
+        return (weights * solved).sum((1, 2))
 
     def remove(self, units: Tensor) -> None:
         for columns in self.columns[units]:

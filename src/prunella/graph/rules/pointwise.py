@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from prunella.graph.data import Role
-from prunella.graph.rules.registry import Context, Returned, rule, same, tensors_in
+from prunella.graph.rules.registry import Context, Returned, rule, same
 from prunella.graph.solve.labels import WHOLE, Dim
 from prunella.graph.trace.recorder import Axis, Trace, TracedValue
+from prunella.graph.work import tensors_in
 
 
 @rule("_prelu_kernel", "hardswish", "rsub", "masked_fill", "copy", "where", "native_dropout", "log_sigmoid_forward",

@@ -73,8 +73,8 @@ def couple(model: nn.Module, inputs: Any, others: Sequence[Any] = ()) -> Graph:
     unread = never_read(model, inputs, graph.unread)
     places = {(entry.owner, entry.name) for entry in unread if entry.index >= 0}
     lists = {(owner, name): tuple(getattr(holder(model, owner), name)) for owner, name in places}
-    added = {"specials": specials(model), "untried": record.untried, "unread": unread, "lists_of_sizes": lists}
-    return replace(graph, **added)
+    graph = replace(graph, unread=unread, lists_of_sizes=lists)
+    return replace(graph, specials=specials(model), untried=record.untried)
 
 
 def _not_run(model: nn.Module, inputs: Any, error: Exception) -> PruningError:
