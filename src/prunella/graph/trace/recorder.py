@@ -197,7 +197,10 @@ class Trace:
 
     def computed(self, tensor: Tensor) -> None:
         """Record the sizes of a tensor that the running module computes."""
-        for size, dim in zip(tensor.shape, self.value(tensor).dims, strict=True):
+        dims = self.value(tensor).dims
+        if len(dims) != tensor.dim():  # its shape has changed in place, as in the source of `quantile`
+            return
+        for size, dim in zip(tensor.shape, dims, strict=True):
             self.sizes.setdefault((self.module(), int(size), tuple(map(id, dim))), dim)
 
     def role(self, axis: Axis | None, role: Role) -> None:
