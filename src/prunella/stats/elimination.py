@@ -106,19 +106,23 @@ class _Part:
 
     def costs(self, units: Tensor) -> Tensor:
         columns = self.columns[units]
+        if columns.shape[1] == 1:  # blocks of one number need no solver
+            diagonal = self._blocks(columns)[:, 0, 0]
+            return self.weight[:, columns[:, 0]].square().sum(0) / diagonal
         weights = self.weight[:, columns].permute(1, 2, 0)  # (units, width, out)
         return (weights * torch.linalg.solve(self._blocks(columns), weights)).sum((1, 2))
 
     def remove(self, units: Tensor) -> None:
-        for columns in self.columns[units]:
-            block = self._blocks(columns[None])[0]
-            rows = torch.linalg.solve(block, self.inverse[columns])
-            self.weight -= self.weight[:, columns] @ rows
-            self.inverse -= self.inverse[:, columns] @ rows
-        gone = self.columns[units].flatten()
-        self.weight[:, gone] = 0
-        self.inverse[gone] = 0
-        self.inverse[:, gone] = 0
+        """Remove units together, which gives the same as one after the other, and close the gaps."""
+        kept = torch.ones(len(self.inverse), dtype=torch.bool)
+        kept[self.columns[units].flatten()] = False
+        kept[-1] = True  # the column of zeros
+        gone = (~kept).nonzero()[:, 0]
+        if len(gone):
+            rows = torch.linalg.solve(self.inverse[gone][:, gone], self.inverse[gone][:, kept])
+            self.weight = self.weight[:, kept] - self.weight[:, gone] @ rows
+            self.inverse = self.inverse[kept][:, kept] - self.inverse[kept][:, gone] @ rows
+            self.columns = (kept.cumsum(0) - 1)[self.columns]
 
     def _blocks(self, columns: Tensor) -> Tensor:
         blocks = self.inverse[columns[:, :, None], columns[:, None, :]]
@@ -134,6 +138,18 @@ def _damping(gram: Gram, ridge: float) -> float:
 # -- gathering -----------------------------------------------------------------------------------------------------
 
 
+FEW, TOKENS = 4096, 16
+"""Most tokens of one call, whatever the inputs, and for each input: neighbouring pixels say much the same."""
+
+
+def spread(x: Tensor, most: int) -> Tensor:
+    """At most so many rows, spread evenly by the golden ratio, so that no period of the rows (image width) repeats."""
+    if len(x) <= most:
+        return x
+    places = torch.arange(most, dtype=torch.float64) * 0.6180339887498949 % 1 * len(x)
+    return x[places.long().to(x.device)]
+
+
 @dataclass
 class Covariance:
     """Count, mean and Gram matrix of the inputs of one matrix, over batches, in float64."""
@@ -145,15 +161,17 @@ class Covariance:
     products: Tensor = field(default_factory=lambda: torch.zeros(0))
 
     def add(self, x: Tensor) -> None:
-        """Add the tokens of one call, `(tokens, in)`."""
+        """Add the tokens of one call, `(tokens, in)`; of many, as many as estimate the matrix well."""
+        x = spread(x, max(FEW, TOKENS * x.shape[1]))
         if not self.tokens:
             self.origin = x.mean(0, dtype=torch.float64) if self.centred else x.new_zeros(x.shape[1]).double()
             self.total, self.products = torch.zeros_like(self.origin), torch.zeros(x.shape[1], x.shape[1]).double()
             self.products = self.products.to(x.device)
-        x = x - self.origin
+        x = (x - self.origin).to(x.dtype if x.dtype.itemsize >= 4 else torch.float32)
         self.tokens += len(x)
-        self.total += x.sum(0)
-        self.products.addmm_(x.T, x)
+        self.total += x.sum(0, dtype=torch.float64)
+        for part in x.split(FEW):  # products of a few tokens in the precision of the model, their sum in float64
+            self.products += part.T @ part
 
     @property
     def gram(self) -> Gram:
