@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 from prunella.errors import RequestError
 from prunella.graph.data import Group
 from prunella.model.copying import copied
-from prunella.model.forward import Outputs, batches, first_tensor, forward
+from prunella.model.forward import Outputs, batches, first_tensor, forward, real_tokens
 from prunella.model.state import mode, untouched
 from prunella.planning.candidates import CandidateUnits
 from prunella.registry.method import search
@@ -83,38 +82,35 @@ def measured(
 Curve = list[tuple[float, float]]
 
 
-@dataclass(frozen=True)
-class Judge:
-    """How cuts are judged. model: it is changed and restored. run: gives the outputs of (model, batch)."""
-
-    model: nn.Module
-    batches: Sequence[Any]
-    run: Outputs = forward
-    distance: Distance | None = None
-
-    def recordings(self) -> list[Recording]:
-        """The passes of the dense model."""
-        recordings = list[Recording]()
-        for batch in self.batches:
-            left = MOST - sum(recording.size for recording in recordings)
-            recordings.append(Recording.of(partial(self.run, self.model, batch), left))
-        return recordings
+def recordings(model: nn.Module, batches: Sequence[Any], run: Outputs = forward) -> list[Recording]:
+    """The passes of the dense model over these batches, within `MOST` bytes together."""
+    passes = list[Recording]()
+    for batch in batches:
+        left = MOST - sum(recording.size for recording in passes)
+        passes.append(Recording.of(partial(run, model, batch), left))
+    return passes
 
 
 def curves(
-    judge: Judge, readers: Readers, groups: Sequence[Group], masks: Sequence[Mapping[int, Mask]], ridge: float
+    passes: Sequence[Recording],
+    readers: Readers,
+    groups: Sequence[Group],
+    masks: Sequence[Mapping[int, Mask]],
+    *,
+    ridge: float = 1e-3,
+    distance: Distance | None = None,
 ) -> Iterator[tuple[str, float, float]]:
     """Group, fraction removed and loss, point after point, for the cuts `masks` (units removed -> kept) of each group.
 
-    Call it in evaluation mode and without gradients. Calls before the first changed layer are not run again.
+    Call it in evaluation mode and without gradients, with readers of the model that was recorded: the model is changed
+    and restored. Calls before the first changed layer are not run again.
     """
-    recordings = judge.recordings()
-    compare = judge.distance or distance_of(recordings[0].output)
+    compare = distance or distance_of(passes[0].output)
     for group, cuts in zip(groups, masks, strict=True):
         parts = readers.of(group.name)
         for count, keep in cuts.items():
             with _cut(parts, keep, ridge) as changed:
-                losses = [compare(recording.output, recording.again(changed)) for recording in recordings]
+                losses = [compare(recording.output, recording.again(changed)) for recording in passes]
             yield group.name, count / group.size, float(np.mean(losses))
 
 
@@ -135,7 +131,8 @@ def _curves(
     with untouched(model, space.recipe.seed), mode(model, training=False), torch.no_grad():
         readers = _fitted(space, subject)
         masks = [_masks(space, index, levels) for index in range(len(groups))]
-        for name, fraction, loss in curves(Judge(model, judge, distance=distance), readers, groups, masks, ridge):
+        passes = recordings(model, judge)
+        for name, fraction, loss in curves(passes, readers, groups, masks, ridge=ridge, distance=distance):
             points[name].append((fraction, loss))
             if on_point:
                 on_point(name, fraction, -loss)
@@ -155,7 +152,7 @@ def _fitted(space: Space, subject: Subject) -> Readers:
     readers = Readers(subject.parameters, subject.groups)
     assert space.source.data is not None
     for batch in batches(space.source.data):
-        with readers.watch():
+        with readers.watch(real_tokens(batch)):
             space.source.run(subject.model, batch)
     return readers
 

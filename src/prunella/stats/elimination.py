@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from prunella.graph.data import Group
+from prunella.model.forward import real_tokens
 from prunella.model.watch import Read, Watch
 from prunella.stats.subject import Subject
 from prunella.types import Gram, Mask
@@ -210,26 +211,27 @@ class Readers:
         self._name_of = {id(p): name for name, p in self._weights.items()}
         self._found: dict[tuple[Any, ...], ReaderOfUnits] = {}
 
-    def watch(self) -> AbstractContextManager[object]:
-        """Watch one forward pass."""
-        return self._watching()
-
     @contextmanager
-    def _watching(self) -> Any:
-        watch = Watch(self._weights.values(), self._add)
+    def watch(self, real: Tensor | None = None) -> Iterator[None]:
+        """Watch one forward pass. real: which tokens are no padding, one after the other."""
+        watch = Watch(self._weights.values(), lambda read: self._add(read, real))
         with watch:
             yield
         watch.finish()
 
-    def _add(self, read: Read) -> None:
+    def _add(self, read: Read, real: Tensor | None) -> None:
         name = self._name_of[id(read.weight)]
         shifts = read.bias is not None or read.norm is not None
         for matrix in range(read.groups):
             key = (name, read.view, matrix)
             if key not in self._found:
                 self._found[key] = ReaderOfUnits(name, read.bare, matrix, Covariance(shifts))
-            for x, _ in read.columns(matrix):
-                self._found[key].covariance.add(x.detach())
+            padded = real is not None and len(real) == len(read.rows(matrix))
+            for x, tokens in read.columns(matrix):
+                if padded and real is not None:
+                    x = x[real[tokens].to(x.device)]
+                if len(x):
+                    self._found[key].covariance.add(x.detach())
 
     def of(self, name: str) -> list[tuple[ReaderOfUnits, Quadratic]]:
         """The matrices with columns of a group; a weight that only selects outputs has none."""
@@ -243,7 +245,7 @@ class Readers:
             shape[member.axis] = -1
             units = positions.view(shape).expand(weight.shape).contiguous()
             for reader in self._found.values():
-                if reader.name == member.entity:
+                if reader.name == member.entity and reader.covariance.tokens:
                     quadratic = reader.quadratic(units)
                     if bool((quadratic.units >= 0).any()):
                         pairs.append((reader, quadratic))
@@ -256,10 +258,15 @@ class UnitLoss:
     def __init__(self, subject: Subject, *, ridge: float = 1e-3) -> None:
         self._groups, self._ridge = [group for group in subject.groups if not group.paths], ridge
         self._readers = Readers(subject.parameters, self._groups)
+        self._real: Tensor | None = None
+
+    def begin(self, batch: Any) -> None:
+        """Told the batch before its pass: its `attention_mask` says what is padding, which counts nothing."""
+        self._real = real_tokens(batch)
 
     def watch(self) -> AbstractContextManager[object]:
         """Watch one forward pass."""
-        return self._readers.watch()
+        return self._readers.watch(self._real)
 
     def add(self, grads: object) -> None:
         """Unused: this statistic needs no gradients."""
