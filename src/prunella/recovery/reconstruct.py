@@ -25,6 +25,7 @@ from prunella.recovery.least_squares import Solution, Sums
 from prunella.recovery.readers import Part, Piece, Reader, Skipped, readers_of
 from prunella.recovery.walk import Passes
 from prunella.registry.method import recovery
+from prunella.stats.elimination import spread
 from prunella.types import Loss
 
 log = logging.getLogger(__name__)
@@ -97,7 +98,8 @@ def reconstruct(
     loss: how to run a model on one batch; by default the model is called on the batch. ridge: from 0 up, 1e-3 to 1e-1
     is usual; with fewer tokens than about twice the inputs of a layer, small values fit noise. "auto": for each layer
     the value of 1e-3 to 10 that errs least on every fourth batch, when the others are fitted; the layer keeps its
-    weights where none helps. All batches then decide the weights. With one batch, 1e-3, or 1e-2 for few tokens.
+    weights where none helps. All batches then decide the weights. With one batch, 1e-3, or 1e-2 for few tokens. Of very
+    many tokens (pixels) of a batch, 16 for each input of the layer are taken.
     Positions where the `attention_mask` of a batch is 0 are padding, and count nothing.
 
     Every operation of `prunella.model.reads` is refitted: linear layers, matrix products, einsum, convolutions of all
@@ -252,7 +254,7 @@ class _Gathering:
         for number, part in enumerate(self._reader.order[: len(actual)]):
             for index, piece in enumerate(self._reader.parts[part].pieces):
                 matrix = self._reader.name, self._reader.parts[part], piece
-                _add(sums[part, index], matrix, actual[number], expected[number : number + 1], real)
+                _add(sums[part, index], matrix, actual[number], expected[number : number + 1], real, self._apart)
 
     @property
     def total(self) -> Gathered:
@@ -278,9 +280,12 @@ def _sum(fit: Sums, held_out: Sums | None) -> Sums:
 
 
 def _add(
-    sums: Sums, matrix: tuple[str, Part, Piece], read: Read, expected: Sequence[Read], real: Tensor | None
+    sums: Sums, matrix: tuple[str, Part, Piece], read: Read, expected: Sequence[Read], real: Tensor | None, few: bool
 ) -> None:
-    """Add one call of one matrix: its inputs in the small model, its outputs in both. real: tokens without padding."""
+    """Add one call of one matrix: its inputs in the small model, its outputs in both.
+
+    real: tokens without padding. few: as many tokens of a call as estimate the matrix well, not all.
+    """
     name, part, piece = matrix
     outputs = read.rows(piece.small, piece.rows)
     expected_outputs = expected[0].rows(piece.dense, piece.expected) if expected else outputs[:0]
@@ -294,13 +299,18 @@ def _add(
     gap = y - outputs.double()
     padded = real is not None and len(real) == len(y)
     for x, tokens in read.columns(piece.small, piece.columns):
-        if padded:
-            assert real is not None
-            chosen = real[tokens].to(x.device)
-            if bool(chosen.any()):
-                sums.add(x[chosen], y[tokens][chosen], gap[tokens][chosen])
+        chosen = real[tokens].nonzero()[:, 0] if padded and real is not None else None
+        count = len(x) if chosen is None else len(chosen)
+        places = spread(count, x.shape[1]) if few else None
+        if places is not None:
+            chosen = places if chosen is None else chosen[places]
+        if chosen is not None:
+            chosen = chosen.to(x.device)
+            x, target, rest = x[chosen], y[tokens][chosen], gap[tokens][chosen]
         else:
-            sums.add(x, y[tokens], gap[tokens])
+            target, rest = y[tokens], gap[tokens]
+        if len(x):
+            sums.add(x, target, rest)
 
 
 def _target(part: Part, piece: Piece, small: Read, dense: Read) -> Tensor:

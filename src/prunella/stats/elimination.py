@@ -143,12 +143,15 @@ FEW, TOKENS = 4096, 16
 """Most tokens of one call, whatever the inputs, and for each input: neighbouring pixels say much the same."""
 
 
-def spread(x: Tensor, most: int) -> Tensor:
-    """At most so many rows, spread evenly by the golden ratio, so that no period of the rows (image width) repeats."""
-    if len(x) <= most:
-        return x
-    places = torch.arange(most, dtype=torch.float64) * 0.6180339887498949 % 1 * len(x)
-    return x[places.long().to(x.device)]
+def spread(tokens: int, inputs: int) -> Tensor | None:
+    """Which tokens of one call to take; None for all.
+
+    Spread evenly by the golden ratio, so that no period (the width of an image) is met again and again.
+    """
+    most = max(FEW, TOKENS * inputs)
+    if tokens <= most:
+        return None
+    return (torch.arange(most, dtype=torch.float64) * 0.6180339887498949 % 1 * tokens).long()
 
 
 @dataclass
@@ -163,7 +166,8 @@ class Covariance:
 
     def add(self, x: Tensor) -> None:
         """Add the tokens of one call, `(tokens, in)`; of many, as many as estimate the matrix well."""
-        x = spread(x, max(FEW, TOKENS * x.shape[1]))
+        places = spread(*x.shape)
+        x = x if places is None else x[places.to(x.device)]
         if not self.tokens:
             self.origin = x.mean(0, dtype=torch.float64) if self.centred else x.new_zeros(x.shape[1]).double()
             self.total, self.products = torch.zeros_like(self.origin), torch.zeros(x.shape[1], x.shape[1]).double()
