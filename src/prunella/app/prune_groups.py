@@ -27,6 +27,10 @@ MIN_DENSITY = 0.1
 """Of the units of a group that are kept, as long as the target can be met so."""
 
 
+STEPS = ((32, 8), (16, 4))
+"""Width from which on channels are rounded, and to multiples of what."""
+
+
 @dataclass(frozen=True)
 class Scope:
     """Groups that may be cut. norms: scores by weights alone. ladders: the steps of each group. rounded: to widths that
@@ -164,7 +168,8 @@ def _check_removal(request: Request, groups: Sequence[Group], targets: Sequence[
 
 
 def _ladder(group: Group, rounded: bool, min_density: float) -> Ladder:
-    """Widths of channels are multiples of 8, or of 4 below 32, if `rounded`."""
-    step = (8 if group.size >= 32 else 4) if rounded and group.kind in ("channel", "width") else 1
+    """In steps of `STEPS` if `rounded`."""
+    step = next((step for width, step in STEPS if group.size >= width), 1) if rounded else 1
+    step = step if group.kind in ("channel", "width") else 1
     ranks = torch.arange(group.size, dtype=torch.float64)
     return ladder(ranks, min_density, math.lcm(group.multiple, step), group.min_units)
