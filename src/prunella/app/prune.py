@@ -62,7 +62,7 @@ class Pruned:
     @property
     def _first(self) -> str:
         reached = ", ".join(_reached(self.plan, target) for target in self.targets)
-        cut = next((stage.after for stage in self.history if stage.name == "cut"), None)
+        cut = next((stage.after for stage in self.history if stage.name == "compare"), None)
         if cut is None:
             return f"NOT RECOVERED, not usable yet: pass data=... (batches of inputs, no labels). {reached}"
         if not any(stage.name in ("reconstruct", "distill") and stage.after is not None for stage in self.history):
@@ -114,25 +114,44 @@ def prune(
         >>> pruned.model[0].out_features
         32
     """
-    targets = _targets(target)
     how, course = _recover(recover), Course(seconds_of(budget), on_stage)
-    model = unwrap(model)
+    asked = asked_of(model, inputs, target=target, data=data, loss=loss, skip=skip, only=only, seed=seed)
+    plan = planned(asked, course)
+    with course.stage("cut"):
+        small = shrink(asked.model, plan)
+    recover_all_(asked, small, plan, how, course)
+    return Pruned(small, plan, tuple(course.history), asked.targets, asked.model)
+
+
+def asked_of(
+    model: nn.Module,
+    inputs: Inputs,
+    *,
+    target: Target | Sequence[Target],
+    data: Iterable[Any] | None,
+    loss: Loss | None,
+    skip: Sequence[str],
+    only: Sequence[str],
+    seed: int,
+) -> Asked:
+    """What is asked, checked. Errors: RequestError, BadInput."""
+    targets, model = _targets(target), unwrap(model)
     check_finite(model)
     batches = None if data is None else split(model, data, loss)
     run = forward if loss is None else outputs_by(loss)
-    asked = Asked(model, inputs, targets, batches, run, tuple(skip), tuple(only), seed)
-    plan = planned(asked, course)
-    with course.stage("cut") as stage:
-        small = shrink(model, plan)
-        if batches is not None:
-            pair = Pair(model, small, plan, batches, run, seed)
-            stage.compared(None, pair.distance())
-            stage.note(batches.note)
-    if batches is None:
+    return Asked(model, inputs, targets, batches, run, tuple(skip), tuple(only), seed)
+
+
+def recover_all_(asked: Asked, small: nn.Module, plan: Plan, how: Recover, course: Course) -> None:
+    """All that follows the cut, in place."""
+    if asked.data is None:
         course.skip("recovery", "there is no data; pass data=...")
-    else:
-        recover_(pair, how, course)
-    return Pruned(small, plan, tuple(course.history), targets, model)
+        return
+    pair = Pair(asked.model, small, plan, asked.data, asked.run, asked.seed)
+    with course.stage("compare") as stage:
+        stage.compared(None, pair.distance())
+        stage.note(asked.data.note)
+    recover_(pair, how, course)
 
 
 def _targets(target: Target | Sequence[Target]) -> tuple[Target, ...]:
