@@ -38,6 +38,14 @@ class Pruned:
 
     history: the stages, with the distance to the dense outputs on held-out batches. report: sizes, times and outputs
     beside the dense model, measured when first read.
+
+    Example:
+
+        >>> import torch, prunella as pr
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 4)).eval()
+        >>> pruned: pr.Pruned = pr.prune(model, torch.randn(2, 8), target=pr.MACs(0.5))
+        >>> print(str(pruned).splitlines()[0])
+        NOT RECOVERED, not usable yet: pass data=... (batches of inputs, no labels). macs=0.5 (asked 0.5)
     """
 
     model: nn.Module
@@ -49,6 +57,7 @@ class Pruned:
     @cached_property
     def report(self) -> Report:
         """Both models side by side. It times them, which takes some seconds."""
+        assert self.plan.inputs is not None, "`prune` was given them"
         return report(self.dense, self.model, self.plan.inputs, plan=self.plan, rounds=10)
 
     @property

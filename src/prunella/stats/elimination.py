@@ -109,9 +109,11 @@ class _Part:
         columns = self.columns[units]
         if columns.shape[1] == 1:  # blocks of one number need no solver
             diagonal = self._blocks(columns)[:, 0, 0]
-            return self.weight[:, columns[:, 0]].square().sum(0) / diagonal
+            costs: Tensor = self.weight[:, columns[:, 0]].square().sum(0) / diagonal
+            return costs
         weights = self.weight[:, columns].permute(1, 2, 0)  # (units, width, out)
-        return (weights * torch.linalg.solve(self._blocks(columns), weights)).sum((1, 2))
+        solved: Tensor = torch.linalg.solve(self._blocks(columns), weights)
+        return (weights * solved).sum((1, 2))
 
     def remove(self, units: Tensor) -> None:
         """Remove units together, which gives the same as one after the other, and close the gaps."""
@@ -175,7 +177,7 @@ class Covariance:
         x = (x - self.origin).to(x.dtype if x.dtype.itemsize >= 4 else torch.float32)
         self.tokens += len(x)
         self.total += x.sum(0, dtype=torch.float64)
-        for part in x.split(FEW):  # products of a few tokens in the precision of the model, their sum in float64
+        for part in torch.split(x, FEW):  # products of a few tokens in the precision of the model, their sum in float64
             self.products += part.T @ part
 
     @property
