@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,8 +9,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from prunella.model.forward import batches, tensors
-from prunella.model.unwrap import unwrap
+from prunella.model.forward import batches, inputs_of
+from prunella.model.trees import tensors
 from prunella.types import Loss
 
 MOST = 128
@@ -46,15 +45,6 @@ def split(model: nn.Module, data: Iterable[Any], loss: Loss | None) -> Batches:
     return Batches((part(listed[0], 0, at),), (part(listed[0], at, count),), note)
 
 
-def inputs_of(model: nn.Module, batch: Any) -> Any:
-    """What of a batch the model takes: as many of the first entries of a tuple or list as the model has arguments."""
-    if isinstance(batch, tuple | list) and len(batch) > 1 and isinstance(batch[0], Tensor | Mapping):
-        most = _arguments(model)
-        if most is not None and len(batch) > most:
-            return batch[0] if most == 1 else tuple(batch[:most])
-    return batch
-
-
 def first(batches: Sequence[Any], samples: int) -> tuple[Any, ...]:
     """The first batches that hold so many samples together, at least one; the last one is cut."""
     chosen, left = list[Any](), samples
@@ -82,14 +72,3 @@ def part(batch: Any, start: int, stop: int, count: int | None = None) -> Any:
         parts = [part(value, start, stop, count) for value in batch]
         return tuple(parts) if isinstance(batch, tuple) else parts
     return batch
-
-
-def _arguments(model: nn.Module) -> int | None:
-    """The largest number of positional arguments of a model; None for any number, or unknown."""
-    try:
-        parameters = inspect.signature(unwrap(model).forward).parameters.values()
-    except (ValueError, TypeError):
-        return None
-    if any(p.kind is p.VAR_POSITIONAL for p in parameters):
-        return None
-    return sum(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from prunella.model.forward import tensors
+from prunella.model.trees import tensors
 
 MOST = 1_500_000_000
 """Most bytes of results that all recordings of one search keep."""
