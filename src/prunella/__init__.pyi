@@ -21,6 +21,8 @@ from . import train as train
 from . import transform as transform
 from .allocation import global_ as global_
 from .allocation import uniform as uniform
+from .app.prune import Pruned as Pruned
+from .app.prune import prune as prune
 from .criteria import magnitude as magnitude
 from .criteria import taylor as taylor
 from .criteria import wanda as wanda
@@ -74,6 +76,7 @@ __all__ = [
     "MACs",
     "Params",
     "Plan",
+    "Pruned",
     "Pruner",
     "PruningError",
     "Recipe",
@@ -102,6 +105,7 @@ __all__ = [
     "metrics",
     "plan",
     "planning",
+    "prune",
     "recalibrate_bn",
     "recipes",
     "reconstruct",

@@ -131,6 +131,19 @@ def test_run_then_verify_report_and_load(prunella: Run, shop: str) -> None:
     assert page.code == 0 and Path(page.data["page"]).is_file() and page.data["params"] == result.data["params"]
 
 
+def test_run_with_data_and_no_method_chooses_the_method(prunella: Run, shop: str) -> None:
+    line = ("run", f"{shop}:net", *IMAGE, "--target", "macs=0.5", "--data", f"{shop}:loader", "--json")
+    result = prunella(*line, "-o", "auto")
+    assert result.code == 0, result.err
+    assert [item["by"] for item in result.data["recovered"]] == ["reconstruct", "bn", "distill"]
+    asked = prunella(*line, "--recipe", "auto", "-o", "asked")
+    assert asked.data["params"] == result.data["params"] and asked.data["outputs"] == result.data["outputs"]
+    plain = prunella(*line, "--recipe", "magnitude", "-o", "plain")
+    assert plain.data["recovered"] == []
+    refused = prunella(*line, "--recipe", "auto", "--granularity", "channel", "-o", "refused")
+    assert refused.code == 2 and "--recipe auto does not go with --granularity" in refused.err
+
+
 def test_a_run_without_recovery_equals_the_masked_model(prunella: Run, shop: str) -> None:
     assert prunella("run", f"{shop}:net", *IMAGE, "--target", "params=0.6", "-o", "out").code == 0
     proof = prunella("verify", "out", f"{shop}:net", "--json").data

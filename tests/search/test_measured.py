@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import prunella as pr
 from prunella.errors import RequestError
-from prunella.search.measured import _every_step, cosine_distance, divergence
+from prunella.search.measured import cosine_distance, divergence, every_step
 
 
 class Net(nn.Module):
@@ -94,11 +94,11 @@ def test_a_plan_takes_the_allocation() -> None:
 
 
 def test_steps_between_the_levels_are_monotone_and_log_linear() -> None:
-    curve = dict(_every_step([(0.25, 1e-4), (0.75, 1e-2)], range(17), 16))
+    curve = dict(every_step([(0.25, 1e-4), (0.75, 1e-2)], range(17), 16))
     assert curve[0.25] == pytest.approx(-1e-4) and curve[0.75] == pytest.approx(-1e-2)
     assert curve[0.5] == pytest.approx(-1e-3) and curve[0.125] == pytest.approx(-5e-5)
     assert curve[1.0] == pytest.approx(-1e-1)
-    dips = dict(_every_step([(0.25, 1e-2), (0.75, 1e-4)], range(17), 16))
+    dips = dict(every_step([(0.25, 1e-2), (0.75, 1e-4)], range(17), 16))
     assert dips[0.75] == pytest.approx(-1e-2)
 
 

@@ -70,6 +70,7 @@ class Job:
 
     data, loss: to score, and to recover. factory: how the dense model is made, for `load`; source: the Hugging Face
     folder that it came from. command: how to do this again. about: what model and data are, in a line for the record.
+    auto: `prune` plans, cuts and recovers; of the recipe the seed alone counts.
     """
 
     recipe: Recipe
@@ -85,6 +86,7 @@ class Job:
     source: str | None = None
     command: str = ""
     about: str = ""
+    auto: bool = False
 
     @property
     def recovery_data(self) -> Iterable[Any] | None:

@@ -16,11 +16,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from prunella.app.job import Job, Quality
+from prunella.app.job import Job, Quality, RecoveryStep, StepKind
+from prunella.app.prune import asked_of, recover_all_
+from prunella.app.prune_plan import Asked
+from prunella.app.prune_plan import planned as planned_by
+from prunella.app.prune_recover import Recover
+from prunella.app.prune_stages import Course
 from prunella.app.record import FORMAT, RECORD
 from prunella.app.recover import Recovered, Tick, recover_
 from prunella.app.stages import Stages, open_stages
-from prunella.errors import CheckFailed
+from prunella.errors import CheckFailed, RequestError
 from prunella.io.artifact import Saved, drafted
 from prunella.io.json import plain, write_json
 from prunella.io.lock import locked
@@ -125,6 +130,8 @@ def _run(
 
 
 def _plan(model: nn.Module, inputs: Inputs, job: Job) -> Plan:
+    if job.auto:
+        return planned_by(_asked(model, inputs, job), Course())
     return plan(
         model, inputs, job.recipe, target=job.target, data=job.data, loss=job.loss,
         skip=list(job.skip), only=list(job.only),
@@ -179,6 +186,8 @@ def _quality(model: nn.Module, job: Job, clock: _Clock, name: str, stages: Stage
 def _recover(
     small: nn.Module, dense: nn.Module, planned: Plan, job: Job, clock: _Clock, stages: Stages
 ) -> tuple[Recovered, ...]:
+    if job.auto:
+        return _recover_auto(small, _asked(dense, planned.inputs, job), planned, clock, stages)
     recovered = []
     for number, step in enumerate(job.recovery.steps, 1):
         parts = len(planned.rows) if step.kind == "reconstruct" else step.steps or 1
@@ -187,6 +196,34 @@ def _recover(
             told = stages.recover(number, small, lambda do=do: do().plain())  # type: ignore[misc]
             recovered.append(Recovered.read(step, told))
     return tuple(recovered)
+
+
+def _asked(model: nn.Module, inputs: Inputs | None, job: Job) -> Asked:
+    """Errors: RequestError without a target."""
+    if job.target is None or inputs is None:
+        raise RequestError("target= is missing", "a budget needs its unit", "for example target=MACs(0.5)")
+    return asked_of(
+        model, inputs, target=job.target, data=job.data, loss=job.loss, skip=job.skip, only=job.only,
+        seed=job.recipe.seed,
+    )  # fmt: skip
+
+
+def _recover_auto(
+    small: nn.Module, asked: Asked, planned: Plan, clock: _Clock, stages: Stages
+) -> tuple[Recovered, ...]:
+    """The stages of `prune`, each as a step."""
+    kinds: dict[str, StepKind] = {"reconstruct": "reconstruct", "absorb": "bn", "distill": "distill"}
+    if asked.data is None:
+        return ()
+
+    def make() -> dict[str, str]:
+        course = Course()
+        recover_all_(asked, small, planned, Recover(), course)
+        return {stage.name: str(stage) for stage in course.history if stage.after is not None}
+
+    with clock.stage("recovering"):
+        told = stages.recover(1, small, make)
+    return tuple(Recovered(RecoveryStep(kind), told[name]) for name, kind in kinds.items() if name in told)
 
 
 def _check_drop(before: Quality, after: Quality, limit: float | None) -> None:

@@ -43,7 +43,10 @@ WeightsKey = Annotated[
     str, typer.Option("--weights-key", metavar="K", help="The entry of FILE with the weights: model_ema, for example.")
 ]
 AllowPickle = Annotated[bool, typer.Option("--allow-pickle", help="Read pickled weights too (tensors only).")]
-RecipeName = Annotated[str, typer.Option("--recipe", metavar="NAME", help="A recipe or a criterion of `methods`.")]
+RecipeName = Annotated[
+    str | None,
+    typer.Option("--recipe", metavar="NAME", help="auto, or a recipe or criterion of `methods`; else magnitude."),
+]
 RecipeNames = Annotated[
     list[str] | None, typer.Option("--recipe", metavar="NAME", help="A recipe or a criterion; several are allowed.")
 ]
@@ -134,7 +137,7 @@ class SourceOptions:
 class MethodOptions:
     """How units are scored, and which of them may go."""
 
-    recipe: RecipeName = "magnitude"
+    recipe: RecipeName = None
     granularity: GranularityText = None
     min_density: MinDensity = None
     round_to: RoundTo = None

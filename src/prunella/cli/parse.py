@@ -182,10 +182,31 @@ def build_recipe(
     return recipe
 
 
+def is_auto(method: options.MethodOptions, budget: options.Budget, recover: options.Recover) -> bool:
+    """Whether `run` chooses the method: if asked to, or if there is data and nothing else is said about the method.
+
+    Errors: RequestError if something is said about the method beside `--recipe auto`.
+    """
+    said = {
+        "--granularity": method.granularity, "--allocation": budget.allocation, "--pattern": budget.pattern,
+        "--min-density": method.min_density is not None, "--round-to": method.round_to is not None,
+        "--equal-widths": budget.equal_widths, "--recover": recover.recover,
+    }  # fmt: skip
+    names = [name for name, value in said.items() if value]
+    if method.recipe == "auto" and names:
+        raise RequestError(
+            f"--recipe auto does not go with {names[0]}", "it chooses that itself", "leave one of them out"
+        )
+    return method.recipe == "auto" or (method.recipe is None and method.data is not None and not names)
+
+
 def recipe_of(method: options.MethodOptions, budget: options.Budget = _NO_BUDGET) -> Recipe:
     """The recipe that is named, with what else the command line says in place of its own parts and numbers."""
     recipe = build_recipe(
-        method.recipe, granularity=method.granularity, allocation=budget.allocation, pattern=budget.pattern
+        method.recipe or "magnitude",
+        granularity=method.granularity,
+        allocation=budget.allocation,
+        pattern=budget.pattern,
     )
     return replace(
         recipe,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,8 +54,9 @@ def _job(
     from prunella.app.job import Job, Recovery, read_steps
     from prunella.cli import parse
 
+    auto = parse.is_auto(method, budget, recover)
     return Job(
-        parse.recipe_of(method, budget),
+        parse.recipe_of(replace(method, recipe=None) if auto else method, budget),
         parse.read_target(budget.target),
         data=parse.load_data(method.data),
         loss=parse.load_loss(method.loss),
@@ -68,6 +70,7 @@ def _job(
         factory=None if program else parse.factory_of(source.model),
         source=source.model if Path(source.model).is_dir() and not program else None,
         command=shlex.join(["prunella", *map(_named, sys.argv[1:])]),
+        auto=auto,
     )
 
 

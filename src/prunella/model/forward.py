@@ -164,6 +164,18 @@ def first_tensor(output: Any) -> Tensor:
     return outputs[0]
 
 
+def real_tokens(batch: Any) -> Tensor | None:
+    """Which tokens of a batch are no padding, one after the other, by its `attention_mask` `(samples, tokens)`.
+
+    None if the batch has no such mask, or nothing is padding.
+    """
+    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    if not isinstance(mask, Tensor) or mask.dim() != 2:
+        return None
+    real = mask.flatten() != 0
+    return None if bool(real.all()) else real
+
+
 def batches(data: Iterable[Any]) -> Iterator[Any]:
     """The batches of `data`. `RequestError` if there are none."""
     empty = True

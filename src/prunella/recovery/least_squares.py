@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -36,14 +37,8 @@ class Sums:
     def add(self, x: Tensor, y: Tensor, residual: Tensor) -> None:
         """Add the tokens of one call."""
         y, residual = y.double(), residual.double()
-        if not self.tokens:
-            width = x.shape[1]
-            self.x_origin = x.mean(0, dtype=torch.float64) if self.centred else y.new_zeros(width)
-            self.y_origin = y.mean(0)
-            self.x, self.y, self.r = y.new_zeros(width), y.new_zeros(y.shape[1]), y.new_zeros(y.shape[1])
-            self.y_squares = y.new_zeros(y.shape[1])
-            self.gram: Gram = y.new_zeros(width, width)
-            self.cross = y.new_zeros(width, y.shape[1])
+        if not hasattr(self, "x_origin"):
+            self._begin(x.mean(0, dtype=torch.float64) if self.centred else y.new_zeros(x.shape[1]), y.mean(0))
         x, y = x - self.x_origin, y - self.y_origin  # the difference is float64, whatever x is
         self.tokens += x.shape[0]
         self.x += x.sum(0)
@@ -53,6 +48,28 @@ class Sums:
         self.gram.addmm_(x.T, x)
         self.cross.addmm_(x.T, residual)
         self.squares += float(residual.square().sum())
+
+    def _begin(self, x_origin: Tensor, y_origin: Tensor) -> None:
+        self.x_origin, self.y_origin = x_origin, y_origin
+        self.x, self.y, self.r = (torch.zeros_like(values) for values in (x_origin, y_origin, y_origin))
+        self.y_squares = torch.zeros_like(y_origin)
+        self.gram: Gram = x_origin.new_zeros(len(x_origin), len(x_origin))
+        self.cross = x_origin.new_zeros(len(x_origin), len(y_origin))
+
+    def beside(self) -> Sums:
+        """Empty sums of the same matrix, from the same origins, so that both can be added."""
+        sums = Sums(centred=self.centred)
+        if self.tokens:
+            sums._begin(self.x_origin, self.y_origin)
+        return sums
+
+    def __add__(self, other: Sums) -> Sums:
+        """The sums of the tokens of both; `other` is from `beside`."""
+        total = self.beside()
+        total.tokens, total.squares = self.tokens + other.tokens, self.squares + other.squares
+        for name in ("x", "y", "r", "y_squares", "gram", "cross"):
+            setattr(total, name, getattr(self, name) + getattr(other, name))
+        return total
 
     @property
     def finite(self) -> bool:
@@ -76,6 +93,20 @@ class Sums:
         if self.centred:
             shift = self.r / self.tokens - (self.x_origin + self.x / self.tokens) @ change
         return Solution(change, shift, self.squares, max(after, 0.0), damping)
+
+    def chosen(self, held_out: Sums, ridges: Sequence[float]) -> Solution:
+        """The solution for all tokens with the ridge whose solution for these tokens errs least on those held out.
+
+        Nothing changes if no ridge reduces the error there.
+        """
+        errors = {ridge: held_out.error(self.solve(ridge)) for ridge in ridges}
+        best = min(errors, key=errors.__getitem__)
+        total = self + held_out
+        solution = total.solve(best)
+        if errors[best] < held_out.squares:
+            return solution
+        nothing = torch.zeros_like(solution.change), torch.zeros_like(solution.shift)
+        return Solution(*nothing, solution.before, solution.before, solution.damping)
 
     def error(self, solution: Solution) -> float:
         """`|R - X D - s|^2` on these tokens, of a solution from other sums."""

@@ -9,13 +9,13 @@ from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from prunella.errors import CheckFailed, RequestError
-from prunella.model.forward import batches, run
+from prunella.model.forward import batches, real_tokens, run
 from prunella.model.masks import reapply_
 from prunella.model.state import mode
 from prunella.model.unwrap import unwrap
@@ -25,6 +25,7 @@ from prunella.recovery.least_squares import Solution, Sums
 from prunella.recovery.readers import Part, Piece, Reader, Skipped, readers_of
 from prunella.recovery.walk import Passes
 from prunella.registry.method import recovery
+from prunella.stats.elimination import spread
 from prunella.types import Loss
 
 log = logging.getLogger(__name__)
@@ -76,7 +77,7 @@ def reconstruct(
     plan: Plan,
     *,
     loss: Loss | None = None,
-    ridge: float = 1e-2,
+    ridge: float | Literal["auto"] = 1e-2,
     on_fit: OnFit | None = None,
 ) -> Reconstruction:
     """Least-squares fit, in place, of every layer of `small` whose input axis was cut, to the same layer of `dense`.
@@ -95,7 +96,11 @@ def reconstruct(
     list take one walk: the forward passes of all batches wait at each layer until it is fitted, and go on with its new
     outputs, which costs the activations of these passes in memory. Otherwise each layer takes a pass of its own.
     loss: how to run a model on one batch; by default the model is called on the batch. ridge: from 0 up, 1e-3 to 1e-1
-    is usual; with fewer tokens than about twice the inputs of a layer, small values fit noise.
+    is usual; with fewer tokens than about twice the inputs of a layer, small values fit noise. "auto": for each layer
+    the value of 1e-3 to 10 that errs least on every fourth batch, when the others are fitted; the layer keeps its
+    weights where none helps. All batches then decide the weights. With one batch, 1e-3, or 1e-2 for few tokens. Of very
+    many tokens (pixels) of a batch, 16 for each input of the layer are taken.
+    Positions where the `attention_mask` of a batch is 0 are padding, and count nothing.
 
     Every operation of `prunella.model.reads` is refitted: linear layers, matrix products, einsum, convolutions of all
     kinds (each group by itself), `nn.MultiheadAttention`. The result names skipped weights and the reasons: masks of
@@ -115,9 +120,9 @@ def reconstruct(
     Use: before any training, or instead of training with no labels and little time. Avoid: fewer tokens than about
     twice a layer's inputs.
     """
-    if not ridge >= 0:
+    if ridge != "auto" and not ridge >= 0:
         raise RequestError(
-            f"ridge={ridge:g} is out of range", "ridge takes numbers from 0 up", "for example ridge=1e-2"
+            f"ridge={ridge:g} is out of range", "ridge takes numbers from 0 up, or auto", "for example ridge=1e-2"
         )
     small_, dense_ = unwrap(small), unwrap(dense)
     with mode(small_, training=False), mode(dense_, training=False), torch.no_grad():
@@ -142,7 +147,7 @@ class _Job:
     dense: nn.Module
     data: Iterable[Any]
     run: Callable[[nn.Module, Any], object]
-    ridge: float
+    ridge: float | Literal["auto"]
 
     def fits(self, readers: Sequence[Reader]) -> Iterator[LayerFit]:
         """Refit the readers in their order: in one walk where that is possible, else with a pass for each."""
@@ -155,28 +160,29 @@ class _Job:
 
     def _pass(self, reader: Reader) -> Iterator[LayerFit]:
         """One reader by a pass of its own; each forward pass stops as soon as the layer has run."""
-        sums = _empty(reader)
+        sums = _Gathering(reader, self.ridge == "auto")
         for batch in batches(self.data):
             expected = self._reads(self.dense, batch, reader.dense, len(reader.order))
             actual = self._reads(self.small, batch, reader.small, len(reader.order))
-            _add_calls(sums, reader, expected, actual)
+            sums.add(batch, expected, actual)
         yield _refit(reader, sums, self.ridge)
 
     def _walk(self, readers: Sequence[Reader]) -> Iterator[LayerFit]:
         """The readers before the first that is read several times, until one needs the passes to start again."""
         ahead = list(itertools.takewhile(_single, readers))
         weights = [reader.dense for reader in ahead], [reader.small for reader in ahead]
-        with Passes(batches(self.data), self.run, (self.dense, self.small), weights) as passes:
+        data = list(batches(self.data))
+        with Passes(data, self.run, (self.dense, self.small), weights) as passes:
             for reader in ahead:
-                sums, refresh = _empty(reader), list[Callable[[], bool]]()
-                for dense, small in passes.pairs:
+                sums, refresh = _Gathering(reader, self.ridge == "auto"), list[Callable[[], bool]]()
+                for batch, (dense, small) in zip(data, passes.pairs, strict=True):
                     expected, actual = dense.next(), small.next()
                     if not (_is(expected, reader.dense) and _is(actual, reader.small)):
                         # The order of the layers differs between batches or models.
                         if reader is ahead[0]:
                             yield from self._pass(reader)
                         return
-                    _add_calls(sums, reader, _listed(expected), _listed(actual))
+                    sums.add(batch, _listed(expected), _listed(actual))
                     assert actual is not None and actual.refresh is not None
                     refresh.append(actual.refresh)
                 yield _refit(reader, sums, self.ridge)
@@ -219,26 +225,67 @@ def _listed(read: Read | None) -> list[Read]:
     return [] if read is None else [read]
 
 
-def _empty(reader: Reader) -> Gathered:
-    return {
-        (number, piece): Sums(centred=part.shifts)
-        for number, part in enumerate(reader.parts)
-        for piece in range(len(part.pieces))
-    }
+RIDGES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
+"""What "auto" tries."""
 
 
-def _add_calls(sums: Gathered, reader: Reader, expected: Sequence[Read], actual: Sequence[Read]) -> None:
-    """Add the calls of one forward pass."""
-    if len(expected) > len(actual):
-        raise CheckFailed("the small model did not run every layer that the dense one ran", "", "")
-    for number, part in enumerate(reader.order[: len(actual)]):
-        for index, piece in enumerate(reader.parts[part].pieces):
-            matrix = reader.name, reader.parts[part], piece
-            _add(sums[part, index], matrix, actual[number], expected[number : number + 1])
+class _Gathering:
+    """The sums of one reader: of all batches, or with every fourth apart, to choose the ridge by."""
+
+    def __init__(self, reader: Reader, apart: bool) -> None:
+        self._reader, self._apart, self._batches = reader, apart, 0
+        self.fit: Gathered = {
+            (number, piece): Sums(centred=part.shifts)
+            for number, part in enumerate(reader.parts)
+            for piece in range(len(part.pieces))
+        }
+        self.held_out: Gathered = {}
+
+    def add(self, batch: Any, expected: Sequence[Read], actual: Sequence[Read]) -> None:
+        """Add the calls of one forward pass."""
+        if len(expected) > len(actual):
+            raise CheckFailed("the small model did not run every layer that the dense one ran", "", "")
+        sums = self.fit
+        if self._apart and self._batches % 4 == 1:
+            self.held_out = self.held_out or {key: fit.beside() for key, fit in self.fit.items()}
+            sums = self.held_out
+        self._batches += 1
+        real = real_tokens(batch)
+        for number, part in enumerate(self._reader.order[: len(actual)]):
+            for index, piece in enumerate(self._reader.parts[part].pieces):
+                matrix = self._reader.name, self._reader.parts[part], piece
+                _add(sums[part, index], matrix, actual[number], expected[number : number + 1], real, self._apart)
+
+    @property
+    def total(self) -> Gathered:
+        """The sums of all batches, for matrices that saw any."""
+        sums = {key: _sum(fit, self.held_out.get(key)) for key, fit in self.fit.items()}
+        return {key: entry for key, entry in sums.items() if entry.tokens}
+
+    def solution(self, key: tuple[int, int], ridge: float | Literal["auto"]) -> Solution:
+        """The new weights of one matrix."""
+        fit, held_out = self.fit[key], self.held_out.get(key)
+        if ridge != "auto":
+            return fit.solve(ridge)
+        if held_out is not None and held_out.tokens and fit.tokens:
+            return fit.chosen(held_out, RIDGES)
+        total = _sum(fit, held_out)
+        return total.solve(1e-2 if total.tokens < 2 * len(total.gram) else 1e-3)
 
 
-def _add(sums: Sums, matrix: tuple[str, Part, Piece], read: Read, expected: Sequence[Read]) -> None:
-    """Add one call of one matrix: its inputs in the small model, its outputs in both."""
+def _sum(fit: Sums, held_out: Sums | None) -> Sums:
+    if held_out is None or not held_out.tokens:
+        return fit
+    return fit + held_out if fit.tokens else held_out
+
+
+def _add(
+    sums: Sums, matrix: tuple[str, Part, Piece], read: Read, expected: Sequence[Read], real: Tensor | None, few: bool
+) -> None:
+    """Add one call of one matrix: its inputs in the small model, its outputs in both.
+
+    real: tokens without padding. few: as many tokens of a call as estimate the matrix well, not all.
+    """
     name, part, piece = matrix
     outputs = read.rows(piece.small, piece.rows)
     expected_outputs = expected[0].rows(piece.dense, piece.expected) if expected else outputs[:0]
@@ -250,8 +297,20 @@ def _add(sums: Sums, matrix: tuple[str, Part, Piece], read: Read, expected: Sequ
         )
     y = _target(part, piece, read, expected[0])
     gap = y - outputs.double()
+    padded = real is not None and len(real) == len(y)
     for x, tokens in read.columns(piece.small, piece.columns):
-        sums.add(x, y[tokens], gap[tokens])
+        chosen = real[tokens].nonzero()[:, 0] if padded and real is not None else None
+        count = len(x) if chosen is None else len(chosen)
+        places = spread(count, x.shape[1]) if few else None
+        if places is not None:
+            chosen = places if chosen is None else chosen[places]
+        if chosen is not None:
+            chosen = chosen.to(x.device)
+            x, target, rest = x[chosen], y[tokens][chosen], gap[tokens][chosen]
+        else:
+            target, rest = y[tokens], gap[tokens]
+        if len(x):
+            sums.add(x, target, rest)
 
 
 def _target(part: Part, piece: Piece, small: Read, dense: Read) -> Tensor:
@@ -278,8 +337,9 @@ def _target(part: Part, piece: Piece, small: Read, dense: Read) -> Tensor:
     return torch.where(scale_.abs() > torch.finfo(torch.float32).eps, target, y)
 
 
-def _refit(reader: Reader, gathered: Gathered, ridge: float) -> LayerFit:
+def _refit(reader: Reader, gathering: _Gathering, ridge: float | Literal["auto"]) -> LayerFit:
     """Solve for every matrix, and write the solutions that reduce the error."""
+    gathered = gathering.total
     if not all(sums.finite for sums in gathered.values()):
         raise CheckFailed(
             f"the inputs or outputs of {reader.name} are not finite on the calibration data",
@@ -288,14 +348,14 @@ def _refit(reader: Reader, gathered: Gathered, ridge: float) -> LayerFit:
         )
     scale = math.sqrt(sum(sums.variation for sums in gathered.values())) or 1.0
     before, after, damping = 0.0, 0.0, 0.0
-    for (number, index), sums in gathered.items():
-        solution = sums.solve(ridge)
+    for number, index in gathered:
+        solution = gathering.solution((number, index), ridge)
         part, better = reader.parts[number], math.sqrt(solution.after) / scale < math.sqrt(solution.before) / scale
         before, after = before + solution.before, after + (solution.after if better else solution.before)
         damping = max(damping, solution.damping)
         if better:
             _write(part.small, part.pieces[index], solution)
-    tokens = max(sums.tokens for sums in gathered.values())
+    tokens = max((sums.tokens for sums in gathered.values()), default=0)
     return LayerFit(reader.name, tokens, math.sqrt(before) / scale, math.sqrt(after) / scale, damping)
 
 

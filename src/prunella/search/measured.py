@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,12 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from prunella.errors import RequestError
+from prunella.graph.data import Group
 from prunella.model.copying import copied
-from prunella.model.forward import batches, first_tensor, forward
+from prunella.model.forward import Outputs, batches, first_tensor, forward, real_tokens
 from prunella.model.state import mode, untouched
 from prunella.planning.candidates import CandidateUnits
 from prunella.registry.method import search
 from prunella.search.knapsack import knapsack
+from prunella.search.replay import MOST, Recording
 from prunella.search.scan import OnPoint, Scan
 from prunella.search.space import Predict, SearchResult, Space
 from prunella.stats import Subject
@@ -68,14 +71,47 @@ def measured(
     wrong = next((level for level in levels if not 0 < level < 1), None)
     if wrong is not None or not levels or not ridge > 0:
         raise RequestError("measured needs levels between 0 and 1, and a ridge above 0", f"got {wrong}, {ridge:g}")
-    curves = {
-        name: _every_step(points, space.levels(index), space.sizes[index])
-        for index, (name, points) in enumerate(_curves(space, list(batches(judge)), distance, levels, ridge, on_point))
+    measured_curves = _curves(space, list(batches(judge)), distance, levels, ridge, on_point)
+    steps = {
+        name: every_step(points, space.levels(index), space.sizes[index])
+        for index, (name, points) in enumerate(measured_curves.items())
     }
-    return knapsack(space, target, Scan(0.0, curves, len(curves) * len(levels)), predict=predict)
+    return knapsack(space, target, Scan(0.0, steps, sum(map(len, measured_curves.values()))), predict=predict)
 
 
 Curve = list[tuple[float, float]]
+
+
+def recordings(model: nn.Module, batches: Sequence[Any], run: Outputs = forward) -> list[Recording]:
+    """The passes of the dense model over these batches, within `MOST` bytes together."""
+    passes = list[Recording]()
+    for batch in batches:
+        left = MOST - sum(recording.size for recording in passes)
+        passes.append(Recording.of(partial(run, model, batch), left))
+    return passes
+
+
+def curves(
+    passes: Sequence[Recording],
+    readers: Readers,
+    groups: Sequence[Group],
+    masks: Sequence[Mapping[int, Mask]],
+    *,
+    ridge: float = 1e-3,
+    distance: Distance | None = None,
+) -> Iterator[tuple[str, float, float]]:
+    """Group, fraction removed and loss, point after point, for the cuts `masks` (units removed -> kept) of each group.
+
+    Call it in evaluation mode and without gradients, with readers of the model that was recorded: the model is changed
+    and restored. Calls before the first changed layer are not run again.
+    """
+    compare = distance or distance_of(passes[0].output)
+    for group, cuts in zip(groups, masks, strict=True):
+        parts = readers.of(group.name)
+        for count, keep in cuts.items():
+            with _cut(parts, keep, ridge) as changed:
+                losses = [compare(recording.output, recording.again(changed)) for recording in passes]
+            yield group.name, count / group.size, float(np.mean(losses))
 
 
 def _curves(
@@ -85,42 +121,45 @@ def _curves(
     levels: Sequence[float],
     ridge: float,
     on_point: OnPoint | None,
-) -> Iterator[tuple[str, Curve]]:
+) -> dict[str, Curve]:
     """Group -> points (fraction removed, loss), ascending."""
     model = copied(space.model)
     assert isinstance(space.candidates, CandidateUnits)
-    subject = Subject(model, space.candidates.graph, groups=space.candidates.groups)
+    groups = space.candidates.groups
+    subject = Subject(model, space.candidates.graph, groups=groups)
+    points: dict[str, Curve] = {group.name: [] for group in groups}
     with untouched(model, space.recipe.seed), mode(model, training=False), torch.no_grad():
         readers = _fitted(space, subject)
-        expected = [forward(model, batch) for batch in judge]
-        compare = distance or _distance(expected[0])
-        for index, group in enumerate(space.candidates.groups):
-            parts = readers.of(group.name)
-            wanted = sorted({space.removed({group.name: level})[index] for level in levels} - {0})
-            points = Curve()
-            for count in wanted:
-                counts = tuple(count if i == index else 0 for i in range(len(space.names)))
-                keep = space.candidates.keep(counts)[group.name]
-                with _cut(parts, keep, ridge):
-                    losses = [compare(e, forward(model, b)) for e, b in zip(expected, judge, strict=True)]
-                points.append((count / group.size, float(np.mean(losses))))
-                if on_point:
-                    on_point(group.name, points[-1][0], -points[-1][1])
-            yield group.name, points
+        masks = [_masks(space, index, levels) for index in range(len(groups))]
+        passes = recordings(model, judge)
+        for name, fraction, loss in curves(passes, readers, groups, masks, ridge=ridge, distance=distance):
+            points[name].append((fraction, loss))
+            if on_point:
+                on_point(name, fraction, -loss)
+    return points
+
+
+def _masks(space: Space, index: int, levels: Sequence[float]) -> dict[int, Mask]:
+    """Number of removed units -> what is kept of one group."""
+    name = space.names[index]
+    wanted = sorted({space.removed({name: level})[index] for level in levels} - {0})
+    assert isinstance(space.candidates, CandidateUnits)
+    nothing = [0] * len(space.names)
+    return {n: space.candidates.keep((*nothing[:index], n, *nothing[index + 1 :]))[name] for n in wanted}
 
 
 def _fitted(space: Space, subject: Subject) -> Readers:
     readers = Readers(subject.parameters, subject.groups)
     assert space.source.data is not None
     for batch in batches(space.source.data):
-        with readers.watch():
+        with readers.watch(real_tokens(batch)):
             space.source.run(subject.model, batch)
     return readers
 
 
 @contextmanager
-def _cut(parts: Sequence[tuple[ReaderOfUnits, Quadratic]], keep: Mask, ridge: float) -> Iterator[None]:
-    """The readers of a group without the removed units, with compensated weights."""
+def _cut(parts: Sequence[tuple[ReaderOfUnits, Quadratic]], keep: Mask, ridge: float) -> Iterator[list[Tensor]]:
+    """The readers of a group without the removed units, with compensated weights; gives the tensors that differ."""
     saved: list[tuple[Tensor, Tensor]] = []
 
     def change(tensor: Tensor) -> Tensor:
@@ -131,7 +170,7 @@ def _cut(parts: Sequence[tuple[ReaderOfUnits, Quadratic]], keep: Mask, ridge: fl
         for reader, quadratic in parts:
             weight, constant = compensated(quadratic, keep, ridge=ridge)
             _write(reader, weight, constant, change)
-        yield
+        yield [tensor for tensor, _ in saved]
     finally:
         for tensor, value in reversed(saved):
             tensor.copy_(value)
@@ -151,7 +190,7 @@ def _write(reader: ReaderOfUnits, weight: Tensor, constant: Tensor, change: Call
         mean[matrix] -= constant.to(mean)
 
 
-def _distance(output: Any) -> Distance:
+def distance_of(output: Any) -> Distance:
     """Divergence of logits, or one minus the cosine."""
     logits = getattr(output, "logits", None)
     classes = isinstance(logits, Tensor) or (isinstance(output, Tensor) and output.dim() == 2 and output.shape[1] > 1)
@@ -172,7 +211,7 @@ def cosine_distance(dense: Any, pruned: Any) -> float:
     return float(1 - nn.functional.cosine_similarity(first, second).mean())
 
 
-def _every_step(
+def every_step(
     points: Sequence[tuple[float, float]], counts: Sequence[int], size: int
 ) -> tuple[tuple[float, float], ...]:
     """Points (fraction, minus the loss) at every count that the group can lose."""

@@ -136,6 +136,8 @@ def _one(
         if second_order:  # the fused kernels of attention have no second derivative
             watched.enter_context(sdpa_kernel(SDPBackend.MATH))
         for slot in slots:
+            if hasattr(slot, "begin"):
+                slot.begin(batch)
             watched.enter_context(slot.watch())
         value = source.run(model, batch)
     grads: dict[str, Tensor] = {}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from prunella.graph.data import Group
+from prunella.model.forward import real_tokens
 from prunella.model.watch import Read, Watch
 from prunella.stats.subject import Subject
 from prunella.types import Gram, Mask
@@ -106,20 +107,25 @@ class _Part:
 
     def costs(self, units: Tensor) -> Tensor:
         columns = self.columns[units]
+        if columns.shape[1] == 1:  # blocks of one number need no solver
+            diagonal = self._blocks(columns)[:, 0, 0]
+            costs: Tensor = self.weight[:, columns[:, 0]].square().sum(0) / diagonal
+            return costs
         weights = self.weight[:, columns].permute(1, 2, 0)  # (units, width, out)
         solved: Tensor = torch.linalg.solve(self._blocks(columns), weights)
         return (weights * solved).sum((1, 2))
 
     def remove(self, units: Tensor) -> None:
-        for columns in self.columns[units]:
-            block = self._blocks(columns[None])[0]
-            rows = torch.linalg.solve(block, self.inverse[columns])
-            self.weight -= self.weight[:, columns] @ rows
-            self.inverse -= self.inverse[:, columns] @ rows
-        gone = self.columns[units].flatten()
-        self.weight[:, gone] = 0
-        self.inverse[gone] = 0
-        self.inverse[:, gone] = 0
+        """Remove units together, which gives the same as one after the other, and close the gaps."""
+        kept = torch.ones(len(self.inverse), dtype=torch.bool)
+        kept[self.columns[units].flatten()] = False
+        kept[-1] = True  # the column of zeros
+        gone = (~kept).nonzero()[:, 0]
+        if len(gone):
+            rows = torch.linalg.solve(self.inverse[gone][:, gone], self.inverse[gone][:, kept])
+            self.weight = self.weight[:, kept] - self.weight[:, gone] @ rows
+            self.inverse = self.inverse[kept][:, kept] - self.inverse[kept][:, gone] @ rows
+            self.columns = (kept.cumsum(0) - 1)[self.columns]
 
     def _blocks(self, columns: Tensor) -> Tensor:
         blocks = self.inverse[columns[:, :, None], columns[:, None, :]]
@@ -135,6 +141,21 @@ def _damping(gram: Gram, ridge: float) -> float:
 # -- gathering -----------------------------------------------------------------------------------------------------
 
 
+FEW, TOKENS = 4096, 16
+"""Most tokens of one call, whatever the inputs, and for each input: neighbouring pixels say much the same."""
+
+
+def spread(tokens: int, inputs: int) -> Tensor | None:
+    """Which tokens of one call to take; None for all.
+
+    Spread evenly by the golden ratio, so that no period (the width of an image) is met again and again.
+    """
+    most = max(FEW, TOKENS * inputs)
+    if tokens <= most:
+        return None
+    return (torch.arange(most, dtype=torch.float64) * 0.6180339887498949 % 1 * tokens).long()
+
+
 @dataclass
 class Covariance:
     """Count, mean and Gram matrix of the inputs of one matrix, over batches, in float64."""
@@ -146,15 +167,18 @@ class Covariance:
     products: Tensor = field(default_factory=lambda: torch.zeros(0))
 
     def add(self, x: Tensor) -> None:
-        """Add the tokens of one call, `(tokens, in)`."""
+        """Add the tokens of one call, `(tokens, in)`; of many, as many as estimate the matrix well."""
+        places = spread(*x.shape)
+        x = x if places is None else x[places.to(x.device)]
         if not self.tokens:
             self.origin = x.mean(0, dtype=torch.float64) if self.centred else x.new_zeros(x.shape[1]).double()
             self.total, self.products = torch.zeros_like(self.origin), torch.zeros(x.shape[1], x.shape[1]).double()
             self.products = self.products.to(x.device)
-        x = x - self.origin
+        x = (x - self.origin).to(x.dtype if x.dtype.itemsize >= 4 else torch.float32)
         self.tokens += len(x)
-        self.total += x.sum(0)
-        self.products.addmm_(x.T, x)
+        self.total += x.sum(0, dtype=torch.float64)
+        for part in torch.split(x, FEW):  # products of a few tokens in the precision of the model, their sum in float64
+            self.products += part.T @ part
 
     @property
     def gram(self) -> Gram:
@@ -193,26 +217,27 @@ class Readers:
         self._name_of = {id(p): name for name, p in self._weights.items()}
         self._found: dict[tuple[Any, ...], ReaderOfUnits] = {}
 
-    def watch(self) -> AbstractContextManager[object]:
-        """Watch one forward pass."""
-        return self._watching()
-
     @contextmanager
-    def _watching(self) -> Any:
-        watch = Watch(self._weights.values(), self._add)
+    def watch(self, real: Tensor | None = None) -> Iterator[None]:
+        """Watch one forward pass. real: which tokens are no padding, one after the other."""
+        watch = Watch(self._weights.values(), lambda read: self._add(read, real))
         with watch:
             yield
         watch.finish()
 
-    def _add(self, read: Read) -> None:
+    def _add(self, read: Read, real: Tensor | None) -> None:
         name = self._name_of[id(read.weight)]
         shifts = read.bias is not None or read.norm is not None
         for matrix in range(read.groups):
             key = (name, read.view, matrix)
             if key not in self._found:
                 self._found[key] = ReaderOfUnits(name, read.bare, matrix, Covariance(shifts))
-            for x, _ in read.columns(matrix):
-                self._found[key].covariance.add(x.detach())
+            padded = real is not None and len(real) == len(read.rows(matrix))
+            for x, tokens in read.columns(matrix):
+                if padded and real is not None:
+                    x = x[real[tokens].to(x.device)]
+                if len(x):
+                    self._found[key].covariance.add(x.detach())
 
     def of(self, name: str) -> list[tuple[ReaderOfUnits, Quadratic]]:
         """The matrices with columns of a group; a weight that only selects outputs has none."""
@@ -226,7 +251,7 @@ class Readers:
             shape[member.axis] = -1
             units = positions.view(shape).expand(weight.shape).contiguous()
             for reader in self._found.values():
-                if reader.name == member.entity:
+                if reader.name == member.entity and reader.covariance.tokens:
                     quadratic = reader.quadratic(units)
                     if bool((quadratic.units >= 0).any()):
                         pairs.append((reader, quadratic))
@@ -239,10 +264,15 @@ class UnitLoss:
     def __init__(self, subject: Subject, *, ridge: float = 1e-3) -> None:
         self._groups, self._ridge = [group for group in subject.groups if not group.paths], ridge
         self._readers = Readers(subject.parameters, self._groups)
+        self._real: Tensor | None = None
+
+    def begin(self, batch: Any) -> None:
+        """Told the batch before its pass: its `attention_mask` says what is padding, which counts nothing."""
+        self._real = real_tokens(batch)
 
     def watch(self) -> AbstractContextManager[object]:
         """Watch one forward pass."""
-        return self._readers.watch()
+        return self._readers.watch(self._real)
 
     def add(self, grads: object) -> None:
         """Unused: this statistic needs no gradients."""

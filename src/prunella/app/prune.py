@@ -1,0 +1,203 @@
+"""`prune`: plan, cut and recover in one call, by the best known way for what is given."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
+from typing import Any, Literal
+
+from torch import nn
+
+from prunella.app.prune_data import split
+from prunella.app.prune_plan import Asked, planned
+from prunella.app.prune_recover import Pair, Recover, recover_
+from prunella.app.prune_stages import Course, OnStage, Stage, seconds_of
+from prunella.app.recover import outputs_by
+from prunella.errors import RequestError
+from prunella.model.forward import forward
+from prunella.model.unwrap import unwrap
+from prunella.planning import accounting
+from prunella.planning.checks import check_finite
+from prunella.planning.plan import Plan
+from prunella.reporting.report import Report, report
+from prunella.targets import Latency, Sparsity, Target
+from prunella.transform.shrink import shrink
+from prunella.types import Inputs, Loss
+
+_WORDS: dict[str, Recover] = {
+    "auto": Recover(),
+    "reconstruct": Recover(steps=0),
+    "none": Recover(reconstruct=False, steps=0),
+}
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """What `prune` returns. model: the smaller model; the one that was given is as before. plan: what was cut.
+
+    history: the stages, with the distance to the dense outputs on held-out batches. report: sizes, times and outputs
+    beside the dense model, measured when first read.
+
+    Example:
+
+        >>> import torch, prunella as pr
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 4)).eval()
+        >>> pruned: pr.Pruned = pr.prune(model, torch.randn(2, 8), target=pr.MACs(0.5))
+        >>> print(str(pruned).splitlines()[0])
+        NOT RECOVERED, not usable yet: pass data=... (batches of inputs, no labels). macs=0.5 (asked 0.5)
+    """
+
+    model: nn.Module
+    plan: Plan
+    history: tuple[Stage, ...]
+    targets: tuple[Target, ...]
+    dense: nn.Module = field(repr=False)
+
+    @cached_property
+    def report(self) -> Report:
+        """Both models side by side. It times them, which takes some seconds."""
+        assert self.plan.inputs is not None, "`prune` was given them"
+        return report(self.dense, self.model, self.plan.inputs, plan=self.plan, rounds=10)
+
+    @property
+    def distance(self) -> float | None:
+        """To the dense outputs on held-out batches; None without data."""
+        return next((stage.after for stage in reversed(self.history) if stage.after is not None), None)
+
+    def __str__(self) -> str:
+        return "\n".join([self._first, *(f"  {stage}" for stage in self.history)])
+
+    @property
+    def _first(self) -> str:
+        reached = ", ".join(_reached(self.plan, target) for target in self.targets)
+        cut = next((stage.after for stage in self.history if stage.name == "compare"), None)
+        if cut is None:
+            return f"NOT RECOVERED, not usable yet: pass data=... (batches of inputs, no labels). {reached}"
+        if not any(stage.name in ("reconstruct", "distill") and stage.after is not None for stage in self.history):
+            why = "recover= or the budget left it out"
+            return f"NOT RECOVERED, not usable yet: {why}. {reached}; distance to the dense outputs {cut:.4g}"
+        return f"{reached}; distance to the dense outputs on held-out data {cut:.4g} cut, {self.distance:.4g} recovered"
+
+
+def prune(
+    model: nn.Module,
+    inputs: Inputs,
+    *,
+    target: Target | Sequence[Target],
+    data: Iterable[Any] | None = None,
+    loss: Loss | None = None,
+    recover: Literal["auto", "reconstruct", "none"] | Mapping[str, Any] | Recover = "auto",
+    budget: float | str | None = None,
+    skip: Sequence[str] = (),
+    only: Sequence[str] = (),
+    seed: int = 0,
+    on_stage: OnStage | None = None,
+) -> Pruned:
+    """Plan, cut and recover: a smaller model that meets every target. `model` does not change.
+
+    With data, a quarter of the batches is held out. Units go by elimination with weight updates (`obs_units`), group by
+    group as many as the measured losses of real cuts allow (`pr.search.measured`); widths are multiples of 8, below 32
+    channels of 4, and residual streams stay whole, if the targets can be met so. `reconstruct` refits the layers,
+    `absorb_bn` the statistics, and a short distillation follows. What a stage makes worse on the held-out batches is
+    undone. Without data, `group_norm` decides, no group is emptied, and nothing is recovered.
+
+    target: one or several, such as `[MACs(0.5), Params(0.6)]`: all are met. data: batches without labels; where a batch
+    has labels and the model takes one argument, the first entry. Some hundred images or some thousand tokens are good.
+    loss: how to run the model on a batch, where it cannot be called on it. recover: "auto", "reconstruct" (no
+    training), "none", or settings as `{"steps": 200, "lr": 0.01}`. budget: of planning and recovery, such as `"2min"`
+    or seconds: fewer levels and batches, then scores without measured losses, then no distillation. The plan itself and
+    its proof are always made, however long they take. skip, only: as in `plan`. on_stage: called with the `Progress`
+    of each stage, which has an estimate of the time left.
+
+    Errors: those of `plan`; TargetMissed says what binds.
+
+    Example:
+
+        >>> import torch, prunella as pr
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 64), torch.nn.ReLU(), torch.nn.Linear(64, 4)).eval()
+        >>> data = [torch.randn(64, 8) for _ in range(8)]
+        >>> pruned = pr.prune(model, data[0], target=pr.MACs(0.5), data=data)
+        >>> pruned.plan.got, [stage.name for stage in pruned.history][:3]
+        (0.5, ['groups', 'statistics', 'measured losses'])
+        >>> pruned.model[0].out_features
+        32
+    """
+    how, course = _recover(recover), Course(seconds_of(budget), on_stage)
+    asked = asked_of(model, inputs, target=target, data=data, loss=loss, skip=skip, only=only, seed=seed)
+    plan = planned(asked, course)
+    with course.stage("cut"):
+        small = shrink(asked.model, plan)
+    recover_all_(asked, small, plan, how, course)
+    return Pruned(small, plan, tuple(course.history), asked.targets, asked.model)
+
+
+def asked_of(
+    model: nn.Module,
+    inputs: Inputs,
+    *,
+    target: Target | Sequence[Target],
+    data: Iterable[Any] | None,
+    loss: Loss | None,
+    skip: Sequence[str],
+    only: Sequence[str],
+    seed: int,
+) -> Asked:
+    """What is asked, checked. Errors: RequestError, BadInput."""
+    targets, model = _targets(target), unwrap(model)
+    check_finite(model)
+    batches = None if data is None else split(model, data, loss)
+    run = forward if loss is None else outputs_by(loss)
+    return Asked(model, inputs, targets, batches, run, tuple(skip), tuple(only), seed)
+
+
+def recover_all_(asked: Asked, small: nn.Module, plan: Plan, how: Recover, course: Course) -> None:
+    """All that follows the cut, in place."""
+    if asked.data is None:
+        course.skip("recovery", "there is no data; pass data=...")
+        return
+    pair = Pair(asked.model, small, plan, asked.data, asked.run, asked.seed)
+    with course.stage("compare") as stage:
+        stage.compared(None, pair.distance())
+        stage.note(asked.data.note)
+    recover_(pair, how, course)
+
+
+def _targets(target: Target | Sequence[Target]) -> tuple[Target, ...]:
+    """Errors: RequestError for no target, or something else."""
+    targets = (target,) if isinstance(target, Target) else tuple(target)
+    if not targets or not all(isinstance(entry, Target) for entry in targets):
+        raise RequestError(
+            f"target={target!r} is no budget", "a budget needs its unit", "for example target=MACs(0.5), or a list"
+        )
+    if sum(isinstance(entry, Latency) for entry in targets) > 1:
+        raise RequestError("two latencies are asked for", "the smaller one decides", "give one Latency")
+    return targets
+
+
+def _recover(recover: str | Mapping[str, Any] | Recover) -> Recover:
+    """Errors: RequestError for a word or a setting that does not exist."""
+    if isinstance(recover, Recover):
+        how = recover
+    elif isinstance(recover, str):
+        if recover not in _WORDS:
+            raise RequestError(f"recover={recover!r} is unknown", f"it takes {', '.join(_WORDS)}", "or settings")
+        how = _WORDS[recover]
+    else:
+        names = {entry.name for entry in fields(Recover)}
+        if not set(recover) <= names:
+            wrong = ", ".join(sorted(map(str, set(recover) - names)))
+            raise RequestError(f"recover= has no setting {wrong}", f"it takes {', '.join(sorted(names))}")
+        how = replace(Recover(), **recover)
+    if (how.steps is not None and how.steps < 0) or not how.lr > 0:
+        raise RequestError(f"cannot train {how.steps} steps at lr={how.lr:g}", "both must be positive")
+    return how
+
+
+def _reached(plan: Plan, target: Target) -> str:
+    """`macs=0.4996 (asked 0.5)`."""
+    if isinstance(target, Sparsity):
+        return f"sparsity={accounting.sparsity(plan.rows):.4g} (asked {target.value:g})"
+    before, after = getattr(plan.before, target.name), getattr(plan.after, target.name)
+    value = after / before if target.value <= 1 else after
+    return f"{target.name}={value:.4g} (asked {target.value:g})"

@@ -1,0 +1,227 @@
+"""One call: every target is met, no stage leaves a worse model, and what is left out is said."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import prunella as pr
+from prunella.app.prune_data import split
+from prunella.app.prune_groups import residual_streams
+from prunella.app.prune_stages import Progress, seconds_of
+from prunella.errors import RequestError, TargetMissed
+from prunella.graph.solve.groups import couple
+from prunella.graph.verify import verify
+from prunella.measure.clock import fake_clock
+from prunella.metrics import Timing
+from tests.zoo import convolutional as conv
+from tests.zoo import odd
+from tests.zoo.test_zoo import CASES
+
+
+class Wide(nn.Module):
+    """Two groups of 32 and 64 channels behind norms."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.norm = nn.Conv2d(3, 32, 3, bias=False), nn.BatchNorm2d(32)
+        self.b, self.c = nn.Conv2d(32, 64, 1), nn.Linear(64, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c(self.b(self.norm(self.a(x)).relu()).relu().mean((2, 3)) * 9)
+
+
+def _images(count: int = 6, size: int = 16) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(size, 3, 8, 8, generator=generator) for _ in range(count)]
+
+
+def _names(pruned: pr.Pruned) -> list[str]:
+    return [stage.name for stage in pruned.history]
+
+
+def _met(pruned: pr.Pruned) -> bool:
+    return all(
+        getattr(pruned.plan.after, target.name) <= target.absolute(getattr(pruned.plan.before, target.name)) + 1e-6
+        for target in pruned.targets
+    )
+
+
+def test_targets_are_met_and_the_model_is_as_before() -> None:
+    model, data = Wide().eval(), _images()
+    before = copy.deepcopy(model.state_dict())
+    pruned = pr.prune(model, data[0][:2], target=[pr.MACs(0.5), pr.Params(0.4)], data=data)
+    assert _met(pruned) and pruned.plan.after.macs < pruned.plan.before.macs
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert {int(keep.sum()) % 8 for keep in pruned.plan.keep.values()} == {0}
+    assert _names(pruned) == [
+        "groups", "statistics", "measured losses", "allocation", "cut", "compare", "reconstruct",
+        "absorb", "distill",
+    ]  # fmt: skip
+    assert str(pruned).startswith(f"macs={pruned.plan.got:.4g} (asked 0.5), params=")
+    assert pruned.report.metrics[0].before == 864 + 64 + 2112 + 325
+
+
+def test_the_plan_is_the_one_of_the_model() -> None:
+    """Without recovery the model is what `shrink` makes of the plan, which the oracle has proven."""
+    model, data = Wide().eval(), _images()
+    pruned = pr.prune(model, data[0][:2], target=pr.MACs(0.5), data=data, recover="none")
+    small = pr.shrink(model, pruned.plan)
+    assert torch.equal(small(data[0]), pruned.model(data[0]))
+    assert verify(model, small, pruned.plan.changes, data[0][:2]).exact
+    assert str(pruned).startswith("NOT RECOVERED, not usable yet: recover= or the budget left it out")
+
+
+def test_no_stage_returns_a_worse_model() -> None:
+    """A learning rate that destroys the network is undone, and the history says so."""
+    model, data = Wide().eval(), _images()
+    pruned = pr.prune(model, data[0][:2], target=pr.MACs(0.5), data=data, recover={"steps": 8, "lr": 300.0})
+    trained = pruned.history[-1]
+    assert trained.name == "distill" and "undone" in trained.note and trained.after == trained.before
+    for stage in pruned.history:
+        if stage.before is not None and stage.after is not None:
+            assert stage.after <= stage.before * (1.001 if stage.name == "absorb" else 1)
+    same = pr.prune(model, data[0][:2], target=pr.MACs(0.5), data=data, recover="reconstruct")
+    assert torch.equal(same.model(data[0]), pruned.model(data[0]))
+    assert pruned.distance == same.distance and pruned.distance < pruned.history[5].after  # type: ignore[operator]
+
+
+def test_without_data_the_first_line_says_what_to_give_and_no_group_is_emptied() -> None:
+    model = Wide().eval()
+    with torch.no_grad():
+        model.a.weight.mul_(1e-3)  # a layer with small weights is not cut before all others
+    pruned = pr.prune(model, _images()[0][:2], target=pr.MACs(0.5))
+    assert str(pruned).splitlines()[0].startswith("NOT RECOVERED, not usable yet: pass data=...")
+    assert _met(pruned) and all(int(keep.sum()) >= 0.25 * len(keep) for keep in pruned.plan.keep.values())
+    assert pruned.distance is None and "left out: there is no data" in pruned.history[-1].note
+
+
+def test_residual_streams_are_found_and_stay_where_the_target_allows() -> None:
+    cases = [
+        (conv.ResNet, {"stem.0", "block2.conv2.0"}), (conv.VGG, set()), (conv.SqueezeExcite, set()),
+        (conv.MobileNet, {"stem.0"}), (conv.DenseNet, set()),
+    ]  # fmt: skip
+    for build, expected in cases:
+        model, x = build().eval(), torch.randn(2, 3, 8, 8)  # type: ignore[operator]
+        groups = couple(model, x).groups
+        producers = {m.entity.removesuffix(".weight") for g in groups if g.name in residual_streams(model, groups, x)
+                     for m in g.members if m.role == "out"}  # fmt: skip
+        assert expected <= producers and bool(expected) == bool(producers), build
+    resnet, data = conv.ResNet().eval(), _images()
+    inner = pr.prune(resnet, data[0][:2], target=pr.MACs(0.7), data=data, recover="none")
+    assert set(inner.plan.keep) == {"block1.conv1.0", "block2.conv1.0", "block3.conv1.0"}
+    deep = pr.prune(resnet, data[0][:2], target=pr.MACs(0.1), data=data, recover="none")
+    assert _met(deep) and "stem.0" in deep.plan.keep and "residual stream" in deep.history[0].note
+
+
+@pytest.mark.parametrize(
+    "name", ["shufflenet", "mobilenet", "group norm", "grouped queries", "shared twice", "densenet"]
+)
+def test_small_networks_meet_two_targets(name: str) -> None:
+    case = CASES[name]
+    torch.manual_seed(0)
+    model, data = case.build().eval(), [torch.randn(8, *case.shape[1:]) for _ in range(3)]
+    pruned = pr.prune(model, torch.randn(case.shape), target=[pr.MACs(0.7), pr.Params(0.75)], data=data)
+    assert _met(pruned)
+    assert pruned.model(data[0]).shape == model(data[0]).shape
+
+
+def test_tokens_and_dictionaries() -> None:
+    model = odd.TiedLanguageModel().eval()
+    data = [torch.randint(0, 10, (8, 5)) for _ in range(3)]
+    pruned = pr.prune(model, data[0][:2], target=pr.MACs(0.7), data=data)
+    assert _met(pruned) and pruned.model(data[0]).shape == model(data[0]).shape
+
+
+@pytest.mark.parametrize("pack", [lambda x: (x, torch.zeros(len(x))), lambda x: [x, torch.zeros(len(x))]])
+def test_labels_of_a_loader_are_left_out(pack: Callable[[Tensor], Any]) -> None:
+    model, data = Wide().eval(), _images()
+    plain = pr.prune(model, data[0][:2], target=pr.MACs(0.5), data=data, recover="none")
+    labelled = pr.prune(model, data[0][:2], target=pr.MACs(0.5), data=[pack(x) for x in data], recover="none")
+    assert all(torch.equal(labelled.plan.keep[name], keep) for name, keep in plain.plan.keep.items())
+
+
+def test_a_quarter_is_held_out_and_never_fitted() -> None:
+    batches = split(Wide(), _images(8), None)
+    assert (len(batches.fit), len(batches.held_out)) == (6, 2)
+    assert not any(fit is held for fit in batches.fit for held in batches.held_out)
+    single = split(Wide(), [{"x": torch.arange(8.0), "scale": 3}], None)
+    assert single.fit[0]["x"].tolist() == [0, 1, 2, 3, 4, 5] and single.held_out[0]["x"].tolist() == [6, 7]
+    assert single.fit[0]["scale"] == 3
+    alone = split(Wide(), [torch.ones(1, 3)], None)
+    assert "nothing is held out" in alone.note and alone.fit == alone.held_out
+
+
+def test_a_budget_leaves_out_what_takes_long_and_says_so() -> None:
+    """Every look at the clock takes a second: there is time for nothing but the plan."""
+    seconds = iter(range(10**6))
+    with fake_clock(lambda: float(next(seconds))):
+        pruned = pr.prune(Wide().eval(), _images()[0][:2], target=pr.MACs(0.5), data=_images(), budget="8s")
+    notes = {stage.name: stage.note for stage in pruned.history}
+    assert _met(pruned) and "scores without measured losses for lack of time" in notes["measured losses"]
+    assert notes["reconstruct"] == "left out: the budget is used up" and notes["distill"].startswith("left out")
+    assert str(pruned).startswith("NOT RECOVERED")
+
+
+def test_a_latency_is_met_with_other_targets() -> None:
+    def measure(dense: nn.Module, small: nn.Module, inputs: Any, small_inputs: Any) -> Timing:
+        ratio = pr.metrics.count(small).params / pr.metrics.count(dense).params
+        return Timing(dense=10.0, small=10 * ratio, low=ratio, high=ratio, how="by parameters")
+
+    target = [pr.Latency(0.6, measure=measure), pr.MACs(0.8)]
+    pruned = pr.prune(Wide().eval(), _images()[0][:2], target=target, data=_images(), recover="none")
+    assert _met(pruned) and pruned.plan.after.latency / pruned.plan.before.latency <= 0.6
+    with pytest.raises(TargetMissed, match=r"latency=0\.001 cannot be met"):
+        pr.prune(Wide().eval(), _images()[0][:2], target=pr.Latency(0.001, measure=measure), data=_images())
+
+
+def test_targets_out_of_reach_say_what_binds() -> None:
+    model, x = Wide().eval(), _images()[0][:2]
+    with pytest.raises(TargetMissed, match=r"params=0\.001 cannot be met: all that may go leaves params="):
+        pr.prune(model, x, target=[pr.MACs(0.9), pr.Params(0.001)])
+    with pytest.raises(TargetMissed, match="would remove nothing"):
+        pr.prune(model, x, target=pr.MACs(1.0))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"target": 0.5}, {"target": []}, {"target": pr.MACs(0.5), "recover": "all"},
+        {"target": pr.MACs(0.5), "recover": {"step": 3}}, {"target": pr.MACs(0.5), "budget": "soon"},
+        {"target": [pr.Latency(0.5), pr.Latency(0.6)]},
+    ],
+)  # fmt: skip
+def test_wrong_requests(wrong: dict[str, Any]) -> None:
+    with pytest.raises((RequestError, TypeError)):
+        pr.prune(Wide(), _images()[0], **wrong)
+
+
+def test_progress_is_told_with_the_time_left() -> None:
+    told: list[Progress] = []
+    pr.prune(
+        Wide().eval(),
+        _images()[0][:2],
+        target=pr.MACs(0.5),
+        data=_images(),
+        recover="reconstruct",
+        on_stage=told.append,
+    )
+    stages = dict.fromkeys(entry.stage for entry in told)
+    assert list(stages)[:3] == ["groups", "statistics", "measured losses"]
+    assert all(entry.left >= 0 for entry in told) and told[-1].done == told[-1].total
+    assert Progress("x", 1, 4, 2.0).left == 6.0
+
+
+def test_budgets_are_read() -> None:
+    assert [seconds_of(text) for text in ("2min", "90s", 5, "1.5h", None)] == [120, 90, 5, 5400, None]
+
+
+def test_the_same_seed_gives_the_same_model() -> None:
+    model, data = Wide().eval(), _images()
+    first, second = (pr.prune(model, data[0][:2], target=pr.MACs(0.5), data=data) for _ in range(2))
+    assert torch.equal(first.model(data[0]), second.model(data[0]))
