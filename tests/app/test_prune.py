@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 import prunella as pr
 from prunella.app.prune_data import split
 from prunella.app.prune_groups import residual_streams
+from prunella.app.prune_plan import _by_norm
 from prunella.app.prune_stages import Progress, seconds_of
 from prunella.errors import RequestError, TargetMissed
 from prunella.graph.solve.groups import couple
@@ -99,6 +101,12 @@ def test_without_data_the_first_line_says_what_to_give_and_no_group_is_emptied()
     assert str(pruned).splitlines()[0].startswith("NOT RECOVERED, not usable yet: pass data=...")
     assert _met(pruned) and all(int(keep.sum()) >= 0.25 * len(keep) for keep in pruned.plan.keep.values())
     assert pruned.distance is None and "left out: there is no data" in pruned.history[-1].note
+
+
+def test_losses_by_norm_grow_without_limit_as_a_group_is_emptied() -> None:
+    losses = _by_norm(torch.tensor([3.0, 1.0, 2.0]), [0, 1, 2, 3])
+    expected = [0, -math.log(1 - 1 / 14), -math.log(1 - 5 / 14)]
+    assert [losses[n] for n in range(3)] == pytest.approx(expected, abs=1e-5) and losses[3] > 20
 
 
 def test_residual_streams_are_found_and_stay_where_the_target_allows() -> None:
