@@ -38,7 +38,7 @@ def test_training_flags_are_set_back_by_the_guard_alone() -> None:
 def test_plain_data_alone_is_copied_without_the_one_copy() -> None:
     """Each of these copies a configuration, a state dict or a table of conversions, never a model."""
     plain = {
-        "graph/solve/block_counters.py", "llm/streaming/conversion.py", "lottery/session.py", "planning/config_search.py",
-        "planning/readable.py",
+        "graph/solve/block_counters.py", "llm/streaming/conversion.py", "lottery/session.py",
+        "planning/config_search.py", "planning/readable.py",
     }  # fmt: skip
     assert files_with(r"copy\.deepcopy\(") == {"model/copying.py", *plain}
