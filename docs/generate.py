@@ -130,6 +130,7 @@ def types_page() -> None:
     kinds = [kind for kind in vars(errors).values() if inspect.isclass(kind) and issubclass(kind, Exception)]
     aliases = [name for name in vars(types) if name[0].isupper() and name not in vars(typing) and name != "Tensor"]
     lines = ["# Types and errors", "", "Shapes are those of weights seen as matrices `(out, in)`.", ""]
+    aliases = [name for name in aliases if all(vars(types)[name] is not value for value in SHOWN)]
     lines += [line for name in aliases for line in (f"::: prunella.types.{name}", "")]
     lines += ["## Targets and errors", "", f"::: {Target.__module__}.Target", ""]
     for kind in kinds:
