@@ -100,8 +100,13 @@ _SHOWN_FRAMES = 8
 
 def _resources_behind(error: BaseException) -> OutOfResources | None:
     """What was used up, if that is the cause of an error, or the cause of its cause."""
-    cause = error.__cause__
-    return None if cause is None else out_of_resources(cause) or _resources_behind(cause)
+    causes = list[BaseException]()
+    while (cause := error.__cause__) is not None and cause not in causes:  # users can make a circle of causes
+        if found := out_of_resources(cause):
+            return found
+        causes.append(cause)
+        error = cause
+    return None
 
 
 def as_typed(text: str, options: Collection[str]) -> str:

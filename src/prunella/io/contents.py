@@ -122,7 +122,7 @@ class Contents:
 
     def _write_function(self, function: FunctionType) -> None:
         self.put("function", _name(function))
-        if function.__module__.partition(".")[0] not in _KNOWN:
+        if str(function.__module__).partition(".")[0] not in _KNOWN:  # generated functions have no module
             self._write_code(function.__code__)
         self.write((function.__defaults__, function.__kwdefaults__))
         for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):

@@ -174,7 +174,9 @@ def _described(request: Request, scored: _Scored) -> tuple[Request, Keep, list[F
         try:
             keep, scored = _proven(request, scored)
         except (TargetMissed, NotSupported) as error:
-            raise type(error)(error.what, error.why, f"{_UNEVEN}; or {error.todo}") if faults else error from error
+            if not faults:
+                raise
+            raise type(error)(error.what, error.why, f"{_UNEVEN}; or {error.todo}") from error
         misfit = undescribed(builds, request.graph, keep, request.inputs) if request.recipe.equal_widths else None
         if misfit is None:
             return request, keep, scored.frozen
