@@ -90,7 +90,7 @@ def _read_plan(folder: Path) -> Tensors:
 
 
 def _resign_plan(folder: Path) -> None:
-    from prunella.io.plan_file import _fingerprint
+    from prunella.io.nested import fingerprint
 
     file = folder / "x.plan"
     data = file.read_bytes()
@@ -99,7 +99,7 @@ def _resign_plan(folder: Path) -> None:
         header = json.loads(data[8 : 8 + size])
         head = json.loads(header["__metadata__"]["prunella.plan"])
         tensors = {name: stored.read() for name, stored in open_tensors(file).tensors.items()}
-        head["sha256"] = _fingerprint(tensors, head["plan"])
+        head["sha256"] = fingerprint(tensors, head["plan"])
         header["__metadata__"]["prunella.plan"] = json.dumps(head)
         text = json.dumps(header).encode()
         file.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + size :])

@@ -285,7 +285,7 @@ def test_tokens_that_stay_give_the_same_logits(tied: bool) -> None:
     assert small.lm_head.out_features == small.model.embed_tokens.num_embeddings == len(kept)
     assert (kept[small.config.eos_token_id], kept[small.config.pad_token_id]) == (12, 7)
     assert kept[small.model.embed_tokens.padding_idx] == 7
-    with pytest.raises(pr.PruningError, match="token 49 is gone"):
+    with pytest.raises(pr.PruningError, match="token 49 is pruned"):
         plan.renumber(torch.tensor([3, 49]))
 
 

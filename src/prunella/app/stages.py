@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from torch import nn
 
 from prunella.app.job import Job, Quality
 from prunella.app.record import RECORD
-from prunella.errors import CheckFailed, NotSupported, PruningError, RequestError, TargetMissed
+from prunella.errors import CheckFailed, NotSupported, OutOfResources, PruningError, RequestError, TargetMissed
 from prunella.io.files import check_free, clean_up_after_kill, digest
 from prunella.io.identity import Identity, identify, model_parts
 from prunella.io.journal import NAME, Records, open_journal, open_records
@@ -134,7 +134,14 @@ def open_stages(output: Path, model: nn.Module, inputs: Inputs, job: Job, *, ove
     except NotSupported:  # data whose bytes cannot be read cannot be told from other data
         yield Stages(None, Records(None, None), job.data)
         return
-    with open_records(work, lambda: identity) as records:
+    with ExitStack() as stack:
+        fresh = not work.exists()
+        try:
+            records = stack.enter_context(open_records(work, lambda: identity))
+        except OutOfResources:
+            if fresh:
+                shutil.rmtree(work, ignore_errors=True)
+            raise
         try:
             yield Stages(work, records, job.data)
         except BaseException as error:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -113,19 +112,20 @@ def _registered(
 @contextmanager
 def counting() -> Iterator[None]:
     """Set while a counter looks on: layers whose kernels lie beyond torch's operations run them instead."""
-    token = _COUNTING.set(True)
+    global _counters
+    _counters += 1
     try:
         yield
     finally:
-        _COUNTING.reset(token)
+        _counters -= 1
 
 
 def is_counting() -> bool:
     """Whether a counter looks on."""
-    return _COUNTING.get()
+    return _counters > 0
 
 
-_COUNTING: ContextVar[bool] = ContextVar("counting", default=False)
+_counters = 0  # a plain number, since torch.compile reads no context variables
 
 
 def formula(*names: str) -> Callable[[Formula], Formula]:

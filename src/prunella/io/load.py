@@ -117,13 +117,13 @@ def _unpack_gguf(file: Path, folder: Path) -> Path:
     model = call_user(lambda: kinds[0].from_pretrained(str(file.parent), dtype=torch.float32, **given), str(file))
     tokenizer = call_user(lambda: kinds[1].from_pretrained(str(file.parent), **given), str(file))
     with new_folder(folder) as made:
-        unquantise_(model).save_pretrained(made)
+        unquantize_(model).save_pretrained(made)
         tokenizer.save_pretrained(made)
     return folder
 
 
-def unquantise_(model: Any) -> Any:
-    """Forget that weights which are numbers by now came from a quantised file: saving fails otherwise."""
+def unquantize_(model: Any) -> Any:
+    """Forget that weights which are numbers by now came from a quantized file: saving fails otherwise."""
     vars(model.config).pop("quantization_config", None)
     model.hf_quantizer = None
     return model

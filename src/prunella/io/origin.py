@@ -101,7 +101,7 @@ def hugging_face(kind: type, dense: nn.Module) -> dict[str, Any]:
     config: Any = dense.config
     data = passed_on(decode(config.to_json_string(use_diff=False), allow_nan=True))
     if (data.get("quantization_config") or {}).get("quant_method") == "gguf":
-        del data["quantization_config"]  # the file was quantised; the weights in the model are not
+        del data["quantization_config"]  # the file was quantized; the weights in the model are not
     attention = getattr(config, "_attn_implementation", None)
     names = {"name": kind.__name__, "config_class": type(config).__name__}
     return {"kind": "transformers", **names, "config": data, "attention": attention}

@@ -106,7 +106,7 @@ def _checked(name: str, value: Any) -> Tensor:
         raise NotSupported(f"{name} cannot be saved", f"it is a {type(value).__name__}, not a tensor")
     if type(value.data) is not Tensor:
         why = f"it is a {type(value.data).__name__}, which only its own library reads"
-        raise NotSupported(f"{name} cannot be saved", why, "save the model before it is quantised")
+        raise NotSupported(f"{name} cannot be saved", why, "save the model before it is quantized")
     if value.is_meta:
         raise NotSupported(f"{name} cannot be saved", "it is on the meta device and has no data")
     if value.layout is not torch.strided or value.is_quantized:

@@ -69,7 +69,7 @@ def count(model: nn.Module, *, scope: Scope = "weights") -> Count:
 
 
 def _values(parameter: Tensor) -> Tensor:
-    """A quantised weight as the numbers it stands for."""
+    """A quantized weight as the numbers it stands for."""
     return parameter if type(parameter.data) is Tensor else parameter.detach().dequantize()
 
 

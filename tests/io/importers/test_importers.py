@@ -333,8 +333,8 @@ def test_values_that_are_not_two_of_four_are_refused() -> None:
     assert decode("w", parts)[1].tolist() == [[True, True, False, False, True, False, True, False]]
 
 
-def test_quantised_weights_are_refused() -> None:
-    with pytest.raises(NotSupported, match="quantised"):
+def test_quantized_weights_are_refused() -> None:
+    with pytest.raises(NotSupported, match="quantized"):
         pr.importers.import_plan(mlp(), X, {"0.weight_packed": torch.zeros(2), "0.bitmask": torch.zeros(2)})
 
 

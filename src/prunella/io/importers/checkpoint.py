@@ -39,7 +39,7 @@ def sparseml(state: State) -> Imported:
     remark of the plan, to be compared with what is found.
     Data: none.
 
-    Use: `checkpoint.pth` and folders of SparseML. Avoid: its quantised and its ONNX checkpoints, which are no weights
+    Use: `checkpoint.pth` and folders of SparseML. Avoid: its quantized and its ONNX checkpoints, which are no weights
     of a module.
     """
     weights = tensors_of(state)

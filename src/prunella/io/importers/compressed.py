@@ -15,7 +15,7 @@ from prunella.registry.method import importer
 from prunella.types import Mask
 
 PARTS = ("shape", "compressed", "bitmask", "row_offsets")
-_QUANTISED = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "scale_packed", "meta")
+_QUANTIZED = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "scale_packed", "meta")
 FORMATS = ("dense", "sparse-bitmask", "sparse-24-bitmask")
 
 
@@ -29,14 +29,14 @@ def compressed_tensors(state: State) -> Imported:
     Weights that are stored dense are masked where they are zero.
     Data: none.
 
-    Use: folders of llm-compressor with `sparsity_config`. Avoid: quantised weights, which are refused: a plan masks
+    Use: folders of llm-compressor with `sparsity_config`. Avoid: quantized weights, which are refused: a plan masks
     weights of the model as it is.
     """
     tensors = tensors_of(state)
-    quantised = sorted(name for name in tensors if name.rpartition(".")[2] in _QUANTISED)
-    if quantised:
-        why = f"{quantised[0]} belongs to a quantised weight"
-        raise NotSupported("quantised weights are not imported", why, "decompress them with the tool that made them")
+    quantized = sorted(name for name in tensors if name.rpartition(".")[2] in _QUANTIZED)
+    if quantized:
+        why = f"{quantized[0]} belongs to a quantized weight"
+        raise NotSupported("quantized weights are not imported", why, "decompress them with the tool that made them")
     remarks = _described(state.get("config"))
     weights: dict[str, Tensor] = {}
     masks: dict[str, Mask] = {}
@@ -74,7 +74,7 @@ def decode(name: str, parts: Mapping[str, Tensor | None]) -> tuple[Tensor, Mask]
     if values.numel() != count:
         raise _broken(name, f"{values.numel()} values for {count} bits that are set")
     if not values.is_floating_point():
-        raise NotSupported(f"{name} holds {values.dtype}", "a quantised weight", "decompress it with its own tool")
+        raise NotSupported(f"{name} holds {values.dtype}", "a quantized weight", "decompress it with its own tool")
     offsets = parts.get("row_offsets")
     if offsets is not None:
         counts = mask.sum(-1)
