@@ -176,6 +176,18 @@ def test_verify_sees_other_weights(prunella: Run, shop: str, tmp_path: Path) -> 
     (tmp_path / f"other_{shop}.py").write_text(other.read_text().replace("manual_seed(0)", "manual_seed(1)"))
     result = prunella("verify", "out", f"other_{shop}:net")
     assert result.code == 1 and "differs" in result.err
+    recovery = ("--recover", "bn", "--data", f"{shop}:loader", "--overwrite")
+    assert prunella("run", f"{shop}:net", *IMAGE, "--target", "macs=0.5", *recovery, "-o", "out").code == 0
+    assert prunella("verify", "out", f"{shop}:net").code == 0
+    result = prunella("verify", "out", f"other_{shop}:net")
+    assert result.code == 1 and "its weights are others" in result.err
+
+
+def test_a_metric_that_gives_nan_ends_a_run(prunella: Run, shop: str, tmp_path: Path) -> None:
+    (tmp_path / f"nan_{shop}.py").write_text("def quality(model):\n    return float('nan')\n")
+    target = ("--target", "macs=0.5", "--metric", f"nan_{shop}:quality", "-o", "out")
+    result = prunella("run", f"{shop}:net", *IMAGE, *target)
+    assert result.code == 3 and "NaN" in result.err and not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("name", ["small.safetensors", "small.pt2"])

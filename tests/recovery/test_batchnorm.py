@@ -153,3 +153,29 @@ def test_nothing_is_absorbed_without_scale_and_bias_or_from_broken_data() -> Non
         absorb_bn(net, [torch.full((2, 3, 6, 6), torch.nan, dtype=torch.float64)])
     for key, value in untouched.state_dict().items():
         torch.testing.assert_close(net.state_dict()[key], value)
+
+
+def test_norms_that_share_a_scale_absorb_nothing() -> None:
+    net = nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 4), nn.BatchNorm1d(4)).eval()
+    net[2].weight, net[2].bias = net[0].weight, net[0].bias
+    data = [torch.randn(64, 4) * 3 + 1]
+    before = net(data[0])
+    assert absorb_bn(net, data) == ()
+    torch.testing.assert_close(net(data[0]), before)
+
+
+def test_a_scale_that_is_read_elsewhere_and_values_out_of_range_are_refused_and_nothing_changes() -> None:
+    class Elsewhere(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.BatchNorm1d(4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.norm(x) * self.norm.weight + self.norm.bias
+
+    cases = (Elsewhere().eval(), torch.randn(64, 4) * 3 + 1), (nn.BatchNorm1d(4).eval(), torch.randn(64, 4) * 1e25)
+    for net, data in cases:
+        before = copy.deepcopy(net.state_dict())
+        with pytest.raises(CheckFailed):
+            absorb_bn(net, [data])
+        assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())

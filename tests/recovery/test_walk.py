@@ -62,6 +62,34 @@ class InPlace(nn.Module):
         return self.c(y.relu() + x)
 
 
+class Gated(nn.Module):
+    """A gate that a module keeps for a later layer: it differs between batches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(6, 10), nn.Linear(10, 10), nn.Linear(10, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.gate = (x.mean(1, keepdim=True) * 3).sigmoid()
+        y = self.b(self.a(x).relu()).relu()
+        return self.c(y * self.gate)
+
+
+LOCK = threading.RLock()
+
+
+class Locked(nn.Module):
+    """A lock that all passes share."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(6, 10), nn.Linear(10, 10), nn.Linear(10, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with LOCK:
+            return self.c(self.b(self.a(x).relu()).relu())
+
+
 class Attended(nn.Module):
     """An attention module: one call reads several weights."""
 
@@ -93,6 +121,8 @@ CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "twice": (Twice, (6,)),
     "in place": (InPlace, (6,)),
     "attention": (Attended, (3, 5)),
+    "kept on the module": (Gated, (6,)),
+    "a lock": (Locked, (6,)),
 }
 
 
@@ -200,3 +230,21 @@ def test_a_walk_runs_under_the_autocast_of_its_caller() -> None:
         paused = PausedPass(lambda: seen.append(layer(torch.randn(2, 4)).dtype), [])
     assert paused.next() is None
     assert seen == [torch.bfloat16]
+
+
+def test_autocast_inside_of_the_model_holds_for_its_layers() -> None:
+    class Half(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                return self.b(self.a(x).relu()).float()
+
+    torch.manual_seed(0)
+    model, data = Half().eval(), [torch.randn(8, 3, 8, 8) for _ in range(3)]
+    plan = pr.plan(model, data[0], target=pr.Params(0.6))
+    small = pr.shrink(model, plan)
+    (fit,) = pr.reconstruct(small, model, data, plan).fits
+    assert fit.after < fit.before

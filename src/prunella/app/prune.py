@@ -165,7 +165,7 @@ def recover_all_(asked: Asked, small: nn.Module, plan: Plan, how: Recover, cours
 
 def _targets(target: Target | Sequence[Target]) -> tuple[Target, ...]:
     """Errors: RequestError for no target, or something else."""
-    targets = (target,) if isinstance(target, Target) else tuple(target)
+    targets = tuple(target) if isinstance(target, list | tuple) else (target,)
     if not targets or not all(isinstance(entry, Target) for entry in targets):
         raise RequestError(
             f"target={target!r} is no budget", "a budget needs its unit", "for example target=MACs(0.5), or a list"

@@ -6,6 +6,7 @@ A run that was killed goes on from its last finished stage, and within a trainin
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -25,8 +26,9 @@ from prunella.app.prune_stages import Course
 from prunella.app.record import FORMAT, RECORD
 from prunella.app.recover import Recovered, Tick, recover_
 from prunella.app.stages import Stages, open_stages
-from prunella.errors import CheckFailed, RequestError
+from prunella.errors import BadInput, CheckFailed, RequestError
 from prunella.io.artifact import Saved, drafted
+from prunella.io.identity import weights_digest
 from prunella.io.json import plain, write_json
 from prunella.io.lock import locked
 from prunella.io.space import check_apart, check_output_folder, check_space
@@ -124,7 +126,7 @@ def _run(
         outcome = Outcome(
             planned, small, draft.saved, compared, recovered, before, cut, after, outputs, missing, clock.seconds
         )
-        record = {**summary(outcome, job), "folder": folder.name}
+        record = {**summary(outcome, job), "folder": folder.name, "dense": weights_digest(model)}
         stages.finish(write_json(draft.folder / RECORD, plain(record)))
     return replace(outcome, saved=draft.saved)
 
@@ -180,7 +182,12 @@ def _quality(model: nn.Module, job: Job, clock: _Clock, name: str, stages: Stage
     if job.metric is None:
         return {}
     with clock.stage(f"evaluating the {name} model"):
-        return stages.quality(name, lambda: job.quality(model))
+        quality = stages.quality(name, lambda: job.quality(model))
+    wrong = next((key for key, value in quality.items() if math.isnan(value)), None)
+    if wrong is not None:
+        why = f"{wrong} of the {name} model is NaN"
+        raise BadInput("the metric is no number", why, "return a number for every model; higher is better")
+    return quality
 
 
 def _recover(
@@ -243,6 +250,8 @@ def summary(outcome: Outcome, job: Job) -> dict[str, Any]:
     before, after, target = outcome.plan.before, outcome.plan.after, job.target or outcome.plan.target
     recovered = [{"by": str(item.step), "result": item.text} for item in outcome.recovered]
     lines = [f"recovered by {item['by']}: {item['result'].splitlines()[-1]}" for item in recovered]
+    if not recovered and outcome.plan.changes:
+        lines.append("NOT RECOVERED: the cut alone; give --data to recover it, and --metric to see its quality")
     return {
         "format": FORMAT,
         "text": "\n".join([*([job.about, ""] if job.about else []), str(outcome.report), *lines]),

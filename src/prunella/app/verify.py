@@ -15,6 +15,7 @@ from prunella.errors import BadInput, CheckFailed
 from prunella.graph.verify import relative_error
 from prunella.io.artifact import PLAN, check_weights, load
 from prunella.io.files import MARKER
+from prunella.io.identity import weights_digest
 from prunella.io.manifest import check_files, read_manifest
 from prunella.io.origin import Factory
 from prunella.io.plan_file import load_plan
@@ -96,6 +97,8 @@ def check_equal(proof: Proof, small: nn.Module, dense: nn.Module, plan: Plan, in
 
     Raises CheckFailed when shapes differ, or when outputs differ although the model was not recovered.
     """
+    if proof.recovered:
+        _same_dense(Path(proof.folder), dense)
     expected = shrink(dense, plan, inputs=inputs) if plan.changes else apply_(dense, plan)
     _same_shapes(expected.state_dict(), small.state_dict())
     with torch.no_grad(), mode(expected, training=False), mode(small, training=False):
@@ -104,6 +107,14 @@ def check_equal(proof: Proof, small: nn.Module, dense: nn.Module, plan: Plan, in
         why = f"its output differs by {error:.1e} of the largest value; {TOLERANCE:.0e} is allowed"
         raise CheckFailed("the stored model is not the masked dense model", why, "is MODEL the one it was made of?")
     return replace(proof, equal=error)
+
+
+def _same_dense(folder: Path, dense: nn.Module) -> None:
+    """After a recovery only the digest in the record can tell another dense model."""
+    record = read_record(folder)
+    if record is not None and "dense" in record and record.text("dense") != weights_digest(dense):
+        todo = "give the weights that the run had, for example by --weights"
+        raise CheckFailed("MODEL is not the dense model of this run", "its weights are others", todo)
 
 
 def _same_shapes(expected: Mapping[str, torch.Tensor], found: Mapping[str, torch.Tensor]) -> None:

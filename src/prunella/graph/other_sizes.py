@@ -30,6 +30,8 @@ _FEW = 8
 """An axis of fewer positions is made longer, a longer one shorter: the check then costs no more than the first."""
 _SAMPLES = 4
 """A batch of fewer samples is tried with one more; a larger one with one less than this number."""
+_LARGEST = 1 << 18
+"""Numbers of an input that is tried because a branch of the source asks for it; or four times the example."""
 _MOST = 4
 """Sizes at which the source takes another branch, of the nearest ones."""
 
@@ -89,8 +91,10 @@ def other_sizes(
     yield from both or first([samples(inputs, count, more)])
     yield from [] if both else first(_resized(inputs, main))
     yield from first([samples(inputs, count, 1)])
+    room = max(_LARGEST, 4 * main.numel())
     for size, other in tuple(turns)[:_MOST]:
-        yield from first(_turned(inputs, main, size, other))
+        if main.numel() // max(size, 1) * other <= room:
+            yield from first(_turned(inputs, main, size, other))
 
 
 def shape_text(inputs: Any) -> str:

@@ -87,6 +87,12 @@ def model_parts(model: nn.Module) -> dict[str, str]:
     }
 
 
+def weights_digest(model: nn.Module) -> str:
+    """The digest of the names and values of all parameters."""
+    weights = unwrap(model).named_parameters(remove_duplicate=False)
+    return digest_of({name: value.detach() for name, value in sorted(weights)})
+
+
 def _write_model(contents: Contents, model: nn.Module) -> None:
     contents.write(model_parts(model))
 

@@ -237,7 +237,8 @@ def check_same(journal: Journal, identity: Identity) -> None:
         return
     last = list(journal.identities.values())[-1]
     why = f"it holds another run: {last.difference(identity)}"
-    raise RequestError(f"{journal.path} is not continued", why, "choose another folder, or do what was done there")
+    todo = f"do what was done there, choose another folder, or remove {journal.path.parent} to start again"
+    raise RequestError(f"{journal.path} is not continued", why, todo)
 
 
 def _create(path: Path) -> None:

@@ -192,11 +192,17 @@ class _Pending:
     product: Product
     version: int
     single: bool
+    autocast: tuple[str, torch.dtype, bool]
 
     def refresh(self) -> bool:
         """Compute the output again, in place."""
         if not self.single or _version(self.product.x) != self.version:
             return False
+        device, dtype, enabled = self.autocast
+        with torch.autocast(device, dtype, enabled, cache_enabled=False):
+            return self._refresh()
+
+    def _refresh(self) -> bool:
         func, args, kwargs = self.calls[0]
         result = func(*args, **kwargs)
         value = result if len(self.calls) > 1 else self.product.output(result)
@@ -274,7 +280,7 @@ class Watch(TorchFunctionMode):
         bias = _bias(product, view)
         # copies, since later operations may work in place
         read = Read(weight, view, product.form, product.x.detach().clone(), y.detach().clone(), bias, part=part)
-        pending = _Pending(read, y, (call,), product, _version(product.x), single=len(found) == 1)
+        pending = _Pending(read, y, (call,), product, _version(product.x), len(found) == 1, _autocast(y.device.type))
         if number == len(found) - 1:
             self._pending.append(pending)
         else:  # only the last product of a call gives its result
@@ -369,6 +375,11 @@ def _norm(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Norm | None:
     if at["training"] or at["running_mean"] is None or at["running_var"] is None:
         return None
     return Norm(at["running_mean"], at["running_var"], at["weight"], at["bias"], at["eps"])
+
+
+def _autocast(device: str) -> tuple[str, torch.dtype, bool]:
+    """Device, type and state of autocast here: a model may set it for a part of its source."""
+    return device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
 
 
 def _version(tensor: Tensor) -> int:

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from prunella.errors import NotSupported, TargetMissed
+from prunella.errors import NotSupported, RequestError, TargetMissed
 from prunella.granularity import Competing, Fixed, Structural, Vocabulary
 from prunella.graph.data import Frozen, ReasonKind
 from prunella.graph.matrix import from_matrix
@@ -85,6 +85,10 @@ def plan(
         >>> {name: f"{int(kept.sum())} of {len(kept)}" for name, kept in plan.keep.items()}
         {'0': '8 of 16'}
     """
+    if not isinstance(recipe, Recipe):
+        raise RequestError(
+            f"the recipe is a {type(recipe).__name__}", "a criterion is a part of a recipe", "Recipe(criterion=...)"
+        )
     model = with_plain_weights(model)
     target = checked_target(recipe.granularities, target)
     check_finite(model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,8 +13,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from prunella.errors import CheckFailed, RequestError
-from prunella.model.forward import batches, run
+from prunella.model.forward import batches, outputs_of, run
 from prunella.model.state import losses_in_training_, mode
+from prunella.model.trees import tensors
 from prunella.model.unwrap import unwrap
 from prunella.registry.method import recovery
 from prunella.types import Loss
@@ -111,17 +113,41 @@ def absorb_bn(model: nn.Module, data: Iterable[Any], *, loss: Loss | None = None
     cut leaves statistics that fit nothing.
     """
     model = unwrap(model)
-    norms = {module: name for name, module in model.named_modules() if _has_statistics(module) and _has_affine(module)}
+    owners = Counter(id(tensor) for module in model.modules() for tensor in module.parameters(recurse=False))
+    norms = {
+        module: name
+        for name, module in model.named_modules()
+        if _has_statistics(module) and _has_affine(module) and owners[id(module.weight)] == owners[id(module.bias)] == 1
+    }
     if not norms:
         return ()
+    data = list(data) if isinstance(data, Iterator) else data
     with mode(model, training=False), torch.no_grad():
+        first = next(batches(data))
+        expected = _outputs(model, first, loss)
         moments = _observe(model, data, list(norms), loss, training=False)
         old = {module: _statistics(module) for module in moments}
         with _restored_on_error(norms):
             _write(moments, norms)
-        for module, (mean, variance) in old.items():
-            _absorb(module, mean, variance)
+            for module, (mean, variance) in old.items():
+                _absorb(module, mean, variance)
+            _check_same(model, expected, _outputs(model, first, loss))
     return tuple(norms[module] for module in moments)
+
+
+def _outputs(model: nn.Module, batch: Any, loss: Loss | None) -> list[Tensor]:
+    return outputs_of(model, batch) if loss is None else tensors(loss(model, batch))
+
+
+def _check_same(model: nn.Module, expected: list[Tensor], found: list[Tensor]) -> None:
+    """Errors: CheckFailed where something else reads the scale, the shift or the statistics of a norm, or NaN."""
+    pairs = [(a.double(), b.double()) for a, b in zip(expected, found, strict=True) if a.is_floating_point()]
+    largest = max((float(a.abs().max()) for a, _ in pairs if a.numel()), default=0.0)
+    error = max((float((a - b).abs().max()) for a, b in pairs if a.numel()), default=0.0)
+    coarse = any(p.dtype.itemsize < 4 for p in model.parameters())
+    if not error <= (5e-2 if coarse else 5e-3) * largest:
+        why = f"the output would change by {error / (largest or 1.0):.1%}: something else reads their parameters"
+        raise CheckFailed("the norms cannot absorb the statistics", why, "nothing has changed; leave absorb_bn out")
 
 
 def _has_affine(module: nn.Module) -> bool:
@@ -189,7 +215,8 @@ def _write(moments: dict[nn.Module, Moments], names: dict[nn.Module, str]) -> No
         assert isinstance(module, _BatchNorm) and module.running_mean is not None and module.running_var is not None
         mean = torch.as_tensor(statistics.mean)
         variance = torch.as_tensor(statistics.squares) / max(statistics.count - 1, 1)
-        if not bool(torch.isfinite(mean + variance).all()):
+        largest = torch.finfo(module.running_var.dtype).max
+        if not bool((torch.isfinite(mean + variance) & (mean.abs() < largest) & (variance < largest)).all()):
             raise CheckFailed(
                 f"the inputs of {names[module]} are not finite on the calibration data",
                 "the model or the data holds NaN or infinity",
@@ -204,11 +231,15 @@ def _write(moments: dict[nn.Module, Moments], names: dict[nn.Module, str]) -> No
 @contextmanager
 def _restored_on_error(norms: dict[nn.Module, str]) -> Iterator[None]:
     """Restore the statistics after an error: passes in training mode change them."""
-    saved = {module: [buffer.clone() for buffer in module.buffers(recurse=False)] for module in norms}
+    saved = {module: [value.detach().clone() for value in _values(module)] for module in norms}
     try:
         yield
     except BaseException:
         for module, old in saved.items():
-            for buffer, value in zip(module.buffers(recurse=False), old, strict=True):
-                buffer.copy_(value)
+            for tensor, value in zip(_values(module), old, strict=True):
+                tensor.detach().copy_(value)
         raise
+
+
+def _values(module: nn.Module) -> list[Tensor]:
+    return [*module.buffers(recurse=False), *module.parameters(recurse=False)]

@@ -23,7 +23,7 @@ from prunella.model.watch import Read, Stop, Watch
 from prunella.planning.plan import Plan
 from prunella.recovery.least_squares import Solution, Sums
 from prunella.recovery.readers import Part, Piece, Reader, Skipped, readers_of
-from prunella.recovery.walk import Passes
+from prunella.recovery.walk import Passes, Stuck
 from prunella.registry.method import recovery
 from prunella.stats.elimination import spread
 from prunella.types import Loss
@@ -151,12 +151,15 @@ class _Job:
 
     def fits(self, readers: Sequence[Reader]) -> Iterator[LayerFit]:
         """Refit the readers in their order: in one walk where that is possible, else with a pass for each."""
-        left = list(readers)
+        left, together = list(readers), _few(self.data)
         while left:
-            walk = self._walk(left) if _single(left[0]) and _few(self.data) else self._pass(left[0])
-            for fit in walk:
-                left.pop(0)
-                yield fit
+            try:
+                for fit in self._walk(left) if together and _single(left[0]) else self._pass(left[0]):
+                    left.pop(0)
+                    yield fit
+            except Stuck:  # the model holds a lock while it runs, or cannot be copied
+                log.info("the passes cannot wait for each other: each layer takes a pass of its own")
+                together = False
 
     def _pass(self, reader: Reader) -> Iterator[LayerFit]:
         """One reader by a pass of its own; each forward pass stops as soon as the layer has run."""

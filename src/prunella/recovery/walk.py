@@ -7,6 +7,7 @@ weights, and the passes go on. Without the pauses every layer would need a pass 
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Iterable
 from types import TracebackType
@@ -15,7 +16,16 @@ from typing import Any
 import torch
 from torch import nn
 
+from prunella.errors import NotSupported
+from prunella.model.copying import copied
 from prunella.model.watch import Read, Stop, Watch
+
+_PATIENCE = 2.0
+"""Seconds in which a pass that computes uses the processor."""
+
+
+class Stuck(Exception):
+    """The passes of several batches cannot go on side by side."""
 
 
 class PausedPass:
@@ -35,22 +45,36 @@ class PausedPass:
         self._thread.start()
 
     def next(self) -> Read | None:
-        """Go on to the next read; None at the end of the pass. An error of the pass is raised here."""
+        """Go on to the next read; None at the end of the pass. An error of the pass is raised here.
+
+        Errors: Stuck for a pass that waits for something that another pass holds.
+        """
         if not self._alive:
             return None
         self._go.release()
-        self._paused.acquire()
+        idle = 0
+        while not self._paused.acquire(timeout=_PATIENCE / 4):
+            before = _used()
+            if self._paused.acquire(timeout=_PATIENCE / 4):
+                break
+            idle = idle + 1 if _used() - before < 0.01 * _PATIENCE else 0
+            if idle == 4:
+                raise Stuck
         if self._error is not None:
             raise self._error
         return self._read
 
-    def close(self) -> None:
-        """End the pass, wherever it is."""
+    def end(self) -> None:
+        """Let the pass end, wherever it is."""
         self._ends = True
-        while self._alive:
+        self._go.release()
+
+    def close(self) -> None:
+        """End the pass and wait for its end."""
+        self.end()
+        while self._thread.is_alive():
             self._go.release()
-            self._paused.acquire()
-        self._thread.join()
+            self._thread.join(0.01)
 
     def _work(self) -> None:
         self._go.acquire()
@@ -90,17 +114,33 @@ class Passes:
         weights: tuple[Iterable[nn.Parameter], Iterable[nn.Parameter]],
     ) -> None:
         sides = [(model, list(watched)) for model, watched in zip(models, weights, strict=True)]
-        self.pairs = [
-            tuple(PausedPass(_bound(run, model, batch), watched) for model, watched in sides) for batch in batches
-        ]
+        try:
+            self.pairs = [
+                tuple(PausedPass(_bound(run, _own(model), batch), watched) for model, watched in sides)
+                for batch in batches
+            ]
+        except NotSupported as error:  # a module that cannot be copied
+            raise Stuck from error
 
     def __enter__(self) -> Passes:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        for pair in self.pairs:
-            for paused in pair:
-                paused.close()
+        every = [paused for pair in self.pairs for paused in pair]
+        for paused in every:  # all, before one is waited for: it may wait for what another one holds
+            paused.end()
+        for paused in every:
+            paused.close()
+
+
+def _used() -> float:
+    """Seconds that this process has used a processor."""
+    return sum(os.times()[:2])
+
+
+def _own(model: nn.Module) -> nn.Module:
+    """Modules of their own with the same parameters and buffers: what a pass keeps on a module is not mixed up."""
+    return copied(model, shared=[*model.parameters(), *model.buffers()])
 
 
 def _bound(run: Callable[[nn.Module, Any], object], model: nn.Module, batch: Any) -> Callable[[], object]:

@@ -235,3 +235,24 @@ def test_a_branch_is_looked_for_where_the_source_compares() -> None:
     assert couple(ByManySamples(), torch.randn(2, 6)).turns == ((2, 5),)
     assert couple(ByResolution(), torch.randn(1, 3, 16, 16)).turns == ((8, 20),)
     assert couple(BySamples(), torch.randn(3, 6)).turns == ((3, 1),)
+
+
+@pytest.mark.parametrize("limit", [20, 64, 500])
+def test_a_branch_far_above_the_example_is_tried(limit: int) -> None:
+    class Long(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(8, 16), nn.Linear(16, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.a(x).relu()
+            if x.shape[1] > limit:
+                y = y + y.flip(-1)
+            return self.b(y)
+
+    torch.manual_seed(0)
+    model, example = Long().eval(), torch.randn(2, 5, 8)
+    plan = pr.plan(model, example, target=pr.Params(0.6))
+    small = pr.shrink(model, plan)
+    for length in (5, limit + 1):
+        assert verify(model, small, plan.changes, torch.randn(2, length, 8)).exact

@@ -165,7 +165,7 @@ def _other_sizes(size: int, choice: SizeComparison) -> list[int]:
     """Sizes to try, the nearest first: those beside the numbers of the comparison, and small ones."""
     ends = [side for side in (choice.left, choice.right) if isinstance(side, int)]
     near = {end + step for end in ends for step in (-1, 0, 1)} | {1, 2, size - 1, size + 1, 2 * size}
-    return sorted((n for n in near if 0 < n <= max(8, 4 * size)), key=lambda n: abs(n - size))
+    return sorted((n for n in near if 0 < n <= max(4096, 4 * size)), key=lambda n: abs(n - size))
 
 
 def _decided(choice: SizeComparison, given: Iterable[Shape], size: int) -> bool | None:
