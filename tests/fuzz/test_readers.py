@@ -24,4 +24,4 @@ def test_nothing_but_errors_of_the_package_and_nothing_that_changed_is_accepted(
     lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     assert done.returncode == 0 and lines and "done" in lines[-1], done.stderr[-3000:]
     assert lines[-1]["done"] > 50
-    assert lines[:-1] == [], "\n\n".join(f"{x['reader']} --case {x['case']}: {x['wrong']}" for x in lines[:5])
+    assert lines[:-1] == [], "\n\n".join(f"{x['reader']} --case {x['case']}: {x['wrong']}" for x in lines[:-1][:5])

@@ -121,7 +121,7 @@ def _plan(body: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Plan:
         frozen=tuple(map(_frozen, body["frozen"])),
         weights={name: tensors[i] for name, i in body["weights"].items()},
         inputs=unpack(body["inputs"], tensors),
-        others=unpack(body["others"], tensors) if "others" in body else (),
+        others=_examples(unpack(body["others"], tensors)) if "others" in body else (),
         remarks=tuple(map(_text, body.get("remarks", ()))),
         caveats=tuple(map(_text, body.get("caveats", ()))),
     )
@@ -138,6 +138,12 @@ def _recipe(recipe: Any) -> dict[str, Any]:
         if not isinstance(part, dict) or not isinstance(part["name"], str) or not isinstance(part["knobs"], dict):
             raise ValueError("a part of a recipe has a name and knobs")
     return recipe
+
+
+def _examples(value: Any) -> tuple[Any, ...]:
+    if not isinstance(value, list | tuple):
+        raise ValueError("the further examples are a list")
+    return tuple(value)
 
 
 def _text(value: Any) -> str:
