@@ -12,6 +12,7 @@ from prunella._version import __version__
 from prunella.errors import BadInput
 from prunella.io.files import MARKER, digest, plain_name
 from prunella.io.json import Fields, encode, read_object, write_json
+from prunella.io.untrusted import check_links
 
 FORMAT = 2
 """1 had no digest of the manifest itself, and `run.json` and the report of a run were not in it."""
@@ -63,6 +64,7 @@ def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
 def read_manifest(folder: Path) -> Fields:
     """The manifest of an artefact. Errors: BadInput when there is none, it is broken, changed, or of a newer format."""
     file = folder / MARKER
+    check_links(folder)
     if not file.is_file():
         why = f"it has no {MARKER}" if folder.is_dir() else "there is no such folder"
         raise BadInput(f"{folder} is not a finished artefact of prunella", why, "write it again with prunella.save")
