@@ -5,6 +5,7 @@ What stops is the state of this module and no part of the evaluation: the run th
 
 from __future__ import annotations
 
+import os
 import sqlite3
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +25,17 @@ def tick() -> None:
         _left[0] -= 1
         if not _left[0]:
             raise KeyboardInterrupt
+
+
+def killed(function: Callable[[], object]) -> int:
+    """The exit code of a process that calls a function, and is killed there."""
+    child = os.fork()
+    if child == 0:
+        try:
+            function()
+        finally:
+            os._exit(70)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 @contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +26,7 @@ from prunella.planning.recipe import Recipe
 from prunella.recovery import checkpoint
 from prunella.recovery.finetune import Training, finetune
 from prunella.targets import MACs
+from tests.stopping import killed
 
 X = torch.randn(2, 6, generator=torch.Generator().manual_seed(0))
 
@@ -51,16 +52,6 @@ def other(model: nn.Module) -> float:
 JOB = Job(Recipe(), MACs(0.5), data=data(), recovery=Recovery(read_steps("bn,distill:4,reconstruct"), lr=0.1),
           metric=metric, factory="tests.app.test_stages:net")  # fmt: skip
 STAGES = ("planning", "evaluating the cut model", "recovering by bn", "recovering by distill:4", "saving")
-
-
-def killed(function: Callable[[], object]) -> int:
-    child = os.fork()
-    if child == 0:
-        try:
-            function()
-        finally:
-            os._exit(70)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 def dying(stage: str, *, at_tick: int = 0) -> app.Stage:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,17 +14,7 @@ import prunella as pr
 from prunella.io import files, temporary
 from prunella.io.files import new_folder, write_atomic
 from prunella.io.temporary import clean_up, discard, name_aside, temporary_file, temporary_folder
-
-
-def killed(function: Callable[[], object]) -> int:
-    """The exit code of a process that calls a function, and is killed there."""
-    child = os.fork()
-    if child == 0:
-        try:
-            function()
-        finally:
-            os._exit(70)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+from tests.stopping import killed
 
 
 def die(*_: object) -> None:

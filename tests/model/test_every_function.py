@@ -23,6 +23,7 @@ from prunella.model.unwrap import unwrap
 from tests.graphs import convnet, images
 
 IMAGES = images(2)
+pytestmark = pytest.mark.usefixtures("one_process")
 X = IMAGES[0]
 LABELLED = [(x, torch.zeros(2).long()) for x in IMAGES]
 MASKS, HALF = pr.Recipe(granularity=pr.Element()), pr.Sparsity(0.5)
@@ -56,14 +57,6 @@ WRAPPERS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "lock": holding(lambda model: threading.Lock()),
     "open file": holding(lambda model: Path(__file__).open()),  # noqa: SIM115
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    store = torch.distributed.FileStore(str(tmp_path_factory.mktemp("group") / "store"), 1)
-    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-    yield
-    torch.distributed.destroy_process_group()
 
 
 @pytest.fixture(params=WRAPPERS)

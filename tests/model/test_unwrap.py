@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ def compiled(model: nn.Module) -> nn.Module:
     return wrapped
 
 
+pytestmark = pytest.mark.usefixtures("one_process")
 WRAPPERS: dict[str, Wrap] = {
     "DataParallel": nn.DataParallel,
     "DistributedDataParallel": DistributedDataParallel,
@@ -37,15 +38,6 @@ WRAPPERS: dict[str, Wrap] = {
 }
 MASKS = pr.Recipe(granularity=pr.Element())
 X = torch.randn(2, 4, generator=torch.Generator().manual_seed(0))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """A process group of this process alone, which `DistributedDataParallel` asks for."""
-    store = torch.distributed.FileStore(str(tmp_path_factory.mktemp("group") / "store"), 1)
-    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-    yield
-    torch.distributed.destroy_process_group()
 
 
 @pytest.fixture(params=WRAPPERS)

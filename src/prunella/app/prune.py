@@ -12,7 +12,7 @@ from torch import nn
 from prunella.app.prune_data import split
 from prunella.app.prune_plan import Asked, planned
 from prunella.app.prune_recover import Pair, Recover, recover_
-from prunella.app.prune_stages import Course, OnStage, Stage, seconds_of
+from prunella.app.prune_stages import OnStage, Stage, StageTimer, seconds_of
 from prunella.app.recover import outputs_by
 from prunella.errors import RequestError
 from prunella.model.forward import forward
@@ -21,6 +21,7 @@ from prunella.planning import accounting
 from prunella.planning.checks import check_finite
 from prunella.planning.plan import Plan
 from prunella.reporting.report import Report, report
+from prunella.search.measured import distance_of, name_of
 from prunella.targets import Latency, Sparsity, Target
 from prunella.transform.shrink import shrink
 from prunella.types import Inputs, Loss
@@ -53,6 +54,8 @@ class Pruned:
     history: tuple[Stage, ...]
     targets: tuple[Target, ...]
     dense: nn.Module = field(repr=False)
+    measure: str = "distance"
+    """What the distances are, with their unit."""
 
     @cached_property
     def report(self) -> Report:
@@ -76,8 +79,9 @@ class Pruned:
             return f"NOT RECOVERED, not usable yet: pass data=... (batches of inputs, no labels). {reached}"
         if not any(stage.name in ("reconstruct", "distill") and stage.after is not None for stage in self.history):
             why = "recover= or the budget left it out"
-            return f"NOT RECOVERED, not usable yet: {why}. {reached}; distance to the dense outputs {cut:.4g}"
-        return f"{reached}; distance to the dense outputs on held-out data {cut:.4g} cut, {self.distance:.4g} recovered"
+            return f"NOT RECOVERED, not usable yet: {why}. {reached}; {self.measure} from the dense outputs: {cut:.4g}"
+        found = f"{cut:.4g} cut, {self.distance:.4g} recovered"
+        return f"{reached}; {self.measure} from the dense outputs on held-out data: {found}"
 
 
 def prune(
@@ -123,13 +127,13 @@ def prune(
         >>> pruned.model[0].out_features
         32
     """
-    how, course = _recover(recover), Course(seconds_of(budget), on_stage)
+    how, timer = _recover(recover), StageTimer(seconds_of(budget), on_stage)
     asked = asked_of(model, inputs, target=target, data=data, loss=loss, skip=skip, only=only, seed=seed)
-    plan = planned(asked, course)
-    with course.stage("cut"):
+    plan = planned(asked, timer)
+    with timer.stage("cut"):
         small = shrink(asked.model, plan)
-    recover_all_(asked, small, plan, how, course)
-    return Pruned(small, plan, tuple(course.history), asked.targets, asked.model)
+    measure = recover_all_(asked, small, plan, how, timer)
+    return Pruned(small, plan, tuple(timer.history), asked.targets, asked.model, measure)
 
 
 def asked_of(
@@ -151,16 +155,17 @@ def asked_of(
     return Asked(model, inputs, targets, batches, run, tuple(skip), tuple(only), seed)
 
 
-def recover_all_(asked: Asked, small: nn.Module, plan: Plan, how: Recover, course: Course) -> None:
-    """All that follows the cut, in place."""
+def recover_all_(asked: Asked, small: nn.Module, plan: Plan, how: Recover, timer: StageTimer) -> str:
+    """All that follows the cut, in place. Returns what the distances are, with their unit."""
     if asked.data is None:
-        course.skip("recovery", "there is no data; pass data=...")
-        return
+        timer.skip("recovery", "there is no data; pass data=...")
+        return ""
     pair = Pair(asked.model, small, plan, asked.data, asked.run, asked.seed)
-    with course.stage("compare") as stage:
+    with timer.stage("compare") as stage:
         stage.compared(None, pair.distance())
         stage.note(asked.data.note)
-    recover_(pair, how, course)
+    recover_(pair, how, timer)
+    return name_of(distance_of(pair.expected[0]))
 
 
 def _targets(target: Target | Sequence[Target]) -> tuple[Target, ...]:

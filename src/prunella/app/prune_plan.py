@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from prunella.allocation import fixed
 from prunella.app.prune_data import Batches, first, size
 from prunella.app.prune_groups import Scope, missed, over, reachable, scope_of
-from prunella.app.prune_stages import Course, Running
+from prunella.app.prune_stages import Running, StageTimer
 from prunella.criteria import group_norm, obs_units
 from prunella.errors import TargetMissed
 from prunella.granularity import Channel, Expert, Head, Width
@@ -63,11 +63,11 @@ class Asked:
     seed: int
 
 
-def planned(asked: Asked, course: Course) -> Plan:
+def planned(asked: Asked, timer: StageTimer) -> Plan:
     """The plan; the model does not change. Errors: those of `plan`."""
     replica = copied(asked.model)
     with untouched(replica, asked.seed), mode(replica, training=False), torch.no_grad():
-        with course.stage("groups") as stage:
+        with timer.stage("groups") as stage:
             recipe = Recipe(group_norm, (Channel(), Head(), Width(), Expert()), seed=asked.seed)
             request = prepare(
                 replica, asked.inputs, recipe, target=None, source=Source(), skip=asked.skip, only=asked.only
@@ -78,8 +78,8 @@ def planned(asked: Asked, course: Course) -> Plan:
             scores = [scope.norms[group.name].double() for group in scope.groups]
             losses: list[Losses] = [_by_norm(values, scope.levels(k)) for k, values in enumerate(scores)]
         else:
-            scores, losses = _Measured(asked, asked.data, request, scope, course).result()
-        with course.stage("allocation") as stage:
+            scores, losses = _Measured(asked, asked.data, request, scope, timer).result()
+        with timer.stage("allocation") as stage:
             return _allocated(asked, request, scope, scores, losses, stage)
 
 
@@ -99,11 +99,11 @@ class _Measured:
     data: Batches
     request: Request
     scope: Scope
-    course: Course
+    timer: StageTimer
 
     def result(self) -> tuple[list[Tensor], list[Losses]]:
         """For each group the scores of its units, and the loss of each step."""
-        with self.course.stage("statistics") as stage:
+        with self.timer.stage("statistics") as stage:
             readers = self._gather(stage)
             predicted = self._eliminated(readers, stage)
         scores = [predicted.get(group.name, self.scope.norms[group.name]).double() for group in self.scope.groups]
@@ -115,7 +115,7 @@ class _Measured:
         model = self.request.model
         readers = Readers(Subject(model, self.request.graph, groups=self.scope.groups).parameters, self.scope.groups)
         batches = first(self.data.fit, FIT)
-        start, share = now(), 0.3 * self.course.left
+        start, share = now(), 0.3 * self.timer.left
         for number, batch in enumerate(batches, start=1):
             with readers.watch(real_tokens(batch)):
                 self.asked.run(model, batch)
@@ -163,11 +163,11 @@ class _Measured:
         """Group -> points (fraction removed, loss); none where the budget has no time for them."""
         if not groups:
             return {}
-        with self.course.stage("measured losses") as stage:
+        with self.timer.stage("measured losses") as stage:
             start, batches = now(), first(self.data.held_out, JUDGE)
             passes = recordings(self.request.model, batches, self.asked.run)
             each = len(groups) * since(start)
-            count = next((n for n in LEVELS if n * each <= 0.5 * self.course.left), 0)
+            count = next((n for n in LEVELS if n * each <= 0.5 * self.timer.left), 0)
             if count < 5:
                 what = f"{count} levels of each group" if count else "scores without measured losses"
                 stage.note(f"{what} for lack of time (budget)")

@@ -15,7 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import SGD, Optimizer
 
 from prunella.app.prune_data import Batches, part, size
-from prunella.app.prune_stages import Course, Running
+from prunella.app.prune_stages import Running, StageTimer
 from prunella.errors import CheckFailed
 from prunella.measure.clock import now, since
 from prunella.model.forward import Outputs, first_tensor
@@ -71,24 +71,24 @@ class Pair:
         return value if math.isfinite(value) else math.inf
 
 
-def recover_(pair: Pair, how: Recover, course: Course) -> None:
+def recover_(pair: Pair, how: Recover, timer: StageTimer) -> None:
     """Recover the pruned model in place."""
     if not how.reconstruct:
-        course.skip("reconstruct", "recover= does not ask for it")
-    elif course.left <= 0:
-        course.skip("reconstruct", "the budget is used up")
+        timer.skip("reconstruct", "recover= does not ask for it")
+    elif timer.left <= 0:
+        timer.skip("reconstruct", "the budget is used up")
     else:
-        _reconstructed(pair, course)
+        _reconstructed(pair, timer)
         if any(isinstance(module, _BatchNorm) for module in pair.small.modules()):
-            with course.stage("absorb") as stage, _kept(pair, stage, SAME):
+            with timer.stage("absorb") as stage, _kept(pair, stage, SAME):
                 count = len(absorb_bn(pair.small, list(pair.data.fit), loss=pair.run))
                 stage.note(f"{count} batch normalizations have the statistics of the data")
-    _distilled(pair, how, course)
+    _distilled(pair, how, timer)
 
 
-def _reconstructed(pair: Pair, course: Course) -> None:
-    with course.stage("reconstruct") as stage, _kept(pair, stage):
-        data = _few(pair, course, stage)
+def _reconstructed(pair: Pair, timer: StageTimer) -> None:
+    with timer.stage("reconstruct") as stage, _kept(pair, stage):
+        data = _few(pair, timer, stage)
 
         def tick(fit: LayerFit, done: int, total: int) -> None:
             stage.tick(done, total)
@@ -100,29 +100,29 @@ def _reconstructed(pair: Pair, course: Course) -> None:
             stage.note(f"{len(skipped)} layers not refitted, as {skipped[0].name}: {skipped[0].skipped}")
 
 
-def _few(pair: Pair, course: Course, stage: Running) -> list[Any]:
+def _few(pair: Pair, timer: StageTimer, stage: Running) -> list[Any]:
     """The batches of the fit that the budget has time for; one batch alone in four parts, to choose the ridge by."""
     batches = list(pair.data.fit)
     if len(batches) == 1 and size(batches[0]) >= 4:
         count = size(batches[0])
         batches = [part(batches[0], k * count // 4, (k + 1) * count // 4) for k in range(4)]
-    if math.isinf(course.left):
+    if math.isinf(timer.left):
         return batches
     start = now()
     with mode(pair.dense, training=False), torch.no_grad():
         pair.run(pair.dense, batches[0])
-    most = max(1, int(0.7 * course.left / max(8 * since(start), 1e-6)))
+    most = max(1, int(0.7 * timer.left / max(8 * since(start), 1e-6)))
     if most < len(batches):
         stage.note(f"{most} of {len(batches)} batches: budget")
     return batches[:most]
 
 
-def _distilled(pair: Pair, how: Recover, course: Course) -> None:
-    steps, why = _steps(pair, how, course)
+def _distilled(pair: Pair, how: Recover, timer: StageTimer) -> None:
+    steps, why = _steps(pair, how, timer)
     if not steps:
-        course.skip("distill", why)
+        timer.skip("distill", why)
         return
-    with course.stage("distill") as stage, _kept(pair, stage) as kept:
+    with timer.stage("distill") as stage, _kept(pair, stage) as kept:
 
         def look(step: int, loss: float, lr: float) -> None:
             stage.tick(step + 1, steps)
@@ -137,19 +137,19 @@ def _distilled(pair: Pair, how: Recover, course: Course) -> None:
             stage.note(f"{steps} steps, {why}" if why else f"{steps} steps")
 
 
-def _steps(pair: Pair, how: Recover, course: Course) -> tuple[int, str]:
+def _steps(pair: Pair, how: Recover, timer: StageTimer) -> tuple[int, str]:
     """The number of steps, and why so few or none."""
     if how.steps is not None:
         return how.steps, "" if how.steps else "recover= does not ask for it"
     if not any(parameter.requires_grad for parameter in pair.small.parameters()):
         return 0, "no parameter requires a gradient"
     steps = min(STEPS, 4 * len(pair.data.fit))
-    if math.isinf(course.left):
+    if math.isinf(timer.left):
         return steps, ""
     start = now()
     with mode(pair.dense, training=False), torch.no_grad():
         pair.run(pair.dense, pair.data.fit[0])
-    most = int(0.8 * course.left / max(5 * since(start), 1e-6))
+    most = int(0.8 * timer.left / max(5 * since(start), 1e-6))
     if most < 4:
         return 0, "the budget has no time for it"
     return min(most, steps), "as the budget allows" if most < steps else ""

@@ -60,7 +60,7 @@ Tick = Callable[[int, int], None]
 
 
 @dataclass
-class Course:
+class StageTimer:
     """The stages so far, and the time that is left for the others. budget: in seconds, or None."""
 
     budget: float | None = None
@@ -92,7 +92,7 @@ class Course:
 class Running:
     """The stage that runs."""
 
-    course: Course
+    timer: StageTimer
     name: str
     start: float = field(default_factory=now)
     entry: Stage = field(init=False)
@@ -104,8 +104,8 @@ class Running:
         """Tell how far the stage is."""
         progress = Progress(self.name, done, total, since(self.start))
         log.debug("%s", progress)
-        if self.course.on_stage:
-            self.course.on_stage(progress)
+        if self.timer.on_stage:
+            self.timer.on_stage(progress)
 
     def note(self, text: str) -> None:
         """Say what was done or left out."""

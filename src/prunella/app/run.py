@@ -22,7 +22,7 @@ from prunella.app.prune import asked_of, recover_all_
 from prunella.app.prune_plan import Asked
 from prunella.app.prune_plan import planned as planned_by
 from prunella.app.prune_recover import Recover
-from prunella.app.prune_stages import Course
+from prunella.app.prune_stages import StageTimer
 from prunella.app.record import FORMAT, RECORD
 from prunella.app.recover import Recovered, Tick, recover_
 from prunella.app.stages import Stages, open_stages
@@ -133,7 +133,7 @@ def _run(
 
 def _plan(model: nn.Module, inputs: Inputs, job: Job) -> Plan:
     if job.auto:
-        return planned_by(_asked(model, inputs, job), Course())
+        return planned_by(_asked(model, inputs, job), StageTimer())
     return plan(
         model, inputs, job.recipe, target=job.target, data=job.data, loss=job.loss,
         skip=list(job.skip), only=list(job.only),
@@ -224,9 +224,9 @@ def _recover_auto(
         return ()
 
     def make() -> dict[str, str]:
-        course = Course()
-        recover_all_(asked, small, planned, Recover(), course)
-        return {stage.name: str(stage) for stage in course.history if stage.after is not None}
+        timer = StageTimer()
+        recover_all_(asked, small, planned, Recover(), timer)
+        return {stage.name: str(stage) for stage in timer.history if stage.after is not None}
 
     with clock.stage("recovering"):
         told = stages.recover(1, small, make)
@@ -245,11 +245,17 @@ def _check_drop(before: Quality, after: Quality, limit: float | None) -> None:
         raise CheckFailed(f"{name} fell too far; nothing was written", why, "recover longer, or prune less (target=)")
 
 
+def _in_short(result: str) -> str:
+    """One line of what a step of recovery says, which may have a line for each layer."""
+    lines = result.splitlines()
+    return f"{len(lines)} layers, the last one {lines[-1]}" if len(lines) > 1 else result
+
+
 def summary(outcome: Outcome, job: Job) -> dict[str, Any]:
     """The outcome as plain data, for `run.json` and `--json`."""
     before, after, target = outcome.plan.before, outcome.plan.after, job.target or outcome.plan.target
     recovered = [{"by": str(item.step), "result": item.text} for item in outcome.recovered]
-    lines = [f"recovered by {item['by']}: {item['result'].splitlines()[-1]}" for item in recovered]
+    lines = [f"recovered by {item['by']}: {_in_short(item['result'])}" for item in recovered]
     if not recovered and outcome.plan.changes:
         lines.append("NOT RECOVERED: the cut alone; give --data to recover it, and --metric to see its quality")
     return {

@@ -7,6 +7,7 @@ the axes that may be an image or a sequence. Where the dense model does not acce
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -91,10 +92,9 @@ def other_sizes(
     yield from both or first([samples(inputs, count, more)])
     yield from [] if both else first(_resized(inputs, main))
     yield from first([samples(inputs, count, 1)])
-    room = max(_LARGEST, 4 * main.numel())
     for size, other in tuple(turns)[:_MOST]:
-        if main.numel() // max(size, 1) * other <= room:
-            yield from first(_turned(inputs, main, size, other))
+        for batch in _turned(inputs, main, size, other):  # all: nobody knows which axis decides
+            yield from first([batch])
 
 
 def shape_text(inputs: Any) -> str:
@@ -173,13 +173,16 @@ def _doubled(size: int) -> int:
 
 
 def _turned(inputs: Any, main: Tensor, size: int, other: int) -> Iterator[Any]:
-    """The inputs with the size that decides a branch as `other`: the batch, or an axis of which it is a fraction."""
-    if main.shape[0] == size:
+    """The inputs with the size that decides a branch as `other`: the batch, or axes of which it is a fraction."""
+    room = max(_LARGEST, 4 * main.numel())
+    if main.shape[0] == size and main.numel() // size * other <= room:
         yield samples(inputs, size, other)
-    lengths = [n for n in dict.fromkeys(main.shape[1:]) if n % size == 0]
-    for length in sorted(lengths):
-        yield positions(inputs, {n: n // size * other for n in main.shape[1:] if n == length})
-        yield positions(inputs, {n: n // size * other for n in main.shape[2:] if n % size == 0})
+    single = [frozenset([n]) for n in sorted(set(main.shape[1:]))]
+    whole = [*single, frozenset(main.shape[2:]), frozenset(main.shape[1:])]
+    for lengths in dict.fromkeys(whole):
+        new = {n: n // size * other for n in lengths if n % size == 0}
+        if new and math.prod(new.get(n, n) for n in main.shape[1:]) * main.shape[0] <= room:
+            yield positions(inputs, new)
 
 
 # -- batches of other sizes ----------------------------------------------------------------------------------------

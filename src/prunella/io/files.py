@@ -237,8 +237,8 @@ def flush_all(folder: Path) -> None:
         flush(place)
 
 
-def check_free(final: Path, *, overwrite: bool = False) -> None:
-    """`RequestError` unless a folder may be written at `final`; writes nothing."""
+def check_free(final: Path, *, overwrite: bool = False, marker: str = MARKER) -> None:
+    """`RequestError` unless a folder may be written at `final`; writes nothing. marker: a file that ours have."""
     if not final.exists():
         return
     if not final.is_dir():
@@ -248,8 +248,8 @@ def check_free(final: Path, *, overwrite: bool = False) -> None:
     if not overwrite:
         todo = "choose another name, or pass overwrite=True (--overwrite) to replace it"
         raise RequestError(f"the output folder {final} exists", "it is not empty, and nothing is overwritten", todo)
-    if not (final / MARKER).is_file():
-        why = f"it has no {MARKER}, so prunella did not write it"
+    if not (final / marker).is_file():
+        why = f"it has no {marker}, so prunella did not write it"
         raise RequestError(f"the output folder {final} is not replaced", why, "remove it yourself, or choose another")
 
 

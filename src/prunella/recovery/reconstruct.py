@@ -120,23 +120,26 @@ def reconstruct(
     Use: before any training, or instead of training with no labels and little time. Avoid: fewer tokens than about
     twice a layer's inputs.
     """
-    if ridge != "auto" and not ridge >= 0:
-        raise RequestError(
-            f"ridge={ridge:g} is out of range", "ridge takes numbers from 0 up, or auto", "for example ridge=1e-2"
-        )
+    _check_ridge(ridge)
     small_, dense_ = unwrap(small), unwrap(dense)
     with mode(small_, training=False), mode(dense_, training=False), torch.no_grad():
         items = readers_of(small_, dense_, next(batches(data)), plan, loss)
         readers = [item for item in items if isinstance(item, Reader)]
         fits = {item.name: LayerFit(item.name, skipped=item.why) for item in items if isinstance(item, Skipped)}
-        job = _Job(small_, dense_, data, partial(run, loss=loss), ridge)
-        for done, fit in enumerate(job.fits(readers), start=1):
+        for done, fit in enumerate(_Job(small_, dense_, data, partial(run, loss=loss), ridge).fits(readers), start=1):
             fits[fit.name] = fit
             log.info("%s", fit)
             if on_fit:
                 on_fit(fit, done, len(readers))
         reapply_(small_)
     return Reconstruction(tuple(fits[item.name] for item in items))
+
+
+def _check_ridge(ridge: float | Literal["auto"]) -> None:
+    if ridge != "auto" and not ridge >= 0:
+        raise RequestError(
+            f"ridge={ridge:g} is out of range", "ridge takes numbers from 0 up, or auto", "for example ridge=1e-2"
+        )
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,6 @@ class PausedPass:
         self._ends, self._alive = False, True
         self._settings = _settings()
         self._thread = threading.Thread(target=self._work, daemon=True)
-        self._thread.start()
 
     def next(self) -> Read | None:
         """Go on to the next read; None at the end of the pass. An error of the pass is raised here.
@@ -51,6 +50,8 @@ class PausedPass:
         """
         if not self._alive:
             return None
+        if self._thread.ident is None:
+            self._thread.start()
         self._go.release()
         idle = 0
         while not self._paused.acquire(timeout=_PATIENCE / 4):
@@ -72,7 +73,7 @@ class PausedPass:
     def close(self) -> None:
         """End the pass and wait for its end."""
         self.end()
-        while self._thread.is_alive():
+        while self._thread.is_alive():  # never, if it was not started
             self._go.release()
             self._thread.join(0.01)
 

@@ -197,6 +197,11 @@ def distance_of(output: Any) -> Distance:
     return divergence if classes else cosine_distance
 
 
+def name_of(distance: Distance) -> str:
+    """A distance in words, with its unit."""
+    return "KL divergence in nats" if distance is divergence else "one minus the cosine"
+
+
 def divergence(dense: Any, pruned: Any) -> float:
     """`mean KL(softmax dense || softmax pruned)` over all positions, in nats; outputs `(..., classes)` or `.logits`."""
     first, second = (

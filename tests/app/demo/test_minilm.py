@@ -64,7 +64,7 @@ def test_an_archive_that_lacks_a_file_is_an_error(tmp_path: Path) -> None:
 def test_names_in_the_archive_are_never_paths(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "model.zip", "w") as packed:
         packed.writestr("../escaped.txt", "no")
-        packed.writestr("/tmp/escaped.txt", "no")
+        packed.writestr("/escaped.txt", "no")
         for name in minilm._FILES:
             packed.writestr(name, name)
     minilm.unpack(tmp_path / "model.zip", tmp_path / "deep" / "out")

@@ -237,6 +237,36 @@ def test_a_branch_is_looked_for_where_the_source_compares() -> None:
     assert couple(BySamples(), torch.randn(3, 6)).turns == ((3, 1),)
 
 
+BRANCHES: dict[str, Callable[[Tensor], bool]] = {
+    "height * width": lambda x: x.shape[2] * x.shape[3] > 1000,
+    "numel": lambda x: x.numel() > 5000,
+    "height alone": lambda x: x.shape[2] > 100,
+    "sum of sizes": lambda x: x.shape[2] + x.shape[3] >= 64,
+}
+
+
+@pytest.mark.parametrize("branch", BRANCHES.values(), ids=BRANCHES)
+@pytest.mark.parametrize("size", [(12, 12), (12, 10)])
+def test_a_branch_on_several_sizes_is_tried(branch: Callable[[Tensor], bool], size: tuple[int, int]) -> None:
+    class Image(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 4, 3, padding=1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.a(x).relu()
+            if branch(x):
+                y = y + y.flip(1)
+            return self.b(y)
+
+    torch.manual_seed(0)
+    model, example = Image().eval(), torch.randn(2, 3, *size)
+    plan = pr.plan(model, example, target=pr.Params(0.6))
+    small, large = pr.shrink(model, plan), torch.randn(2, 3, 128, 40)
+    assert branch(large) and not branch(example)
+    assert verify(model, small, plan.changes, large).exact
+
+
 @pytest.mark.parametrize("limit", [20, 64, 500])
 def test_a_branch_far_above_the_example_is_tried(limit: int) -> None:
     class Long(nn.Module):

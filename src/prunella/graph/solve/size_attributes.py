@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
@@ -147,33 +148,48 @@ def _unfollowed(link: Link) -> Reason:
 
 
 def turns(record: Trace) -> Iterator[tuple[int, int]]:
-    """A size of the inputs that decides a branch in the source, and the nearest at which the branch is another one."""
+    """A size of the inputs that decides a branch in the source, and the nearest at which the branch is another one.
+
+    A comparison of several sizes, such as `height * width > 1000` or `x.numel() > 5000`, is tried with all of them
+    multiplied: by their common divisor and its multiple.
+    """
     found = dict[tuple[int, int], None]()
     for choice, _ in record.decisions:
         given = [leaf for leaf in leaves(choice) if isinstance(leaf, Shape) and not leaf.dim]
-        if not given or len({leaf.value for leaf in given}) > 1:
+        if not given:
             continue
-        size = given[0].value
-        for other in _other_sizes(size, choice):
-            if _decided(choice, given, other) not in (None, _decided(choice, given, size)):
+        size = math.gcd(*(leaf.value for leaf in given))
+        several = len({leaf.value for leaf in given}) > 1
+        before = _decided(choice, given, size, size)
+        for other in [size * scale for scale in _SCALES] if several else _other_sizes(size, choice):
+            if _decided(choice, given, size, other) not in (None, before):
                 found[size, other] = None
+                if several:  # the model may not accept all of them multiplied, as channels and samples
+                    found[size, other * other // size] = None
                 break
     return iter(found)
 
 
+_SCALES = (2, 4, 8, 16, 32, 64)
+
+
 def _other_sizes(size: int, choice: SizeComparison) -> list[int]:
-    """Sizes to try, the nearest first: those beside the numbers of the comparison, and small ones."""
+    """Sizes to try, the nearest first: those beside the numbers of the comparison, small ones, and multiples."""
     ends = [side for side in (choice.left, choice.right) if isinstance(side, int)]
-    near = {end + step for end in ends for step in (-1, 0, 1)} | {1, 2, size - 1, size + 1, 2 * size}
-    return sorted((n for n in near if 0 < n <= max(4096, 4 * size)), key=lambda n: abs(n - size))
+    near = {end + step for end in ends for step in (-1, 0, 1)} | {1, 2, size - 1, size + 1}
+    near |= {scale * size for scale in _SCALES}
+    return sorted((n for n in near if 0 < n <= _LARGEST), key=lambda n: abs(n - size))
 
 
-def _decided(choice: SizeComparison, given: Iterable[Shape], size: int) -> bool | None:
-    """The outcome when these leaves have another size; None if it cannot be computed."""
-    sizes = {id(leaf) for leaf in given}
+_LARGEST = 4096
+
+
+def _decided(choice: SizeComparison, given: Iterable[Shape], size: int, other: int) -> bool | None:
+    """The outcome when these leaves are `other / size` times as large; None if it cannot be computed."""
+    sizes = {id(leaf): leaf.value // size * other for leaf in given}
 
     def value(leaf: Attr | Shape) -> int:
-        return size if id(leaf) in sizes else leaf.value
+        return sizes.get(id(leaf), leaf.value)
 
     left, right = _outcome(choice.left, value), _outcome(choice.right, value)
     return None if left is None or right is None else choice.operation(left, right)

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from prunella.errors import BadInput, PruningError, RequestError
-from prunella.io.files import digest, make_folder, reading, swap_in
+from prunella.io.files import check_free, digest, make_folder, reading, swap_in
 from prunella.io.identity import Identity, identify
 from prunella.io.journal import NAME, Records, open_records
 from prunella.io.load import import_transformers
@@ -112,16 +112,8 @@ def is_finished(folder: Path) -> bool:
 
 def check_output(folder: Path, *, overwrite: bool) -> None:
     """Errors: RequestError unless the folder is empty, belongs to an unfinished run, or may be overwritten."""
-    if folder.is_file():
-        raise RequestError(f"cannot write the folder {folder}", "a file of that name exists", "choose another name")
-    if not folder.exists() or not any(folder.iterdir()) or (folder / WORK).is_dir():
-        return
-    if not overwrite:
-        todo = "choose another name, or pass overwrite=True (--overwrite) to replace it"
-        raise RequestError(f"the output folder {folder} exists", "it is not empty, and nothing is overwritten", todo)
-    if not (folder / RECORD).is_file():
-        why = f"it has no {RECORD}, so prunella did not write it"
-        raise RequestError(f"the output folder {folder} is not replaced", why, "remove it yourself, or choose another")
+    if not (folder / WORK).is_dir():
+        check_free(folder, overwrite=overwrite, marker=RECORD)
 
 
 def _remove_rests(output: Path, beside: Path) -> None:
