@@ -145,7 +145,9 @@ def test_run_with_data_and_no_method_chooses_the_method(prunella: Run, shop: str
 
 
 def test_a_run_without_recovery_equals_the_masked_model(prunella: Run, shop: str) -> None:
-    assert prunella("run", f"{shop}:net", *IMAGE, "--target", "params=0.6", "-o", "out").code == 0
+    done = prunella("run", f"{shop}:net", *IMAGE, "--target", "params=0.6", "-o", "out")
+    assert done.code == 0 and done.out.splitlines()[1].startswith("NOT RECOVERED")
+    assert "NOT RECOVERED" in Path("out/report.html").read_text(encoding="utf-8")
     proof = prunella("verify", "out", f"{shop}:net", "--json").data
     assert proof["rebuilt"] and proof["equal"] < 1e-6
     alone = prunella("verify", "out", "--json").data

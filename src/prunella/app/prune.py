@@ -21,7 +21,6 @@ from prunella.planning import accounting
 from prunella.planning.checks import check_finite
 from prunella.planning.plan import Plan
 from prunella.reporting.report import Report, report
-from prunella.search.measured import distance_of, name_of
 from prunella.targets import Latency, Sparsity, Target
 from prunella.transform.shrink import shrink
 from prunella.types import Inputs, Loss
@@ -54,8 +53,6 @@ class Pruned:
     history: tuple[Stage, ...]
     targets: tuple[Target, ...]
     dense: nn.Module = field(repr=False)
-    measure: str = "distance"
-    """What the distances are, with their unit."""
 
     @cached_property
     def report(self) -> Report:
@@ -74,14 +71,15 @@ class Pruned:
     @property
     def _first(self) -> str:
         reached = ", ".join(_reached(self.plan, target) for target in self.targets)
-        cut = next((stage.after for stage in self.history if stage.name == "compare"), None)
+        cut = next((stage for stage in self.history if stage.name == "compare"), None)
         if cut is None:
             return f"NOT RECOVERED, not usable yet: pass data=... (batches of inputs, no labels). {reached}"
         if not any(stage.name in ("reconstruct", "distill") and stage.after is not None for stage in self.history):
             why = "recover= or the budget left it out"
-            return f"NOT RECOVERED, not usable yet: {why}. {reached}; {self.measure} from the dense outputs: {cut:.4g}"
-        found = f"{cut:.4g} cut, {self.distance:.4g} recovered"
-        return f"{reached}; {self.measure} from the dense outputs on held-out data: {found}"
+            found = f"{cut.measure} from the dense outputs: {cut.after:.4g}"
+            return f"NOT RECOVERED, not usable yet: {why}. {reached}; {found}"
+        found = f"{cut.after:.4g} cut, {self.distance:.4g} recovered"
+        return f"{reached}; {cut.measure} from the dense outputs on held-out data: {found}"
 
 
 def prune(
@@ -132,8 +130,8 @@ def prune(
     plan = planned(asked, timer)
     with timer.stage("cut"):
         small = shrink(asked.model, plan)
-    measure = recover_all_(asked, small, plan, how, timer)
-    return Pruned(small, plan, tuple(timer.history), asked.targets, asked.model, measure)
+    recover_all_(asked, small, plan, how, timer)
+    return Pruned(small, plan, tuple(timer.history), asked.targets, asked.model)
 
 
 def asked_of(
@@ -155,17 +153,17 @@ def asked_of(
     return Asked(model, inputs, targets, batches, run, tuple(skip), tuple(only), seed)
 
 
-def recover_all_(asked: Asked, small: nn.Module, plan: Plan, how: Recover, timer: StageTimer) -> str:
-    """All that follows the cut, in place. Returns what the distances are, with their unit."""
+def recover_all_(asked: Asked, small: nn.Module, plan: Plan, how: Recover, timer: StageTimer) -> None:
+    """All that follows the cut, in place."""
     if asked.data is None:
         timer.skip("recovery", "there is no data; pass data=...")
-        return ""
+        return
     pair = Pair(asked.model, small, plan, asked.data, asked.run, asked.seed)
     with timer.stage("compare") as stage:
-        stage.compared(None, pair.distance())
+        distance = pair.distance()
+        stage.compared(None, distance, pair.measure)
         stage.note(asked.data.note)
     recover_(pair, how, timer)
-    return name_of(distance_of(pair.expected[0]))
 
 
 def _targets(target: Target | Sequence[Target]) -> tuple[Target, ...]:

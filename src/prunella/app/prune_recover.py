@@ -25,7 +25,7 @@ from prunella.recovery.batchnorm import absorb_bn
 from prunella.recovery.distill import distill_logits
 from prunella.recovery.finetune import Training, finetune
 from prunella.recovery.reconstruct import LayerFit, reconstruct
-from prunella.search.measured import distance_of, divergence
+from prunella.search.measured import distance_of, divergence, name_of
 from prunella.types import Loss
 
 STEPS, LOOKS, TRAINED_NORMS = 60, 4, 64
@@ -58,6 +58,11 @@ class Pair:
     run: Outputs
     seed: int
     expected: list[Any] = field(default_factory=list)
+
+    @property
+    def measure(self) -> str:
+        """What the distance is, with its unit. Call `distance` before."""
+        return name_of(distance_of(self.expected[0]))
 
     def distance(self) -> float:
         """The mean distance to the dense outputs on the held-out batches; infinite if it is not a number."""
@@ -230,4 +235,4 @@ def _kept(pair: Pair, stage: Running, slack: float = 0.0) -> Iterator[_Best]:
         elif last > best.distance:
             stage.note("the best state on held-out data is kept, not the last")
     best.restore()
-    stage.compared(before, best.distance)
+    stage.compared(before, best.distance, pair.measure)

@@ -17,9 +17,9 @@ _UNITS = {"s": 1.0, "sec": 1.0, "min": 60.0, "m": 60.0, "h": 3600.0}
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage. before, after: distance to the dense outputs on held-out batches; None where nothing is compared.
+    """One stage. before, after: distance from the dense outputs on held-out batches; None where nothing is compared.
 
-    note: what was done, and what was left out and why.
+    note: what was done, and what was left out and why. measure: what the distance is, with its unit.
     """
 
     name: str
@@ -27,12 +27,18 @@ class Stage:
     before: float | None = None
     after: float | None = None
     note: str = ""
+    measure: str = "distance"
+
+    @property
+    def told(self) -> str:
+        """The stage without its name."""
+        change = "" if self.after is None else f", {self.measure} {self.after:.4g}"
+        if self.before is not None and self.after is not None:
+            change = f", {self.measure} {self.before:.4g} -> {self.after:.4g}"
+        return f"{self.seconds:.1f} s{change}{f' ({self.note})' if self.note else ''}"
 
     def __str__(self) -> str:
-        change = "" if self.after is None else f", distance {self.after:.4g}"
-        if self.before is not None and self.after is not None:
-            change = f", distance {self.before:.4g} -> {self.after:.4g}"
-        return f"{self.name}: {self.seconds:.1f} s{change}{f' ({self.note})' if self.note else ''}"
+        return f"{self.name}: {self.told}"
 
 
 @dataclass(frozen=True)
@@ -111,9 +117,9 @@ class Running:
         """Say what was done or left out."""
         self.entry = replace(self.entry, note="; ".join(filter(None, [self.entry.note, text])))
 
-    def compared(self, before: float | None, after: float | None) -> None:
+    def compared(self, before: float | None, after: float | None, measure: str) -> None:
         """Say what the stage changed."""
-        self.entry = replace(self.entry, before=before, after=after)
+        self.entry = replace(self.entry, before=before, after=after, measure=measure)
 
 
 def seconds_of(budget: float | str | None) -> float | None:

@@ -48,6 +48,9 @@ from prunella.transform.shrink import shrink
 from prunella.types import Inputs
 
 PAGE = "report.html"
+NOT_RECOVERED = (
+    "NOT RECOVERED, the cut alone: give data (--data) to recover it, and a metric (--metric) for its quality"
+)
 Stage = Callable[[str, int], AbstractContextManager[Tick]]
 """Shows a stage while it runs: (name, number of parts) -> context that gives what to call after each part."""
 
@@ -118,6 +121,8 @@ def _run(
             model, small, inputs, plan=planned, quality=scores, curve=_curve(recovered), command=job.command,
             rounds=_rounds(model, inputs),
         ).with_cut(cut if recovered else {})  # fmt: skip
+        if planned.changes and not recovered:
+            compared = replace(compared, caveats=(NOT_RECOVERED, *compared.caveats))
         outputs = _outputs(small, inputs)
     with clock.stage("saving"), drafted(
         small, folder, plan=planned, factory=job.factory, source=job.source, dense=model, overwrite=overwrite
@@ -226,7 +231,7 @@ def _recover_auto(
     def make() -> dict[str, str]:
         timer = StageTimer()
         recover_all_(asked, small, planned, Recover(), timer)
-        return {stage.name: str(stage) for stage in timer.history if stage.after is not None}
+        return {stage.name: stage.told for stage in timer.history if stage.after is not None}
 
     with clock.stage("recovering"):
         told = stages.recover(1, small, make)
@@ -256,8 +261,6 @@ def summary(outcome: Outcome, job: Job) -> dict[str, Any]:
     before, after, target = outcome.plan.before, outcome.plan.after, job.target or outcome.plan.target
     recovered = [{"by": str(item.step), "result": item.text} for item in outcome.recovered]
     lines = [f"recovered by {item['by']}: {_in_short(item['result'])}" for item in recovered]
-    if not recovered and outcome.plan.changes:
-        lines.append("NOT RECOVERED: the cut alone; give --data to recover it, and --metric to see its quality")
     return {
         "format": FORMAT,
         "text": "\n".join([*([job.about, ""] if job.about else []), str(outcome.report), *lines]),
