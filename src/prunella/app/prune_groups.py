@@ -80,9 +80,14 @@ def scope_of(request: Request, targets: Sequence[Target]) -> Scope:
     raise missed(request, scope, targets)
 
 
+def _candidates(request: Request, groups: Sequence[Group]) -> CandidateUnits:
+    """The units in their own order: for costs, which do not depend on the order."""
+    return CandidateUnits(request.graph, tuple(groups), tuple(torch.arange(group.size) for group in groups))
+
+
 def reachable(request: Request, scope: Scope, targets: Sequence[Target]) -> bool:
     """Whether the groups at their minimum meet every target but a latency, which only a measurement tells."""
-    candidates = CandidateUnits(request.graph, scope.groups, tuple(torch.arange(g.size) for g in scope.groups))
+    candidates = _candidates(request, scope.groups)
     return all(over(candidates, target, most(scope.ladders)) <= 1 for target in targets)
 
 
@@ -95,7 +100,7 @@ def over(candidates: CandidateUnits, target: Target, counts: Counts) -> float:
 
 def missed(request: Request, scope: Scope, targets: Sequence[Target]) -> Exception:
     """The error of the first target beyond reach."""
-    candidates = CandidateUnits(request.graph, scope.groups, tuple(torch.arange(g.size) for g in scope.groups))
+    candidates = _candidates(request, scope.groups)
     counts = most(scope.ladders)
     target = next((t for t in targets if over(candidates, t, counts) > 1), targets[0])
     target = MACs(target.value) if isinstance(target, Latency) else target
@@ -160,7 +165,7 @@ def _scored(request: Request) -> tuple[list[tuple[Group, Tensor]], list[Frozen]]
 
 def _check_removal(request: Request, groups: Sequence[Group], targets: Sequence[Target]) -> None:
     """Errors: TargetMissed if the dense model meets all targets."""
-    candidates = CandidateUnits(request.graph, tuple(groups), tuple(torch.arange(g.size) for g in groups))
+    candidates = _candidates(request, groups)
     nothing = (0,) * len(groups)
     if all(not isinstance(target, Latency) and over(candidates, target, nothing) <= 1 for target in targets):
         target = targets[0]

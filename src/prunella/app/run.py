@@ -48,9 +48,7 @@ from prunella.transform.shrink import shrink
 from prunella.types import Inputs
 
 PAGE = "report.html"
-NOT_RECOVERED = (
-    "NOT RECOVERED, the cut alone: give data (--data) to recover it, and a metric (--metric) for its quality"
-)
+NOT_RECOVERED = "NOT RECOVERED, the cut alone: --data recovers it, and --metric shows its quality"
 Stage = Callable[[str, int], AbstractContextManager[Tick]]
 """Shows a stage while it runs: (name, number of parts) -> context that gives what to call after each part."""
 
