@@ -174,7 +174,7 @@ def _imitation(pair: Pair) -> Loss:
     def loss(model: nn.Module, batch: Any) -> Tensor:
         model.eval()
         for norm in norms:
-            norm.training = size(batch) >= TRAINED_NORMS
+            norm.train(size(batch) >= TRAINED_NORMS)
         if logits:
             return by_logits(model, batch)
         with mode(pair.dense, training=False), torch.no_grad():
