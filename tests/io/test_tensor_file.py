@@ -109,7 +109,9 @@ def test_what_is_accepted_is_what_the_library_reads(
 
 
 @pytest.mark.parametrize(
-    ("second", "tail"), [([40, 88], b""), ([56, 104], bytes(8)), ([48, 96], b"x")], ids=["overlap", "hole", "tail"]
+    ("second", "tail"),
+    [([40, 88], b""), ([40, 88], bytes(8)), ([56, 104], bytes(8)), ([48, 96], b"x")],
+    ids=["overlap", "overlap-filled-up", "hole", "tail"],
 )
 def test_tensors_that_do_not_fill_the_file_exactly(tmp_path: Path, second: list[int], tail: bytes) -> None:
     entries = {"a": {"dtype": "F32", "shape": [3, 4], "data_offsets": [0, 48]},
