@@ -8,7 +8,9 @@ which at least one must fail. Rows are in `tests/mutants/*.toml`. The sources ar
 
 from __future__ import annotations
 
+import compileall
 import fnmatch
+import importlib
 import importlib.util
 import multiprocessing
 import os
@@ -16,7 +18,7 @@ import shutil
 import sys
 import tempfile
 import tomllib
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,8 +27,12 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "src" / "prunella"
+HEAVY = ("sympy", "scipy.optimize", "scipy.stats", "rich.table", "torch._dynamo", "torch.export")
+"""Imported once, before the children are forked: these modules are most of the time of a short test."""
 LIMIT = 600
 """Most seconds for the tests of one row."""
+PASSED, RED = 100 + pytest.ExitCode.OK, 100 + pytest.ExitCode.TESTS_FAILED
+"""How a child ends whose tests ran; a child that could not run them ends with 1, as Python does after an exception."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +81,7 @@ def killed(mutant: Mutant) -> str:
         return f"BAD ROW ({wrong})"
     with tempfile.TemporaryDirectory(prefix="mutant-") as folder:
         copy = Path(folder) / "prunella"
-        shutil.copytree(PACKAGE, copy, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(PACKAGE, copy)
         target = copy / mutant.file
         target.write_text(target.read_text(encoding="utf-8").replace(mutant.find, mutant.replace), encoding="utf-8")
         log = Path(folder) / "log"
@@ -86,9 +92,9 @@ def killed(mutant: Mutant) -> str:
             process.kill()
             process.join()
             return f"BAD ROW (no end within {LIMIT} s)"
-        if process.exitcode == 0:
+        if process.exitcode == PASSED:
             return "SURVIVED"
-        return "killed" if process.exitcode == 1 else f"BAD ROW (pytest: {log.read_text().strip().splitlines()[-1:]})"
+        return "killed" if process.exitcode == RED else f"BAD ROW (pytest: {log.read_text().strip().splitlines()[-1:]})"
 
 
 def _try(tests: tuple[str, ...], folder: str, log: Path) -> None:
@@ -109,19 +115,23 @@ def _try(tests: tuple[str, ...], folder: str, log: Path) -> None:
         os._exit(9)
     code = pytest.main(["-x", "-q", "-p", "no:cacheprovider", *tests])
     sys.stdout.flush()
-    os._exit(int(code))
+    os._exit(100 + int(code))
 
 
 def main() -> int:
     """Try all; 1 if one survived."""
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"
+    for name in HEAVY:
+        importlib.import_module(name)
+    compileall.compile_dir(PACKAGE, quiet=1)  # a copy then compiles its broken file alone
     mutants = read(sys.argv[1:] or ["*"])
     alive = 0
     with ThreadPoolExecutor(2) as pool:
-        for mutant, verdict in zip(mutants, pool.map(killed, mutants), strict=True):
-            alive += verdict != "killed"
-            print(f"{verdict:9} {mutant.name}", flush=True)
+        trials = {pool.submit(killed, mutant): mutant for mutant in mutants}
+        for trial in as_completed(trials):
+            alive += trial.result() != "killed"
+            print(f"{trial.result():9} {trials[trial].name}", flush=True)
     print(f"{len(mutants) - alive} of {len(mutants)} killed")
     return 1 if alive or not mutants else 0
 
