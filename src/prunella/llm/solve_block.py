@@ -28,8 +28,7 @@ from prunella.measure.clock import now
 from prunella.model.copying import copied
 from prunella.model.trees import tensors
 from prunella.model.watch import Read, Stop, Unread, View, Watch
-from prunella.solvers import Solved
-from prunella.solvers.layer import Pattern
+from prunella.solvers.layer import Pattern, Solved
 from prunella.types import Gram, Mask
 
 log = logging.getLogger(__name__)

@@ -17,7 +17,7 @@ from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 
 from prunella.graph.data import Group, Running
-from prunella.graph.trace.source import called
+from prunella.model.calls import called
 from prunella.model.trees import tensors
 from prunella.stats.subject import Subject
 
