@@ -34,6 +34,8 @@ def outliving(record: Trace, model: nn.Module, known: Iterable[Tensor]) -> list[
 
     Nobody sees who will read them, so that they are outputs. Buffers are part of the model and follow its cuts.
     """
+    if gc.get_freeze_count():
+        gc.unfreeze()  # frozen objects hold tensors too, and the collector does not show what they refer to
     ours = {id(tensor) for tensor in (*known, *model.parameters(), *model.buffers())}
     if not _held(_alive(record, ours)):
         return []
