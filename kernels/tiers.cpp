@@ -12,15 +12,15 @@ namespace {
 bool always() { return true; }
 
 #if defined(__x86_64__)
-bool has_avx2() {
+[[maybe_unused]] bool has_avx2() {
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2") &&
          __builtin_cpu_supports("popcnt");
 }
-bool has_avx512() {
+[[maybe_unused]] bool has_avx512() {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
          __builtin_cpu_supports("avx512dq");
 }
-bool has_avx512bf16() {
+[[maybe_unused]] bool has_avx512bf16() {
   return has_avx512() && __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("avx512vnni") &&
          __builtin_cpu_supports("avx512bf16");
 }
@@ -29,9 +29,13 @@ bool has_avx512bf16() {
 // The best last.
 const Tier kTiers[] = {
     {"portable", &many_portable, &few_portable, always},
-#if defined(__x86_64__)
+#if defined(PRUNELLA_HAS_AVX2)
     {"avx2", &many_avx2, &few_avx2, has_avx2},
+#endif
+#if defined(PRUNELLA_HAS_AVX512)
     {"avx512", &many_avx512, &few_avx512, has_avx512},
+#endif
+#if defined(PRUNELLA_HAS_AVX512BF16)
     {"avx512bf16", &many_avx512bf16, &few_avx512bf16, has_avx512bf16},
 #endif
 };

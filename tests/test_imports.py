@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import ast
+from collections import Counter
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import prunella
 
 SOURCE = Path(prunella.__file__).parent
+FILES = {
+    ".".join(file.relative_to(SOURCE).with_suffix("").parts).removesuffix("__init__").removesuffix("."): file
+    for file in SOURCE.rglob("*.py")
+}
+"""All modules by their names below the package, which itself has none."""
 ORDER = (
     "_version",
     "errors",
@@ -87,6 +94,33 @@ def test_no_file_is_a_drawer_for_anything() -> None:
 
 
 def test_files_are_of_a_size_that_can_be_read() -> None:
-    table = "graph/ops.py"  # one rule per operation, read by looking one up
     sizes = {str(file.relative_to(SOURCE)): len(file.read_text(encoding="utf-8").splitlines()) for _, file in modules()}
-    assert {name: size for name, size in sizes.items() if size > 450 and name != table} == {}
+    assert {name: size for name, size in sizes.items() if size > 450} == {}
+
+
+def test_no_public_class_name_is_defined_twice() -> None:
+    names = Counter(
+        node.name
+        for _, file in modules()
+        for node in ast.parse(file.read_text(encoding="utf-8")).body
+        if isinstance(node, ast.ClassDef) and not node.name.startswith("_")
+    )
+    assert [name for name, count in names.items() if count > 1] == []
+
+
+def test_no_chain_of_imports_is_long() -> None:
+    """Of imports of whole modules, not of those inside functions or for types."""
+    assert max(map(depth, FILES)) <= 21
+
+
+@cache
+def depth(module: str) -> int:
+    """Modules on the longest chain that begins with this one."""
+    names = {
+        full if full in FILES else base
+        for node in ast.parse(FILES[module].read_text(encoding="utf-8")).body
+        if isinstance(node, ast.ImportFrom) and str(node.module).partition(".")[0] == "prunella"
+        for base in [str(node.module).removeprefix("prunella").lstrip(".")]
+        for full in [f"{base}.{alias.name}".lstrip(".") for alias in node.names]
+    }
+    return 1 + max((depth(name) for name in names if name != module), default=0)

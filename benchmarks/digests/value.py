@@ -16,6 +16,10 @@ from torch import Tensor, nn
 import prunella as pr
 
 
+LEFT_OUT = frozenset({"seconds", "model_weights"})
+"""Fields of records: seconds are of the machine, and others came after the first record was made."""
+
+
 def digest(value: Any) -> str:
     """64 hexadecimal digits that are equal for equal results. TypeError for a type that it does not know."""
     return hashlib.sha256(_bytes(value)).hexdigest()
@@ -71,8 +75,8 @@ def _model(model: nn.Module) -> bytes:
 
 
 def _record(value: Any) -> bytes:
-    """The numbers and tensors in a frozen value, whatever its fields are called; seconds are of the machine."""
-    fields = [field.name for field in dataclasses.fields(value) if field.name != "seconds"]
+    """The numbers and tensors in a frozen value, whatever its fields are called; but none of `LEFT_OUT`."""
+    fields = [field.name for field in dataclasses.fields(value) if field.name not in LEFT_OUT]
     held = [getattr(value, name) for name in fields]
     return _join("record", sorted(_bytes(one) for one in held if not _is_words(one)))
 

@@ -19,7 +19,8 @@ from prunella.planning import recipes
 from prunella.planning.budget import allocate
 from prunella.planning.scoring import Absent, Scorer
 from prunella.registry.catalogue import methods
-from prunella.registry.method import REGISTRY, Method, criterion
+from prunella.registry.criterion import criterion
+from prunella.registry.method import REGISTRY, Method
 from prunella.selection import shortest_prefix
 from prunella.stats import STATISTICS, Source, Subject, collect
 from prunella.stats.table import of_level

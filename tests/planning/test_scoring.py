@@ -14,7 +14,8 @@ from prunella.graph.data import Layer
 from prunella.graph.solve.groups import couple
 from prunella.model.state import untouched
 from prunella.planning.scoring import Scorer
-from prunella.registry.method import REGISTRY, criterion
+from prunella.registry.criterion import criterion
+from prunella.registry.method import REGISTRY
 from prunella.stats import Source, Statistics, Subject, collect
 from tests.graphs import hand_graph, mlp, square_loss
 

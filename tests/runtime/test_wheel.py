@@ -1,6 +1,7 @@
 """The source distribution builds with a compiler and without one, and what is installed from its wheels works.
 
-With `PRUNELLA_DIST` the wheel with the kernels is left in that folder: `make wheel`.
+With `PRUNELLA_DIST`, as in `make wheel`, the wheel has all kernels, goes through all their tests, and is left in that
+folder. Without it, the wheel has two tiers of instructions, and the tests of its kernels are a slice.
 """
 
 from __future__ import annotations
@@ -18,10 +19,11 @@ import pytest
 
 pytest.importorskip("scikit_build_core", reason="the build backend is not installed here")
 ROOT = Path(__file__).parents[2]
-KERNELS = tuple(
-    f"tests/runtime/{name}.py"
-    for name in ("kernels/test_kernels", "kernels/test_decode", "test_layers", "test_sparse", "test_artifact")
-)
+DIST = os.environ.get("PRUNELLA_DIST")
+SLICE = ("kernels/test_decode", "test_artifact")
+ALL = (*SLICE, "kernels/test_kernels", "test_layers", "test_sparse")
+KERNELS = tuple(f"tests/runtime/{name}.py" for name in (ALL if DIST else SLICE))
+TIERS = {} if DIST else {"SKBUILD_CMAKE_DEFINE": "PRUNELLA_TIERS=avx2"}
 NO_KERNELS = ("tests/runtime/tuning/test_survey.py", "-k", "without_kernels")
 SOURCES = ("CMakeLists.txt", "pyproject.toml", "README.md", "LICENSE", "kernels", "src")
 
@@ -98,11 +100,11 @@ def test_without_a_compiler_it_is_pure_python(sources: Path, tmp_path: Path) -> 
 @pytest.mark.skipif(not (shutil.which("cmake") and shutil.which("c++")), reason="no cmake or no C++ compiler here")
 @pytest.mark.timeout(900)
 def test_with_a_compiler_the_library_lies_beside_its_binding(sources: Path, tmp_path: Path) -> None:
-    wheel = build("wheel", sources, tmp_path)
+    wheel = build("wheel", sources, tmp_path, **TIERS)
     assert "-py3-none-" in wheel.name
     assert not wheel.name.endswith("-any.whl")
     assert "prunella/runtime/kernels/libprunella.so" in zipfile.ZipFile(wheel).namelist()
     assert " passed" in installed(wheel, tmp_path, *KERNELS, kernels=True)
-    if folder := os.environ.get("PRUNELLA_DIST"):
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        shutil.copy(wheel, folder)
+    if DIST:
+        Path(DIST).mkdir(parents=True, exist_ok=True)
+        shutil.copy(wheel, DIST)

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 import prunella as pr
-from prunella.registry.method import REGISTRY, criterion
+from prunella.registry.criterion import criterion
+from prunella.registry.method import REGISTRY
 from prunella.stats import STATISTICS, Statistic, Subject
 from tests.graphs import convnet, images, square_loss
 

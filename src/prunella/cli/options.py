@@ -159,7 +159,7 @@ class Budget:
 
 
 @dataclass(frozen=True)
-class Recover:
+class RecoveryOptions:
     """What is done to the pruned model before it is measured."""
 
     recover: Annotated[

@@ -182,7 +182,7 @@ def build_recipe(
     return recipe
 
 
-def is_auto(method: options.MethodOptions, budget: options.Budget, recover: options.Recover) -> bool:
+def is_auto(method: options.MethodOptions, budget: options.Budget, recover: options.RecoveryOptions) -> bool:
     """Whether `run` chooses the method: if asked to, or if there is data and nothing else is said about the method.
 
     Errors: RequestError if something is said about the method beside `--recipe auto`.

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 from prunella.errors import RequestError
-from prunella.registry.method import criterion
+from prunella.registry.criterion import criterion
 from prunella.types import FisherDiag, FisherInverse, FisherInverseDiag, HessianDiag, Saliency, SampleGrad, Weight
 
 

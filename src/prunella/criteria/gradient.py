@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from prunella.registry.method import criterion
+from prunella.registry.criterion import criterion
 from prunella.types import GateGrad, Grad, GradSq, Saliency, Scores, Weight
 
 

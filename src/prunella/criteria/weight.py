@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from prunella.errors import RequestError
-from prunella.registry.method import criterion
+from prunella.registry.criterion import criterion
 from prunella.types import Noise, NormScale, Saliency, Scores, UnitWeight, Weight
 
 

@@ -81,7 +81,7 @@ class Group:
 
 
 @dataclass(frozen=True)
-class Running:
+class UnitCall:
     """A call along an axis of units: the `number`-th call of `name` in a run.
 
     Position `i` on `axis` of its first tensor belongs to unit `unit[i]` of the group, or to none if `unit[i]` is -1.
@@ -227,7 +227,7 @@ class Attribute:
 
 
 @dataclass(frozen=True)
-class Unread:
+class UnreadSize:
     """An integer attribute that no operation of the run reads, with the sizes of its owner that it equals.
 
     index: its position in a list or tuple of sizes, or -1. It follows a cut if all these sizes become the same.
@@ -275,7 +275,7 @@ class Graph:
     readers: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     """Parameter -> the first operation that computes with it, and the line of the model's source."""
     unused: tuple[str, ...] = ()
-    runs: tuple[Running, ...] = ()
+    runs: tuple[UnitCall, ...] = ()
     numbered: tuple[Numbered, ...] = ()
     specials: Mapping[tuple[str, str], int | tuple[int, ...]] = field(default_factory=dict)
     """Attributes that name tokens."""
@@ -287,7 +287,7 @@ class Graph:
     untried: str = ""
     turns: tuple[tuple[int, int], ...] = ()
     """A size of the inputs, and another at which the source takes another branch."""
-    unread: tuple[Unread, ...] = ()
+    unread: tuple[UnreadSize, ...] = ()
     lists_of_sizes: Mapping[tuple[str, str], tuple[int, ...]] = field(default_factory=dict)
     """Attributes that are lists or tuples of sizes, of which some are `unread`."""
 

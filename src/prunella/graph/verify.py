@@ -23,8 +23,8 @@ from prunella.graph.data import Graph
 from prunella.graph.noise import quiet
 from prunella.graph.solve.tokens import known_only, renumber
 from prunella.graph.trace.kept import kept_on
-from prunella.graph.trace.source import called
 from prunella.graph.training_pass import training_fault
+from prunella.model.calls import called
 from prunella.model.copying import copied
 from prunella.model.forward import outputs_of
 from prunella.model.rng import rng_state

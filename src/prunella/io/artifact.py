@@ -27,14 +27,11 @@ from torch.fx import GraphModule
 from prunella._version import __version__
 from prunella.compress.low_rank import ranks_of, rebuild_
 from prunella.errors import BadInput, PruningError, RequestError
-from prunella.graph.cut.block_surgery import check_dropped
-from prunella.graph.cut.changes import Changes
-from prunella.graph.cut.surgery import change_
 from prunella.graph.solve.tokens import names_token
 from prunella.graph.trace.tracked_int import size_of
 from prunella.io import huggingface as pretrained
 from prunella.io import origin as origins
-from prunella.io.cuts import decode_cuts, encode_cuts
+from prunella.io.cuts import encode_cuts
 from prunella.io.export import export
 from prunella.io.exported import load_exported
 from prunella.io.files import copy_file, new_folder
@@ -42,7 +39,8 @@ from prunella.io.json import Fields, plain, read_config
 from prunella.io.manifest import check_files, read_manifest, write_manifest
 from prunella.io.origin import Factory
 from prunella.io.per_layer import per_layer_config
-from prunella.io.plan_file import read_size, save_plan
+from prunella.io.plan_file import save_plan
+from prunella.io.recorded_cut import attribute, cut_as_recorded_
 from prunella.io.space import check_apart, check_space
 from prunella.io.state import State, fill_, read_state, read_tensors, write_tensors
 from prunella.io.tensor_writer import size_of as bytes_of
@@ -200,7 +198,7 @@ def rebuild(folder: Path, manifest: Fields, state: State, factory: Factory | Non
     model = load_exported(folder / PROGRAM)[0] if captured else _rebuilt(origin, factory, folder)
     try:
         if not captured:
-            _cut(model, manifest)
+            cut_as_recorded_(model, manifest)
             rebuild_(model, manifest.mapping("low_rank", optional=True))
         fill_(model, state)
     except PruningError as error:
@@ -294,62 +292,6 @@ def _describe_plan(plan: Plan) -> dict[str, Any]:
     }
 
 
-def _cut(model: nn.Module, manifest: Fields) -> None:
-    """Cut the dense model as the plan did; every name and position is checked first, since a manifest is only data."""
-    cuts, attributes = _width(manifest)
-    dropped, lists = _depth(manifest)
-    if not cuts and not attributes and not dropped:
-        return
-    own = dict([*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)])
-    for name, axes in cuts.items():
-        for axis, kept in axes.items():
-            size = own[name].shape[axis] if name in own and 0 <= axis < own[name].dim() else 0
-            if kept.numel() == 0 or int(kept.min()) < 0 or int(kept.max()) >= size:
-                raise BadInput(f"axis {axis} of {name!r} cannot be cut as recorded", f"the model has {size} positions")
-    for owner, name in attributes:
-        if name.startswith("_") or not (names_token(name) or _is_size(_attribute(model, owner, name))):
-            raise BadInput(f"the size {name!r} of {owner!r} cannot be set", "the rebuilt model keeps no such integer")
-    check_dropped(model, dropped)
-    for (owner, name), gone in lists.items():
-        entries = _attribute(model, owner, name)
-        if name.startswith("_") or type(entries) not in (list, tuple) or not set(gone) <= set(range(len(entries))):  # type: ignore[arg-type]
-            raise BadInput(f"the list {name!r} of {owner!r} cannot be cut", "the rebuilt model keeps no such list")
-    change_(model, Changes(cuts, attributes, dropped=dropped, lists=lists))
-
-
-def _width(manifest: Fields) -> tuple[dict[str, dict[int, Tensor]], dict[tuple[str, str], int | tuple[int, ...]]]:
-    """The cuts, and the sizes that follow them."""
-    try:
-        cuts = decode_cuts(manifest.section("cuts")) if manifest.section("cuts", optional=True).data else {}
-        rows = [row.items(3) for row in manifest.list_of("attributes", default=())]
-        return cuts, {(owner.text(), name.text()): read_size(value.data) for owner, name, value in rows}
-    except (ValueError, TypeError) as error:
-        why = error.why if isinstance(error, BadInput) else str(error)
-        raise BadInput(manifest.what, f"its cuts cannot be read: {why}", manifest.todo) from error
-
-
-def _depth(manifest: Fields) -> tuple[dict[str, tuple[str, ...]], dict[tuple[str, str], tuple[int, ...]]]:
-    """The blocks that go and the lists that follow them."""
-    dropped = {path: names.texts() for path, names in manifest.section("dropped", optional=True).values()}
-    rows = [row.items(3) for row in manifest.list_of("lists", default=())]
-    return dropped, {(owner.text(), name.text()): gone.integers() for owner, name, gone in rows}
-
-
-def _is_size(value: object) -> bool:
-    """Whether an attribute is an integer, or a list or tuple of them."""
-    return size_of(value) is not None or (type(value) in (list, tuple) and all(type(n) is int for n in value))  # type: ignore[attr-defined]
-
-
-def _attribute(model: nn.Module, owner: str, name: str) -> object:
-    path, _, part = owner.partition(":")
-    try:
-        module = model.get_submodule(path)
-    except AttributeError:
-        return None
-    holder = getattr(module, part, None) if part.isidentifier() else module
-    return getattr(holder, name, None)
-
-
 def _make_pretrained(manifest: dict[str, Any], model: nn.Module, plan: Plan | None, folder: Path) -> str:
     """Write config.json if a configuration can describe the model, and prove it; else say why not."""
     inputs = plan.small_inputs if plan is not None and plan.inputs is not None else getattr(model, "dummy_inputs", None)
@@ -385,7 +327,7 @@ def _pairs(dense: nn.Module, plan: Plan | None) -> Iterator[tuple[int, int]]:
     if plan is None:
         return
     for (owner, name), new in plan.attributes.items():
-        old = size_of(_attribute(dense, owner, name))
+        old = size_of(attribute(dense, owner, name))
         if old is not None and isinstance(new, int) and not names_token(name):
             yield old, new
     for row in plan.rows:

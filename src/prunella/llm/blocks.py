@@ -57,11 +57,11 @@ class BlockCall:
         return self.with_hidden_states(self.hidden_states.new_empty(0))
 
 
-class Calls(Sequence[BlockCall]):
+class BlockCalls(Sequence[BlockCall]):
     """One call per batch; its hidden states are read from `hidden_states` when the call is indexed."""
 
     def __init__(self, calls: Sequence[BlockCall], hidden_states: Sequence[Tensor]) -> None:
-        self.calls: Sequence[BlockCall] = calls.calls if isinstance(calls, Calls) else calls
+        self.calls: Sequence[BlockCall] = calls.calls if isinstance(calls, BlockCalls) else calls
         self.hidden_states = hidden_states
 
     def __len__(self) -> int:
@@ -70,10 +70,10 @@ class Calls(Sequence[BlockCall]):
     @overload
     def __getitem__(self, k: int) -> BlockCall: ...
     @overload
-    def __getitem__(self, k: slice) -> Calls: ...
-    def __getitem__(self, k: int | slice) -> BlockCall | Calls:
+    def __getitem__(self, k: slice) -> BlockCalls: ...
+    def __getitem__(self, k: int | slice) -> BlockCall | BlockCalls:
         if isinstance(k, slice):
-            return Calls(self.calls[k], self.hidden_states[k])
+            return BlockCalls(self.calls[k], self.hidden_states[k])
         return self.calls[k].with_hidden_states(self.hidden_states[k])
 
 
@@ -134,7 +134,7 @@ class BlockInputs:
         if place + 1 < len(self.blocks) and self.blocks[place + 1].sequential:
             recorded = self._recorded.pop(self.blocks[place + 1].path)
             hidden_states = outputs or (tensors(self.forward(block, call))[0] for call in self._calls)
-            self._calls = Calls(recorded, self.store(hidden_states))
+            self._calls = BlockCalls(recorded, self.store(hidden_states))
 
     def _followers(self, block: ModelBlock) -> list[ModelBlock]:
         """The sequential blocks directly after this one."""

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from prunella.errors import NotSupported, RequestError
-from prunella.solvers import Solved
+from prunella.solvers.layer import Solved
 
 
 def _device() -> torch.device:

@@ -9,8 +9,8 @@ from prunella.errors import RequestError
 from prunella.granularity import NM, Element
 from prunella.graph.data import Layer
 from prunella.llm.refine import Refine
-from prunella.solvers import Solved, admm
-from prunella.solvers.layer import Pattern
+from prunella.solvers.admm import admm
+from prunella.solvers.layer import Pattern, Solved
 
 LayerSolver = Callable[..., Solved]
 """`(weight, gram, pattern, sparsity=)` -> `Solved`: `admm`, `sparsegpt`, `partial(by_score, score=wanda)`."""

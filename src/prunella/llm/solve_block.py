@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from prunella.granularity import NM
 from prunella.graph.data import Layer
 from prunella.graph.matrix import from_matrix, to_matrix
-from prunella.llm.blocks import BlockCall, Calls, ModelBlock, StoreActivations
+from prunella.llm.blocks import BlockCall, BlockCalls, ModelBlock, StoreActivations
 from prunella.llm.distributed import SINGLE_PROCESS, ProcessGroup
 from prunella.llm.experts import Part, expert_axis, expert_chunks, matrix_of, parts_read
 from prunella.llm.recipe import OneShot
@@ -28,8 +28,7 @@ from prunella.measure.clock import now
 from prunella.model.copying import copied
 from prunella.model.trees import tensors
 from prunella.model.watch import Read, Stop, Unread, View, Watch
-from prunella.solvers import Solved
-from prunella.solvers.layer import Pattern
+from prunella.solvers.layer import Pattern, Solved
 from prunella.types import Gram, Mask
 
 log = logging.getLogger(__name__)
@@ -146,7 +145,7 @@ def dense_targets(
     if how.refine is None or not block.path:
         return ()
     if block.sequential and len(previous):
-        calls = Calls(calls, previous)
+        calls = BlockCalls(calls, previous)
     replica = copied(module)  # a run may change its buffers
     return store(tensors(call.run(replica))[0] for call in calls)
 

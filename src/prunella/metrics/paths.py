@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from prunella.graph.trace.source import called
+from prunella.model.calls import called
 from prunella.model.forms import Contraction
 from prunella.model.reads import NotReadable, Product, operation, products, unreadable
 from prunella.model.trees import tensors

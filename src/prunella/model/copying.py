@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from prunella.errors import NotSupported
+from prunella.model.trees import is_empty
 from prunella.model.unwrap import unwrap
 
 M = TypeVar("M", bound=nn.Module)
@@ -38,6 +39,7 @@ def copied(model: M, *, shared: Iterable[Tensor] = ()) -> M:
     """
     bare = cast(M, unwrap(model, computed=True))  # of the same type, unless it was wrapped
     memo: Memo = {id(tensor): tensor for tensor in shared}
+    memo |= _empty_copies(bare)
     with torch.inference_mode(False):
         try:
             return copy.deepcopy(bare, dict(memo))
@@ -51,6 +53,12 @@ def copied(model: M, *, shared: Iterable[Tensor] = ()) -> M:
                 return copy.deepcopy(bare, dict(memo))
             except Exception as error:
                 raise _refusal(bare, memo, error) from error
+
+
+def _empty_copies(model: nn.Module) -> Memo:
+    """Copies of the attributes without content. They are most of a module, and `copy.deepcopy` is slow on each."""
+    values = (value for module in model.modules() for value in vars(module).values())
+    return {id(value): type(value)() for value in values if is_empty(value)}
 
 
 def ordinary(model: M) -> M:

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from prunella.model.calls import called
 from prunella.model.forms import Contraction, Convolution, Form
 
 UNREADABLE = {
@@ -57,10 +58,7 @@ def unreadable(operation: str) -> str:
 
 def operation(func: Any) -> str:
     """The name of a call in the table: `matmul` for `Tensor.__matmul__`, `addmm` for `aten.addmm.default`."""
-    if isinstance(func, torch._ops.OpOverload):
-        name = func._schema.name.partition("::")[2]
-    else:
-        name = getattr(func, "__name__", "")
+    name = called(func)
     return _SPELLINGS.get(name, name)
 
 

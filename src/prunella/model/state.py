@@ -20,6 +20,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 
 from prunella.model.rng import seeded
+from prunella.model.trees import is_empty
 
 log = logging.getLogger(__name__)
 
@@ -44,8 +45,7 @@ def mode(model: nn.Module, *, training: bool) -> Iterator[nn.Module]:
         with _fresh_casts():
             yield model
     finally:
-        for module, flag in flags:
-            module.training = flag
+        _set_flags(flags)
 
 
 @contextmanager
@@ -104,8 +104,7 @@ def untouched(model: nn.Module, seed: int | None = None) -> Iterator[None]:
             stack.callback(_gradient(parameter))
         for undo in (*_buffers(model), *_attributes(model), *_switched(model)):
             stack.callback(undo)
-        for module in model.modules():
-            stack.callback(setattr, module, "training", module.training)
+        stack.callback(_set_flags, [(module, module.training) for module in model.modules()])
         model.eval()
         yield
 
@@ -137,8 +136,7 @@ def losses_in_training_(model: nn.Module, batch: Any, loss: Callable[[nn.Module,
     try:
         loss(model, batch)
     except Exception:  # whatever a user's function raises: it fails in both modes
-        for module, flag in flags:
-            module.training = flag
+        _set_flags(flags)
         return False
     log.warning("the loss exists in training mode only: it runs in it, with norms and dropout in evaluation mode")
     return True
@@ -178,6 +176,11 @@ def _gradient(parameter: nn.Parameter) -> Undo:
 
     parameter.grad = None  # so that a backward pass does not add to the caller's
     return undo
+
+
+def _set_flags(flags: list[tuple[nn.Module, bool]]) -> None:
+    for module, flag in flags:
+        module.training = flag
 
 
 def _buffers(model: nn.Module) -> list[Undo]:
@@ -233,19 +236,38 @@ def _attributes(model: nn.Module) -> list[Undo]:
 def _plain(attributes: dict[str, Any]) -> Undo:
     """Undo changes of plain attributes, so that no cache remains after a run."""
     before = {key: value for key, value in attributes.items() if key not in _MACHINERY}
-    contents = [_content_of(value) for value in before.values() if type(value) in _CONTAINERS]
-    values = [_value_of(value) for value in before.values() if isinstance(value, Tensor)]
-    objects = [_content_of(vars(value)) for value in before.values() if _is_plain_object(value)]
-    generators = [_state_of(value) for value in before.values() if isinstance(value, torch.Generator)]
+    hooks = [value for value in before.values() if is_empty(value)]
+    undos = [undo for value in before.values() for undo in _undos_of(value)]
 
     def undo() -> None:
         for key in [key for key in attributes if key not in before and key not in _MACHINERY]:
             del attributes[key]
         attributes.update(before)
-        for restore in (*contents, *values, *objects, *generators):
+        for value in hooks:
+            if not is_empty(value):
+                value.clear()
+                getattr(value, "__dict__", value).clear()
+        for restore in undos:
             restore()
 
     return undo
+
+
+def _undos_of(value: Any) -> Iterator[Undo]:
+    """What restores the content of an attribute. Most attributes are empty, for hooks, or hold no content at all."""
+    if type(value) in _ATOMS or is_empty(value):
+        return
+    if type(value) in _CONTAINERS:
+        yield _content_of(value)
+    if isinstance(value, Tensor):
+        yield _value_of(value)
+    if _is_plain_object(value):
+        yield _content_of(vars(value))
+    if isinstance(value, torch.Generator):
+        yield _state_of(value)
+
+
+_ATOMS = frozenset({type(None), bool, int, float, str, tuple})
 
 
 def _is_plain_object(value: object) -> bool:

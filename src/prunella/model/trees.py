@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import enum
 import sys
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, MappingView, MutableMapping, Sequence, Set
 from functools import partial
 from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType, SimpleNamespace
@@ -56,6 +57,11 @@ def tensors(tree: Any, *, advance: bool = False, without: Iterable[object] = ())
     collected: list[Tensor] = []
     _collect(tree, collected, {id(value): value for value in without}, advance=advance, again=True)
     return collected
+
+
+def is_empty(value: object) -> bool:
+    """Whether a value is a plain dictionary without an entry, as are most attributes of a module: those for hooks."""
+    return type(value) in (dict, OrderedDict) and not value and not getattr(value, "__dict__", None)
 
 
 def first(tree: Any) -> Tensor | None:

@@ -6,7 +6,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 
 from prunella.errors import printable
-from prunella.graph.data import Frozen, Graph, Unread
+from prunella.graph.data import Frozen, Graph, UnreadSize
 from prunella.measure.text import byte_size, change, duration, percent, short_count, table
 from prunella.planning.accounting import Amount, Row, empty
 from prunella.planning.diagnostics import offer
@@ -83,7 +83,7 @@ def _first(lines: Sequence[str], limit: int, text: str) -> list[str]:
     return [*lines[:limit], *([f"and {len(lines) - limit} more {text}"] if len(lines) > limit else [])]
 
 
-def _name(unread: Unread) -> str:
+def _name(unread: UnreadSize) -> str:
     return unread.name if unread.index < 0 else f"{unread.name}[{unread.index}]"
 
 

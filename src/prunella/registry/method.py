@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
 from prunella.errors import RequestError, near_names
-from prunella.stats.table import STATISTICS
 
 F = TypeVar("F", bound=Callable[..., Any])
 MethodKind = Literal[
@@ -60,15 +59,14 @@ class Method:
 REGISTRY: dict[str, Method] = {}
 
 
-def _record(
+def record(
     kind: MethodKind, *, source: str, status: Status = "experimental", scope: Scope = "producer"
 ) -> Callable[[F], F]:
+    """The decorator that records a method of this kind."""
+
     def mark(function: F) -> F:
         parameters = inspect.signature(function).parameters.values()
         needs = tuple(p.name for p in parameters if p.kind is not p.KEYWORD_ONLY) if kind == "criterion" else ()
-        unknown = [name for name in needs if name not in STATISTICS]
-        if unknown:
-            raise TypeError(f"{function.__name__}: unknown statistic {unknown[0]!r}; known are {', '.join(STATISTICS)}")
         knobs = tuple(p for p in parameters if p.kind is p.KEYWORD_ONLY)
         name = function.__name__.rstrip("_")
         if name in REGISTRY and REGISTRY[name].function.__module__ != function.__module__:
@@ -79,78 +77,69 @@ def _record(
     return mark
 
 
-def criterion(*, source: str, status: Status = "experimental", scope: Scope = "producer") -> Callable[[F], F]:
-    """Register a criterion.
-
-    `scope` says which of a unit's weights are summed into its score when units are channels or heads: the `producer`
-    rows only (filter norm), the `consumer` columns only, or the whole coupled `group`.
-    """
-    return _record("criterion", source=source, status=status, scope=scope)
-
-
 def control(*, source: str, status: Status = "experimental") -> Callable[[F], F]:
     """Register a control: a function from a criterion, plan or model to a worse one."""
-    return _record("control", source=source, status=status)
+    return record("control", source=source, status=status)
 
 
 def allocation(*, source: str, status: Status = "experimental") -> Callable[[F], F]:
     """Register an allocation."""
-    return _record("allocation", source=source, status=status)
+    return record("allocation", source=source, status=status)
 
 
 def granularity(*, source: str, status: Status = "experimental") -> Callable[[F], F]:
     """Register a granularity (a frozen dataclass)."""
-    return _record("granularity", source=source, status=status)
+    return record("granularity", source=source, status=status)
 
 
 def schedule(*, source: str, status: Status = "experimental") -> Callable[[F], F]:
     """Register a schedule."""
-    return _record("schedule", source=source, status=status)
+    return record("schedule", source=source, status=status)
 
 
 def cycle(*, source: str, status: Status = "experimental") -> Callable[[F], F]:
     """Register a schedule that may fall between 0 and 1, so that weights come back. It still ends at exactly 1."""
-    return _record("cycle", source=source, status=status)
+    return record("cycle", source=source, status=status)
 
 
 def recovery(*, source: str, status: Status = "experimental") -> Callable[[F], F]:
     """Register a way to recover."""
-    return _record("recovery", source=source, status=status)
+    return record("recovery", source=source, status=status)
 
 
 def solver(*, source: str, status: Status = "experimental") -> Callable[[F], F]:
     """Register a method that finds new weights, alone or together with the mask."""
-    return _record("solver", source=source, status=status)
+    return record("solver", source=source, status=status)
 
 
 def search(*, source: str, status: Status = "experimental") -> Callable[[F], F]:
     """Register a search for the sparsity of each group."""
-    return _record("search", source=source, status=status)
+    return record("search", source=source, status=status)
 
 
 def training(*, source: str, status: Status = "experimental") -> Callable[[F], F]:
     """Register a way to train with, or toward, sparsity: penalties, gates, drop and grow, tickets."""
-    return _record("training", source=source, status=status)
+    return record("training", source=source, status=status)
 
 
 def compression(*, source: str, status: Status = "experimental") -> Callable[[F], F]:
     """Register a compression beside pruning: quantization, weight sharing, low rank, token reduction."""
-    return _record("compression", source=source, status=status)
+    return record("compression", source=source, status=status)
 
 
 def metric(*, source: str, status: Status = "experimental") -> Callable[[F], F]:
     """Register a metric of a pruned model."""
-    return _record("metric", source=source, status=status)
+    return record("metric", source=source, status=status)
 
 
 def importer(*, source: str, status: Status = "experimental") -> Callable[[F], F]:
     """Register an importer of models that another tool pruned."""
-    return _record("importer", source=source, status=status)
+    return record("importer", source=source, status=status)
 
 
 def recipe(*, source: str, status: Status = "experimental") -> Callable[[F], F]:
     """Register a composition that bears a paper's name; the function returns a `Recipe`."""
-    return _record("recipe", source=source, status=status)
+    return record("recipe", source=source, status=status)
 
 
 def needs_of(function: Callable[..., Any]) -> tuple[str, ...]:

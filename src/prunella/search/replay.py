@@ -17,7 +17,7 @@ MOST = 1_500_000_000
 
 
 @dataclass(frozen=True)
-class Call:
+class RecordedCall:
     """One call of a pass. func: what was called. read: storages of its arguments.
 
     result: what it gave; None if it is computed again, since a later call changes it in place, or there is no memory.
@@ -33,7 +33,7 @@ class Recording:
     """The calls of one pass, in order. size: bytes of the results that are kept."""
 
     run: Callable[[], Any]
-    calls: list[Call] = field(default_factory=list)
+    calls: list[RecordedCall] = field(default_factory=list)
     output: Any = None
     size: int = 0
 
@@ -44,7 +44,7 @@ class Recording:
         with recorder:
             output = run()
         calls = [
-            call if _storages([call.result]).isdisjoint(recorder.changed) else Call(call.func, call.read, None)
+            call if _storages([call.result]).isdisjoint(recorder.changed) else RecordedCall(call.func, call.read, None)
             for call in recorder.calls
         ]
         return cls(run, calls, output, recorder.size)
@@ -63,7 +63,7 @@ class Recording:
 class _Recorder(TorchFunctionMode):
     def __init__(self, most: int) -> None:
         super().__init__()
-        self.calls: list[Call] = []
+        self.calls: list[RecordedCall] = []
         self.changed: set[int] = set()
         self.size, self._most, self._kept = 0, most, set[int]()
 
@@ -77,7 +77,7 @@ class _Recorder(TorchFunctionMode):
         for tensor, version in zip(given, versions, strict=True):
             if _version(tensor) != version:
                 self.changed.add(_storage(tensor))
-        self.calls.append(Call(func, frozenset(map(_storage, given)), self._keep(result)))
+        self.calls.append(RecordedCall(func, frozenset(map(_storage, given)), self._keep(result)))
         return result
 
     def _keep(self, result: Any) -> Any:
@@ -94,9 +94,9 @@ class _Recorder(TorchFunctionMode):
 
 
 class _Replayer(TorchFunctionMode):
-    def __init__(self, calls: Sequence[Call]) -> None:
+    def __init__(self, calls: Sequence[RecordedCall]) -> None:
         super().__init__()
-        self._left: Iterator[Call] | None = iter(calls)
+        self._left: Iterator[RecordedCall] | None = iter(calls)
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None

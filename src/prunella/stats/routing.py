@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 
-from prunella.graph.data import Group, Running
-from prunella.graph.trace.source import called
+from prunella.graph.data import Group, UnitCall
+from prunella.model.calls import called
 from prunella.model.trees import tensors
 from prunella.stats.subject import Subject
 
@@ -36,7 +36,7 @@ class _Choices(TorchFunctionMode):
         runs = [run for run in subject.graph.runs if run.name == "topk" and _chooses_among_all(subject, run)]
         self._at = {run.number: run for run in runs}
         self._soft = {run.group for run in subject.graph.runs if run.name == "softmax"}
-        self._pending: tuple[Running, Any] | None = None
+        self._pending: tuple[UnitCall, Any] | None = None
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -208,7 +208,7 @@ def _watched(subject: Subject, report: Chosen) -> Iterator[_Choices]:
         handle.remove()
 
 
-def _chooses_among_all(subject: Subject, run: Running) -> bool:
+def _chooses_among_all(subject: Subject, run: UnitCall) -> bool:
     """Whether the call chooses among all experts of the group, each at one position."""
     size = subject.graph.group(run.group).size
     return sorted(run.unit.tolist()) == list(range(size)) and subject.graph.group(run.group).kind == "expert"

@@ -281,8 +281,8 @@ def test_a_plan_is_read_as_it_was_written(tmp_path: Any) -> None:
 
 def test_an_artefact_is_built_again_and_hostile_entries_are_refused(tmp_path: Any) -> None:
     from prunella.errors import BadInput
-    from prunella.io.artifact import _cut
     from prunella.io.json import Fields
+    from prunella.io.recorded_cut import cut_as_recorded_
 
     model = settle(Net(count=True))
     plan = pr.plan(model, TOKENS, pr.Recipe(granularity=pr.Depth()), target=pr.Sparsity(0.25))
@@ -292,10 +292,10 @@ def test_an_artefact_is_built_again_and_hostile_entries_are_refused(tmp_path: An
     assert distance(run(again, TOKENS), run(small, TOKENS)) == 0 and again.rates == small.rates
     for wrong in ({"dropped": {"../xyz": ["0"]}}, {"dropped": {"xyz": ["7"]}}, {"dropped": {"xyz": 3}}):
         with pytest.raises((BadInput, RequestError)):
-            _cut(Net(), Fields(wrong, "the manifest"))
+            cut_as_recorded_(Net(), Fields(wrong, "the manifest"))
     for name, gone in (("__dict__", [0]), ("rates", [9]), ("xyz", [0])):
         with pytest.raises(BadInput, match="cannot be cut"):
-            _cut(Net(), Fields({"dropped": {"xyz": ["0"]}, "lists": [["", name, gone]]}, "the manifest"))
+            cut_as_recorded_(Net(), Fields({"dropped": {"xyz": ["0"]}, "lists": [["", name, gone]]}, "the manifest"))
 
 
 def test_the_report_and_the_fit_follow_the_new_numbers() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import types
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -105,6 +106,17 @@ def test_what_outlives_a_run_is_an_output(finish: Callable[[Net, Tensor, Tensor]
     assert {group.name for group in graph.groups} == {"b"}
     assert next(f.reason for f in graph.frozen if f.entity == "a.weight") == KEPT[finish]
     pruned(model)
+
+
+def test_what_a_frozen_object_keeps_is_an_output() -> None:
+    STORE["a list"] = []  # type: ignore[assignment]  # the collector knows a dictionary of what it knows
+    gc.freeze()  # as a server does before it forks
+    try:
+        graph = couple(Net(keep_elsewhere), X)
+    finally:
+        gc.unfreeze()
+        STORE.clear()
+    assert {group.name for group in graph.groups} == {"b"}
 
 
 def test_what_the_model_keeps_is_compared() -> None:

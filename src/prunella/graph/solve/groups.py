@@ -34,7 +34,7 @@ from prunella.graph.data import (
     Layer,
     Member,
     Numbered,
-    Running,
+    UnitCall,
 )
 from prunella.graph.rules import apply_rule
 from prunella.graph.solve.equations import Equations
@@ -145,13 +145,13 @@ def _numbered(equations: Equations, record: Trace, numbers: _Numbers) -> Iterato
             yield Numbered(group.name, tuple(sorted(set(input_numbers))), tuple(dict.fromkeys(ends)))
 
 
-def _runs(equations: Equations, record: Trace, numbers: _Numbers) -> Iterator[Running]:
+def _runs(equations: Equations, record: Trace, numbers: _Numbers) -> Iterator[UnitCall]:
     for run in record.ledger.runs:
         part = equations.part[run.layer]
         for k in np.unique(numbers.group[part]):
             if k >= 0:
                 unit = np.where(numbers.group[part] == k, numbers.unit[part], -1)
-                yield Running(run.name, run.number, run.axis, numbers.groups[k].name, unit, run.example)
+                yield UnitCall(run.name, run.number, run.axis, numbers.groups[k].name, unit, run.example)
 
 
 def _number(equations: Equations, record: Trace, groups: tuple[Group, ...]) -> _Numbers:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prunella.graph.data import Extent, Unread
+from prunella.graph.data import Extent, UnreadSize
 from prunella.graph.solve.residual_blocks import inside
 from prunella.graph.solve.tokens import names_token
 from prunella.graph.trace.recorder import Trace
@@ -50,7 +50,7 @@ class _Place:
 
 def unread_sizes(
     model: nn.Module, record: Trace, extent_of: ExtentOf, taken: Iterable[tuple[str, str]]
-) -> list[Unread]:
+) -> list[UnreadSize]:
     """The integers that equal a size that can be cut, with all sizes of this value; not those that the run has read."""
     links = (leaf for link in record.links for leaf in leaves(link.expression))
     choices = (leaf for choice, _ in record.decisions for leaf in leaves(choice))
@@ -61,18 +61,18 @@ def unread_sizes(
     matched = {place: sizes.of(place) for place in places}
     strange = {_kind(model, place) for place, extents in matched.items() if not extents} | _strange(model)
     return [
-        Unread(place.owner, place.name, place.value, tuple(extents), place.index)
+        UnreadSize(place.owner, place.name, place.value, tuple(extents), place.index)
         for place, extents in matched.items()
         if _kind(model, place) not in strange and any(extent.units for extent in extents)
     ]
 
 
-def never_read(model: nn.Module, inputs: Any, found: Sequence[Unread]) -> tuple[Unread, ...]:
+def never_read(model: nn.Module, inputs: Any, found: Sequence[UnreadSize]) -> tuple[UnreadSize, ...]:
     """Those of which a run gives the same with another number in their place."""
     if not found or any(parameter.is_meta for parameter in model.parameters()):
         return ()
     expected = _outputs(model, inputs, ())
-    todo, clear, probes = [tuple(found)], list[Unread](), 0
+    todo, clear, probes = [tuple(found)], list[UnreadSize](), 0
     while todo and expected is not None and probes < _PROBES:
         part, probes = todo.pop(0), probes + 1
         if _alike(expected, _outputs(model, inputs, part)):
@@ -154,7 +154,7 @@ class _Sizes:
 # -- which are read ------------------------------------------------------------------------------------------------
 
 
-def _outputs(model: nn.Module, inputs: Any, changed: Sequence[Unread]) -> list[Tensor] | None:
+def _outputs(model: nn.Module, inputs: Any, changed: Sequence[UnreadSize]) -> list[Tensor] | None:
     """The outputs with one less in these places; None if the model does not run so."""
     before = {(u.owner, u.name): getattr(holder(model, u.owner), u.name) for u in changed}
     try:

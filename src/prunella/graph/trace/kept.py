@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import gc
 import inspect
-from collections import OrderedDict
 from collections.abc import Iterable
 
 from torch import Tensor, nn
 
 from prunella.graph.trace.recorder import Trace
-from prunella.model.trees import tensors
+from prunella.model.trees import is_empty, tensors
 
 _OWN = frozenset({"_parameters", "_buffers", "_modules"})
 
@@ -23,16 +22,11 @@ def kept_on(model: nn.Module) -> dict[str, Tensor]:
     named: dict[str, Tensor] = {}
     for path, module in model.named_modules():
         for name, value in vars(module).items():
-            if name not in _OWN and not isinstance(value, bool | int | str | float | None) and not _is_empty(value):
+            if name not in _OWN and not isinstance(value, bool | int | str | float | None) and not is_empty(value):
                 for number, tensor in enumerate(tensors(value)):
                     label = f"{path}.{name}" if path else name
                     named[f"{label} ({number + 1})" if number else label] = tensor
     return named
-
-
-def _is_empty(value: object) -> bool:
-    """Most attributes of a module are dictionaries of hooks without a hook."""
-    return type(value) in (dict, OrderedDict) and not value
 
 
 def outliving(record: Trace, model: nn.Module, known: Iterable[Tensor]) -> list[tuple[Tensor, str]]:
@@ -40,6 +34,8 @@ def outliving(record: Trace, model: nn.Module, known: Iterable[Tensor]) -> list[
 
     Nobody sees who will read them, so that they are outputs. Buffers are part of the model and follow its cuts.
     """
+    if gc.get_freeze_count():
+        gc.unfreeze()  # frozen objects hold tensors too, and the collector does not show what they refer to
     ours = {id(tensor) for tensor in (*known, *model.parameters(), *model.buffers())}
     if not _held(_alive(record, ours)):
         return []

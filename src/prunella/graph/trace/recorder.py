@@ -26,7 +26,7 @@ from prunella.graph.noise import drops
 from prunella.graph.solve.labels import WHOLE, Dim, Ledger, Reason, Run, Soft
 from prunella.graph.sources import FORMS, Sources
 from prunella.graph.trace.dataflow import Flow
-from prunella.graph.trace.source import called, where
+from prunella.graph.trace.source import where
 from prunella.graph.trace.tracked_int import (
     Attr,
     Expression,
@@ -38,6 +38,7 @@ from prunella.graph.trace.tracked_int import (
     plain,
 )
 from prunella.graph.work import Term
+from prunella.model.calls import called
 
 log = logging.getLogger(__name__)
 Axis = tuple[str, int]

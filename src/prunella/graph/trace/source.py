@@ -10,7 +10,6 @@ import os
 import re
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 import torch
 from torch import fx
@@ -28,17 +27,6 @@ _RUN = f"{_OWN}model{os.sep}forward.py"
 _PARTS = tuple(f"{_TORCH}{part}{os.sep}" for part in (f"nn{os.sep}modules", f"nn{os.sep}utils", f"ao{os.sep}nn"))
 """Modules of torch: the place of a call in a model that is made of these alone."""
 _LINE = re.compile(r'File "([^"]+)", line (\d+)')
-
-
-def called(func: Any) -> str:
-    """The name of a call: `view` for `Tensor.view` and for the operation `aten.view.default` of a program."""
-    if isinstance(func, torch._ops.OpOverload):
-        namespace, _, name = func._schema.name.partition("::")
-        return _SYMBOLIC.get(name, name) if namespace == "aten" else name
-    return getattr(func, "__name__", "")
-
-
-_SYMBOLIC = {"sym_size": "size", "sym_numel": "numel", "sym_stride": "stride"}
 
 
 def where(start: FrameType | None) -> str:

@@ -20,7 +20,7 @@ from prunella.graph.cut.block_surgery import swap
 from prunella.graph.data import Layer
 from prunella.graph.match import chosen, parts
 from prunella.graph.solve.groups import couple
-from prunella.llm.blocks import BlockCall, Calls, ModelBlock, Runner, StoreActivations, listed_block_paths
+from prunella.llm.blocks import BlockCall, BlockCalls, ModelBlock, Runner, StoreActivations, listed_block_paths
 from prunella.llm.experts import routers
 from prunella.llm.streaming.skeleton import Skeleton
 from prunella.model.copying import copied
@@ -49,9 +49,9 @@ class Captured:
         }
         return sum(t.numel() * t.element_size() for t in distinct.values())
 
-    def calls(self, path: str, hidden_states: Sequence[Tensor] | None = None) -> Calls:
+    def calls(self, path: str, hidden_states: Sequence[Tensor] | None = None) -> BlockCalls:
         """The calls of a block for these hidden states, by default those that enter the first block."""
-        return Calls(self.arguments[path], self.hidden_states if hidden_states is None else hidden_states)
+        return BlockCalls(self.arguments[path], self.hidden_states if hidden_states is None else hidden_states)
 
 
 def capture(skeleton: Skeleton, batches: Sequence[Any], run: Runner, store: StoreActivations) -> Captured:

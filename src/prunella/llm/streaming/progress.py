@@ -28,7 +28,7 @@ WORK = ".prunella"
 RECORD, CONFIG = "run.json", "config.json"
 
 
-class Progress:
+class BlockProgress:
     """Blocks that are done, with their fits and the digests of their shards; the first process records them.
 
     folder: where the shards are written. It is the output, or, while the output holds a finished result, one beside it.
@@ -60,7 +60,7 @@ class Progress:
 @contextmanager
 def open_progress(
     output: Path, identify: Callable[[], Identity], group: ProcessGroup, *, overwrite: bool
-) -> Iterator[Progress]:
+) -> Iterator[BlockProgress]:
     """The progress of the run that writes `output`, which is locked; when the block ends well, the run is over.
 
     overwrite: what is there stays until the new result is complete, and is then exchanged for it. Errors, in all
@@ -69,13 +69,13 @@ def open_progress(
     """
     if not group.is_main:
         message = _received()
-        yield Progress(Path(message["folder"]), message["done"], None)
+        yield BlockProgress(Path(message["folder"]), message["done"], None)
         return
     with ExitStack() as stack:
         try:
             folder, records = stack.enter_context(_opened(output, identify, overwrite=overwrite))
             done = {path: records[path] for path in records}
-            progress = Progress(folder, done, records)
+            progress = BlockProgress(folder, done, records)
         except PruningError as error:
             _send({"error": [error.what, error.why, error.todo]}, group)
             raise

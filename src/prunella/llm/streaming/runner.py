@@ -18,7 +18,7 @@ from prunella.graph.data import Layer
 from prunella.graph.match import check_known, parts
 from prunella.graph.matrix import to_matrix
 from prunella.io.tensor_file import open_tensors, read_folder
-from prunella.llm.blocks import BlockCall, Calls, ModelBlock, StoreActivations, listed_block_paths, uncached
+from prunella.llm.blocks import BlockCall, BlockCalls, ModelBlock, StoreActivations, listed_block_paths, uncached
 from prunella.llm.blockwise import Solving
 from prunella.llm.distributed import ProcessGroup
 from prunella.llm.experts import expert_chunks, experts_implementation, matrix_of
@@ -28,7 +28,7 @@ from prunella.llm.solve_block import BlockProblem, BlockResult, Fit, dense_targe
 from prunella.llm.streaming import memory as amounts
 from prunella.llm.streaming.capture import Captured, capture, layers_of
 from prunella.llm.streaming.offload import OnDisk
-from prunella.llm.streaming.progress import Progress
+from prunella.llm.streaming.progress import BlockProgress
 from prunella.llm.streaming.shards import shard_name, write_shard
 from prunella.llm.streaming.skeleton import Skeleton
 from prunella.measure.clock import now, since
@@ -94,7 +94,7 @@ class StreamingRun:
         stored = sum(stored.size for stored in self.skeleton.stored.values())
         return stored + (self.stream_bytes * self.copies if self.peak.on_disk else 0)
 
-    def run(self, progress: Progress, on_block: OnBlock | None) -> tuple[Solving, int]:
+    def run(self, progress: BlockProgress, on_block: OnBlock | None) -> tuple[Solving, int]:
         """Prune all blocks, and run those that are done forward only; the result, and the number of the latter."""
         folder = progress.folder
         store: StoreActivations = partial(OnDisk, folder=folder) if self.peak.on_disk else list
@@ -260,7 +260,7 @@ class _State:
     def __post_init__(self) -> None:
         self.hidden_states = self.captured.hidden_states
 
-    def calls(self, block: ModelBlock) -> Calls:
+    def calls(self, block: ModelBlock) -> BlockCalls:
         """The calls of the block, after `next_block` for all blocks before it."""
         return self.captured.calls(block.path, self.hidden_states)
 
