@@ -171,6 +171,11 @@ class Records:
         if journal is not None and identity is not None:
             self._known = {key: journal.known(identity, key) or {} for key in journal.keys(identity)}
 
+    @property
+    def kept(self) -> bool:
+        """Whether they are kept on the disk."""
+        return self._journal is not None
+
     def __contains__(self, key: str) -> bool:
         return key in self._known
 
