@@ -146,10 +146,13 @@ def _compare() -> None:
 
 
 def _prune() -> None:
+    import random
+
     from source import job
 
     import prunella as pr
 
+    random.seed(0)  # which a forked process seeds anew, and what is kept holds
     pr.prune(_net(), job.batch(), target=pr.MACs(0.6), data=job.data(), recover={"steps": 3}, folder="out")
 
 

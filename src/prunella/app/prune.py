@@ -22,7 +22,8 @@ from prunella.errors import RequestError
 from prunella.io.identity import Identity, identify, model_parts
 from prunella.io.journal import NAME
 from prunella.io.lock import locked
-from prunella.model.forward import forward
+from prunella.model.batches import data_errors
+from prunella.model.forward import Outputs, forward
 from prunella.model.unwrap import unwrap
 from prunella.planning import accounting
 from prunella.planning.checks import check_finite
@@ -150,7 +151,8 @@ def prune(
 
 def _identity(asked: Asked, loss: Loss | None, how: Recover, budget: float | None) -> Identity:
     """All that decides what `prune` returns, each part by its name."""
-    parts: dict[str, object] = {"inputs": asked.inputs, "target": asked.targets, "data": asked.data, "loss": loss}
+    data = asked.data and asked.data.parts
+    parts: dict[str, object] = {"inputs": asked.inputs, "target": asked.targets, "data": data, "loss": loss}
     parts |= {"recover": repr(how), "budget": str(budget), "seed": asked.seed}
     parts |= {"skip": list(asked.skip), "only": list(asked.only)}
     return identify({**model_parts(asked.model), **parts})
@@ -171,8 +173,18 @@ def asked_of(
     targets, model = _targets(target), unwrap(model)
     check_finite(model)
     batches = None if data is None else split(model, data, loss)
-    run = forward if loss is None else outputs_by(loss)
-    return Asked(model, inputs, targets, batches, run, tuple(skip), tuple(only), seed)
+    return Asked(model, inputs, targets, batches, _run(loss), tuple(skip), tuple(only), seed)
+
+
+def _run(loss: Loss | None) -> Outputs:
+    """How the model runs on a batch, or on a part of one."""
+    outputs: Outputs = forward if loss is None else outputs_by(loss)
+
+    def run(model: nn.Module, batch: Any) -> Any:
+        with data_errors(model, batch, name="a batch of data="):
+            return outputs(model, batch)
+
+    return run
 
 
 def recover_all_(asked: Asked, small: nn.Module, plan: Plan, how: Recover, timer: StageTimer, stages: Stages) -> None:

@@ -194,7 +194,7 @@ class _Measured:
         stage: Running,
     ) -> dict[str, Curve]:
         """Group -> its points in ascending order, each recorded as soon as it is measured."""
-        data = digest_of(self.data) if self.records.kept else ""
+        data = digest_of(self.data.parts) if self.records.kept else ""
 
         def key(name: str, x: float) -> str:
             return f"loss of {name} without {x!r} on {data}"
