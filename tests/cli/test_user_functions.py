@@ -12,6 +12,7 @@ JOB = """
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
+from prunella.errors import PruningError
 
 def net():
     torch.manual_seed(0)
@@ -44,6 +45,29 @@ def data():
 def wide():
     return [torch.randn(4, 9)]
 
+def misses(model):
+    from prunella.errors import TargetMissed
+    raise TargetMissed("not today")
+
+class Own(PruningError):
+    pass
+
+def own_error(model, batch):
+    model(batch[0])
+    raise Own("mine")
+
+def leaves():
+    yield torch.randn(4, 8)
+    raise SystemExit(0)
+
+def stops():
+    yield torch.randn(4, 8)
+    next(iter([]))
+
+def no_file():
+    yield torch.randn(4, 8)
+    open("labels.csv")
+
 def breaks_off():
     yield torch.randn(4, 8)
     raises(1)
@@ -73,6 +97,11 @@ def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
         (("run", "--recipe", "taylor", "--data", "{}:data", "--loss", "{}:loss", *HALF), 3, "Target 99"),
         (("run", "--recipe", "apoz", "--data", "{}:wide", *HALF), 3, "4x9 and 8x16"),
         (("plan", "--recipe", "apoz", "--data", "{}:breaks_off", *HALF), 3, "called from"),
+        (("run", "--metric", "{}:misses", *HALF), 3, "in misses"),
+        (("run", "--recipe", "taylor", "--data", "{}:data", "--loss", "{}:own_error", *HALF), 3, "in own_error"),
+        (("plan", "--recipe", "apoz", "--data", "{}:leaves", *HALF), 3, "in leaves"),
+        (("plan", "--recipe", "apoz", "--data", "{}:stops", *HALF), 3, "in stops"),
+        (("plan", "--recipe", "apoz", "--data", "{}:no_file", *HALF), 3, "in no_file"),
         (("plan", "--recipe", "apoz", "--data", "{}:raises", *HALF), 3, "missing 1 required"),
     ],
 )

@@ -48,6 +48,7 @@ def test_a_slice_of_the_grid(shim: Path) -> None:
     assert said.count(" 0 not survived") == 2 and said.count("faults") == 2
 
 
+@pytest.mark.timeout(0)
 @pytest.mark.skipif(not ALL, reason="make faults")
 @pytest.mark.parametrize("verb", [verb.name for verb in VERBS])
 def test_every_fault_of_a_verb(shim: Path, verb: str) -> None:

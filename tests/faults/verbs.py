@@ -145,6 +145,17 @@ def _compare() -> None:
     pr.experiments.compare(job.made(0), {"other": pruned}, {"width": width}, seeds=(0, 1), folder="out")
 
 
+def _prune() -> None:
+    import random
+
+    from source import job
+
+    import prunella as pr
+
+    random.seed(0)  # which a forked process seeds anew, and what is kept holds
+    pr.prune(_net(), job.batch(), target=pr.MACs(0.6), data=job.data(), recover={"steps": 3}, folder="out")
+
+
 VERBS = (
     Verb("plan", _line("plan", *NET, "--target", "macs=0.6", "-o", "out.plan")),
     Verb("export", _line("export", *NET, "-o", "out.safetensors", "--overwrite")),
@@ -152,6 +163,7 @@ VERBS = (
     Verb("save", _save, again=(0, 2)),
     Verb("save over", lambda: _save(overwrite=True), _save),
     Verb("scan", _line("scan", *NET, "--ratios", "0.5", "--metric", "source.job:metric", "-o", "out")),
+    Verb("prune", _prune),
     Verb("imp", _imp),
     Verb("compare", _compare),
     Verb("pareto", _pareto),

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from prunella.errors import BadInput, Locked, OutOfResources, PruningError, RequestError
+from prunella.io import journal
 from prunella.io.identity import Identity
 from prunella.io.journal import FORMAT, FORMER, NAME, open_journal, open_records
 from tests.stopping import records
@@ -213,6 +214,15 @@ def test_a_record_that_does_not_fit_on_the_disk_leaves_the_journal_as_it_was(tmp
         known.add("small", {"value": 1})
     assert list(values(tmp_path)) == ["key 0", "key 1", "small"]
     assert sorted(file.name for file in tmp_path.iterdir()) == [NAME]
+
+
+def test_a_faulty_disk_is_not_called_a_full_one(tmp_path: Path) -> None:
+    """SQLite gives one number for a write that failed, whether the disk is broken or a limit is met."""
+    failed = sqlite3.OperationalError("disk I/O error")
+    failed.sqlite_errorcode = sqlite3.SQLITE_IOERR_WRITE
+    with pytest.raises(RequestError, match="disk I/O error") as caught, journal._told(tmp_path / NAME):
+        raise failed
+    assert caught.value.exit_code == 2 and "check the disk" in caught.value.todo
 
 
 @pytest.mark.parametrize("name", FORMER)

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from prunella.errors import NotSupported, RequestError
-from prunella.model.forward import batches, first_tensor, forward
+from prunella.model.batches import batches
+from prunella.model.forward import first_tensor, forward
 from prunella.model.trees import tensors
 
 

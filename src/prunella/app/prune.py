@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, fields, replace
-from functools import cached_property
+from functools import cached_property, partial
+from pathlib import Path
 from typing import Any, Literal
 
 from torch import nn
@@ -14,8 +17,13 @@ from prunella.app.prune_plan import Asked, planned
 from prunella.app.prune_recover import Pair, Recover, recover_
 from prunella.app.prune_stages import OnStage, Stage, StageTimer, seconds_of
 from prunella.app.recover import outputs_by
+from prunella.app.stages import Stages, open_kept_stages
 from prunella.errors import RequestError
-from prunella.model.forward import forward
+from prunella.io.identity import Identity, identify, model_parts
+from prunella.io.journal import NAME
+from prunella.io.lock import locked
+from prunella.model.batches import data_errors
+from prunella.model.forward import Outputs, forward
 from prunella.model.unwrap import unwrap
 from prunella.planning import accounting
 from prunella.planning.checks import check_finite
@@ -95,6 +103,7 @@ def prune(
     only: Sequence[str] = (),
     seed: int = 0,
     on_stage: OnStage | None = None,
+    folder: str | os.PathLike[str] | None = None,
 ) -> Pruned:
     """Plan, cut and recover: a smaller model that meets every target. `model` does not change.
 
@@ -110,9 +119,12 @@ def prune(
     training), "none", or settings as `{"steps": 200, "lr": 0.01}`. budget: of planning and recovery, such as `"2min"`
     or seconds: fewer levels and batches, then scores without measured losses, then no distillation. The plan itself and
     its proof are always made, however long they take. skip, only: as in `plan`. on_stage: called with the `Progress`
-    of each stage, which has an estimate of the time left.
+    of each stage, which has an estimate of the time left. folder: keeps the work, as it is done: measured losses, the
+    plan, the model after each step of recovery, and a training every minute. After a kill the same call goes on from
+    there and gives the same bits; a call with anything changed is refused. Remove the folder when it is done with.
 
-    Errors: those of `plan`; TargetMissed says what binds.
+    Errors: those of `plan`; TargetMissed says what binds. With a folder: Locked while another process writes it,
+    RequestError, with what changed, where it holds another call.
 
     Example:
 
@@ -126,12 +138,24 @@ def prune(
         32
     """
     how, timer = _recover(recover), StageTimer(seconds_of(budget), on_stage)
-    asked = asked_of(model, inputs, target=target, data=data, loss=loss, skip=skip, only=only, seed=seed)
-    plan = planned(asked, timer)
-    with timer.stage("cut"):
-        small = shrink(asked.model, plan)
-    recover_all_(asked, small, plan, how, timer)
+    place = None if folder is None else Path(folder)
+    with nullcontext() if place is None else locked(place / NAME):
+        asked = asked_of(model, inputs, target=target, data=data, loss=loss, skip=skip, only=only, seed=seed)
+        with open_kept_stages(place, lambda: _identity(asked, loss, how, timer.budget)) as stages:
+            plan = stages.plan(partial(planned, asked, timer, stages.records), inputs, timer)
+            with timer.stage("cut"):
+                small = shrink(asked.model, plan)
+            recover_all_(asked, small, plan, how, timer, stages)
     return Pruned(small, plan, tuple(timer.history), asked.targets, asked.model)
+
+
+def _identity(asked: Asked, loss: Loss | None, how: Recover, budget: float | None) -> Identity:
+    """All that decides what `prune` returns, each part by its name."""
+    data = asked.data and asked.data.parts
+    parts: dict[str, object] = {"inputs": asked.inputs, "target": asked.targets, "data": data, "loss": loss}
+    parts |= {"recover": repr(how), "budget": str(budget), "seed": asked.seed}
+    parts |= {"skip": list(asked.skip), "only": list(asked.only)}
+    return identify({**model_parts(asked.model), **parts})
 
 
 def asked_of(
@@ -149,11 +173,21 @@ def asked_of(
     targets, model = _targets(target), unwrap(model)
     check_finite(model)
     batches = None if data is None else split(model, data, loss)
-    run = forward if loss is None else outputs_by(loss)
-    return Asked(model, inputs, targets, batches, run, tuple(skip), tuple(only), seed)
+    return Asked(model, inputs, targets, batches, _run(loss), tuple(skip), tuple(only), seed)
 
 
-def recover_all_(asked: Asked, small: nn.Module, plan: Plan, how: Recover, timer: StageTimer) -> None:
+def _run(loss: Loss | None) -> Outputs:
+    """How the model runs on a batch, or on a part of one."""
+    outputs: Outputs = forward if loss is None else outputs_by(loss)
+
+    def run(model: nn.Module, batch: Any) -> Any:
+        with data_errors(model, batch, name="a batch of data="):
+            return outputs(model, batch)
+
+    return run
+
+
+def recover_all_(asked: Asked, small: nn.Module, plan: Plan, how: Recover, timer: StageTimer, stages: Stages) -> None:
     """All that follows the cut, in place."""
     if asked.data is None:
         timer.skip("recovery", "there is no data; pass data=...")
@@ -163,7 +197,7 @@ def recover_all_(asked: Asked, small: nn.Module, plan: Plan, how: Recover, timer
         distance = pair.distance()
         stage.compared(None, distance, pair.measure)
         stage.note(asked.data.note)
-    recover_(pair, how, timer)
+    recover_(pair, how, timer, stages)
 
 
 def _targets(target: Target | Sequence[Target]) -> tuple[Target, ...]:

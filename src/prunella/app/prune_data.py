@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
 
-from prunella.model.forward import batches, inputs_of
+from prunella.model.batches import Listed, listed
+from prunella.model.forward import inputs_of
 from prunella.model.trees import tensors
 from prunella.types import Loss
 
@@ -20,11 +21,17 @@ MOST = 128
 @dataclass(frozen=True)
 class Batches:
     """fit: for statistics, least squares and training. held_out: for judging, never the same samples. note: what of the
-    data is not used, or used twice; empty otherwise."""
+    data is not used, or used twice; empty otherwise. every: all batches in their order, so that each has a number."""
 
     fit: tuple[Any, ...]
     held_out: tuple[Any, ...]
     note: str = ""
+    every: Listed = field(default_factory=Listed, repr=False)
+
+    @property
+    def parts(self) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+        """What an identity reads."""
+        return self.fit, self.held_out
 
 
 def split(model: nn.Module, data: Iterable[Any], loss: Loss | None) -> Batches:
@@ -32,17 +39,17 @@ def split(model: nn.Module, data: Iterable[Any], loss: Loss | None) -> Batches:
 
     Without a loss, of a batch of inputs and labels the inputs alone are used. Errors: RequestError without batches.
     """
-    listed = list(itertools.islice(batches(data), MOST + 1))
-    note = f"only the first {MOST} batches are used" if len(listed) > MOST else ""
-    listed = [batch if loss else inputs_of(model, batch) for batch in listed[:MOST]]
-    if len(listed) > 1:
-        fit = tuple(batch for number, batch in enumerate(listed) if number % 4 != 1)
-        return Batches(fit, tuple(batch for number, batch in enumerate(listed) if number % 4 == 1), note)
-    count = size(listed[0])
-    if count < 2 or not all(tensor.shape[0] == count for tensor in tensors(listed[0]) if tensor.dim()):
-        return Batches(tuple(listed), tuple(listed), "nothing is held out: the only batch cannot be split")
+    given = listed(itertools.islice(data, MOST + 1))
+    note = f"only the first {MOST} batches are used" if len(given) > MOST else ""
+    every = listed(batch if loss else inputs_of(model, batch) for batch in given[:MOST])
+    if len(every) > 1:
+        fit = tuple(batch for number, batch in enumerate(every) if number % 4 != 1)
+        return Batches(fit, tuple(batch for number, batch in enumerate(every) if number % 4 == 1), note, every)
+    count = size(every[0])
+    if count < 2 or not all(tensor.shape[0] == count for tensor in tensors(every[0]) if tensor.dim()):
+        return Batches(tuple(every), tuple(every), "nothing is held out: the only batch cannot be split", every)
     at = count - max(1, count // 4)
-    return Batches((part(listed[0], 0, at),), (part(listed[0], at, count),), note)
+    return Batches((part(every[0], 0, at),), (part(every[0], at, count),), note, every)
 
 
 def first(batches: Sequence[Any], samples: int) -> tuple[Any, ...]:

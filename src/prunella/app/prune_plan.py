@@ -20,6 +20,8 @@ from prunella.errors import TargetMissed
 from prunella.granularity import Channel, Expert, Head, Width
 from prunella.graph.data import Group
 from prunella.graph.verify import unproven
+from prunella.io.identity import digest_of
+from prunella.io.journal import Records
 from prunella.measure.clock import now, since
 from prunella.model.copying import copied
 from prunella.model.forward import Outputs, real_tokens
@@ -30,6 +32,7 @@ from prunella.planning.recipe import Recipe
 from prunella.planning.request import Request, nothing_to_prune, prepare
 from prunella.search.knapsack import knapsack
 from prunella.search.measured import Curve, curves, every_step, recordings
+from prunella.search.replay import Recording
 from prunella.search.scan import Scan
 from prunella.search.space import Space
 from prunella.selection import Counts
@@ -63,8 +66,8 @@ class Asked:
     seed: int
 
 
-def planned(asked: Asked, timer: StageTimer) -> Plan:
-    """The plan; the model does not change. Errors: those of `plan`."""
+def planned(asked: Asked, timer: StageTimer, records: Records) -> Plan:
+    """The plan; the model does not change. records: keep each measured loss. Errors: those of `plan`."""
     replica = copied(asked.model)
     with untouched(replica, asked.seed), mode(replica, training=False), torch.no_grad():
         with timer.stage("groups") as stage:
@@ -78,7 +81,7 @@ def planned(asked: Asked, timer: StageTimer) -> Plan:
             scores = [scope.norms[group.name].double() for group in scope.groups]
             losses: list[Losses] = [_by_norm(values, scope.levels(k)) for k, values in enumerate(scores)]
         else:
-            scores, losses = _Measured(asked, asked.data, request, scope, timer).result()
+            scores, losses = _Measured(asked, asked.data, request, scope, timer, records).result()
         with timer.stage("allocation") as stage:
             return _allocated(asked, request, scope, scores, losses, stage)
 
@@ -100,6 +103,7 @@ class _Measured:
     request: Request
     scope: Scope
     timer: StageTimer
+    records: Records
 
     def result(self) -> tuple[list[Tensor], list[Losses]]:
         """For each group the scores of its units, and the loss of each step."""
@@ -115,14 +119,17 @@ class _Measured:
         model = self.request.model
         readers = Readers(Subject(model, self.request.graph, groups=self.scope.groups).parameters, self.scope.groups)
         batches = first(self.data.fit, FIT)
-        start, share = now(), 0.3 * self.timer.left
+        start, share, key = now(), 0.3 * self.timer.left, "batches of the statistics"
+        most = int(self.records.number(key, lambda: 0)) if key in self.records else len(batches)
         for number, batch in enumerate(batches, start=1):
             with readers.watch(real_tokens(batch)):
                 self.asked.run(model, batch)
             stage.tick(number, len(batches))
-            if since(start) * (number + 1) / number > share and number < len(batches):
+            used_up = key not in self.records and since(start) * (number + 1) / number > share
+            if (used_up or number == most) and number < len(batches):
                 stage.note(f"{number} of {len(batches)} batches: budget")
                 break
+        self.records.number(key, lambda: number)
         return readers
 
     def _eliminated(self, readers: Readers, stage: Running) -> dict[str, Tensor]:
@@ -167,19 +174,44 @@ class _Measured:
             start, batches = now(), first(self.data.held_out, JUDGE)
             passes = recordings(self.request.model, batches, self.asked.run)
             each = len(groups) * since(start)
-            count = next((n for n in LEVELS if n * each <= 0.5 * self.timer.left), 0)
+            affordable = next((n for n in LEVELS if n * each <= 0.5 * self.timer.left), 0)
+            count = int(self.records.number("levels of each group", lambda: affordable))
             if count < 5:
                 what = f"{count} levels of each group" if count else "scores without measured losses"
                 stage.note(f"{what} for lack of time (budget)")
             masks = [self._masks(index, group, scores[index], LEVELS.get(count, ())) for index, group in groups]
-            total, points = sum(map(len, masks)), dict[str, Curve]()
-            names = [group for _, group in groups]
-            ridge = self._ridge(readers)
-            for number, (name, x, loss) in enumerate(curves(passes, readers, names, masks, ridge=ridge), start=1):
-                points.setdefault(name, []).append((x, loss if math.isfinite(loss) else 1e6))
-                stage.tick(number, total)
+            total = sum(map(len, masks))
+            points = self._points(passes, readers, [group for _, group in groups], masks, stage)
             stage.note(f"{total} cuts judged on {sum(map(size, batches))} samples" if total else "")
         return points
+
+    def _points(
+        self,
+        passes: Sequence[Recording],
+        readers: Readers,
+        groups: Sequence[Group],
+        masks: Sequence[Mapping[int, Mask]],
+        stage: Running,
+    ) -> dict[str, Curve]:
+        """Group -> its points in ascending order, each recorded as soon as it is measured."""
+        data = digest_of(self.data.parts) if self.records.kept else ""
+
+        def key(name: str, x: float) -> str:
+            return f"loss of {name} without {x!r} on {data}"
+
+        todo = [
+            {count: keep for count, keep in cuts.items() if key(group.name, count / group.size) not in self.records}
+            for group, cuts in zip(groups, masks, strict=True)
+        ]
+        total, left = sum(map(len, masks)), sum(map(len, todo))
+        measuring = curves(passes, readers, groups, todo, ridge=self._ridge(readers))
+        for number, (name, x, loss) in enumerate(measuring, start=total - left + 1):
+            self.records.add(key(name, x), {"value": loss if math.isfinite(loss) else 1e6})
+            stage.tick(number, total)
+        return {
+            group.name: [(n / group.size, float(self.records[key(group.name, n / group.size)]["value"])) for n in cuts]
+            for group, cuts in zip(groups, masks, strict=True)
+        }
 
     def _ridge(self, readers: Readers) -> float:
         few = any(

@@ -6,6 +6,8 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,12 +18,16 @@ from torch.optim import SGD, Optimizer
 
 from prunella.app.prune_data import Batches, part, size
 from prunella.app.prune_stages import Running, StageTimer
+from prunella.app.stages import Stages
 from prunella.errors import CheckFailed
+from prunella.io.journal import Records
+from prunella.io.nested import load_state, save_state
 from prunella.measure.clock import now, since
 from prunella.model.forward import Outputs, first_tensor
 from prunella.model.state import mode
 from prunella.planning.plan import Plan
 from prunella.recovery.batchnorm import absorb_bn
+from prunella.recovery.checkpoint import named_tensors, put_tensors_
 from prunella.recovery.distill import distill_logits
 from prunella.recovery.finetune import Training, finetune
 from prunella.recovery.reconstruct import LayerFit, reconstruct
@@ -76,24 +82,30 @@ class Pair:
         return value if math.isfinite(value) else math.inf
 
 
-def recover_(pair: Pair, how: Recover, timer: StageTimer) -> None:
-    """Recover the pruned model in place."""
-    if not how.reconstruct:
-        timer.skip("reconstruct", "recover= does not ask for it")
-    elif timer.left <= 0:
-        timer.skip("reconstruct", "the budget is used up")
+def recover_(pair: Pair, how: Recover, timer: StageTimer, stages: Stages) -> None:
+    """Recover the pruned model in place, step by step; steps that are done are read."""
+    if how.reconstruct:
+        stages.recover(1, pair.small, partial(_refitted, pair, timer, stages.records), timer)
     else:
-        _reconstructed(pair, timer)
-        if any(isinstance(module, _BatchNorm) for module in pair.small.modules()):
-            with timer.stage("absorb") as stage, _kept(pair, stage, SAME):
-                count = len(absorb_bn(pair.small, list(pair.data.fit), loss=pair.run))
-                stage.note(f"{count} batch normalizations have the statistics of the data")
-    _distilled(pair, how, timer)
+        timer.skip("reconstruct", "recover= does not ask for it")
+    stages.recover(2, pair.small, partial(_distilled, pair, how, timer, stages), timer)
 
 
-def _reconstructed(pair: Pair, timer: StageTimer) -> None:
+def _refitted(pair: Pair, timer: StageTimer, records: Records) -> dict[str, Any]:
+    if timer.left <= 0:
+        timer.skip("reconstruct", "the budget is used up")
+        return {}
+    _reconstructed(pair, timer, records)
+    if any(isinstance(module, _BatchNorm) for module in pair.small.modules()):
+        with timer.stage("absorb") as stage, _kept(pair, stage, SAME):
+            count = len(absorb_bn(pair.small, list(pair.data.fit), loss=pair.run))
+            stage.note(f"{count} batch normalizations have the statistics of the data")
+    return {}
+
+
+def _reconstructed(pair: Pair, timer: StageTimer, records: Records) -> None:
     with timer.stage("reconstruct") as stage, _kept(pair, stage):
-        data = _few(pair, timer, stage)
+        data = _few(pair, timer, stage, records)
 
         def tick(fit: LayerFit, done: int, total: int) -> None:
             stage.tick(done, total)
@@ -105,7 +117,7 @@ def _reconstructed(pair: Pair, timer: StageTimer) -> None:
             stage.note(f"{len(skipped)} layers not refitted, as {skipped[0].name}: {skipped[0].skipped}")
 
 
-def _few(pair: Pair, timer: StageTimer, stage: Running) -> list[Any]:
+def _few(pair: Pair, timer: StageTimer, stage: Running, records: Records) -> list[Any]:
     """The batches of the fit that the budget has time for; one batch alone in four parts, to choose the ridge by."""
     batches = list(pair.data.fit)
     if len(batches) == 1 and size(batches[0]) >= 4:
@@ -113,36 +125,42 @@ def _few(pair: Pair, timer: StageTimer, stage: Running) -> list[Any]:
         batches = [part(batches[0], k * count // 4, (k + 1) * count // 4) for k in range(4)]
     if math.isinf(timer.left):
         return batches
-    start = now()
-    with mode(pair.dense, training=False), torch.no_grad():
-        pair.run(pair.dense, batches[0])
-    most = max(1, int(0.7 * timer.left / max(8 * since(start), 1e-6)))
+    most = int(records.number("batches of the refit", lambda: max(1, _affordable(pair, 0.7 * timer.left, 8))))
     if most < len(batches):
         stage.note(f"{most} of {len(batches)} batches: budget")
     return batches[:most]
 
 
-def _distilled(pair: Pair, how: Recover, timer: StageTimer) -> None:
-    steps, why = _steps(pair, how, timer)
+def _affordable(pair: Pair, seconds: float, passes: int) -> int:
+    """How often so many passes of the dense model on one batch fit into the time."""
+    start = now()
+    with mode(pair.dense, training=False), torch.no_grad():
+        pair.run(pair.dense, pair.data.fit[0])
+    return int(seconds / max(passes * since(start), 1e-6))
+
+
+def _distilled(pair: Pair, how: Recover, timer: StageTimer, stages: Stages) -> dict[str, Any]:
+    steps, why = _steps(pair, how, timer, stages.records)
     if not steps:
         timer.skip("distill", why)
-        return
-    with timer.stage("distill") as stage, _kept(pair, stage) as kept:
+        return {}
+    with timer.stage("distill") as stage, _kept(pair, stage, file=stages.best(2)) as kept:
 
         def look(step: int, loss: float, lr: float) -> None:
             stage.tick(step + 1, steps)
             if (step + 1) % max(1, steps // LOOKS) == 0 or step + 1 == steps:
                 kept.look()
 
-        training = Training(optimizer=_sgd, lr_schedule=_cosine, seed=pair.seed)
+        training = Training(optimizer=_sgd, lr_schedule=_cosine, seed=pair.seed, checkpoint=stages.checkpoint(2))
         loss = _imitation(pair)
         try:
             finetune(pair.small, list(pair.data.fit), loss, steps=steps, lr=how.lr, training=training, on_step=look)
         finally:
             stage.note(f"{steps} steps, {why}" if why else f"{steps} steps")
+    return {}
 
 
-def _steps(pair: Pair, how: Recover, timer: StageTimer) -> tuple[int, str]:
+def _steps(pair: Pair, how: Recover, timer: StageTimer, records: Records) -> tuple[int, str]:
     """The number of steps, and why so few or none."""
     if how.steps is not None:
         return how.steps, "" if how.steps else "recover= does not ask for it"
@@ -151,10 +169,7 @@ def _steps(pair: Pair, how: Recover, timer: StageTimer) -> tuple[int, str]:
     steps = min(STEPS, 4 * len(pair.data.fit))
     if math.isinf(timer.left):
         return steps, ""
-    start = now()
-    with mode(pair.dense, training=False), torch.no_grad():
-        pair.run(pair.dense, pair.data.fit[0])
-    most = int(0.8 * timer.left / max(5 * since(start), 1e-6))
+    most = int(records.number("most steps of distillation", lambda: _affordable(pair, 0.8 * timer.left, 5)))
     if most < 4:
         return 0, "the budget has no time for it"
     return min(most, steps), "as the budget allows" if most < steps else ""
@@ -196,34 +211,38 @@ def _cosine(progress: float) -> float:
 
 
 class _Best:
-    """The best state of a model so far."""
+    """The best state of a model so far. file: keeps it, for a call that goes on after a kill."""
 
-    def __init__(self, pair: Pair, start: float) -> None:
+    def __init__(self, pair: Pair, start: float, file: Path | None) -> None:
         self._measure: Callable[[], float] = pair.distance
-        self._live = [*pair.small.parameters(), *pair.small.buffers()]
-        self._copy = [tensor.detach().clone() for tensor in self._live]
-        self.distance = start
+        self._small, self._file = pair.small, file
+        self._state, self.distance = self._present(), start
+        if file is not None and file.is_file():
+            kept = load_state(file)
+            self._state, self.distance = kept["model"], kept["distance"]
+
+    def _present(self) -> dict[str, Tensor]:
+        return {name: value.clone() for name, value in named_tensors(self._small).items()}
 
     def look(self, slack: float = 0.0) -> float:
         """Keep the present state if it is better."""
         distance = self._measure()
         if distance < self.distance or distance <= self.distance * (1 + slack):
-            self._copy = [tensor.detach().clone() for tensor in self._live]
-            self.distance = distance
+            self._state, self.distance = self._present(), distance
+            if self._file is not None:
+                save_state({"model": self._state, "distance": distance}, self._file)
         return distance
 
     def restore(self) -> None:
         """The best state."""
-        with torch.no_grad():
-            for tensor, value in zip(self._live, self._copy, strict=True):
-                tensor.copy_(value)
+        put_tensors_(self._small, self._state)
 
 
 @contextmanager
-def _kept(pair: Pair, stage: Running, slack: float = 0.0) -> Iterator[_Best]:
+def _kept(pair: Pair, stage: Running, slack: float = 0.0, *, file: Path | None = None) -> Iterator[_Best]:
     """One stage: the model keeps its best state, which may be the one before. slack: what rounding alone may add."""
     before = pair.distance()
-    best = _Best(pair, before)
+    best = _Best(pair, before, file)
     try:
         yield best
     except CheckFailed as error:

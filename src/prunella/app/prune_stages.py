@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
 from prunella.errors import RequestError
 from prunella.measure.clock import now, since
@@ -36,6 +37,15 @@ class Stage:
         if self.before is not None and self.after is not None:
             change = f", {self.measure} {self.before:.4g} -> {self.after:.4g}"
         return f"{self.seconds:.1f} s{change}{f' ({self.note})' if self.note else ''}"
+
+    def plain(self) -> dict[str, Any]:
+        """As plain data, for a journal."""
+        return {"text" if name == "note" else name: value for name, value in asdict(self).items()}
+
+    @classmethod
+    def read(cls, plain: Mapping[str, Any]) -> Stage:
+        """What `plain` gave."""
+        return cls(**{"note" if name == "text" else name: value for name, value in plain.items()})
 
     def __str__(self) -> str:
         return f"{self.name}: {self.told}"
@@ -87,6 +97,16 @@ class StageTimer:
         self.history.append(replace(running.entry, seconds=since(running.start)))
         log.info("%s", self.history[-1])
         running.tick(1, 1)
+
+    def recorded(self, count: int) -> dict[str, Any]:
+        """The stages after the first `count`, as plain data for a journal."""
+        return {"stages": [stage.plain() for stage in self.history[count:]]}
+
+    def go_on(self, stages: Iterable[Mapping[str, Any]]) -> None:
+        """Stages of a killed call, as `recorded` gave them: they join the history, and count as time spent."""
+        for stage in map(Stage.read, stages):
+            self.history.append(stage)
+            self.start -= stage.seconds
 
     def skip(self, name: str, why: str) -> None:
         """A stage that is left out."""

@@ -105,7 +105,7 @@ def _run(
     model: nn.Module, inputs: Inputs, job: Job, folder: Path, overwrite: bool, clock: _Clock, stages: Stages
 ) -> Outcome:
     with clock.stage("planning"):
-        planned = stages.plan(partial(_plan, model, inputs, job), inputs)
+        planned = stages.plan(partial(_plan, model, inputs, job, stages), inputs)
     with clock.stage("cutting and comparing with the masked model"):
         small = shrink(model, planned) if planned.changes else apply_(copied(model), planned)
     check_space(folder, size_of(named_tensors(small)))
@@ -134,9 +134,9 @@ def _run(
     return replace(outcome, saved=draft.saved)
 
 
-def _plan(model: nn.Module, inputs: Inputs, job: Job) -> Plan:
+def _plan(model: nn.Module, inputs: Inputs, job: Job, stages: Stages) -> Plan:
     if job.auto:
-        return planned_by(_asked(model, inputs, job), StageTimer())
+        return planned_by(_asked(model, inputs, job), StageTimer(), stages.records)
     return plan(
         model, inputs, job.recipe, target=job.target, data=job.data, loss=job.loss,
         skip=list(job.skip), only=list(job.only),
@@ -225,14 +225,10 @@ def _recover_auto(
     kinds: dict[str, StepKind] = {"reconstruct": "reconstruct", "absorb": "bn", "distill": "distill"}
     if asked.data is None:
         return ()
-
-    def make() -> dict[str, str]:
-        timer = StageTimer()
-        recover_all_(asked, small, planned, Recover(), timer)
-        return {stage.name: stage.told for stage in timer.history if stage.after is not None}
-
+    timer = StageTimer()
     with clock.stage("recovering"):
-        told = stages.recover(1, small, make)
+        recover_all_(asked, small, planned, Recover(), timer, stages)
+    told = {stage.name: stage.told for stage in timer.history if stage.after is not None}
     return tuple(Recovered(RecoveryStep(kind), told[name]) for name, kind in kinds.items() if name in told)
 
 

@@ -1,7 +1,8 @@
-"""The stages of a run that are done, in a hidden folder beside the output: a killed run goes on from the last of them.
+"""The stages of a run that are done, in a folder: a killed run goes on from the last of them.
 
-The folder `.NAME.run` has a journal, the plan, and the state of the model after each step of recovery; training keeps
-itself there too. It goes when the run has ended, well or with a verdict: a kill, Ctrl-C and a full disk leave it.
+The folder has a journal, the plan, and the state of the model after each step of recovery; training keeps itself there
+too. That of `run` is hidden beside the output, as `.NAME.run`, and goes when the run has ended, well or with a verdict:
+a kill, Ctrl-C and a full disk leave it. That of `prune` is named by the caller, and stays.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any
 from torch import nn
 
 from prunella.app.job import Job, Quality
+from prunella.app.prune_stages import StageTimer
 from prunella.app.record import RECORD
 from prunella.errors import CheckFailed, NotSupported, OutOfResources, PruningError, RequestError, TargetMissed
 from prunella.io.files import check_free, clean_up_after_kill, digest
@@ -27,6 +29,7 @@ from prunella.io.lock import locked
 from prunella.io.manifest import check_files, entry_of
 from prunella.io.nested import load_state, save_state
 from prunella.io.plan_file import load_plan, save_plan
+from prunella.io.temporary import clean_up
 from prunella.model.rng import restore_rng_, rng_state
 from prunella.planning.plan import Plan
 from prunella.recovery.checkpoint import named_tensors, put_tensors_
@@ -34,7 +37,7 @@ from prunella.types import Inputs
 
 FINISHED = "finished"
 """The key of the record of a run whose output is about to get its name."""
-_OURS = re.compile(rf"\.?({re.escape(NAME)}|plan\.safetensors|(recovered|random|training)-\d+\.safetensors)")
+_OURS = re.compile(rf"\.?({re.escape(NAME)}|plan\.safetensors|(recovered|random|training|best)-\d+\.safetensors)")
 """Names in the folder of the stages; hidden ones are temporary."""
 _VERDICTS = (TargetMissed, CheckFailed, RequestError, NotSupported)
 """After these the same call would say the same: nothing is kept for it."""
@@ -44,19 +47,19 @@ class Stages:
     """What is done, and what is to be recorded. Without a folder everything is done anew."""
 
     def __init__(self, folder: Path | None, records: Records, data: Iterable[Any] | None) -> None:
-        self._folder, self._records, self._data = folder, records, data
+        self._folder, self.records, self._data = folder, records, data
 
-    def plan(self, make: Callable[[], Plan], inputs: Inputs) -> Plan:
-        """The plan, made or read."""
+    def plan(self, make: Callable[[], Plan], inputs: Inputs, timer: StageTimer | None = None) -> Plan:
+        """The plan, made or read. timer: gets the entries of its history that belong to the plan."""
         if self._folder is None:
             return make()
-        file = self._folder / "plan.safetensors"
+        file, timer = self._folder / "plan.safetensors", timer or StageTimer()
         if self._is_done("plan"):
-            self._go_on("plan")
+            self._go_on("plan", timer)
             return replace(load_plan(file), inputs=inputs)
         made = make()
         save_plan(made, file)
-        self._record("plan", file, {})
+        self._record("plan", file, timer.recorded(0))
         return made
 
     def quality(self, name: str, make: Callable[[], Quality]) -> Quality:
@@ -64,42 +67,57 @@ class Stages:
         key = f"quality of the {name} model"
         if self._is_done(key):
             self._go_on(key)
-            return {str(name): float(value) for name, value in self._records[key]["values"].items()}
+            return {str(name): float(value) for name, value in self.records[key]["values"].items()}
         made = make()
         self._record(key, None, {"values": dict(made)})
         return made
 
-    def recover(self, number: int, small: nn.Module, make: Callable[[], Mapping[str, Any]]) -> Mapping[str, Any]:
+    def recover(
+        self,
+        number: int,
+        small: nn.Module,
+        make: Callable[[], Mapping[str, Any]],
+        timer: StageTimer | None = None,
+    ) -> Mapping[str, Any]:
         """What a step of recovery says, and the model after it, computed or read; `make` works in place."""
         if self._folder is None:
             return make()
-        key = f"recovery {number}"
+        key, timer = f"recovery {number}", timer or StageTimer()
         file = self._folder / f"recovered-{number:02d}.safetensors"
         if self._is_done(key):
             state = load_state(file)
             put_tensors_(small, state["model"])
-            self._go_on(key)
-            return dict(state["told"])
-        told = dict(make())
-        save_state({"told": told, "model": named_tensors(small)}, file)
-        self._record(key, file, {})
+            self._go_on(key, timer)
+            told = dict(state["told"])
+        else:
+            before = len(timer.history)
+            told = dict(make())
+            save_state({"told": told, "model": named_tensors(small)}, file)
+            self._record(key, file, timer.recorded(before))
+        for unfinished in (self.checkpoint(number), self.best(number)):
+            if unfinished is not None:
+                unfinished.unlink(missing_ok=True)
         return told
 
     def checkpoint(self, number: int) -> Path | None:
         """Where the training of a step keeps itself."""
         return None if self._folder is None else self._folder / f"training-{number:02d}.safetensors"
 
+    def best(self, number: int) -> Path | None:
+        """Where the training of a step keeps the best state that it has passed."""
+        return None if self._folder is None else self._folder / f"best-{number:02d}.safetensors"
+
     def finish(self, record: Path) -> None:
         """The output is complete but for its name; `record` is the file in it that tells it from others."""
         if self._folder is not None:
-            self._records.add(FINISHED, {"record": digest(record)})
+            self.records.add(FINISHED, {"record": digest(record)})
 
     def _is_done(self, key: str) -> bool:
         """Whether a stage was recorded and its files are there. Errors: BadInput if one of them has changed."""
-        if self._folder is None or key not in self._records:
+        if self._folder is None or key not in self.records:
             return False
         what, todo = f"a stage in {self._folder} is damaged", f"remove {self._folder} to start again"
-        files = Fields(self._records[key], what, todo)
+        files = Fields(self.records[key], what, todo)
         if not all((self._folder / name).is_file() for name, _ in files.section("files").values()):
             return False
         check_files(self._folder, files)
@@ -109,15 +127,29 @@ class Stages:
         """A stage is done: what it gave is on the disk, and where the random generators are."""
         if self._folder is None:
             return
-        random = self._folder / f"random-{len(list(self._records)):02d}.safetensors"
+        random = self._folder / f"random-{len(list(self.records)):02d}.safetensors"
         save_state(rng_state(self._data), random)
         files = {f.name: entry_of(f) for f in (file, random) if f is not None}
-        self._records.add(key, {**payload, "files": files, "random": random.name})
+        self.records.add(key, {**payload, "files": files, "random": random.name})
 
-    def _go_on(self, key: str) -> None:
-        """The random generators are where they were after the stage."""
+    def _go_on(self, key: str, timer: StageTimer | None = None) -> None:
+        """The random generators and the history are where they were after the stage."""
         if self._folder is not None:
-            restore_rng_(load_state(self._folder / self._records[key]["random"]), self._data)
+            restore_rng_(load_state(self._folder / self.records[key]["random"]), self._data)
+        if timer is not None:
+            timer.go_on(self.records[key].get("stages", []))
+
+
+@contextmanager
+def open_kept_stages(folder: Path | None, identify: Callable[[], Identity]) -> Iterator[Stages]:
+    """The stages of a call that keeps its work in a folder of the caller's; without a folder nothing is kept.
+
+    Errors: those of `open_records`.
+    """
+    with open_records(folder, identify) as records:
+        if folder is not None:
+            clean_up(folder)
+        yield Stages(folder, records, ())
 
 
 @contextmanager

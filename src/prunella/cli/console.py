@@ -56,25 +56,40 @@ def explain_error(error: BaseException, options: Collection[str] = ()) -> Troubl
             # The step that failed says what it was doing; that a disk or the memory is full is why.
             return Trouble(_one_line(error.what), _one_line(f"{full.what}: {full.why}"), full.todo, RESOURCES)
         what, why, todo = (_one_line(as_typed(text, options)) for text in (error.what, error.why, error.todo))
-        frames = _frames_of(error.__cause__)
+        theirs = _is_raised_by_user(error)
+        frames = _frames_of(error if theirs else error.__cause__)
         if frames and frames[0] not in why:
-            why = f"{why} ({frames[0]})"
-        return Trouble(what, why, todo, error.exit_code, frames)
+            why = f"{why} ({frames[0]})".lstrip()
+        return Trouble(what, why, todo, _code_of(error, theirs), frames)
     if isinstance(error, KeyboardInterrupt):
         return Trouble("interrupted", "", "nothing was left half written; start it again", INTERRUPTED)
     if full := out_of_resources(error):
         return explain_error(full)
-    if isinstance(error, OSError):
-        what = f"the system refuses {error.filename or 'a file'}"
-        return explain_error(system_error(error, what, "check the path and its permissions"))
     if _of_user(error):
         from prunella.model.user_code import user_error
 
         frames = _frames_of(error)
         told = user_error(error, "your code failed" if frames else "the model failed on what it was given")
         return Trouble(told.what, _one_line(told.why), told.todo, told.exit_code, frames)
+    if isinstance(error, OSError):
+        what = f"the system refuses {error.filename or 'a file'}"
+        return explain_error(system_error(error, what, "check the path and its permissions"))
     why = f"{type(error).__name__}: {_one_line(error)}"
     return Trouble("this is a bug in prunella", why, "run it again with --debug and report the traceback", BUG)
+
+
+def _code_of(error: PruningError, theirs: bool) -> int:
+    """The exit code: what the user's own code raises misses no target and is no bug, whatever its type says."""
+    return error.exit_code if not theirs or error.exit_code in (MISUSE, RESOURCES, INTERRUPTED) else BAD_INPUT
+
+
+def _is_raised_by_user(error: BaseException) -> bool:
+    """Whether a line of the user raised an error, which may be of prunella's own types."""
+    if "torch" not in sys.modules:
+        return False
+    from prunella.model.user_code import raised_in_user_file
+
+    return raised_in_user_file(error)
 
 
 def _of_user(error: BaseException) -> bool:
@@ -225,9 +240,11 @@ def guarded(function: Callable[P, None]) -> Callable[P, None]:
             with reader_may_leave():
                 function(*args, **kwargs)
                 sys.stdout.flush()
-        except (typer.Exit, SystemExit):
+        except typer.Exit:
             raise
         except BaseException as error:
+            if isinstance(error, SystemExit) and not _is_raised_by_user(error):
+                raise
             raise typer.Exit(report_error(error, kwargs)) from None
 
     return run

@@ -56,8 +56,8 @@ _OURS = {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_PERM, sqlite
 """Errors of the disk or its permissions; any other is one of the file."""
 _WRITES = {sqlite3.SQLITE_IOERR_WRITE, sqlite3.SQLITE_IOERR_SHMSIZE, sqlite3.SQLITE_IOERR_FSYNC,
            sqlite3.SQLITE_IOERR_TRUNCATE}  # fmt: skip
-"""SQLite hides the number of the system's error: a limit of the size of files, a quota, a disk that takes no more."""
-_NO_ROOM = "the system takes no more bytes of it: the disk, a quota or the limit of the size of files (ulimit -f)"
+"""SQLite hides the number of the system's error, which may be the limit of the size of files."""
+_NO_ROOM = "the limit of the size of files (ulimit -f) allows no more bytes of it"
 
 
 class Journal:
@@ -170,6 +170,11 @@ class Records:
         """How many were recorded in this process."""
         if journal is not None and identity is not None:
             self._known = {key: journal.known(identity, key) or {} for key in journal.keys(identity)}
+
+    @property
+    def kept(self) -> bool:
+        """Whether they are kept on the disk."""
+        return self._journal is not None
 
     def __contains__(self, key: str) -> bool:
         return key in self._known
@@ -341,7 +346,7 @@ def _told(path: Path) -> Iterator[None]:
         code = whole & 0xFF
         if code == sqlite3.SQLITE_IOERR:  # SQLite keeps the system's number to itself: it shows in a file beside
             _try_to_write(path)
-        if whole in _WRITES:
+        if whole in _WRITES and _at_limit(path):
             raise system_error(OSError(errno.EFBIG, _NO_ROOM), f"cannot write {path}", "") from error
         if code in _OURS:
             todo = "check the disk and its permissions"
@@ -362,6 +367,18 @@ def _try_to_write(path: Path) -> None:
             flush(trial)
         finally:
             discard(trial)
+
+
+def _at_limit(path: Path) -> bool:
+    """Whether the limit of the size of files leaves no room for a record; a file beside may have room."""
+    try:
+        import resource
+    except ImportError:  # Windows has no such limit
+        return False
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+    files = [path, path.with_name(f"{path.name}-wal")]
+    largest = max((file.stat().st_size for file in files if file.exists()), default=0)
+    return limit != resource.RLIM_INFINITY and largest + _ROOM > limit
 
 
 def _damaged(path: Path, why: str) -> BadInput:

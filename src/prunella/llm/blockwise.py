@@ -24,7 +24,7 @@ from prunella.llm.distributed import SINGLE_PROCESS, ProcessGroup
 from prunella.llm.experts import experts_implementation, routers, unread_experts
 from prunella.llm.recipe import OneShot
 from prunella.llm.solve_block import BlockProblem, Fit, dense_targets, layers_by_weight, solve_block_
-from prunella.model.forward import batches
+from prunella.model.batches import listed
 from prunella.model.masks import record_
 from prunella.model.state import mode
 from prunella.model.unwrap import unwrap
@@ -92,7 +92,7 @@ def solve_(
 
     Use: large pretrained models without training. Avoid: small networks that can be trained: `Pruner` does better.
     """
-    root, source, samples = unwrap(model), Source(None, loss), list(batches(data))
+    root, source, samples = unwrap(model), Source(None, loss), listed(data)
     with mode(root, training=False), uncached(root), torch.no_grad():
         graph = couple(root, inputs)
     with mode(root, training=False), uncached(root), experts_implementation(root, "eager"), torch.no_grad():

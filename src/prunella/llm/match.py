@@ -18,7 +18,7 @@ from prunella.graph.solve.groups import couple
 from prunella.graph.solve.residual_blocks import inside
 from prunella.llm.blocks import BlockCall, BlockInputs, ModelBlock, block_paths, blocks_at
 from prunella.llm.refine import Refine, refine_
-from prunella.model.forward import batches
+from prunella.model.batches import listed
 from prunella.model.masks import masks_of
 from prunella.model.state import mode, untouched
 from prunella.model.trees import tensors
@@ -118,7 +118,7 @@ def match_stream_(
     the layers: it overfits the calibration data.
     """
     small_, dense_ = unwrap(small), unwrap(dense)
-    samples, source = list(batches(data)), Source(None, loss)
+    samples, source = listed(data), Source(None, loss)
     assert plan.inputs is not None
     with untouched(dense_, 0):
         paths = block_paths(dense_, couple(dense_, plan.inputs))
@@ -327,7 +327,7 @@ def replace_run(
 
     Use: many blocks at once. Avoid: one or two blocks: `greedy_blocks` with `match_stream_` fits all blocks.
     """
-    samples = list(batches(data))
+    samples = listed(data)
     blocks = find_blocks(model, inputs)
     plan = blocks.plan(turns(blocks, samples, loss=loss).run(count + 1)[1:])
     small = shrink(model, plan)

@@ -17,8 +17,8 @@ from prunella.graph.cut.changes import Changes
 from prunella.graph.data import Graph, Group, Member
 from prunella.graph.solve.groups import couple
 from prunella.graph.verify import verify
+from prunella.model.batches import listed
 from prunella.model.copying import copied
-from prunella.model.forward import batches
 from prunella.model.state import mode
 from prunella.model.unwrap import unwrap
 from prunella.model.watch import Read, Watch
@@ -70,7 +70,7 @@ def rotate(model: nn.Module, inputs: Inputs, data: Iterable[Any], *, loss: Loss 
     """
     root = unwrap(model)
     source = Source(None, loss)
-    samples = list(batches(data))
+    samples = listed(data)
     rotated = copied(root)
     with mode(root, training=False), mode(rotated, training=False), torch.no_grad():
         graph = couple(rotated, inputs)
@@ -250,7 +250,7 @@ def slice_stream(
 
     Use: wide language models, before distillation. Avoid: small ones, whose residual stream has no empty directions.
     """
-    samples = list(batches(data))
+    samples = listed(data)
     rotated = rotate(model, inputs, samples, loss=loss)
     recipe = Recipe(activation_norm, Width())
     sliced = plan(

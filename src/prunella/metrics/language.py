@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from prunella.errors import BadInput, MissingExtra, RequestError
-from prunella.model.forward import Outputs, batches, first_tensor, forward
+from prunella.model.batches import batches
+from prunella.model.forward import Outputs, first_tensor, forward
 from prunella.model.state import mode
 from prunella.registry.method import metric
 from prunella.types import TokenIds

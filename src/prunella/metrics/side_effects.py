@@ -14,7 +14,8 @@ from prunella.io.json import encode, plain
 from prunella.measure.text import exact_count, interval, table
 from prunella.metrics.corruption import CORRUPTIONS
 from prunella.metrics.outputs import ClassDrop, calibration_error, flip_rate, kl_divergence, per_class_drop
-from prunella.model.forward import batches, first_tensor, forward
+from prunella.model.batches import batches
+from prunella.model.forward import first_tensor, forward
 from prunella.model.state import mode
 from prunella.registry.method import metric
 from prunella.reporting.section import Section

@@ -9,7 +9,7 @@ model runs on a copy of the batch, which it may change in place.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import is_dataclass
 from functools import cache
 from typing import Any
@@ -17,6 +17,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from prunella.errors import NotSupported, RequestError
+from prunella.model.batches import data_errors, described
 from prunella.model.trees import attributes, own, tensors
 from prunella.model.unwrap import unwrap
 
@@ -31,14 +32,19 @@ def forward(model: nn.Module, batch: Any, *, copy: bool = True) -> Any:
     first tried as the argument itself. copy: off where the batch is a copy already and the copy would be measured.
     Errors: RequestError if the arguments do not fit the model.
     """
-    if copy:
-        batch = own(batch)
+    if not copy:
+        return _forward(model, batch)
+    with data_errors(model, batch):
+        return _forward(model, own(batch))
+
+
+def _forward(model: nn.Module, batch: Any) -> Any:
     if isinstance(batch, list):
         return _of_list(model, batch)
     if isinstance(batch, Mapping):
         return _call(model, batch, **batch)
     if isinstance(batch, tuple):
-        return forward(model, batch[0], copy=False) if _labelled(model, batch) else _call(model, batch, *batch)
+        return _forward(model, batch[0]) if _labelled(model, batch) else _call(model, batch, *batch)
     return model(batch)
 
 
@@ -101,7 +107,8 @@ def inputs_of(model: nn.Module, batch: Any) -> Any:
 
 def run(model: nn.Module, batch: Any, loss: Callable[[nn.Module, Any], Any] | None = None) -> Any:
     """`loss(model, batch)`, or `forward` without a loss."""
-    return forward(model, batch) if loss is None else loss(model, own(batch))
+    with data_errors(model, batch, name="a batch of data=" if loss is None else ""):
+        return forward(model, batch) if loss is None else loss(model, own(batch))
 
 
 def _of_list(model: nn.Module, batch: list[Any]) -> Any:
@@ -109,7 +116,7 @@ def _of_list(model: nn.Module, batch: list[Any]) -> Any:
         return model(batch)
     except (TypeError, AttributeError) as error:  # what torch and a module raise for a list in place of a tensor
         if _labelled(model, batch):
-            return forward(model, batch[0], copy=False)
+            return _forward(model, batch[0])
         if len(batch) > 1 and _arguments(model) == (len(batch), len(batch)):
             return model(*batch)
         raise _misfit(batch, f"{type(error).__name__}: {error}") from error
@@ -131,7 +138,7 @@ def _call(model: nn.Module, batch: Any, *args: Any, **kwargs: Any) -> Any:
 def _misfit(batch: Any, why: str) -> RequestError:
     return RequestError(
         f"the model cannot be called on a batch of type {type(batch).__name__}",
-        why,
+        f"{why}; the batch is {described(batch)}",
         "pass loss=, for example loss=lambda model, batch: model(batch[0]).sum(), or a loader of the inputs alone",
     )
 
@@ -174,20 +181,6 @@ def real_tokens(batch: Any) -> Tensor | None:
         return None
     real = mask.flatten() != 0
     return None if bool(real.all()) else real
-
-
-def batches(data: Iterable[Any]) -> Iterator[Any]:
-    """The batches of `data`. `RequestError` if there are none."""
-    empty = True
-    for batch in data:
-        empty = False
-        yield batch
-    if empty:
-        raise RequestError(
-            "data= holds no batches",
-            "the loader is empty, or data= is a generator that is exhausted",
-            "pass a list of batches or a DataLoader",
-        )
 
 
 def samples(batch: Any) -> Iterator[Any]:

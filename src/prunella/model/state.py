@@ -109,6 +109,23 @@ def untouched(model: nn.Module, seed: int | None = None) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def restored_on_error(model: nn.Module) -> Iterator[None]:
+    """After any error in the body, all parameters and buffers of `model` have the values that they had before it.
+
+    For work in place. It costs a copy of the model. Masks, flags and attributes are not kept.
+    """
+    live = [*model.parameters(), *model.buffers()]
+    before = [tensor.detach().clone() for tensor in live]
+    try:
+        yield
+    except BaseException:
+        for tensor, value in zip(live, before, strict=True):
+            with writable(tensor):
+                tensor.copy_(value)
+        raise
+
+
 def outside_inference() -> AbstractContextManager[Any]:
     """Inside, new tensors allow gradients, also where the caller is in `torch.inference_mode()`."""
     return torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext()

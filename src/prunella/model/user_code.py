@@ -72,6 +72,8 @@ def raised_by_user(error: BaseException, *, at_boundary: bool = False) -> bool:
     at_boundary: the caller has just called a function of the user, so that everything but prunella's own code is
     theirs.
     """
+    if isinstance(error.__cause__, StopIteration):  # of a generator: Python raises another error in its place
+        error = error.__cause__
     frames = list(_frames(error))
     last = max((k for k, frame in enumerate(frames) if frame.own and frame.function not in _PASS_ON), default=-1)
     inner = frames[last + 1 :]
@@ -79,13 +81,26 @@ def raised_by_user(error: BaseException, *, at_boundary: bool = False) -> bool:
     return called or (at_boundary and last <= 0)
 
 
+def raised_in_user_file(error: BaseException) -> bool:
+    """Whether the line that raised an error is the user's own, whatever the type of the error."""
+    frames = list(_frames(error))
+    return bool(frames) and frames[-1].of_user
+
+
 def user_error(error: BaseException, what: str) -> PruningError:
     """The typed error for what code of the user raised, with the line that raised it."""
     frames = user_frames(error) or tuple(_frames(error))[::-1]
     place = next((frame for frame in frames if not frame.own and not frame.file.startswith(_TORCH)), None)
-    why = " ".join(f"{type(error).__name__}: {error}".partition("Original Traceback")[0].split())
+    why = " ".join(f"{type(error).__name__}: {_text(error)}".partition("Original Traceback")[0].split())
     todo = "mend it there; --debug shows the whole traceback"
     return out_of_resources(error) or BadInput(what, f"{why} ({place})" if place else why, todo)
+
+
+def _text(error: BaseException) -> str:
+    try:
+        return str(error)
+    except Exception:  # a class of the user's own may fail even there
+        return "it has no text"
 
 
 def call_user(function: Callable[..., Any], spec: str, *args: Any, **kwargs: Any) -> Any:
@@ -122,7 +137,7 @@ def _frames(error: BaseException) -> Iterator[Frame]:
         code = step.tb_frame.f_code
         yield Frame(code.co_filename, step.tb_lineno, code.co_name)
         step = step.tb_next
-    quoted = [str(error)] if "Original Traceback" in str(error) else []
+    quoted = [_text(error)] if "Original Traceback" in _text(error) else []
     if type(error.__cause__).__name__ == "_RemoteTraceback":
         quoted.append(str(error.__cause__))
     for text in quoted:

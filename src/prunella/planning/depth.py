@@ -18,8 +18,9 @@ from prunella.graph.data import Graph, Group
 from prunella.graph.solve.block_counters import counted
 from prunella.graph.solve.groups import couple
 from prunella.graph.verify import unproven
+from prunella.model.batches import batches
 from prunella.model.copying import copied
-from prunella.model.forward import batches, first_tensor
+from prunella.model.forward import first_tensor
 from prunella.model.state import untouched
 from prunella.model.trees import tensors
 from prunella.model.unwrap import unwrap

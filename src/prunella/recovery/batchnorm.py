@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from prunella.errors import CheckFailed, RequestError
-from prunella.model.forward import batches, outputs_of, run
+from prunella.model.batches import batches
+from prunella.model.forward import outputs_of, run
 from prunella.model.state import losses_in_training_, mode
 from prunella.model.trees import tensors
 from prunella.model.unwrap import unwrap
@@ -75,6 +76,7 @@ def recalibrate_bn(
     norms = {module: name for name, module in model.named_modules() if _has_statistics(module)}
     if not norms:
         return ()
+    data = list(data) if isinstance(data, Iterator) else data  # it may be read more than once
     with mode(model, training=False), _restored_on_error(norms), torch.no_grad():
         if not sequential:
             moments = _observe(model, data, list(norms), loss, training=True)
@@ -123,7 +125,8 @@ def absorb_bn(model: nn.Module, data: Iterable[Any], *, loss: Loss | None = None
         return ()
     data = list(data) if isinstance(data, Iterator) else data
     with mode(model, training=False), torch.no_grad():
-        first = next(batches(data))
+        stream = batches(data)
+        first = next(stream)
         expected = _outputs(model, first, loss)
         moments = _observe(model, data, list(norms), loss, training=False)
         old = {module: _statistics(module) for module in moments}
@@ -136,7 +139,7 @@ def absorb_bn(model: nn.Module, data: Iterable[Any], *, loss: Loss | None = None
 
 
 def _outputs(model: nn.Module, batch: Any, loss: Loss | None) -> list[Tensor]:
-    return outputs_of(model, batch) if loss is None else tensors(loss(model, batch))
+    return outputs_of(model, batch) if loss is None else tensors(run(model, batch, loss))
 
 
 def _check_same(model: nn.Module, expected: list[Tensor], found: list[Tensor]) -> None:

@@ -21,7 +21,7 @@ from prunella.errors import BadInput, RequestError
 from prunella.io.identity import Identity
 from prunella.io.nested import load_state, save_state
 from prunella.measure.clock import now, since
-from prunella.model.forward import batches
+from prunella.model.batches import batches
 from prunella.model.rng import RngState, restore_rng_, rng_state
 
 SECONDS = 60.0

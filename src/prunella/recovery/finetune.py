@@ -15,6 +15,7 @@ from torch.optim import AdamW, Optimizer
 
 from prunella.errors import CheckFailed, RequestError
 from prunella.io.identity import Identity, identify, model_parts
+from prunella.model.batches import data_errors
 from prunella.model.rng import seeded
 from prunella.model.state import mode
 from prunella.recovery.checkpoint import Checkpoint
@@ -121,7 +122,8 @@ def finetune(
             for group, base in zip(optim.param_groups, bases, strict=True):
                 group["lr"] = base * factor
             optim.zero_grad(set_to_none=True)
-            value = _scalar(loss(model, batch))
+            with data_errors(model, batch):
+                value = _scalar(loss(model, batch))
             last_finite.check(value, f"the loss became {value.item()} at step {step}", lr)
             last_finite.keep()
             value.backward()  # type: ignore[no-untyped-call]

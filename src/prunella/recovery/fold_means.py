@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prunella.model.forward import batches, run
+from prunella.model.batches import batches
+from prunella.model.forward import run
 from prunella.model.masks import reapply_
-from prunella.model.state import mode
+from prunella.model.state import mode, restored_on_error
 from prunella.model.unwrap import unwrap
 from prunella.model.watch import Read, Watch
 from prunella.planning.plan import Plan
@@ -66,8 +67,9 @@ def fold_means(
     """
     data = list(data) if isinstance(data, Iterator) else data
     small_, dense_ = unwrap(small), unwrap(dense)
-    with mode(small_, training=False), mode(dense_, training=False), torch.no_grad():
-        items = readers_of(small_, dense_, next(batches(data)), plan, loss)
+    with restored_on_error(small_), mode(small_, training=False), mode(dense_, training=False), torch.no_grad():
+        stream = batches(data)
+        items = readers_of(small_, dense_, next(stream), plan, loss)
         readers = {item.dense: item for item in items if isinstance(item, Reader) and item.biased}
         means = _Means(readers)
         for batch in batches(data):

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from prunella.errors import CheckFailed, RequestError
-from prunella.model.forward import Outputs, batches, first_tensor, forward
+from prunella.model.batches import batches
+from prunella.model.forward import Outputs, first_tensor, forward
 from prunella.model.masks import reapply_
-from prunella.model.state import mode
+from prunella.model.state import mode, restored_on_error
 from prunella.model.unwrap import unwrap
 from prunella.model.watch import Read, Watch
 from prunella.planning.plan import Plan
@@ -56,14 +57,16 @@ def correct_statistics(
     with weight and bias; by default every linear layer and convolution with both. outputs: how to run (model, batch).
     Layers before a batch norm need `recalibrate_bn` instead.
 
-    `CheckFailed` names a layer with a statistic that is not finite: later layers did not change.
+    `CheckFailed` names a layer with a statistic that is not finite. After an error the model is as before.
 
     Use: masked or shrunk transformers and other networks without batch norm, without time to train. Avoid: a few dozen
     samples, whose variance is noise; before `reconstruct`, which overwrites the correction.
     """
+    data = list(data) if isinstance(data, Iterator) else data  # it is read more than once
     model, dense = unwrap(model), unwrap(dense)
-    with mode(model, training=False), mode(dense, training=False), torch.no_grad():
-        layers = _layers(model, names, next(batches(data)), outputs)
+    with restored_on_error(model), mode(model, training=False), mode(dense, training=False), torch.no_grad():
+        stream = batches(data)
+        layers = _layers(model, names, next(stream), outputs)
         for layer in layers:
             expected = _moments(dense, layer, data, outputs)
             actual = _moments(model, layer, data, outputs)

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from prunella.errors import CheckFailed, RequestError
-from prunella.model.forward import batches, real_tokens, run
+from prunella.model.batches import batches, listed
+from prunella.model.forward import real_tokens, run
 from prunella.model.masks import reapply_
-from prunella.model.state import mode
+from prunella.model.state import mode, restored_on_error
 from prunella.model.unwrap import unwrap
 from prunella.model.watch import Read, Stop, Watch
 from prunella.planning.plan import Plan
@@ -104,7 +105,7 @@ def reconstruct(
 
     Every operation of `prunella.model.reads` is refitted: linear layers, matrix products, einsum, convolutions of all
     kinds (each group by itself), `nn.MultiheadAttention`. The result names skipped weights and the reasons: masks of
-    single weights, tied weights that are read in two ways, recurrent layers.
+    single weights, tied weights that are read in two ways, recurrent layers. After an error `small` is as before.
 
     Example:
 
@@ -121,9 +122,11 @@ def reconstruct(
     twice a layer's inputs.
     """
     _check_ridge(ridge)
+    data = list(data) if isinstance(data, Iterator) else data  # it is read more than once
     small_, dense_ = unwrap(small), unwrap(dense)
-    with mode(small_, training=False), mode(dense_, training=False), torch.no_grad():
-        items = readers_of(small_, dense_, next(batches(data)), plan, loss)
+    with restored_on_error(small_), mode(small_, training=False), mode(dense_, training=False), torch.no_grad():
+        stream = batches(data)
+        items = readers_of(small_, dense_, next(stream), plan, loss)
         readers = [item for item in items if isinstance(item, Reader)]
         fits = {item.name: LayerFit(item.name, skipped=item.why) for item in items if isinstance(item, Skipped)}
         for done, fit in enumerate(_Job(small_, dense_, data, partial(run, loss=loss), ridge).fits(readers), start=1):
@@ -177,7 +180,7 @@ class _Job:
         """The readers before the first that is read several times, until one needs the passes to start again."""
         ahead = list(itertools.takewhile(_single, readers))
         weights = [reader.dense for reader in ahead], [reader.small for reader in ahead]
-        data = list(batches(self.data))
+        data = listed(self.data)
         with Passes(data, self.run, (self.dense, self.small), weights) as passes:
             for reader in ahead:
                 sums, refresh = _Gathering(reader, self.ridge == "auto"), list[Callable[[], bool]]()

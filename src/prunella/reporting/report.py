@@ -25,6 +25,7 @@ from prunella.measure.count import WorkCount, count, count_work, effective
 from prunella.measure.profile import peak_memory, time_by_layer
 from prunella.measure.text import byte_size, duration, percent, short_count, significant, table
 from prunella.measure.timing import Comparison, compare_latency
+from prunella.model.batches import data_errors
 from prunella.model.forward import forward, outputs_of
 from prunella.model.state import mode
 from prunella.model.torch_masks import with_plain_weights
@@ -239,6 +240,8 @@ def report(
     """
     example = own(inputs)
     with mode(dense, training=False), mode(small, training=False), torch.no_grad():
+        with data_errors(dense, inputs, name="the example inputs"):
+            forward(dense, inputs)
         latency = compare_latency(
             {
                 "dense": lambda: forward(dense, example, copy=False),

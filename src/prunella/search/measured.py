@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from prunella.errors import RequestError
 from prunella.graph.data import Group
+from prunella.model.batches import batches, listed
 from prunella.model.copying import copied
-from prunella.model.forward import Outputs, batches, first_tensor, forward, real_tokens
+from prunella.model.forward import Outputs, first_tensor, forward, real_tokens
 from prunella.model.state import mode, untouched
 from prunella.planning.candidates import CandidateUnits
 from prunella.registry.method import search
@@ -71,7 +72,7 @@ def measured(
     wrong = next((level for level in levels if not 0 < level < 1), None)
     if wrong is not None or not levels or not ridge > 0:
         raise RequestError("measured needs levels between 0 and 1, and a ridge above 0", f"got {wrong}, {ridge:g}")
-    measured_curves = _curves(space, list(batches(judge)), distance, levels, ridge, on_point)
+    measured_curves = _curves(space, listed(judge), distance, levels, ridge, on_point)
     steps = {
         name: every_step(points, space.levels(index), space.sizes[index])
         for index, (name, points) in enumerate(measured_curves.items())

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn.functional import kl_div, log_softmax
 
 from prunella.errors import RequestError
-from prunella.model.forward import Outputs, batches, first_tensor, forward
+from prunella.model.batches import listed
+from prunella.model.forward import Outputs, first_tensor, forward
 from prunella.model.state import mode
 
 
@@ -24,7 +25,7 @@ def agreement(
     last dimension. The outputs of `dense` are computed once and kept. outputs: a function of (model, batch); the first
     tensor of its result is compared.
     """
-    cached = list(batches(data))
+    cached = listed(data)
     with mode(dense, training=False), torch.no_grad():
         expected = [first_tensor(outputs(dense, batch)).detach() for batch in cached]
 

@@ -17,7 +17,7 @@ from prunella.errors import CheckFailed, RequestError
 from prunella.graph.data import Layer
 from prunella.graph.matrix import from_matrix, to_matrix
 from prunella.graph.solve.groups import couple
-from prunella.model.forward import batches
+from prunella.model.batches import listed
 from prunella.model.state import untouched
 from prunella.model.unwrap import unwrap
 from prunella.planning.plan import Plan
@@ -75,7 +75,7 @@ def obs(model: nn.Module, plan: Plan, data: Iterable[Any], *, loss: Loss, dampin
     Use: small networks, and as the oracle of the others. Avoid: layers of thousands of weights: `woodfisher`, `mfac`.
     """
     check_damping(damping)
-    batches_ = list(batches(_iterable(data)))
+    batches_ = listed(_iterable(data))
 
     def surgeon(task: _Task) -> Tensor:
         name, size = task.layer.name, task.parameter.numel()

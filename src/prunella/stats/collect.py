@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from prunella.errors import BadInput, RequestError
+from prunella.errors import BadInput, PruningError, RequestError
+from prunella.model.batches import batches as all_batches
 from prunella.model.forward import run, samples
 from prunella.model.state import losses_in_training_
 from prunella.stats.subject import Subject
@@ -35,7 +36,7 @@ class Source:
         try:
             return run(model, batch, self.loss)
         except (TypeError, AttributeError) as error:
-            if self.loss is not None:
+            if self.loss is not None or isinstance(error, PruningError):
                 raise
             raise RequestError(
                 f"the model cannot be called on a batch of type {type(batch).__name__}",
@@ -91,7 +92,7 @@ def collect(
     slots, batches = new_slots(), 0
     with torch.set_grad_enabled(bool(backward)):
         weights = _differentiable(subject) if backward else {}
-        for batch in data:
+        for batch in all_batches(data, required=False):
             try:
                 _add(subject.model, batch, source, slots, weights, batches)
             except Exception:  # whatever a user's loss raises

@@ -19,7 +19,7 @@ from prunella.llm.streaming.runner import OnBlock, StreamingRun
 from prunella.llm.streaming.writer import finish
 from prunella.measure.clock import now, since
 from prunella.measure.text import byte_size
-from prunella.model.forward import batches
+from prunella.model.batches import listed
 from prunella.registry.method import solver
 
 
@@ -94,7 +94,7 @@ def solve_folder(
 
     Use: models larger than memory. Avoid: models that fit, if they are evaluated next: `solve_`.
     """
-    start, folder, samples = now(), Path(output), list(batches(data))
+    start, folder, samples = now(), Path(output), listed(data)
     group = process_group()
     if group.is_main:
         clean_up_after_kill(folder)
@@ -127,7 +127,7 @@ def forecast(
     measured: predict the time, `blocks * (solving + batches * a pass)`, by pruning the first block on two batches.
     Errors: those of `solve_folder`, above all RequestError for too little memory.
     """
-    run = StreamingRun(Path(source), how, list(batches(data)), process_group(), budget=_budget(memory), skip=skip)
+    run = StreamingRun(Path(source), how, listed(data), process_group(), budget=_budget(memory), skip=skip)
     layers = [layer for some in run.layers.values() for layer in some]
     weights = sum(run.skeleton.like[layer.entity].numel() for layer in layers)
     return Forecast(len(run.paths), len(layers), weights, run.peak, run.disk, run.measured() if measured else None)

@@ -1,0 +1,152 @@
+"""Batches of data, each with its number: an error of a model says which batch it cannot take, and what it is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+from weakref import WeakSet
+
+from torch import Tensor, nn
+
+from prunella.errors import BadInput, PruningError, RequestError, one_line, out_of_resources
+from prunella.model.trees import tensors
+from prunella.model.user_code import raised_by_user
+
+
+class Batches(Iterator[Any]):
+    """The batches of some data, one after the other; it knows the number of the present one, and what the first was."""
+
+    def __init__(self, data: Iterable[Any], *, required: bool = True) -> None:
+        self._data, self._required = data, required
+        self._stream: Iterator[Any] | None = None
+        self.number, self.batch, self.first = -1, None, ""
+        _alive.add(self)
+
+    def __next__(self) -> Any:
+        if self._stream is None:  # not before: a loader draws random numbers then
+            self._stream = iter(self._data)
+        try:
+            self.batch = next(self._stream)
+        except StopIteration:
+            if self.number < 0 and self._required:
+                raise _no_batches() from None
+            raise
+        self.number += 1
+        self.first = self.first or described(self.batch)
+        _check_samples(self.batch, self.number)
+        return self.batch
+
+    def place(self, batch: object) -> tuple[int, str] | None:
+        """The number of a batch and what the first one is; None if it is not the present one."""
+        return (self.number, self.first) if batch is self.batch and self.number >= 0 else None
+
+
+class Listed(list[Any]):
+    """All batches of some data, in a list that knows their numbers."""
+
+    __hash__ = object.__hash__  # type: ignore[assignment]
+
+    def place(self, batch: object) -> tuple[int, str] | None:
+        """The number of a batch and what the first one is; None if it is not here."""
+        number = next((number for number, one in enumerate(self) if one is batch), None)
+        return None if number is None else (number, described(self[0]))
+
+
+_alive: WeakSet[Batches | Listed] = WeakSet()
+
+
+def batches(data: Iterable[Any], *, required: bool = True) -> Batches:
+    """The batches of `data`. Errors: RequestError if there must be some and are none, BadInput for an empty one."""
+    return Batches(data, required=required)
+
+
+def listed(data: Iterable[Any]) -> Listed:
+    """All batches of `data`. Errors: as `batches`."""
+    every = Listed(Batches(data))
+    _alive.add(every)
+    return every
+
+
+@contextmanager
+def data_errors(model: nn.Module, batch: object, *, name: str = "") -> Iterator[None]:
+    """What the model raises in the body for a batch of data, as BadInput that says which batch, and what it is.
+
+    It is caught as the model's own error too. What prunella raises, a function of the user outside of the model, and a
+    lack of memory pass. name: of what no `Batches` knows, such as a part of a batch; without one, its errors pass too.
+    """
+    try:
+        yield
+    except PruningError:
+        raise
+    except Exception as error:
+        place = next((found for known in list(_alive) if (found := known.place(batch)) is not None), None)
+        asked = name or place
+        if not asked or out_of_resources(error) or not _of_model(error, model) or not raised_by_user(error):
+            raise
+        number, first = place or (0, "")
+        name = f"batch {number} of data=" if place else name
+        why = f"it is {described(batch)}{f', batch 0 was {first}' if number else ''}; the model {_weight(model)}"
+        todo = "give batches as the model takes them: their shapes, types and keys, or loss= that says how to run it"
+        raise _caught_as(type(error))(f"the model does not run on {name}", f"{why}; {one_line(error)}", todo) from error
+
+
+def described(batch: object) -> str:
+    """`a dict of input_ids 2x16 int64`, `8x3x8x8 float32`, `a tuple of 8x3 float32, str`."""
+    if isinstance(batch, Tensor):
+        return f"{'x'.join(map(str, batch.shape)) or 'one number'} {str(batch.dtype).removeprefix('torch.')}"
+    if isinstance(batch, Mapping):
+        parts = [f"{key} {described(value)}" for key, value in batch.items()]
+    elif isinstance(batch, tuple | list):
+        parts = [described(value) for value in batch]
+    else:
+        return type(batch).__name__
+    more = [f"and {len(parts) - _SHOWN} more"] if len(parts) > _SHOWN else []
+    return f"a {type(batch).__name__} of {', '.join([*parts[:_SHOWN], *more]) or 'nothing'}"
+
+
+_SHOWN = 6
+"""Parts of a batch that are named."""
+
+
+def _weight(model: nn.Module) -> str:
+    """`starts with the weight 0.weight 16x3x3x3 float32`: what the inputs must fit."""
+    weight = next(((name, value) for name, value in model.named_parameters() if value.dim() > 1), None)
+    return f"starts with {weight[0]} {described(weight[1])}" if weight else "has no weights"
+
+
+def _of_model(error: BaseException, model: nn.Module) -> bool:
+    """Whether the model was running: its call is among the frames of the error."""
+    step = error.__traceback__
+    inside = {id(module) for module in model.modules()}
+    while step is not None:
+        if step.tb_frame.f_code.co_name == "_call_impl" and id(step.tb_frame.f_locals.get("self")) in inside:
+            return True
+        step = step.tb_next
+    return False
+
+
+@cache
+def _caught_as(kind: type[Exception]) -> type[BadInput]:
+    """BadInput that `except` catches as the error of that kind as well."""
+    base = next(base for base in kind.__mro__ if base.__module__ == "builtins")
+    try:
+        return BadInput if issubclass(BadInput, base) else type("BadInput", (BadInput, base), {})
+    except TypeError:  # an error of the system, with another layout
+        return BadInput
+
+
+def _no_batches() -> RequestError:
+    return RequestError(
+        "data= holds no batches",
+        "the loader is empty, or data= is a generator that is exhausted",
+        "pass a list of batches or a DataLoader",
+    )
+
+
+def _check_samples(batch: object, number: int) -> None:
+    shaped = [tensor for tensor in tensors(batch) if tensor.dim()]
+    if shaped and all(not tensor.shape[0] for tensor in shaped):
+        why = f"it is {described(batch)}"
+        raise BadInput(f"batch {number} of data= has no samples", why, "leave empty batches out")
