@@ -251,6 +251,37 @@ class UnreadSize:
 
 
 @dataclass(frozen=True)
+class Branch:
+    """A branch on a value, at `place` of the source: what the run on its other side shows.
+
+    answers: what is answered there, by instruction. example: the number of the run. fault: why it did not run; empty
+    if it did.
+    """
+
+    place: str
+    answers: Mapping[Any, bool | int | float]
+    example: int
+    fault: str = ""
+
+
+@dataclass(frozen=True)
+class Hints:
+    """Where the source may do something else on other inputs, as the run shows it.
+
+    turns: a size of the inputs, and another at which a comparison has another outcome. alone: the same for one axis of
+    the inputs, where a comparison is of several sizes. numbers, keys: sizes that the source names, see `KnownSizes`.
+    escaped: a size went where no comparison is seen. values: values went from the tensors to Python.
+    """
+
+    turns: tuple[tuple[int, int], ...] = ()
+    alone: tuple[tuple[int, int, int], ...] = ()
+    numbers: tuple[int, ...] = ()
+    keys: tuple[int, ...] = ()
+    escaped: bool = False
+    values: bool = False
+
+
+@dataclass(frozen=True)
 class Graph:
     """The coupling graph of a model, from `prunella.graph.solve.groups.couple(model, inputs)`.
 
@@ -285,8 +316,9 @@ class Graph:
     lists: Mapping[str, tuple[tuple[str, str], ...]] = field(default_factory=dict)
     orders: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     untried: str = ""
-    turns: tuple[tuple[int, int], ...] = ()
-    """A size of the inputs, and another at which the source takes another branch."""
+    hints: Hints = Hints()
+    branches: tuple[Branch, ...] = ()
+    """Branches on values."""
     unread: tuple[UnreadSize, ...] = ()
     lists_of_sizes: Mapping[tuple[str, str], tuple[int, ...]] = field(default_factory=dict)
     """Attributes that are lists or tuples of sizes, of which some are `unread`."""

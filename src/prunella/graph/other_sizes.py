@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,8 +18,10 @@ from torch import Tensor, nn
 from prunella.errors import CheckFailed, NotSupported
 from prunella.graph.cut.changes import Changes, changes
 from prunella.graph.cut.surgery import change_
-from prunella.graph.data import Graph
+from prunella.graph.data import Graph, Hints
+from prunella.graph.guesses import Seen, other_values, sizes_to_try
 from prunella.graph.solve.tokens import known_only, renumber
+from prunella.graph.trace.answers import NATURAL, Answers
 from prunella.graph.verify import check, relative_error, verify
 from prunella.model.copying import copied
 from prunella.model.forward import outputs_of
@@ -37,13 +39,27 @@ _MOST = 4
 """Sizes at which the source takes another branch, of the nearest ones."""
 
 
+_NONE = Hints()
+
+
+def wrong_branch(model: nn.Module, graph: Graph, keep: Keep, inputs: Any) -> str:
+    """The place of a branch on a value on whose other side the cut differs from the masked model; empty if none is."""
+    applied, small = changes(graph, keep), copied(model)
+    ran = [branch for branch in graph.branches if not branch.fault]
+    if not applied or not ran:
+        return ""
+    change_(small, applied)
+    wrong = (b.place for b in ran if not _agrees(model, small, applied, inputs, example=b.example, answers=b.answers))
+    return next(wrong, "")
+
+
 def disagreement(model: nn.Module, graph: Graph, keep: Keep, inputs: Any, others: Sequence[Any] = ()) -> Any:
     """The first input of another size on which the cut differs from the masked model; None if there is none."""
     applied, small = changes(graph, keep), copied(model)
     if not applied:
         return None
     change_(small, applied)
-    for batch in other_sizes(model, inputs, others, graph.turns):
+    for batch in other_sizes(model, inputs, others, graph.hints):
         if not _agrees(model, small, applied, batch):
             return batch
     return None
@@ -64,9 +80,7 @@ def check_sizes(dense: nn.Module, small: nn.Module, applied: Changes, inputs: An
 _BOTH = "prunella.Examples(one, other)"
 
 
-def other_sizes(
-    model: nn.Module, inputs: Any, others: Sequence[Any] = (), turns: Iterable[tuple[int, int]] = ()
-) -> Iterator[Any]:
+def other_sizes(model: nn.Module, inputs: Any, others: Sequence[Any] = (), hints: Hints = _NONE) -> Iterator[Any]:
     """Batches of other sizes on which the dense model gives finite outputs; not those of `others`, which are known."""
     given = [tensor for tensor in tensors(inputs) if tensor.dim()]
     if not given or any(parameter.is_meta for parameter in model.parameters()):
@@ -92,9 +106,36 @@ def other_sizes(
     yield from both or first([samples(inputs, count, more)])
     yield from [] if both else first(_resized(inputs, main))
     yield from first([samples(inputs, count, 1)])
-    for size, other in tuple(turns)[:_MOST]:
+    for size, other in hints.turns[:_MOST]:
         for batch in _turned(inputs, main, size, other):  # all: nobody knows which axis decides
             yield from first([batch])
+    for axis, size, other in hints.alone[:_MOST]:
+        if axis < main.dim() and main.shape[axis] == size:
+            yield from first(_stretched(inputs, main, frozenset([axis]), other))
+    yield from _guessed(model, inputs, others, hints, main, first)
+
+
+def _guessed(
+    model: nn.Module,
+    inputs: Any,
+    others: Sequence[Any],
+    hints: Hints,
+    main: Tensor,
+    first: Callable[[Iterable[Any]], list[Any]],
+) -> Iterator[Any]:
+    """Batches on which the source does something new, though no comparison tells so."""
+    sizes = sizes_to_try(main, hints)
+    if not sizes and not hints.values:
+        return
+    seen, told = Seen(model, (inputs, *others)), 0
+    for axes, other, anyway in sizes:
+        for batch in _stretched(inputs, main, axes, other):
+            if told < _MOST and (seen.new(batch) or anyway):
+                told += 1
+                yield from first([batch])
+    for batch in other_values(inputs) if hints.values else ():
+        if seen.new(batch):
+            yield batch
 
 
 def shape_text(inputs: Any) -> str:
@@ -102,10 +143,18 @@ def shape_text(inputs: Any) -> str:
     return ", ".join("x".join(map(str, tensor.shape)) or "a number" for tensor in tensors(inputs))
 
 
-def _agrees(model: nn.Module, small: nn.Module, applied: Changes, batch: Any) -> bool:
+def _agrees(
+    model: nn.Module,
+    small: nn.Module,
+    applied: Changes,
+    batch: Any,
+    *,
+    example: int = 0,
+    answers: Answers = NATURAL,
+) -> bool:
     """Whether both compute the same, or too little is known: where rounding alone changes as much, nothing is shown."""
     try:
-        verification = verify(model, small, applied, batch)
+        verification = verify(model, small, applied, batch, example=example, answers=answers)
     except NotSupported:
         return False
     return verification.exact or _shaken(small, applied, batch) >= verification.error * _NOISE
@@ -183,6 +232,24 @@ def _turned(inputs: Any, main: Tensor, size: int, other: int) -> Iterator[Any]:
         new = {n: n // size * other for n in lengths if n % size == 0}
         if new and math.prod(new.get(n, n) for n in main.shape[1:]) * main.shape[0] <= room:
             yield positions(inputs, new)
+
+
+def _stretched(inputs: Any, main: Tensor, axes: frozenset[int], new: int) -> Iterator[Any]:
+    """The inputs with these axes of the main one of the size `new`; none where that would be too large."""
+    size = main.shape[min(axes)]
+    if main.numel() * (new / size) ** len(axes) > max(_LARGEST, 4 * main.numel()):
+        return
+    if axes == {0}:
+        yield samples(inputs, size, new)
+        return
+
+    def change(tensor: Tensor) -> Tensor:
+        for axis in axes:
+            if tensor.dim() == main.dim() and tensor.shape[axis] == size:
+                tensor = tensor.index_select(axis, torch.arange(new, device=tensor.device) % size)
+        return tensor
+
+    yield each(_plain(inputs), change)
 
 
 # -- batches of other sizes ----------------------------------------------------------------------------------------

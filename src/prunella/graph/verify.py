@@ -21,7 +21,9 @@ from prunella.graph.cut.changes import Along, Changes, changes
 from prunella.graph.cut.surgery import change_
 from prunella.graph.data import Graph
 from prunella.graph.noise import quiet
+from prunella.graph.restricted import Restricted
 from prunella.graph.solve.tokens import known_only, renumber
+from prunella.graph.trace.answers import NATURAL, Answers, Asked
 from prunella.graph.trace.kept import kept_on
 from prunella.graph.training_pass import training_fault
 from prunella.model.calls import called
@@ -69,10 +71,19 @@ def check(dense: nn.Module, small: nn.Module, applied: Changes, inputs: Any, *, 
     return verification
 
 
-def verify(dense: nn.Module, small: nn.Module, done: Changes, inputs: Any, *, example: int = 0) -> Verification:
+def verify(
+    dense: nn.Module,
+    small: nn.Module,
+    done: Changes,
+    inputs: Any,
+    *,
+    example: int = 0,
+    answers: Answers = NATURAL,
+) -> Verification:
     """Compare `small` with `dense` with zeros in the removed units, in float64 and eval mode, on one batch.
 
-    example: the number of the example that this batch is, or is like. Errors: NotSupported if the small model does not
+    example: the number of the example that this batch is, or is like. answers: values that the source reads otherwise.
+    Errors: NotSupported if the small model does not
     run, if the dense one does not repeat its outputs, or if there is no number to compare.
     """
     done = done.on(example)
@@ -82,9 +93,9 @@ def verify(dense: nn.Module, small: nn.Module, done: Changes, inputs: Any, *, ex
             raise _nothing_compared("the model returns no tensor")
         return Verification(0.0 if shapes[0] == shapes[1] else float("inf"), TOLERANCE, len(shapes[0]))
     try:
-        return _compare(dense, small, done, inputs, double=True)
+        return _compare(dense, small, done, inputs, double=True, answers=answers)
     except _DenseFailed:
-        return _compare(dense, small, done, inputs, double=False)
+        return _compare(dense, small, done, inputs, double=False, answers=answers)
 
 
 def unproven(model: nn.Module, graph: Graph, keep: Keep, inputs: Any, others: Sequence[Any] = ()) -> dict[str, str]:
@@ -144,10 +155,11 @@ class _Pair:
     done: Changes
     batch: Any
     double: bool
+    answers: Answers
 
     def reference(self, *, still: bool = False, inner: bool = False) -> Observed:
         """What the masked model shows at the kept positions."""
-        options = {"double": self.double, "still": still, "inner": inner}
+        options: dict[str, Any] = {"double": self.double, "still": still, "inner": inner, "answers": self.answers}
         try:
             seen = _reference(self.dense, self.done, self.batch, **options)
             if not all(torch.isfinite(t).all() for t in seen.outputs):
@@ -163,12 +175,15 @@ class _Pair:
     def result(self, *, still: bool = False, inner: bool = False) -> Observed:
         """What the smaller model shows."""
         model = _precise(copied(self.small), self.double)
-        return _run(model, renumber(self.batch, self.done.renumbered), still=still, inner=inner)
+        batch = renumber(self.batch, self.done.renumbered)
+        return _run(model, batch, still=still, inner=inner, answers=self.answers)
 
 
-def _compare(dense: nn.Module, small: nn.Module, done: Changes, inputs: Any, *, double: bool) -> Verification:
+def _compare(
+    dense: nn.Module, small: nn.Module, done: Changes, inputs: Any, *, double: bool, answers: Answers
+) -> Verification:
     batch = known_only(as_double(inputs) if double else inputs, done.renumbered)
-    pair, tolerance = _Pair(dense, small, done, batch, double), TOLERANCE if double else SINGLE
+    pair, tolerance = _Pair(dense, small, done, batch, double, answers), TOLERANCE if double else SINGLE
     reference, result, still = pair.reference(), pair.result(), False
     worst = _difference(reference, result, done)
     if reference.drew or worst > tolerance:  # a seed gives other numbers for other sizes; noise may hide a fault
@@ -217,12 +232,20 @@ def _check_repeats(first: Observed, second: Observed, tolerance: float) -> None:
 
 
 def _reference(
-    dense: nn.Module, done: Changes, batch: Any, *, double: bool, still: bool, inner: bool, consumers: bool = False
+    dense: nn.Module,
+    done: Changes,
+    batch: Any,
+    *,
+    double: bool,
+    still: bool,
+    inner: bool,
+    answers: Answers,
+    consumers: bool = False,
 ) -> Observed:
     """What the masked model shows with its dropped blocks bypassed, at the kept positions."""
     masked_model = _precise(masked(dense, done, consumers=consumers), double)
     with bypassed(masked_model, done.dropped):
-        seen = _run(masked_model, batch, done.along, still=still, inner=inner)
+        seen = _run(masked_model, batch, done.along, still=still, inner=inner, answers=answers)
     for entry in done.renumbered:
         for number, axis in entry.outputs:
             outputs = seen.outputs
@@ -322,60 +345,14 @@ def _double(value: object) -> bool:
     return isinstance(value, Tensor) and value.dtype in (torch.float64, torch.complex128)
 
 
-class _Restricted(TorchFunctionMode):
-    """Restricts the calls in `along` to the kept positions, as in the smaller model."""
-
-    def __init__(self, along: Sequence[Along]) -> None:
-        super().__init__()
-        self.count: Counter[str] = Counter()
-        self.at: dict[tuple[str, int], list[Along]] = {}
-        for call in along:
-            self.at.setdefault((call.name, call.number), []).append(call)
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = called(func)
-        number, kwargs = self.count[name], kwargs or {}
-        self.count[name] += 1
-        for call in self.at.get((name, number), ()):
-            kept = call.kept.to(args[0].device)
-            if name in _CHOICES:
-                removed = torch.ones(args[0].shape[call.axis], dtype=torch.bool, device=kept.device)
-                removed[kept] = False
-                args = (_hidden(args[0], removed, call.axis), *args[1:])
-            elif name == "mean":
-                args = (args[0].index_select(call.axis, kept), *args[1:])
-            else:
-                return _normed(func, args, kwargs, kept)
-        return func(*args, **kwargs)
-
-
-_CHOICES = frozenset({"softmax", "topk"})
-
-
-def _hidden(values: Tensor, removed: Tensor, axis: int) -> Tensor:
-    """Values in which removed positions can never be chosen."""
-    shape = [-1 if k == axis else 1 for k in range(values.dim())]
-    return values.masked_fill(removed.reshape(shape), -torch.inf)
-
-
-def _normed(func: Any, args: Any, kwargs: Any, kept: Tensor) -> Tensor:
-    """A norm of the last axis over the kept positions; zero elsewhere."""
-    names = ("input", "normalized_shape", "weight", "bias", "eps") if called(func) == "layer_norm" else _RMS
-    arguments = {**dict(zip(names, args, strict=False)), **kwargs}
-    affine = {k: arguments[k].index_select(0, kept) for k in ("weight", "bias") if arguments.get(k) is not None}
-    value = arguments["input"]
-    narrow = func(
-        value.index_select(-1, kept), (len(kept),), **affine, eps=arguments.get("eps", _EPS.get(called(func)))
-    )
-    return torch.zeros_like(value).index_copy(-1, kept, narrow)
-
-
-_RMS = ("input", "normalized_shape", "weight", "eps")
-_EPS = {"layer_norm": 1e-5}
-
-
 def _run(
-    model: nn.Module, inputs: Any, along: Sequence[Along] = (), *, still: bool = False, inner: bool = False
+    model: nn.Module,
+    inputs: Any,
+    along: Sequence[Along] = (),
+    *,
+    still: bool = False,
+    inner: bool = False,
+    answers: Answers = NATURAL,
 ) -> Observed:
     """Run on seeded random numbers. still: draw numbers that do not depend on sizes. inner: see `Observed`."""
     named: dict[str, Tensor] = {}
@@ -387,7 +364,8 @@ def _run(
             stack.enter_context(_inner_outputs(model, named) if inner else nullcontext())
             stack.enter_context(quiet() if still else nullcontext())
             stack.enter_context(_NoDownCast())
-            stack.enter_context(_Restricted(along))
+            stack.enter_context(Restricted(along))
+            stack.enter_context(Asked(answers) if answers else nullcontext())
             seeded_state = rng_state()["torch"]
             outputs = outputs_of(model, inputs)
             drew = not torch.equal(seeded_state, rng_state()["torch"])

@@ -16,7 +16,7 @@ from prunella.errors import NotSupported, RequestError, TargetMissed
 from prunella.granularity import Competing, Fixed, Structural, Vocabulary
 from prunella.graph.data import Frozen, ReasonKind
 from prunella.graph.matrix import from_matrix
-from prunella.graph.other_sizes import disagreement, shape_text
+from prunella.graph.other_sizes import disagreement, shape_text, wrong_branch
 from prunella.graph.verify import unproven
 from prunella.model.state import untouched
 from prunella.model.torch_masks import with_plain_weights
@@ -112,6 +112,7 @@ def plan_structure(request: Request) -> Plan:
         request, keep, frozen = _described(request, _scored(request))
         other = disagreement(request.model, request.graph, keep, request.inputs, request.others)
         if other is None:
+            _check_branches(request, keep)
             made = _plan_of(request, keep, frozen)
             return replace(made, remarks=(*made.remarks, *_added(asked, request)))
         request = with_example(request, other)
@@ -120,6 +121,17 @@ def plan_structure(request: Request) -> Plan:
         f"on an input of {shape_text(other)} the smaller model is another one, also when that is traced too",
         "prune less of it: skip=, only=",
     )
+
+
+def _check_branches(request: Request, keep: Keep) -> None:
+    """Errors: NotSupported if the cut is wrong on the other side of a branch on a value."""
+    place = wrong_branch(request.model, request.graph, keep, request.inputs)
+    if place:
+        raise NotSupported(
+            "the cuts of this model are right on one side of a branch on a value only",
+            f"on the other side of {place} the smaller model is another one",
+            "prune less of it: skip=, only=",
+        )
 
 
 def _added(asked: Request, request: Request) -> Iterator[str]:

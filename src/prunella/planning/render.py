@@ -50,7 +50,21 @@ def remarks_of(graph: Graph, limit: int = 3) -> list[str]:
         "not used on these inputs, kept dense": list(graph.unused),
     }
     remarks = [f"{text}: {_listed(names, limit)}" for text, names in lines.items() if names]
-    return [*remarks, f"not tried in training mode: {graph.untried}"] if graph.untried else remarks
+    remarks += [f"not tried in training mode: {graph.untried}"] if graph.untried else []
+    return [*remarks, *_branch_remarks(graph, limit)]
+
+
+def _branch_remarks(graph: Graph, limit: int) -> list[str]:
+    """The branches on values of which one side alone was read, and why."""
+    one_sided = dict[str, list[str]]()
+    for branch in graph.branches:
+        if branch.fault:
+            one_sided.setdefault(branch.fault, []).append(branch.place)
+    return [
+        f"the graph was read on one side of a branch on values alone: {_listed(list(dict.fromkeys(places)), limit)}; "
+        f"the other side was not traced: {fault}"
+        for fault, places in one_sided.items()
+    ]
 
 
 def size_remarks(graph: Graph, keep: Keep, limit: int = 3) -> Iterator[str]:

@@ -232,9 +232,9 @@ def test_samples_and_positions_of_nested_inputs() -> None:
 
 
 def test_a_branch_is_looked_for_where_the_source_compares() -> None:
-    assert couple(ByManySamples(), torch.randn(2, 6)).turns == ((2, 5),)
-    assert couple(ByResolution(), torch.randn(1, 3, 16, 16)).turns == ((8, 20),)
-    assert couple(BySamples(), torch.randn(3, 6)).turns == ((3, 1),)
+    assert couple(ByManySamples(), torch.randn(2, 6)).hints.turns == ((2, 5),)
+    assert couple(ByResolution(), torch.randn(1, 3, 16, 16)).hints.turns == ((8, 20),)
+    assert couple(BySamples(), torch.randn(3, 6)).hints.turns == ((3, 1),)
 
 
 BRANCHES: dict[str, Callable[[Tensor], bool]] = {

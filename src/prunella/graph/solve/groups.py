@@ -39,8 +39,9 @@ from prunella.graph.data import (
 from prunella.graph.rules import apply_rule
 from prunella.graph.solve.equations import Equations
 from prunella.graph.solve.labels import Dim, Reason
+from prunella.graph.solve.other_branches import hints
 from prunella.graph.solve.residual_blocks import add_stacks
-from prunella.graph.solve.size_attributes import freeze_unfollowed, solve, turns
+from prunella.graph.solve.size_attributes import freeze_unfollowed, solve
 from prunella.graph.solve.tokens import specials
 from prunella.graph.solve.unread_sizes import never_read, unread_sizes
 from prunella.graph.trace.recorder import Axis, Trace, Work
@@ -132,7 +133,8 @@ def _graph(record: Trace, model: nn.Module) -> Graph:
         ),
         runs=tuple(_runs(equations, record, numbers)),
         numbered=tuple(_numbered(equations, record, numbers)),
-        turns=tuple(turns(record)),
+        hints=hints(record),
+        branches=tuple(record.branches),
         unread=tuple(unread_sizes(model, record, lambda dim, size: _extent(equations, dim, size, numbers), taken)),
     )
 

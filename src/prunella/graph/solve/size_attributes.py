@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -12,7 +12,7 @@ from prunella.graph.data import Group, ReasonKind
 from prunella.graph.solve.equations import Equations, Mark
 from prunella.graph.solve.labels import Dim, Reason
 from prunella.graph.trace.recorder import Link, Trace
-from prunella.graph.trace.tracked_int import Attr, Expression, Shape, SizeComparison, evaluate, leaves
+from prunella.graph.trace.tracked_int import Attr, Expression, Shape, evaluate, leaves
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,13 +78,13 @@ def _unfollowed_by(
 
     for link in links:
         remains = size(equations, link.dim, removed)
-        if _outcome(link.expression, value) != remains or (remains == 0 and link.length):
+        if outcome(link.expression, value) != remains or (remains == 0 and link.length):
             return link
     for attr, where in record.fixed:
         if value(attr) != attr.value:
             return Link(attr, (), attr.value, where)
     for choice, where in record.decisions:
-        left, right = _outcome(choice.left, value), _outcome(choice.right, value)
+        left, right = outcome(choice.left, value), outcome(choice.right, value)
         today = choice.operation(evaluate(choice.left, _today), evaluate(choice.right, _today))
         if left is None or right is None or choice.operation(left, right) != today:
             return Link(0, (), 0, where)
@@ -126,7 +126,7 @@ def _concerns(equations: Equations, link: Link, removed: Mark, solved: Mapping[A
     return False
 
 
-def _outcome(expression: Expression, value: Callable[[Attr | Shape], int]) -> int | None:
+def outcome(expression: Expression, value: Callable[[Attr | Shape], int]) -> Any:
     """The value of an expression, None where it divides by zero."""
     try:
         return evaluate(expression, value)
@@ -145,51 +145,3 @@ def _unfollowed(link: Link) -> Reason:
     if not link.dim:
         return Reason("the source decides by a size", link.where, kind=ReasonKind.DECISION)
     return Reason("a size in the source would not follow", link.where, kind=ReasonKind.SOURCE)
-
-
-def turns(record: Trace) -> Iterator[tuple[int, int]]:
-    """A size of the inputs that decides a branch in the source, and the nearest at which the branch is another one.
-
-    A comparison of several sizes, such as `height * width > 1000` or `x.numel() > 5000`, is tried with all of them
-    multiplied: by their common divisor and its multiple.
-    """
-    found = dict[tuple[int, int], None]()
-    for choice, _ in record.decisions:
-        given = [leaf for leaf in leaves(choice) if isinstance(leaf, Shape) and not leaf.dim]
-        if not given:
-            continue
-        size = math.gcd(*(leaf.value for leaf in given))
-        several = len({leaf.value for leaf in given}) > 1
-        before = _decided(choice, given, size, size)
-        for other in [size * scale for scale in _SCALES] if several else _other_sizes(size, choice):
-            if _decided(choice, given, size, other) not in (None, before):
-                found[size, other] = None
-                if several:  # the model may not accept all of them multiplied, as channels and samples
-                    found[size, other * other // size] = None
-                break
-    return iter(found)
-
-
-_SCALES = (2, 4, 8, 16, 32, 64)
-
-
-def _other_sizes(size: int, choice: SizeComparison) -> list[int]:
-    """Sizes to try, the nearest first: those beside the numbers of the comparison, small ones, and multiples."""
-    ends = [side for side in (choice.left, choice.right) if isinstance(side, int)]
-    near = {end + step for end in ends for step in (-1, 0, 1)} | {1, 2, size - 1, size + 1}
-    near |= {scale * size for scale in _SCALES}
-    return sorted((n for n in near if 0 < n <= _LARGEST), key=lambda n: abs(n - size))
-
-
-_LARGEST = 4096
-
-
-def _decided(choice: SizeComparison, given: Iterable[Shape], size: int, other: int) -> bool | None:
-    """The outcome when these leaves are `other / size` times as large; None if it cannot be computed."""
-    sizes = {id(leaf): leaf.value // size * other for leaf in given}
-
-    def value(leaf: Attr | Shape) -> int:
-        return sizes.get(id(leaf), leaf.value)
-
-    left, right = _outcome(choice.left, value), _outcome(choice.right, value)
-    return None if left is None or right is None else choice.operation(left, right)

@@ -21,11 +21,13 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from prunella.graph.data import Ints, ReasonKind, Role
+from prunella.graph.data import Branch, Ints, ReasonKind, Role
 from prunella.graph.noise import drops
 from prunella.graph.solve.labels import WHOLE, Dim, Ledger, Reason, Run, Soft
 from prunella.graph.sources import FORMS, Sources
+from prunella.graph.trace.answers import LEAVES_TORCH, decides, sized_by_values
 from prunella.graph.trace.dataflow import Flow
+from prunella.graph.trace.known_sizes import KnownSizes
 from prunella.graph.trace.source import where
 from prunella.graph.trace.tracked_int import (
     Attr,
@@ -148,6 +150,12 @@ class Trace:
     counts: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary)
     """Tensors with the number of choices of each position; zero for removed positions."""
     flow: Flow = field(default_factory=Flow)
+    entries: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary)
+    """Tensors that are an input of the model, or part of one."""
+    known_sizes: KnownSizes = field(default_factory=KnownSizes)
+    branches: list[Branch] = field(default_factory=list)
+    values_read: bool = False
+    """Values went from the tensors to Python, or gave a tensor its size."""
     untried: str = ""
     """Why the model did not run in training mode, where its source has branches for this mode."""
 
@@ -270,6 +278,8 @@ class Trace:
         for leaf in leaves(expression):
             if isinstance(leaf, Attr):
                 self.fixed.append((leaf, where))
+            elif not leaf.dim:
+                self.known_sizes.note(sys._getframe(1), escaped=True)
             elif leaf.dim:
                 reason = Reason("the size is used in a calculation", where, kind=ReasonKind.SOURCE)
                 self.ledger.freeze(leaf.dim, reason)
@@ -321,9 +331,14 @@ class Calls(TorchFunctionMode):
             return self._sizes(func(*args, **kwargs), *args, **kwargs)
         if name in {"numel", "nelement"}:
             return math.prod(self._sizes(args[0].shape, args[0]))
-        if name == "__len__":
-            self.trace.freeze(self.trace.value(args[0]).dims[0], "its length is taken by len()")
-        if name in _LEAVES_TORCH and args and isinstance(args[0], Tensor):
+        if name == "__len__" and args[0].dim():
+            self._counted(args[0])
+        elif name in _PARTS:
+            self.trace.known_sizes.note(sys._getframe(1), parts=True)
+        elif name == "stride":
+            self.trace.known_sizes.note(sys._getframe(1), escaped=True)
+        self.trace.values_read |= decides(name, sys._getframe(1))
+        if name in LEAVES_TORCH and args and isinstance(args[0], Tensor):
             for dim in self.trace.value(args[0]).dims:
                 self.trace.freeze(dim, f"{name.strip('_')} takes it out of the tensors")
         if drops(name, args, kwargs):
@@ -351,14 +366,24 @@ class Calls(TorchFunctionMode):
             for item in tree:
                 self._freeze_all(item, text)
 
+    def _counted(self, tensor: Tensor) -> None:
+        """`len()` gives a number of Python, which no cut follows."""
+        dim = self.trace.value(tensor).dims[0]
+        self.trace.freeze(dim, "its length is taken by len()")
+        if not dim:
+            self.trace.known_sizes.note(sys._getframe(1), escaped=True)
+
     def _sizes(self, answer: Any, tensor: Tensor, dim: int | None = None) -> Any:
         dims = self.trace.value(tensor).dims
+        if not all(dims):
+            self.trace.known_sizes.note(sys._getframe(1))
         if dim is not None:
-            return self._track(answer, dims[dim])
-        return torch.Size([self._track(n, dim) for n, dim in zip(answer, dims, strict=True)])
+            return self._track(tensor, answer, dim % len(dims))
+        return torch.Size([self._track(tensor, size, axis) for axis, size in enumerate(answer)])
 
-    def _track(self, size: int, dim: Dim) -> int:
-        return Tracked(size, Shape(dim, size), self.trace.leak)
+    def _track(self, tensor: Tensor, size: int, axis: int) -> int:
+        given = axis if tensor in self.trace.entries else -1
+        return Tracked(size, Shape(self.trace.value(tensor).dims[axis], size, given), self.trace.leak)
 
     def _leaks(self, name: str, args: Any, kwargs: Any) -> None:
         if name == "full":
@@ -384,6 +409,7 @@ class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
+        self.trace.values_read |= sized_by_values(func, args)
         with torch._C.DisableTorchFunction():  # calls from TorchScript leave the other mode active
             self.apply_rule(self.trace, func, args, kwargs, result)
         return result
@@ -403,10 +429,7 @@ RESTRICTED = frozenset("mean layer_norm rms_norm softmax topk".split())
 """Calls along an axis that the oracle can restrict to the kept positions."""
 
 
-_LEAVES_TORCH = frozenset("numpy tolist item __array__ __float__ __int__ __bool__ __index__ __dlpack__ stride".split())
-"""Calls that turn values or sizes into plain Python, where no cut can follow."""
-
-
+_PARTS = frozenset("unbind split chunk tensor_split split_with_sizes".split())
 _UNSEEN = "nothing passed through it: the example gives it an empty batch"
 _NEEDS_DATA = frozenset("conv1d conv2d conv3d batch_norm instance_norm group_norm".split())
 """Calls that torch computes differently for an empty batch, so that the record is not complete."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from prunella.graph.solve.labels import WHOLE, Ledger
+from prunella.graph.trace.answers import Asked
 from prunella.graph.trace.caches import uncached
 from prunella.graph.trace.dataflow import watched
 from prunella.graph.trace.recorder import Calls, Operations, Trace, TracedValue, storage_key
@@ -55,8 +56,17 @@ def new_record(model: nn.Module, start: int = 1) -> Trace:
     return record
 
 
-def trace(record: Trace, model: nn.Module, inputs: Any, apply_rule: Callable[..., None]) -> TracedRun:
+def trace(
+    record: Trace,
+    model: nn.Module,
+    inputs: Any,
+    apply_rule: Callable[..., None],
+    *,
+    asked: Asked | None = None,
+) -> TracedRun:
     """Run `model` on a copy of `inputs` once and record. All positions of inputs are kept.
+
+    asked: collects the values that the source reads, and may answer otherwise.
 
     The outputs are taken as long as the modes observe the run: an output may compute its tensors when they are asked
     for. Errors: those of the model; the record then ends where the run did.
@@ -66,6 +76,7 @@ def trace(record: Trace, model: nn.Module, inputs: Any, apply_rule: Callable[...
     record.flow.start(inputs)
     for number, tensor in enumerate(tensors(inputs)):
         record.values[tensor] = TracedValue.plain([WHOLE] * tensor.dim())
+        record.entries[tensor] = number
         record.computed(tensor)
         if not tensor.is_floating_point():
             record.given[tensor] = number
@@ -77,6 +88,7 @@ def trace(record: Trace, model: nn.Module, inputs: Any, apply_rule: Callable[...
         stack.enter_context(uncached())
         stack.enter_context(Operations(record, apply_rule))
         stack.enter_context(Calls(record))
+        stack.enter_context(asked or nullcontext())
         output = forward(model, inputs, copy=False)
         outputs = returned(model, output)
     record.flow.finish(outputs)

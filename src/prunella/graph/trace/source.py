@@ -44,6 +44,16 @@ def where(start: FrameType | None) -> str:
     return part
 
 
+def reader(start: FrameType | None) -> FrameType | None:
+    """The frame of the model's source that makes the running call itself; None if a function of torch makes it."""
+    frame = start
+    while frame is not None and frame.f_code.co_filename.startswith(_PASSES_ON):
+        frame = frame.f_back
+    return None if frame is None or frame.f_code.co_filename.startswith(_TORCH) else frame
+
+
+_PASSES_ON = (_OWN, f"{_TORCH}overrides.py", f"{_TORCH}_tensor.py")
+"""Files that pass a call of the model's source on to torch."""
 _CALLS = frozenset({"_call_impl", "_wrapped_call_impl", "__call__", "inner"})
 
 

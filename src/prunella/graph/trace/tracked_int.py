@@ -7,6 +7,7 @@ they distinguish a size that follows the cut (an attribute, a shape) from a lite
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,29 +30,30 @@ class Attr:
 
 @dataclass(frozen=True, eq=False)
 class Shape:
-    """Leaf: the size of a tensor's dimension, with its labels."""
+    """Leaf: the size of a tensor's dimension, with its labels. axis: that of the model's input, or -1."""
 
     dim: Dim
     value: int
+    axis: int = -1
 
 
 @dataclass(frozen=True, eq=False)
 class Apply:
     """A node: `operation(left, right)`."""
 
-    operation: Callable[[int, int], int]
+    operation: Callable[[Any, Any], int]
     left: Expression
     right: Expression
 
 
-Expression = Attr | Shape | Apply | int
+Expression = Attr | Shape | Apply | int | float
 
 
 @dataclass(frozen=True, eq=False)
 class SizeComparison:
     """`operation(left, right)` decided a branch in the source: the outcome must not change."""
 
-    operation: Callable[[int, int], bool]
+    operation: Callable[[Any, Any], bool]
     left: Expression
     right: Expression
 
@@ -68,7 +70,7 @@ def leaves(expression: Expression | SizeComparison) -> Iterator[Attr | Shape]:
         yield expression
 
 
-def evaluate(expression: Expression, value: Callable[[Attr | Shape], int]) -> int:
+def evaluate(expression: Expression, value: Callable[[Attr | Shape], int]) -> Any:
     """The value of an expression for given values of its leaves."""
     if isinstance(expression, Apply):
         return expression.operation(evaluate(expression.left, value), evaluate(expression.right, value))
@@ -97,10 +99,30 @@ class Tracked(int):
         return int, (plain(self),)
 
     def __hash__(self) -> int:
+        if _of_inputs(self.expression):
+            self.leak(self.expression)
         return int.__hash__(self)
 
     def __neg__(self) -> Tracked:
         return Tracked(-plain(self), Apply(int.__sub__, 0, self.expression), self.leak)
+
+    def __abs__(self) -> Tracked:
+        return Tracked(abs(plain(self)), Apply(_distance, self.expression, 0), self.leak)
+
+    def __bool__(self) -> bool:
+        return bool(self != 0)
+
+    def __pow__(self, other: Any, modulus: Any = None) -> Any:
+        if type(other) is not int or other < 0 or modulus is not None or not _of_inputs(self.expression):
+            self.leak(self.expression)
+            return pow(plain(self), other, modulus)
+        return Tracked(plain(self) ** other, Apply(int.__pow__, self.expression, other), self.leak)
+
+    def __divmod__(self, other: int) -> tuple[int, int]:
+        return self // other, self % other
+
+    def __rdivmod__(self, other: int) -> tuple[int, int]:
+        return other // self, other % self
 
 
 def plain(value: int) -> int:
@@ -139,14 +161,34 @@ def _install(name: str, operation: Callable[[int, int], int], reverse: bool) -> 
     setattr(Tracked, name, method)
 
 
+def _install_text(name: str) -> None:
+    def method(self: Tracked, *form: Any) -> str:
+        if _of_inputs(self.expression):
+            self.leak(self.expression)
+        return str(getattr(int, name)(plain(self), *form))
+
+    setattr(Tracked, name, method)
+
+
+def _of_inputs(expression: Expression) -> bool:
+    """Whether the expression has only sizes of inputs, which no cut changes."""
+    return all(isinstance(leaf, Shape) and not leaf.dim for leaf in leaves(expression))
+
+
+def _distance(left: int, right: int) -> int:
+    return abs(left - right)
+
+
 def _install_comparison(name: str) -> None:
-    operation = getattr(int, name)
+    of_integers, of_numbers = getattr(int, name), getattr(operator, name)
 
     def method(self: Tracked, other: Any) -> Any:
-        outcome = operation(plain(self), other)
+        if isinstance(other, float):
+            self.leak(SizeComparison(of_numbers, self.expression, other))
+            return of_numbers(plain(self), other)
         if isinstance(other, int) and not isinstance(other, bool):
-            self.leak(SizeComparison(operation, self.expression, expression_of(other)))
-        return outcome
+            self.leak(SizeComparison(of_integers, self.expression, expression_of(other)))
+        return of_integers(plain(self), other)
 
     setattr(Tracked, name, method)
 
@@ -170,10 +212,13 @@ for _symbol, _operation in {
     _install(f"__r{_symbol}__", _operation, True)
 for _symbol in ("eq", "ne", "lt", "le", "gt", "ge"):
     _install_comparison(f"__{_symbol}__")
-for (
-    _symbol
-) in "float int trunc floor ceil round abs divmod rdivmod truediv rtruediv pow rpow and or xor lshift rshift".split():
+for _symbol in (
+    "float int trunc floor ceil round truediv rtruediv rpow and rand or ror xor rxor lshift rlshift rshift rrshift"
+).split():
     _install_leak(f"__{_symbol}__")
+_install_leak("bit_length")
+for _symbol in ("__str__", "__repr__", "__format__"):
+    _install_text(_symbol)
 
 
 def holders(model: nn.Module) -> Iterator[tuple[str, dict[str, Any]]]:

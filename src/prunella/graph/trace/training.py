@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -10,10 +11,11 @@ from torch import Tensor, nn
 
 from prunella.errors import NotSupported, one_line
 from prunella.graph.solve.labels import Reason
+from prunella.graph.trace.answers import NATURAL, Asked
+from prunella.graph.trace.branches import add_branches, keep_outputs, say_example
 from prunella.graph.trace.dataflow import Flow
-from prunella.graph.trace.kept import kept_on, outliving
 from prunella.graph.trace.recorder import Trace
-from prunella.graph.trace.run import TracedRun, new_record, trace
+from prunella.graph.trace.run import new_record, trace
 from prunella.model.state import training_flags, untouched
 from prunella.model.trees import tensors
 
@@ -26,8 +28,10 @@ def trace_modes(model: nn.Module, inputs: Any, apply_rule: Callable[..., None], 
     model.
     """
     with untouched(model), training_flags(model, training=False) as readers:
-        run = trace(new_record(model), model, inputs, apply_rule)
-        record, kept = run.record, _keep_outputs(run, model, "it is an output of the model")
+        record = new_record(model)
+        asked = Asked(NATURAL, lambda tensor: record.value(tensor).dims)
+        run = trace(record, model, inputs, apply_rule, asked=asked)
+        kept = keep_outputs(run, model, "it is an output of the model")
         check_numbers([*run.outputs, *kept])
         record.outputs = [
             (number, axis, dim[0])
@@ -37,33 +41,33 @@ def trace_modes(model: nn.Module, inputs: Any, apply_rule: Callable[..., None], 
         ]
         del run  # and with it all that the run made
         _add_examples(record, model, others, apply_rule)
+        with _first_run(record):
+            add_branches(record, model, inputs, apply_rule, asked.questions.values(), len(others) + 1)
     if readers:
         _add_training(record, model, inputs, apply_rule)
     return record
 
 
 def _add_examples(record: Trace, model: nn.Module, others: Sequence[Any], apply_rule: Callable[..., None]) -> None:
-    """Record a run on each of the other examples.
+    """Record a run on each of the other examples. Relations are those of all runs."""
+    with _first_run(record):
+        for number, example in enumerate(others, start=1):
+            record.example, record.flow, start = number, Flow(), len(record.ledger.frozen)
+            keep_outputs(trace(record, model, example, apply_rule), model, "it is an output of the model")
+            shapes = ", ".join("x".join(map(str, tensor.shape)) for tensor in tensors(example) if tensor.dim())
+            say_example(record, start, f", on an input of {shapes}")
 
-    Work, and the flow that shows residual blocks, are those of the first run; relations are those of all runs.
-    """
+
+@contextmanager
+def _first_run(record: Trace) -> Iterator[None]:
+    """Inside, further runs are recorded. Work, and the flow that shows residual blocks, stay those of the first run."""
     flow, work = record.flow, tuple(record.work)
     uncounted = {name: replace(unknown, reads=set(unknown.reads)) for name, unknown in record.uncounted.items()}
-    for number, example in enumerate(others, start=1):
-        record.example, record.flow, start = number, Flow(), len(record.ledger.frozen)
-        _keep_outputs(trace(record, model, example, apply_rule), model, "it is an output of the model")
-        shapes = ", ".join("x".join(map(str, tensor.shape)) for tensor in tensors(example) if tensor.dim())
-        _say_example(record, start, f", on an input of {shapes}")
+    yield
     seen = {item.use.entity for item in work if item.use}
     unseen = [item for item in record.work[len(work) :] if item.use and item.use.entity not in seen]
     record.flow, record.uncounted = flow, uncounted
     record.work = [*work, *(replace(item, constant=0.0) for item in unseen)]
-
-
-def _say_example(record: Trace, start: int, suffix: str) -> None:
-    """Say of the reasons from `start` on which run shows them."""
-    for k, (atoms, reason) in enumerate(record.ledger.frozen[start:], start=start):
-        record.ledger.frozen[k] = atoms, replace(reason, text=reason.text + suffix, example=record.example)
 
 
 def _add_training(record: Trace, model: nn.Module, inputs: Any, apply_rule: Callable[..., None]) -> None:
@@ -71,24 +75,11 @@ def _add_training(record: Trace, model: nn.Module, inputs: Any, apply_rule: Call
         other = new_record(model, record.ledger.size)
         try:
             run = trace(other, model, inputs, apply_rule)
-            _keep_outputs(run, model, "it is an output of the model in training mode")
+            keep_outputs(run, model, "it is an output of the model in training mode")
         except Exception as error:  # a model may need targets, or a larger batch, and raise anything
             record.untried = one_line(error)
             _keep_unread(record, other)
     join_modes(record, other)
-
-
-def _keep_outputs(run: TracedRun, model: nn.Module, text: str) -> list[Tensor]:
-    """Freeze the outputs, and what outlives the run. Returns the latter."""
-    record = run.record
-    for tensor in run.outputs:
-        for dim in record.value(tensor).dims:
-            record.ledger.freeze(dim, Reason(text, soft="output" if len(dim) == 1 else ""))
-    kept = outliving(record, model, [*run.outputs, *run.handed_on])
-    for tensor, reason in kept:
-        for dim in record.value(tensor).dims:
-            record.ledger.freeze(dim, Reason(reason))
-    return [*(tensor for tensor, _ in kept), *kept_on(model).values()]
 
 
 def _keep_unread(record: Trace, other: Trace) -> None:

@@ -1,0 +1,104 @@
+"""Batches on which the model's source may do something else than on the examples, without a comparison that says so.
+
+Sizes come from the numbers that the source names: `TABLE[x.shape[1]]`, `log2(len(x)) > 5`. Values come from the
+example: ten thousand times as large, zero, of the other sign. A batch tells something if other instructions of the
+source run on it, or other modules, than on any batch before.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prunella.graph.data import Hints
+from prunella.model.executed import Step, executed
+from prunella.model.forward import outputs_of
+from prunella.model.state import untouched
+from prunella.model.trees import each
+
+_RUNS = 24
+"""Batches that are run, the nearest sizes first."""
+_Size = tuple[frozenset[int], int]
+_SCALES = (2, 4, 8, 16, 32, 64)
+
+
+class Seen:
+    """What the source has done so far, on the examples."""
+
+    def __init__(self, model: nn.Module, examples: Iterable[Any]) -> None:
+        self.model, self.steps = model, set[Step]()
+        for example in examples:
+            self.new(example)
+
+    def new(self, batch: Any, observer: AbstractContextManager[Any] | None = None) -> bool:
+        """Whether the model takes this batch, with finite outputs, and does something new on it."""
+        steps = set[Step]()
+        try:
+            with ExitStack() as stack:
+                stack.enter_context(untouched(self.model))
+                stack.enter_context(torch.no_grad())
+                stack.enter_context(warnings.catch_warnings())
+                warnings.simplefilter("ignore")
+                stack.enter_context(observer or nullcontext())
+                steps = stack.enter_context(executed(self.model))
+                outputs = outputs_of(self.model, batch)
+        except Exception:  # a probe: whatever it raises, the model does not take this batch
+            return False
+        if not all(bool(torch.isfinite(t).all()) for t in outputs if t.is_floating_point()):
+            return False
+        fresh = not steps <= self.steps
+        self.steps |= steps
+        return fresh
+
+
+def sizes_to_try(main: Tensor, hints: Hints) -> list[tuple[frozenset[int], int, bool]]:
+    """Axes of the largest input, their new size, and whether to try it without a sign of a branch; nearest first.
+
+    A key of a table is tried anyway: what a look-up gives need not change the instructions that run.
+    """
+    named: dict[_Size, bool] = {}
+    scaled: dict[_Size, bool] = {}
+    for axes in _axes(main):
+        size = main.shape[min(axes)]
+        for number in (*hints.keys, *hints.numbers):
+            beyond = number + 1 if number >= size else number - 1
+            for other in (number,) if number in hints.keys else (number, beyond):
+                named.setdefault((axes, other), number in hints.keys)
+        scaled |= {(axes, size * scale): False for scale in _SCALES if hints.escaped}
+    tried = [(axes, other, anyway) for part in (named, scaled) for (axes, other), anyway in _nearest(part, main)]
+    return [(axes, other, anyway) for axes, other, anyway in tried if 0 < other != main.shape[min(axes)]][:_RUNS]
+
+
+def _nearest(tried: Mapping[_Size, bool], main: Tensor) -> list[tuple[_Size, bool]]:
+    return sorted(tried.items(), key=lambda item: abs(math.log(max(item[0][1], 1) / main.shape[min(item[0][0])])))
+
+
+def _axes(main: Tensor) -> list[frozenset[int]]:
+    """The samples, all axes of an image or a sequence where they are of one size, and each of them."""
+    places = range(2 if main.is_floating_point() and main.dim() > 2 else 1, main.dim())
+    several = [frozenset(places)] if len({main.shape[axis] for axis in places}) == 1 else []
+    return list(dict.fromkeys([frozenset([0]), *several, *(frozenset([axis]) for axis in places)]))
+
+
+def other_values(inputs: Any) -> Iterator[Any]:
+    """The inputs with other values of the same shape."""
+    for factor in (1e4, 0.0, -1.0, 1e-4):
+        yield each(inputs, partial(_scaled, factor=factor))
+    for value in (0, 1):
+        yield each(inputs, partial(_filled, value=value))
+
+
+def _scaled(tensor: Tensor, factor: float) -> Tensor:
+    return tensor.detach() * factor if tensor.is_floating_point() else tensor.detach()
+
+
+def _filled(tensor: Tensor, value: int) -> Tensor:
+    counted = not tensor.is_floating_point() and not tensor.is_complex()
+    return torch.full_like(tensor, value) if counted else tensor.detach()

@@ -1,0 +1,138 @@
+"""Values that leave the tensors for Python, where the source may branch on them, and other answers in their place."""
+
+from __future__ import annotations
+
+import dis
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from types import CodeType, FrameType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from prunella.graph.solve.labels import Dim
+from prunella.graph.trace.known_sizes import constants
+from prunella.graph.trace.source import called, reader, where
+from prunella.model.trees import tensors
+
+Answer = bool | int | float
+_ASKED = frozenset("__bool__ is_nonzero equal allclose __contains__ __int__ __float__ __index__ item".split())
+"""Calls that answer with one number or truth."""
+
+
+LEAVES_TORCH = frozenset("numpy tolist item __array__ __float__ __int__ __bool__ __index__ __dlpack__ stride".split())
+"""Calls that turn values or sizes into plain Python, where no cut can follow."""
+_DECIDES = LEAVES_TORCH | frozenset("is_nonzero equal allclose __contains__".split())
+"""Calls that give Python a number or an answer, by values."""
+_SIZED_BY_VALUES = frozenset("nonzero masked_select unique _unique _unique2 unique_dim unique_consecutive nms".split())
+
+
+def decides(name: str, start: FrameType | None) -> bool:
+    """Whether the model's source itself reads a value by this call."""
+    return name in _DECIDES and reader(start) is not None
+
+
+def sized_by_values(func: Any, args: Any) -> bool:
+    """Whether the size of a result of this operation depends on values."""
+    masks = args[1] if called(func) == "index" and len(args) > 1 else ()
+    return called(func) in _SIZED_BY_VALUES or any(t is not None and t.dtype == torch.bool for t in masks)
+
+
+@dataclass(frozen=True)
+class Site:
+    """An instruction of the model's source that reads a value. place: `file:line`, for people."""
+
+    file: str
+    function: int
+    instruction: int
+    place: str
+
+
+Answers = Mapping[Site, Answer]
+NATURAL: Answers = {}
+"""Every value is read as it is."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """The first read at a site of a run: its answer, the numbers that its function names, and what else it may read.
+
+    within: the labels of the tensors that the running functions of the source hold at this moment.
+    """
+
+    site: Site
+    call: str
+    answer: Answer
+    numbers: tuple[Answer, ...] = ()
+    within: tuple[Dim, ...] = ()
+
+    def others(self) -> list[Answer]:
+        """Other answers: the opposite, or numbers beside those that the source names, and far ones."""
+        if isinstance(self.answer, bool):
+            return [not self.answer]
+        beside = [number + step for number in self.numbers for step in (0, 1, -1)]
+        numbers = [*beside, 0, 1, -1, self.answer * 1_000 + 1, -self.answer]
+        return [other for other in dict.fromkeys(map(type(self.answer), numbers)) if other != self.answer]
+
+
+class Asked(TorchFunctionMode):
+    """Collects the questions of a run, the first at each site, and answers those in `instead` otherwise.
+
+    labels: gives the labels of a tensor, for `Question.within`.
+    """
+
+    def __init__(self, instead: Answers, labels: Callable[[Tensor], Iterable[Dim]] = lambda _: ()) -> None:
+        super().__init__()
+        self.instead, self.labels = instead, labels
+        self.questions: dict[Site, Question] = {}
+
+    def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        answer = func(*args, **(kwargs or {}))
+        name = called(func)
+        if name not in _ASKED or not isinstance(answer, bool | int | float):
+            return answer
+        frame = reader(sys._getframe(1))
+        if frame is None:
+            return answer
+        site = _site(frame)
+        if site in self.questions:
+            return answer
+        within = tuple(dim for tensor in _held(frame) for dim in self.labels(tensor) if dim)
+        self.questions[site] = Question(site, name, answer, tuple(constants(frame.f_code)), within)
+        return self.instead.get(site, answer)
+
+
+def _site(frame: FrameType) -> Site:
+    code = frame.f_code
+    return Site(code.co_filename, code.co_firstlineno, frame.f_lasti, where(frame))
+
+
+def _held(frame: FrameType | None) -> list[Tensor]:
+    """The tensors in the local variables of the running functions of the source."""
+    held: list[Tensor] = []
+    while frame is not None and where(frame):
+        held += [tensor for value in frame.f_locals.values() for tensor in tensors(value)]
+        frame = frame.f_back
+    return held
+
+
+def refuses(error: BaseException) -> bool:
+    """Whether an error is a statement of the source, `raise` or `assert`: a guard, with nothing on its other side."""
+    step = error.__traceback__
+    if step is None:
+        return False
+    while step.tb_next is not None:
+        step = step.tb_next
+    name = step.tb_frame.f_code.co_name
+    return name in _GUARDS or _instruction(step.tb_frame.f_code, step.tb_lasti) in _RAISES
+
+
+_GUARDS = frozenset({"_assert", "_check", "_check_with"})
+_RAISES = frozenset({"RAISE_VARARGS", "RERAISE"})
+
+
+def _instruction(code: CodeType, at: int) -> str:
+    return next((entry.opname for entry in dis.get_instructions(code) if entry.offset == at), "")

@@ -1,0 +1,105 @@
+"""The other sides of branches on values, recorded by a run in which one value is read as another."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from prunella.errors import one_line
+from prunella.graph.data import Branch, ReasonKind
+from prunella.graph.guesses import Seen
+from prunella.graph.solve.labels import Reason
+from prunella.graph.trace.answers import NATURAL, Answers, Asked, Question, refuses
+from prunella.graph.trace.dataflow import Flow
+from prunella.graph.trace.kept import kept_on, outliving
+from prunella.graph.trace.recorder import Trace
+from prunella.graph.trace.run import TracedRun, trace
+
+_MOST = 8
+"""Runs in which a value is read as another."""
+_NUMBERS = 12
+"""Numbers that are tried in place of one."""
+
+
+def add_branches(
+    record: Trace,
+    model: nn.Module,
+    inputs: Any,
+    apply_rule: Callable[..., None],
+    questions: Iterable[Question],
+    number: int,
+) -> None:
+    """Record a run on the other side of each branch on a value, and of the branches found there.
+
+    number: that of the first of these runs. Where a run ends in an error that is not a statement of the source, what
+    the source holds at the branch stays.
+    """
+    waiting: list[tuple[Answers, Question]] = [(NATURAL, question) for question in questions]
+    known = {question.site for _, question in waiting}
+    while waiting and len(record.branches) < _MOST:
+        before, question = waiting.pop(0)
+        for answers in _other_sides(model, inputs, before, question):
+            asked = Asked(answers, lambda tensor: record.value(tensor).dims)
+            branch = _other_side(record, model, inputs, apply_rule, asked, question, number + len(record.branches))
+            record.branches.append(branch)
+            fresh = [found for site, found in asked.questions.items() if site not in known]
+            known |= {found.site for found in fresh}
+            waiting += [(answers, found) for found in fresh]
+    record.branches += [Branch(q.site.place, {}, 0, "too many branches on values") for _, q in waiting]
+
+
+def _other_sides(model: nn.Module, inputs: Any, before: Answers, question: Question) -> Iterator[Answers]:
+    """The answers that lead to another side: the opposite one, or the first number on which other source runs."""
+    others = [{**before, question.site: other} for other in question.others()]
+    if isinstance(question.answer, bool):
+        yield from others
+        return
+    seen = Seen(model, ())
+    seen.new(inputs, Asked(before))
+    yield from [answers for answers in others[:_NUMBERS] if seen.new(inputs, Asked(answers))][:1]
+
+
+def _other_side(
+    record: Trace,
+    model: nn.Module,
+    inputs: Any,
+    apply_rule: Callable[..., None],
+    asked: Asked,
+    question: Question,
+    number: int,
+) -> Branch:
+    place, start = question.site.place, len(record.ledger.frozen)
+    record.example, record.flow, fault = number, Flow(), ""
+    try:
+        run = trace(record, model, inputs, apply_rule, asked=asked)
+        say_example(record, start, f", on the other side of the branch at {place}")
+        keep_outputs(run, model, "it is an output of the model")
+    except Exception as error:  # what no value leads to may raise anything
+        if not refuses(error):
+            fault = one_line(error)
+            reason = Reason("the other side of a branch on a value was not traced", place, kind=ReasonKind.DECISION)
+            for dim in question.within:
+                record.ledger.freeze(dim, reason)
+    return Branch(place, asked.instead, number, fault)
+
+
+def say_example(record: Trace, start: int, suffix: str) -> None:
+    """Say of the reasons from `start` on which run shows them."""
+    for k, (atoms, reason) in enumerate(record.ledger.frozen[start:], start=start):
+        record.ledger.frozen[k] = atoms, replace(reason, text=reason.text + suffix, example=record.example)
+
+
+def keep_outputs(run: TracedRun, model: nn.Module, text: str) -> list[Tensor]:
+    """Freeze the outputs, and what outlives the run. Returns the latter."""
+    record = run.record
+    for tensor in run.outputs:
+        for dim in record.value(tensor).dims:
+            record.ledger.freeze(dim, Reason(text, soft="output" if len(dim) == 1 else ""))
+    kept = outliving(record, model, [*run.outputs, *run.handed_on])
+    for tensor, reason in kept:
+        for dim in record.value(tensor).dims:
+            record.ledger.freeze(dim, Reason(reason))
+    return [*(tensor for tensor, _ in kept), *kept_on(model).values()]

@@ -1,0 +1,101 @@
+"""Sizes that the model's source knows: numbers in the functions that ask for a size of an input, and keys of tables.
+
+A comparison of sizes is recorded and can be turned. What is looked up in a table, or passed to a function of Python,
+cannot; there the numbers that the source names are the sizes at which it may do something else.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from types import CodeType, FrameType
+from typing import Any
+
+from torch import nn
+
+from prunella.graph.trace.source import reader
+from prunella.graph.trace.tracked_int import plain
+
+_LEAST = 4
+"""Smaller numbers are axes and counts; sizes near the example's are tried anyway."""
+_LARGEST = 4096
+_LONGEST = 64
+"""Longer containers are data, not a choice among sizes."""
+_SHORT = 16
+_TEXT = re.compile(r"\d{1,4}")
+_OF_NUMBERS = frozenset({"math", "numpy", "np", "log2", "sqrt"})
+"""Names of functions of numbers, which a size leaves as a plain number."""
+
+
+@dataclass
+class KnownSizes:
+    """numbers: constants. keys: numbers in containers. escaped: a size was used in a way that cannot be followed."""
+
+    numbers: set[int] = field(default_factory=set)
+    keys: set[int] = field(default_factory=set)
+    escaped: bool = False
+    codes: set[CodeType] = field(default_factory=set)
+
+    def note(self, start: FrameType | None, *, escaped: bool = False, parts: bool = False) -> None:
+        """Record what the function knows that reads the size of an input now.
+
+        parts: it takes the positions apart; their number is a size if they are counted, or a loop runs over them.
+        """
+        frame = reader(start)
+        if frame is None or (parts and not _counts(start, frame)):
+            return
+        code = frame.f_code
+        self.escaped |= escaped or parts or bool(_OF_NUMBERS.intersection(code.co_names))
+        if code not in self.codes:
+            self.codes.add(code)
+            self.numbers |= {n for n in constants(code) if _LEAST <= n <= _LARGEST}
+            for value in _named(frame):
+                self.numbers |= {n for n in _integers(value) if _LEAST <= n <= _LARGEST}
+                self.keys |= {n for n in _entries(value) if 0 < n <= _LARGEST}
+
+
+def _counts(start: FrameType | None, frame: FrameType) -> bool:
+    while start is not None and start is not frame:
+        if start.f_code.co_name == "__iter__":
+            return True
+        start = start.f_back
+    return "len" in frame.f_code.co_names
+
+
+def constants(code: CodeType) -> Iterator[int]:
+    """The integers in the constants of a function, at its numbers, in its tuples and as text, such as `"16x16"`."""
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from constants(constant)
+        else:
+            yield from _integers(constant)
+            yield from _entries(constant)
+            if isinstance(constant, str) and len(constant) <= _SHORT:
+                yield from map(int, _TEXT.findall(constant))
+
+
+def _integers(value: Any) -> Iterator[int]:
+    """The integers at a number."""
+    if isinstance(value, float) and abs(value) <= _LARGEST:
+        yield from {int(value), int(value) + 1}
+    elif isinstance(value, int) and not isinstance(value, bool):
+        yield plain(value)
+
+
+def _entries(value: Any) -> Iterator[int]:
+    """The integers in a container: the keys of a dictionary, or entries of one or two levels."""
+    if isinstance(value, dict | set | frozenset | list | tuple) and len(value) <= _LONGEST:
+        for entry in value:
+            yield from _integers(entry)
+            if isinstance(entry, tuple):
+                yield from (n for part in entry for n in _integers(part))
+
+
+def _named(frame: FrameType) -> Iterator[Any]:
+    """The values that the function names: globals, locals and attributes of its module."""
+    names, own = frame.f_code.co_names, frame.f_locals.get("self")
+    attributes = vars(own) if isinstance(own, nn.Module) else {}
+    for name in names:
+        yield from (values[name] for values in (frame.f_globals, attributes) if name in values)
+    yield from (value for value in frame.f_locals.values() if isinstance(value, dict | set | frozenset))

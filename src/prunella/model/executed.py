@@ -1,0 +1,58 @@
+"""Which instructions of a model's source a run executes, and which modules it calls: two runs that differ in them have
+taken another branch."""
+
+from __future__ import annotations
+
+import os
+import sys
+import sysconfig
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import CodeType, FrameType
+from typing import Any
+
+import torch
+from torch import nn
+
+Step = tuple[CodeType, int] | int
+"""An instruction of a function, or the identity of a module that is called."""
+_PATHS = sysconfig.get_paths()
+_SKIPPED = (
+    "<",
+    f"{Path(torch.__file__).parent}{os.sep}",
+    f"{Path(__file__).parents[1]}{os.sep}",
+)
+"""Code of torch and of this package, and code without a file."""
+
+
+@contextmanager
+def executed(model: nn.Module) -> Iterator[set[Step]]:
+    """Inside, collect the instructions that run outside of torch, this package and Python, and the modules called."""
+    steps = set[Step]()
+
+    def each(frame: FrameType, event: str, _: Any) -> Any:
+        if event == "opcode":
+            steps.add((frame.f_code, frame.f_lasti))
+        return each
+
+    def entered(frame: FrameType, _: str, __: Any) -> Any:
+        if not _is_source(frame.f_code.co_filename):
+            return None
+        frame.f_trace_opcodes, frame.f_trace_lines = True, False
+        return each
+
+    handles = [module.register_forward_pre_hook(lambda m, _: steps.add(id(m))) for module in model.modules()]
+    before = sys.gettrace()
+    sys.settrace(entered)
+    try:
+        yield steps
+    finally:
+        sys.settrace(before)
+        for handle in handles:
+            handle.remove()
+
+
+def _is_source(path: str) -> bool:
+    library = path.startswith((_PATHS["stdlib"], _PATHS["platstdlib"])) and "site-packages" not in path
+    return not library and not path.startswith(_SKIPPED)
