@@ -94,12 +94,15 @@ def _select(name: str, tensor: Tensor, axes: Mapping[int, Tensor]) -> Tensor:
 
 
 def _describe(module: nn.Module) -> None:
-    """Update the size attributes of a torch module, which only describe the weight."""
+    """Update what a torch module keeps beside its weights: their sizes, and the list of all weights."""
     for key, value in _sizes(module):
         setattr(module, key, value)
+    if isinstance(module, nn.RNNBase):
+        module._init_flat_weights()
 
 
 def _sizes(module: nn.Module) -> Iterator[tuple[str, int | tuple[int, ...]]]:
+    yield from _recurrent_sizes(module)
     weight: Any = getattr(module, "weight", None)
     if not isinstance(weight, Tensor):
         return
@@ -119,3 +122,19 @@ def _sizes(module: nn.Module) -> Iterator[tuple[str, int | tuple[int, ...]]]:
         yield from (("num_embeddings", weight.shape[0]), ("embedding_dim", weight.shape[1]))
     elif isinstance(module, nn.PReLU):
         yield ("num_parameters", weight.shape[0])
+
+
+def _recurrent_sizes(module: nn.Module) -> Iterator[tuple[str, int]]:
+    """Those of recurrent layers and cells, from the parameters of the first layer."""
+    if isinstance(module, nn.RNNBase):
+        first = {name: getattr(module, f"weight_{name}_l0", None) for name in ("ih", "hh", "hr")}
+    elif isinstance(module, nn.RNNCellBase):
+        first = {"ih": module.weight_ih, "hh": module.weight_hh, "hr": None}
+    else:
+        return
+    entering, repeated, projection = first.values()
+    if isinstance(entering, Tensor) and isinstance(repeated, Tensor):
+        yield "input_size", entering.shape[1]
+        yield "hidden_size", repeated.shape[1] if projection is None else projection.shape[1]
+        if projection is not None:
+            yield "proj_size", projection.shape[0]

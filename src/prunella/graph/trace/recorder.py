@@ -37,7 +37,7 @@ from prunella.graph.trace.tracked_int import (
     leaves,
     plain,
 )
-from prunella.graph.work import Term
+from prunella.graph.work import Term, tensors_in
 
 log = logging.getLogger(__name__)
 Axis = tuple[str, int]
@@ -305,6 +305,11 @@ def storage_key(tensor: Tensor) -> tuple[Any, ...]:
     return (storage, tensor.storage_offset(), tuple(tensor.shape), tuple(tensor.stride()))
 
 
+CallRule = Callable[[Trace, str, Sequence[Any], Any], None]
+CALL_RULES: dict[str, CallRule] = {}
+"""Calls that are related as a whole, by `rule(trace, name, args, result)`; the operations inside have no labels."""
+
+
 class Calls(TorchFunctionMode):
     """Records the raw Python arguments, and returns tracked integers for `shape`."""
 
@@ -332,13 +337,27 @@ class Calls(TorchFunctionMode):
         try:
             self._leaks(name, args, kwargs)
             result = func(*bare(args), **bare(kwargs))
-            if name in OPAQUE:
+            if name in CALL_RULES:
+                self._relate(name, args, kwargs, result)
+            elif name in OPAQUE:
                 self._freeze_all((args, kwargs, result), f"the sizes inside {name} are not visible")
             elif name in _NEEDS_DATA and args and isinstance(args[0], Tensor) and not args[0].numel():
                 self._freeze_all((args, kwargs, result), _UNSEEN)
             return result
         finally:
             self.trace.calls.pop()
+
+    def _relate(self, name: str, args: Any, kwargs: Any, result: Any) -> None:
+        """By the rule of the call; what the rule does not cover is frozen, and its work is not counted."""
+        try:
+            if kwargs:
+                raise ValueError("arguments by name")
+            self.trace.operation = name
+            CALL_RULES[name](self.trace, name, bare(args), result)
+        except Exception as error:
+            log.debug("rule of %s failed: %r", name, error)
+            self._freeze_all((args, kwargs, result), f"the operation {name} has no rule for these arguments")
+            self.trace.count(name, None, tensors_in([args, list(kwargs.values())]))
 
     def _freeze_all(self, tree: Any, text: str) -> None:
         if isinstance(tree, Mapping):
@@ -412,7 +431,6 @@ _NEEDS_DATA = frozenset("conv1d conv2d conv3d batch_norm instance_norm group_nor
 
 
 OPAQUE = frozenset(
-    "lstm gru rnn_tanh rnn_relu lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell multi_head_attention_forward "
-    "_native_multi_head_attention _transformer_encoder_layer_fwd ctc_loss".split()
+    "multi_head_attention_forward _native_multi_head_attention _transformer_encoder_layer_fwd ctc_loss".split()
 )
 """Calls that check or compute sizes that neither mode observes."""
