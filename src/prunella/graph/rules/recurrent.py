@@ -122,7 +122,7 @@ def _relate(trace: Trace, weights: _Weights, features: Dim, units: _Units) -> No
     trace.equal(features, entering.dims[1], "it enters a recurrent layer whose weight is not cut")
     trace.equal(repeated.dims[1], units.given, _SINGLE)
     for bias in (trace.value(bias) for bias in weights.biases if bias is not None):
-        trace.equal(rows, bias.dims[0], "its bias is not cut")
+        trace.equal(bias.dims[0], rows, _SINGLE)
         trace.role(bias.axes[0], "bias")
     if weights.projection is not None:
         projection = trace.value(weights.projection)
