@@ -30,6 +30,7 @@ from prunella.model.forward import outputs_of
 from prunella.model.rng import rng_state
 from prunella.model.state import untouched
 from prunella.model.trees import each, plain_tensor, tensors
+from prunella.model.weight_norm import scaled_by_norm
 from prunella.types import Keep
 
 TOLERANCE = 1e-9
@@ -242,14 +243,15 @@ def masked(model: nn.Module, done: Changes, *, consumers: bool = False) -> nn.Mo
     """A copy with zeros at the removed positions of every parameter; with `consumers`, along every axis but the first.
 
     `consumers` zeroes only the readers of a unit. Parameters that are normalized in the forward pass need it, since a
-    slice of zeros would divide zero by zero.
+    slice of zeros would divide zero by zero. Under torch's weight norm a unit is zeroed by its scale.
     """
     masked_model = copied(model)
     parameters = dict(masked_model.named_parameters(remove_duplicate=False))
+    scaled = {(name, entry.axis) for name, entry in scaled_by_norm(masked_model).items()}
     with torch.no_grad():
         for name, axes in done.cuts.items():
             for axis, kept in axes.items():
-                if name in parameters and not (consumers and axis == 0):
+                if name in parameters and not (consumers and axis == 0) and (name, axis) not in scaled:
                     removed = torch.ones(parameters[name].shape[axis], dtype=torch.bool)
                     removed[kept] = False
                     parameters[name].index_fill_(axis, removed.nonzero().flatten().to(parameters[name].device), 0)

@@ -117,7 +117,7 @@ _NUMBERS = frozenset(
 
 def same(value: TracedValue) -> TracedValue:
     """A tensor with the same axes."""
-    return TracedValue(value.dims, value.axes, value.weight)
+    return TracedValue(value.dims, value.axes, value.weight, value.zeroed)
 
 
 @rule("_barrier")

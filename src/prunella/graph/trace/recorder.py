@@ -46,11 +46,15 @@ Axis = tuple[str, int]
 
 @dataclass(frozen=True)
 class TracedValue:
-    """The labels of each dim of a tensor, and the parameter axis of each dim, if there is one."""
+    """The labels of each dim of a tensor, and the parameter axis of each dim, if there is one.
+
+    weight: computed from parameters and buffers alone. zeroed: removed positions hold zeros where the parameters do.
+    """
 
     dims: tuple[Dim, ...]
     axes: tuple[Axis | None, ...]
     weight: bool = False
+    zeroed: bool = False
 
     @staticmethod
     def plain(dims: tuple[Dim, ...] | list[Dim]) -> TracedValue:
@@ -193,7 +197,7 @@ class Trace:
         shape = self.tensors[name].shape
         if name not in self.axes:
             self.axes[name] = tuple(self.ledger.fresh(size) for size in shape)
-        return TracedValue(self.axes[name], tuple((name, k) for k in range(len(shape))), True)
+        return TracedValue(self.axes[name], tuple((name, k) for k in range(len(shape))), True, name in self.parameters)
 
     def computed(self, tensor: Tensor) -> None:
         """Record the sizes of a tensor that the running module computes."""
