@@ -20,6 +20,7 @@ from prunella.graph.cut.block_surgery import bypassed
 from prunella.graph.cut.changes import Along, Changes, changes
 from prunella.graph.cut.surgery import change_
 from prunella.graph.data import Graph
+from prunella.graph.double import WRITTEN_OUT, grouped_product
 from prunella.graph.noise import quiet
 from prunella.graph.solve.tokens import known_only, renumber
 from prunella.graph.trace.kept import kept_on
@@ -296,7 +297,9 @@ class _NoDownCast(TorchFunctionMode):
             kwargs["dtype"] = _WIDE[kwargs["dtype"]]
         ends = kwargs.get("offs", args[2] if len(args) > 2 else None)
         if name in {"grouped_mm", "_grouped_mm"} and _double(args[0]) and ends is not None:
-            return _grouped_product(args[0], args[1], ends)
+            return grouped_product(args[0], args[1], ends)
+        if name in WRITTEN_OUT and _double(args[0]) and not kwargs:
+            return WRITTEN_OUT[name](*args)
         if name in {"to", "type", "softmax", "log_softmax", "sum", "mean", "cumsum"} and args and _double(args[0]):
             args = tuple(_WIDE.get(a, a) if isinstance(a, torch.dtype) else a for a in args)
         return func(*args, **kwargs)
@@ -308,16 +311,6 @@ _WIDE = {
 }
 _MAKERS = frozenset("zeros ones full empty arange scalar_tensor eye linspace new_zeros new_ones new_full".split())
 """Operations that create a tensor of a given type."""
-
-
-def _grouped_product(tokens: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
-    """`grouped_mm` in float64, which torch does not support."""
-    products = tokens.new_zeros(len(tokens), weights.shape[2])
-    start = 0
-    for expert, end in enumerate(ends.tolist()):
-        products[start:end] = tokens[start:end] @ weights[expert]
-        start = end
-    return products
 
 
 def _double(value: object) -> bool:

@@ -76,6 +76,22 @@ def _pointwise_roles(trace: Trace, ctx: Context, operands: Sequence[Tensor]) -> 
             trace.role(value.axes[0], role)
 
 
+@rule("_fused_moving_avg_obs_fq_helper", "fake_quantize_per_tensor_affine_cachemask",
+      "_fake_quantize_per_tensor_affine_cachemask_tensor_qparams", "fake_quantize_per_channel_affine_cachemask",
+      "_fake_quantize_learnable_per_tensor_affine", "_fake_quantize_learnable_per_channel_affine")  # fmt: skip
+def fake_quantization(trace: Trace, ctx: Context) -> Returned:
+    """The same positions, rounded; zeros stay. Ranges and scales of single positions are coupled to them."""
+    value = ctx.value(0)
+    by_position = "per_channel" in ctx.name or (ctx.name == "_fused_moving_avg_obs_fq_helper" and ctx.args[11])
+    if by_position:
+        dims = list(value.dims)
+        at = int(ctx.args[10 if len(ctx.args) > 10 else 3]) % len(dims)
+        for tensor in [t for t in tensors_in(ctx.args[1:]) if t.shape == (ctx.shape(0)[at],)]:
+            dims[at] = trace.equal(dims[at], trace.value(tensor).dims[0], "its scale of quantization is not cut")
+        value = replace(value, dims=tuple(dims))
+    return [value] * len(ctx.outputs)
+
+
 @rule("clone", "detach", "alias", "_to_copy", "lift_fresh", "lift_fresh_copy", "contiguous", "positive")
 def identity(trace: Trace, ctx: Context) -> Returned:
     """The same numbers."""
