@@ -50,8 +50,10 @@ def _observed(
         zero_point.resize_(step.shape).copy_((least - start / step).round().clamp(least, most))
     if not fake_quant_on.item():
         return x
-    return _by_position(x, scale, zero_point, axis, least, most) if by_position else _all(
-        x, scale, zero_point, least, most
+    return (
+        _by_position(x, scale, zero_point, axis, least, most)
+        if by_position
+        else _all(x, scale, zero_point, least, most)
     )
 
 

@@ -87,9 +87,12 @@ def fake_quantization(trace: Trace, ctx: Context) -> Returned:
         dims = list(value.dims)
         at = int(ctx.args[10 if len(ctx.args) > 10 else 3]) % len(dims)
         for tensor in [t for t in tensors_in(ctx.args[1:]) if t.shape == (ctx.shape(0)[at],)]:
-            dims[at] = trace.equal(dims[at], trace.value(tensor).dims[0], "its scale of quantization is not cut")
+            dims[at] = trace.equal(dims[at], trace.value(tensor).dims[0], _UNSIZED)
         value = replace(value, dims=tuple(dims))
     return [value] * len(ctx.outputs)
+
+
+_UNSIZED = "the ranges of its quantization have no size before the model has run once"
 
 
 @rule("clone", "detach", "alias", "_to_copy", "lift_fresh", "lift_fresh_copy", "contiguous", "positive")
