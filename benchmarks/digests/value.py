@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 import prunella as pr
 
-
 LEFT_OUT = frozenset({"seconds", "model_weights"})
 """Fields of records: seconds are of the machine, and others came after the first record was made."""
 

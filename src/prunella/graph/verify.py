@@ -20,6 +20,7 @@ from prunella.graph.cut.block_surgery import bypassed
 from prunella.graph.cut.changes import Along, Changes, changes
 from prunella.graph.cut.surgery import change_
 from prunella.graph.data import Graph
+from prunella.graph.double import WRITTEN_OUT, grouped_product
 from prunella.graph.noise import quiet
 from prunella.graph.restricted import Restricted
 from prunella.graph.solve.tokens import known_only, renumber
@@ -32,6 +33,7 @@ from prunella.model.forward import outputs_of
 from prunella.model.rng import rng_state
 from prunella.model.state import untouched
 from prunella.model.trees import each, plain_tensor, tensors
+from prunella.model.weight_norm import scaled_by_norm
 from prunella.types import Keep
 
 TOLERANCE = 1e-9
@@ -265,14 +267,15 @@ def masked(model: nn.Module, done: Changes, *, consumers: bool = False) -> nn.Mo
     """A copy with zeros at the removed positions of every parameter; with `consumers`, along every axis but the first.
 
     `consumers` zeroes only the readers of a unit. Parameters that are normalized in the forward pass need it, since a
-    slice of zeros would divide zero by zero.
+    slice of zeros would divide zero by zero. Under torch's weight norm a unit is zeroed by its scale.
     """
     masked_model = copied(model)
     parameters = dict(masked_model.named_parameters(remove_duplicate=False))
+    scaled = {(name, entry.axis) for name, entry in scaled_by_norm(masked_model).items()}
     with torch.no_grad():
         for name, axes in done.cuts.items():
             for axis, kept in axes.items():
-                if name in parameters and not (consumers and axis == 0):
+                if name in parameters and not (consumers and axis == 0) and (name, axis) not in scaled:
                     removed = torch.ones(parameters[name].shape[axis], dtype=torch.bool)
                     removed[kept] = False
                     parameters[name].index_fill_(axis, removed.nonzero().flatten().to(parameters[name].device), 0)
@@ -317,7 +320,9 @@ class _NoDownCast(TorchFunctionMode):
             kwargs["dtype"] = _WIDE[kwargs["dtype"]]
         ends = kwargs.get("offs", args[2] if len(args) > 2 else None)
         if name in {"grouped_mm", "_grouped_mm"} and _double(args[0]) and ends is not None:
-            return _grouped_product(args[0], args[1], ends)
+            return grouped_product(args[0], args[1], ends)
+        if name in WRITTEN_OUT and _double(args[0]) and not kwargs:
+            return WRITTEN_OUT[name](*args)
         if name in {"to", "type", "softmax", "log_softmax", "sum", "mean", "cumsum"} and args and _double(args[0]):
             args = tuple(_WIDE.get(a, a) if isinstance(a, torch.dtype) else a for a in args)
         return func(*args, **kwargs)
@@ -329,16 +334,6 @@ _WIDE = {
 }
 _MAKERS = frozenset("zeros ones full empty arange scalar_tensor eye linspace new_zeros new_ones new_full".split())
 """Operations that create a tensor of a given type."""
-
-
-def _grouped_product(tokens: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
-    """`grouped_mm` in float64, which torch does not support."""
-    products = tokens.new_zeros(len(tokens), weights.shape[2])
-    start = 0
-    for expert, end in enumerate(ends.tolist()):
-        products[start:end] = tokens[start:end] @ weights[expert]
-        start = end
-    return products
 
 
 def _double(value: object) -> bool:

@@ -29,7 +29,7 @@ UNREADABLE = {
     "bilinear": "it multiplies two inputs with the weight at once",
     "_trilinear": "it multiplies two inputs with the weight at once",
     **dict.fromkeys(
-        ("lstm", "gru", "rnn_tanh", "rnn_relu", "mkldnn_rnn_layer", "_cudnn_rnn"),
+        ("lstm", "gru", "rnn_tanh", "rnn_relu", "_cudnn_rnn"),
         "its steps run inside one call, which hides them",
     ),
     **dict.fromkeys(
@@ -332,6 +332,26 @@ def _tuple(value: Any, n: int) -> tuple[int, ...]:
     return values * n if len(values) == 1 else values
 
 
+# -- recurrent layers ---------------------------------------------------------------------------------------------
+
+
+def _recurrent_layer(*args: Any, **_: Any) -> Iterator[Product]:
+    """One layer in one direction, below autograd: its input meets one weight, the output of the step before another."""
+    x, entering, repeated, start, reverse, steps = (args[k] for k in (0, 1, 2, 5, 7, 8))
+    if steps:
+        raise NotReadable("its sequences are packed")
+    form = Contraction("tbi", "oi", "tbo")
+    yield Product(entering, lambda: x, form)
+    yield Product(repeated, partial(_before, args, start, bool(reverse)), form)
+
+
+def _before(args: Sequence[Any], start: Tensor, reverse: bool) -> Tensor:
+    """What every step gets from the step before it: the outputs of the layer, and its first state."""
+    outputs: Tensor = torch.ops.aten.mkldnn_rnn_layer(*args)[0]
+    first = start.reshape(1, *outputs.shape[1:])
+    return torch.cat([outputs[1:], first] if reverse else [first, outputs[:-1]])
+
+
 # -- attention ----------------------------------------------------------------------------------------------------
 
 
@@ -390,6 +410,7 @@ READS: dict[str, Callable[..., Iterable[Product]]] = {
     "tensordot": _tensordot,
     "einsum": _einsum,
     "grouped_mm": _grouped,
+    "mkldnn_rnn_layer": _recurrent_layer,
     "multi_head_attention_forward": _attention,
     "convolution": _convolution,
     **{f"conv{n}d": _conv for n in (1, 2, 3)},

@@ -234,6 +234,8 @@ def _value_of(tensor: Tensor | None) -> Undo:
     def undo() -> None:
         if not _equal(tensor, before):
             with writable(tensor):
+                if tensor.shape != before.shape:  # an observer has a size once it has seen data
+                    tensor.resize_(before.shape)
                 tensor.copy_(before)
 
     return undo

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from prunella.graph.data import Graph
 from prunella.graph.solve.groups import couple
 from prunella.model.unwrap import unwrap
+from prunella.model.weight_norm import scaled_by_norm
 from prunella.planning.plan import Plan
 from prunella.planning.recipe import Recipe
 from prunella.registry.method import training
@@ -73,10 +74,11 @@ class SoftFilterPruner:
             return []
         if self._graph is None:
             self._graph = couple(unwrap(self.model), self._inputs)
-        rows = []
+        rows, scaled = [], scaled_by_norm(self.model)
         for name, kept in plan.keep.items():
             for member in self._graph.group(name).members:
                 removed = torch.from_numpy(member.index)[~kept[torch.from_numpy(member.unit)]]
                 if member.role == "out" and len(removed):
-                    rows.append((member.entity, member.axis, removed))
+                    by_norm = scaled.get(member.entity)
+                    rows.append((by_norm.scale if by_norm else member.entity, member.axis, removed))
         return rows

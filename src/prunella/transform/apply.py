@@ -13,6 +13,7 @@ from prunella.model.masks import forget_masks_, reapply_, record_
 from prunella.model.state import writable
 from prunella.model.torch_masks import plain_weights_
 from prunella.model.unwrap import unwrap
+from prunella.model.weight_norm import scaled_by_norm
 from prunella.planning.plan import Plan
 from prunella.types import Mask
 
@@ -25,7 +26,8 @@ def apply_(model: M, plan: Plan, *, regrow: bool = False) -> M:
 
     First the values of `plan.weights` are copied into the model. Then masked weights become zero, as does every
     position on an axis of a parameter that `plan.cuts` does not keep. Buffers do not change, unless `plan.weights` has
-    them. The plan is checked against the model before anything is written.
+    them. Under torch's weight norm a unit becomes zero by its scale, since a norm of zeros would divide by zero. The
+    plan is checked against the model before anything is written.
 
     regrow: drop the masks of earlier plans, so that only this plan masks weights. By default masks accumulate.
 
@@ -67,11 +69,13 @@ def plan_masks(model: nn.Module, plan: Plan) -> dict[nn.Parameter, Mask]:
     for name, mask in plan.masks.items():
         parameter = _parameter(named, name, mask.shape)
         masks[parameter] = _both(masks.get(parameter), mask.to(parameter.device, torch.bool))
+    scaled = scaled_by_norm(model)
     for name, axes in plan.cuts.items():
         if name in buffers:
             continue
         parameter = _parameter(named, name, None)
-        masks[parameter] = _both(masks.get(parameter), _cut_mask(name, parameter, axes))
+        zeroed = {axis: kept for axis, kept in axes.items() if name not in scaled or axis != scaled[name].axis}
+        masks[parameter] = _both(masks.get(parameter), _cut_mask(name, parameter, zeroed))
     return masks
 
 

@@ -7,6 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from prunella.errors import RequestError
 from prunella.graph.cut.block_surgery import drop_, number_, shorten_
@@ -48,7 +51,7 @@ def cut_(model: nn.Module, cuts: Cuts, attributes: Sizes) -> None:
         set_attribute(place, key, type(old)(many) if isinstance(old, tuple | list) else value)
     touched = {id(module) for name in cuts for module, _ in homes[name]}
     for module in model.modules():
-        if id(module) in touched:
+        if any(id(part) in touched for part in (module, *_parametrizations(module))):
             _describe(module)
 
 
@@ -93,13 +96,28 @@ def _select(name: str, tensor: Tensor, axes: Mapping[int, Tensor]) -> Tensor:
     return tensor.contiguous(memory_format=torch.channels_last) if last else tensor.contiguous()
 
 
+def _parametrizations(module: nn.Module) -> Iterator[nn.Module]:
+    """The modules whose parameters a parametrized module computes its weights from."""
+    if is_parametrized(module):
+        yield from module.parametrizations.modules()  # type: ignore[operator, union-attr]
+
+
+@torch.no_grad()
 def _describe(module: nn.Module) -> None:
-    """Update the size attributes of a torch module, which only describe the weight."""
+    """Update what a torch module keeps beside its weights: their sizes, and the list of all weights."""
+    for hook in module._forward_pre_hooks.values():
+        if isinstance(hook, WeightNorm):
+            hook(module, ())  # computes the weight, which is a plain attribute
+        elif isinstance(hook, SpectralNorm):
+            setattr(module, hook.name, hook.compute_weight(module, do_power_iteration=False))
     for key, value in _sizes(module):
         setattr(module, key, value)
+    if isinstance(module, nn.RNNBase):
+        module._init_flat_weights()
 
 
 def _sizes(module: nn.Module) -> Iterator[tuple[str, int | tuple[int, ...]]]:
+    yield from _recurrent_sizes(module)
     weight: Any = getattr(module, "weight", None)
     if not isinstance(weight, Tensor):
         return
@@ -119,3 +137,19 @@ def _sizes(module: nn.Module) -> Iterator[tuple[str, int | tuple[int, ...]]]:
         yield from (("num_embeddings", weight.shape[0]), ("embedding_dim", weight.shape[1]))
     elif isinstance(module, nn.PReLU):
         yield ("num_parameters", weight.shape[0])
+
+
+def _recurrent_sizes(module: nn.Module) -> Iterator[tuple[str, int]]:
+    """Those of recurrent layers and cells, from the parameters of the first layer."""
+    if isinstance(module, nn.RNNBase):
+        first = {name: getattr(module, f"weight_{name}_l0", None) for name in ("ih", "hh", "hr")}
+    elif isinstance(module, nn.RNNCellBase):
+        first = {"ih": module.weight_ih, "hh": module.weight_hh, "hr": None}
+    else:
+        return
+    entering, repeated, projection = first.values()
+    if isinstance(entering, Tensor) and isinstance(repeated, Tensor):
+        yield "input_size", entering.shape[1]
+        yield "hidden_size", repeated.shape[1] if projection is None else projection.shape[1]
+        if projection is not None:
+            yield "proj_size", projection.shape[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from torch import Tensor
 
@@ -30,11 +31,27 @@ def pointwise(trace: Trace, ctx: Context) -> Returned:
         dims.append(dim)
     _pointwise_roles(trace, ctx, operands)
     first = trace.value(operands[0]) if operands else TracedValue.plain(dims)
+    zeroed = _stays_zero(trace, ctx, operands)
     if len(operands) == 1 and len(first.dims) == len(dims):
-        return [same(first)] * len(ctx.outputs)
+        return [replace(first, zeroed=zeroed)] * len(ctx.outputs)
     if operands and all(trace.value(t).weight for t in operands):
-        return TracedValue(tuple(dims), _shared_axes(trace, operands, len(dims)), True)
+        return TracedValue(tuple(dims), _shared_axes(trace, operands, len(dims)), True, zeroed)
     return [TracedValue.plain(dims)] * len(ctx.outputs)
+
+
+def _stays_zero(trace: Trace, ctx: Context, operands: Sequence[Tensor]) -> bool:
+    """Whether removed positions, which hold zeros in the operands of full shape, hold zeros in the result."""
+    zeroed = [trace.value(t).zeroed and t.shape == ctx.outputs[0].shape for t in operands]
+    if ctx.name == "pow":
+        return bool(zeroed) and zeroed[0] and isinstance(ctx.args[1], int | float) and ctx.args[1] > 0
+    if ctx.name in {"add", "sub"}:
+        return len(zeroed) == 2 and all(zeroed)
+    if ctx.name == "mul" or ctx.name in _ZERO_TO_ZERO:
+        return any(zeroed)
+    return ctx.name == "div" and bool(operands) and ctx.args[0] is operands[0] and zeroed[0]
+
+
+_ZERO_TO_ZERO = frozenset("neg abs tanh relu sqrt sign sin round".split())
 
 
 def _aligned(trace: Trace, tensor: Tensor, k: int, ndim: int, size: int) -> Dim | None:
@@ -59,9 +76,33 @@ def _pointwise_roles(trace: Trace, ctx: Context, operands: Sequence[Tensor]) -> 
             trace.role(value.axes[0], role)
 
 
-@rule("clone", "detach", "alias", "_to_copy", "lift_fresh", "lift_fresh_copy", "contiguous", "zeros_like", "ones_like",
-      "empty_like", "full_like", "rand_like", "randn_like", "fill", "zero", "bernoulli", "positive",
-      "randint_like", "uniform", "exponential", "geometric", "log_normal", "cauchy", "random")  # fmt: skip
+@rule("_fused_moving_avg_obs_fq_helper", "fake_quantize_per_tensor_affine_cachemask",
+      "_fake_quantize_per_tensor_affine_cachemask_tensor_qparams", "fake_quantize_per_channel_affine_cachemask",
+      "_fake_quantize_learnable_per_tensor_affine", "_fake_quantize_learnable_per_channel_affine")  # fmt: skip
+def fake_quantization(trace: Trace, ctx: Context) -> Returned:
+    """The same positions, rounded; zeros stay. Ranges and scales of single positions are coupled to them."""
+    value = ctx.value(0)
+    by_position = "per_channel" in ctx.name or (ctx.name == "_fused_moving_avg_obs_fq_helper" and ctx.args[11])
+    if by_position:
+        dims = list(value.dims)
+        at = int(ctx.args[10 if len(ctx.args) > 10 else 3]) % len(dims)
+        for tensor in [t for t in tensors_in(ctx.args[1:]) if t.shape == (ctx.shape(0)[at],)]:
+            dims[at] = trace.equal(dims[at], trace.value(tensor).dims[0], _UNSIZED)
+        value = replace(value, dims=tuple(dims))
+    return [value] * len(ctx.outputs)
+
+
+_UNSIZED = "the ranges of its quantization have no size before the model has run once"
+
+
+@rule("clone", "detach", "alias", "_to_copy", "lift_fresh", "lift_fresh_copy", "contiguous", "positive")
 def identity(trace: Trace, ctx: Context) -> Returned:
-    """A tensor with the same axes."""
+    """The same numbers."""
     return same(ctx.value(0))
+
+
+@rule("zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like", "fill", "zero", "bernoulli",
+      "randint_like", "uniform", "exponential", "geometric", "log_normal", "cauchy", "random")  # fmt: skip
+def like(trace: Trace, ctx: Context) -> Returned:
+    """Other numbers in a tensor with the same axes."""
+    return replace(ctx.value(0), zeroed=False)

@@ -46,7 +46,8 @@ def mm(trace: Trace, ctx: Context) -> Returned:
     if bias and bias.dims and ctx.shape(0)[-1] == n:
         trace.equal(dims[1], bias.dims[-1], "its bias is not cut")
     trace.use = use
-    return TracedValue(tuple(dims), (a.axes[0], b.axes[1]), a.weight and b.weight)
+    zeroed = a.zeroed and b.zeroed and not first
+    return TracedValue(tuple(dims), (a.axes[0], b.axes[1]), a.weight and b.weight, zeroed)
 
 
 @rule("bmm", "baddbmm")
@@ -105,7 +106,7 @@ def _send(trace: Trace, ctx: Context, experts: Dim) -> None:
         trace.freeze(experts, text)
 
 
-@rule("mv", "dot")
+@rule("mv", "dot", "vdot")
 def vector_product(trace: Trace, ctx: Context) -> Returned:
     """`(m, k) @ (k)` or `(k) @ (k)`."""
     a, b = ctx.value(0), ctx.value(1)
@@ -114,7 +115,7 @@ def vector_product(trace: Trace, ctx: Context) -> Returned:
         trace.role(a.axes[-1] if a.weight else b.axes[0], "in")
         if a.weight and len(a.dims) == 2:
             trace.role(a.axes[0], "out")
-    return TracedValue.plain(a.dims[:-1])
+    return TracedValue(a.dims[:-1], (None,) * (len(a.dims) - 1), a.weight and b.weight)
 
 
 @rule("convolution", "_convolution", "mkldnn_convolution", "cudnn_convolution")

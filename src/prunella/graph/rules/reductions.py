@@ -129,12 +129,13 @@ def reduction(trace: Trace, ctx: Context) -> Returned:
         return pointwise(trace, ctx)
     value, ndim = ctx.value(0), len(ctx.shape(0))
     out = ctx.outputs[0].dim()
-    axes = ctx.args[2] if ctx.name in {"norm", "linalg_vector_norm"} else (ctx.args[1] if len(ctx.args) > 1 else None)
+    axes = next(iter(ctx.args[2 if ctx.name in _NORMS else 1 :]), None)
     if axes is None or isinstance(axes, bool | torch.dtype) or (isinstance(axes, list | tuple) and not axes):
         reduced = set(range(ndim))
     else:
         reduced = {int(k) % ndim for k in flat([axes])}
-    for k in reduced:
+    zeros = value.zeroed and _zeros_add_nothing(ctx)
+    for k in () if zeros else reduced:
         if ctx.name == "mean" and len(reduced) == 1:
             trace.along(ctx.args[0], k, "norm", "a mean is taken over it")
         else:
@@ -142,7 +143,28 @@ def reduction(trace: Trace, ctx: Context) -> Returned:
             trace.freeze(value.dims[k], text)
     kept = [WHOLE if k in reduced else d for k, d in enumerate(value.dims)]
     dims = kept if out == ndim else [d for k, d in enumerate(kept) if k not in reduced]
-    return [TracedValue(tuple(dims), (None,) * len(dims), value.weight)] * len(ctx.outputs)
+    return [TracedValue(tuple(dims), (None,) * len(dims), value.weight, zeros)] * len(ctx.outputs)
+
+
+def _zeros_add_nothing(ctx: Context) -> bool:
+    """Whether the result is the same without the zeros: of a sum, and of a norm of a positive order."""
+    order = 2 if len(ctx.args) < 2 or ctx.args[1] is None else ctx.args[1]
+    return ctx.name == "sum" or (ctx.name in _NORMS and isinstance(order, int | float) and order > 0)
+
+
+_NORMS = frozenset({"norm", "linalg_vector_norm"})
+
+
+@rule("_weight_norm_interface")
+def weight_norm(trace: Trace, ctx: Context) -> Returned:
+    """`g * v / |v|`, a norm for each position of one axis, to which `g` is coupled; zeros add nothing to a norm."""
+    v, g, at = ctx.value(0), ctx.value(1), ctx.dim(2, len(ctx.shape(0)))
+    for k, dim in enumerate(v.dims):
+        if k != at and not v.zeroed:
+            trace.freeze(dim, "a weight norm takes its norm over it")
+    coupled = trace.equal(v.dims[at], g.dims[at], "the scale of its weight norm is not cut")
+    dims = [coupled if k == at else dim for k, dim in enumerate(v.dims)]
+    return [TracedValue(tuple(dims), v.axes, v.weight and g.weight, v.zeroed), None]
 
 
 def _spatial(count: int) -> Rule:

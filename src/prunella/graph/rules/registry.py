@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from prunella.graph.solve.labels import WHOLE
-from prunella.graph.trace.recorder import OPAQUE, Trace, TracedValue
+from prunella.graph.trace.recorder import CALL_RULES, OPAQUE, CallRule, Trace, TracedValue
 from prunella.graph.work import name_of, pointwise, positional, tensors_in, terms
 
 log = logging.getLogger(__name__)
@@ -68,12 +68,25 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
     return register
 
 
+def call_rule(*names: str) -> Callable[[CallRule], CallRule]:
+    """Register a rule for Python calls by name. It relates the call as a whole, whatever operations run inside."""
+
+    def register(function: CallRule) -> CallRule:
+        for name in names:
+            CALL_RULES[name] = function
+        return function
+
+    return register
+
+
 def apply_rule(trace: Trace, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
     """Apply the rule of an operation and record the values of its outputs."""
     name = name_of(func)
     outputs, arguments = tuple(tensors_in(result)), tensors_in([args, list(kwargs.values())])
     trace.flow.note(name, pointwise(func), arguments, list(outputs))
     trace.reads(name, arguments, outputs)
+    if trace.call().name in CALL_RULES:
+        return
     ctx = Context(trace, name, positional(func, args, kwargs), outputs)
     matching_rule = RULES.get(name) or (RULES["where"] if pointwise(func) else None)
     try:
@@ -104,7 +117,7 @@ _NUMBERS = frozenset(
 
 def same(value: TracedValue) -> TracedValue:
     """A tensor with the same axes."""
-    return TracedValue(value.dims, value.axes, value.weight)
+    return TracedValue(value.dims, value.axes, value.weight, value.zeroed)
 
 
 @rule("_barrier")

@@ -28,7 +28,7 @@ def view(trace: Trace, ctx: Context) -> Returned:
             tuple(None if k is None else value.axes[k] for k in sources(old, new)),
         )
     _link_sizes(trace, dims, new)
-    return TracedValue(tuple(dims), axes, value.weight)
+    return TracedValue(tuple(dims), axes, value.weight, value.zeroed)
 
 
 _ADAPTS = frozenset(
@@ -38,7 +38,8 @@ _ADAPTS = frozenset(
     "bilinear interpolate pixel_shuffle "
     "pixel_unshuffle channel_shuffle dot mv tensordot ravel rms_norm max_pool1d max_pool2d max_pool3d avg_pool1d "
     "adaptive_avg_pool1d adaptive_avg_pool2d adaptive_max_pool2d adaptive_max_pool1d cosine_similarity "
-    "prelu contiguous transpose permute __getitem__ unfold mean sum chunk split stack cat".split()
+    "prelu contiguous transpose permute __getitem__ unfold mean sum chunk split stack cat _weight_norm "
+    "norm_except_dim".split()
 )
 """Calls that compute inner sizes from their tensor arguments."""
 
@@ -80,7 +81,7 @@ def rearrange(trace: Trace, ctx: Context) -> Returned:
         order = [*range(len(shape))]
         order.insert(int(ctx.args[1]) % (len(shape) + 1), None)
     dims = tuple(WHOLE if k is None else value.dims[k] for k in order)
-    return TracedValue(dims, tuple(None if k is None else value.axes[k] for k in order), value.weight)
+    return TracedValue(dims, tuple(None if k is None else value.axes[k] for k in order), value.weight, value.zeroed)
 
 
 @rule("expand")

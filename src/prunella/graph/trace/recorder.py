@@ -39,7 +39,7 @@ from prunella.graph.trace.tracked_int import (
     leaves,
     plain,
 )
-from prunella.graph.work import Term
+from prunella.graph.work import Term, tensors_in
 from prunella.model.calls import called
 
 log = logging.getLogger(__name__)
@@ -49,11 +49,15 @@ Axis = tuple[str, int]
 
 @dataclass(frozen=True)
 class TracedValue:
-    """The labels of each dim of a tensor, and the parameter axis of each dim, if there is one."""
+    """The labels of each dim of a tensor, and the parameter axis of each dim, if there is one.
+
+    weight: computed from parameters and buffers alone. zeroed: removed positions hold zeros where the parameters do.
+    """
 
     dims: tuple[Dim, ...]
     axes: tuple[Axis | None, ...]
     weight: bool = False
+    zeroed: bool = False
 
     @staticmethod
     def plain(dims: tuple[Dim, ...] | list[Dim]) -> TracedValue:
@@ -202,7 +206,7 @@ class Trace:
         shape = self.tensors[name].shape
         if name not in self.axes:
             self.axes[name] = tuple(self.ledger.fresh(size) for size in shape)
-        return TracedValue(self.axes[name], tuple((name, k) for k in range(len(shape))), True)
+        return TracedValue(self.axes[name], tuple((name, k) for k in range(len(shape))), True, name in self.parameters)
 
     def computed(self, tensor: Tensor) -> None:
         """Record the sizes of a tensor that the running module computes."""
@@ -316,6 +320,11 @@ def storage_key(tensor: Tensor) -> tuple[Any, ...]:
     return (storage, tensor.storage_offset(), tuple(tensor.shape), tuple(tensor.stride()))
 
 
+CallRule = Callable[[Trace, str, Sequence[Any], Any], None]
+CALL_RULES: dict[str, CallRule] = {}
+"""Calls that are related as a whole, by `rule(trace, name, args, result)`; the operations inside have no labels."""
+
+
 class Calls(TorchFunctionMode):
     """Records the raw Python arguments, and returns tracked integers for `shape`."""
 
@@ -348,13 +357,27 @@ class Calls(TorchFunctionMode):
         try:
             self._leaks(name, args, kwargs)
             result = func(*bare(args), **bare(kwargs))
-            if name in OPAQUE:
+            if name in CALL_RULES:
+                self._relate(name, args, kwargs, result)
+            elif name in OPAQUE:
                 self._freeze_all((args, kwargs, result), f"the sizes inside {name} are not visible")
             elif name in _NEEDS_DATA and args and isinstance(args[0], Tensor) and not args[0].numel():
                 self._freeze_all((args, kwargs, result), _UNSEEN)
             return result
         finally:
             self.trace.calls.pop()
+
+    def _relate(self, name: str, args: Any, kwargs: Any, result: Any) -> None:
+        """By the rule of the call; what the rule does not cover is frozen, and its work is not counted."""
+        try:
+            if kwargs:
+                raise ValueError("arguments by name")
+            self.trace.operation = name
+            CALL_RULES[name](self.trace, name, bare(args), result)
+        except Exception as error:
+            log.debug("rule of %s failed: %r", name, error)
+            self._freeze_all((args, kwargs, result), f"the operation {name} has no rule for these arguments")
+            self.trace.count(name, None, tensors_in([args, list(kwargs.values())]))
 
     def _freeze_all(self, tree: Any, text: str) -> None:
         if isinstance(tree, Mapping):
@@ -436,7 +459,6 @@ _NEEDS_DATA = frozenset("conv1d conv2d conv3d batch_norm instance_norm group_nor
 
 
 OPAQUE = frozenset(
-    "lstm gru rnn_tanh rnn_relu lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell multi_head_attention_forward "
-    "_native_multi_head_attention _transformer_encoder_layer_fwd ctc_loss".split()
+    "multi_head_attention_forward _native_multi_head_attention _transformer_encoder_layer_fwd ctc_loss".split()
 )
 """Calls that check or compute sizes that neither mode observes."""

@@ -7,7 +7,7 @@ weight, and either one removes it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +21,7 @@ from prunella.graph.solve.groups import couple
 from prunella.model.state import untouched
 from prunella.model.torch_masks import with_plain_weights
 from prunella.model.unwrap import unwrap
+from prunella.model.weight_norm import scaled_by_norm
 from prunella.stats.subject import first_seen
 from prunella.types import Inputs
 
@@ -144,7 +145,8 @@ def coupled_units(
         graph = couple(model, inputs)
     check_patterns(graph, skip, only)
     kinds = {entry.kind for entry in granularities}
-    groups = tuple(units for g in graph.groups if g.kind in kinds if (units := _units(graph, g, skip, only)))
+    scaled = {(name, entry.axis) for name, entry in scaled_by_norm(model).items()}
+    groups = tuple(units for g in graph.groups if g.kind in kinds if (units := _units(graph, g, skip, only, scaled)))
     layers = tuple(x for x in first_seen(graph.layers) if not chosen(names_of_layer(graph, x), skip, only))
     if not groups and not layers:
         why = "skip= and only= leave nothing, or no layer has a weight"
@@ -152,8 +154,12 @@ def coupled_units(
     return CoupledUnits(groups, layers)
 
 
-def _units(graph: Graph, group: Group, skip: Sequence[str], only: Sequence[str]) -> Units | None:
+def _units(
+    graph: Graph, group: Group, skip: Sequence[str], only: Sequence[str], scaled: Collection[tuple[str, int]]
+) -> Units | None:
+    """scaled: axes of parameters on which torch's weight norm makes a unit zero by its scale alone."""
     members = [m for m in group.members if m.role != "stat" and graph.entities[m.entity].parameter]
+    members = [m for m in members if (m.entity, m.axis) not in scaled]
     if spared(graph, group, skip, only) or not members:
         return None
     weights = torch.zeros(group.size, dtype=torch.long)
