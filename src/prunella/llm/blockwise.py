@@ -10,7 +10,7 @@ import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from prunella.graph.data import Graph, Layer
 from prunella.graph.match import check_patterns, chosen, names_of_layer
 from prunella.graph.solve.groups import couple
 from prunella.llm.blocks import BlockInputs, ModelBlock, blocks_of, uncached
+from prunella.llm.calibration import AUTO, Calibration, Sources, calibrated
 from prunella.llm.distributed import SINGLE_PROCESS, ProcessGroup
 from prunella.llm.experts import experts_implementation, routers, unread_experts
 from prunella.llm.recipe import OneShot
@@ -66,7 +67,7 @@ def solve_(
     inputs: Inputs,
     how: OneShot,
     *,
-    data: Iterable[Any],
+    data: Iterable[Any] | Calibration | Sources = AUTO,
     loss: Loss | None = None,
     skip: Sequence[str] = (),
     on_layer: OnLayer | None = None,
@@ -79,10 +80,11 @@ def solve_(
     minimizes `tr((V - W) H (V - W)^T)` under the pattern. Memory: the Gram matrix of one input at a time, and the
     hidden states between two blocks for all batches (twice with `refine`). Masks are recorded as by `apply_`, so that a
     `Pruner` keeps them.
-    Data: batches, no labels.
+    Data: batches, no labels; without any, text that the model writes itself.
 
-    inputs: an example batch, as for `plan`. loss: how to run the model on a batch. skip: patterns of layers that are
-    kept dense. Layers outside the blocks (heads, embeddings) are kept dense too, and so are routers of a
+    inputs: an example batch, as for `plan`. data: batches, a `Calibration`, a mapping of text files and `"auto"` to
+    shares, or `"auto"`, which is `Calibration()`. loss: how to run the model on a batch. skip: patterns of layers
+    that are kept dense. Layers outside the blocks (heads, embeddings) are kept dense too, and so are routers of a
     mixture, and weights that no matrix describes (`prunella.model.reads`); the result names them. Groups of a
     convolution, and experts that are stacked in one weight, are solved one by one, each for its own tokens; one without
     tokens is pruned by magnitude. distributed:
@@ -92,7 +94,9 @@ def solve_(
 
     Use: large pretrained models without training. Avoid: small networks that can be trained: `Pruner` does better.
     """
-    root, source, samples = unwrap(model), Source(None, loss), list(batches(data))
+    root, source = unwrap(model), Source(None, loss)
+    drawn = calibrated(root, inputs, data)
+    samples = list(batches(cast(Iterable[Any], data))) if drawn is None else distributed.shard(drawn)
     with mode(root, training=False), uncached(root), torch.no_grad():
         graph = couple(root, inputs)
     with mode(root, training=False), uncached(root), experts_implementation(root, "eager"), torch.no_grad():
