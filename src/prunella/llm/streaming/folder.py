@@ -76,6 +76,7 @@ def solve_folder(
     how: OneShot,
     *,
     data: Iterable[Any] | Calibration | Sources = AUTO,
+    held_out: Iterable[Any] = (),
     memory: str | int | None = None,
     skip: Sequence[str] = (),
     overwrite: bool = False,
@@ -91,12 +92,12 @@ def solve_folder(
     process calls this with the same `data` and takes its shard of the batches, and the process of rank 0 writes.
     Data: batches, no labels, for example samples of a text; without any, text that the model writes itself.
 
-    data: as for `solve_`. What the model writes is kept in the output, in `calibration.json` and `calibration.txt`, and
-    a run that goes on takes it from there; to write it, the model is in memory whole. memory: the most bytes of the
-    process, as `"4GB"`; hidden states are stored on disk if they do not fit, and a run that would take more is refused
-    before it starts. None: hidden states in memory, no check. on_windows: called while the model writes. Errors:
-    RequestError if the folder exists or belongs to another run, or for too little memory; NotSupported if the blocks
-    are not entries of one list, run in order.
+    data, held_out: as for `solve_`. What the model writes is kept in the output, in `calibration.json` and
+    `calibration.txt`, and a run that goes on takes it from there; to write it, the model is in memory whole. memory:
+    the most bytes of the process, as `"4GB"`; hidden states are stored on disk if they do not fit, and a run that would
+    take more is refused before it starts. None: hidden states in memory, no check. on_windows: called while the model
+    writes. Errors: RequestError if the folder exists or belongs to another run, or for too little memory; NotSupported
+    if the blocks are not entries of one list, run in order.
 
     Use: models larger than memory. Avoid: models that fit, if they are evaluated next: `solve_`.
     """
@@ -109,8 +110,8 @@ def solve_folder(
     if calibration is not None:
         drawn = drawn_for(calibration, Path(source), folder, budget=_budget(memory), group=group, on_windows=on_windows)
     samples = list(batches(cast(Iterable[Any], data)) if drawn is None else drawn.batches)
-    run = StreamingRun(Path(source), how, samples, group, budget=_budget(memory), skip=skip)
-    asked = partial(identity_of, run.source, samples, how, skip, group.world_size)
+    run = StreamingRun(Path(source), how, samples, group, budget=_budget(memory), skip=skip, held_out=held_out)
+    asked = partial(identity_of, run.source, samples, how, skip, group.world_size, run.held_out)
     written = sum(file.stat().st_size for file in folder.glob("model-*.safetensors") if not is_finished(folder))
     check_space(folder, run.disk - written)
     with open_progress(folder, asked, group, overwrite=overwrite) as progress:

@@ -45,6 +45,7 @@ def finish(run: StreamingRun, folder: Path, solving: Solving, seconds: float, ca
         "sparsity": solving.sparsity,
         "layers": [asdict(fit) for fit in solving.fits],
         "refined": {path: list(pair) for path, pair in solving.refined.items()},
+        **({"strengths": dict(solving.strengths)} if solving.strengths else {}),
         "calibration": {"batches": run.batches, "tokens": run.tokens, **calibration},
         "predicted_peak": run.peak.bytes,
         "seconds": seconds,
