@@ -74,9 +74,12 @@ def test_without_data_the_model_writes_its_own_text(prunella: Run, story: Any) -
 def test_texts_are_mixed_by_their_shares(prunella: Run, story: Any) -> None:
     Path("b.txt").write_text(" ".join(WORDS[::-1] * 10))
     sources = ("--data", "auto:1", "--data", "text.txt:2", "--data", "b.txt:1")
-    done = prunella("llm", "in", "--recipe", "wanda", *sources, "--nsamples", "8", "--seqlen", "12", "-o", "out")
+    line = (*sources, "--held-out", "b.txt", "--nsamples", "8", "--seqlen", "12", "-o", "out")
+    done = prunella("llm", "in", "--recipe", "sparsegpt", *line)
     assert done.code == 0 and "2 by the model itself, 4 of text.txt, 2 of b.txt" in done.err, done.err
-    record = json.loads(Path("out/run.json").read_text())["calibration"]
+    whole = json.loads(Path("out/run.json").read_text())
+    record = whole["calibration"]
+    assert len(whole["strengths"]) == 3 and record["batches"] == 8
     assert [(s["name"], s["share"], s["windows"]) for s in record["sources"]] == [
         ("auto", 1, 2), ("text.txt", 2, 4), ("b.txt", 1, 2),
     ]  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -75,6 +76,17 @@ def test_after_the_end_of_a_text_the_next_one_begins() -> None:
     rows = ends.nonzero()[:, 0]
     from_bos = text[:, 0].eq(7)[rows]
     assert from_bos.any() and starts[from_bos].eq(7).all() and not starts[~from_bos].eq(7).all()
+
+
+def test_tokens_that_are_not_drawn_have_no_loss() -> None:
+    """Token 0 ends a text, and after it each of four tokens begins the next one: only what is drawn counts."""
+    chances = torch.tensor([[0.1, 0.2, 0.3, 0.4]] * 4)
+    chain = Chain(chances.log())
+    chain.config = SimpleNamespace(eos_token_id=0)  # type: ignore[assignment]
+    text = pr.llm.own_text(chain, nsamples=6, seqlen=40, inputs=torch.zeros(1, 2, dtype=torch.long))
+    for row, loss in zip(text.tokens, text.losses, strict=True):
+        drawn = row[1:][row[:-1] != 0]
+        assert len(drawn) < 39 and loss == pytest.approx(float(-chances[0].log()[drawn].double().mean()), abs=1e-6)
 
 
 def test_tokens_follow_the_distribution_of_the_model() -> None:

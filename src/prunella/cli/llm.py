@@ -15,6 +15,8 @@ from prunella.cli import options
 from prunella.cli.console import emit, note, stage
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from prunella.llm import Calibration, OneShot
     from prunella.llm.streaming import BlockStep, Streamed
 
@@ -39,6 +41,14 @@ class Text:
     ] = None
     seqlen: Annotated[int | None, typer.Option("--seqlen", help=f"Tokens in a window ({_SEQLEN}).")] = None
     seed: options.Seed = 0
+    held_out: Annotated[
+        str | None,
+        typer.Option(
+            "--held-out",
+            metavar="FILE",
+            help="Text of another source: nothing is fitted to it, and new weights go only so far as serves it too.",
+        ),
+    ] = None
 
 
 @dataclass(frozen=True)
@@ -71,14 +81,15 @@ def llm(
     if dry_run:
         _forecast(model, zeros, text, memory, as_json=as_json)
         return
-    check_apart(output, model, *(shared_source(source)[0] for source in text.data or ()))
+    check_apart(output, model, text.held_out, *(shared_source(source)[0] for source in text.data or ()))
     check_writable(output)
     with _joined() as speaks:
         folder, recipe, data = _read(model, zeros, text)
         if speaks:
             note(f"{_named(data, text)}; a run that is killed goes on when it is started again")
         done = solve_folder(
-            folder, output, recipe, data=data, memory=memory, skip=tuple(zeros.skip or ()), overwrite=overwrite,
+            folder, output, recipe, data=data, held_out=_held_out(folder, text), memory=memory,
+            skip=tuple(zeros.skip or ()), overwrite=overwrite,
             on_block=_told() if speaks else None, on_windows=_written if speaks else None,
         )  # fmt: skip
     if speaks:
@@ -162,6 +173,16 @@ def _read(model: str, zeros: Zeros, text: Text) -> tuple[Path, OneShot, Calibrat
         why = f"{text.data[0]} gives batches of its own"
         raise RequestError("--nsamples and --seqlen cut a text", why, "leave them out, or give --data FILE.txt")
     return folder, recipe, list(load_data(text.data[0]) or ())
+
+
+def _held_out(folder: Path, text: Text) -> list[dict[str, Tensor]]:
+    """An eighth as many windows of the other text as calibrate."""
+    from prunella.llm.text import text_samples
+
+    if text.held_out is None:
+        return []
+    count = max(1, (text.nsamples or _NSAMPLES) // 8)
+    return text_samples(folder, text.held_out, nsamples=count, seqlen=text.seqlen or _SEQLEN, seed=text.seed)
 
 
 def _is_function(data: list[str] | None) -> TypeGuard[list[str]]:

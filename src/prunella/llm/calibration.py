@@ -69,9 +69,14 @@ class Calibration:
         return {AUTO: 1.0} if self.sources == AUTO else dict(self.sources)  # type: ignore[arg-type]
 
     @property
+    def windows(self) -> dict[str, int]:
+        """How many windows each source gives."""
+        return windows_of(self.shares, self.nsamples)
+
+    @property
     def writes(self) -> int:
         """How many windows the model writes itself."""
-        return windows_of(self.shares, self.nsamples).get(AUTO, 0)
+        return self.windows.get(AUTO, 0)
 
     def draw(
         self,
@@ -89,7 +94,7 @@ class Calibration:
         in `own_text`. Errors: those of `own_text` and `text_samples`.
         """
         rows: dict[str, list[Tensor]] = {}
-        for name, count in windows_of(self.shares, self.nsamples).items():
+        for name, count in self.windows.items():
             if name == AUTO:
                 own = own or self._own(model, count, inputs, on_windows)
                 rows[name] = list(own.tokens[:, None])
@@ -112,7 +117,7 @@ class Calibration:
         return own_text(model, nsamples=count, seqlen=self.seqlen, seed=self.seed, inputs=inputs, on_windows=on_windows)
 
     def __str__(self) -> str:
-        parts = windows_of(self.shares, self.nsamples).items()
+        parts = self.windows.items()
         named = ", ".join(f"{count} {'by the model itself' if name == AUTO else f'of {name}'}" for name, count in parts)
         return f"windows of {self.seqlen} tokens: {named} (seed {self.seed})"
 

@@ -15,7 +15,7 @@ from prunella.io.files import write_atomic
 from prunella.io.json import Fields, read_config, read_object, write_json
 from prunella.io.load import load_model
 from prunella.io.tensor_file import read_folder
-from prunella.llm.calibration import Calibration, Drawn, windows_of
+from prunella.llm.calibration import Calibration, Drawn
 from prunella.llm.distributed import ProcessGroup
 from prunella.llm.own_text import OnWindows, OwnText
 from prunella.llm.streaming.memory import resident
@@ -138,8 +138,7 @@ def _own(stored: Fields, file: Path) -> OwnText:
 
 def _request(calibration: Calibration) -> Mapping[str, Any]:
     """What decides the text of one model; files are read again, so that only the number of its own windows counts."""
-    counts = windows_of(calibration.shares, calibration.nsamples)
-    return {"windows": counts["auto"], "seqlen": calibration.seqlen, "seed": calibration.seed}
+    return {"windows": calibration.writes, "seqlen": calibration.seqlen, "seed": calibration.seed}
 
 
 def _send(message: object, group: ProcessGroup) -> None:
