@@ -32,7 +32,7 @@ import llm
 import prunella as pr
 
 FOLDER = RESULTS / "llm_structured"
-WIDTHS = ("width:l2:20", "width:first:20", "width:flap:20", "width:ours:20")
+WIDTHS = ("width:l2:20", "width:first:20", "width:flap:20", "width:ours:20", "width:obs:20")
 PARTS = ("depth:influence:4", "depth:kl+match:4", *WIDTHS)
 RECOVERED = tuple(f"recover:{name}" for name in WIDTHS)
 RATES = ("rate:depth:influence:8", "rate:width:flap:20")
@@ -122,19 +122,21 @@ class Bench:
         """With so many per cent fewer neurons in every feed-forward layer.
 
         l2, first: LLM-Pruner's sums over gate, up and down of squared weights, and of |weight * gradient|, which `snip`
-        only divides by one number for all.
+        only divides by one number for all. ours and obs end with the match; obs eliminates neurons one after the other
+        and makes up for each before it counts the next.
         """
         methods = {
             "l2": partial(pr.criteria.group_norm),
             "first": pr.criteria.snip,
             "flap": pr.criteria.fluctuation,
             "ours": pr.criteria.fluctuation,
+            "obs": pr.criteria.obs_units,
         }
         recipe = pr.Recipe(methods[method], equal_widths=True)
         plan = pr.plan(self.dense, self.example, recipe, target=pr.Sparsity(percent / 100),
                        data=self.data, loss=next_token if method == "first" else None,
                        only=["model.layers.*.mlp.*"])  # fmt: skip
-        return self.finished(plan, "match" if method == "ours" else "")
+        return self.finished(plan, "match" if method in ("ours", "obs") else "")
 
     def finished(self, plan: pr.Plan, after: str) -> tuple[nn.Module, pr.Plan]:
         """Shrunk, and matched to the dense stream where that is asked."""

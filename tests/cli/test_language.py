@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+import prunella as pr
 from prunella.cli.parse import LLM_RECIPES
 from prunella.io import load as models
 from prunella.llm.presets import PRESETS
@@ -53,6 +54,54 @@ def test_a_model_is_pruned_by_a_text(prunella: Run, story: Any) -> None:
     assert "not empty" in prunella(*LINE, "--seqlen", "12", "-o", "out").err
 
 
+def test_without_data_the_model_writes_its_own_text(prunella: Run, story: Any) -> None:
+    line = ("llm", "in", "--pattern", "2:4", "--nsamples", "4", "--seqlen", "12", "-o", "out")
+    planned = prunella(*line, "--dry-run")
+    assert planned.code == 0 and "21 layers" in planned.out and not Path("out").exists(), planned.err
+    done = prunella(*line)
+    assert done.code == 0, done.err
+    assert "no --data, so the model writes its own text: windows of 12 tokens" in done.err.splitlines()[0]
+    assert "has written 5 of 5 windows" in done.err
+    record = json.loads(Path("out/run.json").read_text())
+    own = pr.llm.own_text(story, nsamples=4, seqlen=12)
+    assert record["calibration"]["own"] == {"seed": 0, "digest": own.digest, "discarded": 1}
+    assert [source["name"] for source in record["calibration"]["sources"]] == ["auto"]
+    assert {"calibration.json", "calibration.txt"} <= record["files"].keys()
+    assert Path("out/calibration.txt").read_text().count("--- window") == 4
+    assert prunella("verify", "out").code == 0
+
+
+def test_texts_are_mixed_by_their_shares(prunella: Run, story: Any) -> None:
+    Path("b.txt").write_text(" ".join(WORDS[::-1] * 10))
+    sources = ("--data", "auto:1", "--data", "text.txt:2", "--data", "b.txt:1")
+    line = (*sources, "--held-out", "b.txt", "--nsamples", "8", "--seqlen", "12", "-o", "out")
+    done = prunella("llm", "in", "--recipe", "sparsegpt", *line)
+    assert done.code == 0 and "2 by the model itself, 4 of text.txt, 2 of b.txt" in done.err, done.err
+    whole = json.loads(Path("out/run.json").read_text())
+    record = whole["calibration"]
+    assert len(whole["strengths"]) == 3 and record["batches"] == 8
+    assert [(s["name"], s["share"], s["windows"]) for s in record["sources"]] == [
+        ("auto", 1, 2), ("text.txt", 2, 4), ("b.txt", 1, 2),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("text.txt:0.5", "auto"), "some texts have a share"),
+        (("text.txt:0.5", "text.txt:1"), "a text is there twice"),
+        (("text.txt:0", "auto:1"), "share 0 of text.txt is out of range"),
+        (("text.txt:nan", "auto:1"), "out of range"),
+        (("text.txt", "module:function"), "no text file module:function"),
+        (("auto:1", "text.txt:1000"), "auto would give no window"),
+    ],
+)
+def test_texts_that_cannot_be_mixed(prunella: Run, story: Any, words: tuple[str, ...], said: str) -> None:
+    sources = [part for word in words for part in ("--data", word)]
+    done = prunella("llm", "in", *sources, "--nsamples", "4", "--seqlen", "12", "-o", "out")
+    assert done.code == 2 and said in done.err and not Path("out").exists()
+
+
 def test_a_dry_run_says_what_it_will_take_and_writes_nothing(prunella: Run, story: Any) -> None:
     data = prunella(*LINE, "--seqlen", "12", "--dry-run", "--json", "-o", "out").data
     assert data["blocks"] == 3 and data["layers"] == 21 and data["seconds"] > 0
@@ -78,8 +127,7 @@ def test_what_makes_no_sense_is_refused(prunella: Run, story: Any, words: tuple[
     assert done.code == 2 and said in done.err and not Path("out").exists()
 
 
-def test_a_model_without_data_a_folder_or_a_tokenizer(prunella: Run, story: Any) -> None:
-    assert "no calibration data" in prunella("llm", "in").err
+def test_a_model_without_a_folder_or_a_tokenizer(prunella: Run, story: Any) -> None:
     assert "block by block" in prunella("llm", "nowhere", "--data", "text.txt").err
     for file in Path("in").glob("tokenizer*"):
         file.unlink()
@@ -139,7 +187,6 @@ def test_a_text_that_calibrates_and_judges_is_told(prunella: Run, story: Any) ->
 
 
 def test_a_table_of_the_model_by_the_library(prunella: Run, story: Any) -> None:
-    import prunella as pr
     from prunella.llm.text import text_samples, text_tokens
 
     Path("other.txt").write_text(" ".join(WORDS[::-1] * 5))

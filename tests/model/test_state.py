@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from prunella.llm.streaming.memory import Live
 from prunella.model.state import mode, untouched
 from tests.graphs import mlp
 
@@ -34,6 +35,30 @@ def test_weights_that_change_under_autocast_are_not_read_from_its_copies() -> No
             model.weight.data.fill_(1.0)
             assert model(x).tolist() == [[4.0] * 4]
         assert torch.is_autocast_cache_enabled()
+
+
+class OwnTrain(nn.Sequential):
+    """A model with a `train` of its own, which may write into parameters, as those of transformers have one."""
+
+    def train(self, mode: bool = True) -> OwnTrain:
+        super().train(mode)
+        return self
+
+
+def test_guards_inside_each_other_keep_one_copy_of_the_parameters() -> None:
+    model = OwnTrain(OwnTrain(nn.Linear(64, 64)), nn.Linear(64, 64))
+    size = sum(p.numel() * 4 for p in model.parameters())
+    before = [p.detach().clone() for p in model.parameters()]
+    with Live() as live, untouched(model), untouched(model):
+        assert size <= live.now < 1.1 * size
+        with torch.no_grad():
+            model[1].weight.add_(1)
+        inner = [p.detach().clone() for p in model.parameters()]
+        with untouched(model), torch.no_grad():
+            for p in model.parameters():
+                p.zero_()
+        assert all(torch.equal(p, kept) for p, kept in zip(model.parameters(), inner, strict=True))
+    assert all(torch.equal(p, kept) for p, kept in zip(model.parameters(), before, strict=True))
 
 
 class Noisy(nn.Module):

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeGuard
 
 import typer
 
@@ -15,7 +15,9 @@ from prunella.cli import options
 from prunella.cli.console import emit, note, stage
 
 if TYPE_CHECKING:
-    from prunella.llm import OneShot
+    from torch import Tensor
+
+    from prunella.llm import Calibration, OneShot
     from prunella.llm.streaming import BlockStep, Streamed
 
 _NSAMPLES, _SEQLEN = 128, 512
@@ -26,13 +28,27 @@ class Text:
     """What a language model is calibrated with. nsamples and seqlen are of a text file; batches have their own."""
 
     data: Annotated[
-        str | None, typer.Option("--data", metavar="DATA", help="A text file, or module:function that returns batches.")
+        list[str] | None,
+        typer.Option(
+            "--data",
+            metavar="DATA",
+            help="A text file, auto (text that the model writes itself, the default), or module:function that returns "
+            "batches. Several mix: --data auto:0.5 --data c4.txt:0.5.",
+        ),
     ] = None
     nsamples: Annotated[
-        int | None, typer.Option("--nsamples", help=f"Windows of the text file to calibrate with ({_NSAMPLES}).")
+        int | None, typer.Option("--nsamples", help=f"Windows of text to calibrate with ({_NSAMPLES}).")
     ] = None
     seqlen: Annotated[int | None, typer.Option("--seqlen", help=f"Tokens in a window ({_SEQLEN}).")] = None
     seed: options.Seed = 0
+    held_out: Annotated[
+        str | None,
+        typer.Option(
+            "--held-out",
+            metavar="FILE",
+            help="Text of another source: nothing is fitted to it, and new weights go only so far as serves it too.",
+        ),
+    ] = None
 
 
 @dataclass(frozen=True)
@@ -65,15 +81,16 @@ def llm(
     if dry_run:
         _forecast(model, zeros, text, memory, as_json=as_json)
         return
-    check_apart(output, model, text.data)
+    check_apart(output, model, text.held_out, *(shared_source(source)[0] for source in text.data or ()))
     check_writable(output)
     with _joined() as speaks:
         folder, recipe, data = _read(model, zeros, text)
         if speaks:
-            note(f"{len(data)} batches; a run that is killed goes on when it is started again")
+            note(f"{_named(data, text)}; a run that is killed goes on when it is started again")
         done = solve_folder(
-            folder, output, recipe, data=data, memory=memory, skip=tuple(zeros.skip or ()), overwrite=overwrite,
-            on_block=_told() if speaks else None,
+            folder, output, recipe, data=data, held_out=_held_out(folder, text), memory=memory,
+            skip=tuple(zeros.skip or ()), overwrite=overwrite,
+            on_block=_told() if speaks else None, on_windows=_written if speaks else None,
         )  # fmt: skip
     if speaks:
         _say(done, as_json=as_json)
@@ -133,26 +150,79 @@ def _told() -> Callable[[BlockStep], None]:
     return tell
 
 
-def _read(model: str, zeros: Zeros, text: Text) -> tuple[Path, OneShot, list[Any]]:
-    """The folder, the recipe and the batches."""
+def _written(count: int, all_windows: int) -> None:
+    note(f"the model has written {count} of {all_windows} windows of its own text")
+
+
+def _named(data: Calibration | list[Any], text: Text) -> str:
+    """What calibrates, for the first line of a run."""
+    if isinstance(data, list):
+        return f"{len(data)} batches"
+    return f"{'' if text.data else 'no --data, so the model writes its own text: '}{data}"
+
+
+def _read(model: str, zeros: Zeros, text: Text) -> tuple[Path, OneShot, Calibration | list[Any]]:
+    """The folder, the recipe, and the batches or the texts that they are drawn from."""
     from prunella.cli.parse import load_data
     from prunella.errors import RequestError
+
+    recipe, folder = llm_recipe(zeros.recipe, zeros.pattern, zeros.sparsity), folder_of(model)
+    if not _is_function(text.data):
+        return folder, recipe, _calibration(text)
+    if text.nsamples is not None or text.seqlen is not None:
+        why = f"{text.data[0]} gives batches of its own"
+        raise RequestError("--nsamples and --seqlen cut a text", why, "leave them out, or give --data FILE.txt")
+    return folder, recipe, list(load_data(text.data[0]) or ())
+
+
+def _held_out(folder: Path, text: Text) -> list[dict[str, Tensor]]:
+    """An eighth as many windows of the other text as calibrate."""
     from prunella.llm.text import text_samples
 
-    recipe = llm_recipe(zeros.recipe, zeros.pattern, zeros.sparsity)
-    if text.data is None:
-        raise RequestError("there is no calibration data", "layers are solved for their inputs", "give --data FILE.txt")
-    folder = folder_of(model)
-    if Path(text.data).is_file():
-        nsamples = _NSAMPLES if text.nsamples is None else text.nsamples
-        seqlen = _SEQLEN if text.seqlen is None else text.seqlen
-        return folder, recipe, text_samples(folder, text.data, nsamples=nsamples, seqlen=seqlen, seed=text.seed)
-    if ":" not in text.data:
-        raise RequestError(f"there is no text file {text.data}", "", "give --data FILE.txt, or --data module:function")
-    if text.nsamples is not None or text.seqlen is not None:
-        why = f"{text.data} gives batches of its own"
-        raise RequestError("--nsamples and --seqlen cut a text file", why, "leave them out, or give --data FILE.txt")
-    return folder, recipe, list(load_data(text.data) or ())
+    if text.held_out is None:
+        return []
+    count = max(1, (text.nsamples or _NSAMPLES) // 8)
+    return text_samples(folder, text.held_out, nsamples=count, seqlen=text.seqlen or _SEQLEN, seed=text.seed)
+
+
+def _is_function(data: list[str] | None) -> TypeGuard[list[str]]:
+    """Whether the only source is module:function, not a text with its share."""
+    if data is None or len(data) != 1 or Path(data[0]).is_file():
+        return False
+    name, share = shared_source(data[0])
+    return share is None and ":" in name
+
+
+def _calibration(text: Text) -> Calibration:
+    """The texts with their shares, which all of them have or none."""
+    from prunella.errors import RequestError
+    from prunella.llm.calibration import AUTO, Calibration
+
+    pairs = [shared_source(source) for source in text.data or [AUTO]]
+    shares = dict(pairs)
+    for name in shares:
+        if name != AUTO and not Path(name).is_file():
+            todo = "give --data FILE.txt, --data auto, or --data module:function alone"
+            raise RequestError(f"there is no text file {name}", "", todo)
+    given = [share for share in shares.values() if share is not None]
+    if len(shares) < len(pairs) or len(given) not in (0, len(shares)):
+        why = "a text is there twice" if len(shares) < len(pairs) else "some texts have a share and others have none"
+        raise RequestError("the texts cannot be mixed", why, "for example --data auto:0.5 --data c4.txt:0.5")
+    nsamples = _NSAMPLES if text.nsamples is None else text.nsamples
+    seqlen = _SEQLEN if text.seqlen is None else text.seqlen
+    sources = {name: 1.0 if share is None else share for name, share in shares.items()}
+    return Calibration(sources, nsamples, seqlen, text.seed)
+
+
+def shared_source(text: str) -> tuple[str, float | None]:
+    """`c4.txt:0.5` as name and share, a name alone without one."""
+    name, colon, share = text.rpartition(":")
+    if not colon or Path(text).is_file():
+        return text, None
+    try:
+        return name, float(share)
+    except ValueError:
+        return text, None
 
 
 def llm_recipe(name: str, pattern: str | None, sparsity: float | None) -> OneShot:

@@ -90,7 +90,7 @@ def verify(
     """
     done = done.on(example)
     if any(p.device.type == "meta" for p in dense.parameters()):
-        shapes = [[tuple(t.shape) for t in _run(model, inputs).outputs] for model in (dense, small)]
+        shapes = [[tuple(t.shape) for t in _run(model, inputs, copy=False).outputs] for model in (dense, small)]
         if not shapes[0]:
             raise _nothing_compared("the model returns no tensor")
         return Verification(0.0 if shapes[0] == shapes[1] else float("inf"), TOLERANCE, len(shapes[0]))
@@ -348,13 +348,17 @@ def _run(
     still: bool = False,
     inner: bool = False,
     answers: Answers = NATURAL,
+    copy: bool = True,
 ) -> Observed:
-    """Run on seeded random numbers. still: draw numbers that do not depend on sizes. inner: see `Observed`."""
+    """Run on seeded random numbers. still: draw numbers that do not depend on sizes. inner: see `Observed`.
+
+    copy: the model is a copy for this run, whose parameters need not be as they were.
+    """
     named: dict[str, Tensor] = {}
     before = {id(tensor): tensor for tensor in kept_on(model).values()}
     try:
         with ExitStack() as stack:
-            stack.enter_context(untouched(model, _SEED))
+            stack.enter_context(untouched(model, _SEED, parameters=not copy))
             stack.enter_context(torch.no_grad())
             stack.enter_context(_inner_outputs(model, named) if inner else nullcontext())
             stack.enter_context(quiet() if still else nullcontext())

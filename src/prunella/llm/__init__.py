@@ -6,11 +6,14 @@ from prunella.errors import suggesting
 from prunella.llm.alpha import alpha_sparsities as alpha_sparsities
 from prunella.llm.blockwise import Solving as Solving
 from prunella.llm.blockwise import solve_ as solve_
+from prunella.llm.calibration import Calibration as Calibration
 from prunella.llm.distributed import ProcessGroup as ProcessGroup
 from prunella.llm.distributed import process_group as process_group
 from prunella.llm.match import Match as Match
 from prunella.llm.match import match_stream_ as match_stream_
 from prunella.llm.match import replace_run as replace_run
+from prunella.llm.own_text import OwnText as OwnText
+from prunella.llm.own_text import own_text as own_text
 from prunella.llm.presets import one_shot as one_shot
 from prunella.llm.recipe import OneShot as OneShot
 from prunella.llm.refine import Refine as Refine
@@ -24,8 +27,10 @@ from prunella.planning.depth import drop_blocks as drop_blocks
 from prunella.planning.depth import drop_run as drop_run
 
 __all__ = [
+    "Calibration",
     "Match",
     "OneShot",
+    "OwnText",
     "ProcessGroup",
     "Refine",
     "Rotated",
@@ -36,6 +41,7 @@ __all__ = [
     "forecast",
     "match_stream_",
     "one_shot",
+    "own_text",
     "process_group",
     "replace_run",
     "rescale_",

@@ -10,7 +10,7 @@ import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,9 +20,11 @@ from prunella.graph.data import Graph, Layer
 from prunella.graph.match import check_patterns, chosen, names_of_layer
 from prunella.graph.solve.groups import couple
 from prunella.llm.blocks import BlockInputs, ModelBlock, blocks_of, uncached
+from prunella.llm.calibration import AUTO, Calibration, Sources, calibrated
 from prunella.llm.distributed import SINGLE_PROCESS, ProcessGroup
 from prunella.llm.experts import experts_implementation, routers, unread_experts
 from prunella.llm.recipe import OneShot
+from prunella.llm.shrinkage import calls_of, not_fitted
 from prunella.llm.solve_block import BlockProblem, Fit, dense_targets, layers_by_weight, solve_block_
 from prunella.model.batches import listed
 from prunella.model.masks import record_
@@ -39,10 +41,14 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Solving:
-    """The result of `solve_`: layers in order of execution, and errors of the blocks before and after refinement."""
+    """The result of `solve_`: layers in order of execution, and errors of the blocks before and after refinement.
+
+    strengths: the part of the change of its weights that each block keeps, where batches were held out.
+    """
 
     fits: tuple[Fit, ...]
     refined: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    strengths: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def sparsity(self) -> float:
@@ -66,7 +72,8 @@ def solve_(
     inputs: Inputs,
     how: OneShot,
     *,
-    data: Iterable[Any],
+    data: Iterable[Any] | Calibration | Sources = AUTO,
+    held_out: Iterable[Any] = (),
     loss: Loss | None = None,
     skip: Sequence[str] = (),
     on_layer: OnLayer | None = None,
@@ -79,10 +86,13 @@ def solve_(
     minimizes `tr((V - W) H (V - W)^T)` under the pattern. Memory: the Gram matrix of one input at a time, and the
     hidden states between two blocks for all batches (twice with `refine`). Masks are recorded as by `apply_`, so that a
     `Pruner` keeps them.
-    Data: batches, no labels.
+    Data: batches, no labels; without any, text that the model writes itself.
 
-    inputs: an example batch, as for `plan`. loss: how to run the model on a batch. skip: patterns of layers that are
-    kept dense. Layers outside the blocks (heads, embeddings) are kept dense too, and so are routers of a
+    inputs: an example batch, as for `plan`. data: batches, a `Calibration`, a mapping of text files and `"auto"` to
+    shares, or `"auto"`, which is `Calibration()`. held_out: batches of another source, which nothing is fitted to; the
+    new weights of each block go only so far from the dense ones as serves these batches too, by one of five strengths
+    between 0 and 1, and `Solving.strengths` names it. loss: how to run the model on a batch. skip: patterns of layers
+    that are kept dense. Layers outside the blocks (heads, embeddings) are kept dense too, and so are routers of a
     mixture, and weights that no matrix describes (`prunella.model.reads`); the result names them. Groups of a
     convolution, and experts that are stacked in one weight, are solved one by one, each for its own tokens; one without
     tokens is pruned by magnitude. distributed:
@@ -92,7 +102,11 @@ def solve_(
 
     Use: large pretrained models without training. Avoid: small networks that can be trained: `Pruner` does better.
     """
-    root, source, samples = unwrap(model), Source(None, loss), listed(data)
+    root, source = unwrap(model), Source(None, loss)
+    drawn = calibrated(root, inputs, data)
+    samples: list[Any] = listed(cast(Iterable[Any], data)) if drawn is None else distributed.shard(drawn)
+    others = not_fitted(held_out, distributed)
+    samples += others
     with mode(root, training=False), uncached(root), torch.no_grad():
         graph = couple(root, inputs)
     with mode(root, training=False), uncached(root), experts_implementation(root, "eager"), torch.no_grad():
@@ -100,11 +114,11 @@ def solve_(
         block_inputs = BlockInputs(root, samples, source.run, blocks_of(root, graph, samples[0], source.run))
         selected = _select(graph, block_inputs.blocks, how, skip)
         unread = _unread(root, graph, block_inputs.blocks, lambda: source.run(root, samples[0]))
-        pruned = _solve_blocks_(block_inputs, selected.by_block, how, on_layer, distributed)
+        pruned = _solve_blocks_(block_inputs, selected.by_block, how, on_layer, distributed, len(others))
     batched = unread_experts(root, graph)
     skipped = [*selected.skipped, *(Fit(name, skipped=_BATCHED) for name in batched)]
     skipped += [Fit(name, skipped=why) for name, why in unread.items() if name not in batched]
-    return Solving((*pruned.fits, *skipped), pruned.refined)
+    return Solving((*pruned.fits, *skipped), pruned.refined, pruned.strengths)
 
 
 def _unread(model: nn.Module, graph: Graph, blocks: Sequence[ModelBlock], run: Callable[[], object]) -> dict[str, str]:
@@ -163,10 +177,12 @@ def _solve_blocks_(
     how: OneShot,
     on_layer: OnLayer | None,
     distributed: ProcessGroup,
+    others: int,
 ) -> Solving:
-    """Prune all blocks in order."""
+    """Prune all blocks in order; the last `others` batches are held out."""
     fits: list[Fit] = []
     refined: dict[str, tuple[float, float]] = {}
+    strengths: dict[str, float] = {}
     number, count = itertools.count(1), sum(map(len, layers))
     turn = 0
     targets: Sequence[Tensor] = ()
@@ -178,16 +194,31 @@ def _solve_blocks_(
 
     for block, some in zip(inputs.blocks, layers, strict=True):
         module, calls = inputs.model.get_submodule(block.path), inputs.calls(block)
-        targets = dense_targets(how, block, module, calls, targets, inputs.store)
+        held_out = calls_of(others, len(inputs.batches), len(calls))
+        targets = dense_targets(how, block, module, calls, targets, inputs.store, held_out)
         by_weight = layers_by_weight(inputs.model, some)
         forward = partial(inputs.forward, block)
         result = solve_block_(
-            BlockProblem(block, module, by_weight, calls, forward, how, targets, inputs.store, distributed, turn),
+            BlockProblem(
+                block,
+                module,
+                by_weight,
+                calls,
+                forward,
+                how,
+                targets,
+                inputs.store,
+                distributed,
+                turn,
+                held_out,
+            ),
             report,
         )
         record_(inputs.model, result.masks)
         fits, turn = [*fits, *result.fits], result.next_solver
         if result.refined is not None:
             refined[block.path] = result.refined.before, result.refined.after
+        if result.strength is not None:
+            strengths[block.path] = result.strength
         inputs.next_block(block, result.outputs)
-    return Solving(tuple(fits), refined)
+    return Solving(tuple(fits), refined, strengths)

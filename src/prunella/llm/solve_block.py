@@ -24,6 +24,7 @@ from prunella.llm.distributed import SINGLE_PROCESS, ProcessGroup
 from prunella.llm.experts import Part, expert_axis, expert_chunks, matrix_of, parts_read
 from prunella.llm.recipe import OneShot
 from prunella.llm.refine import Refined, refine_
+from prunella.llm.shrinkage import shrink_change_
 from prunella.measure.clock import now
 from prunella.model.copying import copied
 from prunella.model.trees import tensors
@@ -63,7 +64,8 @@ class BlockProblem:
     module: the block. layers: its layers to prune, by weight. calls: the inputs of the block in the pruned model.
     forward: the output of the block for one of them. targets: the outputs of the dense block for the refinement, one
     per call, empty without. store: where the outputs of the refined block are stored. first_solver: the rank that
-    solves the first matrix; the processes take turns.
+    solves the first matrix; the processes take turns. held_out: so many of the last calls are not fitted; they choose
+    how far the new weights go from the dense ones.
     """
 
     block: ModelBlock
@@ -76,6 +78,12 @@ class BlockProblem:
     store: StoreActivations = list
     distributed: ProcessGroup = SINGLE_PROCESS
     first_solver: int = 0
+    held_out: int = 0
+
+    @property
+    def fitted(self) -> int:
+        """The number of calls that the weights are solved for."""
+        return len(self.calls) - self.held_out
 
     def output(self, k: int) -> Tensor:
         """The hidden states that the block returns for call `k`."""
@@ -87,17 +95,19 @@ class BlockResult:
     """What was done to one block: its layers in order of execution, and the masks of their weights.
 
     refined: the errors of the block and its outputs, if it was refined. next_solver: the rank whose turn it is.
+    strength: the part of the change of the weights that was kept, if it was chosen on batches that are held out.
     """
 
     fits: tuple[Fit, ...]
     masks: Mapping[nn.Parameter, Mask]
     refined: Refined | None = None
     next_solver: int = 0
+    strength: float | None = None
 
     @property
     def outputs(self) -> Sequence[Tensor] | None:
         """The outputs of the pruned block, if they are known already."""
-        return None if self.refined is None else self.refined.outputs
+        return None if self.refined is None or self.strength is not None else self.refined.outputs
 
 
 def solve_block_(problem: BlockProblem, on_fit: Callable[[Fit], None] = lambda fit: None) -> BlockResult:
@@ -106,6 +116,7 @@ def solve_block_(problem: BlockProblem, on_fit: Callable[[Fit], None] = lambda f
     for fit in plan.skipped:
         on_fit(fit)
     solved: list[_SolvedWeight] = []
+    dense = {p: p.detach().clone() for p in problem.module.parameters()} if problem.held_out and problem.targets else {}
     # Not sequential: the last layer first, which changes the inputs of no other.
     for group in plan.groups if problem.how.true_sequential else reversed(plan.groups):
         turn = problem.first_solver + sum(len(weight.matrices) for weight in solved)
@@ -115,12 +126,21 @@ def solve_block_(problem: BlockProblem, on_fit: Callable[[Fit], None] = lambda f
     order = [weight for group in plan.groups for weight in group.weights]
     by_weight = {done.weight: done for done in solved}
     masks = {done.weight: done.mask for done in solved if not done.fit.skipped}
+    refined = _refined(problem, masks)
     return BlockResult(
         (*plan.skipped, *(by_weight[weight].fit for weight in order)),
         masks,
-        _refined(problem, masks),
+        refined,
         (problem.first_solver + sum(len(done.matrices) for done in solved)) % problem.distributed.world_size,
+        shrink_change_(dense, masks, partial(_held_out_error, problem)) if dense else None,
     )
+
+
+@torch.no_grad()
+def _held_out_error(problem: BlockProblem) -> float:
+    """The squared error of the block on the calls that were not fitted."""
+    held_out = range(problem.fitted, len(problem.calls))
+    return sum(float((problem.output(k).float() - problem.targets[k].float()).square().sum()) for k in held_out)
 
 
 def layers_by_weight(model: nn.Module, layers: Sequence[Layer]) -> dict[nn.Parameter, Layer]:
@@ -136,13 +156,16 @@ def dense_targets(
     calls: Sequence[BlockCall],
     previous: Sequence[Tensor],
     store: StoreActivations,
+    held_out: int = 0,
 ) -> Sequence[Tensor]:
-    """The targets of the refinement: the outputs of a block that is not pruned yet, for its inputs in the dense model.
+    """The outputs of a block that is not pruned yet, for its inputs in the dense model: targets of the refinement.
+
+    Held-out batches are compared with them too.
 
     previous: the targets of the block before, which are these inputs; a block that is not sequential takes its
-    inputs in the pruned model instead. Empty without refinement.
+    inputs in the pruned model instead. Empty without either.
     """
-    if how.refine is None or not block.path:
+    if not (how.refine or held_out) or not block.path:
         return ()
     if block.sequential and len(previous):
         calls = BlockCalls(calls, previous)
@@ -154,10 +177,9 @@ def _refined(problem: BlockProblem, masks: Mapping[nn.Parameter, Mask]) -> Refin
     """The gradient steps for the whole block, if they are asked for and a layer was pruned."""
     if problem.how.refine is None or not problem.block.path or not masks:
         return None
-    outputs = [partial(problem.output, k) for k in range(len(problem.calls))]
-    return refine_(
-        problem.module, outputs, problem.targets, masks, problem.how.refine, problem.store, problem.distributed
-    )
+    outputs = [partial(problem.output, k) for k in range(problem.fitted)]
+    targets = problem.targets[: problem.fitted]
+    return refine_(problem.module, outputs, targets, masks, problem.how.refine, problem.store, problem.distributed)
 
 
 @dataclass(frozen=True)
@@ -337,7 +359,7 @@ def _statistics(problem: BlockProblem, group: _Group, parts: Sequence[Part]) -> 
         if not left and read.part is None:
             raise Stop
 
-    for call in problem.calls:
+    for call in problem.calls[: problem.fitted]:
         left = group.reads
         watch = Watch([weight], add, stacks=True)
         with suppress(Stop):

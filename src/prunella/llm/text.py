@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,11 +39,17 @@ def text_tokens(folder: str | Path, text: str | Path) -> Tensor:
             content = Path(text).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise BadInput(f"cannot read {text}", str(error), "give a UTF-8 text file") from error
+    tokens: Tensor = tokenizer_of(folder)(
+        content, return_tensors="pt", add_special_tokens=False, verbose=False
+    ).input_ids[0]
+    return tokens
+
+
+def tokenizer_of(folder: str | Path) -> Any:
+    """The tokenizer in a folder. Errors: BadInput for a folder without one."""
     kind = import_transformers().AutoTokenizer
     try:
-        tokenizer = kind.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+        return kind.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers raises OSError, ValueError or its own by what is missing
         why = f"{type(error).__name__}: {error}".splitlines()[0]
         raise BadInput(f"{folder} has no tokenizer", why, "give batches instead: --data module:function") from error
-    tokens: Tensor = tokenizer(content, return_tensors="pt", add_special_tokens=False, verbose=False).input_ids[0]
-    return tokens

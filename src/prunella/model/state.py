@@ -8,11 +8,12 @@ from __future__ import annotations
 import logging
 import sys
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
@@ -85,7 +86,7 @@ def training_flags(model: nn.Module, *, training: bool) -> Iterator[list[str]]:
 
 
 @contextmanager
-def untouched(model: nn.Module, seed: int | None = None) -> Iterator[None]:
+def untouched(model: nn.Module, seed: int | None = None, *, parameters: bool = True) -> Iterator[None]:
     """Run the body with `model` in evaluation mode, then restore all changes bit for bit, also after errors.
 
     Restored: training flags; buffers (running statistics, also where the model replaces them); plain attributes, and
@@ -94,7 +95,8 @@ def untouched(model: nn.Module, seed: int | None = None) -> Iterator[None]:
     restored: values of parameters, but for modules with a `train` of their own, which may merge weights.
     The body runs outside `torch.inference_mode()`, so that the record and gradients work there too.
 
-    seed: of all generators in the body, so that a shuffling loader repeats its batches; None: not seeded.
+    seed: of all generators in the body, so that a shuffling loader repeats its batches; None: not seeded. parameters:
+    off for a copy that is thrown away, so that its parameters are not in memory twice.
     """
     with ExitStack() as stack:
         stack.enter_context(outside_inference())
@@ -102,7 +104,7 @@ def untouched(model: nn.Module, seed: int | None = None) -> Iterator[None]:
         stack.enter_context(_without_fast_path())
         for parameter in model.parameters():
             stack.callback(_gradient(parameter))
-        for undo in (*_buffers(model), *_attributes(model), *_switched(model)):
+        for undo in (*_buffers(model), *_attributes(model), *(_switched(model) if parameters else ())):
             stack.callback(undo)
         stack.callback(_set_flags, [(module, module.training) for module in model.modules()])
         model.eval()
@@ -212,7 +214,12 @@ def _buffers(model: nn.Module) -> list[Undo]:
 def _switched(model: nn.Module) -> list[Undo]:
     """Undo what a `train` of the user's writes into parameters."""
     own_train = [module for module in model.modules() if type(module).train is not nn.Module.train]
-    return [_value_of(parameter) for module in own_train for parameter in module.parameters()]
+    parameters = {id(parameter): parameter for module in own_train for parameter in module.parameters()}
+    return [_value_of(parameter, _held) for parameter in parameters.values()]
+
+
+_held: WeakValueDictionary[int, Tensor] = WeakValueDictionary()
+"""Values of parameters that guards keep, by the id of the parameter, which lives as long as the value."""
 
 
 def _buffer(module: nn.Module, name: str, buffer: Tensor) -> Undo:
@@ -225,11 +232,18 @@ def _buffer(module: nn.Module, name: str, buffer: Tensor) -> Undo:
     return undo
 
 
-def _value_of(tensor: Tensor | None) -> Undo:
-    """Undo writes into a tensor. A tensor on the meta device has no values to restore."""
+def _value_of(tensor: Tensor | None, held: MutableMapping[int, Tensor] | None = None) -> Undo:
+    """Undo writes into a tensor. A tensor on the meta device has no values to restore.
+
+    held: a guard inside another one shares the value that the outer one keeps, if it is still that of the tensor:
+    otherwise a language model would be in memory once more for each guard.
+    """
     if tensor is None or tensor.device.type == "meta":
         return lambda: None
-    before = tensor.detach().clone()
+    outer = None if held is None else held.get(id(tensor))
+    before = outer if outer is not None and _equal(tensor, outer) else tensor.detach().clone()
+    if held is not None:
+        held[id(tensor)] = before
 
     def undo() -> None:
         if not _equal(tensor, before):

@@ -278,7 +278,10 @@ class UnitLoss:
         """Unused: this statistic needs no gradients."""
 
     def result(self) -> dict[str, Tensor]:
-        """By name of the group."""
-        quadratics = {group.name: [q for _, q in self._readers.of(group.name)] for group in self._groups}
-        sizes = {group.name: group.size for group in self._groups}
-        return {name: eliminate(q, sizes[name], ridge=self._ridge).losses for name, q in quadratics.items() if q}
+        """By name of the group; the weights of one group at a time are in float64."""
+        losses = {}
+        for group in self._groups:
+            quadratics = [quadratic for _, quadratic in self._readers.of(group.name)]
+            if quadratics:
+                losses[group.name] = eliminate(quadratics, group.size, ridge=self._ridge).losses
+        return losses

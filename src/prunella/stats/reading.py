@@ -126,9 +126,9 @@ class InputVar:
         """Unused: this statistic needs no gradients."""
 
     def result(self) -> dict[str, Tensor]:
-        """By entity."""
-        by_entity = {name: self._sums.of(name) for name in self._sums.weights if self._sums.seen(name)}
-        return {name: _variance(*sums).to(torch.float32) for name, sums in by_entity.items()}
+        """By entity; the sums of one weight at a time are in its shape, in float64."""
+        seen = filter(self._sums.seen, self._sums.weights)
+        return {name: _variance(*self._sums.of(name)).to(torch.float32) for name in seen}
 
 
 def _mean(units: int, parts: Parts) -> Tensor:

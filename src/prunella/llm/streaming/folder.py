@@ -6,16 +6,19 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from prunella.io.files import clean_up_after_kill
 from prunella.io.space import check_apart, check_space
 from prunella.llm.blockwise import Solving
+from prunella.llm.calibration import AUTO, Calibration, Sources, as_calibration
 from prunella.llm.distributed import process_group
+from prunella.llm.own_text import OnWindows
 from prunella.llm.recipe import OneShot
 from prunella.llm.streaming import memory as amounts
 from prunella.llm.streaming.progress import check_output, identity_of, is_finished, open_progress
 from prunella.llm.streaming.runner import OnBlock, StreamingRun
+from prunella.llm.streaming.texts import drawn_for, placeholder, recorded, write_texts
 from prunella.llm.streaming.writer import finish
 from prunella.measure.clock import now, since
 from prunella.measure.text import byte_size
@@ -72,11 +75,13 @@ def solve_folder(
     output: str | Path,
     how: OneShot,
     *,
-    data: Iterable[Any],
+    data: Iterable[Any] | Calibration | Sources = AUTO,
+    held_out: Iterable[Any] = (),
     memory: str | int | None = None,
     skip: Sequence[str] = (),
     overwrite: bool = False,
     on_block: OnBlock | None = None,
+    on_windows: OnWindows | None = None,
 ) -> Streamed:
     """Prune the Hugging Face folder `source` into the folder `output`, with one block in memory at a time.
 
@@ -85,30 +90,37 @@ def solve_folder(
     index and the configuration are written last: a folder that has them is complete. After a kill, the same call
     resumes at the unfinished block; finished blocks run forward once for the hidden states. Under torchrun every
     process calls this with the same `data` and takes its shard of the batches, and the process of rank 0 writes.
-    Data: batches, no labels, for example samples of a text.
+    Data: batches, no labels, for example samples of a text; without any, text that the model writes itself.
 
-    memory: the most bytes of the process, as `"4GB"`; hidden states are stored on disk if they do not fit, and a run
-    that would take more is refused before it starts. None: hidden states in memory, no check. Errors: RequestError if
-    the folder exists or belongs to another run, or for too little memory; NotSupported if the blocks are not entries of
-    one list, run in order.
+    data, held_out: as for `solve_`. What the model writes is kept in the output, in `calibration.json` and
+    `calibration.txt`, and a run that goes on takes it from there; to write it, the model is in memory whole. memory:
+    the most bytes of the process, as `"4GB"`; hidden states are stored on disk if they do not fit, and a run that would
+    take more is refused before it starts. None: hidden states in memory, no check. on_windows: called while the model
+    writes. Errors: RequestError if the folder exists or belongs to another run, or for too little memory; NotSupported
+    if the blocks are not entries of one list, run in order.
 
     Use: models larger than memory. Avoid: models that fit, if they are evaluated next: `solve_`.
     """
-    start, folder, samples = now(), Path(output), listed(data)
-    group = process_group()
+    start, folder, group = now(), Path(output), process_group()
     if group.is_main:
         clean_up_after_kill(folder)
     check_output(folder, overwrite=overwrite)
     check_apart(folder, source)
-    run = StreamingRun(Path(source), how, samples, group, budget=_budget(memory), skip=skip)
-    asked = partial(identity_of, run.source, samples, how, skip, group.world_size)
+    calibration, drawn = as_calibration(data), None
+    if calibration is not None:
+        drawn = drawn_for(calibration, Path(source), folder, budget=_budget(memory), group=group, on_windows=on_windows)
+    samples: list[Any] = listed(cast(Iterable[Any], data)) if drawn is None else list(drawn.batches)
+    run = StreamingRun(Path(source), how, samples, group, budget=_budget(memory), skip=skip, held_out=held_out)
+    asked = partial(identity_of, run.source, samples, how, skip, group.world_size, run.held_out)
     written = sum(file.stat().st_size for file in folder.glob("model-*.safetensors") if not is_finished(folder))
     check_space(folder, run.disk - written)
     with open_progress(folder, asked, group, overwrite=overwrite) as progress:
+        if calibration is not None and drawn is not None and group.is_main:
+            write_texts(progress.folder, calibration, drawn, run.source)
         solving, replayed = run.run(progress, on_block)
         seconds = since(start)
         if group.is_main:
-            finish(run, progress.folder, solving, seconds)
+            finish(run, progress.folder, solving, seconds, recorded(drawn))
     group.barrier()
     return Streamed(folder, solving, run.peak, amounts.most_resident(), seconds, replayed)
 
@@ -117,7 +129,7 @@ def forecast(
     source: str | Path,
     how: OneShot,
     *,
-    data: Iterable[Any],
+    data: Iterable[Any] | Calibration | Sources = AUTO,
     memory: str | int | None = None,
     skip: Sequence[str] = (),
     measured: bool = True,
@@ -127,7 +139,11 @@ def forecast(
     measured: predict the time, `blocks * (solving + batches * a pass)`, by pruning the first block on two batches.
     Errors: those of `solve_folder`, above all RequestError for too little memory.
     """
-    run = StreamingRun(Path(source), how, listed(data), process_group(), budget=_budget(memory), skip=skip)
+    drawn = as_calibration(data)
+    samples: list[Any] = (
+        listed(cast(Iterable[Any], data)) if drawn is None else list(placeholder(drawn, Path(source)).batches)
+    )
+    run = StreamingRun(Path(source), how, samples, process_group(), budget=_budget(memory), skip=skip)
     layers = [layer for some in run.layers.values() for layer in some]
     weights = sum(run.skeleton.like[layer.entity].numel() for layer in layers)
     return Forecast(len(run.paths), len(layers), weights, run.peak, run.disk, run.measured() if measured else None)

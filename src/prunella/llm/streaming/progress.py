@@ -128,12 +128,16 @@ def _remove_rests(output: Path, beside: Path) -> None:
         shutil.rmtree(beside)
 
 
-def identity_of(source: Path, data: Sequence[Any], how: OneShot, skip: Sequence[str], processes: int) -> Identity:
+def identity_of(
+    source: Path, data: Sequence[Any], how: OneShot, skip: Sequence[str], processes: int, held_out: Sequence[Any] = ()
+) -> Identity:
     """All that decides what is written: every byte of the model's files, the batches, the recipe and the versions."""
     files = {kind: sorted(source.glob(f"*.{kind}")) for kind in ("safetensors", "json")}
     digests = {kind: {file.name: digest(file) for file in some} for kind, some in files.items()}
+    others = {"held-out data": list(held_out)} if held_out else {}
     return identify(
         {
+            **others,
             "weights": digests["safetensors"],
             "configuration": digests["json"],
             "data": list(data),

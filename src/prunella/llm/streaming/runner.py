@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -23,7 +23,7 @@ from prunella.llm.blockwise import Solving
 from prunella.llm.distributed import ProcessGroup
 from prunella.llm.experts import expert_chunks, experts_implementation, matrix_of
 from prunella.llm.recipe import OneShot
-from prunella.llm.refine import Refined
+from prunella.llm.shrinkage import calls_of, not_fitted
 from prunella.llm.solve_block import BlockProblem, BlockResult, Fit, dense_targets, layers_by_weight, solve_block_
 from prunella.llm.streaming import memory as amounts
 from prunella.llm.streaming.capture import Captured, capture, layers_of
@@ -36,6 +36,8 @@ from prunella.model.forward import forward
 from prunella.model.state import mode
 from prunella.model.trees import tensors
 
+_SHRUNK = 3
+"""Copies of a block whose change is shrunk: the dense replica, its weights as they were, and as solved."""
 _TRAINED = 7
 """Copies of a block that is refined: itself, the dense replica, the saved weights, the gradient, Adam's two, a sum."""
 
@@ -74,12 +76,14 @@ class StreamingRun:
         *,
         budget: int | None,
         skip: Sequence[str] = (),
+        held_out: Iterable[Any] = (),
     ) -> None:
         self.source, self.how, self.distributed, self.skip = source, how, distributed, tuple(skip)
-        self.batches, self.data = len(data), distributed.shard(data)
+        self.held_out = not_fitted(held_out, distributed)
+        self.batches, self.data = len(data), [*distributed.shard(data), *self.held_out]
         self.tokens = sum(max((t.numel() for t in tensors(batch)), default=0) for batch in data)
-        self.copies = 2 if how.refine is None else 3
-        """Copies of the hidden states: inputs and outputs of a block; with refinement, also the dense outputs."""
+        self.copies = 2 if how.refine is None and not self.held_out else 3
+        """Copies of the hidden states: inputs and outputs of a block; also the dense outputs, if they are a target."""
         self.skeleton = Skeleton(source, read_folder(source))
         check_known({part for name in self.skeleton.like for part in parts(name)}, self.skip, ())
         self.paths = listed_block_paths(self.skeleton.model)
@@ -101,6 +105,7 @@ class StreamingRun:
         state = _State(self._capture(self.data, store), store)
         fits: list[Fit] = []
         refined: dict[str, tuple[float, float]] = {}
+        strengths: dict[str, float] = {}
         replayed = 0
         for number, block in enumerate(state.captured.blocks, 1):
             start = now()
@@ -111,25 +116,28 @@ class StreamingRun:
                 self._replay(state, block, shard)
                 new, replayed = tuple(done), replayed + 1
             else:
-                new, errors = self._solve(state, block, shard)
-                if errors is not None:
-                    refined[block.path] = errors
+                result = self._solve(state, block, shard)
+                new = result.fits
+                if result.refined is not None:
+                    refined[block.path] = result.refined.before, result.refined.after
+                if result.strength is not None:
+                    strengths[block.path] = result.strength
                 if self.distributed.is_main:
                     progress.add(block.path, new, shard)
             fits += new
             if on_block:
                 seconds = since(start)
                 on_block(BlockStep(block.path, number, len(self.paths), new, seconds, done is not None))
-        return Solving(tuple(fits), refined), replayed
+        return Solving(tuple(fits), refined, strengths), replayed
 
     def measured(self) -> float:
         """Seconds of a whole run, predicted from the time of the solver and per batch in the first block."""
-        some = self.data[:2]
+        some = self.data[:2] if not self.held_out else [self.data[0], self.data[-1]]
         state = _State(self._capture(some, list), list)
         start = now()
         with tempfile.TemporaryDirectory() as folder:
-            fits, _ = self._solve(state, state.captured.blocks[0], Path(folder) / "block")
-        solving = sum(fit.seconds for fit in fits)
+            result = self._solve(state, state.captured.blocks[0], Path(folder) / "block")
+        solving = sum(fit.seconds for fit in result.fits)
         by_batch = (since(start) - solving) / len(some)
         return len(self.paths) * (solving / self.distributed.world_size + by_batch * len(self.data))
 
@@ -137,10 +145,8 @@ class StreamingRun:
         with self._inference(), experts_implementation(self.skeleton.model, "batched_mm"):
             return capture(self.skeleton, batches, forward, store)
 
-    def _solve(
-        self, state: _State, block: ModelBlock, shard: Path
-    ) -> tuple[tuple[Fit, ...], tuple[float, float] | None]:
-        """Load, prune and write one block; its layers, and its errors before and after refinement."""
+    def _solve(self, state: _State, block: ModelBlock, shard: Path) -> BlockResult:
+        """Load, prune and write one block."""
         names, model = self.skeleton.names_in(block.path), self.skeleton.model
         self.skeleton.load_(names)
         with self._inference(), experts_implementation(model, "eager"):
@@ -149,13 +155,14 @@ class StreamingRun:
         if self.distributed.is_main:
             write_shard(shard, self.skeleton.values(names))
         self.skeleton.unload_(names)
-        return result.fits, _errors(result.refined)
+        return result
 
     def _pruned(self, state: _State, block: ModelBlock) -> BlockResult:
         """Prune a block that is in memory, in place."""
         model = self.skeleton.model
         module, calls = model.get_submodule(block.path), state.calls(block)
-        state.targets = dense_targets(self.how, block, module, calls, state.targets, state.store)
+        held_out = calls_of(min(len(self.held_out), state.batches - 1), state.batches, len(calls))
+        state.targets = dense_targets(self.how, block, module, calls, state.targets, state.store, held_out)
         problem = BlockProblem(
             block,
             module,
@@ -167,6 +174,7 @@ class StreamingRun:
             state.store,
             self.distributed,
             state.next_solver,
+            held_out,
         )
         result = solve_block_(problem)
         state.next_solver = result.next_solver
@@ -177,10 +185,10 @@ class StreamingRun:
         names, stored = self.skeleton.names_in(block.path), open_tensors(shard).tensors
         module = self.skeleton.model.get_submodule(block.path)
         with self._inference(), experts_implementation(self.skeleton.model, "eager"):
-            if self.how.refine is not None:
+            if self.how.refine is not None or self.held_out:
                 self.skeleton.load_(names)
-                calls = state.calls(block)
-                state.targets = dense_targets(self.how, block, module, calls, state.targets, state.store)
+                calls, others = state.calls(block), len(self.held_out)
+                state.targets = dense_targets(self.how, block, module, calls, state.targets, state.store, others)
             self.skeleton.load_(names, stored)
             state.next_block(self.skeleton, block)
         self.skeleton.unload_(names)
@@ -220,7 +228,7 @@ class StreamingRun:
                 size = sum(_bytes(self.skeleton.like[name]) for name in names)
                 sizes = {
                     "process": base,
-                    "block": size * (1 if not refining else _TRAINED),
+                    "block": size * (_TRAINED if refining else 1) + size * (_SHRUNK if self.held_out else 0),
                     "stream": stream * self.copies,
                     "conversion": 2 * self.skeleton.converted(names),
                     "constants": first.constants,
@@ -260,6 +268,11 @@ class _State:
     def __post_init__(self) -> None:
         self.hidden_states = self.captured.hidden_states
 
+    @property
+    def batches(self) -> int:
+        """The number of batches that were captured."""
+        return len(self.captured.hidden_states)
+
     def calls(self, block: ModelBlock) -> BlockCalls:
         """The calls of the block, after `next_block` for all blocks before it."""
         return self.captured.calls(block.path, self.hidden_states)
@@ -270,10 +283,6 @@ class _State:
             module = skeleton.model.get_submodule(block.path)
             computed = (tensors(call.run(module))[0] for call in self.calls(block))
             self.hidden_states = self.store(computed) if outputs is None else outputs
-
-
-def _errors(refined: Refined | None) -> tuple[float, float] | None:
-    return None if refined is None else (refined.before, refined.after)
 
 
 def _bytes(tensor: Tensor) -> int:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from prunella._version import __version__
 from prunella.io.card import Card, write_card
@@ -23,8 +25,11 @@ FORMAT = 2
 """Of `run.json`; 1 had no such number and did not list the files."""
 
 
-def finish(run: StreamingRun, folder: Path, solving: Solving, seconds: float) -> None:
-    """Write the shard of the weights outside the blocks, then all files without weights, config.json last."""
+def finish(run: StreamingRun, folder: Path, solving: Solving, seconds: float, calibration: Mapping[str, Any]) -> None:
+    """Write the shard of the weights outside the blocks, then all files without weights, config.json last.
+
+    calibration: what the record says of where the batches come from.
+    """
     _copy_around(run, folder)
     _write_index(folder, len(run.paths) + 1)
     for pattern in COMPANIONS:
@@ -40,7 +45,8 @@ def finish(run: StreamingRun, folder: Path, solving: Solving, seconds: float) ->
         "sparsity": solving.sparsity,
         "layers": [asdict(fit) for fit in solving.fits],
         "refined": {path: list(pair) for path, pair in solving.refined.items()},
-        "calibration": {"batches": run.batches, "tokens": run.tokens},
+        **({"strengths": dict(solving.strengths)} if solving.strengths else {}),
+        "calibration": {"batches": run.batches, "tokens": run.tokens, **calibration},
         "predicted_peak": run.peak.bytes,
         "seconds": seconds,
     }

@@ -1,0 +1,61 @@
+"""Shrinkage: how far the new weights of a block go from the dense ones, chosen on text of another source."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prunella.errors import NotSupported
+from prunella.llm.distributed import ProcessGroup
+from prunella.types import Mask
+
+STRENGTHS = (1.0, 0.75, 0.5, 0.25, 0.0)
+"""Of the change of the weights that are left; 1 is as solved, 0 keeps their dense values."""
+
+
+@torch.no_grad()
+def shrink_change_(
+    dense: Mapping[nn.Parameter, Tensor], masks: Mapping[nn.Parameter, Mask], error: Callable[[], float]
+) -> float:
+    """Set every parameter to `W + s (W' - W)`, zero where it is masked, with the `s` of least error; that `s`.
+
+    New weights fit the text that calibrates, so that on other text some of their change does harm. dense: the
+    parameters `W` as they were before the block was pruned; their values now are `W'`. error: of the block, on batches
+    that have not been fitted. As solved, where two strengths are equally good.
+    """
+    solved = {parameter: parameter.detach().clone() for parameter in dense}
+    errors: dict[float, float] = {}
+    for strength in STRENGTHS:
+        _set_(dense, solved, masks, strength)
+        errors[strength] = error()
+    best = min(errors, key=lambda strength: (not errors[strength] <= errors[STRENGTHS[0]], errors[strength]))
+    _set_(dense, solved, masks, best)
+    return best
+
+
+def not_fitted(batches: Iterable[Any], group: ProcessGroup) -> list[Any]:
+    """The batches that are held out. Errors: NotSupported in several processes."""
+    others = list(batches)
+    if others and group.world_size > 1:
+        what = "batches cannot be held out in several processes"
+        raise NotSupported(what, "each would choose another strength", "leave held_out= out, or run one process")
+    return others
+
+
+def calls_of(others: int, batches: int, calls: int) -> int:
+    """How many of the last calls of a block are of the last `others` batches; each batch calls it as often."""
+    return calls * others // batches
+
+
+def _set_(
+    dense: Mapping[nn.Parameter, Tensor],
+    solved: Mapping[nn.Parameter, Tensor],
+    masks: Mapping[nn.Parameter, Mask],
+    strength: float,
+) -> None:
+    for parameter, value in dense.items():
+        new = solved[parameter] if strength == 1 else torch.lerp(value, solved[parameter], strength)
+        parameter.copy_(new if parameter not in masks else new.masked_fill(~masks[parameter], 0))
