@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from prunella.graph.cut.changes import Along
-from prunella.graph.trace.source import called
+from prunella.model.calls import called
 
 
 class Restricted(TorchFunctionMode):

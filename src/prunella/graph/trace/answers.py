@@ -15,7 +15,8 @@ from torch.overrides import TorchFunctionMode
 
 from prunella.graph.solve.labels import Dim
 from prunella.graph.trace.known_sizes import constants
-from prunella.graph.trace.source import called, reader, where
+from prunella.graph.trace.source import reader, where
+from prunella.model.calls import called
 from prunella.model.trees import tensors
 
 Answer = bool | int | float
