@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import prunella as pr
 
-LEFT_OUT = frozenset({"seconds", "model_weights"})
+LEFT_OUT = frozenset({"seconds", "model_weights", "example"})
 """Fields of records: seconds are of the machine, and others came after the first record was made."""
 
 
