@@ -44,7 +44,7 @@ class Met:
 
 
 @dataclass
-class _Found:
+class _Weights:
     """The weights that were met, by name, and the calls without a rule."""
 
     parameters: Mapping[str, Tensor]
@@ -79,38 +79,38 @@ class Paths(TorchFunctionMode):
 
     def __init__(self, parameters: Mapping[str, Tensor]) -> None:
         super().__init__()
-        self._found = _Found(parameters)
+        self._weights = _Weights(parameters)
 
     @property
     def met(self) -> dict[str, Met]:
         """Weights that multiplied an activation."""
-        return self._found.met
+        return self._weights.met
 
     @property
     def unfollowed(self) -> set[str]:
         """Calls that no rule knows."""
-        return self._found.unfollowed
+        return self._weights.unfollowed
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name, kwargs = called(func), kwargs or {}
         if name in _MOVES or name.startswith("__get") or name == "__set__":
             return func(*args, **kwargs)
         carried = [t for t in tensors([*args, *kwargs.values()]) if t.requires_grad]
-        reads = self._found.reads(func, args, kwargs)
-        if not carried and not reads and not (name == "embedding" and any(map(self._found.parameter, args))):
+        reads = self._weights.reads(func, args, kwargs)
+        if not carried and not reads and not (name == "embedding" and any(map(self._weights.parameter, args))):
             return func(*args, **kwargs)
         if reads:
-            return _read(self._found, func, args, kwargs, reads)
+            return _read(self._weights, func, args, kwargs, reads)
         base = name.removesuffix("_") if not name.startswith("__") else name
         if base in _PASS:
             return args[0] if args else kwargs["input"]
         rule = _RULES.get(base)
-        made = rule(self._found, func, args, kwargs) if rule else None
-        if made is None:
-            return _connect(self._found, name, func(*args, **kwargs), carried)
-        if name == "__iadd__" or (base != name and made.shape == args[0].shape):
-            return args[0].copy_(made)
-        return made
+        output = rule(self._weights, func, args, kwargs) if rule else None
+        if output is None:
+            return _connect(self._weights, name, func(*args, **kwargs), carried)
+        if name == "__iadd__" or (base != name and output.shape == args[0].shape):
+            return args[0].copy_(output)
+        return output
 
 
 class _Saturate(torch.autograd.Function):
@@ -126,21 +126,21 @@ class _Saturate(torch.autograd.Function):
 
 
 def _saturate(value: Tensor) -> Tensor:
-    made: Tensor = _Saturate.apply(value)  # type: ignore[no-untyped-call]
-    return made
+    output: Tensor = _Saturate.apply(value)  # type: ignore[no-untyped-call]
+    return output
 
 
-def _connect(found: _Found, name: str, result: Any, carried: list[Tensor]) -> Any:
+def _connect(weights: _Weights, name: str, result: Any, carried: list[Tensor]) -> Any:
     """Everything that comes out hangs on everything that goes in."""
     outputs = [t for t in tensors(result) if t.is_floating_point()]
     if not outputs or not carried:
         return result
-    found.unfollowed.add(f"{name} ({unreadable(name)})" if unreadable(name) else name)
+    weights.unfollowed.add(f"{name} ({unreadable(name)})" if unreadable(name) else name)
     total = _saturate(torch.stack([t.sum() for t in carried]).sum())
-    made = [total.expand(t.shape) for t in outputs]
+    joined = [total.expand(t.shape) for t in outputs]
     if isinstance(result, Tensor):
-        return made[0]
-    swap = dict(zip(map(id, outputs), made, strict=True))
+        return joined[0]
+    swap = dict(zip(map(id, outputs), joined, strict=True))
     rebuilt = [swap.get(id(t), t) for t in result] if isinstance(result, tuple | list) else result
     return tuple(rebuilt) if isinstance(result, tuple) else rebuilt
 
@@ -148,34 +148,34 @@ def _connect(found: _Found, name: str, result: Any, carried: list[Tensor]) -> An
 # -- weights ------------------------------------------------------------------------------------------------------
 
 
-def _read(found: _Found, func: Any, args: Args, kwargs: Kwargs, reads: list[Product]) -> Any:
+def _read(weights: _Weights, func: Any, args: Args, kwargs: Kwargs, reads: list[Product]) -> Any:
     """A call that multiplies with weights: as it is, without its bias, which carries no input."""
     if operation(func) == "multi_head_attention_forward":
-        return _multi_head(found, func, args, kwargs, reads)
+        return _multi_head(weights, func, args, kwargs, reads)
     biases = {id(product.bias) for product in reads}
     without = [torch.zeros_like(a) if id(a) in biases and isinstance(a, Tensor) else a for a in args]
     rest = {key: torch.zeros_like(a) if id(a) in biases and isinstance(a, Tensor) else a for key, a in kwargs.items()}
-    made = func(*without, **rest)
+    output = func(*without, **rest)
     for product in reads:
-        made = _through(found, product, made, product.x)
-    return made
+        output = _through(weights, product, output, product.x)
+    return output
 
 
-def _multi_head(found: _Found, func: Any, args: Args, kwargs: Kwargs, reads: list[Product]) -> Any:
+def _multi_head(weights: _Weights, func: Any, args: Args, kwargs: Kwargs, reads: list[Product]) -> Any:
     """Attention with its projections: every position of a head hangs on all positions of it."""
-    *inputs, last = (replace(product, output=lambda made: made) for product in reads)
-    parts = [_through(found, p, functional.linear(p.x, p.operand), p.x) for p in inputs]
+    *inputs, last = (replace(product, output=lambda output: output) for product in reads)
+    parts = [_through(weights, p, functional.linear(p.x, p.operand), p.x) for p in inputs]
     heads = kwargs.get("num_heads", args[4] if len(args) > 4 else None)
     whole = parts if len(parts) == 3 else parts[0].chunk(3, -1)
     query, key, value = (t.reshape(*t.shape[:-1], heads, -1) for t in whole)
     scores = query.sum(-1, keepdim=True) + key.sum((0, -1), keepdim=True)
     mixed = _saturate(scores + value.sum(0, keepdim=True)).flatten(-2)
-    made = _through(found, last, functional.linear(mixed, last.operand), mixed)
-    weights = _saturate(scores.sum((-1, -2))).movedim(0, -1).unsqueeze(-1)
-    return made, weights.expand(*weights.shape[:-1], len(key))
+    output = _through(weights, last, functional.linear(mixed, last.operand), mixed)
+    attention = _saturate(scores.sum((-1, -2))).movedim(0, -1).unsqueeze(-1)
+    return output, attention.expand(*attention.shape[:-1], len(key))
 
 
-def _through(found: _Found, product: Product, output: Tensor, x: Tensor) -> Tensor:
+def _through(weights: _Weights, product: Product, output: Tensor, x: Tensor) -> Tensor:
     """Note, when the gradient comes back, which elements of the weight join an input and an output on a path."""
     form, shape = product.form, product.operand.shape
     groups = form.sizes(shape)[0]
@@ -192,11 +192,11 @@ def _through(found: _Found, product: Product, output: Tensor, x: Tensor) -> Tens
     if isinstance(form, Contraction):  # the same rows of a weight are the same outputs, turned or not
         axes = [form.weight.index(letter) for letter in form.batch + form.outer]
         way = tuple((shape[axis], product.operand.stride(axis)) for axis in axes)
-    return _watch(found, product.operand, output, way, outputs, pairs)
+    return _watch(weights, product.operand, output, way, outputs, pairs)
 
 
 def _watch(
-    found: _Found,
+    weights: _Weights,
     weight: Tensor,
     output: Tensor,
     way: object,
@@ -204,14 +204,14 @@ def _watch(
     pairs: Callable[[Mask], Mask],
 ) -> Tensor:
     """Note what a weight, or a view of one, joins, when the gradient of its output comes back."""
-    home = found.home(weight)
+    home = weights.home(weight)
     assert home is not None  # it was found to be one
     name, view = home
     if not output.requires_grad:
         output = output.detach().requires_grad_()
-    made = _saturate(output)
-    reached = outputs(made)
-    known = found.met.setdefault(name, Met(torch.zeros_like(found.parameters[name], dtype=torch.bool)))
+    output = _saturate(output)
+    reached = outputs(output)
+    known = weights.met.setdefault(name, Met(torch.zeros_like(weights.parameters[name], dtype=torch.bool)))
     live = known.outputs.setdefault((view.offset, way), torch.zeros_like(reached.flatten()))
 
     def needed(grad: Tensor) -> None:
@@ -219,11 +219,11 @@ def _watch(
         view.of(known.pairs).logical_or_(pairs(need))
         live.logical_or_((need & reached).flatten())
 
-    made.register_hook(needed)  # type: ignore[no-untyped-call]
-    return made
+    output.register_hook(needed)  # type: ignore[no-untyped-call]
+    return output
 
 
-def _product(found: _Found, func: Any, args: Args, kwargs: Kwargs) -> Tensor | None:
+def _product(weights: _Weights, func: Any, args: Args, kwargs: Kwargs) -> Tensor | None:
     """Of two activations: what reaches either."""
     value, weight = args[-2], args[-1]
     if len(args) > 2 or value.dim() < 2 or weight.dim() < 2:
@@ -231,28 +231,28 @@ def _product(found: _Found, func: Any, args: Args, kwargs: Kwargs) -> Tensor | N
     return _saturate(value.sum(-1, keepdim=True) + weight.sum(-2, keepdim=True))
 
 
-def _embedding(found: _Found, func: Any, args: Args, kwargs: Kwargs) -> Tensor | None:
+def _embedding(weights: _Weights, func: Any, args: Args, kwargs: Kwargs) -> Tensor | None:
     given = dict(zip(("input", "weight"), args, strict=False)) | dict(kwargs)
     weight = given["weight"]
-    if not found.parameter(weight):
+    if not weights.parameter(weight):
         return None
 
     def outputs(values: Tensor) -> Mask:
         return (values.detach() > 0).reshape(-1, weight.shape[1]).any(0)
 
     output = functional.embedding(given["input"], weight.detach())
-    return _watch(found, weight, output, "embedding", outputs, lambda need: need.expand(weight.shape))
+    return _watch(weights, weight, output, "embedding", outputs, lambda need: need.expand(weight.shape))
 
 
 # -- the rest -----------------------------------------------------------------------------------------------------
 
 
-def _sum(found: _Found, func: Any, args: Args, kwargs: Kwargs) -> Tensor | None:
+def _sum(weights: _Weights, func: Any, args: Args, kwargs: Kwargs) -> Tensor | None:
     """Sums and products of activations: reached by what reaches either; a constant adds nothing."""
     name = called(func)
     operands = [*args, *(kwargs[key] for key in ("input", "other") if key in kwargs)]
     parts = [a for a in operands if isinstance(a, Tensor) and a.dim() + 1]
-    live = [a for a in parts if a.requires_grad and not found.parameter(a)]
+    live = [a for a in parts if a.requires_grad and not weights.parameter(a)]
     if not live:
         return None
     total = live[0]
@@ -264,14 +264,14 @@ def _sum(found: _Found, func: Any, args: Args, kwargs: Kwargs) -> Tensor | None:
     return total
 
 
-def _where(found: _Found, func: Any, args: Args, kwargs: Kwargs) -> Tensor | None:
-    return _sum(found, torch.add, args[1:], kwargs) if len(args) == 3 else None
+def _where(weights: _Weights, func: Any, args: Args, kwargs: Kwargs) -> Tensor | None:
+    return _sum(weights, torch.add, args[1:], kwargs) if len(args) == 3 else None
 
 
 def _scaled(position: int) -> Callable[..., Tensor]:
     """A normalization of each channel by itself: the channel passes where its scale is not zero."""
 
-    def rule(found: _Found, func: Any, args: Args, kwargs: Kwargs) -> Tensor:
+    def rule(weights: _Weights, func: Any, args: Args, kwargs: Kwargs) -> Tensor:
         value = args[0] if args else kwargs["input"]
         scale = kwargs.get("weight", args[position] if len(args) > position else None)
         if scale is None:
@@ -281,13 +281,13 @@ def _scaled(position: int) -> Callable[..., Tensor]:
     return rule
 
 
-def _layer_norm(found: _Found, func: Any, args: Args, kwargs: Kwargs) -> Tensor:
+def _layer_norm(weights: _Weights, func: Any, args: Args, kwargs: Kwargs) -> Tensor:
     given = dict(zip(("input", "normalized_shape", "weight"), args, strict=False)) | dict(kwargs)
     axes = tuple(range(-len(given["normalized_shape"]), 0))
     return _mixed(given["input"], axes, given.get("weight"))
 
 
-def _group_norm(found: _Found, func: Any, args: Args, kwargs: Kwargs) -> Tensor:
+def _group_norm(weights: _Weights, func: Any, args: Args, kwargs: Kwargs) -> Tensor:
     given = dict(zip(("input", "num_groups", "weight"), args, strict=False)) | dict(kwargs)
     value, scale = given["input"], given.get("weight")
     parted = value.unflatten(1, (given["num_groups"], -1))
@@ -296,16 +296,16 @@ def _group_norm(found: _Found, func: Any, args: Args, kwargs: Kwargs) -> Tensor:
 
 
 def _mixed(value: Tensor, axes: tuple[int, ...], scale: Tensor | None = None) -> Tensor:
-    made = _saturate(value.sum(axes, keepdim=True)).expand(value.shape)
-    return made if scale is None else made * (scale.detach() != 0)
+    output = _saturate(value.sum(axes, keepdim=True)).expand(value.shape)
+    return output if scale is None else output * (scale.detach() != 0)
 
 
-def _softmax(found: _Found, func: Any, args: Args, kwargs: Kwargs) -> Tensor | None:
+def _softmax(weights: _Weights, func: Any, args: Args, kwargs: Kwargs) -> Tensor | None:
     axis = kwargs.get("dim", args[1] if len(args) > 1 else None)
     return None if axis is None else _mixed(args[0] if args else kwargs["input"], (axis,))
 
 
-def _attention(found: _Found, func: Any, args: Args, kwargs: Kwargs) -> Tensor | None:
+def _attention(weights: _Weights, func: Any, args: Args, kwargs: Kwargs) -> Tensor | None:
     if len(args) < 3 or kwargs.get("enable_gqa"):
         return None
     query, key, value = args[:3]
@@ -313,7 +313,7 @@ def _attention(found: _Found, func: Any, args: Args, kwargs: Kwargs) -> Tensor |
     return _saturate(scores + value.sum(-2, keepdim=True))
 
 
-def _max_pool(found: _Found, func: Any, args: Args, kwargs: Kwargs) -> Tensor | None:
+def _max_pool(weights: _Weights, func: Any, args: Args, kwargs: Kwargs) -> Tensor | None:
     """A mean over the same places: what reaches any of them reaches the maximum."""
     order = ("input", "kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
     given = dict(zip(order, args, strict=False)) | dict(kwargs)
@@ -322,8 +322,8 @@ def _max_pool(found: _Found, func: Any, args: Args, kwargs: Kwargs) -> Tensor | 
         d != 1 for d in ([dilation] if isinstance(dilation, int) else dilation)
     ):
         return None
-    made: Tensor = getattr(functional, called(func).replace("max", "avg"))(**given)
-    return made
+    output: Tensor = getattr(functional, called(func).replace("max", "avg"))(**given)
+    return output
 
 
 _PASS = frozenset(
@@ -350,7 +350,7 @@ _MOVES = frozenset(
     ).split()
 )
 """Calls that move or add up what is there, and those that only look: run as they are."""
-_RULES: dict[str, Callable[[_Found, Any, Args, Kwargs], Tensor | None]] = {
+_RULES: dict[str, Callable[[_Weights, Any, Args, Kwargs], Tensor | None]] = {
     **dict.fromkeys(("matmul", "__matmul__", "mm", "bmm", "addmm"), _product),
     "embedding": _embedding,
     **dict.fromkeys("add sub mul div true_divide maximum minimum rsub".split(), _sum),
