@@ -24,7 +24,7 @@ from prunella.graph.double import WRITTEN_OUT, grouped_product
 from prunella.graph.noise import quiet
 from prunella.graph.restricted import Restricted
 from prunella.graph.solve.tokens import known_only, renumber
-from prunella.graph.trace.answers import NATURAL, Answers, Asked
+from prunella.graph.trace.answers import NATURAL, AnswerMode, Answers
 from prunella.graph.trace.kept import kept_on
 from prunella.graph.training_pass import training_fault
 from prunella.model.calls import called
@@ -364,7 +364,7 @@ def _run(
             stack.enter_context(quiet() if still else nullcontext())
             stack.enter_context(_NoDownCast())
             stack.enter_context(Restricted(along))
-            stack.enter_context(Asked(answers) if answers else nullcontext())
+            stack.enter_context(AnswerMode(answers) if answers else nullcontext())
             seeded_state = rng_state()["torch"]
             outputs = outputs_of(model, inputs)
             drew = not torch.equal(seeded_state, rng_state()["torch"])

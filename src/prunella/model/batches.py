@@ -15,7 +15,7 @@ from prunella.model.trees import tensors
 from prunella.model.user_code import raised_by_user
 
 
-class Batches(Iterator[Any]):
+class BatchIterator(Iterator[Any]):
     """The batches of some data, one after the other; it knows the number of the present one, and what the first was."""
 
     def __init__(self, data: Iterable[Any], *, required: bool = True) -> None:
@@ -54,17 +54,17 @@ class Listed(list[Any]):
         return None if number is None else (number, described(self[0]))
 
 
-_alive: WeakSet[Batches | Listed] = WeakSet()
+_alive: WeakSet[BatchIterator | Listed] = WeakSet()
 
 
-def batches(data: Iterable[Any], *, required: bool = True) -> Batches:
+def batches(data: Iterable[Any], *, required: bool = True) -> BatchIterator:
     """The batches of `data`. Errors: RequestError if there must be some and are none, BadInput for an empty one."""
-    return Batches(data, required=required)
+    return BatchIterator(data, required=required)
 
 
 def listed(data: Iterable[Any]) -> Listed:
     """All batches of `data`. Errors: as `batches`."""
-    every = Listed(Batches(data))
+    every = Listed(BatchIterator(data))
     _alive.add(every)
     return every
 
@@ -74,7 +74,7 @@ def data_errors(model: nn.Module, batch: object, *, name: str = "") -> Iterator[
     """What the model raises in the body for a batch of data, as BadInput that says which batch, and what it is.
 
     It is caught as the model's own error too. What prunella raises, a function of the user outside of the model, and a
-    lack of memory pass. name: of what no `Batches` knows, such as a part of a batch; without one, its errors pass too.
+    lack of memory pass. name: of what no `BatchIterator` knows, such as a part of a batch; without, its errors pass.
     """
     try:
         yield

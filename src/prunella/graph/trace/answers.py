@@ -79,7 +79,7 @@ class Question:
         return [other for other in dict.fromkeys(map(type(self.answer), numbers)) if other != self.answer]
 
 
-class Asked(TorchFunctionMode):
+class AnswerMode(TorchFunctionMode):
     """Collects the questions of a run, the first at each site, and answers those in `instead` otherwise.
 
     labels: gives the labels of a tensor, for `Question.within`.

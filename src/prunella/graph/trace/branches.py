@@ -12,7 +12,7 @@ from prunella.errors import one_line
 from prunella.graph.data import Branch, ReasonKind
 from prunella.graph.guesses import Seen
 from prunella.graph.solve.labels import Reason
-from prunella.graph.trace.answers import NATURAL, Answers, Asked, Question, refuses
+from prunella.graph.trace.answers import NATURAL, AnswerMode, Answers, Question, refuses
 from prunella.graph.trace.dataflow import Flow
 from prunella.graph.trace.kept import kept_on, outliving
 from prunella.graph.trace.recorder import Trace
@@ -42,7 +42,7 @@ def add_branches(
     while waiting and len(record.branches) < _MOST:
         before, question = waiting.pop(0)
         for answers in _other_sides(model, inputs, before, question):
-            asked = Asked(answers, lambda tensor: record.value(tensor).dims)
+            asked = AnswerMode(answers, lambda tensor: record.value(tensor).dims)
             branch = _other_side(record, model, inputs, apply_rule, asked, question, number + len(record.branches))
             record.branches.append(branch)
             fresh = [found for site, found in asked.questions.items() if site not in known]
@@ -58,8 +58,8 @@ def _other_sides(model: nn.Module, inputs: Any, before: Answers, question: Quest
         yield from others
         return
     seen = Seen(model, ())
-    seen.new(inputs, Asked(before))
-    yield from [answers for answers in others[:_NUMBERS] if seen.new(inputs, Asked(answers))][:1]
+    seen.new(inputs, AnswerMode(before))
+    yield from [answers for answers in others[:_NUMBERS] if seen.new(inputs, AnswerMode(answers))][:1]
 
 
 def _other_side(
@@ -67,7 +67,7 @@ def _other_side(
     model: nn.Module,
     inputs: Any,
     apply_rule: Callable[..., None],
-    asked: Asked,
+    asked: AnswerMode,
     question: Question,
     number: int,
 ) -> Branch:

@@ -8,24 +8,17 @@ runs on its own device (real or meta), on a copy of its inputs and without gradi
 from __future__ import annotations
 
 import logging
-import math
 import sys
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from prunella.graph.data import Branch, Ints, ReasonKind, Role
-from prunella.graph.noise import drops
 from prunella.graph.solve.labels import WHOLE, Dim, Ledger, Reason, Run, Soft
 from prunella.graph.sources import FORMS, Sources
-from prunella.graph.trace.answers import LEAVES_TORCH, decides, sized_by_values
 from prunella.graph.trace.dataflow import Flow
 from prunella.graph.trace.known_sizes import KnownSizes
 from prunella.graph.trace.source import where
@@ -35,12 +28,10 @@ from prunella.graph.trace.tracked_int import (
     Shape,
     SizeComparison,
     Tracked,
-    bare,
     leaves,
     plain,
 )
-from prunella.graph.work import Term, tensors_in
-from prunella.model.calls import called
+from prunella.graph.work import Term
 
 log = logging.getLogger(__name__)
 Axis = tuple[str, int]
@@ -325,138 +316,8 @@ CALL_RULES: dict[str, CallRule] = {}
 """Calls that are related as a whole, by `rule(trace, name, args, result)`; the operations inside have no labels."""
 
 
-class Calls(TorchFunctionMode):
-    """Records the raw Python arguments, and returns tracked integers for `shape`."""
-
-    def __init__(self, trace: Trace) -> None:
-        super().__init__()
-        self.trace = trace
-        self.count: Counter[str] = Counter()
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = called(func)
-        kwargs = kwargs or {}
-        if func == Tensor.shape.__get__ or name == "size":  # type: ignore[attr-defined]
-            return self._sizes(func(*args, **kwargs), *args, **kwargs)
-        if name in {"numel", "nelement"}:
-            return math.prod(self._sizes(args[0].shape, args[0]))
-        if name == "__len__" and args[0].dim():
-            self._counted(args[0])
-        elif name in _PARTS:
-            self.trace.known_sizes.note(sys._getframe(1), parts=True)
-        elif name == "stride":
-            self.trace.known_sizes.note(sys._getframe(1), escaped=True)
-        self.trace.values_read |= decides(name, sys._getframe(1))
-        if name in LEAVES_TORCH and args and isinstance(args[0], Tensor):
-            for dim in self.trace.value(args[0]).dims:
-                self.trace.freeze(dim, f"{name.strip('_')} takes it out of the tensors")
-        if drops(name, args, kwargs):
-            return args[0]  # a mask of any positions: the axes are the same
-        self.trace.calls.append(Call(name, args, kwargs, self.count[name]))
-        self.count[name] += 1
-        try:
-            self._leaks(name, args, kwargs)
-            result = func(*bare(args), **bare(kwargs))
-            if name in CALL_RULES:
-                self._relate(name, args, kwargs, result)
-            elif name in OPAQUE:
-                self._freeze_all((args, kwargs, result), f"the sizes inside {name} are not visible")
-            elif name in _NEEDS_DATA and args and isinstance(args[0], Tensor) and not args[0].numel():
-                self._freeze_all((args, kwargs, result), _UNSEEN)
-            return result
-        finally:
-            self.trace.calls.pop()
-
-    def _relate(self, name: str, args: Any, kwargs: Any, result: Any) -> None:
-        """By the rule of the call; what the rule does not cover is frozen, and its work is not counted."""
-        try:
-            if kwargs:
-                raise ValueError("arguments by name")
-            self.trace.operation = name
-            CALL_RULES[name](self.trace, name, bare(args), result)
-        except Exception as error:
-            log.debug("rule of %s failed: %r", name, error)
-            self._freeze_all((args, kwargs, result), f"the operation {name} has no rule for these arguments")
-            self.trace.count(name, None, tensors_in([args, list(kwargs.values())]))
-
-    def _freeze_all(self, tree: Any, text: str) -> None:
-        if isinstance(tree, Mapping):
-            tree = tuple(tree.values())
-        if isinstance(tree, Tensor):
-            for dim in self.trace.value(tree).dims:
-                self.trace.freeze(dim, text)
-        elif isinstance(tree, tuple | list):
-            for item in tree:
-                self._freeze_all(item, text)
-
-    def _counted(self, tensor: Tensor) -> None:
-        """`len()` gives a number of Python, which no cut follows."""
-        dim = self.trace.value(tensor).dims[0]
-        self.trace.freeze(dim, "its length is taken by len()")
-        if not dim:
-            self.trace.known_sizes.note(sys._getframe(1), escaped=True)
-
-    def _sizes(self, answer: Any, tensor: Tensor, dim: int | None = None) -> Any:
-        dims = self.trace.value(tensor).dims
-        if not all(dims):
-            self.trace.known_sizes.note(sys._getframe(1))
-        if dim is not None:
-            return self._track(tensor, answer, dim % len(dims))
-        return torch.Size([self._track(tensor, size, axis) for axis, size in enumerate(answer)])
-
-    def _track(self, tensor: Tensor, size: int, axis: int) -> int:
-        given = axis if tensor in self.trace.entries else -1
-        return Tracked(size, Shape(self.trace.value(tensor).dims[axis], size, given), self.trace.leak)
-
-    def _leaks(self, name: str, args: Any, kwargs: Any) -> None:
-        if name == "full":
-            args = args[1:]
-        elif name in SIZED:
-            return
-        for argument in (*args, *kwargs.values()):
-            if isinstance(argument, Tracked):
-                self.trace.leak(argument.expression)
-
-
-class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Applies the rules to every ATen operation."""
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        return False  # the check against the compiler would import dynamo, which takes seconds
-
-    def __init__(self, trace: Trace, apply_rule: Callable[..., None]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.trace, self.apply_rule = trace, apply_rule
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        result = func(*args, **kwargs)
-        self.trace.values_read |= sized_by_values(func, args)
-        with torch._C.DisableTorchFunction():  # calls from TorchScript leave the other mode active
-            self.apply_rule(self.trace, func, args, kwargs, result)
-        return result
-
-
-SIZED = frozenset(
-    (
-        "view reshape unflatten expand repeat split split_with_sizes chunk tensor_split narrow slice __getitem__ "
-        "__setitem__ zeros ones empty new_zeros new_ones new_empty new_full conv1d conv2d conv3d conv_transpose1d "
-        "conv_transpose2d conv_transpose3d group_norm channel_shuffle view_as expand_as pad broadcast_to histc bincount"
-    ).split()
-)
-"""Calls whose integers are sizes, handled by the rules; in other calls a tracked size is used as a number."""
-
-
 RESTRICTED = frozenset("mean layer_norm rms_norm softmax topk".split())
 """Calls along an axis that the oracle can restrict to the kept positions."""
-
-
-_PARTS = frozenset("unbind split chunk tensor_split split_with_sizes".split())
-_UNSEEN = "nothing passed through it: the example gives it an empty batch"
-_NEEDS_DATA = frozenset("conv1d conv2d conv3d batch_norm instance_norm group_norm".split())
-"""Calls that torch computes differently for an empty batch, so that the record is not complete."""
-
 
 OPAQUE = frozenset(
     "multi_head_attention_forward _native_multi_head_attention _transformer_encoder_layer_fwd ctc_loss".split()

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from prunella.graph.solve.labels import WHOLE, Ledger
-from prunella.graph.trace.answers import Asked
+from prunella.graph.trace.answers import AnswerMode
 from prunella.graph.trace.caches import uncached
 from prunella.graph.trace.dataflow import watched
-from prunella.graph.trace.recorder import Calls, Operations, Trace, TracedValue, storage_key
+from prunella.graph.trace.modes import Calls, Operations
+from prunella.graph.trace.recorder import Trace, TracedValue, storage_key
 from prunella.graph.trace.tracked_int import tracked_attributes
 from prunella.model.forward import forward, inputs_of, returned, states
 from prunella.model.trees import own, tensors
@@ -62,7 +63,7 @@ def trace(
     inputs: Any,
     apply_rule: Callable[..., None],
     *,
-    asked: Asked | None = None,
+    asked: AnswerMode | None = None,
 ) -> TracedRun:
     """Run `model` on a copy of `inputs` once and record. All positions of inputs are kept.
 

@@ -14,7 +14,6 @@ from types import FrameType
 import torch
 from torch import fx
 
-from prunella.graph.trace.tracked_int import plain
 from prunella.model.user_code import short
 
 GENERATED = "<eval_with_key>"
@@ -63,7 +62,9 @@ def place(frame: FrameType) -> str:
     numbers = getattr(module, "_lineno_map", None)
     if not isinstance(module, fx.GraphModule) or not numbers:
         return ""
-    first = plain(getattr(module, "_prologue_start", None) or 0)  # tracked, like all integers of a module in a run
+    first = int.__add__(
+        getattr(module, "_prologue_start", None) or 0, 0
+    )  # tracked, like all integers of a module in a run
     at = numbers.get(frame.f_lineno - first)
     nodes = list(module.graph.nodes)
     return _source(nodes[at]) if at is not None and at < len(nodes) else ""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from prunella.errors import NotSupported, one_line
 from prunella.graph.solve.labels import Reason
-from prunella.graph.trace.answers import NATURAL, Asked
+from prunella.graph.trace.answers import NATURAL, AnswerMode
 from prunella.graph.trace.branches import add_branches, keep_outputs, say_example
 from prunella.graph.trace.dataflow import Flow
 from prunella.graph.trace.recorder import Trace
@@ -29,7 +29,7 @@ def trace_modes(model: nn.Module, inputs: Any, apply_rule: Callable[..., None], 
     """
     with untouched(model), training_flags(model, training=False) as readers:
         record = new_record(model)
-        asked = Asked(NATURAL, lambda tensor: record.value(tensor).dims)
+        asked = AnswerMode(NATURAL, lambda tensor: record.value(tensor).dims)
         run = trace(record, model, inputs, apply_rule, asked=asked)
         kept = keep_outputs(run, model, "it is an output of the model")
         check_numbers([*run.outputs, *kept])
