@@ -98,7 +98,7 @@ def test_what_is_no_data_is_refused(folder: Path) -> None:
     model = write(folder / "in")
     with pytest.raises(RequestError, match=r"data='text\.txt' is no data"):
         pr.llm.solve_(model, INPUTS, HOW, data="text.txt")
-    model.config._name_or_path = ""
+    model.config._name_or_path = ""  # type: ignore[union-attr]
     with pytest.raises(RequestError, match="cannot become tokens"):
         pr.llm.solve_(model, INPUTS, HOW, data={str(folder / "low.txt"): 1})
     with pytest.raises(RequestError, match="no model that could write"):

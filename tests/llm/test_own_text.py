@@ -126,8 +126,8 @@ def test_models_that_cannot_write() -> None:
 def test_requests_that_make_no_sense() -> None:
     with pytest.raises(RequestError, match="it has 64 positions"):
         pr.llm.own_text(built(), nsamples=2, seqlen=65)
-    for wrong in ({"nsamples": 0}, {"seqlen": 1}, {"batch_size": 0}):
+    for nsamples, seqlen, batch_size in ((0, 4, 1), (2, 1, 1), (2, 4, 0)):
         with pytest.raises(RequestError, match="are no text"):
-            pr.llm.own_text(built(), **wrong)
+            pr.llm.own_text(built(), nsamples=nsamples, seqlen=seqlen, batch_size=batch_size)
     with pytest.raises(NotSupported, match="no integer tensor"):
         pr.llm.own_text(built(), inputs=torch.zeros(1, 4))

@@ -89,3 +89,9 @@ def test_several_processes_are_refused(tmp_path: Path) -> None:
     model = write(tmp_path / "in")
     with pytest.raises(NotSupported, match="held out in several processes"):
         pr.llm.solve_(model, data()[0], HOW, data=data(), held_out=others(), distributed=ProcessGroup(0, 2))
+
+
+def test_a_model_without_blocks_is_refused() -> None:
+    model, x = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4)), [torch.randn(20, 8)]
+    with pytest.raises(NotSupported, match="no residual blocks"):
+        pr.llm.solve_(model, x[0], HOW, data=x, held_out=x)

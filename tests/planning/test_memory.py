@@ -17,7 +17,8 @@ class Block(nn.Module):
         self.up, self.down = nn.Linear(width, 3 * width), nn.Linear(3 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.down(torch.relu(self.up(x)))
+        added: Tensor = self.down(torch.relu(self.up(x)))
+        return x + added
 
     def train(self, mode: bool = True) -> Block:
         super().train(mode)

@@ -15,7 +15,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from prunella.errors import RequestError
+from prunella.errors import NotSupported, RequestError
 from prunella.graph.data import Graph, Layer
 from prunella.graph.match import check_patterns, chosen, names_of_layer
 from prunella.graph.solve.groups import couple
@@ -112,6 +112,9 @@ def solve_(
     with mode(root, training=False), uncached(root), experts_implementation(root, "eager"), torch.no_grad():
         check_patterns(graph, skip, ())
         block_inputs = BlockInputs(root, samples, source.run, blocks_of(root, graph, samples[0], source.run))
+        if others and not block_inputs.blocks[0].path:
+            what, todo = "batches cannot be held out", "leave held_out= out"
+            raise NotSupported(what, "the model has no residual blocks, whose outputs they would judge", todo)
         selected = _select(graph, block_inputs.blocks, how, skip)
         unread = _unread(root, graph, block_inputs.blocks, lambda: source.run(root, samples[0]))
         pruned = _solve_blocks_(block_inputs, selected.by_block, how, on_layer, distributed, len(others))

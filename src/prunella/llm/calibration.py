@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from prunella.llm.text import text_samples
 from prunella.model.unwrap import unwrap
 from prunella.types import Inputs
 
-AUTO = "auto"
+AUTO: Final = "auto"
 """The source that is the model itself."""
 Sources = Literal["auto"] | Mapping[str, float]
 """`"auto"`, or text files and `"auto"` with their shares."""
@@ -66,7 +66,7 @@ class Calibration:
     @property
     def shares(self) -> dict[str, float]:
         """Source -> share, as they were given."""
-        return {AUTO: 1.0} if self.sources == AUTO else dict(self.sources)  # type: ignore[arg-type]
+        return {AUTO: 1.0} if self.sources == AUTO else dict(self.sources)
 
     @property
     def windows(self) -> dict[str, int]:

@@ -182,8 +182,8 @@ class _Writer:
         pair = [_logits(forward(self.model, x if self.name is None else {self.name: x})) for x in (tokens, other)]
         if any(logits.dim() != 3 or logits.shape[:2] != tokens.shape for logits in pair):
             raise NotSupported(what, "its output is not logits (rows, tokens, words)", TODO)
-        before = [logits[:, :-1] for logits in pair]
-        if not torch.allclose(*before, rtol=1e-3, atol=1e-4, equal_nan=True):
+        first, second = (logits[:, :-1] for logits in pair)
+        if not torch.allclose(first, second, rtol=1e-3, atol=1e-4, equal_nan=True):
             raise NotSupported(what, "its logits depend on later tokens", TODO)
         return int(pair[0].shape[-1])
 
