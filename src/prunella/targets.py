@@ -1,7 +1,8 @@
 """Budgets with units. A fraction states what is KEPT; for `Sparsity` it states what is REMOVED.
 
 `MACs(0.5)` keeps half of the multiply-adds of the whole model; `MACs(1.2e9)` asks for an absolute number;
-`Sparsity(0.9)` removes 90 % of the prunable weights. A value up to and including 1 is a fraction.
+`Sparsity(0.9)` removes 90 % of the prunable weights. A value up to and including 1 is a fraction. A fraction above 1,
+such as `MACs(1.5)`, is neither a share nor a number of anything, and is refused; from 1000 on it is a computed number.
 """
 
 from __future__ import annotations
@@ -9,12 +10,17 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from numbers import Real
 from typing import TYPE_CHECKING, Any, Literal
 
 from prunella.errors import RequestError, near_names
 
 if TYPE_CHECKING:
     from prunella.measure.timing import Timing
+
+
+_COMPUTED = 1000
+"""From here on a number with a fraction is taken for a computed one, such as 0.3 times that of another model."""
 
 
 @dataclass(frozen=True)
@@ -24,6 +30,9 @@ class Target:
     value: float
 
     def __post_init__(self) -> None:
+        if not isinstance(self.value, Real):
+            why, todo = "a number is needed", f"for example {type(self).__name__}(0.5)"
+            raise RequestError(f"{type(self).__name__}({self.value!r}) is no budget", why, todo)
         low_ok = self.value >= 0 if isinstance(self, Sparsity) else self.value > 0
         high_ok = self.value < 1 if isinstance(self, Sparsity) else True
         if not (low_ok and high_ok):
@@ -32,6 +41,12 @@ class Target:
                 f"target {self.name}={self.value:g} is out of range",
                 f"{type(self).__name__} takes {limits}",
                 "for example Sparsity(0.9) removes 90 % of the weights, MACs(0.5) keeps half of the multiply-adds",
+            )
+        if isinstance(self, Params | MACs | Bytes) and 1 < self.value < _COMPUTED and self.value % 1:
+            raise RequestError(
+                f"target {self.name}={self.value:g} is neither a share nor a number",
+                f"{type(self).__name__} takes the share that is kept, in (0, 1], or an int for an absolute number",
+                f"for example {type(self).__name__}(0.5), or {type(self).__name__}(2_000_000)",
             )
 
     @property

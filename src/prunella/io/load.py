@@ -25,6 +25,7 @@ from prunella.io.checkpoint import Tell, pick_weights, read_pickled
 from prunella.io.exported import load_exported
 from prunella.io.files import new_folder
 from prunella.io.json import read_config
+from prunella.io.kind_of_path import described_path
 from prunella.io.tensor_file import open_tensors, read_folder
 from prunella.io.untrusted import check_archive, check_links
 from prunella.model.unwrap import unwrap
@@ -75,9 +76,7 @@ def _from_name(spec: str, *, pretrained: bool, allow_pickle: bool) -> nn.Module:
         return _from_library(library, name, pretrained=pretrained)
     if name:
         return _from_factory(spec)
-    raise RequestError(
-        f"cannot find the model {spec!r}", "no such file or folder, and not module:factory", f"give {FORMS}"
-    )
+    raise RequestError(f"cannot find the model {spec!r}", _why_not_found(spec), f"give {FORMS}")
 
 
 def model_folder(spec: str) -> Path:
@@ -331,3 +330,9 @@ def check_finite(model: nn.Module) -> None:
             bad = int((~torch.isfinite(tensor)).sum())
             why = f"{bad} of {tensor.numel()} numbers in {name} are NaN or infinite"
             raise BadInput("the weights are not finite", why, "give weights of a training run that did not diverge")
+
+
+def _why_not_found(spec: str) -> str:
+    if os.path.lexists(spec):
+        return f"no model is read from it: {described_path(spec)}"
+    return "no such file or folder, and not module:factory"

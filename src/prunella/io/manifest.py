@@ -12,6 +12,7 @@ from prunella._version import __version__
 from prunella.errors import BadInput
 from prunella.io.files import MARKER, digest, plain_name
 from prunella.io.json import Fields, encode, read_object, write_json
+from prunella.io.kind_of_path import described_path
 from prunella.io.untrusted import check_links
 
 FORMAT = 2
@@ -66,7 +67,7 @@ def read_manifest(folder: Path) -> Fields:
     file = folder / MARKER
     check_links(folder)
     if not file.is_file():
-        why = f"it has no {MARKER}" if folder.is_dir() else "there is no such folder"
+        why = f"it has no {MARKER}; {described_path(folder)}" if folder.is_dir() else described_path(folder)
         raise BadInput(f"{folder} is not a finished artefact of prunella", why, "write it again with prunella.save")
     # Configurations of transformers may hold infinities, so a manifest may too.
     what, todo = f"the manifest of {folder} is broken and cannot be read", "write the artefact again with prunella.save"

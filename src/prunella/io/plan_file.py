@@ -16,6 +16,7 @@ from torch import Tensor
 from prunella.errors import BadInput
 from prunella.graph.cut.changes import Along, Changes, Renumbered
 from prunella.graph.data import Frozen, ReasonKind
+from prunella.io.kind_of_path import described_path
 from prunella.io.nested import Packer, fingerprint, read_packed, unpack, write_packed
 from prunella.io.record import read_record
 from prunella.planning.accounting import Amount, Row
@@ -75,7 +76,7 @@ def load_plan(path: str | os.PathLike[str]) -> Plan:
     """Read a plan. Errors: BadInput when the file is missing, broken, changed, no plan, or of a newer format."""
     file = Path(path)
     if not file.is_file():
-        raise BadInput(f"there is no plan at {file}", "no such file", "`prunella plan MODEL -o FILE` makes one")
+        raise BadInput(f"there is no plan at {file}", described_path(file), "`prunella plan MODEL -o FILE` makes one")
     head, tensors = read_packed(file, _KEY, what=f"{file} is not a plan that can be read", todo="make the plan again")
     version = head.integer("version")
     if version not in range(1, VERSION + 1):

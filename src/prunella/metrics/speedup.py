@@ -83,7 +83,7 @@ def speedup(dense: nn.Module, pruned: nn.Module, inputs: Inputs, *, rounds: int 
     if first is None or not first.dim():
         raise RequestError("the inputs hold no batch", "no tensor with an axis is in them", "pass an example batch")
     example = own(inputs)
-    with mode(dense, training=False), mode(pruned, training=False), torch.no_grad():
+    with mode(dense, training=False, compiled=True), mode(pruned, training=False, compiled=True), torch.no_grad():
         latency = compare_latency(
             {
                 "dense": lambda: forward(dense, example, copy=False),

@@ -23,12 +23,12 @@ from torch import Tensor, nn
 
 from prunella.errors import CheckFailed, RequestError
 from prunella.model.state import writable
+from prunella.model.unwrap import RECORD as RECORD
 from prunella.model.unwrap import unwrap
 from prunella.types import Mask
 
 log = logging.getLogger(__name__)
 M = TypeVar("M", bound=nn.Module)
-RECORD = "_prunella_masks"
 
 
 @dataclass(frozen=True)
@@ -155,7 +155,7 @@ def copy_masks_(source: nn.Module, target: M) -> M:
 def forget_masks_(model: nn.Module) -> None:
     """Drop all masks without a check; no weight changes."""
     for module in unwrap(model, sharded=True, computed=True).modules():
-        module.__dict__.pop(RECORD, None)
+        module.__dict__.pop(RECORD, {}).clear()  # another tree over the same modules may see it too
 
 
 def slice_masks_(model: M, cuts: Mapping[str, Mapping[int, Tensor]]) -> M:

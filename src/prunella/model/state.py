@@ -35,15 +35,16 @@ Undo = Callable[[], None]
 
 
 @contextmanager
-def mode(model: nn.Module, *, training: bool) -> Iterator[nn.Module]:
+def mode(model: nn.Module, *, training: bool, compiled: bool = False) -> Iterator[nn.Module]:
     """Set every module of `model` to training or evaluation mode, then restore the flag of each module.
 
-    Weights may change inside, also under the caller's autocast.
+    Weights may change inside, also under the caller's autocast. compiled: run the programs of `torch.compile`, which
+    ignore hooks and whatever else observes a pass.
     """
     flags = [(module, module.training) for module in model.modules()]
     model.train(training)
     try:
-        with _fresh_casts():
+        with _fresh_casts(), nullcontext() if compiled else without_compile():
             yield model
     finally:
         _set_flags(flags)
@@ -102,6 +103,7 @@ def untouched(model: nn.Module, seed: int | None = None, *, parameters: bool = T
         stack.enter_context(outside_inference())
         stack.enter_context(seeded(seed))
         stack.enter_context(_without_fast_path())
+        stack.enter_context(without_compile())
         for parameter in model.parameters():
             stack.callback(_gradient(parameter))
         for undo in (*_buffers(model), *_attributes(model), *(_switched(model) if parameters else ())):
@@ -109,6 +111,13 @@ def untouched(model: nn.Module, seed: int | None = None, *, parameters: bool = T
         stack.callback(_set_flags, [(module, module.training) for module in model.modules()])
         model.eval()
         yield
+
+
+def without_compile() -> AbstractContextManager[Any]:
+    """Inside, what `torch.compile` has wrapped runs as it is written: its programs ignore hooks, or fail under them."""
+    if "torch._dynamo" not in sys.modules:  # nothing is compiled, and the import takes a second
+        return nullcontext()
+    return torch.compiler.set_stance("force_eager")
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from types import MethodType
 from typing import Any
 
 from torch import nn
@@ -17,18 +18,22 @@ _DISTRIBUTED = ("torch.distributed.fsdp", "torch.distributed._composable", "torc
 
 WRAPPER_SEGMENTS = frozenset(("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"))
 """Segments that wrappers of torch add to the names of parameters in any place."""
+RECORD = "_prunella_masks"
+"""The attribute of a module that holds its masks."""
 
 
 def unwrap(model: nn.Module, *, sharded: bool = False, computed: bool = False) -> nn.Module:
     """The bare model inside its wrappers, nested in any order.
 
     Wrappers are those of `torch.compile`, `DataParallel`, `DistributedDataParallel` and `AveragedModel`. The names of
-    parameters and modules, in plans, masks, patterns and files, are those of the bare model.
+    parameters and modules, in plans, masks, patterns and files, are those of the bare model. Where parts of the model
+    are compiled, it is a second tree over the same weights and modules, without the wrappers.
     sharded: accept weights sharded over processes. computed: accept weights under `torch.nn.utils.prune`. Errors:
     NotSupported for such weights otherwise.
     """
     while (inner := _inner(model)) is not None:
         model = inner
+    model = _without_compiled_parts(model)
     if not sharded and _is_sharded(model):
         raise NotSupported(
             "the weights of this model are sharded over processes (FSDP)",
@@ -49,7 +54,7 @@ def eager(model: nn.Module) -> nn.Module:
     parallel = nn.parallel.DistributedDataParallel
     while not isinstance(model, parallel) and (inner := _inner(model)) is not None:
         model = inner
-    return model
+    return model if isinstance(model, parallel) else _without_compiled_parts(model)
 
 
 def torch_pruned(model: nn.Module) -> list[tuple[nn.Module, str]]:
@@ -97,6 +102,46 @@ def _inner(model: nn.Module) -> nn.Module | None:
         return compiled
     wraps = isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel | AveragedModel)
     return model.module if wraps else None  # type: ignore[return-value]
+
+
+def _without_compiled_parts(model: nn.Module) -> nn.Module:
+    """The model, or, where modules inside it are wrapped by `torch.compile`, another tree over the same modules.
+
+    Modules above a wrapper are new objects with the attributes, parameters, buffers and masks of the old ones, so that
+    the caller's model stays compiled; all other modules are the very same.
+    """
+    if any(
+        isinstance(getattr(module, "_orig_mod", None), nn.Module) or _compiled(module) for module in model.modules()
+    ):
+        return _bare_tree(model, {})
+    return model
+
+
+def _compiled(module: nn.Module) -> Any:
+    """The method behind `module.forward = torch.compile(module.forward)`; None for any other module."""
+    original = getattr(vars(module).get("forward"), "_torchdynamo_orig_callable", None)
+    return original if isinstance(original, MethodType) and original.__self__ is module else None
+
+
+def _bare_tree(module: nn.Module, done: dict[int, nn.Module]) -> nn.Module:
+    while isinstance(inner := getattr(module, "_orig_mod", None), nn.Module):
+        module = inner
+    if id(module) not in done:
+        done[id(module)] = module  # a module that holds itself
+        children = {name: None if child is None else _bare_tree(child, done) for name, child in module._modules.items()}
+        if _compiled(module) or any(child is not module._modules[name] for name, child in children.items()):
+            done[id(module)] = _with_children(module, children)
+    return done[id(module)]
+
+
+def _with_children(module: nn.Module, children: dict[str, nn.Module | None]) -> nn.Module:
+    vars(module).setdefault(RECORD, {})  # so that both see the masks that are set on either
+    bare = type(module).__new__(type(module))
+    vars(bare).update(vars(module), _modules=children)
+    forward = _compiled(module) or vars(module).get("forward")
+    if isinstance(forward, MethodType) and forward.__self__ is module:
+        vars(bare)["forward"] = MethodType(forward.__func__, bare)
+    return bare
 
 
 def _is_sharded(model: nn.Module) -> bool:

@@ -41,7 +41,7 @@ def distill_logits(teacher: nn.Module, *, temperature: float = 2.0, outputs: Out
         )
 
     def loss(model: nn.Module, batch: Any) -> Tensor:
-        with mode(teacher, training=False), torch.no_grad():
+        with mode(teacher, training=False, compiled=True), torch.no_grad():
             expected = first_tensor(outputs(teacher, batch))
         logits = first_tensor(outputs(model, batch))
         _same_shape("the logits", logits, expected)

@@ -114,7 +114,7 @@ def finetune(
     _check(steps, lr, trained)
     optim = training.optimizer(trained, lr)
     bases = [group["lr"] for group in optim.param_groups]
-    with mode(model, training=True), seeded(training.seed), Pruner(model, optim):
+    with mode(model, training=True, compiled=True), seeded(training.seed), Pruner(model, optim):
         kept = Checkpoint(training.checkpoint, model, optim, partial(_identity, model, data, loss, steps, lr, training))
         last_finite = _LastFinite(model)
         for step, batch in enumerate(kept.batches(data, steps), kept.step):

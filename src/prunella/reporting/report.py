@@ -239,7 +239,7 @@ def report(
         [('parameters', 212, 108), ('multiply-adds', 384, 192)]
     """
     example = own(inputs)
-    with mode(dense, training=False), mode(small, training=False), torch.no_grad():
+    with mode(dense, training=False, compiled=True), mode(small, training=False, compiled=True), torch.no_grad():
         with data_errors(dense, inputs, name="the example inputs"):
             forward(dense, inputs)
         latency = compare_latency(

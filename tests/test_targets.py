@@ -1,0 +1,45 @@
+"""Budgets: what is a share, what is a number, and what is neither."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+import prunella as pr
+from prunella.errors import RequestError
+from prunella.targets import Target, parse_target
+
+COUNTS = (pr.MACs, pr.Params, pr.Bytes)
+
+
+@pytest.mark.parametrize("kind", COUNTS)
+@pytest.mark.parametrize("value", [1.5, 2.25, 99.9, 999.5, np.float32(1.5)])
+def test_a_fraction_above_one_is_neither_a_share_nor_a_number(kind: Callable[[float], Target], value: float) -> None:
+    with pytest.raises(RequestError, match=r"neither a share nor a number\n.* in \(0, 1\], or an int"):
+        kind(value)
+
+
+@pytest.mark.parametrize("kind", COUNTS)
+@pytest.mark.parametrize("value", [0.5, 1, 1.0, 2, 400.0, 1e9, 123456.7, np.int64(300)])
+def test_shares_and_numbers_are_taken(kind: Callable[[float], Target], value: float) -> None:
+    assert kind(value).absolute(dense=1000.0) == (1000.0 * value if value <= 1 else value)
+
+
+def test_a_latency_above_one_is_in_milliseconds() -> None:
+    assert pr.Latency(1.5).absolute(10.0) == 1.5
+
+
+@pytest.mark.parametrize("value", ["0.5", None, [0.5], 0.5j])
+def test_what_is_no_number_is_refused_in_a_sentence(value: Any) -> None:
+    with pytest.raises(RequestError, match="is no budget\na number is needed\nfor example MACs"):
+        pr.MACs(value)
+
+
+@pytest.mark.parametrize("text", ["macs=1.5", "macs=150%", "params=2.5"])
+def test_the_command_line_says_the_same(text: str) -> None:
+    with pytest.raises(RequestError, match="neither a share nor a number"):
+        parse_target(text)
+    assert parse_target("bytes=1.2345kb").value == 1234.5
