@@ -238,7 +238,25 @@ def test_multi_head_attention(case: str, batched: bool) -> None:
 def test_every_operation_in_the_table_is_tried_here() -> None:
     tried = set("linear matmul rmatmul bmm baddbmm addbmm mm addmm mv addmv einsum inner tensordot grouped_mm".split())
     tried |= {f"conv{t}{n}d" for t in ("", "_transpose") for n in (1, 2, 3)}
-    assert set(READS) == tried | {"convolution", "multi_head_attention_forward"}
+    assert set(READS) == tried | {"convolution", "multi_head_attention_forward", "mkldnn_rnn_layer"}
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_a_fused_recurrent_layer_reads_its_input_and_the_outputs_of_the_steps_before(reverse: bool) -> None:
+    """With both products the gates, and with them the outputs, can be computed step by step."""
+    x, entering, repeated, bias = (rand(*shape).float() for shape in ((5, 2, 3), (16, 3), (16, 4), (16,)))
+    none, first, cell = torch.zeros(16), rand(2, 4).float(), rand(2, 4).float()
+    args = (x, entering, repeated, bias, none, first, cell, reverse, [], 2, 4, 1, True, False, False, False)
+    outputs = torch.ops.aten.mkldnn_rnn_layer(*args)[0]
+    into, back = products("mkldnn_rnn_layer", args)
+    assert into.operand is entering and back.operand is repeated and torch.equal(into.x, x)
+    gates = into.x @ entering.T + back.x @ repeated.T + bias
+    for step in reversed(range(5)) if reverse else range(5):
+        enter, forget, new, leave = gates[step].chunk(4, -1)
+        cell = forget.sigmoid() * cell + enter.sigmoid() * new.tanh()
+        torch.testing.assert_close(leave.sigmoid() * cell.tanh(), outputs[step])
+    with pytest.raises(NotReadable, match="packed"):
+        list(products("mkldnn_rnn_layer", (*args[:8], [2, 2, 1], *args[9:])))
 
 
 def test_no_operation_is_both_in_the_table_and_unreadable() -> None:

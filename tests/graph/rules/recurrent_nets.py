@@ -73,9 +73,10 @@ class Recurrent(nn.Module):
         self.given, self.hidden, self.count = given, spec.hidden, spec.layers * (1 + spec.both)
         if spec.start == "learned":
             self.first = nn.Parameter(torch.randn(self.count, 1, given))
-            self.second = nn.Parameter(torch.randn(self.count, 1, spec.hidden))
+            self.second = nn.Parameter(torch.randn(self.count, 1, spec.hidden)) if spec.kind == "LSTM" else None
         elif spec.start == "computed":
-            self.starts = nn.ModuleList([nn.Linear(FEATURES, given), nn.Linear(FEATURES, spec.hidden)])
+            sizes = (given, spec.hidden) if spec.kind == "LSTM" else (given,)
+            self.starts = nn.ModuleList([nn.Linear(FEATURES, size) for size in sizes])
         elif spec.start == "fed on":
             self.encoder = self._layers(width)
         self._back(width, given * (1 + spec.both))
@@ -85,7 +86,13 @@ class Recurrent(nn.Module):
         options = {"nonlinearity": spec.nonlinearity} if spec.kind == "RNN" else {}
         options |= {"proj_size": spec.projection} if spec.kind == "LSTM" else {}
         made: nn.Module = getattr(nn, spec.kind)(
-            width, spec.hidden, spec.layers, spec.bias, spec.batch_first, bidirectional=spec.both, **options
+            width,
+            spec.hidden,
+            num_layers=spec.layers,
+            bias=spec.bias,
+            batch_first=spec.batch_first,
+            bidirectional=spec.both,
+            **options,
         )
         return made
 
@@ -131,7 +138,8 @@ class Recurrent(nn.Module):
             fill = torch.zeros if spec.start == "zeros" else torch.ones
             made = [fill(self.count, batch, n, dtype=x.dtype) for n in (self.given, self.hidden)]
         elif spec.start == "learned":
-            made = [state.expand(-1, batch, -1).contiguous() for state in (self.first, self.second)]
+            states = [state for state in (self.first, self.second) if state is not None]
+            made = [state.expand(-1, batch, -1).contiguous() for state in states]
         else:
             made = [layer(x[:, 0]).unsqueeze(0).repeat(self.count, 1, 1) for layer in self.starts]
         return (made[0], made[1]) if spec.kind == "LSTM" else made[0]

@@ -51,6 +51,15 @@ def embedding(trace: Trace, ctx: Context) -> Returned:
     return TracedValue.plain([*index.dims, table.dims[1]])
 
 
+@rule("_embedding_bag", "_embedding_bag_forward_only")
+def embedding_bag(trace: Trace, ctx: Context) -> Returned:
+    """Sums, means or maxima of rows of a table: the rows are frozen, each column is computed by itself."""
+    table = ctx.value(0)
+    trace.freeze(table.dims[0], "its rows are looked up by number")
+    trace.role(table.axes[1], "out")
+    return [TracedValue.plain([WHOLE, table.dims[1]]), None, None, None]
+
+
 @rule("index_select")
 def index_select(trace: Trace, ctx: Context) -> Returned:
     """Positions by index: the axis is frozen."""

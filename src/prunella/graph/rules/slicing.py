@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -212,6 +213,25 @@ def pixel_unshuffle(trace: Trace, ctx: Context) -> Returned:
     value, shape, factor = ctx.value(0), ctx.shape(0), int(ctx.args[1])
     channels = merge([value.dims[-3], WHOLE], [shape[-3], factor**2])
     return TracedValue.plain([*value.dims[:-3], channels, WHOLE, WHOLE])
+
+
+@rule("im2col")
+def patches(trace: Trace, ctx: Context) -> Returned:
+    """`(N, C, H, W)` to `(N, C * kernel, L)`: the positions of a kernel in one channel form one unit."""
+    value, size = ctx.value(0), math.prod(ctx.args[1])
+    for dim in value.dims[-2:]:
+        trace.freeze(dim, "patches are taken along it")
+    return TracedValue.plain([*value.dims[:-3], merge([value.dims[-3], WHOLE], [ctx.shape(0)[-3], size]), WHOLE])
+
+
+@rule("col2im")
+def from_patches(trace: Trace, ctx: Context) -> Returned:
+    """`(N, C * kernel, L)` to `(N, C, H, W)`: the sums of the patches of each channel."""
+    value, size = ctx.value(0), math.prod(ctx.args[2])
+    channels, inner = trace.ledger.split(value.dims[-2], [ctx.shape(0)[-2] // size, size])
+    trace.freeze(inner, "the positions of its patches go into space")
+    trace.freeze(value.dims[-1], "its patches go into space")
+    return TracedValue.plain([*value.dims[:-2], channels, WHOLE, WHOLE])
 
 
 @rule("glu")

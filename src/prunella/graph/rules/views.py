@@ -91,7 +91,7 @@ def expand(trace: Trace, ctx: Context) -> Returned:
     lead = len(new) - len(old)
     call = trace.call()
     raw = flat(call.args[1:]) if call.name in {"expand", "broadcast_to"} else []
-    other = call.args[1] if call.name == "expand_as" and len(call.args) > 1 else None
+    other = next(iter(call.args[_LIKE[call.name] :]), None) if call.name in _LIKE else None
     dims: list[Dim] = []
     for k, size in enumerate(new):
         if k >= lead and old[k - lead] == size:
@@ -107,6 +107,10 @@ def expand(trace: Trace, ctx: Context) -> Returned:
         dims.append(dim)
     axes = tuple(value.axes[k - lead] if k >= lead and old[k - lead] == new[k] else None for k in range(len(new)))
     return TracedValue(tuple(dims), axes, value.weight)
+
+
+_LIKE = {"expand_as": 1, "normalize": 0}
+"""Calls that expand a tensor to the shape of one of their arguments -> its number."""
 
 
 def _requested(raw: object) -> Dim:
