@@ -27,7 +27,7 @@ from prunella.graph.solve.labels import WHOLE, Dim, Ledger, Reason, Run, Soft
 from prunella.graph.sources import FORMS, Sources
 from prunella.graph.trace.answers import LEAVES_TORCH, decides, sized_by_values
 from prunella.graph.trace.dataflow import Flow
-from prunella.graph.trace.known_sizes import KnownSizes
+from prunella.graph.trace.known_sizes import KnownSizes, origin
 from prunella.graph.trace.source import where
 from prunella.graph.trace.tracked_int import (
     Attr,
@@ -157,6 +157,8 @@ class Trace:
     entries: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary)
     """Tensors that are an input of the model, or part of one."""
     known_sizes: KnownSizes = field(default_factory=KnownSizes)
+    shared: dict[str, str] = field(default_factory=dict)
+    """Parameter -> another one in the same memory."""
     branches: list[Branch] = field(default_factory=list)
     values_read: bool = False
     """Values went from the tensors to Python, or gave a tensor its size."""
@@ -270,7 +272,7 @@ class Trace:
         elif isinstance(raw, Tracked):
             self.links.append(Link(raw.expression, self.ledger.single(dim), length, self.where()))
         else:
-            self.freeze(dim, f"the size {raw} is typed into the source", ReasonKind.SOURCE)
+            self.freeze(dim, f"the size {raw} is {origin(raw, sys._getframe(1))}", ReasonKind.SOURCE)
 
     def leak(self, expression: Expression | SizeComparison) -> None:
         """A size is used as a number and must not change, or it decides a branch whose outcome must not change."""
