@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -212,6 +213,7 @@ class Parts(nn.Module):
         return self.b(first) + self.c(second)
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 def test_a_size_in_a_list_is_named_and_follows_in_a_program() -> None:
     model, x = Parts().eval(), torch.randn(2, 8)
     reason = next(entry.reason for entry in couple(model, x).frozen if entry.entity == "a.weight")
@@ -231,12 +233,14 @@ def test_the_reason_for_a_weight_that_is_used_both_ways_is_true() -> None:
             return nn.functional.linear(self.e(x).relu(), self.e.weight.t())
 
     magnitude = dataclasses.replace(RECIPE, criterion=pr.magnitude)
-    with pytest.raises(pr.PruningError, match="there is only e.weight, which reads the units"):
+    with pytest.raises(pr.PruningError, match=r"there is only e\.weight, which reads the units"):
         pr.plan(Tied().eval(), torch.randn(2, 8), magnitude, target=pr.Params(0.9))
 
 
 def test_a_model_of_quantized_layers_says_so() -> None:
     model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 3))
-    quantized = torch.ao.quantization.quantize_dynamic(model, {nn.Linear})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        quantized = torch.ao.quantization.quantize_dynamic(model, {nn.Linear})
     with pytest.raises(pr.PruningError, match="prune the model before its weights are converted"):
         pr.plan(quantized, torch.randn(2, 8), RECIPE, target=pr.Params(0.9))
