@@ -199,8 +199,8 @@ def test_two_parameters_in_one_memory_stay(granularity: pr.Channel | pr.Element)
     plan = pr.plan(model, torch.randn(2, 8), recipe, target=target)
     assert {row.name for row in plan.rows} <= {"c", "d"}
     reasons = {entry.entity: entry.reason for entry in plan.frozen}
-    assert reasons["a.weight"] == "it shares its memory with b.weight, another parameter: tie them as one parameter"
-    assert reasons["b.weight"] == "it shares its memory with a.weight, another parameter: tie them as one parameter"
+    why = "the parameters a.weight and b.weight share one memory: tie them as one parameter"
+    assert reasons["a.weight"] == reasons["b.weight"] == why
 
 
 class Parts(nn.Module):
