@@ -317,6 +317,8 @@ class Graph:
     orders: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     untried: str = ""
     hints: Hints = Hints()
+    shared: Mapping[str, str] = field(default_factory=dict)
+    """Parameter -> why it stays: another one is in the same memory."""
     branches: tuple[Branch, ...] = ()
     """Branches on values."""
     unread: tuple[UnreadSize, ...] = ()

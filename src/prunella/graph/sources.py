@@ -29,7 +29,7 @@ class Sources:
         """Memory that holds activations now, also where it was made from nothing and filled in place."""
         names = set(parameters)
         for name, tensor in entities.items():
-            key, own = _memory(tensor), frozenset({name}) if name in names else NONE
+            key, own = memory(tensor), frozenset({name}) if name in names else NONE
             if key is None:
                 self._made[tensor] = own
             else:
@@ -37,7 +37,7 @@ class Sources:
 
     def of(self, tensor: Tensor) -> Names | None:
         """The names of the parameters; None for an activation."""
-        if _memory(tensor) in self._active:
+        if memory(tensor) in self._active:
             return None
         if tensor in self._made:
             made: Names = self._made[tensor]
@@ -49,7 +49,7 @@ class Sources:
         return self._held(tensor) or NONE
 
     def _held(self, tensor: Tensor) -> Names | None:
-        key = _memory(tensor)
+        key = memory(tensor)
         for start, size, names in self._at.get(key, ()) if key is not None else ():
             if start <= tensor.storage_offset() < start + size:
                 return names
@@ -58,7 +58,7 @@ class Sources:
     def note(self, arguments: Iterable[Tensor], results: Sequence[Tensor]) -> Names | None:
         """Record one operation; returns the parameters of its results, None for activations."""
         parts = [self.of(tensor) for tensor in arguments]
-        keys = {key for key in map(_memory, results) if key is not None}
+        keys = {key for key in map(memory, results) if key is not None}
         if any(part is None for part in parts):
             self._active |= keys
             return None
@@ -73,7 +73,7 @@ class Sources:
         return NONE.union(*(part for part in map(self.of, tensors) if part))
 
 
-def _memory(tensor: Tensor) -> int | None:
+def memory(tensor: Tensor) -> int | None:
     """A number that all views of the same memory share; None for layouts without one."""
     try:
         return int(tensor.untyped_storage()._cdata)

@@ -32,7 +32,10 @@ class Amount:
 
 @dataclass(frozen=True)
 class Row:
-    """One line of a plan: a group of units, or the mask of one weight."""
+    """One line of a plan: a group of units, or the mask of one weight.
+
+    counted_with: the row that has the numbers of all of its weights, where another group cuts them too.
+    """
 
     name: str
     kind: str
@@ -42,6 +45,7 @@ class Row:
     params_after: int
     macs_before: float
     macs_after: float
+    counted_with: str = ""
 
 
 def amount(graph: Graph, keep: Keep) -> Amount:
@@ -94,6 +98,7 @@ def group_rows(graph: Graph, groups: Sequence[Group], keep: Keep) -> tuple[Row, 
 def _group_row(graph: Graph, group: Group, keep: Keep, owner: Mapping[str, str], entity: Mapping[str, str]) -> Row:
     mine = {name for name, group_name in owner.items() if group_name == group.name}
     costs = [cost for cost in graph.costs if entity.get(cost.layer) in mine]
+    elsewhere = [owner[member.entity] for member in group.members if owner.get(member.entity, group.name) != group.name]
     return Row(
         name=group.name,
         kind=group.kind,
@@ -103,6 +108,7 @@ def _group_row(graph: Graph, group: Group, keep: Keep, owner: Mapping[str, str],
         params_after=sum(graph.numel(name, keep) for name in mine),
         macs_before=sum(cost.macs({}) for cost in costs),
         macs_after=sum(cost.macs(keep) for cost in costs),
+        counted_with="" if mine or not elsewhere else elsewhere[0],
     )
 
 

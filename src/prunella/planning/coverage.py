@@ -60,6 +60,7 @@ def unmaskable(graph: Graph) -> Iterable[Frozen]:
         if name not in layers:
             operation, where = graph.readers.get(name, ("", ""))
             reason = f"masks do not know weights that {operation} reads" if operation else _UNREAD
+            reason = graph.shared.get(name, reason)
             yield Frozen(name, 0, graph.entities[name].shape[0], reason, where, ReasonKind.OPERATION)
 
 

@@ -20,8 +20,10 @@ def render(rows: Sequence[Row], before: Amount, after: Amount, notes: Sequence[s
             row.name,
             row.kind,
             f"{row.kept}/{row.total}",
-            change(short_count(row.params_before), short_count(row.params_after)),
-            change(short_count(row.macs_before), short_count(row.macs_after)),
+            f"in {row.counted_with}"
+            if row.counted_with
+            else change(short_count(row.params_before), short_count(row.params_after)),
+            "" if row.counted_with else change(short_count(row.macs_before), short_count(row.macs_after)),
         )
         for row in rows
     ]

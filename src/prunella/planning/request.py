@@ -17,6 +17,7 @@ from prunella.graph.solve.block_counters import counted
 from prunella.graph.solve.groups import couple
 from prunella.graph.solve.residual_blocks import narrow
 from prunella.model.copying import ordinary
+from prunella.planning.checks import foreign_weights
 from prunella.planning.coverage import unmaskable
 from prunella.planning.diagnostics import obstacles, offer
 from prunella.planning.latency import LatencyProbe
@@ -199,6 +200,9 @@ def eligible_layers(request: Request) -> tuple[list[Layer], list[Frozen]]:
         reason = chosen(names_of_layer(request.graph, layer), request.skip, request.only)
         if reason:
             frozen.append(_layer_aside(request.graph, layer, reason, ReasonKind.REQUEST))
+        elif layer.entity in request.graph.shared:
+            shared = request.graph.shared[layer.entity]
+            frozen.append(_layer_aside(request.graph, layer, shared, ReasonKind.OPERATION))
         else:
             layers.append(layer)
     if not layers:
@@ -250,6 +254,9 @@ def nothing_to_prune(request: Request, what: str, frozen: Sequence[Frozen]) -> N
     """The error of a model in which nothing takes part."""
     names = ", ".join(name_of(type(entry)) for entry in request.recipe.granularities)
     no_weight = "the model has no parameters, and so no layer that multiplies by a weight"
-    reasons = "\n".join(obstacles(request.graph, frozen)) or no_weight
-    todo = offer(frozen) or "`prunella inspect` shows the groups"
+    foreign = foreign_weights(request.model)
+    reasons = "\n".join([*obstacles(request.graph, frozen), *foreign]) or no_weight
+    todo = offer(frozen) or (
+        "prune the model before its weights are converted" if foreign else "`prunella inspect` shows the groups"
+    )
     return NotSupported(f"there are no {what} to prune for {names}", reasons, todo)

@@ -32,6 +32,14 @@ _ROLES: dict[Scope, tuple[str, ...]] = {
 }
 
 
+_SCORED: dict[Scope, str] = {
+    "producer": "layers that produce a unit",
+    "consumer": "layers that read a unit",
+    "group": "all weights of a unit",
+}
+_DOES = {"out": "produces the units", "in": "reads the units (a weight that is used in both ways counts as a reader)"}
+
+
 class Absent(Exception):
     """A statistic that this group or layer does not have; it is left alone, with this reason."""
 
@@ -154,7 +162,7 @@ class Scorer:
 
     def _parts(self, group: Group) -> list[tuple[Tensor, Tensor]]:
         """Saliencies at the positions of every member in scope, with the unit of each position."""
-        parts, reason = [], f"no weights in the scope of {self.name}"
+        parts, reason = [], self._out_of_scope(group)
         for member in self._members(group):
             try:
                 values = self._along(member)
@@ -213,6 +221,13 @@ class Scorer:
     def _members(self, group: Group) -> list[Member]:
         roles = _ROLES["group" if group.paths else scope_of(plain_function(self.criterion))]
         return [m for m in group.members if m.role in roles and m.entity in self.subject.scored]
+
+    def _out_of_scope(self, group: Group) -> str:
+        """What the criterion scores, and what the units have instead."""
+        wanted = _SCORED[scope_of(plain_function(self.criterion))]
+        weights = [m for m in group.members if m.role in ("out", "in")]
+        instead = dict.fromkeys(f"{m.entity}, which {_DOES[m.role]}" for m in weights if m.role in _DOES)
+        return f"{self.name} scores {wanted}, and here there is only {'; '.join(instead) or 'no layer with a weight'}"
 
     def _parameter(self, member: Member) -> Tensor:
         return self.subject.parameters[member.entity].detach().cpu()

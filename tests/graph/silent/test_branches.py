@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -178,3 +179,68 @@ def test_a_run_tells_whether_it_does_something_new() -> None:
     seen = Seen(model, [torch.zeros(2, 3, 8, 8)])
     assert not seen.new(torch.zeros(2, 3, 8, 8)) and seen.new(torch.full((2, 3, 8, 8), 99.0))
     assert not seen.new(torch.full((2, 3, 8, 8), math.nan)), "outputs that are not finite tell nothing"
+
+
+class InOneMemory(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 16, bias=False), nn.Linear(16, 8, bias=False)
+        self.b.weight = nn.Parameter(self.a.weight.detach().t())
+        self.c, self.d = nn.Linear(8, 16), nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.d(self.c(self.b(self.a(x).relu())).relu())
+
+
+@pytest.mark.parametrize("granularity", [pr.Channel(), pr.Element()])
+def test_two_parameters_in_one_memory_stay(granularity: pr.Channel | pr.Element) -> None:
+    model, recipe = InOneMemory().eval(), dataclasses.replace(RECIPE, granularity=granularity)
+    target = pr.Params(0.8) if isinstance(granularity, pr.Channel) else pr.Sparsity(0.3)
+    plan = pr.plan(model, torch.randn(2, 8), recipe, target=target)
+    assert {row.name for row in plan.rows} <= {"c", "d"}
+    reasons = {entry.entity: entry.reason for entry in plan.frozen}
+    why = "the parameters a.weight and b.weight share one memory: tie them as one parameter"
+    assert reasons["a.weight"] == reasons["b.weight"] == why
+
+
+class Parts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c, self.parts = nn.Linear(8, 12), nn.Linear(4, 3), nn.Linear(8, 3), [4, 8]
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second = torch.split(self.a(x), self.parts, 1)
+        return self.b(first) + self.c(second)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+def test_a_size_in_a_list_is_named_and_follows_in_a_program() -> None:
+    model, x = Parts().eval(), torch.randn(2, 8)
+    reason = next(entry.reason for entry in couple(model, x).frozen if entry.entity == "a.weight")
+    assert reason == "the size 4 is in the list parts, which no cut changes"
+    plan = pr.plan(pr.as_program(model, x), x, RECIPE, target=pr.Params(0.9))
+    assert {row.name: row.counted_with for row in plan.rows} == {"a": "", "a#2": "a"}
+    assert "in a" in str(plan)
+
+
+def test_the_reason_for_a_weight_that_is_used_both_ways_is_true() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.e = nn.Linear(8, 16)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return nn.functional.linear(self.e(x).relu(), self.e.weight.t())
+
+    magnitude = dataclasses.replace(RECIPE, criterion=pr.magnitude)
+    with pytest.raises(pr.PruningError, match=r"there is only e\.weight, which reads the units"):
+        pr.plan(Tied().eval(), torch.randn(2, 8), magnitude, target=pr.Params(0.9))
+
+
+def test_a_model_of_quantized_layers_says_so() -> None:
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 3))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        quantized = torch.ao.quantization.quantize_dynamic(model, {nn.Linear})
+    with pytest.raises(pr.PruningError, match="prune the model before its weights are converted"):
+        pr.plan(quantized, torch.randn(2, 8), RECIPE, target=pr.Params(0.9))

@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 
 from prunella.graph.solve.labels import WHOLE
-from prunella.graph.trace.recorder import CALL_RULES, OPAQUE, CallRule, Trace, TracedValue
+from prunella.graph.trace.call_names import OPAQUE
+from prunella.graph.trace.recorder import CALL_RULES, CallRule, Trace, TracedValue
 from prunella.graph.work import name_of, pointwise, positional, tensors_in, terms
 
 log = logging.getLogger(__name__)

@@ -46,7 +46,7 @@ from prunella.graph.solve.tokens import specials
 from prunella.graph.solve.unread_sizes import never_read, unread_sizes
 from prunella.graph.trace.recorder import Axis, Trace, Work
 from prunella.graph.trace.tracked_int import holder
-from prunella.graph.trace.training import trace_modes
+from prunella.graph.trace.training import sharing, trace_modes
 from prunella.model.forward import forward
 from prunella.model.state import untouched
 from prunella.model.traceable import check_traceable
@@ -129,12 +129,15 @@ def _graph(record: Trace, model: nn.Module) -> Graph:
         hidden={name: tuple(sorted(unknown.reads)) for name, unknown in sorted(record.uncounted.items())},
         readers=record.readers,
         unused=tuple(
-            n for n in record.tensors if n in record.parameters - record.axes.keys() and _plain(record.tensors[n])
+            n
+            for n in record.tensors
+            if n in record.parameters - record.axes.keys() - record.shared.keys() and _plain(record.tensors[n])
         ),
         runs=tuple(_runs(equations, record, numbers)),
         numbered=tuple(_numbered(equations, record, numbers)),
         hints=hints(record),
         branches=tuple(record.branches),
+        shared={name: sharing(record, name) for name in sorted(record.shared)},
         unread=tuple(unread_sizes(model, record, lambda dim, size: _extent(equations, dim, size, numbers), taken)),
     )
 
@@ -229,7 +232,9 @@ def _kept_parameter(equations: Equations, record: Trace, name: str) -> Frozen:
     labelled = [k for k, dim in enumerate(dims) if dim]
     axis = next((k for k in labelled if equations.stays(dims[k][0]).all()), labelled[0] if labelled else 0)
     reason = Reason(f"{operation} reads it in a form that is not that of a layer", where)
-    if not operation:
+    if name in record.shared and not dims:
+        reason = Reason(sharing(record, name))
+    elif not operation:
         reason = Reason("no operation of this run reads it")
     elif not labelled:
         reason = Reason(f"{operation} reads it, and no axis of it has several positions", where)

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from prunella.graph.trace.source import reader
+from prunella.graph.trace.source import LIBRARY, reader
 from prunella.graph.trace.tracked_int import plain
 
 _LEAST = 4
@@ -53,6 +53,25 @@ class KnownSizes:
             for value in _named(frame):
                 self.numbers |= {n for n in _integers(value) if _LEAST <= n <= _LARGEST}
                 self.keys |= {n for n in _entries(value) if 0 < n <= _LARGEST}
+
+
+def origin(size: object, start: FrameType | None) -> str:
+    """Where a plain size comes from: a container of the module that runs, or the source."""
+    frame = start
+    while frame is not None and frame.f_code.co_filename.startswith(LIBRARY):
+        frame = frame.f_back
+    own = frame.f_locals.get("self") if frame is not None else None
+    if frame is not None and isinstance(own, nn.Module):
+        for name in frame.f_code.co_names:
+            value = vars(own).get(name)
+            if isinstance(value, dict | list | tuple) and size in _held(value):
+                return f"in the {type(value).__name__} {name}, which no cut changes"
+    return "typed into the source"
+
+
+def _held(value: dict[Any, Any] | list[Any] | tuple[Any, ...]) -> set[int]:
+    """The integers of a container, those in the values of a dictionary."""
+    return set(_entries(list(value.values()) if isinstance(value, dict) else value))
 
 
 def _counts(start: FrameType | None, frame: FrameType) -> bool:

@@ -16,7 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from prunella.graph.noise import drops
 from prunella.graph.trace.answers import LEAVES_TORCH, decides, sized_by_values
-from prunella.graph.trace.recorder import CALL_RULES, OPAQUE, Call, Trace
+from prunella.graph.trace.call_names import NEEDS_DATA, OPAQUE, PARTS, SIZED, UNSEEN
+from prunella.graph.trace.recorder import CALL_RULES, Call, Trace
 from prunella.graph.trace.tracked_int import Shape, Tracked, bare
 from prunella.graph.work import tensors_in
 from prunella.model.calls import called
@@ -41,7 +42,7 @@ class Calls(TorchFunctionMode):
             return math.prod(self._sizes(args[0].shape, args[0]))
         if name == "__len__" and args[0].dim():
             self._counted(args[0])
-        elif name in _PARTS:
+        elif name in PARTS:
             self.trace.known_sizes.note(sys._getframe(1), parts=True)
         elif name == "stride":
             self.trace.known_sizes.note(sys._getframe(1), escaped=True)
@@ -60,8 +61,8 @@ class Calls(TorchFunctionMode):
                 self._relate(name, args, kwargs, result)
             elif name in OPAQUE:
                 self._freeze_all((args, kwargs, result), f"the sizes inside {name} are not visible")
-            elif name in _NEEDS_DATA and args and isinstance(args[0], Tensor) and not args[0].numel():
-                self._freeze_all((args, kwargs, result), _UNSEEN)
+            elif name in NEEDS_DATA and args and isinstance(args[0], Tensor) and not args[0].numel():
+                self._freeze_all((args, kwargs, result), UNSEEN)
             return result
         finally:
             self.trace.calls.pop()
@@ -135,19 +136,3 @@ class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
         with torch._C.DisableTorchFunction():  # calls from TorchScript leave the other mode active
             self.apply_rule(self.trace, func, args, kwargs, result)
         return result
-
-
-SIZED = frozenset(
-    (
-        "view reshape unflatten expand repeat split split_with_sizes chunk tensor_split narrow slice __getitem__ "
-        "__setitem__ zeros ones empty new_zeros new_ones new_empty new_full conv1d conv2d conv3d conv_transpose1d "
-        "conv_transpose2d conv_transpose3d group_norm channel_shuffle view_as expand_as pad broadcast_to histc bincount"
-    ).split()
-)
-"""Calls whose integers are sizes, handled by the rules; in other calls a tracked size is used as a number."""
-
-
-_PARTS = frozenset("unbind split chunk tensor_split split_with_sizes".split())
-_UNSEEN = "nothing passed through it: the example gives it an empty batch"
-_NEEDS_DATA = frozenset("conv1d conv2d conv3d batch_norm instance_norm group_norm".split())
-"""Calls that torch computes differently for an empty batch, so that the record is not complete."""

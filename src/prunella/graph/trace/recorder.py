@@ -19,8 +19,9 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from prunella.graph.data import Branch, Ints, ReasonKind, Role
 from prunella.graph.solve.labels import WHOLE, Dim, Ledger, Reason, Run, Soft
 from prunella.graph.sources import FORMS, Sources
+from prunella.graph.trace.call_names import RESTRICTED
 from prunella.graph.trace.dataflow import Flow
-from prunella.graph.trace.known_sizes import KnownSizes
+from prunella.graph.trace.known_sizes import KnownSizes, origin
 from prunella.graph.trace.source import where
 from prunella.graph.trace.tracked_int import (
     Attr,
@@ -148,6 +149,8 @@ class Trace:
     entries: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary)
     """Tensors that are an input of the model, or part of one."""
     known_sizes: KnownSizes = field(default_factory=KnownSizes)
+    shared: dict[str, str] = field(default_factory=dict)
+    """Parameter -> another one in the same memory."""
     branches: list[Branch] = field(default_factory=list)
     values_read: bool = False
     """Values went from the tensors to Python, or gave a tensor its size."""
@@ -261,7 +264,7 @@ class Trace:
         elif isinstance(raw, Tracked):
             self.links.append(Link(raw.expression, self.ledger.single(dim), length, self.where()))
         else:
-            self.freeze(dim, f"the size {raw} is typed into the source", ReasonKind.SOURCE)
+            self.freeze(dim, f"the size {raw} is {origin(raw, sys._getframe(1))}", ReasonKind.SOURCE)
 
     def leak(self, expression: Expression | SizeComparison) -> None:
         """A size is used as a number and must not change, or it decides a branch whose outcome must not change."""
@@ -314,12 +317,3 @@ def storage_key(tensor: Tensor) -> tuple[Any, ...]:
 CallRule = Callable[[Trace, str, Sequence[Any], Any], None]
 CALL_RULES: dict[str, CallRule] = {}
 """Calls that are related as a whole, by `rule(trace, name, args, result)`; the operations inside have no labels."""
-
-
-RESTRICTED = frozenset("mean layer_norm rms_norm softmax topk".split())
-"""Calls along an axis that the oracle can restrict to the kept positions."""
-
-OPAQUE = frozenset(
-    "multi_head_attention_forward _native_multi_head_attention _transformer_encoder_layer_fwd ctc_loss".split()
-)
-"""Calls that check or compute sizes that neither mode observes."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from prunella.graph.solve.labels import WHOLE, Ledger
+from prunella.graph.sources import memory
 from prunella.graph.trace.answers import AnswerMode
 from prunella.graph.trace.caches import uncached
 from prunella.graph.trace.dataflow import watched
@@ -54,7 +55,26 @@ def new_record(model: nn.Module, start: int = 1) -> Trace:
     record = Trace(names, entities, parameters, Ledger(start))
     for name, tensor in entities.items():
         record.aliases[storage_key(tensor)] = name
+    record.shared = _overlapping({name: entities[name] for name in parameters})
     return record
+
+
+def _overlapping(parameters: Mapping[str, Tensor]) -> dict[str, str]:
+    """Parameters whose memory overlaps that of another one, which is not the same parameter."""
+    at: dict[int, list[tuple[int, int, str]]] = {}
+    for name, tensor in parameters.items():
+        key = memory(tensor)
+        if key is not None and tensor.numel():
+            first = int(tensor.storage_offset())
+            last = first + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
+            at.setdefault(key, []).append((first, last, name))
+    return {
+        name: other
+        for places in at.values()
+        for first, last, name in places
+        for start, end, other in places
+        if other != name and first <= end and start <= last
+    }
 
 
 def trace(

@@ -62,9 +62,8 @@ def place(frame: FrameType) -> str:
     numbers = getattr(module, "_lineno_map", None)
     if not isinstance(module, fx.GraphModule) or not numbers:
         return ""
-    first = int.__add__(
-        getattr(module, "_prologue_start", None) or 0, 0
-    )  # tracked, like all integers of a module in a run
+    start = getattr(module, "_prologue_start", None)
+    first = 0 if start is None else int.__add__(start, 0)  # tracked, like all integers of a module in a run
     at = numbers.get(frame.f_lineno - first)
     nodes = list(module.graph.nodes)
     return _source(nodes[at]) if at is not None and at < len(nodes) else ""

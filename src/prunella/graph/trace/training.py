@@ -45,7 +45,16 @@ def trace_modes(model: nn.Module, inputs: Any, apply_rule: Callable[..., None], 
             add_branches(record, model, inputs, apply_rule, asked.questions.values(), len(others) + 1)
     if readers:
         _add_training(record, model, inputs, apply_rule)
+    for name in sorted(record.shared.keys() & record.axes.keys()):
+        for dim in record.axes[name]:
+            record.ledger.freeze(dim, Reason(sharing(record, name), record.reader(name)[1]))
     return record
+
+
+def sharing(record: Trace, name: str) -> str:
+    """Why a parameter stays that lies in the memory of another one."""
+    both = " and ".join(sorted((name, record.shared[name])))
+    return f"the parameters {both} share one memory: tie them as one parameter"
 
 
 def _add_examples(record: Trace, model: nn.Module, others: Sequence[Any], apply_rule: Callable[..., None]) -> None:

@@ -1,0 +1,30 @@
+"""Names of calls that a recorded run treats in a way of their own."""
+
+from __future__ import annotations
+
+SIZED = frozenset(
+    (
+        "view reshape unflatten expand repeat split split_with_sizes chunk tensor_split narrow slice __getitem__ "
+        "__setitem__ zeros ones empty new_zeros new_ones new_empty new_full conv1d conv2d conv3d conv_transpose1d "
+        "conv_transpose2d conv_transpose3d group_norm channel_shuffle view_as expand_as pad broadcast_to histc bincount"
+    ).split()
+)
+"""Calls whose integers are sizes, handled by the rules; in other calls a tracked size is used as a number."""
+
+
+RESTRICTED = frozenset("mean layer_norm rms_norm softmax topk".split())
+"""Calls along an axis that the oracle can restrict to the kept positions."""
+
+
+PARTS = frozenset("unbind split chunk tensor_split split_with_sizes".split())
+"""Calls that take the positions of an axis apart."""
+UNSEEN = "nothing passed through it: the example gives it an empty batch"
+"""The reason for what no position passes through."""
+NEEDS_DATA = frozenset("conv1d conv2d conv3d batch_norm instance_norm group_norm".split())
+"""Calls that torch computes differently for an empty batch, so that the record is not complete."""
+
+
+OPAQUE = frozenset(
+    "multi_head_attention_forward _native_multi_head_attention _transformer_encoder_layer_fwd ctc_loss".split()
+)
+"""Calls that check or compute sizes that neither mode observes."""
