@@ -25,10 +25,20 @@ optuna = pytest.importorskip("optuna", reason="needs the extra `search`")
 pytestmark = pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning", "ignore::DeprecationWarning")
 ROOT = Path(__file__).parents[2]
 WORKER = """
-import sys, warnings
+import sys, time, warnings
+from pathlib import Path
 import prunella as pr
 from tests.graphs import convnet, images
+from tests.search import test_netadapt
 from tests.search.test_netadapt import quality
+here = Path(sys.argv[3])
+
+def meet():  # in its first trial each waits for that of the other: a busy machine may start one of them much later
+    (here / sys.argv[2]).touch()
+    while len(list(here.iterdir())) < 2:
+        time.sleep(0.01)
+
+test_netadapt.tick = meet
 cuts = pr.search.space(convnet().eval(), images()[0], pr.Recipe())
 found = pr.search.evolve(cuts, pr.MACs(0.4), quality, trials=10, storage=sys.argv[1], seed=int(sys.argv[2]))
 print(found.tried, found.value, found.cost)
@@ -81,10 +91,12 @@ def test_a_study_goes_on_and_other_models_have_their_own(tmp_path: Path) -> None
 def workers(storage: str, environment: dict[str, str] | None = None) -> list[list[float]]:
     lines = [sys.executable, "-W", "ignore", "-c", WORKER, storage]
     env = {**os.environ, **(environment or {}), "OMP_NUM_THREADS": "1"}
-    running = [
-        subprocess.Popen([*lines, str(seed)], cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True) for seed in (1, 2)
-    ]
-    out = [process.communicate(timeout=240)[0] for process in running]
+    with tempfile.TemporaryDirectory() as place:
+        running = [
+            subprocess.Popen([*lines, str(seed), place], cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True)
+            for seed in (1, 2)
+        ]
+        out = [process.communicate(timeout=240)[0] for process in running]
     assert [process.returncode for process in running] == [0, 0]
     return [[float(word) for word in text.split()] for text in out]
 

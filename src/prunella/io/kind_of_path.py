@@ -18,12 +18,12 @@ _MAGIC = (
 
 
 def described_path(path: str | os.PathLike[str]) -> str:
-    """`it is a plan: show opens it`; `nothing is there` for a path that does not exist."""
+    """`it is a plan: show opens it`; `no such file or folder` for a path that does not exist."""
     place = Path(path)
     try:
         kind, verbs = _folder(place) if place.is_dir() else _file(place)
     except OSError as error:
-        return "nothing is there" if not os.path.lexists(place) else f"it cannot be read ({error.strerror})"
+        return "no such file or folder" if not os.path.lexists(place) else f"it cannot be read ({error.strerror})"
     return f"it is {kind}: {verbs}" if verbs else f"it is {kind}"
 
 

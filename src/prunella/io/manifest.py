@@ -67,7 +67,8 @@ def read_manifest(folder: Path) -> Fields:
     file = folder / MARKER
     check_links(folder)
     if not file.is_file():
-        why = f"it has no {MARKER}; {described_path(folder)}" if folder.is_dir() else described_path(folder)
+        why = described_path(folder) if folder.exists() else "there is no such folder"
+        why = f"it has no {MARKER}; {why}" if folder.is_dir() else why
         raise BadInput(f"{folder} is not a finished artefact of prunella", why, "write it again with prunella.save")
     # Configurations of transformers may hold infinities, so a manifest may too.
     what, todo = f"the manifest of {folder} is broken and cannot be read", "write the artefact again with prunella.save"

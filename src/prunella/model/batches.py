@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import cache
 from typing import Any
 from weakref import WeakSet
 
@@ -127,7 +126,6 @@ def _of_model(error: BaseException, model: nn.Module) -> bool:
     return False
 
 
-@cache
 def _caught_as(kind: type[Exception]) -> type[BadInput]:
     """BadInput that `except` catches as the error of that kind as well."""
     base = next(base for base in kind.__mro__ if base.__module__ == "builtins")

@@ -117,7 +117,8 @@ def without_compile() -> AbstractContextManager[Any]:
     """Inside, what `torch.compile` has wrapped runs as it is written: its programs ignore hooks, or fail under them."""
     if "torch._dynamo" not in sys.modules:  # nothing is compiled, and the import takes a second
         return nullcontext()
-    return torch.compiler.set_stance("force_eager")
+    stance: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
+    return stance
 
 
 @contextmanager
