@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from prunella.errors import NotSupported, PruningError
+from prunella.errors import BadInput, NotSupported, PruningError
 from prunella.graph.cut.block_surgery import swap
 from prunella.graph.data import Layer
 from prunella.graph.match import chosen, parts
@@ -116,10 +116,13 @@ class _Stubs:
         self.order, self.hidden_states, self.first, self.past = [], None, None, False
         try:
             run(self.model, batch)
-        except (Stop, PruningError) as ended:
-            if not isinstance(ended, Stop):
+        except Stop:
+            pass
+        except Exception as raised:
+            # What the model raises for a batch of data is told as an error of the data, which it is not here.
+            error = raised.__cause__ if isinstance(raised, BadInput) else raised
+            if error is None or isinstance(error, PruningError):
                 raise
-        except Exception as error:
             if self.past:  # the modules after the blocks have no weights here, and may fail
                 return self.first
             if "meta tensor" in str(error):
