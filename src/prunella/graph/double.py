@@ -64,7 +64,8 @@ def _by_position(x: Tensor, scale: Tensor, zero_point: Tensor, axis: int, least:
 
 def _all(x: Tensor, scale: Any, zero_point: Any, least: int, most: int) -> Tensor:
     rounded = ((x / scale).round() + zero_point).clamp(least, most)
-    return (rounded - zero_point) * scale
+    values: Tensor = (rounded - zero_point) * scale
+    return values
 
 
 WRITTEN_OUT: Mapping[str, Callable[..., Tensor]] = {

@@ -99,7 +99,7 @@ def _select(name: str, tensor: Tensor, axes: Mapping[int, Tensor]) -> Tensor:
 def _parametrizations(module: nn.Module) -> Iterator[nn.Module]:
     """The modules whose parameters a parametrized module computes its weights from."""
     if is_parametrized(module):
-        yield from module.parametrizations.modules()  # type: ignore[operator, union-attr]
+        yield from module.parametrizations.modules()  # type: ignore[union-attr]
 
 
 @torch.no_grad()
