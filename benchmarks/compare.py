@@ -35,7 +35,7 @@ PAGE, MARKS = (
     Path(__file__).parents[1] / "docs" / "benchmarks.md",
     ("<!-- measured: compare -->", "<!-- end: compare -->"),
 )
-RATE, TEMPERATURE = 0.01, 2.0
+RATE, TEMPERATURE = 0.02, 2.0
 PEER = "Torch-Pruning"
 Cell = dict[str, Any]
 

@@ -55,7 +55,7 @@ class Recover:
 
     reconstruct: bool = True
     steps: int | None = None
-    lr: float = 0.01
+    lr: float = 0.02
 
 
 @dataclass(frozen=True)

@@ -141,7 +141,7 @@ def _damping(gram: Gram, ridge: float) -> float:
 # -- gathering -----------------------------------------------------------------------------------------------------
 
 
-FEW, TOKENS = 4096, 16
+FEW, TOKENS = 8192, 16
 """Most tokens of one call, whatever the inputs, and for each input: neighbouring pixels say much the same."""
 
 
