@@ -233,3 +233,13 @@ def test_the_same_seed_gives_the_same_model() -> None:
     model, data = Wide().eval(), _images()
     first, second = (pr.prune(model, data[0][:2], target=pr.MACs(0.5), data=data) for _ in range(2))
     assert torch.equal(first.model(data[0]), second.model(data[0]))
+
+
+@pytest.mark.parametrize("share", [0.6, 0.5, 0.4])
+@pytest.mark.parametrize("data", [None, _images()])
+def test_few_groups_use_what_widths_for_hardware_leave_of_the_budget(share: float, data: list[Tensor] | None) -> None:
+    pruned = pr.prune(Wide().eval(), _images()[0][:2], target=pr.MACs(share), data=data, recover="none")
+    assert 0.97 * share <= pruned.plan.got <= share
+    odd = [name for name, keep in pruned.plan.keep.items() if int(keep.sum()) % 8]
+    assert all(f"{name} (multiple of " in "".join(pruned.plan.remarks) for name in odd)
+    assert not odd or "of the budget would be unused" in str(pruned)
