@@ -158,7 +158,7 @@ def distill(model: nn.Module, teacher: nn.Module, batches: Sequence[Tensor]) -> 
     """What `pr.prune` does, without looks at held-out batches: the state behind the last step counts."""
     model.train()
     optimizer = torch.optim.SGD(model.parameters(), RATE, momentum=0.9, nesterov=True)
-    loss = pr.distill_logits(teacher, temperature=TEMPERATURE)
+    loss = pr.recovery.distill_logits(teacher, temperature=TEMPERATURE)
     for step, batch in enumerate(batches):
         for group in optimizer.param_groups:
             group["lr"] = RATE * (1 + math.cos(math.pi * (step + 0.5) / len(batches))) / 2

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -113,6 +113,30 @@ def curves(
             with _cut(parts, keep, ridge) as changed:
                 losses = [compare(recording.output, recording.again(changed)) for recording in passes]
             yield group.name, count / group.size, float(np.mean(losses))
+
+
+def joint(
+    passes: Sequence[Recording],
+    readers: Readers,
+    keep: Mapping[str, Mask],
+    *,
+    ridge: float = 1e-3,
+    distance: Distance | None = None,
+) -> float | None:
+    """The loss of cuts of several groups together, each with the compensated weights of its own readers.
+
+    None where one matrix reads two of the groups: their weights do not add up then.
+    """
+    compare, parts = (
+        distance or distance_of(passes[0].output),
+        [(readers.of(name), mask) for name, mask in keep.items()],
+    )
+    matrices = [(id(reader), reader.matrix) for found, _ in parts for reader, _ in found]
+    if len(set(matrices)) < len(matrices):
+        return None
+    with ExitStack() as stack:
+        changed = [tensor for found, mask in parts for tensor in stack.enter_context(_cut(found, mask, ridge))]
+        return float(np.mean([compare(recording.output, recording.again(changed)) for recording in passes]))
 
 
 def _curves(
