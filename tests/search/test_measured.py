@@ -12,10 +12,7 @@ from torch import Tensor, nn
 
 import prunella as pr
 from prunella.errors import RequestError
-from prunella.planning.candidates import CandidateUnits
-from prunella.search.measured import cosine_distance, distance_of, divergence, every_step, joint, recordings
-from prunella.stats import Subject
-from prunella.stats.elimination import Readers, compensated
+from prunella.search.measured import cosine_distance, distance_of, divergence, every_step
 
 
 class Net(nn.Module):
@@ -127,31 +124,6 @@ def test_a_space_of_weights_or_without_data_is_refused() -> None:
     ):
         with pytest.raises(RequestError, match="units and data"):
             pr.search.measured(space, pr.Params(0.7), judge)
-
-
-def test_cuts_together_have_the_loss_of_the_shrunk_model_with_the_same_weights() -> None:
-    model, fit, judge, space = _setting()
-    assert isinstance(space.candidates, CandidateUnits)
-    groups = space.candidates.groups
-    with torch.no_grad():
-        readers = Readers(Subject(model, space.candidates.graph, groups=groups).parameters, groups)
-        for batch in fit:
-            with readers.watch():
-                model(batch)
-        passes, keep = recordings(model, judge), space.candidates.keep((2, 5))
-        small = copy.deepcopy(model)
-        for layer, name, norm in (("b", "a", "norm"), ("d", "c", None)):
-            ((_, quadratic),) = readers.of(name)
-            weight, constant = compensated(quadratic, keep[name])
-            small.get_parameter(f"{layer}.weight").copy_(weight.view_as(small.get_parameter(f"{layer}.weight")))
-            if norm:
-                small.norm.running_mean -= constant
-            else:
-                small.d.bias += constant
-        expected = sum(divergence(model(x), small(x)) for x in judge) / len(judge)
-        before = copy.deepcopy(model.state_dict())
-        assert joint(passes, readers, keep) == pytest.approx(expected, rel=1e-9)
-        assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
 def test_vectors_of_length_one_are_embeddings() -> None:

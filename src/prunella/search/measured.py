@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -57,8 +57,8 @@ def measured(
     space: of units, with the data for the fit, best by the criterion `obs_units`. judge: batches that the fit has not
     seen; a hundred images or some thousand tokens. distance: by default the divergence `KL(dense || pruned)` of class
     logits for outputs named logits and for outputs `(samples, classes)` that are not of length one, else one minus the
-    cosine. levels: fractions
-    in (0, 1). ridge: of the fit. predict: as in `knapsack`. on_point: called with group, fraction and minus the loss.
+    cosine. levels: fractions in (0, 1). ridge: of the fit. predict: as in `knapsack`. on_point: called with group,
+    fraction and minus the loss.
 
     The model does not change. Cost: one pass over the data with Gram matrices, and `len(levels)` passes over `judge`
     for each group.
@@ -114,30 +114,6 @@ def curves(
             with _cut(parts, keep, ridge) as changed:
                 losses = [compare(recording.output, recording.again(changed)) for recording in passes]
             yield group.name, count / group.size, float(np.mean(losses))
-
-
-def joint(
-    passes: Sequence[Recording],
-    readers: Readers,
-    keep: Mapping[str, Mask],
-    *,
-    ridge: float = 1e-3,
-    distance: Distance | None = None,
-) -> float | None:
-    """The loss of cuts of several groups together, each with the compensated weights of its own readers.
-
-    None where one matrix reads two of the groups: their weights do not add up then.
-    """
-    compare, parts = (
-        distance or distance_of(passes[0].output),
-        [(readers.of(name), mask) for name, mask in keep.items()],
-    )
-    matrices = [(id(reader), reader.matrix) for found, _ in parts for reader, _ in found]
-    if len(set(matrices)) < len(matrices):
-        return None
-    with ExitStack() as stack:
-        changed = [tensor for found, mask in parts for tensor in stack.enter_context(_cut(found, mask, ridge))]
-        return float(np.mean([compare(recording.output, recording.again(changed)) for recording in passes]))
 
 
 def _curves(
