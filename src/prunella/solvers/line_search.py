@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from prunella.errors import RequestError
+from prunella.model.batches import batches
 from prunella.model.copying import copied
-from prunella.model.forward import batches, samples
+from prunella.model.forward import samples
 from prunella.model.state import mode
 from prunella.planning.plan import Plan
 from prunella.transform.apply import apply_
