@@ -1,225 +1,306 @@
-"""prunella against Torch-Pruning 1.6.1 on ResNet-20 and ResNet-56 for CIFAR-10; then prunella alone on Lite0.
+"""`pr.prune` against Torch-Pruning 1.6.1 at its best: the same weights, MACs, batches, loss and steps; equal seconds.
 
-    python benchmarks/compare.py [--quick]
+    python benchmarks/compare.py [--only resnet20-0.5 ...] [--seeds 0 1 2] [--table]
 
-Same pretrained weights, same MACs (torch's own counter is the referee), same fine-tuning batches, three seeds. Accuracy
-is on the first 2,000 test images; calibration and fine-tuning see training images only. Latency is measured
-interleaved, one image at a time and 64 at a time, as a ratio to the dense network.
+Each cell (network, share of the MACs, seed, method) is one file in benchmarks/results/compare, so that a run goes on
+where it was stopped; `--table` writes benchmarks/results/compare.md and docs/benchmarks.md from the cells that are
+there. The referee of MACs is torch's own counter. Seconds are CPU seconds of one thread. Both networks get the same
+distillation (`T^2 KL`, T = 2, Nesterov SGD, no labels) and channels_last; in equal seconds the peer gets as many steps
+as fit into the seconds that prunella took in all. The seeds draw the batches.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-import json
+import math
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from fnmatch import fnmatchcase
-from functools import partial
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
+from typing import Any
 
 import torch
-from images import missing, read_packed
-from lite0 import lite0_table
-from resnet import CifarResNet, pretrained, weights_name
-from rival import Importance, rival_cut
+from cells import RESULTS, once, spread, write
+from rival import rival_cut
+from subjects import Subject, subjects
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
-from training import accuracy, batches, count_macs, count_params, fine_tune
+from training import count_macs, count_params
 
 import prunella as pr
-from prunella.measure.timing import compare_latency
 
-EXAMPLE = torch.zeros(1, 3, 32, 32)
-BUDGET = 0.5
-STEPS = {20: 60, 56: 30}
-STREAM = ["conv1", "*.conv2"]
-"""Layers that write into the residual stream."""
-RESULTS = Path(__file__).parent / "results"
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """One method, one seed."""
-
-    method: str
-    depth: int
-    seed: int
-    seconds: float
-    macs: int
-    params: int
-    before: float
-    after: float
-    note: str = ""
+CELLS, WEIGHTS = RESULTS / "compare", RESULTS / "cells"
+PAGE, MARKS = (
+    Path(__file__).parents[1] / "docs" / "benchmarks.md",
+    ("<!-- measured: compare -->", "<!-- end: compare -->"),
+)
+RATE, TEMPERATURE = 0.02, 2.0
+PEER = "Torch-Pruning"
+Cell = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Setting:
-    """What all methods of one run share."""
+class Case:
+    """One network, one share of its MACs, one seed."""
 
-    depth: int
+    key: str
+    subject: Subject
+    share: float
     seed: int
-    steps: int
-    train: tuple[Tensor, Tensor]
-    test: tuple[Tensor, Tensor]
-    calibration: list[tuple[Tensor, Tensor]]
+
+    def path(self, method: str) -> Path:
+        """Of the cell of a method."""
+        return CELLS / f"{self.key}-{self.share:g}-{method}-{self.seed}.json"
+
+    def example(self, batches: Sequence[Any]) -> Any:
+        """What is counted: the first batch where the network has no fixed input."""
+        return batches[0] if self.subject.example is None else self.subject.example
+
+    def macs(self, model: nn.Module, example: Any) -> int:
+        """By torch's counter."""
+        if isinstance(example, Tensor):
+            return count_macs(model, example)
+        return count_macs(_Called(model), example)
 
 
-Method = Callable[[CifarResNet, Setting], tuple[nn.Module, str]]
+class _Called(nn.Module):
+    """A model that takes its keyword arguments as one mapping."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: dict[str, Tensor]) -> Any:
+        return self.model(**batch)
 
 
-def ours(
-    dense: CifarResNet,
-    setting: Setting,
-    *,
-    criterion: Callable[..., Tensor],
-    inner: bool = False,
-    recover: bool = False,
-) -> tuple[nn.Module, str]:
-    """prunella: joint ranking to the budget.
+@dataclass
+class _Seen:
+    """Runs the models, and copies the small one when the stages before distillation are done."""
 
-    inner: keep the residual stream dense, as Torch-Pruning has to. recover: least squares without labels before the
-    fine-tuning.
-    """
-    recipe = pr.Recipe(
-        criterion=criterion, allocation=partial(pr.global_, normalize=pr.allocation.Normalize.MEAN), seed=setting.seed
-    )
-    plan = pr.plan(
-        dense, EXAMPLE, recipe, target=pr.MACs(BUDGET), data=setting.calibration, loss=_loss, skip=STREAM * inner
-    )
-    small = pr.shrink(dense, plan)
-    if recover:
-        pr.reconstruct(small, dense, [x for x, _ in setting.calibration[:2]], plan)
-    return small, ""
+    run: Callable[[nn.Module, Any], Any]
+    last: nn.Module | None = None
+    before: nn.Module | None = None
+    copying: float = 0.0
+    reached: float = 0.0
+
+    def __call__(self, model: nn.Module, batch: Any) -> Any:
+        self.last = model
+        return self.run(model, batch)
+
+    def on_stage(self, progress: Any) -> None:
+        """Called by `pr.prune`."""
+        if progress.stage in ("reconstruct", "absorb") and progress.done == progress.total:
+            self.reached = time.process_time() - self.copying
+            self.before = copy.deepcopy(self.last)
+            self.copying += time.process_time() - self.copying - self.reached
 
 
-def theirs(dense: CifarResNet, setting: Setting, *, importance: Importance) -> tuple[nn.Module, str]:
-    """Torch-Pruning to the same number of MACs."""
-    budget = BUDGET * count_macs(dense, EXAMPLE)
-    spare = [name for name, _ in dense.named_modules() if any(fnmatchcase(name, pattern) for pattern in STREAM)]
-    cut = rival_cut(dense, EXAMPLE, budget=budget, importance=importance, data=setting.calibration, spare=spare)
-    return cut.model, cut.scope
+def ours(case: Case) -> Cell:
+    """`pr.prune` with its defaults; what it gives before and after distillation, and its seconds."""
+    subject, dense = case.subject, case.subject.dense()
+    batches = subject.batches(subject.count, case.seed)
+    example, seen = case.example(batches), _Seen(subject.loss or (lambda model, batch: model(batch)))
+    start = time.process_time()
+    recover: Any = {"steps": subject.steps} if subject.steps else "reconstruct"
+    pruned = pr.prune(
+        dense, example, target=pr.MACs(case.share), data=batches, loss=seen, recover=recover, seed=case.seed,
+        on_stage=seen.on_stage,
+    )  # fmt: skip
+    seconds = time.process_time() - start - seen.copying
+    assert seen.before is not None
+    cell = _size(case, pruned.model, dense, example)
+    cell |= {
+        "seconds": seconds,
+        "seconds to prune": seen.reached - start,
+        "stages": [[s.name, s.seconds, s.after, s.note] for s in pruned.history],
+    }
+    cell["label-free"] = _tested(subject, seen.before)
+    return cell | ({"recovered": _tested(subject, pruned.model)} if subject.steps else {})
 
 
-def _loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-    return cross_entropy(model(batch[0]), batch[1])
+def cut_of_peer(case: Case) -> Cell:
+    """Torch-Pruning's cut, which no seed changes: the pruned network is kept beside the cells."""
+    subject, dense = case.subject, case.subject.dense()
+    cut = rival_cut(
+        dense, subject.example, budget=case.share * count_macs(dense, subject.example), last=subject.last,
+        spare=subject.spare,
+    )  # fmt: skip
+    torch.save(cut.model, _peer_file(case))
+    return _size(case, cut.model, dense, subject.example) | {
+        "seconds": cut.seconds, "scope": cut.scope, "cut": _tested(subject, cut.model),
+    }  # fmt: skip
 
 
-METHODS: dict[str, Method] = {
-    "prunella, group norm": partial(ours, criterion=pr.criteria.group_norm),
-    "prunella, group norm, inner layers": partial(ours, criterion=pr.criteria.group_norm, inner=True),
-    "Torch-Pruning, group norm": partial(theirs, importance="group_norm"),
-    "prunella, Taylor": partial(ours, criterion=pr.taylor),
-    "prunella, Taylor, inner layers": partial(ours, criterion=pr.taylor, inner=True),
-    "Torch-Pruning, Taylor": partial(theirs, importance="taylor"),
-    "prunella, Taylor, recovered first": partial(ours, criterion=pr.taylor, recover=True),
-}
+def _peer_file(case: Case) -> Path:
+    WEIGHTS.mkdir(parents=True, exist_ok=True)
+    return WEIGHTS / f"{case.key}-{case.share:g}-peer.pt"
 
 
-def _methods(depth: int) -> list[str]:
-    """The methods at that depth. The deep one goes without least squares, a pass over the data for each layer."""
-    return [method for method in METHODS if depth == 20 or "recovered" not in method]
+def distilled_peer(case: Case, steps: int, cut: Cell) -> Cell:
+    """The peer's cut after as many steps, on the batches that prunella distilled with first."""
+    subject, dense = case.subject, case.subject.dense()
+    small = torch.load(_peer_file(case), weights_only=False).to(memory_format=torch.channels_last)
+    most = max(subject.count, math.ceil(steps * 4 / 3))
+    batches = subject.batches(most, case.seed)
+    first, rest = [b for k, b in enumerate(batches) if k % 4 != 1], [b for k, b in enumerate(batches) if k % 4 == 1]
+    start = time.process_time()
+    distill(small, dense, (first + rest)[:steps])
+    seconds = time.process_time() - start
+    return {
+        "steps": steps, "seconds": cut["seconds"] + seconds, "distilling": seconds,
+        "recovered": _tested(subject, small),
+    }  # fmt: skip
 
 
-def one(method: str, setting: Setting) -> tuple[Outcome, nn.Module]:
-    """Prune, test, fine-tune, test."""
-    dense = pretrained(setting.depth)
-    start = time.perf_counter()
-    small, note = METHODS[method](dense, setting)
-    seconds = time.perf_counter() - start
-    macs, params = count_macs(small, EXAMPLE), count_params(small)
-    before = accuracy(small, *setting.test)
-    cut = copy.deepcopy(small)
-    fine_tune(small, *setting.train, steps=setting.steps, batch=128, rate=0.02, seed=setting.seed)
-    after = accuracy(small, *setting.test)
-    return Outcome(method, setting.depth, setting.seed, seconds, macs, params, before, after, note), cut
+def distill(model: nn.Module, teacher: nn.Module, batches: Sequence[Tensor]) -> None:
+    """What `pr.prune` does, without looks at held-out batches: the state behind the last step counts."""
+    model.train()
+    optimizer = torch.optim.SGD(model.parameters(), RATE, momentum=0.9, nesterov=True)
+    loss = pr.recovery.distill_logits(teacher, temperature=TEMPERATURE)
+    for step, batch in enumerate(batches):
+        for group in optimizer.param_groups:
+            group["lr"] = RATE * (1 + math.cos(math.pi * (step + 0.5) / len(batches))) / 2
+        optimizer.zero_grad()
+        loss(model, batch).backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_(model.parameters(), 10.0)
+        optimizer.step()
+    model.eval()
 
 
-def latency(models: dict[str, nn.Module], batch: int, rounds: int) -> dict[str, str]:
-    """Speed-up of each model over the first, with its 95 % interval, all measured in turn."""
-    x = torch.randn(batch, 3, 32, 32)
-
-    def runner(model: nn.Module) -> Callable[[], Tensor]:
-        def run() -> Tensor:
-            with torch.inference_mode():
-                return model(x)
-
-        return run
-
-    found = compare_latency({name: runner(model.eval()) for name, model in models.items()}, rounds=rounds)
-    others = list(models)[1:]
-    return {n: f"{r.value:.2f} [{r.low:.2f}, {r.high:.2f}]" for n, r in zip(others, found.ratios, strict=True)}
+def _size(case: Case, small: nn.Module, dense: nn.Module, example: Any) -> Cell:
+    return {
+        "share of MACs": case.macs(small, example) / case.macs(dense, example),
+        "share of parameters": count_params(small) / count_params(dense),
+    }
 
 
-def depth_table(depth: int, seeds: int, steps: int, test_images: int) -> tuple[list[Outcome], str]:
-    """All methods on one network."""
-    train = read_packed("cifar10_train.npz", stop=max(128 * steps, 4096))
-    test = read_packed("cifar10_test.npz", stop=test_images)
-    outcomes: list[Outcome] = []
-    models: dict[str, nn.Module] = {"dense": pretrained(depth)}
-    for seed in range(seeds):
-        calibration = list(batches(*train, steps=4, batch=128, seed=1000 + seed))
-        for method in _methods(depth):
-            outcome, small = one(method, Setting(depth, seed, steps, train, test, calibration))
-            outcomes.append(outcome)
-            models.setdefault(method, small)
-            print(f"ResNet-{depth} seed {seed} {method}: {outcome}", flush=True)
-    dense = accuracy(models["dense"], *test)
-    single, many = latency(models, 1, 60), latency(models, 64, 20)
+def _tested(subject: Subject, model: nn.Module) -> Any:
+    """Percent and, as one string, which samples; or the numbers of the test."""
+    found = subject.test(model.eval())
+    if isinstance(found, dict):
+        return found
+    return {"percent": 100 * mean(found), "samples": "".join("01"[value] for value in found)}
+
+
+def run(case: Case) -> None:
+    """All cells of a case."""
+    say = f"{case.key} {case.share:g} seed {case.seed}"
+    dense = once(CELLS / f"{case.key}-dense.json", lambda: _tested(case.subject, case.subject.dense()))
+    mine = once(case.path("prunella"), lambda: ours(case))
+    print(say, "prunella", _short(dense), _short(mine["label-free"]), _short(mine.get("recovered")), flush=True)
+    if not case.subject.steps:
+        return
+    shared = Case(case.key, case.subject, case.share, -1)
+    if not _peer_file(case).is_file():
+        shared.path("peer").unlink(missing_ok=True)
+    cut = once(shared.path("peer"), lambda: cut_of_peer(case))
+    equal = once(case.path("peer-steps"), lambda: distilled_peer(case, case.subject.steps, cut))
+    each = equal["distilling"] / equal["steps"]
+    steps = max(case.subject.steps, int((mine["seconds"] - cut["seconds"]) / each))
+    longer = once(case.path("peer-seconds"), lambda: distilled_peer(case, steps, cut))
+    print(say, PEER, _short(cut["cut"]), _short(equal["recovered"]), _short(longer["recovered"]), steps, flush=True)
+
+
+def _short(result: Any) -> str:
+    if result is None:
+        return "-"
+    return f"{result['percent']:.2f}" if "percent" in result else " / ".join(f"{v:.2f}" for v in result.values())
+
+
+# -- the table -----------------------------------------------------------------------------------------------------
+
+
+def table(cases: Sequence[Case]) -> str:
+    """One row for each network and share with a cell."""
     lines = [
-        f"### ResNet-{depth}: dense {dense:.2f} %, {count_macs(models['dense'], EXAMPLE) / 1e6:.1f} M MACs",
-        "",
-        f"{seeds} seeds, {steps} fine-tuning steps of 128 images, {test_images} test images.",
-        "",
-        "| method | MACs | parameters | accuracy before | after fine-tuning "
-        "| speed-up, 1 image | 64 images | seconds |",
-        "|---|---|---|---|---|---|---|---|",
+        "| network, share of the MACs | seeds | dense | label-free | distilled | peer, equal steps "
+        "| peer, equal seconds | minus peer, steps | minus peer, seconds | CPU s to prune / in all |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
-    for method in _methods(depth):
-        mine = [o for o in outcomes if o.method == method]
-        lines.append(
-            f"| {method} | {mean(o.macs for o in mine) / 1e6:.1f} M | {mean(o.params for o in mine) / 1e3:.0f} k "
-            f"| {_spread([o.before for o in mine])} | {_spread([o.after for o in mine])} "
-            f"| {single[method]} | {many[method]} | {mean(o.seconds for o in mine):.1f} |"
-        )
-    notes = sorted({f"{o.method}: {o.note}" for o in outcomes if o.note})
-    return outcomes, "\n".join([*lines, "", *(f"- {note}" for note in notes)])
+    keys = dict.fromkeys((case.key, case.share) for case in cases)
+    for key, share in keys:
+        mine = [case for case in cases if (case.key, case.share) == (key, share) and case.path("prunella").is_file()]
+        if mine:
+            lines.append(_row(mine))
+    return "\n".join(lines)
 
 
-def _spread(values: list[float]) -> str:
-    return f"{mean(values):.2f} ± {stdev(values):.2f}" if len(values) > 1 else f"{values[0]:.2f}"
+def _row(cases: Sequence[Case]) -> str:
+    case, cells = cases[0], [_read(case.path("prunella")) for case in cases]
+    dense = _read(CELLS / f"{case.key}-dense.json")
+    peers = {
+        way: [_read(c.path(way)) for c in cases if c.path(way).is_file()] for way in ("peer-steps", "peer-seconds")
+    }
+    entries = [
+        f"{case.subject.name}, {case.share:.0%} ({mean(c['share of MACs'] for c in cells):.1%})",
+        str(len(cases)), _short(dense),
+        _values([cell["label-free"] for cell in cells]), _values([c["recovered"] for c in cells if "recovered" in c]),
+        *(_values([cell["recovered"] for cell in peers[way]]) for way in peers),
+        *(_difference(cells, peers[way]) for way in peers),
+        " / ".join(f"{mean(cell[name] for cell in cells):.0f}" for name in ("seconds to prune", "seconds")),
+    ]  # fmt: skip
+    return f"| {' | '.join(entries)} |"
+
+
+def _values(results: Sequence[Any]) -> str:
+    if not results:
+        return ""
+    names = ["percent"] if "percent" in results[0] else list(results[0])
+    columns = [[result[name] for result in results] for name in names]
+    return " / ".join(spread(values) if len(values) > 1 else f"{values[0]:.2f}" for values in columns)
+
+
+def _difference(cells: Sequence[Cell], peers: Sequence[Cell]) -> str:
+    """Mean over seeds, with a 95 % interval: of the images (paired, averaged over seeds) and of the seeds together."""
+    if len(peers) < len(cells) or not peers:
+        return ""
+    pairs = [(_flags(a["recovered"]), _flags(b["recovered"])) for a, b in zip(cells, peers, strict=True)]
+    each = [100 * float((a - b).mean()) for a, b in pairs]
+    by_image = torch.stack([a - b for a, b in pairs]).mean(0)
+    error = 100 * float(by_image.std()) / math.sqrt(len(by_image))
+    if len(each) > 1:
+        error = math.hypot(error, stdev(each) / math.sqrt(len(each)))
+    return f"{mean(each):+.2f} ± {1.96 * error:.2f}"
+
+
+def _flags(result: Any) -> Tensor:
+    return torch.tensor([float(flag) for flag in result["samples"]])
+
+
+def _read(path: Path) -> Any:
+    return once(path, dict)
+
+
+def publish(cases: Sequence[Case]) -> None:
+    """The table beside the cells, and in the documentation."""
+    text = table(cases)
+    print(text)
+    write(RESULTS / "compare.md", text + "\n")
+    before, mark, rest = PAGE.read_text(encoding="utf-8").partition(MARKS[0])
+    if mark:
+        write(PAGE, f"{before}{mark}\n{text}\n{MARKS[1]}{rest.partition(MARKS[1])[2]}")
 
 
 def main() -> None:
-    """Run, print the tables, and write them beside this file."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="one seed, few steps: to see that it runs")
-    parser.add_argument("--only", choices=["20", "56", "lite0"], help="one part alone")
+    """Run the cells that are missing, then write the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="*", help="such as resnet20-0.5; all by default")
+    parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
+    parser.add_argument("--table", action="store_true", help="only write the table")
     options = parser.parse_args()
-    absent = missing("cifar10_train.npz", "cifar10_test.npz", *(weights_name(d) for d in (20, 56)))
-    if absent:
-        print(f"the benchmark data is not here ({', '.join(absent)}); set PRUNELLA_DATA to the folder that holds it")
-        return
-    RESULTS.mkdir(exist_ok=True)
-    seeds, test_images = (1, 1000) if options.quick else (3, 2000)
-    for depth in (20, 56):
-        if options.only in (None, str(depth)):
-            steps = 10 if options.quick else STEPS[depth]
-            outcomes, table = depth_table(depth, seeds, steps, test_images)
-            _write(f"resnet{depth}", table, [asdict(o) for o in outcomes], options.quick)
-    if options.only in (None, "lite0"):
-        rows, table = lite0_table(quick=options.quick)
-        _write("lite0", table, rows, options.quick)
-
-
-def _write(name: str, table: str, rows: list[dict[str, object]], quick: bool) -> None:
-    print(table, flush=True)
-    if not quick:
-        (RESULTS / f"{name}.md").write_text(table + "\n")
-        about = {"torch": torch.__version__, "threads": torch.get_num_threads(), "rows": rows}
-        (RESULTS / f"{name}.json").write_text(json.dumps(about, indent=1) + "\n")
+    torch.set_num_threads(1)
+    cases = [
+        Case(key, subject, share, seed)
+        for seed in options.seeds
+        for key, subject in subjects(WEIGHTS).items()
+        for share in subject.shares
+    ]
+    for case in [] if options.table else cases:
+        if not options.only or f"{case.key}-{case.share:g}" in options.only:
+            run(case)
+    publish(cases)
 
 
 if __name__ == "__main__":

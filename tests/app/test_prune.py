@@ -54,13 +54,21 @@ def _met(pruned: pr.Pruned) -> bool:
     )
 
 
+def _finer(pruned: pr.Pruned) -> list[str]:
+    """Groups whose widths are finer than hardware likes, as the plan says."""
+    remarks = [remark for remark in pruned.plan.remarks if remark.startswith("finer widths: ")]
+    return [name for name in pruned.plan.keep if any(f"{name} (multiple of " in remark for remark in remarks)]
+
+
 def test_targets_are_met_and_the_model_is_as_before() -> None:
     model, data = Wide().eval(), _images()
     before = copy.deepcopy(model.state_dict())
     pruned = pr.prune(model, data[0][:2], target=[pr.MACs(0.5), pr.Params(0.4)], data=data)
     assert _met(pruned) and pruned.plan.after.macs < pruned.plan.before.macs
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
-    assert {int(keep.sum()) % 8 for keep in pruned.plan.keep.values()} == {0}
+    finer = _finer(pruned)
+    assert {int(keep.sum()) % 8 for name, keep in pruned.plan.keep.items() if name not in finer} == {0}
+    assert len(finer) == 1
     assert _names(pruned) == [
         "groups", "statistics", "measured losses", "allocation", "cut", "compare", "reconstruct",
         "absorb", "distill",
@@ -233,3 +241,19 @@ def test_the_same_seed_gives_the_same_model() -> None:
     model, data = Wide().eval(), _images()
     first, second = (pr.prune(model, data[0][:2], target=pr.MACs(0.5), data=data) for _ in range(2))
     assert torch.equal(first.model(data[0]), second.model(data[0]))
+
+
+@pytest.mark.parametrize("share", [0.6, 0.5, 0.4])
+@pytest.mark.parametrize("data", [None, _images()])
+def test_few_groups_use_what_widths_for_hardware_leave_of_the_budget(share: float, data: list[Tensor] | None) -> None:
+    pruned = pr.prune(Wide().eval(), _images()[0][:2], target=pr.MACs(share), data=data, recover="none")
+    assert 0.97 * share <= pruned.plan.got <= share
+    odd = [name for name, keep in pruned.plan.keep.items() if int(keep.sum()) % 8]
+    assert set(odd) <= set(_finer(pruned))
+    assert not odd or "of the budget would be unused" in str(pruned)
+
+
+def test_enough_groups_keep_widths_for_hardware() -> None:
+    pruned = pr.prune(Wide().eval(), _images()[0][:2], target=pr.MACs(0.51), recover="none")
+    assert pruned.plan.got > 0.97 * 0.51 and not _finer(pruned)
+    assert {int(keep.sum()) % 8 for keep in pruned.plan.keep.values()} == {0}

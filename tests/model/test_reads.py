@@ -47,6 +47,11 @@ def check(product: Product, result: Tensor) -> None:
         keep = torch.arange(0, matrix.shape[1], 2)
         some = torch.cat([part for part, _ in form.columns(product.x, shape, group, keep)])
         assert torch.equal(some, columns[:, keep])
+        tokens = torch.arange(len(columns)).flip(0)[::2]
+        assert torch.equal(form.columns_at(product.x, shape, group, tokens), columns[tokens])
+        assert torch.equal(form.columns_at(product.x, shape, group, tokens, keep), columns[tokens][:, keep])
+        assert torch.equal(form.rows(y, shape, group, tokens), form.rows(y, shape, group)[tokens])
+        assert y.numel() == matrices.shape[0] * matrices.shape[1] * len(columns)
 
 
 SIZE = st.integers(1, 4)

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 import prunella as pr
+from prunella.model.watch import Read, Watch
 from prunella.recovery.least_squares import Sums
 from prunella.recovery.reconstruct import RIDGES
-from prunella.stats.elimination import FEW, TOKENS, Covariance, spread
+from prunella.stats.elimination import FEW, TOKENS, Covariance, chosen_tokens, spread
 
 
 class Tokens(nn.Module):
@@ -137,7 +138,15 @@ def test_many_tokens_are_spread_evenly() -> None:
     assert places is not None and len(places) == FEW and len(places.unique()) == FEW
     assert torch.bincount(places // 4096, minlength=16).min() > 200  # in all parts
     assert torch.bincount(places % 64, minlength=64).min() > 40  # in all columns of an image
-    covariance = Covariance(centred=True)
-    covariance.add(torch.randn(65536, 9) + 100)
+    layer, reads, covariance = nn.Linear(9, 2), list[Read](), Covariance(centred=True)
+    watch = Watch([layer.weight], reads.append)
+    with torch.no_grad(), watch:
+        layer(torch.randn(65536, 9) + 100)
+    watch.finish()
+    chosen = chosen_tokens(reads[0], None)
+    assert chosen is not None and torch.equal(chosen, places)
+    covariance.add(reads[0].columns_at(chosen))
     assert covariance.tokens == FEW
+    padded = chosen_tokens(reads[0], torch.arange(65536) % 2 == 0)
+    assert padded is not None and len(padded) == FEW and not bool((padded % 2).any())
     torch.testing.assert_close(covariance.gram / FEW, torch.eye(9).double(), rtol=0.2, atol=0.1)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import prunella as pr
 from prunella.errors import RequestError
-from prunella.search.measured import cosine_distance, divergence, every_step
+from prunella.search.measured import cosine_distance, distance_of, divergence, every_step
 
 
 class Net(nn.Module):
@@ -124,3 +124,9 @@ def test_a_space_of_weights_or_without_data_is_refused() -> None:
     ):
         with pytest.raises(RequestError, match="units and data"):
             pr.search.measured(space, pr.Params(0.7), judge)
+
+
+def test_vectors_of_length_one_are_embeddings() -> None:
+    x = torch.randn(6, 4)
+    assert distance_of(x) is divergence and distance_of(nn.functional.normalize(x)) is cosine_distance
+    assert distance_of(x[:, :1]) is cosine_distance and distance_of(torch.randn(2, 3, 4)) is cosine_distance

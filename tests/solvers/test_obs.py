@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from functools import partial
 
 import pytest
 import torch
@@ -176,7 +177,8 @@ def test_obs_on_a_linear_layer_is_least_squares() -> None:
 def test_fisher_solvers_give_what_the_dense_fisher_says(solver: object) -> None:
     model, data = linear_problem()
     plan = masked_plan(model, data[0][:, :6])
-    solved = solver(model, plan, [data[0][:120], data[0][120:]], loss=fit_loss, damping=1e-3)  # type: ignore[operator]
+    halves = [data[0][:120], data[0][120:]]
+    solved = solver(model, plan, halves, loss=fit_loss, damping=1e-3, strength=1.0)  # type: ignore[operator]
     weight, mask = model[0].weight.detach(), plan.masks["0.weight"]
     rows = [torch.autograd.grad(fit_loss(model, x), model[0].weight)[0] for x in data[0].split(1)]
     g = torch.stack(rows)
@@ -202,7 +204,10 @@ def test_solvers_lower_the_loss_of_a_mask(solver: object) -> None:
     assert float(fit_loss(solved, data[0]).detach()) < 0.9 * float(fit_loss(plain, data[0]).detach())
 
 
-@pytest.mark.parametrize("solver", [pr.solvers.obs, pr.solvers.woodfisher, pr.solvers.mfac])
+FULL = [pr.solvers.obs, partial(pr.solvers.woodfisher, strength=1.0), partial(pr.solvers.mfac, strength=1.0)]
+
+
+@pytest.mark.parametrize("solver", FULL)
 def test_a_plan_that_cuts_units_is_solved_and_shrunk(solver: object) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).double()

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +45,8 @@ FIT, JUDGE = 256, 128
 LEVELS = {5: (0.0625, 0.1875, 0.375, 0.625, 0.8125), 3: (0.1875, 0.4375, 0.75), 2: (0.25, 0.625)}
 OPTIONS, TRIALS = 32, 6
 """Most widths of a group in the knapsack; most measurements of a latency."""
+UNUSED = 0.03
+"""Share of the budget that widths for hardware may leave unused."""
 RIDGE, FEW_RIDGE = 1e-3, 1e-2
 """With many tokens, and with fewer than twice the inputs of a layer."""
 Losses = Mapping[int, float]
@@ -255,10 +256,7 @@ class _Choice:
 
     def counts(self, targets: Sequence[Target]) -> Counts:
         """Units that go from each group, by a knapsack over some steps; what is left is spent by loss per cost."""
-
-        def ratio(counts: Counts) -> float:
-            return max(over(self.candidates, target, counts) for target in targets)
-
+        ratio = self._ratio(targets)
         nothing = (0,) * len(self.levels)
         dense = ratio(nothing)
         if dense <= 1:
@@ -273,7 +271,39 @@ class _Choice:
         counts = [round(found.shares[group.name] * group.size) for group in self.scope.groups]
         return self._spent(counts, ratio)
 
-    def _spent(self, counts: list[int], ratio: Any) -> Counts:
+    def _ratio(self, targets: Sequence[Target]) -> Callable[[Counts], float]:
+        """What remains relative to the budget, of the target that is furthest from its own."""
+        return lambda counts: max(over(self.candidates, target, counts) for target in targets)
+
+    def filled(self, counts: Counts) -> tuple[Counts, str]:
+        """Counts that use more of the budget, and a remark, where widths for hardware leave much of it unused.
+
+        A network with few groups has few widths: one group has finer steps then, of 4, 2 or 1 units.
+        """
+        ratio = self._ratio(self.asked.targets)
+        before, finer = ratio(counts), dict[str, int]()
+        for step in (4, 2, 1):
+            if not self.scope.rounded or ratio(counts) >= 1 - UNUSED:
+                break
+            fitting = [(r, other, k) for other, k in self._wider(counts, step) if (r := ratio(other)) <= 1]
+            if fitting:
+                _, counts, index = max(fitting)
+                finer[self.scope.groups[index].name] = step
+        if not finer:
+            return counts, ""
+        names = ", ".join(f"{name} (multiple of {step})" for name, step in finer.items())
+        why = f"with widths for hardware alone, {1 - before:.1%} of the budget would be unused"
+        return counts, f"finer widths: {names}; {why}"
+
+    def _wider(self, counts: Counts, step: int) -> Iterator[tuple[Counts, int]]:
+        """Counts with some more units of one group, in this step, that do not reach its next level."""
+        for index, group in enumerate(self.scope.groups):
+            level = max((n for n in self.levels[index] if n < counts[index]), default=counts[index])
+            fine = math.lcm(group.multiple, step)
+            for count in range(counts[index] - fine, level, -fine):
+                yield (*counts[:index], count, *counts[index + 1 :]), index
+
+    def _spent(self, counts: list[int], ratio: Callable[[Counts], float]) -> Counts:
         """Give units back as long as the targets are met, those first that lose most for their cost."""
         closed = set[int]()
         while len(closed) < len(counts):
@@ -336,7 +366,8 @@ def _allocated(
         latency = next((target for target in asked.targets if isinstance(target, Latency)), None)
         if not reachable(request, scope, asked.targets):
             raise missed(request, scope, asked.targets)
-        keep = candidates.keep(choice.fast(latency) if latency else choice.counts(asked.targets))
+        counts, remark = (choice.fast(latency), "") if latency else choice.filled(choice.counts(asked.targets))
+        keep = candidates.keep(counts)
         faults = unproven(request.model, request.graph, keep, request.inputs)
         if not faults:
             break
@@ -346,10 +377,12 @@ def _allocated(
         stage.note(f"left out, since its cut is not proven: {', '.join(faults)}")
         if not scope.groups:
             raise nothing_to_prune(request, "units", scope.frozen)
-    return _plan(asked, request, scope, keep)
+    if remark:
+        stage.note(remark)
+    return _plan(asked, request, scope, keep, (remark,) if remark else ())
 
 
-def _plan(asked: Asked, request: Request, scope: Scope, keep: dict[str, Tensor]) -> Plan:
+def _plan(asked: Asked, request: Request, scope: Scope, keep: dict[str, Tensor], remarks: tuple[str, ...]) -> Plan:
     shares = {group.name: 1 - float(keep[group.name].double().mean()) for group in scope.groups}
     recipe = Recipe(
         obs_units if asked.data else group_norm,
@@ -365,6 +398,7 @@ def _plan(asked: Asked, request: Request, scope: Scope, keep: dict[str, Tensor])
         recipe=recipe.describe(),
         target=asked.targets[0],
     )
+    plan = replace(plan, remarks=(*plan.remarks, *remarks))
     latency = next((target for target in asked.targets if isinstance(target, Latency)), None)
     if latency is None:
         return plan

@@ -53,8 +53,14 @@ class Form(Protocol):
         """The inputs of one matrix, in chunks. keep: indices of its columns."""
         ...
 
-    def rows(self, y: Tensor, shape: Sequence[int], group: int) -> Tensor:
-        """The output of one matrix: `(tokens, out)`."""
+    def columns_at(
+        self, x: Tensor, shape: Sequence[int], group: int, tokens: Tensor, keep: Tensor | None = None
+    ) -> Tensor:
+        """The inputs of one matrix for these tokens alone; the others are not unfolded."""
+        ...
+
+    def rows(self, y: Tensor, shape: Sequence[int], group: int, tokens: Tensor | None = None) -> Tensor:
+        """The output of one matrix: `(tokens, out)`. tokens: which; None for all."""
         ...
 
     @property
@@ -139,9 +145,17 @@ class Contraction:
         columns = self._flat(x, self.x, self.inner, shape, group)
         yield (columns if keep is None else columns.index_select(1, keep)), slice(None)
 
-    def rows(self, y: Tensor, shape: Sequence[int], group: int) -> Tensor:
+    def columns_at(
+        self, x: Tensor, shape: Sequence[int], group: int, tokens: Tensor, keep: Tensor | None = None
+    ) -> Tensor:
+        """Of one matrix of the input."""
+        columns = self._flat(x, self.x, self.inner, shape, group).index_select(0, tokens)
+        return columns if keep is None else columns.index_select(1, keep)
+
+    def rows(self, y: Tensor, shape: Sequence[int], group: int, tokens: Tensor | None = None) -> Tensor:
         """Tokens in the order of `columns`."""
-        return self._flat(y, self.y, self.outer, shape, group)
+        rows = self._flat(y, self.y, self.outer, shape, group)
+        return rows if tokens is None else rows.index_select(0, tokens)
 
     @property
     def output_axis(self) -> int | None:
@@ -223,21 +237,30 @@ class Convolution:
 
     def columns(self, x: Tensor, shape: Sequence[int], group: int, keep: Tensor | None = None) -> Iterator[Chunk]:
         """The patches, a few samples at a time; for a transposed convolution those of the input spread with zeros."""
-        x, kernel = self._of_group(x, group), tuple(shape[2:])
-        channels = None if keep is None else _whole_channels(keep, math.prod(kernel))
-        if channels is not None:
-            x, keep = x.index_select(1, channels), None
+        kernel = tuple(shape[2:])
+        x, keep = self._of_channels(x, kernel, group, keep)
         tokens = math.prod(self._grid(x.shape[2:], kernel))
         step = max(1, CHUNK // max(x.shape[1] * math.prod(kernel) * tokens, 1))
         for start in range(0, x.shape[0], step):
-            part = self._unfold(x[start : start + step], kernel)
+            patches = self._patches(x[start : start + step], kernel)
+            part = patches.reshape(patches.shape[: len(kernel) + 1].numel(), patches.shape[len(kernel) + 1 :].numel())
             part = part if keep is None else part.index_select(1, keep)
             yield part, slice(start * tokens, start * tokens + len(part))
 
-    def rows(self, y: Tensor, shape: Sequence[int], group: int) -> Tensor:
+    def columns_at(
+        self, x: Tensor, shape: Sequence[int], group: int, tokens: Tensor, keep: Tensor | None = None
+    ) -> Tensor:
+        """The patches at these positions."""
+        kernel = tuple(shape[2:])
+        x, keep = self._of_channels(x, kernel, group, keep)
+        patches = self._patches(x, kernel)
+        part = patches[torch.unravel_index(tokens, patches.shape[: len(kernel) + 1])].flatten(1)
+        return part if keep is None else part.index_select(1, keep)
+
+    def rows(self, y: Tensor, shape: Sequence[int], group: int, tokens: Tensor | None = None) -> Tensor:
         """One row for each sample and position."""
         y = self._of_group(y, group).movedim(1, -1)
-        return y.reshape(-1, y.shape[-1])
+        return y.reshape(-1, y.shape[-1]) if tokens is None else y[torch.unravel_index(tokens, y.shape[:-1])]
 
     @property
     def output_axis(self) -> int | None:
@@ -278,8 +301,16 @@ class Convolution:
             return tuple((n - 1) * step - sum(sides) + span + more for (n, sides, span, step), more in padded)
         return tuple((n + sum(sides) - span) // step + 1 for n, sides, span, step in sizes)
 
-    def _unfold(self, x: Tensor, kernel: tuple[int, ...]) -> Tensor:
-        """`(samples * positions, in * kernel)`."""
+    def _of_channels(
+        self, x: Tensor, kernel: tuple[int, ...], group: int, keep: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """The input channels of a group, only those that `keep` has in full; and what is left to choose."""
+        x = self._of_group(x, group)
+        channels = None if keep is None else _whole_channels(keep, math.prod(kernel))
+        return (x, keep) if channels is None else (x.index_select(1, channels), None)
+
+    def _patches(self, x: Tensor, kernel: tuple[int, ...]) -> Tensor:
+        """`(samples, *positions, in, *kernel)`, a view of the padded input."""
         padding, stride = self.padding, self.stride
         if self.transposed:
             x = _spread(x, self.stride)
@@ -294,8 +325,7 @@ class Convolution:
         spatial = len(kernel)
         if self.transposed:  # the last tap of the kernel multiplies the first value of the patch
             x = x.flip(tuple(range(2 + spatial, 2 + 2 * spatial)))
-        x = x.permute([0, *range(2, 2 + spatial), 1, *range(2 + spatial, 2 + 2 * spatial)])
-        return x.reshape(x.shape[: 1 + spatial].numel(), x.shape[1 + spatial :].numel())
+        return x.permute([0, *range(2, 2 + spatial), 1, *range(2 + spatial, 2 + 2 * spatial)])
 
     def _patch_sums(self, values: Tensor, kernel: tuple[int, ...]) -> Tensor:
         """Total of every entry of the patches, by channel and position in the kernel."""

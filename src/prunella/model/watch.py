@@ -136,10 +136,23 @@ class Read:
         keep = None if keep is None else keep.to(self.x.device)
         return self.form.columns(self.x, self.view.size, group, keep)
 
-    def rows(self, group: int = 0, keep: Tensor | None = None, *, residual: bool = False) -> Tensor:
-        """The output of a matrix, `(tokens, out)`, or its residual; keep: indices of outputs."""
+    def columns_at(self, tokens: Tensor, group: int = 0, keep: Tensor | None = None) -> Tensor:
+        """The inputs of a matrix for these tokens alone."""
+        keep = None if keep is None else keep.to(self.x.device)
+        return self.form.columns_at(self.x, self.view.size, group, tokens.to(self.x.device), keep)
+
+    @property
+    def tokens(self) -> int:
+        """The number of tokens of each matrix."""
+        groups, out, _ = self.form.sizes(self.view.size)
+        return self.y.numel() // max(1, groups * out)
+
+    def rows(
+        self, group: int = 0, keep: Tensor | None = None, *, tokens: Tensor | None = None, residual: bool = False
+    ) -> Tensor:
+        """The output of a matrix, `(tokens, out)`, or its residual; keep: indices of outputs; tokens: which."""
         y = self.residual if residual and self.residual is not None else self.y
-        rows = self.rows_of(y, group)
+        rows = self.form.rows(y, self.view.size, group, None if tokens is None else tokens.to(y.device))
         return rows if keep is None else rows.index_select(1, keep.to(rows.device))
 
     def affine(self, group: int = 0, keep: Tensor | None = None) -> tuple[Tensor, Tensor]:

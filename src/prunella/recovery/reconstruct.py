@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from prunella.errors import CheckFailed, RequestError
 from prunella.model.batches import batches, listed
+from prunella.model.forms import Chunk
 from prunella.model.forward import real_tokens, run
 from prunella.model.masks import reapply_
 from prunella.model.state import mode, restored_on_error
@@ -26,7 +27,7 @@ from prunella.recovery.least_squares import Solution, Sums
 from prunella.recovery.readers import Part, Piece, Reader, Skipped, readers_of
 from prunella.recovery.walk import Passes, Stuck
 from prunella.registry.method import recovery
-from prunella.stats.elimination import spread
+from prunella.stats.elimination import chosen_tokens
 from prunella.types import Loss
 
 log = logging.getLogger(__name__)
@@ -296,45 +297,41 @@ def _add(
     real: tokens without padding. few: as many tokens of a call as estimate the matrix well, not all.
     """
     name, part, piece = matrix
-    outputs = read.rows(piece.small, piece.rows)
-    expected_outputs = expected[0].rows(piece.dense, piece.expected) if expected else outputs[:0]
-    if expected_outputs.shape != outputs.shape:
+    if not expected or expected[0].tokens != read.tokens:
         raise CheckFailed(
             f"{name} has different output shapes in the small model and in the dense one",
-            f"{tuple(outputs.shape)} against {tuple(expected_outputs.shape) if expected else 'nothing'}",
+            f"{read.tokens} tokens against {expected[0].tokens if expected else 'nothing'}",
             "reconstruction compares the same tokens on both sides",
         )
-    y = _target(part, piece, read, expected[0])
-    gap = y - outputs.double()
-    padded = real is not None and len(real) == len(y)
-    for x, tokens in read.columns(piece.small, piece.columns):
-        chosen = real[tokens].nonzero()[:, 0] if padded and real is not None else None
-        count = len(x) if chosen is None else len(chosen)
-        places = spread(count, x.shape[1]) if few else None
-        if places is not None:
-            chosen = places if chosen is None else chosen[places]
-        if chosen is not None:
-            chosen = chosen.to(x.device)
-            x, target, rest = x[chosen], y[tokens][chosen], gap[tokens][chosen]
-        else:
-            target, rest = y[tokens], gap[tokens]
+    places = chosen_tokens(read, real) if few else _real_tokens(read, real)
+    if places is not None:
+        chunks: Iterable[Chunk] = [(read.columns_at(places, piece.small, piece.columns), slice(None))]
+    else:
+        chunks = read.columns(piece.small, piece.columns)
+    target = _target(part, piece, read, expected[0], places)
+    gap = target - read.rows(piece.small, piece.rows, tokens=places).double()
+    for x, tokens in chunks:
         if len(x):
-            sums.add(x, target, rest)
+            sums.add(x, target[tokens], gap[tokens])
 
 
-def _target(part: Part, piece: Piece, small: Read, dense: Read) -> Tensor:
+def _real_tokens(read: Read, real: Tensor | None) -> Tensor | None:
+    return real.nonzero()[:, 0] if real is not None and len(real) == read.tokens else None
+
+
+def _target(part: Part, piece: Piece, small: Read, dense: Read, tokens: Tensor | None) -> Tensor:
     """The outputs that give what the dense model has behind the norm and the sum: `(tokens, out)`, in float64.
 
     `(a y + c + r - c' - r') / a'` with scale a and shift c of the norm, residual r, and the primes in the small model.
     The next layers read the sum: the layer compensates the error in the residual too. A channel with scale 0 keeps y.
     """
-    y = dense.rows(piece.dense, piece.expected).double()
+    y = dense.rows(piece.dense, piece.expected, tokens=tokens).double()
     if (small.norm is None) != (part.small.norm is None) or (small.norm is None) != (dense.norm is None):
         return y  # a norm that is not all that reads the output
     added = torch.zeros_like(y)
     if small.residual is not None and dense.residual is not None:
-        added += dense.rows(piece.dense, piece.expected, residual=True)
-        added -= small.rows(piece.small, piece.rows, residual=True)
+        added += dense.rows(piece.dense, piece.expected, tokens=tokens, residual=True)
+        added -= small.rows(piece.small, piece.rows, tokens=tokens, residual=True)
     if part.small.norm is None or part.dense.norm is None:
         return y + added
     (scale, shift), (scale_, shift_) = (

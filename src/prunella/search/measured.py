@@ -56,8 +56,9 @@ def measured(
 
     space: of units, with the data for the fit, best by the criterion `obs_units`. judge: batches that the fit has not
     seen; a hundred images or some thousand tokens. distance: by default the divergence `KL(dense || pruned)` of class
-    logits for outputs named logits and for outputs `(samples, classes)`, else one minus the cosine. levels: fractions
-    in (0, 1). ridge: of the fit. predict: as in `knapsack`. on_point: called with group, fraction and minus the loss.
+    logits for outputs named logits and for outputs `(samples, classes)` that are not of length one, else one minus the
+    cosine. levels: fractions in (0, 1). ridge: of the fit. predict: as in `knapsack`. on_point: called with group,
+    fraction and minus the loss.
 
     The model does not change. Cost: one pass over the data with Gram matrices, and `len(levels)` passes over `judge`
     for each group.
@@ -192,10 +193,17 @@ def _write(reader: ReaderOfUnits, weight: Tensor, constant: Tensor, change: Call
 
 
 def distance_of(output: Any) -> Distance:
-    """Divergence of logits, or one minus the cosine."""
-    logits = getattr(output, "logits", None)
-    classes = isinstance(logits, Tensor) or (isinstance(output, Tensor) and output.dim() == 2 and output.shape[1] > 1)
-    return divergence if classes else cosine_distance
+    """Divergence of logits, or one minus the cosine; vectors of length one are embeddings, not logits."""
+    if isinstance(getattr(output, "logits", None), Tensor):
+        return divergence
+    classes = isinstance(output, Tensor) and output.dim() == 2 and output.shape[1] > 1
+    return divergence if classes and not _of_length_one(output) else cosine_distance
+
+
+def _of_length_one(vectors: Tensor) -> bool:
+    """Whether all rows have length one: chance gives that to no logits."""
+    lengths = vectors.detach().double().norm(dim=1)
+    return len(lengths) > 1 and bool((lengths - 1).abs().max() < 1e-3)
 
 
 def name_of(distance: Distance) -> str:

@@ -141,7 +141,7 @@ def _damping(gram: Gram, ridge: float) -> float:
 # -- gathering -----------------------------------------------------------------------------------------------------
 
 
-FEW, TOKENS = 4096, 16
+FEW, TOKENS = 8192, 16
 """Most tokens of one call, whatever the inputs, and for each input: neighbouring pixels say much the same."""
 
 
@@ -156,6 +156,17 @@ def spread(tokens: int, inputs: int) -> Tensor | None:
     return (torch.arange(most, dtype=torch.float64) * 0.6180339887498949 % 1 * tokens).long()
 
 
+def chosen_tokens(read: Read, real: Tensor | None) -> Tensor | None:
+    """The tokens of one call that count: no padding, and of many as many as estimate the matrix well; None for all.
+
+    real: which tokens of the batch are no padding, one after the other.
+    """
+    padded = real is not None and len(real) == read.tokens
+    chosen = real.nonzero()[:, 0] if padded and real is not None else None
+    places = spread(read.tokens if chosen is None else len(chosen), read.form.sizes(read.view.size)[2])
+    return chosen if places is None else places if chosen is None else chosen[places]
+
+
 @dataclass
 class Covariance:
     """Count, mean and Gram matrix of the inputs of one matrix, over batches, in float64."""
@@ -167,9 +178,7 @@ class Covariance:
     products: Tensor = field(default_factory=lambda: torch.zeros(0))
 
     def add(self, x: Tensor) -> None:
-        """Add the tokens of one call, `(tokens, in)`; of many, as many as estimate the matrix well."""
-        places = spread(*x.shape)
-        x = x if places is None else x[places.to(x.device)]
+        """Add tokens, `(tokens, in)`."""
         if not self.tokens:
             self.origin = x.mean(0, dtype=torch.float64) if self.centred else x.new_zeros(x.shape[1]).double()
             self.total, self.products = torch.zeros_like(self.origin), torch.zeros(x.shape[1], x.shape[1]).double()
@@ -232,10 +241,9 @@ class Readers:
             key = (name, read.view, matrix)
             if key not in self._found:
                 self._found[key] = ReaderOfUnits(name, read.bare, matrix, Covariance(shifts))
-            padded = real is not None and len(real) == len(read.rows(matrix))
-            for x, tokens in read.columns(matrix):
-                if padded and real is not None:
-                    x = x[real[tokens].to(x.device)]
+            tokens = chosen_tokens(read, real)
+            chunks = read.columns(matrix) if tokens is None else [(read.columns_at(tokens, matrix), slice(None))]
+            for x, _ in chunks:
                 if len(x):
                     self._found[key].covariance.add(x.detach())
 
