@@ -30,7 +30,8 @@ class Target:
     value: float
 
     def __post_init__(self) -> None:
-        if not isinstance(self.value, Real):
+        given: object = self.value
+        if not isinstance(given, Real):
             why, todo = "a number is needed", f"for example {type(self).__name__}(0.5)"
             raise RequestError(f"{type(self).__name__}({self.value!r}) is no budget", why, todo)
         low_ok = self.value >= 0 if isinstance(self, Sparsity) else self.value > 0
