@@ -111,7 +111,7 @@ def run(cell: str, batches: int, seed: int, run_in: str) -> dict[str, Any]:
         fitted, held_out = data_of(model, tokenizer, sources, batches * more, seed)
         start = time.process_time()
         with llm.precision(run_in):
-            done = pr.llm.solve_(model, fitted[0], how, data=fitted, held_out=held_out)
+            done = pr.llm.solve_(model, fitted[0], how, data=pr.llm.Split(fitted, held_out))
         found |= {"cpu_s": time.process_time() - start, "sparsity": done.sparsity, "strengths": dict(done.strengths)}
     texts = judged(tokenizer)
     return found | {name: llm.perplexity(model, ids, windows=WINDOWS, length=1024, run_in=run_in)

@@ -56,7 +56,7 @@ def test_held_out_batches_are_not_fitted(tmp_path: Path, monkeypatch: pytest.Mon
     plain, shrunk = copy.deepcopy(model), copy.deepcopy(model)
     alone = pr.llm.solve_(plain, data()[0], HOW, data=data())
     monkeypatch.setattr(shrinkage, "STRENGTHS", (1.0,))
-    done = pr.llm.solve_(shrunk, data()[0], HOW, data=data(), held_out=others())
+    done = pr.llm.solve_(shrunk, data()[0], HOW, data=pr.llm.Split(data(), others()))
     assert set(done.strengths.values()) == {1.0} and len(done.strengths) == 3 and not alone.strengths
     assert [fit.tokens for fit in done.fits] == [fit.tokens for fit in alone.fits]
     assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), shrunk.parameters(), strict=True))
@@ -70,11 +70,11 @@ def test_a_folder_is_the_model_in_memory_also_after_a_kill(tmp_path: Path, kind:
         raise KeyError
 
     with pytest.raises(KeyError):
-        pr.llm.solve_folder(tmp_path / "in", tmp_path / "out", HOW, data=data(), held_out=others(), on_block=stop)
+        pr.llm.solve_folder(tmp_path / "in", tmp_path / "out", HOW, data=pr.llm.Split(data(), others()), on_block=stop)
     with pytest.raises(RequestError, match="its held-out data changed"):
         pr.llm.solve_folder(tmp_path / "in", tmp_path / "out", HOW, data=data())
-    done = pr.llm.solve_folder(tmp_path / "in", tmp_path / "out", HOW, data=data(), held_out=others())
-    by_hand = pr.llm.solve_(model, data()[0], HOW, data=data(), held_out=others())
+    done = pr.llm.solve_folder(tmp_path / "in", tmp_path / "out", HOW, data=pr.llm.Split(data(), others()))
+    by_hand = pr.llm.solve_(model, data()[0], HOW, data=pr.llm.Split(data(), others()))
     assert done.replayed == 1 and done.solving.strengths.items() <= by_hand.strengths.items()
     assert min(by_hand.strengths.values()) < 1
     again = read(tmp_path / "out", model)
@@ -88,10 +88,10 @@ def test_a_folder_is_the_model_in_memory_also_after_a_kill(tmp_path: Path, kind:
 def test_several_processes_are_refused(tmp_path: Path) -> None:
     model = write(tmp_path / "in")
     with pytest.raises(NotSupported, match="held out in several processes"):
-        pr.llm.solve_(model, data()[0], HOW, data=data(), held_out=others(), distributed=ProcessGroup(0, 2))
+        pr.llm.solve_(model, data()[0], HOW, data=pr.llm.Split(data(), others()), distributed=ProcessGroup(0, 2))
 
 
 def test_a_model_without_blocks_is_refused() -> None:
     model, x = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4)), [torch.randn(20, 8)]
     with pytest.raises(NotSupported, match="no residual blocks"):
-        pr.llm.solve_(model, x[0], HOW, data=x, held_out=x)
+        pr.llm.solve_(model, x[0], HOW, data=pr.llm.Split(x, x))

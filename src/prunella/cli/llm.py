@@ -76,6 +76,7 @@ def llm(
     Plain from_pretrained reads the result. A run that was killed goes on when it is started again.
     """
     from prunella.io.space import check_apart, check_writable
+    from prunella.llm.calibration import Split
     from prunella.llm.streaming import solve_folder
 
     if dry_run:
@@ -88,9 +89,9 @@ def llm(
         if speaks:
             note(f"{_named(data, text)}; a run that is killed goes on when it is started again")
         done = solve_folder(
-            folder, output, recipe, data=data, held_out=_held_out(folder, text), memory=memory,
+            folder, output, recipe, data=Split(data, _held_out(folder, text)), memory=memory,
             skip=tuple(zeros.skip or ()), overwrite=overwrite,
-            on_block=_told() if speaks else None, on_windows=_written if speaks else None,
+            on_block=_told() if speaks else None,
         )  # fmt: skip
     if speaks:
         _say(done, as_json=as_json)
@@ -211,7 +212,7 @@ def _calibration(text: Text) -> Calibration:
     nsamples = _NSAMPLES if text.nsamples is None else text.nsamples
     seqlen = _SEQLEN if text.seqlen is None else text.seqlen
     sources = {name: 1.0 if share is None else share for name, share in shares.items()}
-    return Calibration(sources, nsamples, seqlen, text.seed)
+    return Calibration(sources, nsamples, seqlen, text.seed, _written)
 
 
 def shared_source(text: str) -> tuple[str, float | None]:

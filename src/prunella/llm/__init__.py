@@ -7,6 +7,7 @@ from prunella.llm.alpha import alpha_sparsities as alpha_sparsities
 from prunella.llm.blockwise import Solving as Solving
 from prunella.llm.blockwise import solve_ as solve_
 from prunella.llm.calibration import Calibration as Calibration
+from prunella.llm.calibration import Split as Split
 from prunella.llm.distributed import ProcessGroup as ProcessGroup
 from prunella.llm.distributed import process_group as process_group
 from prunella.llm.match import Match as Match
@@ -35,6 +36,7 @@ __all__ = [
     "Refine",
     "Rotated",
     "Solving",
+    "Split",
     "alpha_sparsities",
     "drop_blocks",
     "drop_run",

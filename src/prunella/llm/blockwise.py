@@ -20,7 +20,7 @@ from prunella.graph.data import Graph, Layer
 from prunella.graph.match import check_patterns, chosen, names_of_layer
 from prunella.graph.solve.groups import couple
 from prunella.llm.blocks import BlockInputs, ModelBlock, blocks_of, uncached
-from prunella.llm.calibration import AUTO, Calibration, Sources, calibrated
+from prunella.llm.calibration import AUTO, Calibration, Sources, Split, calibrated, split
 from prunella.llm.distributed import SINGLE_PROCESS, ProcessGroup
 from prunella.llm.experts import experts_implementation, routers, unread_experts
 from prunella.llm.recipe import OneShot
@@ -72,8 +72,7 @@ def solve_(
     inputs: Inputs,
     how: OneShot,
     *,
-    data: Iterable[Any] | Calibration | Sources = AUTO,
-    held_out: Iterable[Any] = (),
+    data: Iterable[Any] | Calibration | Sources | Split = AUTO,
     loss: Loss | None = None,
     skip: Sequence[str] = (),
     on_layer: OnLayer | None = None,
@@ -89,9 +88,9 @@ def solve_(
     Data: batches, no labels; without any, text that the model writes itself.
 
     inputs: an example batch, as for `plan`. data: batches, a `Calibration`, a mapping of text files and `"auto"` to
-    shares, or `"auto"`, which is `Calibration()`. held_out: batches of another source, which nothing is fitted to; the
-    new weights of each block go only so far from the dense ones as serves these batches too, by one of five strengths
-    between 0 and 1, and `Solving.strengths` names it. loss: how to run the model on a batch. skip: patterns of layers
+    shares, `"auto"`, which is `Calibration()`, or a `Split` of any of them and batches of another source: these choose
+    for each block which part of the change of its weights stays, of five from 0 to 1 (`Solving.strengths`). loss: how
+    to run the model on a batch. skip: patterns of layers
     that are kept dense. Layers outside the blocks (heads, embeddings) are kept dense too, and so are routers of a
     mixture, and weights that no matrix describes (`prunella.model.reads`); the result names them. Groups of a
     convolution, and experts that are stacked in one weight, are solved one by one, each for its own tokens; one without
@@ -103,9 +102,10 @@ def solve_(
     Use: large pretrained models without training. Avoid: small networks that can be trained: `Pruner` does better.
     """
     root, source = unwrap(model), Source(None, loss)
-    drawn = calibrated(root, inputs, data)
-    samples: list[Any] = listed(cast(Iterable[Any], data)) if drawn is None else distributed.shard(drawn)
-    others = not_fitted(held_out, distributed)
+    parts = split(data)
+    drawn = calibrated(root, inputs, parts.data)
+    samples: list[Any] = listed(cast(Iterable[Any], parts.data)) if drawn is None else distributed.shard(drawn)
+    others = not_fitted(parts.held_out, distributed)
     samples += others
     with mode(root, training=False), uncached(root), torch.no_grad():
         graph = couple(root, inputs)
@@ -113,7 +113,7 @@ def solve_(
         check_patterns(graph, skip, ())
         block_inputs = BlockInputs(root, samples, source.run, blocks_of(root, graph, samples[0], source.run))
         if others and not block_inputs.blocks[0].path:
-            what, todo = "batches cannot be held out", "leave held_out= out"
+            what, todo = "batches cannot be held out", "give no Split"
             raise NotSupported(what, "the model has no residual blocks, whose outputs they would judge", todo)
         selected = _select(graph, block_inputs.blocks, how, skip)
         unread = _unread(root, graph, block_inputs.blocks, lambda: source.run(root, samples[0]))

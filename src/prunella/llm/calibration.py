@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -50,12 +50,14 @@ class Calibration:
     sources: `"auto"`, the text that the model writes itself (`own_text`), or a mapping from text files and `"auto"` to
     shares, which are relative: `{"auto": 1, "c4.txt": 1}` is half and half. nsamples, seqlen: windows of all sources
     together, and tokens in each. seed: of the text and of the places of the windows.
+    on_windows: called while the model writes.
     """
 
     sources: Sources = AUTO
     nsamples: int = 128
     seqlen: int = 512
     seed: int = 0
+    on_windows: OnWindows | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.nsamples < 1 or self.seqlen < 2:
@@ -85,18 +87,17 @@ class Calibration:
         folder: str | Path | None = None,
         inputs: Inputs | None = None,
         own: OwnText | None = None,
-        on_windows: OnWindows | None = None,
     ) -> Drawn:
         """The windows, mixed in an order that `seed` decides; a single file keeps the order of `text_samples`.
 
         model: writes its own text, unless `own` has it already. folder: of the tokenizer for text files; None is the
-        folder that the model was read from. inputs: an example batch, None is `{"input_ids": tokens}`. on_windows: as
-        in `own_text`. Errors: those of `own_text` and `text_samples`.
+        folder that the model was read from. inputs: an example batch, None is `{"input_ids": tokens}`.
+        Errors: those of `own_text` and `text_samples`.
         """
         rows: dict[str, list[Tensor]] = {}
         for name, count in self.windows.items():
             if name == AUTO:
-                own = own or self._own(model, count, inputs, on_windows)
+                own = own or self._own(model, count, inputs)
                 rows[name] = list(own.tokens[:, None])
             else:
                 where = _folder(model, folder)
@@ -111,15 +112,34 @@ class Calibration:
         )
         return Drawn([_batch(inputs, row) for row in mixed], sources, own)
 
-    def _own(self, model: nn.Module | None, count: int, inputs: Inputs | None, on_windows: OnWindows | None) -> OwnText:
+    def _own(self, model: nn.Module | None, count: int, inputs: Inputs | None) -> OwnText:
         if model is None:
             raise RequestError("there is no model that could write its own text", "", "give the model, or a text")
-        return own_text(model, nsamples=count, seqlen=self.seqlen, seed=self.seed, inputs=inputs, on_windows=on_windows)
+        return own_text(
+            model, nsamples=count, seqlen=self.seqlen, seed=self.seed, inputs=inputs, on_windows=self.on_windows
+        )
 
     def __str__(self) -> str:
         parts = self.windows.items()
         named = ", ".join(f"{count} {'by the model itself' if name == AUTO else f'of {name}'}" for name, count in parts)
         return f"windows of {self.seqlen} tokens: {named} (seed {self.seed})"
+
+
+@dataclass(frozen=True)
+class Split:
+    """Data of which a part is not fitted, for `data=`.
+
+    data: what the weights are solved for: batches, or whatever else `data=` takes. held_out: batches of another source:
+    the new weights of each block go only so far from the dense ones as serves these batches too.
+    """
+
+    data: Any = AUTO
+    held_out: Iterable[Any] = ()
+
+
+def split(data: object) -> Split:
+    """What is fitted and what is held out: nothing, unless it is said."""
+    return data if isinstance(data, Split) else Split(data)
 
 
 def windows_of(shares: Mapping[str, float], nsamples: int) -> dict[str, int]:

@@ -41,7 +41,7 @@ def not_fitted(batches: Iterable[Any], group: ProcessGroup) -> list[Any]:
     others = list(batches)
     if others and group.world_size > 1:
         what = "batches cannot be held out in several processes"
-        raise NotSupported(what, "each would choose another strength", "leave held_out= out, or run one process")
+        raise NotSupported(what, "each would choose another strength", "give no Split, or run one process")
     return others
 
 

@@ -11,9 +11,8 @@ from typing import Any, cast
 from prunella.io.files import clean_up_after_kill
 from prunella.io.space import check_apart, check_space
 from prunella.llm.blockwise import Solving
-from prunella.llm.calibration import AUTO, Calibration, Sources, as_calibration
+from prunella.llm.calibration import AUTO, Calibration, Sources, Split, as_calibration, split
 from prunella.llm.distributed import process_group
-from prunella.llm.own_text import OnWindows
 from prunella.llm.recipe import OneShot
 from prunella.llm.streaming import memory as amounts
 from prunella.llm.streaming.progress import check_output, identity_of, is_finished, open_progress
@@ -75,13 +74,11 @@ def solve_folder(
     output: str | Path,
     how: OneShot,
     *,
-    data: Iterable[Any] | Calibration | Sources = AUTO,
-    held_out: Iterable[Any] = (),
+    data: Iterable[Any] | Calibration | Sources | Split = AUTO,
     memory: str | int | None = None,
     skip: Sequence[str] = (),
     overwrite: bool = False,
     on_block: OnBlock | None = None,
-    on_windows: OnWindows | None = None,
 ) -> Streamed:
     """Prune the Hugging Face folder `source` into the folder `output`, with one block in memory at a time.
 
@@ -92,12 +89,12 @@ def solve_folder(
     process calls this with the same `data` and takes its shard of the batches, and the process of rank 0 writes.
     Data: batches, no labels, for example samples of a text; without any, text that the model writes itself.
 
-    data, held_out: as for `solve_`. What the model writes is kept in the output, in `calibration.json` and
+    data: as for `solve_`. What the model writes is kept in the output, in `calibration.json` and
     `calibration.txt`, and a run that goes on takes it from there; to write it, the model is in memory whole. memory:
     the most bytes of the process, as `"4GB"`; hidden states are stored on disk if they do not fit, and a run that would
-    take more is refused before it starts. None: hidden states in memory, no check. on_windows: called while the model
-    writes. Errors: RequestError if the folder exists or belongs to another run, or for too little memory; NotSupported
-    if the blocks are not entries of one list, run in order.
+    take more is refused before it starts. None: hidden states in memory, no check. Errors: RequestError
+    if the folder exists or belongs to another run, or for too little memory; NotSupported if the blocks are not entries
+    of one list, run in order.
 
     Use: models larger than memory. Avoid: models that fit, if they are evaluated next: `solve_`.
     """
@@ -106,11 +103,12 @@ def solve_folder(
         clean_up_after_kill(folder)
     check_output(folder, overwrite=overwrite)
     check_apart(folder, source)
-    calibration, drawn = as_calibration(data), None
+    parts = split(data)
+    calibration, drawn = as_calibration(parts.data), None
     if calibration is not None:
-        drawn = drawn_for(calibration, Path(source), folder, budget=_budget(memory), group=group, on_windows=on_windows)
-    samples: list[Any] = listed(cast(Iterable[Any], data)) if drawn is None else list(drawn.batches)
-    run = StreamingRun(Path(source), how, samples, group, budget=_budget(memory), skip=skip, held_out=held_out)
+        drawn = drawn_for(calibration, Path(source), folder, budget=_budget(memory), group=group)
+    samples: list[Any] = listed(cast(Iterable[Any], parts.data)) if drawn is None else list(drawn.batches)
+    run = StreamingRun(Path(source), how, samples, group, budget=_budget(memory), skip=skip, held_out=parts.held_out)
     asked = partial(identity_of, run.source, samples, how, skip, group.world_size, run.held_out)
     written = sum(file.stat().st_size for file in folder.glob("model-*.safetensors") if not is_finished(folder))
     check_space(folder, run.disk - written)
@@ -129,7 +127,7 @@ def forecast(
     source: str | Path,
     how: OneShot,
     *,
-    data: Iterable[Any] | Calibration | Sources = AUTO,
+    data: Iterable[Any] | Calibration | Sources | Split = AUTO,
     memory: str | int | None = None,
     skip: Sequence[str] = (),
     measured: bool = True,
@@ -139,11 +137,13 @@ def forecast(
     measured: predict the time, `blocks * (solving + batches * a pass)`, by pruning the first block on two batches.
     Errors: those of `solve_folder`, above all RequestError for too little memory.
     """
-    drawn = as_calibration(data)
+    parts = split(data)
+    drawn = as_calibration(parts.data)
     samples: list[Any] = (
-        listed(cast(Iterable[Any], data)) if drawn is None else list(placeholder(drawn, Path(source)).batches)
+        listed(cast(Iterable[Any], parts.data)) if drawn is None else list(placeholder(drawn, Path(source)).batches)
     )
-    run = StreamingRun(Path(source), how, samples, process_group(), budget=_budget(memory), skip=skip)
+    group, budget = process_group(), _budget(memory)
+    run = StreamingRun(Path(source), how, samples, group, budget=budget, skip=skip, held_out=parts.held_out)
     layers = [layer for some in run.layers.values() for layer in some]
     weights = sum(run.skeleton.like[layer.entity].numel() for layer in layers)
     return Forecast(len(run.paths), len(layers), weights, run.peak, run.disk, run.measured() if measured else None)

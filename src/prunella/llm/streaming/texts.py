@@ -17,7 +17,7 @@ from prunella.io.load import load_model
 from prunella.io.tensor_file import read_folder
 from prunella.llm.calibration import Calibration, Drawn
 from prunella.llm.distributed import ProcessGroup
-from prunella.llm.own_text import OnWindows, OwnText
+from prunella.llm.own_text import OwnText
 from prunella.llm.streaming.memory import resident
 from prunella.llm.streaming.progress import WORK, folder_beside
 from prunella.llm.text import tokenizer_of
@@ -35,7 +35,6 @@ def drawn_for(
     *,
     budget: int | None,
     group: ProcessGroup,
-    on_windows: OnWindows | None = None,
 ) -> Drawn:
     """The windows of a run, the same in all processes: the first one draws them and sends them to the others.
 
@@ -45,7 +44,7 @@ def drawn_for(
     if not group.is_main:
         return _received()
     try:
-        drawn = _drawn(calibration, source, output, budget, on_windows)
+        drawn = _drawn(calibration, source, output, budget)
     except PruningError as error:
         _send([error.what, error.why, error.todo], group)
         raise
@@ -93,9 +92,7 @@ def recorded(drawn: Drawn | None) -> dict[str, Any]:
     return {"sources": [asdict(source) for source in drawn.sources], **written}
 
 
-def _drawn(
-    calibration: Calibration, source: Path, output: Path, budget: int | None, on_windows: OnWindows | None
-) -> Drawn:
+def _drawn(calibration: Calibration, source: Path, output: Path, budget: int | None) -> Drawn:
     own = _kept(output, calibration) if calibration.writes else None
     if not calibration.writes or own is not None:
         return calibration.draw(None, folder=source, own=own)
@@ -105,7 +102,7 @@ def _drawn(
         raise RequestError(
             what, f"it is read whole for that, {byte_size(size)}", "pass a text file by data=, or more memory"
         )
-    return calibration.draw(load_model(str(source)), folder=source, on_windows=on_windows)
+    return calibration.draw(load_model(str(source)), folder=source)
 
 
 def _kept(output: Path, calibration: Calibration) -> OwnText | None:
