@@ -79,7 +79,7 @@ def obs(model: nn.Module, plan: Plan, data: Iterable[Any], *, loss: Loss, dampin
     check_damping(damping)
     batches_ = listed(_iterable(data))
 
-    def surgeon(task: _Task) -> Tensor:
+    def surgeon(task: _Task) -> dict[str, Tensor]:
         name, size = task.layer.name, task.parameter.numel()
         if size > LIMIT:
             why = f"its Hessian would have {size}^2 entries, and {LIMIT}^2 are allowed"
@@ -125,7 +125,7 @@ def woodfisher(
     """
     check_damping(damping, block)
 
-    def surgeon(task: _Task) -> Tensor:
+    def surgeon(task: _Task) -> dict[str, Tensor]:
         grads = torch.stack([in_blocks(grad, block) for grad in task.samples()])
         inverse, weight = inverse_fisher(grads, damping), in_blocks(task.weight, block)
         joint = cut(weight, inverse, in_blocks(task.pruned, block)).weight
@@ -163,7 +163,7 @@ def mfac(
     """
     check_damping(damping)
 
-    def surgeon(task: _Task) -> Tensor:
+    def surgeon(task: _Task) -> dict[str, Tensor]:
         grads = torch.stack([grad.flatten() for grad in task.samples()])
         weight, pruned = task.weight.flatten(), task.pruned.flatten()
         step = cut_matrix_free(task.weight.flatten(), grads, task.pruned.flatten(), damping)
@@ -179,14 +179,14 @@ def _searched(
 ) -> Plan:
     """The plan with the surgeon's weights as far as held-out samples say, or as asked."""
     check_strength(strength)
-    assert source.loss is not None
     data = None if strength is not None else split_samples(source.data or ())
     source = source if data is None else replace(source, data=data.fit)
     with untouched(unwrap(model), 0):
         updates = _updates(unwrap(model), plan, surgeon, about["name"], source)
         if data is None:
-            chosen, note = (JOINT, strength or 0.0), {"strength": strength}
+            chosen, note = (JOINT, strength or 0.0), dict[str, Any](strength=strength)
         else:
+            assert source.loss is not None
             found = line_search(unwrap(model), plan, updates, data.held_out, source.loss)
             chosen = found.update, found.factor
             note = {"update": found.update, "strength": found.factor, "held out": [found.before, found.after]}

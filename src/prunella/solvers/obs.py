@@ -122,11 +122,12 @@ def cut_singly_matrix_free(weight: Tensor, grads: Tensor, pruned: Mask, damping:
 def _in_samples(grads: Tensor, damping: float, right: Tensor) -> Tensor:
     """`(N damping I + G G^T)^-1 r`, for r with N rows."""
     columns = right if right.dim() > 1 else right.unsqueeze(-1)
-    solved = torch.cholesky_solve(columns, _factor(grads, damping))
+    solved: Tensor = torch.cholesky_solve(columns, _factor(grads, damping))
     return solved if right.dim() > 1 else solved.squeeze(-1)
 
 
 def _factor(grads: Tensor, damping: float) -> Tensor:
     kernel = grads @ grads.T
     kernel.diagonal().add_(len(grads) * damping)
-    return torch.linalg.cholesky(kernel)
+    factor: Tensor = torch.linalg.cholesky(kernel)
+    return factor
