@@ -158,14 +158,18 @@ class Equations:
     def reason(self, atoms: Ints) -> Reason:
         """Why these atoms are frozen: the first reason of their components; hard reasons come before soft ones.
 
-        A reason of a further example comes first: one of the first example may freeze a part of the component only.
+        A reason of the first example that freezes all of them comes first; then one of a further example, for
+        which those of the first one may freeze a part only.
         """
         components = np.zeros_like(self.fixed)
         components[self.part[atoms]] = True
-        reasons = [reason for frozen, reason in self.ledger.frozen if components[self.part[frozen]].any()]
-        if reasons:
-            hard = [reason for reason in reasons if not reason.soft]
-            return next((reason for reason in hard if reason.example), (hard or reasons)[0])
+        marked = [(self.part[frozen], reason) for frozen, reason in self.ledger.frozen]
+        found = [(parts, reason) for parts, reason in marked if components[parts].any()]
+        if found:
+            hard = [(parts, reason) for parts, reason in found if not reason.soft] or found
+            alone = (reason for parts, reason in hard if not reason.example and np.isin(self.part[atoms], parts).all())
+            further = (reason for _, reason in hard if reason.example and not reason.soft)
+            return next(alone, None) or next(further, hard[0][1])
         return Reason("it meets a tensor that always stays" if components[self.part[0]] else "it always stays")
 
     def atoms_of(self, marked: Mark) -> Ints:

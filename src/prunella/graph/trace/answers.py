@@ -82,10 +82,10 @@ class Question:
 class AnswerMode(TorchFunctionMode):
     """Collects the questions of a run, the first at each site, and answers those in `instead` otherwise.
 
-    labels: gives the labels of a tensor, for `Question.within`.
+    labels: gives the labels of a tensor, for `Question.within`; without it, that is empty.
     """
 
-    def __init__(self, instead: Answers, labels: Callable[[Tensor], Iterable[Dim]] = lambda _: ()) -> None:
+    def __init__(self, instead: Answers, labels: Callable[[Tensor], Iterable[Dim]] | None = None) -> None:
         super().__init__()
         self.instead, self.labels = instead, labels
         self.questions: dict[Site, Question] = {}
@@ -101,7 +101,7 @@ class AnswerMode(TorchFunctionMode):
         site = _site(frame)
         if site in self.questions:
             return answer
-        within = tuple(dim for tensor in _held(frame) for dim in self.labels(tensor) if dim)
+        within = () if self.labels is None else tuple(dim for held in _held(frame) for dim in self.labels(held) if dim)
         self.questions[site] = Question(site, name, answer, tuple(constants(frame.f_code)), within)
         return self.instead.get(site, answer)
 
