@@ -30,16 +30,16 @@ _SCALES = (2, 4, 8, 16, 32, 64)
 
 
 class Seen:
-    """What the source has done so far, on the examples."""
+    """What the source has done so far, on the examples. accepted: whether the model took the last batch."""
 
     def __init__(self, model: nn.Module, examples: Iterable[Any]) -> None:
-        self.model, self.steps = model, set[Step]()
+        self.model, self.steps, self.accepted = model, set[Step](), False
         for example in examples:
             self.new(example)
 
     def new(self, batch: Any, observer: AbstractContextManager[Any] | None = None) -> bool:
         """Whether the model takes this batch, with finite outputs, and does something new on it."""
-        steps = set[Step]()
+        steps, self.accepted = set[Step](), False
         try:
             with ExitStack() as stack:
                 stack.enter_context(untouched(self.model))
@@ -53,6 +53,7 @@ class Seen:
             return False
         if not all(bool(torch.isfinite(t).all()) for t in outputs if t.is_floating_point()):
             return False
+        self.accepted = True
         fresh = not steps <= self.steps
         self.steps |= steps
         return fresh
@@ -61,7 +62,8 @@ class Seen:
 def sizes_to_try(main: Tensor, hints: Hints) -> list[tuple[frozenset[int], int, bool]]:
     """Axes of the largest input, their new size, and whether to try it without a sign of a branch; nearest first.
 
-    A key of a table is tried anyway: what a look-up gives need not change the instructions that run.
+    A key of a table, and a number where a size has become one of Python, are tried anyway: what is looked up, sliced or
+    indexed by them need not change the instructions that run.
     """
     named: dict[_Size, bool] = {}
     scaled: dict[_Size, bool] = {}
@@ -70,8 +72,8 @@ def sizes_to_try(main: Tensor, hints: Hints) -> list[tuple[frozenset[int], int, 
         for number in (*hints.keys, *hints.numbers):
             beyond = number + 1 if number >= size else number - 1
             for other in (number,) if number in hints.keys else (number, beyond):
-                named.setdefault((axes, other), number in hints.keys)
-        scaled |= {(axes, size * scale): False for scale in _SCALES if hints.escaped}
+                named.setdefault((axes, other), number in hints.keys or hints.escaped)
+        scaled |= {(axes, size * scale): hints.escaped for scale in _SCALES if hints.escaped}
     tried = [(axes, other, anyway) for part in (named, scaled) for (axes, other), anyway in _nearest(part, main)]
     return [(axes, other, anyway) for axes, other, anyway in tried if 0 < other != main.shape[min(axes)]][:_RUNS]
 

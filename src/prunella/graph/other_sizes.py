@@ -127,11 +127,12 @@ def _guessed(
     sizes = sizes_to_try(main, hints)
     if not sizes and not hints.values:
         return
-    seen, told = Seen(model, (inputs, *others)), 0
+    seen, told = Seen(model, (inputs, *others)), {True: 0, False: 0}
     for axes, other, anyway in sizes:
         for batch in _stretched(inputs, main, axes, other):
-            if told < _MOST and (seen.new(batch) or anyway):
-                told += 1
+            fresh = seen.new(batch)
+            if seen.accepted and (fresh or anyway) and told[fresh] < _MOST:
+                told[fresh] += 1
                 yield from first([batch])
     for batch in other_values(inputs) if hints.values else ():
         if seen.new(batch):

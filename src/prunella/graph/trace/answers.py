@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dis
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from types import CodeType, FrameType
 from typing import Any
 
@@ -14,7 +16,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from prunella.graph.solve.labels import Dim
-from prunella.graph.trace.known_sizes import constants
+from prunella.graph.trace.known_sizes import known_numbers
 from prunella.graph.trace.source import reader, where
 from prunella.model.calls import called
 from prunella.model.trees import tensors
@@ -24,6 +26,8 @@ _ASKED = frozenset("__bool__ is_nonzero equal allclose __contains__ __int__ __fl
 """Calls that answer with one number or truth."""
 
 
+_READS = 16
+"""Reads at one site that are answered otherwise: a loop that waits for an answer ends after them."""
 LEAVES_TORCH = frozenset("numpy tolist item __array__ __float__ __int__ __bool__ __index__ __dlpack__ stride".split())
 """Calls that turn values or sizes into plain Python, where no cut can follow."""
 _DECIDES = LEAVES_TORCH | frozenset("is_nonzero equal allclose __contains__".split())
@@ -44,11 +48,15 @@ def sized_by_values(func: Any, args: Any) -> bool:
 
 @dataclass(frozen=True)
 class Site:
-    """An instruction of the model's source that reads a value. place: `file:line`, for people."""
+    """An expression of the model's source that reads a value. place: `file:line`, for people.
+
+    position: lines and columns of the expression. The number of the instruction would not do: Python replaces
+    instructions of a function that runs often, and not while it is observed.
+    """
 
     file: str
     function: int
-    instruction: int
+    position: tuple[int | None, ...]
     place: str
 
 
@@ -80,7 +88,7 @@ class Question:
 
 
 class AnswerMode(TorchFunctionMode):
-    """Collects the questions of a run, the first at each site, and answers those in `instead` otherwise.
+    """Collects the questions of a run, the first at each site, and answers all reads at those in `instead` otherwise.
 
     labels: gives the labels of a tensor, for `Question.within`; without it, that is empty.
     """
@@ -89,6 +97,7 @@ class AnswerMode(TorchFunctionMode):
         super().__init__()
         self.instead, self.labels = instead, labels
         self.questions: dict[Site, Question] = {}
+        self.reads: Counter[Site] = Counter()
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         answer = func(*args, **(kwargs or {}))
@@ -99,16 +108,18 @@ class AnswerMode(TorchFunctionMode):
         if frame is None:
             return answer
         site = _site(frame)
+        self.reads[site] += 1
         if site in self.questions:
-            return answer
+            return self.instead.get(site, answer) if self.reads[site] <= _READS else answer
         within = () if self.labels is None else tuple(dim for held in _held(frame) for dim in self.labels(held) if dim)
-        self.questions[site] = Question(site, name, answer, tuple(constants(frame.f_code)), within)
+        self.questions[site] = Question(site, name, answer, known_numbers(frame), within)
         return self.instead.get(site, answer)
 
 
 def _site(frame: FrameType) -> Site:
     code = frame.f_code
-    return Site(code.co_filename, code.co_firstlineno, frame.f_lasti, where(frame))
+    position = next(islice(code.co_positions(), frame.f_lasti // 2, None), (frame.f_lineno,))
+    return Site(code.co_filename, code.co_firstlineno, position, where(frame))
 
 
 def _held(frame: FrameType | None) -> list[Tensor]:

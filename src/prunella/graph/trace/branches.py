@@ -52,14 +52,23 @@ def add_branches(
 
 
 def _other_sides(model: nn.Module, inputs: Any, before: Answers, question: Question) -> Iterator[Answers]:
-    """The answers that lead to another side: the opposite one, or the first number on which other source runs."""
+    """The answers that lead to another side: the opposite one, or the first number on which other source runs.
+
+    If there is none, the first number that the model takes: a slice or an index by it runs the same source.
+    """
     others = [{**before, question.site: other} for other in question.others()]
     if isinstance(question.answer, bool):
         yield from others
         return
     seen = Seen(model, ())
     seen.new(inputs, AnswerMode(before))
-    yield from [answers for answers in others[:_NUMBERS] if seen.new(inputs, AnswerMode(answers))][:1]
+    taken: list[Answers] = []
+    for answers in others[:_NUMBERS]:
+        if seen.new(inputs, AnswerMode(answers)):
+            yield answers
+            return
+        taken += [answers] if seen.accepted else []
+    yield from taken[:1]
 
 
 def _other_side(
@@ -75,7 +84,9 @@ def _other_side(
     record.example, record.flow, fault = number, Flow(), ""
     try:
         run = trace(record, model, inputs, apply_rule, asked=asked)
-        say_example(record, start, f", on the other side of the branch at {place}")
+        decides = isinstance(question.answer, bool)
+        side = f"on the other side of the branch at {place}" if decides else f"if the number read at {place} is another"
+        say_example(record, start, f", {side}")
         keep_outputs(run, model, "it is an output of the model")
     except Exception as error:  # what no value leads to may raise anything
         if not refuses(error):

@@ -6,13 +6,14 @@ cannot; there the numbers that the source names are the sizes at which it may do
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from types import CodeType, FrameType
+from types import CodeType, FrameType, FunctionType
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from prunella.graph.trace.source import LIBRARY, reader
 from prunella.graph.trace.tracked_int import plain
@@ -60,10 +61,10 @@ def origin(size: object, start: FrameType | None) -> str:
     frame = start
     while frame is not None and frame.f_code.co_filename.startswith(LIBRARY):
         frame = frame.f_back
-    own = frame.f_locals.get("self") if frame is not None else None
-    if frame is not None and isinstance(own, nn.Module):
+    own = _owner(frame) if frame is not None else None
+    if frame is not None and own is not None:
         for name in frame.f_code.co_names:
-            value = vars(own).get(name)
+            value = _attribute(own, name)
             if isinstance(value, dict | list | tuple) and size in _held(value):
                 return f"in the {type(value).__name__} {name}, which no cut changes"
     return "typed into the source"
@@ -94,6 +95,12 @@ def constants(code: CodeType) -> Iterator[int]:
                 yield from map(int, _TEXT.findall(constant))
 
 
+def known_numbers(frame: FrameType) -> tuple[int, ...]:
+    """The integers that a running function knows: its constants, and those of what it names."""
+    named = (number for value in _named(frame) for part in (_integers(value), _entries(value)) for number in part)
+    return tuple(dict.fromkeys([*constants(frame.f_code), *named]))
+
+
 def _integers(value: Any) -> Iterator[int]:
     """The integers at a number."""
     if isinstance(value, float) and abs(value) <= _LARGEST:
@@ -112,9 +119,26 @@ def _entries(value: Any) -> Iterator[int]:
 
 
 def _named(frame: FrameType) -> Iterator[Any]:
-    """The values that the function names: globals, locals and attributes of its module."""
-    names, own = frame.f_code.co_names, frame.f_locals.get("self")
-    attributes = vars(own) if isinstance(own, nn.Module) else {}
-    for name in names:
-        yield from (values[name] for values in (frame.f_globals, attributes) if name in values)
+    """The values that the function names: globals, locals, attributes of its module and class, and of objects there."""
+    names, own = frame.f_code.co_names, _owner(frame)
+    attributes = [_attribute(own, name) for name in names] if own is not None else []
+    holders = [value for value in attributes if hasattr(value, "__dict__") and not isinstance(value, _NO_HOLDERS)]
+    yield from (frame.f_globals[name] for name in names if name in frame.f_globals)
+    yield from attributes
+    yield from (_attribute(holder, name) for holder in holders for name in names)
     yield from (value for value in frame.f_locals.values() if isinstance(value, dict | set | frozenset))
+
+
+_NO_HOLDERS = (nn.Module, Tensor, type, FunctionType, property, staticmethod, classmethod)
+
+
+def _owner(frame: FrameType) -> nn.Module | None:
+    """The module whose method runs: the first argument, whatever its name."""
+    code = frame.f_code
+    first = frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
+    return first if isinstance(first, nn.Module) else None
+
+
+def _attribute(owner: object, name: str) -> Any:
+    """An attribute of an object or of its class, without running anything."""
+    return inspect.getattr_static(owner, name, None)
