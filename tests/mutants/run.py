@@ -94,7 +94,9 @@ def killed(mutant: Mutant) -> str:
             return f"BAD ROW (no end within {LIMIT} s)"
         if process.exitcode == PASSED:
             return "SURVIVED"
-        return "killed" if process.exitcode == RED else f"BAD ROW (pytest: {log.read_text().strip().splitlines()[-1:]})"
+        if process.exitcode == RED or (process.exitcode or 0) < 0:  # a signal: the broken line ended the process
+            return "killed"
+        return f"BAD ROW (pytest: {log.read_text().strip().splitlines()[-1:]})"
 
 
 def _try(tests: tuple[str, ...], folder: str, log: Path) -> None:

@@ -60,7 +60,7 @@ class Unused(nn.Module):
 
 
 class WeightNorm(nn.Module):
-    """Weight norm by parametrisation: the norm of a row is over its inputs, so that rows go and columns must not."""
+    """Weight norm by parametrisation: the norm of a row is over its inputs, those that are left."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -61,7 +61,7 @@ CASES = {
     "shared twice": Case(odd.SharedTwice, VECTOR, {"first": 12, "shared": 12}, {"last.weight": 0}),
     "tied autoencoder": Case(odd.TiedAutoencoder, (3, 10), {"middle": 16}, {}, modes=("all",)),
     "unused": Case(odd.Unused, VECTOR, {"first": 12}, {"last.weight": 0}),
-    "weight norm": Case(odd.WeightNorm, VECTOR, {"wide": 16}, {"first.weight": 0}),
+    "weight norm": Case(odd.WeightNorm, VECTOR, {"first": 12, "wide": 16}, {"last.weight": 0}),
     "normalized weight": Case(odd.Normalized, VECTOR, {"wide": 16}, {"first.weight": 0}),
     "gated chunk": Case(odd.GatedChunk, VECTOR, {"first": 12, "down": 8, "second": 10}, {"last.weight": 0}),
     "normed blocks": Case(odd.NormedBlocks, VECTOR, {"up1": 20, "up2": 16}, {"embed.weight": 0, "down2.weight": 0}),

@@ -45,7 +45,11 @@ WeightsKey = Annotated[
 AllowPickle = Annotated[bool, typer.Option("--allow-pickle", help="Read pickled weights too (tensors only).")]
 RecipeName = Annotated[
     str | None,
-    typer.Option("--recipe", metavar="NAME", help="auto, or a recipe or criterion of `methods`; else magnitude."),
+    typer.Option(
+        "--recipe",
+        metavar="NAME",
+        help="auto, or one of `methods`. Default: auto with --data, else magnitude.",
+    ),
 ]
 RecipeNames = Annotated[
     list[str] | None, typer.Option("--recipe", metavar="NAME", help="A recipe or a criterion; several are allowed.")

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from prunella.errors import CheckFailed, NotSupported
 from prunella.graph.cut.changes import Changes, changes
@@ -23,6 +23,7 @@ from prunella.graph.guesses import Seen, other_values, sizes_to_try
 from prunella.graph.solve.tokens import known_only, renumber
 from prunella.graph.trace.answers import NATURAL, Answers
 from prunella.graph.verify import check, relative_error, verify
+from prunella.model.calls import called
 from prunella.model.copying import copied
 from prunella.model.forward import outputs_of
 from prunella.model.state import untouched
@@ -83,7 +84,7 @@ _BOTH = "prunella.Examples(one, other)"
 def other_sizes(model: nn.Module, inputs: Any, others: Sequence[Any] = (), hints: Hints = _NONE) -> Iterator[Any]:
     """Batches of other sizes on which the dense model gives finite outputs; not those of `others`, which are known."""
     given = [tensor for tensor in tensors(inputs) if tensor.dim()]
-    if not given or any(parameter.is_meta for parameter in model.parameters()):
+    if not given or any(parameter.is_meta for parameter in model.parameters()) or _may_crash(model):
         return
     known = {_shapes(example) for example in (inputs, *others)}
 
@@ -113,6 +114,17 @@ def other_sizes(model: nn.Module, inputs: Any, others: Sequence[Any] = (), hints
         if axis < main.dim() and main.shape[axis] == size:
             yield from first(_stretched(inputs, main, frozenset([axis]), other))
     yield from _guessed(model, inputs, others, hints, main, first)
+
+
+def _may_crash(model: nn.Module) -> bool:
+    """Whether a program runs a recurrent kernel itself: a state of another size then ends the process."""
+    graphs = [module.graph for module in model.modules() if isinstance(module, fx.GraphModule)]
+    names = {called(node.target) for graph in graphs for node in graph.nodes if node.op == "call_function"}
+    return bool(names & _UNCHECKED)
+
+
+_UNCHECKED = frozenset("lstm gru rnn_tanh rnn_relu mkldnn_rnn_layer _thnn_fused_lstm_cell _thnn_fused_gru_cell".split())
+"""Operations whose checks of sizes are in the module around them."""
 
 
 def _guessed(

@@ -132,8 +132,8 @@ def group_l2() -> Recipe:
 def taylor_fo() -> Recipe:
     """Channels and heads by the squared first-order change of the loss, one ranking. Data: batches and a loss.
 
-    Use: channels and heads when a few labelled batches are at hand; the best first choice. Avoid: no loss at hand, or
-    batches too few to average over.
+    Use: channels and heads when a few labelled batches are at hand and all layers are ranked together. Avoid: no loss
+    at hand, or batches too few to average over.
     """
     return Recipe(criteria.taylor, (Channel(), Head()), global_)
 

@@ -39,8 +39,8 @@ class LossCurve:
     lr: tuple[float, ...]
 
     def __str__(self) -> str:
-        tenth = max(1, len(self.loss) // 10)
-        first, last = sum(self.loss[:tenth]) / tenth, sum(self.loss[-tenth:]) / tenth
+        few = max(min(10, len(self.loss) // 2), len(self.loss) // 10, 1)  # fewer steps are as noisy as their batches
+        first, last = sum(self.loss[:few]) / few, sum(self.loss[-few:]) / few
         return f"loss {first:.4g} -> {last:.4g} in {len(self.loss)} steps, learning rate up to {max(self.lr):.3g}"
 
 

@@ -62,7 +62,7 @@ def origin(size: object, start: FrameType | None) -> str:
     while frame is not None and frame.f_code.co_filename.startswith(LIBRARY):
         frame = frame.f_back
     own = _owner(frame) if frame is not None else None
-    if frame is not None and own is not None:
+    if frame is not None and own is not None and size not in set(constants(frame.f_code)):
         for name in frame.f_code.co_names:
             value = _attribute(own, name)
             if isinstance(value, dict | list | tuple) and size in _held(value):
