@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,11 +17,12 @@ from prunella.app.prune_data import split
 from prunella.app.prune_groups import residual_streams
 from prunella.app.prune_plan import _by_norm
 from prunella.app.prune_stages import Progress, seconds_of
-from prunella.errors import RequestError, TargetMissed
+from prunella.errors import NotSupported, RequestError, TargetMissed
 from prunella.graph.solve.groups import couple
 from prunella.graph.verify import verify
 from prunella.measure.clock import fake_clock
 from prunella.metrics import Timing
+from prunella.model.forward import judged
 from tests.zoo import convolutional as conv
 from tests.zoo import odd
 from tests.zoo.test_zoo import CASES
@@ -257,3 +259,33 @@ def test_enough_groups_keep_widths_for_hardware() -> None:
     pruned = pr.prune(Wide().eval(), _images()[0][:2], target=pr.MACs(0.51), recover="none")
     assert pruned.plan.got > 0.97 * 0.51 and not _finer(pruned)
     assert {int(keep.sum()) % 8 for keep in pruned.plan.keep.values()} == {0}
+
+
+class Answering(nn.Module):
+    """Returns a loss first, where it is given labels, as the models of transformers do."""
+
+    def __init__(self, pack: Callable[[dict[str, Tensor]], Any]) -> None:
+        super().__init__()
+        self.a, self.b, self.pack = nn.Linear(8, 64), nn.Linear(64, 4), pack
+
+    def forward(self, x: Tensor, labels: Tensor) -> Any:
+        logits = self.b(self.a(x).relu())
+        return self.pack({"loss": nn.functional.cross_entropy(logits, labels), "logits": logits})
+
+
+@pytest.mark.parametrize("pack", [dict, lambda named: SimpleNamespace(**named), lambda named: tuple(named.values())])
+def test_a_loss_beside_the_outputs_is_not_what_is_compared(pack: Callable[[dict[str, Tensor]], Any]) -> None:
+    batches = [{"x": torch.randn(16, 8), "labels": torch.randint(0, 4, (16,))} for _ in range(4)]
+    pruned = pr.prune(Answering(pack).eval(), batches[0], target=pr.MACs(0.5), data=batches, recover={"steps": 2})
+    assert "KL divergence" in str(pruned) and _names(pruned)[-1] == "distill"
+    curve = pr.distill(pruned.model, pruned.dense, batches, steps=2, lr=1e-3)
+    assert len(curve.loss) == 2
+
+
+def test_what_is_compared_has_an_axis_of_samples() -> None:
+    batch, table, out = torch.randn(6, 8), torch.randn(3, 5), torch.randn(6, 5)
+    assert judged((out.mean(), torch.arange(6), table, out), batch) is out
+    assert judged({"logits": out[:, :1], "a": table}, batch) is not table
+    assert judged(out[:, 0], batch).shape == (1, 6)  # type: ignore[union-attr]
+    with pytest.raises(NotSupported, match="single numbers"):
+        judged({"loss": out.mean()}, batch)

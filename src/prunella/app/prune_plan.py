@@ -23,7 +23,7 @@ from prunella.io.identity import digest_of
 from prunella.io.journal import Records
 from prunella.measure.clock import now, since
 from prunella.model.copying import copied
-from prunella.model.forward import Outputs, real_tokens
+from prunella.model.forward import Outputs, judged_by, real_tokens
 from prunella.model.state import mode, untouched
 from prunella.planning.candidates import CandidateUnits
 from prunella.planning.plan import Plan
@@ -173,7 +173,7 @@ class _Measured:
             return {}
         with self.timer.stage("measured losses") as stage:
             start, batches = now(), first(self.data.held_out, JUDGE)
-            passes = recordings(self.request.model, batches, self.asked.run)
+            passes = recordings(self.request.model, batches, judged_by(self.asked.run))
             each = len(groups) * since(start)
             affordable = next((n for n in LEVELS if n * each <= 0.5 * self.timer.left), 0)
             count = int(self.records.number("levels of each group", lambda: affordable))
