@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from prunella.allocation import fixed
-from prunella.app.prune_data import Batches, first, size
+from prunella.app.prune_data import Batches, check_outputs, first, size
 from prunella.app.prune_groups import Scope, missed, over, reachable, scope_of
 from prunella.app.prune_stages import Running, StageTimer
 from prunella.criteria import group_norm, obs_units
@@ -124,7 +124,8 @@ class _Measured:
         most = int(self.records.number(key, lambda: 0)) if key in self.records else len(batches)
         for number, batch in enumerate(batches, start=1):
             with readers.watch(real_tokens(batch)):
-                self.asked.run(model, batch)
+                output = judged_by(self.asked.run)(model, batch)
+            check_outputs(output, batch, self.data.every)
             stage.tick(number, len(batches))
             used_up = key not in self.records and since(start) * (number + 1) / number > share
             if (used_up or number == most) and number < len(batches):
@@ -174,6 +175,8 @@ class _Measured:
         with self.timer.stage("measured losses") as stage:
             start, batches = now(), first(self.data.held_out, JUDGE)
             passes = recordings(self.request.model, batches, judged_by(self.asked.run))
+            for batch, recording in zip(batches, passes, strict=True):
+                check_outputs(recording.output, batch, self.data.every)
             each = len(groups) * since(start)
             affordable = next((n for n in LEVELS if n * each <= 0.5 * self.timer.left), 0)
             count = int(self.records.number("levels of each group", lambda: affordable))

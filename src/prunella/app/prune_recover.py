@@ -19,7 +19,7 @@ from torch.optim import SGD, Optimizer
 from prunella.app.prune_data import Batches, first, part, size
 from prunella.app.prune_stages import Running, StageTimer
 from prunella.app.stages import Stages
-from prunella.errors import CheckFailed
+from prunella.errors import CheckFailed, one_line, out_of_resources
 from prunella.io.journal import Records
 from prunella.io.nested import load_state, save_state
 from prunella.measure.clock import now, since
@@ -258,6 +258,10 @@ def _kept(pair: Pair, stage: Running, slack: float = 0.0, *, file: Path | None =
         yield best
     except CheckFailed as error:
         stage.note(f"undone: {error.what}")
+    except Exception as error:
+        if not _in_train(error, pair.small):
+            raise
+        stage.note(f"undone: train() of the model failed, {one_line(error)}")
     else:
         last = best.look(slack)
         if best.distance == before and last > before * (1 + slack):
@@ -266,3 +270,13 @@ def _kept(pair: Pair, stage: Running, slack: float = 0.0, *, file: Path | None =
             stage.note("the best state on held-out data is kept, not the last")
     best.restore()
     stage.compared(before, best.distance, pair.measure)
+
+
+def _in_train(error: BaseException, model: nn.Module) -> bool:
+    """Whether a `train` of the user's own raised an error: the model works, and can do without training."""
+    step, inside = error.__traceback__, {id(module) for module in model.modules()}
+    while step is not None:
+        if step.tb_frame.f_code.co_name == "train" and id(step.tb_frame.f_locals.get("self")) in inside:
+            return out_of_resources(error) is None
+        step = step.tb_next
+    return False
