@@ -5,22 +5,26 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.data import TensorDataset
 
 import prunella as pr
 from prunella.app.prune_data import split
 from prunella.app.prune_groups import residual_streams
 from prunella.app.prune_plan import _by_norm
 from prunella.app.prune_stages import Progress, seconds_of
-from prunella.errors import RequestError, TargetMissed
+from prunella.errors import BadInput, NotSupported, RequestError, TargetMissed
 from prunella.graph.solve.groups import couple
 from prunella.graph.verify import verify
 from prunella.measure.clock import fake_clock
 from prunella.metrics import Timing
+from prunella.model.forward import judged
 from tests.zoo import convolutional as conv
 from tests.zoo import odd
 from tests.zoo.test_zoo import CASES
@@ -257,3 +261,138 @@ def test_enough_groups_keep_widths_for_hardware() -> None:
     pruned = pr.prune(Wide().eval(), _images()[0][:2], target=pr.MACs(0.51), recover="none")
     assert pruned.plan.got > 0.97 * 0.51 and not _finer(pruned)
     assert {int(keep.sum()) % 8 for keep in pruned.plan.keep.values()} == {0}
+
+
+class Answering(nn.Module):
+    """Returns a loss first, where it is given labels, as the models of transformers do."""
+
+    def __init__(self, pack: Callable[[dict[str, Tensor]], Any]) -> None:
+        super().__init__()
+        self.a, self.b, self.pack = nn.Linear(8, 64), nn.Linear(64, 4), pack
+
+    def forward(self, x: Tensor, labels: Tensor) -> Any:
+        logits = self.b(self.a(x).relu())
+        return self.pack({"loss": nn.functional.cross_entropy(logits, labels), "logits": logits})
+
+
+@pytest.mark.parametrize("pack", [dict, lambda named: SimpleNamespace(**named), lambda named: tuple(named.values())])
+def test_a_loss_beside_the_outputs_is_not_what_is_compared(pack: Callable[[dict[str, Tensor]], Any]) -> None:
+    batches = [{"x": torch.randn(16, 8), "labels": torch.randint(0, 4, (16,))} for _ in range(4)]
+    pruned = pr.prune(Answering(pack).eval(), batches[0], target=pr.MACs(0.5), data=batches, recover={"steps": 2})
+    assert "KL divergence" in str(pruned) and _names(pruned)[-1] == "distill"
+    curve = pr.distill(pruned.model, pruned.dense, batches, steps=2, lr=1e-3)
+    assert len(curve.loss) == 2
+
+
+def test_what_is_compared_has_an_axis_of_samples() -> None:
+    batch, table, out = torch.randn(6, 8), torch.randn(3, 5), torch.randn(6, 5)
+    assert judged((out.mean(), torch.arange(6), table, out), batch) is out
+    assert judged({"logits": out[:, :1], "a": table}, batch) is not table
+    assert judged(out[:, 0], batch).shape == (1, 6)  # type: ignore[union-attr]
+    with pytest.raises(NotSupported, match="single numbers"):
+        judged({"loss": out.mean()}, batch)
+
+
+def _mlp() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 4)).eval()
+
+
+def _rows(count: int = 6) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(16, 8, generator=generator) for _ in range(count)]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_batch_that_is_not_finite_is_named(value: float) -> None:
+    batches = _rows()
+    batches[3][2, 1] = value
+    with pytest.raises(BadInput, match="batch 3 of data= is not finite"):
+        pr.prune(_mlp(), batches[0], target=pr.MACs(0.5), data=batches)
+
+
+def test_numbers_of_the_model_that_are_not_finite_are_told() -> None:
+    for number in (3, 5):  # for the fit, and held out
+        batches = _rows()
+        batches[number][0, 0] = -99
+        with pytest.raises(BadInput, match=f"the outputs for batch {number} of data= are not finite"):
+            pr.prune(nn.Sequential(Root(), _mlp()).eval(), batches[0], target=pr.MACs(0.5), data=batches)
+    batches = [batch.double() * 1e160 for batch in _rows()]  # their squares are infinite
+    with pytest.raises(BadInput, match=r"what 2\.weight reads is not finite"):
+        pr.prune(_mlp().double(), batches[0] / 1e160, target=pr.MACs(0.5), data=batches)
+
+
+class Root(nn.Module):
+    """NaN for a few numbers."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x + 9).sqrt()
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        (torch.randn(64, 8), "data= is one Tensor"), ({"x": torch.randn(64, 8)}, "data= is one dict"),
+        (5, "data= is no batches but of type int"), (list(torch.randn(9, 8)), "data= holds samples"),
+        (TensorDataset(torch.randn(9, 8), torch.zeros(9)), "data= holds samples"),
+    ],
+)  # fmt: skip
+def test_data_that_is_no_batches_is_refused(data: Any, said: str) -> None:
+    with pytest.raises(RequestError, match=said):
+        pr.prune(_mlp(), torch.randn(2, 8), target=pr.MACs(0.5), data=data)
+
+
+@pytest.mark.parametrize("guard", [torch.no_grad, torch.inference_mode])
+def test_the_guards_of_the_caller_do_not_stop_the_training(guard: Callable[[], Any]) -> None:
+    def pruned(loss: Any = None) -> pr.Pruned:
+        return pr.prune(_mlp(), _rows()[0], target=pr.MACs(0.5), data=_rows(), recover={"steps": 4}, loss=loss)
+
+    torch.manual_seed(0)
+    expected = pruned()
+    with guard():
+        given = _rows()
+    with guard():
+        torch.manual_seed(0)
+        model = _mlp()
+        found = pr.prune(model, given[0], target=pr.MACs(0.5), data=given, recover={"steps": 4})
+        pruned(lambda model, batch: model(batch).sum())
+    assert _names(found)[-1] == "distill" and found.distance == pytest.approx(expected.distance, rel=1e-3)
+    assert not any(p.is_inference() or not p.requires_grad for p in found.model.parameters())
+
+
+def test_a_model_of_the_inference_mode_is_not_trained() -> None:
+    with torch.inference_mode():
+        model = _mlp()
+    with pytest.raises(RequestError, match="cannot be trained"):
+        pr.finetune(model, _rows(), lambda model, batch: model(batch).sum(), steps=1, lr=0.1)
+
+
+def test_a_guard_of_the_caller_does_not_stop_finetune() -> None:
+    for guard in (torch.no_grad, torch.inference_mode):
+        model = _mlp()
+        with guard():
+            pr.finetune(model, _rows(), lambda model, batch: model(batch).square().sum(), steps=1, lr=0.1)
+
+
+class Stubborn(nn.Sequential):
+    """Cannot be put into training mode."""
+
+    def train(self, mode: bool = True) -> Any:
+        super().train(mode)
+        if mode:
+            raise ValueError("not for training")
+        return self
+
+
+def test_a_model_that_cannot_train_is_refitted_alone() -> None:
+    pruned = pr.prune(Stubborn(*_mlp()).eval(), _rows()[0], target=pr.MACs(0.5), data=_rows())
+    assert "undone: train() of the model failed, ValueError: not for training" in pruned.history[-1].note
+    refitted = next(stage for stage in pruned.history if stage.name == "reconstruct")
+    assert pruned.distance == refitted.after and not pruned.model.training
+
+
+@pytest.mark.parametrize("wrong", [{"seed": "a"}, {"seed": -1}, {"folder": ""}])
+def test_no_seed_and_no_folder(wrong: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(RequestError, match=next(iter(wrong))):
+        pr.prune(_mlp(), _rows()[0], target=pr.MACs(0.5), data=_rows(), **wrong)
+    assert not list(tmp_path.iterdir())

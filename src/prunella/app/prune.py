@@ -24,9 +24,10 @@ from prunella.io.journal import NAME
 from prunella.io.lock import locked
 from prunella.model.batches import data_errors
 from prunella.model.forward import Outputs, forward
+from prunella.model.state import outside_inference
 from prunella.model.unwrap import unwrap
 from prunella.planning import accounting
-from prunella.planning.checks import check_finite
+from prunella.planning.checks import check_finite, check_seed
 from prunella.planning.plan import Plan
 from prunella.reporting.report import Report, report
 from prunella.targets import Latency, Sparsity, Target
@@ -138,8 +139,8 @@ def prune(
         32
     """
     how, timer = _recover(recover), StageTimer(seconds_of(budget), on_stage)
-    place = None if folder is None else Path(folder)
-    with nullcontext() if place is None else locked(place / NAME):
+    place = _place(folder)
+    with outside_inference(), nullcontext() if place is None else locked(place / NAME):
         asked = asked_of(model, inputs, target=target, data=data, loss=loss, skip=skip, only=only, seed=seed)
         with open_kept_stages(place, lambda: _identity(asked, loss, how, timer.budget)) as stages:
             plan = stages.plan(partial(planned, asked, timer, stages.records), inputs, timer)
@@ -147,6 +148,13 @@ def prune(
                 small = shrink(asked.model, plan)
             recover_all_(asked, small, plan, how, timer, stages)
     return Pruned(small, plan, tuple(timer.history), asked.targets, asked.model)
+
+
+def _place(folder: str | os.PathLike[str] | None) -> Path | None:
+    """Errors: RequestError for an empty name, which would be the current directory."""
+    if folder is not None and not os.fspath(folder):
+        raise RequestError('folder="" is no folder', "the work would lie in the current directory", "give it a name")
+    return None if folder is None else Path(folder)
 
 
 def _identity(asked: Asked, loss: Loss | None, how: Recover, budget: float | None) -> Identity:
@@ -170,9 +178,10 @@ def asked_of(
     seed: int,
 ) -> Asked:
     """What is asked, checked. Errors: RequestError, BadInput."""
+    check_seed(seed)
     targets, model = _targets(target), unwrap(model)
     check_finite(model)
-    batches = None if data is None else split(model, data, loss)
+    batches = None if data is None else split(model, data, loss, inputs)
     return Asked(model, inputs, targets, batches, _run(loss), tuple(skip), tuple(only), seed)
 
 

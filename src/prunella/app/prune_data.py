@@ -8,11 +8,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils.data import Dataset, IterableDataset
 
-from prunella.model.batches import Listed, listed
+from prunella.errors import BadInput, RequestError
+from prunella.model.batches import Listed, check_batches, described, listed, trainable
 from prunella.model.forward import inputs_of
 from prunella.model.trees import tensors
-from prunella.types import Loss
+from prunella.types import Inputs, Loss
 
 MOST = 128
 """Most batches that are used."""
@@ -34,14 +36,19 @@ class Batches:
         return self.fit, self.held_out
 
 
-def split(model: nn.Module, data: Iterable[Any], loss: Loss | None) -> Batches:
+def split(model: nn.Module, data: Iterable[Any], loss: Loss | None, example: Inputs | None = None) -> Batches:
     """A quarter of the batches, or of the samples of the only batch, is held out.
 
-    Without a loss, of a batch of inputs and labels the inputs alone are used. Errors: RequestError without batches.
+    Without a loss, of a batch of inputs and labels the inputs alone are used. example: has an axis of samples, as the
+    batches must have. Errors: RequestError without batches, and for samples; BadInput for NaN or infinity in a batch.
     """
+    check_batches(data)
     given = listed(itertools.islice(data, MOST + 1))
     note = f"only the first {MOST} batches are used" if len(given) > MOST else ""
-    every = listed(batch if loss else inputs_of(model, batch) for batch in given[:MOST])
+    every = listed(trainable(batch if loss else inputs_of(model, batch)) for batch in given[:MOST])
+    if loss is None:  # with one, it alone knows what of a batch is an input
+        _check_axis(every[0], example, isinstance(data, Dataset) and not isinstance(data, IterableDataset))
+        _check_finite(every)
     if len(every) > 1:
         fit = tuple(batch for number, batch in enumerate(every) if number % 4 != 1)
         return Batches(fit, tuple(batch for number, batch in enumerate(every) if number % 4 == 1), note, every)
@@ -50,6 +57,40 @@ def split(model: nn.Module, data: Iterable[Any], loss: Loss | None) -> Batches:
         return Batches(tuple(every), tuple(every), "nothing is held out: the only batch cannot be split", every)
     at = count - max(1, count // 4)
     return Batches((part(every[0], 0, at),), (part(every[0], at, count),), note, every)
+
+
+def _check_axis(batch: Any, example: Inputs | None, of_samples: bool) -> None:
+    """RequestError for a sample in place of a batch: as a row of the example, or one axis short in a dataset."""
+    pairs = [(one.shape, other.shape) for one, other in zip(tensors(batch), tensors(example), strict=False)]
+    short = [len(one) + 1 == len(other) and (of_samples or one == other[1:]) for one, other in pairs]
+    if pairs and all(short):
+        raise RequestError(
+            "data= holds samples, not batches",
+            f"its first entry is {described(batch)}, the example inputs are {described(example)}",
+            "pass a loader, as torch.utils.data.DataLoader(data, batch_size=32)",
+        )
+
+
+def _check_finite(every: Sequence[Any]) -> None:
+    """BadInput that names the first batch with NaN or infinity; masks of attention hold minus infinity."""
+    for number, batch in enumerate(every):
+        for tensor in (tensor for tensor in tensors(batch) if tensor.is_floating_point() or tensor.is_complex()):
+            bad = tensor.isnan() | (tensor.isinf() if tensor.is_complex() else tensor.isposinf())
+            if count := int(bad.sum()):
+                why = f"{count} of its values are NaN or infinite; it is {described(batch)}"
+                raise BadInput(f"batch {number} of data= is not finite", why, "mend the data, or leave this batch out")
+
+
+def check_outputs(output: Any, batch: Any, every: Listed) -> None:
+    """BadInput for outputs of the dense model that are no numbers, though the batch is: nothing can be fitted to them.
+
+    Infinity is one of logits that are ruled out.
+    """
+    if any(tensor.is_floating_point() and bool(tensor.isnan().any()) for tensor in tensors(output)):
+        place = every.place(batch)
+        which = f"batch {place[0]} of data=" if place else "a batch of data="
+        why = f"the model computes NaN of it; it is {described(batch)}"
+        raise BadInput(f"the outputs for {which} are not finite", why, "check the weights of the model and the batch")
 
 
 def first(batches: Sequence[Any], samples: int) -> tuple[Any, ...]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from prunella.allocation import fixed
-from prunella.app.prune_data import Batches, first, size
+from prunella.app.prune_data import Batches, check_outputs, first, size
 from prunella.app.prune_groups import Scope, missed, over, reachable, scope_of
 from prunella.app.prune_stages import Running, StageTimer
 from prunella.criteria import group_norm, obs_units
@@ -23,7 +23,7 @@ from prunella.io.identity import digest_of
 from prunella.io.journal import Records
 from prunella.measure.clock import now, since
 from prunella.model.copying import copied
-from prunella.model.forward import Outputs, real_tokens
+from prunella.model.forward import Outputs, judged_by, real_tokens
 from prunella.model.state import mode, untouched
 from prunella.planning.candidates import CandidateUnits
 from prunella.planning.plan import Plan
@@ -124,7 +124,8 @@ class _Measured:
         most = int(self.records.number(key, lambda: 0)) if key in self.records else len(batches)
         for number, batch in enumerate(batches, start=1):
             with readers.watch(real_tokens(batch)):
-                self.asked.run(model, batch)
+                output = judged_by(self.asked.run)(model, batch)
+            check_outputs(output, batch, self.data.every)
             stage.tick(number, len(batches))
             used_up = key not in self.records and since(start) * (number + 1) / number > share
             if (used_up or number == most) and number < len(batches):
@@ -173,7 +174,9 @@ class _Measured:
             return {}
         with self.timer.stage("measured losses") as stage:
             start, batches = now(), first(self.data.held_out, JUDGE)
-            passes = recordings(self.request.model, batches, self.asked.run)
+            passes = recordings(self.request.model, batches, judged_by(self.asked.run))
+            for batch, recording in zip(batches, passes, strict=True):
+                check_outputs(recording.output, batch, self.data.every)
             each = len(groups) * since(start)
             affordable = next((n for n in LEVELS if n * each <= 0.5 * self.timer.left), 0)
             count = int(self.records.number("levels of each group", lambda: affordable))

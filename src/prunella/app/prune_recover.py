@@ -19,11 +19,11 @@ from torch.optim import SGD, Optimizer
 from prunella.app.prune_data import Batches, first, part, size
 from prunella.app.prune_stages import Running, StageTimer
 from prunella.app.stages import Stages
-from prunella.errors import CheckFailed
+from prunella.errors import CheckFailed, one_line, out_of_resources
 from prunella.io.journal import Records
 from prunella.io.nested import load_state, save_state
 from prunella.measure.clock import now, since
-from prunella.model.forward import Outputs, first_tensor
+from prunella.model.forward import Logits, Outputs, first_tensor, judged
 from prunella.model.state import mode
 from prunella.planning.plan import Plan
 from prunella.recovery.batchnorm import absorb_bn
@@ -75,6 +75,10 @@ class Pair:
         """The batches that judge."""
         return first(self.data.held_out, JUDGED)
 
+    def judged(self, model: nn.Module, batch: Any) -> Tensor | Logits:
+        """What the outputs are compared by."""
+        return judged(self.run(model, batch), batch)
+
     @property
     def measure(self) -> str:
         """What the distance is, with its unit. Call `distance` before."""
@@ -84,10 +88,10 @@ class Pair:
         """The mean distance to the dense outputs on the held-out batches; infinite if it is not a number."""
         with mode(self.dense, training=False), mode(self.small, training=False), torch.no_grad():
             if not self.expected:
-                self.expected.extend(self.run(self.dense, batch) for batch in self.held_out)
+                self.expected.extend(self.judged(self.dense, batch) for batch in self.held_out)
             compare = distance_of(self.expected[0])
             pairs = zip(self.expected, self.held_out, strict=True)
-            losses = [compare(expected, self.run(self.small, batch)) for expected, batch in pairs]
+            losses = [compare(expected, self.judged(self.small, batch)) for expected, batch in pairs]
         value = sum(losses) / len(losses)
         return value if math.isfinite(value) else math.inf
 
@@ -190,12 +194,7 @@ def _steps(pair: Pair, how: Recover, timer: StageTimer, records: Records) -> tup
 def _imitation(pair: Pair) -> Loss:
     """KL at temperature 2 for logits, else one minus the cosine. Norms of large batches train; dropout does not."""
     logits = distance_of(pair.expected[0]) is divergence
-
-    def outputs(model: nn.Module, batch: Any) -> Any:
-        output = pair.run(model, batch)
-        return getattr(output, "logits", output)
-
-    by_logits = distill_logits(pair.dense, temperature=2.0, outputs=outputs)
+    by_logits = distill_logits(pair.dense, temperature=2.0, outputs=pair.judged)
     norms = [module for module in pair.small.modules() if isinstance(module, _BatchNorm)]
 
     def loss(model: nn.Module, batch: Any) -> Tensor:
@@ -205,8 +204,8 @@ def _imitation(pair: Pair) -> Loss:
         if logits:
             return by_logits(model, batch)
         with mode(pair.dense, training=False), torch.no_grad():
-            expected = first_tensor(pair.run(pair.dense, batch)).flatten(1)
-        return (1 - F.cosine_similarity(first_tensor(pair.run(model, batch)).flatten(1), expected)).mean()
+            expected = first_tensor(pair.judged(pair.dense, batch)).flatten(1)
+        return (1 - F.cosine_similarity(first_tensor(pair.judged(model, batch)).flatten(1), expected)).mean()
 
     return loss
 
@@ -259,6 +258,10 @@ def _kept(pair: Pair, stage: Running, slack: float = 0.0, *, file: Path | None =
         yield best
     except CheckFailed as error:
         stage.note(f"undone: {error.what}")
+    except Exception as error:
+        if not _in_train(error, pair.small):
+            raise
+        stage.note(f"undone: train() of the model failed, {one_line(error)}")
     else:
         last = best.look(slack)
         if best.distance == before and last > before * (1 + slack):
@@ -267,3 +270,13 @@ def _kept(pair: Pair, stage: Running, slack: float = 0.0, *, file: Path | None =
             stage.note("the best state on held-out data is kept, not the last")
     best.restore()
     stage.compared(before, best.distance, pair.measure)
+
+
+def _in_train(error: BaseException, model: nn.Module) -> bool:
+    """Whether a `train` of the user's own raised an error: the model works, and can do without training."""
+    step, inside = error.__traceback__, {id(module) for module in model.modules()}
+    while step is not None:
+        if step.tb_frame.f_code.co_name == "train" and id(step.tb_frame.f_locals.get("self")) in inside:
+            return out_of_resources(error) is None
+        step = step.tb_next
+    return False

@@ -10,7 +10,7 @@ from weakref import WeakSet
 from torch import Tensor, nn
 
 from prunella.errors import BadInput, PruningError, RequestError, one_line, out_of_resources
-from prunella.model.trees import tensors
+from prunella.model.trees import each, tensors
 from prunella.model.user_code import raised_by_user
 
 
@@ -61,11 +61,27 @@ def batches(data: Iterable[Any], *, required: bool = True) -> BatchIterator:
     return BatchIterator(data, required=required)
 
 
+def check_batches(data: object) -> None:
+    """Errors: RequestError for one batch, whose rows would be taken for batches, and for what gives none."""
+    todo = "for a single batch pass data=[batch]"
+    if isinstance(data, Tensor | Mapping | str):
+        raise RequestError(f"data= is one {type(data).__name__}", "an iterable of batches is needed", todo)
+    if not isinstance(data, Iterable) and not hasattr(data, "__getitem__"):  # a Dataset has no __iter__
+        why = f"it is {data!r:.80}, and an iterable of batches is needed"
+        raise RequestError(f"data= is no batches but of type {type(data).__name__}", why, todo)
+
+
 def listed(data: Iterable[Any]) -> Listed:
     """All batches of `data`. Errors: as `batches`."""
     every = Listed(BatchIterator(data))
     _alive.add(every)
     return every
+
+
+def trainable(batch: Any) -> Any:
+    """The batch with copies of tensors that were made in `torch.inference_mode()`: no gradient passes by them."""
+    made = any(tensor.is_inference() for tensor in tensors(batch))
+    return each(batch, lambda tensor: tensor.clone() if tensor.is_inference() else tensor) if made else batch
 
 
 @contextmanager

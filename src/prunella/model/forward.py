@@ -12,7 +12,7 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import is_dataclass
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -169,6 +169,43 @@ def first_tensor(output: Any) -> Tensor:
             "wrap the model so that it returns its tensors",
         )
     return outputs[0]
+
+
+class Logits(NamedTuple):
+    """An output that the model itself calls logits: `(..., classes)`."""
+
+    logits: Tensor
+
+
+def judged(output: Any, batch: Any) -> Tensor | Logits:
+    """Of what a model returned for a batch, the tensor that two models are compared by; it has an axis of samples.
+
+    The logits, if an attribute or a key has this name and there are several classes; else the first floating tensor
+    with as many rows as the batch, else the first one with an axis. A loss beside the outputs is one number and is
+    never taken. A tensor of one number for each sample is one row. Errors: NotSupported if there is none.
+    """
+    if isinstance(output, Logits):
+        return output
+    named = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
+    if isinstance(named, Tensor) and named.dim() > 1 and named.shape[-1] > 1:  # one class has no softmax
+        return Logits(named)
+    rows = {tensor.shape[0] for tensor in tensors(batch) if tensor.dim()}
+    found = [tensor for tensor in tensors(output) if tensor.dim()]
+    if not found:
+        first_tensor(output)  # which tells of no tensor at all
+        raise NotSupported(
+            f"the model returned {type(output).__name__} with single numbers alone",
+            "two models are compared by outputs with an axis of samples, not by a loss",
+            "leave labels out of the batches, or return the outputs beside the loss",
+        )
+    floating = [tensor for tensor in found if tensor.is_floating_point()]
+    tensor = next((tensor for tensor in floating if tensor.shape[0] in rows), (floating or found)[0])
+    return tensor if tensor.dim() > 1 else tensor[None]
+
+
+def judged_by(run: Outputs) -> Outputs:
+    """`run`, which gives of the outputs only what `judged` takes."""
+    return lambda model, batch: judged(run(model, batch), batch)
 
 
 def real_tokens(batch: Any) -> Tensor | None:

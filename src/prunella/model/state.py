@@ -42,8 +42,8 @@ def mode(model: nn.Module, *, training: bool, compiled: bool = False) -> Iterato
     ignore hooks and whatever else observes a pass.
     """
     flags = [(module, module.training) for module in model.modules()]
-    model.train(training)
     try:
+        model.train(training)  # which may be the user's own, and raise half way
         with _fresh_casts(), nullcontext() if compiled else without_compile():
             yield model
     finally:

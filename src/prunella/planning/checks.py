@@ -67,12 +67,17 @@ def check_numbers(
         raise RequestError(f"round_to={round_to!r} is out of range", "a whole number of at least 1")
     if round_to > 1 and masks:
         raise RequestError("round_to= is for widths of channels", "masks leave widths alone", "use Block(rows, cols)")
-    if not isinstance(seed, int) or not 0 <= seed < 2**31:
-        raise RequestError(f"seed={seed!r} is out of range", "a whole number, 0 <= seed < 2**31")
+    check_seed(seed)
     if min_units not in (0, 1):
         raise RequestError(f"min_units={min_units!r} is out of range", "0 or 1", "use min_density= to keep more")
     if min_units == 0 and isinstance(granularities[0], Structural):
         raise RequestError("min_units=0 is for masks", "a layer without units is no layer", "leave it at 1")
+
+
+def check_seed(seed: object) -> None:
+    """Errors: RequestError for what is no whole number that every generator takes."""
+    if not isinstance(seed, int) or not 0 <= seed < 2**31:
+        raise RequestError(f"seed={seed!r} is out of range", "a whole number, 0 <= seed < 2**31")
 
 
 def checked_target(granularities: tuple[Granularity, ...], target: Target | None) -> Target | None:

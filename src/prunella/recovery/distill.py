@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from prunella.errors import RequestError
-from prunella.model.forward import Outputs, first_tensor, forward
+from prunella.model.forward import Outputs, first_tensor, forward, judged
 from prunella.model.state import mode
 from prunella.model.unwrap import eager, unwrap
 from prunella.recovery.finetune import LossCurve, OnStep, Training, finetune
@@ -30,8 +30,8 @@ def distill_logits(teacher: nn.Module, *, temperature: float = 2.0, outputs: Out
     training flags are restored.
 
     temperature: above 0; a higher one gives the wrong classes more weight. outputs: how to get logits from (model,
-    batch), by default the first tensor in the model's output for the batch; for batches with labels for example
-    `lambda model, batch: model(batch[0])`.
+    batch), by default the `logits` in the model's output for the batch, else its first tensor with as many rows as the
+    batch; for batches with labels for example `lambda model, batch: model(batch[0])`.
 
     Use: classifiers and language models: the first choice. Avoid: models whose last axis is not classes.
     """
@@ -42,8 +42,8 @@ def distill_logits(teacher: nn.Module, *, temperature: float = 2.0, outputs: Out
 
     def loss(model: nn.Module, batch: Any) -> Tensor:
         with mode(teacher, training=False, compiled=True), torch.no_grad():
-            expected = first_tensor(outputs(teacher, batch))
-        logits = first_tensor(outputs(model, batch))
+            expected = first_tensor(judged(outputs(teacher, batch), batch))
+        logits = first_tensor(judged(outputs(model, batch), batch))
         _same_shape("the logits", logits, expected)
         expected, logits = (F.log_softmax(t.reshape(-1, t.shape[-1]) / temperature, -1) for t in (expected, logits))
         return F.kl_div(logits, expected, reduction="batchmean", log_target=True) * temperature**2

@@ -15,9 +15,9 @@ from torch.optim import AdamW, Optimizer
 
 from prunella.errors import CheckFailed, RequestError
 from prunella.io.identity import Identity, identify, model_parts
-from prunella.model.batches import data_errors
+from prunella.model.batches import data_errors, trainable
 from prunella.model.rng import seeded
-from prunella.model.state import mode
+from prunella.model.state import mode, outside_inference
 from prunella.recovery.checkpoint import Checkpoint
 from prunella.registry.method import recovery
 from prunella.train.pruner import Pruner
@@ -110,6 +110,19 @@ def finetune(
 
     Use: data with labels. Avoid: a handful of samples: the model overfits; `reconstruct` needs fewer.
     """
+    with outside_inference(), torch.enable_grad():  # whatever the caller has switched off
+        return _trained(model, data, loss, steps, lr, training, on_step)
+
+
+def _trained(
+    model: nn.Module,
+    data: Iterable[Any],
+    loss: Loss,
+    steps: int,
+    lr: float,
+    training: Training,
+    on_step: OnStep | None,
+) -> LossCurve:
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     _check(steps, lr, trained)
     optim = training.optimizer(trained, lr)
@@ -123,7 +136,7 @@ def finetune(
                 group["lr"] = base * factor
             optim.zero_grad(set_to_none=True)
             with data_errors(model, batch):
-                value = _scalar(loss(model, batch))
+                value = _scalar(loss(model, trainable(batch)))
             last_finite.check(value, f"the loss became {value.item()} at step {step}", lr)
             last_finite.keep()
             value.backward()  # type: ignore[no-untyped-call]
@@ -146,6 +159,9 @@ def _identity(model: nn.Module, data: Iterable[Any], loss: Loss, steps: int, lr:
 def _check(steps: int, lr: float, trained: list[nn.Parameter]) -> None:
     if steps < 1 or not 0 < lr < math.inf:
         raise RequestError(f"cannot train {steps} steps at lr={lr:g}", "both must be positive", "for example lr=1e-4")
+    if any(parameter.is_inference() for parameter in trained):
+        why = "it was made in torch.inference_mode(), where no tensor can have a gradient"
+        raise RequestError("the model cannot be trained", why, "make or load it outside, or train a copy.deepcopy")
     if not trained:
         raise RequestError(
             "no parameter of the model requires a gradient", "all are frozen", "call model.requires_grad_(True)"

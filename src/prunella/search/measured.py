@@ -16,7 +16,7 @@ from prunella.errors import RequestError
 from prunella.graph.data import Group
 from prunella.model.batches import batches, listed
 from prunella.model.copying import copied
-from prunella.model.forward import Outputs, first_tensor, forward, real_tokens
+from prunella.model.forward import Outputs, first_tensor, forward, judged_by, real_tokens
 from prunella.model.state import mode, untouched
 from prunella.planning.candidates import CandidateUnits
 from prunella.registry.method import search
@@ -105,7 +105,8 @@ def curves(
     """Group, fraction removed and loss, point after point, for the cuts `masks` (units removed -> kept) of each group.
 
     Call it in evaluation mode and without gradients, with readers of the model that was recorded: the model is changed
-    and restored. Calls before the first changed layer are not run again.
+    and restored. Calls before the first changed layer are not run again. Without a distance the passes are to give
+    what `judged` takes.
     """
     compare = distance or distance_of(passes[0].output)
     for group, cuts in zip(groups, masks, strict=True):
@@ -133,7 +134,7 @@ def _curves(
     with untouched(model, space.recipe.seed), mode(model, training=False), torch.no_grad():
         readers = _fitted(space, subject)
         masks = [_masks(space, index, levels) for index in range(len(groups))]
-        passes = recordings(model, judge)
+        passes = recordings(model, judge, judged_by(forward) if distance is None else forward)
         for name, fraction, loss in curves(passes, readers, groups, masks, ridge=ridge, distance=distance):
             points[name].append((fraction, loss))
             if on_point:

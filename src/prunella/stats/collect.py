@@ -14,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from prunella.errors import BadInput, PruningError, RequestError
 from prunella.model.batches import batches as all_batches
+from prunella.model.batches import check_batches
 from prunella.model.forward import run, samples
 from prunella.model.state import losses_in_training_
 from prunella.stats.subject import Subject
@@ -168,12 +169,7 @@ def _checked(source: Source, statistic: str, asker: str, *, backward: bool) -> I
             f"{' and '.join(missing)} {'are' if len(missing) > 1 else 'is'} missing",
             "data= is an iterable of batches, loss= a function of (model, batch)",
         )
-    if isinstance(source.data, Tensor | Mapping):
-        raise RequestError(
-            f"data= is one {type(source.data).__name__}",
-            "an iterable of batches is needed",
-            "for a single batch pass data=[batch]",
-        )
+    check_batches(source.data)
     return source.data
 
 

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from prunella.errors import BadInput
 from prunella.graph.data import Group
 from prunella.model.forward import real_tokens
 from prunella.model.watch import Read, Watch
@@ -261,9 +262,17 @@ class Readers:
             for reader in self._found.values():
                 if reader.name == member.entity and reader.covariance.tokens:
                     quadratic = reader.quadratic(units)
+                    _check_finite(reader.name, quadratic.gram)
                     if bool((quadratic.units >= 0).any()):
                         pairs.append((reader, quadratic))
         return pairs
+
+
+def _check_finite(name: str, gram: Gram) -> None:
+    """BadInput where a layer has read NaN or infinity, or values whose squares are too large."""
+    if not bool(gram.isfinite().all()):
+        why = "NaN, infinity or values too large to be squared came out of the layers before it"
+        raise BadInput(f"what {name} reads is not finite", why, "check data= and the weights of the model")
 
 
 class UnitLoss:
