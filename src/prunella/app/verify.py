@@ -56,10 +56,8 @@ class Proof:
             built = "the model loads, and its weights are finite"
             lines.append(built if self.rebuilt else "not rebuilt: give its MODEL")
         if self.equal is not None and self.recovered:
-            lines.append(
-                f"the cut equals the masked dense model; then recovered by {', '.join(self.recovered)}, which changed"
-            )
-            lines.append(f"the output by {self.equal:.1%} of its largest value")
+            lines.append("the cut equals the masked dense model")
+            lines.append(f"then recovered by {', '.join(self.recovered)}: the record has the quality before and after")
         elif self.equal is not None:
             lines.append(f"it equals the masked dense model: relative difference {self.equal:.1e}")
         return "\n".join(lines)

@@ -198,7 +198,7 @@ class Report:
         rows = [[cell(metric) for _, cell in columns] for metric in self.metrics]
         table_text = table([name for name, _ in columns], rows, right=range(1, len(columns) - 1))
         said = f"{self.model} on {self.inputs}: {self.verdict}"
-        apart = f"largest output difference: {self.difference:.2g} of the largest output"
+        apart = f"largest output difference: {self.difference:.2g} of the largest output, on the inputs above"
         end = [apart if math.isfinite(self.difference) else "outputs have other shapes", *self._measured()]
         parts = [line for section in self.sections for line in ("", str(section))]
         return "\n".join([said, *self.caveats, "", table_text, "", *end, *parts])
