@@ -25,6 +25,7 @@ from prunella.graph.verify import verify
 from prunella.measure.clock import fake_clock
 from prunella.metrics import Timing
 from prunella.model.forward import judged
+from prunella.search.measured import cosine_distance, distance_of
 from tests.zoo import convolutional as conv
 from tests.zoo import odd
 from tests.zoo.test_zoo import CASES
@@ -288,7 +289,8 @@ def test_what_is_compared_has_an_axis_of_samples() -> None:
     batch, table, out = torch.randn(6, 8), torch.randn(3, 5), torch.randn(6, 5)
     assert judged((out.mean(), torch.arange(6), table, out), batch) is out
     assert judged({"logits": out[:, :1], "a": table}, batch) is not table
-    assert judged(out[:, 0], batch).shape == (1, 6)  # type: ignore[union-attr]
+    assert distance_of(judged(out[:, 0], batch)) is cosine_distance
+    assert judged(out[:, 0], batch).shape == (1, 1, 6)  # type: ignore[union-attr]
     with pytest.raises(NotSupported, match="single numbers"):
         judged({"loss": out.mean()}, batch)
 
@@ -319,6 +321,12 @@ def test_numbers_of_the_model_that_are_not_finite_are_told() -> None:
     batches = [batch.double() * 1e160 for batch in _rows()]  # their squares are infinite
     with pytest.raises(BadInput, match=r"what 2\.weight reads is not finite"):
         pr.prune(_mlp().double(), batches[0] / 1e160, target=pr.MACs(0.5), data=batches)
+
+
+def test_one_number_for_each_sample_is_compared() -> None:
+    model = nn.Sequential(_mlp(), nn.Linear(4, 1), nn.Flatten(0)).eval()
+    pruned = pr.prune(model, _rows()[0], target=pr.MACs(0.5), data=_rows(), recover={"steps": 2})
+    assert "one minus the cosine" in str(pruned) and pruned.distance is not None
 
 
 class Root(nn.Module):

@@ -182,7 +182,7 @@ def judged(output: Any, batch: Any) -> Tensor | Logits:
 
     The logits, if an attribute or a key has this name and there are several classes; else the first floating tensor
     with as many rows as the batch, else the first one with an axis. A loss beside the outputs is one number and is
-    never taken. A tensor of one number for each sample is one row. Errors: NotSupported if there is none.
+    never taken. A tensor with one axis alone is one row. Errors: NotSupported if there is none.
     """
     if isinstance(output, Logits):
         return output
@@ -200,7 +200,7 @@ def judged(output: Any, batch: Any) -> Tensor | Logits:
         )
     floating = [tensor for tensor in found if tensor.is_floating_point()]
     tensor = next((tensor for tensor in floating if tensor.shape[0] in rows), (floating or found)[0])
-    return tensor if tensor.dim() > 1 else tensor[None]
+    return tensor if tensor.dim() > 1 else tensor[None, None]  # two axes in front: the numbers are not classes
 
 
 def judged_by(run: Outputs) -> Outputs:
