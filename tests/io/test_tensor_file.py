@@ -121,3 +121,11 @@ def test_tensors_that_do_not_fill_the_file_exactly(tmp_path: Path, second: list[
     file.write_bytes(len(header).to_bytes(8, "little") + header + bytes(second[1]) + tail)
     with pytest.raises(BadInput, match=r"overlap or leave a hole|belong to no tensor"):
         read_header(file)
+
+
+def test_a_tensor_that_ends_behind_the_file_lies_outside_of_it(tmp_path: Path) -> None:
+    header = json.dumps({"a": {"dtype": "F32", "shape": [3, 4], "data_offsets": [0, 48]}}).encode()
+    file = tmp_path / "x.safetensors"
+    file.write_bytes(len(header).to_bytes(8, "little") + header + bytes(40))
+    with pytest.raises(BadInput, match="lies outside of the file"):
+        read_header(file)

@@ -199,3 +199,20 @@ def test_layers_that_torch_would_fuse_run_apart() -> None:
     with untouched(nn.Linear(1, 1)):
         assert not torch.backends.mha.get_fastpath_enabled()
     assert torch.backends.mha.get_fastpath_enabled()
+
+
+class Hooked(nn.Linear):
+    """Hooks itself at its first run."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self._forward_hooks:
+            self.register_forward_hook(lambda module, args, output: output + 1)
+        return super().forward(x)
+
+
+def test_a_hook_that_a_run_adds_is_gone_after_it() -> None:
+    model, x = Hooked(2, 2), torch.ones(1, 2)
+    with untouched(model):
+        model(x)
+        assert model._forward_hooks
+    assert not model._forward_hooks
