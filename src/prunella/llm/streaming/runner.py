@@ -122,6 +122,7 @@ class StreamingRun:
                     refined[block.path] = result.refined.before, result.refined.after
                 if result.strength is not None:
                     strengths[block.path] = result.strength
+                del result  # its masks hold the weights of the block
                 if self.distributed.is_main:
                     progress.add(block.path, new, shard)
             fits += new
