@@ -51,7 +51,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
         else:
             shutil.copy(ROOT / name, copy / name)
     with tarfile.open(build("sdist", copy, made)) as archive:
-        archive.extractall(made, filter="data")
+        archive.extractall(made, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))  # since 3.11.4
     return next(path for path in made.iterdir() if path.is_dir())
 
 
