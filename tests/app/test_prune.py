@@ -377,8 +377,10 @@ def test_a_model_of_the_inference_mode_is_not_trained() -> None:
 def test_a_guard_of_the_caller_does_not_stop_finetune() -> None:
     for guard in (torch.no_grad, torch.inference_mode):
         model = _mlp()
+        before = [parameter.detach().clone() for parameter in model.parameters()]
         with guard():
             pr.finetune(model, _rows(), lambda model, batch: model(batch).square().sum(), steps=1, lr=0.1)
+        assert not any(torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True))
 
 
 class Stubborn(nn.Sequential):

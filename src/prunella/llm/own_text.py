@@ -19,7 +19,7 @@ from prunella.types import Inputs, TokenIds
 
 SPARE = 0.25
 """More windows are written than are asked for, by this part; those of the highest and the lowest loss are left out."""
-TODO = "pass batches of text by data="
+_GIVE_TEXT = "pass batches of text by data="
 OnWindows = Callable[[int, int], None]
 """Called after each batch with the number of windows that are written, and of all windows."""
 
@@ -109,7 +109,7 @@ def _written(
 def _kept(losses: Sequence[float], starts: Sequence[bool], nsamples: int) -> list[int]:
     """The windows to keep, in order: of each kind of start the middle ones by their loss."""
     kept: list[int] = []
-    for kind, count in ((True, sum(_halves(nsamples, starts)[:1])), (False, _halves(nsamples, starts)[1])):
+    for kind, count in zip((True, False), _halves(nsamples, starts), strict=True):
         ranked = sorted((k for k, start in enumerate(starts) if start is kind), key=lambda k: (losses[k], k))
         low = (len(ranked) - count) // 2
         kept += ranked[low : low + count]
@@ -181,10 +181,10 @@ class _Writer:
         other[:, -1] = 1
         pair = [_logits(forward(self.model, x if self.name is None else {self.name: x})) for x in (tokens, other)]
         if any(logits.dim() != 3 or logits.shape[:2] != tokens.shape for logits in pair):
-            raise NotSupported(what, "its output is not logits (rows, tokens, words)", TODO)
+            raise NotSupported(what, "its output is not logits (rows, tokens, words)", _GIVE_TEXT)
         first, second = (logits[:, :-1] for logits in pair)
         if not torch.allclose(first, second, rtol=1e-3, atol=1e-4, equal_nan=True):
-            raise NotSupported(what, "its logits depend on later tokens", TODO)
+            raise NotSupported(what, "its logits depend on later tokens", _GIVE_TEXT)
         return int(pair[0].shape[-1])
 
 
@@ -216,7 +216,7 @@ def argument_of_tokens(inputs: Inputs | None) -> str | None:
         if isinstance(value, Tensor) and value.dim() == 2 and not value.is_floating_point():
             return name
     why = "the example batch has no integer tensor (rows, tokens)"
-    raise NotSupported("the model cannot write its own calibration text", why, TODO)
+    raise NotSupported("the model cannot write its own calibration text", why, _GIVE_TEXT)
 
 
 def _ids(config: Any, name: str) -> list[int]:

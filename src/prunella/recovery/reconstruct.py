@@ -126,17 +126,22 @@ def reconstruct(
     data = list(data) if isinstance(data, Iterator) else data  # it is read more than once
     small_, dense_ = unwrap(small), unwrap(dense)
     with restored_on_error(small_), mode(small_, training=False), mode(dense_, training=False), torch.no_grad():
-        stream = batches(data)
-        items = readers_of(small_, dense_, next(stream), plan, loss)
-        readers = [item for item in items if isinstance(item, Reader)]
-        fits = {item.name: LayerFit(item.name, skipped=item.why) for item in items if isinstance(item, Skipped)}
-        for done, fit in enumerate(_Job(small_, dense_, data, partial(run, loss=loss), ridge).fits(readers), start=1):
-            fits[fit.name] = fit
-            log.info("%s", fit)
-            if on_fit:
-                on_fit(fit, done, len(readers))
+        items = readers_of(small_, dense_, next(batches(data)), plan, loss)
+        job = _Job(small_, dense_, data, partial(run, loss=loss), ridge)
+        fits = _fitted([item for item in items if isinstance(item, Reader)], job, on_fit)
         reapply_(small_)
+    fits |= {item.name: LayerFit(item.name, skipped=item.why) for item in items if isinstance(item, Skipped)}
     return Reconstruction(tuple(fits[item.name] for item in items))
+
+
+def _fitted(readers: list[Reader], job: _Job, on_fit: OnFit | None) -> dict[str, LayerFit]:
+    fits: dict[str, LayerFit] = {}
+    for done, fit in enumerate(job.fits(readers), start=1):
+        fits[fit.name] = fit
+        log.info("%s", fit)
+        if on_fit:
+            on_fit(fit, done, len(readers))
+    return fits
 
 
 def _check_ridge(ridge: float | Literal["auto"]) -> None:
