@@ -88,8 +88,8 @@ def recipe(cell: Cell) -> tuple[pr.Recipe, object]:
     """Recipe and target of a cell. oBERT's groups of four are pruned as groups of four."""
     criterion = criteria(cell.part)[cell.criterion]
     if cell.part == "masks":
-        grain: pr.Block | pr.Element = pr.Block(1, 4) if cell.criterion == "obert" else pr.Element()
-        return pr.Recipe(criterion, grain, seed=cell.seed), pr.Sparsity(1 - 1 / cell.ratio)
+        granularity: pr.Block | pr.Element = pr.Block(1, 4) if cell.criterion == "obert" else pr.Element()
+        return pr.Recipe(criterion, granularity, seed=cell.seed), pr.Sparsity(1 - 1 / cell.ratio)
     if cell.part == "channels":
         return pr.Recipe(criterion, seed=cell.seed), pr.MACs(cell.ratio)
     whole = pr.Recipe(criterion, pr.Depth(pr.granularity.Reduce.MEAN), pr.global_, seed=cell.seed)

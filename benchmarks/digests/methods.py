@@ -82,7 +82,7 @@ def by_channels(criterion: Any) -> pr.Plan:
     return pr.plan(NET.model(), DATA[0], recipe, target=pr.Sparsity(0.4), data=DATA, loss=loss)
 
 
-GRAINS = {
+GRANULARITIES = {
     "element": pr.Element(),
     "element per row": pr.Element(per_row=True),
     "block": pr.Block(4, 2),
@@ -96,11 +96,11 @@ GRAINS = {
 }
 
 
-@cells("granularity", GRAINS)
-def by_grain(grain: Any) -> pr.Plan:
-    only = ["0", "3"] if isinstance(grain, pr.granularity.KernelPattern | pr.granularity.Kernel) else []
-    fixed = isinstance(grain, pr.NM | pr.granularity.KernelPattern)
-    recipe = pr.Recipe(pr.magnitude, grain, pr.uniform)
+@cells("granularity", GRANULARITIES)
+def by_granularity(granularity: Any) -> pr.Plan:
+    only = ["0", "3"] if isinstance(granularity, pr.granularity.KernelPattern | pr.granularity.Kernel) else []
+    fixed = isinstance(granularity, pr.NM | pr.granularity.KernelPattern)
+    recipe = pr.Recipe(pr.magnitude, granularity, pr.uniform)
     return pr.plan(NET.model(), DATA[0], recipe, target=None if fixed else pr.Sparsity(0.5), only=only)
 
 

@@ -116,10 +116,10 @@ def _others(model: nn.Module, inputs: Any, graph: Any) -> tuple[tuple[str, str],
     kinds = {group.kind for group in (*graph.groups, *graph.stacks)}
     found = []
     for kind in sorted(kinds - {"channel", "head"}):
-        grain = OTHERS[kind](graph)
+        granularity = OTHERS[kind](graph)
         target = None if kind == "vocabulary" else pr.Sparsity(SHARE)
         try:
-            plan = pr.plan(model, inputs, pr.Recipe(pr.criteria.random, grain), target=target)
+            plan = pr.plan(model, inputs, pr.Recipe(pr.criteria.random, granularity), target=target)
             pr.shrink(model, plan)
             found.append((kind, "exact"))
         except pr.PruningError as error:

@@ -28,8 +28,10 @@ BATCH = {"input_ids": torch.arange(12).view(2, 6), "use_cache": False}
 def test_each_layer_is_built_by_its_own_entries(tmp_path: Path, deep: bool) -> None:
     torch.manual_seed(0)
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES)).eval()
-    grains: Any = (pr.Channel(), pr.Head(), pr.Depth()) if deep else (pr.Channel(), pr.Head())
-    plan = pr.plan(model, BATCH, pr.Recipe(pr.criteria.random, grains, pr.global_, seed=1), target=pr.Sparsity(0.4))
+    granularities: Any = (pr.Channel(), pr.Head(), pr.Depth()) if deep else (pr.Channel(), pr.Head())
+    plan = pr.plan(
+        model, BATCH, pr.Recipe(pr.criteria.random, granularities, pr.global_, seed=1), target=pr.Sparsity(0.4)
+    )
     assert bool(plan.dropped) == deep
     small = pr.shrink(model, plan)
     saved = pr.save(small, tmp_path / "small", plan=plan, dense=model)

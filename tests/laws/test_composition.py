@@ -57,7 +57,7 @@ ARGUMENTS: dict[str, Any] = {"n": 2, "m": 4, "rows": 2, "cols": 2, "size": 2, "t
 """What a part takes where it has no default."""
 
 
-def grain(method: Method) -> Granularity:
+def granularity_of(method: Method) -> Granularity:
     """An instance; what has no default is taken from `ARGUMENTS`."""
     needed = [p for p in inspect.signature(method.function).parameters.values() if p.default is p.empty]
     return method.function(**{p.name: ARGUMENTS.get(p.name, 2) for p in needed})  # type: ignore[no-any-return]
@@ -106,15 +106,15 @@ def draws(count: int = DRAWS, seed: int = 0) -> list[Draw]:
             found += order.sample(options, len(options))
         return found
 
-    grains = kinds("granularity")
+    granularities = kinds("granularity")
     parts = (
-        shuffled([m for m in kinds("criterion") if bound(m)]), shuffled(grains),
+        shuffled([m for m in kinds("criterion") if bound(m)]), shuffled(granularities),
         shuffled([m for m in kinds("allocation") if bound(m)]), shuffled([m for m in kinds("schedule") if bound(m)]),
         shuffled(list(RECOVERIES)),
     )  # fmt: skip
     found = []
     for number, (c, g, a, s, r) in zip(range(count), zip(*parts, strict=False), strict=False):
-        recipe = pr.Recipe(c.function, grain(g), a.function, seed=number)
+        recipe = pr.Recipe(c.function, granularity_of(g), a.function, seed=number)
         found.append(Draw(number, c, g, a, s, r, recipe))
     return found
 

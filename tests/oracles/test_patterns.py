@@ -22,9 +22,10 @@ def convolutions(seed: int = 0) -> nn.Sequential:
 
 
 def kept(
-    model: nn.Sequential, grain: pr.Element | pr.granularity.Vector | pr.granularity.Kernel | pr.granularity.Filter
+    model: nn.Sequential,
+    granularity: pr.Element | pr.granularity.Vector | pr.granularity.Kernel | pr.granularity.Filter,
 ) -> tuple[int, float]:
-    plan = pr.plan(model, IMAGE, pr.Recipe(granularity=grain), target=pr.Sparsity(0.5))
+    plan = pr.plan(model, IMAGE, pr.Recipe(granularity=granularity), target=pr.Sparsity(0.5))
     weights = dict(model.named_parameters())
     total = sum(float(weights[n].detach().double().abs()[m].sum()) for n, m in plan.masks.items())
     return sum(int(m.sum()) for m in plan.masks.values()), total
@@ -32,20 +33,20 @@ def kept(
 
 @pytest.mark.parametrize("seed", range(3))
 def test_kept_magnitude_never_rises_from_fine_to_vector_to_kernel_to_filter(seed: int) -> None:
-    grains = (pr.Element(), pr.granularity.Vector(), pr.granularity.Kernel(), pr.granularity.Filter())
-    counts, sums = zip(*(kept(convolutions(seed), grain) for grain in grains), strict=True)
+    granularities = (pr.Element(), pr.granularity.Vector(), pr.granularity.Kernel(), pr.granularity.Filter())
+    counts, sums = zip(*(kept(convolutions(seed), granularity) for granularity in granularities), strict=True)
     assert set(counts) == {(4 * 12 * 9 + 12 * 12 * 9) // 2}
     assert list(sums) == sorted(sums, reverse=True) and len(set(sums)) == 4
 
 
 def test_units_of_a_kernel_layer_are_rows_kernels_and_filters() -> None:
     model = convolutions()
-    for grain, axes in (
+    for granularity, axes in (
         (pr.granularity.Vector(), (3,)),
         (pr.granularity.Kernel(), (2, 3)),
         (pr.granularity.Filter(), (1, 2, 3)),
     ):
-        mask = pr.plan(model, IMAGE, pr.Recipe(granularity=grain), target=pr.Sparsity(0.5)).masks["2.weight"]
+        mask = pr.plan(model, IMAGE, pr.Recipe(granularity=granularity), target=pr.Sparsity(0.5)).masks["2.weight"]
         assert mask.all(axes[0]).shape and bool((mask.float().mean(axes).frac() == 0).all()) and not mask.all()
 
 

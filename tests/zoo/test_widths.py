@@ -289,6 +289,24 @@ def test_tokens_that_stay_give_the_same_logits(tied: bool) -> None:
         plan.renumber(torch.tensor([3, 49]))
 
 
+class Pooled(nn.Module):
+    """Classifies a text; there are as many classes as tokens by chance."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.up, self.head = nn.Embedding(50, 12), nn.Linear(12, 20), nn.Linear(20, 50)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        out: Tensor = self.head(self.up(self.embed(ids).mean(1)).relu())
+        return out
+
+
+def test_classes_of_a_text_are_no_vocabulary() -> None:
+    graph = couple(Pooled().eval(), IDS)
+    assert "vocabulary" not in {group.kind for group in graph.groups}
+    assert {f.reason for f in graph.frozen if f.entity.startswith("head")} == {"it is an output of the model"}
+
+
 def test_the_smaller_vocabulary_generates_the_same_text_and_is_read_again(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = llama()
@@ -342,8 +360,8 @@ def test_tokens_alone_do_not_pass_for_a_target() -> None:
 def test_all_kinds_of_units_share_one_plan(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = mixtral()
-    grains = (pr.Channel(), pr.Head(), pr.Width(), pr.Expert(), pr.granularity.Vocabulary(tuple(range(45))))
-    recipe = pr.Recipe(pr.magnitude, grains, pr.global_)
+    granularities = (pr.Channel(), pr.Head(), pr.Width(), pr.Expert(), pr.granularity.Vocabulary(tuple(range(45))))
+    recipe = pr.Recipe(pr.magnitude, granularities, pr.global_)
     plan = pr.plan(model, batch(), recipe, target=pr.Params(0.5))
     assert {row.kind for row in plan.rows} == {"channel", "head", "width", "expert", "vocabulary"}
     small = pr.shrink(model, plan)
@@ -360,8 +378,17 @@ def test_all_kinds_of_units_share_one_plan(tmp_path: Path) -> None:
 def test_blocks_join_in() -> None:
     torch.manual_seed(0)
     model = mixtral()
-    grains = (pr.Channel(), pr.Head(), pr.Width(), pr.Expert(), pr.Depth(), pr.granularity.Vocabulary(tuple(range(45))))
-    plan = pr.plan(model, batch(), pr.Recipe(pr.criteria.random, grains, pr.global_, seed=2), target=pr.Params(0.4))
+    granularities = (
+        pr.Channel(),
+        pr.Head(),
+        pr.Width(),
+        pr.Expert(),
+        pr.Depth(),
+        pr.granularity.Vocabulary(tuple(range(45))),
+    )
+    plan = pr.plan(
+        model, batch(), pr.Recipe(pr.criteria.random, granularities, pr.global_, seed=2), target=pr.Params(0.4)
+    )
     assert {row.kind for row in plan.rows} == {"channel", "head", "width", "expert", "block", "vocabulary"}
     small = pr.shrink(model, plan)  # compared in float64 where the kernels have it
     assert plan.dropped and len(small.model.layers) == 1

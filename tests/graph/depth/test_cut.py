@@ -165,12 +165,12 @@ def test_criteria_of_channels_have_nothing_to_say() -> None:
 @pytest.mark.parametrize("share", [0.7, 0.5, 0.3])
 def test_channels_heads_and_blocks_share_one_ranking(share: float) -> None:
     model = settle(Net(norm=nn.LayerNorm))
-    grains = (
+    granularities = (
         pr.Channel(pr.granularity.Reduce.MEAN),
         pr.Head(pr.granularity.Reduce.MEAN),
         pr.Depth(pr.granularity.Reduce.MEAN),
     )
-    recipe = pr.Recipe(pr.magnitude, grains, pr.global_)
+    recipe = pr.Recipe(pr.magnitude, granularities, pr.global_)
     plan = pr.plan(model, TOKENS, recipe, target=pr.MACs(share))
     small = pr.shrink(model, plan)
     assert share - 0.2 < plan.got <= share
@@ -300,8 +300,8 @@ def test_an_artefact_is_built_again_and_hostile_entries_are_refused(tmp_path: An
 
 def test_the_report_and_the_fit_follow_the_new_numbers() -> None:
     model = settle(Net(norm=nn.LayerNorm))
-    grains = pr.Channel(pr.granularity.Reduce.MEAN), pr.Depth(pr.granularity.Reduce.MEAN)
-    plan = pr.plan(model, TOKENS, pr.Recipe(pr.magnitude, grains, pr.global_), target=pr.MACs(0.4))
+    granularities = pr.Channel(pr.granularity.Reduce.MEAN), pr.Depth(pr.granularity.Reduce.MEAN)
+    plan = pr.plan(model, TOKENS, pr.Recipe(pr.magnitude, granularities, pr.global_), target=pr.MACs(0.4))
     small = pr.shrink(model, plan)
     gone = {int(name) for name in plan.dropped["xyz"]}
     stays = [k for k in range(4) if k not in gone]

@@ -178,12 +178,12 @@ def test_plain_from_pretrained_reads_the_others(name: str, tmp_path: Path) -> No
 
 def test_widths_that_differ_are_read_by_load(tmp_path: Path) -> None:
     model = build("gemma3")
-    grains = (
+    granularities = (
         pr.Channel(pr.granularity.Reduce.MEAN),
         pr.Head(pr.granularity.Reduce.MEAN),
         pr.Depth(pr.granularity.Reduce.MEAN),
     )
-    plan = pr.plan(model, IDS, pr.Recipe(pr.magnitude, grains, pr.global_), target=pr.MACs(0.6))
+    plan = pr.plan(model, IDS, pr.Recipe(pr.magnitude, granularities, pr.global_), target=pr.MACs(0.6))
     assert plan.dropped and plan.cuts and 0.4 < plan.got <= 0.6
     small = pr.shrink(model, plan)
     pr.save(small, tmp_path / "a", plan=plan, dense=model)

@@ -35,13 +35,13 @@ def solve(layer: nn.Linear, hessian: Tensor, goal: Tensor, admm: pr.train.AdmmTr
         layer.weight.copy_((goal @ hessian - rest) @ torch.linalg.inv(hessian + admm.rho * torch.eye(8)).double())
 
 
-GRAINS = {"element": pr.Element(), "2:4": pr.NM(2, 4), "block": pr.Block(2, 2)}
+GRANULARITIES = {"element": pr.Element(), "2:4": pr.NM(2, 4), "block": pr.Block(2, 2)}
 
 
-@pytest.mark.parametrize("grain", GRAINS)
-def test_on_a_convex_quadratic_weights_and_copy_meet(grain: str) -> None:
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_on_a_convex_quadratic_weights_and_copy_meet(granularity: str) -> None:
     layer, hessian, goal = quadratic()
-    recipe, x = pr.Recipe(granularity=GRAINS[grain]), torch.ones(1, 8, dtype=torch.float64)
+    recipe, x = pr.Recipe(granularity=GRANULARITIES[granularity]), torch.ones(1, 8, dtype=torch.float64)
     admm = pr.train.AdmmTraining(layer, lambda m: pr.plan(m, x, recipe, target=pr.Sparsity(0.5)), rho=8.0)
     first = admm.distance
     for _ in range(220):

@@ -67,7 +67,7 @@ class Equations:
                 self.freeze(atoms[wrong[self.part[atoms]]], reason)
 
     def relate(self, tables: Iterable[Ints], outputs: Iterable[Ints]) -> None:
-        """Relate each output with each table that an input indexes, if both have the same number of positions."""
+        """Relate each output for tokens with each table that an input indexes, if both have as many positions."""
         reasons, ends = self._reasons(), list(outputs)
         for table in tables:
             for end in ends:

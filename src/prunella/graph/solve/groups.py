@@ -104,7 +104,7 @@ def _graph(record: Trace, model: nn.Module) -> Graph:
     """Resolve, group and try the components, and describe the result by names."""
     equations = Equations(record.ledger)
     equations.lift()
-    equations.relate([layer for layer, _ in record.tables], [layer for _, _, layer in record.outputs])
+    equations.relate([layer for layer, _ in record.tables], record.of_tokens)
     equations.refuse()
     groups = _groups(equations, record)
     while freeze_unfollowed(equations, record, groups):

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from prunella.errors import NotSupported, one_line
+from prunella.graph.data import Ints
 from prunella.graph.solve.labels import Reason
 from prunella.graph.trace.answers import NATURAL, AnswerMode
 from prunella.graph.trace.branches import add_branches, keep_outputs, say_example
@@ -39,6 +40,7 @@ def trace_modes(model: nn.Module, inputs: Any, apply_rule: Callable[..., None], 
             for axis, dim in enumerate(record.value(tensor).dims)
             if len(dim) == 1
         ]
+        record.of_tokens = list(_of_tokens(record, run.outputs))
         del run  # and with it all that the run made
         _add_examples(record, model, others, apply_rule)
         with _first_run(record):
@@ -49,6 +51,16 @@ def trace_modes(model: nn.Module, inputs: Any, apply_rule: Callable[..., None], 
         for dim in record.axes[name]:
             record.ledger.freeze(dim, Reason(sharing(record, name), record.reader(name)[1]))
     return record
+
+
+def _of_tokens(record: Trace, outputs: Sequence[Tensor]) -> Iterator[Ints]:
+    numbers = {number for _, number in record.tables}
+    given = record.given.items()  # type: ignore[no-untyped-call]
+    shapes = {tuple(index.shape) for index, number in given if number in numbers}
+    for tensor in outputs:
+        for axis, dim in enumerate(record.value(tensor).dims):
+            if len(dim) == 1 and tuple(tensor.shape[:axis]) in shapes:
+                yield dim[0]
 
 
 def sharing(record: Trace, name: str) -> str:
