@@ -92,7 +92,7 @@ def fake_quantization(trace: Trace, ctx: Context) -> Returned:
     return [value] * len(ctx.outputs)
 
 
-_UNSIZED = "the ranges of its quantization have no size before the model has run once"
+_UNSIZED = "the ranges of its quantization are no buffers of its size before the model runs"
 
 
 @rule("clone", "detach", "alias", "_to_copy", "lift_fresh", "lift_fresh_copy", "contiguous", "positive")

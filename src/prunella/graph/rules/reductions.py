@@ -139,7 +139,7 @@ def reduction(trace: Trace, ctx: Context) -> Returned:
         if ctx.name == "mean" and len(reduced) == 1:
             trace.along(ctx.args[0], k, "norm", "a mean is taken over it")
         else:
-            text = "a mean is taken over it" if ctx.name == "mean" else f"{ctx.name} sums over it"
+            text = "a mean is taken over it" if ctx.name == "mean" else f"{ctx.name} is taken over it"
             trace.freeze(value.dims[k], text)
     kept = [WHOLE if k in reduced else d for k, d in enumerate(value.dims)]
     dims = kept if out == ndim else [d for k, d in enumerate(kept) if k not in reduced]
