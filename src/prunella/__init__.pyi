@@ -57,6 +57,7 @@ from .targets import Latency as Latency
 from .targets import MACs as MACs
 from .targets import Params as Params
 from .targets import Sparsity as Sparsity
+from .targets import Threshold as Threshold
 from .train.pruner import Pruner as Pruner
 from .transform.apply import apply_ as apply_
 from .transform.shrink import shrink as shrink
@@ -81,6 +82,7 @@ __all__ = [
     "PruningError",
     "Recipe",
     "Sparsity",
+    "Threshold",
     "Width",
     "__version__",
     "allocation",

@@ -53,6 +53,13 @@ def removal_order(scores: Scores) -> Tensor:
     return torch.sort(scores, descending=True, stable=True).indices.flip(0)
 
 
+def without_lowest(scores: Scores, count: int) -> Mask:
+    """What is left of a vector when its `count` lowest scores are removed."""
+    mask = torch.ones(len(scores), dtype=torch.bool)
+    mask[removal_order(scores.cpu())[:count]] = False
+    return mask
+
+
 def shortest_prefix(ladders: Sequence[Tensor], met: Callable[[Counts], bool]) -> Counts | None:
     """The smallest number of steps on each ladder for which `met` holds; None if it never holds.
 

@@ -25,7 +25,7 @@ _COMPUTED = 1000
 
 @dataclass(frozen=True)
 class Target:
-    """A budget: `value` of `unit`. Use one of the five children."""
+    """A budget: `value` of `unit`. Use one of its children."""
 
     value: float
 
@@ -34,10 +34,11 @@ class Target:
         if not isinstance(given, Real):
             why, todo = "a number is needed", f"for example {type(self).__name__}(0.5)"
             raise RequestError(f"{type(self).__name__}({self.value!r}) is no budget", why, todo)
-        low_ok = self.value >= 0 if isinstance(self, Sparsity) else self.value > 0
+        low_ok = self.value >= 0 if isinstance(self, Sparsity | Threshold) else self.value > 0
         high_ok = self.value < 1 if isinstance(self, Sparsity) else True
         if not (low_ok and high_ok):
             limits = "0 <= sparsity < 1" if isinstance(self, Sparsity) else "a positive number"
+            limits = "a score of at least 0" if isinstance(self, Threshold) else limits
             raise RequestError(
                 f"target {self.name}={self.value:g} is out of range",
                 f"{type(self).__name__} takes {limits}",
@@ -52,7 +53,7 @@ class Target:
 
     @property
     def name(self) -> str:
-        """`sparsity`, `params`, `macs`, `bytes` or `latency`."""
+        """`sparsity`, `params`, `macs`, `bytes`, `latency` or `threshold`."""
         return type(self).__name__.lower()
 
     def absolute(self, dense: float) -> float:
@@ -168,13 +169,35 @@ class Latency(Target):
     measure: Callable[[Any, Any, Any, Any], Timing] | None = field(default=None, compare=False, repr=False)
 
 
+@dataclass(frozen=True)
+class Threshold(Target):
+    """What stays has a score above this number: weights with `|w| > t` by `magnitude`, units with a score above t.
+
+    No allocation and no budget: how much goes follows from the scores. A group keeps its least number of units. Scores
+    are those of the criterion of the recipe; a threshold below all of them is refused with their range.
+
+    Example:
+
+        >>> import torch, prunella as pr
+        >>> model, recipe = torch.nn.Linear(10, 10), pr.Recipe(granularity=pr.Element())
+        >>> plan = pr.plan(model, torch.randn(2, 10), recipe, target=pr.Threshold(0.1))
+        >>> bool((plan.masks["weight"] == (model.weight.abs() > 0.1)).all())
+        True
+    """
+
+    def absolute(self, dense: float) -> float:
+        """Errors: RequestError: a threshold says nothing of an amount."""
+        why, todo = "how much it leaves follows from the scores", "for example MACs(0.5) or Sparsity(0.9)"
+        raise RequestError("a threshold is no budget", why, todo)
+
+
 TOLERANCE = 0.05
 """Largest relative distance of a measured latency from its target."""
 
 
 def part_of(target: Target, fraction: float, dense: Callable[[], float]) -> Target:
     """The target after `fraction` of the way from the dense model. dense: returns the amount of the dense model."""
-    if isinstance(target, Sparsity):
+    if isinstance(target, Sparsity | Threshold):
         return replace(target, value=fraction * target.value)
     remains = target.value if target.value <= 1 else min(1.0, target.value / dense())
     return replace(target, value=1 - fraction * (1 - remains))
@@ -186,17 +209,22 @@ _KINDS: dict[str, type[Target]] = {
     "macs": MACs,
     "bytes": Bytes,
     "latency": Latency,
+    "threshold": Threshold,
 }
 _TIMES = {"us": 1e-3, "ms": 1.0, "s": 1e3}
 _SUFFIX = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "kb": 1e3, "mb": 1e6, "gb": 1e9, "%": 0.01}
 
 
 def parse_target(text: str) -> Target:
-    """Read `macs=0.5`, `params=2.5M`, `bytes=40MB`, `sparsity=90%`, `sparsity=0.5,of=model`, `latency=12ms`."""
+    """Read `macs=0.5`, `params=2.5M`, `bytes=40MB`, `sparsity=90%`, `sparsity=0.5,of=model`, `latency=12ms`.
+
+    And `threshold=0.01`.
+    """
     amount, of_model = re.subn(r"\s*,\s*of\s*=\s*model\s*$", "", text)
     match = re.fullmatch(r"\s*([a-zA-Z]+)\s*=\s*([0-9.eE+-]+)\s*([a-zA-Z%]*)\s*", amount)
     name, suffix = (match[1].lower(), match[3].lower()) if match else ("", "")
     suffixes = {"": 1.0, "%": 0.01, **_TIMES} if name == "latency" else _SUFFIX
+    suffixes = {"": 1.0} if name == "threshold" else suffixes
     if not match or name not in _KINDS or suffix not in suffixes or (of_model and name != "sparsity"):
         asked = text.partition("=")[0].strip()
         near = "" if asked in _KINDS else near_names(asked, _KINDS)

@@ -10,6 +10,7 @@ from torch import nn
 
 from prunella.errors import RequestError, near_names
 from prunella.model.user_code import number_of
+from prunella.planning.by_hand import ByHand
 from prunella.planning.recipe import Recipe
 from prunella.targets import Target
 from prunella.types import Loss
@@ -70,7 +71,7 @@ class Job:
 
     data, loss: to score, and to recover. factory: how the dense model is made, for `load`; source: the Hugging Face
     folder that it came from. command: how to do this again. about: what model and data are, in a line for the record.
-    auto: `prune` plans, cuts and recovers; of the recipe the seed alone counts.
+    by_hand: what is chosen by name. auto: `prune` plans, cuts and recovers; of the recipe the seed alone counts.
     """
 
     recipe: Recipe
@@ -82,6 +83,7 @@ class Job:
     max_drop: float | None = None
     skip: Sequence[str] = ()
     only: Sequence[str] = ()
+    by_hand: ByHand = field(default_factory=ByHand)
     factory: str | None = None
     source: str | None = None
     command: str = ""

@@ -139,7 +139,8 @@ def _plan(model: nn.Module, inputs: Inputs, job: Job, stages: Stages) -> Plan:
         return planned_by(_asked(model, inputs, job), StageTimer(), stages.records)
     return plan(
         model, inputs, job.recipe, target=job.target, data=job.data, loss=job.loss,
-        skip=list(job.skip), only=list(job.only),
+        skip=list(job.skip), only=list(job.only), remove=job.by_hand.remove, keep=job.by_hand.keep,
+        ratios=job.by_hand.ratios, counts=job.by_hand.counts,
     )  # fmt: skip
 
 

@@ -53,7 +53,8 @@ def plan(
     from prunella.planning.planner import plan as make_plan
 
     parse.check_new_file(output, source, overwrite=True)
-    recipe, target = parse.recipe_of(method, budget), parse.read_target(budget.target)
+    recipe, target = parse.recipe_of(method, budget), parse.read_target(budget)
+    by_hand = parse.read_by_hand(budget)
     data, loss = parse.load_data(method.data), parse.load_loss(method.loss)
     network, example = parse.open_source(source, seed=method.seed, program=program)
     inputs = parse.with_others(network, source.model, example, other_inputs, seed=method.seed)
@@ -67,6 +68,10 @@ def plan(
             loss=loss,
             skip=method.skip or (),
             only=method.only or (),
+            remove=by_hand.remove,
+            keep=by_hand.keep,
+            ratios=by_hand.ratios,
+            counts=by_hand.counts,
         )
     if output is not None:
         note(f"wrote {save_plan(planned, output)}")

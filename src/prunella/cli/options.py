@@ -93,6 +93,25 @@ EqualWidths = Annotated[
         "--equal-widths/--no-equal-widths", help="Equal groups stay equal: plain `from_pretrained` reads them."
     ),
 ]
+Remove = Annotated[
+    list[str] | None,
+    typer.Option("--remove", metavar="LAYER=N,N", help="Channels of a layer that go: layer1.0.conv1=2,5,7."),
+]
+Keep = Annotated[
+    list[str] | None,
+    typer.Option("--keep", metavar="LAYER=N,N", help="The only channels of a layer that stay."),
+]
+Ratio = Annotated[
+    list[str] | None,
+    typer.Option("--ratio", metavar="LAYER=R", help="Fraction that goes of a layer or pattern: 'layer2.*=0.3'."),
+]
+Count = Annotated[
+    list[str] | None, typer.Option("--count", metavar="LAYER=N", help="Number of units that goes of a layer.")
+]
+ThresholdValue = Annotated[
+    float | None,
+    typer.Option("--threshold", metavar="T", help="Keep scores above T: weights with |w| > T by magnitude."),
+]
 Pattern = Annotated[str | None, typer.Option("--pattern", metavar="P", help="A mask of 2:4 (N:M) or 4x4 (blocks).")]
 LayerSparsity = Annotated[float | None, typer.Option("--sparsity", help="Fraction removed from every layer (0.5).")]
 Skip = Annotated[list[str] | None, typer.Option("--skip", metavar="PATTERN", help="Leave these layers alone (glob).")]
@@ -160,6 +179,11 @@ class Budget:
     allocation: AllocationName = None
     pattern: Pattern = None
     equal_widths: EqualWidths = None
+    remove: Remove = None
+    keep: Keep = None
+    ratio: Ratio = None
+    count: Count = None
+    threshold: ThresholdValue = None
 
 
 @dataclass(frozen=True)

@@ -23,10 +23,11 @@ from prunella.io.manifest import read_manifest
 from prunella.io.plan_file import load_plan
 from prunella.io.space import check_apart, check_output_file, check_room_for_journal
 from prunella.model.user_code import as_user_function, call_user
+from prunella.planning.by_hand import ByHand
 from prunella.planning.plan import Plan
 from prunella.planning.recipe import Recipe
 from prunella.registry import catalogue
-from prunella.targets import Target, parse_target
+from prunella.targets import Target, Threshold, parse_target
 from prunella.types import Examples, Inputs, Loss
 
 _NO_BUDGET = options.Budget()
@@ -148,9 +149,60 @@ def read_ratios(text: str) -> tuple[float, ...]:
         raise RequestError(f"cannot read the ratios {text!r}", "numbers by comma", "for example 0.25,0.5") from None
 
 
-def read_target(text: str | None) -> Target | None:
-    """`macs=0.5`; none is right for N:M alone, and `plan` says so otherwise."""
-    return None if text is None else parse_target(text)
+def read_target(budget: options.Budget) -> Target | None:
+    """What `--target` or `--threshold` asks for; none is right for N:M alone, and `plan` says so otherwise.
+
+    Errors: RequestError for both.
+    """
+    if budget.threshold is None:
+        return None if budget.target is None else parse_target(budget.target)
+    if budget.target is not None:
+        raise RequestError("both --target and --threshold", "a threshold decides how much goes", "give one of the two")
+    return Threshold(budget.threshold)
+
+
+def read_by_hand(budget: options.Budget) -> ByHand:
+    """What `--remove`, `--keep`, `--ratio` and `--count` say."""
+    return ByHand(
+        remove=_by_layer("--remove", budget.remove, _positions),
+        keep=_by_layer("--keep", budget.keep, _positions),
+        ratios=_by_layer("--ratio", budget.ratio, _ratio),
+        counts=_by_layer("--count", budget.count, int),
+    )
+
+
+def _by_layer(option: str, words: Sequence[str] | None, read: Callable[[str], Any]) -> dict[str, Any]:
+    """`layer=value`, each layer once. Errors: RequestError."""
+    values: dict[str, Any] = {}
+    for word in words or ():
+        name, mark, text = word.rpartition("=")
+        example = f"for example {option} layer1.0.conv1={_EXAMPLES[option]}"
+        if not mark or not name:
+            raise RequestError(f"cannot read {option} {word!r}", "the name of a layer and = come first", example)
+        if name in values:
+            raise RequestError(f"{option} names {name} twice", "one value is needed", "give it once")
+        try:
+            values[name] = read(text.strip())
+        except ValueError:
+            raise RequestError(f"cannot read {option} {word!r}", f"{text!r} is no value for it", example) from None
+    return values
+
+
+_EXAMPLES = {"--remove": "2,5,7", "--keep": "0,1,3", "--ratio": "0.3", "--count": "12"}
+
+
+def _positions(text: str) -> list[int]:
+    """`2,5,7` and `8-15`."""
+    numbers: list[int] = []
+    for part in text.split(","):
+        first, mark, last = part.strip().partition("-")
+        numbers += range(int(first), int(last) + 1) if mark else [int(first)]
+    return numbers
+
+
+def _ratio(text: str) -> float:
+    """`0.3` or `30%`."""
+    return float(text[:-1]) / 100 if text.endswith("%") else float(text)
 
 
 def build_recipe(
@@ -190,7 +242,9 @@ def is_auto(method: options.MethodOptions, budget: options.Budget, recover: opti
     said = {
         "--granularity": method.granularity, "--allocation": budget.allocation, "--pattern": budget.pattern,
         "--min-density": method.min_density is not None, "--round-to": method.round_to is not None,
-        "--equal-widths": budget.equal_widths, "--recover": recover.recover,
+        "--equal-widths": budget.equal_widths, "--recover": recover.recover, "--remove": budget.remove,
+        "--keep": budget.keep, "--ratio": budget.ratio, "--count": budget.count,
+        "--threshold": budget.threshold is not None,
     }  # fmt: skip
     names = [name for name, value in said.items() if value]
     if method.recipe == "auto" and names:

@@ -57,7 +57,7 @@ def _job(
     auto = parse.is_auto(method, budget, recover)
     return Job(
         parse.recipe_of(replace(method, recipe=None) if auto else method, budget),
-        parse.read_target(budget.target),
+        parse.read_target(budget),
         data=parse.load_data(method.data),
         loss=parse.load_loss(method.loss),
         recovery=Recovery(
@@ -67,6 +67,7 @@ def _job(
         max_drop=quality.max_drop,
         skip=method.skip or (),
         only=method.only or (),
+        by_hand=parse.read_by_hand(budget),
         factory=None if program else parse.factory_of(source.model),
         source=source.model if Path(source.model).is_dir() and not program else None,
         command=shlex.join(["prunella", *map(_named, sys.argv[1:])]),

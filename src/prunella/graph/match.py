@@ -33,9 +33,9 @@ def names_of_layer(graph: Graph, layer: Layer) -> set[str]:
 def chosen(names: Iterable[str], skip: Sequence[str], only: Sequence[str]) -> str:
     """Why something with these names may not be pruned; empty if it may."""
     known = tuple(names)
-    if only and not any(_matches(pattern, known) for pattern in only):
+    if only and not any(matches(pattern, known) for pattern in only):
         return "excluded by only="
-    spared = next((pattern for pattern in skip if _matches(pattern, known)), None)
+    spared = next((pattern for pattern in skip if matches(pattern, known)), None)
     return "" if spared is None else f"skip={spared!r}"
 
 
@@ -83,7 +83,7 @@ def check_known(known: set[str], skip: Sequence[str], only: Sequence[str]) -> No
                 f"{option}= is a single string", "a list of patterns is needed", f"{option}=[{patterns!r}]"
             )
         for pattern in patterns:
-            if not _matches(pattern, known):
+            if not matches(pattern, known):
                 near = difflib.get_close_matches(pattern, sorted(known), 3, 0.4)
                 why = f"near: {', '.join(near)}" if near else f"names are like {', '.join(sorted(known)[:3])}"
                 todo = "`*` matches anything; the name of a module matches everything inside it"
@@ -104,7 +104,8 @@ def parts(name: str) -> set[str]:
     return {".".join(steps[:end]) for end in range(1, len(steps) + 1)}
 
 
-def _matches(pattern: str, names: Iterable[str]) -> bool:
+def matches(pattern: str, names: Iterable[str]) -> bool:
+    """Whether a pattern (`fnmatch`) matches one of these names."""
     return any(fnmatchcase(name, pattern) for name in names)
 
 

@@ -13,7 +13,7 @@ from prunella.granularity import Fixed, Granularity, Masking, Structural, Vocabu
 from prunella.model.traceable import check_traceable
 from prunella.registry.controlled import Controlled, name_of, plain_function
 from prunella.registry.method import REGISTRY, MethodKind, needs_of
-from prunella.targets import Sparsity, Target
+from prunella.targets import Sparsity, Target, Threshold
 
 
 def check_function(function: object, kind: MethodKind) -> None:
@@ -100,6 +100,13 @@ def checked_target(granularities: tuple[Granularity, ...], target: Target | None
         found = "target= is missing" if target is None else f"target={target!r} has no unit"
         raise RequestError(found, "a budget needs its unit", "for example target=MACs(0.5) or target=Sparsity(0.9)")
     return target
+
+
+def check_threshold(target: Target | None, *, equal_widths: bool) -> None:
+    """Errors: RequestError where a threshold meets what would move units past it."""
+    if isinstance(target, Threshold) and equal_widths:
+        why = "a threshold decides each unit by its own score"
+        raise RequestError("equal_widths does not go with a threshold", why, "leave one of them out")
 
 
 def _prunable(target: Target) -> bool:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor
 
 from prunella.errors import TargetMissed
 from prunella.graph.cut.macs import macs_by_parameter
 from prunella.graph.data import Frozen, Graph, ReasonKind
-from prunella.targets import Sparsity, Target
+from prunella.targets import Sparsity, Target, Threshold
 
 _ADVICE = {
     ReasonKind.SOURCE: "sizes in the source can follow in a program: prunella.as_program(model, inputs), or --program",
@@ -45,6 +48,18 @@ def target_missed(
         f"{target} cannot be met: all that may go leaves {target.name}={reach:.4g} ({least:.6g} of {dense:.6g}{asked})",
         "\n".join([limits, *obstacles(graph, frozen)]),
         "; ".join(filter(None, [todo, offer(frozen)])),
+    )
+
+
+def nothing_below(threshold: Threshold, scores: Mapping[str, Tensor]) -> TargetMissed:
+    """The error of a threshold below every score."""
+    name = min(scores, key=lambda name: float(scores[name].min()))
+    values = torch.cat([entry.flatten().double().cpu() for entry in scores.values()])
+    spread = f"the median is {float(values.median()):.4g}, the highest {float(values.max()):.4g}"
+    return TargetMissed(
+        f"{threshold} would remove nothing",
+        f"the lowest score is {float(values.min()):.4g}, in {name}; {spread}",
+        "choose a threshold between these",
     )
 
 

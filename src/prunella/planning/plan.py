@@ -17,7 +17,7 @@ from prunella.planning import accounting, coverage
 from prunella.planning.accounting import Amount, Pattern, Row
 from prunella.planning.render import emptied, remarks_of, render, size_remarks
 from prunella.registry import serialize
-from prunella.targets import Sparsity, Target
+from prunella.targets import Sparsity, Target, Threshold
 from prunella.types import Examples, Inputs, Keep, Mask
 
 
@@ -168,11 +168,11 @@ class Plan:
     def got(self) -> float:
         """What the target's unit comes to: a fraction where a fraction was asked, else a number.
 
-        Without a target the sparsity: the fraction of the units (weights) that goes.
+        Without a target, and for a threshold, the sparsity: the fraction of the units (weights) that goes.
         """
         if isinstance(self.target, Sparsity) and self.target.of == "model":
             return 1 - self.after.model_weights / self.before.model_weights
-        if self.target is None or isinstance(self.target, Sparsity):
+        if self.target is None or isinstance(self.target, Sparsity | Threshold):
             return accounting.sparsity(self.rows)
         before, after = getattr(self.before, self.target.name), getattr(self.after, self.target.name)
         return float(after / before if self.target.value <= 1 else after)
@@ -183,7 +183,8 @@ class Plan:
 
     def _notes(self) -> list[str]:
         names = "by hand"
-        if {"criterion", "granularity", "allocation"} <= self.recipe.keys():
+        chosen = self.target is None and "by_hand" in self.recipe
+        if {"criterion", "granularity", "allocation"} <= self.recipe.keys() and not chosen:
             parts = [self.recipe["criterion"], *self.recipe["granularity"], self.recipe["allocation"]]
             names = ", ".join(map(serialize.title, parts))
         lines = [f"{self.outcome} ({names})"]
@@ -198,7 +199,8 @@ class Plan:
         """`asked macs=0.5, got macs=0.4998`; only the sparsity where nothing was asked."""
         if self.target is None:
             return f"sparsity={self.got:.4g}, without a target"
-        return f"asked {self.target}, got {self.target.name}={self.got:.4g}"
+        unit = "sparsity" if isinstance(self.target, Threshold) else self.target.name
+        return f"asked {self.target}, got {unit}={self.got:.4g}"
 
 
 def _cut_by(groups: Sequence[Group]) -> set[str]:

@@ -10,17 +10,29 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from prunella.errors import NotSupported, RequestError, TargetMissed
 from prunella.granularity import Competing, Fixed, Structural, Vocabulary
-from prunella.graph.data import Frozen, ReasonKind
+from prunella.graph.data import Frozen, Group, Layer, ReasonKind
 from prunella.graph.matrix import from_matrix
 from prunella.graph.other_sizes import disagreement, shape_text, wrong_branch
 from prunella.graph.verify import unproven
 from prunella.model.state import untouched
 from prunella.model.torch_masks import with_plain_weights
 from prunella.planning.accounting import pattern_name
+from prunella.planning.budget import Ladder, ladder
+from prunella.planning.by_hand import (
+    NOTHING,
+    ByHand,
+    Positions,
+    Quota,
+    kept_by_position,
+    masks_by_hand,
+    quotas_of_groups,
+    quotas_of_layers,
+    steps_for,
+)
 from prunella.planning.candidates import (
     BudgetRules,
     CandidateUnits,
@@ -28,7 +40,7 @@ from prunella.planning.candidates import (
     allocate_budget,
     fixed_masks,
 )
-from prunella.planning.checks import check_finite, checked_target, foreign_weights
+from prunella.planning.checks import check_finite, check_threshold, checked_target, foreign_weights
 from prunella.planning.plan import Plan
 from prunella.planning.readable import Builds, Misfit, parts_at_fault, undescribed
 from prunella.planning.recipe import Recipe
@@ -47,8 +59,10 @@ from prunella.planning.request import (
     set_aside,
     with_example,
 )
+from prunella.planning.threshold import units_above, weights_below
+from prunella.selection import Counts, without_lowest
 from prunella.stats import Source, Subject
-from prunella.targets import Latency, Target
+from prunella.targets import Latency, Target, Threshold
 from prunella.types import Examples, Inputs, Keep, Loss, Mask
 
 DEFAULT = Recipe()
@@ -64,15 +78,24 @@ def plan(
     loss: Loss | None = None,
     skip: Sequence[str] = (),
     only: Sequence[str] = (),
+    remove: Mapping[str, Positions] = NOTHING,
+    keep: Mapping[str, Positions] = NOTHING,
+    ratios: Mapping[str, float] = NOTHING,
+    counts: Mapping[str, int] = NOTHING,
 ) -> Plan:
     """What to remove from `model` to meet `target`. Reads the model and changes nothing, not even a random generator.
 
     inputs: an example batch: a tensor, a tuple of arguments or a mapping of keywords; multiply-adds are of this batch.
         `prunella.Examples` holds several, where the model does something else for other sizes.
-    target: `Sparsity`, `Params`, `MACs`, `Bytes` or `Latency`. `NM`, of fixed sparsity, and `Vocabulary` do without.
+    target: `Sparsity`, `Params`, `MACs`, `Bytes`, `Latency` or `Threshold`. `NM`, of fixed sparsity, `Vocabulary` and a
+        choice by hand do without.
     data, loss: batches, and a function of (model, batch), for criteria that need them. Without a loss a batch is passed
         as a mapping -> `model(**batch)`, tuple -> `model(*batch)`, else `model(batch)`. The model runs in eval mode.
     skip, only: patterns (`fnmatch`) of names of groups, parameters or modules; a module stands for all that is in it.
+    remove, keep: layer -> channels of its output that go, or the only ones that stay; numbers or a bool mask. A unit
+        goes whole, with what is coupled to it. Of heads, experts, blocks: numbers of units. Of masks: a bool tensor.
+    ratios, counts: layer or pattern -> fraction, or number, of its units (weights) that go, lowest scores first.
+        What is chosen by hand is not changed to meet a target; without a target nothing else goes.
 
     Errors: RequestError (the request makes no sense), BadInput (broken weights, data or inputs), NotSupported (nothing
     can be pruned), TargetMissed (says how far it got and what stopped it).
@@ -84,19 +107,32 @@ def plan(
         >>> plan = pr.plan(model, torch.randn(2, 8), target=pr.MACs(0.5))
         >>> {name: f"{int(kept.sum())} of {len(kept)}" for name, kept in plan.keep.items()}
         {'0': '8 of 16'}
+        >>> by_hand = pr.plan(model, torch.randn(2, 8), remove={"0": [2, 5, 7]})
+        >>> pr.shrink(model, by_hand)[0].out_features
+        13
     """
     if not isinstance(recipe, Recipe):
         raise RequestError(
             f"the recipe is a {type(recipe).__name__}", "a criterion is a part of a recipe", "Recipe(criterion=...)"
         )
     model = with_plain_weights(model)
-    target = checked_target(recipe.granularities, target)
+    by_hand = ByHand(remove, keep, ratios, counts)
+    if target is not None or not by_hand:
+        target = checked_target(recipe.granularities, target)
+    check_threshold(target, equal_widths=recipe.equal_widths)
     check_finite(model)
     with untouched(model, recipe.seed):
-        request = prepare(model, inputs, recipe, target=target, source=Source(data, loss), skip=skip, only=only)
+        source = Source(data, loss)
+        request = prepare(model, inputs, recipe, target=target, source=source, skip=skip, only=only, by_hand=by_hand)
         structural = isinstance(recipe.granularities[0], Structural)
         made = plan_structure(request) if structural else plan_masks(request)
     return replace(made, remarks=(*made.remarks, *foreign_weights(model)))
+
+
+def _described_request(request: Request) -> dict[str, Any]:
+    """The recipe as plain data, with what was chosen by hand."""
+    by_hand = {"by_hand": request.by_hand.describe()} if request.by_hand else {}
+    return {**request.recipe.describe(), **by_hand}
 
 
 # -- structure ---------------------------------------------------------------------------------------------------
@@ -159,9 +195,29 @@ class _Scored:
 
 def _scored(request: Request) -> _Scored:
     groups, frozen = eligible_groups(request)
-    decided = kept_tokens(request, groups)
-    scored, frozen = score_groups(request, [group for group in groups if group.kind != "vocabulary"], frozen)
-    return _Scored(scored, decided, frozen)
+    by_hand = request.by_hand
+    decided = kept_tokens(request, groups) | kept_by_position(by_hand, request.graph, groups, frozen)
+    quotas = quotas_of_groups(by_hand, request.graph, groups, frozen)
+    units = [group for group in groups if group.kind != "vocabulary" and group.name not in decided]
+    some = [group for group in units if group.name in quotas] if request.target is None and by_hand else units
+    scored, frozen = score_groups(request, some, frozen)
+    counted = [(group, scores) for group, scores in scored if group.name in quotas]
+    decided |= {group.name: _fewer(request.recipe, group, scores, quotas[group.name]) for group, scores in counted}
+    return _Scored([pair for pair in scored if pair[0].name not in quotas], decided, frozen)
+
+
+def _fewer(recipe: Recipe, group: Group, scores: Tensor, quota: Quota) -> Mask:
+    """What is kept of a group of which so much goes, lowest scores first."""
+    return without_lowest(scores, steps_for(group.name, _widths(recipe, group, scores), quota, group.size))
+
+
+def _widths(recipe: Recipe, group: Group, scores: Tensor) -> Ladder:
+    """The widths that a group may have."""
+    return ladder(scores.sort().values.double(), recipe.min_density, _round_to(recipe, group), group.min_units)
+
+
+def _round_to(recipe: Recipe, group: Group) -> int:
+    return math.lcm(group.multiple, recipe.round_to if group.kind in ("channel", "width") else 1)
 
 
 def _plan_of(request: Request, keep: Keep, frozen: list[Frozen]) -> Plan:
@@ -170,7 +226,7 @@ def _plan_of(request: Request, keep: Keep, frozen: list[Frozen]) -> Plan:
         keep,
         inputs=request.examples,
         frozen=frozen,
-        recipe=request.recipe.describe(),
+        recipe=_described_request(request),
         target=request.target,
     )
     if not isinstance(request.target, Latency):
@@ -235,7 +291,11 @@ def _proven(request: Request, scored: _Scored) -> tuple[Keep, _Scored]:
             return keep, scored
         decided = scored.decided
         if faults.keys() <= decided.keys():
-            why = next(faults[name] for name in decided if name in faults)
+            name, why = next((name, faults[name]) for name in decided if name in faults)
+            if request.by_hand:
+                raise NotSupported(
+                    f"units of {name} cannot be removed", why, "leave it out; `prunella inspect` shows more"
+                )
             raise NotSupported("tokens cannot be removed from this model", why, "leave Vocabulary out")
         scored = scored.without(faults, ReasonKind.UNPROVEN)
         if not scored.groups and not decided:
@@ -244,17 +304,21 @@ def _proven(request: Request, scored: _Scored) -> tuple[Keep, _Scored]:
 
 def _kept_units(request: Request, units: _Scored) -> Keep:
     recipe, scored, decided, frozen = request.recipe, units.groups, units.decided, units.frozen
-    if not scored and all(isinstance(entry, Vocabulary) for entry in recipe.granularities):
+    vocabulary = all(isinstance(entry, Vocabulary) for entry in recipe.granularities)
+    if not scored and (vocabulary or request.by_hand):
         return dict(decided)
     if not scored:
         raise nothing_to_prune(request, "units", frozen)
     assert request.target is not None, "checked at the start"
+    if isinstance(request.target, Threshold):
+        widths = [_widths(recipe, group, scores) for group, scores in scored]
+        return {**decided, **units_above(request.target, scored, widths)}
     groups, scores = tuple(group for group, _ in scored), tuple(values for _, values in scored)
     candidates = CandidateUnits(request.graph, groups, scores, request.target, decided, request.probe)
     rules = BudgetRules(
         recipe.allocation,
         recipe.min_density,
-        round_to=tuple(math.lcm(g.multiple, recipe.round_to if g.kind in ("channel", "width") else 1) for g in groups),
+        round_to=tuple(_round_to(recipe, group) for group in groups),
         min_units=tuple(group.min_units for group in groups),
         equal_widths=recipe.equal_widths,
         allow_unchanged=bool(decided),
@@ -268,36 +332,70 @@ def _kept_units(request: Request, units: _Scored) -> Keep:
 def plan_masks(request: Request) -> Plan:
     """A plan that zeroes weights."""
     layers, frozen = eligible_layers(request)
-    scored, frozen = score_layers(request, layers, frozen)
-    pattern = request.recipe.granularities[0]
-    weights = Subject(request.model, request.graph).parameters
-    matrices = zip(scored, _matrices(request, scored, frozen), strict=True)
-    masks = {x.entity: from_matrix(matrix, weights[x.entity], x) for (x, _), matrix in matrices}
+    by_hand, pattern = request.by_hand, request.recipe.granularities[0]
+    masks = masks_by_hand(by_hand, request.graph, layers, frozen)
+    quotas = quotas_of_layers(by_hand, request.graph, layers, frozen)
+    layers = [x for x in layers if x.entity not in masks and (x.entity in quotas or request.target or not by_hand)]
+    if layers or not masks:
+        scored, frozen = score_layers(request, layers, frozen)
+        weights = Subject(request.model, request.graph).parameters
+        matrices = _matrices(request, scored, frozen, quotas)
+        masks |= {x.entity: from_matrix(matrices[x.entity], weights[x.entity], x) for x, _ in scored}
     return Plan.of_masks(
         request.graph,
         masks,
         pattern=pattern_name(pattern),
         inputs=request.inputs,
         frozen=frozen,
-        recipe=request.recipe.describe(),
+        recipe=_described_request(request),
         target=request.target,
     )
 
 
-def _matrices(request: Request, scored: Sequence[LayerScores], frozen: Sequence[Frozen]) -> list[Mask]:
-    """The mask of every layer as a matrix `(out, in)`."""
+def _matrices(
+    request: Request, scored: Sequence[LayerScores], frozen: Sequence[Frozen], quotas: Mapping[str, Quota]
+) -> dict[str, Mask]:
+    """Entity -> the mask of its layer as a matrix `(out, in)`. quotas: of layers that are decided by hand."""
     recipe, pattern = request.recipe, request.recipe.granularities[0]
-    layers, scores = tuple(layer for layer, _ in scored), tuple(values for _, values in scored)
     if isinstance(pattern, Fixed):
-        return fixed_masks(pattern, request.graph, layers, scores)
-    assert isinstance(pattern, Competing) and request.target is not None, "checked at the start"
+        if quotas:
+            raise RequestError(f"{pattern.title} has its own ratio", "2 of 4 are kept", "leave ratios= and counts= out")
+        masks = fixed_masks(pattern, request.graph, [x for x, _ in scored], [values for _, values in scored])
+        return {layer.entity: mask for (layer, _), mask in zip(scored, masks, strict=True)}
+    assert isinstance(pattern, Competing), "checked at the start"
+    alone = [pair for pair in scored if pair[0].entity in quotas]
+    decided = {x.entity: _fewer_weights(request, x, scores, pattern, quotas[x.entity]) for x, scores in alone}
+    competing = [pair for pair in scored if pair[0].entity not in quotas]
+    if not competing:
+        return decided
+    layers, scores = tuple(layer for layer, _ in competing), tuple(values for _, values in competing)
     candidates = CandidateWeights(request.graph, layers, scores, pattern)
+    if isinstance(request.target, Threshold):
+        steps = [ladder(pool.scores.double(), recipe.min_density, 1, recipe.min_units) for pool in candidates.pools]
+        counts = weights_below(request.target, candidates.pools, steps, first=request.before is None)
+    else:
+        counts = _weights_of_budget(request, candidates, frozen)
+    return decided | {layer.entity: mask for layer, mask in zip(layers, candidates.masks(counts), strict=True)}
+
+
+def _weights_of_budget(request: Request, candidates: CandidateWeights, frozen: Sequence[Frozen]) -> Counts:
+    """What goes of every layer to meet the target."""
+    assert request.target is not None, "checked at the start"
+    recipe, number = request.recipe, len(candidates.layers)
     rules = BudgetRules(
         recipe.allocation,
         recipe.min_density,
-        round_to=(1,) * len(layers),
-        min_units=(recipe.min_units,) * len(layers),
+        round_to=(1,) * number,
+        min_units=(recipe.min_units,) * number,
         equal_widths=recipe.equal_widths,
-        allow_unchanged=request.before is not None,
+        allow_unchanged=request.before is not None or bool(request.by_hand),
     )
-    return candidates.masks(allocate_budget(candidates, request.target, rules, frozen, request.graph))
+    return allocate_budget(candidates, request.target, rules, frozen, request.graph)
+
+
+def _fewer_weights(request: Request, layer: Layer, scores: Tensor, pattern: Competing, quota: Quota) -> Mask:
+    """The mask of a layer of which so much goes, lowest scores first."""
+    candidates = CandidateWeights(request.graph, (layer,), (scores,), pattern)
+    pool, recipe = candidates.pools[0], request.recipe
+    steps = ladder(pool.scores.double(), recipe.min_density, 1, recipe.min_units)
+    return candidates.masks((steps_for(layer.name, steps, quota, pool.size),))[0]

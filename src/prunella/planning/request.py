@@ -17,6 +17,7 @@ from prunella.graph.solve.block_counters import counted
 from prunella.graph.solve.groups import couple
 from prunella.graph.solve.residual_blocks import narrow
 from prunella.model.copying import ordinary
+from prunella.planning.by_hand import ByHand
 from prunella.planning.checks import foreign_weights
 from prunella.planning.coverage import unmaskable
 from prunella.planning.diagnostics import obstacles, offer
@@ -35,6 +36,7 @@ GroupScores = tuple[Group, Tensor]
 LayerScores = tuple[Layer, Tensor]
 MOST_EXAMPLES = 4
 """Of other sizes that are traced, each after a cut was wrong on it."""
+NOTHING_BY_HAND = ByHand()
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ class Request:
     """A model with its coupling graph, and what is asked of it.
 
     target: None where the recipe alone decides, or where a search does. before: what earlier rounds have masked.
-    others: further examples, traced into the same graph.
+    others: further examples, traced into the same graph. by_hand: what is chosen by name, whatever the budget.
     """
 
     model: nn.Module
@@ -56,6 +58,7 @@ class Request:
     probe: LatencyProbe
     before: Before | None = None
     others: tuple[Inputs, ...] = ()
+    by_hand: ByHand = NOTHING_BY_HAND
 
     @property
     def examples(self) -> Examples:
@@ -72,13 +75,16 @@ def prepare(
     source: Source,
     skip: Sequence[str],
     only: Sequence[str],
+    by_hand: ByHand = NOTHING_BY_HAND,
 ) -> Request:
     """Couple the model and check the patterns. Use it inside `untouched`. Errors: those of `couple`, RequestError."""
     model = ordinary(model)
     first, others = Examples.split(inputs)
     graph = _coupled(model, first, others, recipe, skip, only)
     probe = LatencyProbe(model, graph, first)
-    return Request(model, graph, recipe, target, source, tuple(skip), tuple(only), first, probe, others=others)
+    return Request(
+        model, graph, recipe, target, source, tuple(skip), tuple(only), first, probe, others=others, by_hand=by_hand
+    )
 
 
 def with_example(request: Request, example: Inputs) -> Request:

@@ -20,7 +20,7 @@ from prunella.schedules import linear
 from prunella.train.gates.gate import gates_of
 from prunella.train.gates.hard_concrete import HardConcrete
 from prunella.train.gates.movement import Moved, SoftlyMoved, masked
-from prunella.train.gates.thresholds import Threshold
+from prunella.train.gates.thresholds import SoftThreshold
 from prunella.train.gates.variational import Variational, divergence
 from prunella.train.penalty.units import CoupledUnits
 from tests.graphs import Attention, convnet, images, mlp, square_loss
@@ -278,7 +278,7 @@ def test_soft_movement_closes_scores_below_the_threshold() -> None:
 def test_the_gradient_of_a_learned_threshold() -> None:
     generator = torch.Generator().manual_seed(0)
     weight, grad = (torch.randn(5, 6, generator=generator, dtype=torch.float64) for _ in range(2))
-    gate = Threshold(weight, -0.5)
+    gate = SoftThreshold(weight, -0.5)
     limit = torch.sigmoid(torch.tensor(-0.5, dtype=torch.float64))
     made = gate(weight)
     assert torch.allclose(made, weight.sign() * (weight.abs() - limit).relu(), atol=1e-15)

@@ -14,7 +14,7 @@ from prunella.train.penalty.proximal import soft_threshold
 from prunella.train.penalty.units import CoupledUnits
 
 
-class Threshold(Gate):
+class SoftThreshold(Gate):
     """A soft threshold `sigmoid(s)` on one weight."""
 
     def __init__(self, weight: Tensor, start: float) -> None:
@@ -45,4 +45,4 @@ def learned_threshold_(model: M, units: CoupledUnits, *, start: float = -8.0) ->
     if not math.isfinite(start):
         raise RequestError(f"start={start} is out of range", "s is a finite number", "-8 starts near zero")
     named = units.named(model)
-    return attach_(model, {x.entity: [Threshold(named[x.entity].detach(), start)] for x in units.layers})
+    return attach_(model, {x.entity: [SoftThreshold(named[x.entity].detach(), start)] for x in units.layers})

@@ -1,0 +1,336 @@
+"""Units and weights that are chosen by hand: positions, masks, ratios and counts, by the name of a layer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prunella.errors import NotSupported, RequestError
+from prunella.graph.data import Frozen, Graph, Group, Layer, Member
+from prunella.graph.match import check_known, matches, names_of_group, names_of_layer, parts
+from prunella.planning.budget import Ladder
+from prunella.types import Mask
+
+Positions = Sequence[int] | Tensor
+"""Whole numbers from 0, or a bool mask over all positions."""
+NOTHING: Mapping[str, Any] = MappingProxyType({})
+
+
+@dataclass(frozen=True)
+class ByHand:
+    """What goes, whatever scores and budget say. Keys are names of layers, or patterns (`fnmatch`).
+
+    remove, keep: positions that go, or the only ones that stay. Channels of the output of a layer; units of the group
+        of a name, where units are no channels (heads, experts, blocks). For masks: a bool tensor like the weight.
+    ratios: fraction in [0, 1) of the units (weights) of every group (layer) that goes, those of lowest score first.
+    counts: number of units (weights) that goes, those of lowest score first.
+
+    Positions come before ratios and counts; among these an exact name comes before a pattern, and of two patterns the
+    later one counts.
+    """
+
+    remove: Mapping[str, Positions] = field(default_factory=dict)
+    keep: Mapping[str, Positions] = field(default_factory=dict)
+    ratios: Mapping[str, float] = field(default_factory=dict)
+    counts: Mapping[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for option in ("remove", "keep", "ratios", "counts"):
+            given = getattr(self, option)
+            if not isinstance(given, Mapping):
+                why = f"it is a {type(given).__name__}; a mapping from the name of a layer is needed"
+                raise RequestError(f"{option}= is not read", why, f"for example {option}={_EXAMPLES[option]}")
+        both = [name for name in self.remove if name in self.keep] + [n for n in self.ratios if n in self.counts]
+        if both:
+            raise RequestError(f"{both[0]} is named twice", "two options say what goes of it", "give one of the two")
+        for name, ratio in self.ratios.items():
+            if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 <= ratio < 1:
+                todo = f"for example ratios={_EXAMPLES['ratios']}"
+                raise RequestError(
+                    f"ratios= for {name} is {ratio!r}", "a ratio is the fraction that goes, in [0, 1)", todo
+                )
+        for name, count in self.counts.items():
+            if isinstance(count, bool) or not isinstance(count, int) or count < 0:
+                todo = f"for example counts={_EXAMPLES['counts']}"
+                raise RequestError(f"counts= for {name} is {count!r}", "a count is how many go, a whole number", todo)
+
+    def __bool__(self) -> bool:
+        return bool(self.remove or self.keep or self.ratios or self.counts)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All names and patterns."""
+        return (*self.remove, *self.keep, *self.ratios, *self.counts)
+
+    def describe(self) -> dict[str, Any]:
+        """As plain data, for the recipe of a plan; masks as positions."""
+        entries = {
+            "remove": {name: _as_data(given) for name, given in self.remove.items()},
+            "keep": {name: _as_data(given) for name, given in self.keep.items()},
+            "ratios": dict(self.ratios),
+            "counts": dict(self.counts),
+        }
+        return {option: values for option, values in entries.items() if values}
+
+
+_EXAMPLES = {
+    "remove": '{"layer1.0.conv1": [2, 5, 7]}',
+    "keep": '{"layer1.0.conv1": [0, 1, 3]}',
+    "ratios": '{"layer2.*": 0.3}',
+    "counts": '{"fc1": 12}',
+}
+
+
+def positions_of(given: Positions) -> list[int]:
+    """Positions as whole numbers; of a mask those that are True, in the order of its flattened weight."""
+    if isinstance(given, Tensor) and given.dtype == torch.bool:
+        return [int(x) for x in given.detach().cpu().flatten().nonzero().flatten()]
+    values = given.tolist() if isinstance(given, Tensor) else list(given)
+    if any(isinstance(x, bool) for x in values) and all(isinstance(x, bool) for x in values):
+        return [k for k, chosen in enumerate(values) if chosen]
+    return values
+
+
+def _as_data(given: Positions) -> list[int] | str:
+    if isinstance(given, Tensor) and given.dim() > 1:
+        return f"a mask, {int(given.sum())} of {given.numel()}"
+    return positions_of(given)
+
+
+# -- units of structure ------------------------------------------------------------------------------------------
+
+
+def kept_by_position(
+    by_hand: ByHand, graph: Graph, groups: Sequence[Group], frozen: Sequence[Frozen]
+) -> dict[str, Mask]:
+    """Group -> the units that `remove` and `keep` leave of it; whole units go, with all that is coupled to them.
+
+    Errors: RequestError for an unknown name or position, or too few units; NotSupported for what may not be pruned.
+    """
+    masks: dict[str, Mask] = {}
+    sizes = {group.name: group.size for group in groups}
+    for option, named in (("keep", by_hand.keep), ("remove", by_hand.remove)):
+        for name, positions in named.items():
+            for axis in _axes_named(graph, groups, frozen, name):
+                units = axis.units(positions, frozen)
+                for group_name in {group for group, _ in axis.owner.values()}:
+                    mask = masks.setdefault(group_name, torch.ones(sizes[group_name], dtype=torch.bool))
+                    chosen = [unit for group, unit in units if group == group_name]
+                    if option == "keep":
+                        mask &= torch.zeros_like(mask).index_fill(0, torch.tensor(chosen, dtype=torch.long), True)
+                    else:
+                        mask[chosen] = False
+    named_groups = {group.name: group for group in groups if group.name in masks}
+    for group_name, mask in masks.items():
+        _check_width(named_groups[group_name], int(mask.sum()))
+    return masks
+
+
+@dataclass(frozen=True)
+class _Axis:
+    """Positions that can be named: channels of a layer, or units of a group. owner: position -> group and unit."""
+
+    name: str
+    entity: str
+    size: int
+    owner: Mapping[int, tuple[str, int]]
+
+    def units(self, positions: Positions, frozen: Sequence[Frozen]) -> list[tuple[str, int]]:
+        """Group and unit of each position. Errors: RequestError, NotSupported."""
+        given: object = positions
+        if isinstance(given, str) or not isinstance(given, Sequence | Tensor):
+            why = f"{given!r} is given; whole numbers or a bool mask are needed"
+            raise RequestError(
+                f"the positions of {self.name} cannot be read", why, f"for example {_EXAMPLES['remove']}"
+            )
+        if isinstance(positions, Tensor) and positions.dtype == torch.bool and positions.numel() != self.size:
+            why = f"the mask has {positions.numel()} entries, {self.name} has {self.size}"
+            raise RequestError(f"the mask of {self.name} does not fit", why, "give one entry for each")
+        numbers = positions_of(positions)
+        wrong = [x for x in numbers if isinstance(x, bool) or not isinstance(x, int) or not 0 <= x < self.size]
+        if wrong:
+            why = f"positions are 0 to {self.size - 1}"
+            raise RequestError(f"{self.name} has no position {wrong[0]!r}", why, "counting starts at 0")
+        stuck = [x for x in numbers if x not in self.owner]
+        if stuck:
+            reason = next((entry.reason for entry in frozen if entry.entity == self.entity), "no group has it")
+            raise NotSupported(f"position {stuck[0]} of {self.name} cannot go", reason, "`prunella inspect` shows why")
+        return [self.owner[x] for x in numbers]
+
+
+def _axes_named(graph: Graph, groups: Sequence[Group], frozen: Sequence[Frozen], name: str) -> list[_Axis]:
+    """The axes that a name or a pattern means: those of layers of that name, else the groups inside a module."""
+    layers = _axes_of_layers(graph, groups, name)
+    if layers:
+        return layers
+    inside = [group for group in groups if matches(name, names_of_group(graph, group))]
+    if not inside:
+        raise _unknown(graph, groups, frozen, name)
+    if len(inside) > 1 and not _is_pattern(name):
+        what = ", ".join(group.name for group in inside[:4])
+        raise RequestError(f"{name} holds {len(inside)} groups", f"they are {what}", "name one layer")
+    return [
+        _Axis(group.name, group.name, group.size, {unit: (group.name, unit) for unit in range(group.size)})
+        for group in inside
+    ]
+
+
+def _axes_of_layers(graph: Graph, groups: Sequence[Group], name: str) -> list[_Axis]:
+    owners: dict[tuple[str, int], dict[int, tuple[str, int]]] = {}
+    for group in groups:
+        if group.kind not in ("channel", "width"):
+            continue
+        for member in _makers(graph, group, name):
+            pairs = zip(member.index.tolist(), member.unit.tolist(), strict=True)
+            owner = owners.setdefault((member.entity, member.axis), {})
+            owner |= {index: (group.name, unit) for index, unit in pairs}
+    return [
+        _Axis(_module(entity), entity, graph.entities[entity].shape[axis], owner)
+        for (entity, axis), owner in owners.items()
+    ]
+
+
+def _makers(graph: Graph, group: Group, name: str) -> list[Member]:
+    """The members that make the units of a group under this name: weights, else scales of a norm."""
+    for role in ("out", "scale"):
+        members = [m for m in group.members if m.role == role and matches(name, _names(graph, m.entity))]
+        if members:
+            return members
+    return []
+
+
+def _names(graph: Graph, entity: str) -> set[str]:
+    names = set(graph.entities[entity].names) | {entity}
+    return names | {_module(name) for name in names}
+
+
+def _module(name: str) -> str:
+    return name.rpartition(".")[0] or name
+
+
+def _check_width(group: Group, kept: int) -> None:
+    if kept < group.min_units:
+        why = f"{kept} of {group.size} units are left, and {group.min_units} are needed"
+        raise RequestError(f"too much of {group.name} is removed", why, "keep more of them")
+    if kept % group.multiple and kept != group.size:
+        why = f"{kept} units are left, and an operation needs a multiple of {group.multiple}"
+        raise RequestError(f"{group.name} cannot have this width", why, "remove more or fewer")
+
+
+# -- numbers of units or weights ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Quota:
+    """How much goes: a ratio in [0, 1), or a count of units (weights)."""
+
+    ratio: float | None = None
+    count: int | None = None
+
+    def of(self, size: int) -> int:
+        """How many of `size` go."""
+        return round(size * self.ratio) if self.ratio is not None else int(self.count or 0)
+
+
+def quotas_of_groups(
+    by_hand: ByHand, graph: Graph, groups: Sequence[Group], frozen: Sequence[Frozen]
+) -> dict[str, Quota]:
+    """Group -> how much of it goes by `ratios` and `counts`. Errors: as `kept_by_position`."""
+    names = {group.name: names_of_group(graph, group) for group in groups}
+    for pattern in (*by_hand.ratios, *by_hand.counts):
+        if not any(matches(pattern, known) for known in names.values()):
+            raise _unknown(graph, groups, frozen, pattern)
+    return _quotas(by_hand, names)
+
+
+def quotas_of_layers(
+    by_hand: ByHand, graph: Graph, layers: Sequence[Layer], frozen: Sequence[Frozen]
+) -> dict[str, Quota]:
+    """Entity of a layer -> how many of its weights go by `ratios` and `counts`. Errors: as `kept_by_position`."""
+    names = {layer.entity: names_of_layer(graph, layer) for layer in layers}
+    for pattern in (*by_hand.ratios, *by_hand.counts):
+        if not any(matches(pattern, known) for known in names.values()):
+            raise _unknown(graph, layers, frozen, pattern)
+    return _quotas(by_hand, names)
+
+
+def _quotas(by_hand: ByHand, names: Mapping[str, set[str]]) -> dict[str, Quota]:
+    asked = {name: Quota(ratio=ratio) for name, ratio in by_hand.ratios.items()}
+    asked |= {name: Quota(count=count) for name, count in by_hand.counts.items()}
+    quotas = {}
+    for key, known in names.items():
+        matching = [pattern for pattern in asked if matches(pattern, known)]
+        exact = [pattern for pattern in matching if not _is_pattern(pattern)]
+        if matching:
+            # Of two exact names the longer one is nearer to the layer: `layer2.0` comes before `layer2`.
+            quotas[key] = asked[max(exact, key=len) if exact else matching[-1]]
+    return quotas
+
+
+def steps_for(name: str, ladder: Ladder, quota: Quota, size: int) -> int:
+    """Units that go of a group: the nearest width that it may have. Errors: RequestError for a count it cannot lose."""
+    asked = quota.of(size)
+    choices = [ladder.removed(step) for step in range(len(ladder.keys) + 1)]
+    nearest = min(choices, key=lambda count: (abs(count - asked), count))
+    if quota.count is not None and nearest != asked:
+        why = f"it has {size} and may lose {', '.join(map(str, choices[:6]))}{', ...' if len(choices) > 6 else ''}"
+        raise RequestError(f"{name} cannot lose {asked} units", why, "choose one of these")
+    return nearest
+
+
+# -- masks of weights --------------------------------------------------------------------------------------------
+
+
+def masks_by_hand(by_hand: ByHand, graph: Graph, layers: Sequence[Layer], frozen: Sequence[Frozen]) -> dict[str, Mask]:
+    """Entity -> its mask, by `remove` and `keep`. Errors: as `kept_by_position`."""
+    masks: dict[str, Mask] = {}
+    for option, named in (("keep", by_hand.keep), ("remove", by_hand.remove)):
+        for name, given in named.items():
+            matching = [x for x in layers if matches(name, {x.name, x.module, *_names(graph, x.entity)})]
+            if not matching:
+                raise _unknown(graph, layers, frozen, name)
+            for layer in matching:
+                mask = _weight_mask(layer, graph.entities[layer.entity].shape, given)
+                kept = mask if option == "keep" else ~mask
+                masks[layer.entity] = masks[layer.entity] & kept if layer.entity in masks else kept
+    return masks
+
+
+def _weight_mask(layer: Layer, shape: tuple[int, ...], given: Positions) -> Mask:
+    if not isinstance(given, Tensor) or given.dtype != torch.bool or tuple(given.shape) != shape:
+        described = (
+            f"a {given.dtype} tensor of shape {tuple(given.shape)}" if isinstance(given, Tensor) else repr(given)
+        )
+        why = f"{described} is given; weights are named by a bool tensor of shape {shape}"
+        raise RequestError(
+            f"the mask of {layer.name} does not fit", why, "or prune units: Recipe(granularity=Channel())"
+        )
+    return given.detach().cpu().clone()
+
+
+# -- names -------------------------------------------------------------------------------------------------------
+
+
+def _is_pattern(name: str) -> bool:
+    return any(mark in name for mark in "*?[")
+
+
+def _unknown(
+    graph: Graph, known_by_name: Sequence[Group] | Sequence[Layer], frozen: Sequence[Frozen], name: str
+) -> RequestError | NotSupported:
+    """The error of a name that means nothing that takes part: frozen, with the reason, or misspelt."""
+    entry = next((x for x in frozen if matches(name, parts(x.entity))), None)
+    if entry is not None:
+        return NotSupported(f"{name} takes no part", entry.reason, "`prunella inspect` shows what may go")
+    known = {part.name for part in known_by_name}
+    known |= {around for entity in graph.entities for around in _names(graph, entity)}
+    try:
+        check_known(known, (), [name])
+    except RequestError as error:
+        return RequestError(f"there is no layer {name!r} to prune", error.why, error.todo)
+    return NotSupported(f"{name} takes no part", "no units are made by it", "`prunella inspect` shows what may go")
