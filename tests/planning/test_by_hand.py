@@ -218,3 +218,23 @@ def test_units_of_grouped_convolutions_go_whole(groups: int) -> None:
     left = plan.cuts["0.weight"][0].tolist()
     assert 0 not in left and small[0].out_channels == len(left) <= 6 and small[1].in_channels == len(left)
     assert torch.allclose(small(X), pr.apply_(model, plan)(X), atol=1e-5)
+
+
+class Joined(nn.Module):
+    """Two convolutions whose maps one batch norm reads side by side."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.left, self.right = nn.Conv2d(3, 4, 1), nn.Conv2d(3, 6, 1)
+        self.norm, self.fc = nn.BatchNorm2d(10), nn.Linear(10, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        both = torch.relu(self.norm(torch.cat([self.left(x), self.right(x)], 1)))
+        return self.fc(both.mean((2, 3)))  # type: ignore[no-any-return]
+
+
+def test_the_positions_of_a_norm_over_two_layers_are_those_of_their_maps_side_by_side() -> None:
+    plan = pr.plan(Joined().eval(), X, remove={"norm": [1, 5, 9]})
+    kept = {name: mask.nonzero().flatten().tolist() for name, mask in plan.keep.items()}
+    assert kept == {"left": [0, 2, 3], "right": [0, 2, 3, 4]}
