@@ -38,6 +38,7 @@ ORDER = (
     "io",
     "train",
     "recovery",
+    "integrations",
     "lottery",
     "llm",
     "tokens",

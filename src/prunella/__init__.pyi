@@ -5,6 +5,7 @@ from . import compress as compress
 from . import criteria as criteria
 from . import experiments as experiments
 from . import granularity as granularity
+from . import integrations as integrations
 from . import io as io
 from . import llm as llm
 from . import lottery as lottery
@@ -98,6 +99,7 @@ __all__ = [
     "global_",
     "granularity",
     "importers",
+    "integrations",
     "io",
     "llm",
     "load",

@@ -149,7 +149,7 @@ def import_module(name: str) -> Any:
     if os.getcwd() not in sys.path and "" not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
-        return _import_with_operators(name)
+        return import_with_operators(name)
     except ModuleNotFoundError as error:
         top = name.partition(".")[0]
         if top in ("timm", "torchvision", "transformers"):
@@ -161,14 +161,14 @@ def import_module(name: str) -> Any:
         raise user_error(error, f"importing {name!r} failed") from error
 
 
-def _import_with_operators(name: str) -> Any:
+def import_with_operators(name: str) -> Any:
     """Import; where torchvision's compiled operators do not fit a CPU build of torch, name them so that it imports.
 
     Classification networks never call them; a detection network then fails at its first call, with torch's message.
     transformers imports torchvision when a model class is asked for, so torchvision comes first.
     """
     if name == "transformers" and importlib.util.find_spec("torchvision") is not None:
-        _import_with_operators("torchvision")
+        import_with_operators("torchvision")
     try:
         return importlib.import_module(name)
     except RuntimeError as error:

@@ -1,0 +1,8 @@
+"""Callbacks for the training loops of other libraries. Each needs its library, which is imported at first use."""
+
+import lazy_loader
+
+from prunella.errors import suggesting
+
+_lazy, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
+__getattr__ = suggesting(__name__, _lazy)

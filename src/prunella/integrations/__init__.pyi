@@ -1,0 +1,6 @@
+from .lightning import LightningPruning as LightningPruning
+from .session import Distillation as Distillation
+from .session import Gradual as Gradual
+from .trainer import TrainerPruning as TrainerPruning
+
+__all__ = ["Distillation", "Gradual", "LightningPruning", "TrainerPruning"]
