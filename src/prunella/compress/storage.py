@@ -108,9 +108,9 @@ def _matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
 
 
 def _coo(matrix: Tensor) -> dict[str, Tensor]:
-    found = matrix.to_sparse(layout=torch.sparse_coo).coalesce()
-    rows, cols = found.indices().to(torch.int32)
-    return {"values": found.values(), "rows": rows.clone(), "cols": cols.clone()}
+    coordinates = matrix.to_sparse(layout=torch.sparse_coo).coalesce()
+    rows, cols = coordinates.indices().to(torch.int32)
+    return {"values": coordinates.values(), "rows": rows.clone(), "cols": cols.clone()}
 
 
 def _csr(matrix: Tensor) -> dict[str, Tensor]:
@@ -123,9 +123,9 @@ def _bsr(matrix: Tensor) -> dict[str, Tensor]:
     return _compressed(_quiet(lambda: padded.to_sparse_bsr((BLOCK, BLOCK))))
 
 
-def _compressed(found: Tensor) -> dict[str, Tensor]:
-    starts, cols = found.crow_indices().to(torch.int32), found.col_indices().to(torch.int32)
-    return {"values": found.values().contiguous(), "cols": cols, "starts": starts}
+def _compressed(compressed: Tensor) -> dict[str, Tensor]:
+    starts, cols = compressed.crow_indices().to(torch.int32), compressed.col_indices().to(torch.int32)
+    return {"values": compressed.values().contiguous(), "cols": cols, "starts": starts}
 
 
 def _quiet(make: Callable[[], Tensor]) -> Tensor:

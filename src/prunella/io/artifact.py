@@ -280,7 +280,7 @@ def _describe_plan(plan: Plan) -> dict[str, Any]:
         "cuts": encode_cuts(plan.cuts),
         "attributes": [[owner, name, value] for (owner, name), value in plan.attributes.items()],
         "dropped": {path: list(names) for path, names in plan.dropped.items()},
-        "lists": [[owner, name, list(gone)] for (owner, name), gone in plan.changes.lists.items()],
+        "lists": [[owner, name, list(removed)] for (owner, name), removed in plan.changes.lists.items()],
         "masks": {name: {"kept": int(mask.sum()), "total": mask.numel()} for name, mask in plan.masks.items()},
         "target": {
             "asked": str(plan.target) if plan.target else None,

@@ -128,12 +128,12 @@ class Names:
 
     def renamed(self, tensors: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
         """The tensors under the model's names, without the counters of wrappers. Errors: BadInput for a clash."""
-        kept = {n: v for n, v in tensors.items() if not (n.rpartition(".")[2] in _COUNTERS and v.dim() == 0)}
-        found = {self.read(name): value for name, value in kept.items()}
-        if len(found) < len(kept):
+        weights = {n: v for n, v in tensors.items() if not (n.rpartition(".")[2] in _COUNTERS and v.dim() == 0)}
+        renamed = {self.read(name): value for name, value in weights.items()}
+        if len(renamed) < len(weights):
             why = "they differ in what wraps the model only"
             raise BadInput(f"two names of {where} mean one weight", why, "save the bare model's state_dict()")
-        return found
+        return renamed
 
 
 def _prefixes(names: Iterable[str]) -> list[str]:

@@ -233,11 +233,11 @@ def _interval(statistic: Callable[..., Any], *samples: _Floats, resamples: int, 
         return value, value
     from scipy.stats import bootstrap
 
-    found = bootstrap(
+    bounds = bootstrap(
         samples, statistic, n_resamples=resamples, paired=len(samples) > 1, vectorized=True, axis=-1,
         method="percentile", rng=np.random.default_rng(seed),
     ).confidence_interval  # fmt: skip
-    return float(found.low), float(found.high)
+    return float(bounds.low), float(bounds.high)
 
 
 _Sample = Callable[[Run, int, bool], float]

@@ -190,16 +190,16 @@ def judged(output: Any, batch: Any) -> Tensor | Logits:
     if isinstance(named, Tensor) and named.dim() > 1 and named.shape[-1] > 1:  # one class has no softmax
         return Logits(named)
     rows = {tensor.shape[0] for tensor in tensors(batch) if tensor.dim()}
-    found = [tensor for tensor in tensors(output) if tensor.dim()]
-    if not found:
+    candidates = [tensor for tensor in tensors(output) if tensor.dim()]
+    if not candidates:
         first_tensor(output)  # which tells of no tensor at all
         raise NotSupported(
             f"the model returned {type(output).__name__} with single numbers alone",
             "two models are compared by outputs with an axis of samples, not by a loss",
             "leave labels out of the batches, or return the outputs beside the loss",
         )
-    floating = [tensor for tensor in found if tensor.is_floating_point()]
-    tensor = next((tensor for tensor in floating if tensor.shape[0] in rows), (floating or found)[0])
+    floating = [tensor for tensor in candidates if tensor.is_floating_point()]
+    tensor = next((tensor for tensor in floating if tensor.shape[0] in rows), (floating or candidates)[0])
     return tensor if tensor.dim() > 1 else tensor[None, None]  # two axes in front: the numbers are not classes
 
 

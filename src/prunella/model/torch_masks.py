@@ -49,8 +49,8 @@ def with_plain_weights(model: nn.Module) -> nn.Module:
 def plain_names(model: nn.Module) -> dict[str, str]:
     """Name of a parameter -> its name once the weights are plain."""
     modules = {module: path for path, module in model.named_modules()}
-    found: dict[str, str] = {}
+    names: dict[str, str] = {}
     for module, name in torch_pruned(model):
         place = f"{modules[module]}.{name}" if modules[module] else name
-        found[f"{place}_orig"] = place
-    return found
+        names[f"{place}_orig"] = place
+    return names

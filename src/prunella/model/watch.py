@@ -260,9 +260,9 @@ class Watch(TorchFunctionMode):
         if passed_on is not None:
             self._pass_on(passed_on, (func, args, kwargs), result)
         try:
-            found = [(product, home) for product in products(name, args, kwargs) if (home := self._home(product))]
-            for number in range(len(found)):
-                self._see((func, args, kwargs), found, number, result)
+            homes = [(product, home) for product in products(name, args, kwargs) if (home := self._home(product))]
+            for number in range(len(homes)):
+                self._see((func, args, kwargs), homes, number, result)
         except NotReadable as error:
             self._other(name, str(error), [args, kwargs])
         else:
@@ -280,8 +280,8 @@ class Watch(TorchFunctionMode):
         home = self._homes.of(product.operand)
         return None if home is None else (self._wanted[home[0]], home[1])
 
-    def _see(self, call: Call, found: Sequence[tuple[Product, _Home]], number: int, result: Any) -> None:
-        product, (weight, view) = found[number]
+    def _see(self, call: Call, homes: Sequence[tuple[Product, _Home]], number: int, result: Any) -> None:
+        product, (weight, view) = homes[number]
         part = _part(weight, view)
         if part is not None and not self._stacks:
             self.others[id(weight)] = Unread(operation(call[0]), "one matrix of a stack at a time")
@@ -293,8 +293,8 @@ class Watch(TorchFunctionMode):
         bias = _bias(product, view)
         # copies, since later operations may work in place
         read = Read(weight, view, product.form, product.x.detach().clone(), y.detach().clone(), bias, part=part)
-        pending = _Pending(read, y, (call,), product, _version(product.x), len(found) == 1, _autocast(y.device.type))
-        if number == len(found) - 1:
+        pending = _Pending(read, y, (call,), product, _version(product.x), len(homes) == 1, _autocast(y.device.type))
+        if number == len(homes) - 1:
             self._pending.append(pending)
         else:  # only the last product of a call gives its result
             self._tell(pending)

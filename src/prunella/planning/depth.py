@@ -111,9 +111,9 @@ class Turns:
             raise RequestError(
                 f"a run of {count} blocks", f"there are {len(self.paths)}, and one stays", "ask for less"
             )
-        found = self.angle.diagonal(count - 1)
-        start = int(found.argmin())
-        if not math.isfinite(float(found[start])):
+        angles = self.angle.diagonal(count - 1)
+        start = int(angles.argmin())
+        if not math.isfinite(float(angles[start])):
             raise NotSupported(f"no {count} blocks stand side by side", "others between them must stay", "ask for less")
         return self.paths[start : start + count]
 

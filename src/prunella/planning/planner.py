@@ -125,8 +125,8 @@ def plan(
         source = Source(data, loss)
         request = prepare(model, inputs, recipe, target=target, source=source, skip=skip, only=only, by_hand=by_hand)
         structural = isinstance(recipe.granularities[0], Structural)
-        made = plan_structure(request) if structural else plan_masks(request)
-    return replace(made, remarks=(*made.remarks, *foreign_weights(model)))
+        plan = plan_structure(request) if structural else plan_masks(request)
+    return replace(plan, remarks=(*plan.remarks, *foreign_weights(model)))
 
 
 def _described_request(request: Request) -> dict[str, Any]:
@@ -149,8 +149,8 @@ def plan_structure(request: Request) -> Plan:
         other = disagreement(request.model, request.graph, keep, request.inputs, request.others)
         if other is None:
             _check_branches(request, keep)
-            made = _plan_of(request, keep, frozen)
-            return replace(made, remarks=(*made.remarks, *_added(asked, request)))
+            plan = _plan_of(request, keep, frozen)
+            return replace(plan, remarks=(*plan.remarks, *_added(asked, request)))
         request = with_example(request, other)
     raise NotSupported(
         "the cuts of this model are right for the size of the example only",
@@ -221,7 +221,7 @@ def _round_to(recipe: Recipe, group: Group) -> int:
 
 
 def _plan_of(request: Request, keep: Keep, frozen: list[Frozen]) -> Plan:
-    made = Plan.of_structure(
+    plan = Plan.of_structure(
         request.graph,
         keep,
         inputs=request.examples,
@@ -230,10 +230,10 @@ def _plan_of(request: Request, keep: Keep, frozen: list[Frozen]) -> Plan:
         target=request.target,
     )
     if not isinstance(request.target, Latency):
-        return made
+        return plan
     timing, line = request.probe.measured(request.target, keep)
-    before, after = replace(made.before, latency=timing.dense), replace(made.after, latency=timing.small)
-    return replace(made, before=before, after=after, remarks=(*made.remarks, line))
+    before, after = replace(plan.before, latency=timing.dense), replace(plan.after, latency=timing.small)
+    return replace(plan, before=before, after=after, remarks=(*plan.remarks, line))
 
 
 def _described(request: Request, scored: _Scored) -> tuple[Request, Keep, list[Frozen]]:
@@ -275,10 +275,10 @@ def _rounded(request: Request, scored: _Scored, builds: Builds, misfit: Misfit) 
             keep = _kept_units(rounded, scored)
         except TargetMissed:
             break
-        found = undescribed(builds, request.graph, keep, request.inputs)
-        if found is None:
+        unlike = undescribed(builds, request.graph, keep, request.inputs)
+        if unlike is None:
             return rounded, misfit
-        misfit = found
+        misfit = unlike
     return None, misfit
 
 

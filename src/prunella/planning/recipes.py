@@ -232,9 +232,9 @@ def named(name: str) -> Recipe:
     """
     method = find(name)
     if method.kind == "recipe":
-        made = method.function()
-        assert isinstance(made, Recipe)
-        return made
+        recipe = method.function()
+        assert isinstance(recipe, Recipe)
+        return recipe
     if method.kind == "criterion":
         return Recipe(method.function)
     known = sorted(m.name for m in REGISTRY.values() if m.kind in ("recipe", "criterion"))

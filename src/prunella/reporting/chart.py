@@ -128,17 +128,17 @@ def _clean(element: ElementTree.Element, prefix: str) -> ElementTree.Element | N
     tag = element.tag.removeprefix(_SVG) if isinstance(element.tag, str) else ""
     if tag not in _ELEMENTS:
         return None
-    made = ElementTree.Element(tag)
+    copy = ElementTree.Element(tag)
     for name, value in element.attrib.items():
         short = "href" if name == _HREF else name
         if short == "href" and value.startswith("#"):
-            made.set("href", f"#{prefix}-{value[1:]}")
+            copy.set("href", f"#{prefix}-{value[1:]}")
         elif short in _ATTRIBUTES and _allowed(value):
             value = f"{prefix}-{value}" if short == "id" else value.replace("url(#", f"url(#{prefix}-")
-            made.set(short, value)
-    made.text = element.text if tag in ("text", "tspan") else None
-    made.extend(child for child in (_clean(entry, prefix) for entry in element) if child is not None)
-    return made
+            copy.set(short, value)
+    copy.text = element.text if tag in ("text", "tspan") else None
+    copy.extend(child for child in (_clean(entry, prefix) for entry in element) if child is not None)
+    return copy
 
 
 def _allowed(value: str) -> bool:

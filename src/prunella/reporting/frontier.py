@@ -87,10 +87,10 @@ class Frontier:
 
     def point(self, method: str, ratio: float) -> Point:
         """One point; KeyError if there is none."""
-        found = next((p for p in self.points if p.method == method and p.ratio == ratio), None)
-        if found is None:
+        point = next((p for p in self.points if p.method == method and p.ratio == ratio), None)
+        if point is None:
             raise KeyError(f"{method} at {ratio:g}")
-        return found
+        return point
 
     def data(self) -> dict[str, Any]:
         """As plain data."""
@@ -125,20 +125,28 @@ class Frontier:
 
     def reasons(self) -> Section:
         """What could not be made, and why."""
-        found: dict[tuple[str, float, str], list[int]] = {}
+        seeds_of: dict[tuple[str, float, str], list[int]] = {}
         for cell in self.failures:
-            found.setdefault((cell.method, cell.ratio, cell.error), []).append(cell.seed)
-        rows = [(m, f"{r:g}", ", ".join(map(str, seeds)), why) for (m, r, why), seeds in found.items()]
+            seeds_of.setdefault((cell.method, cell.ratio, cell.error), []).append(cell.seed)
+        rows = [(m, f"{r:g}", ", ".join(map(str, seeds)), why) for (m, r, why), seeds in seeds_of.items()]
         return Section(
             "What could not be made", "One row for each reason.", ("Method", "Ratio", "Seeds", "Why"), tuple(rows)
         )
 
     def _row(self, p: Point) -> tuple[str, ...]:
-        got, between = f"{p.compression:.3g}x", interval(p.low, p.high) if p.n > 1 else MISSING
+        compression, between = f"{p.compression:.3g}x", interval(p.low, p.high) if p.n > 1 else MISSING
         name = f"{p.method} (baseline)" if p.method in self.baselines else p.method
         if not p.n:
             return (name, f"{p.ratio:g}", MISSING, "failed", MISSING, f"0 of {p.of}", "")
-        return (name, f"{p.ratio:g}", got, spread(p.mean, p.std), between, f"{p.n} of {p.of}", "*" if p.front else "")
+        return (
+            name,
+            f"{p.ratio:g}",
+            compression,
+            spread(p.mean, p.std),
+            between,
+            f"{p.n} of {p.of}",
+            "*" if p.front else "",
+        )
 
 
 def summarize(
@@ -262,10 +270,10 @@ def _short(name: str, limit: int = 40) -> str:
 
 def _leaders(frontier: Frontier) -> list[str]:
     """Who has the highest mean at each ratio: `lamp at 2x, 4x`; a ratio where several share it names none."""
-    found: dict[str, list[str]] = {}
+    leads: dict[str, list[str]] = {}
     for ratio in dict.fromkeys(p.ratio for p in frontier.points):
         there = [p for p in frontier.points if p.ratio == ratio and p.n == p.of]
         best = [p for p in there if p.mean == max(q.mean for q in there)]
         if len(best) == 1:
-            found.setdefault(best[0].method, []).append(f"{ratio:g}x")
-    return [f"{method} at {', '.join(ratios)}" for method, ratios in found.items()]
+            leads.setdefault(best[0].method, []).append(f"{ratio:g}x")
+    return [f"{method} at {', '.join(ratios)}" for method, ratios in leads.items()]

@@ -187,9 +187,13 @@ def _searched(
             chosen, note = (JOINT, strength or 0.0), dict[str, Any](strength=strength)
         else:
             assert source.loss is not None
-            found = line_search(unwrap(model), plan, updates, data.held_out, source.loss)
-            chosen = found.update, found.factor
-            note = {"update": found.update, "strength": found.factor, "held out": [found.before, found.after]}
+            searched = line_search(unwrap(model), plan, updates, data.held_out, source.loss)
+            chosen = searched.update, searched.factor
+            note = {
+                "update": searched.update,
+                "strength": searched.factor,
+                "held out": [searched.before, searched.after],
+            }
         solved = scaled(unwrap(model), plan, updates[chosen[0]], chosen[1])
     return replace(solved, recipe={**plan.recipe, "solver": {**about, "knobs": {**about["knobs"], **note}}})
 

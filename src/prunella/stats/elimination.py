@@ -121,11 +121,11 @@ class _Part:
         kept = torch.ones(len(self.inverse), dtype=torch.bool)
         kept[self.columns[units].flatten()] = False
         kept[-1] = True  # the column of zeros
-        gone = (~kept).nonzero()[:, 0]
-        if len(gone):
-            rows = torch.linalg.solve(self.inverse[gone][:, gone], self.inverse[gone][:, kept])
-            self.weight = self.weight[:, kept] - self.weight[:, gone] @ rows
-            self.inverse = self.inverse[kept][:, kept] - self.inverse[kept][:, gone] @ rows
+        removed = (~kept).nonzero()[:, 0]
+        if len(removed):
+            rows = torch.linalg.solve(self.inverse[removed][:, removed], self.inverse[removed][:, kept])
+            self.weight = self.weight[:, kept] - self.weight[:, removed] @ rows
+            self.inverse = self.inverse[kept][:, kept] - self.inverse[kept][:, removed] @ rows
             self.columns = (kept.cumsum(0) - 1)[self.columns]
 
     def _blocks(self, columns: Tensor) -> Tensor:

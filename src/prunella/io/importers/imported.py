@@ -57,14 +57,14 @@ def zero_masks(weights: Mapping[str, Tensor], least: float = 0.0) -> dict[str, M
     """Masks of the tensors of two axes or more with zeros in them, and more than the fraction `least` of zeros."""
     if not 0 <= least < 1:
         raise RequestError(f"least={least:g} is out of range", "a fraction in [0, 1) is needed")
-    found = {}
+    masks = {}
     for name, value in weights.items():
         if value.dim() >= 2 and value.is_floating_point():
             mask = nonzero(value)
             share = int((~mask).sum()) / max(mask.numel(), 1)
             if share > least:
-                found[name] = mask
-    return found
+                masks[name] = mask
+    return masks
 
 
 def nonzero(value: Tensor) -> Mask:

@@ -60,11 +60,11 @@ def import_plan(
         todo = "build the model anew and pass the pruned one as the source"
         raise RequestError("the model and the source are one module", "a plan is made for a plain model", todo)
     state = read_source(source, key=key, allow_pickle=allow_pickle)
-    found = (importer or importer_of(state, apart=masks is not None))(state)
+    imported = (importer or importer_of(state, apart=masks is not None))(state)
     if masks is not None:
-        found = _joined(found, read_source(masks, allow_pickle=allow_pickle))
+        imported = _joined(imported, read_source(masks, allow_pickle=allow_pickle))
     with untouched(model, 0):
-        plan = _Fit(model, couple(model, inputs), found).plan(inputs)
+        plan = _Fit(model, couple(model, inputs), imported).plan(inputs)
     return _without_units(model, plan, inputs) if units else plan
 
 
@@ -100,12 +100,12 @@ def _compressed(config: object) -> bool:
     return isinstance(inner, Mapping) and inner.get("quant_method", "compressed-tensors") == "compressed-tensors"
 
 
-def _joined(found: Imported, state: State) -> Imported:
+def _joined(imported: Imported, state: State) -> Imported:
     """Weights of one source with the masks of another."""
     apart = torch_ao(state) if isinstance(state.get("state"), Mapping) else neural_compressor(_flat(state))
-    origin = apart.origin if found.implied else f"{found.origin} and {apart.origin}"
-    both = apart.masks if found.implied else {**found.masks, **apart.masks}
-    return replace(found, origin=origin, masks=both, implied=False)
+    origin = apart.origin if imported.implied else f"{imported.origin} and {apart.origin}"
+    both = apart.masks if imported.implied else {**imported.masks, **apart.masks}
+    return replace(imported, origin=origin, masks=both, implied=False)
 
 
 def _flat(state: State) -> dict[str, Tensor]:
@@ -144,8 +144,8 @@ class _Fit:
         if not given:
             return {}
         aliases = {alias: e.names for e in self.graph.entities.values() for alias in e.names}
-        kept = self.model.state_dict(keep_vars=True)
-        missing = [n for n in kept if n in own and not any(a in given for a in aliases.get(n, (n,)))]
+        state = self.model.state_dict(keep_vars=True)
+        missing = [n for n in state if n in own and not any(a in given for a in aliases.get(n, (n,)))]
         extra = [name for name in given if name not in own]
         if missing or extra:
             raise _unfit(missing, extra, own)
@@ -181,9 +181,9 @@ def _equal(new: Tensor, old: Tensor) -> bool:
     return new.dtype == old.dtype and new.detach().cpu().equal(old.detach().cpu())
 
 
-def _check_shape(name: str, found: tuple[int, ...], wanted: tuple[int, ...], what: str) -> None:
-    if tuple(found) != tuple(wanted):
-        why = f"{tuple(found)} in the checkpoint, {tuple(wanted)} in the model"
+def _check_shape(name: str, shape: tuple[int, ...], wanted: tuple[int, ...], what: str) -> None:
+    if tuple(shape) != tuple(wanted):
+        why = f"{tuple(shape)} in the checkpoint, {tuple(wanted)} in the model"
         raise BadInput(f"the {what} of {name} has another shape", why, "give the model that was pruned")
 
 
