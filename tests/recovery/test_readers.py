@@ -43,7 +43,8 @@ def found(way: Way, *shape: int, axis: int = 1) -> list[Reader | Skipped]:
 def test_row_blocks_are_parts_of_their_own() -> None:
     (reader,) = found(lambda x, w: torch.cat([F.linear(x, part) for part in w.chunk(2)], -1), 4, 6)
     assert isinstance(reader, Reader) and len(reader.parts) == 2 and reader.order == (0, 1)
-    assert [piece.columns.tolist() for part in reader.parts for piece in part.pieces] == [KEPT.tolist()] * 2  # type: ignore[union-attr]
+    columns = [submatrix.columns for part in reader.parts for submatrix in part.submatrices]
+    assert [positions.tolist() for positions in columns] == [KEPT.tolist()] * 2  # type: ignore[union-attr]
 
 
 def test_a_weight_that_is_read_twice_in_one_way_is_one_part() -> None:
@@ -80,7 +81,7 @@ def test_groups_that_lose_channels_are_matrices_of_their_own() -> None:
     with torch.no_grad():
         (reader,) = readers_of(pr.apply_(copy.deepcopy(model), plan), model, x, plan, None)
     assert isinstance(reader, Reader) and reader.biased
-    columns = [piece.columns.tolist() for piece in reader.parts[0].pieces]  # type: ignore[union-attr]
+    columns = [submatrix.columns.tolist() for submatrix in reader.parts[0].submatrices]  # type: ignore[union-attr]
     assert columns == [[0, 1, 4, 5], [0, 1, 4, 5]]
 
 

@@ -97,7 +97,7 @@ def test_sums_of_both_parts_are_the_sums_of_all_tokens(centred: bool) -> None:
     (x, y), (x2, y2) = _sums(20, 0), _sums(30, 1)
     first, every = Sums(centred=centred), Sums(centred=centred)
     first.add(x, y, y)
-    second = first.beside()
+    second = first.empty()
     second.add(x2, y2, y2)
     for part in ((x, y), (x2, y2)):
         every.add(*part, part[1])
@@ -111,7 +111,7 @@ def test_the_chosen_ridge_is_the_best_on_the_tokens_held_out() -> None:
     x, y = _sums(8, 0)
     fit = Sums(centred=True)
     fit.add(x, y, y)
-    held_out = fit.beside()
+    held_out = fit.empty()
     x2, _ = _sums(40, 2)
     held_out.add(x2, x2[:, :2], x2[:, :2] * 0.1)
     errors = [held_out.error(fit.solve(ridge)) for ridge in RIDGES]
@@ -125,7 +125,7 @@ def test_nothing_changes_where_no_ridge_helps() -> None:
     (x, y), (x2, _) = _sums(12, 0), _sums(40, 2)
     fit = Sums(centred=True)
     fit.add(x, y, y + 5)
-    held_out = fit.beside()
+    held_out = fit.empty()
     zero = torch.zeros(40, 2, dtype=torch.float64)
     held_out.add(x2, zero, zero)  # already exact there
     chosen = fit.chosen(held_out, RIDGES)

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 BACKENDS = ("eager", "dense fast", "compiled", "onnxruntime", "sparse")
-_COLOURS = {"eager": "#8d8799", "dense fast": "#b7a98a", "compiled": "#4f7cac", "onnxruntime": "#7aa36f",
+_COLORS = {"eager": "#8d8799", "dense fast": "#b7a98a", "compiled": "#4f7cac", "onnxruntime": "#7aa36f",
             "sparse": "#6b3fa0"}  # fmt: skip
 
 
@@ -223,7 +223,7 @@ def plot(found: Bench, width: float = 7.6) -> str:
                 [row.ratio for row in mine],
                 0.75 / len(backends),
                 yerr=reach,
-                color=_COLOURS[backend],
+                color=_COLORS[backend],
                 label=backend,
             )
         axes.axhline(1.0, color="#777777", linewidth=0.8)

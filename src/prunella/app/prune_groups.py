@@ -110,7 +110,7 @@ def missed(request: Request, scope: Scope, targets: Sequence[Target]) -> Excepti
         request.graph,
         scope.frozen,
         dense=candidates.amount(target, (0,) * len(counts)),
-        least=candidates.amount(target, counts),
+        lowest=candidates.amount(target, counts),
         budget=candidates.budget(target),
         limits=f"{len(counts)} groups are at their minimum: {kept} of {total} units are kept",
     )

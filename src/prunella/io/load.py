@@ -122,7 +122,7 @@ def _unpack_gguf(file: Path, folder: Path) -> Path:
 
 
 def unquantize_(model: Any) -> Any:
-    """Forget that weights which are numbers by now came from a quantized file: saving fails otherwise."""
+    """Remove the mark of a quantized file from weights that were dequantized; saving fails otherwise."""
     vars(model.config).pop("quantization_config", None)
     model.hf_quantizer = None
     return model
@@ -145,7 +145,7 @@ def load_object(spec: str, what: str = "object") -> Any:
 
 
 def import_module(name: str) -> Any:
-    """Import with the current folder on the path; a module that is missing or fails is the user's to mend."""
+    """Import with the current folder on the path; a module that is missing or fails is an error of the user's."""
     if os.getcwd() not in sys.path and "" not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
@@ -310,7 +310,7 @@ def load_weights(
 
 
 def _tied_to(own: Mapping[str, Tensor], name: str, state: Mapping[str, Tensor]) -> bool:
-    """Safetensors keeps a tied tensor once: a name is not missing when its twin is there."""
+    """Whether the file holds the tensor under another name: safetensors keeps tied tensors once."""
     return any(own[other] is own[name] for other in state if other in own)
 
 
@@ -323,7 +323,7 @@ def _read(file: Path, *, allow_pickle: bool) -> Any:
 
 
 def check_finite(model: nn.Module) -> None:
-    """NaN and infinity in weights make every score and every comparison worthless."""
+    """Errors: BadInput for weights with NaN or infinity, with which no score and no comparison means anything."""
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         readable = type(tensor.data) is Tensor and tensor.is_floating_point() and not name.endswith("mask")
         if readable and not bool(torch.isfinite(tensor).all()):

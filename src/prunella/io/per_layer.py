@@ -1,4 +1,4 @@
-"""What a configuration would say of each layer, where layers differ: `per_layer_config`, as transformers writes it.
+"""The entries of a configuration that differ from layer to layer: `per_layer_config`, as transformers writes it.
 
 One layer is explained by the same search that finds uniform configurations. It tells which entries matter and which
 axis of which tensor follows each; the other layers are read off their shapes.
@@ -69,7 +69,7 @@ def _count(model: nn.Module, stack: str) -> int:
 def _readers(
     origin: Mapping[str, Any], searched: tuple[dict[str, Any], tuple[ConfigPath, ...]], dense: Shapes, layer: str
 ) -> Iterator[PerLayerReader]:
-    """Which axis follows each entry: the first that is another without this change."""
+    """The axis that follows each changed entry: the first whose size differs when this change is left out."""
     config, paths = searched
     full = built_shapes(origin, config, layer)
     for path in paths:

@@ -188,18 +188,18 @@ def _through(weights: _Weights, product: Product, output: Tensor, x: Tensor) -> 
     def pairs(need: Mask) -> Mask:
         return form.restored(need[:, :, None].expand(form.sizes(shape)), shape) & alive
 
-    way: object = form.orientation
+    layout: object = form.orientation
     if isinstance(form, Contraction):  # the same rows of a weight are the same outputs, turned or not
         axes = [form.weight.index(letter) for letter in form.batch + form.outer]
-        way = tuple((shape[axis], product.operand.stride(axis)) for axis in axes)
-    return _watch(weights, product.operand, output, way, outputs, pairs)
+        layout = tuple((shape[axis], product.operand.stride(axis)) for axis in axes)
+    return _watch(weights, product.operand, output, layout, outputs, pairs)
 
 
 def _watch(
     weights: _Weights,
     weight: Tensor,
     output: Tensor,
-    way: object,
+    layout: object,
     outputs: Callable[[Tensor], Mask],
     pairs: Callable[[Mask], Mask],
 ) -> Tensor:
@@ -212,7 +212,7 @@ def _watch(
     output = _saturate(output)
     reached = outputs(output)
     known = weights.met.setdefault(name, Met(torch.zeros_like(weights.parameters[name], dtype=torch.bool)))
-    live = known.outputs.setdefault((view.offset, way), torch.zeros_like(reached.flatten()))
+    live = known.outputs.setdefault((view.offset, layout), torch.zeros_like(reached.flatten()))
 
     def needed(grad: Tensor) -> None:
         need = outputs(grad)

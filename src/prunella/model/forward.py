@@ -58,7 +58,7 @@ def returned(model: nn.Module, output: Any) -> list[Tensor]:
 
     The state that a model hands back to itself, such as a cache of keys and values, is no output: see `states`.
     """
-    return tensors(output, advance=True, without=states(model, output))
+    return tensors(output, consume=True, without=states(model, output))
 
 
 def states(model: nn.Module, output: Any) -> list[object]:
@@ -155,8 +155,8 @@ def _arguments(model: nn.Module) -> tuple[int, int | None]:
     except (ValueError, TypeError):
         return 0, None
     positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    least = sum(p.default is p.empty for p in positional)
-    return least, None if any(p.kind is p.VAR_POSITIONAL for p in parameters) else len(positional)
+    required = sum(p.default is p.empty for p in positional)
+    return required, None if any(p.kind is p.VAR_POSITIONAL for p in parameters) else len(positional)
 
 
 def first_tensor(output: Any) -> Tensor:

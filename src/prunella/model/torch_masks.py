@@ -40,10 +40,10 @@ def with_plain_weights(model: nn.Module) -> nn.Module:
     bare = unwrap(model, computed=True)
     if not torch_pruned(bare):
         return unwrap(bare)
-    twin = copied(bare)
-    for old, new in zip(bare.parameters(), twin.parameters(), strict=True):
+    replica = copied(bare)
+    for old, new in zip(bare.parameters(), replica.parameters(), strict=True):
         new.grad = None if old.grad is None else old.grad.clone()
-    return plain_weights_(twin)
+    return plain_weights_(replica)
 
 
 def plain_names(model: nn.Module) -> dict[str, str]:

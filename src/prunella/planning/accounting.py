@@ -72,11 +72,11 @@ def masked_amount(graph: Graph, rows: Sequence[Row], masks: Mapping[str, Mask]) 
     """
     dense = amount(graph, {})
     layers = {layer.entity for layer in graph.layers}
-    beside = sum(int((~mask).sum()) for name, mask in masks.items() if name not in layers)
+    elsewhere = sum(int((~mask).sum()) for name, mask in masks.items() if name not in layers)
     lost = sum(row.total - row.kept for row in rows)
     macs = math.fsum(row.macs_before - row.macs_after for row in rows)
     return Amount(
-        params=dense.params - lost - beside,
+        params=dense.params - lost - elsewhere,
         macs=dense.macs - macs,
         bytes=dense.bytes,
         weights=dense.weights - lost,

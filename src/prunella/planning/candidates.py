@@ -105,7 +105,7 @@ def _missed(
         graph,
         frozen,
         dense=candidates.amount(target, (0,) * len(ladders)),
-        least=candidates.amount(target, removed),
+        lowest=candidates.amount(target, removed),
         budget=candidates.budget(target),
         limits=f"{len(sizes)} groups are at their minimum: {kept}",
     )

@@ -56,7 +56,7 @@ class Sums:
         self.gram: Gram = x_origin.new_zeros(len(x_origin), len(x_origin))
         self.cross = x_origin.new_zeros(len(x_origin), len(y_origin))
 
-    def beside(self) -> Sums:
+    def empty(self) -> Sums:
         """Empty sums of the same matrix, from the same origins, so that both can be added."""
         sums = Sums(centred=self.centred)
         if self.tokens:
@@ -64,8 +64,8 @@ class Sums:
         return sums
 
     def __add__(self, other: Sums) -> Sums:
-        """The sums of the tokens of both; `other` is from `beside`."""
-        total = self.beside()
+        """The sums of the tokens of both; `other` is from `empty`."""
+        total = self.empty()
         total.tokens, total.squares = self.tokens + other.tokens, self.squares + other.squares
         for name in ("x", "y", "r", "y_squares", "gram", "cross"):
             setattr(total, name, getattr(self, name) + getattr(other, name))

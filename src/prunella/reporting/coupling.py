@@ -15,7 +15,7 @@ from prunella.reporting.page import templates
 
 ROW, RAIL, LEFT = 26, 16, 14
 """Height of a row, distance of two rails, margin in pixels."""
-COLOURS = 6
+COLORS = 6
 """Classes `c0` to `c5` of the style sheet, taken in turn."""
 _FOLDER = Path(__file__).parent
 
@@ -31,11 +31,11 @@ class CoupledStop:
 
 @dataclass(frozen=True)
 class Rail:
-    """One group: its column, its stops in the order of execution, and a colour."""
+    """One group: its column, its stops in the order of execution, and a color."""
 
     name: str
     column: int
-    colour: int
+    color: int
     stops: tuple[CoupledStop, ...]
 
     @property
@@ -54,7 +54,7 @@ def rails(graph: Graph) -> tuple[Rail, ...]:
         first, last = stops[0].row, stops[-1].row
         column = next((k for k, end in enumerate(free_after) if end < first), len(free_after))
         free_after[column:] = [last, *free_after[column + 1 :]]
-        rails.append(Rail(group.name, column, number % COLOURS, stops))
+        rails.append(Rail(group.name, column, number % COLORS, stops))
     return tuple(rails)
 
 

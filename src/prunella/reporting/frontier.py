@@ -212,21 +212,21 @@ def frontier_chart(frontier: Frontier, width: float = WIDE) -> Markup:
                 continue
             x, y = [p.compression for p in points], [p.mean for p in points]
             based = method in frontier.baselines
-            colour = DENSE if based else (PRUNED if not own else INK)
+            color = DENSE if based else (PRUNED if not own else INK)
             number = baseline if based else own
             style: Any = {"linestyle": lines[(number + based) % 4], "marker": marks[number % 6]}
             baseline, own = baseline + based, own + (not based)
             axes.plot(
-                x, y, color=colour, linewidth=1.8, markersize=4.5, label=_short(method), zorder=2 + (not based), **style
+                x, y, color=color, linewidth=1.8, markersize=4.5, label=_short(method), zorder=2 + (not based), **style
             )
             banded = [p for p in points if p.n > 1]
             low, high = [p.low for p in banded], [p.high for p in banded]
             axes.fill_between(
-                [p.compression for p in banded], low, high, color=colour, alpha=0.06 if based else 0.16, linewidth=0
+                [p.compression for p in banded], low, high, color=color, alpha=0.06 if based else 0.16, linewidth=0
             )
             cells = [c for c in frontier.cells if c.method == method and not c.error]
             axes.scatter(
-                [1 / c.params for c in cells], [c.score for c in cells], s=7, color=colour, alpha=0.5, linewidths=0
+                [1 / c.params for c in cells], [c.score for c in cells], s=7, color=color, alpha=0.5, linewidths=0
             )
         axes.axhline(frontier.dense.mean, color=DENSE, linewidth=1)
         axes.annotate("dense", (1, frontier.dense.mean), xycoords=("axes fraction", "data"), xytext=(0, 3),

@@ -186,9 +186,9 @@ def test_few_zeros_can_be_left_alone() -> None:
     state = {"a.weight": torch.ones(4, 5), "b.weight": torch.ones(4, 5)}
     state["a.weight"][0, 0], state["b.weight"][:2] = 0, 0
     assert zeros(state).masks.keys() == {"a.weight", "b.weight"}
-    assert zeros(state, least=0.05).masks.keys() == {"b.weight"}
-    with pytest.raises(RequestError, match="least=1 is out of range"):
-        zeros(state, least=1)
+    assert zeros(state, min_sparsity=0.05).masks.keys() == {"b.weight"}
+    with pytest.raises(RequestError, match="min_sparsity=1 is out of range"):
+        zeros(state, min_sparsity=1)
 
 
 RECIPE = """

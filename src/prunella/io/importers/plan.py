@@ -1,4 +1,4 @@
-"""From another tool's checkpoint to a plan: which tool it is, whose names are whose, and what the masks amount to."""
+"""From another tool's checkpoint to a plan: detect the tool, match its names with the model's, check its masks."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def import_plan(
     source: a module that the other tool holds, its state dict, a file (safetensors; torch's only with `allow_pickle`,
         and then tensors and plain data only) or a folder of safetensors. `model` is a fresh one of the same shapes.
     masks: masks that are kept apart: the `state_dict()` of a sparsifier of torch.ao, or a mapping of masks.
-    importer: a function of `prunella.io.importers`, where the kind of checkpoint is not to be found out.
+    importer: a function of `prunella.io.importers`, where the tool is not to be detected.
     key: the entry of the source that holds the weights, where it has several (`model` and `model_ema`).
 
     units: plan the removal of the units that are zero in what was imported, as `plan_zeros` does, besides the masks.
@@ -114,25 +114,25 @@ def _flat(state: State) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class _Fit:
-    """What was imported, held against a model."""
+    """An imported checkpoint and the model that it is matched with."""
 
     model: nn.Module
     graph: Graph
-    found: Imported
+    imported: Imported
 
     def plan(self, inputs: Inputs) -> Plan:
         """The plan, if everything fits."""
         own = self._own()
-        names = Names.of([*self.found.weights, *self.found.masks], frozenset(own))
+        names = Names.of([*self.imported.weights, *self.imported.masks], frozenset(own))
         weights = self._weights(own, names)
         masks = self._masks(own, names)
         plan = Plan.of_masks(self.graph, masks, pattern=pattern_of, inputs=inputs, frozen=())
         total, kept = sum(row.total for row in plan.rows), sum(row.kept for row in plan.rows)
         if total and not kept:
             raise BadInput("everything is zero", f"all {total} weights are pruned", "give a checkpoint with weights")
-        origin = f"imported from {self.found.origin}: {len(masks)} masks"
+        origin = f"imported from {self.imported.origin}: {len(masks)} masks"
         read = (f"the checkpoint: {names.said}",) if names.said else ()
-        return replace(plan, weights=weights, remarks=(origin, *read, *self.found.remarks))
+        return replace(plan, weights=weights, remarks=(origin, *read, *self.imported.remarks))
 
     def _own(self) -> dict[str, Tensor]:
         """Parameters and buffers of the model under all their names."""
@@ -140,7 +140,7 @@ class _Fit:
         return named | dict(self.model.named_parameters(remove_duplicate=False))
 
     def _weights(self, own: Mapping[str, Tensor], names: Names) -> dict[str, Tensor]:
-        given = names.renamed(self.found.weights, "the checkpoint")
+        given = names.renamed(self.imported.weights, "the checkpoint")
         if not given:
             return {}
         aliases = {alias: e.names for e in self.graph.entities.values() for alias in e.names}
@@ -159,14 +159,14 @@ class _Fit:
         entity = {alias: e.name for e in self.graph.entities.values() for alias in e.names}
         layers = {layer.entity for layer in self.graph.layers}
         masks: dict[str, Mask] = {}
-        for name, given in self.found.masks.items():
+        for name, given in self.imported.masks.items():
             here = names.read(name)
             if here not in own:
                 raise _unfit([], [here], own)
-            blocks, owner = "neural-compressor" in self.found.origin, entity.get(here, here)
+            blocks, owner = "neural-compressor" in self.imported.origin, entity.get(here, here)
             mask = repeated(given, tuple(own[here].shape)) if blocks else given
             _check_shape(here, mask.shape, own[here].shape, "mask")
-            if self.found.implied and owner not in layers:
+            if self.imported.implied and owner not in layers:
                 continue  # zeros of a table or of a buffer are no pruning
             if owner in masks and not masks[owner].equal(mask):
                 raise BadInput(f"the masks of {here} and {owner} differ", "the model ties these weights")
