@@ -11,7 +11,8 @@ from torch import Tensor, nn
 import prunella as pr
 from prunella.llm import experts
 from prunella.model.masks import masks_of
-from prunella.model.watch import Read, Watch
+from prunella.model.observed_reads import Read
+from prunella.model.watch import Watch
 
 PATTERN = pr.NM(2, 4)
 HOW = pr.llm.OneShot(PATTERN, method=pr.solvers.sparsegpt)

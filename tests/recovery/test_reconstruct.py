@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from prunella.errors import CheckFailed, RequestError
-from prunella.model.watch import Read, Watch
+from prunella.model.observed_reads import Read
+from prunella.model.watch import Watch
 from prunella.planning.plan import Plan
 from prunella.recovery.reconstruct import reconstruct
 from prunella.solvers.linalg import damped_solve

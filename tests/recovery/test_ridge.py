@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 import prunella as pr
-from prunella.model.watch import Read, Watch
+from prunella.model.observed_reads import Read
+from prunella.model.watch import Watch
 from prunella.recovery.least_squares import Sums
 from prunella.recovery.reconstruct import RIDGES
 from prunella.stats.elimination import FEW, TOKENS, Covariance, chosen_tokens, spread

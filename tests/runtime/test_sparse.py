@@ -19,7 +19,7 @@ from prunella.measure.timing import Ratio
 from prunella.runtime import convert, operators
 from prunella.runtime.fx.fuse import Fused, fuse_, traced
 from prunella.runtime.kernels import library
-from prunella.runtime.kernels.library import Activation, Config, Kind, Precision
+from prunella.runtime.kernels.config import Activation, Config, Kind, Precision
 from prunella.runtime.layers import FastLinear, FoldedConv2d, SparseConv2d, SparseLinear
 from prunella.runtime.record import LayerRecord
 from prunella.runtime.restore import restored

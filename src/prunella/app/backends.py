@@ -32,7 +32,7 @@ from prunella.reporting.chart import alone, figure
 from prunella.runtime.convert import sparse
 from prunella.runtime.dense import dense_fast
 from prunella.runtime.kernels import library
-from prunella.runtime.kernels.library import Precision
+from prunella.runtime.kernels.config import Precision
 from prunella.runtime.record import sparsified
 from prunella.types import Inputs
 

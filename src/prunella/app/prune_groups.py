@@ -15,7 +15,8 @@ from prunella.errors import NotSupported
 from prunella.graph.data import Frozen, Group, ReasonKind
 from prunella.graph.verify import unproven
 from prunella.model.forward import forward
-from prunella.model.watch import Read, Watch
+from prunella.model.observed_reads import Read
+from prunella.model.watch import Watch
 from prunella.planning.budget import Ladder, ladder, most
 from prunella.planning.candidates import CandidateUnits
 from prunella.planning.diagnostics import nothing_removed, target_missed

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from prunella.graph.data import Graph, Layer
 from prunella.graph.matrix import to_matrix
-from prunella.model.watch import Read, View
+from prunella.model.observed_reads import Read, View
 
 Part = int | View | None
 """A matrix of a weight: the index of an expert or of a group of a convolution; some rows or columns; None for all."""

@@ -20,10 +20,11 @@ from prunella.llm.blocks import BlockCall, BlockInputs, ModelBlock, block_paths,
 from prunella.llm.refine import Refine, refine_
 from prunella.model.batches import listed
 from prunella.model.masks import masks_of
+from prunella.model.observed_reads import Read
 from prunella.model.state import mode, untouched
 from prunella.model.trees import tensors
 from prunella.model.unwrap import unwrap
-from prunella.model.watch import Read, Watch
+from prunella.model.watch import Watch
 from prunella.planning.depth import find_blocks, turns
 from prunella.planning.plan import Plan
 from prunella.recovery.least_squares import Solution, Sums

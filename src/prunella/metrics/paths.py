@@ -18,9 +18,10 @@ from torch.overrides import TorchFunctionMode
 
 from prunella.model.calls import called
 from prunella.model.forms import Contraction
-from prunella.model.reads import NotReadable, Product, operation, products, unreadable
+from prunella.model.observed_reads import Homes, View
+from prunella.model.product import NotReadable, Product, operation
+from prunella.model.reads import products, unreadable
 from prunella.model.trees import tensors
-from prunella.model.watch import Homes, View
 from prunella.types import Mask
 
 Args = tuple[Any, ...]

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from prunella.model.batches import batches
 from prunella.model.forward import run
 from prunella.model.masks import reapply_
+from prunella.model.observed_reads import Read
 from prunella.model.state import mode, restored_on_error
 from prunella.model.unwrap import unwrap
-from prunella.model.watch import Read, Watch
+from prunella.model.watch import Watch
 from prunella.planning.plan import Plan
 from prunella.recovery.readers import Reader, Skipped, readers_of
 from prunella.registry.method import recovery

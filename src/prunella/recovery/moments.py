@@ -14,9 +14,10 @@ from prunella.errors import CheckFailed, RequestError
 from prunella.model.batches import batches
 from prunella.model.forward import Outputs, first_tensor, forward
 from prunella.model.masks import reapply_
+from prunella.model.observed_reads import Read
 from prunella.model.state import mode, restored_on_error
 from prunella.model.unwrap import unwrap
-from prunella.model.watch import Read, Watch
+from prunella.model.watch import Watch
 from prunella.planning.plan import Plan
 from prunella.recovery.batchnorm import Moments
 from prunella.registry.method import recovery

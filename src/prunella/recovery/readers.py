@@ -13,8 +13,9 @@ from prunella.errors import CheckFailed, RequestError
 from prunella.graph.cut.block_surgery import renamed
 from prunella.model.forward import run
 from prunella.model.masks import masks_of
+from prunella.model.observed_reads import Read, Unread
 from prunella.model.state import losses_in_training_
-from prunella.model.watch import Read, Unread, Watch
+from prunella.model.watch import Watch
 from prunella.planning.plan import Plan
 from prunella.types import Loss, Mask
 

@@ -19,9 +19,10 @@ from prunella.model.batches import batches, listed
 from prunella.model.forms import Chunk
 from prunella.model.forward import real_tokens, run
 from prunella.model.masks import reapply_
+from prunella.model.observed_reads import Read
 from prunella.model.state import mode, restored_on_error
 from prunella.model.unwrap import unwrap
-from prunella.model.watch import Read, Stop, Watch
+from prunella.model.watch import Stop, Watch
 from prunella.planning.plan import Plan
 from prunella.recovery.least_squares import Solution, Sums
 from prunella.recovery.readers import Part, Reader, Skipped, Submatrix, readers_of

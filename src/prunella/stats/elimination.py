@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from prunella.errors import BadInput
 from prunella.graph.data import Group
 from prunella.model.forward import real_tokens
-from prunella.model.watch import Read, Watch
+from prunella.model.observed_reads import Read
+from prunella.model.watch import Watch
 from prunella.stats.subject import Subject
 from prunella.types import Gram, Mask
 

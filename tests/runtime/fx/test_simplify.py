@@ -14,7 +14,7 @@ from torch.nn import functional
 
 import prunella as pr
 from prunella.runtime.fx.fuse import traced
-from prunella.runtime.kernels.library import Activation
+from prunella.runtime.kernels.config import Activation
 from prunella.runtime.layers import FoldedConv2d, SparseConv2d
 from prunella.runtime.restore import restored
 from tests.runtime.test_sparse import with_zeros

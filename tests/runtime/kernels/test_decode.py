@@ -10,7 +10,7 @@ from torch import Tensor
 
 from prunella.errors import NotSupported, RequestError
 from prunella.runtime.kernels import library
-from prunella.runtime.kernels.library import Activation, Config, Kind, Precision
+from prunella.runtime.kernels.config import Activation, Config, Kind, Precision
 from prunella.runtime.tuning import configs
 
 pytestmark = pytest.mark.skipif(not library.available(), reason="the kernels were not built here")

@@ -15,7 +15,8 @@ from torch import nn
 import prunella as pr
 from prunella.errors import NotSupported
 from prunella.runtime.kernels import library
-from prunella.runtime.kernels.library import Config, Kind, Loaded
+from prunella.runtime.kernels.config import Config, Kind
+from prunella.runtime.kernels.library import Loaded
 from prunella.runtime.tuning.survey import without_kernels
 
 ROOT = Path(__file__).parents[3]

@@ -19,9 +19,9 @@ from prunella.io.journal import NAME, Records, open_records
 from prunella.io.load import import_transformers
 from prunella.io.lock import locked
 from prunella.io.temporary import clean_up
+from prunella.llm.block_problem import Fit
 from prunella.llm.distributed import ProcessGroup
 from prunella.llm.recipe import OneShot
-from prunella.llm.solve_block import Fit
 
 WORK = ".prunella"
 """The folder inside the output that holds the journal while a run is not finished."""

@@ -22,9 +22,11 @@ from prunella.errors import RequestError
 from prunella.graph.verify import relative_error
 from prunella.model.forms import Contraction, Convolution, Form
 from prunella.model.forward import forward
-from prunella.model.reads import NotReadable, operation, products, unreadable
+from prunella.model.observed_reads import Read, Unread
+from prunella.model.product import NotReadable, operation
+from prunella.model.reads import products, unreadable
 from prunella.model.rng import seeded
-from prunella.model.watch import Read, Unread, Watch
+from prunella.model.watch import Watch
 from prunella.runtime.tuning.choice import Geometry, Problem
 from prunella.types import Inputs
 

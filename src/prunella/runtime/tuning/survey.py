@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from prunella.runtime.kernels import library
-from prunella.runtime.kernels.library import Precision
+from prunella.runtime.kernels.config import Precision
 from prunella.runtime.tuning.choice import Problem, describe
 from prunella.runtime.tuning.tune import Tuner
 
