@@ -30,6 +30,7 @@ from prunella.graph.training_pass import training_fault
 from prunella.model.calls import called
 from prunella.model.copying import copied
 from prunella.model.forward import outputs_of
+from prunella.model.hooks import removed_after
 from prunella.model.rng import rng_state
 from prunella.model.state import untouched
 from prunella.model.trees import each, plain_tensor, tensors
@@ -396,8 +397,5 @@ def _inner_outputs(model: nn.Module, named: dict[str, Tensor]) -> Iterator[None]
         module.register_forward_hook(lambda _, __, output, path=path: seen(path, output))
         for path, module in model.named_modules()
     ]
-    try:
+    with removed_after(handles):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()

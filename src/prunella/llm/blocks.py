@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from prunella.errors import NotSupported
 from prunella.graph.data import Graph
+from prunella.model.hooks import removed_after
 from prunella.model.trees import tensors
 from prunella.model.watch import Stop
 
@@ -226,11 +227,8 @@ def _hooked(
         handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
         if after is not None:
             handles.append(module.register_forward_hook(after, with_kwargs=True))
-    try:
+    with removed_after(handles):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from prunella.graph.sources import Sources
 from prunella.graph.work import Term, counting, known, name_of, tensors_in, terms
 from prunella.measure.text import byte_size, exact_count, percent
 from prunella.model.forward import forward
+from prunella.model.hooks import removed_after
 from prunella.model.memory import inner_tensors
 from prunella.model.state import untouched
 from prunella.model.torch_masks import with_plain_weights
@@ -209,11 +210,8 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
             nn.modules.module.register_module_forward_pre_hook(enter),
             nn.modules.module.register_module_forward_hook(leave, always_call=True),
         ]
-        try:
+        with removed_after(handles):
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def result(self) -> WorkCount:
         """What was counted."""

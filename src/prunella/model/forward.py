@@ -98,10 +98,8 @@ def inputs_of(model: nn.Module, batch: Any) -> Any:
         return batch
     seen: list[tuple[Any, ...]] = []
     handle = model.register_forward_pre_hook(lambda module, arguments: seen.append(arguments))
-    try:
+    with handle:
         _of_list(model, batch)
-    finally:
-        handle.remove()
     return seen[-1][0] if len(seen[-1]) == 1 else seen[-1]
 
 

@@ -21,6 +21,7 @@ from prunella.graph.verify import unproven
 from prunella.model.batches import batches
 from prunella.model.copying import copied
 from prunella.model.forward import first_tensor
+from prunella.model.hooks import removed_after
 from prunella.model.state import untouched
 from prunella.model.trees import tensors
 from prunella.model.unwrap import unwrap
@@ -181,8 +182,5 @@ def _streams(model: nn.Module, stack: Group) -> Iterator[tuple[dict[str, Tensor]
             leaves[path] = first_tensor(output).detach().clone()
 
         handles += [block.register_forward_pre_hook(before, with_kwargs=True), block.register_forward_hook(after)]
-    try:
+    with removed_after(handles):
         yield enters, leaves
-    finally:
-        for handle in handles:
-            handle.remove()

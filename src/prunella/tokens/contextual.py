@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from prunella.errors import NotSupported, RequestError
 from prunella.graph.data import Graph, Group
 from prunella.graph.solve.groups import couple
+from prunella.model.hooks import removed_after
 from prunella.model.unwrap import unwrap
 from prunella.registry.method import compression
 
@@ -89,11 +90,8 @@ def contextual_(
         if predictor is not None:
             handles.append(model.get_submodule(source).register_forward_pre_hook(enter))
         handles.append(model.get_submodule(path).register_forward_pre_hook(mask))
-    try:
+    with removed_after(handles):
         yield tuple(producers)
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _alone(group: Group, graph: Graph) -> bool:

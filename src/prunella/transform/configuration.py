@@ -106,11 +106,8 @@ def _call_of(model: nn.Module, part: nn.Module, inputs: Inputs) -> dict[str, Any
         calls.append(named)
 
     handle = part.register_forward_pre_hook(note, with_kwargs=True)
-    try:
-        with untouched(model), torch.no_grad():
-            forward(model, inputs)
-    finally:
-        handle.remove()
+    with handle, untouched(model), torch.no_grad():
+        forward(model, inputs)
     return calls[0] if calls else None
 
 
