@@ -283,8 +283,8 @@ def network(make: Callable[[], nn.Module], example: Tensor, percent: int, *, pre
         runs["dense fast"] = partial(fast, example)
     if last:
         layout = torch.channels_last
-        twin, turned = copy.deepcopy(model).to(memory_format=layout), example.contiguous(memory_format=layout)
-        runs["eager channels last"] = partial(twin, turned)
+        replica, turned = copy.deepcopy(model).to(memory_format=layout), example.contiguous(memory_format=layout)
+        runs["eager channels last"] = partial(replica, turned)
     if with_frozen:
         runs["frozen"] = frozen(model, example)
     with torch.inference_mode():

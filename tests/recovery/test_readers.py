@@ -15,24 +15,24 @@ from prunella.recovery.readers import Reader, Skipped, readers_of
 from tests.hand import hand_plan
 
 KEPT = torch.tensor([0, 2, 3])
-Way = Callable[[Tensor, Tensor], Tensor]
+Operation = Callable[[Tensor, Tensor], Tensor]
 
 
 class Net(nn.Module):
     """A layer of six units, and one weight that reads them in some way."""
 
-    def __init__(self, way: Way, *shape: int) -> None:
+    def __init__(self, operation: Operation, *shape: int) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.first, self.way, self.weight = nn.Linear(4, 6), way, nn.Parameter(torch.randn(shape))
+        self.first, self.operation, self.weight = nn.Linear(4, 6), operation, nn.Parameter(torch.randn(shape))
         self.double()
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.way(torch.relu(self.first(x)), self.weight)
+        return self.operation(torch.relu(self.first(x)), self.weight)
 
 
-def found(way: Way, *shape: int, axis: int = 1) -> list[Reader | Skipped]:
-    model = Net(way, *shape)
+def found(operation: Operation, *shape: int, axis: int = 1) -> list[Reader | Skipped]:
+    model = Net(operation, *shape)
     cuts = {"first.weight": {0: KEPT}, "first.bias": {0: KEPT}, "weight": {axis: KEPT}}
     plan = hand_plan(cuts=cuts)
     masked = pr.apply_(copy.deepcopy(model), plan)
@@ -53,15 +53,15 @@ def test_a_weight_that_is_read_twice_in_one_way_is_one_part() -> None:
 
 
 @pytest.mark.parametrize(
-    "way",
+    "operation",
     [
         lambda x, w: F.linear(x, w) + F.linear(x, w[:3]).sum(),  # rows of it again
         lambda x, w: F.linear(F.linear(x, w), w.t()),  # and back
         lambda x, w: F.linear(x, w) + (F.linear(x, w) @ w).sum(),
     ],
 )
-def test_parts_that_overlap_are_left_alone(way: Way) -> None:
-    assert found(way, 5, 6) == [Skipped("weight", "it is used in two different ways")]
+def test_parts_that_overlap_are_left_alone(operation: Operation) -> None:
+    assert found(operation, 5, 6) == [Skipped("weight", "it is used in two different ways")]
 
 
 def test_groups_that_lose_channels_are_matrices_of_their_own() -> None:

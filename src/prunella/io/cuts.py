@@ -1,4 +1,4 @@
-"""Kept positions of a plan as JSON: runs of neighbours, each list once."""
+"""Kept positions of a plan as JSON: runs of neighbors, each list once."""
 
 from __future__ import annotations
 

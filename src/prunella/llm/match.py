@@ -212,7 +212,7 @@ class _Matcher:
 
     def _sums(self, block: ModelBlock, calls: Sequence[BlockCall], targets: Sequence[Tensor], layer: Read) -> _Sums:
         """The sums of the least squares, over the batches for the fit and those for validation."""
-        fitted, validation = (Sums(centred=layer.bias is not None) for _ in range(2))
+        fitted, validation = (Sums(centered=layer.bias is not None) for _ in range(2))
         held_out = _validation(len(calls)) if self.how.ridge is None else set[int]()
         energy = {False: 0.0, True: 0.0}
         for number, (call, target) in enumerate(zip(calls, targets, strict=True)):

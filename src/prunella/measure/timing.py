@@ -153,7 +153,7 @@ def side_by_side(dense: nn.Module, small: nn.Module, inputs: Any, small_inputs: 
 def _share(base: Sequence[float], other: Sequence[float]) -> tuple[float, float, float]:
     """The median of `other / base` between the ends of its 95 % bootstrap interval.
 
-    Of pairs of neighbours, not of medians: what slows a part of the rounds slows both of a pair.
+    Of pairs of neighbors, not of medians: what slows a part of the rounds slows both of a pair.
     """
     shares = np.asarray(other) / np.asarray(base)
     low, high = _interval(np.median, shares, resamples=1000, seed=0)

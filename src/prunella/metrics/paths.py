@@ -167,8 +167,8 @@ def _multi_head(weights: _Weights, func: Any, args: Args, kwargs: Kwargs, reads:
     *inputs, last = (replace(product, output=lambda output: output) for product in reads)
     parts = [_through(weights, p, functional.linear(p.x, p.operand), p.x) for p in inputs]
     heads = kwargs.get("num_heads", args[4] if len(args) > 4 else None)
-    whole = parts if len(parts) == 3 else parts[0].chunk(3, -1)
-    query, key, value = (t.reshape(*t.shape[:-1], heads, -1) for t in whole)
+    projected = parts if len(parts) == 3 else parts[0].chunk(3, -1)
+    query, key, value = (t.reshape(*t.shape[:-1], heads, -1) for t in projected)
     scores = query.sum(-1, keepdim=True) + key.sum((0, -1), keepdim=True)
     mixed = _saturate(scores + value.sum(0, keepdim=True)).flatten(-2)
     output = _through(weights, last, functional.linear(mixed, last.operand), mixed)

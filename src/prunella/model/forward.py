@@ -44,7 +44,7 @@ def _forward(model: nn.Module, batch: Any) -> Any:
     if isinstance(batch, Mapping):
         return _call(model, batch, **batch)
     if isinstance(batch, tuple):
-        return _forward(model, batch[0]) if _labelled(model, batch) else _call(model, batch, *batch)
+        return _forward(model, batch[0]) if _labeled(model, batch) else _call(model, batch, *batch)
     return model(batch)
 
 
@@ -92,7 +92,7 @@ def _optional(function: Callable[..., Any]) -> frozenset[str]:
 
 def inputs_of(model: nn.Module, batch: Any) -> Any:
     """What of a batch the model takes, so that `forward` gives the same for it without any trial."""
-    if isinstance(batch, tuple) and _labelled(model, batch):
+    if isinstance(batch, tuple) and _labeled(model, batch):
         return inputs_of(model, batch[0])
     if not isinstance(batch, list):
         return batch
@@ -113,7 +113,7 @@ def _of_list(model: nn.Module, batch: list[Any]) -> Any:
     try:
         return model(batch)
     except (TypeError, AttributeError) as error:  # what torch and a module raise for a list in place of a tensor
-        if _labelled(model, batch):
+        if _labeled(model, batch):
             return _forward(model, batch[0])
         if len(batch) > 1 and _arguments(model) == (len(batch), len(batch)):
             return model(*batch)
@@ -141,7 +141,7 @@ def _misfit(batch: Any, why: str) -> RequestError:
     )
 
 
-def _labelled(model: nn.Module, batch: tuple[Any, ...] | list[Any]) -> bool:
+def _labeled(model: nn.Module, batch: tuple[Any, ...] | list[Any]) -> bool:
     """Whether only the first entry of a batch can be an input, as the model takes a single argument."""
     return len(batch) > 1 and isinstance(batch[0], Tensor | Mapping) and _arguments(model)[1] == 1
 

@@ -111,7 +111,7 @@ class Read:
         return self.form.sizes(self.view.size)[0]
 
     @property
-    def whole(self) -> bool:
+    def full(self) -> bool:
         """Whether the full weight is read."""
         return torch.Size(self.view.size).numel() == self.weight.numel()
 

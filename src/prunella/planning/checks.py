@@ -1,4 +1,4 @@
-"""What a request has to fulfil before any work is done, and what a model has to be."""
+"""What a request has to fulfill before any work is done, and what a model has to be."""
 
 from __future__ import annotations
 

@@ -53,7 +53,7 @@ def changed_sizes(dense: Shapes, small: Shapes, pairs: Iterator[tuple[int, int]]
 def shallower(
     config: Mapping[str, Any], sizes: Mapping[tuple[str, str], Any], lists: Mapping[tuple[str, str], tuple[int, ...]]
 ) -> dict[str, Any]:
-    """The configuration with what counts the blocks as the plan has it, where it belongs to the whole model."""
+    """The configuration with what counts the blocks as the plan has it, where it belongs to the full model."""
     shallow = copy.deepcopy(dict(config))
     for (owner, name), value in sizes.items():
         if owner == ":config" and name in shallow:
@@ -189,5 +189,5 @@ def _candidates(config: Mapping[str, Any], sizes: Sizes, path: ConfigPath = ()) 
 def _scaled(value: int, sizes: Sizes) -> list[int]:
     """What `value` becomes if it is a changed size, or a count of equal parts of one (heads of 64, say)."""
     pairs = [(old, new) for old, options in sizes.items() for new in options]
-    whole = {value * new // old for old, new in pairs if value and old % value == 0 and value * new % old == 0}
-    return sorted(whole - {value, 0})
+    values = {value * new // old for old, new in pairs if value and old % value == 0 and value * new % old == 0}
+    return sorted(values - {value, 0})

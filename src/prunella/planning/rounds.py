@@ -48,7 +48,7 @@ class Rounds:
             raise RequestError(f"count={self.count} rounds do nothing", "at least 1 is needed", "for example 100")
 
     def targets(self, target: Target, dense: float) -> list[Target]:
-        """The target of every round, the last one `target` itself. dense: the whole model in the target's unit."""
+        """The target of every round, the last one `target` itself. dense: the full model in the target's unit."""
         density = 1 - target.value if isinstance(target, Sparsity) else target.absolute(dense) / dense
         curve = self.schedule or (
             partial(exponential, rho=1 / density) if 0 < density < 1 else lambda progress: progress

@@ -90,7 +90,7 @@ def _layers(model: nn.Module, names: Sequence[str], batch: Any, outputs: Outputs
     weights = [module.weight for module in owners.values()]
 
     def record(read: Read) -> None:
-        if read.whole and read.form.output_axis is not None:
+        if read.full and read.form.output_axis is not None:
             reads.setdefault(id(read.weight), (read.form.output_axis, read.bare))
 
     handles = [m.register_forward_hook(lambda *_, n=n: ran.append(n)) for n, m in owners.items()]

@@ -89,7 +89,7 @@ def reconstruct(
     in the small model and Y the outputs of the dense layer for the same batch, so that each layer compensates the
     errors of earlier layers. If the output is added to a residual stream, the sum is fitted to the sum in the dense
     model: the layer then also compensates the error of the stream. The penalty keeps the solution near the present
-    weights: directions that `data` does not contain do not change. A layer with a bias is fitted on centred inputs, and
+    weights: directions that `data` does not contain do not change. A layer with a bias is fitted on centered inputs and
     its bias is refitted; a layer without one in front of a batch normalization shifts the running mean instead. If a
     batch normalization lies between the layer and the residual sum, the sum behind it is fitted. Sums are gathered
     batch by batch in float64. For a singular matrix the damping grows; the result reports the damping.
@@ -251,7 +251,7 @@ class _Gathering:
     def __init__(self, reader: Reader, apart: bool) -> None:
         self._reader, self._apart, self._batches = reader, apart, 0
         self.fit: Gathered = {
-            (number, submatrix): Sums(centred=part.shifts)
+            (number, submatrix): Sums(centered=part.shifts)
             for number, part in enumerate(reader.parts)
             for submatrix in range(len(part.submatrices))
         }

@@ -200,7 +200,7 @@ def _half_width(scores: np.ndarray[Any, np.dtype[np.float64]]) -> float:
 
 
 def frontier_chart(frontier: Frontier, width: float = WIDE) -> Markup:
-    """A curve for each method with the band of its interval, and every seed as a dot; baselines are grey and dashed."""
+    """A curve for each method with the band of its interval, and every seed as a dot; baselines are gray and dashed."""
     lines = ((0, ()), (0, (5, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)))
     marks = "osD^vP"
 

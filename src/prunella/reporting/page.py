@@ -169,7 +169,7 @@ def _curve_charts(report: Report) -> tuple[Any, ...]:
 
 
 def _shares(report: Report) -> tuple[tuple[LayerLine, float, float], ...]:
-    """Each layer with its share of the whole pass, before and after."""
+    """Each layer with its share of the full pass, before and after."""
     before, after = (seconds or 1.0 for seconds in report.pass_seconds)
     return tuple((one, one.seconds_before / before, one.seconds_after / after) for one in report.layers)
 

@@ -113,7 +113,7 @@ def woodfisher(
 ) -> Plan:
     """The plan with weights that compensate for its removals, by the empirical Fisher in blocks (WoodFisher).
 
-    `d = -F^-1[:, S] ([F^-1]_SS)^-1 w_S` in every block of `block` neighbours in a row, jointly for all pruned weights,
+    `d = -F^-1[:, S] ([F^-1]_SS)^-1 w_S` in every block of `block` neighbors in a row, jointly for all pruned weights,
     with `F^-1 <- F^-1 - F^-1 g g^T F^-1 / (N + g^T F^-1 g)` over the gradients of N samples, from `I / damping`.
     Data: batches, split into samples, and a loss; memory is one gradient of a layer for each sample.
 
@@ -231,9 +231,9 @@ def _updates(
             grads = statistics.get("sample_grad", layer.entity)
             task = _Task(layer, parameter, rows, matrix[rows].double(), pruned[rows], grads)
             for update, new in surgeon(task).items():
-                whole = matrix.clone()
-                whole[rows] = new.to(matrix.dtype)
-                solved.setdefault(update, {})[layer.entity] = from_matrix(whole, parameter, layer).detach()
+                updated = matrix.clone()
+                updated[rows] = new.to(matrix.dtype)
+                solved.setdefault(update, {})[layer.entity] = from_matrix(updated, parameter, layer).detach()
     return solved
 
 

@@ -430,7 +430,7 @@ def test_tied_weights_have_one_mask() -> None:
 # -- patterns ----------------------------------------------------------------------------------------------------------
 
 
-def test_patterns_are_recognised() -> None:
+def test_patterns_are_recognized() -> None:
     layer = couple(model := nn.Sequential(nn.Linear(32, 32)), torch.randn(1, 32)).layers[0]
     ones, some = torch.ones(32, 32, dtype=torch.bool), torch.rand(32, 32) > 0.5
     rows, columns, tiles = ones.clone(), ones.clone(), torch.kron(torch.rand(8, 8) > 0.5, torch.ones(4, 4)).bool()

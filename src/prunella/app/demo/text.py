@@ -98,7 +98,7 @@ def _sentences(text: str) -> list[str]:
 
 
 def _pack(sentences: list[str], start: int) -> Iterator[str]:
-    """Join neighbouring sentences to passages of the lengths `_WORDS` in turn; each has at least one sentence."""
+    """Join neighboring sentences to passages of the lengths `_WORDS` in turn; each has at least one sentence."""
     held: list[str] = []
     for sentence in sentences:
         if held and sum(len(s.split()) for s in [*held, sentence]) > _WORDS[start % len(_WORDS)]:

@@ -83,7 +83,7 @@ def torch_ao(state: State) -> Imported:
 
 
 def needs_masks(state: Mapping[str, Tensor]) -> bool:
-    """Whether weights are parametrised and their masks are not there."""
+    """Whether weights are parametrized and their masks are not there."""
     return any(map(_ORIGINAL.match, state)) and not any(map(_FAKE.match, state))
 
 

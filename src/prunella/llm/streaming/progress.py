@@ -101,8 +101,8 @@ def _opened(output: Path, identify: Callable[[], Identity], *, overwrite: bool) 
 
 def folder_beside(output: Path) -> Path:
     """Where a new result is written while the output holds a finished one."""
-    whole = output.absolute()
-    return whole.with_name(f".{whole.name}.new")
+    absolute = output.absolute()
+    return absolute.with_name(f".{absolute.name}.new")
 
 
 def is_finished(folder: Path) -> bool:

@@ -35,8 +35,8 @@ class Precision(Enum):
 class Kind(Enum):
     """The layout of the nonzeros.
 
-    ROWS: each row with its own columns, several rows side by side. GROUPS: neighbouring rows, whose columns are sorted
-    by which of the rows have a nonzero there. BLOCK16, BLOCK8, BLOCK4: that many neighbouring rows share their columns.
+    ROWS: each row with its own columns, several rows side by side. GROUPS: neighboring rows, whose columns are sorted
+    by which of the rows have a nonzero there. BLOCK16, BLOCK8, BLOCK4: that many neighboring rows share their columns.
     PAIRS: as ROWS, but two nonzeros of a row at a time, with values and x in bfloat16. DECODE, CSR: for a few tokens.
     """
 
