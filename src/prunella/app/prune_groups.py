@@ -150,8 +150,8 @@ def _scored(request: Request) -> tuple[list[tuple[Group, Tensor]], list[Frozen]]
     scored = []
     for group in groups:
         try:
-            found, frozen = score_groups(by_norm, [group], frozen)
-            scored += found
+            scores, frozen = score_groups(by_norm, [group], frozen)
+            scored += scores
         except NotSupported as error:
             reason = error.why.splitlines()[0] if error.why else error.what
             frozen = [*frozen, set_aside(group, reason, ReasonKind.UNSCORED)]

@@ -136,19 +136,19 @@ class _Measured:
 
     def _eliminated(self, readers: Readers, stage: Running) -> dict[str, Tensor]:
         """Group -> the relative loss at which each unit goes; groups without a readable reader are left out."""
-        found, tokens, start = {}, list[float](), now()
+        losses, tokens, start = {}, list[float](), now()
         for number, group in enumerate(self.scope.groups, start=1):
             parts = readers.of(group.name)
             tokens += [reader.covariance.tokens / len(quadratic.units) for reader, quadratic in parts]
             if parts:
                 ridge = FEW_RIDGE if min(tokens) < 2 else RIDGE
-                found[group.name] = eliminate([quadratic for _, quadratic in parts], group.size, ridge=ridge).losses
+                losses[group.name] = eliminate([quadratic for _, quadratic in parts], group.size, ridge=ridge).losses
             stage.tick(number, len(self.scope.groups))
-        unread = [group.name for group in self.scope.groups if group.name not in found]
+        unread = [group.name for group in self.scope.groups if group.name not in losses]
         if unread:
             stage.note(f"by norm, since no layer that reads them can be refitted: {', '.join(unread[:3])}")
         stage.note(f"elimination {since(start):.1f} s")
-        return found
+        return losses
 
     def _losses(self, readers: Readers, predicted: Mapping[str, Tensor], scores: Sequence[Tensor]) -> list[Losses]:
         groups = [(k, group) for k, group in enumerate(self.scope.groups) if group.name in predicted]
@@ -270,8 +270,8 @@ class _Choice:
         }
         recipe = Recipe(seed=self.asked.seed)
         space = Space(self.request.model, recipe, self.candidates, self.asked.inputs, Source(), (), ())
-        found = knapsack(space, Params(1 / dense), Scan(0.0, points, 0), predict=ratio)
-        counts = [round(found.shares[group.name] * group.size) for group in self.scope.groups]
+        choice = knapsack(space, Params(1 / dense), Scan(0.0, points, 0), predict=ratio)
+        counts = [round(choice.shares[group.name] * group.size) for group in self.scope.groups]
         return self._spent(counts, ratio)
 
     def _ratio(self, targets: Sequence[Target]) -> Callable[[Counts], float]:

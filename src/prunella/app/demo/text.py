@@ -47,13 +47,13 @@ def read_sections() -> tuple[TextSection, ...]:
     """All sections of the installed Python's topics with a first sentence and something after it, each once."""
     from pydoc_data.topics import topics
 
-    found: dict[str, TextSection] = {}
+    sections: dict[str, TextSection] = {}
     for name in sorted(topics):
         for title, body in _cut(topics[name]):
             section = _section(title, body)
             if section:
-                found.setdefault(section.first, section)
-    return tuple(found.values())
+                sections.setdefault(section.first, section)
+    return tuple(sections.values())
 
 
 def split(sections: tuple[TextSection, ...], *, held_out: float = 0.4, seed: int = 0) -> Corpus:

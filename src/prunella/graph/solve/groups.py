@@ -162,8 +162,8 @@ def _runs(equations: Equations, record: Trace, numbers: _Numbers) -> Iterator[Un
 def _number(equations: Equations, record: Trace, groups: tuple[Group, ...]) -> _Numbers:
     group = np.full(len(equations.fixed), -1, dtype=np.int64)
     unit = np.zeros(len(equations.fixed), dtype=np.int64)
-    for k, found in enumerate(groups):
-        member = found.members[0]
+    for k, built in enumerate(groups):
+        member = built.members[0]
         part = equations.part[record.axes[member.entity][member.axis][0][member.index]]
         group[part], unit[part] = k, member.unit
     return _Numbers(groups, group, unit)
