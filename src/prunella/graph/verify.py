@@ -86,8 +86,7 @@ def verify(
     """Compare `small` with `dense` with zeros in the removed units, in float64 and eval mode, on one batch.
 
     example: the number of the example that this batch is, or is like. answers: values that the source reads otherwise.
-    Errors: NotSupported if the small model does not
-    run, if the dense one does not repeat its outputs, or if there is no number to compare.
+    Errors: NotSupported if the small model does not run, the dense one does not repeat itself, or nothing is compared.
     """
     done = done.on(example)
     if any(p.device.type == "meta" for p in dense.parameters()):

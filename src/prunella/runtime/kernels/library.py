@@ -125,12 +125,15 @@ def _open(file: Path) -> Loaded:
 def _library() -> ctypes.CDLL:
     loaded = load()
     if loaded.library is None:
-        raise NotSupported("the compiled kernels cannot be used", loaded.why, INSTALL)
+        raise NotSupported("the compiled kernels cannot be used", loaded.why, remedy())
     return loaded.library
 
 
-INSTALL = "install prunella from a wheel, or from source with a C++ compiler (in a checkout: make kernels)"
-"""How to get the kernels."""
+def remedy() -> str:
+    """How to get the kernels."""
+    if sys.platform == "win32":
+        return "run prunella on Linux or macOS, or in WSL"
+    return "install prunella from a wheel, or from source with a C++ compiler (in a checkout: make kernels)"
 
 
 def available() -> bool:

@@ -23,7 +23,7 @@ def without_kernels() -> str:
     if library.available():
         return ""
     effect = "so zeros are skipped only by torch's CSR, which is faster from about 90 % zeros"
-    return f"{library.missing()}, {effect}: {library.INSTALL}"
+    return f"{library.missing()}, {effect}: {library.remedy()}"
 
 
 @dataclass(frozen=True)
