@@ -18,8 +18,8 @@ from prunella.model.state import untouched
 from prunella.model.torch_masks import with_plain_weights
 from prunella.planning.accounting import amount
 from prunella.planning.checks import check_finite, checked_target
+from prunella.planning.masked_plan import masked_plan
 from prunella.planning.plan import Plan
-from prunella.planning.planner import plan_masks
 from prunella.planning.recipe import Recipe
 from prunella.planning.request import prepare
 from prunella.registry.controlled import name_of
@@ -94,7 +94,7 @@ def iterate(
     before = Before(nested=rounds.nested)
     for part in rounds.targets(asked, dense):
         with untouched(replica, recipe.seed):
-            plan = plan_masks(replace(request, target=part, before=before))
+            plan = masked_plan(replace(request, target=part, before=before))
         before = Before(plan.masks, rounds.nested)
     settings = {"count": rounds.count, "nested": rounds.nested, "schedule": name_of(rounds.schedule or exponential)}
     return replace(plan, recipe={**plan.recipe, "rounds": settings})
