@@ -10,7 +10,7 @@ from enum import Enum
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from prunella.errors import BadInput, RequestError
 from prunella.registry.method import metric
@@ -86,12 +86,6 @@ def best_format(weight: Tensor) -> StorageFormat:
     """The format with the fewest bytes; dense if none is smaller."""
     fits = [form for form in StorageFormat if form is not StorageFormat.TWO_OF_FOUR or _is_two_of_four(_matrix(weight))]
     return min(fits, key=lambda form: stored_bytes(weight, form))
-
-
-def stored_model(model: nn.Module) -> dict[str, tuple[StorageFormat, int]]:
-    """Parameter name (tied ones once) -> its best format and the bytes in this format."""
-    best = {name: best_format(parameter) for name, parameter in model.named_parameters()}
-    return {name: (form, stored_bytes(model.get_parameter(name), form)) for name, form in best.items()}
 
 
 # -- each format -----------------------------------------------------------------------------------------------------

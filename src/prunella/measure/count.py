@@ -132,11 +132,6 @@ def measured_macs(model: nn.Module, inputs: Inputs) -> int:
     return count_work(model, inputs).macs
 
 
-def macs_by_module(model: nn.Module, inputs: Inputs) -> dict[str, int]:
-    """Multiply-adds of one forward pass by the module that does them; "" is the model itself."""
-    return dict(count_work(model, inputs).by_module)
-
-
 class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Sees the operations of one run below autograd; of those that take functions, the call as one."""
 

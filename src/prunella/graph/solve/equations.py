@@ -171,7 +171,3 @@ class Equations:
             further = (reason for _, reason in hard if reason.example and not reason.soft)
             return next(alone, None) or next(further, hard[0][1])
         return Reason("it meets a tensor that always stays" if components[self.part[0]] else "it always stays")
-
-    def atoms_of(self, marked: Mark) -> Ints:
-        """The atoms of the components marked."""
-        return np.flatnonzero(marked[self.part])
