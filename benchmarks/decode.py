@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from prunella.runtime.kernels import library
-from prunella.runtime.kernels.library import Config, Kind, Precision
+from prunella.runtime.kernels.config import Config, Kind, Precision
 
 Call = Callable[[], object]
 KERNELS = {

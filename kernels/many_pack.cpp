@@ -77,7 +77,7 @@ void pack_rows(prunella_many& made, const Source& source, int64_t row, int64_t r
   }
 }
 
-// Blocks of `side` neighbouring rows: the columns that any of them has, and a value for each of them.
+// Blocks of `side` neighboring rows: the columns that any of them has, and a value for each of them.
 void pack_shared(prunella_many& made, const Source& source, int64_t row, int64_t rows, int64_t from, int64_t to) {
   int side = made.weight.rows;
   for (int64_t i = 0; i < rows; i += side) {

@@ -126,8 +126,8 @@ def random_keep(graph: Graph, *, fraction: float = 0.4, seed: int = 0) -> Keep:
 
 def masked(model: nn.Module, graph: Graph, keep: Mapping[str, Tensor], *, mode: Mode = "all") -> nn.Module:
     """A deep copy with members of every removed unit at zero: all its parameters, only its readers, or the rest."""
-    twin = copy.deepcopy(model)
-    parameters = dict(twin.named_parameters(remove_duplicate=False))
+    replica = copy.deepcopy(model)
+    parameters = dict(replica.named_parameters(remove_duplicate=False))
     with torch.no_grad():
         for group in graph.groups:
             gone = ~keep[group.name].numpy() if group.name in keep else np.zeros(group.size, bool)
@@ -136,14 +136,14 @@ def masked(model: nn.Module, graph: Graph, keep: Mapping[str, Tensor], *, mode: 
                     continue
                 positions = torch.from_numpy(member.index[gone[member.unit]].copy())
                 parameters[member.entity].index_fill_(member.axis, positions, 0.0)
-    return twin
+    return replica
 
 
 def cut(model: nn.Module, graph: Graph, keep: Mapping[str, Tensor]) -> nn.Module:
     """A deep copy, cut in place."""
-    twin = copy.deepcopy(model)
-    cut_(twin, cuts(graph, keep), attributes(graph, keep))
-    return twin
+    replica = copy.deepcopy(model)
+    cut_(replica, cuts(graph, keep), attributes(graph, keep))
+    return replica
 
 
 def macs(model: nn.Module, inputs: Any) -> float:

@@ -160,11 +160,11 @@ def top_kast() -> dict[str, Any]:
 def admm() -> dict[str, Any]:
     model = NET.model()
     recipe = pr.Recipe(granularity=pr.NM(2, 4))
-    pull = pr.train.AdmmTraining(model, lambda m: pr.plan(m, DATA[0], recipe, skip=["0"]), rho=0.1)
+    admm = pr.train.AdmmTraining(model, lambda m: pr.plan(m, DATA[0], recipe, skip=["0"]), rho=0.1)
     for _ in range(2):
-        pr.finetune(model, DATA, pr.train.penalized(loss, pull), steps=2, lr=1e-3)
-        pull.update()
-    return {"distance": pull.distance, "plan": pull.plan, "model": model}
+        pr.finetune(model, DATA, pr.train.penalized(loss, admm), steps=2, lr=1e-3)
+        admm.update()
+    return {"distance": admm.distance, "plan": admm.plan, "model": model}
 
 
 # -- penalties and proximal steps --------------------------------------------------------------------------------

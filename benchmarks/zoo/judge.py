@@ -157,8 +157,8 @@ def take(tensor: Tensor, cut: Cut) -> Tensor:
 
 def masked(model: nn.Module, cuts: Mapping[str, Cut], axes: str = "all") -> nn.Module:
     """A copy with zeros where something was removed: along all axes, the `first` one only, or the `others`."""
-    twin = copy.deepcopy(model)
-    parameters = dict(twin.named_parameters(remove_duplicate=False))
+    replica = copy.deepcopy(model)
+    parameters = dict(replica.named_parameters(remove_duplicate=False))
     with torch.no_grad():
         for name, cut in cuts.items():
             for axis, kept in cut.items():
@@ -166,7 +166,7 @@ def masked(model: nn.Module, cuts: Mapping[str, Cut], axes: str = "all") -> nn.M
                     gone = torch.ones(parameters[name].shape[axis], dtype=torch.bool)
                     gone[kept] = False
                     parameters[name].index_fill_(axis, gone.nonzero().flatten(), 0)
-    return twin
+    return replica
 
 
 def runs_wide(model: nn.Module, inputs: Any) -> bool:

@@ -119,7 +119,7 @@ def _spend(base: Counts, level: Counts, steps: int) -> Counts:
 
 
 def _ordinal(value: float) -> int:
-    """Position of a float64 among all float64: ordered as the values are, neighbours differ by one."""
+    """Position of a float64 among all float64: ordered as the values are, neighbors differ by one."""
     (bits,) = struct.unpack("<q", struct.pack("<d", value))
     return int(bits) if bits >= 0 else -(int(bits) & 0x7FFF_FFFF_FFFF_FFFF)
 

@@ -1,6 +1,6 @@
 """Budgets with units. A fraction states what is KEPT; for `Sparsity` it states what is REMOVED.
 
-`MACs(0.5)` keeps half of the multiply-adds of the whole model; `MACs(1.2e9)` asks for an absolute number;
+`MACs(0.5)` keeps half of the multiply-adds of the full model; `MACs(1.2e9)` asks for an absolute number;
 `Sparsity(0.9)` removes 90 % of the prunable weights. A value up to and including 1 is a fraction. A fraction above 1,
 such as `MACs(1.5)`, is neither a share nor a number of anything, and is refused; from 1000 on it is a computed number.
 """

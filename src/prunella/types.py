@@ -63,7 +63,7 @@ UnitWeight = Annotated[Tensor, "(units, weights)", "all weights of each unit in 
 Noise = Annotated[Tensor, "any", "uniform numbers in [0, 1), one for each unit (weight), from the recipe's seed"]
 FisherDiag = Annotated[Tensor, "(out, in)", "mean over samples of the squared gradient"]
 FisherInverse = Annotated[
-    Tensor, "(out, blocks, block, block)", "inverse of the damped Fisher of every block of neighbours in a row"
+    Tensor, "(out, blocks, block, block)", "inverse of the damped Fisher of every block of neighbors in a row"
 ]
 FisherInverseDiag = Annotated[Tensor, "(out, in)", "diagonal of FisherInverse"]
 HessianDiag = Annotated[Tensor, "(out, in)", "estimate of the second derivative of the loss to each weight"]

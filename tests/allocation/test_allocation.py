@@ -151,13 +151,13 @@ def test_lamp_refuses_negative_scores() -> None:
 
 
 @given(st.integers(1, 40), st.floats(0, 0.99), st.integers(1, 9))
-def test_ladder_widths_are_aligned_and_never_below_the_floor(size: int, floor: float, align: int) -> None:
-    made = ladder(torch.arange(size, dtype=torch.float64), floor, align)
+def test_ladder_widths_are_aligned_and_never_below_min_density(size: int, min_density: float, round_to: int) -> None:
+    made = ladder(torch.arange(size, dtype=torch.float64), min_density, round_to)
     widths = [size - made.removed(step) for step in range(len(made.keys) + 1)]
     assert widths[0] == size
-    assert all(width % align == 0 for width in widths[1:])
-    assert all(width >= max(1, math.ceil(floor * size - 1e-9)) for width in widths)
-    assert size < align or widths[-1] < max(1, math.ceil(floor * size - 1e-9)) + align
+    assert all(width % round_to == 0 for width in widths[1:])
+    assert all(width >= max(1, math.ceil(min_density * size - 1e-9)) for width in widths)
+    assert size < round_to or widths[-1] < max(1, math.ceil(min_density * size - 1e-9)) + round_to
     assert bool((made.keys.diff() >= 0).all())
 
 

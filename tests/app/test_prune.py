@@ -163,8 +163,8 @@ def test_tokens_and_dictionaries() -> None:
 def test_labels_of_a_loader_are_left_out(pack: Callable[[Tensor], Any]) -> None:
     model, data = Wide().eval(), _images()
     plain = pr.prune(model, data[0][:2], target=pr.MACs(0.5), data=data, recover="none")
-    labelled = pr.prune(model, data[0][:2], target=pr.MACs(0.5), data=[pack(x) for x in data], recover="none")
-    assert all(torch.equal(labelled.plan.keep[name], keep) for name, keep in plain.plan.keep.items())
+    labeled = pr.prune(model, data[0][:2], target=pr.MACs(0.5), data=[pack(x) for x in data], recover="none")
+    assert all(torch.equal(labeled.plan.keep[name], keep) for name, keep in plain.plan.keep.items())
 
 
 def test_a_quarter_is_held_out_and_never_fitted() -> None:

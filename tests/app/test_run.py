@@ -16,7 +16,7 @@ from torch.nn.functional import cross_entropy
 from prunella.app.job import Job, Recovery, RecoveryStep, read_steps
 from prunella.app.recover import Tick, outputs_by
 from prunella.app.run import run, summary
-from prunella.app.verify import check_whole
+from prunella.app.verify import check_folder
 from prunella.errors import CheckFailed, Locked, RequestError, TargetMissed
 from prunella.planning.recipe import Recipe
 from prunella.targets import MACs
@@ -164,7 +164,7 @@ def test_a_record_of_version_0_1_is_read(tmp_path: Path) -> None:
     assert json.loads(record.read_text())["format"] == 2
     to_format_1(tmp_path / "out")
     record.write_text(json.dumps({"text": "", "healed": [{"by": "bn", "result": ""}]}))
-    assert check_whole(tmp_path / "out")[0].recovered == ("bn",)
+    assert check_folder(tmp_path / "out")[0].recovered == ("bn",)
 
 
 @pytest.mark.parametrize(("target", "drop", "error"), [(MACs(1e-6), None, TargetMissed), (MACs(0.5), 0.1, CheckFailed)])

@@ -19,7 +19,7 @@ from prunella.app import run as app
 from prunella.app.job import Job, Recovery, read_steps
 from prunella.app.recover import Tick
 from prunella.app.stages import folder_of
-from prunella.app.verify import check_whole
+from prunella.app.verify import check_folder
 from prunella.errors import BadInput, CheckFailed, RequestError
 from prunella.io.artifact import load
 from prunella.planning.recipe import Recipe
@@ -199,12 +199,12 @@ def test_a_flipped_bit_in_any_file_of_a_run_is_refused(tmp_path: Path) -> None:
             content[place] ^= 1
             file.write_bytes(content)
             with pytest.raises(BadInput):
-                check_whole(tmp_path / "out", factory=net)
+                check_folder(tmp_path / "out", factory=net)
         file.write_bytes(sound)
     record = json.loads((tmp_path / "out" / "run.json").read_text())
     (tmp_path / "out" / "run.json").write_text(json.dumps({**record, "format": 99}))
     with pytest.raises(BadInput):
-        check_whole(tmp_path / "out", factory=net)
+        check_folder(tmp_path / "out", factory=net)
 
 
 def test_finetune_goes_on_from_its_file_and_refuses_another_training(

@@ -125,8 +125,8 @@ def test_run_then_verify_report_and_load(prunella: Run, shop: str) -> None:
     assert sum(p.numel() for p in small.parameters()) == result.data["params"][1]
     assert result.data["quality"][0] == {"quality": 1.0}
     assert result.data["quality"][2] == {"quality": small[0].out_channels / 8}  # type: ignore[index, operator]
-    proof = prunella("verify", "half", f"{shop}:net", "--json").data
-    assert proof["rebuilt"] and proof["recovered"][1] == "reconstruct" and proof["equal"] > 0
+    verified = prunella("verify", "half", f"{shop}:net", "--json").data
+    assert verified["rebuilt"] and verified["recovered"][1] == "reconstruct" and verified["equal"] > 0
     page = prunella("report", "half", "--json")
     assert page.code == 0 and Path(page.data["page"]).is_file() and page.data["params"] == result.data["params"]
 
@@ -148,10 +148,10 @@ def test_a_run_without_recovery_equals_the_masked_model(prunella: Run, shop: str
     done = prunella("run", f"{shop}:net", *IMAGE, "--target", "params=0.6", "-o", "out")
     assert done.code == 0 and done.out.splitlines()[1].startswith("NOT RECOVERED")
     assert "NOT RECOVERED" in Path("out/report.html").read_text(encoding="utf-8")
-    proof = prunella("verify", "out", f"{shop}:net", "--json").data
-    assert proof["rebuilt"] and proof["equal"] < 1e-6
+    verified = prunella("verify", "out", f"{shop}:net", "--json").data
+    assert verified["rebuilt"] and verified["equal"] < 1e-6
     alone = prunella("verify", "out", "--json").data
-    assert not alone["rebuilt"] and alone["files"] == proof["files"]
+    assert not alone["rebuilt"] and alone["files"] == verified["files"]
 
 
 def test_a_masked_run(prunella: Run, shop: str) -> None:

@@ -79,29 +79,29 @@ def test_the_loss_sees_rounded_weights_and_the_gradient_passes_the_rounding() ->
     x = X.double()
     value = quantization_aware(_loss, bits=3)(net, x)
     value.backward()
-    twin = copy.deepcopy(net)
-    round_weights_(twin, bits=3)
-    expected = _loss(twin, x)
+    replica = copy.deepcopy(net)
+    round_weights_(replica, bits=3)
+    expected = _loss(replica, x)
     expected.backward()
     assert value.item() == pytest.approx(expected.item(), rel=1e-12) and value.item() != _loss(net, x).item()
-    for ours, theirs in zip(net.parameters(), twin.parameters(), strict=True):
+    for ours, theirs in zip(net.parameters(), replica.parameters(), strict=True):
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-12, atol=1e-12)
-    assert [n for n, _ in net.named_parameters()] == [n for n, _ in twin.named_parameters()]
+    assert [n for n, _ in net.named_parameters()] == [n for n, _ in replica.named_parameters()]
 
 
 def test_training_for_rounding_keeps_the_mask_and_helps() -> None:
     net = _two_of_four()
     masks = pr.masks_of(net)
-    twin = copy.deepcopy(net)
+    replica = copy.deepcopy(net)
     data = [X]
     how = Training(lr_schedule=constant_lr)
     finetune(net, data, quantization_aware(_loss, bits=2), steps=80, lr=0.01, training=how)
-    finetune(twin, data, _loss, steps=80, lr=0.01, training=how)
-    for model in (net, twin):
+    finetune(replica, data, _loss, steps=80, lr=0.01, training=how)
+    for model in (net, replica):
         assert all(torch.count_nonzero(model.get_parameter(n)[~mask]) == 0 for n, mask in masks.items())
         round_weights_(model, bits=2)
         assert all(torch.count_nonzero(model.get_parameter(n)[~mask]) == 0 for n, mask in masks.items())
-    assert _loss(net, X) < 0.5 * _loss(twin, X)
+    assert _loss(net, X) < 0.5 * _loss(replica, X)
 
 
 def test_a_tied_weight_is_rounded_once_and_everywhere() -> None:
@@ -117,10 +117,10 @@ def test_a_tied_weight_is_rounded_once_and_everywhere() -> None:
 def test_recurrent_layers_are_rounded_too() -> None:
     torch.manual_seed(0)
     net, x = nn.LSTM(4, 3), torch.randn(5, 2, 4)
-    twin = copy.deepcopy(net)
-    round_weights_(twin, bits=2)
+    replica = copy.deepcopy(net)
+    round_weights_(replica, bits=2)
     found = quantization_aware(lambda m, b: m(b)[0].square().sum(), bits=2)(net, x)
-    assert found.item() == pytest.approx(twin(x)[0].square().sum().item(), rel=1e-6)
+    assert found.item() == pytest.approx(replica(x)[0].square().sum().item(), rel=1e-6)
     assert found.item() != pytest.approx(net(x)[0].square().sum().item(), rel=1e-3)
     found.backward()
     assert net.weight_ih_l0.grad is not None and net._flat_weights[0] is net.weight_ih_l0

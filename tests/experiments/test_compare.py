@@ -57,7 +57,7 @@ def test_the_dense_model_is_measured_once() -> None:
 CALLS: list[int] = []
 
 
-def way(seed: int) -> nn.Module:
+def method(seed: int) -> nn.Module:
     """Says that it was called, and stops at a call that `stops_at` names."""
     CALLS.append(seed)
     tick()
@@ -68,11 +68,11 @@ def test_what_is_known_is_not_run_again(tmp_path: Path) -> None:
     CALLS.clear()
     dense = scaled(9.0)
     with stops_at(2):
-        pr.experiments.compare(dense, {"a": way}, {"weight": weight}, seeds=(1, 2), folder=tmp_path)
-    found = pr.experiments.compare(dense, {"a": way}, {"weight": weight}, seeds=(1, 2), folder=tmp_path)
+        pr.experiments.compare(dense, {"a": method}, {"weight": weight}, seeds=(1, 2), folder=tmp_path)
+    found = pr.experiments.compare(dense, {"a": method}, {"weight": weight}, seeds=(1, 2), folder=tmp_path)
     assert CALLS == [1, 2, 2] and found.values["a"]["weight"] == (1, 2)
     with pytest.raises(RequestError, match="not continued"):
-        pr.experiments.compare(scaled(8.0), {"a": way}, {"weight": weight}, seeds=(1,), folder=tmp_path)
+        pr.experiments.compare(scaled(8.0), {"a": method}, {"weight": weight}, seeds=(1,), folder=tmp_path)
 
 
 def test_a_function_that_measures_two_things_and_what_names_depend_on(tmp_path: Path) -> None:
@@ -91,10 +91,10 @@ def test_a_function_that_measures_two_things_and_what_names_depend_on(tmp_path: 
 def test_a_way_or_a_measure_that_has_changed_is_run_again(tmp_path: Path) -> None:
     CALLS.clear()
     compare = partial(pr.experiments.compare, scaled(9.0), seeds=(1,), folder=tmp_path)
-    compare({"a": way}, {"weight": weight})
-    compare({"a": way, "b": lambda seed: scaled(seed)}, {"weight": weight})
+    compare({"a": method}, {"weight": weight})
+    compare({"a": method, "b": lambda seed: scaled(seed)}, {"weight": weight})
     assert CALLS == [1]  # a further row leaves the others as they are
-    found = compare({"a": way}, {"weight": lambda model: 2 * weight(model)})
+    found = compare({"a": method}, {"weight": lambda model: 2 * weight(model)})
     assert CALLS == [1, 1] and found.values["a"]["weight"] == (2,) and found.values["dense"]["weight"] == (18,)
     assert compare({"a": lambda seed: scaled(seed + 1)}, {"weight": weight}).values["a"]["weight"] == (2,)
 

@@ -6,9 +6,7 @@ import re
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-ROW = re.compile(
-    r"^\| (?P<fault>[^|]+) \| (?P<behaviour>[^|]+) \| (?P<code>\d+) \| `(?P<test>[^`]+)` \|$", re.MULTILINE
-)
+ROW = re.compile(r"^\| (?P<fault>[^|]+) \| (?P<behavior>[^|]+) \| (?P<code>\d+) \| `(?P<test>[^`]+)` \|$", re.MULTILINE)
 CODES = {"0", "1", "2", "3", "5", "6", "7", "9"}
 """Those of docs/errors.md, and 9 for a process that was killed."""
 

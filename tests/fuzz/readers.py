@@ -153,13 +153,13 @@ def _build_record(folder: Path) -> None:
 
 
 def _read_record(folder: Path) -> Tensors:
-    from prunella.app.verify import check_whole
+    from prunella.app.verify import check_folder
     from prunella.cli.artifacts import report
 
     with contextlib.redirect_stdout(io.StringIO()):
         report(folder, as_json=True)
         report(folder)
-    check_whole(folder)
+    check_folder(folder)
     return None
 
 

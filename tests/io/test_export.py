@@ -19,7 +19,7 @@ from prunella.io.exported import load_exported
 
 
 class Net(nn.Module):
-    """A convolution, a normalisation, a linear layer; half of the weights are zero."""
+    """A convolution, a normalization, a linear layer; half of the weights are zero."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -243,7 +243,7 @@ def test_loaders_are_known_by_their_dataset_and_other_objects_by_class_and_lengt
 
 
 @pytest.mark.filterwarnings("ignore:Sparse CSR")
-def test_tensors_of_every_kind_and_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tensors_of_every_kind_and_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.randn(6, 5, 4, generator=torch.Generator().manual_seed(0))
     kinds = [
         x, x.double(), x.bfloat16(), x.to(torch.float8_e4m3fn), x.to(torch.complex64), x > 0, x.long(), x[:, :, 0],
@@ -252,7 +252,7 @@ def test_tensors_of_every_kind_and_in_pieces(monkeypatch: pytest.MonkeyPatch) ->
     ]  # fmt: skip
     before = [digest_of(one) for one in kinds]
     assert len(set(before)) == len(kinds) and digest_of(x.mT.contiguous()) == digest_of(x.mT)
-    monkeypatch.setattr(contents, "_PIECE", 16)
+    monkeypatch.setattr(contents, "_CHUNK", 16)
     assert [digest_of(one) for one in kinds] == before
     sparse = x[0].to_sparse()
     sparse.values()[0] += 1

@@ -103,12 +103,12 @@ def test_identities_live_beside_each_other_where_that_is_asked_for(tmp_path: Pat
 
 
 def test_a_flipped_bit_changes_no_value_unseen_and_no_byte_is_mended(tmp_path: Path) -> None:
-    sound, dice, refused = written(tmp_path / "sound"), random.Random(0), 0
+    sound, rng, refused = written(tmp_path / "sound"), random.Random(0), 0
     expected = values(tmp_path / "sound")
-    places = [*range(100), *(dice.randrange(len(sound)) for _ in range(300))]
+    places = [*range(100), *(rng.randrange(len(sound)) for _ in range(300))]
     for number, place in enumerate(places):
         content = bytearray(sound)
-        content[place] ^= 1 << dice.randrange(8)
+        content[place] ^= 1 << rng.randrange(8)
         folder = put(tmp_path / f"flipped-{number}", bytes(content))
         try:
             assert values(folder) == expected  # a bit that means nothing

@@ -34,7 +34,7 @@ RECIPES = [m for m in REGISTRY.values() if m.kind == "recipe" and m.name != "rea
 ONLY_UNITS = {m.name for m in CRITERIA if of_level(m.needs, "unit", "block")} | {"geometric_median"}
 PER_WEIGHT = [m for m in CRITERIA if m.name not in ONLY_UNITS]
 POSITIONAL = {"random", "obd", "obs_saliency", "obert"}
-"""What depends on where a weight stands: by dice, or by the block of neighbours that it is in."""
+"""What depends on where a weight stands: by random numbers, or by the block of neighbors that it is in."""
 DATA = images()
 
 

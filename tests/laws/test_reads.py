@@ -15,19 +15,19 @@ import prunella as pr
 from prunella.solvers import Solved
 from tests.hand import hand_plan
 
-Way = Callable[[Tensor, Tensor, Tensor], Tensor]
+Operation = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class Net(nn.Module):
     """A layer whose outputs can be pruned, a weight that reads them in some way, and what follows."""
 
-    def __init__(self, first: nn.Module, way: Way, weight: tuple[int, ...], bias: tuple[int, ...]) -> None:
+    def __init__(self, first: nn.Module, operation: Operation, weight: tuple[int, ...], bias: tuple[int, ...]) -> None:
         super().__init__()
-        self.first, self.way = first, way
+        self.first, self.operation = first, operation
         self.weight, self.bias = nn.Parameter(torch.randn(weight) / 3), nn.Parameter(torch.randn(bias))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.way(torch.relu(self.first(x)), self.weight, self.bias)
+        return self.operation(torch.relu(self.first(x)), self.weight, self.bias)
 
 
 class Attention(nn.Module):
@@ -61,7 +61,7 @@ LINEAR = (nn.Linear, (6, 8), (4, 7, 6))
 IMAGE = (nn.Conv2d, (2, 8, 3), (3, 2, 7, 6))
 LINE = (nn.Conv1d, (2, 8, 3), (3, 2, 9))
 VOLUME = (nn.Conv3d, (2, 8, 1), (2, 2, 4, 5, 3))
-WAYS = {
+OPERATIONS = {
     "linear": (LINEAR, F.linear, (5, 8), (5,)),
     "matmul": (LINEAR, lambda x, w, b: x @ w + b, (8, 5), (5,)),
     "from the left": (LINEAR, lambda x, w, b: (w @ x.mT).mT + b, (5, 8), (5,)),
@@ -83,16 +83,16 @@ WAYS = {
 def made(name: str) -> tuple[nn.Module, list[Tensor], str]:
     """A model, data, and the weight that is looked at."""
     torch.manual_seed(0)
-    if name in WAYS:
-        (kind, sizes, shape), way, weight, bias = WAYS[name]
-        return Net(kind(*sizes), way, weight, bias).eval(), [torch.randn(shape) for _ in range(3)], "weight"
+    if name in OPERATIONS:
+        (kind, sizes, shape), operation, weight, bias = OPERATIONS[name]
+        return Net(kind(*sizes), operation, weight, bias).eval(), [torch.randn(shape) for _ in range(3)], "weight"
     data = [torch.randn(4, 7, 6) for _ in range(3)]
     if name == "tied":
         return Tied().eval(), data, "one.weight"
     return Attention(itself=name == "attention").eval(), data, "attend.in_proj_weight"
 
 
-NAMES = (*WAYS, "tied", "attention")
+NAMES = (*OPERATIONS, "tied", "attention")
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -34,8 +34,8 @@ def language_model(name: str = "llama", **more: Any) -> Any:
 
 def windows(count: int = 4, *, length: int = 16, seed: int = 0) -> list[dict[str, Any]]:
     """Random tokens."""
-    dice = torch.Generator().manual_seed(seed)
-    return [{"input_ids": torch.randint(0, 61, (4, length), generator=dice), "use_cache": False} for _ in range(count)]
+    rng = torch.Generator().manual_seed(seed)
+    return [{"input_ids": torch.randint(0, 61, (4, length), generator=rng), "use_cache": False} for _ in range(count)]
 
 
 def logits(model: nn.Module, batch: Any) -> Tensor:

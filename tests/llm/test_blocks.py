@@ -54,7 +54,7 @@ def test_known_outputs_are_not_computed_again() -> None:
 
 
 def _before_the_third(model: nn.Module) -> Callable[[Tensor], Tensor]:
-    """The inputs of the third block in a pass of the whole model."""
+    """The inputs of the third block in a pass of the full model."""
 
     def run(x: Tensor) -> Tensor:
         seen: list[Tensor] = []

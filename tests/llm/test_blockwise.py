@@ -203,9 +203,9 @@ def test_one_shot_is_the_solver_and_the_refinement_together() -> None:
     ]  # fmt: skip
     assert pr.llm.one_shot(epochs=0, sparsity=0.7) == pr.llm.OneShot(pr.Element(), 0.7, admm)
     dense, x, gaps = net(), torch.cat(batches()), []
-    for way in (pr.llm.OneShot(pr.NM(2, 4), method=sparsegpt), pr.llm.one_shot(pr.NM(2, 4), epochs=0), how):
+    for one_shot in (pr.llm.OneShot(pr.NM(2, 4), method=sparsegpt), pr.llm.one_shot(pr.NM(2, 4), epochs=0), how):
         model = net()
-        pr.llm.solve_(model, batches()[0], way, data=batches())
+        pr.llm.solve_(model, batches()[0], one_shot, data=batches())
         with torch.no_grad():
             gaps.append(float((model(x) - dense(x)).square().mean()))
     assert gaps[2] < 0.7 * gaps[0] and gaps[2] < 0.7 * gaps[1]

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 import prunella as pr
 from prunella.llm import experts
 from prunella.model.masks import masks_of
-from prunella.model.watch import Read, Watch
+from prunella.model.observed_reads import Read
+from prunella.model.watch import Watch
 
 PATTERN = pr.NM(2, 4)
 HOW = pr.llm.OneShot(PATTERN, method=pr.solvers.sparsegpt)
@@ -20,15 +21,15 @@ HOW = pr.llm.OneShot(PATTERN, method=pr.solvers.sparsegpt)
 class Mixture(nn.Module):
     """Two stacked layers of four experts, of which every token takes one; a plain layer before them.
 
-    way: how the experts are run. mute: an expert that is never chosen.
+    access: how the experts are run. mute: an expert that is never chosen.
     """
 
-    def __init__(self, way: str = "slices", *, mute: int | None = None) -> None:
+    def __init__(self, access: str = "slices", *, mute: int | None = None) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.before, self.router = nn.Linear(8, 12), nn.Linear(12, 4)
         self.up, self.down = nn.Parameter(torch.randn(4, 16, 12)), nn.Parameter(torch.randn(4, 8, 16))
-        self.way, self.mute = way, mute
+        self.access, self.mute = access, mute
 
     def chosen(self, x: Tensor) -> Tensor:
         """The expert of each token."""
@@ -44,7 +45,7 @@ class Mixture(nn.Module):
         for expert in range(4):
             tokens = own[expert].nonzero()[:, 0]
             if len(tokens):
-                index = torch.tensor(expert) if self.way == "tensors" else expert
+                index = torch.tensor(expert) if self.access == "tensors" else expert
                 hidden = torch.relu(torch.nn.functional.linear(x[tokens], self.up[index]))
                 y[tokens] = torch.nn.functional.linear(hidden, self.down[index])
         return y
@@ -72,10 +73,10 @@ def by_hand(model: Mixture, out: list[Tensor]) -> dict[str, Tensor]:
     return {"up": up, "down": down}
 
 
-@pytest.mark.parametrize("way", ["slices", "tensors"])
+@pytest.mark.parametrize("access", ["slices", "tensors"])
 @pytest.mark.parametrize("mute", [None, 2])
-def test_each_expert_is_solved_from_its_own_tokens(way: str, mute: int | None) -> None:
-    model = Mixture(way, mute=mute)
+def test_each_expert_is_solved_from_its_own_tokens(access: str, mute: int | None) -> None:
+    model = Mixture(access, mute=mute)
     expected = by_hand(model, batches())
     done = pr.llm.solve_(model, batches()[0], HOW, data=batches(), skip=["before", "router"])
     for name, weight in expected.items():
@@ -149,14 +150,14 @@ def test_mixtures_of_transformers_lose_experts_weights_and_keep_their_routers(ki
     }  # fmt: skip
     torch.manual_seed(0)
     model = getattr(transformers, f"{kind}ForCausalLM")(getattr(transformers, f"{kind}Config")(**sizes)).eval()
-    way = model.config._experts_implementation
+    access = model.config._experts_implementation
     data = [{"input_ids": torch.randint(0, 64, (1, 32))} for _ in range(3)]
     done = pr.llm.solve_(model, data[0], pr.llm.OneShot(PATTERN, refine=pr.llm.Refine(1)), data=data)
     whole = {fit.name: fit.skipped for fit in done.fits if fit.skipped}
     assert whole.pop("lm_head") == "it is outside the blocks"
     assert whole == {f"model.layers.{k}.mlp.{router}": "it chooses experts" for k in range(2)}
     assert sum(".experts." in fit.name and fit.tokens == 3 * 32 * 2 for fit in done.fits) == 4
-    assert model.config._experts_implementation == way
+    assert model.config._experts_implementation == access
     for name, mask in masks_of(model).items():
         assert not bool(model.get_parameter(name)[~mask].any()) and float(mask.float().mean()) == 0.5
 

@@ -82,7 +82,7 @@ def test_a_sliced_stream_loses_little_where_it_is_empty_and_generates(name: str,
     done = pr.llm.slice_stream(model, data[0], data, sparsity=0.25)
     assert done.model.get_input_embeddings().weight.shape == (61, 24) and "24 of 32 directions" in str(done)
     kept = done.plan.keep[done.rotated.group]
-    assert bool(kept[:20].all())  # neighbours in energy may change places between two ways to measure it
+    assert bool(kept[:20].all())  # neighbors in energy may change places between two ways to measure it
     scale = dict(done.model.named_parameters())[done.rotated.scales[0]]
     assert torch.allclose(scale, torch.full_like(scale, (32 / 24) ** 0.5))
     generates_as_without_a_cache(done.model)

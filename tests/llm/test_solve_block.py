@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 import prunella as pr
 from prunella.graph.solve.groups import couple
+from prunella.llm.block_problem import BlockProblem, Fit
 from prunella.llm.blocks import BlockCall, ModelBlock
-from prunella.llm.solve_block import NOT_FINITE, BlockProblem, Fit, dense_targets, layers_by_weight, solve_block_
+from prunella.llm.solve_block import NOT_FINITE, dense_targets, layers_by_weight, solve_block_
 from prunella.model.masks import masks_of
 from prunella.solvers import Solved
 from prunella.solvers.layer import Pattern

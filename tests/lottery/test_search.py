@@ -113,7 +113,7 @@ def test_weights_go_back_to_step_k(k: int) -> None:
 
 
 @pytest.mark.parametrize("k", range(STEPS))
-def test_a_lap_from_step_k_repeats_the_run_that_passed_it(k: int, tmp_path: Path) -> None:
+def test_a_session_from_step_k_repeats_the_run_that_passed_it(k: int, tmp_path: Path) -> None:
     whole = net()
     session = spec().run(whole, Session(whole, STEPS, keep_at=k))
     assert session.kept is not None

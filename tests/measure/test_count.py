@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from prunella.errors import RequestError
-from prunella.measure.count import compression, count, macs_by_module, measured_macs
+from prunella.measure.count import compression, count, count_work, measured_macs
 
 
 class LeNet(nn.Module):
@@ -28,7 +28,7 @@ class LeNet(nn.Module):
 
 def test_lenet() -> None:
     net, image = LeNet(), torch.zeros(1, 1, 28, 28)
-    assert macs_by_module(net, image) == {
+    assert dict(count_work(net, image).by_module) == {
         "conv1": 86_400,  # 6 * 1 * 25 * 24 * 24
         "conv2": 153_600,  # 16 * 6 * 25 * 8 * 8
         "fc1": 256 * 120,

@@ -77,7 +77,7 @@ def test_labels_beside_the_inputs_change_nothing(use: str, kind: str) -> None:
     assert same(USES[use](loader(kind)), USES[use](IMAGES))
 
 
-def test_a_labelled_batch_is_an_example_too() -> None:
+def test_a_labeled_batch_is_an_example_too() -> None:
     batch = next(iter(loader("list")))
     made = pr.plan(dense(), batch, target=pr.MACs(0.5))
     assert same(dict(made.keep), dict(plan().keep))

@@ -96,14 +96,14 @@ CASES = (
 def test_a_model_is_copied_whatever_it_holds(spoil: Callable[[nn.Module, Path], None], tmp_path: Path) -> None:
     model = mlp(8)
     spoil(model, tmp_path)
-    twin = copied(model)
-    assert torch.equal(twin(X), model(X)) and list(twin.state_dict()) == list(model.state_dict())
-    assert not {p.data_ptr() for p in twin.parameters()} & {p.data_ptr() for p in model.parameters()}
-    twin(X).sum().backward()
+    replica = copied(model)
+    assert torch.equal(replica(X), model(X)) and list(replica.state_dict()) == list(model.state_dict())
+    assert not {p.data_ptr() for p in replica.parameters()} & {p.data_ptr() for p in model.parameters()}
+    replica(X).sum().backward()
     assert all(p.grad is None for p in model.parameters())
-    assert all(p.grad is not None for p in twin.parameters())
+    assert all(p.grad is not None for p in replica.parameters())
     if isinstance(log := vars(model).get("log"), IOBase):
-        assert vars(twin)["log"] is log
+        assert vars(replica)["log"] is log
         log.close()
 
 
@@ -118,25 +118,25 @@ def test_verbs_take_such_a_model(spoil: Callable[[nn.Module, Path], None], tmp_p
 def test_a_cached_tensor_is_a_value_of_its_own() -> None:
     model = mlp(8)
     model.cache = model(X)
-    twin = copied(model)
-    assert torch.equal(twin.cache, model.cache) and twin.cache is not model.cache  # type: ignore[arg-type]
-    assert twin.cache.is_leaf and twin.cache.requires_grad and not model.cache.is_leaf
+    replica = copied(model)
+    assert torch.equal(replica.cache, model.cache) and replica.cache is not model.cache  # type: ignore[arg-type]
+    assert replica.cache.is_leaf and replica.cache.requires_grad and not model.cache.is_leaf
 
 
 def test_a_lock_that_is_held_does_not_block_the_copy() -> None:
     model = mlp(8)
     model.lock = threading.Lock()  # type: ignore[assignment]
     with model.lock:  # type: ignore[union-attr]
-        twin: Any = copied(model)
-        assert twin.lock.acquire(blocking=False)
+        replica: Any = copied(model)
+        assert replica.lock.acquire(blocking=False)
 
 
 def test_what_is_held_twice_is_held_twice_in_the_copy() -> None:
     model = mlp(8)
     model.first = model.second = model(X)
     model[2].weight = model[4].weight
-    twin = copied(model)
-    assert twin.first is twin.second and twin.get_parameter("2.weight") is twin.get_parameter("4.weight")
+    replica = copied(model)
+    assert replica.first is replica.second and replica.get_parameter("2.weight") is replica.get_parameter("4.weight")
 
 
 def test_parametrizations_flags_and_ties_are_copied() -> None:
@@ -144,10 +144,10 @@ def test_parametrizations_flags_and_ties_are_copied() -> None:
     parametrizations.weight_norm(model[0])
     model[2].weight.requires_grad_(False)
     model[1].eval()
-    twin = copied(model)
-    assert parametrize.is_parametrized(twin.get_submodule("0"))
-    assert [p.requires_grad for p in twin.parameters()] == [p.requires_grad for p in model.parameters()]
-    assert [m.training for m in twin.modules()] == [m.training for m in model.modules()]
+    replica = copied(model)
+    assert parametrize.is_parametrized(replica.get_submodule("0"))
+    assert [p.requires_grad for p in replica.parameters()] == [p.requires_grad for p in model.parameters()]
+    assert [m.training for m in replica.modules()] == [m.training for m in model.modules()]
 
 
 def test_a_hook_of_the_copy_belongs_to_the_copy() -> None:
@@ -160,23 +160,23 @@ def test_a_hook_of_the_copy_belongs_to_the_copy() -> None:
 
 def test_shared_tensors_are_used_as_they_are() -> None:
     model = mlp(8)
-    twin = copied(model, shared=[model[0].weight])
-    assert twin.get_parameter("0.weight") is model[0].weight
-    assert twin.get_parameter("2.weight") is not model[2].weight
+    replica = copied(model, shared=[model[0].weight])
+    assert replica.get_parameter("0.weight") is model[0].weight
+    assert replica.get_parameter("2.weight") is not model[2].weight
 
 
 def test_in_inference_mode_the_copy_can_still_be_trained() -> None:
     model = mlp(8)
     with torch.inference_mode():
-        twin = copied(model)
-    twin(X).sum().backward()
-    assert all(p.grad is not None for p in twin.parameters())
+        replica = copied(model)
+    replica(X).sum().backward()
+    assert all(p.grad is not None for p in replica.parameters())
 
 
 def test_a_frozen_copy_is_in_evaluation_mode_without_gradients() -> None:
     model = mlp(8)
-    twin = frozen_copy(model)
-    assert not twin.training and not any(p.requires_grad for p in twin.parameters())
+    replica = frozen_copy(model)
+    assert not replica.training and not any(p.requires_grad for p in replica.parameters())
     assert model.training and all(p.requires_grad for p in model.parameters())
 
 

@@ -25,7 +25,7 @@ from tests.graphs import convnet, images
 IMAGES = images(2)
 pytestmark = pytest.mark.usefixtures("one_process")
 X = IMAGES[0]
-LABELLED = [(x, torch.zeros(2).long()) for x in IMAGES]
+LABELED = [(x, torch.zeros(2).long()) for x in IMAGES]
 MASKS, HALF = pr.Recipe(granularity=pr.Element()), pr.Sparsity(0.5)
 
 
@@ -127,7 +127,7 @@ def space(model: nn.Module) -> Any:
 
 def ticket(model: nn.Module) -> Any:
     spec = pr.lottery.TrainingSpec(
-        train=pr.lottery.descent(LABELLED, loss, lr=0.01), steps=2, evaluate=lambda model: 1.0
+        train=pr.lottery.descent(LABELED, loss, lr=0.01), steps=2, evaluate=lambda model: 1.0
     )
     found = pr.lottery.find_ticket(model, spec, prune=pr.lottery.imp(X, rate=0.5), rounds=1)
     return len(found.rounds) if hasattr(found, "rounds") else None
@@ -136,7 +136,7 @@ def ticket(model: nn.Module) -> Any:
 USES: dict[str, Callable[[nn.Module, Path], Any]] = {
     "plan": lambda m, _: pr.plan(m, X, target=pr.MACs(0.5)).keep,
     "plan with a loss": lambda m, _: (
-        pr.plan(m, X, pr.Recipe(pr.taylor), target=HALF, data=LABELLED, loss=loss).keep
+        pr.plan(m, X, pr.Recipe(pr.taylor), target=HALF, data=LABELED, loss=loss).keep
     ),
     "apply_": lambda m, _: weights(masked(m)),
     "masks_of": lambda m, _: pr.masks_of(masked(m)),
@@ -149,7 +149,7 @@ USES: dict[str, Callable[[nn.Module, Path], Any]] = {
     "report": lambda m, _: pr.report(m, small(m), X, plan=plan()) and None,
     "recalibrate_bn": lambda m, _: pr.recalibrate_bn(m, IMAGES),
     "reconstruct": lambda m, _: pr.reconstruct(small(m), m, IMAGES, plan()).fits,
-    "finetune": lambda m, _: pr.finetune(m, LABELLED, loss, steps=1, lr=0.01).loss,
+    "finetune": lambda m, _: pr.finetune(m, LABELED, loss, steps=1, lr=0.01).loss,
     "distill": lambda m, _: pr.distill(base(), m, IMAGES, steps=1, lr=0.01).loss,
     "distill_features": lambda m, _: pr.recovery.distill_features(m, ["0"])(m, X),
     "distill_attention": lambda m, _: pr.recovery.distill_attention(m, ["0"])(m, X),
@@ -168,7 +168,7 @@ USES: dict[str, Callable[[nn.Module, Path], Any]] = {
     "effective_macs": lambda m, _: pr.metrics.effective_macs(masked(m), X),
     "effective_sparsity": lambda m, _: pr.metrics.effective_sparsity(masked(m), X).direct,
     "compression_ratio": lambda m, _: pr.metrics.compression_ratio(m, small(m)),
-    "side_effects": lambda m, _: pr.metrics.side_effects(m, small(m), LABELLED) and None,
+    "side_effects": lambda m, _: pr.metrics.side_effects(m, small(m), LABELED) and None,
     "agreement": lambda m, _: pr.search.agreement(m, IMAGES)(m),
     "scan": lambda m, _: pr.search.scan(space(m), lambda model: 1.0, ratios=(0.5,)).curves,
     "netadapt": lambda m, _: (

@@ -12,8 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from prunella.model.reads import READS, UNREADABLE, NotReadable, Product, operation, products, unreadable
-from prunella.model.watch import Read, Watch
+from prunella.model.observed_reads import Read
+from prunella.model.product import NotReadable, Product, operation
+from prunella.model.reads import READS, UNREADABLE, products, unreadable
+from prunella.model.watch import Watch
 
 LAW = settings(max_examples=40, deadline=None, derandomize=True)
 Draw = Callable[..., Any]

@@ -130,12 +130,12 @@ def test_iterators_are_taken_only_where_asked(name: str) -> None:
     y = torch.ones(2, 3)
     tree = LAZY[name](y)
     assert tensors(tree) == []
-    assert [tensor.shape for tensor in tensors(tree, advance=True)] == [y.shape]
+    assert [tensor.shape for tensor in tensors(tree, consume=True)] == [y.shape]
 
 
 def test_an_iterator_without_an_end_is_refused() -> None:
     with pytest.raises(NotSupported, match="may never end"):
-        tensors(iter(int, 1), advance=True)
+        tensors(iter(int, 1), consume=True)
 
 
 def test_a_container_counts_a_tensor_twice_an_object_once() -> None:

@@ -228,12 +228,12 @@ def manual(model: nn.Module, data: list[Batch], shares: list[float], *, back: bo
     start = torch.cat([p.detach().flatten() for p in dense])
     mask = torch.ones_like(start, dtype=torch.bool)
     for share in shares:
-        twin = copy.deepcopy(model)
-        weights = [p for p in twin.parameters() if p.dim() > 1]
+        replica = copy.deepcopy(model)
+        weights = [p for p in replica.parameters() if p.dim() > 1]
         with torch.no_grad():
             for p, part in zip(weights, (start * mask).split(sizes), strict=True):
                 p.copy_(part.view_as(p))
-        value = sum(loss(twin, batch) for batch in data) / len(data)
+        value = sum(loss(replica, batch) for batch in data) / len(data)
         grads = torch.cat([g.flatten() for g in torch.autograd.grad(value, weights)])
         scores = (grads * start).abs()
         if not back:
@@ -280,9 +280,9 @@ def test_reinitialized_weights_are_new_and_masked_alike() -> None:
     model, x = mlp(16), torch.randn(2, 4)
     plan = pr.plan(model, x, pr.Recipe(granularity=pr.Element()), target=pr.Sparsity(0.7))
     pr.apply_(model, plan)
-    before, dice = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+    before, rng = copy.deepcopy(model.state_dict()), torch.get_rng_state()
     fresh, again = pr.transform.reinitialized(model, seed=4), pr.transform.reinitialized(model, seed=4)
-    assert torch.get_rng_state().equal(dice)
+    assert torch.get_rng_state().equal(rng)
     for name, mask in plan.masks.items():
         weight = dict(fresh.named_parameters())[name]
         assert (weight != 0).equal(mask) and bool((weight[mask] != dict(model.named_parameters())[name][mask]).all())
@@ -292,9 +292,9 @@ def test_reinitialized_weights_are_new_and_masked_alike() -> None:
 
 @pytest.mark.parametrize("criterion", [pr.criteria.snip, pr.criteria.synflow, pr.criteria.random])
 def test_a_mask_at_initialization_depends_on_weights_data_and_seed_only(criterion: object) -> None:
-    def mask(seed: int, dice: int) -> Tensor:
+    def mask(seed: int, rng: int) -> Tensor:
         model, data = mlp(8, seed), batches(dtype=torch.float32)
-        torch.manual_seed(dice)
+        torch.manual_seed(rng)
         recipe = pr.Recipe(criterion, pr.Element(), pr.global_)  # type: ignore[arg-type]
         plan = pr.plan(model, data[0][0], recipe, target=pr.Sparsity(0.5), data=data, loss=loss)
         return torch.cat([m.flatten() for m in plan.masks.values()])

@@ -255,9 +255,9 @@ def test_block_influence_is_for_blocks_only() -> None:
 def trained() -> tuple[nn.Sequential, Tensor, Tensor]:
     """A network that has learned four noisy clusters."""
     torch.manual_seed(0)
-    centres = torch.randn(4, 16)
+    centers = torch.randn(4, 16)
     labels = torch.arange(800) % 4
-    x = centres[labels] + 0.8 * torch.randn(800, 16)
+    x = centers[labels] + 0.8 * torch.randn(800, 16)
     model = nn.Sequential(nn.Linear(16, 40), nn.ReLU(), nn.Linear(40, 20), nn.ReLU(), nn.Linear(20, 4))
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3, weight_decay=1e-4)
     for _ in range(150):

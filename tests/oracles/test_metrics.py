@@ -197,13 +197,13 @@ def classifier(seed: int) -> nn.Sequential:
     return nn.Sequential(nn.Flatten(), nn.Linear(48, 3))
 
 
-def labelled() -> list[tuple[Tensor, Tensor]]:
+def labeled() -> list[tuple[Tensor, Tensor]]:
     g = torch.Generator().manual_seed(0)
     return [(torch.rand(20, 3, 4, 4, generator=g), torch.randint(0, 3, (20,), generator=g)) for _ in range(2)]
 
 
 def test_side_effects_are_the_parts() -> None:
-    dense, pruned, data = classifier(0), classifier(1), labelled()
+    dense, pruned, data = classifier(0), classifier(1), labeled()
     found = pr.metrics.side_effects(dense, pruned, data, bins=5, corruptions=("gaussian noise", "contrast"), severity=2)
     x, y = (torch.cat(part) for part in zip(*data, strict=True))
     with torch.no_grad():
@@ -222,13 +222,13 @@ def test_side_effects_are_the_parts() -> None:
 
 
 def test_a_model_beside_itself_has_no_side_effects() -> None:
-    found = pr.metrics.side_effects(classifier(0), classifier(0), labelled(), corruptions=("blur",))
+    found = pr.metrics.side_effects(classifier(0), classifier(0), labeled(), corruptions=("blur",))
     assert found.flips == 0 and found.kl == 0 and all(one.drop == 0 for one in (*found.classes, *found.robustness))
 
 
 def test_side_effects_say_what_is_wrong() -> None:
     model = classifier(0)
     with pytest.raises(pr.PruningError, match="unknown corruption"):
-        pr.metrics.side_effects(model, model, labelled(), corruptions=("fog",))
+        pr.metrics.side_effects(model, model, labeled(), corruptions=("fog",))
     with pytest.raises(pr.PruningError, match="no labels"):
         pr.metrics.side_effects(model, model, [torch.zeros(2, 3, 4, 4)])

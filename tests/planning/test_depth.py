@@ -59,10 +59,10 @@ def test_named_blocks_go_and_the_rest_generates(name: str, tmp_path: Any) -> Non
     model, data = language_model(name), windows(1)
     plan = pr.llm.drop_blocks(model, data[0], ["model.layers.3", "model.layers.1"])
     small = pr.shrink(model, plan)
-    twin = language_model(name)
+    replica = language_model(name)
     for k in (1, 3):
-        twin.model.layers[k].register_forward_hook(lambda module, args, output: args[0])
-    assert torch.allclose(logits(small, data[0]), logits(twin, data[0]), atol=1e-5)
+        replica.model.layers[k].register_forward_hook(lambda module, args, output: args[0])
+    assert torch.allclose(logits(small, data[0]), logits(replica, data[0]), atol=1e-5)
     assert plan.got == pytest.approx(0.4) and "4/5" not in str(plan) and "3/5" in str(plan)
     generates_as_without_a_cache(small)
     assert pr.save(small, tmp_path / "out", plan=plan, dense=model).reader == "from_pretrained"

@@ -83,7 +83,7 @@ def test_equal_scores_still_lose_the_asked_number() -> None:
     assert plan.keep["0"].nonzero().flatten().tolist() == [0, 1, 2, 3]
 
 
-def test_floor_and_align_hold_and_are_reported() -> None:
+def test_min_density_and_round_to_hold_and_are_reported() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 40), nn.ReLU(), nn.Linear(40, 22), nn.ReLU(), nn.Linear(22, 3))
     for sparsity in (0.1, 0.5, 0.6):
@@ -246,7 +246,7 @@ def test_nm_has_its_own_sparsity() -> None:
 def test_planning_leaves_no_trace_and_repeats() -> None:
     model = convnet().train()
     state = {name: value.clone() for name, value in model.state_dict().items()}
-    dice = torch.get_rng_state()
+    rng = torch.get_rng_state()
     loader = torch.utils.data.DataLoader(torch.stack(images(4)).flatten(0, 1), batch_size=2, shuffle=True)
     plans = []
     for seed in (0, 0):
@@ -254,7 +254,7 @@ def test_planning_leaves_no_trace_and_repeats() -> None:
         plans.append(
             pr.plan(model, X, pr.Recipe(pr.taylor, seed=seed), target=pr.MACs(0.5), data=loader, loss=square_loss)
         )
-    torch.set_rng_state(dice)
+    torch.set_rng_state(rng)
     for name in plans[0].keep:
         assert plans[0].keep[name].equal(plans[1].keep[name])
     assert model.training and all(p.grad is None for p in model.parameters())

@@ -44,7 +44,7 @@ def test_group_norm_takes_producer_bias_and_readers() -> None:
 
 
 class TwoNorms(nn.Module):
-    """Two normalisations act on each unit, and a grouped convolution gives each unit two positions."""
+    """Two normalizations act on each unit, and a grouped convolution gives each unit two positions."""
 
     def __init__(self) -> None:
         super().__init__()

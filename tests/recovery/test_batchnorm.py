@@ -39,10 +39,10 @@ def test_statistics_of_the_first_layer_are_the_exact_pooled_ones() -> None:
 
 def test_in_one_pass_later_layers_see_batches_normalized_by_themselves() -> None:
     net, data = _net(), _data()
-    twin = copy.deepcopy(net).eval()
-    twin[1].train()
+    replica = copy.deepcopy(net).eval()
+    replica[1].train()
     with torch.no_grad():
-        seen = torch.cat([twin[:5](x).transpose(0, 1).flatten(1) for x in data], 1)
+        seen = torch.cat([replica[:5](x).transpose(0, 1).flatten(1) for x in data], 1)
     recalibrate_bn(net, data)
     torch.testing.assert_close(net[5].running_mean, seen.mean(1), rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(net[5].running_var, seen.var(1), rtol=1e-12, atol=1e-12)

@@ -118,13 +118,13 @@ def test_copies_and_pickles_have_hooks_of_their_own() -> None:
     model = _sparse().eval()
     mask_adapters_(model)
     assert mask_adapters_(model) == ()
-    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+    for replica in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         with torch.no_grad():
-            twin[0].lora_B.weight.normal_()
-        before = twin(X)
+            replica[0].lora_B.weight.normal_()
+        before = replica(X)
         assert not torch.allclose(before, model(X))
-        merge_adapters_(twin)
-        torch.testing.assert_close(twin(X), before, rtol=1e-5, atol=1e-5)
+        merge_adapters_(replica)
+        torch.testing.assert_close(replica(X), before, rtol=1e-5, atol=1e-5)
 
 
 class Other(nn.Module):

@@ -15,24 +15,24 @@ from prunella.recovery.readers import Reader, Skipped, readers_of
 from tests.hand import hand_plan
 
 KEPT = torch.tensor([0, 2, 3])
-Way = Callable[[Tensor, Tensor], Tensor]
+Operation = Callable[[Tensor, Tensor], Tensor]
 
 
 class Net(nn.Module):
     """A layer of six units, and one weight that reads them in some way."""
 
-    def __init__(self, way: Way, *shape: int) -> None:
+    def __init__(self, operation: Operation, *shape: int) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.first, self.way, self.weight = nn.Linear(4, 6), way, nn.Parameter(torch.randn(shape))
+        self.first, self.operation, self.weight = nn.Linear(4, 6), operation, nn.Parameter(torch.randn(shape))
         self.double()
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.way(torch.relu(self.first(x)), self.weight)
+        return self.operation(torch.relu(self.first(x)), self.weight)
 
 
-def found(way: Way, *shape: int, axis: int = 1) -> list[Reader | Skipped]:
-    model = Net(way, *shape)
+def found(operation: Operation, *shape: int, axis: int = 1) -> list[Reader | Skipped]:
+    model = Net(operation, *shape)
     cuts = {"first.weight": {0: KEPT}, "first.bias": {0: KEPT}, "weight": {axis: KEPT}}
     plan = hand_plan(cuts=cuts)
     masked = pr.apply_(copy.deepcopy(model), plan)
@@ -43,7 +43,8 @@ def found(way: Way, *shape: int, axis: int = 1) -> list[Reader | Skipped]:
 def test_row_blocks_are_parts_of_their_own() -> None:
     (reader,) = found(lambda x, w: torch.cat([F.linear(x, part) for part in w.chunk(2)], -1), 4, 6)
     assert isinstance(reader, Reader) and len(reader.parts) == 2 and reader.order == (0, 1)
-    assert [piece.columns.tolist() for part in reader.parts for piece in part.pieces] == [KEPT.tolist()] * 2  # type: ignore[union-attr]
+    columns = [submatrix.columns for part in reader.parts for submatrix in part.submatrices]
+    assert [positions.tolist() for positions in columns] == [KEPT.tolist()] * 2  # type: ignore[union-attr]
 
 
 def test_a_weight_that_is_read_twice_in_one_way_is_one_part() -> None:
@@ -52,15 +53,15 @@ def test_a_weight_that_is_read_twice_in_one_way_is_one_part() -> None:
 
 
 @pytest.mark.parametrize(
-    "way",
+    "operation",
     [
         lambda x, w: F.linear(x, w) + F.linear(x, w[:3]).sum(),  # rows of it again
         lambda x, w: F.linear(F.linear(x, w), w.t()),  # and back
         lambda x, w: F.linear(x, w) + (F.linear(x, w) @ w).sum(),
     ],
 )
-def test_parts_that_overlap_are_left_alone(way: Way) -> None:
-    assert found(way, 5, 6) == [Skipped("weight", "it is used in two different ways")]
+def test_parts_that_overlap_are_left_alone(operation: Operation) -> None:
+    assert found(operation, 5, 6) == [Skipped("weight", "it is used in two different ways")]
 
 
 def test_groups_that_lose_channels_are_matrices_of_their_own() -> None:
@@ -80,7 +81,7 @@ def test_groups_that_lose_channels_are_matrices_of_their_own() -> None:
     with torch.no_grad():
         (reader,) = readers_of(pr.apply_(copy.deepcopy(model), plan), model, x, plan, None)
     assert isinstance(reader, Reader) and reader.biased
-    columns = [piece.columns.tolist() for piece in reader.parts[0].pieces]  # type: ignore[union-attr]
+    columns = [submatrix.columns.tolist() for submatrix in reader.parts[0].submatrices]  # type: ignore[union-attr]
     assert columns == [[0, 1, 4, 5], [0, 1, 4, 5]]
 
 

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from prunella.errors import CheckFailed, RequestError
-from prunella.model.watch import Read, Watch
+from prunella.model.observed_reads import Read
+from prunella.model.watch import Watch
 from prunella.planning.plan import Plan
 from prunella.recovery.reconstruct import reconstruct
 from prunella.solvers.linalg import damped_solve
@@ -143,8 +144,8 @@ def test_equals_lstsq(bias: bool, ridge: float) -> None:
     old, shift = small[2].weight.detach().clone(), small[2].bias.detach().clone() if bias else 0.0
     reconstruct(small, dense, data, hand_plan(cuts=cuts), ridge=ridge)
     ones = torch.ones(len(x), 1, dtype=torch.float64)
-    centred = hidden - hidden.mean(0) if bias else hidden
-    penalty = (ridge * centred.square().sum(0).mean()) ** 0.5 * torch.eye(5, dtype=torch.float64)
+    centered = hidden - hidden.mean(0) if bias else hidden
+    penalty = (ridge * centered.square().sum(0).mean()) ** 0.5 * torch.eye(5, dtype=torch.float64)
     system = torch.cat([torch.cat([hidden, ones], 1), torch.cat([penalty, torch.zeros(5, 1)], 1)])
     if not bias:
         system = system[:, :5]
@@ -255,7 +256,7 @@ def test_damping_grows_until_a_singular_matrix_can_be_solved() -> None:
 
 
 def test_large_offsets_cost_no_digits() -> None:
-    """Inputs of mean 1e6 and spread 1: uncentred sums would keep four digits of the answer."""
+    """Inputs of mean 1e6 and spread 1: uncentered sums would keep four digits of the answer."""
     torch.manual_seed(0)
     dense = nn.Sequential(nn.Linear(3, 8), nn.Linear(8, 2)).double()
     with torch.no_grad():

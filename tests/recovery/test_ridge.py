@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 import prunella as pr
-from prunella.model.watch import Read, Watch
+from prunella.model.observed_reads import Read
+from prunella.model.watch import Watch
 from prunella.recovery.least_squares import Sums
 from prunella.recovery.reconstruct import RIDGES
 from prunella.stats.elimination import FEW, TOKENS, Covariance, chosen_tokens, spread
@@ -92,12 +93,12 @@ def _sums(tokens: int, seed: int) -> tuple[Tensor, Tensor]:
     return x, torch.randn(tokens, 2, generator=generator, dtype=torch.float64)
 
 
-@pytest.mark.parametrize("centred", [True, False])
-def test_sums_of_both_parts_are_the_sums_of_all_tokens(centred: bool) -> None:
+@pytest.mark.parametrize("centered", [True, False])
+def test_sums_of_both_parts_are_the_sums_of_all_tokens(centered: bool) -> None:
     (x, y), (x2, y2) = _sums(20, 0), _sums(30, 1)
-    first, every = Sums(centred=centred), Sums(centred=centred)
+    first, every = Sums(centered=centered), Sums(centered=centered)
     first.add(x, y, y)
-    second = first.beside()
+    second = first.empty()
     second.add(x2, y2, y2)
     for part in ((x, y), (x2, y2)):
         every.add(*part, part[1])
@@ -109,9 +110,9 @@ def test_sums_of_both_parts_are_the_sums_of_all_tokens(centred: bool) -> None:
 
 def test_the_chosen_ridge_is_the_best_on_the_tokens_held_out() -> None:
     x, y = _sums(8, 0)
-    fit = Sums(centred=True)
+    fit = Sums(centered=True)
     fit.add(x, y, y)
-    held_out = fit.beside()
+    held_out = fit.empty()
     x2, _ = _sums(40, 2)
     held_out.add(x2, x2[:, :2], x2[:, :2] * 0.1)
     errors = [held_out.error(fit.solve(ridge)) for ridge in RIDGES]
@@ -123,9 +124,9 @@ def test_the_chosen_ridge_is_the_best_on_the_tokens_held_out() -> None:
 
 def test_nothing_changes_where_no_ridge_helps() -> None:
     (x, y), (x2, _) = _sums(12, 0), _sums(40, 2)
-    fit = Sums(centred=True)
+    fit = Sums(centered=True)
     fit.add(x, y, y + 5)
-    held_out = fit.beside()
+    held_out = fit.empty()
     zero = torch.zeros(40, 2, dtype=torch.float64)
     held_out.add(x2, zero, zero)  # already exact there
     chosen = fit.chosen(held_out, RIDGES)
@@ -138,7 +139,7 @@ def test_many_tokens_are_spread_evenly() -> None:
     assert places is not None and len(places) == FEW and len(places.unique()) == FEW
     assert torch.bincount(places // 4096, minlength=16).min() > 200  # in all parts
     assert torch.bincount(places % 64, minlength=64).min() > 40  # in all columns of an image
-    layer, reads, covariance = nn.Linear(9, 2), list[Read](), Covariance(centred=True)
+    layer, reads, covariance = nn.Linear(9, 2), list[Read](), Covariance(centered=True)
     watch = Watch([layer.weight], reads.append)
     with torch.no_grad(), watch:
         layer(torch.randn(65536, 9) + 100)

@@ -8,10 +8,10 @@ import torch
 from prunella.recovery.least_squares import Sums
 
 
-@pytest.mark.parametrize("centred", [False, True])
-def test_the_error_of_a_solution_on_other_tokens(centred: bool) -> None:
+@pytest.mark.parametrize("centered", [False, True])
+def test_the_error_of_a_solution_on_other_tokens(centered: bool) -> None:
     torch.manual_seed(0)
-    fitted, judge = Sums(centred=centred), Sums(centred=centred)
+    fitted, judge = Sums(centered=centered), Sums(centered=centered)
     truth = torch.randn(5, 3, dtype=torch.float64)
     for _ in range(2):
         x = torch.randn(30, 5, dtype=torch.float64) + 4
@@ -23,4 +23,4 @@ def test_the_error_of_a_solution_on_other_tokens(centred: bool) -> None:
         judge.add(x, r, r)
     direct = sum(float((r - x @ solution.change - solution.shift).square().sum()) for x, r in parts)
     assert judge.error(solution) == pytest.approx(direct, rel=1e-9)
-    assert bool(solution.shift.any()) is centred
+    assert bool(solution.shift.any()) is centered

@@ -40,7 +40,7 @@ def test_rails_go_from_what_makes_a_group_to_what_reads_it() -> None:
     # rows: stem 0, a 1, b 2, head 3
     assert [(s.row, s.makes) for s in stream.stops] == [(0, True), (1, False), (2, True), (3, False)]
     assert [(s.row, s.makes) for s in inner.stops] == [(1, True), (2, False)]
-    assert stream.column != inner.column and stream.colour != inner.colour
+    assert stream.column != inner.column and stream.color != inner.color
 
 
 def test_a_column_is_used_again_when_its_group_has_ended() -> None:

@@ -139,7 +139,7 @@ def test_ids_are_unique(good: Report) -> None:
     assert len(ids) == len(set(ids)) > 0
 
 
-def test_charts_show_the_numbers_in_the_colours_of_the_page(good: Report) -> None:
+def test_charts_show_the_numbers_in_the_colors_of_the_page(good: Report) -> None:
     chart = latency_chart(good.latency)
     assert "ms per forward pass" in chart and "var(--pruned)" in chart and "var(--dense)" in chart
     assert "#0102" not in chart and "metadata" not in chart and chart.count("<use") >= 6

@@ -32,7 +32,7 @@ def no_kernels(monkeypatch: pytest.MonkeyPatch) -> str:
 
 @pytest.fixture
 def eager_to_skip(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first candidate that is not of the base always wins, and the whole model is always faster."""
+    """The first candidate that is not of the base always wins, and the full model is always faster."""
 
     def decide(
         runs: Mapping[Choice, Any], problem: Problem, seconds: float, seed: int,

@@ -17,7 +17,7 @@ from torch.nn import functional
 from prunella.runtime.kernels import chain as kernel_chain
 from prunella.runtime.kernels import convolution, library
 from prunella.runtime.kernels.chain import ChainStep, Ready
-from prunella.runtime.kernels.library import Activation, Config, Kind, Precision
+from prunella.runtime.kernels.config import Activation, Config, Kind, Precision
 from prunella.runtime.packed_cache import ACTIVATE
 from prunella.runtime.tuning import configs
 

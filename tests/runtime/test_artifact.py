@@ -18,7 +18,7 @@ from prunella.measure.timing import Ratio
 from prunella.runtime import artifact, convert
 from prunella.runtime.fx.fuse import Fused
 from prunella.runtime.kernels import library
-from prunella.runtime.kernels.library import Activation, Config, Kind
+from prunella.runtime.kernels.config import Activation, Config, Kind
 from prunella.runtime.layers import FastLinear, SparseConv2d, SparseLinear
 from prunella.runtime.restore import restored
 from prunella.runtime.tuning import acceptance

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from prunella.errors import RequestError
-from prunella.runtime.kernels.library import Activation, Config, Kind
+from prunella.runtime.kernels.config import Activation, Config, Kind
 from prunella.runtime.layers import FastLinear, SparseConv2d, SparseLinear
 from prunella.runtime.operators import fold_batchnorm
 from prunella.runtime.packed_cache import ACTIVATE, dense_matrix, mask_of

@@ -19,7 +19,7 @@ from prunella.measure.timing import Ratio
 from prunella.runtime import convert, operators
 from prunella.runtime.fx.fuse import Fused, fuse_, traced
 from prunella.runtime.kernels import library
-from prunella.runtime.kernels.library import Activation, Config, Kind, Precision
+from prunella.runtime.kernels.config import Activation, Config, Kind, Precision
 from prunella.runtime.layers import FastLinear, FoldedConv2d, SparseConv2d, SparseLinear
 from prunella.runtime.record import LayerRecord
 from prunella.runtime.restore import restored
@@ -337,22 +337,22 @@ def test_layers_that_cannot_be_replaced_say_why() -> None:
         def __init__(self) -> None:
             super().__init__()
             self.full, self.idle, self.hooked = (nn.Linear(12, 12) for _ in range(3))
-            self.tied, self.twin = nn.Linear(12, 12), nn.Linear(12, 12)
+            self.tied, self.replica = nn.Linear(12, 12), nn.Linear(12, 12)
             self.wide = nn.Linear(12, 12)
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.wide(self.twin(self.tied(self.hooked(self.full(x)))))
+            return self.wide(self.replica(self.tied(self.hooked(self.full(x)))))
 
     model = with_zeros(Odd())
     nn.init.ones_(model.full.weight)
-    model.twin.weight = model.tied.weight
+    model.replica.weight = model.tied.weight
     model.hooked.register_forward_hook(lambda module, args, output: None)
     record = pr.runtime.sparsified(pr.sparse(model, X))
     why = {layer.name: layer.why for layer in record.layers}
     assert why == {
         "full": "it has hardly any zeros", "idle": "the example does not call it",
         "hooked": "it has hooks or a parametrization", "tied": "its weight is tied to another layer's",
-        "twin": "its weight is tied to another layer's", "wide": "",
+        "replica": "its weight is tied to another layer's", "wide": "",
     }  # fmt: skip
 
 

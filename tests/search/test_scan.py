@@ -70,7 +70,7 @@ def test_model_buffers_modes_and_generators_are_restored_bit_for_bit() -> None:
     before = {name: value.clone() for name, value in model.state_dict().items()}
     modes = [module.training for module in model.modules()]
     torch.manual_seed(5)
-    dice = torch.get_rng_state()
+    rng = torch.get_rng_state()
 
     def spoil(small: nn.Module) -> float:
         small.train()
@@ -82,9 +82,9 @@ def test_model_buffers_modes_and_generators_are_restored_bit_for_bit() -> None:
     first = pr.search.scan(pr.search.space(model, torch.randn(IMAGE), pr.Recipe()), spoil)
     assert all(value.equal(before[name]) for name, value in model.state_dict().items())
     assert [module.training for module in model.modules()] == modes
-    torch.set_rng_state(dice)
+    torch.set_rng_state(rng)
     pr.search.scan(pr.search.space(model, images()[0], pr.Recipe()), spoil)
-    assert torch.get_rng_state().equal(dice)
+    assert torch.get_rng_state().equal(rng)
     assert len({value for curve in first.curves.values() for _, value in curve}) == 1  # the same seed for each
 
 
@@ -140,7 +140,7 @@ def test_another_question_does_not_get_the_answers(tmp_path: Path) -> None:
     assert pr.search.scan(cuts, size, folder=tmp_path).measured == 0
 
 
-def test_ratios_follow_align_and_floor() -> None:
+def test_ratios_follow_round_to_and_min_density() -> None:
     cuts = pr.search.space(convnet(), images()[0], pr.Recipe(round_to=4, min_density=0.4))
     assert [cuts.levels(i) for i in range(2)] == [[0, 4], [0, 2]]
     assert [x for x, _ in pr.search.scan(cuts, size).curves["0"]] == [0.5]

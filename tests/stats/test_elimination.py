@@ -89,10 +89,10 @@ def test_compensated_weights_are_least_squares() -> None:
     assert not bool(weight[:, ~kept].any())
 
 
-def test_a_centred_constant_unit_goes_into_the_constant() -> None:
+def test_a_centered_constant_unit_goes_into_the_constant() -> None:
     x = torch.randn(100, 3, dtype=torch.float64)
     x[:, 1] = 2.5
-    covariance = Covariance(centred=True)
+    covariance = Covariance(centered=True)
     for part in x.split(30):
         covariance.add(part)
     weight = torch.randn(2, 3, dtype=torch.float64)

@@ -54,8 +54,8 @@ def net(*, first: bool = True) -> Net:
 
 
 def batches() -> list[Tensor]:
-    dice = torch.Generator().manual_seed(2)
-    return [torch.randn(n, 6, generator=dice) for n in (7, 12)]
+    rng = torch.Generator().manual_seed(2)
+    return [torch.randn(n, 6, generator=rng) for n in (7, 12)]
 
 
 def scored(model: nn.Module, criterion: Any, inputs: Any, data: list[Any]) -> list[Tensor]:

@@ -89,21 +89,21 @@ def test_factored_state_sees_masked_weights_as_if_they_had_no_gradient() -> None
     net, mask = _net(), _mask()
     mask[2], mask[:, 3] = False, False
     apply_(net, hand_plan(masks={NAME: mask}))
-    twin = copy.deepcopy(net)
-    ours, theirs = _adafactor(net.parameters()), _adafactor(twin.parameters())
+    replica = copy.deepcopy(net)
+    ours, theirs = _adafactor(net.parameters()), _adafactor(replica.parameters())
     with Pruner(net, ours):
         for seed in range(4):
-            for model, optimizer in ((net, ours), (twin, theirs)):
+            for model, optimizer in ((net, ours), (replica, theirs)):
                 torch.manual_seed(seed)
                 optimizer.zero_grad()
                 model(torch.randn(16, 10)).square().mean().backward()
-                if model is twin:
-                    twin[0].weight.grad.mul_(mask)
+                if model is replica:
+                    replica[0].weight.grad.mul_(mask)
                 optimizer.step()
                 with torch.no_grad():
-                    twin[0].weight.mul_(mask)
+                    replica[0].weight.mul_(mask)
             assert torch.count_nonzero(net[0].weight[~mask]) == 0
-    assert all(torch.equal(a, b) for a, b in zip(net.parameters(), twin.parameters(), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(net.parameters(), replica.parameters(), strict=True))
     state = ours.state[net[0].weight]
     assert state["row_var"].shape == (8, 1) and state["row_var"][2] == 0 and (state["row_var"] > 0).sum() == 7
     assert state["col_var"].shape == (1, 10) and state["col_var"][0, 3] == 0 and (state["col_var"] > 0).sum() == 9
@@ -162,15 +162,15 @@ def test_training_equals_training_with_masked_gradients() -> None:
     """For AdamW on a masked weight of zero, the hook and a zero gradient do the same to the survivors."""
     net, mask = _net(), _mask()
     apply_(net, hand_plan(masks={NAME: mask}))
-    twin = copy.deepcopy(net)
-    twin[0].weight.register_hook(lambda g: g * mask)
-    ours, theirs = (OPTIMIZERS["adamw"](m.parameters()) for m in (net, twin))
+    replica = copy.deepcopy(net)
+    replica[0].weight.register_hook(lambda g: g * mask)
+    ours, theirs = (OPTIMIZERS["adamw"](m.parameters()) for m in (net, replica))
     with Pruner(net, ours):
         for seed in range(4):
-            for model, optimizer in ((net, ours), (twin, theirs)):
+            for model, optimizer in ((net, ours), (replica, theirs)):
                 torch.manual_seed(seed)
                 _step(model, optimizer)
-    assert all(torch.equal(a, b) for a, b in zip(net.parameters(), twin.parameters(), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(net.parameters(), replica.parameters(), strict=True))
 
 
 def test_several_optimizers_and_param_groups() -> None:

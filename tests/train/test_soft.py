@@ -155,11 +155,11 @@ def test_surgery_moves_the_dense_weights_by_the_gradient_at_the_masked_ones() ->
     surgery.step()
     assert zeros(model) == round(0.4 * 208)
     for _ in range(3):
-        twin = copy.deepcopy(model)
-        (twin(X) - 1).square().mean().backward()
+        replica = copy.deepcopy(model)
+        (replica(X) - 1).square().mean().backward()
         masks = {n: (p == 0).detach() for n, p in model.named_parameters() if p.dim() > 1}
         descend(model, optimizer)
-        for name, parameter in twin.named_parameters():
+        for name, parameter in replica.named_parameters():
             assert parameter.grad is not None
             dense[name] = dense[name] - 0.1 * parameter.grad
             shown = dict(model.named_parameters())[name]

@@ -138,9 +138,9 @@ def test_a_tied_tensor_has_one_mask_under_all_its_names() -> None:
     assert set(found) == {"embed.weight", "head.weight"}
     assert all(torch.equal(m, mask) for m in found.values())
     assert len({id(packed) for _, _, packed in records(net)}) == 1
-    twin = copy.deepcopy(net)
-    assert twin.head.weight is twin.embed.weight
-    assert len({id(packed) for _, _, packed in records(twin)}) == 1
+    replica = copy.deepcopy(net)
+    assert replica.head.weight is replica.embed.weight
+    assert len({id(packed) for _, _, packed in records(replica)}) == 1
     assert masks_of(net.head).keys() == {"weight"}
 
 
@@ -154,20 +154,20 @@ def test_both_names_of_a_tied_tensor_in_one_plan_meet() -> None:
 def test_deepcopy_carries_the_masks_and_shares_nothing() -> None:
     net, mask = _net(), _mask(5, 16)
     apply_(net, hand_plan(masks={"3.weight": mask}))
-    twin = copy.deepcopy(net)
+    replica = copy.deepcopy(net)
     finalize(net)
-    assert not masks_of(net) and torch.equal(masks_of(twin)["3.weight"], mask)
+    assert not masks_of(net) and torch.equal(masks_of(replica)["3.weight"], mask)
     with torch.no_grad():
-        twin[3].weight.fill_(1)
-    assert torch.equal(reapply_(twin)[3].weight, mask.float())
-    assert not torch.equal(net[3].weight, twin[3].weight)
+        replica[3].weight.fill_(1)
+    assert torch.equal(reapply_(replica)[3].weight, mask.float())
+    assert not torch.equal(net[3].weight, replica[3].weight)
 
 
 def test_pickle_carries_the_masks() -> None:
     net, mask = _net(), _mask(5, 16)
     apply_(net, hand_plan(masks={"3.weight": mask}))
-    twin = pickle.loads(pickle.dumps(net))
-    assert torch.equal(masks_of(twin)["3.weight"], mask)
+    replica = pickle.loads(pickle.dumps(net))
+    assert torch.equal(masks_of(replica)["3.weight"], mask)
     buffer = io.BytesIO()
     torch.save(net.state_dict(), buffer)
     buffer.seek(0)

@@ -43,11 +43,11 @@ def test_an_average_keeps_the_masks_while_they_grow() -> None:
     assert pr.masks_of(pr.finalize(average)) == {}
 
 
-def test_masks_are_copied_to_a_twin_and_replace_its_own() -> None:
+def test_masks_are_copied_to_a_replica_and_replace_its_own() -> None:
     model = pr.apply_(mlp(8), pr.plan(mlp(8), X, MASKS, target=pr.Sparsity(0.5)))
-    twin = pr.apply_(copy.deepcopy(mlp(8)), pr.plan(mlp(8), X, MASKS, target=pr.Sparsity(0.9)))
-    pr.transform.copy_masks_(model, twin)
-    masks = pr.masks_of(twin)
+    replica = pr.apply_(copy.deepcopy(mlp(8)), pr.plan(mlp(8), X, MASKS, target=pr.Sparsity(0.9)))
+    pr.transform.copy_masks_(model, replica)
+    masks = pr.masks_of(replica)
     assert all(torch.equal(mask, masks[name]) for name, mask in pr.masks_of(model).items())
     with pytest.raises(RequestError, match="do not fit the other model"):
         pr.transform.copy_masks_(model, mlp(9))

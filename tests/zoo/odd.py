@@ -1,4 +1,4 @@
-"""Small networks with the unusual habits of real code: sharing, tying, gates, parametrisations, buffers, detaching."""
+"""Small networks with the unusual habits of real code: sharing, tying, gates, parametrizations, buffers, detaching."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class Unused(nn.Module):
 
 
 class WeightNorm(nn.Module):
-    """Weight norm by parametrisation: the norm of a row is over its inputs, those that are left."""
+    """Weight norm by parametrization: the norm of a row is over its inputs, those that are left."""
 
     def __init__(self) -> None:
         super().__init__()

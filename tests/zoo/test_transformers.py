@@ -179,8 +179,8 @@ def test_gpt2_layers_are_linear_with_a_transposed_weight() -> None:
 def test_generation_equals_the_masked_model(name: str) -> None:
     family = FAMILIES[name]
     checked = check_exact(family.build(), inputs_of(family))
-    twin = masked(checked.dense, checked.graph, checked.keep, mode="readers")
-    tokens = [generate(m) for m in (checked.small, twin, checked.dense)]
+    replica = masked(checked.dense, checked.graph, checked.keep, mode="readers")
+    tokens = [generate(m) for m in (checked.small, replica, checked.dense)]
     assert torch.equal(tokens[0], tokens[1])
     assert not torch.equal(tokens[0], tokens[2]) and tokens[0].unique().numel() > 3
 

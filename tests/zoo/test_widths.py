@@ -58,8 +58,8 @@ def gone_of(plan: pr.Plan, group: str) -> Tensor:
 
 def zeroed(model: nn.Module, graph: Any, plan: pr.Plan) -> nn.Module:
     """Every position of every removed unit at zero, by the graph's members."""
-    twin = copy.deepcopy(model).double()
-    tensors = dict([*twin.named_parameters(), *twin.named_buffers()])
+    replica = copy.deepcopy(model).double()
+    tensors = dict([*replica.named_parameters(), *replica.named_buffers()])
     with torch.no_grad():
         for group in graph.groups:
             if group.name in plan.keep:
@@ -67,7 +67,7 @@ def zeroed(model: nn.Module, graph: Any, plan: pr.Plan) -> nn.Module:
                 for member in group.members:
                     index = torch.from_numpy(member.index[lost[member.unit]])
                     tensors[member.entity].index_fill_(member.axis, index, 0)
-    return twin
+    return replica
 
 
 def restricted(kept: Tensor, *, layer: bool, eps: float) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
@@ -236,11 +236,11 @@ def test_experts_go_with_their_columns_of_the_router() -> None:
     assert [(group.size, group.min_units) for group in groups] == [(6, 2)] * 2
     plan = pr.plan(model, batch(), pr.Recipe(pr.magnitude, pr.Expert()), target=pr.Sparsity(0.5))
     small, dense = pr.shrink(model, plan), copy.deepcopy(model)
-    for layer, (group, twin) in enumerate(zip(groups, dense.model.layers, strict=True)):
+    for layer, (group, replica) in enumerate(zip(groups, dense.model.layers, strict=True)):
         gone = gone_of(plan, group.name)
         experts = small.model.layers[layer].mlp.experts
         assert len(gone) == 3 and experts.gate_up_proj.shape[0] == experts.num_experts == 3
-        twin.mlp.gate.forward = _router_without(twin.mlp.gate, gone)
+        replica.mlp.gate.forward = _router_without(replica.mlp.gate, gone)
     got, wanted = small(**batch()).logits, dense(**batch()).logits
     torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-6)  # torch has no such product in float64
     assert (wanted - model(**batch()).logits).abs().max() > 1e-6

@@ -60,7 +60,7 @@ def global_(pools: Sequence[Pool], *, normalize: Normalize = Normalize.NONE, per
             "half of them are negative, and division by the cost would remove expensive units first",
             "take another normalize=, or per_cost=False",
         )
-    shifted = [_centred(pool.scores.double(), normalize) for pool in pools]
+    shifted = [_centered(pool.scores.double(), normalize) for pool in pools]
     scales = [_scale(values.abs(), normalize) for values in shifted]
     return [values / (scale * cost) for values, scale, cost in zip(shifted, scales, costs, strict=True)]
 
@@ -117,7 +117,7 @@ def _lamp(pool: Pool) -> Tensor:
     return torch.where(suffix > 0, squares / suffix.clamp_min(torch.finfo(torch.float64).tiny), 0.0).cummax(0).values
 
 
-def _centred(scores: Tensor, normalize: Normalize) -> Tensor:
+def _centered(scores: Tensor, normalize: Normalize) -> Tensor:
     return scores - scores.mean() if normalize is Normalize.STANDARD and len(scores) else scores
 
 

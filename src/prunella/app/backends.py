@@ -32,7 +32,7 @@ from prunella.reporting.chart import alone, figure
 from prunella.runtime.convert import sparse
 from prunella.runtime.dense import dense_fast
 from prunella.runtime.kernels import library
-from prunella.runtime.kernels.library import Precision
+from prunella.runtime.kernels.config import Precision
 from prunella.runtime.record import sparsified
 from prunella.types import Inputs
 
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 BACKENDS = ("eager", "dense fast", "compiled", "onnxruntime", "sparse")
-_COLOURS = {"eager": "#8d8799", "dense fast": "#b7a98a", "compiled": "#4f7cac", "onnxruntime": "#7aa36f",
+_COLORS = {"eager": "#8d8799", "dense fast": "#b7a98a", "compiled": "#4f7cac", "onnxruntime": "#7aa36f",
             "sparse": "#6b3fa0"}  # fmt: skip
 
 
@@ -121,10 +121,10 @@ def _rows(
 ) -> Iterator[Timed]:
     if len(runs) == 1:
         runs = {**runs, "eager again": runs["eager"]}
-    found: Comparison = compare_latency(runs, rounds=rounds, warmup=2, seed=seed)
-    base = found.latencies[0].median * 1e3
+    comparison: Comparison = compare_latency(runs, rounds=rounds, warmup=2, seed=seed)
+    base = comparison.latencies[0].median * 1e3
     yield Timed("eager", batch, threads, base, 1.0, 1.0, 1.0)
-    for latency, ratio in zip(found.latencies[1:], found.ratios, strict=True):
+    for latency, ratio in zip(comparison.latencies[1:], comparison.ratios, strict=True):
         if latency.name in BACKENDS:
             yield Timed(latency.name, batch, threads, latency.median * 1e3, ratio.value, ratio.low, ratio.high)
 
@@ -137,8 +137,8 @@ def repeated(example: Inputs, batch: int) -> Inputs:
             return value
         return value[:1].repeat(batch, *[1] * (value.dim() - 1)).cpu()
 
-    made: Inputs = tree_map(one, dict(example) if isinstance(example, Mapping) else example)
-    return made
+    batch_inputs: Inputs = tree_map(one, dict(example) if isinstance(example, Mapping) else example)
+    return batch_inputs
 
 
 @contextmanager
@@ -170,12 +170,12 @@ def _compiled(model: nn.Module, given: Inputs, precision: Precision, folder: Pat
     torch._dynamo.reset()
     with settings.patch(freezing=True), torch.inference_mode(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the compiler's own
-        made = cast(nn.Module, torch.compile(copied(model), dynamic=False))
+        compiled = cast(nn.Module, torch.compile(copied(model), dynamic=False))
         try:
-            forward(made, given)
+            forward(compiled, given)
         except Exception as error:  # the compiler has no error type of its own
             raise RequestError("torch.compile failed", _first(error)) from error
-    return partial(forward, made, given)
+    return partial(forward, compiled, given)
 
 
 def _onnx(model: nn.Module, given: Inputs, precision: Precision, folder: Path, seed: int) -> Callable[[], object]:
@@ -205,14 +205,14 @@ def _first(error: Exception) -> str:
 # -- the plot ----------------------------------------------------------------------------------------------------------
 
 
-def plot(found: Bench, width: float = 7.6) -> str:
+def plot(bench: Bench, width: float = 7.6) -> str:
     """Speed-up of each backend against eager as an SVG, with 95 % intervals."""
-    groups = sorted({(row.threads, row.batch) for row in found.rows})
-    backends = [backend for backend in BACKENDS if any(row.backend == backend for row in found.rows)]
+    groups = sorted({(row.threads, row.batch) for row in bench.rows})
+    backends = [backend for backend in BACKENDS if any(row.backend == backend for row in bench.rows)]
 
     def draw(axes: Axes) -> None:
         for number, backend in enumerate(backends):
-            rows = {(row.threads, row.batch): row for row in found.rows if row.backend == backend}
+            rows = {(row.threads, row.batch): row for row in bench.rows if row.backend == backend}
             places = [
                 k + (number - (len(backends) - 1) / 2) * 0.8 / len(backends) for k, g in enumerate(groups) if g in rows
             ]
@@ -223,7 +223,7 @@ def plot(found: Bench, width: float = 7.6) -> str:
                 [row.ratio for row in mine],
                 0.75 / len(backends),
                 yerr=reach,
-                color=_COLOURS[backend],
+                color=_COLORS[backend],
                 label=backend,
             )
         axes.axhline(1.0, color="#777777", linewidth=0.8)

@@ -90,10 +90,10 @@ class Checkup:
         """Plain data for JSON."""
         trials = [asdict(trial) | {"verdict": trial.verdict} for trial in self.trials]
         patterns = [asdict(pattern) | {"pays_from": pattern.pays_from} for pattern in self.patterns]
-        found = {"system": dict(self.system), "extras": dict(self.extras), "trials": trials, "patterns": patterns}
+        fields = {"system": dict(self.system), "extras": dict(self.extras), "trials": trials, "patterns": patterns}
         lost = without_kernels()
-        found |= {"busy": self.busy} if self.busy else {}
-        return found | ({"lost": lost} if lost else {})
+        fields |= {"busy": self.busy} if self.busy else {}
+        return fields | ({"lost": lost} if lost else {})
 
 
 def checkup(*, seconds: float = 4.0, seed: int = 0) -> Checkup:
@@ -119,7 +119,7 @@ def _cores() -> int:
 
 def system() -> dict[str, str]:
     """Versions, processor, threads and memory."""
-    found = {
+    system = {
         "python": platform.python_version(),
         "torch": torch.__version__,
         "platform": platform.platform(terse=True),
@@ -132,8 +132,8 @@ def system() -> dict[str, str]:
         "memory": _memory(),
         "load": f"{os.getloadavg()[0]:.1f} processes" if hasattr(os, "getloadavg") else "unknown",
     }
-    found["gpu"] = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "none"
-    return found
+    system["gpu"] = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "none"
+    return system
 
 
 def _kernels() -> str:
@@ -169,19 +169,19 @@ def _version(package: str) -> str | None:
         return None
 
 
-Pair = tuple[str, str, Callable[[], object], Callable[[], object]]
+_Case = tuple[str, str, Callable[[], object], Callable[[], object]]
 
 
 def trials(*, seconds: float = 4.0, seed: int = 0) -> tuple[Trial, ...]:
     """Dense against pruned, measured in turns so that both see the same machine."""
     generator = torch.Generator().manual_seed(seed)
-    pairs = [*_structured(generator), *_masked(generator), *_sparse_tensors(generator)]
+    cases = [*_structured(generator), *_masked(generator), *_sparse_tensors(generator)]
     with torch.inference_mode(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch says that its sparse tensors are in beta
-        return tuple(_measure(pair, seconds / len(pairs)) for pair in pairs)
+        return tuple(_measure(case, seconds / len(cases)) for case in cases)
 
 
-def _structured(generator: torch.Generator) -> list[Pair]:
+def _structured(generator: torch.Generator) -> list[_Case]:
     image = torch.randn(1, 64, 56, 56, generator=generator)
     kernel = torch.randn(64, 64, 3, 3, generator=generator)
     small_image, small_kernel = image[:, :32].contiguous(), kernel[:32, :32].contiguous()
@@ -208,7 +208,7 @@ def _structured(generator: torch.Generator) -> list[Pair]:
     ]
 
 
-def _masked(generator: torch.Generator) -> list[Pair]:
+def _masked(generator: torch.Generator) -> list[_Case]:
     tokens, weight = torch.randn(128, 768, generator=generator), torch.randn(768, 768, generator=generator)
     pattern = weight * torch.tensor([1.0, 1.0, 0.0, 0.0]).repeat(768, 192)
     scattered = weight * (torch.rand(weight.shape, generator=generator) > 0.9)
@@ -222,7 +222,7 @@ def _masked(generator: torch.Generator) -> list[Pair]:
     ]
 
 
-def _sparse_tensors(generator: torch.Generator) -> list[Pair]:
+def _sparse_tensors(generator: torch.Generator) -> list[_Case]:
     tokens, weight = torch.randn(768, 128, generator=generator), torch.randn(768, 768, generator=generator)
     scattered = weight * (torch.rand(weight.shape, generator=generator) > 0.9)
     blocks = (torch.rand(48, 48, generator=generator) > 0.9).repeat_interleave(16, 0).repeat_interleave(16, 1)
@@ -240,14 +240,14 @@ def _sparse_tensors(generator: torch.Generator) -> list[Pair]:
     ]
 
 
-def _measure(pair: Pair, seconds: float) -> Trial:
-    name, structure, dense, pruned = pair
+def _measure(case: _Case, seconds: float) -> Trial:
+    name, structure, dense, pruned = case
     candidates = {"dense": dense, "pruned": pruned}
     once = min(_seconds(dense) + _seconds(pruned) for _ in range(2))
     rounds = min(1000, max(8, round(seconds / once)))
-    found = compare_latency(candidates, rounds=rounds, warmup=2)
-    before, after = (latency.median * 1e3 for latency in found.latencies)
-    return Trial(name, structure, before, after, found.ratio.value, found.ratio.low, found.ratio.high)
+    comparison = compare_latency(candidates, rounds=rounds, warmup=2)
+    before, after = (latency.median * 1e3 for latency in comparison.latencies)
+    return Trial(name, structure, before, after, comparison.ratio.value, comparison.ratio.low, comparison.ratio.high)
 
 
 def _seconds(work: Callable[[], object]) -> float:

@@ -85,10 +85,10 @@ class Pruned:
             return f"NOT RECOVERED, not usable yet: pass data=... (batches of inputs, no labels). {reached}"
         if not any(stage.name in ("reconstruct", "distill") and stage.after is not None for stage in self.history):
             why = "recover= or the budget left it out"
-            found = f"{cut.measure} from the dense outputs: {cut.after:.4g}"
-            return f"NOT RECOVERED, not usable yet: {why}. {reached}; {found}"
-        found = f"{cut.after:.4g} cut, {self.distance:.4g} recovered"
-        return f"{reached}; {cut.measure} from the dense outputs on held-out data: {found}"
+            distances = f"{cut.measure} from the dense outputs: {cut.after:.4g}"
+            return f"NOT RECOVERED, not usable yet: {why}. {reached}; {distances}"
+        distances = f"{cut.after:.4g} cut, {self.distance:.4g} recovered"
+        return f"{reached}; {cut.measure} from the dense outputs on held-out data: {distances}"
 
 
 def prune(

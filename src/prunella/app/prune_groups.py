@@ -15,7 +15,8 @@ from prunella.errors import NotSupported
 from prunella.graph.data import Frozen, Group, ReasonKind
 from prunella.graph.verify import unproven
 from prunella.model.forward import forward
-from prunella.model.watch import Read, Watch
+from prunella.model.observed_reads import Read
+from prunella.model.watch import Watch
 from prunella.planning.budget import Ladder, ladder, most
 from prunella.planning.candidates import CandidateUnits
 from prunella.planning.diagnostics import nothing_removed, target_missed
@@ -110,7 +111,7 @@ def missed(request: Request, scope: Scope, targets: Sequence[Target]) -> Excepti
         request.graph,
         scope.frozen,
         dense=candidates.amount(target, (0,) * len(counts)),
-        least=candidates.amount(target, counts),
+        lowest=candidates.amount(target, counts),
         budget=candidates.budget(target),
         limits=f"{len(counts)} groups are at their minimum: {kept} of {total} units are kept",
     )
@@ -149,8 +150,8 @@ def _scored(request: Request) -> tuple[list[tuple[Group, Tensor]], list[Frozen]]
     scored = []
     for group in groups:
         try:
-            found, frozen = score_groups(by_norm, [group], frozen)
-            scored += found
+            scores, frozen = score_groups(by_norm, [group], frozen)
+            scored += scores
         except NotSupported as error:
             reason = error.why.splitlines()[0] if error.why else error.what
             frozen = [*frozen, set_aside(group, reason, ReasonKind.UNSCORED)]

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from prunella.allocation import fixed
 from prunella.app.prune_data import Batches, check_outputs, first, size
-from prunella.app.prune_groups import Scope, missed, over, reachable, scope_of
+from prunella.app.prune_groups import Scope, missed, reachable, scope_of
 from prunella.app.prune_stages import Running, StageTimer
+from prunella.app.prune_widths import WidthChoice
 from prunella.criteria import group_norm, obs_units
-from prunella.errors import TargetMissed
 from prunella.granularity import Channel, Expert, Head, Width
 from prunella.graph.data import Group
 from prunella.graph.verify import unproven
@@ -29,24 +29,16 @@ from prunella.planning.candidates import CandidateUnits
 from prunella.planning.plan import Plan
 from prunella.planning.recipe import Recipe
 from prunella.planning.request import Request, nothing_to_prune, prepare
-from prunella.search.knapsack import knapsack
 from prunella.search.measured import Curve, curves, every_step, recordings
 from prunella.search.replay import Recording
-from prunella.search.scan import Scan
-from prunella.search.space import Space
-from prunella.selection import Counts
 from prunella.stats import Source, Subject
 from prunella.stats.elimination import Readers, eliminate
-from prunella.targets import Latency, MACs, Params, Target
+from prunella.targets import Latency, Target
 from prunella.types import Inputs, Mask
 
 FIT, JUDGE = 256, 128
 """Samples for the statistics, and for the measured losses."""
 LEVELS = {5: (0.0625, 0.1875, 0.375, 0.625, 0.8125), 3: (0.1875, 0.4375, 0.75), 2: (0.25, 0.625)}
-OPTIONS, TRIALS = 32, 6
-"""Most widths of a group in the knapsack; most measurements of a latency."""
-UNUSED = 0.03
-"""Share of the budget that widths for hardware may leave unused."""
 RIDGE, FEW_RIDGE = 1e-3, 1e-2
 """With many tokens, and with fewer than twice the inputs of a layer."""
 Losses = Mapping[int, float]
@@ -136,19 +128,19 @@ class _Measured:
 
     def _eliminated(self, readers: Readers, stage: Running) -> dict[str, Tensor]:
         """Group -> the relative loss at which each unit goes; groups without a readable reader are left out."""
-        found, tokens, start = {}, list[float](), now()
+        losses, tokens, start = {}, list[float](), now()
         for number, group in enumerate(self.scope.groups, start=1):
             parts = readers.of(group.name)
             tokens += [reader.covariance.tokens / len(quadratic.units) for reader, quadratic in parts]
             if parts:
                 ridge = FEW_RIDGE if min(tokens) < 2 else RIDGE
-                found[group.name] = eliminate([quadratic for _, quadratic in parts], group.size, ridge=ridge).losses
+                losses[group.name] = eliminate([quadratic for _, quadratic in parts], group.size, ridge=ridge).losses
             stage.tick(number, len(self.scope.groups))
-        unread = [group.name for group in self.scope.groups if group.name not in found]
+        unread = [group.name for group in self.scope.groups if group.name not in losses]
         if unread:
             stage.note(f"by norm, since no layer that reads them can be refitted: {', '.join(unread[:3])}")
         stage.note(f"elimination {since(start):.1f} s")
-        return found
+        return losses
 
     def _losses(self, readers: Readers, predicted: Mapping[str, Tensor], scores: Sequence[Tensor]) -> list[Losses]:
         groups = [(k, group) for k, group in enumerate(self.scope.groups) if group.name in predicted]
@@ -242,130 +234,13 @@ def _by_norm(scores: Tensor, levels: Sequence[int]) -> dict[int, float]:
 # -- allocation ----------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Choice:
-    """The choice of widths: the smallest sum of losses that meets all targets."""
-
-    asked: Asked
-    request: Request
-    scope: Scope
-    candidates: CandidateUnits
-    losses: Sequence[Losses]
-
-    @cached_property
-    def levels(self) -> list[list[int]]:
-        """The steps of each group."""
-        return [self.scope.levels(index) for index in range(len(self.scope.groups))]
-
-    def counts(self, targets: Sequence[Target]) -> Counts:
-        """Units that go from each group, by a knapsack over some steps; what is left is spent by loss per cost."""
-        ratio = self._ratio(targets)
-        nothing = (0,) * len(self.levels)
-        dense = ratio(nothing)
-        if dense <= 1:
-            return nothing
-        points = {
-            group.name: tuple((n / group.size, -losses[n]) for n in _some(levels) if n)
-            for group, losses, levels in zip(self.scope.groups, self.losses, self.levels, strict=True)
-        }
-        recipe = Recipe(seed=self.asked.seed)
-        space = Space(self.request.model, recipe, self.candidates, self.asked.inputs, Source(), (), ())
-        found = knapsack(space, Params(1 / dense), Scan(0.0, points, 0), predict=ratio)
-        counts = [round(found.shares[group.name] * group.size) for group in self.scope.groups]
-        return self._spent(counts, ratio)
-
-    def _ratio(self, targets: Sequence[Target]) -> Callable[[Counts], float]:
-        """What remains relative to the budget, of the target that is furthest from its own."""
-        return lambda counts: max(over(self.candidates, target, counts) for target in targets)
-
-    def filled(self, counts: Counts) -> tuple[Counts, str]:
-        """Counts that use more of the budget, and a remark, where widths for hardware leave much of it unused.
-
-        A network with few groups has few widths: one group has finer steps then, of 4, 2 or 1 units.
-        """
-        ratio = self._ratio(self.asked.targets)
-        before, finer = ratio(counts), dict[str, int]()
-        for step in (4, 2, 1):
-            if not self.scope.rounded or ratio(counts) >= 1 - UNUSED:
-                break
-            fitting = [(r, other, k) for other, k in self._wider(counts, step) if (r := ratio(other)) <= 1]
-            if fitting:
-                _, counts, index = max(fitting)
-                finer[self.scope.groups[index].name] = step
-        if not finer:
-            return counts, ""
-        names = ", ".join(f"{name} (multiple of {step})" for name, step in finer.items())
-        why = f"with widths for hardware alone, {1 - before:.1%} of the budget would be unused"
-        return counts, f"finer widths: {names}; {why}"
-
-    def _wider(self, counts: Counts, step: int) -> Iterator[tuple[Counts, int]]:
-        """Counts with some more units of one group, in this step, that do not reach its next level."""
-        for index, group in enumerate(self.scope.groups):
-            level = max((n for n in self.levels[index] if n < counts[index]), default=counts[index])
-            fine = math.lcm(group.multiple, step)
-            for count in range(counts[index] - fine, level, -fine):
-                yield (*counts[:index], count, *counts[index + 1 :]), index
-
-    def _spent(self, counts: list[int], ratio: Callable[[Counts], float]) -> Counts:
-        """Give units back as long as the targets are met, those first that lose most for their cost."""
-        closed = set[int]()
-        while len(closed) < len(counts):
-            at = ratio(tuple(counts))
-            best, gain = -1, -1.0
-            for index, levels in enumerate(self.levels):
-                place = levels.index(counts[index])
-                if index in closed or not place:
-                    closed.add(index)
-                    continue
-                back = [*counts[:index], levels[place - 1], *counts[index + 1 :]]
-                cost = ratio(tuple(back))
-                if cost > 1:
-                    closed.add(index)
-                    continue
-                saved = self.losses[index][counts[index]] - self.losses[index][levels[place - 1]]
-                if saved / max(cost - at, 1e-12) > gain:
-                    best, gain = index, saved / max(cost - at, 1e-12)
-            if best >= 0:
-                counts[best] = self.levels[best][self.levels[best].index(counts[best]) - 1]
-        return tuple(counts)
-
-    def fast(self, latency: Latency) -> Counts:
-        """The largest share of multiply-adds whose measured time meets a latency, and all other targets."""
-        others = [target for target in self.asked.targets if target is not latency]
-        nothing = (0,) * len(self.levels)
-        probe = self.request.probe
-        low, high, best, seen = 0.0, 1.0, None, list[float]()
-        share = min(1.0, latency.value) if latency.value <= 1 else 0.5
-        for _ in range(TRIALS):
-            targets = [*others, MACs(share)]
-            if not reachable(self.request, self.scope, targets):
-                low = max(low, share)
-            else:
-                counts = self.counts(targets)
-                timing = probe.time(latency, self.candidates.keep(counts if any(counts) else nothing))
-                asked = latency.value if latency.value <= 1 else latency.value / timing.dense
-                seen.append(timing.ratio / asked)
-                if timing.ratio <= asked:
-                    low, best = share, counts
-                    if timing.ratio > 0.95 * asked:
-                        break
-                else:
-                    high = share
-            share = (low + high) / 2 if best is not None or low else high / 2
-        if best is None:
-            fastest = min(seen, default=math.inf)
-            why = f"the fastest of {len(seen)} measured models takes {fastest:.3g} of what was asked"
-            raise TargetMissed(f"{latency} cannot be met", why, "ask for a larger latency, or remove blocks (Depth())")
-        return best
-
-
 def _allocated(
     asked: Asked, request: Request, scope: Scope, scores: Sequence[Tensor], losses: Sequence[Losses], stage: Running
 ) -> Plan:
     """The plan, proven by the oracle; groups that cannot be proven are left out."""
     while True:
         candidates = CandidateUnits(request.graph, scope.groups, tuple(scores))
-        choice = _Choice(asked, request, scope, candidates, losses)
+        choice = WidthChoice(request, scope, candidates, losses, asked.targets, asked.inputs)
         latency = next((target for target in asked.targets if isinstance(target, Latency)), None)
         if not reachable(request, scope, asked.targets):
             raise missed(request, scope, asked.targets)
@@ -408,10 +283,3 @@ def _plan(asked: Asked, request: Request, scope: Scope, keep: dict[str, Tensor],
     timing, line = request.probe.measured(latency, keep)
     before, after = replace(plan.before, latency=timing.dense), replace(plan.after, latency=timing.small)
     return replace(plan, before=before, after=after, remarks=(*plan.remarks, line))
-
-
-def _some(levels: Sequence[int]) -> list[int]:
-    """At most `OPTIONS` of the steps, the last one among them."""
-    if len(levels) <= OPTIONS:
-        return list(levels)
-    return sorted({levels[round(k * (len(levels) - 1) / OPTIONS)] for k in range(OPTIONS + 1)})

@@ -79,10 +79,8 @@ def outputs_by(loss: Loss) -> Outputs:
     def outputs(model: nn.Module, batch: Any) -> Any:
         seen: list[Any] = []
         handle = model.register_forward_hook(lambda module, arguments, output: seen.append(output))
-        try:
+        with handle:
             loss(model, batch)
-        finally:
-            handle.remove()
         if not seen:
             raise RequestError("the loss does not call the model", "model(...) was not called", "call it in the loss")
         return seen[-1]

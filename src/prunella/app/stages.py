@@ -57,10 +57,10 @@ class Stages:
         if self._is_done("plan"):
             self._go_on("plan", timer)
             return replace(load_plan(file), inputs=inputs)
-        made = make()
-        save_plan(made, file)
+        plan = make()
+        save_plan(plan, file)
         self._record("plan", file, timer.recorded(0))
-        return made
+        return plan
 
     def quality(self, name: str, make: Callable[[], Quality]) -> Quality:
         """The quality of a model, evaluated or read."""
@@ -68,9 +68,9 @@ class Stages:
         if self._is_done(key):
             self._go_on(key)
             return {str(name): float(value) for name, value in self.records[key]["values"].items()}
-        made = make()
-        self._record(key, None, {"values": dict(made)})
-        return made
+        quality = make()
+        self._record(key, None, {"values": dict(quality)})
+        return quality
 
     def recover(
         self,

@@ -1,4 +1,4 @@
-"""Is a folder that `run` wrote whole, does its model load, and is it the model that its plan describes?"""
+"""Verify a folder that `run` wrote: its files are complete, its model loads, and it is the model of its plan."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ TOLERANCE = 1e-4
 
 
 @dataclass(frozen=True)
-class Proof:
+class Verified:
     """What was checked. `equal`: relative difference to the masked dense model, None where it was not compared.
 
     recovered: how the model was changed after the cut; it is then not expected to equal the masked one.
@@ -63,7 +63,7 @@ class Proof:
         return "\n".join(lines)
 
 
-def check_whole(folder: Path, *, factory: Factory | None = None) -> tuple[Proof, nn.Module | None]:
+def check_folder(folder: Path, *, factory: Factory | None = None) -> tuple[Verified, nn.Module | None]:
     """Compare all digests and build the model. Without a `factory` a model that needs one is not rebuilt.
 
     A folder of `prunella llm` has no manifest: its record lists the files, and plain `from_pretrained` builds the
@@ -71,18 +71,18 @@ def check_whole(folder: Path, *, factory: Factory | None = None) -> tuple[Proof,
     """
     if not (folder / MARKER).is_file() and (record := read_record(folder)) is not None and "files" in record:
         check_files(folder, record)
-        return Proof(str(folder), len(record.section("files").data), rebuilt=False, reader="from_pretrained"), None
+        return Verified(str(folder), len(record.section("files").data), rebuilt=False, reader="from_pretrained"), None
     manifest = read_manifest(folder)
     check_weights(folder, manifest)
     needs = manifest.section("origin").text("kind") in ("factory", "unknown")
-    proof = Proof(str(folder), len(manifest.section("files").data), rebuilt=False, recovered=_recovered(folder))
+    verified = Verified(str(folder), len(manifest.section("files").data), rebuilt=False, recovered=_recovered(folder))
     if needs and factory is None:
-        return proof, None
+        return verified, None
     small = load(folder, factory=factory if needs else None)
     for name, tensor in small.named_parameters():
         if not bool(torch.isfinite(tensor).all()):
             raise BadInput(f"the model in {folder} is not finite", f"{name} holds NaN or infinity", "make it again")
-    return replace(proof, rebuilt=True), small
+    return replace(verified, rebuilt=True), small
 
 
 def plan_of(folder: Path) -> Plan:
@@ -90,21 +90,21 @@ def plan_of(folder: Path) -> Plan:
     return load_plan(folder / PLAN)
 
 
-def check_equal(proof: Proof, small: nn.Module, dense: nn.Module, plan: Plan, inputs: Inputs) -> Proof:
+def check_equal(verified: Verified, small: nn.Module, dense: nn.Module, plan: Plan, inputs: Inputs) -> Verified:
     """Cut `dense` by the plan again (compared in float64 with the masked model) and compare with the stored model.
 
     Raises CheckFailed when shapes differ, or when outputs differ although the model was not recovered.
     """
-    if proof.recovered:
-        _same_dense(Path(proof.folder), dense)
+    if verified.recovered:
+        _same_dense(Path(verified.folder), dense)
     expected = shrink(dense, plan, inputs=inputs) if plan.changes else apply_(dense, plan)
     _same_shapes(expected.state_dict(), small.state_dict())
     with torch.no_grad(), mode(expected, training=False), mode(small, training=False):
         error = relative_error(outputs_of(expected, inputs), outputs_of(small, inputs))
-    if error > TOLERANCE and not proof.recovered:
+    if error > TOLERANCE and not verified.recovered:
         why = f"its output differs by {error:.1e} of the largest value; {TOLERANCE:.0e} is allowed"
         raise CheckFailed("the stored model is not the masked dense model", why, "is MODEL the one it was made of?")
-    return replace(proof, equal=error)
+    return replace(verified, equal=error)
 
 
 def _same_dense(folder: Path, dense: nn.Module) -> None:
@@ -115,9 +115,9 @@ def _same_dense(folder: Path, dense: nn.Module) -> None:
         raise CheckFailed("MODEL is not the dense model of this run", "its weights are others", todo)
 
 
-def _same_shapes(expected: Mapping[str, torch.Tensor], found: Mapping[str, torch.Tensor]) -> None:
-    for name in sorted(expected.keys() | found.keys()):
-        sizes = [tuple(state[name].shape) if name in state else "absent" for state in (expected, found)]
+def _same_shapes(expected: Mapping[str, torch.Tensor], stored: Mapping[str, torch.Tensor]) -> None:
+    for name in sorted(expected.keys() | stored.keys()):
+        sizes = [tuple(state[name].shape) if name in state else "absent" for state in (expected, stored)]
         if sizes[0] != sizes[1]:
             why = f"{name} is {sizes[1]} in the folder and {sizes[0]} after cutting MODEL by the plan"
             raise CheckFailed(

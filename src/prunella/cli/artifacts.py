@@ -30,14 +30,14 @@ def verify(
 
     from torch.fx import GraphModule
 
-    from prunella.app.verify import check_equal, check_whole, plan_of
+    from prunella.app.verify import check_equal, check_folder, plan_of
     from prunella.cli.parse import factory_of, open_dense
     from prunella.graph.program.capture import as_program
     from prunella.io.load import load_model
 
     with stage("checking digests and loading"):
         build = (factory_of(model) or partial(load_model, model, allow_pickle=allow_pickle)) if model else None
-        proof, small = check_whole(folder, factory=build)
+        verified, small = check_folder(folder, factory=build)
     if model is not None and small is not None:
         plan = plan_of(folder)
         dense, example = open_dense(
@@ -46,8 +46,8 @@ def verify(
         if isinstance(small, GraphModule) and not isinstance(dense, GraphModule):
             dense = as_program(dense, example)
         with stage("comparing with the masked dense model"):
-            proof = check_equal(proof, small, dense, plan, example)
-    emit(proof.as_dict(), str(proof), as_json=as_json)
+            verified = check_equal(verified, small, dense, plan, example)
+    emit(verified.as_dict(), str(verified), as_json=as_json)
 
 
 def report(

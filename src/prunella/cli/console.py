@@ -117,8 +117,8 @@ def _resources_behind(error: BaseException) -> OutOfResources | None:
     """What was used up, if that is the cause of an error, or the cause of its cause."""
     causes = list[BaseException]()
     while (cause := error.__cause__) is not None and cause not in causes:  # users can make a circle of causes
-        if found := out_of_resources(cause):
-            return found
+        if shortage := out_of_resources(cause):
+            return shortage
         causes.append(cause)
         error = cause
     return None

@@ -60,13 +60,13 @@ def pareto(
     experiment = ParetoExperiment(make, metric, inputs, recipes, data, loss, recover, tuple(skip or ()))
     divided = type(parse_target(f"{unit}=0.5"))
     with stage("comparing"):
-        found = run(
+        frontier = run(
             experiment, output, ratios=_numbers(ratios), seeds=tuple(range(seeds)), unit=divided, jobs=jobs,
             on_cell=lambda cell, n, total: note(f"{n} of {total}: {cell.method}, {cell.ratio:g}x, seed {cell.seed}"),
         )  # fmt: skip
     page = output / PAGE if (output / PAGE).is_file() else None
-    text = f"{found}\n\nwrote {page or output / RECORD}"
-    emit({**found.data(), "page": str(page) if page else None}, text, as_json=as_json)
+    text = f"{frontier}\n\nwrote {page or output / RECORD}"
+    emit({**frontier.data(), "page": str(page) if page else None}, text, as_json=as_json)
 
 
 @dataclass(frozen=True)

@@ -30,13 +30,13 @@ def doctor(
     from prunella.app.doctor import checkup
 
     with stage("measuring"):
-        found = checkup(seconds=seconds)
-    emit(found.as_dict(), _checkup_text(found), as_json=as_json)
+        checked = checkup(seconds=seconds)
+    emit(checked.as_dict(), _checkup_text(checked), as_json=as_json)
 
 
-def _checkup_text(found: Checkup) -> str:
-    lines = [*filter(None, [found.busy]), "machine", table((), list(found.system.items()))]
-    lines += ["", "optional packages", table((), list(found.extras.items()))]
+def _checkup_text(checked: Checkup) -> str:
+    lines = [*filter(None, [checked.busy]), "machine", table((), list(checked.system.items()))]
+    lines += ["", "optional packages", table((), list(checked.extras.items()))]
     rows = [
         (
             t.name,
@@ -47,21 +47,23 @@ def _checkup_text(found: Checkup) -> str:
             interval(t.low, t.high, ".2f"),
             t.verdict,
         )
-        for t in found.trials
+        for t in checked.trials
     ]
     header = ("what is removed", "granularity", "dense", "pruned", "speed-up", "95 %", "verdict")
     lines += ["", "what pays here", table(header, rows, right=(2, 3, 4, 5))]
-    return "\n".join([*lines, "", "zeros that prunella.sparse skips, against the best dense kernel", *_patterns(found)])
+    return "\n".join(
+        [*lines, "", "zeros that prunella.sparse skips, against the best dense kernel", *_patterns(checked)]
+    )
 
 
-def _patterns(found: Checkup) -> list[str]:
+def _patterns(checked: Checkup) -> list[str]:
     from prunella.runtime.tuning.survey import without_kernels
 
     rows = [
         (p.name, p.granularity, "x".join(map(str, p.shape)), p.tokens,
          "  ".join(f"{t.sparsity:.0%}: {t.ratio:.1f}x" for t in p.tries) or "-",
          "no" if p.pays_from is None else f"from {p.pays_from:.0%}")
-        for p in found.patterns
+        for p in checked.patterns
     ]  # fmt: skip
     header = ("zeros", "granularity", "weight", "tokens", "speed-up at each sparsity", "pays")
     return [table(header, rows, right=(3,)), *filter(None, [without_kernels()])]
@@ -74,17 +76,17 @@ def methods(
     """All methods, with what they need and where they come from."""
     from prunella.registry import catalogue
 
-    found = catalogue.methods()
-    kinds = sorted({method.kind for method in found})
+    methods = catalogue.methods()
+    kinds = sorted({method.kind for method in methods})
     if kind is not None and kind not in kinds:
         from prunella.errors import RequestError, near_names
 
         near = near_names(kind, kinds)
         why = f"known are {', '.join(kinds)}{f'; {near}' if near else ''}"
         raise RequestError(f"unknown kind {kind!r}", why, "for example prunella methods criterion")
-    found = [method for method in found if kind in (None, method.kind)]
-    rows = [(m.name, m.kind, m.status, ", ".join(m.needs) or "-", m.source) for m in found]
-    data = [catalogue.describe(method) for method in found]
+    methods = [method for method in methods if kind in (None, method.kind)]
+    rows = [(m.name, m.kind, m.status, ", ".join(m.needs) or "-", m.source) for m in methods]
+    data = [catalogue.describe(method) for method in methods]
     text = table(("name", "kind", "status", "needs", "source"), rows)
     emit(data, text if (width := terminal_width()) is None else fitted(text, width), as_json=as_json)
 

@@ -10,7 +10,7 @@ from enum import Enum
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from prunella.errors import BadInput, RequestError
 from prunella.registry.method import metric
@@ -88,12 +88,6 @@ def best_format(weight: Tensor) -> StorageFormat:
     return min(fits, key=lambda form: stored_bytes(weight, form))
 
 
-def stored_model(model: nn.Module) -> dict[str, tuple[StorageFormat, int]]:
-    """Parameter name (tied ones once) -> its best format and the bytes in this format."""
-    best = {name: best_format(parameter) for name, parameter in model.named_parameters()}
-    return {name: (form, stored_bytes(model.get_parameter(name), form)) for name, form in best.items()}
-
-
 # -- each format -----------------------------------------------------------------------------------------------------
 
 
@@ -108,9 +102,9 @@ def _matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
 
 
 def _coo(matrix: Tensor) -> dict[str, Tensor]:
-    found = matrix.to_sparse(layout=torch.sparse_coo).coalesce()
-    rows, cols = found.indices().to(torch.int32)
-    return {"values": found.values(), "rows": rows.clone(), "cols": cols.clone()}
+    coordinates = matrix.to_sparse(layout=torch.sparse_coo).coalesce()
+    rows, cols = coordinates.indices().to(torch.int32)
+    return {"values": coordinates.values(), "rows": rows.clone(), "cols": cols.clone()}
 
 
 def _csr(matrix: Tensor) -> dict[str, Tensor]:
@@ -123,9 +117,9 @@ def _bsr(matrix: Tensor) -> dict[str, Tensor]:
     return _compressed(_quiet(lambda: padded.to_sparse_bsr((BLOCK, BLOCK))))
 
 
-def _compressed(found: Tensor) -> dict[str, Tensor]:
-    starts, cols = found.crow_indices().to(torch.int32), found.col_indices().to(torch.int32)
-    return {"values": found.values().contiguous(), "cols": cols, "starts": starts}
+def _compressed(compressed: Tensor) -> dict[str, Tensor]:
+    starts, cols = compressed.crow_indices().to(torch.int32), compressed.col_indices().to(torch.int32)
+    return {"values": compressed.values().contiguous(), "cols": cols, "starts": starts}
 
 
 def _quiet(make: Callable[[], Tensor]) -> Tensor:

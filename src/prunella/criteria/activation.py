@@ -84,7 +84,7 @@ def obs_units(unit_loss: UnitLoss, *, ridge: float = 1e-3) -> Scores:
 
     Again and again the unit c with the smallest `tr(W_c ([H^-1]_cc)^-1 W_c^T)` goes, and the other columns of W take
     over its part; `H = X^T X + ridge * mean(diag X^T X) I` over all tokens. A unit scores the squared error of the
-    outputs when it and all units before it are gone, relative to the outputs. Inputs are centred where a bias or a
+    outputs when it and all units before it are gone, relative to the outputs. Inputs are centered where a bias or a
     batch normalization takes the constant. `reconstruct` computes the weights that go with the cut.
     Data: forward passes only, a few times more tokens (pixels) than a layer has inputs. ridge: above 0.
 

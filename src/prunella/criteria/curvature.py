@@ -49,7 +49,7 @@ def obs_saliency(
 ) -> Saliency:
     """Change of the loss when a weight is removed and the others in its block compensate (OBS, WoodFisher).
 
-    `S_q = w_q^2 / (2 [F^-1]_qq)` with `F = damping * I + mean_n g_n g_n^T` over samples, for every `block` neighbours
+    `S_q = w_q^2 / (2 [F^-1]_qq)` with `F = damping * I + mean_n g_n g_n^T` over samples, for every `block` neighbors
     in a row of the matrix `(out, in)`. At block 1 it is half of `w^2 * (mean g^2 + damping)`.
     Data: batches, split into samples, and a loss. damping: above 0; where it is far above the squared gradients the
     order is that of `magnitude`. block: weights, 1 to 128; memory is `8 * block` bytes a weight.
@@ -84,7 +84,7 @@ def mfac_saliency(weight: Weight, sample_grad: SampleGrad, *, damping: float = 1
 def obert(
     weight: Weight, fisher_inverse: FisherInverse, *, group: int = 4, damping: float = 1e-5, block: int = 32
 ) -> Saliency:
-    """Change of the loss when `group` neighbours in a row are removed and the rest of their block compensates.
+    """Change of the loss when `group` neighbors in a row are removed and the rest of their block compensates.
 
     `s_Q = 1/2 w_Q^T ([F^-1]_QQ)^-1 w_Q`, divided equally among the weights of Q, with the inverse of `obs_saliency`.
     For `Block(1, group)`, which sums these shares again. At group 1 it is `obs_saliency`.

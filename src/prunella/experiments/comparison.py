@@ -42,10 +42,10 @@ class Compared:
     def markdown(self) -> str:
         """The comparison as a Markdown table."""
         names = list(next(iter(self.values.values())))
-        lines = [f"| way | {' | '.join(names)} |", f"|---|{'---|' * len(names)}"]
-        for way in self.values:
-            cells = [spread(*self.spread(way, name)) for name in names]
-            lines.append(f"| {way} | {' | '.join(cells)} |")
+        lines = [f"| method | {' | '.join(names)} |", f"|---|{'---|' * len(names)}"]
+        for method in self.values:
+            cells = [spread(*self.spread(method, name)) for name in names]
+            lines.append(f"| {method} | {' | '.join(cells)} |")
         return "\n".join([*lines, "", f"seeds {', '.join(map(str, self.seeds))}: mean ± standard deviation"])
 
     def __str__(self) -> str:

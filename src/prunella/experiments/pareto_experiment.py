@@ -136,12 +136,12 @@ def pareto(
         return _frontier(experiment, _finished(tasks, None, jobs, on_cell), seeds, unit)
     path = Path(folder)
     with open_journal(path) as journal:
-        found = _frontier(experiment, _finished(tasks, journal, jobs, on_cell), seeds, unit)
-        write_atomic(path / RECORD, (found.json() + "\n").encode())
-        missing = reason_without(functools.partial(write_frontier, found, path / PAGE), PAGE)
+        frontier = _frontier(experiment, _finished(tasks, journal, jobs, on_cell), seeds, unit)
+        write_atomic(path / RECORD, (frontier.json() + "\n").encode())
+        missing = reason_without(functools.partial(write_frontier, frontier, path / PAGE), PAGE)
         if missing:
             logging.getLogger(__name__).warning(missing)
-    return found
+    return frontier
 
 
 def _finished(tasks: Sequence[_Task], journal: Journal | None, jobs: int, on_cell: OnCell | None) -> list[Cell]:

@@ -16,7 +16,7 @@ from prunella.types import Mask, Saliency
 
 _SIDE = 3
 _CELLS = _SIDE * _SIDE
-_CENTRE = _CELLS // 2
+_CENTER = _CELLS // 2
 
 
 @granularity(source="Mao et al. 2017, arXiv:1705.08922")
@@ -85,7 +85,7 @@ class Filter:
 class KernelPattern:
     """Every 3x3 kernel keeps `entries` weights, in one of at most `patterns` shapes that the network shares.
 
-    The natural shape of a kernel is its centre and the `entries - 1` highest others. The library holds the most
+    The natural shape of a kernel is its center and the `entries - 1` highest others. The library holds the most
     frequent natural shapes over all layers of the plan (ties: the first one in reading order of the cells). Every
     kernel takes the shape that keeps the largest L2 norm of its scores. The sparsity is always `1 - entries / 9`.
     Layers with other kernels are an error: exclude them with skip=, or prune them by `Kernel()`.
@@ -132,7 +132,7 @@ class KernelPattern:
 def library(kernels: Sequence[Tensor], entries: int, patterns: int) -> Mask:
     """The most frequent natural shapes of kernels `(n, 9)`: bool `(shapes, 9)`, the most frequent first."""
     cells = torch.cat(list(kernels)).clone()
-    cells[:, _CENTRE] = torch.inf
+    cells[:, _CENTER] = torch.inf
     natural = keep_top(cells, entries)
     distinct, counts = torch.unique(natural.flip(1).long(), dim=0, return_counts=True)
     order = torch.argsort(counts.flip(0), descending=True, stable=True)[:patterns]

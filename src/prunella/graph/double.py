@@ -37,10 +37,10 @@ def _observed(
     """Fake quantization by a moving range of what passes: of each position of `axis`, or of everything."""
     if observer_on.item():
         others = [k for k in range(x.dim()) if k != axis] if by_position else list(range(x.dim()))
-        for bound, found in ((low, x.amin(others)), (high, x.amax(others))):
-            fresh = bound.shape != found.shape or not bool(torch.isfinite(bound).all())
-            old = found if fresh else bound.clone()
-            bound.resize_(found.shape).copy_(old + rate * (found - old))
+        for bound, extreme in ((low, x.amin(others)), (high, x.amax(others))):
+            fresh = bound.shape != extreme.shape or not bool(torch.isfinite(bound).all())
+            old = extreme if fresh else bound.clone()
+            bound.resize_(extreme.shape).copy_(old + rate * (extreme - old))
         start, end = low.clamp_max(0), high.clamp_min(0)
         if symmetric:
             end = torch.maximum(-start, end)

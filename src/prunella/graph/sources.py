@@ -40,8 +40,8 @@ class Sources:
         if memory(tensor) in self._active:
             return None
         if tensor in self._made:
-            made: Names = self._made[tensor]
-            return made
+            names: Names = self._made[tensor]
+            return names
         return self._held(tensor)
 
     def held(self, tensor: Tensor) -> Names:

@@ -30,6 +30,7 @@ from prunella.graph.training_pass import training_fault
 from prunella.model.calls import called
 from prunella.model.copying import copied
 from prunella.model.forward import outputs_of
+from prunella.model.hooks import removed_after
 from prunella.model.rng import rng_state
 from prunella.model.state import untouched
 from prunella.model.trees import each, plain_tensor, tensors
@@ -85,8 +86,7 @@ def verify(
     """Compare `small` with `dense` with zeros in the removed units, in float64 and eval mode, on one batch.
 
     example: the number of the example that this batch is, or is like. answers: values that the source reads otherwise.
-    Errors: NotSupported if the small model does not
-    run, if the dense one does not repeat its outputs, or if there is no number to compare.
+    Errors: NotSupported if the small model does not run, the dense one does not repeat itself, or nothing is compared.
     """
     done = done.on(example)
     if any(p.device.type == "meta" for p in dense.parameters()):
@@ -396,8 +396,5 @@ def _inner_outputs(model: nn.Module, named: dict[str, Tensor]) -> Iterator[None]
         module.register_forward_hook(lambda _, __, output, path=path: seen(path, output))
         for path, module in model.named_modules()
     ]
-    try:
+    with removed_after(handles):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()

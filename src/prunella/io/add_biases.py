@@ -1,4 +1,4 @@
-"""A language model whose layers can take a constant: biases of zero, where its configuration has a word for them."""
+"""A language model whose layers can take a constant: biases of zero, where its configuration has a switch for them."""
 
 from __future__ import annotations
 
@@ -34,22 +34,22 @@ def with_biases(model: M, only: Sequence[str] = ("*down_proj", "*o_proj")) -> M:
 
     Use: before a cut by `fluctuation`, so that means can be folded. Avoid: when layers are refitted anyway.
     """
-    twin: Any = copied(model)
-    wanted = {f"{name}.bias" for name in _layers(twin, only)}
-    for switch in list(_switches(twin)):
-        added = _added(twin, switch)
+    biased: Any = copied(model)
+    wanted = {f"{name}.bias" for name in _layers(biased, only)}
+    for switch in list(_switches(biased)):
+        added = _added(biased, switch)
         if added and wanted & added:
-            setattr(twin.config, switch, True)
+            setattr(biased.config, switch, True)
             for name in sorted(added):
-                _give(twin, name)
-    bare = sorted(wanted - shapes_of(twin).keys())
+                _give(biased, name)
+    bare = sorted(wanted - shapes_of(biased).keys())
     if bare:
         raise NotSupported(
             f"{bare[0].removesuffix('.bias')} cannot have a bias",
-            f"no entry of {type(twin.config).__name__} adds one, so that the model would not load again",
+            f"no entry of {type(biased.config).__name__} adds one, so that the model would not load again",
             _INSTEAD,
         )
-    return twin  # type: ignore[no-any-return]
+    return biased  # type: ignore[no-any-return]
 
 
 def _layers(model: nn.Module, only: Sequence[str]) -> list[str]:

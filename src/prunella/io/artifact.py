@@ -115,7 +115,7 @@ def save(
 
 @dataclass
 class Draft:
-    """An artefact before it has its name: files may be added to its `folder`. `saved` says what is written so far."""
+    """An artefact in a temporary folder, to which files may be added. `saved` says what is written so far."""
 
     folder: Path
     saved: Saved
@@ -133,7 +133,7 @@ def drafted(
     dense: nn.Module | None = None,
     overwrite: bool = False,
 ) -> Iterator[Draft]:
-    """`save`, whose folder appears with what the block adds to it: when the block ends well, all at once."""
+    """As `save`, but the folder gets its name when the block ends, with the files that the block has added."""
     model = with_plain_weights(model)
     check_apart(path, source)
     state = read_state(model)
@@ -159,7 +159,7 @@ def drafted(
 
 
 def saved_in(folder: Path, path: str | os.PathLike[str], *, reader: str = "", note: str = "") -> Saved:
-    """What a folder holds that is going to be `path`."""
+    """The record of an artefact in the temporary folder `folder`, which will be renamed to `path`."""
     total, names = sum(f.stat().st_size for f in folder.iterdir()), sorted(f.name for f in folder.iterdir())
     reader = reader or ("from_pretrained" if (folder / "config.json").is_file() else "prunella.load")
     return Saved(Path(path), total, tuple(names), reader, note)
@@ -280,7 +280,7 @@ def _describe_plan(plan: Plan) -> dict[str, Any]:
         "cuts": encode_cuts(plan.cuts),
         "attributes": [[owner, name, value] for (owner, name), value in plan.attributes.items()],
         "dropped": {path: list(names) for path, names in plan.dropped.items()},
-        "lists": [[owner, name, list(gone)] for (owner, name), gone in plan.changes.lists.items()],
+        "lists": [[owner, name, list(removed)] for (owner, name), removed in plan.changes.lists.items()],
         "masks": {name: {"kept": int(mask.sum()), "total": mask.numel()} for name, mask in plan.masks.items()},
         "target": {
             "asked": str(plan.target) if plan.target else None,

@@ -102,15 +102,15 @@ class Names:
 
     @classmethod
     def of(cls, names: Iterable[str], own: frozenset[str]) -> Names:
-        """The way to read names under which most of them are names of the model; the plainest one of equals."""
+        """The renaming after which most names are names of the model; of equal ones the plainest."""
         names = tuple(names)
-        ways = [cls(wrapped=wrapped) for wrapped in (False, True)]
+        renamings = [cls(wrapped=wrapped) for wrapped in (False, True)]
         for wrapped in (False, True):
             bare = [cls(wrapped=wrapped).read(name) for name in names]
-            ways += [cls(prefix, "", wrapped) for prefix in _prefixes(bare)]
-            ways += [cls("", prefix, wrapped) for prefix in _prefixes(own)]
-        scored = [cls(w.taken_off, w.put_on, w.wrapped, sum(w.read(n) in own for n in names)) for w in ways]
-        return max(scored, key=lambda way: way.fit)
+            renamings += [cls(prefix, "", wrapped) for prefix in _prefixes(bare)]
+            renamings += [cls("", prefix, wrapped) for prefix in _prefixes(own)]
+        scored = [cls(w.taken_off, w.put_on, w.wrapped, sum(w.read(n) in own for n in names)) for w in renamings]
+        return max(scored, key=lambda renaming: renaming.fit)
 
     def read(self, name: str) -> str:
         """A name of the checkpoint as a name of the model."""
@@ -128,12 +128,12 @@ class Names:
 
     def renamed(self, tensors: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
         """The tensors under the model's names, without the counters of wrappers. Errors: BadInput for a clash."""
-        kept = {n: v for n, v in tensors.items() if not (n.rpartition(".")[2] in _COUNTERS and v.dim() == 0)}
-        found = {self.read(name): value for name, value in kept.items()}
-        if len(found) < len(kept):
+        weights = {n: v for n, v in tensors.items() if not (n.rpartition(".")[2] in _COUNTERS and v.dim() == 0)}
+        renamed = {self.read(name): value for name, value in weights.items()}
+        if len(renamed) < len(weights):
             why = "they differ in what wraps the model only"
             raise BadInput(f"two names of {where} mean one weight", why, "save the bare model's state_dict()")
-        return found
+        return renamed
 
 
 def _prefixes(names: Iterable[str]) -> list[str]:

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from prunella.errors import NotSupported
 
-_PIECE = 1 << 24
+_CHUNK = 1 << 24
 """Bytes of a tensor that are brought to the CPU at a time."""
 _KNOWN = ("prunella", "torch")
 """Packages whose functions are known by name and version."""
@@ -165,8 +165,8 @@ class Contents:
         self.put("tensor", str(value.dtype), str(tuple(value.shape)))
         for part in _dense_parts(value.detach()):
             self.put("dense", str(part.dtype), str(tuple(part.shape)))
-            for piece in _pieces(part):
-                flat = piece.cpu().contiguous().reshape(-1)
+            for chunk in _chunks(part):
+                flat = chunk.cpu().contiguous().reshape(-1)
                 plain = flat.as_strided(flat.shape, (1,))  # a single number may have any stride
                 self.state.update(plain.view(torch.uint8).numpy().data)
 
@@ -211,16 +211,16 @@ def _dense_parts(value: Tensor) -> Iterator[Tensor]:
         yield value.resolve_conj().resolve_neg()
 
 
-def _pieces(value: Tensor) -> Iterator[Tensor]:
-    """The tensor in pieces of a bounded size, in the order of its elements; views, so that nothing large is copied."""
-    if value.nbytes <= _PIECE or (value.is_contiguous() and value.device.type == "cpu"):
+def _chunks(value: Tensor) -> Iterator[Tensor]:
+    """The tensor in chunks of a bounded size, in the order of its elements; views, so that nothing large is copied."""
+    if value.nbytes <= _CHUNK or (value.is_contiguous() and value.device.type == "cpu"):
         if value.numel():
             yield value
         return
-    rows = max(1, _PIECE * len(value) // value.nbytes)
+    rows = max(1, _CHUNK * len(value) // value.nbytes)
     for start in range(0, len(value), rows):
         part = value[start : start + rows]
-        yield from _pieces(part[0]) if len(part) == 1 and part.dim() > 1 else (part,)
+        yield from _chunks(part[0]) if len(part) == 1 and part.dim() > 1 else (part,)
 
 
 def _name(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""Kept positions of a plan as JSON: runs of neighbours, each list once."""
+"""Kept positions of a plan as JSON: runs of neighbors, each list once."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ def encode_cuts(cuts: Cuts) -> dict[str, Any]:
 def decode_cuts(cuts: Fields, largest: int = _LARGEST) -> dict[str, dict[int, Tensor]]:
     """Undo `encode_cuts`. Errors: BadInput for what it never writes, such as a position of `largest` or above."""
     lists = [_positions(runs, largest) for runs in cuts.list_of("positions")]
-    found: dict[str, dict[int, Tensor]] = {}
+    cuts_of: dict[str, dict[int, Tensor]] = {}
     for name, axes in cuts.section("axes").values():
         pairs = [(axis, value.integer(low=0, high=len(lists) - 1)) for axis, value in axes.fields().values()]
-        found[name] = {int(axis): lists[index] for axis, index in pairs}
-    return found
+        cuts_of[name] = {int(axis): lists[index] for axis, index in pairs}
+    return cuts_of
 
 
 def _positions(runs: Value, largest: int) -> Tensor:

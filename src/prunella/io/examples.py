@@ -45,11 +45,11 @@ def example_inputs(model: nn.Module, spec: str, shapes: Sequence[str] | None = N
     parts = [part for text in shapes or () for part in text.split(",") if part]
     if parts:
         return _from_shapes(parts, _index_limit(model), generator)
-    found = _own_example(model, spec, generator)
-    if found is None:
+    example = _own_example(model, spec, generator)
+    if example is None:
         todo = "give --inputs, for example --inputs 1x3x224x224 or --inputs input_ids=1x16:int64"
         raise RequestError(f"no example input for {spec}", "the model does not say what it takes", todo)
-    return found
+    return example
 
 
 def _from_shapes(parts: Sequence[str], limit: int, generator: torch.Generator) -> Inputs:

@@ -78,15 +78,15 @@ def export(
     """
     model = with_plain_weights(model)
     final, chosen = Path(path), _format(Path(path), format)
-    found: list[Exported] = []
+    exports: list[Exported] = []
     on_cpu = _on_cpu(model)
 
     def write(temporary: Path) -> None:
-        found.append(_write(on_cpu, temporary, final, chosen, inputs))
+        exports.append(_write(on_cpu, temporary, final, chosen, inputs))
 
     with mode(on_cpu, training=False), torch.no_grad(), quiet():
         write_atomic(final, write)
-    return found[0]
+    return exports[0]
 
 
 def _write(model: nn.Module, file: Path, final: Path, chosen: Format, inputs: Inputs | None) -> Exported:
@@ -98,21 +98,23 @@ def _write(model: nn.Module, file: Path, final: Path, chosen: Format, inputs: In
     example = tree_map(lambda v: v.cpu() if isinstance(v, Tensor) else v, inputs)
     expected = outputs_of(model, example)
     make = _pt2 if chosen == "pt2" else _onnx
-    dynamic, reader, got, state = make(model, file, example)
+    dynamic, reader, outputs, state = make(model, file, example)
     kept, total = _zeros(model, state)
     size = file.stat().st_size
-    return _checked(Exported(final, chosen, size, reader, relative_error(expected, got), dynamic, kept, total))
+    return _checked(Exported(final, chosen, size, reader, relative_error(expected, outputs), dynamic, kept, total))
 
 
-def _checked(made: Exported) -> Exported:
-    what = f"the {made.format} export is not written"
-    if made.difference is not None and not made.difference <= TOLERANCE:
+def _checked(exported: Exported) -> Exported:
+    what = f"the {exported.format} export is not written"
+    if exported.difference is not None and not exported.difference <= TOLERANCE:
         raise CheckFailed(
-            what, f"{made.reader} differs from the model by {made.difference:.1e} ({TOLERANCE:g} allowed)"
+            what, f"{exported.reader} differs from the model by {exported.difference:.1e} ({TOLERANCE:g} allowed)"
         )
-    if made.zeros != made.zeros_before:
-        raise CheckFailed(what, f"only {made.zeros} of {made.zeros_before} zero weights were found again in place")
-    return made
+    if exported.zeros != exported.zeros_before:
+        raise CheckFailed(
+            what, f"only {exported.zeros} of {exported.zeros_before} zero weights were found again in place"
+        )
+    return exported
 
 
 def _safetensors(model: nn.Module, file: Path) -> tuple[int, int]:
@@ -146,13 +148,13 @@ def _onnx(model: nn.Module, file: Path, example: Inputs) -> tuple[bool, str, lis
             "the onnx export is one file", f"{byte_size(needed)} are more than such a file holds", "use pt2"
         )
     try:
-        made: Any = torch.onnx.export(program, dynamo=True, verbose=False)
+        translated: Any = torch.onnx.export(program, dynamo=True, verbose=False)
     except Exception as error:  # the exporter has no one error type
         why = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
         raise NotSupported("torch.onnx cannot translate this model", why, "pt2 and safetensors may work") from error
-    made.save(str(file), external_data=False)
-    reader, got = _read_onnx(file, example)
-    return dynamic, reader, got, _initializers(file)
+    translated.save(str(file), external_data=False)
+    reader, outputs = _read_onnx(file, example)
+    return dynamic, reader, outputs, _initializers(file)
 
 
 def _read_onnx(file: Path, example: Inputs) -> tuple[str, list[Tensor]]:

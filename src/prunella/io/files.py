@@ -220,7 +220,7 @@ def publish_folder(temporary: Path, final: Path, *, overwrite: bool = False) -> 
 
 
 def swap_in(temporary: Path, final: Path) -> None:
-    """Give a finished folder its final name; what was there, which has been checked, goes only then."""
+    """Give a finished folder its final name; the old folder, which was checked before, is removed last."""
     if final.exists():
         _replace_folder(temporary, final)
     else:

@@ -61,10 +61,10 @@ def reads_back(kind: type, folder: Path, model: nn.Module, inputs: Any) -> bool:
             loader: Any = kind
             again = loader.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
             device = next(iter(model.parameters())).device
-            got, expected = (outputs_of(m, inputs) for m in (again.to(device).eval(), model))
+            outputs, expected = (outputs_of(m, inputs) for m in (again.to(device).eval(), model))
         except Exception:  # a probe: whatever it raises, plain from_pretrained does not read this folder
             return False
-    return relative_error(expected, got) <= 1e-5
+    return relative_error(expected, outputs) <= 1e-5
 
 
 @contextmanager

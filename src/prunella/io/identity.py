@@ -2,7 +2,7 @@
 
 An `Identity` keeps the parts beside the joint digest, so that a refusal names what has changed. The digest of a value:
 
-- tensors and arrays: type, shape and every byte, read piece by piece; models: `model_parts`;
+- tensors and arrays: type, shape and every byte, read in chunks; models: `model_parts`;
 - plain data, lists, mappings, sets, dataclasses: their contents; a mapping with text keys in the order of its keys;
 - functions: qualified name, compiled code, defaults, closure and the arguments bound to them. Functions that they call
   are not followed, and those of prunella and torch are known by their names, since the versions are parts too;

@@ -338,7 +338,7 @@ def _decoded(value: Any) -> Any:
 
 @contextmanager
 def _told(path: Path) -> Iterator[None]:
-    """Errors of SQLite, and of what it gave, as ours."""
+    """Errors of SQLite, and of the data in it, as errors of prunella."""
     try:
         yield
     except sqlite3.Error as error:

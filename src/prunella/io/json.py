@@ -71,14 +71,14 @@ def _integer(digits: str) -> int:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict[str, Any]()
+    fields = dict[str, Any]()
     for key, value in pairs:
-        if key in found:
+        if key in fields:
             raise ValueError(f"the key {key!r:.60} is there twice")
         if not _is_unicode(key):
             raise ValueError(f"the key {key!r:.60} holds half a character")
-        found[key] = value
-    return found
+        fields[key] = value
+    return fields
 
 
 def _no_constant(name: str) -> Any:

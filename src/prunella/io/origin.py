@@ -58,8 +58,8 @@ def builder(origin: Mapping[str, Any], factory: Factory | None, where: str) -> B
         return _library(str(kind), str(origin.get("name")), kwargs)
     if kind == "transformers":
         return hugging_face_builder(origin)
-    made = f"it was made with {origin['name']!r}" if origin.get("name") else "it does not say how it was made"
-    why = f"{made}; code that a file names is never imported"
+    recorded = f"it was made with {origin['name']!r}" if origin.get("name") else "it does not say how it was made"
+    why = f"{recorded}; code that a file names is never imported"
     raise BadInput(f"loading {where} needs the model's factory", why, "pass factory=, a function or 'package.module:f'")
 
 
@@ -127,13 +127,13 @@ def hugging_face_builder(origin: Mapping[str, Any]) -> Builder:
 def _class(name: object, base: str | None) -> Any:
     transformers = _module("transformers")
     base_name = base or ("PreTrainedConfig" if hasattr(transformers, "PreTrainedConfig") else "PretrainedConfig")
-    found = getattr(transformers, name, None) if isinstance(name, str) and name.isidentifier() else None
-    if not isinstance(found, type) or not issubclass(found, getattr(transformers, base_name)):
+    kind = getattr(transformers, name, None) if isinstance(name, str) and name.isidentifier() else None
+    if not isinstance(kind, type) or not issubclass(kind, getattr(transformers, base_name)):
         why = f"transformers {transformers.__version__} has no such {base_name}"
         raise BadInput(
             f"cannot rebuild the class {name!r}", why, "pass factory=, or install the version it was made with"
         )
-    return found
+    return kind
 
 
 def _library(library: str, name: str, kwargs: Mapping[str, Any]) -> Builder:
@@ -155,10 +155,10 @@ def _module(name: str) -> Any:
 
 
 def _imported(name: str) -> Callable[..., Any]:
-    found = load_object(name, "factory")
-    if not callable(found):
-        raise RequestError(f"{name} is no factory", f"it is a {type(found).__name__}", "give a function or a class")
-    return found  # type: ignore[no-any-return]
+    factory = load_object(name, "factory")
+    if not callable(factory):
+        raise RequestError(f"{name} is no factory", f"it is a {type(factory).__name__}", "give a function or a class")
+    return factory  # type: ignore[no-any-return]
 
 
 def _spelled(function: Callable[..., Any]) -> str:

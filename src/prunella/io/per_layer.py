@@ -1,4 +1,4 @@
-"""What a configuration would say of each layer, where layers differ: `per_layer_config`, as transformers writes it.
+"""The entries of a configuration that differ from layer to layer: `per_layer_config`, as transformers writes it.
 
 One layer is explained by the same search that finds uniform configurations. It tells which entries matter and which
 axis of which tensor follows each; the other layers are read off their shapes.
@@ -41,10 +41,10 @@ def per_layer_config(
     layers = [{n: s for n, s in small.items() if n.startswith(f"{stack}.{k}.")} for k in range(_count(model, stack))]
     dense = built_shapes(origin, origin["config"], f"{stack}.")
     probe = max(range(len(layers)), key=lambda k: sum(dense.get(n) != s for n, s in layers[k].items()))
-    found = search_part(origin, small, sizes, kept, f"{stack}.{probe}.")
-    if found is None or not found[1]:
+    searched = search_part(origin, small, sizes, kept, f"{stack}.{probe}.")
+    if searched is None or not searched[1]:
         return {}
-    readers = list(_readers(origin, found, dense, f"{stack}.{probe}."))
+    readers = list(_readers(origin, searched, dense, f"{stack}.{probe}."))
     return {
         str(k): values
         for k in range(len(layers))
@@ -67,10 +67,10 @@ def _count(model: nn.Module, stack: str) -> int:
 
 
 def _readers(
-    origin: Mapping[str, Any], found: tuple[dict[str, Any], tuple[ConfigPath, ...]], dense: Shapes, layer: str
+    origin: Mapping[str, Any], searched: tuple[dict[str, Any], tuple[ConfigPath, ...]], dense: Shapes, layer: str
 ) -> Iterator[PerLayerReader]:
-    """Which axis follows each entry: the first that is another without this change."""
-    config, paths = found
+    """The axis that follows each changed entry: the first whose size differs when this change is left out."""
+    config, paths = searched
     full = built_shapes(origin, config, layer)
     for path in paths:
         old, new = _at(origin["config"], path), _at(config, path)
@@ -105,7 +105,7 @@ def _read(
 
 
 def _at(config: Mapping[str, Any], path: ConfigPath) -> Any:
-    found: Any = config
+    value: Any = config
     for key in path:
-        found = found[key]
-    return found
+        value = value[key]
+    return value

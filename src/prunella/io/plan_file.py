@@ -93,9 +93,9 @@ def load_plan(path: str | os.PathLike[str]) -> Plan:
 
 
 def _of_0_1(body: Mapping[str, Any]) -> dict[str, Any]:
-    """What format 1 or 2 holds, as format 3 does: changes in one place, today's names of a recipe's numbers.
+    """A body of format 1 or 2 in the terms of format 3: one entry `changes`, and today's names of a recipe's numbers.
 
-    What a plan by hand asked for was made up from what it gave.
+    Those formats gave a plan without a recipe a target that nobody had asked for; it is dropped.
     """
     names = ("cuts", "attributes", "along", "renumbered", "dropped", "lists")
     absent: dict[str, Any] = {"along": [], "renumbered": [], "dropped": {}, "lists": []}

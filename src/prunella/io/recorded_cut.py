@@ -31,9 +31,9 @@ def cut_as_recorded_(model: nn.Module, manifest: Fields) -> None:
         if name.startswith("_") or not (names_token(name) or _is_size(attribute(model, owner, name))):
             raise BadInput(f"the size {name!r} of {owner!r} cannot be set", "the rebuilt model keeps no such integer")
     check_dropped(model, dropped)
-    for (owner, name), gone in lists.items():
+    for (owner, name), removed in lists.items():
         entries = attribute(model, owner, name)
-        if name.startswith("_") or type(entries) not in (list, tuple) or not set(gone) <= set(range(len(entries))):  # type: ignore[arg-type]
+        if name.startswith("_") or type(entries) not in (list, tuple) or not set(removed) <= set(range(len(entries))):  # type: ignore[arg-type]
             raise BadInput(f"the list {name!r} of {owner!r} cannot be cut", "the rebuilt model keeps no such list")
     change_(model, Changes(cuts, attributes, dropped=dropped, lists=lists))
 
@@ -53,7 +53,7 @@ def _depth(manifest: Fields) -> tuple[dict[str, tuple[str, ...]], dict[tuple[str
     """The blocks that go and the lists that follow them."""
     dropped = {path: names.texts() for path, names in manifest.section("dropped", optional=True).values()}
     rows = [row.items(3) for row in manifest.list_of("lists", default=())]
-    return dropped, {(owner.text(), name.text()): gone.integers() for owner, name, gone in rows}
+    return dropped, {(owner.text(), name.text()): removed.integers() for owner, name, removed in rows}
 
 
 def _is_size(value: object) -> bool:

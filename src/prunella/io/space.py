@@ -1,4 +1,4 @@
-"""Before anything is done: is there room, may this be written, and is it apart from what is read?"""
+"""Checks before a run: room on the disk, permission to write, and an output apart from the sources."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def check_space(path: str | os.PathLike[str], needed: int) -> None:
 
 
 def check_output_file(path: str | os.PathLike[str], *sources: str | os.PathLike[str] | None) -> None:
-    """`RequestError` unless a file can be written at `path`, which is none of the sources; nothing stays written."""
+    """`RequestError` unless a file can be written at `path`, which is none of the sources; nothing is left behind."""
     final = Path(path)
     if final.is_dir():
         raise RequestError(f"cannot write {final}", "a folder of that name exists", "choose another file name")
@@ -37,14 +37,14 @@ def check_output_file(path: str | os.PathLike[str], *sources: str | os.PathLike[
 def check_output_folder(
     path: str | os.PathLike[str], *sources: str | os.PathLike[str] | None, overwrite: bool = False
 ) -> None:
-    """`RequestError` unless a folder can be written at `path`, apart from the sources; nothing stays written."""
+    """`RequestError` unless a folder can be written at `path`, apart from the sources; nothing is left behind."""
     check_free(Path(path), overwrite=overwrite)
     check_apart(path, *sources)
     check_writable(path)
 
 
 def check_room_for_journal(folder: str | os.PathLike[str]) -> None:
-    """`RequestError` unless files can be written in the folder, which may be there or not; nothing stays written."""
+    """`RequestError` unless files can be written in the folder, which may be there or not; nothing is left behind."""
     check_writable(Path(folder) / "journal")
 
 

@@ -162,13 +162,13 @@ def _decoded(value: Tensor, entry: Fields, name: str) -> Tensor:
     return value.reshape(shape)
 
 
-def _check_fit(own: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
-    missing, extra = own.keys() - found.keys(), found.keys() - own.keys()
+def _check_fit(own: Mapping[str, Tensor], stored: Mapping[str, Tensor]) -> None:
+    missing, extra = own.keys() - stored.keys(), stored.keys() - own.keys()
     if missing or extra:
         name = sorted(missing or extra)[0]
         why = f"{len(missing)} tensors are missing and {len(extra)} are unknown, for example {name!r}"
         raise BadInput("the artefact does not fit the rebuilt model", why, "give the factory it was made with")
-    for name, value in found.items():
+    for name, value in stored.items():
         if own[name].shape != value.shape:
             why = f"{name} is {list(value.shape)} in the file and {list(own[name].shape)} in the model"
             raise BadInput("the artefact does not fit the rebuilt model", why, "give the factory it was made with")

@@ -1,4 +1,4 @@
-"""What is not finished yet: files and folders under another name, which say whose they are.
+"""Temporary files and folders, whose names say which process writes them.
 
 `.NAME.SPACE-PID-MARK.part` is written and then renamed to `NAME`; `.NAME.SPACE-PID-MARK.old` was `NAME` and makes room
 for the new one where the system cannot exchange the two. SPACE stands for the machine and its process numbers. A killed
@@ -58,7 +58,7 @@ def discard(path: Path) -> None:
 
 
 def clean_up(folder: Path, *, of: Path | None = None) -> None:
-    """Clean up what killed processes have left in a folder. of: a locked path, whose rests are nobody's any more."""
+    """Clean up what killed processes have left in a folder. of: a locked path; all its temporary files go."""
     for entry, match in list(_left(folder)):
         locked_name = of is not None and match["final"] == _shortened(of)
         if entry.name not in _ours and (locked_name or _is_dead(match["space"], int(match["pid"]))):

@@ -161,10 +161,10 @@ def _stored(file: Path, entry: Fields, base: int, whole: int) -> StoredTensor:
 def _fill(file: IO[bytes], view: memoryview) -> int:
     done = 0
     while done < len(view):  # one read gives at most 2 GiB
-        got = file.readinto(view[done:])  # type: ignore[attr-defined]
-        if not got:
+        count = file.readinto(view[done:])  # type: ignore[attr-defined]
+        if not count:
             break
-        done += got
+        done += count
     return done
 
 

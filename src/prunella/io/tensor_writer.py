@@ -1,4 +1,4 @@
-"""Write a safetensors file piece by piece, into the very file that is given.
+"""Write a safetensors file chunk by chunk, into the given file.
 
 The writer of safetensors makes a temporary file of its own, which a kill leaves behind, and with a mode of its own.
 Tensors stand in its order: by the size of their type, the largest first, then by name.
@@ -18,7 +18,7 @@ from torch import Tensor
 from prunella.errors import NotSupported
 from prunella.io.tensor_file import NAMES, bytes_of
 
-_PIECE = 1 << 24
+_CHUNK = 1 << 24
 
 
 def save_file(
@@ -30,8 +30,8 @@ def save_file(
     with Path(file).open("wb") as out:
         out.write(header)
         for value in ordered.values():
-            for piece in pieces_of(value):
-                out.write(piece)
+            for chunk in chunks_of(value):
+                out.write(chunk)
 
 
 def header_of(
@@ -48,11 +48,11 @@ def header_of(
     return len(text).to_bytes(8, "little") + text
 
 
-def pieces_of(tensor: Tensor) -> Iterable[memoryview]:
-    """The bytes of a tensor, some at a time."""
+def chunks_of(tensor: Tensor) -> Iterable[memoryview]:
+    """The bytes of a tensor in chunks."""
     if tensor.numel():
         view = bytes_of(tensor.detach().cpu().contiguous())
-        yield from (view[start : start + _PIECE] for start in range(0, len(view), _PIECE))
+        yield from (view[start : start + _CHUNK] for start in range(0, len(view), _CHUNK))
 
 
 def size_of(tensors: Mapping[str, Tensor]) -> int:

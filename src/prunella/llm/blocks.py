@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from prunella.errors import NotSupported
 from prunella.graph.data import Graph
+from prunella.model.hooks import removed_after
 from prunella.model.trees import tensors
 from prunella.model.watch import Stop
 
@@ -162,7 +163,7 @@ def listed_block_paths(model: nn.Module) -> list[str]:
     """
     lists = [(path, m) for path, m in model.named_modules() if isinstance(m, nn.ModuleList | nn.Sequential) and len(m)]
     if not lists:
-        todo = "load the whole model, and use solve_"
+        todo = "load the full model, and use solve_"
         raise NotSupported("the model has no list of blocks", "blocks are the entries of a module list", todo)
     path, largest = max(lists, key=lambda entry: sum(p.numel() for p in entry[1].parameters()))
     return [f"{path}.{name}" for name, _ in largest.named_children()]
@@ -210,8 +211,8 @@ class _Execution:
         blocks = []
         for place, path in enumerate(paths):
             # The block after one that runs twice has another predecessor each time.
-            neighbours = {path, *paths[max(0, place - 1) : place]}
-            blocks.append(ModelBlock(path, self.sequential[path] and not neighbours & repeated, path not in repeated))
+            neighbors = {path, *paths[max(0, place - 1) : place]}
+            blocks.append(ModelBlock(path, self.sequential[path] and not neighbors & repeated, path not in repeated))
         return tuple(blocks)
 
 
@@ -226,11 +227,8 @@ def _hooked(
         handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
         if after is not None:
             handles.append(module.register_forward_hook(after, with_kwargs=True))
-    try:
+    with removed_after(handles):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager

@@ -19,13 +19,14 @@ from prunella.errors import NotSupported, RequestError
 from prunella.graph.data import Graph, Layer
 from prunella.graph.match import check_patterns, chosen, names_of_layer
 from prunella.graph.solve.groups import couple
+from prunella.llm.block_problem import BlockProblem, Fit
 from prunella.llm.blocks import BlockInputs, ModelBlock, blocks_of, uncached
 from prunella.llm.calibration import AUTO, Calibration, Sources, Split, calibrated, split
 from prunella.llm.distributed import SINGLE_PROCESS, ProcessGroup
 from prunella.llm.experts import experts_implementation, routers, unread_experts
 from prunella.llm.recipe import OneShot
 from prunella.llm.shrinkage import calls_of, not_fitted
-from prunella.llm.solve_block import BlockProblem, Fit, dense_targets, layers_by_weight, solve_block_
+from prunella.llm.solve_block import dense_targets, layers_by_weight, solve_block_
 from prunella.model.batches import listed
 from prunella.model.masks import record_
 from prunella.model.state import mode

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from prunella.graph.data import Graph, Layer
 from prunella.graph.matrix import to_matrix
-from prunella.model.watch import Read, View
+from prunella.model.observed_reads import Read, View
 
 Part = int | View | None
 """A matrix of a weight: the index of an expert or of a group of a convolution; some rows or columns; None for all."""
@@ -58,9 +58,9 @@ def parts_read(read: Read, layer: Layer) -> dict[Part, int]:
     """The parts of a weight that a call reads, each with the number of its matrix in the call; none if others."""
     if read.part is not None:
         parts: dict[Part, int] = {read.part: 0}
-    elif read.whole and (layer.groups > 1 or expert_axis(read.weight, layer) is not None):
+    elif read.full and (layer.groups > 1 or expert_axis(read.weight, layer) is not None):
         parts = {number: number for number in range(read.groups)}
-    elif read.whole:
+    elif read.full:
         parts = {None: 0}
     else:
         parts = {part: 0 for part in [_slice(read, layer)] if part is not None}

@@ -20,10 +20,11 @@ from prunella.llm.blocks import BlockCall, BlockInputs, ModelBlock, block_paths,
 from prunella.llm.refine import Refine, refine_
 from prunella.model.batches import listed
 from prunella.model.masks import masks_of
+from prunella.model.observed_reads import Read
 from prunella.model.state import mode, untouched
 from prunella.model.trees import tensors
 from prunella.model.unwrap import unwrap
-from prunella.model.watch import Read, Watch
+from prunella.model.watch import Watch
 from prunella.planning.depth import find_blocks, turns
 from prunella.planning.plan import Plan
 from prunella.recovery.least_squares import Solution, Sums
@@ -211,7 +212,7 @@ class _Matcher:
 
     def _sums(self, block: ModelBlock, calls: Sequence[BlockCall], targets: Sequence[Tensor], layer: Read) -> _Sums:
         """The sums of the least squares, over the batches for the fit and those for validation."""
-        fitted, validation = (Sums(centred=layer.bias is not None) for _ in range(2))
+        fitted, validation = (Sums(centered=layer.bias is not None) for _ in range(2))
         held_out = _validation(len(calls)) if self.how.ridge is None else set[int]()
         energy = {False: 0.0, True: 0.0}
         for number, (call, target) in enumerate(zip(calls, targets, strict=True)):

@@ -19,9 +19,10 @@ from prunella.graph.solve.groups import couple
 from prunella.graph.verify import verify
 from prunella.model.batches import listed
 from prunella.model.copying import copied
+from prunella.model.observed_reads import Read
 from prunella.model.state import mode
 from prunella.model.unwrap import unwrap
-from prunella.model.watch import Read, Watch
+from prunella.model.watch import Watch
 from prunella.planning.plan import Plan
 from prunella.planning.planner import plan
 from prunella.planning.recipe import Recipe

@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping, Sequence, Set
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,95 +18,21 @@ from torch import Tensor, nn
 from prunella.granularity import NM
 from prunella.graph.data import Layer
 from prunella.graph.matrix import from_matrix, to_matrix
+from prunella.llm.block_problem import BlockProblem, BlockResult, Fit
 from prunella.llm.blocks import BlockCall, BlockCalls, ModelBlock, StoreActivations
-from prunella.llm.distributed import SINGLE_PROCESS, ProcessGroup
 from prunella.llm.experts import Part, expert_axis, expert_chunks, matrix_of, parts_read
 from prunella.llm.recipe import OneShot
 from prunella.llm.refine import Refined, refine_
 from prunella.llm.shrinkage import shrink_change_
 from prunella.measure.clock import now
 from prunella.model.copying import copied
+from prunella.model.observed_reads import Read, Unread, View
 from prunella.model.trees import tensors
-from prunella.model.watch import Read, Stop, Unread, View, Watch
+from prunella.model.watch import Stop, Watch
 from prunella.solvers.layer import Pattern, Solved
 from prunella.types import Gram, Mask
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Fit:
-    """One layer: relative error of its outputs, pruned and total weights, calibration tokens, damping, seconds.
-
-    skipped: why the layer was kept dense, empty if it was pruned.
-    """
-
-    name: str
-    error: float = 0.0
-    removed: int = 0
-    total: int = 0
-    tokens: int = 0
-    damping: float = 0.0
-    seconds: float = 0.0
-    skipped: str = ""
-
-    def __str__(self) -> str:
-        if self.skipped:
-            return f"{self.name}: kept dense, {self.skipped}"
-        return f"{self.name}: {self.removed / self.total:.1%} pruned, error {self.error:.3%} ({self.tokens} tokens)"
-
-
-@dataclass(frozen=True)
-class BlockProblem:
-    """All that the result for one block depends on.
-
-    module: the block. layers: its layers to prune, by weight. calls: the inputs of the block in the pruned model.
-    forward: the output of the block for one of them. targets: the outputs of the dense block for the refinement, one
-    per call, empty without. store: where the outputs of the refined block are stored. first_solver: the rank that
-    solves the first matrix; the processes take turns. held_out: so many of the last calls are not fitted; they choose
-    how far the new weights go from the dense ones.
-    """
-
-    block: ModelBlock
-    module: nn.Module
-    layers: Mapping[nn.Parameter, Layer]
-    calls: Sequence[BlockCall]
-    forward: Callable[[BlockCall], Any]
-    how: OneShot
-    targets: Sequence[Tensor] = ()
-    store: StoreActivations = list
-    distributed: ProcessGroup = SINGLE_PROCESS
-    first_solver: int = 0
-    held_out: int = 0
-
-    @property
-    def fitted(self) -> int:
-        """The number of calls that the weights are solved for."""
-        return len(self.calls) - self.held_out
-
-    def output(self, k: int) -> Tensor:
-        """The hidden states that the block returns for call `k`."""
-        return tensors(self.forward(self.calls[k]))[0]
-
-
-@dataclass(frozen=True)
-class BlockResult:
-    """What was done to one block: its layers in order of execution, and the masks of their weights.
-
-    refined: the errors of the block and its outputs, if it was refined. next_solver: the rank whose turn it is.
-    strength: the part of the change of the weights that was kept, if it was chosen on batches that are held out.
-    """
-
-    fits: tuple[Fit, ...]
-    masks: Mapping[nn.Parameter, Mask]
-    refined: Refined | None = None
-    next_solver: int = 0
-    strength: float | None = None
-
-    @property
-    def outputs(self) -> Sequence[Tensor] | None:
-        """The outputs of the pruned block, if they are known already."""
-        return None if self.refined is None or self.strength is not None else self.refined.outputs
 
 
 def solve_block_(problem: BlockProblem, on_fit: Callable[[Fit], None] = lambda fit: None) -> BlockResult:

@@ -101,11 +101,8 @@ class Session:
                 "session.steps() needs the optimizer", "", "for example session.steps(loader, optimizer)"
             )
         handle = optimizers[0].register_step_pre_hook(self._note_rate)
-        try:
-            with Pruner(self.model, optimizers):
-                yield from self._walk(data, stateful)
-        finally:
-            handle.remove()
+        with handle, Pruner(self.model, optimizers):
+            yield from self._walk(data, stateful)
 
     def check(self) -> None:
         """`RequestError` if the training function did not take all steps."""

@@ -20,6 +20,7 @@ from prunella.graph.sources import Sources
 from prunella.graph.work import Term, counting, known, name_of, tensors_in, terms
 from prunella.measure.text import byte_size, exact_count, percent
 from prunella.model.forward import forward
+from prunella.model.hooks import removed_after
 from prunella.model.memory import inner_tensors
 from prunella.model.state import untouched
 from prunella.model.torch_masks import with_plain_weights
@@ -131,11 +132,6 @@ def measured_macs(model: nn.Module, inputs: Inputs) -> int:
     return count_work(model, inputs).macs
 
 
-def macs_by_module(model: nn.Module, inputs: Inputs) -> dict[str, int]:
-    """Multiply-adds of one forward pass by the module that does them; "" is the model itself."""
-    return dict(count_work(model, inputs).by_module)
-
-
 class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Sees the operations of one run below autograd; of those that take functions, the call as one."""
 
@@ -209,11 +205,8 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
             nn.modules.module.register_module_forward_pre_hook(enter),
             nn.modules.module.register_module_forward_hook(leave, always_call=True),
         ]
-        try:
+        with removed_after(handles):
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def result(self) -> WorkCount:
         """What was counted."""

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from prunella.measure.clock import now
 from prunella.model.forward import forward
+from prunella.model.hooks import removed_after
 from prunella.model.state import mode
 from prunella.model.trees import own, tensors
 from prunella.types import Inputs
@@ -89,11 +90,8 @@ def _clocks(model: nn.Module, spent: dict[str, float]) -> Iterator[None]:
             spent[name] = spent.get(name, 0.0) + _now(model) - started[name]
 
         handles += [module.register_forward_pre_hook(start), module.register_forward_hook(stop)]
-    try:
+    with removed_after(handles):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _now(model: nn.Module) -> float:

@@ -18,7 +18,7 @@ MISSING = "–"
 
 
 def table(header: Sequence[object], rows: Sequence[Sequence[object]], *, right: Collection[int] = ()) -> str:
-    """Aligned columns as plain text: no colours, no borders, no wrapping, whatever terminal there is.
+    """Aligned columns as plain text: no colors, no borders, no wrapping, whatever terminal there is.
 
     header: names of the columns; an empty one leaves the line out. right: the columns of numbers, set to the right.
     Columns are two spaces apart, by the width that a terminal gives each character. No line ends in a space.

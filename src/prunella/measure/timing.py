@@ -153,7 +153,7 @@ def side_by_side(dense: nn.Module, small: nn.Module, inputs: Any, small_inputs: 
 def _share(base: Sequence[float], other: Sequence[float]) -> tuple[float, float, float]:
     """The median of `other / base` between the ends of its 95 % bootstrap interval.
 
-    Of pairs of neighbours, not of medians: what slows a part of the rounds slows both of a pair.
+    Of pairs of neighbors, not of medians: what slows a part of the rounds slows both of a pair.
     """
     shares = np.asarray(other) / np.asarray(base)
     low, high = _interval(np.median, shares, resamples=1000, seed=0)
@@ -233,11 +233,11 @@ def _interval(statistic: Callable[..., Any], *samples: _Floats, resamples: int, 
         return value, value
     from scipy.stats import bootstrap
 
-    found = bootstrap(
+    bounds = bootstrap(
         samples, statistic, n_resamples=resamples, paired=len(samples) > 1, vectorized=True, axis=-1,
         method="percentile", rng=np.random.default_rng(seed),
     ).confidence_interval  # fmt: skip
-    return float(found.low), float(found.high)
+    return float(bounds.low), float(bounds.high)
 
 
 _Sample = Callable[[Run, int, bool], float]

@@ -18,9 +18,10 @@ from torch.overrides import TorchFunctionMode
 
 from prunella.model.calls import called
 from prunella.model.forms import Contraction
-from prunella.model.reads import NotReadable, Product, operation, products, unreadable
+from prunella.model.observed_reads import Homes, View
+from prunella.model.product import NotReadable, Product, operation
+from prunella.model.reads import products, unreadable
 from prunella.model.trees import tensors
-from prunella.model.watch import Homes, View
 from prunella.types import Mask
 
 Args = tuple[Any, ...]
@@ -166,8 +167,8 @@ def _multi_head(weights: _Weights, func: Any, args: Args, kwargs: Kwargs, reads:
     *inputs, last = (replace(product, output=lambda output: output) for product in reads)
     parts = [_through(weights, p, functional.linear(p.x, p.operand), p.x) for p in inputs]
     heads = kwargs.get("num_heads", args[4] if len(args) > 4 else None)
-    whole = parts if len(parts) == 3 else parts[0].chunk(3, -1)
-    query, key, value = (t.reshape(*t.shape[:-1], heads, -1) for t in whole)
+    projected = parts if len(parts) == 3 else parts[0].chunk(3, -1)
+    query, key, value = (t.reshape(*t.shape[:-1], heads, -1) for t in projected)
     scores = query.sum(-1, keepdim=True) + key.sum((0, -1), keepdim=True)
     mixed = _saturate(scores + value.sum(0, keepdim=True)).flatten(-2)
     output = _through(weights, last, functional.linear(mixed, last.operand), mixed)
@@ -188,18 +189,18 @@ def _through(weights: _Weights, product: Product, output: Tensor, x: Tensor) -> 
     def pairs(need: Mask) -> Mask:
         return form.restored(need[:, :, None].expand(form.sizes(shape)), shape) & alive
 
-    way: object = form.orientation
+    layout: object = form.orientation
     if isinstance(form, Contraction):  # the same rows of a weight are the same outputs, turned or not
         axes = [form.weight.index(letter) for letter in form.batch + form.outer]
-        way = tuple((shape[axis], product.operand.stride(axis)) for axis in axes)
-    return _watch(weights, product.operand, output, way, outputs, pairs)
+        layout = tuple((shape[axis], product.operand.stride(axis)) for axis in axes)
+    return _watch(weights, product.operand, output, layout, outputs, pairs)
 
 
 def _watch(
     weights: _Weights,
     weight: Tensor,
     output: Tensor,
-    way: object,
+    layout: object,
     outputs: Callable[[Tensor], Mask],
     pairs: Callable[[Mask], Mask],
 ) -> Tensor:
@@ -212,7 +213,7 @@ def _watch(
     output = _saturate(output)
     reached = outputs(output)
     known = weights.met.setdefault(name, Met(torch.zeros_like(weights.parameters[name], dtype=torch.bool)))
-    live = known.outputs.setdefault((view.offset, way), torch.zeros_like(reached.flatten()))
+    live = known.outputs.setdefault((view.offset, layout), torch.zeros_like(reached.flatten()))
 
     def needed(grad: Tensor) -> None:
         need = outputs(grad)

@@ -1,4 +1,4 @@
-"""Side effects of pruning on one labelled data set, as one frozen value."""
+"""Side effects of pruning on one labeled data set, as one frozen value."""
 
 from __future__ import annotations
 

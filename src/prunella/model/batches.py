@@ -80,8 +80,8 @@ def listed(data: Iterable[Any]) -> Listed:
 
 def trainable(batch: Any) -> Any:
     """The batch with copies of tensors that were made in `torch.inference_mode()`: no gradient passes by them."""
-    made = any(tensor.is_inference() for tensor in tensors(batch))
-    return each(batch, lambda tensor: tensor.clone() if tensor.is_inference() else tensor) if made else batch
+    inference = any(tensor.is_inference() for tensor in tensors(batch))
+    return each(batch, lambda tensor: tensor.clone() if tensor.is_inference() else tensor) if inference else batch
 
 
 @contextmanager
@@ -96,7 +96,7 @@ def data_errors(model: nn.Module, batch: object, *, name: str = "") -> Iterator[
     except PruningError:
         raise
     except Exception as error:
-        place = next((found for known in list(_alive) if (found := known.place(batch)) is not None), None)
+        place = next((position for known in list(_alive) if (position := known.place(batch)) is not None), None)
         asked = name or place
         if not asked or out_of_resources(error) or not _of_model(error, model) or not raised_by_user(error):
             raise

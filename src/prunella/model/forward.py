@@ -44,7 +44,7 @@ def _forward(model: nn.Module, batch: Any) -> Any:
     if isinstance(batch, Mapping):
         return _call(model, batch, **batch)
     if isinstance(batch, tuple):
-        return _forward(model, batch[0]) if _labelled(model, batch) else _call(model, batch, *batch)
+        return _forward(model, batch[0]) if _labeled(model, batch) else _call(model, batch, *batch)
     return model(batch)
 
 
@@ -58,7 +58,7 @@ def returned(model: nn.Module, output: Any) -> list[Tensor]:
 
     The state that a model hands back to itself, such as a cache of keys and values, is no output: see `states`.
     """
-    return tensors(output, advance=True, without=states(model, output))
+    return tensors(output, consume=True, without=states(model, output))
 
 
 def states(model: nn.Module, output: Any) -> list[object]:
@@ -92,16 +92,14 @@ def _optional(function: Callable[..., Any]) -> frozenset[str]:
 
 def inputs_of(model: nn.Module, batch: Any) -> Any:
     """What of a batch the model takes, so that `forward` gives the same for it without any trial."""
-    if isinstance(batch, tuple) and _labelled(model, batch):
+    if isinstance(batch, tuple) and _labeled(model, batch):
         return inputs_of(model, batch[0])
     if not isinstance(batch, list):
         return batch
     seen: list[tuple[Any, ...]] = []
     handle = model.register_forward_pre_hook(lambda module, arguments: seen.append(arguments))
-    try:
+    with handle:
         _of_list(model, batch)
-    finally:
-        handle.remove()
     return seen[-1][0] if len(seen[-1]) == 1 else seen[-1]
 
 
@@ -115,7 +113,7 @@ def _of_list(model: nn.Module, batch: list[Any]) -> Any:
     try:
         return model(batch)
     except (TypeError, AttributeError) as error:  # what torch and a module raise for a list in place of a tensor
-        if _labelled(model, batch):
+        if _labeled(model, batch):
             return _forward(model, batch[0])
         if len(batch) > 1 and _arguments(model) == (len(batch), len(batch)):
             return model(*batch)
@@ -143,7 +141,7 @@ def _misfit(batch: Any, why: str) -> RequestError:
     )
 
 
-def _labelled(model: nn.Module, batch: tuple[Any, ...] | list[Any]) -> bool:
+def _labeled(model: nn.Module, batch: tuple[Any, ...] | list[Any]) -> bool:
     """Whether only the first entry of a batch can be an input, as the model takes a single argument."""
     return len(batch) > 1 and isinstance(batch[0], Tensor | Mapping) and _arguments(model)[1] == 1
 
@@ -155,8 +153,8 @@ def _arguments(model: nn.Module) -> tuple[int, int | None]:
     except (ValueError, TypeError):
         return 0, None
     positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    least = sum(p.default is p.empty for p in positional)
-    return least, None if any(p.kind is p.VAR_POSITIONAL for p in parameters) else len(positional)
+    required = sum(p.default is p.empty for p in positional)
+    return required, None if any(p.kind is p.VAR_POSITIONAL for p in parameters) else len(positional)
 
 
 def first_tensor(output: Any) -> Tensor:
@@ -190,16 +188,16 @@ def judged(output: Any, batch: Any) -> Tensor | Logits:
     if isinstance(named, Tensor) and named.dim() > 1 and named.shape[-1] > 1:  # one class has no softmax
         return Logits(named)
     rows = {tensor.shape[0] for tensor in tensors(batch) if tensor.dim()}
-    found = [tensor for tensor in tensors(output) if tensor.dim()]
-    if not found:
+    candidates = [tensor for tensor in tensors(output) if tensor.dim()]
+    if not candidates:
         first_tensor(output)  # which tells of no tensor at all
         raise NotSupported(
             f"the model returned {type(output).__name__} with single numbers alone",
             "two models are compared by outputs with an axis of samples, not by a loss",
             "leave labels out of the batches, or return the outputs beside the loss",
         )
-    floating = [tensor for tensor in found if tensor.is_floating_point()]
-    tensor = next((tensor for tensor in floating if tensor.shape[0] in rows), (floating or found)[0])
+    floating = [tensor for tensor in candidates if tensor.is_floating_point()]
+    tensor = next((tensor for tensor in floating if tensor.shape[0] in rows), (floating or candidates)[0])
     return tensor if tensor.dim() > 1 else tensor[None, None]  # two axes in front: the numbers are not classes
 
 

@@ -134,7 +134,7 @@ def finalize(model: M) -> M:
 
 
 def copy_masks_(source: nn.Module, target: M) -> M:
-    """Give `target`, a twin of `source` such as a moving average of its weights, exactly the masks of `source`.
+    """Give `target`, a replica of `source` such as a moving average of its weights, exactly the masks of `source`.
 
     Masked weights of the target become zero; its earlier masks are dropped. Averages of zeros stay zero, so that a
     moving average needs the masks again only when they change. Both may be wrapped. Errors: RequestError if a masked

@@ -11,8 +11,8 @@ import inspect
 import itertools
 import string
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from dataclasses import replace
+from functools import partial
 from operator import itemgetter
 from typing import Any
 
@@ -20,8 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from prunella.model.calls import called
-from prunella.model.forms import Contraction, Convolution, Form
+from prunella.model.forms import Contraction, Convolution
+from prunella.model.product import NotReadable, Product, product_of
 
 UNREADABLE = {
     "embedding": "it looks up rows by index",
@@ -47,43 +47,9 @@ UNREADABLE = {
 """Reasons for operations that take a weight and are not in the table."""
 
 
-class NotReadable(Exception):
-    """Raised for arguments under which no matrix describes the weight; the message is the reason."""
-
-
 def unreadable(operation: str) -> str:
     """Why the weights of an operation cannot be read; empty if they can, or if the operation reads none."""
     return UNREADABLE.get(operation, "")
-
-
-def operation(func: Any) -> str:
-    """The name of a call in the table: `matmul` for `Tensor.__matmul__`, `addmm` for `aten.addmm.default`."""
-    name = called(func)
-    return _SPELLINGS.get(name, name)
-
-
-_SPELLINGS = {"__matmul__": "matmul", "__rmatmul__": "rmatmul", "grouped_mm_fallback": "grouped_mm"}
-_SPELLINGS |= {"_grouped_mm": "grouped_mm", "_convolution": "convolution", "linalg_matmul": "matmul"}
-
-
-@dataclass(frozen=True)
-class Product:
-    """One product in a call: an operand that may be a weight, its input, and its form.
-
-    given: returns the input, computed on first use. bias: added to the outputs, one number for each output of all
-    matrices. output: selects the output of the product from the result of the call.
-    """
-
-    operand: Tensor
-    given: Callable[[], Tensor]
-    form: Form
-    bias: Tensor | None = None
-    output: Callable[[Any], Tensor] = lambda result: result
-
-    @cached_property
-    def x(self) -> Tensor:
-        """The input."""
-        return self.given()
 
 
 def products(name: str, args: Sequence[Any], kwargs: Any = None) -> Iterator[Product]:
@@ -116,22 +82,12 @@ def _in_order(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tupl
     return (*args, *operands), others
 
 
-def _of(x: Tensor, weight: Tensor, form: Form, bias: Any = None) -> Product:
-    bias = bias if isinstance(bias, Tensor) and bias.numel() == _outputs(form, weight) else None
-    return Product(weight, lambda: x, form, bias)
-
-
-def _outputs(form: Form, weight: Tensor) -> int:
-    groups, out, _ = form.sizes(weight.shape)
-    return groups * out
-
-
 # -- products -----------------------------------------------------------------------------------------------------
 
 
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Iterator[Product]:
     lead = _letters(input.dim() - 1)
-    yield _of(input, weight, Contraction(f"{lead}i", "oi", f"{lead}o"), bias)
+    yield product_of(input, weight, Contraction(f"{lead}i", "oi", f"{lead}o"), bias)
 
 
 def _pair(a: Tensor, b: Tensor, bias: Tensor | None = None, scale: float = 1) -> Iterator[Product]:
@@ -140,7 +96,9 @@ def _pair(a: Tensor, b: Tensor, bias: Tensor | None = None, scale: float = 1) ->
     right = Contraction(f"{lead}ti", f"{lead}io", f"{lead}to")
     left = Contraction(f"{lead}it", f"{lead}oi", f"{lead}ot")
     rows = bias is not None and (bias.dim() < 2 or bias.shape[-2] == 1)
-    yield Product(b, lambda: a if scale == 1 else a * scale, right, _of(a, b, right, bias if rows else None).bias)
+    yield Product(
+        b, lambda: a if scale == 1 else a * scale, right, product_of(a, b, right, bias if rows else None).bias
+    )
     yield Product(a, lambda: b if scale == 1 else b * scale, left)
 
 
@@ -323,7 +281,7 @@ def _convolution(
 def _batched(x: Tensor, weight: Tensor, form: Convolution, bias: Tensor | None) -> Product:
     """A single sample is a batch of one."""
     single = x.dim() < weight.dim()
-    product = _of(x.unsqueeze(0) if single else x, weight, form, bias)
+    product = product_of(x.unsqueeze(0) if single else x, weight, form, bias)
     return Product(weight, product.given, form, product.bias, lambda y: y.unsqueeze(0)) if single else product
 
 

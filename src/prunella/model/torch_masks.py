@@ -40,17 +40,17 @@ def with_plain_weights(model: nn.Module) -> nn.Module:
     bare = unwrap(model, computed=True)
     if not torch_pruned(bare):
         return unwrap(bare)
-    twin = copied(bare)
-    for old, new in zip(bare.parameters(), twin.parameters(), strict=True):
+    replica = copied(bare)
+    for old, new in zip(bare.parameters(), replica.parameters(), strict=True):
         new.grad = None if old.grad is None else old.grad.clone()
-    return plain_weights_(twin)
+    return plain_weights_(replica)
 
 
 def plain_names(model: nn.Module) -> dict[str, str]:
     """Name of a parameter -> its name once the weights are plain."""
     modules = {module: path for path, module in model.named_modules()}
-    found: dict[str, str] = {}
+    names: dict[str, str] = {}
     for module, name in torch_pruned(model):
         place = f"{modules[module]}.{name}" if modules[module] else name
-        found[f"{place}_orig"] = place
-    return found
+        names[f"{place}_orig"] = place
+    return names

@@ -48,14 +48,14 @@ _ENDLESS = 2_000
 """An iterator of more items is taken for endless."""
 
 
-def tensors(tree: Any, *, advance: bool = False, without: Iterable[object] = ()) -> list[Tensor]:
+def tensors(tree: Any, *, consume: bool = False, without: Iterable[object] = ()) -> list[Tensor]:
     """All tensors of a tree, in order, from containers, views, objects of any class, and what functions hold on to.
 
-    advance: take the items out of iterators and generators too. This runs them, so it is for the outputs of a model.
+    consume: take the items out of iterators and generators too. This runs them, so it is for the outputs of a model.
     without: objects that are not looked into.
     """
     collected: list[Tensor] = []
-    _collect(tree, collected, {id(value): value for value in without}, advance=advance, again=True)
+    _collect(tree, collected, {id(value): value for value in without}, consume=consume, again=True)
     return collected
 
 
@@ -69,23 +69,23 @@ def first(tree: Any) -> Tensor | None:
     return next(iter(tensors(tree)), None)
 
 
-def _collect(value: Any, collected: list[Tensor], path: dict[int, Any], *, advance: bool, again: bool) -> None:
+def _collect(value: Any, collected: list[Tensor], path: dict[int, Any], *, consume: bool, again: bool) -> None:
     """path: the values around this one, and all objects so far. again: count a tensor also if it was reached before."""
     if isinstance(value, Tensor) and (again or not any(value is tensor for tensor in collected)):
         collected.append(value)
     if isinstance(value, _ATOMS) or id(value) in path or (isinstance(value, Tensor) and not _noted(value)):
         return
     path[id(value)] = value  # which keeps its address in use
-    for item in items(value, advance=advance):
-        _collect(item, collected, path, advance=advance, again=again)
+    for item in items(value, consume=consume):
+        _collect(item, collected, path, consume=consume, again=again)
     for item in attributes(value).values():
         # A container may keep its items in its attributes too, and an object may be reached in several ways.
-        _collect(item, collected, path, advance=advance, again=False)
+        _collect(item, collected, path, consume=consume, again=False)
     if type(value) in _PLAIN:
         del path[id(value)]
 
 
-def items(value: Any, *, advance: bool = False) -> list[Any]:
+def items(value: Any, *, consume: bool = False) -> list[Any]:
     """The items of a container, or what a function holds on to."""
     if isinstance(value, Mapping):
         return list(value.values())
@@ -93,7 +93,7 @@ def items(value: Any, *, advance: bool = False) -> list[Any]:
         return sorted(value, key=_form)
     if isinstance(value, MappingView | Sequence) or type(value).__name__ == "deque":
         return list(value)
-    if isinstance(value, Iterator) and advance:
+    if isinstance(value, Iterator) and consume:
         return list(_taken(value))
     return _held(value)
 

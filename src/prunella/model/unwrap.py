@@ -59,11 +59,11 @@ def eager(model: nn.Module) -> nn.Module:
 
 def torch_pruned(model: nn.Module) -> list[tuple[nn.Module, str]]:
     """The modules and names of the tensors that `torch.nn.utils.prune` computes."""
-    found = []
+    pruned = []
     for module in model.modules():
         hooks = [hook for hook in module._forward_pre_hooks.values() if isinstance(hook, BasePruningMethod)]
-        found += [(module, hook._tensor_name) for hook in hooks]
-    return found
+        pruned += [(module, hook._tensor_name) for hook in hooks]
+    return pruned
 
 
 def bare_optimizer(optimizer: object) -> Optimizer:

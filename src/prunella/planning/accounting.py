@@ -19,7 +19,7 @@ class Amount:
     """What a model weighs: parameters, multiply-adds of one pass over the example, bytes, non-zero prunable weights.
 
     latency: milliseconds of one pass, where the target was a `Latency`; else 0. model_weights: non-zero weights of the
-    whole model, prunable or not.
+    full model, prunable or not.
     """
 
     params: float
@@ -61,7 +61,7 @@ def amount(graph: Graph, keep: Keep) -> Amount:
 
 
 def model_weights(graph: Graph, keep: Keep) -> float:
-    """Weights of the whole model, prunable or not, when only `keep` remains."""
+    """Weights of the full model, prunable or not, when only `keep` remains."""
     return float(sum(graph.numel(name, keep) for name in weights_of(graph)))
 
 
@@ -72,11 +72,11 @@ def masked_amount(graph: Graph, rows: Sequence[Row], masks: Mapping[str, Mask]) 
     """
     dense = amount(graph, {})
     layers = {layer.entity for layer in graph.layers}
-    beside = sum(int((~mask).sum()) for name, mask in masks.items() if name not in layers)
+    elsewhere = sum(int((~mask).sum()) for name, mask in masks.items() if name not in layers)
     lost = sum(row.total - row.kept for row in rows)
     macs = math.fsum(row.macs_before - row.macs_after for row in rows)
     return Amount(
-        params=dense.params - lost - beside,
+        params=dense.params - lost - elsewhere,
         macs=dense.macs - macs,
         bytes=dense.bytes,
         weights=dense.weights - lost,

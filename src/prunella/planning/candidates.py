@@ -105,7 +105,7 @@ def _missed(
         graph,
         frozen,
         dense=candidates.amount(target, (0,) * len(ladders)),
-        least=candidates.amount(target, removed),
+        lowest=candidates.amount(target, removed),
         budget=candidates.budget(target),
         limits=f"{len(sizes)} groups are at their minimum: {kept}",
     )
@@ -148,7 +148,7 @@ class CandidateUnits:
         return keep
 
     def amount(self, target: Target, removed: Counts) -> float:
-        """What remains of the whole model, or of the units that compete for `Sparsity`."""
+        """What remains of the full model, or of the units that compete for `Sparsity`."""
         if _of_units(target):
             return float(sum(group.size for group in self.groups) - sum(removed))
         if isinstance(target, Latency):
@@ -162,7 +162,7 @@ class CandidateUnits:
         return self.probe.time(self.target, self.keep(removed), again=again)
 
     def budget(self, target: Target) -> float:
-        """Fractions are of the whole model; `Sparsity` of the units that compete, or of the weights of the model."""
+        """Fractions are of the full model; `Sparsity` of the units that compete, or of the weights of the model."""
         nothing = (0,) * len(self.groups)
         return target.absolute(self.amount(target, nothing) if _of_units(target) else weigh(self.graph, target, {}))
 

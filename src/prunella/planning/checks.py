@@ -1,4 +1,4 @@
-"""What a request has to fulfil before any work is done, and what a model has to be."""
+"""What a request has to fulfill before any work is done, and what a model has to be."""
 
 from __future__ import annotations
 
@@ -20,10 +20,8 @@ def check_function(function: object, kind: MethodKind) -> None:
     """Errors: RequestError for what is not a function of that kind, or was given knobs that it does not have."""
     known = next((m for m in REGISTRY.values() if m.function is plain_function(function)), None)
     if not callable(function) or isinstance(function, type) or (known and known.kind != kind):
-        found = f"{known.name} is of kind {known.kind}" if known else f"{function!r} is not a function"
-        raise RequestError(
-            f"Recipe({kind}=) takes a function of that kind", found, f"see `prunella methods` for {kind}s"
-        )
+        why = f"{known.name} is of kind {known.kind}" if known else f"{function!r} is not a function"
+        raise RequestError(f"Recipe({kind}=) takes a function of that kind", why, f"see `prunella methods` for {kind}s")
     if isinstance(plain_function(function), Controlled) and not isinstance(function, Controlled):
         raise RequestError(
             f"{name_of(function)} takes no knobs itself",
@@ -43,9 +41,9 @@ def check_granularity(granularities: tuple[Granularity, ...]) -> None:
     """Errors: RequestError for what is no granularity, and for several that do not share a ranking."""
     unknown = [entry for entry in granularities if not isinstance(entry, get_args(Granularity))]
     if not granularities or unknown:
-        found = f"{unknown[0]!r} is none" if unknown else "there is none"
+        why = f"{unknown[0]!r} is none" if unknown else "there is none"
         todo = "for example Channel(), (Channel(), Head()), Element(), NM(2, 4)"
-        raise RequestError("Recipe(granularity=) takes granularity objects", found, todo)
+        raise RequestError("Recipe(granularity=) takes granularity objects", why, todo)
     names = [type(entry).__name__ for entry in granularities]
     structural = all(isinstance(entry, Structural) for entry in granularities)
     if len(granularities) > 1 and (len(set(names)) < len(names) or not structural):
@@ -97,8 +95,8 @@ def checked_target(granularities: tuple[Granularity, ...], target: Target | None
             raise RequestError(f"{pattern.title} cannot meet {target}", f"it gives {fixed}", todo)
         return fixed
     if not isinstance(target, Target):
-        found = "target= is missing" if target is None else f"target={target!r} has no unit"
-        raise RequestError(found, "a budget needs its unit", "for example target=MACs(0.5) or target=Sparsity(0.9)")
+        what = "target= is missing" if target is None else f"target={target!r} has no unit"
+        raise RequestError(what, "a budget needs its unit", "for example target=MACs(0.5) or target=Sparsity(0.9)")
     return target
 
 

@@ -42,38 +42,38 @@ def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
 
 def changed_sizes(dense: Shapes, small: Shapes, pairs: Iterator[tuple[int, int]]) -> Sizes:
     """Old size -> new sizes: of the axes of tensors that differ, and of `pairs` (heads, attributes)."""
-    found: dict[int, set[int]] = {}
+    sizes: dict[int, set[int]] = {}
     axes = ((a, b) for name in dense.keys() & small.keys() for a, b in zip(dense[name], small[name], strict=False))
     for old, new in [*axes, *pairs]:
         if old != new:
-            found.setdefault(old, set()).add(new)
-    return {old: frozenset(new) for old, new in found.items()}
+            sizes.setdefault(old, set()).add(new)
+    return {old: frozenset(new) for old, new in sizes.items()}
 
 
 def shallower(
     config: Mapping[str, Any], sizes: Mapping[tuple[str, str], Any], lists: Mapping[tuple[str, str], tuple[int, ...]]
 ) -> dict[str, Any]:
-    """The configuration with what counts the blocks as the plan has it, where it belongs to the whole model."""
-    found = copy.deepcopy(dict(config))
+    """The configuration with what counts the blocks as the plan has it, where it belongs to the full model."""
+    shallow = copy.deepcopy(dict(config))
     for (owner, name), value in sizes.items():
-        if owner == ":config" and name in found:
-            found[name] = value
-    for (owner, name), gone in lists.items():
-        entries = found.get(name)
+        if owner == ":config" and name in shallow:
+            shallow[name] = value
+    for (owner, name), removed in lists.items():
+        entries = shallow.get(name)
         if owner == ":config" and isinstance(entries, list):
-            found[name] = [entry for k, entry in enumerate(entries) if k not in gone]
-    return found
+            shallow[name] = [entry for k, entry in enumerate(entries) if k not in removed]
+    return shallow
 
 
 def with_tokens(config: Mapping[str, Any], live: Any) -> dict[str, Any]:
     """A configuration with the tokens that the live one names, which are others after a cut of the vocabulary."""
-    made = dict(config)
+    renumbered = dict(config)
     for key, value in config.items():
         if isinstance(value, dict) and hasattr(live, key):
-            made[key] = with_tokens(value, getattr(live, key))
+            renumbered[key] = with_tokens(value, getattr(live, key))
         elif names_token(key) and hasattr(live, key):
-            made[key] = getattr(live, key)
-    return made
+            renumbered[key] = getattr(live, key)
+    return renumbered
 
 
 def steady(model: nn.Module, config: Mapping[str, Any], inputs: Any) -> frozenset[ConfigPath]:
@@ -83,7 +83,7 @@ def steady(model: nn.Module, config: Mapping[str, Any], inputs: Any) -> frozense
         for name, value in vars(module).items():
             if type(value) is int and config.get(name) == value:
                 homes.setdefault(name, []).append(module)
-    return frozenset((name,) for name, found in homes.items() if _matters(model, found, name, inputs))
+    return frozenset((name,) for name, holders in homes.items() if _matters(model, holders, name, inputs))
 
 
 def _matters(model: nn.Module, homes: list[nn.Module], name: str, inputs: Any) -> bool:
@@ -153,13 +153,13 @@ def search(
 
 def changed(config: Mapping[str, Any], *changes: Change) -> dict[str, Any]:
     """The configuration with these entries changed."""
-    made = copy.deepcopy(dict(config))
+    new = copy.deepcopy(dict(config))
     for change in changes:
-        place = made
+        place = new
         for key in change.path[:-1]:
             place = place[key]
         place[change.path[-1]] = change.value
-    return made
+    return new
 
 
 def _right(build: Build, config: Mapping[str, Any], small: Shapes) -> int:
@@ -189,5 +189,5 @@ def _candidates(config: Mapping[str, Any], sizes: Sizes, path: ConfigPath = ()) 
 def _scaled(value: int, sizes: Sizes) -> list[int]:
     """What `value` becomes if it is a changed size, or a count of equal parts of one (heads of 64, say)."""
     pairs = [(old, new) for old, options in sizes.items() for new in options]
-    whole = {value * new // old for old, new in pairs if value and old % value == 0 and value * new % old == 0}
-    return sorted(whole - {value, 0})
+    values = {value * new // old for old, new in pairs if value and old % value == 0 and value * new % old == 0}
+    return sorted(values - {value, 0})

@@ -21,6 +21,7 @@ from prunella.graph.verify import unproven
 from prunella.model.batches import batches
 from prunella.model.copying import copied
 from prunella.model.forward import first_tensor
+from prunella.model.hooks import removed_after
 from prunella.model.state import untouched
 from prunella.model.trees import tensors
 from prunella.model.unwrap import unwrap
@@ -111,9 +112,9 @@ class Turns:
             raise RequestError(
                 f"a run of {count} blocks", f"there are {len(self.paths)}, and one stays", "ask for less"
             )
-        found = self.angle.diagonal(count - 1)
-        start = int(found.argmin())
-        if not math.isfinite(float(found[start])):
+        angles = self.angle.diagonal(count - 1)
+        start = int(angles.argmin())
+        if not math.isfinite(float(angles[start])):
             raise NotSupported(f"no {count} blocks stand side by side", "others between them must stay", "ask for less")
         return self.paths[start : start + count]
 
@@ -181,8 +182,5 @@ def _streams(model: nn.Module, stack: Group) -> Iterator[tuple[dict[str, Tensor]
             leaves[path] = first_tensor(output).detach().clone()
 
         handles += [block.register_forward_pre_hook(before, with_kwargs=True), block.register_forward_hook(after)]
-    try:
+    with removed_after(handles):
         yield enters, leaves
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -34,18 +34,26 @@ def obstacles(graph: Graph, frozen: Sequence[Frozen], limit: int = 6) -> list[st
 
 
 def target_missed(
-    target: Target, graph: Graph, frozen: Sequence[Frozen], *, dense: float, least: float, budget: float, limits: str
+    target: Target,
+    graph: Graph,
+    frozen: Sequence[Frozen],
+    *,
+    dense: float,
+    lowest: float,
+    budget: float,
+    limits: str,
 ) -> TargetMissed:
     """The error of a target beyond reach.
 
-    dense, least, budget: the model as it is, when all that may go is gone, and as was asked, in the target's unit.
+    dense, lowest, budget: the model as it is, when all that may go is gone, and as was asked, in the target's unit.
     limits: what the recipe keeps of every group.
     """
-    reach = 1 - least / dense if isinstance(target, Sparsity) else least / dense
+    reach = 1 - lowest / dense if isinstance(target, Sparsity) else lowest / dense
     asked = "" if isinstance(target, Sparsity) else f", asked {budget:.6g}"
     todo = f"ask for {target.name}={reach:.4g} or less removal, lower min_density= or round_to=, or skip less"
+    amounts = f"{lowest:.6g} of {dense:.6g}{asked}"
     return TargetMissed(
-        f"{target} cannot be met: all that may go leaves {target.name}={reach:.4g} ({least:.6g} of {dense:.6g}{asked})",
+        f"{target} cannot be met: all that may go leaves {target.name}={reach:.4g} ({amounts})",
         "\n".join([limits, *obstacles(graph, frozen)]),
         "; ".join(filter(None, [todo, offer(frozen)])),
     )

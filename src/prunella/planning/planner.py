@@ -13,14 +13,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from prunella.errors import NotSupported, RequestError, TargetMissed
-from prunella.granularity import Competing, Fixed, Structural, Vocabulary
-from prunella.graph.data import Frozen, Group, Layer, ReasonKind
-from prunella.graph.matrix import from_matrix
+from prunella.granularity import Structural, Vocabulary
+from prunella.graph.data import Frozen, Group, ReasonKind
 from prunella.graph.other_sizes import disagreement, shape_text, wrong_branch
 from prunella.graph.verify import unproven
 from prunella.model.state import untouched
 from prunella.model.torch_masks import with_plain_weights
-from prunella.planning.accounting import pattern_name
 from prunella.planning.budget import Ladder, ladder
 from prunella.planning.by_hand import (
     NOTHING,
@@ -28,40 +26,34 @@ from prunella.planning.by_hand import (
     Positions,
     Quota,
     kept_by_position,
-    masks_by_hand,
     quotas_of_groups,
-    quotas_of_layers,
     steps_for,
 )
 from prunella.planning.candidates import (
     BudgetRules,
     CandidateUnits,
-    CandidateWeights,
     allocate_budget,
-    fixed_masks,
 )
 from prunella.planning.checks import check_finite, check_threshold, checked_target, foreign_weights
+from prunella.planning.masked_plan import masked_plan
 from prunella.planning.plan import Plan
 from prunella.planning.readable import Builds, Misfit, parts_at_fault, undescribed
 from prunella.planning.recipe import Recipe
 from prunella.planning.request import (
     MOST_EXAMPLES,
     GroupScores,
-    LayerScores,
     Request,
     eligible_groups,
-    eligible_layers,
     kept_tokens,
     nothing_to_prune,
     prepare,
     score_groups,
-    score_layers,
     set_aside,
     with_example,
 )
-from prunella.planning.threshold import units_above, weights_below
-from prunella.selection import Counts, without_lowest
-from prunella.stats import Source, Subject
+from prunella.planning.threshold import units_above
+from prunella.selection import without_lowest
+from prunella.stats import Source
 from prunella.targets import Latency, Target, Threshold
 from prunella.types import Examples, Inputs, Keep, Loss, Mask
 
@@ -125,14 +117,8 @@ def plan(
         source = Source(data, loss)
         request = prepare(model, inputs, recipe, target=target, source=source, skip=skip, only=only, by_hand=by_hand)
         structural = isinstance(recipe.granularities[0], Structural)
-        made = plan_structure(request) if structural else plan_masks(request)
-    return replace(made, remarks=(*made.remarks, *foreign_weights(model)))
-
-
-def _described_request(request: Request) -> dict[str, Any]:
-    """The recipe as plain data, with what was chosen by hand."""
-    by_hand = {"by_hand": request.by_hand.describe()} if request.by_hand else {}
-    return {**request.recipe.describe(), **by_hand}
+        plan = plan_structure(request) if structural else masked_plan(request)
+    return replace(plan, remarks=(*plan.remarks, *foreign_weights(model)))
 
 
 # -- structure ---------------------------------------------------------------------------------------------------
@@ -149,8 +135,8 @@ def plan_structure(request: Request) -> Plan:
         other = disagreement(request.model, request.graph, keep, request.inputs, request.others)
         if other is None:
             _check_branches(request, keep)
-            made = _plan_of(request, keep, frozen)
-            return replace(made, remarks=(*made.remarks, *_added(asked, request)))
+            plan = _plan_of(request, keep, frozen)
+            return replace(plan, remarks=(*plan.remarks, *_added(asked, request)))
         request = with_example(request, other)
     raise NotSupported(
         "the cuts of this model are right for the size of the example only",
@@ -221,19 +207,19 @@ def _round_to(recipe: Recipe, group: Group) -> int:
 
 
 def _plan_of(request: Request, keep: Keep, frozen: list[Frozen]) -> Plan:
-    made = Plan.of_structure(
+    plan = Plan.of_structure(
         request.graph,
         keep,
         inputs=request.examples,
         frozen=frozen,
-        recipe=_described_request(request),
+        recipe=request.describe(),
         target=request.target,
     )
     if not isinstance(request.target, Latency):
-        return made
+        return plan
     timing, line = request.probe.measured(request.target, keep)
-    before, after = replace(made.before, latency=timing.dense), replace(made.after, latency=timing.small)
-    return replace(made, before=before, after=after, remarks=(*made.remarks, line))
+    before, after = replace(plan.before, latency=timing.dense), replace(plan.after, latency=timing.small)
+    return replace(plan, before=before, after=after, remarks=(*plan.remarks, line))
 
 
 def _described(request: Request, scored: _Scored) -> tuple[Request, Keep, list[Frozen]]:
@@ -275,10 +261,10 @@ def _rounded(request: Request, scored: _Scored, builds: Builds, misfit: Misfit) 
             keep = _kept_units(rounded, scored)
         except TargetMissed:
             break
-        found = undescribed(builds, request.graph, keep, request.inputs)
-        if found is None:
+        unlike = undescribed(builds, request.graph, keep, request.inputs)
+        if unlike is None:
             return rounded, misfit
-        misfit = found
+        misfit = unlike
     return None, misfit
 
 
@@ -324,78 +310,3 @@ def _kept_units(request: Request, units: _Scored) -> Keep:
         allow_unchanged=bool(decided),
     )
     return candidates.keep(allocate_budget(candidates, request.target, rules, frozen, request.graph))
-
-
-# -- masks -------------------------------------------------------------------------------------------------------
-
-
-def plan_masks(request: Request) -> Plan:
-    """A plan that zeroes weights."""
-    layers, frozen = eligible_layers(request)
-    by_hand, pattern = request.by_hand, request.recipe.granularities[0]
-    masks = masks_by_hand(by_hand, request.graph, layers, frozen)
-    quotas = quotas_of_layers(by_hand, request.graph, layers, frozen)
-    layers = [x for x in layers if x.entity not in masks and (x.entity in quotas or request.target or not by_hand)]
-    if layers or not masks:
-        scored, frozen = score_layers(request, layers, frozen)
-        weights = Subject(request.model, request.graph).parameters
-        matrices = _matrices(request, scored, frozen, quotas)
-        masks |= {x.entity: from_matrix(matrices[x.entity], weights[x.entity], x) for x, _ in scored}
-    return Plan.of_masks(
-        request.graph,
-        masks,
-        pattern=pattern_name(pattern),
-        inputs=request.inputs,
-        frozen=frozen,
-        recipe=_described_request(request),
-        target=request.target,
-    )
-
-
-def _matrices(
-    request: Request, scored: Sequence[LayerScores], frozen: Sequence[Frozen], quotas: Mapping[str, Quota]
-) -> dict[str, Mask]:
-    """Entity -> the mask of its layer as a matrix `(out, in)`. quotas: of layers that are decided by hand."""
-    recipe, pattern = request.recipe, request.recipe.granularities[0]
-    if isinstance(pattern, Fixed):
-        if quotas:
-            raise RequestError(f"{pattern.title} has its own ratio", "2 of 4 are kept", "leave ratios= and counts= out")
-        masks = fixed_masks(pattern, request.graph, [x for x, _ in scored], [values for _, values in scored])
-        return {layer.entity: mask for (layer, _), mask in zip(scored, masks, strict=True)}
-    assert isinstance(pattern, Competing), "checked at the start"
-    alone = [pair for pair in scored if pair[0].entity in quotas]
-    decided = {x.entity: _fewer_weights(request, x, scores, pattern, quotas[x.entity]) for x, scores in alone}
-    competing = [pair for pair in scored if pair[0].entity not in quotas]
-    if not competing:
-        return decided
-    layers, scores = tuple(layer for layer, _ in competing), tuple(values for _, values in competing)
-    candidates = CandidateWeights(request.graph, layers, scores, pattern)
-    if isinstance(request.target, Threshold):
-        steps = [ladder(pool.scores.double(), recipe.min_density, 1, recipe.min_units) for pool in candidates.pools]
-        counts = weights_below(request.target, candidates.pools, steps, first=request.before is None)
-    else:
-        counts = _weights_of_budget(request, candidates, frozen)
-    return decided | {layer.entity: mask for layer, mask in zip(layers, candidates.masks(counts), strict=True)}
-
-
-def _weights_of_budget(request: Request, candidates: CandidateWeights, frozen: Sequence[Frozen]) -> Counts:
-    """What goes of every layer to meet the target."""
-    assert request.target is not None, "checked at the start"
-    recipe, number = request.recipe, len(candidates.layers)
-    rules = BudgetRules(
-        recipe.allocation,
-        recipe.min_density,
-        round_to=(1,) * number,
-        min_units=(recipe.min_units,) * number,
-        equal_widths=recipe.equal_widths,
-        allow_unchanged=request.before is not None or bool(request.by_hand),
-    )
-    return allocate_budget(candidates, request.target, rules, frozen, request.graph)
-
-
-def _fewer_weights(request: Request, layer: Layer, scores: Tensor, pattern: Competing, quota: Quota) -> Mask:
-    """The mask of a layer of which so much goes, lowest scores first."""
-    candidates = CandidateWeights(request.graph, (layer,), (scores,), pattern)
-    pool, recipe = candidates.pools[0], request.recipe
-    steps = ladder(pool.scores.double(), recipe.min_density, 1, recipe.min_units)
-    return candidates.masks((steps_for(layer.name, steps, quota, pool.size),))[0]

@@ -130,11 +130,11 @@ class Builds:
         try:
             with seeded(None), torch.device("meta"), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                made = kind(config_kind.from_dict(copy.deepcopy(dict(config))))
+                model = kind(config_kind.from_dict(copy.deepcopy(dict(config))))
         except Exception as error:  # a probe: a configuration may check its values and raise anything
             raise BadInput("no model of this configuration", _line(error)) from error
-        assert isinstance(made, nn.Module)
-        return made
+        assert isinstance(model, nn.Module)
+        return model
 
     def shapes(self, config: Mapping[str, Any]) -> Shapes:
         """The shapes of the tensors of such a model. Errors: BadInput, as `model`."""
@@ -144,10 +144,10 @@ class Builds:
                 self.known[key] = shapes_of(self.model(config))
             except BadInput as error:
                 self.known[key] = error
-        found = self.known[key]
-        if isinstance(found, BadInput):
-            raise BadInput(found.what, found.why)
-        return found
+        shapes = self.known[key]
+        if isinstance(shapes, BadInput):
+            raise BadInput(shapes.what, shapes.why)
+        return shapes
 
 
 @dataclass(frozen=True)
@@ -162,15 +162,15 @@ class _Tried:
     def shapes(self, config: Mapping[str, Any]) -> Shapes:
         """The shapes of a configuration; what is not as wanted is remembered."""
         try:
-            found = self.builds.shapes(config)
+            shapes = self.builds.shapes(config)
         except BadInput as error:
             self.refusals.append((config, error.why))
             raise
-        wrong = [name for name, shape in self.wanted.items() if found.get(name) != shape]
+        wrong = [name for name, shape in self.wanted.items() if shapes.get(name) != shape]
         if wrong:
-            text = f"{wrong[0]} is {_by(found.get(wrong[0]))} there, and {_by(self.wanted[wrong[0]])} in the plan"
+            text = f"{wrong[0]} is {_by(shapes.get(wrong[0]))} there, and {_by(self.wanted[wrong[0]])} in the plan"
             self.nearest.append((len(wrong), text))
-        return found
+        return shapes
 
     def why(self, dense: Mapping[str, Any], sizes: Sizes) -> str:
         """What is wrong with the nearest configuration, or what those that have a new size were refused for."""
@@ -231,7 +231,7 @@ def configuration_of(
     if built is None or built.keys() != shapes_of(dense).keys():
         return None
     candidates = uniform_configs(builds.shapes, config, wanted, sizes, steady(small, config, batch))
-    return next((found for found in candidates if _same(builds.model(found), small, batch)), None)
+    return next((candidate for candidate in candidates if _same(builds.model(candidate), small, batch)), None)
 
 
 def configuration(model: nn.Module) -> dict[str, Any]:

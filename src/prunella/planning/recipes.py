@@ -79,7 +79,7 @@ def wanda_rows() -> Recipe:
 def wanda_2_4() -> Recipe:
     """Wanda in the pattern of sparse tensor cores: 2 kept of every 4 along the input. Data: no labels.
 
-    Use: sparse tensor cores, in one shot, with some unlabelled text. Avoid: machines without kernels for 2:4: the zeros
+    Use: sparse tensor cores, in one shot, with some unlabeled text. Avoid: machines without kernels for 2:4: the zeros
     are multiplied there.
     """
     return Recipe(criteria.wanda, NM(2, 4), uniform)
@@ -121,7 +121,7 @@ def network_slimming() -> Recipe:
 def group_l2() -> Recipe:
     """Channels and heads by the norm of everything that is coupled to them, compared after division by the mean.
 
-    Use: a fair ranking over the whole network without data. Avoid: networks whose norms were folded into the weights:
+    Use: a fair ranking over the full network without data. Avoid: networks whose norms were folded into the weights:
     scales of layers then differ for no reason.
     """
     allocation = partial(global_, normalize=Normalize.MEAN)
@@ -132,7 +132,7 @@ def group_l2() -> Recipe:
 def taylor_fo() -> Recipe:
     """Channels and heads by the squared first-order change of the loss, one ranking. Data: batches and a loss.
 
-    Use: channels and heads when a few labelled batches are at hand and all layers are ranked together. Avoid: no loss
+    Use: channels and heads when a few labeled batches are at hand and all layers are ranked together. Avoid: no loss
     at hand, or batches too few to average over.
     """
     return Recipe(criteria.taylor, (Channel(), Head()), global_)
@@ -232,9 +232,9 @@ def named(name: str) -> Recipe:
     """
     method = find(name)
     if method.kind == "recipe":
-        made = method.function()
-        assert isinstance(made, Recipe)
-        return made
+        recipe = method.function()
+        assert isinstance(recipe, Recipe)
+        return recipe
     if method.kind == "criterion":
         return Recipe(method.function)
     known = sorted(m.name for m in REGISTRY.values() if m.kind in ("recipe", "criterion"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence, Set
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -64,6 +65,11 @@ class Request:
     def examples(self) -> Examples:
         """All examples."""
         return Examples(self.inputs, *self.others)
+
+    def describe(self) -> dict[str, Any]:
+        """The recipe as plain data, with what was chosen by hand."""
+        by_hand = {"by_hand": self.by_hand.describe()} if self.by_hand else {}
+        return {**self.recipe.describe(), **by_hand}
 
 
 def prepare(

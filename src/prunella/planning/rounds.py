@@ -18,8 +18,8 @@ from prunella.model.state import untouched
 from prunella.model.torch_masks import with_plain_weights
 from prunella.planning.accounting import amount
 from prunella.planning.checks import check_finite, checked_target
+from prunella.planning.masked_plan import masked_plan
 from prunella.planning.plan import Plan
-from prunella.planning.planner import plan_masks
 from prunella.planning.recipe import Recipe
 from prunella.planning.request import prepare
 from prunella.registry.controlled import name_of
@@ -48,7 +48,7 @@ class Rounds:
             raise RequestError(f"count={self.count} rounds do nothing", "at least 1 is needed", "for example 100")
 
     def targets(self, target: Target, dense: float) -> list[Target]:
-        """The target of every round, the last one `target` itself. dense: the whole model in the target's unit."""
+        """The target of every round, the last one `target` itself. dense: the full model in the target's unit."""
         density = 1 - target.value if isinstance(target, Sparsity) else target.absolute(dense) / dense
         curve = self.schedule or (
             partial(exponential, rho=1 / density) if 0 < density < 1 else lambda progress: progress
@@ -94,7 +94,7 @@ def iterate(
     before = Before(nested=rounds.nested)
     for part in rounds.targets(asked, dense):
         with untouched(replica, recipe.seed):
-            plan = plan_masks(replace(request, target=part, before=before))
+            plan = masked_plan(replace(request, target=part, before=before))
         before = Before(plan.masks, rounds.nested)
     settings = {"count": rounds.count, "nested": rounds.nested, "schedule": name_of(rounds.schedule or exponential)}
     return replace(plan, recipe={**plan.recipe, "rounds": settings})

@@ -37,7 +37,10 @@ _SCORED: dict[Scope, str] = {
     "consumer": "layers that read a unit",
     "group": "all weights of a unit",
 }
-_DOES = {"out": "produces the units", "in": "reads the units (a weight that is used in both ways counts as a reader)"}
+_VERBS = {
+    "out": "produces the units",
+    "in": "reads the units (a weight that is used in both ways counts as a reader)",
+}
 
 
 class Absent(Exception):
@@ -62,7 +65,7 @@ class Scorer:
         """A score for every weight of a layer, as the matrix `(out, in)`, on the CPU."""
         if isinstance(self.criterion, Controlled):
             scores = replace(self, criterion=self.criterion.of).weights(layer)
-            return self.criterion.change(scores, self._dice(layer.name))
+            return self.criterion.change(scores, self._generator(layer.name))
         needs = needs_of(self.criterion)
         lacking = next(iter(of_level(needs, "unit", "block")), None)
         if lacking:
@@ -87,7 +90,7 @@ class Scorer:
         """A score for every unit of a group, `(units,)` in float64 on the CPU. Raises Absent."""
         if isinstance(self.criterion, Controlled):
             scores = replace(self, criterion=self.criterion.of).units(group, reduce)
-            return self.criterion.change(scores, self._dice(group.name))
+            return self.criterion.change(scores, self._generator(group.name))
         needs = needs_of(self.criterion)
         lacking = sorted(of_level(needs, "unit"))
         if group.paths and lacking:
@@ -226,16 +229,16 @@ class Scorer:
         """What the criterion scores, and what the units have instead."""
         wanted = _SCORED[scope_of(plain_function(self.criterion))]
         weights = [m for m in group.members if m.role in ("out", "in")]
-        instead = dict.fromkeys(f"{m.entity}, which {_DOES[m.role]}" for m in weights if m.role in _DOES)
+        instead = dict.fromkeys(f"{m.entity}, which {_VERBS[m.role]}" for m in weights if m.role in _VERBS)
         return f"{self.name} scores {wanted}, and here there is only {'; '.join(instead) or 'no layer with a weight'}"
 
     def _parameter(self, member: Member) -> Tensor:
         return self.subject.parameters[member.entity].detach().cpu()
 
     def _noise(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        return torch.rand(shape, generator=self._dice(name), dtype=torch.float64)
+        return torch.rand(shape, generator=self._generator(name), dtype=torch.float64)
 
-    def _dice(self, name: str) -> torch.Generator:
+    def _generator(self, name: str) -> torch.Generator:
         # By name, so that leaving a group out does not change the numbers of the others. The generator takes 32 bits.
         return torch.Generator().manual_seed(zlib.crc32(f"{self.seed} {name}".encode()))
 

@@ -117,11 +117,11 @@ def _constant(model: nn.Module, group: Group) -> Tensor:
     zero has a norm of its own.
     """
     named = dict(model.named_parameters(remove_duplicate=False))
-    made = [m for m in group.members if m.role == "out" and m.entity in named]
+    producers = [m for m in group.members if m.role == "out" and m.entity in named]
     scales = [m for m in group.members if m.role == "scale" and m.entity in named]
-    if not made or any(m.role == "other" for m in group.members):
+    if not producers or any(m.role == "other" for m in group.members):
         return torch.zeros(group.size, dtype=torch.bool)
-    sources = torch.stack([_alive(named, [member], group.size) for member in made])
+    sources = torch.stack([_alive(named, [member], group.size) for member in producers])
     unscaled = ~_alive(named, scales, group.size) & (sources.sum(0) <= len(scales))
     return ~sources.any(0) | (unscaled if scales else torch.zeros_like(unscaled))
 
@@ -132,11 +132,11 @@ def _read_as_zero(model: nn.Module, graph: Graph, groups: Sequence[Group], input
     some = tuple(group for group in groups if bool(constant[group.name].any()))
     if not some:
         return {}
-    found = collect(Subject(model, graph, some, inputs=inputs), ["unit_zeros"], Source([inputs]), "plan_zeros")
+    statistics = collect(Subject(model, graph, some, inputs=inputs), ["unit_zeros"], Source([inputs]), "plan_zeros")
     silent = {}
     for group in some:
-        zeros = found.get("unit_zeros", group.name)
-        seen = not any(m.entity in found.unread for m in group.members if m.role == "in")
+        zeros = statistics.get("unit_zeros", group.name)
+        seen = not any(m.entity in statistics.unread for m in group.members if m.role == "in")
         if zeros is not None and seen:
             silent[group.name] = constant[group.name] & (zeros == 1)
     return silent
@@ -160,12 +160,12 @@ def _stays(group: Group, reason: str) -> Frozen:
 
 def _faults(model: nn.Module, graph: Graph, keep: Keep, inputs: Any) -> dict[str, str]:
     """Group -> why it cannot be removed."""
-    found = unproven(model, graph, keep, inputs)
-    left = {name: mask for name, mask in keep.items() if name not in found}
+    faults = unproven(model, graph, keep, inputs)
+    left = {name: mask for name, mask in keep.items() if name not in faults}
     if not left or _unchanged(model, graph, left, inputs):
-        return found
+        return faults
     worse = [name for name, mask in left.items() if not _unchanged(model, graph, {name: mask}, inputs)]
-    return found | dict.fromkeys(worse or left, "its units are zero, yet the output changes without them")
+    return faults | dict.fromkeys(worse or left, "its units are zero, yet the output changes without them")
 
 
 def _unchanged(model: nn.Module, graph: Graph, keep: Keep, inputs: Any) -> bool:

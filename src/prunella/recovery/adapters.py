@@ -115,7 +115,7 @@ def distill_lm_(
     training: Training = Training(),  # noqa: B008 (frozen)
     on_step: OnStep | None = None,
 ) -> Distilled:
-    """Distill the dense language model into the pruned one on unlabelled text, in place.
+    """Distill the dense language model into the pruned one on unlabeled text, in place.
 
     `min mean over tokens of KL(softmax(teacher) || softmax(small))`, by training low-rank adapters, which are merged
     into plain layers at the end, or all weights with `adapters=None`. In both cases the masks of the model stay in

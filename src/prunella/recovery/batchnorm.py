@@ -142,9 +142,9 @@ def _outputs(model: nn.Module, batch: Any, loss: Loss | None) -> list[Tensor]:
     return outputs_of(model, batch) if loss is None else tensors(run(model, batch, loss))
 
 
-def _check_same(model: nn.Module, expected: list[Tensor], found: list[Tensor]) -> None:
+def _check_same(model: nn.Module, expected: list[Tensor], outputs: list[Tensor]) -> None:
     """Errors: CheckFailed where something else reads the scale, the shift or the statistics of a norm, or NaN."""
-    pairs = [(a.double(), b.double()) for a, b in zip(expected, found, strict=True) if a.is_floating_point()]
+    pairs = [(a.double(), b.double()) for a, b in zip(expected, outputs, strict=True) if a.is_floating_point()]
     largest = max((float(a.abs().max()) for a, _ in pairs if a.numel()), default=0.0)
     error = max((float((a - b).abs().max()) for a, b in pairs if a.numel()), default=0.0)
     coarse = any(p.dtype.itemsize < 4 for p in model.parameters())

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from prunella.errors import RequestError
 from prunella.model.forward import Outputs, first_tensor, forward, judged
+from prunella.model.hooks import removed_after
 from prunella.model.state import mode
 from prunella.model.unwrap import eager, unwrap
 from prunella.recovery.finetune import LossCurve, OnStep, Training, finetune
@@ -240,11 +241,8 @@ def _outputs_of(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Te
 
     modules = [_module(model, name) for name in names]
     handles = [module.register_forward_hook(keep(name)) for module, name in zip(modules, names, strict=True)]
-    try:
+    with removed_after(handles):
         yield tensors
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _output(tensors: dict[str, Tensor], name: str) -> Tensor:

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from prunella.model.batches import batches
 from prunella.model.forward import run
 from prunella.model.masks import reapply_
+from prunella.model.observed_reads import Read
 from prunella.model.state import mode, restored_on_error
 from prunella.model.unwrap import unwrap
-from prunella.model.watch import Read, Watch
+from prunella.model.watch import Watch
 from prunella.planning.plan import Plan
 from prunella.recovery.readers import Reader, Skipped, readers_of
 from prunella.registry.method import recovery
@@ -114,16 +115,16 @@ def _fold(item: Reader | Skipped, means: _Means) -> Fold:
     largest = 0.0
     for number, part in enumerate(item.parts):
         matrices = part.dense.matrices(item.dense.double())
-        for piece in part.pieces:
-            total, count = means.sums[item.dense, number, piece.dense]
+        for submatrix in part.submatrices:
+            total, count = means.sums[item.dense, number, submatrix.dense]
             # All taps of a kernel share the sum of their input channel.
-            weight = matrices[piece.dense].reshape(-1, len(total), matrices.shape[2] // len(total)).sum(-1)
-            removed = ~piece.kept.view(len(total), -1)[:, 0].to(weight.device)
+            weight = matrices[submatrix.dense].reshape(-1, len(total), matrices.shape[2] // len(total)).sum(-1)
+            removed = ~submatrix.kept.view(len(total), -1)[:, 0].to(weight.device)
             shift = weight @ (total / count * removed)
-            shift = shift if piece.expected is None else shift[piece.expected.to(shift.device)]
+            shift = shift if submatrix.expected is None else shift[submatrix.expected.to(shift.device)]
             assert part.small.bias is not None  # the reader is biased
-            bias = part.small.bias[piece.small]
-            positions = torch.arange(len(shift)) if piece.rows is None else piece.rows
+            bias = part.small.bias[submatrix.small]
+            positions = torch.arange(len(shift)) if submatrix.rows is None else submatrix.rows
             bias[positions] = (bias[positions].double() + shift).to(bias.dtype)
             largest = max(largest, float(shift.abs().max()) if len(shift) else 0.0)
     return Fold(item.name, largest)

@@ -26,11 +26,11 @@ class Solution:
 class Sums:
     """Sums over tokens of inputs X `(tokens, in)`, residuals R and expected outputs Y `(tokens, out)`, in float64.
 
-    With `centred`, X is relative to the mean of its first batch, so that large offsets cost no precision.
+    With `centered`, X is relative to the mean of its first batch, so that large offsets cost no precision.
     """
 
-    def __init__(self, *, centred: bool) -> None:
-        self.centred = centred
+    def __init__(self, *, centered: bool) -> None:
+        self.centered = centered
         self.tokens = 0
         self.squares = 0.0
 
@@ -38,7 +38,7 @@ class Sums:
         """Add the tokens of one call."""
         y, residual = y.double(), residual.double()
         if not hasattr(self, "x_origin"):
-            self._begin(x.mean(0, dtype=torch.float64) if self.centred else y.new_zeros(x.shape[1]), y.mean(0))
+            self._begin(x.mean(0, dtype=torch.float64) if self.centered else y.new_zeros(x.shape[1]), y.mean(0))
         x, y = x - self.x_origin, y - self.y_origin  # the difference is float64, whatever x is
         self.tokens += x.shape[0]
         self.x += x.sum(0)
@@ -56,16 +56,16 @@ class Sums:
         self.gram: Gram = x_origin.new_zeros(len(x_origin), len(x_origin))
         self.cross = x_origin.new_zeros(len(x_origin), len(y_origin))
 
-    def beside(self) -> Sums:
+    def empty(self) -> Sums:
         """Empty sums of the same matrix, from the same origins, so that both can be added."""
-        sums = Sums(centred=self.centred)
+        sums = Sums(centered=self.centered)
         if self.tokens:
             sums._begin(self.x_origin, self.y_origin)
         return sums
 
     def __add__(self, other: Sums) -> Sums:
-        """The sums of the tokens of both; `other` is from `beside`."""
-        total = self.beside()
+        """The sums of the tokens of both; `other` is from `empty`."""
+        total = self.empty()
         total.tokens, total.squares = self.tokens + other.tokens, self.squares + other.squares
         for name in ("x", "y", "r", "y_squares", "gram", "cross"):
             setattr(total, name, getattr(self, name) + getattr(other, name))
@@ -82,15 +82,15 @@ class Sums:
         return float((self.y_squares - self.y.square() / self.tokens).clamp_min(0).sum())
 
     def solve(self, ridge: float) -> Solution:
-        """`min over D, s of |R - X D - s|^2 + ridge * mean(diag(X^T X)) * |D|^2`; s is 0 unless centred."""
+        """`min over D, s of |R - X D - s|^2 + ridge * mean(diag(X^T X)) * |D|^2`; s is 0 unless centered."""
         gram, cross, total, shift = self.gram, self.cross, self.squares, torch.zeros_like(self.r)
-        if self.centred:
+        if self.centered:
             gram = gram - torch.outer(self.x, self.x) / self.tokens
             cross = cross - torch.outer(self.x, self.r) / self.tokens
             total = total - float(self.r.square().sum()) / self.tokens
         change, damping = damped_solve(gram, cross, ridge)
         after = total - 2 * float((change * cross).sum()) + float((change * (gram @ change)).sum())
-        if self.centred:
+        if self.centered:
             shift = self.r / self.tokens - (self.x_origin + self.x / self.tokens) @ change
         return Solution(change, shift, self.squares, max(after, 0.0), damping)
 

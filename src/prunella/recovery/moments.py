@@ -13,10 +13,12 @@ from torch import Tensor, nn
 from prunella.errors import CheckFailed, RequestError
 from prunella.model.batches import batches
 from prunella.model.forward import Outputs, first_tensor, forward
+from prunella.model.hooks import removed_after
 from prunella.model.masks import reapply_
+from prunella.model.observed_reads import Read
 from prunella.model.state import mode, restored_on_error
 from prunella.model.unwrap import unwrap
-from prunella.model.watch import Read, Watch
+from prunella.model.watch import Watch
 from prunella.planning.plan import Plan
 from prunella.recovery.batchnorm import Moments
 from prunella.registry.method import recovery
@@ -88,17 +90,13 @@ def _layers(model: nn.Module, names: Sequence[str], batch: Any, outputs: Outputs
     weights = [module.weight for module in owners.values()]
 
     def record(read: Read) -> None:
-        if read.whole and read.form.output_axis is not None:
+        if read.full and read.form.output_axis is not None:
             reads.setdefault(id(read.weight), (read.form.output_axis, read.bare))
 
     handles = [m.register_forward_hook(lambda *_, n=n: ran.append(n)) for n, m in owners.items()]
-    try:
-        with Watch(weights, record) as watch:
-            outputs(model, batch)
-            watch.finish()
-    finally:
-        for handle in handles:
-            handle.remove()
+    with removed_after(handles), Watch(weights, record) as watch:
+        outputs(model, batch)
+        watch.finish()
     layers = []
     for name in dict.fromkeys(ran):
         module = owners[name]
@@ -134,10 +132,8 @@ def _moments(model: nn.Module, layer: _Layer, data: Iterable[Any], outputs: Outp
 @contextmanager
 def _hooked(module: nn.Module, hook: Any) -> Iterator[None]:
     handle = module.register_forward_hook(hook)
-    try:
+    with handle:
         yield
-    finally:
-        handle.remove()
 
 
 def _kept_statistics(moments: Moments, layer: _Layer, plan: Plan | None) -> tuple[Tensor, Tensor]:

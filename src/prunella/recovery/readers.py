@@ -13,8 +13,9 @@ from prunella.errors import CheckFailed, RequestError
 from prunella.graph.cut.block_surgery import renamed
 from prunella.model.forward import run
 from prunella.model.masks import masks_of
+from prunella.model.observed_reads import Read, Unread
 from prunella.model.state import losses_in_training_
-from prunella.model.watch import Read, Unread, Watch
+from prunella.model.watch import Watch
 from prunella.planning.plan import Plan
 from prunella.types import Loss, Mask
 
@@ -23,7 +24,7 @@ Axes = Mapping[int, Tensor]
 
 
 @dataclass(frozen=True)
-class Piece:
+class Submatrix:
     """One matrix of a weight: its number in the dense and in the small model, and its kept rows and columns.
 
     columns, rows: kept positions of the small matrix (None: all). expected: the corresponding rows of the dense matrix
@@ -44,7 +45,7 @@ class Part:
 
     dense: Read
     small: Read
-    pieces: tuple[Piece, ...]
+    submatrices: tuple[Submatrix, ...]
 
     @property
     def shifts(self) -> bool:
@@ -230,7 +231,7 @@ def _reader(item: _Candidate, dense: Sequence[Read], small: Sequence[Read]) -> R
     parts = []
     for number in range(len(keys)):
         at = order.index(number)
-        parts.append(Part(dense[at], small[at], _pieces(item.name, dense[at], small[at], masks)))
+        parts.append(Part(dense[at], small[at], _submatrices(item.name, dense[at], small[at], masks)))
     return Reader(item.name, item.dense, item.small, tuple(parts), order)
 
 
@@ -244,7 +245,7 @@ def _mask(weight: Tensor, axes: Axes) -> Mask:
     return mask
 
 
-def _pieces(name: str, dense: Read, small: Read, masks: tuple[Mask, Mask]) -> tuple[Piece, ...]:
+def _submatrices(name: str, dense: Read, small: Read, masks: tuple[Mask, Mask]) -> tuple[Submatrix, ...]:
     """The matrices with kept weights: each of the dense model with its counterpart in the small one."""
     dense_parts, small_parts = (
         [(k, m.any(1), m.any(0)) for k, m in enumerate(read.matrices(mask)) if bool(m.any())]
@@ -255,7 +256,7 @@ def _pieces(name: str, dense: Read, small: Read, masks: tuple[Mask, Mask]) -> tu
     ]:
         raise CheckFailed(f"{name} is read as different matrices in the small model and in the dense one", "", "")
     return tuple(
-        Piece(k, j, _positions_of(columns), _positions_of(rows), _positions_of(expected), kept)
+        Submatrix(k, j, _positions_of(columns), _positions_of(rows), _positions_of(expected), kept)
         for (k, expected, kept), (j, rows, columns) in zip(dense_parts, small_parts, strict=True)
     )
 

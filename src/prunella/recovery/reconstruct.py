@@ -19,12 +19,13 @@ from prunella.model.batches import batches, listed
 from prunella.model.forms import Chunk
 from prunella.model.forward import real_tokens, run
 from prunella.model.masks import reapply_
+from prunella.model.observed_reads import Read
 from prunella.model.state import mode, restored_on_error
 from prunella.model.unwrap import unwrap
-from prunella.model.watch import Read, Stop, Watch
+from prunella.model.watch import Stop, Watch
 from prunella.planning.plan import Plan
 from prunella.recovery.least_squares import Solution, Sums
-from prunella.recovery.readers import Part, Piece, Reader, Skipped, readers_of
+from prunella.recovery.readers import Part, Reader, Skipped, Submatrix, readers_of
 from prunella.recovery.walk import Passes, Stuck
 from prunella.registry.method import recovery
 from prunella.stats.elimination import chosen_tokens
@@ -88,7 +89,7 @@ def reconstruct(
     in the small model and Y the outputs of the dense layer for the same batch, so that each layer compensates the
     errors of earlier layers. If the output is added to a residual stream, the sum is fitted to the sum in the dense
     model: the layer then also compensates the error of the stream. The penalty keeps the solution near the present
-    weights: directions that `data` does not contain do not change. A layer with a bias is fitted on centred inputs, and
+    weights: directions that `data` does not contain do not change. A layer with a bias is fitted on centered inputs and
     its bias is refitted; a layer without one in front of a batch normalization shifts the running mean instead. If a
     batch normalization lies between the layer and the residual sum, the sum behind it is fitted. Sums are gathered
     batch by batch in float64. For a singular matrix the damping grows; the result reports the damping.
@@ -250,9 +251,9 @@ class _Gathering:
     def __init__(self, reader: Reader, apart: bool) -> None:
         self._reader, self._apart, self._batches = reader, apart, 0
         self.fit: Gathered = {
-            (number, piece): Sums(centred=part.shifts)
+            (number, submatrix): Sums(centered=part.shifts)
             for number, part in enumerate(reader.parts)
-            for piece in range(len(part.pieces))
+            for submatrix in range(len(part.submatrices))
         }
         self.held_out: Gathered = {}
 
@@ -262,13 +263,13 @@ class _Gathering:
             raise CheckFailed("the small model did not run every layer that the dense one ran", "", "")
         sums = self.fit
         if self._apart and self._batches % 4 == 1:
-            self.held_out = self.held_out or {key: fit.beside() for key, fit in self.fit.items()}
+            self.held_out = self.held_out or {key: fit.empty() for key, fit in self.fit.items()}
             sums = self.held_out
         self._batches += 1
         real = real_tokens(batch)
         for number, part in enumerate(self._reader.order[: len(actual)]):
-            for index, piece in enumerate(self._reader.parts[part].pieces):
-                matrix = self._reader.name, self._reader.parts[part], piece
+            for index, submatrix in enumerate(self._reader.parts[part].submatrices):
+                matrix = self._reader.name, self._reader.parts[part], submatrix
                 _add(sums[part, index], matrix, actual[number], expected[number : number + 1], real, self._apart)
 
     @property
@@ -295,13 +296,18 @@ def _sum(fit: Sums, held_out: Sums | None) -> Sums:
 
 
 def _add(
-    sums: Sums, matrix: tuple[str, Part, Piece], read: Read, expected: Sequence[Read], real: Tensor | None, few: bool
+    sums: Sums,
+    matrix: tuple[str, Part, Submatrix],
+    read: Read,
+    expected: Sequence[Read],
+    real: Tensor | None,
+    few: bool,
 ) -> None:
     """Add one call of one matrix: its inputs in the small model, its outputs in both.
 
     real: tokens without padding. few: as many tokens of a call as estimate the matrix well, not all.
     """
-    name, part, piece = matrix
+    name, part, submatrix = matrix
     if not expected or expected[0].tokens != read.tokens:
         raise CheckFailed(
             f"{name} has different output shapes in the small model and in the dense one",
@@ -310,11 +316,11 @@ def _add(
         )
     places = chosen_tokens(read, real) if few else _real_tokens(read, real)
     if places is not None:
-        chunks: Iterable[Chunk] = [(read.columns_at(places, piece.small, piece.columns), slice(None))]
+        chunks: Iterable[Chunk] = [(read.columns_at(places, submatrix.small, submatrix.columns), slice(None))]
     else:
-        chunks = read.columns(piece.small, piece.columns)
-    target = _target(part, piece, read, expected[0], places)
-    gap = target - read.rows(piece.small, piece.rows, tokens=places).double()
+        chunks = read.columns(submatrix.small, submatrix.columns)
+    target = _target(part, submatrix, read, expected[0], places)
+    gap = target - read.rows(submatrix.small, submatrix.rows, tokens=places).double()
     for x, tokens in chunks:
         if len(x):
             sums.add(x, target[tokens], gap[tokens])
@@ -324,24 +330,24 @@ def _real_tokens(read: Read, real: Tensor | None) -> Tensor | None:
     return real.nonzero()[:, 0] if real is not None and len(real) == read.tokens else None
 
 
-def _target(part: Part, piece: Piece, small: Read, dense: Read, tokens: Tensor | None) -> Tensor:
+def _target(part: Part, submatrix: Submatrix, small: Read, dense: Read, tokens: Tensor | None) -> Tensor:
     """The outputs that give what the dense model has behind the norm and the sum: `(tokens, out)`, in float64.
 
     `(a y + c + r - c' - r') / a'` with scale a and shift c of the norm, residual r, and the primes in the small model.
     The next layers read the sum: the layer compensates the error in the residual too. A channel with scale 0 keeps y.
     """
-    y = dense.rows(piece.dense, piece.expected, tokens=tokens).double()
+    y = dense.rows(submatrix.dense, submatrix.expected, tokens=tokens).double()
     if (small.norm is None) != (part.small.norm is None) or (small.norm is None) != (dense.norm is None):
         return y  # a norm that is not all that reads the output
     added = torch.zeros_like(y)
     if small.residual is not None and dense.residual is not None:
-        added += dense.rows(piece.dense, piece.expected, tokens=tokens, residual=True)
-        added -= small.rows(piece.small, piece.rows, tokens=tokens, residual=True)
+        added += dense.rows(submatrix.dense, submatrix.expected, tokens=tokens, residual=True)
+        added -= small.rows(submatrix.small, submatrix.rows, tokens=tokens, residual=True)
     if part.small.norm is None or part.dense.norm is None:
         return y + added
     (scale, shift), (scale_, shift_) = (
-        part.dense.affine(piece.dense, piece.expected),
-        part.small.affine(piece.small, piece.rows),
+        part.dense.affine(submatrix.dense, submatrix.expected),
+        part.small.affine(submatrix.small, submatrix.rows),
     )
     same = torch.equal(scale, scale_) and torch.equal(shift, shift_)
     target = y + added / scale_ if same else (y * scale + shift + added - shift_) / scale_
@@ -365,25 +371,25 @@ def _refit(reader: Reader, gathering: _Gathering, ridge: float | Literal["auto"]
         before, after = before + solution.before, after + (solution.after if better else solution.before)
         damping = max(damping, solution.damping)
         if better:
-            _write(part.small, part.pieces[index], solution)
+            _write(part.small, part.submatrices[index], solution)
     tokens = max((sums.tokens for sums in gathered.values()), default=0)
     return LayerFit(reader.name, tokens, math.sqrt(before) / scale, math.sqrt(after) / scale, damping)
 
 
-def _write(read: Read, piece: Piece, solution: Solution) -> None:
+def _write(read: Read, submatrix: Submatrix, solution: Solution) -> None:
     """Add the change to the kept block of the matrix, and the shift to its bias."""
     matrices = read.matrices().clone()
-    matrix = matrices[piece.small]
-    rows = _indices(piece.rows, len(matrix), matrix.device)
-    columns = _indices(piece.columns, matrix.shape[1], matrix.device)
+    matrix = matrices[submatrix.small]
+    rows = _indices(submatrix.rows, len(matrix), matrix.device)
+    columns = _indices(submatrix.columns, matrix.shape[1], matrix.device)
     block = rows[:, None], columns[None, :]
     matrix[block] = (matrix[block].double() + solution.change.T).to(matrix.dtype)
     read.write_(matrices)
     if read.bias is not None:
-        bias = read.bias[piece.small]
+        bias = read.bias[submatrix.small]
         bias[rows] = (bias[rows].double() + solution.shift).to(bias.dtype)
     elif read.norm is not None:  # the norm subtracts its mean
-        mean = read.norm.mean.view(len(matrices), -1)[piece.small]
+        mean = read.norm.mean.view(len(matrices), -1)[submatrix.small]
         mean[rows] = (mean[rows].double() - solution.shift).to(mean.dtype)
 
 

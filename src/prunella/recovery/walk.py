@@ -18,7 +18,8 @@ from torch import nn
 
 from prunella.errors import NotSupported
 from prunella.model.copying import copied
-from prunella.model.watch import Read, Stop, Watch
+from prunella.model.observed_reads import Read
+from prunella.model.watch import Stop, Watch
 
 _PATIENCE = 2.0
 """Seconds in which a pass that computes uses the processor."""

@@ -1,4 +1,4 @@
-"""Charts as inline SVG: plain shapes and text, in the colours of the page, the same bytes every time."""
+"""Charts as inline SVG: plain shapes and text, in the colors of the page, the same bytes every time."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from markupsafe import Markup
     from matplotlib.axes import Axes
 
-# Colours that no one would choose, which become the page's own, light or dark.
+# Colors that no one would choose, which become the page's own, light or dark.
 INK, MUTED, GRID, DENSE, PRUNED = "#010203", "#010204", "#010205", "#010206", "#010207"
 _VARIABLES = {INK: "ink", MUTED: "muted", GRID: "line", DENSE: "dense", PRUNED: "pruned"}
 _ALONE = {"ink": "#444444", "muted": "#666666", "line": "#dddddd", "dense": "#777777", "pruned": "#1f77b4"}
@@ -34,13 +34,13 @@ def latency_chart(latency: Comparison, width: float = WIDE) -> Markup:
 
     def draw(axes: Axes) -> None:
         pairs = list(zip(latency.latencies[:2], (DENSE, PRUNED), strict=True))
-        for row, (one, colour) in enumerate(pairs):
+        for row, (one, color) in enumerate(pairs):
             times = [1e3 * t for t in one.samples]
             # Samples follow each other upwards, so that a drift of the machine shows as a slope.
             lift = [row - 0.3 + 0.6 * i / max(1, len(times) - 1) for i in range(len(times))]
-            axes.scatter(times, lift, s=14, color=colour, alpha=0.45, linewidths=0)
+            axes.scatter(times, lift, s=14, color=color, alpha=0.45, linewidths=0)
             low, high = (1e3 * t for t in one.quartiles)
-            axes.plot([low, high], [row, row], color=colour, linewidth=5, alpha=0.5, solid_capstyle="butt")
+            axes.plot([low, high], [row, row], color=color, linewidth=5, alpha=0.5, solid_capstyle="butt")
             axes.plot([1e3 * one.median] * 2, [row - 0.38, row + 0.38], color=INK, linewidth=1.6)
         axes.set_yticks([0, 1], [one.name for one, _ in pairs])
         axes.set_ylim(1.6, -0.6)
@@ -102,10 +102,10 @@ def figure(tag: str, draw: Callable[[Axes], None], width: float, height: float) 
 
 
 def alone(chart: Markup) -> str:
-    """A chart as a file of its own: it says that it is SVG, and has colours that no page gives it."""
+    """A chart as a file of its own: it says that it is SVG, and has colors that no page gives it."""
     text = str(chart).replace("<svg ", f'<svg xmlns="{_SVG[1:-1]}" ', 1)
-    for name, colour in _ALONE.items():
-        text = text.replace(f"var(--{name})", colour)
+    for name, color in _ALONE.items():
+        text = text.replace(f"var(--{name})", color)
     return text
 
 
@@ -119,8 +119,8 @@ def clean_svg(source: bytes, prefix: str) -> Markup:
         return Markup("")
     clean.set("role", "img")
     text = ElementTree.tostring(clean, encoding="unicode")
-    for colour, name in _VARIABLES.items():
-        text = text.replace(colour, f"var(--{name})")
+    for color, name in _VARIABLES.items():
+        text = text.replace(color, f"var(--{name})")
     return Markup(text)  # built above from allowed elements only, text escaped by the serializer
 
 
@@ -128,17 +128,17 @@ def _clean(element: ElementTree.Element, prefix: str) -> ElementTree.Element | N
     tag = element.tag.removeprefix(_SVG) if isinstance(element.tag, str) else ""
     if tag not in _ELEMENTS:
         return None
-    made = ElementTree.Element(tag)
+    copy = ElementTree.Element(tag)
     for name, value in element.attrib.items():
         short = "href" if name == _HREF else name
         if short == "href" and value.startswith("#"):
-            made.set("href", f"#{prefix}-{value[1:]}")
+            copy.set("href", f"#{prefix}-{value[1:]}")
         elif short in _ATTRIBUTES and _allowed(value):
             value = f"{prefix}-{value}" if short == "id" else value.replace("url(#", f"url(#{prefix}-")
-            made.set(short, value)
-    made.text = element.text if tag in ("text", "tspan") else None
-    made.extend(child for child in (_clean(entry, prefix) for entry in element) if child is not None)
-    return made
+            copy.set(short, value)
+    copy.text = element.text if tag in ("text", "tspan") else None
+    copy.extend(child for child in (_clean(entry, prefix) for entry in element) if child is not None)
+    return copy
 
 
 def _allowed(value: str) -> bool:

@@ -15,7 +15,7 @@ from prunella.reporting.page import templates
 
 ROW, RAIL, LEFT = 26, 16, 14
 """Height of a row, distance of two rails, margin in pixels."""
-COLOURS = 6
+COLORS = 6
 """Classes `c0` to `c5` of the style sheet, taken in turn."""
 _FOLDER = Path(__file__).parent
 
@@ -31,11 +31,11 @@ class CoupledStop:
 
 @dataclass(frozen=True)
 class Rail:
-    """One group: its column, its stops in the order of execution, and a colour."""
+    """One group: its column, its stops in the order of execution, and a color."""
 
     name: str
     column: int
-    colour: int
+    color: int
     stops: tuple[CoupledStop, ...]
 
     @property
@@ -49,25 +49,25 @@ def rails(graph: Graph) -> tuple[Rail, ...]:
     rows = {layer.entity: row for row, layer in enumerate(graph.layers)}
     spans = [(stops, group) for group in graph.groups if (stops := _stops(graph, group, rows))]
     free_after: list[int] = []
-    made = []
+    rails = []
     for number, (stops, group) in enumerate(sorted(spans, key=lambda pair: (pair[0][0].row, pair[0][-1].row))):
         first, last = stops[0].row, stops[-1].row
         column = next((k for k, end in enumerate(free_after) if end < first), len(free_after))
         free_after[column:] = [last, *free_after[column + 1 :]]
-        made.append(Rail(group.name, column, number % COLOURS, stops))
-    return tuple(made)
+        rails.append(Rail(group.name, column, number % COLORS, stops))
+    return tuple(rails)
 
 
 def _stops(graph: Graph, group: Group, rows: dict[str, int]) -> tuple[CoupledStop, ...]:
-    found = {}
+    stops = {}
     for member in group.members:
         if member.entity in rows and member.role in ("in", "out"):
             makes = member.role == "out"
             verb = "makes" if makes else "reads"
-            found[rows[member.entity], makes] = CoupledStop(
+            stops[rows[member.entity], makes] = CoupledStop(
                 rows[member.entity], makes, f"{member.entity} {verb} {group.name}"
             )
-    return tuple(found[key] for key in sorted(found))
+    return tuple(stops[key] for key in sorted(stops))
 
 
 def render_coupling(graph: Graph, title: str) -> str:

@@ -87,10 +87,10 @@ class Frontier:
 
     def point(self, method: str, ratio: float) -> Point:
         """One point; KeyError if there is none."""
-        found = next((p for p in self.points if p.method == method and p.ratio == ratio), None)
-        if found is None:
+        point = next((p for p in self.points if p.method == method and p.ratio == ratio), None)
+        if point is None:
             raise KeyError(f"{method} at {ratio:g}")
-        return found
+        return point
 
     def data(self) -> dict[str, Any]:
         """As plain data."""
@@ -125,20 +125,28 @@ class Frontier:
 
     def reasons(self) -> Section:
         """What could not be made, and why."""
-        found: dict[tuple[str, float, str], list[int]] = {}
+        seeds_of: dict[tuple[str, float, str], list[int]] = {}
         for cell in self.failures:
-            found.setdefault((cell.method, cell.ratio, cell.error), []).append(cell.seed)
-        rows = [(m, f"{r:g}", ", ".join(map(str, seeds)), why) for (m, r, why), seeds in found.items()]
+            seeds_of.setdefault((cell.method, cell.ratio, cell.error), []).append(cell.seed)
+        rows = [(m, f"{r:g}", ", ".join(map(str, seeds)), why) for (m, r, why), seeds in seeds_of.items()]
         return Section(
             "What could not be made", "One row for each reason.", ("Method", "Ratio", "Seeds", "Why"), tuple(rows)
         )
 
     def _row(self, p: Point) -> tuple[str, ...]:
-        got, between = f"{p.compression:.3g}x", interval(p.low, p.high) if p.n > 1 else MISSING
+        compression, between = f"{p.compression:.3g}x", interval(p.low, p.high) if p.n > 1 else MISSING
         name = f"{p.method} (baseline)" if p.method in self.baselines else p.method
         if not p.n:
             return (name, f"{p.ratio:g}", MISSING, "failed", MISSING, f"0 of {p.of}", "")
-        return (name, f"{p.ratio:g}", got, spread(p.mean, p.std), between, f"{p.n} of {p.of}", "*" if p.front else "")
+        return (
+            name,
+            f"{p.ratio:g}",
+            compression,
+            spread(p.mean, p.std),
+            between,
+            f"{p.n} of {p.of}",
+            "*" if p.front else "",
+        )
 
 
 def summarize(
@@ -192,7 +200,7 @@ def _half_width(scores: np.ndarray[Any, np.dtype[np.float64]]) -> float:
 
 
 def frontier_chart(frontier: Frontier, width: float = WIDE) -> Markup:
-    """A curve for each method with the band of its interval, and every seed as a dot; baselines are grey and dashed."""
+    """A curve for each method with the band of its interval, and every seed as a dot; baselines are gray and dashed."""
     lines = ((0, ()), (0, (5, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)))
     marks = "osD^vP"
 
@@ -204,21 +212,21 @@ def frontier_chart(frontier: Frontier, width: float = WIDE) -> Markup:
                 continue
             x, y = [p.compression for p in points], [p.mean for p in points]
             based = method in frontier.baselines
-            colour = DENSE if based else (PRUNED if not own else INK)
+            color = DENSE if based else (PRUNED if not own else INK)
             number = baseline if based else own
             style: Any = {"linestyle": lines[(number + based) % 4], "marker": marks[number % 6]}
             baseline, own = baseline + based, own + (not based)
             axes.plot(
-                x, y, color=colour, linewidth=1.8, markersize=4.5, label=_short(method), zorder=2 + (not based), **style
+                x, y, color=color, linewidth=1.8, markersize=4.5, label=_short(method), zorder=2 + (not based), **style
             )
             banded = [p for p in points if p.n > 1]
             low, high = [p.low for p in banded], [p.high for p in banded]
             axes.fill_between(
-                [p.compression for p in banded], low, high, color=colour, alpha=0.06 if based else 0.16, linewidth=0
+                [p.compression for p in banded], low, high, color=color, alpha=0.06 if based else 0.16, linewidth=0
             )
             cells = [c for c in frontier.cells if c.method == method and not c.error]
             axes.scatter(
-                [1 / c.params for c in cells], [c.score for c in cells], s=7, color=colour, alpha=0.5, linewidths=0
+                [1 / c.params for c in cells], [c.score for c in cells], s=7, color=color, alpha=0.5, linewidths=0
             )
         axes.axhline(frontier.dense.mean, color=DENSE, linewidth=1)
         axes.annotate("dense", (1, frontier.dense.mean), xycoords=("axes fraction", "data"), xytext=(0, 3),
@@ -262,10 +270,10 @@ def _short(name: str, limit: int = 40) -> str:
 
 def _leaders(frontier: Frontier) -> list[str]:
     """Who has the highest mean at each ratio: `lamp at 2x, 4x`; a ratio where several share it names none."""
-    found: dict[str, list[str]] = {}
+    leads: dict[str, list[str]] = {}
     for ratio in dict.fromkeys(p.ratio for p in frontier.points):
         there = [p for p in frontier.points if p.ratio == ratio and p.n == p.of]
         best = [p for p in there if p.mean == max(q.mean for q in there)]
         if len(best) == 1:
-            found.setdefault(best[0].method, []).append(f"{ratio:g}x")
-    return [f"{method} at {', '.join(ratios)}" for method, ratios in found.items()]
+            leads.setdefault(best[0].method, []).append(f"{ratio:g}x")
+    return [f"{method} at {', '.join(ratios)}" for method, ratios in leads.items()]

@@ -89,7 +89,7 @@ def templates() -> Environment:
     with needing_report("the HTML page"):
         from jinja2 import Environment, FileSystemLoader, StrictUndefined
     loader = FileSystemLoader(_FOLDER)
-    made = Environment(
+    environment = Environment(
         loader=loader,
         autoescape=True,
         undefined=StrictUndefined,
@@ -97,8 +97,8 @@ def templates() -> Environment:
         lstrip_blocks=True,
         finalize=_visible,
     )
-    made.filters.update(shown=shown, percent=_percent, shape=_shape, sentence=_sentence, minus=_minus)
-    return made
+    environment.filters.update(shown=shown, percent=_percent, shape=_shape, sentence=_sentence, minus=_minus)
+    return environment
 
 
 def _visible(value: object) -> object:
@@ -147,12 +147,12 @@ def tiles(report: Report) -> tuple[Tile, ...]:
 
 def why_kept(report: Report) -> tuple[Kept, ...]:
     """What was not pruned, one entry for each reason and place in the source."""
-    found: dict[tuple[str, str], list[str]] = {}
+    entries: dict[tuple[str, str], list[str]] = {}
     for entry in report.frozen:
         where = "" if entry.axis < 0 else f", axis {entry.axis}"
         text = f"{entry.entity}{where} ({entry.count:,})"
-        found.setdefault((entry.reason, entry.where), []).append(text)
-    return tuple(Kept(reason, where, tuple(names)) for (reason, where), names in found.items())
+        entries.setdefault((entry.reason, entry.where), []).append(text)
+    return tuple(Kept(reason, where, tuple(names)) for (reason, where), names in entries.items())
 
 
 def _size_tile(metric: Metric) -> Tile:
@@ -169,7 +169,7 @@ def _curve_charts(report: Report) -> tuple[Any, ...]:
 
 
 def _shares(report: Report) -> tuple[tuple[LayerLine, float, float], ...]:
-    """Each layer with its share of the whole pass, before and after."""
+    """Each layer with its share of the full pass, before and after."""
     before, after = (seconds or 1.0 for seconds in report.pass_seconds)
     return tuple((one, one.seconds_before / before, one.seconds_after / after) for one in report.layers)
 

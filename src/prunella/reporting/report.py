@@ -148,10 +148,10 @@ class Report:
 
     def metric(self, name: str) -> Metric:
         """The metric of that name; KeyError if there is none."""
-        found = next((metric for metric in self.metrics if metric.name == name), None)
-        if found is None:
+        match = next((metric for metric in self.metrics if metric.name == name), None)
+        if match is None:
             raise KeyError(name)
-        return found
+        return match
 
     @property
     def verdict(self) -> str:
@@ -164,8 +164,8 @@ class Report:
     def smaller(self) -> tuple[str, ...]:
         """How much smaller, by what was asked first; or that it is not."""
         named = (("multiply-adds", "multiply-adds"), ("parameters", "parameters"), ("non-zero weights", "weights"))
-        found = [(label, m) for name, label in named for m in self.metrics if m.name == name and m.after < m.before]
-        parts = [f"{percent(1 - m.remaining, 0)} fewer {label}" for label, m in found]
+        smaller = [(label, m) for name, label in named for m in self.metrics if m.name == name and m.after < m.before]
+        parts = [f"{percent(1 - m.remaining, 0)} fewer {label}" for label, m in smaller]
         return tuple(parts[:2]) if parts else ("not smaller",)
 
     def data(self) -> dict[str, Any]:
@@ -307,14 +307,14 @@ def _metrics(
 ) -> tuple[Metric, ...]:
     a, b = count(dense), count(small)
     ratio, (first, second) = latency.ratio, latency.latencies[:2]
-    found = [Metric(name, before, after, "score") for name, before, after in quality]
-    found += [Metric("parameters", a.params, b.params, "count")]
+    metrics = [Metric(name, before, after, "score") for name, before, after in quality]
+    metrics += [Metric("parameters", a.params, b.params, "count")]
     if b.sparsity - a.sparsity >= 0.005:  # embeddings have a row of zeros for padding from the start
-        found.append(Metric("non-zero weights", a.nonzero, b.nonzero, "count"))
+        metrics.append(Metric("non-zero weights", a.nonzero, b.nonzero, "count"))
         without_zeros = effective(dense, work[0]), effective(small, work[1])
-        found.append(Metric("effective multiply-adds", *without_zeros, "count"))
+        metrics.append(Metric("effective multiply-adds", *without_zeros, "count"))
     return (
-        *found,
+        *metrics,
         Metric("multiply-adds", work[0].macs, work[1].macs, "count"),
         Metric("size on disk", a.bytes, b.bytes, "bytes"),
         Metric("latency", first.median, second.median, "seconds", (ratio.low, ratio.high), ratio.verdict),
@@ -330,7 +330,7 @@ def _layers(
     dropped: Mapping[str, tuple[str, ...]],
 ) -> tuple[LayerLine, ...]:
     """Leaf modules of both models that have a weight of two axes or more, under their names in the dense one."""
-    others, found = dict(small.named_modules()), []
+    others, lines = dict(small.named_modules()), []
     for name, module in dense.named_modules():
         now = new_name(dense, dropped, name) or ""
         old, new = getattr(module, "weight", None), getattr(others.get(now), "weight", None)
@@ -339,8 +339,8 @@ def _layers(
         zero = 1 - int(torch.count_nonzero(new)) / new.numel() if new.numel() else 0.0
         cost = work[0].by_module.get(name, 0), work[1].by_module.get(now, 0)
         took = seconds[0].get(name, 0.0), seconds[1].get(now, 0.0)
-        found.append(LayerLine(name, tuple(old.shape), tuple(new.shape), zero, cost[0], cost[1], took[0], took[1]))
-    return tuple(found)
+        lines.append(LayerLine(name, tuple(old.shape), tuple(new.shape), zero, cost[0], cost[1], took[0], took[1]))
+    return tuple(lines)
 
 
 def _caveats(dense: nn.Module, work: Sequence[WorkCount], plan: Plan | None) -> tuple[str, ...]:

@@ -39,9 +39,10 @@ from prunella.io.state import State, read_tensors, write_tensors
 from prunella.model.copying import frozen_copy
 from prunella.model.unwrap import unwrap
 from prunella.planning.plan import Plan
-from prunella.runtime.convert import assembled, convolution_context, tuner_for, why_kept_dense
+from prunella.runtime.assemble import assembled, why_kept_dense
+from prunella.runtime.convert import convolution_context, tuner_for
 from prunella.runtime.fx.fuse import Fused, activation_of, channels_last_
-from prunella.runtime.kernels.library import Precision
+from prunella.runtime.kernels.config import Precision
 from prunella.runtime.layers import SparseLinear
 from prunella.runtime.record import LayerRecord, Shapes, Sparsified, sparsified, with_record
 from prunella.runtime.restore import restored, sparse_layers

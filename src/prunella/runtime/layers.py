@@ -15,7 +15,7 @@ from prunella.errors import RequestError
 from prunella.graph.work import is_counting
 from prunella.runtime import operators
 from prunella.runtime.kernels import library
-from prunella.runtime.kernels.library import Activation
+from prunella.runtime.kernels.config import Activation
 from prunella.runtime.packed_cache import ACTIVATE, PackedCache, add_and_activate, dense_matrix, packed_for, run_linear
 from prunella.runtime.tuning.choice import Geometry, Route, Table, is_dense, is_few
 

@@ -15,7 +15,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from prunella.errors import RequestError
 from prunella.runtime.kernels import convolution, library
-from prunella.runtime.kernels.library import Config
+from prunella.runtime.kernels.config import Config
 from prunella.runtime.packed_cache import (
     PackedCache,
     cache_of,

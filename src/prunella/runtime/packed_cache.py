@@ -19,8 +19,8 @@ from torch.nn import functional
 
 from prunella.errors import RequestError
 from prunella.runtime.kernels import library
+from prunella.runtime.kernels.config import IN_PLACE, Activation, Config
 from prunella.runtime.kernels.convolution import Patches, patches
-from prunella.runtime.kernels.library import Activation, Config
 from prunella.runtime.tuning.choice import Choice, Geometry, Route, Table
 
 _KEYS = itertools.count(1)
@@ -173,7 +173,7 @@ def add_and_activate(y: Tensor, residual: Tensor | None, activation: Activation)
     """`activation(y + residual)`, in the memory of y where that is possible: nothing else may read y."""
     if residual is not None:
         y = y.add_(residual) if residual.shape == y.shape else y + residual
-    in_place = library.IN_PLACE.get(activation)
+    in_place = IN_PLACE.get(activation)
     return ACTIVATE[activation](y) if in_place is None else in_place(y, inplace=True)
 
 

@@ -12,7 +12,7 @@ from prunella.errors import RequestError
 from prunella.measure.machine import cpu_name
 from prunella.model.unwrap import unwrap
 from prunella.runtime.kernels import library
-from prunella.runtime.kernels.library import Precision
+from prunella.runtime.kernels.config import Precision
 from prunella.runtime.tuning.acceptance import Acceptance
 from prunella.runtime.tuning.choice import Table, describe, is_dense
 from prunella.runtime.tuning.tune import Verdict

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from prunella.model.copying import copied, frozen_copy
-from prunella.runtime.kernels.library import Activation
+from prunella.runtime.kernels.config import Activation
 from prunella.runtime.layers import FastLinear, FoldedConv2d, SparseConv2d, SparseLinear
 
 _ACTIVATIONS = {

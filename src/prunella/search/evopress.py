@@ -1,4 +1,4 @@
-"""EvoPress: evolutionary search over stored sparsity levels, by an evaluation of the whole model."""
+"""EvoPress: evolutionary search over stored sparsity levels, by an evaluation of the full model."""
 
 from __future__ import annotations
 

@@ -83,16 +83,16 @@ class _Program:
         Without presolve: that drops choices which meet the budget to less than its tolerance.
         """
         while True:
-            found = milp(
+            solution = milp(
                 objective, integrality=np.ones(len(objective)), bounds=Bounds(0, 1),
                 constraints=[*self.constraints, *constraints], options={"mip_rel_gap": 0.0, "presolve": False},
             )  # fmt: skip
-            if found.x is None:
-                raise TargetMissed("the solver found no choice within the budget", found.message, "allow more")
-            chosen = tuple(np.flatnonzero(found.x > 0.5).tolist())
+            if solution.x is None:
+                raise TargetMissed("the solver found no choice within the budget", solution.message, "allow more")
+            chosen = tuple(np.flatnonzero(solution.x > 0.5).tolist())
             if sum(self.exact[variable].cost for variable in chosen) <= self.limit:
                 return chosen
-            self.constraints.append(LinearConstraint(found.x > 0.5, -np.inf, len(chosen) - 1))
+            self.constraints.append(LinearConstraint(solution.x > 0.5, -np.inf, len(chosen) - 1))
 
     def value(self, chosen: tuple[int, ...]) -> tuple[float, float]:
         """Loss and cost, exactly."""

@@ -103,7 +103,7 @@ class _Replayer(TorchFunctionMode):
     ) -> Any:
         call = None if self._left is None else next(self._left, None)
         if call is None or call.func != func:
-            self._left = None  # the end of what was recorded, or another course than before
+            self._left = None  # the end of what was recorded, or the code runs another way than before
             return func(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {})) if call.result is None else call.result
 

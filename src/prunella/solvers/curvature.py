@@ -113,7 +113,7 @@ def woodfisher(
 ) -> Plan:
     """The plan with weights that compensate for its removals, by the empirical Fisher in blocks (WoodFisher).
 
-    `d = -F^-1[:, S] ([F^-1]_SS)^-1 w_S` in every block of `block` neighbours in a row, jointly for all pruned weights,
+    `d = -F^-1[:, S] ([F^-1]_SS)^-1 w_S` in every block of `block` neighbors in a row, jointly for all pruned weights,
     with `F^-1 <- F^-1 - F^-1 g g^T F^-1 / (N + g^T F^-1 g)` over the gradients of N samples, from `I / damping`.
     Data: batches, split into samples, and a loss; memory is one gradient of a layer for each sample.
 
@@ -187,9 +187,13 @@ def _searched(
             chosen, note = (JOINT, strength or 0.0), dict[str, Any](strength=strength)
         else:
             assert source.loss is not None
-            found = line_search(unwrap(model), plan, updates, data.held_out, source.loss)
-            chosen = found.update, found.factor
-            note = {"update": found.update, "strength": found.factor, "held out": [found.before, found.after]}
+            searched = line_search(unwrap(model), plan, updates, data.held_out, source.loss)
+            chosen = searched.update, searched.factor
+            note = {
+                "update": searched.update,
+                "strength": searched.factor,
+                "held out": [searched.before, searched.after],
+            }
         solved = scaled(unwrap(model), plan, updates[chosen[0]], chosen[1])
     return replace(solved, recipe={**plan.recipe, "solver": {**about, "knobs": {**about["knobs"], **note}}})
 
@@ -227,9 +231,9 @@ def _updates(
             grads = statistics.get("sample_grad", layer.entity)
             task = _Task(layer, parameter, rows, matrix[rows].double(), pruned[rows], grads)
             for update, new in surgeon(task).items():
-                whole = matrix.clone()
-                whole[rows] = new.to(matrix.dtype)
-                solved.setdefault(update, {})[layer.entity] = from_matrix(whole, parameter, layer).detach()
+                updated = matrix.clone()
+                updated[rows] = new.to(matrix.dtype)
+                solved.setdefault(update, {})[layer.entity] = from_matrix(updated, parameter, layer).detach()
     return solved
 
 

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from prunella.model.reads import NotReadable, Product, operation, products, unreadable
+from prunella.model.observed_reads import Homes, Unread, View
+from prunella.model.product import NotReadable, Product, operation
+from prunella.model.reads import products, unreadable
 from prunella.model.trees import tensors
-from prunella.model.watch import Homes, Unread, View
 from prunella.stats.subject import Subject
 
 Totals = Mapping[tuple[str, View], Tensor]

@@ -117,7 +117,7 @@ class SampleGrad:
 class FisherInverse:
     """`fisher_inverse`: inverse of the damped empirical Fisher in blocks along the rows of each weight, by entity.
 
-    `(damping * I + mean over samples of g g^T)^-1` for every `block` neighbours in a row of the matrix `(out, in)`:
+    `(damping * I + mean over samples of g g^T)^-1` for every `block` neighbors in a row of the matrix `(out, in)`:
     `(out, blocks of a row, block, block)` in float64. A partial last block is padded with weights whose gradient is 0.
     Memory: `8 * block` bytes per weight. The sums of `g g^T` are inverted at the end. The result equals that of the
     rank-one recursion of `prunella.solvers`, without the number of samples in advance.

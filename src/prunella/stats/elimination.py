@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from prunella.errors import BadInput
 from prunella.graph.data import Group
 from prunella.model.forward import real_tokens
-from prunella.model.watch import Read, Watch
+from prunella.model.observed_reads import Read
+from prunella.model.watch import Watch
 from prunella.stats.subject import Subject
 from prunella.types import Gram, Mask
 
@@ -24,7 +25,7 @@ CHUNK = 12
 class Quadratic(NamedTuple):
     """One matrix that reads a group: weight `(out, in)`, Gram matrix `(in, in)` of its inputs, unit of each column.
 
-    units: -1 for columns of no unit. mean: of the inputs, `(in,)`; zero unless the inputs are centred.
+    units: -1 for columns of no unit. mean: of the inputs, `(in,)`; zero unless the inputs are centered.
     """
 
     weight: Tensor
@@ -71,7 +72,7 @@ def compensated(reader: Quadratic, keep: Mask, *, ridge: float = 1e-3) -> tuple[
     """The best weights `(out, in)` without the units that are not kept, and the constant `(out,)` that goes with them.
 
     `min over W' of |(W - W') X|^2 + ridge * mean(diag G) |W - W'|^2` with zeros in the removed columns: `W'_K = W_K +
-    W_R G_RK (G_KK + ridge * mean(diag G) I)^-1`. The constant restores the mean of the outputs for centred inputs.
+    W_R G_RK (G_KK + ridge * mean(diag G) I)^-1`. The constant restores the mean of the outputs for centered inputs.
     """
     removed = torch.zeros(len(reader.units), dtype=torch.bool)
     removed[reader.units >= 0] = ~keep[reader.units[reader.units >= 0]]
@@ -121,11 +122,11 @@ class _Part:
         kept = torch.ones(len(self.inverse), dtype=torch.bool)
         kept[self.columns[units].flatten()] = False
         kept[-1] = True  # the column of zeros
-        gone = (~kept).nonzero()[:, 0]
-        if len(gone):
-            rows = torch.linalg.solve(self.inverse[gone][:, gone], self.inverse[gone][:, kept])
-            self.weight = self.weight[:, kept] - self.weight[:, gone] @ rows
-            self.inverse = self.inverse[kept][:, kept] - self.inverse[kept][:, gone] @ rows
+        removed = (~kept).nonzero()[:, 0]
+        if len(removed):
+            rows = torch.linalg.solve(self.inverse[removed][:, removed], self.inverse[removed][:, kept])
+            self.weight = self.weight[:, kept] - self.weight[:, removed] @ rows
+            self.inverse = self.inverse[kept][:, kept] - self.inverse[kept][:, removed] @ rows
             self.columns = (kept.cumsum(0) - 1)[self.columns]
 
     def _blocks(self, columns: Tensor) -> Tensor:
@@ -143,7 +144,7 @@ def _damping(gram: Gram, ridge: float) -> float:
 
 
 FEW, TOKENS = 8192, 16
-"""Most tokens of one call, whatever the inputs, and for each input: neighbouring pixels say much the same."""
+"""Most tokens of one call, whatever the inputs, and for each input: neighboring pixels say much the same."""
 
 
 def spread(tokens: int, inputs: int) -> Tensor | None:
@@ -172,7 +173,7 @@ def chosen_tokens(read: Read, real: Tensor | None) -> Tensor | None:
 class Covariance:
     """Count, mean and Gram matrix of the inputs of one matrix, over batches, in float64."""
 
-    centred: bool
+    centered: bool
     tokens: int = 0
     origin: Tensor = field(default_factory=lambda: torch.zeros(0))
     total: Tensor = field(default_factory=lambda: torch.zeros(0))
@@ -181,7 +182,7 @@ class Covariance:
     def add(self, x: Tensor) -> None:
         """Add tokens, `(tokens, in)`."""
         if not self.tokens:
-            self.origin = x.mean(0, dtype=torch.float64) if self.centred else x.new_zeros(x.shape[1]).double()
+            self.origin = x.mean(0, dtype=torch.float64) if self.centered else x.new_zeros(x.shape[1]).double()
             self.total, self.products = torch.zeros_like(self.origin), torch.zeros(x.shape[1], x.shape[1]).double()
             self.products = self.products.to(x.device)
         x = (x - self.origin).to(x.dtype if x.dtype.itemsize >= 4 else torch.float32)
@@ -192,13 +193,13 @@ class Covariance:
 
     @property
     def gram(self) -> Gram:
-        """`X^T X`, of centred inputs if asked for."""
-        return self.products - torch.outer(self.total, self.total) / self.tokens if self.centred else self.products
+        """`X^T X`, of centered inputs if asked for."""
+        return self.products - torch.outer(self.total, self.total) / self.tokens if self.centered else self.products
 
     @property
     def mean(self) -> Tensor:
-        """Of the inputs; zero if they are not centred."""
-        return self.origin + self.total / self.tokens if self.centred else torch.zeros_like(self.origin)
+        """Of the inputs; zero if they are not centered."""
+        return self.origin + self.total / self.tokens if self.centered else torch.zeros_like(self.origin)
 
 
 @dataclass

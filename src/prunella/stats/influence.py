@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from prunella.graph.solve.residual_blocks import inside
 from prunella.model.forward import first_tensor
+from prunella.model.hooks import removed_after
 from prunella.model.trees import tensors
 from prunella.stats.subject import Subject
 
@@ -56,11 +57,8 @@ class Influence:
 
             handles.append(block.register_forward_pre_hook(before, with_kwargs=True))
             handles.append(block.register_forward_hook(after))
-        try:
+        with removed_after(handles):
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def _look(self, path: str, block_input: Tensor, block_output: Tensor) -> None:
         before, after = (x.double().movedim(self._axis[path], -1).flatten(0, -2) for x in (block_input, block_output))

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from prunella.graph.data import Group, Member
-from prunella.model.reads import Product
-from prunella.model.watch import Unread, View
+from prunella.model.observed_reads import Unread, View
+from prunella.model.product import Product
 from prunella.stats.activation import ActivationWatch, lay_out, total
 from prunella.stats.subject import Subject
 

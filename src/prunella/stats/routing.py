@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from prunella.graph.data import Group, UnitCall
 from prunella.model.calls import called
+from prunella.model.hooks import removed_after
 from prunella.model.trees import tensors
 from prunella.stats.subject import Subject
 
@@ -162,11 +163,8 @@ class ExpertOutput:
                         mode.paused = False
 
                 handles.append(module.register_forward_hook(after, with_kwargs=True))
-            try:
+            with removed_after(handles):
                 yield
-            finally:
-                for handle in handles:
-                    handle.remove()
 
     def _note(self, name: str, chosen: Tensor, weights: Tensor | None) -> None:
         self._chosen[name] = chosen
@@ -200,12 +198,10 @@ class ExpertOutput:
 def _watched(subject: Subject, report: Chosen) -> Iterator[_Choices]:
     mode = _Choices(subject, report)
     handle = subject.model.register_forward_pre_hook(lambda *_: None if mode.paused else mode.begin())
-    try:
+    with handle:
         with mode:
             yield mode
         mode.end()
-    finally:
-        handle.remove()
 
 
 def _chooses_among_all(subject: Subject, run: UnitCall) -> bool:

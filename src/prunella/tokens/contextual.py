@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from prunella.errors import NotSupported, RequestError
 from prunella.graph.data import Graph, Group
 from prunella.graph.solve.groups import couple
+from prunella.model.hooks import removed_after
 from prunella.model.unwrap import unwrap
 from prunella.registry.method import compression
 
@@ -37,14 +38,14 @@ def keep_top(hidden: Tensor, keep: float, scores: Tensor | None = None) -> Tenso
 def neurons(graph: Graph) -> dict[str, str]:
     """Module that reads a set of neurons -> a module that produces them; both are linear layers."""
     layers = {layer.entity: layer for layer in graph.layers}
-    found: dict[str, str] = {}
+    producers: dict[str, str] = {}
     for group in graph.groups:
-        made = [layers[m.entity] for m in group.members if m.role == "out" and m.entity in layers]
+        makers = [layers[m.entity] for m in group.members if m.role == "out" and m.entity in layers]
         read = [layers[m.entity] for m in group.members if m.role == "in" and m.entity in layers]
-        linear = all(layer.op == "linear" for layer in (*made, *read))
-        if linear and group.kind == "channel" and len(read) == 1 and made and _alone(group, graph):
-            found[read[0].module] = made[0].module
-    return found
+        linear = all(layer.op == "linear" for layer in (*makers, *read))
+        if linear and group.kind == "channel" and len(read) == 1 and makers and _alone(group, graph):
+            producers[read[0].module] = makers[0].module
+    return producers
 
 
 @compression(source="Liu et al. 2023, arXiv:2310.17157 (Deja Vu; here a mask, not a kernel)")
@@ -65,16 +66,16 @@ def contextual_(
     Use: estimating what a sparse kernel could save. Avoid: as a way to a faster model.
     """
     model = unwrap(model)
-    found = {path: made for path, made in neurons(couple(model, inputs)).items() if path}
-    if not found:
+    producers = {path: producer for path, producer in neurons(couple(model, inputs)).items() if path}
+    if not producers:
         raise NotSupported("no neurons were found", "none stand between two linear layers that are modules", "")
-    unknown = sorted(set(predictors or {}) - set(found))
+    unknown = sorted(set(predictors or {}) - set(producers))
     if unknown:
-        raise RequestError(f"{unknown[0]} reads no neurons", f"known are {', '.join(found)}", "")
+        raise RequestError(f"{unknown[0]} reads no neurons", f"known are {', '.join(producers)}", "")
     keep_top(torch.zeros(1, 1), keep)  # check keep before any hook is registered
     entered: dict[str, Tensor] = {}
     handles = []
-    for path, source in found.items():
+    for path, source in producers.items():
         predictor = (predictors or {}).get(path)
 
         def enter(module: nn.Module, args: tuple[Any, ...], path: str = path) -> None:
@@ -89,11 +90,8 @@ def contextual_(
         if predictor is not None:
             handles.append(model.get_submodule(source).register_forward_pre_hook(enter))
         handles.append(model.get_submodule(path).register_forward_pre_hook(mask))
-    try:
-        yield tuple(found)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with removed_after(handles):
+        yield tuple(producers)
 
 
 def _alone(group: Group, graph: Graph) -> bool:

@@ -15,6 +15,7 @@ from prunella.graph.solve.groups import couple
 from prunella.graph.solve.residual_blocks import inside
 from prunella.llm.blocks import BlockCall, ModelBlock, blocks_of
 from prunella.model.forward import forward
+from prunella.model.hooks import removed_after
 from prunella.model.state import untouched
 from prunella.model.trees import tensors
 from prunella.model.unwrap import unwrap
@@ -119,11 +120,8 @@ def _calls(model: nn.Module, blocks: tuple[ModelBlock, ...], inputs: Any) -> dic
         for block in blocks
         if block.path
     ]
-    try:
+    with removed_after(handles):
         forward(model, inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
     return calls
 
 

@@ -34,7 +34,7 @@ def mask_gradients(optimizer: Optimizer, masks: Iterable[tuple[nn.Parameter, Mas
     """Zero the gradients of masked weights before the step of an optimizer that is not element-wise.
 
     Adafactor averages squared gradients over rows and columns, and Muon orthogonalizes a whole matrix: in both, the
-    gradient of a masked weight changes the step of its neighbours. For element-wise optimizers the gradients stay, so
+    gradient of a masked weight changes the step of its neighbors. For element-wise optimizers the gradients stay, so
     that growth criteria can read dense gradients after the step.
     """
     if type(optimizer) in ELEMENTWISE:

@@ -45,8 +45,8 @@ def follow_configuration_(small: nn.Module, dense: nn.Module, plan: Plan, inputs
         if shapes_of(part) == shapes_of(before):
             continue
         batch = None if inputs is None else _call_of(small, part, inputs)
-        found = None if batch is None else _configuration(part, before, path, plan, batch)
-        if found is None or not _set(part, small, found, inputs):
+        entries = None if batch is None else _configuration(part, before, path, plan, batch)
+        if entries is None or not _set(part, small, entries, inputs):
             _refuse_to_write_(part)
 
 
@@ -58,12 +58,12 @@ def configuration_before(model: nn.Module) -> Mapping[str, Any] | None:
 
 def _writers(model: nn.Module) -> list[str]:
     """The outermost parts that are written by their own class."""
-    found: list[str] = []
+    paths: list[str] = []
     for path, module in model.named_modules():
-        inside = any(path.startswith(f"{outer}.") or not outer for outer in found)
+        inside = any(path.startswith(f"{outer}.") or not outer for outer in paths)
         if not inside and (reads_itself(module) or callable(getattr(type(module), WRITER, None))):
-            found.append(path)
-    return found
+            paths.append(path)
+    return paths
 
 
 def _configuration(
@@ -74,7 +74,7 @@ def _configuration(
         return None
     own = f"{path}:config"
     sizes = {(":config", name): value for (owner, name), value in plan.attributes.items() if owner == own}
-    lists = {(":config", name): gone for (owner, name), gone in plan.changes.lists.items() if owner == own}
+    lists = {(":config", name): removed for (owner, name), removed in plan.changes.lists.items() if owner == own}
     dense: Any = configuration(before)
     config = with_tokens(shallower(dense, sizes, lists), part.config)
     changes = changed_sizes(shapes_of(before), shapes_of(part), _pairs(before, path, plan))
@@ -106,19 +106,16 @@ def _call_of(model: nn.Module, part: nn.Module, inputs: Inputs) -> dict[str, Any
         calls.append(named)
 
     handle = part.register_forward_pre_hook(note, with_kwargs=True)
-    try:
-        with untouched(model), torch.no_grad():
-            forward(model, inputs)
-    finally:
-        handle.remove()
+    with handle, untouched(model), torch.no_grad():
+        forward(model, inputs)
     return calls[0] if calls else None
 
 
-def _set(part: Any, model: nn.Module, found: Mapping[str, Any], inputs: Any) -> bool:
+def _set(part: Any, model: nn.Module, entries: Mapping[str, Any], inputs: Any) -> bool:
     """Write the entries into the configuration in memory; False, and nothing is written, if the model then differs."""
     before = configuration(part)
     expected = _outputs(model, inputs)
-    _assign(part.config, before, found)
+    _assign(part.config, before, entries)
     try:
         same = relative_error(expected, _outputs(model, inputs)) <= SINGLE
     except Exception:  # a probe: a module may read its configuration while it runs and raise anything

@@ -9,7 +9,7 @@ import pytest
 from prunella.app.demo import run_demo
 from prunella.app.demo.parts import Effort
 from prunella.app.run import Outcome
-from prunella.app.verify import check_whole
+from prunella.app.verify import check_folder
 from prunella.errors import RequestError
 from tests.app.demo.job import check, read_in_a_fresh_process
 
@@ -43,9 +43,9 @@ def test_the_stored_model_answers_as_recorded_in_a_fresh_process(outcome: Outcom
 
 
 def test_the_folder_passes_verify(outcome: Outcome) -> None:
-    proof, small = check_whole(outcome.saved.path, factory=FACTORY)
-    assert proof.rebuilt and small is not None
-    assert "distill:15" in proof.recovered
+    verified, small = check_folder(outcome.saved.path, factory=FACTORY)
+    assert verified.rebuilt and small is not None
+    assert "distill:15" in verified.recovered
 
 
 def test_a_folder_that_holds_something_is_left_alone(tmp_path: Path) -> None:

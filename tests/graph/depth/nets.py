@@ -219,11 +219,11 @@ class Borrowing(nn.Module):
 
 def bypass(model: nn.Module, paths: Sequence[str]) -> nn.Module:
     """A copy in which these modules return their first argument; of a tuple the rest stays."""
-    twin = copy.deepcopy(model)
+    replica = copy.deepcopy(model)
     for path in paths:
-        block = twin.get_submodule(path)
+        block = replica.get_submodule(path)
         block.forward = _given(block.forward)  # type: ignore[method-assign]
-    return twin
+    return replica
 
 
 def _given(forward: Callable[..., Any]) -> Callable[..., Any]:

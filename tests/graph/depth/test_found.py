@@ -61,7 +61,7 @@ RULES: dict[str, tuple[Callable[[Tensor, nn.Module], Tensor], bool]] = {
     "a gate": (lambda x, f: x * f(x), False),
     "a highway": (lambda x, f: x * f(x).sigmoid() + f(x), False),
     "norm alone": (lambda x, f: F.layer_norm(x, (8,), f.weight[0]), False),
-    "centred alone": (lambda x, f: x - x.mean(-1, keepdim=True) * f.weight[0], False),
+    "centered alone": (lambda x, f: x - x.mean(-1, keepdim=True) * f.weight[0], False),
     "permuted": (lambda x, f: x.flip(-1) + f(x), False),
     "map alone": (lambda x, f: f(x), False),
     "sum of maps": (lambda x, f: f(x) + f(x), False),

@@ -145,7 +145,7 @@ def test_what_cannot_be_captured_is_told(capsys: pytest.CaptureFixture[str]) -> 
 def test_a_program_that_computes_something_else_is_not_returned(monkeypatch: pytest.MonkeyPatch) -> None:
     from prunella.graph.program import capture as module
 
-    def spoilt(exported: Any) -> nn.Module:
+    def corrupted(exported: Any) -> nn.Module:
         made = module_of(exported)
         with torch.no_grad():
             next(made.parameters()).add_(1)
@@ -153,7 +153,7 @@ def test_a_program_that_computes_something_else_is_not_returned(monkeypatch: pyt
 
     from prunella.graph.program.literals import module_of
 
-    monkeypatch.setattr(module, "module_of", spoilt)
+    monkeypatch.setattr(module, "module_of", corrupted)
     with pytest.raises(CheckFailed, match="does not compute what the model computes"):
         prunella.as_program(Typed(), X)
 

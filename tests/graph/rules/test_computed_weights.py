@@ -209,11 +209,11 @@ def test_masks_of_a_weight_norm_stay_finite_in_training() -> None:
 
 
 def test_a_mean_of_a_weight_keeps_what_it_is_taken_over() -> None:
-    class Centred(nn.Module):
+    class Centered(nn.Module):
         def forward(self, weight: Tensor) -> Tensor:
             return weight - weight.mean(1, keepdim=True)
 
-    model = settle(nn.Sequential(nn.Conv1d(6, 8, 1), nn.ReLU(), by(lambda layer: Centred())(nn.Conv1d(8, 4, 1))))
+    model = settle(nn.Sequential(nn.Conv1d(6, 8, 1), nn.ReLU(), by(lambda layer: Centered())(nn.Conv1d(8, 4, 1))))
     graph = couple(model, X)
     assert {group.kind for group in graph.groups} == {"width"}  # on request, where the mean sees only what is kept
     assert frozen_because(graph, "0.weight", 0, "a mean is taken over it")

@@ -186,9 +186,9 @@ def test_few_zeros_can_be_left_alone() -> None:
     state = {"a.weight": torch.ones(4, 5), "b.weight": torch.ones(4, 5)}
     state["a.weight"][0, 0], state["b.weight"][:2] = 0, 0
     assert zeros(state).masks.keys() == {"a.weight", "b.weight"}
-    assert zeros(state, least=0.05).masks.keys() == {"b.weight"}
-    with pytest.raises(RequestError, match="least=1 is out of range"):
-        zeros(state, least=1)
+    assert zeros(state, min_sparsity=0.05).masks.keys() == {"b.weight"}
+    with pytest.raises(RequestError, match="min_sparsity=1 is out of range"):
+        zeros(state, min_sparsity=1)
 
 
 RECIPE = """
@@ -430,7 +430,7 @@ def test_tied_weights_have_one_mask() -> None:
 # -- patterns ----------------------------------------------------------------------------------------------------------
 
 
-def test_patterns_are_recognised() -> None:
+def test_patterns_are_recognized() -> None:
     layer = couple(model := nn.Sequential(nn.Linear(32, 32)), torch.randn(1, 32)).layers[0]
     ones, some = torch.ones(32, 32, dtype=torch.bool), torch.rand(32, 32) > 0.5
     rows, columns, tiles = ones.clone(), ones.clone(), torch.kron(torch.rand(8, 8) > 0.5, torch.ones(4, 4)).bool()

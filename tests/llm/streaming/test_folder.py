@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import prunella as pr
-from prunella.app.verify import check_whole
+from prunella.app.verify import check_folder
 from prunella.errors import BadInput, Locked, NotSupported, RequestError
 from prunella.io.journal import NAME
 from prunella.io.tensor_file import INDEX
@@ -300,12 +300,12 @@ def test_a_finished_shard_that_has_changed_is_refused(tmp_path: Path) -> None:
 def test_verify_reads_a_finished_folder_and_refuses_a_flipped_bit(tmp_path: Path) -> None:
     write(tmp_path / "in")
     pr.llm.solve_folder(tmp_path / "in", tmp_path / "out", WANDA, data=data())
-    assert check_whole(tmp_path / "out")[0].files == len(list((tmp_path / "out").iterdir())) - 1
+    assert check_folder(tmp_path / "out")[0].files == len(list((tmp_path / "out").iterdir())) - 1
     for file in sorted((tmp_path / "out").iterdir()):
         sound = file.read_bytes()
         file.write_bytes(bytes([sound[0] ^ 1, *sound[1:]]))
         with pytest.raises(BadInput):
-            check_whole(tmp_path / "out")
+            check_folder(tmp_path / "out")
         file.write_bytes(sound)
 
 

@@ -168,13 +168,13 @@ def test_a_change_of_a_layer_is_seen(called: Called) -> None:
 def test_a_copy_makes_its_own_layouts(called: Called) -> None:
     dense, made, chain = pair()
     agree(dense, made)
-    twin = copy.deepcopy(made)
-    (other,) = (module for module in twin.modules() if isinstance(module, Chain))
+    replica = copy.deepcopy(made)
+    (other,) = (module for module in replica.modules() if isinstance(module, Chain))
     assert chain.plans.prepared and not other.plans.prepared
     del called[:]
-    agree(dense, twin)
+    agree(dense, replica)
     assert other.plans.prepared and called == []
-    assert twin.state_dict().keys() == made.state_dict().keys()
+    assert replica.state_dict().keys() == made.state_dict().keys()
 
 
 @torch.inference_mode()

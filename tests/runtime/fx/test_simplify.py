@@ -14,7 +14,7 @@ from torch.nn import functional
 
 import prunella as pr
 from prunella.runtime.fx.fuse import traced
-from prunella.runtime.kernels.library import Activation
+from prunella.runtime.kernels.config import Activation
 from prunella.runtime.layers import FoldedConv2d, SparseConv2d
 from prunella.runtime.restore import restored
 from tests.runtime.test_sparse import with_zeros
@@ -174,10 +174,10 @@ def test_a_check_of_sizes_stays(fits: Callable[[Tensor], bool]) -> None:
 
 def test_an_identity_that_somebody_listens_to_stays() -> None:
     model = nn.Sequential(nn.Conv2d(3, 3, 1), nn.Identity(), nn.ReLU()).eval()
-    heard: list[int] = []
-    model[1].register_forward_hook(lambda *_: heard.append(1))
+    called: list[int] = []
+    model[1].register_forward_hook(lambda *_: called.append(1))
     program = traced(model, {}, IMAGE)
     assert program is not None
-    heard.clear()
+    called.clear()
     program(IMAGE)
-    assert heard == [1]
+    assert called == [1]

@@ -16,8 +16,8 @@ from prunella.runtime.fx.chain import Chain
 from prunella.runtime.kernels import chain as kernel_chain
 from prunella.runtime.kernels import library
 from prunella.runtime.kernels.chain import ChainStep, Ready, allocate
+from prunella.runtime.kernels.config import Activation, Config, Kind
 from prunella.runtime.kernels.convolution import is_channels_last, patches
-from prunella.runtime.kernels.library import Activation, Config, Kind
 from tests.runtime.test_sparse import IMAGE, net
 
 needs_kernels = pytest.mark.skipif(

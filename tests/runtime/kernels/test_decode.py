@@ -10,7 +10,7 @@ from torch import Tensor
 
 from prunella.errors import NotSupported, RequestError
 from prunella.runtime.kernels import library
-from prunella.runtime.kernels.library import Activation, Config, Kind, Precision
+from prunella.runtime.kernels.config import Activation, Config, Kind, Precision
 from prunella.runtime.tuning import configs
 
 pytestmark = pytest.mark.skipif(not library.available(), reason="the kernels were not built here")
@@ -194,7 +194,7 @@ def test_negative_zero_is_no_weight(config: Config) -> None:
     assert library.linear(packed, torch.tensor([[NAN, 2.0, INF]])).item() == pytest.approx(2.0)
 
 
-def test_tokens_do_not_depend_on_their_neighbours(config: Config, tier: str) -> None:
+def test_tokens_do_not_depend_on_their_neighbors(config: Config, tier: str) -> None:
     weight, x = sparse(37, 700, 0.4, seed=14), tokens(8, 700, seed=15)
     packed = library.pack(weight, config)
     alone = torch.cat([library.linear(packed, x[i : i + 1]) for i in range(8)])

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from prunella.runtime.kernels import library
+from prunella.runtime.kernels.config import Precision
 from prunella.runtime.tuning.tune import configs_for
 
 needs_kernels = pytest.mark.skipif(not library.available(), reason="the kernels are not built")
@@ -31,7 +32,7 @@ def test_a_forked_child_computes_the_same() -> None:
     threads, generator = torch.get_num_threads(), torch.Generator().manual_seed(0)
     weight = torch.randn(256, 256, generator=generator) * (torch.rand(256, 256, generator=generator) < 0.1)
     x = torch.randn(64, 256, generator=generator)
-    packed = [library.pack(weight, config) for config in configs_for(weight, 64, library.Precision.FP32)[:2]]
+    packed = [library.pack(weight, config) for config in configs_for(weight, 64, Precision.FP32)[:2]]
     torch.set_num_threads(2)
     try:
         expected, dense = [library.linear(one, x) for one in packed], torch.sin(torch.cat([x @ weight] * 40)).sum()

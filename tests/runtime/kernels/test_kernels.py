@@ -12,7 +12,7 @@ from torch import Tensor
 
 from prunella.errors import NotSupported, PruningError, RequestError
 from prunella.runtime.kernels import convolution, library, signatures
-from prunella.runtime.kernels.library import Activation, Config, Kind, Precision
+from prunella.runtime.kernels.config import Activation, Config, Kind, Precision
 
 pytestmark = pytest.mark.skipif(
     not library.available(), reason="the kernels were not built: no compiler at installation"

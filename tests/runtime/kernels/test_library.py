@@ -15,7 +15,8 @@ from torch import nn
 import prunella as pr
 from prunella.errors import NotSupported
 from prunella.runtime.kernels import library
-from prunella.runtime.kernels.library import Config, Kind, Loaded
+from prunella.runtime.kernels.config import Config, Kind
+from prunella.runtime.kernels.library import Loaded
 from prunella.runtime.tuning.survey import without_kernels
 
 ROOT = Path(__file__).parents[3]
@@ -90,6 +91,7 @@ def test_the_file_is_named_as_the_platform_names_libraries(platform: str, name: 
 def test_windows_is_told_that_there_are_no_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(library.sys, "platform", "win32")
     assert library._open(tmp_path / "nowhere") == Loaded(None, WINDOWS)
+    assert "compiler" not in library.remedy() and "WSL" in library.remedy()
 
 
 def test_a_process_without_the_library_imports_all_and_the_doctor_says_it() -> None:

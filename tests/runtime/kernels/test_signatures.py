@@ -14,7 +14,15 @@ from typing import Any
 import pytest
 
 from prunella.runtime.kernels import library, signatures
-from prunella.runtime.kernels.library import Activation, Kind, Precision
+from prunella.runtime.kernels.config import (
+    ACTIVATION_CODES,
+    FEW_CODES,
+    MANY_CODES,
+    PRECISION_CODES,
+    Activation,
+    Kind,
+    Precision,
+)
 
 ROOT = Path(__file__).parents[3]
 STRUCTS: dict[str, type[ctypes.Structure]] = {"prunella_image": signatures.Image, "prunella_step": signatures.Step}
@@ -120,11 +128,11 @@ def test_a_declaration_that_cannot_be_read_is_an_error(generate: ModuleType, tex
 
 
 def test_every_choice_has_the_number_of_the_headers() -> None:
-    assert {a: getattr(signatures, a.name) for a in Activation} == library.ACTIVATION_CODES
-    assert {k: getattr(signatures, k.name) for k in library.MANY_CODES} == library.MANY_CODES
-    assert {Kind.DECODE: signatures.BITMAP, Kind.CSR: signatures.CSR} == library.FEW_CODES
-    assert set(library.MANY_CODES) | set(library.FEW_CODES) == set(Kind)
-    assert {p: getattr(signatures, p.name) for p in Precision} == library.PRECISION_CODES
+    assert {a: getattr(signatures, a.name) for a in Activation} == ACTIVATION_CODES
+    assert {k: getattr(signatures, k.name) for k in MANY_CODES} == MANY_CODES
+    assert {Kind.DECODE: signatures.BITMAP, Kind.CSR: signatures.CSR} == FEW_CODES
+    assert set(MANY_CODES) | set(FEW_CODES) == set(Kind)
+    assert {p: getattr(signatures, p.name) for p in Precision} == PRECISION_CODES
 
 
 @pytest.mark.skipif(not library.available(), reason="the kernels were not built here")

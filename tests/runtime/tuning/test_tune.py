@@ -14,7 +14,7 @@ from torch.nn import functional
 import prunella as pr
 from prunella.measure.timing import Ratio
 from prunella.runtime.fx.fuse import Fused, fusions, traced
-from prunella.runtime.kernels.library import Activation, Config, Kind, Precision
+from prunella.runtime.kernels.config import Activation, Config, Kind, Precision
 from prunella.runtime.tuning import tune
 from prunella.runtime.tuning.choice import Geometry, Problem, Route, describe, from_json, to_json
 from prunella.runtime.tuning.eligible import candidates

@@ -92,12 +92,12 @@ def test_the_highest_scores_stay_and_the_seed_decides_the_first() -> None:
 def test_it_goes_on_with_a_pruner_and_through_a_state_dict() -> None:
     model = net()
     train(model, pr.lottery.supermask_(model, 0.5), 5)
-    twin = net()
-    pr.lottery.supermask_(twin, 0.5, seed=9)
-    twin.load_state_dict(model.state_dict())
-    assert torch.equal(twin(X), model(X))
+    replica = net()
+    pr.lottery.supermask_(replica, 0.5, seed=9)
+    replica.load_state_dict(model.state_dict())
+    assert torch.equal(replica(X), model(X))
     pr.lottery.finalize_supermask(model)
-    assert equal(snapshot(pr.lottery.finalize_supermask(twin)), snapshot(model))
+    assert equal(snapshot(pr.lottery.finalize_supermask(replica)), snapshot(model))
     mask = masks_of(model)["0.weight"]
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
     with pr.Pruner(model, optimizer):

@@ -111,10 +111,10 @@ def test_group_sparsity_makes_the_cut_harmless() -> None:
 def test_a_penalty_fits_copies_and_refuses_other_models() -> None:
     model = mlp()
     penalty = pr.train.group_lasso(pr.train.coupled_units(model, X))
-    twin = copy.deepcopy(model)
+    replica = copy.deepcopy(model)
     with torch.no_grad():
-        twin[2].weight.mul_(2)
-    assert penalty(twin) > penalty(model)
+        replica[2].weight.mul_(2)
+    assert penalty(replica) > penalty(model)
     small = pr.shrink(model, pr.plan(model, X, target=pr.Sparsity(0.4)))
     with pytest.raises(RequestError, match="has another size"):
         penalty(small)

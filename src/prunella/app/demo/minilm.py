@@ -102,10 +102,10 @@ def _tokenizer(folder: Path) -> Any:
 
 def _transformers() -> Any:
     """The library, quiet."""
-    found = import_module("transformers")
-    found.utils.logging.set_verbosity_error()
-    found.utils.logging.disable_progress_bar()
-    return found
+    library = import_module("transformers")
+    library.utils.logging.set_verbosity_error()
+    library.utils.logging.disable_progress_bar()
+    return library
 
 
 def _embed(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
@@ -130,10 +130,10 @@ class _Text:
 
     def encode(self, texts: Sequence[str], length: int | None = None) -> dict[str, Tensor]:
         """Token ids, types and mask, cut at `length` tokens and padded to the longest."""
-        found = self.tokenizer(
+        encoded = self.tokenizer(
             list(texts), padding=True, truncation=True, max_length=length or self.length, return_tensors="pt"
         )
-        return dict(found)
+        return dict(encoded)
 
     def batches(self, texts: Sequence[str], size: int, *, seed: int = 0) -> list[dict[str, Tensor]]:
         """Batches of texts of like length, so that little is padding, in an order drawn by `seed`."""

@@ -47,13 +47,13 @@ def read_sections() -> tuple[TextSection, ...]:
     """All sections of the installed Python's topics with a first sentence and something after it, each once."""
     from pydoc_data.topics import topics
 
-    found: dict[str, TextSection] = {}
+    sections: dict[str, TextSection] = {}
     for name in sorted(topics):
         for title, body in _cut(topics[name]):
             section = _section(title, body)
             if section:
-                found.setdefault(section.first, section)
-    return tuple(found.values())
+                sections.setdefault(section.first, section)
+    return tuple(sections.values())
 
 
 def split(sections: tuple[TextSection, ...], *, held_out: float = 0.4, seed: int = 0) -> Corpus:
@@ -98,7 +98,7 @@ def _sentences(text: str) -> list[str]:
 
 
 def _pack(sentences: list[str], start: int) -> Iterator[str]:
-    """Join neighbouring sentences to passages of the lengths `_WORDS` in turn; each has at least one sentence."""
+    """Join neighboring sentences to passages of the lengths `_WORDS` in turn; each has at least one sentence."""
     held: list[str] = []
     for sentence in sentences:
         if held and sum(len(s.split()) for s in [*held, sentence]) > _WORDS[start % len(_WORDS)]:

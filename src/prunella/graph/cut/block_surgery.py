@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from prunella.errors import RequestError
+from prunella.model.hooks import removed_after
 from prunella.model.trees import each, set_attribute, tensors
 
 Dropped = Mapping[str, tuple[str, ...]]
@@ -87,11 +88,8 @@ def bypassed(model: nn.Module, dropped: Dropped) -> Iterator[None]:
     for path, removed in dropped.items():
         for name in removed:
             handles += _bypass(model.get_submodule(f"{path}.{name}"))
-    try:
+    with removed_after(handles):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _bypass(block: nn.Module) -> list[Any]:

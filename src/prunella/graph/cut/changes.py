@@ -140,13 +140,13 @@ def attributes(graph: Graph, keep: Keep) -> dict[tuple[str, str], int | tuple[in
 
 def _followed(graph: Graph, keep: Keep) -> dict[tuple[str, str], int | tuple[int, ...]]:
     """The attributes that no operation reads and that equal sizes which all become the same."""
-    found: dict[tuple[str, str], int | tuple[int, ...]] = {}
+    sizes: dict[tuple[str, str], int | tuple[int, ...]] = {}
     for unread in graph.unread:
         place, new = (unread.owner, unread.name), unread.new(keep)
         if len(new) == 1 and new[0] != unread.value:
-            old = found.get(place, graph.lists_of_sizes.get(place, unread.value))
-            found[place] = unread.placed(old, new[0])
-    return found
+            old = sizes.get(place, graph.lists_of_sizes.get(place, unread.value))
+            sizes[place] = unread.placed(old, new[0])
+    return sizes
 
 
 def _tokens(graph: Graph, keep: Keep) -> Iterator[tuple[tuple[str, str], int | tuple[int, ...]]]:

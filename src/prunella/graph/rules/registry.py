@@ -141,7 +141,7 @@ def _computed_weight(trace: Trace, tensor: Tensor, text: str) -> TracedValue:
 
 def flat(items: Any) -> list[Any]:
     """The leaves of nested tuples and lists."""
-    found: list[Any] = []
+    leaves: list[Any] = []
     for item in items:
-        found += flat(item) if isinstance(item, tuple | list | torch.Size) else [item]
-    return found
+        leaves += flat(item) if isinstance(item, tuple | list | torch.Size) else [item]
+    return leaves

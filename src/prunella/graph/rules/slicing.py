@@ -200,7 +200,7 @@ def pad(trace: Trace, ctx: Context) -> Returned:
 
 @rule("pixel_shuffle")
 def pixel_shuffle(trace: Trace, ctx: Context) -> Returned:
-    """`(N, C * r * r, H, W)` to `(N, C, H * r, W * r)`: r * r neighbours form one unit."""
+    """`(N, C * r * r, H, W)` to `(N, C, H * r, W * r)`: r * r neighbors form one unit."""
     value, shape, factor = ctx.value(0), ctx.shape(0), int(ctx.args[1])
     channels, inner = trace.ledger.split(value.dims[-3], [shape[-3] // factor**2, factor**2])
     trace.freeze(inner, "pixel_shuffle moves it into space")

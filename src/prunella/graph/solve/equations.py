@@ -164,14 +164,10 @@ class Equations:
         components = np.zeros_like(self.fixed)
         components[self.part[atoms]] = True
         marked = [(self.part[frozen], reason) for frozen, reason in self.ledger.frozen]
-        found = [(parts, reason) for parts, reason in marked if components[parts].any()]
-        if found:
-            hard = [(parts, reason) for parts, reason in found if not reason.soft] or found
+        causes = [(parts, reason) for parts, reason in marked if components[parts].any()]
+        if causes:
+            hard = [(parts, reason) for parts, reason in causes if not reason.soft] or causes
             alone = (reason for parts, reason in hard if not reason.example and np.isin(self.part[atoms], parts).all())
             further = (reason for _, reason in hard if reason.example and not reason.soft)
             return next(alone, None) or next(further, hard[0][1])
         return Reason("it meets a tensor that always stays" if components[self.part[0]] else "it always stays")
-
-    def atoms_of(self, marked: Mark) -> Ints:
-        """The atoms of the components marked."""
-        return np.flatnonzero(marked[self.part])

@@ -162,8 +162,8 @@ def _runs(equations: Equations, record: Trace, numbers: _Numbers) -> Iterator[Un
 def _number(equations: Equations, record: Trace, groups: tuple[Group, ...]) -> _Numbers:
     group = np.full(len(equations.fixed), -1, dtype=np.int64)
     unit = np.zeros(len(equations.fixed), dtype=np.int64)
-    for k, found in enumerate(groups):
-        member = found.members[0]
+    for k, built in enumerate(groups):
+        member = built.members[0]
         part = equations.part[record.axes[member.entity][member.axis][0][member.index]]
         group[part], unit[part] = k, member.unit
     return _Numbers(groups, group, unit)
@@ -229,14 +229,14 @@ def _kept_parameters(
 def _kept_parameter(equations: Equations, record: Trace, name: str) -> Frozen:
     dims, shape = record.axes.get(name, ()), record.tensors[name].shape
     operation, where = record.reader(name)
-    labelled = [k for k, dim in enumerate(dims) if dim]
-    axis = next((k for k in labelled if equations.stays(dims[k][0]).all()), labelled[0] if labelled else 0)
+    labeled = [k for k, dim in enumerate(dims) if dim]
+    axis = next((k for k in labeled if equations.stays(dims[k][0]).all()), labeled[0] if labeled else 0)
     reason = Reason(f"{operation} reads it in a form that is not that of a layer", where)
     if name in record.shared and not dims:
         reason = Reason(sharing(record, name))
     elif not operation:
         reason = Reason("no operation of this run reads it")
-    elif not labelled:
+    elif not labeled:
         reason = Reason(f"{operation} reads it, and no axis of it has several positions", where)
     elif equations.stays(dims[axis][0]).all():
         reason = equations.reason(dims[axis][0])

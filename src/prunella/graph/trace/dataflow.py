@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from prunella.model.hooks import removed_after
 from prunella.model.trees import tensors
 
 _SUMS = frozenset({"add", "sub"})
@@ -200,8 +201,5 @@ def watched(model: nn.Module, stack: list[str], flow: Flow) -> Iterator[None]:
         nn.modules.module.register_module_forward_hook(leave, always_call=True),
         *[m.register_forward_pre_hook(given, with_kwargs=True) for m in elements if m is not None],
     ]
-    try:
+    with removed_after(handles):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()

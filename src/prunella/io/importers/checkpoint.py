@@ -17,18 +17,18 @@ _SPARSITIES = ("final_sparsity", "sparsity", "target_sparsity")
 
 
 @importer(source="prunella; the form in which most pruned checkpoints are published")
-def zeros(state: State, *, least: float = 0.0) -> Imported:
+def zeros(state: State, *, min_sparsity: float = 0.0) -> Imported:
     """Every weight of two axes or more that is zero is taken as pruned.
 
-    `mask = W != 0` for tensors with more than the fraction `least` of zeros. A weight that happened to be zero counts
-    as pruned too. least: fraction in [0, 1).
+    `mask = W != 0` for tensors with a sparsity above `min_sparsity`, in [0, 1). A weight that is zero by chance counts
+    as pruned too.
     Data: none.
 
     Use: any checkpoint without masks, from any tool. Avoid: weights with masks beside them, where a kept weight may be
     zero.
     """
     weights = tensors_of(state)
-    return Imported("zeros in the weights", zero_masks(weights, least), weights, implied=True)
+    return Imported("zeros in the weights", zero_masks(weights, min_sparsity), weights, implied=True)
 
 
 @importer(source="Neural Magic SparseML 1.x, checkpoints and recipes, github.com/neuralmagic/sparseml")

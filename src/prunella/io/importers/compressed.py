@@ -126,17 +126,17 @@ def _broken(name: str, why: str) -> BadInput:
 
 def _described(config: Any) -> tuple[str, ...]:
     """What config.json says: its sparsity as a remark. NotSupported for a format that is not read."""
-    found: Any = None
+    entries: Any = None
     if isinstance(config, Mapping):
         holders = [config, *(config.get(key) for key in ("quantization_config", "compression_config"))]
-        found = next(
+        entries = next(
             (h["sparsity_config"] for h in holders if isinstance(h, Mapping) and h.get("sparsity_config")), None
         )
-    if not isinstance(found, Mapping):
+    if not isinstance(entries, Mapping):
         return ()
-    kind = str(found.get("format", "dense"))
+    kind = str(entries.get("format", "dense"))
     if kind not in FORMATS:
         todo = "decompress it with the tool that made it"
         raise NotSupported(f"the format {kind!r} is not read", f"{', '.join(FORMATS)} are", todo)
-    said = [f"{key}={found[key]}" for key in ("global_sparsity", "sparsity_structure") if key in found]
+    said = [f"{key}={entries[key]}" for key in ("global_sparsity", "sparsity_structure") if key in entries]
     return (f"config.json says {kind}: {', '.join(said) or 'nothing more'}",)

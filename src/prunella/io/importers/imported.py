@@ -1,4 +1,4 @@
-"""What an importer makes of another tool's tensors, before it meets a model."""
+"""The result of an importer: masks and weights by the tool's names, before they are matched with a model."""
 
 from __future__ import annotations
 
@@ -53,18 +53,18 @@ def as_mask(value: object, name: str) -> Mask:
     return mask
 
 
-def zero_masks(weights: Mapping[str, Tensor], least: float = 0.0) -> dict[str, Mask]:
-    """Masks of the tensors of two axes or more with zeros in them, and more than the fraction `least` of zeros."""
-    if not 0 <= least < 1:
-        raise RequestError(f"least={least:g} is out of range", "a fraction in [0, 1) is needed")
-    found = {}
+def zero_masks(weights: Mapping[str, Tensor], min_sparsity: float = 0.0) -> dict[str, Mask]:
+    """Masks of the tensors of two axes or more that have zeros, and a sparsity above `min_sparsity`."""
+    if not 0 <= min_sparsity < 1:
+        raise RequestError(f"min_sparsity={min_sparsity:g} is out of range", "a fraction in [0, 1) is needed")
+    masks = {}
     for name, value in weights.items():
         if value.dim() >= 2 and value.is_floating_point():
             mask = nonzero(value)
             share = int((~mask).sum()) / max(mask.numel(), 1)
-            if share > least:
-                found[name] = mask
-    return found
+            if share > min_sparsity:
+                masks[name] = mask
+    return masks
 
 
 def nonzero(value: Tensor) -> Mask:

@@ -31,12 +31,12 @@ def pattern_of(mask: Mask, layer: Layer) -> str:
         return "rows"
     if bool((matrix == matrix[:1]).all()):
         return "columns"
-    for found in _nm(matrix):
-        return found
+    for pattern in _nm(matrix):
+        return pattern
     if mask.dim() > 2:
         order = [layer.out_axis, *(a for a in range(mask.dim()) if a not in (layer.out_axis, layer.in_axis))]
-        for found in _nm(mask.permute([*order, layer.in_axis]).flatten(1)):
-            return f"{found} by channels"
+        for pattern in _nm(mask.permute([*order, layer.in_axis]).flatten(1)):
+            return f"{pattern} by channels"
     return next(_blocks(matrix), "element")
 
 

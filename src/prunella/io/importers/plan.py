@@ -1,4 +1,4 @@
-"""From another tool's checkpoint to a plan: which tool it is, whose names are whose, and what the masks amount to."""
+"""From another tool's checkpoint to a plan: detect the tool, match its names with the model's, check its masks."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def import_plan(
     source: a module that the other tool holds, its state dict, a file (safetensors; torch's only with `allow_pickle`,
         and then tensors and plain data only) or a folder of safetensors. `model` is a fresh one of the same shapes.
     masks: masks that are kept apart: the `state_dict()` of a sparsifier of torch.ao, or a mapping of masks.
-    importer: a function of `prunella.io.importers`, where the kind of checkpoint is not to be found out.
+    importer: a function of `prunella.io.importers`, where the tool is not to be detected.
     key: the entry of the source that holds the weights, where it has several (`model` and `model_ema`).
 
     units: plan the removal of the units that are zero in what was imported, as `plan_zeros` does, besides the masks.
@@ -60,11 +60,11 @@ def import_plan(
         todo = "build the model anew and pass the pruned one as the source"
         raise RequestError("the model and the source are one module", "a plan is made for a plain model", todo)
     state = read_source(source, key=key, allow_pickle=allow_pickle)
-    found = (importer or importer_of(state, apart=masks is not None))(state)
+    imported = (importer or importer_of(state, apart=masks is not None))(state)
     if masks is not None:
-        found = _joined(found, read_source(masks, allow_pickle=allow_pickle))
+        imported = _joined(imported, read_source(masks, allow_pickle=allow_pickle))
     with untouched(model, 0):
-        plan = _Fit(model, couple(model, inputs), found).plan(inputs)
+        plan = _Fit(model, couple(model, inputs), imported).plan(inputs)
     return _without_units(model, plan, inputs) if units else plan
 
 
@@ -100,12 +100,12 @@ def _compressed(config: object) -> bool:
     return isinstance(inner, Mapping) and inner.get("quant_method", "compressed-tensors") == "compressed-tensors"
 
 
-def _joined(found: Imported, state: State) -> Imported:
+def _joined(imported: Imported, state: State) -> Imported:
     """Weights of one source with the masks of another."""
     apart = torch_ao(state) if isinstance(state.get("state"), Mapping) else neural_compressor(_flat(state))
-    origin = apart.origin if found.implied else f"{found.origin} and {apart.origin}"
-    both = apart.masks if found.implied else {**found.masks, **apart.masks}
-    return replace(found, origin=origin, masks=both, implied=False)
+    origin = apart.origin if imported.implied else f"{imported.origin} and {apart.origin}"
+    both = apart.masks if imported.implied else {**imported.masks, **apart.masks}
+    return replace(imported, origin=origin, masks=both, implied=False)
 
 
 def _flat(state: State) -> dict[str, Tensor]:
@@ -114,25 +114,25 @@ def _flat(state: State) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class _Fit:
-    """What was imported, held against a model."""
+    """An imported checkpoint and the model that it is matched with."""
 
     model: nn.Module
     graph: Graph
-    found: Imported
+    imported: Imported
 
     def plan(self, inputs: Inputs) -> Plan:
         """The plan, if everything fits."""
         own = self._own()
-        names = Names.of([*self.found.weights, *self.found.masks], frozenset(own))
+        names = Names.of([*self.imported.weights, *self.imported.masks], frozenset(own))
         weights = self._weights(own, names)
         masks = self._masks(own, names)
         plan = Plan.of_masks(self.graph, masks, pattern=pattern_of, inputs=inputs, frozen=())
         total, kept = sum(row.total for row in plan.rows), sum(row.kept for row in plan.rows)
         if total and not kept:
             raise BadInput("everything is zero", f"all {total} weights are pruned", "give a checkpoint with weights")
-        origin = f"imported from {self.found.origin}: {len(masks)} masks"
+        origin = f"imported from {self.imported.origin}: {len(masks)} masks"
         read = (f"the checkpoint: {names.said}",) if names.said else ()
-        return replace(plan, weights=weights, remarks=(origin, *read, *self.found.remarks))
+        return replace(plan, weights=weights, remarks=(origin, *read, *self.imported.remarks))
 
     def _own(self) -> dict[str, Tensor]:
         """Parameters and buffers of the model under all their names."""
@@ -140,12 +140,12 @@ class _Fit:
         return named | dict(self.model.named_parameters(remove_duplicate=False))
 
     def _weights(self, own: Mapping[str, Tensor], names: Names) -> dict[str, Tensor]:
-        given = names.renamed(self.found.weights, "the checkpoint")
+        given = names.renamed(self.imported.weights, "the checkpoint")
         if not given:
             return {}
         aliases = {alias: e.names for e in self.graph.entities.values() for alias in e.names}
-        kept = self.model.state_dict(keep_vars=True)
-        missing = [n for n in kept if n in own and not any(a in given for a in aliases.get(n, (n,)))]
+        state = self.model.state_dict(keep_vars=True)
+        missing = [n for n in state if n in own and not any(a in given for a in aliases.get(n, (n,)))]
         extra = [name for name in given if name not in own]
         if missing or extra:
             raise _unfit(missing, extra, own)
@@ -159,14 +159,14 @@ class _Fit:
         entity = {alias: e.name for e in self.graph.entities.values() for alias in e.names}
         layers = {layer.entity for layer in self.graph.layers}
         masks: dict[str, Mask] = {}
-        for name, given in self.found.masks.items():
+        for name, given in self.imported.masks.items():
             here = names.read(name)
             if here not in own:
                 raise _unfit([], [here], own)
-            blocks, owner = "neural-compressor" in self.found.origin, entity.get(here, here)
+            blocks, owner = "neural-compressor" in self.imported.origin, entity.get(here, here)
             mask = repeated(given, tuple(own[here].shape)) if blocks else given
             _check_shape(here, mask.shape, own[here].shape, "mask")
-            if self.found.implied and owner not in layers:
+            if self.imported.implied and owner not in layers:
                 continue  # zeros of a table or of a buffer are no pruning
             if owner in masks and not masks[owner].equal(mask):
                 raise BadInput(f"the masks of {here} and {owner} differ", "the model ties these weights")
@@ -181,9 +181,9 @@ def _equal(new: Tensor, old: Tensor) -> bool:
     return new.dtype == old.dtype and new.detach().cpu().equal(old.detach().cpu())
 
 
-def _check_shape(name: str, found: tuple[int, ...], wanted: tuple[int, ...], what: str) -> None:
-    if tuple(found) != tuple(wanted):
-        why = f"{tuple(found)} in the checkpoint, {tuple(wanted)} in the model"
+def _check_shape(name: str, shape: tuple[int, ...], wanted: tuple[int, ...], what: str) -> None:
+    if tuple(shape) != tuple(wanted):
+        why = f"{tuple(shape)} in the checkpoint, {tuple(wanted)} in the model"
         raise BadInput(f"the {what} of {name} has another shape", why, "give the model that was pruned")
 
 

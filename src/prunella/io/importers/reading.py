@@ -78,7 +78,7 @@ def _folder(folder: Path) -> State:
 
 
 def _torch(file: Path, *, allow_pickle: bool) -> State:
-    found = read_pickled(file, allow_pickle=allow_pickle)
-    if not isinstance(found, Mapping):
-        raise NotSupported(f"{file} holds a {type(found).__name__}", "a mapping of tensors is needed")
-    return found
+    content = read_pickled(file, allow_pickle=allow_pickle)
+    if not isinstance(content, Mapping):
+        raise NotSupported(f"{file} holds a {type(content).__name__}", "a mapping of tensors is needed")
+    return content

@@ -55,10 +55,10 @@ def torch_ao(state: State) -> Imported:
     Use: models that a sparsifier prepared, before or after `squash_mask`. Avoid: a state dict without the sparsifier's
     when masks were not squashed: what is masked is then not known, and it is refused.
     """
-    kept = state.get("state")
-    if isinstance(kept, Mapping) and "groups" in state:
+    entries = state.get("state")
+    if isinstance(entries, Mapping) and "groups" in state:
         masks = {}
-        for name, entry in kept.items():
+        for name, entry in entries.items():
             if not isinstance(entry, Mapping) or "mask" not in entry:
                 raise BadInput(f"the sparsifier has no mask of {name}", "its state is not that of a sparsifier")
             masks[str(name)] = as_mask(entry["mask"], str(name))
@@ -83,7 +83,7 @@ def torch_ao(state: State) -> Imported:
 
 
 def needs_masks(state: Mapping[str, Tensor]) -> bool:
-    """Whether weights are parametrised and their masks are not there."""
+    """Whether weights are parametrized and their masks are not there."""
     return any(map(_ORIGINAL.match, state)) and not any(map(_FAKE.match, state))
 
 

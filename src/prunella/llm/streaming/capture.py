@@ -28,7 +28,7 @@ from prunella.model.trees import tensors
 from prunella.model.watch import Stop
 from prunella.stats.subject import first_seen
 
-_INSTEAD = "load the whole model, and use solve_"
+_INSTEAD = "load the full model, and use solve_"
 _KNOWN = 16
 """Tensors of earlier calls with which those of a new one are compared."""
 

@@ -19,9 +19,9 @@ from prunella.io.journal import NAME, Records, open_records
 from prunella.io.load import import_transformers
 from prunella.io.lock import locked
 from prunella.io.temporary import clean_up
+from prunella.llm.block_problem import Fit
 from prunella.llm.distributed import ProcessGroup
 from prunella.llm.recipe import OneShot
-from prunella.llm.solve_block import Fit
 
 WORK = ".prunella"
 """The folder inside the output that holds the journal while a run is not finished."""
@@ -101,8 +101,8 @@ def _opened(output: Path, identify: Callable[[], Identity], *, overwrite: bool) 
 
 def folder_beside(output: Path) -> Path:
     """Where a new result is written while the output holds a finished one."""
-    whole = output.absolute()
-    return whole.with_name(f".{whole.name}.new")
+    absolute = output.absolute()
+    return absolute.with_name(f".{absolute.name}.new")
 
 
 def is_finished(folder: Path) -> bool:

@@ -18,13 +18,14 @@ from prunella.graph.data import Layer
 from prunella.graph.match import check_known, parts
 from prunella.graph.matrix import to_matrix
 from prunella.io.tensor_file import open_tensors, read_folder
+from prunella.llm.block_problem import BlockProblem, BlockResult, Fit
 from prunella.llm.blocks import BlockCall, BlockCalls, ModelBlock, StoreActivations, listed_block_paths, uncached
 from prunella.llm.blockwise import Solving
 from prunella.llm.distributed import ProcessGroup
 from prunella.llm.experts import expert_chunks, experts_implementation, matrix_of
 from prunella.llm.recipe import OneShot
 from prunella.llm.shrinkage import calls_of, not_fitted
-from prunella.llm.solve_block import BlockProblem, BlockResult, Fit, dense_targets, layers_by_weight, solve_block_
+from prunella.llm.solve_block import dense_targets, layers_by_weight, solve_block_
 from prunella.llm.streaming import memory as amounts
 from prunella.llm.streaming.capture import Captured, capture, layers_of
 from prunella.llm.streaming.offload import OnDisk

@@ -11,7 +11,7 @@ from torch import Tensor
 from prunella.errors import BadInput
 from prunella.io.files import write_atomic
 from prunella.io.tensor_file import StoredTensor
-from prunella.io.tensor_writer import header_of, pieces_of
+from prunella.io.tensor_writer import chunks_of, header_of
 
 _CHUNK = 1 << 24
 
@@ -33,9 +33,9 @@ def write_shard(file: Path, tensors: Mapping[str, Tensor | StoredTensor]) -> Pat
         with path.open("wb") as out:
             out.write(header)
             for name, value in tensors.items():
-                for piece in _chunks(value):
-                    _check_no_nan(name, value.dtype, piece)
-                    out.write(piece)
+                for chunk in _chunks(value):
+                    _check_no_nan(name, value.dtype, chunk)
+                    out.write(chunk)
 
     return write_atomic(file, write, size=len(header) + sum(map(size_of, tensors.values())))
 
@@ -57,11 +57,11 @@ def _chunks(value: Tensor | StoredTensor) -> Iterable[bytes | memoryview]:
                 left -= len(part)
                 yield part
     else:
-        yield from pieces_of(value)
+        yield from chunks_of(value)
 
 
-def _check_no_nan(name: str, dtype: torch.dtype, piece: bytes | memoryview) -> None:
+def _check_no_nan(name: str, dtype: torch.dtype, chunk: bytes | memoryview) -> None:
     if not dtype.is_floating_point or dtype.itemsize < 2:
         return
-    if bool(torch.frombuffer(bytearray(piece), dtype=dtype).isnan().any()):
+    if bool(torch.frombuffer(bytearray(chunk), dtype=dtype).isnan().any()):
         raise BadInput(f"{name} holds NaN", "weights with NaN are not written", "look at the model and the data")

@@ -58,7 +58,7 @@ class Skeleton:
         missing = sorted(n for n in self.persistent if self.source_of(n) is None)
         if missing:
             why = f"{len(missing)} of its tensors are not in the files under their names: {', '.join(missing[:3])}"
-            raise NotSupported(f"{folder} cannot be read block by block", why, "load the whole model, and use solve_")
+            raise NotSupported(f"{folder} cannot be read block by block", why, "load the full model, and use solve_")
         for name, like in self.like.items():
             source = self.source_of(name)
             if name in self.persistent and source is not None and source.shape != tuple(like.shape):
@@ -67,7 +67,7 @@ class Skeleton:
         virtual = [n for n, b in _named(self.model) if b.device.type == "meta" and n not in self.persistent]
         if virtual:
             why = f"{virtual[0]} is in no file, and the constructor gives it no values"
-            raise NotSupported(f"{folder} cannot be read block by block", why, "load the whole model, and use solve_")
+            raise NotSupported(f"{folder} cannot be read block by block", why, "load the full model, and use solve_")
 
     def source_of(self, name: str) -> StoredTensor | Converted | None:
         """Where the tensor of this name, or of one of its aliases, is stored."""

@@ -19,8 +19,8 @@ from prunella.graph.work import is_counting
 from prunella.runtime.fx.fuse import SHAPE
 from prunella.runtime.kernels import chain as kernel_chain
 from prunella.runtime.kernels.chain import ChainStep, Prepared, Ready
+from prunella.runtime.kernels.config import Config
 from prunella.runtime.kernels.convolution import is_channels_last
-from prunella.runtime.kernels.library import Config
 from prunella.runtime.layers import PLAIN, SparseConv2d
 from prunella.runtime.packed_cache import ChangeTracker
 

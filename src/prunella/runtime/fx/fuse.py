@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from prunella.model.trees import tensors
 from prunella.runtime.fx.simplify import simplify_
-from prunella.runtime.kernels.library import Activation
+from prunella.runtime.kernels.config import Activation
 from prunella.runtime.layers import FoldedConv2d
 
 _MODULES: dict[type[nn.Module], Activation] = {

@@ -1,4 +1,4 @@
-"""Remove from a traced program what computes nothing, so that steps that can be fused are neighbours."""
+"""Remove from a traced program what computes nothing, so that steps that can be fused are neighbors."""
 
 from __future__ import annotations
 

@@ -13,8 +13,9 @@ from typing import Any
 from torch import Tensor
 
 from prunella.runtime.kernels import library, signatures
+from prunella.runtime.kernels.config import ACTIVATION_CODES, Activation
 from prunella.runtime.kernels.convolution import Patches
-from prunella.runtime.kernels.library import Activation, PackedWeight
+from prunella.runtime.kernels.library import PackedWeight
 
 _LINE = 16
 """Floats of a cache line. Every part of the buffer begins with one."""
@@ -125,7 +126,7 @@ def prepare(steps: Sequence[ChainStep], layers: Sequence[Ready], inputs: int, ou
         tensors, offsets = zip(*map(locate, (step.x, step.residual, inputs + number)), strict=True)
         image = ctypes.cast(layer.patches.image, ctypes.c_void_p)
         bias = None if layer.bias is None else layer.bias.data_ptr()
-        options = library.ACTIVATION_CODES[layer.activation], layer.packed.config.tile
+        options = ACTIVATION_CODES[layer.activation], layer.packed.config.tile
         array[number] = signatures.Step(layer.packed.handle, image, bias, *offsets, *tensors, *options)
     return Prepared(array, floats, tuple(layers[place - inputs].patches for place in outputs), tuple(layers))
 

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from prunella.errors import NotSupported, RequestError
 from prunella.runtime.kernels import library, signatures
-from prunella.runtime.kernels.library import FEW, Activation, PackedWeight
+from prunella.runtime.kernels.config import ACTIVATION_CODES, FEW, Activation
+from prunella.runtime.kernels.library import PackedWeight
 
 _LARGEST = 1 << 30
 """The largest stride, padding, dilation or kernel: the C interface passes them in 32 bits."""
@@ -114,7 +115,7 @@ def run_patches(
         x.data_ptr(),
         None if bias is None else bias.data_ptr(),
         None if residual is None else residual.data_ptr(),
-        library.ACTIVATION_CODES[activation],
+        ACTIVATION_CODES[activation],
         strict,
         packed.config.tile,
         library.thread_count(),

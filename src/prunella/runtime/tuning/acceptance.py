@@ -18,8 +18,8 @@ from prunella.model.copying import frozen_copy
 from prunella.model.forward import forward, outputs_of
 from prunella.model.trees import tensors
 from prunella.runtime.fx.fuse import channels_last_
+from prunella.runtime.kernels.config import Precision
 from prunella.runtime.kernels.convolution import is_channels_last
-from prunella.runtime.kernels.library import Precision
 from prunella.runtime.layers import SparseConv2d
 from prunella.types import Inputs
 

@@ -9,7 +9,7 @@ from enum import Enum
 from typing import Any
 
 from prunella.errors import BadInput
-from prunella.runtime.kernels.library import FEW, Config, Kind, Precision
+from prunella.runtime.kernels.config import FEW, Config, Kind, Precision
 
 
 class Route(Enum):

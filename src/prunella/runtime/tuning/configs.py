@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from prunella.runtime.kernels import library
-from prunella.runtime.kernels.library import Config, Kind, Precision
+from prunella.runtime.kernels.config import Config, Kind, Precision
 
 FEW_TOKENS = 8
 """The most tokens for which the kernels for decoding, which read a weight once, are tried."""

@@ -22,9 +22,12 @@ from prunella.errors import RequestError
 from prunella.graph.verify import relative_error
 from prunella.model.forms import Contraction, Convolution, Form
 from prunella.model.forward import forward
-from prunella.model.reads import NotReadable, operation, products, unreadable
+from prunella.model.hooks import removed_after
+from prunella.model.observed_reads import Read, Unread
+from prunella.model.product import NotReadable, operation
+from prunella.model.reads import products, unreadable
 from prunella.model.rng import seeded
-from prunella.model.watch import Read, Unread, Watch
+from prunella.model.watch import Watch
 from prunella.runtime.tuning.choice import Geometry, Problem
 from prunella.types import Inputs
 
@@ -230,11 +233,8 @@ def _recording(layers: Mapping[str, nn.Module], shapes: dict[str, set[tuple[int,
             shapes.setdefault(name, set()).add(tuple(args[0].shape))
 
     handles = [layer.register_forward_pre_hook(partial(record, name)) for name, layer in layers.items()]
-    try:
+    with removed_after(handles):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _reasons(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from prunella.runtime.kernels import library
-from prunella.runtime.kernels.library import Precision
+from prunella.runtime.kernels.config import Precision
 from prunella.runtime.tuning.choice import Problem, describe
 from prunella.runtime.tuning.tune import Tuner
 
@@ -23,7 +23,7 @@ def without_kernels() -> str:
     if library.available():
         return ""
     effect = "so zeros are skipped only by torch's CSR, which is faster from about 90 % zeros"
-    return f"{library.missing()}, {effect}: {library.INSTALL}"
+    return f"{library.missing()}, {effect}: {library.remedy()}"
 
 
 @dataclass(frozen=True)

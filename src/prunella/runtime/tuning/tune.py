@@ -15,8 +15,8 @@ from prunella.measure.clock import now, since
 from prunella.measure.timing import Ratio, compare_latency, own_clock
 from prunella.runtime.fx.fuse import Fused
 from prunella.runtime.kernels import library
+from prunella.runtime.kernels.config import Activation, Config, Kind, Precision
 from prunella.runtime.kernels.convolution import is_channels_last
-from prunella.runtime.kernels.library import Activation, Config, Kind, Precision
 from prunella.runtime.layers import FastLinear, FoldedConv2d, SparseConv2d, SparseLinear
 from prunella.runtime.packed_cache import add_and_activate
 from prunella.runtime.tuning import configs

@@ -47,7 +47,7 @@ class Scheduled(ABC):
     """A gate that closes along a schedule."""
 
     @abstractmethod
-    def advance(self, progress: float) -> None:
+    def set_progress(self, progress: float) -> None:
         """Set the progress of training, in [0, 1]."""
 
 
@@ -65,7 +65,7 @@ def step_gates_(model: M, progress: float) -> M:
         raise RequestError(f"progress={progress:g} is out of range", "it runs from 0 to 1", "pass (step + 1) / steps")
     for gate, _ in gates_of(model):
         if isinstance(gate, Scheduled):
-            gate.advance(progress)
+            gate.set_progress(progress)
     return model
 
 

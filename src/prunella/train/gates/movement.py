@@ -42,7 +42,7 @@ class Moved(Gate, Scheduled):
         self.scores = nn.Parameter(torch.zeros_like(weight))
         self.sparsity, self.schedule, self.progress = sparsity, schedule, 0.0
 
-    def advance(self, progress: float) -> None:
+    def set_progress(self, progress: float) -> None:
         """Set the progress of training, in [0, 1]."""
         self.progress = progress
 

@@ -33,7 +33,7 @@ class _Straight(torch.autograd.Function):
 
 
 class EdgePopup(nn.Module):
-    """The parametrisation that `supermask_` puts on a weight: `w * [s is among the top round(k n)]`."""
+    """The parametrization that `supermask_` puts on a weight: `w * [s is among the top round(k n)]`."""
 
     def __init__(self, weight: Tensor, density: float, generator: torch.Generator, trained: tuple[str, ...]) -> None:
         super().__init__()

@@ -35,7 +35,7 @@ class _TwoMaskProduct(torch.autograd.Function):
 
 
 class TwoMasks(nn.Module):
-    """The parametrisation of a weight: `active` masks the forward pass; `reached` contains it and gets gradients."""
+    """The parametrization of a weight: `active` masks the forward pass; `reached` contains it and gets gradients."""
 
     active: Tensor
     reached: Tensor

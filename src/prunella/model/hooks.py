@@ -1,0 +1,21 @@
+"""Hooks of torch that live as long as a block."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from torch.utils.hooks import RemovableHandle
+
+
+@contextmanager
+def removed_after(handles: Sequence[RemovableHandle]) -> Iterator[None]:
+    """Remove the hooks at the end of the block, those too that are added to the list inside it.
+
+    A single handle of torch does so by itself: `with handle:`.
+    """
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
