@@ -43,6 +43,8 @@ _SIZES = {
     "conv_transpose2d": ("groups",),
     "conv_transpose3d": ("groups",),
     "group_norm": ("num_groups",),
+    "layer_norm": ("normalized_shape",),
+    "rms_norm": ("normalized_shape",),
 }
 """Operation -> its size arguments, for operations whose rules follow sizes. All others keep their literals."""
 

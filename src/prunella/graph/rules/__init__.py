@@ -1,11 +1,11 @@
 """Rules: the relations between the axes of the tensors of each ATen operation."""
 
-from prunella.graph.rules import lookups, pointwise, products, recurrent, reductions, slicing, views
+from prunella.graph.rules import attention, lookups, pointwise, products, recurrent, reductions, slicing, views
 from prunella.graph.rules.registry import RULES, Context, Returned, Rule, apply_rule, call_rule, rule
 from prunella.graph.work import FORMULAS, FREE
 
 __all__ = [
-    "RULES", "Context", "Returned", "Rule", "apply_rule", "call_rule", "lookups", "pointwise", "products",
+    "RULES", "Context", "Returned", "Rule", "apply_rule", "attention", "call_rule", "lookups", "pointwise", "products",
     "recurrent", "reductions", "rule", "slicing", "views",
 ]  # fmt: skip
 

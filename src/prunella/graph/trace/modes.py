@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import math
 import sys
@@ -58,7 +59,7 @@ class Calls(TorchFunctionMode):
             self._leaks(name, args, kwargs)
             result = func(*bare(args), **bare(kwargs))
             if name in CALL_RULES:
-                self._relate(name, args, kwargs, result)
+                self._relate(func, args, kwargs, result)
             elif name in OPAQUE:
                 self._freeze_all((args, kwargs, result), f"the sizes inside {name} are not visible")
             elif name in NEEDS_DATA and args and isinstance(args[0], Tensor) and not args[0].numel():
@@ -67,13 +68,11 @@ class Calls(TorchFunctionMode):
         finally:
             self.trace.calls.pop()
 
-    def _relate(self, name: str, args: Any, kwargs: Any, result: Any) -> None:
+    def _relate(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
         """By the rule of the call; what the rule does not cover is frozen, and its work is not counted."""
+        name = self.trace.operation = called(func)
         try:
-            if kwargs:
-                raise ValueError("arguments by name")
-            self.trace.operation = name
-            CALL_RULES[name](self.trace, name, bare(args), result)
+            CALL_RULES[name](self.trace, name, bare(_in_order(func, args, kwargs)), result)
         except Exception as error:
             log.debug("rule of %s failed: %r", name, error)
             self._freeze_all((args, kwargs, result), f"the operation {name} has no rule for these arguments")
@@ -116,6 +115,15 @@ class Calls(TorchFunctionMode):
         for argument in (*args, *kwargs.values()):
             if isinstance(argument, Tracked):
                 self.trace.leak(argument.expression)
+
+
+def _in_order(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
+    """All arguments by position. Errors: ValueError for a function of C++ with arguments by name."""
+    if not kwargs:
+        return args
+    bound = inspect.signature(func).bind(*args, **kwargs)
+    bound.apply_defaults()
+    return bound.args
 
 
 class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -69,12 +69,13 @@ class Call:
 
 @dataclass(frozen=True, eq=False)
 class Link:
-    """The size of `dim` must equal `expression` for every cut."""
+    """The size of `dim` must equal `expression` for every cut. text: why `dim` is frozen where it does not follow."""
 
     expression: Expression
     dim: Dim
     length: int
     where: str
+    text: str = ""
 
 
 @dataclass(frozen=True)
@@ -147,6 +148,8 @@ class Trace:
     """Number of an output, axis and labels."""
     counts: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary)
     """Tensors with the number of choices of each position; zero for removed positions."""
+    averages: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary)
+    """Tensors that are means over an axis -> labels of this axis, which what reads the mean freezes."""
     flow: Flow = field(default_factory=Flow)
     entries: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary)
     """Tensors that are an input of the model, or part of one."""
@@ -165,9 +168,16 @@ class Trace:
     def reads(self, name: str, arguments: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
         """Record which parameters an operation reads, itself or in a form that is computed from them alone."""
         self.operation = name
+        for tensor in arguments if self.averages else ():
+            self.read(tensor)
         if self.sources.note(arguments, outputs) is None or name not in FORMS:
             for parameter in self.sources.read(arguments) - self.readers.keys():
                 self.readers[parameter] = name, self.where()
+
+    def read(self, tensor: Tensor) -> None:
+        """Freeze the axis of which this tensor is a mean, since something reads it."""
+        if tensor in self.averages:
+            self.freeze(self.averages[tensor], "a mean is taken over it")
 
     def reader(self, parameter: str) -> tuple[str, str]:
         """The first operation that computes with a parameter, and its source location; empty if there is none."""
