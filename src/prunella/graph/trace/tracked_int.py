@@ -21,11 +21,12 @@ from prunella.graph.solve.labels import Dim
 
 @dataclass(frozen=True)
 class Attr:
-    """Leaf: the integer attribute `name` of the module or configuration `owner`."""
+    """Leaf: the integer attribute `name` of the module or configuration `owner`, or entry `index` of a list of them."""
 
     owner: str
     name: str
     value: int
+    index: int = -1
 
 
 @dataclass(frozen=True, eq=False)
@@ -252,19 +253,34 @@ def size_of(value: object) -> int | None:
 def tracked_attributes(model: nn.Module, leak: Leak) -> Iterator[None]:
     """Inside, the integers of the model's modules and configurations are `Tracked`; afterwards they are restored.
 
-    A tuple of one integer, such as the size of a norm, counts as this integer.
+    A tuple of one integer, such as the size of a norm, counts as this integer; longer lists have an entry each.
     """
-    wrapped: list[tuple[dict[str, Any], str]] = []
+    wrapped: list[tuple[dict[str, Any], str, Any, Any]] = []
+    of_torch = {id(vars(module)) for module in model.modules() if type(module).__module__.startswith("torch.")}
     try:
         for owner, values in holders(model):
             for name, value in list(values.items()):
-                if type(value) is int:
-                    values[name] = Tracked(value, Attr(owner, name, value), leak)
-                    wrapped.append((values, name))
-                elif type(value) is tuple and len(value) == 1 and type(value[0]) is int:
-                    values[name] = (Tracked(value[0], Attr(owner, name, value[0]), leak),)
-                    wrapped.append((values, name))
+                tracked = _tracked(owner, name, value, leak, lists=id(values) not in of_torch)
+                if tracked is not None:
+                    values[name] = tracked
+                    wrapped.append((values, name, value, tracked))
         yield
     finally:
-        for values, name in wrapped:
-            values[name] = bare(values.get(name))
+        for values, name, old, tracked in wrapped:
+            now = values.get(name)
+            values[name] = old if now is tracked and bare(now) == old else bare(now)
+
+
+def _tracked(owner: str, name: str, value: Any, leak: Leak, *, lists: bool) -> Any:
+    """An attribute with `Tracked` integers; None if it holds no size. lists: longer ones too, which torch has not."""
+    if type(value) is int:
+        return Tracked(value, Attr(owner, name, value), leak)
+    if type(value) is tuple and len(value) == 1 and type(value[0]) is int:
+        return (Tracked(value[0], Attr(owner, name, value[0]), leak),)
+    if lists and type(value) in (list, tuple) and 1 < len(value) <= _LONGEST and all(type(n) is int and n > 1 for n in value):
+        return type(value)(Tracked(n, Attr(owner, name, n, k), leak) for k, n in enumerate(value))
+    return None
+
+
+_LONGEST = 32
+"""Longer lists are data, not sizes."""
