@@ -170,4 +170,3 @@ def _tokens(graph: Graph, keep: Keep) -> Iterator[tuple[tuple[str, str], int | t
         if not other and all(0 <= k < group.size and bool(mask[k]) for k in many):
             new = tuple(int(number[k]) for k in many)
             yield (owner, name), new if isinstance(old, tuple) else new[0]
-

@@ -13,8 +13,19 @@ SIZED = frozenset(
 """Calls whose integers are sizes, handled by the rules; in other calls a tracked size is used as a number."""
 
 
-RESTRICTED = frozenset("mean layer_norm rms_norm softmax topk".split())
+RESTRICTED = frozenset(
+    "mean var std var_mean std_mean norm linalg_vector_norm sum normalize layer_norm rms_norm group_norm softmax "
+    "topk".split()
+)
 """Calls along an axis that the oracle can restrict to the kept positions."""
+SIZE = "shape"
+"""The name of a read of sizes, by `shape` or `size()`."""
+CALCULATES = frozenset(
+    f"{start}{name}{end}"
+    for name in "add sub mul div truediv pow".split()
+    for start, end in (("", ""), ("", "_"), ("__", "__"), ("__r", "__"), ("__i", "__"))
+)
+"""Calls in which an integer is a number among floating-point numbers."""
 
 
 PARTS = frozenset("unbind split chunk tensor_split split_with_sizes".split())

@@ -17,9 +17,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from prunella.graph.noise import drops
 from prunella.graph.trace.answers import LEAVES_TORCH, decides, sized_by_values
-from prunella.graph.trace.call_names import NEEDS_DATA, OPAQUE, PARTS, SIZED, UNSEEN
+from prunella.graph.trace.call_names import CALCULATES, NEEDS_DATA, OPAQUE, PARTS, SIZE, SIZED, UNSEEN
 from prunella.graph.trace.recorder import CALL_RULES, Call, Trace
-from prunella.graph.trace.tracked_int import Shape, Tracked, bare
+from prunella.graph.trace.tracked_int import Calculation, Shape, Tracked, bare
 from prunella.graph.work import tensors_in
 from prunella.model.calls import called
 
@@ -38,7 +38,8 @@ class Calls(TorchFunctionMode):
         name = called(func)
         kwargs = kwargs or {}
         if func == Tensor.shape.__get__ or name == "size":  # type: ignore[attr-defined]
-            return self._sizes(func(*args, **kwargs), *args, **kwargs)
+            self.count[SIZE] += 1
+            return self._sizes(func(*args, **kwargs), *args, **kwargs, number=self.count[SIZE] - 1)
         if name in {"numel", "nelement"}:
             return math.prod(self._sizes(args[0].shape, args[0]))
         if name == "__len__" and args[0].dim():
@@ -95,17 +96,18 @@ class Calls(TorchFunctionMode):
         if not dim:
             self.trace.known_sizes.note(sys._getframe(1), escaped=True)
 
-    def _sizes(self, answer: Any, tensor: Tensor, dim: int | None = None) -> Any:
+    def _sizes(self, answer: Any, tensor: Tensor, dim: int | None = None, *, number: int = -1) -> Any:
         dims = self.trace.value(tensor).dims
         if not all(dims):
             self.trace.known_sizes.note(sys._getframe(1))
         if dim is not None:
-            return self._track(tensor, answer, dim % len(dims))
-        return torch.Size([self._track(tensor, size, axis) for axis, size in enumerate(answer)])
+            return self._track(tensor, answer, dim % len(dims), number)
+        return torch.Size([self._track(tensor, size, axis, number) for axis, size in enumerate(answer)])
 
-    def _track(self, tensor: Tensor, size: int, axis: int) -> int:
+    def _track(self, tensor: Tensor, size: int, axis: int, number: int) -> int:
         given = axis if tensor in self.trace.entries else -1
-        return Tracked(size, Shape(self.trace.value(tensor).dims[axis], size, given), self.trace.leak)
+        shape = Shape(self.trace.value(tensor).dims[axis], size, given, (number, axis))
+        return Tracked(size, shape, self.trace.leak)
 
     def _leaks(self, name: str, args: Any, kwargs: Any) -> None:
         if name == "full":
@@ -114,7 +116,12 @@ class Calls(TorchFunctionMode):
             return
         for argument in (*args, *kwargs.values()):
             if isinstance(argument, Tracked):
-                self.trace.leak(argument.expression)
+                number = name in CALCULATES and any(_floats(other) for other in args)
+                self.trace.leak(Calculation(argument.expression) if number else argument.expression)
+
+
+def _floats(value: object) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
 
 
 def _in_order(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:

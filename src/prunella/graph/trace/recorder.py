@@ -19,12 +19,13 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from prunella.graph.data import Branch, Ints, ReasonKind, Role
 from prunella.graph.solve.labels import WHOLE, Dim, Ledger, Reason, Run, Soft
 from prunella.graph.sources import FORMS, Sources
-from prunella.graph.trace.call_names import RESTRICTED
+from prunella.graph.trace.call_names import RESTRICTED, SIZE
 from prunella.graph.trace.dataflow import Flow
 from prunella.graph.trace.known_sizes import KnownSizes, origin
 from prunella.graph.trace.source import where
 from prunella.graph.trace.tracked_int import (
     Attr,
+    Calculation,
     Expression,
     Shape,
     SizeComparison,
@@ -148,6 +149,8 @@ class Trace:
     """Number of an output, axis and labels."""
     counts: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary)
     """Tensors with the number of choices of each position; zero for removed positions."""
+    squares: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary)
+    """Tensors that are squares of others."""
     averages: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary)
     """Tensors that are means over an axis -> labels of this axis, which what reads the mean freezes."""
     flow: Flow = field(default_factory=Flow)
@@ -278,9 +281,13 @@ class Trace:
         else:
             self.freeze(dim, f"the size {raw} is {origin(raw, sys._getframe(1))}", ReasonKind.SOURCE)
 
-    def leak(self, expression: Expression | SizeComparison) -> None:
+    def leak(self, expression: Expression | SizeComparison | Calculation) -> None:
         """A size is used as a number and must not change, or it decides a branch whose outcome must not change."""
         where = self.where()
+        if isinstance(expression, Calculation):
+            if self._calculated(expression.size, where):
+                return
+            expression = expression.size
         if isinstance(expression, SizeComparison):
             if not self._equated(expression, where):
                 self.decisions.append((expression, where))
@@ -293,6 +300,15 @@ class Trace:
             elif leaf.dim:
                 reason = Reason("the size is used in a calculation", where, kind=ReasonKind.SOURCE)
                 self.ledger.freeze(leaf.dim, reason)
+
+    def _calculated(self, size: Expression, where: str) -> bool:
+        """Record a number such as `x.shape[1] ** 0.5` as a call that sees the kept positions alone."""
+        if not isinstance(size, Shape) or len(size.dim) != 1 or size.read[0] < 0:
+            return False
+        number, axis = size.read
+        self.ledger.freeze(size.dim, Reason("its size is a number in a calculation", where, "norm"))
+        self.ledger.runs.append(Run(SIZE, number, axis, size.dim[0], self.example))
+        return True
 
     def _equated(self, comparison: SizeComparison, where: str) -> bool:
         """Record a check such as `x.shape[1] == self.size` as a link between both sizes."""

@@ -31,11 +31,15 @@ class Attr:
 
 @dataclass(frozen=True, eq=False)
 class Shape:
-    """Leaf: the size of a tensor's dimension, with its labels. axis: that of the model's input, or -1."""
+    """Leaf: the size of a tensor's dimension, with its labels. axis: that of the model's input, or -1.
+
+    read: number of the read of this size in the run, and the axis; a negative number if it is not numbered.
+    """
 
     dim: Dim
     value: int
     axis: int = -1
+    read: tuple[int, int] = (-1, -1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,7 +63,14 @@ class SizeComparison:
     right: Expression
 
 
-Leak = Callable[[Expression | SizeComparison], None]
+@dataclass(frozen=True, eq=False)
+class Calculation:
+    """The size is a number in a calculation of floating-point numbers."""
+
+    size: Expression
+
+
+Leak = Callable[[Expression | SizeComparison | Calculation], None]
 
 
 def leaves(expression: Expression | SizeComparison) -> Iterator[Attr | Shape]:
@@ -114,7 +125,10 @@ class Tracked(int):
         return bool(self != 0)
 
     def __pow__(self, other: Any, modulus: Any = None) -> Any:
-        if type(other) is not int or other < 0 or modulus is not None or not _of_inputs(self.expression):
+        if isinstance(other, float) or (type(other) is int and other < 0 and modulus is None):
+            self.leak(Calculation(self.expression))
+            return pow(plain(self), other)
+        if type(other) is not int or modulus is not None or not _of_inputs(self.expression):
             self.leak(self.expression)
             return pow(plain(self), other, modulus)
         return Tracked(plain(self) ** other, Apply(int.__pow__, self.expression, other), self.leak)
@@ -153,7 +167,7 @@ def _install(name: str, operation: Callable[[int, int], int], reverse: bool) -> 
     def method(self: Tracked, other: Any) -> Any:
         if not isinstance(other, int) or isinstance(other, bool):
             if isinstance(other, float):
-                self.leak(self.expression)
+                self.leak(Calculation(self.expression))
             return NotImplemented if isinstance(other, Tensor) else getattr(int, name)(plain(self), other)
         left, right = (other, self) if reverse else (self, other)
         value = operation(plain(left), plain(right))
@@ -194,9 +208,9 @@ def _install_comparison(name: str) -> None:
     setattr(Tracked, name, method)
 
 
-def _install_leak(name: str) -> None:
+def _install_leak(name: str, *, calculates: bool = False) -> None:
     def method(self: Tracked, *others: Any) -> Any:
-        self.leak(self.expression)
+        self.leak(Calculation(self.expression) if calculates else self.expression)
         return getattr(int, name)(plain(self), *others)
 
     setattr(Tracked, name, method)
@@ -213,9 +227,9 @@ for _symbol, _operation in {
     _install(f"__r{_symbol}__", _operation, True)
 for _symbol in ("eq", "ne", "lt", "le", "gt", "ge"):
     _install_comparison(f"__{_symbol}__")
-for _symbol in (
-    "float int trunc floor ceil round truediv rtruediv rpow and rand or ror xor rxor lshift rlshift rshift rrshift"
-).split():
+for _symbol in ("float", "truediv", "rtruediv"):
+    _install_leak(f"__{_symbol}__", calculates=True)
+for _symbol in ("int trunc floor ceil round rpow and rand or ror xor rxor lshift rlshift rshift rrshift").split():
     _install_leak(f"__{_symbol}__")
 _install_leak("bit_length")
 for _symbol in ("__str__", "__repr__", "__format__"):
@@ -277,7 +291,12 @@ def _tracked(owner: str, name: str, value: Any, leak: Leak, *, lists: bool) -> A
         return Tracked(value, Attr(owner, name, value), leak)
     if type(value) is tuple and len(value) == 1 and type(value[0]) is int:
         return (Tracked(value[0], Attr(owner, name, value[0]), leak),)
-    if lists and type(value) in (list, tuple) and 1 < len(value) <= _LONGEST and all(type(n) is int and n > 1 for n in value):
+    if (
+        lists
+        and type(value) in (list, tuple)
+        and 1 < len(value) <= _LONGEST
+        and all(type(n) is int and n > 1 for n in value)
+    ):
         return type(value)(Tracked(n, Attr(owner, name, n, k), leak) for k, n in enumerate(value))
     return None
 
