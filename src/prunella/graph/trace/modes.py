@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from prunella.graph.noise import drops
 from prunella.graph.trace.answers import LEAVES_TORCH, decides, sized_by_values
+from prunella.graph.trace.caches import in_script
 from prunella.graph.trace.call_names import CALCULATES, NEEDS_DATA, OPAQUE, PARTS, SIZE, SIZED, UNSEEN
 from prunella.graph.trace.recorder import CALL_RULES, Call, Trace
 from prunella.graph.trace.tracked_int import Calculation, Shape, Tracked, bare
@@ -38,8 +39,7 @@ class Calls(TorchFunctionMode):
         name = called(func)
         kwargs = kwargs or {}
         if func == Tensor.shape.__get__ or name == "size":  # type: ignore[attr-defined]
-            self.count[SIZE] += 1
-            return self._sizes(func(*args, **kwargs), *args, **kwargs, number=self.count[SIZE] - 1)
+            return self._sizes(func(*args, **kwargs), *args, **kwargs, number=self._number(SIZE))
         if name in {"numel", "nelement"}:
             return math.prod(self._sizes(args[0].shape, args[0]))
         if name == "__len__" and args[0].dim():
@@ -54,8 +54,7 @@ class Calls(TorchFunctionMode):
                 self.trace.freeze(dim, f"{name.strip('_')} takes it out of the tensors")
         if drops(name, args, kwargs):
             return args[0]  # a mask of any positions: the axes are the same
-        self.trace.calls.append(Call(name, args, kwargs, self.count[name]))
-        self.count[name] += 1
+        self.trace.calls.append(Call(name, args, kwargs, self._number(name)))
         try:
             self._leaks(name, args, kwargs)
             result = func(*bare(args), **bare(kwargs))
@@ -68,6 +67,13 @@ class Calls(TorchFunctionMode):
             return result
         finally:
             self.trace.calls.pop()
+
+    def _number(self, name: str) -> int:
+        """The number of this call of the name; -1 where other runs do not see the call."""
+        if in_script():
+            return -1
+        self.count[name] += 1
+        return self.count[name] - 1
 
     def _relate(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
         """By the rule of the call; what the rule does not cover is frozen, and its work is not counted."""

@@ -251,6 +251,7 @@ class Trace:
         dim, call = self.value(tensor).dims[axis], self.call()
         first = call.args[0] if call.args else None
         restricted = call.name in RESTRICTED and isinstance(first, Tensor) and first.shape == tensor.shape
+        restricted = restricted and call.number >= 0
         if not restricted or len(dim) > 1:
             self.freeze(dim, text)
             return False
