@@ -110,6 +110,8 @@ class ReasonKind(StrEnum):
 
     OPERATION = "operation"
     """An operation of the model needs every position."""
+    RULE = "rule"
+    """An operation has no rule; with one, its axes may go."""
     SOURCE = "source"
     """A size in the model's source does not follow the cut; in a program the size does."""
     DECISION = "decision"

@@ -84,6 +84,7 @@ def free_sizes_(program: nn.Module) -> None:
     """Turn literal sizes into attributes, in place, and drop type checks, which would forbid another precision."""
     for module in program.modules():
         if isinstance(module, fx.GraphModule):
+            module.graph.eliminate_dead_code()  # what nothing reads must not keep what it is computed from
             for node in list(module.graph.nodes):
                 if node.target is torch.ops.aten._assert_tensor_metadata.default:
                     module.graph.erase_node(node)

@@ -146,6 +146,9 @@ def _entering(
         yield from ((key, w, w, bias) for key in ("query", "key", "value") for w in (call[f"{key[0]}_proj_weight"],))
         return
     packed = call["in_proj_weight"]
+    if call["query"] is call["key"] is call["value"]:
+        yield "query", packed, packed, bias
+        return
     for key, part in zip(("query", "key", "value"), packed.chunk(3), strict=True):
         trace.values[part] = TracedValue((inner.dim, trace.value(packed).dims[1]), (None, None), True)
         yield key, part, packed, bias
