@@ -144,7 +144,12 @@ def inspect(
     network, example = open_source(source, factory=factory, program=program)
     with stage("coupling"):
         graph = couple(network, example)
-    data = graph_data(graph)
+    data = graph_data(graph) | {"reach_in_program": None}
+    if data["offer"] and not program:
+        from prunella.planning.coverage import in_program
+
+        with stage("capturing the program"):
+            data["reach_in_program"] = in_program(network, example, graph)
     if html is not None:
         from prunella.io.files import write_atomic
         from prunella.reporting.coupling import render_coupling
@@ -156,22 +161,24 @@ def inspect(
 def graph_data(graph: Graph) -> dict[str, Any]:
     """What `inspect` says, as plain data."""
     from prunella.planning import coverage
-    from prunella.planning.diagnostics import offer
+    from prunella.planning.diagnostics import frees, offer
     from prunella.planning.render import remarks_of
 
     params, macs = graph.params(), graph.macs()
-    reasons = Counter[tuple[str, str]]()
+    reasons = Counter[tuple[str, str, str]]()
     for item in (*graph.frozen, *graph.rooted):
-        reasons[item.reason, item.where] += 1
+        reasons[item.reason, item.where, frees(item.kind)] += 1
     return {
         "params": params,
         "macs": macs,
         "bytes": graph.bytes(),
+        "reach": coverage.reach(graph, coverage.EXACT),
+        "reach_with_widths": coverage.reach(graph, coverage.WIDER),
         "layers": [
             {"name": x.name, "op": x.op, "shape": graph.entities[x.entity].shape, "macs": x.macs} for x in graph.layers
         ],
         "groups": [_group_data(graph, group, params, macs) for group in (*graph.groups, *graph.stacks)],
-        "frozen": [{"reason": r, "where": w, "axes": n} for (r, w), n in reasons.most_common()],
+        "frozen": [{"reason": r, "where": w, "frees": f, "axes": n} for (r, w, f), n in reasons.most_common()],
         "offer": offer(graph.frozen),
         "uncounted": dict(graph.uncounted),
         "caveats": coverage.of_graph(graph),
@@ -197,6 +204,9 @@ def _group_data(graph: Graph, group: Group, params: int, macs: float) -> dict[st
 
 def _graph_text(data: dict[str, Any], limit: int | None) -> str:
     head = f"{short_count(data['params'])} parameters, {short_count(data['macs'])} MACs, {byte_size(data['bytes'])}"
+    head += f"; within reach: {percent(data['reach'])} of the parameters by channels and heads"
+    wider = data["reach_with_widths"]
+    head += f", {percent(wider)} with widths and experts" if wider > data["reach"] else ""
     parts = ["\n".join([head, *data["caveats"]])]
     total = max(data["macs"], 1.0)
     layers = [
@@ -210,9 +220,13 @@ def _graph_text(data: dict[str, Any], limit: int | None) -> str:
     ]
     header = ("group", "kind", "units", "tensors", "params/unit", "MACs/unit")
     parts.append(_section("what can be pruned", header, groups, limit, right=(2, 3, 4, 5)))
-    frozen = [(f["axes"], f["reason"], f["where"]) for f in data["frozen"]]
-    parts.append(_section("what cannot be pruned", ("axes", "why", "where"), frozen, limit, right=(0,)))
-    parts += [data["offer"]] if data["offer"] else []
+    frozen = [(f["axes"], f["reason"], f["where"], f["frees"] or "-") for f in data["frozen"]]
+    parts.append(
+        _section("what cannot be pruned", ("axes", "why", "where", "what frees it"), frozen, limit, right=(0,))
+    )
+    captured = data["reach_in_program"]
+    then = "" if captured is None else f" ({percent(captured)} of the parameters are then within reach)"
+    parts += [data["offer"] + then] if data["offer"] else []
     if data["remarks"]:
         parts.append("\n".join(data["remarks"]))
     return "\n\n".join(parts)

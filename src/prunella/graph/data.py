@@ -110,6 +110,8 @@ class ReasonKind(StrEnum):
 
     OPERATION = "operation"
     """An operation of the model needs every position."""
+    RULE = "rule"
+    """An operation has no rule; with one, its axes may go."""
     SOURCE = "source"
     """A size in the model's source does not follow the cut; in a program the size does."""
     DECISION = "decision"
@@ -211,6 +213,7 @@ class Attribute:
     """An integer attribute with a size: `owner.name` becomes `extent.size(keep) * factor // divisor`.
 
     `owner` is a module path ("" is the model itself), or `path:config` for a configuration object of a module.
+    index: its position in a list or tuple of sizes, or -1.
     """
 
     owner: str
@@ -220,10 +223,18 @@ class Attribute:
     factor: int = 1
     divisor: int = 1
     where: str = ""
+    index: int = -1
 
     def new(self, keep: Keep) -> int:
         """The value when only `keep` remains."""
         return self.extent.size(keep) * self.factor // self.divisor
+
+
+def placed(old: Any, index: int, value: int) -> Any:
+    """An attribute with a new value: an integer (`index` -1), or a list or tuple with one other entry."""
+    if index < 0:
+        return value
+    return type(old)(value if k == index else entry for k, entry in enumerate(old))
 
 
 @dataclass(frozen=True)
@@ -245,9 +256,7 @@ class UnreadSize:
 
     def placed(self, old: Any, value: int) -> Any:
         """The attribute with `value` in its place."""
-        if self.index < 0:
-            return value
-        return type(old)(value if k == self.index else entry for k, entry in enumerate(old))
+        return placed(old, self.index, value)
 
 
 @dataclass(frozen=True)
@@ -323,7 +332,7 @@ class Graph:
     """Branches on values."""
     unread: tuple[UnreadSize, ...] = ()
     lists_of_sizes: Mapping[tuple[str, str], tuple[int, ...]] = field(default_factory=dict)
-    """Attributes that are lists or tuples of sizes, of which some are `unread`."""
+    """Attributes that are lists or tuples of sizes, of which some follow a cut."""
 
     def macs(self, keep: Keep | None = None) -> float:
         """Multiply-adds of one forward pass on the example inputs when only `keep` remains."""

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from prunella.graph.cut.changes import Along
+from prunella.graph.trace.call_names import CALCULATES, SIZE
 from prunella.model.calls import called
 
 
@@ -23,9 +24,14 @@ class Restricted(TorchFunctionMode):
         self.at: dict[tuple[str, int], list[Along]] = {}
         for call in along:
             self.at.setdefault((call.name, call.number), []).append(call)
+        self.narrowed = any(call.name == SIZE for call in along)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = called(func)
+        if func == Tensor.shape.__get__ or name == "size":  # type: ignore[attr-defined]
+            return self._sizes(func(*args, **(kwargs or {})), *args[1:], **(kwargs or {}))
+        if self.narrowed:
+            args, kwargs = _plain(args, name in CALCULATES), _plain(kwargs or {}, name in CALCULATES)
         number, kwargs = self.count[name], kwargs or {}
         self.count[name] += 1
         for call in self.at.get((name, number), ()):
@@ -34,14 +40,83 @@ class Restricted(TorchFunctionMode):
                 removed = torch.ones(args[0].shape[call.axis], dtype=torch.bool, device=kept.device)
                 removed[kept] = False
                 args = (_hidden(args[0], removed, call.axis), *args[1:])
-            elif name == "mean":
+            elif name in _STATISTICS:
                 args = (args[0].index_select(call.axis, kept), *args[1:])
+            elif name in _INSIDE:
+                return _inside(func, args, kwargs, kept, call.axis)
             else:
                 return _normed(func, args, kwargs, kept)
         return func(*args, **kwargs)
 
+    def _sizes(self, answer: Any, dim: int | None = None) -> Any:
+        """The sizes, which are those of the kept positions where they are numbers in a calculation."""
+        number = self.count[SIZE]
+        self.count[SIZE] += 1
+        calls = self.at.get((SIZE, number), ())
+        if not calls:
+            return answer
+        sizes = [answer] if dim is not None else list(answer)
+        lost = Counter[int]()
+        for call in calls:
+            axis = 0 if dim is not None else call.axis
+            lost[axis] += sizes[axis] - len(call.kept)
+        narrowed = [_Narrowed(size, size - lost[axis]) if lost[axis] else size for axis, size in enumerate(sizes)]
+        return narrowed[0] if dim is not None else torch.Size(narrowed)
+
+
+class _Narrowed(int):
+    """A size of the dense model that is the number of kept positions in a calculation."""
+
+    kept: int
+
+    def __new__(cls, size: int, kept: int) -> _Narrowed:
+        narrowed = super().__new__(cls, size)
+        narrowed.kept = kept
+        return narrowed
+
+    def __float__(self) -> float:
+        return float(self.kept)
+
+
+def _install(name: str) -> None:
+    def method(self: _Narrowed, other: Any) -> Any:
+        whole = isinstance(other, int) and "div" not in name and (name != "__pow__" or other >= 0)
+        return getattr(int, name)(int(self), other) if whole else getattr(float, name)(float(self.kept), other)
+
+    setattr(_Narrowed, name, method)
+
+
+for _name in "add radd sub rsub mul rmul truediv rtruediv pow".split():
+    _install(f"__{_name}__")
+
+
+def _plain(tree: Any, number: bool) -> Any:
+    """Arguments with plain integers: the kept positions in a calculation, and otherwise the size."""
+    if isinstance(tree, _Narrowed):
+        return tree.kept if number else int.__add__(tree, 0)
+    if isinstance(tree, dict):
+        return {key: _plain(item, number) for key, item in tree.items()}
+    if isinstance(tree, slice):
+        return slice(_plain(tree.start, number), _plain(tree.stop, number), tree.step)
+    return type(tree)(_plain(item, number) for item in tree) if type(tree) in {tuple, list} else tree
+
 
 _CHOICES = frozenset({"softmax", "topk"})
+_STATISTICS = frozenset("mean var std var_mean std_mean norm linalg_vector_norm sum".split())
+_INSIDE = {"normalize": (), "group_norm": ("weight", "bias")}
+"""Calls that give their input another scale -> their parameters along the axis."""
+_GROUPED = ("input", "num_groups", "weight", "bias", "eps")
+
+
+def _inside(func: Any, args: Any, kwargs: Any, kept: Tensor, axis: int) -> Tensor:
+    """Such a call on the kept positions; zero elsewhere."""
+    arguments = {**dict(zip(_GROUPED, args, strict=False)), **kwargs} if called(func) == "group_norm" else kwargs
+    affine = {k: arguments[k].index_select(0, kept) for k in _INSIDE[called(func)] if arguments.get(k) is not None}
+    value = args[0] if args else kwargs["input"]
+    rest = args[1:] if called(func) == "normalize" else ()
+    others = {key: entry for key, entry in arguments.items() if key not in {"input", "weight", "bias"}}
+    narrow = func(value.index_select(axis, kept), *rest, **{**others, **affine})
+    return torch.zeros_like(value).index_copy(axis, kept, narrow)
 
 
 def _hidden(values: Tensor, removed: Tensor, axis: int) -> Tensor:

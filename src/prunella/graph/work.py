@@ -44,7 +44,10 @@ Formula = Callable[[tuple[Any, ...], tuple[Tensor, ...]], Iterable[Term]]
 """A function of the arguments by position and of the outputs."""
 FORMULAS: dict[str, Formula] = {}
 FREE: set[str] = set()
-"""Operations without multiply-adds; the registry of rules adds those of ATen that have a rule."""
+"""Operations without multiply-adds, `UNKNOWN` ones apart; the registry of rules adds those of ATen that have a rule."""
+
+UNKNOWN = frozenset({"_fft_r2c", "_fft_c2c", "_fft_c2r"})
+"""Operations with a rule whose multiply-adds depend on the kernel."""
 
 
 def name_of(func: Any) -> str:
@@ -156,6 +159,12 @@ def product(args: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> Iterator[Term
 def added_product(args: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> Iterable[Term]:
     """A product that is added to the first tensor."""
     return product(args[1:], outputs)
+
+
+@formula("_sparse_addmm")
+def sparse_product(args: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> Iterator[Term]:
+    """Every element that a sparse matrix holds meets one row of a dense one."""
+    yield Term(args[1]._nnz(), ((args[2], 1),))
 
 
 @formula("mv", "dot", "vdot")
@@ -310,5 +319,7 @@ FREE |= set(
     "size slice_scatter smooth_l1_loss soft_margin_loss stride take threshold to trace unfold uniform "
     "unique_consecutive unique_dim unsafe_split unsafe_split_with_sizes view_as_complex view_as_real "
     "torchvision.nms torchvision.roi_align torchvision.roi_pool torchvision.ps_roi_align torchvision.ps_roi_pool "
-    "prim.device".split()
+    "prim.device _sparse_coo_tensor_with_dims_and_tensors _sparse_coo_tensor_unsafe _coalesce _coalesced _to_sparse "
+    "_to_sparse_csr _to_sparse_csc _sparse_compressed_tensor_unsafe _indices _values indices values crow_indices "
+    "col_indices _nnz".split()
 )

@@ -16,6 +16,16 @@ _ADVICE = {
     ReasonKind.SOURCE: "sizes in the source can follow in a program: prunella.as_program(model, inputs), or --program",
 }
 """What helps against a kind of reason; against the others nothing does, or the reason itself says it."""
+_FREES = {
+    ReasonKind.SOURCE: "--program",
+    ReasonKind.RULE: "a rule: prunella.graph.rules.rule",
+    ReasonKind.REQUEST: "another --granularity, --skip or --only",
+}
+
+
+def frees(kind: ReasonKind) -> str:
+    """What would free positions that stay for a reason of this kind, in a few words; empty where nothing does."""
+    return _FREES.get(kind, "")
 
 
 def offer(frozen: Iterable[Frozen]) -> str:

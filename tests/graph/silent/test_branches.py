@@ -206,18 +206,18 @@ def test_two_parameters_in_one_memory_stay(granularity: pr.Channel | pr.Element)
 class Parts(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.a, self.b, self.c, self.parts = nn.Linear(8, 12), nn.Linear(4, 3), nn.Linear(8, 3), [4, 8]
+        self.a, self.b, self.c, self.parts = nn.Linear(8, 12), nn.Linear(4, 3), nn.Linear(8, 3), {0: 4, 1: 8}
 
     def forward(self, x: Tensor) -> Tensor:
-        first, second = torch.split(self.a(x), self.parts, 1)
+        first, second = torch.split(self.a(x), list(self.parts.values()), 1)
         return self.b(first) + self.c(second)
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
-def test_a_size_in_a_list_is_named_and_follows_in_a_program() -> None:
+def test_a_size_in_a_table_is_named_and_follows_in_a_program() -> None:
     model, x = Parts().eval(), torch.randn(2, 8)
     reason = next(entry.reason for entry in couple(model, x).frozen if entry.entity == "a.weight")
-    assert reason == "the size 4 is in the list parts, which no cut changes"
+    assert reason == "the size 4 is in the dict parts, which no cut changes"
     plan = pr.plan(pr.as_program(model, x), x, RECIPE, target=pr.Params(0.9))
     assert {row.name: row.counted_with for row in plan.rows} == {"a": "", "a#2": "a"}
     assert "in a" in str(plan)

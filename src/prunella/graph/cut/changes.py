@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from prunella.graph.data import Graph, Ints
+from prunella.graph.data import Graph, Ints, placed
 from prunella.types import Keep
 
 Cuts = Mapping[str, Mapping[int, Tensor]]
@@ -133,9 +133,17 @@ def cuts(graph: Graph, keep: Keep) -> dict[str, dict[int, Tensor]]:
 
 def attributes(graph: Graph, keep: Keep) -> dict[tuple[str, str], int | tuple[int, ...]]:
     """(owner, name) -> new value, for each attribute that changes: a size, or a token."""
-    new = {(a.owner, a.name): a.new(keep) for a in graph.attributes}
-    sizes = {key: value for key, value in new.items() if value != _old(graph, key)}
-    return {**_followed(graph, keep), **sizes, **dict(_tokens(graph, keep))}
+    return {**_followed(graph, keep), **_sizes(graph, keep), **dict(_tokens(graph, keep))}
+
+
+def _sizes(graph: Graph, keep: Keep) -> dict[tuple[str, str], int | tuple[int, ...]]:
+    """The attributes that operations read and that change; lists as a whole."""
+    sizes: dict[tuple[str, str], int | tuple[int, ...]] = {}
+    for entry in graph.attributes:
+        place, new = (entry.owner, entry.name), entry.new(keep)
+        if new != entry.value:
+            sizes[place] = placed(sizes.get(place, graph.lists_of_sizes.get(place)), entry.index, new)
+    return sizes
 
 
 def _followed(graph: Graph, keep: Keep) -> dict[tuple[str, str], int | tuple[int, ...]]:
@@ -162,7 +170,3 @@ def _tokens(graph: Graph, keep: Keep) -> Iterator[tuple[tuple[str, str], int | t
         if not other and all(0 <= k < group.size and bool(mask[k]) for k in many):
             new = tuple(int(number[k]) for k in many)
             yield (owner, name), new if isinstance(old, tuple) else new[0]
-
-
-def _old(graph: Graph, key: tuple[str, str]) -> int:
-    return next(a.value for a in graph.attributes if (a.owner, a.name) == key)

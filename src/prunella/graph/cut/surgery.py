@@ -118,6 +118,7 @@ def _describe(module: nn.Module) -> None:
 
 def _sizes(module: nn.Module) -> Iterator[tuple[str, int | tuple[int, ...]]]:
     yield from _recurrent_sizes(module)
+    yield from _attention_sizes(module)
     weight: Any = getattr(module, "weight", None)
     if not isinstance(weight, Tensor):
         return
@@ -137,6 +138,16 @@ def _sizes(module: nn.Module) -> Iterator[tuple[str, int | tuple[int, ...]]]:
         yield from (("num_embeddings", weight.shape[0]), ("embedding_dim", weight.shape[1]))
     elif isinstance(module, nn.PReLU):
         yield ("num_parameters", weight.shape[0])
+
+
+def _attention_sizes(module: nn.Module) -> Iterator[tuple[str, int]]:
+    """Those of an attention module, which its forward does not read, from its projections."""
+    if isinstance(module, nn.MultiheadAttention):
+        packed: Any = module.in_proj_weight
+        for name in ("kdim", "vdim"):
+            weight: Any = getattr(module, f"{name[0]}_proj_weight") if packed is None else packed
+            if isinstance(weight, Tensor):
+                yield name, weight.shape[1]
 
 
 def _recurrent_sizes(module: nn.Module) -> Iterator[tuple[str, int]]:

@@ -43,6 +43,8 @@ _SIZES = {
     "conv_transpose2d": ("groups",),
     "conv_transpose3d": ("groups",),
     "group_norm": ("num_groups",),
+    "layer_norm": ("normalized_shape",),
+    "rms_norm": ("normalized_shape",),
 }
 """Operation -> its size arguments, for operations whose rules follow sizes. All others keep their literals."""
 
@@ -82,6 +84,7 @@ def free_sizes_(program: nn.Module) -> None:
     """Turn literal sizes into attributes, in place, and drop type checks, which would forbid another precision."""
     for module in program.modules():
         if isinstance(module, fx.GraphModule):
+            module.graph.eliminate_dead_code()  # what nothing reads must not keep what it is computed from
             for node in list(module.graph.nodes):
                 if node.target is torch.ops.aten._assert_tensor_metadata.default:
                     module.graph.erase_node(node)

@@ -21,13 +21,20 @@ def triangle(trace: Trace, ctx: Context) -> Returned:
 
 @rule("gather", "take_along_dim")
 def gather(trace: Trace, ctx: Context) -> Returned:
-    """Positions by index along one axis. Table and index are frozen, unless the indices follow the axis."""
-    value, at = ctx.value(0), ctx.dim(1, len(ctx.shape(0)))
+    """Positions by index along one axis, frozen unless the indices follow it; on the others both are equal."""
+    value, index, at = ctx.value(0), ctx.value(2), ctx.dim(1, len(ctx.shape(0)))
     if not _numbered(trace, value.dims[at], ctx.args[2]):
         trace.freeze(value.dims[at], "positions are taken by number")
-    for dim in (*(d for k, d in enumerate(value.dims) if k != at), *ctx.value(2).dims):
-        trace.freeze(dim, "positions are taken by number")
-    return None
+    trace.freeze(index.dims[at], "positions are taken by number")
+    dims: list[Dim] = []
+    for k, (one, other) in enumerate(zip(value.dims, index.dims, strict=True)):
+        if k != at and ctx.shape(0)[k] == ctx.shape(2)[k]:
+            dims.append(trace.equal(one, other, "positions are taken by number"))
+            continue
+        for dim in () if k == at else (one, other):
+            trace.freeze(dim, "positions are taken by number")
+        dims.append(WHOLE)
+    return TracedValue.plain(dims)
 
 
 def _numbered(trace: Trace, dim: Dim, index: Tensor) -> bool:

@@ -30,6 +30,8 @@ def pointwise(trace: Trace, ctx: Context) -> Returned:
             dim = trace.equal(dim, other, f"it meets a tensor that is not cut in {ctx.name}")
         dims.append(dim)
     _pointwise_roles(trace, ctx, operands)
+    if (ctx.name == "pow" and ctx.args[1] == 2) or (ctx.name == "mul" and ctx.args[0] is ctx.args[1]):
+        trace.squares[ctx.outputs[0]] = True
     first = trace.value(operands[0]) if operands else TracedValue.plain(dims)
     zeroed = _stays_zero(trace, ctx, operands)
     if len(operands) == 1 and len(first.dims) == len(dims):

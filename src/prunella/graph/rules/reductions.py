@@ -56,18 +56,35 @@ def layer_norm(trace: Trace, ctx: Context) -> Returned:
 def group_norm(trace: Trace, ctx: Context) -> Returned:
     """Only full groups of channels may be removed, since a part would change the statistics of its group."""
     x, channels, groups = ctx.value(0), int(ctx.args[4]), int(ctx.args[6])
+    if groups == 1 and trace.call().name == "group_norm":
+        return _one_group(trace, ctx)
     rows, columns = trace.ledger.split(x.dims[1], [groups, channels // groups])
     for dim in (columns, *x.dims[2:]):
         trace.freeze(dim, "a group norm takes its statistics over it")
     call = trace.call()
     raw = call.kwargs.get("num_groups", call.args[1] if len(call.args) > 1 else groups)
     trace.link(raw, rows, groups)
+    _affine(trace, ctx)
+    return [TracedValue.plain(x.dims), None, None]
+
+
+def _one_group(trace: Trace, ctx: Context) -> Returned:
+    """A single group takes its statistics over the kept channels."""
+    x, text = ctx.value(0), "a group norm takes its statistics over it"
+    for dim in x.dims[2:]:
+        trace.freeze(dim, text)
+    trace.along(ctx.args[0], 1, "norm", text)
+    _affine(trace, ctx)
+    return [TracedValue.plain(x.dims), None, None]
+
+
+def _affine(trace: Trace, ctx: Context) -> None:
+    """Couple the scale and the shift of a group norm to its channels."""
     for argument, role in zip(ctx.args[1:3], _AFFINE, strict=True):
         if isinstance(argument, Tensor):
             value = trace.value(argument)
-            trace.equal(x.dims[1], value.dims[0], "it enters a group norm that is not cut")
+            trace.equal(ctx.value(0).dims[1], value.dims[0], "it enters a group norm that is not cut")
             trace.role(value.axes[0], role)
-    return [TracedValue.plain(x.dims), None, None]
 
 
 @rule("_softmax", "_log_softmax", "cumprod", "sort", "topk", "logcumsumexp", "_safe_softmax", "softmax")
@@ -135,15 +152,26 @@ def reduction(trace: Trace, ctx: Context) -> Returned:
     else:
         reduced = {int(k) % ndim for k in flat([axes])}
     zeros = value.zeroed and _zeros_add_nothing(ctx)
+    alone = _is_statistic(trace, ctx) and sum(bool(value.dims[k]) for k in reduced) == 1
     for k in () if zeros else reduced:
-        if ctx.name == "mean" and len(reduced) == 1:
-            trace.along(ctx.args[0], k, "norm", "a mean is taken over it")
+        text = "a mean is taken over it" if ctx.name == "mean" else f"{ctx.name} is taken over it"
+        if alone and value.dims[k]:
+            trace.along(ctx.args[0], k, "norm", text)
+            if "std" in ctx.name or "var" in ctx.name:  # of one position there is no deviation
+                trace.ledger.min_units += [(layer, 2) for layer in value.dims[k]]
         else:
-            text = "a mean is taken over it" if ctx.name == "mean" else f"{ctx.name} is taken over it"
             trace.freeze(value.dims[k], text)
     kept = [WHOLE if k in reduced else d for k, d in enumerate(value.dims)]
     dims = kept if out == ndim else [d for k, d in enumerate(kept) if k not in reduced]
     return [TracedValue(tuple(dims), (None,) * len(dims), value.weight, zeros)] * len(ctx.outputs)
+
+
+_STATISTICS = frozenset("mean var std var_mean std_mean norm linalg_vector_norm".split())
+
+
+def _is_statistic(trace: Trace, ctx: Context) -> bool:
+    """Whether the result is a statistic of a norm: a mean, a deviation, a norm of vectors, or a sum of squares."""
+    return ctx.name in _STATISTICS or (ctx.name == "sum" and ctx.args[0] in trace.squares)
 
 
 def _zeros_add_nothing(ctx: Context) -> bool:

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from prunella.graph.data import ReasonKind
 from prunella.graph.solve.labels import WHOLE
 from prunella.graph.trace.call_names import OPAQUE
 from prunella.graph.trace.recorder import CALL_RULES, CallRule, Trace, TracedValue
@@ -128,14 +129,14 @@ def barrier(trace: Trace, ctx: Context) -> Returned:
     text = f"the operation {ctx.name}{f' in {call}' if call in OPAQUE else ''} has no rule"
     for tensor in tensors_in(ctx.args):
         for dim in trace.value(tensor).dims:
-            trace.freeze(dim, text)
+            trace.freeze(dim, text, ReasonKind.RULE)
     return [_computed_weight(trace, tensor, text) if trace.sources.of(tensor) else None for tensor in ctx.outputs]
 
 
 def _computed_weight(trace: Trace, tensor: Tensor, text: str) -> TracedValue:
     dims = tuple(trace.ledger.fresh(int(size)) for size in tensor.shape)
     for dim in dims:
-        trace.freeze(dim, text)
+        trace.freeze(dim, text, ReasonKind.RULE)
     return TracedValue(dims, (None,) * len(dims), True)
 
 

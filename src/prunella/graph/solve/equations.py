@@ -45,6 +45,11 @@ class Equations:
         for atoms, reason in self.ledger.frozen:
             if self.soft or not reason.soft:
                 self.fixed[self.part[atoms]] = True
+        self.hard: Mark = np.zeros_like(self.fixed)
+        self.hard[self.part[0]] = True
+        for atoms, reason in self.ledger.frozen:
+            if reason.soft != "norm":
+                self.hard[self.part[atoms]] = True
         for atoms in () if self.soft else self.settled:
             self.fixed[self.part[atoms]] = True
 
@@ -113,12 +118,18 @@ class Equations:
             if len(live) <= 1:
                 self.pending.remove(node)
                 changed = True
+                live = live or self._normed(node)
                 self.settled += [f for f in node.factors if not live or f is not live[0]]
                 if live:
                     self.ledger.edges.append((node.whole, live[0]))
                 else:
                     self.freeze(node.whole, self.reason(np.concatenate(node.factors)))
         return changed
+
+    def _normed(self, node: And) -> list[Ints]:
+        """The only factor that nothing but norms freeze, if there is one: it may lose positions of a width."""
+        factors = [f for f in node.factors if not self.hard[self.part[f]].any()]
+        return factors if len(factors) == 1 else []
 
     def _choose(self) -> None:
         batch = np.zeros_like(self.fixed)

@@ -72,7 +72,7 @@ def couple(model: nn.Module, inputs: Any, others: Sequence[Any] = ()) -> Graph:
             record.ledger.single(dim)
     graph = add_stacks(_graph(record, model), model, record.flow)
     unread = never_read(model, inputs, graph.unread)
-    places = {(entry.owner, entry.name) for entry in unread if entry.index >= 0}
+    places = {(entry.owner, entry.name) for entry in (*unread, *graph.attributes) if entry.index >= 0}
     lists = {(owner, name): tuple(getattr(holder(model, owner), name)) for owner, name in places}
     graph = replace(graph, unread=unread, lists_of_sizes=lists)
     return replace(graph, specials=specials(model), untried=record.untried)
@@ -199,7 +199,7 @@ def _attributes(equations: Equations, record: Trace, numbers: _Numbers) -> tuple
     for attr, s in solve(equations, record).items():
         extent = _extent(equations, s.link.dim, s.link.length, numbers)
         solved_attributes.append(
-            Attribute(attr.owner, attr.name, attr.value, extent, s.factor, s.divisor, s.link.where)
+            Attribute(attr.owner, attr.name, attr.value, extent, s.factor, s.divisor, s.link.where, attr.index)
         )
     return tuple(solved_attributes)
 

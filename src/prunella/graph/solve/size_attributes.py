@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from prunella.graph.data import Group, ReasonKind
 from prunella.graph.solve.equations import Equations, Mark
+from prunella.graph.solve.joined import axes_of, joined
 from prunella.graph.solve.labels import Dim, Reason
 from prunella.graph.trace.recorder import Link, Trace
 from prunella.graph.trace.tracked_int import Attr, Expression, Shape, evaluate, leaves
@@ -91,24 +93,31 @@ def _unfollowed_by(
     return None
 
 
-def freeze_unfollowed(equations: Equations, record: Trace, groups: Iterable[Group]) -> bool:
-    """Try removals of units of each group; freeze the groups that the source cannot follow."""
-    solved, frozen = solve(equations, record), False
+def freeze_unfollowed(equations: Equations, record: Trace, groups: Sequence[Group]) -> bool:
+    """Try removals of units of each group. Join those that the source follows together, or freeze what it cannot."""
+    solved, changed = solve(equations, record), False
+
+    def wrong(removed: Mark) -> Link | None:
+        links = [n for n in record.links if _concerns(equations, n, removed, solved)]
+        return _unfollowed_by(equations, record, removed, solved, links)
+
+    axes = {attr: size.link.dim for attr, size in solved.items()}
     for group in groups:
         dims = [(equations.part[record.axes[m.entity][m.axis][0][m.index]], m.unit) for m in group.members]
         for lost in _trials(group.size):
             removed = np.zeros_like(equations.fixed)
             for part, unit in dims:
                 removed[part[np.isin(unit, list(lost))]] = True
-            links = [n for n in record.links if _concerns(equations, n, removed, solved)]
-            wrong = _unfollowed_by(equations, record, removed, solved, links)
-            if wrong is not None:
-                equations.freeze(np.flatnonzero(removed[equations.part]), _unfollowed(wrong))
+            at_fault = wrong(removed)
+            if at_fault is not None:
+                if joined(equations, record, groups, group, wrong, _trials, partial(axes_of, solved=axes)):
+                    return True
+                equations.freeze(np.flatnonzero(removed[equations.part]), _unfollowed(at_fault))
                 every = np.isin(equations.part, np.concatenate([p for p, _ in dims]))
-                equations.freeze(np.flatnonzero(every), _unfollowed(wrong))
-                frozen = True
+                equations.freeze(np.flatnonzero(every), _unfollowed(at_fault))
+                changed = True
                 break
-    return frozen
+    return changed
 
 
 def _trials(size: int) -> list[set[int]]:
@@ -144,4 +153,4 @@ def _unfollowed(link: Link) -> Reason:
         return Reason(text, link.where, kind=ReasonKind.SOURCE)
     if not link.dim:
         return Reason("the source decides by a size", link.where, kind=ReasonKind.DECISION)
-    return Reason("a size in the source would not follow", link.where, kind=ReasonKind.SOURCE)
+    return Reason(link.text or "a size in the source would not follow", link.where, kind=ReasonKind.SOURCE)

@@ -107,10 +107,12 @@ def keep_outputs(run: TracedRun, model: nn.Module, text: str) -> list[Tensor]:
     """Freeze the outputs, and what outlives the run. Returns the latter."""
     record = run.record
     for tensor in run.outputs:
+        record.read(tensor)
         for dim in record.value(tensor).dims:
             record.ledger.freeze(dim, Reason(text, soft="output" if len(dim) == 1 else ""))
     kept = outliving(record, model, [*run.outputs, *run.handed_on])
     for tensor, reason in kept:
+        record.read(tensor)
         for dim in record.value(tensor).dims:
             record.ledger.freeze(dim, Reason(reason))
     return [*(tensor for tensor, _ in kept), *kept_on(model).values()]

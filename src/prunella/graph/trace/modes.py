@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import math
 import sys
@@ -16,9 +17,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from prunella.graph.noise import drops
 from prunella.graph.trace.answers import LEAVES_TORCH, decides, sized_by_values
-from prunella.graph.trace.call_names import NEEDS_DATA, OPAQUE, PARTS, SIZED, UNSEEN
+from prunella.graph.trace.caches import in_script
+from prunella.graph.trace.call_names import CALCULATES, NEEDS_DATA, OPAQUE, PARTS, SIZE, SIZED, UNSEEN
 from prunella.graph.trace.recorder import CALL_RULES, Call, Trace
-from prunella.graph.trace.tracked_int import Shape, Tracked, bare
+from prunella.graph.trace.tracked_int import Calculation, Shape, Tracked, bare
 from prunella.graph.work import tensors_in
 from prunella.model.calls import called
 
@@ -37,7 +39,7 @@ class Calls(TorchFunctionMode):
         name = called(func)
         kwargs = kwargs or {}
         if func == Tensor.shape.__get__ or name == "size":  # type: ignore[attr-defined]
-            return self._sizes(func(*args, **kwargs), *args, **kwargs)
+            return self._sizes(func(*args, **kwargs), *args, **kwargs, number=self._number(SIZE))
         if name in {"numel", "nelement"}:
             return math.prod(self._sizes(args[0].shape, args[0]))
         if name == "__len__" and args[0].dim():
@@ -52,13 +54,12 @@ class Calls(TorchFunctionMode):
                 self.trace.freeze(dim, f"{name.strip('_')} takes it out of the tensors")
         if drops(name, args, kwargs):
             return args[0]  # a mask of any positions: the axes are the same
-        self.trace.calls.append(Call(name, args, kwargs, self.count[name]))
-        self.count[name] += 1
+        self.trace.calls.append(Call(name, args, kwargs, self._number(name)))
         try:
             self._leaks(name, args, kwargs)
             result = func(*bare(args), **bare(kwargs))
             if name in CALL_RULES:
-                self._relate(name, args, kwargs, result)
+                self._relate(func, args, kwargs, result)
             elif name in OPAQUE:
                 self._freeze_all((args, kwargs, result), f"the sizes inside {name} are not visible")
             elif name in NEEDS_DATA and args and isinstance(args[0], Tensor) and not args[0].numel():
@@ -67,13 +68,18 @@ class Calls(TorchFunctionMode):
         finally:
             self.trace.calls.pop()
 
-    def _relate(self, name: str, args: Any, kwargs: Any, result: Any) -> None:
+    def _number(self, name: str) -> int:
+        """The number of this call of the name; -1 where other runs do not see the call."""
+        if in_script():
+            return -1
+        self.count[name] += 1
+        return self.count[name] - 1
+
+    def _relate(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
         """By the rule of the call; what the rule does not cover is frozen, and its work is not counted."""
+        name = self.trace.operation = called(func)
         try:
-            if kwargs:
-                raise ValueError("arguments by name")
-            self.trace.operation = name
-            CALL_RULES[name](self.trace, name, bare(args), result)
+            CALL_RULES[name](self.trace, name, bare(_in_order(func, args, kwargs)), result)
         except Exception as error:
             log.debug("rule of %s failed: %r", name, error)
             self._freeze_all((args, kwargs, result), f"the operation {name} has no rule for these arguments")
@@ -96,17 +102,18 @@ class Calls(TorchFunctionMode):
         if not dim:
             self.trace.known_sizes.note(sys._getframe(1), escaped=True)
 
-    def _sizes(self, answer: Any, tensor: Tensor, dim: int | None = None) -> Any:
+    def _sizes(self, answer: Any, tensor: Tensor, dim: int | None = None, *, number: int = -1) -> Any:
         dims = self.trace.value(tensor).dims
         if not all(dims):
             self.trace.known_sizes.note(sys._getframe(1))
         if dim is not None:
-            return self._track(tensor, answer, dim % len(dims))
-        return torch.Size([self._track(tensor, size, axis) for axis, size in enumerate(answer)])
+            return self._track(tensor, answer, dim % len(dims), number)
+        return torch.Size([self._track(tensor, size, axis, number) for axis, size in enumerate(answer)])
 
-    def _track(self, tensor: Tensor, size: int, axis: int) -> int:
+    def _track(self, tensor: Tensor, size: int, axis: int, number: int) -> int:
         given = axis if tensor in self.trace.entries else -1
-        return Tracked(size, Shape(self.trace.value(tensor).dims[axis], size, given), self.trace.leak)
+        shape = Shape(self.trace.value(tensor).dims[axis], size, given, (number, axis))
+        return Tracked(size, shape, self.trace.leak)
 
     def _leaks(self, name: str, args: Any, kwargs: Any) -> None:
         if name == "full":
@@ -115,7 +122,21 @@ class Calls(TorchFunctionMode):
             return
         for argument in (*args, *kwargs.values()):
             if isinstance(argument, Tracked):
-                self.trace.leak(argument.expression)
+                number = name in CALCULATES and any(_floats(other) for other in args)
+                self.trace.leak(Calculation(argument.expression) if number else argument.expression)
+
+
+def _floats(value: object) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
+def _in_order(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
+    """All arguments by position. Errors: ValueError for a function of C++ with arguments by name."""
+    if not kwargs:
+        return args
+    bound = inspect.signature(func).bind(*args, **kwargs)
+    bound.apply_defaults()
+    return bound.args
 
 
 class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -19,12 +19,13 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from prunella.graph.data import Branch, Ints, ReasonKind, Role
 from prunella.graph.solve.labels import WHOLE, Dim, Ledger, Reason, Run, Soft
 from prunella.graph.sources import FORMS, Sources
-from prunella.graph.trace.call_names import RESTRICTED
+from prunella.graph.trace.call_names import RESTRICTED, SIZE
 from prunella.graph.trace.dataflow import Flow
 from prunella.graph.trace.known_sizes import KnownSizes, origin
 from prunella.graph.trace.source import where
 from prunella.graph.trace.tracked_int import (
     Attr,
+    Calculation,
     Expression,
     Shape,
     SizeComparison,
@@ -69,12 +70,13 @@ class Call:
 
 @dataclass(frozen=True, eq=False)
 class Link:
-    """The size of `dim` must equal `expression` for every cut."""
+    """The size of `dim` must equal `expression` for every cut. text: why `dim` is frozen where it does not follow."""
 
     expression: Expression
     dim: Dim
     length: int
     where: str
+    text: str = ""
 
 
 @dataclass(frozen=True)
@@ -147,6 +149,10 @@ class Trace:
     """Number of an output, axis and labels."""
     counts: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary)
     """Tensors with the number of choices of each position; zero for removed positions."""
+    squares: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary)
+    """Tensors that are squares of others."""
+    averages: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary)
+    """Tensors that are means over an axis -> labels of this axis, which what reads the mean freezes."""
     flow: Flow = field(default_factory=Flow)
     entries: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary)
     """Tensors that are an input of the model, or part of one."""
@@ -165,9 +171,16 @@ class Trace:
     def reads(self, name: str, arguments: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
         """Record which parameters an operation reads, itself or in a form that is computed from them alone."""
         self.operation = name
+        for tensor in arguments if self.averages else ():
+            self.read(tensor)
         if self.sources.note(arguments, outputs) is None or name not in FORMS:
             for parameter in self.sources.read(arguments) - self.readers.keys():
                 self.readers[parameter] = name, self.where()
+
+    def read(self, tensor: Tensor) -> None:
+        """Freeze the axis of which this tensor is a mean, since something reads it."""
+        if tensor in self.averages:
+            self.freeze(self.averages[tensor], "a mean is taken over it")
 
     def reader(self, parameter: str) -> tuple[str, str]:
         """The first operation that computes with a parameter, and its source location; empty if there is none."""
@@ -238,6 +251,7 @@ class Trace:
         dim, call = self.value(tensor).dims[axis], self.call()
         first = call.args[0] if call.args else None
         restricted = call.name in RESTRICTED and isinstance(first, Tensor) and first.shape == tensor.shape
+        restricted = restricted and call.number >= 0
         if not restricted or len(dim) > 1:
             self.freeze(dim, text)
             return False
@@ -268,9 +282,13 @@ class Trace:
         else:
             self.freeze(dim, f"the size {raw} is {origin(raw, sys._getframe(1))}", ReasonKind.SOURCE)
 
-    def leak(self, expression: Expression | SizeComparison) -> None:
+    def leak(self, expression: Expression | SizeComparison | Calculation) -> None:
         """A size is used as a number and must not change, or it decides a branch whose outcome must not change."""
         where = self.where()
+        if isinstance(expression, Calculation):
+            if self._calculated(expression.size, where):
+                return
+            expression = expression.size
         if isinstance(expression, SizeComparison):
             if not self._equated(expression, where):
                 self.decisions.append((expression, where))
@@ -283,6 +301,15 @@ class Trace:
             elif leaf.dim:
                 reason = Reason("the size is used in a calculation", where, kind=ReasonKind.SOURCE)
                 self.ledger.freeze(leaf.dim, reason)
+
+    def _calculated(self, size: Expression, where: str) -> bool:
+        """Record a number such as `x.shape[1] ** 0.5` as a call that sees the kept positions alone."""
+        if not isinstance(size, Shape) or len(size.dim) != 1 or size.read[0] < 0:
+            return False
+        number, axis = size.read
+        self.ledger.freeze(size.dim, Reason("its size is a number in a calculation", where, "norm"))
+        self.ledger.runs.append(Run(SIZE, number, axis, size.dim[0], self.example))
+        return True
 
     def _equated(self, comparison: SizeComparison, where: str) -> bool:
         """Record a check such as `x.shape[1] == self.size` as a link between both sizes."""

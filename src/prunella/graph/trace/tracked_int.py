@@ -21,20 +21,25 @@ from prunella.graph.solve.labels import Dim
 
 @dataclass(frozen=True)
 class Attr:
-    """Leaf: the integer attribute `name` of the module or configuration `owner`."""
+    """Leaf: the integer attribute `name` of the module or configuration `owner`, or entry `index` of a list of them."""
 
     owner: str
     name: str
     value: int
+    index: int = -1
 
 
 @dataclass(frozen=True, eq=False)
 class Shape:
-    """Leaf: the size of a tensor's dimension, with its labels. axis: that of the model's input, or -1."""
+    """Leaf: the size of a tensor's dimension, with its labels. axis: that of the model's input, or -1.
+
+    read: number of the read of this size in the run, and the axis; a negative number if it is not numbered.
+    """
 
     dim: Dim
     value: int
     axis: int = -1
+    read: tuple[int, int] = (-1, -1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,7 +63,14 @@ class SizeComparison:
     right: Expression
 
 
-Leak = Callable[[Expression | SizeComparison], None]
+@dataclass(frozen=True, eq=False)
+class Calculation:
+    """The size is a number in a calculation of floating-point numbers."""
+
+    size: Expression
+
+
+Leak = Callable[[Expression | SizeComparison | Calculation], None]
 
 
 def leaves(expression: Expression | SizeComparison) -> Iterator[Attr | Shape]:
@@ -113,7 +125,10 @@ class Tracked(int):
         return bool(self != 0)
 
     def __pow__(self, other: Any, modulus: Any = None) -> Any:
-        if type(other) is not int or other < 0 or modulus is not None or not _of_inputs(self.expression):
+        if isinstance(other, float) or (type(other) is int and other < 0 and modulus is None):
+            self.leak(Calculation(self.expression))
+            return pow(plain(self), other)
+        if type(other) is not int or modulus is not None or not _of_inputs(self.expression):
             self.leak(self.expression)
             return pow(plain(self), other, modulus)
         return Tracked(plain(self) ** other, Apply(int.__pow__, self.expression, other), self.leak)
@@ -152,7 +167,7 @@ def _install(name: str, operation: Callable[[int, int], int], reverse: bool) -> 
     def method(self: Tracked, other: Any) -> Any:
         if not isinstance(other, int) or isinstance(other, bool):
             if isinstance(other, float):
-                self.leak(self.expression)
+                self.leak(Calculation(self.expression))
             return NotImplemented if isinstance(other, Tensor) else getattr(int, name)(plain(self), other)
         left, right = (other, self) if reverse else (self, other)
         value = operation(plain(left), plain(right))
@@ -193,9 +208,9 @@ def _install_comparison(name: str) -> None:
     setattr(Tracked, name, method)
 
 
-def _install_leak(name: str) -> None:
+def _install_leak(name: str, *, calculates: bool = False) -> None:
     def method(self: Tracked, *others: Any) -> Any:
-        self.leak(self.expression)
+        self.leak(Calculation(self.expression) if calculates else self.expression)
         return getattr(int, name)(plain(self), *others)
 
     setattr(Tracked, name, method)
@@ -212,9 +227,9 @@ for _symbol, _operation in {
     _install(f"__r{_symbol}__", _operation, True)
 for _symbol in ("eq", "ne", "lt", "le", "gt", "ge"):
     _install_comparison(f"__{_symbol}__")
-for _symbol in (
-    "float int trunc floor ceil round truediv rtruediv rpow and rand or ror xor rxor lshift rlshift rshift rrshift"
-).split():
+for _symbol in ("float", "truediv", "rtruediv"):
+    _install_leak(f"__{_symbol}__", calculates=True)
+for _symbol in ("int trunc floor ceil round rpow and rand or ror xor rxor lshift rlshift rshift rrshift").split():
     _install_leak(f"__{_symbol}__")
 _install_leak("bit_length")
 for _symbol in ("__str__", "__repr__", "__format__"):
@@ -252,19 +267,39 @@ def size_of(value: object) -> int | None:
 def tracked_attributes(model: nn.Module, leak: Leak) -> Iterator[None]:
     """Inside, the integers of the model's modules and configurations are `Tracked`; afterwards they are restored.
 
-    A tuple of one integer, such as the size of a norm, counts as this integer.
+    A tuple of one integer, such as the size of a norm, counts as this integer; longer lists have an entry each.
     """
-    wrapped: list[tuple[dict[str, Any], str]] = []
+    wrapped: list[tuple[dict[str, Any], str, Any, Any]] = []
+    of_torch = {id(vars(module)) for module in model.modules() if type(module).__module__.startswith("torch.")}
     try:
         for owner, values in holders(model):
             for name, value in list(values.items()):
-                if type(value) is int:
-                    values[name] = Tracked(value, Attr(owner, name, value), leak)
-                    wrapped.append((values, name))
-                elif type(value) is tuple and len(value) == 1 and type(value[0]) is int:
-                    values[name] = (Tracked(value[0], Attr(owner, name, value[0]), leak),)
-                    wrapped.append((values, name))
+                tracked = _tracked(owner, name, value, leak, lists=id(values) not in of_torch)
+                if tracked is not None:
+                    values[name] = tracked
+                    wrapped.append((values, name, value, tracked))
         yield
     finally:
-        for values, name in wrapped:
-            values[name] = bare(values.get(name))
+        for values, name, old, tracked in wrapped:
+            now = values.get(name)
+            values[name] = old if now is tracked and bare(now) == old else bare(now)
+
+
+def _tracked(owner: str, name: str, value: Any, leak: Leak, *, lists: bool) -> Any:
+    """An attribute with `Tracked` integers; None if it holds no size. lists: longer ones too, which torch has not."""
+    if type(value) is int:
+        return Tracked(value, Attr(owner, name, value), leak)
+    if type(value) is tuple and len(value) == 1 and type(value[0]) is int:
+        return (Tracked(value[0], Attr(owner, name, value[0]), leak),)
+    if (
+        lists
+        and type(value) in (list, tuple)
+        and 1 < len(value) <= _LONGEST
+        and all(type(n) is int and n > 1 for n in value)
+    ):
+        return type(value)(Tracked(n, Attr(owner, name, n, k), leak) for k, n in enumerate(value))
+    return None
+
+
+_LONGEST = 32
+"""Longer lists are data, not sizes."""
