@@ -12,7 +12,8 @@ from typing import Annotated, Any, get_type_hints
 import typer
 
 _MODEL = (
-    "package.module:factory, a Hugging Face folder, a FILE.gguf, smollm2, timm:NAME, torchvision:NAME or a FILE.pt2"
+    "package.module:factory, FILE.py:factory, a Hugging Face folder, a FILE.gguf, smollm2, timm:NAME, "
+    "torchvision:NAME or a FILE.pt2"
 )
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help=_MODEL, show_default=False)]

