@@ -129,7 +129,7 @@ def unquantize_(model: Any) -> Any:
 
 
 def load_object(spec: str, what: str = "object") -> Any:
-    """What `package.module:name` names; the current folder is on the path, as for `python -m`."""
+    """The object that `package.module:name` names; the current folder is on the path, as for `python -m`."""
     module_name, _, name = spec.partition(":")
     if not module_name or not name:
         raise RequestError(

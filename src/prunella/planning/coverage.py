@@ -1,4 +1,4 @@
-"""What the numbers of a plan leave out, as lines that stand first: work that nobody counts, weights out of reach."""
+"""The caveats of a plan, printed first: operations of unknown cost, and weights that masks and cuts do not reach."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def weights_of(graph: Graph) -> list[str]:
 
 
 def not_counted(uncounted: Mapping[str, int], hidden: Mapping[str, Collection[str]], sizes: Mapping[str, int]) -> str:
-    """The operations whose multiply-adds nobody knows, with the share of the parameters that they read; or nothing.
+    """The operations with unknown multiply-adds, with the share of the parameters that they read; or nothing.
 
     sizes: elements of every parameter of the model.
     """
@@ -82,7 +82,7 @@ _MANY = 0.25
 
 
 def of_graph(graph: Graph) -> list[str]:
-    """What any plan by this graph leaves out: work that nobody counts, and weights that neither masks nor cuts know."""
+    """Caveats of any plan by this graph: operations of unknown cost, and weights that masks and cuts do not reach."""
     known = {layer.entity for layer in graph.layers} | {m.entity for group in graph.groups for m in group.members}
     return list(lines(uncounted_work(graph), uncovered_weights(graph, known)))
 
