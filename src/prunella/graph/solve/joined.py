@@ -75,8 +75,8 @@ def _fault(
     for lost in trials(count):
         removed = np.zeros_like(equations.fixed)
         for (positions, units), member in zip(atoms, members, strict=True):
-            gone = np.isin(units // (member.size // count), list(lost))
-            removed[equations.part[positions[gone]]] = True
+            chosen = np.isin(units // (member.size // count), list(lost))
+            removed[equations.part[positions[chosen]]] = True
         link = wrong(removed)
         if link is not None:
             return link
