@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -101,7 +102,7 @@ def _join(equations: Equations, positions: Ints, block: Ints, firsts: Ints, bloc
     equations.ledger.edges.append((positions, firsts[np.searchsorted(blocks, block)]))
 
 
-def axes_of(link: Link, solved: Mapping[object, Dim]) -> Iterable[Dim]:
+def axes_of(link: Link, solved: Mapping[Any, Dim]) -> Iterable[Dim]:
     """The axis of a link, and all axes whose sizes its expression reads."""
     yield link.dim
     for leaf in leaves(link.expression):
