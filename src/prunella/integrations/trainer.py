@@ -163,10 +163,10 @@ def _add_distillation(model: nn.Module, how: Distillation) -> RemovableHandle:
 def _mean(divergence: Tensor, keywords: dict[str, Any]) -> Tensor:
     """The mean over rows with a label, of the whole batch that the Trainer accumulates where it says how many."""
     labels, items = keywords.get("labels"), keywords.get("num_items_in_batch")
-    labelled = (
+    labeled = (
         labels.ne(-100).to(divergence) if isinstance(labels, Tensor) and labels.shape == divergence.shape else None
     )
-    if labelled is not None:
-        divergence = divergence * labelled
-    count = labelled.sum().clamp_min(1) if labelled is not None else divergence.numel()
+    if labeled is not None:
+        divergence = divergence * labeled
+    count = labeled.sum().clamp_min(1) if labeled is not None else divergence.numel()
     return divergence.sum() / (count if items is None else items)

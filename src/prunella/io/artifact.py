@@ -65,7 +65,7 @@ PROGRAM = "program.pt2"
 
 @dataclass(frozen=True)
 class Saved:
-    """What was written. `reader`: `from_pretrained`, or `prunella.load`; `note` says why it is not the former."""
+    """The files that were written. `reader`: `from_pretrained`, or `prunella.load`; `note` says why not the former."""
 
     path: Path
     bytes: int

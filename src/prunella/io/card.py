@@ -20,7 +20,7 @@ CARD = "README.md"
 
 @dataclass(frozen=True)
 class Card:
-    """What a card says. base: what was pruned. kind: the class that reads it. sparsity: of the layers that were pruned.
+    """The fields of a card. base: what was pruned. kind: the class that reads it. sparsity: of the pruned layers.
 
     calibration: which data, and how much; perplexity: where it was measured, on which text, dense and pruned.
     """

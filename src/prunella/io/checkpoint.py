@@ -25,7 +25,7 @@ _COUNTERS = frozenset(("n_averaged",))
 
 
 def read_pickled(file: Path, *, allow_pickle: bool) -> Any:
-    """What a torch file holds, as tensors and plain data; an `argparse.Namespace` is plain data too.
+    """The content of a torch file as tensors and plain data; an `argparse.Namespace` is plain data too.
 
     Errors: BadInput for a file that may not be read, is damaged, or holds other classes.
     """

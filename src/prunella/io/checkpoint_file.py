@@ -19,7 +19,7 @@ _UNKNOWN = re.compile(r"GLOBAL ([\w.]+)")
 
 
 def load_tensors_only(file: Path) -> Any:
-    """What a file of `torch.save` holds. Errors: BadInput for anything but tensors and plain data.
+    """The content of a file of `torch.save`. Errors: BadInput for anything but tensors and plain data.
 
     An `argparse.Namespace` is plain data too. A tensor that is larger than its bytes in the file is refused: `expand`
     costs nothing until somebody copies it.

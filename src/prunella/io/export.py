@@ -38,7 +38,7 @@ _LARGEST_PROTOBUF = 1_900_000_000
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written and how it was checked.
+    """The file that was written, and how it was checked.
 
     difference: between the model and `reader` on the example, relative; None where the format holds tensors only.
     dynamic: any batch size is accepted. zeros: zero weights found again in place, byte for byte, of `zeros_before`.

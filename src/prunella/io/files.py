@@ -35,7 +35,7 @@ MARKER = "manifest.json"
 _BLOCK = 1 << 20
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 _NO_FSYNC = {errno.EINVAL, errno.ENOTSUP, errno.EACCES, errno.EPERM, errno.EISDIR, errno.EBADF}
-"""What file systems answer that refuse fsync on a folder."""
+"""Error numbers of file systems that refuse fsync on a folder."""
 
 
 def digest(path: Path) -> str:
@@ -56,7 +56,7 @@ def plain_name(name: object) -> str:
 
 @contextmanager
 def reading(path: str | os.PathLike[str], what: str = "") -> Iterator[None]:
-    """What the system refuses in the block is told as an error of the file `path`.
+    """Turn errors of the operating system in the block into errors about the file `path`.
 
     what: the first line of the error, "FILE cannot be read" by default. Errors: BadInput, or OutOfResources where
     memory is short.
@@ -70,7 +70,7 @@ def reading(path: str | os.PathLike[str], what: str = "") -> Iterator[None]:
 
 @contextmanager
 def writing(path: str | os.PathLike[str], *, needed: int | None = None) -> Iterator[None]:
-    """What the system refuses in the block is told as an error of the file or folder `path`.
+    """Turn errors of the operating system in the block into errors about the file or folder `path`.
 
     needed: the bytes that are written, for the error of a full disk. Errors: RequestError for a path that cannot be
     written, OutOfResources for a full disk, also where a library hides the system's error in one of its own.
@@ -99,7 +99,7 @@ class ErrorDeferringStream(io.RawIOBase):
         self._stream, self._errors = stream, list[OSError]()
 
     def writable(self) -> bool:
-        """Yes."""
+        """True: `write` is always possible."""
         return True
 
     def seekable(self) -> bool:
@@ -281,7 +281,7 @@ def _exchange(one: Path, other: Path) -> bool:
 
 
 def flush(path: Path) -> None:
-    """What is written to a file, or which names a folder has, reaches the disk."""
+    """Flush the content of a file, or the entries of a folder, to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -51,7 +51,7 @@ class Identity:
         return tuple(name for name in names if self.parts.get(name) != other.parts.get(name))
 
     def difference(self, other: Identity) -> str:
-        """What has changed from this one to the other, as a clause: `its weights and seed changed (seed: 0, now 1)`."""
+        """The changes from this identity to the other, as a clause: `its weights and seed changed (seed: 0, now 1)`."""
         names = self.changed(other)
         pairs = [(name, self.parts.get(name, "none"), other.parts.get(name, "none")) for name in names]
         shown = [f"{name}: {a}, now {b}" for name, a, b in pairs if not (_hashed(a) or _hashed(b))]

@@ -32,7 +32,7 @@ NAME = "journal.sqlite"
 APPLICATION, FORMAT = 0x5052554E, 3
 """`PRUN`; format 1 were the text files of prunella 0.1, and 2, which had no head, is given one."""
 FORMER = ("journal.jsonl", "journal.json", "ticket.json", "cells")
-"""What the journals of prunella 0.1 were called."""
+"""Names of the journals of prunella 0.1."""
 
 Payload = Mapping[str, Any]
 """Plain data: texts, numbers, lists and mappings with text keys."""
@@ -137,7 +137,7 @@ class Journal:
             raise _damaged(self.path, "its last records are not the ones that were written last")
 
     def _add_head(self) -> None:
-        """What a journal of format 2 has not."""
+        """Add the head, which a journal of format 2 does not have."""
         with self._transaction() as database:
             for statement in filter(str.strip, _HEAD.split(";")):
                 database.execute(statement)
@@ -167,7 +167,7 @@ class Records:
         self._journal, self._identity = journal, identity
         self._known: dict[str, dict[str, Any]] = {}
         self.added = 0
-        """How many were recorded in this process."""
+        """The number of records of this process."""
         if journal is not None and identity is not None:
             self._known = {key: journal.known(identity, key) or {} for key in journal.keys(identity)}
 

@@ -1,4 +1,4 @@
-"""What lies at a path, and which verb opens it: for errors about a path of the wrong kind."""
+"""The kind of file or folder at a path, and the verb that opens it: for errors about a path of the wrong kind."""
 
 from __future__ import annotations
 

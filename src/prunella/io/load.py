@@ -134,7 +134,7 @@ def unquantize_(model: Any) -> Any:
 
 
 def load_object(spec: str, what: str = "object", *, files: bool = False) -> Any:
-    """What `package.module:name` names; the current folder is on the path, as for `python -m`.
+    """The object that `package.module:name` names; the current folder is on the path, as for `python -m`.
 
     files: whether `path/to/file.py:name` is read too: for what a person typed, never for what a file says.
     """

@@ -130,7 +130,7 @@ def write_packed(path: str | os.PathLike[str], key: str, head: Any, tensors: Map
 def read_packed(
     path: str | os.PathLike[str], key: str, *, what: str, todo: str, allow_nan: bool = False
 ) -> tuple[Fields, dict[str, Tensor]]:
-    """What `write_packed` wrote. Errors: BadInput when the file is broken or has no such entry."""
+    """Read a file of `write_packed`. Errors: BadInput when the file is broken or has no such entry."""
     file = open_tensors(os.fspath(path), what=what, todo=todo)
     head = file.metadata.get(key)
     if head is None:

@@ -1,4 +1,4 @@
-"""What pruning one block depends on, `BlockProblem`, and what it gives, `BlockResult`."""
+"""The input of the solver of one block, `BlockProblem`, and its output, `BlockResult`."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ class BlockProblem:
 
 @dataclass(frozen=True)
 class BlockResult:
-    """What was done to one block: its layers in order of execution, and the masks of their weights.
+    """The result for one block: its layers in order of execution, and the masks of their weights.
 
     refined: the errors of the block and its outputs, if it was refined. next_solver: the rank whose turn it is.
     strength: the part of the change of the weights that was kept, if it was chosen on batches that are held out.

@@ -72,12 +72,12 @@ class Calibration:
 
     @property
     def windows(self) -> dict[str, int]:
-        """How many windows each source gives."""
+        """The number of windows of each source."""
         return windows_of(self.shares, self.nsamples)
 
     @property
     def writes(self) -> int:
-        """How many windows the model writes itself."""
+        """The number of windows that the model writes itself."""
         return self.windows.get(AUTO, 0)
 
     def draw(
@@ -138,7 +138,7 @@ class Split:
 
 
 def split(data: object) -> Split:
-    """What is fitted and what is held out: nothing, unless it is said."""
+    """The batches to fit and those held out; none are held out unless a `Split` names them."""
     return data if isinstance(data, Split) else Split(data)
 
 

@@ -1,4 +1,4 @@
-"""What one-shot pruning of a language model is asked for: pattern, sparsity, layer solver, refinement."""
+"""The recipe of one-shot pruning of a language model: pattern, sparsity, layer solver, refinement."""
 
 from __future__ import annotations
 

@@ -209,7 +209,7 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
             yield
 
     def result(self) -> WorkCount:
-        """What was counted."""
+        """The counts."""
         hidden = {name: tuple(sorted(read)) for name, read in sorted(self.hidden.items())}
         done = {name: macs for name, macs in self.by_module.items() if macs}
         return WorkCount(done, dict(self.by_weight), dict(sorted(self.calls.items())), hidden)

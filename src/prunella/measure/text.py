@@ -100,7 +100,7 @@ def duration(seconds: float) -> str:
 
 
 def ratio(value: float) -> str:
-    """How many times: `1.62x`."""
+    """A ratio as text: `1.62x`."""
     return f"{value:.2f}x" if math.isfinite(value) else MISSING
 
 

@@ -40,7 +40,7 @@ class Met:
 
     @property
     def live(self) -> Mask:
-        """Which outputs are on a path."""
+        """The mask of the outputs on a path."""
         return torch.cat(list(self.outputs.values()))
 
 

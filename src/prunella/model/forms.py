@@ -209,7 +209,7 @@ class Convolution:
 
     @property
     def orientation(self) -> tuple[object, ...]:
-        """Which axes are outputs, and the groups."""
+        """The axes of outputs, and the groups."""
         return "convolution", len(self.stride), self.groups, self.transposed
 
     @property

@@ -1,4 +1,4 @@
-"""What a plan gives in numbers: a row for each group or mask, and totals for the model."""
+"""The numbers of a plan: a row for each group or mask, and totals for the model."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from prunella.types import Keep, Mask
 
 @dataclass(frozen=True)
 class Amount:
-    """What a model weighs: parameters, multiply-adds of one pass over the example, bytes, non-zero prunable weights.
+    """Cost of a model: parameters, multiply-adds of one pass over the example, bytes, nonzero prunable weights.
 
     latency: milliseconds of one pass, where the target was a `Latency`; else 0. model_weights: non-zero weights of the
     full model, prunable or not.
@@ -49,7 +49,7 @@ class Row:
 
 
 def amount(graph: Graph, keep: Keep) -> Amount:
-    """What the model weighs when only `keep` remains."""
+    """The size and cost of the model when only `keep` remains."""
     weights = sum(graph.numel(layer.entity, keep) for layer in first_seen(graph.layers))
     return Amount(
         params=float(graph.params(keep)),
@@ -66,7 +66,7 @@ def model_weights(graph: Graph, keep: Keep) -> float:
 
 
 def masked_amount(graph: Graph, rows: Sequence[Row], masks: Mapping[str, Mask]) -> Amount:
-    """What the model weighs under masks: a masked weight counts as nothing, except in bytes, since zeros are stored.
+    """Size and cost of the model under masks: masked weights count as nothing, except in bytes, since zeros are stored.
 
     Masks of what does not multiply, a bias for instance, are parameters that go, and no multiply-adds.
     """

@@ -1,4 +1,4 @@
-"""What competes for a budget, units of structure or weights under a mask, and how what is left is measured."""
+"""The candidates for a budget, units of structure or weights under a mask, and the amount that remains."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ class CandidateUnits:
     groups: tuple[Group, ...]
     scores: tuple[Scores, ...]
     target: Target | None = None
-    """What a unit costs is in its unit; one unit costs 1 where there is none."""
+    """Its unit is that of the costs; without a target each unit costs 1."""
     decided: Mapping[str, Tensor] = field(default_factory=dict)
     """Group -> what is kept of it, whatever the budget."""
     probe: LatencyProbe | None = None
@@ -156,7 +156,7 @@ class CandidateUnits:
         return weigh(self.graph, target, self.keep(removed))
 
     def time(self, removed: Counts, again: bool) -> Timing:
-        """What is left against the dense model, for `Latency`."""
+        """The time that remains relative to the dense model, for `Latency`."""
         if self.probe is None or not isinstance(self.target, Latency):
             raise RequestError("nothing times this model", f"the target is {self.target}", "ask for Latency")
         return self.probe.time(self.target, self.keep(removed), again=again)
@@ -234,7 +234,7 @@ class CandidateWeights:
         return macs_by_layer(self.graph)
 
     def masks(self, removed: Counts) -> list[Mask]:
-        """What is kept of every layer's matrix."""
+        """The mask of the matrix of every layer."""
         each = zip(self._patterns, self.scores, removed, strict=True)
         return [pattern.mask(scores, count) for pattern, scores, count in each]
 

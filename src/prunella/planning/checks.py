@@ -1,4 +1,4 @@
-"""What a request has to fulfill before any work is done, and what a model has to be."""
+"""Checks of the request and of the model before any work."""
 
 from __future__ import annotations
 

@@ -163,7 +163,7 @@ def changed(config: Mapping[str, Any], *changes: Change) -> dict[str, Any]:
 
 
 def _right(build: Build, config: Mapping[str, Any], small: Shapes) -> int:
-    """How many tensors of the model of this configuration have the wanted shape; -1 if it cannot be built."""
+    """The number of tensors of this configuration with the wanted shape; -1 if the model cannot be built."""
     try:
         built = build(config)
     except PruningError:
@@ -187,7 +187,7 @@ def _candidates(config: Mapping[str, Any], sizes: Sizes, path: ConfigPath = ()) 
 
 
 def _scaled(value: int, sizes: Sizes) -> list[int]:
-    """What `value` becomes if it is a changed size, or a count of equal parts of one (heads of 64, say)."""
+    """The new values of an entry that is a changed size, or a count of equal parts of one (heads of 64, say)."""
     pairs = [(old, new) for old, options in sizes.items() for new in options]
     values = {value * new // old for old, new in pairs if value and old % value == 0 and value * new % old == 0}
     return sorted(values - {value, 0})

@@ -1,17 +1,10 @@
-"""What the numbers of a plan leave out, as lines that stand first: work that nobody counts, weights out of reach."""
+"""The caveats of a plan, printed first: operations of unknown cost, and weights that masks and cuts do not reach."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
-from typing import Any
 
-import torch
-from torch import nn
-
-from prunella.errors import PruningError
-from prunella.graph.data import Frozen, Graph, Kind, ReasonKind
-from prunella.graph.program.capture import as_program
-from prunella.graph.solve.groups import couple
+from prunella.graph.data import Frozen, Graph, ReasonKind
 from prunella.measure.text import percent
 
 _SHOWN = 3
@@ -24,7 +17,7 @@ def weights_of(graph: Graph) -> list[str]:
 
 
 def not_counted(uncounted: Mapping[str, int], hidden: Mapping[str, Collection[str]], sizes: Mapping[str, int]) -> str:
-    """The operations whose multiply-adds nobody knows, with the share of the parameters that they read; or nothing.
+    """The operations with unknown multiply-adds, with the share of the parameters that they read; or nothing.
 
     sizes: elements of every parameter of the model.
     """
@@ -54,35 +47,8 @@ def uncovered_weights(graph: Graph, covered: Collection[str]) -> str:
     return f"not covered by the sparsity: {', '.join(left[:_SHOWN])}{more}, {share} of all weights"
 
 
-EXACT: tuple[Kind, ...] = ("channel", "head")
-"""The kinds of units whose removal equals zeros in their place."""
-WIDER: tuple[Kind, ...] = (*EXACT, "width", "expert")
-
-
-def reach(graph: Graph, kinds: Collection[Kind]) -> float:
-    """The share of the parameters that is gone if every group of these kinds keeps its fewest units."""
-    keep = {g.name: torch.arange(g.size) < g.min_units for g in graph.groups if g.kind in kinds}
-    return 1 - graph.params(keep) / (graph.params() or 1)
-
-
-def in_program(model: nn.Module, inputs: Any, graph: Graph) -> float | None:
-    """`reach` of channels and heads as a program, where sizes of the source keep many parameters; None elsewhere."""
-    kept = {entry.entity for entry in graph.frozen if entry.kind is ReasonKind.SOURCE}
-    share = sum(graph.numel(name) for name in kept if name in graph.entities) / (graph.params() or 1)
-    if share < _MANY:
-        return None
-    try:
-        return reach(couple(as_program(model, inputs), inputs), EXACT)
-    except PruningError:  # not every model can be captured
-        return None
-
-
-_MANY = 0.25
-"""Of the parameters: a capture takes seconds."""
-
-
 def of_graph(graph: Graph) -> list[str]:
-    """What any plan by this graph leaves out: work that nobody counts, and weights that neither masks nor cuts know."""
+    """Caveats of any plan by this graph: operations of unknown cost, and weights that masks and cuts do not reach."""
     known = {layer.entity for layer in graph.layers} | {m.entity for group in graph.groups for m in group.members}
     return list(lines(uncounted_work(graph), uncovered_weights(graph, known)))
 

@@ -1,4 +1,4 @@
-"""What stands in the way of a budget, and what helps."""
+"""Why a budget cannot be met, and how it can."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from prunella.targets import Sparsity, Target, Threshold
 _ADVICE = {
     ReasonKind.SOURCE: "sizes in the source can follow in a program: prunella.as_program(model, inputs), or --program",
 }
-"""What helps against a kind of reason; against the others nothing does, or the reason itself says it."""
+"""Advice for a kind of reason; the other kinds have no remedy, or their text names it."""
 _FREES = {
     ReasonKind.SOURCE: "--program",
     ReasonKind.RULE: "a rule: prunella.graph.rules.rule",
@@ -29,13 +29,13 @@ def frees(kind: ReasonKind) -> str:
 
 
 def offer(frozen: Iterable[Frozen]) -> str:
-    """What helps to prune more of what is frozen; empty where nothing does."""
+    """Advice on how to prune more of the frozen groups; empty without any."""
     kinds = {entry.kind for entry in frozen}
     return "; ".join(advice for kind, advice in _ADVICE.items() if kind in kinds)
 
 
 def obstacles(graph: Graph, frozen: Sequence[Frozen], limit: int = 6) -> list[str]:
-    """What may not be pruned and why, blocks first, then the layers with the most multiply-adds."""
+    """The frozen parts with their reasons: blocks first, then the layers with the most multiply-adds."""
     macs = macs_by_parameter(graph)
     sizes = {name: graph.numel(name) for name in graph.entities}
     ranked = sorted(frozen, key=lambda f: (f.axis < 0, macs.get(f.entity, 0.0), sizes.get(f.entity, 0)), reverse=True)

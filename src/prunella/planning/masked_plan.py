@@ -73,7 +73,7 @@ def _matrices(
 
 
 def _weights_of_budget(request: Request, candidates: CandidateWeights, frozen: Sequence[Frozen]) -> Counts:
-    """What goes of every layer to meet the target."""
+    """The number of weights that each layer loses to meet the target."""
     assert request.target is not None, "checked at the start"
     recipe, number = request.recipe, len(candidates.layers)
     rules = BudgetRules(

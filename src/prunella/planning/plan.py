@@ -166,7 +166,7 @@ class Plan:
 
     @property
     def got(self) -> float:
-        """What the target's unit comes to: a fraction where a fraction was asked, else a number.
+        """The amount in the unit of the target: a fraction where a fraction was asked, else a number.
 
         Without a target, and for a threshold, the sparsity: the fraction of the units (weights) that goes.
         """

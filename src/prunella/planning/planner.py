@@ -157,7 +157,7 @@ def _check_branches(request: Request, keep: Keep) -> None:
 
 
 def _added(asked: Request, request: Request) -> Iterator[str]:
-    """What joined the request while it was planned."""
+    """Remarks on the examples and roundings that were added during planning."""
     for other in request.others[len(asked.others) :]:
         yield f"traced on an input of {shape_text(other)} too, where cuts are wrong that are right on the example"
     if request.recipe.round_to != asked.recipe.round_to:
@@ -193,7 +193,7 @@ def _scored(request: Request) -> _Scored:
 
 
 def _fewer(recipe: Recipe, group: Group, scores: Tensor, quota: Quota) -> Mask:
-    """What is kept of a group of which so much goes, lowest scores first."""
+    """The mask of a group that loses its quota, lowest scores first."""
     return without_lowest(scores, steps_for(group.name, _widths(recipe, group, scores), quota, group.size))
 
 

@@ -119,7 +119,7 @@ def _listed(names: Sequence[str], limit: int) -> str:
 
 
 def frozen_lines(frozen: Iterable[Frozen], limit: int = 8) -> list[str]:
-    """What may not be pruned, grouped by reason, the most frequent first."""
+    """The frozen parts, grouped by reason, the most frequent first."""
     groups: dict[tuple[str, str], list[Frozen]] = defaultdict(list)
     for entry in frozen:
         groups[entry.reason, entry.where].append(entry)

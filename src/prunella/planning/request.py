@@ -239,7 +239,7 @@ def score_layers(
 
 
 def _masked_last(before: Before | None, scored: list[LayerScores]) -> list[LayerScores]:
-    """What earlier rounds have masked ranks behind everything else, where it may not come back."""
+    """Rank the weights that earlier rounds have masked behind all others, where they may not come back."""
     if before is None or not before.nested:
         return scored
     masks = {x.entity: to_matrix(before.masks[x.entity], x) for x, _ in scored if x.entity in before.masks}

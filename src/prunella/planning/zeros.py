@@ -143,7 +143,7 @@ def _read_as_zero(model: nn.Module, graph: Graph, groups: Sequence[Group], input
 
 
 def _constants(model: nn.Module, groups: Sequence[Group]) -> str:
-    """How many units are constant and still read as another number than zero."""
+    """The number of units that are constant, and read as another number than zero."""
     count = sum(int(_constant(model, group).sum()) for group in groups)
     return f"; {count} are constant but are not read as zero, and fold_means may fold them" if count else ""
 

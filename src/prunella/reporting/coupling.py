@@ -40,7 +40,7 @@ class Rail:
 
     @property
     def x(self) -> int:
-        """Where it is drawn."""
+        """The position in the drawing."""
         return LEFT + self.column * RAIL
 
 

@@ -124,7 +124,7 @@ class Frontier:
         return Section("Quality against size", lead, header, tuple(rows))
 
     def reasons(self) -> Section:
-        """What could not be made, and why."""
+        """The cells that failed, with their reasons."""
         seeds_of: dict[tuple[str, float, str], list[int]] = {}
         for cell in self.failures:
             seeds_of.setdefault((cell.method, cell.ratio, cell.error), []).append(cell.seed)

@@ -146,7 +146,7 @@ def tiles(report: Report) -> tuple[Tile, ...]:
 
 
 def why_kept(report: Report) -> tuple[Kept, ...]:
-    """What was not pruned, one entry for each reason and place in the source."""
+    """The parts that were not pruned: one entry for each reason and place in the source."""
     entries: dict[tuple[str, str], list[str]] = {}
     for entry in report.frozen:
         where = "" if entry.axis < 0 else f", axis {entry.axis}"

@@ -130,7 +130,7 @@ class Report:
     pass_seconds: tuple[float, float] = (0.0, 0.0)
     sections: tuple[Section, ...] = ()
     caveats: tuple[str, ...] = ()
-    """What the numbers leave out; these lines stand first."""
+    """The parts of the model that the numbers leave out; these lines stand first."""
 
     def adding(self, *sections: Section) -> Report:
         """This report with further parts: side effects, the curves of an experiment."""
@@ -162,7 +162,7 @@ class Report:
 
     @property
     def smaller(self) -> tuple[str, ...]:
-        """How much smaller, by what was asked first; or that it is not."""
+        """The reductions, those of the multiply-adds first; `not smaller` if there are none."""
         named = (("multiply-adds", "multiply-adds"), ("parameters", "parameters"), ("non-zero weights", "weights"))
         smaller = [(label, m) for name, label in named for m in self.metrics if m.name == name and m.after < m.before]
         parts = [f"{percent(1 - m.remaining, 0)} fewer {label}" for label, m in smaller]
@@ -344,7 +344,7 @@ def _layers(
 
 
 def _caveats(dense: nn.Module, work: Sequence[WorkCount], plan: Plan | None) -> tuple[str, ...]:
-    """What the numbers leave out: what the plan says, and operations whose work nobody knows."""
+    """The parts that the numbers leave out: those that the plan names, and operations of unknown cost."""
     sizes = {name: parameter.numel() for name, parameter in dense.named_parameters()}
     calls = {name: max(one.uncounted.get(name, 0) for one in work) for one in work for name in one.uncounted}
     hidden = {name: {*work[0].hidden.get(name, ()), *work[1].hidden.get(name, ())} for name in calls}

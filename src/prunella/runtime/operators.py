@@ -1,4 +1,4 @@
-"""What the layers run: plain functions in eager mode, custom operators under compilers and for fake tensors.
+"""The operators of the layers: plain functions in eager mode, custom operators under compilers and for fake tensors.
 
 The operators take the weight in its canonical form, as tensors, so that a compiled graph knows what it reads. The key
 of the layer's cache leads to the packed weight.

@@ -79,7 +79,7 @@ class PackedCache:
         return self.shape[0], math.prod(self.shape[1:])
 
     def choice(self, size: int) -> Choice:
-        """What to run for this number of tokens, or of output positions of a convolution."""
+        """The choice for this number of tokens, or of output positions of a convolution."""
         choice = self._choices.get(size)
         if choice is None:
             choice = self._choices[size] = self.table.at(size)
@@ -189,7 +189,7 @@ def dense_matrix(values: Tensor, bits: Tensor, shape: tuple[int, int]) -> Tensor
 
 
 def mask_of(bits: Tensor, shape: tuple[int, int]) -> Tensor:
-    """Which weights are not zero: bool, from bytes whose highest bit is the first."""
+    """The mask of the nonzeros: bool, from bytes whose highest bit is the first."""
     places = torch.arange(7, -1, -1, dtype=torch.uint8, device=bits.device)
     flat = (bits.unsqueeze(1) >> places) & 1
     return flat.reshape(-1)[: shape[0] * shape[1]].reshape(shape).to(torch.bool)

@@ -25,7 +25,7 @@ _RECORD = "prunella_sparsified"
 
 @dataclass(frozen=True)
 class LayerRecord:
-    """What a layer runs. sparsity: fraction of its weights that are zero.
+    """The measured choice of a layer. sparsity: fraction of its weights that are zero.
 
     verdicts: one for each number of tokens that was measured; the ratio is of the best kernel that skips zeros against
     the best dense operation. why: why the layer stays dense; empty if it skips zeros for some number of tokens.
@@ -48,7 +48,7 @@ class LayerRecord:
 
 @dataclass(frozen=True)
 class Environment:
-    """What the measurements are valid for."""
+    """The conditions under which the measurements are valid."""
 
     threads: int
     machine: str
@@ -65,7 +65,7 @@ class Environment:
 
 @dataclass(frozen=True)
 class Sparsified:
-    """What `sparse` did.
+    """The result of `sparse`.
 
     seconds: that it took. traced: inputs of the trace, if layers were fused with its help. channels_last: whether
     images run in that layout. action: what the replaced layers do, for the printed record. others: the matrices that
@@ -136,7 +136,7 @@ def _kernels() -> str:
 
 
 def _phrase(verdict: Verdict) -> str:
-    """What runs for a size; where that is dense code, also the best kernel."""
+    """The operation that runs for a size, and the best kernel where that operation is dense."""
     dense = is_dense(verdict.choice) and verdict.best is not None
     return f"{verdict.problem.size}: {f'dense ({_best(verdict)})' if dense else _best(verdict)}"
 

@@ -148,7 +148,7 @@ FEW, TOKENS = 8192, 16
 
 
 def spread(tokens: int, inputs: int) -> Tensor | None:
-    """Which tokens of one call to take; None for all.
+    """The tokens of one call to take; None for all.
 
     Spread evenly by the golden ratio, so that no period (the width of an image) is met again and again.
     """

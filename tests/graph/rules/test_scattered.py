@@ -30,7 +30,7 @@ def adjacency(h: Tensor, source: Tensor, target: Tensor) -> Tensor:
     return torch.sparse_coo_tensor(torch.stack([target, source]), torch.ones(EDGES, dtype=h.dtype), (NODES, NODES))
 
 
-def mean_of_neighbours(h: Tensor, source: Tensor, target: Tensor) -> Tensor:
+def mean_of_neighbors(h: Tensor, source: Tensor, target: Tensor) -> Tensor:
     """GraphSAGE in plain torch: sums by number, divided by the degree."""
     total = torch.zeros_like(h).index_add_(0, target, h[source])
     degree = torch.zeros(NODES, dtype=h.dtype).index_add_(0, target, torch.ones(EDGES, dtype=h.dtype))
@@ -60,7 +60,7 @@ PASSES: dict[str, Gather] = {
     "sparse.mm": lambda h, s, t: torch.sparse.mm(adjacency(h, s, t), h),
     "sparse @": lambda h, s, t: adjacency(h, s, t) @ h,
     "csr @": lambda h, s, t: adjacency(h, s, t).coalesce().to_sparse_csr() @ h,
-    "mean": mean_of_neighbours,
+    "mean": mean_of_neighbors,
     "degrees": edge_weights,
     "gather": lambda h, s, t: h.gather(0, s[:NODES, None].expand(-1, h.shape[1])),
     "fourier": lambda h, s, t: torch.fft.ifft(torch.fft.fft(h, dim=0) * 0.5, dim=0).real,

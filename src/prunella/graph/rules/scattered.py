@@ -1,6 +1,6 @@
 """Sums of rows by number, sparse products, Fourier transforms: one axis is mixed, the others pass.
 
-Message passing in graphs sums the features of the neighbours of a node. Nodes are numbered and stay; each feature is
+Message passing in graphs sums the features of the neighbors of a node. Nodes are numbered and stay; each feature is
 summed by itself.
 """
 

@@ -35,6 +35,7 @@ from prunella.graph.data import (
     Member,
     Numbered,
     UnitCall,
+    UnreadSize,
 )
 from prunella.graph.rules import apply_rule
 from prunella.graph.solve.equations import Equations
@@ -72,7 +73,8 @@ def couple(model: nn.Module, inputs: Any, others: Sequence[Any] = ()) -> Graph:
             record.ledger.single(dim)
     graph = add_stacks(_graph(record, model), model, record.flow)
     unread = never_read(model, inputs, graph.unread)
-    places = {(entry.owner, entry.name) for entry in (*unread, *graph.attributes) if entry.index >= 0}
+    entries: list[Attribute | UnreadSize] = [*unread, *graph.attributes]
+    places = {(entry.owner, entry.name) for entry in entries if entry.index >= 0}
     lists = {(owner, name): tuple(getattr(holder(model, owner), name)) for owner, name in places}
     graph = replace(graph, unread=unread, lists_of_sizes=lists)
     return replace(graph, specials=specials(model), untried=record.untried)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -75,8 +76,8 @@ def _fault(
     for lost in trials(count):
         removed = np.zeros_like(equations.fixed)
         for (positions, units), member in zip(atoms, members, strict=True):
-            gone = np.isin(units // (member.size // count), list(lost))
-            removed[equations.part[positions[gone]]] = True
+            chosen = np.isin(units // (member.size // count), list(lost))
+            removed[equations.part[positions[chosen]]] = True
         link = wrong(removed)
         if link is not None:
             return link
@@ -101,7 +102,7 @@ def _join(equations: Equations, positions: Ints, block: Ints, firsts: Ints, bloc
     equations.ledger.edges.append((positions, firsts[np.searchsorted(blocks, block)]))
 
 
-def axes_of(link: Link, solved: Mapping[object, Dim]) -> Iterable[Dim]:
+def axes_of(link: Link, solved: Mapping[Any, Dim]) -> Iterable[Dim]:
     """The axis of a link, and all axes whose sizes its expression reads."""
     yield link.dim
     for leaf in leaves(link.expression):

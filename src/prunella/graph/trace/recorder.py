@@ -106,7 +106,7 @@ class Work:
 
 @dataclass
 class Unknown:
-    """The calls of an operation whose work nobody knows, and the parameters that they read."""
+    """The calls of an operation of unknown cost, and the parameters that they read."""
 
     calls: int = 0
     reads: set[str] = field(default_factory=set)

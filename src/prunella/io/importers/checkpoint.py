@@ -77,7 +77,7 @@ def repeated(mask: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 def recipe_sparsities(text: str) -> Iterator[str]:
-    """What the modifiers of a recipe ask for, one line each; nothing of the text is ever run.
+    """The sparsities that the modifiers of a recipe ask for, one line each; nothing of the text is ever run.
 
     Errors: BadInput for text that is too long, or no YAML.
     """

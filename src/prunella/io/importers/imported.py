@@ -68,6 +68,6 @@ def zero_masks(weights: Mapping[str, Tensor], min_sparsity: float = 0.0) -> dict
 
 
 def nonzero(value: Tensor) -> Mask:
-    """Where a tensor is not zero; formats of eight bits have no comparison of their own."""
+    """The mask of the nonzeros of a tensor; formats of eight bits have no comparison of their own."""
     wide = value.detach().cpu()
     return (wide.float() if wide.element_size() < 2 else wide) != 0

@@ -1,4 +1,4 @@
-"""Which regular pattern a mask follows."""
+"""The regular pattern that a mask follows."""
 
 from __future__ import annotations
 

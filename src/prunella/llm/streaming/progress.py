@@ -39,7 +39,7 @@ class BlockProgress:
         self._done, self._digests = _fits(done), {path: str(done[path].get("sha256") or "") for path in done}
 
     def fits(self, path: str) -> list[Fit] | None:
-        """What was done to a block, None if it is not done."""
+        """The record of a block; None if it is not done."""
         return list(self._done[path]) if path in self._done else None
 
     def check(self, path: str, shard: Path) -> None:
@@ -100,7 +100,7 @@ def _opened(output: Path, identify: Callable[[], Identity], *, overwrite: bool) 
 
 
 def folder_beside(output: Path) -> Path:
-    """Where a new result is written while the output holds a finished one."""
+    """The folder of a new result while the output holds a finished one."""
     absolute = output.absolute()
     return absolute.with_name(f".{absolute.name}.new")
 

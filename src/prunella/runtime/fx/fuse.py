@@ -40,7 +40,7 @@ SHAPE = "tensor_meta"
 
 @dataclass(frozen=True)
 class Fused:
-    """What is fused with a layer. norm: path of a batch norm. residual: whether one is added before the activation."""
+    """Steps fused with a layer. norm: path of a batch norm. residual: whether one is added before the activation."""
 
     norm: str | None = None
     activation: Activation = Activation.NONE
@@ -134,7 +134,7 @@ def fuse_(program: GraphModule, make: Callable[[str, Fused], nn.Module | None], 
 
 
 def fusions(program: GraphModule, layers: Mapping[str, Any]) -> dict[str, Fused]:
-    """What `fuse_` would fuse with each of these layers. The program computes something else afterwards."""
+    """The steps that `fuse_` would fuse with each of these layers. The program computes something else afterwards."""
     by_layer: dict[str, Fused] = {}
 
     def make(name: str, fused: Fused) -> nn.Module:
@@ -199,7 +199,7 @@ def channels_last_(program: GraphModule) -> bool:
 
 
 def _fusable(layer: Node, modules: Mapping[str, nn.Module]) -> tuple[Fused, Node, Node | None]:
-    """What can be fused with a layer, the last step of that, and the residual that is added."""
+    """The operations to fuse with a layer, the last node among them, and the residual that is added."""
     node, norm, residual = layer, None, None
     follower = _only_user(node)
     if follower is not None and _is_norm(follower, modules):

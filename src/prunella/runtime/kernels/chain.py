@@ -23,7 +23,7 @@ _LINE = 16
 
 @dataclass(frozen=True)
 class ChainStep:
-    """What a layer reads, as places: the inputs come first, then the result of each layer.
+    """The inputs of a layer as places: the inputs come first, then the result of each layer.
 
     free: places that no later layer reads.
     """

@@ -1,1 +1,1 @@
-"""Which kernel runs each layer on this machine, chosen by measurement."""
+"""The choice of a kernel for each layer by measurements on this machine."""

@@ -95,7 +95,7 @@ def with_channels_last(model: nn.Module, example: Inputs) -> tuple[nn.Module, bo
 
 
 def speedup(base: nn.Module, other: nn.Module, example: Inputs) -> Ratio:
-    """How many times as fast the other model is as the base, on an example."""
+    """The speed of the other model relative to the base, on an example."""
     runs = {"base": partial(forward, base, example), "other": partial(forward, other, example)}
     with torch.inference_mode():
         return interleaved(runs).ratio

@@ -1,4 +1,4 @@
-"""What a layer runs for each number of tokens: a compiled kernel, or a dense or sparse operation of torch."""
+"""The kernel of a layer for each number of tokens: a compiled kernel, or a dense or sparse operation of torch."""
 
 from __future__ import annotations
 

@@ -274,7 +274,7 @@ def _layer_name(parameter: str) -> str:
 
 
 def problems(form: LayerForm, shapes: set[tuple[int, ...]], tokens: Sequence[int]) -> tuple[Problem, ...]:
-    """What to measure for a layer: the shapes of its inputs and, for a linear layer, fewer tokens and `tokens`."""
+    """The problems to measure for a layer: the shapes of its inputs; of a linear layer, fewer tokens too."""
     if form.geometry is not None:
         geometry = form.geometry
         images = {Problem(s[0] * math.prod(geometry.positions((s[2], s[3]))), s) for s in shapes if len(s) == 4}

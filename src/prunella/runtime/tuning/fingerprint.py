@@ -1,4 +1,4 @@
-"""What a measured choice depends on: on another machine another kernel may be the fastest."""
+"""The machine and libraries that a measured choice is valid for: elsewhere another kernel may be the fastest."""
 
 from __future__ import annotations
 

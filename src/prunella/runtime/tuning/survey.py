@@ -1,4 +1,4 @@
-"""Which patterns of zeros are faster on this machine, and from which sparsity: a few seconds of measurement."""
+"""Measure in a few seconds which patterns of zeros are faster on this machine, and from which sparsity."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ def cosine_fraction(alpha: float) -> Fraction:
 
 @dataclass(frozen=True)
 class Rule:
-    """How an update changes the mask.
+    """The change of the mask in an update.
 
     fraction: progress -> fraction of a layer's active weights that is exchanged; at least one weight unless it is 0.
     drop, grow: criteria of `weight`, `grad` and `noise`; the lowest scores are dropped, the highest scores grow. trade:
