@@ -43,21 +43,27 @@ class Sums:
         y, residual = y.double(), residual.double()
         if not hasattr(self, "x_origin"):
             self._begin(x.mean(0, dtype=torch.float64) if self.centered else y.new_zeros(x.shape[1]), y.mean(0))
-        x, y = x - self.x_origin, y - self.y_origin  # the difference is float64, whatever x is
+        x = self._relative(x)
+        y = y - self.y_origin
         self.tokens += x.shape[0]
-        self.x += x.sum(0)
+        self.x += x.sum(0, dtype=torch.float64)
         self.r += residual.sum(0)
         self.y += y.sum(0)
         self.y_squares += y.square().sum(0)
         self._multiply(x, residual)
         self.squares += float(residual.square().sum())
 
+    def _relative(self, x: Tensor) -> Tensor:
+        if not self.quick:
+            return x - self.x_origin  # the difference is float64, whatever x is
+        return x.float() - self.x_origin.float() if self.centered else x.float()
+
     def _multiply(self, x: Tensor, residual: Tensor) -> None:
         if not self.quick:
             self.gram.addmm_(x.T, x)
             self.cross.addmm_(x.T, residual)
             return
-        for few, gap in zip(x.float().split(TOKENS), residual.float().split(TOKENS), strict=True):
+        for few, gap in zip(x.split(TOKENS), residual.float().split(TOKENS), strict=True):
             self.gram += few.T @ few
             self.cross += few.T @ gap
 
