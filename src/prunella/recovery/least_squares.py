@@ -12,7 +12,7 @@ from prunella.solvers.linalg import damped_solve
 from prunella.types import Gram
 
 TOKENS = 8192
-"""Of one product in float32."""
+"""Of one product in the precision of the inputs."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Sums:
     """Sums over tokens of inputs X `(tokens, in)`, residuals R and expected outputs Y `(tokens, out)`, in float64.
 
     With `centered`, X is relative to the mean of its first batch, so that large offsets cost no precision. quick:
-    products of a few thousand tokens in float32, and only their sum in float64; half the time.
+    products of a few thousand tokens in the precision of X, and only their sum in float64; half the time.
     """
 
     def __init__(self, *, centered: bool, quick: bool = False) -> None:
@@ -56,14 +56,15 @@ class Sums:
     def _relative(self, x: Tensor) -> Tensor:
         if not self.quick:
             return x - self.x_origin  # the difference is float64, whatever x is
-        return x.float() - self.x_origin.float() if self.centered else x.float()
+        x = x.to(x.dtype if x.dtype.itemsize >= 4 else torch.float32)
+        return x - self.x_origin.to(x.dtype) if self.centered else x
 
     def _multiply(self, x: Tensor, residual: Tensor) -> None:
         if not self.quick:
             self.gram.addmm_(x.T, x)
             self.cross.addmm_(x.T, residual)
             return
-        for few, gap in zip(x.split(TOKENS), residual.float().split(TOKENS), strict=True):
+        for few, gap in zip(x.split(TOKENS), residual.to(x.dtype).split(TOKENS), strict=True):
             self.gram += few.T @ few
             self.cross += few.T @ gap
 
