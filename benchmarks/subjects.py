@@ -236,7 +236,7 @@ def subjects(folder: Path) -> dict[str, Subject]:
     wide = torch.zeros(1, 3, 224, 224)
     return {
         "resnet20": _resnet(20, (0.5, 0.35, 0.65), 60),
-        "resnet56": _resnet(56, (0.5,), 30),
+        "resnet56": _resnet(56, (0.5, 0.65, 0.35), 30),
         "vgg": Subject(
             "VGG on Fashion-MNIST", partial(dense_vgg, folder), gray, _fashion_batches, _fashion_test,
             (0.5,), 80, 60, last=str(len(Vgg()) - 1),

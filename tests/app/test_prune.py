@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,13 +16,16 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 import prunella as pr
+from prunella.app.prune import asked_of
 from prunella.app.prune_data import split
 from prunella.app.prune_groups import residual_streams
-from prunella.app.prune_plan import _by_norm
-from prunella.app.prune_stages import Progress, seconds_of
+from prunella.app.prune_plan import REFITTED, _by_norm, _Measured, planned
+from prunella.app.prune_recover import Pair
+from prunella.app.prune_stages import Progress, StageTimer, seconds_of
 from prunella.errors import BadInput, NotSupported, RequestError, TargetMissed
 from prunella.graph.solve.groups import couple
 from prunella.graph.verify import verify
+from prunella.io.journal import Records
 from prunella.measure.clock import fake_clock
 from prunella.metrics import Timing
 from prunella.model.forward import judged
@@ -406,3 +410,61 @@ def test_no_seed_and_no_folder(wrong: dict[str, Any], tmp_path: Path, monkeypatc
     with pytest.raises(RequestError, match=next(iter(wrong))):
         pr.prune(_mlp(), _rows()[0], target=pr.MACs(0.5), data=_rows(), **wrong)
     assert not list(tmp_path.iterdir())
+
+
+class Chain(nn.Module):
+    """Three inner groups of one size, one after the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            *(layer for _ in range(3) for layer in (nn.Linear(24, 24), nn.ReLU())), nn.Linear(24, 5)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x)
+
+
+def test_early_losses_count_less_if_later_layers_are_refitted() -> None:
+    torch.manual_seed(0)
+    model, seen = Chain().eval(), []
+    data = [torch.randn(64, 24) for _ in range(4)]
+    asked = asked_of(model, data[0], target=pr.MACs(0.5), data=data, loss=None, skip=(), only=(), seed=0)
+
+    def note(self: Any, order: Any, points: Any) -> dict[str, float]:
+        seen.append(remaining(self, order, points))
+        return seen[-1]
+
+    remaining = _Measured._remaining
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_Measured, "_remaining", note)
+        for refits in (True, False):
+            planned(replace(asked, refits=refits), StageTimer(), Records(None, None))
+    assert list(seen[0].values()) == pytest.approx([REFITTED, REFITTED**0.5, 1.0])
+    assert list(seen[1].values()) == [1.0, 1.0, 1.0]
+
+
+def test_a_plan_for_a_plain_cut_does_not_count_on_refits(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[bool] = []
+    monkeypatch.setattr(
+        "prunella.app.prune.planned", lambda given, *rest: asked.append(given.refits) or planned(given, *rest)
+    )
+    for recover in ("none", "reconstruct"):
+        pr.prune(
+            Chain().eval(), torch.randn(2, 24), target=pr.MACs(0.5), data=[torch.randn(32, 24)] * 4, recover=recover
+        )
+    assert asked == [False, True]
+
+
+def test_a_distance_is_measured_again_only_if_the_model_has_changed() -> None:
+    model, data = Wide().eval(), _images()
+    plan = pr.plan(model, data[0], target=pr.MACs(0.5))
+    pair = Pair(model, pr.shrink(model, plan), plan, split(model, data, None), lambda net, batch: net(batch), 0)
+    first = pair.distance()
+    pair.remember(first)
+    calls: list[int] = []
+    pair.small.register_forward_hook(lambda *_: calls.append(1))
+    assert pair.present() == first and not calls
+    with torch.no_grad():
+        pair.small.norm.running_mean += 1  # type: ignore[union-attr, operator]
+    assert pair.present() != first and calls

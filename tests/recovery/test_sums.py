@@ -24,3 +24,21 @@ def test_the_error_of_a_solution_on_other_tokens(centered: bool) -> None:
     direct = sum(float((r - x @ solution.change - solution.shift).square().sum()) for x, r in parts)
     assert judge.error(solution) == pytest.approx(direct, rel=1e-9)
     assert bool(solution.shift.any()) is centered
+
+
+@pytest.mark.parametrize("centered", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_quick_sums_give_the_same_solution(centered: bool, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    exact, quick = Sums(centered=centered), Sums(centered=centered, quick=True)
+    for _ in range(2):
+        x = (torch.randn(9000, 5) + (100 if centered else 0)).to(dtype)
+        r = torch.randn(9000, 3, dtype=torch.float64) + x.double()[:, :3]
+        exact.add(x, r, r)
+        quick.add(x, r, r)
+    expected, found = exact.solve(1e-3), quick.solve(1e-3)
+    tolerance = 1e-9 if dtype is torch.float64 else 1e-4
+    torch.testing.assert_close(found.change, expected.change, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(found.shift, expected.shift, rtol=100 * tolerance, atol=100 * tolerance)
+    assert found.after == pytest.approx(expected.after, rel=1e-4)
+    assert quick.empty().quick

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 import prunella as pr
-from prunella.stats.elimination import Covariance, Quadratic, compensated, eliminate
+from prunella.graph.solve.groups import couple
+from prunella.stats.elimination import Covariance, Quadratic, Readers, compensated, eliminate
 
 
 def _reader(out: int, units: Tensor, *, tokens: int = 50, seed: int = 0) -> tuple[Quadratic, Tensor]:
@@ -116,3 +117,35 @@ def test_a_unit_that_others_replace_goes_first_in_a_plan() -> None:
     small = pr.shrink(model, plan)
     pr.reconstruct(small, model, data, plan, ridge=0.0)
     torch.testing.assert_close(small(data[0]), model(data[0]), rtol=1e-6, atol=1e-6)
+
+
+def test_costs_are_those_behind_the_norm() -> None:
+    reader, _ = _reader(3, torch.arange(6), seed=5)
+    scale = torch.tensor([100.0, 0.01, 1.0]).double()
+    scaled = eliminate([reader._replace(scale=scale)], 6)
+    by_hand = eliminate([reader._replace(weight=reader.weight * scale[:, None])], 6)
+    torch.testing.assert_close(scaled.losses, by_hand.losses)
+    assert not torch.allclose(scaled.losses, eliminate([reader], 6).losses, rtol=0.1)
+    keep = torch.arange(6) > 1
+    weight, _ = compensated(reader._replace(scale=scale), keep)  # the layer computes what the norm reads
+    assert torch.equal(weight, compensated(reader, keep)[0])
+
+
+def test_readers_know_the_norm_and_their_order() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Conv2d(8, 6, 1, bias=False), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 4, 1)
+    ).eval()  # fmt: skip
+    with torch.no_grad():
+        model[3].weight.copy_(torch.arange(1.0, 7))
+    x = torch.randn(4, 3, 5, 5)
+    groups = [group for group in couple(model, x).groups if group.size in (8, 6)]
+    readers = Readers(dict(model.named_parameters()), groups[::-1])
+    with torch.no_grad(), readers.watch():
+        model(x)
+    first, second = (next(group.name for group in groups if group.size == size) for size in (8, 6))
+    assert readers.order == (first, second)
+    ((_, quadratic),) = readers.of(first)
+    assert quadratic.scale is not None
+    torch.testing.assert_close(quadratic.scale, torch.arange(1.0, 7).double() / (1 + 1e-5) ** 0.5, rtol=1e-6, atol=1e-6)
+    assert readers.of(second)[0][1].scale is None

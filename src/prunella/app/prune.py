@@ -142,6 +142,7 @@ def prune(
     place = _place(folder)
     with outside_inference(), nullcontext() if place is None else locked(place / NAME):
         asked = asked_of(model, inputs, target=target, data=data, loss=loss, skip=skip, only=only, seed=seed)
+        asked = replace(asked, refits=how.reconstruct)
         with open_kept_stages(place, lambda: _identity(asked, loss, how, timer.budget)) as stages:
             plan = stages.plan(partial(planned, asked, timer, stages.records), inputs, timer)
             with timer.stage("cut"):
@@ -204,6 +205,7 @@ def recover_all_(asked: Asked, small: nn.Module, plan: Plan, how: Recover, timer
     pair = Pair(asked.model, small, plan, asked.data, asked.run, asked.seed)
     with timer.stage("compare") as stage:
         distance = pair.distance()
+        pair.remember(distance)
         stage.compared(None, distance, pair.measure)
         stage.note(asked.data.note)
     recover_(pair, how, timer, stages)

@@ -11,6 +11,9 @@ from torch import Tensor
 from prunella.solvers.linalg import damped_solve
 from prunella.types import Gram
 
+TOKENS = 8192
+"""Of one product in the precision of the inputs."""
+
 
 @dataclass(frozen=True)
 class Solution:
@@ -26,11 +29,12 @@ class Solution:
 class Sums:
     """Sums over tokens of inputs X `(tokens, in)`, residuals R and expected outputs Y `(tokens, out)`, in float64.
 
-    With `centered`, X is relative to the mean of its first batch, so that large offsets cost no precision.
+    With `centered`, X is relative to the mean of its first batch, so that large offsets cost no precision. quick:
+    products of a few thousand tokens in the precision of X, and only their sum in float64; half the time.
     """
 
-    def __init__(self, *, centered: bool) -> None:
-        self.centered = centered
+    def __init__(self, *, centered: bool, quick: bool = False) -> None:
+        self.centered, self.quick = centered, quick
         self.tokens = 0
         self.squares = 0.0
 
@@ -39,15 +43,30 @@ class Sums:
         y, residual = y.double(), residual.double()
         if not hasattr(self, "x_origin"):
             self._begin(x.mean(0, dtype=torch.float64) if self.centered else y.new_zeros(x.shape[1]), y.mean(0))
-        x, y = x - self.x_origin, y - self.y_origin  # the difference is float64, whatever x is
+        x = self._relative(x)
+        y = y - self.y_origin
         self.tokens += x.shape[0]
-        self.x += x.sum(0)
+        self.x += x.sum(0, dtype=torch.float64)
         self.r += residual.sum(0)
         self.y += y.sum(0)
         self.y_squares += y.square().sum(0)
-        self.gram.addmm_(x.T, x)
-        self.cross.addmm_(x.T, residual)
+        self._multiply(x, residual)
         self.squares += float(residual.square().sum())
+
+    def _relative(self, x: Tensor) -> Tensor:
+        if not self.quick:
+            return x - self.x_origin  # the difference is float64, whatever x is
+        x = x.to(x.dtype if x.dtype.itemsize >= 4 else torch.float32)
+        return x - self.x_origin.to(x.dtype) if self.centered else x
+
+    def _multiply(self, x: Tensor, residual: Tensor) -> None:
+        if not self.quick:
+            self.gram.addmm_(x.T, x)
+            self.cross.addmm_(x.T, residual)
+            return
+        for few, gap in zip(x.split(TOKENS), residual.to(x.dtype).split(TOKENS), strict=True):
+            self.gram += few.T @ few
+            self.cross += few.T @ gap
 
     def _begin(self, x_origin: Tensor, y_origin: Tensor) -> None:
         self.x_origin, self.y_origin = x_origin, y_origin
@@ -58,7 +77,7 @@ class Sums:
 
     def empty(self) -> Sums:
         """Empty sums of the same matrix, from the same origins, so that both can be added."""
-        sums = Sums(centered=self.centered)
+        sums = Sums(centered=self.centered, quick=self.quick)
         if self.tokens:
             sums._begin(self.x_origin, self.y_origin)
         return sums

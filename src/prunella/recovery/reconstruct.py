@@ -251,7 +251,7 @@ class _Gathering:
     def __init__(self, reader: Reader, apart: bool) -> None:
         self._reader, self._apart, self._batches = reader, apart, 0
         self.fit: Gathered = {
-            (number, submatrix): Sums(centered=part.shifts)
+            (number, submatrix): Sums(centered=part.shifts, quick=apart)
             for number, part in enumerate(reader.parts)
             for submatrix in range(len(part.submatrices))
         }

@@ -25,13 +25,20 @@ CHUNK = 12
 class Quadratic(NamedTuple):
     """One matrix that reads a group: weight `(out, in)`, Gram matrix `(in, in)` of its inputs, unit of each column.
 
-    units: -1 for columns of no unit. mean: of the inputs, `(in,)`; zero unless the inputs are centered.
+    units: -1 for columns of no unit. mean: of the inputs, `(in,)`; zero unless the inputs are centered. scale: of each
+    output in the normalization that reads it, `(out,)`; None without one.
     """
 
     weight: Tensor
     gram: Gram
     units: Tensor
     mean: Tensor
+    scale: Tensor | None = None
+
+    @property
+    def seen(self) -> Tensor:
+        """The weight with the scales: what the rest of the model sees of the outputs."""
+        return self.weight if self.scale is None else self.weight * self.scale[:, None]
 
 
 class Removal(NamedTuple):
@@ -50,7 +57,7 @@ def eliminate(readers: Sequence[Quadratic], units: int, *, ridge: float = 1e-3) 
     this one are gone. O(in^3) for each reader.
     """
     parts = [_Part.of(reader, units, ridge) for reader in readers]
-    scale = sum(float((r.weight @ r.gram * r.weight).sum()) for r in readers) or 1.0
+    scale = sum(float((r.seen @ r.gram * r.seen).sum()) for r in readers) or 1.0
     left, order, losses, total = torch.arange(units), list[int](), torch.zeros(units, dtype=torch.float64), 0.0
     while len(left):
         costs = torch.stack([part.costs(left) for part in parts]).sum(0)
@@ -103,7 +110,7 @@ class _Part:
         columns = torch.full((units, max(1, int(sizes.max()))), pad, dtype=torch.long)
         for unit in range(units):
             columns[unit, : int(sizes[unit])] = (reader.units == unit).nonzero()[:, 0]
-        weight = torch.nn.functional.pad(reader.weight, (0, 1))
+        weight = torch.nn.functional.pad(reader.seen, (0, 1))
         inverse = torch.nn.functional.pad(inverse, (0, 1, 0, 1))
         return cls(weight.clone(), inverse, columns, sizes)
 
@@ -215,7 +222,9 @@ class ReaderOfUnits:
         """With the units of all positions of the weight, -1 for those of no unit."""
         weight = self.read.matrices()[self.matrix].double().cpu()
         of_columns = self.read.matrices(units)[self.matrix][0].cpu()
-        return Quadratic(weight, self.covariance.gram.cpu(), of_columns, self.covariance.mean.cpu())
+        norm = self.read.norm
+        scale = None if norm is None else norm.scale.view(self.read.groups, -1)[self.matrix].cpu()
+        return Quadratic(weight, self.covariance.gram.cpu(), of_columns, self.covariance.mean.cpu(), scale)
 
 
 class Readers:
@@ -248,6 +257,17 @@ class Readers:
             for x, _ in chunks:
                 if len(x):
                     self._found[key].covariance.add(x.detach())
+
+    @property
+    def order(self) -> tuple[str, ...]:
+        """The groups in the order in which the model first reads them."""
+        called = list(dict.fromkeys(reader.name for reader in self._found.values()))
+        first = {
+            name: min(places)
+            for name, group in self._groups.items()
+            if (places := [called.index(m.entity) for m in group.members if m.role == "in" and m.entity in called])
+        }
+        return tuple(sorted(first, key=first.__getitem__))
 
     def of(self, name: str) -> list[tuple[ReaderOfUnits, Quadratic]]:
         """The matrices with columns of a group; a weight that only selects outputs has none."""
