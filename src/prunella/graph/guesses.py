@@ -12,14 +12,16 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import partial
+from types import CodeType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from prunella.graph.data import Hints
+from prunella.graph.data import PLAIN, Hints, Setting
+from prunella.graph.trace.kept_state import enter
 from prunella.model.executed import Step, executed
-from prunella.model.forward import outputs_of
+from prunella.model.forward import forward, outputs_of
 from prunella.model.state import untouched
 from prunella.model.trees import each
 
@@ -37,7 +39,11 @@ class Seen:
         for example in examples:
             self.new(example)
 
-    def new(self, batch: Any, observer: AbstractContextManager[Any] | None = None) -> bool:
+    def codes(self) -> set[CodeType]:
+        """The functions of the source that have run."""
+        return {step[0] for step in self.steps if isinstance(step, tuple)}
+
+    def new(self, batch: Any, observer: AbstractContextManager[Any] | None = None, *, setting: Setting = PLAIN) -> bool:
         """Whether the model takes this batch, with finite outputs, and does something new on it."""
         steps, self.accepted = set[Step](), False
         try:
@@ -46,6 +52,7 @@ class Seen:
                 stack.enter_context(torch.no_grad())
                 stack.enter_context(warnings.catch_warnings())
                 warnings.simplefilter("ignore")
+                enter(self.model, setting, partial(forward, self.model))
                 stack.enter_context(observer or nullcontext())
                 steps = stack.enter_context(executed(self.model))
                 outputs = outputs_of(self.model, batch)

@@ -40,14 +40,19 @@ class Calls(TorchFunctionMode):
         kwargs = kwargs or {}
         if func == Tensor.shape.__get__ or name == "size":  # type: ignore[attr-defined]
             return self._sizes(func(*args, **kwargs), *args, **kwargs, number=self._number(SIZE))
-        if name in {"numel", "nelement"}:
-            return math.prod(self._sizes(args[0].shape, args[0]))
+        if name in {"numel", "nelement"} or func == Tensor.nbytes.__get__:  # type: ignore[attr-defined]
+            count = math.prod(self._sizes(args[0].shape, args[0]))
+            return count if name in {"numel", "nelement"} else count * args[0].element_size()
         if name == "__len__" and args[0].dim():
             self._counted(args[0])
         elif name in PARTS:
             self.trace.known_sizes.note(sys._getframe(1), parts=True)
-        elif name == "stride":
+        elif name in {"stride", "untyped_storage", "storage"}:
             self.trace.known_sizes.note(sys._getframe(1), escaped=True)
+        ranks = name in {"dim", "ndimension"} or func == Tensor.ndim.__get__  # type: ignore[attr-defined]
+        layouts = name in {"stride", "is_contiguous"}
+        if ranks or layouts:
+            self.trace.known_sizes.asks(sys._getframe(1), ranks=ranks, layouts=layouts)
         self.trace.values_read |= decides(name, sys._getframe(1))
         if name in LEAVES_TORCH and args and isinstance(args[0], Tensor):
             for dim in self.trace.value(args[0]).dims:
@@ -106,6 +111,8 @@ class Calls(TorchFunctionMode):
         dims = self.trace.value(tensor).dims
         if not all(dims):
             self.trace.known_sizes.note(sys._getframe(1))
+        if dim is None and tensor in self.trace.entries:
+            self.trace.known_sizes.counted(sys._getframe(1))
         if dim is not None:
             return self._track(tensor, answer, dim % len(dims), number)
         return torch.Size([self._track(tensor, size, axis, number) for axis, size in enumerate(answer)])
