@@ -22,8 +22,9 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from prunella.model.beside import CONTAINERS, undo_numbers, values_beside
 from prunella.model.executed import is_source
-from prunella.model.rng import seeded
+from prunella.model.rng import restore_rng_, rng_state, seeded
 from prunella.model.trees import is_empty
+from prunella.model.unwrap import RECORD
 
 log = logging.getLogger(__name__)
 
@@ -132,20 +133,60 @@ def without_compile() -> AbstractContextManager[Any]:
 
 
 @contextmanager
-def restored_on_error(model: nn.Module) -> Iterator[None]:
-    """After any error in the body, all parameters and buffers of `model` have the values that they had before it.
+def restored_on_error(model: nn.Module, *, but: tuple[type[BaseException], ...] = ()) -> Iterator[None]:
+    """After any error in the body, also an interrupt, `model` is as it was before it.
 
-    For work in place. It costs a copy of the model. Masks, flags and attributes are not kept.
+    Restored: values, `requires_grad` and `.grad` of parameters, buffers, masks, training flags and the random number
+    generators. For work in place; it costs a copy of the model. but: errors after which the model is as it should be.
     """
-    live = [*model.parameters(), *model.buffers()]
-    before = [tensor.detach().clone() for tensor in live]
+    tensors = [*model.parameters(), *model.buffers()]
+    undos = [_written(tensor) for tensor in tensors]
+    undos += [_held_gradient(parameter) for parameter in model.parameters()]
+    undos += [_record(module) for module in model.modules()]
+    flags, random_state = [(module, module.training) for module in model.modules()], rng_state()
     try:
         yield
-    except BaseException:
-        for tensor, value in zip(live, before, strict=True):
-            with writable(tensor):
-                tensor.copy_(value)
+    except BaseException as error:
+        if not isinstance(error, but):
+            for undo in undos:
+                undo()
+            _set_flags(flags)
+            restore_rng_(random_state)
         raise
+
+
+def _written(tensor: Tensor) -> Undo:
+    before = tensor.detach().clone()
+
+    def undo() -> None:
+        with writable(tensor):
+            tensor.copy_(before)
+
+    return undo
+
+
+def _held_gradient(parameter: nn.Parameter) -> Undo:
+    required, grad = parameter.requires_grad, parameter.grad
+
+    def undo() -> None:
+        if parameter.requires_grad != required:
+            parameter.requires_grad_(required)
+        parameter.grad = grad
+
+    return undo
+
+
+def _record(module: nn.Module) -> Undo:
+    masks = vars(module).get(RECORD)
+    before = None if masks is None else dict(masks)
+
+    def undo() -> None:
+        if before is not None:
+            vars(module)[RECORD] = before
+        else:
+            vars(module).pop(RECORD, None)
+
+    return undo
 
 
 def outside_inference() -> AbstractContextManager[Any]:
