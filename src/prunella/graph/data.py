@@ -112,6 +112,8 @@ class ReasonKind(StrEnum):
     """An operation of the model needs every position."""
     RULE = "rule"
     """An operation has no rule; with one, its axes may go."""
+    COMPLEX = "complex"
+    """The model computes with complex numbers, which torch takes apart into real ones."""
     SOURCE = "source"
     """A size in the model's source does not follow the cut; in a program the size does."""
     DECISION = "decision"

@@ -42,13 +42,15 @@ def _entities(model: nn.Module) -> tuple[dict[str, tuple[str, ...]], dict[str, T
 class TracedRun:
     """A run and its record, as long as what it made exists. inputs: the copy that the model had, and may have filled.
 
-    handed_on: tensors of states that the model hands on to its next run.
+    handed_on: tensors of states that the model hands on to its next run. output: what the model returned, which may
+    hold tensors that no list shows.
     """
 
     record: Trace
     inputs: Any
     outputs: list[Tensor]
     handed_on: list[Tensor]
+    output: Any
 
 
 def new_record(model: nn.Module, start: int = 1) -> Trace:
@@ -114,7 +116,8 @@ def trace(
         output = forward(model, batches[-1], copy=False)
         outputs = returned(model, output)
     record.flow.finish(outputs)
-    return TracedRun(record, batches[-1], outputs, tensors([states(model, output), states(model, batches[-1])]))
+    handed_on = tensors([states(model, output), states(model, batches[-1])])
+    return TracedRun(record, batches[-1], outputs, handed_on, output)
 
 
 def _enter_batch(record: Trace, inputs: Any) -> None:
