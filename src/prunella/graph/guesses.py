@@ -90,10 +90,14 @@ def _nearest(tried: Mapping[_Size, bool], main: Tensor) -> list[tuple[_Size, boo
 
 
 def _axes(main: Tensor) -> list[frozenset[int]]:
-    """The samples, all axes of an image or a sequence where they are of one size, and each of them."""
+    """The samples, all axes of an image or a sequence where they are of one size, and each of them.
+
+    Of three axes the second may be the steps of a sequence; of more it is taken for the channels.
+    """
     places = range(2 if main.is_floating_point() and main.dim() > 2 else 1, main.dim())
     several = [frozenset(places)] if len({main.shape[axis] for axis in places}) == 1 else []
-    return list(dict.fromkeys([frozenset([0]), *several, *(frozenset([axis]) for axis in places)]))
+    steps = [frozenset([1])] if main.dim() == 3 else []
+    return list(dict.fromkeys([frozenset([0]), *several, *steps, *(frozenset([axis]) for axis in places)]))
 
 
 def other_values(inputs: Any) -> Iterator[Any]:

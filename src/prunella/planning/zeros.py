@@ -21,6 +21,8 @@ from prunella.model.copying import copied
 from prunella.model.forward import outputs_of
 from prunella.model.state import untouched
 from prunella.model.torch_masks import with_plain_weights
+from prunella.planning.checks import foreign_weights
+from prunella.planning.diagnostics import obstacles
 from prunella.planning.plan import Plan
 from prunella.stats import Source, Subject, collect
 from prunella.stats.subject import first_seen
@@ -70,6 +72,14 @@ def _structure(model: nn.Module, graph: Graph, inputs: Inputs, groups: list[Grou
     keep = {g.name: dead[g.name] for g in groups if g.name not in faults}
     if all(bool(mask.all()) for mask in keep.values()):
         why = "; ".join(f"{name}: {reason}" for name, reason in faults.items())
+        if not groups:
+            foreign = foreign_weights(model)
+            why = "\n".join([*obstacles(graph, graph.frozen), *foreign]) or "the model has no parameters"
+            raise NotSupported(
+                "no unit is exactly zero: there is none that could be removed",
+                why,
+                "`prunella inspect` shows the groups",
+            )
         looked_at = f"{sum(g.size for g in groups)} units in {len(groups)} groups were looked at"
         why = why or f"{looked_at}{_constants(model, groups)}"
         what = f"no unit {'that is exactly zero can go' if faults else 'is exactly zero in every weight that reads it'}"

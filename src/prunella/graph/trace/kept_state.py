@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from prunella.graph.data import Setting
-from prunella.graph.trace.tracked_int import bare, holder, holders
+from prunella.graph.trace.tracked_int import bare, holder, holders, space_of
 from prunella.model.beside import NUMBERS, beside
 
 _MACHINERY = frozenset({"_parameters", "_modules", "training"})
@@ -63,7 +63,7 @@ def enter(model: nn.Module, setting: Setting, run: Callable[[Any], object]) -> N
 def keep(model: nn.Module, setting: Setting) -> None:
     """Set the numbers that the model has kept in a setting."""
     for owner, name, value in setting.kept:
-        vars(holder(model, owner))[name] = value
+        space_of(holder(model, owner))[name] = value
 
 
 def _spaces(model: nn.Module) -> Iterator[tuple[str | None, Mapping[str, Any]]]:

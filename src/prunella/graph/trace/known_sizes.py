@@ -6,9 +6,11 @@ cannot; there the numbers that the source names are the sizes at which it may do
 
 from __future__ import annotations
 
+import dis
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cache
 from types import CodeType, FrameType
 from typing import Any
 
@@ -41,13 +43,14 @@ class KnownSizes:
     layouts: bool = False
     codes: set[CodeType] = field(default_factory=set)
 
-    def note(self, start: FrameType | None, *, escaped: bool = False, parts: bool = False) -> None:
+    def note(self, start: FrameType | None, *, escaped: bool = False, parts: bool = False, loops: bool = False) -> None:
         """Record what the function knows that reads the size of an input now.
 
-        parts: it takes the positions apart; their number is a size if they are counted, or a loop runs over them.
+        parts: it takes positions apart; their number is a size if they are counted, or a loop runs over them. loops:
+        they are positions of an input, so that a loop in the function may run over them.
         """
         frame = reader(start)
-        if frame is None or (parts and not _counts(start, frame)):
+        if frame is None or (parts and not _counts(start, frame) and not (loops and _loops(frame.f_code))):
             return
         code = frame.f_code
         self.escaped |= escaped or parts or bool(_OF_NUMBERS.intersection(code.co_names))
@@ -95,6 +98,13 @@ def _counts(start: FrameType | None, frame: FrameType) -> bool:
             return True
         start = start.f_back
     return "len" in frame.f_code.co_names
+
+
+@cache
+def _loops(code: CodeType) -> bool:
+    """Whether a function, or one that is written in it, has a loop over items."""
+    inner = [constant for constant in code.co_consts if isinstance(constant, CodeType)]
+    return any(entry.opname == "FOR_ITER" for entry in dis.get_instructions(code)) or any(map(_loops, inner))
 
 
 def constants(code: CodeType) -> Iterator[int]:

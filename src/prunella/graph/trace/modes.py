@@ -46,7 +46,8 @@ class Calls(TorchFunctionMode):
         if name == "__len__" and args[0].dim():
             self._counted(args[0])
         elif name in PARTS:
-            self.trace.known_sizes.note(sys._getframe(1), parts=True)
+            loops = not self.trace.value(args[0]).dims[_axis(name, args, kwargs)]
+            self.trace.known_sizes.note(sys._getframe(1), parts=True, loops=loops)
         elif name in {"stride", "untyped_storage", "storage"}:
             self.trace.known_sizes.note(sys._getframe(1), escaped=True)
         ranks = name in {"dim", "ndimension"} or func == Tensor.ndim.__get__  # type: ignore[attr-defined]
@@ -144,6 +145,12 @@ def _in_order(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tu
     bound = inspect.signature(func).bind(*args, **kwargs)
     bound.apply_defaults()
     return bound.args
+
+
+def _axis(name: str, args: Any, kwargs: Any) -> int:
+    """The axis along which a call takes a tensor apart."""
+    place = 1 if name == "unbind" else 2
+    return int(kwargs.get("dim", args[place] if len(args) > place else 0))
 
 
 class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
