@@ -76,7 +76,7 @@ def _structure(model: nn.Module, graph: Graph, inputs: Inputs, groups: list[Grou
             foreign = foreign_weights(model)
             why = "\n".join([*obstacles(graph, graph.frozen), *foreign]) or "the model has no parameters"
             raise NotSupported(
-                "no unit is exactly zero: there is none that could be removed",
+                "no unit is exactly zero: none could be removed",
                 why,
                 "`prunella inspect` shows the groups",
             )
