@@ -7,6 +7,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -124,7 +125,11 @@ def test_a_boundary_tells_whose_error_it_is_and_lets_signals_pass() -> None:
     assert digest_of(as_user_function(fails, "x")) == digest_of(fails)
 
 
-@pytest.mark.parametrize("value", [None, "good", [1.0], torch.ones(2)])
+NO_NUMBERS = [None, "good", "0.9", b"1", True, [1.0], {}, 1j, 10**400, torch.ones(2), torch.tensor(True)]
+NO_NUMBERS += [torch.tensor(1j), np.bool_(True), np.array([1.0, 2.0]), torch.ones(0)]
+
+
+@pytest.mark.parametrize("value", NO_NUMBERS, ids=repr)
 def test_a_metric_must_return_a_number(value: Any) -> None:
     with pytest.raises(RequestError, match="must return one number"):
         number_of(value, "metric=")
@@ -133,8 +138,44 @@ def test_a_metric_must_return_a_number(value: Any) -> None:
         pr.search.scan(space, lambda model: value, ratios=(0.5,))
 
 
+def test_what_came_back_is_named() -> None:
+    for value, named in ((None, "None"), (True, "True"), ("0.9", "the text '0.9'"), ([1.0], "a list")):
+        with pytest.raises(RequestError, match=f"it returned {named}"):
+            number_of(value, "metric=")
+    with pytest.raises(RequestError, match=r"a Tensor of bool and shape \(\)"):
+        number_of(torch.tensor(True), "metric=")
+
+
+def _job(metric: Any) -> Any:
+    from prunella.app.job import Job
+
+    return Job(recipe=pr.Recipe(), target=pr.Params(0.5), metric=metric)
+
+
+def test_a_metric_without_a_number_is_refused() -> None:
+    with pytest.raises(RequestError, match="it returned an empty mapping"):
+        _job(lambda model: {}).quality(mlp())
+    with pytest.raises(RequestError, match="metric= for 'a' must return one number"):
+        _job(lambda model: {"a": True}).quality(mlp())
+
+
+def test_a_metric_names_the_same_numbers_for_every_model() -> None:
+    from prunella.app.run import _check_names
+
+    _check_names({"a": 1.0, "b": 2.0}, {"b": 1.0, "a": 2.0})
+    with pytest.raises(RequestError, match="a, b of the dense model, a of the pruned one"):
+        _check_names({"a": 1.0, "b": 2.0}, {"a": 1.0})
+
+
 def test_numbers_of_any_type_are_taken() -> None:
-    assert [number_of(value, "metric=") for value in (1, True, torch.tensor(0.5))] == [1.0, 1.0, 0.5]
+    values = (
+        1,
+        torch.tensor(0.5),
+        torch.tensor([2], dtype=torch.int8),
+        torch.tensor(3.0, dtype=torch.bfloat16),
+        np.float16(4),
+    )
+    assert [number_of(value, "metric=") for value in values] == [1.0, 0.5, 2.0, 3.0, 4.0]
 
 
 def test_a_callback_that_raises_keeps_its_own_error() -> None:

@@ -210,3 +210,22 @@ def test_zero_filters_of_a_checkpoint_make_a_smaller_model() -> None:
     plan = pr.importers.import_plan(dense, IMAGE, pruned.state_dict(), units=True)
     small = pr.shrink(dense, plan)
     assert small[0].out_channels == 5 and torch.allclose(small(IMAGE), pruned(IMAGE), atol=1e-5)  # type: ignore[index]
+
+
+def test_constant_units_that_stay_are_named() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)).eval()
+    with torch.no_grad():
+        model[0].weight[:3] = 0
+        model[0].bias[:3] = torch.tensor([0.5, -0.5, 1.0])
+    plan = pr.train.plan_zeros(model, torch.randn(2, 6))
+    assert plan.keep["0"].tolist() == [True, False, *[True] * 6], "a constant that is read as 0 goes"
+    assert any("2 units of 0 have zero weights and stay" in remark for remark in plan.remarks)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_model_of_quantized_layers_has_no_units_to_remove() -> None:
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)).eval()
+    quantized = torch.ao.quantization.quantize_dynamic(model, {nn.Linear})
+    with pytest.raises(pr.PruningError, match="only their own library reads them"):
+        pr.train.plan_zeros(quantized, torch.randn(2, 6))

@@ -112,5 +112,7 @@ class Job:
             return {}
         value = self.metric(model)
         if isinstance(value, Mapping):
+            if not value:
+                raise RequestError("metric= must return one number", "it returned an empty mapping", "name one number")
             return {str(name): number_of(number, f"metric= for {name!r}") for name, number in value.items()}
         return {"quality": number_of(value, "metric=")}

@@ -112,6 +112,7 @@ def _run(
     before, cut = (_quality(one, job, clock, name, stages) for one, name in ((model, "dense"), (small, "cut")))
     recovered = _recover(small, model, planned, job, clock, stages)
     after = _quality(small, job, clock, "recovered", stages) if recovered else cut
+    _check_names(before, after)
     _check_drop(before, after, job.max_drop)
     with clock.stage("measuring both models"):
         scores = tuple((name, before[name], after[name]) for name in before)
@@ -231,6 +232,13 @@ def _recover_auto(
         recover_all_(asked, small, planned, Recover(), timer, stages)
     told = {stage.name: stage.told for stage in timer.history if stage.after is not None}
     return tuple(Recovered(RecoveryStep(kind), told[name]) for name, kind in kinds.items() if name in told)
+
+
+def _check_names(before: Quality, after: Quality) -> None:
+    """Errors: RequestError where a metric names other numbers for the pruned model."""
+    if before.keys() != after.keys():
+        why = f"{', '.join(before)} of the dense model, {', '.join(after)} of the pruned one"
+        raise RequestError("metric= must name the same numbers for every model", why, "return all of them each time")
 
 
 def _check_drop(before: Quality, after: Quality, limit: float | None) -> None:

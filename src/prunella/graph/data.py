@@ -112,6 +112,8 @@ class ReasonKind(StrEnum):
     """An operation of the model needs every position."""
     RULE = "rule"
     """An operation has no rule; with one, its axes may go."""
+    COMPLEX = "complex"
+    """The model computes with complex numbers, which torch takes apart into real ones."""
     SOURCE = "source"
     """A size in the model's source does not follow the cut; in a program the size does."""
     DECISION = "decision"
@@ -260,17 +262,40 @@ class UnreadSize:
 
 
 @dataclass(frozen=True)
-class Branch:
-    """A branch on a value, at `place` of the source: what the run on its other side shows.
+class Setting:
+    """What a run of the model meets beside its batch.
 
-    answers: what is answered there, by instruction. example: the number of the run. fault: why it did not run; empty
-    if it did.
+    answers: what the source reads in place of values, by expression. before: batches on which the model runs first, so
+    that it has kept what it keeps from call to call. kept: owner, attribute and value of numbers that it has kept.
+    """
+
+    answers: Mapping[Any, bool | int | float] = field(default_factory=dict)
+    before: tuple[Any, ...] = ()
+    kept: tuple[tuple[str, str, Any], ...] = ()
+
+
+PLAIN = Setting()
+"""The first run of a model, in which every value is read as it is."""
+
+
+@dataclass(frozen=True)
+class Branch:
+    """A run in another setting than the first one, where the source may take another branch.
+
+    place: `file:line` of a branch on a value, or what the run is. batch: None for the example. example: the number of
+    the run. fault: why it did not run; empty if it did.
     """
 
     place: str
-    answers: Mapping[Any, bool | int | float]
+    setting: Setting
     example: int
     fault: str = ""
+    batch: Any = None
+
+    @property
+    def text(self) -> str:
+        """Which run it is, in words."""
+        return f"on the other side of {self.place}" if self.setting.answers else self.place
 
 
 @dataclass(frozen=True)
@@ -279,7 +304,8 @@ class Hints:
 
     turns: a size of the inputs, and another at which a comparison has another outcome. alone: the same for one axis of
     the inputs, where a comparison is of several sizes. numbers, keys: sizes that the source names, see `KnownSizes`.
-    escaped: a size went where no comparison is seen. values: values went from the tensors to Python.
+    escaped: a size went where no comparison is seen. values: values went from the tensors to Python. ranks, layouts:
+    the source asks for the number of axes of a tensor, or for its order in memory.
     """
 
     turns: tuple[tuple[int, int], ...] = ()
@@ -288,6 +314,8 @@ class Hints:
     keys: tuple[int, ...] = ()
     escaped: bool = False
     values: bool = False
+    ranks: bool = False
+    layouts: bool = False
 
 
 @dataclass(frozen=True)

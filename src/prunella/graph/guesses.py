@@ -12,14 +12,16 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import partial
+from types import CodeType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from prunella.graph.data import Hints
+from prunella.graph.data import PLAIN, Hints, Setting
+from prunella.graph.trace.kept_state import enter
 from prunella.model.executed import Step, executed
-from prunella.model.forward import outputs_of
+from prunella.model.forward import forward, outputs_of
 from prunella.model.state import untouched
 from prunella.model.trees import each
 
@@ -37,7 +39,11 @@ class Seen:
         for example in examples:
             self.new(example)
 
-    def new(self, batch: Any, observer: AbstractContextManager[Any] | None = None) -> bool:
+    def codes(self) -> set[CodeType]:
+        """The functions of the source that have run."""
+        return {step[0] for step in self.steps if isinstance(step, tuple)}
+
+    def new(self, batch: Any, observer: AbstractContextManager[Any] | None = None, *, setting: Setting = PLAIN) -> bool:
         """Whether the model takes this batch, with finite outputs, and does something new on it."""
         steps, self.accepted = set[Step](), False
         try:
@@ -46,6 +52,7 @@ class Seen:
                 stack.enter_context(torch.no_grad())
                 stack.enter_context(warnings.catch_warnings())
                 warnings.simplefilter("ignore")
+                enter(self.model, setting, partial(forward, self.model))
                 stack.enter_context(observer or nullcontext())
                 steps = stack.enter_context(executed(self.model))
                 outputs = outputs_of(self.model, batch)
@@ -83,10 +90,14 @@ def _nearest(tried: Mapping[_Size, bool], main: Tensor) -> list[tuple[_Size, boo
 
 
 def _axes(main: Tensor) -> list[frozenset[int]]:
-    """The samples, all axes of an image or a sequence where they are of one size, and each of them."""
+    """The samples, all axes of an image or a sequence where they are of one size, and each of them.
+
+    Of three axes the second may be the steps of a sequence; of more it is taken for the channels.
+    """
     places = range(2 if main.is_floating_point() and main.dim() > 2 else 1, main.dim())
     several = [frozenset(places)] if len({main.shape[axis] for axis in places}) == 1 else []
-    return list(dict.fromkeys([frozenset([0]), *several, *(frozenset([axis]) for axis in places)]))
+    steps = [frozenset([1])] if main.dim() == 3 else []
+    return list(dict.fromkeys([frozenset([0]), *several, *steps, *(frozenset([axis]) for axis in places)]))
 
 
 def other_values(inputs: Any) -> Iterator[Any]:

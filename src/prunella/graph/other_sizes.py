@@ -7,9 +7,8 @@ the axes that may be an image or a sequence. Where the dense model does not acce
 
 from __future__ import annotations
 
-import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -18,24 +17,29 @@ from torch import Tensor, fx, nn
 from prunella.errors import CheckFailed, NotSupported
 from prunella.graph.cut.changes import Changes, changes
 from prunella.graph.cut.surgery import change_
-from prunella.graph.data import Graph, Hints
+from prunella.graph.data import PLAIN, Graph, Hints, Setting
 from prunella.graph.guesses import Seen, other_values, sizes_to_try
+from prunella.graph.resized import (
+    layout,
+    of_other_layout,
+    of_other_rank,
+    resized,
+    samples,
+    shape_text,
+    stretched,
+    turned,
+)
 from prunella.graph.solve.tokens import known_only, renumber
-from prunella.graph.trace.answers import NATURAL, Answers
 from prunella.graph.verify import check, relative_error, verify
 from prunella.model.calls import called
 from prunella.model.copying import copied
 from prunella.model.forward import outputs_of
 from prunella.model.state import untouched
-from prunella.model.trees import each, tensors
+from prunella.model.trees import tensors
 from prunella.types import Keep
 
-_FEW = 8
-"""An axis of fewer positions is made longer, a longer one shorter: the check then costs no more than the first."""
 _SAMPLES = 4
 """A batch of fewer samples is tried with one more; a larger one with one less than this number."""
-_LARGEST = 1 << 18
-"""Numbers of an input that is tried because a branch of the source asks for it; or four times the example."""
 _MOST = 4
 """Sizes at which the source takes another branch, of the nearest ones."""
 
@@ -44,14 +48,17 @@ _NONE = Hints()
 
 
 def wrong_branch(model: nn.Module, graph: Graph, keep: Keep, inputs: Any) -> str:
-    """The place of a branch on a value on whose other side the cut differs from the masked model; empty if none is."""
+    """The run on which a cut differs from the masked model: on the other side of a branch, or a further call."""
     applied, small = changes(graph, keep), copied(model)
     ran = [branch for branch in graph.branches if not branch.fault]
     if not applied or not ran:
         return ""
     change_(small, applied)
-    wrong = (b.place for b in ran if not _agrees(model, small, applied, inputs, example=b.example, answers=b.answers))
-    return next(wrong, "")
+    for branch in ran:
+        batch = inputs if branch.batch is None else branch.batch
+        if not _agrees(model, small, applied, batch, example=branch.example, setting=branch.setting):
+            return branch.text
+    return ""
 
 
 def disagreement(model: nn.Module, graph: Graph, keep: Keep, inputs: Any, others: Sequence[Any] = ()) -> Any:
@@ -103,17 +110,18 @@ def other_sizes(model: nn.Module, inputs: Any, others: Sequence[Any] = (), hints
     if main.device.type != "cpu" and not all(tensor.is_floating_point() for tensor in given):
         yield from first([samples(inputs, count, count + 1)])
         return
-    both = first(samples(batch, count, more) for batch in _resized(inputs, main))
+    both = first(samples(batch, count, more) for batch in resized(inputs, main))
     yield from both or first([samples(inputs, count, more)])
-    yield from [] if both else first(_resized(inputs, main))
+    yield from [] if both else first(resized(inputs, main))
     yield from first([samples(inputs, count, 1)])
     for size, other in hints.turns[:_MOST]:
-        for batch in _turned(inputs, main, size, other):  # all: nobody knows which axis decides
+        for batch in turned(inputs, main, size, other):  # all: nobody knows which axis decides
             yield from first([batch])
     for axis, size, other in hints.alone[:_MOST]:
         if axis < main.dim() and main.shape[axis] == size:
-            yield from first(_stretched(inputs, main, frozenset([axis]), other))
+            yield from first(stretched(inputs, main, frozenset([axis]), other))
     yield from _guessed(model, inputs, others, hints, main, first)
+    yield from _of_other_form(model, inputs, others, hints, main)
 
 
 def _may_crash(model: nn.Module) -> bool:
@@ -141,7 +149,7 @@ def _guessed(
         return
     seen, told = Seen(model, (inputs, *others)), {True: 0, False: 0}
     for axes, other, anyway in sizes:
-        for batch in _stretched(inputs, main, axes, other):
+        for batch in stretched(inputs, main, axes, other):
             fresh = seen.new(batch)
             if seen.accepted and (fresh or anyway) and told[fresh] < _MOST:
                 told[fresh] += 1
@@ -151,9 +159,19 @@ def _guessed(
             yield batch
 
 
-def shape_text(inputs: Any) -> str:
-    """`2x3x4x4, 2x5`."""
-    return ", ".join("x".join(map(str, tensor.shape)) or "a number" for tensor in tensors(inputs))
+def _of_other_form(model: nn.Module, inputs: Any, others: Sequence[Any], hints: Hints, main: Tensor) -> Iterator[Any]:
+    """Batches of another number of axes or in another order of memory, where the source asks or does something new."""
+    known = [(_shapes(example), layout(example)) for example in (inputs, *others)]
+    seen: Seen | None = None
+    for batch in of_other_rank(inputs, main):
+        if _shapes(batch) in [shapes for shapes, _ in known] or not _runs(model, batch):
+            continue
+        seen = seen or Seen(model, (inputs, *others))
+        if seen.new(batch) or hints.ranks:
+            yield batch
+    for batch in of_other_layout(inputs) if hints.layouts else ():
+        if (_shapes(batch), layout(batch)) not in known and _runs(model, batch):
+            yield batch
 
 
 def _agrees(
@@ -163,11 +181,11 @@ def _agrees(
     batch: Any,
     *,
     example: int = 0,
-    answers: Answers = NATURAL,
+    setting: Setting = PLAIN,
 ) -> bool:
     """Whether both compute the same, or too little is known: where rounding alone changes as much, nothing is shown."""
     try:
-        verification = verify(model, small, applied, batch, example=example, answers=answers)
+        verification = verify(model, small, applied, batch, example=example, setting=setting)
     except NotSupported:
         return False
     return verification.exact or _shaken(small, applied, batch) >= verification.error * _NOISE
@@ -206,100 +224,3 @@ def _runs(model: nn.Module, batch: Any) -> bool:
 
 def _shapes(batch: Any) -> tuple[tuple[int, ...], ...]:
     return tuple(tuple(tensor.shape) for tensor in tensors(batch))
-
-
-# -- which sizes ---------------------------------------------------------------------------------------------------
-
-
-def _spatial(main: Tensor) -> Iterator[frozenset[int]]:
-    """Sets of sizes that may be those of an image or a sequence: of the axes behind the channels, or before them."""
-    shape = tuple(main.shape)
-    yield from dict.fromkeys(frozenset(axes) for axes in (shape[2:], shape[1:-1], shape[1:2]) if axes)
-
-
-def _resized(inputs: Any, main: Tensor) -> Iterator[Any]:
-    """The inputs with the sizes of an image or a sequence halved, or doubled where they are small or it may not be."""
-    for sizes in _spatial(main):
-        for factor in (_halved, _doubled) if min(sizes) >= _FEW else (_doubled, _halved):
-            new = {size: factor(size) for size in sizes}
-            if all(size > 0 for size in new.values()):
-                yield positions(inputs, new)
-
-
-def _halved(size: int) -> int:
-    return size // 2
-
-
-def _doubled(size: int) -> int:
-    return 2 * size
-
-
-def _turned(inputs: Any, main: Tensor, size: int, other: int) -> Iterator[Any]:
-    """The inputs with the size that decides a branch as `other`: the batch, or axes of which it is a fraction."""
-    room = max(_LARGEST, 4 * main.numel())
-    if main.shape[0] == size and main.numel() // size * other <= room:
-        yield samples(inputs, size, other)
-    single = [frozenset([n]) for n in sorted(set(main.shape[1:]))]
-    whole = [*single, frozenset(main.shape[2:]), frozenset(main.shape[1:])]
-    for lengths in dict.fromkeys(whole):
-        new = {n: n // size * other for n in lengths if n % size == 0}
-        if new and math.prod(new.get(n, n) for n in main.shape[1:]) * main.shape[0] <= room:
-            yield positions(inputs, new)
-
-
-def _stretched(inputs: Any, main: Tensor, axes: frozenset[int], new: int) -> Iterator[Any]:
-    """The inputs with these axes of the main one of the size `new`; none where that would be too large."""
-    size = main.shape[min(axes)]
-    if main.numel() * (new / size) ** len(axes) > max(_LARGEST, 4 * main.numel()):
-        return
-    if axes == {0}:
-        yield samples(inputs, size, new)
-        return
-
-    def change(tensor: Tensor) -> Tensor:
-        for axis in axes:
-            if tensor.dim() == main.dim() and tensor.shape[axis] == size:
-                tensor = tensor.index_select(axis, torch.arange(new, device=tensor.device) % size)
-        return tensor
-
-    yield each(_plain(inputs), change)
-
-
-# -- batches of other sizes ----------------------------------------------------------------------------------------
-
-
-def samples(inputs: Any, count: int, new: int) -> Any:
-    """The inputs with `new` samples in place of `count`; further samples are the first ones, with positions shifted."""
-
-    def change(tensor: Tensor) -> Tensor:
-        if not tensor.dim() or tensor.shape[0] != count:
-            return tensor
-        copies = [tensor]
-        while sum(len(copy) for copy in copies) < new:
-            copies.append(_shifted(tensor, len(copies)))
-        return torch.cat(copies)[:new].contiguous()
-
-    return each(_plain(inputs), change)
-
-
-def positions(inputs: Any, sizes: Mapping[int, int]) -> Any:
-    """The inputs with axes of these sizes, other than the first, cut or continued with their own positions."""
-
-    def change(tensor: Tensor) -> Tensor:
-        behind = tensor.is_floating_point() and any(size in sizes for size in tensor.shape[2:])
-        for axis in range(2 if behind else 1, tensor.dim()):  # channels may have the size of an image by chance
-            size = tensor.shape[axis]
-            if size in sizes:
-                tensor = tensor.index_select(axis, torch.arange(sizes[size], device=tensor.device) % size)
-        return tensor
-
-    return each(_plain(inputs), change)
-
-
-def _shifted(tensor: Tensor, steps: int) -> Tensor:
-    return tensor.roll(steps, -1) if tensor.dim() > 1 else tensor
-
-
-def _plain(inputs: Any) -> Any:
-    """The inputs without gradients, so that nothing is recorded of what is made of them."""
-    return each(inputs, lambda tensor: tensor.detach())

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -19,13 +19,14 @@ from prunella.errors import CheckFailed, NotSupported, one_line
 from prunella.graph.cut.block_surgery import bypassed
 from prunella.graph.cut.changes import Along, Changes, changes
 from prunella.graph.cut.surgery import change_
-from prunella.graph.data import Graph
+from prunella.graph.data import PLAIN, Graph, Setting
 from prunella.graph.double import WRITTEN_OUT, grouped_product
 from prunella.graph.noise import quiet
 from prunella.graph.restricted import Restricted
 from prunella.graph.solve.tokens import known_only, renumber
-from prunella.graph.trace.answers import NATURAL, AnswerMode, Answers
+from prunella.graph.trace.answers import AnswerMode
 from prunella.graph.trace.kept import kept_on
+from prunella.graph.trace.kept_state import enter
 from prunella.graph.training_pass import training_fault
 from prunella.model.calls import called
 from prunella.model.copying import copied
@@ -81,11 +82,11 @@ def verify(
     inputs: Any,
     *,
     example: int = 0,
-    answers: Answers = NATURAL,
+    setting: Setting = PLAIN,
 ) -> Verification:
     """Compare `small` with `dense` with zeros in the removed units, in float64 and eval mode, on one batch.
 
-    example: the number of the example that this batch is, or is like. answers: values that the source reads otherwise.
+    example: the number of the example that this batch is, or is like. setting: what both meet beside the batch.
     Errors: NotSupported if the small model does not run, the dense one does not repeat itself, or nothing is compared.
     """
     done = done.on(example)
@@ -95,9 +96,9 @@ def verify(
             raise _nothing_compared("the model returns no tensor")
         return Verification(0.0 if shapes[0] == shapes[1] else float("inf"), TOLERANCE, len(shapes[0]))
     try:
-        return _compare(dense, small, done, inputs, double=True, answers=answers)
+        return _compare(dense, small, done, inputs, double=True, setting=setting)
     except _DenseFailed:
-        return _compare(dense, small, done, inputs, double=False, answers=answers)
+        return _compare(dense, small, done, inputs, double=False, setting=setting)
 
 
 def unproven(model: nn.Module, graph: Graph, keep: Keep, inputs: Any, others: Sequence[Any] = ()) -> dict[str, str]:
@@ -157,11 +158,11 @@ class _Pair:
     done: Changes
     batch: Any
     double: bool
-    answers: Answers
+    setting: Setting
 
     def reference(self, *, still: bool = False, inner: bool = False) -> Observed:
         """What the masked model shows at the kept positions."""
-        options: dict[str, Any] = {"double": self.double, "still": still, "inner": inner, "answers": self.answers}
+        options: dict[str, Any] = {"double": self.double, "still": still, "inner": inner, "setting": self.setting}
         try:
             seen = _reference(self.dense, self.done, self.batch, **options)
             if not all(torch.isfinite(t).all() for t in seen.outputs):
@@ -178,14 +179,18 @@ class _Pair:
         """What the smaller model shows."""
         model = _precise(copied(self.small), self.double)
         batch = renumber(self.batch, self.done.renumbered)
-        return _run(model, batch, still=still, inner=inner, answers=self.answers)
+        before = tuple(renumber(earlier, self.done.renumbered) for earlier in self.setting.before)
+        return _run(model, batch, still=still, inner=inner, setting=replace(self.setting, before=before))
 
 
 def _compare(
-    dense: nn.Module, small: nn.Module, done: Changes, inputs: Any, *, double: bool, answers: Answers
+    dense: nn.Module, small: nn.Module, done: Changes, inputs: Any, *, double: bool, setting: Setting
 ) -> Verification:
-    batch = known_only(as_double(inputs) if double else inputs, done.renumbered)
-    pair, tolerance = _Pair(dense, small, done, batch, double, answers), TOLERANCE if double else SINGLE
+    batch, *before = (
+        known_only(as_double(given) if double else given, done.renumbered) for given in (inputs, *setting.before)
+    )
+    setting = replace(setting, before=tuple(before))
+    pair, tolerance = _Pair(dense, small, done, batch, double, setting), TOLERANCE if double else SINGLE
     reference, result, still = pair.reference(), pair.result(), False
     worst = _difference(reference, result, done)
     if reference.drew or worst > tolerance:  # a seed gives other numbers for other sizes; noise may hide a fault
@@ -241,13 +246,13 @@ def _reference(
     double: bool,
     still: bool,
     inner: bool,
-    answers: Answers,
+    setting: Setting,
     consumers: bool = False,
 ) -> Observed:
     """What the masked model shows with its dropped blocks bypassed, at the kept positions."""
     masked_model = _precise(masked(dense, done, consumers=consumers), double)
     with bypassed(masked_model, done.dropped):
-        seen = _run(masked_model, batch, done.along, still=still, inner=inner, answers=answers)
+        seen = _run(masked_model, batch, done.along, still=still, inner=inner, setting=setting)
     for entry in done.renumbered:
         for number, axis in entry.outputs:
             outputs = seen.outputs
@@ -318,6 +323,10 @@ class _NoDownCast(TorchFunctionMode):
         written = isinstance(func, torch._ops.OpOverload) and name in _MAKERS  # a program has literal types
         if kwargs.get("dtype") in narrow and (written or (args and _double(args[0]))):
             kwargs["dtype"] = _WIDE[kwargs["dtype"]]
+        if name == "element_size" and _double(args[0]):
+            return func(*args, **kwargs) // 2
+        if func in _BYTES and _double(args[0]):
+            return func(*args, **kwargs) // 2
         ends = kwargs.get("offs", args[2] if len(args) > 2 else None)
         if name in {"grouped_mm", "_grouped_mm"} and _double(args[0]) and ends is not None:
             return grouped_product(args[0], args[1], ends)
@@ -332,6 +341,8 @@ _WIDE = {
     **dict.fromkeys((torch.float32, torch.float16, torch.bfloat16), torch.float64),
     **dict.fromkeys((torch.complex64, torch.complex32), torch.complex128),
 }
+_BYTES = (Tensor.nbytes.__get__, Tensor.itemsize.__get__)  # type: ignore[attr-defined]
+"""Numbers of bytes, which are those of float32 also where the check computes in float64."""
 _MAKERS = frozenset("zeros ones full empty arange scalar_tensor eye linspace new_zeros new_ones new_full".split())
 """Operations that create a tensor of a given type."""
 
@@ -347,7 +358,7 @@ def _run(
     *,
     still: bool = False,
     inner: bool = False,
-    answers: Answers = NATURAL,
+    setting: Setting = PLAIN,
     copy: bool = True,
 ) -> Observed:
     """Run on seeded random numbers. still: draw numbers that do not depend on sizes. inner: see `Observed`.
@@ -355,16 +366,17 @@ def _run(
     copy: the model is a copy for this run, whose parameters need not be as they were.
     """
     named: dict[str, Tensor] = {}
-    before = {id(tensor): tensor for tensor in kept_on(model).values()}
     try:
         with ExitStack() as stack:
             stack.enter_context(untouched(model, _SEED, parameters=not copy))
             stack.enter_context(torch.no_grad())
-            stack.enter_context(_inner_outputs(model, named) if inner else nullcontext())
             stack.enter_context(quiet() if still else nullcontext())
             stack.enter_context(_NoDownCast())
+            enter(model, setting, lambda batch: _restricted(model, batch, along))
+            before = {id(tensor): tensor for tensor in kept_on(model).values()}
+            stack.enter_context(_inner_outputs(model, named) if inner else nullcontext())
             stack.enter_context(Restricted(along))
-            stack.enter_context(AnswerMode(answers) if answers else nullcontext())
+            stack.enter_context(AnswerMode(setting.answers) if setting.answers else nullcontext())
             seeded_state = rng_state()["torch"]
             outputs = outputs_of(model, inputs)
             drew = not torch.equal(seeded_state, rng_state()["torch"])
@@ -377,6 +389,11 @@ def _run(
             "a size in its source does not follow the cut; skip= excludes the layers that you name",
         ) from error
     return Observed(outputs, kept, named, drew)
+
+
+def _restricted(model: nn.Module, batch: Any, along: Sequence[Along]) -> None:
+    with Restricted(along):
+        outputs_of(model, batch)
 
 
 _SEED = 0

@@ -29,7 +29,7 @@ from prunella.llm.shrinkage import calls_of, not_fitted
 from prunella.llm.solve_block import dense_targets, layers_by_weight, solve_block_
 from prunella.model.batches import listed
 from prunella.model.masks import record_
-from prunella.model.state import mode
+from prunella.model.state import mode, restored_on_error
 from prunella.model.unwrap import unwrap
 from prunella.model.watch import Watch
 from prunella.registry.method import solver
@@ -98,11 +98,25 @@ def solve_(
     tokens is pruned by magnitude. distributed:
     `process_group()` under torchrun, where `data` is the shard of this process: Gram matrices are summed over all
     processes, each process solves some layers and broadcasts them, and each step of `refine` is computed by the process
-    that has the batch. Errors: RequestError if no layer is left.
+    that has the batch. Errors: RequestError if no layer is left. After any error `model` is as before.
 
     Use: large pretrained models without training. Avoid: small networks that can be trained: `Pruner` does better.
     """
-    root, source = unwrap(model), Source(None, loss)
+    root = unwrap(model)
+    with restored_on_error(root):
+        return _solved_(root, inputs, how, data, Source(None, loss), skip, on_layer, distributed)
+
+
+def _solved_(
+    root: nn.Module,
+    inputs: Inputs,
+    how: OneShot,
+    data: Iterable[Any] | Calibration | Sources | Split,
+    source: Source,
+    skip: Sequence[str],
+    on_layer: OnLayer | None,
+    distributed: ProcessGroup,
+) -> Solving:
     parts = split(data)
     drawn = calibrated(root, inputs, parts.data)
     samples: list[Any] = listed(cast(Iterable[Any], parts.data)) if drawn is None else distributed.shard(drawn)

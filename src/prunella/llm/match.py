@@ -21,7 +21,7 @@ from prunella.llm.refine import Refine, refine_
 from prunella.model.batches import listed
 from prunella.model.masks import masks_of
 from prunella.model.observed_reads import Read
-from prunella.model.state import mode, untouched
+from prunella.model.state import mode, restored_on_error, untouched
 from prunella.model.trees import tensors
 from prunella.model.unwrap import unwrap
 from prunella.model.watch import Watch
@@ -113,7 +113,8 @@ def match_stream_(
     refinement. Memory: the hidden states between two blocks in both models, for all batches. Data: batches, no labels.
 
     small: the result of `shrink(dense, plan)`, for any structured plan: depth, width or both. loss: how to run a model
-    on a batch. Masked layers are not solved, only refined with their masks. Errors: NotSupported without blocks.
+    on a batch. Masked layers are not solved, only refined with their masks. Errors: NotSupported without blocks. After
+    any error `small` is as before.
 
     Use: right after pruning depth or width. Avoid: a fixed small ridge with fewer tokens than many times the inputs of
     the layers: it overfits the calibration data.
@@ -123,7 +124,8 @@ def match_stream_(
     assert plan.inputs is not None
     with untouched(dense_, 0):
         paths = block_paths(dense_, couple(dense_, plan.inputs))
-    with mode(small_, training=False), mode(dense_, training=False), torch.no_grad():
+    guard = restored_on_error(small_)
+    with guard, mode(small_, training=False), mode(dense_, training=False), torch.no_grad():
         dense_inputs = BlockInputs(dense_, samples, source.run, blocks_at(dense_, paths, samples[0], source.run))
         if not dense_inputs.blocks[0].path:
             why, todo = "the model has no residual blocks", "take reconstruct"

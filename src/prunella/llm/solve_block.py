@@ -11,10 +11,12 @@ from collections.abc import Callable, Mapping, Sequence, Set
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from prunella.errors import RequestError
 from prunella.granularity import NM
 from prunella.graph.data import Layer
 from prunella.graph.matrix import from_matrix, to_matrix
@@ -343,7 +345,19 @@ def _solve_matrix(
     assert sparsity is not None
     matrix = _single(to_matrix(*matrix_of(weight.detach(), layer, part)))
     with torch.autocast(weight.device.type, enabled=False):
-        return how.method(matrix, statistics[part].gram, how.pattern, sparsity=sparsity)
+        solved = how.method(matrix, statistics[part].gram, how.pattern, sparsity=sparsity)
+    return _fitting(solved, matrix, done.name)
+
+
+def _fitting(solved: Any, matrix: Tensor, name: str) -> Solved:
+    """What a solver returned, in the shape of the matrix. Errors: RequestError for anything else."""
+    parts = (getattr(solved, "weight", None), getattr(solved, "mask", None))
+    if all(isinstance(part, Tensor) and part.shape == matrix.shape for part in parts) and parts[1].dtype == torch.bool:
+        return solved  # type: ignore[no-any-return]
+    shapes = [f"{p.dtype} {tuple(p.shape)}" if isinstance(p, Tensor) else type(p).__name__ for p in parts]
+    what = f"the solver returned for {name} a {type(solved).__name__} with weight {shapes[0]} and mask {shapes[1]}"
+    todo = "return prunella.solvers.Solved(weight, mask, ...)"
+    raise RequestError(what, f"both have the shape {tuple(matrix.shape)}, and the mask is of bool", todo)
 
 
 def _single(matrix: Tensor) -> Tensor:

@@ -37,7 +37,7 @@ def executed(model: nn.Module) -> Iterator[set[Step]]:
         return each
 
     def entered(frame: FrameType, _: str, __: Any) -> Any:
-        if not _is_source(frame.f_code.co_filename):
+        if not is_source(frame.f_code.co_filename):
             return None
         frame.f_trace_opcodes, frame.f_trace_lines = True, False
         return each
@@ -53,6 +53,7 @@ def executed(model: nn.Module) -> Iterator[set[Step]]:
             handle.remove()
 
 
-def _is_source(path: str) -> bool:
+def is_source(path: str) -> bool:
+    """Whether a file is neither of torch, nor of this package or of Python."""
     library = path.startswith((_PATHS["stdlib"], _PATHS["platstdlib"])) and "site-packages" not in path
     return not library and not path.startswith(_SKIPPED)

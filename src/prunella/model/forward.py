@@ -14,6 +14,7 @@ from dataclasses import is_dataclass
 from functools import cache
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from prunella.errors import NotSupported, RequestError
@@ -49,8 +50,12 @@ def _forward(model: nn.Module, batch: Any) -> Any:
 
 
 def outputs_of(model: nn.Module, batch: Any) -> list[Tensor]:
-    """All tensors that `model` returns for `batch`, also those in objects, iterators and generators."""
-    return returned(model, forward(model, batch))
+    """All tensors that `model` returns for `batch`, also in objects, iterators and generators; sparse ones as dense."""
+    outputs = returned(model, forward(model, batch))
+    return [tensor.to_dense() if tensor.layout in _SPARSE else tensor for tensor in outputs]
+
+
+_SPARSE = frozenset({torch.sparse_coo, torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc})
 
 
 def returned(model: nn.Module, output: Any) -> list[Tensor]:

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections import OrderedDict
-from collections.abc import Callable, Iterator, MutableMapping
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
-from types import ModuleType
+from types import FunctionType, MemberDescriptorType, MethodType, ModuleType
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -20,14 +20,15 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 
-from prunella.model.rng import seeded
+from prunella.model.beside import CONTAINERS, undo_numbers, values_beside
+from prunella.model.executed import is_source
+from prunella.model.rng import restore_rng_, rng_state, seeded
 from prunella.model.trees import is_empty
+from prunella.model.unwrap import RECORD
 
 log = logging.getLogger(__name__)
 
 _MACHINERY = frozenset({"_parameters", "_buffers", "_modules", "training"})
-_CONTAINERS = frozenset({dict, list, set, OrderedDict})
-"""Types of attributes whose content is restored; hooks are in an `OrderedDict`."""
 
 _TORCH = str(Path(torch.__file__).parent)
 
@@ -91,7 +92,8 @@ def untouched(model: nn.Module, seed: int | None = None, *, parameters: bool = T
     """Run the body with `model` in evaluation mode, then restore all changes bit for bit, also after errors.
 
     Restored: training flags; buffers (running statistics, also where the model replaces them); plain attributes, and
-    the content of dictionaries, lists, sets, tensors, generators and plain objects among them (caches, hooks);
+    the content of dictionaries, lists, sets, tensors, generators and plain objects among them (caches, hooks); numbers
+    and containers in the classes of the modules and in the files of their source;
     `requires_grad` and `.grad` of parameters; the random number generators of torch, CUDA, numpy and Python. Not
     restored: values of parameters, but for modules with a `train` of their own, which may merge weights.
     The body runs outside `torch.inference_mode()`, so that the record and gradients work there too.
@@ -113,6 +115,15 @@ def untouched(model: nn.Module, seed: int | None = None, *, parameters: bool = T
         yield
 
 
+@contextmanager
+def restored_state(model: nn.Module) -> Iterator[None]:
+    """After the body, buffers and plain attributes are as before. A part of `untouched`, for runs inside of it."""
+    with ExitStack() as stack:
+        for undo in (*_buffers(model), *_attributes(model)):
+            stack.callback(undo)
+        yield
+
+
 def without_compile() -> AbstractContextManager[Any]:
     """Inside, what `torch.compile` has wrapped runs as it is written: its programs ignore hooks, or fail under them."""
     if "torch._dynamo" not in sys.modules:  # nothing is compiled, and the import takes a second
@@ -122,20 +133,60 @@ def without_compile() -> AbstractContextManager[Any]:
 
 
 @contextmanager
-def restored_on_error(model: nn.Module) -> Iterator[None]:
-    """After any error in the body, all parameters and buffers of `model` have the values that they had before it.
+def restored_on_error(model: nn.Module, *, but: tuple[type[BaseException], ...] = ()) -> Iterator[None]:
+    """After any error in the body, also an interrupt, `model` is as it was before it.
 
-    For work in place. It costs a copy of the model. Masks, flags and attributes are not kept.
+    Restored: values, `requires_grad` and `.grad` of parameters, buffers, masks, training flags and the random number
+    generators. For work in place; it costs a copy of the model. but: errors after which the model is as it should be.
     """
-    live = [*model.parameters(), *model.buffers()]
-    before = [tensor.detach().clone() for tensor in live]
+    tensors = [*model.parameters(), *model.buffers()]
+    undos = [_written(tensor) for tensor in tensors]
+    undos += [_held_gradient(parameter) for parameter in model.parameters()]
+    undos += [_record(module) for module in model.modules()]
+    flags, random_state = [(module, module.training) for module in model.modules()], rng_state()
     try:
         yield
-    except BaseException:
-        for tensor, value in zip(live, before, strict=True):
-            with writable(tensor):
-                tensor.copy_(value)
+    except BaseException as error:
+        if not isinstance(error, but):
+            for undo in undos:
+                undo()
+            _set_flags(flags)
+            restore_rng_(random_state)
         raise
+
+
+def _written(tensor: Tensor) -> Undo:
+    before = tensor.detach().clone()
+
+    def undo() -> None:
+        with writable(tensor):
+            tensor.copy_(before)
+
+    return undo
+
+
+def _held_gradient(parameter: nn.Parameter) -> Undo:
+    required, grad = parameter.requires_grad, parameter.grad
+
+    def undo() -> None:
+        if parameter.requires_grad != required:
+            parameter.requires_grad_(required)
+        parameter.grad = grad
+
+    return undo
+
+
+def _record(module: nn.Module) -> Undo:
+    masks = vars(module).get(RECORD)
+    before = None if masks is None else dict(masks)
+
+    def undo() -> None:
+        if before is not None:
+            vars(module)[RECORD] = before
+        else:
+            vars(module).pop(RECORD, None)
+
+    return undo
 
 
 def outside_inference() -> AbstractContextManager[Any]:
@@ -273,14 +324,17 @@ def _equal(tensor: Tensor, before: Tensor) -> bool:
 
 
 def _attributes(model: nn.Module) -> list[Undo]:
-    return [_plain(vars(module)) for module in model.modules()]
+    seen = set[int]()
+    undos = [_plain(vars(module), seen) for module in model.modules()]
+    undos += undo_numbers(model)
+    return [*undos, *(undo for value in values_beside(model) for undo in _undos_of(value, seen))]
 
 
-def _plain(attributes: dict[str, Any]) -> Undo:
-    """Undo changes of plain attributes, so that no cache remains after a run."""
+def _plain(attributes: dict[str, Any], seen: set[int]) -> Undo:
+    """Undo changes of plain attributes, so that no cache remains after a run. seen: values that others restore."""
     before = {key: value for key, value in attributes.items() if key not in _MACHINERY}
     hooks = [value for value in before.values() if is_empty(value)]
-    undos = [undo for value in before.values() for undo in _undos_of(value)]
+    undos = [undo for value in before.values() if not is_empty(value) for undo in _undos_of(value, seen)]
 
     def undo() -> None:
         for key in [key for key in attributes if key not in before and key not in _MACHINERY]:
@@ -296,21 +350,59 @@ def _plain(attributes: dict[str, Any]) -> Undo:
     return undo
 
 
-def _undos_of(value: Any) -> Iterator[Undo]:
-    """What restores the content of an attribute. Most attributes are empty, for hooks, or hold no content at all."""
-    if type(value) in _ATOMS or is_empty(value):
+def _undos_of(value: Any, seen: set[int], depth: int = 0) -> Iterator[Undo]:
+    """What restores the content of a value. Most hold no content at all.
+
+    An object or a container in it is restored too, such as the dictionary of a cache.
+    """
+    if type(value) in _ATOMS or id(value) in seen:
         return
-    if type(value) in _CONTAINERS:
+    seen.add(id(value))
+    inner: Iterable[Any] = ()
+    if type(value) in CONTAINERS:
         yield _content_of(value)
+        inner = value.values() if isinstance(value, dict) else value
     if isinstance(value, Tensor):
         yield _value_of(value)
     if _is_plain_object(value):
         yield _content_of(vars(value))
+        inner = vars(value).values()
+    slots = _slots_of(value)
+    if slots:
+        yield _slots_undo(value, slots)
+        inner = slots.values()
     if isinstance(value, torch.Generator):
         yield _state_of(value)
+    for item in list(inner) if depth < _DEPTH else ():
+        if not isinstance(item, Tensor | nn.Module):  # their content is large
+            yield from _undos_of(item, seen, depth + 1)
 
 
-_ATOMS = frozenset({type(None), bool, int, float, str, tuple})
+_ATOMS = frozenset({type(None), bool, int, float, str, tuple, type, FunctionType, MethodType})
+_DEPTH = 3
+"""An object in an object in an attribute is restored, and what it holds."""
+
+
+def _slots_of(value: object) -> dict[str, Any]:
+    """The values in the `__slots__` of an object of a user's class."""
+    kinds = [kind for kind in type(value).__mro__ if "__slots__" in vars(kind)]
+    if not kinds or isinstance(value, Tensor | ModuleType) or not is_source(_file_of(type(value))):
+        return {}
+    names = [name for kind in kinds for name, entry in vars(kind).items() if isinstance(entry, MemberDescriptorType)]
+    return {name: getattr(value, name) for name in names if hasattr(value, name)}
+
+
+def _file_of(kind: type) -> str:
+    return getattr(sys.modules.get(kind.__module__), "__file__", None) or "<"
+
+
+def _slots_undo(value: object, slots: dict[str, Any]) -> Undo:
+    def undo() -> None:
+        for name, before in slots.items():
+            if getattr(value, name, None) is not before:
+                object.__setattr__(value, name, before)
+
+    return undo
 
 
 def _is_plain_object(value: object) -> bool:
@@ -335,7 +427,7 @@ def _content_of(container: Any) -> Undo:
     def undo() -> None:
         if _differs(container, before):
             container.clear()
-            container.extend(before) if type(container) is list else container.update(before)
+            container.extend(before) if isinstance(container, list | deque) else container.update(before)
 
     return undo
 

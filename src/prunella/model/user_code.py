@@ -121,13 +121,33 @@ def as_user_function(function: Callable[..., Any], spec: str) -> Callable[..., A
 
 
 def number_of(value: Any, what: str) -> float:
-    """A number that a function of the user returned. Errors: RequestError for anything else."""
-    try:
-        return float(value)
-    except (TypeError, ValueError, RuntimeError) as error:
-        shape = f" of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else ""
-        why = f"it returned a {type(value).__name__}{shape}"
-        raise RequestError(f"{what} must return one number", why, "return a float, higher is better") from error
+    """A number that a function of the user returned. Errors: RequestError for anything else, also for a truth value."""
+    cause: Exception | None = None
+    if not isinstance(value, str | bytes | bool | complex) and _type_of(value) not in ("bool", "complex"):
+        try:
+            return float(value)
+        except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+            cause = error
+    raise RequestError(f"{what} must return one number", f"it returned {_named(value)}", _NUMBER) from cause
+
+
+_NUMBER = "return a float, higher is better"
+
+
+def _type_of(value: Any) -> str:
+    """`bool`, `complex` or another word for the type of a tensor or an array; empty for other values."""
+    name = str(getattr(value, "dtype", "")).removeprefix("torch.")
+    return "complex" if name.startswith("complex") else name
+
+
+def _named(value: Any) -> str:
+    if value is None or isinstance(value, bool):
+        return str(value)
+    if isinstance(value, str | bytes):
+        return f"the text {value[:40]!r}"
+    if hasattr(value, "dtype") and hasattr(value, "shape"):
+        return f"a {type(value).__name__} of {_type_of(value)} and shape {tuple(value.shape)}"
+    return f"a {type(value).__name__}"
 
 
 def _frames(error: BaseException) -> Iterator[Frame]:

@@ -13,6 +13,7 @@ from prunella.graph.data import Frozen, Graph, ReasonKind
 from prunella.targets import Sparsity, Target, Threshold
 
 _ADVICE = {
+    ReasonKind.COMPLEX: "write a complex layer as real ones, for its real and its imaginary part: those can be pruned",
     ReasonKind.SOURCE: "sizes in the source can follow in a program: prunella.as_program(model, inputs), or --program",
 }
 """Advice for a kind of reason; the other kinds have no remedy, or their text names it."""

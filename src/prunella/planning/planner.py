@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from prunella.errors import NotSupported, RequestError, TargetMissed
 from prunella.granularity import Structural, Vocabulary
 from prunella.graph.data import Frozen, Group, ReasonKind
-from prunella.graph.other_sizes import disagreement, shape_text, wrong_branch
+from prunella.graph.other_sizes import disagreement, wrong_branch
+from prunella.graph.resized import batch_text
 from prunella.graph.verify import unproven
 from prunella.model.state import untouched
 from prunella.model.torch_masks import with_plain_weights
@@ -140,18 +141,18 @@ def plan_structure(request: Request) -> Plan:
         request = with_example(request, other)
     raise NotSupported(
         "the cuts of this model are right for the size of the example only",
-        f"on an input of {shape_text(other)} the smaller model is another one, also when that is traced too",
+        f"on {batch_text(other, request.inputs)} the smaller model is another one, also when that is traced too",
         "prune less of it: skip=, only=",
     )
 
 
 def _check_branches(request: Request, keep: Keep) -> None:
-    """Errors: NotSupported if the cut is wrong on the other side of a branch on a value."""
-    place = wrong_branch(request.model, request.graph, keep, request.inputs)
-    if place:
+    """Errors: NotSupported if the cut is wrong on the other side of a branch on a value, or on a further call."""
+    run = wrong_branch(request.model, request.graph, keep, request.inputs)
+    if run:
         raise NotSupported(
-            "the cuts of this model are right on one side of a branch on a value only",
-            f"on the other side of {place} the smaller model is another one",
+            "the cuts of this model are right for one run only",
+            f"{run} the smaller model is another one",
             "prune less of it: skip=, only=",
         )
 
@@ -159,7 +160,7 @@ def _check_branches(request: Request, keep: Keep) -> None:
 def _added(asked: Request, request: Request) -> Iterator[str]:
     """Remarks on the examples and roundings that were added during planning."""
     for other in request.others[len(asked.others) :]:
-        yield f"traced on an input of {shape_text(other)} too, where cuts are wrong that are right on the example"
+        yield f"traced on {batch_text(other, request.inputs)} too, where cuts are wrong that are right on the example"
     if request.recipe.round_to != asked.recipe.round_to:
         yield f"widths are multiples of {request.recipe.round_to}: the configuration of the model refuses others"
 

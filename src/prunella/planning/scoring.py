@@ -227,7 +227,11 @@ class Scorer:
 
     def _out_of_scope(self, group: Group) -> str:
         """What the criterion scores, and what the units have instead."""
-        wanted = _SCORED[scope_of(plain_function(self.criterion))]
+        scope = scope_of(plain_function(self.criterion))
+        wanted, named = _SCORED[scope], self.subject.parameters
+        imaginary = [m.entity for m in group.members if m.entity in named and named[m.entity].is_complex()]
+        if imaginary:
+            return f"{self.name} scores real weights, and {imaginary[0]} is complex: write the layer with real ones"
         weights = [m for m in group.members if m.role in ("out", "in")]
         instead = dict.fromkeys(f"{m.entity}, which {_VERBS[m.role]}" for m in weights if m.role in _VERBS)
         return f"{self.name} scores {wanted}, and here there is only {'; '.join(instead) or 'no layer with a weight'}"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,6 +21,8 @@ from prunella.model.copying import copied
 from prunella.model.forward import outputs_of
 from prunella.model.state import untouched
 from prunella.model.torch_masks import with_plain_weights
+from prunella.planning.checks import foreign_weights
+from prunella.planning.diagnostics import obstacles
 from prunella.planning.plan import Plan
 from prunella.stats import Source, Subject, collect
 from prunella.stats.subject import first_seen
@@ -69,11 +72,32 @@ def _structure(model: nn.Module, graph: Graph, inputs: Inputs, groups: list[Grou
     keep = {g.name: dead[g.name] for g in groups if g.name not in faults}
     if all(bool(mask.all()) for mask in keep.values()):
         why = "; ".join(f"{name}: {reason}" for name, reason in faults.items())
+        if not groups:
+            foreign = foreign_weights(model)
+            why = "\n".join([*obstacles(graph, graph.frozen), *foreign]) or "the model has no parameters"
+            raise NotSupported(
+                "no unit is exactly zero: none could be removed",
+                why,
+                "`prunella inspect` shows the groups",
+            )
         looked_at = f"{sum(g.size for g in groups)} units in {len(groups)} groups were looked at"
         why = why or f"{looked_at}{_constants(model, groups)}"
         what = f"no unit {'that is exactly zero can go' if faults else 'is exactly zero in every weight that reads it'}"
         raise NotSupported(what, why, "train longer or with more strength; small is not zero")
-    return Plan.of_structure(graph, keep, inputs=inputs, frozen=frozen)
+    made = Plan.of_structure(graph, keep, inputs=inputs, frozen=frozen)
+    return replace(made, remarks=(*made.remarks, *_constants_kept(model, groups, keep)))
+
+
+def _constants_kept(model: nn.Module, groups: Sequence[Group], keep: Keep) -> Iterator[str]:
+    """The units that compute the same for every input and are kept, and why."""
+    for group in groups:
+        count = int((_constant(model, group) & keep[group.name]).sum()) if group.name in keep else 0
+        if count and int(keep[group.name].sum()) > group.min_units:
+            yield (
+                f"{count} units of {group.name} have zero weights and stay: their bias or the shift of their norm "
+                "makes them a constant that is read as another number than 0; prune them with pr.plan, then "
+                "fold_means adds the constant to the biases that read it"
+            )
 
 
 def _masks(model: nn.Module, graph: Graph, inputs: Inputs, skip: Sequence[str], only: Sequence[str]) -> Plan:

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prunella.errors import RequestError
+from prunella.errors import CheckFailed, RequestError
 from prunella.model.masks import masks_of
+from prunella.model.state import restored_on_error
 from prunella.model.unwrap import unwrap
 from prunella.recovery.distill import distill_logits
 from prunella.recovery.finetune import LossCurve, OnStep, Training, finetune
@@ -124,7 +125,8 @@ def distill_lm_(
 
     small: any model that takes the teacher's batches and returns logits of the same shape. lr: about 1e-3 with
     adapters, 1e-5 to 1e-4 without. training: optimizer, learning rate schedule, clipping, seed.
-    Errors: CheckFailed if the loss is not finite; the model then keeps its last good weights.
+    Errors: CheckFailed if the loss is not finite; the model then keeps its last good weights. After any other
+    error it is as before.
 
     Use: after every structured pruning of a language model, and after `match_stream_` where that applies. Avoid: tasks
     with labels: `finetune` learns from both.
@@ -134,7 +136,8 @@ def distill_lm_(
     if adapters is None:
         return Distilled(finetune(root, data, loss, steps=steps, lr=lr, training=training, on_step=on_step))
     merged: list[Merged] = []
-    with _only_adapters(root, adapters, training.seed, merged):
+    guard = restored_on_error(root, but=(CheckFailed,))
+    with guard, _only_adapters(root, adapters, training.seed, merged):
         curve = finetune(root, data, loss, steps=steps, lr=lr, training=training, on_step=on_step)
     return Distilled(curve, tuple(merged))
 

@@ -17,7 +17,7 @@ from prunella.errors import CheckFailed, RequestError
 from prunella.io.identity import Identity, identify, model_parts
 from prunella.model.batches import data_errors, trainable
 from prunella.model.rng import seeded
-from prunella.model.state import mode, outside_inference
+from prunella.model.state import mode, outside_inference, restored_on_error
 from prunella.recovery.checkpoint import Checkpoint
 from prunella.registry.method import recovery
 from prunella.train.pruner import Pruner
@@ -97,7 +97,8 @@ def finetune(
     data: batches, repeated until the steps are done. training: optimizer, learning-rate schedule, clipping and seed;
     the caller's random state does not change. on_step: called after each step with its number, loss and learning rate.
 
-    `CheckFailed` if loss or gradient is not finite: the model then has the last weights that gave a finite loss.
+    `CheckFailed` if loss or gradient is not finite: the model then has the last weights that gave a finite loss. After
+    any other error, of the loss, the data or an interrupt, it is as before.
 
     Example:
 
@@ -110,7 +111,8 @@ def finetune(
 
     Use: data with labels. Avoid: a handful of samples: the model overfits; `reconstruct` needs fewer.
     """
-    with outside_inference(), torch.enable_grad():  # whatever the caller has switched off
+    guard = restored_on_error(model, but=(CheckFailed,))
+    with guard, outside_inference(), torch.enable_grad():  # whatever the caller has switched off
         return _trained(model, data, loss, steps, lr, training, on_step)
 
 

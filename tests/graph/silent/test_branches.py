@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import warnings
 from collections.abc import Callable
@@ -62,6 +63,62 @@ SIZES: dict[str, tuple[Callable[[Tensor], Any], tuple[int, ...]]] = {
     "global": (lambda x: x.shape[2] * 0.5 > THRESHOLD, (2, 3, 48, 8)),
     "computed": (lambda x: nn.functional.conv2d(x, x.new_ones(1, 3, 3, 3), stride=2).shape[3] > 10, (2, 3, 32, 32)),
 }
+
+
+class Limits:
+    """A helper that knows the numbers."""
+
+    low, high, limit = 50, 500, 20
+    __slots__ = ()
+
+    def above(self, number: float) -> bool:
+        return number > self.limit
+
+    @staticmethod
+    def exactly(number: float) -> bool:
+        return number == 37
+
+    @classmethod
+    def within(cls, number: float) -> bool:
+        return cls.low < number < cls.high
+
+
+class Decides(nn.Module):
+    def forward(self, number: float) -> bool:
+        return number == 37
+
+
+LIMITS, DECIDES = Limits(), Decides()
+
+
+def _exactly(number: float) -> bool:
+    return _deeper(number)
+
+
+def _deeper(number: float, *, wanted: int = 37) -> bool:
+    return number == wanted
+
+
+PARTIAL = functools.partial(_deeper, wanted=41)
+
+
+def _closure(number: int) -> Callable[[Tensor], bool]:
+    return lambda x: int(x.shape[2]) == number
+
+
+SIZES |= {
+    "method": (lambda x: LIMITS.above(int(x.shape[2])), (2, 3, 48, 8)),
+    "static method": (lambda x: LIMITS.exactly(int(x.shape[2])), (2, 3, 37, 8)),
+    "class method": (lambda x: Limits.within(float(x.shape[2])), (2, 3, 64, 8)),
+    "function": (lambda x: _exactly(int(x.shape[2])), (2, 3, 37, 8)),
+    "module of numbers": (lambda x: DECIDES(int(x.shape[2])), (2, 3, 37, 37)),
+    "cell": (_closure(37), (2, 3, 37, 8)),
+    "partial": (lambda x: PARTIAL(int(x.shape[2])), (2, 3, 41, 8)),
+    "bytes": (lambda x: x.nbytes > 20_000, (2, 3, 64, 64)),
+    "bytes of an element": (lambda x: x.element_size() * x.numel() > 20_000, (2, 3, 64, 64)),
+    "item size": (lambda x: x.itemsize * x.nelement() > 20_000, (2, 3, 64, 64)),
+    "bytes of the memory": (lambda x: x.untyped_storage().nbytes() > 20_000, (2, 3, 64, 64)),
+}
 VALUES: dict[str, Callable[[Tensor], Any]] = {
     "bool": lambda x: x.max() > 30,
     "window": lambda x: (x.max() > 50) & (x.max() < 500),
@@ -74,6 +131,14 @@ VALUES: dict[str, Callable[[Tensor], Any]] = {
     "mask": lambda x: x[x > 30].numel(),
     "numpy": lambda x: x.numpy().max() > 30,
     "list": lambda x: max(x.flatten().tolist()) > 30,
+    "in a function": lambda x: LIMITS.within(x.max().item()),
+    "in a lambda": lambda x: (lambda value: 50 < value < 500)(x.max().item()),
+}
+LAYOUTS: dict[str, Callable[[Tensor], Any]] = {
+    "is_contiguous": lambda x: not x.is_contiguous(),
+    "format": lambda x: x.is_contiguous(memory_format=torch.channels_last),
+    "stride": lambda x: x.stride(1) == 1,
+    "strides": lambda x: x.stride()[-1] != 1,
 }
 
 
@@ -99,6 +164,104 @@ def test_a_branch_on_values_is_tried_on_its_other_side(side: Callable[[Tensor], 
     other[0, 0, 0, 0] = 100.0
     plan = _cut(Branching(side).eval(), torch.randn(2, 3, 8, 8).clamp(-3, 3), other)
     assert set(plan.keep) == {"free"}
+
+
+@pytest.mark.parametrize("side", LAYOUTS.values(), ids=LAYOUTS)
+def test_a_branch_on_the_order_in_memory_is_tried_on_its_other_side(side: Callable[[Tensor], Any]) -> None:
+    other = torch.randn(2, 3, 8, 8).to(memory_format=torch.channels_last)
+    plan = _cut(Branching(side).eval(), torch.randn(2, 3, 8, 8), other)
+    assert set(plan.keep) == {"free"}
+    assert any("2x3x8x8 with strides 192x1x24x3" in remark for remark in plan.remarks)
+
+
+def test_a_branch_on_gradients_is_tried_on_its_other_side() -> None:
+    x = torch.randn(2, 3, 8, 8)
+    plan = _cut(Branching(lambda given: given.requires_grad).eval(), x, x.clone().requires_grad_())
+    assert set(plan.keep) == {"free"}
+
+
+def _unpacked(x: Tensor) -> bool:
+    try:
+        _, _, _ = x.shape
+    except ValueError:
+        return False
+    return True
+
+
+RANKS: dict[str, Callable[[Tensor], Any]] = {
+    "dim": lambda x: x.dim() == 3,
+    "ndim": lambda x: x.ndim > 2,
+    "length of the shape": lambda x: len(x.shape) == 3,
+    "unpacked": _unpacked,
+    "table": lambda x: (False, False, False, True)[x.dim()],
+    "part of the shape": lambda x: x.shape[2:],
+}
+
+
+class ByRank(nn.Module):
+    """One side reverses the units of `a`; `free` is beside the branch."""
+
+    def __init__(self, side: Callable[[Tensor], Any], *, turned: bool) -> None:
+        super().__init__()
+        self.side, self.turned = side, turned
+        self.a, self.b, self.free, self.c = (nn.Linear(*sizes) for sizes in ((6, 8), (8, 3), (6, 8), (8, 3)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x).relu()
+        y = y.flip(-1) + y if bool(self.side(x)) is not self.turned else y
+        return self.b(y) + self.c(self.free(x).relu())  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("side", RANKS.values(), ids=RANKS)
+def test_a_branch_on_the_number_of_axes_is_tried_on_its_other_side(side: Callable[[Tensor], Any], turned: bool) -> None:
+    torch.manual_seed(0)
+    matrix, sequence = torch.randn(4, 6), torch.randn(4, 5, 6)
+    model, x, other = ByRank(side, turned=turned).eval(), *((sequence, matrix) if turned else (matrix, sequence))
+    plan = pr.plan(model, x, RECIPE, target=pr.Params(0.9))
+    small = pr.shrink(model, plan)
+    assert verify(model, small, plan.changes, other).exact
+    assert plan.keep["free"].sum() < 8 and (len(plan.others) == 1 or "a" not in plan.keep)
+
+
+def test_where_the_source_asks_for_no_axes_no_other_number_of_axes_is_an_example() -> None:
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)).eval()
+    assert pr.plan(model, torch.randn(4, 6), RECIPE, target=pr.Params(0.8)).others == ()
+
+
+class ManyBranches(nn.Module):
+    """More branches on values than are tried; the last one couples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y, m = self.a(x).relu(), x.max()
+        if m > 11:
+            x = x + 1
+        if m > 12:
+            x = x + 1
+        if m > 13:
+            x = x + 1
+        if m > 14:
+            x = x + 1
+        if m > 15:
+            x = x + 1
+        if m > 16:
+            x = x + 1
+        if m > 17:
+            x = x + 1
+        if m > 18:
+            x = x + 1
+        if m > 19:
+            y = y.flip(-1)
+        return self.b(y) + x.mean()  # type: ignore[no-any-return]
+
+
+def test_what_the_source_holds_at_a_branch_that_is_not_tried_stays() -> None:
+    with pytest.raises(pr.PruningError, match="the other side of a branch on a value was not traced"):
+        pr.plan(ManyBranches().eval(), torch.randn(2, 6), RECIPE, target=pr.Params(0.9))
 
 
 def test_a_branch_without_a_fault_costs_no_units() -> None:

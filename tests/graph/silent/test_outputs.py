@@ -111,12 +111,15 @@ def test_what_outlives_a_run_is_an_output(finish: Callable[[Net, Tensor, Tensor]
 def test_what_a_frozen_object_keeps_is_an_output() -> None:
     STORE["a list"] = []  # type: ignore[assignment]  # the collector knows a dictionary of what it knows
     gc.freeze()  # as a server does before it forks
+    frozen = gc.get_freeze_count()
     try:
-        graph = couple(Net(keep_elsewhere), X)
+        graph, free = couple(Net(keep_elsewhere), X), couple(Net(lambda net, y, hidden: y), X)
+        assert gc.get_freeze_count() >= frozen * 0.9, "they are frozen still"
     finally:
         gc.unfreeze()
         STORE.clear()
     assert {group.name for group in graph.groups} == {"b"}
+    assert {group.name for group in free.groups} == {"a", "b"}, "what nobody keeps is no output"
 
 
 def test_what_the_model_keeps_is_compared() -> None:

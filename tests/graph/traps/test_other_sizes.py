@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 import prunella as pr
 from prunella.errors import CheckFailed, NotSupported
-from prunella.graph.other_sizes import other_sizes, positions, samples
+from prunella.graph.other_sizes import other_sizes
+from prunella.graph.resized import positions, samples
 from prunella.graph.solve.groups import couple
 from prunella.graph.verify import verify
 from prunella.model.trees import tensors

@@ -127,9 +127,11 @@ def barrier(trace: Trace, ctx: Context) -> Returned:
     """Freeze all axes of the inputs. What it computes from weights alone is a weight, frozen for the same reason."""
     call = trace.call().name
     text = f"the operation {ctx.name}{f' in {call}' if call in OPAQUE else ''} has no rule"
+    of_complex = any(tensor.is_complex() for tensor in (*tensors_in(ctx.args), *ctx.outputs))
+    text += ", and it is of complex numbers" if of_complex else ""
     for tensor in tensors_in(ctx.args):
         for dim in trace.value(tensor).dims:
-            trace.freeze(dim, text, ReasonKind.RULE)
+            trace.freeze(dim, text, ReasonKind.COMPLEX if of_complex else ReasonKind.RULE)
     return [_computed_weight(trace, tensor, text) if trace.sources.of(tensor) else None for tensor in ctx.outputs]
 
 

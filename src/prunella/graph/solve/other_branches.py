@@ -21,6 +21,8 @@ def hints(record: Trace) -> Hints:
         tuple(sorted(known.keys)),
         known.escaped or _derived(record),
         bool(record.values_read),
+        known.ranks,
+        known.layouts,
     )
 
 

@@ -22,7 +22,9 @@ from prunella.model.calls import called
 from prunella.model.trees import tensors
 
 Answer = bool | int | float
-_ASKED = frozenset("__bool__ is_nonzero equal allclose __contains__ __int__ __float__ __index__ item".split())
+_REQUIRES = "requires_grad"
+_CALLS = "__bool__ is_nonzero equal allclose __contains__ __int__ __float__ __index__ item"
+_ASKED = frozenset({*_CALLS.split(), _REQUIRES})
 """Calls that answer with one number or truth."""
 
 
@@ -82,9 +84,13 @@ class Question:
         """Other answers: the opposite, or numbers beside those that the source names, and far ones."""
         if isinstance(self.answer, bool):
             return [not self.answer]
-        beside = [number + step for number in self.numbers for step in (0, 1, -1)]
+        beside = [near for number in self.numbers for near in _beside(number)]
         numbers = [*beside, 0, 1, -1, self.answer * 1_000 + 1, -self.answer]
         return [other for other in dict.fromkeys(map(type(self.answer), numbers)) if other != self.answer]
+
+
+def _beside(number: Answer) -> tuple[Answer, ...]:
+    return (number, number * 1.1, number * 0.9) if isinstance(number, float) else (number, number + 1, number - 1)
 
 
 class AnswerMode(TorchFunctionMode):
@@ -101,7 +107,7 @@ class AnswerMode(TorchFunctionMode):
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         answer = func(*args, **(kwargs or {}))
-        name = called(func)
+        name = _REQUIRES if func == Tensor.requires_grad.__get__ else called(func)  # type: ignore[attr-defined]
         if name not in _ASKED or not isinstance(answer, bool | int | float):
             return answer
         frame = reader(sys._getframe(1))

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from prunella.errors import one_line
-from prunella.graph.data import Branch, ReasonKind
+from prunella.graph.data import PLAIN, Branch, ReasonKind, Setting
 from prunella.graph.guesses import Seen
 from prunella.graph.solve.labels import Reason
 from prunella.graph.trace.answers import NATURAL, AnswerMode, Answers, Question, refuses
@@ -17,10 +17,11 @@ from prunella.graph.trace.dataflow import Flow
 from prunella.graph.trace.kept import kept_on, outliving
 from prunella.graph.trace.recorder import Trace
 from prunella.graph.trace.run import TracedRun, trace
+from prunella.model.state import restored_state
 
 _MOST = 8
 """Runs in which a value is read as another."""
-_NUMBERS = 12
+_NUMBERS = 16
 """Numbers that are tried in place of one."""
 
 
@@ -48,7 +49,9 @@ def add_branches(
             fresh = [found for site, found in asked.questions.items() if site not in known]
             known |= {found.site for found in fresh}
             waiting += [(answers, found) for found in fresh]
-    record.branches += [Branch(q.site.place, {}, 0, "too many branches on values") for _, q in waiting]
+    for _, question in waiting:
+        record.branches.append(Branch(question.site.place, PLAIN, 0, "too many branches on values"))
+        _keep_within(record, question)
 
 
 def _other_sides(model: nn.Module, inputs: Any, before: Answers, question: Question) -> Iterator[Answers]:
@@ -83,18 +86,25 @@ def _other_side(
     place, start = question.site.place, len(record.ledger.frozen)
     record.example, record.flow, fault = number, Flow(), ""
     try:
-        run = trace(record, model, inputs, apply_rule, asked=asked)
-        decides = isinstance(question.answer, bool)
-        side = f"on the other side of the branch at {place}" if decides else f"if the number read at {place} is another"
-        say_example(record, start, f", {side}")
-        keep_outputs(run, model, "it is an output of the model")
+        with restored_state(model):
+            run = trace(record, model, inputs, apply_rule, asked=asked)
+            decides = isinstance(question.answer, bool)
+            number_text = f"if the number read at {place} is another"
+            side = f"on the other side of the branch at {place}" if decides else number_text
+            say_example(record, start, f", {side}")
+            keep_outputs(run, model, "it is an output of the model")
     except Exception as error:  # what no value leads to may raise anything
         if not refuses(error):
             fault = one_line(error)
-            reason = Reason("the other side of a branch on a value was not traced", place, kind=ReasonKind.DECISION)
-            for dim in question.within:
-                record.ledger.freeze(dim, reason)
-    return Branch(place, asked.instead, number, fault)
+            _keep_within(record, question)
+    return Branch(place, Setting(asked.instead), number, fault)
+
+
+def _keep_within(record: Trace, question: Question) -> None:
+    """Freeze what the source holds at a branch whose other side nobody saw."""
+    text = "the other side of a branch on a value was not traced"
+    for dim in question.within:
+        record.ledger.freeze(dim, Reason(text, question.site.place, kind=ReasonKind.DECISION))
 
 
 def say_example(record: Trace, start: int, suffix: str) -> None:

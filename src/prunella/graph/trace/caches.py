@@ -9,9 +9,11 @@ from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
+from torch import nn
 from torch.jit import ScriptFunction
 
 from prunella.graph.trace.tracked_int import Tracked
+from prunella.model.beside import beside
 
 _CACHED = type(functools.lru_cache(len))
 _LEFT = frozenset({"torch", "numpy", "scipy", "prunella"})
@@ -19,23 +21,57 @@ _LEFT = frozenset({"torch", "numpy", "scipy", "prunella"})
 
 
 @contextmanager
-def uncached() -> Iterator[None]:
-    """Inside, cached functions of modules compute anew what depends on a tracked size, and do not keep it.
+def uncached(model: nn.Module) -> Iterator[None]:
+    """Inside, cached functions compute anew what depends on a tracked size, and do not keep it.
 
-    Scripted functions run as the Python source that they were compiled from.
+    Cached functions of files, of classes and of the modules themselves; also static and class methods. Scripted
+    functions run as the Python source that they were compiled from.
     """
-    replaced: list[tuple[dict[str, Any], str, Any]] = []
-    for module in list(sys.modules.values()):
-        if isinstance(module, ModuleType) and _belongs_to_a_model(module.__name__):
-            space = vars(module)
-            replaced += [(space, name, value) for name, value in list(space.items()) if _hides(value)]
-    for space, name, function in replaced:
-        space[name] = _around(function) if type(function) is _CACHED else _as_python(function)
+    replaced = [(holder, name, value) for holder in _holders(model) for name, value in _hidden_in(holder)]
+    for holder, name, value in replaced:
+        _set(holder, name, _renewed(value))
     try:
         yield
     finally:
-        for space, name, function in replaced:
-            space[name] = function
+        for holder, name, value in replaced:
+            _set(holder, name, value)
+
+
+def _holders(model: nn.Module) -> Iterator[Any]:
+    for file in list(sys.modules.values()):
+        if isinstance(file, ModuleType) and _belongs_to_a_model(file.__name__):
+            yield file
+    for file in (holder for holder in beside(model) if isinstance(holder, ModuleType)):
+        yield from (v for v in list(vars(file).values()) if isinstance(v, type) and v.__module__ == file.__name__)
+    for module in model.modules():
+        yield module
+        if not type(module).__module__.startswith("torch."):
+            yield from (value for value in vars(module).values() if _is_own_object(value))
+
+
+def _is_own_object(value: object) -> bool:
+    return hasattr(value, "__dict__") and not isinstance(value, type | ModuleType | nn.Module) and not callable(value)
+
+
+def _hidden_in(holder: Any) -> list[tuple[str, Any]]:
+    return [(name, value) for name, value in list(vars(holder).items()) if _hides(_bare(value))]
+
+
+def _bare(value: Any) -> Any:
+    return value.__func__ if isinstance(value, staticmethod | classmethod) else value
+
+
+def _renewed(value: Any) -> Any:
+    function = _bare(value)
+    around = _around(function) if type(function) is _CACHED else _as_python(function)
+    return type(value)(around) if isinstance(value, staticmethod | classmethod) else around
+
+
+def _set(holder: Any, name: str, value: Any) -> None:
+    if isinstance(holder, type):
+        setattr(holder, name, value)
+    else:
+        vars(holder)[name] = value
 
 
 def _belongs_to_a_model(name: str) -> bool:

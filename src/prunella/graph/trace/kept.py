@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import gc
 import inspect
+import sys
 from collections.abc import Iterable
 
+import torch
 from torch import Tensor, nn
 
 from prunella.graph.trace.recorder import Trace
@@ -34,8 +36,6 @@ def outliving(record: Trace, model: nn.Module, known: Iterable[Tensor]) -> list[
 
     Nobody sees who will read them, so that they are outputs. Buffers are part of the model and follow its cuts.
     """
-    if gc.get_freeze_count():
-        gc.unfreeze()  # frozen objects hold tensors too, and the collector does not show what they refer to
     ours = {id(tensor) for tensor in (*known, *model.parameters(), *model.buffers())}
     if not _held(_alive(record, ours)):
         return []
@@ -63,7 +63,13 @@ def _alive(record: Trace, ours: set[int]) -> list[Tensor]:
 
 
 def _held(alive: list[Tensor]) -> list[Tensor]:
-    """The tensors that a Python object refers to, and not only the memory of a view."""
+    """The tensors that a Python object refers to, and not only the memory of a view.
+
+    The collector does not show what its frozen objects refer to: where there are any, references are counted.
+    """
+    if gc.get_freeze_count():
+        alone = max([sys.getrefcount(tensor) for tensor in [torch.empty(0)]])
+        return [tensor for tensor in alive if sys.getrefcount(tensor) > alone]
     holders = [holder for holder in gc.get_referrers(*alive) if holder is not alive] if alive else []
     held = {id(part) for holder in holders if not inspect.isframe(holder) for part in gc.get_referents(holder)}
     return [tensor for tensor in alive if id(tensor) in held]

@@ -6,15 +6,15 @@ cannot; there the numbers that the source names are the sizes at which it may do
 
 from __future__ import annotations
 
-import inspect
+import dis
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from types import CodeType, FrameType, FunctionType
+from functools import cache
+from types import CodeType, FrameType
 from typing import Any
 
-from torch import Tensor, nn
-
+from prunella.graph.trace.scopes import Scope, scopes
 from prunella.graph.trace.source import LIBRARY, reader
 from prunella.graph.trace.tracked_int import plain
 
@@ -31,42 +31,59 @@ _OF_NUMBERS = frozenset({"math", "numpy", "np", "log2", "sqrt"})
 
 @dataclass
 class KnownSizes:
-    """numbers: constants. keys: numbers in containers. escaped: a size was used in a way that cannot be followed."""
+    """numbers: constants. keys: numbers in containers. escaped: a size was used in a way that cannot be followed.
+
+    ranks, layouts: the source asked for the number of axes of a tensor, or for its order in memory.
+    """
 
     numbers: set[int] = field(default_factory=set)
     keys: set[int] = field(default_factory=set)
     escaped: bool = False
+    ranks: bool = False
+    layouts: bool = False
     codes: set[CodeType] = field(default_factory=set)
 
-    def note(self, start: FrameType | None, *, escaped: bool = False, parts: bool = False) -> None:
+    def note(self, start: FrameType | None, *, escaped: bool = False, parts: bool = False, loops: bool = False) -> None:
         """Record what the function knows that reads the size of an input now.
 
-        parts: it takes the positions apart; their number is a size if they are counted, or a loop runs over them.
+        parts: it takes positions apart; their number is a size if they are counted, or a loop runs over them. loops:
+        they are positions of an input, so that a loop in the function may run over them.
         """
         frame = reader(start)
-        if frame is None or (parts and not _counts(start, frame)):
+        if frame is None or (parts and not _counts(start, frame) and not (loops and _loops(frame.f_code))):
             return
         code = frame.f_code
         self.escaped |= escaped or parts or bool(_OF_NUMBERS.intersection(code.co_names))
         if code not in self.codes:
             self.codes.add(code)
-            self.numbers |= {n for n in constants(code) if _LEAST <= n <= _LARGEST}
-            for value in _named(frame):
-                self.numbers |= {n for n in _integers(value) if _LEAST <= n <= _LARGEST}
-                self.keys |= {n for n in _entries(value) if 0 < n <= _LARGEST}
+            for scope in scopes(frame):
+                self.numbers |= {n for n in constants(scope.code) if _LEAST <= n <= _LARGEST}
+                for value in scope.named():
+                    self.numbers |= {n for n in _integers(value) if _LEAST <= n <= _LARGEST}
+                    self.keys |= {n for n in _entries(value) if 0 < n <= _LARGEST}
+
+    def asks(self, start: FrameType | None, *, ranks: bool = False, layouts: bool = False) -> None:
+        """Record that the source itself asks for these."""
+        if reader(start) is not None:
+            self.ranks |= ranks
+            self.layouts |= layouts
+
+    def counted(self, start: FrameType | None) -> None:
+        """Record that a function that has the shape of an input counts something: it may be the number of axes."""
+        frame = reader(start)
+        self.ranks |= frame is not None and "len" in frame.f_code.co_names
 
 
 def origin(size: object, start: FrameType | None) -> str:
-    """Where a plain size comes from: a container of the module that runs, or the source."""
+    """Where a plain size comes from: a container that the running function or a callee names, or the source."""
     frame = start
     while frame is not None and frame.f_code.co_filename.startswith(LIBRARY):
         frame = frame.f_back
-    own = _owner(frame) if frame is not None else None
-    if frame is not None and own is not None and size not in set(constants(frame.f_code)):
-        for name in frame.f_code.co_names:
-            value = _attribute(own, name)
-            if isinstance(value, dict | list | tuple) and size in _held(value):
-                return f"in the {type(value).__name__} {name}, which no cut changes"
+    if frame is not None and size not in set(constants(frame.f_code)):
+        for scope in scopes(frame):
+            for name, value in scope.containers():
+                if size in _held(value):
+                    return f"in the {type(value).__name__} {name}, which no cut changes"
     return "typed into the source"
 
 
@@ -83,6 +100,13 @@ def _counts(start: FrameType | None, frame: FrameType) -> bool:
     return "len" in frame.f_code.co_names
 
 
+@cache
+def _loops(code: CodeType) -> bool:
+    """Whether a function, or one that is written in it, has a loop over items."""
+    inner = [constant for constant in code.co_consts if isinstance(constant, CodeType)]
+    return any(entry.opname == "FOR_ITER" for entry in dis.get_instructions(code)) or any(map(_loops, inner))
+
+
 def constants(code: CodeType) -> Iterator[int]:
     """The integers in the constants of a function, at its numbers, in its tuples and as text, such as `"16x16"`."""
     for constant in code.co_consts:
@@ -95,10 +119,31 @@ def constants(code: CodeType) -> Iterator[int]:
                 yield from map(int, _TEXT.findall(constant))
 
 
-def known_numbers(frame: FrameType) -> tuple[int, ...]:
-    """The integers that a running function knows: its constants, and those of what it names."""
-    named = (number for value in _named(frame) for part in (_integers(value), _entries(value)) for number in part)
-    return tuple(dict.fromkeys([*constants(frame.f_code), *named]))
+def known_numbers(frame: FrameType) -> tuple[int | float, ...]:
+    """The numbers that a running function knows, and the functions that it may call: constants, and what they name."""
+    near = scopes(frame)
+    parts = [number for scope in near for number in _fractions(scope)]
+    return tuple(dict.fromkeys([*(n for scope in near for n in numbers_of(scope)), *parts]))
+
+
+def _fractions(scope: Scope) -> Iterator[float]:
+    """Numbers below one, which no integer is beside."""
+    for value in (*_nested(scope.code), *scope.named()):
+        if isinstance(value, float) and 0 < abs(value) < 1:
+            yield value
+
+
+def _nested(code: CodeType) -> Iterator[Any]:
+    """The constants of a function and of those that are written in it."""
+    for constant in code.co_consts:
+        yield from _nested(constant) if isinstance(constant, CodeType) else (constant,)
+
+
+def numbers_of(scope: Scope) -> Iterator[int]:
+    """The integers in the constants of one function and in what it names."""
+    yield from constants(scope.code)
+    for value in scope.named():
+        yield from (*_integers(value), *_entries(value))
 
 
 def _integers(value: Any) -> Iterator[int]:
@@ -116,29 +161,3 @@ def _entries(value: Any) -> Iterator[int]:
             yield from _integers(entry)
             if isinstance(entry, tuple):
                 yield from (n for part in entry for n in _integers(part))
-
-
-def _named(frame: FrameType) -> Iterator[Any]:
-    """The values that the function names: globals, locals, attributes of its module and class, and of objects there."""
-    names, own = frame.f_code.co_names, _owner(frame)
-    attributes = [_attribute(own, name) for name in names] if own is not None else []
-    holders = [value for value in attributes if hasattr(value, "__dict__") and not isinstance(value, _NO_HOLDERS)]
-    yield from (frame.f_globals[name] for name in names if name in frame.f_globals)
-    yield from attributes
-    yield from (_attribute(holder, name) for holder in holders for name in names)
-    yield from (value for value in frame.f_locals.values() if isinstance(value, dict | set | frozenset))
-
-
-_NO_HOLDERS = (nn.Module, Tensor, type, FunctionType, property, staticmethod, classmethod)
-
-
-def _owner(frame: FrameType) -> nn.Module | None:
-    """The module whose method runs: the first argument, whatever its name."""
-    code = frame.f_code
-    first = frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
-    return first if isinstance(first, nn.Module) else None
-
-
-def _attribute(owner: object, name: str) -> Any:
-    """An attribute of an object or of its class, without running anything."""
-    return inspect.getattr_static(owner, name, None)

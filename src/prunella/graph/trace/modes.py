@@ -40,14 +40,20 @@ class Calls(TorchFunctionMode):
         kwargs = kwargs or {}
         if func == Tensor.shape.__get__ or name == "size":  # type: ignore[attr-defined]
             return self._sizes(func(*args, **kwargs), *args, **kwargs, number=self._number(SIZE))
-        if name in {"numel", "nelement"}:
-            return math.prod(self._sizes(args[0].shape, args[0]))
+        if name in {"numel", "nelement"} or func == Tensor.nbytes.__get__:  # type: ignore[attr-defined]
+            count = math.prod(self._sizes(args[0].shape, args[0]))
+            return count if name in {"numel", "nelement"} else count * args[0].element_size()
         if name == "__len__" and args[0].dim():
             self._counted(args[0])
         elif name in PARTS:
-            self.trace.known_sizes.note(sys._getframe(1), parts=True)
-        elif name == "stride":
+            loops = not self.trace.value(args[0]).dims[_axis(name, args, kwargs)]
+            self.trace.known_sizes.note(sys._getframe(1), parts=True, loops=loops)
+        elif name in {"stride", "untyped_storage", "storage"}:
             self.trace.known_sizes.note(sys._getframe(1), escaped=True)
+        ranks = name in {"dim", "ndimension"} or func == Tensor.ndim.__get__  # type: ignore[attr-defined]
+        layouts = name in {"stride", "is_contiguous"}
+        if ranks or layouts:
+            self.trace.known_sizes.asks(sys._getframe(1), ranks=ranks, layouts=layouts)
         self.trace.values_read |= decides(name, sys._getframe(1))
         if name in LEAVES_TORCH and args and isinstance(args[0], Tensor):
             for dim in self.trace.value(args[0]).dims:
@@ -106,6 +112,8 @@ class Calls(TorchFunctionMode):
         dims = self.trace.value(tensor).dims
         if not all(dims):
             self.trace.known_sizes.note(sys._getframe(1))
+        if dim is None and tensor in self.trace.entries:
+            self.trace.known_sizes.counted(sys._getframe(1))
         if dim is not None:
             return self._track(tensor, answer, dim % len(dims), number)
         return torch.Size([self._track(tensor, size, axis, number) for axis, size in enumerate(answer)])
@@ -137,6 +145,12 @@ def _in_order(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tu
     bound = inspect.signature(func).bind(*args, **kwargs)
     bound.apply_defaults()
     return bound.args
+
+
+def _axis(name: str, args: Any, kwargs: Any) -> int:
+    """The axis along which a call takes a tensor apart."""
+    place = 1 if name == "unbind" else 2
+    return int(kwargs.get("dim", args[place] if len(args) > place else 0))
 
 
 class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]

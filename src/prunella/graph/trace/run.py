@@ -11,11 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from prunella.graph.data import PLAIN, Setting
 from prunella.graph.solve.labels import WHOLE, Ledger
 from prunella.graph.sources import memory
 from prunella.graph.trace.answers import AnswerMode
 from prunella.graph.trace.caches import uncached
 from prunella.graph.trace.dataflow import watched
+from prunella.graph.trace.kept_state import keep
 from prunella.graph.trace.modes import Calls, Operations
 from prunella.graph.trace.recorder import Trace, TracedValue, storage_key
 from prunella.graph.trace.tracked_int import tracked_attributes
@@ -40,13 +42,15 @@ def _entities(model: nn.Module) -> tuple[dict[str, tuple[str, ...]], dict[str, T
 class TracedRun:
     """A run and its record, as long as what it made exists. inputs: the copy that the model had, and may have filled.
 
-    handed_on: tensors of states that the model hands on to its next run.
+    handed_on: tensors of states that the model hands on to its next run. output: what the model returned, which may
+    hold tensors that no list shows.
     """
 
     record: Trace
     inputs: Any
     outputs: list[Tensor]
     handed_on: list[Tensor]
+    output: Any
 
 
 def new_record(model: nn.Module, start: int = 1) -> Trace:
@@ -84,16 +88,40 @@ def trace(
     apply_rule: Callable[..., None],
     *,
     asked: AnswerMode | None = None,
+    setting: Setting = PLAIN,
 ) -> TracedRun:
     """Run `model` on a copy of `inputs` once and record. All positions of inputs are kept.
 
-    asked: collects the values that the source reads, and may answer otherwise.
+    asked: collects the values that the source reads, and may answer otherwise. setting: what else the run meets.
 
     The outputs are taken as long as the modes observe the run: an output may compute its tensors when they are asked
     for. Errors: those of the model; the record then ends where the run did.
     """
-    with torch.no_grad():
-        inputs = inputs_of(model, own(inputs))
+    with ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        keep(model, setting)
+        batches = [inputs_of(model, own(batch)) for batch in (*setting.before, inputs)]
+        stack.enter_context(watched(model, record.modules, record.flow))
+        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        stack.enter_context(tracked_attributes(model, record.leak))
+        stack.enter_context(uncached(model))
+        stack.enter_context(Operations(record, apply_rule))
+        for batch in batches[:-1]:  # recorded, so that what it leaves on the model has labels and sizes
+            _enter_batch(record, batch)
+            with Calls(record):
+                forward(model, batch, copy=False)
+        _enter_batch(record, batches[-1])
+        stack.enter_context(Calls(record))
+        stack.enter_context(asked or nullcontext())
+        output = forward(model, batches[-1], copy=False)
+        outputs = returned(model, output)
+    record.flow.finish(outputs)
+    handed_on = tensors([states(model, output), states(model, batches[-1])])
+    return TracedRun(record, batches[-1], outputs, handed_on, output)
+
+
+def _enter_batch(record: Trace, inputs: Any) -> None:
+    """Label the tensors of a batch: all of their positions are kept."""
     record.flow.start(inputs)
     for number, tensor in enumerate(tensors(inputs)):
         record.values[tensor] = TracedValue.plain([WHOLE] * tensor.dim())
@@ -101,16 +129,3 @@ def trace(
         record.computed(tensor)
         if not tensor.is_floating_point():
             record.given[tensor] = number
-    with ExitStack() as stack:
-        stack.enter_context(torch.no_grad())
-        stack.enter_context(watched(model, record.modules, record.flow))
-        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-        stack.enter_context(tracked_attributes(model, record.leak))
-        stack.enter_context(uncached())
-        stack.enter_context(Operations(record, apply_rule))
-        stack.enter_context(Calls(record))
-        stack.enter_context(asked or nullcontext())
-        output = forward(model, inputs, copy=False)
-        outputs = returned(model, output)
-    record.flow.finish(outputs)
-    return TracedRun(record, inputs, outputs, tensors([states(model, output), states(model, inputs)]))

@@ -8,9 +8,10 @@ they distinguish a size that follows the cut (an attribute, a shape) from a lite
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import MemberDescriptorType
 from typing import Any
 
 import torch
@@ -236,17 +237,56 @@ for _symbol in ("__str__", "__repr__", "__format__"):
     _install_text(_symbol)
 
 
-def holders(model: nn.Module) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Every `__dict__` with sizes: those of modules and of their plain configuration objects."""
+class Slots(MutableMapping[str, Any]):
+    """The `__slots__` of an object that has no `__dict__`, as a dictionary."""
+
+    def __init__(self, owner: object) -> None:
+        self._owner = owner
+
+    def _names(self) -> list[str]:
+        declared = [vars(kind).items() for kind in type(self._owner).__mro__]
+        slots = [name for entries in declared for name, entry in entries if isinstance(entry, MemberDescriptorType)]
+        return [name for name in slots if hasattr(self._owner, name)]
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self._names():
+            raise KeyError(name)
+        return getattr(self._owner, name)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        object.__setattr__(self._owner, name, value)
+
+    def __delitem__(self, name: str) -> None:
+        object.__delattr__(self._owner, name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names())
+
+    def __len__(self) -> int:
+        return len(self._names())
+
+
+def space_of(owner: object) -> MutableMapping[str, Any]:
+    """The attributes of an object, to read and to set."""
+    return vars(owner) if hasattr(owner, "__dict__") else Slots(owner)
+
+
+def _has_slots(value: object) -> bool:
+    return not hasattr(value, "__dict__") and any("__slots__" in vars(kind) for kind in type(value).__mro__)
+
+
+def holders(model: nn.Module) -> Iterator[tuple[str, MutableMapping[str, Any]]]:
+    """Every space of attributes with sizes: those of modules and of their plain configuration objects."""
     seen: set[int] = set()
     for path, module in model.named_modules():
         yield path, vars(module)
         for name, value in list(vars(module).items()):
-            excluded = isinstance(value, nn.Module | Tensor | type) or callable(value) or not hasattr(value, "__dict__")
+            plain_object = hasattr(value, "__dict__") or _has_slots(value)
+            excluded = isinstance(value, nn.Module | Tensor | type) or callable(value) or not plain_object
             if excluded or id(value) in seen or type(value).__module__.split(".")[0] in {"torch", "builtins"}:
                 continue
             seen.add(id(value))
-            yield f"{path}:{name}", vars(value)
+            yield f"{path}:{name}", space_of(value)
 
 
 def holder(model: nn.Module, owner: str) -> Any:
@@ -269,7 +309,7 @@ def tracked_attributes(model: nn.Module, leak: Leak) -> Iterator[None]:
 
     A tuple of one integer, such as the size of a norm, counts as this integer; longer lists have an entry each.
     """
-    wrapped: list[tuple[dict[str, Any], str, Any, Any]] = []
+    wrapped: list[tuple[MutableMapping[str, Any], str, Any, Any]] = []
     of_torch = {id(vars(module)) for module in model.modules() if type(module).__module__.startswith("torch.")}
     try:
         for owner, values in holders(model):

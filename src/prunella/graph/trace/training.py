@@ -15,9 +15,11 @@ from prunella.graph.solve.labels import Reason
 from prunella.graph.trace.answers import NATURAL, AnswerMode
 from prunella.graph.trace.branches import add_branches, keep_outputs, say_example
 from prunella.graph.trace.dataflow import Flow
+from prunella.graph.trace.further_calls import add_calls
+from prunella.graph.trace.kept_state import Snapshot
 from prunella.graph.trace.recorder import Trace
 from prunella.graph.trace.run import new_record, trace
-from prunella.model.state import training_flags, untouched
+from prunella.model.state import restored_state, training_flags, untouched
 from prunella.model.trees import tensors
 
 
@@ -31,20 +33,24 @@ def trace_modes(model: nn.Module, inputs: Any, apply_rule: Callable[..., None], 
     with untouched(model), training_flags(model, training=False) as readers:
         record = new_record(model)
         asked = AnswerMode(NATURAL, lambda tensor: record.value(tensor).dims)
-        run = trace(record, model, inputs, apply_rule, asked=asked)
-        kept = keep_outputs(run, model, "it is an output of the model")
-        check_numbers([*run.outputs, *kept])
-        record.outputs = [
-            (number, axis, dim[0])
-            for number, tensor in enumerate(run.outputs)
-            for axis, dim in enumerate(record.value(tensor).dims)
-            if len(dim) == 1
-        ]
-        record.of_tokens = list(_of_tokens(record, run.outputs))
-        del run  # and with it all that the run made
+        with restored_state(model):
+            before = Snapshot(model)
+            run = trace(record, model, inputs, apply_rule, asked=asked)
+            kept = keep_outputs(run, model, "it is an output of the model")
+            check_numbers([*run.outputs, *kept])
+            record.outputs = [
+                (number, axis, dim[0])
+                for number, tensor in enumerate(run.outputs)
+                for axis, dim in enumerate(record.value(tensor).dims)
+                if len(dim) == 1
+            ]
+            record.of_tokens = list(_of_tokens(record, run.outputs))
+            del run  # and with it all that the run made
+            changes = before.changes()
         _add_examples(record, model, others, apply_rule)
         with _first_run(record):
             add_branches(record, model, inputs, apply_rule, asked.questions.values(), len(others) + 1)
+            add_calls(record, model, inputs, apply_rule, changes, len(others) + 1)
     if readers:
         _add_training(record, model, inputs, apply_rule)
     for name in sorted(record.shared.keys() & record.axes.keys()):
@@ -74,7 +80,8 @@ def _add_examples(record: Trace, model: nn.Module, others: Sequence[Any], apply_
     with _first_run(record):
         for number, example in enumerate(others, start=1):
             record.example, record.flow, start = number, Flow(), len(record.ledger.frozen)
-            keep_outputs(trace(record, model, example, apply_rule), model, "it is an output of the model")
+            with restored_state(model):
+                keep_outputs(trace(record, model, example, apply_rule), model, "it is an output of the model")
             shapes = ", ".join("x".join(map(str, tensor.shape)) for tensor in tensors(example) if tensor.dim())
             say_example(record, start, f", on an input of {shapes}")
 

@@ -1,0 +1,57 @@
+"""What lies beside the modules of a model and belongs to its state: in their classes, and in the files of these."""
+
+from __future__ import annotations
+
+import sys
+from collections import OrderedDict, defaultdict, deque
+from collections.abc import Callable, Iterator
+from types import ModuleType
+from typing import Any
+
+from torch import nn
+
+from prunella.model.executed import is_source
+
+NUMBERS = (bool, int, float, str, type(None), tuple)
+CONTAINERS = frozenset({dict, list, set, deque, OrderedDict, defaultdict})
+"""Types whose content is restored; hooks are in an `OrderedDict`."""
+_LARGEST = 10_000
+"""A longer container is data."""
+_MISSING = object()
+
+
+def beside(model: nn.Module) -> list[type | ModuleType]:
+    """The classes of the modules that come from source of a model's own, with their bases, and the files of these."""
+    bases = {base for kind in {type(module) for module in model.modules()} for base in kind.__mro__}
+    files = {base: sys.modules.get(base.__module__) for base in bases}
+    own = {base: file for base, file in files.items() if file and is_source(getattr(file, "__file__", None) or "<")}
+    return [*own, *dict.fromkeys(own.values())]
+
+
+def values_beside(model: nn.Module) -> Iterator[Any]:
+    """Containers there, and objects of the classes of these files."""
+    holders = beside(model)
+    files = {holder.__name__ for holder in holders if isinstance(holder, ModuleType)}
+    for holder in holders:
+        for value in list(vars(holder).values()):
+            if (type(value) in CONTAINERS and len(value) <= _LARGEST) or type(value).__module__ in files:
+                yield value
+
+
+def undo_numbers(model: nn.Module) -> list[Callable[[], None]]:
+    """What restores the plain numbers there."""
+    return [_undo(holder) for holder in beside(model)]
+
+
+def _undo(holder: type | ModuleType) -> Callable[[], None]:
+    numbers = {name: value for name, value in vars(holder).items() if isinstance(value, NUMBERS)}
+
+    def undo() -> None:
+        for name, value in list(vars(holder).items()):
+            if isinstance(value, NUMBERS) and name not in numbers and not name.startswith("__"):
+                delattr(holder, name)
+        for name, value in numbers.items():
+            if vars(holder).get(name, _MISSING) is not value:
+                setattr(holder, name, value)
+
+    return undo
