@@ -131,7 +131,7 @@ class Odd(nn.Module):
     [
         ("typed index", "it meets a tensor that is not cut in scatter_add"),
         ("features by number", "scatter numbers its positions"),
-        ("fourier of features", "a Fourier transform runs along it"),
+        ("fourier of features", "the operation _fft_r2c has no rule for the axis that it transforms"),
         ("other strides", "the operation as_strided has no rule"),
     ],
 )

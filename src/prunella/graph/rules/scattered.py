@@ -59,7 +59,7 @@ def fourier(trace: Trace, ctx: Context) -> Returned:
     value = ctx.value(0)
     mixed = {int(k) % len(value.dims) for k in ctx.args[1]}
     for k in mixed:
-        trace.freeze(value.dims[k], "a Fourier transform runs along it")
+        trace.freeze(value.dims[k], f"the operation {ctx.name} has no rule for the axis that it transforms")
     return TracedValue.plain([WHOLE if k in mixed else dim for k, dim in enumerate(value.dims)])
 
 

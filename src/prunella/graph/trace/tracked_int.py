@@ -127,7 +127,7 @@ class Tracked(int):
 
     def __pow__(self, other: Any, modulus: Any = None) -> Any:
         if isinstance(other, float) or (type(other) is int and other < 0 and modulus is None):
-            self.leak(Calculation(self.expression))
+            self.leak(_number(self.expression))
             return pow(plain(self), other)
         if type(other) is not int or modulus is not None or not _of_inputs(self.expression):
             self.leak(self.expression)
@@ -139,6 +139,12 @@ class Tracked(int):
 
     def __rdivmod__(self, other: int) -> tuple[int, int]:
         return other // self, other % self
+
+
+def _number(expression: Expression) -> Expression | Calculation:
+    """A size in a calculation: as such if a read of the run gives it alone."""
+    alone = isinstance(expression, Shape) and expression.dim and expression.read[0] >= 0
+    return Calculation(expression) if alone else expression
 
 
 def plain(value: int) -> int:
@@ -168,7 +174,7 @@ def _install(name: str, operation: Callable[[int, int], int], reverse: bool) -> 
     def method(self: Tracked, other: Any) -> Any:
         if not isinstance(other, int) or isinstance(other, bool):
             if isinstance(other, float):
-                self.leak(Calculation(self.expression))
+                self.leak(_number(self.expression))
             return NotImplemented if isinstance(other, Tensor) else getattr(int, name)(plain(self), other)
         left, right = (other, self) if reverse else (self, other)
         value = operation(plain(left), plain(right))
@@ -211,7 +217,7 @@ def _install_comparison(name: str) -> None:
 
 def _install_leak(name: str, *, calculates: bool = False) -> None:
     def method(self: Tracked, *others: Any) -> Any:
-        self.leak(Calculation(self.expression) if calculates else self.expression)
+        self.leak(_number(self.expression) if calculates else self.expression)
         return getattr(int, name)(plain(self), *others)
 
     setattr(Tracked, name, method)
