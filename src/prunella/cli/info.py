@@ -144,7 +144,7 @@ def inspect(
     network, example = open_source(source, factory=factory, program=program)
     with stage("coupling"):
         graph = couple(network, example)
-    data = graph_data(graph) | {"reach_in_program": None}
+    data = graph_data(graph)
     if data["offer"] and not program:
         from prunella.planning.reach import in_program
 
@@ -174,6 +174,7 @@ def graph_data(graph: Graph) -> dict[str, Any]:
         "bytes": graph.bytes(),
         "reach": reach.reach(graph, reach.EXACT),
         "reach_with_widths": reach.reach(graph, reach.WIDER),
+        "reach_in_program": None,
         "layers": [
             {"name": x.name, "op": x.op, "shape": graph.entities[x.entity].shape, "macs": x.macs} for x in graph.layers
         ],

@@ -192,13 +192,20 @@ class Fixed(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         h = self.enter(x)
         mask = torch.zeros(2 * len(x), TIME, TIME) if self.what == "mask" else None
-        out: Tensor = self.out(self.attention(h, h, h, attn_mask=mask)[0])
+        found, weights = self.attention(h, h, h, attn_mask=mask)
+        self.seen = weights if self.what == "kept" else None
+        out: Tensor = self.out(found)
         return out
 
 
 @pytest.mark.parametrize(
     ("what", "words"),
-    [("input", "as its query has"), ("head", "root of its size"), ("mask", "a mask of its own")],
+    [
+        ("input", "as its query has"),
+        ("head", "root of its size"),
+        ("mask", "a mask of its own"),
+        ("kept", "a mean is taken over it"),
+    ],
 )
 def test_heads_stay_with_a_true_reason(what: str, words: str) -> None:
     torch.manual_seed(0)

@@ -56,7 +56,7 @@ def _alive(record: Trace, ours: set[int]) -> list[Tensor]:
         tensor
         for tensor in record.values.keys()  # type: ignore[no-untyped-call]  # noqa: SIM118 (it has no iterator)
         if id(tensor) not in ours
-        and any(record.values[tensor].dims)
+        and (any(record.values[tensor].dims) or tensor in record.averages)
         and tensor in numbers
         and nodes[numbers[tensor]].live
     ]
