@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,7 +68,8 @@ class HandWritten(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         b, n, c = x.shape
         q, k, v = self.qkv(x).reshape(b, n, 3, self.heads, c // self.heads).permute(2, 0, 3, 1, 4)
-        return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, n, c))
+        mixed: Tensor = self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, n, c))
+        return mixed
 
 
 class Attending(nn.Module):
@@ -96,11 +98,12 @@ class Attending(nn.Module):
         self.out = nn.Linear(width, 3)
 
     def _back(self, width: int) -> nn.Module:
-        return {
+        made: dict[str, Callable[[], nn.Module]] = {
             "norm by batch": lambda: nn.BatchNorm1d(width),
             "recurrent": lambda: nn.GRU(width, 5, batch_first=True),
             "hand-written heads": lambda: HandWritten(width, self.spec.heads),
-        }.get(self.spec.back, nn.Identity)()
+        }
+        return made.get(self.spec.back, nn.Identity)()
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.spec.batched:
@@ -129,7 +132,8 @@ class Attending(nn.Module):
             need_weights=reads != "no weights",
             average_attn_weights=reads != "weights of heads",
         )
-        return found * (1 + weights.amax()) if reads == "output" else found
+        total: Tensor = found * (1 + weights.amax()) if reads == "output" else found
+        return total
 
     def _masks(self, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
         kind, padding = self.spec.mask, None
@@ -146,9 +150,11 @@ class Attending(nn.Module):
         if back == "norm by batch":
             h = self.back(h.transpose(1, 2)).transpose(1, 2)
         elif back == "recurrent":
-            return self.out(h) + self.back(h)[0].sum(-1, keepdim=True)
+            h = self.out(h) + self.back(h)[0].sum(-1, keepdim=True)
+            return h
         elif back == "hand-written heads":
             h = h + self.back(h)
         elif back == "product":
             h = h * torch.sigmoid(h)
-        return self.out(h)
+        out: Tensor = self.out(h)
+        return out
