@@ -17,8 +17,8 @@ from prunella.errors import one_line
 from prunella.graph.data import Branch, Setting
 from prunella.graph.guesses import Seen
 from prunella.graph.resized import resized, samples, shape_text
-from prunella.graph.trace.branches import keep_outputs, say_example
 from prunella.graph.trace.dataflow import Flow
+from prunella.graph.trace.kept import keep_outputs, say_example
 from prunella.graph.trace.kept_state import KeptChange
 from prunella.graph.trace.known_sizes import numbers_of
 from prunella.graph.trace.recorder import Trace
