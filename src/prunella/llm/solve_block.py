@@ -351,7 +351,7 @@ def _solve_matrix(
 
 def _fitting(solved: Any, matrix: Tensor, name: str) -> Solved:
     """What a solver returned, in the shape of the matrix. Errors: RequestError for anything else."""
-    parts = (getattr(solved, "weight", None), getattr(solved, "mask", None))
+    parts: tuple[Any, Any] = (getattr(solved, "weight", None), getattr(solved, "mask", None))
     if all(isinstance(part, Tensor) and part.shape == matrix.shape for part in parts) and parts[1].dtype == torch.bool:
         return solved  # type: ignore[no-any-return]
     shapes = [f"{p.dtype} {tuple(p.shape)}" if isinstance(p, Tensor) else type(p).__name__ for p in parts]

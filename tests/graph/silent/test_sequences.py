@@ -134,5 +134,5 @@ def test_complex_layers_are_told_what_to_do() -> None:
     with pytest.raises(pr.PruningError, match=r"0\.weight is complex: write the layer with real ones"):
         pr.plan(linear, torch.randn(2, 6, dtype=torch.cfloat), target=pr.Params(0.8))
     conv = nn.Sequential(nn.Conv2d(2, 8, 3, dtype=torch.cfloat), nn.Conv2d(8, 3, 3, dtype=torch.cfloat)).eval()
-    with pytest.raises(pr.PruningError, match="write a complex layer as real ones"):
+    with pytest.raises(pr.PruningError, match=r"write (a complex|the) layer (as|with) real ones"):
         pr.plan(conv, torch.randn(2, 2, 8, 8, dtype=torch.cfloat), target=pr.Params(0.8))

@@ -9,7 +9,7 @@ container counts by its length.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from itertools import combinations, product
 from typing import Any
@@ -73,12 +73,12 @@ def _length(model: nn.Module, stack: Group) -> int:
     return len(model.get_submodule(stack.name)._modules)
 
 
-def _integers(values: dict[str, Any], count: int) -> Iterator[str]:
+def _integers(values: Mapping[str, Any], count: int) -> Iterator[str]:
     """Integers equal to the number of blocks."""
     yield from (name for name, value in values.items() if type(value) is int and value == count and name[:1] != "_")
 
 
-def _lists(values: dict[str, Any], count: int) -> Iterator[str]:
+def _lists(values: Mapping[str, Any], count: int) -> Iterator[str]:
     """Plain lists with one entry per block."""
     for name, value in values.items():
         if name[:1] != "_" and type(value) in (list, tuple) and len(value) == count > 1:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from prunella.errors import one_line
 from prunella.graph.data import PLAIN, Branch, ReasonKind, Setting
@@ -14,9 +13,9 @@ from prunella.graph.guesses import Seen
 from prunella.graph.solve.labels import Reason
 from prunella.graph.trace.answers import NATURAL, AnswerMode, Answers, Question, refuses
 from prunella.graph.trace.dataflow import Flow
-from prunella.graph.trace.kept import kept_on, outliving
+from prunella.graph.trace.kept import keep_outputs, say_example
 from prunella.graph.trace.recorder import Trace
-from prunella.graph.trace.run import TracedRun, trace
+from prunella.graph.trace.run import trace
 from prunella.model.state import restored_state
 
 _MOST = 8
@@ -105,24 +104,3 @@ def _keep_within(record: Trace, question: Question) -> None:
     text = "the other side of a branch on a value was not traced"
     for dim in question.within:
         record.ledger.freeze(dim, Reason(text, question.site.place, kind=ReasonKind.DECISION))
-
-
-def say_example(record: Trace, start: int, suffix: str) -> None:
-    """Say of the reasons from `start` on which run shows them."""
-    for k, (atoms, reason) in enumerate(record.ledger.frozen[start:], start=start):
-        record.ledger.frozen[k] = atoms, replace(reason, text=reason.text + suffix, example=record.example)
-
-
-def keep_outputs(run: TracedRun, model: nn.Module, text: str) -> list[Tensor]:
-    """Freeze the outputs, and what outlives the run. Returns the latter."""
-    record = run.record
-    for tensor in run.outputs:
-        record.read(tensor)
-        for dim in record.value(tensor).dims:
-            record.ledger.freeze(dim, Reason(text, soft="output" if len(dim) == 1 else ""))
-    kept = outliving(record, model, [*run.outputs, *run.handed_on])
-    for tensor, reason in kept:
-        record.read(tensor)
-        for dim in record.value(tensor).dims:
-            record.ledger.freeze(dim, Reason(reason))
-    return [*(tensor for tensor, _ in kept), *kept_on(model).values()]

@@ -17,13 +17,13 @@ from prunella.errors import one_line
 from prunella.graph.data import Branch, Setting
 from prunella.graph.guesses import Seen
 from prunella.graph.resized import resized, samples, shape_text
-from prunella.graph.trace.branches import keep_outputs, say_example
 from prunella.graph.trace.dataflow import Flow
-from prunella.graph.trace.kept_state import Change
+from prunella.graph.trace.kept import keep_outputs, say_example
+from prunella.graph.trace.kept_state import KeptChange
 from prunella.graph.trace.known_sizes import numbers_of
 from prunella.graph.trace.recorder import Trace
 from prunella.graph.trace.run import trace
-from prunella.graph.trace.scopes import Scope
+from prunella.graph.trace.scopes import FunctionScope
 from prunella.graph.trace.tracked_int import Attr, leaves
 from prunella.model.state import restored_state
 from prunella.model.trees import tensors
@@ -43,7 +43,7 @@ def add_calls(
     model: nn.Module,
     inputs: Any,
     apply_rule: Callable[..., None],
-    changes: Sequence[Change],
+    changes: Sequence[KeptChange],
     number: int,
 ) -> None:
     """Record further calls, if a run changes what the model keeps. number: that of the first of the branches.
@@ -77,7 +77,7 @@ def _recorded(
     return Branch(text, setting, number, batch=batch)
 
 
-def _calls(record: Trace, seen: Seen, inputs: Any, changes: Sequence[Change]) -> Iterator[Call]:
+def _calls(record: Trace, seen: Seen, inputs: Any, changes: Sequence[KeptChange]) -> Iterator[Call]:
     yield "on a second call", Setting(before=(inputs,)), None
     given = [tensor for tensor in tensors(inputs) if tensor.dim()]
     if given:
@@ -91,7 +91,7 @@ def _calls(record: Trace, seen: Seen, inputs: Any, changes: Sequence[Change]) ->
                 yield f"on a call with {change.name} = {value}", setting, None
 
 
-def _values(record: Trace, seen: Seen, change: Change) -> list[int]:
+def _values(record: Trace, seen: Seen, change: KeptChange) -> list[int]:
     """Numbers to try for one that a run changes: those beside the numbers that the source names with it."""
     known = set[int]()
     for comparison, _ in record.decisions:
@@ -101,6 +101,6 @@ def _values(record: Trace, seen: Seen, change: Change) -> list[int]:
             known |= {side for side in (comparison.left, comparison.right) if isinstance(side, int)}
     for code in seen.codes():
         if change.name in code.co_names:
-            known |= set(numbers_of(Scope(code, {}, None, ())))
+            known |= set(numbers_of(FunctionScope(code, {}, None, ())))
     near = {number + step for number in known for step in (-1, 0, 1)} - {change.value}
     return [*sorted(near, key=lambda n: abs(n - change.value))[:_NUMBERS], _FAR]

@@ -6,12 +6,18 @@ import gc
 import inspect
 import sys
 from collections.abc import Iterable
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+from prunella.graph.solve.labels import Reason
 from prunella.graph.trace.recorder import Trace
 from prunella.model.trees import is_empty, tensors
+
+if TYPE_CHECKING:
+    from prunella.graph.trace.run import TracedRun
 
 _OWN = frozenset({"_parameters", "_buffers", "_modules"})
 
@@ -73,3 +79,24 @@ def _held(alive: list[Tensor]) -> list[Tensor]:
     holders = [holder for holder in gc.get_referrers(*alive) if holder is not alive] if alive else []
     held = {id(part) for holder in holders if not inspect.isframe(holder) for part in gc.get_referents(holder)}
     return [tensor for tensor in alive if id(tensor) in held]
+
+
+def say_example(record: Trace, start: int, suffix: str) -> None:
+    """Say of the reasons from `start` on which run shows them."""
+    for k, (atoms, reason) in enumerate(record.ledger.frozen[start:], start=start):
+        record.ledger.frozen[k] = atoms, replace(reason, text=reason.text + suffix, example=record.example)
+
+
+def keep_outputs(run: TracedRun, model: nn.Module, text: str) -> list[Tensor]:
+    """Freeze the outputs, and what outlives the run. Returns the latter."""
+    record = run.record
+    for tensor in run.outputs:
+        record.read(tensor)
+        for dim in record.value(tensor).dims:
+            record.ledger.freeze(dim, Reason(text, soft="output" if len(dim) == 1 else ""))
+    kept = outliving(record, model, [*run.outputs, *run.handed_on])
+    for tensor, reason in kept:
+        record.read(tensor)
+        for dim in record.value(tensor).dims:
+            record.ledger.freeze(dim, Reason(reason))
+    return [*(tensor for tensor, _ in kept), *kept_on(model).values()]

@@ -19,7 +19,7 @@ _CONTAINERS = (dict, list, set, deque)
 
 
 @dataclass(frozen=True)
-class Change:
+class KeptChange:
     """A value that a run has changed. owner: as in `Attr.owner`; None for what no module or configuration holds."""
 
     owner: str | None
@@ -39,14 +39,14 @@ class Snapshot:
         self._spaces = list(_spaces(model))
         self._before = [_values(space) for _, space in self._spaces]
 
-    def changes(self) -> list[Change]:
+    def changes(self) -> list[KeptChange]:
         """What is another value now, or may be one: nobody sees how far an iterator is."""
-        changes: list[Change] = []
+        changes: list[KeptChange] = []
         for (owner, space), before in zip(self._spaces, self._before, strict=True):
             for name, value in list(space.items()):
                 old = before.get(name, _MISSING)
                 if name not in _MACHINERY and _differs(old, value):
-                    changes.append(Change(owner, name, bare(value) if isinstance(value, NUMBERS) else None))
+                    changes.append(KeptChange(owner, name, bare(value) if isinstance(value, NUMBERS) else None))
         return changes
 
 

@@ -14,7 +14,7 @@ from functools import cache
 from types import CodeType, FrameType
 from typing import Any
 
-from prunella.graph.trace.scopes import Scope, scopes
+from prunella.graph.trace.scopes import FunctionScope, scopes
 from prunella.graph.trace.source import LIBRARY, reader
 from prunella.graph.trace.tracked_int import plain
 
@@ -126,7 +126,7 @@ def known_numbers(frame: FrameType) -> tuple[int | float, ...]:
     return tuple(dict.fromkeys([*(n for scope in near for n in numbers_of(scope)), *parts]))
 
 
-def _fractions(scope: Scope) -> Iterator[float]:
+def _fractions(scope: FunctionScope) -> Iterator[float]:
     """Numbers below one, which no integer is beside."""
     for value in (*_nested(scope.code), *scope.named()):
         if isinstance(value, float) and 0 < abs(value) < 1:
@@ -139,7 +139,7 @@ def _nested(code: CodeType) -> Iterator[Any]:
         yield from _nested(constant) if isinstance(constant, CodeType) else (constant,)
 
 
-def numbers_of(scope: Scope) -> Iterator[int]:
+def numbers_of(scope: FunctionScope) -> Iterator[int]:
     """The integers in the constants of one function and in what it names."""
     yield from constants(scope.code)
     for value in scope.named():

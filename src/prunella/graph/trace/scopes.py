@@ -23,7 +23,7 @@ _CACHED = type(functools.lru_cache(len))
 
 
 @dataclass(frozen=True)
-class Scope:
+class FunctionScope:
     """A function, running or not.
 
     space: its globals. owner: its first argument, if that is an object. local: its variables, cells and defaults.
@@ -53,7 +53,7 @@ class Scope:
                 if isinstance(value, dict | list | tuple):
                     yield name, value
 
-    def callees(self) -> Iterator[Scope]:
+    def callees(self) -> Iterator[FunctionScope]:
         """The functions of the model's source that it names, by themselves or as methods of what it names."""
         names = self.code.co_names
         seen = [self.owner, *self.local, *(self.space[name] for name in names if name in self.space)]
@@ -67,15 +67,15 @@ class Scope:
         return [] if self.owner is None else [attribute(self.owner, name) for name in self.code.co_names]
 
 
-def scopes(frame: FrameType) -> list[Scope]:
+def scopes(frame: FrameType) -> list[FunctionScope]:
     """The running function, and the functions of the source that it may call, each once, the nearest first."""
     code, local = frame.f_code, frame.f_locals
     names = (*code.co_varnames[: code.co_argcount + code.co_kwonlyargcount], *code.co_freevars)
     arguments = tuple(local[name] for name in names if name in local)
-    near = [Scope(code, frame.f_globals, owner_of(frame), tuple(local.values()), arguments)]
+    near = [FunctionScope(code, frame.f_globals, owner_of(frame), tuple(local.values()), arguments)]
     known = {code: near[0]}
     for _ in range(_DEPTH):
-        found: list[Scope] = []
+        found: list[FunctionScope] = []
         for callee in (callee for scope in near for callee in scope.callees()):
             if callee.code not in known and len(known) < _MOST:
                 known[callee.code] = callee
@@ -101,7 +101,7 @@ def attribute(owner: object, name: str) -> Any:
     return value
 
 
-def _scope_of(value: Any, owner: object) -> Iterator[Scope]:
+def _scope_of(value: Any, owner: object) -> Iterator[FunctionScope]:
     """The function that a value is, if it belongs to the source of a model."""
     if isinstance(value, nn.Module) and next(value.parameters(), None) is None:
         value = value.forward
@@ -118,4 +118,4 @@ def _scope_of(value: Any, owner: object) -> Iterator[Scope]:
         value = value.__wrapped__
     if isinstance(value, FunctionType) and is_source(value.__code__.co_filename):
         held = (*items(value), *bound)
-        yield Scope(value.__code__, value.__globals__, owner, held, held)
+        yield FunctionScope(value.__code__, value.__globals__, owner, held, held)

@@ -13,9 +13,10 @@ from prunella.errors import NotSupported, one_line
 from prunella.graph.data import Ints
 from prunella.graph.solve.labels import Reason
 from prunella.graph.trace.answers import NATURAL, AnswerMode
-from prunella.graph.trace.branches import add_branches, keep_outputs, say_example
+from prunella.graph.trace.branches import add_branches
 from prunella.graph.trace.dataflow import Flow
 from prunella.graph.trace.further_calls import add_calls
+from prunella.graph.trace.kept import keep_outputs, say_example
 from prunella.graph.trace.kept_state import Snapshot
 from prunella.graph.trace.recorder import Trace
 from prunella.graph.trace.run import new_record, trace
