@@ -2,14 +2,17 @@
 
     LD_PRELOAD=shim.so python -m tests.faults.grid [--verbs save,run] [--stride 1] [--most 0]
 
-Torch is imported once. Each call is a forked process, in which the shim is armed; the second call is not disturbed.
+Each call is a forked process, in which the shim is armed; the second call is not disturbed. A verb is called once
+before all forks, so that no call pays anew for its imports and caches. What the calls read is made once and copied.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import ctypes
 import errno
+import gc
 import os
 import shutil
 import signal
@@ -54,6 +57,7 @@ def call(verb: Verb, home: Path, fault: Fault | None, *, prepare: bool = False) 
     """Call the verb in a process of its own: its exit code, how often each kind was called, and what it said."""
     told, said = home.parent / "told", home.parent / "said"
     told.write_text("")
+    gc.freeze()
     child = os.fork()
     if child == 0:
         with said.open("w") as out:
@@ -87,6 +91,37 @@ def _armed(function: object, home: Path, fault: Fault | None, told: Path) -> int
     return code
 
 
+def warm_up(verb: Verb, home: Path) -> None:
+    """Call the verb in this process: what it imports, registers and keeps is there in every fork from then on."""
+    before, said = os.getcwd(), (home.parent / "said").open("w")
+    os.chdir(home)
+    sys.path.insert(0, str(home))
+    try:
+        with said, contextlib.redirect_stdout(said), contextlib.redirect_stderr(said), contextlib.suppress(SystemExit):
+            verb.call()
+    finally:
+        os.chdir(before)
+        sys.path.remove(str(home))
+        for name in [name for name in sys.modules if name.partition(".")[0] == "source"]:
+            del sys.modules[name]
+
+
+def prepared(verb: Verb, home: Path) -> Path:
+    """What the verb finds when it starts, made once."""
+    kept = home.parent / "prepared"
+    shutil.rmtree(kept, ignore_errors=True)
+    make_source(home)
+    call(verb, home, None, prepare=True)
+    home.rename(kept)
+    return kept
+
+
+def restore(kept: Path, home: Path) -> None:
+    """The home as the verb finds it when it starts."""
+    shutil.rmtree(home, ignore_errors=True)
+    shutil.copytree(kept, home, symlinks=True)
+
+
 def faults(counts: list[int], stride: int, most: int) -> Iterator[Fault]:
     """Every action at every `stride`-th call, `most` calls of a kind at most (0: all)."""
     for kind, count in zip(KINDS, counts, strict=True):
@@ -101,10 +136,9 @@ def faults(counts: list[int], stride: int, most: int) -> Iterator[Fault]:
                 yield Fault(kind, at, "ENOSPC" if at % 2 else "EIO")
 
 
-def tried(verb: Verb, home: Path, fault: Fault, expected: dict[str, str]) -> str:
+def tried(verb: Verb, home: Path, kept: Path, fault: Fault, expected: dict[str, str]) -> str:
     """What is wrong after a fault and a second call; empty if nothing is."""
-    make_source(home)
-    call(verb, home, None, prepare=True)
+    restore(kept, home)
     source, before = bytes_of(home / "source"), contents(home)
     code, _, said = call(verb, home, fault)
     if bytes_of(home / "source") != source:
@@ -159,15 +193,19 @@ def main() -> int:
 
 def survived(verb: Verb, home: Path, stride: int, most: int) -> int:
     """All faults of one verb; how many were not survived."""
-    make_source(home)
-    call(verb, home, None, prepare=True)
+    kept = prepared(verb, home)
+    restore(kept, home)
+    warm_up(verb, home)
+    restore(kept, home)
     code, counts, said = call(verb, home, None)
     if code:
         print(f"{verb.name}: exit code {code} without any fault: {said[-1000:]}", flush=True)
         return 1
     expected, failures, all_faults = contents(home), 0, list(faults(counts, stride, most))
-    for fault in all_faults:
-        if wrong := tried(verb, home, fault, expected):
+    for number, fault in enumerate(all_faults):
+        if number % 50 == 0:
+            print(f"{verb.name}: {number} of {len(all_faults)}", file=sys.stderr, flush=True)
+        if wrong := tried(verb, home, kept, fault, expected):
             failures += 1
             print(f"{verb.name}, {fault}: {wrong}", flush=True)
     print(f"{verb.name}: {len(all_faults)} faults, {failures} not survived", flush=True)

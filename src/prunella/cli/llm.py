@@ -246,10 +246,11 @@ def llm_recipe(name: str, pattern: str | None, sparsity: float | None) -> OneSho
 def folder_of(model: str) -> Path:
     """The Hugging Face folder of a model."""
     from prunella.errors import RequestError
+    from prunella.io.kind_of_path import described_path
     from prunella.io.load import model_folder
 
     folder = model_folder(model)
     if not folder.is_dir():
-        why = "it is not a folder, a FILE.gguf or smollm2"
-        raise RequestError(f"cannot prune {model} block by block", why, "give a Hugging Face folder")
+        todo = "give a Hugging Face folder, FILE.gguf or smollm2"
+        raise RequestError(f"cannot prune {model} block by block", described_path(model), todo)
     return folder

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from prunella.errors import BadInput, RequestError
 from prunella.io.checkpoint_file import load_tensors_only
+from prunella.io.kind_of_path import refuse_other_kind
 from prunella.model.unwrap import WRAPPER_SEGMENTS
 
 Tell = Callable[[str], None]
@@ -30,9 +31,11 @@ def read_pickled(file: Path, *, allow_pickle: bool) -> Any:
     Errors: BadInput for a file that may not be read, is damaged, or holds other classes.
     """
     if not allow_pickle:
+        what = f"refused to read {file}"
+        refuse_other_kind(file, "torch", what=what, give="give a safetensors file, or one that torch.save wrote")
         why = f"{file.suffix or 'this'} is no safetensors file; a pickle can run code when read"
         todo = "convert it, or allow it (--allow-pickle, allow_pickle=True): tensors and plain data only are read"
-        raise BadInput(f"refused to read {file}", why, todo)
+        raise BadInput(what, why, todo)
     return load_tensors_only(file)
 
 

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from prunella.errors import BadInput
+from prunella.io.files import reading
+from prunella.io.kind_of_path import refuse_other_kind
 from prunella.io.untrusted import check_archive, check_regular, unreadable
 
 _UNKNOWN = re.compile(r"GLOBAL ([\w.]+)")
@@ -26,7 +28,10 @@ def load_tensors_only(file: Path) -> Any:
     """
     what = f"cannot read {file} as tensors and plain data"
     todo = "save model.state_dict() alone, not the model or other objects beside it"
-    check_archive(check_regular(file, what), todo="save it again with torch.save")
+    if not _is_checkpoint(check_regular(file, what)):
+        give = "give a file that torch.save wrote of model.state_dict()"
+        refuse_other_kind(file, "torch", "object", what=what, give=give)
+    check_archive(file, todo="save it again with torch.save")
     try:
         with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
             warnings.simplefilter("ignore")  # about the types of old files
@@ -34,10 +39,19 @@ def load_tensors_only(file: Path) -> Any:
     except Exception as error:  # the unpickler raises whatever a broken file makes it raise
         if unknown := _UNKNOWN.search(str(error)):
             raise BadInput(what, f"it holds a pickled {unknown[1]}", todo) from None
+        if "weights_only" in str(error):  # torch's advice is to read it with all that it may run
+            error = ValueError("torch finds no tensors and plain data in it")
         raise unreadable(error, file, what, todo) from None
     for name, tensor in _tensors(value):
         _check(tensor, name, what)
     return value
+
+
+def _is_checkpoint(file: Path) -> bool:
+    """Whether its beginning is one of torch.save. What it holds is the reader's to refuse."""
+    with reading(file), file.open("rb") as opened:
+        head = opened.read(2)
+    return head[:1] == b"\x80"
 
 
 def _check(tensor: Tensor, name: str, what: str) -> None:

@@ -21,6 +21,7 @@ from torch.export import ExportedProgram
 from prunella.errors import BadInput
 from prunella.graph.program.literals import module_of
 from prunella.io.json import LARGEST, decode
+from prunella.io.kind_of_path import described_path, refuse_other_kind
 from prunella.io.untrusted import check_archive, check_regular, unreadable
 
 # torch logs each part it reads at warning level
@@ -47,7 +48,8 @@ def load_exported(path: Path, *, allow_pickle: bool = False) -> tuple[nn.Module,
     Raises BadInput for a file that is truncated, is no program, or holds pickles (unless `allow_pickle`).
     """
     if not path.is_file():
-        raise BadInput(f"no file at {path}", "", "give a .pt2 file written by torch.export.save")
+        raise BadInput(f"no file at {path}", described_path(path), "give a .pt2 file written by torch.export.save")
+    refuse_other_kind(path, "program", what=f"cannot read {path}", give="give a .pt2 file written by torch.export.save")
     check_archive(check_regular(path, f"cannot read {path}"), todo="export it again")
     if not allow_pickle:
         _refuse_pickles(path)

@@ -22,6 +22,7 @@ from typing import Any
 
 from prunella.errors import BadInput
 from prunella.io.files import reading, write_atomic
+from prunella.io.kind_of_path import refuse_other_kind
 from prunella.io.untrusted import check_regular
 
 LARGEST = 32_000_000
@@ -285,7 +286,11 @@ def read_json(
     what = what or f"{file} cannot be read"
     with reading(file, what), check_regular(file, what).open("rb") as opened:
         text = opened.read(largest + 1)  # one byte more than is allowed: a file that never ends is not read on
-    return parse(text, what, todo=todo, allow_nan=allow_nan, largest=largest)
+    try:
+        return parse(text, what, todo=todo, allow_nan=allow_nan, largest=largest)
+    except BadInput:
+        refuse_other_kind(file, "json", what=what, give=todo)
+        raise
 
 
 def read_object(

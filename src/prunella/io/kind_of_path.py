@@ -1,49 +1,172 @@
-"""The kind of file or folder at a path, and the verb that opens it: for errors about a path of the wrong kind."""
+"""The kind of file or folder at a path, and the verb that opens it: for errors about a path of the wrong kind.
+
+A file is known by its first bytes, an archive by the names of its parts. Its name says nothing: pages of errors are
+saved as `model.safetensors` every day.
+"""
 
 from __future__ import annotations
 
+import codecs
 import os
+import re
+import zipfile
+from dataclasses import dataclass
 from pathlib import Path
 
+from prunella.errors import BadInput
+from prunella.io.pickled_class import class_in
+
+
+@dataclass(frozen=True)
+class Kind:
+    """said: `an image (PNG)`. verbs: which verb opens it. todo: what to do where another kind is wanted.
+
+    format: what a reader asks for, "" where no reader of prunella takes it.
+    """
+
+    said: str
+    verbs: str = ""
+    todo: str = ""
+    format: str = ""
+
+    def __str__(self) -> str:
+        return f"it is {self.said}: {self.verbs}" if self.verbs else f"it is {self.said}"
+
+
+_HEAD = 4096
 _FOLDERS = (
-    ("manifest.json", "a folder that prunella saved", "verify, report and inspect open it"),
-    ("config.json", "a Hugging Face folder", "inspect, plan, run and llm open it"),
-    ("journal.sqlite", "the folder of a run that resumes", "the call that made it goes on in it"),
+    ("manifest.json", Kind("a folder that prunella saved", "verify, report and inspect open it")),
+    ("config.json", Kind("a Hugging Face folder", "inspect, plan, run and llm open it")),
+    ("journal.sqlite", Kind("the folder of a run that resumes", "the call that made it goes on in it")),
 )
+_NO_MODEL = Kind("a folder that holds no model")
+_DEVICE = Kind("a pipe or a device, not a file", todo="give a file")
+_EMPTY = Kind("an empty file", todo="fetch or write it again")
+_OTHER = Kind("a file of another kind")
+_TEXT = Kind("a text file")
+_JSON = Kind("a JSON text", format="json")
+_PAGE = Kind("a web page (HTML), as a server sends it in place of a file", todo="fetch the file itself")
+_POINTER = Kind("a pointer of Git LFS, and the file itself was not fetched", todo="fetch it with git lfs pull")
+_PLAN = Kind("a plan", "show opens it", format="safetensors")
+_WEIGHTS = Kind("a safetensors file", "--weights takes it", "name it FILE.safetensors", "safetensors")
+_CHECKPOINT = Kind("a checkpoint of torch", "--weights takes FILE.pt with --allow-pickle", "", "torch")
+_PROGRAM = Kind("a program of torch.export", "inspect opens FILE.pt2", format="program")
+_SCRIPT = Kind("a program of TorchScript", todo="give what the script was made of, as package.module:factory")
+_ZIP = Kind("a zip archive", todo="unpack it, and give what is in it")
 _MAGIC = (
-    (b"SQLite format 3", "the journal of a run", "the call that made it goes on with its folder"),
-    (b"PK", "an archive of torch, a program or a checkpoint", "inspect opens FILE.pt2, and --weights takes FILE.pt"),
-    (b"GGUF", "a GGUF file", "inspect and plan open it"),
+    (b"SQLite format 3\0", Kind("the journal of a run", "the call that made it goes on with its folder", "", "sqlite")),
+    (b"GGUF", Kind("a GGUF file", "inspect and plan open it", "name it FILE.gguf", "gguf")),
+    (b"\x89PNG\r\n\x1a\n", Kind("an image (PNG)")),
+    (b"\xff\xd8\xff", Kind("an image (JPEG)")),
+    (b"GIF8", Kind("an image (GIF)")),
+    (b"%PDF-", Kind("a PDF document")),
+    (b"\x89HDF\r\n\x1a\n", Kind("an HDF5 file, as Keras writes it", todo="build the model in torch first")),
+    (b"\x93NUMPY", Kind("an array of NumPy")),
+    (b"\x1f\x8b", Kind("a file compressed by gzip", todo="unpack it, and give what is in it")),
+    (b"BZh", Kind("a file compressed by bzip2", todo="unpack it, and give what is in it")),
+    (b"\xfd7zXZ\0", Kind("a file compressed by xz", todo="unpack it, and give what is in it")),
+    (b"\x28\xb5\x2f\xfd", Kind("a file compressed by zstd", todo="unpack it, and give what is in it")),
+    (b"7z\xbc\xaf\x27\x1c", Kind("an archive of 7-Zip", todo="unpack it, and give what is in it")),
+    (b"Rar!", Kind("an archive of RAR", todo="unpack it, and give what is in it")),
+    (b"\x7fELF", Kind("a program or a library of this system")),
+    (b"MZ", Kind("a program or a library of Windows")),
 )
+_PAGES = re.compile(rb"\s*(<!--.*?-->\s*)?<(!doctype\s+html|html|head|body|\?xml)\b", re.IGNORECASE | re.DOTALL)
+_POINTERS = b"version https://git-lfs"
+_ONNX = re.compile(rb"\x08[\x01-\x20][\x12:\x1a\x42]")
 
 
 def described_path(path: str | os.PathLike[str]) -> str:
     """`it is a plan: show opens it`; `no such file or folder` for a path that does not exist."""
     place = Path(path)
     try:
-        kind, verbs = _folder(place) if place.is_dir() else _file(place)
+        return str(kind_of(place))
     except OSError as error:
         return "no such file or folder" if not os.path.lexists(place) else f"it cannot be read ({error.strerror})"
-    return f"it is {kind}: {verbs}" if verbs else f"it is {kind}"
 
 
-def _folder(place: Path) -> tuple[str, str]:
-    known = next(((kind, verbs) for name, kind, verbs in _FOLDERS if (place / name).is_file()), None)
-    return known or ("a folder that holds no model", "")
-
-
-def _file(place: Path) -> tuple[str, str]:
+def kind_of(place: Path) -> Kind:
+    """What lies at a path. Errors: OSError where nothing does, or where it cannot be read."""
+    if place.is_dir():
+        return next((kind for name, kind in _FOLDERS if (place / name).is_file()), _NO_MODEL)
     if place.exists() and not place.is_file():
-        return "no file but a device or a pipe", ""
+        return _DEVICE
     with place.open("rb") as file:
-        head = file.read(4096)
+        head = file.read(_HEAD)
     if not head:
-        return "an empty file", ""
-    for magic, kind, verbs in _MAGIC:
-        if head.startswith(magic):
-            return kind, verbs
-    if head[8:9] == b"{" and b'"prunella.plan"' in head:
-        return "a plan", "show opens it"
-    if head[8:9] == b"{":
-        return "a safetensors file", "--weights takes it"
-    return "a file of another kind", ""
+        return _EMPTY
+    if head.startswith(b"PK"):
+        return _archive(place)
+    known = next((kind for magic, kind in _MAGIC if head.startswith(magic)), None)
+    return known or _tensors_or_pickle(head) or _text(head) or _other(head)
+
+
+def refuse_other_kind(file: Path, *formats: str, what: str, give: str) -> None:
+    """Errors: BadInput if a file is clearly of another kind than the formats. A reader calls it when it has failed.
+
+    what: the first line of the error. give: what to give instead, where the kind itself does not say what to do.
+    """
+    try:
+        kind = kind_of(file)
+    except OSError:
+        return
+    if kind is _OTHER or kind.format in formats:
+        return
+    raise BadInput(what, str(kind), kind.todo or give)
+
+
+def _tensors_or_pickle(head: bytes) -> Kind | None:
+    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 1 << 40:
+        return _PLAN if b'"prunella.plan"' in head else _WEIGHTS
+    if head[:1] == b"\x80" and head[1:2] in b"\x02\x03\x04\x05":
+        return _pickle(head)
+    return None
+
+
+def _pickle(head: bytes) -> Kind:
+    """A checkpoint, or the object of a class: torch wrote its files so until 1.6, after a few numbers of its own."""
+    held = class_in(head)
+    return _object(held) if held else _CHECKPOINT
+
+
+def _object(held: str) -> Kind:
+    todo = "save its state_dict() where its code is, and give that as --weights (weights=) of package.module:factory"
+    return Kind(f"a pickle of an object, {held}", "its code would run when it is read", todo, "object")
+
+
+def _archive(place: Path) -> Kind:
+    """A zip archive, by the names of its parts."""
+    try:
+        with zipfile.ZipFile(place) as archive:
+            names = [name.partition("/")[2] for name in archive.namelist()]
+            if "constants.pkl" in names:
+                return _SCRIPT
+            if "archive_format" in names or any(name.startswith(("models/", "serialized_exported")) for name in names):
+                return _PROGRAM
+            if "data.pkl" not in names:
+                return _ZIP
+            with archive.open(archive.namelist()[names.index("data.pkl")]) as part:
+                held = class_in(part.read(_HEAD))
+    except (zipfile.BadZipFile, ValueError, EOFError, NotImplementedError, OSError, RuntimeError):
+        return _OTHER  # cut short, maybe: what reads it says so
+    return _object(held) if held else _CHECKPOINT
+
+
+def _text(head: bytes) -> Kind | None:
+    if head.startswith(_POINTERS):
+        return _POINTER
+    if _PAGES.match(head):
+        return _PAGE
+    try:
+        text = codecs.getincrementaldecoder("utf-8")().decode(head)
+    except UnicodeDecodeError:
+        return None
+    if not all(character.isprintable() or character in "\t\n\r\f" for character in text):
+        return None
+    return _JSON if text.lstrip()[:1] in ("{", "[") else _TEXT
+
+
+def _other(head: bytes) -> Kind:
+    if _ONNX.match(head):
+        return Kind("a model of ONNX", todo="give the model in torch that it was exported from")
+    return _OTHER

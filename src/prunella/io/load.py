@@ -25,7 +25,7 @@ from prunella.io.checkpoint import Tell, pick_weights, read_pickled
 from prunella.io.exported import load_exported
 from prunella.io.files import new_folder
 from prunella.io.json import read_config
-from prunella.io.kind_of_path import described_path
+from prunella.io.kind_of_path import described_path, kind_of, refuse_other_kind
 from prunella.io.tensor_file import open_tensors, read_folder
 from prunella.io.untrusted import check_archive, check_links
 from prunella.model.unwrap import unwrap
@@ -72,8 +72,10 @@ def _from_name(spec: str, *, pretrained: bool, allow_pickle: bool) -> nn.Module:
     if path.suffix == ".pt2":
         return load_exported(path, allow_pickle=allow_pickle)[0]
     if path.suffix in _PICKLED and path.exists():
+        what = f"cannot take {spec} as a model"
+        refuse_other_kind(path, "torch", what=what, give=f"give {FORMS}")
         why = f"{path.suffix} files hold pickles, which can run code when read, and no description of the model"
-        raise BadInput(f"cannot take {spec} as a model", why, f"give {FORMS}, and the weights by --weights")
+        raise BadInput(what, why, f"give {FORMS}, and the weights by --weights")
     library, _, name = spec.partition(":")
     if library in ("timm", "torchvision") and name:
         return _from_library(library, name, pretrained=pretrained)
@@ -102,7 +104,10 @@ def model_folder(spec: str) -> Path:
     if path.suffix != ".gguf":
         return path
     if not path.is_file():
-        raise BadInput(f"no weights at {path}", "the file does not exist", "give a FILE.gguf that does")
+        raise BadInput(f"no weights at {path}", described_path(path), "give a FILE.gguf that is there")
+    refuse_other_kind(path, "gguf", what=f"cannot read {path}", give="give a GGUF file")
+    if kind_of(path).format != "gguf":
+        raise BadInput(f"cannot read {path}", "it does not begin as a GGUF file does", "fetch it again")
     known = path.stat()
     mark = hashlib.sha256(f"{path.resolve()} {known.st_size} {known.st_mtime_ns}".encode()).hexdigest()[:12]
     folder = _cache() / f"{path.stem}-{mark}"
@@ -264,6 +269,9 @@ def class_of(folder: Path) -> Any:
     """
     check_links(folder)
     check_no_adapter(folder)
+    if not (folder / "config.json").is_file():
+        why = f"it has no config.json, which names the architecture; {described_path(folder)}"
+        raise BadInput(f"{folder} is no model folder", why, "give a folder written by save_pretrained")
     try:
         architecture = read_config(folder / "config.json").value("architectures").texts()[0]
     except (BadInput, IndexError) as error:
@@ -359,7 +367,8 @@ def _tied_to(own: Mapping[str, Tensor], name: str, state: Mapping[str, Tensor]) 
 
 def _read(file: Path, *, allow_pickle: bool) -> Any:
     if not file.is_file():
-        raise BadInput(f"no weights at {file}", "the file does not exist", "give --weights FILE.safetensors")
+        why = described_path(file) if os.path.lexists(file) else "the file does not exist"
+        raise BadInput(f"no weights at {file}", why, "give --weights FILE.safetensors (weights=)")
     if file.suffix == ".safetensors":
         return dict(open_tensors(file).read())
     return read_pickled(file, allow_pickle=allow_pickle)

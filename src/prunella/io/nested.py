@@ -128,13 +128,13 @@ def write_packed(path: str | os.PathLike[str], key: str, head: Any, tensors: Map
 
 
 def read_packed(
-    path: str | os.PathLike[str], key: str, *, what: str, todo: str, allow_nan: bool = False
+    path: str | os.PathLike[str], key: str, *, what: str, todo: str, give: str = "give another", allow_nan: bool = False
 ) -> tuple[Fields, dict[str, Tensor]]:
     """Read a file of `write_packed`. Errors: BadInput when the file is broken or has no such entry."""
-    file = open_tensors(os.fspath(path), what=what, todo=todo)
+    file = open_tensors(os.fspath(path), what=what, todo=todo, give=give)
     head = file.metadata.get(key)
     if head is None:
-        raise BadInput(what, f"it is a safetensors file without {key!r}", todo)
+        raise BadInput(what, f"it is a safetensors file without {key!r}", give)
     return parse(head, what, todo=todo, allow_nan=allow_nan, deepest=_DEEPEST).fields(), dict(file.read())
 
 

@@ -30,6 +30,7 @@ _FIRST_WITH_DIGEST = 3
 """Formats 1 and 2 had a digest of the tensors alone."""
 _KEY = "prunella.plan"
 _LARGEST_SIZE = 1 << 48
+_GIVE = "`prunella plan MODEL -o FILE` makes one"
 
 
 def save_plan(plan: Plan, path: str | os.PathLike[str]) -> Path:
@@ -76,8 +77,9 @@ def load_plan(path: str | os.PathLike[str]) -> Plan:
     """Read a plan. Errors: BadInput when the file is missing, broken, changed, no plan, or of a newer format."""
     file = Path(path)
     if not file.is_file():
-        raise BadInput(f"there is no plan at {file}", described_path(file), "`prunella plan MODEL -o FILE` makes one")
-    head, tensors = read_packed(file, _KEY, what=f"{file} is not a plan that can be read", todo="make the plan again")
+        raise BadInput(f"there is no plan at {file}", described_path(file), _GIVE)
+    what = f"{file} is not a plan that can be read"
+    head, tensors = read_packed(file, _KEY, what=what, todo="make the plan again", give=_GIVE)
     version = head.integer("version")
     if version not in range(1, VERSION + 1):
         why = f"this prunella reads up to format {VERSION}, the file has {version}"

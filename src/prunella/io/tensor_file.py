@@ -22,6 +22,7 @@ from torch import Tensor
 from prunella.errors import BadInput
 from prunella.io.files import plain_name, reading
 from prunella.io.json import LARGEST, Fields, parse, read_object
+from prunella.io.kind_of_path import refuse_other_kind
 from prunella.io.untrusted import check_links, check_regular
 
 INDEX = "model.safetensors.index.json"
@@ -87,13 +88,24 @@ class TensorFile:
         return ((name, stored.read()) for name, stored in self.tensors.items())
 
 
-def open_tensors(path: str | Path, *, what: str = "", todo: str = "fetch or write it again") -> TensorFile:
-    """The header of a file. what: the first line of errors, "cannot read FILE" by default.
+def open_tensors(
+    path: str | Path, *, what: str = "", todo: str = "fetch or write it again", give: str = "give a safetensors file"
+) -> TensorFile:
+    """The header of a file. what: the first line of errors, "cannot read FILE" by default. give: what to give instead
+    of a file of another kind.
 
     Errors: BadInput unless each tensor fills its shape, and all of them fill the file exactly.
     """
     file = Path(path)
     what = what or f"cannot read {file}"
+    try:
+        return _opened(file, what, todo)
+    except BadInput:
+        refuse_other_kind(file, "safetensors", what=what, give=give)
+        raise
+
+
+def _opened(file: Path, what: str, todo: str) -> TensorFile:
     with reading(file, what), check_regular(file, what).open("rb") as opened:
         length = int.from_bytes(opened.read(8), "little")
         whole = file.stat().st_size

@@ -13,6 +13,7 @@ from prunella.errors import BadInput, NotSupported, RequestError
 from prunella.io.checkpoint import entry_of, read_pickled
 from prunella.io.importers.imported import State
 from prunella.io.json import read_config
+from prunella.io.kind_of_path import described_path
 from prunella.io.load import check_no_adapter
 from prunella.io.state import load_tensors
 from prunella.io.untrusted import check_links
@@ -54,7 +55,7 @@ def _whole(source: Source, *, allow_pickle: bool) -> State:
     if path.is_dir():
         return _folder(path)
     if not path.is_file():
-        raise BadInput(f"there is no checkpoint at {path}", "no such file or folder", "give the file with the weights")
+        raise BadInput(f"there is no checkpoint at {path}", described_path(path), "give the file with the weights")
     return load_tensors(path) if path.suffix == ".safetensors" else _torch(path, allow_pickle=allow_pickle)
 
 
