@@ -10,10 +10,14 @@ SAY = @printf '\n== %s\n'
 export PIP_NO_INPUT = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check docs bench mutants kernels fuzz faults wheel clean
+.PHONY: help install demo test check docs bench mutants kernels fuzz faults wheel clean
 
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/make \1 \t\2/' | expand -t 14
+
+install: $(VENV)/.stamp-base ## install prunella into .venv
+	$(SAY) "prunella is in $(BIN); try: $(BIN)/prunella --help"
+	$(BIN)/prunella --version
 
 demo: $(VENV)/.stamp-demo ## prune a real pretrained network in about a minute, and write demo/report.html
 	$(SAY) "pruning all-MiniLM-L6-v2; the result goes to demo/"

@@ -7,9 +7,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from torch import nn
 
 import prunella as pr
-from prunella.errors import RequestError
+from prunella.errors import RequestError, TargetMissed
 from prunella.targets import Target, parse_target
 
 COUNTS = (pr.MACs, pr.Params, pr.Bytes)
@@ -43,3 +45,30 @@ def test_the_command_line_says_the_same(text: str) -> None:
     with pytest.raises(RequestError, match="neither a share nor a number"):
         parse_target(text)
     assert parse_target("bytes=1.2345kb").value == 1234.5
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("flops=0.5", "use --target macs=0.5"),
+        ("flops=2G", "use --target macs=1G"),
+        ("gflops=3", "use --target macs=1.5G"),
+        ("speedup=2", "use --target latency=0.5"),
+        ("parameters=0.3", "use --target params=0.3"),
+        ("macs=0,5", "did you mean --target macs=0.5?"),
+        ("sparsity=80", "did you mean target=Sparsity(0.8), 80 %?"),
+        ("params=1.2", "did you mean target=Params(0.83), a share of 1/1.2, or target=Params(1.2e6)"),
+    ],
+)
+def test_targets_in_other_words_get_a_hint(text: str, said: str) -> None:
+    with pytest.raises(RequestError) as caught:
+        parse_target(text)
+    assert said in caught.value.todo
+
+
+def test_a_percentage_without_its_sign_that_cannot_be_met_gets_a_hint() -> None:
+    model = nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 64)).eval()
+    with pytest.raises(TargetMissed) as caught:
+        pr.plan(model, torch.randn(1, 64), target=pr.MACs(50))
+    assert "did you mean target=MACs(0.5), 50 %?" in caught.value.todo
+    assert not pr.MACs(0.5).hint and not pr.MACs(5000).hint and pr.Params(30).hint

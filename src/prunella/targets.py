@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from prunella.measure.timing import Timing
 
 
+_PERCENT = 100
 _COMPUTED = 1000
 """From here on a number with a fraction is taken for a computed one, such as 0.3 times that of another model."""
 
@@ -42,13 +43,15 @@ class Target:
             raise RequestError(
                 f"target {self.name}={self.value:g} is out of range",
                 f"{type(self).__name__} takes {limits}",
-                "for example Sparsity(0.9) removes 90 % of the weights, MACs(0.5) keeps half of the multiply-adds",
+                self._meant
+                or "for example target=Sparsity(0.9) removes 90 % of weights, target=MACs(0.5) keeps half of the work",
             )
         if isinstance(self, Params | MACs | Bytes) and 1 < self.value < _COMPUTED and self.value % 1:
             raise RequestError(
                 f"target {self.name}={self.value:g} is neither a share nor a number",
-                f"{type(self).__name__} takes the share that is kept, in (0, 1], or an int for an absolute number",
-                f"for example {type(self).__name__}(0.5), or {type(self).__name__}(2_000_000)",
+                "it takes the share that is kept, in (0, 1], or an int for an absolute number",
+                f"did you mean target={type(self).__name__}({1 / self.value:.2g}), a share of 1/{self.value:g}, or "
+                f"target={type(self).__name__}({self.value:g}e6), {self.value:g} million?",
             )
 
     @property
@@ -61,6 +64,19 @@ class Target:
         if isinstance(self, Sparsity):
             return (1 - self.value) * dense
         return self.value * dense if self.value <= 1 else self.value
+
+    @property
+    def _meant(self) -> str:
+        """What is asked for by a percentage without its sign; empty if it cannot be one."""
+        if not 1 < self.value <= _PERCENT or isinstance(self, Latency):
+            return ""
+        share = f"{type(self).__name__}({self.value / 100:g})"
+        return f"did you mean target={share}, {self.value:g} %?" if self.value < _PERCENT else ""
+
+    @property
+    def hint(self) -> str:
+        """What may be meant where a number of anything is too small to be met: `macs=50` for 50 %; empty if nothing."""
+        return "" if isinstance(self, Sparsity) else self._meant
 
     @property
     def exact(self) -> str:
@@ -215,6 +231,39 @@ _TIMES = {"us": 1e-3, "ms": 1.0, "s": 1e3}
 _SUFFIX = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "kb": 1e3, "mb": 1e6, "gb": 1e9, "%": 0.01}
 
 
+_OTHER_WORDS = {
+    "madds": "macs", "gmacs": "macs", "parameters": "params", "weights": "params", "size": "bytes", "memory": "bytes",
+    "time": "latency",
+}  # fmt: skip
+
+
+def _meant_by(text: str) -> tuple[str, str] | None:
+    """Why a target in the words of other tools is none, and what to write; None where nothing is known of it."""
+    asked, _, amount = (part.strip() for part in text.partition("="))
+    asked = asked.lower()
+    if asked in ("flop", "flops", "gflops", "mflops"):
+        share = re.fullmatch(r"0?\.\d+|1(\.0*)?|\d+(\.\d+)?%", amount)
+        why = "FLOPs are 2 * MACs, so the share is the same and a number is half"
+        unit = asked[0].upper() if asked[0] in "gm" and not share else ""
+        return why, f"use --target macs={amount if share else _halved(amount) + unit}"
+    if (
+        asked in ("speedup", "speed-up", "speed")
+        and re.fullmatch(r"\d+(\.\d+)?x?", amount)
+        and float(amount.rstrip("x"))
+    ):
+        return "a target says what is kept", f"use --target latency={1 / float(amount.rstrip('x')):.3g}"
+    if asked in _OTHER_WORDS:
+        return f"it is called {_OTHER_WORDS[asked]} here", f"use --target {_OTHER_WORDS[asked]}={amount}"
+    if asked in _KINDS and re.fullmatch(r"\d+,\d+\s*%?", amount):
+        return "a number has a point", f"did you mean --target {asked}={amount.replace(',', '.')}?"
+    return None
+
+
+def _halved(amount: str) -> str:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([a-zA-Z]?)", amount)
+    return f"{float(match[1]) / 2:g}{match[2]}" if match else "0.5"
+
+
 def parse_target(text: str) -> Target:
     """Read `macs=0.5`, `params=2.5M`, `bytes=40MB`, `sparsity=90%`, `sparsity=0.5,of=model`, `latency=12ms`.
 
@@ -226,6 +275,8 @@ def parse_target(text: str) -> Target:
     suffixes = {"": 1.0, "%": 0.01, **_TIMES} if name == "latency" else _SUFFIX
     suffixes = {"": 1.0} if name == "threshold" else suffixes
     if not match or name not in _KINDS or suffix not in suffixes or (of_model and name != "sparsity"):
+        if meant := _meant_by(text):
+            raise RequestError(f"cannot read the target {text!r}", *meant)
         asked = text.partition("=")[0].strip()
         near = "" if asked in _KINDS else near_names(asked, _KINDS)
         raise RequestError(

@@ -80,7 +80,7 @@ def test_targets_are_met_and_the_model_is_as_before() -> None:
     assert len(finer) == 1
     assert _names(pruned) == [
         "groups", "statistics", "measured losses", "allocation", "cut", "compare", "reconstruct",
-        "absorb", "distill",
+        "bn", "distill",
     ]  # fmt: skip
     assert str(pruned).startswith(f"macs={pruned.plan.got:.4g} (asked 0.5), params=")
     assert pruned.report.metrics[0].before == 864 + 64 + 2112 + 325
@@ -104,7 +104,7 @@ def test_no_stage_returns_a_worse_model() -> None:
     assert trained.name == "distill" and "undone" in trained.note and trained.after == trained.before
     for stage in pruned.history:
         if stage.before is not None and stage.after is not None:
-            assert stage.after <= stage.before * (1.001 if stage.name == "absorb" else 1)
+            assert stage.after <= stage.before * (1.001 if stage.name == "bn" else 1)
     same = pr.prune(model, data[0][:2], target=pr.MACs(0.5), data=data, recover="reconstruct")
     assert torch.equal(same.model(data[0]), pruned.model(data[0]))
     assert pruned.distance == same.distance and pruned.distance < pruned.history[5].after  # type: ignore[operator]

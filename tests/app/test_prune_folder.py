@@ -23,7 +23,7 @@ from prunella.recovery import checkpoint
 from tests.stopping import beside, killed
 
 X = torch.randn(2, 8, generator=torch.Generator().manual_seed(0))
-PLACES = [("statistics", 2), ("measured losses", 3), ("cut", 1), ("absorb", 1), ("distill", 7)]
+PLACES = [("statistics", 2), ("measured losses", 3), ("cut", 1), ("bn", 1), ("distill", 7)]
 """Stage and part of it at whose end the process is killed."""
 
 

@@ -43,6 +43,7 @@ def test_a_stage_that_fails_is_not_told(capsys: pytest.CaptureFixture[str]) -> N
         ("for example loss=lambda model, batch: model(batch)", "for example --loss module:function"),
         ("macs=0.5 and ridge=2 are no options here", "macs=0.5 and ridge=2 are no options here"),
         ("--loss=x is typed already", "--loss=x is typed already"),
+        ("the pattern skip='no*' matches nothing", "the pattern --skip no* matches nothing"),
     ],
 )
 def test_errors_name_the_options_of_the_verb(text: str, typed: str) -> None:

@@ -261,3 +261,27 @@ def test_plan_with_an_example_of_another_size(prunella: Run, shop: str) -> None:
     assert isinstance(other, torch.Tensor) and other.shape == (2, 3, 10, 10)
     wrong = prunella("plan", f"{shop}:net", *IMAGE, "--other-inputs", "2x5x10x10", "--target", "macs=0.5")
     assert wrong.code == 3 and "fails on the example input 2x5x10x10" in wrong.err
+
+
+@pytest.mark.parametrize(
+    ("words", "typed"),
+    [
+        ("2:4", "--pattern 2:4"),
+        ("FLOPs", "--target macs=0.5"),
+        ("wanda", "--recipe wanda"),
+        ("erk", "--allocation erk"),
+    ],
+)
+def test_explain_says_what_to_type_on_the_command_line(prunella: Run, words: str, typed: str) -> None:
+    assert typed in prunella("explain", words).out
+
+
+def test_what_is_near_nothing_gets_no_near_names(prunella: Run) -> None:
+    told = prunella("explain", "nonsense").err
+    assert "did you mean" not in told and "prunella methods" in told
+
+
+@pytest.mark.parametrize(("shape", "advice"), [("1x5", "--inputs 1x3x224x224"), (None, "--inputs 1x3x224x224")])
+def test_advice_on_inputs_is_for_this_model(prunella: Run, shop: str, shape: str | None, advice: str) -> None:
+    given = ["--inputs", shape] if shape else []
+    assert advice in prunella("inspect", f"{shop}:net", *given).err

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import prunella as pr
-from prunella.errors import BadInput, RequestError
+from prunella.errors import BadInput
 from prunella.experiments.pareto_experiment import PAGE, RATIOS, ParetoExperiment, pareto
 from prunella.io.journal import NAME
 from prunella.planning.recipes import named
@@ -124,7 +124,7 @@ def test_what_a_function_of_the_user_raises_is_told_and_tried_again(tmp_path: Pa
     assert records(tmp_path / "run") == 1 + 4
     pareto(broken, tmp_path / "run", ratios=(2,), seeds=(0,))
     assert records(tmp_path / "run") == 1 + 4 + 4
-    with pytest.raises(RequestError, match="a function of the experiment raised AttributeError"):
+    with pytest.raises(BadInput, match="a function of the experiment raised AttributeError"):
         pareto(replace(EXPERIMENT, make=parts.broken), tmp_path / "unmade", ratios=(2,), seeds=(0,))
 
 

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from prunella.errors import BadInput, NotSupported, RequestError
-from prunella.io.examples import check_forward, example_inputs
+from prunella.io.examples import check_forward, example_inputs, shape_for
 from prunella.io.exported import load_exported
 from prunella.io.load import check_finite, load_model, load_object, load_weights
 from tests.vision import timm_or_skip, torchvision_or_skip
@@ -341,3 +341,15 @@ def test_no_shape_and_no_own_example() -> None:
 def test_an_example_that_does_not_fit() -> None:
     with pytest.raises(BadInput, match="example input 1x3:float32"):
         check_forward(nn.Linear(2, 2), torch.ones(1, 3))
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [
+        (nn.Linear(7, 2), "1x7"), (nn.Conv2d(3, 4, 3), "1x3x224x224"), (nn.Conv2d(1, 4, 3), "1x1x32x32"),
+        (nn.Conv1d(5, 4, 3), "1x5x128"), (nn.Embedding(9, 4), "1x16:int64"), (nn.LSTM(6, 4), "1x16x6"),
+    ],
+)  # fmt: skip
+def test_the_shape_that_is_advised_fits_the_first_layer(layer: nn.Module, shape: str) -> None:
+    assert shape_for(nn.Sequential(layer)) == shape
+    nn.Sequential(layer)(example_inputs(layer, "", [shape]))

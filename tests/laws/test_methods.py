@@ -78,17 +78,20 @@ def test_a_criterion_scores_every_unit_the_same_each_time_and_leaves_its_inputs(
     found = [scorer(method, model) for _ in range(2)]
     statistics = {k: {n: v.clone() for n, v in by.items()} for k, by in found[0].statistics.values.items()}
     pairs = [(group, *(units(s, group) for s in found)) for group in found[0].subject.groups]
-    assert any(first is not None for _, first, _ in pairs)
+    assert any(first is not None for _, first, _ in pairs), "it scores no group of a convolutional network"
     for group, first, again in pairs:
         if first is None or again is None:
-            assert first is again
+            assert first is again, f"{group.name} is scored once and not the second time"
             continue
-        assert first.shape == (group.size,) and first.dtype == torch.float64
-        assert bool(torch.isfinite(first).all()) and first.equal(again)
-        assert len(first.unique()) > 1
-    assert all(value.equal(before[name]) for name, value in model.state_dict().items())
+        shape = f"{group.name} has {group.size} units, and the scores are {tuple(first.shape)} {first.dtype}"
+        assert first.shape == (group.size,) and first.dtype == torch.float64, shape
+        assert bool(torch.isfinite(first).all()), f"scores of {group.name} are not finite"
+        assert first.equal(again), f"the scores of {group.name} differ between two calls: use no random numbers"
+        assert len(first.unique()) > 1, f"all units of {group.name} have one score"
+    changed = [name for name, value in model.state_dict().items() if not value.equal(before[name])]
+    assert not changed, f"the criterion writes to the model: {changed}"
     for name, by in found[0].statistics.values.items():
-        assert all(value.equal(statistics[name][key]) for key, value in by.items())
+        assert all(value.equal(statistics[name][key]) for key, value in by.items()), f"it writes to `{name}`: copy it"
 
 
 @pytest.mark.parametrize("method", PER_WEIGHT, ids=ids)
@@ -96,7 +99,9 @@ def test_a_criterion_scores_every_weight(method: Method) -> None:
     score = scorer(method, convnet().eval(), masks=True)
     for layer in score.subject.layers:
         scores = score.weights(layer)
-        assert scores.numel() == score.subject.parameters[layer.entity].numel() and bool(torch.isfinite(scores).all())
+        count = score.subject.parameters[layer.entity].numel()
+        assert scores.numel() == count, f"{scores.numel()} scores for the {count} weights of {layer.name}"
+        assert bool(torch.isfinite(scores).all()), f"scores of {layer.name} are not finite"
 
 
 @pytest.mark.parametrize("method", [m for m in CRITERIA if m.name not in POSITIONAL | {"block_influence"}], ids=ids)
@@ -104,16 +109,21 @@ def test_permuting_the_channels_permutes_their_scores(method: Method) -> None:
     model, order = convnet().eval(), torch.randperm(8, generator=torch.Generator().manual_seed(3))
     plain, moved = scorer(method, model), scorer(method, permuted(model, order).eval())
     first, second = (s.units(s.subject.graph.group("0"), pr.granularity.Reduce.SUM) for s in (plain, moved))
-    assert torch.allclose(first[order], second, rtol=1e-4, atol=1e-9)
-    assert not torch.allclose(first, second, rtol=1e-2)
+    order_counts = "channels in another order get other scores: do not use their positions, or list it in POSITIONAL"
+    assert torch.allclose(first[order], second, rtol=1e-4, atol=1e-9), order_counts
+    assert not torch.allclose(first, second, rtol=1e-2), "the scores do not follow the channels"
     other = [units(s, s.subject.graph.group("3")) for s in (plain, moved)]
-    assert other[0] is other[1] is None or torch.allclose(*other, rtol=1e-4, atol=1e-9)  # type: ignore[arg-type]
+    same = other[0] is other[1] is None or torch.allclose(*other, rtol=1e-4, atol=1e-9)  # type: ignore[arg-type]
+    assert same, "the scores of the next layer change with the order of its inputs"
 
 
 @pytest.mark.parametrize("method", [m for m in REGISTRY.values() if m.kind != "schedule"], ids=ids)
 def test_a_method_says_where_it_comes_from_and_what_it_does(method: Method) -> None:
-    assert method.source and method.summary.endswith((".", ")"))
-    assert set(method.needs) <= set(STATISTICS) and len(method.knobs) <= 5
+    assert method.source, "give source=, the paper and its arXiv number"
+    assert method.summary.endswith((".", ")")), f"the first line of the docstring is one sentence: {method.summary!r}"
+    unknown = set(method.needs) - set(STATISTICS)
+    assert not unknown, f"no statistics of these names in stats/table.py: {sorted(unknown)}"
+    assert len(method.knobs) <= 5, f"{len(method.knobs)} knobs, and five are the most"
 
 
 @pytest.mark.parametrize("method", methods(), ids=ids)
@@ -126,8 +136,10 @@ def test_a_method_says_when_to_use_it_and_when_not(method: Method) -> None:
 @pytest.mark.parametrize("method", [m for m in REGISTRY.values() if m.kind == "criterion"], ids=ids)
 def test_a_criterion_has_a_formula_its_data_and_defaults_for_its_knobs(method: Method) -> None:
     text = inspect.getdoc(method.function) or ""
-    assert "`" in text and "Data: " in text
-    assert all(knob.default is not inspect.Parameter.empty for knob in method.knobs)
+    assert "`" in text, "write the formula into the docstring, in backticks"
+    assert "Data: " in text, "say in the docstring what data it needs: `Data: forward passes only.`"
+    required = [knob.name for knob in method.knobs if knob.default is inspect.Parameter.empty]
+    assert not required, f"give these knobs a default: {required}"
 
 
 def pools(scale: float = 1.0) -> Sequence[Pool]:

@@ -33,3 +33,22 @@ def test_an_exact_name_comes_first_and_nothing_finds_nothing() -> None:
     assert search("distill")[0].name == "distill"
     assert search("RigL")[0].name == "RigL"
     assert not search(" ") and not search("no such thing")
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("FLOPs", "MACs"),
+        ("flops", "MACs"),
+        ("2:4", "N:M"),
+        ("gradual", "Gradual cubic pruning (AGP)"),
+        ("calibration", "calibration data"),
+    ],
+)
+def test_a_whole_word_of_a_concept_comes_before_names_that_hold_it(text: str, name: str) -> None:
+    assert search(text)[0].name == name
+
+
+def test_several_words_are_found_in_any_place() -> None:
+    assert "schedule" in [concept.name for concept in search("gradual schedule")]
+    assert not near("nonsense")

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import prunella as pr
-from prunella.errors import CheckFailed, RequestError
+from prunella.errors import BadInput, RequestError
 from tests.llm.nets import generates_as_without_a_cache, language_model, logits, silent, windows
 from tests.stopping import stops_at, tick
 
@@ -90,5 +90,5 @@ def test_what_cannot_be_searched_is_said() -> None:
         pr.search.greedy_blocks(model, data[0], lambda m: 1.0, count=5)
     with pytest.raises(RequestError, match="among= needs data="):
         pr.search.greedy_blocks(model, data[0], lambda m: 1.0, count=1, among=2)
-    with pytest.raises(CheckFailed, match="not a number"):
+    with pytest.raises(BadInput, match="no number"):
         pr.search.greedy_blocks(model, data[0], lambda m: math.nan, count=1)

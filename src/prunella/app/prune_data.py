@@ -48,7 +48,7 @@ def split(model: nn.Module, data: Iterable[Any], loss: Loss | None, example: Inp
     every = listed(trainable(batch if loss else inputs_of(model, batch)) for batch in given[:MOST])
     if loss is None:  # with one, it alone knows what of a batch is an input
         _check_axis(every[0], example, isinstance(data, Dataset) and not isinstance(data, IterableDataset))
-        _check_finite(every)
+        check_finite(every)
     if len(every) > 1:
         fit = tuple(batch for number, batch in enumerate(every) if number % 4 != 1)
         return Batches(fit, tuple(batch for number, batch in enumerate(every) if number % 4 == 1), note, every)
@@ -71,7 +71,7 @@ def _check_axis(batch: Any, example: Inputs | None, of_samples: bool) -> None:
         )
 
 
-def _check_finite(every: Sequence[Any]) -> None:
+def check_finite(every: Iterable[Any]) -> None:
     """BadInput that names the first batch with NaN or infinity; masks of attention hold minus infinity."""
     for number, batch in enumerate(every):
         for tensor in (tensor for tensor in tensors(batch) if tensor.is_floating_point() or tensor.is_complex()):

@@ -131,7 +131,7 @@ def _refitted(pair: Pair, timer: StageTimer, records: Records) -> dict[str, Any]
         return {}
     _reconstructed(pair, timer, records)
     if any(isinstance(module, _BatchNorm) for module in pair.small.modules()):
-        with timer.stage("absorb") as stage, _kept(pair, stage, SAME):
+        with timer.stage("bn") as stage, _kept(pair, stage, SAME):
             count = len(absorb_bn(pair.small, list(first(pair.data.fit, ABSORBED)), loss=pair.run))
             stage.note(f"{count} batch normalizations have the statistics of the data")
     return {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -11,7 +12,8 @@ from typing import Any
 from torch import nn
 
 from prunella.app.job import Job, RecoveryStep
-from prunella.errors import RequestError
+from prunella.app.prune_data import MOST, check_finite
+from prunella.errors import CheckFailed, RequestError
 from prunella.model.forward import Outputs, forward
 from prunella.planning.plan import Plan
 from prunella.recovery.batchnorm import recalibrate_bn
@@ -47,7 +49,21 @@ class Recovered:
 def recover_(
     small: nn.Module, dense: nn.Module, plan: Plan, job: Job, step: RecoveryStep, tick: Tick, checkpoint: Path | None
 ) -> Recovered:
-    """Do one step in place. The job has been checked. checkpoint: the file that keeps a training; see `Training`."""
+    """Do one step in place. The job has been checked. checkpoint: the file that keeps a training; see `Training`.
+
+    Errors: BadInput instead of CheckFailed where the data holds NaN or infinity: it is not the step that failed.
+    """
+    try:
+        return _recovered(small, dense, plan, job, step, tick, checkpoint)
+    except CheckFailed:
+        data = job.recovery_data if step.kind in ("distill", "finetune") else job.data
+        check_finite(itertools.islice(data or (), MOST))
+        raise
+
+
+def _recovered(
+    small: nn.Module, dense: nn.Module, plan: Plan, job: Job, step: RecoveryStep, tick: Tick, checkpoint: Path | None
+) -> Recovered:
     if step.kind in ("distill", "finetune"):
         curve = _train(small, dense, job, step, tick, Training(seed=job.recipe.seed, checkpoint=checkpoint))
         return Recovered(step, str(curve), curve)

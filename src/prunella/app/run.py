@@ -24,9 +24,10 @@ from prunella.app.prune_plan import planned as planned_by
 from prunella.app.prune_recover import Recover
 from prunella.app.prune_stages import StageTimer
 from prunella.app.record import FORMAT, RECORD
-from prunella.app.recover import Recovered, Tick, recover_
+from prunella.app.recover import Recovered, Tick, outputs_by, recover_
 from prunella.app.stages import Stages, open_stages
 from prunella.errors import BadInput, CheckFailed, RequestError
+from prunella.graph.verify import relative_error
 from prunella.io.artifact import Saved, drafted
 from prunella.io.identity import weights_digest
 from prunella.io.json import plain, write_json
@@ -35,8 +36,10 @@ from prunella.io.space import check_apart, check_output_folder, check_space
 from prunella.io.tensor_writer import size_of
 from prunella.measure.clock import now, since
 from prunella.model.copying import copied
-from prunella.model.forward import first_tensor, forward
-from prunella.model.state import mode
+from prunella.model.forward import first_tensor, forward, inputs_of
+from prunella.model.rng import restore_rng_, rng_state
+from prunella.model.state import mode, untouched
+from prunella.model.trees import tensors
 from prunella.planning.plan import Plan
 from prunella.planning.planner import plan
 from prunella.recovery.checkpoint import named_tensors
@@ -104,12 +107,13 @@ def run(
 def _run(
     model: nn.Module, inputs: Inputs, job: Job, folder: Path, overwrite: bool, clock: _Clock, stages: Stages
 ) -> Outcome:
+    before = _quality(model, job, clock, "dense", stages)  # first: a metric that fails does so before the long work
     with clock.stage("planning"):
         planned = stages.plan(partial(_plan, model, inputs, job, stages), inputs)
     with clock.stage("cutting and comparing with the masked model"):
         small = shrink(model, planned) if planned.changes else apply_(copied(model), planned)
     check_space(folder, size_of(named_tensors(small)))
-    before, cut = (_quality(one, job, clock, name, stages) for one, name in ((model, "dense"), (small, "cut")))
+    cut = _quality(small, job, clock, "cut", stages)
     recovered = _recover(small, model, planned, job, clock, stages)
     after = _quality(small, job, clock, "recovered", stages) if recovered else cut
     _check_names(before, after)
@@ -120,6 +124,10 @@ def _run(
             model, small, inputs, plan=planned, quality=scores, curve=_curve(recovered), command=job.command,
             rounds=_rounds(model, inputs),
         ).with_cut(cut if recovered else {})  # fmt: skip
+        if job.data is not None:
+            compared = replace(
+                compared, difference=_apart(model, small, job), compared_on="the first batch of the data"
+            )
         if planned.changes and not recovered:
             compared = replace(compared, caveats=(NOT_RECOVERED, *compared.caveats))
         outputs = _outputs(small, inputs)
@@ -143,6 +151,20 @@ def _plan(model: nn.Module, inputs: Inputs, job: Job, stages: Stages) -> Plan:
         skip=list(job.skip), only=list(job.only), remove=job.by_hand.remove, keep=job.by_hand.keep,
         ratios=job.by_hand.ratios, counts=job.by_hand.counts,
     )  # fmt: skip
+
+
+def _apart(model: nn.Module, small: nn.Module, job: Job) -> float:
+    """The largest difference of outputs on the first batch of the data, which says more than noise does."""
+    random = rng_state(job.data)
+    batch = next(iter(job.data or ()))
+    restore_rng_(random, job.data)
+    give = outputs_by(job.loss) if job.loss else forward
+    batch = batch if job.loss else inputs_of(model, batch)
+    outputs = []
+    for one in (model, small):
+        with untouched(one, job.recipe.seed), torch.no_grad():
+            outputs.append([tensor.cpu() for tensor in tensors(give(one, batch))])
+    return relative_error(*outputs)
 
 
 def _rounds(model: nn.Module, inputs: Inputs, *, seconds: float = 20.0) -> int:
@@ -187,11 +209,23 @@ def _quality(model: nn.Module, job: Job, clock: _Clock, name: str, stages: Stage
     if job.metric is None:
         return {}
     with clock.stage(f"evaluating the {name} model"):
-        quality = stages.quality(name, lambda: job.quality(model))
-    wrong = next((key for key, value in quality.items() if math.isnan(value)), None)
-    if wrong is not None and name == "dense":  # of a pruned model it is a drop
-        why = f"{wrong} of the dense model is NaN"
-        raise BadInput("the metric is no number", why, "return a number for every model; higher is better")
+        quality = stages.quality(name, partial(_evaluated, model, job, name))
+    for key, value in quality.items():
+        # Of a pruned model NaN is a drop, and infinity is better than anything: no gate would hold it.
+        if value == math.inf or (name == "dense" and not math.isfinite(value)):
+            why = f"{key} of the {name} model is {'NaN' if math.isnan(value) else value}"
+            raise BadInput("the metric is no number", why, "return a number for every model; higher is better")
+    return quality
+
+
+def _evaluated(model: nn.Module, job: Job, name: str) -> Quality:
+    """The quality. What a metric does to the dense model or to random generators is undone: planning comes after it."""
+    if name != "dense":
+        return job.quality(model)
+    random = rng_state(job.data)
+    with untouched(model):
+        quality = job.quality(model)
+    restore_rng_(random, job.data)
     return quality
 
 
@@ -224,7 +258,7 @@ def _recover_auto(
     small: nn.Module, asked: Asked, planned: Plan, clock: _Clock, stages: Stages
 ) -> tuple[Recovered, ...]:
     """The stages of `prune`, each as a step."""
-    kinds: dict[str, StepKind] = {"reconstruct": "reconstruct", "absorb": "bn", "distill": "distill"}
+    kinds: dict[str, StepKind] = {"reconstruct": "reconstruct", "bn": "bn", "distill": "distill"}
     if asked.data is None:
         return ()
     timer = StageTimer()

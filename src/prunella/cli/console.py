@@ -126,25 +126,33 @@ def _resources_behind(error: BaseException) -> OutOfResources | None:
 
 def as_typed(text: str, options: Collection[str]) -> str:
     """An error of the library in the words of the command line: `pass data=` is `pass --data` where a verb has it."""
-    names = "|".join(sorted(set(options) - _ARGUMENTS, key=len, reverse=True))
+    known = {name: name for name in options if name not in _ARGUMENTS or name in _SHOWN_ARGUMENTS}
+    known |= {theirs: name for theirs, name in _OTHER_NAMES.items() if theirs not in options and name in options}
+    names = "|".join(sorted(known, key=len, reverse=True))
     if not names:
         return text
-    value = r"lambda .*|\[[^\]]*\]|\w+\([\w.]*\)|[-+]?[\w.]+(?![\w(\[{'\"=])"
+    value = r"lambda .*|'[^']*'|\[[^\]]*\]|\w+\([\w.]*\)|[-+]?[\w.]+(?![\w(\[{'\"=])"
     keyword = re.compile(rf"(?<![\w.=-])({names})=(?:({value})|(?=[\s,;:.)`]|$))")
-    return _TWICE.sub(r"\1", keyword.sub(lambda match: _option(match[1], match[2] or ""), text))
+    return _TWICE.sub(r"\1", keyword.sub(lambda match: _option(known[match[1]], match[2] or ""), text))
 
 
 _ARGUMENTS = {"model", "file", "folder", "make", "name", "kind"}
 """Parameters that are given by their place."""
+_SHOWN_ARGUMENTS = {"model", "make"}
+_OTHER_NAMES = {"evaluate": "metric"}
+"""Parameters of the library, and the options that are called otherwise."""
 _TWICE = re.compile(r"(--[\w-]+)(?: \(\1\)|, \1)(?![\w-])")
 """What the library says in both words, `overwrite=True (--overwrite)`, is needed once."""
 
 
 def _option(name: str, value: str) -> str:
     """`--skip a --skip b` of `skip=['a', 'b']`, `--target macs=0.5` of `target=MACs(0.5)`."""
+    if name in _ARGUMENTS:
+        return name.upper() if value in ("", "True") else f"{name.upper()} {value}"
     option = f"--{name.replace('_', '-')}"
     if value.startswith("lambda "):
         return f"{option} module:function"
+    value = value.strip("'")
     if value.startswith("["):
         return " ".join(f"{option} {item.strip(chr(39) + chr(34) + ' ')}" for item in value[1:-1].split(","))
     kind, _, number = value.rstrip(")").partition("(")

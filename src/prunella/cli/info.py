@@ -114,17 +114,23 @@ def explain(
 
 
 def _method_text(method: Mapping[str, Any]) -> str:
+    from prunella.cli.typed import typed
+
     head = f"{method['name']} ({method['kind']}, {method['status']})"
     lines = [head, "", method["doc"], "", f"source: {method['source']}"]
     if method["needs"]:
         lines.append(f"needs:  {', '.join(method['needs'])}")
+    lines += [f"type:   {line}" for line in typed([method["name"]])]
     lines += [f"knob:   {knob} = {value}" for knob, value in method["knobs"].items()]
     return "\n".join(lines)
 
 
 def _concept_text(row: Concept) -> str:
+    from prunella.cli.typed import typed
+
     also = [f"also called: {', '.join(row.words)}"] if row.words else []
-    return "\n".join([row.name, *also, f"in Python:   {', '.join(row.python)}", f"docs:        {row.page}"])
+    options = [f"to type:     {line}"] if (line := ", ".join(typed(row.python))) else []
+    return "\n".join([row.name, *also, f"in Python:   {', '.join(row.python)}", *options, f"docs:        {row.page}"])
 
 
 def inspect(

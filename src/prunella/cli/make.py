@@ -91,11 +91,15 @@ def scan(
     from prunella.cli import parse
     from prunella.search import agreement, space
     from prunella.search import scan as measure
+    from prunella.search.space import evaluated
 
     parse.check_journal_folder(output, source)
     recipe, fractions = parse.recipe_of(method), parse.read_ratios(ratios)
     data, evaluate = parse.load_data(method.data), parse.load_function(metric, "metric")
     network, example = parse.open_source(source, seed=method.seed, program=program)
+    judge = evaluate or agreement(network, [example] if data is None else data)
+    with stage("evaluating the dense model"):  # first, so that a metric that fails does so before the long work
+        base = evaluated(network, judge, recipe.seed)
     with stage("coupling and scoring"):
         groups = space(
             network, example, recipe, data=data, loss=parse.load_loss(method.loss),
@@ -103,9 +107,10 @@ def scan(
         )  # fmt: skip
     scanned = measure(
         groups,
-        evaluate or agreement(network, [example] if data is None else data),
+        judge,
         ratios=fractions,
         folder=output,
+        base=base,
         on_point=lambda name, x, value: note(f"{name} {x:.0%}: {value:.4g}" if name else f"dense: {value:.4g}"),
     )
     emit({**scanned.as_dict(), "measured": scanned.measured}, str(scanned), as_json=as_json)

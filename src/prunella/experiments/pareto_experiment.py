@@ -17,7 +17,6 @@ from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
-from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -37,13 +36,13 @@ from prunella.measure.text import without_folders
 from prunella.model.copying import copied
 from prunella.model.masks import finalize, masks_of
 from prunella.model.rng import seed_rng_, seeded
-from prunella.model.user_code import number_of, user_error
+from prunella.model.user_code import quality_of, user_error
 from prunella.planning.plan import Plan
 from prunella.planning.planner import plan
 from prunella.planning.recipe import Recipe
 from prunella.registry.method import metric
 from prunella.reporting.extra import reason_without
-from prunella.reporting.frontier import DENSE_NAME, Cell, Frontier, summarize, write_frontier
+from prunella.reporting.frontier import DENSE_NAME, Cell, Frontier, summarize, unmeasured, write_frontier
 from prunella.targets import Params, Sparsity, Target
 from prunella.transform.apply import apply_
 from prunella.transform.shrink import shrink
@@ -153,6 +152,8 @@ def _finished(tasks: Sequence[_Task], journal: Journal | None, jobs: int, on_cel
     remaining = [index for index in range(len(tasks)) if index not in done]
     for index, cell in _run_tasks(tasks, remaining, jobs):
         done[index] = cell
+        if cell.error and cell.method == DENSE_NAME and len(done) == 1:
+            raise unmeasured(cell)
         if journal:
             journal.add(names[index], CELL, asdict(cell))
         if on_cell:
@@ -291,9 +292,8 @@ def _run(task: _Task, empty: Cell) -> Cell:
         recovered = recover(model, task_plan, task.seed) if recover else None
         model = model if recovered is None else recovered
         model = finalize(model) if masks_of(model) else model
-    score = number_of(_function(experiment.evaluate)(model), "evaluate=")  # type: ignore[misc]
-    if not isfinite(score):
-        raise ValueError(f"evaluate returned {score}")
+    value = _function(experiment.evaluate)(model)  # type: ignore[misc]
+    score = quality_of(value, "evaluate=", "the dense model" if task.recipe is None else "this model", dense=True)
     return replace(empty, score=score, params=float(params), macs=float(macs))
 
 

@@ -47,7 +47,7 @@ def example_inputs(model: nn.Module, spec: str, shapes: Sequence[str] | None = N
         return _from_shapes(parts, _index_limit(model), generator)
     example = _own_example(model, spec, generator)
     if example is None:
-        todo = "give --inputs, for example --inputs 1x3x224x224 or --inputs input_ids=1x16:int64"
+        todo = f"give --inputs, for example --inputs {shape_for(model)}"
         raise RequestError(f"no example input for {spec}", "the model does not say what it takes", todo)
     return example
 
@@ -120,6 +120,51 @@ def _of_config(model: nn.Module, generator: torch.Generator) -> Inputs | None:
     return None
 
 
+_WEIGHTED = (
+    nn.Linear,
+    nn.modules.conv._ConvNd,
+    nn.Embedding,
+    nn.RNNBase,
+    nn.LayerNorm,
+    nn.modules.batchnorm._BatchNorm,
+)
+
+
+def _first_layer(model: nn.Module) -> tuple[str, nn.Module] | None:
+    """The first layer, in the order of the modules, that says what it takes."""
+    return next(((name, module) for name, module in model.named_modules() if isinstance(module, _WEIGHTED)), None)
+
+
+def _first(model: nn.Module) -> str:
+    found = _first_layer(model)
+    return f"{found[0] or 'it'}, {' '.join(repr(found[1]).split())[:100]}" if found else "not known"
+
+
+def shape_for(model: nn.Module) -> str:
+    """A shape that the first layer of a model would take, to be typed: a guess, for advice."""
+    found = _first_layer(model)
+    layer = found[1] if found else None
+    if isinstance(layer, nn.Embedding):
+        return (
+            f"{getattr(model, 'main_input_name', None) or 'input_ids'}=1x16:int64"
+            if hasattr(model, "config")
+            else "1x16:int64"
+        )
+    if isinstance(layer, nn.modules.conv._ConvNd):
+        axes = len(layer.kernel_size)
+        size = {1: 128, 2: 224 if layer.in_channels == 3 else 32, 3: 16}[axes]
+        return "x".join(map(str, (1, layer.in_channels, *[size] * axes)))
+    if isinstance(layer, nn.Linear):
+        return f"1x{layer.in_features}"
+    if isinstance(layer, nn.RNNBase):
+        return f"1x16x{layer.input_size}"
+    if isinstance(layer, nn.LayerNorm):
+        return "x".join(map(str, (1, *layer.normalized_shape)))
+    if isinstance(layer, nn.modules.batchnorm._BatchNorm):
+        return f"2x{layer.num_features}"
+    return "1x3x224x224"
+
+
 def check_forward(model: nn.Module, inputs: Inputs) -> None:
     """Run the model once on the example, so that a wrong shape is told before anything else is tried."""
     said = ", ".join(
@@ -129,5 +174,6 @@ def check_forward(model: nn.Module, inputs: Inputs) -> None:
         with torch.no_grad():
             call_user(lambda: forward(model, inputs), "the model")
     except (BadInput, RequestError) as error:
-        todo = "give inputs that the model takes: --inputs 1x3x224x224"
+        give = f"give inputs that the model takes, for example --inputs {shape_for(model)}"
+        todo = f"{give}: its first layer is {_first(model)}"
         raise BadInput(f"the model fails on the example input {said}", error.why, todo) from error

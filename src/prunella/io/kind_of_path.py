@@ -18,7 +18,7 @@ from prunella.io.pickled_class import class_in
 
 
 @dataclass(frozen=True)
-class Kind:
+class FileKind:
     """said: `an image (PNG)`. verbs: which verb opens it. todo: what to do where another kind is wanted.
 
     format: what a reader asks for, "" where no reader of prunella takes it.
@@ -35,41 +35,44 @@ class Kind:
 
 _HEAD = 4096
 _FOLDERS = (
-    ("manifest.json", Kind("a folder that prunella saved", "verify, report and inspect open it")),
-    ("config.json", Kind("a Hugging Face folder", "inspect, plan, run and llm open it")),
-    ("journal.sqlite", Kind("the folder of a run that resumes", "the call that made it goes on in it")),
+    ("manifest.json", FileKind("a folder that prunella saved", "verify, report and inspect open it")),
+    ("config.json", FileKind("a Hugging Face folder", "inspect, plan, run and llm open it")),
+    ("journal.sqlite", FileKind("the folder of a run that resumes", "the call that made it goes on in it")),
 )
-_NO_MODEL = Kind("a folder that holds no model")
-_DEVICE = Kind("a pipe or a device, not a file", todo="give a file")
-_EMPTY = Kind("an empty file", todo="fetch or write it again")
-_OTHER = Kind("a file of another kind")
-_TEXT = Kind("a text file")
-_JSON = Kind("a JSON text", format="json")
-_PAGE = Kind("a web page (HTML), as a server sends it in place of a file", todo="fetch the file itself")
-_POINTER = Kind("a pointer of Git LFS, and the file itself was not fetched", todo="fetch it with git lfs pull")
-_PLAN = Kind("a plan", "show opens it", format="safetensors")
-_WEIGHTS = Kind("a safetensors file", "--weights takes it", "name it FILE.safetensors", "safetensors")
-_CHECKPOINT = Kind("a checkpoint of torch", "--weights takes FILE.pt with --allow-pickle", "", "torch")
-_PROGRAM = Kind("a program of torch.export", "inspect opens FILE.pt2", format="program")
-_SCRIPT = Kind("a program of TorchScript", todo="give what the script was made of, as package.module:factory")
-_ZIP = Kind("a zip archive", todo="unpack it, and give what is in it")
+_NO_MODEL = FileKind("a folder that holds no model")
+_DEVICE = FileKind("a pipe or a device, not a file", todo="give a file")
+_EMPTY = FileKind("an empty file", todo="fetch or write it again")
+_OTHER = FileKind("a file of another kind")
+_TEXT = FileKind("a text file")
+_JSON = FileKind("a JSON text", format="json")
+_PAGE = FileKind("a web page (HTML), as a server sends it in place of a file", todo="fetch the file itself")
+_POINTER = FileKind("a pointer of Git LFS, and the file itself was not fetched", todo="fetch it with git lfs pull")
+_PLAN = FileKind("a plan", "show opens it", format="safetensors")
+_WEIGHTS = FileKind("a safetensors file", "--weights takes it", "name it FILE.safetensors", "safetensors")
+_CHECKPOINT = FileKind("a checkpoint of torch", "--weights takes FILE.pt with --allow-pickle", "", "torch")
+_PROGRAM = FileKind("a program of torch.export", "inspect opens FILE.pt2", format="program")
+_SCRIPT = FileKind("a program of TorchScript", todo="give what the script was made of, as package.module:factory")
+_ZIP = FileKind("a zip archive", todo="unpack it, and give what is in it")
 _MAGIC = (
-    (b"SQLite format 3\0", Kind("the journal of a run", "the call that made it goes on with its folder", "", "sqlite")),
-    (b"GGUF", Kind("a GGUF file", "inspect and plan open it", "name it FILE.gguf", "gguf")),
-    (b"\x89PNG\r\n\x1a\n", Kind("an image (PNG)")),
-    (b"\xff\xd8\xff", Kind("an image (JPEG)")),
-    (b"GIF8", Kind("an image (GIF)")),
-    (b"%PDF-", Kind("a PDF document")),
-    (b"\x89HDF\r\n\x1a\n", Kind("an HDF5 file, as Keras writes it", todo="build the model in torch first")),
-    (b"\x93NUMPY", Kind("an array of NumPy")),
-    (b"\x1f\x8b", Kind("a file compressed by gzip", todo="unpack it, and give what is in it")),
-    (b"BZh", Kind("a file compressed by bzip2", todo="unpack it, and give what is in it")),
-    (b"\xfd7zXZ\0", Kind("a file compressed by xz", todo="unpack it, and give what is in it")),
-    (b"\x28\xb5\x2f\xfd", Kind("a file compressed by zstd", todo="unpack it, and give what is in it")),
-    (b"7z\xbc\xaf\x27\x1c", Kind("an archive of 7-Zip", todo="unpack it, and give what is in it")),
-    (b"Rar!", Kind("an archive of RAR", todo="unpack it, and give what is in it")),
-    (b"\x7fELF", Kind("a program or a library of this system")),
-    (b"MZ", Kind("a program or a library of Windows")),
+    (
+        b"SQLite format 3\0",
+        FileKind("the journal of a run", "the call that made it goes on with its folder", "", "sqlite"),
+    ),
+    (b"GGUF", FileKind("a GGUF file", "inspect and plan open it", "name it FILE.gguf", "gguf")),
+    (b"\x89PNG\r\n\x1a\n", FileKind("an image (PNG)")),
+    (b"\xff\xd8\xff", FileKind("an image (JPEG)")),
+    (b"GIF8", FileKind("an image (GIF)")),
+    (b"%PDF-", FileKind("a PDF document")),
+    (b"\x89HDF\r\n\x1a\n", FileKind("an HDF5 file, as Keras writes it", todo="build the model in torch first")),
+    (b"\x93NUMPY", FileKind("an array of NumPy")),
+    (b"\x1f\x8b", FileKind("a file compressed by gzip", todo="unpack it, and give what is in it")),
+    (b"BZh", FileKind("a file compressed by bzip2", todo="unpack it, and give what is in it")),
+    (b"\xfd7zXZ\0", FileKind("a file compressed by xz", todo="unpack it, and give what is in it")),
+    (b"\x28\xb5\x2f\xfd", FileKind("a file compressed by zstd", todo="unpack it, and give what is in it")),
+    (b"7z\xbc\xaf\x27\x1c", FileKind("an archive of 7-Zip", todo="unpack it, and give what is in it")),
+    (b"Rar!", FileKind("an archive of RAR", todo="unpack it, and give what is in it")),
+    (b"\x7fELF", FileKind("a program or a library of this system")),
+    (b"MZ", FileKind("a program or a library of Windows")),
 )
 _PAGES = re.compile(rb"\s*(<!--.*?-->\s*)?<(!doctype\s+html|html|head|body|\?xml)\b", re.IGNORECASE | re.DOTALL)
 _POINTERS = b"version https://git-lfs"
@@ -85,7 +88,7 @@ def described_path(path: str | os.PathLike[str]) -> str:
         return "no such file or folder" if not os.path.lexists(place) else f"it cannot be read ({error.strerror})"
 
 
-def kind_of(place: Path) -> Kind:
+def kind_of(place: Path) -> FileKind:
     """What lies at a path. Errors: OSError where nothing does, or where it cannot be read."""
     if place.is_dir():
         return next((kind for name, kind in _FOLDERS if (place / name).is_file()), _NO_MODEL)
@@ -115,7 +118,7 @@ def refuse_other_kind(file: Path, *formats: str, what: str, give: str) -> None:
     raise BadInput(what, str(kind), kind.todo or give)
 
 
-def _tensors_or_pickle(head: bytes) -> Kind | None:
+def _tensors_or_pickle(head: bytes) -> FileKind | None:
     if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 1 << 40:
         return _PLAN if b'"prunella.plan"' in head else _WEIGHTS
     if head[:1] == b"\x80" and head[1:2] in b"\x02\x03\x04\x05":
@@ -123,18 +126,18 @@ def _tensors_or_pickle(head: bytes) -> Kind | None:
     return None
 
 
-def _pickle(head: bytes) -> Kind:
+def _pickle(head: bytes) -> FileKind:
     """A checkpoint, or the object of a class: torch wrote its files so until 1.6, after a few numbers of its own."""
     held = class_in(head)
     return _object(held) if held else _CHECKPOINT
 
 
-def _object(held: str) -> Kind:
+def _object(held: str) -> FileKind:
     todo = "save its state_dict() where its code is, and give that as --weights (weights=) of package.module:factory"
-    return Kind(f"a pickle of an object, {held}", "its code would run when it is read", todo, "object")
+    return FileKind(f"a pickle of an object, {held}", "its code would run when it is read", todo, "object")
 
 
-def _archive(place: Path) -> Kind:
+def _archive(place: Path) -> FileKind:
     """A zip archive, by the names of its parts."""
     try:
         with zipfile.ZipFile(place) as archive:
@@ -152,7 +155,7 @@ def _archive(place: Path) -> Kind:
     return _object(held) if held else _CHECKPOINT
 
 
-def _text(head: bytes) -> Kind | None:
+def _text(head: bytes) -> FileKind | None:
     if head.startswith(_POINTERS):
         return _POINTER
     if _PAGES.match(head):
@@ -166,7 +169,7 @@ def _text(head: bytes) -> Kind | None:
     return _JSON if text.lstrip()[:1] in ("{", "[") else _TEXT
 
 
-def _other(head: bytes) -> Kind:
+def _other(head: bytes) -> FileKind:
     if _ONNX.match(head):
-        return Kind("a model of ONNX", todo="give the model in torch that it was exported from")
+        return FileKind("a model of ONNX", todo="give the model in torch that it was exported from")
     return _OTHER

@@ -176,6 +176,7 @@ class _Search(Generic[M]):
         return Tickets(tuple(results), ticket, self.work)
 
     def _dense(self) -> dict[str, Any]:
+        self.spec.score(self.work)  # an evaluation that fails does so before the training
         session = self.spec.run(self.work, self.spec.session(self.work, keep_at=self.rewind.step))
         assert session.kept is not None
         return {**self._result(session.rates, 0, 0), "point": session.kept.plain()}

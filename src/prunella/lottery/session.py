@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from prunella.errors import RequestError
+from prunella.model.batches import no_batches
 from prunella.model.rng import RngState, restore_rng_, rng_state, seed_rng_
 from prunella.model.unwrap import bare_optimizer, unwrap
 from prunella.train.pruner import Pruner
@@ -136,7 +137,7 @@ class Session:
                 batch = next(stream)
             except StopIteration:
                 if offset == 0:
-                    raise RequestError("the data holds no batches", "", "pass a list of batches or a loader") from None
+                    raise no_batches() from None
                 epoch, offset, stream = rng_state(data), 0, iter(data)
                 continue
             offset += 1

@@ -13,7 +13,7 @@ from prunella.errors import CheckFailed, RequestError
 from prunella.lottery.session import Session, TrainingPoint
 from prunella.model.rng import seeded
 from prunella.model.state import mode
-from prunella.model.user_code import number_of
+from prunella.model.user_code import quality_of
 from prunella.recovery.finetune import Training
 from prunella.types import Loss
 
@@ -60,7 +60,7 @@ class TrainingSpec:
         if self.evaluate is None:
             return None
         with seeded(self.seed), mode(model, training=False), torch.no_grad():
-            return number_of(self.evaluate(model), "evaluate=")
+            return quality_of(self.evaluate(model), "evaluate=", "this model", dense=True)
 
 
 def descent(data: Iterable[object], loss: Loss, *, lr: float, training: Training | None = None) -> Train:

@@ -30,7 +30,7 @@ class BatchIterator(Iterator[Any]):
             self.batch = next(self._stream)
         except StopIteration:
             if self.number < 0 and self._required:
-                raise _no_batches() from None
+                raise no_batches() from None
             raise
         self.number += 1
         self.first = self.first or described(self.batch)
@@ -151,8 +151,13 @@ def _caught_as(kind: type[Exception]) -> type[BadInput]:
         return BadInput
 
 
-def _no_batches() -> RequestError:
-    return RequestError(
+class NoBatches(BadInput, RequestError):
+    """Data without a batch: bad input, as data of any other fault; a request that nothing can be done for."""
+
+
+def no_batches() -> NoBatches:
+    """The error for data without a batch."""
+    return NoBatches(
         "data= holds no batches",
         "the loader is empty, or data= is a generator that is exhausted",
         "pass a list of batches or a DataLoader",

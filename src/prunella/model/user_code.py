@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import linecache
+import math
 import os
 import re
 import sysconfig
@@ -148,6 +149,19 @@ def _named(value: Any) -> str:
     if hasattr(value, "dtype") and hasattr(value, "shape"):
         return f"a {type(value).__name__} of {_type_of(value)} and shape {tuple(value.shape)}"
     return f"a {type(value).__name__}"
+
+
+def quality_of(value: Any, what: str, of: str, *, dense: bool) -> float:
+    """The quality that a function of the user returned for a model. of: says which model.
+
+    Errors: RequestError for what is no number, BadInput for NaN and for infinity. A model that was cut may be
+    infinitely bad; the dense one may not.
+    """
+    number = number_of(value, what)
+    if math.isnan(number) or number == math.inf or (dense and math.isinf(number)):
+        why = f"it gave {'NaN' if math.isnan(number) else number} for {of}"
+        raise BadInput("the evaluation is no number", why, "return a number for every model; higher is better")
+    return number
 
 
 def _frames(error: BaseException) -> Iterator[Frame]:

@@ -66,7 +66,7 @@ def target_missed(
     return TargetMissed(
         f"{target} cannot be met: all that may go leaves {target.name}={reach:.4g} ({amounts})",
         "\n".join([limits, *obstacles(graph, frozen)]),
-        "; ".join(filter(None, [todo, offer(frozen)])),
+        "; ".join(filter(None, [target.hint, todo, offer(frozen)])),
     )
 
 

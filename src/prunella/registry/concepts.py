@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib import resources
 
-_NO_MATCH = 4
+_NO_MATCH = 6
 
 
 @dataclass(frozen=True)
@@ -49,14 +49,23 @@ def near(text: str) -> list[str]:
 
 
 def _rank(wanted: str, concept: Concept) -> int:
+    """A name or word of a concept first, whole before in part; names of Python after that, which only hold the text."""
+    said = [_plain(name) for name in (concept.name, *concept.words)]
+    exact = [re.sub(r"\s*\(.*\)$", "", name) for name in said]
     names = [_plain(name) for name in _names(concept)]
-    if wanted == names[0]:
+    if wanted in (said[0], exact[0]):
         return 0
-    if wanted in names:
+    if wanted in said or wanted in exact:
         return 1
-    if any(re.search(rf"(^|\W){re.escape(wanted)}(\W|$)", name) for name in names):
+    whole = re.compile(rf"(^|\W){re.escape(wanted)}(\W|$)")
+    if any(map(whole.search, said)):
         return 2
-    return 3 if len(wanted) > 2 and any(wanted in name for name in names) else _NO_MATCH
+    if any(map(whole.search, names)):
+        return 3
+    if len(wanted) > 2 and any(wanted in name for name in names):
+        return 4
+    parts = wanted.split()
+    return 5 if len(parts) > 1 and all(any(part in name for name in names) for part in parts) else _NO_MATCH
 
 
 def _names(concept: Concept) -> tuple[str, ...]:

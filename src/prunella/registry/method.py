@@ -160,10 +160,15 @@ def scope_of(function: Callable[..., Any]) -> Scope:
     return method.scope if method else "producer"
 
 
+_NEAR = 0.6
+"""As near as `magntude` and `magnitude`; below it `nonsense` is near `cosine`."""
+_LISTED = 40
+
+
 def find(name: str, kind: MethodKind | None = None) -> Method:
     """The method of that name, or a `RequestError` with the nearest names."""
     known = [m.name for m in REGISTRY.values() if kind in (None, m.kind)]
     if name in known:
         return REGISTRY[name]
-    hint = near_names(name, known) or f"known are {', '.join(sorted(known))}"
+    hint = near_names(name, known, _NEAR) or ("" if len(known) > _LISTED else f"known are {', '.join(sorted(known))}")
     raise RequestError(f"unknown {kind or 'method'} {name!r}", hint, "`prunella methods` lists them all")

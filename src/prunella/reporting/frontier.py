@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from prunella.errors import RequestError
+from prunella.errors import BadInput, PruningError, RequestError
 from prunella.io.files import write_atomic
 from prunella.io.json import encode, plain
 from prunella.measure.text import MISSING, interval, spread
@@ -149,6 +149,13 @@ class Frontier:
         )
 
 
+def unmeasured(cell: Cell | None) -> PruningError:
+    """The error where a dense model has no quality; its cell says why. What the user's code raised is bad input."""
+    why = cell.error if cell else "there is no cell of it"
+    kind = RequestError if cell is None or why.startswith(RequestError.__name__) else BadInput
+    return kind("the dense model cannot be measured", why, "check make=, inputs= and evaluate=")
+
+
 def summarize(
     cells: Sequence[Cell], *, unit: str, baselines: Sequence[str] = (), environment: Mapping[str, str] | None = None
 ) -> Frontier:
@@ -157,8 +164,7 @@ def summarize(
     points = [_point([c for c in cells if (c.method, c.ratio) == key]) for key in keys]
     dense = next((p for p in points if p.method == DENSE_NAME and p.n), None)
     if dense is None:
-        why = next((c.error for c in cells if c.method == DENSE_NAME and c.error), "there is no cell of it")
-        raise RequestError("the dense model cannot be measured", why, "check make=, inputs= and evaluate=")
+        raise unmeasured(next((c for c in cells if c.method == DENSE_NAME and c.error), None))
     others = [p for p in points if p.method != DENSE_NAME]
     marked = tuple(Point(**{**asdict(p), "front": on_front(p, others)}) for p in others)
     seeds = tuple(dict.fromkeys(cell.seed for cell in cells))

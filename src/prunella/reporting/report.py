@@ -127,6 +127,7 @@ class Report:
     recipe: Mapping[str, Any]
     environment: Mapping[str, str]
     command: str = ""
+    compared_on: str = "the inputs above"
     pass_seconds: tuple[float, float] = (0.0, 0.0)
     sections: tuple[Section, ...] = ()
     caveats: tuple[str, ...] = ()
@@ -198,7 +199,7 @@ class Report:
         rows = [[cell(metric) for _, cell in columns] for metric in self.metrics]
         table_text = table([name for name, _ in columns], rows, right=range(1, len(columns) - 1))
         said = f"{self.model} on {self.inputs}: {self.verdict}"
-        apart = f"largest output difference: {self.difference:.2g} of the largest output, on the inputs above"
+        apart = f"largest output difference: {self.difference:.2g} of the largest output, on {self.compared_on}"
         end = [apart if math.isfinite(self.difference) else "outputs have other shapes", *self._measured()]
         parts = [line for section in self.sections for line in ("", str(section))]
         return "\n".join([said, *self.caveats, "", table_text, "", *end, *parts])

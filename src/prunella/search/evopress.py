@@ -18,7 +18,7 @@ from prunella.io.journal import Records, open_records
 from prunella.model.copying import copied
 from prunella.model.masks import masks_of, record_
 from prunella.model.state import mode
-from prunella.model.user_code import number_of
+from prunella.model.user_code import quality_of
 from prunella.registry.method import search
 from prunella.search.space import Evaluate, SearchResult
 
@@ -110,7 +110,7 @@ def _evolved(
     def measured(choice: Choice) -> float:
         levels.put_(model, choice)
         with mode(model, training=False):
-            return number_of(evaluate(model), "evaluate=")
+            return quality_of(evaluate(model), "evaluate=", "a choice of levels", dense=False)
 
     def quality(choice: Choice) -> float:
         return records.number(json.dumps(choice), lambda: measured(choice))

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from prunella.errors import CheckFailed, RequestError
+from prunella.errors import RequestError
 from prunella.io.identity import Identity, identify, model_parts
 from prunella.io.journal import Records, open_records
 from prunella.model.state import mode, untouched
-from prunella.model.user_code import number_of
+from prunella.model.user_code import quality_of
 from prunella.planning.depth import Blocks, find_blocks
 from prunella.planning.plan import Plan
 from prunella.registry.method import search
@@ -66,7 +66,7 @@ def greedy_blocks(
     evaluate: a function of a model, higher is better, for example `agreement(model, batches, logits=True)` or minus a
     loss on calibration text. count: blocks to drop. folder: of a journal with one record for each evaluation; a killed
     search resumes from it, and the journal of another model or `evaluate` is refused.
-    Errors: RequestError for a count or `among` out of range, CheckFailed for a quality that is not a number.
+    Errors: RequestError for a count or `among` out of range, BadInput for a quality that is not a number.
 
     Use: depth of language models, with a minute for forward passes. Avoid: hundreds of blocks without `among`.
     """
@@ -104,13 +104,8 @@ def _value(
 def _measured(blocks: Blocks, dropped: tuple[str, ...], evaluate: Evaluate) -> float:
     small = blocks.without(dropped)
     with untouched(small, 0), mode(small, training=False), torch.no_grad():
-        value = number_of(evaluate(small), "evaluate=")
-    if value != value:
-        why = "evaluate returned NaN"
-        raise CheckFailed(
-            f"the quality without {', '.join(dropped)} is not a number", why, "check evaluate and its data"
-        )
-    return value
+        value = evaluate(small)
+    return quality_of(value, "evaluate=", f"the model without {', '.join(dropped)}", dense=False)
 
 
 def _by_influence(blocks: Blocks, data: Iterable[Any] | None, loss: Loss | None = None) -> Sequence[str]:

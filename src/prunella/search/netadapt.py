@@ -12,7 +12,7 @@ from prunella.errors import RequestError, TargetMissed
 from prunella.io.journal import Records, open_records
 from prunella.model.rng import seeded
 from prunella.model.state import untouched
-from prunella.model.user_code import number_of
+from prunella.model.user_code import quality_of
 from prunella.registry.method import search
 from prunella.search.space import Evaluate, Predict, SearchResult, Space
 from prunella.selection import Counts
@@ -99,7 +99,7 @@ class _Descent:
         def measured() -> float:
             small = self._cut(current, counts, new)
             with untouched(small, self.space.recipe.seed):
-                return number_of(self.evaluate(small), "evaluate=")
+                return quality_of(self.evaluate(small), "evaluate=", "a proposal", dense=False)
 
         return self.records.number(" ".join([*taken, _key(self.space, index, new)]), measured)
 

@@ -64,6 +64,7 @@ def scan(
     ratios: Sequence[float] = RATIOS,
     folder: str | os.PathLike[str] | None = None,
     on_point: OnPoint | None = None,
+    base: float | None = None,
 ) -> Scan:
     """Prune each group alone to several ratios, and evaluate each pruned model.
 
@@ -73,7 +74,8 @@ def scan(
     ratios: fractions in (0, 1), rounded to the steps that `min_density` and `round_to` allow; equal steps are evaluated
     once. `space(only=...)` selects groups. folder: of the journal of evaluations; a killed scan resumes with the next
     evaluation. A journal of another model, recipe, data or evaluation is refused; see `prunella.io.identity`.
-    on_point: called with the group (empty for the dense model), the fraction and the quality of each new point.
+    on_point: called with the group (empty for the dense model), the fraction and the quality of each new point. base:
+    the quality of the dense model, where it has been evaluated already.
 
     Use: finding sensitive layers, and options for `knapsack`. Avoid: high reductions without another search: losses of
     several groups do not add up.
@@ -82,24 +84,29 @@ def scan(
     if wrong is not None or not ratios:
         raise RequestError("scan needs ratios between 0 and 1", f"got {wrong}", "for example ratios=(0.25, 0.5)")
     with open_records(folder, lambda: space.identity.plus({"question": "scan", "metric": evaluate})) as records:
-        return _scanned(space, evaluate, ratios, records, on_point)
+        return _scanned(space, evaluate, ratios, records, on_point, base)
 
 
 def _scanned(
-    space: Space, evaluate: Evaluate, ratios: Sequence[float], records: Records, on_point: OnPoint | None
+    space: Space,
+    evaluate: Evaluate,
+    ratios: Sequence[float],
+    records: Records,
+    on_point: OnPoint | None,
+    base: float | None,
 ) -> Scan:
     nothing = (0,) * len(space.names)
 
     def point(name: str, counts: tuple[int, ...]) -> float:
         key, before = f"{name}:{sum(counts)}", records.added
-        value = records.number(key, lambda: space.evaluate(evaluate, counts))
+        value = records.number(key, lambda: space.evaluate(evaluate, counts) if name or base is None else base)
         if on_point and records.added > before:
             on_point(name, sum(counts) / space.sizes[space.names.index(name)] if name else 0.0, value)
         return value
 
-    base, curves = point("", nothing), {}
+    dense, curves = point("", nothing), {}
     for index, name in enumerate(space.names):
         wanted = sorted({space.removed({name: ratio})[index] for ratio in ratios} - {0})
         points = {count: point(name, (*nothing[:index], count, *nothing[index + 1 :])) for count in wanted}
         curves[name] = tuple((count / space.sizes[index], value) for count, value in points.items())
-    return Scan(base, {name: curve for name, curve in curves.items() if curve}, records.added)
+    return Scan(dense, {name: curve for name, curve in curves.items() if curve}, records.added)

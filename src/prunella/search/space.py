@@ -13,7 +13,7 @@ from torch import nn
 
 from prunella.allocation import fixed
 from prunella.allocation.pool import Allocation
-from prunella.errors import BadInput, NotSupported, RequestError
+from prunella.errors import NotSupported, RequestError
 from prunella.granularity import Block, Channel, Element, Expert, Head, Width
 from prunella.graph.cut.changes import changes
 from prunella.graph.cut.surgery import change_
@@ -25,7 +25,7 @@ from prunella.model.copying import copied
 from prunella.model.masks import record_
 from prunella.model.state import mode, untouched
 from prunella.model.torch_masks import with_plain_weights
-from prunella.model.user_code import number_of
+from prunella.model.user_code import quality_of
 from prunella.planning.budget import Ladder, ladder, most, solve
 from prunella.planning.candidates import CandidateUnits, CandidateWeights
 from prunella.planning.recipe import Recipe
@@ -68,6 +68,16 @@ class SearchResult:
     def allocation(self) -> Allocation:
         """`fixed` with these shares."""
         return partial(fixed, shares=dict(self.shares))
+
+
+def evaluated(model: nn.Module, evaluate: Evaluate, seed: int, *, cut: str = "") -> float:
+    """The quality of a model in evaluation mode, with all random generators at the seed. cut: what was cut of it.
+
+    Errors: those of `prunella.model.user_code.quality_of`.
+    """
+    with untouched(model, seed), mode(model, training=False):
+        value = evaluate(model)
+    return quality_of(value, "evaluate=", cut or "the dense model", dense=not cut)
 
 
 @dataclass(frozen=True)
@@ -123,15 +133,9 @@ class Space:
 
     def evaluate(self, evaluate: Evaluate, counts: Counts) -> float:
         """The quality of the pruned model in evaluation mode, with all random generators at the recipe's seed."""
-        small = self.cut(counts)
-        with untouched(small, self.recipe.seed), mode(small, training=False):
-            value = number_of(evaluate(small), "evaluate=")
-        if math.isnan(value):
-            cut = {name: count for name, count in zip(self.names, counts, strict=True) if count}
-            of = ", ".join(f"{name} without {count} units" for name, count in list(cut.items())[:3])
-            why = f"it gave NaN for the model with {of}" if cut else "it gave NaN for the dense model"
-            raise BadInput("the evaluation is no number", why, "return a number for every model; higher is better")
-        return value
+        cut = {name: count for name, count in zip(self.names, counts, strict=True) if count}
+        of = ", ".join(f"{name} without {count} units" for name, count in list(cut.items())[:3])
+        return evaluated(self.cut(counts), evaluate, self.recipe.seed, cut=f"the model with {of}" if cut else "")
 
     def cost(self, target: Target, counts: Counts) -> float:
         """The remaining cost, in the target's unit; a `Latency` is measured, in milliseconds."""
