@@ -98,7 +98,7 @@ def test_stages_are_told_in_order(tmp_path: Path) -> None:
     job = Job(Recipe(), MACs(0.5), data=data, recovery=Recovery(read_steps("distill:2")), metric=lambda m: 1.0,
               factory="tests.app.test_run:net")  # fmt: skip
     outcome = run(net(), torch.randn(2, 6), job, tmp_path / "out", stage=stage)
-    assert told[0] == "planning" and told[-1] == "saving"
+    assert told[:2] == ["evaluating the dense model", "planning"] and told[-1] == "saving"
     assert told.count("recovering by distill:2, a part of 2") == 2
     assert list(outcome.seconds) == [name for name in told if "part of" not in name]
 
@@ -188,3 +188,21 @@ def test_a_metric_that_is_no_number_any_more_is_a_drop(tmp_path: Path) -> None:
     with pytest.raises(CheckFailed, match="fell too far"):
         run(net(), torch.randn(2, 6), job, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
+
+
+class Stream(IterableDataset[torch.Tensor]):
+    """Has no length."""
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        return iter([torch.full((6,), float(k)) for k in range(1, 17)])
+
+
+def test_the_difference_is_of_the_data_where_there_is_some(tmp_path: Path) -> None:
+    loader = DataLoader(Stream(), batch_size=8)
+    job = Job(Recipe(), MACs(0.5), data=loader, recovery=Recovery(read_steps("reconstruct")), factory="tests.app.test_run:net")  # fmt: skip
+    outcome = run(net(), torch.randn(2, 6), job, tmp_path / "out")
+    batch = next(iter(loader))
+    with torch.no_grad():
+        dense, small = net().eval()(batch), outcome.model.eval()(batch)
+    assert outcome.report.difference == pytest.approx(float((dense - small).abs().max() / dense.abs().max()), rel=1e-3)
+    assert "on the first batch of the data" in str(outcome.report)

@@ -176,3 +176,17 @@ def test_the_command_line_says_what_it_took(prunella: Run, shop: str) -> None:
     assert result.code == 0 and "prunella: c.ckpt: the weights are those of its entry 'model'" in result.err
     assert prunella(*words, "--allow-pickle", "--weights-key", "epoch").code == 3
     assert prunella(*words[:-2], "--weights-key", "model").code == 2
+
+
+def test_weights_two_levels_down_and_counters_that_old_files_lack(tmp_path: Path) -> None:
+    state, said = trained().state_dict(), list[str]()
+    old = {name: value for name, value in state.items() if not name.endswith("num_batches_tracked")}
+    for content, word in (({"run": {"net": state, **of_training(convnet())}}, "'run.net'"), (old, "no counters")):
+        torch.save(content, tmp_path / "x.pt")
+        model = convnet()
+        load_weights(model, tmp_path / "x.pt", allow_pickle=True, tell=said.append)
+        assert all(torch.equal(value, state[name]) for name, value in model.named_parameters())
+        assert word in said[-1]
+    with pytest.raises(BadInput, match="no tensors"):
+        torch.save({"optimizer": of_training(convnet())["optimizer"]}, tmp_path / "x.pt")
+        load_weights(convnet(), tmp_path / "x.pt", allow_pickle=True)

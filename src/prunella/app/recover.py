@@ -57,7 +57,8 @@ def recover_(
         return _recovered(small, dense, plan, job, step, tick, checkpoint)
     except CheckFailed:
         data = job.recovery_data if step.kind in ("distill", "finetune") else job.data
-        check_finite(itertools.islice(data or (), MOST))
+        assert data is not None, "checked at the start"
+        check_finite(itertools.islice(data, MOST))
         raise
 
 

@@ -7,7 +7,7 @@ A run that was killed goes on from its last finished stage, and within a trainin
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -125,9 +125,8 @@ def _run(
             rounds=_rounds(model, inputs),
         ).with_cut(cut if recovered else {})  # fmt: skip
         if job.data is not None:
-            compared = replace(
-                compared, difference=_apart(model, small, job), compared_on="the first batch of the data"
-            )
+            apart = _apart(model, small, job, job.data)
+            compared = replace(compared, difference=apart, compared_on="the first batch of the data")
         if planned.changes and not recovered:
             compared = replace(compared, caveats=(NOT_RECOVERED, *compared.caveats))
         outputs = _outputs(small, inputs)
@@ -153,11 +152,11 @@ def _plan(model: nn.Module, inputs: Inputs, job: Job, stages: Stages) -> Plan:
     )  # fmt: skip
 
 
-def _apart(model: nn.Module, small: nn.Module, job: Job) -> float:
+def _apart(model: nn.Module, small: nn.Module, job: Job, data: Iterable[Any]) -> float:
     """The largest difference of outputs on the first batch of the data, which says more than noise does."""
-    random = rng_state(job.data)
-    batch = next(iter(job.data or ()))
-    restore_rng_(random, job.data)
+    random = rng_state(data)
+    batch = next(iter(data))  # there is one, or the plan or the recovery would have said so
+    restore_rng_(random, data)
     give = outputs_by(job.loss) if job.loss else forward
     batch = batch if job.loss else inputs_of(model, batch)
     outputs = []

@@ -42,7 +42,15 @@ def read_pickled(file: Path, *, allow_pickle: bool) -> Any:
 def weight_sets(content: Mapping[Any, Any]) -> dict[str, dict[str, Tensor]]:
     """Entry -> the state dict in it; the entry "" where the checkpoint itself is one."""
     inner = {str(key): _tensors(value) for key, value in content.items() if isinstance(value, Mapping)}
-    return {key: tensors for key, tensors in {"": _tensors(content), **inner}.items() if tensors}
+    found = {key: tensors for key, tensors in {"": _tensors(content), **inner}.items() if tensors}
+    return found or _nested_twice(content)
+
+
+def _nested_twice(content: Mapping[Any, Any]) -> dict[str, dict[str, Tensor]]:
+    """The same one level further in: `checkpoint.model`."""
+    outer = {key: value for key, value in content.items() if isinstance(value, Mapping)}
+    inner = {f"{a}.{b}": _tensors(v) for a, value in outer.items() for b, v in value.items() if isinstance(v, Mapping)}
+    return {key: tensors for key, tensors in inner.items() if tensors}
 
 
 def pick_weights(content: Any, own: Mapping[str, Tensor], *, where: str, key: str, tell: Tell) -> dict[str, Tensor]:
@@ -90,7 +98,7 @@ def sets_at(content: Any, key: str, where: str) -> dict[str, dict[str, Tensor]]:
 def _several(entries: list[str], where: str) -> RequestError:
     shown = [repr(entry) if entry else "the checkpoint itself" for entry in entries]
     why = f"{', '.join(shown[:-1])} and {shown[-1]} fit equally"
-    todo = f"say which one: --weights-key {next(filter(None, entries))}, or key= in Python"
+    todo = f"say which one: --weights-key {next(filter(None, entries))} (key= in Python)"
     return RequestError(f"{where} holds several sets of weights", why, todo)
 
 

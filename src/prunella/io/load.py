@@ -346,6 +346,9 @@ def load_weights(
     own = unwrap(model).state_dict(keep_vars=True)
     state = pick_weights(_read(file, allow_pickle=allow_pickle), own, where=str(file), key=key, tell=tell)
     missing = [name for name in own if name not in state and not _tied_to(own, name, state)]
+    if missing and all(name.rpartition(".")[2] == "num_batches_tracked" for name in missing):
+        tell(f"{file}: the batch normalizations have no counters, as torch wrote them until 0.4")
+        missing = []
     extra = [name for name in state if name not in own]
     if missing or extra:
         parts = [f"{len(missing)} missing: {', '.join(missing[:3])}"] if missing else []
