@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader, IterableDataset
 
 from prunella.app.job import Job, Recovery, RecoveryStep, read_steps
 from prunella.app.recover import Tick, outputs_by
@@ -199,7 +200,8 @@ class Stream(IterableDataset[torch.Tensor]):
 
 def test_the_difference_is_of_the_data_where_there_is_some(tmp_path: Path) -> None:
     loader = DataLoader(Stream(), batch_size=8)
-    job = Job(Recipe(), MACs(0.5), data=loader, recovery=Recovery(read_steps("reconstruct")), factory="tests.app.test_run:net")  # fmt: skip
+    how = Recovery(read_steps("reconstruct"))
+    job = Job(Recipe(), MACs(0.5), data=loader, recovery=how, factory="tests.app.test_run:net")
     outcome = run(net(), torch.randn(2, 6), job, tmp_path / "out")
     batch = next(iter(loader))
     with torch.no_grad():

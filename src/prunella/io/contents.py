@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sized
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import fields, is_dataclass
 from enum import Enum
 from functools import partial
@@ -100,7 +100,8 @@ class Contents:
         elif isinstance(value, Subset):
             self._write_items("subset", [value.dataset, list(value.indices)])
         elif isinstance(value, Sized):
-            self.put("length", str(len(value)))
+            with suppress(TypeError):  # a loader of a stream has a `__len__` that raises
+                self.put("length", str(len(value)))
 
     # -- functions ---------------------------------------------------------------------------------------------------
 

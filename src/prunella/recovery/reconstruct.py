@@ -226,7 +226,10 @@ LIVE = 128
 
 
 def _few(data: Iterable[Any]) -> bool:
-    return isinstance(data, Sized) and len(data) <= LIVE
+    try:
+        return isinstance(data, Sized) and len(data) <= LIVE
+    except TypeError:  # a loader of a stream has a `__len__` that raises
+        return False
 
 
 def _single(reader: Reader) -> bool:
