@@ -64,7 +64,7 @@ class Sums:
             self.gram.addmm_(x.T, x)
             self.cross.addmm_(x.T, residual)
             return
-        for few, gap in zip(x.split(TOKENS), residual.to(x.dtype).split(TOKENS), strict=True):
+        for few, gap in zip(torch.split(x, TOKENS), torch.split(residual.to(x.dtype), TOKENS), strict=True):
             self.gram += few.T @ few
             self.cross += few.T @ gap
 
