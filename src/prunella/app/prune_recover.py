@@ -90,14 +90,19 @@ class Pair:
         return name_of(distance_of(self.expected[0]))
 
     def present(self) -> float:
-        """The distance, measured only if the model has changed since `remember`."""
-        state = self._state()
-        return self.known[state] if state is not None and state in self.known else self.distance()
+        """The distance, measured only if the model has changed since `remember`, which is then forgotten.
+
+        What a training reads of the pair must be the same in every process: it decides what the training is.
+        """
+        known = self.known.get(self._state())
+        self.known.clear()
+        return self.distance() if known is None else known
 
     def remember(self, distance: float) -> None:
         """Take this as the distance of the model as it is."""
         self.known.clear()
-        self.known[self._state()] = distance
+        if (state := self._state()) is not None:
+            self.known[state] = distance
 
     def _state(self) -> _State:
         """Every tensor, and how often it was written; None where that is not counted."""
