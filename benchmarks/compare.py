@@ -91,7 +91,7 @@ class _Seen:
 
     def on_stage(self, progress: Any) -> None:
         """Called by `pr.prune`."""
-        if progress.stage in ("reconstruct", "absorb") and progress.done == progress.total:
+        if progress.stage in ("reconstruct", "bn") and progress.done == progress.total:
             self.reached = time.process_time() - self.copying
             self.before = copy.deepcopy(self.last)
             self.copying += time.process_time() - self.copying - self.reached

@@ -24,9 +24,8 @@ def frozen(kind: ReasonKind, reason: str = WORDS) -> Frozen:
 
 def test_advice_goes_by_the_kind() -> None:
     assert "--program" in offer([frozen(ReasonKind.SOURCE, "whatever it says")])
-    assert [offer([frozen(kind)]) for kind in ReasonKind if kind is not ReasonKind.SOURCE] == [""] * (
-        len(ReasonKind) - 1
-    )
+    advised = {kind for kind in ReasonKind if offer([frozen(kind)])}
+    assert advised == {ReasonKind.SOURCE, ReasonKind.COMPLEX}
     assert "--program" in frozen_lines([frozen(ReasonKind.REQUEST), frozen(ReasonKind.SOURCE)])[-1]
 
 
@@ -46,7 +45,7 @@ class Sized(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         wide = self.typed(x).view(-1, 3, 4).flatten(1)
         hidden = self.used(wide)
-        out = self.last(hidden * hidden.shape[1] ** 0.5)
+        out = self.last(hidden * (hidden.shape[1] * 2))
         assert isinstance(out, Tensor)
         return out
 

@@ -237,8 +237,8 @@ def _recover(recover: str | Mapping[str, Any] | Recover) -> Recover:
             wrong = ", ".join(sorted(map(str, set(recover) - names)))
             raise RequestError(f"recover= has no setting {wrong}", f"it takes {', '.join(sorted(names))}")
         how = replace(Recover(), **recover)
-    if (how.steps is not None and how.steps < 0) or not how.lr > 0:
-        raise RequestError(f"cannot train {how.steps} steps at lr={how.lr:g}", "both must be positive")
+    if (how.steps is not None and how.steps < 0) or (how.lr is not None and not how.lr > 0):
+        raise RequestError(f"cannot train {how.steps} steps at lr={how.lr}", "both must be positive")
     return how
 
 
