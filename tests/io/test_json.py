@@ -34,7 +34,7 @@ def test_what_is_written_is_read(value: Any) -> None:
 @pytest.mark.parametrize(
     ("text", "why"),
     [
-        (b"", "Expecting value"),
+        (b"  ", "Expecting value"),
         (b'{"a": 1', "delimiter"),
         (b'{"a": 1} {', "Extra data"),
         (b'{"a": 1}\0', "Extra data"),
@@ -61,6 +61,13 @@ def test_text_that_is_refused(tmp_path: Path, text: bytes, why: str) -> None:
         read_object(file, todo="fetch it again")
     assert caught.value.what == f"{file} cannot be read" and caught.value.why.startswith("broken or cut short: ")
     assert caught.value.todo == "fetch it again"
+
+
+def test_an_empty_file_is_told_as_such(tmp_path: Path) -> None:
+    file = tmp_path / "x.json"
+    file.touch()
+    with pytest.raises(BadInput, match="it is an empty file"):
+        read_object(file, todo="fetch it again")
 
 
 def test_as_deep_as_is_allowed_and_no_deeper() -> None:

@@ -47,7 +47,7 @@ LR = 0.02
 """Learning rate of distillation where the pruned model is far from the dense one."""
 NEAR = 0.3
 """A divergence of logits below which the learning rate falls, as `LR (d / NEAR)^1.5`. ResNet-56 at half of its
-multiply-adds begins at .16 and ResNet-20 at 65 % at .13: with `LR` both end farther than they began, and nothing is won."""
+multiply-adds begins at .16 and ResNet-20 at 65 % at .13: with `LR` both end farther than they began."""
 SAME = 1e-3
 """Relative change of a distance that rounding alone makes."""
 
@@ -213,7 +213,7 @@ def _rate(pair: Pair, how: Recover) -> float:
         return how.lr
     if distance_of(pair.expected[0]) is not divergence:
         return LR
-    return LR * min(1.0, pair.distance() / NEAR) ** 1.5
+    return LR * math.pow(min(1.0, pair.distance() / NEAR), 1.5)
 
 
 def _steps(pair: Pair, how: Recover, timer: StageTimer, records: Records) -> tuple[int, str]:

@@ -25,6 +25,8 @@ class Restricted(TorchFunctionMode):
         for call in along:
             self.at.setdefault((call.name, call.number), []).append(call)
         self.narrowed = any(call.name == SIZE for call in along)
+        self.repeated = _repeated(along)
+        self.widths: dict[str, int] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = called(func)
@@ -34,8 +36,9 @@ class Restricted(TorchFunctionMode):
             args, kwargs = _plain(args, name in CALCULATES), _plain(kwargs or {}, name in CALCULATES)
         number, kwargs = self.count[name], kwargs or {}
         self.count[name] += 1
-        for call in self.at.get((name, number), ()):
+        for call in self.at.get((name, number)) or self._further(name, args):
             kept = call.kept.to(args[0].device)
+            self.widths.setdefault(name, args[0].shape[call.axis])
             if name in _CHOICES:
                 removed = torch.ones(args[0].shape[call.axis], dtype=torch.bool, device=kept.device)
                 removed[kept] = False
@@ -47,6 +50,13 @@ class Restricted(TorchFunctionMode):
             else:
                 return _normed(func, args, kwargs, kept)
         return func(*args, **kwargs)
+
+    def _further(self, name: str, args: Any) -> Sequence[Along]:
+        """A call beyond those of the example: a loop over a longer input. All calls of the name were alike there."""
+        call = self.repeated.get(name)
+        if call is None or not args or not isinstance(args[0], Tensor) or args[0].dim() <= call.axis:
+            return ()
+        return (call,) if args[0].shape[call.axis] == self.widths.get(name) else ()
 
     def _sizes(self, answer: Any, dim: int | None = None) -> Any:
         """The sizes, which are those of the kept positions where they are numbers in a calculation."""
@@ -62,6 +72,20 @@ class Restricted(TorchFunctionMode):
             lost[axis] += sizes[axis] - len(call.kept)
         narrowed = [_Narrowed(size, size - lost[axis]) if lost[axis] else size for axis, size in enumerate(sizes)]
         return narrowed[0] if dim is not None else torch.Size(narrowed)
+
+
+def _repeated(along: Sequence[Along]) -> dict[str, Along]:
+    """Name -> its call, where every call of the name up to the last recorded one is along the same positions."""
+    calls: dict[str, list[Along]] = {}
+    for call in along:
+        calls.setdefault(call.name, []).append(call)
+    return {name: same[0] for name, same in calls.items() if name != SIZE and _alike(same)}
+
+
+def _alike(calls: Sequence[Along]) -> bool:
+    first, numbers = calls[0], sorted(call.number for call in calls)
+    alike = all(call.axis == first.axis and torch.equal(call.kept, first.kept) for call in calls)
+    return alike and numbers == list(range(len(numbers)))
 
 
 class _Narrowed(int):

@@ -237,7 +237,8 @@ def test_a_norm_of_numbers_that_are_not_zero_for_a_zero_weight_keeps_its_positio
 
     model = settle(nn.Sequential(nn.Conv1d(6, 8, 1), nn.ReLU(), by(lambda layer: Shifted())(nn.Conv1d(8, 4, 1))))
     graph = couple(model, X)
-    assert not graph.groups and frozen_because(graph, "0.weight", 0, "norm")
+    assert [(group.kind, "norm is taken over it" in group.why) for group in graph.groups] == [("width", True)]
+    assert frozen_because(graph, "0.weight", 0, "norm")
 
 
 # -- quantization ---------------------------------------------------------------------------------------------------
