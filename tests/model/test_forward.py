@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from prunella.errors import NotSupported, RequestError
 from prunella.model.batches import batches
-from prunella.model.forward import first_tensor, forward
+from prunella.model.forward import first_tensor, forward, outputs_of
 from prunella.model.trees import tensors
 
 
@@ -54,3 +54,16 @@ def test_forward_passes_gradients() -> None:
     out: Tensor = forward(nn.Linear(2, 1), x)
     out.sum().backward()
     assert x.grad is not None
+
+
+class Lazily(nn.Module):
+    """Returns a generator and an iterator: what they give is computed when it is taken."""
+
+    def forward(self, x: Tensor) -> Any:
+        return {"scaled": (x * k for k in (1, 2)), "listed": iter([x + 1])}
+
+
+def test_what_generators_and_iterators_give_is_output() -> None:
+    x = torch.randn(2, 3)
+    outputs = outputs_of(Lazily(), x)
+    assert len(outputs) == 3 and all(torch.equal(a, b) for a, b in zip(outputs, (x, 2 * x, x + 1), strict=True))
