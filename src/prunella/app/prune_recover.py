@@ -47,8 +47,8 @@ LR = 0.02
 """Learning rate of distillation where the pruned model is far from the dense one."""
 NEAR = 0.2
 """A divergence of logits below which the learning rate falls, as `LR (d / NEAR)^1.5`. ResNet-20 at 65 % of its
-multiply-adds begins at .10 (seed 10, 2,000 images): .004 / .007 / .012 give 85.6 / 86.1 / 85.6 % after 85.6 %, and the last
-is undone, since the distance has grown."""
+multiply-adds begins at .10 (seed 10, 2,000 images): .004 / .007 / .012 give 85.6 / 86.1 / 85.6 % after 85.6 %, and the
+last is undone, since the distance has grown."""
 SAME = 1e-3
 """Relative change of a distance that rounding alone makes."""
 
