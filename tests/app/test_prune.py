@@ -465,6 +465,7 @@ def test_a_distance_is_measured_again_only_if_the_model_has_changed() -> None:
     calls: list[int] = []
     pair.small.register_forward_hook(lambda *_: calls.append(1))
     assert pair.present() == first and not calls
+    pair.remember(first)
     with torch.no_grad():
         pair.small.norm.running_mean += 1  # type: ignore[union-attr, operator]
     assert pair.present() != first and calls
