@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -60,6 +61,10 @@ class Attention(nn.Module):
         ({"remove": {"norm": [3]}}, {"stem": 7, "down": 7}),
         ({"remove": {"side": torch.tensor([True, False, False, True])}}, {"side": 2}),
         ({"remove": {"side": [True, False, False, True]}}, {"side": 2}),
+        ({"remove": {"side": np.array([0, 3])}}, {"side": 2}),
+        ({"remove": {"side": list(np.array([0, 3]))}}, {"side": 2}),
+        ({"remove": {"side": {0, 3}}}, {"side": 2}),
+        ({"remove": {"side": np.array([True, False, False, True])}}, {"side": 2}),
         ({"keep": {"side": [0, 3]}}, {"side": 2}),
         ({"keep": {"up": range(6)}}, {"up": 6, "depthwise": 6}),
         ({"ratios": {"up": 0.25}}, {"up": 9}),
@@ -126,6 +131,8 @@ def test_masks_of_weights() -> None:
     assert {name: int(mask.sum()) for name, mask in plan.masks.items()} == {
         "up.weight": int(negative.sum()), "down.weight": 72, "fc.weight": 30
     }  # fmt: skip
+    with pytest.raises(RequestError, match="does not go with masks that are chosen by hand"):
+        pr.plan(model, X, recipe, ratios={"up": 0.5}, target=pr.MACs(0.5))
     with pytest.raises(RequestError, match=r"bool tensor of shape \(12, 8, 1, 1\)"):
         pr.plan(model, X, recipe, remove={"up": [1]})
 
@@ -190,6 +197,10 @@ def weights(*shape: int) -> Tensor:
         ({"remove": {"up": [-1]}}, RequestError, "up has no position -1"),
         ({"remove": {"up": [1.5]}}, RequestError, "up has no position 1.5"),
         ({"remove": {"up": "1,2"}}, RequestError, "whole numbers or a bool mask"),
+        ({"remove": {"up": [True] * 3}}, RequestError, "the mask has 3 entries, up has 12"),
+        ({"remove": {"up": {"a": 1}}}, RequestError, "whole numbers or a bool mask"),
+        ({"remove": {"up": 3}}, RequestError, "whole numbers or a bool mask"),
+        ({"remove": {"up": [1]}, "target": pr.Sparsity(0.5)}, RequestError, "counts only the units that compete"),
         ({"remove": {"up": weights(11)}}, RequestError, "the mask has 11 entries, up has 12"),
         ({"remove": {"up": range(12)}}, RequestError, "0 of 12 units are left, and 1 are needed"),
         ({"keep": {"up": []}}, RequestError, "too much of up is removed"),

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import index
 from types import MappingProxyType
 from typing import Any
 
@@ -14,6 +15,7 @@ from prunella.errors import NotSupported, RequestError
 from prunella.graph.data import Frozen, Graph, Group, Layer, Member
 from prunella.graph.match import check_known, matches, names_of_group, names_of_layer, parts
 from prunella.planning.budget import Ladder
+from prunella.targets import Sparsity, Target, Threshold
 from prunella.types import Mask
 
 Positions = Sequence[int] | Tensor
@@ -90,16 +92,36 @@ def positions_of(given: Positions) -> list[int]:
     """Positions as whole numbers; of a mask those that are True, in the order of its flattened weight."""
     if isinstance(given, Tensor) and given.dtype == torch.bool:
         return [int(x) for x in given.detach().cpu().flatten().nonzero().flatten()]
-    values = given.tolist() if isinstance(given, Tensor) else list(given)
-    if any(isinstance(x, bool) for x in values) and all(isinstance(x, bool) for x in values):
-        return [k for k, chosen in enumerate(values) if chosen]
-    return values
+    values = given.tolist() if hasattr(given, "tolist") else list(given)
+    return [k for k, chosen in enumerate(values) if chosen] if _is_mask(values) else [_whole(x) for x in values]
+
+
+def _is_mask(values: Sequence[Any]) -> bool:
+    return bool(values) and all(isinstance(x, bool) for x in values)
+
+
+def _whole(value: Any) -> Any:
+    """A whole number of any library as one of Python; other values as they are, to be refused."""
+    try:
+        return value if isinstance(value, bool) else index(value)
+    except TypeError:
+        return value
 
 
 def _as_data(given: Positions) -> list[int] | str:
     if isinstance(given, Tensor) and given.dim() > 1:
         return f"a mask, {int(given.sum())} of {given.numel()}"
     return positions_of(given)
+
+
+def check_beside(by_hand: ByHand, target: Target | None, *, masks: bool) -> None:
+    """Errors: RequestError for a target that counts only what competes, where something is chosen by hand."""
+    prunable = isinstance(target, Sparsity) and target.of == "prunable"
+    if not by_hand or target is None or isinstance(target, Threshold) or not (masks or prunable):
+        return
+    what = "masks that are chosen by hand" if masks else "what is chosen by hand"
+    todo = "choose the rest by ratios= too" + ("" if masks else ", or ask for MACs, Params or Bytes")
+    raise RequestError(f"{target} does not go with {what}", "it counts only the units that compete for it", todo)
 
 
 # -- units of structure ------------------------------------------------------------------------------------------
@@ -143,13 +165,14 @@ class _Axis:
     def units(self, positions: Positions, frozen: Sequence[Frozen]) -> list[tuple[str, int]]:
         """Group and unit of each position. Errors: RequestError, NotSupported."""
         given: object = positions
-        if isinstance(given, str) or not isinstance(given, Sequence | Tensor):
+        if isinstance(given, str | bytes | Mapping) or not (isinstance(given, Iterable) or hasattr(given, "tolist")):
             why = f"{given!r} is given; whole numbers or a bool mask are needed"
             raise RequestError(
                 f"the positions of {self.name} cannot be read", why, f"for example {_EXAMPLES['remove']}"
             )
-        if isinstance(positions, Tensor) and positions.dtype == torch.bool and positions.numel() != self.size:
-            why = f"the mask has {positions.numel()} entries, {self.name} has {self.size}"
+        entries = positions.tolist() if hasattr(positions, "tolist") else list(positions)
+        if _is_mask(entries) and len(entries) != self.size:
+            why = f"the mask has {len(entries)} entries, {self.name} has {self.size}"
             raise RequestError(f"the mask of {self.name} does not fit", why, "give one entry for each")
         numbers = positions_of(positions)
         wrong = [x for x in numbers if isinstance(x, bool) or not isinstance(x, int) or not 0 <= x < self.size]

@@ -26,6 +26,7 @@ from prunella.planning.by_hand import (
     ByHand,
     Positions,
     Quota,
+    check_beside,
     kept_by_position,
     quotas_of_groups,
     steps_for,
@@ -113,11 +114,12 @@ def plan(
     if target is not None or not by_hand:
         target = checked_target(recipe.granularities, target)
     check_threshold(target, equal_widths=recipe.equal_widths)
+    structural = isinstance(recipe.granularities[0], Structural)
+    check_beside(by_hand, target, masks=not structural)
     check_finite(model)
     with untouched(model, recipe.seed):
         source = Source(data, loss)
         request = prepare(model, inputs, recipe, target=target, source=source, skip=skip, only=only, by_hand=by_hand)
-        structural = isinstance(recipe.granularities[0], Structural)
         plan = plan_structure(request) if structural else masked_plan(request)
     return replace(plan, remarks=(*plan.remarks, *foreign_weights(model)))
 
