@@ -264,27 +264,28 @@ def quotas_of_groups(
     by_hand: ByHand, graph: Graph, groups: Sequence[Group], frozen: Sequence[Frozen]
 ) -> dict[str, Quota]:
     """Group -> how much of it goes by `ratios` and `counts`. Errors: as `kept_by_position`."""
-    names = {group.name: names_of_group(graph, group) for group in groups}
-    for pattern in (*by_hand.ratios, *by_hand.counts):
-        if not any(matches(pattern, known) for known in names.values()):
-            raise _unknown(graph, groups, frozen, pattern)
-    return _quotas(by_hand, names)
+    return _quotas(by_hand, graph, groups, frozen, {group.name: names_of_group(graph, group) for group in groups})
 
 
 def quotas_of_layers(
     by_hand: ByHand, graph: Graph, layers: Sequence[Layer], frozen: Sequence[Frozen]
 ) -> dict[str, Quota]:
     """Entity of a layer -> how many of its weights go by `ratios` and `counts`. Errors: as `kept_by_position`."""
-    names = {layer.entity: names_of_layer(graph, layer) for layer in layers}
-    for pattern in (*by_hand.ratios, *by_hand.counts):
-        if not any(matches(pattern, known) for known in names.values()):
-            raise _unknown(graph, layers, frozen, pattern)
-    return _quotas(by_hand, names)
+    return _quotas(by_hand, graph, layers, frozen, {layer.entity: names_of_layer(graph, layer) for layer in layers})
 
 
-def _quotas(by_hand: ByHand, names: Mapping[str, set[str]]) -> dict[str, Quota]:
+def _quotas(
+    by_hand: ByHand,
+    graph: Graph,
+    members: Sequence[Group] | Sequence[Layer],
+    frozen: Sequence[Frozen],
+    names: Mapping[str, set[str]],
+) -> dict[str, Quota]:
     asked = {name: Quota(ratio=ratio) for name, ratio in by_hand.ratios.items()}
     asked |= {name: Quota(count=count) for name, count in by_hand.counts.items()}
+    for pattern in asked:
+        if not any(matches(pattern, known) for known in names.values()):
+            raise _unknown(graph, members, frozen, pattern)
     quotas = {}
     for key, known in names.items():
         matching = [pattern for pattern in asked if matches(pattern, known)]
