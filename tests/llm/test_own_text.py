@@ -76,6 +76,8 @@ def test_after_the_end_of_a_text_the_next_one_begins() -> None:
     rows = ends.nonzero()[:, 0]
     from_bos = text[:, 0].eq(7)[rows]
     assert from_bos.any() and starts[from_bos].eq(7).all() and not starts[~from_bos].eq(7).all()
+    firsts = text[:, 0][rows]
+    assert not starts[~from_bos].eq(firsts[~from_bos]).all(), "each text has a beginning of its own"
 
 
 def test_tokens_that_are_not_drawn_have_no_loss() -> None:
