@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import prunella as pr
 from prunella.errors import CheckFailed, NotSupported
+from prunella.graph.data import Hints
 from prunella.graph.other_sizes import other_sizes
 from prunella.graph.resized import positions, samples
 from prunella.graph.solve.groups import couple
@@ -287,3 +288,36 @@ def test_a_branch_far_above_the_example_is_tried(limit: int) -> None:
     small = pr.shrink(model, plan)
     for length in (5, limit + 1):
         assert verify(model, small, plan.changes, torch.randn(2, length, 8)).exact
+
+
+# -- which sizes are tried -----------------------------------------------------------------------------------------
+
+
+def shapes_tried(model: nn.Module, inputs: Tensor, **told: Any) -> set[tuple[int, ...]]:
+    return {tuple(batch.shape) for batch in other_sizes(model, inputs, hints=Hints(**told))}
+
+
+def test_a_single_sample_is_tried() -> None:
+    assert (1, 4) in shapes_tried(nn.Linear(4, 4), torch.randn(3, 4))
+
+
+def test_each_axis_that_may_decide_is_tried() -> None:
+    tried = shapes_tried(nn.Identity(), torch.randn(4, 3, 8, 12), turns=((4, 5),))
+    assert {(5, 3, 8, 12), (4, 3, 10, 12), (4, 3, 8, 15), (4, 3, 10, 15)} <= tried
+
+
+class ByArea(nn.Module):
+    """Another layer for large maps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.small, self.large = nn.Conv2d(3, 4, 1), nn.Conv2d(3, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.large(x) if x.shape[2] * x.shape[3] > 1000 else self.small(x)
+        return y
+
+
+def test_a_product_of_sizes_is_told_with_its_multiple_and_the_square_of_it() -> None:
+    turns = couple(ByArea().eval(), torch.randn(1, 3, 8, 16)).hints.turns
+    assert set(turns) == {(8, 32), (8, 128)}
