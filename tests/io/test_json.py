@@ -34,7 +34,6 @@ def test_what_is_written_is_read(value: Any) -> None:
 @pytest.mark.parametrize(
     ("text", "why"),
     [
-        (b"  ", "Expecting value"),
         (b'{"a": 1', "delimiter"),
         (b'{"a": 1} {', "Extra data"),
         (b'{"a": 1}\0', "Extra data"),
