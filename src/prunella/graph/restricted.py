@@ -38,7 +38,7 @@ class Restricted(TorchFunctionMode):
         self.count[name] += 1
         for call in self.at.get((name, number)) or self._further(name, args):
             kept = call.kept.to(args[0].device)
-            self.widths.setdefault(name, args[0].shape[call.axis])
+            self.widths.setdefault(name, args[0].shape[_axis_of(call)])
             if name in _CHOICES:
                 removed = torch.ones(args[0].shape[call.axis], dtype=torch.bool, device=kept.device)
                 removed[kept] = False
@@ -54,9 +54,9 @@ class Restricted(TorchFunctionMode):
     def _further(self, name: str, args: Any) -> Sequence[Along]:
         """A call beyond those of the example: a loop over a longer input. All calls of the name were alike there."""
         call = self.repeated.get(name)
-        if call is None or not args or not isinstance(args[0], Tensor) or args[0].dim() <= call.axis:
+        if call is None or not args or not isinstance(args[0], Tensor) or args[0].dim() <= max(0, _axis_of(call)):
             return ()
-        return (call,) if args[0].shape[call.axis] == self.widths.get(name) else ()
+        return (call,) if args[0].shape[_axis_of(call)] == self.widths.get(name) else ()
 
     def _sizes(self, answer: Any, dim: int | None = None) -> Any:
         """The sizes, which are those of the kept positions where they are numbers in a calculation."""
@@ -82,9 +82,14 @@ def _repeated(along: Sequence[Along]) -> dict[str, Along]:
     return {name: same[0] for name, same in calls.items() if name != SIZE and _alike(same)}
 
 
+def _axis_of(call: Along) -> int:
+    """The axis of a call; of the norms that run over the last axis, whatever the tensor has before it, -1."""
+    return call.axis if call.name in {*_CHOICES, *_STATISTICS, *_INSIDE} else -1
+
+
 def _alike(calls: Sequence[Along]) -> bool:
     first, numbers = calls[0], sorted(call.number for call in calls)
-    alike = all(call.axis == first.axis and torch.equal(call.kept, first.kept) for call in calls)
+    alike = all(_axis_of(call) == _axis_of(first) and torch.equal(call.kept, first.kept) for call in calls)
     return alike and numbers == list(range(len(numbers)))
 
 
