@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -177,3 +178,35 @@ def test_sizes_that_an_earlier_run_has_cached_are_named_as_such() -> None:
     model(x)
     reason = next(entry.reason for entry in couple(model, x).frozen if entry.entity == "a.weight")
     assert "shapes" in reason or "scales" in reason or "meets a tensor that is not cut" in reason
+
+
+class KeepsTensors(nn.Module):
+    """Keeps what it has computed in `form`; `free` is beside it."""
+
+    def __init__(self, form: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.form, self.last = [form], form(torch.zeros(2, 8))
+        self.a, self.b, self.free, self.c = (nn.Linear(*sizes) for sizes in ((6, 8), (8, 3), (6, 8), (8, 3)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x).relu()
+        self.last = self.form[0](y)
+        return self.b(y) + self.c(self.free(x).relu())  # type: ignore[no-any-return]
+
+
+FORMS: dict[str, Callable[[Tensor], Any]] = {
+    "a pair": lambda y: (y, 2 * y),
+    "a number and a pair": lambda y: (1, ("text", y), None),
+    "an array": lambda y: (np.zeros(3), y),
+    "a list in a tuple": lambda y: ([y], {"y": y}),
+    "a named tuple": lambda y: torch.max(y, 1),
+}
+
+
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS.keys())
+def test_tensors_that_are_kept_in_tuples_keep_their_units(form: Callable[[Tensor], Any]) -> None:
+    model, x = KeepsTensors(form).eval(), torch.randn(2, 6)
+    plan = pr.plan(model, x, RECIPE, target=pr.Params(0.8))
+    assert set(plan.keep) == {"free"}
+    assert any(entry.entity == "a.weight" for entry in plan.frozen)
+    assert verify(model, pr.shrink(model, plan), plan.changes, x, setting=Setting(before=(x,))).exact

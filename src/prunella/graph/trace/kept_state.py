@@ -93,7 +93,7 @@ def _differs(old: Any, value: Any) -> bool:
         return not isinstance(value, type | ModuleType | FunctionType)
     before, content = old
     if isinstance(value, NUMBERS):
-        return type(bare(value)) is not type(bare(before)) or bare(value) != bare(before)
+        return not _same(bare(value), bare(before))
     if before is not value:
         return True
     _, now = _noted(value)
@@ -101,3 +101,12 @@ def _differs(old: Any, value: Any) -> bool:
         pairs = zip(now, content, strict=False)
         return len(now) != len(content) or any(a is not b or m != n for (a, m), (b, n) in pairs)
     return bool(now != content)
+
+
+def _same(value: Any, before: Any) -> bool:
+    """Whether both are one number, text or object; entries of tuples may be tensors, whose `==` is no truth."""
+    if type(value) is not type(before):
+        return False
+    if isinstance(value, tuple):
+        return len(value) == len(before) and all(map(_same, value, before))
+    return value is before or (isinstance(value, NUMBERS) and bool(value == before))
