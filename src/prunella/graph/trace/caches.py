@@ -16,6 +16,7 @@ from prunella.graph.trace.tracked_int import Tracked
 from prunella.model.beside import beside
 
 _CACHED = type(functools.lru_cache(len))
+_KINDS = frozenset({_CACHED, ScriptFunction, staticmethod, classmethod})
 _LEFT = frozenset({"torch", "numpy", "scipy", "prunella"})
 """Packages whose cached functions see no size of a model."""
 
@@ -54,7 +55,8 @@ def _is_own_object(value: object) -> bool:
 
 
 def _hidden_in(holder: Any) -> list[tuple[str, Any]]:
-    return [(name, value) for name, value in list(vars(holder).items()) if _hides(_bare(value))]
+    # The types first: this looks at every name of every imported file.
+    return [(name, v) for name, v in list(vars(holder).items()) if type(v) in _KINDS and _hides(_bare(v))]
 
 
 def _bare(value: Any) -> Any:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from types import CodeType, FrameType, FunctionType, MemberDescriptorType, MethodType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from prunella.model.executed import is_source
@@ -19,6 +20,8 @@ _DEPTH = 3
 _MOST = 32
 """Functions that are looked into, those that the running one names first."""
 _NO_HOLDERS = (nn.Module, Tensor, type, FunctionType, property, staticmethod, classmethod)
+_NO_METHODS = frozenset({FunctionType, type(None), bool, int, float, str, tuple, list, dict, set, torch.dtype})
+"""Types whose methods are no source of a model; those of their children may be."""
 _CACHED = type(functools.lru_cache(len))
 
 
@@ -59,7 +62,7 @@ class FunctionScope:
         seen = [self.owner, *self.local, *(self.space[name] for name in names if name in self.space)]
         for holder in (*seen, *self._attributes()):
             yield from _scope_of(holder, None)
-            if not isinstance(holder, Tensor | FunctionType):
+            if type(holder) not in _NO_METHODS and not isinstance(holder, Tensor):
                 for name in names:
                     yield from _scope_of(attribute(holder, name), holder)
 
