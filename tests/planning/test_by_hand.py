@@ -249,3 +249,28 @@ def test_the_positions_of_a_norm_over_two_layers_are_those_of_their_maps_side_by
     plan = pr.plan(Joined().eval(), X, remove={"norm": [1, 5, 9]})
     kept = {name: mask.nonzero().flatten().tolist() for name, mask in plan.keep.items()}
     assert kept == {"left": [0, 2, 3], "right": [0, 2, 3, 4]}
+
+
+class Recurrent(nn.Module):
+    """A layer with four rows for each hidden unit, and a cell with three."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.lstm, self.gru, self.fc = nn.LSTM(4, 6, batch_first=True), nn.GRUCell(6, 5), nn.Linear(5, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.gru(self.lstm(x)[0][:, -1]))  # type: ignore[no-any-return]
+
+
+def test_recurrent_layers_count_hidden_units_and_their_weights_count_rows() -> None:
+    model, x = Recurrent().eval(), torch.randn(2, 3, 4)
+    kept = [mask.nonzero().flatten().tolist() for mask in pr.plan(model, x, remove={"lstm": [0, 5]}).keep.values()]
+    assert kept == [[1, 2, 3, 4]]
+    rows = [
+        mask.nonzero().flatten().tolist() for mask in pr.plan(model, x, remove={"gru.weight_hh": [6]}).keep.values()
+    ]
+    assert rows == [[0, 2, 3, 4]]
+    for name, first in (("lstm", 6), ("gru", 5)):
+        with pytest.raises(RequestError, match=f"{name} has no position {first}"):
+            pr.plan(model, x, remove={name: [first]})

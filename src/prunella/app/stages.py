@@ -196,7 +196,7 @@ def identity_of(model: nn.Module, inputs: Inputs, job: Job) -> Identity:
     asked |= {"loss": job.loss, "recovery": " ".join(map(str, how.steps)), "recovery data": how.data, "lr": how.lr}
     asked |= {"ridge": how.ridge, "imitate": how.imitate, "metric": job.metric, "max_drop": repr(job.max_drop)}
     asked |= {"skip": list(job.skip), "only": list(job.only), "factory": str(job.factory), "source": str(job.source)}
-    asked |= {"auto": job.auto, "by hand": job.by_hand.describe()}
+    asked |= {"auto": job.auto, "by hand": {name: dict(chosen) for name, chosen in vars(job.by_hand).items()}}
     return identify({**model_parts(model), **asked})
 
 

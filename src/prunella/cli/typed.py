@@ -38,6 +38,8 @@ def _line(name: str) -> str:
         numbers = re.findall(r"\d+", given)
         separator = ":" if called == "NM" else "x"
         return f"--pattern {separator.join(numbers) if len(numbers) == 2 else _PATTERNS[called]}"
+    if called == "Threshold":
+        return "--threshold 0.01"
     if called in _TARGETS:
         return f"--target {called.lower()}={0.9 if called == 'Sparsity' else 0.5}"
     if called in _STEPS:

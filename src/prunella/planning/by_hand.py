@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from operator import index
 from types import MappingProxyType
 from typing import Any
@@ -64,11 +64,6 @@ class ByHand:
     def __bool__(self) -> bool:
         return bool(self.remove or self.keep or self.ratios or self.counts)
 
-    @property
-    def names(self) -> tuple[str, ...]:
-        """All names and patterns."""
-        return (*self.remove, *self.keep, *self.ratios, *self.counts)
-
     def describe(self) -> dict[str, Any]:
         """As plain data, for the recipe of a plan; masks as positions."""
         entries = {
@@ -128,10 +123,15 @@ def check_beside(by_hand: ByHand, target: Target | None, *, masks: bool) -> None
 
 
 def kept_by_position(
-    by_hand: ByHand, graph: Graph, groups: Sequence[Group], frozen: Sequence[Frozen]
+    by_hand: ByHand,
+    graph: Graph,
+    groups: Sequence[Group],
+    frozen: Sequence[Frozen],
+    hidden: Mapping[str, int] = NOTHING,
 ) -> dict[str, Mask]:
     """Group -> the units that `remove` and `keep` leave of it; whole units go, with all that is coupled to them.
 
+    hidden: recurrent layer -> its hidden size; its weights have several rows for each of these units.
     Errors: RequestError for an unknown name or position, or too few units; NotSupported for what may not be pruned.
     """
     masks: dict[str, Mask] = {}
@@ -139,6 +139,8 @@ def kept_by_position(
     for option, named in (("keep", by_hand.keep), ("remove", by_hand.remove)):
         for name, positions in named.items():
             for axis in _axes_named(graph, groups, frozen, name):
+                if matches(name, [axis.name]) and axis.name in hidden:
+                    axis = replace(axis, size=hidden[axis.name])
                 units = axis.units(positions, frozen)
                 for group_name in {group for group, _ in axis.owner.values()}:
                     mask = masks.setdefault(group_name, torch.ones(sizes[group_name], dtype=torch.bool))

@@ -185,7 +185,9 @@ class _Scored:
 def _scored(request: Request) -> _Scored:
     groups, frozen = eligible_groups(request)
     by_hand = request.by_hand
-    decided = kept_tokens(request, groups) | kept_by_position(by_hand, request.graph, groups, frozen)
+    decided = kept_tokens(request, groups) | kept_by_position(
+        by_hand, request.graph, groups, frozen, _hidden_sizes(request.model)
+    )
     quotas = quotas_of_groups(by_hand, request.graph, groups, frozen)
     units = [group for group in groups if group.kind != "vocabulary" and group.name not in decided]
     some = [group for group in units if group.name in quotas] if request.target is None and by_hand else units
@@ -193,6 +195,12 @@ def _scored(request: Request) -> _Scored:
     counted = [(group, scores) for group, scores in scored if group.name in quotas]
     decided |= {group.name: _fewer(request.recipe, group, scores, quotas[group.name]) for group, scores in counted}
     return _Scored([pair for pair in scored if pair[0].name not in quotas], decided, frozen)
+
+
+def _hidden_sizes(model: nn.Module) -> dict[str, int]:
+    """Recurrent layer -> its hidden size."""
+    kinds = (nn.RNNBase, nn.RNNCellBase)
+    return {name: module.hidden_size for name, module in model.named_modules() if isinstance(module, kinds)}
 
 
 def _fewer(recipe: Recipe, group: Group, scores: Tensor, quota: Quota) -> Mask:

@@ -144,9 +144,9 @@ class Trace:
     tables: list[tuple[Ints, int]] = field(default_factory=list)
     """Rows that an input indexes, and the number of the input."""
     outputs: list[tuple[int, int, Ints]] = field(default_factory=list)
+    """Number of an output, axis and labels."""
     of_tokens: list[Ints] = field(default_factory=list)
     """Axes of outputs that have the axes of an index of a table before them: they may be scores of the next token."""
-    """Number of an output, axis and labels."""
     counts: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary)
     """Tensors with the number of choices of each position; zero for removed positions."""
     squares: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary)
