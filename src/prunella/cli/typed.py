@@ -19,7 +19,10 @@ _VERBS = {
     "prune": "run", "plan": "plan", "report": "report", "export": "export", "scan": "scan", "pareto": "pareto",
     "compare": "compare", "solve_folder": "llm", "import_plan": "import", "couple": "inspect",
 }  # fmt: skip
-_OPTIONS = ("data", "loss", "skip", "only", "target", "min_density", "round_to", "equal_widths", "seed")
+_OTHER_OPTIONS = {"ratios": "ratio", "counts": "count"}
+_OPTIONS = frozenset(
+    "data loss skip only target min_density round_to equal_widths seed remove keep ratio count".split()
+)
 _PATTERNS = {"NM": "2:4", "Block": "16x16"}
 
 
@@ -30,9 +33,10 @@ def typed(names: Iterable[str]) -> list[str]:
 
 
 def _line(name: str) -> str:
-    called, _, given = name.rpartition(".")[2].partition("(")
+    path, _, given = name.partition("(")
+    called = path.rpartition(".")[2]
     if called.endswith("="):
-        option = called[:-1]
+        option = _OTHER_OPTIONS.get(called[:-1], called[:-1])
         return f"--{option.replace('_', '-')}" if option in _OPTIONS else ""
     if called in _PATTERNS:
         numbers = re.findall(r"\d+", given)
