@@ -48,9 +48,9 @@ def test_a_set_jointly_is_the_minimum_over_what_stays_and_one_by_one_is_the_same
     w, hessian, inverse = quadratic()
     mask = gone(*places)
     found, single = cut(w, inverse, mask), cut_one_by_one(w, inverse, mask)
-    stays = ~mask
+    remaining = ~mask
     best = -w.clone()
-    best[stays] = torch.linalg.solve(hessian[stays][:, stays], hessian[stays][:, mask] @ w[mask])
+    best[remaining] = torch.linalg.solve(hessian[remaining][:, remaining], hessian[remaining][:, mask] @ w[mask])
     assert torch.allclose(found.weight, w + best, rtol=1e-10, atol=1e-10)
     at = torch.tensor(places)
     closed = w[at] @ torch.linalg.solve(inverse[at][:, at], w[at]) / 2

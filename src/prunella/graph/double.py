@@ -34,7 +34,7 @@ def _observed(
     by_position: bool = False,
     symmetric: bool = False,
 ) -> Tensor:
-    """Fake quantization by a moving range of what passes: of each position of `axis`, or of everything."""
+    """Fake quantization by a moving range of the observed values: per position of `axis`, or per tensor."""
     if observer_on.item():
         others = [k for k in range(x.dim()) if k != axis] if by_position else list(range(x.dim()))
         for bound, extreme in ((low, x.amin(others)), (high, x.amax(others))):

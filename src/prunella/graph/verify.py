@@ -86,7 +86,7 @@ def verify(
 ) -> Verification:
     """Compare `small` with `dense` with zeros in the removed units, in float64 and eval mode, on one batch.
 
-    example: the number of the example that this batch is, or is like. setting: what both meet beside the batch.
+    example: the number of the example with the sizes of this batch. setting: the other conditions of both runs.
     Errors: NotSupported if the small model does not run, the dense one does not repeat itself, or nothing is compared.
     """
     done = done.on(example)
@@ -133,14 +133,14 @@ def _fault(model: nn.Module, graph: Graph, keep: Keep, examples: Sequence[Any]) 
 
 
 class _DenseFailed(Exception):
-    """The masked model itself does not run or gives nan: the cause is the precision, not the cut."""
+    """The masked model itself does not run or gives nan: the precision is the cause, not the cut."""
 
 
 @dataclass(frozen=True)
 class Observed:
-    """What a run shows. kept: tensors that it leaves on the model. inner: outputs of inner modules, if asked for.
+    """The results of a run. kept: tensors that it leaves on the model. inner: outputs of inner modules, if requested.
 
-    drew: it drew random numbers.
+    drew: whether it drew random numbers.
     """
 
     outputs: list[Tensor]
@@ -161,7 +161,7 @@ class _Pair:
     setting: Setting
 
     def reference(self, *, still: bool = False, inner: bool = False) -> Observed:
-        """What the masked model shows at the kept positions."""
+        """The results of the masked model at the kept positions."""
         options: dict[str, Any] = {"double": self.double, "still": still, "inner": inner, "setting": self.setting}
         try:
             seen = _reference(self.dense, self.done, self.batch, **options)
@@ -176,7 +176,7 @@ class _Pair:
         return seen
 
     def result(self, *, still: bool = False, inner: bool = False) -> Observed:
-        """What the smaller model shows."""
+        """The results of the smaller model."""
         model = _precise(copied(self.small), self.double)
         batch = renumber(self.batch, self.done.renumbered)
         before = tuple(renumber(earlier, self.done.renumbered) for earlier in self.setting.before)
@@ -201,13 +201,15 @@ def _compare(
     if not _has_numbers(reference.outputs):
         inner = _common(*(run(still=still, inner=True).inner for run in (pair.reference, pair.result)))
         if not _has_numbers(inner[0]):
-            raise _nothing_compared("its outputs on the example hold no number, nor do those of its inner layers")
+            raise _nothing_compared(
+                "its outputs on the example contain no numbers, and neither do those of its inner layers"
+            )
         worst = max(worst, relative_error(*inner))
     return Verification(worst, tolerance, len(result.outputs), "float64" if double else "own precision")
 
 
 def _difference(reference: Observed, result: Observed, done: Changes) -> float:
-    """The relative error of the outputs, and of what both runs leave on their models."""
+    """The relative error of the outputs and of the tensors that both runs leave on their models."""
     kept = ([], []) if done.dropped else _common(reference.kept, result.kept)
     return max(relative_error(reference.outputs, result.outputs), relative_error(*kept))
 
@@ -249,7 +251,7 @@ def _reference(
     setting: Setting,
     consumers: bool = False,
 ) -> Observed:
-    """What the masked model shows with its dropped blocks bypassed, at the kept positions."""
+    """The results of the masked model at the kept positions, with dropped blocks bypassed."""
     masked_model = _precise(masked(dense, done, consumers=consumers), double)
     with bypassed(masked_model, done.dropped):
         seen = _run(masked_model, batch, done.along, still=still, inner=inner, setting=setting)
@@ -342,7 +344,7 @@ _WIDE = {
     **dict.fromkeys((torch.complex64, torch.complex32), torch.complex128),
 }
 _BYTES = (Tensor.nbytes.__get__, Tensor.itemsize.__get__)  # type: ignore[attr-defined]
-"""Numbers of bytes, which are those of float32 also where the check computes in float64."""
+"""Sizes in bytes, which remain those of float32 while the check computes in float64."""
 _MAKERS = frozenset("zeros ones full empty arange scalar_tensor eye linspace new_zeros new_ones new_full".split())
 """Operations that create a tensor of a given type."""
 
@@ -363,7 +365,7 @@ def _run(
 ) -> Observed:
     """Run on seeded random numbers. still: draw numbers that do not depend on sizes. inner: see `Observed`.
 
-    copy: the model is a copy for this run, whose parameters need not be as they were.
+    copy: the model is a copy for this run, and its parameters need not be restored.
     """
     named: dict[str, Tensor] = {}
     try:
