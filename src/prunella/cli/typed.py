@@ -1,4 +1,4 @@
-"""What to type on the command line for a name of Python, where there is something."""
+"""The command line options that correspond to Python names."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _PATTERNS = {"NM": "2:4", "Block": "16x16"}
 
 
 def typed(names: Iterable[str]) -> list[str]:
-    """`--recipe wanda` for `pr.criteria.wanda`, `--pattern 2:4` for `pr.NM(2, 4)`; each once, nothing for the rest."""
+    """`--recipe wanda` for `pr.criteria.wanda`, `--pattern 2:4` for `pr.NM(2, 4)`; each once, none for other names."""
     catalogue.load_all()
     return list(dict.fromkeys(line for name in names if (line := _line(name))))
 

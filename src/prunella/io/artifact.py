@@ -115,7 +115,7 @@ def save(
 
 @dataclass
 class Draft:
-    """An artefact in a temporary folder, to which files may be added. `saved` says what is written so far."""
+    """An artifact in a temporary folder, to which files may be added. `saved` says what is written so far."""
 
     folder: Path
     saved: Saved
@@ -159,7 +159,7 @@ def drafted(
 
 
 def saved_in(folder: Path, path: str | os.PathLike[str], *, reader: str = "", note: str = "") -> Saved:
-    """The record of an artefact in the temporary folder `folder`, which will be renamed to `path`."""
+    """The record of an artifact in the temporary folder `folder`, which will be renamed to `path`."""
     total, names = sum(f.stat().st_size for f in folder.iterdir()), sorted(f.name for f in folder.iterdir())
     reader = reader or ("from_pretrained" if (folder / "config.json").is_file() else "prunella.load")
     return Saved(Path(path), total, tuple(names), reader, note)

@@ -30,7 +30,7 @@ from prunella.io.lock import lock_file, locked
 from prunella.io.temporary import clean_up, discard, name_aside, temporary_file, temporary_folder
 
 MARKER = "manifest.json"
-"""The file that makes a folder an artefact; it is written last, so a folder without it is not finished."""
+"""The file that makes a folder an artifact; it is written last, so a folder without it is not finished."""
 
 _BLOCK = 1 << 20
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
@@ -210,7 +210,7 @@ def clean_up_after_kill(final: Path) -> None:
 def publish_folder(temporary: Path, final: Path, *, overwrite: bool = False) -> Path:
     """Rename a finished folder to its final name, everything in it on the disk first, the marker last.
 
-    With `overwrite`, an older artefact of that name is exchanged in one step where the system can do that, else moved
+    With `overwrite`, an older artifact of that name is exchanged in one step where the system can do that, else moved
     aside first and moved back if anything fails. Only an empty folder or one with a marker is ever replaced.
     """
     check_free(final, overwrite=overwrite)

@@ -1,4 +1,4 @@
-"""The manifest of an artefact: written last, with the digest of every other file and one of itself."""
+"""The manifest of an artifact: written last, with the digest of every other file and one of itself."""
 
 from __future__ import annotations
 
@@ -63,15 +63,15 @@ def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
 
 
 def read_manifest(folder: Path) -> Fields:
-    """The manifest of an artefact. Errors: BadInput when there is none, it is broken, changed, or of a newer format."""
+    """The manifest of an artifact. Errors: BadInput when there is none, it is broken, changed, or of a newer format."""
     file = folder / MARKER
     check_links(folder)
     if not file.is_file():
         why = described_path(folder) if folder.exists() else "there is no such folder"
         why = f"it has no {MARKER}; {why}" if folder.is_dir() else why
-        raise BadInput(f"{folder} is not a finished artefact of prunella", why, "write it again with prunella.save")
+        raise BadInput(f"{folder} is not a finished artifact of prunella", why, "write it again with prunella.save")
     # Configurations of transformers may hold infinities, so a manifest may too.
-    what, todo = f"the manifest of {folder} is broken and cannot be read", "write the artefact again with prunella.save"
+    what, todo = f"the manifest of {folder} is broken and cannot be read", "write the artifact again with prunella.save"
     version = read_object(file, what=what, todo=todo, allow_nan=True).integer("format", low=1)
     if version > FORMAT:
         why = f"it has format {version}, this prunella ({__version__}) reads up to {FORMAT}"

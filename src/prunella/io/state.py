@@ -88,7 +88,7 @@ def fill_(model: nn.Module, state: State) -> None:
     for name in state.transient:
         owner, leaf = _place(model, name)
         if leaf not in owner._buffers:
-            raise BadInput(f"the artefact has the buffer {name!r}", "the rebuilt model has no such buffer")
+            raise BadInput(f"the artifact has the buffer {name!r}", "the rebuilt model has no such buffer")
         owner._buffers[leaf] = full[name]
     for alias, name in state.ties.items():
         _tie(model, alias, name)
@@ -167,17 +167,17 @@ def _check_fit(own: Mapping[str, Tensor], stored: Mapping[str, Tensor]) -> None:
     if missing or extra:
         name = sorted(missing or extra)[0]
         why = f"{len(missing)} tensors are missing and {len(extra)} are unknown, for example {name!r}"
-        raise BadInput("the artefact does not fit the rebuilt model", why, "give the factory it was made with")
+        raise BadInput("the artifact does not fit the rebuilt model", why, "give the factory it was made with")
     for name, value in stored.items():
         if own[name].shape != value.shape:
             why = f"{name} is {list(value.shape)} in the file and {list(own[name].shape)} in the model"
-            raise BadInput("the artefact does not fit the rebuilt model", why, "give the factory it was made with")
+            raise BadInput("the artifact does not fit the rebuilt model", why, "give the factory it was made with")
 
 
 def _check_complete(model: nn.Module) -> None:
     for name, value in [*model.named_parameters(), *model.named_buffers()]:
         if value.is_meta:
-            raise BadInput(f"the artefact holds no values for {name!r}", "", "give the factory it was made with")
+            raise BadInput(f"the artifact holds no values for {name!r}", "", "give the factory it was made with")
 
 
 def _place(model: nn.Module, name: str) -> tuple[nn.Module, str]:
@@ -185,7 +185,7 @@ def _place(model: nn.Module, name: str) -> tuple[nn.Module, str]:
     try:
         return model.get_submodule(path), leaf
     except AttributeError:
-        raise BadInput(f"the artefact has {name!r}", "the rebuilt model has no such module") from None
+        raise BadInput(f"the artifact has {name!r}", "the rebuilt model has no such module") from None
 
 
 def _tie(model: nn.Module, alias: str, name: str) -> None:

@@ -279,7 +279,7 @@ def test_a_plan_is_read_as_it_was_written(tmp_path: Any) -> None:
     assert distance(run(pr.shrink(model, again), TOKENS), run(pr.shrink(model, plan), TOKENS)) == 0
 
 
-def test_an_artefact_is_built_again_and_hostile_entries_are_refused(tmp_path: Any) -> None:
+def test_an_artifact_is_built_again_and_hostile_entries_are_refused(tmp_path: Any) -> None:
     from prunella.errors import BadInput
     from prunella.io.json import Fields
     from prunella.io.recorded_cut import cut_as_recorded_

@@ -64,7 +64,7 @@ class Equations:
         return kinds
 
     def refuse(self) -> None:
-        """Freeze components whose soft reasons form no known kind of unit: a choice without a route, a norm of experts."""
+        """Freeze components whose soft reasons form no kind of unit, such as a choice without a route."""
         reasons = self._reasons()
         wrong = (reasons > 0) & ~np.isin(reasons, list(_KINDS))
         for atoms, reason in list(self.ledger.frozen):
