@@ -34,7 +34,7 @@ class Target:
         given: object = self.value
         if not isinstance(given, Real):
             why, todo = "a number is needed", f"for example {type(self).__name__}(0.5)"
-            raise RequestError(f"{type(self).__name__}({self.value!r}) is no budget", why, todo)
+            raise RequestError(f"{type(self).__name__}({self.value!r}) is not a budget", why, todo)
         low_ok = self.value >= 0 if isinstance(self, Sparsity | Threshold) else self.value > 0
         high_ok = self.value < 1 if isinstance(self, Sparsity) else True
         if not (low_ok and high_ok):
@@ -204,7 +204,7 @@ class Threshold(Target):
     def absolute(self, dense: float) -> float:
         """Errors: RequestError: a threshold says nothing of an amount."""
         why, todo = "how much it leaves follows from the scores", "for example MACs(0.5) or Sparsity(0.9)"
-        raise RequestError("a threshold is no budget", why, todo)
+        raise RequestError("a threshold is not a budget", why, todo)
 
 
 TOLERANCE = 0.05
@@ -287,7 +287,7 @@ def parse_target(text: str) -> Target:
     try:
         number = float(match[2])
     except ValueError:
-        why = f"{match[2]!r} is no number"
+        why = f"{match[2]!r} is not a number"
         raise RequestError(f"cannot read the target {text!r}", why, "for example --target macs=0.5") from None
     if suffix in _TIMES and number * _TIMES[suffix] <= 1:
         why = "a latency up to 1 is read as a fraction of the dense one, a latency above 1 as milliseconds"

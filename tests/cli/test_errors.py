@@ -28,7 +28,7 @@ HALF = ("--target", "macs=0.5")
         (("plan", "{shop}:net", *IMAGE, "--target", "sparsity=1.5"), 2, "out of range"),
         (("plan", "{shop}:net", *IMAGE, "--target", "macs=0.0000001"), 1, "cannot be met"),
         (("plan", "{shop}:net", *IMAGE, *HALF, "--recipe", "magnitudo"), 2, "did you mean magnitude"),
-        (("plan", "{shop}:net", *IMAGE, *HALF, "--recipe", "uniform"), 2, "is no recipe"),
+        (("plan", "{shop}:net", *IMAGE, *HALF, "--recipe", "uniform"), 2, "is not a recipe"),
         (("plan", "{shop}:net", *IMAGE, *HALF, "--allocation", "globall"), 2, "did you mean global"),
         (("plan", "{shop}:net", *IMAGE, *HALF, "--granularity", "chanel"), 2, "did you mean Channel"),
         (("plan", "{shop}:net", *IMAGE, *HALF, "--granularity", "NM"), 2, "--pattern"),

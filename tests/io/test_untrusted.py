@@ -106,7 +106,7 @@ LIES: dict[str, tuple[object, int]] = {
     "a shape of 10^30 times 0": ({"w": _entry([10**30, 0], 0, 0)}, 0),
     "axes that multiply to more than an index": ({"w": _entry([1 << 40, 1 << 40, 0], 0, 0)}, 0),
     "a thousand axes": ({"w": _entry([1] * 1000, 0, 4)}, 4),
-    "metadata that is no text": ({**GOOD, "__metadata__": {"format": 1}}, 24),
+    "metadata that is not text": ({**GOOD, "__metadata__": {"format": 1}}, 24),
     "a list": ([], 0),
 }
 

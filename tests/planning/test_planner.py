@@ -504,5 +504,5 @@ def test_quantized_layers_are_left_alone_with_a_remark() -> None:
     assert plan.masks.keys() == {"0.weight", "4.weight"}
     kind = type(model[2].weight.data).__name__
     assert [remark for remark in plan.remarks if "2.weight" in remark] == [
-        f"left alone, as only their own library reads them: 2.weight ({kind})"
+        f"not pruned, since only their own library reads them: 2.weight ({kind})"
     ]

@@ -156,7 +156,7 @@ def prune(
 def _place(folder: str | os.PathLike[str] | None) -> Path | None:
     """Errors: RequestError for an empty name, which would be the current directory."""
     if folder is not None and not os.fspath(folder):
-        raise RequestError('folder="" is no folder', "the work would lie in the current directory", "give it a name")
+        raise RequestError('folder="" is not a folder', "the work would lie in the current directory", "give it a name")
     return None if folder is None else Path(folder)
 
 
@@ -218,7 +218,7 @@ def _targets(target: Target | Sequence[Target]) -> tuple[Target, ...]:
     targets = tuple(target) if isinstance(target, list | tuple) else (target,)
     if not targets or not all(isinstance(entry, Target) for entry in targets):
         raise RequestError(
-            f"target={target!r} is no budget", "a budget needs its unit", "for example target=MACs(0.5), or a list"
+            f"target={target!r} is not a budget", "a budget needs its unit", "for example target=MACs(0.5), or a list"
         )
     if sum(isinstance(entry, Latency) for entry in targets) > 1:
         raise RequestError("two latency targets are given", "the smaller one decides", "give one Latency")

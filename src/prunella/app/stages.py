@@ -1,8 +1,8 @@
 """The finished stages of a run, in a folder: a killed run resumes from the last of them.
 
 The folder holds a journal, the plan, the state of the model after each step of recovery, and checkpoints of training.
-The folder of `run` is hidden next to the output, as `.NAME.run`. It is removed when the run has succeeded, or has failed
-with a verdict; a kill, Ctrl-C and a full disk leave it. The folder of `prune` is named by the caller, and is not removed.
+The folder of `run` is hidden next to the output, as `.NAME.run`. It is removed when the run has succeeded or has failed
+with a verdict; a kill, Ctrl-C and a full disk leave it. The folder of `prune` is named by the caller and not removed.
 """
 
 from __future__ import annotations

@@ -186,7 +186,7 @@ def _by_layer(option: str, words: Sequence[str] | None, read: Callable[[str], An
         try:
             values[name] = read(text.strip())
         except ValueError:
-            raise RequestError(f"cannot read {option} {word!r}", f"{text!r} is no value for it", example) from None
+            raise RequestError(f"cannot read {option} {word!r}", f"{text!r} is not a value for it", example) from None
     return values
 
 
@@ -217,7 +217,7 @@ def build_recipe(
     """A recipe by name, or a criterion by name; the other options replace its parts."""
     if name in LLM_RECIPES:
         todo = f"`prunella llm MODEL --recipe {name}`"
-        raise RequestError(f"{name} is no recipe for a plan", "it prunes language models block by block", todo)
+        raise RequestError(f"{name} is not a recipe for a plan", "it prunes language models block by block", todo)
     method = catalogue.lookup(name)
     if method.kind == "recipe":
         recipe = call_user(method.function, f"the recipe {name}")
@@ -226,7 +226,7 @@ def build_recipe(
         recipe = Recipe(criterion=method.function)
     else:
         todo = "`prunella methods criterion` and `prunella methods recipe` list what fits"
-        raise RequestError(f"{name} is no recipe", f"it is of the kind {method.kind}", todo)
+        raise RequestError(f"{name} is not a recipe", f"it is of the kind {method.kind}", todo)
     if granularity and pattern:
         raise RequestError("both --granularity and --pattern", "a pattern is a granularity", "give one of the two")
     if granularity or pattern:
@@ -319,7 +319,7 @@ def load_function(spec: str | None, what: str) -> Callable[..., Any] | None:
     function = load_object(spec, what, files=True)
     if not callable(function):
         raise RequestError(
-            f"{spec} is no function", f"it is a {type(function).__name__}", f"give --{what} module:function"
+            f"{spec} is not a function", f"it is a {type(function).__name__}", f"give --{what} module:function"
         )
     return as_user_function(function, f"the {what} {spec}")
 

@@ -108,7 +108,7 @@ def huffman(symbols: Tensor, *, symbol_bits: int = 8) -> Encoded:
 
 
 def decode(encoded: Encoded) -> Tensor:
-    """The symbols `(count,)`, decoded bit by bit. `BadInput` if the bytes end early or are no codes of the book."""
+    """The symbols `(count,)`, decoded bit by bit. `BadInput` if the bytes end early or are not codes of the book."""
     by_code = {(encoded.lengths[s], code): s for s, code in canonical_codes(encoded.lengths).items()}
     longest = max(encoded.lengths.values(), default=0)
     symbols: list[int] = []
@@ -122,7 +122,7 @@ def decode(encoded: Encoded) -> Tensor:
             symbols.append(symbol)
             code = length = 0
         elif length >= longest:
-            raise BadInput("the bytes are no Huffman code of this book", "a code has no symbol", "encode them again")
+            raise BadInput("the bytes are not a Huffman code of this book", "a code has no symbol", "encode them again")
     if len(symbols) != encoded.count:
         raise BadInput(
             "the Huffman code is cut short", f"it has {len(symbols)} of {encoded.count} symbols", "copy it again"

@@ -175,7 +175,7 @@ def rebuild_(model: nn.Module, ranks: Mapping[str, Any]) -> None:
     """Factor the layers that a manifest names, without values. `BadInput` if they do not fit."""
     for name, rank in ranks.items():
         if not isinstance(rank, int):
-            raise BadInput("the manifest is broken", f"the rank of {name!r} is no whole number")
+            raise BadInput("the manifest is broken", f"the rank of {name!r} is not a whole number")
         replace_(model, name, rank)
 
 

@@ -197,7 +197,7 @@ def _from_csr(stored: Stored) -> Tensor:
 def _from_bsr(stored: Stored) -> Tensor:
     values = _part(stored, "values")
     if values.dim() != 3 or tuple(values.shape[1:]) != (BLOCK, BLOCK):
-        raise BadInput(f"values of a weight in bsr are no blocks of {BLOCK}x{BLOCK}", f"shape {tuple(values.shape)}")
+        raise BadInput(f"values of a weight in bsr are not blocks of {BLOCK}x{BLOCK}", f"shape {tuple(values.shape)}")
     rows, columns = _matrix_shape(stored.shape)
     tall, wide = -(-rows // BLOCK), -(-columns // BLOCK)
     starts, cols = _part(stored, "starts", tall + 1), _part(stored, "cols", len(values))

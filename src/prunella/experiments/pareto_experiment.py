@@ -342,7 +342,7 @@ def _known(journal: Journal, identity: Identity) -> Cell | None:
     try:
         cell = Cell(**record)
     except TypeError as error:
-        why = f"a record is no cell: {error}"
+        why = f"a record is not a cell: {error}"
         raise BadInput(f"{journal.path} is damaged", why, "choose another folder") from error
     return None if cell.error.startswith((_USER, _USER_0_1)) else cell
 

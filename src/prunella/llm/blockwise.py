@@ -140,7 +140,7 @@ def _solved_(
 
 
 def _unread(model: nn.Module, graph: Graph, blocks: Sequence[ModelBlock], run: Callable[[], object]) -> dict[str, str]:
-    """Matrices in the blocks that are no layers, with the reasons that no product reads them; the model runs once."""
+    """Matrices in the blocks that are not layers, with the reasons that no product reads them; the model runs once."""
     layers = {layer.entity for layer in graph.layers}
     inside = [entity for entity in graph.entities.values() if any(block.contains(entity.names) for block in blocks)]
     named = dict(model.named_parameters(remove_duplicate=False))

@@ -61,7 +61,7 @@ class Calibration:
 
     def __post_init__(self) -> None:
         if self.nsamples < 1 or self.seqlen < 2:
-            what = f"{self.nsamples} samples of {self.seqlen} tokens are no data"
+            what = f"{self.nsamples} samples of {self.seqlen} tokens are not data"
             raise RequestError(what, "at least 1 of 2", "128 of 512")
         windows_of(self.shares, self.nsamples)
 
@@ -177,7 +177,7 @@ def as_calibration(data: object) -> Calibration | None:
         return data
     if isinstance(data, str):
         if data != AUTO:
-            raise RequestError(f"data={data!r} is no data", 'it is "auto", a mapping or batches', f"{{{data!r}: 1}}")
+            raise RequestError(f"data={data!r} is not data", 'it is "auto", a mapping or batches', f"{{{data!r}: 1}}")
         return Calibration()
     if isinstance(data, Mapping):
         return Calibration(data)

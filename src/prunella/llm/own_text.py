@@ -73,7 +73,7 @@ def own_text(
     root = unwrap(model)
     if nsamples < 1 or seqlen < 2 or batch_size < 1:
         asked = f"{nsamples} windows of {seqlen} tokens, {batch_size} at a time"
-        raise RequestError(f"{asked}, are no text", "at least 1 of 2, 1 at a time", "for example 128 of 512")
+        raise RequestError(f"{asked}, are not text", "at least 1 of 2, 1 at a time", "for example 128 of 512")
     with mode(root, training=False):
         writer = _Writer(root, inputs, seqlen)
         starts = writer.starts(nsamples)

@@ -90,7 +90,7 @@ def rotate(model: nn.Module, inputs: Inputs, data: Iterable[Any], *, loss: Loss 
         if not verified.exact:
             raise NotSupported(
                 f"the residual stream {group.name} cannot be rotated",
-                f"the rotated model differs by {verified.error:.1e}: an operation on it is no RMS norm, product or sum",
+                f"the rotated model differs by {verified.error:.1e}: an operation is neither RMS norm, product nor sum",
                 "prune Width() without rotation",
             )
     return Rotated(rotated, group.name, energy.flip(0) * len(energy) / energy.sum(), _scales(group))

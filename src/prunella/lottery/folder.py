@@ -29,7 +29,7 @@ class Steps:
         if name in self._records and file.exists():
             if digest(file) != self._records[name].get("digest"):
                 why = "it does not have the recorded digest"
-                raise BadInput(f"{file} is no sound state", why, "remove the file to compute it again")
+                raise BadInput(f"{file} is not a sound state", why, "remove the file to compute it again")
             return load_state(file)
         result = make()
         save_state(result, file)

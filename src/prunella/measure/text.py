@@ -31,7 +31,7 @@ def table(header: Sequence[object], rows: Sequence[Sequence[object]], *, right: 
     lines = [[_one_line(cell) for cell in line] for line in ([header] if header else []) + [*rows]]
     if not lines:
         return ""
-    columns = [Text("\n".join(cells)) for cells in zip(*lines, strict=True)]  # Text: [brackets] are no markup
+    columns = [Text("\n".join(cells)) for cells in zip(*lines, strict=True)]  # Text: [brackets] are not markup
     grid = Table.grid(padding=(0, 2, 0, 0))
     for place in range(len(columns)):
         grid.add_column(justify="right" if place in right else "left", no_wrap=True)

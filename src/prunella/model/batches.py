@@ -68,7 +68,7 @@ def check_batches(data: object) -> None:
         raise RequestError(f"data= is one {type(data).__name__}", "an iterable of batches is needed", todo)
     if not isinstance(data, Iterable) and not hasattr(data, "__getitem__"):  # a Dataset has no __iter__
         why = f"it is {data!r:.80}, and an iterable of batches is needed"
-        raise RequestError(f"data= is no batches but of type {type(data).__name__}", why, todo)
+        raise RequestError(f"data= is not an iterable of batches but of type {type(data).__name__}", why, todo)
 
 
 def listed(data: Iterable[Any]) -> Listed:

@@ -61,7 +61,7 @@ _SPARSE = frozenset({torch.sparse_coo, torch.sparse_csr, torch.sparse_csc, torch
 def returned(model: nn.Module, output: Any) -> list[Tensor]:
     """The tensors of what `model` returned. Iterators are taken, so that this can be called once.
 
-    The state that a model hands back to itself, such as a cache of keys and values, is no output: see `states`.
+    The state that a model hands back to itself, such as a cache of keys and values, is not an output: see `states`.
     """
     return tensors(output, consume=True, without=states(model, output))
 
@@ -212,7 +212,7 @@ def judged_by(run: Outputs) -> Outputs:
 
 
 def real_tokens(batch: Any) -> Tensor | None:
-    """Which tokens of a batch are no padding, one after the other, by its `attention_mask` `(samples, tokens)`.
+    """Which tokens of a batch are not padding, one after the other, by its `attention_mask` `(samples, tokens)`.
 
     None if the batch has no such mask, or nothing is padding.
     """

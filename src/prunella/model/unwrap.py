@@ -77,7 +77,7 @@ def bare_optimizer(optimizer: object) -> Optimizer:
     if not isinstance(optimizer, Optimizer) or not getattr(type(optimizer).step, "hooked", False):
         raise RequestError(
             f"the steps of a {type(optimizer).__name__} cannot be followed",
-            "it is no torch.optim.Optimizer, and holds none with its parameter groups",
+            "it is not a torch.optim.Optimizer, and holds none with its parameter groups",
             "pass the torch optimizer inside it",
         )
     return optimizer

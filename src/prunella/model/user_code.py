@@ -154,13 +154,13 @@ def _named(value: Any) -> str:
 def quality_of(value: Any, what: str, of: str, *, dense: bool) -> float:
     """The quality that a function of the user returned for a model. of: says which model.
 
-    Errors: RequestError for what is no number, BadInput for NaN and for infinity. A model that was cut may be
+    Errors: RequestError for what is not a number, BadInput for NaN and for infinity. A model that was cut may be
     infinitely bad; the dense one may not.
     """
     number = number_of(value, what)
     if math.isnan(number) or number == math.inf or (dense and math.isinf(number)):
         why = f"it gave {'NaN' if math.isnan(number) else number} for {of}"
-        raise BadInput("the evaluation is no number", why, "return a number for every model; higher is better")
+        raise BadInput("the evaluation is not a number", why, "return a number for every model; higher is better")
     return number
 
 

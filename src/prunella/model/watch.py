@@ -71,7 +71,7 @@ class Watch(TorchFunctionMode):
     """Report every `Read` of the parameters `wanted`; other calls run unchanged.
 
     `others`: parameter id -> a call that takes the parameter and cannot be read. `computed`: parameter id -> the first
-    call that computes other values from the parameter and is no product.
+    call that computes other values from the parameter and is not a product.
     `reused`: parameter ids whose output a batch normalization reads, and another call as well.
     stacks: also report single matrices of parameters with three axes, for example the experts of a mixture.
     """

@@ -1,4 +1,4 @@
-"""Latency search: smaller models are built and timed beside the dense one until one meets a `Latency`."""
+"""Latency search: smaller models are built and timed against the dense one until one meets a `Latency`."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class LatencyProbe:
         """The timing of the pruned model, and a line for the plan."""
         timing = self.time(target, keep)
         asked = target.value if target.value <= 1 else target.value / timing.dense
-        below = "; the time jumps over what was asked" if timing.ratio < asked * (1 - TOLERANCE) else ""
+        below = "; the time jumps over the target" if timing.ratio < asked * (1 - TOLERANCE) else ""
         return timing, f"measured: {timing}; {len(self.taken)} measurements in all{below}"
 
     def _small(self, keep: Keep) -> tuple[nn.Module, Any]:
@@ -86,8 +86,8 @@ def search_latency(
 
     Each step measures one point of the order of removal. The point lies between the slowest one that meets the target
     and the fastest one that misses it, where a straight line in `cost` (multiply-adds) predicts the target. A point
-    that hits is measured once more, since the best of several noisy numbers is too good. The second number decides, and
-    if it misses, the search continues. If the time jumps over the target, the point after the jump is taken.
+    that meets it is measured once more, since the best of several noisy numbers is too optimistic. The second number
+    decides; if it misses, the search continues. If the time jumps over the target, the point after the jump is taken.
 
     Errors: TargetMissed if the target is the dense time or more, or if removing all prunable units is not enough.
     """
@@ -141,9 +141,9 @@ def _between(low: int, high: int, ratios: dict[int, float], asked: float, cost: 
 
 
 def _missed(target: Latency, asked: float, full: Timing) -> TargetMissed:
-    none = "; there is no speed-up to be had here" if full.high >= 1 else ""
+    none = "; pruning gives no speed-up here" if full.high >= 1 else ""
     return TargetMissed(
-        f"{target} cannot be met: when all that may go is gone, {full.ratio:.3g} of the dense time remains{none}",
+        f"{target} cannot be met: without all prunable units, {full.ratio:.3g} of the dense time remains{none}",
         f"asked {asked:.3g}; measured {full}",
         "ask for more time, lower min_density=, skip less, or take larger inputs: small ones are bound by overhead",
     )

@@ -99,7 +99,7 @@ def distill_attention(
 
     Data: batches without labels.
 
-    Use: together with logits or instead, after channel pruning. Avoid: layers with one position, where every map is 1.
+    Use: with the logits or instead of them, after channel pruning. Avoid: layers with one position: every map is 1.
     """
     if not p > 0:
         raise RequestError(f"p={p:g} is out of range", "it takes positive numbers", "p=2 is usual")
@@ -213,8 +213,8 @@ def distill(
         >>> len(curve.loss)
         20
 
-    Use: recovery without labels, with the dense model at hand. Avoid: when the dense model is poor on the data that
-    matters.
+    Use: recovery without labels, with the dense model available. Avoid: a dense model that is poor on the data of
+    interest.
     """
     return finetune(model, data, imitate(teacher), steps=steps, lr=lr, training=training, on_step=on_step)
 

@@ -1,7 +1,7 @@
 """Learning-rate schedules for retraining: each is a value of `Training(lr_schedule=...)`.
 
 The learning rate of retraining matters as much as the criterion. `finetune` therefore always returns its learning rates
-as `Curve.lr`, a trace that the functions here take.
+as `LossCurve.lr`, the trace for the functions here.
 """
 
 from __future__ import annotations

@@ -102,7 +102,7 @@ def templates() -> Environment:
 
 
 def _visible(value: object) -> object:
-    """A text without what turns it around or is not shown; what is marked as safe is no plain text."""
+    """A text without what turns it around or is not shown; what is marked as safe is not plain text."""
     return printable(value) if type(value) is str else value
 
 

@@ -70,7 +70,7 @@ class SparseLinear(nn.Module):
     The state dict has `values` and `bits` in place of the weight. Which kernel runs depends on the number of tokens
     (`table`). Dense code runs where a gradient is wanted, for other types and devices, and for x with NaN or infinity.
     activation_path: path of the activation module in the dense model, if there is one. dense: the layer that it
-    replaces, without values, in a tuple of one so that it is no submodule; empty for nn.Linear.
+    replaces, without values, in a tuple of one so that it is not a submodule; empty for nn.Linear.
     """
 
     bits: Tensor

@@ -77,7 +77,7 @@ def collect(
     unknown = next((name for name in needs if name not in STATISTICS), None)
     if unknown is not None:
         raise RequestError(
-            f"{asker} asks for `{unknown}`, which is no statistic", f"statistics are {', '.join(STATISTICS)}"
+            f"{asker} asks for `{unknown}`, which is not a statistic", f"statistics are {', '.join(STATISTICS)}"
         )
     statistics = {name: STATISTICS[name] for name in needs}
     computed = {name: entry.compute(subject) for name, entry in statistics.items() if entry.compute}

@@ -168,7 +168,7 @@ def spread(tokens: int, inputs: int) -> Tensor | None:
 def chosen_tokens(read: Read, real: Tensor | None) -> Tensor | None:
     """The tokens of one call that count: no padding, and of many as many as estimate the matrix well; None for all.
 
-    real: which tokens of the batch are no padding, one after the other.
+    real: which tokens of the batch are not padding, one after the other.
     """
     padded = real is not None and len(real) == read.tokens
     chosen = real.nonzero()[:, 0] if padded and real is not None else None
@@ -239,7 +239,7 @@ class Readers:
 
     @contextmanager
     def watch(self, real: Tensor | None = None) -> Iterator[None]:
-        """Watch one forward pass. real: which tokens are no padding, one after the other."""
+        """Watch one forward pass. real: which tokens are not padding, one after the other."""
         watch = Watch(self._weights.values(), lambda read: self._add(read, real))
         with watch:
             yield

@@ -87,7 +87,7 @@ def _parameter(named: Mapping[str, T], name: str, shape: torch.Size | None) -> T
     parameter = named.get(name)
     if parameter is None:
         raise RequestError(
-            f"the plan names {name!r}, which is no parameter of this model",
+            f"the plan names {name!r}, which is not a parameter of this model",
             "the plan was made for another model",
             "make a plan for this model",
         )

@@ -123,7 +123,9 @@ def _attribute(module: fx.GraphModule, node: fx.Node, name: str, value: int) -> 
         name += "_"
     setattr(module, name, value)
     with module.graph.inserting_before(node):
-        read = module.graph.create_node("get_attr", name)  # `graph.get_attr` warns about attributes that are no tensors
+        read = module.graph.create_node(
+            "get_attr", name
+        )  # `graph.get_attr` warns about attributes that are not tensors
     return read
 
 

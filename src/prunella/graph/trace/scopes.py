@@ -88,7 +88,7 @@ def scopes(frame: FrameType) -> list[FunctionScope]:
 
 
 def owner_of(frame: FrameType) -> object:
-    """The object of the running method: the first argument, whatever its name; None if it is no instance of a class."""
+    """The object of the running method: the first argument, whatever its name; None if it has no class of its own."""
     code = frame.f_code
     first = frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
     return first if hasattr(first, "__dict__") and not isinstance(first, Tensor | int) else None

@@ -17,14 +17,14 @@ _FAKE = re.compile(r"^(?:(?P<module>.+)\.)?parametrizations\.(?P<leaf>[^.]+)\.\d
 
 @importer(source="torch.nn.utils.prune of PyTorch, documentation and state dicts of release 2.13")
 def torch_prune(state: State) -> Imported:
-    """Masks that `torch.nn.utils.prune` keeps beside the weights, of a module or of its state dict.
+    """Masks that `torch.nn.utils.prune` stores next to the weights, of a module or of its state dict.
 
     `W = W_orig * W_mask`: a parameter `weight` is stored as `weight_orig` and `weight_mask`. The weights of the plan
-    are the originals, so that what is under a mask may grow back. Every mask needs its original and is of its shape.
+    are the originals, so that masked weights can be regrown. Every mask needs an original of its shape.
     Data: none.
 
-    Use: models pruned in PyTorch and not made permanent by `prune.remove`. Avoid: after `prune.remove`, where only
-    zeros are left: take `zeros`.
+    Use: models pruned in PyTorch and not made permanent by `prune.remove`. Avoid: after `prune.remove`, which leaves
+    only zeros: use `zeros`.
     """
     tensors = tensors_of(state)
     masks, weights = {}, {name: value for name, value in tensors.items() if not name.endswith(("_orig", "_mask"))}
@@ -53,7 +53,7 @@ def torch_ao(state: State) -> Imported:
     Data: none.
 
     Use: models that a sparsifier prepared, before or after `squash_mask`. Avoid: a state dict without the sparsifier's
-    when masks were not squashed: what is masked is then not known, and it is refused.
+    if masks were not squashed: its masks are unknown, and it is refused.
     """
     entries = state.get("state")
     if isinstance(entries, Mapping) and "groups" in state:

@@ -154,7 +154,7 @@ def _fits(done: Mapping[str, Mapping[str, Any]]) -> dict[str, list[Fit]]:
     try:
         return {path: [Fit(**fit) for fit in payload["fits"]] for path, payload in done.items()}
     except (KeyError, TypeError) as error:
-        raise BadInput("a record of the run is no fit", f"{error!r}", "choose another folder") from error
+        raise BadInput("a record of the run is not a fit", f"{error!r}", "choose another folder") from error
 
 
 def _send(message: dict[str, Any], group: ProcessGroup) -> None:
