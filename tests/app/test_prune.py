@@ -323,7 +323,7 @@ def test_numbers_of_the_model_that_are_not_finite_are_told() -> None:
         with pytest.raises(BadInput, match=f"the outputs for batch {number} of data= are not finite"):
             pr.prune(nn.Sequential(Root(), _mlp()).eval(), batches[0], target=pr.MACs(0.5), data=batches)
     batches = [batch.double() * 1e160 for batch in _rows()]  # their squares are infinite
-    with pytest.raises(BadInput, match=r"what 2\.weight reads is not finite"):
+    with pytest.raises(BadInput, match=r"the inputs of 2\.weight are not finite"):
         pr.prune(_mlp().double(), batches[0] / 1e160, target=pr.MACs(0.5), data=batches)
 
 

@@ -137,7 +137,7 @@ def _scales(group: Group) -> tuple[str, ...]:
 def _readers(model: nn.Module, group: Group, scale: str, batch: Any, source: Source) -> dict[str, int]:
     """The weights that read the output of a norm, with their input axis.
 
-    They are found by doubling the scale: their inputs double, and no others do.
+    They are identified by doubling the scale: only their inputs double.
     """
     named = dict(model.named_parameters())
     candidates = {m.entity: m.axis for m in group.members if m.role == "in"}

@@ -58,14 +58,14 @@ def perplexity(
     `exp(-1/N sum_t log p(x_t | x_s .. x_{t-1}))`, s the start of the window in which t is scored. Window k begins at
     `k * stride`. Without overlap (the default) every token but the first of each window is scored, and a rest shorter
     than a window is left out, as is usual for pruned language models; with a stride below the window every token but
-    the first of the text is scored exactly once, in the first window that reaches it, the last window being shorter.
+    the first of the text is scored exactly once, in the first window that contains it; the last window may be shorter.
     Data: one row of token ids `(tokens,)`, no first token added. Losses are in float64.
 
     window: at least 2 tokens. stride: 1 to `window`. limit: at most so many windows. outputs: how to get logits
     `(1, tokens, words)` from the model and `{"input_ids": (1, tokens)}`.
 
-    Use: one text and one protocol for all models that are compared. Avoid: across tokenizers, or against numbers of
-    another window: both move it.
+    Use: one text and one protocol for all compared models. Avoid: comparisons across tokenizers or window lengths: both
+    change the perplexity.
     """
     stride = window if stride is None else stride
     if window < 2 or not 0 < stride <= window or (limit is not None and limit < 1):

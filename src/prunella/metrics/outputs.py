@@ -20,10 +20,11 @@ _Z = 1.959963984540054
 def flip_rate(dense: Tensor, pruned: Tensor) -> float:
     """Fraction of the examples whose predicted class changes by pruning.
 
-    `mean(argmax dense != argmax pruned)` for logits `(examples, classes)`; right to wrong, wrong to right and wrong to
-    another wrong all count; the accuracy hides them. Ties go to the lowest class. Data: logits of both models.
+    `mean(argmax dense != argmax pruned)` for logits `(examples, classes)`. Changes from right to wrong, wrong to right
+    and wrong to another wrong all count; accuracy hides most of them. Ties go to the lowest class. Data: logits of both
+    models.
 
-    Use: always beside accuracy. Avoid: two trainings from different seeds: the seed alone flips predictions.
+    Use: always together with accuracy. Avoid: two trainings from different seeds: the seed alone flips predictions.
     """
     _check(dense, pruned)
     return float((dense.argmax(1) != pruned.argmax(1)).double().mean())

@@ -294,7 +294,7 @@ def _tuple(value: Any, n: int) -> tuple[int, ...]:
 
 
 def _recurrent_layer(*args: Any, **_: Any) -> Iterator[Product]:
-    """One layer in one direction, below autograd: its input meets one weight, the output of the step before another."""
+    """One layer in one direction, below autograd: one weight for its input, another for the previous step's output."""
     x, entering, repeated, start, reverse, steps = (args[k] for k in (0, 1, 2, 5, 7, 8))
     if steps:
         raise NotReadable("its sequences are packed")
@@ -304,7 +304,7 @@ def _recurrent_layer(*args: Any, **_: Any) -> Iterator[Product]:
 
 
 def _before(args: Sequence[Any], start: Tensor, reverse: bool) -> Tensor:
-    """What every step gets from the step before it: the outputs of the layer, and its first state."""
+    """The input of every step from the previous step: the outputs of the layer, and its first state."""
     outputs: Tensor = torch.ops.aten.mkldnn_rnn_layer(*args)[0]
     first = start.reshape(1, *outputs.shape[1:])
     return torch.cat([outputs[1:], first] if reverse else [first, outputs[:-1]])

@@ -40,11 +40,11 @@ def mode(model: nn.Module, *, training: bool, compiled: bool = False) -> Iterato
     """Set every module of `model` to training or evaluation mode, then restore the flag of each module.
 
     Weights may change inside, also under the caller's autocast. compiled: run the programs of `torch.compile`, which
-    ignore hooks and whatever else observes a pass.
+    ignore hooks and other observers of a pass.
     """
     flags = [(module, module.training) for module in model.modules()]
     try:
-        model.train(training)  # which may be the user's own, and raise half way
+        model.train(training)  # a `train` of the user may raise half way
         with _fresh_casts(), nullcontext() if compiled else without_compile():
             yield model
     finally:
@@ -55,9 +55,9 @@ def mode(model: nn.Module, *, training: bool, compiled: bool = False) -> Iterato
 def training_flags(model: nn.Module, *, training: bool) -> Iterator[list[str]]:
     """Inside, all modules have this flag for the source outside of torch. The list names the modules that ask for it.
 
-    The flags are set one by one: `train()` of a module may do anything, such as merge weights. While a module has no
-    attribute `training`, its class is asked, and the line that asks is known. Layers of torch itself stay in evaluation
-    mode, in which a batch norm takes any batch.
+    The flags are set one by one, since `train()` of a module may have side effects, such as merging weights. Modules
+    have no attribute `training` inside: a property of their class answers, and records the reading line. Layers of
+    torch itself remain in evaluation mode, in which a batch norm accepts any batch.
     """
     readers: list[str] = []
     paths = {id(module): path for path, module in model.named_modules()}
@@ -91,15 +91,15 @@ def training_flags(model: nn.Module, *, training: bool) -> Iterator[list[str]]:
 def untouched(model: nn.Module, seed: int | None = None, *, parameters: bool = True) -> Iterator[None]:
     """Run the body with `model` in evaluation mode, then restore all changes bit for bit, also after errors.
 
-    Restored: training flags; buffers (running statistics, also where the model replaces them); plain attributes, and
-    the content of dictionaries, lists, sets, tensors, generators and plain objects among them (caches, hooks); numbers
-    and containers in the classes of the modules and in the files of their source;
-    `requires_grad` and `.grad` of parameters; the random number generators of torch, CUDA, numpy and Python. Not
-    restored: values of parameters, but for modules with a `train` of their own, which may merge weights.
+    Restored: training flags; buffers (running statistics, also if the model replaces them); plain attributes, and the
+    contents of dictionaries, lists, sets, tensors, generators and plain objects among them (caches, hooks); numbers and
+    containers in the classes of the modules and in their source files; `requires_grad` and `.grad` of parameters; the
+    random states of torch, CUDA, numpy and Python. Not restored: values of parameters, except for modules with their
+    own `train`, which may merge weights.
     The body runs outside `torch.inference_mode()`, so that the record and gradients work there too.
 
     seed: of all generators in the body, so that a shuffling loader repeats its batches; None: not seeded. parameters:
-    off for a copy that is thrown away, so that its parameters are not in memory twice.
+    False for a temporary copy, so that its parameters are not in memory twice.
     """
     with ExitStack() as stack:
         stack.enter_context(outside_inference())
@@ -117,7 +117,7 @@ def untouched(model: nn.Module, seed: int | None = None, *, parameters: bool = T
 
 @contextmanager
 def restored_state(model: nn.Module) -> Iterator[None]:
-    """After the body, buffers and plain attributes are as before. A part of `untouched`, for runs inside of it."""
+    """Restore buffers and plain attributes after the body: a part of `untouched`, for runs inside it."""
     with ExitStack() as stack:
         for undo in (*_buffers(model), *_attributes(model)):
             stack.callback(undo)
@@ -125,7 +125,7 @@ def restored_state(model: nn.Module) -> Iterator[None]:
 
 
 def without_compile() -> AbstractContextManager[Any]:
-    """Inside, what `torch.compile` has wrapped runs as it is written: its programs ignore hooks, or fail under them."""
+    """Inside, modules wrapped by `torch.compile` run eagerly: compiled programs ignore hooks, or fail under them."""
     if "torch._dynamo" not in sys.modules:  # nothing is compiled, and the import takes a second
         return nullcontext()
     stance: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
@@ -134,10 +134,10 @@ def without_compile() -> AbstractContextManager[Any]:
 
 @contextmanager
 def restored_on_error(model: nn.Module, *, but: tuple[type[BaseException], ...] = ()) -> Iterator[None]:
-    """After any error in the body, also an interrupt, `model` is as it was before it.
+    """Restore `model` after any error in the body, including an interrupt.
 
-    Restored: values, `requires_grad` and `.grad` of parameters, buffers, masks, training flags and the random number
-    generators. For work in place; it costs a copy of the model. but: errors after which the model is as it should be.
+    Restored: values, `requires_grad` and `.grad` of parameters, buffers, masks, training flags and the random states.
+    For work in place; it costs a copy of the model. but: errors that leave the model in its intended state.
     """
     tensors = [*model.parameters(), *model.buffers()]
     undos = [_written(tensor) for tensor in tensors]
@@ -190,7 +190,7 @@ def _record(module: nn.Module) -> Undo:
 
 
 def outside_inference() -> AbstractContextManager[Any]:
-    """Inside, new tensors allow gradients, also where the caller is in `torch.inference_mode()`."""
+    """Inside, new tensors allow gradients, also if the caller is in `torch.inference_mode()`."""
     return torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext()
 
 
@@ -203,9 +203,9 @@ def writable(tensor: Tensor) -> Iterator[None]:
 
 
 def losses_in_training_(model: nn.Module, batch: Any, loss: Callable[[nn.Module, Any], Any] | None) -> bool:
-    """Whether a loss that has just failed in evaluation mode exists in training mode; the model is then left in it.
+    """Whether a loss that failed in evaluation mode works in training mode; if so, the model is left in that mode.
 
-    Detectors return their losses in training mode only. Modules that draw random numbers or keep statistics stay in
+    Detectors return their losses only in training mode. Modules that draw random numbers or track statistics remain in
     evaluation mode. Call it inside a guard that restores the flags.
     """
     if loss is None:
@@ -218,7 +218,7 @@ def losses_in_training_(model: nn.Module, batch: Any, loss: Callable[[nn.Module,
     except Exception:  # whatever a user's function raises: it fails in both modes
         _set_flags(flags)
         return False
-    log.warning("the loss exists in training mode only: it runs in it, with norms and dropout in evaluation mode")
+    log.warning("the loss exists only in training mode: it runs there, with norms and dropout in evaluation mode")
     return True
 
 
@@ -273,14 +273,14 @@ def _buffers(model: nn.Module) -> list[Undo]:
 
 
 def _switched(model: nn.Module) -> list[Undo]:
-    """Undo what a `train` of the user's writes into parameters."""
+    """Undo writes of the user's own `train` methods to parameters."""
     own_train = [module for module in model.modules() if type(module).train is not nn.Module.train]
     parameters = {id(parameter): parameter for module in own_train for parameter in module.parameters()}
     return [_value_of(parameter, _held) for parameter in parameters.values()]
 
 
 _held: WeakValueDictionary[int, Tensor] = WeakValueDictionary()
-"""Values of parameters that guards keep, by the id of the parameter, which lives as long as the value."""
+"""Values of parameters that guards store, by the id of the parameter, which lives as long as the value."""
 
 
 def _buffer(module: nn.Module, name: str, buffer: Tensor) -> Undo:
@@ -296,8 +296,8 @@ def _buffer(module: nn.Module, name: str, buffer: Tensor) -> Undo:
 def _value_of(tensor: Tensor | None, held: MutableMapping[int, Tensor] | None = None) -> Undo:
     """Undo writes into a tensor. A tensor on the meta device has no values to restore.
 
-    held: a guard inside another one shares the value that the outer one keeps, if it is still that of the tensor:
-    otherwise a language model would be in memory once more for each guard.
+    held: a nested guard shares the value stored by the outer guard, if the tensor still has it: otherwise each guard
+    would add a copy of a language model to the memory.
     """
     if tensor is None or tensor.device.type == "meta":
         return lambda: None
@@ -309,7 +309,7 @@ def _value_of(tensor: Tensor | None, held: MutableMapping[int, Tensor] | None = 
     def undo() -> None:
         if not _equal(tensor, before):
             with writable(tensor):
-                if tensor.shape != before.shape:  # an observer has a size once it has seen data
+                if tensor.shape != before.shape:  # an observer gets its size from the first data
                     tensor.resize_(before.shape)
                 tensor.copy_(before)
 
@@ -331,7 +331,7 @@ def _attributes(model: nn.Module) -> list[Undo]:
 
 
 def _plain(attributes: dict[str, Any], seen: set[int]) -> Undo:
-    """Undo changes of plain attributes, so that no cache remains after a run. seen: values that others restore."""
+    """Undo changes of plain attributes, so that no cache remains after a run. seen: values restored elsewhere."""
     before = {key: value for key, value in attributes.items() if key not in _MACHINERY}
     hooks = [value for value in before.values() if is_empty(value)]
     undos = [undo for value in before.values() if not is_empty(value) for undo in _undos_of(value, seen)]
@@ -351,9 +351,9 @@ def _plain(attributes: dict[str, Any], seen: set[int]) -> Undo:
 
 
 def _undos_of(value: Any, seen: set[int], depth: int = 0) -> Iterator[Undo]:
-    """What restores the content of a value. Most hold no content at all.
+    """Functions that restore the contents of a value; most values have none.
 
-    An object or a container in it is restored too, such as the dictionary of a cache.
+    Objects and containers in it are restored too, such as the dictionary of a cache.
     """
     if type(value) in _ATOMS or id(value) in seen:
         return
@@ -380,7 +380,7 @@ def _undos_of(value: Any, seen: set[int], depth: int = 0) -> Iterator[Undo]:
 
 _ATOMS = frozenset({type(None), bool, int, float, str, tuple, type, FunctionType, MethodType})
 _DEPTH = 3
-"""An object in an object in an attribute is restored, and what it holds."""
+"""Depth to which objects in attributes are restored."""
 
 
 def _slots_of(value: object) -> dict[str, Any]:
@@ -406,7 +406,7 @@ def _slots_undo(value: object, slots: dict[str, Any]) -> Undo:
 
 
 def _is_plain_object(value: object) -> bool:
-    """An object that holds attributes, such as a configuration or a record of features."""
+    """Whether a value is an object with attributes, such as a configuration or a record of features."""
     excluded = isinstance(value, nn.Module | Tensor | type | ModuleType) or callable(value)
     return not excluded and type(getattr(value, "__dict__", None)) is dict
 

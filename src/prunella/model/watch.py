@@ -33,7 +33,7 @@ Call = tuple[Any, tuple[Any, ...], Mapping[str, Any]]
 
 @dataclass(frozen=True, eq=False)
 class _Pending:
-    """A read whose output no other call has used yet. output: the tensor that the pass goes on with.
+    """A read whose output no other call has used yet. output: the tensor with which the pass continues.
 
     calls: the product, and the calls that passed its output on. version: of the input, when the product read it.
     single: whether the call has one product with a watched weight.
@@ -205,7 +205,7 @@ _METADATA |= {"dtype", "device", "ndim", "layout", "requires_grad", "is_cuda", "
 
 
 def _looks(func: Any) -> bool:
-    """Whether a call reads no values: `x.dim()`, `x.shape`."""
+    """Whether a call reads only metadata: `x.dim()`, `x.shape`."""
     name = getattr(func, "__name__", "")
     return (getattr(func.__self__, "__name__", "") if name == "__get__" else name) in _METADATA
 

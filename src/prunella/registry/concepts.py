@@ -1,4 +1,4 @@
-"""Concepts of the subject, by the words that people search for, with the names to type in Python.
+"""Concepts of the field, by the words that people search for, with the names to type in Python.
 
 `concepts.toml` is written by `python docs/concept_table.py --package` from the rows of the documentation.
 """
@@ -49,7 +49,7 @@ def near(text: str) -> list[str]:
 
 
 def _rank(wanted: str, concept: Concept) -> int:
-    """A name or word of a concept first, whole before in part; names of Python after that, which only hold the text."""
+    """The rank of a match: names and words of a concept first, full before partial matches, then Python names."""
     said = [_plain(name) for name in (concept.name, *concept.words)]
     exact = [re.sub(r"\s*\(.*\)$", "", name) for name in said]
     names = [_plain(name) for name in _names(concept)]

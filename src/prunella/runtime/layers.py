@@ -23,7 +23,7 @@ PLAIN = (Tensor, nn.Parameter)
 
 
 def _kernels_apply(x: Tensor, values: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> bool:
-    """Whether a kernel may run: float32 on the CPU, no gradient, no autocast, and no counter of operations looks on.
+    """Whether a kernel may run: float32 on the CPU, no gradient, no autocast, and no count of operations in progress.
 
     It runs for every token: keep it fast.
     """

@@ -51,7 +51,7 @@ class Levels:
         return {name: mask.numel() for name, mask in sorted(masks_of(self.models[self.sparsities[0]]).items())}
 
     def identity(self) -> Identity:
-        """All that decides the quality of a choice except the evaluation: every weight of every level."""
+        """Everything that determines the quality of a choice except the evaluation: every weight of every level."""
         stored = [self.models[s].get_parameter(name) for s, name in product(self.sparsities, self.masked())]
         rest = model_parts(self.models[self.sparsities[0]])
         return identify({**rest, "levels": [*self.sparsities, *self.masked()], "stored weights": digest_of(stored)})

@@ -88,7 +88,7 @@ def greedy_blocks(
 
 
 def _identity(blocks: Blocks, evaluate: Evaluate) -> Identity:
-    """All that decides a quality; `count` and `among` do not, so that searches for more blocks share a journal."""
+    """Everything that determines a quality, without `count` and `among`: searches for more blocks share a journal."""
     return identify({**model_parts(blocks.model), "blocks": blocks.paths, "question": "depth", "metric": evaluate})
 
 

@@ -110,7 +110,7 @@ class Space:
 
     @cached_property
     def identity(self) -> Identity:
-        """All that decides the quality of a choice except the evaluation: model, recipe, data and groups."""
+        """Everything that determines the quality of a choice except the evaluation: model, recipe, data and groups."""
         groups = list(zip(self.names, self.sizes, strict=True))
         data = {"data": self.source.data, "loss": self.source.loss, "inputs": self.inputs}
         return identify({**model_parts(self.model), "recipe": self.recipe, **data, "groups": groups})

@@ -99,7 +99,7 @@ def collect(
             except Exception:  # whatever a user's loss raises
                 if batches or not losses_in_training_(subject.model, batch, source.loss):
                     raise
-                slots = new_slots()  # without what they saw of the failed pass
+                slots = new_slots()  # without statistics of the failed pass
                 _add(subject.model, batch, source, slots, weights, batches)
             batches += 1
     if not batches:

@@ -68,7 +68,7 @@ def contextual_(
     model = unwrap(model)
     producers = {path: producer for path, producer in neurons(couple(model, inputs)).items() if path}
     if not producers:
-        raise NotSupported("no neurons were found", "none stand between two linear layers that are modules", "")
+        raise NotSupported("there are no neurons", "none are between two linear layers that are modules", "")
     unknown = sorted(set(predictors or {}) - set(producers))
     if unknown:
         raise RequestError(f"{unknown[0]} reads no neurons", f"known are {', '.join(producers)}", "")

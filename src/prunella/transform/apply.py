@@ -22,7 +22,7 @@ T = TypeVar("T", bound=Tensor)
 
 
 def apply_(model: M, plan: Plan, *, regrow: bool = False) -> M:
-    """Zero in place everything that `plan` removes, store the masks, and return the model.
+    """Zero, in place, all weights that `plan` removes, store the masks, and return the model.
 
     First the values of `plan.weights` are copied into the model. Then masked weights become zero, as does every
     position on an axis of a parameter that `plan.cuts` does not keep. Buffers do not change, unless `plan.weights` has

@@ -3,7 +3,7 @@
 While gates are attached, `model.weight` is the gated weight; the trained parameters are
 `parametrizations.weight.original` and those of the gate. The model can be copied, saved by its state dict and trained
 by any loop. `merge_gates_` leaves plain weights with their former names and order; `plan_zeros` then plans the removal
-of what is zero.
+of zero units.
 """
 
 from __future__ import annotations

@@ -100,5 +100,5 @@ def l0_gates_(model: M, units: CoupledUnits, *, per_weight: bool = False, start:
             for part in readers:
                 gates.setdefault(part.name, []).append(Opened(gate, part))
     if not gates:
-        raise NotSupported("there are no units to gate", "no weight reads the units that may go", "per_weight=True")
+        raise NotSupported("there are no units to gate", "no weight reads the prunable units", "per_weight=True")
     return attach_(model, gates)

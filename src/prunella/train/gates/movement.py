@@ -53,7 +53,7 @@ class Moved(Gate, Scheduled):
         return keep_top(self.scores.detach().flatten(), count - pruned).view_as(self.scores)
 
     def cost(self, weight: Tensor) -> Tensor:
-        """Zero: the schedule decides the sparsity."""
+        """Zero: the schedule determines the sparsity."""
         return self.scores.new_zeros(())
 
     def forward(self, weight: Tensor) -> Tensor:
@@ -112,7 +112,7 @@ def soft_movement_(model: M, units: CoupledUnits, *, threshold: float = 0.1) -> 
 
     threshold: in (0, 0.5), of the sigmoid.
 
-    Use: movement pruning that learns how to share the budget among layers. Avoid: an exact sparsity: `top_movement_`.
+    Use: movement pruning with a learned allocation over layers. Avoid: an exact sparsity: `top_movement_`.
     """
     if not 0 < threshold < 0.5:
         raise RequestError(f"threshold={threshold:g} is out of range", "0 < threshold < 0.5", "0.1 is usual")
