@@ -88,7 +88,9 @@ def test_the_number_that_counts_is_the_second_one() -> None:
 
 
 def test_no_speed_up_is_said_with_the_numbers() -> None:
-    with pytest.raises(pr.PruningError, match=r"without all prunable units, 1.02 .* pruning gives no speed-up") as caught:
+    with pytest.raises(
+        pr.PruningError, match=r"without all prunable units, 1.02 .* pruning gives no speed-up"
+    ) as caught:
         search_latency(rungs(*SIZES), Clock(lambda counts: 1.02), STRAIGHT, Latency(0.6))
     assert "asked 0.6; measured 1.02 [1.01, 1.03]" in str(caught.value)
     with pytest.raises(pr.PruningError, match=r"0.703 of the dense time remains\n") as caught:

@@ -217,7 +217,7 @@ _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: tor
 
 
 def _checked(stored: Stored, make: Callable[[Tensor], Tensor]) -> Tensor:
-    """The dense matrix of what `make` builds of the values. Torch checks that indices are inside and rise."""
+    """The dense matrix of the sparse tensor that `make` builds. Torch checks that indices are inside and ascending."""
     values = _part(stored, "values").contiguous()
     try:
         return _quiet(lambda: make(values.view(_BITS[values.element_size()]))).to_dense().view(stored.dtype)
@@ -251,7 +251,7 @@ def _from_two_of_four(stored: Stored) -> Tensor:
     bits = torch.from_numpy(_bits(stored, groups * 4)).long().reshape(groups, 2, 2)
     places = bits[..., 0] * 2 + bits[..., 1]
     if bool((places[:, 0] >= places[:, 1]).any()):
-        raise BadInput("a weight in 2:4 names a place twice", "the two places of a group rise")
+        raise BadInput("a weight in 2:4 names a position twice", "the two positions of a group ascend")
     matrix.view(-1, 4).scatter_(1, places, _part(stored, "values", groups * 2).reshape(groups, 2))
     return matrix
 

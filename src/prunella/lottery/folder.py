@@ -52,7 +52,7 @@ def open_steps(folder: str | os.PathLike[str] | None, identify: Callable[[], Ide
 
 
 def _is_other(path: Path) -> bool:
-    """Whether the path exists and is neither an empty folder, a run, nor the rest of a killed run."""
+    """Whether the path exists and is neither an empty folder, a run, nor the remains of a killed run."""
     if not path.is_dir():
         return path.exists()
     names = [file.name for file in path.iterdir()]
