@@ -111,7 +111,7 @@ def test_the_order_is_that_of_every_other_target(keys: list[list[float]], data: 
     owner, _ = in_order(ladders)
     steps = data.draw(st.integers(0, len(owner)))
     taken = tuple(torch.bincount(owner[:steps], minlength=len(ladders)).tolist())
-    assert taken == solve(ladders, lambda gone: sum(gone) >= steps)
+    assert taken == solve(ladders, lambda pruned: sum(pruned) >= steps)
 
 
 # -- in a plan --------------------

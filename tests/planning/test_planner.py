@@ -180,8 +180,8 @@ def test_masks_have_the_shape_of_their_parameter_and_follow_its_axes() -> None:
     model = convnet()
     plan = pr.plan(model, X, pr.Recipe(granularity=pr.Element(), allocation=pr.global_), target=pr.Sparsity(0.5))
     weights = torch.cat([model.get_parameter(name).detach().abs()[kept] for name, kept in plan.masks.items()])
-    gone = torch.cat([model.get_parameter(name).detach().abs()[~kept] for name, kept in plan.masks.items()])
-    assert weights.min() >= gone.max()
+    pruned = torch.cat([model.get_parameter(name).detach().abs()[~kept] for name, kept in plan.masks.items()])
+    assert weights.min() >= pruned.max()
     assert all(kept.shape == model.get_parameter(name).shape for name, kept in plan.masks.items())
 
 

@@ -139,7 +139,7 @@ def deep_compression_(
 ) -> DeepCompression:
     """Share the weights of a pruned model in place, and store them as Huffman codes of values and of gaps.
 
-    Every parameter with at least two axes gets at most `2^bits` values beside zero (`share_weight`). The positions of
+    Every parameter with at least two axes gets at most `2^bits` non-zero values (`share_weight`). The positions of
     its non-zeros are gaps of `gap_bits` bits (`relative_index`), and `huffman` encodes both. `layer.weight()` decodes
     exactly the weight of the model. The size counts codes, code books, books of values, and all other parameters.
 

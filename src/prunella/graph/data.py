@@ -263,7 +263,7 @@ class UnreadSize:
 
 @dataclass(frozen=True)
 class Setting:
-    """The conditions of a run of the model, beside its batch.
+    """The conditions of a run of the model, in addition to its batch.
 
     answers: the value that the source reads instead of the computed one, by expression. before: batches on which the
     model runs first, so that its state between calls exists. kept: owner, attribute and value of numbers in this state.

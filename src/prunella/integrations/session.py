@@ -56,7 +56,7 @@ class Gradual:
             raise RequestError(f"every={self.every!r} is out of range", "at least 1 is needed", "leave it out")
 
     def length(self, total: int) -> int:
-        """Optimizer steps until the target is met, in a training of `total` steps; logs a warning if those are too few."""
+        """Optimizer steps until the target is met, in a training of `total` steps; warns if `total` is too small."""
         if isinstance(self.steps, float):
             return max(1, round(self.steps * total))
         if self.steps > total:

@@ -27,7 +27,7 @@ def load_tensors_only(file: Path) -> Any:
     costs nothing until somebody copies it.
     """
     what = f"cannot read {file} as tensors and plain data"
-    todo = "save model.state_dict() alone, not the model or other objects beside it"
+    todo = "save model.state_dict() alone, without the model or other objects"
     if not _is_checkpoint(check_regular(file, what)):
         give = "give a file that torch.save wrote of model.state_dict()"
         refuse_other_kind(file, "torch", "object", what=what, give=give)

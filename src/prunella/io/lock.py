@@ -65,7 +65,7 @@ _guard = threading.Lock()
 
 
 def lock_file(path: str | os.PathLike[str]) -> Path:
-    """The lock file of a folder or a file: beside it, hidden."""
+    """The lock file of a folder or a file: hidden, next to it."""
     whole = Path(path).absolute()
     return whole.parent / f".{whole.name}.lock"
 

@@ -118,9 +118,10 @@ def find_ticket(
     `theta_0`. Data: the data of `spec`.
 
     spec: training function, number of steps, evaluation and seed. prune: the plan of each round, `imp(batch)` or your
-    own function of (model, round). rounds: at least 1. rewind: `WeightRewind(k)` or `RateRewind(k)`. controls: which controls after which rounds; `REINIT` trains the mask on new weights from step 0, `SHUFFLE` permutes the mask inside
-    each layer. folder: keeps every finished training as a complete file. Called again with the same arguments, a killed
-    run resumes after the last finished training, and its result has the same bits.
+    own function of (model, round). rounds: at least 1. rewind: `WeightRewind(k)` or `RateRewind(k)`. controls: which
+    controls after which rounds; `REINIT` trains the mask on new weights from step 0, `SHUFFLE` permutes the mask inside
+    each layer. folder: stores every finished training as a complete file. Called again with the same arguments, a
+    killed run resumes after the last finished training, with bit-identical results.
 
     Errors: RequestError if the folder holds another run or an argument is out of range.
 

@@ -133,8 +133,8 @@ def token_agreement(
     `top1 = mean_t [argmax p_t = argmax q_t]`, ties to the lowest word. Data: batches of token windows, no labels; every
     position counts. outputs: how to get logits from (model, batch).
 
-    Use: beside perplexity: it needs no reference text, and shows differences that perplexity averages out. Avoid:
-    models with different vocabularies.
+    Use: in addition to perplexity: it needs no reference text, and shows differences that perplexity averages out.
+    Avoid: models with different vocabularies.
     """
     kl, same, count = 0.0, 0, 0
     with mode(dense, training=False), mode(pruned, training=False), torch.no_grad():

@@ -102,7 +102,7 @@ def templates() -> Environment:
 
 
 def _visible(value: object) -> object:
-    """A text without what turns it around or is not shown; what is marked as safe is not plain text."""
+    """A text without direction marks and invisible characters; text marked as safe is unchanged."""
     return printable(value) if type(value) is str else value
 
 

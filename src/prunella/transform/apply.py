@@ -1,4 +1,4 @@
-"""Write a plan into a model in place; `model/masks.py` stores the masks beside the weights."""
+"""Write a plan into a model in place; `model/masks.py` stores the masks on its modules."""
 
 from __future__ import annotations
 

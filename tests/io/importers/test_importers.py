@@ -80,7 +80,7 @@ def test_the_plan_is_saved_applied_and_reported(tmp_path: Path) -> None:
 def test_masks_without_their_weights_are_named() -> None:
     state = dict(pruned_mlp().state_dict())
     state["0.weight"] = state.pop("0.weight_orig")
-    with pytest.raises(BadInput, match=r"0\.weight_mask has no weight beside it"):
+    with pytest.raises(BadInput, match=r"0\.weight_mask has no weight"):
         torch_prune(state)
     state = dict(pruned_mlp().state_dict())
     state["2.bias_mask"] = torch.ones(3)

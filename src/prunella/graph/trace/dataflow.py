@@ -163,7 +163,7 @@ class Flow:
         return Node(back, call, size, name in _SUMS and len(back) > 1, bool(live), statistic)
 
     def _read(self, number: int) -> None:
-        """Mark the finished calls from which this tensor escapes beside their first output."""
+        """Mark the finished calls from which this tensor escapes in addition to their first output."""
         at = self.nodes[number].call
         while at >= 0 and at not in self.active:
             call = self.calls[at]

@@ -38,7 +38,7 @@ def torch_prune(state: State) -> Imported:
     alone = [n for n in tensors if n.endswith("_mask") and n.removesuffix("_mask") not in masks]
     for key in alone:  # masks without their original, or buffers that have such a name
         if f"{key.removesuffix('_mask')}.weight" in tensors or key.removesuffix("_mask") in tensors:
-            raise BadInput(f"{key} has no weight beside it", f"{key.removesuffix('_mask')}_orig is missing")
+            raise BadInput(f"{key} has no weight", f"{key.removesuffix('_mask')}_orig is missing")
         weights[key] = tensors[key]
     return Imported("torch.nn.utils.prune", masks, weights)
 
@@ -76,7 +76,7 @@ def torch_ao(state: State) -> Imported:
             weights[key] = value
     lone = [name for name in masks if name not in weights]
     if lone:
-        raise BadInput(f"the mask of {lone[0]} has no weight beside it", "its parametrization has no original")
+        raise BadInput(f"the mask of {lone[0]} has no weight", "its parametrization has no original")
     for name, mask in masks.items():
         _same(name, weights[name], mask)
     return Imported("torch.ao.pruning", masks, weights)
