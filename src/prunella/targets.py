@@ -31,8 +31,8 @@ class Target:
     value: float
 
     def __post_init__(self) -> None:
-        given: object = self.value
-        if not isinstance(given, Real):
+        value: object = self.value
+        if not isinstance(value, Real):
             why, todo = "a number is needed", f"for example {type(self).__name__}(0.5)"
             raise RequestError(f"{type(self).__name__}({self.value!r}) is not a budget", why, todo)
         low_ok = self.value >= 0 if isinstance(self, Sparsity | Threshold) else self.value > 0
@@ -276,8 +276,8 @@ def parse_target(text: str) -> Target:
     if not match or name not in _KINDS or suffix not in suffixes or (of_model and name != "sparsity"):
         if meant := _meant_by(text):
             raise RequestError(f"cannot read the target {text!r}", *meant)
-        asked = text.partition("=")[0].strip()
-        near = "" if asked in _KINDS else near_names(asked, _KINDS)
+        unit = text.partition("=")[0].strip()
+        near = "" if unit in _KINDS else near_names(unit, _KINDS)
         raise RequestError(
             f"cannot read the target {text!r}",
             f"a target is NAME=NUMBER with NAME one of {', '.join(_KINDS)}{f'; {near}' if near else ''}",

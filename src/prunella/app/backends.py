@@ -94,26 +94,26 @@ def bench(
         why = f"got {', '.join(unknown) or 'a batch or thread number below 1'}"
         why += f"; {near}" if unknown and (near := near_names(unknown[0], BACKENDS)) else ""
         raise RequestError("the backends cannot be measured", why, f"backends are {', '.join(BACKENDS)}")
-    rows, left, said = list[Timed](), dict[str, str](), ""
+    rows, left, record = list[Timed](), dict[str, str](), ""
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     model = copied(model).cpu().eval().requires_grad_(False)
     for count in sorted(set(threads) or {1, usable}):
         with _threads(count), tempfile.TemporaryDirectory() as folder:
             for batch in batches:
-                given = repeated(example, batch)
-                runs: dict[str, Callable[[], object]] = {"eager": partial(forward, model, given)}
+                example_of_batch = repeated(example, batch)
+                runs: dict[str, Callable[[], object]] = {"eager": partial(forward, model, example_of_batch)}
                 for backend in BACKENDS:
                     if backend in backends and backend != "eager":
                         try:
-                            runs[backend] = _MAKERS[backend](model, given, precision, Path(folder), seed)
+                            runs[backend] = _MAKERS[backend](model, example_of_batch, precision, Path(folder), seed)
                         except PruningError as error:
                             left[backend] = f"{error.what}: {error.why}" if error.why else error.what
                 if "sparse" in runs:
-                    said = str(sparsified(cast("partial[object]", runs["sparse"]).args[0]))
+                    record = str(sparsified(cast("partial[object]", runs["sparse"]).args[0]))
                 with torch.inference_mode():
                     rows += _rows(runs, batch, count, rounds, seed)
     kernels = library.isa() if library.available() else "none"
-    return Bench(tuple(rows), left, said, cpu_name(), kernels)
+    return Bench(tuple(rows), left, record, cpu_name(), kernels)
 
 
 def _rows(

@@ -88,16 +88,16 @@ class Stages:
             state = load_state(file)
             put_tensors_(small, state["model"])
             self._go_on(key, timer)
-            told = dict(state["told"])
+            result = dict(state["told"])
         else:
             before = len(timer.history)
-            told = dict(make())
-            save_state({"told": told, "model": named_tensors(small)}, file)
+            result = dict(make())
+            save_state({"told": result, "model": named_tensors(small)}, file)
             self._record(key, file, timer.recorded(before))
         for unfinished in (self.checkpoint(number), self.best(number)):
             if unfinished is not None:
                 unfinished.unlink(missing_ok=True)
-        return told
+        return result
 
     def checkpoint(self, number: int) -> Path | None:
         """The checkpoint file of a training step."""

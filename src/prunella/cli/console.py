@@ -69,8 +69,8 @@ def explain_error(error: BaseException, options: Collection[str] = ()) -> Troubl
         from prunella.model.user_code import user_error
 
         frames = _frames_of(error)
-        told = user_error(error, "your code failed" if frames else "the model failed on what it was given")
-        return Trouble(told.what, _one_line(told.why), told.todo, told.exit_code, frames)
+        typed = user_error(error, "your code failed" if frames else "the model failed on what it was given")
+        return Trouble(typed.what, _one_line(typed.why), typed.todo, typed.exit_code, frames)
     if isinstance(error, OSError):
         what = f"the system refuses {error.filename or 'a file'}"
         return explain_error(system_error(error, what, "check the path and its permissions"))

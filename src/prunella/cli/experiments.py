@@ -152,10 +152,10 @@ def _compare(
     twice = "; both are the same text, so the numbers of all methods are too good" if files[0] == files[1] else ""
     if twice:
         note(f"{protocol.text} is the calibration text: numbers on it are too good, give another text by --text")
-    asked = [asdict(protocol), files, {name: described(recipe) for name, recipe in recipes.items()}]
+    settings = [asdict(protocol), files, {name: described(recipe) for name, recipe in recipes.items()}]
     methods = {name: partial(pruned, name) for name in recipes}
     measures: comparison.Measures = {"perplexity": perplexity, ("KL", "top-1"): agreement}
-    compared = comparison.compare(dense, methods, measures, seeds=range(seeds), folder=output, asked=asked)
+    compared = comparison.compare(dense, methods, measures, seeds=range(seeds), folder=output, asked=settings)
     return compared, (
         f"evaluated on {count} windows of {window} tokens of {protocol.text} without overlap, {len(few)} of them for "
         f"KL (in nats) and top-1; calibrated on {protocol.nsamples} windows of {protocol.seqlen} of {protocol.data}"

@@ -205,8 +205,8 @@ def _calibration(text: Text) -> Calibration:
         if name != AUTO and not Path(name).is_file():
             todo = "give --data FILE.txt, --data auto, or --data module:function alone"
             raise RequestError(f"there is no text file {name}", "", todo)
-    given = [share for share in shares.values() if share is not None]
-    if len(shares) < len(pairs) or len(given) not in (0, len(shares)):
+    shares_given = [share for share in shares.values() if share is not None]
+    if len(shares) < len(pairs) or len(shares_given) not in (0, len(shares)):
         why = "a text is given twice" if len(shares) < len(pairs) else "some texts have a share and others have none"
         raise RequestError("the texts cannot be mixed", why, "for example --data auto:0.5 --data c4.txt:0.5")
     nsamples = _NSAMPLES if text.nsamples is None else text.nsamples

@@ -241,14 +241,14 @@ def is_auto(method: options.MethodOptions, budget: options.Budget, recover: opti
 
     Errors: RequestError if `--recipe auto` is combined with other options of the method.
     """
-    said = {
+    options_given = {
         "--granularity": method.granularity, "--allocation": budget.allocation, "--pattern": budget.pattern,
         "--min-density": method.min_density is not None, "--round-to": method.round_to is not None,
         "--equal-widths": budget.equal_widths, "--recover": recover.recover, "--remove": budget.remove,
         "--keep": budget.keep, "--ratio": budget.ratio, "--count": budget.count,
         "--threshold": budget.threshold is not None,
     }  # fmt: skip
-    names = [name for name, value in said.items() if value]
+    names = [name for name, value in options_given.items() if value]
     if method.recipe == "auto" and names:
         raise RequestError(
             f"--recipe auto does not go with {names[0]}", "it chooses that itself", "leave one of them out"

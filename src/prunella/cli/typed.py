@@ -33,13 +33,13 @@ def typed(names: Iterable[str]) -> list[str]:
 
 
 def _line(name: str) -> str:
-    path, _, given = name.partition("(")
+    path, _, arguments = name.partition("(")
     called = path.rpartition(".")[2]
     if called.endswith("="):
         option = _OTHER_OPTIONS.get(called[:-1], called[:-1])
         return f"--{option.replace('_', '-')}" if option in _OPTIONS else ""
     if called in _PATTERNS:
-        numbers = re.findall(r"\d+", given)
+        numbers = re.findall(r"\d+", arguments)
         separator = ":" if called == "NM" else "x"
         return f"--pattern {separator.join(numbers) if len(numbers) == 2 else _PATTERNS[called]}"
     if called == "Threshold":

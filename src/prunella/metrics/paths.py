@@ -212,12 +212,12 @@ def _watch(
         output = output.detach().requires_grad_()
     output = _saturate(output)
     reached = outputs(output)
-    known = weights.met.setdefault(name, Met(torch.zeros_like(weights.parameters[name], dtype=torch.bool)))
-    live = known.outputs.setdefault((view.offset, layout), torch.zeros_like(reached.flatten()))
+    met = weights.met.setdefault(name, Met(torch.zeros_like(weights.parameters[name], dtype=torch.bool)))
+    live = met.outputs.setdefault((view.offset, layout), torch.zeros_like(reached.flatten()))
 
     def needed(grad: Tensor) -> None:
         need = outputs(grad)
-        view.of(known.pairs).logical_or_(pairs(need))
+        view.of(met.pairs).logical_or_(pairs(need))
         live.logical_or_((need & reached).flatten())
 
     output.register_hook(needed)  # type: ignore[no-untyped-call]

@@ -98,8 +98,8 @@ def data_errors(model: nn.Module, batch: object, *, name: str = "") -> Iterator[
         raise
     except Exception as error:
         place = next((position for known in list(_alive) if (position := known.place(batch)) is not None), None)
-        asked = name or place
-        if not asked or out_of_resources(error) or not _of_model(error, model) or not raised_by_user(error):
+        label = name or place
+        if not label or out_of_resources(error) or not _of_model(error, model) or not raised_by_user(error):
             raise
         number, first = place or (0, "")
         name = f"batch {number} of data=" if place else name

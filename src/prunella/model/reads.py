@@ -329,15 +329,18 @@ def _attention(*args: Any, **kwargs: Any) -> Iterator[Product]:
     for x, weight, own in zip(inputs, weights, biases, strict=True):
         for product in _linear(x, weight, own):
             yield replace(product, output=partial(_projected, x, weight, own))
-    out, letters = at["out_proj_weight"], _letters(inputs[0].dim() - 1)
+    out_weight, letters = at["out_proj_weight"], _letters(inputs[0].dim() - 1)
 
     def mixed() -> Tensor:
-        plain = {"out_proj_weight": torch.eye(len(out), dtype=out.dtype, device=out.device), "out_proj_bias": None}
+        plain = {
+            "out_proj_weight": torch.eye(len(out_weight), dtype=out_weight.dtype, device=out_weight.device),
+            "out_proj_bias": None,
+        }
         heads: Tensor = F.multi_head_attention_forward(**{**at, **plain, "need_weights": False})[0]
         return heads
 
     form = Contraction(f"{letters}i", "oi", f"{letters}o")
-    yield Product(out, mixed, form, at["out_proj_bias"], itemgetter(0))
+    yield Product(out_weight, mixed, form, at["out_proj_bias"], itemgetter(0))
 
 
 def _projected(x: Tensor, weight: Tensor, bias: Tensor | None, _: Any) -> Tensor:

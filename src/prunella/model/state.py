@@ -61,8 +61,8 @@ def training_flags(model: nn.Module, *, training: bool) -> Iterator[list[str]]:
     """
     readers: list[str] = []
     paths = {id(module): path for path, module in model.named_modules()}
-    known = [module for module in model.modules() if "training" in vars(module)]
-    hidden = {id(module) for module in known if type(module).__getattr__ is nn.Module.__getattr__}
+    flagged = [module for module in model.modules() if "training" in vars(module)]
+    hidden = {id(module) for module in flagged if type(module).__getattr__ is nn.Module.__getattr__}
     readers += [paths[id(module)] for module in model.modules() if id(module) not in hidden]
     missing = nn.Module.__getattr__
 
@@ -74,7 +74,7 @@ def training_flags(model: nn.Module, *, training: bool) -> Iterator[list[str]]:
         readers.append(paths[id(module)])
         return training
 
-    for module in known:
+    for module in flagged:
         module.training = training
         if id(module) in hidden:
             del vars(module)["training"]
@@ -83,7 +83,7 @@ def training_flags(model: nn.Module, *, training: bool) -> Iterator[list[str]]:
         yield readers
     finally:
         nn.Module.__getattr__ = missing  # type: ignore[method-assign]
-        for module in known:
+        for module in flagged:
             vars(module).setdefault("training", training)
 
 

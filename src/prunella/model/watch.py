@@ -157,9 +157,9 @@ class Watch(TorchFunctionMode):
         This happens before the call, since an in-place sum would overwrite the residual. A sum that scales one of its
         sides by `alpha` has no residual of the output's own size.
         """
-        given = tensors([args, kwargs]) if self._pending or self._normed else []
-        self.reused.update(weight for output, weight in self._normed if any(t is output() for t in given))
-        for pending in [entry for entry in self._pending if any(tensor is entry.output for tensor in given)]:
+        arguments = tensors([args, kwargs]) if self._pending or self._normed else []
+        self.reused.update(weight for output, weight in self._normed if any(t is output() for t in arguments))
+        for pending in [entry for entry in self._pending if any(tensor is entry.output for tensor in arguments)]:
             self._pending.remove(pending)
             first = bool(args) and args[0] is pending.output
             if name in _PASSES_ON and first:

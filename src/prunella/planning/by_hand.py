@@ -43,9 +43,9 @@ class ByHand:
 
     def __post_init__(self) -> None:
         for option in ("remove", "keep", "ratios", "counts"):
-            given = getattr(self, option)
-            if not isinstance(given, Mapping):
-                why = f"it is a {type(given).__name__}; a mapping from the name of a layer is needed"
+            by_layer = getattr(self, option)
+            if not isinstance(by_layer, Mapping):
+                why = f"it is a {type(by_layer).__name__}; a mapping from the name of a layer is needed"
                 raise RequestError(f"{option}= is not read", why, f"for example {option}={_EXAMPLES[option]}")
         both = [name for name in self.remove if name in self.keep] + [n for n in self.ratios if n in self.counts]
         if both:
@@ -170,9 +170,11 @@ class _Axis:
 
     def units(self, positions: Positions, frozen: Sequence[Frozen]) -> list[tuple[str, int]]:
         """Group and unit of each position. Errors: RequestError, NotSupported."""
-        given: object = positions
-        if isinstance(given, str | bytes | Mapping) or not (isinstance(given, Iterable) or hasattr(given, "tolist")):
-            why = f"{given!r} is given; whole numbers or a bool mask are needed"
+        entries_given: object = positions
+        if isinstance(entries_given, str | bytes | Mapping) or not (
+            isinstance(entries_given, Iterable) or hasattr(entries_given, "tolist")
+        ):
+            why = f"{entries_given!r} is given; whole numbers or a bool mask are needed"
             raise RequestError(
                 f"the positions of {self.name} cannot be read", why, f"for example {_EXAMPLES['remove']}"
             )
@@ -359,10 +361,10 @@ def _unknown(
     entry = next((x for x in frozen if matches(name, parts(x.entity))), None)
     if entry is not None:
         return NotSupported(f"{name} cannot be pruned", entry.reason, "`prunella inspect` shows what can be pruned")
-    known = {part.name for part in known_by_name}
-    known |= {around for entity in graph.entities for around in _names(graph, entity)}
+    names = {part.name for part in known_by_name}
+    names |= {around for entity in graph.entities for around in _names(graph, entity)}
     try:
-        check_known(known, (), [name])
+        check_known(names, (), [name])
     except RequestError as error:
         return RequestError(f"there is no layer {name!r} to prune", error.why, error.todo)
     return NotSupported(

@@ -18,9 +18,9 @@ from prunella.targets import Sparsity, Target, Threshold
 
 def check_function(function: object, kind: MethodKind) -> None:
     """Errors: RequestError for anything but a function of that kind, and for unknown knobs."""
-    known = next((m for m in REGISTRY.values() if m.function is plain_function(function)), None)
-    if not callable(function) or isinstance(function, type) or (known and known.kind != kind):
-        why = f"{known.name} is of kind {known.kind}" if known else f"{function!r} is not a function"
+    method = next((m for m in REGISTRY.values() if m.function is plain_function(function)), None)
+    if not callable(function) or isinstance(function, type) or (method and method.kind != kind):
+        why = f"{method.name} is of kind {method.kind}" if method else f"{function!r} is not a function"
         raise RequestError(f"Recipe({kind}=) takes a function of that kind", why, f"see `prunella methods` for {kind}s")
     if isinstance(plain_function(function), Controlled) and not isinstance(function, Controlled):
         raise RequestError(

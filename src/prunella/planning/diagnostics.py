@@ -60,9 +60,9 @@ def target_missed(
     the target's unit. limits: the minimum of every group by the recipe.
     """
     reach = 1 - lowest / dense if isinstance(target, Sparsity) else lowest / dense
-    asked = "" if isinstance(target, Sparsity) else f", asked {budget:.6g}"
+    budget_text = "" if isinstance(target, Sparsity) else f", asked {budget:.6g}"
     todo = f"ask for {target.name}={reach:.4g} or less removal, lower min_density= or round_to=, or skip less"
-    amounts = f"{lowest:.6g} of {dense:.6g}{asked}"
+    amounts = f"{lowest:.6g} of {dense:.6g}{budget_text}"
     return TargetMissed(
         f"{target} cannot be met: removing all prunable units leaves {target.name}={reach:.4g} ({amounts})",
         "\n".join([limits, *obstacles(graph, frozen)]),

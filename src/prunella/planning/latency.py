@@ -99,19 +99,21 @@ def search_latency(
 
     last = len(stops) - 1
     full = time(counts(last), False)
-    asked = target.value if target.value <= 1 else target.value / full.dense
-    if asked >= 1:
+    wanted_ratio = target.value if target.value <= 1 else target.value / full.dense
+    if wanted_ratio >= 1:
         raise TargetMissed(
             f"{target} would remove nothing", f"the dense model takes {full.dense:.3g} ms", "ask for less"
         )
     ratios, confirmed = {0: 1.0, last: full.ratio}, set[int]()
-    limit = asked * (1 + TOLERANCE)
+    limit = wanted_ratio * (1 + TOLERANCE)
     for _ in range(MOST):
         quick = [stop for stop, ratio in ratios.items() if ratio <= limit and stop]
         if not quick:
             break
-        near = min(filter(None, ratios), key=lambda stop: (abs(ratios[stop] - asked), stop))  # 0 is the dense model
-        hit = abs(ratios[near] - asked) <= TOLERANCE * asked
+        near = min(
+            filter(None, ratios), key=lambda stop: (abs(ratios[stop] - wanted_ratio), stop)
+        )  # 0 is the dense model
+        hit = abs(ratios[near] - wanted_ratio) <= TOLERANCE * wanted_ratio
         high = near if hit else min(quick)
         low = max(stop for stop in ratios if stop < high)
         if hit or high - low == 1:
@@ -120,12 +122,12 @@ def search_latency(
             ratios[high] = time(counts(high), True).ratio
             confirmed.add(high)
         else:
-            stop = _between(low, high, ratios, asked, lambda stop: cost(counts(stop)))
+            stop = _between(low, high, ratios, wanted_ratio, lambda stop: cost(counts(stop)))
             ratios[stop] = time(counts(stop), False).ratio
     quick = [stop for stop, ratio in ratios.items() if ratio <= limit and stop]
     if not quick:
-        raise _missed(target, asked, time(counts(last), False))
-    return counts(min(quick, key=lambda stop: (abs(ratios[stop] - asked), stop)))
+        raise _missed(target, wanted_ratio, time(counts(last), False))
+    return counts(min(quick, key=lambda stop: (abs(ratios[stop] - wanted_ratio), stop)))
 
 
 def _between(low: int, high: int, ratios: dict[int, float], asked: float, cost: Callable[[int], float]) -> int:

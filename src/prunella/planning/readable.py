@@ -69,11 +69,11 @@ def undescribed(builds: Builds, graph: Graph, keep: Keep, inputs: Any) -> Misfit
     change_(small, applied)
     batch = renumber(known_only(inputs, applied.renumbered), applied.renumbered)
     config = with_tokens(shallower(_config(model), applied.attributes, applied.lists), small.config)
-    wanted = shapes_of(small)
-    sizes = changed_sizes(dense, wanted, _pairs(model, graph, keep, applied))
+    small_shapes = shapes_of(small)
+    sizes = changed_sizes(dense, small_shapes, _pairs(model, graph, keep, applied))
     kept = steady(small, config, batch)
-    tried, described = _Tried(builds, wanted), False
-    for candidate in uniform_configs(tried.shapes, config, wanted, sizes, kept):
+    tried, described = _Tried(builds, small_shapes), False
+    for candidate in uniform_configs(tried.shapes, config, small_shapes, sizes, kept):
         if _same(builds.model(candidate), small, batch):
             return None
         described = True

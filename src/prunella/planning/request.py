@@ -158,9 +158,9 @@ def _excluded(request: Request, group: Group, kinds: Set[Kind]) -> tuple[str, Re
 
 def kept_tokens(request: Request, groups: Sequence[Group]) -> dict[str, Tensor]:
     """Group -> the kept tokens: those of the request and those that the model names."""
-    asked = next((entry for entry in request.recipe.granularities if isinstance(entry, Vocabulary)), None)
+    vocabulary = next((entry for entry in request.recipe.granularities if isinstance(entry, Vocabulary)), None)
     table = request.graph.tokens
-    if asked is None:
+    if vocabulary is None:
         return {}
     if table is None or table not in groups:
         why = (
@@ -171,11 +171,11 @@ def kept_tokens(request: Request, groups: Sequence[Group]) -> dict[str, Tensor]:
         raise NotSupported("there are no tokens to remove", why, "leave Vocabulary out")
     specials = request.graph.specials.values()
     named = [token for value in specials for token in (value if isinstance(value, tuple) else (value,))]
-    beyond = [token for token in asked.tokens if token >= table.size]
+    beyond = [token for token in vocabulary.tokens if token >= table.size]
     if beyond:
         raise RequestError(f"there is no token {beyond[0]}", f"{table.name} has {table.size} rows")
     keep = torch.zeros(table.size, dtype=torch.bool)
-    keep[[*asked.tokens, *(token for token in named if 0 <= token < table.size)]] = True
+    keep[[*vocabulary.tokens, *(token for token in named if 0 <= token < table.size)]] = True
     return {table.name: keep}
 
 

@@ -198,11 +198,11 @@ class Report:
         columns = columns if self.recovered else [column for column in columns if column[0] != "cut"]
         rows = [[cell(metric) for _, cell in columns] for metric in self.metrics]
         table_text = table([name for name, _ in columns], rows, right=range(1, len(columns) - 1))
-        said = f"{self.model} on {self.inputs}: {self.verdict}"
+        headline = f"{self.model} on {self.inputs}: {self.verdict}"
         apart = f"largest output difference: {self.difference:.2g} of the largest output, on {self.compared_on}"
         end = [apart if math.isfinite(self.difference) else "outputs have other shapes", *self._measured()]
         parts = [line for section in self.sections for line in ("", str(section))]
-        return "\n".join([said, *self.caveats, "", table_text, "", *end, *parts])
+        return "\n".join([headline, *self.caveats, "", table_text, "", *end, *parts])
 
     def _measured(self) -> list[str]:
         took = self.latency

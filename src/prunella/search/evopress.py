@@ -92,10 +92,12 @@ def evolve_levels(
     Use: single weights of language models above 60 %. Avoid: a sum of layer errors as evaluate: it misleads.
     """
     if sparsity not in levels.models or generations < 1 or offspring < 1:
-        known = ", ".join(f"{s:g}" for s in levels.sparsities)
-        raise RequestError(f"cannot search at {sparsity:g}, {generations} x {offspring}", f"levels are {known}", "")
-    asked = {"question": "levels", "sparsity": sparsity, "seed": seed, "metric": evaluate}
-    with open_records(folder, lambda: levels.identity().plus(asked)) as records:
+        sparsities = ", ".join(f"{s:g}" for s in levels.sparsities)
+        raise RequestError(
+            f"cannot search at {sparsity:g}, {generations} x {offspring}", f"levels are {sparsities}", ""
+        )
+    question = {"question": "levels", "sparsity": sparsity, "seed": seed, "metric": evaluate}
+    with open_records(folder, lambda: levels.identity().plus(question)) as records:
         return _evolved(levels, sparsity, evaluate, (generations, offspring, seed), records)
 
 

@@ -67,8 +67,8 @@ def latency_table(
             continue  # the weight is read outside of its module: its time is in the rest
         layers[entity] = _curve([(macs[name][0][entity], times[name][module]) for name in cuts])
         timed = {name: total + times[name][module] for name, total in timed.items()}
-    rest = _curve([(macs[name][1], sum(times[name].values()) - timed[name]) for name in cuts])
-    return LatencyTable(space, layers, rest)
+    rest_curve = _curve([(macs[name][1], sum(times[name].values()) - timed[name]) for name in cuts])
+    return LatencyTable(space, layers, rest_curve)
 
 
 def _curve(points: Sequence[tuple[float, float]]) -> Curve:

@@ -52,8 +52,8 @@ def netadapt(
     """
     if not 0 < step < 1:
         raise RequestError(f"netadapt cannot use step={step:g}", "a fraction of the dense cost", "0 < step < 1")
-    asked = {"question": "netadapt", "tune": tune, "metric": evaluate}
-    with open_records(folder, lambda: space.identity.plus(asked)) as records:
+    question = {"question": "netadapt", "tune": tune, "metric": evaluate}
+    with open_records(folder, lambda: space.identity.plus(question)) as records:
         return _Descent(space, evaluate, tune, records).run(target, step, predict)
 
 

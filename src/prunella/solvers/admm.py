@@ -47,7 +47,7 @@ def admm(
             "the first steps raise the sparsity, the last ones fit the weights",
             "use steps=20",
         )
-    asked, gram = gram, or_identity(gram)
+    undamped, gram = gram, or_identity(gram)
     _, used = damped_factor(gram.double(), damping)
     mean = gram.double().diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny)
     damped = gram.double() + used * mean * torch.eye(len(gram), dtype=torch.float64, device=gram.device)
@@ -68,7 +68,7 @@ def admm(
         dual = dual + primal - sparse
         primal = (target + sparse - dual) @ inverse
     new_weight = ((primal + dual) * mask / norms).to(weight.dtype)
-    return Solved(new_weight, mask, relative_error(weight, new_weight, asked), used)
+    return Solved(new_weight, mask, relative_error(weight, new_weight, undamped), used)
 
 
 def _schedule_mask(values: Tensor, pattern: Pattern, sparsity: float, part: float) -> Mask:

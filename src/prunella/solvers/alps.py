@@ -50,7 +50,7 @@ def alps(
     if steps < 1:
         raise RequestError(f"steps={steps} is out of range", "at least one step is needed", "use steps=300")
     tiny = torch.finfo(torch.float64).tiny
-    asked, gram = gram, or_identity(gram)
+    undamped, gram = gram, or_identity(gram)
     _, used = damped_factor(gram.double(), damping)
     damped = gram.double().clone()
     damped.diagonal().add_(used * gram.double().diagonal().mean().clamp_min(tiny))
@@ -58,7 +58,7 @@ def alps(
     goal, active_inputs = weight.double() * norms, gram.diagonal() > 0
     solution, mask = _alternate(goal, damped / torch.outer(norms, norms), active_inputs, pattern, sparsity, steps)
     result = refit(weight, gram, mask, start=solution / norms, damping=used)
-    return result if asked is gram else replace(result, error=relative_error(weight, result.weight, asked))
+    return result if undamped is gram else replace(result, error=relative_error(weight, result.weight, undamped))
 
 
 def _alternate(

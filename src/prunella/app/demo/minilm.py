@@ -193,13 +193,13 @@ def _imitate(dense: nn.Module) -> Loss:
     def loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         mask = batch["attention_mask"]
         with mode(dense, training=False), torch.no_grad():
-            wanted = dense(**batch, output_hidden_states=True)
+            targets = dense(**batch, output_hidden_states=True)
         with mode(model, training=False):  # dropout would add noise to the targets
             output = model(**batch, output_hidden_states=True)
-        pairs = zip(output.hidden_states[1:], wanted.hidden_states[1:], strict=True)
+        pairs = zip(output.hidden_states[1:], targets.hidden_states[1:], strict=True)
         real = [(h[mask.bool()], t[mask.bool()]) for h, t in pairs]
         layers = torch.stack([mse_loss(h, t) / t.square().mean() for h, t in real]).mean()
-        embeddings = _pool(output.last_hidden_state, mask), _pool(wanted.last_hidden_state, mask)
+        embeddings = _pool(output.last_hidden_state, mask), _pool(targets.last_hidden_state, mask)
         value: Tensor = (1 - (embeddings[0] * embeddings[1]).sum(1)).mean() + layers
         return value
 

@@ -66,10 +66,10 @@ def split(sections: tuple[TextSection, ...], *, held_out: float = 0.4, seed: int
     random.Random(seed).shuffle(order)
     count = round(held_out * len(order))
     apart = tuple(order[:count])
-    known = {sentence for section in apart for sentence in _sentences(f"{section.first} {section.rest}")}
+    held_out_sentences = {sentence for section in apart for sentence in _sentences(f"{section.first} {section.rest}")}
     passages: list[str] = []
     for section in order[count:]:
-        fresh = [s for s in _sentences(f"{section.first} {section.rest}") if s not in known]
+        fresh = [s for s in _sentences(f"{section.first} {section.rest}") if s not in held_out_sentences]
         passages += _pack(fresh, len(passages))
     return Corpus(tuple(passages), apart)
 
