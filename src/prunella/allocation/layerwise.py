@@ -43,6 +43,7 @@ def uniform_plus(pools: Sequence[Pool], *, last: float = 0.8) -> list[Tensor]:
     any. The last layer is the last pool of at least two.
 
     last: in [0, 1], largest sparsity of the last layer.
+    Errors: RequestError for `last` out of range.
 
     Use: masks on convolutional networks, where it costs nothing and beats `uniform`. Avoid: structured pruning, where
     the last pool is not the classifier.

@@ -79,6 +79,7 @@ def huffman(symbols: Tensor, *, symbol_bits: int = 8) -> Encoded:
     symbols: whole numbers from 0 to `2^symbol_bits - 1`, any shape. symbol_bits: 1 to 16.
 
     Data: none.
+    Errors: RequestError for symbols that do not fit.
 
     Use: storing or sending shared or quantized weights, whose values are far from uniform. Avoid: running the model
     from the codes: they cannot be read out of order.
@@ -150,6 +151,7 @@ def relative_index(mask: Mask, *, bits: int = 4) -> Gaps:
     mask: bool, True is kept. bits: 1 to 16; Deep Compression has 8 for convolutions and 5 for linear layers.
 
     Data: none.
+    Errors: RequestError for bits out of range.
 
     Use: storage above about 70 % sparsity. Avoid: regular patterns, whose positions need fewer bits.
     """

@@ -56,6 +56,7 @@ def svd_factors(weight: Tensor, *, rank: int = 0, energy: float = 0.9) -> Factor
     energy: in (0, 1].
 
     Data: none.
+    Errors: RequestError for a rank or an energy out of range.
 
     Use: layers whose singular values fall fast. Avoid: sparse weights: the factors are dense.
     """

@@ -48,6 +48,7 @@ def quantize_weight(weight: Tensor, *, bits: int = 8) -> Quantized:
     weight: at least one axis. bits: 2 to 8.
 
     Data: none.
+    Errors: RequestError for bits out of range, or a weight that is not finite.
 
     Use: for weights of linear layers and convolutions, after pruning. Avoid: below 4 bits without training
     (`quantization_aware`).
@@ -116,6 +117,7 @@ def quantization_aware(loss: Loss, *, bits: int = 8, only: Sequence[str] = ("*",
     rounded.
 
     Data: what the loss needs.
+    Errors: RequestError for bits out of range.
 
     Use: when rounding alone loses too much, at 4 bits and below. Avoid: at 8 bits, where it is rarely worth the
     training.

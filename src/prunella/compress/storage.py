@@ -76,6 +76,7 @@ def stored_bytes(weight: Tensor, form: StorageFormat) -> int:
     bitmask `k b + n / 8`, 2:4 `n b / 2 + n / 8`. In float32 CSR is smaller than dense below half density, and a bitmask
     costs 1/32 of the dense bytes. 2:4 takes .53125 of dense in float32, .5625 in float16 and .625 in int8.
     The number says nothing about speed. BSR counts whole blocks of 4x4.
+    form: the storage format.
 
     Use: estimating the size of a file. Avoid: predicting speed: `prunella doctor` measures it.
     """

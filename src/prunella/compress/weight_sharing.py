@@ -55,6 +55,7 @@ def share_weight(weight: Tensor, *, bits: int = 5, start: CentroidInit = Centroi
     start.
 
     Data: none.
+    Errors: RequestError for bits out of range.
 
     Use: storing a pruned network in few bits, with `huffman`. Avoid: speed: every value needs a look-up; integers
     (`quantize_weight`) multiply faster.
@@ -146,6 +147,7 @@ def deep_compression_(
     bits: 1 to 8. gap_bits: 1 to 16. start, seed: of k-means. only: patterns of parameter names.
 
     Data: none.
+    Errors: RequestError if `only` matches no weight.
 
     Use: sending a network over a slow line, at 80 % sparsity and more. Avoid: saving memory at run time: the network
     must be decoded first.

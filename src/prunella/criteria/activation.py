@@ -87,6 +87,7 @@ def obs_units(unit_loss: UnitLoss, *, ridge: float = 1e-3) -> Scores:
     error of the outputs without it and all units before it. Inputs are centered if a bias or a batch normalization
     absorbs the constant. `reconstruct` computes the matching weights after the cut.
     Data: forward passes only, a few times more tokens (pixels) than a layer has inputs. ridge: above 0.
+    Errors: RequestError for a ridge that is not positive.
 
     Use: channels, neurons and heads with `reconstruct`, and `prunella.search.measured` for the number of each group.
     Avoid: without `reconstruct`: the scores assume its weights.

@@ -126,6 +126,7 @@ def pareto(
     resumed. Cells with changed functions run again. Changes in code that these functions call are not detected: take a
     new folder then. ratios: original / new, above 1. unit: of the ratio: `Params` counts weights under masks too;
     `Sparsity` counts the prunable weights or units. jobs: processes; above 1 the functions must be importable.
+    on_cell: called after each cell with the cell, the number of finished cells, and of all cells.
 
     Use: before claiming that one method is better than another. Avoid: fewer than three seeds: the interval is wide.
     """

@@ -173,6 +173,7 @@ def load(
     Models of transformers, and those saved with a timm or torchvision name, need nothing else. For others, pass the
     `factory`: a manifest is data, and code named in it is never imported. Errors: BadInput if a file is missing, cut
     short, changed, of a newer format, or does not fit the model of the factory.
+    device: the device of the loaded model.
 
     Example:
 

@@ -99,6 +99,7 @@ def solve_(
     `process_group()` under torchrun, where `data` is the shard of this process: Gram matrices are summed over all
     processes, each process solves some layers and broadcasts them, and each step of `refine` is computed by the process
     that has the batch. Errors: RequestError if no layer is left. After any error `model` is as before.
+    on_layer: called after each layer with its fit, the number of finished layers, and of all layers.
 
     Use: large pretrained models without training. Avoid: small networks that can be trained: `Pruner` does better.
     """

@@ -267,6 +267,7 @@ def rescale_(small: nn.Module, rotated: Rotated) -> None:
 
     A norm divides by the root mean square over the kept directions, which is larger if the sliced ones had little
     energy: its scale becomes `sqrt(width / kept)`, exact if they had none.
+    small: the result of `shrink`. rotated: the result of `rotate`.
     """
     small = unwrap(small)
     with torch.no_grad():

@@ -54,7 +54,10 @@ class Count:
 
 
 def count(model: nn.Module, *, scope: Scope = "weights") -> Count:
-    """Parameters, bytes and zeros of a model, from its tensors alone."""
+    """Parameters, bytes and zeros of a model, from its tensors alone.
+
+    scope: `weights` or `parameters`. Errors: RequestError for another scope.
+    """
     model = with_plain_weights(model)
     if scope not in ("weights", "parameters"):
         raise RequestError(f"unknown scope {scope!r}", "known are weights, parameters", "weights have two axes or more")

@@ -63,6 +63,7 @@ def perplexity(
 
     window: at least 2 tokens. stride: 1 to `window`. limit: at most so many windows. outputs: how to get logits
     `(1, tokens, words)` from the model and `{"input_ids": (1, tokens)}`.
+    Errors: RequestError for windows out of range or a short text, BadInput for a loss that is not finite.
 
     Use: one text and one protocol for all compared models. Avoid: comparisons across tokenizers or window lengths: both
     change the perplexity.
@@ -132,6 +133,7 @@ def token_agreement(
     `kl = mean_t sum_w p_tw (log p_tw - log q_tw)`, p of the dense logits and q of the pruned ones, in float64;
     `top1 = mean_t [argmax p_t = argmax q_t]`, ties to the lowest word. Data: batches of token windows, no labels; every
     position counts. outputs: how to get logits from (model, batch).
+    Errors: RequestError for logits of different shapes.
 
     Use: in addition to perplexity: it needs no reference text, and shows differences that perplexity averages out.
     Avoid: models with different vocabularies.
@@ -164,6 +166,7 @@ def zero_shot(
     The scores are those of the package, without standard errors. Data: the package downloads the data of the tasks.
     limit: examples of each task, all by default. shots: solved examples before each question. batch: questions per
     batch. Errors: MissingExtra without `lm-eval`, RequestError without a task.
+    tokenizer: that of the model.
 
     Use: the scores of papers. Avoid: rankings with a small `limit`: a hundred questions have an error of 5 points.
     """

@@ -51,6 +51,7 @@ def calibration_error(logits: Tensor, labels: Tensor, *, bins: int = 15, adaptiv
     `sum_b (n_b / n) |accuracy_b - confidence_b|`, confidence the largest probability. bins: 1 or more, of equal width
     `(k / bins, (k + 1) / bins]`; adaptive: bins of equal numbers of examples instead, in the order of confidence.
     Data: logits `(examples, classes)` and labels `(examples,)`.
+    Errors: RequestError without a bin, or with labels of another length.
 
     Use: decisions based on probabilities. Avoid: few examples per bin: the error is then biased upwards.
     """
@@ -126,6 +127,7 @@ def pruning_identified_exemplars(dense: Tensor, pruned: Tensor) -> Mask:
 
     `mode_k dense[k] != mode_k pruned[k]`, predicted classes `(models, examples)`, one row for each seed; a tie goes to
     the lowest class. Returns bool `(examples,)`. Data: predictions of several models of each kind.
+    Errors: RequestError for predictions of different shapes.
 
     Use: finding examples that pruning, and not the seed, changes. Avoid: one model of each kind, which gives plain
     flips.

@@ -110,6 +110,7 @@ def side_effects(
 
     bins: of the calibration error. severity: 1 to 5. corruptions: names of `metrics.corruption.CORRUPTIONS`, for
     images `(batch, channels, height, width)` only. seed: of the noise.
+    Errors: RequestError for an unknown corruption, or a batch without labels.
 
     Use: before a pruned model replaces its dense one. Avoid: the data of pruning or recovery.
     """

@@ -75,6 +75,7 @@ def speedup(dense: nn.Module, pruned: nn.Module, inputs: Inputs, *, rounds: int 
     memory inside kernels is not seen. Data: one batch; its first axis is taken as the number of examples.
 
     rounds: 5 or more. seed: of the order of the rounds.
+    Errors: RequestError for inputs without a batch.
 
     Use: the speed-up on this machine, compared to the theoretical one. Avoid: predictions for another machine, batch
     size or number of threads.
@@ -119,6 +120,7 @@ def energy(run: Callable[[], object], *, seconds: float = 2.0, root: Path = _RAP
 
     Errors: NotSupported, "not measurable here", where there are no counters or they may not be read (a virtual machine,
     another system, or no permission).
+    run: the function to measure.
 
     Use: an otherwise idle machine. Avoid: short calls, and busy machines.
     """

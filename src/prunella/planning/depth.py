@@ -92,6 +92,7 @@ def drop_blocks(model: nn.Module, inputs: Inputs, dropped: Sequence[str]) -> Pla
     """The verified plan that drops exactly the named blocks, such as `model.layers.7`.
 
     Errors: RequestError for a name of no prunable block, NotSupported if the smaller model is not exact.
+    dropped: paths of the blocks.
     """
     return find_blocks(model, inputs).plan(dropped)
 

@@ -81,6 +81,7 @@ def plan(
 
     inputs: an example batch: a tensor, a tuple of arguments or a mapping of keywords; multiply-adds are of this batch.
         `prunella.Examples` holds several, for models with other branches at other sizes.
+    recipe: how to prune; default: `Recipe()`.
     target: `Sparsity`, `Params`, `MACs`, `Bytes`, `Latency` or `Threshold`. It is optional for `NM`, which has a fixed
         sparsity, for `Vocabulary`, and with a choice by hand.
     data, loss: batches, and a function of (model, batch), for criteria that need them. Without a loss a batch is passed

@@ -76,6 +76,7 @@ def iterate(
     weights uses the dense ones. With `nested` a masked weight ranks behind all others; without `nested` the weight
     competes and may come back. The result is the plan of the last round. Data: as the criterion needs, once per round.
     For masks whose units compete; `min_units=0` in the recipe allows empty layers, as in the papers.
+    Errors: RequestError for units that do not compete; those of `plan`.
 
     Use: more than about 95 % before training, with any criterion. Avoid: criteria that do not depend on other weights,
     such as magnitude: one round gives the same plan.

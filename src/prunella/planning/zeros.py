@@ -48,6 +48,7 @@ def plan_zeros(
     another number than 0 is kept; `fold_means` folds it. With `Element()` the masks are the zeros of every layer.
 
     inputs, skip, only: as for `prunella.plan`. Errors: NotSupported if nothing is zero.
+    granularity: `Channel()`, `Head()`, both, or `Element()`.
     """
     model = with_plain_weights(model)
     with untouched(model, 0):

@@ -113,6 +113,7 @@ def mask_adapters_(model: nn.Module) -> tuple[str, ...]:
     peft's linear layers and hand-written ones with two linear layers are recognized by their function.
 
     Data: none.
+    Errors: NotSupported for an adapter whose factors are not linear layers.
 
     Use: before training adapters on a pruned model that must remain sparse. Avoid: a dense base: the hooks only cost
     time.

@@ -109,6 +109,7 @@ def reconstruct(
     Every operation of `prunella.model.reads` is refitted: linear layers, matrix products, einsum, convolutions of all
     kinds (each group by itself), `nn.MultiheadAttention`. The result names skipped weights and the reasons: masks of
     single weights, tied weights that are read in two ways, recurrent layers. After an error `small` is as before.
+    on_fit: called after each layer with its fit, the number of finished layers, and of all layers.
 
     Example:
 

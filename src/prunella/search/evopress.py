@@ -88,6 +88,7 @@ def evolve_levels(
     levels: the stored weights. sparsity: one of their sparsities. evaluate: quality of a model, higher is better.
     generations, offspring: at least 1. folder: of the journal; a stopped search resumes from it with the same result.
     `shares` of the result: weight -> sparsity; `model` is the best model, with its masks.
+    Errors: RequestError for a sparsity that is not a level, or numbers out of range.
 
     Use: single weights of language models above 60 %. Avoid: a sum of layer errors as evaluate: it misleads.
     """

@@ -49,6 +49,7 @@ def latency_table(
     run inside the model, with its caches and its other layers. Times that fall while multiply-adds grow are noise and
     are raised to the previous time. measure: a function of (models by name, inputs) that returns name -> module ->
     seconds; by default `time_by_layer`.
+    Errors: RequestError for masks, or ratios out of range.
     """
     candidates = space.candidates
     if not isinstance(candidates, CandidateUnits):

@@ -62,6 +62,7 @@ def measured(
 
     The model does not change. Cost: one pass over the data with Gram matrices, and `len(levels)` passes over `judge`
     for each group.
+    target: as in `plan`. Errors: RequestError for masks, or numbers out of range.
 
     Use: channels, neurons and heads with calibration data, followed by `reconstruct`. Avoid: thousands of groups.
     """

@@ -46,6 +46,7 @@ def netadapt(
     so that `tune` must be deterministic; no proposal is evaluated twice.
 
     Errors: TargetMissed if no group can make the next step.
+    target: as in `plan`. evaluate: quality of a model, higher is better.
 
     Use: latency or multiply-adds under a strict budget, with some time. Avoid: hundreds of groups: each step evaluates
     all groups.

@@ -207,6 +207,7 @@ def space(
 
     Parameters and errors are those of `plan`. The model does not change. Units are structures, or weights under a mask;
     patterns of fixed sparsity, blocks and tokens have no choice to search.
+    Errors: RequestError for a granularity without a choice, NotSupported if nothing can be pruned.
     """
     model = with_plain_weights(model)
     searched = Channel | Head | Width | Expert | Element | Block

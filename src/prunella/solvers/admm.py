@@ -37,6 +37,7 @@ def admm(
 
     sparsity: in [0, 1), not used by `NM`. steps: at least 4; 20 is close to the end. damping: from 0 up, relative to
     the mean diagonal; it grows while the matrix is singular, and the result reports it.
+    Errors: RequestError for shapes, a pattern or numbers that do not fit.
 
     Use: the best layer error for its time, for any pattern, N:M above all. Avoid: very wide layers in little memory.
     """

@@ -42,6 +42,7 @@ def alps(
 
     sparsity: in [0, 1), not used by `NM`. steps: upper limit, from 1; 30 to 100 are usual. damping: from 0 up,
     relative to the mean diagonal; it grows while the matrix is singular, and the result reports it.
+    Errors: RequestError for shapes, a pattern or numbers that do not fit.
 
     Use: the last percent of error, N:M above all. Avoid: little time: `admm` has most of the gain in a fifth of the
     time.

@@ -38,6 +38,7 @@ def swap(
 
     sparsity: of the initial mask, in [0, 1), not used by `NM`. start: the initial mask, by default that of `wanda`.
     steps: largest number of exchanges per row, from 1. Errors: RequestError for a start that splits blocks.
+    pattern: of the mask.
 
     Use: before `refit`, or for weights that must not change. Avoid: cases where weights may change: `admm` has far less
     error.

@@ -66,6 +66,7 @@ def permute(
     its order, as do heads, experts, blocks and tokens. Data: none. `model` does not change; plan on `Permuted.model`.
     rounds: at least 1; the search stops when a round of all pairs finds no gain. seed: of the pairing. skip: as in
     `plan`.
+    Errors: RequestError for rounds below 1.
 
     Use: before N:M masks without retraining, at no cost at run time. Avoid: one-layer models and the layer that reads
     the input, whose columns cannot be permuted.

@@ -56,6 +56,7 @@ def neural_compressor(state: State) -> Imported:
     of blocks are smaller than the weight and are repeated to its shape. The tool saves neither masks nor a form of its
     own: its checkpoints are plain weights with zeros, for which `zeros` is right.
     Data: none.
+    Errors: BadInput without masks.
 
     Use: `masks=` next to a checkpoint, or masks that you saved. Avoid: masks of its old `experimental` pruners, which
     may mean the opposite: check which weights are zero first.

@@ -28,6 +28,7 @@ def compressed_tensors(state: State) -> Imported:
     row) in `sparse-bitmask`; two values of every four in `sparse-24-bitmask`. Lengths, offsets and counts must agree.
     Weights that are stored dense are masked where they are zero.
     Data: none.
+    Errors: BadInput for parts that do not agree, NotSupported for quantized weights.
 
     Use: folders of llm-compressor with `sparsity_config`. Avoid: quantized weights, which are refused: a plan masks
     weights of the model as it is.

@@ -22,6 +22,7 @@ def torch_prune(state: State) -> Imported:
     `W = W_orig * W_mask`: a parameter `weight` is stored as `weight_orig` and `weight_mask`. The weights of the plan
     are the originals, so that masked weights can be regrown. Every mask needs an original of its shape.
     Data: none.
+    Errors: BadInput for a mask without its original, or of another shape.
 
     Use: models pruned in PyTorch and not made permanent by `prune.remove`. Avoid: after `prune.remove`, which leaves
     only zeros: use `zeros`.
@@ -51,6 +52,7 @@ def torch_ao(state: State) -> Imported:
     `parametrizations.weight.0.mask`. Its `state_dict()` leaves the mask out, so that a file of it needs the
     sparsifier's `state_dict()` too: give that as `masks=`. The latter is `{"state": {name: {"mask": ...}}, ...}`.
     Data: none.
+    Errors: BadInput for a mask without its weight, or masks that are missing.
 
     Use: models that a sparsifier prepared, before or after `squash_mask`. Avoid: a state dict without the sparsifier's
     if masks were not squashed: its masks are unknown, and it is refused.

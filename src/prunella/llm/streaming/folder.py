@@ -95,6 +95,7 @@ def solve_folder(
     refused before it starts. None: hidden states in memory, no check. Errors: RequestError if the folder exists or
     belongs to another run, or for too little memory; NotSupported if the blocks are not entries of one list, run in
     order.
+    how: as in `solve_`. overwrite: replace an existing result. on_block: called after each block.
 
     Use: models larger than memory. Avoid: models that fit, if they are evaluated next: `solve_`.
     """

@@ -83,6 +83,7 @@ def l0_gates_(model: M, units: CoupledUnits, *, per_weight: bool = False, start:
 
     Data: none of its own. Caveats: gates need a larger learning rate than weights, 0.01 to 0.1, and a penalty from
     1e-6 to 1e-3 per weight; all gates of a group may close, and `plan_zeros` then keeps the minimum of units.
+    units: from `coupled_units`. Errors: RequestError for a start that is not finite, NotSupported without units.
 
     Use: structure that the loss itself chooses, in long training. Avoid: an exact budget, or training for a few steps.
     """

@@ -93,6 +93,7 @@ def top_movement_(model: M, units: CoupledUnits, *, sparsity: float, schedule: S
     trained, so that the weight may come back.
 
     sparsity: in [0, 1), of each layer. schedule: progress in [0, 1] -> fraction of the sparsity.
+    units: from `coupled_units`. Errors: RequestError for a sparsity out of range.
 
     Use: fine-tuning a pretrained model on a small task, at high sparsity. Avoid: training from scratch.
     """
@@ -111,6 +112,7 @@ def soft_movement_(model: M, units: CoupledUnits, *, threshold: float = 0.1) -> 
     starts at 0. Data: training.
 
     threshold: in (0, 0.5), of the sigmoid.
+    units: from `coupled_units`. Errors: RequestError for a threshold out of range.
 
     Use: movement pruning with a learned allocation over layers. Avoid: an exact sparsity: `top_movement_`.
     """
