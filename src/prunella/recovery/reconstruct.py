@@ -103,13 +103,11 @@ def reconstruct(
     the value from 1e-3 to 10 with the least error on every fourth batch after a fit to the others. All batches then
     determine the weights; a layer that no value improves keeps its weights. With a single batch the value is 1e-3, or
     1e-2 for few tokens. If a batch has very many tokens (pixels), 16 per input of the layer are sampled.
-
     Positions where the `attention_mask` of a batch is 0 are padding and are ignored.
 
     Every operation of `prunella.model.reads` is refitted: linear layers, matrix products, einsum, convolutions of all
     kinds (each group by itself), `nn.MultiheadAttention`. The result names skipped weights and the reasons: masks of
-    single weights, tied weights that are read in two ways, recurrent layers. After an error `small` is as before.
-    on_fit: called after each layer with its fit, the number of finished layers, and of all layers.
+    single weights, tied weights that are read in two ways, recurrent layers. on_fit: see `OnFit`. An error changes nothing.
 
     Example:
 
