@@ -107,7 +107,7 @@ def reconstruct(
 
     Every operation of `prunella.model.reads` is refitted: linear layers, matrix products, einsum, convolutions of all
     kinds (each group by itself), `nn.MultiheadAttention`. The result names skipped weights and the reasons: masks of
-    single weights, tied weights that are read in two ways, recurrent layers. on_fit: see `OnFit`. An error changes nothing.
+    single weights, tied weights read in two ways, recurrent layers. on_fit: see `OnFit`. An error changes nothing.
 
     Example:
 
