@@ -33,7 +33,7 @@ HALF = ("--target", "macs=0.5")
         (("plan", "{shop}:net", *IMAGE, *HALF, "--granularity", "chanel"), 2, "did you mean Channel"),
         (("plan", "{shop}:net", *IMAGE, *HALF, "--granularity", "NM"), 2, "--pattern"),
         (("plan", "{shop}:net", *IMAGE, "--pattern", "two of four"), 2, "cannot read the pattern"),
-        (("plan", "{shop}:net", *IMAGE, "--pattern", "4:2"), 2, "no pattern"),
+        (("plan", "{shop}:net", *IMAGE, "--pattern", "4:2"), 2, "not a pattern"),
         (("plan", "{shop}:net", *IMAGE, *HALF, "--skip", "nothing.*"), 2, "nothing.*"),
         (("plan", "{shop}:net", *IMAGE, *HALF, "--recipe", "taylor"), 2, "pass --data and --loss"),
         (("plan", "{shop}:net", *IMAGE, *HALF, "--data", "{shop}:empty", "--recipe", "wanda"), 3, "no batches"),

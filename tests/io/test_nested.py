@@ -130,7 +130,7 @@ def test_a_state_that_is_broken(tmp_path: Path, state: Any, version: Any, why: s
 
 
 def test_files_that_are_no_state(tmp_path: Path) -> None:
-    with pytest.raises(BadInput, match="no sound state"):
+    with pytest.raises(BadInput, match="not a sound state"):
         load_state(tmp_path / "absent")
     save_file({"x": torch.ones(2)}, tmp_path / "weights")
     with pytest.raises(BadInput, match=r"without 'prunella\.state'"):
@@ -139,7 +139,7 @@ def test_files_that_are_no_state(tmp_path: Path) -> None:
     data = file.read_bytes()
     for cut in (0, 4, 40, len(data) - 1):
         file.write_bytes(data[:cut])
-        with pytest.raises(BadInput, match="no sound state"):
+        with pytest.raises(BadInput, match="not a sound state"):
             load_state(file)
     save_file({}, tmp_path / "twice", metadata={"prunella.state": '{"version": 2, "version": 2, "state": {}}'})
     with pytest.raises(BadInput, match="is there twice"):

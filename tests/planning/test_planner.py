@@ -321,7 +321,7 @@ def test_broken_weights_are_named(name: str, value: float) -> None:
 
 
 def test_broken_buffers_are_named() -> None:
-    with pytest.raises(BadInput, match=r"buffer 1\.running_var has NaN"):
+    with pytest.raises(BadInput, match=r"buffer 1\.running_var holds NaN"):
         pr.plan(poison("1.running_var", float("nan"))(), X, target=pr.MACs(0.5))
 
 

@@ -103,7 +103,7 @@ def test_layers_are_found_and_what_counts_them(name: str) -> None:
     lists = {place for places in graph.lists.values() for place in places}
     assert lists == ({(":config", "layer_types")} if name in ("gemma3", "qwen3") else set())
     assert [f.entity for f in graph.rooted] == (["encoder.block.0", "decoder.block.0"] if name == "t5" else [])
-    assert all("read elsewhere" in f.reason for f in graph.rooted)
+    assert all("read outside the block" in f.reason for f in graph.rooted)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
