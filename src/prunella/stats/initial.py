@@ -42,7 +42,7 @@ class TotalSlope:
         total = sum(
             float((weights[name].detach() * grad).abs().sum(dtype=torch.float64)) for name, grad in grads.items()
         )
-        return {name: torch.full((), total, dtype=grad.dtype).expand(grad.shape) for name, grad in grads.items()}
+        return {name: grad.new_full((), total).expand(grad.shape) for name, grad in grads.items()}
 
 
 class HessianGrad:
