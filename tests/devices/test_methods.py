@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import prunella as pr
-from prunella.planning import recipes
+from prunella.planning import checks, recipes
 from prunella.registry.method import Method
 from tests.devices.second import far, move_, near, second_device
 from tests.graphs import blocks, convnet, square_loss
@@ -113,6 +113,12 @@ def test_the_default_call_ends_as_on_the_cpu() -> None:
 
     here, there = both(pruned)
     assert same(here, there)
+
+
+def test_a_device_without_float64_is_refused_in_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checks, "NO_FLOAT64", frozenset({"lazy"}))
+    with second_device(), pytest.raises(pr.PruningError, match="float64, which this device does not have"):
+        pr.plan(move_(convnet().eval()), far(DATA[0]), target=pr.Params(0.5))
 
 
 def test_every_recovery_of_a_small_model_is_here() -> None:
