@@ -183,7 +183,7 @@ def test_a_text_that_calibrates_and_judges_is_told(prunella: Run, story: Any) ->
     Path("other.txt").write_bytes(Path("text.txt").read_bytes())  # another name, the same bytes
     result = prunella(*COMPARE[:7], "magnitude", *COMPARE[10:-4], "--seeds", "1", "-o", "one", "--json")
     assert result.code == 0, result.err
-    assert "other.txt is the text that calibrates" in result.err and "both are the same text" in result.data["protocol"]
+    assert "other.txt is the calibration text" in result.err and "both are the same text" in result.data["protocol"]
 
 
 def test_a_table_of_the_model_by_the_library(prunella: Run, story: Any) -> None:
