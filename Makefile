@@ -5,12 +5,13 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 TESTS ?= tests
+EXAMPLES ?= $(filter-out examples/parts.py,$(sort $(wildcard examples/*.py)))
 SAY = @printf '\n== %s\n'
 
 export PIP_NO_INPUT = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check docs bench mutants kernels fuzz faults wheel clean
+.PHONY: help install demo test check docs examples bench mutants kernels fuzz faults wheel clean
 
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/make \1 \t\2/' | expand -t 14
@@ -29,8 +30,8 @@ test: $(VENV)/.stamp-test ## run all tests (about ten minutes on two cores; stop
 
 check: $(VENV)/.stamp-check ## ruff, mypy --strict, order of imports
 	$(SAY) "ruff check and format"
-	$(BIN)/ruff check src tests docs benchmarks
-	$(BIN)/ruff format --check src tests docs benchmarks
+	$(BIN)/ruff check src tests docs benchmarks examples
+	$(BIN)/ruff format --check src tests docs benchmarks examples
 	$(SAY) "mypy --strict"
 	$(BIN)/mypy
 	$(SAY) "order of imports"
@@ -39,6 +40,10 @@ check: $(VENV)/.stamp-check ## ruff, mypy --strict, order of imports
 docs: $(VENV)/.stamp-docs ## build the documentation into site/
 	$(SAY) "building the documentation into site/"
 	NO_MKDOCS_2_WARNING=1 DISABLE_MKDOCS_2_WARNING=true $(BIN)/mkdocs build --strict
+
+examples: $(VENV)/.stamp-test ## run the scripts of examples/ (about a quarter of an hour)
+	@for script in $(EXAMPLES); do printf '\n== %s\n' "$$script"; \
+	  OMP_NUM_THREADS=2 $(BIN)/python "$$script" || exit 1; done
 
 bench: $(VENV)/.stamp-bench ## compare with Torch-Pruning on the same weights and budget (long)
 	$(SAY) "running benchmarks/"

@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from prunella.app import backends as benching
-from prunella.app.backends import Bench, Timed, bench, plot, repeated
+from prunella.app.backends import Bench, PairBench, PairTimed, Timed, bench, bench_pair, plot, repeated
 from prunella.errors import RequestError
+from prunella.measure.timing import Ratio
 from prunella.runtime.kernels import library
 
 
@@ -72,3 +73,40 @@ def test_the_plot_is_a_picture_that_stands_alone() -> None:
     assert root.tag == "{http://www.w3.org/2000/svg}svg"  # else no browser draws the file
     words = {"".join(node.itertext()).strip() for node in root.iter() if node.tag.endswith("text")}
     assert {"batch 1", "batch 8", "sparse", "eager"} <= words and "var(--" not in text
+
+
+def wide(units: int) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(64, units), nn.ReLU(), nn.Linear(units, 8)).train()
+
+
+def test_two_models_meet_on_every_backend() -> None:
+    dense, small = wide(60_000), wide(8)
+    found = bench_pair(dense, small, torch.randn(4, 64), backends=("eager", "dense fast"), threads=(1,), rounds=5)
+    assert [(row.backend.partition(":")[0], row.batch, row.threads) for row in found.rows] == [
+        ("eager", 1, 1), ("dense fast", 1, 1), ("best", 1, 1),
+    ]  # fmt: skip
+    assert all(row.ratio.value > 1 and row.dense_ms > row.pruned_ms for row in found.rows)
+    assert dense.training and small.training and found.as_dict()["verdict"] == found.verdict
+    back = bench_pair(small, dense, torch.randn(4, 64), backends=("eager",), threads=(1,), rounds=5)
+    assert back.verdict.startswith("no speed-up on this device")
+
+
+@pytest.mark.parametrize(
+    ("ratios", "said"),
+    [
+        ([(1.0, 0.98, 1.02)], "no speed-up on this device"),
+        ([(0.5, 0.4, 0.6)], "no speed-up on this device: it is slower"),
+        ([(1.1, 0.5, 2.0)], "no speed-up on this device, as far as so noisy"),
+        ([(2.0, 1.9, 2.1), (1.0, 0.9, 1.1)], "faster, but no speed-up is shown at batch 2"),
+        ([(2.0, 1.9, 2.1), (1.5, 1.4, 1.6)], "at least 1.50x faster [1.40, 1.60]"),
+    ],
+)
+def test_a_verdict_says_no_more_than_the_intervals(ratios: list[tuple[float, float, float]], said: str) -> None:
+    rows = [PairTimed("best: eager, eager", k, 1, 1.0, 1.0, Ratio(*r)) for k, r in enumerate(ratios, 1)]
+    assert said in PairBench((*rows, PairTimed("eager", 1, 1, 1.0, 1.0, Ratio(9, 8, 10))), {}, "x", "none").verdict
+
+
+def test_a_pair_of_nonsense_is_refused() -> None:
+    with pytest.raises(RequestError, match="cannot be measured"):
+        bench_pair(net(), net(), torch.randn(2, 64), backends=("walk",))

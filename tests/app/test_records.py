@@ -12,7 +12,7 @@ from torch import nn
 import prunella as pr
 from prunella.app.job import Job
 from prunella.app.run import run
-from prunella.cli.run import _named
+from prunella.cli.run import named
 from prunella.io.card import Card, render_card
 from prunella.io.origin import passed_on
 
@@ -20,7 +20,7 @@ from prunella.io.origin import passed_on
 def test_the_folder_of_a_run_does_not_say_where_it_was_made(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4)).eval()
-    command = " ".join(map(_named, ["run", "x:net", "--weights", f"{tmp_path}/w.pt", f"--output={tmp_path}/out"]))
+    command = " ".join(map(named, ["run", "x:net", "--weights", f"{tmp_path}/w.pt", f"--output={tmp_path}/out"]))
     assert command == "run x:net --weights w.pt --output=out"
     job = Job(pr.Recipe(pr.magnitude, pr.Channel()), pr.MACs(0.5), command=command)
     run(model, torch.ones(2, 8), job, tmp_path / "out")

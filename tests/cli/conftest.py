@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from prunella.cli import main
+from tests.llm.streaming.models import write
 
 MODULE = """
 import torch
@@ -103,3 +104,24 @@ def prunella(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch)
         return Result(int(ended.value.code or 0), captured.out, captured.err)
 
     return run
+
+
+WORDS = "the cat sat on a mat and saw that fat rat run at bat hat pat vat".split()
+
+
+@pytest.fixture
+def story(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A model with a tokenizer of words in `in`, and a text of 170 words."""
+    monkeypatch.chdir(tmp_path)
+    model = write(tmp_path / "in")
+    with_words(Path("in"))
+    Path("text.txt").write_text(" ".join(WORDS * 10))
+    return model
+
+
+def with_words(folder: Path) -> None:
+    """A tokenizer of words in a folder."""
+    tokenizers, transformers = pytest.importorskip("tokenizers"), pytest.importorskip("transformers")
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({w: k for k, w in enumerate([*WORDS, "?"])}, "?"))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    transformers.PreTrainedTokenizerFast(tokenizer_object=words, unk_token="?").save_pretrained(folder)

@@ -49,3 +49,9 @@ def test_a_stage_that_fails_is_not_told(capsys: pytest.CaptureFixture[str]) -> N
 def test_errors_name_the_options_of_the_verb(text: str, typed: str) -> None:
     assert as_typed(text, OPTIONS) == typed
     assert as_typed(text, ()) == text
+
+
+def test_ratios_and_counts_are_said_as_a_verb_has_them() -> None:
+    said = "leave ratios= and counts= out"
+    assert as_typed(said, {"ratio", "count"}) == "leave --ratio and --count out"
+    assert as_typed(said, {"ratios"}) == "leave --ratios and counts= out"  # those of `scan`

@@ -13,7 +13,7 @@ from prunella.cli.app import app
 from tests.cli.conftest import Run
 
 VERBS = ("demo", "doctor", "methods", "explain", "inspect", "scan", "plan", "import", "show", "run", "llm",
-         "pareto", "compare", "bench", "export", "verify", "report")  # fmt: skip
+         "eval", "chat", "pareto", "compare", "bench", "export", "verify", "report")  # fmt: skip
 HEAVY = ("torch", "numpy", "scipy", "rich", "matplotlib", "pydantic", "transformers")
 MOST = 3
 

@@ -13,24 +13,8 @@ import prunella as pr
 from prunella.cli.parse import LLM_RECIPES
 from prunella.io import load as models
 from prunella.llm.presets import PRESETS
-from tests.cli.conftest import Run
+from tests.cli.conftest import WORDS, Run
 from tests.llm.streaming.models import read, write
-
-WORDS = "the cat sat on a mat and saw that fat rat run at bat hat pat vat".split()
-
-
-@pytest.fixture
-def story(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """A model with a tokenizer of words in `in`, and a text of 170 words."""
-    monkeypatch.chdir(tmp_path)
-    model = write(tmp_path / "in")
-    tokenizers, transformers = pytest.importorskip("tokenizers"), pytest.importorskip("transformers")
-    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({w: k for k, w in enumerate([*WORDS, "?"])}, "?"))
-    words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    transformers.PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained("in")
-    Path("text.txt").write_text(" ".join(WORDS * 10))
-    return model
-
 
 LINE = ("llm", "in", "--pattern", "2:4", "--data", "text.txt", "--nsamples", "3")
 
@@ -114,7 +98,7 @@ def test_a_dry_run_says_what_it_will_take_and_writes_nothing(prunella: Run, stor
     ("words", "said"),
     [
         (("--seqlen", "500"), "has 170 tokens"),
-        (("--seqlen", "12", "--target", "macs=0.5"), "No such option"),
+        (("--seqlen", "12", "--target", "macs=0.5"), "--target needs --granularity"),
         (("--seqlen", "12", "--recipe", "taylor"), "no recipe 'taylor' for language models"),
         (("--seqlen", "12", "--sparsity", "0.7"), "2:4 removes 0.5"),
         (("--seqlen", "12", "--memory", "20MB"), "20.0 MB of memory are not enough"),

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import prunella as pr
-from prunella.errors import BadInput, CheckFailed, MissingExtra, RequestError
+from prunella.errors import BadInput, CheckFailed, MissingExtra, NotSupported, RequestError
 from prunella.io import export as module
 from prunella.io.export import export
 from prunella.io.exported import load_exported
@@ -149,3 +149,50 @@ def test_a_program_that_could_run_code_is_refused(tmp_path: Path, attack: str) -
             target.writestr(name, data)
     with pytest.raises(BadInput, match="can run code when read"):
         load_exported(evil)
+
+
+@pytest.mark.parametrize("suffix", ["pt2", "onnx"])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_images_of_any_size(tmp_path: Path, suffix: str) -> None:
+    if suffix == "onnx":
+        pytest.importorskip("onnxscript")
+    made = export(Net(), tmp_path / f"net.{suffix}", inputs=BATCH[:1], any_size=True)
+    assert made.sizes and made.dynamic and "any batch and image size" in str(made)
+    other = torch.randn(3, 3, 11, 17)
+    if suffix == "pt2":
+        again = load_exported(made.path)[0](other)
+    else:
+        session = pytest.importorskip("onnxruntime").InferenceSession(made.path)
+        again = torch.from_numpy(session.run(None, {session.get_inputs()[0].name: other.numpy()})[0])
+    torch.testing.assert_close(again, Net().eval()(other), rtol=1e-4, atol=1e-5)
+
+
+class Flat(nn.Module):
+    """Its last layer fixes the size of an image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.fc = nn.Conv2d(3, 4, 3), nn.Linear(4 * 36, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.conv(x).flatten(1))
+
+
+@pytest.mark.parametrize(("net", "example"), [(Flat(), BATCH), (nn.Linear(4, 2), torch.ones(2, 4))])
+def test_a_size_that_the_model_fixes_is_refused(tmp_path: Path, net: nn.Module, example: Tensor) -> None:
+    with pytest.raises(NotSupported, match="does not take any image size"):
+        export(net, tmp_path / "net.pt2", inputs=example, any_size=True)
+    assert not (tmp_path / "net.pt2").exists()
+    assert export(net, tmp_path / "net.pt2", inputs=example).dynamic
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_a_size_that_onnx_fixes_is_refused(tmp_path: Path) -> None:
+    """torch pools to 2x2 at every size; the translation to ONNX pools by a fixed stride."""
+    pytest.importorskip("onnxscript")
+    pytest.importorskip("onnxruntime")
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(16, 5)).eval()
+    assert export(net, tmp_path / "net.pt2", inputs=BATCH, any_size=True).sizes
+    with pytest.raises((NotSupported, CheckFailed)):
+        export(net, tmp_path / "net.onnx", inputs=BATCH, any_size=True)
+    assert not (tmp_path / "net.onnx").exists()

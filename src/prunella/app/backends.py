@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_map
 from prunella.errors import PruningError, RequestError, near_names
 from prunella.io.export import export
 from prunella.measure.machine import cpu_name
-from prunella.measure.timing import Comparison, compare_latency
+from prunella.measure.timing import Comparison, Ratio, compare_latency, paired_ratio
 from prunella.model.copying import copied
 from prunella.model.forward import forward
 from prunella.model.trees import tensors
@@ -89,31 +89,157 @@ def bench(
     and all, unless given. precision: of the kernels that `sparse` may choose. A backend that is not installed here is
     left out, and the result says why. Errors: RequestError for an unknown backend, or numbers out of range.
     """
+    _check_request(backends, batches, threads)
+    rows, left, said = list[Timed](), dict[str, str](), ""
+    model = _to_time(model)
+    for count in sorted(set(threads) or {1, _usable()}):
+        with _threads(count):
+            for batch in batches:
+                torch._dynamo.reset()
+                runs = _runs(model, repeated(example, batch), backends, left, precision, seed)
+                if "sparse" in runs:
+                    said = str(sparsified(cast("partial[object]", runs["sparse"]).args[0]))
+                with torch.inference_mode():
+                    rows += _rows(runs, batch, count, rounds, seed)
+    return Bench(tuple(rows), left, said, cpu_name(), _kernels())
+
+
+def _kernels() -> str:
+    return library.isa() if library.available() else "none"
+
+
+def _usable() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _to_time(model: nn.Module) -> nn.Module:
+    """A copy on the CPU, in eval mode and without gradients."""
+    return copied(model).cpu().eval().requires_grad_(False)
+
+
+def _runs(
+    model: nn.Module, given: Inputs, backends: Sequence[str], left: dict[str, str], precision: Precision, seed: int
+) -> dict[str, Callable[[], object]]:
+    """Eager, and what can be made of the other backends; `left` gets the reasons why the rest cannot."""
+    runs: dict[str, Callable[[], object]] = {"eager": partial(forward, model, given)}
+    with tempfile.TemporaryDirectory() as folder:
+        for backend in BACKENDS:
+            if backend in backends and backend != "eager":
+                try:
+                    runs[backend] = _MAKERS[backend](model, given, precision, Path(folder), seed)
+                except PruningError as error:
+                    left[backend] = f"{error.what}: {error.why}" if error.why else error.what
+    return runs
+
+
+@dataclass(frozen=True)
+class PairTimed:
+    """Both models on one backend, in the same rounds. ratio: dense / pruned; above 1 the pruned model is faster.
+
+    backend: `best` compares the fastest backend of each.
+    """
+
+    backend: str
+    batch: int
+    threads: int
+    dense_ms: float
+    pruned_ms: float
+    ratio: Ratio
+
+
+@dataclass(frozen=True)
+class PairBench:
+    """What was measured of two models, and what was left out and why."""
+
+    rows: tuple[PairTimed, ...]
+    left_out: Mapping[str, str]
+    machine: str
+    kernels: str
+
+    @property
+    def verdict(self) -> str:
+        """What a user of the pruned model gains: the fastest backend of each, for every batch size and threads."""
+        best = [row for row in self.rows if row.backend.startswith("best")]
+        faster = [row for row in best if row.ratio.faster]
+        if not faster:
+            noisy = any(row.ratio.noisy for row in best)
+            slower = all(row.ratio.slower for row in best)
+            more = ": it is slower" if slower else ", as far as so noisy a measurement can tell" if noisy else ""
+            return f"no speed-up on this device{more}"
+        if len(faster) == len(best):
+            least = min(faster, key=lambda row: row.ratio.value)
+            return f"faster everywhere here: at least {least.ratio.verdict}"
+        where = ", ".join(f"batch {row.batch} with {row.threads} threads" for row in best if not row.ratio.faster)
+        return f"faster, but no speed-up is shown at {where}"
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return {"verdict": self.verdict, **asdict(self)}
+
+
+def bench_pair(
+    dense: nn.Module,
+    pruned: nn.Module,
+    example: Inputs,
+    *,
+    small_example: Inputs | None = None,
+    backends: Sequence[str] = BACKENDS,
+    batches: Sequence[int] = (1,),
+    threads: Sequence[int] = (),
+    rounds: int = 15,
+    seed: int = 0,
+) -> PairBench:
+    """Time two models with every backend, all of them in the same interleaved rounds: see `bench`.
+
+    small_example: what the pruned model takes, where that is something else. The ratio of each backend, and that of
+    the fastest backend of each model, has a 95 % bootstrap interval over rounds.
+    """
+    _check_request(backends, batches, threads)
+    rows, left = list[PairTimed](), dict[str, str]()
+    dense, pruned = _to_time(dense), _to_time(pruned)
+    for count in sorted(set(threads) or {1, _usable()}):
+        with _threads(count):
+            for batch in batches:
+                torch._dynamo.reset()
+                first = _runs(dense, repeated(example, batch), backends, left, Precision.FP32, seed)
+                given = repeated(example if small_example is None else small_example, batch)
+                second = _runs(pruned, given, backends, left, Precision.FP32, seed)
+                with torch.inference_mode():
+                    rows += _pairs(first, second, backends, batch, count, rounds, seed)
+    return PairBench(tuple(rows), left, cpu_name(), _kernels())
+
+
+def _pairs(
+    first: Mapping[str, Callable[[], object]],
+    second: Mapping[str, Callable[[], object]],
+    backends: Sequence[str],
+    batch: int,
+    threads: int,
+    rounds: int,
+    seed: int,
+) -> Iterator[PairTimed]:
+    asked = [name for name in BACKENDS if name in backends and name in first and name in second]
+    both = asked or ["eager"]
+    runs = {f"{model} {name}": made[name] for name in both for model, made in (("dense", first), ("pruned", second))}
+    timed = {one.name: one for one in compare_latency(runs, rounds=rounds, warmup=2, seed=seed).latencies}
+    best = [min((timed[f"{model} {name}"].median, name) for name in both)[1] for model in ("dense", "pruned")]
+    named = {name: (name, name) for name in both}
+    if len(both) > 1:
+        named[f"best: {best[0]}, {best[1]}"] = (best[0], best[1])
+    else:
+        named = {f"best: {both[0]}, {both[0]}": (both[0], both[0])}
+    for name, (mine, theirs) in named.items():
+        one, other = timed[f"dense {mine}"], timed[f"pruned {theirs}"]
+        ratio = paired_ratio(one.samples, other.samples, seed=seed)
+        yield PairTimed(name, batch, threads, one.median * 1e3, other.median * 1e3, ratio)
+
+
+def _check_request(backends: Sequence[str], batches: Sequence[int], threads: Sequence[int]) -> None:
     unknown = sorted(set(backends) - set(BACKENDS))
     if unknown or min([*batches, *threads, 1]) < 1 or not batches:
         why = f"got {', '.join(unknown) or 'a batch or thread number below 1'}"
         why += f"; {near}" if unknown and (near := near_names(unknown[0], BACKENDS)) else ""
         raise RequestError("the backends cannot be measured", why, f"backends are {', '.join(BACKENDS)}")
-    rows, left_out, record = list[Timed](), dict[str, str](), ""
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    model = copied(model).cpu().eval().requires_grad_(False)
-    for count in sorted(set(threads) or {1, usable}):
-        with _threads(count), tempfile.TemporaryDirectory() as folder:
-            for batch in batches:
-                example_of_batch = repeated(example, batch)
-                runs: dict[str, Callable[[], object]] = {"eager": partial(forward, model, example_of_batch)}
-                for backend in BACKENDS:
-                    if backend in backends and backend != "eager":
-                        try:
-                            runs[backend] = _MAKERS[backend](model, example_of_batch, precision, Path(folder), seed)
-                        except PruningError as error:
-                            left_out[backend] = f"{error.what}: {error.why}" if error.why else error.what
-                if "sparse" in runs:
-                    record = str(sparsified(cast("partial[object]", runs["sparse"]).args[0]))
-                with torch.inference_mode():
-                    rows += _rows(runs, batch, count, rounds, seed)
-    kernels = library.isa() if library.available() else "none"
-    return Bench(tuple(rows), left_out, record, cpu_name(), kernels)
 
 
 def _rows(
@@ -167,7 +293,6 @@ def _compiled(model: nn.Module, given: Inputs, precision: Precision, folder: Pat
         raise RequestError("compiled needs a C++ compiler", "there is none", "install g++")
     import torch._inductor.config as settings
 
-    torch._dynamo.reset()
     with settings.patch(freezing=True), torch.inference_mode(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # warnings of the compiler
         compiled = cast(nn.Module, torch.compile(copied(model), dynamic=False))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 from torch import nn
@@ -11,11 +12,16 @@ from torch import nn
 from prunella.errors import RequestError, near_names
 from prunella.model.user_code import number_of
 from prunella.planning.by_hand import ByHand
+from prunella.planning.loadable import Loadable
+from prunella.planning.plan import Plan
 from prunella.planning.recipe import Recipe
+from prunella.reporting.section import Section
 from prunella.targets import Target
-from prunella.types import Loss
+from prunella.types import Inputs, Loss
 
-StepKind = Literal["bn", "reconstruct", "distill", "finetune"]
+StepKind = Literal["bn", "reconstruct", "match", "lora", "distill", "finetune", "quantize"]
+TRAINED: tuple[StepKind, ...] = ("lora", "distill", "finetune")
+"""Steps that train: their number is of optimizer steps."""
 _KINDS: dict[str, StepKind] = {kind: kind for kind in get_args(StepKind)}
 Quality = Mapping[str, float]
 """Name of a metric -> its value; higher is better. Empty if nothing is evaluated."""
@@ -25,7 +31,10 @@ Metric = Callable[[nn.Module], float | Quality]
 
 @dataclass(frozen=True)
 class RecoveryStep:
-    """One step of recovery: `bn`, `reconstruct`, `distill:200`, `finetune:500`; the number is of optimizer steps."""
+    """One step of recovery: `bn`, `reconstruct`, `distill:200`, `finetune:500`; the number is of optimizer steps.
+
+    Of language models also `match` (the residual stream), `lora:200`, and `quantize:8`, whose number is of bits.
+    """
 
     kind: StepKind
     steps: int = 0
@@ -41,9 +50,9 @@ def read_steps(text: str) -> tuple[RecoveryStep, ...]:
 
 def _read_step(text: str) -> RecoveryStep:
     kind, _, number = text.partition(":")
-    trained = kind in ("distill", "finetune")
-    if kind not in _KINDS or bool(number) != trained or (trained and not (number.isdigit() and int(number))):
-        why = "a step is bn, reconstruct, distill:STEPS or finetune:STEPS"
+    numbered = kind in (*TRAINED, "quantize")
+    if kind not in _KINDS or bool(number) != numbered or (numbered and not (number.isdigit() and int(number))):
+        why = "a step is bn, reconstruct, match, lora:STEPS, distill:STEPS, finetune:STEPS or quantize:BITS"
         near = "" if kind in _KINDS else near_names(kind, _KINDS)
         why += f"; {near}" if near else ""
         raise RequestError(f"cannot read the recovery {text!r}", why, "for example bn,reconstruct,distill:200")
@@ -54,15 +63,47 @@ def _read_step(text: str) -> RecoveryStep:
 class Recovery:
     """How the pruned model is recovered, step by step.
 
-    data: batches for `distill` and `finetune`; default: those of the job. lr: learning rate of both. ridge: penalty of
-    `reconstruct`. imitate: maps the dense model to the loss of `distill`; default: divergence of the logits.
+    data: batches for the steps that train; default: those of the job. lr: learning rate of these steps; None is 1e-3
+    for `lora` and 1e-4 for the others. ridge: penalty of `reconstruct`. imitate: maps the dense model to the loss of
+    `distill`; default: divergence of the logits.
     """
 
     steps: tuple[RecoveryStep, ...] = ()
     data: Iterable[Any] | None = None
-    lr: float = 1e-4
+    lr: float | None = None
     ridge: float = 1e-2
     imitate: Callable[[nn.Module], Loss] | None = None
+
+    def lr_of(self, step: RecoveryStep) -> float:
+        """The learning rate of a step that trains."""
+        return self.lr if self.lr is not None else 1e-3 if step.kind == "lora" else 1e-4
+
+
+@dataclass(frozen=True)
+class Planner:
+    """Another way to the plan than by `plan`. make: from model, example, and a folder for unfinished work, if there is
+    one. asked: all that decides it."""
+
+    make: Callable[[nn.Module, Inputs, Path | None], Plan]
+    asked: Mapping[str, object]
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What is said of both models at the end, besides the report: parts of it, and entries of the record."""
+
+    sections: tuple[Section, ...] = ()
+    record: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Finish:
+    """The end of a job. judge: looks at the dense model and the smaller one. write: adds files to the output, from its
+    folder, what reads it, and the models' plan. unrecovered: what is said of a cut that is not recovered."""
+
+    judge: Callable[[nn.Module, nn.Module, Plan], Judged]
+    write: Callable[[Path, str, Plan, Judged], None]
+    unrecovered: str
 
 
 @dataclass(frozen=True)
@@ -72,7 +113,8 @@ class Job:
     data, loss: for scores and recovery. factory: makes the dense model, for `load`. source: the Hugging Face folder
     from which the model was read. command: the command line that repeats the job. about: one line on model and data
     for the record. by_hand: units, ratios and counts by layer name. auto: `prune` plans, cuts and recovers; only the
-    seed of the recipe is used.
+    seed of the recipe is used. loadable: as for `plan`. planner: makes the plan in place of the recipe. finish:
+    compares both models at the end, and adds files to the output.
     """
 
     recipe: Recipe
@@ -90,6 +132,9 @@ class Job:
     command: str = ""
     about: str = ""
     auto: bool = False
+    loadable: Loadable | None = None
+    planner: Planner | None = None
+    finish: Finish | None = None
 
     @property
     def recovery_data(self) -> Iterable[Any] | None:
@@ -99,8 +144,8 @@ class Job:
     def check(self) -> None:
         """Errors: RequestError when a part of the job needs another that is missing."""
         for step in self.recovery.steps:
-            trained = step.kind in ("distill", "finetune")
-            if (self.recovery_data if trained else self.data) is None:
+            trained = step.kind in TRAINED
+            if step.kind != "quantize" and (self.recovery_data if trained else self.data) is None:
                 raise RequestError(f"cannot recover by {step}", "there is no data", "pass data=")
             if step.kind == "finetune" and self.loss is None:
                 raise RequestError("cannot fine-tune", "there is no loss", "pass loss=, or recover by distill:STEPS")

@@ -22,6 +22,7 @@ from prunella.errors import RequestError
 from prunella.io.identity import Identity, identify, model_parts
 from prunella.io.journal import NAME
 from prunella.io.lock import locked
+from prunella.measure.formats import html_table
 from prunella.model.batches import data_errors
 from prunella.model.forward import Outputs, forward
 from prunella.model.state import outside_inference
@@ -76,6 +77,10 @@ class Pruned:
 
     def __str__(self) -> str:
         return "\n".join([self._first, *(f"  {stage}" for stage in self.history)])
+
+    def _repr_html_(self) -> str:
+        """What was made, and its stages, in a notebook."""
+        return html_table(self._first, ("stage",), [(str(stage),) for stage in self.history])
 
     @property
     def _first(self) -> str:

@@ -11,9 +11,11 @@ from typing import Any
 
 from torch import nn
 
-from prunella.app.job import Job, RecoveryStep
+from prunella.app.job import TRAINED, Job, RecoveryStep
 from prunella.app.prune_data import MOST, check_finite
-from prunella.errors import CheckFailed, RequestError
+from prunella.compress.quantize import round_weights_
+from prunella.errors import CheckFailed, NotSupported, RequestError
+from prunella.llm.match import match_stream_
 from prunella.model.forward import Outputs, forward
 from prunella.planning.plan import Plan
 from prunella.recovery.batchnorm import recalibrate_bn
@@ -56,7 +58,7 @@ def recover_(
     try:
         return _recovered(small, dense, plan, job, step, tick, checkpoint)
     except CheckFailed:
-        data = job.recovery_data if step.kind in ("distill", "finetune") else job.data
+        data = job.recovery_data if step.kind in TRAINED else job.data
         assert data is not None, "checked at the start"
         check_finite(itertools.islice(data, MOST))
         raise
@@ -65,13 +67,17 @@ def recover_(
 def _recovered(
     small: nn.Module, dense: nn.Module, plan: Plan, job: Job, step: RecoveryStep, tick: Tick, checkpoint: Path | None
 ) -> Recovered:
-    if step.kind in ("distill", "finetune"):
+    if step.kind == "quantize":
+        return Recovered(step, _quantized(small, step.steps))
+    if step.kind in TRAINED:
         curve = _train(small, dense, job, step, tick, Training(seed=job.recipe.seed, checkpoint=checkpoint))
         return Recovered(step, str(curve), curve)
     data = job.data
     assert data is not None, "checked at the start"
     if step.kind == "bn":
         return Recovered(step, f"{len(recalibrate_bn(small, data, loss=job.loss))} batch normalizations")
+    if step.kind == "match":
+        return Recovered(step, str(match_stream_(small, dense, data, plan, loss=job.loss)))
     fitted = reconstruct(small, dense, data, plan, loss=job.loss, ridge=job.recovery.ridge, on_fit=tick)
     return Recovered(step, str(fitted))
 
@@ -81,13 +87,31 @@ def _train(
 ) -> LossCurve:
     how, data = job.recovery, job.recovery_data
     assert data is not None, "checked at the start"
+    lr = how.lr_of(step)
+    if step.kind == "lora":
+        from prunella.recovery.adapters import distill_lm_  # late: it would lengthen every chain of imports by one
+
+        return distill_lm_(small, dense, data, steps=step.steps, lr=lr, training=training, on_step=tick).curve
     if step.kind == "distill":
         imitate = how.imitate or partial(distill_logits, outputs=outputs_by(job.loss) if job.loss else forward)
-        return distill(
-            small, dense, data, steps=step.steps, lr=how.lr, imitate=imitate, training=training, on_step=tick
-        )
+        return distill(small, dense, data, steps=step.steps, lr=lr, imitate=imitate, training=training, on_step=tick)
     assert job.loss is not None, "checked at the start"
-    return finetune(small, data, job.loss, steps=step.steps, lr=how.lr, training=training, on_step=tick)
+    return finetune(small, data, job.loss, steps=step.steps, lr=lr, training=training, on_step=tick)
+
+
+def _quantized(model: nn.Module, bits: int) -> str:
+    """Round the weights of linear layers in place: embeddings, which are looked up, stay as they are."""
+    tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    layers = {
+        f"{name}.weight": module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and id(module.weight) not in tables
+    }
+    if not layers:
+        raise NotSupported("there is nothing to quantize", "the model has no linear layer", "leave quantize out")
+    rounded = round_weights_(model, bits=bits, only=list(layers))
+    error = max(row.error for row in rounded)
+    return f"{len(rounded)} weights rounded to {bits} bits, each by {error:.2%} at most; stored in their own type"
 
 
 def outputs_by(loss: Loss) -> Outputs:

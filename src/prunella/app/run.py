@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from prunella.app.job import Job, Quality, RecoveryStep, StepKind
+from prunella.app.job import Job, Judged, Quality, RecoveryStep, StepKind
 from prunella.app.prune import asked_of, recover_all_
 from prunella.app.prune_plan import Asked
 from prunella.app.prune_plan import planned as planned_by
@@ -74,6 +74,7 @@ class Outcome:
     after: Quality
     outputs: tuple[float, ...]
     missing: str = ""
+    judged: Judged = field(default_factory=Judged)
     seconds: dict[str, float] = field(default_factory=dict)
 
 
@@ -127,28 +128,49 @@ def _run(
         if job.data is not None:
             difference = _apart(model, small, job, job.data)
             compared = replace(compared, difference=difference, compared_on="the first batch of the data")
-        if planned.changes and not recovered:
-            compared = replace(compared, caveats=(NOT_RECOVERED, *compared.caveats))
+        if planned.changes and not recovered and not planned.renumbered:
+            caveat = NOT_RECOVERED if job.finish is None else job.finish.unrecovered
+            compared = replace(compared, caveats=(caveat, *compared.caveats))
         outputs = _outputs(small, inputs)
+    judged = Judged()
+    if job.finish is not None:
+        with clock.stage("comparing both models on text"):
+            judged = job.finish.judge(model, small, planned)
+        compared = compared.adding(*judged.sections)
     with clock.stage("saving"), drafted(
         small, folder, plan=planned, factory=job.factory, source=job.source, dense=model, overwrite=overwrite
     ) as draft:  # fmt: skip
         missing = reason_without(partial(write_page, compared, draft.folder / PAGE), PAGE)
         outcome = Outcome(
-            planned, small, draft.saved, compared, recovered, before, cut, after, outputs, missing, clock.seconds
+            planned,
+            small,
+            draft.saved,
+            compared,
+            recovered,
+            before,
+            cut,
+            after,
+            outputs,
+            missing,
+            judged,
+            clock.seconds,
         )
+        if job.finish is not None:
+            job.finish.write(draft.folder, draft.saved.reader, planned, judged)
         record = {**summary(outcome, job), "folder": folder.name, "dense": weights_digest(model)}
         stages.finish(write_json(draft.folder / RECORD, plain(record)))
     return replace(outcome, saved=draft.saved)
 
 
 def _plan(model: nn.Module, inputs: Inputs, job: Job, stages: Stages) -> Plan:
+    if job.planner is not None:
+        return job.planner.make(model, inputs, stages.blocks)
     if job.auto:
         return planned_by(_asked(model, inputs, job), StageTimer(), stages.records)
     return plan(
         model, inputs, job.recipe, target=job.target, data=job.data, loss=job.loss,
         skip=list(job.skip), only=list(job.only), remove=job.by_hand.remove, keep=job.by_hand.keep,
-        ratios=job.by_hand.ratios, counts=job.by_hand.counts,
+        ratios=job.by_hand.ratios, counts=job.by_hand.counts, loadable=job.loadable,
     )  # fmt: skip
 
 
@@ -315,4 +337,5 @@ def summary(outcome: Outcome, job: Job) -> dict[str, Any]:
         "seconds": outcome.seconds,
         "seed": job.recipe.seed,
         "report": plain(outcome.report.data()),
+        **outcome.judged.record,
     }

@@ -37,7 +37,11 @@ from prunella.types import Inputs
 
 FINISHED = "finished"
 """The key of the record written just before the output gets its final name."""
-_OURS = re.compile(rf"\.?({re.escape(NAME)}|plan\.safetensors|(recovered|random|training|best)-\d+\.safetensors)")
+BLOCKS = "blocks"
+"""A folder for the work of a planner."""
+_OURS = re.compile(
+    rf"\.?({re.escape(NAME)}|plan\.safetensors|{BLOCKS}(\.lock|\.new)?|(recovered|random|training|best)-\d+\.safetensors)"
+)
 """Names in the folder of the stages; hidden ones are temporary."""
 _VERDICTS = (TargetMissed, CheckFailed, RequestError, NotSupported)
 """Errors that the same call would raise again: its stages are removed."""
@@ -48,6 +52,11 @@ class Stages:
 
     def __init__(self, folder: Path | None, records: Records, data: Iterable[Any] | None) -> None:
         self._folder, self.records, self._data = folder, records, data
+
+    @property
+    def blocks(self) -> Path | None:
+        """Where a planner keeps its own unfinished work."""
+        return None if self._folder is None else self._folder / BLOCKS
 
     def plan(self, make: Callable[[], Plan], inputs: Inputs, timer: StageTimer | None = None) -> Plan:
         """The plan, computed or read. timer: receives the entries of its history that belong to the plan."""
@@ -196,6 +205,8 @@ def identity_of(model: nn.Module, inputs: Inputs, job: Job) -> Identity:
     asked |= {"loss": job.loss, "recovery": " ".join(map(str, how.steps)), "recovery data": how.data, "lr": how.lr}
     asked |= {"ridge": how.ridge, "imitate": how.imitate, "metric": job.metric, "max_drop": repr(job.max_drop)}
     asked |= {"skip": list(job.skip), "only": list(job.only), "factory": str(job.factory), "source": str(job.source)}
+    asked |= {f"planner: {name}": value for name, value in (job.planner.asked if job.planner else {}).items()}
+    asked |= {"loadable": job.loadable} if job.loadable else {}
     asked |= {"auto": job.auto, "by hand": {name: dict(chosen) for name, chosen in vars(job.by_hand).items()}}
     return identify({**model_parts(model), **asked})
 

@@ -10,8 +10,9 @@ from typing import Annotated, Any
 import typer
 
 from prunella._version import __version__
-from prunella.cli import artifacts, bench, experiments, info, make
+from prunella.cli import artifacts, bench, experiments, info, language, make
 from prunella.cli.console import INTERRUPTED, guarded, report_usage
+from prunella.cli.examples import epilog
 from prunella.cli.llm import llm
 from prunella.cli.options import flat
 from prunella.cli.run import run
@@ -48,6 +49,9 @@ def root(
         os.environ["PRUNELLA_DEBUG"] = "1"
 
 
+_WITHOUT_MODEL = (info.doctor, info.methods, info.explain, info.show, artifacts.report)
+"""Verbs that run no model of the user's, and have no `--device`."""
+
 for verb in (
     make.demo,
     info.doctor,
@@ -60,6 +64,8 @@ for verb in (
     info.show,
     run,
     llm,
+    language.eval_,
+    language.chat,
     experiments.pareto,
     experiments.compare,
     bench.bench,
@@ -67,7 +73,8 @@ for verb in (
     artifacts.verify,
     artifacts.report,
 ):
-    app.command(verb.__name__.rstrip("_"))(guarded(flat(verb)))
+    name = verb.__name__.rstrip("_")
+    app.command(name, epilog=epilog(name))(guarded(flat(verb, device=verb not in _WITHOUT_MODEL)))
 
 
 def parse_and_run(words: Sequence[str]) -> int:

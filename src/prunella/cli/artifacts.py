@@ -10,6 +10,7 @@ import typer
 
 from prunella.cli import options
 from prunella.cli.console import emit, note, stage
+from prunella.cli.device import placed
 
 Folder = Annotated[
     Path, typer.Argument(metavar="FOLDER", help="A folder that `run` or `demo` wrote.", show_default=False)
@@ -38,6 +39,7 @@ def verify(
     with stage("checking digests and loading"):
         build = (factory_of(model) or partial(load_model, model, allow_pickle=allow_pickle)) if model else None
         verified, small = check_folder(folder, factory=build)
+        small = small if small is None else placed(small)
     if model is not None and small is not None:
         plan = plan_of(folder)
         dense, example = open_dense(

@@ -9,14 +9,21 @@ import typer
 
 from prunella.cli import options
 from prunella.cli.console import emit, note, stage
+from prunella.cli.device import only_on_cpu
 from prunella.measure.text import duration, interval, ratio, table
 
 if TYPE_CHECKING:
-    from prunella.app.backends import Bench
+    from prunella.app.backends import Bench, PairBench
 
 
 def bench(
     source: options.SourceOptions,
+    pruned: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[PRUNED]", help="A smaller model, or a folder of `run`: both side by side.", show_default=False
+        ),
+    ] = None,
     factory: options.FactoryName = None,
     backends: Annotated[
         str, typer.Option(help="Comma-separated: eager, dense fast, compiled, onnxruntime, sparse.")
@@ -27,15 +34,22 @@ def bench(
     overwrite: options.Overwrite = False,
     as_json: options.Json = False,
 ) -> None:
-    """Time MODEL side by side: eager, compiled, in ONNX Runtime, and with the sparse kernels."""
+    """Time MODEL side by side: eager, compiled, in ONNX Runtime, and with the sparse kernels.
+
+    With PRUNED both models are timed in the same rounds on every backend: the speed-up of each, with its interval.
+    """
     from prunella.app.backends import bench as measure
     from prunella.app.backends import plot as draw
     from prunella.cli.parse import check_new_file, open_source
 
+    only_on_cpu("a comparison of backends")
     check_new_file(plot, source, overwrite=overwrite)
     sizes, counts = _numbers(batch, "--batch"), _numbers(threads, "--threads")
-    network, example = open_source(source, factory=factory)
     names = tuple(name.strip() for name in backends.split(","))
+    if pruned is not None:
+        _pair(source, pruned, factory, names, sizes, counts, plot, as_json=as_json)
+        return
+    network, example = open_source(source, factory=factory)
     with stage("measuring"):
         timed = measure(network, example, backends=names, batches=sizes, threads=counts)
     if plot is not None:
@@ -43,6 +57,42 @@ def bench(
 
         note(f"wrote {write_atomic(plot, draw(timed).encode())}")
     emit(timed.as_dict(), _text(timed), as_json=as_json)
+
+
+def _pair(
+    source: options.SourceOptions, pruned: str, factory: str | None, names: tuple[str, ...],
+    sizes: tuple[int, ...], counts: tuple[int, ...], plot: Path | None, *, as_json: bool,
+) -> None:  # fmt: skip
+    """Both models in the same rounds."""
+    from prunella.app.backends import bench_pair
+    from prunella.cli.parse import factory_of, open_model, open_source
+    from prunella.errors import RequestError
+    from prunella.model.forward import forward
+
+    if plot is not None:
+        raise RequestError("--plot draws one model", "PRUNED is given too", "leave one of them out")
+    dense, example = open_source(source, factory=factory)
+    small, own = open_model(pruned, source.inputs, factory=factory or factory_of(source.model))
+    try:
+        forward(small, example)
+    except Exception:  # whatever it says of the other's example, it takes its own
+        given = own
+    else:
+        given = example
+    with stage("measuring"):
+        timed = bench_pair(dense, small, example, small_example=given, backends=names, batches=sizes, threads=counts)
+    emit(timed.as_dict(), _pair_text(timed), as_json=as_json)
+
+
+def _pair_text(timed: PairBench) -> str:
+    rows = [
+        (r.threads, r.batch, r.backend, duration(r.dense_ms / 1e3), duration(r.pruned_ms / 1e3), r.ratio.verdict)
+        for r in timed.rows
+    ]
+    header = ("threads", "batch", "backend", "dense", "pruned", "the pruned model is")
+    lines = [timed.verdict, "", table(header, rows, right=(0, 1, 3, 4))]
+    lines += [f"left out: {backend}: {why}" for backend, why in timed.left_out.items()]
+    return "\n".join([*lines, f"{timed.machine}, sparse kernels: {timed.kernels}"])
 
 
 def _numbers(text: str, option: str) -> tuple[int, ...]:

@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -139,7 +140,7 @@ def as_typed(text: str, options: Collection[str]) -> str:
 _ARGUMENTS = {"model", "file", "folder", "make", "name", "kind"}
 """Parameters that are positional arguments of the command line."""
 _SHOWN_ARGUMENTS = {"model", "make"}
-_OTHER_NAMES = {"evaluate": "metric"}
+_OTHER_NAMES = {"evaluate": "metric", "ratios": "ratio", "counts": "count"}
 """Parameters of the library -> options with another name."""
 _TWICE = re.compile(r"(--[\w-]+)(?: \(\1\)|, \1)(?![\w-])")
 """An option named twice, as in `overwrite=True (--overwrite)` of the library; it is shown once."""
@@ -298,14 +299,57 @@ def stage(text: str, parts: int = 1) -> Iterator[Callable[..., None]]:
 @contextlib.contextmanager
 def _shown(text: str, parts: int) -> Iterator[Callable[..., None]]:
     if not sys.stderr.isatty():
-        yield lambda *_: None
+        with _logged(text, parts) as tick:
+            yield tick
         return
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        SpinnerColumn,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
-    bar = (BarColumn(24), MofNCompleteColumn()) if parts > 1 else ()
+    bar = (BarColumn(24), MofNCompleteColumn(), TimeRemainingColumn()) if parts > 1 else ()
     shown = TextColumn("{task.description}", markup=False)  # [brackets] in a file name are not markup
     columns = SpinnerColumn(), shown, *bar, TimeElapsedColumn()
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task(printable(text), total=parts)
         yield lambda *_: progress.advance(task)
+
+
+SILENT, LONGER = 10.0, 1.5
+"""Seconds before a stage is heard of in a log, and how much longer each silence is than the one before."""
+
+
+@contextlib.contextmanager
+def _logged(text: str, parts: int) -> Iterator[Callable[..., None]]:
+    """In a log: after ten seconds a line now and then, with the part that is done and the time that is left."""
+    start, done, ended = now(), [0], threading.Event()
+
+    def tell() -> None:
+        silence = SILENT
+        while not ended.wait(silence):
+            note(f"{text}: {_so_far(done[0], parts, since(start))}")
+            silence *= LONGER
+
+    def tick(*_: object) -> None:
+        done[0] += 1
+
+    thread = threading.Thread(target=tell, daemon=True)
+    thread.start()
+    try:
+        yield tick
+    finally:
+        ended.set()
+        thread.join()
+
+
+def _so_far(done: int, parts: int, seconds: float) -> str:
+    """`3 of 12, about 30 s left (10 s)`; without parts only that it goes on."""
+    if parts < 2 or not 0 < done < parts:
+        return f"at work ({seconds:.0f} s)"
+    return f"{done} of {parts}, about {seconds / done * (parts - done):.0f} s left ({seconds:.0f} s)"

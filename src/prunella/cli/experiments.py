@@ -12,7 +12,8 @@ import typer
 
 from prunella.cli import options
 from prunella.cli.console import emit, note, stage
-from prunella.cli.llm import folder_of, llm_recipe
+from prunella.cli.device import moved, only_on_cpu, placed
+from prunella.cli.llm_request import folder_of, llm_recipe
 
 if TYPE_CHECKING:
     from torch import nn
@@ -46,16 +47,21 @@ def pareto(
     skip: options.Skip = None,
     jobs: Annotated[int, typer.Option(help="Processes.")] = 1,
     output: options.Output = Path("pareto"),
+    csv: options.CsvFile = None,
+    latex: options.LatexFile = None,
+    overwrite: options.Overwrite = False,
     as_json: options.Json = False,
 ) -> None:
     """Quality against size: recipes and random and magnitude baselines, at several ratios and seeds; resumable."""
-    from prunella.cli.parse import build_recipe
+    from prunella.cli.parse import build_recipe, check_tables, write_tables
     from prunella.experiments.pareto_experiment import PAGE, RECORD, ParetoExperiment
     from prunella.experiments.pareto_experiment import pareto as run
     from prunella.io.space import check_room_for_journal
     from prunella.targets import parse_target
 
+    only_on_cpu("a study over seeds")
     check_room_for_journal(output)
+    check_tables(csv, latex, overwrite=overwrite)
     recipes = {name: build_recipe(name, granularity=granularity, allocation=allocation) for name in recipe or ()}
     experiment = ParetoExperiment(make, metric, inputs, recipes, data, loss, recover, tuple(skip or ()))
     divided = type(parse_target(f"{unit}=0.5"))
@@ -64,6 +70,7 @@ def pareto(
             experiment, output, ratios=_numbers(ratios), seeds=tuple(range(seeds)), unit=divided, jobs=jobs,
             on_cell=lambda cell, n, total: note(f"{n} of {total}: {cell.method}, {cell.ratio:g}x, seed {cell.seed}"),
         )  # fmt: skip
+    write_tables({csv: frontier.csv, latex: frontier.latex})
     page = output / PAGE if (output / PAGE).is_file() else None
     text = f"{frontier}\n\nwrote {page or output / RECORD}"
     emit({**frontier.data(), "page": str(page) if page else None}, text, as_json=as_json)
@@ -92,18 +99,24 @@ def compare(
     pattern: options.Pattern = None,
     seeds: Annotated[int, typer.Option(help="Number of seeds, from 0; each draws other windows of --data.")] = 3,
     output: options.Output = Path("compared"),
+    csv: options.CsvFile = None,
+    latex: options.LatexFile = None,
+    overwrite: options.Overwrite = False,
     as_json: options.Json = False,
 ) -> None:
     """Language models: recipes over seeds in one table, with perplexity, agreement with the dense model and seconds.
 
     The dense model and one pruned model are in memory together. The same command resumes an interrupted comparison.
     """
+    from prunella.cli.parse import check_tables, write_tables
     from prunella.io.space import check_apart, check_room_for_journal
 
     check_apart(output, model, protocol.data, protocol.text)
     check_room_for_journal(output)
+    check_tables(csv, latex, overwrite=overwrite)
     recipes = {name: llm_recipe(name, pattern, sparsity) for name in recipe or ("one_shot", "sparsegpt", "wanda")}
     compared, how = _compare(folder_of(model), recipes, protocol, seeds, output)
+    write_tables({csv: compared.csv, latex: compared.latex})
     values = {method: {name: list(v) for name, v in by.items()} for method, by in compared.values.items()}
     result = {"values": values, "seeds": list(compared.seeds), "protocol": how}
     emit(result, f"{compared}\n\n{how}", as_json=as_json)
@@ -129,7 +142,8 @@ def _compare(
             f"--seeds {seeds}, --eval-samples {protocol.eval_samples}",
             "the minimum is 1",
         )
-    dense, tokens, window = load_model(str(folder)), text_tokens(folder, protocol.text), protocol.eval_seqlen
+    dense, tokens = placed(load_model(str(folder))), moved(text_tokens(folder, protocol.text))
+    window = protocol.eval_seqlen
     count = min(protocol.eval_samples, len(tokens) // window)
     few = [{"input_ids": tokens[k * window :][:window][None]} for k in range(-(-count // 4))]
 
@@ -142,7 +156,7 @@ def _compare(
 
     def pruned(name: str, seed: int) -> nn.Module:
         nsamples, seqlen = protocol.nsamples, protocol.seqlen
-        batches = text_samples(folder, protocol.data, nsamples=nsamples, seqlen=seqlen, seed=seed)
+        batches = moved(text_samples(folder, protocol.data, nsamples=nsamples, seqlen=seqlen, seed=seed))
         model = copied(dense)
         with stage(f"{name}, seed {seed}"):
             solve_(model, batches[0], recipes[name], data=batches, skip=tuple(protocol.skip or ()))

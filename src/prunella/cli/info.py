@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import textwrap
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from prunella.registry.concepts import Concept
 
 _SHOWN = 12
+_COLUMNS = 80
 
 
 def doctor(
@@ -73,7 +75,7 @@ def methods(
     kind: Annotated[str | None, typer.Argument(help="Only this kind: criterion, allocation ...")] = None,
     as_json: options.Json = False,
 ) -> None:
-    """List all methods, with the data they need and their sources."""
+    """List all methods and what each does; `explain NAME` gives the data it needs and its source."""
     from prunella.registry import catalogue
 
     methods = catalogue.methods()
@@ -85,10 +87,23 @@ def methods(
         why = f"known are {', '.join(kinds)}{f'; {near}' if near else ''}"
         raise RequestError(f"unknown kind {kind!r}", why, "for example prunella methods criterion")
     methods = [method for method in methods if kind in (None, method.kind)]
-    rows = [(m.name, m.kind, m.status, ", ".join(m.needs) or "-", m.source) for m in methods]
     data = [catalogue.describe(method) for method in methods]
-    text = table(("name", "kind", "status", "needs", "source"), rows)
-    emit(data, text if (width := terminal_width()) is None else fitted(text, width), as_json=as_json)
+    text = "\n\n".join(_kind_text(name, [row for row in data if row["kind"] == name]) for name in kinds)
+    emit(data, text.strip() if (width := terminal_width()) is None else fitted(text.strip(), width), as_json=as_json)
+
+
+def _kind_text(kind: str, rows: Sequence[Mapping[str, Any]]) -> str:
+    """The methods of a kind, in lines of at most 80 columns; nothing without methods."""
+    if not rows:
+        return ""
+    names = min(max(len(row["name"]) for row in rows) + 2, 28)
+    lines = [f"{kind} ({len(rows)})"]
+    for row in rows:
+        first = f"  {row['name']}".ljust(names + 2)
+        lines += [first.rstrip()] if len(first) > names + 2 else []
+        first = " " * (names + 2) if len(first) > names + 2 else first
+        lines += textwrap.wrap(row["summary"], _COLUMNS, initial_indent=first, subsequent_indent=" " * (names + 2))
+    return "\n".join(lines)
 
 
 def explain(

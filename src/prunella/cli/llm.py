@@ -1,132 +1,154 @@
-"""The verb that prunes a language model block by block: a text file in, a Hugging Face folder out."""
+"""The verb that prunes a language model: a folder of Hugging Face in, a folder out, and both models judged on text.
+
+Masks are solved block by block, with one block in memory. Structure, and masks that are recovered, are jobs for
+`app.run`, with the models in memory.
+"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeGuard
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from prunella.cli import options
 from prunella.cli.console import emit, note, stage
+from prunella.cli.device import only_on_cpu
+from prunella.cli.llm_in_memory import in_memory
+from prunella.cli.llm_request import LLMRequest, Structure, Zeros, folder_of, llm_recipe, source_of, teller
+from prunella.cli.texts import Judging, Text, calibration_of, named, not_fitted, shared_source
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-    from prunella.llm import Calibration, OneShot
-    from prunella.llm.streaming import BlockStep, Streamed
-
-_NSAMPLES, _SEQLEN = 128, 512
-
-
-@dataclass(frozen=True)
-class Text:
-    """The calibration data of a language model. nsamples and seqlen apply to text files, not to given batches."""
-
-    data: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--data",
-            metavar="DATA",
-            help="A text file, auto (text that the model writes itself, the default), or module:function that returns "
-            "batches. Several mix: --data auto:0.5 --data c4.txt:0.5.",
-        ),
-    ] = None
-    nsamples: Annotated[
-        int | None, typer.Option("--nsamples", help=f"Windows of text to calibrate with ({_NSAMPLES}).")
-    ] = None
-    seqlen: Annotated[int | None, typer.Option("--seqlen", help=f"Tokens in a window ({_SEQLEN}).")] = None
-    seed: options.Seed = 0
-    held_out: Annotated[
-        str | None,
-        typer.Option(
-            "--held-out",
-            metavar="FILE",
-            help="Text of another source: nothing is fitted to it, and new weights go only so far as serves it too.",
-        ),
-    ] = None
-
-
-@dataclass(frozen=True)
-class Zeros:
-    """The weights to remove."""
-
-    recipe: options.LLMRecipeName = "one_shot"
-    sparsity: options.LayerSparsity = None
-    pattern: options.Pattern = None
-    skip: options.Skip = None
+    from prunella.llm import OneShot
+    from prunella.llm.streaming import Streamed
 
 
 def llm(
     model: options.LLMModel,
     zeros: Zeros,
-    text: Text,
+    structure: Structure,
+    source: Text,
+    judging: Judging,
     memory: Annotated[str | None, typer.Option(metavar="4GB", help="Most memory of the process.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print memory and time, and write nothing.")] = False,
     output: options.Output = Path("pruned"),
     overwrite: options.Overwrite = False,
     as_json: options.Json = False,
 ) -> None:
-    """Prune a language model in one shot, block by block, in the memory of one block; no training.
+    """Prune a language model: masks, 2:4 or blocks in one shot, or depth, heads, neurons, width, experts, tokens.
 
-    Plain from_pretrained reads the result. The same command resumes a killed run.
+    Ends with perplexity, agreement, a sample of text and tokens a second of both models, report.html and a model card.
+    The same command resumes a killed run.
     """
     from prunella.io.space import check_apart, check_writable
+
+    request = LLMRequest(model, zeros, structure, source, judging, memory)
+    request.check()
+    if not dry_run:
+        sources = (shared_source(word)[0] for word in source.data or ())
+        check_apart(output, model, source.held_out, judging.text, *sources)
+        check_writable(output)
+    if request.in_memory:
+        in_memory(request, output, dry_run=dry_run, overwrite=overwrite, as_json=as_json)
+    elif dry_run:
+        _forecast(request, as_json=as_json)
+    else:
+        _by_blocks(request, output, overwrite=overwrite, as_json=as_json)
+
+
+def _by_blocks(request: LLMRequest, output: Path, *, overwrite: bool, as_json: bool) -> None:
+    """Masks, with one block in memory."""
+    from prunella.app.language_job import FolderEnd
     from prunella.llm.calibration import Split
     from prunella.llm.streaming import solve_folder
+    from prunella.llm.streaming.progress import check_output
 
-    if dry_run:
-        _forecast(model, zeros, text, memory, as_json=as_json)
-        return
-    check_apart(output, model, text.held_out, *(shared_source(source)[0] for source in text.data or ()))
-    check_writable(output)
+    only_on_cpu("pruning block by block")
     with _joined() as speaks:
-        folder, recipe, data = _read(model, zeros, text)
+        folder, recipe, data = _read(request)
         if speaks:
-            note(f"{_named(data, text)}; the same command resumes a killed run")
+            note(f"{named(data, request.text)}; the same command resumes a killed run")
+        check_output(output, overwrite=overwrite)
+        end = _end(request, folder, data) if speaks and _alone() else None
+        if end is not None:
+            _tell_forecast(request, folder, recipe, data)
         streamed = solve_folder(
-            folder, output, recipe, data=Split(data, _held_out(folder, text)), memory=memory,
-            skip=tuple(zeros.skip or ()), overwrite=overwrite,
-            on_block=_told() if speaks else None,
+            folder, output, recipe, data=Split(data, not_fitted(folder, request.text)), memory=request.memory,
+            skip=tuple(request.zeros.skip or ()), overwrite=overwrite,
+            on_block=teller() if speaks else None, close=end.close if isinstance(end, FolderEnd) else None,
         )  # fmt: skip
     if speaks:
-        _say(streamed, as_json=as_json)
+        _say(streamed, end.judged.record if end and end.judged else {}, as_json=as_json)
 
 
-def _forecast(model: str, zeros: Zeros, text: Text, memory: str | None, *, as_json: bool) -> None:
-    """Print the memory and time that a run would take."""
+def _end(request: LLMRequest, folder: Path, data: Any) -> Any:
+    """Both models on text at the end, if they fit into the memory together."""
+    from prunella.app.language_job import FolderEnd
+    from prunella.io.tensor_file import read_folder
+    from prunella.llm.streaming.memory import parse_bytes, resident
+    from prunella.measure.text import byte_size
+
+    if request.judging.eval_samples < 1:
+        return None
+    needed = resident() + 2 * sum(stored.size for stored in read_folder(folder).values())
+    if request.memory is not None and needed > parse_bytes(request.memory):
+        note(f"both models together take {byte_size(needed)}, so nothing is judged at the end: use `prunella eval`")
+        return None
+    return FolderEnd(source_of(request, folder, data))
+
+
+def _tell_forecast(request: LLMRequest, folder: Path, recipe: OneShot, data: Any) -> None:
+    """One line with what the run will take."""
     from prunella.llm.streaming import forecast
 
-    folder, recipe, data = _read(model, zeros, text)
     with stage("trying the first block on two batches"):
-        expected = forecast(folder, recipe, data=data, memory=memory, skip=tuple(zeros.skip or ()))
+        expected = forecast(folder, recipe, data=data, memory=request.memory, skip=tuple(request.zeros.skip or ()))
+    note("; ".join(str(expected).splitlines()))
+
+
+def _forecast(request: LLMRequest, *, as_json: bool) -> None:
+    """Print what a run would take."""
+    from prunella.llm.streaming import forecast
+
+    folder, recipe, data = _read(request)
+    with stage("trying the first block on two batches"):
+        expected = forecast(folder, recipe, data=data, memory=request.memory, skip=tuple(request.zeros.skip or ()))
     peak = {**expected.peak.parts, "together": expected.peak.bytes}
     result = {**asdict(expected), "peak": peak, "stream_on_disk": expected.peak.on_disk}
     emit(result, str(expected), as_json=as_json)
 
 
-def _say(done: Streamed, *, as_json: bool) -> None:
+def _say(done: Streamed, judged: Any, *, as_json: bool) -> None:
+    from prunella.app.language_job import JUDGED
     from prunella.llm.streaming.gguf import gguf_obstacle
 
     obstacle = gguf_obstacle(done.path)
     gguf = f"not for converters to GGUF: {obstacle}" if obstacle else "its shapes and files suit converters to GGUF"
-    text = f"{done}\nread it with from_pretrained; {gguf}"
+    page = judged.get("missing") or f"look at {done.path / 'report.html'}"
+    said = [judged["told"], f"{page}; its model card is README.md"] if judged else []
+    text = "\n\n".join([f"{done}\nread it with from_pretrained; {gguf}", *said])
     result = {
         "folder": str(done.path), "sparsity": done.solving.sparsity, "seconds": done.seconds,
         "replayed": done.replayed, "predicted_bytes": done.peak.bytes, "most_bytes": done.most,
         "reader": "from_pretrained", "gguf_obstacle": obstacle, "layers": [asdict(fit) for fit in done.solving.fits],
+        JUDGED: judged.get(JUDGED),
     }  # fmt: skip
     emit(result, text, as_json=as_json)
+
+
+def _alone() -> bool:
+    """Whether there is one process."""
+    return int(os.environ.get("WORLD_SIZE", "1")) < 2
 
 
 @contextmanager
 def _joined() -> Iterator[bool]:
     """Join the other processes under torchrun; yields whether this process prints."""
-    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+    if _alone():
         yield True
         return
     import torch.distributed as dist
@@ -138,119 +160,8 @@ def _joined() -> Iterator[bool]:
         dist.destroy_process_group()
 
 
-def _told() -> Callable[[BlockStep], None]:
-    """Prints a line for each block, with the time left, estimated from the mean of the solved blocks."""
-    seconds: list[float] = []
-
-    def tell(step: BlockStep) -> None:
-        if not step.replayed:
-            seconds.append(step.seconds)
-        left = sum(seconds) / len(seconds) * (step.count - step.number) if seconds else 0.0
-        note(f"{step}; about {left:.0f} s left" if left else str(step))
-
-    return tell
-
-
-def _written(count: int, all_windows: int) -> None:
-    note(f"the model has written {count} of {all_windows} windows of its own text")
-
-
-def _named(data: Calibration | list[Any], text: Text) -> str:
-    """The description of the calibration data for the first line of a run."""
-    if isinstance(data, list):
-        return f"{len(data)} batches"
-    return f"{'' if text.data else 'no --data, so the model writes its own text: '}{data}"
-
-
-def _read(model: str, zeros: Zeros, text: Text) -> tuple[Path, OneShot, Calibration | list[Any]]:
+def _read(request: LLMRequest) -> tuple[Path, OneShot, Any]:
     """The folder, the recipe, and the batches or the texts from which they are drawn."""
-    from prunella.cli.parse import load_data
-    from prunella.errors import RequestError
-
-    recipe, folder = llm_recipe(zeros.recipe, zeros.pattern, zeros.sparsity), folder_of(model)
-    if not _is_function(text.data):
-        return folder, recipe, _calibration(text)
-    if text.nsamples is not None or text.seqlen is not None:
-        why = f"{text.data[0]} gives batches of its own"
-        raise RequestError("--nsamples and --seqlen apply to a text", why, "leave them out, or give --data FILE.txt")
-    return folder, recipe, list(load_data(text.data[0]) or ())
-
-
-def _held_out(folder: Path, text: Text) -> list[dict[str, Tensor]]:
-    """Windows of the held-out text, an eighth of the number of calibration windows."""
-    from prunella.llm.text import text_samples
-
-    if text.held_out is None:
-        return []
-    count = max(1, (text.nsamples or _NSAMPLES) // 8)
-    return text_samples(folder, text.held_out, nsamples=count, seqlen=text.seqlen or _SEQLEN, seed=text.seed)
-
-
-def _is_function(data: list[str] | None) -> TypeGuard[list[str]]:
-    """Whether the only source is module:function, not a text with its share."""
-    if data is None or len(data) != 1 or Path(data[0]).is_file():
-        return False
-    name, share = shared_source(data[0])
-    return share is None and ":" in name
-
-
-def _calibration(text: Text) -> Calibration:
-    """The texts with their shares, which must be given for all texts or for none."""
-    from prunella.errors import RequestError
-    from prunella.llm.calibration import AUTO, Calibration
-
-    pairs = [shared_source(source) for source in text.data or [AUTO]]
-    shares = dict(pairs)
-    for name in shares:
-        if name != AUTO and not Path(name).is_file():
-            todo = "give --data FILE.txt, --data auto, or --data module:function alone"
-            raise RequestError(f"there is no text file {name}", "", todo)
-    shares_given = [share for share in shares.values() if share is not None]
-    if len(shares) < len(pairs) or len(shares_given) not in (0, len(shares)):
-        why = "a text is given twice" if len(shares) < len(pairs) else "some texts have a share and others have none"
-        raise RequestError("the texts cannot be mixed", why, "for example --data auto:0.5 --data c4.txt:0.5")
-    nsamples = _NSAMPLES if text.nsamples is None else text.nsamples
-    seqlen = _SEQLEN if text.seqlen is None else text.seqlen
-    sources = {name: 1.0 if share is None else share for name, share in shares.items()}
-    return Calibration(sources, nsamples, seqlen, text.seed, _written)
-
-
-def shared_source(text: str) -> tuple[str, float | None]:
-    """Split `c4.txt:0.5` into name and share; the share of a bare name is None."""
-    name, colon, share = text.rpartition(":")
-    if not colon or Path(text).is_file():
-        return text, None
-    try:
-        return name, float(share)
-    except ValueError:
-        return text, None
-
-
-def llm_recipe(name: str, pattern: str | None, sparsity: float | None) -> OneShot:
-    """A preset with the sparsity of the command line; default: half of the weights."""
-    from prunella.cli.parse import read_pattern
-    from prunella.errors import RequestError, near_names
-    from prunella.granularity import NM, Element
-    from prunella.llm.presets import PRESETS
-
-    if name not in PRESETS:
-        why = near_names(name, PRESETS)
-        raise RequestError(f"there is no recipe {name!r} for language models", why, f"one of {', '.join(PRESETS)}")
-    zeros = read_pattern(pattern) if pattern else Element()
-    if isinstance(zeros, NM) and sparsity not in (None, zeros.sparsity):
-        why = f"{pattern} removes {zeros.sparsity:g} of every layer"
-        raise RequestError(f"--sparsity {sparsity:g} and --pattern {pattern}", why, "leave one of them out")
-    return PRESETS[name](zeros, 0.5 if sparsity is None else sparsity)
-
-
-def folder_of(model: str) -> Path:
-    """The Hugging Face folder of a model."""
-    from prunella.errors import RequestError
-    from prunella.io.kind_of_path import described_path
-    from prunella.io.load import model_folder
-
-    folder = model_folder(model)
-    if not folder.is_dir():
-        todo = "give a Hugging Face folder, FILE.gguf or smollm2"
-        raise RequestError(f"cannot prune {model} block by block", described_path(model), todo)
-    return folder
+    zeros = request.zeros
+    recipe = llm_recipe(zeros.recipe, zeros.pattern, zeros.sparsity, bits=zeros.bits)
+    return folder_of(request.model), recipe, calibration_of(request.text)

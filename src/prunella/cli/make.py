@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from prunella.cli import options
 from prunella.cli.console import emit, note, stage
+from prunella.cli.device import only_on_cpu
 
 
 def demo(
@@ -28,6 +29,7 @@ def demo(
     from prunella.cli.run import run_text
     from prunella.errors import RequestError, near_names
 
+    only_on_cpu("the demo")
     which: dict[str, Which] = {name: name for name in get_args(Which)}
     if model not in which:
         near = near_names(model, which)
@@ -72,6 +74,7 @@ def plan(
             keep=by_hand.keep,
             ratios=by_hand.ratios,
             counts=by_hand.counts,
+            loadable=parse.read_loadable(budget),
         )
     if output is not None:
         note(f"wrote {save_plan(planned, output)}")
@@ -87,15 +90,24 @@ def scan(
     ] = "0.1,0.25,0.5,0.75,0.9",
     program: options.Program = False,
     output: options.OptionalOutput = None,
+    plot: Annotated[
+        Path | None, typer.Option("--plot", metavar="FILE", help="Draw the curves: FILE.svg or FILE.png.")
+    ] = None,
+    csv: options.CsvFile = None,
+    overwrite: options.Overwrite = False,
     as_json: options.Json = False,
 ) -> None:
     """Measure sensitivity: cut each group alone and evaluate the model. A killed scan resumes from the folder -o."""
     from prunella.cli import parse
+    from prunella.measure.formats import csv_table
+    from prunella.reporting.scan_chart import scan_chart
     from prunella.search import agreement, space
     from prunella.search import scan as measure
     from prunella.search.space import evaluated
 
     parse.check_journal_folder(output, source)
+    kind = _kind_of_plot(plot)
+    parse.check_tables(plot, csv, overwrite=overwrite)
     recipe, fractions = parse.recipe_of(method), parse.read_ratios(ratios)
     data, evaluate = parse.load_data(method.data), parse.load_function(metric, "metric")
     network, example = parse.open_source(source, seed=method.seed, program=program)
@@ -115,7 +127,21 @@ def scan(
         base=base,
         on_point=lambda name, x, value: note(f"{name} {x:.0%}: {value:.4g}" if name else f"dense: {value:.4g}"),
     )
+    parse.write_tables({
+        csv: lambda: csv_table(("group", "removed", "quality", "lost"), scanned.rows()),
+        plot: lambda: scan_chart(scanned.base, scanned.most_sensitive_first, kind),
+    })  # fmt: skip
     emit({**scanned.as_dict(), "measured": scanned.measured}, str(scanned), as_json=as_json)
+
+
+def _kind_of_plot(file: Path | None) -> Literal["svg", "png"]:
+    """Errors: RequestError for another suffix."""
+    from prunella.errors import RequestError
+
+    kinds: dict[str, Literal["svg", "png"]] = {".svg": "svg", ".png": "png"}
+    if file is not None and file.suffix not in kinds:
+        raise RequestError(f"cannot draw {file}", "a plot is SVG or PNG, by its suffix", "for example --plot scan.svg")
+    return "svg" if file is None else kinds[file.suffix]
 
 
 def import_(
@@ -159,6 +185,9 @@ def export(
     source: options.SourceOptions,
     output: options.Output,
     factory: options.FactoryName = None,
+    any_size: Annotated[
+        bool, typer.Option("--any-size", help="The file takes images of any height and width, where the model does.")
+    ] = False,
     overwrite: options.Overwrite = False,
     as_json: options.Json = False,
 ) -> None:
@@ -166,8 +195,9 @@ def export(
     from prunella.cli.parse import check_new_file, open_source
     from prunella.io.export import export as write
 
+    only_on_cpu("an export")
     check_new_file(output, source, overwrite=overwrite)
     network, example = open_source(source, factory=factory)
     with stage(f"writing {output}"):
-        written = write(network, output, inputs=example)
+        written = write(network, output, inputs=example, any_size=any_size)
     emit(asdict(written), str(written), as_json=as_json)

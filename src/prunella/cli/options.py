@@ -11,6 +11,8 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
+from prunella.cli.device import CPU, on
+
 _MODEL = (
     "package.module:factory, FILE.py:factory, a Hugging Face folder, a FILE.gguf, smollm2, timm:NAME, "
     "torchvision:NAME or a FILE.pt2"
@@ -56,7 +58,12 @@ RecipeNames = Annotated[
     list[str] | None, typer.Option("--recipe", metavar="NAME", help="A recipe or a criterion; several are allowed.")
 ]
 LLMRecipeName = Annotated[
-    str, typer.Option("--recipe", metavar="NAME", help="one_shot, admm, alps, sparsegpt, wanda, ria or magnitude.")
+    str | None,
+    typer.Option(
+        "--recipe",
+        metavar="NAME",
+        help="one_shot, admm, alps, sparsegpt, wanda, ria or magnitude. With --granularity a criterion of `methods`.",
+    ),
 ]
 LLMRecipeNames = Annotated[
     list[str] | None,
@@ -92,6 +99,12 @@ EqualWidths = Annotated[
     bool | None,
     typer.Option(
         "--equal-widths/--no-equal-widths", help="Keep equal groups equal, so that plain `from_pretrained` reads them."
+    ),
+]
+LoadableBy = Annotated[
+    str | None,
+    typer.Option(
+        "--loadable", metavar="R", help="transformers: only what plain AutoModel reads; says what that costs."
     ),
 ]
 Remove = Annotated[
@@ -141,11 +154,16 @@ Program = Annotated[
     bool,
     typer.Option("--program", help="Capture MODEL as a program, so that literal sizes in its source follow a cut too."),
 ]
+Device = Annotated[str, typer.Option("--device", metavar="D", help="Where models run: cpu, cuda, cuda:1, mps.")]
+CsvFile = Annotated[Path | None, typer.Option("--csv", metavar="FILE", help="Write all numbers for other programs.")]
+LatexFile = Annotated[Path | None, typer.Option("--latex", metavar="FILE", help="Write the table for a paper.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an older result.")]
 Seed = Annotated[int, typer.Option("--seed", help="Random seed; the same seed gives the same result.")]
 Output = Annotated[Path, typer.Option("-o", "--output", metavar="PATH", help="Path of the result.")]
 OptionalOutput = Annotated[Path | None, typer.Option("-o", "--output", metavar="PATH", help="Path of the result.")]
 
+
+_KEYWORD = inspect.Parameter.KEYWORD_ONLY
 
 # -- groups: a verb that takes one has all of its options -------------------------------------------------------------
 
@@ -184,6 +202,7 @@ class Budget:
     allocation: AllocationName = None
     pattern: Pattern = None
     equal_widths: EqualWidths = None
+    loadable: LoadableBy = None
     remove: Remove = None
     keep: Keep = None
     ratio: Ratio = None
@@ -196,12 +215,18 @@ class RecoveryOptions:
     """The recovery of the pruned model."""
 
     recover: Annotated[
-        str, typer.Option(metavar="R", help="bn, reconstruct, distill:STEPS, finetune:STEPS; comma-separated.")
+        str,
+        typer.Option(
+            metavar="R",
+            help="bn, reconstruct, match, lora:STEPS, distill:STEPS, finetune:STEPS, quantize:BITS; comma-separated.",
+        ),
     ] = ""
     recover_data: Annotated[
         str | None, typer.Option(metavar="M:F", help="Batches for distill and finetune, if not those of --data.")
     ] = None
-    lr: Annotated[float, typer.Option(help="Learning rate of distill and finetune.")] = 1e-4
+    lr: Annotated[
+        float | None, typer.Option(help="Learning rate of distill and finetune (1e-4), and of lora (1e-3).")
+    ] = None
     ridge: Annotated[
         float, typer.Option(help="Ridge penalty of reconstruct; a larger one changes the weights less.")
     ] = 1e-2
@@ -218,18 +243,24 @@ class Quality:
     ] = None
 
 
-def flat(verb: Callable[..., None]) -> Callable[..., None]:
-    """The verb with the options of its groups as its own parameters, as typer reads them."""
+def flat(verb: Callable[..., None], *, device: bool = True) -> Callable[..., None]:
+    """The verb with the options of its groups as its own parameters, as typer reads them.
+
+    device: with `--device` too, which holds while the verb runs.
+    """
     kinds = _kinds(verb).items()
     groups = {name: kind for name, kind in kinds if isinstance(kind, type) and is_dataclass(kind)}
     signature = inspect.signature(verb, eval_str=True)
     options = [option for given in signature.parameters.values() for option in _options(given, groups.get(given.name))]
+    if device:
+        options.insert(len(options) - 1, inspect.Parameter("device", _KEYWORD, default=CPU, annotation=Device))
 
     @functools.wraps(verb)
     def run(**values: Any) -> None:
         for name, kind in groups.items():
             values[name] = kind(**{field.name: values.pop(field.name) for field in fields(kind)})
-        verb(**values)
+        with on(values.pop("device", CPU)):
+            verb(**values)
 
     run.__signature__ = signature.replace(parameters=options)  # type: ignore[attr-defined]
     return run

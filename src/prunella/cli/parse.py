@@ -13,17 +13,19 @@ from torch import nn
 
 from prunella.cli import options
 from prunella.cli.console import note, stage
+from prunella.cli.device import moved, moved_batches, placed
 from prunella.errors import BadInput, RequestError
 from prunella.graph.program.capture import as_program
 from prunella.io.artifact import PLAN, load
 from prunella.io.examples import check_forward, example_inputs
-from prunella.io.files import MARKER
+from prunella.io.files import MARKER, write_atomic
 from prunella.io.load import load_model, load_object
 from prunella.io.manifest import read_manifest
 from prunella.io.plan_file import load_plan
 from prunella.io.space import check_apart, check_output_file, check_room_for_journal
 from prunella.model.user_code import as_user_function, call_user
 from prunella.planning.by_hand import ByHand
+from prunella.planning.loadable import Loadable
 from prunella.planning.plan import Plan
 from prunella.planning.recipe import Recipe
 from prunella.registry import catalogue
@@ -75,7 +77,8 @@ def with_others(
     network: nn.Module, spec: str, example: Inputs, shapes: Sequence[str] | None, *, seed: int = 0
 ) -> Inputs | Examples:
     """The example, with a further one for each of `shapes`; the model accepts all of them."""
-    others = [example_inputs(network, spec, [text], seed=seed + k) for k, text in enumerate(shapes or (), start=1)]
+    texts = enumerate(shapes or (), start=1)
+    others = [moved(example_inputs(network, spec, [text], seed=seed + k)) for k, text in texts]
     for other in others:
         check_forward(network, other)
     return Examples(example, *others) if others else example
@@ -93,9 +96,10 @@ def open_dense(
 ) -> tuple[nn.Module, Inputs]:
     """The model, and an example: of the given shapes, or `example`, or by the model's own description."""
     with stage(f"loading {spec}"):
-        model = load_model(spec, weights=weights, key=weights_key, allow_pickle=allow_pickle, tell=note)
+        model = placed(load_model(spec, weights=weights, key=weights_key, allow_pickle=allow_pickle, tell=note))
         if shapes or example is None:
             example = example_inputs(model, spec, shapes, seed=seed)
+        example = moved(example)
         check_forward(model, example)
     if weights is None and spec.startswith(("timm:", "torchvision:")):
         note(f"the weights of {spec} are random: give --weights FILE, or --weights pretrained to fetch them")
@@ -109,9 +113,9 @@ def _open_artifact(
     if factory is None and origin.get("kind") in ("factory", "unknown"):
         why = f"it was made with {origin.get('name', 'a function')}; code named by a file is never imported"
         raise RequestError(f"{folder} needs what made its dense model", why, "give --factory module:function")
-    model = load(folder, factory=factory)
+    model = placed(load(folder, factory=factory))
     kept = load_plan(folder / PLAN).inputs if (folder / PLAN).is_file() else None
-    example = example_inputs(model, str(folder), shapes, seed=seed) if shapes or kept is None else kept
+    example = moved(example_inputs(model, str(folder), shapes, seed=seed) if shapes or kept is None else kept)
     check_forward(model, example)
     return model, example
 
@@ -127,9 +131,29 @@ def check_new_file(
     """Check, before any work, that the file is writable, is not an input, and is not overwritten by accident."""
     if file is None:
         return
+    _check_unused(file, overwrite=overwrite)
+    check_output_file(file, source.model, source.weights, *others)
+
+
+def check_tables(*files: Path | None, overwrite: bool) -> None:
+    """Before any work: the files beside a result can be written, and replace nothing unasked."""
+    for file in files:
+        if file is not None:
+            _check_unused(file, overwrite=overwrite)
+            check_output_file(file)
+
+
+def _check_unused(file: Path, *, overwrite: bool) -> None:
     if file.exists() and not file.is_dir() and not overwrite:
         raise RequestError(f"{file} exists", "existing files are kept", "choose another name, or give --overwrite")
-    check_output_file(file, source.model, source.weights, *others)
+
+
+def write_tables(files: Mapping[Path | None, Callable[[], str | bytes]]) -> None:
+    """Write each requested file, and log it."""
+    for file, make in files.items():
+        if file is not None:
+            content = make()
+            note(f"wrote {write_atomic(file, content.encode() if isinstance(content, str) else content)}")
 
 
 def check_journal_folder(folder: Path | None, source: options.SourceOptions) -> None:
@@ -161,6 +185,15 @@ def read_target(budget: options.Budget) -> Target | None:
             "both --target and --threshold", "a threshold determines the sparsity", "give one of the two"
         )
     return Threshold(budget.threshold)
+
+
+def read_loadable(budget: options.Budget) -> Loadable | None:
+    """The reader that `--loadable` names. Errors: RequestError for another."""
+    if budget.loadable in (None, "transformers"):
+        return "transformers" if budget.loadable else None
+    raise RequestError(
+        f"--loadable {budget.loadable} names no reader", "known is transformers", "--loadable transformers"
+    )
 
 
 def read_by_hand(budget: options.Budget) -> ByHand:
@@ -244,7 +277,8 @@ def is_auto(method: options.MethodOptions, budget: options.Budget, recover: opti
     options_given = {
         "--granularity": method.granularity, "--allocation": budget.allocation, "--pattern": budget.pattern,
         "--min-density": method.min_density is not None, "--round-to": method.round_to is not None,
-        "--equal-widths": budget.equal_widths, "--recover": recover.recover, "--remove": budget.remove,
+        "--equal-widths": budget.equal_widths, "--loadable": budget.loadable, "--recover": recover.recover,
+        "--remove": budget.remove,
         "--keep": budget.keep, "--ratio": budget.ratio, "--count": budget.count,
         "--threshold": budget.threshold is not None,
     }  # fmt: skip
@@ -275,11 +309,12 @@ def recipe_of(method: options.MethodOptions, budget: options.Budget = _NO_BUDGET
 
 def _granularity(text: str) -> Any:
     """`channel`, or `channel,head`: names of the catalogue in any case."""
-    parts = tuple(_unit(part.strip()) for part in text.split(",") if part.strip())
+    parts = tuple(units_of(part.strip()) for part in text.split(",") if part.strip())
     return parts[0] if len(parts) == 1 else parts
 
 
-def _unit(name: str) -> Any:
+def units_of(name: str) -> Any:
+    """The granularity of that name, in any case. Errors: RequestError for one that needs more than its name."""
     by_case = {m.name.lower(): m.name for m in catalogue.methods() if m.kind == "granularity"}
     method = catalogue.lookup(by_case.get(name.lower(), name), "granularity")
     if any(knob.default is knob.empty for knob in inspect.signature(method.function).parameters.values()):
@@ -309,7 +344,7 @@ def load_data(spec: str | None) -> Iterable[Any] | None:
     if not isinstance(batches, Iterable):
         raise BadInput(f"{spec} gives no batches", f"it gave {type(batches).__name__}", "return a list or a DataLoader")
     # a generator would be empty at the second pass
-    return batches if hasattr(batches, "__len__") or hasattr(batches, "dataset") else list(batches)
+    return moved_batches(batches if hasattr(batches, "__len__") or hasattr(batches, "dataset") else list(batches))
 
 
 def load_function(spec: str | None, what: str) -> Callable[..., Any] | None:

@@ -68,14 +68,15 @@ def _job(
         skip=method.skip or (),
         only=method.only or (),
         by_hand=parse.read_by_hand(budget),
+        loadable=parse.read_loadable(budget),
         factory=None if program else parse.factory_of(source.model),
         source=source.model if Path(source.model).is_dir() and not program else None,
-        command=shlex.join(["prunella", *map(_named, sys.argv[1:])]),
+        command=shlex.join(["prunella", *map(named, sys.argv[1:])]),
         auto=auto,
     )
 
 
-def _named(word: str) -> str:
+def named(word: str) -> str:
     """A word of the command line for the record; of an absolute path only the last name, since folders name people."""
     option, mark, value = word.rpartition("=") if word.startswith("-") else ("", "", word)
     path = Path(value).expanduser()

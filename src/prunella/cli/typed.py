@@ -21,7 +21,7 @@ _VERBS = {
 }  # fmt: skip
 _OTHER_OPTIONS = {"ratios": "ratio", "counts": "count"}
 _OPTIONS = frozenset(
-    "data loss skip only target min_density round_to equal_widths seed remove keep ratio count".split()
+    "data loss skip only target min_density round_to equal_widths loadable seed remove keep ratio count".split()
 )
 _PATTERNS = {"NM": "2:4", "Block": "16x16"}
 

@@ -35,8 +35,11 @@ from prunella.criteria.weight import group_norm as group_norm
 from prunella.criteria.weight import magnitude as magnitude
 from prunella.criteria.weight import random as random
 from prunella.errors import suggesting
+from prunella.stats.table import Statistic as Statistic
+from prunella.stats.table import register_statistic as register_statistic
 
 __all__ = [
+    "Statistic",
     "activation_norm",
     "activation_variance",
     "apoz",
@@ -59,6 +62,7 @@ __all__ = [
     "obs_units",
     "random",
     "reap",
+    "register_statistic",
     "ria",
     "router_frequency",
     "router_weight",

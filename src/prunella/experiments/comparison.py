@@ -15,6 +15,7 @@ from prunella.errors import RequestError
 from prunella.io.identity import digest_of, identify, model_parts
 from prunella.io.journal import Records, open_records
 from prunella.measure.clock import now, since
+from prunella.measure.formats import csv_table, latex_table
 from prunella.measure.text import spread
 from prunella.model.state import mode, untouched
 from prunella.model.user_code import number_of
@@ -39,14 +40,33 @@ class Compared:
         by_seed = self.values[method][measure]
         return mean(by_seed), stdev(by_seed) if len(by_seed) > 1 else math.nan
 
+    @property
+    def measures(self) -> list[str]:
+        """The names of the measures."""
+        return list(next(iter(self.values.values())))
+
+    def cells(self) -> list[tuple[str, ...]]:
+        """A row for each method: its name, then mean and deviation of each measure."""
+        return [(method, *(spread(*self.spread(method, name)) for name in self.measures)) for method in self.values]
+
     def markdown(self) -> str:
         """The comparison as a Markdown table."""
-        names = list(next(iter(self.values.values())))
-        lines = [f"| method | {' | '.join(names)} |", f"|---|{'---|' * len(names)}"]
-        for method in self.values:
-            cells = [spread(*self.spread(method, name)) for name in names]
-            lines.append(f"| {method} | {' | '.join(cells)} |")
+        lines = [f"| method | {' | '.join(self.measures)} |", f"|---|{'---|' * len(self.measures)}"]
+        lines += [f"| {' | '.join(row)} |" for row in self.cells()]
         return "\n".join([*lines, "", f"seeds {', '.join(map(str, self.seeds))}: mean ± standard deviation"])
+
+    def csv(self) -> str:
+        """All numbers as comma-separated values, a row for each method and seed."""
+        rows = [
+            (method, seed, *(by_seed[name][place] for name in self.measures))
+            for method, by_seed in self.values.items()
+            for place, seed in enumerate(self.seeds)
+        ]
+        return csv_table(("method", "seed", *self.measures), rows)
+
+    def latex(self) -> str:
+        """The table of means and deviations for LaTeX."""
+        return latex_table(("method", *self.measures), self.cells(), right=range(1, 1 + len(self.measures)))
 
     def __str__(self) -> str:
         return self.markdown()

@@ -10,6 +10,7 @@ from prunella.granularity.kernel import KernelPattern as KernelPattern
 from prunella.granularity.kernel import Vector as Vector
 from prunella.granularity.pattern import NM as NM
 from prunella.granularity.pattern import Block as Block
+from prunella.granularity.regions import Regions as Regions
 from prunella.granularity.structure import Channel as Channel
 from prunella.granularity.structure import Depth as Depth
 from prunella.granularity.structure import Expert as Expert
@@ -21,7 +22,7 @@ from prunella.granularity.structure import reduce_to_units as reduce_to_units
 
 Fixed = NM | KernelPattern
 """Granularities of masks with a fixed sparsity, independent of the allocation."""
-Shaped = Vector | Kernel | Filter
+Shaped = Vector | Kernel | Filter | Regions
 """Granularities of masks whose blocks depend on the shape of the weight."""
 Competing = Element | Block | Shaped
 """Granularities of masks whose units compete."""
@@ -50,6 +51,7 @@ __all__ = [
     "Masking",
     "Ranked",
     "Reduce",
+    "Regions",
     "Shaped",
     "Structural",
     "Vector",

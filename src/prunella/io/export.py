@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from prunella.errors import CheckFailed, MissingExtra, NotSupported, RequestError
-from prunella.graph.program.capture import TOLERANCE, capture, quiet
+from prunella.graph.program.capture import TOLERANCE, capture, larger, quiet
 from prunella.graph.verify import relative_error
 from prunella.io.exported import load_exported
 from prunella.io.files import ErrorDeferringStream, write_atomic
@@ -41,7 +41,8 @@ class Exported:
     """The written file, and the checks that it passed.
 
     difference: relative difference between the model and `reader` on the example; None if the format holds only
-    tensors. dynamic: any batch size is accepted. zeros: zero weights at the same place in the file, of `zeros_before`.
+    tensors. dynamic: any batch size is accepted; sizes: any image size too. zeros: zero weights at the same place in
+    the file, of `zeros_before`.
     """
 
     path: Path
@@ -52,19 +53,26 @@ class Exported:
     dynamic: bool
     zeros: int
     zeros_before: int
+    sizes: bool = False
 
     def __str__(self) -> str:
         same = "" if self.difference is None else f", output within {self.difference:.1e}"
-        batch = ", any batch size" if self.dynamic else ""
+        batch = ", any batch and image size" if self.sizes else ", any batch size" if self.dynamic else ""
         return f"{self.path}: {self.format}, {byte_size(self.bytes)}, read by {self.reader}{same}{batch}"
 
 
 def export(
-    model: nn.Module, path: str | os.PathLike[str], *, inputs: Inputs | None = None, format: Format | None = None
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    inputs: Inputs | None = None,
+    format: Format | None = None,
+    any_size: bool = False,
 ) -> Exported:
     """Write `model` in eval mode to one file. The file appears only if its reader gives the same output.
 
-    inputs: an example, needed for pt2 and onnx. format: by the suffix of `path` unless given. Errors: RequestError
+    inputs: an example, needed for pt2 and onnx. format: by the suffix of `path` unless given. any_size: accept any
+    height and width of images too, as any batch size; compared at other sizes. Errors: RequestError
     for an unknown format or a missing example, MissingExtra without onnx, NotSupported if torch cannot export the
     model, CheckFailed if the reader computes something else or zeros were lost.
 
@@ -82,26 +90,29 @@ def export(
     on_cpu = _on_cpu(model)
 
     def write(temporary: Path) -> None:
-        exports.append(_write(on_cpu, temporary, final, chosen, inputs))
+        exports.append(_write(on_cpu, temporary, final, chosen, inputs, any_size))
 
     with mode(on_cpu, training=False), torch.no_grad(), quiet():
         write_atomic(final, write)
     return exports[0]
 
 
-def _write(model: nn.Module, file: Path, final: Path, chosen: Format, inputs: Inputs | None) -> Exported:
+def _write(
+    model: nn.Module, file: Path, final: Path, chosen: Format, inputs: Inputs | None, any_size: bool
+) -> Exported:
     if chosen == "safetensors":
         kept, total = _safetensors(model, file)
         return _checked(Exported(final, chosen, file.stat().st_size, "safetensors", None, False, kept, total))
     if inputs is None:
         raise RequestError(f"{chosen} needs inputs=", "the model is traced with an example", "pass an example batch")
     example = tree_map(lambda v: v.cpu() if isinstance(v, Tensor) else v, inputs)
-    expected = outputs_of(model, example)
+    examples = [example, larger(example)] if any_size else [example]
     make = _pt2 if chosen == "pt2" else _onnx
-    dynamic, reader, outputs, state = make(model, file, example)
+    dynamic, reader, outputs, state = make(model, file, examples)
+    expected = [output for one in examples for output in outputs_of(model, one)]
     kept, total = _zeros(model, state)
-    size = file.stat().st_size
-    return _checked(Exported(final, chosen, size, reader, relative_error(expected, outputs), dynamic, kept, total))
+    error, size = relative_error(expected, outputs), file.stat().st_size
+    return _checked(Exported(final, chosen, size, reader, error, dynamic, kept, total, any_size))
 
 
 def _checked(exported: Exported) -> Exported:
@@ -123,8 +134,12 @@ def _safetensors(model: nn.Module, file: Path) -> tuple[int, int]:
     return _zeros(model, load_file(file))
 
 
-def _pt2(model: nn.Module, file: Path, example: Inputs) -> tuple[bool, str, list[Tensor], Mapping[str, Tensor]]:
-    program, dynamic = capture(model, example)
+_Made = tuple[bool, str, list[Tensor], Mapping[str, Tensor]]
+"""Whether any batch size is accepted, the reader, its outputs for every example, and the tensors in the file."""
+
+
+def _pt2(model: nn.Module, file: Path, examples: Sequence[Inputs]) -> _Made:
+    program, dynamic = capture(model, examples[0], sizes=len(examples) > 1)
     # An example would be stored as a pickle, and stack traces would reveal the folders of this machine.
     program._example_inputs = None
     for node in program.graph.nodes:
@@ -134,14 +149,15 @@ def _pt2(model: nn.Module, file: Path, example: Inputs) -> tuple[bool, str, list
         torch.export.save(program, deferring)
         deferring.check()
     again = load_exported(file)[0]
-    return dynamic, "torch.export.load", outputs_of(again, example), dict(again.state_dict())
+    outputs = [output for example in examples for output in outputs_of(again, example)]
+    return dynamic, "torch.export.load", outputs, dict(again.state_dict())
 
 
-def _onnx(model: nn.Module, file: Path, example: Inputs) -> tuple[bool, str, list[Tensor], Mapping[str, Tensor]]:
+def _onnx(model: nn.Module, file: Path, examples: Sequence[Inputs]) -> _Made:
     for extra in ("onnx", "onnxscript"):
         if importlib.util.find_spec(extra) is None:
             raise MissingExtra("the onnx export needs onnx and onnxscript", "", "pip install 'prunella[onnx]'")
-    program, dynamic = capture(model, example)
+    program, dynamic = capture(model, examples[0], sizes=len(examples) > 1)
     needed = sum(t.nbytes for t in [*model.parameters(), *model.buffers()])
     if needed > _LARGEST_PROTOBUF:
         raise NotSupported(
@@ -153,15 +169,15 @@ def _onnx(model: nn.Module, file: Path, example: Inputs) -> tuple[bool, str, lis
         why = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
         raise NotSupported("torch.onnx cannot translate this model", why, "pt2 and safetensors may work") from error
     translated.save(str(file), external_data=False)
-    reader, outputs = _read_onnx(file, example)
+    reader, outputs = _read_onnx(file, examples)
     return dynamic, reader, outputs, _initializers(file)
 
 
-def _read_onnx(file: Path, example: Inputs) -> tuple[str, list[Tensor]]:
+def _read_onnx(file: Path, examples: Sequence[Inputs]) -> tuple[str, list[Tensor]]:
     import onnx
 
     onnx.checker.check_model(str(file))
-    feed = [t.numpy() for t in tensors(example)]
+    feeds = [[t.numpy() for t in tensors(example)] for example in examples]
     if importlib.util.find_spec("onnxruntime") is not None:
         import onnxruntime
 
@@ -169,11 +185,26 @@ def _read_onnx(file: Path, example: Inputs) -> tuple[str, list[Tensor]]:
         options.log_severity_level = 3
         session = onnxruntime.InferenceSession(file.read_bytes(), options, providers=["CPUExecutionProvider"])
         names = [entry.name for entry in session.get_inputs()]
-        return "onnxruntime", [_tensor(v) for v in session.run(None, dict(zip(names, feed, strict=True)))]
+        return "onnxruntime", _outputs(lambda feed: session.run(None, dict(zip(names, feed, strict=True))), feeds)
     from onnx.reference import ReferenceEvaluator
 
     reference = ReferenceEvaluator(str(file))
-    return "onnx", [_tensor(v) for v in reference.run(None, dict(zip(reference.input_names, feed, strict=True)))]
+    return "onnx", _outputs(
+        lambda feed: reference.run(None, dict(zip(reference.input_names, feed, strict=True))), feeds
+    )
+
+
+def _outputs(run: Callable[[list[Any]], Any], feeds: Sequence[list[Any]]) -> list[Tensor]:
+    """The outputs for every example. Errors: NotSupported if the reader takes the first one, but no other size."""
+    outputs: list[Any] = list(run(feeds[0]))
+    for feed in feeds[1:]:
+        try:
+            outputs = [*outputs, *run(feed)]
+        except Exception as error:  # each reader has errors of its own
+            why = str(error).strip().splitlines()[0]
+            what = "the onnx export does not take any image size"
+            raise NotSupported(what, why, "leave the free size out; a pt2 file may take any") from error
+    return [_tensor(value) for value in outputs]
 
 
 def _tensor(value: Any) -> Tensor:

@@ -26,6 +26,7 @@ from prunella.io.exported import load_exported
 from prunella.io.files import new_folder
 from prunella.io.json import read_config
 from prunella.io.kind_of_path import described_path, kind_of, refuse_other_kind
+from prunella.io.source_card import card_of_gguf
 from prunella.io.tensor_file import open_tensors, read_folder
 from prunella.io.untrusted import check_archive, check_links
 from prunella.model.unwrap import unwrap
@@ -128,6 +129,8 @@ def _unpack_gguf(file: Path, folder: Path) -> Path:
     with new_folder(folder) as new:
         unquantize_(model).save_pretrained(new)
         tokenizer.save_pretrained(new)
+        if card := card_of_gguf(file):
+            (new / "README.md").write_text(card, encoding="utf-8")
     return folder
 
 
@@ -316,8 +319,15 @@ def _check_weight_files(folder: Path, *, allow_pickle: bool) -> None:
     raise BadInput(f"{folder} has no weights", "no *.safetensors file in it", "give the folder with the weights")
 
 
-def _from_pretrained(folder: Path, kind: Any, *, allow_pickle: bool) -> nn.Module:
+def load_unfinished(folder: Path, config: Path, kind: Any) -> nn.Module:
+    """A folder whose configuration is another file, as the class that is known; in eval mode."""
+    described = kind.config_class.from_json_file(str(config))
+    return _from_pretrained(folder, kind, allow_pickle=False, config=described).eval()
+
+
+def _from_pretrained(folder: Path, kind: Any, *, allow_pickle: bool, config: Any = None) -> nn.Module:
     options = {"local_files_only": True, "trust_remote_code": False, "use_safetensors": not allow_pickle}
+    options |= {} if config is None else {"config": config}
     model, info = call_user(lambda: kind.from_pretrained(str(folder), output_loading_info=True, **options), str(folder))
     missing = sorted(info.get("missing_keys", ()))
     wrong = sorted(str(key[0] if isinstance(key, tuple) else key) for key in info.get("mismatched_keys", ()))

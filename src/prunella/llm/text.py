@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +25,27 @@ def text_samples(
     if nsamples < 1 or seqlen < 2:
         raise RequestError(f"{nsamples} samples of {seqlen} tokens are not data", "at least 1 of 2", "128 of 512")
     ids = text_tokens(folder, text)
-    if len(ids) < seqlen:
-        why = f"it has {len(ids)} tokens, and a sample has {seqlen}"
+    starts = sample_starts(len(ids), text, nsamples=nsamples, seqlen=seqlen, seed=seed)
+    return [{"input_ids": ids[start : start + seqlen][None]} for start in starts]
+
+
+def sample_starts(tokens: int, text: str | Path, *, nsamples: int, seqlen: int, seed: int) -> list[int]:
+    """Where the samples of a text of so many tokens begin. Errors: RequestError if it is shorter than one."""
+    if tokens < seqlen:
+        why = f"it has {tokens} tokens, and a sample has {seqlen}"
         raise RequestError(f"the text in {text} is too short", why, "give more text, or a smaller seqlen")
     generator = torch.Generator().manual_seed(seed)
-    starts = torch.randint(0, len(ids) - seqlen + 1, (nsamples,), generator=generator).tolist()
-    return [{"input_ids": ids[start : start + seqlen][None]} for start in starts]
+    starts: list[int] = torch.randint(0, tokens - seqlen + 1, (nsamples,), generator=generator).tolist()
+    return starts
+
+
+def windows_between(tokens: int, starts: Sequence[int], *, seqlen: int, window: int) -> list[int]:
+    """Where windows begin that overlap neither a sample nor each other: what a text has left to judge by."""
+    free, place = list[int](), 0
+    for start in [*sorted(starts), tokens]:
+        free += range(place, start - window + 1, window)
+        place = max(place, start + seqlen)
+    return free
 
 
 def text_tokens(folder: str | Path, text: str | Path) -> Tensor:

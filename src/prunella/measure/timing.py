@@ -48,6 +48,11 @@ class Ratio:
         return round(self.high, 2) < 1
 
     @property
+    def noisy(self) -> bool:
+        """Whether the interval holds 1 and is too wide to say that both are the same."""
+        return not self.faster and not self.slower and (self.low * _SAME < 1 or self.high > _SAME)
+
+    @property
     def verdict(self) -> str:
         """One phrase that claims no more than the interval supports."""
         if self.faster:
@@ -55,7 +60,7 @@ class Ratio:
         if self.slower:
             return f"{ratio(1 / self.value)} slower {interval(1 / self.high, 1 / self.low, '.2f')}"
         measured = f"({ratio(self.value)} {interval(self.low, self.high, '.2f')})"
-        if self.low * _SAME < 1 or self.high > _SAME:
+        if self.noisy:
             return f"the measurement is too noisy to tell {measured}"
         return f"no speed-up on this device {measured}"
 

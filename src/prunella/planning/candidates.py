@@ -13,6 +13,7 @@ from torch import Tensor
 from prunella.allocation.pool import Allocation, Pool
 from prunella.errors import RequestError, TargetMissed
 from prunella.granularity import Block, Competing, Element, Fixed
+from prunella.granularity.regions import Labelled
 from prunella.graph.cut.macs import macs_by_layer
 from prunella.graph.data import Frozen, Graph, Group, Layer
 from prunella.graph.matrix import kernel_shape
@@ -220,7 +221,7 @@ class CandidateWeights:
         return [Pool(x.name, scores, shape, topology=f"{x.op}{shape[2:]}") for x, scores, shape in each]
 
     @cached_property
-    def _patterns(self) -> list[Element | Block]:
+    def _patterns(self) -> list[Element | Block | Labelled]:
         if isinstance(self.pattern, Element | Block):
             return [self.pattern] * len(self.layers)
         return [self.pattern.on(shape_of(self.graph, layer)) for layer in self.layers]

@@ -13,6 +13,8 @@ from prunella.errors import RequestError
 from prunella.graph.cut.changes import Changes, Cuts, Dropped, Renumbered, Sizes, changes
 from prunella.graph.data import Frozen, Graph, Group
 from prunella.graph.solve.tokens import known_only, renumber
+from prunella.measure.formats import html_table
+from prunella.measure.text import short_count
 from prunella.planning import accounting, coverage
 from prunella.planning.accounting import Amount, Pattern, Row
 from prunella.planning.render import emptied, remarks_of, render, size_remarks
@@ -180,6 +182,16 @@ class Plan:
     def __str__(self) -> str:
         text = render(self.rows, self.before, self.after, self._notes(), self.frozen)
         return "\n".join([*self.caveats, *([""] if self.caveats else []), text])
+
+    def _repr_html_(self) -> str:
+        """The plan in a notebook."""
+        rows = [(row.name, row.kind, f"{row.kept}/{row.total}") for row in self.rows]
+        before, after = self.before, self.after
+        sizes = f"params {short_count(before.params)} -> {short_count(after.params)}"
+        sizes += f", MACs {short_count(before.macs)} -> {short_count(after.macs)}"
+        return html_table(
+            f"Plan: {self.outcome}", ("name", "kind", "kept"), rows, (*self.caveats, sizes, *self.remarks)
+        )
 
     def _notes(self) -> list[str]:
         names = "by hand"

@@ -6,8 +6,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -37,6 +38,7 @@ from prunella.planning.candidates import (
     allocate_budget,
 )
 from prunella.planning.checks import check_finite, check_threshold, checked_target, foreign_weights
+from prunella.planning.loadable import KeptUnits, Loadable, costs_of_reading, read_by
 from prunella.planning.masked_plan import masked_plan
 from prunella.planning.plan import Plan
 from prunella.planning.readable import Builds, Misfit, parts_at_fault, undescribed
@@ -76,6 +78,7 @@ def plan(
     keep: Mapping[str, Positions] = NOTHING,
     ratios: Mapping[str, float] = NOTHING,
     counts: Mapping[str, int] = NOTHING,
+    loadable: Loadable | None = None,
 ) -> Plan:
     """Plan what to remove from `model` to meet `target`. Neither the model nor the random state changes.
 
@@ -91,6 +94,8 @@ def plan(
         removed with all slices coupled to it. For heads, experts, blocks: indices of units. For masks: a bool tensor.
     ratios, counts: layer or pattern -> fraction, or number, of its units (weights) to remove, lowest scores first.
         A choice by hand is not changed to meet a target; without a target only the chosen units are removed.
+    loadable: `"transformers"` allows only what plain `AutoModel.from_pretrained` reads, as `equal_widths` of a recipe
+        does; a remark says what that costs.
 
     Errors: RequestError (an invalid request), BadInput (broken weights, data or inputs), NotSupported (nothing can be
     pruned), TargetMissed (with the smallest reachable size and the obstacles).
@@ -111,6 +116,7 @@ def plan(
             f"the recipe is a {type(recipe).__name__}", "a criterion is a part of a recipe", "Recipe(criterion=...)"
         )
     model = with_plain_weights(model)
+    free, recipe = recipe, read_by(recipe, model, loadable)
     by_hand = ByHand(remove, keep, ratios, counts)
     if target is not None or not by_hand:
         target = checked_target(recipe.granularities, target)
@@ -121,26 +127,42 @@ def plan(
     with untouched(model, recipe.seed):
         source = Source(data, loss)
         request = prepare(model, inputs, recipe, target=target, source=source, skip=skip, only=only, by_hand=by_hand)
-        plan = plan_structure(request) if structural else masked_plan(request)
+        costs = partial(costs_of_reading, free) if loadable is not None else no_costs
+        plan = plan_structure(request, costs) if structural else masked_plan(request)
     return replace(plan, remarks=(*plan.remarks, *foreign_weights(model)))
 
 
 # -- structure ---------------------------------------------------------------------------------------------------
 
 
-def plan_structure(request: Request) -> Plan:
+def _units_kept(scored: _Scored, request: Request) -> Keep:
+    return _kept_units(request, scored)
+
+
+Costs = Callable[[Request, Sequence[GroupScores], Keep, KeptUnits], Sequence[str]]
+"""What to say of a choice: the request, the groups with their scores, what is kept, and how that is chosen."""
+
+
+def no_costs(request: Request, scored: Sequence[GroupScores], keep: Keep, choose: KeptUnits) -> Sequence[str]:
+    """Nothing to say."""
+    return ()
+
+
+def plan_structure(request: Request, costs: Costs = no_costs) -> Plan:
     """A plan that removes units; a group whose cut the oracle cannot prove is set aside with the reason.
 
     An input of another size on which the cut is wrong is traced too: it shows what is coupled or frozen there.
     """
     original = request
     for _ in range(MOST_EXAMPLES):
-        request, keep, frozen = _described(request, _scored(request))
+        scored = _scored(request)
+        request, keep, frozen = _described(request, scored)
         other = disagreement(request.model, request.graph, keep, request.inputs, request.others)
         if other is None:
             _check_branches(request, keep)
             plan = _plan_of(request, keep, frozen)
-            return replace(plan, remarks=(*plan.remarks, *_added(original, request)))
+            said = costs(original, scored.groups, keep, partial(_units_kept, scored))
+            return replace(plan, remarks=(*plan.remarks, *_added(original, request), *said))
         request = with_example(request, other)
     raise NotSupported(
         "the cuts of this model are exact for the size of the example only",

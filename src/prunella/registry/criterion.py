@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from prunella.registry.method import Scope, Status, needs_of, record
-from prunella.stats.table import STATISTICS
+from prunella.stats.table import STATISTICS, why_unknown
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -22,7 +22,7 @@ def criterion(*, source: str, status: Status = "experimental", scope: Scope = "p
     def mark(function: F) -> F:
         unknown = [name for name in needs_of(function) if name not in STATISTICS]
         if unknown:
-            raise TypeError(f"{function.__name__}: unknown statistic {unknown[0]!r}; known are {', '.join(STATISTICS)}")
+            raise TypeError(f"{function.__name__}: unknown statistic {unknown[0]!r}; {why_unknown(unknown[0])}")
         return record("criterion", source=source, status=status, scope=scope)(function)
 
     return mark

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
 from xml.etree import ElementTree
 
 from prunella.measure.timing import Comparison
@@ -20,6 +20,20 @@ if TYPE_CHECKING:
 INK, MUTED, GRID, DENSE, PRUNED = "#010203", "#010204", "#010205", "#010206", "#010207"
 _VARIABLES = {INK: "ink", MUTED: "muted", GRID: "line", DENSE: "dense", PRUNED: "pruned"}
 _ALONE = {"ink": "#444444", "muted": "#666666", "line": "#dddddd", "dense": "#777777", "pruned": "#1f77b4"}
+
+
+class Palette(NamedTuple):
+    """The colors of a chart: of text, of lines, of the dense model and of the pruned one."""
+
+    ink: str
+    muted: str
+    grid: str
+    dense: str
+    pruned: str
+
+
+THEMED = Palette(INK, MUTED, GRID, DENSE, PRUNED)
+PRINTED = Palette(*(_ALONE[name] for name in ("ink", "muted", "line", "dense", "pruned")))
 _SVG = "{http://www.w3.org/2000/svg}"
 _HREF = "{http://www.w3.org/1999/xlink}href"
 _ELEMENTS = frozenset(("svg", "g", "path", "use", "defs", "text", "tspan", "clipPath", "rect"))
@@ -72,33 +86,47 @@ def curve_chart(curve: Curve, width: float = WIDE) -> Markup:
 
 def figure(tag: str, draw: Callable[[Axes], None], width: float, height: float) -> Markup:
     """The drawing of `draw` as clean SVG, in inches. tag: unique among the charts of a page."""
+    salt: dict[str, Any] = {"svg.fonttype": "none", "svg.hashsalt": f"prunella-{tag}-{width}"}
+    options = {"format": "svg", "transparent": True, "metadata": {"Date": None, "Creator": None}}
+    return clean_svg(_saved(draw, (width, height), THEMED, salt, options), f"{tag}{int(width * 10)}")
+
+
+def png(draw: Callable[[Axes], None], width: float, height: float) -> bytes:
+    """What `draw` draws with the colors of `PRINTED`, as pixels on white."""
+    return _saved(draw, (width, height), PRINTED, {}, {"format": "png", "dpi": 160})
+
+
+def _saved(
+    draw: Callable[[Axes], None],
+    size: tuple[float, float],
+    palette: Palette,
+    style: Mapping[str, Any],
+    options: Mapping[str, Any],
+) -> bytes:
     with needing_report("a chart"):
         import matplotlib as mpl
-        from matplotlib.backends.backend_svg import FigureCanvasSVG
         from matplotlib.figure import Figure
 
-    style: Any = {
-        "svg.fonttype": "none",
-        "svg.hashsalt": f"prunella-{tag}-{width}",
+    colors: Any = {
         "font.size": 9.0,
-        "axes.edgecolor": GRID,
-        "axes.labelcolor": MUTED,
-        "xtick.color": MUTED,
-        "ytick.color": INK,
-        "text.color": INK,
+        "axes.edgecolor": palette.grid,
+        "axes.labelcolor": palette.muted,
+        "xtick.color": palette.muted,
+        "ytick.color": palette.ink,
+        "text.color": palette.ink,
         "text.parse_math": False,
     }
-    with mpl.rc_context(style):
-        figure = Figure(figsize=(width, height), layout="constrained")
-        FigureCanvasSVG(figure)
+    colors |= style
+    with mpl.rc_context(colors):
+        figure = Figure(figsize=size, layout="constrained")
         axes = figure.subplots()
         draw(axes)
         axes.spines[["top", "right", "left"]].set_visible(False)
         axes.tick_params(length=0)
         axes.set_axisbelow(True)
         stream = io.BytesIO()
-        figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    return clean_svg(stream.getvalue(), f"{tag}{int(width * 10)}")
+        figure.savefig(stream, **options)
+    return stream.getvalue()
 
 
 def alone(chart: Markup) -> str:

@@ -14,6 +14,7 @@ import numpy as np
 from prunella.errors import BadInput, PruningError, RequestError
 from prunella.io.files import write_atomic
 from prunella.io.json import encode, plain
+from prunella.measure.formats import csv_table, latex_table
 from prunella.measure.text import MISSING, interval, spread
 from prunella.reporting.chart import DENSE, GRID, INK, MUTED, NARROW, PRUNED, WIDE, figure
 from prunella.reporting.page import render_sections
@@ -103,6 +104,16 @@ class Frontier:
     def __str__(self) -> str:
         parts = [self._table(), *([self.reasons()] if self.failures else [])]
         return "\n\n".join(map(str, parts))
+
+    def csv(self) -> str:
+        """Every model as comma-separated values, a row for each method, ratio and seed."""
+        names = ("method", "ratio", "seed", "score", "params", "macs", "error")
+        return csv_table(names, [[getattr(cell, name) for name in names] for cell in self.cells])
+
+    def latex(self) -> str:
+        """The table of means and deviations for LaTeX."""
+        table = self._table()
+        return latex_table(table.header, table.rows, right=(1, 2, 3, 4, 5))
 
     def section(self) -> Section:
         """Table and curves, for a report: `report(...).adding(frontier.section())`. Errors: MissingExtra."""

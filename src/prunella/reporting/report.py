@@ -22,6 +22,7 @@ from prunella.graph.data import Frozen
 from prunella.graph.verify import relative_error
 from prunella.io.json import encode, plain
 from prunella.measure.count import WorkCount, count, count_work, effective
+from prunella.measure.formats import html_table
 from prunella.measure.profile import peak_memory, time_by_layer
 from prunella.measure.text import byte_size, duration, percent, short_count, significant, table
 from prunella.measure.timing import Comparison, compare_latency
@@ -203,6 +204,12 @@ class Report:
         end = [difference if math.isfinite(self.difference) else "outputs have other shapes", *self._measured()]
         parts = [line for section in self.sections for line in ("", str(section))]
         return "\n".join([headline, *self.caveats, "", table_text, "", *end, *parts])
+
+    def _repr_html_(self) -> str:
+        """The report in a notebook: the verdict and the measures."""
+        rows = [(m.name, shown(m.before, m.unit), shown(m.after, m.unit), m.change) for m in self.metrics]
+        header = ("", "dense", "recovered" if self.recovered else "pruned", "change")
+        return html_table(self.verdict, header, rows, (*self.caveats, *self._measured()))
 
     def _measured(self) -> list[str]:
         took = self.latency

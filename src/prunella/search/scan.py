@@ -48,12 +48,20 @@ class Scan:
 
     def __str__(self) -> str:
         head = f"quality of the dense model: {significant(self.base)}; of the model with one group cut:"
-        most_sensitive_first = sorted(self.curves.items(), key=lambda item: min(value for _, value in item[1]))
         rows = [
             (name, "  ".join(f"{percent(x, 0)}: {significant(value)}" for x, value in curve))
-            for name, curve in most_sensitive_first
+            for name, curve in self.most_sensitive_first
         ]
-        return "\n".join([head, *([table((), rows)] if rows else [])])
+        return "\n".join([head, *([table(("group", "fraction removed: quality"), rows)] if rows else [])])
+
+    @property
+    def most_sensitive_first(self) -> list[tuple[str, tuple[tuple[float, float], ...]]]:
+        """Group and points, by the least quality of its curve."""
+        return sorted(self.curves.items(), key=lambda item: min(value for _, value in item[1]))
+
+    def rows(self) -> list[tuple[str, float, float, float]]:
+        """Group, fraction removed, quality and the loss of quality, a row for each point."""
+        return [(name, x, value, self.base - value) for name, curve in self.most_sensitive_first for x, value in curve]
 
 
 @search(source="Li et al. 2017, arXiv:1608.08710; Han et al. 2015, arXiv:1506.02626")

@@ -18,7 +18,7 @@ from prunella.model.batches import check_batches
 from prunella.model.forward import run, samples
 from prunella.model.state import losses_in_training_
 from prunella.stats.subject import Subject
-from prunella.stats.table import STATISTICS, Slot
+from prunella.stats.table import STATISTICS, Slot, why_unknown
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,9 @@ def collect(
     unknown = next((name for name in needs if name not in STATISTICS), None)
     if unknown is not None:
         raise RequestError(
-            f"{asker} asks for `{unknown}`, which is not a statistic", f"statistics are {', '.join(STATISTICS)}"
+            f"{asker} asks for `{unknown}`, which is not a statistic",
+            why_unknown(unknown),
+            "name the parameter so, or make it a knob: keyword-only",
         )
     statistics = {name: STATISTICS[name] for name in needs}
     computed = {name: entry.compute(subject) for name, entry in statistics.items() if entry.compute}

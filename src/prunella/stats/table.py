@@ -14,6 +14,7 @@ from typing import Any, Literal, Protocol, get_args
 from torch import Tensor
 
 from prunella import types
+from prunella.errors import RequestError, near_names
 from prunella.stats import activation, curvature, elimination, gradient, influence, initial, reading, routing
 from prunella.stats.subject import Subject
 
@@ -127,6 +128,31 @@ STATISTICS: dict[str, Statistic] = {
     "hessian_grad": Statistic(kind=types.HessianGrad, slot=initial.HessianGrad, gradients=True),
     "total_slope": Statistic(kind=types.TotalSlope, slot=initial.TotalSlope, gradients=True),
 }
+
+
+def register_statistic(name: str, statistic: Statistic) -> None:
+    """Make a statistic of your own known: a criterion asks for it by a positional parameter of that name.
+
+    name: not taken yet. statistic: what it is, and `compute`, a function of the `Subject` that gives a tensor for each
+    weight by its name, or a slot that collects it from data. A plan file names the criterion, not the statistic:
+    register it again before the plan is made again. Errors: RequestError for a name that is taken or no identifier.
+
+    Use: criteria that need more than the library collects. Avoid: numbers that follow from known statistics: compute
+    them in the criterion.
+    """
+    if not name.isidentifier() or name in STATISTICS:
+        why = "it is there already" if name in STATISTICS else "a parameter of a function has to bear it"
+        raise RequestError(f"the name {name!r} cannot be given to a statistic", why, "choose another name")
+    if statistic.slot is None and statistic.compute is None:
+        why = "nothing says where it comes from"
+        raise RequestError(f"the statistic {name} has neither compute= nor slot=", why, "pass compute=")
+    STATISTICS[name] = statistic
+
+
+def why_unknown(name: str) -> str:
+    """The names that are near to one that is no statistic, and all of them."""
+    near = near_names(name, STATISTICS)
+    return f"{near + ' ' if near else ''}statistics are {', '.join(STATISTICS)}"
 
 
 def of_level(names: Iterable[str], *levels: Level) -> list[str]:

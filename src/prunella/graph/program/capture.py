@@ -64,8 +64,14 @@ def as_program(model: nn.Module, inputs: Any) -> nn.Module:
     return program
 
 
-def capture(model: nn.Module, example: Any) -> tuple[Any, bool]:
-    """The exported program, and whether it accepts any batch size."""
+def capture(model: nn.Module, example: Any, *, sizes: bool = False) -> tuple[Any, bool]:
+    """The exported program, and whether it accepts any batch size.
+
+    sizes: height and width of floating inputs (the axes from the third on) are free too. Errors: NotSupported if the
+    model fixes them.
+    """
+    if sizes:
+        return _sized(model, example), True
     wide = _resized(example, 2)
     if wide is not None:
         for free_axes in (_free_words, _free_batch):
@@ -76,6 +82,41 @@ def capture(model: nn.Module, example: Any) -> tuple[Any, bool]:
             except NotSupported:
                 pass  # the model has fixed sizes
     return _capture(model, example, None), False
+
+
+def _sized(model: nn.Module, example: Any) -> Any:
+    """The program for any batch and image size, compared with the model at others. Errors: NotSupported."""
+    what, todo = "the export does not take any image size", "leave the free size out"
+    wide = _resized(example, 2)
+    if wide is None or not any(t.dim() > 2 and t.is_floating_point() for t in tensors(wide)):
+        raise NotSupported(what, "no input has height and width behind batch and channels", todo)
+    try:
+        program = _capture(model, wide, tree_map(_free_sizes, _arguments(wide)[0] or _arguments(wide)[1]))
+    except NotSupported as error:
+        raise NotSupported(what, error.why, todo) from error
+    module = program.module()
+    for other in (larger(wide), larger(larger(example))):
+        try:
+            apart = relative_error(outputs_of(model, other), outputs_of(module, other))
+        except (RuntimeError, AssertionError, ValueError) as failed:
+            raise NotSupported(what, str(failed).strip().splitlines()[0], todo) from failed
+        if not apart <= TOLERANCE:
+            raise NotSupported(what, f"at another size its outputs differ by {apart:.1e}", todo)
+    return program
+
+
+def larger(example: Any) -> Any:
+    """The example with half as much again of each axis of an image, in whole halves."""
+
+    def one(value: Any) -> Any:
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            return value
+        for axis in range(2, value.dim()):
+            more = value.narrow(axis, 0, max(1, value.shape[axis] // 2))
+            value = torch.cat([value, more], axis)
+        return value
+
+    return tree_map(one, example)
 
 
 def _arguments(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -125,6 +166,13 @@ def _free_words(value: Any) -> Any:
     """Free axes: the batch, and the length of integer inputs."""
     if isinstance(value, Tensor) and not value.is_floating_point():
         return dict.fromkeys(range(value.dim()), torch.export.Dim.AUTO)
+    return _free_batch(value)
+
+
+def _free_sizes(value: Any) -> Any:
+    """Free axes: the batch, and of images height and width."""
+    if isinstance(value, Tensor) and value.is_floating_point():
+        return dict.fromkeys([0, *range(2, value.dim())], torch.export.Dim.AUTO)
     return _free_batch(value)
 
 

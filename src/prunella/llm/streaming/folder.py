@@ -18,7 +18,7 @@ from prunella.llm.streaming import memory as amounts
 from prunella.llm.streaming.progress import check_output, identity_of, is_finished, open_progress
 from prunella.llm.streaming.runner import OnBlock, StreamingRun
 from prunella.llm.streaming.texts import drawn_for, placeholder, recorded, write_texts
-from prunella.llm.streaming.writer import finish
+from prunella.llm.streaming.writer import Close, finish
 from prunella.measure.clock import now, since
 from prunella.measure.text import byte_size
 from prunella.model.batches import listed
@@ -79,6 +79,7 @@ def solve_folder(
     skip: Sequence[str] = (),
     overwrite: bool = False,
     on_block: OnBlock | None = None,
+    close: Close | None = None,
 ) -> Streamed:
     """Prune the Hugging Face folder `source` into the folder `output`, with one block in memory at a time.
 
@@ -95,7 +96,8 @@ def solve_folder(
     refused before it starts. None: hidden states in memory, no check. Errors: RequestError if the folder exists or
     belongs to another run, or for too little memory; NotSupported if the blocks are not entries of one list, run in
     order.
-    how: as in `solve_`. overwrite: replace an existing result. on_block: called after each block.
+    how: as in `solve_`. overwrite: replace an existing result. on_block: called after each block. close: judges the
+    result before it is complete, and adds to its card and record.
 
     Use: models larger than memory. Avoid: models that fit, if they are evaluated next: `solve_`.
     """
@@ -117,11 +119,11 @@ def solve_folder(
         if calibration is not None and drawn is not None and group.is_main:
             write_texts(progress.folder, calibration, drawn, run.source)
         solving, replayed = run.run(progress, on_block)
-        seconds = since(start)
+        seconds, most = since(start), amounts.most_resident()  # before both models are judged
         if group.is_main:
-            finish(run, progress.folder, solving, seconds, recorded(drawn))
+            finish(run, progress.folder, solving, seconds, recorded(drawn), close)
     group.barrier()
-    return Streamed(folder, solving, run.peak, amounts.most_resident(), seconds, replayed)
+    return Streamed(folder, solving, run.peak, most, seconds, replayed)
 
 
 def forecast(

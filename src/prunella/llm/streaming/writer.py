@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from prunella.io.huggingface import COMPANIONS
 from prunella.io.json import plain, read_config, write_json
 from prunella.io.manifest import entry_of, listed, write_sealed
 from prunella.io.origin import passed_on
+from prunella.io.source_card import licence_files, read_source_card
 from prunella.io.tensor_file import INDEX, open_tensors
 from prunella.llm.blockwise import Solving
 from prunella.llm.streaming.progress import CONFIG, RECORD, WORK
@@ -25,10 +26,29 @@ FORMAT = 2
 """Format of `run.json`; format 1 had no such number and did not list the files."""
 
 
-def finish(run: StreamingRun, folder: Path, solving: Solving, seconds: float, calibration: Mapping[str, Any]) -> None:
+@dataclass(frozen=True)
+class Closed:
+    """What is told of a finished folder: its card, and further entries of its record."""
+
+    card: Card
+    record: Mapping[str, Any] = field(default_factory=dict)
+
+
+Close = Callable[[Path, Path, Card], Closed]
+"""Judges a folder, given with the file of its configuration, and completes its card. It may write files there."""
+
+
+def finish(
+    run: StreamingRun,
+    folder: Path,
+    solving: Solving,
+    seconds: float,
+    calibration: Mapping[str, Any],
+    close: Close | None = None,
+) -> None:
     """Write the shard of the weights outside the blocks, then all files without weights, config.json last.
 
-    calibration: the sources of the batches, for the record.
+    calibration: the sources of the batches, for the record. close: called before the files are listed.
     """
     _copy_around(run, folder)
     _write_index(folder, len(run.paths) + 1)
@@ -36,7 +56,13 @@ def finish(run: StreamingRun, folder: Path, solving: Solving, seconds: float, ca
         for file in sorted(run.source.glob(pattern)):
             if file.is_file() and file.suffix != ".safetensors":
                 copy_file(file, folder / file.name)
-    write_card(folder, card_of(run, solving))
+    for file in licence_files(run.source):
+        copy_file(file, folder / file.name)
+    config = passed_on(read_config(run.source / CONFIG).data)  # no code is copied, so none is named
+    staged = write_json(folder / WORK / CONFIG, config, allow_nan=True)
+    card = card_of(run, solving)
+    closed = close(folder, staged, card) if close else Closed(card)
+    write_card(folder, closed.card)
     record = {
         "format": FORMAT,
         "prunella": __version__,
@@ -49,10 +75,8 @@ def finish(run: StreamingRun, folder: Path, solving: Solving, seconds: float, ca
         "calibration": {"batches": run.batches, "tokens": run.tokens, **calibration},
         "predicted_peak": run.peak.bytes,
         "seconds": seconds,
+        **closed.record,
     }
-    config = passed_on(read_config(run.source / CONFIG).data)  # no code is copied, so none is named
-    write_card(folder, card_of(run, solving))
-    staged = write_json(folder / WORK / CONFIG, config, allow_nan=True)
     files = {**listed(folder, besides=(RECORD, CONFIG)), CONFIG: entry_of(staged)}
     write_sealed(folder / RECORD, {**plain(record), "files": files})
     copy_file(staged, folder / CONFIG)
@@ -60,7 +84,10 @@ def finish(run: StreamingRun, folder: Path, solving: Solving, seconds: float, ca
 
 def card_of(run: StreamingRun, solving: Solving) -> Card:
     """The model card of the folder."""
-    method = described(run.how.method)["name"]
+    solver = described(run.how.method)
+    score = solver["knobs"].get("score")
+    named = str(score["name"]).rpartition(":")[2].strip("_") if isinstance(score, dict) else ""
+    method = str(solver["name"]) + (f" of {named}" if named else "")
     pattern = described(run.how.pattern)
     kind = {key: value for key, value in pattern.items() if key != "kind"}
     knobs = ", ".join(f"{key}={value}" for key, value in kind.items())
@@ -71,6 +98,7 @@ def card_of(run: StreamingRun, solving: Solving) -> Card:
         pattern=f"{pattern['kind']}({knobs})",
         sparsity=solving.sparsity,
         calibration=f"{run.batches} batches, {run.tokens} tokens",
+        source=read_source_card(run.source),
     )
 
 
