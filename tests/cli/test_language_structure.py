@@ -91,6 +91,8 @@ def test_masks_are_recovered_and_stay(prunella: Run, story: Any, recover: str) -
         if name.endswith("proj.weight"):
             assert value.reshape(-1, 4).eq(0).sum(1).eq(2).all()
             assert not torch.equal(value[value != 0], story.get_parameter(name)[value != 0])
+    card = Path("out/README.md").read_text()
+    assert "| sparsity of the pruned layers | 0.5000" in card and "| method | by_score of wanda; recovered by" in card
     assert prunella("verify", "out", "in").code == 0 and "recovered by" in done.out
     assert not list(Path().glob(".out*"))
 

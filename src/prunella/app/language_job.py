@@ -33,7 +33,7 @@ from prunella.llm.smaller_tokenizer import closed, cuts_alike, smaller
 from prunella.llm.streaming import solve_folder
 from prunella.llm.streaming.progress import is_finished
 from prunella.llm.streaming.runner import OnBlock
-from prunella.llm.streaming.writer import Closed
+from prunella.llm.streaming.writer import Closed, in_words
 from prunella.llm.text import text_tokens, tokenizer_of
 from prunella.measure.text import percent, short_count
 from prunella.model.forward import first_tensor, forward
@@ -160,7 +160,9 @@ def _write(
     if plan.renumbered:
         _checked(source, plan.renumbered[0].kept).save_pretrained(str(folder))
     before, after = plan.before, plan.after
-    sparsity = None if plan.changes else 1 - after.weights / before.weights
+    masks = plan.masks.values()
+    total = sum(mask.numel() for mask in masks)
+    sparsity = None if plan.changes or not total else 1 - sum(int(mask.sum()) for mask in masks) / total
     numbers = {} if sparsity is not None else {"parameters": _change(before.params, after.params)}
     numbers |= {} if sparsity is not None else {"multiply-adds": _change(before.macs, after.macs)}
     card = Card(
@@ -248,12 +250,12 @@ def masked_job(
         shutil.rmtree(folder)
         return replace(plan, recipe=described(how))
 
-    method = " and ".join([described(how.method)["name"], *(["gradient steps for each block"] if how.refine else [])])
+    method, pattern = in_words(how)
     return Job(
         Recipe(seed=seed), None, data=data, loss=next_token_loss, recovery=recovery,
         metric=None if source.held_out is None else source.perplexity,
         source=str(source.folder), command=source.command, planner=Planner(make, asked),
-        finish=source.finish(f"{method}; recovered by {', '.join(map(str, recovery.steps))}", repr(how.pattern)),
+        finish=source.finish(f"{method}; recovered by {', '.join(map(str, recovery.steps))}", pattern),
     )  # fmt: skip
 
 

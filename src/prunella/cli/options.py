@@ -243,7 +243,7 @@ class Quality:
     ] = None
 
 
-def flat(verb: Callable[..., None], *, device: bool = True) -> Callable[..., None]:
+def flat(verb: Callable[..., None], *, device: bool = False) -> Callable[..., None]:
     """The verb with the options of its groups as its own parameters, as typer reads them.
 
     device: with `--device` too, which holds while the verb runs.

@@ -17,6 +17,7 @@ from prunella.io.origin import passed_on
 from prunella.io.source_card import licence_files, read_source_card
 from prunella.io.tensor_file import INDEX, open_tensors
 from prunella.llm.blockwise import Solving
+from prunella.llm.recipe import OneShot
 from prunella.llm.streaming.progress import CONFIG, RECORD, WORK
 from prunella.llm.streaming.runner import StreamingRun
 from prunella.llm.streaming.shards import shard_name, write_shard
@@ -84,22 +85,26 @@ def finish(
 
 def card_of(run: StreamingRun, solving: Solving) -> Card:
     """The model card of the folder."""
-    solver = described(run.how.method)
-    score = solver["knobs"].get("score")
-    named = str(score["name"]).rpartition(":")[2].strip("_") if isinstance(score, dict) else ""
-    method = str(solver["name"]) + (f" of {named}" if named else "")
-    pattern = described(run.how.pattern)
-    kind = {key: value for key, value in pattern.items() if key != "kind"}
-    knobs = ", ".join(f"{key}={value}" for key, value in kind.items())
+    method, pattern = in_words(run.how)
     return Card(
         base=run.source.name,
         kind=type(run.skeleton.model).__name__,
-        method=method + (" and gradient steps for each block" if run.how.refine else ""),
-        pattern=f"{pattern['kind']}({knobs})",
+        method=method,
+        pattern=pattern,
         sparsity=solving.sparsity,
         calibration=f"{run.batches} batches, {run.tokens} tokens",
         source=read_source_card(run.source),
     )
+
+
+def in_words(how: OneShot) -> tuple[str, str]:
+    """The method and the pattern of a recipe, for its card."""
+    solver, pattern = described(how.method), described(how.pattern)
+    score = solver["knobs"].get("score")
+    named = str(score["name"]).rpartition(":")[2].strip("_") if isinstance(score, dict) else ""
+    method = str(solver["name"]) + (f" of {named}" if named else "")
+    knobs = ", ".join(f"{key}={value}" for key, value in pattern.items() if key != "kind")
+    return method + (" and gradient steps for each block" if how.refine else ""), f"{pattern['kind']}({knobs})"
 
 
 def _copy_around(run: StreamingRun, folder: Path) -> None:
