@@ -33,7 +33,9 @@ class Steps:
             return load_state(file)
         result = make()
         save_state(result, file)
-        self._records.add(name, {"digest": digest(file)})
+        record = {"digest": digest(file)}
+        if name not in self._records or self._records[name] != record:  # a file that had gone is there again
+            self._records.add(name, record)
         return result
 
 
