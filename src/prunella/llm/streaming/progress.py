@@ -20,6 +20,7 @@ from prunella.io.load import import_transformers
 from prunella.io.lock import locked
 from prunella.io.record import read_record
 from prunella.io.temporary import clean_up
+from prunella.io.tensor_file import open_tensors
 from prunella.llm.block_problem import Fit
 from prunella.llm.distributed import ProcessGroup
 from prunella.llm.recipe import OneShot
@@ -58,11 +59,12 @@ class BlockProgress:
 
     def check(self, path: str, shard: Path) -> None:
         """Errors: BadInput unless the shard of a finished block is unchanged."""
+        what, todo = f"{shard} is damaged", f"remove {self.folder} to start again"
+        open_tensors(shard, what=what, todo=todo)  # first: the digest of a 2 GB hole or of a device takes too long
         with reading(shard):
             changed = digest(shard) != self._done[path].sha256
         if changed:
-            todo = f"remove {self.folder} to start again"
-            raise BadInput(f"{shard} is damaged", "it does not have the recorded digest", todo)
+            raise BadInput(what, "it does not have the recorded digest", todo)
 
     def add(self, path: str, done: DoneBlock, shard: Path) -> None:
         """Record a finished block; its shard is on the disk."""
