@@ -179,6 +179,32 @@ def test_ctrl_c_ends_with_7_and_leaves_nothing(shop: str, tmp_path: Path, number
     assert not (tmp_path / "out").exists() and not (tmp_path / ".out.run").exists()
 
 
+EARLY = """
+import os, signal, sys
+from prunella.cli import console, main
+def asked(): os.kill(os.getpid(), signal.{name})
+console.prepare_streams = asked
+sys.argv = ["prunella", "methods"]
+main()
+"""
+LATE = """
+import atexit, os, signal, sys
+from prunella.cli import main
+atexit.register(os.kill, os.getpid(), signal.{name})
+sys.argv = ["prunella", "--version"]
+main()
+"""
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+@pytest.mark.parametrize(("script", "code", "out"), [(EARLY, 7, ""), (LATE, 0, "prunella ")], ids=["early", "late"])
+def test_a_signal_before_a_verb_begins_or_after_it_has_ended(script: str, code: int, out: str, name: str) -> None:
+    """Neither shows a traceback, and what is done stays done."""
+    line = [sys.executable, "-c", script.format(name=name)]
+    done = subprocess.run(line, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (code, "") and done.stdout.startswith(out)
+
+
 def test_a_reader_that_leaves_early_is_no_error(tmp_path: Path) -> None:
     line = f"{sys.executable} -m prunella methods --json | head -n 1"
     done = subprocess.run(["bash", "-o", "pipefail", "-c", line], capture_output=True, text=True, cwd=tmp_path)

@@ -17,8 +17,10 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
+SEED = 0
+
 def net():
-    torch.manual_seed(0)
+    torch.manual_seed(SEED)
     return nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 4)).eval()
 
 def data():
@@ -37,17 +39,25 @@ def batch():
 
 def loss(model, batch):
     return cross_entropy(model(batch), torch.arange(len(batch)) % 4)
+
+def tokens():
+    generator = torch.Generator().manual_seed(2)
+    return [{"input_ids": torch.randint(0, 32, (1, 16), generator=generator)} for _ in range(2)]
 """
 
 
 @dataclass(frozen=True)
 class Verb:
-    """One job. call: does it. again: what a second call is told when the first was complete: 0, or 2 for "exists"."""
+    """One job. call: does it. again: what a second call is told when the first was complete: 0, or 2 for "exists".
+
+    check: reads what is finished, where a second call does not.
+    """
 
     name: str
     call: Callable[[], object]
     prepare: Callable[[], object] = lambda: None
     again: tuple[int, ...] = (0,)
+    check: Callable[[], object] | None = None
 
 
 def _line(*words: str) -> Callable[[], object]:
@@ -61,7 +71,9 @@ def _line(*words: str) -> Callable[[], object]:
     return call
 
 
+VERIFY = _line("verify", "out")
 NET = ("source.job:net", "--inputs", "2x8")
+OWN_TEXT = ("--nsamples", "2", "--seqlen", "16")
 RUN = ("run", *NET, "--target", "macs=0.6", "--data", "source.job:data", "--metric", "source.job:metric", "-o", "out")
 
 
@@ -83,11 +95,12 @@ def _save(overwrite: bool = False) -> None:
 
 def _llama() -> None:
     import torch
+    from source import job
 
     from prunella.io.load import import_transformers
 
     library = import_transformers()
-    torch.manual_seed(0)
+    torch.manual_seed(job.SEED)
     config = library.LlamaConfig(
         vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2
     )
@@ -120,6 +133,20 @@ def _imp() -> None:
     pr.lottery.find_ticket(
         job.made(0), spec, prune=pr.lottery.imp(job.batch()), rounds=1, controls=controls, folder="out"
     )
+
+
+def _levels() -> None:
+    from source import job
+
+    import prunella as pr
+
+    def masked(sparsity: float) -> nn.Module:
+        model: nn.Module = job.made(0)
+        recipe = pr.Recipe(pr.magnitude, pr.Element())
+        return pr.apply_(model, pr.plan(model, job.batch(), recipe, target=pr.Sparsity(sparsity)))
+
+    levels = pr.search.Levels({sparsity: masked(sparsity) for sparsity in (0.25, 0.5, 0.75)})
+    pr.search.evolve_levels(levels, 0.5, job.metric, generations=2, offspring=3, folder="out")
 
 
 def _pareto() -> None:
@@ -157,20 +184,22 @@ def _prune() -> None:
 
 
 VERBS = (
-    Verb("plan", _line("plan", *NET, "--target", "macs=0.6", "-o", "out.plan")),
+    Verb("plan", _line("plan", *NET, "--target", "macs=0.6", "-o", "out.plan"), check=_line("show", "out.plan")),
     Verb("export", _line("export", *NET, "-o", "out.safetensors", "--overwrite")),
     Verb("inspect", _line("inspect", *NET, "--html", "out.html", "--overwrite")),
-    Verb("save", _save, again=(0, 2)),
-    Verb("save over", lambda: _save(overwrite=True), _save),
+    Verb("save", _save, again=(0, 2), check=VERIFY),
+    Verb("save over", lambda: _save(overwrite=True), _save, check=VERIFY),
     Verb("scan", _line("scan", *NET, "--ratios", "0.5", "--metric", "source.job:metric", "-o", "out")),
     Verb("prune", _prune),
     Verb("imp", _imp),
+    Verb("levels", _levels),
     Verb("compare", _compare),
     Verb("pareto", _pareto),
-    Verb("llm", _one_shot, _llama, again=(0, 2)),
-    Verb("llm over", lambda: _one_shot(overwrite=True), _prepared_llm),
-    Verb("run", _line(*RUN, "--recover", "bn,reconstruct,distill:3"), again=(0, 2)),
-    Verb("run over", _line(*RUN, "--recover", "bn", "--overwrite"), _line(*RUN, "--skip", "0")),
+    Verb("llm", _line("llm", "source/llama", "--data", "source.job:tokens", "-o", "out"), _llama, (0, 2), VERIFY),
+    Verb("llm auto", _line("llm", "source/llama", *OWN_TEXT, "-o", "out"), _llama, (0, 2), VERIFY),
+    Verb("llm over", lambda: _one_shot(overwrite=True), _prepared_llm, check=VERIFY),
+    Verb("run", _line(*RUN, "--recover", "bn,reconstruct,distill:3"), again=(0, 2), check=VERIFY),
+    Verb("run over", _line(*RUN, "--recover", "bn", "--overwrite"), _line(*RUN, "--skip", "0"), check=VERIFY),
 )
 
 

@@ -303,6 +303,23 @@ def test_a_journal_with_views_or_triggers_is_damaged_and_stays(tmp_path: Path, h
     assert time.process_time() - start < 1 and (tmp_path / NAME).read_bytes() == before
 
 
+def test_what_somebody_else_has_recorded_is_read_by_its_types(tmp_path: Path) -> None:
+    """With all digests right: a list for an object, a text for a number, a count of half a batch."""
+    with open_records(tmp_path / "one", lambda: ASKED) as known:
+        for key, value in (("text", "7"), ("half", 0.5), ("below", -1.0), ("many", 1e300), ("nan", math.nan)):
+            known.add(key, {"value": value})
+        for key in ("half", "below", "many", "nan"):
+            with pytest.raises(BadInput, match="is not a count"):
+                known.count(key, lambda: 0)
+        assert known.count("new", lambda: 7) == known.count("new", lambda: 0) == 7
+        with pytest.raises(BadInput, match=r"the record 'text' .*\nvalue is '7', not a number"):
+            known.fields("text").number("value")
+    with open_records(tmp_path / "two", lambda: ASKED) as known:
+        known.add("list", [1, 2])  # type: ignore[arg-type]
+    with pytest.raises(BadInput, match="record 1 is not an object"):
+        values(tmp_path / "two")
+
+
 def test_the_notes_of_somebody_else_in_place_of_a_journal_are_kept(tmp_path: Path) -> None:
     """The journals of 0.1 emptied such a file: whatever lies there is refused and stays, to the last byte."""
     for name, content in ((NAME, b"my notes, line 1\nmy notes, line 2\n"), ("journal.jsonl", b"my notes\n")):

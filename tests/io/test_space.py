@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
 from collections import namedtuple
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from torch import nn
 
 import prunella as pr
 from prunella.errors import OutOfResources, RequestError
+from prunella.io.lock import lock_file, locked
 from prunella.io.space import check_apart, check_output_file, check_output_folder, check_space, check_writable
 
 Usage = namedtuple("Usage", "total used free")
@@ -70,6 +72,45 @@ def test_files_are_compared_too_and_others_pass(source: Path, tmp_path: Path) ->
     with pytest.raises(RequestError, match="cannot write"):
         pr.save(nn.Linear(4, 4), source / "out", factory=lambda: nn.Linear(4, 4), source=source)
     assert [file.name for file in source.iterdir()] == ["model.safetensors"]
+
+
+def test_a_name_that_is_too_long_is_told_before_any_work(tmp_path: Path) -> None:
+    """Bytes count, and what lies beside the output has a longer name."""
+    for path in (tmp_path / ("x" * 241), tmp_path / ("\u00fc" * 150)):
+        for check in (check_output_file, check_output_folder, check_writable, lock_file):
+            with pytest.raises(RequestError, match=r"its name has (241|300) bytes, which is too long"):
+                check(path)
+    with locked(tmp_path / ("x" * 240)):
+        check_output_file(tmp_path / ("x" * 240))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_source_links_to_is_read_too(tmp_path: Path) -> None:
+    """As in the cache of Hugging Face: to write there would change the source."""
+    source, blobs = tmp_path / "snapshots" / "4f2c", tmp_path / "blobs"
+    source.mkdir(parents=True)
+    blobs.mkdir()
+    (blobs / "e3b0").touch()
+    (source / "model.safetensors").symlink_to("../../blobs/e3b0")
+    (source / "gone.json").symlink_to("../../blobs/nothing")
+    for output, said in (("blobs/e3b0", "is the same as"), ("blobs", "lies around")):
+        with pytest.raises(RequestError, match=f"it {said} .*model.safetensors, which is read"):
+            check_apart(tmp_path / output, source)
+    check_apart(tmp_path / "blobs2", source)
+
+
+@pytest.mark.skipif(not shutil.which("mount") or os.name != "posix" or os.getuid() != 0, reason="only root can mount")
+def test_a_folder_that_is_mounted_twice_is_one_folder(source: Path, tmp_path: Path) -> None:
+    place = tmp_path / "mounted"
+    place.mkdir()
+    if subprocess.run(["mount", "--bind", str(source.parent), str(place)], capture_output=True).returncode:
+        pytest.skip("nothing can be mounted here")
+    try:
+        for output, said in (("source", "is the same as"), ("source/x/../y", "lies inside of"), ("", "lies around")):
+            with pytest.raises(RequestError, match=f"it {said} .*, which is read"):
+                check_apart(place / output, source)
+    finally:
+        subprocess.run(["umount", str(place)], check=True)
 
 
 def test_what_cannot_be_written_is_found_and_nothing_stays(tmp_path: Path) -> None:

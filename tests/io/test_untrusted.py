@@ -229,6 +229,17 @@ def test_a_tensor_of_a_million_million_values_in_four_bytes(tmp_path: Path) -> N
         load_tensors_only(tmp_path / "y.pt")
 
 
+@pytest.mark.parametrize("body", [b"]" * 200_000 + b"a" * 199_999, b")" + b"\x85" * 200_000], ids=["lists", "tuples"])
+def test_what_is_too_deep_in_a_checkpoint_is_refused_at_once(tmp_path: Path, body: bytes) -> None:
+    with zipfile.ZipFile(tmp_path / "x.pt", "w") as archive:
+        for name, content in (("data.pkl", b"\x80\x02" + body + b"."), ("byteorder", b"little"), ("version", b"3\n")):
+            archive.writestr(f"x/{name}", content)
+    start = time.process_time()
+    with pytest.raises(BadInput, match="more than 100 lists or mappings are inside each other"):
+        load_tensors_only(tmp_path / "x.pt")
+    assert time.process_time() - start < 2
+
+
 def test_an_old_checkpoint_that_asks_for_more_memory_than_there_is(tmp_path: Path) -> None:
     file = tmp_path / "x.pt"
     torch.save({"w": torch.zeros(1000)}, file, _use_new_zipfile_serialization=False)

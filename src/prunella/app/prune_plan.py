@@ -118,7 +118,7 @@ class _Measured:
         readers = Readers(Subject(model, self.request.graph, groups=self.scope.groups).parameters, self.scope.groups)
         batches = first(self.data.fit, FIT)
         start, share, key = now(), 0.3 * self.timer.left, "batches of the statistics"
-        most = int(self.records.number(key, lambda: 0)) if key in self.records else len(batches)
+        most = self.records.count(key, lambda: 0) if key in self.records else len(batches)
         for number, batch in enumerate(batches, start=1):
             with readers.watch(real_tokens(batch)):
                 output = judged_by(self.asked.run)(model, batch)
@@ -184,7 +184,7 @@ class _Measured:
                 check_outputs(recording.output, batch, self.data.every)
             each = len(groups) * since(start)
             affordable = next((n for n in LEVELS if n * each <= 0.5 * self.timer.left), 0)
-            count = int(self.records.number("levels of each group", lambda: affordable))
+            count = self.records.count("levels of each group", lambda: affordable)
             if count < 5:
                 what = f"{count} levels of each group" if count else "scores without measured losses"
                 stage.note(f"{what} for lack of time (budget)")
@@ -218,7 +218,9 @@ class _Measured:
             self.records.add(key(name, x), {"value": loss if math.isfinite(loss) else 1e6})
             stage.tick(number, total)
         return {
-            group.name: [(n / group.size, float(self.records[key(group.name, n / group.size)]["value"])) for n in cuts]
+            group.name: [
+                (n / group.size, self.records.fields(key(group.name, n / group.size)).number("value")) for n in cuts
+            ]
             for group, cuts in zip(groups, masks, strict=True)
         }
 

@@ -171,7 +171,7 @@ def _few(pair: Pair, timer: StageTimer, stage: Running, records: Records) -> lis
         batches = [part(batches[0], k * count // 4, (k + 1) * count // 4) for k in range(4)]
     if math.isinf(timer.left):
         return batches
-    most = int(records.number("batches of the refit", lambda: max(1, _affordable(pair, 0.7 * timer.left, 8))))
+    most = records.count("batches of the refit", lambda: max(1, _affordable(pair, 0.7 * timer.left, 8)))
     if most < len(batches):
         stage.note(f"{most} of {len(batches)} batches: budget")
     return batches[:most]
@@ -226,7 +226,7 @@ def _steps(pair: Pair, how: Recover, timer: StageTimer, records: Records) -> tup
     steps = min(STEPS, 4 * len(pair.data.fit))
     if math.isinf(timer.left):
         return steps, ""
-    most = int(records.number("most steps of distillation", lambda: _affordable(pair, 0.8 * timer.left, 5)))
+    most = records.count("most steps of distillation", lambda: _affordable(pair, 0.8 * timer.left, 5))
     if most < 4:
         return 0, "the budget leaves no time for it"
     return min(most, steps), "as the budget allows" if most < steps else ""

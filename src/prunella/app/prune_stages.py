@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from prunella.errors import RequestError
+from prunella.errors import BadInput, RequestError
+from prunella.io.json import Fields
+from prunella.io.record import read_record
 from prunella.measure.clock import now, since
 
 log = logging.getLogger("prunella.prune")
@@ -43,9 +45,12 @@ class Stage:
         return {"text" if name == "note" else name: value for name, value in asdict(self).items()}
 
     @classmethod
-    def read(cls, plain: Mapping[str, Any]) -> Stage:
-        """The stage from the output of `plain`."""
-        return cls(**{"note" if name == "text" else name: value for name, value in plain.items()})
+    def read(cls, plain: Fields) -> Stage:
+        """The stage from the output of `plain`. Errors: BadInput."""
+        try:
+            return read_record(cls, {"note" if name == "text" else name: value for name, value in plain.data.items()})
+        except ValueError as error:
+            raise BadInput(plain.what, f"{plain.at}: {error}", plain.todo) from error
 
     def __str__(self) -> str:
         return f"{self.name}: {self.told}"
@@ -102,9 +107,10 @@ class StageTimer:
         """The stages after the first `count`, as plain data for a journal."""
         return {"stages": [stage.plain() for stage in self.history[count:]]}
 
-    def go_on(self, stages: Iterable[Mapping[str, Any]]) -> None:
+    def go_on(self, record: Fields) -> None:
         """Add the stages of a killed call, from `recorded`, to the history; their time counts as spent."""
-        for stage in map(Stage.read, stages):
+        for plain in record.value("stages").items() if "stages" in record else ():
+            stage = Stage.read(plain.fields())
             self.history.append(stage)
             self.start -= stage.seconds
 

@@ -26,6 +26,6 @@ def read_record(folder: Path) -> Fields | None:
         check_files(folder, read_manifest(folder), (RECORD,))
         record = read_object(file, what=what, todo=todo, allow_nan=True)
     else:
-        record = read_sealed(file, what=what, todo=todo, required=False)
+        record = read_sealed(file, what=what, todo=todo)
     record.integer("format", low=1, high=FORMAT, default=1)
     return record

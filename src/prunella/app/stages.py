@@ -21,7 +21,7 @@ from prunella.app.job import Job, Quality
 from prunella.app.prune_stages import StageTimer
 from prunella.app.record import RECORD
 from prunella.errors import CheckFailed, NotSupported, OutOfResources, PruningError, RequestError, TargetMissed
-from prunella.io.files import check_free, clean_up_after_kill, digest
+from prunella.io.files import check_free, clean_up_after_kill, digest, plain_name
 from prunella.io.identity import Identity, identify, model_parts
 from prunella.io.journal import NAME, Records, open_journal, open_records
 from prunella.io.json import Fields
@@ -76,7 +76,7 @@ class Stages:
         key = f"quality of the {name} model"
         if self._is_done(key):
             self._go_on(key)
-            return {str(name): float(value) for name, value in self.records[key]["values"].items()}
+            return {name: value.number() for name, value in self.records.fields(key).section("values").values()}
         quality = make()
         self._record(key, None, {"values": dict(quality)})
         return quality
@@ -144,9 +144,10 @@ class Stages:
     def _go_on(self, key: str, timer: StageTimer | None = None) -> None:
         """Restore the random states and the history to those after the stage."""
         if self._folder is not None:
-            restore_rng_(load_state(self._folder / self.records[key]["random"]), self._data)
-        if timer is not None:
-            timer.go_on(self.records[key].get("stages", []))
+            random = plain_name(self.records.fields(key).text("random"))
+            restore_rng_(load_state(self._folder / random), self._data)
+        if timer is not None and self._folder is not None:
+            timer.go_on(self.records.fields(key))
 
 
 @contextmanager

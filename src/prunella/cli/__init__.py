@@ -7,34 +7,49 @@ import signal
 import sys
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from types import FrameType
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; always raises `SystemExit`, with a documented exit code."""
+    code = _INTERRUPTED
+    with suppress(KeyboardInterrupt):  # before the verb starts, or while its error is printed
+        code = _main(arguments)
+    if arguments is None:
+        ignore_signals()  # the work is done: a signal must not print a traceback or change the exit code
+    raise SystemExit(code)
+
+
+_INTERRUPTED = 7
+"""As in `console`, which may not be imported yet."""
+
+
+def _main(arguments: Sequence[str] | None) -> int:
     from prunella.cli.console import prepare_streams
 
     if arguments is None:
+        end_as_interrupted()
         arguments = sys.argv[1:]
         prepare_streams()
         if not sys.warnoptions:  # warnings of other libraries do not help the user; python -W shows them
             warnings.simplefilter("ignore")
             for library in ("torchao", "torch.utils._pytree"):
                 logging.getLogger(library).setLevel(logging.ERROR)
-        end_as_interrupted()
     words = list(arguments)
     if "--debug" in words:  # at any position
         words = ["--debug", *(word for word in words if word != "--debug")]
-    raise SystemExit(_run(words))
+    return _run(words)
 
 
 def _run(words: list[str]) -> int:
     """Run the verb of this command line; returns the exit code."""
-    from prunella.cli.app import help_of, parse_and_run
     from prunella.cli.console import reader_may_leave, report_error
 
     code = 0
     try:
+        from prunella.cli.app import help_of, parse_and_run
+
         with reader_may_leave():
             if words and words[-1] == "--help" and (text := help_of(words[0])):
                 print(text)
@@ -54,7 +69,17 @@ def end_as_interrupted() -> None:
     def interrupt(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
 
-    for name in ("SIGTERM", "SIGHUP"):
-        number = getattr(signal, name, None)  # Windows has no SIGHUP
-        if number is not None and signal.getsignal(number) == signal.SIG_DFL:
+    for number in _signals("SIGTERM", "SIGHUP"):
+        if signal.getsignal(number) == signal.SIG_DFL:
             signal.signal(number, interrupt)
+
+
+def ignore_signals() -> None:
+    """Ignore SIGINT, SIGTERM and SIGHUP from now on."""
+    for number in _signals("SIGINT", "SIGTERM", "SIGHUP"):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _signals(*names: str) -> list[signal.Signals]:
+    """The signals of these names that the system has: Windows has no SIGHUP."""
+    return [number for name in names if (number := getattr(signal, name, None)) is not None]

@@ -136,7 +136,7 @@ class _Rows:
             for group, measure in self.groups.items():
                 numbers.update(zip(group, _measured(model, measure, len(group)), strict=True))
             self.known.add(key, {**numbers, SECONDS: taken})
-        return {name: float(value) for name, value in self.known[key].items()}
+        return {name: value.number() for name, value in self.known.fields(key).values()}
 
 
 def _measured(model: nn.Module, measure: Measure, count: int) -> list[float]:

@@ -32,6 +32,7 @@ from prunella.io.files import write_atomic
 from prunella.io.identity import Identity, identify, model_parts
 from prunella.io.journal import Journal, open_journal
 from prunella.io.load import load_object
+from prunella.io.record import read_record
 from prunella.measure.text import without_folders
 from prunella.model.copying import copied
 from prunella.model.masks import finalize, masks_of
@@ -341,8 +342,8 @@ def _known(journal: Journal, identity: Identity) -> Cell | None:
     if record is None:
         return None
     try:
-        cell = Cell(**record)
-    except TypeError as error:
+        cell = read_record(Cell, record)
+    except ValueError as error:
         why = f"a record is not a cell: {error}"
         raise BadInput(f"{journal.path} is damaged", why, "choose another folder") from error
     return None if cell.error.startswith((_USER, _USER_0_1)) else cell

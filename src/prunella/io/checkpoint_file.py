@@ -17,6 +17,8 @@ from prunella.io.files import reading
 from prunella.io.kind_of_path import refuse_other_kind
 from prunella.io.untrusted import check_archive, check_regular, unreadable
 
+_DEEPEST = 100
+"""Lists and mappings inside each other; what walks through them further on may do so by calls of itself."""
 _UNKNOWN = re.compile(r"GLOBAL ([\w.]+)")
 
 
@@ -42,7 +44,7 @@ def load_tensors_only(file: Path) -> Any:
         if "weights_only" in str(error):  # torch's advice is to read it with all that it may run
             error = ValueError("torch finds no tensors and plain data in it")
         raise unreadable(error, file, what, todo) from None
-    for name, tensor in _tensors(value):
+    for name, tensor in _tensors(value, what):
         _check(tensor, name, what)
     return value
 
@@ -63,14 +65,17 @@ def _check(tensor: Tensor, name: str, what: str) -> None:
         raise BadInput(what, why, "save a tensor of its own: tensor.contiguous()")
 
 
-def _tensors(value: Any) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor with the keys that lead to it, each list and mapping once."""
-    seen, level = set[int](), [("", value)]
+def _tensors(value: Any, what: str) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor with the keys that lead to it, each list and mapping once. Errors: BadInput for ones too deep."""
+    seen = set[int]()
+    level: list[tuple[tuple[Any, ...], Any]] = [((), value)]
     while level:
         path, item = level.pop()
         if isinstance(item, Tensor):
-            yield path or "it", item
+            yield ".".join(map(str, path)) or "it", item
         elif isinstance(item, Mapping | list | tuple | set) and id(item) not in seen:
+            if len(path) == _DEEPEST:
+                raise BadInput(what, f"more than {_DEEPEST} lists or mappings are inside each other", "save it flatter")
             seen.add(id(item))
             entries = item.items() if isinstance(item, Mapping) else enumerate(item)
-            level += [(f"{path}.{key}" if path else f"{key}", inner) for key, inner in entries]
+            level += [((*path, key), inner) for key, inner in entries]

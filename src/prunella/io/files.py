@@ -27,7 +27,7 @@ from prunella.errors import (
     system_error,
 )
 from prunella.io.lock import lock_file, locked
-from prunella.io.temporary import clean_up, discard, name_aside, temporary_file, temporary_folder
+from prunella.io.temporary import check_name, clean_up, discard, name_aside, temporary_file, temporary_folder
 
 MARKER = "manifest.json"
 """The file that marks a folder as an artifact; it is written last, so a folder without it is incomplete."""
@@ -152,6 +152,7 @@ def write_atomic(
     full; those of `content`. A failure leaves an existing file unchanged.
     """
     final = Path(path)
+    check_name(final)
     if final.is_dir():
         raise RequestError(f"cannot write {final}", "a folder of that name exists", "choose another file name")
     needed = len(content) if isinstance(content, bytes) else size

@@ -23,7 +23,7 @@ from typing import Any
 from prunella.errors import BadInput, PruningError, RequestError, system_error
 from prunella.io.files import flush, write_atomic, writing
 from prunella.io.identity import Identity
-from prunella.io.json import decode
+from prunella.io.json import Fields, decode
 from prunella.io.lock import locked
 from prunella.io.temporary import discard, temporary_file
 
@@ -56,6 +56,8 @@ _OURS = {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_PERM, sqlite
 _WRITES = {sqlite3.SQLITE_IOERR_WRITE, sqlite3.SQLITE_IOERR_SHMSIZE, sqlite3.SQLITE_IOERR_FSYNC,
            sqlite3.SQLITE_IOERR_TRUNCATE}  # fmt: skip
 """SQLite hides the number of the system error, which may be the limit on file sizes."""
+_MOST = 1e15
+"""The largest count (of batches, steps, levels). Floats hold every integer up to it exactly."""
 _NO_ROOM = "the limit on file sizes (ulimit -f) allows no more bytes of it"
 
 
@@ -155,7 +157,10 @@ class Journal:
             self._chain = _link(self._chain, digest, key, text)
             if number != place or chain != self._chain or digest not in self.identities:
                 raise _damaged(self.path, f"record {place} is not the one that was written")
-            self._known[digest, key] = _decoded(decode(text))
+            payload = _decoded(decode(text))
+            if not isinstance(payload, dict):
+                raise _damaged(self.path, f"record {place} is not an object")
+            self._known[digest, key] = payload
             self._count = place
 
 
@@ -190,6 +195,17 @@ class Records:
             self._journal.add(self._identity, key, payload)
         self._known[key] = _decoded(decode(_encoded(key, payload)))
         self.added += 1
+
+    def fields(self, key: str) -> Fields:
+        """The record of that key as typed fields, whose getters raise BadInput."""
+        return Fields(self._known[key], f"the record {key!r} has an unexpected content", "choose another folder")
+
+    def count(self, key: str, make: Callable[[], int]) -> int:
+        """The recorded count of that key; if there is none, that of `make`. Errors: BadInput unless it is a count."""
+        value = self.number(key, make)
+        if not (0 <= value <= _MOST and value == int(value)):
+            raise BadInput(f"the record {key!r} is not a count", f"found {value!r}", "choose another folder")
+        return int(value)
 
     def number(self, key: str, make: Callable[[], float]) -> float:
         """The recorded number of that key; if there is none, that of `make`, which is recorded with all digits."""

@@ -19,6 +19,7 @@ from datetime import datetime
 from pathlib import Path
 
 from prunella.errors import Locked, RequestError, system_error
+from prunella.io.temporary import check_name
 from prunella.measure.clock import timestamp
 
 if sys.platform == "win32":
@@ -65,8 +66,9 @@ _guard = threading.Lock()
 
 
 def lock_file(path: str | os.PathLike[str]) -> Path:
-    """The lock file of a folder or a file: hidden, next to it."""
+    """The lock file of a folder or a file: hidden, next to it. Errors: RequestError for a name that is too long."""
     whole = Path(path).absolute()
+    check_name(whole)
     return whole.parent / f".{whole.name}.lock"
 
 

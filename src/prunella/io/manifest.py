@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
@@ -18,6 +19,8 @@ from prunella.io.untrusted import check_links
 FORMAT = 2
 """Format 1 had no digest of the manifest itself, and did not list `run.json` and the report of a run."""
 _OWN = "sha256"
+_SEAL = re.compile(rb'\n "sha256": "(sha256:[0-9a-f]{64})"(,?)')
+"""The line of the digest. JSON strings contain no line breaks, and nested keys are indented by two spaces or more."""
 
 
 def write_sealed(path: str | os.PathLike[str], content: Mapping[str, Any]) -> Path:
@@ -25,20 +28,38 @@ def write_sealed(path: str | os.PathLike[str], content: Mapping[str, Any]) -> Pa
     return write_json(path, {**content, _OWN: _digest_of(content)}, allow_nan=True)
 
 
-def read_sealed(path: Path, *, what: str, todo: str, required: bool = True) -> Fields:
+def read_sealed(path: Path, *, what: str, todo: str) -> Fields:
     """The object that `write_sealed` wrote. Errors: BadInput if any byte has changed.
 
-    required: False also accepts files of earlier versions, without a digest.
+    Files of format 1 or without a format, from earlier versions, may have no digest.
     """
     fields = read_object(path, what=what, todo=todo, allow_nan=True)
+    return unsealed(path, fields, required=fields.integer("format", low=1, default=1) > 1)
+
+
+def unsealed(path: Path, fields: Fields, *, required: bool) -> Fields:
+    """The object of a sealed file, without the digest. Errors: BadInput if any byte of the file has changed.
+
+    required: False also accepts a file without a digest. The digest is computed from the text of the file: encoding the
+    object again takes seconds if a hostile file holds a million numbers.
+    """
     if _OWN not in fields.data and not required:
         return fields
+    told, text = fields.text(_OWN), path.read_bytes()
+    line = _SEAL.search(text)
+    if line is None or line[1].decode() != told or _digest_without(text, line) != told:
+        why = f"{path.name} does not have the recorded digest of itself: it was changed"
+        raise BadInput(fields.what, why, fields.todo)
     content = {key: value for key, value in fields.data.items() if key != _OWN}
-    told = fields.text(_OWN)
-    same_text = path.read_bytes() == f"{encode(fields.data, allow_nan=True)}\n".encode()
-    if told != _digest_of(content) or not same_text:
-        raise BadInput(what, f"{path.name} does not have the recorded digest of itself: it was changed", todo)
-    return Fields(content, what, todo)
+    return Fields(content, fields.what, fields.todo)
+
+
+def _digest_without(text: bytes, line: re.Match[bytes]) -> str:
+    """The digest of the text without the line of its digest; empty if `write_sealed` did not write that line."""
+    before, after = text[: line.start()], text[line.end() :]
+    if not line[2]:  # the last key: the comma of the line before it was added with it
+        before = before[:-1] if before.endswith(b",") else b""
+    return f"sha256:{sha256(before + after[:-1]).hexdigest()}" if after.endswith(b"}\n") else ""
 
 
 def _digest_of(content: Mapping[str, Any]) -> str:
@@ -72,11 +93,12 @@ def read_manifest(folder: Path) -> Fields:
         raise BadInput(f"{folder} is not a finished artifact of prunella", why, "write it again with prunella.save")
     # Configurations of transformers may hold infinities, so a manifest may too.
     what, todo = f"the manifest of {folder} is broken and cannot be read", "write the artifact again with prunella.save"
-    version = read_object(file, what=what, todo=todo, allow_nan=True).integer("format", low=1)
+    fields = read_object(file, what=what, todo=todo, allow_nan=True)
+    version = fields.integer("format", low=1)
     if version > FORMAT:
         why = f"it has format {version}, this prunella ({__version__}) reads up to {FORMAT}"
         raise BadInput(f"{folder} was written by a newer prunella", why, "update prunella")
-    return read_sealed(file, what=what, todo=todo, required=version > 1)
+    return unsealed(file, fields, required=version > 1)
 
 
 def check_files(folder: Path, manifest: Fields, names: tuple[str, ...] | None = None) -> None:

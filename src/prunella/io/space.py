@@ -9,7 +9,7 @@ from pathlib import Path
 
 from prunella.errors import OutOfResources, RequestError
 from prunella.io.files import check_free, writing
-from prunella.io.temporary import clean_up, discard, temporary_file
+from prunella.io.temporary import check_name, clean_up, discard, temporary_file
 
 
 def check_space(path: str | os.PathLike[str], needed: int) -> None:
@@ -26,6 +26,7 @@ def check_space(path: str | os.PathLike[str], needed: int) -> None:
 def check_output_file(path: str | os.PathLike[str], *sources: str | os.PathLike[str] | None) -> None:
     """Errors: RequestError unless a file can be written at `path` and `path` is not a source. Leaves no file."""
     final = Path(path)
+    check_name(final)
     if final.is_dir():
         raise RequestError(f"cannot write {final}", "a folder of that name exists", "choose another file name")
     check_apart(final, *sources)
@@ -38,6 +39,7 @@ def check_output_folder(
     path: str | os.PathLike[str], *sources: str | os.PathLike[str] | None, overwrite: bool = False
 ) -> None:
     """Errors: RequestError unless a folder can be written at `path`, apart from the sources. Leaves no file."""
+    check_name(path)
     check_free(Path(path), overwrite=overwrite)
     check_apart(path, *sources)
     check_writable(path)
@@ -51,6 +53,7 @@ def check_room_for_journal(folder: str | os.PathLike[str]) -> None:
 def check_writable(path: str | os.PathLike[str]) -> None:
     """Errors: RequestError unless a file can be created at `path`, in its nearest existing folder."""
     final = Path(path).absolute()
+    check_name(final)
     standing = _standing(final.parent)
     with writing(path):
         blocked = next((place for place in final.parents if place.exists() and not place.is_dir()), None)
@@ -63,15 +66,24 @@ def check_writable(path: str | os.PathLike[str]) -> None:
 def check_apart(output: str | os.PathLike[str], *sources: str | os.PathLike[str] | None) -> None:
     """Errors: RequestError if the output is a source, inside a source, or contains one, under any name.
 
-    Sources that do not exist (such as the name of a model) and None are ignored; a file contains nothing.
+    The targets of links in a source are sources too. Sources that do not exist (such as the name of a model) and None
+    are ignored; a file contains nothing.
     """
     for source in sources:
         if source is None or not os.path.exists(source):
             continue
-        place = _relation(os.fspath(output), os.fspath(source))
-        if place:
-            why = f"it {place} {os.fspath(source)}, which is read"
-            raise RequestError(f"cannot write {os.fspath(output)}", why, "choose another output")
+        for place in (os.fspath(source), *_links_of(os.fspath(source))):
+            if relation := _relation(os.fspath(output), place):
+                why = f"it {relation} {place}, which is read"
+                raise RequestError(f"cannot write {os.fspath(output)}", why, "choose another output")
+
+
+def _links_of(source: str) -> list[str]:
+    """The links in a folder: in the cache of Hugging Face, all weights are links."""
+    if not os.path.isdir(source):
+        return []
+    with os.scandir(source) as entries:
+        return [entry.path for entry in entries if entry.is_symlink() and os.path.exists(entry.path)]
 
 
 def _relation(output: str, source: str) -> str:

@@ -20,13 +20,25 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Literal
 
+from prunella.errors import RequestError
+
 _NAME = re.compile(
     r"\.(?P<final>.+)\.(?P<space>[0-9a-f]{8})-(?P<pid>\d+)-[0-9a-f]{8}\.(?P<kind>part|old)(-\w+)?", re.DOTALL
 )
 _LONGEST = 200
 """Bytes of the final name that a temporary one repeats: names have at most 255."""
+_LONGEST_NAME = 240
+"""The most bytes of a name, so that names such as `.NAME.lock` are valid too."""
 _ours: set[str] = set()
 """Names that this process has created and not yet removed."""
+
+
+def check_name(path: str | os.PathLike[str]) -> None:
+    """Errors: RequestError for a name that leaves no room for the names of its lock and temporary files."""
+    name = os.path.basename(os.fspath(path))
+    if (size := len(os.fsencode(name))) > _LONGEST_NAME:
+        todo = f"choose a name of at most {_LONGEST_NAME} bytes"
+        raise RequestError(f"cannot write {name[:40]}...", f"its name has {size} bytes, which is too long", todo)
 
 
 def temporary_file(final: Path) -> Path:

@@ -13,6 +13,7 @@ from prunella.io.files import digest
 from prunella.io.identity import Identity
 from prunella.io.journal import FORMER, NAME, Records, open_records
 from prunella.io.nested import load_state, save_state
+from prunella.io.tensor_file import open_tensors
 
 
 class Steps:
@@ -27,13 +28,16 @@ class Steps:
             return make()
         file = self._path / f"{name}.safetensors"
         if name in self._records and file.exists():
+            what, todo = f"{file} is not a sound state", "remove the file to compute it again"
+            open_tensors(file, what=what, todo=todo)  # first: the digest of a 2 GB hole or of a device takes too long
             if digest(file) != self._records[name].get("digest"):
-                why = "it does not have the recorded digest"
-                raise BadInput(f"{file} is not a sound state", why, "remove the file to compute it again")
+                raise BadInput(what, "it does not have the recorded digest", todo)
             return load_state(file)
         result = make()
         save_state(result, file)
-        self._records.add(name, {"digest": digest(file)})
+        record = {"digest": digest(file)}
+        if name not in self._records or self._records[name] != record:  # a file that had gone is there again
+            self._records.add(name, record)
         return result
 
 

@@ -213,9 +213,14 @@ def test_sparseml_reads_its_recipe_as_data() -> None:
     assert list(recipe_sparsities(staged)) == ["the recipe asks for sparsity=0.5 (SparseGPTModifier)"]
 
 
+MERGES = "a: &a {x: 1}\n" + "".join(
+    f"{new}: &{new}\n  <<: [{', '.join([f'*{old}'] * 30)}]\n" for old, new in zip("abcdef", "bcdefg", strict=True)
+)
+
+
 @pytest.mark.parametrize(
     "text",
-    ["a: [", "!!python/object/apply:os.system ['true']", "? {a: 1}\n: 2", "x" * 1_000_001],
+    ["a: [", "!!python/object/apply:os.system ['true']", "? {a: 1}\n: 2", "x" * 1_000_001, MERGES],
 )
 def test_a_hostile_recipe_runs_nothing(text: str) -> None:
     pytest.importorskip("yaml")
@@ -228,6 +233,8 @@ def test_a_recipe_that_holds_itself_or_grows_is_read_once() -> None:
     bomb = "a0: &a0 {sparsity: 0.5}\n" + "".join(f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]\n" for i in range(1, 60))
     assert len(list(recipe_sparsities(bomb))) == 1
     assert list(recipe_sparsities("a: &a [*a]")) == []
+    huge = f"- {{final_sparsity: 1{'0' * 400}}}\n- {{sparsity: .nan}}\n- {{sparsity: .inf}}"
+    assert list(recipe_sparsities(huge)) == []
 
 
 def test_neural_compressor_masks_of_modules_and_of_blocks() -> None:

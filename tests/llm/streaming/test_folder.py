@@ -22,6 +22,7 @@ from prunella.io.journal import NAME
 from prunella.io.tensor_file import INDEX
 from prunella.llm.streaming import BlockStep, memory
 from prunella.llm.streaming.progress import WORK
+from tests.faults.contents import contents
 from tests.llm.streaming.models import KINDS, data, read, write
 from tests.stopping import beside
 
@@ -220,6 +221,7 @@ def test_a_killed_run_resumes_at_its_block_with_the_same_result(
     whole, resumed = weights(tmp_path / "whole"), weights(tmp_path / "out")
     assert whole.keys() == resumed.keys() and all(whole[name].equal(resumed[name]) for name in whole)
     assert not (tmp_path / "out" / WORK).exists()
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")  # the record too, with what the gradient did
     read(tmp_path / "out", model)
 
 

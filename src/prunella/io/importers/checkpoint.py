@@ -12,7 +12,9 @@ from prunella.errors import BadInput
 from prunella.io.importers.imported import Imported, State, as_mask, tensors_of, zero_masks
 from prunella.registry.method import importer
 
-_LONGEST_RECIPE = 1_000_000
+_LONGEST_RECIPE = 100_000
+"""Characters. Recipes are written by people, and a reader of YAML in Python takes a second for so many."""
+_LARGEST_SPARSITY = 1e9
 _SPARSITIES = ("final_sparsity", "sparsity", "target_sparsity")
 
 
@@ -89,8 +91,9 @@ def recipe_sparsities(text: str) -> Iterator[str]:
         return
     for kind, modifier in _modifiers(_load(text), set()):
         for key in _SPARSITIES:
-            if isinstance(modifier.get(key), int | float):
-                yield f"the recipe asks for {key}={modifier[key]:g} ({kind})"
+            value = modifier.get(key)
+            if isinstance(value, int | float) and abs(value) < _LARGEST_SPARSITY:  # not NaN, nor too large to be shown
+                yield f"the recipe asks for {key}={value:g} ({kind})"
 
 
 def _load(text: str) -> Any:
@@ -98,6 +101,11 @@ def _load(text: str) -> Any:
 
     class Tagged(yaml.SafeLoader):
         """Plain data; `!Name` in front of a mapping is remembered as a key, and names no class."""
+
+        def flatten_mapping(self, node: Any) -> None:
+            """Leave a mapping as it is. What merges others, which merge others, can be of any size."""
+            if any(key.tag == "tag:yaml.org,2002:merge" for key, _ in node.value):
+                raise yaml.YAMLError("it merges mappings (<<), which a recipe has no need of")
 
     def tagged(loader: Any, name: str, node: Any) -> Any:
         if isinstance(node, yaml.MappingNode):

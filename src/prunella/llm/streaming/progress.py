@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,9 @@ from prunella.io.identity import Identity, identify
 from prunella.io.journal import NAME, Records, open_records
 from prunella.io.load import import_transformers
 from prunella.io.lock import locked
+from prunella.io.record import read_record
 from prunella.io.temporary import clean_up
+from prunella.io.tensor_file import open_tensors
 from prunella.llm.block_problem import Fit
 from prunella.llm.distributed import ProcessGroup
 from prunella.llm.recipe import OneShot
@@ -28,33 +30,47 @@ WORK = ".prunella"
 RECORD, CONFIG = "run.json", "config.json"
 
 
+@dataclass(frozen=True)
+class DoneBlock:
+    """The journal's record of a finished block: everything that `run.json` says about it, and the digest of its shard.
+
+    refined: errors before and after the gradient steps. strength: the factor of the change, chosen on held-out text.
+    """
+
+    fits: tuple[Fit, ...]
+    refined: tuple[float, float] | None = None
+    strength: float | None = None
+    sha256: str = ""
+
+
 class BlockProgress:
-    """The finished blocks, with their fits and the digests of their shards; the first process records them.
+    """The finished blocks; the first process records them.
 
     folder: the folder of the shards: the output, or a folder next to it while the output holds a finished result.
     """
 
     def __init__(self, folder: Path, done: Mapping[str, Mapping[str, Any]], records: Records | None) -> None:
         self.folder, self._records = folder, records
-        self._done, self._digests = _fits(done), {path: str(done[path].get("sha256") or "") for path in done}
+        self._done = {path: _read(payload) for path, payload in done.items()}
 
-    def fits(self, path: str) -> list[Fit] | None:
+    def done(self, path: str) -> DoneBlock | None:
         """The record of a block; None if it is not done."""
-        return list(self._done[path]) if path in self._done else None
+        return self._done.get(path)
 
     def check(self, path: str, shard: Path) -> None:
         """Errors: BadInput unless the shard of a finished block is unchanged."""
+        what, todo = f"{shard} is damaged", f"remove {self.folder} to start again"
+        open_tensors(shard, what=what, todo=todo)  # first: the digest of a 2 GB hole or of a device takes too long
         with reading(shard):
-            changed = digest(shard) != self._digests[path]
-        if self._digests[path] and changed:
-            todo = f"remove {self.folder} to start again"
-            raise BadInput(f"{shard} is damaged", "it does not have the recorded digest", todo)
+            changed = digest(shard) != self._done[path].sha256
+        if changed:
+            raise BadInput(what, "it does not have the recorded digest", todo)
 
-    def add(self, path: str, fits: Sequence[Fit], shard: Path) -> None:
+    def add(self, path: str, done: DoneBlock, shard: Path) -> None:
         """Record a finished block; its shard is on the disk."""
-        self._done[path] = list(fits)
+        self._done[path] = replace(done, sha256=digest(shard))
         if self._records is not None:
-            self._records.add(path, {"fits": [asdict(fit) for fit in fits], "sha256": digest(shard)})
+            self._records.add(path, asdict(self._done[path]))
 
 
 @contextmanager
@@ -149,11 +165,13 @@ def identity_of(
     )
 
 
-def _fits(done: Mapping[str, Mapping[str, Any]]) -> dict[str, list[Fit]]:
+def _read(payload: Mapping[str, Any]) -> DoneBlock:
     try:
-        return {path: [Fit(**fit) for fit in payload["fits"]] for path, payload in done.items()}
-    except (KeyError, TypeError) as error:
-        raise BadInput("a record of the run is not a fit", f"{error!r}", "choose another folder") from error
+        fits = tuple(read_record(Fit, fit) for fit in payload["fits"])
+        return replace(read_record(DoneBlock, {**payload, "fits": ()}), fits=fits)
+    except (KeyError, TypeError, ValueError) as error:
+        why = f"{type(error).__name__}: {error}"
+        raise BadInput("a record of the run is not a block", why, "choose another folder") from error
 
 
 def _send(message: dict[str, Any], group: ProcessGroup) -> None:

@@ -29,7 +29,7 @@ from prunella.llm.solve_block import dense_targets, layers_by_weight, solve_bloc
 from prunella.llm.streaming import memory as amounts
 from prunella.llm.streaming.capture import Captured, capture, layers_of
 from prunella.llm.streaming.offload import OnDisk
-from prunella.llm.streaming.progress import BlockProgress
+from prunella.llm.streaming.progress import BlockProgress, DoneBlock
 from prunella.llm.streaming.shards import shard_name, write_shard
 from prunella.llm.streaming.skeleton import Skeleton
 from prunella.measure.clock import now, since
@@ -59,6 +59,12 @@ class BlockStep:
         error = sum(fit.error for fit in pruned) / len(pruned) if pruned else 0.0
         how = "was done before" if self.replayed else f"{len(pruned)} layers, mean error {error:.2%}"
         return f"block {self.number} of {self.count}, {self.path}: {how} ({self.seconds:.1f} s)"
+
+
+def _done(result: BlockResult) -> DoneBlock:
+    """The record of a block, without its masks, which hold its weights."""
+    refined = None if result.refined is None else (result.refined.before, result.refined.after)
+    return DoneBlock(result.fits, refined, result.strength)
 
 
 OnBlock = Callable[[BlockStep], None]
@@ -111,25 +117,23 @@ class StreamingRun:
         for number, block in enumerate(state.captured.blocks, 1):
             start = now()
             shard = folder / shard_name(number, len(self.paths) + 1)
-            done = progress.fits(block.path)
-            if done is not None:
+            before = progress.done(block.path)
+            if before is not None:
                 progress.check(block.path, shard)
                 self._replay(state, block, shard)
-                new, replayed = tuple(done), replayed + 1
+                done, replayed = before, replayed + 1
             else:
-                result = self._solve(state, block, shard)
-                new = result.fits
-                if result.refined is not None:
-                    refined[block.path] = result.refined.before, result.refined.after
-                if result.strength is not None:
-                    strengths[block.path] = result.strength
-                del result  # its masks hold the weights of the block
+                done = _done(self._solve(state, block, shard))
                 if self.distributed.is_main:
-                    progress.add(block.path, new, shard)
-            fits += new
+                    progress.add(block.path, done, shard)
+            fits += done.fits
+            if done.refined is not None:
+                refined[block.path] = done.refined
+            if done.strength is not None:
+                strengths[block.path] = done.strength
             if on_block:
                 seconds = since(start)
-                on_block(BlockStep(block.path, number, len(self.paths), new, seconds, done is not None))
+                on_block(BlockStep(block.path, number, len(self.paths), done.fits, seconds, before is not None))
         return Solving(tuple(fits), refined, strengths), replayed
 
     def measured(self) -> float:
