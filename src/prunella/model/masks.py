@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from prunella.errors import CheckFailed, RequestError
-from prunella.model.state import writable
+from prunella.model.undo import writable
 from prunella.model.unwrap import RECORD as RECORD
 from prunella.model.unwrap import unwrap
 from prunella.types import Mask

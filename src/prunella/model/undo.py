@@ -1,0 +1,222 @@
+"""What puts the state of a model back: gradients, buffers, plain attributes and what they hold, values of parameters.
+
+Each function here looks at the state as it is now, and returns functions that put it back, as often as one likes.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, MutableMapping
+from contextlib import contextmanager, nullcontext
+from types import FunctionType, MemberDescriptorType, MethodType, ModuleType
+from typing import Any
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor, nn
+
+from prunella.model.beside import CONTAINERS, undo_numbers, values_beside
+from prunella.model.executed import is_source
+from prunella.model.trees import is_empty
+
+_MACHINERY = frozenset({"_parameters", "_buffers", "_modules", "training"})
+Undo = Callable[[], None]
+
+
+@contextmanager
+def writable(tensor: Tensor) -> Iterator[None]:
+    """Inside, the values of a tensor can be written, also if it was made in `torch.inference_mode()`."""
+    guard = torch.inference_mode() if tensor.is_inference() else nullcontext()
+    with guard, torch.no_grad():
+        yield
+
+
+def gradient(parameter: nn.Parameter) -> Undo:
+    required, grad = parameter.requires_grad, parameter.grad
+
+    def undo() -> None:
+        if parameter.requires_grad != required:  # tensors of the inference mode refuse to be set at all
+            parameter.requires_grad_(required)
+        parameter.grad = grad
+
+    return undo
+
+
+def buffers(model: nn.Module) -> list[Undo]:
+    return [
+        _buffer(module, name, buffer)
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
+
+
+def switched(model: nn.Module) -> list[Undo]:
+    """Undo what a `train` of the user's writes into parameters."""
+    own_train = [module for module in model.modules() if type(module).train is not nn.Module.train]
+    parameters = {id(parameter): parameter for module in own_train for parameter in module.parameters()}
+    return [value_of(parameter, _held) for parameter in parameters.values()]
+
+
+_held: WeakValueDictionary[int, Tensor] = WeakValueDictionary()
+"""Values of parameters that guards keep, by the id of the parameter, which lives as long as the value."""
+
+
+def _buffer(module: nn.Module, name: str, buffer: Tensor) -> Undo:
+    value = value_of(buffer)
+
+    def undo() -> None:
+        module._buffers[name] = buffer
+        value()
+
+    return undo
+
+
+def value_of(tensor: Tensor | None, held: MutableMapping[int, Tensor] | None = None) -> Undo:
+    """Undo writes into a tensor. A tensor on the meta device has no values to restore.
+
+    held: a guard inside another one shares the value that the outer one keeps, if it is still that of the tensor:
+    otherwise a language model would be in memory once more for each guard.
+    """
+    if tensor is None or tensor.device.type == "meta":
+        return lambda: None
+    outer = None if held is None else held.get(id(tensor))
+    before = outer if outer is not None and _equal(tensor, outer) else tensor.detach().clone()
+    if held is not None:
+        held[id(tensor)] = before
+
+    def undo() -> None:
+        if not _equal(tensor, before):
+            with writable(tensor):
+                if tensor.shape != before.shape:  # an observer has a size once it has seen data
+                    tensor.resize_(before.shape)
+                tensor.copy_(before)
+
+    return undo
+
+
+def _equal(tensor: Tensor, before: Tensor) -> bool:
+    try:
+        return torch.equal(tensor, before)
+    except (RuntimeError, TypeError):  # layouts that torch does not compare
+        return False
+
+
+def attributes(model: nn.Module) -> list[Undo]:
+    seen = set[int]()
+    undos = [_plain(vars(module), seen) for module in model.modules()]
+    undos += undo_numbers(model)
+    return [*undos, *(undo for value in values_beside(model) for undo in _undos_of(value, seen))]
+
+
+def _plain(attributes: dict[str, Any], seen: set[int]) -> Undo:
+    """Undo changes of plain attributes, so that no cache remains after a run. seen: values that others restore."""
+    before = {key: value for key, value in attributes.items() if key not in _MACHINERY}
+    hooks = [value for value in before.values() if is_empty(value)]
+    undos = [undo for value in before.values() if not is_empty(value) for undo in _undos_of(value, seen)]
+
+    def undo() -> None:
+        for key in [key for key in attributes if key not in before and key not in _MACHINERY]:
+            del attributes[key]
+        attributes.update(before)
+        for value in hooks:
+            if not is_empty(value):
+                value.clear()
+                getattr(value, "__dict__", value).clear()
+        for restore in undos:
+            restore()
+
+    return undo
+
+
+def _undos_of(value: Any, seen: set[int], depth: int = 0) -> Iterator[Undo]:
+    """What restores the content of a value. Most hold no content at all.
+
+    An object or a container in it is restored too, such as the dictionary of a cache.
+    """
+    if type(value) in _ATOMS or id(value) in seen:
+        return
+    seen.add(id(value))
+    inner: Iterable[Any] = ()
+    if type(value) in CONTAINERS:
+        yield _content_of(value)
+        inner = value.values() if isinstance(value, dict) else value
+    if isinstance(value, Tensor):
+        yield value_of(value)
+    if _is_plain_object(value):
+        yield _content_of(vars(value))
+        inner = vars(value).values()
+    slots = _slots_of(value)
+    if slots:
+        yield _slots_undo(value, slots)
+        inner = slots.values()
+    if isinstance(value, torch.Generator):
+        yield _state_of(value)
+    for item in list(inner) if depth < _DEPTH else ():
+        if not isinstance(item, Tensor | nn.Module):  # their content is large
+            yield from _undos_of(item, seen, depth + 1)
+
+
+_ATOMS = frozenset({type(None), bool, int, float, str, tuple, type, FunctionType, MethodType})
+_DEPTH = 3
+"""An object in an object in an attribute is restored, and what it holds."""
+
+
+def _slots_of(value: object) -> dict[str, Any]:
+    """The values in the `__slots__` of an object of a user's class."""
+    kinds = [kind for kind in type(value).__mro__ if "__slots__" in vars(kind)]
+    if not kinds or isinstance(value, Tensor | ModuleType) or not is_source(_file_of(type(value))):
+        return {}
+    names = [name for kind in kinds for name, entry in vars(kind).items() if isinstance(entry, MemberDescriptorType)]
+    return {name: getattr(value, name) for name in names if hasattr(value, name)}
+
+
+def _file_of(kind: type) -> str:
+    return getattr(sys.modules.get(kind.__module__), "__file__", None) or "<"
+
+
+def _slots_undo(value: object, slots: dict[str, Any]) -> Undo:
+    def undo() -> None:
+        for name, before in slots.items():
+            if getattr(value, name, None) is not before:
+                object.__setattr__(value, name, before)
+
+    return undo
+
+
+def _is_plain_object(value: object) -> bool:
+    """An object that holds attributes, such as a configuration or a record of features."""
+    excluded = isinstance(value, nn.Module | Tensor | type | ModuleType) or callable(value)
+    return not excluded and type(getattr(value, "__dict__", None)) is dict
+
+
+def _state_of(generator: torch.Generator) -> Undo:
+    before = generator.get_state()
+
+    def undo() -> None:
+        generator.set_state(before)
+
+    return undo
+
+
+def _content_of(container: Any) -> Undo:
+    """Undo insertions into and removals from a list, dictionary or set."""
+    before = container.copy()
+
+    def undo() -> None:
+        if _differs(container, before):
+            container.clear()
+            container.extend(before) if isinstance(container, list | deque) else container.update(before)
+
+    return undo
+
+
+def _differs(container: Any, before: Any) -> bool:
+    if len(container) != len(before):
+        return True
+    if isinstance(container, set):
+        return bool(container != before)
+    if isinstance(container, dict):
+        return any(key not in container or container[key] is not kept for key, kept in before.items())
+    return any(now is not kept for now, kept in zip(container, before, strict=True))
