@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import judge
+import second
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -18,6 +19,7 @@ from torch import nn
 import prunella as pr
 from prunella.graph.data import ReasonKind
 from prunella.graph.solve.groups import couple
+from prunella.planning.reach import WIDER, in_program, reach
 
 Build = Callable[[], tuple[nn.Module, Any]]
 OUTPUTS = "outputs.safetensors"
@@ -59,6 +61,14 @@ class Exam:
     frozen: tuple[tuple[str, int], ...] = ()
     others: tuple[tuple[str, str], ...] = ()
     """Kinds of units beyond channels and heads that the model has: `exact` by the tool's own check, or why not."""
+    plan_cpu_s: float = 0.0
+    """Processor time of `plan` alone, after the model was coupled once."""
+    second: tuple[tuple[str, str], ...] = ()
+    """Second batch, second size, gradients, training step: `exact`, `not taken` by the dense model, or what differs."""
+    reach_wide: float = 0.0
+    """`reach` with widths and experts, which change what a norm or a router sees."""
+    reach_program: float | None = None
+    """`reach` as a program, where sizes of the source keep many parameters."""
 
 
 def examine(
@@ -74,10 +84,11 @@ def examine(
         facts["couple_s"] = time.perf_counter() - start
         plain = [group for group in graph.groups if group.kind in ("channel", "head")]
         facts |= {"groups": len(plain), "units": sum(g.size for g in plain), "reach": _reach(graph, plain)}
-        facts["frozen"] = _reasons(graph.frozen)
+        facts |= {"frozen": _reasons(graph.frozen), "reach_wide": reach(graph, WIDER)}
         start = time.perf_counter()
-        kinds = (pr.Channel(), pr.Head())
+        kinds, begun = (pr.Channel(), pr.Head()), time.process_time()
         plan = pr.plan(model, inputs, pr.Recipe(pr.criteria.random, kinds, pr.uniform), target=pr.Sparsity(SHARE))
+        facts["plan_cpu_s"] = time.process_time() - begun
         small = pr.shrink(model, plan)
         facts["prune_s"] = time.perf_counter() - start
     except pr.PruningError as error:
@@ -89,6 +100,8 @@ def examine(
     facts["set_aside"] = sum(f.kind is ReasonKind.UNPROVEN for f in plan.frozen)
     facts |= _compare(model, small, inputs, sorts=name.startswith(SORTED))
     facts["others"] = _others(model, inputs, graph)
+    if suite == "wild":
+        facts |= _beyond(model, small, inputs, graph)
     if full and facts["verdict"] == "exact":
         facts["exported"] = _export(small, inputs, scratch / "model.pt2")
         facts["onnx"] = _export(small, inputs, scratch / "model.onnx") if onnx else ""
@@ -109,6 +122,18 @@ def _compare(model: nn.Module, small: nn.Module, inputs: Any, *, sorts: bool) ->
     single = max(SINGLE, ROUNDINGS * found.get("noise32", 0.0))
     exact = found["error64"] <= (EXACT if wide else SINGLE) and (found["error32"] <= single or (sorts and wide))
     return {**found, "verdict": "exact" if exact else "wrong"}
+
+
+def _beyond(model: nn.Module, small: nn.Module, inputs: Any, graph: Any) -> dict[str, Any]:
+    """The second batch and size, gradients and training, and the reach as a program."""
+    facts: dict[str, Any] = {"second": second.examine(model, small, inputs)}
+    if any(text.startswith("differs") for _, text in facts["second"]):
+        facts |= {"verdict": "wrong", "why": str(facts["second"])}
+    try:
+        facts["reach_program"] = in_program(model, inputs, graph)
+    except Exception as error:
+        facts |= {"verdict": "traceback", "why": f"as a program: {type(error).__name__}: {error}"[:300]}
+    return facts
 
 
 def _others(model: nn.Module, inputs: Any, graph: Any) -> tuple[tuple[str, str], ...]:

@@ -13,6 +13,7 @@ from prunella.graph.trace.tracked_int import size_of
 from prunella.io.cuts import decode_cuts
 from prunella.io.json import Fields
 from prunella.io.plan_file import read_size
+from prunella.model.constants import constants
 
 
 def cut_as_recorded_(model: nn.Module, manifest: Fields) -> None:
@@ -22,6 +23,7 @@ def cut_as_recorded_(model: nn.Module, manifest: Fields) -> None:
     if not cuts and not attributes and not dropped:
         return
     own = dict([*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)])
+    own |= constants(model)
     for name, axes in cuts.items():
         for axis, kept in axes.items():
             size = own[name].shape[axis] if name in own and 0 <= axis < own[name].dim() else 0

@@ -15,6 +15,7 @@ from prunella.errors import RequestError
 from prunella.graph.cut.block_surgery import drop_, number_, shorten_
 from prunella.graph.cut.changes import Changes, Cuts, Sizes
 from prunella.graph.trace.tracked_int import holder
+from prunella.model.constants import constants_of
 from prunella.model.trees import set_attribute
 
 
@@ -42,8 +43,8 @@ def cut_(model: nn.Module, cuts: Cuts, attributes: Sizes) -> None:
         old = getattr(module, key)
         new = _cut_tensor(name, old, axes)
         for module, key in places:
-            store = module._parameters if key in module._parameters else module._buffers
-            store[key] = new  # type: ignore[assignment]
+            stores: tuple[dict[str, Any], ...] = (module._parameters, module._buffers, vars(module))
+            next(store for store in stores if key in store)[key] = new
     for (owner, key), value in attributes.items():
         place = holder(model, owner)
         old = getattr(place, key, None)
@@ -64,11 +65,11 @@ def _misfit(name: str) -> RequestError:
 
 
 def _homes(model: nn.Module) -> dict[str, list[tuple[nn.Module, str]]]:
-    """Name of each parameter and buffer -> all places (module, key) of the same tensor."""
+    """Name of each parameter, buffer and constant -> all places (module, key) of the same tensor."""
     places: dict[int, list[tuple[nn.Module, str]]] = {}
     names: dict[str, int] = {}
     for path, module in model.named_modules(remove_duplicate=False):
-        for key, tensor in [*module._parameters.items(), *module._buffers.items()]:
+        for key, tensor in [*module._parameters.items(), *module._buffers.items(), *constants_of(module)]:
             if tensor is not None:
                 names[f"{path}.{key}" if path else key] = id(tensor)
                 if (module, key) not in places.setdefault(id(tensor), []):
