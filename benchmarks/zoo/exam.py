@@ -27,6 +27,8 @@ EXACT, SINGLE = 1e-9, 1e-4
 ROUNDINGS = 4
 """Both models round: where float32 alone moves the output by more than `SINGLE`, so many times that is allowed."""
 SHARE = 0.3
+LITTLE = 0.5
+"""Of the parameters: a model with less within reach is captured as a program too, which takes seconds."""
 SORTED = "detection."
 """Boxes are sorted by scores that random weights make nearly equal: in float32 rounding decides, so float64 judges."""
 
@@ -68,7 +70,7 @@ class Exam:
     reach_wide: float = 0.0
     """`reach` with widths and experts, which change what a norm or a router sees."""
     reach_program: float | None = None
-    """`reach` as a program, where sizes of the source keep many parameters."""
+    """`reach` as a program, where little else is and sizes of the source keep many parameters."""
 
 
 def examine(
@@ -99,7 +101,8 @@ def examine(
     facts["params_left"] = sum(p.numel() for p in small.parameters()) / facts["params"]
     facts["set_aside"] = sum(f.kind is ReasonKind.UNPROVEN for f in plan.frozen)
     facts |= _compare(model, small, inputs, sorts=name.startswith(SORTED))
-    facts["others"] = _others(model, inputs, graph)
+    kinds_of_units = ("width", "expert") if suite == "wild" else tuple(OTHERS)
+    facts["others"] = _others(model, inputs, graph, kinds_of_units)
     if suite == "wild":
         facts |= _beyond(model, small, inputs, graph)
     if full and facts["verdict"] == "exact":
@@ -130,17 +133,17 @@ def _beyond(model: nn.Module, small: nn.Module, inputs: Any, graph: Any) -> dict
     if any(text.startswith("differs") for _, text in facts["second"]):
         facts |= {"verdict": "wrong", "why": str(facts["second"])}
     try:
-        facts["reach_program"] = in_program(model, inputs, graph)
+        facts["reach_program"] = in_program(model, inputs, graph) if reach(graph, WIDER) < LITTLE else None
     except Exception as error:
         facts |= {"verdict": "traceback", "why": f"as a program: {type(error).__name__}: {error}"[:300]}
     return facts
 
 
-def _others(model: nn.Module, inputs: Any, graph: Any) -> tuple[tuple[str, str], ...]:
+def _others(model: nn.Module, inputs: Any, graph: Any, tried: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
     """The same share of every width, of the experts, of the blocks and of the tokens, each kind alone."""
-    kinds = {group.kind for group in (*graph.groups, *graph.stacks)}
+    kinds = {group.kind for group in (*graph.groups, *graph.stacks)} & {*tried}
     found = []
-    for kind in sorted(kinds - {"channel", "head"}):
+    for kind in sorted(kinds):
         granularity = OTHERS[kind](graph)
         target = None if kind == "vocabulary" else pr.Sparsity(SHARE)
         try:
