@@ -109,6 +109,7 @@ def _first_run(record: Trace) -> Iterator[None]:
 def _add_training(record: Trace, model: nn.Module, inputs: Any, apply_rule: Callable[..., None]) -> None:
     with untouched(model), training_flags(model, training=True):
         other = new_record(model, record.ledger.size)
+        other.known_sizes.codes = record.known_sizes.codes  # what they know is known from the first run
         try:
             run = trace(other, model, inputs, apply_rule)
             keep_outputs(run, model, "it is an output of the model in training mode")
