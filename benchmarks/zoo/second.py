@@ -71,9 +71,13 @@ def _gradients(dense: nn.Module, small: nn.Module, inputs: Any) -> str:
         return "not in float64"
     cuts = judge.removed(dense, small)
     pair = [copy.deepcopy(model).double().eval() for model in (judge.masked(dense, cuts), small)]
-    losses = [_loss(model, judge.double(inputs)) for model in pair]
+    try:
+        losses = [_loss(pair[0], judge.double(inputs))]
+    except Exception:
+        return "not taken"
     if not torch.isfinite(losses[0]):
         return "not finite"
+    losses.append(_loss(pair[1], judge.double(inputs)))
     for loss in losses:
         loss.backward()
     wanted = dict(pair[0].named_parameters())
@@ -109,6 +113,7 @@ def _descend(model: nn.Module, inputs: Any) -> None:
 
 def _loss(model: nn.Module, inputs: Any) -> Tensor:
     """The mean square of all outputs of numbers."""
+    torch.manual_seed(0)
     output = model(*inputs) if isinstance(inputs, tuple) else model(inputs)
     parts = [t.square().mean() for t in judge.tensors(output) if t.is_floating_point() and t.requires_grad]
     return torch.stack(parts).mean()

@@ -14,6 +14,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 from prunella.errors import RequestError
 from prunella.graph.cut.block_surgery import drop_, number_, shorten_
 from prunella.graph.cut.changes import Changes, Cuts, Sizes
+from prunella.graph.nested_sizes import changed, sizes_in
 from prunella.graph.trace.tracked_int import holder
 from prunella.model.constants import constants_of
 from prunella.model.trees import set_attribute
@@ -47,13 +48,19 @@ def cut_(model: nn.Module, cuts: Cuts, attributes: Sizes) -> None:
             next(store for store in stores if key in store)[key] = new
     for (owner, key), value in attributes.items():
         place = holder(model, owner)
-        old = getattr(place, key, None)
-        many = value if isinstance(value, tuple) else (value,)
-        set_attribute(place, key, type(old)(many) if isinstance(old, tuple | list) else value)
+        set_attribute(place, key, _resized(getattr(place, key, None), value))
     touched = {id(module) for name in cuts for module, _ in homes[name]}
     for module in model.modules():
         if any(id(part) in touched for part in (module, *_parametrizations(module))):
             _describe(module)
+
+
+def _resized(old: object, value: int | tuple[int, ...]) -> Any:
+    """An attribute with new sizes: one, or those of a container in order."""
+    many = value if isinstance(value, tuple) else (value,)
+    if len(sizes_in(old)) == len(many):
+        return changed(old, lambda k, _: many[k])
+    return type(old)(many) if isinstance(old, tuple | list) else value
 
 
 def _misfit(name: str) -> RequestError:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from prunella.graph.data import Group, ReasonKind
+from prunella.graph.data import Group, Ints, ReasonKind
 from prunella.graph.solve.equations import Equations, Mark
 from prunella.graph.solve.joined import axes_of, joined
 from prunella.graph.solve.labels import Dim, Reason
@@ -104,13 +104,18 @@ def freeze_unfollowed(equations: Equations, record: Trace, groups: Sequence[Grou
     axes = {attr: size.link.dim for attr, size in solved.items()}
     for group in groups:
         dims = [(equations.part[record.axes[m.entity][m.axis][0][m.index]], m.unit) for m in group.members]
-        for lost in _trials(group.size):
-            removed = np.zeros_like(equations.fixed)
-            for part, unit in dims:
-                removed[part[np.isin(unit, list(lost))]] = True
+        without = partial(_without, equations, dims)
+        for lost in _trials(group.size, group.min_units):
+            removed = without(lost)
             at_fault = wrong(removed)
             if at_fault is not None:
                 if joined(equations, record, groups, group, wrong, _trials, partial(axes_of, solved=axes)):
+                    return True
+                least = _least(group, at_fault, lambda lost: wrong(without(lost)))  # noqa: B023 (it is called here)
+                if least:
+                    first = group.members[0]
+                    layer = record.axes[first.entity][first.axis][0][first.index]
+                    equations.ledger.min_units.append((layer, least))
                     return True
                 equations.freeze(np.flatnonzero(removed[equations.part]), _unfollowed(at_fault))
                 every = np.isin(equations.part, np.concatenate([p for p, _ in dims]))
@@ -120,9 +125,36 @@ def freeze_unfollowed(equations: Equations, record: Trace, groups: Sequence[Grou
     return changed
 
 
-def _trials(size: int) -> list[set[int]]:
-    """Units to remove: the first, the last, every other one, and all but one."""
-    return [{0}, {size - 1}, set(range(0, size, 2)), set(range(1, size)), set(range(size - 1))] if size > 1 else [{0}]
+def _without(equations: Equations, dims: Sequence[tuple[Ints, Ints]], lost: set[int]) -> Mark:
+    """The components of these units. dims: components of each axis of a group, and their units."""
+    removed = np.zeros_like(equations.fixed)
+    for part, unit in dims:
+        removed[part[np.isin(unit, list(lost))]] = True
+    return removed
+
+
+def _trials(size: int, least: int = 1) -> list[set[int]]:
+    """Units to remove: the first, the last, every other one, and all but the fewest."""
+    if size <= least:
+        return [{0}] if least < 2 else []
+    return [{0}, {size - 1}, set(range(0, size, 2)) if size >= 2 * least else {0}, *_all_but(size, least)]
+
+
+def _all_but(size: int, count: int) -> list[set[int]]:
+    return [set(range(count, size)), set(range(size - count))]
+
+
+def _least(group: Group, at_fault: Link, wrong: Callable[[set[int]], Link | None]) -> int:
+    """The fewest units with which the source decides as it does with all of them; 0 if a few less are wrong already.
+
+    Such as `heads == 1`, which asks for another way with a single head.
+    """
+    if at_fault.dim or isinstance(at_fault.expression, Attr) or any(map(wrong, _trials(group.size)[:3])):
+        return 0
+    for count in range(group.min_units + 1, group.size // 2 + 1):
+        if not any(map(wrong, _all_but(group.size, count))):
+            return count
+    return 0
 
 
 def _concerns(equations: Equations, link: Link, removed: Mark, solved: Mapping[Attr, SolvedSizes]) -> bool:

@@ -8,17 +8,18 @@ Where sizes of that value become several, the plan names the integer and leaves 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from prunella.graph.data import Extent, UnreadSize
+from prunella.graph.data import Attribute, Extent, UnreadSize
+from prunella.graph.nested_sizes import content, sizes_in
 from prunella.graph.solve.residual_blocks import inside
 from prunella.graph.solve.tokens import names_token
 from prunella.graph.trace.recorder import Trace
-from prunella.graph.trace.tracked_int import Attr, holder, holders, leaves
+from prunella.graph.trace.tracked_int import Attr, holder, holders, leaves, space_of
 from prunella.graph.verify import relative_error
 from prunella.model.forward import outputs_of
 from prunella.model.state import untouched
@@ -68,6 +69,20 @@ def unread_sizes(
     ]
 
 
+def twins(model: nn.Module, attributes: Sequence[Attribute]) -> Iterator[Attribute]:
+    """The sizes of containers that hold the same names and sizes as one that follows a cut, in the same owner.
+
+    Such as the arguments of a module that it was made with, which a copy of it is made with again.
+    """
+    known = {(entry.owner, entry.name) for entry in attributes}
+    for entry in attributes:
+        values = space_of(holder(model, entry.owner))
+        own = content(values[entry.name]) if entry.index >= 0 and entry.name in values else ()
+        for name, value in values.items() if own else ():
+            if (entry.owner, name) not in known and sizes_in(value) and content(value) == own:
+                yield replace(entry, name=name)
+
+
 def never_read(model: nn.Module, inputs: Any, found: Sequence[UnreadSize]) -> tuple[UnreadSize, ...]:
     """Those of which a run gives the same with another number in their place."""
     if not found or any(parameter.is_meta for parameter in model.parameters()):
@@ -106,8 +121,8 @@ def _owners(model: nn.Module) -> Iterator[tuple[type, str, Mapping[str, Any]]]:
 def _integers(kind: type, owner: str, name: str, value: object) -> Iterator[_Place]:
     if type(value) is int and value >= _LEAST:
         yield _Place(kind, owner, name, value)
-    entries = value if isinstance(value, list | tuple) and type(value) in (list, tuple) else ()
-    if len(entries) <= _LONGEST and all(type(entry) is int for entry in entries):
+    entries = sizes_in(value)
+    if len(entries) <= _LONGEST:
         yield from (_Place(kind, owner, name, entry, k) for k, entry in enumerate(entries) if entry >= _LEAST)
 
 

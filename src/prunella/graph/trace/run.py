@@ -58,6 +58,7 @@ def new_record(model: nn.Module, start: int = 1) -> Trace:
     """An empty record. start: number of its first atom."""
     names, entities, parameters = _entities(model)
     record = Trace(names, entities, parameters, Ledger(start))
+    record.constants = constants(model).keys() & entities.keys()
     for name, tensor in entities.items():
         record.aliases[storage_key(tensor)] = name
     record.shared = _overlapping({name: entities[name] for name in parameters})
