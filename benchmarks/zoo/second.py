@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -34,7 +33,7 @@ def _answer(run: Callable[[], str]) -> str:
 
 def _compared(dense: nn.Module, small: nn.Module, inputs: Any) -> str:
     try:
-        outputs = judge.run(copy.deepcopy(dense), inputs)
+        outputs = judge.run(judge.clone(dense), inputs)
     except Exception:
         return "not taken"
     if not all(bool(torch.isfinite(t).all()) for t in outputs):
@@ -70,7 +69,7 @@ def _gradients(dense: nn.Module, small: nn.Module, inputs: Any) -> str:
     if not judge.runs_wide(dense, inputs):
         return "not in float64"
     cuts = judge.removed(dense, small)
-    pair = [copy.deepcopy(model).double().eval() for model in (judge.masked(dense, cuts), small)]
+    pair = [judge.clone(model).double().eval() for model in (judge.masked(dense, cuts), small)]
     try:
         losses = [_loss(pair[0], judge.double(inputs))]
     except Exception:
@@ -93,10 +92,10 @@ def _gradients(dense: nn.Module, small: nn.Module, inputs: Any) -> str:
 def _step(dense: nn.Module, small: nn.Module, inputs: Any) -> str:
     """One step of gradient descent in training mode, where the dense model takes it."""
     try:
-        _descend(copy.deepcopy(dense), inputs)
+        _descend(judge.clone(dense), inputs)
     except Exception:
         return "not taken"
-    _descend(copy.deepcopy(small), inputs)
+    _descend(judge.clone(small), inputs)
     return "exact"
 
 
