@@ -94,6 +94,8 @@ def examine(
         small = pr.shrink(model, plan)
         facts["prune_s"] = time.perf_counter() - start
     except pr.PruningError as error:
+        if facts.get("groups") == 0:  # all units lie along norms: do they go by themselves?
+            facts["others"] = _others(model, inputs, graph, ("width", "expert"))
         return asdict(Exam(suite, name, "prunella", "refused", " ".join(str(error).split())[:300], **facts))
     except Exception as error:
         return asdict(Exam(suite, name, "prunella", "traceback", f"{type(error).__name__}: {error}"[:300], **facts))

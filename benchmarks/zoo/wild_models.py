@@ -171,7 +171,7 @@ MODELS: dict[str, tuple[Make, str]] = {
              latent_heads=4, cross_dim_head=8, latent_dim_head=8, num_classes=10), "2x16x16x3"),
     "perceiver.lm": (
         make("perceiver_pytorch:PerceiverLM", dim=32, num_tokens=100, max_seq_len=64, depth=2,
-             num_latents=8, latent_dim=32, latent_heads=4, latent_dim_head=8, cross_dim_head=8, logits_dim=100),
+             num_latents=8, latent_dim=32, latent_heads=4, latent_dim_head=8, cross_dim_head=8),
         "2x16<100"),
     "conformer.plain": (make("conformer:Conformer", dim=32, depth=2, dim_head=8, heads=4, conv_kernel_size=7),
                         "2x16x32"),
@@ -214,7 +214,7 @@ MODELS: dict[str, tuple[Make, str]] = {
     "rtdl.ft": (make("rtdl_revisiting_models:FTTransformer", n_cont_features=6, cat_cardinalities=[5, 6], d_out=3,
                      n_blocks=2, d_block=32, attention_n_heads=4, attention_dropout=0.1,
                      ffn_d_hidden_multiplier=2.0, ffn_dropout=0.1, residual_dropout=0.0), "4x6 4x2<5"),
-    "tabm.plain": (make("tabm:TabM", n_num_features=12, d_out=3, k=4, n_blocks=2, d_block=32, dropout=0.1), "4x12"),
+    "tabm.plain": (make("tabm:TabM.make", n_num_features=12, d_out=3, k=4, n_blocks=2, d_block=32), "4x12"),
     "tcn.plain": (make("pytorch_tcn:TCN", 8, [16, 16, 16]), "2x8x32"),
     # diffusion and sound
     "diffusion.unet": (make("denoising_diffusion_pytorch:Unet", dim=16, dim_mults=(1, 2), attn_dim_head=8,

@@ -91,7 +91,7 @@ def verify(
 
 
 class Oracle:
-    """`verify` for several batches: both models are copied, masked and cast once, unless they are large."""
+    """`verify` for several batches: both models are copied, masked and cast once, if they are small."""
 
     def __init__(self, dense: nn.Module, small: nn.Module, done: Changes) -> None:
         self.dense, self.small, self.done = dense, small, done
@@ -126,7 +126,7 @@ class Oracle:
         return steady
 
 
-_KEPT = 1 << 28
+_KEPT = 1 << 19
 """Bytes of parameters. Of a larger model there is one copy at a time."""
 
 
