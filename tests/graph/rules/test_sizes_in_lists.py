@@ -86,10 +86,9 @@ class Split(nn.Module):
 class Heads(nn.Module):
     """Heads whose number is in a module of its own, and a way of their own for a single one."""
 
-    def __init__(self, options: Any) -> None:
+    def __init__(self) -> None:
         super().__init__()
         self.q, self.out, self.split = nn.Linear(6, 12), nn.Linear(12, 3), Split(heads=4)
-        self.options = options
 
     def forward(self, x: Tensor) -> Tensor:
         q = self.split(self.q(x)).unsqueeze(-2)
@@ -99,19 +98,30 @@ class Heads(nn.Module):
         return out
 
 
+class Around(nn.Module):
+    """Heads, and a module of the same class that does not run, so that its number tells nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads, self.unused = Heads(), Split(heads=4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.heads(x)  # type: ignore[no-any-return]
+
+
 def test_named_sizes_follow_with_what_a_copy_is_made_from() -> None:
     torch.manual_seed(0)
-    model = Heads(None)
+    model = Around()
     checked = check_exact(model, X, count=False)
-    small: Any = checked.small
+    small: Any = checked.small.heads  # type: ignore[union-attr]
     heads = small.q.out_features // 3
     assert heads < 4 and small.split._pairs == (("heads", heads),) and small.split.sizes == {"heads": heads}
-    assert model.split.sizes == {"heads": 4} and type(model.split.sizes["heads"]) is int
+    assert model.heads.split.sizes == {"heads": 4} and type(model.heads.split.sizes["heads"]) is int
 
 
 def test_units_with_which_the_source_decides_otherwise_are_kept() -> None:
     torch.manual_seed(0)
-    model = Heads(None).eval()
+    model = Heads().eval()
     [group] = couple(model, X).groups
     assert (group.size, group.min_units) == (4, 2)
     plan = pr.plan(model, X, pr.Recipe(pr.criteria.random, pr.Head()), counts={group.name: 2})
