@@ -237,8 +237,6 @@ MODELS: dict[str, tuple[Make, str]] = {
     "efficientnet_pytorch.b0": (make("efficientnet_pytorch:EfficientNet.from_name", "efficientnet-b0"), "2x3x64x64"),
     "resnest.50": (make("resnest.torch:resnest50"), "2x3x64x64"),
     "pretrainedmodels.polynet": (make("pretrainedmodels:xception", pretrained=None), "2x3x96x96"),
-    "pretrainedmodels.dpn68": (make("pretrainedmodels:dpn68", pretrained=None), "2x3x224x224"),
-    "pretrainedmodels.se_resnet50": (make("pretrainedmodels:se_resnet50", pretrained=None), "2x3x224x224"),
     "lightly.resnet": (make("lightly.models:ResNetGenerator", "resnet-9", width=0.25), "2x3x32x32"),
     "kornia.hardnet": (make("kornia.feature:HardNet", pretrained=False), "2x1x32x32"),
     "kornia.sosnet": (make("kornia.feature:SOSNet", pretrained=False), "2x1x32x32"),
@@ -247,9 +245,8 @@ MODELS: dict[str, tuple[Make, str]] = {
     "kornia.tiny_vit": (make("kornia.models.tiny_vit:TinyViT", img_size=64, num_classes=10, embed_dims=[16, 32, 32, 48],
                              depths=(1, 1, 1, 1), num_heads=(1, 2, 2, 3), window_sizes=(4, 4, 4, 2)), "2x3x64x64"),
     **{f"pytorchcv.{name}": _cv(name, "1x3x224x224") for name in (
-        "mobilenet_wd4", "shufflenet_g1_wd4", "menet108_8x1_g3", "igcv3_wd4", "ghostnet", "hardnet39ds", "peleenet",
-        "preresnet18_wd4", "seresnet10", "mixnet_s", "spnasnet", "cbam_resnet18", "condensenet74_c4_g4",
-        "sparsenet121", "dicenet_wd5", "hrnet_w18_small_v1")},
+        "mobilenet_wd4", "shufflenet_g1_wd4", "menet108_8x1_g3", "igcv3_wd4", "ghostnet", "hardnet39ds",
+        "preresnet18_wd4", "dicenet_wd5")},
     **{f"pytorchcv.{name}": _cv(name, "2x3x32x32") for name in (
         "nin_cifar10", "resnet20_cifar10", "wrn16_10_cifar10", "pyramidnet110_a48_cifar10", "densenet40_k12_cifar10",
         "ror3_56_cifar10", "shakeshakeresnet20_2x16d_cifar10", "diaresnet20_cifar10")},
