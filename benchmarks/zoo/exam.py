@@ -54,7 +54,7 @@ class Exam:
     error64: float = -1.0
     error32: float = -1.0
     noise32: float = 0.0
-    """How far the smaller model in float32 is from itself in float64; measured where `error32` is large."""
+    """How far the smaller or the dense model in float32 is from itself in float64; where `error32` is large."""
     couple_s: float = 0.0
     prune_s: float = 0.0
     reload: str = ""
@@ -123,7 +123,8 @@ def _compare(model: nn.Module, small: nn.Module, inputs: Any, *, sorts: bool) ->
         return {"verdict": "wrong", "why": f"the cut model does not run: {type(error).__name__}: {error}"[:300]}
     wide = judge.runs_wide(model, inputs)
     if wide and found["error32"] > SINGLE:
-        found["noise32"] = judge.distance(judge.run(small, inputs), judge.run_wide(small, inputs))
+        both = [judge.distance(judge.run(m, inputs), judge.run_wide(m, inputs)) for m in (small, model)]
+        found["noise32"] = max(both)
     single = max(SINGLE, ROUNDINGS * found.get("noise32", 0.0))
     exact = found["error64"] <= (EXACT if wide else SINGLE) and (found["error32"] <= single or (sorts and wide))
     return {**found, "verdict": "exact" if exact else "wrong"}

@@ -52,6 +52,7 @@ def test_channels_stay_where_positions_move(name: str) -> None:
     torch.manual_seed(0)
     graph = couple(Mixed(SLIDING[name]()).eval(), X)
     assert not [group for group in graph.groups if group.name == "enter"]
+    assert {f.reason for f in graph.frozen if f.entity == "enter.weight"} == {"a convolution slides along it"}
 
 
 def test_an_image_passes_along_one_axis() -> None:
